@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import vismt
-from vismt.hf import VismtCallback
+from vismt.integrations.hf import VismtCallback
 
 TEXTS = ["the sky is blue", "the grass is green", "the film was good", "the plot was dull"] * 8
 

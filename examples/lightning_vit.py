@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import vismt
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
-from vismt.lightning import VismtCallback
-from vismt.multitask.fading import FadeConfig
+from vismt.integrations.lightning import VismtCallback
+from vismt.multitask.emtal.fading import FadeConfig
 
 
 class Classifier(pl.LightningModule):

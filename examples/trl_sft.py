@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 import vismt
 from datasets import Dataset
-from vismt.hf import VismtCallback
+from vismt.integrations.hf import VismtCallback
 
 TEXTS = ["the sky is blue", "the grass is green", "the film was good", "the plot was dull"] * 8
 

@@ -1,6 +1,6 @@
-"""Write docs/benchmarks.md from the files of docs/benchmarks/, which `vismt bench NAME --json FILE` writes.
+"""Write docs/benchmarks.md from the files of docs/benchmarks/, which `python -m scripts.bench NAME --json FILE` writes.
 
-vismt bench core --json docs/benchmarks/core.json
+python -m scripts.bench core --json docs/benchmarks/core.json
 python scripts/benchmarks.py
 """
 
@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vismt import console
-from vismt.errors import UserError
-from vismt.files import atomic_write
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.storage.files import atomic_write
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEAD = """# Benchmarks
@@ -22,7 +22,7 @@ HEAD = """# Benchmarks
 Made by `python scripts/benchmarks.py` from the files in `benchmarks/`. A ratio is that of two candidates in the same round, its
 value the median over the rounds, with the smallest and the largest beside it; below 1, the first takes less. Candidates of a
 round run one after the other in rotating order. On a CPU, times are CPU seconds on one thread unless a bench says otherwise.
-What each bench measures stands at the top of its file in `vismt/bench/`. The aims were set before the measurement. Benches
+What each bench measures stands at the top of its file in `scripts/bench/`. The aims were set before the measurement. Benches
 without a section here were [measured earlier](benchmarks/earlier.md).
 """
 COLUMNS = ("", "ratio of", "", "min", "max", "aim", "reached")
@@ -41,7 +41,7 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError:
         content = None
     if not isinstance(content, dict) or not all(name in content for name in NEEDED):
-        raise UserError(f"'{path}' is not what `vismt bench NAME --json FILE` writes; run the bench again.")
+        raise UserError(f"'{path}' is not what `python -m scripts.bench NAME --json FILE` writes; run the bench again.")
     return content
 
 
@@ -84,7 +84,9 @@ def main() -> int:
     try:
         paths = list((docs / "benchmarks").glob("*.json"))
         if not paths:
-            raise UserError(f"'{docs / 'benchmarks'}' has no file; write one with `vismt bench core --json FILE`.")
+            raise UserError(
+                f"'{docs / 'benchmarks'}' has no file; write one with `python -m scripts.bench core --json FILE`."
+            )
         atomic_write(docs / "benchmarks.md", page(paths))
     except UserError as error:
         console.error(str(error))

@@ -35,11 +35,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vismt
-from vismt import console
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.config.yaml_text import parse_yaml
 from vismt.data.decode import decode_bytes
-from vismt.errors import UserError
 from vismt.jobs import load_config, make_job
-from vismt.plain_yaml import parse_yaml
 
 # Kind -> the number of trials of the full campaign; "kills" are of each job.
 KINDS = {

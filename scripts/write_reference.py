@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from vismt.files import atomic_write
 from vismt.jobs.reference import files
+from vismt.storage.files import atomic_write
 
 if __name__ == "__main__":
     for name, content in files().items():

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from vismt import console
-from vismt.paths import cache_root
+from vismt.base import console
+from vismt.storage.paths import cache_root
 
 torch.set_num_threads(1)
 # For the processes that tests start. Without compiled files each of them would compile vismt again.

@@ -15,9 +15,9 @@ from torchvision.datasets import ImageFolder
 import vismt
 from vismt.backbones.any_module import ModuleBackbone
 from vismt.backbones.vit import Backbone
+from vismt.base.errors import UserError
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
-from vismt.errors import UserError
 from vismt.jobs import open_run
 from vismt.metatune import EpisodeSampler, ProtoNet, run_protocol
 from vismt.robustness import AttackSpec, evaluate_classifier

@@ -10,19 +10,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vismt"
-# What a package may import besides itself: everything on a floor to its left. Files directly under vismt/ serve all floors.
+# What a package may import besides itself: everything on a floor before its own.
 FLOORS = (
-    ("lowrank",),
-    ("backbones", "data"),
-    ("multitask", "metatune", "llm"),
-    ("robustness",),
-    ("engine",),
+    ("base",),
+    ("storage",),
+    ("config",),
+    ("uncertainty", "lowrank", "data", "backbones"),
+    ("methods",),
+    ("llm", "multitask", "metatune"),
+    ("robustness", "engine"),
     ("report",),
-    ("jobs",),
+    ("jobs", "integrations"),
+    ("api",),
+    ("cli",),
 )
-EVERYTHING = ("bench", "cli")
-TOP = ("api", "driving", "hf", "lightning")  # files under vismt/ that import everything, and that nothing imports
-GROUND = {"errors", "files", "registry"}  # of vismt/*.py, what the core may import
+TOP_FILES = {"__init__", "__main__", "api", "methods"}
+MODULES_IN_A_FOLDER = 22
+CORE_FLOORS = {"base", "storage", "lowrank"}  # what the core may import
 WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 CORE_LIBRARIES = {"torch", "einops", "safetensors"}
 LAZY = (
@@ -50,10 +54,10 @@ LIGHT = (
     "vismt.backbones.convert",
     "vismt.data.images",
     "vismt.robustness.evaluate",
-    "vismt.robustness.attacks",
+    "vismt.robustness.attacks.attacks",
     "vismt.report.report",
 )
-ONLY_IN = {"torchattacks": {"robustness/foreign.py"}, "learn2learn": {"metatune/maml.py"}}
+ONLY_IN = {"torchattacks": {"robustness/attacks/foreign.py"}, "learn2learn": {"metatune/maml.py"}}
 
 
 @functools.cache
@@ -73,30 +77,45 @@ def files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def below(package: str) -> set[str]:
-    """Packages that `package` may import."""
-    if package in EVERYTHING:
-        return {name for floor in FLOORS for name in floor} | {*EVERYTHING}
-    level = next(number for number, floor in enumerate(FLOORS) if package in floor)
-    return {name for floor in FLOORS[: level + 1] for name in floor}
+def floor(package: str) -> int:
+    """Return the number of the floor that a package or a file at the top of vismt/ is on."""
+    return next(number for number, names in enumerate(FLOORS) if package in names)
 
 
 def test_import_direction() -> None:
     for path in files():
-        parts = path.relative_to(PACKAGE).parts
-        if len(parts) < 2:
+        package = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if package.startswith("__"):
             continue
         for name in imports(path):
             pieces = name.split(".")
-            if pieces[0] == "vismt" and len(pieces) > 1 and (PACKAGE / pieces[1]).is_dir():
-                assert pieces[1] in below(parts[0]), f"{path.relative_to(ROOT)} imports {name}"
+            known = pieces[0] == "vismt" and len(pieces) > 1 and any(pieces[1] in names for names in FLOORS)
+            assert not known or floor(pieces[1]) <= floor(package), f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_nothing_below_imports_the_top() -> None:
-    top = {f"vismt.{name}" for name in TOP}
-    for path in files():
-        if path.stem not in (*TOP, "__init__"):
-            assert not imports(path) & top, path
+def test_no_circle() -> None:
+    """No two packages of a folder import each other, and no two modules of one folder do so at any distance."""
+    for folder in {path.parent for path in files()}:
+        place = ".".join(folder.relative_to(ROOT).parts)
+        arrows: dict[str, set[str]] = {}
+        for path in files():
+            if folder not in path.parents or path.name == "__init__.py":
+                continue
+            source = path.relative_to(folder).with_suffix("").parts[0]
+            targets = {name[len(place) + 1 :].split(".")[0] for name in imports(path) if name.startswith(f"{place}.")}
+            arrows.setdefault(source, set()).update(targets - {source})
+        while arrows:  # take away what imports nothing that is left
+            free = [name for name, targets in arrows.items() if not targets & arrows.keys()]
+            assert free, f"{folder.relative_to(ROOT)}: a circle among {sorted(arrows)}"
+            for name in free:
+                del arrows[name]
+
+
+def test_the_rooms_are_small() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == TOP_FILES
+    for folder in {path.parent for path in files()}:
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= MODULES_IN_A_FOLDER, folder
 
 
 def test_the_core_imports_torch_einops_and_safetensors_only() -> None:
@@ -104,7 +123,7 @@ def test_the_core_imports_torch_einops_and_safetensors_only() -> None:
         for name in imports(path):
             top, *rest = name.split(".")
             if top == "vismt":
-                assert rest[0] in {"lowrank", *GROUND}, f"{path.name} imports {name}"
+                assert rest[0] in CORE_FLOORS, f"{path.name} imports {name}"
             else:
                 assert top in CORE_LIBRARIES or top in sys.stdlib_module_names, f"{path.name} imports {name}"
 

@@ -5,23 +5,23 @@ Public names are imported when they are first used, so that `import vismt` loads
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vismt import llm, lowrank, metatune, multitask, robustness
     from vismt.api import audit, evaluate_fewshot, meta_tune, train
-    from vismt.errors import UserError
+    from vismt.base.errors import UserError
+    from vismt.jobs.study_results import StudyResults
     from vismt.lowrank.adapter_choice import adapters_per_sample
-    from vismt.lowrank.inject import merge
-    from vismt.lowrank.named import activate, disabled, remove, unadapt
-    from vismt.lowrank.peft_folder import export_peft, import_peft
+    from vismt.lowrank.files.peft_folder import export_peft, import_peft
+    from vismt.lowrank.files.store import load_adapter, save_adapter
+    from vismt.lowrank.model.inject import merge
+    from vismt.lowrank.model.named import activate, disabled, remove, unadapt
     from vismt.lowrank.recompute import recompute
-    from vismt.lowrank.store import load_adapter, save_adapter
     from vismt.methods import adapt, list_methods
-    from vismt.study_results import StudyResults
 
-from vismt.registry import PLACES
+from vismt.base.exports import exports
+from vismt.base.registry import PLACES
 
 __version__ = "0.1.0"
 
@@ -54,47 +54,12 @@ __all__ = [
 
 # The modules that hold the parts of an adapter, by the names that adapter files use.
 PLACES["layers"] = {
-    "expert_pairs": "vismt.multitask.expert_pairs",
-    "hosted": "vismt.lowrank.hosted",
-    "low_rank": "vismt.lowrank.linear",
-    "quantized": "vismt.lowrank.quantized",
-    "slice": "vismt.lowrank.slice_linear",
+    "expert_pairs": "vismt.multitask.emtal.expert_pairs",
+    "hosted": "vismt.llm.peft_tuners.layer",
+    "low_rank": "vismt.lowrank.layers.linear",
+    "quantized": "vismt.llm.pissa.quantized",
+    "slice": "vismt.llm.s2ft.layer",
 }
-PLACES["wrappers"] = {"moefied_ffn": "vismt.multitask.moefied", "instance_gate": "vismt.llm.ilora"}
+PLACES["wrappers"] = {"moefied_ffn": "vismt.multitask.emtal.ffn", "instance_gate": "vismt.llm.ilora.method"}
 
-# Public name -> module that defines it; names of __all__ that are not here are packages of this one.
-_MODULES = {
-    "StudyResults": "study_results",
-    "UserError": "errors",
-    "activate": "lowrank.named",
-    "adapt": "methods",
-    "adapters_per_sample": "lowrank.adapter_choice",
-    "audit": "api",
-    "disabled": "lowrank.named",
-    "evaluate_fewshot": "api",
-    "export_peft": "lowrank.peft_folder",
-    "import_peft": "lowrank.peft_folder",
-    "list_methods": "methods",
-    "load_adapter": "lowrank.store",
-    "merge": "lowrank.inject",
-    "meta_tune": "api",
-    "recompute": "lowrank.recompute",
-    "remove": "lowrank.named",
-    "save_adapter": "lowrank.store",
-    "train": "api",
-    "unadapt": "lowrank.named",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'vismt' has no attribute {name!r}")
-    if name not in _MODULES:
-        return importlib.import_module(f"vismt.{name}")
-    value = getattr(importlib.import_module(f"vismt.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exports(__name__)

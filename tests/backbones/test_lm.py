@@ -11,7 +11,7 @@ from helpers.tiny import shake
 
 import vismt
 from vismt.backbones.lm import create_lm
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 transformers = pytest.importorskip("transformers")
 

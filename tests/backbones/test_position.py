@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vismt.backbones.position import resample
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 
 def ramp(side: int, prefix: int = 1) -> torch.Tensor:

@@ -7,11 +7,11 @@ import torch
 from helpers.tiny import shake
 
 import vismt
-from vismt import wheels
 from vismt.backbones.assets import get_asset, load_asset_card
 from vismt.backbones.lm import create_lm
 from vismt.backbones.vit import create
-from vismt.errors import UserError
+from vismt.base.errors import UserError
+from vismt.storage import wheels
 
 pytestmark = [pytest.mark.assets, pytest.mark.slow]  # slow: the default run fetches nothing
 

@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from vismt.backbones.vit import Backbone, create
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.5)
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import vismt
 from vismt.backbones.vit import Backbone, create
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.jobs.job import check_trained_dtype
 
 OWN = {

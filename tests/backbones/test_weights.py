@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from vismt.backbones.position import resample
 from vismt.backbones.vit import create
 from vismt.backbones.weights import read_checkpoint
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 NAME = "test_vit"
 

@@ -14,8 +14,8 @@ from torch import nn
 
 import vismt
 from vismt.llm import collect_covariance, instance_gates
-from vismt.lowrank.adapter_layer import AdapterLayer, adapter_layers
-from vismt.lowrank.slice_linear import SliceLinear
+from vismt.llm.s2ft.layer import SliceLinear
+from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
 from vismt.methods import METHODS as DECLARED
 
 # Methods without an update of their own (lisa) train the weights; what they promise is tested in tests/llm.

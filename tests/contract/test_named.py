@@ -13,7 +13,7 @@ from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 EVERY = [*GRAPHS, *((method, "with_head") for method in METHODS if method != "s2ft")]
 

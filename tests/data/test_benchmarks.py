@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.cards import list_cards, load_card
 from vismt.data.check import check, listing, prepare
+from vismt.data.formats.json_lists import FilelistSource
+from vismt.data.formats.meta_dataset import MetaDatasetSource
 from vismt.data.images import open_images
-from vismt.data.json_lists import FilelistSource
-from vismt.data.meta_dataset import MetaDatasetSource
-from vismt.errors import UserError
 from vismt.jobs import load_config
-from vismt.paths import shipped
+from vismt.storage.paths import shipped
 
 META = {  # classes of train, valid, test: table of the paper's appendix and the published dataset_spec files
     "ilsvrc_2012": (712, 158, 130), "omniglot": (883, 81, 659), "aircraft": (70, 15, 15), "cub": (140, 30, 30), "dtd": (33, 7, 7),

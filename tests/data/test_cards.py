@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from vismt.base.errors import UserError
 from vismt.data.cards import list_cards, load_card
-from vismt.data.folder import FolderSource
-from vismt.data.torchvision_door import TorchvisionSource
-from vismt.errors import UserError
-from vismt.paths import shipped
+from vismt.data.formats.folder import FolderSource
+from vismt.data.formats.torchvision_door import TorchvisionSource
+from vismt.storage.paths import shipped
 
 META = "  - {kind: meta_dataset, root: x, splits: {test: null}, classes_per_split: {tset: 9}}"
 TABLE = "  - {kind: table, root: x, table: t.csv, folders: [in], column: image, keep: [a, b], splits: {all: 3}}"

@@ -10,14 +10,14 @@ import pytest
 import torchvision
 from PIL import Image
 
+from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.cards import list_cards, load_card
 from vismt.data.check import check, listing, prepare
 from vismt.data.fetching import fetch
-from vismt.data.folder import FolderSource
+from vismt.data.formats.folder import FolderSource
 from vismt.data.images import open_images
 from vismt.data.manifest import digest, write_manifest
-from vismt.errors import UserError
 
 
 def with_manifest(card_path) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from vismt.base.errors import UserError
 from vismt.data.decode import decode_file, is_image_name, to_rgb
-from vismt.errors import UserError
 
 
 def pixel(image: Image.Image, x: int = 0, y: int = 0) -> list[int]:

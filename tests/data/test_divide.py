@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vismt.base.errors import UserError
 from vismt.data.splits import divide, limited
-from vismt.errors import UserError
 
 LABELS = torch.tensor([0] * 10 + [1] * 4 + [0] * 2)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from vismt.base.errors import UserError
 from vismt.data.batching import Gathered, InOrder, ShuffledBatches
 from vismt.data.images import ImageSet
 from vismt.data.pixels import Pixels
-from vismt.errors import UserError
 
 
 def store(name: str, first: int, count: int, size: int = 2) -> Pixels:

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from vismt.base.errors import UserError
 from vismt.data.images import open_images
-from vismt.errors import UserError
 
 
 def break_file(home, name: str) -> None:

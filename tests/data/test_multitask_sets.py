@@ -6,12 +6,12 @@ import math
 
 import pytest
 
-from vismt.config import read_yaml
+from vismt.base.errors import UserError
+from vismt.config.sections import read_yaml
 from vismt.data.cards import load_card
 from vismt.data.check import check, prepare
 from vismt.data.images import open_images
-from vismt.errors import UserError
-from vismt.paths import shipped
+from vismt.storage.paths import shipped
 
 COUNTS = {  # classes, images by split: the papers of the sets, and Table 8 of EMTAL
     "cub200": (200, {"train": 5994, "test": 5794}),

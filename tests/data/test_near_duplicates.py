@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
+from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.config import typed
+from vismt.config.sections import typed
 from vismt.data import images
 from vismt.data.near_duplicates import MARGIN, TILE, near_duplicates
-from vismt.errors import UserError
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.dense.config import DenseConfig

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from vismt.base.errors import UserError
 from vismt.data import pixels as module
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels, square
-from vismt.errors import UserError
 
 
 def test_square_keeps_the_centre():

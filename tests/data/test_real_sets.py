@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vismt.base.errors import UserError
 from vismt.data.check import check
-from vismt.data.dense import open_dense
-from vismt.data.dense_sample import size_of, valid
-from vismt.data.derived import normals_from_depth
+from vismt.data.formats.derived import normals_from_depth
 from vismt.data.images import open_images
+from vismt.data.maps.dense import open_dense
+from vismt.data.maps.dense_sample import size_of, valid
 from vismt.data.near_duplicates import groups_of
 from vismt.data.splits import divide
-from vismt.errors import UserError
-from vismt.paths import data_roots
+from vismt.storage.paths import data_roots
 
 ROOT = next(iter(data_roots()), None)
 LABELLED = {  # name: (split, images, classes)

@@ -19,10 +19,10 @@ from helpers.tiny import images, shake, tiny_vit
 import vismt
 from vismt import methods
 from vismt.cli import parse
-from vismt.config import find_config
+from vismt.config.sections import find_config
+from vismt.config.yaml_text import read_yaml
 from vismt.data.cards import load_card
 from vismt.jobs import load_config, make_job
-from vismt.plain_yaml import read_yaml
 
 ASSERTED = {
     "README.md",

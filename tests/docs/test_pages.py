@@ -16,9 +16,9 @@ import pytest
 from helpers import pages
 from helpers.pages import PAGES, README, ROOT
 
-from vismt.config import config_hash
+from vismt.config.sections import config_hash
 from vismt.jobs import load_config
-from vismt.lowrank.options import COMMON
+from vismt.lowrank.model.options import COMMON
 from vismt.methods import METHODS
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -121,7 +121,7 @@ DOCUMENTED = sorted({name for page in PAGES for name in re.findall(r"^::: ([\w.]
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_a_documented_object_is_found(name: str) -> None:
-    if name.startswith("vismt.lightning"):
+    if name.startswith("vismt.integrations.lightning"):
         pytest.importorskip("lightning")
     assert pkgutil.resolve_name(name) is not None
 

@@ -10,19 +10,19 @@ import torch
 import yaml
 from helpers.own_images import write_folder
 
+from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.config import config_hash, typed
-from vismt.errors import UserError
+from vismt.config.sections import config_hash, typed
 from vismt.jobs import load_config, open_run, start_config
 from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.robustness.config import ClassifierConfig
 from vismt.jobs.robustness.own_images import TrainedArm
-from vismt.lines import read_lines
-from vismt.lowrank.inject import merge
+from vismt.lowrank.model.inject import merge
 from vismt.report.results import Result, read_results
-from vismt.robustness.attacks import AttackSpec, robust_accuracy
+from vismt.robustness.attacks.attacks import AttackSpec, robust_accuracy
 from vismt.robustness.evaluate import evaluate_classifier
+from vismt.storage.lines import read_lines
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")

@@ -16,7 +16,7 @@ import yaml
 
 from vismt.cli import main
 from vismt.data.images import open_images
-from vismt.lines import read_lines, write_lines
+from vismt.storage.lines import read_lines, write_lines
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
@@ -88,7 +88,7 @@ def test_a_run_leaves_everything_a_number_needs(run_folder: Path) -> None:
 def test_the_command_of_a_report_can_be_pasted(tmp_path: Path, monkeypatch) -> None:
     import shlex
 
-    from vismt.engine.run import _command
+    from vismt.jobs.run import _command
 
     words = ["run", "my configs/a.yaml", "evaluate.data=[a, b]", "title=it's $HOME"]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/vismt", *words])
@@ -205,8 +205,8 @@ def test_expert_is_a_hidden_alias_of_arm(run_folder: Path, capsys) -> None:
 
 def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, capsys) -> None:
     from vismt.engine import checkpoint
-    from vismt.metatune import episode_runner
-    from vismt.metatune.episode_runner import EpisodeRunner
+    from vismt.metatune.protocol import episode_runner
+    from vismt.metatune.protocol.episode_runner import EpisodeRunner
 
     path = write(tmp_path)
     out = tmp_path / "runs"
@@ -429,12 +429,6 @@ def test_the_list_answers_quickly() -> None:
     assert process.stdout.strip().splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("what", ["core", "amt", "emtal"])
-def test_a_bench_without_rounds_is_refused(what: str, capsys) -> None:
-    assert main(["bench", what, "--rounds", "0"]) == 2
-    assert capsys.readouterr().err == "error: bench: --rounds 0; it must be at least 1.\n"
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -458,7 +452,7 @@ def test_a_configuration_that_names_what_is_missing_leaves_no_folder(
 def test_a_run_folder_in_use_is_refused(run_folder: Path, capsys) -> None:
     import os
 
-    from vismt.files import LOCK
+    from vismt.storage.files import LOCK
 
     locks = pytest.importorskip("filelock")
     with locks.FileLock(run_folder / LOCK):

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from vismt.cli import main
-from vismt.lines import read_lines
-from vismt.robustness import attacks
+from vismt.robustness.attacks import attacks
+from vismt.storage.lines import read_lines
 
 pytest.importorskip("sklearn")
 

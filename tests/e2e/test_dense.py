@@ -19,24 +19,24 @@ import yaml
 from helpers.checkpoints import saved_tensors
 from PIL import Image
 
+from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.data.dense_transforms import resize
-from vismt.errors import UserError
+from vismt.data.maps.dense_transforms import resize
 from vismt.jobs import load_config, open_run
 from vismt.jobs.dense import config as dense_config
 from vismt.jobs.dense import panels as dense_panels
 from vismt.jobs.dense.config import check
 from vismt.jobs.dense.job import DenseJob
 from vismt.jobs.dense.predict import VALUES, most_pixels
-from vismt.lines import read_lines, write_lines
 from vismt.methods import schedules
+from vismt.multitask.emtal.method import routes
 from vismt.multitask.heads import resize_logits
-from vismt.multitask.moe_lora import routes
 from vismt.multitask.tasks.base import DARK
-from vismt.paths import shipped
 from vismt.report.panels import read_panel
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
-from vismt.stats import mean_interval, with_seeds
+from vismt.storage.lines import read_lines, write_lines
+from vismt.storage.paths import shipped
+from vismt.uncertainty.intervals import mean_interval, with_seeds
 
 pytest.importorskip("skimage")
 pytest.importorskip("torchmetrics")

@@ -14,14 +14,14 @@ import torch
 import yaml
 from PIL import Image
 
+from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.errors import UserError
 from vismt.jobs import load_config, make_job, open_run
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.job import DenseJob
-from vismt.lines import read_lines
-from vismt.paths import data_roots
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
+from vismt.storage.lines import read_lines
+from vismt.storage.paths import data_roots
 
 pytest.importorskip("torchmetrics")
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from vismt.cli import main
 from vismt.jobs import open_run
-from vismt.lines import read_lines
 from vismt.multitask.tasks.base import DARK
 from vismt.report.panels import read_panel
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
+from vismt.storage.lines import read_lines
 
 pytest.importorskip("torchmetrics")
 

@@ -10,10 +10,10 @@ import timm
 import torch
 import yaml
 
+from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.engine.run import Run
-from vismt.errors import UserError
 from vismt.jobs import open_run
+from vismt.jobs.run import Run
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")

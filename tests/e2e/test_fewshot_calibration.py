@@ -11,16 +11,16 @@ import torch.nn.functional as F
 import yaml
 from helpers.tiny_runs import FEWSHOT
 
+from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.config import config_hash, typed
-from vismt.errors import UserError
-from vismt.files import read_sealed
+from vismt.config.sections import config_hash, typed
 from vismt.jobs import open_run
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.config_checks import check
-from vismt.lines import read_lines, write_lines
-from vismt.metatune.protocol import clean_logits
+from vismt.metatune.protocol.protocol import clean_logits
 from vismt.report.results import read_results
+from vismt.storage.files import read_sealed
+from vismt.storage.lines import read_lines, write_lines
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")

@@ -15,9 +15,9 @@ import yaml
 
 from vismt.backbones import build
 from vismt.backbones.assets import list_assets, load_asset_card
+from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.config import typed
-from vismt.errors import UserError
+from vismt.config.sections import typed
 from vismt.jobs import load_config, open_run
 from vismt.jobs.fewshot.arms import (
     evaluated_models,
@@ -30,8 +30,8 @@ from vismt.jobs.fewshot.config import (
 from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.job import FewShotJob
-from vismt.lines import read_lines
-from vismt.paths import shipped
+from vismt.storage.lines import read_lines
+from vismt.storage.paths import shipped
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")

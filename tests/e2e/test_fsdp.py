@@ -15,13 +15,13 @@ from helpers.tiny import tiny_vit
 from torch import Tensor, nn
 
 import vismt
+from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.config import TrainConfig
+from vismt.config.sections import TrainConfig
 from vismt.engine import runtime
 from vismt.engine.sharding import check_sharded
-from vismt.errors import UserError
 from vismt.metatune.protonet import ProtoNet
-from vismt.multitask.balancing import make_balancer
+from vismt.multitask.balancing.base import make_balancer
 
 pytest.importorskip("skimage")
 pytest.importorskip("torchmetrics")

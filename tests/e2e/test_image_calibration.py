@@ -13,8 +13,8 @@ from helpers.tiny_runs import FEWSHOT, TRAIN, VIT
 from vismt.backbones import vit
 from vismt.cli import main
 from vismt.jobs import open_run
-from vismt.llm.covariance import collect_covariance
-from vismt.llm.covariance_files import load_covariances
+from vismt.llm.corda.covariance import collect_covariance
+from vismt.llm.corda.files import load_covariances
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")

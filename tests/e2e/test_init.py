@@ -12,7 +12,7 @@ from PIL import Image
 
 from vismt.cli import main
 from vismt.report.results import read_results
-from vismt.robustness import attacks
+from vismt.robustness.attacks import attacks
 
 TINY = ["model.name=test_vit", "model.pretrained=false", "model.img_size=32", "model.position=timm", "train.steps=2"]
 JOBS = ("fewshot", "multitask", "robustness")

@@ -17,18 +17,18 @@ import transformers
 import yaml
 from helpers.lm_parts import changed, save_lm, save_texts, sentiment_task
 
+from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.engine import checkpoint, runtime
-from vismt.errors import UserError
 from vismt.jobs import open_run
-from vismt.lines import read_lines
-from vismt.llm import covariance
-from vismt.llm.covariance_files import load_covariances
+from vismt.llm.corda import covariance
+from vismt.llm.corda.files import load_covariances
 from vismt.llm.net import LmNet
+from vismt.llm.s2ft.selection import select_units
 from vismt.llm.tasks.base import gather
-from vismt.llm.unit_selection import select_units
-from vismt.lowrank.adapter_layer import adapter_layers
+from vismt.lowrank.layers.base import adapter_layers
 from vismt.report.results import RECORDS, read_results
+from vismt.storage.lines import read_lines
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
 
 @pytest.mark.slow
 def test_laplace_of_a_large_head_is_factored_and_named_kronecker(home, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("vismt.llm.heads.LARGEST", 2 * 32 - 1)  # two answers, an LM of width 32
+    monkeypatch.setattr("vismt.uncertainty.last_layers.LARGEST", 2 * 32 - 1)  # two answers, an LM of width 32
     arms = {"linear": {}, "vbll": {"head": {"name": "vbll"}}}
     path = write(tmp_path, settings(home, arms=arms, evaluate={"batch": 4, "laplace": True}))
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
@@ -439,7 +439,7 @@ def test_a_calibration_in_little_memory_ends_alike(home, tmp_path: Path, monkeyp
         # Two passes.
         return covariance.collect_covariance(*arguments, memory_budget=memory_budget / 200, **options)
 
-    monkeypatch.setattr("vismt.llm.corda.collect_covariance", tight)
+    monkeypatch.setattr("vismt.llm.corda.method.collect_covariance", tight)
     passes = trained(home, tmp_path / "passes", calibration={**calibration, "memory_mb": 3})
     assert set(budgets) == {3 * 2**20} and len(list((passes / "calibration").rglob("covariances-*.safetensors"))) == 2
     assert passes.name == straight.name  # the memory changes no result, and is not part of the hash
@@ -455,7 +455,7 @@ def test_the_lm_is_on_its_device_before_it_is_calibrated(home, tmp_path: Path, m
         assert moved[-1] == (id(lm), runtime.processes().device)
         return covariance.collect_covariance(lm, *arguments, **options)
 
-    monkeypatch.setattr("vismt.llm.corda.collect_covariance", checked)
+    monkeypatch.setattr("vismt.llm.corda.method.collect_covariance", checked)
     trained(home, tmp_path, calibration={"data": [home["stories"]], "rows": 2})
     assert moved
 

@@ -17,16 +17,16 @@ import torch.nn.functional as F
 import yaml
 from helpers.checkpoints import saved_tensors
 
+from vismt.base.seeds import digest
 from vismt.cli import main
 from vismt.engine.study import Study
-from vismt.files import read_sealed
 from vismt.jobs import load_config, open_run
 from vismt.jobs.classification.calibration import CALIBRATION, best_tau
 from vismt.jobs.variants import ADJUSTED, TEMPERED
-from vismt.lines import read_lines, write_lines
 from vismt.multitask.class_loss import adjusted
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
-from vismt.seeds import digest
+from vismt.storage.files import read_sealed
+from vismt.storage.lines import read_lines, write_lines
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")

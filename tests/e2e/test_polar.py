@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from vismt.cli import main
-from vismt.lines import read_lines
 from vismt.report.results import read_results
+from vismt.storage.lines import read_lines
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")

@@ -14,7 +14,7 @@ from helpers.own_images import write_folder
 import vismt
 from vismt.backbones.vit import create
 from vismt.cli import main
-from vismt.lines import read_lines
+from vismt.storage.lines import read_lines
 
 pytest.importorskip("sklearn")
 

@@ -11,8 +11,8 @@ from helpers.dense_copies import write_copy
 from vismt.cli import main
 from vismt.data.check import check
 from vismt.jobs import open_run
-from vismt.lines import read_lines
 from vismt.report.results import read_results
+from vismt.storage.lines import read_lines
 
 pytest.importorskip("torchmetrics")
 

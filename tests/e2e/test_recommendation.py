@@ -18,16 +18,16 @@ pytest.importorskip("tokenizers")
 
 from helpers.lm_parts import changed, ranked_task, save_interactions, save_lm, save_texts
 
+from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.engine import checkpoint
-from vismt.errors import UserError
 from vismt.jobs import open_run
 from vismt.jobs.lm.recommender import Recommender, _finish
-from vismt.lines import read_lines
-from vismt.llm.hybrid import Hybrid
-from vismt.llm.ilora import gate_part
+from vismt.llm.ilora.hybrid import Hybrid
+from vismt.llm.ilora.method import gate_part
 from vismt.report.results import EXAMPLE, RECORDS, read_results
-from vismt.stats import wilson
+from vismt.storage.lines import read_lines
+from vismt.uncertainty.intervals import wilson
 
 ARMS = ["frozen", "sasrec", "lora", "ilora", "random", "shuffled", "cnn"]
 

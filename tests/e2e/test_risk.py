@@ -11,15 +11,15 @@ import yaml
 from helpers.lm_parts import save_lm, save_texts, sentiment_task
 from helpers.tiny_runs import TRAIN, VIT
 
+from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.engine.study import read_choice
-from vismt.errors import UserError
-from vismt.files import read_sealed
 from vismt.jobs import open_run
 from vismt.jobs.risk import fit_thresholds, validation_parts
-from vismt.lines import read_lines
 from vismt.report.results import Result, read_results
 from vismt.report.risk import ACCEPTED, AURC, COLUMNS, COVERED, RISK, SIZE
+from vismt.storage.files import read_sealed
+from vismt.storage.lines import read_lines
 
 pytest.importorskip("sklearn")
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from vismt.cli import main
-from vismt.lines import read_lines
+from vismt.storage.lines import read_lines
 
 pytest.importorskip("sklearn")
 

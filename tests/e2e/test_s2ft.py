@@ -16,15 +16,15 @@ from helpers.tiny import images, snapshot, tiny_vit
 from torch import Tensor, nn
 
 import vismt
+from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.config import TrainConfig
+from vismt.config.sections import TrainConfig
 from vismt.engine import loop, runtime
-from vismt.errors import UserError
 from vismt.jobs import open_run
-from vismt.lines import read_lines
-from vismt.lowrank.adapter_layer import adapter_layers
-from vismt.lowrank.wrappers import to_stock
+from vismt.lowrank.layers.base import adapter_layers
+from vismt.lowrank.layers.wrappers import to_stock
 from vismt.methods import method_optimizer
+from vismt.storage.lines import read_lines
 
 EVERY = ["v", "o", "u", "d"]
 

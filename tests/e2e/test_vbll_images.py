@@ -13,8 +13,8 @@ from helpers.tiny_runs import VIT
 
 from vismt.cli import main
 from vismt.jobs import open_run
-from vismt.llm.vbll import VBLLClassifier
 from vismt.report.results import read_results
+from vismt.uncertainty.vbll import VBLLClassifier
 
 pytest.importorskip("sklearn")
 

@@ -18,15 +18,15 @@ import pytest
 import yaml
 from helpers.units import die, mark, sleep
 
+from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.engine.loop import Diverged
 from vismt.engine.study import Training
 from vismt.engine.workers import LocalWorkers, _start, make_workers
-from vismt.errors import UserError
-from vismt.files import locked
 from vismt.jobs import units
 from vismt.jobs.fewshot.job import FewShotJob
 from vismt.report.results import RESULTS
+from vismt.storage.files import locked
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")

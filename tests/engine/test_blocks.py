@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import vismt
 from vismt.backbones.vit import Backbone
-from vismt.config import TrainConfig
+from vismt.base.errors import UserError
+from vismt.config.sections import TrainConfig
 from vismt.engine import blocks, loop
 from vismt.engine.blocks import find_blocks, running_blocks
-from vismt.errors import UserError
 from vismt.lowrank.memory import kept_bytes
-from vismt.metatune.amt import AdversarialObjective, Adversary
+from vismt.metatune.amt.objective import AdversarialObjective, Adversary
 from vismt.metatune.maml import LinearLearner, MamlObjective, MamlSettings
 
 SAVING = {"recompute": {"recompute": "cheap"}, "checkpointing": {"checkpointing": True}}

@@ -16,11 +16,11 @@ import torch
 from helpers.toy_training import Toy, rewritten, run, stopped
 from torch import Tensor, nn
 
-from vismt.config import TrainConfig
+from vismt.base.errors import UserError
+from vismt.config.sections import TrainConfig
 from vismt.engine import checkpoint
 from vismt.engine.optimizer import make_optimizer
-from vismt.errors import UserError
-from vismt.lines import read_lines
+from vismt.storage.lines import read_lines
 
 
 def load(folder: Path, module: nn.Module | None = None, config_hash: str = "hash") -> tuple[int, int]:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vismt.config import TrainConfig
+from vismt.config.sections import TrainConfig
 from vismt.engine import checkpoint, loop, runtime
-from vismt.files import PARTIAL, locked, remove_partial, write_tensors
-from vismt.lines import LineFile, read_lines, write_lines
-from vismt.records import SHARE, Records
+from vismt.storage.files import PARTIAL, locked, remove_partial, write_tensors
+from vismt.storage.lines import LineFile, read_lines, write_lines
+from vismt.storage.records import SHARE, Records
 
 
 class Toy(nn.Module):

@@ -10,12 +10,12 @@ from helpers.checkpoints import saved_tensors
 from helpers.error_ranks import rows_of, weighed
 from torch import Tensor, nn
 
-from vismt.config import TrainConfig
+from vismt.base.errors import UserError
+from vismt.config.sections import TrainConfig
 from vismt.engine import loop, runtime
 from vismt.engine.log import MetricsLog
 from vismt.engine.optimizer import make_optimizer, rate
-from vismt.errors import UserError
-from vismt.lines import read_lines, write_lines
+from vismt.storage.lines import read_lines, write_lines
 
 
 class Toy(nn.Module):

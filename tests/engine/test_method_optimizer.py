@@ -11,12 +11,12 @@ from helpers.tiny import images, tiny_vit
 from torch import Tensor, nn
 
 import vismt
-from vismt.config import TrainConfig
+from vismt.config.sections import TrainConfig
 from vismt.engine import loop, runtime
-from vismt.lines import read_lines
 from vismt.llm import Landing
-from vismt.lowrank.wrappers import wrappers_of
-from vismt.multitask.fading import FadeConfig
+from vismt.lowrank.layers.wrappers import wrappers_of
+from vismt.multitask.emtal.fading import FadeConfig
+from vismt.storage.lines import read_lines
 
 
 class Classify(nn.Module):

@@ -10,10 +10,10 @@ import torch
 from helpers.error_ranks import rows_of, weighed
 from helpers.ranks import of_two
 
-from vismt import ranks
+from vismt.base import ranks
+from vismt.base.errors import UserError
 from vismt.engine.study import ALONE, read_choice
-from vismt.errors import UserError
-from vismt.files import locked
+from vismt.storage.files import locked
 
 
 @pytest.mark.slow

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from vismt.base.errors import UserError
 from vismt.data.names import overlap
 from vismt.engine.splits import PartsConfig, check_parts
-from vismt.errors import UserError
-from vismt.paths import shipped
+from vismt.storage.paths import shipped
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import torch
 from helpers.tiny import tiny_vit
 
 import vismt
+from vismt.base.errors import UserError
 from vismt.engine.study import Training
 from vismt.engine.training_files import check_files, finish, read_done, restore
-from vismt.errors import UserError
-from vismt.files import write_tensors
+from vismt.storage.files import write_tensors
 
 
 def finished(folder: Path, value: float) -> Path:

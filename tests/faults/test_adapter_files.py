@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import vismt
-from vismt.errors import UserError
-from vismt.files import LOCK, sealed
-from vismt.lowrank.adapter_files import DESCRIPTION
+from vismt.base.errors import UserError
+from vismt.lowrank.files.description import DESCRIPTION
+from vismt.storage.files import LOCK, sealed
 
 METHODS = vismt.list_methods()
 Folders = dict[str, Path]
@@ -120,7 +120,7 @@ ANY = {
     "parts": (top(parts={"blocks": {"type": 3, "settings": {}}}), "type: expected str, got 3"),
     "program": (top(parts={"blocks": {"type": "vismt.cli.__main__:main", "settings": {}}}), "this version of vismt"),
     "abstract": (
-        top(parts={"blocks": {"type": "vismt.lowrank.wrappers:ModuleWrapper", "settings": {}}}),
+        top(parts={"blocks": {"type": "vismt.lowrank.layers.wrappers:ModuleWrapper", "settings": {}}}),
         "this version of vismt",
     ),
     "also_train": (top(also_train=[["head"]]), r"also_train\[0\]: expected str"),

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vismt.backbones.cards import SHIPPED, load_asset_card
+from vismt.base.errors import UserError
+from vismt.config.yaml_text import parse_yaml
 from vismt.data.cards import list_cards, load_card
 from vismt.data.check import check
-from vismt.errors import UserError
-from vismt.paths import shipped
-from vismt.plain_yaml import parse_yaml
+from vismt.storage.paths import shipped
 
 SOURCES = {
     "folder": '{root: ., layout: "{class}", splits: {all: 4}}',

@@ -19,11 +19,11 @@ from helpers.toy_training import Toy, rewritten, run, stopped
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vismt.config import TrainConfig
+from vismt.base.errors import UserError
+from vismt.config.sections import TrainConfig
 from vismt.engine import checkpoint
 from vismt.engine.optimizer import make_optimizer
-from vismt.errors import UserError
-from vismt.lines import read_lines
+from vismt.storage.lines import read_lines
 
 
 @cache

@@ -12,10 +12,10 @@ from helpers.yaml_mutations import damaged_texts, damaged_trees
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vismt.config import config_hash, override, resolved
-from vismt.errors import UserError
+from vismt.base.errors import UserError
+from vismt.config.sections import config_hash, override, resolved
+from vismt.config.yaml_text import parse_yaml
 from vismt.jobs import load_config, make_job
-from vismt.plain_yaml import parse_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = [

@@ -14,9 +14,9 @@ from PIL import EpsImagePlugin, Image
 import vismt
 from vismt.backbones.lm import create_lm
 from vismt.backbones.weights import read_checkpoint
+from vismt.base.errors import UserError
 from vismt.data.decode import decode_file
 from vismt.data.images import open_images
-from vismt.errors import UserError
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
 # The argument without which a call may run or unpickle what it reads.

@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from vismt.base.errors import UserError
 from vismt.data.check import check
 from vismt.data.decode import FORMATS, MAX_PIXELS, decode_bytes, decode_file
-from vismt.data.dense_maps import read_array
 from vismt.data.images import open_images
-from vismt.errors import UserError
+from vismt.data.maps.dense_maps import read_array
 
 
 def encoded(form: str, mode: str = "RGB") -> bytes:

@@ -14,7 +14,7 @@ from helpers.faults import SOUND, tried
 from helpers.kills import killed, run, timed
 from helpers.tiny_runs import CONFIGS, outcome, write_config
 
-from vismt.lines import read_lines
+from vismt.storage.lines import read_lines
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")

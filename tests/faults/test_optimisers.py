@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vismt
 from vismt.llm import UnitSelection, check_slices
-from vismt.lowrank.adapter_layer import adapter_layers
+from vismt.lowrank.layers.base import adapter_layers
 
 Parameters = list[nn.Parameter]
 

@@ -18,12 +18,12 @@ from helpers.faults import cases, no_hang, refused_or_harmless
 from helpers.own_images import write_folder
 from helpers.run_folder import make_folder
 
+from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.cards import load_card
 from vismt.data.images import open_images
 from vismt.data.source_types import KINDS
-from vismt.data.texts import open_texts
-from vismt.errors import UserError
+from vismt.data.texts.texts import open_texts
 
 HEAD = "name: mine\ntitle: t\nsource: s\nlicence: l\nclasses: 2\nsources:\n"
 IMAGES = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
@@ -138,7 +138,7 @@ def test_hostile_npz_files(name: str, tmp_path: Path) -> None:
 
 def test_an_npz_takes_no_more_memory_than_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of kilobytes that unpacks to more; the test lowers the limit."""
-    monkeypatch.setattr("vismt.data.arrays.MAX_BYTES", 2**20)
+    monkeypatch.setattr("vismt.data.formats.arrays.MAX_BYTES", 2**20)
     (tmp_path / "card.yaml").write_text(f"{HEAD}  - {{kind: arrays, file: a.npz}}\n")
     for members in (
         arrays(x=np.zeros((2, 800, 800), np.uint8)),

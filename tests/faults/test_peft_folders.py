@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import vismt
-from vismt.lowrank.patterns import Pattern, PatternError
+from vismt.lowrank.model.patterns import Pattern, PatternError
 from vismt.methods import METHODS
 
 EXPORTED = [name for name, method in METHODS.items() if method.exports and name not in ("moe_lora", "ilora")]

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vismt.cli import main
-from vismt.lines import read_lines
+from vismt.storage.lines import read_lines
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")

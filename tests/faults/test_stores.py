@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vismt
+from vismt.base.errors import UserError
+from vismt.base.identity import Identity, weights_digest
+from vismt.base.objects import name_of
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
-from vismt.driving import MethodDriver
-from vismt.errors import UserError
-from vismt.identity import Identity, weights_digest
-from vismt.llm.covariance_files import load_covariances, save_covariances
+from vismt.integrations.method_driver import MethodDriver
+from vismt.llm.corda.files import load_covariances, save_covariances
 from vismt.metatune.features import FeatureStore, features, number
-from vismt.multitask.experts import cluster_model
-from vismt.objects import name_of
+from vismt.multitask.emtal.clusters import cluster_model
 
 IMAGES = drawn(torch.arange(4).repeat_interleave(2), 3)
 COVARIANCES = {"a": torch.arange(16.0).view(4, 4), "b": torch.eye(3)}
@@ -142,7 +142,7 @@ def changed(vit: nn.Module, random: Random) -> None:
 
 @cases(quick=15, campaign=500)
 def test_resumes_on_another_base(cases: int) -> None:
-    """What both callbacks compare; tests/test_hf.py and tests/test_lightning.py run the trainers."""
+    """What both callbacks compare; tests/integrations/test_hf.py and tests/integrations/test_lightning.py run the trainers."""
 
     def belonging(change: Callable[[nn.Module], object]) -> list[dict]:
         vit = tiny_vit()

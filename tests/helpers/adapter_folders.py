@@ -14,9 +14,9 @@ import safetensors.torch
 from torch import Tensor, nn
 
 import vismt
-from vismt.errors import UserError
-from vismt.files import sealed
-from vismt.lowrank.adapter_files import DESCRIPTION
+from vismt.base.errors import UserError
+from vismt.lowrank.files.description import DESCRIPTION
+from vismt.storage.files import sealed
 
 Change = Callable[[Any], Any]
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from helpers.tiny import shake, tiny_vit
 from vismt import adapt
 from vismt.backbones.vit import Backbone
-from vismt.lowrank.store import save_adapter
-from vismt.metatune.amt import AdversarialObjective, Adversary
-from vismt.metatune.pool import Expert
+from vismt.lowrank.files.store import save_adapter
+from vismt.metatune.amt.objective import AdversarialObjective, Adversary
+from vismt.metatune.amt.pool import Expert
 from vismt.metatune.protonet import ProtoNet
 
 MEAN, STD = (0.5, 0.4, 0.45), (0.25, 0.2, 0.3)

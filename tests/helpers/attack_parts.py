@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.robustness.attacks import AttackSpec
-from vismt.seeds import mix_seed
+from vismt.base.seeds import mix_seed
+from vismt.robustness.attacks.attacks import AttackSpec
 
 CLASSES, SIDE, COUNT = 5, 12, 60
 KEYS = [(3, i) for i in range(COUNT)]

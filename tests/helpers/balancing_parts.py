@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from vismt.engine.runtime import leave
-from vismt.multitask.balancing import make_balancer
+from vismt.multitask.balancing.base import make_balancer
 
 TASKS = ("depth", "edges", "normals")
 STEPS = 4

@@ -16,12 +16,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from vismt import cli, console, ranks
-from vismt.config import RunConfig, TrainConfig
+from vismt import cli
+from vismt.base import console, ranks
+from vismt.base.errors import UserError
+from vismt.config.sections import RunConfig, TrainConfig
 from vismt.engine import loop, runtime
-from vismt.engine.run import Run
 from vismt.engine.study import ALONE, Study, StudyConfig, Training, TuneConfig
-from vismt.errors import UserError
+from vismt.jobs.run import Run
 
 
 def refuse(number: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vismt import console, ranks
+from vismt.base import console, ranks
 from vismt.engine import runtime
 from vismt.jobs import open_run
 

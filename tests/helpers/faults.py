@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 
 def cases(quick: int, campaign: int) -> pytest.MarkDecorator:

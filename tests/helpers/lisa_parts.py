@@ -133,7 +133,7 @@ def rank_main(folder: Path) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     import vismt
-    from vismt.config import TrainConfig
+    from vismt.config.sections import TrainConfig
     from vismt.engine import loop, runtime
 
     dist.init_process_group("gloo")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from helpers.amt_parts import backbone, drawn
-from vismt import ranks
+from vismt.base import ranks
 from vismt.engine import runtime
 from vismt.metatune import EpisodeSampler, ProtoNet, run_protocol
-from vismt.robustness.attacks import AttackSpec
+from vismt.robustness.attacks.attacks import AttackSpec
 
 LABELS = torch.arange(6).repeat_interleave(8)
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vismt import lines
 from vismt.report.comparison import Cell, Comparison
 from vismt.report.results import Result, result_of, write_values
 from vismt.report.results import Score as Score
-from vismt.stats import CLEAN, Condition, Measure
+from vismt.storage import lines
+from vismt.uncertainty.intervals import CLEAN, Condition, Measure
 
 HASH = "4f2a9c1e"
 PGD = Condition("PGD-10 linf 4.5/255", "attack", "PGD linf", 4.5 / 255)

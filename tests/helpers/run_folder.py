@@ -8,7 +8,7 @@ from pathlib import Path
 
 from helpers.results import HASH, PGD, add, measure
 from vismt.report.results import Score
-from vismt.stats import CLEAN
+from vismt.uncertainty.intervals import CLEAN
 
 FROZEN = [0.2, 0.4, 0.6, 0.8]
 

@@ -12,7 +12,7 @@ from torch import nn
 import vismt
 from helpers.lisa_parts import Objective, case, tokens
 from helpers.tiny import snapshot
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 MODES = ("permute", "index")
 
@@ -39,7 +39,7 @@ def rank_main(folder: Path) -> None:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from vismt.config import TrainConfig
+    from vismt.config.sections import TrainConfig
     from vismt.engine import loop, runtime
 
     dist.init_process_group("gloo")

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from vismt.config import TrainConfig
+from vismt.config.sections import TrainConfig
 from vismt.engine import checkpoint, loop, runtime
 
 

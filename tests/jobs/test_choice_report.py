@@ -10,9 +10,9 @@ import torch
 from helpers.results import PGD, result, write_lines
 from torch import Tensor
 
-from vismt.files import sealed
 from vismt.jobs.fewshot.choice_report import choice_tables, choose
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SelectConfig
+from vismt.storage.files import sealed
 
 
 def test_the_oracles_by_hand() -> None:

@@ -9,21 +9,21 @@ from helpers.readable import assert_readable, visible_texts
 from helpers.tiny import images, shake, tiny_vit
 
 from vismt.backbones.vit import Backbone
+from vismt.base.errors import UserError
 from vismt.engine.study import Study, StudyConfig
-from vismt.errors import UserError
 from vismt.jobs.classification import panels as classification_panels
 from vismt.jobs.classification.figures import examples_figure
 from vismt.jobs.classification.models import PixelNet
 from vismt.jobs.classification.panels import EXAMPLES, examples, routers, write_examples
 from vismt.jobs.classification.report import sections
-from vismt.lines import read_lines, write_lines
-from vismt.lowrank.wrappers import wrappers_of
+from vismt.lowrank.layers.wrappers import wrappers_of
 from vismt.methods import adapt
-from vismt.multitask.moe_lora import set_fade
+from vismt.multitask.emtal.method import set_fade
 from vismt.multitask.union import Union
 from vismt.report import plotting
 from vismt.report.panels import read_panel, spread
 from vismt.report.routers import ROUTERS, routers_figure, write_routers
+from vismt.storage.lines import read_lines, write_lines
 
 ARMS = [
     "linear-probe",

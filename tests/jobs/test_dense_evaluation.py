@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from vismt.data.dense import DenseSet
+from vismt.data.maps.dense import DenseSet
 from vismt.engine.study import ALONE, Training
-from vismt.files import read_sealed
 from vismt.jobs.base import mean_scores
 from vismt.jobs.dense import evaluation as dense_evaluation
 from vismt.jobs.dense.config import DenseConfig, all_tasks
@@ -17,10 +16,11 @@ from vismt.jobs.dense.data import Rows
 from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.report import sections
 from vismt.jobs.variants import ADJUSTED
-from vismt.lines import read_lines
 from vismt.multitask.tasks import DenseTask
 from vismt.report.results import Score
 from vismt.robustness.corruptions import CorruptionSpec
+from vismt.storage.files import read_sealed
+from vismt.storage.lines import read_lines
 
 pytest.importorskip("torchmetrics")
 

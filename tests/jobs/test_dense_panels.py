@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.readable import assert_readable, visible_texts
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.jobs.dense.config import PANELS
 from vismt.jobs.dense.figures import predictions_figure
 from vismt.jobs.dense.report import sections

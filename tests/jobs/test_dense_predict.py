@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vismt.config import typed
-from vismt.errors import UserError
+from vismt.base.errors import UserError
+from vismt.config.sections import typed
 from vismt.jobs.dense import predict as dense_predict
 from vismt.jobs.dense.config import DenseConfig
 from vismt.multitask.tasks import make_task

@@ -9,14 +9,14 @@ import pytest
 from helpers.readable import assert_readable, visible_texts
 from helpers.results import PGD, result, write_lines
 
-from vismt.errors import UserError
-from vismt.files import sealed
+from vismt.base.errors import UserError
 from vismt.jobs.fewshot.config import FewShotConfig, PoolConfig
 from vismt.jobs.fewshot.episode_figure import episode_grid
 from vismt.jobs.fewshot.figures import mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings
 from vismt.jobs.fewshot.report import sections
 from vismt.report import plotting
+from vismt.storage.files import sealed
 
 # ---- mixtures of a pool
 

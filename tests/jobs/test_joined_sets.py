@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vismt.config import typed
-from vismt.errors import UserError
+from vismt.base.errors import UserError
+from vismt.config.sections import typed
 from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.dense.data import DenseData
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers.lm_parts import sentiment_task, tokenizer
 
-from vismt.config import typed
+from vismt.base.errors import UserError
+from vismt.config.sections import typed
 from vismt.data.splits import divide
-from vismt.errors import UserError
 from vismt.jobs.lm.config import LmConfig
 from vismt.jobs.lm.data import LmData
 

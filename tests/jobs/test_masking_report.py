@@ -2,11 +2,11 @@
 
 import pytest
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.jobs.fewshot.masking_report import summary, tables
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.report import sections
-from vismt.lines import write_lines
+from vismt.storage.lines import write_lines
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vismt.config import AdaptConfig, TrainConfig, config_hash
-from vismt.errors import UserError
+from vismt.base.errors import UserError
+from vismt.config.sections import AdaptConfig, TrainConfig, config_hash
 from vismt.jobs.fewshot.arms import (
     planned_experts,
     pool_members,

@@ -13,18 +13,18 @@ import torch
 from helpers.amt_parts import adapted, episode, saved
 from torch import Tensor
 
-from vismt.config import AdaptConfig, TrainConfig
-from vismt.errors import UserError
+from vismt.base.errors import UserError
+from vismt.config.sections import AdaptConfig, TrainConfig
 from vismt.jobs import job as job_file
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SourceConfig
 from vismt.jobs.fewshot.job import FewShotJob
 from vismt.jobs.fewshot.models import OWN_FILE
 from vismt.jobs.fewshot.pool_training import find_experts, read_scale
-from vismt.lines import read_lines
-from vismt.metatune.amt import AdversarialObjective
+from vismt.metatune.amt.objective import AdversarialObjective
+from vismt.metatune.amt.pool import Expert, assemble, read_pool
 from vismt.metatune.objective import EpisodeObjective
-from vismt.metatune.pool import Expert, assemble, read_pool
 from vismt.metatune.protonet import ProtoNet
+from vismt.storage.lines import read_lines
 
 
 def config(

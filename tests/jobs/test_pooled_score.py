@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.jobs.dense.pooled_score import PooledScore
 from vismt.multitask.tasks import make_task
-from vismt.stats import mean_interval
+from vismt.uncertainty.intervals import mean_interval
 
 DEPTH = make_task("depth")
 

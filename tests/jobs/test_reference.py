@@ -10,11 +10,11 @@ import jsonschema
 import pytest
 import yaml
 
+from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.config import RunConfig, resolved, with_values
-from vismt.errors import UserError
+from vismt.config.sections import RunConfig, resolved, with_values
+from vismt.config.typed import Names
 from vismt.jobs import JOBS, job_config, load_config, reference
-from vismt.typed_yaml import Names
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

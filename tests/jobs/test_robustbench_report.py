@@ -10,12 +10,12 @@ import yaml
 from helpers.results import result
 
 from vismt import cli
-from vismt.config import config_hash, resolved
+from vismt.config.sections import config_hash, resolved
 from vismt.jobs.robustness.config import ClassifierConfig, RobustnessConfig
 from vismt.report.results import write_results
-from vismt.robustness.attacks import AttackSpec
+from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.conditions import condition_of
-from vismt.stats import CLEAN
+from vismt.uncertainty.intervals import CLEAN
 
 
 def condition(name="autoattack", epsilon=8 / 255, norm="linf", **options):

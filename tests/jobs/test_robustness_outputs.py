@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.models import Classifier

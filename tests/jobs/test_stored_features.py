@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vismt.backbones.vit import Backbone
 from vismt.data.batching import Gathered, InOrder, ShuffledBatches
 from vismt.jobs.classification.models import PixelNet, stored
-from vismt.llm.heads import make_head
 from vismt.metatune import features
+from vismt.uncertainty.last_layers import make_head
 
 LABELS = torch.arange(10) % 6
 

@@ -15,8 +15,8 @@ pytest.importorskip("tokenizers")
 import transformers
 from helpers.lm_parts import tiny_lm
 
-from vismt import console
-from vismt.errors import UserError
+from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.llm import documents
 from vismt.llm.net import LmNet, check_first_block
 from vismt.llm.tasks.pieces import Piece, collate, pack, piece, stem, tree

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.lowrank.bank import FactorBank
 from vismt.lowrank.factors import LowRank
 

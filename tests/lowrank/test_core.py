@@ -11,10 +11,10 @@ from helpers.tiny import images, shake, tiny_vit
 from torch import nn
 
 import vismt
-from vismt.errors import UserError
-from vismt.lowrank.adapter_layer import adapter_layers
+from vismt.base.errors import UserError
+from vismt.lowrank.files.store import DESCRIPTION
+from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.memory import count_parameters, saved_activation_bytes
-from vismt.lowrank.store import DESCRIPTION
 
 THETAS = ["full", "diagonal"]
 

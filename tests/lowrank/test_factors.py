@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 
 

@@ -13,15 +13,15 @@ from helpers.amt_parts import backbone, drawn, saved
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from vismt import stored_tensors as files
 from vismt.backbones.vit import Backbone
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.metatune import EpisodeSampler, LogisticProbe, MergeSettings, PoolNet, ProtoNet, RidgeProbe, run_protocol
 from vismt.metatune import features as module
+from vismt.metatune.amt.pool import ExpertPool
 from vismt.metatune.features import FeatureStore, features, number
-from vismt.metatune.finetune import FineTuned, FineTuneSettings
-from vismt.metatune.pool import ExpertPool
-from vismt.robustness.attacks import AttackSpec
+from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings
+from vismt.robustness.attacks.attacks import AttackSpec
+from vismt.storage import stored_tensors as files
 
 LABELS = torch.arange(6).repeat_interleave(8)
 IMAGES = drawn(LABELS, 3)

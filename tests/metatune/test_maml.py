@@ -13,8 +13,8 @@ from torch import nn
 
 from vismt import adapt
 from vismt.backbones.vit import Backbone
-from vismt.errors import UserError
-from vismt.lowrank.store import load_adapter, save_adapter
+from vismt.base.errors import UserError
+from vismt.lowrank.files.store import load_adapter, save_adapter
 from vismt.metatune.maml import LinearLearner, MamlNet, MamlObjective, MamlSettings
 
 ALGORITHMS = ("maml", "fomaml", "metasgd")

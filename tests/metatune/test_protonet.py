@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.metatune import ProtoNet, cosine_logits, prototypes
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.multitask.class_loss import ClassLoss, adjusted, dice_loss, log_prior
 from vismt.multitask.tasks import IGNORE, make_task
 from vismt.multitask.union import Union, UnionObjective

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vismt.backbones.vit import Backbone
-from vismt.data.dense_sample import Sample, collate
-from vismt.errors import UserError
+from vismt.base.errors import UserError
+from vismt.data.maps.dense_sample import Sample, collate
 from vismt.jobs.dense.pooled_score import PooledScore
-from vismt.multitask.balancing import BALANCERS, make_balancer
+from vismt.multitask.balancing.base import BALANCERS, make_balancer
 from vismt.multitask.dense import DenseNet, DenseObjective
 from vismt.multitask.heads import HEADS, PooledHead, make_head, make_pooled_head
 from vismt.multitask.metrics import Accuracy

@@ -9,7 +9,7 @@ from helpers.tiny import images, tiny_vit
 from torch import Tensor, nn
 
 from vismt.backbones.vit import Backbone
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.multitask.heads import HEADS, make_head, resize_logits
 
 WIDTHS, CHANNELS = [12, 12, 12, 12], 5

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vismt.backbones.vit import Backbone
-from vismt.data.dense_sample import blank
-from vismt.data.dense_transforms import FILL
-from vismt.errors import UserError
+from vismt.base.errors import UserError
+from vismt.data.maps.dense_sample import blank
+from vismt.data.maps.dense_transforms import FILL
 from vismt.multitask.dense import DenseNet
 from vismt.multitask.heads import make_head, make_pooled_head, resize_logits
 from vismt.multitask.inference import predict, starts

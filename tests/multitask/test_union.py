@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.errors import UserError
-from vismt.multitask.balancing import make_balancer
-from vismt.multitask.retain import QualityRetaining
+from vismt.base.errors import UserError
+from vismt.multitask.balancing.base import make_balancer
+from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.union import TaskClassifier, Union, UnionObjective
 
 UNION = Union(("birds", "cars", "signs"), (3, 2, 4))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vismt.errors import UserError
-from vismt.llm.vbll import VBLLClassifier
+from vismt.base.errors import UserError
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.union import Union
 from vismt.multitask.variational_union import VariationalUnionObjective
+from vismt.uncertainty.vbll import VBLLClassifier
 
 UNION = Union(("a", "b"), (2, 3))
 

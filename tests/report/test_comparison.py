@@ -8,11 +8,11 @@ from helpers.results import HASH, PGD, add, measure, rows_of, write_lines
 from helpers.run_folder import FROZEN, add_arm, make_folder
 from scipy.stats import t as student
 
-from vismt.lines import read_lines
 from vismt.report.comparison import compare
 from vismt.report.results import Score, ValuesByExample, read_results
 from vismt.report.tables import result_tables
-from vismt.stats import CLEAN
+from vismt.storage.lines import read_lines
+from vismt.uncertainty.intervals import CLEAN
 
 # mean 0.5; squares of the deviations .09 + .01 + .01 + .09 = .2; std = sqrt(.2 / 3) = .2582; 1.96 * .2582 / 2 = .2530
 HALF = 1.96 * math.sqrt(0.2 / 3) / 2

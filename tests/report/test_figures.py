@@ -9,11 +9,11 @@ from helpers.readable import assert_readable, visible_texts
 from helpers.results import PGD, comparison, corruption
 from torchvision.io import decode_png, read_file
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.report import figures, plotting
 from vismt.report.comparison import Cell
 from vismt.robustness.corruptions import CORRUPTIONS
-from vismt.stats import CLEAN, Condition
+from vismt.uncertainty.intervals import CLEAN, Condition
 
 LONG = "a_data_set_with_a_name_that_does_not_end"
 ARMS = ["frozen", "clean", "merged", "merged:default", "average", "logits", "min_ce", "expert:4.5", "merged+finetune"]

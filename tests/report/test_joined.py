@@ -7,12 +7,12 @@ import pytest
 from helpers.results import PGD, add, measure
 from helpers.run_folder import FROZEN, make_folder
 
+from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.errors import UserError
 from vismt.report.comparison import compare
 from vismt.report.joined import compare_runs, join
 from vismt.report.results import Score, read_results
-from vismt.stats import CLEAN
+from vismt.uncertainty.intervals import CLEAN
 
 
 def run(parent, name, arms, examples="", config="seed: 0\n"):

@@ -11,16 +11,16 @@ from helpers.own_images import write_folder
 from helpers.run_folder import make_folder
 from helpers.tiny import tiny_vit
 
-from vismt.cache import deletable
+from vismt.base.identity import Identity
 from vismt.cli import main
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
-from vismt.files import locked
-from vismt.identity import Identity
-from vismt.multitask.experts import cluster_model
+from vismt.multitask.emtal.clusters import cluster_model
 from vismt.report.overview import list_runs
-from vismt.scratch import scratch_beside
-from vismt.stored_tensors import machine, path_of, write_stored
+from vismt.storage.cache import deletable
+from vismt.storage.files import locked
+from vismt.storage.scratch import scratch_beside
+from vismt.storage.stored_tensors import machine, path_of, write_stored
 
 PIXELS = "digits-test-32-0123456789abcdef0123.npy"
 

@@ -7,7 +7,7 @@ import pytest
 from helpers.results import HASH, PGD, add, corruption, measure, write_lines
 from helpers.run_folder import FROZEN, add_arm, make_folder
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.report.comparison import compare
 from vismt.report.plotting import vector_figures
 from vismt.report.report import run_heading, write_report
@@ -16,7 +16,7 @@ from vismt.report.sections import Picture, Section
 from vismt.report.study import score_sections
 from vismt.report.tables import Table
 from vismt.report.trainings import training_sections
-from vismt.stats import CLEAN, Condition
+from vismt.uncertainty.intervals import CLEAN, Condition
 
 LOGGED = {"loss": "Training loss", "accuracy": "Training accuracy (%)"}
 PICTURES = {"figures/training.png", "figures/scores-few-shot-accuracy.png"}

@@ -7,8 +7,7 @@ import pytest
 from helpers.results import HASH, PGD, add, measure, result, rows_of, write_lines
 from helpers.run_folder import make_folder
 
-from vismt.errors import UserError
-from vismt.lines import read_lines
+from vismt.base.errors import UserError
 from vismt.report.results import (
     Score,
     ValuesByExample,
@@ -17,7 +16,8 @@ from vismt.report.results import (
     write_results,
     write_values,
 )
-from vismt.stats import CLEAN, Condition, averaged
+from vismt.storage.lines import read_lines
+from vismt.uncertainty.intervals import CLEAN, Condition, averaged
 
 RIGHT = {0: [1.0, 1.0, 0.0, 1.0], 1: [1.0, 0.0, 0.0, 1.0]}  # 3 and 2 of 4, by seed
 

@@ -7,12 +7,12 @@ import pytest
 from helpers.readable import assert_readable, visible_texts
 from helpers.results import PGD, add, corruption, measure, result, rows_of, write_lines
 
-from vismt.lines import read_lines
 from vismt.report.comparison import compare
 from vismt.report.results import Score, ValuesByExample, read_results
 from vismt.report.study import arm_scores, score_sections
 from vismt.report.trainings import training_sections
-from vismt.stats import CLEAN, Condition
+from vismt.storage.lines import read_lines
+from vismt.uncertainty.intervals import CLEAN, Condition
 
 DEPTH, EDGE, DELTA = "RMSE in m", "odsF", "over alone+edge in per cent"
 METRICS = {"depth": DEPTH, "edge": EDGE, "delta_m": DELTA}

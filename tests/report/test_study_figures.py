@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.readable import assert_readable, visible_texts
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.report.study_figures import SeedsPanel, curves_figure, seeds_figure
 
 ARMS = [

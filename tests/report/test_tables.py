@@ -21,7 +21,7 @@ from vismt.report.tables import (
     result_tables,
     scale_text,
 )
-from vismt.stats import CLEAN, Condition
+from vismt.uncertainty.intervals import CLEAN, Condition
 
 ARMS = [f"arm_{i}" for i in range(8)]
 

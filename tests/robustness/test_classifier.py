@@ -8,8 +8,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from vismt.errors import UserError
-from vismt.robustness.attacks import AttackSpec, attack
+from vismt.base.errors import UserError
+from vismt.robustness.attacks.attacks import AttackSpec, attack
 from vismt.robustness.classifier import classifier_from_function, load_classifier
 
 NAME = "test_vit"

@@ -2,10 +2,11 @@
 
 import pytest
 
-from vismt.config import typed
-from vismt.errors import UserError
+from vismt.base.errors import UserError
+from vismt.config.sections import typed
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.config_checks import check
+from vismt.robustness.attacks.transfer import Transfer, TransferSource
 from vismt.robustness.conditions import (
     AttackConfig,
     CorruptionConfig,
@@ -15,8 +16,7 @@ from vismt.robustness.conditions import (
     worst_cases,
 )
 from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec
-from vismt.robustness.transfer import Transfer, TransferSource
-from vismt.stats import Condition
+from vismt.uncertainty.intervals import Condition
 
 PGD = "PGD-10 linf 4.5/255"
 

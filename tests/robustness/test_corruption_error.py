@@ -2,11 +2,11 @@
 
 import pytest
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.jobs.robustness.evaluation import ACCURACY, corruption_errors
 from vismt.report.results import Score
 from vismt.robustness.corruption_error import mean_corruption_error
-from vismt.stats import Condition, Measure
+from vismt.uncertainty.intervals import Condition, Measure
 
 ERRORS = {"fog": {1: 0.1, 3: 0.3}, "snow": {1: 0.6}}
 BASELINE = {"fog": {1: 0.2, 2: 0.9, 3: 0.6}, "snow": {1: 0.8}, "frost": {1: 0.5}}

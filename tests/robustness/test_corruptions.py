@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec, corrupt
 
 

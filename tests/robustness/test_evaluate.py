@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from vismt.errors import UserError
-from vismt.robustness.attacks import AttackSpec
+from vismt.base.errors import UserError
+from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.corruptions import CorruptionSpec
 from vismt.robustness.evaluate import accuracies, evaluate_classifier, evaluate_examples, summarise
 from vismt.robustness.masking import check_masking
-from vismt.stats import wilson
+from vismt.uncertainty.intervals import wilson
 
 PGD = AttackSpec(epsilon=8 / 255, step_size=2 / 255, steps=20)  # enough steps to reach the boundary from any start
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from vismt import adapt, merge
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.robustness.quantise import check_scheme, int8, quantise
 
 

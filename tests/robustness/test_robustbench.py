@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.jobs.robustness.config import ClassifierConfig
 from vismt.jobs.robustness.models import load
 from vismt.robustness.robustbench import load_robustbench

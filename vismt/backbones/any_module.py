@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.backbones.vit import NEEDED, Backbone, PixelBackbone
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 UNKNOWN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # mean and deviation of a model that normalises its images itself
 

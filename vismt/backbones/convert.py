@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vismt.errors import UserError, near
+from vismt.base.errors import UserError, near
 
 if TYPE_CHECKING:
     from onnx import GraphProto

@@ -13,8 +13,8 @@ import torch
 
 from vismt.backbones.assets import get_asset, list_assets, load_asset_card
 from vismt.backbones.sources import quiet_logger
-from vismt.errors import UserError, near
-from vismt.wheels import one_line
+from vismt.base.errors import UserError, near
+from vismt.storage.wheels import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -25,7 +25,7 @@ from einops import rearrange
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from vismt.errors import UserError, near
+from vismt.base.errors import UserError, near
 
 POSITIONS = ("timm", "dino", "onnx")
 

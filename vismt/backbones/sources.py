@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from vismt import console
-from vismt.errors import UserError
-from vismt.typed_yaml import RelativePath
-from vismt.wheels import SourceFailed, download_wheel, member_of, one_line
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.config.typed import RelativePath
+from vismt.storage.wheels import SourceFailed, download_wheel, member_of, one_line
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from vismt.backbones.assets import get_asset, list_assets, load_asset_card
 from vismt.backbones.build import ADVICE, architecture_of, build, from_hub
 from vismt.backbones.position import check_position
 from vismt.backbones.weights import load_weights, read_checkpoint
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 POOLS = ("token", "avg", None)
 NEEDED = ("blocks", "patch_embed", "forward_intermediates", "forward_head", "num_prefix_tokens", "num_features")

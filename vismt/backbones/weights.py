@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vismt import console
 from vismt.backbones.position import resample
-from vismt.errors import UserError
-from vismt.wheels import one_line
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.storage.wheels import one_line
 
 WRAPPERS = ("state_dict", "model", "teacher")
 HEADS = ("head.", "head_dist.")

@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Sequence
 
 import vismt
-from vismt import console
-from vismt.cli import attack, bench, data, folders, init, models, runs
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.cli import attack, data, folders, init, models, runs
 from vismt.cli.commands import Commands
-from vismt.errors import UserError
 
-GROUPS = (runs, folders, init, attack, models, data, bench)  # in the order of `vismt --help`
+GROUPS = (runs, folders, init, attack, models, data)  # in the order of `vismt --help`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vismt.base.errors import UserError
 from vismt.cli.commands import Commands
-from vismt.errors import UserError
 
 if TYPE_CHECKING:
     from vismt.robustness.conditions import AttackConfig

@@ -7,10 +7,10 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vismt import console
+from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.cli.commands import Commands
-from vismt.config import list_configs
-from vismt.errors import UserError
+from vismt.config.sections import list_configs
 
 ROWS, COLUMNS = 40, 16  # groups and images of a group that are shown
 LISTS = ("methods", "jobs", "configs", "data", "assets", "runs")
@@ -94,7 +94,7 @@ def _data(options: argparse.Namespace) -> int:
 def _list_duplicates(name: str) -> None:
     """List the groups of near-duplicates of a set, the largest first, and write a contact sheet of the same rows."""
     from vismt.data.near_duplicates import contact_sheet, find_duplicates
-    from vismt.files import atomic_write
+    from vismt.storage.files import atomic_write
 
     found = find_duplicates(name)
     if not found.groups:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vismt import console
+from vismt.base import console
 from vismt.cli.commands import Commands
 
 if TYPE_CHECKING:
-    from vismt.cache import Deletable
+    from vismt.storage.cache import Deletable
 
 
 def add_commands(commands: Commands) -> None:
@@ -40,7 +40,7 @@ def add_format(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 def formats_of(options: argparse.Namespace, *more: str) -> list[str]:
     """Return the formats of --format; more: further names that the command knows. Raises UserError for an unknown one."""
-    from vismt.errors import require_known
+    from vismt.base.errors import require_known
     from vismt.report.plotting import VECTORS
     from vismt.report.report import DEFAULT_FORMATS, FORMATS
 
@@ -59,9 +59,9 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _clean(options: argparse.Namespace) -> None:
-    from vismt.cache import deletable
-    from vismt.paths import cache_root
     from vismt.report.overview import stub
+    from vismt.storage.cache import deletable
+    from vismt.storage.paths import cache_root
 
     def found() -> Iterator[Deletable]:
         yield from filter(None, map(stub, sorted(options.runs.glob("*"))))

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vismt import console
+from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.cli import templates
 from vismt.cli.commands import Commands
-from vismt.errors import UserError
 
 if TYPE_CHECKING:
     from vismt.data.images import ImageSet
@@ -36,7 +36,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _init(options: argparse.Namespace) -> None:
-    from vismt.files import atomic_write
+    from vismt.storage.files import atomic_write
 
     if options.images is not None and not options.images.is_dir():
         raise UserError(f"init: --images {options.images}: no such folder.")
@@ -53,9 +53,9 @@ def _init(options: argparse.Namespace) -> None:
 
 def _card(images: Path) -> tuple[ImageSet, Files]:
     """Return a folder's images and its card."""
-    from vismt.data.folder import FolderSource
+    from vismt.data.formats.folder import FolderSource
+    from vismt.data.formats.plain_sets import plain_card
     from vismt.data.images import open_images
-    from vismt.data.plain_sets import plain_card
 
     card = plain_card(images)
     if card is None:
@@ -131,7 +131,7 @@ def _maps(images: Path) -> tuple[str, str, dict[str, str]]:
     """Return the maps of a folder and the tasks that learn from them, as YAML, and further lines of the card."""
     import numpy as np
 
-    from vismt.data.dense_maps import MAP_FORMS, read_array
+    from vismt.data.maps.dense_maps import MAP_FORMS, read_array
     from vismt.multitask.tasks.registry import TASKS  # noqa: F401
 
     found = {name: form.target for name, form in MAP_FORMS.items() if (images / name).is_dir()}

@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vismt import console
+from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.cli.commands import Commands
-from vismt.errors import UserError
 
 if TYPE_CHECKING:
-    from vismt.engine.run import Run
+    from vismt.jobs.run import Run
 
 
 def add_commands(commands: Commands) -> None:
@@ -96,7 +96,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _pool(options: argparse.Namespace) -> None:
     from vismt.jobs.fewshot.pool_training import find_experts
-    from vismt.metatune.pool import assemble
+    from vismt.metatune.amt.pool import assemble
 
     experts = [expert for folder in options.experts for expert in find_experts(folder)]
     folder = assemble(experts, options.to)

@@ -6,15 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vismt import console
+from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.cli.commands import Commands
 from vismt.cli.folders import add_format, formats_of
-from vismt.errors import UserError
 
 ROBUSTBENCH = "robustbench"  # a format of reports that only robustness runs have
 
 if TYPE_CHECKING:
-    from vismt.engine.run import Run
+    from vismt.jobs.run import Run
 
 
 def add_commands(commands: Commands) -> None:
@@ -46,14 +46,14 @@ def add_commands(commands: Commands) -> None:
 
 def _completions(prefix: str, **_: object) -> list[str]:
     """Return the configurations and folders that begin with `prefix`."""
-    from vismt.config import list_configs
+    from vismt.config.sections import list_configs
 
     files = [path for path in Path().glob(f"{prefix}*") if path.is_dir() or path.suffix in (".yaml", ".yml")]
     return [*list_configs(), *(f"{path}/" if path.is_dir() else str(path) for path in files)]
 
 
 def _run(options: argparse.Namespace) -> None:
-    from vismt.config import find_config
+    from vismt.config.sections import find_config
     from vismt.jobs import start
     from vismt.report.plotting import need_matplotlib
 
@@ -101,7 +101,7 @@ def _part(text: str | None) -> tuple[int, int] | None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from vismt.config import find_config
+    from vismt.config.sections import find_config
     from vismt.jobs import start
 
     with start(find_config(options.config), options.overrides, options.out).owned() as run:

@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from vismt.base.errors import UserError
+from vismt.base.seeds import mix_seed
 from vismt.data.pixels import Pixels
-from vismt.errors import UserError
-from vismt.seeds import mix_seed
 
 
 class Gathered:

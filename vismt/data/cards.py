@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vismt.base.errors import UserError, near
+from vismt.config.typed import build, read_yaml
+from vismt.data.formats.plain_sets import plain_card
 from vismt.data.names import CARDS, FILES
-from vismt.data.plain_sets import plain_card
 from vismt.data.source_types import KINDS, MOST_CLASSES, Card, DataSource
-from vismt.data.text_set import TextSource
-from vismt.errors import UserError, near
-from vismt.paths import shipped
-from vismt.typed_yaml import build, read_yaml
+from vismt.data.texts.text_set import TextSource
+from vismt.storage.paths import shipped
 
 __all__ = ["Card", "list_cards", "load_card"]
 

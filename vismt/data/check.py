@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from vismt import console
+from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.data.cards import Card, list_cards, load_card
 from vismt.data.fetching import fetch, has_leftovers
 from vismt.data.manifest import digest, read_manifest
 from vismt.data.source_types import DataSource, Files, LoadedSplit
 from vismt.data.sources import first_copy, fix, not_found, place, shown_path
-from vismt.errors import UserError
 
 NOWHERE = "-"  # the place of a set without a copy
 LISTED = 8  # wrong rows that a report names

@@ -17,8 +17,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from vismt.errors import UserError
-from vismt.paths import regular_file
+from vismt.base.errors import UserError
+from vismt.storage.paths import regular_file
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from glob import escape
 from pathlib import Path
 
-from vismt import console
+from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.data.source_types import Card, DataSource
 from vismt.data.sources import shown_path
-from vismt.errors import UserError
-from vismt.paths import cache_root
-from vismt.scratch import scratch_beside
+from vismt.storage.paths import cache_root
+from vismt.storage.scratch import scratch_beside
 
 ARCHIVES = (".gz", ".tgz", ".tar", ".zip", ".mat")
 

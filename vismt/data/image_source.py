@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from vismt.base.errors import UserError, near
 from vismt.data.source_types import MOST_CLASSES, Card, DataSource, check_names
-from vismt.errors import UserError, near
 
 
 @dataclass

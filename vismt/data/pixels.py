@@ -20,13 +20,13 @@ import xxhash
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-from vismt import console
-from vismt.cache import make_room, note_no_room, note_use
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.base.identity import Identity, version
 from vismt.data.images import ImageSet
-from vismt.errors import UserError
-from vismt.files import new_file
-from vismt.identity import Identity, version
-from vismt.paths import cache_root, regular_file
+from vismt.storage.cache import make_room, note_no_room, note_use
+from vismt.storage.files import new_file
+from vismt.storage.paths import cache_root, regular_file
 
 RECIPE = "bilinear-antialias-shorter-side-centre-crop-1"
 MEMORY_BYTES = 512 * 2**20

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
-from vismt import console
-from vismt.errors import UserError
-from vismt.files import parse_json
-from vismt.paths import cache_root, data_roots, package_folder, regular_file, shipped
-from vismt.registry import Registry
-from vismt.typed_yaml import RelativePath, relative_path
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.base.registry import Registry
+from vismt.config.typed import RelativePath, relative_path
+from vismt.storage.files import parse_json
+from vismt.storage.paths import cache_root, data_roots, package_folder, regular_file, shipped
 
 Files = Mapping[str, Sequence[tuple[str, Path]]]  # group of a manifest -> (name inside the set, file)
 S = TypeVar("S", bound="DataSource")
@@ -30,20 +30,20 @@ SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 KINDS: Registry[type[DataSource]] = Registry(
     "sources: no kind",
     {
-        "arrays": "vismt.data.arrays",
-        "dense": "vismt.data.dense_files",
-        "digits": "vismt.data.embedded",
-        "filelist": "vismt.data.json_lists",
-        "folder": "vismt.data.folder",
-        "interactions": "vismt.data.interaction_files",
-        "lists": "vismt.data.id_lists",
-        "meta_dataset": "vismt.data.meta_dataset",
-        "photo_crops": "vismt.data.embedded",
-        "python_topics": "vismt.data.python_topics",
-        "stereo_tiles": "vismt.data.stereo",
-        "table": "vismt.data.csv_table",
-        "text": "vismt.data.text_files",
-        "torchvision": "vismt.data.torchvision_door",
+        "arrays": "vismt.data.formats.arrays",
+        "dense": "vismt.data.formats.dense_files",
+        "digits": "vismt.data.formats.embedded",
+        "filelist": "vismt.data.formats.json_lists",
+        "folder": "vismt.data.formats.folder",
+        "interactions": "vismt.data.formats.interaction_files",
+        "lists": "vismt.data.formats.id_lists",
+        "meta_dataset": "vismt.data.formats.meta_dataset",
+        "photo_crops": "vismt.data.formats.embedded",
+        "python_topics": "vismt.data.formats.python_topics",
+        "stereo_tiles": "vismt.data.formats.stereo",
+        "table": "vismt.data.formats.csv_table",
+        "text": "vismt.data.formats.text_files",
+        "torchvision": "vismt.data.formats.torchvision_door",
     },
 )
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vismt.base.errors import UserError, near
+from vismt.config.typed import read_yaml
 from vismt.data.manifest import read_manifest
 from vismt.data.names import CARDS
 from vismt.data.source_types import PACKAGES, Card, DataSource, S
-from vismt.errors import UserError, near
-from vismt.paths import cache_root, data_roots
-from vismt.typed_yaml import read_yaml
+from vismt.storage.paths import cache_root, data_roots
 
 SUBSET = "subset.yaml"  # in the folder of a copy: {split: number of examples} of a copy that is meant to be a part of the set
 

@@ -19,9 +19,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from vismt.config import TrainConfig
-from vismt.errors import UserError
-from vismt.llm.layers import stacks
+from vismt.base.errors import UserError
+from vismt.config.sections import TrainConfig
+from vismt.llm.lisa.layers import stacks
 from vismt.lowrank.per_sample import recompute_gates
 from vismt.methods import freezes
 

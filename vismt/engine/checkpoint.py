@@ -23,10 +23,10 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from vismt import console
-from vismt.errors import UserError
-from vismt.files import file_digest, write_tensors
-from vismt.lowrank.store import check_tensors
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.lowrank.files.store import check_tensors
+from vismt.storage.files import file_digest, write_tensors
 
 OLD_NAME = "checkpoint.pt"  # of earlier versions
 KEPT = 2

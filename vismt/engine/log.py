@@ -6,8 +6,8 @@ import math
 import re
 from pathlib import Path
 
-from vismt import console
-from vismt.lines import LineFile, read_lines
+from vismt.base import console
+from vismt.storage.lines import LineFile, read_lines
 
 METRICS = "metrics.jsonl"
 

@@ -23,15 +23,15 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from vismt import console
-from vismt.config import TrainConfig
+from vismt.base import console
+from vismt.base.errors import UserError, near
+from vismt.config.sections import TrainConfig
 from vismt.engine import checkpoint, runtime
 from vismt.engine.blocks import check_blocks, running_blocks
 from vismt.engine.log import MetricsLog
 from vismt.engine.optimizer import OPTIMIZERS, make_optimizer, make_schedule, rate, with_own_prior
 from vismt.engine.sharding import Shards, check_sharded
 from vismt.engine.stream import Batches, stream_batches
-from vismt.errors import UserError, near
 from vismt.lowrank.recompute import recompute
 from vismt.lowrank.sharded import whole
 from vismt.methods import freezes, method_optimizer, schedules

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from vismt.config import TrainConfig
-from vismt.errors import UserError, near
+from vismt.base.errors import UserError, near
+from vismt.config.sections import TrainConfig
 
 OPTIMIZERS = ("adamw", "sgd")
 

@@ -16,8 +16,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 
-from vismt.errors import UserError, near
-from vismt.paths import CHECKOUT
+from vismt.base.errors import UserError, near
+from vismt.storage.paths import CHECKOUT
 
 PRECISIONS = ("no", "bf16", "fp16")
 # The other processes wait at a barrier while the first one evaluates.

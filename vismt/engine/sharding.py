@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vismt.config import TrainConfig
+from vismt.base.errors import UserError
+from vismt.config.sections import TrainConfig
 from vismt.engine.blocks import find_blocks
 from vismt.engine.checkpoint import moving_state
-from vismt.errors import UserError
-from vismt.lowrank.record import RECORD
+from vismt.lowrank.model.record import RECORD
 from vismt.lowrank.sharded import part_like, whole
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 
+from vismt.base.errors import UserError
 from vismt.data.names import check_apart, check_row_names, overlap
-from vismt.errors import UserError
 
 
 @dataclass

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vismt.config import TrainConfig
+from vismt.config.sections import TrainConfig
 
 Batches = Callable[[int], Any]
 

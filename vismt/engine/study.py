@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from vismt import console, ranks
-from vismt.config import RunConfig, Seed, TrainConfig, with_values
+from vismt.base import console, ranks
+from vismt.base.errors import UserError, near
+from vismt.config.sections import RunConfig, Seed, TrainConfig, with_values
+from vismt.config.typed import plain_name
 from vismt.engine.loop import Diverged
-from vismt.errors import UserError, near
-from vismt.files import atomic_write, read_sealed, sealed
-from vismt.typed_yaml import plain_name
+from vismt.storage.files import atomic_write, read_sealed, sealed
 
 ARMS = "arms"
 CHOSEN = "chosen.json"

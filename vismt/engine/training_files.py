@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vismt.base.errors import UserError
 from vismt.engine.checkpoint import is_checkpoint
 from vismt.engine.study import Training
-from vismt.errors import UserError
-from vismt.files import atomic_write, file_digest, read_sealed, read_tensors, sealed
-from vismt.lowrank.inject import merge
-from vismt.lowrank.store import DESCRIPTION, check_tensors, load_adapter, write_adapter
-from vismt.lowrank.wrappers import is_mergeable
+from vismt.lowrank.files.store import DESCRIPTION, check_tensors, load_adapter, write_adapter
+from vismt.lowrank.layers.wrappers import is_mergeable
+from vismt.lowrank.model.inject import merge
+from vismt.storage.files import atomic_write, file_digest, read_sealed, read_tensors, sealed
 
 ADAPTER = "adapter"
 DONE = "done.json"

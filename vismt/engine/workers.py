@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from vismt import console
-from vismt.errors import UserError
+from vismt.base import console
+from vismt.base.errors import UserError
 
 Call = tuple[Callable[..., None], tuple[Any, ...]]
 RAY = "ray"

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vismt.config import RunConfig, config_hash, override, read_yaml, resolved, typed
-from vismt.errors import UserError, near
-from vismt.files import atomic_write
+from vismt.base.errors import UserError, near
+from vismt.config.sections import RunConfig, config_hash, override, read_yaml, resolved, typed
+from vismt.storage.files import atomic_write
 
 if TYPE_CHECKING:
-    from vismt.engine.run import Run
     from vismt.jobs.base import EvaluationJob
+    from vismt.jobs.run import Run
 
 # task -> module with a dataclass CONFIG (a StudyConfig) and a class JOB (a vismt.jobs.base.EvaluationJob).
 JOBS = {
@@ -59,7 +59,7 @@ def start_config(config: RunConfig, name: str, out: Path, folder: Path | None = 
     Raises UserError for what the configuration names and does not exist, and for a folder with another run; no folder is made
     then.
     """
-    from vismt.engine.run import RESOLVED, Run
+    from vismt.jobs.run import RESOLVED, Run
 
     if folder is None:
         folder = out / f"{name}-{config_hash(config)}"
@@ -73,7 +73,7 @@ def start_config(config: RunConfig, name: str, out: Path, folder: Path | None = 
 
 def refuse_other_run(folder: Path, config_hash: str) -> None:
     """Raise UserError where a folder holds a run of another configuration."""
-    from vismt.engine.run import RESOLVED
+    from vismt.jobs.run import RESOLVED
 
     if (folder / RESOLVED).exists() and open_run(folder).hash != config_hash:
         raise UserError(f"run '{folder}': the folder holds a run of another configuration; give another folder.")
@@ -81,7 +81,7 @@ def refuse_other_run(folder: Path, config_hash: str) -> None:
 
 def open_run(folder: Path) -> Run:
     """Open a run folder that was made before."""
-    from vismt.engine.run import RESOLVED, Run
+    from vismt.jobs.run import RESOLVED, Run
 
     path = folder / RESOLVED
     if not path.exists():

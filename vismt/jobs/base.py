@@ -11,9 +11,10 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from vismt import console, ranks
+from vismt.base import console, ranks
+from vismt.base.errors import UserError
+from vismt.base.seeds import digest
 from vismt.engine.study import Study, StudyConfig, Training
-from vismt.errors import UserError
 from vismt.report.comparison import compare
 from vismt.report.plotting import vector_figures
 from vismt.report.report import DEFAULT_FORMATS, run_heading, write_report
@@ -33,8 +34,7 @@ from vismt.report.study import score_sections
 from vismt.report.tables import interval_text
 from vismt.report.trainings import training_sections
 from vismt.robustness.conditions import AttackConfig
-from vismt.seeds import digest
-from vismt.stats import averaged, over_seeds
+from vismt.uncertainty.intervals import averaged, over_seeds
 
 Config = TypeVar("Config", bound=StudyConfig)
 

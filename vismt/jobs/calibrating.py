@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from vismt.backbones.vit import PixelBackbone
-from vismt.config import UNHASHED, AdaptConfig
+from vismt.base.errors import UserError
+from vismt.config.sections import UNHASHED, AdaptConfig
 from vismt.data.batching import Gathered
 from vismt.data.splits import limited
 from vismt.engine import runtime
-from vismt.errors import UserError
 from vismt.methods import METHODS, Calibration, needs
 
 CALIBRATION = "calibration"  # the folder of covariances within a run folder

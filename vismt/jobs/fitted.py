@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from vismt.files import atomic_write, read_sealed, sealed
+from vismt.storage.files import atomic_write, read_sealed, sealed
 
 
 class Fitted(Protocol):

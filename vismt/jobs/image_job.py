@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic
 
+from vismt.base.errors import UserError
 from vismt.engine.study import Training
-from vismt.errors import UserError
 from vismt.jobs.job import Config, Job, Net
 from vismt.report.results import Score
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig

@@ -13,22 +13,22 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from vismt import console, ranks
-from vismt.config import AdaptConfig, ModelConfig
+from vismt.base import console, ranks
+from vismt.base.errors import UserError
+from vismt.config.sections import AdaptConfig, ModelConfig
 from vismt.engine import loop, runtime, training_files
 from vismt.engine.optimizer import make_optimizer
 from vismt.engine.stream import Batches
 from vismt.engine.study import StudyConfig, Training
-from vismt.errors import UserError
-from vismt.files import atomic_write, sealed
 from vismt.jobs.base import EvaluationJob
 from vismt.jobs.variants import TEMPERATURE_FILE, temperature_file
-from vismt.lowrank.inject import merge
 from vismt.lowrank.layer_spec import factor_rank
 from vismt.lowrank.memory import count_parameters
-from vismt.lowrank.record import record_of
-from vismt.lowrank.rounding import erased_by_rounding
+from vismt.lowrank.model.inject import merge
+from vismt.lowrank.model.record import record_of
+from vismt.lowrank.model.rounding import erased_by_rounding
 from vismt.methods import adapt, check_adaptation
+from vismt.storage.files import atomic_write, sealed
 
 Config = TypeVar("Config", bound=StudyConfig)
 Net = TypeVar("Net", bound=nn.Module)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal
 
-from vismt.config import RunConfig
-from vismt.errors import UserError, near
+from vismt.base.errors import UserError, near
+from vismt.config.sections import RunConfig
+from vismt.config.typed import MAPPINGS, Names, describe, is_union
 from vismt.jobs import JOBS, job_config
-from vismt.typed_yaml import MAPPINGS, Names, describe, is_union
 
 SCHEMA = "https://json-schema.org/draft/2020-12/schema"
 DEFAULT_JOB = RunConfig.task  # of a configuration without the key

@@ -1,8 +1,9 @@
 """`report: risk`: conformal sets and selective prediction, with thresholds from clean validation examples.
 
-The thresholds are those of vismt/conformal.py (sets that contain the label with COVERAGE) and vismt/selective.py (confidences
-above which SHARE of the answers lie). Coverage, size of the sets, accepted share, risk among the accepted and AURC are measures
-of every condition, clean, corrupted or attacked, from the record of every example.
+The thresholds are those of vismt/uncertainty/conformal.py (sets that contain the label with COVERAGE) and
+vismt/uncertainty/selective.py (confidences above which SHARE of the answers lie). Coverage, size of the sets, accepted share,
+risk among the accepted and AURC are measures of every condition, clean, corrupted or attacked, from the record of every
+example.
 
 Under an attack the convention of accuracies holds (vismt/robustness/evaluate.py): an answer is right, and a label covered, when
 it is so on the clean image, too. Sizes and confidences are those of the attacked image. Our attacks stop at wrong answers, where
@@ -21,13 +22,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vismt.conformal import conformal_quantile, least_examples, set_sizes
+from vismt.base.errors import UserError, near
 from vismt.engine.study import TuneConfig
-from vismt.errors import UserError, near
 from vismt.report.risk import ACCEPTED, AURC, COVERED, RISK, SIZE
 from vismt.robustness.conditions import Perturbation, condition_of
-from vismt.selective import accepting_threshold, risk_coverage_interval, risk_coverage_values, selective_risk
-from vismt.stats import CLEAN, LOWER, NUMBER, Condition, Measure, wilson
+from vismt.uncertainty.conformal import conformal_quantile, least_examples, set_sizes
+from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Condition, Measure, wilson
+from vismt.uncertainty.selective import (
+    accepting_threshold,
+    risk_coverage_interval,
+    risk_coverage_values,
+    selective_risk,
+)
 
 REPORTS = ("risk",)
 COVERAGE, SHARE = 0.9, 0.8  # of the sets; of the answers that are accepted

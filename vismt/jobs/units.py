@@ -13,16 +13,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
-from vismt import console
-from vismt.engine.run import Run
+from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.engine.study import Training, has_diverged
 from vismt.engine.training_files import read_done
 from vismt.engine.workers import make_workers
-from vismt.errors import UserError
-from vismt.files import is_locked, locked
 from vismt.jobs import open_run
 from vismt.jobs.base import EvaluationJob
 from vismt.jobs.job import Job
+from vismt.jobs.run import Run
+from vismt.storage.files import is_locked, locked
 
 PARTS = "parts"  # holds the locks of a run's parts
 POLL_S = 2.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from vismt.stats import Condition
+from vismt.uncertainty.intervals import Condition
 
 TEMPERED = Condition("temperature of validation", "variant", "temperature")
 ADJUSTED = Condition("logit adjustment of validation", "variant", "logit adjustment")

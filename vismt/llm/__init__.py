@@ -1,18 +1,25 @@
 """Methods for language models and timm ViTs: initialisers, PoLAR, iLoRA, LISA, S2FT, and Bayesian last layers."""
 
-from vismt.llm.alternating_loss import alternating_loss
-from vismt.llm.covariance import collect_covariance, covariance_ranks
-from vismt.llm.covariance_files import load_covariances, save_covariances
-from vismt.llm.ilora import gate_of, instance_gates, recompute_gates
-from vismt.llm.landing import Landing, orthonormalize_
-from vismt.llm.laplace import Laplace, fit_laplace
-from vismt.llm.lisa import LISA
-from vismt.llm.s2ft import check_slices
-from vismt.llm.slices import add_slices, read_slices, serving, switch
-from vismt.llm.temperature import fit_temperature
-from vismt.llm.unit_selection import UnitSelection, select_units
-from vismt.llm.vbll import VBLLClassifier
-from vismt.llm.vbll_generative import GenerativeVBLL
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vismt.base.exports import exports
+
+if TYPE_CHECKING:
+    from vismt.llm.corda.covariance import collect_covariance, covariance_ranks
+    from vismt.llm.corda.files import load_covariances, save_covariances
+    from vismt.llm.ilora.method import gate_of, instance_gates, recompute_gates
+    from vismt.llm.lisa.method import LISA
+    from vismt.llm.polar.landing import Landing, orthonormalize_
+    from vismt.llm.s2ft.method import check_slices
+    from vismt.llm.s2ft.selection import UnitSelection, select_units
+    from vismt.llm.s2ft.slices import add_slices, read_slices, serving, switch
+    from vismt.llm.vbll_generative import GenerativeVBLL
+    from vismt.uncertainty.alternating_loss import alternating_loss
+    from vismt.uncertainty.laplace import Laplace, fit_laplace
+    from vismt.uncertainty.temperature import fit_temperature
+    from vismt.uncertainty.vbll import VBLLClassifier
 
 __all__ = [
     "LISA",
@@ -39,3 +46,5 @@ __all__ = [
     "serving",
     "switch",
 ]
+
+__getattr__, __dir__ = exports(__name__)

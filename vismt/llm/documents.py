@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt import console
+from vismt.base import console
 from vismt.llm.tasks.pieces import Piece, collate
-from vismt.lowrank.named import disabled
-from vismt.lowrank.record import record_of
+from vismt.lowrank.model.named import disabled
+from vismt.lowrank.model.record import record_of
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]  # batch with ids (b, n) -> states (b, n, d)
 WINDOWS = ("window", "window_size", "chunk_size")  # ends of the names of windows in configurations, in tokens

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from vismt.lowrank.init import kaiming
-from vismt.lowrank.inject import inject
 from vismt.lowrank.layer_spec import AdaptReport
-from vismt.lowrank.linear import LowRankLayer
-from vismt.lowrank.targets import Targets
+from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.model.inject import inject
+from vismt.lowrank.model.targets import Targets
 from vismt.methods import Method, register_method
 
 

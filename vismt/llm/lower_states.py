@@ -1,6 +1,6 @@
 """The output of frozen lower blocks on fixed texts, kept in the cache folder for later runs and other processes.
 
-    key: the texts, and the identity of the LM but for block `first` and above      (vismt.stored_tensors)
+    key: the texts, and the identity of the LM but for block `first` and above      (vismt.storage.stored_tensors)
 
 One file has the states of all pieces that are asked for together, since the sums of a state depend on the texts of its batch.
 """
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vismt.identity import Identity
+from vismt.base.identity import Identity
 from vismt.llm.net import LmNet, blocks
 from vismt.llm.tasks.pieces import Piece
-from vismt.stored_tensors import has_hooks, machine, path_of, read_stored, write_stored
+from vismt.storage.stored_tensors import has_hooks, machine, path_of, read_stored, write_stored
 
 
 def lower_states(net: LmNet, pieces: Sequence[Piece]) -> list[Tensor]:

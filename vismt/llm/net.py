@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.llm.documents import by_document
 from vismt.llm.tasks.pieces import IGNORE, Piece, collate
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vismt.errors import UserError
-from vismt.llm.variational import DiagonalCovariance, VariationalHead, full_precision
+from vismt.base.errors import UserError
+from vismt.uncertainty.variational import DiagonalCovariance, VariationalHead, full_precision
 
 
 class GenerativeVBLL(VariationalHead):

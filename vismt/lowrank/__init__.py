@@ -1,9 +1,18 @@
 """The low-rank core: factors, initialisers, adapter layers, banks, sums, storage. It needs torch, einops and safetensors."""
 
-from vismt.lowrank.combining import combine
-from vismt.lowrank.detached_updates import Updates, read_updates
-from vismt.lowrank.factors import LowRank
-from vismt.lowrank.rounding import erased_by_rounding
-from vismt.lowrank.starts import fill_starts
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vismt.base.exports import exports
+
+if TYPE_CHECKING:
+    from vismt.lowrank.factors import LowRank
+    from vismt.lowrank.files.combining import combine
+    from vismt.lowrank.files.updates import Updates, read_updates
+    from vismt.lowrank.model.rounding import erased_by_rounding
+    from vismt.lowrank.model.starts import fill_starts
 
 __all__ = ["LowRank", "Updates", "combine", "erased_by_rounding", "fill_starts", "read_updates"]
+
+__getattr__, __dir__ = exports(__name__)

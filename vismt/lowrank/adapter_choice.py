@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.lowrank.per_sample import PerSample
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 
 

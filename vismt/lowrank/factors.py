@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 kaiming   A ~ U(-1/sqrt(i), 1/sqrt(i)), B = 0                LoRA (Hu et al., arXiv 2106.09685), the layout PEFT ships
 principal A = sqrt(S_r/s) V_r^T, B = U_r sqrt(S_r/s)          PiSSA (Meng et al., arXiv 2404.02948): s*B@A is the top-r part of W
 
-A principal start needs an offset, as CorDA's does (vismt.llm.corda_start): the layer keeps W whole and subtracts s * B0 @ A0,
+A principal start needs an offset, as CorDA's does (vismt.llm.corda.start): the layer keeps W whole and subtracts s * B0 @ A0,
 the factors as they are stored, so that the function at the start is W itself and the original weight is never touched. The
 released code stores W - s*B@A instead, which is the same function with one more rounding of W.
 """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vismt.lowrank.adapter_layer import AdapterLayer
+    from vismt.lowrank.layers.base import AdapterLayer
 
 
 @dataclass(frozen=True)

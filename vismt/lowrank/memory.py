@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vismt.errors import UserError, near
+from vismt.base.errors import UserError, near
 
 STATE_COPIES = {"adamw": 2, "adam": 2, "sgd_momentum": 1, "sgd": 0}
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 GRIDS = ("nf4", "bitsandbytes")
 BLOCK = 64

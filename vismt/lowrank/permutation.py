@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from vismt.errors import UserError
-from vismt.lowrank.structures import Structure, UnitBlock, structures
-from vismt.lowrank.targets import find_targets, kind_of
+from vismt.base.errors import UserError
+from vismt.llm.s2ft.structures import Structure, UnitBlock, structures
+from vismt.lowrank.model.targets import find_targets, kind_of
 
 
 class Coupling:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 # Operations of one pass over their output, without random numbers. Casts: from the residual stream into an autocast linear.
 CHEAP = {F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm, F.gelu, F.silu, torch.mul, Tensor.mul}

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from vismt.errors import UserError, near
+from vismt.base.errors import UserError, near
 
 T = TypeVar("T")
 

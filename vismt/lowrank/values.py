@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,18 +1,25 @@
 """Few-shot episodes and prototypes, AMT's attacks, pool and merging, MAML, fine-tuning, probes, and the evaluation protocol."""
 
-from vismt.metatune.episodes import Episode, EpisodeSampler, VariableSampler
-from vismt.metatune.finetune import FineTuned, FineTuneSettings, finetune
-from vismt.metatune.input_attack import pyramid_attack
-from vismt.metatune.logistic_probe import LogisticProbe
-from vismt.metatune.maml import LinearLearner, MamlNet, MamlObjective, MamlSettings
-from vismt.metatune.merging import MergeSettings, PoolNet
-from vismt.metatune.pool import Expert, ExpertPool, assemble, read_pool
-from vismt.metatune.protocol import run_protocol
-from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
-from vismt.metatune.ridge_probe import RidgeProbe
-from vismt.metatune.selection_rules import expert_scores, mixture_weights
-from vismt.metatune.weight_attack import weight_perturbation
-from vismt.stats import domain_average, domain_table, mean_interval, paired_bootstrap
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vismt.base.exports import exports
+
+if TYPE_CHECKING:
+    from vismt.metatune.amt.input_attack import pyramid_attack
+    from vismt.metatune.amt.merging import MergeSettings, PoolNet
+    from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
+    from vismt.metatune.amt.selection_rules import expert_scores, mixture_weights
+    from vismt.metatune.amt.weight_attack import weight_perturbation
+    from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings, finetune
+    from vismt.metatune.maml import LinearLearner, MamlNet, MamlObjective, MamlSettings
+    from vismt.metatune.probes.logistic import LogisticProbe
+    from vismt.metatune.probes.ridge import RidgeProbe
+    from vismt.metatune.protocol.episodes import Episode, EpisodeSampler, VariableSampler
+    from vismt.metatune.protocol.protocol import run_protocol
+    from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
+    from vismt.uncertainty.intervals import domain_average, domain_table, mean_interval, paired_bootstrap
 
 __all__ = [
     "Episode",
@@ -46,3 +53,5 @@ __all__ = [
     "run_protocol",
     "weight_perturbation",
 ]
+
+__getattr__, __dir__ = exports(__name__)

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vismt import console
 from vismt.backbones.vit import Backbone
-from vismt.identity import Identity
+from vismt.base import console
+from vismt.base.identity import Identity
 from vismt.metatune.functional import Functional
-from vismt.stored_tensors import has_hooks, machine, path_of, read_stored, write_stored
+from vismt.storage.stored_tensors import has_hooks, machine, path_of, read_stored, write_stored
 
 MARK = "_vismt_rows"
 ROUNDING = 1e-3  # largest difference between two orders of sums, as a share of the largest feature
@@ -65,7 +65,7 @@ def _computed(backbone: nn.Module, images: Tensor, batch: int | None) -> Tensor:
 class FeatureStore:
     """Features of the images of one set, by row, for every backbone that asks.
 
-    Use as a context manager: at its end, features of stock models are written to the cache folder (vismt.stored_tensors).
+    Use as a context manager: at its end, features of stock models are written to the cache folder (vismt.storage.stored_tensors).
 
     Args:
         data: a text that differs for any other images; None keeps all features in memory only.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vismt import console
-from vismt.errors import UserError, near
+from vismt.base import console
+from vismt.base.errors import UserError, near
 
 
 class Functional(nn.Module):

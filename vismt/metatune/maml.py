@@ -30,12 +30,12 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import skip_init
 
-from vismt.errors import UserError, near
-from vismt.lowrank.record import record_of
-from vismt.lowrank.store import adapter_tensors, check_tensors
+from vismt.base.errors import UserError, near
+from vismt.config.typed import Names
+from vismt.lowrank.files.store import adapter_tensors, check_tensors
+from vismt.lowrank.model.record import record_of
 from vismt.metatune.functional import Functional
 from vismt.metatune.objective import EpisodeObjective
-from vismt.typed_yaml import Names
 
 ALGORITHMS = ("maml", "fomaml", "metasgd")
 ENGINES = ("func", "learn2learn")

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.metatune.labelled import Episode
-from vismt.seeds import mix_seed
+from vismt.base.seeds import mix_seed
+from vismt.metatune.protocol.labelled import Episode
 
 Augmentation = Callable[[Tensor, int], Tensor]
 

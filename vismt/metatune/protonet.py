@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.errors import UserError
-from vismt.lowrank.store import check_tensors
+from vismt.base.errors import UserError
+from vismt.lowrank.files.store import check_tensors
 from vismt.metatune.features import features
 
 

@@ -1,14 +1,22 @@
 """Multi-task learning: EMTAL's routed experts, router fading and quality retaining; task balancing; dense tasks and heads."""
 
-from vismt.multitask.balancing import Balancer, make_balancer
-from vismt.multitask.experts import cluster_model, cluster_neurons, permute_experts
-from vismt.multitask.fading import FadeState, RouterFade
-from vismt.multitask.heads import make_head, resize_logits
-from vismt.multitask.moe_lora import set_fade
-from vismt.multitask.moefied import MoEfiedMlp
-from vismt.multitask.retain import QualityRetaining
-from vismt.multitask.retain_dense import DenseRetaining
-from vismt.multitask.tasks import DenseTask, make_task
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vismt.base.exports import exports
+
+if TYPE_CHECKING:
+    from vismt.multitask import metrics
+    from vismt.multitask.balancing.base import Balancer, make_balancer
+    from vismt.multitask.emtal.clusters import cluster_model, cluster_neurons, permute_experts
+    from vismt.multitask.emtal.fading import FadeState, RouterFade
+    from vismt.multitask.emtal.ffn import MoEfiedMlp
+    from vismt.multitask.emtal.method import set_fade
+    from vismt.multitask.emtal.retain import QualityRetaining
+    from vismt.multitask.emtal.retain_dense import DenseRetaining
+    from vismt.multitask.heads import make_head, resize_logits
+    from vismt.multitask.tasks import DenseTask, make_task
 
 __all__ = [
     "Balancer",
@@ -23,7 +31,10 @@ __all__ = [
     "make_balancer",
     "make_head",
     "make_task",
+    "metrics",
     "permute_experts",
     "resize_logits",
     "set_fade",
 ]
+
+__getattr__, __dir__ = exports(__name__)

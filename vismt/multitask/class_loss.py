@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.errors import UserError, near
+from vismt.base.errors import UserError, near
 
 CLASS_WEIGHTS = ("sqrt", "inverse", "effective")
 

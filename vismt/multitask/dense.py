@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from vismt.backbones.vit import Backbone
-from vismt.data.dense_sample import Sample, blank
-from vismt.errors import UserError
-from vismt.multitask.balancing import Balancer
+from vismt.base.errors import UserError
+from vismt.data.maps.dense_sample import Sample, blank
+from vismt.multitask.balancing.base import Balancer
+from vismt.multitask.emtal.retain_dense import DenseRetaining
 from vismt.multitask.heads import Head
 from vismt.multitask.objective import TaskObjective
-from vismt.multitask.retain_dense import DenseRetaining
 from vismt.multitask.tasks import DenseTask
 
 SEGMENTATION = "semseg"

@@ -31,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.errors import UserError, near, require_known
-from vismt.registry import Registry
-from vismt.typed_yaml import arguments
+from vismt.base.errors import UserError, near, require_known
+from vismt.base.registry import Registry
+from vismt.config.typed import arguments
 
 NORMS = ("group", "batch")
 GROUPS = 32  # largest number of groups

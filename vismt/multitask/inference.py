@@ -20,8 +20,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.data.dense_transforms import FILL
-from vismt.errors import UserError
+from vismt.base.errors import UserError
+from vismt.data.maps.dense_transforms import FILL
 from vismt.multitask.dense import DenseNet
 from vismt.multitask.tasks import DenseTask, MapTask
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.multitask.balancing import Balancer
-from vismt.multitask.retain import QualityRetaining
-from vismt.multitask.task_gradients import GradientBalancer
+from vismt.multitask.balancing.base import Balancer
+from vismt.multitask.balancing.task_gradients import GradientBalancer
+from vismt.multitask.emtal.retain import QualityRetaining
 
 
 class TaskObjective(nn.Module, ABC):

@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from vismt.errors import UserError, near
-from vismt.multitask.balancing import Balancer
+from vismt.base.errors import UserError, near
+from vismt.multitask.balancing.base import Balancer
 from vismt.multitask.class_loss import ClassLoss
+from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.objective import TaskObjective
-from vismt.multitask.retain import QualityRetaining
 
 HEADS = ("union", "separate")
 

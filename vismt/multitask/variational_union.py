@@ -1,4 +1,4 @@
-"""The loss over the union with a Bayesian last layer: VBLL's bound, with smoothed labels (vismt/llm/vbll.py).
+"""The loss over the union with a Bayesian last layer: VBLL's bound, with smoothed labels (vismt/uncertainty/vbll.py).
 
     -bound = -sum_c t_c m_c + logsumexp_c(m_c + v_c / 2) = CE(m + v / 2, t) + sum_c t_c v_c / 2
     loss   = mean_b -bound + (KL - log prior of the noise) / N            t: labels, smoothed; N training images of all tasks
@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vismt.errors import UserError
-from vismt.llm.vbll import VBLLClassifier
+from vismt.base.errors import UserError
 from vismt.multitask.union import UnionObjective
+from vismt.uncertainty.vbll import VBLLClassifier
 
 
 class VariationalUnionObjective(UnionObjective):

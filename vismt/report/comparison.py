@@ -3,9 +3,9 @@
 Two arms are compared on the same examples when both left records that reproduce their numbers: a tie is then an interval of
 the paired difference that contains zero. Without such records it is an overlap of the two intervals.
 
-Rows of arms with several trainings have intervals over examples and seeds together (vismt.stats.with_seeds), and so have their
-differences and their averages over sets. Seeds are paired where two arms have the same. A seed moves all sets together, so
-that the part of the seeds in an average is that of one average over the sets for each seed.
+Rows of arms with several trainings have intervals over examples and seeds together (vismt.uncertainty.intervals.with_seeds),
+and so have their differences and their averages over sets. Seeds are paired where two arms have the same. A seed moves all sets
+together, so that the part of the seeds in an average is that of one average over the sets for each seed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 from vismt.report.results import Result
-from vismt.stats import LOWER, domain_average, mean_interval, paired_bootstrap, with_seeds
+from vismt.uncertainty.intervals import LOWER, domain_average, mean_interval, paired_bootstrap, with_seeds
 
 AVERAGE = "average"
 FROZEN = "frozen"  # an arm of this name stands first and is drawn in grey

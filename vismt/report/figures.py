@@ -24,7 +24,7 @@ from vismt.report.plotting import (
     short,
 )
 from vismt.report.tables import number_text
-from vismt.stats import SHARE
+from vismt.uncertainty.intervals import SHARE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vismt.errors import UserError, near
-from vismt.plain_yaml import read_yaml
+from vismt.base.errors import UserError, near
+from vismt.config.typed import shown
+from vismt.config.yaml_text import read_yaml
 from vismt.report.comparison import Values, compare
 from vismt.report.plotting import vector_figures
 from vismt.report.report import CONFIG, DEFAULT_FORMATS, Heading, run_heading, write_report
@@ -17,7 +18,6 @@ from vismt.report.results import RESULTS, Result, ValuesByExample, read_results
 from vismt.report.sections import Section
 from vismt.report.study import score_sections
 from vismt.report.tables import Table
-from vismt.typed_yaml import shown
 
 FACTS = ("Command", "Git revision", "Config hash", "Hardware", "Seeds")
 SETTINGS_NOTE = (

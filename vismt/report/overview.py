@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vismt.cache import Deletable
-from vismt.config import read_yaml
-from vismt.engine.run import FACTS, RESOLVED
-from vismt.errors import UserError
-from vismt.files import HOLDER, LOCK, is_locked, read_sealed
+from vismt.base.errors import UserError
+from vismt.config.sections import read_yaml
+from vismt.jobs.run import FACTS, RESOLVED
 from vismt.report.comparison import compare
 from vismt.report.report import headline
 from vismt.report.results import RESULTS, ValuesByExample, read_results
+from vismt.storage.cache import Deletable
+from vismt.storage.files import HOLDER, LOCK, is_locked, read_sealed
 
 STUB = "nothing done"
 BARE = {RESOLVED, FACTS, LOCK, HOLDER}  # files of a run in which nothing is done

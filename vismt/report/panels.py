@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vismt.errors import UserError
-from vismt.files import atomic_write
+from vismt.base.errors import UserError
+from vismt.storage.files import atomic_write
 
 # Kind of panel -> array -> type and axes; an axis has one length in all arrays of a file, "3" is three. "?": may be NaN.
 LAYOUTS = {

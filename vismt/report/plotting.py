@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vismt.errors import UserError
-from vismt.files import atomic_write
+from vismt.base.errors import UserError
+from vismt.storage.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

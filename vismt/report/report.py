@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vismt.errors import UserError
-from vismt.files import atomic_write, read_sealed
-from vismt.paths import regular_file
+from vismt.base.errors import UserError
 from vismt.report.comparison import AVERAGE, Comparison
 from vismt.report.html import render_html, render_markdown
 from vismt.report.papers import render_csv, render_latex
@@ -25,7 +23,9 @@ from vismt.report.tables import (
     scale_text,
     split_corruptions,
 )
-from vismt.stats import LOWER, SHARE
+from vismt.storage.files import atomic_write, read_sealed
+from vismt.storage.paths import regular_file
+from vismt.uncertainty.intervals import LOWER, SHARE
 
 LEGEND = (
     "Mean ± half width of the 95 % confidence interval over n{seeds}. ★ best of the models, ≈ statistical tie with the best: "

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vismt.base.errors import UserError
+from vismt.config.typed import build
 from vismt.engine.log import record_stem
-from vismt.errors import UserError
-from vismt.lines import lacks_checksums, read_lines, write_lines
-from vismt.stats import SHARE, Better, Condition, Measure, Scale
-from vismt.typed_yaml import build
+from vismt.storage.lines import lacks_checksums, read_lines, write_lines
+from vismt.uncertainty.intervals import SHARE, Better, Condition, Measure, Scale
 
 RESULTS, RECORDS = "results.jsonl", "records"
 ROUNDING = 1e-9  # of a mean of pseudo-values, which is the score

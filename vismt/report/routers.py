@@ -12,10 +12,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vismt.errors import UserError
-from vismt.lowrank.wrappers import wrappers_of
-from vismt.multitask.moefied import MoEfiedMlp
-from vismt.multitask.routing import expert_weights
+from vismt.base.errors import UserError
+from vismt.lowrank.layers.wrappers import wrappers_of
+from vismt.multitask.emtal.ffn import MoEfiedMlp
+from vismt.multitask.emtal.routing import expert_weights
 from vismt.report.panels import read_panel, to_bytes, write_panel
 from vismt.report.plotting import (
     MUTED,

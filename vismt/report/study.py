@@ -17,7 +17,7 @@ from vismt.report.results import Result
 from vismt.report.sections import Picture, Section
 from vismt.report.study_figures import SeedsPanel
 from vismt.report.tables import Table, interval_text, number_text, scale_text, split_corruptions
-from vismt.stats import LOWER, SHARE, seeds_interval
+from vismt.uncertainty.intervals import LOWER, SHARE, seeds_interval
 
 MOST_PANELS = 12  # of the figure by seed
 MOST_OPEN = 3  # figures of scores; of more the first is shown and the others on request

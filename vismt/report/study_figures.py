@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.report.plotting import (
     GRID,
     INK,
@@ -27,7 +27,7 @@ from vismt.report.plotting import (
     write,
 )
 from vismt.report.tables import typographic
-from vismt.stats import SHARE, Scale
+from vismt.uncertainty.intervals import SHARE, Scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

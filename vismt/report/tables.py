@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from vismt.report.comparison import Cell, Comparison
 from vismt.report.results import ROUNDING, Result
-from vismt.stats import LOWER, SHARE
+from vismt.uncertainty.intervals import LOWER, SHARE
 
 MARKS = {"best": "★", "tie": "≈", "": ""}
 # From so many arms on, arms are rows; from so many corruptions on, these have a table of their own.

@@ -9,12 +9,12 @@ from typing import Any
 from vismt.engine.log import METRICS
 from vismt.engine.study import ARMS, CHOSEN, read_choice
 from vismt.engine.training_files import MERGE
-from vismt.files import read_sealed
-from vismt.lines import read_lines
 from vismt.report import study_figures
 from vismt.report.results import Result
 from vismt.report.sections import Picture, Section
 from vismt.report.tables import Table
+from vismt.storage.files import read_sealed
+from vismt.storage.lines import read_lines
 
 RATE_NOTE = (
     "Score on the validation examples, the higher the better, of the first seed trained at each rate. Every arm has the same "

@@ -1,15 +1,23 @@
 """Attacks, corruptions and the evaluation of any classifier under them."""
 
-from vismt.robustness.attacks import AttackSpec, attack, robust_accuracy
-from vismt.robustness.classifier import PixelClassifier, classifier_of, load_classifier
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig
-from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec, corrupt
-from vismt.robustness.dense_attack import DenseAttack
-from vismt.robustness.evaluate import ConditionAccuracy, evaluate_classifier, evaluate_examples
-from vismt.robustness.masking import check_masking
-from vismt.robustness.quantise import quantise
-from vismt.robustness.robustbench import load_robustbench
-from vismt.robustness.transfer import Transfer, TransferSource
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vismt.base.exports import exports
+
+if TYPE_CHECKING:
+    from vismt.robustness import attacks
+    from vismt.robustness.attacks.attacks import AttackSpec, attack, robust_accuracy
+    from vismt.robustness.attacks.dense_attack import DenseAttack
+    from vismt.robustness.attacks.transfer import Transfer, TransferSource
+    from vismt.robustness.classifier import PixelClassifier, classifier_of, load_classifier
+    from vismt.robustness.conditions import AttackConfig, CorruptionConfig
+    from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec, corrupt
+    from vismt.robustness.evaluate import ConditionAccuracy, evaluate_classifier, evaluate_examples
+    from vismt.robustness.masking import check_masking
+    from vismt.robustness.quantise import quantise
+    from vismt.robustness.robustbench import load_robustbench
 
 __all__ = [
     "CORRUPTIONS",
@@ -23,6 +31,7 @@ __all__ = [
     "Transfer",
     "TransferSource",
     "attack",
+    "attacks",
     "check_masking",
     "classifier_of",
     "corrupt",
@@ -33,3 +42,5 @@ __all__ = [
     "quantise",
     "robust_accuracy",
 ]
+
+__getattr__, __dir__ = exports(__name__)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.backbones.any_module import UNKNOWN, size_of
-from vismt.errors import UserError, near
-from vismt.files import parse_json
+from vismt.base.errors import UserError, near
+from vismt.storage.files import parse_json
 
 SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".tar"}
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, overload
 
-from vismt.config import HASHED_IF_SET, fraction
-from vismt.errors import UserError, near
-from vismt.robustness.attacks import AttackSpec, budget_text
+from vismt.base.errors import UserError, near
+from vismt.config.sections import HASHED_IF_SET, fraction
+from vismt.config.typed import Names
+from vismt.robustness.attacks.attacks import AttackSpec, budget_text
+from vismt.robustness.attacks.dense_attack import DenseAttack
+from vismt.robustness.attacks.transfer import Transfer, TransferSource
 from vismt.robustness.corruptions import CORRUPTIONS, MOVING, CorruptionSpec
-from vismt.robustness.dense_attack import DenseAttack
-from vismt.robustness.transfer import Transfer, TransferSource
-from vismt.stats import Condition
-from vismt.typed_yaml import Names
+from vismt.uncertainty.intervals import Condition
 
 SEVERITIES = (1, 2, 3, 4, 5)
 CORRUPTION_NAMES = ("all", *CORRUPTIONS)
@@ -30,7 +30,7 @@ DensePerturbation = DenseAttack | CorruptionSpec
 
 @dataclass
 class AttackConfig:
-    """One attack, see vismt.robustness.attacks.AttackSpec.
+    """One attack, see vismt.robustness.attacks.attacks.AttackSpec.
 
     Args:
         name: the attack; torchattacks:NAME takes one of that library.
@@ -45,11 +45,11 @@ class AttackConfig:
         tasks: of a dense run, the tasks whose losses are raised; [] for all.
     """
 
-    name: Annotated[str, Names("vismt.robustness.attacks:KINDS")] = "pgd"
+    name: Annotated[str, Names("vismt.robustness.attacks.attacks:KINDS")] = "pgd"
     epsilon: float | str = "4.5/255"
     step_size: float | str | None = None
     steps: int | None = None
-    norm: Annotated[str, Names("vismt.robustness.norms:NORMS")] = "linf"
+    norm: Annotated[str, Names("vismt.robustness.attacks.norms:NORMS")] = "linf"
     random_start: bool = True
     source: str | None = None
     restarts: int | None = field(default=None, metadata=HASHED_IF_SET)

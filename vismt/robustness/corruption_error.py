@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from vismt.errors import UserError, near
+from vismt.base.errors import UserError, near
 
 # {corruption: {severity: error in [0, 1]}}
 CorruptionErrors = Mapping[str, Mapping[int, float]]

@@ -22,7 +22,7 @@ from scipy import ndimage
 from scipy.signal import fftconvolve
 from torch import Tensor, nn
 
-from vismt.errors import UserError, near
+from vismt.base.errors import UserError, near
 
 Rng = np.random.Generator
 # image (h, w, 3) in [0, 1], level = severity - 1, rng, min(h, w) / 224 -> the corrupted image, not yet clipped

@@ -3,8 +3,8 @@
 Under an attack an example counts when the model is right on the clean image and on the attacked one: the unchanged image
 is inside every budget (the convention of RobustBench, arXiv 2010.09670). Under a corruption the corrupted image alone
 counts. Intervals are Wilson's at 95 %. Forms of the clean logits (a temperature, say) have their answers and what the quality
-of their probabilities follows from on record; with the quantile of conformal sets (vismt/conformal.py), so has every condition.
-Processes that share an evaluation (vismt/ranks.py) run a batch each.
+of their probabilities follows from on record; with the quantile of conformal sets (vismt/uncertainty/conformal.py), so has
+every condition. Processes that share an evaluation (vismt/base/ranks.py) run a batch each.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vismt import console, ranks
-from vismt.conformal import set_sizes
-from vismt.errors import UserError
+from vismt.base import console, ranks
+from vismt.base.errors import UserError
+from vismt.base.seeds import mix_seed
 from vismt.metatune.functional import answers, evaluating, report_lost
-from vismt.proper_scores import proper_scores
-from vismt.records import SHARE, Field, Records
-from vismt.robustness.attacks import AttackSpec
+from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of, worst_cases
-from vismt.seeds import mix_seed
-from vismt.stats import CLEAN, Condition, wilson
+from vismt.storage.records import SHARE, Field, Records
+from vismt.uncertainty.conformal import set_sizes
+from vismt.uncertainty.intervals import CLEAN, Condition, wilson
+from vismt.uncertainty.proper_scores import proper_scores
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[str]]
 Form = Callable[[Tensor], Tensor]  # logits float64 (b, k) on the CPU to logits of the same shape

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vismt.metatune.interfaces import FewShotModel, PixelStore, Sampler
-from vismt.metatune.protocol import run_protocol
-from vismt.robustness.attacks import AttackSpec, radius_text
+from vismt.metatune.protocol.interfaces import FewShotModel, PixelStore, Sampler
+from vismt.metatune.protocol.protocol import run_protocol
+from vismt.robustness.attacks.attacks import AttackSpec, radius_text
+from vismt.robustness.attacks.norms import size_of_all
 from vismt.robustness.evaluate import ConditionAccuracy, RepeatableBatches, evaluate_classifier
-from vismt.robustness.norms import size_of_all
-from vismt.stats import mean_interval
+from vismt.uncertainty.intervals import mean_interval
 
 LARGEST = 64 / 255  # change of every pixel
 RADII = (0.0, 1 / 255, 2 / 255, 4.5 / 255, 8 / 255, 16 / 255, LARGEST)

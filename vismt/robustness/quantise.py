@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vismt.errors import UserError, near
-from vismt.lowrank.adapter_layer import AdapterLayer
-from vismt.lowrank.wrappers import ModuleWrapper
+from vismt.base.errors import UserError, near
+from vismt.lowrank.layers.base import AdapterLayer
+from vismt.lowrank.layers.wrappers import ModuleWrapper
 
 SCHEMES = ("int8",)
 LEVELS = 127

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from vismt.errors import UserError, near
-from vismt.paths import cache_root
+from vismt.base.errors import UserError, near
+from vismt.storage.paths import cache_root
 
 PREFIX = "robustbench:"
 DATASETS = {"cifar10": (10, 32), "cifar100": (100, 32), "imagenet": (1000, 224)}  # classes, pixels

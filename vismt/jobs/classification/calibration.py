@@ -1,6 +1,6 @@
 """What is fitted on the validation images of a training: the temperature of its probabilities, and tau of its class prior.
 
-    p = softmax(z / T), one T for all tasks, with the smallest NLL            (vismt/llm/temperature.py)
+    p = softmax(z / T), one T for all tasks, with the smallest NLL            (vismt/uncertainty/temperature.py)
     z - tau log pi, tau of TAUS with the best mean accuracy over the tasks    (vismt/multitask/class_loss.py)
 
 calibration.json in the training's folder has both; a report that is written again does not fit again.
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vismt.jobs.fitted import kept
 from vismt.jobs.variants import TAUS
-from vismt.llm.temperature import fit_temperature
 from vismt.multitask.class_loss import adjusted
+from vismt.uncertainty.temperature import fit_temperature
 
 CALIBRATION = "calibration.json"
 Outputs = list[tuple[Tensor, Tensor]]  # of each task: logits (n, C) and labels (n,)

@@ -6,29 +6,29 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from vismt.config import HASHED_IF_SET, UNHASHED, Jitter, ModelConfig, OnBadSample
+from vismt.base.errors import UserError, near
+from vismt.config.sections import HASHED_IF_SET, UNHASHED, Jitter, ModelConfig, OnBadSample
+from vismt.config.typed import Names
 from vismt.data.names import check_apart, check_row_names
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
-from vismt.errors import UserError, near
 from vismt.jobs.calibrating import ImageCalibrationConfig, check_calibration
-from vismt.jobs.multitask import (
+from vismt.jobs.risk import check_report
+from vismt.jobs.task_sections import (
     BalancingConfig,
     RetainConfig,
     check_adjusted,
     check_tasks,
     make_configured_balancer,
 )
-from vismt.jobs.risk import check_report
-from vismt.llm.heads import check_head, is_variational
 from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss
-from vismt.multitask.fading import FadeConfig
-from vismt.multitask.retain import QualityRetaining
+from vismt.multitask.emtal.fading import FadeConfig
+from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.union import HEADS
 from vismt.multitask.variational_union import check_bound
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
-from vismt.typed_yaml import Names
+from vismt.uncertainty.last_layers import check_head, is_variational
 
 
 @dataclass
@@ -75,7 +75,7 @@ class MultitaskEvaluateConfig:
         corruptions: evaluated corruptions.
     """
 
-    split: Annotated[str, Names("vismt.jobs.multitask:SPLITS")] = "test"
+    split: Annotated[str, Names("vismt.jobs.task_sections:SPLITS")] = "test"
     batch: int = 64
     temperature: bool = field(default=False, metadata=UNHASHED)
     laplace: bool = field(default=False, metadata=HASHED_IF_SET)
@@ -90,12 +90,12 @@ class HeadConfig:
     """The head as a section.
 
     Args:
-        name: linear, or vbll, a Bayesian last layer (vismt.llm.vbll).
+        name: linear, or vbll, a Bayesian last layer (vismt.uncertainty.vbll).
         options: further arguments of the head.
         labels: union, over the classes of all tasks, or separate, those of the image's task; vbll needs union.
     """
 
-    name: Annotated[str, Names("vismt.llm.heads:HEADS")] = "linear"
+    name: Annotated[str, Names("vismt.uncertainty.last_layers:HEADS")] = "linear"
     options: dict[str, Any] = field(default_factory=dict)
     labels: Annotated[str, Names("vismt.multitask.union:HEADS")] = "union"
 

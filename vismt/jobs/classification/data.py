@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vismt import console
+from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.data.batching import Gathered
 from vismt.data.images import ImageSet, open_images
 from vismt.data.names import card_and_split
@@ -15,7 +16,6 @@ from vismt.data.near_duplicates import groups_of
 from vismt.data.pixels import Pixels
 from vismt.data.splits import divide, limited
 from vismt.engine.splits import shares
-from vismt.errors import UserError
 from vismt.jobs.classification.config import MultitaskConfig, TaskConfig
 from vismt.multitask.union import Union
 

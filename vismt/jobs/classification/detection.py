@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vismt import console, ranks
+from vismt.base import console, ranks
 from vismt.data.batching import Gathered, InOrder
 from vismt.data.names import row_name
 from vismt.engine import runtime
@@ -22,11 +22,11 @@ from vismt.engine.study import Training
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.models import PixelNet, stored
 from vismt.jobs.variants import against
-from vismt.lines import read_lines
 from vismt.multitask.union import TaskClassifier
-from vismt.records import SHARE, Records
 from vismt.report.results import Score
-from vismt.stats import NUMBER, Measure
+from vismt.storage.lines import read_lines
+from vismt.storage.records import SHARE, Records
+from vismt.uncertainty.intervals import NUMBER, Measure
 
 
 def detection_scores(
@@ -36,7 +36,7 @@ def detection_scores(
 
     Arguments as in `Evaluation.scores`, whose records are read.
     """
-    from vismt.llm.probability_metrics import detection_values  # loads torchmetrics
+    from vismt.uncertainty.probability_metrics import detection_values  # loads torchmetrics
 
     settings, union = evaluation.config.evaluate, evaluation.data.union
     scores = []

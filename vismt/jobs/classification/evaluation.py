@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vismt import console, ranks
+from vismt.base import console, ranks
 from vismt.data.batching import InOrder
 from vismt.engine import runtime
 from vismt.engine.study import Training
@@ -25,13 +25,13 @@ from vismt.jobs.classification.models import PixelNet, stored
 from vismt.jobs.fitted import kept
 from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures, validation_parts
 from vismt.jobs.variants import ADJUSTED, TEMPERED
-from vismt.lines import read_lines
 from vismt.multitask.class_loss import adjusted
 from vismt.multitask.union import TaskClassifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.evaluate import Form, accuracies, evaluate_examples
-from vismt.stats import CLEAN, LOWER, NUMBER, Measure
+from vismt.storage.lines import read_lines
+from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure
 
 CONDITIONS = {condition.label: condition for condition in (CLEAN, TEMPERED, ADJUSTED)}  # of the forms of the logits
 
@@ -195,7 +195,7 @@ def _drop_older(path: Path) -> None:
 
 def form_measures(rows: Sequence[Mapping], name: str) -> list[Measure]:
     """Return the accuracy of an adjusted form of the logits, the quality of the probabilities of another, from its records."""
-    from vismt.llm.probability_metrics import calibration_values  # loads torchmetrics
+    from vismt.uncertainty.probability_metrics import calibration_values  # loads torchmetrics
 
     ids = [row["id"] for row in rows]
     right = [float(row[name] == row["label"]) for row in rows]

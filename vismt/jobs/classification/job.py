@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from vismt.backbones import vit
+from vismt.base.errors import UserError
 from vismt.data.batching import ShuffledBatches
 from vismt.data.names import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.engine.study import Training
-from vismt.errors import UserError
 from vismt.jobs.base import records_folder
 from vismt.jobs.calibrating import calibrated_on_images
 from vismt.jobs.classification import panels
@@ -30,17 +30,17 @@ from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_he
 from vismt.jobs.classification.posterior import laplace_scores
 from vismt.jobs.classification.report import sections
 from vismt.jobs.image_job import ImageJob
-from vismt.jobs.multitask import make_configured_balancer
 from vismt.jobs.risk import check_thresholds
-from vismt.llm.heads import is_variational
-from vismt.lowrank.inject import train_along
-from vismt.multitask.retain import QualityRetaining
+from vismt.jobs.task_sections import make_configured_balancer
+from vismt.lowrank.model.inject import train_along
+from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.union import UnionObjective
 from vismt.multitask.variational_union import VariationalUnionObjective
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.sections import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
-from vismt.stats import CLEAN
+from vismt.uncertainty.intervals import CLEAN
+from vismt.uncertainty.last_layers import is_variational
 
 
 class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):

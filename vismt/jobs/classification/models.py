@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from vismt.backbones import vit
 from vismt.backbones.vit import Backbone
+from vismt.base.identity import weights_digest
 from vismt.data.batching import Gathered
 from vismt.engine import training_files
 from vismt.engine.study import Training
-from vismt.files import atomic_write
-from vismt.identity import weights_digest
 from vismt.jobs.classification.config import MultitaskConfig
-from vismt.llm.heads import is_variational, make_head
-from vismt.llm.variational import GaussianHead
 from vismt.metatune.features import FeatureStore, features, number
+from vismt.storage.files import atomic_write
+from vismt.uncertainty.last_layers import is_variational, make_head
+from vismt.uncertainty.variational import GaussianHead
 
 HEAD = "head.safetensors"
 
@@ -29,8 +29,8 @@ HEAD = "head.safetensors"
 class PixelNet(nn.Module):
     """A backbone with a head: images (b, 3, h, w) in [0, 1] -> logits (b, k), of a Bayesian head log-probabilities.
 
-    Those are the logarithm of the probit without draws (vismt/llm/predictive.py), so that an answer does not depend on the batch
-    around it and an attack follows the gradient of what is evaluated.
+    Those are the logarithm of the probit without draws (vismt/uncertainty/predictive.py), so that an answer does not depend on
+    the batch around it and an attack follows the gradient of what is evaluated.
 
     Attributes:
         frozen: whether no training changes the backbone. It then stays in evaluation mode, and computes the features of

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vismt.base.errors import UserError
 from vismt.engine.study import Training
-from vismt.errors import UserError
-from vismt.lines import read_lines
 from vismt.report.panels import spread, to_bytes, write_panel
 from vismt.report.routers import ROUTED_IMAGES, ROUTERS, has_routers, write_routers
+from vismt.storage.lines import read_lines
 
 if TYPE_CHECKING:
     from vismt.jobs.classification.job import ClassificationJob

@@ -1,4 +1,4 @@
-"""Scores of a Laplace approximation around the head of a trained net (vismt/llm/laplace.py), on clean images."""
+"""Scores of a Laplace approximation around the head of a trained net (vismt/uncertainty/laplace.py), on clean images."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vismt import console
+from vismt.base import console
 from vismt.data.batching import Gathered, InOrder
 from vismt.engine import runtime
 from vismt.engine.study import Training
 from vismt.jobs.classification.evaluation import Evaluation, form_measures
 from vismt.jobs.classification.models import PixelNet, stored
 from vismt.jobs.variants import LAPLACE
-from vismt.llm.heads import laplace_head
-from vismt.llm.laplace import STRUCTURES
 from vismt.multitask.union import TaskClassifier
 from vismt.report.results import Score
 from vismt.robustness.evaluate import evaluate_examples
-from vismt.stats import CLEAN, Measure
+from vismt.uncertainty.intervals import CLEAN, Measure
+from vismt.uncertainty.laplace import STRUCTURES
+from vismt.uncertainty.last_layers import laplace_head
 
 
 def laplace_scores(evaluation: Evaluation, net: PixelNet, training: Training, records: Path) -> list[Score]:

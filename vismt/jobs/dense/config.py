@@ -6,11 +6,12 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from vismt.config import HASHED_IF_SET, UNHASHED_OPTIONS, ModelConfig
+from vismt.base.errors import UserError, near
+from vismt.config.sections import HASHED_IF_SET, UNHASHED_OPTIONS, ModelConfig
+from vismt.config.typed import Names
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
-from vismt.errors import UserError, near
-from vismt.jobs.multitask import (
+from vismt.jobs.task_sections import (
     BalancingConfig,
     RetainConfig,
     check_adjusted,
@@ -20,13 +21,12 @@ from vismt.jobs.multitask import (
 from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.dense import SEGMENTATION
-from vismt.multitask.fading import FadeConfig
+from vismt.multitask.emtal.fading import FadeConfig
+from vismt.multitask.emtal.retain_dense import DenseRetaining
 from vismt.multitask.heads import check_head
 from vismt.multitask.inference import check_overlap, check_scales
-from vismt.multitask.retain_dense import DenseRetaining
 from vismt.multitask.tasks import DenseTask, loss_options, make_task
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
-from vismt.typed_yaml import Names
 
 MODES = ("slide", "whole")
 SHARED = ("data", "size", "canvas", "baseline")  # sections that all arms share, besides those in engine/study.py
@@ -58,7 +58,7 @@ class DenseHeadConfig:
 
 @dataclass
 class DenseAugmentConfig:
-    """Augmentation of training images and maps, see vismt.data.dense_transforms.augment.
+    """Augmentation of training images and maps, see vismt.data.maps.dense_transforms.augment.
 
     Args:
         scales: smallest and largest factor of the size.
@@ -93,7 +93,7 @@ class DenseEvaluateConfig:
         corruptions: evaluated corruptions; all has those that leave pixels where they are.
     """
 
-    split: Annotated[str, Names("vismt.jobs.multitask:SPLITS")] = "test"
+    split: Annotated[str, Names("vismt.jobs.task_sections:SPLITS")] = "test"
     batch: int = 8
     mode: Annotated[str, Names(MODES)] = "slide"
     overlap: float = 0.5

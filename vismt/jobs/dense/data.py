@@ -9,22 +9,22 @@ from typing import Any, cast
 
 import torch
 
-from vismt import console
-from vismt.data import dense_transforms as transforms
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.base.seeds import mix_seed
 from vismt.data.batching import Passes
-from vismt.data.dense import DenseSet, open_samples
-from vismt.data.dense_sample import CLASS, Sample, collate
+from vismt.data.maps import dense_transforms as transforms
+from vismt.data.maps.dense import DenseSet, open_samples
+from vismt.data.maps.dense_sample import CLASS, Sample, collate
 from vismt.data.names import card_and_split
 from vismt.data.near_duplicates import groups_of, picture
 from vismt.data.splits import divide
 from vismt.engine.splits import shares
-from vismt.errors import UserError
 from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
 from vismt.multitask.class_loss import ClassLoss, check_counts
 from vismt.multitask.dense import SEGMENTATION
 from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.multitask.tasks.depth import Depth, InverseDepth
-from vismt.seeds import mix_seed
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from vismt import console
-from vismt.errors import UserError
+from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.jobs.dense.config import DELTA
 from vismt.multitask.metrics import delta_m
 from vismt.report.results import Score
-from vismt.stats import CLEAN, LOWER, NUMBER, Measure
+from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure
 
 
 def deltas(scores: Mapping[str, Sequence[Score]], baselines: Mapping[str, str]) -> dict[str, list[Score]]:

@@ -25,28 +25,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vismt import console, ranks
-from vismt.data.dense_sample import Sample, collate, size_of
-from vismt.data.dense_transforms import pad
+from vismt.base import console, ranks
+from vismt.base.seeds import digest, mix_seed
+from vismt.data.maps.dense_sample import Sample, collate, size_of
+from vismt.data.maps.dense_transforms import pad
 from vismt.engine import runtime
 from vismt.engine.study import Training
-from vismt.files import atomic_write, read_sealed, sealed
 from vismt.jobs.dense.config import DenseConfig, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, Undefined, read_scored
 from vismt.jobs.variants import ADJUSTED, TAUS
-from vismt.lines import read_lines, write_lines
 from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.dense import DenseNet
 from vismt.multitask.inference import predict
 from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.report.results import Score
+from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.conditions import DensePerturbation, condition_of
 from vismt.robustness.corruptions import CorruptionSpec, corrupt
-from vismt.robustness.dense_attack import DenseAttack
-from vismt.seeds import digest, mix_seed
-from vismt.stats import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure
+from vismt.storage.files import atomic_write, read_sealed, sealed
+from vismt.storage.lines import read_lines, write_lines
+from vismt.uncertainty.intervals import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure
 
 UNDEFINED = "undefined"  # key of a record: reasons by task
 ADJUSTMENT = "adjustment.json"

@@ -13,7 +13,7 @@ from vismt.report.panels import read_panel
 from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
 from vismt.report.study_figures import LETTER
 from vismt.report.tables import number_text, scale_text
-from vismt.stats import HIGHER, LOWER, NUMBER, SHARE
+from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

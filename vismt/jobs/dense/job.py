@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from vismt.backbones import vit
+from vismt.base.errors import UserError
 from vismt.engine import training_files
 from vismt.engine.study import Training
-from vismt.errors import UserError
 from vismt.jobs.dense import models, panels
 from vismt.jobs.dense.config import (
     DELTA,
@@ -32,9 +32,9 @@ from vismt.jobs.dense.pooled_score import Scored
 from vismt.jobs.dense.predict import check_images, image_files, most_pixels, predict_images
 from vismt.jobs.dense.report import sections
 from vismt.jobs.image_job import ImageJob
-from vismt.jobs.multitask import make_configured_balancer
+from vismt.jobs.task_sections import make_configured_balancer
 from vismt.multitask.dense import SEGMENTATION, DenseNet, DenseObjective
-from vismt.multitask.retain_dense import DenseRetaining
+from vismt.multitask.emtal.retain_dense import DenseRetaining
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.sections import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DensePerturbation, dense_conditions

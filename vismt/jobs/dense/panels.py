@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor, stack
 
-from vismt.data.dense_sample import collate
-from vismt.errors import UserError
+from vismt.base.errors import UserError
+from vismt.data.maps.dense_sample import collate
 from vismt.jobs.dense.config import PANELS
 from vismt.jobs.dense.evaluation import metric_name
 from vismt.jobs.dense.models import fingerprint, loaded

@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.multitask.tasks import DenseTask
 
 LARGEST = (

@@ -22,15 +22,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vismt import console
+from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.data.cards import Card, load_card
 from vismt.data.decode import SUFFIXES, decode_file
-from vismt.data.dense_set import DenseSource
-from vismt.data.dense_transforms import fitting, resize
+from vismt.data.maps.dense_set import DenseSource
+from vismt.data.maps.dense_transforms import fitting, resize
 from vismt.data.names import card_and_split
 from vismt.engine import runtime
-from vismt.errors import UserError
-from vismt.files import atomic_write
 from vismt.jobs.dense.config import DenseConfig, canvas_of, trained_tasks
 from vismt.multitask.dense import SEGMENTATION, DenseNet
 from vismt.multitask.inference import predict
@@ -38,6 +37,7 @@ from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.multitask.tasks.classification import Classification
 from vismt.multitask.tasks.depth import Depth, InverseDepth
 from vismt.report.plotting import GRID, INK, MUTED, axes_at, new_figure, save, short, write
+from vismt.storage.files import atomic_write
 
 THIN = 16  # a picture's height is in proportion to that of the image: at 1 x 300 pixels it took 4 GB
 VALUES = 2**29  # 2 GiB of predictions, which are there several times

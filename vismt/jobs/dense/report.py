@@ -8,11 +8,11 @@ from vismt.engine.study import ARMS
 from vismt.jobs.dense.config import PANELS
 from vismt.jobs.dense.evaluation import UNDEFINED
 from vismt.jobs.dense.figures import predictions_figure
-from vismt.lines import read_lines
 from vismt.report.results import RECORDS
 from vismt.report.routers import router_pictures
 from vismt.report.sections import Picture, Section
 from vismt.report.tables import Table
+from vismt.storage.lines import read_lines
 
 CAPTION = (
     "Evaluated images evenly over the set, not chosen by result; predictions of the first seed, merged. Below each the score of "

@@ -17,8 +17,8 @@ from vismt.jobs.fewshot.config import (
     FewShotConfig,
 )
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec, PlannedExpert, level_text, plan_experts
-from vismt.metatune.amt import AdversaryForm
-from vismt.metatune.selection_rules import SELECT
+from vismt.metatune.amt.objective import AdversaryForm
+from vismt.metatune.amt.selection_rules import SELECT
 
 
 def resolve_experts(config: FewShotConfig) -> dict[str, FewShotConfig]:

@@ -1,6 +1,6 @@
 """The temperature of an evaluated model: one T for all its episodes, fitted on the clean queries of validation episodes.
 
-    p = softmax(z / T), T > 0 with the smallest NLL                               (vismt/llm/temperature.py)
+    p = softmax(z / T), T > 0 with the smallest NLL                               (vismt/uncertainty/temperature.py)
 
 The episodes are those of select.data, one T for all evaluated sets, or with select.class_share those of the classes of each
 evaluated set that its test episodes never draw, one T for each. All their queries weigh the same, whatever their ways. Every
@@ -21,15 +21,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from vismt import ranks
+from vismt.base import ranks
+from vismt.base.seeds import digest
 from vismt.data.names import shown_name
 from vismt.data.pixels import Pixels
 from vismt.jobs.fewshot.models import Models
 from vismt.jobs.fewshot.records import temperature_file
 from vismt.jobs.fitted import kept
-from vismt.llm.temperature import fit_temperature
-from vismt.metatune.protocol import clean_logits
-from vismt.seeds import digest
+from vismt.metatune.protocol.protocol import clean_logits
+from vismt.uncertainty.temperature import fit_temperature
 
 ABSENT = -1e30  # logit of the classes that an episode of fewer ways lacks: a probability of 0 at any T
 

@@ -8,7 +8,7 @@ v_ei is the accuracy of expert e on episode i of n, c(i) = argmax_e v_ei:
                                         G(v) = prod_e (share of episodes with v_ei <= v)
 
 All are exact; the last has the jackknife's interval. Several training seeds are averaged episode by episode, and their spread is
-in the intervals (vismt.stats.with_seeds).
+in the intervals (vismt.uncertainty.intervals.with_seeds).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.files import DIGEST, read_sealed
 from vismt.jobs.fewshot.arms import evaluated_experts, split_head
 from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, FewShotConfig
 from vismt.jobs.fewshot.merge_settings import VALIDATION
 from vismt.jobs.fewshot.records import episodes_file
-from vismt.lines import read_lines
 from vismt.report.comparison import AVERAGE
 from vismt.report.results import Result
 from vismt.report.tables import MANY_CORRUPTIONS, Table, bounds_text, interval_text
-from vismt.stats import SHARE, domain_average, paired_bootstrap, with_seeds
+from vismt.storage.files import DIGEST, read_sealed
+from vismt.storage.lines import read_lines
+from vismt.uncertainty.intervals import SHARE, domain_average, paired_bootstrap, with_seeds
 
 BEST = "best expert on validation"
 NOTE = (

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from vismt.config import HASHED_IF_SET, Episodes, Jitter, ModelConfig, OnBadSample, Seed
+from vismt.base.errors import UserError, near
+from vismt.config.sections import HASHED_IF_SET, Episodes, Jitter, ModelConfig, OnBadSample, Seed
+from vismt.config.typed import Names
 from vismt.engine.study import ALONE, StudyConfig, TuneConfig
-from vismt.errors import UserError, near
 from vismt.jobs.calibrating import ImageCalibrationConfig
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec
-from vismt.metatune.amt import Adversary, AdversaryForm
-from vismt.metatune.finetune import FineTuneSettings
-from vismt.metatune.input_attack import PYRAMID
+from vismt.metatune.amt.input_attack import PYRAMID
+from vismt.metatune.amt.merging import MergeSettings
+from vismt.metatune.amt.objective import Adversary, AdversaryForm
+from vismt.metatune.amt.selection_rules import SELECT
+from vismt.metatune.finetuning.finetune import FineTuneSettings
 from vismt.metatune.maml import MamlSettings
-from vismt.metatune.merging import MergeSettings
-from vismt.metatune.selection_rules import SELECT
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
-from vismt.typed_yaml import Names
 
 FROZEN = "frozen"
 EXPERT = "expert:"
@@ -101,7 +101,7 @@ class FewShotHeadConfig:
 
     Args:
         name: prototypes, or finetune, ridge, logistic, vbll or laplace, as in evaluate.models.
-        options: further arguments of vbll (vismt.llm.vbll).
+        options: further arguments of vbll (vismt.uncertainty.vbll).
     """
 
     name: Annotated[str, Names((PROTOTYPES, *HEADS))] = PROTOTYPES

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from vismt.base.errors import UserError, near
 from vismt.data.names import check_apart, check_row_names
 from vismt.engine.study import check_arms
-from vismt.errors import UserError, near
 from vismt.jobs.calibrating import check_calibration
 from vismt.jobs.fewshot.arms import (
     evaluated_models,
@@ -25,8 +25,8 @@ from vismt.jobs.fewshot.config import (
     FewShotHeadConfig,
 )
 from vismt.jobs.fewshot.pool_experts import CLEAN
-from vismt.llm.heads import check_head, is_variational
 from vismt.robustness.conditions import check_conditions
+from vismt.uncertainty.last_layers import check_head, is_variational
 
 
 def check(config: FewShotConfig) -> None:

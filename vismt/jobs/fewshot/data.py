@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vismt import console
 from vismt.backbones import vit
 from vismt.backbones.any_module import backbone_of
+from vismt.base import console
+from vismt.base.objects import held
 from vismt.data.batching import Gathered
 from vismt.data.images import ImageSet, open_images
 from vismt.data.names import card_and_split, row_name
 from vismt.data.pixels import Pixels
 from vismt.data.transforms import augment
 from vismt.jobs.fewshot.config import FewShotConfig
-from vismt.metatune.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.objective import EpisodeBatches
-from vismt.objects import held
+from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
 from vismt.robustness.corruptions import CORRUPTIONS, corrupt
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vismt import console, ranks
+from vismt.base import console, ranks
+from vismt.base.seeds import digest
 from vismt.data.names import row_name, shown_name
 from vismt.data.pixels import Pixels
 from vismt.engine.log import record_stem
@@ -21,16 +22,15 @@ from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
 from vismt.jobs.fewshot.records import episodes_file
 from vismt.jobs.variants import TEMPERED, against
-from vismt.lines import read_lines
-from vismt.metatune.episode_outcome import BRIER, GAPS, NLL, SCALED, UNSCALED
-from vismt.metatune.episodes import EpisodeSampler, VariableSampler
-from vismt.metatune.protocol import run_protocol
+from vismt.metatune.protocol.episode_outcome import BRIER, GAPS, NLL, SCALED, UNSCALED
+from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
+from vismt.metatune.protocol.protocol import run_protocol
 from vismt.report.results import Score
+from vismt.robustness.attacks.transfer import TransferSource
 from vismt.robustness.conditions import AttackConfig, Perturbation, condition_of, conditions, worst_cases
 from vismt.robustness.masking import check_episodes
-from vismt.robustness.transfer import TransferSource
-from vismt.seeds import digest
-from vismt.stats import CLEAN, LOWER, NUMBER, Measure
+from vismt.storage.lines import read_lines
+from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure
 
 TASK = "few-shot"
 FORMS = {UNSCALED: CLEAN, SCALED: TEMPERED}  # conditions of the rows of probabilities
@@ -203,7 +203,7 @@ def probability_measures(results: Mapping[str, Tensor], form: str) -> list[Measu
 
     All episodes weigh the same.
     """
-    from vismt.llm.probability_metrics import gap_values  # loads torchmetrics
+    from vismt.uncertainty.probability_metrics import gap_values  # loads torchmetrics
 
     effects, bounds = gap_values(results[f"{form} {GAPS}"])
     return [

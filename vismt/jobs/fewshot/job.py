@@ -12,13 +12,13 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from vismt import console, ranks
 from vismt.backbones import vit
+from vismt.base import console, ranks
+from vismt.base.errors import UserError, WeightsUnavailable
+from vismt.base.objects import held
 from vismt.engine.stream import Batches
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
-from vismt.errors import UserError, WeightsUnavailable
-from vismt.files import atomic_write
 from vismt.jobs.calibrating import calibrated_on_images
 from vismt.jobs.fewshot import masking_report
 from vismt.jobs.fewshot.arms import (
@@ -42,21 +42,21 @@ from vismt.jobs.fewshot.pool_training import read_scale
 from vismt.jobs.fewshot.report import sections
 from vismt.jobs.fewshot.version_1 import move_to_arms
 from vismt.jobs.job import Job
-from vismt.lines import write_lines
-from vismt.lowrank.inject import merge
-from vismt.lowrank.record import need_record
-from vismt.lowrank.store import load_adapter
-from vismt.lowrank.targets import check_patterns
-from vismt.lowrank.wrappers import check_mergeable
-from vismt.metatune.amt import AdversarialObjective
+from vismt.lowrank.files.store import load_adapter
+from vismt.lowrank.layers.wrappers import check_mergeable
+from vismt.lowrank.model.inject import merge
+from vismt.lowrank.model.record import need_record
+from vismt.lowrank.model.targets import check_patterns
+from vismt.metatune.amt.objective import AdversarialObjective
+from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.maml import MamlNet
 from vismt.metatune.objective import EpisodeObjective
-from vismt.metatune.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.protonet import ProtoNet
-from vismt.objects import held
 from vismt.report.results import Result, Score
 from vismt.report.sections import Section
 from vismt.robustness.conditions import AttackConfig
+from vismt.storage.files import atomic_write
+from vismt.storage.lines import write_lines
 
 Net = ProtoNet | MamlNet
 AVERAGE = "average"

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vismt.errors import UserError
-from vismt.lines import read_lines
+from vismt.base.errors import UserError
 from vismt.report.tables import Table
 from vismt.robustness.masking import MaskingCheck
+from vismt.storage.lines import read_lines
 
 LINES = "masking.jsonl"
 NOTE = (

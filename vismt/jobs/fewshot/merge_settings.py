@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt import console
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.base.seeds import mix_seed
 from vismt.data.names import shown_name
 from vismt.data.pixels import Pixels
 from vismt.engine import runtime
-from vismt.errors import UserError
-from vismt.files import DIGEST, atomic_write, read_sealed, sealed
 from vismt.jobs.fewshot.arms import (
     strategy_of,
 )
@@ -28,13 +28,13 @@ from vismt.jobs.fewshot.config import (
     MERGED,
     FewShotConfig,
 )
-from vismt.metatune.episodes import EpisodeSampler
-from vismt.metatune.finetune import FineTuneSettings
-from vismt.metatune.merging import MergeSettings, PoolNet
-from vismt.metatune.pool import ExpertPool
-from vismt.metatune.settings_search import Judge, LabelledTask, SearchGrid, judge_all, search_settings
+from vismt.metatune.amt.merging import MergeSettings, PoolNet
+from vismt.metatune.amt.pool import ExpertPool
+from vismt.metatune.amt.settings_search import Judge, LabelledTask, SearchGrid, judge_all, search_settings
+from vismt.metatune.finetuning.finetune import FineTuneSettings
+from vismt.metatune.protocol.episodes import EpisodeSampler
 from vismt.report.tables import Table
-from vismt.seeds import mix_seed
+from vismt.storage.files import DIGEST, atomic_write, read_sealed, sealed
 
 SELECTION, VALIDATION = "selection.json", "validation.json"
 Chosen = tuple[MergeSettings, FineTuneSettings]

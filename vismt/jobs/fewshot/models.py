@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from vismt.backbones.vit import PixelBackbone
+from vismt.base.errors import UserError
+from vismt.base.identity import Identity, weights_digest
+from vismt.base.seeds import digest
 from vismt.data.pixels import Pixels
 from vismt.engine import runtime, training_files
 from vismt.engine.study import ALONE, Study, Training
-from vismt.errors import UserError
-from vismt.files import read_tensors
-from vismt.identity import Identity, weights_digest
 from vismt.jobs.fewshot.arms import (
     split_head,
     strategy_of,
@@ -26,19 +26,19 @@ from vismt.jobs.fewshot.config import (
     FewShotConfig,
 )
 from vismt.jobs.fewshot.merge_settings import PoolSettings
-from vismt.lowrank.inject import merge
-from vismt.metatune.finetune import FineTuned
-from vismt.metatune.interfaces import FewShotModel
-from vismt.metatune.laplace_probe import LaplaceProbe
-from vismt.metatune.linear_probe import LinearProbe
-from vismt.metatune.logistic_probe import LogisticProbe
+from vismt.lowrank.model.inject import merge
+from vismt.metatune.amt.merging import MergeSettings, PoolNet
+from vismt.metatune.amt.pool import ExpertPool, read_pool
+from vismt.metatune.finetuning.finetune import FineTuned
 from vismt.metatune.maml import LinearLearner, MamlNet
-from vismt.metatune.merging import MergeSettings, PoolNet
-from vismt.metatune.pool import ExpertPool, read_pool
+from vismt.metatune.probes.laplace import LaplaceProbe
+from vismt.metatune.probes.linear import LinearProbe
+from vismt.metatune.probes.logistic import LogisticProbe
+from vismt.metatune.probes.ridge import RidgeProbe
+from vismt.metatune.probes.vbll import VBLLProbe
+from vismt.metatune.protocol.interfaces import FewShotModel
 from vismt.metatune.protonet import ProtoNet
-from vismt.metatune.ridge_probe import RidgeProbe
-from vismt.metatune.vbll_probe import VBLLProbe
-from vismt.seeds import digest
+from vismt.storage.files import read_tensors
 
 OWN_FILE = "classifier.safetensors"  # the classifier's trained tensors besides the adapter
 EvaluatedModel = ProtoNet | MamlNet | PoolNet | FineTuned | LinearProbe

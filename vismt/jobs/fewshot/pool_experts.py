@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
+from vismt.base.errors import UserError, near
+from vismt.config.typed import Names, plain_name
 from vismt.data.names import shown_name
-from vismt.errors import UserError, near
-from vismt.metatune.amt import CORRUPTION, THREATS, Adversary, AdversaryForm
-from vismt.typed_yaml import Names, plain_name
+from vismt.metatune.amt.objective import CORRUPTION, THREATS, Adversary, AdversaryForm
 
 CLEAN = "clean"
 NORMS = (*THREATS, CLEAN)

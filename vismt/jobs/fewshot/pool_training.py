@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vismt.base.errors import UserError
 from vismt.engine.study import ALONE, ARMS, CHOSEN, read_choice
 from vismt.engine.training_files import ADAPTER, DONE, check_files
-from vismt.errors import UserError
-from vismt.files import read_tensors
 from vismt.jobs.fewshot.models import OWN_FILE
 from vismt.jobs.fewshot.pool_experts import CLEAN
-from vismt.lowrank.store import DESCRIPTION, check_tensors
-from vismt.metatune.pool import INDEX, Expert, read_pool
+from vismt.lowrank.files.store import DESCRIPTION, check_tensors
+from vismt.metatune.amt.pool import INDEX, Expert, read_pool
+from vismt.storage.files import read_tensors
 
 
 def read_scale(folder: Path) -> float:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vismt.base.errors import UserError
 from vismt.engine.study import Study
-from vismt.errors import UserError
 from vismt.jobs.fewshot import masking_report
 from vismt.jobs.fewshot.arms import (
     pool_members,
@@ -26,11 +26,11 @@ from vismt.jobs.fewshot.episode_figure import episode_grid
 from vismt.jobs.fewshot.figures import mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings
 from vismt.jobs.fewshot.records import episodes_file
-from vismt.lines import read_lines
-from vismt.metatune.pool import read_pool
+from vismt.metatune.amt.pool import read_pool
 from vismt.report.results import Result
 from vismt.report.sections import Picture, Section
 from vismt.report.tables import Table
+from vismt.storage.lines import read_lines
 
 
 def sections(

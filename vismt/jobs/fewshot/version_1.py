@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vismt import console
+from vismt.base import console
 from vismt.engine import runtime
 from vismt.engine.study import ARMS, CHOSEN, Study
 from vismt.engine.training_files import ADAPTER, DONE
-from vismt.files import atomic_write, read_json, sealed
 from vismt.jobs.fewshot.config import FewShotConfig
+from vismt.storage.files import atomic_write, read_json, sealed
 
 FILES = (ADAPTER, "classifier.safetensors", "metrics.jsonl", "checkpoint.pt")
 

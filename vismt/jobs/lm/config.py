@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from vismt.config import HASHED_IF_SET, UNHASHED, Dtype, ModelSection
+from vismt.base.errors import UserError
+from vismt.config.sections import HASHED_IF_SET, UNHASHED, Dtype, ModelSection
+from vismt.config.typed import Names
 from vismt.engine.splits import PartsConfig
 from vismt.engine.study import StudyConfig
-from vismt.errors import UserError
-from vismt.llm.item_baselines import ITEM_BASELINES
+from vismt.llm.ilora.item_baselines import ITEM_BASELINES
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import LmTask
 from vismt.llm.tasks.recommendation import Recommendation
-from vismt.typed_yaml import Names
 
 FROZEN = "frozen"  # name of the model before training
 RECOMMENDER = "sasrec"  # name of the recommender
@@ -88,13 +88,13 @@ class LmHeadConfig:
     """The head on the last token, for kinds that have one.
 
     Args:
-        name: the head (vismt.llm.heads).
+        name: the head (vismt.uncertainty.last_layers).
         options: further arguments of the head.
         alternate: alternating training (vismt.llm.tasks.alternating); null trains head and LM jointly (train.rates can
             give the head another rate).
     """
 
-    name: Annotated[str, Names("vismt.llm.heads:HEADS")] = "linear"
+    name: Annotated[str, Names("vismt.uncertainty.last_layers:HEADS")] = "linear"
     options: dict[str, Any] = field(default_factory=dict)
     alternate: LmAlternateConfig | None = None
 
@@ -169,7 +169,7 @@ class LmEvaluateConfig:
         samples: without effect, as Bayesian heads answer without draws; run folders of earlier versions have it.
     """
 
-    split: Annotated[str, Names("vismt.jobs.multitask:SPLITS")] = "test"
+    split: Annotated[str, Names("vismt.jobs.task_sections:SPLITS")] = "test"
     batch: int = 8
     limit: int | None = None
     frozen: bool = True
@@ -204,8 +204,8 @@ class LmConfig(StudyConfig):
     batch: int = 8
     calibration: LmCalibrationConfig | None = None
     recommender: LmRecommenderConfig | None = None
-    gates: Annotated[str, Names("vismt.llm.hybrid:GATES")] = "user"
-    projector: Annotated[str, Names("vismt.llm.hybrid:PROJECTORS")] = field(default="mlp", metadata=HASHED_IF_SET)
+    gates: Annotated[str, Names("vismt.llm.ilora.hybrid:GATES")] = "user"
+    projector: Annotated[str, Names("vismt.llm.ilora.hybrid:PROJECTORS")] = field(default="mlp", metadata=HASHED_IF_SET)
     evaluate: LmEvaluateConfig = field(default_factory=LmEvaluateConfig)
     report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = field(default=None, metadata=HASHED_IF_SET)
 

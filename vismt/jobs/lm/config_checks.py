@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from vismt.base.errors import UserError, require_known
 from vismt.engine.splits import check_parts
 from vismt.engine.study import check_arms, resolve_arms
-from vismt.errors import UserError, require_known
 from vismt.jobs.lm.config import (
     BASELINES,
     FROZEN,
@@ -17,11 +17,11 @@ from vismt.jobs.lm.config import (
     task_of,
     trained_task,
 )
-from vismt.jobs.multitask import check_tasks
 from vismt.jobs.risk import check_report
-from vismt.llm.heads import check_head
-from vismt.llm.hybrid import PROJECTORS, check_gates
+from vismt.jobs.task_sections import check_tasks
+from vismt.llm.ilora.hybrid import PROJECTORS, check_gates
 from vismt.methods import needs
+from vismt.uncertainty.last_layers import check_head
 
 
 def check(config: LmConfig) -> None:

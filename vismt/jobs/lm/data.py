@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from vismt import console
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.base.seeds import digest, mix_seed
 from vismt.data.batching import Passes
-from vismt.data.interactions import Catalogue, InteractionSet, numbered
 from vismt.data.names import card_and_split, row_name
 from vismt.data.splits import divide, limited
-from vismt.data.texts import TextSet, open_texts
+from vismt.data.texts.interactions import Catalogue, InteractionSet, numbered
+from vismt.data.texts.texts import TextSet, open_texts
 from vismt.engine.splits import shares
-from vismt.errors import UserError
 from vismt.jobs.lm.config import KIND, RECOMMENDER, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
 from vismt.llm.lower_states import lower_states
 from vismt.llm.net import LmNet
@@ -23,7 +24,6 @@ from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill, gather
 from vismt.llm.tasks.classes import Classes
 from vismt.llm.tasks.pieces import IGNORE, collate, piece
 from vismt.llm.tasks.recommendation import listed_of
-from vismt.seeds import digest, mix_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,25 +16,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vismt import console, ranks
+from vismt.base import console, ranks
+from vismt.base.errors import UserError
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
-from vismt.errors import UserError
 from vismt.jobs.lm.config import FROZEN, RECOMMENDERS, REFERENCES, LmConfig
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
 from vismt.jobs.risk import choice_measures, fit_thresholds, validation_parts
 from vismt.jobs.variants import LAPLACE, TEMPERED
-from vismt.lines import read_lines, write_lines
-from vismt.llm.heads import laplace_head, laplace_structure
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, LmTask, Record, choices, gather, temperature_of, tempered
 from vismt.llm.tasks.recommendation import Recommendation
-from vismt.lowrank.inject import merge
+from vismt.lowrank.model.inject import merge
 from vismt.report.results import Score
-from vismt.stats import CLEAN, Condition, Measure
+from vismt.storage.lines import read_lines, write_lines
+from vismt.uncertainty.intervals import CLEAN, Condition, Measure
+from vismt.uncertainty.last_layers import laplace_head, laplace_structure
 
 SCORING = "2"  # changes where rows get other scores than in earlier versions, whose records are then not used
 MEANS = Condition("means of the head", "variant", "means")

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt import ranks
-from vismt.config import AdaptConfig
+from vismt.base import ranks
+from vismt.base.errors import UserError
+from vismt.config.sections import AdaptConfig
 from vismt.engine import runtime, training_files
 from vismt.engine.study import Training
-from vismt.errors import UserError
 from vismt.jobs.calibrating import calibrated
 from vismt.jobs.job import Job
 from vismt.jobs.lm import models as lm_models
@@ -29,7 +29,7 @@ from vismt.jobs.lm.models import LmModels
 from vismt.jobs.lm.recommender import Recommender
 from vismt.jobs.lm.report import sections
 from vismt.jobs.risk import check_thresholds
-from vismt.llm.hybrid import Hybrid
+from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
 from vismt.llm.tasks.alternating import AlternatingObjective
 from vismt.llm.tasks.base import LmObjective

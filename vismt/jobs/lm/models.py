@@ -15,22 +15,22 @@ import torch
 from torch import nn
 
 from vismt.backbones.lm import create_lm
+from vismt.base.seeds import digest
 from vismt.engine import training_files
 from vismt.engine.study import Training
-from vismt.files import atomic_write
 from vismt.jobs.lm.config import LmConfig, LmHeadConfig, task_of, trained_task
 from vismt.jobs.lm.data import LmData
 from vismt.jobs.lm.recommender import Recommender
 from vismt.llm.documents import reach
-from vismt.llm.heads import make_head
-from vismt.llm.hybrid import Hybrid, title_vectors
+from vismt.llm.ilora.hybrid import Hybrid, title_vectors
 from vismt.llm.net import LmNet, check_first_block, check_logits
 from vismt.llm.tasks.classes import Classes
 from vismt.llm.tasks.recommendation import Recommendation
-from vismt.lowrank.named import unadapt
-from vismt.lowrank.record import record_of
-from vismt.lowrank.store import DESCRIPTION
-from vismt.seeds import digest
+from vismt.lowrank.files.store import DESCRIPTION
+from vismt.lowrank.model.named import unadapt
+from vismt.lowrank.model.record import record_of
+from vismt.storage.files import atomic_write
+from vismt.uncertainty.last_layers import make_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

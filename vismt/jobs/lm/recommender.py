@@ -23,20 +23,20 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from vismt import console, ranks
-from vismt.config import TrainConfig
+from vismt.base import console, ranks
+from vismt.base.seeds import digest, mix_seed
+from vismt.config.sections import TrainConfig
 from vismt.data.batching import Passes
 from vismt.engine import loop, runtime, training_files
-from vismt.files import atomic_write, is_locked, locked
 from vismt.jobs.lm.config import GRU, RECOMMENDER, LmConfig, LmRecommenderConfig, recommendation_of, trained_task
 from vismt.jobs.lm.data import LmData
-from vismt.llm.gru4rec import GRU4Rec
-from vismt.llm.hybrid import Hybrid
-from vismt.llm.item_baselines import cosine_scores, popularity_scores
-from vismt.llm.sasrec import NextItem, SASRec, padded
+from vismt.llm.ilora.gru4rec import GRU4Rec
+from vismt.llm.ilora.hybrid import Hybrid
+from vismt.llm.ilora.item_baselines import cosine_scores, popularity_scores
+from vismt.llm.ilora.sasrec import NextItem, SASRec, padded
 from vismt.llm.tasks.base import Item, Record
 from vismt.llm.tasks.recommendation import choice_records, listed_of
-from vismt.seeds import digest, mix_seed
+from vismt.storage.files import atomic_write, is_locked, locked
 
 # Folder and file of each trained recommender.
 FILES = {RECOMMENDER: ("recommender", "sasrec.safetensors"), GRU: ("gru4rec", "gru4rec.safetensors")}

@@ -12,7 +12,7 @@ from vismt.jobs.lm.figures import Point, forgetting_figure
 from vismt.report.results import Result
 from vismt.report.sections import Picture, Section
 from vismt.report.tables import scale_text
-from vismt.stats import SHARE
+from vismt.uncertainty.intervals import SHARE
 
 PERPLEXITY = "perplexity"
 CAPTION = (

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from vismt.config import HASHED_IF_SET, AdaptConfig, ModelConfig, OnBadSample, TrainConfig
+from vismt.base.errors import UserError, near
+from vismt.config.sections import HASHED_IF_SET, AdaptConfig, ModelConfig, OnBadSample, TrainConfig
+from vismt.config.typed import Names
 from vismt.data.names import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
-from vismt.errors import UserError, near
 from vismt.jobs.risk import check_report
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 from vismt.robustness.quantise import check_scheme
-from vismt.typed_yaml import Names
 
 
 @dataclass

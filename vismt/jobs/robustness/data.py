@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vismt import console
+from vismt.base import console
+from vismt.base.errors import UserError, near
 from vismt.data.images import ImageSet, open_images
 from vismt.data.names import card_and_split, row_name
 from vismt.data.pixels import Pixels
-from vismt.errors import UserError, near
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.models import Classifier
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vismt import ranks
+from vismt.base import ranks
 from vismt.data.names import row_name
 from vismt.engine.log import record_stem
 from vismt.jobs.fitted import kept
@@ -19,7 +19,7 @@ from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.corruption_error import mean_corruption_error
 from vismt.robustness.evaluate import accuracies, evaluate_examples
-from vismt.stats import LOWER, Condition, Measure, wilson
+from vismt.uncertainty.intervals import LOWER, Condition, Measure, wilson
 
 TASK = "robustness"
 ACCURACY = "accuracy"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vismt import console, ranks
+from vismt.base import console, ranks
 from vismt.data.names import card_and_split, row_name, shown_name
 from vismt.engine.study import Training
 from vismt.jobs.base import EvaluationJob, records_folder
@@ -19,13 +19,13 @@ from vismt.jobs.robustness.evaluation import corruption_errors, records_path, sc
 from vismt.jobs.robustness.models import Classifier, check_exists, load
 from vismt.jobs.robustness.own_images import TrainedArm
 from vismt.jobs.robustness.report import BROKEN, MASKING, sections
-from vismt.lines import read_lines, write_lines
 from vismt.report.panels import to_bytes, write_panel
 from vismt.report.results import Result, Score
 from vismt.report.sections import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DirectPerturbation
 from vismt.robustness.evaluate import batch_keys
 from vismt.robustness.masking import check_masking
+from vismt.storage.lines import read_lines, write_lines
 
 SHOWN = 6  # images of a panel
 

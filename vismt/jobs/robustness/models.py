@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import nn
 
+from vismt.base.identity import weights_digest
+from vismt.base.objects import held
 from vismt.engine import runtime
-from vismt.identity import weights_digest
 from vismt.jobs import open_run
 from vismt.jobs.robustness.config import ClassifierConfig
-from vismt.objects import held
 from vismt.robustness.classifier import checkpoint_file, classifier_from_function, classifier_of, load_classifier
 from vismt.robustness.quantise import quantise
 from vismt.robustness.robustbench import PREFIX, load_robustbench

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.jobs import open_run
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.job import Job

@@ -9,14 +9,14 @@ import numpy as np
 
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.evaluation import ACCURACY
-from vismt.lines import read_lines
 from vismt.report.panels import read_panel
 from vismt.report.plotting import RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
 from vismt.report.results import Result
 from vismt.report.sections import Picture, Section
 from vismt.report.tables import Table
-from vismt.robustness.attacks import radius_text
+from vismt.robustness.attacks.attacks import radius_text
 from vismt.robustness.corruption_error import mean_corruption_error
+from vismt.storage.lines import read_lines
 
 MASKING = "masking.jsonl"  # a file of the run folder
 BROKEN = "broken"  # a folder of the run folder

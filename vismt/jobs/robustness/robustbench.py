@@ -10,16 +10,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vismt.config import config_hash
+from vismt.base.errors import UserError
+from vismt.config.sections import config_hash
 from vismt.engine.study import Study
-from vismt.errors import UserError
-from vismt.files import atomic_write
 from vismt.jobs.robustness.config import ClassifierConfig, RobustnessConfig
 from vismt.report.results import RESULTS, Result, read_results
-from vismt.robustness.attacks import AttackSpec, radius_text
+from vismt.robustness.attacks.attacks import AttackSpec, radius_text
 from vismt.robustness.classifier import SUFFIXES
 from vismt.robustness.conditions import condition_of
 from vismt.robustness.robustbench import PREFIX
+from vismt.storage.files import atomic_write
 
 FOLDER = "robustbench"  # of the run folder
 THREATS = {"linf": "Linf", "l2": "L2"}

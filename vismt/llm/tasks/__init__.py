@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from vismt.errors import UserError, require_known
-from vismt.registry import Registry
-from vismt.typed_yaml import arguments
+from vismt.base.errors import UserError, require_known
+from vismt.base.registry import Registry
+from vismt.config.typed import arguments
 
 # The type of the values is vismt.llm.tasks.base.LmTask, which importing this package does not load.
 TASKS: Registry[type] = Registry(

@@ -1,7 +1,8 @@
 """The objective of PoLAR-VBLL's alternating steps: update the posterior on fixed features, then the LM under the posterior.
 
-See vismt.llm.alternating_loss. The posterior has a separate Adam optimiser, whose moments are buffers, so that they are saved
-with the training and resumed bit for bit; the optimiser of the training loop finds no gradient on the posterior and skips it.
+See vismt.uncertainty.alternating_loss. The posterior has a separate Adam optimiser, whose moments are buffers, so that they are
+saved with the training and resumed bit for bit; the optimiser of the training loop finds no gradient on the posterior and skips
+it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vismt.errors import UserError
-from vismt.llm.alternating_loss import alternating_loss
+from vismt.base.errors import UserError
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.base import LmObjective
 from vismt.llm.tasks.classes import Classes
-from vismt.llm.variational import VariationalHead
+from vismt.uncertainty.alternating_loss import alternating_loss
+from vismt.uncertainty.variational import VariationalHead
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.errors import UserError, near
+from vismt.base.errors import UserError, near
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.base import (
@@ -30,7 +30,7 @@ from vismt.llm.tasks.base import (
     probability_measures,
 )
 from vismt.llm.tasks.pieces import tree
-from vismt.stats import Measure
+from vismt.uncertainty.intervals import Measure
 
 LENGTHS = ("token", "character", "none")
 

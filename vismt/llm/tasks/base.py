@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from vismt.errors import UserError, near
+from vismt.base.errors import UserError, near
+from vismt.base.seeds import mix_seed
+from vismt.llm.ilora.sasrec import padded
 from vismt.llm.net import Batch, LmNet
-from vismt.llm.sasrec import padded
 from vismt.llm.tasks.pieces import Piece, collate
-from vismt.llm.temperature import fit_temperature
-from vismt.seeds import mix_seed
-from vismt.stats import LOWER, NUMBER, Measure
+from vismt.uncertainty.intervals import LOWER, NUMBER, Measure
+from vismt.uncertainty.temperature import fit_temperature
 
 Record = dict[str, Any]
 BEFORE = 64  # letters before a text that decide how it is tokenised
@@ -217,9 +217,9 @@ def answer_tokens(tokenizer: Any, text: str, after: str = "a") -> list[int]:
 def probability_measures(records: Sequence[Record]) -> dict[str, Measure]:
     """Of records with "label" and "log_p", log-probabilities of the choices, of which rows may have different numbers.
 
-    Every row weighs the same, whatever batch it was in; see vismt.llm.probability_metrics.
+    Every row weighs the same, whatever batch it was in; see vismt.uncertainty.probability_metrics.
     """
-    from vismt.llm.probability_metrics import calibration_values, scores  # loads torchmetrics
+    from vismt.uncertainty.probability_metrics import calibration_values, scores  # loads torchmetrics
 
     logs, labels = choices(records)
     result = scores(logs.exp(), labels)

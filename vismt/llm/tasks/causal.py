@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.llm.net import Batch, LmNet, counted_tokens
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.base import (
@@ -27,7 +27,7 @@ from vismt.llm.tasks.base import (
     ratio_measures,
 )
 from vismt.llm.tasks.pieces import pack, piece, windows
-from vismt.stats import Measure
+from vismt.uncertainty.intervals import Measure
 
 
 @TASKS.register("causal")

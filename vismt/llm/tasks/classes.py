@@ -15,8 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vismt.errors import UserError, near
-from vismt.llm.heads import log_predictive
+from vismt.base.errors import UserError, near
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.base import (
@@ -28,8 +27,9 @@ from vismt.llm.tasks.base import (
     probability_measures,
 )
 from vismt.llm.tasks.pieces import IGNORE, Piece
-from vismt.llm.variational import GaussianHead
-from vismt.stats import Measure
+from vismt.uncertainty.intervals import Measure
+from vismt.uncertainty.last_layers import log_predictive
+from vismt.uncertainty.variational import GaussianHead
 
 
 @TASKS.register("classes")

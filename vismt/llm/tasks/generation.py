@@ -14,13 +14,13 @@ from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.base import Item, Record, by_row
 from vismt.llm.tasks.causal import Causal
 from vismt.llm.tasks.pieces import collate, piece
-from vismt.stats import Measure
+from vismt.uncertainty.intervals import Measure
 
 
 @TASKS.register("generation")

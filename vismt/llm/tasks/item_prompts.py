@@ -4,7 +4,7 @@
     both            "played Enigma *, Morcheeba *."      LLaRA's hybrid prompt (arXiv 2312.02445)
     slots           "played *, *."                       items by their vectors alone
 
-A slot is one token, which the vector of its item replaces (vismt.llm.hybrid).
+A slot is one token, which the vector of its item replaces (vismt.llm.ilora.hybrid).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.llm.tasks.base import answer_tokens, context_tokens
 
 

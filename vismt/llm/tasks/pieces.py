@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 IGNORE = -100
 

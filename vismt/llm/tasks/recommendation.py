@@ -8,7 +8,7 @@ HitRatio@1 is the share of rows whose right candidate has the largest s_c, or wa
 candidates in the prompt. "judge" asks one question for each candidate, as a branch after the shared history; p(title) measures
 how common the words of a title are; a question does not. Its negatives in training are the first of the row's candidates.
 
-In a hybrid prompt a slot of one token stands for each item, and the vector of the item replaces it (vismt.llm.hybrid):
+In a hybrid prompt a slot of one token stands for each item, and the vector of the item replaces it (vismt.llm.ilora.hybrid):
 
     p(text)  = max(0, 1 - k / (curriculum K))     of training batch k of K: titles only; else hybrid
 
@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.data.interactions import draw_candidates
-from vismt.errors import UserError, near
-from vismt.llm.hybrid import Hybrid, conditioned
+from vismt.base.errors import UserError, near
+from vismt.base.seeds import mix_seed
+from vismt.data.texts.interactions import draw_candidates
+from vismt.llm.ilora.hybrid import Hybrid, conditioned
 from vismt.llm.net import Batch, LmNet, counted_tokens
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.answers import LENGTHS
@@ -47,8 +48,7 @@ from vismt.llm.tasks.base import (
 from vismt.llm.tasks.item_prompts import ItemPrompt, single_token
 from vismt.llm.tasks.pieces import prune, stem, tree
 from vismt.llm.tasks.written import read_answer, written
-from vismt.seeds import mix_seed
-from vismt.stats import Measure
+from vismt.uncertainty.intervals import Measure
 
 ANSWERS = ("choose", "judge", "write")
 SAMPLES = ("rows", "users")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vismt.llm.hybrid import conditioned
+from vismt.llm.ilora.hybrid import conditioned
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, answer_tokens, gather
 from vismt.llm.tasks.pieces import IGNORE, Piece, select_tokens

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.multitask.metrics.inputs import require_any, require_numbers
 
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from vismt.base.errors import UserError
 from vismt.data.thinning import thin
-from vismt.errors import UserError
 from vismt.multitask.metrics.inputs import (
     binary,
     check_choice,

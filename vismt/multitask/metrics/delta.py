@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 
 
 def delta_m(scores: Mapping[str, float], baseline: Mapping[str, float], lower_is_better: Mapping[str, bool]) -> float:

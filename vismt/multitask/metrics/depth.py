@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.multitask.metrics.inputs import (
     apply_mask,
     check_choice,

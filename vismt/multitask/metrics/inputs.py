@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vismt.errors import UserError, near
+from vismt.base.errors import UserError, near
 
 
 def map_of(metric: str, what: str, values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vismt.compiled import Compiled
+from vismt.base.compiled import Compiled
 
 FREE, ABSENT = -1, -2
 

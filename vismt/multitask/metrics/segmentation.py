@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.multitask.metrics.inputs import check_choice, check_same_size, map_of, require_any, require_numbers
 
 ABSENT = ("zero", "skip", "nan")

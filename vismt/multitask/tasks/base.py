@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from vismt.errors import UserError, near
+from vismt.base.errors import UserError, near
 from vismt.multitask.heads import resize_logits
 
 if TYPE_CHECKING:

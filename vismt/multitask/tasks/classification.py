@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vismt.data.dense_sample import CLASS, NO_CLASS
-from vismt.errors import UserError
+from vismt.base.errors import UserError
+from vismt.data.maps.dense_sample import CLASS, NO_CLASS
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.tasks.base import DenseTask, check_count, check_labels
 

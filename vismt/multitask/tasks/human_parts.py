@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vismt.data.pascal_context import PARTS
+from vismt.data.formats.pascal_context import PARTS
 from vismt.multitask.tasks.base import PASCAL_WEIGHTS
 from vismt.multitask.tasks.segmentation import Segmentation
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from vismt.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known
+from vismt.base.registry import Registry
 from vismt.multitask.tasks.base import LOSS_OPTIONS, DenseTask
 from vismt.multitask.tasks.classification import Classification
 from vismt.multitask.tasks.depth import Depth
@@ -15,7 +16,6 @@ from vismt.multitask.tasks.human_parts import HumanParts
 from vismt.multitask.tasks.normals import Normals
 from vismt.multitask.tasks.saliency import Saliency
 from vismt.multitask.tasks.segmentation import Segmentation
-from vismt.registry import Registry
 
 TASKS: Registry[type[DenseTask]] = Registry("task: no dense task")
 for _task in (Segmentation, Depth, Normals, Edges, HumanParts, Saliency, Classification):

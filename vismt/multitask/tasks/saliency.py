@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.multitask.tasks.base import IGNORE, PASCAL_WEIGHTS, check_choice
 from vismt.multitask.tasks.binary import BinaryTask
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vismt.errors import UserError
+from vismt.base.errors import UserError
 from vismt.multitask.class_loss import ClassLoss, check_factor, dice_loss
 from vismt.multitask.tasks.base import IGNORE, PASCAL_WEIGHTS, LabelTask, check_choice
 

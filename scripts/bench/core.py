@@ -1,0 +1,182 @@
+"""`scripts.bench core`: forward and backward of a LoRA r=16 on every linear, against peft, full fine-tuning and the floor.
+
+Two random models: timm vit_small_patch16_224, batch 8 x 3 x 224 x 224, and a Llama of hidden 512, 8 layers, ffn 1376,
+vocabulary 2048, batch 4 x 128 tokens. Saved activations are the storages that a forward pass creates and keeps for the
+backward pass. The floor trains the head alone. recompute: under `vismt.recompute`. compile: blocks under torch.compile.
+bf16: frozen weights in bfloat16, factors (peft's by its default, autocast_adapter_dtype) and the head in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scripts.bench.timing import Comparison, Timing, compare_bytes, interleave
+from vismt.base.errors import UserError
+from vismt.engine.blocks import check_compile, compile_blocks, find_blocks
+from vismt.lowrank.memory import kept_bytes, saved_activation_bytes
+from vismt.lowrank.recompute import recompute
+from vismt.methods import adapt
+
+RANK = 16
+LORA, PEFT, FULL = "vismt lora", "peft lora", "full fine-tuning"
+RECOMPUTE, COMPILE, HALF, PEFT_HALF = f"{LORA}, recompute", f"{LORA}, compile", f"{LORA}, bf16", f"{PEFT}, bf16"
+HALF_RECOMPUTE = f"{HALF}, recompute"
+# (row, base, largest ratio of times to reach); a target of None differs from model to model.
+TIMES = ((LORA, PEFT, None), (RECOMPUTE, LORA, 1.03), (HALF, PEFT_HALF, 0.90), (HALF, PEFT, 0.60))
+
+Loss = Callable[[nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class CoreResult:
+    """Timing and saved activations of one model; `str` gives the table.
+
+    target: largest ratio of a LoRA step to peft's. saved_target: largest share of peft's activations with recompute.
+    """
+
+    title: str
+    timing: Timing
+    saved_bytes: dict[str, int]
+    target: float
+    saved_target: float
+
+    def __str__(self) -> str:
+        width = max(map(len, self.timing.seconds)) + 2
+        header = f"{'':<{width}}{'vs peft':>9}{'min..max':>15}{'vs full':>9}{'saved MB':>10}{'vs peft':>9}"
+        lines = [self.title, header]
+        for name in self.timing.seconds:
+            median, low, high = self.timing.ratio(name, PEFT)
+            full = self.timing.ratio(name, FULL)[0]
+            saved, share = self.saved_bytes[name] / 1e6, self.saved_bytes[name] / self.saved_bytes[PEFT]
+            times = f"{median:>9.3f}{f'{low:.2f}..{high:.2f}':>15}{full:>9.3f}"
+            lines.append(f"{name:<{width}}{times}{saved:>10.1f}{share:>9.3f}")
+        return "\n".join([*lines, *map(str, self.comparisons())])
+
+    def comparisons(self) -> list[Comparison]:
+        """Return the ratios that have a target."""
+        targets = [(name, base, self.target if target is None else target) for name, base, target in TIMES]
+        times = [self.timing.compare(*target) for target in targets]
+        return [*times, compare_bytes("saved activations", self.saved_bytes, RECOMPUTE, PEFT, self.saved_target)]
+
+
+def run(rounds: int = 9, device: str = "cpu") -> list[CoreResult]:
+    """Measure both models."""
+    where = torch.device(device)
+    return [
+        compare("timm ViT-S/16, 8 x 224 px", *_vit(where), rounds, where, (0.95, 0.65)),
+        compare("Llama 512 x 8, 4 x 128 tokens", *_llama(where), rounds, where, (0.97, 0.70)),
+    ]
+
+
+def compare(
+    title: str,
+    model: nn.Module,
+    loss: Loss,
+    head: str,
+    rounds: int,
+    device: torch.device,
+    targets: tuple[float, float],
+) -> CoreResult:
+    """Time every variant of a model and count what it saves. head: path of the trained head."""
+    check_compile(model)
+    variants = _variants(model, head)
+    losses = {name: _recomputed(loss) if name.endswith("recompute") else loss for name in variants}
+    saved = {name: kept_bytes(partial(losses[name], variants[name])) for name in variants}
+    compiled = copy.deepcopy(variants[LORA])
+    compile_blocks(find_blocks(compiled))
+    variants[COMPILE], losses[COMPILE] = compiled, loss
+    saved[COMPILE] = saved_activation_bytes(compiled, lambda: loss(compiled))
+
+    def step(name: str) -> Callable[[], None]:
+        def call() -> None:
+            variants[name].zero_grad(set_to_none=True)
+            losses[name](variants[name]).backward()
+
+        return call
+
+    timing = interleave({name: step(name) for name in variants}, rounds, label=title, device=device)
+    return CoreResult(title, timing, saved, *targets)
+
+
+def _recomputed(loss: Loss) -> Loss:
+    def recomputed(model: nn.Module) -> Tensor:
+        with recompute(model):
+            return loss(model)
+
+    return recomputed
+
+
+def _variants(model: nn.Module, head: str) -> dict[str, nn.Module]:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError('bench core compares with peft, which is not installed: pip install "vismt[llm]".') from error
+    floor = copy.deepcopy(model).requires_grad_(False)
+    floor.get_submodule(head).requires_grad_(True)
+    half = copy.deepcopy(model).bfloat16()
+    half.get_submodule(head).float().register_forward_pre_hook(_in_float)
+    lora, half_lora, principal = (copy.deepcopy(stock) for stock in (model, half, model))
+    report = adapt(lora, "lora", rank=RANK, also_train=[head])
+    adapt(half_lora, "lora", rank=RANK, also_train=[head])
+    adapt(principal, "pissa", rank=RANK, also_train=[head])
+    paths = [site.path for site in report.sites]
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=paths, modules_to_save=[head])
+    return {
+        LORA: lora,
+        RECOMPUTE: lora,
+        PEFT: get_peft_model(copy.deepcopy(model), config),
+        HALF: half_lora,
+        HALF_RECOMPUTE: half_lora,
+        PEFT_HALF: get_peft_model(half, config),
+        "vismt pissa": principal,
+        FULL: model,
+        "head only (floor)": floor,
+    }
+
+
+def _in_float(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(value.float() for value in inputs)
+
+
+def _vit(device: torch.device) -> tuple[nn.Module, Loss, str]:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch16_224").to(device).train()
+    images, labels = torch.randn(8, 3, 224, 224, device=device), torch.randint(0, 1000, (8,), device=device)
+
+    def loss(variant: Any) -> Tensor:
+        return nn.functional.cross_entropy(variant(images.to(variant.patch_embed.proj.weight.dtype)), labels)
+
+    return model, loss, "head"
+
+
+def _llama(device: torch.device) -> tuple[nn.Module, Loss, str]:
+    model = llama(device).train()
+    tokens = torch.randint(0, 2048, (4, 128), device=device)
+    return model, lambda variant: variant(input_ids=tokens, labels=tokens).loss, "lm_head"
+
+
+def llama(device: torch.device) -> nn.Module:
+    """Return a random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise UserError('this benchmark needs transformers: pip install "vismt[llm]".') from error
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        hidden_size=512,
+        num_hidden_layers=8,
+        intermediate_size=1376,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=2048,
+    )
+    return LlamaForCausalLM(shape).to(device)

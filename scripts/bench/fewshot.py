@@ -1,0 +1,132 @@
+"""`python -m scripts.bench fewshot`: the few-shot protocol against a plain loop over episodes, as easyfsl and P>M>F evaluate.
+
+5-way 5-shot episodes with 15 queries a class on the 1,797 digits, a random ViT-S/16 at 48 px (10 tokens). The plain loop runs
+the backbone on support and queries of every episode; under attack it runs every step of PGD-10 on all queries, one episode
+after another. Both read the same decoded images. "vismt" starts with an empty cache folder in every round, "vismt, next run"
+with the features of an earlier run. The clean accuracies of all episodes must be equal, else the benchmark ends with an error.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scripts.bench.timing import Ratios, interleave
+from vismt.backbones.vit import create
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.data.images import open_images
+from vismt.data.pixels import Pixels
+from vismt.metatune.protocol.episodes import EpisodeSampler
+from vismt.metatune.protocol.protocol import run_protocol
+from vismt.metatune.protonet import ProtoNet, cosine_logits
+from vismt.robustness.attacks.attacks import AttackSpec
+
+MODEL, SIZE, EPISODES, ATTACKED = "vit_small_patch16_224", 48, 600, 8
+VISMT, AGAIN, LOOP = "vismt", "vismt, next run", "plain loop"
+SPEC = AttackSpec("pgd_paper", 4.5 / 255, random_start=False)
+
+
+def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
+    """Time clean episodes, in at most 3 rounds, and attacked ones."""
+    where = torch.device(device)
+    bench = FewShotBench(create(MODEL, SIZE), where)
+    return [bench.clean(EPISODES, min(rounds, 3)), bench.attacked(ATTACKED, rounds)]
+
+
+class FewShotBench:
+    """The benchmark on one backbone."""
+
+    def __init__(self, backbone: nn.Module, device: torch.device, size: int = SIZE) -> None:
+        self.net = ProtoNet(backbone).to(device).requires_grad_(False).eval()
+        self.device = device
+        self.pixels = Pixels(open_images("digits"), size, cache=False)
+        self.sampler = EpisodeSampler(self.pixels.labels, ways=5, shots=5, queries=15, seed=0)
+
+    def clean(self, episodes: int, rounds: int) -> Ratios:
+        """Time clean episodes."""
+        found: dict[str, Tensor] = {}
+
+        def protocol(name: str, folder: str) -> None:
+            with console.quiet(), _cache_in(folder):
+                found[name] = run_protocol(self.net, self.pixels, self.sampler, episodes=episodes)["clean"]
+
+        def fresh() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                protocol(VISMT, folder)
+
+        def loop() -> None:
+            right = [clean for clean, _ in self.plain(episodes, attack=False)]
+            found[LOOP] = torch.stack(right).double().mean(1)
+
+        with tempfile.TemporaryDirectory() as kept:
+            protocol(AGAIN, kept)
+            calls: dict[str, Callable[[], None]] = {VISMT: fresh, AGAIN: lambda: protocol(AGAIN, kept), LOOP: loop}
+            timing = interleave(calls, rounds, label="clean episodes", device=self.device, warmup=0)
+        different = [name for name in (VISMT, AGAIN) if not torch.equal(found[name], found[LOOP])]
+        if different and self.device.type == "cpu":
+            raise UserError(f"bench fewshot: {different[0]} and {LOOP} have other accuracies; the ratio means nothing.")
+        title = f"{episodes} clean episodes, accuracies equal" if not different else f"{episodes} clean episodes"
+        return Ratios(title, timing, [(VISMT, LOOP, 0.05), (AGAIN, LOOP, 0.05)])
+
+    def attacked(self, episodes: int, rounds: int) -> Ratios:
+        """Time episodes under PGD-10."""
+        accuracy: dict[str, float] = {}
+
+        def protocol() -> None:
+            with console.quiet(), tempfile.TemporaryDirectory() as folder, _cache_in(folder):
+                result = run_protocol(self.net, self.pixels, self.sampler, episodes=episodes, attacks=[SPEC])
+            accuracy[VISMT] = float(result[str(SPEC)].mean())
+
+        def loop() -> None:
+            right = [clean & attacked for clean, attacked in self.plain(episodes, attack=True)]
+            accuracy[LOOP] = float(torch.stack(right).double().mean())
+
+        timing = interleave({VISMT: protocol, LOOP: loop}, rounds, label="attacked episodes", device=self.device)
+        outcome = ", ".join(f"{name} {100 * value:.1f}" for name, value in accuracy.items())
+        return Ratios(f"{episodes} episodes under {SPEC}; accuracy in %: {outcome}", timing, [(VISMT, LOOP, 0.5)])
+
+    def plain(self, episodes: int, *, attack: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield which queries (m,) of each episode are right when clean and, with `attack`, after PGD."""
+        backbone = self.net.backbone
+        for index in range(episodes):
+            episode = self.sampler[index]
+            support, query = (self.pixels[rows].to(self.device) for rows in (episode.support, episode.query))
+            labels, truth = (part.to(self.device) for part in (episode.support_labels, episode.query_labels))
+            with torch.no_grad():
+                features = backbone(support)
+                centres = torch.stack([features[labels == way].mean(0) for way in range(episode.ways)])
+                clean = cosine_logits(backbone(query), centres, self.net.scale).argmax(1) == truth
+            if not attack:
+                yield clean.cpu(), clean.cpu()
+                continue
+            changed = query
+            for _ in range(SPEC.length):
+                leaf = changed.detach().requires_grad_(True)
+                loss = F.cross_entropy(cosine_logits(backbone(leaf), centres, self.net.scale), truth)
+                (slope,) = torch.autograd.grad(loss, leaf)
+                moved = leaf.detach() + SPEC.step * slope.sign()
+                changed = (query + (moved - query).clamp(-SPEC.epsilon, SPEC.epsilon)).clamp(0, 1)
+            with torch.no_grad():
+                wrong = cosine_logits(backbone(changed), centres, self.net.scale).argmax(1) != truth
+            yield clean.cpu(), ~wrong.cpu()
+
+
+@contextmanager
+def _cache_in(folder: str) -> Iterator[None]:
+    """Use another cache folder inside the block."""
+    before = os.environ.get("VISMT_CACHE")
+    os.environ["VISMT_CACHE"] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["VISMT_CACHE"]
+        else:
+            os.environ["VISMT_CACHE"] = before

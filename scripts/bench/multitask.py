@@ -1,0 +1,158 @@
+"""`scripts.bench multitask`: a training step balanced by gradients on adapters, against LibMTL's way on all shared parameters.
+
+A random ViT-S/16, 4 x 224 px, three tasks as LibMTL's NYUv2 (semantic segmentation of 13 classes, depth, normals), PCGrad,
+AdamW. Heads are 1x1 convolutions, so that the step is that of the backbone. "vismt, adapters": LoRA r=16 on every linear,
+gradients balanced on the factors. "vismt, full": the whole backbone, gradients balanced on all of it. The peer does the same
+in the steps of LibMTL (arXiv 2203.14338; LibMTL/weighting/abstract_weighting.py, PCGrad.py): a backward pass for each task
+through everything, the gradients of the shared parameters as one vector for each task, projected pair by pair in random order,
+and the sum written back. Peak is the largest allocation in the second step, weights included.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from scripts.bench.timing import Comparison, Timing, compare_bytes, interleave
+from vismt.backbones.vit import create
+from vismt.lowrank.memory import peak_bytes, weight_bytes
+from vismt.methods import adapt
+from vismt.multitask.balancing.base import make_balancer
+from vismt.multitask.dense import DenseNet, DenseObjective
+from vismt.multitask.heads import make_head
+from vismt.multitask.tasks import DenseTask, make_task
+
+MODEL, SIZE, BATCH, CLASSES, RANK, BALANCER = "vit_small_patch16_224", 224, 4, 13, 16, "pcgrad"
+VISMT, FULL, PEER = "vismt, adapters", "vismt, full", "as LibMTL, full"
+TARGET = 0.60  # of time and of memory
+
+Batch = Mapping[str, Tensor]
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class MultitaskResult:
+    """Timing and peak memory of a training step; `str` gives the table."""
+
+    title: str
+    timing: Timing
+    peak_bytes: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = [self.title, f"{'':<18}{'vs LibMTL':>10}{'min..max':>13}{'peak MiB':>10}{'vs LibMTL':>11}"]
+        for name in self.timing.seconds:
+            median, low, high = self.timing.ratio(name, PEER)
+            peak, share = self.peak_bytes[name] / 2**20, self.peak_bytes[name] / self.peak_bytes[PEER]
+            lines.append(f"{name:<18}{median:>10.3f}{f'{low:.2f}..{high:.2f}':>13}{peak:>10.1f}{share:>11.3f}")
+        return "\n".join([*lines, *map(str, self.comparisons())])
+
+    def comparisons(self) -> list[Comparison]:
+        """Return the ratios that have a target."""
+        peak = compare_bytes("peak memory", self.peak_bytes, VISMT, PEER, TARGET)
+        return [self.timing.compare(VISMT, PEER, TARGET), peak]
+
+
+def run(rounds: int = 9, device: str = "cpu") -> list[MultitaskResult]:
+    """Measure a step of each way."""
+    where = torch.device(device)
+    tasks = [make_task({"name": "semseg", "classes": CLASSES}), make_task("depth"), make_task("normals")]
+    net = make_net(MODEL, SIZE, tasks).to(where).train()
+    batch = {name: value.to(where) for name, value in random_batch(BATCH, SIZE).items()}
+    return [compare(f"{MODEL}, {BATCH} x {SIZE} px, {len(tasks)} tasks, {BALANCER}", net, tasks, batch, rounds)]
+
+
+def compare(title: str, net: DenseNet, tasks: Sequence[DenseTask], batch: Batch, rounds: int) -> MultitaskResult:
+    """Time a step of each way, and measure its peak."""
+    adapted, full = copy.deepcopy(net), copy.deepcopy(net)
+    adapted.stock.requires_grad_(False)
+    adapt(adapted.stock, "lora", rank=RANK)
+    nets = {VISMT: adapted, FULL: full, PEER: net}
+    steps = {
+        VISMT: step_of(adapted, tasks, batch),
+        FULL: step_of(full, tasks, batch),
+        PEER: peer_step(net, tasks, batch),
+    }
+    peaks = {name: weight_bytes(nets[name]) + peak_bytes(step) for name, step in steps.items()}
+    timing = interleave(steps, rounds, label=title, device=batch["image"].device)
+    return MultitaskResult(title, timing, peaks)
+
+
+def make_net(model: str, size: int, tasks: Sequence[DenseTask]) -> DenseNet:
+    """Return a random ViT with a linear head for each task."""
+    backbone = create(model, size)
+    heads = {task.name: make_head("linear", [backbone.width], task.channels) for task in tasks}
+    return DenseNet(backbone, heads, [backbone.depth - 1])
+
+
+def random_batch(images: int, size: int) -> Batch:
+    """Return random images with targets of the tasks."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (images, size, size)
+    return {
+        "image": torch.rand(images, 3, size, size, generator=draw),
+        "semseg": torch.randint(CLASSES, shape, generator=draw),
+        "depth": 1 + torch.rand(shape, generator=draw),
+        "normals": nn.functional.normalize(torch.randn(images, 3, size, size, generator=draw), dim=1),
+    }
+
+
+def step_of(net: DenseNet, tasks: Sequence[DenseTask], batch: Batch) -> Step:
+    """Return a step of vismt that balances the gradients of what is trained in the stock model."""
+    shared = [parameter for parameter in net.stock.parameters() if parameter.requires_grad]
+    objective = DenseObjective(net, tasks, make_balancer(BALANCER, [task.name for task in tasks]), shared)
+    optimizer = _adamw(net)
+
+    def step() -> None:
+        objective(batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peer_step(net: DenseNet, tasks: Sequence[DenseTask], batch: Batch) -> Step:
+    """Return a step of LibMTL's kind."""
+    optimizer = _adamw(net)
+    order = random.Random(0)
+
+    def step() -> None:
+        peer_gradients(net, tasks, batch, order)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peer_gradients(net: DenseNet, tasks: Sequence[DenseTask], batch: Batch, order: random.Random) -> None:
+    """Set the gradients of all parameters as LibMTL's PCGrad does: projected ones in the backbone, plain ones in the heads."""
+    shared = list(net.stock.parameters())
+    sizes = [parameter.numel() for parameter in shared]
+    logits = net(batch["image"])
+    losses = [
+        task.loss_weight * task.loss(task.resized(logits[task.name], batch[task.key].shape[-2:]), batch[task.key])
+        for task in tasks
+    ]
+    rows = torch.zeros(len(tasks), sum(sizes), device=logits[tasks[0].name].device)
+    for number, loss in enumerate(losses):
+        loss.backward(retain_graph=number < len(losses) - 1)
+        for place, parameter in zip(rows[number].split(sizes), shared):
+            if parameter.grad is not None:
+                place.copy_(parameter.grad.flatten())
+                parameter.grad = None
+    mixed = rows.clone()
+    for row in mixed:
+        for other in order.sample(range(len(tasks)), len(tasks)):
+            inner = row @ rows[other]
+            if inner < 0:
+                row -= inner / rows[other].norm() ** 2 * rows[other]
+    for parameter, gradient in zip(shared, mixed.sum(0).split(sizes)):
+        parameter.grad = gradient.view_as(parameter)
+
+
+def _adamw(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([parameter for parameter in net.parameters() if parameter.requires_grad], lr=1e-4)

@@ -1,0 +1,121 @@
+"""`scripts.bench serve`: a batch with 8 different LoRA adapters against the same batch with one, and against peft's mixed batch.
+
+The random Llama of `bench core` (hidden 512, 8 layers, ffn 1376) with rank 16 on every linear, and 8 prompts: "generate"
+writes 32 tokens after prompts of 16, "forward" runs prompts of 128 tokens once, as a classifier does. peft gets the same
+adapters and the same names (`adapter_names`). The logits of both have to agree, else the benchmark ends with an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scripts.bench.core import llama
+from scripts.bench.timing import Comparison, Timing, interleave
+from vismt.base.errors import UserError
+from vismt.lowrank.adapter_choice import adapters_per_sample
+from vismt.lowrank.files.peft_folder import export_peft
+from vismt.lowrank.model.named import activate
+from vismt.methods import adapt
+
+RANK, ADAPTERS, WRITTEN = 16, 8, 32
+ONE, MIXED = "vismt, 1 adapter", f"vismt, {ADAPTERS} adapters"
+PEFT_ONE, PEFT = "peft, 1 adapter", f"peft, {ADAPTERS} adapters"
+TARGETS = ((MIXED, ONE, 1.15), (MIXED, PEFT, 1.0))
+
+Call = Callable[..., Tensor]  # (net, **options of peft) -> logits or token ids
+
+
+@dataclass(frozen=True)
+class ServeResult:
+    """Timing of batches of `tokens` tokens; `str` gives the table."""
+
+    title: str
+    timing: Timing
+    tokens: int
+
+    def __str__(self) -> str:
+        lines = [self.title, f"{'':<20}{'tokens/s':>10}"]
+        for name, rounds in self.timing.seconds.items():
+            lines.append(f"{name:<20}{self.tokens / statistics.median(rounds):>10,.0f}")
+        return "\n".join([*lines, *map(str, self.comparisons())])
+
+    def comparisons(self) -> list[Comparison]:
+        """Return the ratios that have a target."""
+        return [self.timing.compare(*target) for target in TARGETS]
+
+
+def run(rounds: int = 9, device: str = "cpu") -> list[ServeResult]:
+    """Time generation and forward passes."""
+    where = torch.device(device)
+    return serve(llama(where).eval(), rounds, where)
+
+
+@torch.no_grad()
+def serve(
+    model: nn.Module, rounds: int, device: torch.device, lengths: tuple[int, int] = (16, 128)
+) -> list[ServeResult]:
+    """Time batches of a causal LM. lengths: tokens of a prompt that is continued, and of one that is read."""
+    servers = _servers(model)
+    vocabulary = model.get_submodule("lm_head").weight.shape[0]
+    prompts, texts = (torch.randint(vocabulary, (ADAPTERS, length), device=device) for length in lengths)
+
+    def generate(net: Any, **options: Any) -> Tensor:
+        mask = torch.ones_like(prompts)
+        ends = {"min_new_tokens": WRITTEN, "max_new_tokens": WRITTEN, "do_sample": False, "pad_token_id": 0}
+        return net.generate(input_ids=prompts, attention_mask=mask, **ends, **options)
+
+    def forward(net: Any, **options: Any) -> Tensor:
+        return net(input_ids=texts, use_cache=False, **options).logits
+
+    ours, theirs = servers[MIXED](forward), servers[PEFT](forward)
+    if not (ours - theirs).abs().max() < 1e-3 * theirs.abs().max():
+        raise UserError(f"bench serve: {MIXED} and {PEFT} have other logits; the ratio means nothing.")
+    works: tuple[tuple[str, Call, int], ...] = (("generate", generate, WRITTEN), ("forward", forward, lengths[1]))
+    results = []
+    for title, call, tokens in works:
+        steps = {name: partial(server, call) for name, server in servers.items()}
+        timing = interleave(steps, rounds, label=title, device=device)
+        results.append(ServeResult(f"{title}, {ADAPTERS} prompts, rank {RANK}", timing, ADAPTERS * tokens))
+    return results
+
+
+def _servers(model: nn.Module) -> dict[str, Callable[[Call], Tensor]]:
+    """Return by candidate what runs a call on its net."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UserError('bench serve compares with peft, which is not installed: pip install "vismt[llm]".') from error
+    names = [f"adapter{number}" for number in range(ADAPTERS)]
+    one = copy.deepcopy(model)
+    for seed, name in enumerate(names):
+        adapt(one, "lora", rank=RANK, seed=seed, name=name)
+        for parameter in one.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [export_peft(one, Path(folder) / name, name=name) for name in names]
+        peft = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0]).eval()
+        for name, saved in zip(names[1:], folders[1:]):
+            peft.load_adapter(saved, adapter_name=name)
+    mixed = activate(copy.deepcopy(one), names)
+
+    def ours(call: Call) -> Tensor:
+        with adapters_per_sample(names):
+            return call(mixed)
+
+    return {
+        ONE: lambda call: call(one),
+        MIXED: ours,
+        PEFT_ONE: lambda call: call(peft),
+        PEFT: lambda call: call(peft, adapter_names=names),
+    }

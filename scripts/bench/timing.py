@@ -1,0 +1,123 @@
+"""Interleaved timing: every candidate once a round, in rotating order, and ratios within a round.
+
+The clock is the CPU time of the process on one intra-op thread, which other processes do not add to; with CUDA it is the
+wall clock around a synchronised call.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vismt.base import console
+from vismt.lowrank.threads import one_thread
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A ratio that a benchmark is run for: of `name` to `base`, below 1 where `name` takes less.
+
+    what: "time", or the kind of bytes that were counted. ratio, low, high: median, smallest and largest of the rounds; equal
+    where bytes are counted once. target: the largest ratio to reach, None without one; least: the smallest.
+    """
+
+    what: str
+    name: str
+    base: str
+    ratio: float
+    low: float
+    high: float
+    target: float | None = None
+    least: float = 0.0
+
+    def __str__(self) -> str:
+        aim = "" if self.target is None else f", target at most {self.target:.2f}"
+        if self.target is not None and self.least:
+            aim = f", target {self.least:.2f} to {self.target:.2f}"
+        return f"{self.what} of {self.name} / {self.base}: {self.ratio:.3f} ({self.low:.3f}..{self.high:.3f}){aim}"
+
+
+def compare_bytes(what: str, sizes: Mapping[str, int], name: str, base: str, target: float | None = None) -> Comparison:
+    """Return the ratio of two counts of bytes."""
+    share = sizes[name] / sizes[base]
+    return Comparison(what, name, base, share, share, share, target)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each round by candidate."""
+
+    seconds: dict[str, list[float]]
+
+    def compare(self, name: str, base: str, target: float | None = None, least: float = 0.0) -> Comparison:
+        """Return the ratio of `name` to `base`."""
+        return Comparison("time", name, base, *self.ratio(name, base), target, least)
+
+    def ratio(self, name: str, base: str) -> tuple[float, float, float]:
+        """Return the median, smallest and largest ratio of `name` to `base` over the rounds."""
+        ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[base])]
+        return statistics.median(ratios), min(ratios), max(ratios)
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Timing of several candidates; `str` gives the table. targets: (candidate, base, largest ratio to reach)."""
+
+    title: str
+    timing: Timing
+    targets: Sequence[tuple[str, str, float]]
+    unit: str = "CPU seconds"
+
+    def __str__(self) -> str:
+        lines = [self.title, f"{'':<22}{self.unit:>12}"]
+        lines += [f"{name:<22}{statistics.median(rounds):>12.4f}" for name, rounds in self.timing.seconds.items()]
+        return "\n".join([*lines, *map(str, self.comparisons())])
+
+    def comparisons(self) -> list[Comparison]:
+        """Return the ratios that have a target."""
+        return [self.timing.compare(*target) for target in self.targets]
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    label: str,
+    device: torch.device | None = None,
+    warmup: int = 1,
+    wall: bool = False,
+) -> Timing:
+    """Time every candidate `rounds` times after `warmup` rounds that are not counted.
+
+    wall: by the wall clock on a CPU, too, for candidates that run in other processes.
+    """
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with one_thread():
+        for turn in console.track(range(warmup + rounds), "bench", label):
+            for name in _rotated(names, turn):
+                elapsed = _clock(candidates[name], device, time.perf_counter if wall else time.process_time)
+                if turn >= warmup:
+                    seconds[name].append(elapsed)
+    return Timing(seconds)
+
+
+def _rotated(names: Sequence[str], turn: int) -> list[str]:
+    start = turn % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def _clock(call: Callable[[], object], device: torch.device | None, clock: Callable[[], float]) -> float:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+    start = clock()
+    call()
+    return clock() - start

@@ -1,0 +1,192 @@
+"""PoLAR as a method: its start, language models, export to peft, and the exact change of gauge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.tiny import images, shake, tiny_vit
+from torch import nn
+
+import vismt
+from vismt.base.errors import UserError
+from vismt.llm import Landing, orthonormalize_
+from vismt.llm.polar.landing import updates
+from vismt.llm.polar.stiefel import infeasibility
+from vismt.lowrank.layers.base import adapter_layers
+
+THETAS = ["full", "diagonal"]
+TOKENS = torch.tensor([[1, 5, 2, 7, 3], [4, 4, 9, 0, 6]])
+
+
+def llama() -> nn.Module:
+    """Return a Llama of two layers with four query heads and one key and value head."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=20,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def gpt2() -> nn.Module:
+    """Return a GPT-2 of one Conv1D layer with a head tied to the embedding."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=16)
+    ).eval()
+
+
+@pytest.mark.parametrize("theta", THETAS)
+@pytest.mark.parametrize("split", [False, True])
+def test_start_is_on_the_manifold_and_computes_the_same_bits(theta: str, split: bool) -> None:
+    original = tiny_vit().double()
+    model = tiny_vit().double()
+    vismt.adapt(model, "polar", rank=5, split_qkv=split, theta=theta)
+    count = 0
+    for host in adapter_layers(model).values():
+        assert not host.lora_C.any() and not host.low_rank().delta().any()
+        for x, _, y in updates(host):
+            count += 1
+            assert infeasibility(x) < 1e-20 and infeasibility(y) < 1e-20  # squared norm
+    assert count == 2 * (6 if split else 4)
+    assert torch.equal(model(images().double()), original(images().double()))
+    # No two factors of one shape are equal, also within a fused projection.
+    flat = [x for host in adapter_layers(model).values() for x, _, _ in updates(host) if x.shape == (32, 5)]
+    assert len(flat) > 3 and all(not torch.equal(flat[0], other) for other in flat[1:])
+
+
+def test_first_gradient_reaches_theta_alone() -> None:
+    model = tiny_vit()
+    vismt.adapt(model, "polar", rank=3)
+    model(images()).square().sum().backward()
+    for host in adapter_layers(model).values():
+        assert host.lora_C.grad.abs().sum() > 0
+        assert not host.lora_A.grad.any() and not host.lora_B.grad.any()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("theta", THETAS)
+def test_language_models(make, theta: str, tmp_path) -> None:
+    model = make()
+    original = model(TOKENS).logits
+    report = vismt.adapt(model, "polar", rank=3, alpha=12.0, theta=theta)
+    if make is llama:
+        assert {site.shape for site in report.sites} >= {(32, 32), (8, 32), (48, 32), (32, 48)}
+    else:
+        assert {site.kind for site in report.sites} == {"conv1d"}
+    assert torch.equal(model(TOKENS).logits, original)
+    moved = shake(model)(TOKENS).logits.detach()
+    assert (moved - original).abs().max() > 1e-2
+    vismt.save_adapter(model, tmp_path / "own")
+    assert torch.equal(vismt.load_adapter(make(), tmp_path / "own")(TOKENS).logits, moved)
+    vismt.merge(model)
+    assert torch.allclose(model(TOKENS).logits, moved, atol=1e-5)
+    assert list(model.state_dict()) == list(make().state_dict())
+
+
+@pytest.mark.parametrize("make,split", [(llama, False), (gpt2, False), (tiny_vit, False), (tiny_vit, True)])
+@pytest.mark.parametrize("compact", [False, True])
+def test_peft_computes_what_we_compute(make, split: bool, compact: bool, tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    model = make()
+    options = {"rslora": True, "alpha": 5.0, "rank_pattern": {"mlp.fc1": 4}} if make is tiny_vit else {"alpha": 7.0}
+    vismt.adapt(model, "polar", rank=3, split_qkv=split, **options)
+    shake(model, 0.1)
+
+    def outputs(model: nn.Module) -> torch.Tensor:
+        return model(images()) if make is tiny_vit else model(TOKENS).logits
+
+    expected = outputs(model).detach()
+    assert (expected - outputs(make())).abs().max() > 1e-2
+    vismt.export_peft(model, tmp_path, compact=compact)
+    theirs = peft.PeftModel.from_pretrained(make(), str(tmp_path)).eval()
+    assert torch.allclose(outputs(theirs), expected, atol=1e-5)
+    assert torch.allclose(outputs(theirs.merge_and_unload()), expected, atol=1e-5)
+    ours = vismt.import_peft(make(), tmp_path)
+    assert torch.allclose(outputs(ours), expected, atol=1e-5)
+    assert all(host.lora_C is None for host in adapter_layers(ours).values())
+
+
+@pytest.mark.parametrize("theta", THETAS)
+@pytest.mark.parametrize("split", [False, True])
+def test_orthonormalize_changes_the_gauge_and_not_the_function(theta: str, split: bool) -> None:
+    model = tiny_vit().double()
+    vismt.adapt(model, "polar", rank=4, split_qkv=split, theta=theta)
+    shake(model, 0.3)
+    before = model(images().double())
+    deltas = {path: host.low_rank().delta() for path, host in adapter_layers(model).items()}
+    off = [
+        float(infeasibility(z)) for host in adapter_layers(model).values() for x, _, y in updates(host) for z in (x, y)
+    ]
+    assert min(off) > 0.01
+    assert orthonormalize_(model) is model
+    assert torch.allclose(model(images().double()), before, atol=1e-12)
+    for path, host in adapter_layers(model).items():
+        old, new = deltas[path], host.low_rank().delta()
+        assert torch.allclose(new, old, atol=1e-12 * float(old.abs().max()) + 1e-13)
+        for x, core, y in updates(host):
+            assert infeasibility(x) < 1e-20 and infeasibility(y) < 1e-20
+            # The stable rank of the update is now that of Theta.
+            values = torch.linalg.svdvals(torch.diag(core) if theta == "diagonal" else core)
+            whole = torch.linalg.svdvals(x @ (torch.diag(core) if theta == "diagonal" else core) @ y.T)
+            ratio = float(values.square().sum() / values[0] ** 2)
+            assert ratio == pytest.approx(float(whole.square().sum() / whole[0] ** 2)) and 1 <= ratio <= 4
+
+
+def test_logged_metrics_are_those_of_the_updates() -> None:
+    model = tiny_vit().double()
+    vismt.adapt(model, "polar", rank=3)
+    shake(model, 0.2)
+    landing = Landing(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), model)
+    metrics = landing.metrics()
+    hosts = adapter_layers(model).values()
+    off = [infeasibility(z) for host in hosts for x, _, y in updates(host) for z in (x, y)]
+    assert float(metrics["infeasibility"]) == pytest.approx(float(sum(off) / len(off)))
+    ranks = [host.low_rank().stable_rank() for host in hosts]  # by QR and SVD of the whole update
+    assert float(metrics["stable_rank"]) == pytest.approx(sum(ranks) / len(ranks), rel=1e-9)
+    landing.orthonormalize_()
+    metrics = landing.metrics()
+    assert float(metrics["infeasibility"]) < 1e-20 and float(metrics["stable_rank"]) == pytest.approx(
+        sum(ranks) / len(ranks)
+    )
+
+
+def test_bf16_base_keeps_fp32_factors_on_the_manifold() -> None:
+    model = llama().to(torch.bfloat16)
+    vismt.adapt(model, "polar", rank=3)
+    for host in adapter_layers(model).values():
+        assert host.lora_A.dtype == host.lora_B.dtype == host.lora_C.dtype == torch.float32
+        assert infeasibility(host.lora_B.detach()) < 1e-10
+    moved = shake(model)(TOKENS).logits
+    assert moved.dtype == torch.bfloat16 and torch.isfinite(moved).all()
+    assert torch.allclose(
+        vismt.merge(model)(TOKENS).logits.float(), moved.float(), atol=2e-2 * float(moved.detach().abs().max())
+    )
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"theta": "diag"}, r"adapt\.theta: 'diag'.*'diagonal'"),
+        ({"attraction": -1.0}, r"adapt\.attraction: -1\.0; it must be a number >= 0"),
+        ({"attraction": "much"}, r"adapt\.attraction: 'much'"),
+        ({"attraction": float("nan")}, r"adapt\.attraction: nan"),
+        ({"attraction": True}, r"adapt\.attraction: True"),
+        ({"attraction": 2.0, "constraint": "decoupled"}, r"adapt\.attraction: 2\.0;.*at most 1"),
+        ({"constraint": "landed"}, r"adapt\.constraint: 'landed'.*'landing'"),
+        ({"rank": 40}, r"adapt\.rank: 40 .* larger than 32"),
+        ({"atraction": 1.0}, "no option 'atraction'.*'attraction'"),
+    ],
+)
+def test_mistakes_are_named_and_change_nothing(options: dict, message: str) -> None:
+    model = tiny_vit()
+    with pytest.raises(UserError, match=message):
+        vismt.adapt(model, "polar", **options)
+    assert not adapter_layers(model) and not hasattr(model, "vismt_record")

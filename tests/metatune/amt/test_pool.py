@@ -1,0 +1,306 @@
+"""The pool: a mixture by hand, the convex family of weights (I8), experts that do not fit, and pools on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.amt_parts import adapted, backbone, episode, same, saved
+from helpers.tiny import shake, snapshot
+from torch import Tensor
+
+import vismt
+from vismt.base.errors import UserError
+from vismt.lowrank.files.store import load_adapter, save_adapter
+from vismt.metatune.amt import pool as pool_file
+from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
+from vismt.metatune.functional import Functional
+
+SITES = [f"vit.blocks.{k}.{site}.weight" for k in (0, 1) for site in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+
+
+def merged(expert: Expert) -> dict[str, Tensor]:
+    """Return an expert's weights by `merge`, which shares no code with the pool's."""
+    net = backbone()
+    vismt.merge(load_adapter(net.vit, expert.folder))
+    return {name: dict(net.named_parameters())[name].detach() for name in SITES}
+
+
+def spread(pool: ExpertPool, *zeta: float) -> dict[str, Tensor]:
+    return pool.weights(torch.tensor(zeta))
+
+
+def test_one_expert_is_its_own_model(tmp_path: Path) -> None:
+    experts = saved(tmp_path)
+    pool = ExpertPool(backbone(), experts)
+    assert len(pool) == 3 and pool.labels == ["0", "1", "2"] and pool.scale == 11.0
+    for index, expert in enumerate(experts):
+        expected = merged(expert)
+        assert set(pool.expert_weights(index)) == set(expected)
+        for name, weight in expected.items():
+            assert torch.allclose(pool.expert_weights(index)[name], weight, rtol=0, atol=2e-6), name
+            # The other experts change the weight by far more, so the principal part is neither lost nor counted twice.
+            stock = dict(backbone().named_parameters())[name]
+            assert index == 0 or (weight - stock).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "lora"}, {"alpha": 6.0}, {"split_qkv": False}])
+def test_mixtures_are_convex_combinations_of_whole_weights(tmp_path: Path, options: dict) -> None:
+    experts = saved(tmp_path, (3, 4, 5), **options)
+    pool, singles = ExpertPool(backbone(), experts), [merged(expert) for expert in experts]
+    assert pool.has_start == (options.get("init") != "lora")
+    for zeta in ((0.2, 0.5, 0.3), (0.0, 0.25, 0.75), (1 / 3, 1 / 3, 1 / 3), (1.5, -0.25, -0.25)):
+        for name, weight in spread(pool, *zeta).items():
+            expected = sum(part * weights[name] for part, weights in zip(zeta, singles))
+            assert torch.allclose(weight, expected, rtol=0, atol=5e-6), name
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "lora"}])
+def test_images_of_several_tasks_in_one_batch_each_under_its_own_mixture(tmp_path: Path, options: dict) -> None:
+    net, pool = backbone(), ExpertPool(backbone(), saved(tmp_path, (3, 4, 5), **options))
+    for index, label in enumerate(pool.labels):
+        pool.mixture(torch.eye(3)[index]).put_on(net.vit, name=label)
+    vismt.activate(net.vit, pool.labels)
+    mixtures = torch.tensor([[0.2, 0.5, 0.3], [0.0, 1.0, 0.0], [1.5, -0.25, -0.25]])
+    tasks = [episode(number)["query"][:4] for number in range(3)]
+    entries = [dict(zip(pool.labels, zeta.tolist())) for zeta in mixtures for _ in range(4)]
+    with torch.no_grad(), vismt.adapters_per_sample(entries):
+        features = net(torch.cat(tasks)).split(4)
+    for zeta, images, found in zip(mixtures, tasks, features):
+        expected = Functional(pool.backbone, pool.weights(zeta))(images).detach()
+        assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+        assert not torch.allclose(expected, pool.backbone(images), atol=1e-2 * float(expected.abs().max()))
+
+
+def test_a_core_between_the_factors_is_mixed_along(tmp_path: Path) -> None:
+    experts = []
+    for number in range(2):
+        net = backbone()
+        vismt.adapt(net.vit, "polar", targets=["qkv", "attn.proj", "fc1", "mlp.fc2"], rank=2, split_qkv=True)
+        experts.append(Expert(str(number), save_adapter(shake(net.vit, 0.3, number), tmp_path / str(number))))
+    pool, singles = ExpertPool(backbone(), experts), [merged(expert) for expert in experts]
+    for name, weight in spread(pool, 0.3, 0.7).items():
+        assert torch.allclose(weight, 0.3 * singles[0][name] + 0.7 * singles[1][name], rtol=0, atol=5e-6), name
+        assert (singles[0][name] - singles[1][name]).abs().max() > 0.01
+    lora = replace(saved(tmp_path / "lora", (3,), init="lora")[0], label="lora")
+    with pytest.raises(UserError, match=r"'0' and 'lora' differ at .*: core full and None"):
+        ExpertPool(backbone(), [experts[0], lora])
+
+
+def test_an_untuned_pool_is_the_pretrained_model_whatever_the_mixture(tmp_path: Path) -> None:
+    pool, stock = ExpertPool(backbone(), saved(tmp_path, (None, None, None))), dict(backbone().named_parameters())
+    for zeta in ((1.0, 0.0, 0.0), (0.2, 0.5, 0.3)):
+        for name, weight in spread(pool, *zeta).items():
+            assert torch.allclose(weight, stock[name], rtol=0, atol=1e-6)
+
+
+def test_nothing_is_changed_in_place(tmp_path: Path) -> None:
+    net, experts = backbone(), saved(tmp_path)
+    before, flags = snapshot(net), {name: p.requires_grad for name, p in net.named_parameters()}
+    keys, names = set(before), [type(part).__name__ for part in net.modules()]
+    pool = ExpertPool(net, experts)
+    banks = snapshot(pool.banks)
+    mixture, first = spread(pool, 0.2, 0.5, 0.3), pool.expert_weights(1)
+    first_copy = {name: weight.clone() for name, weight in first.items()}
+    spread(pool, 0.0, 1.0, 0.0)
+    assert same(snapshot(net), before) and set(net.state_dict()) == keys
+    assert [type(part).__name__ for part in net.modules()] == names
+    assert {name: p.requires_grad for name, p in net.named_parameters()} == flags
+    assert same(snapshot(pool.banks), banks) and same(mixture, spread(pool, 0.2, 0.5, 0.3))
+    assert same(pool.expert_weights(1), first_copy) and pool.expert_weights(1) is first
+    stock = dict(net.named_parameters())
+    assert not any(weight.data_ptr() == stock[name].data_ptr() for name, weight in [*mixture.items(), *first.items()])
+    assert not any(p.requires_grad for p in pool.banks.parameters())
+
+
+def test_every_site_has_the_same_zeta_and_the_function_follows(tmp_path: Path) -> None:
+    experts, batch = saved(tmp_path), episode(0)["query"]
+    net, singles = backbone(), [merged(expert) for expert in experts]
+    mixed = Functional(net, spread(ExpertPool(net, experts), 0.1, 0.6, 0.3))
+    by_hand = backbone()
+    with torch.no_grad():
+        for name, p in by_hand.named_parameters():
+            if name in singles[0]:
+                p.copy_(0.1 * singles[0][name] + 0.6 * singles[1][name] + 0.3 * singles[2][name])
+        assert torch.allclose(mixed(batch), by_hand(batch), atol=1e-4)
+        assert not torch.allclose(mixed(batch), net(batch), atol=1e-2)
+
+
+def test_kept_weights_follow_a_conversion(tmp_path: Path) -> None:
+    pool = ExpertPool(backbone(), saved(tmp_path))
+    single = pool.expert_weights(1)
+    pool.double()
+    double = pool.expert_weights(1)
+    assert all(weight.dtype == torch.float64 for weight in double.values())
+    assert all(torch.allclose(double[name].float(), single[name], atol=1e-6) for name in single)
+
+
+def test_mixtures_that_are_none(tmp_path: Path) -> None:
+    pool = ExpertPool(backbone(), saved(tmp_path))
+    for zeta in ((0.5, 0.5), (0.5, 0.2, 0.2), (float("nan"), 0.5, 0.5), (1.0, 0.0, 0.0, 0.0)):
+        with pytest.raises(UserError, match="for 3 experts: give one weight each, with sum 1"):
+            spread(pool, *zeta)
+    assert pool.uniform().tolist() == pytest.approx([1 / 3] * 3) and pool.index("2") == 2
+    with pytest.raises(UserError, match="no expert '8'; the pool has 0, 1, 2"):
+        pool.index("8")
+    with pytest.raises(UserError, match="no expert given"):
+        ExpertPool(backbone(), [])
+
+
+# ---- experts that do not fit
+
+
+def test_signs_of_singular_vectors_do_not_matter(tmp_path: Path) -> None:
+    """An SVD on another machine may return -u, -v for u, v: the same start."""
+    first, second = saved(tmp_path / "a", (3, 3))
+    proto = adapted()
+    shake(proto.backbone.vit, 0.05, 3)
+    for module in proto.backbone.vit.modules():
+        if hasattr(module, "lora_A0"):
+            with torch.no_grad():
+                for tensor in (module.lora_A, module.lora_B, module.lora_A0, module.lora_B0):
+                    tensor.neg_()
+    flipped = Expert("flipped", save_adapter(proto.backbone.vit, tmp_path / "flipped"))
+    pool = ExpertPool(backbone(), [first, flipped, second])
+    for name, weight in pool.expert_weights(1).items():
+        assert torch.allclose(weight, pool.expert_weights(0)[name], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 3}, r"'0' and 'other' differ at blocks.0.attn.proj: rank 2 and 3\. Their"),
+        ({"alpha": 4.0}, "scale 1.0 and 2.0"),
+        ({"split_qkv": False}, "blocks .* Their residual weights W_res then differ"),
+        ({"targets": ["attn.qkv", "attn.proj", "mlp.fc1"]}, "'other' lacks blocks.0.mlp.fc2"),
+        ({"init": "lora"}, "'0' and 'other' did not start from the same factors"),
+        ({"also_train": ["norm"]}, "it trains 'norm.bias' too; a pool mixes low-rank factors only"),
+    ],
+)
+def test_experts_of_another_kind_are_refused_with_the_reason(tmp_path: Path, change: dict, message: str) -> None:
+    first = saved(tmp_path, (3,))[0]
+    other = replace(saved(tmp_path / "other", (4,), **{"rank": 2, **change})[0], label="other")
+    net = backbone()
+    before = snapshot(net)
+    with pytest.raises(UserError, match=message):
+        ExpertPool(net, [first, other])
+    if "init" not in change:  # the index does not say how a factor began, its tensors do
+        with pytest.raises(UserError, match=message):
+            assemble([first, other], tmp_path / "pool")
+        assert not (tmp_path / "pool").exists()
+    assert same(snapshot(net), before) and not hasattr(net.vit, "vismt_record")
+
+
+def test_a_start_from_other_factors_is_refused(tmp_path: Path) -> None:
+    first = saved(tmp_path, (3,))[0]
+    proto = adapted()
+    with torch.no_grad():
+        proto.backbone.vit.blocks[1].mlp.fc1.lora_B0.mul_(1.01)
+    other = Expert("other", save_adapter(proto.backbone.vit, tmp_path / "other"))
+    with pytest.raises(UserError, match="did not start from the same factors"):
+        ExpertPool(backbone(), [first, other])
+
+
+def test_another_base_and_equal_names_are_refused(tmp_path: Path) -> None:
+    first, second = saved(tmp_path, (3, 4))
+    with pytest.raises(UserError, match="was made for VisionTransformer"):
+        ExpertPool(backbone(seed=5), [first, second])
+    with pytest.raises(UserError, match="two experts have the same label in 0, 0: rename a folder or a level"):
+        ExpertPool(backbone(), [first, replace(second, label="0")])
+
+
+# ---- on disk
+
+
+def test_a_pool_folder_holds_all_there_is(tmp_path: Path) -> None:
+    experts = saved(tmp_path / "runs")
+    assert assemble(experts, tmp_path / "pool") == tmp_path / "pool"
+    again = read_pool(tmp_path / "pool")
+    assert [(expert.label, expert.scale) for expert in again] == [("0", 10.0), ("1", 11.0), ("2", 12.0)]
+    assert [expert.folder for expert in again] == [tmp_path / "pool" / f"expert-{k}" for k in range(3)]
+    first, second = ExpertPool(backbone(), experts), ExpertPool(backbone(), again)
+    assert same(spread(first, 0.2, 0.5, 0.3), spread(second, 0.2, 0.5, 0.3)) and first.scale == second.scale
+    # Reassembled in another order, from its own folder, over itself.
+    assemble(again[::-1], tmp_path / "pool")
+    turned = ExpertPool(backbone(), read_pool(tmp_path / "pool"))
+    assert turned.labels == ["2", "1", "0"] and same(
+        spread(turned, 0.3, 0.5, 0.2), spread(ExpertPool(backbone(), experts[::-1]), 0.3, 0.5, 0.2)
+    )
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_torn_copy_is_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+    """Also over an older pool: its index must not describe the new files."""
+    experts = saved(tmp_path / "runs")
+    if before:
+        assemble(experts[:2], tmp_path / "pool")
+    whole, count = pool_file.atomic_write, 0
+
+    def torn(path: Path, data: bytes | str) -> None:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        whole(path, data)
+
+    monkeypatch.setattr(pool_file, "atomic_write", torn)
+    with pytest.raises(KeyboardInterrupt):
+        assemble(experts[::-1], tmp_path / "pool")
+    with pytest.raises(UserError, match=r"no file .*pool\.json"):
+        read_pool(tmp_path / "pool")
+
+
+def test_an_expert_that_cannot_be_read_leaves_the_old_pool(tmp_path: Path) -> None:
+    experts = saved(tmp_path / "runs")
+    assemble(experts[:2], tmp_path / "pool")
+    next(experts[2].folder.glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"expert '2': .*safetensors' cannot be read"):
+        assemble(experts, tmp_path / "pool")
+    assert [expert.label for expert in read_pool(tmp_path / "pool")] == ["0", "1"]
+    (experts[2].folder / "adapter.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"expert '2': adapter\.json is not what vismt\.save_adapter writes"):
+        assemble(experts, tmp_path / "other")
+    description = json.loads((experts[1].folder / "adapter.json").read_text())
+    for value in (None, "../../secret", ".."):
+        (experts[1].folder / "adapter.json").write_text(json.dumps({**description, "tensors": value}))
+        with pytest.raises(UserError, match=r"expert '1': adapter\.json is not what .* \(tensors: "):
+            assemble(experts[:2], tmp_path / "other")
+    with pytest.raises(UserError, match="no expert given"):
+        assemble([], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+ENTRY = {"label": "a", "folder": "expert-0", "scale": 10.0}
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (
+            {"format": 1, "experts": [{**ENTRY, "folder": "../other"}]},
+            r"pool.json names '../other', which is not a folder",
+        ),
+        ({"format": 1, "experts": [{**ENTRY, "folder": "/etc"}]}, "names '/etc'"),
+        ({"format": 1, "experts": [{**ENTRY, "folder": "expert-0/../.."}]}, "names 'expert-0/../..'"),
+        ({"format": 1, "experts": [{**ENTRY, "folder": ""}]}, "names ''"),
+        ({"format": 2, "experts": []}, r"^pool '.*': format 2, this version reads 1; use a matching vismt\.$"),
+        (
+            {"format": 1, "experts": [{"label": "a"}]},
+            r"is not what `vismt pool assemble` writes \(KeyError\('folder'\)\)",
+        ),
+        ({"format": 1, "experts": [{**ENTRY, "scale": "big"}]}, "is not what `vismt pool assemble` writes"),
+        ({"format": 1, "experts": None}, "is not what"),
+        ([1], "was changed or damaged"),
+        ({}, "is not what"),
+    ],
+)
+def test_an_index_that_is_none(tmp_path: Path, index: object, message: str) -> None:
+    (tmp_path / "pool.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=message):
+        read_pool(tmp_path)
+    (tmp_path / "pool.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        read_pool(tmp_path)

@@ -1,0 +1,204 @@
+"""Episodes: pure in (seed, i), the rules' numbers by hand, and one clear error for each thing that cannot be drawn."""
+
+import math
+import random
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from vismt.base.errors import UserError
+from vismt.base.seeds import mix_seed
+from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler, query_size, support_shots, support_total
+
+LABELS = torch.arange(12).repeat_interleave(30)[torch.randperm(360, generator=torch.Generator().manual_seed(1))]
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+def both():
+    return [EpisodeSampler(LABELS, ways=5, shots=2, queries=4, seed=3), VariableSampler(LABELS, seed=3)]
+
+
+@pytest.mark.parametrize("sampler", both(), ids=["uniform", "variable"])
+def test_an_episode_depends_on_seed_and_number_only(sampler):
+    twin = type(sampler)(LABELS, **({"ways": 5, "shots": 2, "queries": 4} if hasattr(sampler, "ways") else {}), seed=3)
+    torch.manual_seed(9)
+    state, python = torch.get_rng_state(), random.getstate()
+    late = sampler[7]
+    [sampler[i] for i in range(5)]
+    assert same(late, twin[7]) and same(late, sampler[7])
+    assert not same(sampler[7], sampler[8])
+    assert torch.equal(state, torch.get_rng_state()) and python == random.getstate()
+    twin.seed = 4
+    assert not same(late, twin[7])
+
+
+@pytest.mark.parametrize("sampler", both(), ids=["uniform", "variable"])
+def test_workers_do_not_change_a_bit(sampler):
+    alone = list(DataLoader(sampler, batch_size=None, sampler=range(6), num_workers=0))
+    shared = list(DataLoader(sampler, batch_size=None, sampler=range(6), num_workers=2))
+    assert all(same(a, b) and same(a, sampler[i]) for i, (a, b) in enumerate(zip(alone, shared, strict=True)))
+
+
+def test_uniform_episode_structure():
+    sampler = EpisodeSampler(LABELS, ways=4, shots=3, queries=5, seed=0)
+    for i in range(20):
+        episode = sampler[i]
+        assert episode.ways == 4 and len(episode.classes.unique()) == 4
+        assert torch.equal(LABELS[episode.support], episode.classes[episode.support_labels])
+        assert torch.equal(LABELS[episode.query], episode.classes[episode.query_labels])
+        assert torch.equal(episode.support_labels.bincount(), torch.full((4,), 3))
+        assert torch.equal(episode.query_labels.bincount(), torch.full((4,), 5))
+        drawn = torch.cat([episode.support, episode.query])
+        assert len(drawn.unique()) == len(drawn)
+
+
+def test_classes_and_images_are_drawn_uniformly():
+    sampler = EpisodeSampler(LABELS, ways=3, shots=1, queries=1, seed=5)
+    episodes = [sampler[i] for i in range(800)]
+    # 800 x 3 draws over 12 classes: 200 each, standard deviation sqrt(800 * 1/4 * 3/4) = 12.2; 5 of them are 61.
+    assert (torch.cat([e.classes for e in episodes]).bincount() - 200).abs().max() < 61
+    # An image is a support of 800 * 3 / 360 = 6.7 episodes on average; a sampler that prefers the first would show 60.
+    assert torch.cat([e.support for e in episodes]).bincount(minlength=360).max() < 25
+
+
+def test_seeds_are_mixed_not_added():
+    # An additive scheme makes episode 1 of seed 0 equal to episode 0 of seed 1.
+    assert mix_seed(0, 1) != mix_seed(1, 0)
+    assert not same(EpisodeSampler(LABELS, seed=0)[1], EpisodeSampler(LABELS, seed=1)[0])
+    assert len({mix_seed(s, i) for s in range(30) for i in range(30)}) == 900
+    assert 0 <= mix_seed(0, 0) < 2**63
+
+
+def test_superclass_holds_all_ways_and_small_ones_are_never_chosen():
+    superclass = torch.tensor([0] * 6 + [1] * 4 + [2] * 2)
+    sampler = EpisodeSampler(LABELS, ways=4, shots=1, queries=2, superclass=superclass)
+    kinds = [superclass[sampler[i].classes].unique().tolist() for i in range(60)]
+    assert all(len(kind) == 1 for kind in kinds)
+    # Superclasses are equally likely although one has 6 classes and the other 4; 60 draws, 30 +- 3.9 each.
+    assert {kind[0] for kind in kinds} == {0, 1} and 15 < sum(kind == [1] for kind in kinds) < 45
+
+
+def test_classes_restrict_the_draw():
+    sampler = EpisodeSampler(LABELS, ways=3, shots=1, queries=2, classes=[2, 5, 7])
+    assert all(set(sampler[i].classes.tolist()) == {2, 5, 7} for i in range(5))
+
+
+def test_query_size_by_hand():
+    assert query_size(torch.tensor([9, 40])) == 4  # floor(9 / 2)
+    assert query_size(torch.tensor([25, 40])) == 10  # floor(25 / 2) = 12, limit 10
+    assert query_size(torch.tensor([2, 40])) == 1
+
+
+def test_support_total_by_hand():
+    # u = 0.5: floor(0.5 * 5 + 1) + floor(0.5 * min(100, 200) + 1) = 3 + 51
+    assert support_total(torch.tensor([5, 200]), 0.5) == 54
+    assert support_total(torch.tensor([5, 200]), 0.0) == 2  # at least one each
+    assert support_total(torch.full((9,), 100), 0.9) == 500  # 9 * 91 = 819, limit 500
+    assert support_total(torch.tensor([5, 200]), 0.99, contribution=1) == 2  # floor(0.99 + 1) = 1 each
+
+
+def test_support_shots_by_hand():
+    counts, flat = torch.tensor([10, 30]), torch.zeros(2)
+    # p = (1/4, 3/4), S - N = 10: floor(2.5) + 1 = 3, floor(7.5) + 1 = 8
+    assert support_shots(counts, torch.tensor([6, 26]), 12, flat).tolist() == [3, 8]
+    assert support_shots(counts, torch.tensor([2, 26]), 12, flat).tolist() == [2, 8]  # capped by R
+    # weights (10 * 2, 30): p = (0.4, 0.6), S - N = 11: floor(4.4) + 1 = 5, floor(6.6) + 1 = 7
+    weights = torch.tensor([math.log(2), 0.0])
+    assert support_shots(counts, torch.tensor([9, 26]), 13, weights).tolist() == [5, 7]
+
+
+def test_variable_episodes_follow_the_rules():
+    sizes = torch.randint(4, 160, (60,), generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(60).repeat_interleave(sizes)
+    sampler = VariableSampler(labels, seed=1)
+    ways = []
+    for i in range(120):
+        episode = sampler[i]
+        counts = sizes[episode.classes]
+        queries = min(10, int(counts.min()) // 2)
+        shots = episode.support_labels.bincount(minlength=episode.ways)
+        ways.append(episode.ways)
+        assert torch.equal(episode.query_labels.bincount(), torch.full((episode.ways,), queries))
+        assert shots.min() >= 1 and bool((shots <= counts - queries).all()) and len(episode.support) <= 500
+        assert not set(episode.support.tolist()) & set(episode.query.tolist())
+    assert min(ways) < 10 and max(ways) > 45 and min(ways) >= 5 and max(ways) <= 50
+
+
+def test_variable_shots_are_unequal_and_the_papers_one_shot_is_equal():
+    episode = VariableSampler(LABELS, seed=2)[0]
+    assert len(episode.support_labels.bincount().unique()) > 1
+    one_shot = VariableSampler(LABELS, seed=2, min_ways=5, max_ways=5, max_contribution=1)
+    assert all(one_shot[i].support_labels.tolist() == [0, 1, 2, 3, 4] for i in range(10))
+    assert len(one_shot[0].query) == 50
+
+
+def test_nodes_give_all_their_leaves():
+    nodes = [[0, 1, 2], [3, 4, 5, 6, 7], list(range(12))]
+    sampler = VariableSampler(LABELS, nodes=nodes, min_ways=4, max_ways=8)
+    drawn = [frozenset(sampler[i].classes.tolist()) for i in range(20)]
+    assert frozenset([3, 4, 5, 6, 7]) in drawn  # a node of 5 leaves gives all 5
+    assert {len(group) for group in drawn} == {5, 8}  # the node of 12 is cut to 8, the node of 3 is never used
+
+
+def test_superclass_of_variable_episodes():
+    superclass = torch.tensor([0] * 7 + [1] * 5)
+    sampler = VariableSampler(LABELS, superclass=superclass)
+    assert all(len(superclass[sampler[i].classes].unique()) == 1 for i in range(20))
+
+
+def test_describe_tells_data_and_rules_apart():
+    base = EpisodeSampler(LABELS, seed=1).describe()
+    assert base == EpisodeSampler(LABELS, seed=1).describe()
+    assert base != EpisodeSampler(LABELS.flip(0), seed=1).describe()
+    assert base != EpisodeSampler(LABELS, seed=1, shots=2).describe()
+    assert base != EpisodeSampler(LABELS, seed=1, classes=range(9)).describe()
+    assert VariableSampler(LABELS).describe() != VariableSampler(LABELS, max_support=100).describe()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ways": 1}, "ways is 1: it must be at least 2"),
+        ({"shots": 0}, "shots is 0"),
+        ({"ways": 13}, "12 classes cannot give 13 ways"),
+        ({"shots": 20, "queries": 11}, r"take 31 images of a class, too few in class 0 \(30\).*and 7 more"),
+        ({"classes": [1, 12, 2, 3, 4]}, "id 12, the labels have 0 to 11"),
+        ({"superclass": torch.zeros(3)}, "superclass has 3 entries for 12 classes"),
+        ({"superclass": torch.arange(12) // 3}, "largest superclass has 3 classes, which cannot give 5"),
+        ({"superclass": torch.zeros(13), "classes": [0, 1, 2, 3, 12]}, "no image in class 12"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_clear_error(options, message):
+    with pytest.raises(UserError, match=message):
+        EpisodeSampler(LABELS, **options)
+
+
+def test_small_class_is_named():
+    labels = torch.tensor([0] * 9 + [1] * 20 + [2] * 20)
+    with pytest.raises(
+        UserError, match=r"5 shots \+ 15 queries take 20 images of a class, too few in class 'oak' \(9\):"
+    ):
+        EpisodeSampler(labels, ways=2, shots=5, queries=15, names=["oak", "elm", "ash"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (LABELS, {"min_ways": 1}, "need 2 <= min_ways"),
+        (LABELS, {"classes": [0, 1, 2]}, "3 classes cannot give 5 ways"),
+        (torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4]), {}, "1 image in class 4"),
+        (LABELS, {"nodes": [[0, 1]]}, "none of 1 nodes has 5 to 392 leaf classes"),
+        (LABELS, {"nodes": [[0]], "superclass": torch.zeros(12)}, "superclass and nodes both given"),
+        (torch.tensor([]), {}, "0 labels given"),
+        (torch.tensor([0, -1]), {}, "all >= 0"),
+    ],
+)
+def test_variable_errors(labels, options, message):
+    with pytest.raises(UserError, match=message):
+        VariableSampler(labels, **options)
+    with pytest.raises(IndexError):
+        EpisodeSampler(LABELS)[-1]

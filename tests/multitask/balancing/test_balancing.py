@@ -1,0 +1,766 @@
+"""Balancing: each method compared with numbers by hand, other solvers and torchjd; partial labels, state, two processes."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.balancing_parts import CASES, TASKS, Net, batch_of, direction, matrix, problem, train, whole_batch
+
+from vismt.base.errors import UserError
+from vismt.multitask.balancing.base import BALANCERS, balancer_options, make_balancer
+from vismt.multitask.balancing.gram_solvers import min_norm_weights
+from vismt.multitask.balancing.task_gradients import GradientBalancer, gram_matrix
+
+METHODS = tuple(BALANCERS)
+BY_GRADIENT = tuple(name for name, method in BALANCERS.items() if issubclass(method, GradientBalancer))
+SEEDED = ("rlw", "pcgrad", "gradvac")
+
+
+def make(name, **options):
+    return make_balancer(name, TASKS, **options)
+
+
+def alpha_of(name, gradients, values=None, tasks=None, **options):
+    """Return alpha (T,) of a single call."""
+    names = TASKS if tasks is None else tasks
+    balancer = make_balancer(name, names, **options).double()
+    direction(balancer, gradients, values)
+    return balancer.alpha
+
+
+def close(actual, expected, tolerance=1e-9):
+    actual, expected = (torch.as_tensor(value, dtype=torch.float64) for value in (actual, expected))
+    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+# ---- loss weighting: numbers by hand -----------------------------------------------------------------------------------
+def test_equal_weighting_sums_with_fixed_weights():
+    g = matrix()
+    assert close(direction(make("ew"), g), g.sum(0))
+    assert close(direction(make("ew", weights={"edges": 3.0}), g), g[0] + 3 * g[1] + g[2])
+
+
+def test_uncertainty_is_half_the_loss_at_the_start_and_learns_s():
+    losses, parameters = problem(matrix(), [1.0, 4.0, 0.5])
+    balancer = make("uncertainty", init=math.log(2)).double()
+    scalar = balancer.combine(losses, parameters)
+    scalar.backward()
+    # exp(-log 2) / 2 = 1/4 of the losses' 5.5, and 3 log(2) / 2
+    assert scalar.item() == pytest.approx(5.5 / 4 + 1.5 * math.log(2))
+    # d/ds = (1 - exp(-s) L) / 2: (1 - 1/2) / 2, (1 - 2) / 2, (1 - 1/4) / 2
+    assert close(balancer.log_variance.grad, [0.25, -0.5, 0.375], 1e-6)
+    assert close(parameters[0].grad, matrix().sum(0)[:2] / 4, 1e-6)
+
+
+def test_imtl_l_rests_where_scaled_losses_are_one():
+    balancer = make("imtl_l").double()
+    with torch.no_grad():
+        balancer.log_scale.copy_(-torch.tensor([1.0, 4.0, 0.5]).double().log())
+    losses, parameters = problem(matrix(), [1.0, 4.0, 0.5])
+    balancer.combine(losses, parameters).backward()
+    assert close(balancer.log_scale.grad, [0.0, 0.0, 0.0])
+    assert close(parameters[0].grad, (torch.tensor([1.0, 0.25, 2.0]).double() @ matrix())[:2])
+
+
+def test_dwa_by_hand_over_two_windows():
+    balancer, g = make("dwa", window=2, temperature=2.0), matrix()
+    for values in ([1, 2, 4], [3, 2, 4], [1, 1, 4], [1, 1, 4]):  # window means 2, 2, 4 and 1, 1, 4
+        assert close(direction(balancer, g, values), g.sum(0))
+    direction(balancer, g, [9, 9, 9])
+    e = [math.exp(0.25), math.exp(0.25), math.exp(0.5)]  # ratios 1/2, 1/2, 1, over the temperature
+    assert close(balancer.alpha, [3 * x / sum(e) for x in e], 1e-6)
+
+
+def test_dwa_passes_over_absent_tasks():
+    balancer, g = make("dwa", window=2), matrix()
+    for values, keep in (
+        ([1, 2, 4], TASKS),
+        ([3, 9, 4], ("depth", "normals")),
+        ([1, 1, 4], ("depth",)),
+        ([1, 1, 4], ("depth",)),
+    ):
+        direction(balancer, g, values, keep)
+    assert balancer.means[1].tolist() != balancer.means[0].tolist()
+    direction(balancer, g, [1, 1, 1], ("depth", "edges"))
+    e = [math.exp(0.25), math.exp(0.5), math.exp(0.5)]  # depth 2 -> 1; the others lack the last window: 1
+    assert close(balancer.alpha, [3 * e[0] / sum(e), 3 * e[1] / sum(e), 0.0], 1e-6)
+    assert balancer.means[0].tolist() == [2.0, 2.0, 4.0]  # edges: the mean of its one call, not 2 / 2
+
+
+def test_rlw_is_a_softmax_of_normals_over_the_present_tasks():
+    first = alpha_of("rlw", matrix(), seed=5)
+    drawn = torch.from_numpy(np.random.default_rng([5, 0]).standard_normal(3))
+    assert close(first, drawn.softmax(0))
+    balancer = make("rlw", seed=5)
+    draws = []
+    for _ in range(400):
+        direction(balancer, matrix(), keep=("depth", "normals"))
+        draws.append(balancer.alpha.clone())
+    draws = torch.stack(draws)
+    assert torch.all(draws[:, 1] == 0) and close(draws.sum(1), torch.ones(400), 1e-6)
+    logit = (draws[:, 0] / draws[:, 2]).log()  # difference of two standard normals: variance 2
+    assert abs(logit.mean()) < 0.3 and 1.5 < logit.var() < 2.5
+
+
+def test_gls_is_the_gradient_of_the_geometric_mean():
+    values, g = [1.0, 4.0, 2.0], matrix()
+    assert close(alpha_of("gls", g, values), [2 / 3, 2 / 12, 2 / 6])  # (1 * 4 * 2)^(1/3) = 2
+    losses, parameters = problem(g, values)
+    math.prod(losses.values()).pow(1 / 3).backward()
+    assert close(direction(make("gls"), g, values), torch.cat([p.grad.flatten() for p in parameters]))
+    balancer = make("gls")
+    direction(balancer, g, values, ("depth", "edges"))
+    assert close(balancer.alpha, [2 / 2, 2 / 8, 0.0], 1e-6)  # (1 * 4)^(1/2) = 2
+    assert direction(make("gls"), g, [0.0, 1.0, 1.0]).isfinite().all()
+
+
+def famo_reference(losses, after, lr, gamma, least):
+    """Return the weights of each step by torch's Adam and softmax."""
+    xi = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer, weights = torch.optim.Adam([xi], lr=lr, weight_decay=gamma), []
+    for before, then in zip(losses, after):
+        distance = before - least + 1e-8
+        share = xi.softmax(0).detach() / distance
+        weights.append(share / share.sum())
+        gain = distance.log() - (then - least + 1e-8).log()
+        xi.grad = torch.autograd.grad(xi.softmax(0), xi, gain)[0]
+        optimizer.step()
+    return torch.stack(weights)
+
+
+@pytest.mark.parametrize("same_batch", [True, False])
+def test_famo_against_torchs_adam(same_batch):
+    generator, least = torch.Generator().manual_seed(0), torch.tensor([0.0, 0.1, 0.0]).double()
+    losses = 0.2 + torch.rand(8, 3, generator=generator, dtype=torch.float64)
+    after = 0.2 + torch.rand(8, 3, generator=generator, dtype=torch.float64) if same_batch else losses.roll(-1, 0)
+    expected = famo_reference(losses, after, 0.1, 0.01, least)
+    balancer = make("famo", lr=0.1, gamma=0.01, least={"edges": 0.1}).double()
+    for values, then, weights in zip(losses, after, expected):
+        assert close(direction(balancer, matrix(), values), weights @ matrix(), 1e-6)
+        if same_batch:
+            balancer.update(dict(zip(TASKS, then)))
+    assert (expected[-1] - expected[0]).abs().max() > 0.05
+
+
+def test_famo_turns_to_the_task_that_improves_least():
+    balancer = make("famo")
+    for step in range(30):
+        direction(balancer, matrix(), [0.9**step, 1.0, 0.8**step])
+    assert balancer.xi.argmax() == 1 and balancer.xi.argmin() == 2
+
+
+def test_famo_leaves_absent_tasks_out_of_weights_and_signal():
+    two, three = make_balancer("famo", TASKS[:2], gamma=0.0), make("famo", gamma=0.0)
+    for step in range(5):
+        values = [0.9**step, 1.0, 7.0]
+        expected = direction(two, matrix()[:2], values[:2])
+        assert close(direction(three, matrix(), values, TASKS[:2]), expected, 1e-6)
+    assert three.xi[2] == 0 and three.alpha[2] == 0
+
+
+# ---- gradient balancing: other solvers ----------------------------------------------------------------------------------------
+def test_stch_by_hand_through_its_warm_up():
+    balancer = make("stch", warmup=2, mu=0.5).double()
+    g = matrix()
+    for values in ([1.0, 4.0, 0.5], [3.0, 2.0, 1.5]):
+        direction(balancer, g, values)
+        assert close(balancer.alpha, [1 / value for value in values])  # the gradient of sum log L
+    # nadir (2, 3, 1); losses (2, 1.5, 2): ratios 1, 1/2, 2, whose logarithms over 1/2 have softmax (1, 1/4, 4) / 5.25.
+    direction(balancer, g, [2.0, 1.5, 2.0])
+    assert close(balancer.alpha, [3 / 5.25 / 2, 3 * 0.25 / 5.25 / 1.5, 3 * 4 / 5.25 / 2])
+    direction(balancer, g, [2.0, 1.5, 2.0], TASKS[:2])
+    assert close(balancer.alpha, [2 * 1 / 1.25 / 2, 2 * 0.25 / 1.25 / 1.5, 0])
+    sharp = make("stch", warmup=1, mu=1e-3).double()
+    direction(sharp, g, [1.0, 1.0, 1.0])
+    direction(sharp, g, [1.0, 1.1, 0.9])
+    assert close(sharp.alpha, [0, 3 / 1.1, 0], 1e-6)  # the worst task alone
+
+
+def test_stch_has_the_gradient_of_its_formula():
+    losses, parameters = problem(matrix(1), [2.0, 0.5, 1.0])
+    balancer = make("stch", warmup=1, mu=0.7).double()
+    direction(balancer, matrix(1), [1.0, 1.0, 3.0])
+    balancer.combine(losses, parameters).backward()
+    again, others = problem(matrix(1), [2.0, 0.5, 1.0])
+    ratios = torch.stack([again["depth"], again["edges"], again["normals"] / 3])
+    (3 * 0.7 * (ratios.log() / 0.7).logsumexp(0)).backward()
+    assert all(close(p.grad, q.grad, 1e-7) for p, q in zip(parameters, others))
+
+
+def pcgrad_reference(g, seed, call, conflicts=None):
+    """Project the vectors themselves. conflicts: collects the pairs that were projected."""
+    generator, total = np.random.default_rng([seed, call]), torch.zeros_like(g[0])
+    for i in range(len(g)):
+        vector = g[i].clone()
+        for j in generator.permutation(len(g)):
+            if j != i and vector @ g[j] < 0:
+                vector -= (vector @ g[j]) / (g[j] @ g[j]) * g[j]
+                if conflicts is not None:
+                    conflicts.append((i, j))
+        total += vector
+    return total
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pcgrad_against_projections_of_vectors(seed):
+    g, conflicts = matrix(seed, tasks=5, size=4), []
+    g -= 1.2 * g.mean(0)
+    balancer = make_balancer("pcgrad", [*TASKS, "task3", "task4"], seed=seed)
+    for call in range(3):
+        assert close(direction(balancer, g), pcgrad_reference(g, seed, call, conflicts))
+    assert len(conflicts) > 10
+
+
+def test_pcgrad_makes_two_conflicting_gradients_agree_and_leaves_others_alone():
+    g = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 1.0, 0.0]]).double()
+    d = direction(make_balancer("pcgrad", TASKS[:2]), g)
+    # g1' = (1, 0) + 1/2 (-1, 1) = (1/2, 1/2);  g2' = (-1, 1) + (1, 0) = (0, 1)
+    assert close(d, [0.5, 1.5, 0.0])
+    assert close(direction(make("pcgrad"), matrix().abs()), matrix().abs().sum(0))
+
+
+def gradvac_reference(g, goals, seed, call, beta):
+    generator, total = np.random.default_rng([seed, call]), torch.zeros_like(g[0])
+    for i in range(len(g)):
+        vector = g[i].clone()
+        for j in generator.permutation(len(g)):
+            if j == i:
+                continue
+            cosine, goal = torch.cosine_similarity(vector, g[j], 0), goals[i, j].clone()
+            if cosine < goal:
+                size = vector.norm() * (goal * (1 - cosine**2).sqrt() - cosine * (1 - goal**2).sqrt())
+                vector = vector + size / (g[j].norm() * (1 - goal**2).sqrt()) * g[j]
+                assert close(torch.cosine_similarity(vector, g[j], 0), goal, 1e-6)  # the purpose of the formula
+            goals[i, j] = (1 - beta) * goal + beta * cosine
+        total += vector
+    return total
+
+
+def test_gradvac_against_vectors_over_several_steps():
+    goals, balancer = torch.zeros(3, 3).double(), make("gradvac", beta=0.4, seed=2).double()
+    for call in range(5):
+        g = matrix(call) + 0.8
+        assert close(direction(balancer, g), gradvac_reference(g, goals, 2, call, 0.4), 1e-7)
+    assert close(balancer.goal, goals) and goals.max() > 0.1
+    before = balancer.goal.clone()
+    direction(balancer, matrix(9), keep=("depth", "normals"))
+    changed = balancer.goal != before
+    assert changed[0, 2] and changed[2, 0] and changed.sum() == 2
+
+
+def scaled(seed, tasks=4, size=6, spread=1.0):
+    """Return gradients with lengths that differ by powers of 10."""
+    return matrix(seed, tasks, size) * torch.logspace(-spread, spread, tasks, dtype=torch.float64)[:, None]
+
+
+def brute_force_min_norm(g):
+    """Return the weights of the shortest affine minimum with non-negative weights over all subsets of the tasks."""
+    best, tasks = None, len(g)
+    for mask in range(1, 1 << tasks):
+        some = [t for t in range(tasks) if mask >> t & 1]
+        y = torch.linalg.solve(g[some] @ g[some].T, torch.ones(len(some)).double())
+        w = torch.zeros(tasks).double()
+        w[some] = y / y.sum()
+        if (w >= 0).all() and (best is None or (w @ g).norm() < (best @ g).norm()):
+            best = w
+    return best
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_mgda_against_all_subsets(seed, spread):
+    g = scaled(seed, spread=spread)
+    expected = brute_force_min_norm(g)
+    weights = min_norm_weights(g @ g.T)
+    assert weights.sum().item() == pytest.approx(1) and (weights >= 0).all()
+    assert close(weights, expected, 1e-9)
+    d = weights @ g
+    # No loss increases: <d, g_t> >= |d|^2 for all t characterises the shortest vector.
+    assert (g @ d >= d @ d * (1 - 1e-9)).all()
+
+
+def test_mgda_by_hand_and_its_normalisations():
+    g = torch.tensor([[3.0, 0.0], [0.0, 1.0]]).double()  # orthogonal: alpha_t ~ 1 / |g_t|^2
+    tasks, values = TASKS[:2], [2.0, 5.0]
+    pad = torch.cat([g, torch.zeros(2, 2).double()], 1)
+    assert close(alpha_of("mgda", pad, values, tasks), [0.1, 0.9])
+    assert close(alpha_of("mgda", pad, values, tasks, normalise="l2"), [0.5, 0.5])
+    # loss: vectors of length 3/2 and 1/5, alpha ~ 4/9, 25
+    assert close(alpha_of("mgda", pad, values, tasks, normalise="loss"), [4 / 229, 225 / 229])
+    assert close(alpha_of("mgda", pad, values, tasks, normalise="loss+"), [4 / 29, 25 / 29])  # length 1/2 and 1/5
+    opposed = torch.tensor([[1.0, 0, 0], [-2.0, 0, 0], [0, 1.0, 0]]).double()
+    assert close(direction(make("mgda"), opposed), torch.zeros(3), 1e-12)
+    same = torch.ones(3, 4).double()
+    assert close(direction(make("mgda"), same), torch.ones(4), 1e-12)
+
+
+@pytest.mark.parametrize("c", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("seed", range(3))
+def test_cagrad_against_the_primal_in_cvxpy(seed, c):
+    cp = pytest.importorskip("cvxpy")
+    g = matrix(seed, 4, 5)
+    mean = g.mean(0)
+    d = cp.Variable(5)
+    ball = cp.norm(d - mean.numpy(), 2) <= c * float(mean.norm())
+    cp.Problem(cp.Maximize(cp.min(g.numpy() @ d)), [ball]).solve(solver=cp.CLARABEL)
+    balancer = make_balancer("cagrad", [*TASKS, "task3"], c=c)
+    actual = direction(balancer, g)
+    assert close(actual, d.value, 1e-4)
+    assert (g @ actual).min() >= (g @ torch.from_numpy(d.value)).min() - 1e-8
+    assert (actual - mean).norm().item() == pytest.approx(c * mean.norm().item(), rel=1e-9)
+
+
+def test_cagrad_at_its_ends_and_rescaled():
+    g = matrix(1)
+    assert close(direction(make("cagrad", c=0.0), g), g.mean(0))
+    plain = direction(make("cagrad", c=0.5), g)
+    assert close(direction(make("cagrad", c=0.5, rescale="square"), g), plain / 1.25)
+    assert close(direction(make("cagrad", c=0.5, rescale="radius"), g), plain / 1.5)
+    assert close(direction(make("cagrad"), 1e-5 * g), 1e-5 * plain, 1e-12)  # homogeneous
+    # For large c the direction tends to that of MGDA.
+    far, shortest = direction(make("cagrad", c=1e4), g), direction(make("mgda"), g)
+    assert torch.cosine_similarity(far, shortest, 0) > 1 - 1e-6
+    # Gradients that cancel, g0 = (-1/2, 0): within |d - g0| <= 1/4, d = (-1/4, .) harms the first task least.
+    opposed = torch.tensor([[1.0, 0, 0], [-2.0, 0, 0]]).double()
+    assert close(direction(make_balancer("cagrad", TASKS[:2]), opposed), [-0.25, 0.0, 0.0], 1e-5)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_nash_solves_its_equation_whatever_the_sizes(seed, spread):
+    g = scaled(seed, spread=spread)
+    tasks = [*TASKS, "task3"]
+    alpha = alpha_of("nash", g, tasks=tasks)
+    assert (alpha > 0).all() and close(alpha * (g @ g.T @ alpha), torch.ones(4), 1e-8)
+    d = direction(make_balancer("nash", tasks), g)
+    assert d.norm().item() == pytest.approx(2.0)  # sqrt(T)
+    rescaled = g * torch.tensor([[2.0], [5.0], [0.1], [1.0]]).double()
+    assert close(direction(make_balancer("nash", tasks), rescaled), d, 1e-6)
+
+
+def test_nash_against_cvxpy_and_where_gradients_cancel():
+    cp = pytest.importorskip("cvxpy")
+    g = matrix(4)
+    a = cp.Variable(3)
+    cp.Problem(cp.Minimize(cp.sum_squares(g.numpy().T @ a) / 2 - cp.sum(cp.log(a)))).solve(solver=cp.CLARABEL)
+    assert close(alpha_of("nash", g), a.value, 1e-4)
+    opposed = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]]).double()
+    assert direction(make_balancer("nash", TASKS[:2]), opposed).isfinite().all()
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0])
+def test_fairgrad_solves_its_equation_whatever_the_sizes(alpha, spread):
+    tasks = [*TASKS, "task3"]
+    for seed in range(2):
+        g = scaled(seed, spread=spread)
+        w = alpha_of("fairgrad", g, tasks=tasks, alpha=alpha)
+        assert (w > 0).all() and close((g @ g.T @ w) * w ** (1 / alpha), torch.ones(4), 1e-7)
+    if alpha == 1:
+        assert close(w, alpha_of("nash", g, tasks=tasks))
+
+
+def test_fairgrad_by_hand_and_where_gradients_cancel():
+    g = torch.tensor([[2.0, 0, 0], [0, 0.5, 0]]).double()
+    # Orthogonal: |g|^2 w = w^(-1/2), so w = |g|^(-4/3), and the decreases |g|^2 w are |g|^(2/3).
+    assert close(alpha_of("fairgrad", g, tasks=TASKS[:2]), [2 ** (-4 / 3), 2 ** (4 / 3)])
+    # Their ratio is 4^(2 / (1 + alpha)), 4^(2/3) here; for large alpha they become equal.
+    decreases = [g @ g.T @ alpha_of("fairgrad", g, tasks=TASKS[:2], alpha=alpha) for alpha in (2.0, 10.0)]
+    assert [float(d[0] / d[1]) for d in decreases] == pytest.approx([4 ** (2 / 3), 4 ** (2 / 11)])
+    opposed = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]]).double()
+    assert direction(make_balancer("fairgrad", TASKS[:2]), opposed).isfinite().all()
+
+
+def test_upgrad_by_hand():
+    # Onto x_1 >= 0, x_2 >= x_1: (1, 0) falls on (1/2, 1/2), (-1, 1) on (0, 1). Their mean; PCGrad would give their sum.
+    g = torch.tensor([[1.0, 0, 0], [-1.0, 1.0, 0]]).double()
+    assert close(direction(make_balancer("upgrad", TASKS[:2]), g), [0.25, 0.75, 0])
+    free = torch.eye(3).double()
+    assert close(direction(make("upgrad"), free), free.mean(0))
+    opposed = torch.tensor([[1.0, 0, 0], [-2.0, 0, 0]]).double()
+    assert close(direction(make_balancer("upgrad", TASKS[:2]), opposed), torch.zeros(3), 1e-12)
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+@pytest.mark.parametrize("seed", range(2))
+def test_upgrad_against_projections_in_cvxpy(seed, spread):
+    cp = pytest.importorskip("cvxpy")
+    g = scaled(seed, size=5, spread=spread)
+    unit = (g / g.norm(dim=1, keepdim=True)).numpy()
+    projections = []
+    for row in unit:
+        x = cp.Variable(5)
+        cp.Problem(cp.Minimize(cp.sum_squares(x - row)), [unit @ x >= 0]).solve(solver=cp.CLARABEL)
+        projections.append(x.value)
+    lengths = g.norm(dim=1)
+    expected = (torch.from_numpy(np.stack(projections)) * lengths[:, None]).mean(0)
+    d = direction(make_balancer("upgrad", [*TASKS, "task3"]), g)
+    assert (d - expected).norm() < 1e-4 * expected.norm()
+    assert (g @ d >= -1e-9 * lengths * d.norm()).all()  # no loss increases
+
+
+def dbmtl_reference(gradients, values, state, call, beta, sigma):
+    """Return (d, state): mean gradients of log L by plain arithmetic, made as long as the longest."""
+    logs = gradients / (torch.tensor(values).double() + 1e-8)[:, None]
+    state = logs + beta / call**sigma * (state - logs)
+    norms = state.norm(dim=1)
+    return (norms.max() / norms) @ state, state
+
+
+def test_dbmtl_against_its_formula_over_several_calls():
+    balancer, state = make("dbmtl", beta=0.8, sigma=0.5).double(), torch.zeros(3, 7).double()
+    for call in range(1, 5):
+        g, values = matrix(call), [1.0 + call, 0.25, 3.0]
+        expected, state = dbmtl_reference(g, values, state, call, 0.8, 0.5)
+        assert close(direction(balancer, g, values), expected, 1e-7)
+    # An absent task leaves its mean as it is, and has no weight.
+    before = balancer.average.clone()
+    direction(balancer, matrix(9), [1.0, 1.0, 1.0], TASKS[:2])
+    assert (
+        torch.equal(balancer.average[2], before[2])
+        and balancer.alpha[2] == 0
+        and not torch.equal(balancer.average[0], before[0])
+    )
+
+
+def test_dbmtl_balances_scales_of_losses_and_gradients():
+    g = matrix(3)
+    d = direction(make("dbmtl", beta=0.0), g, [1.0, 2.0, 3.0])
+    # A loss in another unit has the same gradient of its logarithm.
+    other = direction(make("dbmtl", beta=0.0), g * torch.tensor([[10.0], [1.0], [0.1]]), [10.0, 2.0, 0.3])
+    assert close(d, other, 1e-6)
+    longest = (g / torch.tensor([[1.0], [2.0], [3.0]]).double()).norm(dim=1).max()
+    unit = g / g.norm(dim=1, keepdim=True)
+    assert close(d, longest * unit.sum(0), 1e-6)
+    losses, parameters = problem(g, [1.0, 2.0, 3.0])
+    assert make("dbmtl").double().combine(losses, parameters).item() == pytest.approx(math.log(6), abs=1e-6)
+
+
+def test_dbmtl_names_parameters_that_change_in_number():
+    balancer = make("dbmtl").double()
+    direction(balancer, matrix())
+    with pytest.raises(UserError, match="mean gradients of 7 values, now 5 are trained"):
+        direction(balancer, matrix(size=5))
+
+
+def test_imtl_g_projects_equally_on_all_gradients():
+    for seed in range(8):
+        g = scaled(seed, spread=1.0)
+        alpha = alpha_of("imtl_g", g, tasks=[*TASKS, "task3"])
+        projections = g @ (alpha @ g) / g.norm(dim=1)
+        assert close(projections / projections[0], torch.ones(4), 1e-8)
+        assert projections[0] > 0 and abs(alpha.sum().item()) == pytest.approx(1)
+    # By the paper's two-task formula: alpha_2 = <g_1, u_1 - u_2> / <g_1 - g_2, u_1 - u_2>
+    g = matrix(3, tasks=2)
+    u = g / g.norm(dim=1, keepdim=True)
+    second = (g[0] @ (u[0] - u[1])) / ((g[0] - g[1]) @ (u[0] - u[1]))
+    assert close(alpha_of("imtl_g", g, tasks=TASKS[:2]), [1 - second, second])
+
+
+def test_imtl_is_both_halves():
+    g, values = matrix(2), [1.0, 4.0, 0.5]
+    balancer = make("imtl").double()
+    scale = torch.tensor([0.5, 1.0, 3.0]).double()
+    with torch.no_grad():
+        balancer.log_scale.copy_(scale.log())
+    d = direction(balancer, g, values)
+    assert close(d, direction(make("imtl_g"), g * scale[:, None]))
+    assert close(balancer.log_scale.grad, scale * torch.tensor(values) - 1)
+
+
+def test_aligned_gradients_are_orthogonal_and_of_one_length():
+    g = scaled(0, spread=1.0)
+    u, sigma, v = torch.linalg.svd(g, full_matrices=False)
+    aligned = sigma[-1] * u @ v  # rows g_t after the alignment; their matrix has condition number 1
+    assert torch.linalg.cond(aligned).item() == pytest.approx(1)
+    tasks = [*TASKS, "task3"]
+    d = direction(make_balancer("aligned", tasks), g)
+    assert close(d, aligned.sum(0), 1e-8)
+    assert d.norm().item() == pytest.approx(2 * sigma[-1].item())  # sqrt(T) of the smallest singular value
+    assert close(direction(make_balancer("aligned", tasks, scale="median"), g), d * sigma[2] / sigma[3], 1e-8)
+    rms = sigma.square().mean().sqrt()
+    assert close(direction(make_balancer("aligned", tasks, scale="rmse"), g), d * rms / sigma[3], 1e-8)
+    assert close(direction(make_balancer("aligned", tasks), 7 * g), 7 * d, 1e-8)
+
+
+def test_aligned_truncates_the_rank():
+    g = torch.tensor([[1.0, 0, 0], [1.0, 1e-9, 0], [0, 2.0, 0]]).double()
+    # M has eigenvalues 2, 4 and about 0: the kept part is (g1 + g2) / sqrt 2, length sqrt 2, and g3.
+    d = direction(make("aligned"), g)
+    assert close(d, math.sqrt(2) * torch.tensor([math.sqrt(2), 1.0, 0.0]).double(), 1e-6)
+    assert direction(make("aligned", eps=0.0), g).norm() < 1e-6
+
+
+TORCHJD = {
+    "mgda": lambda jd: (jd.MGDA(epsilon=1e-7, max_iters=20000), 1, {}, 1e-3),
+    "cagrad": lambda jd: (jd.CAGrad(c=0.5, norm_eps=0.0), 1, {}, 1e-4),
+    "imtl_g": lambda jd: (jd.IMTLG(), 1, {}, 1e-8),
+    "aligned": lambda jd: (jd.AlignedMTL(), 4, {}, 1e-8),
+    "nash": lambda jd: (jd.NashMTL(n_tasks=4, max_norm=0.0, optim_niter=200), 1, {}, 1e-2),
+    "upgrad": lambda jd: (jd.UPGrad(), 1, {}, 2e-3),
+    "fairgrad": lambda jd: (jd.FairGrad(alpha=2.0), 1, {}, 1e-8),
+    "ew": lambda jd: (jd.Sum(), 1, {}, 1e-9),
+}
+
+
+@pytest.mark.parametrize("name", TORCHJD)
+@pytest.mark.filterwarnings("ignore")
+def test_against_torchjd(name):
+    jd = pytest.importorskip("torchjd.aggregation")
+    try:
+        aggregate, factor, options, tolerance = TORCHJD[name](jd)
+    except ImportError as error:  # of an aggregator whose solver is not installed
+        pytest.skip(str(error))
+    g = matrix(5, 4, 6)
+    expected = factor * aggregate(g)
+    actual = direction(make_balancer(name, [*TASKS, "task3"], **options), g)
+    assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pcgrad_and_gradvac_against_torchjd_for_two_tasks(seed):
+    jd = pytest.importorskip("torchjd.aggregation")
+    g = matrix(seed, 2, 3)  # two tasks: the order does not matter
+    assert close(direction(make_balancer("pcgrad", TASKS[:2]), g), jd.PCGrad()(g), 1e-8)
+    ours, theirs = make_balancer("gradvac", TASKS[:2], beta=0.3).double(), jd.GradVac(beta=0.3)
+    for step in range(3):
+        g = matrix(seed + 10 * step, 2, 3)
+        assert close(direction(ours, g), theirs(g), 1e-6)
+
+
+# ---- all methods ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", METHODS)
+def test_one_task_alone_keeps_its_direction(name):
+    g = matrix(0, tasks=1)
+    d = direction(make_balancer(name, TASKS[:1]), g)
+    assert torch.cosine_similarity(d, g[0], 0) > 1 - 1e-9
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_absent_task_is_as_if_it_were_unknown(name):
+    if name in ("dwa", "rlw"):
+        pytest.skip("a softmax over all tasks, and numbers drawn for all tasks: tested separately")
+    g, values = matrix(2), [0.5, 2.0, 1.0]
+    without = direction(make_balancer(name, TASKS[:2]), g[:2], values)
+    assert close(direction(make(name), g, values, TASKS[:2]), without)
+    balancer = make(name)
+    parameters = problem(g)[1]
+    balancer.combine({}, parameters).backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in parameters)
+    assert close(direction(balancer, g, values, ()), torch.zeros(7))
+
+
+@pytest.mark.parametrize("name", BY_GRADIENT)
+def test_a_task_that_does_not_reach_the_parameters_is_passed_over(name):
+    g, values = matrix(2), [0.5, 2.0, 1.0]
+    without = direction(make_balancer(name, TASKS[:2]), g[:2], values)
+    g[2] = 0
+    assert close(direction(make(name), g, values), without)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_eval_and_no_grad_sum_the_losses_and_move_nothing(name):
+    balancer = make(name, weights={"edges": 2.0})
+    direction(balancer, matrix())
+    before = {key: value.clone() for key, value in balancer.state_dict().items()}
+    losses, parameters = problem(matrix(), [1.0, 2.0, 3.0])
+    with torch.no_grad():
+        assert balancer.combine(losses, parameters).item() == 8.0
+    assert balancer.eval().combine(losses, parameters).item() == 8.0
+    assert all(
+        torch.equal(value.nan_to_num(), before[key].nan_to_num()) for key, value in balancer.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_state_round_trip_goes_on_as_if_never_interrupted(name):
+    def steps(net, start, stop):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for step in range(start, stop):
+            net(batch_of(step, 1, ("edges",) if step % 2 else ())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    options = {"dwa": {"window": 2}, "stch": {"warmup": 2}}.get(name, {})
+    straight, first, second = Net(name, **options), Net(name, **options), Net(name, **options)
+    steps(straight, 0, 8)
+    steps(first, 0, 5)
+    second.load_state_dict(first.state_dict())
+    steps(second, 5, 8)
+    for key, value in straight.state_dict().items():
+        assert torch.equal(value.nan_to_num(), second.state_dict()[key].nan_to_num()), key
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_seeded_methods_are_functions_of_seed_and_call(name):
+    g = matrix(7, 3, 3)
+    g -= 1.2 * g.mean(0)  # conflicts, so that the order matters
+    runs = []
+    for seed in (0, 0, 1):
+        balancer = make(name, seed=seed)
+        torch.manual_seed(seed + len(runs))
+        state = torch.get_rng_state()
+        runs.append(torch.stack([direction(balancer, g) for _ in range(6)]))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(runs[0], runs[1]) and not torch.allclose(runs[0], runs[2])
+    assert not torch.allclose(runs[0][0], runs[0][1:].mean(0))  # the order changes from call to call
+
+
+@pytest.mark.parametrize("name", BY_GRADIENT)
+def test_heads_get_the_plain_or_the_weighted_gradient(name):
+    def head_gradients(**options):
+        net = Net(name, **options)
+        net(batch_of(0, 0)).backward()
+        return [net.heads[task].weight.grad for task in TASKS], net.shared.weight.grad, net.balancer.alpha
+
+    plain, shared, alpha = head_gradients(heads="plain")
+    weighted, same_shared, _ = head_gradients(heads="weighted")
+    net = Net("ew")
+    net(batch_of(0, 0)).backward()
+    assert (alpha - 1).abs().max() > 1e-3 and close(shared, same_shared, 1e-5)
+    # dbmtl follows the logarithms of the losses.
+    losses = net.losses(batch_of(0, 0)) if name == "dbmtl" else dict.fromkeys(TASKS, torch.tensor(1.0).double())
+    for task, plain_gradient, weighted_gradient, factor in zip(TASKS, plain, weighted, alpha):
+        assert close(losses[task] * plain_gradient, net.heads[task].weight.grad, 1e-6)
+        assert close(weighted_gradient, factor * plain_gradient, 1e-5)
+    assert make(name).heads == ("weighted" if name in ("mgda", "nash") else "plain")
+
+
+@pytest.mark.parametrize("name", BY_GRADIENT)
+def test_gradients_that_are_not_finite_end_in_a_gradient_that_is_not(name):
+    g = matrix()
+    g[1, 0] = torch.inf
+    balancer = make(name)
+    before = {key: value.clone() for key, value in balancer.state_dict().items() if key != "calls"}
+    assert not direction(balancer, g).isfinite().all()
+    assert all(torch.equal(balancer.state_dict()[key], value) for key, value in before.items())
+
+
+def test_loss_scale_saves_small_gradients_in_half_precision():
+    right = alpha_of("imtl_g", matrix().half().double()).float()
+    errors = []
+    for loss_scale in (1.0, 2.0**12):
+        losses, parameters = problem(matrix().half())
+        balancer = make("imtl_g", loss_scale=loss_scale)
+        # Gradients of 1e-6 have four bits in float16.
+        balancer.combine({name: loss * 1e-6 for name, loss in losses.items()}, parameters)
+        errors.append((balancer.alpha - right).abs().max().item())
+    assert errors[1] < 1e-3 < errors[0]
+
+
+def test_autocast_of_the_caller_does_not_round_the_balance():
+    net, reference = Net("cagrad").float(), Net("cagrad").float()
+    batch = batch_of(0, 0)
+    batch = (batch[0].float(), {task: y.float() for task, y in batch[1].items()})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scalar = net(batch)
+    scalar.backward()
+    reference(batch).backward()
+    assert scalar.dtype == torch.float32
+    assert torch.allclose(net.shared.weight.grad, reference.shared.weight.grad, rtol=0.1, atol=0.02)
+
+
+def test_gram_of_wide_gradients_in_parts_is_exact(monkeypatch):
+    monkeypatch.setattr("vismt.multitask.balancing.task_gradients.COLUMNS", 4)
+    g = matrix(0, 3, 11, dtype=torch.float32)
+    gram = gram_matrix(g)
+    assert torch.equal(gram.float(), (g.double() @ g.double().T).float()) and gram.dtype == torch.float64
+
+
+def test_parameters_of_the_balancer_are_never_balanced():
+    losses, parameters = problem(matrix(), [1.0, 2.0, 3.0])
+    balancer = make("imtl").double()
+    balancer.combine(losses, [*parameters, *balancer.parameters()]).backward()
+    assert close(balancer.log_scale.grad, [0.0, 1.0, 2.0])
+    assert close(parameters[0].grad, direction(make("imtl_g"), matrix())[:2])
+
+
+def test_last_alpha_by_name():
+    balancer = make("gls")
+    direction(balancer, matrix(), [1.0, 4.0, 9.0], TASKS[:2])
+    assert {task: round(value.item(), 6) for task, value in balancer.last_alpha().items()} == {
+        "depth": 1.0,
+        "edges": 0.25,
+        "normals": 0.0,
+    }
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("pcgrd", {}, "no method 'pcgrd'. Near: 'pcgrad'"),
+        ("cagrad", {"rescle": 1}, "'cagrad' has no option 'rescle'. Near: 'rescale'"),
+        ("ew", {"heads": "plain"}, "'ew' has no option 'heads'"),
+        ("cagrad", {"c": -1.0}, "balancing.c: -1.0"),
+        ("cagrad", {"rescale": "sqare"}, "balancing.rescale: 'sqare'. Near: 'square'"),
+        ("mgda", {"normalise": "l1"}, "balancing.normalise: 'l1'"),
+        ("nash", {"heads": "plan"}, "balancing.heads: 'plan'. Near: 'plain'"),
+        ("nash", {"loss_scale": 0.0}, "balancing.loss_scale: 0.0"),
+        ("aligned", {"scale": "mean"}, "balancing.scale: 'mean'"),
+        ("aligned", {"eps": 1.0}, "balancing.eps: 1.0"),
+        ("gradvac", {"beta": 2.0}, "balancing.beta: 2.0"),
+        ("gradvac", {"seed": -1}, "balancing.seed: -1"),
+        ("pcgrad", {"seed": -1}, "balancing.seed: -1"),
+        ("rlw", {"seed": -1}, "balancing.seed: -1"),
+        ("dwa", {"temperature": 0.0}, "balancing.temperature: 0.0"),
+        ("dwa", {"window": 0}, "balancing.window: 0"),
+        ("uncertainty", {"init": math.inf}, "balancing.init: inf"),
+        ("stch", {"mu": 0.0}, "balancing.mu: 0.0"),
+        ("stch", {"warmup": 0}, "balancing.warmup: 0"),
+        ("fairgrad", {"alpha": 0.0}, "balancing.alpha: 0.0"),
+        ("fairgrad", {"alpha": 11.0}, "balancing.alpha: 11.0"),
+        ("dbmtl", {"beta": 1.0}, "balancing.beta: 1.0"),
+        ("dbmtl", {"sigma": -1.0}, "balancing.sigma: -1.0"),
+        ("upgrd", {}, "no method 'upgrd'. Near: 'upgrad'"),
+        ("famo", {"lr": 0.0}, "balancing.lr: 0.0"),
+        ("famo", {"gamma": -1.0}, "balancing.gamma: -1.0"),
+        ("famo", {"least": {"edge": 0.0}}, "balancing.least: no task 'edge'. Near: 'edges'"),
+        ("ew", {"weights": {"edge": 1.0}}, "balancing.weights: no task 'edge'. Near: 'edges'"),
+        ("ew", {"weights": {"edges": 0.0}}, "balancing.weights.edges: 0.0"),
+    ],
+)
+def test_errors_of_names_and_options(name, options, message):
+    with pytest.raises(UserError) as caught:
+        make(name, **options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_errors_of_tasks_losses_and_parameters():
+    for tasks in ((), ("a", "a"), "depth"):
+        with pytest.raises(UserError, match="need one or more different names"):
+            make_balancer("ew", tasks)
+    balancer, (losses, parameters) = make("ew"), problem(matrix())
+    with pytest.raises(UserError, match=r"no task 'dept'. Near: 'depth'"):
+        balancer.combine({"dept": losses["depth"]}, parameters)
+    with pytest.raises(UserError, match=r"the loss of 'depth' has shape \(2,\)"):
+        balancer.combine({"depth": losses["depth"].expand(2)}, parameters)
+    with pytest.raises(UserError, match="the loss of 'depth' has no graph"):
+        balancer.combine({"depth": torch.tensor(1.0)}, parameters)
+    with pytest.raises(UserError, match="none of the parameters to balance is trainable"):
+        balancer.combine(losses, [p.detach() for p in parameters])
+    for name in ("gls", "famo"):
+        with pytest.raises(UserError, match=f"'{name}' takes logarithms of losses, that of 'edges' is -2"):
+            direction(make(name), matrix(), [1.0, -2.0, 1.0])
+    assert set(balancer_options(BALANCERS["pcgrad"])) == {"weights", "heads", "loss_scale", "seed"}
+
+
+# ---- several processes ---------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_two_processes_are_one_on_the_concatenated_batch(tmp_path):
+    script = Path(__file__).parent.parent / "helpers" / "balancing_parts.py"
+    ranks = [subprocess.Popen([sys.executable, script, str(rank), tmp_path, ",".join(METHODS)]) for rank in range(2)]
+    assert [rank.wait(300) for rank in ranks] == [0, 0]
+    for method in METHODS:
+        for lacking, accumulate in CASES:
+            net = Net(method)
+            alone = train(net, net, lambda step, lacking=lacking: whole_batch(step, lacking), accumulate)
+            both = [torch.load(tmp_path / f"{method}-{len(lacking)}-{accumulate}-{rank}.pt") for rank in range(2)]
+            for name, value in alone.items():
+                assert torch.equal(both[0][name].nan_to_num(), both[1][name].nan_to_num()), (method, name)
+                fits = torch.allclose(both[0][name], value, rtol=1e-5, atol=1e-6, equal_nan=True)
+                assert fits, (method, lacking, accumulate, name)

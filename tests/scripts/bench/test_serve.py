@@ -1,0 +1,36 @@
+"""The benchmark of mixed batches on a tiny model: its rows, and the check that both libraries compute the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.language_models import random_lm
+
+from scripts.bench import serve
+from vismt.base.errors import UserError
+
+pytest.importorskip("peft")
+CPU = torch.device("cpu")
+
+
+def test_rows_ratios_and_tokens_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "RANK", 2)
+    monkeypatch.setattr(serve, "WRITTEN", 2)
+    results = serve.serve(random_lm("llama"), 2, CPU, (3, 5))
+    assert [result.tokens for result in results] == [16, 40]
+    for result in results:
+        assert list(result.timing.seconds) == [serve.ONE, serve.MIXED, serve.PEFT_ONE, serve.PEFT]
+        lines = str(result).splitlines()
+        median = sorted(result.timing.seconds[serve.MIXED])
+        rate = result.tokens / (sum(median) / 2)
+        assert lines[3].split()[-1] == f"{rate:,.0f}"
+        assert "time of vismt, 8 adapters / vismt, 1 adapter: " in lines[-2] and "target at most 1.15" in lines[-2]
+        assert "time of vismt, 8 adapters / peft, 8 adapters: " in lines[-1]
+
+
+def test_other_logits_end_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "RANK", 2)
+    chosen = serve.adapters_per_sample
+    monkeypatch.setattr(serve, "adapters_per_sample", lambda names: chosen(names[::-1]))
+    with pytest.raises(UserError, match="have other logits; the ratio means nothing"):
+        serve.serve(random_lm("llama", initializer_range=0.2), 1, CPU, (3, 5))

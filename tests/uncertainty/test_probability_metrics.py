@@ -1,0 +1,264 @@
+"""Probability metrics and temperature scaling on numbers computed by hand, and the coverage of the ECE intervals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from vismt.base.errors import UserError
+from vismt.llm import fit_temperature
+from vismt.uncertainty.probability_metrics import (
+    binned_gaps,
+    calibration_values,
+    detection_auroc,
+    detection_values,
+    ece_difference,
+    ece_interval,
+    expected_calibration_error,
+    gap_values,
+    scores,
+)
+
+
+def two(confidence: Tensor | list) -> Tensor:
+    """Return probabilities (n, 2) with class 0 at `confidence`."""
+    first = torch.as_tensor(confidence, dtype=torch.float64)
+    return torch.stack([first, 1 - first], 1)
+
+
+def drawn(n: int, seed: int, over: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Draw binary predictions with confidences of .55 to .95 and an accuracy of the confidence minus `over`."""
+    generator = torch.Generator().manual_seed(seed)
+    confidence = 0.55 + 0.1 * torch.randint(5, (n,), generator=generator)
+    right = torch.rand(n, generator=generator) < confidence - over
+    return two(confidence), (~right).long()
+
+
+def test_hand_made_numbers() -> None:
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.5, 0.25, 0.25], [0.2, 0.6, 0.2]])
+    computed = scores(p, torch.tensor([0, 1, 2, 1]))
+    assert computed.n == 4 and computed.accuracy == 0.5 and computed.correct.tolist() == [1, 0, 0, 1]
+    assert computed.nlls.tolist() == pytest.approx([-math.log(v) for v in (0.7, 0.3, 0.25, 0.6)], rel=1e-6)
+    # (.3^2 + .2^2 + .1^2), (.1^2 + .7^2 + .6^2), (.5^2 + .25^2 + .75^2), (.2^2 + .4^2 + .2^2): summed over classes
+    assert computed.briers.tolist() == pytest.approx([0.14, 0.86, 0.875, 0.24], rel=1e-6)
+    assert computed.brier == pytest.approx(0.52875, rel=1e-6) and computed.nll == pytest.approx(
+        computed.nlls.mean().item()
+    )
+    # Bins of 1/15: .7 in [10/15, 11/15), both .6 in [9/15, 10/15), .5 in [7/15, 8/15). Gaps .3, |.5 - .6| (twice), .5.
+    assert computed.ece == pytest.approx((0.3 + 2 * 0.1 + 0.5) / 4, abs=1e-6)
+
+
+def test_calibrated_constant_and_uniform_predictions() -> None:
+    p, y = drawn(400_000, 0)
+    assert expected_calibration_error(p, y) < 0.004
+    constant, labels = two([0.8] * 10), torch.tensor([0] * 6 + [1] * 4)
+    assert expected_calibration_error(constant, labels) == pytest.approx(0.2)  # |.6 - .8|
+    assert expected_calibration_error(constant, labels, bins=1) == pytest.approx(0.2)
+    for k in (2, 5):
+        uniform = scores(torch.full((10, k), 1 / k), torch.arange(10) % k)
+        assert (
+            uniform.brier == pytest.approx(1 - 1 / k)
+            and uniform.nll == pytest.approx(math.log(k))
+            and uniform.auroc == 0.5
+        )
+
+
+def test_bins_weigh_by_their_examples() -> None:
+    p = two([0.95] * 9 + [0.55])  # nine right in one bin, one wrong in another
+    assert expected_calibration_error(p, torch.tensor([0] * 9 + [1])) == pytest.approx(0.9 * 0.05 + 0.1 * 0.55)
+    assert expected_calibration_error(two([0.62, 0.98]), torch.tensor([0, 0]), bins=2) == pytest.approx(0.2)
+    assert expected_calibration_error(two([0.62, 0.98]), torch.tensor([1, 0]), bins=15) == pytest.approx(
+        (0.62 + 0.02) / 2
+    )
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_resampled_bins_are_those_of_the_value(k: int) -> None:
+    torch.manual_seed(k)
+    edges = torch.full((6, k), 1 / k, dtype=torch.float64)  # 1/3 and 1/5 lie on the edges of bins
+    sure = F.one_hot(torch.arange(6) % k, k).double()  # 1 is the last edge
+    p, y = torch.cat([torch.randn(200, k).double().softmax(1), edges, sure]), torch.randint(k, (212,))
+    gaps = binned_gaps(p, y, 15)
+    assert (gaps.sum(0).abs().sum() / len(y)).item() == pytest.approx(expected_calibration_error(p, y), abs=1e-6)
+
+
+def test_values_by_example_of_the_calibration_error() -> None:
+    torch.manual_seed(0)
+    p, y = torch.randn(200, 4).double().softmax(1), torch.randint(4, (200,))
+    confidences, chosen = p.max(1)
+    values, bounds = calibration_values(confidences, chosen == y)
+    value, *interval = ece_interval(p, y, resamples=500)
+    assert values.mean().item() == pytest.approx(value, abs=1e-6) and list(bounds) == interval
+    # Confidences 0.65 (right), 0.65 (wrong), 0.95 (right) in ten bins: sums 0.35 - 0.65 = -0.3 and 0.05.
+    values, _ = calibration_values(torch.tensor([0.65, 0.65, 0.95]).double(), torch.tensor([True, False, True]), 10)
+    assert values.tolist() == pytest.approx([-0.35, 0.65, 0.05])  # the first bin with the sign of its sum
+
+
+def test_groups_are_resampled_as_wholes() -> None:
+    torch.manual_seed(0)
+    p, y = torch.randn(50, 4).double().softmax(1), torch.randint(4, (50,))
+    single = binned_gaps(p, y, 15)
+    # Each example nine times in its group tells nothing new; as 450 independent ones they would halve the interval and more.
+    values, bounds = gap_values(single.repeat_interleave(9, 0).unflatten(0, (50, 9)).mean(1))
+    wanted, wanted_bounds = gap_values(single)
+    assert torch.allclose(values, wanted) and bounds == pytest.approx(wanted_bounds)
+    low, high = gap_values(single.repeat_interleave(9, 0))[1]
+    assert high - low < 0.7 * (bounds[1] - bounds[0])
+
+
+def test_a_true_class_of_probability_zero_is_bad_and_finite() -> None:
+    computed = scores(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 0]))
+    assert 40 < computed.nll < 60 and computed.brier == 1.0
+
+
+def test_auroc_counts_pairs() -> None:
+    torch.manual_seed(0)
+    p = (torch.randn(80, 3) * 2).round().softmax(1)  # rounded, so that there are ties
+    y = torch.randint(3, (80,))
+    assert scores(p, y).auroc == pytest.approx(roc_auc_score(y, p.double().numpy(), multi_class="ovr"), abs=1e-6)
+    absent = scores(torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1]]), torch.tensor([0, 1, 1]))
+    assert absent.auroc == 1.0  # class 2 never occurs and does not count
+    assert math.isnan(scores(two([0.7, 0.6]), torch.tensor([0, 0])).auroc)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_values_by_example_have_the_mean_and_the_spread_of_auroc(k: int) -> None:
+    torch.manual_seed(0)
+    y = torch.randint(k, (400,))
+    logits = torch.randn(400, k).double() + 1.5 * torch.nn.functional.one_hot(y, k)
+    logits = (logits * 4).round() / 4  # ties
+    computed = scores(logits.softmax(1), y)
+    assert float(computed.orders.mean()) == pytest.approx(computed.auroc, abs=1e-6)
+    again = []
+    for _ in range(300):
+        drawn = torch.randint(400, (400,))
+        again.append(scores(logits[drawn].softmax(1), y[drawn]).auroc)
+    # The standard error of the mean of the values against that of the bootstrap
+    assert float(computed.orders.std()) / 20 == pytest.approx(float(torch.tensor(again).std()), rel=0.15)
+
+
+def test_detection_of_outliers_by_a_score() -> None:
+    torch.manual_seed(0)
+    inside, outside = torch.randint(0, 6, (50,)), torch.randint(2, 9, (70,))
+    pairs = (outside[:, None] > inside).double() + 0.5 * (outside[:, None] == inside)
+    assert detection_auroc(inside, outside) == pytest.approx(pairs.mean().item(), abs=1e-6)
+    same = torch.randn(30)
+    assert detection_auroc(same, same) == 0.5 and detection_auroc(torch.zeros(3), torch.zeros(4)) == 0.5
+    # A sigmoid would turn both into ties.
+    assert detection_auroc(torch.tensor([100.0, 150.0]), torch.tensor([200.0, 1e9])) == 1.0
+    assert detection_auroc(torch.tensor([-2e9, -300.0]), torch.tensor([-200.0, -100.0])) == 1.0
+    assert detection_auroc(torch.ones(2), torch.zeros(2)) == 0.0
+
+
+@pytest.mark.parametrize("over", [0.0, 0.05, 0.15])
+def test_interval_of_ece_covers_the_truth(over: float) -> None:
+    covered, mean_ece = 0, 0.0
+    for seed in range(40):
+        p, y = drawn(300, seed, over)
+        value, low, high = ece_interval(p, y, resamples=150, seed=seed)
+        assert 0 <= low <= high <= 1
+        covered, mean_ece = covered + (low <= over <= high), mean_ece + value / 40
+    assert covered >= 0.8 * 40
+    assert over or mean_ece > 0.03  # the ECE of a calibrated model is far above the 0 that the intervals contain
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.04])
+def test_interval_of_a_difference_covers_the_truth(shift: float) -> None:
+    covered = 0
+    for seed in range(40):
+        p, y = drawn(300, seed)
+        _, low, high = ece_difference(two(p[:, 0] + shift), p, y, resamples=150, seed=seed)
+        covered += low <= shift <= high
+    assert covered >= 0.8 * 40
+
+
+def test_interval_is_a_function_of_the_seed_and_narrows() -> None:
+    p, y = drawn(400, 0, 0.1)
+    assert ece_interval(p, y, seed=3) == ece_interval(p, y, seed=3) != ece_interval(p, y, seed=4)
+    wide, narrow = ece_interval(p, y), ece_interval(*drawn(6400, 0, 0.1))
+    assert 3 < (wide[2] - wide[1]) / (narrow[2] - narrow[1]) < 5.5  # sqrt(16)
+    assert wide[0] == pytest.approx(expected_calibration_error(p, y))
+
+
+def test_difference_of_two_models() -> None:
+    p, y = drawn(500, 1, 0.1)
+    hotter = p.log().mul(0.7).softmax(1)
+    value, low, high = ece_difference(p, hotter, y)
+    assert value == pytest.approx(expected_calibration_error(p, y) - expected_calibration_error(hotter, y))
+    back = ece_difference(hotter, p, y)
+    assert back == pytest.approx((-value, -high, -low))
+    value, low, high = ece_difference(p, p, y)
+    assert value == 0.0 and low < 0 < high
+
+
+@pytest.mark.parametrize(
+    "p,y,message",
+    [
+        (torch.randn(3, 2), torch.zeros(3).long(), "are they logits"),
+        (torch.full((3, 2), math.nan), torch.zeros(3).long(), "NaN"),
+        (torch.full((3, 2), 0.5), torch.zeros(4).long(), "needed \\(n, k\\)"),
+        (torch.full((3,), 0.5), torch.zeros(3).long(), "needed \\(n, k\\)"),
+        (torch.full((3, 2), 0.5), torch.tensor([0, 1, 2]), "in \\[0, 2\\], needed whole numbers in \\[0, 1\\]"),
+        (torch.full((3, 2), 0.5), torch.zeros(3), "torch.float32"),
+    ],
+)
+def test_inputs_that_are_no_predictions(p: Tensor, y: Tensor, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        scores(p, y)
+
+
+def test_settings_that_are_none() -> None:
+    p, y = drawn(10, 0)
+    with pytest.raises(UserError, match="0 bins"):
+        scores(p, y, bins=0)
+    with pytest.raises(UserError, match="0 resamples"):
+        ece_interval(p, y, resamples=0)
+    with pytest.raises(UserError, match="0 inside and 2 outside"):
+        detection_auroc(torch.zeros(0), torch.zeros(2))
+
+
+def test_temperature_has_the_least_nll() -> None:
+    torch.manual_seed(0)
+    z = 2 * torch.randn(6_000, 4)
+    y = torch.distributions.Categorical(logits=z).sample()
+    assert fit_temperature(3 * z, y) == pytest.approx(3, rel=0.05)
+    assert fit_temperature((z / 4).log_softmax(1), y) == pytest.approx(0.25, rel=0.05)
+    small, labels = z[:300].to(torch.bfloat16), y[:300]
+    temperature = fit_temperature(small, labels)
+    nll = [F.cross_entropy(small.double() / (temperature * factor), labels).item() for factor in (0.99, 1.0, 1.01)]
+    assert nll[1] < min(nll[0], nll[2])
+    assert (small / temperature).argmax(1).equal(small.argmax(1))
+
+
+def test_temperature_at_its_ends() -> None:
+    z = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    assert fit_temperature(z, torch.tensor([0, 1])) == pytest.approx(1e-3, rel=1e-6)  # always right: no finite optimum
+    assert fit_temperature(z, torch.tensor([1, 0])) == pytest.approx(1e3, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "z,y,message",
+    [
+        (torch.zeros(3, 2), torch.zeros(2).long(), "needed \\(n, k\\) and \\(n,\\)"),
+        (torch.zeros(0, 2), torch.zeros(0).long(), "needed"),
+        (torch.full((2, 2), -math.inf), torch.zeros(2).long(), "not all finite"),
+        (torch.zeros(2, 2), torch.tensor([0, 2]), "labels range over \\[0, 2\\]"),
+    ],
+)
+def test_temperature_of_what_does_not_fit(z: Tensor, y: Tensor, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        fit_temperature(z, y)
+
+
+def test_detection_values_have_the_auroc_as_mean_and_delongs_variance() -> None:
+    # inliers 1, 2, 3 and outliers 2, 4: pairs won 1, 1/2, 0 against 2 and 3 of 3 against 4: AUROC 4.5 / 6
+    inside, outside = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0])
+    values = detection_values(inside, outside)
+    assert float(values.mean()) == pytest.approx(0.75) == pytest.approx(detection_auroc(inside, outside))
+    # of the inliers: 1, 3/4, 1/2 ranked right; deviations times 5/3: 0.4167, 0, -0.4167; of the outliers 1/2, 1, times 5/2
+    assert (values - 0.75).tolist() == pytest.approx([5 / 12, 0.0, -5 / 12, -0.625, 0.625])

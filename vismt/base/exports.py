@@ -1,0 +1,39 @@
+"""Public names of a package, each imported from its module when it is first used.
+
+A package lists its names once, as imports under `if TYPE_CHECKING:`, which type checkers and editors read. `exports` returns
+the `__getattr__` and `__dir__` that do these imports on demand, so that importing a package loads nothing else.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` of a package for the names that it imports under `if TYPE_CHECKING:`."""
+    module = sys.modules[package]
+    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf8"))
+    imports = [
+        node
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+    ]
+    places = {alias.name: str(node.module) for node in imports for alias in node.names}
+
+    def getattr_(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(f"module '{package}' has no attribute {name!r}")
+        if places[name] == package:
+            return importlib.import_module(f"{package}.{name}")
+        value = getattr(importlib.import_module(places[name]), name)
+        setattr(module, name, value)
+        return value
+
+    return getattr_, lambda: sorted({*vars(module), *places})

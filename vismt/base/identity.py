@@ -1,0 +1,375 @@
+"""What a number belongs to: the identity of models, data and code, as a 128-bit digest (XXH3) of all that they consist of.
+
+A model is the values of all its tensors, the settings of its modules (every attribute that is not a tensor), its hooks, and the
+code of its classes as it runs: methods that were replaced on a class or an instance count, and so do global hooks. The code of
+an own function is its bytecode, defaults and closure, with the functions and values that it names, wherever they lead. That of a
+library is its version, the bytecode of the methods of the classes in use, and of the functions which these name. Our own package
+is versioned by its source files.
+
+What has no readable content (an open file, a generator) has no identity: `unknown` names it, and a caller computes again.
+Not seen: functions of a library that other functions of the library call, replaced from outside; what C code keeps; files that
+code reads as it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import io
+import logging
+import os
+import pickle
+import sys
+import sysconfig
+import threading
+import types
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes)
+CONTAINERS = (dict, list, tuple, set, frozenset, deque, OrderedDict)
+INERT = (logging.Logger, type(threading.Lock()), type(threading.RLock()))  # no number depends on them
+CODE = (types.FunctionType, type)
+OF_MODULE = frozenset(vars(nn.Module()))
+NO_NUMBER = OF_MODULE | {"save_pretrained"}  # `training` is the caller's choice; adapted models write merged files
+HOOKS = tuple(name for name in sorted(OF_MODULE) if name.endswith("_hooks"))
+# Attributes of a class by which Python describes it.
+DESCRIBING = {"__dict__", "__weakref__", "__doc__", "__module__", "__abstractmethods__", "_abc_impl", "__parameters__"}
+DESCRIBING |= {"__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__orig_bases__"}
+DESCRIBING |= {"__dataclass_fields__", "__dataclass_params__", "__firstlineno__", "__static_attributes__"}
+PACKAGE = Path(__file__).resolve().parents[1]
+LIBRARIES = tuple(
+    {str(PACKAGE), *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))}
+)
+
+
+class Identity:
+    """The identity of values together; `str` gives its 32 hexadecimal digits.
+
+    Args:
+        values: models, functions, tensors, images, arrays, plain values, other identities, and containers and objects of these.
+        instead: tensors that a model runs on in the place of its own, by the names of its parameters and buffers.
+        skip: modules that do not compute.
+
+    Attributes:
+        unknown: what has no readable content, None where all is known. The digest then identifies nothing.
+        foreign: code that is not of a library, or that replaces a library's, None where there is none.
+    """
+
+    def __init__(
+        self, *values: Any, instead: Mapping[str, Tensor] | None = None, skip: Collection[nn.Module] = ()
+    ) -> None:
+        self.unknown: str | None = None
+        self.foreign: str | None = None
+        self._hash = xxhash.xxh3_128()
+        self._seen: dict[int, tuple[int, Any]] = {}  # the values are kept: their ids stay theirs
+        self._read: set[tuple[int, tuple[str, ...]]] = set()  # modules of Python, with the names read from them
+        self._skip = {id(module) for module in skip}
+        self._instead: dict[int, Tensor] = {}
+        self._libraries: set[str] = set()
+        for module in values if instead else ():
+            named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+            self._instead |= {id(own): instead[name] for name, own in named if instead and name in instead}
+        try:
+            for value in values:
+                self._add(value)
+        except RecursionError:
+            self.unknown = "objects nested too deeply"
+        for library in sorted(self._libraries):
+            self._put(library, version(library))
+
+    def __str__(self) -> str:
+        return self._hash.hexdigest()
+
+    def _put(self, *texts: object) -> None:
+        line = "\0".join(map(str, texts)).encode(errors="surrogatepass")
+        self._hash.update(b"%d:%b" % (len(line), line))
+
+    def _each(self, what: str, values: Iterable[Any]) -> None:
+        values = list(values)
+        self._put(what, len(values))
+        for value in values:
+            self._add(value)
+
+    def _add(self, value: Any) -> None:
+        """Add a value; one that was added before, as its number."""
+        if type(value) in PLAIN:
+            self._put(type(value).__name__, repr(value))
+            return
+        if id(value) in self._skip:
+            return
+        value = self._instead.get(id(value), value)
+        if id(value) in self._seen:
+            self._put("again", self._seen[id(value)][0])
+            return
+        self._seen[id(value)] = len(self._seen), value
+        for kinds, add in ADDERS:
+            if isinstance(value, kinds):
+                add(self, value)
+                return
+        self._object(value)
+
+    # ---- values -------------------------------------------------------------------------------------------------------
+
+    def _identity(self, value: Identity) -> None:
+        self._put("identity", value)
+        self.unknown, self.foreign = self.unknown or value.unknown, self.foreign or value.foreign
+
+    def _tensor(self, value: Tensor) -> None:
+        self._put("tensor", value.dtype, tuple(value.shape))
+        if hasattr(value, "__tensor_flatten__"):
+            names, about = value.__tensor_flatten__()
+            self._each(type(value).__name__, (*(getattr(value, name) for name in names), about))
+        elif value.layout != torch.strided or value.is_quantized:
+            self._miss(f"a tensor of layout {value.layout}")
+        elif not value.is_meta:
+            plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            self._hash.update(plain.flatten().view(torch.uint8).numpy().data)
+            if type(value) not in (Tensor, nn.Parameter, nn.Buffer):  # such as packed weights with their scales
+                self._add(dict(vars(value)))
+
+    def _module(self, module: nn.Module) -> None:
+        self._put("module")
+        self._add(type(module))
+        for name, value in vars(module).items():
+            if name in NO_NUMBER:
+                continue
+            if callable(value) and callable(getattr(type(module), name, None)):
+                self.foreign = self.foreign or f"{type(module).__name__}.{name}"
+            self._put(name)
+            self._add(value)
+        for name in HOOKS:
+            if vars(module)[name]:
+                self._each(name, vars(module)[name].values())
+        for kind in ("_parameters", "_buffers", "_modules"):
+            for name, value in vars(module)[kind].items():
+                self._put(kind, name)
+                self._add(value)
+
+    def _object(self, value: Any) -> None:
+        """Add a container, an array, an image or another object: its type, its items and its attributes."""
+        self._put("object", type(value).__qualname__)
+        if hasattr(value, "tobytes") and (hasattr(value, "dtype") or hasattr(value, "getexif")):
+            self._pixels(value)
+            return
+        if type(value) not in CONTAINERS:
+            self._add(type(value))
+        state = _attributes(value)
+        if isinstance(value, Mapping):
+            self._each("items", (part for pair in value.items() for part in pair))
+        elif isinstance(value, list | tuple | deque):
+            self._each("items", value)
+        elif isinstance(value, AbstractSet):
+            self._each("items", sorted(map(Identity, value), key=str))
+        elif not state or isinstance(value, io.IOBase):
+            try:
+                self._hash.update(pickle.dumps(value, protocol=4))
+            except Exception:  # whatever a type raises that cannot be written
+                self._miss(type(value).__qualname__)
+        for name, attribute in state.items():
+            self._put(name)
+            self._add(attribute)
+
+    def _pixels(self, value: Any) -> None:
+        """Add an array or a number of NumPy, or an image of Pillow."""
+        if hasattr(value, "getexif"):
+            turned = value.getexif().get(0x0112)  # EXIF orientation
+            self._put("image", value.mode, value.size, value.getpalette(), repr(value.info.get("transparency")), turned)
+        else:
+            self._put("array", value.dtype, value.shape)
+            if value.dtype.hasobject:
+                self._each("items", value.ravel().tolist())
+                return
+        self._hash.update(value.tobytes())
+
+    def _miss(self, what: str) -> None:
+        self.unknown = self.unknown or what
+
+    # ---- code ---------------------------------------------------------------------------------------------------------
+
+    def _class(self, given: type) -> None:
+        own = self._is_own(given)
+        self._put("class", given.__module__, given.__qualname__)
+        for base in given.__bases__ if given is not object else ():
+            self._add(base)
+        for name, member in vars(given).items():
+            if name not in DESCRIBING:
+                self._put(name)
+                self._referred(member, (), own, inside=True)
+
+    def _function(self, function: types.FunctionType) -> None:
+        code, scope, own = function.__code__, function.__globals__, self._is_own(function)
+        self._put("function", _code(code))
+        names = _names(code)
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._referred(value, names, own)
+        for cell in function.__closure__ or ():
+            if cell != types.CellType():
+                self._referred(cell.cell_contents, names, own, inside=True)
+        self._scope(scope, names, own)
+
+    def _scope(self, scope: Mapping[str, Any], names: tuple[str, ...], own: bool) -> None:
+        """Add what the names that code uses stand for in a module of Python."""
+        for name in names:
+            if name in scope:
+                self._put(name)
+                self._referred(scope[name], names, own)
+
+    def _builtin(self, value: types.BuiltinFunctionType) -> None:
+        self._put(value.__module__, value.__qualname__)
+        self._libraries.add((value.__module__ or "").partition(".")[0])
+        if not isinstance(value.__self__, types.ModuleType | type):
+            self._add(value.__self__)
+
+    def _package(self, value: types.ModuleType) -> None:
+        self._put("package", value.__name__)
+        self._libraries.add(value.__name__.partition(".")[0])
+
+    def _is_own(self, code: types.FunctionType | type) -> bool:
+        """Return whether code is not of a library; note it, or the library."""
+        library = _library_of(code)
+        if library is None:
+            self.foreign = self.foreign or code.__qualname__
+        else:
+            self._libraries.add(library)
+        return library is None
+
+    def _referred(self, value: Any, names: tuple[str, ...], own: bool, inside: bool = False) -> None:
+        """Add what code refers to: all of it from own code, own code and plain values alone from a library's.
+
+        names: that the code uses. inside: whether a library's function is part of the code, such as a method of a class.
+        """
+        if isinstance(value, types.ModuleType):
+            if (id(value), names) not in self._read:
+                self._read.add((id(value), names))
+                self._scope(vars(value), names, own)
+        elif isinstance(value, CODE) and not inside and _library_of(value) is not None:
+            self._put(value.__qualname__ if isinstance(value, type) else _code(value.__code__))
+        elif own or isinstance(value, (*PLAIN, *CODE)):
+            self._add(value)
+        elif isinstance(value, Mapping):  # such as global hooks and registries of functions
+            functions = [part for part in list(value.values()) if isinstance(part, types.FunctionType)]
+            for part in functions:
+                self._referred(part, names, own)
+        else:
+            for part in _unwrapped(value):
+                self._referred(part, names, own, inside)
+
+
+# Looked through in order. Other values are objects.
+ADDERS: tuple[tuple[Any, Any], ...] = (
+    (Tensor, Identity._tensor),
+    (nn.Module, Identity._module),
+    (type, Identity._class),
+    (types.FunctionType, Identity._function),
+    (types.BuiltinFunctionType, Identity._builtin),
+    (Identity, Identity._identity),
+    (types.MethodType, lambda self, value: self._each("method", (value.__func__, value.__self__))),
+    (functools.partial, lambda self, value: self._each("partial", (value.func, value.args, value.keywords))),
+    (
+        (staticmethod, classmethod, property, functools.cached_property, type(functools.cache(str))),
+        lambda self, value: self._each(type(value).__name__, _unwrapped(value)),
+    ),
+    (types.ModuleType, Identity._package),
+    (weakref.ref, lambda self, value: self._each("reference", (value(),))),
+    (os.PathLike, lambda self, value: self._put("path", os.fspath(value))),
+    (INERT, lambda self, value: self._put(type(value).__name__)),
+)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return the identity of all parameters and buffers of a module by name, without its code."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return str(Identity(*(part for pair in named for part in pair)))
+
+
+def version(package: str) -> str:
+    """Return what tells the code of a library from that of another version; "" for Python's own and one without a version.
+
+    That of vismt, or of a part of it ("vismt.data"), is a digest of its source files.
+    """
+    if package.partition(".")[0] == PACKAGE.name:
+        return _sources(package)
+    if package in sys.stdlib_module_names:
+        return ""
+    try:
+        return str(getattr(sys.modules.get(package), "__version__", None) or importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@functools.cache
+def _sources(package: str) -> str:
+    content = xxhash.xxh3_128()
+    for path in sorted(PACKAGE.parent.joinpath(*package.split(".")).rglob("*.py")):
+        content.update(f"{path.relative_to(PACKAGE).as_posix()} {path.stat().st_size} ".encode())
+        content.update(path.read_bytes())
+    return content.hexdigest()
+
+
+def _library_of(code: types.FunctionType | type) -> str | None:
+    """Return the package of a library that a function or class is of; None for own code."""
+    scope = vars(sys.modules.get(code.__module__, types)) if isinstance(code, type) else code.__globals__
+    file = scope.get("__file__")
+    if isinstance(code, types.FunctionType) and not code.__code__.co_filename.startswith("<"):
+        file = code.__code__.co_filename
+    name = str(code.__module__).partition(".")[0]
+    library = _is_library(file) if file else name != "__main__" and name in sys.modules
+    return name if library else None
+
+
+@functools.cache
+def _is_library(file: str) -> bool:
+    return file.startswith(LIBRARIES) or "site-packages" in file
+
+
+def _unwrapped(value: Any) -> tuple[Any, ...]:
+    """Return the functions inside a member of a class that is not a plain function."""
+    found = (getattr(value, name, None) for name in ("__func__", "fget", "fset", "func", "__wrapped__"))
+    return tuple(part for part in found if isinstance(part, types.FunctionType))
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, those in slots included."""
+    state = dict(getattr(value, "__dict__", {}))
+    for base in type(value).__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        names = (slots,) if isinstance(slots, str) else slots
+        state |= {name: getattr(value, name) for name in names if name != "__dict__" and hasattr(value, name)}
+    return state
+
+
+@functools.cache
+def _code(code: types.CodeType) -> str:
+    """Return a digest of what a function's code does, wherever it stands in its file."""
+    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
+    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+    constants = [_constant(value) for value in code.co_consts]
+    parts = (counts, names, code.co_code, getattr(code, "co_exceptiontable", b""), constants)
+    return xxhash.xxh3_128_hexdigest(repr(parts).encode(errors="surrogatepass"))
+
+
+def _constant(value: Any) -> str:
+    if isinstance(value, types.CodeType):
+        return _code(value)
+    if isinstance(value, tuple):
+        return repr([_constant(item) for item in value])
+    if isinstance(value, frozenset):
+        return repr(sorted(map(_constant, value)))
+    return f"{type(value).__name__} {value!r}"
+
+
+@functools.cache
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names that a function's code uses, those of the functions inside it included."""
+    inner = [_names(value) for value in code.co_consts if isinstance(value, types.CodeType)]
+    return tuple(dict.fromkeys(name for names in (code.co_names, *inner) for name in names))

@@ -1,0 +1,338 @@
+"""Strict reading of YAML into dataclasses, for run configurations, data cards and asset cards.
+
+`read_yaml` (plain_yaml.py) reads the mapping of a file, `build` turns a mapping into a dataclass with typed, possibly nested
+fields. Every mistake is a UserError that names the file, the dotted key (`evaluate.attacks[0].epsilon`), the expected type,
+the value and, for an unknown key, the near ones. Numbers are finite, whole numbers fit 64 bits, text can be written as UTF-8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+
+from vismt.base.errors import UserError, near
+from vismt.config.yaml_text import parse_yaml, read_yaml
+from vismt.storage.paths import stays_inside
+
+__all__ = [
+    "Names",
+    "RelativePath",
+    "arguments",
+    "build",
+    "describe",
+    "is_union",
+    "parse_yaml",
+    "plain_name",
+    "read_yaml",
+    "relative_path",
+    "shown",
+    "within",
+]
+
+T = TypeVar("T")
+EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")  # YAML 1.1 reads 1e-3 as text
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+PLAIN_NAME = re.compile(r"(?!\.+$)[\w.+-]{1,100}")
+LONGEST_NAME = 255  # bytes, on the usual file systems
+SHOWN = 200  # characters of a value in an error
+SCALARS = (bool, int, float, str)
+NUMBERS = (int, float)
+MAPPINGS = (dict, Mapping)
+CONTAINERS = (*MAPPINGS, list, tuple)
+
+
+@dataclass(frozen=True)
+class Names:
+    """The known names of a field, `Annotated[str, Names(...)]`, for documentation and editors; `build` does not check them.
+
+    source: names, or "module:attribute" of names or of a function that returns them, imported when they are asked for.
+    """
+
+    source: str | Iterable[str]
+
+    def __iter__(self) -> Iterator[str]:
+        if not isinstance(self.source, str):
+            return iter(self.source)
+        module, _, attribute = self.source.partition(":")
+        names = getattr(importlib.import_module(module), attribute)
+        return iter(names() if callable(names) else names)
+
+
+def build(cls: type[T], values: object, source: str, key: str = "", /, **given: Any) -> T:
+    """Return an instance of the dataclass `cls` with fields from a mapping of plain YAML values.
+
+    Fields may be bool, int, float, str, Any, Literal, dataclasses, and unions, lists, tuples and mappings from str of these.
+    A whole number fits a float field, a bool is not a number, and text that spells a number ('1e-3', '0x10') fits a number
+    field or one of type Any. Each `Annotated[type, check]` calls check(value, source and key), which may raise.
+
+    Args:
+        cls: the dataclass; a field without default is a required key.
+        values: the mapping; it is not changed, and the result shares no object with it.
+        source: the file in error messages.
+        key: the dotted key of `values` in that file, "" for the whole file.
+        given: fields that the caller sets and that are not keys of the mapping.
+
+    Raises:
+        UserError: an unknown or missing key, a value of another type, or one that a check or `cls` itself refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{source}: {key or 'the file'} is {shown(values)}, not a section.")
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name not in given}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls, include_extras=True)
+    unknown = next((name for name in values if name not in fields), None)
+    if unknown is not None:
+        raise unknown_key(cls, str(unknown), source, _join(key, unknown), fields)
+    converted = given | _convert_all(values, hints, source, key)
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise UserError(f"{source}: key '{_join(key, name)}' is missing.")
+    try:
+        return cls(**converted)
+    except ValueError as error:  # of a check in __post_init__; a UserError is a ValueError
+        raise UserError(f"{source}: {error}") from error
+
+
+def arguments(function: Callable[..., Any], options: Mapping[str, Any], source: str, key: str = "") -> dict[str, Any]:
+    """Return options of a function or class, each typed by the annotation of its parameter.
+
+    source, key: as for `build`. Options without a parameter are copied. Raises UserError for a value of another type.
+    """
+    initialisers = (
+        [vars(base)["__init__"] for base in reversed(inspect.getmro(function)) if "__init__" in vars(base)]
+        if inspect.isclass(function)
+        else [function]
+    )
+    hints = {
+        name: hint for item in initialisers for name, hint in typing.get_type_hints(item, include_extras=True).items()
+    }
+    return _convert_all(options, {name: hints.get(name, Any) for name in options}, source, key)
+
+
+def unknown_key(cls: type, name: str, source: str, key: str, known: Iterable[str]) -> UserError:
+    """Return the error for an unknown key: where the setting is made, the near keys, or all of the section.
+
+    A class may have a dict ELSEWHERE: {name: where that is set}.
+    """
+    choices = list(known)
+    elsewhere = getattr(cls, "ELSEWHERE", {}).get(name)
+    hint = f" {elsewhere}" if elsewhere else near(name, choices) or f" Known: {', '.join(map(repr, sorted(choices)))}."
+    return UserError(f"{source}: unknown key '{key}'.{hint}")
+
+
+def _convert_all(values: Mapping[str, Any], hints: Mapping[str, Any], source: str, key: str) -> dict[str, Any]:
+    """Return the values, each as an object of the type in `hints`."""
+    try:
+        return {name: _convert(value, hints[name], source, _join(key, name)) for name, value in values.items()}
+    except (_WrongType, _OutOfRange) as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+class _OutOfRange(ValueError):
+    """A scalar that fits no field."""
+
+
+class _WrongType(Exception):
+    """A value of another type than its field."""
+
+    def __init__(self, key: str, hint: Any, value: object) -> None:
+        self.key = key
+        if value is None:
+            text = f"{key} is null; it needs a value."
+        elif dataclasses.is_dataclass(_not_null(hint)):
+            text = f"{key} is {shown(value)}, not a section."
+        else:
+            quotes = "; text needs quotes here" if isinstance(value, NUMBERS) and _takes_text(hint) else ""
+            text = f"{key}: expected {describe(hint)}, got {shown(value)} ({type(value).__name__}){quotes}."
+        super().__init__(text)
+
+
+def shown(value: object) -> str:
+    """Return a value as errors show it: one line, cut after 200 characters."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
+
+
+def _join(key: str, name: object) -> str:
+    text = str(name) if str(name).isprintable() else shown(name)
+    return f"{key}.{text}" if key else text
+
+
+def _not_null(hint: Any) -> Any:
+    """Return X for the hint X | None, and any other hint unchanged."""
+    members = [member for member in typing.get_args(hint) if member is not types.NoneType]
+    return members[0] if is_union(hint) and len(members) == 1 else hint
+
+
+def _takes_text(hint: Any) -> bool:
+    return hint is str or (is_union(hint) and str in typing.get_args(hint))
+
+
+def is_union(hint: Any) -> bool:
+    """Return whether a type is a union."""
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def describe(hint: Any) -> str:
+    """Return a type as error messages name it: 'int or null', 'list of str'."""
+    arguments = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if is_union(hint):
+        return " or ".join(dict.fromkeys(describe(member) for member in arguments))
+    if origin is Annotated:
+        return describe(arguments[0])
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in arguments)
+    if origin in MAPPINGS:
+        return f"mapping of str to {describe(arguments[1])}"
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return f"list of {len(arguments)} values ({', '.join(describe(member) for member in arguments)})"
+    if origin in (list, tuple):
+        return f"list of {describe(arguments[0])}"
+    return "null" if hint is types.NoneType else str(getattr(hint, "__name__", hint))
+
+
+def _convert(value: Any, hint: Any, source: str, key: str) -> Any:
+    """Return `value` as an object of the type `hint`. Raises _WrongType."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        plain, *checks = typing.get_args(hint)
+        converted = _convert(value, plain, source, key)
+        for check in checks:
+            if not isinstance(check, Names):
+                check(converted, f"{source}: {key}")
+        return converted
+    if is_union(hint):
+        return _convert_union(value, hint, source, key)
+    if origin in CONTAINERS:
+        return _convert_container(value, hint, source, key)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise _WrongType(key, hint, value)
+        return build(typing.cast(type, hint), value, source, key)
+    return _convert_scalar(value, hint, key)
+
+
+def _convert_union(value: Any, hint: Any, source: str, key: str) -> Any:
+    """Return `value` as the first member of the union that it fits."""
+    errors = []
+    for member in typing.get_args(hint):
+        try:
+            return _convert(value, member, source, key)
+        except _WrongType as error:
+            errors.append(error)
+    inner = next((error for error in errors if error.key != key), None)  # the list fits, one of its items does not
+    raise inner or _WrongType(key, hint, value)
+
+
+def _convert_container(value: Any, hint: Any, source: str, key: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in MAPPINGS:
+        if not isinstance(value, Mapping):
+            raise _WrongType(key, hint, value)
+        for name in value:
+            if not isinstance(name, arguments[0]):
+                raise UserError(f"{source}: {key}: the key {name!r} is not text; write it in quotes.")
+            _check_scalar(name, key)
+        return {name: _convert(item, arguments[1], source, _join(key, name)) for name, item in value.items()}
+    if not isinstance(value, (list, tuple)):
+        raise _WrongType(key, hint, value)
+    of_any_length = origin is list or arguments[-1] is Ellipsis
+    hints = [arguments[0]] * len(value) if of_any_length else list(arguments)
+    if len(hints) != len(value):
+        raise _WrongType(key, hint, value)
+    items = [_convert(item, of, source, f"{key}[{i}]") for i, (item, of) in enumerate(zip(value, hints))]
+    return items if origin is list else tuple(items)
+
+
+def _convert_scalar(value: Any, hint: Any, key: str) -> Any:
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise _WrongType(key, hint, value)
+        return value
+    if isinstance(value, str) and hint in (int, float, Any):
+        value = _number_in(value)
+    if hint is Any:
+        return _copied(value, key)
+    _check_scalar(value, key)
+    if hint is float and type(value) in NUMBERS:
+        return float(value)
+    fits = type(value) is hint if hint in SCALARS else isinstance(value, hint)
+    if not fits:
+        raise _WrongType(key, hint, value)
+    return value
+
+
+def _copied(value: Any, key: str) -> Any:
+    """Return a deep copy of a plain value, checked."""
+    if isinstance(value, Mapping):
+        for name in value:
+            _check_scalar(name, key)
+        return {name: _copied(item, _join(key, name)) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item, f"{key}[{i}]") for i, item in enumerate(value))
+    _check_scalar(value, key)
+    return value
+
+
+def _check_scalar(value: object, key: str) -> None:
+    """Raise _OutOfRange for a value that no run could record: not finite, beyond 64 bits, or no text in UTF-8."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _OutOfRange(f"{key} is {value}; a number must be finite.")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise _OutOfRange(f"{key} is {value}; a whole number must fit 64 bits.")
+    if isinstance(value, str) and UNWRITABLE.search(value):
+        raise _OutOfRange(f"{key} is {shown(value)}; text must not hold a null character or half of a surrogate pair.")
+
+
+def _number_in(text: str) -> int | float | str:
+    """Return the number that `text` spells, or `text`."""
+    stripped = text.strip()
+    if not stripped or stripped[0] not in "+-.0123456789":
+        return text
+    if EXPONENT.fullmatch(stripped):
+        return float(stripped)
+    try:
+        value = parse_yaml(stripped)
+    except yaml.YAMLError:
+        return text
+    return value if type(value) in NUMBERS else text
+
+
+def within(least: float, most: float) -> Callable[[float, str], None]:
+    """Return a check for `Annotated` that raises UserError for a number below `least` or above `most`."""
+
+    def check(value: float, where: str) -> None:
+        if not least <= value <= most:
+            raise UserError(f"{where} is {value}; it lies from {least} to {most}.")
+
+    return check
+
+
+def relative_path(text: str, name: str) -> str:
+    """Return `text` when it is a relative path that stays inside its folder, else raise a UserError that starts with `name`."""
+    if max((len(part.encode("utf8", "surrogatepass")) for part in text.split("/")), default=0) > LONGEST_NAME:
+        raise UserError(f"{name}: '{text[:SHOWN]}…' holds a name of more than {LONGEST_NAME} bytes.")
+    if not stays_inside(text) or UNWRITABLE.search(text):
+        raise UserError(f"{name}: '{text}' must be a relative path with '/' and without '..'.")
+    return text
+
+
+RelativePath = Annotated[str, relative_path]
+
+
+def plain_name(text: str, where: str) -> str:
+    """Return `text` when it can name a file on every system, else raise a UserError that starts with `where`."""
+    if not PLAIN_NAME.fullmatch(text):
+        raise UserError(f"{where}: '{text[:SHOWN]}' cannot be a name; use up to 100 letters, digits and + - . _")
+    return text

@@ -1,0 +1,145 @@
+"""Images with their labels in a csv table: a column with the text of the label, or one column per class with 0 and 1."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+
+from vismt.base.errors import UserError, near
+from vismt.config.typed import RelativePath, relative_path
+from vismt.data.decode import decode_file
+from vismt.data.image_source import ImageSource, LoadedImages
+from vismt.data.manifest import digest
+from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
+from vismt.data.sources import fix, listed, shown_path, verify_classes, verify_counts
+from vismt.storage.paths import regular_file
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+@source_kind("table")
+@dataclass(frozen=True, kw_only=True)
+class TableSource(RootedSource, ImageSource):
+    """A csv table beside folders of images.
+
+    Attributes:
+        table: one file for the one split 'all', or a file for each split; a .tsv file has tabs between its columns.
+        folders: searched in turn for the images; may hold `*`.
+        column: column of the file names, without their `suffix` when one is given.
+        keep: the classes in order; rows with another label are left out.
+        label: column of the label's text; null when the label is the one column of `keep` that is not 0.
+        suffix: of every file name.
+        only: for a split, the rows where a column holds a text: {test: {Usage: Private}}.
+    """
+
+    table: RelativePath | dict[str, RelativePath]
+    folders: list[RelativePath]
+    column: str
+    keep: list[str]
+    label: str | None = None
+    suffix: str = ""
+    only: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def tables(self) -> dict[str, str]:
+        """The table of each split."""
+        return self.table if isinstance(self.table, dict) else {"all": self.table}
+
+    def check(self, where: str) -> None:
+        """Raise UserError for classes that repeat, and for tables and rows of splits that there are not."""
+        super().check(where)
+        if not 0 < len(set(self.keep)) == len(self.keep):
+            raise UserError(f"{where}: 'keep' names each class once.")
+        if set(self.tables) != set(self.splits):
+            names = f"'table' is for {sorted(self.tables)}, 'splits' names {sorted(self.splits)}"
+            raise UserError(
+                f"{where}: {names}; a table has the one split 'all', or 'table' maps each split to its file."
+            )
+        unknown = next((name for name in self.only if name not in self.splits), None)
+        if unknown is not None:
+            raise UserError(f"{where}: 'only' names no split '{unknown}'.{near(unknown, self.splits)}")
+
+    def list_files(self, base: Path) -> Files:
+        """Return the tables."""
+        return file_groups(base, self.tables.values())
+
+    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+        """Return the rows of `split`, labels in the order of `keep`; ids are paths relative to `base`.
+
+        Raises:
+            UserError: a missing table, column or image, a row that marks no class or several, a name that leaves the folder
+                and a class without images.
+        """
+        parts = {name: self._read_rows(card, base, name) for name in self.wanted(split)}
+        rows = [row for part in parts.values() for row in part]
+        paths = self._find(card, base, [name for name, _ in rows])
+        number = {name: label for label, name in enumerate(self.keep)}
+        labels = [number[label] for _, label in rows]
+        verify_counts(card, self, base, {name: len(part) for name, part in parts.items()})
+        verify_classes(card, self, base, len(set(labels)))
+        ids = [path.relative_to(base).as_posix() for path in paths]
+        return LoadedImages(
+            classes=list(self.keep),
+            labels=labels,
+            ids=ids,
+            read=lambda i: decode_file(paths[i]),
+            # The labels are not in the image files, so they have to be part of what tells one content from another.
+            content=lambda: f"{digest(zip(ids, paths)).sha256}:{labels}",
+        )
+
+    def _read_rows(self, card: Card, base: Path, split: str) -> list[tuple[str, str]]:
+        """Return (file name, class) of each row of the split with one class, where the class is in `keep`."""
+        path = base / self.tables[split]
+        shown = shown_path(path)
+        only = self.only.get(split, {})
+        columns = [self.column, *([self.label] if self.label else self.keep), *only]
+        rows, kept = [], set(self.keep)
+        try:
+            with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
+                table = csv.DictReader(file, delimiter=DELIMITERS.get(path.suffix, ","))
+                absent = next((name for name in columns if name not in (table.fieldnames or ())), None)
+                if absent is not None:
+                    raise UserError(f"{shown}: no column '{absent}'.{near(absent, table.fieldnames or ())}")
+                for row in table:
+                    if any(row[name] != text for name, text in only.items()):
+                        continue
+                    where = f"{shown}: line {table.line_num}"
+                    name = relative_path(_inside(row[self.column] or "", base) + self.suffix, where)
+                    label = row[self.label] if self.label else _one_hot(row, self.keep, where)
+                    if label in kept:
+                        rows.append((name, label))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{card.shown}: table '{shown}' cannot be read: {error}. {fix(card)}") from error
+        return rows
+
+    def _find(self, card: Card, base: Path, names: list[str]) -> list[Path]:
+        """Return the file of each name in the first of the folders that has it."""
+        # Not Path.glob, which raises for some patterns (a**b), others in every version of Python.
+        found = (base / name for text in self.folders for name in glob(text, root_dir=base, recursive=True))
+        folders = [path for path in found if path.is_dir()]
+        paths = [next((p for folder in folders if (p := folder / name).is_file()), None) for name in names]
+        absent = [f"'{name}'" for name, path in zip(names, paths, strict=True) if path is None]
+        if absent:
+            raise UserError(
+                f"{card.shown}: {len(names) - len(absent):,} of {len(names):,} images found in {', '.join(self.folders)} under "
+                f"{shown_path(base)}; missing {listed(absent, 1)}. {fix(card)}"
+            )
+        return [path for path in paths if path is not None]
+
+
+def _inside(name: str, base: Path) -> str:
+    """Return an absolute path inside `base` relative to it, and any other name as it is."""
+    path = Path(name)
+    return path.relative_to(base).as_posix() if path.is_absolute() and path.is_relative_to(base) else name
+
+
+def _one_hot(row: dict[str, str], keep: list[str], where: str) -> str:
+    try:
+        marked = [name for name in keep if float(row[name]) != 0]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: the columns {keep} must hold 0 or 1 ({error}).") from error
+    if len(marked) != 1:
+        raise UserError(f"{where}: {len(marked)} of the columns {keep} are not 0, must be one.")
+    return marked[0]

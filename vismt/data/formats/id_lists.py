@@ -1,0 +1,127 @@
+"""Images listed by id in text files, as Wah et al., CNS-TR-2011-001, publish CUB-200: path, class and split of every id.
+
+Each line holds an id, white space and one value: `12 002.Laysan_Albatross/0003.jpg`, `12 2`, `12 0`, and for the classes
+`2 002.Laysan_Albatross`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vismt.base.errors import UserError, near
+from vismt.config.typed import RelativePath, relative_path
+from vismt.data.decode import decode_file
+from vismt.data.image_source import ImageSource, LoadedImages
+from vismt.data.manifest import digest
+from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
+from vismt.data.sources import fix, shown_path, verify_classes, verify_counts, verify_present
+
+SPLIT_OF = {"1": "train", "0": "test"}  # values of the list `training`
+
+
+@source_kind("lists")
+@dataclass(frozen=True, kw_only=True)
+class LabelListSource(RootedSource, ImageSource):
+    """Four text files with an id first on every line.
+
+    Attributes:
+        folder: folder of the images.
+        paths: image id and path below `folder`.
+        labels: image id and class id.
+        training: image id and 1 (train) or 0 (test).
+        names: class id and class name; their order is that of the classes.
+    """
+
+    folder: RelativePath
+    paths: RelativePath
+    labels: RelativePath
+    training: RelativePath
+    names: RelativePath
+
+    def check(self, where: str) -> None:
+        """Raise UserError for a split other than train and test."""
+        super().check(where)
+        choices = list(SPLIT_OF.values())
+        unknown = next((name for name in self.splits if name not in choices), None)
+        if unknown is not None:
+            raise UserError(f"{where}: no split '{unknown}'; 'training' tells train from test.{near(unknown, choices)}")
+
+    def list_files(self, base: Path) -> Files:
+        """Return the four lists."""
+        return file_groups(base, (self.paths, self.labels, self.training, self.names))
+
+    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+        """Return the images of `split` in the order of the list of paths; ids are paths relative to `base`.
+
+        Raises:
+            UserError: as read_list does, and for ids that are not in every list, an unknown class, a mark that is neither 1
+                nor 0, a path that leaves the folder, a missing image and wrong counts.
+        """
+        places = [base / name for name in (self.paths, self.labels, self.training, self.names)]
+        paths, labels, training, names = (read_list(card, place) for place in places)
+        for place, content in zip(places[1:3], (labels, training), strict=True):
+            _check_same_ids(card, (places[0], paths), (place, content))
+        _check_values(card, places[1], labels, names, f"not a class of '{self.names}'")
+        _check_values(card, places[2], training, SPLIT_OF, "neither 1 (train) nor 0 (test)")
+        verify_classes(card, self, base, len(names))
+        wanted = self.wanted(split)
+        chosen = {name: [key for key in paths if SPLIT_OF[training[key]] == name] for name in wanted}
+        verify_counts(card, self, base, {name: len(keys) for name, keys in chosen.items()})
+        keys = [key for name in wanted for key in chosen[name]]
+        shown = shown_path(places[0])
+        ids = [f"{self.folder}/{relative_path(paths[key], shown)}" for key in keys]
+        images = verify_present(card, base, ids, split)
+        number = {key: label for label, key in enumerate(names)}
+        targets = [number[labels[key]] for key in keys]
+        return LoadedImages(
+            classes=list(names.values()),
+            labels=targets,
+            ids=ids,
+            read=lambda i: decode_file(images[i]),
+            content=lambda: f"{digest(zip(ids, images)).sha256}:{targets}",
+        )
+
+
+def read_list(card: Card, path: Path) -> dict[str, str]:
+    """Return {id: value} in the order of the lines.
+
+    Raises:
+        UserError: a missing file, a line without a value and an id given twice.
+    """
+    shown = shown_path(path)
+    if not path.is_file():
+        raise UserError(f"{card.shown}: missing list '{shown}'. {fix(card)}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{card.shown}: list '{shown}' cannot be read: {error}. {fix(card)}") from error
+    values: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        key, *value = line.split(maxsplit=1)
+        if not value:
+            raise UserError(f"{shown}: line {number}: '{line.strip()}' must be an id, a space and a value. {fix(card)}")
+        if key in values:
+            raise UserError(f"{shown}: line {number}: id '{key}' is given twice. {fix(card)}")
+        values[key] = value[0].rstrip()
+    return values
+
+
+def _check_same_ids(card: Card, first: tuple[Path, dict[str, str]], second: tuple[Path, dict[str, str]]) -> None:
+    """Raise UserError for an id that is in one of two lists (file, values) only."""
+    for (path, ids), (other_path, other_ids) in ((first, second), (second, first)):
+        missing = [key for key in ids if key not in other_ids]
+        if missing:
+            raise UserError(
+                f"{card.shown}: {len(missing):,} of the {len(ids):,} ids of '{shown_path(path)}' are not in "
+                f"'{other_path.name}', the first is '{missing[0]}'. {fix(card)}"
+            )
+
+
+def _check_values(card: Card, path: Path, values: Mapping[str, str], allowed: Mapping[str, str], problem: str) -> None:
+    unknown = next((key for key, value in values.items() if value not in allowed), None)
+    if unknown is not None:
+        raise UserError(f"{shown_path(path)}: id '{unknown}' has '{values[unknown]}', which is {problem}. {fix(card)}")

@@ -1,0 +1,278 @@
+"""Interactions of users with items, from files of sequences or one table of events.
+
+With a table, a test row is the last item of a user and the one before it validates (leave-last-out, by time); otherwise the
+split is that of the files, and a row whose history does not continue the row before it begins another user.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vismt.base.errors import UserError, near
+from vismt.config.typed import RelativePath
+from vismt.data.interaction_wheel import fetch
+from vismt.data.manifest import digest
+from vismt.data.source_types import Card, Files, RootedSource, cached_folder, file_groups, source_kind
+from vismt.data.sources import fix, shown_path, verify_counts
+from vismt.data.texts.interactions import Catalogue, InteractionSet
+from vismt.data.texts.text_set import LINE_ENDS, TextSource, check_encoding, read_text
+from vismt.storage.files import parse_json
+
+SPLITS = ("train", "validation", "test")  # of a table of events
+WHEEL = re.compile(r"[\w.-]+==[\w.]+")
+Row = tuple[str, str, list[int], int]  # name, user, history, next
+
+
+@source_kind("interactions")
+@dataclass(frozen=True, kw_only=True)
+class InteractionsSource(RootedSource, TextSource):
+    """Who took which item after which. A row is a history of items, the oldest first, and the item that came next.
+
+    The rows are either in `files` or made of the table `events`. Of a table the last item of each user is the split "test",
+    the one before it "validation", all others are "train"; users with fewer than three items are in "train" only, and an item
+    that a user takes again counts the first time only.
+
+    Attributes:
+        items: file with a line for each item: id and title, or a table.
+        item_separator: between id and title, or between the columns of the table.
+        item_columns: columns of id and title of a table whose first line names its columns; empty for lines.
+        title: regular expression with one group, which becomes the title.
+        files: a file for each split, .jsonl or .jsonl.gz, with an object a line.
+        fields: keys of an object: the list of ids and the next id.
+        events: table of events.
+        columns: columns of the user, the item and the time, a number.
+        separator: one character, that of a csv; quotes count where it is a comma.
+        shortest: rows with fewer items of history are left out.
+        encoding: of the files.
+        wheel: "package==version", a wheel of the package index that has the files; `vismt data prepare` copies them from it.
+        inside: folder of the files in the wheel.
+    """
+
+    items: RelativePath
+    files: dict[str, RelativePath] = field(default_factory=dict)
+    fields: list[str] = field(default_factory=lambda: ["history", "next"])
+    events: RelativePath | None = None
+    columns: list[str] = field(default_factory=lambda: ["user", "item", "timestamp"])
+    separator: str = ","
+    item_separator: str = ","
+    item_columns: list[str] = field(default_factory=list)
+    title: str = "(?s)(.*)"
+    shortest: int = 1
+    encoding: str = "utf-8"
+    wheel: str | None = None
+    inside: RelativePath = "."
+
+    def check(self, where: str) -> None:
+        """Raise UserError for values that do not go together."""
+        super().check(where)
+        self._check_rows(where)
+        self._check_tables(where)
+        if self.shortest < 1:
+            raise UserError(f"{where}: shortest {self.shortest}; a history has at least 1 item.")
+        if self.wheel is not None and (not WHEEL.fullmatch(self.wheel) or self.manifest is None):
+            raise UserError(
+                f"{where}: wheel '{self.wheel}' must be 'package==version', with a 'manifest' of the files' hashes."
+            )
+        _check_pattern(self.title, f"{where}: title")
+        check_encoding(self.encoding, where)
+
+    def _check_rows(self, where: str) -> None:
+        if (self.events is None) == (not self.files):
+            raise UserError(f"{where}: give either 'files', a file for each split, or 'events', one table.")
+        if self.files and set(self.files) != set(self.splits):
+            names = f"'files' names {sorted(self.files)}, 'splits' names {sorted(self.splits)}"
+            raise UserError(f"{where}: {names}; they must agree.")
+        unknown = next((name for name in self.splits if self.events is not None and name not in SPLITS), None)
+        if unknown is not None:
+            raise UserError(f"{where}: no split '{unknown}' of a table of events.{near(unknown, SPLITS)}")
+
+    def _check_tables(self, where: str) -> None:
+        lists = [("fields", self.fields, 2), ("columns", self.columns, 3)]
+        if self.item_columns:
+            lists.append(("item_columns", self.item_columns, 2))
+        for key, names, count in lists:
+            if not count == len(set(names)) == len(names):
+                raise UserError(f"{where}: '{key}' must be {count} different names, is {names}.")
+        separators = (
+            ("separator", self.separator, self.events is not None),
+            ("item_separator", self.item_separator, bool(self.item_columns)),
+        )
+        for key, text, of_table in separators:
+            if not text or (of_table and len(text) != 1):
+                raise UserError(f"{where}: {key} {text!r} must be {'one character' if of_table else 'some text'}.")
+
+    def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
+        folders = super().candidates(card, root)
+        return [*folders, cached_folder("wheels", self.root)] if self.wheel and root is None else folders
+
+    def list_files(self, base: Path) -> Files:
+        """Return every file of the set."""
+        return file_groups(base, [self.items, *self.files.values(), *([self.events] if self.events else [])])
+
+    @property
+    def downloadable(self) -> bool:
+        return self.wheel is not None
+
+    def download(self, card: Card, base: Path) -> None:
+        """Copy the files from the wheel into the folder `base`."""
+        if self.wheel is not None:
+            fetch(card, self, self.wheel, self.inside, list(self.list_files(base)), base)
+
+    def load(self, card: Card, base: Path, split: str) -> InteractionSet:
+        """Return the rows of `split`."""
+        catalogue = self._catalogue(card, base)
+        numbers = {name: number for number, name in enumerate(catalogue.ids)}
+        names = self.wanted(split)
+        if self.events is not None:
+            by_split = _leave_last_out(self._users(card, base / self.events, numbers))
+            parts = {name: by_split[name] for name in names}
+        else:
+            parts = {name: self._sequences(card, base / self.files[name], numbers) for name in names}
+        kept = {name: [row for row in rows if len(row[2]) >= self.shortest] for name, rows in parts.items()}
+        verify_counts(card, self, base, {name: len(rows) for name, rows in kept.items()})
+        read = [self.items, *([self.events] if self.events else [self.files[name] for name in names])]
+        hashed = [(name, base / name) for name in dict.fromkeys(read)]
+        settings = repr((self.shortest, self.title, names))
+        return InteractionSet(
+            name=card.name,
+            split=split,
+            rows=[
+                {
+                    "user": user if self.events else f"{name}:{user}",
+                    "history": history,
+                    "next": target,
+                    "catalogue": catalogue,
+                }
+                for name, rows in kept.items()
+                for _, user, history, target in rows
+            ],
+            ids=[f"{name}:{row_id}" for name, rows in kept.items() for row_id, *_ in rows],
+            content=lambda: f"{digest(hashed).sha256}:{settings}",
+            where=shown_path(base),
+            catalogue=catalogue,
+        )
+
+    def _catalogue(self, card: Card, base: Path) -> Catalogue:
+        path = base / self.items
+        text, shown = read_text(card, path, self.encoding), shown_path(path)
+        if self.item_columns:
+            pairs = _table(text, self.item_separator, self.item_columns, shown)
+        else:
+            lines = enumerate(LINE_ENDS.split(text), 1)
+            parted = ((number, line.partition(self.item_separator)) for number, line in lines if line.strip())
+            pairs = ((f"{shown}: line {number}", [name, title]) for number, (name, _, title) in parted)
+        titles: dict[str, str] = {}
+        for where, (name, text) in pairs:
+            match = re.fullmatch(self.title, text.strip())
+            title = (match.group(1) or "").strip() if match else ""
+            rule = f"each item has one line, with '{self.item_separator}' between"
+            if name in titles:
+                raise UserError(f"{where}: item '{name}' twice; {rule}.")
+            if not name or not title:
+                raise UserError(f"{where}: no id and title ({text[:40]!r} of '{name}'); {rule}.")
+            titles[name] = title
+        return Catalogue(tuple(titles), tuple(titles.values()))
+
+    def _users(self, card: Card, path: Path, numbers: Mapping[str, int]) -> dict[str, list[int]]:
+        """Return {user: items in their order of time}, without repeated items; equal times in the order of the file."""
+        events: dict[str, list[tuple[float, int]]] = {}
+        text = read_text(card, path, self.encoding)
+        for where, (user, item, time) in _table(text, self.separator, self.columns, shown_path(path)):
+            try:
+                when = float(time)
+            except ValueError as error:
+                raise UserError(f"{where}: time {time!r} is not a number.") from error
+            events.setdefault(user, []).append((when, _number_of(item, numbers, where)))
+        ordered = {user: sorted(pairs, key=lambda pair: pair[0]) for user, pairs in events.items()}
+        return {user: list(dict.fromkeys(item for _, item in pairs)) for user, pairs in ordered.items()}
+
+    def _sequences(self, card: Card, path: Path, numbers: Mapping[str, int]) -> list[Row]:
+        def unpack(raw: bytes) -> bytes:
+            return _gunzip(card, raw, path) if path.suffix == ".gz" else raw
+
+        rows: list[Row] = []
+        users = 0
+        past: list[int] = []  # what the history of the user's next row ends with
+        history_key, next_key = self.fields
+        for line_number, line in enumerate(LINE_ENDS.split(read_text(card, path, self.encoding, unpack)), 1):
+            if not line.strip():
+                continue
+            where = f"{shown_path(path)}: line {line_number}"
+            try:
+                values = parse_json(line)
+            except ValueError as error:
+                raise UserError(f"{where}: is not JSON ({error}).") from error
+            values = values if isinstance(values, dict) else {}
+            items, target = values.get(history_key), values.get(next_key)
+            if not isinstance(items, list) or target is None:
+                raise UserError(f"{where}: is not an object with {history_key}, a list, and {next_key}.")
+            history = [_number_of(item, numbers, where) for item in items]
+            if not history or history != past[-len(history) :]:
+                users += 1
+            past = [*history, _number_of(target, numbers, where)]
+            rows.append((str(len(rows)), str(users - 1), history, past[-1]))
+        return rows
+
+
+def _check_pattern(pattern: str, where: str) -> None:
+    """Raise UserError unless the regular expression has one group."""
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise UserError(f"{where}: '{pattern}' is not a regular expression: {error}.") from error
+    if groups != 1:
+        raise UserError(f"{where}: '{pattern}' has {groups} groups, must have one.")
+
+
+def _table(text: str, separator: str, columns: Sequence[str], shown: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield (where, values of the columns) of each line after the first, which names the columns."""
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=separator,
+        quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE,
+    )
+    head = next(reader, [])
+    for column in columns:
+        if column not in head:
+            raise UserError(f"{shown}: has no column '{column}'.{near(column, head)}")
+    places = [head.index(column) for column in columns]
+    for row in reader:
+        where = f"{shown}: line {reader.line_num}"
+        if row and len(row) <= max(places):
+            raise UserError(f"{where}: has {len(row)} fields, the first line names {len(head)}.")
+        if row:
+            yield where, [row[place] for place in places]
+
+
+def _leave_last_out(users: Mapping[str, list[int]]) -> dict[str, list[Row]]:
+    """Return the rows of each split from the items of all users."""
+    parts: dict[str, list[Row]] = {name: [] for name in SPLITS}
+    for user, items in users.items():
+        last = len(items) - 1
+        splits = {last: "test", last - 1: "validation"} if len(items) > 2 else {}
+        for position in range(1, len(items)):
+            split = splits.get(position, "train")
+            parts[split].append((f"{user}:{position}", user, items[:position], items[position]))
+    return parts
+
+
+def _gunzip(card: Card, raw: bytes, path: Path) -> bytes:
+    try:
+        return gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{card.shown}: '{shown_path(path)}' is damaged: {error}. {fix(card)}") from error
+
+
+def _number_of(item: Any, numbers: Mapping[str, int], where: str) -> int:
+    """Return the number of an item in the catalogue."""
+    if str(item) not in numbers:
+        raise UserError(f"{where}: item '{item}' has no title in the file of items.")
+    return numbers[str(item)]

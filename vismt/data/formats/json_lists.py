@@ -1,0 +1,124 @@
+"""The lists of cross-domain few-shot learning: `base.json`, `val.json`, `novel.json` with images and their labels.
+
+The format is that of Chen et al., arXiv 1904.04232, and Tseng et al., arXiv 2001.08735: `label_names` (all classes),
+`image_names` and `image_labels` (indices into label_names). The image names are usually absolute paths of the machine that
+wrote the list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vismt.base.errors import UserError
+from vismt.config.typed import relative_path
+from vismt.data.decode import decode_file
+from vismt.data.image_source import ImageSource, LoadedImages, check_classes_per_split
+from vismt.data.manifest import digest
+from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
+from vismt.data.sources import fix, shown_path, verify_classes, verify_counts, verify_present
+from vismt.storage.files import parse_json
+
+KEYS = ("label_names", "image_names", "image_labels")
+ImageList = tuple[list[str], list[str], list[int]]  # label names, image names, image labels
+
+
+@source_kind("filelist")
+@dataclass(frozen=True, kw_only=True)
+class FilelistSource(RootedSource, ImageSource):
+    """`<split>.json` with the lists label_names, image_names and image_labels.
+
+    Attributes:
+        classes_per_split: number of classes that a split has images of.
+        after: what follows it in an absolute image name is the name relative to `root`.
+    """
+
+    classes_per_split: dict[str, int]
+    after: str | None = None
+
+    def check(self, where: str) -> None:
+        """Raise UserError for numbers of classes that do not fit the splits."""
+        super().check(where)
+        check_classes_per_split(self.splits, self.classes_per_split, self.splits, where)
+
+    def list_files(self, base: Path) -> Files:
+        """Return the lists."""
+        return file_groups(base, [f"{split}.json" for split in self.splits])
+
+    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+        """Return the images of `split`; classes are the label_names of all lists, so a label means the same in each split.
+
+        Raises:
+            UserError: as read_list does, and for a name that leads outside the folder, a missing image and wrong counts.
+        """
+        wanted = self.wanted(split)
+        present = [name for name in self.splits if name in wanted or (base / f"{name}.json").is_file()]
+        lists = {name: read_list(card, base, name) for name in present}
+        index: dict[str, int] = {}
+        for names, _, _ in lists.values():
+            for title in names:
+                index.setdefault(title, len(index))
+        verify_classes(card, self, base, len(index))
+        ids: list[str] = []
+        labels: list[int] = []
+        for name in wanted:
+            names, images, numbers = lists[name]
+            shown = shown_path(base / f"{name}.json")
+            ids += [local_name(image, self.after, shown) for image in images]
+            labels += [index[names[number]] for number in numbers]
+            self._verify_split(card, base, name, len(set(numbers)))
+        paths = verify_present(card, base, ids, split)
+        verify_counts(card, self, base, {name: len(lists[name][1]) for name in wanted})
+        return LoadedImages(
+            classes=list(index),
+            labels=labels,
+            ids=ids,
+            read=lambda i: decode_file(paths[i]),
+            content=lambda: f"{digest(zip(ids, paths)).sha256}:{labels}",
+        )
+
+    def _verify_split(self, card: Card, base: Path, split: str, count: int) -> None:
+        wanted = self.classes_per_split.get(split)
+        if wanted is not None and count != wanted:
+            raise UserError(
+                f"{card.shown}: split '{split}' has {count} of {wanted} classes under {shown_path(base)}. {fix(card)}"
+            )
+
+
+def read_list(card: Card, base: Path, split: str) -> ImageList:
+    """Return the lists of one split. Raises UserError when the file is missing, has another shape or labels without a name."""
+    path = base / f"{split}.json"
+    shown = shown_path(path)
+    if not path.is_file():
+        raise UserError(f"{card.shown}: missing list '{shown}' of split '{split}'. {fix(card)}")
+    try:
+        raw = parse_json(path.read_text(encoding="utf8"))
+        names = [str(name) for name in raw["label_names"]]
+        images = [str(name) for name in raw["image_names"]]
+        labels = [int(label) for label in raw["image_labels"]]
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{shown}: must be JSON with the lists {', '.join(KEYS)} ({error!r}). {fix(card)}") from error
+    if len(images) != len(labels) or len(set(names)) != len(names):
+        raise UserError(
+            f"{shown}: {len(images)} images, {len(labels)} labels; there must be as many, and no class twice."
+        )
+    if labels and not 0 <= min(labels) <= max(labels) < len(names):
+        raise UserError(f"{shown}: labels run from {min(labels)} to {max(labels)}, but label_names has {len(names)}.")
+    return names, images, labels
+
+
+def local_name(name: str, after: str | None, shown: str) -> str:
+    """Return `name` relative to the folder of the set: of an absolute path, what follows `after`.
+
+    Raises:
+        UserError: the name leads outside the folder.
+    """
+    absolute = name.startswith("/")
+    if absolute and after and f"/{after}" in name:
+        name = name.partition(f"/{after}")[2]
+    elif absolute:
+        hint = f"; of an absolute path, what follows '{after}' counts" if after else ""
+        raise UserError(
+            f"{shown}: '{name}' is outside the folder of the set{hint}. Write names relative to that folder."
+        )
+    return relative_path(name, shown)

@@ -1,0 +1,100 @@
+"""Sets without a card: a folder of class folders, a table of paths and labels, rows of text in a csv or jsonl file."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from vismt.base.errors import UserError
+from vismt.data.decode import is_image_name
+from vismt.data.formats.csv_table import DELIMITERS, TableSource
+from vismt.data.formats.folder import FolderSource
+from vismt.data.formats.text_files import TextFilesSource
+from vismt.data.source_types import Card, DataSource
+from vismt.storage.paths import regular_file
+
+# Names of folders that are splits, not classes.
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+PATHS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img")
+LABELS = ("label", "class", "category", "target", "label_name", "class_name")
+SPLIT = "split"  # the column with the split of a row
+
+
+def plain_card(path: Path) -> Card | None:
+    """Return the card of a folder of class folders or of a csv, tsv or jsonl file; None for any other path.
+
+    Folders with the names of splits hold the class folders of each. Raises UserError for a folder or table that cannot be read.
+    """
+    sources: list[DataSource] = []
+    if path.is_dir():
+        try:
+            sources = _of_folder(path.resolve())
+        except OSError as error:
+            raise UserError(f"data '{path}': the folder cannot be read: {error.strerror}.") from error
+    elif path.is_file() and path.suffix in DELIMITERS:
+        sources = _of_table(path.resolve())
+    elif path.is_file() and path.suffix == ".jsonl":
+        sources = [TextFilesSource(root=str(path.resolve().parent), files={"all": path.name})]
+    name = re.sub(r"[^\w.-]", "-", path.resolve().name if path.is_dir() else path.stem)
+    return Card(name, sources, path=path.resolve(), shown=str(path)) if sources else None
+
+
+def _of_folder(path: Path) -> list[DataSource]:
+    """Return the source of a folder, [] for one without folders."""
+    folders = _folders(path)
+    by_split = bool(folders) and all(folder.name.lower() in SPLITS for folder in folders)
+    classes = [inner for folder in folders for inner in _folders(folder)] if by_split else folders
+    if not classes:
+        return []
+    deep = "" if any(is_image_name(file.name) for folder in classes for file in folder.iterdir()) else "**/"
+    if not by_split:
+        return [FolderSource(root=str(path), layout=f"{deep}{{class}}")]
+    return [
+        FolderSource(
+            root=str(path), layout=f"{{split}}/{deep}{{class}}", splits={folder.name: None for folder in folders}
+        )
+    ]
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__")))
+
+
+def _of_table(path: Path) -> list[DataSource]:
+    """Return the sources of a table: rows of text, and images where a column has their paths and another their labels."""
+    try:
+        with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file, delimiter=DELIMITERS[path.suffix])
+            columns = list(table.fieldnames or ())
+            rows = list(table)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"'{path}' cannot be read as a table: {error}.") from error
+    texts = TextFilesSource(root=str(path.parent), files={"all": path.name}, form="csv")
+    column, label = _named(columns, PATHS), _named(columns, LABELS)
+    if column is None or label is None:
+        return [texts]
+    splits = sorted({row[SPLIT] or "" for row in rows}) if SPLIT in columns else ["all"]
+    images = TableSource(
+        root=str(path.parent),
+        splits=dict.fromkeys(splits),
+        table=dict.fromkeys(splits, path.name),
+        folders=["."],
+        column=column,
+        label=label,
+        keep=_in_order({row[label] or "" for row in rows}),
+        only={name: {SPLIT: name} for name in splits} if SPLIT in columns else {},
+    )
+    images.check(f"'{path}'")
+    return [images, texts]
+
+
+def _named(columns: Sequence[str], names: Sequence[str]) -> str | None:
+    """Return the first column with one of the names, in any case."""
+    return next((column for column in columns if column.lower() in names), None)
+
+
+def _in_order(labels: set[str]) -> list[str]:
+    """Return labels sorted, as numbers where all are. Python reads no number of thousands of digits."""
+    return sorted(labels, key=int if all(re.fullmatch(r"-?[0-9]{1,100}", label) for label in labels) else str)

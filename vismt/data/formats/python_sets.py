@@ -1,0 +1,199 @@
+"""Sets given as Python objects: torch and torchvision data sets, Hugging Face data sets, tables of pandas.
+
+An object is opened where an entry of a configuration has its name (vismt/base/objects.py); a folder that Hugging Face's
+`save_to_disk` wrote is opened as its object, and hf/owner/name as the data set of the hub, its split after a colon.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vismt.base import console
+from vismt.base.errors import UserError, near
+from vismt.base.objects import held, title_of
+from vismt.data.decode import decoding, to_rgb
+from vismt.data.image_source import LoadedImages
+from vismt.storage.wheels import one_line
+
+HUB = "hf/"  # start of the name of a data set on the hub
+SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes
+IMAGES = ("image", "img", "images", "pixel_values")
+LABELS = ("label", "labels", "class", "target", "fine_label", "category")
+
+
+def python_object(card: str, split: str) -> Any:
+    """Return the object that an entry of a configuration names, or that `save_to_disk` wrote; None for any other card."""
+    given = held(card)
+    if given is None and card.startswith(HUB):
+        given = _from_hub(card.removeprefix(HUB))
+    elif given is None and any((Path(card) / name).is_file() for name in SAVED):
+        given = _from_disk(card)
+    if isinstance(given, Mapping):  # a DatasetDict
+        if split not in given:
+            raise UserError(f"data '{title_of(card)}': no split '{split}'.{near(split, list(given))}")
+        return given[split]
+    return given
+
+
+def _from_disk(folder: str) -> Any:
+    return _function("load_from_disk", folder)(folder)
+
+
+def _from_hub(name: str) -> Any:
+    """Return a data set of the hub with all its splits. Code in its repository is never run."""
+    load = _function("load_dataset", f"{HUB}{name}")
+    try:
+        return load(name)
+    except Exception as error:  # of the builders: no network, no access, unknown formats, several configurations
+        raise UserError(f"data '{HUB}{name}': the hub's data set cannot be loaded: {one_line(str(error))}") from error
+
+
+def _function(name: str, card: str) -> Any:
+    try:
+        # Not an import statement: in a checkout its folder datasets/ would be found, which lacks the name.
+        return getattr(importlib.import_module("datasets"), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"data '{card}': needs the package datasets, which is not installed: pip install datasets."
+        ) from error
+
+
+def images_of(given: Any, title: str) -> LoadedImages:
+    """Return a data set of (image, label) pairs, or of rows with an image and a label, as labelled images.
+
+    Args:
+        given: with `len` and whole-number indices. An image is one of Pillow, or a Tensor (3, h, w) or (1, h, w), uint8 or
+            floating point in [0, 1]; a label is a whole number.
+        title: of the set, for messages.
+
+    Returns:
+        The set. Images are uint8: floating-point values are rounded to 1/255. Class names are those of the data set, else
+        the numbers. Its content is not known before every image is read, so `content` is the title.
+
+    Raises:
+        UserError: another object, and labels that are not whole numbers from 0.
+    """
+    if not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
+        raise UserError(
+            f"data '{title}': {type(given).__name__} has no length or no index; give a map-style data set of (image, label)."
+        )
+    if not len(given):
+        raise UserError(f"data '{title}': the data set is empty.")
+    image, label = _columns(given, title)
+    labels = _labels(given, label, title)
+    classes = _classes(given, label, max(labels) + 1)
+
+    def read(i: int) -> Tensor:
+        with decoding(f"{title}: example {i}", "Give images without normalisation, in [0, 1] or 0 to 255."):
+            return _to_bytes(given[i][image])
+
+    ids = [f"{i:06d}" for i in range(len(labels))]
+    return LoadedImages(classes, labels, ids, read, lambda: title)
+
+
+def texts_of(given: Any, title: str) -> tuple[list[dict[str, Any]], str]:
+    """Return the rows of a Hugging Face data set or a table of pandas, and a digest of them."""
+    if hasattr(given, "to_dict") and hasattr(given, "iloc"):
+        rows = given.to_dict("records")
+    else:
+        rows = [dict(given[i]) if isinstance(given[i], Mapping) else given[i] for i in range(len(given))]
+    if not rows or not isinstance(rows[0], dict):
+        raise UserError(f"data '{title}': {type(given).__name__} has no rows with named fields; give texts as columns.")
+    return rows, hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _columns(given: Any, title: str) -> tuple[Any, Any]:
+    """Return the indices of image and label in an example."""
+    names = getattr(given, "column_names", None)
+    if not isinstance(names, Sequence):
+        return 0, 1
+    image = next((name for name in IMAGES if name in names), None)
+    label = next((name for name in LABELS if name in names), None)
+    if image is None or label is None:
+        raise UserError(
+            f"data '{title}': columns {', '.join(names)}; one must be called {' or '.join(IMAGES)}, another "
+            f"{' or '.join(LABELS)}; rename them with rename_column."
+        )
+    return image, label
+
+
+def _labels(given: Any, label: Any, title: str) -> list[int]:
+    """Return the label of every example, where possible without decoding the images."""
+    if isinstance(label, str):
+        values = list(given[label])
+    else:
+        stored = _stored_labels(given)
+        if stored is None:
+            values = [given[i][label] for i in console.track(range(len(given)), "data", f"{title}: reading labels")]
+        else:
+            values = stored
+    if not all(isinstance(value, (int, np.integer)) or _is_whole(value) for value in values):
+        raise UserError(
+            f"data '{title}': label {values[0]!r}; a label must be a whole number from 0 (encode texts first)."
+        )
+    labels = [int(value) for value in values]
+    if min(labels) < 0:
+        raise UserError(f"data '{title}': label {min(labels)}; labels are whole numbers from 0.")
+    return labels
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point()
+
+
+def _stored_labels(given: Any) -> list[Any] | None:
+    """Return the labels that a data set has as a list, where they agree with its first and last example."""
+    if isinstance(given, torch.utils.data.Subset):
+        inner = _stored_labels(given.dataset)
+        return None if inner is None else [inner[i] for i in given.indices]
+    for name in ("targets", "labels", "_labels"):
+        values = getattr(given, name, None)
+        if values is None or len(values) != len(given):
+            continue
+        if all(int(values[i]) == int(given[i][1]) for i in (0, len(given) - 1)):
+            return list(values)
+    return None
+
+
+def _classes(given: Any, label: Any, count: int) -> list[str]:
+    """Return the names of the classes, their numbers where the data set has no names."""
+    names: Any = None
+    if isinstance(label, str):
+        names = getattr(getattr(given, "features", {}).get(label), "names", None)
+    else:
+        source = given
+        while isinstance(source, torch.utils.data.Subset):
+            source = source.dataset
+        names = getattr(source, "classes", None)
+    texts = [str(name) for name in names or ()]
+    return texts if len(texts) >= count and len(set(texts)) == len(texts) else [str(i) for i in range(count)]
+
+
+def _to_bytes(image: Any) -> Tensor:
+    """Return an image of Pillow, an array (h, w, 3) or a Tensor as uint8 (3, h, w). Raises ValueError for anything else."""
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, np.ndarray):
+        return to_rgb(Image.fromarray(image))
+    if not isinstance(image, Tensor):
+        raise ValueError(f"it is {type(image).__name__}, no image of Pillow and no Tensor")
+    image = image[None] if image.ndim == 2 else image
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"it has shape {tuple(image.shape)}, needed (3, h, w) or (1, h, w)")
+    if image.is_floating_point():
+        if not 0 <= float(image.min()) <= float(image.max()) <= 1:
+            raise ValueError(f"it has values from {float(image.min()):.3g} to {float(image.max()):.3g}, needed [0, 1]")
+        image = (image * 255).round().to(torch.uint8)
+    if image.dtype != torch.uint8:
+        raise ValueError(f"it is {image.dtype}, needed uint8 or floating point in [0, 1]")
+    return image.expand(3, -1, -1).contiguous()

@@ -1,0 +1,182 @@
+"""Rows of text from jsonl files, csv tables, lines with separators and files of documents.
+
+Lines end with a line feed, a carriage return or both, also mixed in one file, and with nothing else. Quotes are those around
+a whole field: there are files in which half of the fields are quoted and the other half hold bare quotes, over which a csv
+reader swallows lines.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vismt.base.errors import UserError, near
+from vismt.config.typed import RelativePath
+from vismt.data.formats.csv_table import DELIMITERS
+from vismt.data.manifest import digest
+from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
+from vismt.data.sources import fix, shown_path, verify_counts
+from vismt.data.texts.text_set import LINE_ENDS, TextSet, TextSource, check_encoding, read_text
+from vismt.storage.files import parse_json
+
+FORMS = ("jsonl", "csv", "lines", "documents")
+NAMED = ("jsonl", "csv")  # whose files name the fields
+
+
+@source_kind("text")
+@dataclass(frozen=True, kw_only=True)
+class TextFilesSource(RootedSource, TextSource):
+    """Rows of text, in one file for each split.
+
+    Attributes:
+        files: maps each split to its file.
+        fields: names of the fields of a row; [], where the files name them, for all.
+        form: "jsonl": an object a line, which must have the `fields`. "csv": a table with the names of its columns in the first
+            line, tabs between them in a .tsv file. "lines": the `fields` of a line with the `separators`
+            between them; quotes around a whole field are removed. "documents": the one field holds all from one match of the
+            regular expression `starts` to the next.
+        separators: one fewer than `fields`, applied in turn from the left.
+        extract: maps a field to a regular expression that must match all of its text; the named groups are fields, too, where
+            they take part in the match.
+        encoding: of the files.
+    """
+
+    files: dict[str, RelativePath]
+    fields: list[str] = field(default_factory=list)
+    form: str = "jsonl"
+    separators: list[str] = field(default_factory=list)
+    starts: str | None = None
+    extract: dict[str, str] = field(default_factory=dict)
+    encoding: str = "utf-8"
+
+    def check(self, where: str) -> None:
+        """Raise UserError for files, fields and patterns that do not go together, and an unknown form or encoding."""
+        super().check(where)
+        if self.form not in FORMS:
+            raise UserError(f"{where}: form '{self.form}' is not known.{near(self.form, FORMS)}")
+        if set(self.files) != set(self.splits):
+            names = f"'files' names {sorted(self.files)}, 'splits' names {sorted(self.splits)}"
+            raise UserError(f"{where}: {names}; they must agree.")
+        wanted = len(self.fields) - 1 if self.form == "lines" else 0
+        unique = len(set(self.fields)) == len(self.fields) and (bool(self.fields) or self.form in NAMED)
+        if not unique or len(self.separators) != wanted or "" in self.separators:
+            raise UserError(
+                f"{where}: fields {self.fields} of form '{self.form}' need {wanted} separators and no name twice."
+            )
+        documents = self.form == "documents"
+        if documents != (self.starts is not None) or (documents and len(self.fields) > 1):
+            raise UserError(f"{where}: form 'documents' needs 'starts' and one field; 'starts' is for no other form.")
+        self._check_patterns(where)
+        check_encoding(self.encoding, where)
+
+    def _check_patterns(self, where: str) -> None:
+        patterns = {**self.extract, "starts": self.starts} if self.starts else self.extract
+        for key, pattern in patterns.items():
+            try:
+                groups = re.compile(pattern).groupindex
+            except re.error as error:
+                raise UserError(f"{where}: {key}: '{pattern}' is not a regular expression: {error}.") from error
+            if key != "starts" and (key not in self.fields or not groups or set(groups) & set(self.fields)):
+                raise UserError(f"{where}: extract: '{key}' must be a field and its groups named like no other field.")
+
+    def list_files(self, base: Path) -> Files:
+        """Return the file of each split."""
+        return file_groups(base, self.files.values())
+
+    def load(self, card: Card, base: Path, split: str) -> TextSet:
+        """Return the rows of `split`."""
+        names = self.wanted(split)
+        parts = {name: self._read(card, base / self.files[name]) for name in names}
+        verify_counts(card, self, base, {name: len(rows) for name, rows in parts.items()})
+        hashed = [(self.files[name], base / self.files[name]) for name in names]
+        settings = repr((self.form, self.fields, self.separators, self.starts, self.extract, self.encoding))
+        return TextSet(
+            name=card.name,
+            split=split,
+            rows=[row for rows in parts.values() for row in rows],
+            ids=[f"{name}:{number}" for name, rows in parts.items() for number in range(len(rows))],
+            content=lambda: f"{digest(hashed).sha256}:{settings}",
+            where=shown_path(base),
+        )
+
+    def _read(self, card: Card, path: Path) -> list[dict[str, Any]]:
+        shown = shown_path(path)
+        text = read_text(card, path, self.encoding)
+        if self.form == "documents":
+            starts = [match.start() for match in re.finditer(self.starts or "", text)]
+            if not starts or text[: starts[0]].strip():
+                raise UserError(f"{shown}: no document starts at the beginning ('{self.starts}'). {fix(card)}")
+            rows = [{self.fields[0]: text[a:b].strip()} for a, b in zip(starts, [*starts[1:], len(text)])]
+            return [self._extracted(row, f"{shown}: document {number}") for number, row in enumerate(rows, 1)]
+        if self.form == "csv":
+            return self._parse_table(text, path, shown)
+        parse = self._parse_object if self.form == "jsonl" else self._parse_fields
+        parsed = []
+        for number, line in enumerate(LINE_ENDS.split(text), 1):
+            if line.strip():
+                where = f"{shown}: line {number}"
+                parsed.append(self._extracted(parse(line, where), where))
+        return parsed
+
+    def _parse_object(self, line: str, where: str) -> dict[str, Any]:
+        try:
+            values = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{where}: is not JSON ({error}).") from error
+        if not isinstance(values, dict) or not set(self.fields) <= set(values):
+            raise UserError(f"{where}: is not an object with {', '.join(self.fields)}.")
+        return {name: values[name] for name in self.fields or values}
+
+    def _parse_table(self, text: str, path: Path, shown: str) -> list[dict[str, Any]]:
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=DELIMITERS.get(path.suffix, ","))
+        rows = []
+        try:
+            columns = list(table.fieldnames or ())
+            absent = next((name for name in self.fields if name not in columns), None)
+            if absent is not None:
+                raise UserError(f"{shown}: no column '{absent}'.{near(absent, columns)}")
+            for row in table:
+                where = f"{shown}: line {table.line_num}"
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{where}: does not have the {len(columns)} columns of the first line; put quotes around texts with a "
+                        "separator."
+                    )
+                rows.append(self._extracted({name: row[name] for name in self.fields or columns}, where))
+        except csv.Error as error:
+            raise UserError(f"{shown}: line {table.line_num}: cannot be read as a table: {error}.") from error
+        return rows
+
+    def _parse_fields(self, line: str, where: str) -> dict[str, Any]:
+        values, rest = [], line
+        for separator in self.separators:
+            value, separated, rest = rest.partition(separator)
+            if not separated:
+                raise UserError(
+                    f"{where}: has no {separator!r} after '{value[:40]}'; it must hold {', '.join(self.fields)}."
+                )
+            values.append(value)
+        values.append(rest)
+        if "\t" in self.separators and "\t" in rest:
+            raise UserError(f"{where}: has more than the fields {', '.join(self.fields)}.")
+        return {name: _unquoted(value) for name, value in zip(self.fields, values, strict=True)}
+
+    def _extracted(self, row: dict[str, Any], where: str) -> dict[str, Any]:
+        """Return the row with the groups of `extract` as further fields."""
+        for name, pattern in self.extract.items():
+            match = re.fullmatch(pattern, str(row[name]))
+            if match is None:
+                raise UserError(
+                    f"{where}: '{name}' ({str(row[name])[:60]!r}) does not fit the card's pattern '{pattern}'."
+                )
+            row = {**row, **{group: value for group, value in match.groupdict().items() if value is not None}}
+        return row
+
+
+def _unquoted(value: str) -> str:
+    whole = len(value) > 1 and value[0] == value[-1] == '"'
+    return (value[1:-1].replace('""', '"') if whole else value).strip()

@@ -1,0 +1,86 @@
+"""The dense sample: an image with any of the targets, maps or a class, and the value that means 'missing' in each of them.
+
+    image                            float32 (3, h, w) in [0, 1]
+    semseg, parts, saliency, edge    int64 (h, w), 255 for unlabelled pixels; saliency and edge are 0 or 1
+    depth                            float32 (h, w) in metres, 0 where missing
+    normals                          float32 (3, h, w), unit length, x right, y up, z towards the camera; (0, 0, 0) where missing
+    class                            int64 (), of the whole image, -1 where missing: 255 can be a class
+
+A sample may lack targets. A batch is the same dict with (b, ...) in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vismt.base.errors import UserError, near
+
+IGNORE = 255
+LABELS = ("semseg", "parts", "saliency", "edge")
+MAPS = (*LABELS, "depth", "normals")
+CLASS, NO_CLASS = "class", -1
+TARGETS = (*MAPS, CLASS)
+Sample = dict[str, Tensor]
+
+
+def blank(target: str, height: int, width: int) -> Tensor:
+    """Return a map of `target` without a valid pixel, and of "class" the missing class, whatever the size."""
+    if target == CLASS:
+        return torch.tensor(NO_CLASS)
+    if target in LABELS:
+        return torch.full((height, width), IGNORE, dtype=torch.int64)
+    return torch.zeros((3, height, width) if target == "normals" else (height, width))
+
+
+def valid(target: str, values: Tensor) -> Tensor:
+    """Return bool (..., h, w), where a map of `target` has a value.
+
+    values: (..., h, w), for normals (..., 3, h, w), for classes (...), which give bool (...).
+    """
+    if target == CLASS:
+        return values != NO_CLASS
+    if target in LABELS:
+        return values != IGNORE
+    return values > 0 if target == "depth" else (values != 0).any(dim=-3)
+
+
+def size_of(sample: Sample) -> tuple[int, int]:
+    """Return (h, w) of a sample.
+
+    Raises:
+        UserError: an unknown target, a map of another size than the image, or a class with a size.
+    """
+    if "image" not in sample:
+        raise UserError(f"dense sample: has no 'image', holds {sorted(sample)}.")
+    height, width = sample["image"].shape[-2:]
+    for name, values in sample.items():
+        if name != "image" and name not in TARGETS:
+            raise UserError(f"dense sample: target '{name}' is not known.{near(name, TARGETS)}")
+        wanted: tuple[int, ...] = (height, width)
+        if name == CLASS:
+            wanted = ()
+        elif name in ("image", "normals"):
+            wanted = (3, height, width)
+        if tuple(values.shape) != wanted:
+            raise UserError(f"dense sample: '{name}' is {tuple(values.shape)}, must be {wanted} for its image.")
+    return height, width
+
+
+def collate(samples: Sequence[Sample]) -> Sample:
+    """Return one batch of samples of one size; a target that is missing in some of them is blank there.
+
+    Raises:
+        UserError: an empty list, and samples of several sizes.
+    """
+    sizes = {size_of(sample) for sample in samples}
+    if len(sizes) != 1:
+        raise UserError(f"dense batch: the samples are of sizes {sorted(sizes)}; crop or resize them to one size.")
+    height, width = sizes.pop()
+    names = [name for name in ("image", *TARGETS) if any(name in sample for sample in samples)]
+    return {
+        name: torch.stack([sample[name] if name in sample else blank(name, height, width) for sample in samples])
+        for name in names
+    }

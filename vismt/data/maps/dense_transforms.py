@@ -1,0 +1,243 @@
+"""Joint transforms of dense samples: image and targets stay aligned, and the geometry in the values stays correct.
+
+- The x of a mirrored normal is negated.
+- An image enlarged by s looks as if taken s times nearer, so depth is divided by s (as the training pipelines of MTI-Net,
+  InvPT and LibMTL do); inverse depth is multiplied. Normals keep their direction there, as in those pipelines, though a plane
+  compressed in depth would strictly tilt.
+- Labels, depth and normals are never averaged: each target pixel is that of the source pixel at its centre.
+- Edges alone are drawn again, because lines would vanish or double: an edge is also where the centre of an edge pixel falls,
+  and the lines are thinned. Edges that are derived from another map are derived afterwards (DenseSet.read).
+- Pixels that padding adds are 255, depth 0, normals (0, 0, 0).
+- The class of an image never changes. A crop may lose the object, and a mirrored digit or word may be another one, for which
+  `mirror` should be off.
+
+Every function leaves its input unchanged and returns a sample on the same device. The random ones draw from the generator or
+seed that they get, and from nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as V
+
+from vismt.base.errors import UserError
+from vismt.data.maps.dense_sample import CLASS, IGNORE, MAPS, Sample, blank, size_of
+from vismt.data.thinning import thin
+
+# EXIF orientation -> whether rows and columns change places, and then whether the rows and the columns are reversed.
+TURNS = {
+    2: (False, False, True), 3: (False, True, True), 4: (False, True, False),
+    5: (True, False, False), 6: (True, False, True), 7: (True, True, True), 8: (True, True, False),
+}  # fmt: skip
+TRIES = 10  # crops drawn until no class dominates
+FILL = 0.5  # value of the image in padding
+
+
+def _maps(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
+    """Return the sample with its image and maps changed and its class unchanged."""
+    return {name: values if name == CLASS else change(values) for name, values in sample.items()}
+
+
+def flip(sample: Sample) -> Sample:
+    """Return the mirrored sample: left and right exchanged, the normals' x negated."""
+    size_of(sample)
+    out = _maps(sample, lambda values: values.flip(-1))
+    if "normals" in out:
+        x = -out["normals"][:1]
+        # No -0, which would make two flips differ from none in its bits.
+        out["normals"] = torch.cat([torch.where(x == 0, 0.0, x), out["normals"][1:]])
+    return out
+
+
+def turn(sample: Sample, orientation: int) -> Sample:
+    """Return the maps of a sample as an EXIF orientation of TURNS shows them; normals point where the turned scene does."""
+    swapped, upside_down, mirrored = TURNS[orientation]
+    reversed_sides = [side for side, is_reversed in ((-2, upside_down), (-1, mirrored)) if is_reversed]
+    out = _maps(sample, lambda values: (values.mT if swapped else values).flip(reversed_sides))
+    if "normals" in out:
+        out["normals"] = turned_vectors(out["normals"], orientation)
+    return out
+
+
+def turned_vectors(normals: Tensor, orientation: int) -> Tensor:
+    """Return normals (3, h, w) in the axes of the turned image, x right and y up; they stay at their pixels."""
+    swapped, upside_down, mirrored = TURNS[orientation]
+    x, y, z = normals
+    if swapped:  # what went right goes down
+        x, y = -y, -x
+    # No -0, as in `flip`.
+    return torch.stack([-x if mirrored else x, -y if upside_down else y, z]) + 0.0
+
+
+def _centres(old: int, new: int, device: torch.device) -> Tensor:
+    """Return int64 (new,): of `old` pixels along a side, the one at the centre of each of `new` pixels."""
+    return (torch.arange(new, device=device) * 2 + 1) * old // (2 * new)
+
+
+def _nearest(values: Tensor, height: int, width: int) -> Tensor:
+    rows, columns = (_centres(old, new, values.device) for old, new in zip(values.shape[-2:], (height, width)))
+    return values.index_select(-2, rows).index_select(-1, columns)
+
+
+def _drawn(edge: Tensor, height: int, width: int) -> Tensor:
+    """Return the lines of int64 (h, w) `edge` at another size, one pixel wide; 255 where the nearest pixel is 255."""
+    if edge.shape == (height, width):
+        return edge
+    nearest = _nearest(edge, height, width)
+    lines = nearest == 1  # complete for an enlarged map; a shrunk one needs the lines below
+    rows, columns = (edge == 1).nonzero(as_tuple=True)
+    down, right = (_centres(new, old, edge.device) for old, new in zip(edge.shape, (height, width)))
+    lines[down[rows], right[columns]] = True
+    lines = torch.from_numpy(thin(lines.cpu().numpy())).to(edge.device)
+    return torch.where(lines, 1, torch.where(nearest == IGNORE, IGNORE, 0))
+
+
+def _resample(sample: Sample, height: int, width: int) -> Sample:
+    image = F.interpolate(
+        sample["image"][None], (height, width), mode="bilinear", align_corners=False, antialias=True
+    )[0].clamp(0, 1)  # fmt: skip
+    targets = {name: values for name, values in sample.items() if name not in ("image", "edge")}
+    out = {"image": image, **_maps(targets, lambda values: _nearest(values, height, width))}
+    if "edge" in sample:
+        out["edge"] = _drawn(sample["edge"], height, width)
+    return out
+
+
+def scale(sample: Sample, s: float, *, inverse_depth: bool = False) -> Sample:
+    """Return the sample s times as large, sides rounded and at least 1; depth is divided by s, inverse depth multiplied by it."""
+    if not s > 0:
+        raise UserError(f"dense transform: scale {s} must be above 0.")
+    height, width = (max(1, round(side * s)) for side in size_of(sample))
+    out = _resample(sample, height, width)
+    if "depth" in out:
+        out["depth"] = out["depth"] * s if inverse_depth else out["depth"] / s
+    return out
+
+
+def pad(sample: Sample, size: tuple[int, int], *, fill: float = FILL) -> Sample:
+    """Return the sample padded below and to the right up to `size` (h, w): `fill` in the image, missing in the targets."""
+    height, width = size_of(sample)
+    below, right = max(0, size[0] - height), max(0, size[1] - width)
+    if not (below or right):
+        return dict(sample)
+    out = {**sample, "image": F.pad(sample["image"], (0, right, 0, below), value=fill)}
+    for name in (name for name in MAPS if name in sample):
+        empty = int(blank(name, 1, 1).flatten()[0])
+        out[name] = F.pad(sample[name], (0, right, 0, below), value=empty)
+    return out
+
+
+def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
+    """Return the window of `size` (h, w) at (top, left), which must be inside the sample."""
+    height, width = size_of(sample)
+    if not (0 <= top <= height - size[0] and 0 <= left <= width - size[1]):
+        raise UserError(f"dense transform: a crop of {size} at ({top}, {left}) leaves the sample of {(height, width)}.")
+    return _maps(sample, lambda values: values[..., top : top + size[0], left : left + size[1]].contiguous())
+
+
+def _draw(generator: torch.Generator, low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
+
+
+def random_crop(
+    sample: Sample,
+    size: tuple[int, int],
+    generator: torch.Generator,
+    *,
+    cat_max_ratio: float = 0.75,
+    fill: float = FILL,
+) -> Sample:
+    """Return a random window of `size` (h, w) of the sample, which is padded first where it is smaller.
+
+    With semseg a window is drawn again, up to 10 times in all, while one class has `cat_max_ratio` or more of its labelled
+    pixels or no pixel is labelled; the last window is returned in any case.
+    """
+    padded = pad(sample, size, fill=fill)
+    height, width = size_of(padded)
+    for _ in range(TRIES):
+        top = int(_draw(generator, 0, height - size[0] + 1))
+        left = int(_draw(generator, 0, width - size[1] + 1))
+        if "semseg" not in padded:
+            break
+        labels = padded["semseg"][top : top + size[0], left : left + size[1]]
+        counts = labels[labels != IGNORE].unique(return_counts=True)[1]
+        if counts.numel() and int(counts.max()) < cat_max_ratio * int(counts.sum()):
+            break
+    return crop(padded, top, left, size)
+
+
+def photometric(sample: Sample, generator: torch.Generator, *, strength: float = 0.4, hue: float = 0.05) -> Sample:
+    """Return the sample with random colours; the image stays in [0, 1], the targets do not change.
+
+    Args:
+        strength: brightness, contrast and saturation are each multiplied by 1 - strength to 1 + strength.
+        hue: largest shift, as a share of the circle.
+    """
+    image = sample["image"]
+    for adjust in (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation):
+        image = adjust(image, max(0.0, _draw(generator, 1 - strength, 1 + strength)))
+    image = V.adjust_hue(image, _draw(generator, -hue, hue)) if hue else image
+    return {**sample, "image": image.clamp(0, 1)}
+
+
+def fit(sample: Sample, size: tuple[int, int]) -> Sample:
+    """Return the sample resized to the largest size inside `size` (h, w) with the same aspect ratio; for evaluation.
+
+    Depth stays in metres: with all images of a set fitted alike, the network sees one camera, and errors keep their unit.
+    """
+    native = size_of(sample)
+    fitted = fitting(native, size)
+    return dict(sample) if fitted == native else _resample(sample, *fitted)
+
+
+def resize(sample: Sample, size: tuple[int, int], *, fill: float = FILL) -> Sample:
+    """Return the sample fitted into `size` (h, w) and padded below and to the right."""
+    return pad(fit(sample, size), size, fill=fill)
+
+
+def fitting(native: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Return the (h, w) to which `fit` resizes an image of `native` (h, w)."""
+    factor = min(size[0] / native[0], size[1] / native[1])
+    height, width = (max(1, min(limit, round(side * factor))) for side, limit in zip(native, size, strict=True))
+    return height, width
+
+
+def augment(
+    sample: Sample,
+    seed: int,
+    size: tuple[int, int] | None = None,
+    *,
+    scales: tuple[float, float] = (0.5, 2.0),
+    mirror: bool = True,
+    cat_max_ratio: float = 0.75,
+    strength: float = 0.4,
+    hue: float = 0.05,
+    inverse_depth: bool = False,
+) -> Sample:
+    """Return an augmented training sample, a function of sample and seed alone: scaled, cropped, mirrored, recoloured.
+
+    The draws do not depend on the content of the sample, except for the repeated crops of random_crop.
+
+    Args:
+        size: (h, w) of the crop; None for the size of the sample.
+        scales: smallest and largest factor.
+        mirror: mirror with probability 1/2.
+        cat_max_ratio: see random_crop.
+        strength: see photometric; 0 leaves the colours unchanged.
+        hue: see photometric.
+        inverse_depth: whether the depth target holds multiples of 1/depth.
+    """
+    size = size or size_of(sample)
+    if not 0 < scales[0] <= scales[1]:
+        raise UserError(f"dense transform: scales {scales} must be two factors above 0, the smaller first.")
+    generator = torch.Generator().manual_seed(seed)
+    factor, mirrored = _draw(generator, *scales), _draw(generator, 0, 1) < 0.5
+    if factor != 1:
+        sample = scale(sample, factor, inverse_depth=inverse_depth)
+    sample = random_crop(sample, size, generator, cat_max_ratio=cat_max_ratio)
+    sample = flip(sample) if mirror and mirrored else sample
+    return photometric(sample, generator, strength=strength, hue=hue) if strength > 0 else sample

@@ -1,0 +1,89 @@
+"""Sources of texts: what each kind loads, and what several kinds share."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from vismt.base.errors import UserError
+from vismt.data.source_types import Card, DataSource
+from vismt.data.sources import fix, shown_path
+from vismt.storage.paths import regular_file
+
+# str.splitlines takes more; files mix these three.
+LINE_ENDS = re.compile("\r\n|\r|\n")
+T = TypeVar("T", bound="TextSet")
+
+
+@dataclass
+class TextSet:
+    """One split.
+
+    Attributes:
+        rows: the fields of each row by name, texts or what the JSON holds.
+        ids: "split:number" of each row, in the file's order.
+        content: a text that differs for any other rows.
+        where: the folder of the copy, as messages name it.
+    """
+
+    name: str
+    split: str
+    rows: list[dict[str, Any]]
+    ids: list[str]
+    content: Callable[[], str]
+    where: str = ""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self: T, chosen: Sequence[int]) -> T:
+        """Return a set of the rows with the indices `chosen`."""
+        indices = [int(i) for i in chosen]
+        choice = hashlib.sha256(repr(indices).encode()).hexdigest()
+        return replace(
+            self,
+            rows=[self.rows[i] for i in indices],
+            ids=[self.ids[i] for i in indices],
+            content=lambda: f"{self.content()}:{choice}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource(DataSource):
+    """A source of rows of text."""
+
+    unit: ClassVar[str] = "rows"
+    family: ClassVar[str] = "texts"
+    opener: ClassVar[str] = "open_texts"
+
+    @abstractmethod
+    def load(self, card: Card, base: Path, split: str) -> TextSet:
+        """Return `split` of the copy in the folder `base`."""
+
+
+def check_encoding(encoding: str, where: str) -> None:
+    """Raise UserError for an encoding of text that Python does not know. It also has codecs that decode no text, as rot13."""
+    try:
+        b"text".decode(encoding)
+    except (LookupError, ValueError) as error:
+        raise UserError(f"{where}: encoding '{encoding}' is not known: {error}.") from error
+
+
+def read_text(card: Card, path: Path, encoding: str, unpack: Callable[[bytes], bytes] = bytes) -> str:
+    """Return the text of a file without a byte-order mark; `unpack` is applied to its bytes.
+
+    Raises:
+        UserError: the file is missing or cannot be read.
+    """
+    shown = shown_path(path)
+    try:
+        return unpack(regular_file(path).read_bytes()).decode(encoding).removeprefix("\ufeff")
+    except FileNotFoundError as error:
+        raise UserError(f"{card.shown}: missing file '{shown}'. {fix(card)}") from error
+    except (OSError, EOFError, UnicodeError) as error:
+        raise UserError(f"{card.shown}: '{shown}' cannot be read: {error}. {fix(card)}") from error

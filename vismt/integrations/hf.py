@@ -1,0 +1,239 @@
+"""Adapted models in the Trainer of transformers and TRL, and on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from vismt.base.errors import UserError
+from vismt.integrations.method_driver import MethodDriver
+from vismt.lowrank.files.peft_folder import export_peft
+from vismt.lowrank.files.store import fingerprint, save_adapter
+from vismt.lowrank.layer_spec import factor_rank
+from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.model.record import need_record
+from vismt.methods import METHODS
+from vismt.storage.files import atomic_write, write_tensors
+
+try:
+    from transformers import TrainerCallback, trainer
+except ImportError as error:
+    raise UserError(
+        'vismt.integrations.hf: needs transformers, which is not installed: pip install "vismt[llm]".'
+    ) from error
+
+if TYPE_CHECKING:
+    from vismt.report.results import Result
+
+ADAPTER = "adapter"  # a folder of a checkpoint
+BELONGS = "vismt"  # the key of what a checkpoint belongs to among the callbacks' states in trainer_state.json
+WEIGHTS = "model.safetensors"  # of a checkpoint
+IGNORED = "_keys_to_ignore_on_save"  # of transformers' models; read by save_pretrained, and by Trainer when it resumes
+
+
+class VismtCallback(TrainerCallback):
+    """What an adapted model needs in a Trainer: `Trainer(..., callbacks=[VismtCallback()])`.
+
+    Checkpoints hold the trained tensors alone, in model.safetensors and as the folder adapter/ that `vismt.load_adapter` reads;
+    `trainer.train(resume_from_checkpoint=...)` continues from them on a base that is adapted in the same way. Schedules (LISA's
+    layers, fading routers) and optimisers (PoLAR's landing) are driven.
+
+    Args:
+        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for moe_lora.
+
+    Raises:
+        UserError: a model that is not adapted when the Trainer is made, and a checkpoint of another base, method or settings.
+    """
+
+    def __init__(self, **sections: Any) -> None:
+        self._sections = sections
+        self._driver: MethodDriver | None = None
+        self._belongs: list[dict[str, Any]] = []
+        self._ignored: Any = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Let the Trainer save and load the trained tensors alone."""
+        found = importlib.util.find_spec("datasets")
+        if trainer.is_datasets_available() and found is not None and found.origin is None:
+            raise UserError(
+                "Trainer: a folder called datasets is taken for Hugging Face's package of that name, which is not installed; pip "
+                "install datasets, or start in another folder."
+            )
+        self._driver = MethodDriver(given["model"], **self._sections)
+        self._belongs = self._driver.belonging()  # before a checkpoint is loaded
+        self._ignored = getattr(given["model"], IGNORED, None)
+        self._ignore_frozen()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Start the schedules, and put the methods' optimisers around the Trainer's."""
+        driver, optimizer = self._of_training(), given["optimizer"]
+        states = getattr(state, "stateful_callbacks", {})
+        driver.check_resumed(states.get(BELONGS, self._belongs), self._belongs)
+        states[BELONGS] = self._belongs  # written into every checkpoint
+        self._ignore_frozen()
+        if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
+            driver.warn_of_optimizers("DeepSpeed and FSDP hold the parameters in pieces")
+        elif getattr(optimizer, "scaler", None) is not None:
+            driver.warn_of_optimizers("fp16 scales the gradients; train with bf16")
+        elif hasattr(optimizer, "accelerator_state"):  # accelerate's, around the optimiser of training
+            optimizer.optimizer = driver.wrap(optimizer.optimizer)
+        else:
+            driver.warn_of_optimizers(f"{type(optimizer).__name__} is not an optimiser of accelerate")
+        driver.start(optimizer, state.max_steps, state.global_step)
+        finds = getattr(args, "ddp_find_unused_parameters", None)
+        if args.world_size > 1 and not finds and any(method.freezes for _, method in driver.adapted):
+            warnings.warn("layers are frozen in turn: set ddp_find_unused_parameters=True.", stacklevel=2)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Get the schedules ready for the next step."""
+        self._of_training().on_step(state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Write the adapter into the checkpoint."""
+        if not state.is_world_process_zero:
+            return
+        driver = self._of_training()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not hasattr(given["model"], "save_pretrained"):  # the Trainer has written all weights
+            write_tensors(folder / WEIGHTS, driver.moving(), {"format": "pt"})
+        for number, (part, _) in enumerate(driver.adapted):
+            save_adapter(part, folder / (f"{ADAPTER}-{number}" if number else ADAPTER))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Give the model's `save_pretrained` its usual keys back."""
+        setattr(given["model"], IGNORED, self._ignored)
+
+    def _of_training(self) -> MethodDriver:
+        if self._driver is None:
+            raise UserError(
+                "VismtCallback: give it to the Trainer as callbacks=[VismtCallback()], before the training."
+            )
+        return self._driver
+
+    def _ignore_frozen(self) -> None:
+        driver = self._of_training()
+        names = self._ignored
+        if hasattr(driver.model, "save_pretrained"):
+            names = {*(names or ()), *(driver.model.state_dict().keys() - driver.moving().keys())}
+        setattr(driver.model, IGNORED, names)
+
+
+def write_repository(
+    model: nn.Module, folder: str | Path, *, base: str, results: Iterable[Result] = (), title: str | None = None
+) -> Path:
+    """Write the folder of a model repository: the adapter, a plain LoRA for peft where the method has one, and a model card.
+
+    Args:
+        model: an adapted model.
+        folder: made where it is missing.
+        base: name of the base model on the hub or of timm.
+        results: numbers for the card, such as a `vismt.StudyResults`.
+        title: of the card; by default method and base.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: a model that is not adapted, and trained parameters that are not in the adapter.
+    """
+    record = need_record(model, "write_repository")
+    folder = save_adapter(model, folder, strict=True)
+    in_peft = bool(record.sites) and METHODS[record.method].exports
+    if in_peft:
+        export_peft(model, folder)
+    paths = [site.path for site in record.sites]
+    trainable, total = count_parameters(model)
+    facts = [
+        ("method", record.method),
+        ("base model", base),
+        ("rank", f"{factor_rank(record.sites)}" if record.sites else ""),
+        ("trainable parameters", f"{trainable:,} of {total:,}"),
+        ("weight fingerprint of the base", fingerprint(model, paths) if paths else ""),
+    ]
+    atomic_write(
+        folder / "README.md", _card(title or f"{record.method} on {base}", base, facts, in_peft, list(results))
+    )
+    return folder
+
+
+def push_to_hub(
+    model: nn.Module,
+    repository: str,
+    folder: str | Path,
+    *,
+    base: str,
+    results: Iterable[Result] = (),
+    title: str | None = None,
+    token: str | None = None,
+    private: bool = False,
+) -> str:
+    """Write a model repository to a folder and upload it to the Hugging Face hub.
+
+    Args:
+        model: an adapted model.
+        repository: "user/name"; made where it is missing.
+        folder: as for `write_repository`; base, results and title likewise.
+        token: of the hub; None for the one of `hf auth login`.
+        private: whether a new repository is private.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: what `write_repository` refuses, and a hub that cannot be reached or does not grant access; the folder is
+            written then.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    written = write_repository(model, folder, base=base, results=results, title=title)
+    hub = HfApi(token=token)
+    try:
+        address = hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=written, commit_message="Adapter of vismt")
+    except (OSError, HfHubHTTPError, LocalTokenNotFoundError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"push_to_hub: '{repository}' cannot be written ({reason}); the folder '{written}' is complete, upload it with "
+            f"`hf upload {repository} {written}`."
+        ) from error
+    return str(address)
+
+
+def _card(title: str, base: str, facts: Iterable[tuple[str, str]], in_peft: bool, results: list[Result]) -> str:
+    """Return the model card."""
+    lines = [
+        "---",
+        f"base_model: {base}",
+        f"library_name: {'peft' if in_peft else 'vismt'}",
+        "tags: [vismt, adapter]",
+        "---",
+    ]
+    lines += ["", f"# {title}", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in facts if value]
+    lines += ["", "## Use", "", "```python", "import vismt", "from huggingface_hub import snapshot_download", ""]
+    lines += ["model = ...                     # the base model", 'folder = snapshot_download("<this repository>")']
+    lines += [
+        "vismt.load_adapter(model, folder)",
+        "vismt.merge(model)              # stock classes and keys again",
+        "```",
+    ]
+    if in_peft:
+        lines += ["", "`peft.PeftModel.from_pretrained(model, folder)` reads the same folder."]
+    rows = [row for row in results if row.seed is None]
+    if rows:
+        from vismt.report.tables import interval_text, scale_text
+
+        lines += ["", "## Results", "", "Mean ± half width of the 95 % confidence interval over n.", ""]
+        lines += ["| data | protocol | condition | model | measure | value | n |", "|---|---|---|---|---|---|---|"]
+        lines += [
+            f"| {row.data} | {row.protocol} | {row.condition} | {row.arm} | {scale_text(row.metric, row.scale)} | "
+            f"{interval_text(row.value, row.half, row.scale)} | {row.n:,} {row.unit} |"
+            for row in rows
+        ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,80 @@
+"""Adapted models in Lightning's Trainer: `Trainer(callbacks=[VismtCallback()])`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vismt.base.errors import UserError
+from vismt.integrations.method_driver import MethodDriver
+
+try:
+    from lightning.pytorch import Callback
+except ImportError as error:
+    raise UserError(
+        "vismt.integrations.lightning: needs lightning, which is not installed: pip install lightning."
+    ) from error
+
+
+BELONGS = "vismt"  # the key of what a checkpoint belongs to
+
+
+class VismtCallback(Callback):
+    """What an adapted model needs in Lightning's Trainer.
+
+    Checkpoints hold the trained tensors alone, and `trainer.fit(..., ckpt_path=...)` continues from them on a module that is
+    adapted in the same way. Schedules (LISA's layers, fading routers) and optimisers (PoLAR's landing) are driven.
+
+    Args:
+        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for moe_lora.
+
+    Raises:
+        UserError: a module without an adapted part when fitting starts, and a checkpoint of another base, method or settings.
+    """
+
+    def __init__(self, **sections: Any) -> None:
+        self._sections = sections
+        self._driver: MethodDriver | None = None
+        self._belongs: list[dict[str, Any]] = []
+        self._finished = 0
+
+    def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        """Let checkpoints lack the frozen tensors."""
+        if stage == "fit":
+            self._driver = MethodDriver(pl_module, **self._sections)
+            self._belongs = self._driver.belonging()  # before a checkpoint is loaded
+            module: Any = pl_module
+            module.strict_loading = False
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Start the schedules, and put the methods' optimisers around the module's."""
+        driver = self._of_fit()
+        if str(getattr(trainer, "precision", "")).startswith("16"):
+            driver.warn_of_optimizers("fp16 scales the gradients; train with bf16")
+        else:
+            trainer.strategy.optimizers = [driver.wrap(optimizer) for optimizer in trainer.strategy.optimizers]
+        self._finished = trainer.global_step
+        driver.start(trainer.strategy.optimizers[0], int(trainer.estimated_stepping_batches), self._finished)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Get the schedules ready for the next step after each optimiser step."""
+        if trainer.global_step != self._finished:
+            self._finished = trainer.global_step
+            self._of_fit().on_step(self._finished)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained tensors alone, and what they belong to."""
+        moving = self._of_fit().moving()
+        checkpoint[BELONGS] = self._belongs
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in moving}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that belongs to another base, method or settings."""
+        if self._driver is not None:
+            self._driver.check_resumed(checkpoint.get(BELONGS, self._belongs), self._belongs)
+
+    def _of_fit(self) -> MethodDriver:
+        if self._driver is None:
+            raise UserError("VismtCallback: give it to Lightning's Trainer as callbacks=[VismtCallback()] before fit.")
+        return self._driver

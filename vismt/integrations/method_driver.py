@@ -1,0 +1,149 @@
+"""Adapted models in the training loops of other packages: what their methods need as training goes on.
+
+The callbacks for transformers (hf.py) and Lightning (lightning.py) use it, and so may a loop of one's own:
+
+    driver = MethodDriver(model)
+    optimizer = driver.wrap(torch.optim.AdamW(...))           # Landing around it, where the method has one
+    driver.start(optimizer, steps=1000)
+    for step in range(1, 1001):
+        ...                                                   # forward, backward, optimizer.step()
+        driver.on_step(step)                                  # LISA's layers, the fading of routers
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vismt.base.errors import UserError
+from vismt.base.identity import Identity
+from vismt.engine.checkpoint import moving_state
+from vismt.lowrank.files.description import entry_of
+from vismt.lowrank.files.store import base_samples, same_base
+from vismt.lowrank.layers.wrappers import stock_order
+from vismt.lowrank.model.record import need_record
+from vismt.methods import Schedule, adapted_models, method_optimizer, schedules
+
+
+class MethodDriver:
+    """The schedules and optimisers of the methods of an adapted model.
+
+    Args:
+        model: adapted, or with an adapted part.
+        sections: settings of schedules by the name that they have in a configuration, such as fade=FadeConfig(0.0, 0.5).
+
+    Raises:
+        UserError: a model without an adapted part.
+    """
+
+    def __init__(self, model: nn.Module, **sections: Any) -> None:
+        self.adapted = adapted_models(model)
+        if not self.adapted:
+            raise UserError(f"{type(model).__name__} is not adapted; call vismt.adapt before the training starts.")
+        self.model = model
+        self.sections = SimpleNamespace(**sections)
+        self.schedules: list[Schedule] = []
+        self._wrapped: Optimizer | None = None
+
+    def wrap(self, optimizer: Optimizer) -> Optimizer:
+        """Return the optimiser inside those that the methods need; an optimiser that was wrapped before as it is."""
+        if optimizer is not self._wrapped:
+            self._wrapped = method_optimizer(optimizer, self.model)
+        return self._wrapped
+
+    def start(self, optimizer: Optimizer, steps: int, finished: int = 0) -> None:
+        """Get ready for the first step; warn of schedules without settings.
+
+        optimizer: that training steps. steps: optimiser steps of the whole training. finished: steps before a resume.
+        """
+        self.schedules = schedules(self.model, optimizer, steps, self.sections)
+        for _, method in self.adapted:
+            if method.section is not None and getattr(self.sections, method.section, None) is None:
+                warnings.warn(
+                    f"'{method.name}' has a schedule that nothing drives; give its settings as {method.section}=...",
+                    stacklevel=2,
+                )
+        self.on_step(finished)
+
+    def on_step(self, finished: int) -> None:
+        """Get ready for the next step after `finished` optimiser steps."""
+        for schedule in self.schedules:
+            schedule.on_step(finished)
+
+    def warn_of_optimizers(self, reason: str) -> None:
+        """Warn where a method needs an optimiser around the one of training, which cannot be put there."""
+        for _, method in self.adapted:
+            if method.optimizer is not None:
+                warnings.warn(f"'{method.name}' needs its own optimiser, which is not driven: {reason}.", stacklevel=3)
+
+    def moving(self) -> dict[str, Tensor]:
+        """Return what training may change of the model's state dict."""
+        trained = [
+            part.get_parameter(name) for part, _ in self.adapted for name in need_record(part, "training").also_train
+        ]
+        return moving_state(self.model, trained)
+
+    def belonging(self) -> list[dict[str, Any]]:
+        """Return for each adapted part what the tensors of a checkpoint belong to: base, method and settings, as JSON has them.
+
+        Adapted weights of the base are sampled, as in the files of adapters: a start such as PiSSA's changes them, and is rounded
+        otherwise on another machine. All other frozen weights count with every bit.
+        """
+        parts = []
+        for part, _ in self.adapted:
+            record = need_record(part, "training")
+            with stock_order(part):
+                samples = base_samples(part, [site.path for site in record.sites])
+            adapted = tuple(f"{site.path}." for site in record.sites)
+            frozen = {
+                name: value
+                for name, value in part.named_parameters()
+                if not (value.requires_grad or name in record.also_train or name.startswith(adapted))
+            }
+            about = {
+                "method": record.method,
+                "options": record.options,
+                "layers": [entry_of(site) for site in record.sites],
+                "also_train": sorted(record.also_train),
+                "parts": record.wrappers,
+                "base": str(Identity(*(item for pair in sorted(frozen.items()) for item in pair))),
+                "base_samples": samples,
+            }
+            parts.append(json.loads(json.dumps(about)))
+        return parts
+
+    @staticmethod
+    def check_resumed(saved: Sequence[dict[str, Any]], present: Sequence[dict[str, Any]]) -> None:
+        """Raise UserError where a checkpoint belongs to another base, method or settings; both as `belonging` returns them."""
+        if len(saved) != len(present):
+            raise UserError(f"resume: the checkpoint is of {len(saved)} adapted parts, this model has {len(present)}.")
+        for old, new in zip(saved, present):
+            for key in ("method", "layers", "options", "also_train", "parts"):
+                if old.get(key) != new[key]:
+                    raise UserError(
+                        f"resume: the checkpoint is of an adapter with another {_difference(key, old.get(key), new[key])}; "
+                        "adapt the model as for that training, or start without a checkpoint."
+                    )
+            if old["base"] != new["base"] or not same_base(new["base_samples"], old["base_samples"]):
+                raise UserError(
+                    "resume: the checkpoint is of another base model (frozen weights differ); load the base of that training, "
+                    "or start without a checkpoint."
+                )
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    """Return the first difference of two values of JSON as text, down to the setting where it can be named."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        name = next(name for name in (*old, *new) if old.get(name) != new.get(name))
+        return _difference(f"{key} {name}", old.get(name), new.get(name))
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        first, second = next(pair for pair in zip(old, new) if pair[0] != pair[1])
+        return _difference(key, first, second)
+    shown = [text if len(text) <= 60 else f"{text[:57]}..." for text in (str(old), str(new))]
+    return f"{key} ({shown[0]}, this model has {shown[1]})"

@@ -1,0 +1,273 @@
+"""A run folder: the stages of its job, run.json with the facts of the run, merged weights and exports.
+
+The folder is named by the configuration and its hash, so the same command on the same configuration continues where it
+stopped: training at its checkpoint, evaluation at the first example that is not on record.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from vismt.base import console, ranks
+from vismt.base.errors import UserError, near
+from vismt.config.sections import RunConfig, config_hash
+from vismt.engine import runtime
+from vismt.lowrank.files.peft_folder import export_peft
+from vismt.storage.files import atomic_write, locked, read_json, read_sealed, remove_partial, sealed, write_tensors
+
+RESOLVED = "config.resolved.yaml"
+FACTS = "run.json"
+EXPORTED = "vismt.json"  # in the folder of an export: run, configuration, arm and seed
+FORMATS = ("timm", "transformers", "peft")
+
+
+class Stages(Protocol):
+    """The methods of a job that a run folder calls. arm: "arm" or "arm:seed", None for the only one."""
+
+    default_attack: str
+
+    @property
+    def trains(self) -> bool:
+        """Whether the configuration trains anything."""
+
+    def check(self) -> None:
+        """Raise UserError for what the configuration names, before a folder is made."""
+
+    def train(self) -> dict[str, Any]:
+        """Train what is not trained yet; return the entry "adapt" of run.json."""
+
+    def evaluate(self, attacks: Sequence[Any] | None = None) -> None:
+        """Write results.jsonl."""
+
+    def report(self, formats: Sequence[str] = ...) -> list[Path]:
+        """Write the report in some formats and return its files."""
+
+    def adapted(self, arm: str | None = None) -> nn.Module:
+        """Return the stock model with the adapter of one arm."""
+
+    def merged(self, arm: str | None = None) -> nn.Module:
+        """Return the stock model with merged weights."""
+
+    def about(self) -> dict[str, Any]:
+        """Return the further entries of config.json beside merged weights."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return the entries of run.json that depend on the job, such as seeds."""
+
+    def name_of(self, arm: str | None = None) -> str:
+        """Return the arm and seed that a name stands for, as they stand in the name of a folder."""
+
+    def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
+        """Return the files to write beside merged or exported weights, by name."""
+
+    def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
+        """Return one arm as a classifier: the net, the names of its outputs, and the size of its images in pixels."""
+
+    def cards_of_tasks(self) -> dict[str, set[str]]:
+        """Return by task the cards of such a classifier, as rows of results name them."""
+
+
+class Run:
+    """One run folder with its configuration and job."""
+
+    def __init__(self, folder: Path, config: RunConfig, job: Stages) -> None:
+        self.folder = folder
+        self.config = config
+        self.job = job
+        self.hash = config_hash(config)
+        self.started = time.monotonic()
+
+    @contextmanager
+    def owned(self) -> Iterator[Run]:
+        """Hold the folder's lock, on the first process of a launch, and remove what a killed run has not finished.
+
+        Raises UserError where another run has the lock.
+        """
+        runtime.processes().wait_for_everyone()  # what the others write at the start is not finished, nor to be removed
+        with ExitStack() as held, ranks.shared():
+            ranks.from_first(lambda: self._claim(held))
+            yield self
+
+    def _claim(self, held: ExitStack) -> None:
+        held.enter_context(locked(self.folder))
+        remove_partial(self.folder)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The content of run.json, empty before the first stage."""
+        path = self.folder / FACTS
+        facts = read_sealed(path, f"run '{self.folder}'") if path.exists() else {}
+        if not isinstance(facts.get("wall_time_s", 0.0), int | float):
+            raise UserError(
+                f"run '{self.folder}': {FACTS} does not have the content that a run writes; the file was changed by hand."
+            )
+        if facts.get("config_hash", self.hash) != self.hash:
+            raise UserError(f"run '{self.folder}': {RESOLVED} was changed after the run; start a new run instead.")
+        return facts
+
+    def train(self) -> None:
+        """Train unless this folder has the finished trainings. All processes of a launch call it."""
+        self._note(started=self.facts.get("started") or _now())
+        if not self.job.trains:
+            console.stage("train", "nothing to train: the configuration has no train or no adapt section")
+        elif "adapt" in self.facts:
+            console.stage("train", f"done before: {self.folder}")
+        else:
+            with ranks.shared():
+                self._note(adapt=self.job.train())
+
+    def on_main(self, stage: Callable[[], None]) -> None:
+        """Run a stage on the first process only; the others wait for it."""
+        with ranks.shared():
+            ranks.from_first(stage)
+
+    def evaluate(self, attacks: Sequence[Any] | None = None) -> None:
+        """Evaluate and write results.jsonl; rows of other conditions (an earlier attack) stay.
+
+        All processes of a launch call it and share the evaluation.
+        """
+        with ranks.shared():
+            if not self.facts:  # also refuses a folder whose configuration was changed after the run
+                self._note(started=_now())
+            self.job.evaluate(attacks)
+            self._note(finished=_now())
+
+    def report(self, formats: Sequence[str] | None = None) -> None:
+        """Write the report, by default as report.md and report.html, and print the page's place, or that of every file."""
+        paths = self.job.report()[-1:] if formats is None else self.job.report(formats)
+        for path in paths:
+            console.stage("report", str(path))
+
+    def _need_adapter(self) -> None:
+        if not any((self.folder / place).is_dir() for place in ("pool", "arms")):
+            raise UserError(
+                f"run '{self.folder}': it holds no trained adapter; `vismt train` or `vismt run` makes one."
+            )
+
+    def merge(self, arm: str | None = None) -> Path:
+        """Write the stock state dict with merged weights to merged-ARM-seed-SEED/model.safetensors; return the folder."""
+        self._need_adapter()
+        model = self.job.merged(arm)
+        return self._write(model, self._target("merged", None, arm), arm)
+
+    def export(self, form: str, target: Path | None, arm: str | None = None, *, uniform: bool = False) -> Path:
+        """Write one arm as timm (model.safetensors, config.json), transformers (save_pretrained) or peft (adapter folder).
+
+        target: by default export-FORMAT-ARM-seed-SEED in the run folder. Raises UserError for another format, one that does not
+        fit the model, a run without an adapter, and a folder with the export of another model. uniform: see export_peft.
+        """
+        if form not in FORMATS:
+            raise UserError(f"export: format '{form}'.{near(form, FORMATS)}")
+        if uniform and form != "peft":
+            raise UserError(f"export: --uniform is of --format peft; leave it out with {form}.")
+        self._need_adapter()
+        if form == "peft":
+            adapted = self.job.adapted(arm)
+            target = self._target("export-peft", target, arm)
+            export_peft(adapted, target, uniform=uniform)
+            return self._write_beside(target, arm)
+        model = self.job.merged(arm)
+        is_transformers = hasattr(model, "save_pretrained")
+        if is_transformers != (form == "transformers"):
+            fitting = "transformers" if is_transformers else "timm"
+            raise UserError(f"export: {type(model).__name__} is not a {form} model; use --format {fitting} or peft.")
+        return self._write(model, self._target(f"export-{form}", target, arm), arm)
+
+    def _target(self, kind: str, target: Path | None, arm: str | None) -> Path:
+        """Return the folder of an export. Raises UserError where it holds another one."""
+        folder = target or self.folder / f"{kind}-{self.job.name_of(arm)}"
+        note = folder / EXPORTED
+        held = read_json(note, f"export '{folder}'") if note.exists() else None
+        if held != self._exported(arm) and any(folder.glob("*.safetensors")):
+            what = f"of {held.get('model')} of the run {held.get('run')}" if held else "that is not an export of vismt"
+            raise UserError(f"export: '{folder}' holds a model {what}; name another folder with --to, or remove it.")
+        return folder
+
+    def _exported(self, arm: str | None) -> dict[str, str]:
+        """Return the note beside an export: what it is of."""
+        return {"run": self.folder.name, "config_hash": self.hash, "model": self.job.name_of(arm)}
+
+    def predict(
+        self, images: list[Path], target: Path | None = None, arm: str | None = None, **options: bool
+    ) -> list[Path]:
+        """Draw predictions on images, by default under RUN/predictions; return the files. options: of the job."""
+        predict = getattr(self.job, "predict", None)
+        if predict is None:
+            raise UserError(
+                f"predict: run '{self.folder}' has the job '{self.config.task}', which draws no predictions on images."
+            )
+        return predict(images, target or self.folder / "predictions", arm, **options)
+
+    def _write(self, model: Any, target: Path, arm: str | None) -> Path:
+        """Write a merged timm or transformers model and the job's files beside it."""
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(target)
+            return self._write_beside(target, arm)
+        write_tensors(target / "model.safetensors", model.state_dict(), {"format": "pt"})
+        atomic_write(target / "config.json", json.dumps(self._model_config(model), indent=1))
+        return self._write_beside(target, arm)
+
+    def _model_config(self, model: Any) -> dict[str, Any]:
+        """Return the config.json of a merged timm model."""
+        about: dict[str, Any] = {
+            "architecture": self.config.model.name,
+            "img_size": getattr(self.config.model, "img_size", None),
+            "merged_from": self.folder.name,
+            "num_classes": model.num_classes,
+            **self.job.about(),
+        }
+        pretrained = getattr(model, "pretrained_cfg", None)
+        if pretrained:  # what timm needs to build the model from the folder alone ("local-dir:...")
+            size = list(model.patch_embed.img_size)
+            about["architecture"] = pretrained.get("architecture", about["architecture"])
+            about["model_args"] = {"img_size": size, "global_pool": model.global_pool}
+            kept = [name for name in ("mean", "std", "interpolation") if name in pretrained]
+            about["pretrained_cfg"] = {**{name: pretrained[name] for name in kept}, "input_size": [3, *size]}
+        return about
+
+    def _write_beside(self, target: Path, arm: str | None) -> Path:
+        """Write the job's files and the note of what it is of beside an export."""
+        atomic_write(target / EXPORTED, json.dumps(self._exported(arm), indent=1))
+        for name, content in self.job.files_beside(arm).items():
+            atomic_write(target / name, content)
+        return target
+
+    def _note(self, **changes: Any) -> None:
+        """Update run.json; the wall time adds up over the sessions of a run."""
+        now = time.monotonic()
+        before = self.facts
+        facts = {
+            "title": self.config.title or self.folder.name,
+            "command": before.get("command") or _command(),
+            "git_revision": runtime.git_revision(),
+            "config_hash": self.hash,
+            "seed": self.config.seed,
+            **self.job.facts(),
+            "hardware": runtime.hardware(),
+            "versions": runtime.versions(),
+            "wall_time_s": before.get("wall_time_s", 0.0) + now - self.started,
+        }
+        self.started = now
+        if runtime.processes().is_main_process:
+            atomic_write(self.folder / FACTS, sealed({**before, **facts, **changes}, indent=1))
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _command() -> str:
+    """Return the command of this process as a shell takes it."""
+    program = Path(sys.argv[0]).name
+    start = ["python", "-m", "vismt"] if program == "__main__.py" else [program]
+    return shlex.join([*start, *sys.argv[1:]])

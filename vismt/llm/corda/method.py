@@ -1,0 +1,176 @@
+"""CorDA: PiSSA in the coordinates of the layer's inputs; the first or last components of W C' are trained (arXiv 2406.05223).
+
+    W C' = U S V^T      s B0 A0 = U_J U_J^T W      y = W x + s (B A - B0 A0) x       C' = C + d mean(diag C) I
+    ipm   J the first r: adapt the components that matter for the task of the covariance C (instruction-previewed)
+    kpm   J the last r: leave those components unchanged (knowledge-preserved)
+
+Yang et al., NeurIPS 2024. The product is that of the paper and of the released code (vismt.llm.corda.start shows why no
+inverse is needed). As with 'pissa', W stays whole and the start is subtracted, biases stay frozen (the released code
+trains them), a file carries A0 and B0, and dropout is refused. Paper and released code differ in the default mode (the
+release: kpm, here: ipm).
+
+The published factors are not balanced: with kpm |A| / |B| reaches hundreds and depends on the scale of C, and an optimiser
+step changes B A that much more. `balanced` takes the same product with |A| = |B|, and is the default for kpm; raw factors
+are the default for ipm and one switch away for kpm. Left out: the full-decomposition mode, an analysis without an adapter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError, near
+from vismt.base.identity import Identity
+from vismt.llm.corda.covariance import collect_covariance
+from vismt.llm.corda.files import load_covariances
+from vismt.llm.corda.start import context
+from vismt.llm.pissa.method import SOLVERS, refuse_dropout
+from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.model.inject import inject
+from vismt.lowrank.model.targets import Targets, find_targets, matrix_shape
+from vismt.methods import Calibration, Method, register_method
+
+MODES = ("ipm", "kpm")
+
+
+def corda(
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    mode: str = "ipm",
+    covariances: Mapping[str, Tensor] | str | Path | None = None,
+    balanced: bool | None = None,
+    method: str | None = None,
+    **options: Any,
+) -> AdaptReport:
+    """Add factors from the SVD of each weight times the covariance of its inputs, as `collect_covariance` returns it.
+
+    mode: ipm or kpm. covariances: (i, i) by module path, of the targets and possibly other modules; or a folder of them.
+    balanced: None means for kpm only. method: exact or randomized (ipm only); None means exact for kpm, randomized for ipm.
+    Further options: those of `inject`. Raises UserError for a covariance that is missing, misshapen or not finite.
+    """
+    refuse_dropout("corda", options)
+    if mode not in MODES:
+        raise UserError(f"adapt.mode: no mode '{mode}' for 'corda'.{near(str(mode), MODES)}")
+    solver = method or ("exact" if mode == "kpm" else "randomized")
+    if solver not in SOLVERS:
+        raise UserError(f"adapt.method: no solver '{solver}' for 'corda'.{near(str(solver), SOLVERS)}")
+    if mode == "kpm" and solver == "randomized":
+        raise UserError("adapt.method: 'randomized' finds the largest components, kpm needs the smallest; use 'exact'.")
+    exclude = options.get("exclude", ())
+    modules, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude, packed=True)
+    by_path: Mapping[str, Any]
+    if all(module.weight.is_meta for module in modules.values()):
+        by_path = dict.fromkeys(modules)  # nothing is computed on the meta device
+    else:
+        loaded = load_covariances(covariances) if isinstance(covariances, str | Path) else covariances
+        by_path = _checked(modules, loaded)
+    even = mode == "kpm" if balanced is None else balanced
+    dead: list[str] = []
+    start = partial(_start, smallest=mode == "kpm", balanced=even, method=solver, dead=dead)
+    starts = {path: partial(start, path, by_path[path]) for path in modules}
+    with threadpool_limits(1, user_api="blas"):  # scipy's; as with torch, one thread for each module is fastest
+        report = inject(
+            model, "corda", starts, offset=True, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
+        )
+    if dead:
+        warnings.warn(
+            f"corda: the {mode} components of '{min(dead)}' ({len(set(dead))} of {len(modules)} modules) vanish, so A and B "
+            "start at zero and get no gradient; exclude it, or take the other mode.",
+            stacklevel=3,
+        )
+    return report
+
+
+def _start(
+    path: str,
+    covariance: Tensor,
+    weight: Tensor,
+    rank: int,
+    scale: float,
+    generator: torch.Generator,
+    *,
+    dead: list[str],
+    **how: Any,
+) -> tuple[Tensor, Tensor]:
+    try:
+        A, B = context(weight, covariance, rank, scale, generator=generator, **how)
+    except UserError as error:
+        raise UserError(f"adapt.covariances['{path}']: {error}") from error
+    if float(A.norm() * B.norm()) * scale <= torch.finfo(A.dtype).eps * float(weight.float().norm()):
+        dead.append(path)
+    return A, B
+
+
+def _checked(modules: Mapping[str, nn.Module], covariances: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    """Return the covariances; UserError unless each exists, has its layer's width, and is finite and symmetric."""
+    if not isinstance(covariances, Mapping):
+        raise UserError(
+            f"adapt.covariances: {type(covariances).__name__} for 'corda'; give what vismt.llm.collect_covariance returns, "
+            "or the folder it wrote."
+        )
+    checked: set[int] = set()  # a tensor that layers share is read once
+    for path, module in modules.items():
+        value, width = covariances.get(path), matrix_shape(module)[1]
+        if value is None:
+            raise UserError(
+                f"adapt.covariances: none for '{path}'.{near(path, covariances)} Collect it, or exclude the module."
+            )
+        if not isinstance(value, Tensor) or tuple(value.shape) != (width, width):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(
+                f"adapt.covariances['{path}']: {shape}, needed ({width}, {width}), the module's input width twice."
+            )
+        if id(value) in checked:
+            continue
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise UserError(
+                f"adapt.covariances['{path}']: it is {value.dtype}, or has values that are infinite or NaN; collect it again."
+            )
+        if float((value - value.T).abs().max()) > 1e-3 * float(value.abs().max()):
+            raise UserError(
+                f"adapt.covariances['{path}']: it is not symmetric, so it is not a sum of x x^T; collect it again."
+            )
+        checked.add(id(value))
+    return covariances
+
+
+def calibrate(
+    model: nn.Module, calibration: Calibration, *, targets: Any, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the covariances of the inputs of the layers to adapt; computed once for equal layers and data."""
+    excluded, budget, batches = options.get("exclude", ()), calibration.memory_budget, calibration.batches()
+    key = str(Identity(targets, excluded, budget, list(batches)))[:16]
+    if key not in calibration.results:
+        calibration.results[key] = collect_covariance(
+            model,
+            batches,
+            targets,
+            exclude=excluded,
+            folder=calibration.folder / key,
+            memory_budget=budget,
+            save_every=min(64, max(1, len(batches) // 4)),
+        )
+    return {"covariances": calibration.results[key]}
+
+
+def needs(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the need for data where no covariances are given."""
+    if options.get("covariances") is not None:
+        return {}
+    reason = "'corda' needs covariances; name texts here, or a folder of them in adapt.options.covariances"
+    return {"calibration": reason}
+
+
+register_method(Method("corda", corda, layers=(LowRankLayer,), calibrate=calibrate, needs=needs))

@@ -1,0 +1,160 @@
+"""What a frozen recommender gives to a language model (LLaRA, arXiv 2312.02445; iLoRA, arXiv 2408.10159).
+
+    vector of item i = W2 gelu(W1 e_i), or W e_i      replaces the embedding of the token after the title of the item
+    gates of a row   = gate network(user)             user = the recommender's representation of the history of the row
+
+The recommender stays in evaluation mode when the surrounding net trains; in the released code it is a submodule that trains
+with dropout. With "text" gates, user = the mean over the history of vectors of the titles. Two controls measure whether gates
+depend on the user: "random" draws the gates of each row from the simplex, and "shuffled-user" passes another user, of the
+training rows, to the gate network. Both are functions of the name of the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError, near
+from vismt.llm.ilora.method import gate_part
+from vismt.llm.ilora.sasrec import SASRec
+from vismt.llm.net import Batch, LmNet
+from vismt.llm.tasks.base import answer_tokens
+from vismt.lowrank.layers.gates import instance_gates
+
+GATES = ("user", "text", "random", "shuffled-user")
+PROJECTORS = ("mlp", "linear")
+
+
+class Hybrid(nn.Module):
+    """Item vectors and gates from a frozen recommender.
+
+    Args:
+        recommender: is frozen in place.
+        width: hidden width of the LM; None for an LM that reads titles alone.
+        gates: "user", "text", "random" or "shuffled-user", see the module's docstring.
+        others: representations (n, d) of other users, for "shuffled-user".
+        texts: vectors (items, d) of the titles, for "text".
+        projector: "mlp" (LLaRA's) or "linear".
+        seed: of the projector.
+
+    Raises:
+        UserError: an unknown value of `gates`, "shuffled-user" without other users, or "text" without vectors of titles.
+    """
+
+    def __init__(
+        self,
+        recommender: SASRec,
+        width: int | None,
+        gates: str = "user",
+        others: Tensor | None = None,
+        texts: Tensor | None = None,
+        projector: str = "mlp",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_gates(gates)
+        self.recommender = recommender.requires_grad_(False).eval()
+        self.condition = gates
+        inner = recommender.width
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.projector = _projector(projector, inner, width)
+        self.register_buffer("others", others if others is not None else torch.empty(0, inner))
+        if gates == "shuffled-user" and not len(self.others):
+            raise UserError("gates: 'shuffled-user' needs the representations of other users.")
+        if gates == "text" and texts is None:
+            raise UserError("gates: 'text' needs vectors of the titles.")
+        self.texts: Tensor | None
+        self.register_buffer("texts", texts, persistent=False)  # a function of the frozen LM and the catalogue
+
+    @property
+    def user_width(self) -> int:
+        """Width of what the gate network reads."""
+        return self.recommender.width if self.texts is None else self.texts.shape[1]
+
+    def train(self, mode: bool = True) -> Hybrid:
+        """Set the mode of the projector; the recommender stays in evaluation mode."""
+        super().train(mode)
+        self.recommender.eval()
+        return self
+
+    def vectors(self, items: Tensor) -> Tensor:
+        """Return the vectors (m, width) of items (m,) int64."""
+        return self.projector(self.recommender.item(items))
+
+    def gates(self, lm: nn.Module, batch: Batch) -> Tensor | None:
+        """Return the gates (b, e) for the rank groups of the LM, or None for an LM without gates.
+
+        batch: has "history" (b, n) and "key" (b,), both int64.
+        """
+        part = gate_part(lm)
+        if part is None:
+            return None
+        if self.condition == "random":
+            return random_gates(batch["key"], part.n_experts)
+        if self.condition == "shuffled-user":
+            return part(self.others[batch["key"] % len(self.others)])
+        if self.texts is not None:
+            present = (batch["history"] >= 0).float()
+            weights = present / present.sum(1, keepdim=True)
+            return part(torch.einsum("bn,bnd->bd", weights, self.texts[batch["history"].clamp_min(0)]))
+        return part(self.recommender(batch["history"]))
+
+
+@contextmanager
+def conditioned(net: LmNet, batch: Batch) -> Iterator[Batch]:
+    """Yield a batch with the vectors of its items, within the gates of its users; as it is for a net without a recommender."""
+    if not isinstance(net.head, Hybrid):
+        yield batch
+        return
+    items = batch.get("items")
+    with_vectors = batch if items is None else {**batch, "vectors": net.head.vectors(items[items >= 0])}
+    gates = net.head.gates(net.lm, batch)
+    if gates is None:
+        yield with_vectors
+        return
+    with instance_gates(gates):
+        yield with_vectors
+
+
+def _projector(kind: str, inner: int, width: int | None) -> nn.Module:
+    """Return the projector from the recommender's width to that of the LM."""
+    if width is None:
+        return nn.Identity()
+    if kind == "linear":
+        return nn.Linear(inner, width)
+    return nn.Sequential(nn.Linear(inner, width), nn.GELU(), nn.Linear(width, width))
+
+
+@torch.no_grad()
+def title_vectors(lm: nn.Module, tokenizer: Any, titles: Sequence[str]) -> Tensor:
+    """Return a vector (items, d) fp32 of each title: the mean of the LM's input embeddings over its tokens.
+
+    Each coordinate has mean 0 and variance 1 over the items.
+    """
+    embeddings = lm.get_input_embeddings().weight
+    vectors = [
+        embeddings[torch.tensor(answer_tokens(tokenizer, f" {title}"), device=embeddings.device)].float().mean(0)
+        for title in titles
+    ]
+    stacked = torch.stack(vectors)
+    return (stacked - stacked.mean(0)) / stacked.std(0).clamp_min(1e-6)
+
+
+def random_gates(keys: Tensor, experts: int) -> Tensor:
+    """Draw gates (b, experts) from the uniform distribution over the simplex, a function of the key int64 (b,) of each row."""
+    uniform = [
+        torch.rand(experts, generator=torch.Generator().manual_seed(key)).clamp_min(1e-12) for key in keys.tolist()
+    ]
+    spacing = -torch.stack(uniform).log()
+    return (spacing / spacing.sum(1, keepdim=True)).to(keys.device)
+
+
+def check_gates(gates: str) -> None:
+    """Raise UserError for an unknown source of gates."""
+    if gates not in GATES:
+        raise UserError(f"gates: '{gates}'.{near(gates, GATES)}")

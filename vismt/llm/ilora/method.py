@@ -1,0 +1,220 @@
+"""iLoRA: LoRA with its rank split into E groups, each an expert, weighed by a gate of the user (arXiv 2408.10159).
+
+    y_b = W x_b + s sum_e g_be B_e A_e x_b        A_e (r/E, i), B_e (o, r/E),  s = alpha / (r/E),  g_b = softmax(W_g u_b)
+
+One gate g (b, E) of the user's representation u (b, width) serves all layers, tokens and generation steps. The product is
+((x A^T) * spread(g)) B^T: plain LoRA and one multiplication of the hidden width, where the released code builds an output
+for each expert. A uniform gate is plain LoRA with alpha / r; "balance" in the paper means that rank, not a balancing loss.
+
+Paper and released code differ: the paper's gate is linear (the default here), every shipped script uses a 1-D ResNet-20
+("cnn"). Its batch norms mix the samples of a batch while training; their running statistics are saved here; the released
+code drops them and reloads other gates. There, merging ignores the gate and every error returns zeros; here merging and
+export take one user's gates or are refused, and gates that do not match the batch are an error.
+Left out: gates per layer and top-k, noisy or MLP gates, which the released code builds and never uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError, near
+from vismt.lowrank.init import kaiming
+from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.layers.gates import instance_gates
+from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.wrappers import AddedModule, register_wrapper
+from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.model.inject import attach, inject
+from vismt.lowrank.model.record import refuse_adapted
+from vismt.lowrank.model.starts import site_generator
+from vismt.lowrank.model.targets import Targets
+from vismt.lowrank.per_sample import recompute_gates, unwatch_expansion, watch_expansion
+from vismt.methods import Method, register_method
+
+__all__ = ["InstanceGate", "gate_of", "gate_part", "ilora", "instance_gates", "recompute_gates"]
+
+PATH = "instance_gate"
+KINDS = ("linear", "cnn")
+LARGEST = 2**20  # experts, and width of a user's representation
+
+
+def ilora(
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    n_experts: int = 4,
+    gate: str | None = "linear",
+    user_width: int = 64,
+    **options: Any,
+) -> AdaptReport:
+    """Add gated factors with kaiming A and zero B: under any gates the function is unchanged until the first step.
+
+    n_experts: E, a divisor of the rank. gate: "linear" or "cnn", the network `gate_of(model)` from user representations
+    (b, user_width) to gates; None where the gates come from elsewhere. Further options: those of `inject`.
+    The adapted model runs under `with instance_gates(gates):` only.
+    """
+    refuse_adapted(model)
+    settings = {"kind": gate, "n_experts": n_experts, "user_width": user_width}
+    InstanceGate.check(PATH, getattr(model, PATH, None), settings)
+
+    def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return kaiming(weight, rank, generator)
+
+    report = inject(
+        model,
+        "ilora",
+        start,
+        offset=False,
+        settings={"experts": n_experts},
+        targets=targets,
+        rank=rank,
+        alpha=alpha,
+        seed=seed,
+        **options,
+    )
+    gate_seed = int(torch.randint(2**62, (), generator=site_generator(seed, PATH)))
+    instance_gate = InstanceGate(gate, n_experts, user_width, gate_seed)
+    attach(model, PATH, instance_gate)
+    trainable, total = count_parameters(model)
+    size = sum(parameter.numel() for parameter in instance_gate.parameters())
+    extras = [f"{gate} gate, {user_width} to {n_experts} experts   {size:,}"] if gate else []
+    return replace(report, trainable=trainable, total=total, extras=extras)
+
+
+def gate_of(model: nn.Module) -> InstanceGate:
+    """Return the gate network of an adapted model; UserError where it has none."""
+    gate = gate_part(model)
+    if gate is None or gate.network is None:
+        raise UserError("gate_of: this model has no gate network; adapt it with 'ilora' and gate='linear' or 'cnn'.")
+    return gate
+
+
+def gate_part(model: nn.Module) -> InstanceGate | None:
+    """Return the InstanceGate of an adapted model, with or without a network; None for a model of another method."""
+    gate = getattr(model, PATH, None)
+    return gate if isinstance(gate, InstanceGate) else None
+
+
+@register_wrapper("instance_gate")
+class InstanceGate(AddedModule):
+    """User representations (b, width) -> gates (b, E), not negative, each row of sum one.
+
+    Runs in the dtype of its weights, fp32 (fp64 in an fp64 model) until the model is cast. kind None: no network.
+    """
+
+    def __init__(self, kind: str | None, n_experts: int, user_width: int, seed: int = 0) -> None:
+        super().__init__()
+        self.kind, self.n_experts, self.user_width = kind, n_experts, user_width
+        with torch.random.fork_rng(devices=[]):  # torch's initial values, from the given seed
+            torch.default_generator.manual_seed(seed)
+            self.network = network(kind, n_experts, user_width)
+
+    @classmethod
+    def check(cls, path: str, base: nn.Module | None, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        kind, n_experts, user_width = (settings.get(name) for name in ("kind", "n_experts", "user_width"))
+        if path != PATH:
+            raise UserError(f"ilora: the gate network of a model lies at '{PATH}', not at '{path}'.")
+        if base is not None and not isinstance(base, InstanceGate):
+            raise UserError(f"ilora: the model already has a '{path}', a {type(base).__name__}; rename it.")
+        if kind is not None and kind not in KINDS:
+            raise UserError(f"adapt.gate: {kind!r}.{near(str(kind), KINDS)}")
+        for name, value in (("n_experts", n_experts), ("user_width", user_width)):
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+                raise UserError(f"adapt.{name}: {value!r}; it must be a whole number from 1 to {LARGEST:,}.")
+        with torch.device("meta"):
+            planned = network(kind, n_experts, user_width)
+        state = {} if planned is None else planned.state_dict()
+        return {f"network.{name}": tuple(value.shape) for name, value in state.items()}
+
+    @classmethod
+    def check_tensors(cls, what: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        counts = {name: value for name, value in tensors.items() if name.endswith(".num_batches_tracked")}
+        for name, value in counts.items():
+            if value.dtype != torch.int64:
+                raise UserError(f"{what}.{name}: {value.dtype}; it must be int64.")
+        super().check_tensors(what, settings, {name: value for name, value in tensors.items() if name not in counts})
+
+    @classmethod
+    def around(cls, base: nn.Module | None, settings: Mapping[str, Any]) -> InstanceGate:
+        return cls(settings["kind"], settings["n_experts"], settings["user_width"])
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": self.kind, "n_experts": self.n_experts, "user_width": self.user_width}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the parameters and the running statistics of batch norms, which the gates depend on."""
+        if self.network is None:
+            return {}
+        return {f"network.{name}": value for name, value in self.network.state_dict().items()}
+
+    def attach(self, model: nn.Module, path: str) -> None:
+        first = next(model.parameters())
+        self.to(first.device, torch.promote_types(first.dtype, torch.float32)).train(model.training)
+        super().attach(model, path)
+        watch_expansion(model)
+
+    def detach(self, model: nn.Module, path: str) -> None:
+        super().detach(model, path)
+        unwatch_expansion(model)
+
+    def forward(self, users: Tensor) -> Tensor:
+        if self.network is None or users.ndim != 2 or users.shape[1] != self.user_width:
+            fix = "" if self.network is None else f", needed (samples, {self.user_width})"
+            lack = "this model was adapted without a gate network; " if self.network is None else ""
+            raise UserError(f"instance gate: {lack}user representations are {tuple(users.shape)}{fix}.")
+        return self.network(users.to(next(self.network.parameters()).dtype)).softmax(-1)
+
+
+def network(kind: str | None, n_experts: int, user_width: int) -> nn.Module | None:
+    """Return the network (b, user_width) -> logits of the gates (b, E); None without a kind."""
+    if kind is None:
+        return None
+    return nn.Linear(user_width, n_experts) if kind == "linear" else ConvGate(n_experts)
+
+
+class ConvGate(nn.Module):
+    """The shipped gate: ResNet-20 along the user's vector as one channel; 16, 32, 64 channels, mean over the length."""
+
+    def __init__(self, n_experts: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(1, 16, 3, padding=1, bias=False), nn.BatchNorm1d(16)
+        sizes = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
+        self.blocks = nn.Sequential(*(Residual(*size) for size in sizes))
+        self.head = nn.Linear(64, n_experts)
+
+    def forward(self, users: Tensor) -> Tensor:
+        """Return the logits (b, E) of users (b, width)."""
+        return self.head(self.blocks(F.relu(self.norm(self.conv(users[:, None])))).mean(-1))
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a shortcut without weights: every stride-th position, zeros for the new channels."""
+
+    def __init__(self, inner: int, outer: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.pad = stride, (outer - inner) // 2
+        self.conv1 = nn.Conv1d(inner, outer, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm1d(outer)
+        self.conv2 = nn.Conv1d(outer, outer, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm1d(outer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(out + F.pad(x[:, :, :: self.stride], (0, 0, self.pad, self.pad)))
+
+
+def needs(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the need for a user of each sample, which the gates depend on."""
+    return {"users": "'ilora' is gated by a user's history"}
+
+
+register_method(Method("ilora", ilora, layers=(LowRankLayer, InstanceGate), needs=needs))

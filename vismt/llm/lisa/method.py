@@ -1,0 +1,288 @@
+"""LISA: layerwise uniform sampling. gamma of L layers train at a time, for K optimiser steps; everything outside always trains.
+
+    at steps jK .. jK + K - 1:  AdamW on theta_outside and on theta_l, l in S_j;   S_j = gamma of {0 .. L-1}, drawn uniformly
+    Adam state = 2 (|E| + |H| + |F| + gamma |layer|)     E input embeddings, H head, F final norm; tied E = H counts once
+
+Pan et al., NeurIPS 2024, arXiv 2403.17919. The name says importance, but nothing is estimated or reweighted: layers are
+drawn uniformly. Paper and released code differ. The paper's algorithm draws each layer independently with probability
+gamma / L, the code draws exactly gamma, as is done here. The paper ran each interval as a separate job and so lost every Adam
+state at a switch ("reset_all"); the code drops none, so that its state grows to that of full training ("keep"). The default
+"drop" frees the state of the layers that leave. The code switches at multiples of K only, from NumPy's global stream: a
+resumed run trains all layers, and ranks may draw differently. Here the layers are a function of (seed, step // K).
+
+A state that was dropped starts again: Adam's first step moves every weight by about the rate, so a small K wants a smaller
+rate. Left out: a warm-up inside each interval, and any change of the rate (the global schedule sets it).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError, near
+from vismt.llm.lisa.layers import Layers, find_shares
+from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.model.inject import install
+from vismt.lowrank.model.record import need_record, refuse_adapted
+from vismt.lowrank.model.targets import Targets
+from vismt.lowrank.strict_json import build
+from vismt.methods import Method, register_method
+
+POLICIES = ("drop", "keep", "offload", "reset_all")
+
+
+class LISA:
+    """The schedule of one model and its optimiser: sets requires_grad, and frees optimiser state that is not in use.
+
+    A layer without a parameter to train, because of `exclude`, is not drawn. DistributedDataParallel: wrap before this, with
+    find_unused_parameters=True and without static_graph; its buckets are those of all layers. FSDP2 (fully_shard) needs
+    nothing else, with the optimiser made after sharding.
+
+    Args:
+        model: any module with a stack of like layers.
+        optimizer: any that skips parameters without a gradient; None where it is made later and set as lisa.optimizer.
+            Parameters that it lacks, because it was made while layers were frozen, are added at once to the group of the same
+            parameters in other layers, so that a saved optimiser state can be loaded after that.
+        layers: None finds the stack of like layers (model.layers, transformer.h, blocks, ...); else the path of that stack,
+            or the layers themselves, as modules or paths.
+        active: gamma, 0 to L.
+        interval: K, in optimiser steps.
+        seed: of the draws.
+        state_policy: for layers that stop training: "drop" their state, "keep" it, "offload" it to CPU memory, or
+            "reset_all" (the state of all parameters).
+        train_embeddings: False freezes the input embeddings (and a tied head; for a ViT patches, tokens, positions).
+        cover: draw from a shuffled deck, so that ceil(L / gamma) intervals visit all layers.
+        exclude: parameters and modules that are never trained (full-path regex or suffix), "lm_head" where the vocabulary
+            is large.
+
+    Raises:
+        UserError: for a model without such a stack, and values out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        layers: Layers = None,
+        active: int = 2,
+        interval: int = 20,
+        seed: int = 0,
+        state_policy: str = "drop",
+        train_embeddings: bool = True,
+        *,
+        cover: bool = False,
+        exclude: str | Sequence[str] = (),
+    ) -> None:
+        shares = find_shares(model, layers, train_embeddings, exclude)
+        check_settings(len(shares.drawn), active, interval, seed, state_policy)
+        self.state_policy = state_policy
+        self.active, self.interval, self.seed, self.cover = active, interval, seed, cover
+        named = dict(model.named_parameters())
+        self._layers = {number: [named[name] for name in names] for number, names in shares.drawn.items()}
+        self._always = [named[name] for name in shares.always]
+        self._trained = {name: named[name] for name in shares.all()}
+        self.optimizer = optimizer
+        self._open: int | None = None  # the interval that on_step last saw
+        for parameter in set(named.values()) - set(self._trained.values()):
+            _freeze(parameter)
+        for parameter in self._always:
+            parameter.requires_grad_(True)
+        self._show(self.layers_at(0))
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimiser with the state to manage; setting it adds the parameters that it lacks."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._optimizer = optimizer
+        if optimizer is not None:
+            _add_parameters(optimizer, self._trained)
+
+    @property
+    def active_layers(self) -> list[int]:
+        """Numbers of the layers that train now, ascending."""
+        return list(self._active)
+
+    def layers_at(self, step: int) -> list[int]:
+        """Return the layers of optimiser step 0, 1, ...: a function of (seed, step // interval), the same on every rank."""
+        numbers, count, turn = list(self._layers), len(self._layers), step // self.interval
+        if not self.cover or not self.active:
+            drawn = np.random.default_rng([self.seed, turn]).choice(count, self.active, replace=False)
+        else:
+            hands = -(-count // self.active)
+            deck = np.random.default_rng([self.seed, turn // hands]).permutation(count)
+            # The last hand is filled from the top of the same deck, so no layer is in it twice.
+            drawn = deck[(turn % hands * self.active + np.arange(self.active)) % count]
+        return sorted(numbers[layer] for layer in drawn)
+
+    def on_step(self, step: int) -> None:
+        """Get ready for optimiser step number `step`, counted from 0: call it before that step's first forward pass.
+
+        Between switches it does nothing, so micro-batches of one step may all call it. The first call may be at any step:
+        a run that resumes loads its optimiser state and calls on_step with the number of finished steps.
+        """
+        if not isinstance(step, Integral) or step < 0:
+            raise UserError(f"LISA.on_step: {step!r}; it takes the number of finished optimiser steps.")
+        if self.optimizer is None:
+            raise UserError("LISA.on_step: the optimiser is missing; set lisa.optimizer first.")
+        if self.state_policy == "reset_all" and step % self.interval == 0:
+            self.optimizer.state.clear()
+        if step // self.interval != self._open:
+            self._open = step // self.interval
+            self._show(self.layers_at(step))
+            self._update_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the schedule depends on, for a checkpoint; the state dict of the optimiser holds the rest."""
+        names = ("seed", "interval", "active", "cover", "state_policy")
+        return {"layers": len(self._layers), **{name: getattr(self, name) for name in names}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise UserError where a checkpoint is of another schedule."""
+        for name, value in self.state_dict().items():
+            if state.get(name) != value:
+                raise UserError(
+                    f"LISA: the checkpoint's {name} is {state.get(name)!r}, this schedule's {value!r}; use the same."
+                )
+
+    def _show(self, active: list[int]) -> None:
+        """Let exactly these layers have gradients from here on."""
+        self._active = active
+        self._awake = {parameter for layer in active for parameter in self._layers[layer]}
+        for layer in self._layers.values():
+            for parameter in layer:
+                if parameter in self._awake:
+                    parameter.requires_grad_(True)
+                else:
+                    _freeze(parameter)
+
+    def _update_state(self) -> None:
+        """Free or move optimiser state by the policy. Also done after a checkpoint was loaded."""
+        _add_parameters(self.optimizer, self._trained)  # it may be new since the last switch
+        state = self.optimizer.state
+        for parameter in {parameter for layer in self._layers.values() for parameter in layer} & set(state):
+            frozen = parameter not in self._awake
+            if frozen and self.state_policy in ("drop", "reset_all"):
+                del state[parameter]
+            elif self.state_policy == "offload":
+                where = torch.device("cpu") if frozen else parameter.device
+                for name, value in state[parameter].items():
+                    if isinstance(value, Tensor) and value.ndim:  # step counters are where the optimiser wants them
+                        state[parameter][name] = value.to(where)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an adapted model records of its schedule, and an adapter file holds: arguments of `LISA`."""
+
+    layers: list[str]
+    active: int
+    interval: int
+    seed: int
+    state_policy: str
+    train_embeddings: bool
+    cover: bool
+    exclude: str | list[str]
+
+
+def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int = 0, settings: Any = None) -> LISA:
+    """Return the schedule that an adapted model carries, on its optimiser; UserError for settings that a file made up."""
+    try:
+        saved = build(Options, need_record(model, "LISA").options)
+    except ValueError as error:
+        raise UserError(f"LISA: the settings of the adapter cannot be read ({error}).") from error
+    return LISA(model, optimizer, **vars(saved))
+
+
+def lisa(
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    layers: Layers = None,
+    active: int = 2,
+    interval: int = 20,
+    state_policy: str = "drop",
+    train_embeddings: bool = True,
+    cover: bool = False,
+    exclude: str | Sequence[str] = (),
+) -> AdaptReport:
+    """Train layers in turn, embeddings, head and norm always; no factors (rank is not read). Options: those of `LISA`.
+
+    Everything that may train is marked trainable; a training loop gives the schedule its optimiser (the engine's does). The
+    original weights are kept, large ones in a temporary file, for unadapt and for saving only what changed.
+    """
+    refuse_adapted(model)
+    if targets is not None or alpha is not None:
+        raise UserError(
+            "adapt: 'lisa' trains whole layers and has no targets or alpha; name its layers with layers=, exclude=."
+        )
+    shares = find_shares(model, layers, train_embeddings, exclude)
+    count = len(shares.drawn)
+    check_settings(count, active, interval, seed, state_policy)
+    settings = {
+        "layers": list(shares.layers),
+        "active": active,
+        "interval": interval,
+        "seed": seed,
+        "state_policy": state_policy,
+        "train_embeddings": train_embeddings,
+        "cover": cover,
+        "exclude": exclude if isinstance(exclude, str) else list(exclude),
+    }
+    install(model, "lisa", [], settings, shares.all())
+    trainable, total = count_parameters(model)
+    outside = sum(model.get_parameter(name).numel() for name in shares.always)
+    note = f"{active} of {count} layers at a time, {(trainable - outside) // max(count, 1):,} parameters each"
+    return AdaptReport("lisa", [], trainable, total, extras=[f"{note}; outside them, always: {outside:,}"])
+
+
+def check_settings(count: int, active: int, interval: int, seed: int, state_policy: str) -> None:
+    """Raise UserError for values out of range."""
+    for name, value, low, high in (
+        ("active", active, 0, count),
+        ("interval", interval, 1, None),
+        ("seed", seed, 0, None),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+            upper = "" if high is None else f" and at most {high}, the number of layers that have parameters to train"
+            raise UserError(f"LISA.{name}: {value!r}; it must be a whole number, at least {low}{upper}.")
+    if state_policy not in POLICIES:
+        raise UserError(f"LISA.state_policy: '{state_policy}'.{near(str(state_policy), POLICIES)}")
+
+
+def _freeze(parameter: Tensor) -> None:
+    """Freeze a parameter and drop its gradient, which would still be stepped, and decayed."""
+    parameter.requires_grad_(False)
+    parameter.grad = None
+
+
+def _add_parameters(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor]) -> None:
+    """Add parameters that the optimiser lacks to the group of the same name in another layer, else of matrices or not."""
+    home = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    groups = {_kind(name): home[parameter] for name, parameter in trained.items() if parameter in home}
+    ranks = {parameter.ndim > 1: group for parameter, group in home.items()}
+    for name, parameter in trained.items():
+        if parameter not in home:
+            group = groups.get(_kind(name)) or ranks.get(parameter.ndim > 1, optimizer.param_groups[0])
+            group["params"].append(parameter)
+
+
+def _kind(name: str) -> str:
+    """Return a name without its layer's number."""
+    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
+
+
+register_method(Method("lisa", lisa, layers=(), schedule=schedule, freezes=True, exports=False))

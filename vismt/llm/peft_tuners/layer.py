@@ -1,0 +1,282 @@
+"""Layers around a tuner layer of the installed peft: its forward, its tensors and its merge in the place of a stock module.
+
+peft builds its tuners on the stock model as a whole, since some of them share tensors among layers. Its tuner layers are then
+taken out, and each becomes part of a `HostedLayer`, which holds the base weight under its stock name and hands it to the
+tuner. So targets, freezing, files and undoing are those of every other layer. A tensor that several tuners share is saved with
+the first of them; what peft computes from its settings and the base (tensors outside of state dicts) is computed again.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError
+from vismt.lowrank.factors import LowRank
+from vismt.lowrank.files.peft_settings import STARTS
+from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.layers.base import AdapterLayer, inner_module, register_layer
+from vismt.lowrank.layers.packed_weights import dense_weight
+from vismt.lowrank.layers.wrappers import install_module
+from vismt.lowrank.values import check_factor, check_finite
+
+BASE = "base_layer"  # peft's name of the stock module in a tuner layer
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class HostedSettings:
+    """Settings of a tuner.
+
+    tuner: peft's type, "OFT". options: arguments of its configuration beside the targets. seed: of the start values. trained,
+    fixed: shapes of the tensors that peft made for this layer, by name; filled when the layer is placed.
+    """
+
+    tuner: str
+    options: dict[str, Any]
+    seed: int
+    trained: Shapes = field(default_factory=dict)
+    fixed: Shapes = field(default_factory=dict)
+
+
+@register_layer("hosted")
+class HostedLayer(AdapterLayer):
+    """A stock module with a tuner of peft, which `prepare` builds."""
+
+    Settings = HostedSettings
+    not_combined = "is a tuner of peft, not a pair of factors"
+    has_factors = False
+    takes_packed = True
+
+    tuner: nn.Module
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.__dict__["elsewhere"] = frozenset()
+
+    def adopt(self, base: nn.Module) -> None:
+        super().adopt(base)
+        self.__dict__["inner"] = inner_module(base)
+        if "tuner" in self._modules:  # of an adapter that becomes active again
+            self.tuner.__dict__[BASE] = self.inner
+
+    # ---- the layer as data
+    @classmethod
+    def build(
+        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> HostedLayer:
+        return cls(base)
+
+    @classmethod
+    def tensor_shapes(cls, spec: LayerSpec) -> Shapes:
+        return {**spec.settings.trained, **spec.settings.fixed}
+
+    @classmethod
+    def count_parameters(cls, spec: LayerSpec) -> int:
+        return sum(torch.Size(shape).numel() for shape in spec.settings.trained.values())
+
+    @classmethod
+    def describe(cls, spec: LayerSpec) -> tuple[str, str]:
+        return str(spec.settings.options.get("r", "")), ""
+
+    @classmethod
+    def check_tensors(cls, what: str, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
+        for name, value in tensors.items():
+            if name in spec.settings.trained or value.is_floating_point():
+                check_factor(f"{what}.{name}", value)
+
+    @classmethod
+    def prepare(
+        cls, model: nn.Module, specs: Sequence[LayerSpec]
+    ) -> Callable[[Mapping[str, AdapterLayer]], None] | None:
+        """Let peft build the tuners of all `specs`; the model is as it was afterwards."""
+        with as_peft(model, specs) as hosted:
+            tuners = {spec.path: hosted.get_submodule(f"base_model.model.{spec.path}") for spec in specs}
+
+        def finish(layers: Mapping[str, AdapterLayer]) -> None:
+            seen: set[int] = set()
+            for spec in specs:
+                layer: Any = layers[spec.path]
+                if "tuner" not in layer._modules:
+                    layer.host(tuners[spec.path], seen)
+                    layer.check_shapes(spec)
+
+        return finish
+
+    def host(self, tuner: nn.Module, seen: set[int]) -> None:
+        """Take a tuner in. seen: ids of the tensors that layers before this one save; those of this one are added."""
+        tuner._modules.pop(BASE)
+        tuner.__dict__[BASE] = self.inner
+        self.tuner = tuner.train(self.training)
+        named = tensors_of(tuner)
+        self.__dict__["elsewhere"] = frozenset(name for name, value in named.items() if id(value) in seen)
+        seen.update(id(value) for value in named.values())
+
+    def check_shapes(self, spec: LayerSpec) -> None:
+        """Fill in the shapes of a new layer; UserError where a file has others, written with another peft."""
+        shapes: tuple[Shapes, Shapes] = ({}, {})
+        for name, value in self.tensors().items():
+            shapes[not value.requires_grad][name] = tuple(value.shape)
+        settings = spec.settings
+        if not (settings.trained or settings.fixed):
+            settings.trained.update(shapes[0])
+            settings.fixed.update(shapes[1])
+        elif (settings.trained, settings.fixed) != shapes:
+            version = _peft().__version__
+            raise UserError(
+                f"'{spec.path}': peft {version} makes other tensors of {settings.tuner} than the file has; install the peft that "
+                "wrote it."
+            )
+
+    # ---- the update
+    def stock_weight(self) -> Tensor:
+        return dense_weight(self.inner)
+
+    def linked(self) -> Any:
+        """Return the tuner on the present weight and bias, which conversions and functional calls may have replaced."""
+        present: dict[str, Any] = {"weight": self.weight, "bias": self.bias}
+        self.inner._parameters.update(present)
+        return self.tuner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linked()(x)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in tensors_of(self.tuner).items() if name not in self.elsewhere}
+
+    def check_fill(self, what: str, tensors: Mapping[str, Tensor]) -> None:
+        own = self.tensors()
+        for name, value in tensors.items():
+            check_finite(f"{what}.{name}", value, own[name].dtype)
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        own = self.tensors()
+        for name, value in tensors.items():
+            own[name].copy_(value)
+
+    def low_rank(self) -> LowRank:
+        raise UserError(f"adapter: a layer that {self.not_combined} has no factors; merge the model.")
+
+    def check_mergeable(self, what: str, path: str) -> None:
+        try:
+            self.tuner.merge(adapter_names=[])
+        except NotImplementedError as error:
+            tuner = type(self.tuner).__module__.split(".")[-2]
+            raise UserError(f"{what}: peft cannot merge its tuner '{tuner}' ('{path}'); save the adapter.") from error
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """Return the stock module with the weight and bias that peft merges."""
+        tuner = copy.deepcopy(self.linked())
+        tuner.merge()
+        base = tuner.get_base_layer()
+        module = self._stock(nn.Parameter(base.weight.detach(), requires_grad=self.weight.requires_grad))
+        if self.bias is not None:
+            module.bias = nn.Parameter(base.bias.detach(), requires_grad=self.bias.requires_grad)
+        return module
+
+    @classmethod
+    def peft_files(cls, model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str]) -> dict[str, bytes]:
+        layers = {spec.path: model.get_submodule(spec.path) for spec in specs}
+        with as_peft(model, specs, saved) as hosted, tempfile.TemporaryDirectory() as folder:
+            for path, layer in layers.items():
+                fresh, own = tensors_of(hosted.get_submodule(f"base_model.model.{path}")), tensors_of(layer.tuner)
+                for name, value in own.items():
+                    fresh[name].data.copy_(value)
+            hosted.save_pretrained(folder, save_embedding_layers=False)
+            return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+
+def tensors_of(tuner: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that a tuner layer needs in a file: of its state dict, and of plain tables such as indices.
+
+    Names have ":" for the dots, which stand for modules in an adapter file.
+    """
+    named = {name: value for name, value in tuner.state_dict(keep_vars=True).items() if not name.startswith(f"{BASE}.")}
+    for attribute, table in vars(tuner).items():
+        if isinstance(table, dict) and not attribute.startswith("_"):
+            named.update({f"{attribute}.{key}": value for key, value in table.items() if isinstance(value, Tensor)})
+    return {name.replace(".", ":"): value for name, value in named.items()}
+
+
+def configuration(settings: HostedSettings, paths: Iterable[str], saved: Sequence[str] = ()) -> Any:
+    """Return peft's configuration of a tuner on exactly these modules. saved: whole modules that are trained beside it.
+
+    Raises UserError for a tuner or options that the installed peft does not have, and a start that moves the base weights.
+    """
+    peft = _peft()
+    known = {
+        kind.value: cls for kind, cls in importlib.import_module("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
+    if settings.tuner not in known:
+        raise UserError(f"peft {peft.__version__} has no tuner '{settings.tuner}'; install the peft that has it.")
+    start = settings.options.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in STARTS:
+        raise UserError(
+            f"adapt.init_lora_weights: '{start}' moves the base weights, which stay frozen here; take true or one of "
+            f"{', '.join(STARTS)}."
+        )
+    targets = "|".join(re.escape(path) for path in paths)
+    beside = {"modules_to_save": list(saved)} if saved else {}  # not every configuration has the field
+    try:
+        return known[settings.tuner](**settings.options, target_modules=targets, **beside)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"adapt: peft does not take these options of {settings.tuner}: {error}") from error
+
+
+@contextmanager
+def as_peft(model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str] = ()) -> Iterator[Any]:
+    """Within the block, let `model` be a PeftModel with fresh tuners; restore modules and flags afterwards."""
+    settings = specs[0].settings
+    others = [
+        spec.path
+        for spec in specs
+        if (spec.settings.tuner, spec.settings.options) != (settings.tuner, settings.options)
+    ]
+    if others:
+        raise UserError(f"adapter: '{others[0]}' has another tuner than '{specs[0].path}'; a model hosts one.")
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    attributes = set(vars(model))
+    try:
+        for spec in specs:
+            layer = model.get_submodule(spec.path)
+            if isinstance(layer, HostedLayer):
+                install_module(model, spec.path, layer.linked().get_base_layer())
+        yield _build(model, configuration(settings, [spec.path for spec in specs], saved), settings.seed)
+    finally:
+        for module, table in children:
+            module._modules = table
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+        for name in set(vars(model)) - attributes:
+            delattr(model, name)
+
+
+def _build(model: nn.Module, config: Any, seed: int) -> Any:
+    """Return the PeftModel of a stock model; UserError with the first line of what peft objects to."""
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return _peft().get_peft_model(model, config)
+    except Exception as error:  # peft raises what the tuner's code raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"adapt: peft cannot build {config.peft_type.value} here: {reason}") from error
+
+
+def _peft() -> Any:
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise UserError(f"adapt: a tuner of peft needs peft ({error}): pip install peft.") from error

@@ -1,0 +1,141 @@
+"""Any tuner of the installed peft as a method, for baselines: `adapt(model, "peft:dora")`, "peft:oft", "peft:vera", ...
+
+The update is peft's own (vismt.llm.peft_tuners.layer); targets, freezing, `also_train` and seeds are those of every method. The
+name after the colon is peft's type in lower case, or "dora", which is LoRA with use_dora. `rank` is the option r, and alpha the
+option alpha or *_alpha; alpha None keeps the ratio of alpha to r in peft's defaults. Other options are the fields of peft's
+configuration; names of modules in them are patterns as in `targets`. Left out: prompt methods, which have no layers, single
+tokens, and tuners that need more than a forward (AdaLoRA's budget, X-LoRA's gates, Poly's task ids, Shadow's second model).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vismt.base.errors import UserError, require_known
+from vismt.llm.peft_tuners.layer import HostedLayer, HostedSettings
+from vismt.llm.s2ft.structures import structures
+from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.layers.base import spec_of
+from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.model.inject import also_trained, install
+from vismt.lowrank.model.options import checked
+from vismt.lowrank.model.record import refuse_adapted
+from vismt.lowrank.model.targets import find_targets
+from vismt.methods import METHODS, Method
+
+PREFIX = "peft"
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"dora": ("LORA", {"use_dora": True})}
+LEFT_OUT = ("ADALORA", "POLY", "SHADOW", "TRAINABLE_TOKENS", "XLORA")
+# What `adapt` decides, not an option.
+DECIDED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "target_modules",
+    "target_parameters",
+    "task_type",
+}
+
+
+def host(
+    model: nn.Module,
+    *,
+    tuner: str,
+    targets: Any,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    exclude: Any = (),
+    also_train: Any = (),
+    **options: Any,
+) -> AdaptReport:
+    """Put a tuner of peft on the targets."""
+    common = checked({"targets": targets, "rank": rank, "alpha": alpha, "exclude": exclude, "also_train": also_train})
+    refuse_adapted(model)
+    modules, remarks = find_targets(model, common["targets"], common["exclude"], packed=True)
+    names = also_trained(model, common["also_train"], list(modules))
+    kind, given = VARIANTS.get(tuner, (tuner.upper(), {}))
+    fields = _fields(kind)
+    if "feedforward_modules" in fields and not _knows(model):
+        # IA3 scales the inputs of these, the hidden units of an FFN, and the outputs of the other targets.
+        last = {structure.parts["d"].path for structure in structures(model).values() if "d" in structure.parts}
+        options.setdefault("feedforward_modules", [path for path in modules if path in last])
+    for name, value in options.items():
+        if name.endswith("_modules") and value:
+            options[name] = "|".join(re.escape(path) for path in find_targets(model, value, packed=True)[0])
+    settings = {**_sizes(fields, common["rank"], common["alpha"]), **given, **options}
+    specs = [spec_of(p, m, HostedLayer, HostedSettings(kind, dict(settings), seed)) for p, m in modules.items()]
+    method = f"{PREFIX}:{tuner}"
+    install(model, method, specs, {"seed": seed}, names)
+    return AdaptReport(method, specs, *count_parameters(model), remarks)
+
+
+def _knows(model: nn.Module) -> bool:
+    """Return whether peft has a list of the feed-forward modules of this type of model."""
+    known = importlib.import_module("peft.utils.constants").TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    return getattr(getattr(model, "config", None), "model_type", None) in known
+
+
+def _sizes(fields: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
+    """Return r and alpha as options; without a default of r, another option sets the size."""
+    if not fields.get("r"):
+        return {}
+    sizes: dict[str, Any] = {"r": rank}
+    for name, value in fields.items():
+        if (name == "alpha" or name.endswith("_alpha")) and isinstance(value, (int, float)):
+            sizes[name] = rank * value / fields["r"] if alpha is None else alpha
+    return sizes
+
+
+def _fields(kind: str) -> dict[str, Any]:
+    """Return the options of a type of peft with their defaults, None for computed ones."""
+    configuration = importlib.import_module("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    fields = [item for item in dataclasses.fields(configuration) if item.name not in DECIDED]
+    return {item.name: None if item.default is dataclasses.MISSING else item.default for item in fields}
+
+
+def tuners() -> list[str]:
+    """Return the names of the tuners of the installed peft that can be hosted. Raises UserError without peft."""
+    try:
+        mapping = importlib.import_module("peft.mapping")
+        base = importlib.import_module("peft.tuners.tuners_utils").BaseTuner
+    except ImportError as error:
+        raise UserError(f"adapt: the tuners of peft need peft ({error}): pip install peft.") from error
+    kinds = {str(kind.value) for kind, tuner in mapping.PEFT_TYPE_TO_TUNER_MAPPING.items() if _is_tuner(tuner, base)}
+    return sorted({kind.lower() for kind in kinds - set(LEFT_OUT)} | set(VARIANTS))
+
+
+def _is_tuner(tuner: Any, base: type) -> bool:
+    return isinstance(tuner, type) and issubclass(tuner, base)
+
+
+@functools.cache
+def hosted(tuner: str) -> Method:
+    """A tuner of the installed peft (peft:dora, peft:oft, peft:vera, ...); options: the fields of peft's configuration."""
+    require_known("adapt: peft has no tuner", [tuner], tuners())
+    kind = VARIANTS.get(tuner, (tuner.upper(), {}))[0]
+    adapt = functools.partial(host, tuner=tuner)
+    names = {*inspect.signature(host).parameters, *_fields(kind)} - {"tuner", "options"}
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in sorted(names)]
+    adapt.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    adapt.__doc__ = f"Put peft's tuner {tuner} on the targets."
+    return Method(f"{PREFIX}:{tuner}", adapt, layers=(HostedLayer,), exports=False)
+
+
+METHODS.family(PREFIX, hosted)

@@ -1,0 +1,119 @@
+"""PiSSA: s B A starts as the best rank-r approximation of W, and W x + s (B A - B0 A0) x is trained (arXiv 2404.02948).
+
+The paper freezes W_res = W - s B0 A0 and trains s B A, the same function of A and B. Here W stays whole and the
+start is subtracted as two thin products (2r columns instead of r): the user's weights are never changed, unadapting is
+exact, and W_res is not rounded in bf16. An adapter file carries A0 and B0, so nothing is recomputed on loading.
+Dropout is refused: it would act on the principal part of W, not on a perturbation of zero.
+
+QPiSSA (quantize="nf4") trains on Q = nf4(W - s B0 A0) instead, the function at the start is Q + s B0 A0, nearer to W than
+nf4(W) is. Alternate L = top_r(W - Q), Q = nf4(W - L) from Q = 0; the released code keeps the last of its iterates, here the
+one is kept with the smallest |W - Q - L|_F. While adapted, each weight shows Q, in the values that 4 bits can hold but in W's
+dtype; W is kept beside it (vismt.llm.pissa.quantized), unadapting gives it back, and a file loads on W. Merging gives Q + s B A;
+an export as a plain LoRA is refused, for it would be put on W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError, near
+from vismt.llm.pissa.quantized import QuantizedLayer
+from vismt.lowrank.init import principal, residual, working_dtype
+from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.model.inject import inject
+from vismt.lowrank.model.targets import Targets
+from vismt.lowrank.nf4 import GRIDS, need_bitsandbytes, on_grid
+from vismt.methods import Method, register_method
+
+SOLVERS = ("exact", "randomized")
+
+
+def pissa(
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    method: str = "exact",
+    quantize: str | None = None,
+    iterations: int = 5,
+    **options: Any,
+) -> AdaptReport:
+    """Add principal factors of each weight (of each q, k, v block with split_qkv). Further options: those of `inject`.
+
+    method: exact or randomized. quantize: "nf4" for QPiSSA, with `iterations` rounds: 4-bit weights below the factors until
+    unadapted; "bitsandbytes" for its kernels of the same levels, where it is installed; None for the original weights.
+    """
+    refuse_dropout("pissa", options)
+    if method not in SOLVERS:
+        raise UserError(f"adapt.method: no solver '{method}' for 'pissa'.{near(str(method), SOLVERS)}")
+    if quantize is not None and quantize not in GRIDS:
+        raise UserError(f"adapt.quantize: no grid '{quantize}' for 'pissa'.{near(str(quantize), GRIDS)}")
+    if quantize == "bitsandbytes":
+        need_bitsandbytes()
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise UserError(f"adapt.iterations: {iterations!r}; it must be a whole number, at least 1.")
+    if quantize is not None and any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError("adapt.quantize: the model lies on the meta device without values; load its weights.")
+
+    def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if quantize:
+            return quantized_principal(
+                weight, rank, scale, iterations, grid=quantize, method=method, generator=generator
+            )
+        return principal(weight, rank, scale, method=method, generator=generator)
+
+    return inject(
+        model,
+        "pissa",
+        start,
+        offset=quantize is None,
+        targets=targets,
+        rank=rank,
+        alpha=alpha,
+        seed=seed,
+        layer=LowRankLayer if quantize is None else QuantizedLayer,
+        settings={} if quantize is None else {"grid": quantize},
+        **options,
+    )
+
+
+def quantized_principal(
+    weight: Tensor,
+    rank: int,
+    scale: float,
+    iterations: int,
+    *,
+    grid: str = "nf4",
+    method: str = "exact",
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Return the factors of the best of `iterations` rounds, by the rounding error |W - grid(W - s B A) - s B A|_F."""
+    matrix = weight.detach().to(working_dtype(weight))
+    quantized, least = torch.zeros_like(matrix), float("inf")
+    best: Any = None
+    for _ in range(iterations):
+        A, B = principal(matrix - quantized, rank, scale, method=method, generator=generator)
+        rest = residual(matrix, A, B, scale)
+        quantized = on_grid(rest, grid)
+        error = float((rest - quantized).norm())
+        if best is None or error < least:
+            best, least = (A, B), error
+    return best
+
+
+def refuse_dropout(method: str, options: Mapping[str, Any]) -> None:
+    """Raise UserError for dropout with a method that has a part of W in its factors."""
+    if options.get("dropout"):
+        raise UserError(
+            f"adapt.dropout: {options['dropout']} with '{method}', which has a part of W in its factors; set it to 0."
+        )
+
+
+register_method(Method("pissa", pissa, layers=(LowRankLayer, QuantizedLayer)))

@@ -1,0 +1,366 @@
+"""A frozen weight with some rows or columns trained in place: partial back-propagation.
+
+The trained parameter p (slice_values) holds the values, and the weight W follows it; gradients: slice_autograd.py.
+
+    permute   J is one range after reordering (permutation.py). Rows that follow each other in W's memory share its storage:
+              a step on p is a step on W
+    index     the order of the units stays
+    delta     W stays the stock weight, p is the difference: one more thin product. For FSDP and others that move p
+
+Otherwise p is a tensor of its own, and each forward and state dict writes it into W (k o numbers): columns of W, an fp32 master
+of a half-precision W, and J that is not a range. p is contiguous in every mode, because fused and 8-bit optimisers write `numel`
+numbers one after the other: on a view of columns they overwrite frozen ones.
+
+Source: S2FT, arXiv 2412.06289. Its package adds a difference and keeps a view of the whole input; this is not followed.
+Where p is replaced from outside (torch.func.functional_call), the difference to W is added, as in delta mode, and W is left
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError
+from vismt.llm.s2ft.structures import Structure, UnitBlock
+from vismt.lowrank.factors import LowRank
+from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.layers.base import AdapterLayer, register_layer, spec_of, trained_dtype
+from vismt.lowrank.model.targets import matrix_shape
+from vismt.lowrank.permutation import Coupling, couple, expand, movable
+from vismt.lowrank.slice_autograd import PartialLinear, take
+from vismt.lowrank.values import check_finite
+
+MODES = ("permute", "index", "delta")
+
+
+@dataclass(frozen=True)
+class SliceSettings:
+    """Settings of a trained slice.
+
+    rank: number of trained rows or columns. dim: 0 for rows (outputs), 1 for columns (inputs). mode: see the header.
+    scale, blocks: written to adapter files, not read.
+    """
+
+    rank: int
+    scale: float
+    blocks: tuple[int, ...]
+    dim: int
+    mode: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # a list in a file
+        if self.dim not in (0, 1) or self.mode not in MODES:
+            raise ValueError(f"dim {self.dim!r}, mode {self.mode!r}")
+
+
+@register_layer("slice")
+class SliceLinear(AdapterLayer):
+    """nn.Linear, or transformers' Conv1D, with `count` trained inputs (dim 1) or outputs (dim 0).
+
+    forward: x (..., i) -> (..., o), in x's dtype (the autocast dtype where autocast is on).
+    Parameter slice_values (o, k) or (k, i): fp32 for half-precision weights unless dtype says otherwise; the difference in
+    delta mode. Buffers: slice_index (k,) int64, the features, numbered as in the stock model and sorted by where they lie
+    here; slice_start, the stock values at them (not in delta mode); slice_order int32, the order of the structure's units
+    (permute). Not in the state dict: slice_place, where they lie.
+    """
+
+    slice_index: Tensor
+    slice_start: Tensor | None
+    slice_order: Tensor | None
+    slice_place: Tensor
+
+    Settings = SliceSettings
+    not_combined = "trains rows or columns of the weights, not factors; export_peft writes them as factors"
+
+    def __init__(self, base: nn.Module, count: int, dim: int, mode: str, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__(base)
+        self.dim, self.mode = dim, mode
+        shape = [self.out_features, self.in_features]
+        shape[dim] = count
+        device = self.weight.device
+        self.slice_values = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype or trained_dtype(self.weight)))
+        self.register_buffer("slice_index", torch.arange(count, device=device))
+        self.register_buffer(
+            "slice_start", None if mode == "delta" else torch.empty(shape, device=device, dtype=self.weight.dtype)
+        )
+        self.register_buffer("slice_order", None)
+        self.register_buffer("slice_place", torch.arange(count, device=device), persistent=False)
+        self.coupling: Coupling | None = None
+        self.block: UnitBlock | None = None  # also in the coupling, which refers back and may be half made in a copy
+        self.structure: Structure | None = None
+        self.applied = False  # whether the update is in the weight
+        self.span: tuple[int, int] | None = None  # the range of slice_place where it is one
+        self.shares = False  # whether the storage of p is that of W
+        self.pointer = 0
+
+    @property
+    def not_sharded(self) -> str:
+        """Why FSDP cannot train this layer; empty where it can."""
+        if self.mode == "delta":
+            return ""
+        return (
+            f"'s2ft' in mode '{self.mode}' trains values that lie in a frozen weight; set adapt.options.mode to delta"
+        )
+
+    # ---- the layer as data
+    @classmethod
+    def plan(cls, path: str, module: nn.Module, dim: int, count: int, mode: str) -> LayerSpec:
+        """Return the spec of one module with `count` trained rows (dim 0) or columns (dim 1)."""
+        return spec_of(path, module, cls, SliceSettings(count, 1.0, (matrix_shape(module)[0],), dim, mode))
+
+    @classmethod
+    def build(
+        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> SliceLinear:
+        return cls(base, spec.settings.rank, spec.settings.dim, spec.settings.mode, dtype=dtype)
+
+    @classmethod
+    def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+        settings = spec.settings
+        values = (settings.rank, spec.shape[1]) if settings.dim == 0 else (spec.shape[0], settings.rank)
+        start = {} if settings.mode == "delta" else {"slice_start": values}
+        return {"slice_index": (settings.rank,), "slice_values": values, **start}
+
+    @classmethod
+    def check_settings(cls, spec: LayerSpec) -> None:
+        settings = spec.settings
+        if not 1 <= settings.rank <= spec.shape[settings.dim] or spec.kind == "conv2d":
+            raise ValueError(f"rank {settings.rank} on dim {settings.dim} of a {spec.kind} {spec.shape}")
+
+    @classmethod
+    def check_tensors(cls, what: str, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
+        index, features = tensors["slice_index"], spec.shape[spec.settings.dim]
+        if index.dtype != torch.int64 or len(index.unique()) < len(index):
+            raise UserError(f"{what}.slice_index: {index.dtype}; it must be int64, each row or column once.")
+        if int(index.min()) < 0 or int(index.max()) >= features:
+            wrong = next(number for number in index.tolist() if not 0 <= number < features)
+            raise UserError(f"{what}.slice_index: it names {wrong}; the weight has 0 to {features - 1}.")
+        super().check_tensors(what, spec, {name: value for name, value in tensors.items() if name != "slice_index"})
+
+    @classmethod
+    def count_parameters(cls, spec: LayerSpec) -> int:
+        return spec.settings.rank * spec.shape[1 - spec.settings.dim]
+
+    @classmethod
+    def describe(cls, spec: LayerSpec) -> tuple[str, str]:
+        return str(spec.settings.rank), f"{spec.settings.scale:g}"
+
+    @classmethod
+    def prepare(
+        cls, model: nn.Module, specs: Sequence[LayerSpec]
+    ) -> Callable[[Mapping[str, AdapterLayer]], None] | None:
+        structures = movable(model, {spec.path: spec.settings.dim for spec in specs if spec.settings.mode == "permute"})
+        return partial(couple, model, structures)
+
+    def attach(self, coupling: Coupling, block: UnitBlock) -> None:
+        """Become one of the layers of a structure; `block` is where its units lie in this weight."""
+        self.coupling, self.block, self.structure = coupling, block, coupling.structure
+        self.slice_order = torch.arange(coupling.structure.units, dtype=torch.int32, device=self.weight.device)
+
+    @torch.no_grad()
+    def choose(self, index: Tensor) -> None:
+        """Train the features `index` (k,) int64 from their stock values on; for a layer without an applied update."""
+        if self.weight.is_meta:
+            return
+        self.slice_index.copy_(index)
+        if self.slice_start is None:
+            self.slice_values.zero_()
+        else:
+            self.slice_start.copy_(self.matrix(self.weight).index_select(self.dim, self.slice_index))
+            self.slice_values.copy_(self.slice_start)
+
+    # ---- where the values lie
+    @torch.no_grad()
+    def remove_update(self) -> None:
+        if self.applied and self.mode != "delta":
+            if self.shares:
+                self.slice_values.data = self.slice_values.detach().clone()
+            self.matrix(self.weight).index_copy_(self.dim, self.slice_place, self.slice_start)
+        self.applied = self.shares = False
+
+    def reorder(self, stock: bool) -> None:
+        if self.coupling is not None:
+            self.coupling.reorder(stock)
+
+    @torch.no_grad()
+    def apply_update(self) -> None:
+        """Find the features in the order that the weight has now, and put the values there."""
+        self.applied = True
+        if self.weight.is_meta:
+            return
+        place = self._places()
+        if not bool((place.diff() > 0).all()):  # features and values in the order of the weight can be a range
+            order = place.argsort()
+            place, self.slice_index = place[order], self.slice_index[order]
+            self.slice_values.data = self.slice_values.detach().index_select(self.dim, order)
+            if self.slice_start is not None:
+                self.slice_start = self.slice_start.index_select(self.dim, order)
+        self.slice_place = place.clone()
+        self.span = (int(place[0]), int(place[-1]) + 1) if bool((place.diff() == 1).all()) else None
+        if self.mode != "delta":
+            self._place_values()
+
+    def _places(self) -> Tensor:
+        """Return where the features lie in the present order of the weight, (k,) int64."""
+        if self.structure is None:
+            return self.slice_index
+        order = expand(self.slice_order.long(), self.block, self.structure) - self.block.start
+        return self.block.start + order.argsort()[self.slice_index - self.block.start]
+
+    @torch.no_grad()
+    def _place_values(self) -> None:
+        """Put the values into the weight; p becomes a view of it where that view is contiguous."""
+        view = None if self.span is None else take(self.matrix(self.weight.data), self.dim, self.slice_place, self.span)
+        self.shares = view is not None and view.dtype == self.slice_values.dtype and view.is_contiguous()
+        if view is None or not self.shares:
+            self._write()
+        elif view.data_ptr() != self.slice_values.data_ptr():
+            view.copy_(self.slice_values)
+            self.slice_values.data = view
+        self.pointer = self.slice_values.data_ptr()
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        """Put the values of a parameter with its own storage into the weight."""
+        # .data: graphs that keep W need not notice that the same values are written.
+        weight = self.matrix(self.weight.data)
+        if self.span is None:
+            weight.index_copy_(self.dim, self.slice_place, self.slice_values.to(weight.dtype))
+        else:
+            take(weight, self.dim, self.slice_place, self.span).copy_(self.slice_values)
+
+    def holds(self) -> bool:
+        """Return whether the weight follows the parameter: it is not replaced, and shares the storage where it has to."""
+        try:
+            pointer = self.slice_values.data_ptr()
+        except RuntimeError:  # wrapped by torch.func
+            return False
+        if not self.shares:
+            return pointer == self.pointer
+        return pointer == take(self.matrix(self.weight), self.dim, self.slice_place, self.span).data_ptr()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        flat, weight, adds = x.reshape(-1, x.shape[-1]), self.matrix(self.weight), False
+        values: Tensor = self.slice_values
+        if self.mode == "delta":
+            adds = True
+        elif not torch.compiler.is_compiling() and not self.holds():
+            values, adds = values - take(weight, self.dim, self.slice_place, self.span), True
+        elif not self.shares:
+            self._write()
+        keeps = torch.is_grad_enabled() and values.requires_grad
+        out, _ = PartialLinear.apply(
+            flat, weight, self.bias, values, self.slice_place, self.span, self.dim, adds, keeps
+        )
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    # ---- functions of nn.Module that move or copy the tensors one by one
+    def _apply(self, fn: Any, recurse: bool = True) -> SliceLinear:
+        """Keep the dtype of a master, which is finer than its weight, where the weight stays coarser: model.to(bfloat16)."""
+        p = self.slice_values
+        fine = p.dtype.itemsize > self.weight.dtype.itemsize and not p.is_meta
+        values, grad = p.detach(), None if p.grad is None else p.grad.detach()
+        super()._apply(fn, recurse)
+        p = self.slice_values
+        if fine and p.dtype != values.dtype and self.weight.dtype.itemsize < values.dtype.itemsize:
+            p.grad = None  # it has the cast's dtype
+            p.data = values.to(p.device)
+            p.grad = None if grad is None else grad.to(p.device)
+        if self.applied:
+            self.apply_update()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.applied:
+            self.apply_update()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.applied and self.mode != "delta" and not self.shares and self.holds():
+            self._write()  # a step on p since the last forward has not reached the weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.shares and not keep_vars:  # files refuse two tensors of one storage
+            destination[f"{prefix}slice_values"] = destination[f"{prefix}slice_values"].clone()
+
+    @torch.no_grad()
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        order = state_dict.get(f"{prefix}slice_order")
+        alone = order is not None and self.slice_order is not None and f"{prefix}weight" not in state_dict
+        if alone and not torch.equal(order.to(self.slice_order), self.slice_order):
+            errors.append(f"{prefix}weight: the state was saved in another order of units and holds no weight.")
+            return
+        applied = self.applied
+        self.remove_update()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if applied:
+            self.apply_update()
+
+    # ---- the update
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the values and the stock values they replace: a difference in fp32 would not add up to the same bits."""
+        start = {} if self.slice_start is None else {"slice_start": self.slice_start}
+        return {"slice_index": self.slice_index, "slice_values": self.slice_values, **start}
+
+    def check_fill(self, what: str, tensors: Mapping[str, Tensor]) -> None:
+        block, index = self.block, tensors["slice_index"]
+        if block is not None:
+            end = block.start + block.units * block.size
+            if int(index.min()) < block.start or int(index.max()) >= end:
+                raise UserError(f"{what}.slice_index: rows outside of {block.start} to {end - 1}, those of its units.")
+        for name in tensors.keys() - {"slice_index"}:  # they are written into the weight
+            check_finite(f"{what}.{name}", tensors[name], self.weight.dtype)
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy in `tensors` of a layer on the same base, or on another one: then the difference is added."""
+        self.choose(tensors["slice_index"].to(self.slice_index.device))
+        values = tensors["slice_values"].to(self.slice_values)
+        if self.slice_start is not None:
+            start = tensors["slice_start"].to(self.slice_start)
+            if not torch.equal(start, self.slice_start):
+                values = values - start.to(values) + self.slice_start.to(values)
+        self.slice_values.copy_(values)
+
+    def low_rank(self) -> LowRank:
+        """Return difference (o, k) times the rows J of the identity, or columns J times the difference (k, i): rank k."""
+        dtype = torch.promote_types(self.slice_values.dtype, torch.float32)
+        delta = self.slice_values.detach().to(dtype)
+        delta = delta if self.slice_start is None else delta - self.slice_start.to(dtype)
+        features = (self.out_features, self.in_features)[self.dim]
+        chosen = F.one_hot(self.slice_index, features).to(dtype)
+        return LowRank(delta, chosen) if self.dim == 1 else LowRank(chosen.t(), delta)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """Return the stock module with the trained values in its weight, rounded once; the update is removed before."""
+        merged = nn.Parameter(self.weight.detach().clone(), requires_grad=self.weight.requires_grad)
+        weight = self.matrix(merged)
+        values: Tensor = self.slice_values
+        if self.slice_start is None:
+            dtype = torch.promote_types(values.dtype, torch.float32)
+            values = values.to(dtype) + weight.index_select(self.dim, self.slice_index).to(dtype)
+        weight.index_copy_(self.dim, self.slice_index, values.to(weight.dtype))
+        return self._stock(merged)
+
+    def extra_repr(self) -> str:
+        side = ("rows", "columns")[self.dim]
+        count = len(self.slice_index)
+        return f"{type(self.shell).__name__}({self.in_features}, {self.out_features}), {count} {side}, mode={self.mode}"

@@ -1,0 +1,202 @@
+"""An adapter folder as data: adapter.json, read strictly, and its tensors, checked before any model is looked at.
+
+adapter.json describes the layers, names the safetensors file with its SHA-256, and carries a digest of itself. What the file
+determines alone is checked here: types, ranges, the tensors of each layer. What needs a model is checked in store.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from vismt.base.errors import UserError
+from vismt.lowrank import strict_json
+from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.layers.base import LAYERS
+from vismt.lowrank.values import check_finite
+from vismt.storage.files import is_sealed, read_tensors
+
+FORMAT = 1
+DESCRIPTION = "adapter.json"
+SAMPLES = 16
+# Layers of version 0.1.0, whose entries in adapter.json do not name the layer: the setting that only theirs have.
+UNNAMED = {"low_rank": None, "quantized": "grid", "slice": "dim"}
+NOT_OURS = f"{DESCRIPTION} is not what vismt.save_adapter writes"
+
+
+@dataclass(frozen=True)
+class SavedWrapper:
+    """The entry of a wrapper: its type, as `wrappers.described` names it, and its settings."""
+
+    type: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Description:
+    """The content of adapter.json. sites, parts: entries of layers and of wrappers."""
+
+    format: int
+    method: str
+    model: str
+    options: dict[str, Any]
+    sites: list[dict[str, Any]]
+    also_train: list[str]
+    base: str
+    base_samples: dict[str, list[float]]
+    tensors: str
+    tensors_sha256: str
+    unchanged: list[str] = field(default_factory=list)
+    parts: dict[str, SavedWrapper] = field(default_factory=dict)
+    sha256: str | None = None  # missing in files of version 0.1.0
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"adapter-[0-9a-f]{12}\.safetensors", self.tensors):
+            raise ValueError(f"tensors: {self.tensors!r} is not the name of a file of tensors")
+        for key in ("also_train", "unchanged"):
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                raise ValueError(f"{key}: a name is given twice")
+        if not set(self.unchanged) <= set(self.also_train):
+            raise ValueError("unchanged: it names a parameter that also_train does not")
+        dropout = self.options.get("dropout", 0.0)
+        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+            raise ValueError(f"options['dropout']: {dropout!r}; it must be a number in [0, 1)")
+
+
+@dataclass(frozen=True)
+class _Site:
+    """What the entry of every layer holds beside its settings."""
+
+    path: str
+    kind: Literal["linear", "conv1d", "conv2d", "nn.Conv1d", "nn.Conv3d", "embedding", "parameter"]
+    shape: tuple[int, int]
+    layer: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path or min(self.shape) < 1:
+            raise ValueError(f"path {self.path!r}, shape {self.shape}")
+
+
+def entry_of(spec: LayerSpec) -> dict[str, Any]:
+    """Return a spec as adapter.json holds it: empty settings are left out."""
+    layer = {} if spec.layer.name in UNNAMED else {"layer": spec.layer.name}
+    entry = {"path": spec.path, "kind": spec.kind, "shape": spec.shape, **layer, **asdict(spec.settings)}
+    return {name: value for name, value in entry.items() if value not in ("", None)}
+
+
+def _spec(entry: Mapping[str, Any], key: str) -> LayerSpec:
+    """Return the spec of an entry of adapter.json; ValueError for one that is malformed."""
+    common = {name: value for name, value in entry.items() if name in _Site.__dataclass_fields__}
+    settings = {name: value for name, value in entry.items() if name not in common}
+    site = strict_json.build(_Site, common, key)
+    name = site.layer or next((name for name, setting in UNNAMED.items() if setting in settings), "low_rank")
+    layer = LAYERS[name]
+    spec = LayerSpec(site.path, site.kind, site.shape, layer, strict_json.build(layer.Settings, settings, key))
+    try:
+        layer.check_settings(spec)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    return spec
+
+
+def compared(specs: Iterable[LayerSpec], unchanged: Iterable[str]) -> list[str]:
+    """Return the paths of the modules whose weights identify the base."""
+    return [
+        *(spec.path for spec in specs),
+        *(name[: -len(".weight")] for name in unchanged if name.endswith(".weight")),
+    ]
+
+
+def read_description(folder: Path, what: str = "") -> tuple[Description, list[LayerSpec]]:
+    """Return the content of adapter.json and its specs; UserError for a damaged or foreign file. what: its name."""
+    what = what or f"adapter '{folder}'"
+    content = strict_json.read(folder / DESCRIPTION, what)
+    written = content.get("format", FORMAT) if isinstance(content, dict) else FORMAT
+    if written != FORMAT:
+        raise UserError(f"{what}: format {written!r}, this version reads {FORMAT}; use a matching vismt.")
+    try:
+        description = strict_json.build(Description, content)
+        specs = [_spec(entry, f"sites[{number}]") for number, entry in enumerate(description.sites)]
+        _check_paths(description, specs)
+    except UserError as error:  # a layer that is not registered
+        raise UserError(f"{what}: {error} Import the file that registers it.") from error
+    except ValueError as error:
+        raise UserError(f"{what}: {NOT_OURS} ({error}).") from error
+    if description.sha256 is not None and not is_sealed(content):
+        raise UserError(f"{what}: {DESCRIPTION} was changed after it was written; save the adapter again.")
+    return description, specs
+
+
+def _check_paths(description: Description, specs: list[LayerSpec]) -> None:
+    """Raise ValueError for paths that are given twice, and samples of other weights than those that identify the base."""
+    paths = {spec.path for spec in specs}
+    if len(paths) < len(specs):
+        raise ValueError("sites: a path is given twice")
+    for name in description.also_train:
+        if name.endswith(".weight") and name[: -len(".weight")] in paths:
+            raise ValueError(f"also_train: '{name}' is adapted")
+    for path in description.parts:
+        if path in paths:
+            raise ValueError(f"parts: '{path}' is adapted")
+    if set(description.base_samples) != set(compared(specs, description.unchanged)):
+        raise ValueError("base_samples: they are not of the weights that sites and unchanged name")
+    for path, values in description.base_samples.items():
+        if len(values) != SAMPLES:
+            raise ValueError(f"base_samples['{path}']: {len(values)} values, needed {SAMPLES}")
+
+
+def read_adapter(folder: Path) -> tuple[Description, list[LayerSpec], dict[str, Tensor]]:
+    """Return the content of adapter.json, its specs and the tensors, not compared with any model.
+
+    Raises UserError for damaged files, and tensors of layers that are missing, misshapen, or hold values that they cannot have.
+    """
+    what = f"adapter '{folder}'"
+    description, specs = read_description(folder)
+    payload, tensors = read_tensors(folder / description.tensors, what)
+    if hashlib.sha256(payload).hexdigest() != description.tensors_sha256:
+        raise UserError(
+            f"{what}: '{description.tensors}' is not the file that {DESCRIPTION} describes; save the adapter again."
+        )
+    for spec in specs:
+        check_tensors(what, layer_shapes([spec], tensors), tensors, strict=False)
+        values = {name: tensors[f"{spec.path}.{name}"] for name in _names(spec) if f"{spec.path}.{name}" in tensors}
+        spec.layer.check_tensors(f"{what}: {spec.path}", spec, values)
+    for name in set(description.also_train) & tensors.keys():
+        check_finite(f"{what}: {name}", tensors[name])
+    return description, specs, tensors
+
+
+def _names(spec: LayerSpec) -> set[str]:
+    return {*spec.tensors(), *spec.layer.optional_shapes(spec)}
+
+
+def layer_shapes(specs: Iterable[LayerSpec], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that a file must hold for these specs, optional ones where it has any of them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for spec in specs:
+        shapes.update({f"{spec.path}.{name}": shape for name, shape in spec.tensors().items()})
+        optional = {f"{spec.path}.{name}": shape for name, shape in spec.layer.optional_shapes(spec).items()}
+        if not optional.keys().isdisjoint(tensors):
+            shapes.update(optional)
+    return shapes
+
+
+def check_tensors(
+    what: str, needed: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], *, strict: bool = True
+) -> None:
+    """Raise UserError for the first missing, misshapen or, with `strict`, unexpected tensor, with both shapes."""
+    for name, shape in needed.items():
+        if name not in tensors:
+            raise UserError(f"{what}: '{name}' is missing (needed {tuple(shape)}).")
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise UserError(f"{what}: {name}: saved {tuple(tensors[name].shape)}, needed {tuple(shape)}.")
+    extra = sorted(set(tensors) - set(needed))
+    if extra and strict:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise UserError(f"{what}: unexpected '{extra[0]}' {tuple(tensors[extra[0]].shape)}{more}.")

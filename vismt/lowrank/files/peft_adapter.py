@@ -1,0 +1,241 @@
+"""A peft folder as data: its settings, factor pairs by path, and whole parameters.
+
+peft builds its layers from the settings and copies the file over them; a layer that the file does not fill keeps B = 0, a
+tensor without a layer is dropped, and both are warnings at most. Here either is an error. What the
+settings name is in peft_settings.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError
+from vismt.lowrank import strict_json
+from vismt.lowrank.factors import LowRank
+from vismt.lowrank.files.peft_layouts import added, attention_paths, names_stack, refuse_passed_by, stock_path
+from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, holds, read_settings, selects, starts, texts
+from vismt.lowrank.model.patterns import Pattern
+from vismt.lowrank.model.targets import LINEAR, candidates, kind_of
+from vismt.lowrank.values import check_factor, check_finite, check_parameter
+from vismt.storage.files import read_tensors
+
+TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """A folder that peft wrote, read but not compared with a model.
+
+    low_rank: by path, L = B (o, r), R = A (r, i or c*kh*kw). extras: whole parameters by name. stacks: factors of
+    target_parameters as they are saved, by key. what: name in messages.
+    """
+
+    what: str
+    settings: PeftSettings
+    low_rank: dict[str, LowRank]
+    extras: dict[str, Tensor]
+    stacks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def replay(self) -> bool:
+        """Whether it was trained on the rest of the base after an exact SVD start."""
+        return str(self.settings.init_lora_weights).lower() == "pissa"
+
+    def targets(self, model: nn.Module) -> set[str]:
+        """Return the paths of the linears and convolutions that the settings name."""
+        paths = {path for path, module in model.named_modules() if path and kind_of(module) and self._names(path)}
+        if self.settings.everywhere:
+            # Only the head of a transformers model is left out, not that of a timm model.
+            getter = getattr(model, "get_output_embeddings", None)
+            head = getter() if callable(getter) else None
+            modules = {path: model.get_submodule(path) for path in paths}
+            paths = {path for path in paths if kind_of(modules[path]) in LINEAR and modules[path] is not head}
+            return paths
+        named = {path for path, _ in model.named_modules() if path and self._names(path)}
+        return paths.union(*(attention_paths(model, path) for path in named))
+
+    def need_the_same_modules(self, model: nn.Module) -> None:
+        """Raise UserError where the modules that the settings name are not those of the file."""
+        named, saved = self.targets(model), set(self.low_rank)
+        known = candidates(model)
+        refuse_passed_by(self.what, dict(model.named_modules()), saved)
+        for path in sorted(saved - named):
+            if path not in known:
+                raise UserError(f"{self.what}: {type(model).__name__} has no linear or convolution '{path}'.")
+            raise UserError(f"{self.what}: the file holds factors of '{path}', which the settings do not name.")
+        for path in sorted(named - saved):
+            more = f" ({len(named - saved)} such modules)" if len(named - saved) > 1 else ""
+            raise UserError(f"{self.what}: the settings name '{path}', but the file holds no factors of it{more}.")
+
+    def kept(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the whole parameters of the file under the names that the model has for them."""
+        parameters, promised = dict(model.named_parameters(remove_duplicate=False)), self._promised(model)
+        tensors = {**parameters, **dict(model.named_buffers())}
+        sharing: dict[int, list[str]] = {}
+        for name, parameter in parameters.items():
+            sharing.setdefault(id(parameter), []).append(name)
+        for name in sorted(promised - set(self.extras)):
+            why = f"bias '{self.settings.bias}', modules_to_save {self.settings.modules_to_save}"
+            raise UserError(f"{self.what}: '{name}' is missing, which the settings say the file holds ({why}).")
+        kept: dict[str, Tensor] = {}
+        for name, value in self.extras.items():
+            if name not in tensors:
+                raise UserError(f"{self.what}: '{PREFIX}{name}' belongs to no parameter of {type(model).__name__}.")
+            if value.shape != tensors[name].shape:
+                raise UserError(
+                    f"{self.what}: {name}: saved {tuple(value.shape)}, needed {tuple(tensors[name].shape)}."
+                )
+            check_parameter(f"{self.what}: {name}", value, tensors[name])
+            names = sharing.get(id(tensors[name]), [])
+            if promised.isdisjoint(names):  # peft saves the embeddings along when one of them is adapted
+                if not _equal(value, tensors[name]):
+                    raise UserError(
+                        f"{self.what}: the file holds other values of '{name}', which the settings do not name; load the base it "
+                        "was trained on."
+                    )
+                continue
+            # peft trains a copy of one of two tied weights, which unties them.
+            if any(alias not in self.extras or not torch.equal(self.extras[alias], value) for alias in names):
+                alias = next(alias for alias in names if alias != name)
+                raise UserError(
+                    f"{self.what}: '{name}' was trained apart from '{alias}', whose weight it shares here; untie them first."
+                )
+            kept[names[0]] = value
+        return kept
+
+    def _promised(self, model: nn.Module) -> set[str]:
+        """Return the names of the parameters that the file holds by its settings: of modules_to_save, and biases."""
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        endings = tuple(texts(self.settings.modules_to_save))
+        paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path and path.endswith(endings)]
+        saved = {name for path in paths for name in names if name.startswith(f"{path}.")}
+        biases = {name for name in names if name == "bias" or name.endswith(".bias")}
+        if self.settings.bias == "lora_only":
+            biases &= {f"{path}.bias" for path in self.low_rank}
+        return saved | biases if self.settings.bias != "none" else saved
+
+    def _names(self, path: str) -> bool:
+        settings = self.settings
+        if selects(settings.excluded, path) or any(holds(name, path) for name in settings.saved):
+            return False
+        if settings.everywhere:
+            return True
+        layers = settings.layers_to_transform
+        wanted = [layers] if isinstance(layers, int) else layers
+        if not wanted or isinstance(settings.targets, Pattern):
+            return selects(settings.targets, path)
+        # A full path counts whatever the layers are.
+        return path in settings.targets or (selects(settings.targets, path) and self._layer(path) in wanted)
+
+    def _layer(self, path: str) -> int | None:
+        if not self.settings.layer_names:
+            match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+            return int(match[1]) if match else None
+        for name in self.settings.layer_names:
+            for end in (end for start in starts(path) for end in name.ends(path, start)):
+                match = re.match(r"\.(\d+)\.", path[end:])
+                if match:
+                    return int(match[1])
+        return None
+
+
+def read_peft(folder: Path) -> PeftAdapter:
+    """Return the folder as data.
+
+    Raises UserError for damaged files, a variant that is not a plain LoRA, and a start that cannot be replayed.
+    """
+    what = f"peft adapter '{folder}'"
+    config = strict_json.read(folder / CONFIG, what)
+    if not isinstance(config, dict):
+        raise UserError(f"{what}: {CONFIG} holds no settings.")
+    settings = read_settings(what, config)
+    pairs, extras = _sort(what, _load(folder, what))
+    for name, value in extras.items():
+        check_finite(f"{what}: {name}", value)
+    parameters = settings.target_parameters or []
+    stacks = {
+        key for key in pairs if names_stack(parameters, key) and (settings.everywhere or not settings.selects(key))
+    }
+    low_rank = {}
+    for key in pairs.keys() - stacks:
+        path, named = stock_path(key, pairs.keys())
+        update = _low_rank(what, settings, path, named, pairs[key])
+        times = 1 if named == path else added(path, settings.peft_version)
+        low_rank[path] = replace(update, scale=update.scale * times)
+    return PeftAdapter(what, settings, dict(sorted(low_rank.items())), extras, {key: pairs[key] for key in stacks})
+
+
+def _load(folder: Path, what: str) -> dict[str, Tensor]:
+    legacy = folder / "adapter_model.bin"
+    if not (folder / TENSORS).exists() and legacy.exists():
+        try:
+            content = torch.load(legacy, map_location="cpu", weights_only=True)
+        except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
+            raise UserError(f"{what}: '{legacy}' is damaged ({type(error).__name__}).") from error
+        if not isinstance(content, dict) or not all(_plain(key, value) for key, value in content.items()):
+            raise UserError(f"{what}: '{legacy}' is not a mapping of plain tensors by name, as peft writes it.")
+        return content
+    return read_tensors(folder / TENSORS, what)[1]
+
+
+def _plain(name: Any, value: Any) -> bool:
+    """Return whether an entry of an older file is a name and a dense tensor that holds as many values as its shape says."""
+    dense = (
+        isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
+    )
+    return dense and value.device.type == "cpu" and value.untyped_storage().nbytes() >= value.numel() * value.itemsize
+
+
+def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return the factor pairs by module path, and whole parameters by name."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    extras: dict[str, Tensor] = {}
+    for key, value in sorted(tensors.items()):
+        if not key.startswith(PREFIX):
+            raise UserError(f"{what}: key '{key}' lacks the prefix '{PREFIX}'; the file was not written by peft.")
+        name = key[len(PREFIX) :]
+        match = re.fullmatch(r"(.*)\.lora_([AB])(?:\.default)?\.weight", name)
+        table = re.fullmatch(r"(.*)\.lora_embedding_([AB])(?:\.default)?", name)
+        if match:
+            pairs.setdefault(match[1], {})[match[2]] = value
+        elif table and value.ndim == 2:  # of an embedding, whose table peft transposes
+            pairs.setdefault(table[1], {})["BA"[table[2] == "B"]] = value.t()
+        elif "lora_" in name:
+            raise UserError(f"{what}: '{key}' belongs to a variant that is not a plain LoRA.")
+        elif ".original_module." not in name:
+            extras[re.sub(r"\.(modules_to_save(\.default)?|base_layer)\.(?=[^.]+$)", ".", name)] = value
+    for path, pair in pairs.items():
+        if len(pair) != 2:
+            raise UserError(f"{what}: '{path}' has lora_{next(iter(pair))} but not its partner.")
+    if not pairs:
+        raise UserError(f"{what}: it holds no lora_A and lora_B.")
+    return pairs, extras
+
+
+def _low_rank(what: str, settings: PeftSettings, path: str, named: str, pair: Mapping[str, Tensor]) -> LowRank:
+    rank, scale = settings.scale(named)
+    matrices = {}
+    for side, factor in pair.items():
+        name = f"{path}.lora_{side}"
+        shape = tuple(factor.shape)
+        if not 2 <= len(shape) <= 5:
+            raise UserError(f"{what}: {name}: saved {shape}; it must be a matrix, or the kernel of a convolution.")
+        needed = (rank, *shape[1:]) if side == "A" else (shape[0], rank, *[1] * (len(shape) - 2))
+        if shape != needed:
+            raise UserError(f"{what}: {name}: saved {shape}, needed {needed}.")
+        check_factor(f"{what}: {name}", factor)
+        matrices[side] = factor.flatten(1)
+    return LowRank(matrices["B"], matrices["A"], scale=scale)
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors have the same values, or one is a cast of the other."""
+    first, second = first.detach().cpu(), second.detach().cpu()
+    return torch.equal(first, second.to(first.dtype)) or torch.equal(first.to(second.dtype), second)

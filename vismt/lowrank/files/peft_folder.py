@@ -1,0 +1,306 @@
+"""Plain LoRA in the folder layout that the peft package reads: adapter_config.json and adapter_model.safetensors.
+
+Export folds every scale into B (alpha = r, no rslora), names full module paths, and writes init_lora_weights true, so
+that no reader can get the scale wrong or touch the base again. A principal start is exported as rank 2r, [A; A0] and
+[B, -B0], per-block factors as one block-diagonal pair: both exact. Import is strict where peft only warns.
+
+Layout: key base_model.model.<path>.lora_{A,B}.weight; A (r, i), B (o, r); for Conv2d A (r, c, kh, kw), B (o, r, 1, 1).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError
+from vismt.lowrank.factors import LowRank
+from vismt.lowrank.files.peft_adapter import PREFIX, TENSORS, PeftAdapter, read_peft
+from vismt.lowrank.files.peft_layouts import padded_stack, stack_keys, stack_tensors, with_partners
+from vismt.lowrank.files.peft_settings import CONFIG, holds
+from vismt.lowrank.files.store import adapter_tensors, report_lost
+from vismt.lowrank.files.updates import of_peft, put_on
+from vismt.lowrank.init import principal
+from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
+from vismt.lowrank.layers.held import LowRankHeld
+from vismt.lowrank.layers.packed_weights import dense_weight
+from vismt.lowrank.layers.wrappers import check_mergeable, stock_order
+from vismt.lowrank.model.named import beside, using
+from vismt.lowrank.model.patterns import Pattern
+from vismt.lowrank.model.record import AdaptRecord, need_record, refuse_adapted, refuse_offloaded
+from vismt.lowrank.model.targets import LINEAR, kind_of, matrix_shape
+from vismt.lowrank.values import fits, need_finite
+from vismt.storage.files import atomic_write
+
+
+def export_peft(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    compact: bool = False,
+    uniform: bool = False,
+    force: bool = False,
+    strict: bool = False,
+) -> Path:
+    """Write an adapted model in peft's layout: as a plain LoRA, a hosted tuner in its own format.
+
+    It warns of parameters that were trained and are not in the file, such as a head beside the adapter.
+
+    Args:
+        model: an adapted model; not changed.
+        folder: made where it is missing.
+        name: of the adapter where the model carries several; None for the active one.
+        compact: drop vanishing directions by QR and a small SVD, which needs finite values.
+        uniform: pad every pair to the largest rank with zeros, for servers that read one rank: llama.cpp divides lora_alpha
+            by the rank of each tensor and reads no rank_pattern.
+        force: write NaN and infinite values too; `import_peft` refuses them.
+        strict: refuse instead of warning.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: where the model does more than plain LoRA (a router that has not faded, quantised weights), for values that
+            are not finite, and with `strict` for trained parameters that are not in the file; nothing is written then.
+    """
+    with using(model, name, "export_peft"):
+        return _export(model, Path(folder), compact, uniform, force, strict)
+
+
+def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force: bool, strict: bool) -> Path:
+    record = need_record(model, "export_peft")
+    refuse_offloaded(model, "export_peft", whole=True)
+    report_lost(model, "export_peft", strict)
+    if not record.sites:
+        raise UserError(f"export_peft: '{record.method}' has no low-rank factors; merge the model and save it whole.")
+    for spec in record.sites:
+        if spec.layer.not_exported:
+            raise UserError(f"export_peft: '{record.method}' {spec.layer.not_exported}.")
+    saved = _whole_modules(model, record)
+    _refuse_suffixes(model, saved)
+    saved_names = {name for path in saved for name in _below(model, path)}
+    bias = _bias_setting(model, set(record.also_train), saved_names)
+    if compact or not force:
+        need_finite("export_peft", adapter_tensors(model))
+    files = record.sites[0].layer.peft_files(model, record.sites, saved)
+    if files is None:
+        check_mergeable(model, "export_peft")
+        whole = saved_names | set(record.also_train)
+        payload, ranks = _plain_lora(model, whole, compact, uniform)
+        if not force:
+            need_finite("export_peft", payload)
+        config = {**_settings(model, record, ranks), "modules_to_save": saved or None, "bias": bias}
+        tensors = safetensors.torch.save(payload, metadata={"format": "pt"})
+        files = {TENSORS: tensors, CONFIG: json.dumps(config, indent=2).encode()}
+    elif compact or uniform or bias != "none":
+        raise UserError(
+            f"export_peft: '{record.method}' has a format of peft's own, without compact, uniform and single biases; leave them "
+            "out."
+        )
+    for name in (TENSORS, CONFIG):  # the settings last
+        atomic_write(folder / name, files[name])
+    return folder
+
+
+def _settings(model: nn.Module, record: AdaptRecord, ranks: dict[str, int]) -> dict[str, Any]:
+    """Return the settings of a plain LoRA. ranks: by the path that peft is to be given."""
+    parameters = [path for path in ranks if isinstance(adapter_layers(model).get(path), LowRankHeld)]
+    common = max(ranks.values())
+    paths = [path for path, module in model.named_modules() if path and (path in ranks or kind_of(module))]
+    # peft also takes a path for a suffix: where another module has this suffix, the pattern is anchored.
+    anchored = {path: any(longer.endswith(f".{path}") for longer in paths) for path in ranks}
+    pattern = {
+        ("^" if anchored[path] else "") + re.escape(path): rank for path, rank in ranks.items() if rank != common
+    }
+    named = sorted(ranks.keys() - set(parameters))
+    targets = "|".join(re.escape(path) for path in named) if any(anchored.values()) else named
+    generates = getattr(model, "can_generate", None)
+    causal = callable(generates) and generates() and not model.config.is_encoder_decoder
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if causal else None,
+        "inference_mode": True,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": targets,
+        **({"target_parameters": parameters} if parameters else {}),
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": any(site.kind == "conv1d" for site in record.sites),
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    if not causal:
+        config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    return config
+
+
+def _plain_lora(
+    model: nn.Module, whole: Iterable[str], compact: bool, uniform: bool
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return copies of the factors and of the parameters `whole` under peft's keys, and the rank at each path it is given."""
+    tensors: dict[str, Tensor] = {}
+    with stock_order(model):
+        layers = adapter_layers(model)
+        stacks = {path: layer.stack() for path, layer in layers.items() if _is_stack(layer)}
+        plain = {path: layer.low_rank() for path, layer in layers.items() if path not in stacks}
+        updates = {path: update.to(dtype=torch.float32) for path, update in plain.items()}
+        if compact:
+            updates = {path: update.compact().balanced() for path, update in updates.items()}
+        updates, attention = with_partners(model, updates)
+        ranks = {path: update.rank for path, update in updates.items()}
+        ranks |= {path: A.shape[1] for path, (A, _) in stacks.items()}
+        if uniform:
+            common = max(ranks.values())
+            updates = {path: _padded(update, common) for path, update in updates.items()}
+            stacks = {path: padded_stack(A, B, common) for path, (A, B) in stacks.items()}
+            ranks = dict.fromkeys(ranks, common)
+        keys = stack_keys(model, stacks) | attention
+        factors = {path: _named_factors(layers.get(path), update) for path, update in updates.items()}
+        factors |= {path: stack_tensors(A, B) for path, (A, B) in stacks.items()}
+        for path, named in factors.items():
+            tensors |= {f"{PREFIX}{keys.get(path, path)}.{name}": factor for name, factor in named.items()}
+        for name in whole:
+            path, _, leaf = name.rpartition(".")
+            adapted = f"{path}.base_layer.{leaf}" if path in layers else name
+            tensors[f"{PREFIX}{adapted}"] = model.get_parameter(name)
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    given = {attention.get(path, path): rank for path, rank in ranks.items()}
+    return tensors, {path: rank for path, rank in given.items() if ".base_layer." not in path}
+
+
+def _named_factors(layer: AdapterLayer | None, update: LowRank) -> dict[str, Tensor]:
+    """Return A and B under peft's names. layer: None for a partner that is not adapted."""
+    if layer is None:
+        return {"lora_A.weight": update.R, "lora_B.weight": update.L}
+    return dict(zip(layer.peft_names, layer.peft_factors(update)))
+
+
+def _padded(update: LowRank, rank: int) -> LowRank:
+    """Return an update without a core with zeros up to a rank."""
+    missing = rank - update.rank
+    return replace(update, L=F.pad(update.L, (0, missing)), R=F.pad(update.R, (0, 0, 0, missing)))
+
+
+def _is_stack(layer: AdapterLayer) -> TypeGuard[LowRankHeld]:
+    return isinstance(layer, LowRankHeld) and layer.weight.dim() == 3
+
+
+def import_peft(model: nn.Module, folder: str | Path, *, name: str = "default") -> nn.Module:
+    """Put a LoRA that peft wrote on a model as the active adapter, of method 'lora'.
+
+    The modules that the settings name and those in the file have to be the same, every shape that of the model. A start
+    that changed the base is replayed where that is possible (init_lora_weights "pissa", an exact SVD: B0 A0 is subtracted).
+
+    Args:
+        model: changed in place.
+        folder: what peft or `export_peft` wrote.
+        name: of the adapter on this model.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: for other modules or shapes than the model's, other tuner types, DoRA and the like, and other starts that
+            changed the base (pissa_niter, corda, olora, ...): convert those to a plain LoRA first (peft:
+            save_pretrained(path_initial_model_for_weight_conversion=...)).
+    """
+    adapter = read_peft(Path(folder))
+    with beside(model, name, adapter.what):
+        return _import(model, adapter)
+
+
+def _import(model: nn.Module, adapter: PeftAdapter) -> nn.Module:
+    refuse_adapted(model, adapter.what)
+    refuse_offloaded(model, adapter.what, whole=True)
+    adapter.need_the_same_modules(model)
+    starts = _replayed(model, adapter) if adapter.replay else {}
+    dropout = adapter.settings.lora_dropout or 0.0
+    return put_on(model, of_peft(adapter), {} if starts else {"dropout": dropout}, starts)
+
+
+def _replayed(model: nn.Module, adapter: PeftAdapter) -> dict[str, Tensor]:
+    """Return the principal factors that peft took out of each weight, by adapter key."""
+    starts: dict[str, Tensor] = {}
+    for path, update in adapter.low_rank.items():
+        module = model.get_submodule(path)
+        if update.shape != matrix_shape(module) or kind_of(module) not in LINEAR or update.rank > min(update.shape):
+            raise UserError(
+                f"{adapter.what}: '{path}' is not a linear that a start of rank {update.rank} can be replayed on."
+            )
+        weight = module.weight.detach().t() if kind_of(module) == "conv1d" else dense_weight(module)
+        next_rank = min(update.rank + 1, *update.shape)  # shows whether the start is unique
+        if not fits(weight) or not update.scale:
+            raise UserError(
+                f"{adapter.what}: the start cannot be replayed: '{path}' is not finite, or lora_alpha is 0."
+            )
+        A, B = principal(weight, next_rank, update.scale, generator=torch.Generator())
+        values = A.square().sum(1)
+        if next_rank > update.rank and not values[-2] - values[-1] > 1e-5 * values[0]:
+            raise UserError(
+                f"{adapter.what}: the start cannot be replayed: the singular values {update.rank} and {next_rank} of '{path}' "
+                "are equal; convert it to a plain LoRA with peft first."
+            )
+        starts |= {f"{path}.lora_A0": A[: update.rank], f"{path}.lora_B0": B[:, : update.rank].contiguous()}
+    return starts
+
+
+def _whole_modules(model: nn.Module, record: AdaptRecord) -> list[str]:
+    """Return the outermost modules with every parameter in also_train; for a tied weight all modules that hold it."""
+    trained = {id(model.get_parameter(name)) for name in record.also_train}
+    paths: list[str] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        candidate = bool(module._parameters) and not path.startswith(tuple(f"{outer}." for outer in paths))
+        if path and candidate and all(id(parameter) in trained for parameter in module.parameters()):
+            paths.append(path)
+    return sorted(paths)
+
+
+def _refuse_suffixes(model: nn.Module, saved: list[str]) -> None:
+    """Raise UserError where peft, which takes names of whole modules for endings of paths, would not adapt a module."""
+    for path in adapter_layers(model):
+        for name in saved:
+            inside = any(f"{path}.".startswith(f"{outer}.") for outer in _ending(model, name))
+            if inside or holds(Pattern(re.escape(name)), path):
+                raise UserError(
+                    f"export_peft: peft cannot save '{name}' whole and adapt '{path}', whose path it takes for the same; merge "
+                    "the model and save it whole."
+                )
+
+
+def _ending(model: nn.Module, name: str) -> list[str]:
+    return [path for path, _ in model.named_modules(remove_duplicate=False) if path.endswith(name)]
+
+
+def _below(model: nn.Module, name: str) -> set[str]:
+    """Return the names of the parameters of all modules whose path ends with `name`: peft saves them all."""
+    paths = [path for path in _ending(model, name) if path]
+    return {f"{path}.{key}" for path in paths for key, _ in model.get_submodule(path).named_parameters()}
+
+
+def _bias_setting(model: nn.Module, trained: set[str], saved: set[str]) -> str:
+    """Return peft's setting that saves what is trained besides whole modules; UserError where there is none."""
+    rest = trained - saved
+    if not rest:
+        return "none"
+    adapted = {f"{path}.bias" for path, layer in adapter_layers(model).items() if layer.bias is not None}
+    everywhere = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    for name, biases in (("lora_only", adapted), ("all", everywhere)):
+        if rest <= biases <= trained:
+            return name
+    raise UserError(
+        f"export_peft: '{min(rest)}' is trained without the rest of its module; peft saves whole modules, or all biases of the "
+        "model or of what is adapted."
+    )

@@ -1,0 +1,158 @@
+"""Factors of weights that a module reads itself (held.py) in peft's files: other keys, another order (peft 0.21).
+
+experts     owner.lora_A (e*r, i), owner.lora_B (o, r*e), the expert last; one `base_layer` deeper for each parameter of the
+            owner that is adapted and declared later; named in target_parameters
+attention   in_proj_weight at the path of the nn.MultiheadAttention, out_proj below its base_layer: both, with one rank; the
+            attention is named in target_modules, and out_proj alone would be passed by
+
+Up to 0.21 peft adds the update of an attention's out_proj twice, in training too: a file of such a version is read so, and none
+is written, which a later peft would read as half of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError
+from vismt.lowrank.factors import LowRank
+from vismt.lowrank.layers.linear import LowRankSettings
+from vismt.lowrank.layers.parameters import HeldParameter, declared, is_attention, module_at
+from vismt.lowrank.values import check_factor
+
+if TYPE_CHECKING:
+    from vismt.lowrank.files.peft_adapter import PeftAdapter
+
+IN, OUT = "in_proj_weight", "out_proj"
+
+
+# ---- experts
+def stack_keys(model: nn.Module, paths: Collection[str]) -> dict[str, str]:
+    """Return where peft keeps the factors of each of these parameters, all that are adapted, by path."""
+    keys = {}
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        if not owner:
+            raise UserError(
+                f"peft cannot adapt '{path}', a parameter of the model itself; merge the model and save it whole."
+            )
+        wrapped = [other for other in declared(model.get_submodule(owner)) if f"{owner}.{other}" in paths]
+        keys[path] = owner + ".base_layer" * (len(wrapped) - 1 - wrapped.index(name))
+    return keys
+
+
+def stack_tensors(A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """Return A (e, r, i) and B (e, o, r) in peft's layout, by name."""
+    return {
+        "lora_A.weight": rearrange(A, "e r i -> (e r) i"),
+        "lora_B.weight": rearrange(B, "e o r -> o (r e)"),
+    }
+
+
+def padded_stack(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A (e, rank, i) and B (e, o, rank), filled up with zeros."""
+    missing = rank - A.shape[1]
+    return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
+
+
+def names_stack(parameters: Iterable[str], key: str) -> bool:
+    """Return whether the factors at `key` are of one of `parameters`, target_parameters of peft."""
+    owner = key.replace(".base_layer", "")
+    owners = [parameter.rpartition(".")[0] for parameter in parameters]
+    return any(not end or owner == end or owner.endswith(f".{end}") for end in owners)
+
+
+def stacks_on(adapter: PeftAdapter, model: nn.Module) -> dict[str, tuple[LowRankSettings, Tensor, Tensor]]:
+    """Return the settings, A (e*r, i) and B (e*o, r) of each adapted parameter of the model, by path; UserError for others."""
+    what, wanted = adapter.what, adapter.settings.target_parameters or []
+    paths = [
+        name
+        for name, _ in model.named_parameters()
+        if any(name == text or name.endswith(f".{text}") for text in wanted)
+    ]
+    keys = stack_keys(model, paths)
+    if set(keys.values()) != set(adapter.stacks):
+        differing = min(set(keys.values()) ^ set(adapter.stacks))
+        raise UserError(
+            f"{what}: the factors at '{differing}' are not those of the parameters that {wanted} name in {type(model).__name__}."
+        )
+    return {path: _stack(adapter, path, module_at(model, path), adapter.stacks[key]) for path, key in keys.items()}
+
+
+def _stack(
+    adapter: PeftAdapter, path: str, module: nn.Module, pair: Mapping[str, Tensor]
+) -> tuple[LowRankSettings, Tensor, Tensor]:
+    if not isinstance(module, HeldParameter) or module.weight.ndim != 3:
+        raise UserError(
+            f"{adapter.what}: '{path}' does not hold experts in three dimensions, and can be no target here."
+        )
+    rank, scale = adapter.settings.scale(path)
+    count, (rows, columns) = module.weight.shape[0], module.matrix(module.weight).shape
+    needed = {"A": (count * rank, columns), "B": (rows // count, rank * count)}
+    for side, factor in pair.items():
+        check_factor(f"{adapter.what}: {path}.lora_{side}", factor)
+        if tuple(factor.shape) != needed[side]:
+            raise UserError(
+                f"{adapter.what}: {path}.lora_{side}: saved {tuple(factor.shape)}, needed {needed[side]} for {count} experts."
+            )
+    B = rearrange(pair["B"], "o (r e) -> (e o) r", e=count)
+    return LowRankSettings(rank, scale, (rows // count,) * count), pair["A"], B
+
+
+# ---- attention
+def attention_paths(model: nn.Module, path: str) -> set[str]:
+    """Return the paths of what peft adapts where it is given the path of an attention."""
+    return {f"{path}.{IN}", f"{path}.{OUT}"} if is_attention(model.get_submodule(path)) else set()
+
+
+def stock_path(key: str, keys: Collection[str]) -> tuple[str, str]:
+    """Return the path of the weight whose factors lie at `key`, and the path that peft's settings name."""
+    inner = re.fullmatch(rf"(.*)\.base_layer\.{OUT}", key)
+    if inner:
+        return f"{inner[1]}.{OUT}", inner[1]
+    return (f"{key}.{IN}", key) if f"{key}.base_layer.{OUT}" in keys else (key, key)
+
+
+def refuse_passed_by(what: str, modules: Mapping[str, nn.Module], paths: Collection[str]) -> None:
+    """Raise UserError for factors of an out_proj that peft never applies."""
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        if name == OUT and f"{owner}.{IN}" not in paths and is_attention(modules.get(owner)):
+            raise UserError(
+                f"{what}: peft passes the factors of '{path}' by, whose weight nn.MultiheadAttention reads itself; "
+                f"train with target_modules '{owner}'."
+            )
+
+
+def added(path: str, version: str | None) -> int:
+    """Return how often the peft of a version that wrote a file adds the update of an attention's weight."""
+    known = re.match(r"(\d+)\.(\d+)", version or "")
+    old = known is None or (int(known[1]), int(known[2])) <= (0, 21)
+    return 2 if old and path.endswith(f".{OUT}") else 1
+
+
+def with_partners(model: nn.Module, updates: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], dict[str, str]]:
+    """Return updates with a zero one of out_proj beside each in_proj_weight, and where peft keeps those of attentions, by path.
+
+    Raises UserError for weights of attentions whose updates peft has no form of, or a wrong one.
+    """
+    complete, keys = dict(updates), dict[str, str]()
+    for path, update in updates.items():
+        owner, _, name = path.rpartition(".")
+        if not is_attention(model.get_submodule(owner)):
+            continue
+        if name != IN or not owner:
+            why = "adds the update twice" if name == OUT else "has no LoRA of this parameter"
+            raise UserError(
+                f"export_peft: '{path}': peft {why} in nn.MultiheadAttention; exclude it, or merge the model and save it whole."
+            )
+        columns = update.shape[1]
+        zero = LowRank(update.L.new_zeros(columns, update.rank), update.R.new_zeros(update.rank, columns))
+        complete[f"{owner}.{OUT}"] = zero
+        keys |= {path: owner, f"{owner}.{OUT}": f"{owner}.base_layer.{OUT}"}
+    return complete, keys

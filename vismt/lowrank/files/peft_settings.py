@@ -1,0 +1,184 @@
+"""The settings of a peft folder, adapter_config.json: what they name, as peft 0.21 matches it, and what is refused.
+
+target_modules       a text: full match; 'all-linear'; a list: the path, or a suffix of it after a dot
+layers_to_transform  with a list, the first number after a dot (or after layers_pattern) is one of these
+exclude_modules      as target_modules; wins, and so does modules_to_save, which takes every path that ends so
+rank_pattern, ...    the first key whose regular expression matches the end of the path after a dot
+fan_in_fan_out       does not concern A and B; the class of the module decides
+target_parameters    experts in one parameter; their factors, and those of attentions, lie elsewhere (peft_readers.py)
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from vismt.base.errors import UserError
+from vismt.lowrank import strict_json
+from vismt.lowrank.model.patterns import Pattern, PatternError
+
+CONFIG = "adapter_config.json"
+# Starts that leave the base as it is; every other one moved a part of it into the factors.
+STARTS = ("gaussian", "eva", "orthogonal", "mica")
+VARIANTS = (
+    "use_dora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "trainable_token_indices",
+    "use_qalora",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
+    "kasa_config",
+    "megatron_config",
+)
+OF_A_START = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config")
+BIASES = ("none", "all", "lora_only")
+
+
+@dataclass(frozen=True)
+class PeftSettings:
+    """The settings in adapter_config.json that decide what the file means; ValueError for values out of range."""
+
+    r: int
+    lora_alpha: float
+    target_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: str | list[str] | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = False
+    bias: str = "none"
+    lora_dropout: float | None = 0.0
+    init_lora_weights: bool | str | None = True
+    peft_version: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= (self.lora_dropout or 0.0) < 1:
+            raise ValueError(f"lora_dropout: {self.lora_dropout}; it must be a number in [0, 1)")
+        for name, rank in {
+            "r": self.r,
+            **{f"rank_pattern['{key}']": n for key, n in (self.rank_pattern or {}).items()},
+        }.items():
+            if rank < 1:
+                raise ValueError(f"{name}: {rank}; it must be a whole number, at least 1")
+        for patterns in (self.targets, self.excluded, self.saved, self.layer_names, self.ranks, self.alphas):
+            del patterns  # compiled here, so that a malformed one is found while the folder is read
+
+    # A text is an expression of the whole path, a list holds paths and suffixes.
+    @cached_property
+    def targets(self) -> Pattern | list[str]:
+        return _paths("target_modules", self.target_modules)
+
+    @cached_property
+    def excluded(self) -> Pattern | list[str]:
+        return _paths("exclude_modules", self.exclude_modules)
+
+    @cached_property
+    def saved(self) -> list[Pattern]:
+        return [_pattern("modules_to_save", text) for text in texts(self.modules_to_save)]
+
+    @cached_property
+    def layer_names(self) -> list[Pattern]:
+        return [_pattern("layers_pattern", text) for text in texts(self.layers_pattern)]
+
+    @cached_property
+    def ranks(self) -> list[tuple[Pattern, int]]:
+        return [(_pattern("rank_pattern", key), rank) for key, rank in (self.rank_pattern or {}).items()]
+
+    @cached_property
+    def alphas(self) -> list[tuple[Pattern, float]]:
+        return [(_pattern("alpha_pattern", key), alpha) for key, alpha in (self.alpha_pattern or {}).items()]
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether all linears are named."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+
+    def selects(self, path: str) -> bool:
+        """Return whether target_modules name a path."""
+        return selects(self.targets, path)
+
+    def scale(self, path: str) -> tuple[int, float]:
+        """Return the rank and the factor of the update at `path`."""
+        rank: int = _value(self.ranks, path, self.r)
+        alpha: float = _value(self.alphas, path, self.lora_alpha)
+        return rank, alpha / (rank**0.5 if self.use_rslora else rank)
+
+
+def read_settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
+    """Return the settings; UserError for another tuner, a variant, and values that cannot be read."""
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{what}: peft_type {config.get('peft_type')!r}; only LORA can be read.")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in (*STARTS, "pissa"):
+        raise UserError(
+            f"{what}: init_lora_weights '{start}' changed the base it was trained on and cannot be replayed; convert it to a "
+            "plain LoRA with peft first: save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    for key, value in config.items():
+        unknown = key not in OF_A_START and (key.startswith("use_") or key.endswith("_config")) and key != "use_rslora"
+        if value and (key in VARIANTS or unknown):
+            raise UserError(f"{what}: '{key}' is set; that variant is not a plain LoRA and cannot be read.")
+    names = {field.name for field in fields(PeftSettings)}
+    try:
+        settings = strict_json.build(PeftSettings, {key: value for key, value in config.items() if key in names})
+    except ValueError as error:
+        raise UserError(f"{what}: {CONFIG} cannot be read ({error}).") from error
+    if settings.bias not in BIASES:
+        raise UserError(f"{what}: bias {settings.bias!r}; it must be one of {', '.join(BIASES)}.")
+    if not texts(settings.target_modules) and not settings.target_parameters:
+        raise UserError(f"{what}: {CONFIG}: target_modules {settings.target_modules!r} name no module.")
+    return settings
+
+
+def _value(table: Iterable[tuple[Pattern, Any]], path: str, default: Any) -> Any:
+    """Return the value of the first expression that matches the end of the path after a dot, as in peft."""
+    for pattern, value in table:
+        if any(len(path) in pattern.ends(path, start) for start in starts(path)):
+            return value
+    return default
+
+
+def _paths(key: str, value: str | list[str] | None) -> Pattern | list[str]:
+    return _pattern(key, value) if isinstance(value, str) else value or []
+
+
+def _pattern(key: str, text: str) -> Pattern:
+    try:
+        return Pattern(text)
+    except PatternError as error:
+        raise ValueError(
+            f"{key}: {reprlib.repr(text)} is not a regular expression that can be matched: {error}"
+        ) from error
+
+
+def starts(path: str) -> list[int]:
+    """Return where the names in a path begin: at its start and after each dot."""
+    return [0, *(dot.end() for dot in re.finditer(r"\.", path))]
+
+
+def selects(modules: Pattern | list[str], path: str) -> bool:
+    """Return whether an expression matches the path, or a list holds it or a suffix of it after a dot."""
+    if isinstance(modules, Pattern):
+        return modules.matches(path)
+    return any(path == suffix or path.endswith(f".{suffix}") for suffix in modules)
+
+
+def holds(name: Pattern, path: str) -> bool:
+    """Return whether some names in a row in the path match."""
+    return any(path[end:][:1] in ("", ".") for start in starts(path) for end in name.ends(path, start))
+
+
+def texts(value: str | list[str] | None) -> list[str]:
+    """Return one text or several as a list."""
+    return [value] if isinstance(value, str) else value or []

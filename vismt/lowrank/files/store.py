@@ -1,0 +1,367 @@
+"""Adapters on disk: adapter.json describes the layers and names the safetensors file with the tensors.
+
+The tensors are written first, under a name of their digest, and the JSON that names them last: a save that is cut short
+leaves the one before. Loading is strict: a missing or unexpected tensor, another shape, values that are not finite or another
+base model are errors that leave the model as it was. The base is recognised by samples of the adapted weights, compared
+within half-precision rounding, so that a cast of the same checkpoint is still the same base; what is not adapted is not
+compared. Where weights themselves are trained (no factors), only those that changed are written, and the others identify the
+base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError
+from vismt.lowrank.files.description import (
+    DESCRIPTION,
+    FORMAT,
+    SAMPLES,
+    Description,
+    check_tensors,
+    compared,
+    entry_of,
+    layer_shapes,
+    read_adapter,
+)
+from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
+from vismt.lowrank.layers.packed_weights import dense_weight
+from vismt.lowrank.layers.parameters import module_at
+from vismt.lowrank.layers.wrappers import (
+    AddedModule,
+    ModuleWrapper,
+    from_stock,
+    stock_order,
+    to_stock,
+    wrapper_type,
+    wrappers_of,
+)
+from vismt.lowrank.model.backups import unchanged_tensors, was_trained
+from vismt.lowrank.model.inject import attach, install, undone_on_error
+from vismt.lowrank.model.named import beside, using
+from vismt.lowrank.model.record import AdaptRecord, names_of, need_record, record_of, refuse_offloaded, refuse_switched
+from vismt.lowrank.model.targets import LINEAR, kind_of, matrix_shape, refusals
+from vismt.lowrank.values import check_parameter, need_finite
+from vismt.storage.files import atomic_write, locked, sealed, write_tensors
+
+WAIT_S = 60  # for another process that saves into the same folder
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, *, name: str | None = None, force: bool = False, strict: bool = False
+) -> Path:
+    """Write the factors (and also_train parameters) of an adapted model; each file appears whole or not at all.
+
+    It warns of parameters that were trained and are not in the file, such as a head beside the adapter.
+
+    Args:
+        model: an adapted model.
+        folder: made where it is missing.
+        name: of the adapter where the model carries several; None for the active one.
+        force: write NaN and infinite values too, for inspection; `load_adapter` refuses them.
+        strict: refuse instead of warning.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: for a stock model, a model on the meta device, values that are not finite, a folder that cannot be written,
+            and with `strict` trained parameters that are not in the file; nothing is written then.
+    """
+    with using(model, name, "save_adapter"):
+        report_lost(model, "save_adapter", strict)
+        return write_adapter(model, folder, force=force)
+
+
+def report_lost(model: nn.Module, what: str, strict: bool) -> None:
+    """Warn of parameters that were trained and that no file of the adapter holds; with `strict` raise UserError."""
+    record = need_record(model, what)
+    of_adapter = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, (AdapterLayer, ModuleWrapper))
+        for name, _ in module.named_parameters()
+    }
+    lost = []
+    for name, value in model.named_parameters():
+        known = name in record.frozen
+        if not value.requires_grad or value.is_meta or name in record.also_train or (name in of_adapter and not known):
+            continue
+        if not known or was_trained(record.frozen[name], value):
+            lost.append(name)
+    if not lost:
+        return
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    names = ", ".join(f"'{name}'" for name in lost[:3])
+    message = (
+        f"{what}: {names}{more} were trained and are not in the file; name them in vismt.adapt(..., also_train=[...]), or save "
+        "them yourself."
+    )
+    if strict:
+        raise UserError(message)
+    warnings.warn(message, stacklevel=3)
+
+
+def write_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) -> Path:
+    """Write an adapter as `save_adapter` does, for a caller that keeps what is trained beside it elsewhere."""
+    record = need_record(model, "save_adapter")
+    tensors = adapter_tensors(model)
+    if any(value.is_meta for value in tensors.values()):
+        raise UserError("save_adapter: the model is on the meta device, which holds no values to save.")
+    # Beside factors or wrappers all counts as changed: a head may be fresh.
+    unchanged = [] if record.sites or record.wrappers else unchanged_tensors(record.also_train, tensors)
+    tensors = {name: value for name, value in tensors.items() if name not in unchanged}
+    paths = compared(record.sites, unchanged)
+    folder = Path(folder)
+    if not force:  # before the lock, which makes the folder
+        with stock_order(model):
+            need_finite("save_adapter", tensors)
+            need_finite("save_adapter", {f"{path}.weight": _base_weight(model, path) for path in paths})
+    with locked(folder, WAIT_S), stock_order(model):
+        digest = write_tensors(folder / "adapter-{digest}.safetensors", tensors)
+        description = {
+            "format": FORMAT,
+            "method": record.method,
+            "model": type(model).__name__,
+            "options": record.options,
+            "sites": [entry_of(spec) for spec in record.sites],
+            "also_train": sorted(record.also_train),
+            "unchanged": unchanged,
+            "parts": record.wrappers,
+            "base": fingerprint(model, paths),
+            "base_samples": base_samples(model, paths),
+            "tensors": f"adapter-{digest[:12]}.safetensors",
+            "tensors_sha256": digest,
+        }
+        atomic_write(folder / DESCRIPTION, sealed(description))
+        for stale in set(folder.glob("adapter-*.safetensors")) - {folder / description["tensors"]}:
+            stale.unlink()
+    return folder
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, name: str = "default", on_other_base: str = "error"
+) -> nn.Module:
+    """Put a saved adapter on a model as the active one, or its values into an adapter of the same kind that has this name.
+
+    Args:
+        model: changed in place.
+        folder: what `save_adapter` wrote.
+        name: of the adapter on this model.
+        on_other_base: "error" refuses a base whose fingerprint differs, "warn" goes on with a warning.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: for damaged files, another model, and a missing, unexpected or misshapen tensor; nothing is changed.
+    """
+    carried = name in names_of(model)
+    with using(model, name, "load_adapter") if carried else beside(model, name, "load_adapter"):
+        return _load(model, Path(folder), on_other_base)
+
+
+def _load(model: nn.Module, folder: Path, on_other_base: str) -> nn.Module:
+    refuse_switched(model, "load_adapter")
+    refuse_offloaded(model, "load_adapter", whole=True)
+    description, specs, tensors = read_adapter(folder)
+    record = record_of(model)
+    if record is not None and _identity(record) != _saved_identity(description, specs):
+        raise UserError(
+            f"adapter '{folder}': the model already carries another '{record.method}'; unadapt it first, or give another name."
+        )
+    _check_modules(model, folder, description, specs, tensors)
+    unchanged = description.unchanged
+    parameters = dict(model.named_parameters())
+    paths = compared(specs, [name for name in unchanged if name in parameters])
+    with stock_order(model):
+        samples, base = base_samples(model, paths), fingerprint(model, paths)
+    if not same_base(samples, description.base_samples):
+        made_for = f"{description.model} (weights {description.base})"
+        other_base(
+            f"adapter '{folder}' was made for {made_for}, this is {type(model).__name__} (weights {base})",
+            on_other_base,
+        )
+    _check_tensors(model, folder, description, specs, tensors)
+    if record is not None:
+        with stock_order(model):
+            fill(model, tensors, f"adapter '{folder}'")
+        fill(model, {name: record.also_train[name] for name in unchanged})
+        return model
+    install(model, description.method, specs, description.options, description.also_train)
+    with undone_on_error(model):
+        for path, entry in description.parts.items():
+            base_module = dict(model.named_modules()).get(path)
+            attach(model, path, wrapper_type(entry.type, path).around(base_module, entry.settings))
+        to_stock(model)
+        fill(model, tensors, f"adapter '{folder}'")
+        from_stock(model)  # not on an error: what is not filled cannot be applied
+    return model
+
+
+Identity = tuple[str, list[LayerSpec], list[str], dict[str, dict[str, Any]]]
+
+
+def _identity(record: AdaptRecord) -> Identity:
+    """Return what a file has to agree with to be loaded into an adapted model."""
+    return record.method, record.sites, sorted(record.also_train), record.wrappers
+
+
+def _saved_identity(description: Description, specs: list[LayerSpec]) -> Identity:
+    wrappers = {
+        path: {"type": wrapper_type(entry.type, path).name, "settings": entry.settings}
+        for path, entry in description.parts.items()
+    }
+    return description.method, specs, sorted(description.also_train), wrappers
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return everything an adapter file holds, by state_dict key: tensors of layers and wrappers, also_train parameters."""
+    record = need_record(model, "adapter")
+    tensors: dict[str, Tensor] = {}
+    for path, module in [*adapter_layers(model).items(), *wrappers_of(model).items()]:
+        tensors.update({f"{path}.{name}": value for name, value in module.tensors().items()})
+    tensors.update({name: model.get_parameter(name) for name in record.also_train})
+    return tensors
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "adapter") -> None:
+    """Copy checked adapter tensors into an adapted model; starts that the layers lack are created.
+
+    Raises UserError for what a layer cannot take on this model, before anything is copied. what: start of messages.
+    """
+    of_layers: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if isinstance(model.get_submodule(path), AdapterLayer) and leaf != "bias":
+            of_layers.setdefault(path, {})[leaf] = value
+    for path, values in of_layers.items():
+        model.get_submodule(path).check_fill(f"{what}: {path}", values)
+    for name, value in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, ModuleWrapper):
+            module.restore(leaf, value)
+        elif leaf not in of_layers.get(path, {}):
+            getattr(module, leaf).copy_(value)
+    for path, values in of_layers.items():
+        model.get_submodule(path).fill(values)
+
+
+def _base_weight(model: nn.Module, path: str) -> Tensor:
+    """Return the weight of a module as it was before the adaptation, for a model in stock order."""
+    record = record_of(model)
+    weight = record.also_train.get(f"{path}.weight") if record is not None else None
+    if weight is not None:
+        return weight
+    module = module_at(model, path)
+    return module.stock_weight() if isinstance(module, AdapterLayer) else dense_weight(module)
+
+
+def base_samples(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
+    """Return up to 16 values of each of these base weights, at places that depend on its path; none on the meta device."""
+    samples: dict[str, list[float]] = {}
+    for path in sorted(paths):
+        flat = _base_weight(model, path).flatten()
+        if flat.is_meta:
+            samples[path] = []
+            continue
+        seed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:7], "big")
+        places = torch.randint(flat.numel(), (SAMPLES,), generator=torch.Generator().manual_seed(seed))
+        samples[path] = flat[places.to(flat.device)].double().tolist()
+    return samples
+
+
+def other_base(message: str, on_other_base: str) -> None:
+    """Raise UserError with `message`, or with on_other_base "warn" give a warning."""
+    if on_other_base != "warn":
+        raise UserError(f"{message}. Load the base it was trained on, or pass on_other_base='warn'.")
+    warnings.warn(message, stacklevel=3)
+
+
+def same_base(samples: Mapping[str, list[float]], saved: Mapping[str, list[float]]) -> bool:
+    """Return whether samples agree within 1 % of each weight's largest one: bf16 rounds by at most 0.4 % of a value.
+
+    Samples that are NaN agree with nothing; weights without samples in one of the two are not compared.
+    """
+    for path, values in samples.items():
+        expected = saved.get(path, [])
+        largest = max((abs(value) for value in expected), default=0.0)
+        if values and expected and not all(abs(a - b) <= 0.01 * largest for a, b in zip(values, expected, strict=True)):
+            return False
+    return True
+
+
+def fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
+    """Return the weight fingerprint: twelve hex digits of the samples at `paths`, for messages and records."""
+    return hashlib.sha256(json.dumps(base_samples(model, paths)).encode()).hexdigest()[:12]
+
+
+def _check_modules(
+    model: nn.Module,
+    folder: Path,
+    description: Description,
+    specs: Iterable[LayerSpec],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Raise UserError unless the model has every adapted module, with its shape."""
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    made_for = f"adapter '{folder}' was made for {description.model}, this model is {type(model).__name__}"
+    for spec in specs:
+        module = modules.get(spec.path)
+        if spec.kind == "parameter" and spec.path in parameters:
+            module = module_at(model, spec.path)
+        if isinstance(module, AdapterLayer):
+            shape = (module.out_features, module.in_features)
+        elif module is not None and kind_of(module) in (LINEAR if spec.kind in LINEAR else (spec.kind,)):
+            shape = matrix_shape(module)
+        else:
+            raise UserError(f"{made_for} (it has no linear or convolution '{spec.path}' of kind {spec.kind}).")
+        if shape != spec.shape:
+            raise UserError(f"{made_for} ({spec.layer.shape_mismatch(spec, shape, tensors)}).")
+    if record_of(model) is None:
+        packed, formed = (all(getattr(s.layer, name) for s in specs) for name in ("takes_packed", "forms_weight"))
+        for reason in refusals(model, [spec.path for spec in specs], packed, formed=formed).values():
+            raise UserError(f"adapter '{folder}': {reason}.")
+
+
+def _check_tensors(
+    model: nn.Module,
+    folder: Path,
+    description: Description,
+    specs: Iterable[LayerSpec],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Raise UserError for missing, unexpected and misshapen tensors, and for values that the model cannot take."""
+    what = f"adapter '{folder}'"
+    needed = layer_shapes(specs, tensors)
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    of_wrappers: dict[str, set[str]] = {}
+    for path, entry in description.parts.items():
+        wrapper = wrapper_type(entry.type, what)
+        if path not in modules and not issubclass(wrapper, AddedModule):
+            raise UserError(f"{what}: this model has no '{path}' to put a {wrapper.__name__} on.")
+        shapes = wrapper.check(path, modules.get(path), entry.settings)
+        of_wrappers[path] = set(shapes)
+        needed.update({f"{path}.{name}": shape for name, shape in shapes.items()})
+    for name in description.also_train:
+        if name not in parameters:
+            raise UserError(f"{what}: this model has no parameter '{name}' to load.")
+        if name not in description.unchanged:
+            needed[name] = tuple(parameters[name].shape)
+    check_tensors(what, needed, tensors)
+    for path, names in of_wrappers.items():
+        entry, values = description.parts[path], {name: tensors[f"{path}.{name}"] for name in names}
+        wrapper_type(entry.type, what).check_tensors(f"{what}: {path}", entry.settings, values)
+    for name in tensors.keys() & parameters.keys() & set(description.also_train):
+        check_parameter(f"{what}: {name}", tensors[name], parameters[name])

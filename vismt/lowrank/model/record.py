@@ -1,0 +1,118 @@
+"""The record of an adaptation on its model, and the models that cannot be adapted: adapted, switched or offloaded ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError
+from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.layers.base import AdapterLayer
+from vismt.lowrank.layers.wrappers import ModuleWrapper
+
+RECORD = "vismt_record"  # the attribute of an adapted model
+SHELF = "vismt_parked"  # the submodule with its adapters that are not active (parked.py)
+
+
+@dataclass
+class AdaptRecord:
+    """What an adapted model remembers of its adaptation: enough to save it, to undo it and to refuse a second one.
+
+    also_train: values before the adaptation, by parameter name. wrappers: type and settings of each wrapper, by path. frozen:
+    some values of each parameter that no file of the adapter holds, by name (backups.sample). name: of the adapter on the model.
+    start: arguments of `inject` that fill the factors, kept where they have no values yet (meta device).
+    """
+
+    method: str
+    sites: list[LayerSpec]
+    options: dict[str, Any]
+    required_grad: dict[str, bool]
+    also_train: dict[str, Tensor]
+    wrappers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    name: str = "default"
+    start: tuple[Any, int, bool] | None = None
+
+
+def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:
+    """Raise UserError where the model or a part of it is adapted already."""
+    for path, module in model.named_modules():
+        record = record_of(module)
+        carried = [record.method] if record else names_of(module)
+        if carried or isinstance(module, (AdapterLayer, ModuleWrapper)):
+            where = f"its part '{path}' already carries" if path else "the model already carries"
+            update = "', '".join(carried) or "an update"
+            raise UserError(f"{what}: {where} '{update}'; merge or unadapt it first.")
+
+
+def refuse_switched(model: nn.Module, what: str = "adapt") -> None:
+    """Raise UserError where the model is switched to slices: undoing the switch would overwrite later changes."""
+    for path, module in model.named_modules():
+        if getattr(module, "vismt_switched", None):
+            where = f"its part '{path}'" if path else "the model"
+            raise UserError(
+                f"{what}: {where} is switched to S2FT slices; call vismt.llm.switch(..., None) first, or load_adapter and "
+                "merge to keep them."
+            )
+
+
+def refuse_offloaded(model: nn.Module, what: str, *, whole: bool = False) -> None:
+    """Raise UserError where weights have no values: on the meta device beside others that have, or moved away by hooks.
+
+    whole: refuse a model that lies on the meta device as a whole, too, which `adapt` counts the parameters of.
+    """
+    on_meta = {name: parameter.is_meta for name, parameter in model.named_parameters()}
+    moved = next((path for path, module in model.named_modules() if _offloads(module)), None)
+    if moved is None and (not any(on_meta.values()) or (all(on_meta.values()) and not whole)):
+        return
+    name = next((name for name, is_meta in on_meta.items() if is_meta), moved)
+    fix = "load the whole model on its device"
+    if moved is not None:
+        fix += (
+            ", or take accelerate's hooks off (accelerate.hooks.remove_hook_from_submodules); an adapted model can be offloaded "
+            "afterwards, for inference"
+        )
+    raise UserError(f"{what}: '{name}' has no values in memory (offloaded, or on the meta device); {fix}.")
+
+
+def _offloads(module: nn.Module) -> bool:
+    """Return whether a hook of accelerate holds the weights of the module elsewhere between its calls."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(part, "offload", False) is True for part in getattr(hook, "hooks", [hook]))
+
+
+def record_of(model: nn.Module) -> AdaptRecord | None:
+    """Return the record of an adapted model, None for a stock one."""
+    return getattr(model, RECORD, None)
+
+
+def names_of(model: nn.Module) -> list[str]:
+    """Return the names of the adapters that the model carries, the active one first."""
+    record, shelf = record_of(model), model._modules.get(SHELF)
+    parked: Any = shelf.children() if shelf is not None else ()
+    return [*([record.name] if record else []), *(adapter.record.name for adapter in parked)]
+
+
+def refuse_others(model: nn.Module, what: str) -> None:
+    """Raise UserError where the model carries adapters that are not active: they belong to the weights as they are."""
+    if SHELF in model._modules:
+        named = ", ".join(f"'{name}'" for name in names_of(model)[1:])
+        raise UserError(
+            f"{what}: the model also carries {named}, made for the weights as they are now; call vismt.remove on what is not "
+            "needed first."
+        )
+
+
+def need_record(model: nn.Module, what: str) -> AdaptRecord:
+    """Return the record of the active adapter; UserError for a stock model, and where not exactly one is active."""
+    record = record_of(model)
+    if record is not None:
+        return record
+    names = names_of(model)
+    if names:
+        raise UserError(
+            f"{what}: needs one active adapter; call vismt.activate(model, name) with one of {', '.join(names)} first."
+        )
+    raise UserError(f"{what}: this model is not adapted; call vismt.adapt or vismt.load_adapter on it first.")

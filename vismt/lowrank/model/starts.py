@@ -1,0 +1,92 @@
+"""Start values of factors, each from a generator of its own: they do not depend on the other modules, nor on their order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError
+from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
+from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.model.record import need_record
+from vismt.lowrank.threads import each
+
+# (weight (o, i), rank, scale, generator) -> (A (r, i), B (o, r)), called once per output block.
+Initialiser = Callable[[Tensor, int, float, torch.Generator], tuple[Tensor, Tensor]]
+
+
+def site_generator(seed: int, path: str) -> torch.Generator:
+    """Return a CPU generator that depends on (seed, path) alone, so the start of a module does not depend on the others."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def start_layers(
+    layers: Sequence[AdapterLayer],
+    specs: Sequence[LayerSpec],
+    init: Initialiser | Mapping[str, Initialiser],
+    seed: int,
+    offset: bool,
+) -> None:
+    """Fill all layers, on the CPU several at a time."""
+
+    def fill(pair: tuple[AdapterLayer, LayerSpec]) -> None:
+        layer, spec = pair
+        initialise(layer, spec, init[spec.path] if isinstance(init, Mapping) else init, seed, offset=offset)
+
+    pairs = list(zip(layers, specs))
+    if all(layer.weight.device.type == "cpu" for layer in layers):
+        each(fill, pairs)
+    else:
+        for pair in pairs:
+            fill(pair)
+
+
+@torch.no_grad()
+def initialise(layer: LowRankLayer, spec: LayerSpec, init: Initialiser, seed: int, *, offset: bool) -> None:
+    """Fill a layer's factors block by block; on the meta device there is nothing to fill."""
+    if layer.weight.is_meta:
+        if offset:
+            layer.set_factors(layer.lora_A, layer.lora_B, True)
+        return
+    generator, settings = site_generator(seed, spec.path), spec.settings
+    try:
+        pairs = [
+            init(rows, settings.rank, settings.scale, generator)
+            for rows in layer.matrix(layer.stock_weight()).split(settings.blocks, 0)
+        ]
+        finite = all(bool(factor.isfinite().all()) for pair in pairs for factor in pair)
+    except torch.linalg.LinAlgError:
+        finite = False
+    if not finite:
+        raise UserError(f"adapt: '{spec.path}' gets no finite start values; its weight is infinite or NaN somewhere.")
+    layer.set_factors(torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs]), offset)
+
+
+def fill_starts(model: nn.Module) -> nn.Module:
+    """Give the factors of a model that was adapted on the meta device their start values, once it has its base weights.
+
+    Args:
+        model: adapted on the meta device, then `to_empty` and loaded with the weights of its base; changed in place.
+
+    Returns:
+        The model: as if it had been adapted with its weights.
+
+    Raises:
+        UserError: for a model that was adapted with values, or still lies on the meta device.
+    """
+    record = need_record(model, "fill_starts")
+    layers = adapter_layers(model)
+    if record.start is None or any(layer.weight.is_meta for layer in layers.values()):
+        where = "was adapted with values" if record.start is None else "lies on the meta device"
+        raise UserError(
+            f"fill_starts: the model {where}; it is for one that was adapted on the meta device, after to_empty and its weights."
+        )
+    init, seed, offset = record.start
+    start_layers([layers[spec.path] for spec in record.sites], record.sites, init, seed, offset)
+    record.start = None
+    return model

@@ -1,0 +1,305 @@
+"""The modules that a target pattern names; an error with near names where there are none.
+
+targets     'all-linear'            every nn.Linear and transformers Conv1D except the task head
+            a string                a regular expression (see patterns.py) that must match the full module path
+            a list of strings       full paths or suffixes after a dot; an entry that matches linears leaves the
+                                    convolutions of the same suffix alone ('proj' does not take patch_embed.proj)
+Convolutions and embeddings are adapted where they are named; embeddings, and experts in one parameter of three dimensions
+(experts.gate_up_proj), by an entry or expression of their own. What nn.MultiheadAttention reads (in_proj_weight, out_proj) counts
+as linears. Layers that do not form W + DeltaW adapt neither these nor experts.
+The head is what get_classifier (timm) or get_output_embeddings (transformers) returns, or a top-level module named
+head, fc, classifier, score or lm_head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError, near
+from vismt.lowrank.layers.packed_weights import packing
+from vismt.lowrank.layers.parameters import ATTENTION, HeldParameter, is_attention, module_at, readable
+from vismt.lowrank.model.patterns import Pattern, PatternError, compiled
+
+HEAD_NAMES = {"head", "fc", "classifier", "score", "lm_head"}
+READ_DIRECTLY = (
+    "'{path}' adds q_bias itself and reads the weight without calling the linear; set its qkv_bias_separate to True"
+)
+NOT_FORMED = "only plain factors can be added to it, without dropout or gates for samples"
+READ_BY_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")  # of a state-space mixer, which has an A_log
+
+Targets = str | Sequence[str] | None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is transformers' Conv1D, by name: transformers need not be installed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+# Kinds of modules that can carry an update beside transformers' Conv1D ("conv1d"): class and stock forward.
+KINDS: dict[str, type[nn.Module]] = {
+    "linear": nn.Linear,
+    "conv2d": nn.Conv2d,
+    "nn.Conv1d": nn.Conv1d,
+    "nn.Conv3d": nn.Conv3d,
+    "embedding": nn.Embedding,
+    "parameter": HeldParameter,
+}
+LINEAR = ("linear", "conv1d")  # the kinds that 'all-linear' takes
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """Return "conv1d" or one of KINDS for a module that can carry an update, else None."""
+    if is_conv1d(module):
+        return "conv1d"
+    return next((kind for kind, cls in KINDS.items() if isinstance(module, cls)), None)
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """Return (o, i) of a linear, Conv1D or convolution, (entries, width) of an embedding."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features  # a packed weight has another shape
+    weight = cast(Tensor, module.weight)
+    if isinstance(module, HeldParameter):
+        return module.matrix_shape()
+    rows, columns = weight.shape[0], weight[0].numel()
+    return (columns, rows) if is_conv1d(module) else (rows, columns)
+
+
+def head_paths(model: nn.Module) -> set[str]:
+    """Return the paths of the task head, see the header."""
+    heads: list[Any] = []
+    for getter in ("get_classifier", "get_output_embeddings"):
+        function = getattr(model, getter, None)
+        head = function() if callable(function) else None
+        heads.extend(head if isinstance(head, tuple) else [head])
+    inside = {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
+    return {path for path, module in model.named_modules() if id(module) in inside or path.split(".")[0] in HEAD_NAMES}
+
+
+def read_directly(owner: nn.Module, name: str) -> bool:
+    """Return whether a module uses its child's weight without calling the child: timm's BEiT, EVA and Swin v2 with a q_bias."""
+    return (
+        name == "qkv" and getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
+    )
+
+
+def _refusal(
+    path: str, module: nn.Module, owner: nn.Module, owners: Mapping[int, list[str]], packed: bool, formed: bool
+) -> str | None:
+    """Return why this module cannot carry an update, or None."""
+    weight = getattr(module, "weight", None)
+    format_name = packing(module)
+    reason = _bypass(path, module, owner, formed)
+    if reason is not None:
+        return reason
+    if format_name is not None and not packed:
+        return (
+            f"'{path}' is quantised ({format_name}), and this method reads or trains its weight; load a floating dtype"
+        )
+    if hasattr(owner, "A_log") and path.rpartition(".")[2] in READ_BY_SCAN:
+        return f"'{path}' is read by the fused scan of a {type(owner).__name__} on a GPU, without calling it"
+    if not isinstance(weight, nn.Parameter) or hasattr(module, "parametrizations"):
+        return f"'{path}' has no plain weight parameter (parametrised or lazy)"
+    if not weight.is_floating_point() and format_name is None:
+        return f"'{path}' is quantised (weight dtype {weight.dtype}); load the model in a floating dtype"
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+        return f"'{path}' is an embedding with max_norm or sparse gradients, which have no low-rank form"
+    sharers = [name for name in owners.get(id(weight), []) if name not in (path, f"{path}.weight")]
+    if sharers:
+        return f"'{path}' shares its weight with '{sharers[0]}'; merging would change both: untie them first"
+    return None
+
+
+def _bypass(path: str, module: nn.Module, owner: nn.Module, formed: bool) -> str | None:
+    """Return why the layer in the place of this module would not be called, or None. formed: it need not be."""
+    in_attention = isinstance(owner, nn.MultiheadAttention)
+    if in_attention and not (formed and is_attention(owner)):
+        return f"'{path}' lies inside nn.MultiheadAttention, which reads its weight without calling it; {NOT_FORMED}"
+    if in_attention and packing(module):
+        return f"'{path}' is quantised ({packing(module)}) and read without a call; load a floating dtype"
+    if isinstance(module, HeldParameter):
+        return None if formed else f"'{path}' is a parameter that {type(owner).__name__} reads itself; {NOT_FORMED}"
+    stock = KINDS.get(str(kind_of(module)))
+    extra = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
+    other = packing(module) is None and stock is not None and not in_attention and not _computes_as(module, stock)
+    if extra or other:
+        return f"'{path}' is a {type(module).__name__} with another forward, which an update would bypass"
+    parent, _, name = path.rpartition(".")
+    if read_directly(owner, name):
+        return f"'{path}' is never called: " + READ_DIRECTLY.format(path=parent)
+    return None
+
+
+@torch.no_grad()
+def _computes_as(module: nn.Module, stock: type[nn.Module]) -> bool:
+    """Return whether a module computes what its stock class does: by its forward, or a linear (Falcon's) by its outputs."""
+    if type(module).forward is stock.forward:
+        return True
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or not isinstance(weight, nn.Parameter) or weight.is_meta:
+        return False
+    x = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device).view(2, -1)
+    training, same = module.training, True
+    try:
+        for mode in (True, False):
+            module.training = mode
+            expected = nn.Linear.forward(module, x)
+            same = same and torch.allclose(type(module).forward(module, x), expected, rtol=1e-2, atol=1e-3)
+    except Exception:  # a forward of another signature or shape
+        return False
+    finally:
+        module.training = training
+    return same
+
+
+def refusals(model: nn.Module, paths: Iterable[str], packed: bool = False, *, formed: bool = False) -> dict[str, str]:
+    """Return the reason for each of these modules that cannot carry an update.
+
+    packed: packed weights can. formed: weights that are read without a call can.
+    """
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():  # a module that has two names comes once, so two owners are two modules
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+    reasons = {}
+    for path in paths:
+        owner = model.get_submodule(path.rpartition(".")[0])
+        reasons[path] = _refusal(path, module_at(model, path), owner, owners, packed, formed)
+    return {path: reason for path, reason in reasons.items() if reason}
+
+
+def find_targets(
+    model: nn.Module, targets: Targets, exclude: Sequence[str] = (), packed: bool = False, *, formed: bool = False
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """Return the modules to adapt by path, in model order, and remarks on those that were left out.
+
+    exclude: full-path regular expressions or suffixes. packed: whether packed weights are taken, formed: those that are read
+    without a call. Raises UserError for a pattern that matches nothing and for a named module that cannot carry an update.
+    """
+    named = candidates(model)
+    pattern = targets if targets is not None else "all-linear"
+    everything = pattern == "all-linear"
+    if everything:
+        heads = head_paths(model)
+        chosen = {p for p, m in named.items() if _is_linear(p, m) and p not in heads}
+    elif isinstance(pattern, str):
+        chosen = _select_regex(pattern, named)
+    else:
+        chosen = set().union(*(_select_suffix(entry, named) for entry in pattern))
+    check_patterns("adapt.exclude", exclude, list(named))
+    excluded = {path for path in named if any(matches(entry, path) for entry in exclude)}
+    chosen -= excluded
+    reasons = refusals(model, sorted(chosen), packed, formed=formed)
+    if reasons and not everything:
+        raise UserError(f"adapt.targets: {next(iter(reasons.values()))}.")
+    chosen -= set(reasons)
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    missed = [p for p in named if p not in chosen | excluded and (everything or any(matches(e, p) for e in patterns))]
+    remarks = [*reasons.values(), *_experts({path: named[path] for path in missed}, formed)]
+    if not chosen:
+        left = " after exclude" if exclude else ""
+        why = f" Left out: {'; '.join(_grouped(remarks))}." if remarks else _nearest(pattern, named)
+        raise UserError(f"adapt.targets: nothing to adapt for {pattern!r}{left}.{why}")
+    return {path: module for path, module in named.items() if path in chosen}, remarks
+
+
+def _grouped(remarks: Sequence[str]) -> list[str]:
+    """Return the first remark of each reason, with the number of further ones."""
+    groups: dict[str, list[str]] = {}
+    for remark in remarks:
+        groups.setdefault(re.sub(r"'[^']*'", "", remark), []).append(remark)
+    return [first if not more else f"{first} ({len(more)} more)" for first, *more in groups.values()]
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what a pattern can name, by path: modules, and parameters that modules read themselves."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if path and kind_of(module):
+            found[path] = module
+        else:
+            prefix = f"{path}." if path else ""
+            found |= {f"{prefix}{name}": module_at(model, f"{prefix}{name}") for name in readable(module)}
+    return found
+
+
+def _is_linear(path: str, module: nn.Module) -> bool:
+    """Return whether 'all-linear' takes a candidate."""
+    return kind_of(module) in LINEAR or (kind_of(module) == "parameter" and path.rpartition(".")[2] in ATTENTION)
+
+
+def _is_stack(path: str, module: nn.Module) -> bool:
+    """Return whether a candidate is a parameter with a matrix for each expert."""
+    return kind_of(module) == "parameter" and not _is_linear(path, module)
+
+
+def _experts(candidates: Mapping[str, nn.Module], formed: bool) -> list[str]:
+    """Return a remark on the weights of experts in three dimensions, which are not adapted, and how to name them."""
+    paths = [path for path, module in candidates.items() if _is_stack(path, module)]
+    if not paths:
+        return []
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    suffixes = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
+    how = f"; to adapt them, name them in targets: {suffixes}" if formed else ""
+    return [f"'{paths[0]}'{more}: experts in one parameter of three dimensions, which stays frozen{how}"]
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Return whether `pattern` is a regular expression of the full path, the path itself, or a suffix of it after a dot."""
+    if path == pattern or path.endswith(f".{pattern}"):
+        return True
+    return expression("adapt", pattern).matches(path)
+
+
+def expression(name: str, pattern: str) -> Pattern:
+    """Return a compiled expression of module paths; UserError, which starts with `name`, for a malformed one."""
+    try:
+        return compiled(pattern)
+    except PatternError as error:
+        raise UserError(f"{name}: '{pattern}' is not a regular expression: {error}.") from error
+
+
+def _select_regex(pattern: str, candidates: Mapping[str, nn.Module]) -> set[str]:
+    wanted = expression("adapt.targets", pattern)
+    paths = {path for path in candidates if wanted.matches(path)}
+    if not paths:
+        suffixed = any(path.endswith(f".{pattern}") for path in candidates)
+        hint = f" A string must match the full path; as a suffix write ['{pattern}']." if suffixed else ""
+        raise UserError(f"adapt.targets: no module matches '{pattern}'.{hint or _nearest(pattern, candidates)}")
+    apart = {path for path in paths if kind_of(candidates[path]) == "embedding" or _is_stack(path, candidates[path])}
+    return paths - apart or paths
+
+
+def _select_suffix(entry: str, candidates: Mapping[str, nn.Module]) -> set[str]:
+    paths = {path for path in candidates if path == entry or path.endswith(f".{entry}")}
+    linears = {path for path in paths if path == entry or _is_linear(path, candidates[path])}
+    if not paths:
+        raise UserError(f"adapt.targets: no module matches '{entry}'.{_nearest(entry, candidates)}")
+    return linears or paths
+
+
+def _nearest(pattern: object, candidates: Iterable[str]) -> str:
+    """Return " Near: 'attn.qkv' (12 modules)." from the suffixes that follow the last number of each path."""
+    suffixes = Counter(re.split(r"(?:^|\.)\d+\.", path)[-1] for path in candidates)
+    text = near(str(pattern), suffixes, limit=2)
+    for suffix, count in suffixes.items():
+        text = text.replace(f"'{suffix}'", f"'{suffix}' ({count} module{'s' if count > 1 else ''})")
+    return text
+
+
+def pattern_value(path: str, table: Mapping[str, float], default: float | None) -> float | None:
+    """Return the first entry of `table` whose pattern matches `path`, else `default`."""
+    return next((value for pattern, value in table.items() if matches(pattern, path)), default)
+
+
+def check_patterns(name: str, table: Mapping[str, object] | Sequence[str], paths: Sequence[str]) -> None:
+    """Raise UserError unless every pattern matches one of `paths`."""
+    for pattern in table:
+        if not any(matches(pattern, path) for path in paths):
+            raise UserError(f"{name}: no module matches '{pattern}'.{_nearest(pattern, paths)}")

@@ -1,0 +1,191 @@
+"""Test-time merging: a task's support set weights the experts of a pool (AMT: Yang, Liu, Wei, NeurIPS 2024).
+
+    zeta = rule(support)    (selection_rules.py),        W(zeta) = W_res + sum_i zeta_i B_i A_i    (pool.py)
+
+A task has one zeta for all sites; the prototypes are those of the clean support under W(zeta), and queries are not used. The
+code scores augmented images (DiffAugment, two forwards an expert); the paper does not, and here `augment` is off by
+default. At one shot and without augmentation every C_i is 1. Trimming keeps the leading singular values of chosen *merged*
+weights, exactly (the code: an unseeded randomised SVD).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError, near
+from vismt.config.typed import Names
+from vismt.lowrank.init import principal
+from vismt.lowrank.model.targets import check_patterns, pattern_value
+from vismt.metatune.amt.pool import ExpertPool
+from vismt.metatune.amt.selection_rules import RULES, SupportTask
+from vismt.metatune.features import features
+from vismt.metatune.finetuning.diffaugment import diff_augment
+from vismt.metatune.functional import Functional
+from vismt.metatune.protonet import PrototypeClassifier, prototypes
+
+STRATEGIES = (*RULES, "average", "logits", "expert")
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Settings of merging.
+
+    Args:
+        strategy: a rule of selection_rules.py (merge is the paper's), average, logits (mean of the experts' logits) or
+            expert (the expert with the label `expert`).
+        beta: sharpness of the mixture, at least 0.
+        balance: weight of compactness in [0, 1] (the paper's lambda).
+        top_k: number of experts that are kept.
+        augment: whether augmented support images are scored.
+        trim: {path pattern of adapted modules: share of the singular values kept, in (0, 1]}.
+        expert: label of the expert of the strategy expert.
+        seed: of the augmentation.
+        shares: {label: weight} of the strategy average, with sum 1; {} for equal ones.
+    """
+
+    strategy: Annotated[str, Names(STRATEGIES)] = "merge"
+    beta: float = 1.0
+    balance: float = 0.6
+    top_k: int = 2
+    augment: bool = False
+    trim: Mapping[str, float] = field(default_factory=dict)
+    expert: str | None = None
+    seed: int = 0
+    # Not in the repr, which older records hold.
+    shares: Mapping[str, float] = field(default_factory=dict, repr=False, metadata={"hashed": "if set"})
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise UserError(f"merging.strategy: '{self.strategy}'.{near(self.strategy, STRATEGIES)}")
+        if not (0 <= self.beta < float("inf") and 0 <= self.balance <= 1 and self.top_k >= 1):
+            raise UserError(
+                f"merging: beta {self.beta}, balance {self.balance}, top_k {self.top_k}: need beta >= 0, balance in [0, 1], "
+                "top_k >= 1."
+            )
+        for pattern, share in self.trim.items():
+            if not 0 < share <= 1:
+                raise UserError(f"merging.trim['{pattern}']: {share}; keep a share in (0, 1] of the singular values.")
+        if self.shares and not abs(sum(self.shares.values()) - 1) < 1e-6:
+            raise UserError(f"merging.shares: {dict(self.shares)} sum to {sum(self.shares.values()):g}; need 1.")
+
+
+class PoolNet(nn.Module):
+    """A pool as a few-shot model: `classifier(support, labels)` computes the mixture once and freezes it."""
+
+    def __init__(self, pool: ExpertPool, settings: MergeSettings) -> None:
+        super().__init__()
+        self.pool, self.settings = pool, settings
+        if settings.strategy == "expert":
+            pool.index(str(settings.expert))
+        for label in settings.shares:
+            pool.index(label)
+        check_patterns("merging.trim", settings.trim, [site.path for site in pool.sites])
+        self._kept: dict[tuple[float, ...], dict[str, Tensor]] = {}  # weights of mixtures that last
+
+    @torch.no_grad()
+    def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> nn.Module:
+        """Return the query classifier of a support (s, 3, h, w) in [0, 1], (s,); its `mixture` (P,) is the zeta in use.
+
+        The average of logits has no mixture. The pool is not changed.
+        """
+        strategy, pool = self.settings.strategy, self.pool
+        if strategy == "logits":
+            experts = [self._one_hot(index) for index in range(len(pool))]
+            return LogitAverage([self._task(zeta, support_images, support_labels, batch) for zeta in experts])
+        if strategy in ("average", "expert"):
+            zeta = self._average() if strategy == "average" else self._one_hot(pool.index(str(self.settings.expert)))
+        elif len(pool) == 1:
+            zeta = pool.uniform()
+        else:
+            zeta = RULES[strategy](self.support(support_images, support_labels, batch), self.settings)
+        return self.task(zeta, support_images, support_labels, batch=batch)
+
+    @torch.no_grad()
+    def task(
+        self, zeta: Tensor, support_images: Tensor, support_labels: Tensor, *, batch: int = 256
+    ) -> PrototypeClassifier:
+        """Return the query classifier under a given mixture (P,), with the prototypes of the clean support."""
+        task = self._task(zeta, support_images, support_labels, batch)
+        task.register_buffer("mixture", zeta, persistent=False)
+        return task
+
+    def weights(self, zeta: Tensor) -> dict[str, Tensor]:
+        """Return W(zeta) by parameter name, with the settings' trim."""
+        if not self.lasting(zeta):
+            return self._computed(zeta)
+        key = tuple(zeta.tolist())
+        if key not in self._kept:
+            self._kept[key] = self._computed(zeta)
+        return dict(self._kept[key])
+
+    def lasting(self, zeta: Tensor) -> bool:
+        """Return whether W(zeta) is the same in other tasks: that of one expert, or of shares that no task chooses."""
+        return self.settings.strategy == "average" or int(zeta.count_nonzero()) == 1
+
+    def _computed(self, zeta: Tensor) -> dict[str, Tensor]:
+        single = zeta.nonzero()[:, 0].tolist()
+        weights = dict(self.pool.expert_weights(single[0])) if len(single) == 1 else self.pool.weights(zeta)
+        for site in self.pool.sites if self.settings.trim else ():
+            share = pattern_value(site.path, self.settings.trim, None)
+            if share is not None:
+                weights[f"vit.{site.path}.weight"] = trim(weights[f"vit.{site.path}.weight"], share)
+        return weights
+
+    def support(self, images: Tensor, labels: Tensor, batch: int = 256) -> SupportTask:
+        """Return a support (s, 3, h, w), (s,) as the rules see it."""
+        backbone = self.pool.backbone
+        scored = None
+        if self.settings.augment:
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            scored = diff_augment(images, generator, mean=backbone.mean, std=backbone.std)
+        experts = [
+            Functional(backbone, self.pool.expert_weights(index), lasting=True) for index in range(len(self.pool))
+        ]
+        return SupportTask(experts, images, labels, scored=scored, scale=self.pool.scale, batch=batch)
+
+    def _apply(self, fn: object, recurse: bool = True) -> PoolNet:
+        self._kept.clear()  # these are on the old device, in the old dtype
+        return super()._apply(fn, recurse)
+
+    def _average(self) -> Tensor:
+        """Return the configured shares (P,), else 1/P for every expert."""
+        if not self.settings.shares:
+            return self.pool.uniform()
+        return torch.tensor([self.settings.shares.get(label, 0.0) for label in self.pool.labels]).to(
+            self.pool.uniform()
+        )
+
+    def _one_hot(self, index: int) -> Tensor:
+        return F.one_hot(torch.tensor(index), len(self.pool)).to(self.pool.uniform())
+
+    def _task(self, zeta: Tensor, support: Tensor, labels: Tensor, batch: int) -> PrototypeClassifier:
+        backbone = Functional(self.pool.backbone, self.weights(zeta), lasting=self.lasting(zeta))
+        centres = prototypes(features(backbone, support, batch), labels)
+        task = PrototypeClassifier(backbone, centres, torch.tensor(self.pool.scale).to(centres))
+        task.training = self.training
+        return task
+
+
+class LogitAverage(nn.Module):
+    """The mean of several classifiers' logits: the ensemble that merging is compared with, at P times the query cost."""
+
+    def __init__(self, classifiers: list[PrototypeClassifier]) -> None:
+        super().__init__()
+        self.classifiers = nn.ModuleList(classifiers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([classifier(images) for classifier in self.classifiers]).mean(0)
+
+
+def trim(weight: Tensor, share: float) -> Tensor:
+    """Return the best approximation of a weight, as a matrix (o, i), of rank int(min(o, i) * share), at least 1."""
+    matrix = weight.flatten(1)
+    rank = max(1, int(min(matrix.shape) * share))
+    A, B = principal(matrix, rank, 1.0, generator=torch.Generator())
+    return (B @ A).view(weight.shape).to(weight.dtype)

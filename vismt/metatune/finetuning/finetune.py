@@ -1,0 +1,298 @@
+"""Test-time fine-tuning on a task's support set (P>M>F: Hu et al., arXiv 2204.07305; AMT-FT with a merged backbone).
+
+    p_c(theta) = mean feature of the clean support of class c
+    theta <- Adam(theta, grad CE(s cos(f_theta(z), p(theta)), y)),    z = DiffAugment(support), drawn in every step
+
+Prototypes are recomputed in every step and have a gradient too; the scale s is fixed. The tuned weights are kept in a
+dictionary and the model runs on them by a functional call. The model is never changed, so there is nothing to reset, and
+tasks share neither weights nor Adam state.
+
+attention_scale: a factor per attention head on the logits q k^T / sqrt(d), start 1, all else fixed. It is multiplied into
+the rows of q in the fused qkv projection, weight and bias, which is the same function with the stock attention. ATTNSCALE
+(Basu et al., arXiv 2304.01917) learns "scaling parameters for each attention matrix"; a scalar per head is our
+interpretation, and its domain adapter is left out. adversarial: AMT's "Adv. TTF" is named in the paper but not specified;
+here z is attacked, on its labels against the current prototypes, before each step. lr "auto": the rate is chosen for each
+task on its support, see rate_choice.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from vismt.base.errors import UserError, near
+from vismt.base.seeds import mix_seed
+from vismt.config.typed import Names
+from vismt.metatune.features import features
+from vismt.metatune.finetuning.attention_scale import attention_heads, scaled_queries
+from vismt.metatune.finetuning.diffaugment import diff_augment
+from vismt.metatune.finetuning.rate_choice import AUTO, LossNotFinite, choose_rate
+from vismt.metatune.functional import Functional, check_weights, evaluating
+from vismt.metatune.protocol.interfaces import FewShotModel
+from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
+
+PARAMETERS = ("all", "attention_scale")
+# images, labels, logits of images -> attacked images
+SupportAttack = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class FineTuneSettings:
+    """Settings of the fine-tuning on a task.
+
+    Args:
+        lr: Adam's; 0 skips the tuning, auto chooses one for each task (`rate_choice`).
+        steps: number of steps.
+        parameters: all of the backbone, frozen or not, or attention_scale.
+        probability: of the augmentation of a step.
+        adversarial: whether the augmented support is attacked.
+        epsilon: budget of that attack in pixel units of [0, 1].
+        attack_steps: steps of that attack.
+        seed: of the augmentation, the same for every task.
+    """
+
+    lr: float | Literal["auto"] = 1e-3
+    steps: int = 40
+    parameters: Annotated[str, Names(PARAMETERS)] = "all"
+    probability: float = 0.9
+    adversarial: bool = False
+    epsilon: float = 4.5 / 255
+    attack_steps: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.parameters not in PARAMETERS:
+            raise UserError(f"finetune.parameters: '{self.parameters}'.{near(str(self.parameters), PARAMETERS)}")
+        known_rate = self.lr == AUTO if isinstance(self.lr, str) else 0 <= self.lr <= 1
+        if not known_rate or self.steps < 0 or not 0 <= self.probability <= 1:
+            raise UserError(
+                f"finetune: lr {self.lr}, steps {self.steps}, probability {self.probability}: need lr from 0 to 1 (or "
+                f"{AUTO}), steps >= 0 and a probability from 0 to 1."
+            )
+        if not 0 <= self.epsilon <= 1 or self.attack_steps < 1:
+            raise UserError(
+                f"finetune: epsilon {self.epsilon}, attack_steps {self.attack_steps}: need 0 <= epsilon <= 1 in pixel "
+                "units of [0, 1] (8/255, not 8) and attack_steps >= 1."
+            )
+
+
+def finetune(
+    backbone: nn.Module,
+    support: Tensor,
+    labels: Tensor,
+    settings: FineTuneSettings,
+    *,
+    scale: float | Tensor,
+    weights: Mapping[str, Tensor] | None = None,
+    attack: SupportAttack | None = None,
+) -> dict[str, Tensor]:
+    """Tune a backbone's weights on a support set; the backbone is not changed.
+
+    The whole support is one batch. Steps are taken in fp32 or wider, with the backbone in eval mode. Callers may be under
+    no_grad or inference_mode.
+
+    Args:
+        backbone: Images (b, 3, h, w) in [0, 1] -> features (b, d). Where it has buffers mean and std, the augmentation
+            normalises with them.
+        support: (s, 3, h, w) in [0, 1].
+        labels: (s,) in 0..N-1, every class present.
+        settings: Of the fine-tuning.
+        scale: Of the cosine.
+        weights: Tensors by name to start from in place of the backbone's.
+        attack: In place of the built-in attack of an adversarial run: (images, labels, logits of images) -> images.
+
+    Returns:
+        The tuned tensors by name, for `Functional(backbone, ...)`: detached and new, in the dtype they started from; and
+        those of `weights` that are not tuned.
+
+    Raises:
+        UserError: Weights or labels that do not fit, a backbone with nothing to tune, or a loss that is not finite.
+    """
+    if attack is not None and not settings.adversarial:
+        raise UserError(
+            "fine-tuning: an attack is given, but adversarial is off: set adversarial or leave the attack out."
+        )
+    if settings.lr == AUTO:
+
+        def tune(images: Tensor, labels: Tensor, lr: float) -> Functional:
+            fixed = replace(settings, lr=lr)
+            tuned = finetune(backbone, images, labels, fixed, scale=scale, weights=weights, attack=attack)
+            return Functional(backbone, tuned)
+
+        with evaluating(backbone):
+            settings = replace(settings, lr=choose_rate(tune, support, labels, seed=settings.seed))
+    start = dict(weights or {})
+    check_weights(backbone, start)
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(backbone):
+        start = {name: _usable(tensor) for name, tensor in start.items()}
+        named = (*backbone.named_parameters(), *backbone.named_buffers())
+        tensors = {name: _usable(value) for name, value in named} | start
+        kind = _AllParameters if settings.parameters == "all" else _AttentionScale
+        tuned = kind(backbone, tensors)
+        task = _SupportTuning(
+            backbone, tensors, tuned, _usable(support), _usable(labels).long(), scale, settings, attack
+        )
+        if float(settings.lr) > 0:
+            task.run()
+        return start | {name: tensor.detach().clone() for name, tensor in tuned.weights().items()}
+
+
+class FineTuned(nn.Module):
+    """A few-shot model with a classifier that is fine-tuned on the task's support.
+
+    proto: a model with `classifier(support_images, support_labels)` that returns a `PrototypeClassifier` on a module or on
+    a `Functional` (ProtoNet, a pool with merging). Tuning starts from that backbone, prototypes are recomputed at its end,
+    other buffers of the classifier are copied. settings, attack: of `finetune`. With lr or steps 0 the classifier is
+    returned unchanged.
+    """
+
+    def __init__(self, proto: FewShotModel, settings: FineTuneSettings, *, attack: SupportAttack | None = None) -> None:
+        super().__init__()
+        self.proto, self.settings, self.attack = proto, settings, attack
+
+    def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> PrototypeClassifier:
+        """Return the tuned query classifier of a support (s, 3, h, w), (s,); batch: images in a forward of the prototypes."""
+        task = self.proto.classifier(support_images, support_labels)
+        if not isinstance(task, PrototypeClassifier):
+            raise UserError(
+                f"fine-tuning: the task's classifier is {type(task).__name__}: it needs one with prototypes."
+            )
+        if self.settings.lr == 0 or self.settings.steps == 0:
+            return task
+        merged = isinstance(task.backbone, Functional)
+        module, start = (task.backbone.module, task.backbone.weights) if merged else (task.backbone, None)
+        tuned = Functional(
+            module,
+            finetune(
+                module,
+                support_images,
+                support_labels,
+                self.settings,
+                scale=task.scale,
+                weights=start,
+                attack=self.attack,
+            ),
+        )
+        with torch.no_grad():
+            centres = prototypes(features(tuned, support_images, batch), support_labels)
+            result = PrototypeClassifier(tuned, centres, task.scale)
+        copied = dict(result.named_buffers(recurse=False))
+        for name, buffer in task.named_buffers(recurse=False):
+            if name not in copied:  # a pool's description of the task, such as its mixture
+                result.register_buffer(name, buffer, persistent=False)
+        result.training = task.training
+        return result
+
+
+class _AllParameters:
+    """Every parameter of the backbone, as leaves in fp32 or wider. tensors: the start, by name."""
+
+    def __init__(self, backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        names = [name for name, _ in backbone.named_parameters() if tensors[name].is_floating_point()]
+        self._dtypes = {name: tensors[name].dtype for name in names}
+        self._leaves = {
+            name: tensors[name].to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_(True)
+            for name, dtype in self._dtypes.items()
+        }
+        self.leaves = list(self._leaves.values())
+        if not self.leaves:
+            raise UserError(f"fine-tuning: {type(backbone).__name__} has no parameter to tune.")
+
+    def weights(self) -> dict[str, Tensor]:
+        # Views: autocast caches its casts of leaves, and would use the weights of the first step again.
+        return {name: leaf.view_as(leaf).to(self._dtypes[name]) for name, leaf in self._leaves.items()}
+
+
+class _AttentionScale:
+    """A factor for each head of every attention. tensors: of the backbone, by name."""
+
+    def __init__(self, backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors, self._heads = tensors, attention_heads(backbone)
+        self.leaves = [
+            torch.ones(site.heads, device=tensors[site.tensors[0]].device).requires_grad_(True) for site in self._heads
+        ]
+
+    def weights(self) -> dict[str, Tensor]:
+        return {
+            name: scaled_queries(self._tensors[name], factor, site)
+            for site, factor in zip(self._heads, self.leaves)
+            for name in site.tensors
+        }
+
+
+@dataclass
+class _SupportTuning:
+    """The fine-tuning on one support set. tensors: of the backbone, by name; tuned: the leaves that replace some of them."""
+
+    backbone: nn.Module
+    tensors: Mapping[str, Tensor]
+    tuned: _AllParameters | _AttentionScale
+    support: Tensor
+    labels: Tensor
+    scale: float | Tensor
+    settings: FineTuneSettings
+    attack: SupportAttack | None
+
+    def run(self) -> None:
+        settings = self.settings
+        scale = _usable(self.scale) if isinstance(self.scale, Tensor) else self.scale
+        generator = torch.Generator().manual_seed(mix_seed(settings.seed, "fine-tuning"))
+        mean, std = (getattr(self.backbone, name, None) for name in ("mean", "std"))
+        optimiser = torch.optim.Adam(self.tuned.leaves, lr=float(settings.lr))
+        for step in range(settings.steps):
+            weights = self.tuned.weights()
+            centres = prototypes(self._features(self.support, weights), self.labels)
+            views = diff_augment(self.support, generator, probability=settings.probability, mean=mean, std=std)
+            if settings.adversarial:
+                views = self._attacked(views, weights, centres, scale)
+            loss = F.cross_entropy(cosine_logits(self._features(views, weights), centres, scale), self.labels)
+            if not bool(loss.isfinite()):
+                where = f"the loss is {loss.item()} in step {step + 1} at lr {settings.lr}"
+                raise LossNotFinite(
+                    f"fine-tuning: {where}: lower lr, or check for images or weights that are not finite."
+                )
+            # Not .backward(): the attack's logits and the caller's graph, if any, must not collect gradients.
+            gradients = torch.autograd.grad(loss, self.tuned.leaves, allow_unused=True)
+            for leaf, gradient in zip(self.tuned.leaves, gradients):
+                leaf.grad = gradient
+            optimiser.step()
+
+    def _features(self, images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        return functional_call(self.backbone, {**self.tensors, **weights}, (images,))
+
+    def _attacked(
+        self, images: Tensor, weights: Mapping[str, Tensor], centres: Tensor, scale: float | Tensor
+    ) -> Tensor:
+        fixed, centres = {name: tensor.detach() for name, tensor in weights.items()}, centres.detach()
+
+        def logits(changed: Tensor) -> Tensor:
+            return cosine_logits(self._features(changed, fixed), centres, scale)
+
+        if self.attack is not None:
+            return self.attack(images, self.labels, logits).detach()
+        return _pgd(images, self.labels, logits, self.settings.epsilon, self.settings.attack_steps)
+
+
+def _pgd(images: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor], epsilon: float, steps: int) -> Tensor:
+    """Return images within epsilon (l_inf) with a higher cross-entropy.
+
+    Signed steps of 2.5 epsilon / steps (Madry et al., arXiv 1706.06083) from the images. They are not clamped to [0, 1],
+    which augmented images have left already.
+    """
+    delta = torch.zeros_like(images)
+    for _ in range(steps):
+        delta.requires_grad_(True)
+        (slope,) = torch.autograd.grad(F.cross_entropy(logits(images + delta), labels), delta)
+        delta = (delta.detach() + 2.5 * epsilon / steps * slope.sign()).clamp(-epsilon, epsilon)
+    return images + delta
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """Detach a tensor; copy it where it was created in inference mode, which autograd refuses."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()

@@ -1,0 +1,149 @@
+"""The outcome of one episode, and the .npz from which a report draws it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vismt.metatune.protocol.labelled import Episode
+from vismt.storage.files import atomic_write
+from vismt.storage.records import Field
+from vismt.uncertainty.proper_scores import proper_scores
+
+PER_CLASS = 5
+UNSCALED, SCALED = "clean", "tempered"  # forms of the clean logits: as they are, divided by a temperature
+NLL, BRIER, GAPS = "nll", "brier", "gaps"
+QUALITY = {NLL: Field(0), BRIER: Field(0, 2), GAPS: Field(-1, 1, several=True)}  # fields of a record, after their form
+
+
+@dataclass
+class EpisodeOutcome:
+    """The images and predictions of one episode.
+
+    support (s, 3, h, w) and query (m, 3, h, w): float images. predictions: of the queries, int64 (m,), by condition, "clean"
+    first. logits (m, N): of the clean queries. adversarial (m, 3, h, w): the queries under the first attack, None without an
+    attack. mixture (P,): the weights of a pool's experts in this task, None for a classifier without them. worst: {worst
+    case: conditions that it is over}. strict: the conditions whose budget contains the clean image, under which a query counts
+    only if it is right when clean. outside: logits (o, N) of images of other sets, by condition. lost: queries that an attack
+    counted as broken and that are right here, by condition.
+    """
+
+    episode: Episode
+    support: Tensor
+    query: Tensor
+    predictions: dict[str, Tensor]
+    logits: Tensor
+    adversarial: Tensor | None
+    mixture: Tensor | None = None
+    worst: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    strict: Collection[str] = ()
+    outside: Mapping[str, Tensor] = field(default_factory=dict)
+    lost: Mapping[str, int] = field(default_factory=dict)
+
+    def right(self) -> dict[str, Tensor]:
+        """Return whether each query counts as right, bool (m,), by condition, then by worst case."""
+        truth = self.episode.query_labels
+        right = {name: guess == truth for name, guess in self.predictions.items()}
+        for name in self.strict:
+            right[name] = right[name] & right["clean"]
+        for name, conditions in self.worst.items():
+            right[name] = torch.stack([right["clean"], *(right[condition] for condition in conditions)]).all(0)
+        return right
+
+    def accuracies(self) -> dict[str, float]:
+        """Return the share of right queries by condition, then by worst case."""
+        return {name: float(hits.double().mean()) for name, hits in self.right().items()}
+
+    def probabilities(self, form: str = UNSCALED, temperature: float = 1.0) -> dict[str, object]:
+        """Return the quality of p = softmax(logits / temperature) on the clean queries, each value a mean over them.
+
+        NLL in nats, Brier score, and GAPS: [right] - max p in the column of its bin, from which `gap_values` has the ECE.
+        """
+        from vismt.uncertainty.probability_metrics import BINS, binned_gaps  # loads torchmetrics
+
+        log_p, labels = (self.logits.double() / temperature).log_softmax(1), self.episode.query_labels
+        nlls, briers = proper_scores(log_p, labels)
+        gaps = binned_gaps(log_p.exp(), labels, BINS).mean(0)
+        values = {NLL: float(nlls.mean()), BRIER: float(briers.mean()), GAPS: gaps.tolist()}
+        return {f"{form} {name}": value for name, value in values.items()}
+
+    def detection(self) -> dict[str, float]:
+        """Return the AUROC with which the largest probability tells the clean queries from each set of outside images."""
+        from vismt.uncertainty.probability_metrics import detection_auroc  # loads torchmetrics
+
+        inside = _confidences(self.logits)
+        return {name: detection_auroc(-inside, -_confidences(logits)) for name, logits in self.outside.items()}
+
+    def record(self, forms: Mapping[str, float]) -> dict[str, object]:
+        """Return accuracies, probabilities and detection by condition, and a mixture to 6 digits under "mixture".
+
+        forms: temperatures of the logits whose probabilities are kept, by form.
+        """
+        row: dict[str, object] = {**self.accuracies()}
+        for form, temperature in forms.items():
+            row |= self.probabilities(form, temperature)
+        row |= self.detection() | {lost_field(name): count for name, count in self.lost.items()}
+        if self.mixture is not None:
+            row["mixture"] = [round(weight, 6) for weight in self.mixture.tolist()]
+        return row
+
+
+def lost_field(condition: str) -> str:
+    """Return the field of a record with the queries that an attack counted as broken and that are right here."""
+    return f"{condition} lost"
+
+
+def quality_fields(forms: Iterable[str]) -> dict[str, Field]:
+    """Return the fields of a record for the probabilities of forms of the logits."""
+    return {f"{form} {name}": values for form in forms for name, values in QUALITY.items()}
+
+
+def write_panel(path: Path, outcome: EpisodeOutcome, model: str, names: Sequence[str] | None = None) -> None:
+    """Write the first 5 support and query images of each class with labels, predictions and class names to an .npz.
+
+    Arrays: model, its name; support, query uint8 (., 3, h, w); support_labels, query_labels, predictions int64; classes
+    unicode in label order; with an attack also adversarial uint8, adversarial_predictions int64, adversarial_right bool and
+    the attack's text `condition`.
+    """
+    episode = outcome.episode
+    support = _first_of_each(episode.support_labels)
+    query = _first_of_each(episode.query_labels)
+    arrays = {
+        "model": np.array(model),
+        "support": _bytes(outcome.support[support]),
+        "support_labels": episode.support_labels[support].numpy(),
+        "query": _bytes(outcome.query[query]),
+        "query_labels": episode.query_labels[query].numpy(),
+        "predictions": outcome.predictions["clean"][query].numpy(),
+        "classes": np.array([str(names[c]) if names else str(c) for c in episode.classes.tolist()]),
+    }
+    if outcome.adversarial is not None:
+        condition = next(name for name in outcome.predictions if name != "clean")
+        arrays["adversarial"] = _bytes(outcome.adversarial.cpu()[query])
+        arrays["adversarial_predictions"] = outcome.predictions[condition][query].numpy()
+        arrays["adversarial_right"] = outcome.right()[condition][query].numpy()
+        arrays["condition"] = np.array(condition)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    atomic_write(path, buffer.getvalue())
+
+
+def _first_of_each(labels: Tensor) -> Tensor:
+    """Return the positions of the first PER_CLASS entries of each label, ascending."""
+    rank = (labels[:, None] == labels[None, :]).tril(-1).sum(1)
+    return (rank < PER_CLASS).nonzero().flatten()
+
+
+def _confidences(logits: Tensor) -> Tensor:
+    """Return the largest probability (b,) fp64 of logits (b, N)."""
+    return logits.double().softmax(1).amax(1)
+
+
+def _bytes(images: Tensor) -> np.ndarray:
+    return images.detach().cpu().mul(255).round().clamp(0, 255).to(torch.uint8).numpy()

@@ -1,0 +1,189 @@
+"""Few-shot episodes: uniform N-way K-shot, and Meta-Dataset's variable ways and shots.
+
+Triantafillou et al., Meta-Dataset, arXiv 1903.03096 (appendix on the sampling algorithm). With R_c the number of images
+of class c outside the query set, N ways, u ~ U(0, 1) and a_c ~ U(log 1/2, log 2):
+
+    queries per class  q   = min(10, floor(min_c |c| / 2))
+    support in all     S   = min(500, sum_c floor(u * min(100, R_c) + 1))
+    shots of class c   K_c = min(R_c, floor(p_c * (S - N)) + 1),   p_c proportional to |c| * exp(a_c)
+
+Episode i of a sampler is a pure function of (seed, i): the same bits for any number of workers or ranks, and after a
+resume. Left out: WordNet itself; its internal nodes come in as `nodes`, lists of leaf classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vismt.base.errors import UserError
+from vismt.base.seeds import digest
+from vismt.metatune.protocol.labelled import Episode, LabelledSet, draw_group, shorten
+
+__all__ = ["Episode", "EpisodeSampler", "VariableSampler", "query_size", "support_shots", "support_total"]
+
+
+def query_size(counts: Tensor, limit: int = 10) -> int:
+    """Return the queries per class, min(limit, floor(smallest class / 2)); `counts` (N,) images of each drawn class."""
+    return min(limit, int(counts.min()) // 2)
+
+
+def support_total(remaining: Tensor, u: float, contribution: int = 100, limit: int = 500) -> int:
+    """Return the number of support images, min(limit, sum_c floor(u * min(contribution, R_c) + 1)).
+
+    remaining: R (N,). u in [0, 1].
+    """
+    shares = torch.floor(u * remaining.clamp(max=contribution).double() + 1)
+    return min(limit, int(shares.sum()))
+
+
+def support_shots(counts: Tensor, remaining: Tensor, total: int, log_weights: Tensor) -> Tensor:
+    """Return the shots of each class, min(R_c, floor(p_c (total - N)) + 1), int64 (N,).
+
+    p_c is proportional to |c| exp(log_weights_c); counts |c|, remaining R and log_weights are all (N,).
+    """
+    weights = counts.double() * log_weights.double().exp()
+    shares = weights / weights.sum()
+    return torch.minimum(remaining, torch.floor(shares * (total - len(counts))).long() + 1)
+
+
+class EpisodeSampler(LabelledSet):
+    """Uniform N-way K-shot episodes; `sampler[i]` is a pure function of (seed, i).
+
+    In a loader: `DataLoader(sampler, batch_size=None, sampler=range(episodes), num_workers=...)`.
+
+    Args:
+        labels: Integers (n,).
+        ways: Classes in an episode, N >= 2.
+        shots: Support images of each class, K >= 1.
+        queries: Query images of each class, Q >= 1.
+        seed: Of all episodes.
+        superclass: (n_classes,); an episode then draws a superclass and its ways within it, both uniformly.
+        classes: The ids to draw from (a split), by default all.
+        names: Class names for messages.
+
+    Raises:
+        UserError: ways < 2, shots or queries < 1, too few or empty classes, or a class with fewer than K + Q images.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        *,
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 15,
+        seed: int = 0,
+        superclass: Tensor | None = None,
+        classes: Sequence[int] | Tensor | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        for field, value, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
+            if value < least:
+                raise UserError(f"episodes: {field} is {value}: it must be at least {least}.")
+        super().__init__(labels, seed, superclass, classes, names)
+        self.ways = self.min_ways = self.max_ways = ways
+        self.shots, self.queries = shots, queries
+        need = shots + queries
+        small = [f"{self.name(c)} ({int(self.counts[c])})" for c in self.classes.tolist() if self.counts[c] < need]
+        if small:
+            raise UserError(
+                f"episodes: {shots} shots + {queries} queries take {need} images of a class, too few in {shorten(small)}: "
+                "lower shots or queries, or leave these classes out."
+            )
+        self._groups = self.groups(ways)
+
+    def __getitem__(self, index: int) -> Episode:
+        generator = self.generator(index)
+        group = draw_group(self._groups, generator)
+        drawn = group[torch.randperm(len(group), generator=generator)[: self.ways]]
+        return self.draw(drawn, [self.shots] * self.ways, self.queries, generator)
+
+    def __str__(self) -> str:
+        return f"{self.ways}-way {self.shots}-shot"
+
+    def describe(self) -> dict[str, object]:
+        """Return what determines the episodes, JSON-able, for a protocol's hash."""
+        return self.state(rule="uniform", ways=self.ways, shots=self.shots, queries=self.queries)
+
+
+class VariableSampler(LabelledSet):
+    """Meta-Dataset's variable way, variable shot episodes; `sampler[i]` is a pure function of (seed, i).
+
+    The formulas are in this file's header. Without a hierarchy the ways are uniform in [min_ways, min(max_ways, classes)].
+    With superclass (n_classes,), as Omniglot's alphabets: a superclass of at least min_ways classes, then that rule within
+    it. With `nodes`, the internal nodes of a hierarchy, each a list of its leaf classes, as for ImageNet: a node of min_ways
+    to max_leaves leaves, then all of its leaves, or max_ways of them when it has more. The AMT paper's "5-way 1-shot" is
+    min_ways = max_ways = 5, max_contribution = 1. Raises UserError as EpisodeSampler does; a class needs 2 images.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        *,
+        seed: int = 0,
+        superclass: Tensor | None = None,
+        classes: Sequence[int] | Tensor | None = None,
+        nodes: Sequence[Sequence[int]] | None = None,
+        names: Sequence[str] | None = None,
+        min_ways: int = 5,
+        max_ways: int = 50,
+        max_queries: int = 10,
+        max_support: int = 500,
+        max_contribution: int = 100,
+        max_leaves: int = 392,
+    ) -> None:
+        if not 2 <= min_ways <= max_ways <= max_support or max_queries < 1 or max_contribution < 1:
+            raise UserError(
+                f"episodes: ways {min_ways} to {max_ways}, support {max_support}, queries {max_queries}, contribution "
+                f"{max_contribution}: need 2 <= min_ways <= max_ways <= max_support, the others at least 1."
+            )
+        if nodes is not None and superclass is not None:
+            raise UserError(
+                "episodes: superclass and nodes both given: a data set has one hierarchy, pass one of them."
+            )
+        super().__init__(labels, seed, superclass, classes, names)
+        self.min_ways, self.max_ways, self.max_queries, self.nodes = min_ways, max_ways, max_queries, nodes
+        self.max_support, self.max_contribution, self.max_leaves = max_support, max_contribution, max_leaves
+        single = [self.name(c) for c in self.classes.tolist() if self.counts[c] < 2]
+        if single:
+            raise UserError(
+                f"episodes: 1 image in {shorten(single)}, support and query need 2: leave these classes out."
+            )
+        self._groups = self.groups(min_ways) if nodes is None else self._node_leaves(nodes)
+
+    def _node_leaves(self, nodes: Sequence[Sequence[int]]) -> list[Tensor]:
+        leaves = [self.classes[torch.isin(self.classes, torch.as_tensor(list(node)))] for node in nodes]
+        usable = [group for group in leaves if self.min_ways <= len(group) <= self.max_leaves]
+        if not usable:
+            span = f"{self.min_ways} to {self.max_leaves}"
+            raise UserError(f"episodes: none of {len(nodes)} nodes has {span} leaf classes here: lower min_ways.")
+        return usable
+
+    def __getitem__(self, index: int) -> Episode:
+        generator = self.generator(index)
+        group = draw_group(self._groups, generator)
+        ways = min(self.max_ways, len(group))
+        if self.nodes is None:
+            ways = int(torch.randint(self.min_ways, ways + 1, (1,), generator=generator))
+        drawn = group[torch.randperm(len(group), generator=generator)[:ways]]
+        counts = self.counts[drawn]
+        queries = query_size(counts, self.max_queries)
+        u = float(torch.rand(1, generator=generator, dtype=torch.float64))
+        total = support_total(counts - queries, u, self.max_contribution, self.max_support)
+        log_weights = (2 * torch.rand(ways, generator=generator, dtype=torch.float64) - 1) * math.log(2)
+        shots = support_shots(counts, counts - queries, total, log_weights)
+        return self.draw(drawn, shots.tolist(), queries, generator)
+
+    def __str__(self) -> str:
+        fixed = self.min_ways == self.max_ways
+        return f"{self.min_ways}-way variable shot" if fixed else "variable way and shot"
+
+    def describe(self) -> dict[str, object]:
+        """Return what determines the episodes, JSON-able, for a protocol's hash."""
+        fields = ("min_ways", "max_ways", "max_queries", "max_support", "max_contribution", "max_leaves")
+        nodes = None if self.nodes is None else digest(repr([list(node) for node in self.nodes]).encode())
+        return self.state(rule="meta-dataset", nodes=nodes, **{field: getattr(self, field) for field in fields})

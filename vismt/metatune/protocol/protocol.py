@@ -1,0 +1,183 @@
+"""The few-shot protocol: n episodes, clean and under attack, one JSON line each; resumes at the episode where it stopped.
+
+Support images stay clean, the query images are attacked against the task's fixed classifier, and episode i is the same for
+every model that runs the same sampler, so methods can be compared in pairs (vismt.uncertainty.intervals). Episodes are run in
+blocks of fixed numbers, so that an attack can pack the queries of several tasks (packed.py); a block that was cut is run again
+as a whole. Processes that share an evaluation (vismt/base/ranks.py) run a block each, and the first one writes the records in
+order. Features of clean images under weights that no task changes are computed once (features.py); accuracies stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vismt.base import console, ranks
+from vismt.base.errors import UserError, near
+from vismt.metatune.features import FeatureStore
+from vismt.metatune.functional import evaluating, report_lost
+from vismt.metatune.protocol.episode_outcome import SCALED, UNSCALED, lost_field, quality_fields, write_panel
+from vismt.metatune.protocol.episode_runner import EpisodeRunner
+from vismt.metatune.protocol.interfaces import (
+    FewShotModel,
+    OutsidePixels,
+    PixelStore,
+    PreparedPerturbation,
+    QueryPerturbation,
+    Sampler,
+)
+from vismt.storage.records import SHARE, Field, Records
+
+BATCH = 256  # query images in one forward pass
+FEATURES = ("auto", "off")
+
+
+def run_protocol(
+    proto: FewShotModel,
+    pixels: PixelStore,
+    sampler: Sampler,
+    *,
+    episodes: int,
+    attacks: Sequence[QueryPerturbation | PreparedPerturbation] = (),
+    records: Path | None = None,
+    panel: Path | None = None,
+    device: torch.device | str | None = None,
+    data: str = "data",
+    fingerprint: str = "",
+    label: str | None = None,
+    model: str = "",
+    batch: int = BATCH,
+    worst: Mapping[str, Sequence[str]] | None = None,
+    features: Literal["auto", "off"] = "auto",
+    probabilities: bool = False,
+    temperature: float | None = None,
+    ood: Mapping[str, OutsidePixels] | None = None,
+) -> dict[str, Tensor]:
+    """Evaluate a few-shot model on episodes, clean and under attack.
+
+    Args:
+        proto: Turns a support set into a classifier of query images. A module is put in eval mode and restored.
+        pixels: The images of the data set.
+        sampler: Draws the episodes.
+        episodes: Number of episodes, at least 2.
+        attacks: Attacks and corruptions of the query images, with different texts.
+        records: A JSON-lines file. Its first line holds the protocol and its hash; every episode adds a line when it ends,
+            with the `mixture` (P,) of a classifier that has one, and under "<condition> lost" the queries that an attack counted
+            as broken and that are right here, by rounding. A file of the same protocol is continued (a torn last line
+            is dropped), a file of another protocol is refused.
+        panel: An .npz of episode 0's images and predictions, at most 5 support and 5 query images of each class.
+        device: Where the classifiers run; by default the device of `proto`.
+        data: The data set's name, part of the protocol's hash.
+        fingerprint: The caller's name for the weights, part of the protocol's hash.
+        label: Text of the progress bar.
+        model: Name of the model in the panel.
+        batch: Query images in one forward pass.
+        worst: {text of a worst case: texts of its attacks}. A query counts as right there when it is right when clean and
+            under each of them.
+        features: "auto" computes the features of an image once where that is exact, "off" in every episode.
+        probabilities: Also record the quality of the softmax of the clean logits.
+        temperature: Also record that of the softmax of the clean logits divided by it.
+        ood: {text of a condition: images of other classes}. Each episode draws as many of them as it has queries, the same
+            for every model, and records the AUROC with which the largest probability tells its queries from them.
+
+    Returns:
+        Query accuracy in [0, 1] of every episode, float64 (episodes,), by condition: "clean", each attack's text, then each
+        worst case. With `probabilities` also "clean nll" in nats and "clean brier", and "clean gaps" (episodes, 15) for the
+        ECE (`vismt.uncertainty.probability_metrics.gap_values`); each is a mean over an episode's queries. With `temperature` the
+        same as "tempered nll" and so on, and with `ood` the AUROC of each condition.
+
+    Raises:
+        UserError: Fewer than 2 episodes, two attacks with the same text, or records that do not fit or cannot be written.
+    """
+    worst = worst or {}
+    if features not in FEATURES:
+        raise UserError(f"evaluate {data}: features '{features}'.{near(str(features), FEATURES)}")
+    if episodes < 2:
+        raise UserError(f"evaluate {data}: {episodes} episodes have no confidence interval: use 2 or more.")
+    conditions = _condition_texts(attacks, sampler, data)
+    outside = ood or {}
+    forms = {**({UNSCALED: 1.0} if probabilities else {}), **({} if temperature is None else {SCALED: temperature})}
+    columns = {**dict.fromkeys([*conditions, *worst, *outside], SHARE), **quality_fields(forms)}
+    settings = {
+        "data": data,
+        "fingerprint": fingerprint,
+        "sampler": dict(sampler.describe()),
+        "conditions": conditions,
+        "attacks": [dict(attack.settings()) for attack in attacks],
+        # Not in records without them.
+        **({"probabilities": True} if probabilities else {}),
+        **({} if temperature is None else {"temperature": temperature}),
+        **({"ood": list(outside)} if outside else {}),
+    }
+    module, device = _placed(proto, device)
+    lost = {name: lost_field(name) for name in conditions[1:]}
+    further = {"mixture": Field(several=True, optional=True)}
+    further |= {name: Field(0, whole=True, optional=True) for name in lost.values()}
+    log = Records(records, settings, {**columns, **further}, key="episode")
+    missing = [index for index in range(episodes) if index not in log]
+    by_name = dict(zip(conditions[1:], attacks, strict=True))
+    stores = [_store(images, features, bool(missing)) for images in (pixels, *outside.values())]
+    others = dict(zip(outside, zip(outside.values(), stores[1:]), strict=True))
+    run = EpisodeRunner(proto, pixels, sampler, by_name, device, batch, worst, stores[0], others)
+    label = label or f"{data} episodes"
+    if 0 < len(missing) < episodes:
+        console.stage("resume", f"{label}: {episodes - len(missing)} of {episodes} are on record")
+    bar = console.bar("eval", label, episodes, episodes - len(missing))
+    with evaluating(module), log, ExitStack() as stack, bar as progress:
+        for store in filter(None, stores):
+            stack.enter_context(store)
+
+        def rows_of(block: range) -> list[dict]:
+            outcomes = run(block)
+            if 0 in outcomes and panel is not None:
+                write_panel(panel, outcomes[0], model, getattr(pixels, "classes", None))
+            return [{"episode": index, **outcome.record(forms)} for index, outcome in outcomes.items()]
+
+        for rows in ranks.share(run.missing(log, episodes), rows_of):
+            for row in rows:
+                progress.advance(row["episode"] not in log)
+                log.add(row)
+        if panel is not None and ranks.rank() == 0 and not panel.exists():
+            write_panel(panel, run(range(1))[0], model, getattr(pixels, "classes", None))
+    rows = [log[index] for index in range(episodes)]
+    report_lost(rows, lost)
+    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in columns}
+
+
+def clean_logits(
+    proto: FewShotModel, pixels: PixelStore, sampler: Sampler, episodes: int, label: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits (m, N), on the CPU, and the labels (m,) of the clean queries of each episode, under a bar with `label`."""
+    module, device = _placed(proto, None)
+    store = FeatureStore(getattr(pixels, "key", None))
+    run = EpisodeRunner(proto, pixels, sampler, {}, device, BATCH, {}, store)
+    with evaluating(module), store:
+        for block in console.track(run.blocks(episodes), "eval", label):
+            yield from ((outcome.logits, outcome.episode.query_labels) for outcome in run(block).values())
+
+
+def _placed(proto: FewShotModel, device: torch.device | str | None) -> tuple[nn.Module, torch.device | str]:
+    """Return the model as a module, an empty one where it is none, and `device` or that of the model."""
+    module = proto if isinstance(proto, nn.Module) else nn.Module()
+    if device is None:
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return module, device
+
+
+def _store(pixels: PixelStore, features: str, used: bool) -> FeatureStore | None:
+    """Return the store of the features of a set; one that is not used needs no key, which would read the images."""
+    return FeatureStore(getattr(pixels, "key", None) if used else None) if features == "auto" else None
+
+
+def _condition_texts(
+    attacks: Sequence[QueryPerturbation | PreparedPerturbation], sampler: Sampler, data: str
+) -> list[str]:
+    conditions = ["clean", *(attack.describe(sampler.min_ways) for attack in attacks)]
+    if len(set(conditions)) < len(conditions):
+        raise UserError(f"evaluate {data}: two conditions have the same text in {conditions[1:]}: leave one out.")
+    return conditions

@@ -1,0 +1,283 @@
+"""Balancing by the losses: no gradient of a single task is computed, so a step costs as much as without balancing.
+
+Methods that compute alpha from the losses copy their values to the CPU once a step. Absent tasks: balancing.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError
+from vismt.multitask.balancing.base import BALANCERS, Balancer, TaskLosses, check_range
+
+LEAST = 1e-8  # replaces a loss of 0, which has no logarithm
+
+
+@BALANCERS.register("ew")
+class EqualWeighting(Balancer):
+    """alpha_t = 1, the sum of the losses; with fixed `weights`, linear scalarisation (Xin et al., arXiv 2209.11379)."""
+
+
+@BALANCERS.register("uncertainty")
+class UncertaintyWeighting(Balancer):
+    """sum_t exp(-s_t) L_t / 2 + s_t / 2 with s_t = log sigma_t^2 learned. Kendall et al., arXiv 1705.07115.
+
+    The authors' form for classification, exp(-s) L + s / 2, is this one at s + log 2 and needs no option. s is a parameter:
+    exclude it from weight decay if the optimiser allows. The s of an absent task does not change.
+
+    Args:
+        tasks: names of the tasks.
+        init: s at the start.
+        common: options of `Balancer`.
+    """
+
+    def __init__(self, tasks: Sequence[str], *, init: float = 0.0, **common: Any) -> None:
+        super().__init__(tasks, **common)
+        check_range("init", init, math.isfinite(init), "finite")
+        self.init = init
+        self.log_variance = nn.Parameter(torch.empty(len(self.tasks)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every s to `init`."""
+        nn.init.constant_(self.log_variance, self.init)
+
+    def rescale(self, number: int, loss: Tensor) -> Tensor:
+        s = self.log_variance[number]
+        return 0.5 * (torch.exp(-s) * loss + s)
+
+
+@BALANCERS.register("imtl_l")
+class ImtlL(Balancer):
+    """sum_t exp(s_t) L_t - s_t with s_t learned from 0; its minimum over s_t has all scaled losses equal to 1.
+
+    Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021 (not on arXiv). The s of an absent task does not change;
+    weight decay as in "uncertainty".
+    """
+
+    def __init__(self, tasks: Sequence[str], **common: Any) -> None:
+        super().__init__(tasks, **common)
+        self.log_scale = nn.Parameter(torch.empty(len(self.tasks)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every s to 0."""
+        nn.init.zeros_(self.log_scale)
+
+    def rescale(self, number: int, loss: Tensor) -> Tensor:
+        s = self.log_scale[number]
+        return torch.exp(s) * loss - s
+
+
+@BALANCERS.register("dwa")
+class DynamicWeightAverage(Balancer):
+    """alpha_t = T softmax_t(r_t / temperature), r_t = L_t(e - 1) / L_t(e - 2). Liu et al., arXiv 1803.10704.
+
+    L_t(e): mean over the e-th window of `window` calls, of those that have the task. alpha = 1 in the first two windows;
+    r_t = 1 for a task that one of the two windows lacks. The softmax is over all tasks, present or not.
+
+    Args:
+        tasks: names of the tasks.
+        temperature: > 0.
+        window: number of calls; the authors' window is an epoch, so pass the number of batches of an epoch.
+        common: options of `Balancer`.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    means: Tensor
+
+    def __init__(self, tasks: Sequence[str], *, temperature: float = 2.0, window: int = 100, **common: Any) -> None:
+        super().__init__(tasks, **common)
+        check_range("temperature", temperature, temperature > 0, "positive")
+        check_range("window", window, window >= 1, "at least 1")
+        self.temperature, self.window = temperature, window
+        self.register_buffer("sums", torch.zeros(len(self.tasks)))  # of the current window
+        self.register_buffer("counts", torch.zeros(len(self.tasks)))
+        # Of the window before last and of the last window.
+        self.register_buffer("means", torch.full((2, len(self.tasks)), torch.nan))
+
+    def weigh(self, batch: TaskLosses) -> Tensor:
+        calls = int(self.calls)
+        if calls and calls % self.window == 0:
+            # 0 / 0 gives NaN for a task that was absent from the window.
+            self.means.copy_(torch.stack([self.means[1], self.sums / self.counts]))
+            self.sums.zero_()
+            self.counts.zero_()
+        self.sums += batch.means.to(self.sums)
+        self.counts += batch.present.to(self.counts)
+        before, last = self.means.cpu().double()
+        ratio = last / before
+        ratio = torch.where(ratio.isfinite(), ratio, 1.0)
+        return len(self.tasks) * torch.softmax(ratio / self.temperature, 0) * batch.present
+
+
+@BALANCERS.register("rlw")
+class RandomLossWeighting(Balancer):
+    """alpha = softmax(z) with z standard normal, drawn at every call. Lin et al., arXiv 2111.10603.
+
+    The weights sum to 1 over the present tasks, while those of "ew" sum to T. z is a function of (seed, number of the call).
+    """
+
+    def __init__(self, tasks: Sequence[str], *, seed: int = 0, **common: Any) -> None:
+        super().__init__(tasks, **common)
+        check_range("seed", seed, seed >= 0, "0 or more")
+        self.seed = seed
+
+    def weigh(self, batch: TaskLosses) -> Tensor:
+        z = np.random.default_rng([self.seed, int(self.calls)]).standard_normal(len(self.tasks))
+        return torch.from_numpy(z).masked_fill(~batch.present, -torch.inf).softmax(0)
+
+
+@BALANCERS.register("gls")
+class GeometricLoss(Balancer):
+    """The geometric mean (prod_t L_t)^(1/T), i.e. alpha_t = (prod_s L_s)^(1/T) / (T L_t). Chennupati et al., arXiv 1904.08492.
+
+    T counts the present tasks. A loss of 0 is replaced by 1e-8; a negative loss raises UserError.
+    """
+
+    def weigh(self, batch: TaskLosses) -> Tensor:
+        logs = _logs("gls", self.tasks, batch.host(), batch.present)
+        count = batch.present.sum()
+        return torch.where(batch.present, torch.exp(logs.sum() / count - logs) / count, 0.0)
+
+
+@BALANCERS.register("stch")
+class SmoothTchebycheff(Balancer):
+    """STCH: T mu log sum_t exp(log(L_t / nadir_t) / mu), i.e. alpha_t = T softmax_t(log(L_t / nadir_t) / mu) / L_t.
+
+    Lin et al., arXiv 2402.19078, in the form of the authors' multi-task code. nadir_t is the mean loss over the first `warmup`
+    calls of those that have the task, in which alpha_t = 1 / L_t; the authors first train for epochs and then take the mean over
+    one. L_t / nadir_t = 1 for a task that none of these calls has. For mu -> 0 the task with the largest ratio has all weight.
+    T counts the present tasks.
+
+    Args:
+        tasks: names of the tasks.
+        mu: > 0.
+        warmup: number of calls.
+        common: options of `Balancer`.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, tasks: Sequence[str], *, mu: float = 1.0, warmup: int = 100, **common: Any) -> None:
+        super().__init__(tasks, **common)
+        check_range("mu", mu, 0 < mu < math.inf, "positive")
+        check_range("warmup", warmup, warmup >= 1, "at least 1")
+        self.mu, self.warmup = mu, warmup
+        self.register_buffer("sums", torch.zeros(len(self.tasks)))  # over the warm-up
+        self.register_buffer("counts", torch.zeros(len(self.tasks)))
+
+    def weigh(self, batch: TaskLosses) -> Tensor:
+        logs = _logs("stch", self.tasks, batch.host(), batch.present)
+        scale = torch.where(batch.present, torch.exp(-logs), 0.0)
+        if int(self.calls) < self.warmup:
+            self.sums += batch.means.to(self.sums)
+            self.counts += batch.present.to(self.counts)
+            return scale
+        nadir = (self.sums / self.counts).cpu().double().clamp_min(LEAST).log()
+        ratio = torch.where(nadir.isfinite(), logs - nadir, 0.0) / self.mu
+        return batch.present.sum() * ratio.masked_fill(~batch.present, -torch.inf).softmax(0) * scale
+
+
+@BALANCERS.register("famo")
+class Famo(Balancer):
+    """FAMO: weights with which all losses decrease at the same relative rate. Liu et al., arXiv 2306.03792.
+
+        z = softmax(xi),  D_t = L_t - least_t + 1e-8,  alpha_t = c z_t / D_t,  1 / c = sum_t z_t / D_t
+        Adam (rate lr, betas 0.9 and 0.999) updates xi with the gradient (dz/dxi)^T (log D - log D_after) + gamma xi
+
+    D_after is computed on the same batch after the optimiser's step, which objectives pass to `update` (TaskObjective.step), at
+    the price of another forward pass. Without a call of `update` the losses of the next call of `combine` are used, which adds
+    the difference of two batches to the signal; between the batches of one accumulated step the signal is that difference
+    alone. The softmax runs over the present tasks,
+    in the update of xi over the tasks present both before and after; the other xi keep their momentum.
+
+    Args:
+        tasks: names of the tasks.
+        lr: rate of Adam, > 0.
+        gamma: decay of xi, >= 0.
+        least: lower bounds of the losses by task, 0 for tasks without an entry; a loss below its bound raises UserError.
+        common: options of `Balancer`.
+    """
+
+    not_sharded = "'famo' computes losses again after the step, outside of the sharded net; take 'uncertainty'"
+    xi: Tensor
+    moments: Tensor
+    updates: Tensor
+    before: Tensor
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        *,
+        lr: float = 0.025,
+        gamma: float = 0.01,
+        least: Mapping[str, float] | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(tasks, **common)
+        check_range("lr", lr, lr > 0, "positive")
+        check_range("gamma", gamma, gamma >= 0, "0 or more")
+        for task in least or {}:
+            self._number(task, "least")
+        self.lr, self.gamma = lr, gamma
+        self.least = torch.tensor([(least or {}).get(task, 0.0) for task in self.tasks], dtype=torch.float64)
+        self.register_buffer("xi", torch.zeros(len(self.tasks)))
+        self.register_buffer("moments", torch.zeros(2, len(self.tasks)))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.register_buffer(
+            "before", torch.full((len(self.tasks),), torch.nan)
+        )  # log D of the last call, NaN for none
+
+    def weigh(self, batch: TaskLosses) -> Tensor:
+        logs = self._log_distance(batch.host(), batch.present)
+        self._move(logs, batch.present)
+        self.before.copy_(logs.masked_fill(~batch.present, torch.nan))
+        z = self.xi.cpu().double().masked_fill(~batch.present, -torch.inf).softmax(0)
+        share = torch.where(batch.present, z * torch.exp(-logs), 0.0)
+        return share / share.sum()
+
+    @torch.no_grad()
+    def update(self, losses: Mapping[str, Tensor]) -> None:
+        weighted = {number: self.weights[number] * loss for number, loss in self._checked(losses).items()}
+        batch = self._gather(weighted, self.xi)
+        self._move(self._log_distance(batch.host(), batch.present), batch.present)
+        self.before.fill_(torch.nan)
+
+    def _log_distance(self, losses: Tensor, present: Tensor) -> Tensor:
+        """Return log D (T,), 0 for absent tasks."""
+        distance = torch.where(present, losses - self.least, 1.0)
+        return _logs("famo", self.tasks, torch.where(distance >= 0, distance + LEAST, distance), present)
+
+    def _move(self, logs: Tensor, present: Tensor) -> None:
+        """Take a step of Adam on xi."""
+        before = self.before.cpu().double()
+        both = present & ~before.isnan()
+        if not both.any():
+            return
+        xi, (first, second) = self.xi.cpu().double(), self.moments.cpu().double()
+        gain = torch.where(both, before - logs, 0.0)
+        z = xi.masked_fill(~both, -torch.inf).softmax(0)
+        gradient = z * (gain - (z * gain).sum()) + self.gamma * xi
+        self.updates += 1
+        step = int(self.updates)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        change = first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        self.xi.copy_(xi - self.lr * change)
+        self.moments.copy_(torch.stack([first, second]))
+
+
+def _logs(method: str, tasks: Sequence[str], losses: Tensor, present: Tensor) -> Tensor:
+    """Return log L_t (T,), 0 for absent tasks."""
+    for task, loss in zip(tasks, losses.tolist()):
+        if loss < 0:
+            raise UserError(f"balancing: '{method}' takes logarithms of losses, that of '{task}' is {loss:.3g}.")
+    return torch.where(present, losses.clamp_min(LEAST).log(), 0.0)

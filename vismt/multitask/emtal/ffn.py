@@ -1,0 +1,292 @@
+"""The FFN of EMTAL: two linear layers with a LoRA pair each, and between them a router that weighs experts of hidden units.
+
+    u = W_up x + b_up + B_1 A_1 x        omega = (1 - a) K softmax(W_r x / temperature) + a        (routing.py)
+    y = W_down v + b_down + B_2 A_2 v,   v = act(u * omega)          unit h is weighed by expert h // (H / K)
+
+x is the FFN's input, after its norm; each token is routed separately and independent of its task. At a = 1 (fading.py) omega is
+1 and y is a plain FFN with merged weights. For a < 1 the layer cannot be merged, because the router acts before the activation
+and depends on the token.
+Source: Zhong et al., NeurIPS 2024, arXiv 2501.06884; where paper and code differ, see moe_lora.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError, near
+from vismt.lowrank.init import working_dtype
+from vismt.lowrank.layers.linear import LowRankLayer, LowRankLinear
+from vismt.lowrank.layers.wrappers import ModuleWrapper, register_wrapper
+from vismt.lowrank.model.starts import Initialiser, initialise, site_generator
+from vismt.multitask.emtal.clusters import plain_mlp
+from vismt.multitask.emtal.expert_pairs import ExpertPairs
+from vismt.multitask.emtal.routing import expert_weights, gate, idle
+
+INITS = ("normal", "zero")
+STD = 0.02
+UNIT_AXES = {  # axis of the hidden units in each tensor
+    "fc1": (("weight", 0), ("bias", 0), ("lora_B", 0), ("expert", 0)),
+    "fc2": (("weight", 1), ("lora_A", 1), ("expert", 0)),
+}
+
+
+def starter(init: str) -> Initialiser:
+    """Return the initialiser of a pair: "normal" draws A and B from N(0, 0.02^2), "zero" sets B to zero."""
+    if init not in INITS:
+        raise UserError(f"moe_lora: init {init!r}.{near(str(init), INITS)}")
+
+    def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        dtype = working_dtype(weight)
+        A = torch.empty(rank, weight.shape[1], dtype=dtype).normal_(0, STD, generator=generator)
+        B = torch.empty(weight.shape[0], rank, dtype=dtype).normal_(0, STD, generator=generator)
+        return A, B if init == "normal" else torch.zeros_like(B)
+
+    return start
+
+
+class Fade(Protocol):
+    """A coefficient in [0, 1] that several routers share, see fading.FadeState."""
+
+    value: float
+
+
+def checked_fade(fade: float | Fade) -> float | Fade:
+    """Return a number in [0, 1] as float, or an object with a `value` unchanged; raise UserError for others."""
+    is_number = isinstance(fade, Real) and not isinstance(fade, bool)
+    if not (hasattr(fade, "value") or (is_number and 0 <= fade <= 1)):
+        raise UserError(f"moe_lora: fade {fade!r}; it must be a number from 0 (routed) to 1 (faded), or a FadeState.")
+    return float(fade) if is_number else fade
+
+
+def refuse_routing(what: str, path: str, fade: float, where: str = "") -> None:
+    """Raise UserError unless the router has faded."""
+    if fade != 1:
+        raise UserError(
+            f"{what}: the router of '{path}' still routes (fade {fade:.12g} of 1{where}), which merged weights cannot express; "
+            "train until it has faded, or change the function by vismt.multitask.emtal.method.set_fade(model, 1.0)."
+        )
+
+
+def check_labels(labels: Tensor, hidden: int, n_experts: int) -> None:
+    """Raise UserError unless labels are int64 (H,) and give each expert H / K units."""
+    valid = labels.dtype == torch.int64 and labels.shape == (hidden,)
+    if not valid or not torch.equal(labels.sort().values.cpu(), torch.arange(hidden) // (hidden // n_experts)):
+        needed = f"({hidden},) int64 with {hidden // n_experts} units for each of 0 .. {n_experts - 1}"
+        raise UserError(f"moe_lora: labels {tuple(labels.shape)} {labels.dtype}, needed {needed}; use cluster_neurons.")
+
+
+@register_wrapper("moefied_ffn")
+class MoEfiedMlp(ModuleWrapper):
+    """A timm Mlp with a LoRA pair in fc1 and in fc2 and a router between fc1 and the activation; x (..., d) -> (..., d).
+
+    Args:
+        mlp: fc1, activation, fc2 of any width; its weights are shared, not copied, and frozen. Updates that fc1 and fc2 already
+            have are kept.
+        rank: of both pairs, with scale 1; None adds no pairs.
+        n_experts: K, a divisor of the hidden width. Experts are contiguous units in their present order; `assign` orders the
+            units by a clustering.
+        temperature: of the router's softmax, > 0.
+        init: start values of the pairs, "normal" or "zero", see `starter`.
+        seed: of the start values.
+
+    Attributes:
+        fade: number in [0, 1] or a shared FadeState; 0 routes (the start), 1 is plain LoRA. It is state and not an argument of
+            forward, and part of the state dict.
+        lora_router: linear layer with weight (K, d), truncated normal with std 0.02 at the start.
+        labels: expert of each hidden unit in stock order, int64 (H,).
+
+    Raises:
+        UserError: for other FFNs, numbers out of range, and an unknown init.
+    """
+
+    fc1: nn.Linear
+    fc2: nn.Linear
+    labels: Tensor
+    _fade: float | Fade
+
+    def __init__(
+        self,
+        mlp: nn.Module,
+        rank: int | None,
+        n_experts: int,
+        temperature: float = 5.0,
+        init: str = "normal",
+        seed: int = 0,
+    ) -> None:
+        self.check("mlp", mlp, {"n_experts": n_experts, "temperature": temperature})
+        start = starter(init)
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise UserError(f"moe_lora: rank {rank!r}; it must be a whole number, at least 1.")
+        super().__init__(mlp)
+        self.n_experts, self.temperature, self.fade = n_experts, float(temperature), 0.0
+        for name in ("fc1", "fc2"):
+            base = getattr(self, name)
+            if rank is None or isinstance(base, LowRankLayer):
+                continue
+            site = LowRankLayer.plan(name, base, rank, None)
+            base.requires_grad_(False)
+            setattr(self, name, LowRankLinear(base, rank, site.settings.scale))
+            initialise(getattr(self, name), site, start, seed, offset=False)
+        weight = self.fc1.weight
+        dtype = self.fc1.lora_A.dtype if isinstance(self.fc1, LowRankLayer) else working_dtype(weight)
+        hidden, width = weight.shape
+        # A plain construction would draw from the global generator.
+        self.lora_router = nn.utils.skip_init(
+            nn.Linear, width, n_experts, bias=False, device=weight.device, dtype=dtype
+        )
+        if not weight.is_meta:
+            start_weight = torch.empty(n_experts, width)
+            nn.init.trunc_normal_(start_weight, std=STD, generator=site_generator(seed, "lora_router"))
+            with torch.no_grad():
+                self.lora_router.weight.copy_(start_weight)
+        # While `ordered`, the units of all tensors are sorted by expert.
+        self.register_buffer("labels", torch.arange(hidden, device=weight.device) // (hidden // n_experts))
+        self.ordered = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the normed tokens (..., d) to (..., d); at fade 1 exactly the plain FFN, at its cost."""
+        fade, units = self.fade_value, self.fc1(x)
+        units = idle(units, self.lora_router.weight) if fade == 1 else gate(units, self._logits(x), fade)
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(units)))))
+
+    def omega(self, x: Tensor) -> Tensor:
+        """Return omega (..., e) of tokens x (..., d) at the present fade, the factors of the experts' pre-activations."""
+        return expert_weights(self._logits(x), self.fade_value)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.lora_router.weight.to(x.dtype)) / self.temperature
+
+    # ---- the fade
+    @property
+    def fade(self) -> float | Fade:
+        return self._fade
+
+    @fade.setter
+    def fade(self, fade: float | Fade) -> None:
+        self.__dict__["_fade"] = checked_fade(fade)
+
+    @property
+    def fade_value(self) -> float:
+        """The present coefficient, a float in [0, 1]."""
+        return self._fade if isinstance(self._fade, float) else self._fade.value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "fade":  # nn.Module would register a shared FadeState as a child of every block
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.fade_value, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if isinstance(self._fade, float):
+            self.fade = float(state)
+        elif self._fade.value != float(state):  # a schedule returns to its value with its next step
+            self._fade.value = float(state)
+
+    # ---- the order of the hidden units
+    def assign(self, labels: Tensor) -> None:
+        """Set the expert of each hidden unit (in stock order), labels (H,) of `cluster_neurons`, and sort the tensors by it."""
+        check_labels(labels, len(self.labels), self.n_experts)
+        self.to_stock_order()
+        self.labels.copy_(labels)
+        for linear in (self.fc1, self.fc2):
+            if isinstance(linear, ExpertPairs):
+                linear.expert.copy_(labels)
+        self.from_stock_order()
+
+    def to_stock_order(self) -> None:
+        if self.ordered:
+            self._move(self.labels.argsort(stable=True).argsort())
+        self.ordered = False
+
+    def from_stock_order(self) -> None:
+        if not self.ordered:
+            self._move(self.labels.argsort(stable=True))
+        self.ordered = True
+
+    @torch.no_grad()
+    def _move(self, order: Tensor) -> None:
+        """Permute the units of weights and factors in place: new unit h is old unit order[h]."""
+        if order.is_meta or bool((order.diff() == 1).all()):
+            return
+        for linear, axes in UNIT_AXES.items():
+            for name, axis in axes:
+                tensor = getattr(getattr(self, linear), name, None)
+                if tensor is not None:
+                    tensor.copy_(tensor.index_select(axis, order))
+
+    # ---- interface of ModuleWrapper
+    @classmethod
+    def check(cls, path: str, base: nn.Module | None, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of `tensors()`; raise UserError, with the reason, for unsuitable FFNs and wrong settings."""
+        from timm.layers import Mlp
+
+        n_experts, temperature = settings.get("n_experts"), settings.get("temperature")
+        if isinstance(n_experts, bool) or not isinstance(n_experts, int) or n_experts < 1:
+            raise UserError(f"moe_lora: n_experts {n_experts!r}; it must be a whole number, at least 1.")
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+            raise UserError(f"moe_lora: temperature {temperature!r}; it must be a positive number.")
+        adapted = any(isinstance(getattr(base, name, None), LowRankLayer) for name in ("fc1", "fc2"))
+        if not adapted and not isinstance(base, cls):
+            plain_mlp(base, f"'{path}'")
+        if not isinstance(base, cls) and type(base).forward is not Mlp.forward:
+            raise UserError(
+                f"moe_lora: '{path}' is a {type(base).__name__}, needed timm's Mlp (fc1, an activation, fc2)."
+            )
+        hidden, width = cast(Tensor, base.fc1.weight).shape
+        if hidden % n_experts:
+            divisors = ", ".join(str(k) for k in range(2, 65) if hidden % k == 0) or "1"
+            raise UserError(
+                f"moe_lora: n_experts {n_experts} does not divide the {hidden} hidden units of '{path}'; use one of {divisors}."
+            )
+        return {"lora_router.weight": (n_experts, width), "labels": (hidden,), "fade": ()}
+
+    @classmethod
+    def check_tensors(cls, what: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        fade = tensors["fade"]
+        if fade.dtype != torch.float64 or not 0 <= float(fade) <= 1:
+            raise UserError(f"{what}.fade: {float(fade)} ({fade.dtype}); it must be float64, from 0 to 1.")
+        check_labels(tensors["labels"], len(tensors["labels"]), settings["n_experts"])
+        super().check_tensors(what, settings, {"lora_router.weight": tensors["lora_router.weight"]})
+
+    @classmethod
+    def around(cls, base: nn.Module | None, settings: Mapping[str, Any]) -> MoEfiedMlp:
+        return cls(base, None, settings["n_experts"], settings["temperature"])
+
+    def settings(self) -> dict[str, Any]:
+        return {"n_experts": self.n_experts, "temperature": self.temperature}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"lora_router.weight": self.lora_router.weight, "labels": self.labels, "fade": self.get_extra_state()}
+
+    def restore(self, name: str, value: Tensor) -> None:
+        if name == "fade":
+            self.set_extra_state(value)
+        else:
+            self.labels.copy_(value)
+
+    def check_mergeable(self, what: str, path: str) -> None:
+        taken, total = getattr(self._fade, "taken", None), getattr(self._fade, "total_steps", None)
+        where = ""
+        if taken is not None:
+            where = f", step {taken} of {total}, 1 from {math.ceil((self._fade.end - 1e-9) * total)}"
+        refuse_routing(what, path, self.fade_value, where)
+
+    @classmethod
+    def check_mergeable_saved(cls, what: str, path: str, tensors: Mapping[str, Tensor]) -> None:
+        fade = tensors.get("fade")
+        refuse_routing(
+            what, path, float(fade) if fade is not None and fade.dtype == torch.float64 and not fade.ndim else 0.0
+        )
+
+    def extra_repr(self) -> str:
+        return f"n_experts={self.n_experts}, temperature={self.temperature:g}, fade={self.fade_value:.4g}"

@@ -1,0 +1,209 @@
+"""MoEfied LoRA: plain LoRA in every block, and while training a router that weighs the experts of each FFN (moefied.py).
+
+EMTAL, Zhong et al., NeurIPS 2024, arXiv 2501.06884. Paper and released code differ, and the code's form is taken: one pair
+(A, B) a linear (paper: one for each expert, which is `pairs: expert`, expert_pairs.py), updates in attention too, scale 1, A
+and B both from N(0, 0.02^2). With that start, training does not begin at the pre-trained function; init="zero" starts B at
+zero and does, as far as the router lets it. Trainable with rank r in L blocks of width D and hidden width 4 D:
+L (16 D r + D K).
+
+Clustering orders the FFN tensors of the user's model by expert, in place, while the model is adapted; merge, unadapt and
+every file put the units back in stock order, bit for bit. The released code has no merge and leaves the weights permuted.
+Left out: gated FFNs (a unit has two pre-activations there), models other than ViTs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError, near
+from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.wrappers import wrappers_of
+from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.model.inject import attach, inject
+from vismt.lowrank.model.record import refuse_adapted
+from vismt.lowrank.model.starts import site_generator
+from vismt.lowrank.model.targets import Targets, find_targets, kind_of
+from vismt.methods import Method, register_method
+from vismt.multitask.emtal.clusters import cluster_model, explained_variance, random_neurons
+from vismt.multitask.emtal.expert_pairs import ExpertPairs
+from vismt.multitask.emtal.fading import RouterFade
+from vismt.multitask.emtal.ffn import Fade, MoEfiedMlp, check_labels, checked_fade, starter
+
+BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
+PERMUTATIONS = ("clusters", "random")
+PAIRS = ("shared", "expert")
+ATTENTION = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
+
+
+def moe_lora(
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    n_experts: int = 16,
+    temperature: float = 5.0,
+    init: str = "normal",
+    cluster: bool | Sequence[Tensor] = True,
+    permute: str = "clusters",
+    pairs: str = "shared",
+    fade: float | Fade = 0.0,
+    **options: Any,
+) -> AdaptReport:
+    """Add LoRA at `targets` (None: qkv, proj, fc1, fc2 of all blocks) and a router in the FFN of every block.
+
+    n_experts: K, a divisor of the hidden width. temperature: of the router's softmax. init: "normal" or "zero". cluster:
+    True clusters the units of each FFN by their weights (minutes for a ViT-B, then cached), False keeps their order, a
+    sequence gives the labels of each block, as `cluster_model` returns them. permute: "random" draws the experts of cluster
+    True by the seed instead, the control that tells what the clusters add. pairs: "expert" gives each expert a pair of its own
+    in fc1 and fc2, with as many parameters as the shared pair of `rank`. fade: start value, or the FadeState that all routers
+    follow; `set_fade` changes it. Further options: those of `inject`.
+    """
+    refuse_adapted(model)
+    start, fade = starter(init), checked_fade(fade)
+    mlps = ffns(model)
+    settings = {"n_experts": n_experts, "temperature": temperature}
+    for path, mlp in mlps.items():
+        MoEfiedMlp.check(path, mlp, settings)
+    linears = [f"{path}.{name}" for path in mlps for name in ("fc1", "fc2")]
+    find_targets(model, linears)  # their units are moved, so they have to be plain linears
+    if permute not in PERMUTATIONS:
+        raise UserError(f"moe_lora: permute '{permute}'.{near(permute, PERMUTATIONS)}")
+    if pairs not in PAIRS:
+        raise UserError(f"moe_lora: pairs '{pairs}'.{near(pairs, PAIRS)}")
+    if permute == "random" and cluster is not True:
+        raise UserError("moe_lora: permute 'random' draws the experts; leave cluster out, or take permute: clusters.")
+    chosen = cluster if permute == "clusters" else _random(mlps, n_experts, seed)
+    labels = _labels(list(mlps.values()), chosen, n_experts, seed)
+    shares = _explained([cast(Tensor, mlp.fc1.weight) for mlp in mlps.values()], labels, n_experts)
+    if targets is None:
+        attention = [path for path, module in model.named_modules() if kind_of(module) == "linear" and _projects(path)]
+        targets = [*attention, *linears]
+    if pairs == "expert":
+        options = {**options, "layer": ExpertPairs, "settings": {"n_experts": n_experts}}
+    report = inject(
+        model, "moe_lora", start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
+    )
+    shapes = []
+    for number, path in enumerate(mlps):
+        router_seed = int(torch.randint(2**62, (), generator=site_generator(seed, path)))
+        wrapper: Any = MoEfiedMlp(model.get_submodule(path), None, n_experts, temperature, init, router_seed)
+        attach(model, path, wrapper)
+        wrapper.fade = fade
+        if labels is not None:
+            wrapper.assign(labels[number])
+        shapes.append(tuple(wrapper.lora_router.weight.shape))
+    trainable, total = count_parameters(model)
+    routers = [f"router in {len(shapes)} FFNs, {shapes[0][0]} x {shapes[0][1]}   {sum(k * d for k, d in shapes):,}"]
+    return replace(report, trainable=trainable, total=total, extras=[*routers, *shares])
+
+
+def ffns(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the two-layer Mlp of every block by path; UserError with the reason where a block has none."""
+    from timm.layers import Mlp
+
+    blocks = {path: module for path, module in model.named_modules() if BLOCK.fullmatch(path)}
+    if not blocks:
+        raise UserError(f"moe_lora: {type(model).__name__} has no blocks; it needs a timm ViT, whose FFNs it routes.")
+    mlps: dict[str, nn.Module] = {}
+    for prefix, block in blocks.items():
+        in_block = {
+            f"{prefix}.{path}": module
+            for path, module in block.named_modules()
+            if type(module).forward is Mlp.forward and not any(name.startswith("attn") for name in path.split("."))
+        }
+        if not in_block and isinstance(getattr(block, "mlp", None), nn.Module):
+            MoEfiedMlp.check(f"{prefix}.mlp", block.mlp, {"n_experts": 1, "temperature": 1.0})
+        if not in_block:
+            raise UserError(
+                f"moe_lora: '{prefix}' is a {type(block).__name__} without an FFN (fc1, activation, fc2) to route."
+            )
+        mlps.update(in_block)
+    return mlps
+
+
+def set_fade(model: nn.Module, fade: float | Fade) -> None:
+    """Set the fade of every router of a model: a number (0 routed, 1 faded), or a FadeState to follow.
+
+    Raises UserError for a model without routers and a number outside of [0, 1].
+    """
+    routed: list[Any] = [wrapper for wrapper in wrappers_of(model).values() if isinstance(wrapper, MoEfiedMlp)]
+    if not routed:
+        raise UserError("set_fade: this model has no router; adapt it with 'moe_lora' first.")
+    for wrapper in routed:
+        wrapper.fade = fade
+
+
+def routes(model: nn.Module) -> bool:
+    """Return whether a router of the model still weighs experts, so that merged weights would compute something else."""
+    wrappers = wrappers_of(model).values()
+    return any(isinstance(wrapper, MoEfiedMlp) and wrapper.fade_value != 1 for wrapper in wrappers)
+
+
+def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, settings: Any) -> RouterFade | None:
+    """Return the fade that all routers of `model` follow from here on; None (no settings) leaves them at their value.
+
+    settings: a FadeConfig.
+    """
+    if settings is None:
+        return None
+    fade = RouterFade(steps, settings.start, settings.end)
+    set_fade(model, fade)
+    return fade
+
+
+def _projects(path: str) -> bool:
+    """Return whether `path` is a projection of a block's attention, fused or not."""
+    block = BLOCK.match(path)
+    names = path[block.end() + 1 :].split(".") if block else []
+    return len(names) > 1 and names[-2].startswith("attn") and names[-1] in ATTENTION
+
+
+def _random(mlps: Mapping[str, nn.Module], n_experts: int, seed: int) -> list[Tensor]:
+    """Return random labels of each FFN."""
+    seeds = [int(torch.randint(2**62, (), generator=site_generator(seed, f"{path}.permute"))) for path in mlps]
+    return [random_neurons(len(mlp.fc1.weight), n_experts, own) for mlp, own in zip(mlps.values(), seeds)]
+
+
+def _explained(weights: Sequence[Tensor], labels: Sequence[Tensor] | None, n_experts: int) -> list[str]:
+    """Return the line of the report on what the experts explain, none where the units keep their order."""
+    if labels is None or weights[0].is_meta or not 1 < n_experts < len(weights[0]):
+        return []
+    shares = [100 * explained_variance(weight, own, n_experts) for weight, own in zip(weights, labels)]
+    mean = sum(shares) / len(shares)
+    return [
+        f"experts explain {mean:.1f} % of the variance within random groups ({min(shares):.1f} to {max(shares):.1f})"
+    ]
+
+
+def _labels(
+    mlps: list[nn.Module], cluster: bool | Sequence[Tensor], n_experts: int, seed: int
+) -> Sequence[Tensor] | None:
+    """Return the labels of each FFN; None where the units keep their order."""
+    if not isinstance(cluster, bool):
+        labels = list(cluster)
+        if len(labels) != len(mlps) or not all(isinstance(label, Tensor) for label in labels):
+            raise UserError(
+                f"moe_lora: cluster holds {len(labels)} entries, needed labels (tensors) of {len(mlps)} FFNs."
+            )
+        for mlp, label in zip(mlps, labels):
+            check_labels(label, len(mlp.fc1.weight), n_experts)
+        return labels
+    if not cluster or n_experts == 1 or mlps[0].fc1.weight.is_meta:
+        return None
+    holder: Any = nn.Module()
+    holder.blocks = mlps
+    return cluster_model(holder, n_experts, seed)
+
+
+register_method(
+    Method("moe_lora", moe_lora, layers=(LowRankLayer, ExpertPairs, MoEfiedMlp), schedule=schedule, section="fade")
+)

@@ -1,0 +1,257 @@
+"""Quality retaining: self-distillation towards recent logits of the same class (EMTAL).
+
+    L_QR = weight mean_s KD_s / ema[t(s)]        KD_s = sum_j T^2 KL( softmax(bank[y_s, j] / T) || softmax(z_s / T) )
+    ema[t] <- 0.95 ema[t] + 0.05 mean CE of task t in the batch, without label smoothing      the weight has no gradient
+    bank[y, 0] <- bank[y, 1],  bank[y, 1] <- z                                                after the loss
+
+so d KD_s / d z_s = T sum_j (softmax(z_s / T) - softmax(bank_j / T)), with a larger weight for tasks that have converged. Zhong
+et al., NeurIPS 2024, arXiv 2501.06884. The default follows the released code: the bank holds the last two logits of each class,
+of correct and wrong predictions alike, and not the best so far. The paper instead has one running mean
+Z_y <- m Z_y + (1 - m) z, KL(student || bank), no temperature, a sum over the batch, and the CE of the batch as the weight:
+`mode="ema", reverse=True, temperature=1, reduction="sum", ema_decay=0`, and half of the result (mode "ema" counts its single
+slot twice, as the code does). Different from the code: the state is fp32, saved, and shared by all processes; within a batch
+the bank takes the last sample of a class on every device; samples with an infinite or NaN logit do not change the state. The
+code keeps the state in fp16 and does not save it. `weight`, `select`, `weighting` and `teacher` are ours: a factor, which samples
+the bank stores, one ema for each class (t(s) becomes y_s), and a uniform teacher in place of the bank, the control that tells
+what the stored logits add to smoothing.
+
+It raises the accuracy of a classifier and lowers the quality of its probabilities, which a temperature restores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vismt.base.errors import UserError, near
+
+MODES = ("fifo2", "ema")
+REDUCTIONS = ("mean", "sum")
+SELECT = ("all", "correct", "confident")
+WEIGHTING = ("task", "class")
+TEACHERS = ("bank", "uniform")
+CHOICES = {"mode": MODES, "reduction": REDUCTIONS, "select": SELECT, "weighting": WEIGHTING, "teacher": TEACHERS}
+
+
+class QualityRetaining(nn.Module):
+    """Quality retaining: call `loss(logits, labels)`, then `update(logits, labels)`, once for every optimiser step.
+
+    Args:
+        num_classes: C, classes of all tasks.
+        task_of_class: int64 (C,), task numbers 0 to t-1; every task has at least one class.
+        temperature: T > 0.
+        mode: "fifo2" (the last two logits) or "ema" (a running mean).
+        ema_decay: decay of the running cross-entropy, in [0, 1].
+        ema_init: start value of the running cross-entropy, > 0.
+        momentum: m of mode "ema", in [0, 1).
+        reduction: over the samples of the batch, "mean" or "sum".
+        ema_floor: the weights are 1 / max(ema, ema_floor); None for no floor, so the weight of a task has no bound when its
+            cross-entropy approaches 0.
+        reverse: KL(student || bank) instead of KL(bank || student).
+        weight: factor of the loss, >= 0.
+        select: samples that the bank stores: "all", "correct" (the label has the largest logit) or "confident" (its probability
+            is above 1/2).
+        weighting: one running cross-entropy for each "task" or each "class".
+        teacher: "bank" or "uniform", which stores nothing.
+
+    Attributes:
+        bank: fp32 buffer (C, 2 or 1, C), newest last. It starts at zero, which pulls a class without a sample so far to the
+            uniform distribution.
+        ema: fp32 buffer (t,), or (C,) for weighting "class". Both stay fp32 when the model is cast to another dtype.
+
+    Raises:
+        UserError: for values outside of these ranges.
+    """
+
+    bank: Tensor
+    ema: Tensor
+    task_of_class: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        task_of_class: Tensor | Sequence[int],
+        temperature: float = 2.0,
+        mode: str = "fifo2",
+        ema_decay: float = 0.95,
+        ema_init: float = 10.0,
+        *,
+        momentum: float = 0.5,
+        reduction: str = "mean",
+        ema_floor: float | None = None,
+        reverse: bool = False,
+        weight: float = 1.0,
+        select: str = "all",
+        weighting: str = "task",
+        teacher: str = "bank",
+    ) -> None:
+        super().__init__()
+        tasks = torch.as_tensor(task_of_class)
+        _check_tasks(tasks, num_classes)
+        chosen = {"mode": mode, "reduction": reduction, "select": select, "weighting": weighting, "teacher": teacher}
+        for name, value in chosen.items():
+            if value not in CHOICES[name]:
+                raise UserError(f"quality retaining: {name} '{value}'.{near(value, CHOICES[name])}")
+        for name, number, valid, needed in (
+            ("temperature", temperature, 0 < temperature < float("inf"), "> 0"),
+            ("ema_decay", ema_decay, 0 <= ema_decay <= 1, "from 0 to 1"),
+            ("ema_init", ema_init, 0 < ema_init < float("inf"), "> 0"),
+            ("momentum", momentum, 0 <= momentum < 1, "from 0 to below 1"),
+            ("ema_floor", ema_floor, ema_floor is None or 0 < ema_floor < float("inf"), "> 0 or None"),
+            ("weight", weight, 0 <= weight < float("inf"), ">= 0"),
+        ):
+            if not valid:
+                raise UserError(f"quality retaining: {name} {number}, needed {needed}.")
+        self.num_classes, self.temperature, self.mode, self.reduction = num_classes, float(temperature), mode, reduction
+        self.ema_decay, self.momentum, self.ema_floor, self.reverse = ema_decay, momentum, ema_floor, reverse
+        self.weight, self.select, self.weighting, self.teacher = float(weight), select, weighting, teacher
+        # With a running cross-entropy for each class, every class is a task of its own.
+        groups = tasks.clone() if weighting == "task" else torch.arange(num_classes)
+        self.register_buffer("task_of_class", groups, persistent=False)
+        self.register_buffer("bank", torch.zeros(num_classes, 2 if mode == "fifo2" else 1, num_classes))
+        self.register_buffer("ema", torch.full((int(groups.max()) + 1,), float(ema_init)))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return L_QR of a batch without changing the state.
+
+        Under several processes the mean or sum is over this process's samples, and the weights depend on all samples.
+
+        Args:
+            logits: (b, C), any floating dtype, over the classes of all tasks.
+            labels: int64 (b,), 0 to C-1.
+
+        Returns:
+            A scalar in at least fp32; its gradient reaches `logits` alone.
+
+        Raises:
+            UserError: for other shapes and dtypes, and on the CPU for a label out of range.
+        """
+        self._check(logits, labels)
+        student = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        ema = self._next_ema(student, labels)
+        if self.ema_floor is not None:
+            ema = ema.clamp_min(self.ema_floor)
+        T = self.temperature
+        teacher = (self.bank[labels].to(student.dtype) / T).log_softmax(-1)
+        softened = (student / T).log_softmax(-1)[:, None].expand_as(teacher)
+        p, q = (softened, teacher) if self.reverse else (teacher, softened)
+        divergence = F.kl_div(q, p, reduction="none", log_target=True).sum((1, 2))  # KL(p || q)
+        distance = divergence * (T * T * 2 / self.bank.shape[1])
+        per_sample = self.weight * distance / ema[self.task_of_class[labels]].to(student.dtype)
+        return per_sample.mean() if self.reduction == "mean" else per_sample.sum()
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add the batch to the bank and the running cross-entropies; arguments and errors as of `loss`.
+
+        For a class with more than one selected sample the bank shifts once and stores the last (of the last process).
+        """
+        self._check(logits, labels)
+        student = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        self.ema.copy_(self._next_ema(student, labels))
+        if self.teacher == "bank":
+            chosen = self.selected(student, labels)
+            self._store(student[chosen], labels[chosen])
+
+    def selected(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return which samples `select` names, bool (b,)."""
+        if self.select == "correct":
+            return logits.argmax(1) == labels
+        if self.select == "confident":
+            return logits.softmax(1).gather(1, labels[:, None]).squeeze(1) > 0.5
+        return torch.ones_like(labels, dtype=torch.bool)
+
+    def _store(self, student: Tensor, labels: Tensor) -> None:
+        """Add the last sample of each class to the bank; every process calls it, also without a sample."""
+        student, labels = _from_all(student.float()), _from_all(labels)
+        place = torch.arange(len(labels), device=labels.device)
+        place = torch.where(student.isfinite().all(1), place, -1)
+        last_of_class = torch.full((self.num_classes,), -1, device=labels.device)
+        last = last_of_class.scatter_reduce(0, labels, place, "amax")[labels]
+        newest = self.bank[labels, -1]
+        stored = student[last.clamp_min(0)]
+        if self.mode == "ema":
+            stored = self.momentum * newest + (1 - self.momentum) * stored
+        # All samples of a class write the same rows, so the order of the writes does not matter.
+        unchanged = (last < 0)[:, None]
+        if self.mode == "fifo2":
+            self.bank[labels, 0] = torch.where(unchanged, self.bank[labels, 0], newest)
+        self.bank[labels, -1] = torch.where(unchanged, newest, stored)
+
+    @torch.no_grad()
+    def _next_ema(self, student: Tensor, labels: Tensor) -> Tensor:
+        """Return the running cross-entropies (t,) after this batch of all processes; tasks without a sample keep theirs."""
+        entropies = F.cross_entropy(student, labels, reduction="none").float()
+        finite = student.isfinite().all(1)
+        rows = torch.stack([torch.where(finite, entropies, 0), finite.float()], dim=1)
+        member = F.one_hot(self.task_of_class[labels], len(self.ema)).T.float()
+        # A scatter adds in undefined order on a GPU, and a matrix product may round to TF32.
+        sums = (member[:, :, None] * rows).sum(1)
+        if _distributed():
+            dist.all_reduce(sums)
+        total, count = sums.unbind(1)
+        mean = total / count.clamp_min(1)
+        return torch.where(count > 0, self.ema_decay * self.ema + (1 - self.ema_decay) * mean, self.ema)
+
+    def _check(self, logits: Tensor, labels: Tensor) -> None:
+        shape = (len(labels) if labels.ndim else 0, self.num_classes)
+        if (
+            tuple(logits.shape) != shape
+            or not logits.is_floating_point()
+            or labels.ndim != 1
+            or labels.dtype != torch.int64
+        ):
+            raise UserError(
+                f"quality retaining: logits {tuple(logits.shape)} {logits.dtype}, labels {tuple(labels.shape)} {labels.dtype}; "
+                f"needed (b, {self.num_classes}) floating point and (b,) int64."
+            )
+        if not len(labels):
+            raise UserError("quality retaining: the batch is empty.")
+        if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise UserError(
+                f"quality retaining: labels from {int(labels.min())} to {int(labels.max())}, the union has {self.num_classes} "
+                "classes; add each task's offset once."
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QualityRetaining:
+        state = {name: self._buffers[name] for name in ("bank", "ema")}
+        super()._apply(fn, recurse)
+        for name, value in state.items():
+            self._buffers[name] = value.to(self._buffers[name].device)  # moved, but not cast
+        return self
+
+    def extra_repr(self) -> str:
+        return f"classes={self.num_classes}, tasks={len(self.ema)}, mode={self.mode}, temperature={self.temperature:g}"
+
+
+def _check_tasks(tasks: Tensor, num_classes: int) -> None:
+    if tasks.shape != (num_classes,) or tasks.dtype != torch.int64 or not num_classes:
+        raise UserError(
+            f"quality retaining: task_of_class is {tuple(tasks.shape)} {tasks.dtype}, needed ({num_classes},) int64."
+        )
+    empty = sorted(set(range(int(tasks.max()) + 1)) - set(tasks.tolist()))
+    if int(tasks.min()) < 0 or empty:
+        problem = f"task {empty[0]} has no class" if empty else f"task {int(tasks.min())}"
+        raise UserError(f"quality retaining: task_of_class: {problem}; number the tasks 0, 1, 2, ... without a gap.")
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _from_all(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all processes in rank order; their numbers may differ."""
+    if not _distributed():
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    sizes = [int(count) for count in counts]
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])

@@ -1,0 +1,379 @@
+"""Adversarial images of any classifier: PGD, FGSM, APGD, FAB-T, Square, AutoAttack and `strong`, each with restarts.
+
+The model takes pixels in [0, 1] and normalises them itself. While an attack runs the model is frozen, in eval mode and
+outside autocast; afterwards its flags and the random state are as before. An image that is wrong when clean, or that a step,
+restart, target or part of an ensemble has broken, is left out of the rest (active_set.py).
+
+AutoAttack (Croce and Hein, arXiv 2003.01690) is APGD-CE, APGD-T and FAB-T with 100 steps and at most 9 targets, and Square
+with 5,000 queries. `strong` is its cheap form, the worst case of APGD-CE and APGD-T with 20 steps. APGD-T is not defined
+below 4 classes; both are then APGD-CE with 5 restarts, FAB-T and Square, which the condition's text names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError, near
+from vismt.base.seeds import mix_seed
+from vismt.metatune.functional import answers, evaluating
+from vismt.robustness.attacks.active_set import Outcome, Round, waves
+from vismt.robustness.attacks.apgd import apgd
+from vismt.robustness.attacks.checks import check_input, within_budget
+from vismt.robustness.attacks.fab import fab
+from vismt.robustness.attacks.foreign import L2_ENDING, PREFIX, attack_class, foreign
+from vismt.robustness.attacks.losses import cross_entropy, dlr, targeted_dlr
+from vismt.robustness.attacks.norms import NORMS
+from vismt.robustness.attacks.pgd import pgd
+from vismt.robustness.attacks.square import square
+from vismt.robustness.attacks.victim import Victim, frozen
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The text of an attack in tables, its default length and restarts, and the norms and classes that it needs."""
+
+    text: str
+    steps: int = 100
+    restarts: int = 1
+    norms: tuple[str, ...] = NORMS
+    classes: int = 2
+    has_step: bool = False  # whether step_size is used
+
+
+KINDS = {
+    "pgd": _Kind("PGD", 10, 2, has_step=True),
+    "pgd_paper": _Kind("PGD paper protocol", 10, has_step=True),
+    "fgsm": _Kind("FGSM", 1),
+    "apgd_ce": _Kind("APGD-CE"),
+    "apgd_dlr": _Kind("APGD-DLR", classes=3),
+    "apgd_t": _Kind("APGD-T", classes=4),
+    "fab": _Kind("FAB-T"),
+    "square": _Kind("Square", 5000, norms=("linf", "l2")),
+    "autoattack": _Kind("AutoAttack", norms=("linf", "l2")),
+    "strong": _Kind("strong", 20),
+}
+ENSEMBLES = ("autoattack", "strong")
+FOREIGN = _Kind("torchattacks", 10, has_step=True)
+FOREIGN_L2 = replace(FOREIGN, norms=("l2",))
+TARGETS = 9
+FEW_WAYS = 4  # below this number of classes the ensembles have other parts
+FEW_WAY_RESTARTS = 5
+QUERIES = {"autoattack": 5000, "strong": 1000}  # of Square in an ensemble
+RENAMED = {
+    "pgd_l2": "pgd with norm l2",
+    "mifgsm": f"{PREFIX}MIFGSM",
+    "difgsm": f"{PREFIX}DIFGSM",
+    "tifgsm": f"{PREFIX}TIFGSM",
+}
+
+
+def radius_text(norm: str, epsilon: float) -> str:
+    """Return a radius as in tables, "4.5/255" in linf and "0.5" in the others."""
+    return f"{epsilon * 255:.6g}/255" if norm == "linf" else f"{epsilon:.6g}"
+
+
+def budget_text(norm: str, epsilon: float) -> str:
+    """Return a budget as in tables, "linf 4.5/255" or "l2 0.5"."""
+    return f"{norm} {radius_text(norm, epsilon)}"
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """One attack and its budget.
+
+    name: pgd, pgd_paper (step epsilon / 10 and one restart, the protocol of the few-shot papers), fgsm, apgd_ce, apgd_dlr,
+    apgd_t, fab, square, autoattack, strong, torchattacks:NAME. epsilon: radius in pixel units of [0, 1]. step_size: None =
+    2.5 epsilon / steps; only PGD and torchattacks use it. steps: None = 10 (FGSM 1, APGD and FAB 100, Square 5000 queries,
+    strong 20). norm: "linf", "l2" or "l1". restarts: None = 1 (pgd 2). random_start: PGD only. Raises UserError for an
+    unknown name or norm, a norm that the attack does not have, a negative radius, a step of zero.
+    """
+
+    name: str = "pgd"
+    epsilon: float = 4.5 / 255
+    step_size: float | None = None
+    steps: int | None = None
+    norm: str = "linf"
+    restarts: int | None = None
+    seed: int = 0
+    random_start: bool = True
+    kind: ClassVar[Literal["attack"]] = "attack"
+    # The clean image is inside every budget, so an example that is wrong there is not robust.
+    worst_case: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.name not in KINDS and not self.name.startswith(PREFIX):
+            hint = f" It is now {RENAMED[self.name]}." if self.name in RENAMED else near(self.name, (*KINDS, PREFIX))
+            raise UserError(f"attack '{self.name}' is not known.{hint}")
+        if self.norm not in NORMS:
+            raise UserError(f"attack {self.name}: norm '{self.norm}' is not known.{near(self.norm, NORMS)}")
+        if self.norm not in self._kind.norms:
+            raise UserError(
+                f"attack {self.name}: no {self.norm} form, it has {' and '.join(self._kind.norms)}; change the norm, or "
+                "take apgd_ce, apgd_t, fab or strong."
+            )
+        if self.steps is None:
+            object.__setattr__(self, "steps", self._kind.steps)
+        if self.restarts is None:
+            object.__setattr__(self, "restarts", self._kind.restarts)
+        if self.norm == "linf" and self.epsilon > 1:
+            raise UserError(
+                f"attack {self.name}: epsilon {self.epsilon:g} is more than all of [0, 1]; do you mean "
+                f"'{self.epsilon:g}/255'?"
+            )
+        lengths = self.length >= 1 and (self.restarts or 0) >= 1
+        if not (math.isfinite(self.epsilon) and self.epsilon >= 0) or not lengths or self.step <= 0 < self.epsilon:
+            raise UserError(
+                f"attack {self.name}: epsilon {self.epsilon}, steps {self.steps}, restarts {self.restarts}, step_size "
+                f"{self.step_size}: need epsilon >= 0 (in pixel units of [0, 1]), steps and restarts >= 1, step_size > 0."
+            )
+
+    @property
+    def _kind(self) -> _Kind:
+        return KINDS.get(self.name, FOREIGN_L2 if self.name.endswith(L2_ENDING) else FOREIGN)
+
+    @property
+    def length(self) -> int:
+        """Number of steps."""
+        return self.steps or 0
+
+    @property
+    def step(self) -> float:
+        """Step size in pixel units."""
+        if self.step_size is not None:
+            return self.step_size
+        if self.name == "pgd_paper":
+            return self.epsilon / 10
+        return 2.5 * self.epsilon / max(self.length, 1)
+
+    @property
+    def packs(self) -> bool:
+        """Whether one run may attack the images of several few-shot tasks."""
+        return not self.name.startswith(PREFIX)
+
+    @property
+    def family(self) -> str:
+        """The attack's name in tables, without its settings."""
+        if self.name.startswith(PREFIX):
+            return f"{self.name.removeprefix(PREFIX)} (torchattacks)"
+        return self._kind.text
+
+    @property
+    def label(self) -> str:
+        """The condition's text, "PGD-10 linf 4.5/255"; settings that are not the default follow."""
+        return self.describe()
+
+    def describe(self, num_classes: int | None = None) -> str:
+        """Return `label`, with the parts of an ensemble that run on fewer than 4 classes."""
+        head, _, tail = self.family.partition(" ")
+        text = f"{head}-{self.steps}" if self.name.startswith("pgd") or self.steps != self._kind.steps else head
+        text += f" {tail}" if tail else ""
+        if self.name in ENSEMBLES and num_classes is not None and num_classes < FEW_WAYS:
+            text += f" (APGD-CE x{FEW_WAY_RESTARTS}+FAB-T+Square)"
+        text += f" {budget_text(self.norm, self.epsilon)}"
+        if self._kind.has_step and not math.isclose(self.step, replace(self, step_size=None).step):
+            text += f" step {self.step * 255:.4g}/255" if self.norm == "linf" else f" step {self.step:.4g}"
+        if self.restarts != self._kind.restarts:
+            text += f" {self.restarts} restart{'s' if self.restarts != 1 else ''}"
+        if not self.random_start and self.name.startswith("pgd"):
+            text += " no random start"
+        return text + (f" seed {self.seed}" if self.seed else "")
+
+    def __str__(self) -> str:
+        return self.label
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raise UserError where the attack's loss is not defined for so few classes."""
+        if num_classes < self._kind.classes:
+            raise UserError(
+                f"attack {self}: its loss needs {self._kind.classes} classes, here are {num_classes}: take apgd_ce, or strong."
+            )
+
+    def settings(self) -> dict[str, object]:
+        """Return every field, for a protocol's hash."""
+        return asdict(self)
+
+    def perturb(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        num_classes: int,
+        keys: Sequence[tuple[int, int]],
+        exhaust: bool = False,
+    ) -> Tensor:
+        """Return what `attack` returns, with a key for each image, of which its random numbers are a function.
+
+        exhaust: attack every image to the end, broken or not: for images that are evaluated on another model.
+        """
+        outcome = self.search(model, images, labels, num_classes=num_classes, keys=keys, exhaust=exhaust)
+        return outcome.adversarial.to(images.device)
+
+    def search(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        num_classes: int,
+        keys: Sequence[tuple[int, int]],
+        exhaust: bool = False,
+    ) -> Outcome:
+        """Return what the attack finds, with the arguments of `perturb`: the images, and which of them it counts as broken."""
+        return _run(model, images, labels, [self], num_classes, keys, exhaust=exhaust)
+
+
+def attack(model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, *, num_classes: int) -> Tensor:
+    """Return adversarial images within spec.epsilon of `images`.
+
+    Deterministic in spec.seed and an image's position; the global random state is not changed.
+
+    Args:
+        model: Maps images to logits (b, num_classes) and normalises them itself. Its mode and its parameters' flags are
+            restored afterwards.
+        images: float (b, 3, h, w) in [0, 1].
+        labels: Integers (b,) in 0..num_classes-1.
+        spec: The attack. With epsilon 0 the images are returned.
+        num_classes: Number of logits.
+
+    Returns:
+        float32 (b, 3, h, w) in [0, 1] on the images' device. An image that is wrong when clean is returned unchanged; one
+        that withstands the attack as the trial left it that came closest to another class.
+
+    Raises:
+        UserError: Pixels outside [0, 1], labels or logits that do not fit num_classes, logits or gradients that are not
+            finite, probabilities in place of logits, a model without a gradient, or fewer classes than the attack needs.
+    """
+    return spec.perturb(model, images, labels, num_classes=num_classes, keys=[(0, i) for i in range(len(images))])
+
+
+def robust_accuracy(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    specs: Sequence[AttackSpec],
+    *,
+    num_classes: int,
+    batch: int = 128,
+) -> Tensor:
+    """Return the worst case over a list of attacks: bool (b,), True where the clean and every attacked image is right.
+
+    The attacked images are evaluated once more, and this answer counts.
+
+    An image that one attack broke is not given to the next: list the cheap ones first. Its mean is the robust accuracy.
+
+    Args:
+        model: As for `attack`.
+        images: float (b, 3, h, w) in [0, 1].
+        labels: Integers (b,) in 0..num_classes-1.
+        specs: The attacks; with none of them the result is the clean correctness.
+        num_classes: Number of logits.
+        batch: Largest number of images in one forward pass.
+
+    Raises:
+        UserError: As for `attack`, and a model that answers differently from call to call.
+    """
+    keys = [(0, i) for i in range(len(images))]
+    outcome = _run(model, images, labels, specs, num_classes, keys, batch=batch)
+    with evaluating(model), torch.no_grad():
+        logits = torch.cat([answers(model, part) for part in outcome.adversarial.split(batch)])
+    outcome.lost(logits, _named(specs))
+    right = torch.stack([found.argmax(1) == outcome.labels for found in (outcome.logits, logits)])
+    return right.all(0).to(images.device)
+
+
+def _run(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    specs: Sequence[AttackSpec],
+    num_classes: int,
+    keys: Sequence[tuple[int, int]],
+    *,
+    batch: int = 128,
+    exhaust: bool = False,
+) -> Outcome:
+    """Run attacks one after the other on the images that are still right."""
+    clean = images.detach().float().clone()
+    what = _named(specs)
+    check_input(clean, labels, what, num_classes)
+    for spec in specs:
+        spec.check_classes(num_classes)
+    device = next((p.device for p in model.parameters()), clean.device)
+    with frozen(model), torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        victim = Victim(model, num_classes, what)
+        placed, seeds = (clean.to(device), labels.detach().to(device).long()), [mix_seed(*key) for key in keys]
+        outcome = Outcome.start(victim, *placed, seeds, batch, exhaust=exhaust)
+        for spec in specs:
+            _attack(victim, outcome, spec, batch)
+    return outcome
+
+
+def _named(specs: Sequence[AttackSpec]) -> str:
+    return ", ".join(str(spec) for spec in specs) or "none"
+
+
+def _attack(victim: Victim, outcome: Outcome, spec: AttackSpec, batch: int) -> None:
+    if spec.epsilon == 0:
+        return
+    active = outcome.active
+    outcome.forget(active)
+    for part in _parts(spec, victim.num_classes):
+        rounds, trial = _rounds(part, victim.num_classes), _trial(part)
+        for wave in waves(outcome, rounds, batch, f"{part.name} {spec.seed}"):
+            trial(victim, wave)
+    if bool(active.any()):
+        outcome.adversarial[active] = within_budget(outcome.clean[active], outcome.adversarial[active], spec)
+
+
+def _parts(spec: AttackSpec, num_classes: int) -> Iterator[AttackSpec]:
+    """Yield the attacks of an ensemble, or the attack itself."""
+    if spec.name not in ENSEMBLES:
+        yield spec
+        return
+    few = num_classes < FEW_WAYS
+    yield replace(spec, name="apgd_ce", restarts=max(spec.restarts or 1, FEW_WAY_RESTARTS if few else 1))
+    if not few:
+        yield replace(spec, name="apgd_t")
+    if few or spec.name == "autoattack":
+        yield replace(spec, name="fab")
+        if spec.norm != "l1":
+            yield replace(spec, name="square", steps=QUERIES[spec.name])
+
+
+def _rounds(spec: AttackSpec, num_classes: int) -> list[Round]:
+    """Return the restarts of an attack, for each target class where it has targets."""
+    restarts = range(spec.restarts or 1)
+    if spec.name.startswith(PREFIX):
+        return [Round(0)]  # with all of its restarts
+    if spec.name not in ("apgd_t", "fab"):
+        return [Round(restart) for restart in restarts]
+    return [Round(restart, rank) for rank in range(1, min(TARGETS, num_classes - 1) + 1) for restart in restarts]
+
+
+def _trial(spec: AttackSpec) -> Callable[..., None]:
+    """Return the function that runs one wave of an attack."""
+    budget = {"epsilon": spec.epsilon, "norm": spec.norm}
+    by_name: dict[str, Callable[..., None]] = {
+        "pgd": partial(pgd, step=spec.step, steps=spec.length, start=spec.random_start),
+        "fgsm": partial(pgd, step=spec.epsilon, steps=1, start=False),
+        "apgd_ce": partial(apgd, steps=spec.length, loss=cross_entropy),
+        "apgd_dlr": partial(apgd, steps=spec.length, loss=dlr),
+        "apgd_t": partial(apgd, steps=spec.length, loss=targeted_dlr),
+        "fab": partial(fab, steps=spec.length),
+        "square": partial(square, queries=spec.length, seed=spec.seed),
+    }
+    by_name["pgd_paper"] = by_name["pgd"]
+    if spec.name in by_name:
+        return partial(by_name[spec.name], **budget)
+    name = spec.name.removeprefix(PREFIX)
+    attack_class(name)
+    options = {"steps": spec.steps, "seed": spec.seed, "restarts": spec.restarts or 1}
+    return partial(foreign, name=name, step=spec.step, **options, **budget)

@@ -1,0 +1,107 @@
+"""Any attack of torchattacks by its class name (Kim, arXiv 2010.01950), as `torchattacks:NAME`.
+
+Such a class draws for a whole batch, so every restart takes all images that are right when clean, and these get the same draws
+when the images are for another model. Budget, step and length are passed where the class takes them; what leaves the budget, as
+the results of minimal-norm attacks may, is put back to the image.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError, near
+from vismt.robustness.attacks.active_set import Wave, restart_seed
+from vismt.robustness.attacks.norms import column, rounding, size
+from vismt.robustness.attacks.victim import Victim
+
+PREFIX = "torchattacks:"
+L2_ENDING = "L2"  # of the names of the classes whose radius is of l2; that of the others is of linf, or of their argument `norm`
+
+
+class _Model(nn.Module):
+    """The victim in the form that torchattacks needs: a Module with a parameter on its device."""
+
+    def __init__(self, victim: Victim, rows: Tensor) -> None:
+        super().__init__()
+        self.marker = nn.Parameter(torch.zeros((), device=rows.device), requires_grad=False)
+        self.victim, self.rows = victim, rows
+
+    def forward(self, images: Tensor) -> Tensor:
+        repeats = len(images) // len(self.rows)
+        return self.victim.logits(images, self.rows.repeat(max(1, repeats))[: len(images)])
+
+
+def foreign(
+    victim: Victim,
+    wave: Wave,
+    *,
+    name: str,
+    epsilon: float,
+    norm: str,
+    step: float,
+    steps: int | None,
+    seed: int,
+    restarts: int,
+) -> None:
+    """Run the class `name` of torchattacks on a wave. Raises UserError for an unknown class or values that it refuses."""
+    kind = attack_class(name)
+    takes = inspect.signature(kind.__init__).parameters
+    if norm != "linf" and "eps" in takes and "norm" not in takes and not name.endswith(L2_ENDING):
+        raise UserError(f"attack {PREFIX}{name}: no {norm} form, its radius is of linf; give norm: linf, or take pgd.")
+    offered = {"eps": epsilon, "alpha": step, "steps": steps, "norm": norm.capitalize()}
+    offered |= {"n_classes": victim.num_classes, "n_queries": steps}
+    for restart in range(restarts):
+        drawn = restart_seed(seed, restart)
+        given = {**offered, "seed": drawn % 2**31}
+        options = {key: value for key, value in given.items() if key in takes and value is not None}
+        images = _attacked(victim, wave, kind, options, name, drawn)
+        allowed = epsilon + rounding(wave.clean, epsilon, norm)
+        inside = (size(images - wave.clean, norm) <= allowed) & images.flatten(1).isfinite().all(1)
+        images = torch.where(column(inside), images, wave.clean).clamp(0, 1)
+        with torch.no_grad():
+            wave.finish(images, victim.logits(images, wave.rows))
+
+
+def _attacked(victim: Victim, wave: Wave, kind: Any, options: dict[str, Any], name: str, seed: int) -> Tensor:
+    model = _Model(victim, wave.rows).eval()
+    with _seeded(seed):
+        try:
+            return kind(model, **options)(wave.clean, wave.labels).detach().float()
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"attack {PREFIX}{name}: torchattacks cannot run it here ({reason}).") from error
+
+
+def attack_class(name: str) -> Any:
+    """Return a class of torchattacks by name."""
+    library = _torchattacks()
+    names = [key for key, value in vars(library).items() if inspect.isclass(value)]
+    if name not in names:
+        raise UserError(f"attack {PREFIX}{name}: torchattacks has no '{name}'.{near(name, names)}")
+    return getattr(library, name)
+
+
+def _torchattacks() -> ModuleType:
+    try:
+        import torchattacks
+    except ImportError as error:
+        raise UserError(
+            f'attacks named {PREFIX}NAME need torchattacks: pip install "vismt[attacks]"; the others need nothing.'
+        ) from error
+    return torchattacks
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Fork and seed the torch generators: some attacks reset the global seed, and that of every CUDA device."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

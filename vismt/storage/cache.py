@@ -1,0 +1,116 @@
+"""The cache folder: before a file is written, those used longest ago make room for it; what vismt put there can be deleted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.storage.files import PARTIAL
+
+_told: set[Path] = set()
+_HEX = "[0-9a-f]" * 20
+# Folder -> what it holds, and the names of vismt's own files. VISMT_CACHE may name a folder with files of the user's: only names
+# that end in a digest, or that a library makes, are surely not theirs.
+STORES = {
+    "pixels": ("decoded images, named by a digest", (f"*-{_HEX}*.npy", "tmp????????.part")),
+    "features": ("features of frozen models, named by a digest", (f"{_HEX}*.safetensors",)),
+    "experts": ("clusters of neurons, named by a digest", (f"{_HEX}*.safetensors",)),
+    "robustbench": ("weights that RobustBench fetched", ("cifar10/*/*.pt", "cifar100/*/*.pt", "imagenet/*/*.pt")),
+}
+# Folders of downloads: each NAME has the lock file .NAME.lock of `scratch_beside` beside it.
+DOWNLOADS = ("assets", "torchvision", "wheels")
+
+
+@dataclass(frozen=True)
+class Deletable:
+    """Files that vismt wrote into `folder`, and folders that it filled. why: what they are, and by what they are vismt's."""
+
+    folder: Path
+    paths: tuple[Path, ...]
+    why: str
+
+    @property
+    def size(self) -> int:
+        """The bytes of all files."""
+        files = [file for path in self.paths for file in (path.rglob("*") if path.is_dir() else [path])]
+        return sum(file.lstat().st_size for file in files)
+
+    def delete(self) -> None:
+        """Delete the files and, where nothing else is in it, the folder. Raises UserError where the system refuses."""
+        for path in self.paths:
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"cannot delete '{path}': {error.strerror or error}. Delete it as its owner."
+                ) from error
+        with suppress(OSError):  # it holds something else
+            self.folder.rmdir()
+
+
+def deletable(root: Path) -> Iterator[Deletable]:
+    """Yield what vismt has put into each folder of the cache folder `root`. No symbolic link is followed or deleted."""
+    for name, (what, patterns) in STORES.items():
+        found = [
+            path
+            for pattern in (*patterns, f".*{PARTIAL}")
+            for path in (root / name).glob(pattern)
+            if _inside(path, root)
+        ]
+        if files := tuple(path for path in sorted(found) if path.is_file()):
+            yield Deletable(root / name, files, f"{len(files):,} file(s) of {what}; made or fetched again when needed")
+    for name in DOWNLOADS:
+        locks = [path for path in sorted((root / name).glob(".*.lock")) if _inside(path, root)]
+        names = [lock.name[1:-5] for lock in locks]
+        fetched = [pattern for text in map(escape, names) for pattern in (text, f".{text}.part-*")]
+        found = [path for pattern in fetched for path in (root / name).glob(pattern) if _inside(path, root)]
+        if folders := tuple(path for path in found if path.is_dir()):
+            why = f"fetched by vismt, by the lock files that it left: {', '.join(names)}; fetched again when needed"
+            yield Deletable(root / name, (*folders, *locks), why)
+
+
+def _inside(path: Path, root: Path) -> bool:
+    """Return whether neither `path` nor a folder between it and `root` is a symbolic link."""
+    return not any(part.is_symlink() for part in (path, *path.parents) if part.is_relative_to(root) and part != root)
+
+
+def make_room(path: Path, size: int, limit: int) -> None:
+    """Delete the files used longest ago from the folder of `path` until it can have `size` bytes within `limit` in all.
+
+    Files that are being written have another suffix and are left alone.
+    """
+    files = []
+    for other in path.parent.glob(f"*{path.suffix}"):
+        try:
+            about = other.stat()
+        except FileNotFoundError:  # deleted by another process
+            continue
+        if other != path:
+            files.append((about.st_mtime_ns, about.st_size, other))
+    taken = size + sum(length for _, length, _ in files)
+    for _, length, other in sorted(files):
+        if taken <= limit:
+            return
+        other.unlink(missing_ok=True)
+        taken -= length
+
+
+def note_use(path: Path) -> None:
+    """Make a file the one used last, where its folder can be written."""
+    try:
+        path.touch()
+    except OSError:
+        return
+
+
+def note_no_room(folder: Path, what: str, error: Exception) -> None:
+    """Print, once a process and folder, that a cache is not written, and how the run goes on."""
+    if folder not in _told:
+        _told.add(folder)
+        console.stage("cache", f"{what}: {error}")

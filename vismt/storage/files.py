@@ -1,0 +1,302 @@
+"""Files that are written whole or not at all, damaged ones that raise a one-line UserError, and locks of folders.
+
+A file is written beside its place under a name that ends in PARTIAL, synced, and renamed; then its folder is synced. What a
+killed process leaves are files of that ending, which `remove_partial` deletes at the next start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from vismt.base.errors import UserError
+from vismt.storage.paths import regular_file
+
+PARTIAL = ".vismt-partial"
+DIGEST = "sha256"  # the key of a JSON file with the digest of all other keys
+LOCK, HOLDER = ".lock", ".lock-holder"
+# Seconds in which the worker processes of a killed process end, and with them its lock.
+WORKERS_END_S = 15
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the content of JSON text. Raises ValueError, also for what is nested too deep or holds half a surrogate pair."""
+    try:
+        content = json.loads(text)
+        if "\\ud" in str(text).lower():  # an escape as json.dumps writes a pair, or half of one, which no file can hold
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Return the content of a JSON file; a UserError names the file where it cannot be read."""
+    try:
+        return parse_json(regular_file(path).read_text(encoding="utf8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{what}: no file '{path}'.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}: '{path}' cannot be read as JSON ({error}).") from error
+
+
+def sealed(content: Mapping[str, Any], indent: int | None = None) -> str:
+    """Return JSON text of an object and its digest, by which `read_sealed` and `is_sealed` notice a changed file."""
+    return json.dumps({**content, DIGEST: _digest_of(content)}, indent=indent)
+
+
+def is_sealed(content: Mapping[str, Any]) -> bool:
+    """Return whether the content of a JSON file is that with which it was written."""
+    return content.get(DIGEST) == _digest_of(content)
+
+
+def read_sealed(path: Path, what: str, needed: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the content of a JSON file that was written as `sealed`, without its digest.
+
+    Files of earlier versions have no digest, and are read unless `needed` names it.
+
+    Raises:
+        UserError: a file that cannot be read, one that was changed after it was written, and one without a `needed` key.
+    """
+    content = read_json(path, what)
+    fits = isinstance(content, dict) and (DIGEST not in content or is_sealed(content))
+    if not fits or not set(needed) <= set(content):
+        raise UserError(f"{what}: '{path}' was changed or damaged after it was written; delete it to make it again.")
+    return {name: value for name, value in content.items() if name != DIGEST}
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    plain = {name: value for name, value in json.loads(json.dumps(content)).items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def read_tensors(path: Path, what: str) -> tuple[bytes, dict[str, Tensor]]:
+    """Return a safetensors file as bytes and tensors; a UserError names the file where it cannot be read."""
+    try:
+        payload = path.read_bytes()
+        return payload, safetensors.torch.load(payload)
+    except FileNotFoundError as error:
+        raise UserError(f"{what}: no file '{path}'.") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{what}: '{path}' is damaged or not a safetensors file ({error}).") from error
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part.
+
+    Raises UserError when the folder cannot be written or the disk is full; the old file is then kept.
+    """
+    payload = data.encode("utf8") if isinstance(data, str) else data
+    _write(Path(path), lambda file: file.write(payload))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file atomically, tensor by tensor: no second copy of all tensors is made.
+
+    Args:
+        path: the file; "{digest}" in its name is replaced with the first 12 digits of the digest.
+        tensors: by name, on any device; tied tensors are written under each of their names.
+        metadata: texts for the file's header.
+
+    Returns:
+        The SHA-256 of the file in hexadecimal digits.
+
+    Raises:
+        UserError: a dtype that safetensors does not have, and a file that cannot be written; the old file is then kept.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    # The format wants wide numbers first, so that every tensor is aligned.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    offset = 0
+    for name, value in ordered:
+        if value.dtype not in DTYPES:
+            raise UserError(
+                f"cannot write '{path}': '{name}' has dtype {value.dtype}, which safetensors does not have."
+            )
+        end = offset + value.numel() * value.element_size()
+        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    hasher = hashlib.sha256()
+
+    def write(file: BinaryIO) -> None:
+        def put(part: Any) -> None:
+            hasher.update(part)
+            file.write(part)
+
+        put(len(text).to_bytes(8, "little") + text)
+        for _, value in ordered:
+            put(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+    _write(Path(path), write, lambda name: name.replace("{digest}", hasher.hexdigest()[:12]))
+    return hasher.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits, read in pieces."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object], name_of: Callable[[str], str] = str) -> None:
+    """Let `write` fill a new file, and put it in the place of `path`, under the name that `name_of` makes of its name."""
+    try:
+        with new_file(path, name_of) as file:
+            write(file)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+@contextmanager
+def new_file(path: Path, name_of: Callable[[str], str] = str) -> Iterator[BinaryIO]:
+    """Yield a file to fill, which takes the place of `path`, whole and synced, at the end of the block; not after an error.
+
+    name_of: makes the file's name of that of `path`, at the end.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path.with_name(name_of(path.name)))
+        sync_folder(path.parent)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync the names in a folder to the disk, where the system can."""
+    with suppress(OSError):  # Windows opens no folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """Return the error for a file that cannot be written."""
+    reason = error.strerror or str(error)
+    return UserError(f"cannot write '{path}': {reason}. Free space or choose a folder that can be written.")
+
+
+def _umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete the files that killed processes have not finished, in a folder and below it; hold its lock."""
+    for path in folder.rglob(f".*{PARTIAL}"):
+        path.unlink(missing_ok=True)
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether a process holds the lock of a folder."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        FileLock(folder / LOCK).acquire(timeout=0).lock.release()
+    except Timeout:
+        return True
+    except OSError:  # a folder that this user cannot write
+        return False
+    return False
+
+
+@contextmanager
+def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
+    """Hold the lock of a folder, which one process at a time has; the folder is made if it does not exist.
+
+    The system frees the lock when the process ends, however it ends. The holder's host and process are recorded beside it.
+
+    Args:
+        folder: the folder to own.
+        wait_s: seconds to wait for another process, without a limit where negative.
+
+    Raises:
+        UserError: another process has the lock, which is named; a folder that cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    me = {"host": platform.node(), "pid": os.getpid()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=wait_s)
+        except Timeout:
+            holder = _holder(folder)
+            if holder.get("host") != me["host"] or _lives(holder.get("pid")):
+                raise
+            lock.acquire(timeout=WORKERS_END_S)
+        (folder / HOLDER).write_text(json.dumps(me), encoding="utf8")
+    except Timeout as error:
+        holder = _holder(folder)
+        who = f"process {holder['pid']} on {holder['host']}" if {"pid", "host"} <= set(holder) else "another process"
+        raise UserError(f"'{folder}' is in use by {who}; wait until it ends, or stop it.") from error
+    except OSError as error:
+        raise cannot_write(folder / LOCK, error) from error
+    try:
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(folder: Path) -> dict[str, Any]:
+    """Return the recorded holder of a folder's lock, {} where the record is missing or incomplete."""
+    try:
+        holder = parse_json((folder / HOLDER).read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _lives(pid: object) -> bool:
+    """Return whether a process of this host is running; True where that cannot be found out."""
+    if os.name != "posix" or not isinstance(pid, int) or pid < 1:
+        return True
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
+    return True

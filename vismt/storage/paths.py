@@ -1,0 +1,67 @@
+"""Folders: the user's data, the cache and the cards that travel with the package."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import stat
+from pathlib import Path, PurePosixPath
+
+from vismt.base.errors import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def data_roots() -> list[Path]:
+    """Return the folders of `VISMT_DATA` (as in PATH, several have the system's separator between them), in order.
+
+    Where it is not set, a folder `shared/data` beside the checkout, if there is one.
+    """
+    roots = [Path(name).expanduser() for name in os.environ.get("VISMT_DATA", "").split(os.pathsep) if name]
+    for root in roots:
+        if not root.is_dir():
+            raise UserError(f"VISMT_DATA: '{root}' is not a folder: set it to the folder of your data sets.")
+    beside = CHECKOUT.parent / "shared" / "data"
+    return roots or [beside] * beside.is_dir()
+
+
+def cache_root() -> Path:
+    """Return `VISMT_CACHE`, else ~/.cache/vismt. The folder is not created."""
+    return Path(os.environ.get("VISMT_CACHE", "~/.cache/vismt")).expanduser()
+
+
+def shipped(folder: str) -> Path:
+    """Return the folder `datasets` or `configs`: beside the package in a checkout, else of the wheel.
+
+    A wheel's is share/vismt/<folder> in the first folder above the package that has one: the environment, the user's own
+    prefix, or the target of `pip install --target`.
+    """
+    beside = CHECKOUT / folder
+    if beside.is_dir():
+        return beside
+    places = [parent / "share" / "vismt" / folder for parent in (CHECKOUT, *CHECKOUT.parents)]
+    return next((place for place in places if place.is_dir()), places[0])
+
+
+def package_folder(module: str) -> Path | None:
+    """Return the folder of an installed Python package, without importing it; None when it is not installed."""
+    spec = importlib.util.find_spec(module)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
+def stays_inside(path: str) -> bool:
+    """Return whether `path` is relative and stays inside its folder, on every system."""
+    pure = PurePosixPath(path)
+    plain = not any(character in path for character in "\\\0:")
+    return bool(path) and plain and not pure.is_absolute() and ".." not in pure.parts
+
+
+def regular_file(path: Path) -> Path:
+    """Return `path`. Raises OSError, without opening it, for a folder, named pipe, socket or device, also behind a link."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}
+        kind = next((text for test, text in kinds.items() if test(mode)), "a device")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
+    return path

@@ -1,0 +1,148 @@
+"""Records of a run on disk, one for each episode or example: a line file after a header, resumable and checked when read.
+
+Processes that share an evaluation (ranks.py) have the same rows; the first one reads and writes the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vismt.base import ranks
+from vismt.base.errors import UserError
+from vismt.base.seeds import digest
+from vismt.storage.lines import LineFile, read_lines
+
+AGAIN = "move the file away to start again."
+
+
+@dataclass(frozen=True)
+class Field:
+    """The values that a field of a record may have: finite numbers from `least` to `most`.
+
+    whole: only whole numbers. several: a list of such numbers. optional: the field may be missing.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    whole: bool = False
+    several: bool = False
+    optional: bool = False
+
+    def fits(self, value: object) -> bool:
+        """Return whether a value is one of them."""
+        values: list[Any] = value if self.several and isinstance(value, list) else [value]
+        types = (int,) if self.whole else (int, float)
+        return all(
+            type(number) in types and math.isfinite(number) and self.least <= number <= self.most for number in values
+        )
+
+
+SHARE = Field(0, 1)
+
+
+class Records:
+    """Rows by their field `key` ("episode", "id"), in a file that a later run continues.
+
+    Use as a context manager, which syncs the file at its end. The file's first line is {"protocol": hash, "settings":
+    settings}.
+
+    Args:
+        path: The file; None keeps the rows in memory only.
+        settings: JSON-able description of the run. A file with other settings is refused.
+        fields: The fields of every row besides `key`, by name.
+        key: The field that identifies a row, a whole number or a text.
+
+    Raises:
+        UserError: A file of another run, one that was changed, one with a row of other fields, values or a repeated key, or a
+            file that cannot be written.
+    """
+
+    def __init__(
+        self, path: Path | None, settings: Mapping[str, object], fields: Mapping[str, Field], key: str
+    ) -> None:
+        self.key = key
+        self._fields = fields
+        self._rows: dict[object, dict] = {}
+        self._lines: LineFile | None = None
+        if path is not None:
+            plain = json.loads(json.dumps(settings))  # tuples as lists, as in the file
+            self._rows = ranks.from_first(lambda: self._opened(path, plain))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __getitem__(self, name: object) -> dict:
+        return self._rows[name]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, row: dict) -> None:
+        """Add `row` in memory and on disk; a row with a key that is present already is ignored."""
+        if row[self.key] in self._rows:
+            return
+        fault = self._fault(row)
+        if fault is not None:
+            raise UserError(f"records: a row cannot be kept: {fault}.")
+        self._rows[row[self.key]] = row
+        if self._lines is not None:
+            self._lines.add(row)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lines is not None and kind is None:
+            self._lines.sync()
+
+    def _opened(self, path: Path, settings: Mapping[str, object]) -> dict[object, dict]:
+        """Open the file for more rows and return those that it has."""
+        protocol = digest(json.dumps(settings, sort_keys=True).encode())
+        header, *rows = read_lines(path) or [{"protocol": protocol, "settings": settings}]
+        _check_header(path, header, settings)
+        for number, row in enumerate(rows, start=2):
+            fault = self._fault(row)
+            if fault is not None:
+                raise UserError(f"records '{path}': line {number}: {fault}; {AGAIN}")
+            self._rows[row[self.key]] = row
+        self._lines = LineFile(path, [header, *rows])
+        return self._rows
+
+    def _fault(self, row: Mapping[str, object]) -> str | None:
+        """Return what is wrong with a row that is not among the rows yet, None for a sound one."""
+        name = row.get(self.key)
+        if type(name) not in (int, str):
+            return f"{self.key} is {name!r}"
+        if name in self._rows:
+            return f"{self.key} {name!r} comes twice"
+        unknown = sorted(row.keys() - self._fields.keys() - {self.key})
+        if unknown:
+            return f"'{unknown[0]}' is not a field of these records"
+        for field, values in self._fields.items():
+            if field not in row:
+                if not values.optional:
+                    return f"'{field}' is missing"
+            elif not values.fits(row[field]):
+                return f"'{field}' is {row[field]!r}, which it cannot be"
+        return None
+
+
+def _check_header(path: Path, header: Mapping[str, object], settings: Mapping[str, object]) -> None:
+    recorded = header.get("settings")
+    if recorded != settings:
+        differences = [key for key in settings if not isinstance(recorded, dict) or recorded.get(key) != settings[key]]
+        raise UserError(
+            f"records '{path}' are of another run (different: {', '.join(differences) or 'settings'}): "
+            "choose another run folder, or move the file away to start again."
+        )

@@ -1,0 +1,147 @@
+"""Heads on the features of the last token, registered by name: a linear head and VBLL.
+
+head(features (b, d)) -> logits (b, k); head.loss(features, labels (b,)) -> scalar; head.predict(features, ...) -> probabilities
+(b, k). A head starts at given rows (k, d), the rows of the LM's output embedding for the answer tokens. The prior of VBLL is
+centred at these rows; otherwise its KL would start at hundreds of nats per class.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vismt.base.errors import require_known
+from vismt.base.registry import Registry
+from vismt.config.typed import arguments
+from vismt.uncertainty.laplace import LARGEST, fit_laplace
+from vismt.uncertainty.variational import GaussianHead
+from vismt.uncertainty.vbll import VBLLClassifier
+
+JOB_ARGUMENTS = ("rows", "bias", "num_train", "seed")  # a job passes these to a head that has parameters of these names
+
+HEADS: Registry[Callable[..., nn.Module]] = Registry("head: no head")
+
+
+@HEADS.register("linear")
+class LinearAnswerHead(nn.Module):
+    """Logits features W^T + bias in fp32; W (k, d) starts at `rows`, the bias (k,) exists where the output embedding has one."""
+
+    def __init__(self, rows: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(rows.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight, self.bias)
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy."""
+        return F.cross_entropy(self(features).float(), labels)
+
+
+@HEADS.register("vbll")
+def vbll_head(
+    rows: Tensor,
+    num_train: int,
+    seed: int,
+    covariance: str = "diagonal",
+    prior_scale: float = 1.0,
+    covariance_rank: int | None = None,
+    noise_dof: float = 1.0,
+    noise_scale: float = 1.0,
+    start_std: float = 0.03,
+    start_noise: float = 0.37,
+) -> VBLLClassifier:
+    """Return a VBLLClassifier that starts at `rows` (k, d); it has no bias, even where the output embedding has one."""
+    return VBLLClassifier(
+        rows.shape[1],
+        len(rows),
+        num_train,
+        covariance,
+        prior_scale,
+        covariance_rank=covariance_rank,
+        noise_dof=noise_dof,
+        noise_scale=noise_scale,
+        start_std=start_std,
+        start_noise=start_noise,
+        rows=rows,
+        seed=seed,
+        device=rows.device,
+    )
+
+
+def make_head(
+    name: str, rows: Tensor, bias: Tensor | None, num_train: int, seed: int, options: dict[str, Any]
+) -> nn.Module:
+    """Return the head registered as `name`.
+
+    Args:
+        name: a key of HEADS.
+        rows: (k, d), where the weight starts.
+        bias: (k,) or None.
+        num_train: number of training rows.
+        seed: of the start values.
+        options: further arguments of the head.
+
+    Raises:
+        UserError: unknown name or option.
+    """
+    check_head(name, options)
+    parameters = inspect.signature(HEADS[name]).parameters
+    job_arguments = {"rows": rows, "bias": bias, "num_train": num_train, "seed": seed}
+    return HEADS[name](**{key: value for key, value in job_arguments.items() if key in parameters}, **options)
+
+
+def is_variational(name: str) -> bool:
+    """Return whether the head of this name is trained on the bound of `VBLLClassifier`."""
+    return name == "vbll"
+
+
+def check_head(name: str, options: dict[str, Any]) -> None:
+    """Raise UserError for an unknown name or option, and for an option of another type."""
+    parameters = inspect.signature(HEADS[name]).parameters
+    known_options = [option for option in parameters if option not in JOB_ARGUMENTS]
+    require_known(f"head: '{name}' has no option", options, known_options)
+    arguments(HEADS[name], options, "head", "options")
+
+
+@torch.no_grad()
+def log_predictive(head: nn.Module, features: Tensor) -> Tensor:
+    """Return log-probabilities (b, k) fp64 on the CPU."""
+    if isinstance(head, GaussianHead):
+        return head.log_probabilities(features).cpu().double()
+    return head(features).cpu().double().log_softmax(1)
+
+
+def laplace_structure(name: str, classes: int, width: int) -> str:
+    """Return the structure of the Hessian that Laplace keeps for the head `name` with rows (classes, width)."""
+    if is_variational(name):
+        return "rows"
+    return "full" if classes * width <= LARGEST else "kronecker"
+
+
+def laplace_head(head: nn.Module, training: list[Tensor], validation: tuple[Tensor, Tensor]) -> nn.Module:
+    """Return a Laplace approximation around a trained head.
+
+    For a linear head it keeps the full Hessian, or a Kronecker-factored one where the full Hessian is too large, and chooses
+    the prior precision on the validation data. For VBLL, as in PoLAR-VBLL, it keeps the means, the prior and the learned noise
+    and replaces the covariances by the row blocks of the Hessian.
+
+    Args:
+        head: a linear head with or without a bias, or a VBLLClassifier.
+        training: features (b, d) of all training rows, in batches.
+        validation: features (n, d) and labels (n,).
+    """
+    if isinstance(head, VBLLClassifier):
+        noise = torch.exp(2 * head.log_noise)
+        return fit_laplace(head.mean, training, 1 / head.prior_variance, "rows", noise=noise)
+    weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
+    structure = laplace_structure("linear", len(weight), weight.shape[1] + (bias is not None))
+    laplace = fit_laplace(weight, training, structure=structure, bias=bias)
+    laplace.tune(*validation)
+    return laplace

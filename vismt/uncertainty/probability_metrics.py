@@ -1,0 +1,325 @@
+"""Accuracy and calibration of class probabilities: ACC, ECE, NLL, Brier and AUROC, with per-example values and intervals.
+
+    ECE   = sum_b |B_b| / n |acc_b - conf_b|        15 equal bins of the largest probability; empty bins count nothing
+    NLL   = -mean log p_y                           Brier = mean sum_c (p_c - [y = c])^2, in [0, 2], 1 - 1/k for uniform p
+    AUROC = mean over classes, each against the rest, ties counted half
+
+Values come from torchmetrics, from all examples at once, so that a short last batch has the right weight. ACC, NLL and Brier
+are means of per-example values, which are returned: intervals and paired differences are those of a mean. The same holds for
+AUROC to first order: with V_i the share of examples of the other label that example i is ranked correctly against, and n_i the
+number of examples with the label of i, the values AUROC + (n / n_i) (V_i - AUROC) have the AUROC as their mean and DeLong's
+variance (Biometrics 44, 1988).
+
+ECE is not a mean, and |.| biases it upwards: a calibrated model has about 0.04 at n = 300. A resample adds that bias a second
+time, so percentile intervals can miss the true value altogether. Here the gaps g of the bins (n g_b = |B_b| (acc_b - conf_b))
+and their bootstrap errors e are separated: ECE(t) = sum_b |t g_b + e_b| would be observed if the true gaps were t g, and the
+interval contains the t sum_b |g_b| for which the observed ECE lies within the middle 95 % of ECE(t). In simulations (n of 100
+to 1000, true ECE 0 to 0.2) it contained the true value in 84 to 98 % of sets, the basic bootstrap interval in 70 % of
+calibrated ones. For the difference of two models the paired bootstrap is worse still (0 to 83 %: the bias differs between the
+models and the pairing makes it look certain), so `ece_difference` combines the two intervals by their squares (84 to 100 %).
+Where two models are close, compare their paired NLL or Brier values instead.
+
+Importing this loads torchmetrics.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    multiclass_accuracy,
+    multiclass_auroc,
+    multiclass_calibration_error,
+)
+
+from vismt.base.errors import UserError
+
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a model on n examples, with per-example values (n,) fp64 on the CPU of those that are means.
+
+    correct: mean is accuracy. nlls: mean is nll, in nats. briers: mean is brier. orders: mean is auroc, NaN where that is.
+    """
+
+    n: int
+    accuracy: float
+    ece: float
+    nll: float
+    brier: float
+    auroc: float
+    correct: Tensor
+    nlls: Tensor
+    briers: Tensor
+    orders: Tensor
+
+
+def scores(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Scores:
+    """Compute all scores of a model.
+
+    Args:
+        probabilities: (n, k) float on any device, rows sum to 1. A probability of 0 for the true class counts as the smallest
+            normal number of its dtype.
+        labels: (n,) int in [0, k).
+        bins: of the ECE.
+
+    Returns:
+        The scores. AUROC is the mean over the classes that have both positive and negative examples; NaN where all labels are
+        equal.
+
+    Raises:
+        UserError: logits, NaN, labels out of range, or shapes that do not fit.
+    """
+    p, y = _checked(probabilities, labels)
+    k = p.shape[1]
+    chosen = p.gather(1, y[:, None]).squeeze(1)
+    briers = p.square().sum(1) - 2 * chosen + 1
+    nlls = -chosen.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+    return Scores(
+        n=len(y),
+        accuracy=float(multiclass_accuracy(p, y, num_classes=k, average="micro")),
+        ece=expected_calibration_error(p, y, bins),
+        nll=float(nlls.mean()),
+        brier=float(briers.mean()),
+        auroc=_auroc(p, y),
+        correct=(p.argmax(1) == y).double(),
+        nlls=nlls,
+        briers=briers,
+        orders=_orders(p, y),
+    )
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
+    """Return the ECE in [0, 1] with `bins` equal bins, gaps weighted by their share of the examples.
+
+    Arguments as in `scores`.
+    """
+    p, y = _checked(probabilities, labels)
+    if bins < 1:
+        raise UserError(f"ECE: {bins} bins; at least 1.")
+    return float(multiclass_calibration_error(p, y, num_classes=p.shape[1], n_bins=bins, norm="l1"))
+
+
+def calibration_values(
+    confidences: Tensor, correct: Tensor, bins: int = BINS, resamples: int = 500
+) -> tuple[Tensor, tuple[float, float]]:
+    """Return values by example (n,) whose mean is the ECE (its first-order effects), and its 95 % interval.
+
+    Args:
+        confidences: largest probability of each example (n,), float64 in [0, 1].
+        correct: (n,), 1 where the class with the largest probability is the label, else 0.
+        bins: number of equal bins.
+        resamples: number of bootstrap resamples of the examples.
+    """
+    return gap_values(_columns(confidences, correct, bins), resamples)
+
+
+def gap_values(gaps: Tensor, resamples: int = 500) -> tuple[Tensor, tuple[float, float]]:
+    """Return values by row (n,) whose mean is the ECE, sum_b |mean of column b|, and its 95 % interval.
+
+    Args:
+        gaps: (n, bins) fp64: rows of `binned_gaps`, or for groups of dependent examples the mean of each group's rows. Groups
+            weigh the same, and are resampled as wholes.
+        resamples: number of bootstrap resamples of the rows.
+    """
+    low, _, high = _true_ece(gaps, resamples, 0)
+    return (gaps * gaps.sum(0).sign()).sum(1), (low, high)
+
+
+def ece_interval(
+    probabilities: Tensor, labels: Tensor, *, bins: int = BINS, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return (ECE, low, high) with the 95 % interval described in the module's docstring.
+
+    Args:
+        probabilities: (n, k) float, rows sum to 1.
+        labels: (n,) int in [0, k).
+        bins: number of equal bins.
+        resamples: number of bootstrap resamples of the examples.
+        seed: of the resamples.
+
+    Returns:
+        ECE and the ends of the interval; low is 0 where the ECE is consistent with a calibrated model.
+
+    Raises:
+        UserError: arguments that do not fit.
+    """
+    low, _, high = _true_ece(binned_gaps(*_checked(probabilities, labels), bins), resamples, seed)
+    return expected_calibration_error(probabilities, labels, bins), low, high
+
+
+def ece_difference(
+    a: Tensor, b: Tensor, labels: Tensor, *, bins: int = BINS, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return (ECE of a - ECE of b, low, high) with a 95 % interval of the true difference.
+
+    The interval is centred at the difference of the bias-corrected values, m_a - m_b, which need not be the first number:
+    low = m_a - m_b - sqrt((m_a - low_a)^2 + (high_b - m_b)^2), high likewise. Conservative, as it does not use the pairing.
+
+    Args:
+        a: probabilities (n, k) of the first model.
+        b: probabilities (n, k) of the second model on the same examples.
+        labels: (n,) int in [0, k).
+        bins: number of equal bins.
+        resamples: number of bootstrap resamples of the examples.
+        seed: of the resamples.
+
+    Raises:
+        UserError: arguments that do not fit.
+    """
+    low_a, m_a, high_a = _true_ece(binned_gaps(*_checked(a, labels), bins), resamples, seed)
+    low_b, m_b, high_b = _true_ece(binned_gaps(*_checked(b, labels), bins), resamples, seed)
+    value = expected_calibration_error(a, labels, bins) - expected_calibration_error(b, labels, bins)
+    below = math.hypot(m_a - low_a, high_b - m_b)
+    above = math.hypot(high_a - m_a, m_b - low_b)
+    return value, m_a - m_b - below, m_a - m_b + above
+
+
+def detection_auroc(inside: Tensor, outside: Tensor) -> float:
+    """Return the AUROC in [0, 1] of an uncertainty score as a detector of outliers; 0.5 is chance.
+
+    It is the probability that an outlier scores above an inlier, ties counted half.
+
+    Args:
+        inside: scores (n,) of inliers; higher scores mean less certain (pass the negative of a confidence).
+        outside: scores (m,) of outliers.
+
+    Raises:
+        UserError: no inliers, no outliers, or NaN.
+    """
+    values = torch.cat([inside.detach().flatten(), outside.detach().flatten()]).cpu().double()
+    if not (inside.numel() and outside.numel()) or bool(values.isnan().any()):
+        raise UserError(
+            f"AUROC of {inside.numel()} inside and {outside.numel()} outside: both are needed, without NaN."
+        )
+    # Ranks in [0, 1]: torchmetrics applies a sigmoid to other scores, which turns large scores into ties.
+    ranks = torch.unique(values, return_inverse=True)[1].double()
+    truth = torch.cat([torch.zeros(inside.numel()), torch.ones(outside.numel())]).long()
+    return float(binary_auroc(ranks / ranks.max().clamp_min(1), truth))
+
+
+def detection_values(inside: Tensor, outside: Tensor) -> Tensor:
+    """Return values by example (n + m,) fp64, first of the inliers, whose mean is `detection_auroc`, with DeLong's variance.
+
+    Arguments as in `detection_auroc`, and so are the errors.
+    """
+    area = detection_auroc(inside, outside)
+    inliers, outliers = (values.detach().cpu().double().flatten() for values in (inside, outside))
+    ranked_inliers = 1 - _above(inliers, outliers.sort().values)
+    ranked_outliers = _above(outliers, inliers.sort().values)
+    n = len(inliers) + len(outliers)
+    parts = [area + n / len(ranked) * (ranked - area) for ranked in (ranked_inliers, ranked_outliers)]
+    return torch.cat(parts)
+
+
+def _auroc(p: Tensor, y: Tensor) -> float:
+    """Return the mean AUROC over the classes that have both positive and negative examples; NaN without such a class."""
+    counts = torch.bincount(y, minlength=p.shape[1])
+    defined = (counts > 0) & (counts < len(y))
+    if not defined.any():
+        return float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about classes without an example, which are left out below
+        by_class = multiclass_auroc(p, y, num_classes=p.shape[1], average=None)
+    return float(by_class[defined].double().mean())
+
+
+def _orders(p: Tensor, y: Tensor) -> Tensor:
+    """Return the per-example values (n,) of the AUROC, averaged over the classes as in `_auroc`."""
+    values = []
+    for column, truth in zip(p.T, (y[:, None] == torch.arange(p.shape[1])).T):
+        if 0 < int(truth.sum()) < len(y):
+            positives = column[truth].sort().values
+            negatives = column[~truth].sort().values
+            ranked = torch.where(truth, _above(column, negatives), 1 - _above(column, positives))
+            area, share = ranked[truth].mean(), truth.double().mean()
+            values.append(area + (ranked - area) / torch.where(truth, share, 1 - share))
+    return torch.stack(values).mean(0) if values else p.new_full((len(y),), math.nan)
+
+
+def _above(values: Tensor, others: Tensor) -> Tensor:
+    """Return the share of `others` (ascending) below each value, ties counted half."""
+    below = torch.searchsorted(others, values.contiguous(), right=False)
+    below_or_equal = torch.searchsorted(others, values.contiguous(), right=True)
+    return (below + below_or_equal).double() / (2 * len(others))
+
+
+def binned_gaps(p: Tensor, y: Tensor, bins: int) -> Tensor:
+    """Return (n, bins) with (correct - confidence) of each example in the column of its bin: ECE = sum_b |column sum| / n."""
+    confidences, chosen = p.max(1)
+    return _columns(confidences, chosen == y, bins)
+
+
+def _columns(confidences: Tensor, correct: Tensor, bins: int) -> Tensor:
+    """Return (n, bins) with (correct - confidence) of each example in the column of its bin."""
+    bounds = torch.linspace(0, 1, bins + 1, dtype=confidences.dtype)
+    column = (torch.bucketize(confidences, bounds, right=True) - 1).clamp(0, bins - 1)
+    gaps = confidences.new_zeros(len(confidences), bins)
+    return gaps.scatter_(1, column[:, None], (correct.to(confidences.dtype) - confidences)[:, None])
+
+
+def _true_ece(columns: Tensor, resamples: int, seed: int) -> tuple[float, float, float]:
+    """Return the low end, the median and the high end of the true ECE, see the module's docstring."""
+    gap = columns.mean(0)
+    n = len(columns)
+    errors = torch.cat([counts @ columns / n for counts in _resamples(n, resamples, seed)]) - gap
+    observed = float(gap.abs().sum())
+
+    def quantile(t: float, level: float) -> float:
+        return float(torch.quantile((t * gap + errors).abs().sum(1), level))
+
+    def scale(level: float) -> float:
+        """Return the t >= 0 at which the quantile equals the observed ECE; 0 where it is larger already at t = 0."""
+        low, high = 0.0, 1.0
+        if quantile(0.0, level) >= observed:
+            return 0.0
+        while quantile(high, level) < observed:
+            high *= 2
+        for _ in range(20):
+            middle = (low + high) / 2
+            if quantile(middle, level) >= observed:
+                high = middle
+            else:
+                low = middle
+        return (low + high) / 2
+
+    return scale(0.975) * observed, scale(0.5) * observed, scale(0.025) * observed
+
+
+def _resamples(n: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    """Yield the counts (r, n) fp64 of each of n examples in bootstrap resamples, in chunks of the `resamples` rows."""
+    if resamples < 1:
+        raise UserError(f"bootstrap: {resamples} resamples; at least 1.")
+    generator = torch.Generator().manual_seed(seed)
+    chunk = max(1, 4_000_000 // n)
+    for start in range(0, resamples, chunk):
+        drawn = torch.randint(n, (min(chunk, resamples - start), n), generator=generator)
+        counts = torch.zeros(drawn.shape, dtype=torch.float64)
+        yield counts.scatter_add_(1, drawn, torch.ones_like(counts))
+
+
+def _checked(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return checked probabilities fp64 (n, k) and labels int64 (n,) on the CPU."""
+    shape = tuple(probabilities.shape)
+    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or labels.shape != shape[:1]:
+        raise UserError(
+            f"metrics: probabilities {shape}, labels {tuple(labels.shape)}: needed (n, k) with k >= 2 and (n,)."
+        )
+    p, y = probabilities.detach().cpu().double(), labels.detach().cpu()
+    if y.is_floating_point() or not 0 <= int(y.min()) <= int(y.max()) < p.shape[1]:
+        raise UserError(
+            f"metrics: labels are {y.dtype} in [{y.min()}, {y.max()}], needed whole numbers in [0, {p.shape[1] - 1}]."
+        )
+    if not bool((p >= 0).all()) or not torch.allclose(p.sum(1), p.new_ones(len(p)), atol=1e-2):
+        raise UserError(
+            "metrics: rows are not probabilities (negative, NaN, or not summing to 1); are they logits? Use softmax."
+        )
+    return p, y.long()

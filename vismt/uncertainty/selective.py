@@ -1,0 +1,80 @@
+"""Selective prediction: the error of a classifier that answers only where its confidence is high.
+
+    g_i confidence, e_i 1 for a wrong answer and 0 for a right one, tau a threshold on g
+    accepted = mean_i a_i,   a_i = [g_i >= tau]                risk(tau) = sum_i a_i e_i / sum_i a_i
+    AURC = 1/n sum_k (wrong answers among the k most confident) / k        area under the risk-coverage curve
+
+Geifman and El-Yaniv, NeurIPS 2017 (arXiv 1705.08500); AURC: Geifman, Uziel and El-Yaniv, ICLR 2019 (arXiv 1805.08206). tau is
+the confidence above which a chosen share of calibration examples lies, so the accepted share is itself measured elsewhere.
+Examples of one confidence are taken in random order, so that AURC is its expectation over orders. An AURC of 0 needs all
+answers right; one without use of confidence equals the error.
+
+Both scores have values by example whose mean is the score: risk + a_i (e_i - risk) / accepted, of which the variance is that of
+the ratio to first order, and e_i sum_{k >= rank of i} 1/k. The ranks of the latter depend on all examples, so its interval is
+a bootstrap's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vismt.base.errors import UserError
+
+
+def accepting_threshold(confidences: Tensor, share: float) -> float:
+    """Return the largest tau with at least `share` of the confidences (n,) at or above it; n >= 1, share in (0, 1]."""
+    kept = max(1, -int(-share * len(confidences) // 1))
+    return float(confidences.double().sort(descending=True).values[kept - 1])
+
+
+def selective_risk(confidences: Tensor, wrong: Tensor, tau: float) -> Tensor | None:
+    """Return values by example (n,) fp64 whose mean is the risk among the accepted; None where none is accepted.
+
+    confidences, wrong: (n,) float, wrong 0 or 1.
+    """
+    accepted = (confidences >= tau).double()
+    if not bool(accepted.any()):
+        return None
+    risk = (accepted * wrong).sum() / accepted.sum()
+    return risk + accepted * (wrong - risk) / accepted.mean()
+
+
+def risk_coverage_values(confidences: Tensor, wrong: Tensor) -> Tensor:
+    """Return values by example (n,) fp64 whose mean is the AURC.
+
+    Args:
+        confidences: (n,) float, higher is more certain.
+        wrong: (n,), 1 for a wrong answer, else 0.
+
+    Raises:
+        UserError: no example, or shapes that differ.
+    """
+    n = len(confidences)
+    if not n or wrong.shape != confidences.shape:
+        raise UserError(f"AURC: {tuple(confidences.shape)} confidences, {tuple(wrong.shape)} errors; needed (n,) each.")
+    order = confidences.double().argsort(descending=True, stable=True)
+    tails = (1 / torch.arange(1, n + 1, dtype=torch.float64)).flip(0).cumsum(0).flip(0)  # sum_{k >= rank} 1/k
+    _, group = confidences.double()[order].unique_consecutive(return_inverse=True)
+    sums = torch.zeros(n, dtype=torch.float64).index_add_(0, group, tails)
+    counts = torch.bincount(group, minlength=n).clamp_min(1)
+    values = torch.empty(n, dtype=torch.float64)
+    values[order] = (sums / counts)[group]
+    return values * wrong.double()
+
+
+def risk_coverage_interval(
+    confidences: Tensor, wrong: Tensor, *, resamples: int = 500, seed: int = 0
+) -> tuple[float, float]:
+    """Return the percentile bootstrap's 95 % interval of the AURC over the examples. Arguments as in `risk_coverage_values`."""
+    n = len(confidences)
+    order = wrong.argsort(stable=True)  # the draws then do not depend on the order of the file
+    order = order[confidences[order].argsort(descending=True, stable=True)]
+    confidences, wrong = confidences[order], wrong[order]
+    generator = torch.Generator().manual_seed(seed)
+    areas = []
+    for _ in range(resamples):
+        drawn = torch.randint(n, (n,), generator=generator)
+        areas.append(risk_coverage_values(confidences[drawn], wrong[drawn]).mean())
+    low, high = torch.stack(areas).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
