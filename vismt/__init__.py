@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from vismt.api import audit, evaluate_fewshot, meta_tune, train
     from vismt.base.errors import UserError
     from vismt.jobs.study_results import StudyResults
-    from vismt.lowrank.adapter_choice import adapters_per_sample
     from vismt.lowrank.files.peft_folder import export_peft, import_peft
     from vismt.lowrank.files.store import load_adapter, save_adapter
     from vismt.lowrank.model.inject import merge
+    from vismt.lowrank.model.mixed import adapters_per_sample
     from vismt.lowrank.model.named import activate, disabled, remove, unadapt
     from vismt.lowrank.recompute import recompute
     from vismt.methods import adapt, list_methods
@@ -56,7 +56,7 @@ __all__ = [
 PLACES["layers"] = {
     "expert_pairs": "vismt.multitask.emtal.expert_pairs",
     "hosted": "vismt.llm.peft_tuners.layer",
-    "low_rank": "vismt.lowrank.layers.linear",
+    "low_rank": "vismt.lowrank.layers.low_rank",
     "quantized": "vismt.llm.pissa.quantized",
     "slice": "vismt.llm.s2ft.layer",
 }

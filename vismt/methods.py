@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 
 from vismt.base.errors import UserError, require_known
 from vismt.base.registry import Registry
-from vismt.lowrank.layer_spec import AdaptReport
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.kinds import matrix_shape
+from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.named import beside
 from vismt.lowrank.model.options import COMMON, checked
-from vismt.lowrank.model.record import record_of
-from vismt.lowrank.model.targets import find_targets, matrix_shape, pattern_value
+from vismt.lowrank.model.record import AdaptReport, record_of
+from vismt.lowrank.model.targets import find_targets, pattern_value
 
 GIVEN = {"model", "targets", "rank", "alpha", "seed"}  # what every method takes
 
@@ -117,7 +117,7 @@ class Method:
 METHODS: Registry[Method] = Registry(
     "adapt: no method",
     {
-        "amt": "vismt.metatune.amt.objective",
+        "amt": "vismt.metatune.amt.method",
         "corda": "vismt.llm.corda.method",
         "ilora": "vismt.llm.ilora.method",
         "lisa": "vismt.llm.lisa.method",

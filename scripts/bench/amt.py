@@ -22,9 +22,10 @@ from scripts.bench.timing import Comparison, Timing, interleave
 from vismt.backbones.vit import Backbone, create
 from vismt.lowrank.files.store import save_adapter
 from vismt.lowrank.model.named import unadapt
-from vismt.metatune.amt.merging import MergeSettings, PoolNet
+from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.objective import AdversarialObjective, Adversary
 from vismt.metatune.amt.pool import Expert, ExpertPool
+from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.metatune.protonet import ProtoNet
 from vismt.methods import adapt
 

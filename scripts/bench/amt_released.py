@@ -28,10 +28,10 @@ from vismt.backbones.vit import Backbone
 from vismt.base.seeds import mix_seed
 from vismt.lowrank.bank import FactorBank
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.lowrank.layers.linear import LowRankLayer
-from vismt.metatune.amt.merging import MergeSettings
+from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.metatune.amt.objective import Adversary
 from vismt.metatune.amt.pool import ExpertPool
+from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.metatune.finetuning.diffaugment import diff_augment
 from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
 

@@ -2,7 +2,7 @@
 
     peak(b) = weights + optimiser state + fixed + b x (bytes of an image)
 
-The two terms on the right are those of the largest allocation in a forward and backward pass (vismt/lowrank/memory.py) of one
+The two terms on the right are those of the largest allocation in a forward and backward pass (scripts/bench/accounting.py) of one
 and of two images, at the configuration's size and precision; gradients are in them. Weights and images are random, so neither
 is fetched, but EMTAL's clustering runs. One row each for the configuration's last arm as it is, with `train.recompute: cheap`
 and with `train.checkpointing: true`. Left out: workspaces of kernels, unused memory of the allocator, temporaries of the
@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from scripts.bench.accounting import optimizer_bytes_formula, peak_bytes, weight_bytes
 from scripts.bench.timing import Comparison
 from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import Sample
@@ -29,7 +30,6 @@ from vismt.engine.blocks import running_blocks
 from vismt.jobs import load_config, make_job
 from vismt.jobs.dense.config import DenseConfig, trained_tasks
 from vismt.jobs.dense.job import DenseJob
-from vismt.lowrank.memory import optimizer_bytes_formula, peak_bytes, weight_bytes
 from vismt.lowrank.recompute import recompute
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.tasks import DenseTask, MapTask

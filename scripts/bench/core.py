@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scripts.bench.accounting import kept_bytes, saved_activation_bytes
 from scripts.bench.timing import Comparison, Timing, compare_bytes, interleave
 from vismt.base.errors import UserError
 from vismt.engine.blocks import check_compile, compile_blocks, find_blocks
-from vismt.lowrank.memory import kept_bytes, saved_activation_bytes
 from vismt.lowrank.recompute import recompute
 from vismt.methods import adapt
 

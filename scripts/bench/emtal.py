@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from scripts.bench.accounting import saved_activation_bytes
 from scripts.bench.emtal_released import released
 from scripts.bench.timing import Comparison, Timing, interleave
-from vismt.lowrank.memory import saved_activation_bytes
 from vismt.lowrank.model.inject import merge
 from vismt.methods import adapt
 from vismt.multitask.emtal.method import set_fade

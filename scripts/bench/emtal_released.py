@@ -23,7 +23,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.multitask.emtal.ffn import MoEfiedMlp
 
 

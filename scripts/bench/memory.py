@@ -22,13 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scripts.bench.activations import BlockTraining, Decoder, decoder_activation_bytes
-from scripts.bench.timing import Comparison, Timing, compare_bytes, interleave
-from vismt.backbones.lm import create_lm
-from vismt.base.errors import UserError
-from vismt.llm import LISA, instance_gates
-from vismt.lowrank.memory import (
-    count_parameters,
+from scripts.bench.accounting import (
     gradient_bytes,
     optimizer_bytes,
     optimizer_bytes_formula,
@@ -36,6 +30,12 @@ from vismt.lowrank.memory import (
     saved_activation_bytes,
     weight_bytes,
 )
+from scripts.bench.activations import BlockTraining, Decoder, decoder_activation_bytes
+from scripts.bench.timing import Comparison, Timing, compare_bytes, interleave
+from vismt.backbones.lm import create_lm
+from vismt.base.errors import UserError
+from vismt.llm import LISA, instance_gates
+from vismt.lowrank.model.record import count_parameters
 from vismt.methods import adapt
 
 RANK, ACTIVE, DEPTH, BATCH, LENGTH = 16, 2, 8, 4, 256

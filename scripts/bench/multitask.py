@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from scripts.bench.accounting import peak_bytes, weight_bytes
 from scripts.bench.timing import Comparison, Timing, compare_bytes, interleave
 from vismt.backbones.vit import create
-from vismt.lowrank.memory import peak_bytes, weight_bytes
 from vismt.methods import adapt
 from vismt.multitask.balancing.base import make_balancer
 from vismt.multitask.dense import DenseNet, DenseObjective

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from scripts.bench.core import llama
 from scripts.bench.timing import Comparison, Timing, interleave
 from vismt.base.errors import UserError
-from vismt.lowrank.adapter_choice import adapters_per_sample
 from vismt.lowrank.files.peft_folder import export_peft
+from vismt.lowrank.model.mixed import adapters_per_sample
 from vismt.lowrank.model.named import activate
 from vismt.methods import adapt
 

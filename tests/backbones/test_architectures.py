@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vismt
 from vismt.base.errors import UserError
-from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.model.record import AdaptReport
 
 transformers = pytest.importorskip("transformers")
 

@@ -19,11 +19,9 @@ from vismt.cli import main
 from vismt.config.sections import TrainConfig
 from vismt.engine import loop, runtime
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layer_spec import AdaptReport, LayerSpec
-from vismt.lowrank.layers.base import LAYERS, AdapterLayer, register_layer, spec_of
-from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.layers.base import LAYERS, AdapterLayer, LayerSpec, register_layer, spec_of
 from vismt.lowrank.model.inject import also_trained, install
-from vismt.lowrank.model.record import refuse_adapted
+from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.targets import find_targets
 from vismt.methods import METHODS, Method, register_method
 

@@ -13,12 +13,12 @@ from helpers.tiny import images, shake, tiny_vit
 from torch import Tensor, nn
 
 import vismt
+from scripts.bench.accounting import kept_bytes
 from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.config.sections import TrainConfig
 from vismt.engine import blocks, loop
 from vismt.engine.blocks import find_blocks, running_blocks
-from vismt.lowrank.memory import kept_bytes
 from vismt.metatune.amt.objective import AdversarialObjective, Adversary
 from vismt.metatune.maml import LinearLearner, MamlObjective, MamlSettings
 

@@ -12,10 +12,9 @@ from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.engine.study import Study, StudyConfig
 from vismt.jobs.classification import panels as classification_panels
-from vismt.jobs.classification.figures import examples_figure
+from vismt.jobs.classification.figures import examples_figure, sections
 from vismt.jobs.classification.models import PixelNet
 from vismt.jobs.classification.panels import EXAMPLES, examples, routers, write_examples
-from vismt.jobs.classification.report import sections
 from vismt.lowrank.layers.wrappers import wrappers_of
 from vismt.methods import adapt
 from vismt.multitask.emtal.method import set_fade

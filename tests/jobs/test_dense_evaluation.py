@@ -14,7 +14,7 @@ from vismt.jobs.dense import evaluation as dense_evaluation
 from vismt.jobs.dense.config import DenseConfig, all_tasks
 from vismt.jobs.dense.data import Rows
 from vismt.jobs.dense.evaluation import Evaluation
-from vismt.jobs.dense.report import sections
+from vismt.jobs.dense.figures import sections
 from vismt.jobs.variants import ADJUSTED
 from vismt.multitask.tasks import DenseTask
 from vismt.report.results import Score

@@ -8,8 +8,7 @@ from helpers.readable import assert_readable, visible_texts
 
 from vismt.base.errors import UserError
 from vismt.jobs.dense.config import PANELS
-from vismt.jobs.dense.figures import predictions_figure
-from vismt.jobs.dense.report import sections
+from vismt.jobs.dense.figures import predictions_figure, sections
 from vismt.report.panels import read_panel, write_panel
 
 DEPTH, EDGE = "RMSE in m", "odsF"

@@ -12,7 +12,7 @@ from helpers.results import result
 from vismt.engine.study import Study
 from vismt.jobs.lm import figures as lm_figures
 from vismt.jobs.lm.config import LmConfig, LmTaskConfig
-from vismt.jobs.lm.report import sections
+from vismt.jobs.lm.figures import sections
 from vismt.report.results import Result
 
 ARMS = {

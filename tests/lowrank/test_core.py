@@ -11,10 +11,11 @@ from helpers.tiny import images, shake, tiny_vit
 from torch import nn
 
 import vismt
+from scripts.bench.accounting import saved_activation_bytes
 from vismt.base.errors import UserError
 from vismt.lowrank.files.store import DESCRIPTION
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.lowrank.memory import count_parameters, saved_activation_bytes
+from vismt.lowrank.model.record import count_parameters
 
 THETAS = ["full", "diagonal"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vismt.lowrank.init import kaiming, principal
+from vismt.lowrank.svd import kaiming, principal
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import vismt
+from scripts.bench.accounting import kept_bytes, saved_activation_bytes
 from vismt.base.errors import UserError
-from vismt.lowrank.memory import kept_bytes, saved_activation_bytes
 
 Loss = Callable[[nn.Module], Tensor]
 METHODS = {

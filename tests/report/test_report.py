@@ -12,9 +12,8 @@ from vismt.report.comparison import compare
 from vismt.report.plotting import vector_figures
 from vismt.report.report import run_heading, write_report
 from vismt.report.results import Score, ValuesByExample, read_results
-from vismt.report.sections import Picture, Section
 from vismt.report.study import score_sections
-from vismt.report.tables import Table
+from vismt.report.tables import Picture, Section, Table
 from vismt.report.trainings import training_sections
 from vismt.uncertainty.intervals import CLEAN, Condition
 

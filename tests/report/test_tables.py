@@ -8,8 +8,8 @@ from helpers.results import comparison as compared
 from helpers.results import corruption
 
 from vismt.report.comparison import Cell
+from vismt.report.document import Report
 from vismt.report.html import render_html, render_markdown
-from vismt.report.report import Report
 from vismt.report.tables import (
     Table,
     bounds_text,

@@ -1,6 +1,6 @@
 """Strict reading of YAML into dataclasses, for run configurations, data cards and asset cards.
 
-`read_yaml` (plain_yaml.py) reads the mapping of a file, `build` turns a mapping into a dataclass with typed, possibly nested
+`read_yaml` (yaml_text.py) reads the mapping of a file, `build` turns a mapping into a dataclass with typed, possibly nested
 fields. Every mistake is a UserError that names the file, the dotted key (`evaluate.attacks[0].epsilon`), the expected type,
 the value and, for an unknown key, the near ones. Numbers are finite, whole numbers fit 64 bits, text can be written as UTF-8.
 """

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from vismt.base.errors import UserError
 from vismt.config.sections import TrainConfig
 from vismt.llm.lisa.layers import stacks
-from vismt.lowrank.per_sample import recompute_gates
+from vismt.lowrank.layers.gates import recompute_gates
 from vismt.methods import freezes
 
 BACKEND = "inductor"

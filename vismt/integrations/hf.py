@@ -14,9 +14,8 @@ from vismt.base.errors import UserError
 from vismt.integrations.method_driver import MethodDriver
 from vismt.lowrank.files.peft_folder import export_peft
 from vismt.lowrank.files.store import fingerprint, save_adapter
-from vismt.lowrank.layer_spec import factor_rank
-from vismt.lowrank.memory import count_parameters
-from vismt.lowrank.model.record import need_record
+from vismt.lowrank.layers.base import factor_rank
+from vismt.lowrank.model.record import count_parameters, need_record
 from vismt.methods import METHODS
 from vismt.storage.files import atomic_write, write_tensors
 

@@ -59,7 +59,8 @@ def start_config(config: RunConfig, name: str, out: Path, folder: Path | None = 
     Raises UserError for what the configuration names and does not exist, and for a folder with another run; no folder is made
     then.
     """
-    from vismt.jobs.run import RESOLVED, Run
+    from vismt.jobs.run import Run
+    from vismt.report.results import RESOLVED
 
     if folder is None:
         folder = out / f"{name}-{config_hash(config)}"
@@ -73,7 +74,7 @@ def start_config(config: RunConfig, name: str, out: Path, folder: Path | None = 
 
 def refuse_other_run(folder: Path, config_hash: str) -> None:
     """Raise UserError where a folder holds a run of another configuration."""
-    from vismt.jobs.run import RESOLVED
+    from vismt.report.results import RESOLVED
 
     if (folder / RESOLVED).exists() and open_run(folder).hash != config_hash:
         raise UserError(f"run '{folder}': the folder holds a run of another configuration; give another folder.")
@@ -81,7 +82,8 @@ def refuse_other_run(folder: Path, config_hash: str) -> None:
 
 def open_run(folder: Path) -> Run:
     """Open a run folder that was made before."""
-    from vismt.jobs.run import RESOLVED, Run
+    from vismt.jobs.run import Run
+    from vismt.report.results import RESOLVED
 
     path = folder / RESOLVED
     if not path.exists():

@@ -29,9 +29,8 @@ from vismt.report.results import (
     write_values,
 )
 from vismt.report.risk import risk_section
-from vismt.report.sections import Section
 from vismt.report.study import score_sections
-from vismt.report.tables import interval_text
+from vismt.report.tables import Section, interval_text
 from vismt.report.trainings import training_sections
 from vismt.robustness.conditions import AttackConfig
 from vismt.uncertainty.intervals import averaged, over_seeds

@@ -22,10 +22,9 @@ from vismt.engine.stream import Batches
 from vismt.engine.study import StudyConfig, Training
 from vismt.jobs.base import EvaluationJob
 from vismt.jobs.variants import TEMPERATURE_FILE, temperature_file
-from vismt.lowrank.layer_spec import factor_rank
-from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.inject import merge
-from vismt.lowrank.model.record import record_of
+from vismt.lowrank.model.record import count_parameters, record_of
 from vismt.lowrank.model.rounding import erased_by_rounding
 from vismt.methods import adapt, check_adaptation
 from vismt.storage.files import atomic_write, sealed

@@ -23,10 +23,9 @@ from vismt.base.errors import UserError, near
 from vismt.config.sections import RunConfig, config_hash
 from vismt.engine import runtime
 from vismt.lowrank.files.peft_folder import export_peft
+from vismt.report.results import FACTS, RESOLVED
 from vismt.storage.files import atomic_write, locked, read_json, read_sealed, remove_partial, sealed, write_tensors
 
-RESOLVED = "config.resolved.yaml"
-FACTS = "run.json"
 EXPORTED = "vismt.json"  # in the folder of an export: run, configuration, arm and seed
 FORMATS = ("timm", "transformers", "peft")
 

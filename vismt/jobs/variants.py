@@ -1,9 +1,17 @@
-"""Conditions of rows that several jobs have: variants of a model's outputs, sets of other classes; a temperature in an export."""
+"""Conditions of rows that several jobs have: variants of a model's outputs, sets of other classes; a temperature in an export.
+
+What is fitted on validation examples for the weights of a model is kept in a JSON file until the weights change.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Protocol, TypeVar
 
+from vismt.storage.files import atomic_write, read_sealed, sealed
 from vismt.uncertainty.intervals import Condition
 
 TEMPERED = Condition("temperature of validation", "variant", "temperature")
@@ -26,3 +34,25 @@ def temperature_file(temperature: float) -> bytes:
     """Return the content of temperature.json beside exported weights."""
     about = {"temperature": temperature, "probabilities": "softmax(logits / temperature)", "fitted_on": "validation"}
     return json.dumps(about, indent=1).encode()
+
+
+class Fitted(Protocol):
+    """What was fitted for weights with a fingerprint; a dataclass."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+F = TypeVar("F", bound=Fitted)
+
+
+def kept(path: Path, kind: type[F], fingerprint: str, fit: Callable[[], F]) -> F:
+    """Return what a JSON file has for the weights with this fingerprint, or fit and write it."""
+    if path.exists():
+        names = tuple(field.name for field in fields(kind))  # type: ignore[arg-type]  # a dataclass
+        known = kind(**read_sealed(path, f"'{path}'", names))
+        if known.fingerprint == fingerprint:
+            return known
+    fitted = fit()
+    atomic_write(path, sealed(asdict(fitted)))  # type: ignore[call-overload]  # a dataclass
+    return fitted

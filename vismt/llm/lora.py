@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vismt.lowrank.init import kaiming
-from vismt.lowrank.layer_spec import AdaptReport
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
+from vismt.lowrank.model.record import AdaptReport
 from vismt.lowrank.model.targets import Targets
+from vismt.lowrank.svd import kaiming
 from vismt.methods import Method, register_method
 
 

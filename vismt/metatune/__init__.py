@@ -8,9 +8,9 @@ from vismt.base.exports import exports
 
 if TYPE_CHECKING:
     from vismt.metatune.amt.input_attack import pyramid_attack
-    from vismt.metatune.amt.merging import MergeSettings, PoolNet
+    from vismt.metatune.amt.merging import PoolNet
     from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
-    from vismt.metatune.amt.selection_rules import expert_scores, mixture_weights
+    from vismt.metatune.amt.selection_rules import MergeSettings, expert_scores, mixture_weights
     from vismt.metatune.amt.weight_attack import weight_perturbation
     from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings, finetune
     from vismt.metatune.maml import LinearLearner, MamlNet, MamlObjective, MamlSettings

@@ -7,8 +7,8 @@ The "union" head predicts a class among all C (task-agnostic inference): the cla
 heads are the usual, easier problem (task-aware inference): a softmax over the classes of each task, with the task given at test
 time. Separate heads are rows of one matrix, so training does not differ otherwise, and every head is in the graph of every
 process. Zhong et al., NeurIPS 2024, arXiv 2501.06884: as in the released code, the loss is a single mean over the batch, in
-which a task counts in proportion to its images. A balancer takes one mean for each task (balancing.py), and L_QR is added to the
-balanced loss.
+which a task counts in proportion to its images. A balancer takes one mean for each task (balancing/base.py),
+and L_QR is added to the balanced loss.
 """
 
 from __future__ import annotations

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 from vismt.report.comparison import AVERAGE
 from vismt.report.plotting import FIGURE_DPI
-from vismt.report.sections import Picture, Section
-from vismt.report.tables import Table, fitted, is_long, is_text
+from vismt.report.tables import Picture, Section, Table, fitted, is_long, is_text
 
 if TYPE_CHECKING:
-    from vismt.report.report import KeyFigure, Report
+    from vismt.report.document import KeyFigure, Report
 
 SCREEN_DPI, FRAME = 96, 26  # at which letters of a figure have the size of those around it; pixels of its frame
 

@@ -15,9 +15,8 @@ from vismt.report.comparison import Values, compare
 from vismt.report.plotting import vector_figures
 from vismt.report.report import CONFIG, DEFAULT_FORMATS, Heading, run_heading, write_report
 from vismt.report.results import RESULTS, Result, ValuesByExample, read_results
-from vismt.report.sections import Section
 from vismt.report.study import score_sections
-from vismt.report.tables import Table
+from vismt.report.tables import Section, Table
 
 FACTS = ("Command", "Git revision", "Config hash", "Hardware", "Seeds")
 SETTINGS_NOTE = (

@@ -9,12 +9,12 @@ from typing import Any
 
 from vismt.base.errors import UserError
 from vismt.report.comparison import AVERAGE, Comparison
+from vismt.report.document import KeyFigure, Report
 from vismt.report.html import render_html, render_markdown
 from vismt.report.papers import render_csv, render_latex
 from vismt.report.results import Result
-from vismt.report.sections import Section
 from vismt.report.tables import (
-    Table,
+    Section,
     counts_text,
     difference_text,
     interval_text,
@@ -38,28 +38,6 @@ CONFIG = "config.resolved.yaml"
 FORMATS = {"html": "html", "md": "md", "csv": "csv", "latex": "tex"}
 DEFAULT_FORMATS = ("html", "md")
 MOST_KEYS = 4  # models in a key figure
-
-
-@dataclass(frozen=True)
-class KeyFigure:
-    """What a reader sees first: models with their number, and a sentence with measure, set, condition and n."""
-
-    numbers: list[tuple[str, str]]
-    about: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that all formats show, as plain texts that are not yet escaped."""
-
-    title: str
-    keys: list[KeyFigure]
-    facts: list[tuple[str, str]]
-    tables: list[Table]
-    legend: str
-    sections: list[Section]
-    citation: list[str]
-    config: str
 
 
 @dataclass(frozen=True)

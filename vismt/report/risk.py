@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vismt.report.results import Result
-from vismt.report.sections import Section
-from vismt.report.tables import Table, interval_text, number_text
+from vismt.report.tables import Section, Table, interval_text, number_text
 
 COVERED, SIZE, ACCEPTED, RISK, AURC = "coverage of sets", "classes in a set", "accepted", "selective risk", "AURC"
 COLUMNS = (COVERED, SIZE, ACCEPTED, RISK, AURC)

@@ -28,7 +28,7 @@ from vismt.report.plotting import (
     show_image,
     write,
 )
-from vismt.report.sections import Picture
+from vismt.report.tables import Picture
 
 ROUTERS = "routers"  # the folder of the files
 ROUTED_IMAGES = 4

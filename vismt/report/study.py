@@ -14,9 +14,8 @@ from vismt.engine.log import record_stem
 from vismt.report import figures, study_figures
 from vismt.report.comparison import AVERAGE, Comparison, Evidence, ExampleValues, block
 from vismt.report.results import Result
-from vismt.report.sections import Picture, Section
 from vismt.report.study_figures import SeedsPanel
-from vismt.report.tables import Table, interval_text, number_text, scale_text, split_corruptions
+from vismt.report.tables import Picture, Section, Table, interval_text, number_text, scale_text, split_corruptions
 from vismt.uncertainty.intervals import LOWER, SHARE, seeds_interval
 
 MOST_PANELS = 12  # of the figure by seed

@@ -1,11 +1,12 @@
-"""Comparisons as the texts of a report's tables."""
+"""Comparisons as the texts of a report's tables, and the titled sections of a report."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from vismt.report.comparison import Cell, Comparison
 from vismt.report.results import ROUNDING, Result
@@ -272,3 +273,29 @@ def scale_text(metric: str, scale: str, better: str | None = None) -> str:
     if better is None:
         return text
     return f"{text} {'↓' if better == LOWER else '↑'}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG inside the run folder, its title and its caption."""
+
+    path: Path
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report.
+
+    Args:
+        title: its heading.
+        tables: each with the note below it.
+        pictures: shown after the tables.
+        folded: whether the pictures after the first are shown on request only.
+    """
+
+    title: str
+    tables: list[tuple[Table, str]] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    folded: bool = False

@@ -11,8 +11,7 @@ from vismt.engine.study import ARMS, CHOSEN, read_choice
 from vismt.engine.training_files import MERGE
 from vismt.report import study_figures
 from vismt.report.results import Result
-from vismt.report.sections import Picture, Section
-from vismt.report.tables import Table
+from vismt.report.tables import Picture, Section, Table
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 

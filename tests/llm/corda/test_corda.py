@@ -12,8 +12,8 @@ import vismt
 from vismt.base.errors import UserError
 from vismt.llm import collect_covariance, save_covariances
 from vismt.llm.corda.start import context, damped, last_left
-from vismt.lowrank.init import principal
 from vismt.lowrank.layers.base import adapter_layers
+from vismt.lowrank.svd import principal
 
 MODES = ("ipm", "kpm")
 SHAPES = [(6, 9), (9, 6), (8, 8)]

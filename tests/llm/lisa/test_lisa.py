@@ -13,9 +13,9 @@ from helpers.tiny import snapshot
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from scripts.bench.accounting import optimizer_bytes, saved_activation_bytes
 from vismt.base.errors import UserError
 from vismt.llm import LISA
-from vismt.lowrank.memory import optimizer_bytes, saved_activation_bytes
 
 POLICIES = ("drop", "keep", "offload", "reset_all")
 

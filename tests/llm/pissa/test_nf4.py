@@ -11,7 +11,7 @@ from torch import nn
 
 import vismt
 from vismt.base.errors import UserError
-from vismt.lowrank.nf4 import levels, nf4, on_grid
+from vismt.llm.pissa.quantized import levels, nf4, on_grid
 
 # Dettmers et al., arXiv 2305.14314, appendix E.
 PUBLISHED = [

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import vismt
 from vismt.base.errors import UserError
 from vismt.llm.pissa.method import quantized_principal
+from vismt.llm.pissa.quantized import nf4
 from vismt.lowrank.files.combining import combine
 from vismt.lowrank.files.updates import read_updates
-from vismt.lowrank.init import principal, residual
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.lowrank.nf4 import nf4
+from vismt.lowrank.svd import principal, residual
 from vismt.metatune.amt.pool import Expert, check_alike
 from vismt.metatune.finetuning.attention_scale import attention_heads
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vismt
+from scripts.bench.accounting import optimizer_bytes, saved_activation_bytes
 from vismt.base.errors import UserError
 from vismt.llm import UnitSelection, check_slices, read_slices, select_units, switch
 from vismt.llm.s2ft.structures import structures
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.wrappers import to_stock
-from vismt.lowrank.memory import optimizer_bytes, saved_activation_bytes
 
 EVERY = ("v", "o", "u", "d")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import vismt
 from vismt.base.errors import UserError
 from vismt.lowrank import combine
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.low_rank import LowRankLayer
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import vismt
+from scripts.bench.accounting import saved_activation_bytes
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.lowrank.memory import saved_activation_bytes
 
 
 def single(

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.lowrank.files.store import save_adapter
-from vismt.metatune.amt.merging import MergeSettings, PoolNet, trim
+from vismt.metatune.amt.merging import PoolNet, trim
 from vismt.metatune.amt.objective import Adversary
 from vismt.metatune.amt.pool import Expert, ExpertPool
-from vismt.metatune.amt.selection_rules import expert_scores, mixture_weights
+from vismt.metatune.amt.selection_rules import MergeSettings, expert_scores, mixture_weights
 from vismt.metatune.finetuning.diffaugment import diff_augment
 from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings
 from vismt.metatune.functional import Functional

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from helpers.amt_parts import backbone, episode, saved
 from torch import Tensor, nn
 
-from vismt.metatune.amt.merging import MergeSettings, PoolNet
+from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import Expert, ExpertPool
 from vismt.metatune.amt.selection_rules import (
     RULES,
     SELECT,
+    MergeSettings,
     SupportTask,
     best_expert,
     held_out_cosines,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vismt
 from vismt import UserError
-from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.model.record import count_parameters
 from vismt.multitask.emtal.expert_pairs import ExpertPairs
 
 

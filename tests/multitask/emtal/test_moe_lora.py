@@ -18,8 +18,8 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 import vismt
+from scripts.bench.accounting import saved_activation_bytes
 from vismt import UserError
-from vismt.lowrank.memory import saved_activation_bytes
 from vismt.multitask.emtal.fading import FadeConfig, FadeState, RouterFade
 from vismt.multitask.emtal.method import MoEfiedMlp, schedule, set_fade
 from vismt.multitask.emtal.routing import expert_weights, gate

@@ -5,10 +5,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vismt.base.errors import UserError
-from vismt.lowrank.memory import (
+from scripts.bench.accounting import (
     account,
-    count_parameters,
     gradient_bytes,
     optimizer_bytes,
     optimizer_bytes_formula,
@@ -16,6 +14,8 @@ from vismt.lowrank.memory import (
     saved_activation_bytes,
     weight_bytes,
 )
+from vismt.base.errors import UserError
+from vismt.lowrank.model.record import count_parameters
 
 
 class Tiny(nn.Module):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import vismt
+from scripts.bench.accounting import saved_activation_bytes
 from scripts.bench.activations import BlockTraining, Decoder, decoder_activation_bytes
 from vismt.llm import LISA
-from vismt.lowrank.memory import saved_activation_bytes
 
 BATCH, LENGTH, DEPTH = 3, 8, 3
 SIZES = Decoder(hidden=16, ffn=24, heads=4, kv_heads=2, head_dim=4, vocabulary=30)

@@ -12,8 +12,9 @@ from scripts.bench.timing import Timing
 from vismt import adapt
 from vismt.backbones.vit import Backbone
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.metatune.amt.merging import MergeSettings, PoolNet
+from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.objective import AdversarialObjective, Adversary
+from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.metatune.protonet import ProtoNet
 
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ import yaml
 
 from scripts.bench import config_memory
 from scripts.bench.__main__ import main
+from scripts.bench.accounting import peak_bytes, weight_bytes
 from scripts.bench.config_memory import made_batch
 from vismt.jobs import load_config, make_job
 from vismt.jobs.dense.config import all_tasks
-from vismt.lowrank.memory import peak_bytes, weight_bytes
 
 SMALL = {
     "task": "dense",

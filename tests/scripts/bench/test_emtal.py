@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import vismt
 from scripts.bench import emtal, emtal_released
+from scripts.bench.accounting import saved_activation_bytes
 from scripts.bench.emtal_released import released
 from scripts.bench.timing import Timing
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.lowrank.memory import saved_activation_bytes
 from vismt.multitask.emtal.method import set_fade
 
 LABELS = torch.tensor([0, 3, 4])

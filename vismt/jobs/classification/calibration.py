@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vismt.jobs.fitted import kept
-from vismt.jobs.variants import TAUS
+from vismt.jobs.variants import TAUS, kept
 from vismt.multitask.class_loss import adjusted
 from vismt.uncertainty.temperature import fit_temperature
 

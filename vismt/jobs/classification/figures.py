@@ -1,4 +1,4 @@
-"""The picture of a multi-task run: examples with the answers of every arm."""
+"""What only the report of a multi-task run shows: examples with the answers of every arm, and maps of routers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from vismt.jobs.classification.panels import EXAMPLES
 from vismt.report.panels import read_panel
 from vismt.report.plotting import MUTED, RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
+from vismt.report.routers import router_pictures
 from vismt.report.study_figures import LETTER
+from vismt.report.tables import Picture, Section
 
 SHOWN = 8
 
@@ -51,3 +54,18 @@ def examples_figure(panel: Path, path: Path) -> Path:
                 mark, color = ("✓", RIGHT) if arrays["predictions"][row, i] == arrays["truth"][i] else ("✗", WRONG)
                 write(figure, x, below + row * line, f"{mark} {answers[row][i]}", va="top", color=color, fontsize=8.5)
     return save(figure, path)
+
+
+CAPTION = (
+    "Evaluated images evenly over each task, not chosen by result; answers of the first seed. ✓ right, ✗ wrong; an answer of "
+    "another task is named with it."
+)
+
+
+def sections(folder: Path) -> list[Section]:
+    """Return the section of images, as far as the run folder has the files."""
+    pictures = []
+    if (folder / EXAMPLES).exists():
+        path = examples_figure(folder / EXAMPLES, folder / "figures" / "examples.png")
+        pictures.append(Picture(path, "Examples", CAPTION))
+    return [Section("Images", pictures=[*pictures, *router_pictures(folder)], folded=True)]

@@ -26,9 +26,9 @@ from vismt.jobs.classification.config import MultitaskConfig, check, check_attac
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.detection import detection_scores
 from vismt.jobs.classification.evaluation import Evaluation
+from vismt.jobs.classification.figures import sections
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, stored, with_linear_head
 from vismt.jobs.classification.posterior import laplace_scores
-from vismt.jobs.classification.report import sections
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.risk import check_thresholds
 from vismt.jobs.task_sections import make_configured_balancer
@@ -37,7 +37,7 @@ from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.union import UnionObjective
 from vismt.multitask.variational_union import VariationalUnionObjective
 from vismt.report.results import RECORDS, Result, Score
-from vismt.report.sections import Section
+from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
 from vismt.uncertainty.intervals import CLEAN
 from vismt.uncertainty.last_layers import is_variational

@@ -1,4 +1,4 @@
-"""delta_m of the arms of a dense run over its baseline (metrics/delta.py), with the first-order effect of every image."""
+"""delta_m of the arms of a dense run over its baseline (multitask/metrics/delta.py), with each image's first-order effect."""
 
 from __future__ import annotations
 

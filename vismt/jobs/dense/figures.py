@@ -1,4 +1,4 @@
-"""The prediction panel of a dense run: images, their truth, and every arm's prediction with the image's own score."""
+"""What only the report of a dense run shows: undefined scores, maps of routers, and predictions beside their truth."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vismt.engine.study import ARMS
+from vismt.jobs.dense.config import PANELS
+from vismt.jobs.dense.evaluation import UNDEFINED
 from vismt.report.panels import read_panel
 from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
+from vismt.report.results import RECORDS
+from vismt.report.routers import router_pictures
 from vismt.report.study_figures import LETTER
-from vismt.report.tables import number_text, scale_text
+from vismt.report.tables import Picture, Section, Table, number_text, scale_text
+from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE
+
+UNDEFINED_NOTE = "A score without a number has no row in the tables of results, and its arm no delta_m."
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,3 +91,32 @@ def _block(
             show_image(axes_at(figure, x, y, width, height), arrays["predictions"][place, row, number])
             text = "–" if math.isnan(score) else number_text(score, scale)
             write(figure, x, y + height + 0.04, text, va="top", fontsize=8.5)
+
+
+CAPTION = (
+    "Evaluated images evenly over the set, not chosen by result; predictions of the first seed, merged. Below each the score of "
+    "this image alone, – where it has none. Depth in the colours of its truth. Dark grey: no value. An empty place: the arm does "
+    "not train the task."
+)
+
+
+def sections(folder: Path) -> list[Section]:
+    """Return the sections of undefined scores and of images, as far as the run left the files."""
+    pictures = []
+    if (folder / PANELS).exists():
+        path = predictions_figure(folder / PANELS, folder / "figures" / "predictions.png")
+        pictures.append(Picture(path, "Predictions", CAPTION))
+    images = Section("Images", pictures=[*pictures, *router_pictures(folder)], folded=True)
+    rows = _undefined(folder)
+    table = Table("Scores that are undefined", ["Training", "Evaluation", "Task", "Reason"], rows, set(), texts=4)
+    return [Section("Undefined scores", [(table, UNDEFINED_NOTE)]), images] if rows else [images]
+
+
+def _undefined(folder: Path) -> list[list[str]]:
+    """Return (training, evaluation, task, reason) of every score that is not a number."""
+    rows = []
+    for path in sorted((folder / ARMS).glob(f"*/*/{RECORDS}/*.jsonl")):
+        training = path.parent.parent.relative_to(folder / ARMS)
+        for line in read_lines(path):
+            rows += [[str(training), path.stem, task, reason] for task, reason in line.get(UNDEFINED, {}).items()]
+    return rows

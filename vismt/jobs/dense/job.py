@@ -28,15 +28,15 @@ from vismt.jobs.dense.config import (
 from vismt.jobs.dense.data import DenseBatches, DenseData
 from vismt.jobs.dense.delta import deltas
 from vismt.jobs.dense.evaluation import Evaluation
+from vismt.jobs.dense.figures import sections
 from vismt.jobs.dense.pooled_score import Scored
 from vismt.jobs.dense.predict import check_images, image_files, most_pixels, predict_images
-from vismt.jobs.dense.report import sections
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.multitask.dense import SEGMENTATION, DenseNet, DenseObjective
 from vismt.multitask.emtal.retain_dense import DenseRetaining
 from vismt.report.results import RECORDS, Result, Score
-from vismt.report.sections import Section
+from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DensePerturbation, dense_conditions
 
 # Modules of a timm model that do not run where its maps are read.

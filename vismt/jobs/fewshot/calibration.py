@@ -25,9 +25,9 @@ from vismt.base import ranks
 from vismt.base.seeds import digest
 from vismt.data.names import shown_name
 from vismt.data.pixels import Pixels
+from vismt.engine.log import record_stem
 from vismt.jobs.fewshot.models import Models
-from vismt.jobs.fewshot.records import temperature_file
-from vismt.jobs.fitted import kept
+from vismt.jobs.variants import kept
 from vismt.metatune.protocol.protocol import clean_logits
 from vismt.uncertainty.temperature import fit_temperature
 
@@ -80,3 +80,13 @@ def temperature(folder: Path, models: Models, arm: str, data: str, opened: Calla
     fingerprint = digest(text.encode())
     path = temperature_file(folder, models.seed, "all" if select.data else shown_name(data), arm)
     return ranks.from_first(lambda: kept(path, Temperature, fingerprint, fit)).temperature
+
+
+def episodes_file(folder: Path, seed: int, data: str, protocol: str, arm: str) -> Path:
+    """Return the file of a model's records, one line for each episode."""
+    return folder / "episodes" / f"seed-{seed}" / f"{record_stem(data, protocol, arm)}.jsonl"
+
+
+def temperature_file(folder: Path, seed: int, validation: str, arm: str) -> Path:
+    """Return the file of a model's temperature, fitted on the validation episodes of that name."""
+    return folder / "episodes" / f"seed-{seed}" / f"{record_stem('temperature', validation, arm)}.json"

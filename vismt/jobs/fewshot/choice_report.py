@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.jobs.fewshot.arms import evaluated_experts, split_head
+from vismt.jobs.fewshot.calibration import episodes_file
 from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, FewShotConfig
 from vismt.jobs.fewshot.merge_settings import VALIDATION
-from vismt.jobs.fewshot.records import episodes_file
 from vismt.report.comparison import AVERAGE
 from vismt.report.results import Result
 from vismt.report.tables import MANY_CORRUPTIONS, Table, bounds_text, interval_text

@@ -12,9 +12,8 @@ from vismt.engine.study import ALONE, StudyConfig, TuneConfig
 from vismt.jobs.calibrating import ImageCalibrationConfig
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec
 from vismt.metatune.amt.input_attack import PYRAMID
-from vismt.metatune.amt.merging import MergeSettings
 from vismt.metatune.amt.objective import Adversary, AdversaryForm
-from vismt.metatune.amt.selection_rules import SELECT
+from vismt.metatune.amt.selection_rules import SELECT, MergeSettings
 from vismt.metatune.finetuning.finetune import FineTuneSettings
 from vismt.metatune.maml import MamlSettings
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
@@ -74,7 +73,7 @@ class PoolConfig(AdversaryForm):
         folder: an assembled pool to evaluate; nothing is trained.
         experts: in place of levels: source, threat and level of each. A repeated expert is another one with another
             seed.
-        select: the rule of the model merged (metatune/selection_rules.py).
+        select: the rule of the model merged (metatune/amt/selection_rules.py).
     """
 
     levels: list[float | list[float]] = field(default_factory=lambda: list(LEVELS))

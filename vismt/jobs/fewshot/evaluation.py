@@ -16,11 +16,10 @@ from vismt.data.pixels import Pixels
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
 from vismt.jobs.fewshot import masking_report
-from vismt.jobs.fewshot.calibration import temperature
+from vismt.jobs.fewshot.calibration import episodes_file, temperature
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
-from vismt.jobs.fewshot.records import episodes_file
 from vismt.jobs.variants import TEMPERED, against
 from vismt.metatune.protocol.episode_outcome import BRIER, GAPS, NLL, SCALED, UNSCALED
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler

@@ -53,7 +53,7 @@ from vismt.metatune.maml import MamlNet
 from vismt.metatune.objective import EpisodeObjective
 from vismt.metatune.protonet import ProtoNet
 from vismt.report.results import Result, Score
-from vismt.report.sections import Section
+from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import atomic_write
 from vismt.storage.lines import write_lines

@@ -28,8 +28,9 @@ from vismt.jobs.fewshot.config import (
     MERGED,
     FewShotConfig,
 )
-from vismt.metatune.amt.merging import MergeSettings, PoolNet
+from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import ExpertPool
+from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.metatune.amt.settings_search import Judge, LabelledTask, SearchGrid, judge_all, search_settings
 from vismt.metatune.finetuning.finetune import FineTuneSettings
 from vismt.metatune.protocol.episodes import EpisodeSampler

@@ -27,8 +27,9 @@ from vismt.jobs.fewshot.config import (
 )
 from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.lowrank.model.inject import merge
-from vismt.metatune.amt.merging import MergeSettings, PoolNet
+from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import ExpertPool, read_pool
+from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.metatune.finetuning.finetune import FineTuned
 from vismt.metatune.maml import LinearLearner, MamlNet
 from vismt.metatune.probes.laplace import LaplaceProbe

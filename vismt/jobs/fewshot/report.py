@@ -18,6 +18,7 @@ from vismt.jobs.fewshot.arms import (
     strategy_of,
     untrained_arms,
 )
+from vismt.jobs.fewshot.calibration import episodes_file
 from vismt.jobs.fewshot.choice_report import choice_tables
 from vismt.jobs.fewshot.config import (
     FewShotConfig,
@@ -25,11 +26,9 @@ from vismt.jobs.fewshot.config import (
 from vismt.jobs.fewshot.episode_figure import episode_grid
 from vismt.jobs.fewshot.figures import mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings
-from vismt.jobs.fewshot.records import episodes_file
 from vismt.metatune.amt.pool import read_pool
 from vismt.report.results import Result
-from vismt.report.sections import Picture, Section
-from vismt.report.tables import Table
+from vismt.report.tables import Picture, Section, Table
 from vismt.storage.lines import read_lines
 
 

@@ -25,9 +25,9 @@ from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmCon
 from vismt.jobs.lm.config_checks import check
 from vismt.jobs.lm.data import ItemBatches, LmData, lm_of
 from vismt.jobs.lm.evaluation import Evaluation
+from vismt.jobs.lm.figures import sections
 from vismt.jobs.lm.models import LmModels
 from vismt.jobs.lm.recommender import Recommender
-from vismt.jobs.lm.report import sections
 from vismt.jobs.risk import check_thresholds
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
@@ -36,7 +36,7 @@ from vismt.llm.tasks.base import LmObjective
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.methods import METHODS
 from vismt.report.results import Result, Score
-from vismt.report.sections import Section
+from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
 
 

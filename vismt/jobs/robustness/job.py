@@ -21,7 +21,7 @@ from vismt.jobs.robustness.own_images import TrainedArm
 from vismt.jobs.robustness.report import BROKEN, MASKING, sections
 from vismt.report.panels import to_bytes, write_panel
 from vismt.report.results import Result, Score
-from vismt.report.sections import Section
+from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DirectPerturbation
 from vismt.robustness.evaluate import batch_keys
 from vismt.robustness.masking import check_masking

@@ -12,8 +12,7 @@ from vismt.jobs.robustness.evaluation import ACCURACY
 from vismt.report.panels import read_panel
 from vismt.report.plotting import RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
 from vismt.report.results import Result
-from vismt.report.sections import Picture, Section
-from vismt.report.tables import Table
+from vismt.report.tables import Picture, Section, Table
 from vismt.robustness.attacks.attacks import radius_text
 from vismt.robustness.corruption_error import mean_corruption_error
 from vismt.storage.lines import read_lines

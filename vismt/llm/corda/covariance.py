@@ -29,8 +29,9 @@ from vismt.base.errors import UserError
 from vismt.base.identity import Identity, weights_digest
 from vismt.llm.corda.files import CovarianceStore
 from vismt.llm.corda.observed_pass import Batch, Groups, add_batch, arguments, shared_inputs
+from vismt.lowrank.layers.kinds import matrix_shape
 from vismt.lowrank.model.record import refuse_adapted
-from vismt.lowrank.model.targets import Targets, find_targets, matrix_shape
+from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.lowrank.svd import double
 from vismt.lowrank.threads import each
 

@@ -32,10 +32,11 @@ from vismt.llm.corda.covariance import collect_covariance
 from vismt.llm.corda.files import load_covariances
 from vismt.llm.corda.start import context
 from vismt.llm.pissa.method import SOLVERS, refuse_dropout
-from vismt.lowrank.layer_spec import AdaptReport
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.kinds import matrix_shape
+from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
-from vismt.lowrank.model.targets import Targets, find_targets, matrix_shape
+from vismt.lowrank.model.record import AdaptReport
+from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.methods import Calibration, Method, register_method
 
 MODES = ("ipm", "kpm")

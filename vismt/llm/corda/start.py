@@ -21,8 +21,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.init import working_dtype
-from vismt.lowrank.svd import double, reciprocal, top_exact, top_randomized
+from vismt.lowrank.svd import double, reciprocal, top_exact, top_randomized, working_dtype
 
 DAMPING, DOUBLINGS = 0.01, 20
 

@@ -24,17 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
-from vismt.lowrank.init import kaiming
-from vismt.lowrank.layer_spec import AdaptReport
-from vismt.lowrank.layers.gates import instance_gates
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.gates import instance_gates, recompute_gates, unwatch_expansion, watch_expansion
+from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.wrappers import AddedModule, register_wrapper
-from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.model.inject import attach, inject
-from vismt.lowrank.model.record import refuse_adapted
+from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.starts import site_generator
 from vismt.lowrank.model.targets import Targets
-from vismt.lowrank.per_sample import recompute_gates, unwatch_expansion, watch_expansion
+from vismt.lowrank.svd import kaiming
 from vismt.methods import Method, register_method
 
 __all__ = ["InstanceGate", "gate_of", "gate_part", "ilora", "instance_gates", "recompute_gates"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vismt.base.errors import UserError, near
-from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.model.record import count_parameters
 from vismt.lowrank.model.targets import check_patterns, head_paths, matches
 
 # Parameters before the first layer, in addition to those of an nn.Embedding.

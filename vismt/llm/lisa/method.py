@@ -28,10 +28,8 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
 from vismt.llm.lisa.layers import Layers, find_shares
-from vismt.lowrank.layer_spec import AdaptReport
-from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.model.inject import install
-from vismt.lowrank.model.record import need_record, refuse_adapted
+from vismt.lowrank.model.record import AdaptReport, count_parameters, need_record, refuse_adapted
 from vismt.lowrank.model.targets import Targets
 from vismt.lowrank.strict_json import build
 from vismt.methods import Method, register_method

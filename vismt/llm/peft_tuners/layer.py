@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.peft_settings import STARTS
-from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.layers.base import AdapterLayer, inner_module, register_layer
+from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, inner_module, register_layer
 from vismt.lowrank.layers.packed_weights import dense_weight
 from vismt.lowrank.layers.wrappers import install_module
 from vismt.lowrank.values import check_factor, check_finite

@@ -22,12 +22,10 @@ from torch import nn
 from vismt.base.errors import UserError, require_known
 from vismt.llm.peft_tuners.layer import HostedLayer, HostedSettings
 from vismt.llm.s2ft.structures import structures
-from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.layers.base import spec_of
-from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.model.inject import also_trained, install
 from vismt.lowrank.model.options import checked
-from vismt.lowrank.model.record import refuse_adapted
+from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.targets import find_targets
 from vismt.methods import METHODS, Method
 

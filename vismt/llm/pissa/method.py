@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
-from vismt.llm.pissa.quantized import QuantizedLayer
-from vismt.lowrank.init import principal, residual, working_dtype
-from vismt.lowrank.layer_spec import AdaptReport
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.llm.pissa.quantized import GRIDS, QuantizedLayer, need_bitsandbytes, on_grid
+from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
+from vismt.lowrank.model.record import AdaptReport
 from vismt.lowrank.model.targets import Targets
-from vismt.lowrank.nf4 import GRIDS, need_bitsandbytes, on_grid
+from vismt.lowrank.svd import principal, residual, working_dtype
 from vismt.methods import Method, register_method
 
 SOLVERS = ("exact", "randomized")

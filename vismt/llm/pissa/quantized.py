@@ -1,6 +1,16 @@
 """Adapter layers on 4-bit values of W less the start of the update (QPiSSA): quantised by rule, W kept beside them.
 
-    y = Q x + b + s B A x        Q = grid(W - s B0 A0), A0 and B0 the start as it is stored, grid of nf4.GRIDS
+    y = Q x + b + s B A x        Q = grid(W - s B0 A0), A0 and B0 the start as it is stored, grid one of GRIDS
+
+NF4 (QLoRA, arXiv 2305.14314) stores 16 levels and the largest absolute value of each run of 64:
+
+    q = |block|_max * level[nearest(w / |block|_max)]
+
+The levels are quantiles of a standard normal, eight below zero, zero, and seven above, scaled to [-1, 1]; blocks run over the
+matrix row by row, the last one may be shorter. A value that is a level stays, so quantising twice changes nothing. This is what
+bitsandbytes stores without its quantised block maxima ("double quantisation"), with which the second rounding would move the
+weights again. Its own kernels are the grid "bitsandbytes": they find a level to fp32, so that a tie may fall the other way, and
+get whole blocks as rows here (0.50.2 on a CPU gives other values for rows of other lengths).
 
 Q is a function of W, A0 and B0. An adapter file carries the start, so a layer on the original W computes the same Q again;
 fp64 before the rounding keeps the order of a BLAS's sums from deciding which level is nearer. Q is a Parameter in the place
@@ -9,6 +19,7 @@ of W, in W's dtype; `remove_update` puts W back. Against W the update has no low
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,21 +28,24 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.init import working_dtype
-from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.layers.base import register_layer
+from vismt.lowrank.layers.base import LayerSpec, register_layer
 from vismt.lowrank.layers.conv import LowRankConv
-from vismt.lowrank.layers.linear import LowRankLayer, LowRankLinear, LowRankSettings
-from vismt.lowrank.model.targets import LINEAR
-from vismt.lowrank.nf4 import GRIDS, on_grid
-from vismt.lowrank.svd import double
+from vismt.lowrank.layers.kinds import LINEAR
+from vismt.lowrank.layers.linear import LowRankLinear
+from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
+from vismt.lowrank.svd import double, working_dtype
+
+GRIDS = ("nf4", "bitsandbytes")
+BLOCK = 64
+# Of the released code: the outermost quantile, the mean of 1 - 1/30 and 1 - 1/32.
+OUTERMOST = 0.9677083
 
 MERGE = "against the original weights its update is not a pair of factors; merge the model and save it whole"
 
 
 @dataclass(frozen=True)
 class QuantizedSettings(LowRankSettings):
-    """Settings of a low-rank update on a quantised weight. grid: one of nf4.GRIDS."""
+    """Settings of a low-rank update on a quantised weight. grid: one of GRIDS."""
 
     grid: str = "nf4"
 
@@ -126,3 +140,48 @@ class QuantizedLinear(QuantizedLayer, LowRankLinear):
 
 class QuantizedConv(QuantizedLayer, LowRankConv):
     """A convolution on a quantised weight."""
+
+
+def levels() -> Tensor:
+    """Return the 16 levels, fp64, ascending from -1 to 1."""
+    above = torch.special.ndtri(torch.linspace(OUTERMOST, 0.5, 9, dtype=torch.float64)[:-1])
+    below = -torch.special.ndtri(torch.linspace(OUTERMOST, 0.5, 8, dtype=torch.float64)[:-1])
+    return torch.cat([below, torch.zeros(1, dtype=torch.float64), above.flip(0)]) / above.max()
+
+
+def nf4(matrix: Tensor) -> Tensor:
+    """Return the nearest values that NF4 can store, in the shape, dtype and on the device of `matrix` (fp32 or fp64)."""
+    blocks = _blocks(matrix)
+    grid = levels().to(matrix.device, matrix.dtype)
+    peak = blocks.abs().amax(1, keepdim=True)
+    codes = torch.bucketize(blocks / torch.where(peak > 0, peak, 1), (grid[1:] + grid[:-1]) / 2)
+    return _matrix(grid[codes] * peak, matrix)
+
+
+def on_grid(matrix: Tensor, grid: str) -> Tensor:
+    """Return the nearest values of a grid of GRIDS, as `nf4` does; UserError where bitsandbytes is not installed."""
+    if grid == "nf4":
+        return nf4(matrix)
+    functional = need_bitsandbytes()
+    packed, state = functional.quantize_4bit(_blocks(matrix).float(), blocksize=BLOCK, quant_type="nf4")
+    return _matrix(functional.dequantize_4bit(packed, state), matrix)
+
+
+def need_bitsandbytes() -> Any:
+    """Return the functions of bitsandbytes; UserError where it is not installed."""
+    try:
+        return importlib.import_module("bitsandbytes").functional
+    except ImportError as error:
+        raise UserError(
+            f"adapt.quantize: 'bitsandbytes' is not installed ({error}): pip install bitsandbytes, or take quantize='nf4', "
+            "which has the same levels."
+        ) from error
+
+
+def _blocks(matrix: Tensor) -> Tensor:
+    flat = matrix.flatten()
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+
+
+def _matrix(blocks: Tensor, like: Tensor) -> Tensor:
+    return blocks.flatten()[: like.numel()].view(like.shape).to(like.dtype)

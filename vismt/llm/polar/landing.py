@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, near
 from vismt.llm.polar import stiefel
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.sharded import whole, write_whole
 
 FIELDS = {"landing": stiefel.landing_field, "euclidean": stiefel.penalty_field}

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, near
 from vismt.llm.polar import stiefel
 from vismt.llm.polar.landing import Landing, check_constraint
-from vismt.lowrank.init import working_dtype
-from vismt.lowrank.layer_spec import AdaptReport
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
-from vismt.lowrank.model.record import record_of
+from vismt.lowrank.model.record import AdaptReport, record_of
 from vismt.lowrank.model.targets import Targets
+from vismt.lowrank.svd import working_dtype
 from vismt.methods import Method, register_method
 
 THETAS = ("full", "diagonal")

@@ -1,8 +1,14 @@
 """A frozen weight with some rows or columns trained in place: partial back-propagation.
 
-The trained parameter p (slice_values) holds the values, and the weight W follows it; gradients: slice_autograd.py.
+The trained parameter p (slice_values) holds the values, and the weight W follows it. Of y = W x + b only the
+gradient of p is formed, an ordinary .grad, and only what it needs is kept:
 
-    permute   J is one range after reordering (permutation.py). Rows that follow each other in W's memory share its storage:
+    dim 1 (columns J): dL/dp = g^T x[:, J]    (o, k), x[:, J] is kept
+    dim 0 (rows J):    dL/dp = g[:, J]^T x    (k, i), x is kept            dL/dx = g W
+
+g (n, o) is the gradient at y, x (n, i). Of x[:, J] a copy is kept: a view would hold all of x. The trained values lie in W so:
+
+    permute   J is one range after reordering (structures.py). Rows that follow each other in W's memory share its storage:
               a step on p is a step on W
     index     the order of the units stays
     delta     W stays the stock weight, p is the difference: one more thin product. For FSDP and others that move p
@@ -11,7 +17,9 @@ Otherwise p is a tensor of its own, and each forward and state dict writes it in
 of a half-precision W, and J that is not a range. p is contiguous in every mode, because fused and 8-bit optimisers write `numel`
 numbers one after the other: on a view of columns they overwrite frozen ones.
 
-Source: S2FT, arXiv 2412.06289. Its package adds a difference and keeps a view of the whole input; this is not followed.
+Source: S2FT, arXiv 2412.06289. Its package adds a difference and keeps a view of the whole input; its timed
+code slices the other axis and passes the gradient around autograd, which loses it under checkpointing and accumulation. Neither
+is followed.
 Where p is replaced from outside (torch.func.functional_call), the difference to W is added, as in delta mode, and W is left
 alone.
 """
@@ -28,14 +36,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.llm.s2ft.structures import Structure, UnitBlock
+from vismt.llm.s2ft.structures import Coupling, Structure, UnitBlock, couple, expand, movable
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.layers.base import AdapterLayer, register_layer, spec_of, trained_dtype
-from vismt.lowrank.model.targets import matrix_shape
-from vismt.lowrank.permutation import Coupling, couple, expand, movable
-from vismt.lowrank.slice_autograd import PartialLinear, take
+from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, register_layer, spec_of, trained_dtype
+from vismt.lowrank.layers.kinds import matrix_shape
 from vismt.lowrank.values import check_finite
+
+Span = tuple[int, int] | None
 
 MODES = ("permute", "index", "delta")
 
@@ -364,3 +371,66 @@ class SliceLinear(AdapterLayer):
         side = ("rows", "columns")[self.dim]
         count = len(self.slice_index)
         return f"{type(self.shell).__name__}({self.in_features}, {self.out_features}), {count} {side}, mode={self.mode}"
+
+
+def take(tensor: Tensor, dim: int, place: Tensor, span: Span) -> Tensor:
+    """Return the features at `place`, or those of a range, as a view."""
+    return tensor.index_select(dim, place) if span is None else tensor.narrow(dim, span[0], span[1] - span[0])
+
+
+class PartialLinear(torch.autograd.Function):
+    """(x (n, i), W (o, i), b, values, place (k,), span, dim, adds, keeps) -> y (n, o), picked (n, k) or empty.
+
+    adds: `values` is a difference to W's slice that is not in W yet; otherwise W holds it. keeps: whether to save what the
+    gradient of `values` needs. picked = x[:, J] is an output so that the saved tensor stays differentiable.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        place: Tensor,
+        span: Span,
+        dim: int,
+        adds: bool,
+        keeps: bool,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = x.dtype
+        out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        picked = take(x, 1, place, span).clone() if dim == 1 and (keeps or adds) else x.new_empty(0)
+        if adds and dim == 1:
+            out.addmm_(picked, values.to(dtype).t())
+        elif adds:
+            out.index_add_(1, place, x @ values.to(dtype).t())
+        return out, picked
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, values, place, ctx.span, ctx.dim, ctx.adds, keeps = inputs
+        ctx.has_bias, ctx.dtype, ctx.shape = bias is not None, x.dtype, x.shape
+        ctx.set_materialize_grads(False)
+        saved = (output[1] if ctx.dim == 1 else x) if keeps else None
+        ctx.save_for_backward(saved, weight, values if ctx.adds else None, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_picked: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, weight, values, place = ctx.saved_tensors
+        need_x, _, need_bias, need_values = ctx.needs_input_grad[:4]
+        grad_x = grad_bias = grad_values = None
+        if grad is not None:
+            if need_x:
+                grad_x = grad @ weight.to(ctx.dtype)
+                if ctx.adds and ctx.dim == 1:
+                    grad_x.index_add_(1, place, grad @ values.to(ctx.dtype))
+                elif ctx.adds:
+                    grad_x.addmm_(take(grad, 1, place, ctx.span), values.to(ctx.dtype))
+            if need_values:  # the thin factor comes first, which BLAS runs faster
+                grad_values = (saved.t() @ grad).t() if ctx.dim == 1 else take(grad, 1, place, ctx.span).t() @ saved
+            grad_bias = grad.sum(0) if need_bias and ctx.has_bias else None
+        if need_x and grad_picked is not None and grad_picked.numel():
+            grad_x = (grad_picked.new_zeros(ctx.shape) if grad_x is None else grad_x).index_add(1, place, grad_picked)
+        return grad_x, None, grad_bias, grad_values, None, None, None, None, None

@@ -2,9 +2,8 @@
 
     W = [W_J  W_rest],   only W_J is trained:  DeltaW is zero outside J; J = columns of o and down (o, d), rows of v and up (v, u)
 
-Yang et al., NeurIPS 2024, arXiv 2412.06289. No parameter is added and no rank is limited. Choice of units: unit_selection.py;
-their definition and legal orders: lowrank/structures.py and permutation.py; the layer: lowrank/slice_linear.py, its gradients:
-lowrank/slice_autograd.py.
+Yang et al., NeurIPS 2024, arXiv 2412.06289. No parameter is added and no rank is limited. Choice of units: selection.py;
+their definition and legal orders: structures.py; the layer and its gradient: layer.py.
 
 Where paper and release differ the paper is followed: units of each block (the code draws over all layers at once:
 budget='global'), the slice itself is trained (the package adds a difference to it), the trained axis is the unit's (the code
@@ -28,12 +27,10 @@ from vismt.llm.s2ft.layer import MODES, SliceLinear
 from vismt.llm.s2ft.scores import SCORES
 from vismt.llm.s2ft.selection import UnitSelection, select_units
 from vismt.llm.s2ft.structures import Structure, structures
-from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.layers.wrappers import from_stock
-from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.model.inject import also_trained, install
 from vismt.lowrank.model.options import checked
-from vismt.lowrank.model.record import refuse_adapted
+from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.methods import Calibration, Method, register_method
 

@@ -1,4 +1,4 @@
-"""The units that S2FT trains: a few heads and channels of each structure, chosen at random or by a score (unit_scores.py).
+"""The units that S2FT trains: a few heads and channels of each structure, chosen at random or by a score (scores.py).
 
 S2FT, arXiv 2412.06289. The paper's text takes a few units of each block and compares these strategies; its code has the random
 strategy only, drawn over all layers together, so that many layers get no unit. budget='global' is that draw, in the order of
@@ -66,7 +66,7 @@ def select_units(
 
     Args:
         model: a model with attention or feed-forward structures that vismt.llm.s2ft.structures recognises.
-        strategy: "random", "weight", "activation", "product" or "gradient" (see unit_scores.py).
+        strategy: "random", "weight", "activation", "product" or "gradient" (see scores.py).
         ratio: share of the units, in (0, 1], one number for all parts or {part: ratio} (0 for none).
         budget: "per_layer" takes max(1, round(ratio n)) of the n units of each container, "global" int(ratio n) of the n units
             of all containers together.

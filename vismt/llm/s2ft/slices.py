@@ -25,8 +25,8 @@ from vismt.base.errors import UserError
 from vismt.llm.s2ft.layer import SliceLinear
 from vismt.lowrank.files.description import read_adapter
 from vismt.lowrank.files.store import base_samples, other_base, same_base
+from vismt.lowrank.layers.kinds import is_conv1d, kind_of, matrix_shape
 from vismt.lowrank.model.record import refuse_adapted, refuse_switched
-from vismt.lowrank.model.targets import is_conv1d, kind_of, matrix_shape
 
 
 @dataclass(frozen=True, eq=False)

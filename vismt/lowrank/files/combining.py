@@ -57,7 +57,7 @@ def combine(
         not summed: they are kept where all adapters hold the same bits.
 
     Raises:
-        UserError: for adapters of different shapes or bases, an update that is not of low rank (see detached_updates.py),
+        UserError: for adapters of different shapes or bases, an update that is not of low rank (see updates.py),
             heads that differ, a wrong number of weights, a weight that is not finite, an unknown method, or a rank that is
             out of range.
     """

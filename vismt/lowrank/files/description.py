@@ -17,8 +17,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.lowrank import strict_json
-from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.layers.base import LAYERS
+from vismt.lowrank.layers.base import LAYERS, LayerSpec
 from vismt.lowrank.values import check_finite
 from vismt.storage.files import is_sealed, read_tensors
 

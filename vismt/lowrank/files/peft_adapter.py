@@ -11,20 +11,34 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank import strict_json
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.files.peft_layouts import added, attention_paths, names_stack, refuse_passed_by, stock_path
+from vismt.lowrank.files.peft_layouts import (
+    added,
+    attention_paths,
+    names_stack,
+    refuse_passed_by,
+    stack_keys,
+    stock_path,
+)
 from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, holds, read_settings, selects, starts, texts
+from vismt.lowrank.layers.kinds import LINEAR, kind_of
+from vismt.lowrank.layers.low_rank import LowRankSettings
+from vismt.lowrank.layers.parameters import HeldParameter, module_at
 from vismt.lowrank.model.patterns import Pattern
-from vismt.lowrank.model.targets import LINEAR, candidates, kind_of
+from vismt.lowrank.model.targets import candidates
 from vismt.lowrank.values import check_factor, check_finite, check_parameter
 from vismt.storage.files import read_tensors
+
+if TYPE_CHECKING:
+    from vismt.lowrank.files.peft_adapter import PeftAdapter
 
 TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
 
@@ -239,3 +253,40 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     """Return whether two tensors have the same values, or one is a cast of the other."""
     first, second = first.detach().cpu(), second.detach().cpu()
     return torch.equal(first, second.to(first.dtype)) or torch.equal(first.to(second.dtype), second)
+
+
+def stacks_on(adapter: PeftAdapter, model: nn.Module) -> dict[str, tuple[LowRankSettings, Tensor, Tensor]]:
+    """Return the settings, A (e*r, i) and B (e*o, r) of each adapted parameter of the model, by path; UserError for others."""
+    what, wanted = adapter.what, adapter.settings.target_parameters or []
+    paths = [
+        name
+        for name, _ in model.named_parameters()
+        if any(name == text or name.endswith(f".{text}") for text in wanted)
+    ]
+    keys = stack_keys(model, paths)
+    if set(keys.values()) != set(adapter.stacks):
+        differing = min(set(keys.values()) ^ set(adapter.stacks))
+        raise UserError(
+            f"{what}: the factors at '{differing}' are not those of the parameters that {wanted} name in {type(model).__name__}."
+        )
+    return {path: _stack(adapter, path, module_at(model, path), adapter.stacks[key]) for path, key in keys.items()}
+
+
+def _stack(
+    adapter: PeftAdapter, path: str, module: nn.Module, pair: Mapping[str, Tensor]
+) -> tuple[LowRankSettings, Tensor, Tensor]:
+    if not isinstance(module, HeldParameter) or module.weight.ndim != 3:
+        raise UserError(
+            f"{adapter.what}: '{path}' does not hold experts in three dimensions, and can be no target here."
+        )
+    rank, scale = adapter.settings.scale(path)
+    count, (rows, columns) = module.weight.shape[0], module.matrix(module.weight).shape
+    needed = {"A": (count * rank, columns), "B": (rows // count, rank * count)}
+    for side, factor in pair.items():
+        check_factor(f"{adapter.what}: {path}.lora_{side}", factor)
+        if tuple(factor.shape) != needed[side]:
+            raise UserError(
+                f"{adapter.what}: {path}.lora_{side}: saved {tuple(factor.shape)}, needed {needed[side]} for {count} experts."
+            )
+    B = rearrange(pair["B"], "o (r e) -> (e o) r", e=count)
+    return LowRankSettings(rank, scale, (rows // count,) * count), pair["A"], B

@@ -28,15 +28,15 @@ from vismt.lowrank.files.peft_layouts import padded_stack, stack_keys, stack_ten
 from vismt.lowrank.files.peft_settings import CONFIG, holds
 from vismt.lowrank.files.store import adapter_tensors, report_lost
 from vismt.lowrank.files.updates import of_peft, put_on
-from vismt.lowrank.init import principal
 from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
 from vismt.lowrank.layers.held import LowRankHeld
+from vismt.lowrank.layers.kinds import LINEAR, kind_of, matrix_shape
 from vismt.lowrank.layers.packed_weights import dense_weight
 from vismt.lowrank.layers.wrappers import check_mergeable, stock_order
 from vismt.lowrank.model.named import beside, using
 from vismt.lowrank.model.patterns import Pattern
 from vismt.lowrank.model.record import AdaptRecord, need_record, refuse_adapted, refuse_offloaded
-from vismt.lowrank.model.targets import LINEAR, kind_of, matrix_shape
+from vismt.lowrank.svd import principal
 from vismt.lowrank.values import fits, need_finite
 from vismt.storage.files import atomic_write
 

@@ -21,12 +21,10 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.linear import LowRankSettings
-from vismt.lowrank.layers.parameters import HeldParameter, declared, is_attention, module_at
-from vismt.lowrank.values import check_factor
+from vismt.lowrank.layers.parameters import declared, is_attention
 
 if TYPE_CHECKING:
-    from vismt.lowrank.files.peft_adapter import PeftAdapter
+    pass
 
 IN, OUT = "in_proj_weight", "out_proj"
 
@@ -65,43 +63,6 @@ def names_stack(parameters: Iterable[str], key: str) -> bool:
     owner = key.replace(".base_layer", "")
     owners = [parameter.rpartition(".")[0] for parameter in parameters]
     return any(not end or owner == end or owner.endswith(f".{end}") for end in owners)
-
-
-def stacks_on(adapter: PeftAdapter, model: nn.Module) -> dict[str, tuple[LowRankSettings, Tensor, Tensor]]:
-    """Return the settings, A (e*r, i) and B (e*o, r) of each adapted parameter of the model, by path; UserError for others."""
-    what, wanted = adapter.what, adapter.settings.target_parameters or []
-    paths = [
-        name
-        for name, _ in model.named_parameters()
-        if any(name == text or name.endswith(f".{text}") for text in wanted)
-    ]
-    keys = stack_keys(model, paths)
-    if set(keys.values()) != set(adapter.stacks):
-        differing = min(set(keys.values()) ^ set(adapter.stacks))
-        raise UserError(
-            f"{what}: the factors at '{differing}' are not those of the parameters that {wanted} name in {type(model).__name__}."
-        )
-    return {path: _stack(adapter, path, module_at(model, path), adapter.stacks[key]) for path, key in keys.items()}
-
-
-def _stack(
-    adapter: PeftAdapter, path: str, module: nn.Module, pair: Mapping[str, Tensor]
-) -> tuple[LowRankSettings, Tensor, Tensor]:
-    if not isinstance(module, HeldParameter) or module.weight.ndim != 3:
-        raise UserError(
-            f"{adapter.what}: '{path}' does not hold experts in three dimensions, and can be no target here."
-        )
-    rank, scale = adapter.settings.scale(path)
-    count, (rows, columns) = module.weight.shape[0], module.matrix(module.weight).shape
-    needed = {"A": (count * rank, columns), "B": (rows // count, rank * count)}
-    for side, factor in pair.items():
-        check_factor(f"{adapter.what}: {path}.lora_{side}", factor)
-        if tuple(factor.shape) != needed[side]:
-            raise UserError(
-                f"{adapter.what}: {path}.lora_{side}: saved {tuple(factor.shape)}, needed {needed[side]} for {count} experts."
-            )
-    B = rearrange(pair["B"], "o (r e) -> (e o) r", e=count)
-    return LowRankSettings(rank, scale, (rows // count,) * count), pair["A"], B
 
 
 # ---- attention

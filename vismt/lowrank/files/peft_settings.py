@@ -5,7 +5,7 @@ layers_to_transform  with a list, the first number after a dot (or after layers_
 exclude_modules      as target_modules; wins, and so does modules_to_save, which takes every path that ends so
 rank_pattern, ...    the first key whose regular expression matches the end of the path after a dot
 fan_in_fan_out       does not concern A and B; the class of the module decides
-target_parameters    experts in one parameter; their factors, and those of attentions, lie elsewhere (peft_readers.py)
+target_parameters    experts in one parameter; their factors, and those of attentions, lie elsewhere (peft_layouts.py)
 """
 
 from __future__ import annotations

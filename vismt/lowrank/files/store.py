@@ -32,8 +32,8 @@ from vismt.lowrank.files.description import (
     layer_shapes,
     read_adapter,
 )
-from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
+from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, adapter_layers
+from vismt.lowrank.layers.kinds import LINEAR, kind_of, matrix_shape
 from vismt.lowrank.layers.packed_weights import dense_weight
 from vismt.lowrank.layers.parameters import module_at
 from vismt.lowrank.layers.wrappers import (
@@ -49,7 +49,7 @@ from vismt.lowrank.model.backups import unchanged_tensors, was_trained
 from vismt.lowrank.model.inject import attach, install, undone_on_error
 from vismt.lowrank.model.named import beside, using
 from vismt.lowrank.model.record import AdaptRecord, names_of, need_record, record_of, refuse_offloaded, refuse_switched
-from vismt.lowrank.model.targets import LINEAR, kind_of, matrix_shape, refusals
+from vismt.lowrank.model.targets import refusals
 from vismt.lowrank.values import check_parameter, need_finite
 from vismt.storage.files import atomic_write, locked, sealed, write_tensors
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.description import DESCRIPTION, check_tensors, layer_shapes, read_adapter
-from vismt.lowrank.files.peft_adapter import PeftAdapter, read_peft
-from vismt.lowrank.files.peft_layouts import stacks_on
+from vismt.lowrank.files.peft_adapter import PeftAdapter, read_peft, stacks_on
 from vismt.lowrank.files.peft_settings import CONFIG
 from vismt.lowrank.files.store import (
     base_samples,
@@ -26,14 +25,14 @@ from vismt.lowrank.files.store import (
     other_base,
     same_base,
 )
-from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.layers.base import adapter_layers, spec_of
-from vismt.lowrank.layers.linear import LowRankLayer, LowRankSettings
+from vismt.lowrank.layers.base import LayerSpec, adapter_layers, spec_of
+from vismt.lowrank.layers.kinds import matrix_shape
+from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
 from vismt.lowrank.layers.wrappers import check_mergeable, stock_order, wrapper_type
 from vismt.lowrank.model.inject import install, undone_on_error
 from vismt.lowrank.model.named import beside
 from vismt.lowrank.model.record import need_record, refuse_adapted, refuse_offloaded
-from vismt.lowrank.model.targets import candidates, matrix_shape, refusals
+from vismt.lowrank.model.targets import candidates, refusals
 from vismt.lowrank.values import check_parameter
 
 

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.low_rank import FORMS, LowRankLayer
 
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
+@FORMS.register("conv2d")
+@FORMS.register("nn.Conv1d")
+@FORMS.register("nn.Conv3d")
 class LowRankConv(LowRankLayer):
     """nn.Conv1d, Conv2d or Conv3d: A is a convolution of the same geometry with r output channels, B a 1x1 convolution.
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.low_rank import FORMS, LowRankLayer
 
 
+@FORMS.register("embedding")
 class LowRankEmbedding(LowRankLayer):
     """nn.Embedding. forward: ids (...) int64 -> (..., d)."""
 

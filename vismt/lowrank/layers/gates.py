@@ -1,13 +1,58 @@
-"""Gates of rank groups, one row for each sample, that reach every layer by context (per_sample.py)."""
+"""Values for each sample of a batch that reach every layer by context and not through the model's calls: gates of rank groups.
+
+The context is a ContextVar: threads and tasks that run at the same time see their own values, and nothing stays behind when the
+block ends. torch.compile cannot trace a ContextVar, so compiled code reads a copy that each thread has; with compiled models,
+do not let asynchronous tasks of one thread interleave inside their blocks.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+import copy
+import inspect
+import threading
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextvars import ContextVar, Token
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.per_sample import PerSample
 
+S = TypeVar("S", bound="PerSample")
+EXPAND = "_expand_inputs_for_generation"  # of transformers' generate
 UNDER = "run it under 'with vismt.llm.instance_gates(gates):'"
+
+
+class PerSample:
+    """Base class of such contexts. Blocks may be nested; the inner one holds.
+
+    repeats: how often each sample is in the batch, one copy after the other.
+    """
+
+    _current: ClassVar[ContextVar[Any]]
+    _traced: ClassVar[threading.local]
+
+    def __init_subclass__(cls) -> None:
+        cls._current, cls._traced = ContextVar(f"vismt_{cls.__name__}", default=None), threading.local()
+
+    def __init__(self) -> None:
+        self.repeats = 1
+        self._before: list[tuple[Token, PerSample | None]] = []
+
+    def __enter__(self: S) -> S:
+        self._before.append((self._current.set(self), getattr(self._traced, "scope", None)))
+        self._traced.scope = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        token, self._traced.scope = self._before.pop()
+        self._current.reset(token)
+
+    @classmethod
+    def scope(cls: type[S]) -> S | None:
+        """Return the context in force."""
+        return getattr(cls._traced, "scope", None) if torch.compiler.is_compiling() else cls._current.get()
 
 
 class instance_gates(PerSample):
@@ -79,3 +124,67 @@ def gated(hidden: Tensor, gate: Tensor | None) -> Tensor:
 def by_sample(hidden: Tensor, gate: Tensor) -> Tensor:
     """Return (n, k) as (b, n / b, k); b may be zero."""
     return hidden.view(len(gate), len(hidden) // max(len(gate), 1), hidden.shape[1])
+
+
+def recompute_gates() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return the contexts that torch.utils.checkpoint (not reentrant) takes as `context_fn`.
+
+    Blocks that are recomputed in the backward pass see the gates and adapters of their forward pass, on whatever thread it runs
+    and after the `with` block has ended.
+    """
+    return nullcontext(), _Again()
+
+
+class _Again:
+    """The contexts that are in force when this is made; it may be entered more than once."""
+
+    def __init__(self) -> None:
+        scopes = [kind.scope() for kind in PerSample.__subclasses__()]
+        self.scopes = [copy.copy(scope) for scope in scopes if scope is not None]
+        for scope in self.scopes:
+            scope._before = []
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        entered = ExitStack()
+        for scope in self.scopes:
+            entered.enter_context(scope)
+        self._entered.append(entered)
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.pop().close()
+
+
+def repeat_samples(times: int) -> None:
+    """Allow batches with each sample `times` times, one copy after the other, until the `with` block ends."""
+    for kind in PerSample.__subclasses__():
+        scope = kind._current.get()
+        if scope is not None:
+            scope.repeats = times
+
+
+class Expansion:
+    """Notes where transformers' `generate` repeats the samples (beams, num_return_sequences)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, expand_size: int = 1, *rest: Any, **named: Any) -> Any:
+        repeat_samples(expand_size)
+        owner = type(self.model)
+        stock = inspect.getattr_static(owner, EXPAND).__get__(self.model, owner)  # a method or static, by version
+        return stock(expand_size, *rest, **named)
+
+
+def watch_expansion(model: nn.Module) -> None:
+    """Let `generate` of the model and its parts note how it repeats the samples."""
+    for module in model.modules():
+        if hasattr(type(module), EXPAND):
+            setattr(module, EXPAND, Expansion(module))
+
+
+def unwatch_expansion(model: nn.Module) -> None:
+    """Undo `watch_expansion`."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get(EXPAND), Expansion):
+            delattr(module, EXPAND)

@@ -16,9 +16,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.low_rank import FORMS, LowRankLayer
 
 
+@FORMS.register("parameter")
 class LowRankHeld(LowRankLayer):
     """A HeldParameter with an update. It stands for the tensor W + DeltaW in functions of torch."""
 

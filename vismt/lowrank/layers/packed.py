@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import inner_module
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.low_rank import FORMS, LowRankLayer
 from vismt.lowrank.layers.packed_weights import dense_weight, packing
 
 
+@FORMS.register("packed")
 class LowRankPacked(LowRankLayer):
     """A linear on a packed weight. forward: x (..., i) -> (..., o), in the dtype that the stock module returns."""
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.base.registry import PLACES, Registry
-from vismt.lowrank.layers.base import AdapterLayer
-from vismt.lowrank.stand_in import HOOKS
+from vismt.lowrank.layers.base import HOOKS, AdapterLayer
 from vismt.lowrank.values import check_factor
 
 

@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layer_spec import AdaptReport, LayerSpec
-from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, adapter_layers
+from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.packed_weights import is_packed, use_cpu_kernel
 from vismt.lowrank.layers.parameters import hold, release
 from vismt.lowrank.layers.wrappers import (
@@ -32,13 +31,14 @@ from vismt.lowrank.layers.wrappers import (
     to_stock,
     uninstall,
 )
-from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.model.backups import backup_tensors, sample
 from vismt.lowrank.model.options import checked
 from vismt.lowrank.model.record import (
     RECORD,
     SHELF,
     AdaptRecord,
+    AdaptReport,
+    count_parameters,
     need_record,
     record_of,
     refuse_adapted,

@@ -1,4 +1,4 @@
-"""Several adapters on one model: named, one active at a time, or several together (mixed_layer.py).
+"""Several adapters on one model: named, one active at a time, or several together (mixed.py).
 
 Every update is relative to the stock weights, a principal start included, so adapters of any method can be carried together.
 With one active adapter the model is what it is with that adapter alone: the same layers, and compiled code of the same graph

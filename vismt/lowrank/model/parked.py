@@ -52,7 +52,7 @@ class Parked(nn.Module):
 
 
 class Shelf(nn.Module):
-    """The parked adapters of a model, by name. mixed: the names that are active together (mixed_layer.py).
+    """The parked adapters of a model, by name. mixed: the names that are active together (mixed.py).
 
     The forward returns its input, because an nn.Sequential calls every child.
     """

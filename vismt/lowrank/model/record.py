@@ -1,16 +1,19 @@
-"""The record of an adaptation on its model, and the models that cannot be adapted: adapted, switched or offloaded ones."""
+"""What `adapt` did to a model: its report, the record on the model, and the models that it refuses."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.layers.base import AdapterLayer
+from vismt.lowrank.layers.base import AdapterLayer, LayerSpec
 from vismt.lowrank.layers.wrappers import ModuleWrapper
+
+if TYPE_CHECKING:
+    from vismt.lowrank.layers.base import AdapterLayer
 
 RECORD = "vismt_record"  # the attribute of an adapted model
 SHELF = "vismt_parked"  # the submodule with its adapters that are not active (parked.py)
@@ -116,3 +119,49 @@ def need_record(model: nn.Module, what: str) -> AdaptRecord:
             f"{what}: needs one active adapter; call vismt.activate(model, name) with one of {', '.join(names)} first."
         )
     raise UserError(f"{what}: this model is not adapted; call vismt.adapt or vismt.load_adapter on it first.")
+
+
+@dataclass
+class AdaptReport:
+    """What `adapt` did. Printing it gives a table, one row for each group of like modules.
+
+    sites: the adapted modules. skipped: reasons for modules that were left out. extras: a line for each kind of trainable
+    tensors besides the updates.
+    """
+
+    method: str
+    sites: list[LayerSpec]
+    trainable: int
+    total: int
+    skipped: list[str] = field(default_factory=list)
+    extras: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        groups: dict[tuple, list[LayerSpec]] = {}
+        for spec in self.sites:
+            path = re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", spec.path)
+            groups.setdefault((path, spec.kind, spec.shape, *spec.layer.describe(spec)), []).append(spec)
+        rows = [("module", "count", "kind", "out x in", "rank", "scale", "parameters")]
+        for (path, kind, shape, rank, scale), specs in groups.items():
+            count = sum(spec.parameters for spec in specs)
+            rows.append((path, str(len(specs)), kind, f"{shape[0]} x {shape[1]}", rank, scale, f"{count:,}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        if not self.sites:
+            lines.clear()
+        lines.extend([*self.extras, self.summary()])
+        lines.extend(f"left out: {text}" for text in self.skipped)
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """Return one line: the method, how many modules, the trainable share of the parameters."""
+        share = 100 * self.trainable / max(self.total, 1)
+        modules = f"{len(self.sites)} modules   " if self.sites else ""
+        return f"{self.method}   {modules}{self.trainable:,} trainable of {self.total:,} ({share:.2f} %)"
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return the (trainable, total) numbers of parameters; a parameter that is shared counts once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, adapter_layers
+from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.record import need_record
 from vismt.lowrank.threads import each
 

@@ -16,12 +16,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vismt.base.errors import UserError, near
+from vismt.lowrank.layers.kinds import KINDS, LINEAR, kind_of
 from vismt.lowrank.layers.packed_weights import packing
 from vismt.lowrank.layers.parameters import ATTENTION, HeldParameter, is_attention, module_at, readable
 from vismt.lowrank.model.patterns import Pattern, PatternError, compiled
@@ -34,41 +35,6 @@ NOT_FORMED = "only plain factors can be added to it, without dropout or gates fo
 READ_BY_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")  # of a state-space mixer, which has an A_log
 
 Targets = str | Sequence[str] | None
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Return whether a module is transformers' Conv1D, by name: transformers need not be installed."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-# Kinds of modules that can carry an update beside transformers' Conv1D ("conv1d"): class and stock forward.
-KINDS: dict[str, type[nn.Module]] = {
-    "linear": nn.Linear,
-    "conv2d": nn.Conv2d,
-    "nn.Conv1d": nn.Conv1d,
-    "nn.Conv3d": nn.Conv3d,
-    "embedding": nn.Embedding,
-    "parameter": HeldParameter,
-}
-LINEAR = ("linear", "conv1d")  # the kinds that 'all-linear' takes
-
-
-def kind_of(module: nn.Module) -> str | None:
-    """Return "conv1d" or one of KINDS for a module that can carry an update, else None."""
-    if is_conv1d(module):
-        return "conv1d"
-    return next((kind for kind, cls in KINDS.items() if isinstance(module, cls)), None)
-
-
-def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """Return (o, i) of a linear, Conv1D or convolution, (entries, width) of an embedding."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features  # a packed weight has another shape
-    weight = cast(Tensor, module.weight)
-    if isinstance(module, HeldParameter):
-        return module.matrix_shape()
-    rows, columns = weight.shape[0], weight[0].numel()
-    return (columns, rows) if is_conv1d(module) else (rows, columns)
 
 
 def head_paths(model: nn.Module) -> set[str]:

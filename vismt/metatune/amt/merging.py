@@ -10,69 +10,18 @@ weights, exactly (the code: an unseeded randomised SVD).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
-from vismt.config.typed import Names
-from vismt.lowrank.init import principal
 from vismt.lowrank.model.targets import check_patterns, pattern_value
+from vismt.lowrank.svd import principal
 from vismt.metatune.amt.pool import ExpertPool
-from vismt.metatune.amt.selection_rules import RULES, SupportTask
+from vismt.metatune.amt.selection_rules import RULES, MergeSettings, SupportTask
 from vismt.metatune.features import features
 from vismt.metatune.finetuning.diffaugment import diff_augment
 from vismt.metatune.functional import Functional
 from vismt.metatune.protonet import PrototypeClassifier, prototypes
-
-STRATEGIES = (*RULES, "average", "logits", "expert")
-
-
-@dataclass(frozen=True)
-class MergeSettings:
-    """Settings of merging.
-
-    Args:
-        strategy: a rule of selection_rules.py (merge is the paper's), average, logits (mean of the experts' logits) or
-            expert (the expert with the label `expert`).
-        beta: sharpness of the mixture, at least 0.
-        balance: weight of compactness in [0, 1] (the paper's lambda).
-        top_k: number of experts that are kept.
-        augment: whether augmented support images are scored.
-        trim: {path pattern of adapted modules: share of the singular values kept, in (0, 1]}.
-        expert: label of the expert of the strategy expert.
-        seed: of the augmentation.
-        shares: {label: weight} of the strategy average, with sum 1; {} for equal ones.
-    """
-
-    strategy: Annotated[str, Names(STRATEGIES)] = "merge"
-    beta: float = 1.0
-    balance: float = 0.6
-    top_k: int = 2
-    augment: bool = False
-    trim: Mapping[str, float] = field(default_factory=dict)
-    expert: str | None = None
-    seed: int = 0
-    # Not in the repr, which older records hold.
-    shares: Mapping[str, float] = field(default_factory=dict, repr=False, metadata={"hashed": "if set"})
-
-    def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise UserError(f"merging.strategy: '{self.strategy}'.{near(self.strategy, STRATEGIES)}")
-        if not (0 <= self.beta < float("inf") and 0 <= self.balance <= 1 and self.top_k >= 1):
-            raise UserError(
-                f"merging: beta {self.beta}, balance {self.balance}, top_k {self.top_k}: need beta >= 0, balance in [0, 1], "
-                "top_k >= 1."
-            )
-        for pattern, share in self.trim.items():
-            if not 0 < share <= 1:
-                raise UserError(f"merging.trim['{pattern}']: {share}; keep a share in (0, 1] of the singular values.")
-        if self.shares and not abs(sum(self.shares.values()) - 1) < 1e-6:
-            raise UserError(f"merging.shares: {dict(self.shares)} sum to {sum(self.shares.values()):g}; need 1.")
 
 
 class PoolNet(nn.Module):

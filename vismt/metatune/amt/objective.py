@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +28,9 @@ from torch.func import functional_call
 from vismt.base.errors import UserError, near
 from vismt.base.seeds import mix_seed
 from vismt.config.typed import Names
-from vismt.lowrank.init import kaiming, principal
-from vismt.lowrank.layer_spec import AdaptReport
-from vismt.lowrank.layers.linear import LowRankLayer
-from vismt.lowrank.model.inject import inject
-from vismt.lowrank.model.targets import Targets
 from vismt.metatune.amt.input_attack import NORMS, PLAIN, PYRAMID, STARTS, Levels, pyramid_attack
 from vismt.metatune.amt.weight_attack import weight_perturbation
 from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
-from vismt.methods import Method, register_method
 
 CHOICES = {
     "kl": ("clean_adv", "adv_clean"),
@@ -50,48 +44,6 @@ THREATS = (*NORMS, CORRUPTION)
 Corrupt = Callable[[Tensor, int, int], Tensor]
 PATIENCE = 10  # episodes in a row with a flat prediction that count as collapsed
 FLAT = 0.01  # the surest prediction of an episode exceeds 1/k by no more
-
-
-def amt(
-    model: nn.Module,
-    *,
-    targets: Targets,
-    rank: int,
-    alpha: float | None,
-    seed: int,
-    init: str = "svd",
-    split_qkv: bool = True,
-    **options: Any,
-) -> AdaptReport:
-    """Adapt a model as one AMT expert: factors for each q, k, v block and linear layer.
-
-    init: "svd" (principal factors), or "lora" (zero B). The other arguments are those of `inject`.
-    """
-    if init not in ("svd", "lora"):
-        raise UserError(f"adapt.init: '{init}' for 'amt'.{near(str(init), ('svd', 'lora'))}")
-    if options.get("dropout"):
-        raise UserError(f"adapt.dropout: {options['dropout']} with 'amt', whose factors carry most of W; set it to 0.")
-
-    def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return (
-            principal(weight, rank, scale, generator=generator) if init == "svd" else kaiming(weight, rank, generator)
-        )
-
-    return inject(
-        model,
-        "amt",
-        start,
-        offset=init == "svd",
-        targets=targets,
-        rank=rank,
-        alpha=alpha,
-        seed=seed,
-        split_qkv=split_qkv,
-        **options,
-    )
-
-
-register_method(Method("amt", amt, layers=(LowRankLayer,)))
 
 
 @dataclass(frozen=True)

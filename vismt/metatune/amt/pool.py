@@ -26,8 +26,7 @@ from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.description import DESCRIPTION, read_description
 from vismt.lowrank.files.store import base_samples, load_adapter
 from vismt.lowrank.files.updates import Updates
-from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.layers.base import adapter_layers
+from vismt.lowrank.layers.base import LayerSpec, adapter_layers
 from vismt.lowrank.model.named import unadapt
 from vismt.lowrank.model.record import record_of
 from vismt.storage.files import atomic_write, locked, read_sealed, sealed

@@ -25,21 +25,23 @@ scale of an expert's cosines does not change its order. Queries are not used by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, near
+from vismt.config.typed import Names
 from vismt.metatune.amt.input_attack import PLAIN, pyramid_attack
 from vismt.metatune.features import features
 from vismt.metatune.protonet import cosine_logits, prototypes
 
 if TYPE_CHECKING:
-    from vismt.metatune.amt.merging import MergeSettings
+    pass
 
 RIDGE = 0.1  # strength, beside columns of length 1
 
@@ -266,3 +268,49 @@ def _attacked_cosines(task: SupportTask, index: int, epsilon: float) -> Tensor:
 
 def _one_hot(index: int, task: SupportTask) -> Tensor:
     return F.one_hot(torch.tensor(index, device=task.images.device), len(task.experts)).float()
+
+
+STRATEGIES = (*RULES, "average", "logits", "expert")
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Settings of merging.
+
+    Args:
+        strategy: a rule of selection_rules.py (merge is the paper's), average, logits (mean of the experts' logits) or
+            expert (the expert with the label `expert`).
+        beta: sharpness of the mixture, at least 0.
+        balance: weight of compactness in [0, 1] (the paper's lambda).
+        top_k: number of experts that are kept.
+        augment: whether augmented support images are scored.
+        trim: {path pattern of adapted modules: share of the singular values kept, in (0, 1]}.
+        expert: label of the expert of the strategy expert.
+        seed: of the augmentation.
+        shares: {label: weight} of the strategy average, with sum 1; {} for equal ones.
+    """
+
+    strategy: Annotated[str, Names(STRATEGIES)] = "merge"
+    beta: float = 1.0
+    balance: float = 0.6
+    top_k: int = 2
+    augment: bool = False
+    trim: Mapping[str, float] = field(default_factory=dict)
+    expert: str | None = None
+    seed: int = 0
+    # Not in the repr, which older records hold.
+    shares: Mapping[str, float] = field(default_factory=dict, repr=False, metadata={"hashed": "if set"})
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise UserError(f"merging.strategy: '{self.strategy}'.{near(self.strategy, STRATEGIES)}")
+        if not (0 <= self.beta < float("inf") and 0 <= self.balance <= 1 and self.top_k >= 1):
+            raise UserError(
+                f"merging: beta {self.beta}, balance {self.balance}, top_k {self.top_k}: need beta >= 0, balance in [0, 1], "
+                "top_k >= 1."
+            )
+        for pattern, share in self.trim.items():
+            if not 0 < share <= 1:
+                raise UserError(f"merging.trim['{pattern}']: {share}; keep a share in (0, 1] of the singular values.")
+        if self.shares and not abs(sum(self.shares.values()) - 1) < 1e-6:
+            raise UserError(f"merging.shares: {dict(self.shares)} sum to {sum(self.shares.values()):g}; need 1.")

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base import console
-from vismt.metatune.amt.merging import MergeSettings, PoolNet
+from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import ExpertPool
-from vismt.metatune.amt.selection_rules import RULES, SCORING
+from vismt.metatune.amt.selection_rules import RULES, SCORING, MergeSettings
 from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings
 from vismt.uncertainty.intervals import mean_interval
 

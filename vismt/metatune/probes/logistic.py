@@ -1,6 +1,6 @@
 """Logistic probe: multinomial logistic regression on a task's support features, with an L2 penalty.
 
-With u, w of linear_probe.py,
+With u, w of linear.py,
 
     min_{W, b}  1/n sum_i w_i CE(W u_i + b, y_i) + 1/(2 C n) |W|^2,    logits = W u + b
 

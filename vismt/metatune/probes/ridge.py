@@ -1,6 +1,6 @@
 """Ridge probe: regression of the one-hot labels on a task's support features, in closed form, strength by leave-one-out.
 
-With u, w of linear_probe.py, the rows scaled by sqrt(w): U = diag(w)^1/2 u (n, d), T = diag(w)^1/2 (onehot(y) - 1/N) (n, N),
+With u, w of linear.py, the rows scaled by sqrt(w): U = diag(w)^1/2 u (n, d), T = diag(w)^1/2 (onehot(y) - 1/N) (n, N),
 
     min_W  |U W^T - T|^2 + lambda |W|^2,    W^T = U^T G T,    G = (U U^T + lambda I)^-1 (n, n),    logits = 10 (u W^T + 1/N)
 

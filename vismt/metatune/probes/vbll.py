@@ -1,9 +1,9 @@
 """VBLL probe: a Bayesian last layer on support features (vismt/uncertainty/vbll.py), whose answers average over its posterior.
 
-With u, w of linear_probe.py and x = (sqrt(d) u, 1), so that a coordinate of x has mean square 1,
+With u, w of linear.py and x = (sqrt(d) u, 1), so that a coordinate of x has mean square 1,
 
     q = argmin  -1/n sum_i w_i bound(x_i, y_i) + (KL(q, prior) - log prior of the noise) / n
-    logits: bayesian_probe.py with m(x), R(x) = sqrt(v(x))
+    logits: bayesian.py with m(x), R(x) = sqrt(v(x))
 
 by STEPS steps of Adam over the whole support, from means of 0, the mode of the prior. So the answer depends on the support alone.
 The posterior matters most where the support is small: with one image a class the data fix one direction for each class, and all

@@ -3,8 +3,8 @@
     d = sum_t alpha_t g_t,    g_t = gradient of L_t with respect to the given parameters (the adapter's), flattened to one vector
 
 All methods of this package have this form and differ in alpha. `combine` returns a scalar to call backward on, which works
-with accumulation, clipping, loss scaling and DistributedDataParallel like any loss. loss_weighting.py: alpha from the losses.
-gradient_balancing.py: alpha from the Gram matrix <g_s, g_t> (T x T, float64, solved on the CPU); this costs a backward pass for
+with accumulation, clipping, loss scaling and DistributedDataParallel like any loss. losses.py: alpha from the losses.
+gradients.py: alpha from the Gram matrix <g_s, g_t> (T x T, float64, solved on the CPU); this costs a backward pass for
 each task in place of the usual one, and memory for T gradients of the given parameters (task_gradients.py).
 
 Several processes: L_t is the mean over the processes whose batch has the task, and g_t the mean of the gradients (not of Gram

@@ -1,6 +1,6 @@
 """Balancing by the losses: no gradient of a single task is computed, so a step costs as much as without balancing.
 
-Methods that compute alpha from the losses copy their values to the CPU once a step. Absent tasks: balancing.py.
+Methods that compute alpha from the losses copy their values to the CPU once a step. Absent tasks: base.py.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 fc1 holds lora_A (K r, d), lora_B (H, r); fc2 lora_A (r, H), lora_B (d, K r): r (K d + H) numbers each, as many as one shared
 pair of rank r (K d + H) / (d + H) has. `expert`, int64 (H,), is the expert of each unit in the present order of units, so an
 update merges, is saved and is exported in any order. As one matrix an update has rank up to K r, and is computed as such.
-Zhong et al., NeurIPS 2024, arXiv 2501.06884; the released code has a shared pair instead (moe_lora.py).
+Zhong et al., NeurIPS 2024, arXiv 2501.06884; the released code has a shared pair instead (method.py).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.layers.base import register_layer, spec_of
-from vismt.lowrank.layers.linear import LowRankLayer, LowRankLinear, LowRankSettings
-from vismt.lowrank.model.targets import matrix_shape
+from vismt.lowrank.layers.base import LayerSpec, register_layer, spec_of
+from vismt.lowrank.layers.kinds import matrix_shape
+from vismt.lowrank.layers.linear import LowRankLinear
+from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
 from vismt.lowrank.values import check_factor
 
 SIDES = {"fc1": "out", "fc2": "in"}  # linear -> which of its features are hidden units

@@ -6,7 +6,7 @@
 x is the FFN's input, after its norm; each token is routed separately and independent of its task. At a = 1 (fading.py) omega is
 1 and y is a plain FFN with merged weights. For a < 1 the layer cannot be merged, because the router acts before the activation
 and depends on the token.
-Source: Zhong et al., NeurIPS 2024, arXiv 2501.06884; where paper and code differ, see moe_lora.py.
+Source: Zhong et al., NeurIPS 2024, arXiv 2501.06884; where paper and code differ, see method.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
-from vismt.lowrank.init import working_dtype
-from vismt.lowrank.layers.linear import LowRankLayer, LowRankLinear
+from vismt.lowrank.layers.linear import LowRankLinear
+from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.wrappers import ModuleWrapper, register_wrapper
 from vismt.lowrank.model.starts import Initialiser, initialise, site_generator
+from vismt.lowrank.svd import working_dtype
 from vismt.multitask.emtal.clusters import plain_mlp
 from vismt.multitask.emtal.expert_pairs import ExpertPairs
 from vismt.multitask.emtal.routing import expert_weights, gate, idle

@@ -1,4 +1,4 @@
-"""MoEfied LoRA: plain LoRA in every block, and while training a router that weighs the experts of each FFN (moefied.py).
+"""MoEfied LoRA: plain LoRA in every block, and while training a router that weighs the experts of each FFN (ffn.py).
 
 EMTAL, Zhong et al., NeurIPS 2024, arXiv 2501.06884. Paper and released code differ, and the code's form is taken: one pair
 (A, B) a linear (paper: one for each expert, which is `pairs: expert`, expert_pairs.py), updates in attention too, scale 1, A
@@ -22,14 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
-from vismt.lowrank.layer_spec import AdaptReport
-from vismt.lowrank.layers.linear import LowRankLayer
+from vismt.lowrank.layers.kinds import kind_of
+from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.wrappers import wrappers_of
-from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.model.inject import attach, inject
-from vismt.lowrank.model.record import refuse_adapted
+from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.starts import site_generator
-from vismt.lowrank.model.targets import Targets, find_targets, kind_of
+from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.methods import Method, register_method
 from vismt.multitask.emtal.clusters import cluster_model, explained_variance, random_neurons
 from vismt.multitask.emtal.expert_pairs import ExpertPairs

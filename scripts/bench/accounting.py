@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vismt.base.errors import UserError, near
+from vismt.lowrank.model.record import count_parameters
 
 STATE_COPIES = {"adamw": 2, "adam": 2, "sgd_momentum": 1, "sgd": 0}
 
@@ -93,12 +94,6 @@ def account(
         None if kind is None else optimizer_bytes_formula(chosen, kind),
         None if step is None else peak_bytes(step),
     )
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the (trainable, total) numbers of parameters; a parameter that is shared counts once."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -1,0 +1,63 @@
+"""AMT's expert: LoRA factors that start at the principal part of the weight, one pair for each of q, k and v.
+
+    DeltaW = s B A,    A = sqrt(S_r / s) V_r^T,  B = U_r sqrt(S_r / s)    of W = U S V^T        (Yang, Liu, Wei, NeurIPS 2024)
+
+What trains it: objective.py. Pool and merging at test time: pool.py, merging.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismt.base.errors import UserError, near
+from vismt.lowrank.layers.low_rank import LowRankLayer
+from vismt.lowrank.model.inject import inject
+from vismt.lowrank.model.record import AdaptReport
+from vismt.lowrank.model.targets import Targets
+from vismt.lowrank.svd import kaiming, principal
+from vismt.methods import Method, register_method
+
+
+def amt(
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    init: str = "svd",
+    split_qkv: bool = True,
+    **options: Any,
+) -> AdaptReport:
+    """Adapt a model as one AMT expert: factors for each q, k, v block and linear layer.
+
+    init: "svd" (principal factors), or "lora" (zero B). The other arguments are those of `inject`.
+    """
+    if init not in ("svd", "lora"):
+        raise UserError(f"adapt.init: '{init}' for 'amt'.{near(str(init), ('svd', 'lora'))}")
+    if options.get("dropout"):
+        raise UserError(f"adapt.dropout: {options['dropout']} with 'amt', whose factors carry most of W; set it to 0.")
+
+    def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return (
+            principal(weight, rank, scale, generator=generator) if init == "svd" else kaiming(weight, rank, generator)
+        )
+
+    return inject(
+        model,
+        "amt",
+        start,
+        offset=init == "svd",
+        targets=targets,
+        rank=rank,
+        alpha=alpha,
+        seed=seed,
+        split_qkv=split_qkv,
+        **options,
+    )
+
+
+register_method(Method("amt", amt, layers=(LowRankLayer,)))
