@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.wrappers import wrappers_of
+from vismt.lowrank.layers.base import adapter_modules
 from vismt.multitask.emtal.ffn import MoEfiedMlp
 from vismt.multitask.emtal.routing import expert_weights
 from vismt.report.panels import read_panel, to_bytes, write_panel
@@ -41,7 +41,7 @@ CAPTION = (
 
 def has_routers(net: nn.Module) -> bool:
     """Return whether a net has a router."""
-    return any(isinstance(part, MoEfiedMlp) for part in wrappers_of(net).values())
+    return any(isinstance(part, MoEfiedMlp) for part in adapter_modules(net).values())
 
 
 def write_routers(path: Path, net: Any, images: Tensor) -> Path:
@@ -59,7 +59,7 @@ def write_routers(path: Path, net: Any, images: Tensor) -> Path:
     Raises:
         UserError: for a net without a router.
     """
-    routed = [(name, part) for name, part in wrappers_of(net).items() if isinstance(part, MoEfiedMlp)]
+    routed = [(name, part) for name, part in adapter_modules(net).items() if isinstance(part, MoEfiedMlp)]
     if not routed:
         raise UserError("routers: this net has no router; take one that was adapted with moe_lora and is not merged.")
     chosen = [

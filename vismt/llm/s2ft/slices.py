@@ -25,7 +25,7 @@ from vismt.base.errors import UserError
 from vismt.llm.s2ft.layer import SliceLinear
 from vismt.lowrank.files.description import read_adapter
 from vismt.lowrank.files.store import base_samples, other_base, same_base
-from vismt.lowrank.layers.kinds import is_conv1d, kind_of, matrix_shape
+from vismt.lowrank.layers.stock_modules import is_conv1d, kind_of, matrix_shape
 from vismt.lowrank.model.record import refuse_adapted, refuse_switched
 
 
@@ -63,7 +63,7 @@ def read_slices(folder: str | Path) -> dict[str, Slice]:
         )
     slices = {}
     for spec in specs:
-        values = {name: tensors[f"{spec.path}.{name}"] for name in spec.tensors()}
+        values = {name: tensors[f"{spec.path}.{name}"] for name in spec.layer.tensor_shapes(spec)}
         delta = values["slice_values"].float()
         if "slice_start" in values:
             delta = delta - values["slice_start"].float()

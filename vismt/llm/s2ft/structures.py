@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.kinds import kind_of, matrix_shape
+from vismt.lowrank.layers.stock_modules import kind_of, matrix_shape
 from vismt.lowrank.model.targets import READ_DIRECTLY, find_targets, head_paths, read_directly
 
 HEADS = (
@@ -333,4 +333,4 @@ def couple(model: nn.Module, coupled: Iterable[Structure], layers: Mapping[str, 
         modules = {block.path: model.get_submodule(block.path) for block in structure.blocks}
         coupling = Coupling(structure, modules, of_parts)
         for part, layer in of_parts.items():
-            layer.attach(coupling, structure.parts[part])
+            layer.join(coupling, structure.parts[part])

@@ -228,7 +228,7 @@ def _load_factors(vit: nn.Module, expert: Expert) -> tuple[list[LayerSpec], Pair
     load_adapter(vit, expert.folder)
     try:
         adapted = adapter_layers(vit)
-        sites = list(record_of(vit).sites)
+        sites = list(record_of(vit).layers)
         layers = [adapted[site.path] for site in sites]
         # A core is multiplied into B, so that all pairs are plain.
         pairs = [(layer.lora_A.detach().clone(), layer.left().detach().clone()) for layer in layers]
