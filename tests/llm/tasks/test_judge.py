@@ -16,7 +16,7 @@ from vismt.base.errors import UserError
 from vismt.data.texts.interactions import Catalogue
 from vismt.jobs.lm.data import ItemBatches
 from vismt.llm.ilora.hybrid import Hybrid, title_vectors
-from vismt.llm.ilora.sasrec import SASRec
+from vismt.llm.ilora.recommenders import SASRec
 from vismt.llm.net import LmNet
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import gather

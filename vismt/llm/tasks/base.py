@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vismt.base.errors import UserError, near
 from vismt.base.seeds import mix_seed
-from vismt.llm.ilora.sasrec import padded
+from vismt.llm.ilora.recommenders import padded
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.pieces import Piece, collate
 from vismt.uncertainty.intervals import LOWER, NUMBER, Measure
