@@ -29,7 +29,8 @@ from vismt.robustness.attacks.transfer import TransferSource
 from vismt.robustness.conditions import AttackConfig, Perturbation, condition_of, conditions, worst_cases
 from vismt.robustness.masking import check_episodes
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure
+from vismt.uncertainty.intervals import CLEAN, NUMBER, Measure
+from vismt.uncertainty.probability_metrics import quality_measures
 
 TASK = "few-shot"
 FORMS = {UNSCALED: CLEAN, SCALED: TEMPERED}  # conditions of the rows of probabilities
@@ -202,14 +203,8 @@ def probability_measures(results: Mapping[str, Tensor], form: str) -> list[Measu
 
     All episodes weigh the same.
     """
-    from vismt.uncertainty.probability_metrics import gap_values  # loads torchmetrics
-
-    effects, bounds = gap_values(results[f"{form} {GAPS}"])
-    return [
-        Measure("ECE-15", _by_episode(effects), better=LOWER, bounds=bounds, paired=False),
-        Measure("NLL in nats", _by_episode(results[f"{form} {NLL}"]), NUMBER, LOWER),
-        Measure("Brier", _by_episode(results[f"{form} {BRIER}"]), NUMBER, LOWER),
-    ]
+    gaps, nlls, briers = (results[f"{form} {name}"] for name in (GAPS, NLL, BRIER))
+    return quality_measures([str(number) for number in range(len(nlls))], gaps, nlls, briers)
 
 
 def _by_episode(values: Tensor) -> dict[str, float]:
