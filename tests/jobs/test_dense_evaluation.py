@@ -15,7 +15,7 @@ from vismt.jobs.dense.config import DenseConfig, all_tasks
 from vismt.jobs.dense.data import Rows
 from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.figures import sections
-from vismt.jobs.variants import ADJUSTED
+from vismt.jobs.output_conditions import ADJUSTED
 from vismt.multitask.tasks import DenseTask
 from vismt.report.results import Score
 from vismt.robustness.corruptions import CorruptionSpec

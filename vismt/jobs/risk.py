@@ -43,7 +43,6 @@ COVERAGE, SHARE = 0.9, 0.8  # of the sets; of the answers that are accepted
 class Thresholds:
     """Thresholds from n validation examples: of -log p for sets, of confidences for answers."""
 
-    fingerprint: str
     quantile: float
     confidence: float
     n: int
@@ -82,12 +81,12 @@ def _need_examples(count: int) -> None:
         )
 
 
-def fit_thresholds(fingerprint: str, log_p: Tensor, labels: Tensor) -> Thresholds:
+def fit_thresholds(log_p: Tensor, labels: Tensor) -> Thresholds:
     """Return the thresholds of clean examples. log_p: log-probabilities (n, k); labels: (n,)."""
     _need_examples(len(labels))
     chosen = log_p.gather(1, labels[:, None]).squeeze(1)
     confidence = accepting_threshold(log_p.amax(1).exp(), SHARE)
-    return Thresholds(fingerprint, conformal_quantile(-chosen, COVERAGE), confidence, len(labels))
+    return Thresholds(conformal_quantile(-chosen, COVERAGE), confidence, len(labels))
 
 
 def check_report(report: str | None, split: str = "test") -> None:

@@ -33,6 +33,11 @@ LARGEST = 4096  # k d of a full matrix: 128 MB in fp64, and half a minute of eig
 class Curvature(nn.Module, ABC):
     """Sum H over batches with `add`, decompose it with `finish`, then evaluate with `root`."""
 
+    values0: Tensor
+    vectors0: Tensor
+    values1: Tensor
+    vectors1: Tensor
+
     def __init__(self, *shapes: tuple[int, ...], **factory: Any) -> None:
         super().__init__()
         for number, shape in enumerate(shapes):
@@ -125,6 +130,8 @@ class Laplace(GaussianHead):
         noise: (k,) variances of the logits in addition to those of the weights.
         affine: whether the last column of mean is a bias.
     """
+
+    noise: Tensor | None
 
     def __init__(
         self,

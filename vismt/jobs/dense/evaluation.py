@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from vismt.jobs.dense.config import DenseConfig, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, Undefined, read_scored
-from vismt.jobs.variants import ADJUSTED, TAUS
+from vismt.jobs.output_conditions import ADJUSTED, TAUS, fitted_once
 from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.dense import DenseNet
 from vismt.multitask.inference import predict
@@ -44,13 +44,20 @@ from vismt.report.results import Score
 from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.conditions import DensePerturbation, condition_of
 from vismt.robustness.corruptions import CorruptionSpec, corrupt
-from vismt.storage.files import atomic_write, read_sealed, sealed
 from vismt.storage.lines import read_lines, write_lines
 from vismt.uncertainty.intervals import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure
 
 UNDEFINED = "undefined"  # key of a record: reasons by task
 ADJUSTMENT = "adjustment.json"
 LEAST = 1e-6  # lower bound of a score before its logarithm
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """The tau of each task, and the validation score of each task and tau that was tried."""
+
+    taus: dict[str, float]
+    validation: dict[str, float]
 
 
 class Evaluation:
@@ -159,20 +166,16 @@ class Evaluation:
         return self.scores(scored or {}, split, ADJUSTED)
 
     def _taus(self, net: DenseNet, training: Training, tasks: Sequence[DenseTask]) -> dict[str, float]:
-        """Return the tau of each task with the best score on the validation images, the smallest of several, read or written."""
-        path, chosen_for = training.folder / ADJUSTMENT, fingerprint(training)
-        known = ranks.from_first(
-            lambda: read_sealed(path, f"run '{training.folder}'", ("taus",)) if path.exists() else {}
-        )
-        if known.get("fingerprint") == chosen_for and known["taus"].keys() == {task.name for task in tasks}:
-            return known["taus"]
-        variants = {f"{task.name} {tau:g}": (task.name, tau) for task in tasks for tau in TAUS}
-        pools = self._pooled(net, tasks, "validation", variants, f"{training}   tau")
-        values = {name: pool.value() for name, pool in pools.items()}
-        taus = {task.name: max(TAUS, key=lambda tau: values[f"{task.name} {tau:g}"]) for task in tasks}
-        about = {"fingerprint": chosen_for, "taus": taus, "validation": values}
-        ranks.from_first(lambda: atomic_write(path, sealed(about)))
-        return taus
+        """Return each task's best tau on the validation images (ties: the smallest)."""
+
+        def fit() -> Adjustment:
+            variants = {f"{task.name} {tau:g}": (task.name, tau) for task in tasks for tau in TAUS}
+            pools = self._pooled(net, tasks, "validation", variants, f"{training}   tau")
+            values = {name: pool.value() for name, pool in pools.items()}
+            taus = {task.name: max(TAUS, key=lambda tau: values[f"{task.name} {tau:g}"]) for task in tasks}
+            return Adjustment(taus, values)
+
+        return fitted_once(training.folder / ADJUSTMENT, Adjustment, fingerprint(training), fit, shared=True).taus
 
     def _pooled(
         self,

@@ -21,13 +21,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from vismt.base import ranks
 from vismt.base.seeds import digest
 from vismt.data.names import shown_name
 from vismt.data.pixels import Pixels
 from vismt.engine.log import record_stem
 from vismt.jobs.fewshot.models import Models
-from vismt.jobs.variants import kept
+from vismt.jobs.output_conditions import fitted_once
 from vismt.metatune.protocol.protocol import clean_logits
 from vismt.uncertainty.temperature import fit_temperature
 
@@ -36,9 +35,8 @@ ABSENT = -1e30  # logit of the classes that an episode of fewer ways lacks: a pr
 
 @dataclass(frozen=True)
 class Temperature:
-    """What was fitted for a model and validation episodes with a fingerprint, on n queries."""
+    """What was fitted for a model on n queries of validation episodes."""
 
-    fingerprint: str
     temperature: float
     n: int
 
@@ -73,13 +71,13 @@ def temperature(folder: Path, models: Models, arm: str, data: str, opened: Calla
         logits = torch.cat([F.pad(part.double(), (0, ways - part.shape[1]), value=ABSENT) for part, _ in pairs])
         labels = torch.cat([part for _, part in pairs])
         # Rounded, as it is part of the records' settings: another machine fits the same.
-        return Temperature(fingerprint, float(f"{fit_temperature(logits, labels):.6g}"), len(labels))
+        return Temperature(float(f"{fit_temperature(logits, labels):.6g}"), len(labels))
 
     episodes = {name: [select.episodes, sampler.describe()] for name, sampler in samplers.items()}
     text = json.dumps([models.fingerprint(arm, data), episodes], sort_keys=True)
     fingerprint = digest(text.encode())
     path = temperature_file(folder, models.seed, "all" if select.data else shown_name(data), arm)
-    return ranks.from_first(lambda: kept(path, Temperature, fingerprint, fit)).temperature
+    return fitted_once(path, Temperature, fingerprint, fit).temperature
 
 
 def episodes_file(folder: Path, seed: int, data: str, protocol: str, arm: str) -> Path:
