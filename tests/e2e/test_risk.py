@@ -15,9 +15,8 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.engine.study import read_choice
 from vismt.jobs import open_run
-from vismt.jobs.risk import fit_thresholds, validation_parts
+from vismt.jobs.risk import ACCEPTED, AURC, COLUMNS, COVERED, RISK, SIZE, fit_thresholds, validation_parts
 from vismt.report.results import Result, read_results
-from vismt.report.risk import ACCEPTED, AURC, COLUMNS, COVERED, RISK, SIZE
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 

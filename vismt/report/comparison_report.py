@@ -13,10 +13,10 @@ from vismt.config.typed import shown
 from vismt.config.yaml_text import read_yaml
 from vismt.report.comparison import Values, compare
 from vismt.report.plotting import vector_figures
-from vismt.report.report import CONFIG, DEFAULT_FORMATS, Heading, run_heading, write_report
 from vismt.report.results import RESULTS, Result, ValuesByExample, read_results
-from vismt.report.study import score_sections
+from vismt.report.score_sections import score_sections
 from vismt.report.tables import Section, Table
+from vismt.report.writer import CONFIG, DEFAULT_FORMATS, Heading, run_heading, write_report
 
 FACTS = ("Command", "Git revision", "Config hash", "Hardware", "Seeds")
 SETTINGS_NOTE = (
@@ -90,7 +90,7 @@ def compare_runs(
 ) -> list[Path]:
     """Write one report over separate runs into the folder `target`; return its files.
 
-    arms and UserErrors: as of `join`. formats: as of `vismt.report.report.write_report`.
+    arms and UserErrors: as of `join`. formats: as of `vismt.report.writer.write_report`.
     """
     joined = join(folders, arms)
     comparisons = compare(joined.results, joined)
