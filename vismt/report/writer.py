@@ -11,7 +11,7 @@ from vismt.base.errors import UserError
 from vismt.report.comparison import AVERAGE, Comparison
 from vismt.report.html import render_html, render_markdown
 from vismt.report.papers import render_csv, render_latex
-from vismt.report.results import Result
+from vismt.report.results import FACTS, RESOLVED, Result
 from vismt.report.tables import (
     KeyFigure,
     Report,
@@ -34,7 +34,6 @@ LEGEND = (
     "(marked “unpaired”), the two intervals overlap. Every set weighs the same in the average."
 )
 ZERO_WIDTH_NOTE = " A width of 0.0 means that all n gave the same value, not that the number is certain."
-CONFIG = "config.resolved.yaml"
 # Format -> ending of its file.
 FORMATS = {"html": "html", "md": "md", "csv": "csv", "latex": "tex"}
 DEFAULT_FORMATS = ("html", "md")
@@ -57,19 +56,19 @@ class Heading:
 
 def run_heading(folder: Path) -> Heading:
     """Return the heading of a run folder; raise UserError when its run.json is missing or broken."""
-    path = folder / "run.json"
+    path = folder / FACTS
     if not path.exists():
         raise UserError(f"report: no run.json in '{folder}'; give a run folder, `vismt run CONFIG` makes one.")
     about = read_sealed(path, "report")
     if not about.get("config_hash"):
         raise UserError(f"report: '{path}' has no config_hash; `vismt evaluate {folder}` writes it again.")
-    config = folder / CONFIG
+    config = folder / RESOLVED
     revision = f", git revision {about['git_revision']}" if about.get("git_revision") else ""
     seeds = f", seeds {text}" if (text := _seeds(about)) else ""
     try:
         content = regular_file(config).read_text(encoding="utf8", errors="replace") if config.exists() else ""
     except OSError as error:
-        raise UserError(f"run '{folder}': {CONFIG} cannot be read: {error.strerror}.") from error
+        raise UserError(f"run '{folder}': {RESOLVED} cannot be read: {error.strerror}.") from error
     return Heading(
         title=str(about.get("title") or folder.name),
         facts=_facts(about),

@@ -68,7 +68,7 @@ class Evaluation:
         self.data = data
         self.tasks = data.tasks
 
-    def scores(self, scored: Mapping[str, Scored], split: str, condition: Condition = CLEAN) -> list[Score]:
+    def as_scores(self, scored: Mapping[str, Scored], split: str, condition: Condition = CLEAN) -> list[Score]:
         """Return one score for each task of a training under a condition."""
         return [self._score(self.tasks[name], task_score, split, condition) for name, task_score in scored.items()]
 
@@ -100,7 +100,7 @@ class Evaluation:
         total = math.fsum(sign * log for sign, log in zip(signs, logs)) + undefined * math.log(LEAST)
         return math.exp(total / (len(logs) + undefined))
 
-    def under(
+    def condition_scores(
         self,
         net: Callable[[], DenseNet],
         training: Training,
@@ -113,27 +113,27 @@ class Evaluation:
 
         net: returns the evaluated net, asked for where a condition is not on record. config: of the training. records: folder.
         """
-        scores = self.scores(self.clean(net, training, config, split, records), split)
+        scores = self.as_scores(self.clean_scores(net, training, config, split, records), split)
         for spec in specs:
             if isinstance(spec, DenseAttack) and not spec.attacked(trained_tasks(config)):
                 continue
             key = digest(json.dumps(spec.settings(), sort_keys=True).encode())[:8]
             path = records / f"{split}-{key}.jsonl"
-            scored = self.known(path, training)
+            scored = self.recorded_scores(path, training)
             if scored is None:
-                scored = self.scored(net(), training, config, split, path, spec)
-            scores += self.scores(scored, split, condition_of(spec))
+                scored = self.score_and_record(net(), training, config, split, path, spec)
+            scores += self.as_scores(scored, split, condition_of(spec))
         return scores
 
-    def clean(
+    def clean_scores(
         self, net: Callable[[], DenseNet], training: Training, config: DenseConfig, split: str, records: Path
     ) -> dict[str, Scored]:
-        """Return the clean scores of every task; arguments as for `under`."""
+        """Return the clean scores of every task; arguments as for `condition_scores`."""
         path = records / f"{split}.jsonl"
-        scored = self.known(path, training)
-        return self.scored(net(), training, config, split, path) if scored is None else scored
+        scored = self.recorded_scores(path, training)
+        return self.score_and_record(net(), training, config, split, path) if scored is None else scored
 
-    def scored(
+    def score_and_record(
         self,
         net: DenseNet,
         training: Training,
@@ -151,19 +151,22 @@ class Evaluation:
         label = str(training) if spec is None else f"{training}   {spec.label}"
         return self._written(self._pooled(net, tasks, split, plain, label, spec), training, path, spec)
 
-    def adjusted(
+    def adjusted_scores(
         self, net: Callable[[], DenseNet], training: Training, config: DenseConfig, split: str, records: Path
     ) -> list[Score]:
-        """Return the scores of the tasks with classes, their logits adjusted by the tau of validation; arguments as `under`."""
+        """Return the scores of the tasks with classes, their logits adjusted by the tau of validation.
+
+        Arguments as for `condition_scores`.
+        """
         path = records / f"{split}-adjusted.jsonl"
-        scored = self.known(path, training)
+        scored = self.recorded_scores(path, training)
         tasks = [task for task in trained_tasks(config) if isinstance(task, ClassLoss)]
         if scored is None and tasks:
             taus = self._taus(net(), training, tasks)
             variants = {name: (name, tau) for name, tau in taus.items()}
             pools = self._pooled(net(), tasks, split, variants, f"{training}   {ADJUSTED.label}")
             scored = self._written(pools, training, path)
-        return self.scores(scored or {}, split, ADJUSTED)
+        return self.as_scores(scored or {}, split, ADJUSTED)
 
     def _taus(self, net: DenseNet, training: Training, tasks: Sequence[DenseTask]) -> dict[str, float]:
         """Return each task's best tau on the validation images (ties: the smallest)."""
@@ -243,8 +246,8 @@ class Evaluation:
         ranks.from_first(lambda: write_lines(path, [row]))
         return scored
 
-    def known(self, path: Path, training: Training) -> dict[str, Scored] | None:
-        """Return the scores that `scored` wrote for these weights, None where there are none."""
+    def recorded_scores(self, path: Path, training: Training) -> dict[str, Scored] | None:
+        """Return the scores that `score_and_record` wrote for these weights, None where there are none."""
         lines = ranks.from_first(lambda: read_lines(path, ("fingerprint", "tasks"), whole=True))
         if not lines or lines[0]["fingerprint"] != fingerprint(training):
             return None
