@@ -21,7 +21,7 @@ from vismt.engine.optimizer import make_optimizer
 from vismt.engine.stream import Batches
 from vismt.engine.study import StudyConfig, Training
 from vismt.jobs.base import EvaluationJob
-from vismt.jobs.variants import TEMPERATURE_FILE, temperature_file
+from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
 from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.inject import merge
 from vismt.lowrank.model.record import count_parameters, record_of

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from vismt.jobs.classification.panels import EXAMPLES
+from vismt.report.arm_figures import LETTER
 from vismt.report.panels import read_panel
 from vismt.report.plotting import MUTED, RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
 from vismt.report.routers import router_pictures
-from vismt.report.study_figures import LETTER
 from vismt.report.tables import Picture, Section
 
 SHOWN = 8

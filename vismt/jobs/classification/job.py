@@ -24,11 +24,9 @@ from vismt.jobs.calibrating import calibrated_on_images
 from vismt.jobs.classification import panels
 from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
 from vismt.jobs.classification.data import TaskData
-from vismt.jobs.classification.detection import detection_scores
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.figures import sections
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, stored, with_linear_head
-from vismt.jobs.classification.posterior import laplace_scores
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.risk import check_thresholds
 from vismt.jobs.task_sections import make_configured_balancer
@@ -159,9 +157,9 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         risk = self.config.report is not None and split == self.split
         scores = self.evaluation.scores(net, training, separate, split, specs, records, forms, risk)
         if forms is not None and attacks is None:
-            scores += detection_scores(self.evaluation, net, training, separate, records)
+            scores += self.evaluation.detection(net, training, separate, records)
             if self.config.evaluate.laplace:
-                scores += laplace_scores(self.evaluation, net, training, records)
+                scores += self.evaluation.laplace(net, training, records)
         return scores
 
     def validate(self, training: Training) -> float:

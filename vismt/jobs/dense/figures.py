@@ -12,11 +12,11 @@ import numpy as np
 from vismt.engine.study import ARMS
 from vismt.jobs.dense.config import PANELS
 from vismt.jobs.dense.evaluation import UNDEFINED
+from vismt.report.arm_figures import LETTER
 from vismt.report.panels import read_panel
 from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
 from vismt.report.results import RECORDS
 from vismt.report.routers import router_pictures
-from vismt.report.study_figures import LETTER
 from vismt.report.tables import Picture, Section, Table, number_text, scale_text
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE

@@ -10,7 +10,7 @@ from helpers.run_folder import FROZEN, make_folder
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.report.comparison import compare
-from vismt.report.joined import compare_runs, join
+from vismt.report.comparison_report import compare_runs, join
 from vismt.report.results import Score, read_results
 from vismt.uncertainty.intervals import CLEAN
 

@@ -13,12 +13,12 @@ from vismt.config.typed import shown
 from vismt.config.yaml_text import read_yaml
 from vismt.report.comparison import Values, compare
 from vismt.report.plotting import vector_figures
-from vismt.report.report import CONFIG, DEFAULT_FORMATS, Heading, run_heading, write_report
-from vismt.report.results import RESULTS, Result, ValuesByExample, read_results
-from vismt.report.study import score_sections
+from vismt.report.results import RESOLVED, RESULTS, Result, ValuesByExample, read_results
+from vismt.report.score_sections import score_sections
 from vismt.report.tables import Section, Table
+from vismt.report.writer import DEFAULT_FORMATS, Heading, run_heading, write_report
 
-FACTS = ("Command", "Git revision", "Config hash", "Hardware", "Seeds")
+SHOWN_FACTS = ("Command", "Git revision", "Config hash", "Hardware", "Seeds")
 SETTINGS_NOTE = (
     "Keys of config.resolved.yaml whose values differ; – where a run has no such key. Titles and arms are left out."
 )
@@ -90,14 +90,14 @@ def compare_runs(
 ) -> list[Path]:
     """Write one report over separate runs into the folder `target`; return its files.
 
-    arms and UserErrors: as of `join`. formats: as of `vismt.report.report.write_report`.
+    arms and UserErrors: as of `join`. formats: as of `vismt.report.writer.write_report`.
     """
     joined = join(folders, arms)
     comparisons = compare(joined.results, joined)
     names = _run_names(folders)
     headings = {names[folder]: run_heading(folder) for folder in folders}
     labels = list(joined.sources)
-    settings = Section("Settings", _settings({names[folder]: folder / CONFIG for folder in folders}))
+    settings = Section("Settings", _settings({names[folder]: folder / RESOLVED for folder in folders}))
     with vector_figures(formats):
         sections = [settings, *score_sections(target, joined.results, comparisons, joined, labels, {})]
     return write_report(target, _heading(headings), joined.results, comparisons, sections, formats)
@@ -106,7 +106,7 @@ def compare_runs(
 def _heading(headings: Mapping[str, Heading]) -> Heading:
     facts = []
     for name, heading in headings.items():
-        kept = [f"{fact}: {value}" for fact, value in heading.facts if fact in FACTS]
+        kept = [f"{fact}: {value}" for fact, value in heading.facts if fact in SHOWN_FACTS]
         facts.append((name, "; ".join([heading.title, *kept])))
     source = "; ".join(f"{name}: {heading.source}" for name, heading in headings.items())
     return Heading(f"Comparison of {', '.join(headings)}", facts, source)

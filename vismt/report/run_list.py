@@ -8,8 +8,8 @@ from pathlib import Path
 from vismt.base.errors import UserError
 from vismt.config.sections import read_yaml
 from vismt.report.comparison import compare
-from vismt.report.report import headline
 from vismt.report.results import FACTS, RESOLVED, RESULTS, ValuesByExample, read_results
+from vismt.report.writer import headline
 from vismt.storage.cache import Deletable
 from vismt.storage.files import HOLDER, LOCK, is_locked, read_sealed
 

@@ -7,7 +7,7 @@ import pytest
 from helpers.readable import assert_readable, visible_texts
 
 from vismt.base.errors import UserError
-from vismt.report.study_figures import SeedsPanel, curves_figure, seeds_figure
+from vismt.report.arm_figures import SeedsPanel, curves_figure, seeds_figure
 
 ARMS = [
     "linear-probe",

@@ -1,4 +1,4 @@
-"""The Laplace probe against autograd's Hessian in all weights, and its answers on images."""
+"""The Laplace probe against autograd's Hessian in all weights, the VBLL probe's optimum, and the answers of both on images."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from helpers.amt_parts import backbone, drawn
 from torch import Tensor
 
 from vismt.metatune import ProtoNet
-from vismt.metatune.probes import laplace as laplace_probe
-from vismt.metatune.probes.laplace import LaplaceProbe
-from vismt.metatune.probes.linear import class_weights
-from vismt.metatune.probes.logistic import C
+from vismt.metatune.probes import bayesian
+from vismt.metatune.probes.bayesian import LaplaceProbe, VBLLProbe
+from vismt.metatune.probes.linear import C, class_weights
 from vismt.uncertainty.laplace import KroneckerCurvature
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 0, 0])
 WEIGHTS = class_weights(LABELS, 3)
+TEN = torch.tensor([0, 1, 2, 0, 1, 0, 0, 2, 1, 0])
 
 
 def rows(n: int, d: int, seed: int) -> Tensor:
@@ -63,7 +63,7 @@ def test_the_posterior_is_the_inverse_hessian_around_the_mode(d: int) -> None:
 
 
 def test_large_tasks_keep_kronecker_factors_of_weighted_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(laplace_probe, "FULL", 3)
+    monkeypatch.setattr(bayesian, "FULL", 3)
     u, other = rows(7, 20, 0), rows(5, 20, 1)
     head = LaplaceProbe(None).fit_head(u, LABELS, WEIGHTS)
     assert isinstance(head.curvature, KroneckerCurvature)
@@ -114,3 +114,59 @@ def test_the_answer_is_near_the_mean_of_many_draws() -> None:
 def inputs(classifier: torch.nn.Module, images: Tensor) -> Tensor:
     z = F.normalize(classifier.backbone(images), dim=1)
     return classifier.expand((z - classifier.mean) / classifier.spread)
+
+
+def clear_inputs(labels: Tensor, d: int = 6) -> Tensor:
+    """Return clear classes of mean square 1, centred."""
+    noise = torch.randn(len(labels), d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u = F.one_hot(labels, d).double() + 0.2 * noise
+    u = u - class_weights(labels, 3) @ u / len(u)
+    return u / u.square().sum(1).mean().sqrt()
+
+
+def test_the_means_separate_the_support_and_more_images_leave_less_posterior() -> None:
+    u = clear_inputs(TEN)
+    W, b = VBLLProbe(None).fit(u, TEN, class_weights(TEN, 3))
+    assert torch.equal((u @ W.T + b).argmax(1), TEN)
+    head = VBLLProbe(None).fit_head(u, TEN, class_weights(TEN, 3))
+    many = TEN.repeat(20)
+    larger = VBLLProbe(None).fit_head(clear_inputs(many), many, class_weights(many, 3))
+    assert larger.spread.variances().mean() < 0.5 * head.spread.variances().mean()
+    # The prior of the head: 2 / d each. What the support does not fix keeps a good part of it.
+    assert float(head.spread.variances().max()) <= 1.1 * head.prior_variance
+
+
+def test_the_loss_is_at_a_minimum() -> None:
+    u, weights = clear_inputs(TEN), class_weights(TEN, 3)
+    probe = VBLLProbe(None)
+    head = probe.fit_head(u, TEN, weights)
+    x = ones(u * 6**0.5).float()
+
+    def loss() -> float:
+        bound = weights.float() @ head.bound(x, TEN)
+        return float((head.kl() - head.noise_log_prior() - bound) / 10)
+
+    least = loss()
+    for name, parameter in head.named_parameters():
+        for step in (-0.1, 0.1):
+            with torch.no_grad():
+                parameter.add_(step)
+                assert loss() > least - 1e-3, name
+                parameter.sub_(step)
+
+
+def test_options_reach_the_head_and_the_fingerprint() -> None:
+    wide = VBLLProbe(None, prior_scale=8.0)
+    assert wide.fit_head(clear_inputs(TEN), TEN, class_weights(TEN, 3)).prior_variance == pytest.approx(8 * 2 / 7)
+    assert wide.describe() != VBLLProbe(None).describe()
+
+
+def test_a_query_has_the_same_answer_alone_and_in_a_batch_and_passes_a_gradient() -> None:
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    probe = VBLLProbe(ProtoNet(backbone().eval()))
+    classifier = probe.classifier(images, torch.tensor([0, 1, 0, 1, 0, 1])).eval()
+    queries = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    logs = classifier(queries)
+    assert torch.allclose(logs.exp().sum(1), torch.ones(4), atol=1e-4)
+    assert torch.allclose(classifier(queries[2:3]), logs[2:3], atol=1e-4)
+    assert float(torch.autograd.grad(logs[:, 0].sum(), queries)[0].abs().sum()) > 0

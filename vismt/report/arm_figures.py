@@ -124,7 +124,12 @@ def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
     Raises:
         UserError: when nothing but the fade was logged.
     """
-    series = {name: {arm: line for arm, rows in logs.items() if len(line := _series(rows, name))} for name in titles}
+    series: dict[str, dict[str, np.ndarray]] = {}  # by name and arm the logged (step, value) pairs (logged, 2)
+    for name in titles:
+        pairs = {
+            arm: [(row["step"], row[name]) for row in rows if row.get(name) is not None] for arm, rows in logs.items()
+        }
+        series[name] = {arm: np.array(found, dtype=float) for arm, found in pairs.items() if found}
     shown = [name for name in titles if series[name]]
     if not set(shown) - {"fade"}:
         raise UserError(f"training curves: none of {', '.join(logs)} has logged a loss or an accuracy.")
@@ -156,8 +161,3 @@ def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
             axes.plot(steps, factor * values, color=color, alpha=0.18, linewidth=0.8, marker=lone, zorder=1.5)
             axes.plot(steps, factor * running_mean(values), color=color, linewidth=1.8, solid_capstyle="round")
     return save(figure, path)
-
-
-def _series(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """Return the logged (step, value) pairs, (logged, 2)."""
-    return np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None], dtype=float)

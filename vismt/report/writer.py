@@ -9,11 +9,12 @@ from typing import Any
 
 from vismt.base.errors import UserError
 from vismt.report.comparison import AVERAGE, Comparison
-from vismt.report.document import KeyFigure, Report
 from vismt.report.html import render_html, render_markdown
 from vismt.report.papers import render_csv, render_latex
-from vismt.report.results import Result
+from vismt.report.results import FACTS, RESOLVED, Result
 from vismt.report.tables import (
+    KeyFigure,
+    Report,
     Section,
     counts_text,
     difference_text,
@@ -32,8 +33,7 @@ LEGEND = (
     "the 95 % interval of the paired difference contains zero, or, where a row has no records of the same examples "
     "(marked “unpaired”), the two intervals overlap. Every set weighs the same in the average."
 )
-FLAT = " A width of 0.0 means that all n gave the same value, not that the number is certain."
-CONFIG = "config.resolved.yaml"
+ZERO_WIDTH_NOTE = " A width of 0.0 means that all n gave the same value, not that the number is certain."
 # Format -> ending of its file.
 FORMATS = {"html": "html", "md": "md", "csv": "csv", "latex": "tex"}
 DEFAULT_FORMATS = ("html", "md")
@@ -56,14 +56,19 @@ class Heading:
 
 def run_heading(folder: Path) -> Heading:
     """Return the heading of a run folder; raise UserError when its run.json is missing or broken."""
-    about = _read_facts(folder)
-    config = folder / CONFIG
+    path = folder / FACTS
+    if not path.exists():
+        raise UserError(f"report: no run.json in '{folder}'; give a run folder, `vismt run CONFIG` makes one.")
+    about = read_sealed(path, "report")
+    if not about.get("config_hash"):
+        raise UserError(f"report: '{path}' has no config_hash; `vismt evaluate {folder}` writes it again.")
+    config = folder / RESOLVED
     revision = f", git revision {about['git_revision']}" if about.get("git_revision") else ""
     seeds = f", seeds {text}" if (text := _seeds(about)) else ""
     try:
         content = regular_file(config).read_text(encoding="utf8", errors="replace") if config.exists() else ""
     except OSError as error:
-        raise UserError(f"run '{folder}': {CONFIG} cannot be read: {error.strerror}.") from error
+        raise UserError(f"run '{folder}': {RESOLVED} cannot be read: {error.strerror}.") from error
     return Heading(
         title=str(about.get("title") or folder.name),
         facts=_facts(about),
@@ -96,7 +101,7 @@ def write_report(
         keys=[_key_figure(c) for c in key_comparisons(comparisons)],
         facts=heading.facts,
         tables=result_tables(comparisons),
-        legend=LEGEND.format(seeds=_seeds_text(comparisons)) + (FLAT if flat else ""),
+        legend=LEGEND.format(seeds=_seeds_text(comparisons)) + (ZERO_WIDTH_NOTE if flat else ""),
         sections=[section for section in sections if section.tables or section.pictures],
         citation=_citation(heading.source, comparisons),
         config=heading.config,
@@ -156,16 +161,6 @@ def headline(comparisons: Sequence[Comparison]) -> str:
         text = interval_text(cell.value, cell.half, c.row.scale)
         return f"{scale_text(c.row.metric, c.row.scale)} {text} ({_best(c)})"
     return ""
-
-
-def _read_facts(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    if not path.exists():
-        raise UserError(f"report: no run.json in '{folder}'; give a run folder, `vismt run CONFIG` makes one.")
-    about = read_sealed(path, "report")
-    if not about.get("config_hash"):
-        raise UserError(f"report: '{path}' has no config_hash; `vismt evaluate {folder}` writes it again.")
-    return about
 
 
 def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from helpers.results import PGD, add, corruption, measure, result, rows_of, writ
 
 from vismt.report.comparison import compare
 from vismt.report.results import Score, ValuesByExample, read_results
-from vismt.report.study import arm_scores, score_sections
+from vismt.report.score_sections import arm_scores, score_sections
 from vismt.report.trainings import training_sections
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import CLEAN, Condition

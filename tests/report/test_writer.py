@@ -10,11 +10,11 @@ from helpers.run_folder import FROZEN, add_arm, make_folder
 from vismt.base.errors import UserError
 from vismt.report.comparison import compare
 from vismt.report.plotting import vector_figures
-from vismt.report.report import run_heading, write_report
 from vismt.report.results import Score, ValuesByExample, read_results
-from vismt.report.study import score_sections
+from vismt.report.score_sections import score_sections
 from vismt.report.tables import Picture, Section, Table
 from vismt.report.trainings import training_sections
+from vismt.report.writer import run_heading, write_report
 from vismt.uncertainty.intervals import CLEAN, Condition
 
 LOGGED = {"loss": "Training loss", "accuracy": "Training accuracy (%)"}

@@ -16,7 +16,7 @@ from vismt.cli import main
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
 from vismt.multitask.emtal.clusters import cluster_model
-from vismt.report.overview import list_runs
+from vismt.report.run_list import list_runs
 from vismt.storage.cache import deletable
 from vismt.storage.files import locked
 from vismt.storage.scratch import scratch_beside

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vismt.engine.log import record_stem
-from vismt.report import figures, study_figures
+from vismt.report import arm_figures, figures
+from vismt.report.arm_figures import SeedsPanel
 from vismt.report.comparison import AVERAGE, Comparison, Evidence, ExampleValues, block
 from vismt.report.results import Result
-from vismt.report.study_figures import SeedsPanel
 from vismt.report.tables import Picture, Section, Table, interval_text, number_text, scale_text, split_corruptions
 from vismt.uncertainty.intervals import LOWER, SHARE, seeds_interval
 
@@ -222,7 +222,7 @@ def _seeds_figure(folder: Path, arms: Sequence[str], scores: Sequence[ArmScore])
         factor = 100 if score.row.scale == SHARE else 1
         values = {key: factor * value for key, value in score.seeds.items()}
         panels.append(SeedsPanel(score.name, score.metric, f"n = {score.count}", values, score.row.scale))
-    path = study_figures.seeds_figure(panels, list(arms), folder / "figures" / "seeds.png")
+    path = arm_figures.seeds_figure(panels, list(arms), folder / "figures" / "seeds.png")
     return [Picture(path, "Arms by seed", SEEDS_CAPTION)]
 
 
