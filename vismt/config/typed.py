@@ -115,7 +115,7 @@ class Range:
 def within(
     least: float | None = None, most: float | None = None, *, above: float | None = None, below: float | None = None
 ) -> Range:
-    """Return a check for `Annotated[float, within(0, 1)]`, which raises UserError for a number outside of the range."""
+    """Return the range for the annotation of a number, as in Annotated[float, ...]; `build` refuses numbers outside of it."""
     return Range(least, most, above, below)
 
 

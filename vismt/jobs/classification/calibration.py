@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vismt.jobs.variants import TAUS, kept
+from vismt.jobs.output_conditions import TAUS, kept
 from vismt.multitask.class_loss import adjusted
 from vismt.uncertainty.temperature import fit_temperature
 

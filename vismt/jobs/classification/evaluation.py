@@ -22,8 +22,8 @@ from vismt.jobs.classification.calibration import Calibration, calibration
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet, stored
+from vismt.jobs.output_conditions import ADJUSTED, TEMPERED, kept
 from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures, validation_parts
-from vismt.jobs.variants import ADJUSTED, TEMPERED, kept
 from vismt.multitask.class_loss import adjusted
 from vismt.multitask.union import TaskClassifier
 from vismt.report.results import Score

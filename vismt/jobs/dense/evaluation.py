@@ -35,7 +35,7 @@ from vismt.jobs.dense.config import DenseConfig, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, Undefined, read_scored
-from vismt.jobs.variants import ADJUSTED, TAUS
+from vismt.jobs.output_conditions import ADJUSTED, TAUS
 from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.dense import DenseNet
 from vismt.multitask.inference import predict

@@ -27,7 +27,7 @@ from vismt.data.names import shown_name
 from vismt.data.pixels import Pixels
 from vismt.engine.log import record_stem
 from vismt.jobs.fewshot.models import Models
-from vismt.jobs.variants import kept
+from vismt.jobs.output_conditions import kept
 from vismt.metatune.protocol.protocol import clean_logits
 from vismt.uncertainty.temperature import fit_temperature
 

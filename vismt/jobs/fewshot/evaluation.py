@@ -20,7 +20,7 @@ from vismt.jobs.fewshot.calibration import episodes_file, temperature
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
-from vismt.jobs.variants import TEMPERED, against
+from vismt.jobs.output_conditions import TEMPERED, against
 from vismt.metatune.protocol.episode_outcome import BRIER, GAPS, NLL, SCALED, UNSCALED
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.protocol.protocol import run_protocol

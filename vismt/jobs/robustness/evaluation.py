@@ -11,10 +11,10 @@ import torch
 from vismt.base import ranks
 from vismt.data.names import row_name
 from vismt.engine.log import record_stem
+from vismt.jobs.output_conditions import kept
 from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures
 from vismt.jobs.robustness.data import Batches
 from vismt.jobs.robustness.models import Classifier
-from vismt.jobs.variants import kept
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.corruption_error import mean_corruption_error

@@ -148,6 +148,12 @@ class EvaluationJob(ABC, Generic[Config]):
         """Return the further entries of config.json beside merged weights."""
         return {}
 
+    def predict(self, images: Sequence[Path], target: Path, arm: str | None = None, **options: bool) -> list[Path]:
+        """Draw one arm's predictions on images into `target`; return the files."""
+        raise UserError(
+            f"predict: run '{self.folder}' has the job '{self.config.task}', which draws no predictions on images."
+        )
+
     def name_of(self, arm: str | None = None) -> str:
         """Return the arm and seed that a name stands for, as they stand in the name of a folder."""
         training = self.study.find(arm)

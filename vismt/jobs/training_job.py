@@ -20,8 +20,8 @@ from vismt.engine import loop, runtime, training_files
 from vismt.engine.optimizer import make_optimizer
 from vismt.engine.stream import Batches
 from vismt.engine.study import StudyConfig, Training
-from vismt.jobs.base import EvaluationJob
-from vismt.jobs.variants import TEMPERATURE_FILE, temperature_file
+from vismt.jobs.evaluation_job import EvaluationJob
+from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
 from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.inject import merge
 from vismt.lowrank.model.record import count_parameters, record_of
@@ -33,7 +33,7 @@ Config = TypeVar("Config", bound=StudyConfig)
 Net = TypeVar("Net", bound=nn.Module)
 
 
-class Job(EvaluationJob[Config], Generic[Config, Net]):
+class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
     """Train, evaluate, report and merge for one run folder."""
 
     # ---- what a job declares ------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
 
     def _check_names(self, config: Config) -> None:
         """Check the train section of an arm, its method and options, and its targets and rank on the bare modules."""
-        loop.check(config.training)
+        _ = config.training  # raises where there is none
         if config.adapt is not None:
             settings = config.adapt
             arguments = (settings.method, settings.targets, settings.rank, settings.alpha, settings.options)

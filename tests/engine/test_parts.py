@@ -8,7 +8,7 @@ import pytest
 
 from vismt.base.errors import UserError
 from vismt.data.names import overlap
-from vismt.engine.splits import PartsConfig, check_parts
+from vismt.engine.parts import PartsConfig, check_parts
 from vismt.storage.paths import shipped
 
 
