@@ -11,7 +11,7 @@ from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.llm import VBLLClassifier
-from vismt.uncertainty import alternating_loss
+from vismt.uncertainty.alternating_loss import alternating_loss
 
 
 def setting() -> tuple[nn.Module, VBLLClassifier, torch.Tensor, torch.Tensor]:
