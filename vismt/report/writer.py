@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vismt.base.errors import UserError
+from vismt.config.sections import RESOLVED
 from vismt.report.comparison import AVERAGE, Comparison
 from vismt.report.html import render_html, render_markdown
 from vismt.report.papers import render_csv, render_latex
-from vismt.report.results import FACTS, RESOLVED, Result
+from vismt.report.results import FACTS, Result
 from vismt.report.tables import (
     KeyFigure,
     Report,
