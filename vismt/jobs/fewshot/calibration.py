@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 from vismt.base import ranks
 from vismt.base.seeds import digest
-from vismt.data.names import shown_name
 from vismt.data.pixels import Pixels
+from vismt.data.set_entries import shown_name
 from vismt.engine.log import record_stem
 from vismt.jobs.fewshot.models import Models
 from vismt.jobs.variants import kept

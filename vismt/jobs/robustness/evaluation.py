@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vismt.base import ranks
-from vismt.data.names import row_name
+from vismt.data.set_entries import row_name
 from vismt.engine.log import record_stem
 from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures
 from vismt.jobs.robustness.data import Batches
