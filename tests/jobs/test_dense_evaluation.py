@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vismt.data.maps.dense import DenseSet
+from vismt.data.maps.dense_set import DenseSet
 from vismt.engine.study import ALONE, Training
 from vismt.jobs.dense import evaluation as dense_evaluation
 from vismt.jobs.dense.config import DenseConfig, all_tasks

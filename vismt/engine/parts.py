@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from vismt.base.errors import UserError
-from vismt.data.names import check_apart, check_row_names, overlap
+from vismt.data.set_entries import check_apart, check_row_names, overlap
 
 
 @dataclass

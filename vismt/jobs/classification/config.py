@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from vismt.base.errors import UserError, near
 from vismt.config.sections import UNHASHED, Jitter, ModelConfig, OnBadSample
 from vismt.config.typed import Names
-from vismt.data.names import check_apart, check_row_names
+from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.jobs.calibrating import ImageCalibrationConfig, check_calibration

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vismt.backbones import vit
 from vismt.base.errors import UserError
 from vismt.data.batching import ShuffledBatches
-from vismt.data.names import card_and_split, row_name
+from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.engine.study import Training
 from vismt.jobs.calibrating import calibrated_on_images

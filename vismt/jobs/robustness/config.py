@@ -8,7 +8,7 @@ from typing import Annotated
 from vismt.base.errors import UserError, near
 from vismt.config.sections import AdaptConfig, ModelConfig, OnBadSample, TrainConfig
 from vismt.config.typed import Names
-from vismt.data.names import check_row_names
+from vismt.data.set_entries import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.jobs.risk import check_report
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.blobs import blobs
 
-from vismt.data.thinning import thin
+from vismt.data.maps.edge_thinning import thin
 
 
 def test_a_bar_is_thinned_to_its_middle_and_a_line_stays() -> None:

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import RelativePath
+from vismt.data.copies import fix, shown_path, verify_classes, verify_counts
 from vismt.data.decode import decoding, to_rgb
 from vismt.data.image_source import ImageSource, LoadedImages
 from vismt.data.source_types import Card, Files, cached_folder, source_kind
-from vismt.data.sources import fix, shown_path, verify_classes, verify_counts
 
 REFUSED = (RuntimeError, OSError, ValueError, ImportError, EOFError, tarfile.TarError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
-class Door:
+class DatasetLayout:
     """How a class of torchvision is used.
 
     Attributes:
@@ -49,30 +49,30 @@ def _pcam_labels(dataset: Any) -> list[int]:
 
 TRAIN_FLAG = {"train": {"train": True}, "test": {"train": False}}
 DIGITS = tuple("0123456789")
-DOORS: dict[str, Door] = {
-    "CIFAR10": Door(TRAIN_FLAG),
-    "CIFAR100": Door(TRAIN_FLAG),
-    "Caltech101": Door({"all": {}}, "y", "categories"),
-    "Country211": Door(_named("train", "valid", "test")),
-    "DTD": Door(_named("train", "val", "test"), "_labels"),
-    "EuroSAT": Door({"all": {}}),
-    "FGVCAircraft": Door(_named("train", "val", "test"), "_labels"),
-    "FashionMNIST": Door(TRAIN_FLAG),
-    "Flowers102": Door(_named("train", "val", "test"), "_labels"),
-    "Food101": Door(_named("train", "test"), "_labels"),
-    "GTSRB": Door(_named("train", "test"), "_samples", tuple(f"{k:02d}" for k in range(43))),
-    "KMNIST": Door(TRAIN_FLAG),
-    "MNIST": Door(TRAIN_FLAG),
-    "Omniglot": Door(
+LAYOUTS: dict[str, DatasetLayout] = {
+    "CIFAR10": DatasetLayout(TRAIN_FLAG),
+    "CIFAR100": DatasetLayout(TRAIN_FLAG),
+    "Caltech101": DatasetLayout({"all": {}}, "y", "categories"),
+    "Country211": DatasetLayout(_named("train", "valid", "test")),
+    "DTD": DatasetLayout(_named("train", "val", "test"), "_labels"),
+    "EuroSAT": DatasetLayout({"all": {}}),
+    "FGVCAircraft": DatasetLayout(_named("train", "val", "test"), "_labels"),
+    "FashionMNIST": DatasetLayout(TRAIN_FLAG),
+    "Flowers102": DatasetLayout(_named("train", "val", "test"), "_labels"),
+    "Food101": DatasetLayout(_named("train", "test"), "_labels"),
+    "GTSRB": DatasetLayout(_named("train", "test"), "_samples", tuple(f"{k:02d}" for k in range(43))),
+    "KMNIST": DatasetLayout(TRAIN_FLAG),
+    "MNIST": DatasetLayout(TRAIN_FLAG),
+    "Omniglot": DatasetLayout(
         {"background": {"background": True}, "evaluation": {"background": False}},
         "_flat_character_images", "_characters",
     ),
-    "OxfordIIITPet": Door(_named("trainval", "test"), "_labels"),
-    "PCAM": Door(_named("train", "val", "test"), _pcam_labels, ("no_tumour", "tumour")),
-    "STL10": Door(_named("train", "test"), "labels"),
-    "SUN397": Door({"all": {}}, "_labels"),
-    "SVHN": Door(_named("train", "test"), "labels", DIGITS),
-    "StanfordCars": Door(_named("train", "test"), "_samples"),
+    "OxfordIIITPet": DatasetLayout(_named("trainval", "test"), "_labels"),
+    "PCAM": DatasetLayout(_named("train", "val", "test"), _pcam_labels, ("no_tumour", "tumour")),
+    "STL10": DatasetLayout(_named("train", "test"), "labels"),
+    "SUN397": DatasetLayout({"all": {}}, "_labels"),
+    "SVHN": DatasetLayout(_named("train", "test"), "labels", DIGITS),
+    "StanfordCars": DatasetLayout(_named("train", "test"), "_samples"),
 }  # fmt: skip
 
 
@@ -92,11 +92,11 @@ class TorchvisionSource(ImageSource):
     downloads: bool = True
 
     def check(self, where: str) -> None:
-        """Raise UserError for a class or a split that DOORS does not have."""
+        """Raise UserError for a class or a split that LAYOUTS does not have."""
         super().check(where)
-        if self.dataset not in DOORS:
-            raise UserError(f"{where}: torchvision class '{self.dataset}' is not known.{near(self.dataset, DOORS)}")
-        choices = DOORS[self.dataset].splits
+        if self.dataset not in LAYOUTS:
+            raise UserError(f"{where}: torchvision class '{self.dataset}' is not known.{near(self.dataset, LAYOUTS)}")
+        choices = LAYOUTS[self.dataset].splits
         unknown = next((split for split in self.splits if split not in choices), None)
         if unknown is not None:
             raise UserError(f"{where}: {self.dataset} has no split '{unknown}'.{near(unknown, choices)}")
@@ -125,16 +125,16 @@ class TorchvisionSource(ImageSource):
         Raises:
             UserError: torchvision cannot open the set, or an image of it cannot be decoded.
         """
-        door = DOORS[self.dataset]
+        layout = LAYOUTS[self.dataset]
         wanted = self.wanted(split)
         parts = {name: self._construct(card, base, name) for name in wanted}
         index: dict[str, int] = {}
         labels: list[int] = []
         counts: dict[str, int] = {}
         for name, dataset in parts.items():
-            classes = getattr(dataset, door.classes) if isinstance(door.classes, str) else door.classes
+            classes = getattr(dataset, layout.classes) if isinstance(layout.classes, str) else layout.classes
             names = [str(title) for title in classes]
-            numbers = _labels(dataset, door)
+            numbers = _labels(dataset, layout)
             for title in names:
                 index.setdefault(title, len(index))
             labels += [index[names[number]] for number in numbers]
@@ -159,7 +159,7 @@ class TorchvisionSource(ImageSource):
 
         # torchvision opens files with all formats of Pillow: an EPS called x.jpg must not start Ghostscript.
         EpsImagePlugin.gs_binary = False
-        arguments = DOORS[self.dataset].splits[split]
+        arguments = LAYOUTS[self.dataset].splits[split]
         try:
             return getattr(torchvision.datasets, self.dataset)(str(base), download=download, **arguments)
         except REFUSED as error:
@@ -169,6 +169,6 @@ class TorchvisionSource(ImageSource):
             raise UserError(f"{card.shown}: torchvision {act} {copy}: {reason}. {fix(card)}") from error
 
 
-def _labels(dataset: Any, door: Door) -> list[int]:
-    stored = door.labels(dataset) if callable(door.labels) else getattr(dataset, door.labels)
+def _labels(dataset: Any, layout: DatasetLayout) -> list[int]:
+    stored = layout.labels(dataset) if callable(layout.labels) else getattr(dataset, layout.labels)
     return [int(item[1] if isinstance(item, (tuple, list)) else item) for item in stored]

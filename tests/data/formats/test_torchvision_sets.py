@@ -12,7 +12,7 @@ from PIL import Image
 
 from vismt.base.errors import UserError
 from vismt.data.check import check, prepare
-from vismt.data.formats.torchvision_door import DOORS
+from vismt.data.formats.torchvision_sets import LAYOUTS
 from vismt.data.images import open_images
 
 CIFAR = "  - {kind: torchvision, dataset: CIFAR10, root: c, splits: {train: 3, test: 2}}"
@@ -46,10 +46,10 @@ def cifar(monkeypatch, write_card):
     return write_card(CIFAR)
 
 
-def test_every_door_matches_the_real_constructor():
-    for name, door in DOORS.items():
+def test_every_layout_matches_the_real_constructor():
+    for name, layout in LAYOUTS.items():
         parameters = inspect.signature(getattr(torchvision.datasets, name).__init__).parameters
-        for arguments in door.splits.values():
+        for arguments in layout.splits.values():
             assert {"root", "download", *arguments} <= set(parameters), name
 
 

@@ -9,9 +9,9 @@ from helpers.blobs import blobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vismt.data.formats.derived import edges_from_depth, edges_from_labels, normals_from_depth
 from vismt.data.maps.dense_sample import valid
 from vismt.data.maps.dense_transforms import flip
+from vismt.data.maps.derived_maps import edges_from_depth, edges_from_labels, normals_from_depth
 
 CAMERA = {"fx": 50.0, "fy": 60.0, "cx": 9.5, "cy": 6.0}
 H, W = 14, 20

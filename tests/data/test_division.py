@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vismt.base.errors import UserError
-from vismt.data.splits import divide, limited
+from vismt.data.division import divide, limited
 
 LABELS = torch.tensor([0] * 10 + [1] * 4 + [0] * 2)
 

@@ -9,7 +9,7 @@ import pytest
 from vismt.base.errors import UserError
 from vismt.data.check import check
 from vismt.data.images import open_images
-from vismt.data.texts.texts import open_texts
+from vismt.data.texts.text_set import open_texts
 from vismt.storage.paths import data_roots
 
 LINES = '{kind: text, root: t, files: {all: a.txt}, fields: [text, label], form: lines, separators: ["\\t"], splits: {all: %s}%s}'

@@ -10,11 +10,11 @@ import torch
 from PIL import Image, ImageOps
 
 from vismt.base.errors import UserError
-from vismt.data.formats.derived import normals_by_camera
 from vismt.data.images import open_images
-from vismt.data.maps.dense import classified, open_dense, open_samples
 from vismt.data.maps.dense_maps import MapSettings, read_maps
 from vismt.data.maps.dense_sample import collate, size_of, valid
+from vismt.data.maps.dense_set import classified, open_dense, open_samples
+from vismt.data.maps.derived_maps import normals_by_camera
 
 SOURCE = """  - kind: dense
     root: d

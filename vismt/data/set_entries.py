@@ -12,7 +12,8 @@ from vismt.config.yaml_text import read_yaml
 from vismt.storage.paths import shipped
 
 CARDS = (".yaml", ".yml")
-FILES = (".csv", ".tsv", ".jsonl", *CARDS)  # of cards and of sets in one file
+DELIMITERS = {".csv": ",", ".tsv": "\t"}  # suffix of a table -> what is between its columns
+FILES = (*DELIMITERS, ".jsonl", *CARDS)  # of cards and of sets in one file
 
 
 def card_and_split(entry: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from vismt.base.errors import UserError, near
 from vismt.config.typed import read_yaml
 from vismt.data.manifest import read_manifest
-from vismt.data.names import CARDS
+from vismt.data.set_entries import CARDS
 from vismt.data.source_types import PACKAGES, Card, DataSource, S
 from vismt.storage.paths import cache_root, data_roots
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vismt.data.maps.dense_sample import IGNORE
-from vismt.data.thinning import thin
+from vismt.data.maps.edge_thinning import thin
 
 
 def normals_from_depth(

@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from vismt.backbones.sources import PLACES, WeightsSource
+from vismt.backbones.weight_sources import PLACES, WeightsSource
 from vismt.base.errors import UserError, near
 from vismt.config.typed import RelativePath, build, read_yaml
 
