@@ -183,7 +183,9 @@ def test_a_file_of_an_unknown_layer_is_one_clear_error(tmp_path: Path) -> None:
     vismt.save_adapter(adapted(), tmp_path / "a")
     path = tmp_path / "a" / "adapter.json"
     path.write_text(path.read_text().replace('"layer": "output_scale"', '"layer": "output_scales"'))
-    with pytest.raises(vismt.UserError, match=r"no adapter module 'output_scales'\. Near: 'output_scale'.*Import the file"):
+    with pytest.raises(
+        vismt.UserError, match=r"no adapter module 'output_scales'\. Near: 'output_scale'.*Import the file"
+    ):
         vismt.load_adapter(tiny_vit(), tmp_path / "a")
 
 
