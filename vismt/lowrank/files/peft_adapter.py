@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank import strict_json
+from vismt.config.json_text import read_json
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.peft_layouts import (
     added,
@@ -163,7 +163,7 @@ def read_peft(folder: Path) -> PeftAdapter:
     Raises UserError for damaged files, a variant that is not a plain LoRA, and a start that cannot be replayed.
     """
     what = f"peft adapter '{folder}'"
-    config = strict_json.read(folder / CONFIG, what)
+    config = read_json(folder / CONFIG, what)
     if not isinstance(config, dict):
         raise UserError(f"{what}: {CONFIG} holds no settings.")
     settings = read_settings(what, config)
