@@ -152,8 +152,10 @@ def build(cls: type[T], values: object, source: str, key: str = "", /, **given: 
     try:
         return cls(**converted)
     except ValueError as error:  # of a check in __post_init__; a UserError is a ValueError
-        where = f"{source}: {key}" if key and isinstance(source, JsonFile) else source
-        raise UserError(f"{where}: {error}") from error
+        if not isinstance(source, JsonFile):
+            raise UserError(f"{source}: {error}") from error
+        where, end = (f"{source}: {key}" if key else source), "" if str(error).endswith(".") else "."
+        raise UserError(f"{where}: {error}{end}") from error
 
 
 def arguments(function: Callable[..., Any], options: Mapping[str, Any], source: str, key: str = "") -> dict[str, Any]:

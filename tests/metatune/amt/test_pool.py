@@ -283,7 +283,7 @@ def test_an_expert_that_cannot_be_read_leaves_the_old_pool(tmp_path: Path) -> No
     description = json.loads((experts[1].folder / "adapter.json").read_text())
     for value in (None, "../../secret", ".."):
         (experts[1].folder / "adapter.json").write_text(json.dumps({**description, "tensors": value}))
-        with pytest.raises(UserError, match=r"expert '1': adapter\.json is not what .*: tensors "):
+        with pytest.raises(UserError, match=r"expert '1': adapter\.json is not what .*: tensors[ :]"):
             assemble(experts[:2], tmp_path / "other")
     with pytest.raises(UserError, match="no expert given"):
         assemble([], tmp_path / "other")
