@@ -70,13 +70,13 @@ class Evaluation:
 
     def as_scores(self, scored: Mapping[str, Scored], split: str, condition: Condition = CLEAN) -> list[Score]:
         """Return one score for each task of a training under a condition."""
-        return [self._score(self.tasks[name], task_score, split, condition) for name, task_score in scored.items()]
-
-    def _score(self, task: DenseTask, scored: Scored, split: str, condition: Condition) -> Score:
-        scale = SHARE if task.share else NUMBER
-        better = LOWER if task.lower_is_better else HIGHER
-        measure = Measure(metric_name(task), scored.images, scale, better)
-        return Score(task.name, self.data.part(split).name, self._protocol(split), measure, condition)
+        scores = []
+        for name, task_score in scored.items():
+            task = self.tasks[name]
+            scale, better = SHARE if task.share else NUMBER, LOWER if task.lower_is_better else HIGHER
+            measure = Measure(metric_name(task), task_score.images, scale, better)
+            scores.append(Score(task.name, self.data.part(split).name, self._protocol(split), measure, condition))
+        return scores
 
     def _protocol(self, split: str) -> str:
         """Return split, image size, windows and mirroring as text."""
@@ -197,7 +197,11 @@ class Evaluation:
             """Return (variant, image, state) of a batch's images."""
             names, samples, batch = self._batch(split, start)
             if isinstance(spec, CorruptionSpec):
-                batch["image"] = self._corrupted(names, samples, spec)
+                changed = [
+                    corrupt(sample["image"][None], spec.name, spec.severity, seed=mix_seed(spec.seed, name))[0]
+                    for name, sample in zip(names, samples)
+                ]
+                batch["image"] = torch.stack([pad({"image": image}, self.data.size)["image"] for image in changed])
             elif spec is not None:
                 batch["image"] = self._attacked(net, tasks, names, samples, batch, spec)
             logits = self.logits(net, batch)
@@ -260,14 +264,6 @@ class Evaluation:
         """Return how tasks count classes that do not occur, where it is not by zero; names: of tasks."""
         options = {name: getattr(self.tasks[name], "absent", "zero") for name in names}
         return {name: option for name, option in options.items() if option != "zero"}
-
-    def _corrupted(self, names: Sequence[str], samples: Sequence[Sample], spec: CorruptionSpec) -> Tensor:
-        """Return the corrupted images without their padding, padded again (b, 3, h, w)."""
-        images = [
-            corrupt(sample["image"][None], spec.name, spec.severity, seed=mix_seed(spec.seed, name))[0]
-            for name, sample in zip(names, samples)
-        ]
-        return torch.stack([pad({"image": image}, self.data.size)["image"] for image in images])
 
     def _attacked(
         self,
