@@ -10,7 +10,7 @@ from vismt.config.sections import HASHED_IF_SET, UNHASHED, Dtype, ModelSection
 from vismt.config.typed import Names
 from vismt.engine.splits import PartsConfig
 from vismt.engine.study import StudyConfig
-from vismt.llm.ilora.item_baselines import ITEM_BASELINES
+from vismt.llm.ilora.recommenders import ITEM_BASELINES
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import LmTask
 from vismt.llm.tasks.recommendation import Recommendation

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vismt.base.errors import UserError, near
 from vismt.base.seeds import mix_seed
-from vismt.llm.ilora.sasrec import padded
+from vismt.llm.ilora.recommenders import padded
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.pieces import Piece, collate
 from vismt.uncertainty.intervals import LOWER, NUMBER, Measure
@@ -94,7 +94,7 @@ class LmTask(ABC):
     reads = True  # whether rows are scored without generation, so that the output of frozen blocks can be cached
     labelled = True  # whether a limit on the rows is spread over the labels
     chat = False  # whether the prompt is the user's turn in the tokenizer's chat template
-    documents = False  # whether rows hold several documents, trees or packs (vismt.llm.documents)
+    documents = False  # whether rows hold several documents, trees or packs (documents.py)
     by_user = False  # whether a limit on the rows is spread over users, and batches draw users
 
     def __init__(self, prompt: str, length: int = 512) -> None:

@@ -1,4 +1,4 @@
-"""Sort the parameters of a model by layer of its stack of equal layers, for a schedule over layers."""
+"""The parameters that LISA may train: those of each of a stack of equal layers, and those outside that always train."""
 
 from __future__ import annotations
 
@@ -43,7 +43,11 @@ def find_shares(model: nn.Module, layers: Layers, train_embeddings: bool, exclud
     paths = find_layers(model, layers)
     patterns = [exclude] if isinstance(exclude, str) else exclude
     aliases = _aliases(model)
-    ends = {name: [end for alias in names for end in _ends(alias)] for name, names in aliases.items()}
+    # The names of a parameter, and the paths of the modules that contain it.
+    ends = {
+        name: [alias.rsplit(".", depth)[0] for alias in names for depth in range(alias.count(".") + 1)]
+        for name, names in aliases.items()
+    }
     check_patterns("LISA.exclude", patterns, sorted({end for name in aliases for end in ends[name]}))
     heads = head_paths(model)
     shares = Shares({path: [] for path in paths}, [])
@@ -127,11 +131,6 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
             f"LISA.layers: '{ranked[0][0]}' or '{ranked[1][0]}'? Name one with layers=, or give all layers as a list."
         )
     return [block for path in ranked[0] for block in model.get_submodule(path).children()]
-
-
-def _ends(name: str) -> list[str]:
-    """Return the name of a parameter and the paths of the modules that contain it."""
-    return [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
 
 
 def _is_embedding(model: nn.Module, name: str, heads: set[str]) -> bool:

@@ -17,8 +17,8 @@ from helpers.lm_parts import tiny_lm
 
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.llm import documents
 from vismt.llm.net import LmNet, check_first_block
+from vismt.llm.tasks import documents
 from vismt.llm.tasks.pieces import Piece, collate, pack, piece, stem, tree
 
 SHAPE: dict[str, Any] = {

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vismt.llm.ilora.gru4rec import GRU4Rec
-from vismt.llm.ilora.item_baselines import cosine_scores, popularity_scores
-from vismt.llm.ilora.sasrec import NextItem, padded
+from vismt.llm.ilora.recommenders import GRU4Rec, NextItem, cosine_scores, padded, popularity_scores
 
 
 def test_popularity_counts_next_items():

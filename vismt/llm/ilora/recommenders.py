@@ -1,17 +1,26 @@
-"""SASRec: self-attentive prediction of the next item of a history (Kang & McAuley, arXiv 1808.09781), for iLoRA and LLaRA.
+"""Recommenders of the next item of a history: SASRec, GRU4Rec, and scores without a trained net.
 
-    S = dropout(item + position)     per block: Q = LN(S), A = Q + attention(Q, S, S; causal), S = LN(A) + W2 relu(W1 LN(A))
-    user = LN(S) at the last item    score of item i = user . item_i    loss = -log softmax over all items at the next one
+    user = net(history)       score of item i = user . item_i       loss = -log softmax over all items at the next one
 
-The user representation feeds iLoRA's gates, the item embeddings become item vectors of the LM. The paper draws one negative
-item for each position and uses a binary loss; here the softmax runs over all items, which is exact and cheap for catalogues of
-some ten thousand items. Histories are padded on the right with -1.
+SASRec (Kang & McAuley, arXiv 1808.09781) feeds iLoRA and LLaRA: its users are the input of iLoRA's gates, its item embeddings
+become item vectors of the LM. The others are compared with it.
+
+    SASRec        S = dropout(item + position), user = LN(S) at the last item; in each block
+                  Q = LN(S), A = Q + attention(Q, S, S; causal), S = LN(A) + W2 relu(W1 LN(A))
+    GRU4Rec       h_t = GRU(item_t, h_(t-1)), user = W h at the last item     (Hidasi et al., arXiv 1511.06939)
+    popularity    log(1 + number of training rows whose next item is c)
+    recency       cos(e_c, e_last)                            the last item of the history alone, e the item vectors of SASRec
+    mean-item     cos(e_c, mean over the history of e_i)
+
+SASRec's paper draws one negative item for each position and uses a binary loss, GRU4Rec's samples negatives from the batch and
+ranks them by a pairwise loss, with one-hot inputs; here items are embedded and the softmax runs over all items, which is exact
+and cheap for catalogues of some ten thousand items. Histories are padded on the right with -1.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +28,28 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 
+ITEM_BASELINES = ("popularity", "recency", "mean-item")
 
-class SASRec(nn.Module):
-    """The recommender.
+
+class Recommender(nn.Module):
+    """A net whose forward maps histories int64 (b, n), -1 after the last item, to users (b, d). item: the item vectors."""
+
+    item: nn.Embedding
+
+    @property
+    def width(self) -> int:
+        """Width of item and user vectors."""
+        return self.item.weight.shape[1]
+
+    def scores(self, users: Tensor, items: Tensor | None = None) -> Tensor:
+        """Return the scores of users (b, d) for all items (b, items), or (b, c) for the given items int64 (b, c)."""
+        if items is None:
+            return users @ self.item.weight.T
+        return torch.einsum("bd,bcd->bc", users, self.item.weight[items])
+
+
+class SASRec(Recommender):
+    """Self-attentive sequential recommendation.
 
     Args:
         items: number of items in the catalogue.
@@ -62,11 +90,6 @@ class SASRec(nn.Module):
             for table in (self.item, self.position):
                 nn.init.normal_(table.weight, std=1 / math.sqrt(width))
 
-    @property
-    def width(self) -> int:
-        """Width of item and user vectors."""
-        return self.item.weight.shape[1]
-
     def forward(self, history: Tensor) -> Tensor:
         """Return users (b, d), the state at the last item of each history.
 
@@ -84,10 +107,6 @@ class SASRec(nn.Module):
         for block in self.blocks:
             states = block(states, causal) * present[..., None]
         return self.norm(last_states(states, history))
-
-    def scores(self, users: Tensor, items: Tensor | None = None) -> Tensor:
-        """Return the scores of users (b, d) for all items (b, items), or (b, c) for the given items int64 (b, c)."""
-        return item_scores(self.item.weight, users, items)
 
 
 class _Block(nn.Module):
@@ -116,17 +135,36 @@ class _Block(nn.Module):
         return states + F.dropout(self.outer(inner), self.dropout, self.training)
 
 
+class GRU4Rec(Recommender):
+    """A recurrent recommender.
+
+    Args:
+        items: number of items in the catalogue.
+        width: of item and user vectors and of the recurrent state.
+        dropout: in [0, 1).
+        seed: determines the start values; the global generator is left alone.
+    """
+
+    def __init__(self, items: int, width: int = 64, dropout: float = 0.1, seed: int = 0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.item = nn.Embedding(items, width)
+            nn.init.normal_(self.item.weight, std=1 / math.sqrt(width))
+            self.recurrent = nn.GRU(width, width, batch_first=True)
+            self.user = nn.Linear(width, width)
+
+    def forward(self, history: Tensor) -> Tensor:
+        """Return users (b, d) of histories int64 (b, n), -1 after the last item."""
+        states = F.dropout(self.item(history.clamp_min(0)), self.dropout, self.training)
+        return self.user(last_states(self.recurrent(states)[0], history))
+
+
 def last_states(states: Tensor, history: Tensor) -> Tensor:
     """Return the states (b, d) at the last item of histories (b, n) from the states (b, n, d) at all items."""
     last = (history >= 0).sum(1) - 1
     return states[torch.arange(len(states), device=states.device), last]
-
-
-def item_scores(vectors: Tensor, users: Tensor, items: Tensor | None = None) -> Tensor:
-    """Return users (b, d) times the item vectors (items, d), or times those of the items int64 (b, c)."""
-    if items is None:
-        return users @ vectors.T
-    return torch.einsum("bd,bcd->bc", users, vectors[items])
 
 
 class NextItem(nn.Module):
@@ -135,9 +173,9 @@ class NextItem(nn.Module):
     loss: cross-entropy over all items. first: share of rows where the next item has the highest score.
     """
 
-    def __init__(self, recommender: nn.Module) -> None:
+    def __init__(self, recommender: Recommender) -> None:
         super().__init__()
-        self.recommender: Any = recommender
+        self.recommender = recommender
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         scores = self.recommender.scores(self.recommender(batch["history"]))
@@ -153,3 +191,26 @@ def padded(histories: list[list[int]]) -> Tensor:
     for row, history in zip(rows, histories):
         row[: len(history)] = torch.tensor(history, dtype=torch.int64)
     return rows
+
+
+def popularity_scores(next_items: Sequence[int], candidates: Tensor, items: int) -> Tensor:
+    """Return log(1 + count) (b, c) of candidates int64 (b, c), from the next items of all training rows."""
+    counts = torch.bincount(torch.tensor(next_items, dtype=torch.int64), minlength=items)
+    return counts[candidates].double().log1p()
+
+
+def cosine_scores(vectors: Tensor, histories: Tensor, candidates: Tensor, last: bool) -> Tensor:
+    """Return the cosines (b, c) between candidates int64 (b, c) and the mean vector of their histories, or their last item's.
+
+    Args:
+        vectors: (items, d).
+        histories: int64 (b, n), -1 after the last item.
+        candidates: int64 (b, c).
+        last: whether the last item counts alone.
+    """
+    present = histories >= 0
+    if last:
+        present = present & (present.sum(1, keepdim=True) == torch.arange(1, histories.shape[1] + 1))
+    weights = present.double() / present.sum(1, keepdim=True)
+    queries = torch.einsum("bn,bnd->bd", weights, vectors[histories.clamp_min(0)].double())
+    return F.cosine_similarity(queries[:, None], vectors[candidates].double(), dim=2)
