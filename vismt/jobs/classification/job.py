@@ -176,7 +176,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def temperature(self, training: Training) -> float | None:
         if not self.config.evaluate.temperature:
             return None
-        fitted = self.evaluation.calibration(self.final(training), training, self._separate(training))
+        fitted = self.evaluation.fitted(self.final(training), training, self._separate(training))
         return None if fitted is None else fitted.temperature
 
     def _separate(self, training: Training) -> bool:

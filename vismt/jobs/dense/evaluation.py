@@ -113,43 +113,36 @@ class Evaluation:
 
         net: returns the evaluated net, asked for where a condition is not on record. config: of the training. records: folder.
         """
-        scores = self.as_scores(self.clean_scores(net, training, config, split, records), split)
+        scores = self.as_scores(self.task_scores(net, training, config, split, records / f"{split}.jsonl"), split)
         for spec in specs:
             if isinstance(spec, DenseAttack) and not spec.attacked(trained_tasks(config)):
                 continue
             key = digest(json.dumps(spec.settings(), sort_keys=True).encode())[:8]
             path = records / f"{split}-{key}.jsonl"
-            scored = self.recorded_scores(path, training)
-            if scored is None:
-                scored = self.score_and_record(net(), training, config, split, path, spec)
+            scored = self.task_scores(net, training, config, split, path, spec)
             scores += self.as_scores(scored, split, condition_of(spec))
         return scores
 
-    def clean_scores(
-        self, net: Callable[[], DenseNet], training: Training, config: DenseConfig, split: str, records: Path
-    ) -> dict[str, Scored]:
-        """Return the clean scores of every task; arguments as for `condition_scores`."""
-        path = records / f"{split}.jsonl"
-        scored = self.recorded_scores(path, training)
-        return self.score_and_record(net(), training, config, split, path) if scored is None else scored
-
-    def score_and_record(
+    def task_scores(
         self,
-        net: DenseNet,
+        net: Callable[[], DenseNet],
         training: Training,
         config: DenseConfig,
         split: str,
         path: Path,
         spec: DensePerturbation | None = None,
     ) -> dict[str, Scored]:
-        """Score every task of one training, clean or under a condition, and write the result to `path`.
+        """Return the scores of every task of one training, clean or under a condition, from `path` where they are on record.
 
-        net: merged where that is exact. config: of the training.
+        Other arguments as for `condition_scores`.
         """
-        tasks = trained_tasks(config)
-        plain = {task.name: (task.name, 0.0) for task in tasks}
-        label = str(training) if spec is None else f"{training}   {spec.label}"
-        return self._written(self._pooled(net, tasks, split, plain, label, spec), training, path, spec)
+        scored = self.recorded_scores(path, training)
+        if scored is None:
+            tasks = trained_tasks(config)
+            plain = {task.name: (task.name, 0.0) for task in tasks}
+            label = str(training) if spec is None else f"{training}   {spec.label}"
+            scored = self._written(self._pooled(net(), tasks, split, plain, label, spec), training, path, spec)
+        return scored
 
     def adjusted_scores(
         self, net: Callable[[], DenseNet], training: Training, config: DenseConfig, split: str, records: Path
@@ -251,7 +244,7 @@ class Evaluation:
         return scored
 
     def recorded_scores(self, path: Path, training: Training) -> dict[str, Scored] | None:
-        """Return the scores that `score_and_record` wrote for these weights, None where there are none."""
+        """Return the scores of these weights that are on record, None where there are none."""
         lines = ranks.from_first(lambda: read_lines(path, ("fingerprint", "tasks"), whole=True))
         if not lines or lines[0]["fingerprint"] != fingerprint(training):
             return None

@@ -141,9 +141,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
     def scored(self, training: Training, split: str) -> dict[str, Scored]:
         """Return the clean pooled scores of every task of a training, read from its folder where they are on record."""
         config = self.study.config_of(training)
-        return self.evaluation.clean_scores(
-            lambda: self.final(training), training, config, split, training.folder / RECORDS
-        )
+        path = training.folder / RECORDS / f"{split}.jsonl"
+        return self.evaluation.task_scores(lambda: self.final(training), training, config, split, path)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         settings = self.config.evaluate
