@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from vismt.data.maps.dense import DenseSet
+from vismt.data.maps.dense_set import DenseSet
 from vismt.engine.study import ALONE, Training
-from vismt.jobs.base import mean_scores
 from vismt.jobs.dense import evaluation as dense_evaluation
 from vismt.jobs.dense.config import DenseConfig, all_tasks
 from vismt.jobs.dense.data import Rows
 from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.figures import sections
+from vismt.jobs.evaluation_job import mean_scores
 from vismt.jobs.output_conditions import ADJUSTED
 from vismt.multitask.tasks import DenseTask
 from vismt.report.results import Score

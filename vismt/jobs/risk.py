@@ -60,7 +60,7 @@ class Thresholds:
 def validation_parts(labels: Tensor, report: str | None, tune: TuneConfig | None) -> tuple[Tensor, Tensor]:
     """Return masks (n,) of the validation examples that choose rates, and of those that give the thresholds.
 
-    They are the halves of every class, each of neighbours as in vismt.data.splits, where there are rates to choose and
+    They are the halves of every class, each of neighbours as in vismt.data.division, where there are rates to choose and
     thresholds to give, else all examples. labels: int64 (n,); report and tune: of the configuration.
     """
     if report is None or tune is None or len(tune.rates) < 2:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from vismt.base.errors import UserError, near
+from vismt.config.sections import RESOLVED
 from vismt.config.typed import shown
 from vismt.config.yaml_text import read_yaml
 from vismt.report.comparison import Values, compare
 from vismt.report.plotting import vector_figures
-from vismt.report.results import RESOLVED, RESULTS, Result, ValuesByExample, read_results
+from vismt.report.results import RESULTS, Result, ValuesByExample, read_results
 from vismt.report.score_sections import score_sections
 from vismt.report.tables import Section, Table
 from vismt.report.writer import DEFAULT_FORMATS, Heading, run_heading, write_report

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vismt.base.errors import UserError
-from vismt.config.sections import read_yaml
+from vismt.config.sections import RESOLVED, read_yaml
 from vismt.report.comparison import compare
-from vismt.report.results import FACTS, RESOLVED, RESULTS, ValuesByExample, read_results
+from vismt.report.results import FACTS, RESULTS, ValuesByExample, read_results
 from vismt.report.writer import headline
 from vismt.storage.cache import Deletable
 from vismt.storage.files import HOLDER, LOCK, is_locked, read_sealed

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from vismt.base import console, ranks
 from vismt.data.batching import Gathered, InOrder
-from vismt.data.names import row_name
+from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training

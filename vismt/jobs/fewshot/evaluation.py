@@ -24,8 +24,8 @@ from torch import Tensor
 
 from vismt.base import console
 from vismt.base.seeds import digest
-from vismt.data.names import row_name, shown_name
 from vismt.data.pixels import Pixels
+from vismt.data.set_entries import row_name, shown_name
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
 from vismt.jobs.fewshot import masking_report

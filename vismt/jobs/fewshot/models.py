@@ -154,7 +154,8 @@ def _describe(model: FewShotModel) -> str:
     if isinstance(model, PoolNet):
         pool = model.pool
         shares = dict(model.settings.shares) or ""
-        return f"{pool.labels} {pool.scale} {model.settings} {weights_digest(pool.banks)}{shares}"
+        updates = [(path, part.L, part.R) for update in pool.updates for path, part in update.low_rank.items()]
+        return f"{pool.labels} {pool.scale} {model.settings} {Identity(updates)}{shares}"
     if isinstance(model, MamlNet):
         return f"{model.settings} {weights_digest(model.learner)} {Identity(sorted(model.own_tensors().items()))}"
     if isinstance(model, ProtoNet):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vismt.data.names import row_name
+from vismt.data.set_entries import row_name
 from vismt.engine.log import record_stem
 from vismt.jobs.image_scores import ACCURACY, image_scores
 from vismt.jobs.output_conditions import fitted_once
