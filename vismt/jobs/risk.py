@@ -1,4 +1,4 @@
-"""`report: risk`: conformal sets and selective prediction, with thresholds from clean validation examples.
+"""`evaluate.risk`: conformal sets and selective prediction, with thresholds from clean validation examples.
 
 The thresholds are those of vismt/uncertainty/conformal.py (sets that contain the label with COVERAGE) and
 vismt/uncertainty/selective.py (confidences above which SHARE of the answers lie). Coverage, size of the sets, accepted share,
@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError
+from vismt.config.typed import shown
 from vismt.engine.study import TuneConfig
 from vismt.report.risk import ACCEPTED, AURC, COVERED, RISK, SIZE
 from vismt.robustness.conditions import Perturbation, condition_of
@@ -35,7 +37,6 @@ from vismt.uncertainty.selective import (
     selective_risk,
 )
 
-REPORTS = ("risk",)
 COVERAGE, SHARE = 0.9, 0.8  # of the sets; of the answers that are accepted
 
 
@@ -49,13 +50,13 @@ class Thresholds:
     n: int
 
 
-def validation_parts(labels: Tensor, report: str | None, tune: TuneConfig | None) -> tuple[Tensor, Tensor]:
+def validation_parts(labels: Tensor, risk: bool, tune: TuneConfig | None) -> tuple[Tensor, Tensor]:
     """Return masks (n,) of the validation examples that choose rates, and of those that give the thresholds.
 
     They are the halves of every class, each of neighbours as in vismt.data.splits, where there are rates to choose and
-    thresholds to give, else all examples. labels: int64 (n,); report and tune: of the configuration.
+    thresholds to give, else all examples. labels: int64 (n,); risk and tune: of the configuration.
     """
-    if report is None or tune is None or len(tune.rates) < 2:
+    if not risk or tune is None or len(tune.rates) < 2:
         return torch.ones_like(labels, dtype=torch.bool), torch.ones_like(labels, dtype=torch.bool)
     chooses = torch.zeros_like(labels, dtype=torch.bool)
     before = 0
@@ -67,17 +68,16 @@ def validation_parts(labels: Tensor, report: str | None, tune: TuneConfig | None
     return chooses, ~chooses
 
 
-def check_thresholds(labels: Tensor, report: str | None, tune: TuneConfig | None) -> None:
+def check_thresholds(labels: Tensor, tune: TuneConfig | None) -> None:
     """Raise UserError where the thresholds would come from too few validation examples; arguments as of `validation_parts`."""
-    if report is not None:
-        _need_examples(int(validation_parts(labels, report, tune)[1].sum()))
+    _need_examples(int(validation_parts(labels, True, tune)[1].sum()))
 
 
 def _need_examples(count: int) -> None:
     least = least_examples(COVERAGE)
     if count < least:
         raise UserError(
-            f"report: risk: {count} validation examples for the thresholds, which need {least} at least; with tune, half of "
+            f"evaluate.risk: {count} validation examples for the thresholds, which need {least} at least; with tune, half of "
             "the validation examples choose the rate. Take a larger validation share."
         )
 
@@ -90,14 +90,23 @@ def fit_thresholds(fingerprint: str, log_p: Tensor, labels: Tensor) -> Threshold
     return Thresholds(fingerprint, conformal_quantile(-chosen, COVERAGE), confidence, len(labels))
 
 
-def check_report(report: str | None, split: str = "test") -> None:
-    """Raise UserError for an unknown report, and for one whose thresholds would come from the evaluated examples."""
-    if report is not None and report not in REPORTS:
-        raise UserError(f"report: '{report}'.{near(report, REPORTS) or ' Known: risk.'}")
-    if report is not None and split == "validation":
-        raise UserError(
-            f"report: {report}: its thresholds come from the validation examples; set evaluate.split to test."
-        )
+def check_risk_split(split: str) -> None:
+    """Raise UserError where the thresholds would come from the evaluated examples."""
+    if split == "validation":
+        raise UserError("evaluate.risk: its thresholds come from the validation examples; set evaluate.split to test.")
+
+
+def risk_of_report(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values of a configuration with `evaluate.risk: true` for the key `report: risk` of earlier versions."""
+    if "report" not in values:
+        return values
+    others = {key: value for key, value in values.items() if key != "report"}
+    report, evaluate = values["report"], values.get("evaluate", {})
+    if report not in (None, "risk"):
+        raise UserError(f"report: {shown(report)} is not known; the key was risk or null, and is evaluate.risk now.")
+    if report is None or not isinstance(evaluate, Mapping):
+        return others
+    return {**others, "evaluate": {"risk": True, **evaluate}}
 
 
 def risk_measures(

@@ -78,10 +78,10 @@ class Evaluation:
         return scores
 
     def _reports_risk(self, task: str, split: str) -> bool:
-        return self.config.report is not None and task == self.data.trained and split != "validation"
+        return self.config.evaluate.risk and task == self.data.trained and split != "validation"
 
     def _risk(self, training: Training, records: Sequence[Record]) -> list[Measure]:
-        """Return the measures of `report: risk` with the thresholds of the validation rows."""
+        """Return the measures of `evaluate.risk` with the thresholds of the validation rows."""
         thresholds = fit_thresholds("", *choices(self._parts(self._validation(training))[1]))
         return choice_measures(*choices(records), [str(record["id"]) for record in records], thresholds)
 
@@ -90,9 +90,9 @@ class Evaluation:
         return self.data.tasks[self.data.trained].quality(self._parts(self._validation(training))[0])
 
     def _parts(self, records: list[Record]) -> tuple[list[Record], list[Record]]:
-        """Return the validation records that choose rates, and those that give the thresholds of `report: risk`."""
+        """Return the validation records that choose rates, and those that give the thresholds of `evaluate.risk`."""
         labels = torch.tensor([record.get("label", 0) for record in records])
-        chooses, thresholds = validation_parts(labels, self.config.report, self.config.tune)
+        chooses, thresholds = validation_parts(labels, self.config.evaluate.risk, self.config.tune)
         return list(compress(records, chooses.tolist())), list(compress(records, thresholds.tolist()))
 
     def _sets(self, training: Training, split: str) -> list[tuple[str, str]]:

@@ -40,15 +40,15 @@ def score_set(
     folder: Path,
     data: str,
     arm: str,
-    calibration: Batches | None = None,
+    for_thresholds: Batches | None = None,
 ) -> list[Score]:
     """Return the accuracy on one set, clean and under each spec; images on record are not evaluated again.
 
-    calibration: images for the thresholds of `report: risk`, whose measures are then among the scores.
+    for_thresholds: images for the thresholds of `evaluate.risk`, whose measures are then among the scores.
     """
     path = records_path(folder, data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    thresholds = None if calibration is None else _thresholds(classifier, calibration, folder, data)
+    thresholds = None if for_thresholds is None else _thresholds(classifier, for_thresholds, folder, data)
     rows = evaluate_examples(
         classifier.net,
         batches,
