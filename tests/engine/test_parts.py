@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vismt.base.errors import UserError
-from vismt.data.names import overlap
+from vismt.data.set_entries import overlap
 from vismt.engine.parts import PartsConfig, check_parts
 from vismt.storage.paths import shipped
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vismt.base.errors import UserError
 from vismt.config.sections import TrainConfig
-from vismt.llm.lisa.layers import stacks
+from vismt.llm.lisa.shares import stacks
 from vismt.lowrank.layers.gates import recompute_gates
 from vismt.methods import freezes
 

@@ -10,7 +10,7 @@ from typing import Annotated
 from vismt.base.errors import UserError
 from vismt.config.sections import Count
 from vismt.config.typed import within
-from vismt.data.names import check_apart, check_row_names, overlap
+from vismt.data.set_entries import check_apart, check_row_names, overlap
 
 Share = Annotated[float, within(0, below=1)]
 

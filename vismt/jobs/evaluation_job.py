@@ -15,9 +15,9 @@ from vismt.base import console, ranks
 from vismt.base.errors import UserError
 from vismt.base.seeds import digest
 from vismt.engine.study import Study, StudyConfig, Training
+from vismt.jobs.risk import risk_section
 from vismt.report.comparison import compare
 from vismt.report.plotting import vector_figures
-from vismt.report.report import DEFAULT_FORMATS, run_heading, write_report
 from vismt.report.results import (
     RESULTS,
     Result,
@@ -28,10 +28,10 @@ from vismt.report.results import (
     write_results,
     write_values,
 )
-from vismt.report.risk import risk_section
-from vismt.report.study import score_sections
+from vismt.report.score_sections import score_sections
 from vismt.report.tables import Section, interval_text
 from vismt.report.trainings import training_sections
+from vismt.report.writer import DEFAULT_FORMATS, run_heading, write_report
 from vismt.robustness.conditions import AttackConfig
 from vismt.uncertainty.intervals import averaged, over_seeds
 

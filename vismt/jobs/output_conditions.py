@@ -9,8 +9,9 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
+from vismt.base import ranks
 from vismt.storage.files import atomic_write, read_sealed, sealed
 from vismt.uncertainty.intervals import Condition
 
@@ -36,23 +37,30 @@ def temperature_file(temperature: float) -> bytes:
     return json.dumps(about, indent=1).encode()
 
 
-class Fitted(Protocol):
-    """What was fitted for weights with a fingerprint; a dataclass."""
-
-    @property
-    def fingerprint(self) -> str: ...
+Fitted = TypeVar("Fitted")
 
 
-F = TypeVar("F", bound=Fitted)
+def fitted_once(
+    path: Path, kind: type[Fitted], fingerprint: str, fit: Callable[[], Fitted], *, shared: bool = False
+) -> Fitted:
+    """Return what a JSON file holds for the weights with this fingerprint, or fit and write it.
 
+    Args:
+        path: the file.
+        kind: a dataclass of what is fitted.
+        fingerprint: of the weights, and of what else the values depend on.
+        fit: returns the values.
+        shared: whether the processes of an evaluation share the work of `fit`; by default the first one does it alone.
+    """
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass
 
-def kept(path: Path, kind: type[F], fingerprint: str, fit: Callable[[], F]) -> F:
-    """Return what a JSON file has for the weights with this fingerprint, or fit and write it."""
-    if path.exists():
-        names = tuple(field.name for field in fields(kind))  # type: ignore[arg-type]  # a dataclass
-        known = kind(**read_sealed(path, f"'{path}'", names))
-        if known.fingerprint == fingerprint:
-            return known
-    fitted = fit()
-    atomic_write(path, sealed(asdict(fitted)))  # type: ignore[call-overload]  # a dataclass
-    return fitted
+    def known() -> Fitted | None:
+        found = read_sealed(path, f"'{path}'", ("fingerprint", *names)) if path.exists() else {}
+        return kind(**{name: found[name] for name in names}) if found.get("fingerprint") == fingerprint else None
+
+    values = ranks.from_first(known)
+    if values is None:
+        values = fit() if shared else ranks.from_first(fit)
+        content = {"fingerprint": fingerprint, **asdict(values)}  # type: ignore[call-overload]  # a dataclass
+        ranks.from_first(lambda: atomic_write(path, sealed(content)))
+    return values

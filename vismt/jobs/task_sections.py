@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from vismt.base.errors import UserError
-from vismt.config.typed import Names, arguments, plain_name
+from vismt.config.typed import Names, arguments, plain_name, shown
 from vismt.engine.study import StudyConfig
 from vismt.multitask.balancing.base import BALANCERS, Balancer, make_balancer
 
@@ -65,6 +65,25 @@ def check_adjusted(adjusts: bool, split: str) -> None:
     """Raise UserError where logits are to be adjusted, and the validation images that choose tau are the evaluated ones."""
     if adjusts and split == "validation":
         raise UserError("evaluate.adjust_logits: tau is chosen on the validation images; set evaluate.split to test.")
+
+
+def check_risk_split(split: str) -> None:
+    """Raise UserError where the thresholds would come from the evaluated examples."""
+    if split == "validation":
+        raise UserError("evaluate.risk: its thresholds come from the validation examples; set evaluate.split to test.")
+
+
+def risk_of_report(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values of a configuration with `evaluate.risk: true` for the key `report: risk` of earlier versions."""
+    if "report" not in values:
+        return values
+    others = {key: value for key, value in values.items() if key != "report"}
+    report, evaluate = values["report"], values.get("evaluate", {})
+    if report not in (None, "risk"):
+        raise UserError(f"report: {shown(report)} is not known; the key was risk or null, and is evaluate.risk now.")
+    if report is None or not isinstance(evaluate, Mapping):
+        return others
+    return {**others, "evaluate": {"risk": True, **evaluate}}
 
 
 def check_tasks(config: StudyConfig, tasks: Sequence[str]) -> None:

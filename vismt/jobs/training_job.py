@@ -26,7 +26,7 @@ from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.inject import merge
 from vismt.lowrank.model.record import count_parameters, record_of
 from vismt.lowrank.model.rounding import erased_by_rounding
-from vismt.methods import adapt, check_adaptation
+from vismt.methods import METHODS, adapt, check_adaptation
 from vismt.storage.files import atomic_write, sealed
 
 Config = TypeVar("Config", bound=StudyConfig)
@@ -175,9 +175,8 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     def adapt(self, model: nn.Module, settings: AdaptConfig, seed: int) -> str:
         """Adapt a model in place and return the method's name."""
-        report = adapt(
-            model, settings.method, settings.targets, settings.rank, settings.alpha, seed, **settings.options
-        )
+        options = METHODS[settings.method].present(settings.options)
+        report = adapt(model, settings.method, settings.targets, settings.rank, settings.alpha, seed, **options)
         for remark in [*report.extras, *(f"left out: {skipped}" for skipped in report.skipped)]:
             console.stage("adapt", remark)
         return settings.method

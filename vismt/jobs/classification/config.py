@@ -9,18 +9,19 @@ from typing import Annotated, Any
 from vismt.base.errors import UserError
 from vismt.config.sections import SCHEDULED, UNHASHED, Count, Jitter, ModelConfig, OnBadSample
 from vismt.config.typed import Names, within
-from vismt.data.names import check_apart, check_row_names
+from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.jobs.calibrating import ImageCalibrationConfig, check_calibration
-from vismt.jobs.risk import check_risk_split, risk_of_report
 from vismt.jobs.task_sections import (
     BalancingConfig,
     RetainConfig,
     Split,
     check_adjusted,
+    check_risk_split,
     check_tasks,
     make_configured_balancer,
+    risk_of_report,
 )
 from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss

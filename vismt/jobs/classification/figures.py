@@ -15,10 +15,10 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.engine.study import Training
 from vismt.jobs.classification.data import TaskData
+from vismt.report.arm_figures import LETTER
 from vismt.report.panels import read_panel, spread, to_bytes, write_panel
 from vismt.report.plotting import MUTED, RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
 from vismt.report.routers import router_pictures
-from vismt.report.study_figures import LETTER
 from vismt.report.tables import Picture, Section
 from vismt.storage.lines import read_lines
 

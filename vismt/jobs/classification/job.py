@@ -17,17 +17,15 @@ from torch import Tensor, nn
 from vismt.backbones import vit
 from vismt.base.errors import UserError
 from vismt.data.batching import ShuffledBatches
-from vismt.data.names import card_and_split, row_name
+from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.engine.study import Training
 from vismt.jobs.calibrating import calibrated_on_images
 from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
 from vismt.jobs.classification.data import TaskData
-from vismt.jobs.classification.detection import detection_scores
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.figures import EXAMPLES, examples, sections
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, stored, with_linear_head
-from vismt.jobs.classification.posterior import laplace_scores
 from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
 from vismt.jobs.risk import check_thresholds
@@ -160,9 +158,9 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         risk = self.config.evaluate.risk and split == self.split
         scores = self.evaluation.scores(net, training, separate, split, specs, records, forms, risk)
         if forms is not None and attacks is None:
-            scores += detection_scores(self.evaluation, net, training, separate, records)
+            scores += self.evaluation.detection(net, training, separate, records)
             if self.config.evaluate.laplace:
-                scores += laplace_scores(self.evaluation, net, training, records)
+                scores += self.evaluation.laplace(net, training, records)
         return scores
 
     def validate(self, training: Training) -> float:

@@ -23,11 +23,11 @@ from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import Scored
 from vismt.multitask.tasks import MapTask
 from vismt.multitask.tasks.base import DARK
+from vismt.report.arm_figures import LETTER
 from vismt.report.panels import read_panel, spread, to_bytes, write_panel
 from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
 from vismt.report.results import RECORDS
 from vismt.report.routers import router_pictures
-from vismt.report.study_figures import LETTER
 from vismt.report.tables import Picture, Section, Table, number_text, scale_text
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE

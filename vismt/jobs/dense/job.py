@@ -143,7 +143,9 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
     def scored(self, training: Training, split: str) -> dict[str, Scored]:
         """Return the clean pooled scores of every task of a training, read from its folder where they are on record."""
         config = self.study.config_of(training)
-        return self.evaluation.clean(lambda: self.final(training), training, config, split, training.folder / RECORDS)
+        return self.evaluation.clean_scores(
+            lambda: self.final(training), training, config, split, training.folder / RECORDS
+        )
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         settings = self.config.evaluate
@@ -153,7 +155,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         scores = self.scores_under(net, training, split, chosen, corruptions, records)
         if settings.adjust_logits and attacks is None:
             config = self.study.config_of(training)
-            scores += self.evaluation.adjusted(net, training, config, split, records)
+            scores += self.evaluation.adjusted_scores(net, training, config, split, records)
         return scores
 
     def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
@@ -182,7 +184,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         risk: bool = False,
     ) -> list[Score]:
         specs = self._conditions(attacks, corruptions)
-        return self.evaluation.under(net, training, self.study.config_of(training), split, specs, records)
+        return self.evaluation.condition_scores(net, training, self.study.config_of(training), split, specs, records)
 
     def validate(self, training: Training) -> float:
         scores = self.score(training, "validation", [])

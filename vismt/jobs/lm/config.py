@@ -11,9 +11,8 @@ from vismt.config.sections import UNHASHED, Count, Dtype, ModelSection
 from vismt.config.typed import Names, within
 from vismt.engine.parts import PartsConfig
 from vismt.engine.study import StudyConfig
-from vismt.jobs.risk import check_risk_split, risk_of_report
-from vismt.jobs.task_sections import Split
-from vismt.llm.ilora.item_baselines import ITEM_BASELINES
+from vismt.jobs.task_sections import Split, check_risk_split, risk_of_report
+from vismt.llm.ilora.recommenders import ITEM_BASELINES
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import LmTask
 from vismt.llm.tasks.recommendation import Recommendation

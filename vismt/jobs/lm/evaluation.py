@@ -82,7 +82,7 @@ class Evaluation:
 
     def _risk(self, training: Training, records: Sequence[Record]) -> list[Measure]:
         """Return the measures of `evaluate.risk` with the thresholds of the validation rows."""
-        thresholds = fit_thresholds("", *choices(self._parts(self._validation(training))[1]))
+        thresholds = fit_thresholds(*choices(self._parts(self._validation(training))[1]))
         return choice_measures(*choices(records), [str(record["id"]) for record in records], thresholds)
 
     def quality(self, training: Training) -> float:

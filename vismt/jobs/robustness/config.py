@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from vismt.base.errors import UserError, near
 from vismt.config.sections import AdaptConfig, Count, ModelConfig, OnBadSample, TrainConfig
 from vismt.config.typed import Names, within
-from vismt.data.names import check_row_names
+from vismt.data.set_entries import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
-from vismt.jobs.risk import risk_of_report
+from vismt.jobs.task_sections import risk_of_report
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vismt.base import console, ranks
-from vismt.data.names import card_and_split, row_name, shown_name
+from vismt.data.set_entries import card_and_split, row_name, shown_name
 from vismt.engine.study import Training
 from vismt.jobs.evaluation_job import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check

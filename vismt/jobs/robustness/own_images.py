@@ -11,8 +11,8 @@ from torch import nn
 from vismt.base.errors import UserError
 from vismt.jobs import open_run
 from vismt.jobs.image_job import ImageJob
-from vismt.jobs.risk import check_risk_split
 from vismt.jobs.robustness.config import ClassifierConfig
+from vismt.jobs.task_sections import check_risk_split
 from vismt.jobs.training_job import TrainingJob
 from vismt.report.results import RECORDS, Score
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
