@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from vismt.base.errors import UserError, near
-from vismt.config.typed import Names, arguments, plain_name
+from vismt.base.errors import UserError
+from vismt.config.typed import Names, arguments, plain_name, shown
 from vismt.engine.study import StudyConfig
 from vismt.multitask.balancing.base import BALANCERS, Balancer, make_balancer
 
 SPLITS = ("test", "validation")
+Split = Annotated[str, Names(SPLITS, only=True)]
 
 
 @dataclass
@@ -56,7 +57,7 @@ class BalancingConfig:
         options: further arguments of the method.
     """
 
-    method: Annotated[str, Names("vismt.multitask.balancing.base:BALANCERS")] = "ew"
+    method: Annotated[str, Names("vismt.multitask.balancing.base:BALANCERS", only=True)] = "ew"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -66,29 +67,33 @@ def check_adjusted(adjusts: bool, split: str) -> None:
         raise UserError("evaluate.adjust_logits: tau is chosen on the validation images; set evaluate.split to test.")
 
 
-def check_tasks(config: StudyConfig, tasks: Sequence[str], split: str, batches: dict[str, int]) -> None:
-    """Check values that types do not exclude, in the sections that jobs with several tasks share.
+def check_risk_split(split: str) -> None:
+    """Raise UserError where the thresholds would come from the evaluated examples."""
+    if split == "validation":
+        raise UserError("evaluate.risk: its thresholds come from the validation examples; set evaluate.split to test.")
 
-    Args:
-        config: of the run.
-        tasks: all names.
-        split: the evaluated split.
-        batches: sizes of batches by key.
 
-    Raises:
-        UserError: an invalid value.
-    """
+def risk_of_report(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values of a configuration with `evaluate.risk: true` for the key `report: risk` of earlier versions."""
+    if "report" not in values:
+        return values
+    others = {key: value for key, value in values.items() if key != "report"}
+    report, evaluate = values["report"], values.get("evaluate", {})
+    if report not in (None, "risk"):
+        raise UserError(f"report: {shown(report)} is not known; the key was risk or null, and is evaluate.risk now.")
+    if report is None or not isinstance(evaluate, Mapping):
+        return others
+    return {**others, "evaluate": {"risk": True, **evaluate}}
+
+
+def check_tasks(config: StudyConfig, tasks: Sequence[str]) -> None:
+    """Raise UserError for names of tasks that cannot be, and where nothing trains their heads."""
     for name in tasks:
         plain_name(name, "tasks")
     if not tasks or len(set(tasks)) < len(tasks):
         raise UserError(f"tasks: {list(tasks)}; name at least one, each once.")
     if config.train is None:
         raise UserError("train: is null; the heads on the backbone have to be trained.")
-    if split not in SPLITS:
-        raise UserError(f"evaluate.split: '{split}'.{near(split, SPLITS)}")
-    for name, value in batches.items():
-        if value < 1:
-            raise UserError(f"{name}: {value}; it must be at least 1.")
 
 
 def make_configured_balancer(config: BalancingConfig | None, tasks: Sequence[str]) -> Balancer | None:

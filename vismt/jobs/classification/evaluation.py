@@ -163,7 +163,9 @@ class Evaluation:
 
     def parts(self, number: int) -> tuple[Tensor, Tensor]:
         """Return masks of a task's validation images: those that choose rates and those that give thresholds."""
-        return validation_parts(self.data.part(number, "validation").labels, self.config.report, self.config.tune)
+        return validation_parts(
+            self.data.part(number, "validation").labels, self.config.evaluate.risk, self.config.tune
+        )
 
     def _thresholds(self, net: PixelNet, training: Training, separate: bool, number: int) -> Thresholds:
         """Return the thresholds of a task, fitted on its validation images."""

@@ -64,7 +64,7 @@ class Evaluation:
         scores = []
         for task_name, name in self._sets(training, split):
             task = self.data.tasks[task_name]
-            risk = self.config.report is not None and task_name == self.data.trained and split != "validation"
+            risk = self.config.evaluate.risk and task_name == self.data.trained and split != "validation"
             for condition, records in self._conditions(training, task_name, split, name):
                 tokens = sum(record.get("tokens", 0) for record in records)
                 counted = f", {tokens:,} tokens" if tokens else ""
@@ -84,9 +84,9 @@ class Evaluation:
         return self.data.tasks[self.data.trained].quality(self._parts(self._validation(training))[0])
 
     def _parts(self, records: list[Record]) -> tuple[list[Record], list[Record]]:
-        """Return the validation records that choose rates, and those that give the thresholds of `report: risk`."""
+        """Return the validation records that choose rates, and those that give the thresholds of `evaluate.risk`."""
         labels = torch.tensor([record.get("label", 0) for record in records])
-        chooses, thresholds = validation_parts(labels, self.config.report, self.config.tune)
+        chooses, thresholds = validation_parts(labels, self.config.evaluate.risk, self.config.tune)
         return list(compress(records, chooses.tolist())), list(compress(records, thresholds.tolist()))
 
     def _sets(self, training: Training, split: str) -> list[tuple[str, str]]:
