@@ -115,9 +115,9 @@ class DataSource(ABC):
     def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
         """Return the folders where the copy may be, in order; `root` is the folder of the set and rules out the others."""
 
-    @abstractmethod
     def list_files(self, base: Path) -> Files:
-        """Return the files of the copy in the folder `base` in the groups that a manifest hashes."""
+        """Return the files of the copy in the folder `base` in the groups that a manifest hashes; by default none."""
+        return {}
 
     @abstractmethod
     def load(self, card: Card, base: Path, split: str) -> LoadedSplit:

@@ -11,8 +11,8 @@ import pytest
 from vismt.base.errors import UserError
 from vismt.data.cards import load_card
 from vismt.data.check import check, prepare
+from vismt.data.copies import write_manifest
 from vismt.data.images import open_images
-from vismt.data.manifest import write_manifest
 from vismt.data.texts.interactions import Catalogue, draw_candidates, numbered
 from vismt.data.texts.text_set import open_texts
 from vismt.storage import wheels

@@ -94,7 +94,7 @@ def test_documents(put):
 def test_check_tells_a_changed_file(home, put):
     path = put(b"a\t1\nb\t0\n", LINES % (2, ", manifest: m.json"))
     from vismt.data.cards import load_card
-    from vismt.data.manifest import write_manifest
+    from vismt.data.copies import write_manifest
 
     source = load_card(path).sources[0]
     write_manifest(path.parent / "m.json", source.list_files(home / "data" / "t"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,10 +14,9 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.config.typed import RelativePath
-from vismt.data.copies import fix, verify_classes, verify_counts
+from vismt.data.copies import digest, fix
 from vismt.data.decode import decode_file
-from vismt.data.image_source import ImageSource, LoadedImages
-from vismt.data.manifest import digest
+from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, PackagedSource, file_groups, source_kind
 
 HALVES = ("train", "test")
@@ -57,22 +57,17 @@ class DigitsSource(PackagedSource, ImageSource):
         name = "datasets/data/digits.csv.gz"
         return {"digits": file_groups(base, [name])[name]}
 
-    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+    def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
         """Return all 1,797 digits as uint8 (3, 8, 8); the 17 grey levels 0..16 become round(level * 255 / 16)."""
         from sklearn.datasets import load_digits
 
         bunch = load_digits()
         levels = torch.from_numpy(bunch.images).to(torch.float64)
         images = (levels * 255 / 16).round().to(torch.uint8)
-        labels = [int(label) for label in bunch.target]
-        verify_counts(card, self, base, {"all": len(labels)})
-        classes = [str(name) for name in bunch.target_names]
-        verify_classes(card, self, base, len(classes))
-        return LoadedImages(
-            classes=classes,
-            labels=labels,
-            ids=[f"all/{row:06d}" for row in range(len(labels))],
-            read=lambda i: images[i].expand(3, -1, -1).contiguous(),
+        return Listing(
+            classes=[str(name) for name in bunch.target_names],
+            rows={"all": [ImageRow(f"all/{row:06d}", int(label), row) for row, label in enumerate(bunch.target)]},
+            read=lambda row: images[row].expand(3, -1, -1).contiguous(),
             content=lambda: hashlib.sha256(images.numpy().tobytes()).hexdigest(),
         )
 
@@ -96,7 +91,7 @@ class PhotoCropsSource(PackagedSource, ImageSource):
         groups = file_groups(base / "data", self.photographs.values())
         return {name: groups[file] for name, file in self.photographs.items()}
 
-    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+    def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
         """Return the crops as uint8 (3, side, side), class = photograph; ids are `<split>/<photograph>/<crop>`.
 
         Only files inside the installed package are read; nothing is downloaded.
@@ -111,29 +106,25 @@ class PhotoCropsSource(PackagedSource, ImageSource):
                 f"{card.shown}: the installed scikit-image has no '{self.photographs[absent]}'. {fix(card)}"
             )
         paths = {name: entries[0][1] for name, entries in groups.items()}
+        photograph = functools.cache(decode_file)
 
-        @functools.cache
-        def photograph(name: str) -> Tensor:
-            return decode_file(paths[name])
-
-        classes = list(paths)
-        verify_classes(card, self, base, len(classes))
-        halves = HALVES if split == "all" else (split,)
-        entries = [
-            (half, label, k) for half in halves for label in range(len(classes)) for k in range(self.crops_per_half)
-        ]
-        verify_counts(card, self, base, dict.fromkeys(halves, len(classes) * self.crops_per_half))
-
-        def read(i: int) -> Tensor:
-            half, label, k = entries[i]
-            image = photograph(classes[label])
+        def read(place: tuple[Path, str, int]) -> Tensor:
+            path, half, k = place
+            image = photograph(path)
             top, left, side = crop_boxes(image.shape[1], image.shape[2], half, self.crops_per_half)[k]
             return image[:, top : top + side, left : left + side].contiguous()
 
-        return LoadedImages(
-            classes=classes,
-            labels=[label for _, label, _ in entries],
-            ids=[f"{half}/{classes[label]}/{k:03d}" for half, label, k in entries],
+        def crops(half: str) -> list[ImageRow]:
+            return [
+                ImageRow(f"{half}/{name}/{k:03d}", label, (path, half, k))
+                for label, (name, path) in enumerate(paths.items())
+                for k in range(self.crops_per_half)
+            ]
+
+        asked = "all" if len(splits) > 1 else splits[0]
+        return Listing(
+            classes=list(paths),
+            rows={half: crops(half) for half in splits},
             read=read,
-            content=lambda: f"{digest(paths.items()).sha256}:{self.crops_per_half}:{STEPS}:{split}",
+            content=lambda: f"{digest(paths.items()).sha256}:{self.crops_per_half}:{STEPS}:{asked}",
         )
