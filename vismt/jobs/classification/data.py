@@ -15,7 +15,7 @@ from vismt.data.images import ImageSet, open_images
 from vismt.data.near_duplicates import groups_of
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split
-from vismt.engine.splits import shares
+from vismt.engine.parts import shares
 from vismt.jobs.classification.config import MultitaskConfig, TaskConfig
 from vismt.multitask.union import Union
 

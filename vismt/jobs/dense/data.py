@@ -19,7 +19,7 @@ from vismt.data.maps.dense_sample import CLASS, Sample, collate
 from vismt.data.maps.dense_set import DenseSet, open_samples
 from vismt.data.near_duplicates import groups_of, picture
 from vismt.data.set_entries import card_and_split
-from vismt.engine.splits import shares
+from vismt.engine.parts import shares
 from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
 from vismt.multitask.class_loss import ClassLoss, check_counts
 from vismt.multitask.dense import SEGMENTATION
