@@ -116,7 +116,7 @@ def test_rows_that_the_card_does_not_describe(put, content, message):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ("form: line", "form 'line' is not known. Near: 'lines'"),
+    ("form: line", "form: 'line' is not known. Near: 'lines'"),
     ("separators: []", "need 1 separators"),
     ("files: {test: a.txt}", "they must agree"),
     ("encoding: latin-99", "encoding 'latin-99' is not known"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, require_known
 from vismt.config.typed import RelativePath, relative_path
 from vismt.data.copies import fix, listed, shown_path
 from vismt.data.image_set import ImageRow, ImageSource, Listing
@@ -55,9 +55,7 @@ class TableSource(RootedSource, ImageSource):
             raise UserError(
                 f"{where}: {names}; a table has the one split 'all', or 'table' maps each split to its file."
             )
-        unknown = next((name for name in self.only if name not in self.splits), None)
-        if unknown is not None:
-            raise UserError(f"{where}: 'only' names no split '{unknown}'.{near(unknown, self.splits)}")
+        require_known(f"{where}: 'only' names no split", self.only, self.splits)
 
     def list_files(self, base: Path) -> Files:
         """Return the tables."""

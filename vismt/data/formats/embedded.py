@@ -1,4 +1,4 @@
-"""Real images inside pip packages: scikit-learn's digits and crops of scikit-image's photographs."""
+"""Sets inside installed packages: scikit-learn's digits, crops of scikit-image's photographs, Python's own help texts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from vismt.data.copies import digest, fix
 from vismt.data.decode import decode_file
 from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, PackagedSource, file_groups, source_kind
+from vismt.data.texts.text_set import TextRows, TextSource
 
 HALVES = ("train", "test")
 # Powers of the inverse root of x^4 = x + 1: an additive sequence that fills the (position, position, size) cube evenly.
@@ -128,3 +129,29 @@ class PhotoCropsSource(PackagedSource, ImageSource):
             read=read,
             content=lambda: f"{digest(paths.items()).sha256}:{self.crops_per_half}:{STEPS}:{asked}",
         )
+
+
+@source_kind("python_topics")
+@dataclass(frozen=True, kw_only=True)
+class PythonTopicsSource(PackagedSource, TextSource):
+    """The topics of Python's language reference that `help()` shows: rows with the fields `topic` and `text`.
+
+    Of the topics in alphabetical order every fourth is a test text.
+    """
+
+    package: ClassVar[str | None] = "pydoc_data"
+
+    def list_files(self, base: Path) -> Files:
+        """Return the module with the texts."""
+        return file_groups(base, ["topics.py"])
+
+    def read_rows(self, card: Card, base: Path, splits: Sequence[str]) -> TextRows:
+        """Return the topics in alphabetical order."""
+        from pydoc_data.topics import topics
+
+        parts: dict[str, dict[str, dict[str, str]]] = {"train": {}, "test": {}}
+        for number, (topic, text) in enumerate(sorted(topics.items()), 1):
+            parts["train" if number % 4 else "test"][topic] = {"topic": topic, "text": text.strip()}
+        asked = "all" if len(splits) > 1 else splits[0]
+        hashed = [("topics.py", base / "topics.py")]
+        return TextRows({split: parts[split] for split in splits}, lambda: f"{digest(hashed).sha256}:{asked}")

@@ -6,16 +6,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from vismt.base.errors import UserError, near
-from vismt.config.typed import RelativePath, relative_path
+from vismt.base.errors import UserError
+from vismt.config.typed import Names, RelativePath, relative_path
 from vismt.data.copies import digest, fix, shown_path
 from vismt.data.decode import is_image_name
 from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, RootedSource, source_kind
 from vismt.storage.paths import regular_file
 
-LAYOUTS = ("{class}", "{split}/{class}", "**/{class}", "{split}/**/{class}")
+CLASS_FOLDERS = ("{class}", "{split}/{class}", "**/{class}", "{split}/**/{class}")
 ClassFolders = dict[str, dict[Path, list[Path]]]  # split -> class folder -> its image files, sorted
 
 
@@ -64,17 +65,14 @@ class FolderSource(RootedSource, ImageSource):
         lists: maps a split to a text file beside the card with one image path (relative to `root`) a line.
     """
 
-    layout: RelativePath = "{class}"
+    layout: Annotated[str, Names(CLASS_FOLDERS, only=True)] = "{class}"
     lists: dict[str, RelativePath] = field(default_factory=dict)
 
     def check(self, where: str) -> None:
-        """Raise UserError for an unknown layout, and for one that does not fit the splits."""
+        """Raise UserError for a layout or lists that do not fit the splits."""
         super().check(where)
-        if self.layout not in LAYOUTS:
-            raise UserError(f"{where}: layout '{self.layout}' is not known.{near(self.layout, LAYOUTS)}")
-        if self.lists and set(self.lists) != set(self.splits):
-            names = f"'lists' names {sorted(self.lists)}, 'splits' names {sorted(self.splits)}"
-            raise UserError(f"{where}: {names}; they must agree.")
+        if self.lists:
+            self.check_per_split(where, "lists", self.lists)
         if not self.lists and "{split}" not in self.layout and list(self.splits) != ["all"]:
             raise UserError(f"{where}: layout '{self.layout}' has no {{split}}: name one split 'all', or give 'lists'.")
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.config.typed import RelativePath, relative_path
 from vismt.data.copies import fix, shown_path
 from vismt.data.image_set import ImageRow, ImageSource, Listing
@@ -41,10 +41,7 @@ class LabelListSource(RootedSource, ImageSource):
     def check(self, where: str) -> None:
         """Raise UserError for a split other than train and test."""
         super().check(where)
-        choices = list(SPLIT_OF.values())
-        unknown = next((name for name in self.splits if name not in choices), None)
-        if unknown is not None:
-            raise UserError(f"{where}: no split '{unknown}'; 'training' tells train from test.{near(unknown, choices)}")
+        require_known(f"{where}: 'training' tells train from test; no split", self.splits, SPLIT_OF.values())
 
     def list_files(self, base: Path) -> Files:
         """Return the four lists."""

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from vismt.base.errors import UserError, near, require_known
-from vismt.config.typed import within
+from vismt.base.errors import UserError, require_known
+from vismt.config.typed import Names, within
 from vismt.data.copies import fix, shown_path
 from vismt.data.decode import decode_bytes
 from vismt.data.formats.tfrecords import read_example, scan
@@ -107,14 +107,12 @@ class MetaDatasetSource(RootedSource, ImageSource):
     """
 
     classes_per_split: dict[str, Annotated[int, within(0, MOST_CLASSES)]]
-    hierarchy: str | None = None
+    hierarchy: Annotated[str, Names(HIERARCHIES, only=True)] | None = None
 
     def check(self, where: str) -> None:
-        """Raise UserError for an unknown split or hierarchy."""
+        """Raise UserError for an unknown split."""
         super().check(where)
         require_known(f"{where}: no split", (*self.splits, *self.classes_per_split), SPLITS)
-        if self.hierarchy is not None and self.hierarchy not in HIERARCHIES:
-            raise UserError(f"{where}: hierarchy '{self.hierarchy}' is not known.{near(self.hierarchy, HIERARCHIES)}")
 
     def list_files(self, base: Path) -> Files:
         """Return the files of the classes, each as a group of its name, and the spec."""

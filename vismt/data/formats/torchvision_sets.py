@@ -8,12 +8,12 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
-from vismt.config.typed import RelativePath
+from vismt.base.errors import UserError, require_known
+from vismt.config.typed import Names, RelativePath
 from vismt.data.copies import fix, shown_path
 from vismt.data.decode import decoding, to_rgb
 from vismt.data.image_set import ImageRow, ImageSource, Listing
@@ -87,19 +87,14 @@ class TorchvisionSource(ImageSource):
         downloads: whether torchvision can still download the set.
     """
 
-    dataset: str
+    dataset: Annotated[str, Names(LAYOUTS, only=True)]
     root: RelativePath
     downloads: bool = True
 
     def check(self, where: str) -> None:
-        """Raise UserError for a class or a split that LAYOUTS does not have."""
+        """Raise UserError for a split that the class does not have."""
         super().check(where)
-        if self.dataset not in LAYOUTS:
-            raise UserError(f"{where}: torchvision class '{self.dataset}' is not known.{near(self.dataset, LAYOUTS)}")
-        choices = LAYOUTS[self.dataset].splits
-        unknown = next((split for split in self.splits if split not in choices), None)
-        if unknown is not None:
-            raise UserError(f"{where}: {self.dataset} has no split '{unknown}'.{near(unknown, choices)}")
+        require_known(f"{where}: {self.dataset} has no split", self.splits, LAYOUTS[self.dataset].splits)
 
     def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
         return [cached_folder("torchvision", self.root) if root is None else Path(root).expanduser()]
