@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from scripts.bench.accounting import saved_activation_bytes
 from scripts.bench.emtal_released import released
 from scripts.bench.timing import Comparison, Timing, interleave
-from vismt.lowrank.model.inject import merge
+from vismt.lowrank.model.merge import merge
 from vismt.methods import adapt
 from vismt.multitask.emtal.method import set_fade
 

@@ -34,7 +34,7 @@ class ReleasedLoraLinear(nn.Module):
         super().__init__()
         self.lora_a = nn.Parameter(layer.lora_A.detach().t().contiguous())
         self.lora_b = nn.Parameter(layer.lora_B.detach().t().contiguous())
-        self.base, self.scale = layer.restored(), layer.scale
+        self.base, self.scale = layer.stock(), layer.scale
 
     def forward(self, x: Tensor) -> Tensor:
         update = self.scale * (x @ self.lora_a @ self.lora_b)

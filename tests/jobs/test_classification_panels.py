@@ -15,7 +15,7 @@ from vismt.jobs.classification.figures import EXAMPLES, examples, examples_figur
 from vismt.jobs.classification.job import ClassificationJob
 from vismt.jobs.classification.models import PixelNet
 from vismt.jobs.image_job import ImageJob
-from vismt.lowrank.layers.wrappers import wrappers_of
+from vismt.lowrank.layers.base import adapter_modules
 from vismt.methods import adapt
 from vismt.multitask.emtal.method import set_fade
 from vismt.multitask.emtal.router_maps import router_maps
@@ -178,7 +178,7 @@ def test_routers_are_seen_on_the_patches_at_fade_0(options):
     assert np.ptp(arrays["omega"]) > 0.2
     # The net is left as it was.
     assert net.training and all(
-        part.fade_value == 0.25 and not part._forward_pre_hooks for part in wrappers_of(net).values()
+        part.fade_value == 0.25 and not part._forward_pre_hooks for part in adapter_modules(net).values()
     )
     assert torch.equal(net.eval()(pixels), before)
 

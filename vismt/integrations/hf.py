@@ -142,15 +142,15 @@ def write_repository(
     """
     record = need_record(model, "write_repository")
     folder = save_adapter(model, folder, strict=True)
-    in_peft = bool(record.sites) and METHODS[record.method].exports
+    in_peft = bool(record.layers) and METHODS[record.method].exports
     if in_peft:
         export_peft(model, folder)
-    paths = [site.path for site in record.sites]
+    paths = [site.path for site in record.layers]
     trainable, total = count_parameters(model)
     facts = [
         ("method", record.method),
         ("base model", base),
-        ("rank", f"{factor_rank(record.sites)}" if record.sites else ""),
+        ("rank", f"{factor_rank(record.layers)}" if record.layers else ""),
         ("trainable parameters", f"{trainable:,} of {total:,}"),
         ("weight fingerprint of the base", fingerprint(model, paths) if paths else ""),
     ]

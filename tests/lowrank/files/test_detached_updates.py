@@ -125,8 +125,8 @@ def test_one_adapter_of_weight_one_is_itself(name: str, form: str, tmp_path: Pat
     for path, update in (updates or {}).items():
         read = itself.low_rank[path]
         assert (
-            torch.equal(read.L, update.L)
-            and torch.equal(read.R, update.R)
+            torch.equal(read.B, update.B)
+            and torch.equal(read.A, update.A)
             and read.scale == update.scale
             and read.core is None
         )

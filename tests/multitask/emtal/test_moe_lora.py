@@ -494,9 +494,9 @@ def test_loading_is_strict_and_leaves_the_model(tmp_path) -> None:
             {"settings": {"n_experts": 8, "temperature": 5.0}},
             r"router\.weight: saved \(4, 32\), needed \(8, 32\)",
         ),
-        (tiny_vit(), {"settings": {}}, "n_experts None"),
-        (tiny_vit(), {"type": "os:system"}, "needs 'os:system', which this version of vismt does not have"),
-        (tiny_vit(), {"type": "vismt.nothing:MoEfiedMlp"}, "needs 'vismt.nothing:MoEfiedMlp'"),
+        (tiny_vit(), {"settings": {}}, "settings.n_experts' is missing"),
+        (tiny_vit(), {"type": "os:system"}, "this version of vismt has no adapter module 'os:system'"),
+        (tiny_vit(), {"type": "vismt.nothing:MoEfiedMlp"}, "no adapter module 'vismt.nothing:MoEfiedMlp'"),
     ):
         description = json.loads(text)
         description["parts"]["blocks.1.mlp"] |= change

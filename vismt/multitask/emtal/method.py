@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
-from vismt.lowrank.layers.kinds import kind_of
+from vismt.lowrank.layers.base import adapter_modules
 from vismt.lowrank.layers.low_rank import LowRankLayer
-from vismt.lowrank.layers.wrappers import wrappers_of
+from vismt.lowrank.layers.stock_modules import kind_of
 from vismt.lowrank.model.inject import attach, inject
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.starts import site_generator
@@ -33,7 +33,7 @@ from vismt.methods import Method, register_method
 from vismt.multitask.emtal.clusters import cluster_model, explained_variance, random_neurons
 from vismt.multitask.emtal.expert_pairs import ExpertPairs
 from vismt.multitask.emtal.fading import RouterFade
-from vismt.multitask.emtal.ffn import Fade, MoEfiedMlp, check_labels, checked_fade, starter
+from vismt.multitask.emtal.ffn import Fade, MoEfiedMlp, RouterSettings, check_labels, checked_fade, starter
 
 BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
 PERMUTATIONS = ("clusters", "random")
@@ -69,7 +69,7 @@ def moe_lora(
     refuse_adapted(model)
     start, fade = starter(init), checked_fade(fade)
     mlps = ffns(model)
-    settings = {"n_experts": n_experts, "temperature": temperature}
+    settings = RouterSettings(n_experts, temperature)
     for path, mlp in mlps.items():
         MoEfiedMlp.check(path, mlp, settings)
     linears = [f"{path}.{name}" for path in mlps for name in ("fc1", "fc2")]
@@ -91,15 +91,16 @@ def moe_lora(
     report = inject(
         model, "moe_lora", start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
     )
-    shapes = []
-    for number, path in enumerate(mlps):
+    wrappers: dict[str, Any] = {}
+    for path in mlps:
         router_seed = int(torch.randint(2**62, (), generator=site_generator(seed, path)))
-        wrapper: Any = MoEfiedMlp(model.get_submodule(path), None, n_experts, temperature, init, router_seed)
-        attach(model, path, wrapper)
+        wrappers[path] = MoEfiedMlp(model.get_submodule(path), None, n_experts, temperature, init, router_seed)
+    attach(model, wrappers)
+    for number, wrapper in enumerate(wrappers.values()):
         wrapper.fade = fade
         if labels is not None:
             wrapper.assign(labels[number])
-        shapes.append(tuple(wrapper.lora_router.weight.shape))
+    shapes = [wrapper.lora_router.weight.shape for wrapper in wrappers.values()]
     trainable, total = count_parameters(model)
     routers = [f"router in {len(shapes)} FFNs, {shapes[0][0]} x {shapes[0][1]}   {sum(k * d for k, d in shapes):,}"]
     return replace(report, trainable=trainable, total=total, extras=[*routers, *shares])
@@ -120,7 +121,7 @@ def ffns(model: nn.Module) -> dict[str, nn.Module]:
             if type(module).forward is Mlp.forward and not any(name.startswith("attn") for name in path.split("."))
         }
         if not in_block and isinstance(getattr(block, "mlp", None), nn.Module):
-            MoEfiedMlp.check(f"{prefix}.mlp", block.mlp, {"n_experts": 1, "temperature": 1.0})
+            MoEfiedMlp.check(f"{prefix}.mlp", block.mlp, RouterSettings(1, 1.0))
         if not in_block:
             raise UserError(
                 f"moe_lora: '{prefix}' is a {type(block).__name__} without an FFN (fc1, activation, fc2) to route."
@@ -134,7 +135,7 @@ def set_fade(model: nn.Module, fade: float | Fade) -> None:
 
     Raises UserError for a model without routers and a number outside of [0, 1].
     """
-    routed: list[Any] = [wrapper for wrapper in wrappers_of(model).values() if isinstance(wrapper, MoEfiedMlp)]
+    routed: list[Any] = [wrapper for wrapper in adapter_modules(model).values() if isinstance(wrapper, MoEfiedMlp)]
     if not routed:
         raise UserError("set_fade: this model has no router; adapt it with 'moe_lora' first.")
     for wrapper in routed:
@@ -143,7 +144,7 @@ def set_fade(model: nn.Module, fade: float | Fade) -> None:
 
 def routes(model: nn.Module) -> bool:
     """Return whether a router of the model still weighs experts, so that merged weights would compute something else."""
-    wrappers = wrappers_of(model).values()
+    wrappers = adapter_modules(model).values()
     return any(isinstance(wrapper, MoEfiedMlp) and wrapper.fade_value != 1 for wrapper in wrappers)
 
 
