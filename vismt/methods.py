@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from vismt.base.errors import UserError, require_known
 from vismt.base.registry import Registry
+from vismt.lowrank.files.description import RENAMED_METHODS
 from vismt.lowrank.layers.kinds import matrix_shape
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.named import beside
@@ -119,15 +120,16 @@ METHODS: Registry[Method] = Registry(
     {
         "amt": "vismt.metatune.amt.method",
         "corda": "vismt.llm.corda.method",
+        "emtal": "vismt.multitask.emtal.method",
         "ilora": "vismt.llm.ilora.method",
         "lisa": "vismt.llm.lisa.method",
         "lora": "vismt.llm.lora",
-        "moe_lora": "vismt.multitask.emtal.method",
         "peft:": "vismt.llm.peft_tuners.method",
         "pissa": "vismt.llm.pissa.method",
         "polar": "vismt.llm.polar.method",
         "s2ft": "vismt.llm.s2ft.method",
     },
+    RENAMED_METHODS,
 )
 
 
@@ -248,6 +250,7 @@ def freezes(module: nn.Module) -> bool:
 
 def check_sections(config: Any, method: str | None) -> None:
     """Raise UserError for a section of a configuration that only the schedules of other methods than `method` read."""
+    method = RENAMED_METHODS.get(method or "", method)
     sections: dict[str, list[str]] = {}
     for name, declaration in METHODS.items():
         if declaration.section:

@@ -149,7 +149,7 @@ def test_an_image_without_a_record_is_named(job, tmp_path, row):
 # ---- routers
 def routed(depth=4, fade=0.25, **options):
     vit = tiny_vit(depth=depth, img_size=(16, 24), **options)
-    adapt(vit, "moe_lora", None, 2, None, 0, n_experts=4, cluster=False)
+    adapt(vit, "emtal", None, 2, None, 0, n_experts=4, cluster=False)
     set_fade(shake(vit, 0.3), fade)
     return PixelNet(Backbone(vit)).eval()
 

@@ -21,7 +21,7 @@ from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import Sample, blank
 from vismt.multitask.balancing.base import Balancer
-from vismt.multitask.emtal.retain_dense import DenseRetaining
+from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.heads import Head
 from vismt.multitask.objective import TaskObjective
 from vismt.multitask.tasks import DenseTask

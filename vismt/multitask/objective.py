@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.multitask.balancing.base import Balancer
-from vismt.multitask.balancing.task_gradients import GradientBalancer
+from vismt.multitask.balancing.gradients import GradientBalancer
 from vismt.multitask.emtal.retain import QualityRetaining
 
 
@@ -40,8 +40,6 @@ class TaskObjective(nn.Module, ABC):
         self._batches: list[tuple[Tensor, Tensor]] = []
         self._last: Any = None  # the latest batch, where the balancer compares its losses before and after the step
         self._precision: AbstractContextManager = nullcontext()
-        if balancer is not None:
-            balancer.attach(self._balanced)
 
     @abstractmethod
     def losses(self, batch: Any) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def write_routers(path: Path, net: Any, images: Tensor) -> Path:
     """
     routed = [(name, part) for name, part in wrappers_of(net).items() if isinstance(part, MoEfiedMlp)]
     if not routed:
-        raise UserError("routers: this net has no router; take one that was adapted with moe_lora and is not merged.")
+        raise UserError("routers: this net has no router; take one that was adapted with emtal and is not merged.")
     chosen = [
         routed[i] for i in sorted({round(i * (len(routed) - 1) / (ROUTED_BLOCKS - 1)) for i in range(ROUTED_BLOCKS)})
     ]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.multitask.emtal.retain_dense import DenseRetaining
+from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.tasks import IGNORE
 
 # Six pixels (2 x 3), logits of 3 classes each; class 2 does not occur, one pixel is ignored.
@@ -239,7 +239,7 @@ WORKER = """
 import sys
 import torch
 import torch.distributed as dist
-from vismt.multitask.emtal.retain_dense import DenseRetaining
+from vismt.multitask.emtal.retain import DenseRetaining
 rank, file = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + file + ".store", rank=rank, world_size=2)

@@ -22,7 +22,7 @@ from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.dense import SEGMENTATION
 from vismt.multitask.emtal.fading import FadeConfig
-from vismt.multitask.emtal.retain_dense import DenseRetaining
+from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.heads import check_head
 from vismt.multitask.inference import check_overlap, check_scales
 from vismt.multitask.tasks import DenseTask, loss_options, make_task

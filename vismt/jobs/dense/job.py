@@ -34,7 +34,7 @@ from vismt.jobs.dense.predict import check_images, image_files, most_pixels, pre
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.multitask.dense import SEGMENTATION, DenseNet, DenseObjective
-from vismt.multitask.emtal.retain_dense import DenseRetaining
+from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DensePerturbation, dense_conditions

@@ -21,6 +21,7 @@ It raises the accuracy of a classifier and lowers the quality of its probabiliti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vismt.base.errors import UserError, near
+from vismt.multitask.tasks.base import IGNORE
 
 MODES = ("fifo2", "ema")
 REDUCTIONS = ("mean", "sum")
@@ -255,3 +257,76 @@ def _from_all(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+
+class DenseRetaining(QualityRetaining):
+    """Quality retaining of maps: call `loss(logits, target)`, then `update(logits, target)`, once for every optimiser step.
+
+    The state is that of `QualityRetaining` with a single task: the fp32 buffers bank (C, 2 or 1, C) and ema (1,).
+
+    Args:
+        num_classes: number of classes of the segmentation, C.
+        options: options of `QualityRetaining`.
+    """
+
+    def __init__(self, num_classes: int, **options: Any) -> None:
+        super().__init__(num_classes, torch.zeros(num_classes, dtype=torch.int64), **options)
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return L_QR of a batch; every process must call it, also without a valid pixel.
+
+        Args:
+            logits: (b, C, r, c), any floating dtype.
+            target: int64 (b, h, w), 0 to C-1 or 255, of any size.
+
+        Returns:
+            A scalar in at least fp32, 0 without a valid pixel; its gradient reaches `logits` alone.
+
+        Raises:
+            UserError: for other shapes and dtypes, and on the CPU for a label out of range.
+        """
+        rows, labels, _ = self._pixels(logits, target)
+        if not len(labels):
+            self._next_ema(rows.float(), labels)  # takes part in the all-reduce of the other processes
+            return rows.sum(dtype=torch.promote_types(rows.dtype, torch.float32))
+        return super().loss(rows, labels)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add the batch to the bank and the running cross-entropy; arguments and errors as of `loss`."""
+        rows, labels, image = self._pixels(logits.detach(), target)
+        self._check(rows, labels)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self.ema.copy_(self._next_ema(rows, labels))
+        if self.teacher == "bank":
+            chosen = self.selected(rows, labels)
+            self._store(*self._samples(rows[chosen], labels[chosen], image[chosen]))
+
+    def _pixels(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits (p, C), labels (p,) and image numbers (p,) of the valid pixels, sorted by image."""
+        valid_shapes = (
+            logits.ndim == 4 and target.ndim == 3 and len(logits) == len(target) and logits.shape[1] == self.num_classes
+        )
+        if not valid_shapes or target.dtype != torch.int64:
+            raise UserError(
+                f"quality retaining: logits {tuple(logits.shape)}, target {tuple(target.shape)} {target.dtype}; needed "
+                f"(b, {self.num_classes}, r, c) and int64 (b, h, w) of the same images."
+            )
+        if target.shape[-2:] != logits.shape[-2:]:
+            target = F.interpolate(target[:, None].float(), logits.shape[-2:], mode="nearest-exact")[:, 0].long()
+        valid = target != IGNORE
+        image = torch.arange(len(target), device=target.device)[:, None, None].expand_as(target)
+        return logits.movedim(1, -1)[valid], target[valid], image[valid]
+
+    def _samples(self, rows: Tensor, labels: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean logits (s, C) and class (s,) of every class in every image, sorted by image."""
+        key = image * self.num_classes + labels
+        present, counts = key.unique(return_counts=True)
+        parts = rows[key.argsort(stable=True)].split(counts.tolist())
+        # A scatter would add in undefined order on a GPU.
+        means = [part.mean(0) for part in parts]
+        return torch.stack(means) if means else rows, present % self.num_classes
+
+    def _check(self, logits: Tensor, labels: Tensor) -> None:
+        if len(labels):
+            super()._check(logits, labels)
