@@ -71,6 +71,7 @@ class Names:
 def build(cls: type[T], values: object, source: str, key: str = "", /, **given: Any) -> T:
     """Return an instance of the dataclass `cls` with fields from a mapping of plain YAML values.
 
+    A class may have a dict REMOVED: {name: default} of keys of earlier versions, which are read and dropped at that value.
     Fields may be bool, int, float, str, Any, Literal, dataclasses, and unions, lists, tuples and mappings from str of these.
     A whole number fits a float field, a bool is not a number, and text that spells a number ('1e-3', '0x10') fits a number
     field or one of type Any. Each `Annotated[type, check]` calls check(value, source and key), which may raise.
@@ -87,6 +88,8 @@ def build(cls: type[T], values: object, source: str, key: str = "", /, **given: 
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{source}: {key or 'the file'} is {shown(values)}, not a section.")
+    removed = getattr(cls, "REMOVED", {})
+    values = {name: value for name, value in values.items() if name not in removed or value != removed[name]}
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name not in given}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls, include_extras=True)
     unknown = next((name for name in values if name not in fields), None)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import HASHED_IF_SET
 from vismt.config.typed import Names, arguments, plain_name
 from vismt.engine.study import StudyConfig
 from vismt.multitask.balancing.base import BALANCERS, Balancer, make_balancer
@@ -28,11 +27,12 @@ class RetainConfig:
         reduction: over the samples of a batch.
         ema_floor: a task's weight is 1 / max(running cross-entropy, ema_floor); null for no floor.
         reverse: KL(student || bank) instead of KL(bank || student).
-        weight: factor of the loss, >= 0.
-        select: samples that the bank stores: all, correct ones, or confident ones (probability of the label above 1/2).
-        weighting: one running cross-entropy for each task or each class.
-        teacher: bank, or uniform, which stores nothing (a control).
     """
+
+    REMOVED: ClassVar[dict[str, Any]] = {"weight": 1.0, "select": "all", "weighting": "task", "teacher": "bank"}
+    ELSEWHERE: ClassVar[dict[str, str]] = dict.fromkeys(
+        REMOVED, "It was an option of vismt's own; what is left are the forms of EMTAL's paper and of its code."
+    )
 
     temperature: float = 2.0
     mode: Annotated[str, Names("vismt.multitask.emtal.retain:MODES")] = "fifo2"
@@ -42,14 +42,6 @@ class RetainConfig:
     reduction: Annotated[str, Names("vismt.multitask.emtal.retain:REDUCTIONS")] = "mean"
     ema_floor: float | None = None
     reverse: bool = False
-    weight: float = field(default=1.0, metadata=HASHED_IF_SET)
-    select: Annotated[str, Names("vismt.multitask.emtal.retain:SELECT")] = field(default="all", metadata=HASHED_IF_SET)
-    weighting: Annotated[str, Names("vismt.multitask.emtal.retain:WEIGHTING")] = field(
-        default="task", metadata=HASHED_IF_SET
-    )
-    teacher: Annotated[str, Names("vismt.multitask.emtal.retain:TEACHERS")] = field(
-        default="bank", metadata=HASHED_IF_SET
-    )
 
 
 @dataclass

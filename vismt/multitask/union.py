@@ -81,7 +81,7 @@ class UnionObjective(TaskObjective):
     """Loss over the union: objective({"images" (b, 3, h, w), "labels" int64 (b,)}) -> {"loss", "ce", "accuracy", ...}, scalars.
 
     Call `step()` after each optimiser step. The result also holds, where they exist, "retain" (L_QR), "running ce/<task>" (of
-    retain, weighting "task") and "weight/<task>" (alpha of the balancer). The state of all parts is saved with the training.
+    retain) and "weight/<task>" (alpha of the balancer). The state of all parts is saved with the training.
 
     Args:
         net: images -> logits (b, C).
@@ -139,9 +139,8 @@ class UnionObjective(TaskObjective):
             loss = loss + pull
             self.remember(logits, labels)
             scalars["retain"] = pull.detach()
-            if self.retain.weighting == "task":
-                names = self.union.tasks
-                scalars |= {f"running ce/{name}": value.clone() for name, value in zip(names, self.retain.ema)}
+            running = zip(self.union.tasks, self.retain.ema)
+            scalars |= {f"running ce/{name}": value.clone() for name, value in running}
         return {"loss": loss, **scalars, **self.logged()}
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -602,3 +602,16 @@ def test_an_mlp_with_a_forward_of_its_own_is_refused() -> None:
 
     with pytest.raises(UserError, match="'mlp' is a Other, needed timm's Mlp"):
         MoEfiedMlp(Other(6, 24), 2, 3)
+
+
+def test_the_earlier_name_of_the_method_is_read(tmp_path) -> None:
+    assert "emtal" in vismt.list_methods() and "moe_lora" not in vismt.list_methods()
+    model = shake(tiny_vit())
+    vismt.adapt(model, "moe_lora", rank=2, n_experts=4, cluster=False)
+    vismt.save_adapter(model, tmp_path)
+    assert described(tmp_path)["method"] == "emtal"
+    edit_text(tmp_path, '"method": "emtal"', '"method": "moe_lora"')
+    for again in (shake(tiny_vit()), model):  # a stock model, and one that carries the adapter already
+        vismt.load_adapter(again, tmp_path)
+        assert torch.equal(again(images()), model(images())) and again.vismt_record.method == "emtal"
+    MethodDriver.check_resumed(*({"method": name, **BELONGING} for name in ("moe_lora", "emtal")) )

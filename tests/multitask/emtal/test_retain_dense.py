@@ -78,30 +78,6 @@ def test_the_bank_takes_means_over_image_and_class() -> None:
     assert torch.allclose(mean.bank[:, 0], 0.75 * wanted)
 
 
-def test_selected_pixels_enter_the_means_of_the_bank() -> None:
-    retain = DenseRetaining(3, select="correct")
-    retain.update(map_of(PIXELS), TARGET)
-    # Of class 0 only pixel 0 has its largest logit at the label (pixels 1 and 5 do not); of class 1 pixel 2 and not pixel 3.
-    assert retain.bank[:, 1].tolist() == [[3, 0, 0], [0, 1, 0], [0, 0, 0]]
-    every = DenseRetaining(3)
-    every.update(map_of(PIXELS), TARGET)
-    assert torch.equal(retain.ema, every.ema)
-    none = DenseRetaining(3, select="confident")
-    none.update(map_of([[0.0, 0, 0]] * 6), TARGET)  # no pixel is selected
-    assert not none.bank.any() and none.ema.item() == pytest.approx(9.5 + 0.05 * math.log(3))
-    uniform = DenseRetaining(3, teacher="uniform")
-    uniform.update(map_of(PIXELS), TARGET)
-    assert not uniform.bank.any() and torch.equal(uniform.ema, every.ema)
-
-
-def test_weighting_by_class_is_over_the_pixels_of_the_class() -> None:
-    retain = DenseRetaining(3, weighting="class", ema_decay=0.0)
-    retain.update(map_of(PIXELS), TARGET)
-    by_class = [[0, 1, 5], [2, 3]]
-    wanted = [sum(-math.log(softmax(PIXELS[p], 1)[c]) for p in own) / len(own) for c, own in enumerate(by_class)]
-    assert retain.ema.tolist() == pytest.approx([*wanted, 10.0], rel=1e-5)
-
-
 def test_the_running_cross_entropy_is_that_of_pixels() -> None:
     retain = DenseRetaining(3)
     logits = map_of(PIXELS)

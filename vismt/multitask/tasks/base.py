@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError, near
+from vismt.data.maps.dense_sample import IGNORE
 from vismt.multitask.heads import resize_logits
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-IGNORE = 255
 DARK = 64  # grey level of pixels without a value in pictures
 # Loss weights of InvPT and TaskPrompter for NYUD-v2 and PASCAL-Context; a task's default is its entry here.
 NYUD_WEIGHTS = {"semseg": 1.0, "depth": 1.0, "normals": 10.0, "edge": 50.0}
