@@ -18,7 +18,7 @@ from vismt.jobs.classification.panels import EXAMPLES, examples, routers, write_
 from vismt.lowrank.layers.wrappers import wrappers_of
 from vismt.methods import adapt
 from vismt.multitask.emtal.method import set_fade
-from vismt.multitask.union import Union
+from vismt.multitask.nets import Union
 from vismt.report import plotting
 from vismt.report.panels import read_panel, spread
 from vismt.report.routers import ROUTERS, routers_figure, write_routers

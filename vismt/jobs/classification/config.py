@@ -25,8 +25,8 @@ from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.fading import FadeConfig
 from vismt.multitask.emtal.retain import QualityRetaining
-from vismt.multitask.union import HEADS
-from vismt.multitask.variational_union import check_bound
+from vismt.multitask.nets import LABEL_SPACES
+from vismt.multitask.objectives import check_bound
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 from vismt.uncertainty.last_layers import check_head, is_variational
 
@@ -97,7 +97,7 @@ class HeadConfig:
 
     name: Annotated[str, Names("vismt.uncertainty.last_layers:HEADS")] = "linear"
     options: dict[str, Any] = field(default_factory=dict)
-    labels: Annotated[str, Names("vismt.multitask.union:HEADS")] = "union"
+    labels: Annotated[str, Names("vismt.multitask.nets:LABEL_SPACES")] = "union"
 
 
 @dataclass
@@ -129,7 +129,7 @@ class MultitaskConfig(StudyConfig):
     task: str = "multitask"
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: list[TaskConfig] = field(default_factory=list)
-    head: Annotated[str, Names("vismt.multitask.union:HEADS")] | HeadConfig = "union"
+    head: Annotated[str, Names("vismt.multitask.nets:LABEL_SPACES")] | HeadConfig = "union"
     label_smoothing: float = 0.1
     class_weights: str | None = field(default=None, metadata=HASHED_IF_SET)
     logit_adjustment: float = field(default=0.0, metadata=HASHED_IF_SET)
@@ -212,8 +212,8 @@ def check(config: MultitaskConfig) -> None:
 
 def _check_head(config: MultitaskConfig) -> None:
     head = config.head_section
-    if head.labels not in HEADS:
-        raise UserError(f"head: '{head.labels}'.{near(head.labels, HEADS)}")
+    if head.labels not in LABEL_SPACES:
+        raise UserError(f"head: '{head.labels}'.{near(head.labels, LABEL_SPACES)}")
     check_head(head.name, head.options)
     if is_variational(head.name):
         check_bound(head.labels, config.class_weights, config.logit_adjustment, config.focal)

@@ -22,7 +22,7 @@ from vismt.engine.study import Training
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.models import PixelNet, stored
 from vismt.jobs.variants import against
-from vismt.multitask.union import TaskClassifier
+from vismt.multitask.nets import TaskClassifier
 from vismt.report.results import Score
 from vismt.storage.lines import read_lines
 from vismt.storage.records import SHARE, Records

@@ -25,7 +25,7 @@ from vismt.jobs.classification.models import PixelNet, stored
 from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures, validation_parts
 from vismt.jobs.variants import ADJUSTED, TEMPERED, kept
 from vismt.multitask.class_loss import adjusted
-from vismt.multitask.union import TaskClassifier
+from vismt.multitask.nets import TaskClassifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.evaluate import Form, accuracies, evaluate_examples

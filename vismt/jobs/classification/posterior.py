@@ -16,7 +16,7 @@ from vismt.engine.study import Training
 from vismt.jobs.classification.evaluation import Evaluation, form_measures
 from vismt.jobs.classification.models import PixelNet, stored
 from vismt.jobs.variants import LAPLACE
-from vismt.multitask.union import TaskClassifier
+from vismt.multitask.nets import TaskClassifier
 from vismt.report.results import Score
 from vismt.robustness.evaluate import evaluate_examples
 from vismt.uncertainty.intervals import CLEAN, Measure

@@ -22,7 +22,7 @@ from vismt.data.splits import divide
 from vismt.engine.splits import shares
 from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
 from vismt.multitask.class_loss import ClassLoss, check_counts
-from vismt.multitask.dense import SEGMENTATION
+from vismt.multitask.nets import SEGMENTATION
 from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.multitask.tasks.depth import Depth, InverseDepth
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.multitask.balancing.base import make_balancer
 from vismt.multitask.emtal.retain import QualityRetaining
-from vismt.multitask.union import TaskClassifier, Union, UnionObjective
+from vismt.multitask.nets import TaskClassifier, Union
+from vismt.multitask.objectives import UnionObjective
 
 UNION = Union(("birds", "cars", "signs"), (3, 2, 4))
 LABELS = torch.tensor([0, 2, 2, 4, 3, 1])  # birds and cars, no signs
