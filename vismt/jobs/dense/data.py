@@ -24,7 +24,7 @@ from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, 
 from vismt.multitask.class_loss import ClassLoss, check_counts
 from vismt.multitask.nets import SEGMENTATION
 from vismt.multitask.tasks import DenseTask, MapTask
-from vismt.multitask.tasks.depth import Depth, InverseDepth
+from vismt.multitask.tasks.maps import Depth, InverseDepth
 
 
 @dataclass(frozen=True)
