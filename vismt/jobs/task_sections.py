@@ -25,11 +25,16 @@ class RetainConfig:
         ema_init: start value of the running cross-entropy, > 0.
         momentum: momentum of mode ema, in [0, 1).
         reduction: over the samples of a batch.
-        ema_floor: a task's weight is 1 / max(running cross-entropy, ema_floor); null for no floor.
         reverse: KL(student || bank) instead of KL(bank || student).
     """
 
-    REMOVED: ClassVar[dict[str, Any]] = {"weight": 1.0, "select": "all", "weighting": "task", "teacher": "bank"}
+    REMOVED: ClassVar[dict[str, Any]] = {
+        "ema_floor": None,
+        "weight": 1.0,
+        "select": "all",
+        "weighting": "task",
+        "teacher": "bank",
+    }
     ELSEWHERE: ClassVar[dict[str, str]] = dict.fromkeys(
         REMOVED, "It was an option of vismt's own; what is left are the forms of EMTAL's paper and of its code."
     )
@@ -40,7 +45,6 @@ class RetainConfig:
     ema_init: float = 10.0
     momentum: float = 0.5
     reduction: Annotated[str, Names("vismt.multitask.emtal.retain:REDUCTIONS")] = "mean"
-    ema_floor: float | None = None
     reverse: bool = False
 
 

@@ -153,14 +153,6 @@ def test_halving_a_task_doubles_its_gradient_and_nothing_else() -> None:
     assert torch.allclose(gradients[1][[1, 3]], 2 * gradients[0][[1, 3]])
 
 
-def test_the_floor_is_off_unless_asked_for() -> None:
-    logits, labels = batch(3)
-    free, bounded = (
-        QualityRetaining(6, TASKS, ema_init=1e-4, ema_decay=1.0, ema_floor=floor) for floor in (None, 1e-2)
-    )
-    assert free.loss(logits, labels).item() == pytest.approx(100 * bounded.loss(logits, labels).item(), rel=1e-5)
-
-
 def test_broken_samples_leave_no_trace() -> None:
     retain, clean = (QualityRetaining(6, TASKS) for _ in range(2))
     start = batch(6, seed=5)[0]
@@ -200,7 +192,6 @@ def test_state_is_fp32_saved_and_restored() -> None:
         ({"ema_decay": 1.1}, "ema_decay 1.1"),
         ({"ema_init": 0.0}, "ema_init 0.0"),
         ({"momentum": 1.0}, "momentum 1.0"),
-        ({"ema_floor": -1.0}, "ema_floor -1.0, needed > 0 or None"),
         ({"task_of_class": TASKS[:5]}, r"task_of_class is \(5,\).*needed \(6,\) int64"),
         ({"task_of_class": TASKS.float()}, "float32"),
         ({"task_of_class": torch.tensor([0, 0, 0, 2, 2, 2])}, "task 1 has no class"),
@@ -279,7 +270,7 @@ def test_two_processes_hold_the_state_of_one(tmp_path: Path, mode: str) -> None:
 
 
 def test_options_of_earlier_configurations_are_read_at_their_default_alone() -> None:
-    earlier = {"weight": 1.0, "select": "all", "weighting": "task", "teacher": "bank", "mode": "ema"}
+    earlier = {"ema_floor": None, "weight": 1.0, "select": "all", "weighting": "task", "teacher": "bank", "mode": "ema"}
     assert typed.build(RetainConfig, earlier, "config: 'a.yaml'") == RetainConfig(mode="ema")
     with pytest.raises(UserError, match=r"config: 'a.yaml': unknown key 'select'\. It was an option of vismt's own"):
         typed.build(RetainConfig, {**earlier, "select": "correct"}, "config: 'a.yaml'")

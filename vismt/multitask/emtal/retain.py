@@ -50,7 +50,6 @@ from vismt.data.maps.dense_sample import IGNORE
 
 MODES = ("fifo2", "ema")
 REDUCTIONS = ("mean", "sum")
-CHOICES = {"mode": MODES, "reduction": REDUCTIONS}
 
 
 class QualityRetaining(nn.Module):
@@ -65,8 +64,6 @@ class QualityRetaining(nn.Module):
         ema_init: start value of the running cross-entropy, > 0.
         momentum: m of mode "ema", in [0, 1).
         reduction: over the samples of the batch, "mean" or "sum".
-        ema_floor: the weights are 1 / max(ema, ema_floor); None for no floor, so the weight of a task has no bound when its
-            cross-entropy approaches 0.
         reverse: KL(student || bank) instead of KL(bank || student).
 
     Attributes:
@@ -93,26 +90,24 @@ class QualityRetaining(nn.Module):
         *,
         momentum: float = 0.5,
         reduction: str = "mean",
-        ema_floor: float | None = None,
         reverse: bool = False,
     ) -> None:
         super().__init__()
         tasks = torch.as_tensor(task_of_class)
         _check_tasks(tasks, num_classes)
-        for name, value in (("mode", mode), ("reduction", reduction)):
-            if value not in CHOICES[name]:
-                raise UserError(f"quality retaining: {name} '{value}'.{near(value, CHOICES[name])}")
+        for name, value, choices in (("mode", mode, MODES), ("reduction", reduction, REDUCTIONS)):
+            if value not in choices:
+                raise UserError(f"quality retaining: {name} '{value}'.{near(value, choices)}")
         for name, number, valid, needed in (
             ("temperature", temperature, 0 < temperature < float("inf"), "> 0"),
             ("ema_decay", ema_decay, 0 <= ema_decay <= 1, "from 0 to 1"),
             ("ema_init", ema_init, 0 < ema_init < float("inf"), "> 0"),
             ("momentum", momentum, 0 <= momentum < 1, "from 0 to below 1"),
-            ("ema_floor", ema_floor, ema_floor is None or 0 < ema_floor < float("inf"), "> 0 or None"),
         ):
             if not valid:
                 raise UserError(f"quality retaining: {name} {number}, needed {needed}.")
         self.num_classes, self.temperature, self.mode, self.reduction = num_classes, float(temperature), mode, reduction
-        self.ema_decay, self.momentum, self.ema_floor, self.reverse = ema_decay, momentum, ema_floor, reverse
+        self.ema_decay, self.momentum, self.reverse = ema_decay, momentum, reverse
         self.register_buffer("task_of_class", tasks.clone(), persistent=False)
         self.register_buffer("bank", torch.zeros(num_classes, 2 if mode == "fifo2" else 1, num_classes))
         self.register_buffer("ema", torch.full((int(tasks.max()) + 1,), float(ema_init)))
@@ -135,8 +130,6 @@ class QualityRetaining(nn.Module):
         self._check(logits, labels)
         student = logits.to(torch.promote_types(logits.dtype, torch.float32))
         ema = self._next_ema(student, labels)
-        if self.ema_floor is not None:
-            ema = ema.clamp_min(self.ema_floor)
         T = self.temperature
         teacher = (self.bank[labels].to(student.dtype) / T).log_softmax(-1)
         softened = (student / T).log_softmax(-1)[:, None].expand_as(teacher)

@@ -36,7 +36,7 @@ from torchmetrics import Metric
 
 from vismt.base.compiled import Compiled
 from vismt.base.errors import UserError
-from vismt.data.thinning import thin
+from vismt.data.maps.edge_thinning import thin
 from vismt.multitask.metrics.inputs import (
     binary,
     check_choice,
