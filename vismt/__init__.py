@@ -60,6 +60,8 @@ PLACES["layers"] = {
     "quantized": "vismt.llm.pissa.quantized",
     "slice": "vismt.llm.s2ft.layer",
 }
+# The present names of methods that earlier adapters and configurations call otherwise.
+PLACES["renamed methods"] = {"moe_lora": "emtal"}
 PLACES["wrappers"] = {"moefied_ffn": "vismt.multitask.emtal.ffn", "instance_gate": "vismt.llm.ilora.method"}
 
 __getattr__, __dir__ = exports(__name__)

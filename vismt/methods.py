@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vismt.base.errors import UserError, require_known
-from vismt.base.registry import Registry
-from vismt.lowrank.files.description import RENAMED_METHODS
+from vismt.base.registry import PLACES, Registry
 from vismt.lowrank.layers.kinds import matrix_shape
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.named import beside
@@ -135,7 +134,7 @@ METHODS: Registry[Method] = Registry(
         "polar": "vismt.llm.polar.method",
         "s2ft": "vismt.llm.s2ft.method",
     },
-    RENAMED_METHODS,
+    PLACES["renamed methods"],
 )
 
 
@@ -253,7 +252,6 @@ def freezes(module: nn.Module) -> bool:
 
 def check_sections(config: Any, method: str | None) -> None:
     """Raise UserError for a section of a configuration that only the schedules of other methods than `method` read."""
-    method = RENAMED_METHODS.get(method or "", method)
     sections: dict[str, list[str]] = {}
     for name, declaration in METHODS.items():
         if declaration.section:

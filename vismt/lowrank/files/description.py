@@ -16,6 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.base.registry import PLACES
 from vismt.lowrank import strict_json
 from vismt.lowrank.layers.base import LAYERS, LayerSpec
 from vismt.lowrank.values import check_finite
@@ -26,7 +27,6 @@ DESCRIPTION = "adapter.json"
 SAMPLES = 16
 # Layers of version 0.1.0, whose entries in adapter.json do not name the layer: the setting that only theirs have.
 UNNAMED = {"low_rank": None, "quantized": "grid", "slice": "dim"}
-RENAMED_METHODS = {"moe_lora": "emtal"}  # earlier names, which older files hold, and the present ones
 NOT_OURS = f"{DESCRIPTION} is not what vismt.save_adapter writes"
 
 
@@ -57,7 +57,7 @@ class Description:
     sha256: str | None = None  # missing in files of version 0.1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "method", RENAMED_METHODS.get(self.method, self.method))
+        object.__setattr__(self, "method", PLACES["renamed methods"].get(self.method, self.method))
         if not re.fullmatch(r"adapter-[0-9a-f]{12}\.safetensors", self.tensors):
             raise ValueError(f"tensors: {self.tensors!r} is not the name of a file of tensors")
         for key in ("also_train", "unchanged"):
