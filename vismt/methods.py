@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vismt.base.errors import UserError, require_known
-from vismt.base.registry import Registry
+from vismt.base.registry import PLACES, Registry
 from vismt.config.sections import SCHEDULED
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.stock_modules import matrix_shape
@@ -126,15 +126,16 @@ METHODS: Registry[Method] = Registry(
     {
         "amt": "vismt.metatune.amt.method",
         "corda": "vismt.llm.corda.method",
+        "emtal": "vismt.multitask.emtal.method",
         "ilora": "vismt.llm.ilora.method",
         "lisa": "vismt.llm.lisa.method",
         "lora": "vismt.llm.lora",
-        "moe_lora": "vismt.multitask.emtal.method",
         "peft:": "vismt.llm.peft_tuners.method",
         "pissa": "vismt.llm.pissa.method",
         "polar": "vismt.llm.polar.method",
         "s2ft": "vismt.llm.s2ft.method",
     },
+    PLACES["renamed methods"],
 )
 
 

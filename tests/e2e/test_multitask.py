@@ -44,7 +44,7 @@ TASKS = [
 SMALL = {
     "task": "multitask",
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
-    "adapt": {"method": "moe_lora", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
+    "adapt": {"method": "emtal", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
     "fade": {"start": 0.0, "end": 0.5},
     "retain": {},
     "tasks": TASKS,
@@ -465,7 +465,7 @@ def test_overrides_of_an_arm_are_typed_and_its_trainings_are_found_by_name(tmp_p
         ({"retain": {"mode": "fifo"}}, "mode 'fifo'"),
         ({"retain": {"temperature": 0}}, "temperature 0"),
         ({"balancing": {"method": "pcgrat"}}, "no method 'pcgrat'"),
-        ({"adapt": {"method": "lora"}}, "fade: 'lora' has no schedule with this section; set adapt.method to moe_lora"),
+        ({"adapt": {"method": "lora"}}, "fade: 'lora' has no schedule with this section; set adapt.method to emtal"),
         ({"fade": {"end": 1.5}}, "need 0 <= start <= end <= 1"),
         ({"label_smoothing": 1.0}, "label_smoothing: 1.0"),
         ({"class_weights": "invers"}, "multitask: class_weights 'invers'; null for none. Near: 'inverse'"),

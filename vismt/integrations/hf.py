@@ -43,7 +43,7 @@ class VismtCallback(TrainerCallback):
     layers, fading routers) and optimisers (PoLAR's landing) are driven.
 
     Args:
-        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for moe_lora.
+        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for emtal.
 
     Raises:
         UserError: a model that is not adapted when the Trainer is made, and a checkpoint of another base, method or settings.

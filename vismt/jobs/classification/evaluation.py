@@ -40,7 +40,7 @@ from vismt.jobs.image_scores import image_scores
 from vismt.jobs.output_conditions import ADJUSTED, LAPLACE, TAUS, TEMPERED, against, fitted_once
 from vismt.jobs.risk import Thresholds, fit_thresholds, validation_parts
 from vismt.multitask.class_loss import adjusted
-from vismt.multitask.union import TaskClassifier
+from vismt.multitask.nets import TaskClassifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.evaluate import Form

@@ -32,8 +32,7 @@ from vismt.jobs.risk import check_thresholds
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.lowrank.model.inject import train_along
 from vismt.multitask.emtal.retain import QualityRetaining
-from vismt.multitask.union import UnionObjective
-from vismt.multitask.variational_union import VariationalUnionObjective
+from vismt.multitask.objectives import UnionObjective, VariationalUnionObjective
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section

@@ -37,8 +37,8 @@ from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, Undefined, read_scored
 from vismt.jobs.output_conditions import ADJUSTED, TAUS, fitted_once
 from vismt.multitask.class_loss import ClassLoss, adjusted
-from vismt.multitask.dense import DenseNet
 from vismt.multitask.inference import predict
+from vismt.multitask.nets import DenseNet
 from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.report.results import Score
 from vismt.robustness.attacks.dense_attack import DenseAttack

@@ -34,8 +34,9 @@ from vismt.jobs.dense.pooled_score import Scored
 from vismt.jobs.dense.predict import check_images, image_files, most_pixels, predict_images
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
 from vismt.jobs.task_sections import make_configured_balancer
-from vismt.multitask.dense import SEGMENTATION, DenseNet, DenseObjective
-from vismt.multitask.emtal.retain_dense import DenseRetaining
+from vismt.multitask.emtal.retain import DenseRetaining
+from vismt.multitask.nets import SEGMENTATION, DenseNet
+from vismt.multitask.objectives import DenseObjective
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.base.registry import PLACES
 from vismt.lowrank import strict_json
 from vismt.lowrank.layers.base import MODULES, LayerSpec
 from vismt.lowrank.values import check_finite
@@ -56,6 +57,7 @@ class Description:
     sha256: str | None = None  # missing in files of version 0.1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "method", PLACES["renamed methods"].get(self.method, self.method))
         if not re.fullmatch(r"adapter-[0-9a-f]{12}\.safetensors", self.tensors):
             raise ValueError(f"tensors: {self.tensors!r} is not the name of a file of tensors")
         for key in ("also_train", "unchanged"):
