@@ -90,7 +90,7 @@ class LmHeadConfig:
     Args:
         name: the head (vismt.uncertainty.last_layers).
         options: further arguments of the head.
-        alternate: alternating training (vismt.llm.tasks.alternating); null trains head and LM jointly (train.rates can
+        alternate: alternating training (vismt.uncertainty.alternating_loss); null trains head and LM jointly (train.rates can
             give the head another rate).
     """
 
