@@ -253,7 +253,15 @@ def as_peft(model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str] =
             layer = model.get_submodule(spec.path)
             if isinstance(layer, HostedLayer):
                 install_module(model, spec.path, layer.linked().get_base_layer())
-        yield _build(model, configuration(settings, [spec.path for spec in specs], saved), settings.seed)
+        config = configuration(settings, [spec.path for spec in specs], saved)
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(settings.seed)
+                hosted = _peft().get_peft_model(model, config)
+        except Exception as error:  # peft raises what the tuner's code raises
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"adapt: peft cannot build {config.peft_type.value} here: {reason}") from error
+        yield hosted
     finally:
         for module, table in children:
             module._modules = table
@@ -261,17 +269,6 @@ def as_peft(model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str] =
             parameter.requires_grad_(flag)
         for name in set(vars(model)) - attributes:
             delattr(model, name)
-
-
-def _build(model: nn.Module, config: Any, seed: int) -> Any:
-    """Return the PeftModel of a stock model; UserError with the first line of what peft objects to."""
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return _peft().get_peft_model(model, config)
-    except Exception as error:  # peft raises what the tuner's code raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"adapt: peft cannot build {config.peft_type.value} here: {reason}") from error
 
 
 def _peft() -> Any:
