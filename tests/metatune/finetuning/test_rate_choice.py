@@ -11,8 +11,8 @@ from torch import nn
 from vismt.base.errors import UserError
 from vismt.config.sections import typed
 from vismt.jobs.fewshot.config import FewShotConfig
-from vismt.metatune import FineTuned, FineTuneSettings, ProtoNet
-from vismt.metatune.finetuning import finetune, rate_choice
+from vismt.metatune import FineTuned, FineTuneSettings, ProtoNet, finetune
+from vismt.metatune.finetuning import rate_choice
 from vismt.metatune.finetuning.rate_choice import RATES, VIEWS, LossNotFinite, choose_rate, held_out
 
 FINETUNE = importlib.import_module("vismt.metatune.finetuning.finetune")  # the package exports a function of this name

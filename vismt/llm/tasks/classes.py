@@ -6,7 +6,7 @@ W starts as the rows of the LM's output embedding for the answer tokens, so that
 answers. Protocol of the baselines in Wang et al., BLoB, arXiv 2406.11675, without its quirks (inverted verbaliser of BoolQ,
 swapped letters). An answer must be one token; of a longer answer only the first token would be scored.
 
-`AlternatingObjective` trains by PoLAR-VBLL's alternating steps (vismt.uncertainty.alternating_loss).
+`AlternatingObjective` trains by PoLAR-VBLL's alternating steps (vismt.uncertainty.vbll).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from vismt.llm.tasks.base import (
     probability_measures,
 )
 from vismt.llm.tasks.pieces import IGNORE, Piece
-from vismt.uncertainty.alternating_loss import alternating_loss
 from vismt.uncertainty.intervals import Measure
 from vismt.uncertainty.last_layers import log_predictive
-from vismt.uncertainty.variational import GaussianHead, VariationalHead
+from vismt.uncertainty.predictive import GaussianHead
+from vismt.uncertainty.vbll import VBLLClassifier, alternating_loss
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -125,7 +125,7 @@ class AlternatingObjective(LmObjective):
 
     def __init__(self, net: LmNet, task: Classes, lr: float, spread_lr: float, steps: int) -> None:
         super().__init__(net, task)
-        if not isinstance(net.head, VariationalHead):
+        if not isinstance(net.head, VBLLClassifier):
             raise UserError(
                 "head.alternate: needs a variational posterior; set head.name to vbll, or alternate to null."
             )
