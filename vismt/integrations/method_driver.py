@@ -139,6 +139,33 @@ class MethodDriver:
                 )
 
 
+class DriverCallback:
+    """What the callbacks of the two Trainers share: the driver of the model, and what its checkpoints belong to.
+
+    Args:
+        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for moe_lora.
+    """
+
+    def __init__(self, **sections: Any) -> None:
+        self._sections = sections
+        self._driver: MethodDriver | None = None
+        self.belongs: list[dict[str, Any]] = []
+
+    def drive(self, model: nn.Module) -> None:
+        """Make the driver, before a checkpoint is loaded."""
+        self._driver = MethodDriver(model, **self._sections)
+        self.belongs = self._driver.belonging()
+
+    @property
+    def driver(self) -> MethodDriver:
+        """The driver; UserError for a callback that was not there when the training was set up."""
+        if self._driver is None:
+            raise UserError(
+                "VismtCallback: give it to the Trainer as callbacks=[VismtCallback()], before the training."
+            )
+        return self._driver
+
+
 def _difference(key: str, old: Any, new: Any) -> str:
     """Return the first difference of two values of JSON as text, down to the setting where it can be named."""
     if isinstance(old, dict) and isinstance(new, dict):
