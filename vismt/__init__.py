@@ -62,5 +62,7 @@ PLACES["adapter_modules"] = {
     "quantized": "vismt.llm.pissa.quantized",
     "slice": "vismt.llm.s2ft.layer",
 }
+# The present names of methods that earlier adapters and configurations call otherwise.
+PLACES["renamed methods"] = {"moe_lora": "emtal"}
 
 __getattr__, __dir__ = exports(__name__)

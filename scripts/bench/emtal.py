@@ -114,7 +114,7 @@ def step_of(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Te
 
 def _routed(model: nn.Module, fade: float) -> nn.Module:
     routed = copy.deepcopy(model)
-    adapt(routed, "moe_lora", rank=RANK, n_experts=EXPERTS, cluster=False, also_train=["head"])
+    adapt(routed, "emtal", rank=RANK, n_experts=EXPERTS, cluster=False, also_train=["head"])
     set_fade(routed, fade)
     return routed
 

@@ -100,7 +100,7 @@ def spread(weights: Tensor, hidden: int) -> Tensor:
 
 @torch.no_grad()
 def released(model: nn.Module) -> nn.Module:
-    """Return a copy, in the release's layout, of a timm ViT adapted with 'moe_lora' (a fused qkv, no qk norm).
+    """Return a copy, in the release's layout, of a timm ViT adapted with 'emtal' (a fused qkv, no qk norm).
 
     The fade and the trainable parameters are the same.
     """

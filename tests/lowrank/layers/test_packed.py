@@ -199,7 +199,7 @@ def test_methods_that_use_the_weight_itself_are_refused(method: str, options: di
 def test_a_router_does_not_move_the_units_of_packed_weights() -> None:
     model = FORMATS["bitsandbytes-4"](tiny_vit(embed_dim=64))
     with pytest.raises(UserError, match=r"'blocks\.0\.mlp\.fc1' is quantised \(bitsandbytes Params4bit\)"):
-        vismt.adapt(model, "moe_lora", n_experts=4)
+        vismt.adapt(model, "emtal", n_experts=4)
     vismt.adapt(model, "lora", split_qkv=True, rank=2)
     shake(model)(images()).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

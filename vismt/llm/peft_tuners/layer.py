@@ -247,7 +247,15 @@ def as_peft(model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str] =
     try:
         hosts = {path: layer for path, layer in adapter_layers(model).items() if isinstance(layer, HostedLayer)}
         detach_all(model, {path: layer.linked().get_base_layer() for path, layer in hosts.items()})
-        yield _build(model, configuration(settings, [spec.path for spec in specs], saved), settings.seed)
+        config = configuration(settings, [spec.path for spec in specs], saved)
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(settings.seed)
+                hosted = _peft().get_peft_model(model, config)
+        except Exception as error:  # peft raises what the tuner's code raises
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"adapt: peft cannot build {config.peft_type.value} here: {reason}") from error
+        yield hosted
     finally:
         for module, table in children:
             module._modules = table
@@ -255,17 +263,6 @@ def as_peft(model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str] =
             parameter.requires_grad_(flag)
         for name in set(vars(model)) - attributes:
             delattr(model, name)
-
-
-def _build(model: nn.Module, config: Any, seed: int) -> Any:
-    """Return the PeftModel of a stock model; UserError with the first line of what peft objects to."""
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return _peft().get_peft_model(model, config)
-    except Exception as error:  # peft raises what the tuner's code raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"adapt: peft cannot build {config.peft_type.value} here: {reason}") from error
 
 
 def _peft() -> Any:

@@ -71,8 +71,11 @@ def host(
     names = also_trained(model, common["also_train"], list(modules))
     kind, given = VARIANTS.get(tuner, (tuner.upper(), {}))
     fields = _fields(kind)
-    if "feedforward_modules" in fields and not _knows(model):
-        # IA3 scales the inputs of these, the hidden units of an FFN, and the outputs of the other targets.
+    known = importlib.import_module("peft.utils.constants").TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if "feedforward_modules" in fields and model_type not in known:
+        # IA3 scales the inputs of these, the hidden units of an FFN, and the outputs of the other targets; peft has lists of
+        # them for some types of models.
         last = {structure.parts["d"].path for structure in structures(model).values() if "d" in structure.parts}
         options.setdefault("feedforward_modules", [path for path in modules if path in last])
     for name, value in options.items():
@@ -83,12 +86,6 @@ def host(
     method = f"{PREFIX}:{tuner}"
     install(model, method, specs, {"seed": seed}, names)
     return AdaptReport(method, specs, *count_parameters(model), remarks)
-
-
-def _knows(model: nn.Module) -> bool:
-    """Return whether peft has a list of the feed-forward modules of this type of model."""
-    known = importlib.import_module("peft.utils.constants").TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
-    return getattr(getattr(model, "config", None), "model_type", None) in known
 
 
 def _sizes(fields: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
@@ -116,12 +113,12 @@ def tuners() -> list[str]:
         base = importlib.import_module("peft.tuners.tuners_utils").BaseTuner
     except ImportError as error:
         raise UserError(f"adapt: the tuners of peft need peft ({error}): pip install peft.") from error
-    kinds = {str(kind.value) for kind, tuner in mapping.PEFT_TYPE_TO_TUNER_MAPPING.items() if _is_tuner(tuner, base)}
+    kinds = {
+        str(kind.value)
+        for kind, tuner in mapping.PEFT_TYPE_TO_TUNER_MAPPING.items()
+        if isinstance(tuner, type) and issubclass(tuner, base)
+    }
     return sorted({kind.lower() for kind in kinds - set(LEFT_OUT)} | set(VARIANTS))
-
-
-def _is_tuner(tuner: Any, base: type) -> bool:
-    return isinstance(tuner, type) and issubclass(tuner, base)
 
 
 @functools.cache

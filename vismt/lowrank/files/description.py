@@ -16,6 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.base.registry import PLACES
 from vismt.config.json_text import read_json
 from vismt.config.typed import JsonFile, build
 from vismt.lowrank.layers.base import MODULES, LayerSpec
@@ -57,6 +58,7 @@ class Description:
     sha256: str | None = None  # missing in files of version 0.1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "method", PLACES["renamed methods"].get(self.method, self.method))
         if not re.fullmatch(r"adapter-[0-9a-f]{12}\.safetensors", self.tensors):
             raise ValueError(f"tensors: {self.tensors!r} is not the name of a file of tensors")
         for key in ("also_train", "unchanged"):

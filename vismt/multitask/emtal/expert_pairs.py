@@ -74,7 +74,7 @@ class ExpertPairs(LowRankLinear):
         own = rank * (units + width) / (n_experts * width + units)
         if own < 1 or own % 1:
             raise UserError(
-                f"moe_lora: pairs 'expert': the parameters of a shared pair of rank {rank} of '{path}' give each of {n_experts} "
+                f"emtal: pairs 'expert': the parameters of a shared pair of rank {rank} of '{path}' give each of {n_experts} "
                 f"experts a rank of {own:.3g}, needed a whole number; change rank or n_experts."
             )
         shared = LowRankLayer.plan(path, module, rank, alpha, **options).settings

@@ -42,7 +42,7 @@ UNIT_AXES = {  # axis of the hidden units in each tensor
 def starter(init: str) -> Initialiser:
     """Return the initialiser of a pair: "normal" draws A and B from N(0, 0.02^2), "zero" sets B to zero."""
     if init not in INITS:
-        raise UserError(f"moe_lora: init {init!r}.{near(str(init), INITS)}")
+        raise UserError(f"emtal: init {init!r}.{near(str(init), INITS)}")
 
     def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         dtype = working_dtype(weight)
@@ -63,7 +63,7 @@ def checked_fade(fade: float | Fade) -> float | Fade:
     """Return a number in [0, 1] as float, or an object with a `value` unchanged; raise UserError for others."""
     is_number = isinstance(fade, Real) and not isinstance(fade, bool)
     if not (hasattr(fade, "value") or (is_number and 0 <= fade <= 1)):
-        raise UserError(f"moe_lora: fade {fade!r}; it must be a number from 0 (routed) to 1 (faded), or a FadeState.")
+        raise UserError(f"emtal: fade {fade!r}; it must be a number from 0 (routed) to 1 (faded), or a FadeState.")
     return float(fade) if is_number else fade
 
 
@@ -81,7 +81,7 @@ def check_labels(labels: Tensor, hidden: int, n_experts: int) -> None:
     valid = labels.dtype == torch.int64 and labels.shape == (hidden,)
     if not valid or not torch.equal(labels.sort().values.cpu(), torch.arange(hidden) // (hidden // n_experts)):
         needed = f"({hidden},) int64 with {hidden // n_experts} units for each of 0 .. {n_experts - 1}"
-        raise UserError(f"moe_lora: labels {tuple(labels.shape)} {labels.dtype}, needed {needed}; use cluster_neurons.")
+        raise UserError(f"emtal: labels {tuple(labels.shape)} {labels.dtype}, needed {needed}; use cluster_neurons.")
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class MoEfiedMlp(AdapterModule):
         self.check("mlp", mlp, RouterSettings(n_experts, temperature))
         start = starter(init)
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-            raise UserError(f"moe_lora: rank {rank!r}; it must be a whole number, at least 1.")
+            raise UserError(f"emtal: rank {rank!r}; it must be a whole number, at least 1.")
         super().__init__(mlp)
         self.n_experts, self.temperature, self.fade = n_experts, float(temperature), 0.0
         for name in ("fc1", "fc2"):
@@ -246,21 +246,19 @@ class MoEfiedMlp(AdapterModule):
         if base is None:
             raise UserError(f"moe_lora: this model has no '{path}' to put a router in.")
         if isinstance(n_experts, bool) or not isinstance(n_experts, int) or n_experts < 1:
-            raise UserError(f"moe_lora: n_experts {n_experts!r}; it must be a whole number, at least 1.")
+            raise UserError(f"emtal: n_experts {n_experts!r}; it must be a whole number, at least 1.")
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-            raise UserError(f"moe_lora: temperature {temperature!r}; it must be a positive number.")
+            raise UserError(f"emtal: temperature {temperature!r}; it must be a positive number.")
         adapted = any(isinstance(getattr(base, name, None), LowRankLayer) for name in ("fc1", "fc2"))
         if not adapted and not isinstance(base, cls):
             plain_mlp(base, f"'{path}'")
         if not isinstance(base, cls) and type(base).forward is not Mlp.forward:
-            raise UserError(
-                f"moe_lora: '{path}' is a {type(base).__name__}, needed timm's Mlp (fc1, an activation, fc2)."
-            )
+            raise UserError(f"emtal: '{path}' is a {type(base).__name__}, needed timm's Mlp (fc1, an activation, fc2).")
         hidden, width = cast(Tensor, base.fc1.weight).shape
         if hidden % n_experts:
             divisors = ", ".join(str(k) for k in range(2, 65) if hidden % k == 0) or "1"
             raise UserError(
-                f"moe_lora: n_experts {n_experts} does not divide the {hidden} hidden units of '{path}'; use one of {divisors}."
+                f"emtal: n_experts {n_experts} does not divide the {hidden} hidden units of '{path}'; use one of {divisors}."
             )
         return {"lora_router.weight": (n_experts, width), "labels": (hidden,), "fade": ()}
 

@@ -43,7 +43,7 @@ def router_maps(net: Any, images: Tensor) -> dict[str, np.ndarray]:
     """
     routed = [(name, part) for name, part in adapter_modules(net).items() if isinstance(part, MoEfiedMlp)]
     if not routed:
-        raise UserError("routers: this net has no router; take one that was adapted with moe_lora and is not merged.")
+        raise UserError("routers: this net has no router; take one that was adapted with emtal and is not merged.")
     places = sorted({round(i * (len(routed) - 1) / (MAPPED_BLOCKS - 1)) for i in range(MAPPED_BLOCKS)})
     chosen = [routed[place] for place in places]
     weights: dict[str, Tensor] = {}
