@@ -29,11 +29,12 @@ from torch.func import functional_call
 from vismt.base.errors import UserError, near
 from vismt.base.seeds import mix_seed
 from vismt.config.typed import Names
+from vismt.lowrank.contexts import evaluating
 from vismt.metatune.features import features
 from vismt.metatune.finetuning.attention_scale import attention_heads, scaled_queries
 from vismt.metatune.finetuning.diffaugment import diff_augment
 from vismt.metatune.finetuning.rate_choice import AUTO, LossNotFinite, choose_rate
-from vismt.metatune.functional import Functional, check_weights, evaluating
+from vismt.metatune.functional import Functional, check_weights
 from vismt.metatune.protocol.interfaces import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
 from vismt.base.seeds import mix_seed
-from vismt.metatune.functional import answers, evaluating
+from vismt.lowrank.contexts import evaluating
+from vismt.metatune.functional import answers
 from vismt.robustness.attacks.active_set import Outcome, Round, waves
 from vismt.robustness.attacks.apgd import apgd
 from vismt.robustness.attacks.checks import check_input, within_budget
