@@ -79,7 +79,7 @@ def drawn(monkeypatch):
     from vismt.jobs.dense import figures as dense_figures
     from vismt.jobs.fewshot import episode_figure
     from vismt.jobs.fewshot import figures as fewshot_figures
-    from vismt.report import figures, plotting, routers, study_figures
+    from vismt.report import arm_figures, figures, plotting, routers
 
     saved = []
 
@@ -95,7 +95,7 @@ def drawn(monkeypatch):
         fewshot_figures,
         figures,
         routers,
-        study_figures,
+        arm_figures,
     ):
         monkeypatch.setattr(module, "save", keep)
     return saved

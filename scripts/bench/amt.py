@@ -64,7 +64,7 @@ def run(rounds: int = 9, device: str = "cpu") -> list[AmtResult]:
     backbone = create(MODEL, img_size=SIZE).to(where)
     training = _training(backbone, rounds, where)
     pool = random_pool(backbone, EXPERTS, RANK).to(where)
-    twin = amt_released.released_pool(pool)
+    twin = amt_released.released_pool(pool, RANK)
     tasks = [
         _task(pool, twin, shots, MergeSettings(augment=augment), target, rounds, where)
         for shots in (5, 1)

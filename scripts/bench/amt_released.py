@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,6 @@ from torch import Tensor, nn
 
 from vismt.backbones.vit import Backbone
 from vismt.base.seeds import mix_seed
-from vismt.lowrank.bank import FactorBank
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.metatune.amt.objective import Adversary
@@ -192,23 +190,24 @@ class ReleasedPool(nn.Module):
         self.saved = copy.deepcopy(backbone.state_dict())
 
 
-def released_pool(pool: ExpertPool) -> ReleasedPool:
-    """Return the pool's backbone with W_res and the experts' factors in each adapted linear layer."""
-    twin, banks = copy.deepcopy(pool.backbone), iter(pool.banks)
-    for site in pool.sites:
-        base = twin.vit.get_submodule(site.path)
-        blocks = [cast(FactorBank, next(banks)) for _ in site.settings.blocks]
-        A = torch.cat([block.A for block in blocks], 1).detach()
-        B = torch.cat([block.B for block in blocks], 1).detach()
-        residual = base.weight.detach()
-        if pool.has_start:
-            start = [block.scale * block.B[-1] @ block.A[-1] for block in blocks]
-            residual = residual - torch.cat(start).detach()
-        factors = list(zip(A, B))[: len(pool)]
-        _replace(
-            twin.vit, site.path, ReleasedPoolLinear(residual, base.bias, factors, site.settings.scale, len(blocks))
-        )
+def released_pool(pool: ExpertPool, rank: int) -> ReleasedPool:
+    """Return the pool's backbone with W_res and the experts' factors in each adapted linear layer; rank: of a block's factors."""
+    twin = copy.deepcopy(pool.backbone)
+    for path in pool.paths:
+        base = twin.vit.get_submodule(path)
+        experts = [update.low_rank[path] for update in pool.updates]
+        start = experts.pop() if len(experts) > len(pool) else None
+        residual = base.weight.detach() if start is None else base.weight.detach() + start.delta()
+        groups = experts[0].rank // rank
+        factors = [(expert.R, _stacked(expert.L, groups)) for expert in experts]
+        _replace(twin.vit, path, ReleasedPoolLinear(residual, base.bias, factors, experts[0].scale, groups))
     return ReleasedPool(twin)
+
+
+def _stacked(diagonal: Tensor, groups: int) -> Tensor:
+    """Return the blocks (o, r) of a block-diagonal factor (o, g*r)."""
+    blocks = zip(diagonal.chunk(groups), range(groups))
+    return torch.cat([rows.chunk(groups, 1)[number] for rows, number in blocks])
 
 
 @torch.no_grad()

@@ -239,7 +239,7 @@ LABELS = [
     "photo_crops-train-l2-128",
     "photo_crops-train-corruption",
 ]
-RULES = ["merged", "merged:paper", "merged:robust_loo", "merged:centred", "merged:uniform"]
+RULES = ["merged", "merged:paper", "merged:robust_loo", "merged:uniform"]
 
 
 @pytest.fixture(scope="module")

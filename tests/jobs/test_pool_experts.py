@@ -109,12 +109,13 @@ def test_the_strategy_of_a_model() -> None:
         "merged:default",
         "merged:paper",
         "merged:uniform",
+        "merged:average",
         "merged:ridge",
         "average",
         "min_ce",
         "expert:clean",
     ]
-    strategies = ["robust_loo", "robust_loo", "merge", "average", "ridge", "average", "min_ce", "expert"]
+    strategies = ["robust_loo", "robust_loo", "paper", "average", "average", "ridge", "average", "min_ce", "expert"]
     assert [strategy_of(config, name) for name in names] == strategies
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.config.sections import AdaptConfig, TrainConfig
-from vismt.jobs import job as job_file
+from vismt.jobs import training_job
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SourceConfig
 from vismt.jobs.fewshot.job import FewShotJob
 from vismt.jobs.fewshot.models import OWN_FILE
@@ -130,13 +130,13 @@ def test_an_interrupted_pool_goes_on_inside_the_expert_it_was_at(tmp_path: Path)
 
 
 def test_levels_share_their_episodes_and_copies_have_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop_seeds, train = [], job_file.loop.train
+    loop_seeds, train = [], training_job.loop.train
 
     def watched(*args: object, seed: int, **options: object) -> None:
         loop_seeds.append(seed)
         train(*args, seed=seed, **options)
 
-    monkeypatch.setattr(job_file.loop, "train", watched)
+    monkeypatch.setattr(training_job.loop, "train", watched)
     job = PoolJob(config([2, 8, 2, [2, 8], 2], seed=3, steps=1), tmp_path)
     job.train()
     experts = read_pool(tmp_path / "pool" / "seed-3")

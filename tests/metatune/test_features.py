@@ -84,9 +84,9 @@ MODELS: dict[str, Callable[[ExpertPool], nn.Module]] = {
     "expert": lambda pool: PoolNet(pool, MergeSettings("expert", expert=pool.labels[1])),
     **{
         name: lambda pool, name=name: PoolNet(pool, MergeSettings(name))
-        for name in ("merge", "logits", "min_ce", "ridge", "robust_loo")
+        for name in ("paper", "logits", "min_ce", "ridge", "robust_loo")
     },
-    "augmented": lambda pool: PoolNet(pool, MergeSettings("merge", augment=True)),
+    "augmented": lambda pool: PoolNet(pool, MergeSettings("paper", augment=True)),
 }
 
 

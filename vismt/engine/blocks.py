@@ -35,15 +35,6 @@ KERNELS = {
 COMPILERS = ("g++", "clang++", "c++")
 
 
-def check_blocks(config: TrainConfig) -> None:
-    """Raise UserError for options that exclude each other."""
-    if config.compile and (config.checkpointing or config.recompute != "none"):
-        other = "checkpointing" if config.checkpointing else "recompute"
-        raise UserError(
-            f"train.compile: torch.compile decides by itself what it recomputes; leave out train.{other} or train.compile."
-        )
-
-
 @contextmanager
 def running_blocks(objective: nn.Module, config: TrainConfig) -> Iterator[None]:
     """Inside the block, run the blocks of the objective's net as the train section says; afterwards as before.

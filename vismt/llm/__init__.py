@@ -16,15 +16,12 @@ if TYPE_CHECKING:
     from vismt.llm.s2ft.method import check_slices
     from vismt.llm.s2ft.selection import UnitSelection, select_units
     from vismt.llm.s2ft.slices import read_slices, switch
-    from vismt.llm.vbll_generative import GenerativeVBLL
-    from vismt.uncertainty.alternating_loss import alternating_loss
     from vismt.uncertainty.laplace import Laplace, fit_laplace
     from vismt.uncertainty.temperature import fit_temperature
-    from vismt.uncertainty.vbll import VBLLClassifier
+    from vismt.uncertainty.vbll import VBLLClassifier, alternating_loss
 
 __all__ = [
     "LISA",
-    "GenerativeVBLL",
     "Landing",
     "Laplace",
     "UnitSelection",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, overload
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import HASHED_IF_SET, fraction
+from vismt.config.sections import fraction
 from vismt.config.typed import Names
 from vismt.robustness.attacks.attacks import AttackSpec, budget_text
 from vismt.robustness.attacks.dense_attack import DenseAttack
@@ -52,8 +52,8 @@ class AttackConfig:
     norm: Annotated[str, Names("vismt.robustness.attacks.norms:NORMS")] = "linf"
     random_start: bool = True
     source: str | None = None
-    restarts: int | None = field(default=None, metadata=HASHED_IF_SET)
-    tasks: list[str] = field(default_factory=list, metadata=HASHED_IF_SET)
+    restarts: int | None = None
+    tasks: list[str] = field(default_factory=list)
 
     def spec(self, seed: int = 0) -> AttackSpec:
         """Return the attack of a classifier with its numbers, whatever its source."""

@@ -21,7 +21,7 @@ from vismt.lowrank.files.combining import combine
 from vismt.lowrank.files.updates import read_updates
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.svd import principal, residual
-from vismt.metatune.amt.pool import Expert, check_alike
+from vismt.metatune.amt.pool import Expert, check_experts
 from vismt.metatune.finetuning.attention_scale import attention_heads
 
 
@@ -258,8 +258,8 @@ def test_updates_of_quantised_weights_are_merged_and_not_exported(tmp_path) -> N
             read()
     assert not (tmp_path / "peft").exists()
     assert len(attention_heads(model)) == 2  # an attack on the logits of attention scales Q as it would scale W
-    with pytest.raises(UserError, match="expert 'a': it adapts quantised weights"):
-        check_alike([Expert("a", folder)])
+    with pytest.raises(UserError, match="expert 'a': 'pissa' lies on quantised weights"):
+        check_experts([Expert("a", folder)])
     with pytest.raises(UserError, match="was made for"):  # the base is recognised by W itself
         vismt.load_adapter(shake(tiny_vit(), 0.5), folder)
 

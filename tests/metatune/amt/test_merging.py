@@ -186,7 +186,7 @@ def test_queries_are_never_seen_and_never_mix(pool: ExpertPool) -> None:
     assert torch.allclose(small(batch["query"]), whole, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["merge", "average", "logits", "min_ce", "expert"])
+@pytest.mark.parametrize("strategy", ["paper", "average", "logits", "min_ce", "expert"])
 def test_a_task_leaves_no_trace(pool: ExpertPool, strategy: str) -> None:
     options = {"strategy": strategy, "expert": "1" if strategy == "expert" else None, "trim": {"mlp.fc1": 0.5}}
     before, kept = snapshot(pool), [dict(pool.expert_weights(k)) for k in range(3)]
@@ -219,7 +219,7 @@ def test_gradients_reach_the_images_while_the_choice_stands(pool: ExpertPool) ->
 
 def test_strategies(pool: ExpertPool) -> None:
     logits = {}
-    for strategy in ("merge", "average", "logits", "min_ce", "expert"):
+    for strategy in ("paper", "average", "logits", "min_ce", "expert"):
         classifier, batch = task(pool, 3, strategy=strategy, expert="2" if strategy == "expert" else None)
         logits[strategy] = classifier(batch["query"])
         zeta = getattr(classifier, "mixture", None)
@@ -236,7 +236,7 @@ def test_strategies(pool: ExpertPool) -> None:
     singles = [task(pool, 3, strategy="expert", expert=str(k))[0](batch["query"]) for k in range(3)]
     assert torch.allclose(logits["logits"], torch.stack(singles).mean(0), atol=1e-5)
     # E5: merging, averaging the weights, averaging the logits and one expert are different models.
-    names = ["merge", "average", "logits", "expert"]
+    names = ["paper", "average", "logits", "expert"]
     for name in names:
         for other in names:
             assert name == other or (logits[name] - logits[other]).abs().max() > 0.05, (name, other)
@@ -280,7 +280,7 @@ def test_shares_weigh_the_average(pool: ExpertPool) -> None:
 
 def test_a_pool_of_one(tmp_path: Path) -> None:
     single = ExpertPool(backbone(), saved(tmp_path, (3,)))
-    for strategy in ("merge", "min_ce", "average"):
+    for strategy in ("paper", "min_ce", "average"):
         classifier, _ = task(single, strategy=strategy)
         assert classifier.mixture.tolist() == [1.0]
 
@@ -395,7 +395,7 @@ def test_the_merged_weight_is_trimmed_where_the_settings_say(pool: ExpertPool) -
     )
 
 
-@pytest.mark.parametrize("strategy", ["merge", "average", "logits", "min_ce", "expert"])
+@pytest.mark.parametrize("strategy", ["paper", "average", "logits", "min_ce", "expert"])
 def test_trimming_reaches_every_strategy_and_not_the_router(pool: ExpertPool, strategy: str) -> None:
     options = {"strategy": strategy, "expert": "1" if strategy == "expert" else None}
     plain, batch = task(pool, 2, **options)

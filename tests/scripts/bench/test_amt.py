@@ -85,7 +85,7 @@ def test_the_released_task_finds_our_mixture_and_our_prototypes(augment, shots):
     pool = amt.random_pool(backbone(), 4, 3)
     settings = MergeSettings(augment=augment, beta=5.0, seed=1)
     batch = amt.episode(shots, 0, 16, CPU)
-    twin = amt_released.released_pool(pool)
+    twin = amt_released.released_pool(pool, 3)
     before = snapshot(twin)
     zeta, centres = amt_released.task(twin, batch["support"], batch["support_labels"], settings)
     classifier = PoolNet(pool, settings).classifier(batch["support"], batch["support_labels"])

@@ -18,7 +18,7 @@ from vismt.jobs.fewshot.config import (
 )
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec, PlannedExpert, level_text, plan_experts
 from vismt.metatune.amt.objective import AdversaryForm
-from vismt.metatune.amt.selection_rules import SELECT
+from vismt.metatune.amt.selection_rules import ALIASES
 
 
 def resolve_experts(config: FewShotConfig) -> dict[str, FewShotConfig]:
@@ -72,7 +72,7 @@ def strategy_of(config: FewShotConfig, stem: str) -> str:
     rule = stem.removeprefix(f"{MERGED}:")
     if stem in (MERGED, DEFAULT) and config.pool is not None:
         rule = config.pool.select
-    return SELECT.get(rule, rule)
+    return ALIASES.get(rule, rule)
 
 
 def untrained_arms(config: FewShotConfig) -> dict[str, FewShotConfig]:

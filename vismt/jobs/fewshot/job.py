@@ -40,8 +40,7 @@ from vismt.jobs.fewshot.evaluation import Evaluation
 from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net
 from vismt.jobs.fewshot.pool_training import read_scale
 from vismt.jobs.fewshot.report import sections
-from vismt.jobs.fewshot.version_1 import move_to_arms
-from vismt.jobs.job import Job
+from vismt.jobs.training_job import TrainingJob
 from vismt.lowrank.files.store import load_adapter
 from vismt.lowrank.layers.wrappers import check_mergeable
 from vismt.lowrank.model.inject import merge
@@ -62,7 +61,7 @@ Net = ProtoNet | MamlNet
 AVERAGE = "average"
 
 
-class FewShotJob(Job[FewShotConfig, Any]):
+class FewShotJob(TrainingJob[FewShotConfig, Any]):
     """Arms are adapters of one backbone, or the experts of a pool; models built from them are evaluated seed by seed."""
 
     logged: Mapping[str, str] = {
@@ -74,7 +73,6 @@ class FewShotJob(Job[FewShotConfig, Any]):
     def __init__(self, config: FewShotConfig, folder: Path, config_hash: str) -> None:
         check(config)
         super().__init__(config, folder, config_hash)
-        move_to_arms(folder, self.study)
         self.data = FewShotData(config)
         self.untrained = untrained_arms(config)
         self.skipped: dict[str, str] = {}
@@ -321,5 +319,4 @@ class FewShotJob(Job[FewShotConfig, Any]):
         return {}
 
 
-CONFIG = FewShotConfig
 JOB = FewShotJob

@@ -32,11 +32,8 @@ from vismt.metatune.amt.pool import ExpertPool, read_pool
 from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.metatune.finetuning.finetune import FineTuned
 from vismt.metatune.maml import LinearLearner, MamlNet
-from vismt.metatune.probes.laplace import LaplaceProbe
-from vismt.metatune.probes.linear import LinearProbe
-from vismt.metatune.probes.logistic import LogisticProbe
-from vismt.metatune.probes.ridge import RidgeProbe
-from vismt.metatune.probes.vbll import VBLLProbe
+from vismt.metatune.probes.bayesian import LaplaceProbe, VBLLProbe
+from vismt.metatune.probes.linear import LinearProbe, LogisticProbe, RidgeProbe
 from vismt.metatune.protocol.interfaces import FewShotModel
 from vismt.metatune.protonet import ProtoNet
 from vismt.storage.files import read_tensors
@@ -157,7 +154,8 @@ def _describe(model: FewShotModel) -> str:
     if isinstance(model, PoolNet):
         pool = model.pool
         shares = dict(model.settings.shares) or ""
-        return f"{pool.labels} {pool.scale} {model.settings} {weights_digest(pool.banks)}{shares}"
+        updates = [(path, part.L, part.R) for update in pool.updates for path, part in update.low_rank.items()]
+        return f"{pool.labels} {pool.scale} {model.settings} {Identity(updates)}{shares}"
     if isinstance(model, MamlNet):
         return f"{model.settings} {weights_digest(model.learner)} {Identity(sorted(model.own_tensors().items()))}"
     if isinstance(model, ProtoNet):

@@ -18,12 +18,12 @@ from vismt.jobs.fewshot.arms import (
     strategy_of,
     untrained_arms,
 )
-from vismt.jobs.fewshot.calibration import episodes_file
 from vismt.jobs.fewshot.choice_report import choice_tables
 from vismt.jobs.fewshot.config import (
     FewShotConfig,
 )
 from vismt.jobs.fewshot.episode_figure import episode_grid
+from vismt.jobs.fewshot.evaluation import episodes_file
 from vismt.jobs.fewshot.figures import mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings
 from vismt.metatune.amt.pool import read_pool

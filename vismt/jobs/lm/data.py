@@ -12,11 +12,11 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.base.seeds import digest, mix_seed
 from vismt.data.batching import Passes
-from vismt.data.names import card_and_split, row_name
-from vismt.data.splits import divide, limited
+from vismt.data.division import divide, limited
+from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.texts.interactions import Catalogue, InteractionSet, numbered
-from vismt.data.texts.texts import TextSet, open_texts
-from vismt.engine.splits import shares
+from vismt.data.texts.text_set import TextSet, open_texts
+from vismt.engine.parts import shares
 from vismt.jobs.lm.config import KIND, RECOMMENDER, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
 from vismt.llm.net import LmNet, stored_lower_states
 from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill, gather

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from vismt.base.errors import UserError
-from vismt.config.sections import config_hash
 from vismt.engine.study import Study
 from vismt.jobs.robustness.config import ClassifierConfig, RobustnessConfig
 from vismt.report.results import RESULTS, Result, read_results
@@ -25,12 +24,12 @@ FOLDER = "robustbench"  # of the run folder
 THREATS = {"linf": "Linf", "l2": "L2"}
 
 
-def write_model_info(folder: Path, config: RobustnessConfig) -> list[Path]:
+def write_model_info(folder: Path, config: RobustnessConfig, run_hash: str) -> list[Path]:
     """Write the files of a run folder; return their paths.
 
     Raises UserError where it has no result of AutoAttack with its standard lengths in linf or l2.
     """
-    results = read_results(folder / RESULTS, config_hash(config))
+    results = read_results(folder / RESULTS, run_hash)
     arms = Study(config, folder).arms
     clean = {(row.data, row.arm): row for row in results if row.kind == "clean"}
     found = [(row, norm) for row in results for norm in THREATS if _is_standard(row, norm)]

@@ -27,6 +27,7 @@ from vismt.llm.ilora.recommenders import padded
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.pieces import Piece, collate
 from vismt.uncertainty.intervals import LOWER, NUMBER, Measure
+from vismt.uncertainty.probability_metrics import binned_gaps, quality_measures, scores
 from vismt.uncertainty.temperature import fit_temperature
 
 Record = dict[str, Any]
@@ -219,16 +220,12 @@ def probability_measures(records: Sequence[Record]) -> dict[str, Measure]:
 
     Every row weighs the same, whatever batch it was in; see vismt.uncertainty.probability_metrics.
     """
-    from vismt.uncertainty.probability_metrics import calibration_values, scores  # loads torchmetrics
-
     logs, labels = choices(records)
     result = scores(logs.exp(), labels)
-    effect, bounds = calibration_values(logs.exp().amax(1), result.correct)
+    gaps = binned_gaps(logs.exp().amax(1), result.correct)
     measures = [
         Measure("accuracy", by_row(records, result.correct.tolist())),
-        Measure("ECE-15", by_row(records, effect.tolist()), better=LOWER, bounds=bounds, paired=False),
-        Measure("NLL in nats", by_row(records, result.nlls.tolist()), NUMBER, LOWER),
-        Measure("Brier", by_row(records, result.briers.tolist()), NUMBER, LOWER),
+        *quality_measures([str(record["id"]) for record in records], gaps, result.nlls, result.briers),
     ]
     if not math.isnan(result.auroc):
         measures.append(Measure("AUROC", by_row(records, result.orders.tolist()), NUMBER))

@@ -34,7 +34,7 @@ class PoolNet(nn.Module):
             pool.index(str(settings.expert))
         for label in settings.shares:
             pool.index(label)
-        check_patterns("merging.trim", settings.trim, [site.path for site in pool.sites])
+        check_patterns("merging.trim", settings.trim, pool.paths)
         self._kept: dict[tuple[float, ...], dict[str, Tensor]] = {}  # weights of mixtures that last
 
     @torch.no_grad()
@@ -80,10 +80,10 @@ class PoolNet(nn.Module):
     def _computed(self, zeta: Tensor) -> dict[str, Tensor]:
         single = zeta.nonzero()[:, 0].tolist()
         weights = dict(self.pool.expert_weights(single[0])) if len(single) == 1 else self.pool.weights(zeta)
-        for site in self.pool.sites if self.settings.trim else ():
-            share = pattern_value(site.path, self.settings.trim, None)
+        for path in self.pool.paths if self.settings.trim else ():
+            share = pattern_value(path, self.settings.trim, None)
             if share is not None:
-                weights[f"vit.{site.path}.weight"] = trim(weights[f"vit.{site.path}.weight"], share)
+                weights[f"vit.{path}.weight"] = trim(weights[f"vit.{path}.weight"], share)
         return weights
 
     def support(self, images: Tensor, labels: Tensor, batch: int = 256) -> SupportTask:

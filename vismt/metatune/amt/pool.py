@@ -1,10 +1,12 @@
-"""AMT's pool: P experts trained separately from the same start, and the weights of their mixtures.
+"""AMT's pool: P experts that were trained separately, and the weights of their mixtures.
 
-    W(zeta) = W + s * sum_i zeta_i (B_i A_i - B_0 A_0)            sum zeta = 1; every site and layer has the same zeta
+    W(zeta) = W + sum_i zeta_i DeltaW_i            sum zeta = 1; every adapted module has the same zeta
 
-W is the stock weight, B_0 A_0 the common principal start: with W_res = W - s B_0 A_0 this is the paper's W_res + s sum_i
-zeta_i B_i A_i (Yang, Liu, Wei, NeurIPS 2024), and an untuned pool is W. Experts share W_res only when rank, scale and
-start agree; others are refused. Nothing is changed in place: a mixture is a dict of weights for `Functional`.
+DeltaW_i is the update of expert i against the stock weight W, s (B_i A_i - B_0 A_0) with a principal start B_0 A_0. Experts
+with one start have the paper's form (Yang, Liu, Wei, NeurIPS 2024), W_res + s sum_i zeta_i B_i A_i with W_res = W - s B_0 A_0,
+and an untuned pool is W. Experts of other ranks, scales or starts mix in the same way. The sum is that of `combine`; what
+all experts share, such as the start, enters it once. Nothing is changed in place: a mixture is a dict of weights for
+`Functional`.
 
 A pool on disk is a folder with pool.json and an adapter folder for each expert. Left out: training the experts jointly,
 which neither paper nor code does.
@@ -13,22 +15,20 @@ which neither paper nor code does.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.bank import FactorBank
 from vismt.lowrank.factors import LowRank
+from vismt.lowrank.files.combining import combine
 from vismt.lowrank.files.description import DESCRIPTION, read_description
-from vismt.lowrank.files.store import base_samples, load_adapter
-from vismt.lowrank.files.updates import Updates
-from vismt.lowrank.layers.base import LayerSpec, adapter_layers
+from vismt.lowrank.files.store import load_adapter
+from vismt.lowrank.files.updates import Updates, check_combinable, read_updates
 from vismt.lowrank.model.named import unadapt
-from vismt.lowrank.model.record import record_of
 from vismt.storage.files import atomic_write, locked, read_sealed, sealed
 
 INDEX, FORMAT = "pool.json", 1
@@ -46,29 +46,20 @@ class Expert:
 class ExpertPool(nn.Module):
     """A backbone with P experts; `backbone` is the stock backbone and is not changed.
 
-    labels: of the experts, in order. scale: mean of the experts' cosine scales (accuracy does not depend on it).
+    labels: of the experts, in order. scale: mean of the experts' cosine scales (accuracy does not depend on it). paths: of
+    the adapted modules. updates: of each expert on its own, then what all of them share, where they share anything.
     """
 
     def __init__(self, backbone: nn.Module, experts: Sequence[Expert]) -> None:
         super().__init__()
-        if not experts:
-            raise UserError("pool: no expert given, need at least one.")
-        check_alike(experts)
+        check_experts(experts)
         self.backbone = backbone
         self.labels = [expert.label for expert in experts]
         self.scale = sum(expert.scale for expert in experts) / len(experts)
-        loaded = [_load_factors(backbone.vit, expert) for expert in experts]
-        self.sites: list[LayerSpec] = loaded[0][0]
-        start = loaded[0][2]
-        self.has_start = bool(start)
-        _check_starts(experts, [pairs for _, _, pairs in loaded], self.sites)
-        # A bank for each output block of each site; the start, where there is one, is its last entry.
-        self.banks = nn.ModuleList()
-        for number, site in enumerate(self.sites):
-            rows = [factors[number] for _, factors, _ in loaded] + ([start[number]] if start else [])
-            for block in range(len(site.settings.blocks)):
-                self.banks.append(FactorBank.stack([_block(row, site, block) for row in rows]))
-        self.banks.requires_grad_(False)
+        loaded = [_load_updates(backbone.vit, expert) for expert in experts]
+        self.paths = list(dict.fromkeys(path for expert in loaded for path in expert.low_rank))
+        self.updates = _without_shared(loaded)
+        self._move(lambda factor: factor.to(self._device()))
         self._merged: dict[int, dict[str, Tensor]] = {}
         self._latest: tuple[Tensor, dict[str, Tensor]] | None = None
 
@@ -78,35 +69,32 @@ class ExpertPool(nn.Module):
     def weights(self, zeta: Tensor) -> dict[str, Tensor]:
         """Return the backbone's adapted weights under the mixture `zeta` (P,), by parameter name.
 
-        The weights of the latest mixture are kept: an average is the same for every task. Raises UserError for another length
-        and for weights that do not sum to one.
+        They are summed in fp32 or wider and rounded once. The weights of the latest mixture are kept: an average is the same
+        for every task. Raises UserError for another length and for weights that do not sum to one.
         """
-        gates, banks = self._gates(zeta), iter(self.banks)
+        self._check(zeta)
         if self._latest is not None and torch.equal(self._latest[0], zeta):
             return dict(self._latest[1])
         merged = {}
-        for site in self.sites:
-            weight = self.backbone.vit.get_submodule(site.path).weight.detach()
-            rows = [next(banks).merged(block, gates) for block in weight.flatten(1).split(site.settings.blocks, 0)]
-            matrix = torch.cat(rows) if len(rows) > 1 else rows[0]
-            merged[f"vit.{site.path}.weight"] = matrix.view(weight.shape)
+        for path, update in self._combined(zeta).low_rank.items():
+            weight = self.backbone.vit.get_submodule(path).weight.detach()
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            update = update.to(dtype=dtype)
+            total = torch.addmm(weight.flatten(1).to(dtype), update.L, update.R, alpha=update.scale)
+            merged[f"vit.{path}.weight"] = total.view(weight.shape).to(weight.dtype)
         self._latest = zeta.clone(), merged
         return dict(merged)
 
     def mixture(self, zeta: Tensor) -> Updates:
-        """Return the mixture `zeta` (P,) as updates of low rank, (P + 1) r with a start, for the stock model or for export.
+        """Return the mixture `zeta` (P,) as updates of low rank on the CPU, for the stock model or for export.
 
-        Experts of weight zero are left out. Trimmed weights have no such form. Raises UserError as `weights` does.
+        The rank is that of the experts together, and of their start. Trimmed weights have no such form. Raises UserError as
+        `weights` does.
         """
-        gates, banks = self._gates(zeta), iter(self.banks)
-        updates = {}
-        for site in self.sites:
-            blocks = [next(banks).delta(gates) for _ in site.settings.blocks]
-            kept = blocks[0].core != 0  # the same in every block
-            left = torch.block_diag(*(block.L[:, kept] * block.core[kept] for block in blocks))
-            right = torch.cat([block.R[kept] for block in blocks])
-            updates[site.path] = LowRank(left.cpu(), right.cpu(), scale=blocks[0].scale)
-        return Updates(updates, base=base_samples(self.backbone.vit, updates), name="pool")
+        self._check(zeta)
+        combined = self._combined(zeta)
+        factors = {path: update.to(device="cpu") for path, update in combined.low_rank.items()}
+        return replace(combined, low_rank=factors, name="pool")
 
     def expert_weights(self, index: int) -> dict[str, Tensor]:
         """Return the weights of expert `index` alone. They are cached (a backbone each), as every task scores every expert."""
@@ -114,11 +102,14 @@ class ExpertPool(nn.Module):
             self._merged[index] = self.weights(torch.eye(len(self), device=self._device())[index])
         return self._merged[index]
 
-    def _gates(self, zeta: Tensor) -> Tensor:
-        """Return the weights of the banks' entries: the mixture, and -1 for the start where there is one."""
+    def _check(self, zeta: Tensor) -> None:
         if tuple(zeta.shape) != (len(self),) or not abs(float(zeta.sum()) - 1) < 1e-4:
             raise UserError(f"pool: mixture {zeta.tolist()} for {len(self)} experts: give one weight each, with sum 1.")
-        return torch.cat([zeta, -zeta.sum()[None]]) if self.has_start else zeta
+
+    def _combined(self, zeta: Tensor) -> Updates:
+        shares = torch.cat([zeta, zeta.sum()[None]]).tolist()  # the shared update, if any, counts once
+        terms = [(update, share) for update, share in zip(self.updates, shares) if share]
+        return combine(*zip(*terms))
 
     def uniform(self) -> Tensor:
         """Return 1/P for every expert."""
@@ -131,37 +122,41 @@ class ExpertPool(nn.Module):
         return self.labels.index(label)
 
     def _device(self) -> torch.device:
-        return next(self.banks.parameters()).device
+        return next(self.backbone.parameters()).device
 
-    def _apply(self, fn: object, recurse: bool = True) -> ExpertPool:
+    def _move(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the factors of all updates, as a move or a conversion of the backbone does."""
+        self.updates = [
+            replace(
+                update,
+                low_rank={
+                    path: replace(factors, L=change(factors.L), R=change(factors.R))
+                    for path, factors in update.low_rank.items()
+                },
+            )
+            for update in self.updates
+        ]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertPool:
+        self._move(fn)
         self._merged.clear()  # these are on the old device, in the old dtype
         self._latest = None
         return super()._apply(fn, recurse)
 
 
-def check_alike(experts: Sequence[Expert]) -> None:
-    """Raise UserError unless all experts have different labels and adapt the same modules with the same rank and scale."""
+def check_experts(experts: Sequence[Expert]) -> None:
+    """Raise UserError unless there are experts, with different labels, that adapt weights by updates of low rank alone."""
+    if not experts:
+        raise UserError("pool: no expert given, need at least one.")
     labels = [expert.label for expert in experts]
     if len(set(labels)) < len(labels):
         raise UserError(f"pool: two experts have the same label in {', '.join(labels)}: rename a folder or a level.")
-    sites = [_sites(expert) for expert in experts]
-    for expert, expert_sites in zip(experts[1:], sites[1:]):
-        for path in sorted(expert_sites.keys() | sites[0].keys()):
-            first, other = sites[0].get(path), expert_sites.get(path)
-            if first is None or other is None:
-                lacking = experts[0].label if first is None else expert.label
-                raise UserError(
-                    f"pool: experts '{experts[0].label}' and '{expert.label}' differ: '{lacking}' lacks {path}."
-                )
-            if first != other:
-                keys = ("rank", "scale", "blocks", "shape", "core")
-                differences = ", ".join(
-                    f"{key} {first.get(key)} and {other.get(key)}" for key in keys if first.get(key) != other.get(key)
-                )
-                raise UserError(
-                    f"pool: experts '{experts[0].label}' and '{expert.label}' differ at {path}: {differences}. Their residual "
-                    "weights W_res then differ too, so no mixture of them exists; train them with the same settings."
-                )
+    for expert in experts:
+        what = f"expert '{expert.label}'"
+        description, specs = read_description(expert.folder, what)
+        if description.also_train:
+            raise UserError(f"{what}: it trains '{description.also_train[0]}' too; a pool mixes low-rank factors only.")
+        check_combinable(what, description.method, specs)
 
 
 def read_pool(folder: Path) -> list[Expert]:
@@ -184,9 +179,7 @@ def read_pool(folder: Path) -> list[Expert]:
 
 def assemble(experts: Sequence[Expert], folder: Path) -> Path:
     """Copy trained experts into a pool folder; the index is written last, so an interrupted copy is not read as a pool."""
-    if not experts:
-        raise UserError("pool: no expert given, need at least one.")
-    check_alike(experts)
+    check_experts(experts)
     files, entries = {}, []
     for number, expert in enumerate(experts):
         description, _ = read_description(expert.folder, f"expert '{expert.label}'")
@@ -210,59 +203,50 @@ def assemble(experts: Sequence[Expert], folder: Path) -> Path:
     return folder
 
 
-def _sites(expert: Expert) -> dict[str, dict]:
-    what = f"expert '{expert.label}'"
-    description, _ = read_description(expert.folder, what)
-    if description.also_train:
-        raise UserError(f"{what}: it trains '{description.also_train[0]}' too; a pool mixes low-rank factors only.")
-    if any(site.get("grid") for site in description.sites):
-        raise UserError(f"{what}: it adapts quantised weights; a pool mixes updates of the original weights.")
-    return {site["path"]: site for site in description.sites}
-
-
-Pairs = list[tuple[Tensor, Tensor]]
-
-
-def _load_factors(vit: nn.Module, expert: Expert) -> tuple[list[LayerSpec], Pairs, Pairs]:
-    """Return the sites, (A, B) and (A0, B0) of an expert on this model, which is restored."""
+def _load_updates(vit: nn.Module, expert: Expert) -> Updates:
+    """Return the updates of an expert on this model, which is restored."""
     load_adapter(vit, expert.folder)
     try:
-        adapted = adapter_layers(vit)
-        sites = list(record_of(vit).sites)
-        layers = [adapted[site.path] for site in sites]
-        # A core is multiplied into B, so that all pairs are plain.
-        pairs = [(layer.lora_A.detach().clone(), layer.left().detach().clone()) for layer in layers]
-        factors = [layer.tensors() for layer in layers]
-        start = [
-            (tensors["lora_A0"].clone(), tensors["lora_B0"].clone()) for tensors in factors if "lora_A0" in tensors
-        ]
+        return read_updates(vit, what=f"expert '{expert.label}'")
     finally:
         unadapt(vit)
-    return sites, pairs, start
 
 
-def _check_starts(experts: Sequence[Expert], starts: Sequence[Pairs], sites: Sequence[LayerSpec]) -> None:
-    """Raise UserError unless the products B0 A0 agree; the factors may differ by the sign of a singular vector."""
-    for expert, start in zip(experts[1:], starts[1:]):
-        same = len(start) == len(starts[0])
-        for site, pair, first in zip(sites, start, starts[0]) if same else ():
-            if all(torch.equal(a, b) for a, b in zip(pair, first)):
-                continue
-            for block in range(len(site.settings.blocks)):
-                product, reference = _block(pair, site, block).delta(), _block(first, site, block).delta()
-                same &= bool((product - reference).norm() <= 1e-4 * reference.norm())
-        if not same:
-            raise UserError(
-                f"pool: experts '{experts[0].label}' and '{expert.label}' did not start from the same factors (another base, "
-                "solver or seed), so their residual weights W_res differ; train them from the same start."
-            )
+def _without_shared(experts: Sequence[Updates]) -> list[Updates]:
+    """Return the update of each expert without the columns that all have in common, then these columns, where there are any.
+
+    A common start is subtracted once for the whole pool, whatever the number of experts in a mixture.
+    """
+    own: list[dict[str, LowRank]] = [{} for _ in experts]
+    shared: dict[str, LowRank] = {}
+    for path in experts[0].low_rank if len(experts) > 1 else ():
+        updates = [expert.low_rank[path] for expert in experts if path in expert.low_rank]
+        same = _same_columns(updates) if len(updates) == len(experts) else None
+        if same is None or not bool(same.any()):
+            continue
+        shared[path] = _columns(updates[0], same)
+        if not bool(same.all()):
+            for factors, update in zip(own, updates):
+                factors[path] = _columns(update, ~same)
+    if not shared:
+        return list(experts)
+    parts = []
+    for expert, factors in zip(experts, own):
+        untouched = {path: update for path, update in expert.low_rank.items() if path not in shared}
+        parts.append(replace(expert, low_rank={**untouched, **factors}))
+    return [*parts, replace(experts[0], low_rank=shared)]
 
 
-def _block(pair: tuple[Tensor, Tensor], site: LayerSpec, block: int) -> LowRank:
-    """Return the factors of an output block of a site."""
-    A, B = pair
-    return LowRank(
-        B.split(list(site.settings.blocks), 0)[block],
-        A.chunk(len(site.settings.blocks))[block],
-        scale=site.settings.scale,
-    )
+def _same_columns(updates: Sequence[LowRank]) -> Tensor | None:
+    """Return which terms of rank one, (r,), are the same in all updates; None where ranks or scales differ."""
+    first, *others = updates
+    same = torch.ones(first.rank, dtype=torch.bool)
+    for update in others:
+        if (update.shape, update.rank, update.scale) != (first.shape, first.rank, first.scale):
+            return None
+        same &= (update.L == first.L).all(0) & (update.R == first.R).all(1)
+    return same
+
+
+def _columns(update: LowRank, kept: Tensor) -> LowRank:
+    return LowRank(update.L[:, kept], update.R[kept], scale=update.scale)

@@ -1,26 +1,25 @@
 """Rules that weight the experts of a pool for a task: from the labelled support to zeta (P,), zeta >= 0, sum zeta = 1.
 
-f_i(x_s) (d,) is expert i's feature, p_ik (d,) its mean over class k; c_isk = cos(f_i(x_s), p_ik); every class weighs the same.
+f_i(x_s) (d,) is the feature of expert i, p_ik (d,) its mean over class k, c_isk = cos(f_i(x_s), p_ik). Classes weigh the same.
 
-    merge       the paper's (Yang, Liu, Wei, NeurIPS 2024): zeta = softmax(beta * score) over the top-k scores, 0 elsewhere,
+    paper       zeta = softmax(beta * score) over the top-k scores, 0 elsewhere (Yang, Liu, Wei, NeurIPS 2024),
                 score_i = balance * C_i - (1 - balance) * V_i,    C_i = mean_k mean_{s: y_s = k} c_isk    compactness
                 V_i = mean_k mean_{s: y_s = k} 1/(N-1) sum_{j != k} c_isj                               divergence
-    centred     merge with f_i - mean_s f_i(x_s) in place of f_i (the centring of SimpleShot, arXiv 1911.04623)
     min_ce      the expert with the least cross-entropy of its logits scale * c_is on the support
     robust_loo  the expert with the best accuracy of h_is = (cos(f_i(x_s'), p_ik^-s))_k, x_s' a PGD attack on x_s
     ridge       w = argmin ||sum_i w_i h_i - Y||^2 + strength ||w||^2 without attack, zeta = max(w, 0) / sum max(w, 0):
                 stacking (Wolpert 1992; Breiman 1996) in closed form
 
-In merge, centred and min_ce the scored image is part of its class's mean, as in paper and code. The paper's V lacks 1/(N-1),
-without which the meaning of `balance` depends on N. p^-s are the leave-one-out means: that of the image's own class is
-without the image. Where the class has no other image (one shot), the image itself, shifted cyclically by an eighth of its
-sides, stands for the class: a mirror image would be another class where orientation matters.
+In the first two the scored image is part of the mean of its class, as in paper and code. The paper's V lacks 1/(N-1),
+without which the meaning of `balance` depends on N. The leave-one-out mean p^-s of the image's own class is without the
+image. Where the class has no other image (one shot), the image itself, shifted cyclically by an eighth of its sides, stands
+for the class: a mirror image would be another class where orientation matters.
 
-robust_loo: PGD-2 on the cross-entropy of h, linf, steps of epsilon / 2 from the image. Accuracy over a few support images
-ties often; of tied experts the largest mean / standard deviation of the margin h_y - max_{k != y} h_k wins, as an expert
+robust_loo runs PGD-2 on the cross-entropy of h, linf, steps of epsilon / 2 from the image. Accuracies over a few support
+images are often equal; then the largest mean / standard deviation of the margin h_y - max_{k != y} h_k decides, as an expert
 with contracted features has small cosine margins without more errors (were margins normal, Phi(mean / deviation) would be
-the accuracy). ridge: h and the one-hot Y are centred over classes, which no softmax sees, and h_i has length 1: a small
-scale of an expert's cosines does not change its order. Queries are not used by any rule.
+the accuracy). ridge centres h and the one-hot Y over classes, which no softmax sees, and scales h_i to length 1, so that an
+expert's order does not depend on the size of its cosines. No rule uses the queries.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +38,6 @@ from vismt.config.typed import Names
 from vismt.metatune.amt.input_attack import PLAIN, pyramid_attack
 from vismt.metatune.features import features
 from vismt.metatune.protonet import cosine_logits, prototypes
-
-if TYPE_CHECKING:
-    pass
 
 RIDGE = 0.1  # strength, beside columns of length 1
 
@@ -98,10 +94,9 @@ class SupportTask:
         shifted = self.features(self.images.roll((height // 8, width // 8), (-2, -1))) if alone else self.clean
         return leave_one_out(self.clean, self.means, self.labels, shifted)
 
-    def cosines(self, *, centred: bool = False) -> Tensor:
-        """Return cosines (P, s, N) between scored images and class means; centred: both less the support's mean feature."""
-        middle = self.clean.mean(1, keepdim=True) if centred else torch.zeros_like(self.clean[:, :1])
-        return torch.stack([cosine_logits(*pair, 1.0) for pair in zip(self.scored - middle, self.means - middle)])
+    def cosines(self) -> Tensor:
+        """Return cosines (P, s, N) between scored images and class means."""
+        return torch.stack([cosine_logits(*pair, 1.0) for pair in zip(self.scored, self.means)])
 
 
 def expert_scores(cosines: Tensor, labels: Tensor, balance: float = 0.6) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,15 +195,10 @@ def _shares(labels: Tensor) -> Tensor:
 # ---- rules
 
 
-def merge(task: SupportTask, settings: MergeSettings, *, centred: bool = False) -> Tensor:
+def paper(task: SupportTask, settings: MergeSettings) -> Tensor:
     """Return zeta by compactness and divergence."""
-    scores = expert_scores(task.cosines(centred=centred), task.labels, settings.balance)[0]
+    scores = expert_scores(task.cosines(), task.labels, settings.balance)[0]
     return mixture_weights(scores, settings.beta, settings.top_k)
-
-
-def centred(task: SupportTask, settings: MergeSettings) -> Tensor:
-    """Return zeta by compactness and divergence of centred features."""
-    return merge(task, settings, centred=True)
 
 
 def min_ce(task: SupportTask, settings: MergeSettings) -> Tensor:
@@ -230,16 +220,10 @@ def ridge(task: SupportTask, settings: MergeSettings) -> Tensor:
 
 
 Rule = Callable[[SupportTask, "MergeSettings"], Tensor]
-RULES: dict[str, Rule] = {
-    "merge": merge,
-    "min_ce": min_ce,
-    "robust_loo": robust_loo,
-    "centred": centred,
-    "ridge": ridge,
-}
-# The rules by their names in configurations, as strategies of `MergeSettings`.
-SELECT = {"paper": "merge", "robust_loo": "robust_loo", "centred": "centred", "ridge": "ridge", "uniform": "average"}
-SCORING = ("merge", "centred")  # the rules that use beta, balance and top_k
+RULES: dict[str, Rule] = {"paper": paper, "min_ce": min_ce, "robust_loo": robust_loo, "ridge": ridge}
+STRATEGIES = (*RULES, "average", "logits", "expert")
+ALIASES = {"merge": "paper", "uniform": "average"}  # earlier names
+SELECT = (*RULES, "average", "uniform")  # strategies of the model "merged", as configurations name them
 
 
 def _attacked_cosines(task: SupportTask, index: int, epsilon: float) -> Tensor:
@@ -270,16 +254,13 @@ def _one_hot(index: int, task: SupportTask) -> Tensor:
     return F.one_hot(torch.tensor(index, device=task.images.device), len(task.experts)).float()
 
 
-STRATEGIES = (*RULES, "average", "logits", "expert")
-
-
 @dataclass(frozen=True)
 class MergeSettings:
     """Settings of merging.
 
     Args:
-        strategy: a rule of selection_rules.py (merge is the paper's), average, logits (mean of the experts' logits) or
-            expert (the expert with the label `expert`).
+        strategy: a rule of selection_rules.py (paper, min_ce, robust_loo, ridge), average, logits (mean of the experts'
+            logits) or expert (the expert with the label `expert`).
         beta: sharpness of the mixture, at least 0.
         balance: weight of compactness in [0, 1] (the paper's lambda).
         top_k: number of experts that are kept.
@@ -290,7 +271,7 @@ class MergeSettings:
         shares: {label: weight} of the strategy average, with sum 1; {} for equal ones.
     """
 
-    strategy: Annotated[str, Names(STRATEGIES)] = "merge"
+    strategy: Annotated[str, Names(STRATEGIES)] = "paper"
     beta: float = 1.0
     balance: float = 0.6
     top_k: int = 2
@@ -302,6 +283,7 @@ class MergeSettings:
     shares: Mapping[str, float] = field(default_factory=dict, repr=False, metadata={"hashed": "if set"})
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "strategy", ALIASES.get(self.strategy, self.strategy))
         if self.strategy not in STRATEGIES:
             raise UserError(f"merging.strategy: '{self.strategy}'.{near(self.strategy, STRATEGIES)}")
         if not (0 <= self.beta < float("inf") and 0 <= self.balance <= 1 and self.top_k >= 1):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vismt.base import console
 from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import ExpertPool
-from vismt.metatune.amt.selection_rules import RULES, SCORING, MergeSettings
+from vismt.metatune.amt.selection_rules import RULES, MergeSettings
 from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings
 from vismt.uncertainty.intervals import mean_interval
 
@@ -62,14 +62,14 @@ def search_settings(
 ) -> tuple[MergeSettings, FineTuneSettings, list[Candidate]]:
     """Return the best settings of the grid on `tasks` (two or more), and every evaluated candidate, stage by stage.
 
-    The rule is that of `merging`; beta and balance are searched where it uses them.
+    The rule is that of `merging`; beta and balance are searched for the paper's rule, which alone uses them.
     """
     candidates: list[Candidate] = []
     base = replace(merging, trim={})
     pairs = [(base.beta, base.balance)]
     betas, balances = grid.beta or [base.beta], grid.balance or [base.balance]
     pairs += [pair for pair in itertools.product(betas, balances) if pair != pairs[0]]
-    if len(pairs) > 1 and merging.strategy in SCORING:
+    if len(pairs) > 1 and merging.strategy == "paper":
         values = _judge_mixtures(pool, tasks, base, pairs, judge)
         best = _record_stage(candidates, "merging", [{"beta": b, "balance": w} for b, w in pairs], values)
         merging = replace(merging, beta=pairs[best][0], balance=pairs[best][1])
