@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vismt.base import console
 from vismt.base.errors import UserError, near
-from vismt.base.objects import held, title_of
+from vismt.base.objects import object_named, title_of
 from vismt.data.decode import decoding, to_rgb
 from vismt.data.image_set import ImageSet
 from vismt.storage.wheels import one_line
@@ -33,7 +33,7 @@ LABELS = ("label", "labels", "class", "target", "fine_label", "category")
 
 def python_object(card: str, split: str) -> Any:
     """Return the object that an entry of a configuration names, or that `save_to_disk` wrote; None for any other card."""
-    given = held(card)
+    given = object_named(card)
     if given is None and card.startswith(HUB):
         given = _from_hub(card.removeprefix(HUB))
     elif given is None and any((Path(card) / name).is_file() for name in SAVED):

@@ -194,7 +194,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
 
     def check_merge(self, training: Training) -> None:
         """Compare the unmerged LM with a merged copy, since all nets share the LM; write merge.json, unless it exists."""
-        if ranks.from_first((training.folder / training_files.MERGE).exists):
+        if ranks.on_first((training.folder / training_files.MERGE).exists):
             return
         net = self.evaluation.net(training)
         if training_files.needs_merge_check(net.stock, training):

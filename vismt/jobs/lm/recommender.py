@@ -75,8 +75,8 @@ class Recommender:
             with ExitStack() as held:
                 if is_locked(folder):
                     console.stage("wait", f"{type(net).__name__}   another process trains it")
-                ranks.from_first(lambda: held.enter_context(locked(folder, wait_s=-1)))
-                trained = ranks.from_first((folder / file).exists)
+                ranks.on_first(lambda: held.enter_context(locked(folder, wait_s=-1)))
+                trained = ranks.on_first((folder / file).exists)
                 if not trained:
                     self._train(net, folder, file)
         if trained:
@@ -139,7 +139,7 @@ class Recommender:
             runtime.accelerator(),
             seed=self.config.seed,
         )
-        ranks.from_first(lambda: _finish(net, folder, file))
+        ranks.on_first(lambda: _finish(net, folder, file))
 
 
 def _finish(net: nn.Module, folder: Path, file: str) -> None:
