@@ -40,7 +40,7 @@ from vismt.llm.s2ft.structures import Coupling, Structure, UnitBlock, couple, ex
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, LayerSpec, register_module, spec_of, trained_dtype
 from vismt.lowrank.layers.stock_modules import matrix_shape
-from vismt.lowrank.values import check_finite
+from vismt.lowrank.tensors import check_finite
 
 Span = tuple[int, int] | None
 

@@ -20,7 +20,7 @@ from vismt.base.registry import PLACES
 from vismt.config.json_text import read_json
 from vismt.config.typed import JsonFile, build
 from vismt.lowrank.layers.base import MODULES, LayerSpec
-from vismt.lowrank.values import check_finite
+from vismt.lowrank.tensors import check_finite
 from vismt.storage.files import is_sealed, read_tensors
 
 FORMAT = 1
