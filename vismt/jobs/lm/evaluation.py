@@ -181,13 +181,13 @@ class Evaluation:
     def _laplace(self, training: Training) -> LmNet:
         """Return the net of a training with the Laplace approximation in place of its head."""
         net = self.net(training)
-        if self._posterior[:2] != (training, self.models.given):
+        if self._posterior[:2] != (training, self.models.generation):
             names = self.data.names(self.data.trained, "validation")
             rows = [row for name in names for row in self.data.rows(self.data.trained, "validation", name)]
             validation = self._features(net, rows)
             features = list(self._features(net, self.data.training())[0].split(256))
             head = laplace_head(net.head, features, validation)
-            self._posterior = (training, self.models.given, head.to(validation[0].device))
+            self._posterior = (training, self.models.generation, head.to(validation[0].device))
         return LmNet(net.lm, self._posterior[2], net.first).eval()
 
     @torch.no_grad()
@@ -227,14 +227,14 @@ class Evaluation:
 
     def net(self, training: Training) -> LmNet:
         """Return the net of a training, or the net before training; it is kept until another one is made."""
-        open_training, given, net = self._open
-        if open_training != training or given != self.models.given or net is None:
+        open_training, generation, net = self._open
+        if open_training != training or generation != self.models.generation or net is None:
             if training.arm == FROZEN:
                 net = self.models.untrained(self.data)
             else:
                 net = load_trained(self.models.fresh(self.study.config_of(training), self.data), training)
             net = net.to(runtime.processes().device)
-            self._open = (training, self.models.given, net)
+            self._open = (training, self.models.generation, net)
         return net
 
 
