@@ -18,7 +18,7 @@ from helpers.pages import PAGES, README, ROOT
 
 from vismt.config.sections import config_hash
 from vismt.jobs import load_config
-from vismt.lowrank.model.options import COMMON
+from vismt.lowrank.model.inject import COMMON
 from vismt.methods import METHODS
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

@@ -163,7 +163,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "evaluate.attacks[].norm" in out and "known: linf, l2, l1" in out and "train.lr" not in out
     assert main(["config", "multitask"]) == 0
     out = capsys.readouterr().out
-    assert "moe_lora" in out and "no key 'device'" in out and "OMP_NUM_THREADS" in out
+    assert "emtal" in out and "no key 'device'" in out and "OMP_NUM_THREADS" in out
     assert main(["config", "lm", "train.lrr"]) == 2
     assert "no key 'train.lrr'. Near: 'train.lr'" in capsys.readouterr().err
     assert main(["config", "lm", "device"]) == 2

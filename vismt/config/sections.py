@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 
 from vismt.base.errors import UserError, near
+from vismt.base.registry import PLACES
 from vismt.config import typed as typed_yaml
 from vismt.config.typed import Names, within
 from vismt.storage.paths import shipped
@@ -97,6 +98,9 @@ class AdaptConfig:
     rank: int = 8
     alpha: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.method = PLACES["renamed methods"].get(self.method, self.method)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from vismt.base.errors import UserError
 from vismt.config.typed import Names, arguments, plain_name, shown
@@ -13,6 +13,7 @@ from vismt.multitask.balancing.base import BALANCERS, Balancer, make_balancer
 
 SPLITS = ("test", "validation")
 Split = Annotated[str, Names(SPLITS, only=True)]
+EARLIER_RETAIN = {"ema_floor": None, "weight": 1.0, "select": "all", "weighting": "task", "teacher": "bank"}
 
 
 @dataclass
@@ -26,13 +27,12 @@ class RetainConfig:
         ema_init: start value of the running cross-entropy, > 0.
         momentum: momentum of mode ema, in [0, 1).
         reduction: over the samples of a batch.
-        ema_floor: a task's weight is 1 / max(running cross-entropy, ema_floor); null for no floor.
         reverse: KL(student || bank) instead of KL(bank || student).
-        weight: factor of the loss, >= 0.
-        select: samples that the bank stores: all, correct ones, or confident ones (probability of the label above 1/2).
-        weighting: one running cross-entropy for each task or each class.
-        teacher: bank, or uniform, which stores nothing (a control).
     """
+
+    ELSEWHERE: ClassVar[dict[str, str]] = dict.fromkeys(
+        EARLIER_RETAIN, "It was an option of vismt's own; what is left are the forms of EMTAL's paper and of its code."
+    )
 
     temperature: float = 2.0
     mode: Annotated[str, Names("vismt.multitask.emtal.retain:MODES")] = "fifo2"
@@ -40,12 +40,12 @@ class RetainConfig:
     ema_init: float = 10.0
     momentum: float = 0.5
     reduction: Annotated[str, Names("vismt.multitask.emtal.retain:REDUCTIONS")] = "mean"
-    ema_floor: float | None = None
     reverse: bool = False
-    weight: float = 1.0
-    select: Annotated[str, Names("vismt.multitask.emtal.retain:SELECT")] = "all"
-    weighting: Annotated[str, Names("vismt.multitask.emtal.retain:WEIGHTING")] = "task"
-    teacher: Annotated[str, Names("vismt.multitask.emtal.retain:TEACHERS")] = "bank"
+
+    @staticmethod
+    def from_earlier(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Leave out keys of earlier versions at their defaults."""
+        return {name: value for name, value in values.items() if (name, value) not in EARLIER_RETAIN.items()}
 
 
 @dataclass

@@ -27,7 +27,7 @@ from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.fading import FadeConfig
 from vismt.multitask.emtal.retain import QualityRetaining
-from vismt.multitask.variational_union import check_bound
+from vismt.multitask.objectives import check_bound
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 from vismt.uncertainty.last_layers import check_head, is_variational
 
@@ -106,7 +106,7 @@ class HeadConfig:
 
     name: Annotated[str, Names("vismt.uncertainty.last_layers:HEADS", only=True)] = "linear"
     options: dict[str, Any] = field(default_factory=dict)
-    labels: Annotated[str, Names("vismt.multitask.union:HEADS", only=True)] = "union"
+    labels: Annotated[str, Names("vismt.multitask.nets:LABEL_SPACES", only=True)] = "union"
 
     def __post_init__(self) -> None:
         check_head(self.name, self.options)
@@ -139,7 +139,7 @@ class MultitaskConfig(StudyConfig):
     task: str = "multitask"
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: list[TaskConfig] = field(default_factory=list)
-    head: Annotated[str, Names("vismt.multitask.union:HEADS", only=True)] | HeadConfig = "union"
+    head: Annotated[str, Names("vismt.multitask.nets:LABEL_SPACES", only=True)] | HeadConfig = "union"
     label_smoothing: Annotated[float, within(0, below=1)] = 0.1
     class_weights: str | None = None
     logit_adjustment: float = 0.0

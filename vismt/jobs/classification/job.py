@@ -32,8 +32,7 @@ from vismt.jobs.risk import check_thresholds
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.lowrank.model.inject import train_along
 from vismt.multitask.emtal.retain import QualityRetaining
-from vismt.multitask.union import UnionObjective
-from vismt.multitask.variational_union import VariationalUnionObjective
+from vismt.multitask.objectives import UnionObjective, VariationalUnionObjective
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
@@ -177,7 +176,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def temperature(self, training: Training) -> float | None:
         if not self.config.evaluate.temperature:
             return None
-        fitted = self.evaluation.calibration(self.final(training), training, self._separate(training))
+        fitted = self.evaluation.fitted(self.final(training), training, self._separate(training))
         return None if fitted is None else fitted.temperature
 
     def _separate(self, training: Training) -> bool:

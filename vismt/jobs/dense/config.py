@@ -20,11 +20,11 @@ from vismt.jobs.task_sections import (
 )
 from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss
-from vismt.multitask.dense import SEGMENTATION
 from vismt.multitask.emtal.fading import FadeConfig
-from vismt.multitask.emtal.retain_dense import DenseRetaining
+from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.heads import check_head
 from vismt.multitask.inference import check_scales
+from vismt.multitask.nets import SEGMENTATION
 from vismt.multitask.tasks import DenseTask, loss_options, make_task
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
 

@@ -93,7 +93,7 @@ class LmHeadConfig:
     Args:
         name: the head (vismt.uncertainty.last_layers).
         options: further arguments of the head.
-        alternate: alternating training (vismt.llm.tasks.alternating); null trains head and LM jointly (train.rates can
+        alternate: alternating training (vismt.uncertainty.vbll); null trains head and LM jointly (train.rates can
             give the head another rate).
     """
 

@@ -30,10 +30,10 @@ from vismt.jobs.risk import choice_measures, fit_thresholds, validation_parts
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, LmTask, Record, choices, gather, temperature_of, tempered
 from vismt.llm.tasks.recommendation import Recommendation
-from vismt.lowrank.model.inject import merge
+from vismt.lowrank.model.merge import merge
 from vismt.report.results import Score
 from vismt.storage.lines import read_lines, write_lines
-from vismt.uncertainty.intervals import CLEAN, Condition, Measure
+from vismt.uncertainty.intervals import CLEAN, Condition
 from vismt.uncertainty.last_layers import laplace_head, laplace_structure
 
 SCORING = "2"  # changes where rows get other scores than in earlier versions, whose records are then not used
@@ -64,26 +64,20 @@ class Evaluation:
         scores = []
         for task_name, name in self._sets(training, split):
             task = self.data.tasks[task_name]
+            risk = self.config.evaluate.risk and task_name == self.data.trained and split != "validation"
             for condition, records in self._conditions(training, task_name, split, name):
                 tokens = sum(record.get("tokens", 0) for record in records)
                 counted = f", {tokens:,} tokens" if tokens else ""
                 measures = list(task.measures(records).values())
-                if self._reports_risk(task_name, split) and condition == CLEAN:
-                    measures += self._risk(training, records)
+                if risk and condition == CLEAN:
+                    thresholds = fit_thresholds(*choices(self._parts(self._validation(training))[1]))
+                    measures += choice_measures(*choices(records), [str(row["id"]) for row in records], thresholds)
                 for measure in measures:
                     users = len(measure.values) < len(records)  # and not rows, which are several of a user
                     rows = f"{len(records):,} {split} rows" if users else f"{split} rows{counted}"
                     unit = "users" if users else "rows"
                     scores.append(Score(task_name, name, f"{task.about}, {rows}", measure, condition, unit))
         return scores
-
-    def _reports_risk(self, task: str, split: str) -> bool:
-        return self.config.evaluate.risk and task == self.data.trained and split != "validation"
-
-    def _risk(self, training: Training, records: Sequence[Record]) -> list[Measure]:
-        """Return the measures of `evaluate.risk` with the thresholds of the validation rows."""
-        thresholds = fit_thresholds(*choices(self._parts(self._validation(training))[1]))
-        return choice_measures(*choices(records), [str(record["id"]) for record in records], thresholds)
 
     def quality(self, training: Training) -> float:
         """Return the trained task's quality on the validation rows that choose rates."""
@@ -140,7 +134,7 @@ class Evaluation:
         stem = record_stem(split, task, name) + ("-laplace" if laplace else "")
         path = training.folder / "records" / f"{stem}.jsonl"
         key = self._fingerprint(training, task, split, name, laplace)
-        lines = ranks.from_first(lambda: read_lines(path, whole=True))
+        lines = ranks.on_first(lambda: read_lines(path, whole=True))
         if lines and lines[0].get("fingerprint") == key:
             _check_records(path, lines[1:])
             return lines[1:]
@@ -153,7 +147,7 @@ class Evaluation:
         order = {item.id: place for place, item in enumerate(items)}
         records.sort(key=lambda record: order[record["id"]])
         path.parent.mkdir(parents=True, exist_ok=True)
-        ranks.from_first(lambda: write_lines(path, [{"fingerprint": key}, *records]))
+        ranks.on_first(lambda: write_lines(path, [{"fingerprint": key}, *records]))
         return records
 
     def _fingerprint(self, training: Training, task: str, split: str, name: str, laplace: str) -> list[str | int]:
@@ -220,7 +214,7 @@ class Evaluation:
         merged = LmNet(merge(copy.deepcopy(net.stock)), first=net.first)
         split = self.config.evaluate.split
         sets = [(task, name) for task in self.data.tasks for name in self.data.names(task, split)]
-        for task, name in ranks.own(sets):
+        for task, name in ranks.my_share(sets):
             batch = self._batch(self.data.rows(task, split, name)[: self.config.evaluate.batch], net)
             batch.pop("lower", None)  # the merged LM runs without cached states, as its users run it
             yield "logits", _last_logits(merged, batch), _last_logits(net, batch), True

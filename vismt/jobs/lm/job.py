@@ -31,8 +31,8 @@ from vismt.jobs.risk import check_thresholds
 from vismt.jobs.training_job import TrainingJob
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
-from vismt.llm.tasks.alternating import AlternatingObjective
 from vismt.llm.tasks.base import LmObjective
+from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.methods import METHODS
 from vismt.report.results import Result, Score
@@ -194,7 +194,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
 
     def check_merge(self, training: Training) -> None:
         """Compare the unmerged LM with a merged copy, since all nets share the LM; write merge.json, unless it exists."""
-        if ranks.from_first((training.folder / training_files.MERGE).exists):
+        if ranks.on_first((training.folder / training_files.MERGE).exists):
             return
         net = self.evaluation.net(training)
         if training_files.needs_merge_check(net.stock, training):

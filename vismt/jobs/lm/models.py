@@ -47,7 +47,7 @@ class LmModels:
     def __init__(self, config: LmConfig, recommender: Callable[[], Recommender]) -> None:
         self.config = config
         self._recommender = recommender
-        self.generation = 0  # grows with every net that is made
+        self.generation = 0  # number of nets made so far
         self._lm: PreTrainedModel | None = None
         self._tokenizer: Any = None
 

@@ -116,7 +116,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
                 fields = {**vars(result), "epsilons": list(result.epsilons), "accuracies": list(result.accuracies)}
                 lines.append({"arm": arm, "data": row_name(data), **fields, "verdict": result.verdict()})
                 console.stage("masking", f"{arm}   {row_name(data)}   {result.verdict()}")
-        ranks.from_first(lambda: write_lines(self.folder / MASKING, lines))
+        ranks.on_first(lambda: write_lines(self.folder / MASKING, lines))
 
     def _write_broken(self, arm: str, data: str) -> None:
         """Write the first images that are right when clean and wrong under the first attack, and the attacked images."""
