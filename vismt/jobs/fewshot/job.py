@@ -19,7 +19,7 @@ from vismt.base.objects import object_named
 from vismt.engine.stream import Batches
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
-from vismt.jobs.calibrating import calibrated_on_images
+from vismt.jobs.calibration import calibrated_on_images
 from vismt.jobs.fewshot import masking_report
 from vismt.jobs.fewshot.arms import (
     evaluated_experts,

@@ -48,8 +48,4 @@ def find_experts(folder: Path) -> list[Expert]:
     if (folder / DESCRIPTION).exists():
         scale = read_scale(folder.parent) if (folder.parent / OWN_FILE).exists() else 10.0
         return [Expert(_label(folder.parent) if folder.name == ADAPTER else folder.name, folder, scale)]
-    if (folder / "experts").is_dir():
-        raise UserError(
-            f"pool: '{folder}' is a run folder of version 0.1; `vismt evaluate {folder}` moves its experts to arms/."
-        )
     raise UserError(f"pool: '{folder}' holds no trained expert; give run folders, adapter folders or pools.")
