@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vismt.base import console
 from vismt.base.errors import UserError, near
-from vismt.base.objects import held, title_of
+from vismt.base.objects import object_named, title_of
 from vismt.data.decode import decoding, to_rgb
 from vismt.data.image_set import ImageSet
 from vismt.storage.wheels import one_line
@@ -36,7 +36,7 @@ def python_object(card: str, split: str) -> Any:
 
     Code in a repository of the hub is never run.
     """
-    given = held(card)
+    given = object_named(card)
     if given is None and card.startswith(HUB):
         load = _function("load_dataset", card)
         try:

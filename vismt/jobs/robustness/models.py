@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from vismt.base.identity import weights_digest
-from vismt.base.objects import held
+from vismt.base.objects import object_named
 from vismt.engine import runtime
 from vismt.jobs import open_run
 from vismt.jobs.robustness.config import ClassifierConfig
@@ -44,7 +44,7 @@ def check_exists(config: ClassifierConfig) -> None:
     if config.run is not None:
         open_run(Path(config.run))
     name = config.name or ""
-    if name and held(name) is None and not name.startswith(PREFIX):
+    if name and object_named(name) is None and not name.startswith(PREFIX):
         checkpoint_file(name)
 
 
@@ -58,7 +58,7 @@ def load(config: ClassifierConfig) -> Classifier:
 
 def _load(config: ClassifierConfig) -> Classifier:
     device = runtime.processes().device
-    given = held(config.name or "")
+    given = object_named(config.name or "")
     if given is not None:
         own = classifier_of(given, config.img_size)
         return Classifier(own.to(device), own.num_classes, config.size or max(own.size), own.labels)

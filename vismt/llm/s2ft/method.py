@@ -28,9 +28,8 @@ from vismt.llm.s2ft.layer import MODES, SliceLinear
 from vismt.llm.s2ft.scores import SCORES
 from vismt.llm.s2ft.selection import UnitSelection, select_units
 from vismt.llm.s2ft.structures import Structure, structures
-from vismt.lowrank.layers.wrappers import from_stock
-from vismt.lowrank.model.inject import also_trained, install
-from vismt.lowrank.model.options import checked
+from vismt.lowrank.model.inject import also_trained, check_options, install
+from vismt.lowrank.model.modules import from_stock
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.methods import Calibration, Method, register_method
@@ -68,7 +67,7 @@ def s2ft(
                 f"adapt.{name}: {value!r} with 's2ft', which takes units: set parts and ratio, leave {name} out."
             )
     require_known("adapt.mode: no", [mode], MODES)
-    options = checked({"targets": None, "rank": 1, "alpha": None, "also_train": also_train, "dtype": dtype})
+    options = check_options({"targets": None, "rank": 1, "alpha": None, "also_train": also_train, "dtype": dtype})
     refuse_adapted(model)
     settings = {
         "strategy": strategy,
@@ -171,7 +170,13 @@ def calibrate(
     """Return the batches that score the units, on the model's device; with labels where gradients score them."""
     device = next(model.parameters()).device
     batches = calibration.batches(labels=options.get("strategy") == "gradient")
-    return {"calibration": [{name: value.to(device) for name, value in batch.items()} for batch in batches]}
+    moved = [
+        batch.to(device)
+        if isinstance(batch, torch.Tensor)  # images
+        else {name: value.to(device) for name, value in batch.items()}
+        for batch in batches
+    ]
+    return {"calibration": moved}
 
 
 def needs(options: Mapping[str, Any]) -> dict[str, str]:
@@ -180,7 +185,7 @@ def needs(options: Mapping[str, Any]) -> dict[str, str]:
     if strategy not in SCORES or strategy == "weight":
         return {}
     return {
-        "calibration": f"'s2ft' chooses by texts with strategy '{strategy}'; name some here, or take 'weight' or 'random'"
+        "calibration": f"'s2ft' chooses by data with strategy '{strategy}'; name texts here, or take 'weight' or 'random'"
     }
 
 

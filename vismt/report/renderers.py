@@ -1,18 +1,30 @@
-"""A report as one self-contained HTML page and as Markdown. Every text that comes from a file is escaped here."""
+"""A report as one self-contained HTML page, as Markdown, as LaTeX tables (booktabs) and as comma-separated values.
+
+Every text that comes from a file is escaped here.
+"""
 
 from __future__ import annotations
 
 import base64
+import csv
+import io
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from html import escape
 from pathlib import Path
 
 from vismt.report.comparison import AVERAGE
 from vismt.report.plotting import FIGURE_DPI
+from vismt.report.results import Result
 from vismt.report.tables import KeyFigure, Picture, Report, Section, Table, fitted, is_long, is_text
 
 SCREEN_DPI, FRAME = 96, 26  # at which letters of a figure have the size of those around it; pixels of its frame
+
+# Characters with a meaning in LaTeX, and signs that it has under a name.
+ESCAPED = {character: f"\\{character}" for character in "&%$#_{}"}
+ESCAPED |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+ESCAPED |= {"±": r"$\pm$", "−": "$-$", "–": "--", "≈": r"$\approx$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --muted: #5d6775; --line: #dfe3e9; --page: #ffffff; --soft: #f5f7f9;
@@ -102,31 +114,31 @@ def _html_section(section: Section) -> str:
 
 def render_markdown(report: Report, folder: Path) -> str:
     """Return the same tables and sentences for a paper or a pull request; pictures are linked relative to `folder`."""
-    lines = [f"# {_plain(report.title)}", ""]
+    lines = [f"# {_markdown_text(report.title)}", ""]
     for key in report.keys:
         lines += [
-            "; ".join(f"{_plain(arm)} **{_plain(text)}**" for arm, text in key.numbers),
+            "; ".join(f"{_markdown_text(arm)} **{_markdown_text(text)}**" for arm, text in key.numbers),
             "",
-            _plain(key.about),
+            _markdown_text(key.about),
             "",
         ]
     lines += ["| | |", "|---|---|"]
-    lines += [f"| {_plain(name)} | {_plain(value)} |" for name, value in report.facts]
+    lines += [f"| {_markdown_text(name)} | {_markdown_text(value)} |" for name, value in report.facts]
     lines += ["", "## Results"]
     for table in report.tables:
         lines += _markdown_table(table)
     lines += ["", report.legend]
     for section in report.sections:
-        lines += ["", f"## {_plain(section.title)}"]
+        lines += ["", f"## {_markdown_text(section.title)}"]
         for table, note in section.tables:
             lines += [*_markdown_table(table), "", note]
         for picture in section.pictures:
             if picture.title != section.title:
-                lines += ["", f"### {_plain(picture.title)}"]
+                lines += ["", f"### {_markdown_text(picture.title)}"]
             target = picture.path.relative_to(folder).as_posix().replace(" ", "%20")
-            lines += ["", f"![{_plain(picture.title)}]({target})", "", _plain(picture.caption)]
+            lines += ["", f"![{_markdown_text(picture.title)}]({target})", "", _markdown_text(picture.caption)]
     lines += ["", "## How to cite these numbers", ""]
-    lines += ["\n>\n".join(f"> {_plain(sentence)}" for sentence in report.citation)]
+    lines += ["\n>\n".join(f"> {_markdown_text(sentence)}" for sentence in report.citation)]
     return "\n".join(lines) + "\n"
 
 
@@ -185,7 +197,7 @@ def _figure(picture: Picture) -> str:
 
 
 def _markdown_table(table: Table) -> list[str]:
-    lines = ["", f"### {_plain(table.title)}"]
+    lines = ["", f"### {_markdown_text(table.title)}"]
     for part in fitted(table):
         lines += ["", *_markdown_part(part)]
     return lines
@@ -197,12 +209,71 @@ def _markdown_part(table: Table) -> list[str]:
 
     rules = ["---" if i < table.texts else "---:" for i in range(len(table.heads))]
     rows = [
-        line([f"**{_plain(text)}**" if (number, i) in table.best else _plain(text) for i, text in enumerate(row)])
+        line(
+            [
+                f"**{_markdown_text(text)}**" if (number, i) in table.best else _markdown_text(text)
+                for i, text in enumerate(row)
+            ]
+        )
         for number, row in enumerate(table.rows)
     ]
-    return [line([_plain(head) for head in table.heads]), line(rules), *rows]
+    return [line([_markdown_text(head) for head in table.heads]), line(rules), *rows]
 
 
-def _plain(text: str) -> str:
+def _markdown_text(text: str) -> str:
     """Return one line in which Markdown sees no markup, table cell or HTML."""
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False))
+
+
+def render_csv(results: Sequence[Result]) -> str:
+    """Return every row of the results, also those of single seeds, under a line with the names of its fields."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Result)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in results)
+    return text.getvalue()
+
+
+def render_latex(tables: Sequence[Table]) -> str:
+    """Return LaTeX tables; they need the package booktabs. The best numbers are bold, statistical ties marked by ≈."""
+    return "% \\usepackage{booktabs}\n" + "\n".join(_latex_table(table) for table in tables)
+
+
+def _latex_table(table: Table) -> str:
+    def line(texts: Sequence[str]) -> str:
+        return "    " + " & ".join(texts) + r" \\"
+
+    rows = []
+    for number, row in enumerate(table.rows):
+        cells = [_latex_text(text) for text in row]
+        if table.texts > 1 and number > 0:
+            if table.rows[number - 1][0] == row[0]:
+                cells[0] = ""
+            else:
+                rows.append(r"    \midrule")
+        rows.append(
+            line([rf"\textbf{{{cell}}}" if (number, i) in table.best else cell for i, cell in enumerate(cells)])
+        )
+    kinds = "l" * table.texts + "r" * (len(table.heads) - table.texts)
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"  \centering",
+            rf"  \caption{{{_latex_text(table.title)}; mean $\pm$ half width of the 95\,\% confidence interval.}}",
+            rf"  \begin{{tabular}}{{{kinds}}}",
+            r"    \toprule",
+            line([_latex_text(head) for head in table.heads]),
+            r"    \midrule",
+            *rows,
+            r"    \bottomrule",
+            r"  \end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _latex_text(text: str) -> str:
+    """Return a text in which LaTeX sees no markup."""
+    marked = text.replace(" ★", "")
+    return "".join(ESCAPED.get(character, character) for character in " ".join(marked.split()))

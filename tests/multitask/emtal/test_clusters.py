@@ -1,27 +1,30 @@
-"""Clusters of hidden units: recovery of planted clusters, permutations that preserve the function, the cache."""
+"""Clusters of hidden units: planted clusters are found, the assignment is as cheap as scipy's, the cache."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers.tiny import images, snapshot, tiny_vit
+from helpers.tiny import tiny_vit
+from scipy.optimize import linear_sum_assignment
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
-import vismt.multitask.emtal.clusters as experts
 from vismt.base.errors import UserError
+from vismt.multitask.emtal import clusters
 from vismt.multitask.emtal.clusters import (
+    assign,
+    balanced_kmeans,
     cluster_model,
     cluster_neurons,
     explained_variance,
-    permute_experts,
     plain_mlp,
     random_neurons,
 )
-from vismt.multitask.emtal.kmeans import balanced_kmeans
 
 
 @pytest.fixture(autouse=True)
@@ -72,46 +75,6 @@ def test_scaling_a_unit_or_the_dtype_changes_nothing() -> None:
     assert cluster_neurons(weight, 8).bincount().tolist() == [32] * 8
 
 
-@pytest.mark.parametrize("options", [{}, {"embed_dim": 48, "num_heads": 3, "mlp_ratio": 2.0}, {"img_size": (16, 24)}])
-def test_the_function_is_preserved(options: dict) -> None:
-    vit = tiny_vit(**options)
-    for block in vit.blocks:
-        nn.init.normal_(block.mlp.fc1.bias, std=0.3)  # shows whether the biases are permuted
-    x = torch.rand(3, 3, *vit.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
-    before, state = vit(x), snapshot(vit)
-    orders = []
-    for block, labels in zip(vit.blocks, cluster_model(vit, 8)):
-        parameter = block.mlp.fc1.weight
-        orders.append(permute_experts(block, labels, 8))
-        assert block.mlp.fc1.weight is parameter
-        size = len(labels) // 8
-        # Unit h of the new order belongs to expert h // n, not h % K.
-        assert torch.equal(labels[orders[-1]], torch.arange(len(labels)) // size)
-    assert (vit(x) - before).abs().max() < 1e-5 * before.abs().max()
-    assert not torch.equal(*orders)
-    for name, value in vit.state_dict().items():
-        moved = name.endswith(("fc1.weight", "fc1.bias", "fc2.weight"))
-        assert torch.equal(value, state[name]) != moved, name
-    for block, order in zip(vit.blocks, orders):
-        assert torch.equal(order.sort().values, torch.arange(len(order)))
-        permute_experts(block.mlp, order, len(order))  # sorting a permutation gives its inverse
-    assert all(torch.equal(value, state[name]) for name, value in vit.state_dict().items())
-
-
-def test_units_of_an_expert_keep_their_order() -> None:
-    mlp = Mlp(4, 6)
-    order = permute_experts(mlp, torch.tensor([1, 0, 1, 0, 0, 1]), 2)
-    assert order.tolist() == [1, 3, 4, 0, 2, 5]
-
-
-def test_an_ffn_without_biases() -> None:
-    mlp = Mlp(8, 16, bias=False)
-    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-    before = mlp(x)
-    permute_experts(mlp, cluster_neurons(mlp.fc1.weight, 4), 4)
-    assert torch.allclose(mlp(x), before, atol=1e-6)
-
-
 def test_every_block_has_its_own_labels() -> None:
     vit = tiny_vit()
     first, second = cluster_model(vit, 4)
@@ -126,7 +89,7 @@ def test_the_cache_is_used_and_mended(cache: Path, monkeypatch: pytest.MonkeyPat
         calls.append(arguments)
         return cluster_neurons(*arguments)
 
-    monkeypatch.setattr(experts, "cluster_neurons", counted)
+    monkeypatch.setattr(clusters, "cluster_neurons", counted)
     labels = cluster_model(vit, 4)
     files = sorted(cache.iterdir())
     assert len(calls) == len(files) == 2
@@ -153,38 +116,6 @@ def test_labels_of_a_foreign_file_are_not_believed(cache: Path) -> None:
     assert all(torch.equal(first, second) for first, second in zip(labels, cluster_model(vit, 4)))
 
 
-def test_coactivation_parts_units_that_never_fire_together() -> None:
-    """Units with opposite input weights: each is active where its partner is not."""
-    vit = tiny_vit(depth=1)
-    fc1 = vit.blocks[0].mlp.fc1
-    with torch.no_grad():
-        fc1.bias.zero_()
-        fc1.weight[1::2] = -fc1.weight[::2]
-    vit.train()
-    state, pictures = snapshot(vit), images(8)
-    (labels,) = cluster_model(vit, 2, by="activations", images=pictures, tokens=64)
-    assert labels.bincount().tolist() == [64, 64]
-    assert (labels[::2] != labels[1::2]).float().mean() > 0.9
-    assert vit.training and all(torch.equal(value, state[name]) for name, value in vit.state_dict().items())
-    assert not fc1._forward_hooks and not vit.blocks[0].mlp.fc2._forward_pre_hooks
-    (again,) = cluster_model(vit, 2, by="activations", images=pictures, tokens=64)
-    assert torch.equal(again, labels)
-
-
-def test_the_activations_are_those_of_the_drawn_tokens() -> None:
-    vit = tiny_vit()
-    pictures = images(20)
-    rows = experts._activations(vit, [block.mlp for block in vit.blocks], pictures, 100, seed=0)
-    assert [row.shape for row in rows] == [(128, 100)] * 2 and all((row >= 0).all() for row in rows)
-    captured: list[Tensor] = []
-    hook = vit.blocks[1].mlp.fc2.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0].flatten(0, 1)))
-    with torch.no_grad():
-        vit(pictures)
-    hook.remove()
-    every = captured[0].clamp_min(0)
-    assert torch.cdist(rows[1].T, every, compute_mode="donot_use_mm_for_euclid_dist").min(1).values.max() < 1e-4
-
-
 @pytest.mark.parametrize(
     ("mlp", "message"),
     [
@@ -196,9 +127,8 @@ def test_the_activations_are_those_of_the_drawn_tokens() -> None:
     ],
 )
 def test_other_ffns_are_refused_with_the_reason(mlp: nn.Module, message: str) -> None:
-    for call in (lambda: plain_mlp(mlp), lambda: permute_experts(mlp, torch.zeros(16, dtype=torch.int64), 1)):
-        with pytest.raises(UserError, match=message):
-            call()
+    with pytest.raises(UserError, match=message):
+        plain_mlp(mlp)
 
 
 def test_a_gated_block_is_named() -> None:
@@ -208,38 +138,12 @@ def test_a_gated_block_is_named() -> None:
         cluster_model(vit, 4)
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (torch.zeros(16, dtype=torch.int64), "each of 4 experts 4 units"),
-        (torch.arange(16) // 4 + 1, "each of 4 experts"),
-        (torch.arange(16) // 4 - 1, "each of 4 experts"),
-        (torch.arange(12) // 3, r"\(12,\).*needed \(16,\)"),
-        ((torch.arange(16) // 4).int(), "int32"),
-    ],
-)
-def test_labels_that_do_not_fit(labels: Tensor, message: str) -> None:
-    mlp = Mlp(8, 16)
-    before = snapshot(mlp)
-    with pytest.raises(UserError, match=message):
-        permute_experts(mlp, labels, 4)
-    assert all(torch.equal(value, before[name]) for name, value in mlp.state_dict().items())
-
-
 def test_other_errors() -> None:
     vit = tiny_vit()
     with pytest.raises(UserError, match="5 experts cannot share 128 hidden units equally; use 4 or 8"):
         cluster_model(vit, 5)
     with pytest.raises(UserError, match="5 experts cannot share"):
         cluster_neurons(torch.randn(128, 4), 5)
-    with pytest.raises(UserError, match=r"clustering by 'weight'.*Near: 'weights'"):
-        cluster_model(vit, 4, by="weight")
-    with pytest.raises(UserError, match="needs images"):
-        cluster_model(vit, 4, by="activations")
-    with pytest.raises(UserError, match="takes no images"):
-        cluster_model(vit, 4, images=images())
-    with pytest.raises(UserError, match=r"images are \(3, 16, 16\)"):
-        cluster_model(vit, 4, by="activations", images=images()[0])
     with pytest.raises(UserError, match="no blocks"):
         cluster_model(nn.Linear(2, 2), 4)
     for weight in (torch.randn(8), torch.zeros(8, 2, dtype=torch.int64), torch.zeros(8, 2, device="meta")):
@@ -266,3 +170,107 @@ def test_random_experts_are_balanced_and_a_function_of_the_seed() -> None:
     assert not torch.equal(labels, random_neurons(32, 4, 2)) and not torch.equal(labels, labels.sort().values)
     with pytest.raises(UserError):
         random_neurons(30, 4)
+
+
+# ---- k-means
+@pytest.mark.parametrize("span", [2, 5, 1000, 2**40])
+def test_the_assignment_is_the_cheapest(span: int) -> None:
+    """Compare with linear_sum_assignment on copies of each cluster; small spans have many ties."""
+    rng = np.random.default_rng(span)
+    for _ in range(40):
+        count, size = int(rng.integers(1, 7)), int(rng.integers(1, 9))
+        cost = rng.integers(-span, span, (count * size, count))
+        copies = cost.repeat(size, 1)
+        best = copies[linear_sum_assignment(copies)].sum()
+        # Any start of the prices leads to the same cost.
+        for prices in (None, rng.integers(-span, span, count)):
+            labels = assign(cost, prices)
+            if prices is not None:  # a certificate: at the returned prices every row is in its best cluster
+                priced = cost - prices
+                assert (np.take_along_axis(priced, labels[:, None], 1)[:, 0] == priced.min(1)).all()
+            assert (np.bincount(labels, minlength=count) == size).all()
+            assert np.take_along_axis(cost, labels[:, None], 1).sum() == best
+
+
+def test_a_greedy_assignment_would_differ() -> None:
+    # Cluster 0 is the cheapest for both rows; assigning row 0 to it costs 1 + 9, the optimum is 2 + 3.
+    assert assign(np.array([[1, 3], [2, 9]])).tolist() == [1, 0]
+
+
+def spread(points: Tensor, labels: Tensor) -> float:
+    groups = [points[labels == label] for label in labels.unique()]
+    return sum(float((group - group.mean(0)).square().sum()) for group in groups)
+
+
+def test_the_best_of_all_partitions_of_a_few_points() -> None:
+    points = torch.randn(8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    smallest = spread(points, balanced_kmeans(points, 2, restarts=30))
+    halves = itertools.combinations(range(8), 4)
+    every = [torch.zeros(8, dtype=torch.int64).index_fill(0, torch.tensor(half), 1) for half in halves]
+    assert smallest == pytest.approx(min(spread(points, labels) for labels in every))
+
+
+def test_sizes_numbering_and_seed() -> None:
+    points = torch.randn(120, 6, generator=torch.Generator().manual_seed(1))
+    labels = balanced_kmeans(points, 5, seed=3)
+    assert labels.dtype == torch.int64 and labels.bincount().tolist() == [24] * 5
+    first = [int((labels == label).nonzero()[0]) for label in range(5)]
+    assert first == sorted(first) and first[0] == 0
+    assert torch.equal(labels, balanced_kmeans(points, 5, seed=3))
+    assert not torch.equal(labels, balanced_kmeans(points, 5, seed=4, restarts=1))
+    state = torch.get_rng_state()
+    balanced_kmeans(points, 5)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    points = torch.randn(512, 128, generator=torch.Generator().manual_seed(2))
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            results.append(balanced_kmeans(points, 8, restarts=2))
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_equal_rows_and_the_ends_of_the_range(count: int) -> None:
+    for points in (torch.zeros(12, 3), torch.ones(12, 3)):
+        assert balanced_kmeans(points, count).bincount().tolist() == [12 // count] * count
+
+
+def test_it_stops_when_nothing_is_gained(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(clusters, "assign", lambda *arguments: calls.append(arguments) or assign(*arguments))
+    points = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    for pairs in (torch.cat([points, -points]), torch.cat([points, points]), torch.eye(64)):
+        calls.clear()
+        balanced_kmeans(pairs, 2, restarts=10)
+        assert len(calls) < 200  # 3000 without a stop
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (5, "5 experts cannot share 12 rows equally; use 4 or 6"),
+        (24, "use 12"),
+        (7, "use 6 or 12"),
+        (0, "is 0; it must be a whole number"),
+        (2.0, r"is 2\.0"),
+        (True, "is True"),
+    ],
+)
+def test_numbers_that_do_not_divide(count: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        balanced_kmeans(torch.randn(12, 2), count)
+
+
+def test_broken_points_and_counts() -> None:
+    with pytest.raises(UserError, match="infinite or NaN"):
+        balanced_kmeans(torch.full((4, 2), torch.nan), 2)
+    for counts in ({"restarts": 0}, {"iterations": 0}):
+        with pytest.raises(UserError, match="at least one of each"):
+            balanced_kmeans(torch.randn(4, 2), 2, **counts)

@@ -12,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from helpers.adapter_folders import write_description
+from helpers.adapter_folders import described, edit_text, write_description
 from helpers.tiny import images, shake, snapshot, tiny_vit
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import vismt
 from scripts.bench.accounting import saved_activation_bytes
 from vismt import UserError
+from vismt.integrations.method_driver import MethodDriver
 from vismt.multitask.emtal.fading import FadeConfig, FadeState, RouterFade
 from vismt.multitask.emtal.method import MoEfiedMlp, schedule, set_fade
 from vismt.multitask.emtal.routing import expert_weights, gate
@@ -40,7 +41,7 @@ def tokens(width: int = 6) -> Tensor:
 
 def adapted(seed: int = 0, **options: object) -> nn.Module:
     model = tiny_vit()
-    vismt.adapt(model, "moe_lora", seed=seed, **{"rank": 2, "n_experts": 4, **options})
+    vismt.adapt(model, "emtal", seed=seed, **{"rank": 2, "n_experts": 4, **options})
     return shake(model, 0.1)
 
 
@@ -160,7 +161,7 @@ def test_zero_init_is_the_pretrained_function_once_faded_and_normal_is_not() -> 
     x = images()
     for init, same in (("zero", True), ("normal", False)):
         model = tiny_vit()
-        vismt.adapt(model, "moe_lora", rank=2, n_experts=4, init=init, cluster=False, fade=1.0)
+        vismt.adapt(model, "emtal", rank=2, n_experts=4, init=init, cluster=False, fade=1.0)
         assert torch.equal(model(x), tiny_vit()(x)) == same
     std = torch.cat([p.flatten() for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))]).std()
     assert 0.018 < std < 0.022
@@ -207,7 +208,7 @@ COUNTS = [  # L (16 D r + D K) + C (D + 1)
 def test_published_parameter_counts(name: str, classes: int, rank: int, expected: int) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=classes)
-    report = vismt.adapt(model, "moe_lora", rank=rank, also_train=["head"])
+    report = vismt.adapt(model, "emtal", rank=rank, also_train=["head"])
     assert report.trainable == expected == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert "router" in str(report) and f"{expected:,}" in str(report)
 
@@ -216,7 +217,7 @@ def test_published_parameter_counts(name: str, classes: int, rank: int, expected
 def test_published_parameter_counts_by_number_of_experts(experts: int, expected: int) -> None:
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224", num_classes=598)
-    assert vismt.adapt(model, "moe_lora", rank=4, n_experts=experts, also_train=["head"]).trainable == expected
+    assert vismt.adapt(model, "emtal", rank=4, n_experts=experts, also_train=["head"]).trainable == expected
 
 
 # ---- training
@@ -224,7 +225,7 @@ def test_published_parameter_counts_by_number_of_experts(experts: int, expected:
 
 def test_training_moves_the_router_and_leaves_the_rest() -> None:
     model = tiny_vit()
-    vismt.adapt(model, "moe_lora", rank=2, n_experts=4, also_train=["head"])
+    vismt.adapt(model, "emtal", rank=2, n_experts=4, also_train=["head"])
     before, fade = snapshot(model), RouterFade(8, end=0.75)
     set_fade(model, fade)
     chosen = [p for p in model.parameters() if p.requires_grad]
@@ -286,7 +287,7 @@ def test_a_changing_fade_does_not_compile_again_and_again() -> None:
     from torch._dynamo.testing import CompileCounter
 
     model, fade, counter = tiny_vit(depth=1), RouterFade(16), CompileCounter()
-    vismt.adapt(model, "moe_lora", rank=2, n_experts=4)
+    vismt.adapt(model, "emtal", rank=2, n_experts=4)
     set_fade(shake(model, 0.1), fade)
     torch.compiler.reset()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -321,8 +322,8 @@ def test_half_precision(fade: float) -> None:
 def test_clustering_moves_units_and_not_the_faded_function() -> None:
     stock, x = tiny_vit(), images()
     model, flat = tiny_vit(), tiny_vit()
-    vismt.adapt(model, "moe_lora", rank=2, n_experts=4, init="zero")
-    vismt.adapt(flat, "moe_lora", rank=2, n_experts=4, init="zero", cluster=False)
+    vismt.adapt(model, "emtal", rank=2, n_experts=4, init="zero")
+    vismt.adapt(flat, "emtal", rank=2, n_experts=4, init="zero", cluster=False)
     for block, old in zip(model.blocks, stock.blocks):
         labels, mlp = block.mlp.labels, block.mlp
         assert labels.bincount().tolist() == [32] * 4
@@ -351,7 +352,7 @@ def test_unadapt_undoes_the_order_bit_for_bit(dtype: torch.dtype) -> None:
     stock = tiny_vit().to(dtype)
     parameter = stock.blocks[0].mlp.fc1.weight
     original = snapshot(stock)
-    vismt.adapt(stock, "moe_lora", rank=2, n_experts=4, also_train=["blocks.0.mlp.fc1.bias"])
+    vismt.adapt(stock, "emtal", rank=2, n_experts=4, also_train=["blocks.0.mlp.fc1.bias"])
     assert stock.blocks[0].mlp.fc1.weight is parameter and not torch.equal(
         parameter, original["blocks.0.mlp.fc1.weight"]
     )
@@ -364,7 +365,7 @@ def test_unadapt_undoes_the_order_bit_for_bit(dtype: torch.dtype) -> None:
 def test_hooks_of_the_ffn_fire_meanwhile_and_stay() -> None:
     model, calls = tiny_vit(), []
     model.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
-    vismt.adapt(model, "moe_lora", rank=2, n_experts=4)
+    vismt.adapt(model, "emtal", rank=2, n_experts=4)
     model(images())
     vismt.unadapt(model)(images())
     assert len(calls) == 2
@@ -402,7 +403,7 @@ def test_merge_says_how_far_the_router_is_and_leaves_the_model() -> None:
 )
 def test_merged_is_the_faded_model_in_stock_classes(dtype: torch.dtype, tolerance: float, options: dict) -> None:
     model, x = tiny_vit(**options).to(dtype), images().to(dtype)
-    vismt.adapt(model, "moe_lora", rank=3, n_experts=8)
+    vismt.adapt(model, "emtal", rank=3, n_experts=8)
     shake(model, 0.3)
     outputs = {}
     for fade in (0.0, 0.5, 1.0):
@@ -472,7 +473,7 @@ def test_random_experts_are_the_control_of_clusters() -> None:
 
 def test_the_report_has_the_share_that_experts_explain() -> None:
     def shares(**options: object) -> list[str]:
-        report = vismt.adapt(tiny_vit(), "moe_lora", rank=2, n_experts=4, **options)
+        report = vismt.adapt(tiny_vit(), "emtal", rank=2, n_experts=4, **options)
         return [line for line in report.extras if line.startswith("experts explain")]
 
     (clusters,), (random,) = shares(), shares(permute="random")
@@ -488,15 +489,15 @@ def test_loading_is_strict_and_leaves_the_model(tmp_path) -> None:
     vismt.load_adapter(tiny_vit(), tmp_path)
     for model, change, message in (
         (tiny_vit(mlp_layer=GluMlp), {}, "gated FFN|made for"),
-        (adapted(temperature=3.0), {}, "already carries another 'moe_lora'"),
+        (adapted(temperature=3.0), {}, "already carries another 'emtal'"),
         (
             tiny_vit(),
             {"settings": {"n_experts": 8, "temperature": 5.0}},
             r"router\.weight: saved \(4, 32\), needed \(8, 32\)",
         ),
-        (tiny_vit(), {"settings": {}}, "n_experts None"),
-        (tiny_vit(), {"type": "os:system"}, "needs 'os:system', which this version of vismt does not have"),
-        (tiny_vit(), {"type": "vismt.nothing:MoEfiedMlp"}, "needs 'vismt.nothing:MoEfiedMlp'"),
+        (tiny_vit(), {"settings": {}}, "settings.n_experts' is missing"),
+        (tiny_vit(), {"type": "os:system"}, "this version of vismt has no adapter module 'os:system'"),
+        (tiny_vit(), {"type": "vismt.nothing:MoEfiedMlp"}, "no adapter module 'vismt.nothing:MoEfiedMlp'"),
     ):
         description = json.loads(text)
         description["parts"]["blocks.1.mlp"] |= change
@@ -523,7 +524,7 @@ def test_other_vits() -> None:
     ):
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=3, **options).eval()
-        report = vismt.adapt(model, "moe_lora", rank=2, n_experts=4, init="zero", cluster=False)
+        report = vismt.adapt(model, "emtal", rank=2, n_experts=4, init="zero", cluster=False)
         ends = {site.path.split(".", 2)[2] for site in report.sites}
         assert all(
             end.endswith(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")) and "rel_pos" not in end for end in ends
@@ -536,7 +537,7 @@ def test_other_vits() -> None:
 
 def test_any_resolution_goes_through_the_routers() -> None:
     model = tiny_vit(dynamic_img_size=True)
-    vismt.adapt(model, "moe_lora", rank=2, n_experts=4)
+    vismt.adapt(model, "emtal", rank=2, n_experts=4)
     assert model(torch.rand(2, 3, 24, 16)).shape == (2, 5)
 
 
@@ -569,14 +570,14 @@ def test_any_resolution_goes_through_the_routers() -> None:
         (tiny_vit, {"permute": "random", "cluster": False}, "permute 'random' draws the experts; leave cluster out"),
         (tiny_vit, {"n_expert": 4}, "no option 'n_expert'. Near: 'n_experts'"),
         (tiny_vit, {"targets": ["mlp.fc3"]}, "no module matches 'mlp.fc3'"),
-        (adapted, {}, "already carries 'moe_lora'"),
+        (adapted, {}, "already carries 'emtal'"),
     ],
 )
 def test_refusals_leave_the_model_as_it_was(make: Callable[[], nn.Module], options: dict, message: str) -> None:
     model = make()
     before = snapshot(model)
     with pytest.raises(UserError, match=message):
-        vismt.adapt(model, "moe_lora", **{"rank": 2, "n_experts": 4, **options})
+        vismt.adapt(model, "emtal", **{"rank": 2, "n_experts": 4, **options})
     assert list(before) == list(model.state_dict())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -589,7 +590,7 @@ def test_refusals_of_one_ffn_and_of_set_fade() -> None:
         (lambda: MoEfiedMlp(nn.Linear(6, 6), 2, 3), "has no fc1 and fc2"),
         (lambda: ffn().assign(torch.arange(24) % 4), "use cluster_neurons"),
         (lambda: setattr(ffn(), "fade", "late"), "fade 'late'"),
-        (lambda: set_fade(tiny_vit(), 1.0), "no router; adapt it with 'moe_lora'"),
+        (lambda: set_fade(tiny_vit(), 1.0), "no router; adapt it with 'emtal'"),
     ):
         with pytest.raises(UserError, match=message):
             build()
@@ -602,3 +603,17 @@ def test_an_mlp_with_a_forward_of_its_own_is_refused() -> None:
 
     with pytest.raises(UserError, match="'mlp' is a Other, needed timm's Mlp"):
         MoEfiedMlp(Other(6, 24), 2, 3)
+
+
+def test_the_earlier_name_of_the_method_is_read(tmp_path) -> None:
+    assert "emtal" in vismt.list_methods() and "moe_lora" not in vismt.list_methods()
+    model = tiny_vit()
+    vismt.adapt(model, "moe_lora", rank=2, n_experts=4, cluster=False)
+    vismt.save_adapter(shake(model), tmp_path)
+    assert described(tmp_path)["method"] == "emtal"
+    edit_text(tmp_path, '"method": "emtal"', '"method": "moe_lora"')
+    for again in (tiny_vit(), model):  # a stock model, and one that carries the adapter already
+        vismt.load_adapter(again, tmp_path)
+        assert torch.equal(again(images()), model(images())) and again.vismt_record.method == "emtal"
+    (part,) = MethodDriver(model).belonging()
+    MethodDriver.check_resumed([{**part, "method": "moe_lora"}], [part])  # of an earlier checkpoint of a Trainer

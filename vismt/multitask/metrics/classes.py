@@ -1,11 +1,13 @@
-"""Mean intersection over union from one confusion matrix of the whole data set.
+"""Metrics of classes: mean intersection over union of pixels, and the accuracy over images.
+
+The intersection over union is that of one confusion matrix of the whole data set:
 
     IoU_c = TP_c / (TP_c + FP_c + FN_c),   mIoU = mean_c IoU_c,   pixel accuracy = sum_c TP_c / pixels
 
 Pixels with the ignore label are not counted. A class that does not occur, neither as a label nor as a prediction, has IoU 0 / 0,
 which the literature treats differently: as 0, which enters the mean (Vandenhende et al., arXiv 2004.13379, InvPT, TaskPrompter),
 as NaN, which makes the mean NaN (LibMTL, arXiv 2203.14338), or left out of the mean. A class that is predicted but not labelled
-has IoU 0 in all conventions.
+has IoU 0 in all conventions. The accuracy is the share of images whose largest logit is that of their class.
 """
 
 from __future__ import annotations
@@ -112,3 +114,54 @@ class MeanIoU(Metric):
         strange = values[(values < 0) | (values >= self.num_classes)]
         if strange.numel():
             raise UserError(f"MeanIoU: {what} {int(strange[0])}; classes are 0 to {self.num_classes - 1}; {hint}.")
+
+
+class Accuracy(Metric):
+    """Top-1 accuracy over images, not a mean over classes.
+
+    Args:
+        num_classes: number of classes k, 2 or more.
+        options: options of torchmetrics.Metric.
+    """
+
+    full_state_update, higher_is_better, is_differentiable = False, True, False
+    correct: Tensor
+    images: Tensor
+
+    def __init__(self, num_classes: int, **options: Any) -> None:
+        super().__init__(**options)
+        if num_classes < 2:
+            raise UserError(f"Accuracy: num_classes = {num_classes}; it must be at least 2.")
+        self.num_classes = num_classes
+        self.add_state("correct", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            pred: float logits (b, k).
+            target: int64 (b,), in [0, k); leave out images without a class.
+
+        Raises:
+            UserError: for other shapes, NaN, and labels out of range.
+        """
+        if pred.ndim != 2 or pred.shape[1] != self.num_classes or target.shape != pred.shape[:1]:
+            raise UserError(
+                f"Accuracy: predictions {tuple(pred.shape)}, targets {tuple(target.shape)}; needed (b, {self.num_classes}), (b,)."
+            )
+        strange = target[(target < 0) | (target >= self.num_classes)]
+        if strange.numel():
+            raise UserError(f"Accuracy: label {int(strange[0])}; classes are 0 to {self.num_classes - 1}.")
+        classes = require_numbers("Accuracy", pred, infinite=True).argmax(1)
+        self.correct += (classes == target.to(pred.device)).sum().to(self.correct.device)
+        self.images += len(target)
+
+    def compute(self) -> dict[str, Any]:
+        """Return "accuracy" in [0, 1] and the number of "images".
+
+        Raises:
+            UserError: without an image.
+        """
+        images = require_any("Accuracy", self.images, "image with a class", "give it data")
+        return {"accuracy": int(self.correct) / images, "images": images}

@@ -1,11 +1,11 @@
 """Parameters that a module reads itself, each as a module of its own: experts in one tensor, what nn.MultiheadAttention reads.
 
-    owner.gate_up_proj (e, o, i)   ->   owner.gate_up_proj.weight, below a HeldParameter, in whose place a layer can stand
+    owner.gate_up_proj (e, o, i)   ->   owner.gate_up_proj.weight, below a ParameterModule, in whose place a layer can stand
 
-While the owner's forward runs, its attribute is the tensor W + DeltaW that the layer forms, so every implementation of that
+While the owner's forward runs, its attribute is the tensor W + DeltaW that the layer returns, so every implementation of that
 forward (a loop over the experts that are hit, batched and grouped products, fused attention) reads the adapted weight. Code
 that reads it at another time gets the layer, which stands for the same tensor in any function of torch. Stock keys of a state
-dict can be loaded while a parameter is held. Encoders of torch.nn read the weights of all their linears in one fused kernel
+dict can be loaded meanwhile. Encoders of torch.nn read the weights of all their linears in one fused kernel
 where they need no gradient; that kernel is switched off while an encoder with a layer in it runs.
 """
 
@@ -24,7 +24,7 @@ ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 CONTAINERS = (nn.ParameterList, nn.ParameterDict)  # read by another module, without a forward of their own
 
 
-class HeldParameter(nn.Module):
+class ParameterModule(nn.Module):
     """A parameter as a module.
 
     weight: (o, i), or a stack of matrices (e, o, i), with `transposed` (e, i, o). names: the parameters of its owner, in order.
@@ -53,8 +53,8 @@ class HeldParameter(nn.Module):
         return stack.mT if self.transposed else stack
 
 
-def readable(owner: nn.Module) -> list[str]:
-    """Return the names of the parameters of a module that can be held: stacks of matrices, projections of an attention."""
+def readable_parameters(owner: nn.Module) -> list[str]:
+    """Return the names of the parameters of a module that can be modules: stacks of matrices, projections of an attention."""
     if is_attention(owner):
         return [name for name in ATTENTION if owner._parameters.get(name) is not None]
     if isinstance(owner, CONTAINERS):
@@ -64,9 +64,9 @@ def readable(owner: nn.Module) -> list[str]:
 
 
 def declared(owner: nn.Module) -> list[str]:
-    """Return the names of all parameters of a module in order, held ones among them."""
+    """Return the names of all parameters of a module in order, those that are modules now among them."""
     for child in owner._modules.values():
-        if getattr(child, "held", False):
+        if getattr(child, "of_parameter", False):
             stock: Any = child.shell
             return list(stock.names)
     return list(owner._parameters)
@@ -78,30 +78,30 @@ def is_attention(module: nn.Module | None) -> bool:
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """Return the module at a path; for a parameter a HeldParameter, outside of the model."""
+    """Return the module at a path; for a parameter a ParameterModule, outside of the model."""
     owner, name = _owner(model, path)
     parameter = owner._parameters.get(name)
     if parameter is None:
         return model.get_submodule(path)
     # transformers' experts of this layout declare it
-    return HeldParameter(parameter, bool(getattr(owner, "is_transposed", False)), tuple(owner._parameters))
+    return ParameterModule(parameter, bool(getattr(owner, "is_transposed", False)), tuple(owner._parameters))
 
 
-def hold(model: nn.Module, paths: Iterable[str]) -> None:
-    """Hold the parameters among `paths`, and let modules that read weights themselves read what layers at `paths` form."""
+def to_modules(model: nn.Module, paths: Iterable[str]) -> None:
+    """Make the parameters among `paths` modules, and let owners that read weights themselves read those that layers adapt."""
     paths = list(paths)
     owners = {}
-    held = {path: module_at(model, path) for path in paths}
-    for path, module in held.items():
+    modules = {path: module_at(model, path) for path in paths}
+    for path, module in modules.items():
         owner, name = _owner(model, path)
-        if isinstance(module, HeldParameter) and name in owner._parameters:
+        if isinstance(module, ParameterModule) and name in owner._parameters:
             del owner._parameters[name]
             owner._modules[name] = module
             owners[id(owner)] = owner
         elif is_attention(owner):
             owners[id(owner)] = owner
     for owner in owners.values():
-        owner.register_forward_pre_hook(_form)
+        owner.register_forward_pre_hook(_read)
         owner.register_forward_hook(_drop, always_call=True)
         owner.register_load_state_dict_pre_hook(_accept_stock_keys)
     for path, module in model.named_modules():
@@ -111,11 +111,11 @@ def hold(model: nn.Module, paths: Iterable[str]) -> None:
             module.register_forward_hook(_with_kernel, always_call=True)
 
 
-def release(model: nn.Module) -> None:
-    """Put every held parameter back, in the stock order, and leave no hook: the inverse of `hold`."""
+def to_parameters(model: nn.Module) -> None:
+    """Make every such module a parameter again, in the stock order, and leave no hook: the inverse of `to_modules`."""
     for owner in list(model.modules()):
-        held = {name: child for name, child in owner._modules.items() if isinstance(child, HeldParameter)}
-        for name, child in held.items():
+        modules = {name: child for name, child in owner._modules.items() if isinstance(child, ParameterModule)}
+        for name, child in modules.items():
             del owner._modules[name]
             owner._parameters[name] = child.weight
             present = dict(owner._parameters)
@@ -127,7 +127,7 @@ def release(model: nn.Module) -> None:
 
 def _remove_hooks(module: nn.Module) -> None:
     """Remove the hooks that are functions of this file: copies and pickles of a module keep no handles of them."""
-    ours = (_form, _drop, _accept_stock_keys, _without_kernel, _with_kernel)
+    ours = (_read, _drop, _accept_stock_keys, _without_kernel, _with_kernel)
     for table in (module._forward_pre_hooks, module._forward_hooks, module._load_state_dict_pre_hooks):
         for key in [key for key, hook in table.items() if getattr(hook, "hook", hook) in ours]:
             del table[key]
@@ -139,12 +139,12 @@ def _owner(model: nn.Module, path: str) -> tuple[Any, str]:
     return model.get_submodule(parent), name
 
 
-def _form(owner: nn.Module, args: Any) -> None:
+def _read(owner: nn.Module, args: Any) -> None:
     for name, child in owner._modules.items():
-        if child is not None and getattr(child, "held", False):
+        if child is not None and getattr(child, "of_parameter", False):
             owner.__dict__[name] = child()
-        elif getattr(child, "forms_weight", False):
-            child.__dict__["weight"] = child.formed()
+        elif getattr(child, "weight_readable", False):
+            child.__dict__["weight"] = child.adapted_weight()
 
 
 def _drop(owner: nn.Module, args: Any, output: Any) -> None:
@@ -156,7 +156,7 @@ def _drop(owner: nn.Module, args: Any, output: Any) -> None:
 
 def _accept_stock_keys(owner: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     for name, child in owner._modules.items():
-        if getattr(child, "held", False) and f"{prefix}{name}" in state:
+        if getattr(child, "of_parameter", False) and f"{prefix}{name}" in state:
             state[f"{prefix}{name}.weight"] = state.pop(f"{prefix}{name}")
 
 

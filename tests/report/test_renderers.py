@@ -11,7 +11,7 @@ from helpers.run_folder import make_folder
 
 from vismt.report import figures, plotting
 from vismt.report.comparison import Cell, compare
-from vismt.report.papers import render_csv, render_latex
+from vismt.report.renderers import render_csv, render_latex
 from vismt.report.results import ValuesByExample, read_results
 from vismt.report.tables import paper_tables
 
