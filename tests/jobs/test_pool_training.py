@@ -18,12 +18,10 @@ from vismt.config.sections import AdaptConfig, TrainConfig
 from vismt.jobs import job as job_file
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SourceConfig
 from vismt.jobs.fewshot.job import FewShotJob
-from vismt.jobs.fewshot.models import OWN_FILE
-from vismt.jobs.fewshot.pool_training import find_experts, read_scale
+from vismt.jobs.fewshot.models import OWN_FILE, find_experts, read_scale
 from vismt.metatune.amt.objective import AdversarialObjective
 from vismt.metatune.amt.pool import Expert, assemble, read_pool
-from vismt.metatune.objective import EpisodeObjective
-from vismt.metatune.protonet import ProtoNet
+from vismt.metatune.protonet import EpisodeObjective, ProtoNet
 from vismt.storage.lines import read_lines
 
 

@@ -37,8 +37,7 @@ from vismt.jobs.fewshot.config import (
 from vismt.jobs.fewshot.config_checks import check, check_sets
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption
 from vismt.jobs.fewshot.evaluation import Evaluation
-from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net
-from vismt.jobs.fewshot.pool_training import read_scale
+from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net, read_scale
 from vismt.jobs.fewshot.report import sections
 from vismt.jobs.fewshot.version_1 import move_to_arms
 from vismt.jobs.job import Job
@@ -50,8 +49,7 @@ from vismt.lowrank.model.targets import check_patterns
 from vismt.metatune.amt.objective import AdversarialObjective
 from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.maml import MamlNet
-from vismt.metatune.objective import EpisodeObjective
-from vismt.metatune.protonet import ProtoNet
+from vismt.metatune.protonet import EpisodeObjective, ProtoNet
 from vismt.report.results import Result, Score
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.metatune.features import features
-from vismt.metatune.protocol.interfaces import FewShotModel
+from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, prototypes
 
 

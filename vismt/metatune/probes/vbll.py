@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vismt.metatune.probes.bayesian import BayesianProbe, with_ones
-from vismt.metatune.protocol.interfaces import FewShotModel
+from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.uncertainty.vbll import VBLLClassifier
 
 STEPS = 200
