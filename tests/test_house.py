@@ -55,7 +55,7 @@ LIGHT = (
     "vismt.data.images",
     "vismt.robustness.evaluate",
     "vismt.robustness.attacks.attacks",
-    "vismt.report.report",
+    "vismt.report.writer",
 )
 ONLY_IN = {"torchattacks": {"robustness/attacks/foreign.py"}, "learn2learn": {"metatune/maml.py"}}
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import os
 import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,12 +46,15 @@ def test_public_names_are_there_when_used() -> None:
 
 
 def test_names_for_type_checkers_are_those_at_run_time() -> None:
-    tree = ast.parse(Path(vismt.__file__).read_text(encoding="utf8"))
-    block = next(node for node in tree.body if isinstance(node, ast.If))
-    imports = {alias.name: node.module for node in block.body for alias in node.names}
-    assert imports.keys() == set(vismt.__all__)
-    modules = {name: module.removeprefix("vismt.") for name, module in imports.items() if module != "vismt"}
-    assert modules == vismt._MODULES
+    for package in (vismt, vismt.llm, vismt.lowrank, vismt.metatune, vismt.multitask, vismt.robustness):
+        tree = ast.parse(Path(str(package.__file__)).read_text(encoding="utf8"))
+        block = next(node for node in tree.body if isinstance(node, ast.If))
+        imports = {alias.name: node.module for node in block.body for alias in node.names}
+        assert imports.keys() == set(package.__all__) <= set(dir(package))
+        for name, module in imports.items():
+            value = getattr(package, name)
+            assert value is getattr(importlib.import_module(module), name), name
+            assert not isinstance(value, types.ModuleType) or module == package.__name__
 
 
 def test_module_and_version() -> None:

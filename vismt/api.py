@@ -40,17 +40,15 @@ def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyR
     Raises:
         UserError: what `vismt run` refuses, and a folder that holds another run.
     """
-    from vismt.config.sections import typed
-    from vismt.jobs import config_type, start_config
+    from vismt.jobs import start_config, typed_config
     from vismt.report.results import RESULTS, read_results
 
-    source = "config"
     objects: dict[str, Any] = {}
     plain = named(dict(config), objects)
-    built = typed(plain, config_type(plain, source), source)
+    built = typed_config(plain, "config")
     temporary = tempfile.TemporaryDirectory(prefix="vismt-") if folder is None else None
     path = Path(temporary.name if temporary else folder or "")
-    with holding(objects), start_config(built, path.name, path.parent, path).owned() as run:
+    with holding(objects), start_config(built, path).owned() as run:
         if run.job.trains:
             run.train()
         run.evaluate()

@@ -90,6 +90,7 @@ class Method:
             "users" (a vector for each sample, its width the option `user_width`).
         merges: whether the trained model can be merged into stock weights.
         exports: whether the update can be exported as a plain LoRA.
+        renamed: {earlier name: present name} of options; configurations with earlier names are read.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Method:
     needs: Callable[[Mapping[str, Any]], Mapping[str, str]] = needs_nothing
     merges: bool = True
     exports: bool = True
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def options(self) -> list[str]:
@@ -112,6 +114,10 @@ class Method:
         if len(names) < len(parameters):
             names += [name for name in COMMON if name not in names]
         return names
+
+    def present(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options by their present names."""
+        return {self.renamed.get(name, name): value for name, value in options.items()}
 
 
 METHODS: Registry[Method] = Registry(
@@ -143,8 +149,7 @@ def list_methods() -> list[str]:
 
 def adapt(
     model: nn.Module,
-    method: str | None = None,
-    /,
+    method: str,
     targets: Any = None,
     rank: int = 8,
     alpha: float | None = None,
@@ -152,14 +157,13 @@ def adapt(
     name: str = "default",
     **options: Any,
 ) -> AdaptReport:
-    """Adapt `model` in place with a published method and freeze the rest: `adapt(model, method, targets, rank, ...)`.
+    """Adapt `model` in place with a published method and freeze the rest.
 
-    The method is the second argument, by position or as `method=`; a method may have an option `method`
-    (adapt(model, 'pissa', method='randomized')), which is why it is positional here. A model may carry several adapters, each
-    with a name; the new one becomes the active one (`activate`).
+    A model may carry several adapters, each with a name; the new one becomes the active one (`activate`).
 
     Args:
         model: any module with linears; changed in place.
+        method: one of `list_methods()`.
         targets: 'all-linear' (None), a full-path regex, or a list of paths and suffixes.
         rank: of each pair of factors.
         alpha: numerator of the scale alpha / rank; None means alpha = rank.
@@ -174,9 +178,8 @@ def adapt(
         UserError: for an unknown method or option, a pattern without a match, a rank that does not fit, and a name that the
             model carries already; the model is then unchanged.
     """
-    if method is None:
-        method = options.pop("method", None)
     known = known_method(method, options)
+    options = known.present(options)
     if not isinstance(seed, int) or seed.bit_length() > 64:
         raise UserError(f"adapt.seed: {seed!r}; it must be a whole number of at most 64 bits.")
     with beside(model, name, "adapt"):
@@ -186,7 +189,7 @@ def adapt(
 def known_method(name: Any, options: Collection[str]) -> Method:
     """Return a method by name. Raises UserError for an unknown one, and for options that it does not have."""
     method = METHODS[name]
-    require_known(f"adapt: '{name}' has no option", options, method.options)
+    require_known(f"adapt: '{name}' has no option", [method.renamed.get(o, o) for o in options], method.options)
     return method
 
 

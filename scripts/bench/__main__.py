@@ -30,8 +30,8 @@ BENCHES = (
 )  # a file of the name for each
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one benchmark and return the exit code: 0, or 2 after a user error."""
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line, that of the process where `words` is None."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench", description=__doc__)
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument(
@@ -43,8 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--config", type=Path, metavar="FILE", help="for memory: predict a training step of a dense configuration"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one benchmark and return the exit code: 0, or 2 after a user error."""
     try:
-        _bench(parser.parse_args(arguments))
+        _bench(arguments(words))
     except UserError as error:
         console.error(str(error))
         return 2

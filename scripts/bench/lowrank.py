@@ -111,7 +111,7 @@ def _pissa(title: str, model: nn.Module, rounds: int, device: torch.device) -> R
     starts = {
         EXACT: lambda net: adapt(net, "pissa", rank=RANK),
         PEFT_EXACT: peft_start("pissa"),
-        FAST: lambda net: adapt(net, "pissa", rank=RANK, method="randomized"),
+        FAST: lambda net: adapt(net, "pissa", rank=RANK, solver="randomized"),
         PEFT_FAST: peft_start("pissa_niter_4"),
     }
     timing = _time(title, starts, model, rounds, device)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vismt.backbones import assets, convert, sources
+from vismt.backbones import assets, convert, weight_sources
 from vismt.backbones.assets import describe, get_asset, list_assets, load_asset_card
 from vismt.base.errors import UserError
 from vismt.jobs.lm.config import LmModelConfig
@@ -28,7 +28,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("VISMT_ASSETS", raising=False)
-    monkeypatch.setattr(sources.HubSource, "kept_file", lambda source: None)
+    monkeypatch.setattr(weight_sources.HubSource, "kept_file", lambda source: None)
     monkeypatch.setattr(assets, "_reported", set())
 
 
@@ -242,7 +242,7 @@ def test_hub_answer_is_used_in_place(tmp_path, monkeypatch) -> None:
     assert get_asset(card) == kept
     assert requests[0][0] == ("owner/repository", "model.safetensors")
     assert requests[0][1] == {"revision": "abc", "local_files_only": False, "force_download": False}
-    monkeypatch.setattr(sources.HubSource, "kept_file", lambda source: kept)
+    monkeypatch.setattr(weight_sources.HubSource, "kept_file", lambda source: kept)
     assert get_asset(card) == kept and len(requests) == 1
 
 
@@ -395,7 +395,7 @@ def test_shipped_cards() -> None:
         if card.kind == "vit":
             assert timm.is_model(card.architecture.partition(".")[0])
         for source in card.sources:
-            assert source.megabytes and (isinstance(source, sources.HubSource) or len(source.sha256) == 64)
+            assert source.megabytes and (isinstance(source, weight_sources.HubSource) or len(source.sha256) == 64)
 
 
 def test_describe_says_what_is_cached(tmp_path, pip, capsys) -> None:

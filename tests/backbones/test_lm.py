@@ -1,4 +1,4 @@
-"""The language model door: a tiny Llama saved here, and the ways it can fail."""
+"""Language models: a tiny Llama saved here, and the ways it can fail."""
 
 import json
 import sys

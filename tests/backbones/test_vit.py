@@ -1,4 +1,4 @@
-"""The ViT door: features of a block, normalisation, pooling, sizes, errors; with timm's smallest models."""
+"""ViT backbones: features of a block, normalisation, pooling, sizes, errors; with timm's smallest models."""
 
 import copy
 

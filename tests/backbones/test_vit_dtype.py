@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import vismt
 from vismt.backbones.vit import Backbone, create
 from vismt.base.errors import UserError
-from vismt.jobs.job import check_trained_dtype
+from vismt.jobs.training_job import check_trained_dtype
 
 OWN = {
     "lora": {},

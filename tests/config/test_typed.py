@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from vismt.base.errors import UserError
-from vismt.config.typed import RelativePath, build, parse_yaml, read_yaml
+from vismt.config.typed import Names, RelativePath, build, parse_yaml, read_yaml, within
 
 
 @dataclass
@@ -135,3 +135,32 @@ def test_a_large_configuration_takes_milliseconds() -> None:
     start = time.perf_counter()
     outer(many=many)
     assert time.perf_counter() - start < 0.5
+
+
+@dataclass
+class Checked:
+    share: Annotated[float, within(0, 1)] = 0.5
+    count: Annotated[int, within(1)] | None = None
+    crop: Annotated[float, within(above=0, most=1)] = 1.0
+    rates: dict[str, Annotated[float, within(above=0)]] = field(default_factory=dict)
+    name: Annotated[str | None, Names(("adam", "sgd"), only=True)] = None
+    names: Annotated[list[str], Names(("adam", "sgd"), only=True)] = field(default_factory=list)
+    free: Annotated[str, Names(("adam",))] = "adam"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share": 2}, "f.yaml: share is 2.0; it lies from 0 to 1."),
+        ({"count": 0}, "f.yaml: count is 0; it must be at least 1."),
+        ({"crop": 0}, "f.yaml: crop is 0.0; it must be above 0 and at most 1."),
+        ({"rates": {"head": 0}}, "f.yaml: rates.head is 0.0; it must be above 0."),
+        ({"name": "adamm"}, "f.yaml: name: 'adamm' is not known. Near: 'adam'."),
+        ({"names": ["sgd", "x"]}, "f.yaml: names: 'x' is not known. Known: 'adam', 'sgd'."),
+    ],
+)
+def test_ranges_and_names_of_an_annotation(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        build(Checked, values, "f.yaml")
+    assert str(error.value) == message
+    assert build(Checked, {"share": 1, "count": 1, "name": "sgd", "free": "another"}, "f.yaml").name == "sgd"

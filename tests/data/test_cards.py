@@ -7,7 +7,7 @@ import pytest
 from vismt.base.errors import UserError
 from vismt.data.cards import list_cards, load_card
 from vismt.data.formats.folder import FolderSource
-from vismt.data.formats.torchvision_door import TorchvisionSource
+from vismt.data.formats.torchvision_sets import TorchvisionSource
 from vismt.storage.paths import shipped
 
 META = "  - {kind: meta_dataset, root: x, splits: {test: null}, classes_per_split: {tset: 9}}"

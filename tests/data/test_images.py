@@ -1,4 +1,4 @@
-"""The door: which source is taken, readable names, superclasses, damaged images."""
+"""open_images: which source is taken, readable names, superclasses, damaged images."""
 
 from __future__ import annotations
 

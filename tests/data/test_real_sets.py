@@ -12,12 +12,12 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.data.check import check
-from vismt.data.formats.derived import normals_from_depth
+from vismt.data.division import divide
 from vismt.data.images import open_images
-from vismt.data.maps.dense import open_dense
 from vismt.data.maps.dense_sample import size_of, valid
+from vismt.data.maps.dense_set import open_dense
+from vismt.data.maps.derived_maps import normals_from_depth
 from vismt.data.near_duplicates import groups_of
-from vismt.data.splits import divide
 from vismt.storage.paths import data_roots
 
 ROOT = next(iter(data_roots()), None)

@@ -198,10 +198,11 @@ def test_commands_within_sentences_exist(page: Path, tmp_path, monkeypatch, caps
 
 def _parse_script(words: list[str], monkeypatch) -> None:
     """Read the flags of a script of the repository by its own parser."""
-    spec = importlib.util.spec_from_file_location("script", ROOT / words[0])
+    file = f"{words[1].replace('.', '/')}/__main__.py" if words[0] == "-m" else words[0]
+    spec = importlib.util.spec_from_file_location("script", ROOT / file)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "argv", words[words[0] == "-m" :])
     script.arguments()
 
 

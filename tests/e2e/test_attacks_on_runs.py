@@ -347,7 +347,7 @@ def test_errors_of_runs_as_arms(
 
 def test_a_job_without_images_of_its_own_says_so(tmp_path: Path) -> None:
     config = typed({"evaluate": {"data": ["digits"]}, "source": {"data": ["photo_crops:train"]}}, FewShotConfig, "a")
-    folder = start_config(config, "a", tmp_path).folder
+    folder = start_config(config, tmp_path / "a").folder
     with pytest.raises(UserError, match="'fewshot' has no images of its own"):
         TrainedArm(ClassifierConfig(run=str(folder)))
 

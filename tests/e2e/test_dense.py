@@ -24,7 +24,6 @@ from vismt.cli import main
 from vismt.data.maps.dense_transforms import resize
 from vismt.jobs import load_config, open_run
 from vismt.jobs.dense import config as dense_config
-from vismt.jobs.dense import panels as dense_panels
 from vismt.jobs.dense.config import check
 from vismt.jobs.dense.job import DenseJob
 from vismt.jobs.dense.predict import VALUES, most_pixels
@@ -173,7 +172,8 @@ def test_panels_are_predicted_again_only_for_other_trainings(study: Path, tmp_pa
     path, final = study / dense_config.PANELS, job.final
     monkeypatch.setattr(job, "final", lambda training: predicted.append(str(training)) or final(training))
     before = path.read_bytes()
-    assert dense_panels.write_predictions(job) == path and not predicted
+    job.write_panels()
+    assert path.read_bytes() == before and not predicted
     panel = dict(np.load(path))
     for damaged in (
         before[:500],
@@ -181,7 +181,7 @@ def test_panels_are_predicted_again_only_for_other_trainings(study: Path, tmp_pa
         {**panel, "ids": panel["ids"][::-1]},
     ):
         path.write_bytes(damaged) if isinstance(damaged, bytes) else np.savez(path, **damaged)
-        dense_panels.write_predictions(job)
+        job.write_panels()
         assert predicted == [f"{arm}   lr 0.003   seed 0" for arm in ("emtal", "full", "depth", "others")]
         predicted.clear()
     again = read_panel(path, "maps")

@@ -20,7 +20,7 @@ from vismt.jobs.fewshot.config_checks import check
 from vismt.metatune.protocol.protocol import clean_logits
 from vismt.report.results import read_results
 from vismt.storage.files import read_sealed
-from vismt.storage.lines import read_lines, write_lines
+from vismt.storage.lines import read_lines
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
@@ -103,24 +103,6 @@ def test_an_interrupted_evaluation_is_continued_with_the_same_temperature(tmp_pa
     records.write_text("".join(records.read_text().splitlines(keepends=True)[:3]))
     assert main(["evaluate", str(folder), "--quiet"]) == 0
     assert (folder / "results.jsonl").read_bytes() == before and temperatures(folder) == fitted
-
-
-def test_records_without_a_temperature_stay_as_they_are(tmp_path: Path, capsys) -> None:
-    evaluate = {**CONFIG["evaluate"], "models": ["frozen"], "ood": []}
-    folder = run(tmp_path, {**CONFIG, "head": {"name": "prototypes"}, "evaluate": evaluate})
-    (records,) = (folder / "episodes").rglob("*.jsonl")
-    header, *rows = read_lines(records)
-    del header["settings"]["temperature"]
-    records.unlink()
-    write_lines(records, [header, *({k: v for k, v in row.items() if "tempered" not in k} for row in rows)])
-    earlier = read_lines(records)
-    (folder / "results.jsonl").unlink()
-    capsys.readouterr()
-    assert main(["evaluate", str(folder)]) == 0
-    assert "has no temperature; move it away" in capsys.readouterr().out
-    assert read_lines(records) == earlier
-    assert {row.condition for row in read_results(folder / "results.jsonl")} == {"clean"}
-    assert main(["report", str(folder)]) == 0
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import timm
 import torch
 import yaml
 
-from vismt.backbones import build
+from vismt.backbones import vit
 from vismt.backbones.assets import list_assets, load_asset_card
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -82,7 +82,7 @@ def configuration(**changes: Any) -> FewShotConfig:
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], None]:
     """A hub that does not answer; call it to let the hub answer with random weights."""
-    create = build.timm.create_model
+    create = vit.timm.create_model
     answers = []
 
     def asked(name: str, pretrained: bool = False, **options: Any) -> torch.nn.Module:
@@ -92,7 +92,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Non
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(build.timm, "create_model", asked)
+    monkeypatch.setattr(vit.timm, "create_model", asked)
     return lambda: answers.append(True)
 
 

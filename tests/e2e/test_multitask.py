@@ -21,8 +21,8 @@ from vismt.base.seeds import digest
 from vismt.cli import main
 from vismt.engine.study import Study
 from vismt.jobs import load_config, open_run
-from vismt.jobs.classification.calibration import CALIBRATION, best_tau
-from vismt.jobs.variants import ADJUSTED, TEMPERED
+from vismt.jobs.classification.evaluation import CALIBRATION, best_tau
+from vismt.jobs.output_conditions import ADJUSTED, TEMPERED
 from vismt.multitask.class_loss import adjusted
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 from vismt.storage.files import read_sealed

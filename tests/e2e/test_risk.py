@@ -15,9 +15,8 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.engine.study import read_choice
 from vismt.jobs import open_run
-from vismt.jobs.risk import fit_thresholds, validation_parts
+from vismt.jobs.risk import ACCEPTED, AURC, COLUMNS, COVERED, RISK, SIZE, fit_thresholds, validation_parts
 from vismt.report.results import Result, read_results
-from vismt.report.risk import ACCEPTED, AURC, COLUMNS, COVERED, RISK, SIZE
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 
@@ -122,7 +121,7 @@ def test_a_tuned_runs_thresholds_come_from_the_half_of_validation_that_chose_no_
     chosen = read_choice(job.folder, "adapted")
     assert chosen.validation[f"{chosen.lr:g}"] == pytest.approx(sum(right) / len(right))
     logits, _ = job.evaluation._validation(job.final(training), False)[0]
-    expected = fit_thresholds("", logits[gives].double().log_softmax(1), labels[gives])
+    expected = fit_thresholds(logits[gives].double().log_softmax(1), labels[gives])
     found = read_sealed(training.folder / "risk-digits.json", "risk")
     assert (found["quantile"], found["n"]) == (pytest.approx(expected.quantile), int(gives.sum()))
     # A run that chose its rates without thresholds in view has no example left for them.

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vismt.backbones.cards import SHIPPED, load_asset_card
+from vismt.backbones.asset_cards import SHIPPED, load_asset_card
 from vismt.base.errors import UserError
 from vismt.config.yaml_text import parse_yaml
 from vismt.data.cards import list_cards, load_card

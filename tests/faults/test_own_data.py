@@ -23,7 +23,7 @@ from vismt.cli import main
 from vismt.data.cards import load_card
 from vismt.data.images import open_images
 from vismt.data.source_types import KINDS
-from vismt.data.texts.texts import open_texts
+from vismt.data.texts.text_set import open_texts
 
 HEAD = "name: mine\ntitle: t\nsource: s\nlicence: l\nclasses: 2\nsources:\n"
 IMAGES = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)

@@ -1,6 +1,6 @@
-"""Write the golden files. Version 0.1.0 (commit 96cae48) has written them; no test runs this file.
+"""Write the golden files; no test runs this file. Commit 96cae48 wrote the adapters, commit 74a8bd4 the run folders.
 
-    PYTHONPATH=<vismt 0.1.0>:tests python tests/golden/make.py TARGET
+    PYTHONPATH=<that vismt>:tests python tests/golden/make.py TARGET
 
 It uses only the public interface and the command line. TARGET then has the files that are committed beside this one:
 
@@ -8,7 +8,7 @@ adapters/NAME/      files of `vismt.save_adapter` after a seeded random update, 
                     the logits of the adapted model ("logits") and of the merged one ("merged"; of moe_lora after its
                     router faded), the gates of ilora, and in the metadata the method and the base model.
 runs/NAME/          the run folder of `vismt run` without checkpoints, reports, figures and panels.
-merged.safetensors  "NAME/expert": logits of the merged models of those runs on the golden input of their kind.
+merged.safetensors  "NAME/arm": logits of the merged models of those runs on the golden input of their kind.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import safetensors.torch
 import torch
 import yaml
 from golden.inputs import golden_input, golden_model, logits_of, write_world
-from golden.merged import EXPERTS, merged_logits
+from golden.merged import ARMS, merged_logits
 from torch import Tensor, nn
 
 import vismt
 from vismt.llm import collect_covariance, gate_of, instance_gates
 from vismt.multitask import set_fade
 
-BULKY = ("checkpoint.pt", "report.*", "figures", "panels", "routers", "*.npz", "merged")
+BULKY = ("checkpoint*", ".lock*", "report.*", "figures", "panels", "routers", "*.npz", "merged")
 
 # name: (base model, method, options)
 ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -210,8 +210,8 @@ def main() -> None:
         run = write_run(name, config, world)
         shutil.copytree(run, target / "runs" / name, ignore=shutil.ignore_patterns(*BULKY), dirs_exist_ok=True)
         with current(world):
-            for expert in EXPERTS.get(name, []):
-                merged[f"{name}/{expert or ''}"] = merged_logits(run, expert).contiguous()
+            for arm in ARMS.get(name, []):
+                merged[f"{name}/{arm or ''}"] = merged_logits(run, arm).contiguous()
     safetensors.torch.save_file(merged, target / "merged.safetensors")
     if options.world is None:
         shutil.rmtree(world)

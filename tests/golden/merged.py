@@ -1,4 +1,4 @@
-"""Logits of the weights that `vismt merge RUN` writes; the tests compare them with those of version 0.1.0."""
+"""Logits of the weights that `vismt merge RUN` writes; the tests compare them with those of an earlier version."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vismt.cli import main
 
-# Values of `vismt merge --expert` by run; None leaves the option out. The other runs cannot be merged: gates of many users do not
+# Values of `vismt merge --arm` by run; None leaves the option out. The other runs cannot be merged: gates of many users do not
 # fit into a weight, and weights trained by MAML change for every task.
-EXPERTS: dict[str, list[str | None]] = {
+ARMS: dict[str, list[str | None]] = {
     "fewshot_single": [None],
     "fewshot_pool": ["4", "average"],
     "multitask": ["lora", "emtal:1"],
@@ -24,11 +24,11 @@ EXPERTS: dict[str, list[str | None]] = {
 }
 
 
-def merged_logits(run: Path, expert: str | None) -> Tensor:
+def merged_logits(run: Path, arm: str | None) -> Tensor:
     """Merge a model of a run through the command line; return its logits on a golden input."""
-    options = [] if expert is None else ["--expert", expert]
+    options = [] if arm is None else ["--arm", arm]
     assert main(["merge", str(run), *options, "--quiet"]) == 0
-    merged = next(run.glob(f"merged-{(expert or '*').partition(':')[0]}-seed-*"))
+    merged = next(run.glob(f"merged-{(arm or '*').partition(':')[0]}-seed-*"))
     state = safetensors.torch.load_file(merged / "model.safetensors")
     if "patch_embed.proj.weight" not in state:
         import transformers

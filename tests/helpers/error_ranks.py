@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from vismt import cli
 from vismt.base import console, ranks
 from vismt.base.errors import UserError
-from vismt.config.sections import RunConfig, TrainConfig
+from vismt.config.sections import TrainConfig
 from vismt.engine import loop, runtime
 from vismt.engine.study import ALONE, Study, StudyConfig, Training, TuneConfig
+from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig
 from vismt.jobs.run import Run
+
+CONFIG = FewShotConfig(adapt=None, train=None, evaluate=EvaluateConfig(data=["digits"], models=["frozen"]))
 
 
 def refuse(number: int) -> int:
@@ -59,7 +62,7 @@ def printed(call: Callable[[], object]) -> list[str]:
 
 
 def owned(folder: Path) -> None:
-    with Run(folder, RunConfig(), None).owned():  # type: ignore[arg-type]
+    with Run(folder, CONFIG).owned():
         raise AssertionError("another process has the lock")
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vismt.llm import GenerativeVBLL, VBLLClassifier
+from vismt.llm import VBLLClassifier
 
 COVARIANCES = ("diagonal", "dense", "lowrank")
 LABELS = torch.tensor([0, 2, 1, 1, 0])
@@ -38,16 +38,6 @@ def moved_head(covariance: str, **options: object) -> VBLLClassifier:
             head.spread.lower.copy_(0.3 * wave(3, 6, 6, speed=1.1))
         if covariance == "lowrank":
             head.spread.factor.copy_(0.3 * wave(3, 6, 2, speed=1.1))
-    return head
-
-
-def moved_generative() -> GenerativeVBLL:
-    """Return an fp64 generative head as `moved_head`, with prior variance 1.5."""
-    head = GenerativeVBLL(6, 3, 40, 1.5, noise_dof=2.0, noise_scale=0.7).double()
-    with torch.no_grad():
-        head.mean.copy_(wave(3, 6, speed=1.3))
-        head.spread.log_std.copy_(0.5 * wave(3, 6, speed=2.1) - 1)
-        head.log_noise.copy_(0.5 * wave(6, speed=0.9))
     return head
 
 

@@ -11,17 +11,18 @@ from helpers.tiny import images, shake, tiny_vit
 from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.engine.study import Study, StudyConfig
-from vismt.jobs.classification import panels as classification_panels
-from vismt.jobs.classification.figures import examples_figure, sections
+from vismt.jobs.classification.figures import EXAMPLES, examples, examples_figure, sections, write_examples
+from vismt.jobs.classification.job import ClassificationJob
 from vismt.jobs.classification.models import PixelNet
-from vismt.jobs.classification.panels import EXAMPLES, examples, routers, write_examples
+from vismt.jobs.image_job import ImageJob
 from vismt.lowrank.layers.wrappers import wrappers_of
 from vismt.methods import adapt
 from vismt.multitask.emtal.method import set_fade
+from vismt.multitask.emtal.router_maps import router_maps
 from vismt.multitask.union import Union
 from vismt.report import plotting
-from vismt.report.panels import read_panel, spread
-from vismt.report.routers import ROUTERS, routers_figure, write_routers
+from vismt.report.panels import read_panel, spread, to_bytes, write_panel
+from vismt.report.routers import ROUTERS, routers_figure
 from vismt.storage.lines import read_lines, write_lines
 
 ARMS = [
@@ -130,8 +131,13 @@ def job(tmp_path):
     return SimpleNamespace(study=study, folder=tmp_path, data=data, split="test")
 
 
+def written_examples(job, count=6):
+    first = [job.study.trainings(arm)[0] for arm in job.study.arms]
+    return examples(job.folder, job.data, job.split, first, job.folder / "a.npz", count)
+
+
 def test_examples_say_what_the_first_seed_of_each_arm_has_on_record(job, tmp_path):
-    arrays = read_panel(examples(job, tmp_path / "a.npz", 3), "examples")
+    arrays = read_panel(written_examples(job, 3), "examples")
     assert arrays["images"][:, 0, 0, 0].tolist() == [1, 3, 5, 0, 1]
     assert arrays["truth"].tolist() == ["x/p", "x/q", "x/q", "y/r", "y/s"] == arrays["predictions"].tolist()[0]
     assert set(arrays["predictions"].tolist()[1]) == {"y/s"} and arrays["tasks"].tolist() == ["x"] * 3 + ["y"] * 2
@@ -143,7 +149,7 @@ def test_an_image_without_a_record_is_named(job, tmp_path, row):
     lines = read_lines(path)
     write_lines(path, [lines[0], lines[2], *([row] if row else [])])
     with pytest.raises(UserError, match=r"test-y.jsonl' lacks image 'image 1'; `vismt evaluate"):
-        examples(job, tmp_path / "a.npz")
+        written_examples(job)
 
 
 # ---- routers
@@ -155,13 +161,13 @@ def routed(depth=4, fade=0.25, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 3}, {"class_token": False, "global_pool": "avg"}])
-def test_routers_are_seen_on_the_patches_at_fade_0(tmp_path, options):
+def test_routers_are_seen_on_the_patches_at_fade_0(options):
     net, pixels = routed(**options), torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
     normed = {}
     hook = net.stock.blocks[2].norm2.register_forward_hook(lambda m, given, out: normed.update(x=out))
     before = net(pixels)
     hook.remove()
-    arrays = read_panel(write_routers(tmp_path / "a.npz", net.train(), pixels), "routers")
+    arrays = router_maps(net.train(), pixels)
     assert arrays["omega"].shape == (3, 2, 4, 4, 6) and arrays["blocks"].tolist() == [0, 2, 3] and arrays["depth"] == 4
     part = net.stock.blocks[2].mlp
     shares = torch.softmax(normed["x"].detach() @ part.lora_router.weight.detach().T / part.temperature, -1)
@@ -175,37 +181,38 @@ def test_routers_are_seen_on_the_patches_at_fade_0(tmp_path, options):
         part.fade_value == 0.25 and not part._forward_pre_hooks for part in wrappers_of(net).values()
     )
     assert torch.equal(net.eval()(pixels), before)
-    assert np.array_equal(arrays["images"], (255 * pixels).round().numpy().astype(np.uint8))
 
 
-def test_one_block_and_no_router(tmp_path):
-    path = write_routers(tmp_path / "a.npz", routed(1), torch.zeros(1, 3, 16, 24))
-    assert read_panel(path, "routers")["blocks"].tolist() == [0]
+def test_one_block_and_no_router():
+    assert router_maps(routed(1), torch.zeros(1, 3, 16, 24))["blocks"].tolist() == [0]
     with pytest.raises(UserError, match="no router"):
-        write_routers(tmp_path / "b.npz", PixelNet(Backbone(tiny_vit())), images(1))
+        router_maps(PixelNet(Backbone(tiny_vit())), images(1))
 
 
-def test_an_arm_that_routes_is_seen_on_images_of_all_tasks(job, tmp_path, monkeypatch):
-    nets = {"a": PixelNet(Backbone(tiny_vit())), "b": routed()}
-    loads, calls = [], []
-    job.loaded = lambda training: loads.append((training.arm, training.seed)) or nets[training.arm]
-    monkeypatch.setattr(
-        classification_panels,
-        "write_routers",
-        lambda path, net, shown: calls.append((path, net, 255 * shown[:, 0, 0, 0])),
-    )
-    assert routers(job, "a", tmp_path / "a.npz") is None and not calls
-    routers(job, "b", tmp_path / "b.npz")
-    ((path, net, pixels),) = calls
-    assert net is nets["b"] and path == tmp_path / "b.npz" and pixels.round().tolist() == [1, 4, 0, 1]
-    assert loads == [("a", 5), ("b", 5)]
+def test_an_arm_that_routes_is_seen_on_images_of_all_tasks(job, tmp_path):
+    shown = ClassificationJob._mapped_images(job)
+    assert (255 * shown[:, 0, 0, 0]).round().tolist() == [1, 4, 0, 1]
+    nets, loads = {"a": PixelNet(Backbone(tiny_vit())), "b": routed()}, []
+    pixels = torch.rand(2, 3, 16, 24)
+
+    def loaded(training):
+        loads.append((training.arm, training.seed))
+        return nets[training.arm]
+
+    ImageJob.write_router_maps(job, loaded, lambda: pixels)
+    assert loads == [("a", 5), ("b", 5)] and [path.name for path in (tmp_path / ROUTERS).iterdir()] == ["b.npz"]
+    arrays = read_panel(tmp_path / ROUTERS / "b.npz", "routers")
+    assert np.array_equal(arrays["images"], (255 * pixels).round().numpy().astype(np.uint8))
+    assert np.array_equal(arrays["omega"], router_maps(nets["b"], pixels)["omega"])
 
 
 def test_a_report_shows_examples_and_routers_where_there_are_files(tmp_path):
     (section,) = sections(tmp_path)
     assert not section.pictures and section.folded
     panel(tmp_path / EXAMPLES)
-    write_routers(tmp_path / ROUTERS / "emtal.npz", routed(), torch.rand(1, 3, 16, 24))
+    pixels = torch.rand(1, 3, 16, 24)
+    maps = {"images": to_bytes(pixels), **router_maps(routed(), pixels)}
+    write_panel(tmp_path / ROUTERS / "emtal.npz", "routers", maps)
     ((section),) = sections(tmp_path)
     assert [picture.title for picture in section.pictures] == ["Examples", "Routers of emtal"]
     assert all(picture.path.exists() for picture in section.pictures)

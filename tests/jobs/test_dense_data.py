@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers.blobs import blobs
 
-from vismt.data.formats.derived import edges_from_depth, edges_from_labels
-from vismt.data.maps.dense import DenseSet
+from vismt.data.maps.dense_set import DenseSet
 from vismt.data.maps.dense_transforms import scale
+from vismt.data.maps.derived_maps import edges_from_depth, edges_from_labels
 from vismt.jobs.dense.config import DenseAugmentConfig
 from vismt.jobs.dense.data import DenseBatches, Rows
 

@@ -7,15 +7,15 @@ import math
 import pytest
 import torch
 
-from vismt.data.maps.dense import DenseSet
+from vismt.data.maps.dense_set import DenseSet
 from vismt.engine.study import ALONE, Training
-from vismt.jobs.base import mean_scores
 from vismt.jobs.dense import evaluation as dense_evaluation
 from vismt.jobs.dense.config import DenseConfig, all_tasks
 from vismt.jobs.dense.data import Rows
 from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.figures import sections
-from vismt.jobs.variants import ADJUSTED
+from vismt.jobs.evaluation_job import mean_scores
+from vismt.jobs.output_conditions import ADJUSTED
 from vismt.multitask.tasks import DenseTask
 from vismt.report.results import Score
 from vismt.robustness.corruptions import CorruptionSpec
@@ -59,9 +59,9 @@ def evaluated(tmp_path, monkeypatch):
         evaluation = Evaluation(config, Samples(samples, config))
         training = Training(ALONE, 1e-3, 0, folder)
         path = folder / "records" / "validation.jsonl"
-        scored = evaluation.scored(None, training, config, "validation", path)
-        (result,) = evaluation.scores(scored, "validation")
-        assert evaluation.known(path, training) == scored
+        scored = evaluation.score_and_record(None, training, config, "validation", path)
+        (result,) = evaluation.as_scores(scored, "validation")
+        assert evaluation.recorded_scores(path, training) == scored
         # one task: the quality is its score, 1 / score where lower is better
         expected = 1 / result.measure.score if result.measure.better == "lower" else result.measure.score
         assert evaluation.quality([result]) == pytest.approx(expected)
@@ -118,7 +118,7 @@ def test_corruptions_do_not_reach_the_padding(evaluated, tmp_path) -> None:
             evaluation = Evaluation(config, Samples(samples, config))
             path = tmp_path / f"{canvas}.json"
             args = (None, Training(ALONE, 1e-3, 0, tmp_path), config, "validation", path)
-            clean, corrupted = evaluation.scored(*args), evaluation.scored(*args, spec)
+            clean, corrupted = evaluation.score_and_record(*args), evaluation.score_and_record(*args, spec)
             assert corrupted["depth"].value > clean["depth"].value + 0.05
             values.append(corrupted)
         assert values[0] == values[1]
@@ -133,14 +133,16 @@ def test_the_prior_is_taken_out_by_the_tau_of_validation(evaluated, tmp_path) ->
     samples = [{"image": image, "semseg": labels, "depth": image[0]} for _ in range(3)]
     config = DenseConfig(tasks=[{"name": "semseg", "classes": 2}, "depth"], size=[8, 8])
     evaluation, training = Evaluation(config, Samples(samples, config)), Training(ALONE, 1e-3, 0, tmp_path)
-    plain = evaluation.scores(evaluation.scored(None, training, config, "test", tmp_path / "test.jsonl"), "test")
+    plain = evaluation.as_scores(
+        evaluation.score_and_record(None, training, config, "test", tmp_path / "test.jsonl"), "test"
+    )
     assert plain[0].measure.score == pytest.approx(3 / 8)
-    (score,) = evaluation.adjusted(lambda: None, training, config, "test", tmp_path)
+    (score,) = evaluation.adjusted_scores(lambda: None, training, config, "test", tmp_path)
     assert (score.task, score.condition, score.measure.score) == ("semseg", ADJUSTED, pytest.approx(1))
     fitted = read_sealed(tmp_path / "adjustment.json", "adjustment")
     assert fitted["taus"] == {"semseg": 0.5} and fitted["validation"]["semseg 0"] == pytest.approx(3 / 8)
     assert fitted["validation"]["semseg 1.5"] == pytest.approx(1 / 8)
-    never = evaluation.adjusted(pytest.fail, training, config, "test", tmp_path)  # it is on record
+    never = evaluation.adjusted_scores(pytest.fail, training, config, "test", tmp_path)  # it is on record
     assert never[0].measure.score == score.measure.score and len(read_lines(tmp_path / "test-adjusted.jsonl")) == 1
 
 
@@ -152,15 +154,17 @@ def test_an_undefined_score_is_a_row_that_gives_the_reason(evaluated, tmp_path) 
     config, folder = DenseConfig(tasks=tasks, size=[8, 8]), tmp_path / "arms" / ALONE / "lr-0.001-seed-0"
     (folder / "records").mkdir(parents=True)
     evaluation, training = Evaluation(config, Samples(samples, config)), Training(ALONE, 1e-3, 0, folder)
-    scores = evaluation.under(lambda: None, training, config, "test", [], folder / "records")
+    scores = evaluation.condition_scores(lambda: None, training, config, "test", [], folder / "records")
     assert [score.task for score in scores] == ["depth"]
-    assert evaluation.under(pytest.fail, training, config, "test", [], folder / "records") == scores  # it is on record
+    assert (
+        evaluation.condition_scores(pytest.fail, training, config, "test", [], folder / "records") == scores
+    )  # it is on record
     # sqrt(q * 1e-6) for the two scores; a defined one is better.
     defined = evaluation.quality(scores)
     assert evaluation.quality(scores, 1) == pytest.approx(math.sqrt(defined * 1e-6))
     skipping = DenseConfig(tasks=[{**tasks[0], "absent": "skip"}, "depth"], size=[8, 8])
     changed = Evaluation(skipping, Samples(samples, skipping))
-    assert changed.known(folder / "records" / "test.jsonl", training) is None  # of another setting
+    assert changed.recorded_scores(folder / "records" / "test.jsonl", training) is None  # of another setting
     section = sections(tmp_path)[0]
     ((table, _),) = section.tables
     assert table.rows[0][:3] == [f"{ALONE}/lr-0.001-seed-0", "test", "semseg"] and "semseg is nan" in table.rows[0][3]

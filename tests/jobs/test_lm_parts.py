@@ -11,7 +11,7 @@ from helpers.lm_parts import sentiment_task, tokenizer
 
 from vismt.base.errors import UserError
 from vismt.config.sections import typed
-from vismt.data.splits import divide
+from vismt.data.division import divide
 from vismt.jobs.lm.config import LmConfig
 from vismt.jobs.lm.data import LmData
 

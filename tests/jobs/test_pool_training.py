@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.config.sections import AdaptConfig, TrainConfig
-from vismt.jobs import job as job_file
+from vismt.jobs import training_job
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SourceConfig
 from vismt.jobs.fewshot.job import FewShotJob
 from vismt.jobs.fewshot.models import OWN_FILE, find_experts, read_scale
@@ -128,13 +128,13 @@ def test_an_interrupted_pool_goes_on_inside_the_expert_it_was_at(tmp_path: Path)
 
 
 def test_levels_share_their_episodes_and_copies_have_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop_seeds, train = [], job_file.loop.train
+    loop_seeds, train = [], training_job.loop.train
 
     def watched(*args: object, seed: int, **options: object) -> None:
         loop_seeds.append(seed)
         train(*args, seed=seed, **options)
 
-    monkeypatch.setattr(job_file.loop, "train", watched)
+    monkeypatch.setattr(training_job.loop, "train", watched)
     job = PoolJob(config([2, 8, 2, [2, 8], 2], seed=3, steps=1), tmp_path)
     job.train()
     experts = read_pool(tmp_path / "pool" / "seed-3")
@@ -264,11 +264,8 @@ def test_a_scale_that_is_none(tmp_path: Path, trained: list[Path]) -> None:
         find_experts(run)
 
 
-def test_pools_of_another_rank_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_experts_of_several_pools_and_ranks_make_one_pool(tmp_path: Path) -> None:
     two, three = (saved(tmp_path / str(rank), (3, 4), rank=rank) for rank in (2, 3))
     pools = [assemble([expert], tmp_path / f"pool{rank}") for rank, expert in ((2, two[0]), (3, three[1]))]
-    with pytest.raises(
-        UserError, match=r"experts '0' and '1' differ at .*: rank 2 and 3. .* no mixture of them exists"
-    ):
-        assemble([expert for pool in pools for expert in find_experts(pool)], tmp_path / "both")
-    assert not (tmp_path / "both").exists()
+    both = assemble([expert for pool in pools for expert in find_experts(pool)], tmp_path / "both")
+    assert [expert.label for expert in read_pool(both)] == ["0", "1"]

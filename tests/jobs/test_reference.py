@@ -15,6 +15,7 @@ from vismt.cli import main
 from vismt.config.sections import RunConfig, resolved, with_values
 from vismt.config.typed import Names
 from vismt.jobs import JOBS, job_config, load_config, reference
+from vismt.jobs.fewshot.config import FewShotConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -165,4 +166,4 @@ def test_an_unknown_key_without_a_near_one_lists_those_of_the_section(tmp_path: 
     with pytest.raises(
         UserError, match=r"arms\.a: unknown key 'train\.qqqqqq'\. Known: 'accumulate', .*'weight_decay'"
     ):
-        with_values(RunConfig(), {"train.qqqqqq": 1}, "arms.a")
+        with_values(FewShotConfig(), {"train.qqqqqq": 1}, "arms.a")

@@ -12,8 +12,7 @@ pytest.importorskip("tokenizers")
 
 from helpers.lm_parts import tiny_lm
 
-from vismt.llm.lower_states import lower_states
-from vismt.llm.net import LmNet, blocks
+from vismt.llm.net import LmNet, blocks, stored_lower_states
 from vismt.llm.tasks.pieces import Piece, piece
 from vismt.methods import adapt
 
@@ -45,11 +44,11 @@ def count_runs(model: LmNet, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_another_model_of_equal_weights_reads_equal_bits(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = net().lower_states(pieces())
-    first = lower_states(net(), pieces())
+    first = stored_lower_states(net(), pieces())
     again = net()
     adapt(again.lm, "lora", targets=r".*layers\.1\..*q_proj", rank=2)  # above the stored blocks
     ran = count_runs(again, monkeypatch)
-    second = lower_states(again, pieces())
+    second = stored_lower_states(again, pieces())
     assert not ran and len(list(cache.iterdir())) == 1
     assert second[0] is second[2] and [len(states) for states in second] == [3, 2, 3, 3]
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(expected, first, second))
@@ -57,7 +56,7 @@ def test_another_model_of_equal_weights_reads_equal_bits(cache: Path, monkeypatc
 
 @pytest.mark.parametrize("changed", ["weights", "embeddings", "texts", "depth", "settings"])
 def test_whatever_decides_a_state_has_a_file_of_its_own(cache: Path, changed: str) -> None:
-    lower_states(net(2), pieces())
+    stored_lower_states(net(2), pieces())
     model, texts = net(1 if changed == "depth" else 2), TEXTS
     with torch.no_grad():
         if changed == "weights":
@@ -68,23 +67,23 @@ def test_whatever_decides_a_state_has_a_file_of_its_own(cache: Path, changed: st
             model.lm.config.rms_norm_eps *= 2
         elif changed == "texts":
             texts = (*TEXTS, [11])
-    states = lower_states(model, pieces(texts))
+    states = stored_lower_states(model, pieces(texts))
     assert len(list(cache.iterdir())) == 2
     assert all(torch.equal(a, b) for a, b in zip(states, model.lower_states(pieces(texts))))
 
 
 def test_a_damaged_file_is_computed_again(cache: Path, capsys: pytest.CaptureFixture) -> None:
-    expected = lower_states(net(), pieces())
+    expected = stored_lower_states(net(), pieces())
     (file,) = cache.iterdir()
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    assert all(torch.equal(a, b) for a, b in zip(expected, lower_states(net(), pieces())))
+    assert all(torch.equal(a, b) for a, b in zip(expected, stored_lower_states(net(), pieces())))
     assert "is damaged" in capsys.readouterr().out
 
 
 def test_blocks_of_unknown_code_are_not_stored(cache: Path) -> None:
     model = net()
     blocks(model.lm)[0].register_forward_hook(lambda module, args, output: output)
-    lower_states(model, pieces())
+    stored_lower_states(model, pieces())
     assert not cache.exists()

@@ -8,9 +8,9 @@ from helpers.results import comparison as compared
 from helpers.results import corruption
 
 from vismt.report.comparison import Cell
-from vismt.report.document import Report
 from vismt.report.html import render_html, render_markdown
 from vismt.report.tables import (
+    Report,
     Table,
     bounds_text,
     cell_text,

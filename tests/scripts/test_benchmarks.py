@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from scripts.bench import fewshot
+from scripts.bench.__main__ import main
 from scripts.bench.timing import Ratios, Timing
-from vismt.cli import main
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "benchmarks.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks.py"
 
 
 def make(docs: Path, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -30,7 +30,7 @@ def test_a_table_for_each_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fewshot, "run", lambda rounds, device: [ratios])
     files = tmp_path / "benchmarks"
     files.mkdir()
-    assert not main(["bench", "fewshot", "--rounds", "3", "--json", str(files / "fewshot.json")])
+    assert not main(["fewshot", "--rounds", "3", "--json", str(files / "fewshot.json")])
     content = json.loads((files / "fewshot.json").read_text())
     (files / "amt.json").write_text(json.dumps({**content, "bench": "amt", "hardware": "another machine"}))
     assert make(tmp_path, monkeypatch) == 0

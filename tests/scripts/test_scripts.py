@@ -13,7 +13,7 @@ import yaml
 from vismt.jobs import load_config, make_job
 from vismt.report.results import read_results
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 COMMON = ["--model", "test_vit", "--data", "motorcycle", "--size", "32", "48"]
 
 

@@ -10,8 +10,7 @@ from helpers.tiny import snapshot
 from torch import nn
 
 from vismt.base.errors import UserError
-from vismt.llm import VBLLClassifier
-from vismt.uncertainty import alternating_loss
+from vismt.llm import VBLLClassifier, alternating_loss
 
 
 def setting() -> tuple[nn.Module, VBLLClassifier, torch.Tensor, torch.Tensor]:

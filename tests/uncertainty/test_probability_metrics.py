@@ -14,11 +14,8 @@ from vismt.base.errors import UserError
 from vismt.llm import fit_temperature
 from vismt.uncertainty.probability_metrics import (
     binned_gaps,
-    calibration_values,
     detection_auroc,
     detection_values,
-    ece_difference,
-    ece_interval,
     expected_calibration_error,
     gap_values,
     scores,
@@ -77,32 +74,38 @@ def test_bins_weigh_by_their_examples() -> None:
     )
 
 
+def answered(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the confidences of probabilities, and which answers are right."""
+    confidences, chosen = p.max(1)
+    return confidences, chosen == y
+
+
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_resampled_bins_are_those_of_the_value(k: int) -> None:
     torch.manual_seed(k)
     edges = torch.full((6, k), 1 / k, dtype=torch.float64)  # 1/3 and 1/5 lie on the edges of bins
     sure = F.one_hot(torch.arange(6) % k, k).double()  # 1 is the last edge
     p, y = torch.cat([torch.randn(200, k).double().softmax(1), edges, sure]), torch.randint(k, (212,))
-    gaps = binned_gaps(p, y, 15)
+    gaps = binned_gaps(*answered(p, y))
     assert (gaps.sum(0).abs().sum() / len(y)).item() == pytest.approx(expected_calibration_error(p, y), abs=1e-6)
 
 
 def test_values_by_example_of_the_calibration_error() -> None:
     torch.manual_seed(0)
     p, y = torch.randn(200, 4).double().softmax(1), torch.randint(4, (200,))
-    confidences, chosen = p.max(1)
-    values, bounds = calibration_values(confidences, chosen == y)
-    value, *interval = ece_interval(p, y, resamples=500)
-    assert values.mean().item() == pytest.approx(value, abs=1e-6) and list(bounds) == interval
+    values, _ = gap_values(binned_gaps(*answered(p, y)))
+    assert values.mean().item() == pytest.approx(expected_calibration_error(p, y), abs=1e-6)
     # Confidences 0.65 (right), 0.65 (wrong), 0.95 (right) in ten bins: sums 0.35 - 0.65 = -0.3 and 0.05.
-    values, _ = calibration_values(torch.tensor([0.65, 0.65, 0.95]).double(), torch.tensor([True, False, True]), 10)
+    values, _ = gap_values(
+        binned_gaps(torch.tensor([0.65, 0.65, 0.95]).double(), torch.tensor([True, False, True]), 10)
+    )
     assert values.tolist() == pytest.approx([-0.35, 0.65, 0.05])  # the first bin with the sign of its sum
 
 
 def test_groups_are_resampled_as_wholes() -> None:
     torch.manual_seed(0)
     p, y = torch.randn(50, 4).double().softmax(1), torch.randint(4, (50,))
-    single = binned_gaps(p, y, 15)
+    single = binned_gaps(*answered(p, y))
     # Each example nine times in its group tells nothing new; as 450 independent ones they would halve the interval and more.
     values, bounds = gap_values(single.repeat_interleave(9, 0).unflatten(0, (50, 9)).mean(1))
     wanted, wanted_bounds = gap_values(single)
@@ -160,40 +163,18 @@ def test_interval_of_ece_covers_the_truth(over: float) -> None:
     covered, mean_ece = 0, 0.0
     for seed in range(40):
         p, y = drawn(300, seed, over)
-        value, low, high = ece_interval(p, y, resamples=150, seed=seed)
+        values, (low, high) = gap_values(binned_gaps(*answered(p, y)), resamples=150, seed=seed)
         assert 0 <= low <= high <= 1
-        covered, mean_ece = covered + (low <= over <= high), mean_ece + value / 40
+        covered, mean_ece = covered + (low <= over <= high), mean_ece + float(values.mean()) / 40
     assert covered >= 0.8 * 40
     assert over or mean_ece > 0.03  # the ECE of a calibrated model is far above the 0 that the intervals contain
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.04])
-def test_interval_of_a_difference_covers_the_truth(shift: float) -> None:
-    covered = 0
-    for seed in range(40):
-        p, y = drawn(300, seed)
-        _, low, high = ece_difference(two(p[:, 0] + shift), p, y, resamples=150, seed=seed)
-        covered += low <= shift <= high
-    assert covered >= 0.8 * 40
-
-
 def test_interval_is_a_function_of_the_seed_and_narrows() -> None:
-    p, y = drawn(400, 0, 0.1)
-    assert ece_interval(p, y, seed=3) == ece_interval(p, y, seed=3) != ece_interval(p, y, seed=4)
-    wide, narrow = ece_interval(p, y), ece_interval(*drawn(6400, 0, 0.1))
-    assert 3 < (wide[2] - wide[1]) / (narrow[2] - narrow[1]) < 5.5  # sqrt(16)
-    assert wide[0] == pytest.approx(expected_calibration_error(p, y))
-
-
-def test_difference_of_two_models() -> None:
-    p, y = drawn(500, 1, 0.1)
-    hotter = p.log().mul(0.7).softmax(1)
-    value, low, high = ece_difference(p, hotter, y)
-    assert value == pytest.approx(expected_calibration_error(p, y) - expected_calibration_error(hotter, y))
-    back = ece_difference(hotter, p, y)
-    assert back == pytest.approx((-value, -high, -low))
-    value, low, high = ece_difference(p, p, y)
-    assert value == 0.0 and low < 0 < high
+    few, many = (binned_gaps(*answered(*drawn(count, 0, 0.1))) for count in (400, 6400))
+    assert gap_values(few, seed=3)[1] == gap_values(few, seed=3)[1] != gap_values(few, seed=4)[1]
+    wide, narrow = gap_values(few)[1], gap_values(many)[1]
+    assert 3 < (wide[1] - wide[0]) / (narrow[1] - narrow[0]) < 5.5  # sqrt(16)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +198,7 @@ def test_settings_that_are_none() -> None:
     with pytest.raises(UserError, match="0 bins"):
         scores(p, y, bins=0)
     with pytest.raises(UserError, match="0 resamples"):
-        ece_interval(p, y, resamples=0)
+        gap_values(binned_gaps(*answered(p, y)), resamples=0)
     with pytest.raises(UserError, match="0 inside and 2 outside"):
         detection_auroc(torch.zeros(0), torch.zeros(2))
 

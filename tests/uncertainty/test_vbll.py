@@ -405,6 +405,12 @@ def test_far_off_features_score_higher_in_every_score() -> None:
     for name in inside:
         assert inside[name].max() < outside[name].min(), name
     assert (inside["mutual_information"] <= inside["entropy"]).all() and (inside["mutual_information"] >= 0).all()
+    # Without draws the scores are those of the probit, and close to those of many draws.
+    with torch.no_grad():
+        probit, p = head.uncertainty(far), head.predict(far)
+    assert torch.allclose(probit["entropy"], -(p * p.log()).sum(1)) and "mutual_information" not in probit
+    for name, scores in probit.items():
+        assert torch.allclose(scores, outside[name], atol=0.02), name
 
 
 def make(**changes: object) -> VBLLClassifier:

@@ -17,8 +17,8 @@ from shutil import copyfile
 from typing import NamedTuple
 
 from vismt.backbones import convert
-from vismt.backbones.cards import AssetCard, list_assets, load_asset_card
-from vismt.backbones.sources import WeightsSource, assets_root, check_sha256, sha256_of
+from vismt.backbones.asset_cards import AssetCard, list_assets, load_asset_card
+from vismt.backbones.weight_sources import WeightsSource, assets_root, check_sha256, sha256_of
 from vismt.base import console
 from vismt.base.errors import UserError, WeightsUnavailable
 from vismt.storage.files import parse_json

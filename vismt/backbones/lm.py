@@ -1,4 +1,4 @@
-"""The door to causal language models of Hugging Face: from a name, a folder or an asset to model and tokenizer."""
+"""Causal language models of Hugging Face: a name, a folder or an asset becomes a model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vismt.backbones.assets import get_asset, list_assets, load_asset_card
-from vismt.backbones.sources import quiet_logger
+from vismt.backbones.weight_sources import quiet_logger
 from vismt.base.errors import UserError, near
 from vismt.storage.wheels import one_line
 

@@ -1,4 +1,4 @@
-"""The door to timm's vision transformers: from images in [0, 1] to features of any block.
+"""timm's vision transformers by name, as backbones: images in [0, 1] become features of any block.
 
 `Backbone.vit` is the stock timm model: adapters are inserted into it, and its merged weights have timm's keys.
 The backbone normalises the images, so that attacks and augmentations work on pixels in [0, 1].
@@ -11,14 +11,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
+from vismt.backbones.asset_cards import AssetCard
 from vismt.backbones.assets import get_asset, list_assets, load_asset_card
-from vismt.backbones.build import ADVICE, architecture_of, build, from_hub
 from vismt.backbones.position import check_position
+from vismt.backbones.weight_sources import quiet_logger
 from vismt.backbones.weights import load_weights, read_checkpoint
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, WeightsUnavailable, near
+from vismt.storage.wheels import one_line
 
 POOLS = ("token", "avg", None)
 NEEDED = ("blocks", "patch_embed", "forward_intermediates", "forward_head", "num_prefix_tokens", "num_features")
@@ -303,3 +306,62 @@ def _check_pool(pool: str | None, vit: nn.Module, name: str) -> str | None:
     if pool is None and not getattr(vit, "global_pool", ""):
         return "token" if vit.num_prefix_tokens else "avg"
     return pool
+
+
+ADVICE = " Take one of timm.list_models('vit_*')."
+
+
+def architecture_of(name: str, card: AssetCard | None) -> str:
+    """Return the timm name, with its tag, that a backbone's `name` stands for. Raises UserError, with near names, for others."""
+    if card is not None:
+        if card.architecture is None:
+            raise UserError(f"asset '{name}' is a language model, not a ViT: use vismt.backbones.lm.create_lm.")
+        return card.architecture
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        hint = near(base, [*list_assets(), *timm.list_models()])
+        raise UserError(f"backbone '{name}' is neither an asset nor a timm model.{hint}")
+    tagged = timm.list_pretrained(f"{base}.*")
+    if tag and name not in tagged:
+        raise UserError(f"backbone '{name}': timm's {base} has no weights tagged '{tag}'.{near(name, tagged)}")
+    return name
+
+
+def build(architecture: str, *, pretrained: bool = False, **options: int | tuple[int, int]) -> nn.Module:
+    """Return timm's model. Raises UserError for a model without img_size and a size that timm cannot build."""
+    try:
+        return timm.create_model(architecture, pretrained=pretrained, **options)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        raise UserError(
+            f"'{architecture}' is not a plain vision transformer: timm gives it no img_size.{ADVICE}"
+        ) from error
+    except OSError:  # the hub cannot be reached; in some versions such an error is a ValueError as well
+        raise
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if "img_size" not in options:
+            raise
+        reason = one_line(str(error), 160)
+        raise UserError(
+            f"timm cannot build '{architecture}' at img_size {options['img_size']} ({reason}): "
+            "try another multiple of its patch size."
+        ) from error
+
+
+def from_hub(architecture: str, **options: int | tuple[int, int]) -> nn.Module:
+    """Return timm's pretrained model, through timm's downloader and cache."""
+    if not timm.models.is_model_pretrained(architecture.partition(".")[0]):
+        hint = near(architecture, timm.list_pretrained())
+        raise UserError(
+            f"timm has no weights for '{architecture}'.{hint} Or pass the path of a checkpoint as pretrained."
+        )
+    try:
+        with quiet_logger("huggingface_hub"):
+            return build(architecture, pretrained=True, **options)
+    except OSError as error:
+        reason = one_line(str(error), 160)
+        raise WeightsUnavailable(
+            f"the weights of '{architecture}' could not be downloaded by timm ({reason}). Download them on a machine that "
+            "reaches the hub and pass the path as pretrained, or use an asset of `vismt assets list` that comes from a wheel."
+        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,24 +90,31 @@ def _attack(options: argparse.Namespace) -> None:
 
 def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> None:
     """Run the robustness job on one classifier: `task: robustness` in a configuration compares several."""
-    from vismt.jobs import start_config
-    from vismt.jobs.robustness.config import ClassifierConfig, RobustnessConfig, RobustnessEvaluateConfig
+    from vismt.jobs import run_folder, start_config, typed_config
 
     if not options.data:
         raise UserError("attack: --model needs --data, a card such as cifar10:test; `vismt data list` shows them.")
     arm = re.sub(r"[^\w.+-]+", "-", Path(options.model).stem)
-    config = RobustnessConfig(
-        title=f"{options.model} on {options.data}",
-        seed=options.seed,
-        classifier=ClassifierConfig(
-            options.model, options.architecture, not options.random_weights, img_size=options.img_size
-        ),
-        arms={arm: {}},
-        data=[options.data],
-        evaluate=RobustnessEvaluateConfig(
-            images=options.images, batch=options.batch, attacks=attacks, masking=options.masking
-        ),
-    )
-    with start_config(config, f"attack-{arm}", Path("runs"), options.out).owned() as run:
+    raw = {
+        "task": "robustness",
+        "title": f"{options.model} on {options.data}",
+        "seed": options.seed,
+        "classifier": {
+            "name": options.model,
+            "architecture": options.architecture,
+            "pretrained": not options.random_weights,
+            "img_size": options.img_size,
+        },
+        "arms": {arm: {}},
+        "data": [options.data],
+        "evaluate": {
+            "images": options.images,
+            "batch": options.batch,
+            "attacks": [asdict(attack) for attack in attacks],
+            "masking": options.masking,
+        },
+    }
+    config = typed_config(raw, "attack")
+    with start_config(config, options.out or run_folder(config, f"attack-{arm}", Path("runs"))).owned() as run:
         run.evaluate()
         run.on_main(run.report)

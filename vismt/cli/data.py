@@ -141,7 +141,7 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _list_runs(parent: Path) -> None:
-    from vismt.report.overview import list_runs
+    from vismt.report.run_list import list_runs
 
     rows = list_runs(parent)
     if not rows:

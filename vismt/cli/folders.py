@@ -42,7 +42,7 @@ def formats_of(options: argparse.Namespace, *more: str) -> list[str]:
     """Return the formats of --format; more: further names that the command knows. Raises UserError for an unknown one."""
     from vismt.base.errors import require_known
     from vismt.report.plotting import VECTORS
-    from vismt.report.report import DEFAULT_FORMATS, FORMATS
+    from vismt.report.writer import DEFAULT_FORMATS, FORMATS
 
     names = [name.strip() for name in options.format.split(",")]
     require_known(f"{options.command}: --format has no", names, [*FORMATS, *VECTORS, *more])
@@ -50,7 +50,7 @@ def formats_of(options: argparse.Namespace, *more: str) -> list[str]:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from vismt.report.joined import compare_runs
+    from vismt.report.comparison_report import compare_runs
 
     first, last = (folder.resolve().name for folder in (options.runs[0], options.runs[-1]))
     target = options.out or Path("runs") / f"compare-{first}-{last}"
@@ -59,7 +59,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _clean(options: argparse.Namespace) -> None:
-    from vismt.report.overview import stub
+    from vismt.report.run_list import stub
     from vismt.storage.cache import deletable
     from vismt.storage.paths import cache_root
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vismt.base import console
-from vismt.base.errors import UserError
 from vismt.cli.commands import Commands
 
 if TYPE_CHECKING:
@@ -57,7 +56,6 @@ def _add_arm(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:SEED]",
         help="the arm of a study and its training seed; of a pool, the label of one expert, or average",
     )
-    parser.add_argument("--expert", help=argparse.SUPPRESS)
 
 
 def _open(options: argparse.Namespace) -> Run:
@@ -66,30 +64,20 @@ def _open(options: argparse.Namespace) -> Run:
     return open_run(options.run)
 
 
-def _arm(options: argparse.Namespace) -> str | None:
-    """Return the name given as --arm, or as --expert, the option's name up to version 0.1.0."""
-    if options.expert is None:
-        return options.arm
-    if options.arm is not None:
-        raise UserError(f"{options.command}: --expert is the old name of --arm; give --arm only.")
-    console.stage("note", f"--expert is now --arm: write --arm {options.expert}")
-    return options.expert
-
-
 def _merge(options: argparse.Namespace) -> None:
     with _open(options).owned() as run:
-        console.stage("merged", str(run.merge(_arm(options))))
+        console.stage("merged", str(run.merge(options.arm)))
 
 
 def _export(options: argparse.Namespace) -> None:
     with _open(options).owned() as run:
-        console.stage("export", str(run.export(options.format, options.to, _arm(options), uniform=options.uniform)))
+        console.stage("export", str(run.export(options.format, options.to, options.arm, uniform=options.uniform)))
 
 
 def _predict(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in ("own_size", "flip", "maps")}
     with _open(options).owned() as run:
-        pictures = run.predict(options.images, options.to, _arm(options), **settings)
+        pictures = run.predict(options.images, options.to, options.arm, **settings)
     for path in pictures:
         console.stage("picture", str(path))
 

@@ -143,5 +143,5 @@ def _robustbench(run: Run) -> None:
         raise UserError(
             f"report --format robustbench: '{run.folder}' is a run of task '{run.config.task}'; need task robustness."
         )
-    for path in write_model_info(run.folder, run.config):
+    for path in write_model_info(run.folder, run.config, run.hash):
         console.stage("report", str(path))

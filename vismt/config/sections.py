@@ -25,10 +25,10 @@ from vismt.storage.paths import shipped
 
 # Metadata of a field that changes how a run is computed, but not its numbers.
 UNHASHED = {"hashed": False}
-# Metadata of a field that was added later: its default leaves the hashes of older configurations unchanged.
-HASHED_IF_SET = {"hashed": "if set"}
 # Key of the metadata of a field of options: names of options, in a mapping of the list, that change how results are read alone.
 UNHASHED_OPTIONS = "unhashed options"
+HASH_DIGITS, EARLIER_HASH_DIGITS = 10, 8
+RESOLVED = "config.resolved.yaml"  # of a run folder: its whole configuration
 # What happens with an image that cannot be decoded.
 OnBadSample = Literal["error", "skip"]
 # Every random generator takes these.
@@ -71,9 +71,9 @@ class ModelConfig(ModelSection):
     img_size: int | None = None
     pretrained: bool | str = True
     block: int | None = None
-    position: Annotated[str, Names("vismt.backbones.position:POSITIONS")] = "timm"
-    pool: Annotated[str | None, Names(("token", "avg"))] = None
-    dtype: Dtype = field(default="float32", metadata=HASHED_IF_SET)
+    position: Annotated[str, Names("vismt.backbones.position:POSITIONS", only=True)] = "timm"
+    pool: Annotated[str | None, Names(("token", "avg"), only=True)] = None
+    dtype: Dtype = "float32"
 
 
 @dataclass
@@ -88,7 +88,7 @@ class AdaptConfig:
         options: further arguments of the method, which `vismt list methods` shows.
     """
 
-    method: Annotated[str, Names("vismt.methods:METHODS")] = "lora"
+    method: Annotated[str, Names("vismt.methods:METHODS", only=True)] = "lora"
     targets: str | list[str] | None = None
     rank: int = 8
     alpha: float | None = None
@@ -124,25 +124,36 @@ class TrainConfig:
         trackers: further logs through accelerate.
     """
 
-    steps: int = 100
-    optimizer: Annotated[str, Names("vismt.engine.optimizer:OPTIMIZERS")] = "adamw"
-    lr: float = 1e-3
-    min_lr: float = 0.0
-    warmup: int = 0
-    cooldown: int = 0
-    rates: dict[str, float] = field(default_factory=dict)
-    weight_decay: float = 0.0
-    momentum: float = 0.9
-    accumulate: int = 1
-    clip: float | None = 1.0
-    precision: Annotated[str, Names(("no", "bf16", "fp16"))] = "no"
+    steps: Annotated[int, within(1)] = 100
+    optimizer: Annotated[str, Names("vismt.engine.optimizer:OPTIMIZERS", only=True)] = "adamw"
+    lr: Annotated[float, within(above=0)] = 1e-3
+    min_lr: Annotated[float, within(0)] = 0.0
+    warmup: Annotated[int, within(0)] = 0
+    cooldown: Annotated[int, within(0)] = 0
+    rates: dict[str, Annotated[float, within(0)]] = field(default_factory=dict)
+    weight_decay: Annotated[float, within(0)] = 0.0
+    momentum: Annotated[float, within(0)] = 0.9
+    accumulate: Annotated[int, within(1)] = 1
+    clip: Annotated[float, within(above=0)] | None = 1.0
+    precision: Annotated[str, Names(("no", "bf16", "fp16"), only=True)] = "no"
     recompute: Literal["none", "cheap"] = field(default="none", metadata=UNHASHED)
     checkpointing: bool = field(default=False, metadata=UNHASHED)
-    compile: bool = field(default=False, metadata=HASHED_IF_SET)
-    workers: int = 0
-    log_every: int = 1
-    checkpoint_every: int = 50
-    trackers: Annotated[list[str], Names(("tensorboard", "wandb"))] = field(default_factory=list)
+    compile: bool = False
+    workers: Annotated[int, within(0)] = 0
+    log_every: Annotated[int, within(1)] = 1
+    checkpoint_every: Annotated[int, within(1)] = 50
+    trackers: Annotated[list[str], Names(("tensorboard", "wandb"), only=True)] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.warmup + self.cooldown > self.steps:
+            raise UserError(
+                f"train: warmup {self.warmup} and cooldown {self.cooldown} do not fit into {self.steps} steps."
+            )
+        if self.compile and (self.checkpointing or self.recompute != "none"):
+            other = "checkpointing" if self.checkpointing else "recompute"
+            raise UserError(
+                f"train.compile: torch.compile decides by itself what it recomputes; leave out train.{other} or train.compile."
+            )
 
 
 @dataclass
@@ -165,7 +176,7 @@ class RunConfig:
     }
 
     task: str = "fewshot"
-    title: str = ""
+    title: str = field(default="", metadata=UNHASHED)
     seed: Seed = 0
     model: ModelSection = field(default_factory=ModelConfig)
     adapt: AdaptConfig | None = field(default_factory=AdaptConfig)
@@ -208,14 +219,15 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
+        source = f"override '{assignment}'"
         if not equals or not key:
-            raise UserError(f"override '{assignment}': write key=value, for example train.steps=20.")
+            raise UserError(f"{source}: write key=value, for example train.steps=20.")
         try:
             value = typed_yaml.parse_yaml(text)
         except yaml.YAMLError as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"override '{assignment}': the value is not YAML: {reason}.") from error
-        raw = _replaced(raw, key.split("."), value, f"override '{assignment}'", "")
+            raise UserError(f"{source}: the value is not YAML: {reason}.") from error
+        raw = _replaced(raw, key.split("."), value, source, "")
     return raw
 
 
@@ -225,32 +237,24 @@ def typed(raw: Mapping[str, Any], kind: type[T], source: str) -> T:
 
 
 def with_values(config: T, changes: Mapping[str, Any], source: str) -> T:
-    """Return a copy of a configuration with values replaced along dotted paths, each typed as its field.
+    """Return a copy of a configuration with values replaced along dotted paths, typed and checked as a whole.
 
     Raises UserError for an unknown key, a path through a value, and a value of another type; `source` names the place.
     """
+    raw = resolved(config)
     for key, value in changes.items():
-        config = _replaced(config, key.split("."), value, source, "")
-    return config
+        raw = _replaced(raw, key.split("."), value, source, "")
+    return typed(raw, type(config), source)
 
 
 def _replaced(node: Any, path: Sequence[str], value: Any, source: str, prefix: str) -> Any:
-    """Return a copy of a dataclass or mapping with the value at `path` replaced."""
+    """Return a copy of a mapping, or of a list of items with names, with the value at `path` replaced."""
     name, *rest = path
     if isinstance(node, list):
         return _replaced_item(node, path, value, source, prefix)
-    if isinstance(node, dict):
-        return {**node, name: _replaced(node.get(name, {}), rest, value, source, f"{prefix}{name}.") if rest else value}
-    if not dataclasses.is_dataclass(node) or isinstance(node, type):
+    if not isinstance(node, dict):
         raise UserError(f"{source}: '{prefix.rstrip('.')}' is a value, not a section.")
-    names = [item.name for item in dataclasses.fields(node)]
-    if name not in names:
-        raise typed_yaml.unknown_key(type(node), name, source, f"{prefix}{name}", names)
-    if rest:
-        value = _replaced(getattr(node, name), rest, value, source, f"{prefix}{name}.")
-    if not dataclasses.is_dataclass(value):
-        value = getattr(typed({name: value}, type(node), source), name)
-    return dataclasses.replace(node, **{name: value})
+    return {**node, name: _replaced(node.get(name, {}), rest, value, source, f"{prefix}{name}.") if rest else value}
 
 
 def _replaced_item(items: list[Any], path: Sequence[str], value: Any, source: str, prefix: str) -> list[Any]:
@@ -272,35 +276,46 @@ def resolved(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def config_hash(config: Any) -> str:
-    """Return eight hex digits that change with every value of the resolved configuration except the title and unhashed fields."""
-    plain = _hashed(config)
-    plain.pop("title", None)
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+def config_hash(config: RunConfig) -> str:
+    """Return HASH_DIGITS hex digits of the task and of what differs from the defaults and can change a number.
+
+    A key that is added with a default leaves all hashes as they are.
+    """
+    plain = {"task": config.task, **differences(config)}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:HASH_DIGITS]
 
 
-def _hashed(value: Any) -> Any:
-    """Return `resolved` without fields marked UNHASHED, and without fields marked HASHED_IF_SET at their default."""
-    if isinstance(value, list):
-        return [_hashed(item) for item in value]
+def differences(section: Any, base: Any = None) -> dict[str, Any]:
+    """Return the hashed values of a section that differ from those of `base`, or from the defaults, as plain values."""
+    found = {}
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        default = default_of(item) if base is None else getattr(base, item.name)
+        if item.metadata == UNHASHED or value == default:
+            continue
+        if dataclasses.is_dataclass(value) and type(value) is type(default):
+            changed = differences(value, default)
+            if changed:
+                found[item.name] = changed
+        else:
+            found[item.name] = _hashed(value, item.metadata.get(UNHASHED_OPTIONS, ()))
+    return found
+
+
+def default_of(item: dataclasses.Field[Any]) -> Any:
+    """Return the default of a field, MISSING for a required one."""
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
+def _hashed(value: Any, left_out: Sequence[str]) -> Any:
+    """Return a value, or the items of a list, as plain values; left_out: keys that mappings in the list lose."""
+    if isinstance(value, list | tuple):
+        return [_hashed(item, left_out) for item in value]
+    if dataclasses.is_dataclass(value):
+        return differences(value)
     if isinstance(value, dict):
-        return dict(value)
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return value
-    fields = [item for item in dataclasses.fields(value) if item.metadata != UNHASHED]
-    if any(item.metadata == HASHED_IF_SET for item in fields):
-        default = type(value)()
-        fields = [item for item in fields if item.metadata != HASHED_IF_SET or _differs(value, default, item.name)]
-    plain = {item.name: _hashed(getattr(value, item.name)) for item in fields}
-    for item in fields:
-        for options in plain[item.name] if UNHASHED_OPTIONS in item.metadata else ():
-            for name in item.metadata[UNHASHED_OPTIONS] if isinstance(options, dict) else ():
-                options.pop(name, None)
-    return plain
-
-
-def _differs(value: Any, default: Any, name: str) -> bool:
-    return getattr(value, name) != getattr(default, name)
+        return {name: item for name, item in value.items() if name not in left_out}
+    return value
 
 
 def fraction(value: float | str, name: str) -> float:

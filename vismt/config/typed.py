@@ -14,7 +14,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -26,6 +26,7 @@ from vismt.storage.paths import stays_inside
 
 __all__ = [
     "Names",
+    "Range",
     "RelativePath",
     "arguments",
     "build",
@@ -53,19 +54,69 @@ CONTAINERS = (*MAPPINGS, list, tuple)
 
 @dataclass(frozen=True)
 class Names:
-    """The known names of a field, `Annotated[str, Names(...)]`, for documentation and editors; `build` does not check them.
+    """The known names of a field, `Annotated[str, Names(...)]`.
 
-    source: names, or "module:attribute" of names or of a function that returns them, imported when they are asked for.
+    Documentation and editors show them; with `only`, `build` refuses any other text, also in a list.
+
+    source: names, or "module:attribute" of names or of a function that returns them, imported when they are asked for. A
+    registry may know more names than it lists, those of a family.
     """
 
     source: str | Iterable[str]
+    only: bool = False
 
     def __iter__(self) -> Iterator[str]:
+        return iter(self._known())
+
+    def __call__(self, value: Any, where: str) -> None:
+        if not self.only:
+            return
+        known = self._known()
+        for name in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(name, str) and name not in known:
+                hint = near(name, known) or f" Known: {', '.join(map(repr, known))}."
+                raise UserError(f"{where}: '{name[:SHOWN]}' is not known.{hint}")
+
+    def _known(self) -> Collection[str]:
         if not isinstance(self.source, str):
-            return iter(self.source)
+            return tuple(self.source)
         module, _, attribute = self.source.partition(":")
         names = getattr(importlib.import_module(module), attribute)
-        return iter(names() if callable(names) else names)
+        return names() if callable(names) else names
+
+
+@dataclass(frozen=True)
+class Range:
+    """The range of a number; `within` makes one for `Annotated`. least and most belong to it, above and below do not."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __str__(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"from {self.least} to {self.most}"
+        bounds = (("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below))
+        return " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
+
+    def __call__(self, value: float, where: str) -> None:
+        inside = (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+        if not inside:
+            verb = "lies" if self.least is not None and self.most is not None else "must be"
+            raise UserError(f"{where} is {value}; it {verb} {self}.")
+
+
+def within(
+    least: float | None = None, most: float | None = None, *, above: float | None = None, below: float | None = None
+) -> Range:
+    """Return the range for the annotation of a number, as in Annotated[float, ...]; `build` refuses numbers outside of it."""
+    return Range(least, most, above, below)
 
 
 def build(cls: type[T], values: object, source: str, key: str = "", /, **given: Any) -> T:
@@ -209,8 +260,7 @@ def _convert(value: Any, hint: Any, source: str, key: str) -> Any:
         plain, *checks = typing.get_args(hint)
         converted = _convert(value, plain, source, key)
         for check in checks:
-            if not isinstance(check, Names):
-                check(converted, f"{source}: {key}")
+            check(converted, f"{source}: {key}")
         return converted
     if is_union(hint):
         return _convert_union(value, hint, source, key)
@@ -307,16 +357,6 @@ def _number_in(text: str) -> int | float | str:
     except yaml.YAMLError:
         return text
     return value if type(value) in NUMBERS else text
-
-
-def within(least: float, most: float) -> Callable[[float, str], None]:
-    """Return a check for `Annotated` that raises UserError for a number below `least` or above `most`."""
-
-    def check(value: float, where: str) -> None:
-        if not least <= value <= most:
-            raise UserError(f"{where} is {value}; it lies from {least} to {most}.")
-
-    return check
 
 
 def relative_path(text: str, name: str) -> str:

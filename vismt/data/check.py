@@ -9,10 +9,10 @@ from typing import NamedTuple
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.data.cards import Card, list_cards, load_card
+from vismt.data.copies import first_copy, fix, not_found, place, shown_path
 from vismt.data.fetching import fetch, has_leftovers
 from vismt.data.manifest import digest, read_manifest
 from vismt.data.source_types import DataSource, Files, LoadedSplit
-from vismt.data.sources import first_copy, fix, not_found, place, shown_path
 
 NOWHERE = "-"  # the place of a set without a copy
 LISTED = 8  # wrong rows that a report names

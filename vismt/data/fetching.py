@@ -14,8 +14,8 @@ from pathlib import Path
 
 from vismt.base import console
 from vismt.base.errors import UserError
+from vismt.data.copies import shown_path
 from vismt.data.source_types import Card, DataSource
-from vismt.data.sources import shown_path
 from vismt.storage.paths import cache_root
 from vismt.storage.scratch import scratch_beside
 

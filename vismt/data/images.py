@@ -1,4 +1,4 @@
-"""The door to labelled images: `open_images` finds a card's copy and returns an `ImageSet`."""
+"""Labelled images: `open_images` finds a copy of a set on this machine and returns an `ImageSet`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.data.cards import Card, load_card
+from vismt.data.copies import first_copy, listed, not_found, shown_path, sources_for
 from vismt.data.fetching import fetch
 from vismt.data.formats.python_sets import images_of, python_object
 from vismt.data.image_source import ImageSource, LoadedImages
-from vismt.data.names import row_name
+from vismt.data.set_entries import row_name
 from vismt.data.source_types import NEAR_DUPLICATES, NONE
-from vismt.data.sources import first_copy, listed, not_found, shown_path, sources_for
 
 DECODED = 20_000  # images of a set that are decoded for near-duplicates where the card does not ask for it
 

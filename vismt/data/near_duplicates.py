@@ -24,10 +24,10 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from vismt.base import console
 from vismt.data.cards import load_card
+from vismt.data.copies import first_copy
 from vismt.data.images import ImageSet
-from vismt.data.maps.dense import DenseSet, open_samples
+from vismt.data.maps.dense_set import DenseSet, open_samples
 from vismt.data.pixels import square
-from vismt.data.sources import first_copy
 from vismt.data.texts.interactions import numbered
 
 SIDE = 16

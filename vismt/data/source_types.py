@@ -43,7 +43,7 @@ KINDS: Registry[type[DataSource]] = Registry(
         "stereo_tiles": "vismt.data.formats.stereo",
         "table": "vismt.data.formats.csv_table",
         "text": "vismt.data.formats.text_files",
-        "torchvision": "vismt.data.formats.torchvision_door",
+        "torchvision": "vismt.data.formats.torchvision_sets",
     },
 )
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vismt.base.errors import UserError
 from vismt.config.sections import TrainConfig
-from vismt.llm.lisa.layers import stacks
+from vismt.llm.lisa.shares import stacks
 from vismt.lowrank.layers.gates import recompute_gates
 from vismt.methods import freezes
 
@@ -33,15 +33,6 @@ KERNELS = {
     SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
 }
 COMPILERS = ("g++", "clang++", "c++")
-
-
-def check_blocks(config: TrainConfig) -> None:
-    """Raise UserError for options that exclude each other."""
-    if config.compile and (config.checkpointing or config.recompute != "none"):
-        other = "checkpointing" if config.checkpointing else "recompute"
-        raise UserError(
-            f"train.compile: torch.compile decides by itself what it recomputes; leave out train.{other} or train.compile."
-        )
 
 
 @contextmanager

@@ -24,12 +24,12 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from vismt.base import console
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError
 from vismt.config.sections import TrainConfig
 from vismt.engine import checkpoint, runtime
-from vismt.engine.blocks import check_blocks, running_blocks
+from vismt.engine.blocks import running_blocks
 from vismt.engine.log import MetricsLog
-from vismt.engine.optimizer import OPTIMIZERS, make_optimizer, make_schedule, rate, with_own_prior
+from vismt.engine.optimizer import make_optimizer, make_schedule, rate, with_own_prior
 from vismt.engine.sharding import Shards, check_sharded
 from vismt.engine.stream import Batches, stream_batches
 from vismt.lowrank.recompute import recompute
@@ -72,7 +72,6 @@ def train(
     Raises:
         Diverged: on a loss or gradient that is not finite; the latest checkpoint is kept.
     """
-    check(config)
     if runtime.sharded():
         check_sharded(objective, config)
     with torch.random.fork_rng(), running_blocks(objective, config):
@@ -240,34 +239,6 @@ def _metrics(measured: Iterable[Any]) -> dict[str, float]:
 
 
 # The smallest allowed value of each number of a train section.
-LEAST = {"steps": 1, "accumulate": 1, "log_every": 1, "checkpoint_every": 1, "warmup": 0, "cooldown": 0, "workers": 0}
-NOT_NEGATIVE = ("momentum", "weight_decay", "min_lr")
-
-
-def check(config: TrainConfig) -> None:
-    """Raise UserError for values that the types of the train section do not exclude."""
-    if config.optimizer not in OPTIMIZERS:
-        raise UserError(f"train.optimizer: '{config.optimizer}'.{near(config.optimizer, OPTIMIZERS)}")
-    check_blocks(config)
-    for name, least in LEAST.items():
-        if getattr(config, name) < least:
-            raise UserError(f"train.{name}: {getattr(config, name)}; it must be at least {least}.")
-    if config.warmup + config.cooldown > config.steps:
-        raise UserError(
-            f"train: warmup {config.warmup} and cooldown {config.cooldown} do not fit into {config.steps} steps."
-        )
-    negative = next((name for name in NOT_NEGATIVE if not getattr(config, name) >= 0), None)
-    if negative is not None:
-        raise UserError(f"train.{negative}: {getattr(config, negative)}; it must not be negative.")
-    for pattern, factor in config.rates.items():
-        if not 0 <= factor < math.inf:
-            raise UserError(f"train.rates: {pattern}: {factor}; it must be 0 or more.")
-    if not config.lr > 0:
-        raise UserError(f"train.lr: {config.lr}; it must be positive.")
-    if config.clip is not None and not config.clip > 0:
-        raise UserError(f"train.clip: {config.clip}; it must be positive, or null for none.")
-
-
 def _last_good(folder: Path) -> str:
     paths = checkpoint.checkpoints(folder)
     return f"the last good checkpoint is kept in {paths[0]}." if paths else "no checkpoint had been written yet."

@@ -1,4 +1,8 @@
-"""Jobs by the `task` key of a configuration, loaded when first asked for, and the run folders they work in."""
+"""Jobs by the `task` key of a configuration, loaded when first asked for, and the run folders they work in.
+
+The way of every run: a YAML file and overrides (or plain values from Python) become the typed configuration of its task
+(`load_config`, `typed_config`), which a run folder holds with its job (`start`, `open_run`).
+"""
 
 from __future__ import annotations
 
@@ -10,91 +14,108 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import RunConfig, config_hash, override, read_yaml, resolved, typed
+from vismt.config.sections import (
+    EARLIER_HASH_DIGITS,
+    RESOLVED,
+    RunConfig,
+    config_hash,
+    override,
+    read_yaml,
+    resolved,
+    typed,
+)
 from vismt.storage.files import atomic_write
 
 if TYPE_CHECKING:
-    from vismt.jobs.base import EvaluationJob
+    from vismt.jobs.evaluation_job import EvaluationJob
     from vismt.jobs.run import Run
 
-# task -> module with a dataclass CONFIG (a StudyConfig) and a class JOB (a vismt.jobs.base.EvaluationJob).
+# task -> package with a dataclass CONFIG (a StudyConfig) in config.py and a class JOB (an EvaluationJob) in job.py.
 JOBS = {
-    "dense": "vismt.jobs.dense.job",
-    "fewshot": "vismt.jobs.fewshot.job",
-    "lm": "vismt.jobs.lm.job",
-    "multitask": "vismt.jobs.classification.job",
-    "robustness": "vismt.jobs.robustness.job",
+    "dense": "vismt.jobs.dense",
+    "fewshot": "vismt.jobs.fewshot",
+    "lm": "vismt.jobs.lm",
+    "multitask": "vismt.jobs.classification",
+    "robustness": "vismt.jobs.robustness",
 }
 
 
-def load_config(path: Path, overrides: Sequence[str]) -> RunConfig:
+def job_config(task: str, source: str = "config") -> type[RunConfig]:
+    """Return the dataclass of a task's configuration; `source` names the file in the error for an unknown task."""
+    if task not in JOBS:
+        raise UserError(f"{source}: task '{task}' is not known.{near(task, JOBS)}")
+    return importlib.import_module(f"{JOBS[task]}.config").CONFIG
+
+
+def typed_config(raw: Mapping[str, Any], source: str) -> RunConfig:
+    """Return the typed configuration of plain values; `source` names the file in errors."""
+    return typed(raw, job_config(str(raw.get("task", RunConfig.task)), source), source)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the typed configuration of a YAML file with dotted overrides."""
-    raw = override(read_yaml(path), overrides)
-    return typed(raw, config_type(raw, str(path)), str(path))
+    return typed_config(override(read_yaml(path), overrides), str(path))
 
 
-def config_type(raw: Mapping[str, Any], source: str) -> type[RunConfig]:
-    """Return the dataclass of the task that a configuration names; `source` names the file in errors."""
-    return _module(str(raw.get("task", RunConfig.task)), source).CONFIG
-
-
-def job_config(job: str) -> type[RunConfig]:
-    """Return the dataclass of a job's configuration."""
-    return _module(job, "config").CONFIG
-
-
-def make_job(config: RunConfig, folder: Path) -> EvaluationJob[Any]:
-    """Return the job of a configuration in a run folder."""
-    return _module(config.task, str(folder)).JOB(config, folder, config_hash(config))
+def make_job(config: RunConfig, folder: Path, run_hash: str | None = None) -> EvaluationJob[Any]:
+    """Return the job of a configuration in a run folder; run_hash: of the folder, by default that of the configuration."""
+    job = importlib.import_module(f"{JOBS[config.task]}.job").JOB
+    return job(config, folder, run_hash or config_hash(config))
 
 
 def start(path: Path, overrides: Sequence[str], out: Path) -> Run:
-    """Make or find again the run folder of a configuration file, <out>/<file stem>-<hash>."""
-    return start_config(load_config(path, overrides), path.stem, out)
+    """Return the run folder of a configuration file, <out>/<file stem>-<hash>; create it where it is missing."""
+    config = load_config(path, overrides)
+    return start_config(config, run_folder(config, path.stem, out))
 
 
-def start_config(config: RunConfig, name: str, out: Path, folder: Path | None = None) -> Run:
-    """Make or find again the run folder of a configuration: `folder`, by default <out>/<name>-<hash>.
+def start_config(config: RunConfig, folder: Path) -> Run:
+    """Return the run of a configuration in a folder; create the folder where it is missing.
 
     Raises UserError for what the configuration names and does not exist, and for a folder with another run; no folder is made
     then.
     """
     from vismt.jobs.run import Run
-    from vismt.report.results import RESOLVED
 
-    if folder is None:
-        folder = out / f"{name}-{config_hash(config)}"
-    else:
-        refuse_other_run(folder, config_hash(config))
-    run = Run(folder, config, make_job(config, folder))
+    if (folder / RESOLVED).exists():
+        refuse_other_run(folder, config)
+    run = Run(folder, config)
     run.job.check()
     atomic_write(folder / RESOLVED, yaml.safe_dump(resolved(config), sort_keys=False))
     return run
 
 
-def refuse_other_run(folder: Path, config_hash: str) -> None:
-    """Raise UserError where a folder holds a run of another configuration."""
-    from vismt.report.results import RESOLVED
+def run_folder(config: RunConfig, name: str, out: Path) -> Path:
+    """Return <out>/<name>-<hash>, or the folder of the same run that an earlier version named by its own hash."""
+    folder = out / f"{name}-{config_hash(config)}"
+    earlier = [] if folder.exists() else sorted(out.glob(f"{name}-{'[0-9a-f]' * EARLIER_HASH_DIGITS}"))
+    return next((path for path in earlier if _holds(path, config)), folder)
 
-    if (folder / RESOLVED).exists() and open_run(folder).hash != config_hash:
+
+def _holds(folder: Path, config: RunConfig) -> bool:
+    try:
+        return config_hash(read_resolved(folder)) == config_hash(config)
+    except UserError:
+        return False
+
+
+def refuse_other_run(folder: Path, config: RunConfig) -> None:
+    """Raise UserError where a folder holds a run of another configuration."""
+    if config_hash(read_resolved(folder)) != config_hash(config):
         raise UserError(f"run '{folder}': the folder holds a run of another configuration; give another folder.")
+
+
+def read_resolved(folder: Path) -> RunConfig:
+    """Return the configuration of a run folder."""
+    path = folder / RESOLVED
+    if not path.exists():
+        seen = f"no {RESOLVED}" if folder.exists() else "no such folder"
+        raise UserError(f"run '{folder}': {seen}; give a folder that `vismt run` or `vismt train` made.")
+    return load_config(path)
 
 
 def open_run(folder: Path) -> Run:
     """Open a run folder that was made before."""
     from vismt.jobs.run import Run
-    from vismt.report.results import RESOLVED
 
-    path = folder / RESOLVED
-    if not path.exists():
-        seen = f"no {RESOLVED}" if folder.exists() else "no such folder"
-        raise UserError(f"run '{folder}': {seen}; give a folder that `vismt run` or `vismt train` made.")
-    raw = read_yaml(path)
-    config = typed(raw, config_type(raw, str(folder)), str(path))
-    return Run(folder, config, make_job(config, folder))
-
-
-def _module(task: str, source: str) -> Any:
-    if task not in JOBS:
-        raise UserError(f"{source}: task '{task}' is not known.{near(task, JOBS)}")
-    return importlib.import_module(JOBS[task])
+    return Run(folder, read_resolved(folder))

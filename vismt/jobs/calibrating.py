@@ -15,7 +15,7 @@ from vismt.backbones.vit import PixelBackbone
 from vismt.base.errors import UserError
 from vismt.config.sections import UNHASHED, AdaptConfig
 from vismt.data.batching import Gathered
-from vismt.data.splits import limited
+from vismt.data.division import limited
 from vismt.engine import runtime
 from vismt.methods import METHODS, Calibration, needs
 

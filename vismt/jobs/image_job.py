@@ -1,4 +1,4 @@
-"""A job with images of its own, which attacks and corruptions change: several tasks on one backbone."""
+"""A job whose own test images can be attacked and corrupted."""
 
 from __future__ import annotations
 
@@ -7,15 +7,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic
 
+from torch import Tensor, nn
+
 from vismt.base.errors import UserError
 from vismt.engine.study import Training
-from vismt.jobs.job import Config, Job, Net
+from vismt.jobs.training_job import Config, Net, TrainingJob
+from vismt.multitask.emtal.router_maps import has_routers, router_maps
+from vismt.report.panels import to_bytes, write_panel
 from vismt.report.results import Score
+from vismt.report.routers import ROUTERS
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
 
+MAPPED_IMAGES = 4  # with a picture of their routers
 
-class ImageJob(Job[Config, Net], Generic[Config, Net]):
-    """A job whose trained nets the robustness job can evaluate on the job's own images."""
+
+class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
+    """A job whose trained nets the robustness job can evaluate on the job's own images.
+
+    The files from which the report draws routers are written here, too.
+    """
 
     def check_risk(self) -> None:
         """Raise UserError where `scores_under` cannot have the measures of `report: risk`."""
@@ -42,3 +52,12 @@ class ImageJob(Job[Config, Net], Generic[Config, Net]):
         net: returns the evaluated net, asked for where something is not on record. records: the folder of records.
         risk: whether the measures of `report: risk` are among them.
         """
+
+    def write_router_maps(self, net: Callable[[Training], nn.Module], images: Callable[[], Tensor]) -> None:
+        """Write the router maps of every arm whose net has routers. net: of a training, not merged. images: those to map."""
+        for arm in self.study.arms:
+            trained = net(self.study.trainings(arm)[0])
+            if has_routers(trained):
+                shown = images()
+                arrays = {"images": to_bytes(shown), **router_maps(trained, shown)}
+                write_panel(self.folder / ROUTERS / f"{arm}.npz", "routers", arrays)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from vismt.base.errors import UserError, near
 from vismt.engine.study import TuneConfig
-from vismt.report.risk import ACCEPTED, AURC, COVERED, RISK, SIZE
+from vismt.report.results import Result
+from vismt.report.tables import Section, Table, interval_text, number_text
 from vismt.robustness.conditions import Perturbation, condition_of
 from vismt.uncertainty.conformal import conformal_quantile, least_examples, set_sizes
 from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Condition, Measure, wilson
@@ -37,13 +38,20 @@ from vismt.uncertainty.selective import (
 
 REPORTS = ("risk",)
 COVERAGE, SHARE = 0.9, 0.8  # of the sets; of the answers that are accepted
+COVERED, SIZE, ACCEPTED, RISK, AURC = "coverage of sets", "classes in a set", "accepted", "selective risk", "AURC"
+COLUMNS = (COVERED, SIZE, ACCEPTED, RISK, AURC)
+NOTE = (
+    "Coverage: share of sets that contain the label, 90 % where examples are exchangeable with the validation examples that "
+    "set the threshold. Accepted: answers with a confidence that 80 % of the validation answers have; the selective risk is "
+    "the error among them. AURC: error averaged over all thresholds of the confidence. Under an attack an answer is right, and "
+    "a label covered, when it is so on the clean image, too. Of several corruptions the least and the largest value."
+)
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """Thresholds from n validation examples: of -log p for sets, of confidences for answers."""
 
-    fingerprint: str
     quantile: float
     confidence: float
     n: int
@@ -52,7 +60,7 @@ class Thresholds:
 def validation_parts(labels: Tensor, report: str | None, tune: TuneConfig | None) -> tuple[Tensor, Tensor]:
     """Return masks (n,) of the validation examples that choose rates, and of those that give the thresholds.
 
-    They are the halves of every class, each of neighbours as in vismt.data.splits, where there are rates to choose and
+    They are the halves of every class, each of neighbours as in vismt.data.division, where there are rates to choose and
     thresholds to give, else all examples. labels: int64 (n,); report and tune: of the configuration.
     """
     if report is None or tune is None or len(tune.rates) < 2:
@@ -82,12 +90,12 @@ def _need_examples(count: int) -> None:
         )
 
 
-def fit_thresholds(fingerprint: str, log_p: Tensor, labels: Tensor) -> Thresholds:
+def fit_thresholds(log_p: Tensor, labels: Tensor) -> Thresholds:
     """Return the thresholds of clean examples. log_p: log-probabilities (n, k); labels: (n,)."""
     _need_examples(len(labels))
     chosen = log_p.gather(1, labels[:, None]).squeeze(1)
     confidence = accepting_threshold(log_p.amax(1).exp(), SHARE)
-    return Thresholds(fingerprint, conformal_quantile(-chosen, COVERAGE), confidence, len(labels))
+    return Thresholds(conformal_quantile(-chosen, COVERAGE), confidence, len(labels))
 
 
 def check_report(report: str | None, split: str = "test") -> None:
@@ -159,3 +167,30 @@ def choice_measures(log_p: Tensor, labels: Tensor, ids: Sequence[str], threshold
         (answers != labels).double(),
         thresholds,
     )
+
+
+def risk_section(results: Sequence[Result]) -> Section:
+    """Return a row for each set and arm, clean, under each attack and over all corruptions; empty without the measures."""
+    groups: dict[tuple[str, str, str], dict[str, list[Result]]] = {}
+    for row in results:
+        if row.metric in COLUMNS and row.seed is None:
+            condition = "corruptions" if row.kind == "corruption" else row.condition
+            groups.setdefault((row.data, row.arm, condition), {}).setdefault(row.metric, []).append(row)
+    if not groups:
+        return Section("Risk")
+    rows = [
+        [*key, *(_cell(by_metric.get(metric, [])) for metric in COLUMNS), f"{by_metric[COVERED][0].n:,}"]
+        for key, by_metric in groups.items()
+    ]
+    heads = ["Data", "Arm", "Condition", *(f"{name}, %" if name != SIZE else name for name in COLUMNS), "n"]
+    return Section("Risk", [(Table("Thresholds from clean validation examples", heads, rows, set(), texts=3), NOTE)])
+
+
+def _cell(rows: Sequence[Result]) -> str:
+    """Return the number of a row with its interval, or the range of several."""
+    if not rows:
+        return "–"
+    if len(rows) == 1:
+        return interval_text(rows[0].value, rows[0].half, rows[0].scale)
+    ends = (min(rows, key=lambda row: row.value), max(rows, key=lambda row: row.value))
+    return " to ".join(number_text(row.value, row.scale, half=row.half) for row in ends)

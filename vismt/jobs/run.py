@@ -14,76 +14,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import nn
+from typing import Any
 
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, near
-from vismt.config.sections import RunConfig, config_hash
+from vismt.config.sections import EARLIER_HASH_DIGITS, RESOLVED, RunConfig, config_hash
 from vismt.engine import runtime
+from vismt.jobs import make_job
 from vismt.lowrank.files.peft_folder import export_peft
-from vismt.report.results import FACTS, RESOLVED
+from vismt.report.results import FACTS
 from vismt.storage.files import atomic_write, locked, read_json, read_sealed, remove_partial, sealed, write_tensors
 
 EXPORTED = "vismt.json"  # in the folder of an export: run, configuration, arm and seed
 FORMATS = ("timm", "transformers", "peft")
 
 
-class Stages(Protocol):
-    """The methods of a job that a run folder calls. arm: "arm" or "arm:seed", None for the only one."""
-
-    default_attack: str
-
-    @property
-    def trains(self) -> bool:
-        """Whether the configuration trains anything."""
-
-    def check(self) -> None:
-        """Raise UserError for what the configuration names, before a folder is made."""
-
-    def train(self) -> dict[str, Any]:
-        """Train what is not trained yet; return the entry "adapt" of run.json."""
-
-    def evaluate(self, attacks: Sequence[Any] | None = None) -> None:
-        """Write results.jsonl."""
-
-    def report(self, formats: Sequence[str] = ...) -> list[Path]:
-        """Write the report in some formats and return its files."""
-
-    def adapted(self, arm: str | None = None) -> nn.Module:
-        """Return the stock model with the adapter of one arm."""
-
-    def merged(self, arm: str | None = None) -> nn.Module:
-        """Return the stock model with merged weights."""
-
-    def about(self) -> dict[str, Any]:
-        """Return the further entries of config.json beside merged weights."""
-
-    def facts(self) -> dict[str, Any]:
-        """Return the entries of run.json that depend on the job, such as seeds."""
-
-    def name_of(self, arm: str | None = None) -> str:
-        """Return the arm and seed that a name stands for, as they stand in the name of a folder."""
-
-    def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
-        """Return the files to write beside merged or exported weights, by name."""
-
-    def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
-        """Return one arm as a classifier: the net, the names of its outputs, and the size of its images in pixels."""
-
-    def cards_of_tasks(self) -> dict[str, set[str]]:
-        """Return by task the cards of such a classifier, as rows of results name them."""
-
-
 class Run:
     """One run folder with its configuration and job."""
 
-    def __init__(self, folder: Path, config: RunConfig, job: Stages) -> None:
+    def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder = folder
         self.config = config
-        self.job = job
         self.hash = config_hash(config)
+        recorded = self._recorded().get("config_hash", self.hash)
+        if len(recorded) == EARLIER_HASH_DIGITS:  # of an earlier version: its rows and checkpoints have this hash, too
+            self.hash = recorded
+        self.job = make_job(config, folder, self.hash)
         self.started = time.monotonic()
 
     @contextmanager
@@ -101,15 +57,21 @@ class Run:
         held.enter_context(locked(self.folder))
         remove_partial(self.folder)
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The content of run.json, empty before the first stage."""
+    def _recorded(self) -> dict[str, Any]:
         path = self.folder / FACTS
         facts = read_sealed(path, f"run '{self.folder}'") if path.exists() else {}
-        if not isinstance(facts.get("wall_time_s", 0.0), int | float):
+        if not isinstance(facts.get("wall_time_s", 0.0), int | float) or not isinstance(
+            facts.get("config_hash", ""), str
+        ):
             raise UserError(
                 f"run '{self.folder}': {FACTS} does not have the content that a run writes; the file was changed by hand."
             )
+        return facts
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The content of run.json, empty before the first stage."""
+        facts = self._recorded()
         if facts.get("config_hash", self.hash) != self.hash:
             raise UserError(f"run '{self.folder}': {RESOLVED} was changed after the run; start a new run instead.")
         return facts
@@ -200,12 +162,7 @@ class Run:
         self, images: list[Path], target: Path | None = None, arm: str | None = None, **options: bool
     ) -> list[Path]:
         """Draw predictions on images, by default under RUN/predictions; return the files. options: of the job."""
-        predict = getattr(self.job, "predict", None)
-        if predict is None:
-            raise UserError(
-                f"predict: run '{self.folder}' has the job '{self.config.task}', which draws no predictions on images."
-            )
-        return predict(images, target or self.folder / "predictions", arm, **options)
+        return self.job.predict(images, target or self.folder / "predictions", arm, **options)
 
     def _write(self, model: Any, target: Path, arm: str | None) -> Path:
         """Write a merged timm or transformers model and the job's files beside it."""

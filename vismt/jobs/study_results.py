@@ -84,14 +84,15 @@ class StudyResults:
         Raises:
             UserError: a folder that holds another run, and where matplotlib is not installed.
         """
-        from vismt.jobs import open_run, refuse_other_run
+        from vismt.jobs import RESOLVED, open_run, read_resolved, refuse_other_run
         from vismt.report.plotting import need_matplotlib
 
         need_matplotlib()
         target = self.folder
         if folder is not None and Path(folder).resolve() != target.resolve():
             target = Path(folder)
-            refuse_other_run(target, open_run(self.folder).hash)
+            if (target / RESOLVED).exists():
+                refuse_other_run(target, read_resolved(self.folder))
             shutil.copytree(self.folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK, HOLDER))
         return open_run(target).job.report()[-1]
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import HASHED_IF_SET
 from vismt.config.typed import Names, arguments, plain_name
 from vismt.engine.study import StudyConfig
 from vismt.multitask.balancing.base import BALANCERS, Balancer, make_balancer
@@ -42,14 +41,10 @@ class RetainConfig:
     reduction: Annotated[str, Names("vismt.multitask.emtal.retain:REDUCTIONS")] = "mean"
     ema_floor: float | None = None
     reverse: bool = False
-    weight: float = field(default=1.0, metadata=HASHED_IF_SET)
-    select: Annotated[str, Names("vismt.multitask.emtal.retain:SELECT")] = field(default="all", metadata=HASHED_IF_SET)
-    weighting: Annotated[str, Names("vismt.multitask.emtal.retain:WEIGHTING")] = field(
-        default="task", metadata=HASHED_IF_SET
-    )
-    teacher: Annotated[str, Names("vismt.multitask.emtal.retain:TEACHERS")] = field(
-        default="bank", metadata=HASHED_IF_SET
-    )
+    weight: float = 1.0
+    select: Annotated[str, Names("vismt.multitask.emtal.retain:SELECT")] = "all"
+    weighting: Annotated[str, Names("vismt.multitask.emtal.retain:WEIGHTING")] = "task"
+    teacher: Annotated[str, Names("vismt.multitask.emtal.retain:TEACHERS")] = "bank"
 
 
 @dataclass

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from vismt.base import console
 from vismt.base.errors import UserError
@@ -19,9 +19,9 @@ from vismt.engine.study import Training, has_diverged
 from vismt.engine.training_files import read_done
 from vismt.engine.workers import make_workers
 from vismt.jobs import open_run
-from vismt.jobs.base import EvaluationJob
-from vismt.jobs.job import Job
+from vismt.jobs.evaluation_job import EvaluationJob
 from vismt.jobs.run import Run
+from vismt.jobs.training_job import TrainingJob
 from vismt.storage.files import is_locked, locked
 
 PARTS = "parts"  # holds the locks of a run's parts
@@ -37,7 +37,7 @@ def run_with_workers(run: Run, workers: str) -> None:
         run: the run folder.
         workers: see `make_workers`.
     """
-    job = _job(run)
+    job = run.job
     with make_workers(workers, _most_units(job)) as pool:
 
         def run_all(stage: str, function: Callable[[Path, Training], None], trainings: Sequence[Training]) -> None:
@@ -62,7 +62,7 @@ def run_part(run: Run, part: int, parts: int) -> None:
     Raises:
         UserError: another process runs this part, and parts that this one waits for and that have not run for ABSENT_S seconds.
     """
-    job = _job(run)
+    job = run.job
 
     def share(trainings: Sequence[Training]) -> None:
         def unfinished() -> list[int]:
@@ -93,7 +93,7 @@ def evaluate_unit(folder: Path, training: Training) -> None:
 
 def _attempt(job: EvaluationJob[Any], training: Training) -> None:
     """Train, and validate where the arm tries several rates: the records make the choice of the rate quick."""
-    if not isinstance(job, Job):
+    if not isinstance(job, TrainingJob):
         return
     job.study.attempt(job, training)
     if len(job.study.rates(training.arm)) > 1 and not has_diverged(training):
@@ -103,7 +103,7 @@ def _attempt(job: EvaluationJob[Any], training: Training) -> None:
 def _train(job: EvaluationJob[Any], share: Share) -> None:
     """Train in two rounds: what needs no choice of a rate, then the other seeds of the arms that chose one."""
     study = job.study
-    if not isinstance(job, Job):
+    if not isinstance(job, TrainingJob):
         return
     job.check_training()
     tried = [training for arm in study.arms for training in study.tried(arm)]
@@ -162,8 +162,4 @@ def _wait(folder: Path, parts: int, owing: Callable[[], list[int]], what: str) -
 @lru_cache(maxsize=1)
 def _opened(folder: Path) -> EvaluationJob[Any]:
     """Return the job of a run folder, which a worker keeps with its data for its next unit."""
-    return _job(open_run(folder))
-
-
-def _job(run: Run) -> EvaluationJob[Any]:
-    return cast(EvaluationJob[Any], run.job)
+    return open_run(folder).job

@@ -7,43 +7,39 @@ from typing import TYPE_CHECKING
 from vismt.base.exports import exports
 
 if TYPE_CHECKING:
-    from vismt.llm.corda.covariance import collect_covariance, covariance_ranks
+    from vismt.llm.corda.covariance import collect_covariance
     from vismt.llm.corda.files import load_covariances, save_covariances
     from vismt.llm.ilora.method import gate_of, instance_gates, recompute_gates
     from vismt.llm.lisa.method import LISA
     from vismt.llm.polar.landing import Landing, orthonormalize_
+    from vismt.llm.polar.stiefel import landing_field
     from vismt.llm.s2ft.method import check_slices
     from vismt.llm.s2ft.selection import UnitSelection, select_units
-    from vismt.llm.s2ft.slices import add_slices, read_slices, serving, switch
-    from vismt.llm.vbll_generative import GenerativeVBLL
-    from vismt.uncertainty.alternating_loss import alternating_loss
+    from vismt.llm.s2ft.slices import read_slices, switch
     from vismt.uncertainty.laplace import Laplace, fit_laplace
     from vismt.uncertainty.temperature import fit_temperature
-    from vismt.uncertainty.vbll import VBLLClassifier
+    from vismt.uncertainty.vbll import VBLLClassifier, alternating_loss
 
 __all__ = [
     "LISA",
-    "GenerativeVBLL",
     "Landing",
     "Laplace",
     "UnitSelection",
     "VBLLClassifier",
-    "add_slices",
     "alternating_loss",
     "check_slices",
     "collect_covariance",
-    "covariance_ranks",
     "fit_laplace",
     "fit_temperature",
     "gate_of",
     "instance_gates",
+    "landing_field",
     "load_covariances",
     "orthonormalize_",
     "read_slices",
     "recompute_gates",
     "save_covariances",
     "select_units",
-    "serving",
     "switch",
 ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
@@ -23,11 +23,14 @@ def lora(
     model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, **options: Any
 ) -> AdaptReport:
     """Add factors with kaiming A and zero B: the function is unchanged until the first step. Options: those of `inject`."""
+    return inject(
+        model, "lora", kaiming_start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
+    )
 
-    def start(weight: Tensor, rank: int, scale: float, generator: Any) -> tuple[Tensor, Tensor]:
-        return kaiming(weight, rank, generator)
 
-    return inject(model, "lora", start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+def kaiming_start(weight: Tensor, rank: int, scale: float, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return a kaiming A and a zero B for a weight, whatever the scale."""
+    return kaiming(weight, rank, generator)
 
 
 register_method(Method("lora", lora, layers=(LowRankLayer,)))

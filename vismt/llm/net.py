@@ -3,13 +3,15 @@
 Batches are padded on the left, so that the last column is the last token of every row and generation continues from it;
 positions count from the first token of each row (or packed document). Logits are computed for counted tokens only, in training
 for some at a time, also in the backward pass.
-Where the blocks below `first` are frozen, their output on a fixed piece of text is constant: it is computed once
-(`lower_states`), and a step then runs the other blocks only. Cached states are computed without dropout.
+Where the blocks below `first` are frozen, their output on a fixed piece of text is constant: it is computed once, and a step
+then runs the other blocks only. Cached states are computed without dropout. `stored_lower_states` keeps them in the cache
+folder for later runs and other processes (vismt.storage.stored_tensors), by the texts and the identity of the LM but for block
+`first` and above.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -20,8 +22,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vismt.base.errors import UserError
-from vismt.llm.documents import by_document
+from vismt.base.identity import Identity
+from vismt.llm.tasks.documents import by_document
 from vismt.llm.tasks.pieces import IGNORE, Piece, collate
+from vismt.storage.stored_tensors import has_hooks, machine, path_of, read_stored, write_stored
 
 Batch = Mapping[str, Tensor]
 TRAINED_AT_ONCE = 1024  # tokens whose logits a training step holds at a time
@@ -64,16 +68,28 @@ class LmNet(nn.Module):
     def states(self, batch: Batch) -> Tensor:
         """Return `hidden` of one forward pass over all documents of each row."""
         mask = batch["mask"]
-        attention_mask = mask.long() if mask.ndim == 2 else self._additive(mask)
-        with _replaced(blocks(self.lm)[: self.first], batch.get("lower")), self.inserted(batch):
+        if mask.ndim == 2:
+            attention_mask = mask.long()
+        else:  # the additive form (b, 1, n, n): 0 where a token is shown, else the lowest number
+            dtype: Any = self.lm.dtype
+            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            attention_mask = zeros.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+        skipped = () if batch.get("lower") is None else blocks(self.lm)[: self.first]
+        with _forward_replaced(skipped, lambda hidden_states, *args, **options: batch["lower"]), self.inserted(batch):
             out = self.lm.base_model(
                 input_ids=batch["ids"], attention_mask=attention_mask, position_ids=batch["positions"], use_cache=False
             )
         return out.last_hidden_state
 
     def _lower(self, batch: Batch) -> Tensor:
-        """Return the input (b, n, d) of block `first`."""
-        with _captured(blocks(self.lm), self.first) as captured:
+        """Return the input (b, n, d) of block `first`; the blocks from there on pass their input through."""
+        captured: list[Tensor] = []
+
+        def capture(hidden_states: Tensor, *args: object, **options: object) -> Tensor:
+            captured.append(hidden_states)
+            return hidden_states
+
+        with _forward_replaced(blocks(self.lm)[self.first :], capture):
             self.states(batch)
         return captured[0]
 
@@ -203,16 +219,10 @@ class LmNet(nn.Module):
 
     @torch.no_grad()
     def lower_states(self, pieces: Sequence[Piece], at_once: int = 8) -> list[Tensor]:
-        """Return the input (n, d) of block `first` for each piece; pieces of the same text share one tensor.
-
-        Pieces of equal length run together, without padding.
-        """
-        texts: dict[tuple[Any, ...], int] = {}
-        firsts = [texts.setdefault((p.ids, p.documents), number) for number, p in enumerate(pieces)]
+        """Return the input (n, d) of block `first` for each piece; pieces of equal length run together, without padding."""
         states: dict[int, Tensor] = {}
         groups: dict[tuple[int, bool], list[int]] = {}
-        for number in texts.values():
-            piece = pieces[number]
+        for number, piece in enumerate(pieces):
             groups.setdefault((len(piece.ids), piece.documents is None), []).append(number)
         device, training = next(self.lm.parameters()).device, self.lm.training
         self.lm.eval()
@@ -222,13 +232,30 @@ class LmNet(nn.Module):
                 batch = {name: value.to(device) for name, value in collate([pieces[i] for i in chosen]).items()}
                 states.update(zip(chosen, by_document(self.lm, batch, self._lower).cpu().unbind(0)))
         self.lm.train(training)
-        return [states[number] for number in firsts]
+        return [states[number] for number in range(len(pieces))]
 
-    def _additive(self, mask: Tensor) -> Tensor:
-        """Return the additive form (b, 1, n, n) of a mask (b, n, n) bool in the LM's dtype: 0 or the lowest number."""
-        dtype: Any = self.lm.dtype
-        zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        return zeros.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+
+def stored_lower_states(net: LmNet, pieces: Sequence[Piece]) -> list[Tensor]:
+    """Return the input (n, d) of block `net.first` for each piece, computed once; pieces of the same text share one tensor.
+
+    One file has the states of all pieces that are asked for together, since the sums of a state depend on the texts of its
+    batch. Nothing is stored where the code of a lower block is not a library's own.
+    """
+    texts = {(piece.ids, piece.documents): piece for piece in pieces}
+    base: Any = net.lm.base_model
+    path = None
+    if not has_hooks(base.modules()):
+        upper = blocks(net.lm)[net.first :]
+        path = path_of(repr((net.first, list(texts))), Identity(base, skip=upper), machine(net.lm.device))
+    stored = None if path is None else read_stored(path)
+    if stored is None:
+        states = net.lower_states(list(texts.values()))
+        if path is not None:
+            write_stored(path, {"states": torch.cat(states)})
+    else:
+        states = list(stored["states"].split([len(ids) for ids, _ in texts]))
+    by_text = dict(zip(texts, states))
+    return [by_text[piece.ids, piece.documents] for piece in pieces]
 
 
 def counted_tokens(batch: Batch) -> Tensor:
@@ -281,33 +308,12 @@ def blocks(lm: nn.Module) -> nn.ModuleList:
 
 
 @contextmanager
-def _replaced(lower: Sequence[nn.Module], states: Tensor | None) -> Iterator[None]:
-    """Within the block, the lower blocks return `states` instead of running; without states nothing changes."""
-    if states is None:
-        yield
-        return
-    for block in lower:
-        block.forward = lambda hidden_states, *args, **options: states
+def _forward_replaced(replaced: Iterable[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Within the block, `forward` takes the place of the modules' own."""
+    for module in replaced:
+        module.forward = forward
     try:
         yield
     finally:
-        for block in lower:
-            del block.forward
-
-
-@contextmanager
-def _captured(all_blocks: nn.ModuleList, first: int) -> Iterator[list[Tensor]]:
-    """Within the block, blocks from `first` on pass their input through; the list begins with the input of block `first`."""
-    captured: list[Tensor] = []
-
-    def capture(hidden_states: Tensor, *args: object, **options: object) -> Tensor:
-        captured.append(hidden_states)
-        return hidden_states
-
-    for block in all_blocks[first:]:
-        block.forward = capture
-    try:
-        yield captured
-    finally:
-        for block in all_blocks[first:]:
-            del block.forward
+        for module in replaced:
+            del module.forward

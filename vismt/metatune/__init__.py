@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from vismt.metatune.amt.weight_attack import weight_perturbation
     from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings, finetune
     from vismt.metatune.maml import LinearLearner, MamlNet, MamlObjective, MamlSettings
-    from vismt.metatune.probes.logistic import LogisticProbe
-    from vismt.metatune.probes.ridge import RidgeProbe
+    from vismt.metatune.probes.linear import LogisticProbe, RidgeProbe
     from vismt.metatune.protocol.episodes import Episode, EpisodeSampler, VariableSampler
     from vismt.metatune.protocol.protocol import run_protocol
     from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes

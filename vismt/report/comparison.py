@@ -182,7 +182,8 @@ def _compare(data: str, columns: Sequence[Sequence[Result]], evidence: Evidence)
     """Return the comparison of arms under one condition. columns: the rows of each arm, one for each set."""
     values = [math.fsum(row.value for row in rows) / len(rows) for rows in columns]
     halves = [evidence.half(rows) for rows in columns]
-    best = _best(columns[0][0], values)
+    choose = min if columns[0][0].better == LOWER else max
+    best = choose(range(len(values)), key=values.__getitem__)
     several = len(columns) > 1
     paired = several
     cells = {}
@@ -198,12 +199,6 @@ def _compare(data: str, columns: Sequence[Sequence[Result]], evidence: Evidence)
         cells[rows[0].arm] = Cell(values[number], halves[number], count, mark, len(evidence.seeds(rows)))
     difference = evidence.difference(columns[1], columns[0]) if len(columns) == 2 else None
     return Comparison(columns[0][0], data, cells, difference, paired)
-
-
-def _best(row: Result, values: Sequence[float]) -> int:
-    """Return the position of the best of some values of a row's metric."""
-    choose = min if row.better == LOWER else max
-    return choose(range(len(values)), key=values.__getitem__)
 
 
 def _aligned(a: Values | None, b: Values | None) -> tuple[list[float], list[float]] | None:

@@ -7,14 +7,10 @@ import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vismt.report.comparison import AVERAGE
 from vismt.report.plotting import FIGURE_DPI
-from vismt.report.tables import Picture, Section, Table, fitted, is_long, is_text
-
-if TYPE_CHECKING:
-    from vismt.report.document import KeyFigure, Report
+from vismt.report.tables import KeyFigure, Picture, Report, Section, Table, fitted, is_long, is_text
 
 SCREEN_DPI, FRAME = 96, 26  # at which letters of a figure have the size of those around it; pixels of its frame
 
@@ -127,7 +123,8 @@ def render_markdown(report: Report, folder: Path) -> str:
         for picture in section.pictures:
             if picture.title != section.title:
                 lines += ["", f"### {_plain(picture.title)}"]
-            lines += ["", *_markdown_picture(picture, folder)]
+            target = picture.path.relative_to(folder).as_posix().replace(" ", "%20")
+            lines += ["", f"![{_plain(picture.title)}]({target})", "", _plain(picture.caption)]
     lines += ["", "## How to cite these numbers", ""]
     lines += ["\n>\n".join(f"> {_plain(sentence)}" for sentence in report.citation)]
     return "\n".join(lines) + "\n"
@@ -141,7 +138,10 @@ def _html_table(table: Table) -> str:
 
 
 def _html_part(table: Table) -> str:
-    kinds = [_kind(table, column) for column in range(len(table.heads))]
+    kinds = []  # the classes of the cells of each column
+    for column in range(len(table.heads)):
+        words = "text long" if is_long(table, column) else "text"
+        kinds.append(words if is_text(table, column) else "number")
     heads = "".join(
         f'<th class="{kind}">{_breakable(head)}</th>' for kind, head in zip(kinds, table.heads, strict=True)
     )
@@ -162,13 +162,6 @@ def _html_part(table: Table) -> str:
         rows.append(f'<tr class="{classes}">{"".join(cells)}</tr>' if classes else f"<tr>{''.join(cells)}</tr>")
     body = "\n".join(rows)
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _kind(table: Table, column: int) -> str:
-    """Return the classes of the cells of a column."""
-    if not is_text(table, column):
-        return "number"
-    return "text long" if is_long(table, column) else "text"
 
 
 def _breakable(text: str) -> str:
@@ -208,11 +201,6 @@ def _markdown_part(table: Table) -> list[str]:
         for number, row in enumerate(table.rows)
     ]
     return [line([_plain(head) for head in table.heads]), line(rules), *rows]
-
-
-def _markdown_picture(picture: Picture, folder: Path) -> list[str]:
-    target = picture.path.relative_to(folder).as_posix().replace(" ", "%20")
-    return [f"![{_plain(picture.title)}]({target})", "", _plain(picture.caption)]
 
 
 def _plain(text: str) -> str:

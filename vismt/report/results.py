@@ -18,9 +18,7 @@ from vismt.engine.log import record_stem
 from vismt.storage.lines import lacks_checksums, read_lines, write_lines
 from vismt.uncertainty.intervals import SHARE, Better, Condition, Measure, Scale
 
-RESOLVED = "config.resolved.yaml"
 FACTS = "run.json"
-
 RESULTS, RECORDS = "results.jsonl", "records"
 ROUNDING = 1e-9  # of a mean of pseudo-values, which is the score
 EXAMPLE = "example"  # key of an example's name in a line of records

@@ -1,22 +1,12 @@
-"""The weights of an arm's routers by patch: the file, written from an unmerged net, and its picture."""
+"""The picture of an arm's routers: the strongest expert at every patch of some images, and its weight."""
 
 from __future__ import annotations
 
-import re
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from einops import rearrange
-from torch import Tensor, nn
 
-from vismt.base.errors import UserError
-from vismt.lowrank.layers.wrappers import wrappers_of
-from vismt.multitask.emtal.ffn import MoEfiedMlp
-from vismt.multitask.emtal.routing import expert_weights
-from vismt.report.panels import read_panel, to_bytes, write_panel
+from vismt.report.panels import read_panel
 from vismt.report.plotting import (
     MUTED,
     axes_at,
@@ -31,76 +21,10 @@ from vismt.report.plotting import (
 from vismt.report.tables import Picture
 
 ROUTERS = "routers"  # the folder of the files
-ROUTED_IMAGES = 4
-ROUTED_BLOCKS = 3
 CAPTION = (
     "The router's weights at fade 0 on the tokens of the trained model at its trained fade. Weights average 1 over the "
     "experts; an expert's number is comparable within its block only."
 )
-
-
-def has_routers(net: nn.Module) -> bool:
-    """Return whether a net has a router."""
-    return any(isinstance(part, MoEfiedMlp) for part in wrappers_of(net).values())
-
-
-def write_routers(path: Path, net: Any, images: Tensor) -> Path:
-    """Write the experts' weights on the patches of images at fade 0, whatever the fade of the net is.
-
-    The file holds omega, float16 (block, n, e, rows, columns), computed on the tokens at the net's fade, in the first, the
-    middle and the last FFN with a router, without class and register tokens; and blocks, int64, the index of each in the
-    model of `depth` blocks.
-
-    Args:
-        path: the file to write.
-        net: an unmerged net with a timm model as `stock` and a `backbone`.
-        images: float (n, 3, h, w) in [0, 1].
-
-    Raises:
-        UserError: for a net without a router.
-    """
-    routed = [(name, part) for name, part in wrappers_of(net).items() if isinstance(part, MoEfiedMlp)]
-    if not routed:
-        raise UserError("routers: this net has no router; take one that was adapted with moe_lora and is not merged.")
-    chosen = [
-        routed[i] for i in sorted({round(i * (len(routed) - 1) / (ROUTED_BLOCKS - 1)) for i in range(ROUTED_BLOCKS)})
-    ]
-    weights: dict[str, Tensor] = {}
-    hooks = [part.register_forward_pre_hook(partial(_weigh, weights, name)) for name, part in chosen]
-    training = net.training
-    try:
-        with torch.no_grad():
-            net.eval()(images.to(next(net.parameters()).device))
-    finally:
-        net.train(training)
-        for hook in hooks:
-            hook.remove()
-    rows, columns = net.backbone.grid
-    patches = [weights[name][:, net.stock.num_prefix_tokens :] for name, _ in chosen]
-    maps = [rearrange(omega, "b (r c) e -> b e r c", r=rows, c=columns) for omega in patches]
-    return write_panel(
-        path,
-        "routers",
-        {
-            "images": to_bytes(images),
-            "omega": torch.stack(maps).to("cpu", torch.float16).numpy(),
-            "blocks": np.array([_block(name) for name, _ in chosen], dtype=np.int64),
-            "depth": np.array(net.backbone.depth, dtype=np.int64),
-        },
-    )
-
-
-def _block(path: str) -> int:
-    """Return the index of the block in a module's path."""
-    match = re.search(r"blocks\.(\d+)", path)
-    if match is None:
-        raise UserError(f"routers: '{path}' is not in a block of the model.")
-    return int(match[1])
-
-
-def _weigh(weights: dict[str, Tensor], name: str, part: MoEfiedMlp, inputs: tuple[Tensor]) -> None:
-    router = part.lora_router
-    weights[name] = expert_weights(router(inputs[0].to(router.weight.dtype)) / part.temperature, 0.0)
 
 
 def routers_figure(panel: Path, path: Path) -> Path:
@@ -109,7 +33,7 @@ def routers_figure(panel: Path, path: Path) -> Path:
     All weights share one scale, which begins at 1, the weight of every expert where a router has no preference.
 
     Args:
-        panel: the file of `write_routers`.
+        panel: a file with the arrays of `vismt.multitask.emtal.router_maps`, and images.
         path: the PNG to write.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Comparisons as the texts of a report's tables, and the titled sections of a report."""
+"""What a report shows, as data that every format renders, and the texts of its tables, which are made from comparisons."""
 
 from __future__ import annotations
 
@@ -32,6 +32,54 @@ class Table:
     best: set[tuple[int, int]]
     texts: int = 2
     folded: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG inside the run folder, its title and its caption."""
+
+    path: Path
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report.
+
+    Args:
+        title: its heading.
+        tables: each with the note below it.
+        pictures: shown after the tables.
+        folded: whether the pictures after the first are shown on request only.
+    """
+
+    title: str
+    tables: list[tuple[Table, str]] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """What a reader sees first: models with their number, and a sentence with measure, set, condition and n."""
+
+    numbers: list[tuple[str, str]]
+    about: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that all formats show, as plain texts that are not yet escaped."""
+
+    title: str
+    keys: list[KeyFigure]
+    facts: list[tuple[str, str]]
+    tables: list[Table]
+    legend: str
+    sections: list[Section]
+    citation: list[str]
+    config: str
 
 
 def split_corruptions(comparisons: Sequence[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
@@ -188,13 +236,19 @@ def fitted(table: Table, widest: int = WIDEST) -> list[Table]:
             taken = first
         groups[-1].append(column)
         taken += widths[column]
-    return [_columns(table, [*range(table.texts), *group]) for group in groups]
+    parts = []
+    for group in groups:
+        kept = [*range(table.texts), *group]
+        rows = [[row[column] for column in kept] for row in table.rows]
+        best = {(row, kept.index(column)) for row, column in table.best if column in kept}
+        parts.append(replace(table, heads=[table.heads[column] for column in kept], rows=rows, best=best))
+    return parts
 
 
 def _width(table: Table, column: int) -> int:
     """Return the characters that a column needs: its head is broken between words and joints, and so are long texts."""
     words = max(len(word) for word in re.split(r"[\s+:_/-]", table.heads[column]))
-    longest = max((len(text) for text in _texts(table, column)), default=0)
+    longest = max((len(row[column]) for row in table.rows), default=0)
     return APART + max(words, TEXT if is_long(table, column) else longest)
 
 
@@ -206,18 +260,7 @@ def is_text(table: Table, column: int) -> bool:
 def is_long(table: Table, column: int) -> bool:
     """Return whether a column holds texts that may be broken between lines."""
     most = TEXT if column < table.texts else 2 * TEXT
-    return any(len(text) > most for text in _texts(table, column))
-
-
-def _texts(table: Table, column: int) -> list[str]:
-    return [row[column] for row in table.rows]
-
-
-def _columns(table: Table, kept: Sequence[int]) -> Table:
-    """Return a table of some of the columns."""
-    rows = [[row[column] for column in kept] for row in table.rows]
-    best = {(row, kept.index(column)) for row, column in table.best if column in kept}
-    return replace(table, heads=[table.heads[column] for column in kept], rows=rows, best=best)
+    return any(len(row[column]) > most for row in table.rows)
 
 
 def cell_text(cell: Cell | None, row: Result) -> str:
@@ -273,29 +316,3 @@ def scale_text(metric: str, scale: str, better: str | None = None) -> str:
     if better is None:
         return text
     return f"{text} {'↓' if better == LOWER else '↑'}"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG inside the run folder, its title and its caption."""
-
-    path: Path
-    title: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of a report.
-
-    Args:
-        title: its heading.
-        tables: each with the note below it.
-        pictures: shown after the tables.
-        folded: whether the pictures after the first are shown on request only.
-    """
-
-    title: str
-    tables: list[tuple[Table, str]] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
-    folded: bool = False

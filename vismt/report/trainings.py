@@ -9,7 +9,7 @@ from typing import Any
 from vismt.engine.log import METRICS
 from vismt.engine.study import ARMS, CHOSEN, read_choice
 from vismt.engine.training_files import MERGE
-from vismt.report import study_figures
+from vismt.report import arm_figures
 from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.files import read_sealed
@@ -38,8 +38,9 @@ def training_sections(
         arms: the trained arms in order.
         logged: titles of the logged columns that are drawn.
     """
+    seeds = list(dict.fromkeys(row.seed for row in results if row.seed is not None))  # of several trainings
     return [
-        Section("Training", _rates(folder, arms), _curves(folder, arms, logged, _seeds(results))),
+        Section("Training", _rates(folder, arms), _curves(folder, arms, logged, seeds)),
         Section("Merging", _merging(folder, arms)),
     ]
 
@@ -52,42 +53,30 @@ def _rates(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
     if not rates:
         return []
     best = {(row, 1 + rates.index(f"{choice.lr:g}")) for row, choice in enumerate(choices.values())}
-    rows = [
-        [arm, *(_rate_text(choice.validation, rate) for rate in rates), f"{choice.lr:g}"]
-        for arm, choice in choices.items()
-    ]
+    rows = []
+    for arm, choice in choices.items():
+        texts = {rate: "diverged" if score is None else f"{score:.4g}" for rate, score in choice.validation.items()}
+        rows.append([arm, *(texts.get(rate, "–") for rate in rates), f"{choice.lr:g}"])
     return [(Table("Choice of the rate", ["Arm", *rates, "chosen"], rows, best, texts=1), RATE_NOTE)]
 
 
-def _rate_text(validation: Mapping[str, float | None], rate: str) -> str:
-    if rate not in validation:
-        return "–"
-    score = validation[rate]
-    return "diverged" if score is None else f"{score:.4g}"
-
-
-def _seeds(results: Sequence[Result]) -> list[int]:
-    """Return the seeds of several trainings in their order; nothing where each arm has one training."""
-    return list(dict.fromkeys(row.seed for row in results if row.seed is not None))
-
-
 def _curves(folder: Path, arms: Sequence[str], logged: Mapping[str, str], seeds: Sequence[int]) -> list[Picture]:
-    logs = {arm: rows for arm in arms if (rows := _first_log(folder, arm, seeds))}
+    """Draw what the first seed of each arm has logged at the chosen rate; arms without a choice are left out."""
+    logs: dict[str, list[dict[str, Any]]] = {}
+    for arm in arms:
+        if not (folder / ARMS / arm / CHOSEN).exists():
+            continue
+        stem = f"lr-{read_choice(folder, arm).lr:g}-seed-"
+        names = [f"{stem}{seed}" for seed in seeds]
+        names = names or sorted(path.name for path in (folder / ARMS / arm).glob(f"{stem}*"))
+        rows = read_lines(folder / ARMS / arm / names[0] / METRICS, ("step",)) if names else []
+        if rows:
+            logs[arm] = rows
     drawn = [name for name in logged if name != "fade"]
     if not any(row.get(name) is not None for rows in logs.values() for row in rows for name in drawn):
         return []
-    path = study_figures.curves_figure(logs, logged, folder / "figures" / "training.png")
+    path = arm_figures.curves_figure(logs, logged, folder / "figures" / "training.png")
     return [Picture(path, "Training", TRAINING_CAPTION)]
-
-
-def _first_log(folder: Path, arm: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Return the logged steps of an arm's first seed at the chosen rate, [] where it has none."""
-    if not (folder / ARMS / arm / CHOSEN).exists():
-        return []
-    stem = f"lr-{read_choice(folder, arm).lr:g}-seed-"
-    names = [f"{stem}{seed}" for seed in seeds]
-    names = names or sorted(path.name for path in (folder / ARMS / arm).glob(f"{stem}*"))
-    return read_lines(folder / ARMS / arm / names[0] / METRICS, ("step",)) if names else []
 
 
 def _merging(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
@@ -100,14 +89,9 @@ def _merging(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
         if checks:
             ratio = max(check["largest_difference"] / max(check["largest_logit"], 1e-12) for check in checks)
             n = sum(check["n"] for check in checks)
-            rows.append([arm, str(len(checks)), f"{n:,}", _different_answers(checks), f"{ratio:.1e}"])
+            outputs = [output for check in checks for output in check.get("outputs", {}).values()]
+            answers = not outputs or any("different" in output for output in outputs)
+            different = f"{sum(check['different_predictions'] for check in checks):,}" if answers else "–"
+            rows.append([arm, str(len(checks)), f"{n:,}", different, f"{ratio:.1e}"])
     heads = ["Arm", "trainings", "examples", "answers that differ", "largest relative difference"]
     return [(Table("Merged and unmerged", heads, rows, set(), texts=1), MERGE_NOTE)] if rows else []
-
-
-def _different_answers(checks: Sequence[Mapping[str, Any]]) -> str:
-    """Return the number of answers that merging changed; a dash where no output is an answer."""
-    outputs = [output for check in checks for output in check.get("outputs", {}).values()]
-    if outputs and not any("different" in output for output in outputs):
-        return "–"
-    return f"{sum(check['different_predictions'] for check in checks):,}"

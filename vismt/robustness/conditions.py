@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, Literal, overload
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import HASHED_IF_SET, fraction
+from vismt.config.sections import fraction
 from vismt.config.typed import Names
 from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.robustness.attacks.attacks import AttackSpec, budget_text
@@ -124,8 +124,8 @@ class AttackConfig:
     norm: Annotated[str, Names("vismt.base.norm_balls:NORMS")] = "linf"
     random_start: bool = True
     source: str | None = None
-    restarts: int | None = field(default=None, metadata=HASHED_IF_SET)
-    tasks: list[str] = field(default_factory=list, metadata=HASHED_IF_SET)
+    restarts: int | None = None
+    tasks: list[str] = field(default_factory=list)
 
     def spec(self, seed: int = 0) -> AttackSpec:
         """Return the attack of a classifier with its numbers, whatever its source."""

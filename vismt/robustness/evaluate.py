@@ -27,7 +27,7 @@ from vismt.robustness.conditions import DirectPerturbation, Perturbation, condit
 from vismt.storage.records import SHARE, Field, Records
 from vismt.uncertainty.conformal import set_sizes
 from vismt.uncertainty.intervals import CLEAN, Condition, wilson
-from vismt.uncertainty.proper_scores import proper_scores
+from vismt.uncertainty.probability_metrics import proper_scores
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[str]]
 Form = Callable[[Tensor], Tensor]  # logits float64 (b, k) on the CPU to logits of the same shape

@@ -25,14 +25,18 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
-from vismt.uncertainty.predictive import draw_logits, predictive, uncertainty_scores
-from vismt.uncertainty.variational import GaussianHead, full_precision
+from vismt.uncertainty.predictive import GaussianHead, full_precision
 
 LARGEST = 4096  # k d of a full matrix: 128 MB in fp64, and half a minute of eigh
 
 
 class Curvature(nn.Module, ABC):
     """Sum H over batches with `add`, decompose it with `finish`, then evaluate with `root`."""
+
+    values0: Tensor
+    vectors0: Tensor
+    values1: Tensor
+    vectors1: Tensor
 
     def __init__(self, *shapes: tuple[int, ...], **factory: Any) -> None:
         super().__init__()
@@ -127,6 +131,8 @@ class Laplace(GaussianHead):
         affine: whether the last column of mean is a bias.
     """
 
+    noise: Tensor | None
+
     def __init__(
         self,
         mean: Tensor,
@@ -159,26 +165,8 @@ class Laplace(GaussianHead):
         noise_root = torch.diag(self.noise.sqrt()).expand(len(x), -1, -1)
         return x @ self.mean.mT, _square_root(torch.cat([root, noise_root], 2))
 
-    @full_precision
-    def predict(
-        self,
-        features: Tensor,
-        samples: int | None = None,
-        generator: torch.Generator | None = None,
-        *,
-        method: str | None = None,
-    ) -> Tensor:
-        """Return class probabilities (b, k); arguments as in `VBLLClassifier.predict`."""
-        mean, root = self.logit_distribution(features)
-        return predictive(mean, root, samples, generator, method)
-
-    @full_precision
-    def uncertainty(
-        self, features: Tensor, samples: int = 20, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """Return scores (b,) by name, higher where the model is less certain (`uncertainty_scores`)."""
-        mean, root = self.logit_distribution(features)
-        return uncertainty_scores(draw_logits(mean, root, samples, generator))
+    def mean_and_root(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.logit_distribution(features)
 
     def tune(
         self,
@@ -252,13 +240,16 @@ def fit_laplace(
     # In fp32 p sums to 1 only up to 1e-7 of what grows with N, and small eigenvalues drown; an MPS device has no fp64.
     exact = torch.float32 if mean.device.type == "mps" else torch.float64
     curvature = STRUCTURES[structure](*mean.shape, dtype=exact, device=mean.device)
-    laplace = Laplace(
-        mean,
-        curvature,
-        _positive(prior_precision),
-        None if noise is None else _variances(noise, mean),
-        bias is not None,
-    )
+    if noise is not None:
+        if noise.shape != (len(mean),):
+            raise UserError(f"laplace: the noise is {tuple(noise.shape)}, needed {len(mean)} variances, one per class.")
+        if not bool(((noise >= 0) & noise.isfinite()).all()):
+            raise UserError(
+                f"laplace: noise variances from {float(noise.min()):g} to {float(noise.max()):g}; "
+                "they must be finite and not negative."
+            )
+        noise = noise.detach().to(mean, copy=True)
+    laplace = Laplace(mean, curvature, _positive(prior_precision), noise, bias is not None)
     for features in batches:
         if not isinstance(features, Tensor):
             raise UserError(
@@ -279,18 +270,6 @@ def _output_hessian(p: Tensor, w: Tensor) -> Tensor:
 def _square_root(wide: Tensor) -> Tensor:
     """Return R (b, k, k) with R R^T = wide wide^T for wide (b, k, m), m >= k, by QR: the product loses half the digits."""
     return torch.linalg.qr(wide.mT, mode="r").R.mT
-
-
-def _variances(noise: Tensor, mean: Tensor) -> Tensor:
-    """Return a checked copy (k,) of the noise on the device and in the dtype of `mean`."""
-    if noise.shape != (len(mean),):
-        raise UserError(f"laplace: the noise is {tuple(noise.shape)}, needed {len(mean)} variances, one per class.")
-    if not bool(((noise >= 0) & noise.isfinite()).all()):
-        raise UserError(
-            f"laplace: noise variances from {float(noise.min()):g} to {float(noise.max()):g}; "
-            "they must be finite and not negative."
-        )
-    return noise.detach().to(mean, copy=True)
 
 
 def _positive(precision: float) -> float:

@@ -2,14 +2,14 @@
 
 head(features (b, d)) -> logits (b, k); head.loss(features, labels (b,)) -> scalar; head.predict(features, ...) -> probabilities
 (b, k). A head starts at given rows (k, d), the rows of the LM's output embedding for the answer tokens. The prior of VBLL is
-centred at these rows; otherwise its KL would start at hundreds of nats per class.
+centred at these rows; otherwise its KL would start at hundreds of nats per class. What is registered is a dataclass of the
+head's options.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +19,20 @@ from vismt.base.errors import require_known
 from vismt.base.registry import Registry
 from vismt.config.typed import arguments
 from vismt.uncertainty.laplace import LARGEST, fit_laplace
-from vismt.uncertainty.variational import GaussianHead
-from vismt.uncertainty.vbll import VBLLClassifier
-
-JOB_ARGUMENTS = ("rows", "bias", "num_train", "seed")  # a job passes these to a head that has parameters of these names
-
-HEADS: Registry[Callable[..., nn.Module]] = Registry("head: no head")
+from vismt.uncertainty.predictive import GaussianHead
+from vismt.uncertainty.vbll import VBLLClassifier, VBLLOptions
 
 
-@HEADS.register("linear")
+class HeadOptions(Protocol):
+    """A dataclass of a head's options."""
+
+    def make(self, rows: Tensor, bias: Tensor | None, num_train: int, seed: int) -> nn.Module:
+        """Return the head; arguments as for `make_head`."""
+
+
+HEADS: Registry[type[HeadOptions]] = Registry("head: no head")
+
+
 class LinearAnswerHead(nn.Module):
     """Logits features W^T + bias in fp32; W (k, d) starts at `rows`, the bias (k,) exists where the output embedding has one."""
 
@@ -44,35 +49,22 @@ class LinearAnswerHead(nn.Module):
         return F.cross_entropy(self(features).float(), labels)
 
 
+@HEADS.register("linear")
+@dataclass(frozen=True)
+class LinearHead:
+    """A linear head has no options."""
+
+    def make(self, rows: Tensor, bias: Tensor | None, num_train: int, seed: int) -> LinearAnswerHead:
+        return LinearAnswerHead(rows, bias)
+
+
 @HEADS.register("vbll")
-def vbll_head(
-    rows: Tensor,
-    num_train: int,
-    seed: int,
-    covariance: str = "diagonal",
-    prior_scale: float = 1.0,
-    covariance_rank: int | None = None,
-    noise_dof: float = 1.0,
-    noise_scale: float = 1.0,
-    start_std: float = 0.03,
-    start_noise: float = 0.37,
-) -> VBLLClassifier:
-    """Return a VBLLClassifier that starts at `rows` (k, d); it has no bias, even where the output embedding has one."""
-    return VBLLClassifier(
-        rows.shape[1],
-        len(rows),
-        num_train,
-        covariance,
-        prior_scale,
-        covariance_rank=covariance_rank,
-        noise_dof=noise_dof,
-        noise_scale=noise_scale,
-        start_std=start_std,
-        start_noise=start_noise,
-        rows=rows,
-        seed=seed,
-        device=rows.device,
-    )
+class VBLLHead(VBLLOptions):
+    """A VBLLClassifier that starts at the rows; it has no bias, even where the output embedding has one."""
+
+    def make(self, rows: Tensor, bias: Tensor | None, num_train: int, seed: int) -> VBLLClassifier:
+        classes, width = rows.shape
+        return VBLLClassifier(width, classes, num_train, rows=rows, seed=seed, device=rows.device, **asdict(self))
 
 
 def make_head(
@@ -92,9 +84,7 @@ def make_head(
         UserError: unknown name or option.
     """
     check_head(name, options)
-    parameters = inspect.signature(HEADS[name]).parameters
-    job_arguments = {"rows": rows, "bias": bias, "num_train": num_train, "seed": seed}
-    return HEADS[name](**{key: value for key, value in job_arguments.items() if key in parameters}, **options)
+    return HEADS[name](**options).make(rows, bias, num_train, seed)
 
 
 def is_variational(name: str) -> bool:
@@ -104,9 +94,8 @@ def is_variational(name: str) -> bool:
 
 def check_head(name: str, options: dict[str, Any]) -> None:
     """Raise UserError for an unknown name or option, and for an option of another type."""
-    parameters = inspect.signature(HEADS[name]).parameters
-    known_options = [option for option in parameters if option not in JOB_ARGUMENTS]
-    require_known(f"head: '{name}' has no option", options, known_options)
+    known = [field.name for field in fields(HEADS[name])]  # type: ignore[arg-type]  # a dataclass
+    require_known(f"head: '{name}' has no option", options, known)
     arguments(HEADS[name], options, "head", "options")
 
 

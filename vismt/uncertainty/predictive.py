@@ -1,4 +1,4 @@
-"""Class probabilities and uncertainty scores from a Gaussian distribution of logits.
+"""Heads whose logits have a Gaussian distribution: class probabilities and uncertainty scores.
 
     probit     p_c ~ 1 / sum_j exp(-(m_c - m_j) / sqrt(1 + pi V_cj / 8)),   V_cj the variance of z_c - z_j           no draw
     sample     p = mean_s softmax(m + R eps_s), R R^T the covariance of the k logits     probabilities are averaged, not logits
@@ -16,28 +16,134 @@ and 0.016); three 0.001, 0.004 and 0.005 (0.007, 0.020 and 0.040); five 0.004, 0
 
 from __future__ import annotations
 
+import functools
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from einops import einsum
-from torch import Tensor
+from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
 
 METHODS = ("sample", "probit")
 PAIRS = 2**25  # numbers of a temporary (b, k, k) of the probit
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def predictive(
-    mean: Tensor, root: Tensor, samples: int | None, generator: torch.Generator | None, method: str | None
-) -> Tensor:
-    """Return probabilities (b, k) by one of METHODS, the probit where samples is None too. Arguments as in `draw_logits`."""
-    method = method or ("probit" if samples is None else "sample")
-    if method not in METHODS:
-        raise UserError(f"predict: no method '{method}'.{near(str(method), METHODS)}")
-    if method == "probit":
-        return probit(mean, root)
-    return draw_logits(mean, root, 20 if samples is None else samples, generator).softmax(-1).mean(0)
+def full_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a method of a head outside autocast: v / 2 in a logsumexp and factorisations are not accurate in half precision."""
+
+    @functools.wraps(method)
+    def run(self: GaussianHead, *args: Any, **options: Any) -> Any:
+        device_type = self.mean.device.type
+        available = torch.amp.is_autocast_available(device_type)
+        with torch.autocast(device_type, enabled=False) if available else nullcontext():
+            return method(self, *args, **options)
+
+    return run
+
+
+class GaussianHead(nn.Module, ABC):
+    """A head with means (k, d) that stays in fp32 (or fp64) when the surrounding model is converted to half precision."""
+
+    mean: Tensor
+
+    @full_precision
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the mean logits (b, k) fp32, those of a linear head with these means. features: (b, d) float."""
+        return self._features(features) @ self.mean.mT
+
+    @abstractmethod
+    def mean_and_root(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the means (b, k) of the logits and R: (b, k, k) with covariance R R^T, or (b, k) independent std."""
+
+    @full_precision
+    def predict(
+        self,
+        features: Tensor,
+        samples: int | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        method: str | None = None,
+    ) -> Tensor:
+        """Return class probabilities (b, k) fp32, averaged over the distribution of the logits.
+
+        Args:
+            features: (b, d) float, from one pass of the backbone for any number of samples.
+            samples: number of draws of the k logits, over which the softmax is averaged; 20 where None.
+            generator: of the draws; None for the global one.
+            method: "sample", or "probit", an approximation without draws that 20 draws do not reach; None draws where
+                `samples` is given, and takes the probit elsewhere.
+
+        Raises:
+            UserError: features that do not fit, `samples` below 1, or an unknown method.
+        """
+        method = method or ("probit" if samples is None else "sample")
+        if method not in METHODS:
+            raise UserError(f"predict: no method '{method}'.{near(str(method), METHODS)}")
+        mean, root = self.mean_and_root(features)
+        if method == "probit":
+            return probit(mean, root)
+        return draw_logits(mean, root, 20 if samples is None else samples, generator).softmax(-1).mean(0)
+
+    def log_probabilities(self, features: Tensor) -> Tensor:
+        """Return log class probabilities (b, k) by the probit, finite; every job scores a head by them."""
+        return self.predict(features).clamp_min(SMALLEST).log()
+
+    @full_precision
+    def uncertainty(
+        self, features: Tensor, samples: int | None = None, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Return scores (b,) by name; higher scores mean a less certain model. Arguments as for `predict`.
+
+        least_confidence: 1 - max p, in [0, 1 - 1/k]. entropy: H(p) in nats. With draws also mutual_information:
+        H(p) - mean_s H(p_s) >= 0, the disagreement of the draws. p is that of `predict`.
+        """
+        mean, root = self.mean_and_root(features)
+        if samples is None:
+            log_p = probit(mean, root).clamp_min(SMALLEST).log()
+        else:
+            draws = draw_logits(mean, root, samples, generator).log_softmax(-1)
+            log_p = torch.logsumexp(draws, 0) - math.log(samples)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        scores = {"least_confidence": 1 - log_p.exp().amax(-1), "entropy": entropy}
+        if samples is not None:
+            scores["mutual_information"] = (entropy + (draws.exp() * draws).sum(-1).mean(0)).clamp_min(0)
+        return scores
+
+    def _features(self, features: Tensor) -> Tensor:
+        """Return checked features (b, d) in the precision of the head."""
+        if features.ndim != 2 or features.shape[1] != self.mean.shape[1] or not features.is_floating_point():
+            raise UserError(
+                f"{type(self).__name__}: features are {features.dtype} {tuple(features.shape)}, needed floats "
+                f"(b, {self.mean.shape[1]}): pool tokens or take one position first."
+            )
+        return features.to(self.mean.dtype)
+
+    def _labels(self, labels: Tensor, count: int) -> Tensor:
+        """Return checked labels (b, 1) for gather; the range is checked on the CPU only, to avoid a device synchronisation."""
+        what, k = type(self).__name__, len(self.mean)
+        if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise UserError(
+                f"{what}: labels are {labels.dtype} {tuple(labels.shape)}, needed whole numbers ({count},)."
+            )
+        if labels.device.type == "cpu" and count and not 0 <= int(labels.min()) <= int(labels.max()) < k:
+            raise UserError(
+                f"{what}: labels range over [{int(labels.min())}, {int(labels.max())}], needed [0, {k - 1}]."
+            )
+        return labels.long().unsqueeze(1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            is_half = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device) if is_half else moved
+
+        return super()._apply(keep_precision, recurse)
 
 
 def draw_logits(mean: Tensor, root: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
@@ -56,31 +162,12 @@ def draw_logits(mean: Tensor, root: Tensor, samples: int, generator: torch.Gener
 def probit(mean: Tensor, root: Tensor) -> Tensor:
     """Return approximate probabilities (b, k) without a draw. Arguments as in `draw_logits`."""
     batch = max(1, PAIRS // mean.shape[1] ** 2)
-    return torch.cat([_probit(*part) for part in zip(mean.split(batch), root.split(batch), strict=True)])
-
-
-def _probit(mean: Tensor, root: Tensor) -> Tensor:
-    covariance = torch.diag_embed(root.square()) if root.ndim == 2 else root @ root.mT
-    variance = covariance.diagonal(dim1=1, dim2=2)
-    pairs = (variance.unsqueeze(2) + variance.unsqueeze(1) - 2 * covariance).clamp_min(
-        0
-    )  # the value at c = j is unused
-    against = (mean.unsqueeze(1) - mean.unsqueeze(2)) / torch.sqrt(1 + math.pi / 8 * pairs)
-    return torch.softmax(-torch.logsumexp(against, 2), 1)
-
-
-def uncertainty_scores(logits: Tensor) -> dict[str, Tensor]:
-    """Return scores (b,) of logits (s, b, k) by name; higher scores mean a less certain model.
-
-    least_confidence: 1 - max p, in [0, 1 - 1/k]. entropy: H(p) in nats. mutual_information: H(p) - mean_s H(p_s) >= 0, the
-    disagreement of the draws. p is the mean over draws.
-    """
-    logs = logits.log_softmax(-1)
-    mean = torch.logsumexp(logs, 0) - math.log(len(logs))
-    entropy = -(mean.exp() * mean).sum(-1)
-    inner = -(logs.exp() * logs).sum(-1).mean(0)
-    return {
-        "least_confidence": 1 - mean.exp().amax(-1),
-        "entropy": entropy,
-        "mutual_information": (entropy - inner).clamp_min(0),
-    }
+    parts = []
+    for m, r in zip(mean.split(batch), root.split(batch), strict=True):
+        covariance = torch.diag_embed(r.square()) if r.ndim == 2 else r @ r.mT
+        variance = covariance.diagonal(dim1=1, dim2=2)
+        # The value at c = j is unused.
+        pairs = (variance.unsqueeze(2) + variance.unsqueeze(1) - 2 * covariance).clamp_min(0)
+        against = (m.unsqueeze(1) - m.unsqueeze(2)) / torch.sqrt(1 + math.pi / 8 * pairs)
+        parts.append(torch.softmax(-torch.logsumexp(against, 2), 1))
+    return torch.cat(parts)

@@ -16,29 +16,24 @@ and their bootstrap errors e are separated: ECE(t) = sum_b |t g_b + e_b| would b
 interval contains the t sum_b |g_b| for which the observed ECE lies within the middle 95 % of ECE(t). In simulations (n of 100
 to 1000, true ECE 0 to 0.2) it contained the true value in 84 to 98 % of sets, the basic bootstrap interval in 70 % of
 calibrated ones. For the difference of two models the paired bootstrap is worse still (0 to 83 %: the bias differs between the
-models and the pairing makes it look certain), so `ece_difference` combines the two intervals by their squares (84 to 100 %).
-Where two models are close, compare their paired NLL or Brier values instead.
+models and the pairing makes it look certain): compare the paired NLL or Brier values of two models instead.
 
-Importing this loads torchmetrics.
+NLL and Brier score are proper: their expectation is smallest for the true probabilities (Good, J. R. Stat. Soc. B 14, 1952;
+Brier, Monthly Weather Review 78, 1950). torchmetrics is imported where a score is computed.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    multiclass_accuracy,
-    multiclass_auroc,
-    multiclass_calibration_error,
-)
 
 from vismt.base.errors import UserError
+from vismt.uncertainty.intervals import LOWER, NUMBER, Measure
 
 BINS = 15
 
@@ -78,14 +73,15 @@ def scores(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Scores:
     Raises:
         UserError: logits, NaN, labels out of range, or shapes that do not fit.
     """
+    from torchmetrics.functional.classification import multiclass_accuracy
+
     p, y = _checked(probabilities, labels)
-    k = p.shape[1]
     chosen = p.gather(1, y[:, None]).squeeze(1)
     briers = p.square().sum(1) - 2 * chosen + 1
     nlls = -chosen.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
     return Scores(
         n=len(y),
-        accuracy=float(multiclass_accuracy(p, y, num_classes=k, average="micro")),
+        accuracy=float(multiclass_accuracy(p, y, num_classes=p.shape[1], average="micro")),
         ece=expected_calibration_error(p, y, bins),
         nll=float(nlls.mean()),
         brier=float(briers.mean()),
@@ -102,85 +98,94 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
 
     Arguments as in `scores`.
     """
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     p, y = _checked(probabilities, labels)
     if bins < 1:
         raise UserError(f"ECE: {bins} bins; at least 1.")
     return float(multiclass_calibration_error(p, y, num_classes=p.shape[1], n_bins=bins, norm="l1"))
 
 
-def calibration_values(
-    confidences: Tensor, correct: Tensor, bins: int = BINS, resamples: int = 500
-) -> tuple[Tensor, tuple[float, float]]:
-    """Return values by example (n,) whose mean is the ECE (its first-order effects), and its 95 % interval.
+def proper_scores(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the NLL in nats and the Brier score, each (n,), of log-probabilities (n, k) and labels int64 (n,)."""
+    chosen = log_p.gather(1, labels[:, None]).squeeze(1)
+    briers = log_p.exp().square().sum(1) - 2 * chosen.exp() + 1
+    return (-chosen).clamp_min(0), briers.clamp(0, 2)
+
+
+def binned_gaps(confidences: Tensor, correct: Tensor, bins: int = BINS) -> Tensor:
+    """Return (n, bins) with (correct - confidence) of each example in the column of its bin: ECE = sum_b |column sum| / n.
 
     Args:
         confidences: largest probability of each example (n,), float64 in [0, 1].
         correct: (n,), 1 where the class with the largest probability is the label, else 0.
         bins: number of equal bins.
-        resamples: number of bootstrap resamples of the examples.
     """
-    return gap_values(_columns(confidences, correct, bins), resamples)
+    bounds = torch.linspace(0, 1, bins + 1, dtype=confidences.dtype)
+    column = (torch.bucketize(confidences, bounds, right=True) - 1).clamp(0, bins - 1)
+    gaps = confidences.new_zeros(len(confidences), bins)
+    return gaps.scatter_(1, column[:, None], (correct.to(confidences.dtype) - confidences)[:, None])
 
 
-def gap_values(gaps: Tensor, resamples: int = 500) -> tuple[Tensor, tuple[float, float]]:
-    """Return values by row (n,) whose mean is the ECE, sum_b |mean of column b|, and its 95 % interval.
+def gap_values(gaps: Tensor, resamples: int = 500, seed: int = 0) -> tuple[Tensor, tuple[float, float]]:
+    """Return values by row (n,) whose mean is the ECE (its first-order effects), and its 95 % interval.
 
     Args:
         gaps: (n, bins) fp64: rows of `binned_gaps`, or for groups of dependent examples the mean of each group's rows. Groups
             weigh the same, and are resampled as wholes.
         resamples: number of bootstrap resamples of the rows.
+        seed: of the resamples.
     """
-    low, _, high = _true_ece(gaps, resamples, 0)
-    return (gaps * gaps.sum(0).sign()).sum(1), (low, high)
+    if resamples < 1:
+        raise UserError(f"bootstrap: {resamples} resamples; at least 1.")
+    gap, n = gaps.mean(0), len(gaps)
+    generator = torch.Generator().manual_seed(seed)
+    chunk = max(1, 4_000_000 // n)
+    means = []
+    for start in range(0, resamples, chunk):
+        drawn = torch.randint(n, (min(chunk, resamples - start), n), generator=generator)
+        counts = torch.zeros(drawn.shape, dtype=torch.float64)
+        means.append(counts.scatter_add_(1, drawn, torch.ones_like(counts)) @ gaps / n)
+    errors = torch.cat(means) - gap
+    observed = float(gap.abs().sum())
+
+    def quantile(t: float, level: float) -> float:
+        return float(torch.quantile((t * gap + errors).abs().sum(1), level))
+
+    def scale(level: float) -> float:
+        """Return the t >= 0 at which the quantile equals the observed ECE; 0 where it is larger already at t = 0."""
+        low, high = 0.0, 1.0
+        if quantile(0.0, level) >= observed:
+            return 0.0
+        while quantile(high, level) < observed:
+            high *= 2
+        for _ in range(20):
+            middle = (low + high) / 2
+            if quantile(middle, level) >= observed:
+                high = middle
+            else:
+                low = middle
+        return (low + high) / 2
+
+    values = (gaps * gaps.sum(0).sign()).sum(1)
+    return values, (scale(0.975) * observed, scale(0.025) * observed)
 
 
-def ece_interval(
-    probabilities: Tensor, labels: Tensor, *, bins: int = BINS, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Return (ECE, low, high) with the 95 % interval described in the module's docstring.
+def quality_measures(ids: Sequence[str], gaps: Tensor, nlls: Tensor, briers: Tensor) -> list[Measure]:
+    """Return ECE, NLL and Brier score as measures.
 
     Args:
-        probabilities: (n, k) float, rows sum to 1.
-        labels: (n,) int in [0, k).
-        bins: number of equal bins.
-        resamples: number of bootstrap resamples of the examples.
-        seed: of the resamples.
-
-    Returns:
-        ECE and the ends of the interval; low is 0 where the ECE is consistent with a calibrated model.
-
-    Raises:
-        UserError: arguments that do not fit.
+        ids: names of n examples, or of groups of them that weigh the same.
+        gaps: (n, bins) fp64, as for `gap_values`.
+        nlls: (n,) in nats.
+        briers: (n,).
     """
-    low, _, high = _true_ece(binned_gaps(*_checked(probabilities, labels), bins), resamples, seed)
-    return expected_calibration_error(probabilities, labels, bins), low, high
-
-
-def ece_difference(
-    a: Tensor, b: Tensor, labels: Tensor, *, bins: int = BINS, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Return (ECE of a - ECE of b, low, high) with a 95 % interval of the true difference.
-
-    The interval is centred at the difference of the bias-corrected values, m_a - m_b, which need not be the first number:
-    low = m_a - m_b - sqrt((m_a - low_a)^2 + (high_b - m_b)^2), high likewise. Conservative, as it does not use the pairing.
-
-    Args:
-        a: probabilities (n, k) of the first model.
-        b: probabilities (n, k) of the second model on the same examples.
-        labels: (n,) int in [0, k).
-        bins: number of equal bins.
-        resamples: number of bootstrap resamples of the examples.
-        seed: of the resamples.
-
-    Raises:
-        UserError: arguments that do not fit.
-    """
-    low_a, m_a, high_a = _true_ece(binned_gaps(*_checked(a, labels), bins), resamples, seed)
-    low_b, m_b, high_b = _true_ece(binned_gaps(*_checked(b, labels), bins), resamples, seed)
-    value = expected_calibration_error(a, labels, bins) - expected_calibration_error(b, labels, bins)
-    below = math.hypot(m_a - low_a, high_b - m_b)
-    above = math.hypot(high_a - m_a, m_b - low_b)
-    return value, m_a - m_b - below, m_a - m_b + above
+    effects, bounds = gap_values(gaps)
+    return [
+        Measure("ECE-15", dict(zip(ids, effects.tolist(), strict=True)), better=LOWER, bounds=bounds, paired=False),
+        Measure("NLL in nats", dict(zip(ids, nlls.tolist(), strict=True)), NUMBER, LOWER),
+        Measure("Brier", dict(zip(ids, briers.tolist(), strict=True)), NUMBER, LOWER),
+    ]
 
 
 def detection_auroc(inside: Tensor, outside: Tensor) -> float:
@@ -195,6 +200,8 @@ def detection_auroc(inside: Tensor, outside: Tensor) -> float:
     Raises:
         UserError: no inliers, no outliers, or NaN.
     """
+    from torchmetrics.functional.classification import binary_auroc
+
     values = torch.cat([inside.detach().flatten(), outside.detach().flatten()]).cpu().double()
     if not (inside.numel() and outside.numel()) or bool(values.isnan().any()):
         raise UserError(
@@ -222,6 +229,8 @@ def detection_values(inside: Tensor, outside: Tensor) -> Tensor:
 
 def _auroc(p: Tensor, y: Tensor) -> float:
     """Return the mean AUROC over the classes that have both positive and negative examples; NaN without such a class."""
+    from torchmetrics.functional.classification import multiclass_auroc
+
     counts = torch.bincount(y, minlength=p.shape[1])
     defined = (counts > 0) & (counts < len(y))
     if not defined.any():
@@ -250,60 +259,6 @@ def _above(values: Tensor, others: Tensor) -> Tensor:
     below = torch.searchsorted(others, values.contiguous(), right=False)
     below_or_equal = torch.searchsorted(others, values.contiguous(), right=True)
     return (below + below_or_equal).double() / (2 * len(others))
-
-
-def binned_gaps(p: Tensor, y: Tensor, bins: int) -> Tensor:
-    """Return (n, bins) with (correct - confidence) of each example in the column of its bin: ECE = sum_b |column sum| / n."""
-    confidences, chosen = p.max(1)
-    return _columns(confidences, chosen == y, bins)
-
-
-def _columns(confidences: Tensor, correct: Tensor, bins: int) -> Tensor:
-    """Return (n, bins) with (correct - confidence) of each example in the column of its bin."""
-    bounds = torch.linspace(0, 1, bins + 1, dtype=confidences.dtype)
-    column = (torch.bucketize(confidences, bounds, right=True) - 1).clamp(0, bins - 1)
-    gaps = confidences.new_zeros(len(confidences), bins)
-    return gaps.scatter_(1, column[:, None], (correct.to(confidences.dtype) - confidences)[:, None])
-
-
-def _true_ece(columns: Tensor, resamples: int, seed: int) -> tuple[float, float, float]:
-    """Return the low end, the median and the high end of the true ECE, see the module's docstring."""
-    gap = columns.mean(0)
-    n = len(columns)
-    errors = torch.cat([counts @ columns / n for counts in _resamples(n, resamples, seed)]) - gap
-    observed = float(gap.abs().sum())
-
-    def quantile(t: float, level: float) -> float:
-        return float(torch.quantile((t * gap + errors).abs().sum(1), level))
-
-    def scale(level: float) -> float:
-        """Return the t >= 0 at which the quantile equals the observed ECE; 0 where it is larger already at t = 0."""
-        low, high = 0.0, 1.0
-        if quantile(0.0, level) >= observed:
-            return 0.0
-        while quantile(high, level) < observed:
-            high *= 2
-        for _ in range(20):
-            middle = (low + high) / 2
-            if quantile(middle, level) >= observed:
-                high = middle
-            else:
-                low = middle
-        return (low + high) / 2
-
-    return scale(0.975) * observed, scale(0.5) * observed, scale(0.025) * observed
-
-
-def _resamples(n: int, resamples: int, seed: int) -> Iterator[Tensor]:
-    """Yield the counts (r, n) fp64 of each of n examples in bootstrap resamples, in chunks of the `resamples` rows."""
-    if resamples < 1:
-        raise UserError(f"bootstrap: {resamples} resamples; at least 1.")
-    generator = torch.Generator().manual_seed(seed)
-    chunk = max(1, 4_000_000 // n)
-    for start in range(0, resamples, chunk):
-        drawn = torch.randint(n, (min(chunk, resamples - start), n), generator=generator)
-        counts = torch.zeros(drawn.shape, dtype=torch.float64)
-        yield counts.scatter_add_(1, drawn, torch.ones_like(counts))
 
 
 def _checked(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

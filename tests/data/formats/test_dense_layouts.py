@@ -12,8 +12,8 @@ from scipy.io import savemat
 from vismt.base.errors import UserError
 from vismt.data.check import check
 from vismt.data.formats.pascal_context import read_context
-from vismt.data.maps.dense import open_dense
 from vismt.data.maps.dense_sample import size_of, valid
+from vismt.data.maps.dense_set import open_dense
 from vismt.storage.paths import shipped
 
 H, W = 4, 6

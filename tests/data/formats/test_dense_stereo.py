@@ -13,8 +13,8 @@ from vismt.data.cards import load_card
 from vismt.data.check import check
 from vismt.data.formats.stereo import read_pair, tiles
 from vismt.data.images import open_images
-from vismt.data.maps.dense import open_dense
 from vismt.data.maps.dense_sample import size_of, valid
+from vismt.data.maps.dense_set import open_dense
 
 pytest.importorskip("skimage")
 

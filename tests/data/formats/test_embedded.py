@@ -75,7 +75,7 @@ def test_opening_photographs_downloads_and_imports_nothing():
         "def refuse(*a, **k): raise AssertionError('network')\n"
         "socket.socket.connect = refuse\n"
         "from vismt.data.images import open_images\n"
-        "import vismt.data.check, vismt.data.pixels, vismt.data.transforms, vismt.data.maps.dense\n"
+        "import vismt.data.check, vismt.data.pixels, vismt.data.transforms, vismt.data.maps.dense_set\n"
         "heavy = {'skimage', 'sklearn', 'learn2learn', 'torchattacks', 'transformers', 'matplotlib', 'onnx'}\n"
         "assert not heavy & set(sys.modules)\n"
         "s = open_images('photo_crops', 'test')\n"

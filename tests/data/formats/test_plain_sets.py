@@ -13,8 +13,8 @@ from helpers.own_images import Pictures, write_folder, write_table
 from vismt.base.errors import UserError
 from vismt.data.check import check
 from vismt.data.images import open_images
-from vismt.data.names import card_and_split, check_row_names, overlap, row_name
-from vismt.data.texts.texts import open_texts
+from vismt.data.set_entries import card_and_split, check_row_names, overlap, row_name
+from vismt.data.texts.text_set import open_texts
 
 
 def same_as_pictures(images) -> bool:

@@ -11,9 +11,9 @@ from helpers.own_images import Pictures
 from vismt.base.errors import UserError
 from vismt.base.objects import holding, name_of, named
 from vismt.data.images import open_images
-from vismt.data.names import card_and_split
 from vismt.data.pixels import Pixels
-from vismt.data.texts.texts import open_texts
+from vismt.data.set_entries import card_and_split
+from vismt.data.texts.text_set import open_texts
 
 
 class ClassLabel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydoc_data.topics import topics
 
 from vismt.data.check import check
-from vismt.data.texts.texts import open_texts
+from vismt.data.texts.text_set import open_texts
 
 
 def test_splits_share_no_topic_and_hold_all_texts() -> None:

@@ -14,7 +14,7 @@ from vismt.data.check import check, prepare
 from vismt.data.images import open_images
 from vismt.data.manifest import write_manifest
 from vismt.data.texts.interactions import Catalogue, draw_candidates, numbered
-from vismt.data.texts.texts import open_texts
+from vismt.data.texts.text_set import open_texts
 from vismt.storage import wheels
 
 EVENTS = "{kind: interactions, root: t, items: i.csv, item_columns: [item, title], events: e.csv, splits: %s}"

@@ -11,7 +11,7 @@ from torch import nn
 import vismt
 from vismt.base.errors import UserError
 from vismt.llm import collect_covariance, save_covariances
-from vismt.llm.corda.start import context, damped, last_left
+from vismt.llm.corda.start import corda_factors, damped, last_left
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.svd import principal
 
@@ -33,7 +33,7 @@ def pair(shape: tuple[int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Ten
 
 def start(weight, covariance, rank: int, mode: str, scale: float = 1.0, **options):
     options = {"balanced": False, **options}
-    return context(weight, covariance, rank, scale, smallest=mode == "kpm", generator=generator(), **options)
+    return corda_factors(weight, covariance, rank, scale, smallest=mode == "kpm", generator=generator(), **options)
 
 
 def published(weight, covariance, rank: int, mode: str, scale: float = 1.0):
@@ -99,11 +99,11 @@ def test_a_white_covariance_gives_the_ends_of_the_plain_spectrum(shape) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", ["exact", "randomized"])
-def test_ipm_is_the_best_of_its_rank_on_the_inputs(shape, method: str) -> None:
+@pytest.mark.parametrize("solver", ["exact", "randomized"])
+def test_ipm_is_the_best_of_its_rank_on_the_inputs(shape, solver: str) -> None:
     weight, covariance = pair(shape)
     spread = damped(covariance)
-    A, B = start(weight, covariance, 2, "ipm", method=method)
+    A, B = start(weight, covariance, 2, "ipm", solver=solver)
     error = ((weight - B @ A) @ spread).norm()
     tail = torch.linalg.svdvals(weight @ spread)[2:].norm()  # Eckart-Young: the minimum
     assert abs(error - tail) < 1e-6 * tail
@@ -154,7 +154,7 @@ def test_peft_starts_at_the_same_product(kind: str, mode: str) -> None:
     ours = tiny_lm(kind)
     # One sample: the divisor of peft (the signed maximum) cancels in B A.
     covariances = collect_covariance(ours, [sample])
-    options = {"mode": mode, "balanced": False, "method": "exact"}
+    options = {"mode": mode, "balanced": False, "solver": "exact"}
     report = vismt.adapt(ours, "corda", rank=4, alpha=8, covariances=covariances, **options)
     config = peft.LoraConfig(
         r=4,
@@ -175,7 +175,7 @@ def test_peft_starts_at_the_same_product(kind: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("kind", LMS)
-@pytest.mark.parametrize("options", [{}, {"balanced": False}, {"rslora": True, "alpha": 6}, {"method": "exact"}])
+@pytest.mark.parametrize("options", [{}, {"balanced": False}, {"rslora": True, "alpha": 6}, {"solver": "exact"}])
 @pytest.mark.parametrize("mode", MODES)
 def test_language_models_start_unchanged_and_reach_peft(kind: str, options: dict, mode: str, tmp_path) -> None:
     peft = pytest.importorskip("peft")
@@ -260,8 +260,8 @@ NAN, EYE = torch.full((32, 32), float("nan")), torch.eye(32)
             r"\['blocks.1.attn.qkv'\].*no damping",
         ),
         ({"mode": "kmp"}, "'kmp'.*'kpm'"),
-        ({"mode": "kpm", "method": "randomized"}, "kpm needs the smallest"),
-        ({"method": "svd"}, "no solver 'svd'"),
+        ({"mode": "kpm", "solver": "randomized"}, "kpm needs the smallest"),
+        ({"solver": "svd"}, "no solver 'svd'"),
         ({"dropout": 0.1}, "dropout: 0.1 with 'corda'"),
     ],
 )

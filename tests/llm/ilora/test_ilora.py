@@ -114,7 +114,7 @@ def test_i1_sizes_are_the_published_ones() -> None:
     gate = gate_of(model)
     assert sum(p.numel() for p in gate.parameters()) == 90_772 and len(list(gate.buffers())) == 57
     plain = vismt.adapt(tiny_vit(), "lora", rank=8)
-    assert report.trainable - plain.trainable == 90_772 and "cnn gate, 64 to 4 experts   90,772" in str(report)
+    assert report.trainable - plain.trainable == 90_772 and "cnn gate, 64 to 4 rank groups   90,772" in str(report)
     linear = vismt.adapt(tiny_vit(), "ilora", rank=8, alpha=32)
     assert linear.trainable - plain.trainable == 64 * 4 + 4
     # rank 8 in 4 experts of rank 2: 32 / 2

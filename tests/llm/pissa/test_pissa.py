@@ -30,7 +30,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize("kind", LMS)
-@pytest.mark.parametrize("options", [{}, {"method": "randomized", "alpha": 2}, {"rank": 64, "clamp_rank": True}])
+@pytest.mark.parametrize("options", [{}, {"solver": "randomized", "alpha": 2}, {"rank": 64, "clamp_rank": True}])
 def test_language_models_start_unchanged_and_reach_peft(kind: str, options: dict, tmp_path) -> None:
     peft = pytest.importorskip("peft")
     ids, model, stock = tokens(), tiny_lm(kind), tiny_lm(kind)
@@ -104,7 +104,7 @@ def test_randomised_start_is_seeded_and_survives_a_file(tmp_path) -> None:
     first, same, other = tiny_vit(), tiny_vit(), tiny_vit()
     for model, seed in ((first, 0), (same, 0), (other, 1)):
         torch.rand(3)
-        vismt.adapt(model, "pissa", rank=2, method="randomized", seed=seed)
+        vismt.adapt(model, "pissa", rank=2, solver="randomized", seed=seed)
     assert torch.equal(first.blocks[0].attn.qkv.lora_A, same.blocks[0].attn.qkv.lora_A)
     assert not torch.equal(first.blocks[0].attn.qkv.lora_A, other.blocks[0].attn.qkv.lora_A)
     shake(first)
@@ -188,7 +188,7 @@ def test_quantised_base_under_its_update_is_nearer_to_the_weights(kind: str, opt
     )  # on the original weights, which are quantised to the same values again
     assert torch.equal(answer(again, x), wanted)
     assert torch.equal(answer(vismt.load_adapter(plain, tmp_path), x), wanted)
-    vismt.adapt(other := make(), "pissa", rank=8, quantize="nf4", seed=5, method="randomized", **options)
+    vismt.adapt(other := make(), "pissa", rank=8, quantize="nf4", seed=5, solver="randomized", **options)
     assert torch.equal(
         answer(vismt.load_adapter(other, tmp_path), x), wanted
     )  # into a model that was adapted in the same way
@@ -294,7 +294,7 @@ def test_files_of_quantised_weights_are_read_strictly(tmp_path) -> None:
         ({"quantize": "nf4", "iterations": 0}, "iterations: 0"),
         ({"grid": "nf4"}, "has no option 'grid'"),
         ({"dropout": 0.1}, "dropout: 0.1 with 'pissa'"),
-        ({"method": "svd"}, "no solver 'svd'"),
+        ({"solver": "svd"}, "no solver 'svd'"),
         ({"rank": 33}, "33 for .* is larger than 32"),
     ],
 )
@@ -307,9 +307,9 @@ def test_mistakes_change_nothing(options: dict, words: str) -> None:
 
 
 def test_a_broken_weight_is_named_and_the_model_left_as_it_was() -> None:
-    for method in ("exact", "randomized"):
+    for solver in ("exact", "randomized"):
         model = tiny_vit()
         model.blocks[1].mlp.fc1.weight.data[0, 0] = float("nan")
         with pytest.raises(UserError, match=r"'blocks.1.mlp.fc1' gets no finite start values"):
-            vismt.adapt(model, "pissa", rank=2, method=method)
+            vismt.adapt(model, "pissa", rank=2, solver=solver)
         assert list(model.state_dict()) == list(tiny_vit().state_dict()) and not hasattr(model, "vismt_record")

@@ -1,4 +1,4 @@
-"""S2FT adapters on a stock model: files of every mode, exact switching, sums, and several adapters in one batch."""
+"""S2FT adapters on a stock model: files of every mode, and exact switching."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.language_models import MODELS, outputs, tokens
-from helpers.tiny import images, shake, snapshot, tiny_vit
+from helpers.language_models import MODELS, outputs
+from helpers.tiny import shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
 from vismt.base.errors import UserError
-from vismt.llm import add_slices, read_slices, select_units, serving, switch
+from vismt.llm import read_slices, select_units, switch
 from vismt.llm.s2ft.slices import Slice
 from vismt.lowrank.layers.base import adapter_layers
 
@@ -34,7 +34,7 @@ def test_files_are_in_the_order_of_the_base(name: str, tmp_path: Path) -> None:
         stock, fresh = snapshot(MODELS[name]()), MODELS[name]()
         vismt.load_adapter(fresh, folder)
         assert torch.equal(outputs(fresh), outputs(model))
-        plain = switch(MODELS[name](), read_slices(folder))
+        plain = switch(MODELS[name](), folder)
         assert torch.allclose(outputs(plain), outputs(model), atol=1e-5 * float(outputs(model).detach().abs().max()))
         selection = select_units(MODELS[name](), parts=EVERY, ratio=0.3, seed=1)
         assert sum(len(parts) for parts in selection.units.values()) == len(read_slices(folder))
@@ -75,18 +75,12 @@ def test_slices_of_another_base_are_refused_and_nothing_is_changed(tmp_path: Pat
         snapshot(other),
         r"slices: made for other weights than those of this VisionTransformer \('blocks\.0",
     )
-    for call in (lambda: switch(other, slices), lambda: serving(other, [slices], torch.tensor([0, 0])).__enter__()):
-        with pytest.raises(UserError, match=message + r".*pass on_other_base='warn'"):
-            call()
-        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with pytest.raises(UserError, match=message + r".*pass on_other_base='warn'"):
+        switch(other, slices)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     with pytest.warns(UserWarning, match=message):
         switch(other, slices, on_other_base="warn")
     assert not torch.equal(other.blocks[0].mlp.fc2.weight, before["blocks.0.mlp.fc2.weight"])
-    with (
-        pytest.warns(UserWarning, match=message),
-        serving(switch(other, None), [slices], torch.tensor([0]), on_other_base="warn"),
-    ):
-        pass
     # The base below a switch is compared, and a refused switch leaves the current switch in place.
     model, (_, second) = tiny_vit(), saved("vit", tmp_path, 2, ratio=0.9)
     large = {
@@ -109,14 +103,8 @@ def test_slices_of_another_base_are_refused_and_nothing_is_changed(tmp_path: Pat
     switch(model, None)
     assert all(torch.equal(v, w) for v, w in zip(model.state_dict().values(), tiny_vit().state_dict().values()))
     switch(tiny_vit().to(torch.bfloat16), slices)
-    with pytest.raises(UserError, match=r"add_slices: 'blocks\.0.*made for different weights"):
-        add_slices([slices, wrong])
-    with pytest.raises(UserError, match="made for other weights"):
-        switch(tiny_vit(seed=9), add_slices([slices]))
     unknown = {path: Slice(change.dim, change.index, change.delta) for path, change in slices.items()}
-    assert torch.equal(
-        outputs(switch(tiny_vit(), unknown)), outputs(switch(tiny_vit(), add_slices([unknown, slices], [0, 1])))
-    )
+    assert torch.equal(outputs(switch(tiny_vit(), unknown)), outputs(switch(tiny_vit(), slices)))
 
 
 def test_a_switched_model_is_not_adapted(tmp_path: Path) -> None:
@@ -135,57 +123,11 @@ def test_a_switched_model_is_not_adapted(tmp_path: Path) -> None:
             vismt.load_adapter(whole.vit, other)
     with pytest.raises(UserError, match="adapt: its part 'vit'" + message):
         vismt.adapt(whole, "lora", rank=2)
-    with (
-        pytest.raises(UserError, match="serving: the model" + message),
-        serving(whole.vit, [read_slices(folder)], torch.zeros(1)),
-    ):
-        pass
     assert all(isinstance(block.mlp.fc2, nn.Linear) for block in whole.vit.blocks) and not adapter_layers(whole)
     assert all(parameter.requires_grad for parameter in whole.parameters())
     switch(whole.vit, None)
     assert torch.equal(outputs(whole.vit), outputs(tiny_vit()))
     vismt.adapt(whole.vit, "lora", rank=2)
-
-
-def test_sums_are_unions_with_overlaps_added(tmp_path: Path) -> None:
-    (_, first_folder), (_, second_folder) = saved("vit", tmp_path, 1), saved("vit", tmp_path, 2, ratio=0.6)
-    first, second = read_slices(first_folder), read_slices(second_folder)
-    both = add_slices([first, second], [0.5, -2.0])
-    base = {name: value for name, value in tiny_vit().state_dict().items()}
-    states = [switch(tiny_vit(), slices).state_dict() for slices in (first, second, both)]
-    for name, value in base.items():
-        wanted = value + 0.5 * (states[0][name] - value) - 2.0 * (states[1][name] - value)
-        assert torch.allclose(states[2][name], wanted, atol=1e-6), name
-    path = "blocks.0.mlp.fc2"
-    assert both[path].index.tolist() == sorted({*first[path].index.tolist(), *second[path].index.tolist()})
-    single = add_slices([first])
-    assert torch.equal(single[path].index, first[path].index.sort().values)
-
-
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2-conv1d", "vit"])
-def test_several_adapters_in_one_batch_answer_as_each_alone(name: str, tmp_path: Path) -> None:
-    """Adapters of different units and sizes, and the base, agree to 1e-5 of the largest logit."""
-    folders = [
-        saved(name, tmp_path, seed, ratio=ratio, parts=parts)[1]
-        for seed, ratio, parts in ((1, 0.3, EVERY), (2, 0.5, ("o", "d")))
-    ]
-    adapters = [read_slices(folder) for folder in folders]
-    which = torch.tensor([1, -1, 0, 1])
-    batch = images(4) if name == "vit" else tokens(4, 7, seed=4)
-    model = MODELS[name]()
-
-    def run(model: nn.Module) -> torch.Tensor:
-        out = model(batch)
-        return getattr(out, "logits", out).detach()
-
-    base = run(model)
-    with serving(model, adapters, which):
-        served = run(model)
-    assert torch.equal(run(model), base)
-    alone = [run(switch(MODELS[name](), adapter)) for adapter in (*adapters, None)]
-    for sample, number in enumerate(which.tolist()):
-        assert (served[sample] - alone[number][sample]).abs().max() <= 1e-5 * float(base.abs().max())
-        assert number == -1 or (served[sample] - base[sample]).abs().max() > 1e-3
 
 
 def test_a_second_adapter_takes_the_place_of_the_first_in_training(tmp_path: Path) -> None:
@@ -209,13 +151,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         switch(nn.Linear(2, 2), slices)
     with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv: its weight was \(96, 32\), here it is \(192, 64\)"):
         vismt.load_adapter(model, folder)
-    with pytest.raises(UserError, match="which must be"), serving(tiny_vit(), [slices], torch.tensor([1])):
-        pass
     plain = tiny_vit()
-    with pytest.raises(UserError, match="a batch of 3 samples"), serving(plain, [slices], torch.tensor([0])):
-        plain(images(3))
-    with pytest.raises(UserError, match="1 adapters and 2 weights"):
-        add_slices([slices], [1.0, 2.0])
     vismt.adapt(plain, "lora", rank=2)
     with pytest.raises(UserError, match="already carries 'lora'"):
         switch(plain, slices)

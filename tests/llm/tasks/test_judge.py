@@ -16,8 +16,8 @@ from vismt.base.errors import UserError
 from vismt.data.texts.interactions import Catalogue
 from vismt.jobs.lm.data import ItemBatches
 from vismt.llm.ilora.hybrid import Hybrid, title_vectors
-from vismt.llm.ilora.sasrec import SASRec
-from vismt.llm.net import LmNet
+from vismt.llm.ilora.recommenders import SASRec
+from vismt.llm.net import LmNet, stored_lower_states
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import gather
 from vismt.llm.tasks.pieces import collate, prune, stem, tree
@@ -142,18 +142,19 @@ def test_the_right_candidate_can_be_learnt():
         )  # one of four, two of which were never negatives
 
 
-def test_texts_that_are_alike_run_once(monkeypatch):
+def test_texts_that_are_alike_run_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("VISMT_CACHE", str(tmp_path))
     net, judge = hybrid_net(first=2), task(titles=False, join="")
     pieces = [item.hybrid.pieces[0] for item in encoded(judge, [([0, 1], 5), ([2, 3], 6), ([4], 7)])]
     alone = [net.lower_states([piece])[0] for piece in pieces]
     ran, states_of = [], net.states
     monkeypatch.setattr(net, "states", lambda batch: ran.append(len(batch["ids"])) or states_of(batch))
-    states = net.lower_states(pieces)
+    states = stored_lower_states(net, pieces)
     assert sum(ran) == 2 and states[0] is states[1] and states[2] is not states[0]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(alone, states))
     packed = [pieces[0], stem(pieces[0], 0)]
     packed[1] = tree(pieces[0].ids[:2], [pieces[0].ids[2:]], 99)  # the same tokens in other documents
-    assert not torch.equal(*net.lower_states(packed))
+    assert not torch.equal(*stored_lower_states(net, packed))
 
 
 def test_a_batch_draws_users_and_then_a_row_of_each():

@@ -17,7 +17,7 @@ from vismt.base.errors import UserError
 from vismt.data.texts.interactions import Catalogue
 from vismt.llm.ilora.hybrid import Hybrid, random_gates
 from vismt.llm.ilora.method import gate_of, gate_part
-from vismt.llm.ilora.sasrec import NextItem, SASRec, padded
+from vismt.llm.ilora.recommenders import NextItem, SASRec, padded
 from vismt.llm.net import LmNet
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import gather

@@ -22,8 +22,7 @@ from vismt.data.texts.interactions import Catalogue
 from vismt.engine import loop, runtime
 from vismt.jobs.lm.config import LmTaskConfig, task_of
 from vismt.llm import net as net_file
-from vismt.llm.lower_states import lower_states
-from vismt.llm.net import LmNet, check_logits
+from vismt.llm.net import LmNet, check_logits, stored_lower_states
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.alternating import AlternatingObjective
 from vismt.llm.tasks.base import (
@@ -460,7 +459,7 @@ def test_stored_lower_states_belong_to_the_lm_as_it_runs(change, tmp_path, monke
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path))
 
     def states(lm):
-        return torch.cat(lower_states(LmNet(lm, first=2), PIECES))
+        return torch.cat(stored_lower_states(LmNet(lm, first=2), PIECES))
 
     first = states(tiny_lm("llama"))
     upper = tiny_lm("llama")

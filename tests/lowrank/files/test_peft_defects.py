@@ -19,7 +19,7 @@ from vismt.lowrank.layers.base import adapter_layers
 
 STARTS = {
     "pissa": {},
-    "pissa randomized": {"method": "randomized"},
+    "pissa randomized": {"solver": "randomized"},
     "corda ipm": {"mode": "ipm"},
     "corda kpm": {"mode": "kpm"},
 }

@@ -10,6 +10,7 @@ from torch import nn
 import vismt
 from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import adapter_layers
+from vismt.methods import METHODS, check_adaptation
 
 
 def paths(targets: object, **options: object) -> list[str]:
@@ -81,11 +82,19 @@ def test_unknown_method_and_option_name_the_near_ones() -> None:
     with pytest.raises(UserError, match=r"'dropuot'.*'dropout'"):
         vismt.adapt(tiny_vit(), "lora", dropuot=0.1)
     with pytest.raises(UserError, match="solver 'svd'"):
-        vismt.adapt(tiny_vit(), "pissa", method="svd")
+        vismt.adapt(tiny_vit(), "pissa", solver="svd")
     with pytest.raises(UserError, match="dropout"):
         vismt.adapt(tiny_vit(), "pissa", dropout=0.1)
-    assert vismt.adapt(tiny_vit(), "pissa", rank=2, method="randomized").method == "pissa"
+    assert vismt.adapt(tiny_vit(), "pissa", rank=2, solver="randomized").method == "pissa"
     assert vismt.adapt(tiny_vit(), method="lora", rank=2).method == "lora"
+
+
+@pytest.mark.parametrize("name", ["pissa", "corda"])
+def test_an_earlier_name_of_an_option_is_read(name: str) -> None:
+    """Configurations of earlier versions call `solver` of pissa and corda `method`."""
+    check_adaptation(tiny_vit(), name, None, 2, None, {"method": "exact"})
+    assert METHODS[name].present({"method": "exact", "dropout": 0}) == {"solver": "exact", "dropout": 0}
+    assert "method" not in METHODS[name].options
 
 
 def test_adapting_twice_is_refused() -> None:

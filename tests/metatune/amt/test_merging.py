@@ -410,7 +410,7 @@ def test_trimming_reaches_every_strategy_and_not_the_router(pool: ExpertPool, st
     [
         ({"strategy": "average", "shares": {"none": 1.0}}, "no expert 'none'"),
         ({"shares": {"a": 0.5, "b": 0.4}}, r"sum to 0\.9; need 1"),
-        ({"strategy": "merged"}, "merging.strategy: 'merged'. Near: 'merge'"),
+        ({"strategy": "merged"}, "merging.strategy: 'merged'. Near: 'average'"),
         ({"beta": -1.0}, "beta -1.0"),
         ({"beta": float("inf")}, "beta inf"),
         ({"balance": 1.1}, "balance 1.1"),

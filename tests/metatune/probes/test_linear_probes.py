@@ -10,9 +10,16 @@ from vismt.base.errors import UserError
 from vismt.metatune import EpisodeSampler, LogisticProbe, ProtoNet, RidgeProbe, run_protocol
 from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings
 from vismt.metatune.functional import WithWeights
-from vismt.metatune.probes.linear import class_weights
-from vismt.metatune.probes.logistic import C, fit_logistic
-from vismt.metatune.probes.ridge import DEFAULT, SCALE, STRENGTHS, choose_strength, left_out_residuals
+from vismt.metatune.probes.linear import (
+    DEFAULT,
+    SCALE,
+    STRENGTHS,
+    C,
+    choose_strength,
+    class_weights,
+    fit_logistic,
+    left_out_residuals,
+)
 from vismt.metatune.protonet import PrototypeClassifier, prototypes
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 0, 0, 2, 1, 0])  # 5, 3 and 2 images
@@ -55,7 +62,7 @@ def test_left_out_residuals_equal_refitting_without_each_image(d, strength):
 
 @pytest.mark.parametrize("d", [3, 40])
 def test_the_dual_solution_is_the_primal_one(d, monkeypatch):
-    monkeypatch.setattr("vismt.metatune.probes.ridge.choose_strength", lambda *_: 0.7)
+    monkeypatch.setattr("vismt.metatune.probes.linear.choose_strength", lambda *_: 0.7)
     weights = class_weights(LABELS, 3)
     u = centred(rows(d=d), weights)
     W, b = RidgeProbe(None).fit(u, LABELS, weights)

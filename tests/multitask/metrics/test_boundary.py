@@ -16,8 +16,8 @@ from scipy.sparse.csgraph import maximum_flow
 from scipy.special import logit
 
 from vismt.base.errors import UserError
-from vismt.data.formats.derived import edges_from_depth, edges_from_labels
-from vismt.data.thinning import thin
+from vismt.data.maps.derived_maps import edges_from_depth, edges_from_labels
+from vismt.data.maps.edge_thinning import thin
 from vismt.multitask.metrics import BoundaryF, MaxF
 from vismt.multitask.metrics.matching import matching_sizes
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.config.typed import RelativePath
+from vismt.data.copies import fix, shown_path, verify_classes, verify_counts
 from vismt.data.image_source import ImageSource, LoadedImages
 from vismt.data.manifest import digest
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
-from vismt.data.sources import fix, shown_path, verify_classes, verify_counts
 
 MAX_BYTES = 4 * 2**30  # of the arrays of a file, which stay in memory; a kilobyte of a zip can stand for a megabyte
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

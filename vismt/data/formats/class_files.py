@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.data.copies import fix, shown_path
 from vismt.data.decode import decode_bytes, decode_file, is_image_name
 from vismt.data.formats import tfrecords
 from vismt.data.source_types import Card
-from vismt.data.sources import fix, shown_path
 
 
 @dataclass(frozen=True)

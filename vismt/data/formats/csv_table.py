@@ -9,14 +9,13 @@ from pathlib import Path
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import RelativePath, relative_path
+from vismt.data.copies import fix, listed, shown_path, verify_classes, verify_counts
 from vismt.data.decode import decode_file
 from vismt.data.image_source import ImageSource, LoadedImages
 from vismt.data.manifest import digest
+from vismt.data.set_entries import DELIMITERS
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
-from vismt.data.sources import fix, listed, shown_path, verify_classes, verify_counts
 from vismt.storage.paths import regular_file
-
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 @source_kind("table")

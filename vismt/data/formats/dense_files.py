@@ -9,13 +9,13 @@ from pathlib import Path
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import RelativePath
+from vismt.data.copies import fix, shown_path, verify_counts
 from vismt.data.decode import SUFFIXES
 from vismt.data.formats.pascal_context import PARTS
 from vismt.data.maps.dense_maps import MAP_FORMS, MapSettings, read_maps
 from vismt.data.maps.dense_sample import MAPS
 from vismt.data.maps.dense_set import DenseSet, DenseSource, check_camera
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
-from vismt.data.sources import fix, shown_path, verify_counts
 from vismt.storage.paths import regular_file
 
 READABLE = SUFFIXES | {".npy", ".mat"}

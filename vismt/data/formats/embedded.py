@@ -13,11 +13,11 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.config.typed import RelativePath
+from vismt.data.copies import fix, verify_classes, verify_counts
 from vismt.data.decode import decode_file
 from vismt.data.image_source import ImageSource, LoadedImages
 from vismt.data.manifest import digest
 from vismt.data.source_types import Card, Files, PackagedSource, file_groups, source_kind
-from vismt.data.sources import fix, verify_classes, verify_counts
 
 HALVES = ("train", "test")
 # Powers of the inverse root of x^4 = x + 1: an additive sequence that fills the (position, position, size) cube evenly.

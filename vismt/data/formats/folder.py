@@ -8,11 +8,11 @@ from pathlib import Path
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import RelativePath, relative_path
+from vismt.data.copies import fix, shown_path, verify_classes, verify_counts, verify_present
 from vismt.data.decode import decode_file, is_image_name
 from vismt.data.image_source import ImageSource, LoadedImages
 from vismt.data.manifest import digest
 from vismt.data.source_types import Card, Files, RootedSource, source_kind
-from vismt.data.sources import fix, shown_path, verify_classes, verify_counts, verify_present
 from vismt.storage.paths import regular_file
 
 LAYOUTS = ("{class}", "{split}/{class}", "**/{class}", "{split}/**/{class}")

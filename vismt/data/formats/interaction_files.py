@@ -20,9 +20,9 @@ from typing import Any
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import RelativePath
+from vismt.data.copies import fix, shown_path, verify_counts
 from vismt.data.manifest import digest, read_manifest
 from vismt.data.source_types import Card, DataSource, Files, RootedSource, cached_folder, file_groups, source_kind
-from vismt.data.sources import fix, shown_path, verify_counts
 from vismt.data.texts.interactions import Catalogue, InteractionSet
 from vismt.data.texts.text_set import LINE_ENDS, TextSource, check_encoding, read_text
 from vismt.storage.files import parse_json

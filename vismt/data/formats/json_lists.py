@@ -12,11 +12,11 @@ from pathlib import Path
 
 from vismt.base.errors import UserError
 from vismt.config.typed import relative_path
+from vismt.data.copies import fix, shown_path, verify_classes, verify_counts, verify_present
 from vismt.data.decode import decode_file
 from vismt.data.image_source import ImageSource, LoadedImages, check_classes_per_split
 from vismt.data.manifest import digest
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
-from vismt.data.sources import fix, shown_path, verify_classes, verify_counts, verify_present
 from vismt.storage.files import parse_json
 
 KEYS = ("label_names", "image_names", "image_labels")

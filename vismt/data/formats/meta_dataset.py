@@ -19,10 +19,10 @@ from typing import Any
 from torch import Tensor
 
 from vismt.base.errors import UserError, near
+from vismt.data.copies import fix, shown_path, verify_classes, verify_counts
 from vismt.data.formats.class_files import FORMS, ClassImages, open_class
 from vismt.data.image_source import ImageSource, LoadedImages, check_classes_per_split
 from vismt.data.source_types import Card, Files, RootedSource, source_kind
-from vismt.data.sources import fix, shown_path, verify_classes, verify_counts
 from vismt.storage.files import parse_json
 
 SPLITS = ("train", "valid", "test")

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.data.decode import decoding, read_bytes
-from vismt.data.formats.derived import edges_from_labels
 from vismt.data.maps.dense_sample import IGNORE, Sample
+from vismt.data.maps.derived_maps import edges_from_labels
 
 PARTS = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
 PERSON = 15

@@ -6,13 +6,12 @@ import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vismt.base.errors import UserError
 from vismt.data.decode import is_image_name
-from vismt.data.formats.csv_table import DELIMITERS, TableSource
-from vismt.data.formats.folder import FolderSource
-from vismt.data.formats.text_files import TextFilesSource
-from vismt.data.source_types import Card, DataSource
+from vismt.data.set_entries import DELIMITERS
+from vismt.data.source_types import KINDS, Card, DataSource
 from vismt.storage.paths import regular_file
 
 # Names of folders that are splits, not classes.
@@ -36,7 +35,7 @@ def plain_card(path: Path) -> Card | None:
     elif path.is_file() and path.suffix in DELIMITERS:
         sources = _of_table(path.resolve())
     elif path.is_file() and path.suffix == ".jsonl":
-        sources = [TextFilesSource(root=str(path.resolve().parent), files={"all": path.name})]
+        sources = [_source("text", root=str(path.resolve().parent), files={"all": path.name})]
     name = re.sub(r"[^\w.-]", "-", path.resolve().name if path.is_dir() else path.stem)
     return Card(name, sources, path=path.resolve(), shown=str(path)) if sources else None
 
@@ -50,12 +49,21 @@ def _of_folder(path: Path) -> list[DataSource]:
         return []
     deep = "" if any(is_image_name(file.name) for folder in classes for file in folder.iterdir()) else "**/"
     if not by_split:
-        return [FolderSource(root=str(path), layout=f"{deep}{{class}}")]
+        return [_source("folder", root=str(path), layout=f"{deep}{{class}}")]
     return [
-        FolderSource(
-            root=str(path), layout=f"{{split}}/{deep}{{class}}", splits={folder.name: None for folder in folders}
+        _source(
+            "folder",
+            root=str(path),
+            layout=f"{{split}}/{deep}{{class}}",
+            splits={folder.name: None for folder in folders},
         )
     ]
+
+
+def _source(kind: str, **values: Any) -> DataSource:
+    """Return a source of a kind, whose file is imported now: it may need cards itself."""
+    make: Any = KINDS[kind]
+    return make(**values)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -71,12 +79,13 @@ def _of_table(path: Path) -> list[DataSource]:
             rows = list(table)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"'{path}' cannot be read as a table: {error}.") from error
-    texts = TextFilesSource(root=str(path.parent), files={"all": path.name}, form="csv")
+    texts = _source("text", root=str(path.parent), files={"all": path.name}, form="csv")
     column, label = _named(columns, PATHS), _named(columns, LABELS)
     if column is None or label is None:
         return [texts]
     splits = sorted({row[SPLIT] or "" for row in rows}) if SPLIT in columns else ["all"]
-    images = TableSource(
+    images = _source(
+        "table",
         root=str(path.parent),
         splits=dict.fromkeys(splits),
         table=dict.fromkeys(splits, path.name),

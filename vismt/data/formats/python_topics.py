@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from vismt.data.copies import shown_path, verify_counts
 from vismt.data.manifest import digest
 from vismt.data.source_types import Card, Files, PackagedSource, file_groups, source_kind
-from vismt.data.sources import shown_path, verify_counts
 from vismt.data.texts.text_set import TextSet, TextSource
 
 FILE = "topics.py"

@@ -18,12 +18,12 @@ import torch
 
 from vismt.base.errors import UserError
 from vismt.config.typed import RelativePath
+from vismt.data.copies import fix, shown_path, verify_counts
 from vismt.data.decode import decode_file, decoding, read_bytes
-from vismt.data.formats.derived import normals_by_camera
 from vismt.data.maps.dense_sample import Sample
 from vismt.data.maps.dense_set import DenseSet, DenseSource, check_camera
+from vismt.data.maps.derived_maps import normals_by_camera
 from vismt.data.source_types import Card, Files, PackagedSource, file_groups, source_kind
-from vismt.data.sources import fix, shown_path, verify_counts
 
 TARGETS = ("edge", "depth", "normals")
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import RelativePath
-from vismt.data.formats.csv_table import DELIMITERS
+from vismt.data.copies import fix, shown_path, verify_counts
 from vismt.data.manifest import digest
+from vismt.data.set_entries import DELIMITERS
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
-from vismt.data.sources import fix, shown_path, verify_counts
 from vismt.data.texts.text_set import LINE_ENDS, TextSet, TextSource, check_encoding, read_text
 from vismt.storage.files import parse_json
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vismt.base.errors import UserError
-from vismt.data.sources import shown_path
+from vismt.data.copies import shown_path
 
 HEAD, FOOT = struct.Struct("<QI"), struct.Struct("<I")
 MASK = 0xFFFFFFFF

@@ -31,10 +31,10 @@ from PIL import ImageOps
 
 from vismt.base.errors import UserError
 from vismt.data.decode import decoding, is_image_name, open_image, orientation_of, read_bytes, to_rgb
-from vismt.data.formats.derived import normals_by_camera
 from vismt.data.formats.pascal_context import read_context, read_parts
 from vismt.data.maps.dense_sample import IGNORE, Sample
 from vismt.data.maps.dense_transforms import turn, turned_vectors
+from vismt.data.maps.derived_maps import normals_by_camera
 
 NORMALS_COUNT = "normals count"  # bool (h, w), only while a sample is read: the pixels whose normals count
 UNIT_LENGTH = (0.5, 1.5)  # what an 8-bit or interpolated unit vector may have become

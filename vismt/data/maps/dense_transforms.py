@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as V
 
 from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import CLASS, IGNORE, MAPS, Sample, blank, size_of
-from vismt.data.thinning import thin
+from vismt.data.maps.edge_thinning import thin
 
 # EXIF orientation -> whether rows and columns change places, and then whether the rows and the columns are reversed.
 TURNS = {

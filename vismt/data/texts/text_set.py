@@ -1,4 +1,4 @@
-"""Sources of texts: what each kind loads, and what several kinds share."""
+"""Rows of text: the set that `open_texts` returns, the sources that load it, and what several of them share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from vismt.base.errors import UserError
-from vismt.data.source_types import Card, DataSource
-from vismt.data.sources import fix, shown_path
+from vismt.data.cards import Card, load_card
+from vismt.data.copies import first_copy, fix, not_found, shown_path, sources_for
+from vismt.data.formats.python_sets import python_object, texts_of
+from vismt.data.set_entries import row_name
+from vismt.data.source_types import DataSource
 from vismt.storage.paths import regular_file
 
 # str.splitlines takes more; files mix these three.
@@ -87,3 +90,28 @@ def read_text(card: Card, path: Path, encoding: str, unpack: Callable[[bytes], b
         raise UserError(f"{card.shown}: missing file '{shown}'. {fix(card)}") from error
     except (OSError, EOFError, UnicodeError) as error:
         raise UserError(f"{card.shown}: '{shown}' cannot be read: {error}. {fix(card)}") from error
+
+
+def open_texts(card: Card | str | Path, split: str = "all", *, root: Path | None = None) -> TextSet:
+    """Return the rows of `split`, from the first of the card's sources that is on this machine and has that split.
+
+    Args:
+        card: a card, its name, its file or its folder; a csv or jsonl file; the name of a Python object.
+        split: name of a split, or "all" for every split.
+        root: folder of the set itself, instead of a search in VISMT_DATA and the cache.
+
+    Raises:
+        UserError: an unknown card or split, a card without texts, a set that is not on this machine, rows that the card does
+            not describe, and another number of rows than the card says.
+    """
+    given = None if isinstance(card, Card) else python_object(str(card), split)
+    if given is not None:
+        title = row_name(str(card))
+        rows, content = texts_of(given, title)
+        return TextSet(title, split, rows, [f"{split}:{number}" for number in range(len(rows))], lambda: content)
+    card = card if isinstance(card, Card) else load_card(card)
+    copy = first_copy(card, sources_for(card, TextSource, split), root)
+    if copy is None:
+        raise not_found(card, split, root)
+    source, base = copy
+    return source.load(card, base, split)

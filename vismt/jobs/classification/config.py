@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import HASHED_IF_SET, UNHASHED, Jitter, ModelConfig, OnBadSample
+from vismt.config.sections import UNHASHED, Jitter, ModelConfig, OnBadSample
 from vismt.config.typed import Names
-from vismt.data.names import check_apart, check_row_names
-from vismt.engine.splits import PartsConfig, check_parts
+from vismt.data.set_entries import check_apart, check_row_names
+from vismt.engine.parts import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.jobs.calibrating import ImageCalibrationConfig, check_calibration
 from vismt.jobs.risk import check_report
@@ -78,9 +78,9 @@ class MultitaskEvaluateConfig:
     split: Annotated[str, Names("vismt.jobs.task_sections:SPLITS")] = "test"
     batch: int = 64
     temperature: bool = field(default=False, metadata=UNHASHED)
-    laplace: bool = field(default=False, metadata=HASHED_IF_SET)
-    adjust_logits: bool = field(default=False, metadata=HASHED_IF_SET)
-    ood: list[str] = field(default_factory=list, metadata=HASHED_IF_SET)
+    laplace: bool = False
+    adjust_logits: bool = False
+    ood: list[str] = field(default_factory=list)
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
 
@@ -131,17 +131,17 @@ class MultitaskConfig(StudyConfig):
     tasks: list[TaskConfig] = field(default_factory=list)
     head: Annotated[str, Names("vismt.multitask.union:HEADS")] | HeadConfig = "union"
     label_smoothing: float = 0.1
-    class_weights: str | None = field(default=None, metadata=HASHED_IF_SET)
-    logit_adjustment: float = field(default=0.0, metadata=HASHED_IF_SET)
-    focal: float = field(default=0.0, metadata=HASHED_IF_SET)
+    class_weights: str | None = None
+    logit_adjustment: float = 0.0
+    focal: float = 0.0
     batch: int = 32
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     fade: FadeConfig | None = None
     retain: RetainConfig | None = None
     balancing: BalancingConfig | None = None
-    calibration: ImageCalibrationConfig | None = field(default=None, metadata=HASHED_IF_SET)
+    calibration: ImageCalibrationConfig | None = None
     evaluate: MultitaskEvaluateConfig = field(default_factory=MultitaskEvaluateConfig)
-    report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = field(default=None, metadata=HASHED_IF_SET)
+    report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = None
     on_bad_sample: OnBadSample = "error"
     download: bool = False
 
@@ -232,3 +232,6 @@ def check_attacks(attacks: Sequence[AttackConfig], corruptions: Sequence[Corrupt
 def _check_task(task: TaskConfig) -> None:
     if not task.train:
         raise UserError(f"tasks: {task.name}: train names no set.")
+
+
+CONFIG = MultitaskConfig

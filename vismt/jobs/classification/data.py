@@ -10,12 +10,12 @@ from torch import Tensor
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.data.batching import Gathered
+from vismt.data.division import divide, limited
 from vismt.data.images import ImageSet, open_images
-from vismt.data.names import card_and_split
 from vismt.data.near_duplicates import groups_of
 from vismt.data.pixels import Pixels
-from vismt.data.splits import divide, limited
-from vismt.engine.splits import shares
+from vismt.data.set_entries import card_and_split
+from vismt.engine.parts import shares
 from vismt.jobs.classification.config import MultitaskConfig, TaskConfig
 from vismt.multitask.union import Union
 

@@ -1,38 +1,69 @@
-"""Evaluation of a multi-task run: scores are read from a record of every image of every training.
+"""Evaluation of a multi-task run: scores are read from a record of every image of every training (jobs/image_scores.py).
 
-An accuracy's values are 1 for a right answer and 0 for a wrong one. The clean probabilities of every task also have ECE, NLL and
-Brier score, as they are and in the forms that are fitted on the validation images (calibration.py). Records are kept in the
-training's folder, and images on record are not evaluated again.
+The clean probabilities of every task have ECE, NLL and Brier score, as they are and in the forms that are fitted on the
+validation images of a training:
+
+    p = softmax(z / T), one T for all tasks, with the smallest NLL            (vismt/uncertainty/temperature.py)
+    z - tau log pi, tau of TAUS with the best mean accuracy over the tasks    (vismt/multitask/class_loss.py)
+
+calibration.json in the training's folder has both; a report that is written again does not fit again. The same scores of a
+Laplace approximation around the trained head (vismt/uncertainty/laplace.py) are on clean images.
+
+Sets of other classes: how well the confidence of a net tells them from the test images of each task,
+
+    AUROC = P(max_c p_c(x) > max_c p_c(x')) + 1/2 P(equal)        x a test image of the task, x' an image of the other set
+
+by the maximum softmax probability (Hendrycks and Gimpel, ICLR 2017, arXiv 1610.02136). The confidences of the task's images are
+those of its records; those of the other set have a record file of their own.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vismt.base import console, ranks
-from vismt.data.batching import InOrder
+from vismt.data.batching import Gathered, InOrder
+from vismt.data.set_entries import row_name
 from vismt.engine import runtime
+from vismt.engine.log import record_stem
 from vismt.engine.study import Training
-from vismt.jobs.classification.calibration import Calibration, calibration
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet, stored
-from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures, validation_parts
-from vismt.jobs.variants import ADJUSTED, TEMPERED, kept
+from vismt.jobs.image_scores import image_scores
+from vismt.jobs.output_conditions import ADJUSTED, LAPLACE, TAUS, TEMPERED, against, fitted_once
+from vismt.jobs.risk import Thresholds, fit_thresholds, validation_parts
 from vismt.multitask.class_loss import adjusted
 from vismt.multitask.union import TaskClassifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
-from vismt.robustness.evaluate import Form, accuracies, evaluate_examples
+from vismt.robustness.evaluate import Form
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure
+from vismt.storage.records import SHARE, Records
+from vismt.uncertainty.intervals import CLEAN, NUMBER, Condition, Measure
+from vismt.uncertainty.laplace import STRUCTURES
+from vismt.uncertainty.last_layers import laplace_head
+from vismt.uncertainty.probability_metrics import detection_values
+from vismt.uncertainty.temperature import fit_temperature
 
-CONDITIONS = {condition.label: condition for condition in (CLEAN, TEMPERED, ADJUSTED)}  # of the forms of the logits
+TASK = "classification"
+CALIBRATION = "calibration.json"
+Outputs = list[tuple[Tensor, Tensor]]  # of each task: logits (n, C) and labels (n,)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The temperature of a net's probabilities and the tau of its class prior, fitted on n validation images."""
+
+    temperature: float
+    tau: float
+    n: int
 
 
 class Evaluation:
@@ -41,7 +72,7 @@ class Evaluation:
     def __init__(self, config: MultitaskConfig, data: TaskData) -> None:
         self.config = config
         self.data = data
-        self._outputs: tuple[str, list[tuple[Tensor, Tensor]]] = ("", [])
+        self._outputs: tuple[str, Outputs] = ("", [])
 
     def scores(
         self,
@@ -51,7 +82,7 @@ class Evaluation:
         split: str,
         specs: Sequence[DirectPerturbation],
         records: Path,
-        forms: Mapping[str, Form] | None = None,
+        forms: Mapping[Condition, Form] | None = None,
         risk: bool = False,
     ) -> list[Score]:
         """Return the accuracy of every task, clean and under each condition, and the quality of the probabilities of forms.
@@ -59,120 +90,170 @@ class Evaluation:
         separate: whether the net chooses among the classes of the image's task only. records: the folder of records. risk:
         whether conformal sets and selective prediction are evaluated, too (vismt/jobs/risk.py).
         """
-        protocol = "task known" if separate else f"one of {self.data.union.num_classes} classes"
         scores = []
         for number, task in enumerate(self.data.union.tasks):
+            thresholds = self._thresholds(net, training, separate, number) if risk else None
             path = records / f"{split}-{task}.jsonl"
-            classifier = TaskClassifier(net, self.data.union, number, separate).eval()
-            label = f"{task} {training.arm} seed {training.seed}"
-            thresholds = self.thresholds(net, training, separate)[number] if risk else None
-            quantile = None if thresholds is None else thresholds.quantile
-            rows = self._evaluate(net, classifier, number, split, specs, forms, quantile, path, label)
-            measures = [
-                (condition, Measure("accuracy", values))
-                for condition, values in accuracies(rows, specs, self.data.union.num_classes)
-            ]
-            for name in forms or ():
-                measures += [(CONDITIONS[name], measure) for measure in form_measures(rows, name)]
-            if thresholds is not None:
-                measures += image_measures(rows, specs, self.data.union.num_classes, thresholds)
-            text = f"{split} images, {protocol}"
-            scores += [Score("classification", task, text, measure, condition) for condition, measure in measures]
+            scores += self._scores_of(
+                net, training, separate, split, number, path, specs=specs, forms=forms, thresholds=thresholds
+            )
         return scores
 
-    def forms(self, net: PixelNet, training: Training, separate: bool, split: str) -> dict[str, Form]:
-        """Return the forms of the logits that are evaluated: as they are, and those that validation images allow."""
-        forms: dict[str, Form] = {CLEAN.label: lambda logits: logits}
+    def _scores_of(
+        self,
+        net: PixelNet,
+        training: Training,
+        separate: bool,
+        split: str,
+        number: int,
+        path: Path,
+        *,
+        ending: str = "",
+        specs: Sequence[DirectPerturbation] = (),
+        forms: Mapping[Condition, Form] | None = None,
+        thresholds: Thresholds | None = None,
+    ) -> list[Score]:
+        """Return the scores of one task, with the records in `path`. ending: of the label."""
+        union = self.data.union
+        task, protocol = union.tasks[number], "task known" if separate else f"one of {union.num_classes} classes"
+        with stored(self.data.part(number, split)) as images:
+            return image_scores(
+                TaskClassifier(net, union, number, separate).eval(),
+                InOrder(images, self.config.evaluate.batch),
+                specs,
+                names=(TASK, task, f"{split} images, {protocol}"),
+                num_classes=union.num_classes,
+                records=path,
+                forms=forms,
+                thresholds=thresholds,
+                data=f"{task}:{split}",
+                fingerprint=net.fingerprint(),
+                label=f"{task} {training.arm} seed {training.seed}{ending}",
+            )
+
+    def forms(self, net: PixelNet, training: Training, separate: bool, split: str) -> dict[Condition, Form]:
+        """Return the evaluated versions of the logits: raw, temperature-scaled, prior-adjusted.
+
+        The last two need validation images.
+        """
+        forms: dict[Condition, Form] = {CLEAN: lambda logits: logits}
         fitted = None if split == "validation" else self.calibration(net, training, separate)
         if fitted is not None:
-            forms[TEMPERED.label] = lambda logits: logits / fitted.temperature
+            forms[TEMPERED] = lambda logits: logits / fitted.temperature
             if self.config.evaluate.adjust_logits:
                 counts = self.data.class_counts()
-                forms[ADJUSTED.label] = lambda logits: adjusted(logits, counts, fitted.tau)
+                forms[ADJUSTED] = lambda logits: adjusted(logits, counts, fitted.tau)
         return forms
 
+    # ---- what is fitted on validation images --------------------------------------------------------------------------
+
     def calibration(self, net: PixelNet, training: Training, separate: bool) -> Calibration | None:
-        """Return what is fitted on the validation images of a training; None where a task has none."""
+        """Return temperature and tau of a training; None where a task has no validation images."""
         if not all(self.data.has_part(task, "validation") for task in range(len(self.data.union.tasks))):
             return None
-        return ranks.from_first(
-            lambda: calibration(
-                training.folder, net.fingerprint(), self.data.class_counts(), lambda: self._validation(net, separate)
-            )
-        )
+
+        def fit() -> Calibration:
+            tasks = self._validation(net, separate)
+            logits, labels = (torch.cat(parts) for parts in zip(*tasks))
+            return Calibration(fit_temperature(logits, labels), best_tau(tasks, self.data.class_counts()), len(labels))
+
+        return fitted_once(training.folder / CALIBRATION, Calibration, net.fingerprint(), fit)
 
     def parts(self, number: int) -> tuple[Tensor, Tensor]:
         """Return masks of a task's validation images: those that choose rates and those that give thresholds."""
         return validation_parts(self.data.part(number, "validation").labels, self.config.report, self.config.tune)
 
-    def thresholds(self, net: PixelNet, training: Training, separate: bool) -> list[Thresholds]:
-        """Return the thresholds of every task, fitted on its validation images."""
-        halves = not bool(self.parts(0)[1].all())
-        fingerprint = net.fingerprint() + (" half" if halves else "")
+    def _thresholds(self, net: PixelNet, training: Training, separate: bool, number: int) -> Thresholds:
+        """Return the thresholds of a task, fitted on its validation images."""
 
-        def of_task(number: int) -> Thresholds:
+        def fit() -> Thresholds:
             logits, labels = self._validation(net, separate)[number]
             _, chosen = self.parts(number)
-            return fit_thresholds(fingerprint, logits[chosen].double().log_softmax(1), labels[chosen])
+            return fit_thresholds(logits[chosen].double().log_softmax(1), labels[chosen])
 
-        def of_tasks() -> list[Thresholds]:
-            paths = [training.folder / f"risk-{task}.json" for task in self.data.union.tasks]
-            return [kept(path, Thresholds, fingerprint, partial(of_task, number)) for number, path in enumerate(paths)]
+        halves = not bool(self.parts(0)[1].all())
+        path = training.folder / f"risk-{self.data.union.tasks[number]}.json"
+        return fitted_once(path, Thresholds, net.fingerprint() + (" half" if halves else ""), fit)
 
-        return ranks.from_first(of_tasks)
-
-    def _validation(self, net: PixelNet, separate: bool) -> list[tuple[Tensor, Tensor]]:
+    @torch.no_grad()
+    def _validation(self, net: PixelNet, separate: bool) -> Outputs:
         """Return logits (n, C), float32 on the CPU, and labels (n,) of the validation images of each task, kept for one net."""
         key = f"{net.fingerprint()} {separate}"
         if self._outputs[0] != key:
-            self._outputs = (key, self._validation_outputs(net, separate))
+            device = runtime.processes().device
+            found = []
+            for number, task in enumerate(self.data.union.tasks):
+                classifier = TaskClassifier(net, self.data.union, number, separate).eval()
+                with stored(self.data.part(number, "validation")) as part:
+                    batches = InOrder(part, self.config.evaluate.batch)
+                    pairs = [
+                        (classifier(images.to(device)).float().cpu(), torch.as_tensor(labels))
+                        for images, labels, _ in console.track(batches, "eval", f"validation of {task}", len(batches))
+                    ]
+                logits, labels = (torch.cat(parts) for parts in zip(*pairs))
+                found.append((logits, labels))
+            self._outputs = (key, found)
         return self._outputs[1]
 
-    @torch.no_grad()
-    def _validation_outputs(self, net: PixelNet, separate: bool) -> list[tuple[Tensor, Tensor]]:
-        device = runtime.processes().device
-        found = []
-        for number, task in enumerate(self.data.union.tasks):
-            classifier = TaskClassifier(net, self.data.union, number, separate).eval()
-            with stored(self.data.part(number, "validation")) as part:
-                batches = InOrder(part, self.config.evaluate.batch)
-                pairs = [
-                    (classifier(images.to(device)).float().cpu(), labels)
-                    for images, labels, _ in console.track(batches, "eval", f"validation of {task}", len(batches))
-                ]
-            logits, labels = zip(*pairs)
-            found.append((torch.cat(logits), torch.cat([torch.as_tensor(part) for part in labels])))
-        return found
+    # ---- Laplace, sets of other classes, the merge check --------------------------------------------------------------
 
-    def _evaluate(
-        self,
-        net: PixelNet,
-        classifier: TaskClassifier,
-        number: int,
-        split: str,
-        specs: Sequence[DirectPerturbation],
-        forms: Mapping[str, Form] | None,
-        quantile: float | None,
-        path: Path,
-        label: str,
-    ) -> list[dict]:
-        """Return the records of a task's images; those on record are not evaluated again."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if forms:
-            ranks.from_first(lambda: _drop_older(path))
-        with stored(self.data.part(number, split)) as images:
-            return evaluate_examples(
-                classifier,
-                InOrder(images, self.config.evaluate.batch),
-                specs,
-                num_classes=self.data.union.num_classes,
-                forms=forms,
-                quantile=quantile,
-                records=path,
-                data=f"{self.data.union.tasks[number]}:{split}",
-                fingerprint=net.fingerprint(),
-                label=label,
-            )
+    def laplace(self, net: PixelNet, training: Training, records: Path) -> list[Score]:
+        """Return accuracy, ECE, NLL and Brier of every task with a Laplace approximation in place of the head."""
+        split, posterior = self.config.evaluate.split, self._laplace_net(net, f"{training.arm} seed {training.seed}")
+        structure = next(name for name, kind in STRUCTURES.items() if isinstance(posterior.head.curvature, kind))
+        scores = []
+        for number, task in enumerate(self.data.union.tasks):
+            path = records / f"{split}-{task}-laplace.jsonl"
+            forms: dict[Condition, Form] = {CLEAN: lambda logits: logits}
+            scores += self._scores_of(posterior, training, False, split, number, path, ending=", Laplace", forms=forms)
+        return [replace(score, condition=LAPLACE[structure]) for score in scores]
+
+    @torch.no_grad()
+    def _laplace_net(self, net: PixelNet, label: str) -> PixelNet:
+        """Return a copy of a net with the approximation, fitted to all training images and tuned on validation images."""
+        device = runtime.processes().device
+
+        def features(images: Gathered, what: str) -> list[Tensor]:
+            with stored(images) as marked:
+                batches = InOrder(marked, self.config.evaluate.batch)
+                tracked = console.track(batches, "eval", f"{what} for Laplace of {label}", len(batches))
+                return [net.features(part.to(device)) for part, _, _ in tracked]
+
+        parts = [self.data.part(number, "validation") for number in range(len(self.data.union.tasks))]
+        validation = torch.cat([rows for part in parts for rows in features(part, "validation images")])
+        labels = torch.cat([part.labels for part in parts]).to(device)
+        training = features(self.data.training(), "training images")
+        posterior = copy.deepcopy(net)
+        posterior.stock.add_module("head", laplace_head(net.head, training, (validation, labels)))
+        return posterior.eval().to(device)
+
+    def detection(self, net: PixelNet, training: Training, separate: bool, records: Path) -> list[Score]:
+        """Return the AUROC of every set of evaluate.ood against the evaluated images of every task.
+
+        Arguments as in `scores`, whose records are read.
+        """
+        settings, union = self.config.evaluate, self.data.union
+        scores = []
+        for number, task in enumerate(union.tasks):
+            classifier = TaskClassifier(net, union, number, separate).eval()
+            lines = read_lines(records / f"{settings.split}-{task}.jsonl") if settings.ood else []
+            inside = {row["id"]: row["clean confidence"] for row in lines if "id" in row}
+            for name in settings.ood:
+                outside = confidences(
+                    classifier,
+                    self.data.outside(name),
+                    settings.batch,
+                    records / f"{record_stem('ood', task, row_name(name))}.jsonl",
+                    {"data": name, "task": task, "fingerprint": net.fingerprint()},
+                    f"{row_name(name)} against {task}, {training.arm} seed {training.seed}",
+                )
+                values = detection_values(*(-torch.tensor(list(part.values())) for part in (inside, outside)))
+                ids = [*inside, *(f"ood {name}" for name in outside)]
+                measure = Measure("AUROC", dict(zip(ids, values.tolist(), strict=True)), NUMBER, chance=0.5)
+                scores.append(
+                    Score(TASK, task, f"{settings.split} images, detection", measure, against(row_name(name)))
+                )
+        return scores
 
     @torch.no_grad()
     def outputs(self, merged: PixelNet, plain: PixelNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
@@ -185,25 +266,37 @@ class Evaluation:
                 yield "logits", merged(images.to(device)), plain(images.to(device)), True
 
 
-def _drop_older(path: Path) -> None:
-    """Delete records of a version that kept no probabilities; their images are evaluated again."""
-    lines = read_lines(path)
-    if lines and "forms" not in lines[0].get("settings", {}):
-        path.unlink()
+def best_tau(tasks: Outputs, counts: Sequence[int]) -> float:
+    """Return the tau with the largest mean accuracy over the tasks (ties: the smallest).
+
+    counts: training images of each class of the union.
+    """
+
+    def score(tau: float) -> float:
+        right = [(adjusted(logits, counts, tau).argmax(1) == labels).double().mean() for logits, labels in tasks]
+        return float(torch.stack(right).mean())
+
+    return max(TAUS, key=score)
 
 
-def form_measures(rows: Sequence[Mapping], name: str) -> list[Measure]:
-    """Return the accuracy of an adjusted form of the logits, the quality of the probabilities of another, from its records."""
-    from vismt.uncertainty.probability_metrics import calibration_values  # loads torchmetrics
+@torch.no_grad()
+def confidences(
+    classifier: nn.Module, images: Gathered, batch: int, path: Path, settings: dict[str, object], label: str
+) -> dict[str, float]:
+    """Return the largest probability of each image by its id; images on record are not evaluated again."""
+    log = Records(path, settings, {"confidence": SHARE}, key="id")
 
-    ids = [row["id"] for row in rows]
-    right = [float(row[name] == row["label"]) for row in rows]
-    if name == ADJUSTED.label:
-        return [Measure("accuracy", dict(zip(ids, right)))]
-    confidences = torch.tensor([row[f"{name} confidence"] for row in rows], dtype=torch.float64)
-    effects, bounds = calibration_values(confidences, torch.tensor(right, dtype=torch.float64))
-    return [
-        Measure("ECE-15", dict(zip(ids, effects.tolist())), better=LOWER, bounds=bounds, paired=False),
-        Measure("NLL in nats", {row["id"]: row[f"{name} nll"] for row in rows}, NUMBER, LOWER),
-        Measure("Brier", {row["id"]: row[f"{name} brier"] for row in rows}, NUMBER, LOWER),
-    ]
+    def run(number: int) -> list[dict]:
+        ids = images.ids[number * batch : (number + 1) * batch]
+        if all(name in log for name in ids):
+            return []
+        logits: Tensor = classifier(batches[number][0].to(runtime.processes().device))
+        largest = logits.double().softmax(1).amax(1).clamp_max(1).tolist()
+        return [{"id": name, "confidence": value} for name, value in zip(ids, largest, strict=True)]
+
+    with log, stored(images) as marked:
+        batches = InOrder(marked, batch)
+        for rows in console.track(ranks.share(range(len(batches)), run), "eval", label, len(batches)):
+            for row in rows:
+                log.add(row)
+    return {name: log[name]["confidence"] for name in images.ids}

@@ -1,19 +1,93 @@
-"""What only the report of a multi-task run shows: examples with the answers of every arm, and maps of routers."""
+"""What only the report of a multi-task run shows: examples with the answers of every arm, and maps of routers.
+
+The examples are written to a file of the run folder by the evaluation, and drawn from it by the report.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from vismt.jobs.classification.panels import EXAMPLES
-from vismt.report.panels import read_panel
+from vismt.base.errors import UserError
+from vismt.engine.study import Training
+from vismt.jobs.classification.data import TaskData
+from vismt.report.arm_figures import LETTER
+from vismt.report.panels import read_panel, spread, to_bytes, write_panel
 from vismt.report.plotting import MUTED, RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
 from vismt.report.routers import router_pictures
-from vismt.report.study_figures import LETTER
 from vismt.report.tables import Picture, Section
+from vismt.storage.lines import read_lines
 
-SHOWN = 8
+EXAMPLES = "examples.npz"
+PER_TASK, SHOWN = 6, 8  # images that are written, and the most that are drawn
+
+
+def examples(
+    folder: Path, data: TaskData, split: str, trainings: Sequence[Training], path: Path, count: int = PER_TASK
+) -> Path:
+    """Write `count` evaluated images of each task, evenly over its images, with the answers of trainings of several arms.
+
+    The answers are read from the records; nothing is evaluated. Raises UserError for an image without a record of an arm.
+    """
+    names = data.label_names
+    images: list[Tensor] = []
+    truth: list[str] = []
+    tasks: list[str] = []
+    answers: dict[str, list[str]] = {training.arm: [] for training in trainings}
+    for number, task in enumerate(data.union.tasks):
+        part = data.part(number, split)
+        index = spread(len(part), count)
+        images.append(part[index])
+        truth += [names[label] for label in part.labels[index].tolist()]
+        tasks += [task] * len(index)
+        ids = [part.ids[i] for i in index.tolist()]
+        for training in trainings:
+            answers[training.arm] += _answers(folder, training, f"{split}-{task}", ids, names)
+    return write_examples(path, to_bytes(torch.cat(images)), truth, tasks, answers)
+
+
+def write_examples(
+    path: Path, images: np.ndarray, truth: Sequence[str], tasks: Sequence[str], predictions: Mapping[str, Sequence[str]]
+) -> Path:
+    """Write images, the names of their classes and each arm's answers; return `path`.
+
+    Args:
+        path: the file to write.
+        images: uint8 (n, 3, h, w).
+        truth: n names of classes, "task/class".
+        tasks: n names of tasks.
+        predictions: n names of classes by arm.
+
+    Raises:
+        UserError: arms with different numbers of answers.
+    """
+    arrays = {
+        "images": images,
+        "truth": np.array(list(truth), dtype=str),
+        "tasks": np.array(list(tasks), dtype=str),
+        "arms": np.array(list(predictions), dtype=str),
+    }
+    lengths = {arm: len(answers) for arm, answers in predictions.items()}
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"examples: {lengths} answers; give every arm the same number.")
+    answers = np.array([list(names) for names in predictions.values()], dtype=str)
+    return write_panel(path, "examples", {**arrays, "predictions": answers})
+
+
+def _answers(folder: Path, training: Training, stem: str, ids: Sequence[str], names: Sequence[str]) -> list[str]:
+    path = training.folder / "records" / f"{stem}.jsonl"
+    answers = {row["id"]: row.get("clean") for row in read_lines(path) if "id" in row}
+    classes = []
+    for name in ids:
+        answer = answers.get(name)
+        if not isinstance(answer, int) or not 0 <= answer < len(names):
+            raise UserError(f"examples: '{path}' lacks image '{name}'; `vismt evaluate {folder}` completes it.")
+        classes.append(names[answer])
+    return classes
 
 
 def examples_figure(panel: Path, path: Path) -> Path:

@@ -11,31 +11,30 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vismt.backbones import vit
 from vismt.base.errors import UserError
 from vismt.data.batching import ShuffledBatches
-from vismt.data.names import card_and_split, row_name
+from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.engine.study import Training
-from vismt.jobs.base import records_folder
 from vismt.jobs.calibrating import calibrated_on_images
-from vismt.jobs.classification import panels
 from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
 from vismt.jobs.classification.data import TaskData
-from vismt.jobs.classification.detection import detection_scores
 from vismt.jobs.classification.evaluation import Evaluation
-from vismt.jobs.classification.figures import sections
+from vismt.jobs.classification.figures import EXAMPLES, examples, sections
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, stored, with_linear_head
-from vismt.jobs.classification.posterior import laplace_scores
-from vismt.jobs.image_job import ImageJob
+from vismt.jobs.evaluation_job import records_folder
+from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
 from vismt.jobs.risk import check_thresholds
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.lowrank.model.inject import train_along
 from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.union import UnionObjective
 from vismt.multitask.variational_union import VariationalUnionObjective
+from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
@@ -159,9 +158,9 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         risk = self.config.report is not None and split == self.split
         scores = self.evaluation.scores(net, training, separate, split, specs, records, forms, risk)
         if forms is not None and attacks is None:
-            scores += detection_scores(self.evaluation, net, training, separate, records)
+            scores += self.evaluation.detection(net, training, separate, records)
             if self.config.evaluate.laplace:
-                scores += laplace_scores(self.evaluation, net, training, records)
+                scores += self.evaluation.laplace(net, training, records)
         return scores
 
     def validate(self, training: Training) -> float:
@@ -214,7 +213,16 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return self.evaluation.outputs(merged, plain, label)
 
     def write_panels(self) -> None:
-        panels.write(self)
+        first = [self.study.trainings(arm)[0] for arm in self.study.arms]
+        examples(self.folder, self.data, self.split, first, self.folder / EXAMPLES)
+        self.write_router_maps(self.loaded, self._mapped_images)
+
+    def _mapped_images(self) -> Tensor:
+        """Return four evaluated images, evenly over the tasks."""
+        tasks = len(self.data.union.tasks)
+        wanted = (torch.arange(MAPPED_IMAGES) * tasks // MAPPED_IMAGES).tolist()
+        parts = [(self.data.part(task, self.split), wanted.count(task)) for task in sorted(set(wanted))]
+        return torch.cat([part[spread(len(part), count)] for part, count in parts])
 
     def sections(self, results: Sequence[Result]) -> list[Section]:
         return sections(self.folder)
@@ -242,5 +250,4 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return {"num_classes": self.data.union.num_classes, "label_names": self.data.label_names}
 
 
-CONFIG = MultitaskConfig
 JOB = ClassificationJob

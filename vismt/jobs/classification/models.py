@@ -21,7 +21,7 @@ from vismt.jobs.classification.config import MultitaskConfig
 from vismt.metatune.features import FeatureStore, features, number
 from vismt.storage.files import atomic_write
 from vismt.uncertainty.last_layers import is_variational, make_head
-from vismt.uncertainty.variational import GaussianHead
+from vismt.uncertainty.predictive import GaussianHead
 
 HEAD = "head.safetensors"
 

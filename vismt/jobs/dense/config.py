@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import HASHED_IF_SET, UNHASHED_OPTIONS, ModelConfig
+from vismt.config.sections import UNHASHED_OPTIONS, ModelConfig
 from vismt.config.typed import Names
-from vismt.engine.splits import PartsConfig, check_parts
+from vismt.engine.parts import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.jobs.task_sections import (
     BalancingConfig,
@@ -98,10 +98,10 @@ class DenseEvaluateConfig:
     mode: Annotated[str, Names(MODES)] = "slide"
     overlap: float = 0.5
     flip: bool = False
-    scales: list[float] = field(default_factory=lambda: [1.0], metadata=HASHED_IF_SET)
-    adjust_logits: bool = field(default=False, metadata=HASHED_IF_SET)
-    attacks: list[AttackConfig] = field(default_factory=list, metadata=HASHED_IF_SET)
-    corruptions: list[CorruptionConfig] = field(default_factory=list, metadata=HASHED_IF_SET)
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    adjust_logits: bool = False
+    attacks: list[AttackConfig] = field(default_factory=list)
+    corruptions: list[CorruptionConfig] = field(default_factory=list)
 
 
 @dataclass
@@ -273,3 +273,6 @@ def _check_baseline(config: DenseConfig) -> None:
             raise UserError(
                 f"baseline: arm '{arm}' does not train '{task}'; name another arm for it, as {{task: arm}}."
             )
+
+
+CONFIG = DenseConfig

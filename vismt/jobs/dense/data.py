@@ -13,13 +13,13 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.base.seeds import mix_seed
 from vismt.data.batching import Passes
+from vismt.data.division import divide
 from vismt.data.maps import dense_transforms as transforms
-from vismt.data.maps.dense import DenseSet, open_samples
 from vismt.data.maps.dense_sample import CLASS, Sample, collate
-from vismt.data.names import card_and_split
+from vismt.data.maps.dense_set import DenseSet, open_samples
 from vismt.data.near_duplicates import groups_of, picture
-from vismt.data.splits import divide
-from vismt.engine.splits import shares
+from vismt.data.set_entries import card_and_split
+from vismt.engine.parts import shares
 from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
 from vismt.multitask.class_loss import ClassLoss, check_counts
 from vismt.multitask.dense import SEGMENTATION

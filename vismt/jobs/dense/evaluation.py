@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from vismt.jobs.dense.config import DenseConfig, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, Undefined, read_scored
-from vismt.jobs.variants import ADJUSTED, TAUS
+from vismt.jobs.output_conditions import ADJUSTED, TAUS, fitted_once
 from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.dense import DenseNet
 from vismt.multitask.inference import predict
@@ -44,13 +44,20 @@ from vismt.report.results import Score
 from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.conditions import DensePerturbation, condition_of
 from vismt.robustness.corruptions import CorruptionSpec, corrupt
-from vismt.storage.files import atomic_write, read_sealed, sealed
 from vismt.storage.lines import read_lines, write_lines
 from vismt.uncertainty.intervals import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure
 
 UNDEFINED = "undefined"  # key of a record: reasons by task
 ADJUSTMENT = "adjustment.json"
 LEAST = 1e-6  # lower bound of a score before its logarithm
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """The tau of each task, and the validation score of each task and tau that was tried."""
+
+    taus: dict[str, float]
+    validation: dict[str, float]
 
 
 class Evaluation:
@@ -61,7 +68,7 @@ class Evaluation:
         self.data = data
         self.tasks = data.tasks
 
-    def scores(self, scored: Mapping[str, Scored], split: str, condition: Condition = CLEAN) -> list[Score]:
+    def as_scores(self, scored: Mapping[str, Scored], split: str, condition: Condition = CLEAN) -> list[Score]:
         """Return one score for each task of a training under a condition."""
         return [self._score(self.tasks[name], task_score, split, condition) for name, task_score in scored.items()]
 
@@ -93,7 +100,7 @@ class Evaluation:
         total = math.fsum(sign * log for sign, log in zip(signs, logs)) + undefined * math.log(LEAST)
         return math.exp(total / (len(logs) + undefined))
 
-    def under(
+    def condition_scores(
         self,
         net: Callable[[], DenseNet],
         training: Training,
@@ -106,27 +113,27 @@ class Evaluation:
 
         net: returns the evaluated net, asked for where a condition is not on record. config: of the training. records: folder.
         """
-        scores = self.scores(self.clean(net, training, config, split, records), split)
+        scores = self.as_scores(self.clean_scores(net, training, config, split, records), split)
         for spec in specs:
             if isinstance(spec, DenseAttack) and not spec.attacked(trained_tasks(config)):
                 continue
             key = digest(json.dumps(spec.settings(), sort_keys=True).encode())[:8]
             path = records / f"{split}-{key}.jsonl"
-            scored = self.known(path, training)
+            scored = self.recorded_scores(path, training)
             if scored is None:
-                scored = self.scored(net(), training, config, split, path, spec)
-            scores += self.scores(scored, split, condition_of(spec))
+                scored = self.score_and_record(net(), training, config, split, path, spec)
+            scores += self.as_scores(scored, split, condition_of(spec))
         return scores
 
-    def clean(
+    def clean_scores(
         self, net: Callable[[], DenseNet], training: Training, config: DenseConfig, split: str, records: Path
     ) -> dict[str, Scored]:
-        """Return the clean scores of every task; arguments as for `under`."""
+        """Return the clean scores of every task; arguments as for `condition_scores`."""
         path = records / f"{split}.jsonl"
-        scored = self.known(path, training)
-        return self.scored(net(), training, config, split, path) if scored is None else scored
+        scored = self.recorded_scores(path, training)
+        return self.score_and_record(net(), training, config, split, path) if scored is None else scored
 
-    def scored(
+    def score_and_record(
         self,
         net: DenseNet,
         training: Training,
@@ -144,35 +151,34 @@ class Evaluation:
         label = str(training) if spec is None else f"{training}   {spec.label}"
         return self._written(self._pooled(net, tasks, split, plain, label, spec), training, path, spec)
 
-    def adjusted(
+    def adjusted_scores(
         self, net: Callable[[], DenseNet], training: Training, config: DenseConfig, split: str, records: Path
     ) -> list[Score]:
-        """Return the scores of the tasks with classes, their logits adjusted by the tau of validation; arguments as `under`."""
+        """Return the scores of the tasks with classes, their logits adjusted by the tau of validation.
+
+        Arguments as for `condition_scores`.
+        """
         path = records / f"{split}-adjusted.jsonl"
-        scored = self.known(path, training)
+        scored = self.recorded_scores(path, training)
         tasks = [task for task in trained_tasks(config) if isinstance(task, ClassLoss)]
         if scored is None and tasks:
             taus = self._taus(net(), training, tasks)
             variants = {name: (name, tau) for name, tau in taus.items()}
             pools = self._pooled(net(), tasks, split, variants, f"{training}   {ADJUSTED.label}")
             scored = self._written(pools, training, path)
-        return self.scores(scored or {}, split, ADJUSTED)
+        return self.as_scores(scored or {}, split, ADJUSTED)
 
     def _taus(self, net: DenseNet, training: Training, tasks: Sequence[DenseTask]) -> dict[str, float]:
-        """Return the tau of each task with the best score on the validation images, the smallest of several, read or written."""
-        path, chosen_for = training.folder / ADJUSTMENT, fingerprint(training)
-        known = ranks.from_first(
-            lambda: read_sealed(path, f"run '{training.folder}'", ("taus",)) if path.exists() else {}
-        )
-        if known.get("fingerprint") == chosen_for and known["taus"].keys() == {task.name for task in tasks}:
-            return known["taus"]
-        variants = {f"{task.name} {tau:g}": (task.name, tau) for task in tasks for tau in TAUS}
-        pools = self._pooled(net, tasks, "validation", variants, f"{training}   tau")
-        values = {name: pool.value() for name, pool in pools.items()}
-        taus = {task.name: max(TAUS, key=lambda tau: values[f"{task.name} {tau:g}"]) for task in tasks}
-        about = {"fingerprint": chosen_for, "taus": taus, "validation": values}
-        ranks.from_first(lambda: atomic_write(path, sealed(about)))
-        return taus
+        """Return each task's best tau on the validation images (ties: the smallest)."""
+
+        def fit() -> Adjustment:
+            variants = {f"{task.name} {tau:g}": (task.name, tau) for task in tasks for tau in TAUS}
+            pools = self._pooled(net, tasks, "validation", variants, f"{training}   tau")
+            values = {name: pool.value() for name, pool in pools.items()}
+            taus = {task.name: max(TAUS, key=lambda tau: values[f"{task.name} {tau:g}"]) for task in tasks}
+            return Adjustment(taus, values)
+
+        return fitted_once(training.folder / ADJUSTMENT, Adjustment, fingerprint(training), fit, shared=True).taus
 
     def _pooled(
         self,
@@ -240,8 +246,8 @@ class Evaluation:
         ranks.from_first(lambda: write_lines(path, [row]))
         return scored
 
-    def known(self, path: Path, training: Training) -> dict[str, Scored] | None:
-        """Return the scores that `scored` wrote for these weights, None where there are none."""
+    def recorded_scores(self, path: Path, training: Training) -> dict[str, Scored] | None:
+        """Return the scores that `score_and_record` wrote for these weights, None where there are none."""
         lines = ranks.from_first(lambda: read_lines(path, ("fingerprint", "tasks"), whole=True))
         if not lines or lines[0]["fingerprint"] != fingerprint(training):
             return None

@@ -1,22 +1,33 @@
-"""What only the report of a dense run shows: undefined scores, maps of routers, and predictions beside their truth."""
+"""What only the report of a dense run shows: undefined scores, maps of routers, and predictions beside their truth.
+
+The predictions are written to a file of the run folder by the evaluation, and drawn from it by the report.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
-from vismt.engine.study import ARMS
+from vismt.base.errors import UserError
+from vismt.data.maps.dense_sample import Sample, collate
+from vismt.engine.study import ARMS, Training
 from vismt.jobs.dense.config import PANELS
-from vismt.jobs.dense.evaluation import UNDEFINED
-from vismt.report.panels import read_panel
+from vismt.jobs.dense.data import DenseData
+from vismt.jobs.dense.evaluation import UNDEFINED, metric_name
+from vismt.jobs.dense.models import fingerprint
+from vismt.jobs.dense.pooled_score import Scored
+from vismt.multitask.tasks import MapTask
+from vismt.multitask.tasks.base import DARK
+from vismt.report.arm_figures import LETTER
+from vismt.report.panels import read_panel, spread, to_bytes, write_panel
 from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
 from vismt.report.results import RECORDS
 from vismt.report.routers import router_pictures
-from vismt.report.study_figures import LETTER
 from vismt.report.tables import Picture, Section, Table, number_text, scale_text
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE
@@ -26,6 +37,7 @@ UNDEFINED_NOTE = "A score without a number has no row in the tables of results, 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SHOWN = 4  # images
 SIDE, WIDEST, GAP = 1.35, 11.0, 0.07  # inches: of a square picture, of a figure, between pictures
 HEAD, LINE, BELOW, APART = (
     0.22,
@@ -33,6 +45,90 @@ HEAD, LINE, BELOW, APART = (
     0.19,
     0.3,
 )  # of the names over a block, a task over its row, scores, between blocks
+
+
+def write_predictions(
+    path: Path,
+    data: DenseData,
+    split: str,
+    trainings: Sequence[Training],
+    logits: Callable[[Training, Sample], Mapping[str, Tensor]],
+    scored: Callable[[Training], Mapping[str, Scored]],
+    count: int = SHOWN,
+) -> Path | None:
+    """Write `count` evaluated images, evenly over their split, not chosen by result, with what every training predicts.
+
+    Only tasks with a value at every pixel are drawn; without such a task return None and write no file. A file of the same
+    images and trainings is kept, and nothing is predicted. The arrays:
+
+        truth (t, n, 3, h, w), predictions (a, t, n, 3, h, w): pictures by MapTask.picture, a prediction in the colours of its
+            truth, of the first seed of each arm, merged.
+        scores (a, t, n): score of the image alone, NaN for none.
+        trained (a, t): whether the arm has the task; without it the pictures are dark grey and the scores NaN.
+        trainings (a,): digests of the trainings.
+
+    logits: returns the outputs of a training on a batch by task. scored: returns the scores of a training by task.
+    """
+    tasks = [task for task in data.tasks.values() if isinstance(task, MapTask)]
+    if not tasks:
+        return None
+    rows = data.part(split)
+    numbers = spread(len(rows), count).tolist()
+    about = {
+        "ids": np.array([rows.ids[i] for i in numbers], dtype=str),
+        "arms": np.array([training.arm for training in trainings], dtype=str),
+        "trainings": np.array([fingerprint(training) for training in trainings], dtype=str),
+    }
+    if _known(path, about):
+        return path
+    sample = collate([rows.fitted(i, data.size) for i in numbers])
+    predictions, trained, scores = [], [], []
+    for training in trainings:
+        outputs, scores_of = logits(training, sample), scored(training)
+        trained.append([task.name in outputs for task in tasks])
+        predictions.append(
+            np.stack([_pictures(task, outputs.get(task.name), sample["image"], sample.get(task.key)) for task in tasks])
+        )
+        scores.append([[_alone(scores_of.get(task.name), rows.ids[i]) for i in numbers] for task in tasks])
+    return write_panel(
+        path,
+        "maps",
+        {
+            **about,
+            "images": to_bytes(sample["image"]),
+            "tasks": np.array([task.name for task in tasks], dtype=str),
+            "metrics": np.array([metric_name(task) for task in tasks], dtype=str),
+            "shares": np.array([task.share for task in tasks]),
+            "lower_is_better": np.array([task.lower_is_better for task in tasks]),
+            "truth": np.stack([_pictures(task, sample.get(task.key), sample["image"]) for task in tasks]),
+            "trained": np.array(trained),
+            "predictions": np.stack(predictions),
+            "scores": np.array(scores, dtype=np.float64),
+        },
+    )
+
+
+def _alone(scored: Scored | None, name: str) -> float:
+    """Return the score of an image alone, NaN for none."""
+    score = None if scored is None else scored.alone.get(name)
+    return math.nan if score is None else score
+
+
+def _known(path: Path, about: dict[str, np.ndarray]) -> bool:
+    """Return whether the file is there, sound, and of these images, arms and trainings."""
+    try:
+        arrays = read_panel(path, "maps")
+    except UserError:
+        return False
+    return all(arrays[name].tolist() == expected.tolist() for name, expected in about.items())
+
+
+def _pictures(task: MapTask, maps: Tensor | None, images: Tensor, like: Tensor | None = None) -> np.ndarray:
+    """Return pictures uint8 (n, 3, h, w) of a batch of maps; without maps all pixels have no value."""
+    if maps is None:
+        return np.full(tuple(images.shape), DARK, dtype=np.uint8)
+    references = [None] * len(maps) if like is None else like
+    return np.stack([task.picture(map, reference).numpy() for map, reference in zip(maps, references, strict=True)])
 
 
 def predictions_figure(panel: Path, path: Path) -> Path:

@@ -8,15 +8,16 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, nn, stack
 
 from vismt.backbones import vit
 from vismt.base.errors import UserError
 from vismt.engine import training_files
 from vismt.engine.study import Training
-from vismt.jobs.dense import models, panels
+from vismt.jobs.dense import models
 from vismt.jobs.dense.config import (
     DELTA,
+    PANELS,
     DenseConfig,
     all_tasks,
     baseline_arms,
@@ -28,13 +29,14 @@ from vismt.jobs.dense.config import (
 from vismt.jobs.dense.data import DenseBatches, DenseData
 from vismt.jobs.dense.delta import deltas
 from vismt.jobs.dense.evaluation import Evaluation
-from vismt.jobs.dense.figures import sections
+from vismt.jobs.dense.figures import sections, write_predictions
 from vismt.jobs.dense.pooled_score import Scored
 from vismt.jobs.dense.predict import check_images, image_files, most_pixels, predict_images
-from vismt.jobs.image_job import ImageJob
+from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.multitask.dense import SEGMENTATION, DenseNet, DenseObjective
 from vismt.multitask.emtal.retain_dense import DenseRetaining
+from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DensePerturbation, dense_conditions
@@ -141,7 +143,9 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
     def scored(self, training: Training, split: str) -> dict[str, Scored]:
         """Return the clean pooled scores of every task of a training, read from its folder where they are on record."""
         config = self.study.config_of(training)
-        return self.evaluation.clean(lambda: self.final(training), training, config, split, training.folder / RECORDS)
+        return self.evaluation.clean_scores(
+            lambda: self.final(training), training, config, split, training.folder / RECORDS
+        )
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         settings = self.config.evaluate
@@ -151,7 +155,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         scores = self.scores_under(net, training, split, chosen, corruptions, records)
         if settings.adjust_logits and attacks is None:
             config = self.study.config_of(training)
-            scores += self.evaluation.adjusted(net, training, config, split, records)
+            scores += self.evaluation.adjusted_scores(net, training, config, split, records)
         return scores
 
     def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
@@ -180,7 +184,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         risk: bool = False,
     ) -> list[Score]:
         specs = self._conditions(attacks, corruptions)
-        return self.evaluation.under(net, training, self.study.config_of(training), split, specs, records)
+        return self.evaluation.condition_scores(net, training, self.study.config_of(training), split, specs, records)
 
     def validate(self, training: Training) -> float:
         scores = self.score(training, "validation", [])
@@ -195,7 +199,20 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return self.evaluation.outputs(merged, plain, label)
 
     def write_panels(self) -> None:
-        panels.write(self)
+        first = [self.study.trainings(arm)[0] for arm in self.study.arms]
+        write_predictions(
+            self.folder / PANELS,
+            self.data,
+            self.split,
+            first,
+            logits=lambda training, sample: self.evaluation.logits(self.final(training), sample),
+            scored=lambda training: self.scored(training, self.split),
+        )
+        rows, size = self.data.part(self.split), (self.config.size[0], self.config.size[1])
+        self.write_router_maps(
+            lambda training: models.loaded(self.study.config_of(training), training, size),
+            lambda: stack([rows.fitted(i, size)["image"] for i in spread(len(rows), MAPPED_IMAGES).tolist()]),
+        )
 
     def sections(self, results: Sequence[Result]) -> list[Section]:
         return sections(self.folder)
@@ -223,5 +240,4 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return {"num_classes": 0, "img_size": list(self.config.size)}
 
 
-CONFIG = DenseConfig
 JOB = DenseJob

@@ -28,7 +28,7 @@ from vismt.data.cards import Card, load_card
 from vismt.data.decode import SUFFIXES, decode_file
 from vismt.data.maps.dense_set import DenseSource
 from vismt.data.maps.dense_transforms import fitting, resize
-from vismt.data.names import card_and_split
+from vismt.data.set_entries import card_and_split
 from vismt.engine import runtime
 from vismt.jobs.dense.config import DenseConfig, canvas_of, trained_tasks
 from vismt.multitask.dense import SEGMENTATION, DenseNet

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.jobs.fewshot.arms import evaluated_experts, split_head
-from vismt.jobs.fewshot.calibration import episodes_file
 from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, FewShotConfig
+from vismt.jobs.fewshot.evaluation import episodes_file
 from vismt.jobs.fewshot.merge_settings import VALIDATION
 from vismt.report.comparison import AVERAGE
 from vismt.report.results import Result

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import HASHED_IF_SET, Episodes, Jitter, ModelConfig, OnBadSample, Seed
+from vismt.config.sections import Episodes, Jitter, ModelConfig, OnBadSample, Seed
 from vismt.config.typed import Names
 from vismt.engine.study import ALONE, StudyConfig, TuneConfig
 from vismt.jobs.calibrating import ImageCalibrationConfig
@@ -57,7 +57,7 @@ class SourceConfig:
     jitter: Jitter = 0.4
     flip: bool = True
     hierarchy: bool = False
-    scale: float = field(default=10.0, metadata=HASHED_IF_SET)
+    scale: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class PoolConfig(AdversaryForm):
     clean: bool = False
     rates: dict[str, float] = field(default_factory=dict)
     folder: str | None = None
-    experts: list[ExpertSpec] = field(default_factory=list, metadata=HASHED_IF_SET)
-    select: Annotated[str, Names(tuple(SELECT))] = field(default="paper", metadata=HASHED_IF_SET)
+    experts: list[ExpertSpec] = field(default_factory=list)
+    select: Annotated[str, Names(tuple(SELECT))] = "paper"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,9 +154,9 @@ class EvaluateConfig:
     corruptions: list[CorruptionConfig] = field(default_factory=list)
     masking: bool = False
     masking_episodes: Episodes = 10
-    probabilities: bool = field(default=False, metadata=HASHED_IF_SET)
-    ood: list[str] = field(default_factory=list, metadata=HASHED_IF_SET)
-    ways_of: dict[str, int] = field(default_factory=dict, metadata=HASHED_IF_SET)
+    probabilities: bool = False
+    ood: list[str] = field(default_factory=list)
+    ways_of: dict[str, int] = field(default_factory=dict)
 
     def ways_in(self, data: str, classes: int | None = None) -> int:
         """Return the ways of the uniform episodes of a set. Raises UserError where it has fewer classes."""
@@ -227,17 +227,17 @@ class FewShotConfig(StudyConfig):
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    arms: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=HASHED_IF_SET)
-    seeds: list[Seed] = field(default_factory=list, metadata=HASHED_IF_SET)
-    tune: TuneConfig | None = field(default=None, metadata=HASHED_IF_SET)
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seeds: list[Seed] = field(default_factory=list)
+    tune: TuneConfig | None = None
     source: SourceConfig = field(default_factory=SourceConfig)
     meta: MamlSettings | None = None
     pool: PoolConfig | None = None
     select: SelectConfig | None = None
     merging: MergeSettings = field(default_factory=MergeSettings)
     finetune: FineTuneSettings = field(default_factory=FineTuneSettings)
-    head: FewShotHeadConfig = field(default_factory=FewShotHeadConfig, metadata=HASHED_IF_SET)
-    calibration: ImageCalibrationConfig | None = field(default=None, metadata=HASHED_IF_SET)
+    head: FewShotHeadConfig = field(default_factory=FewShotHeadConfig)
+    calibration: ImageCalibrationConfig | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     on_bad_sample: OnBadSample = "error"
     download: bool = False
@@ -260,3 +260,6 @@ class ExpertConfig(FewShotConfig):
     @property
     def training_seed(self) -> int:
         return self.seed + COPY_SEED * self.copy
+
+
+CONFIG = FewShotConfig

@@ -16,8 +16,8 @@ from vismt.base import console
 from vismt.base.objects import held
 from vismt.data.batching import Gathered
 from vismt.data.images import ImageSet, open_images
-from vismt.data.names import card_and_split, row_name
 from vismt.data.pixels import Pixels
+from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler

@@ -1,38 +1,66 @@
-"""Evaluation of few-shot models on episodes of every set, clean and under each condition, with a record for each episode."""
+"""Evaluation of few-shot models on episodes of every set, clean and under each condition, with a record for each episode.
+
+The probabilities of a model are also scored with a temperature, p = softmax(z / T), T > 0 with the smallest NLL
+(vismt/uncertainty/temperature.py): one T for all its episodes, fitted on the clean queries of validation episodes. These are the
+episodes of select.data, one T for all evaluated sets, or with select.class_share those of the classes of each evaluated set that
+its test episodes never draw, one T for each. All their queries weigh the same, whatever their ways. Every model has a T: z are
+the logits of `Models.task`, with the weights that the model takes for a task's support (pools, fine-tuning), or the
+log-probabilities of a posterior. The settings of merged are chosen on the same episodes as its T. T belongs to the ways and
+shots of the validation episodes. It changes no answer, so accuracies have no row. A file beside the model's records has T; it
+is fitted again when the weights, the settings or the episodes change.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.base import console, ranks
+from vismt.base import console
 from vismt.base.seeds import digest
-from vismt.data.names import row_name, shown_name
 from vismt.data.pixels import Pixels
+from vismt.data.set_entries import row_name, shown_name
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
-from vismt.jobs.fewshot import masking_report
-from vismt.jobs.fewshot.calibration import episodes_file, temperature
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
-from vismt.jobs.variants import TEMPERED, against
+from vismt.jobs.output_conditions import TEMPERED, against, fitted_once
 from vismt.metatune.protocol.episode_outcome import BRIER, GAPS, NLL, SCALED, UNSCALED
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
-from vismt.metatune.protocol.protocol import run_protocol
+from vismt.metatune.protocol.protocol import clean_logits, run_protocol
 from vismt.report.results import Score
-from vismt.robustness.attacks.transfer import TransferSource
-from vismt.robustness.conditions import AttackConfig, Perturbation, condition_of, conditions, worst_cases
+from vismt.robustness.conditions import (
+    AttackConfig,
+    Perturbation,
+    TransferSource,
+    condition_of,
+    conditions,
+    worst_cases,
+)
 from vismt.robustness.masking import check_episodes
-from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure
+from vismt.uncertainty.intervals import CLEAN, NUMBER, Measure
+from vismt.uncertainty.probability_metrics import quality_measures
+from vismt.uncertainty.temperature import fit_temperature
 
 TASK = "few-shot"
+MASKING = "masking.jsonl"  # a file of the run folder
 FORMS = {UNSCALED: CLEAN, SCALED: TEMPERED}  # conditions of the rows of probabilities
+ABSENT = -1e30  # logit of the classes that an episode of fewer ways lacks: a probability of 0 at any T
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """What was fitted for a model on n queries of validation episodes."""
+
+    temperature: float
+    n: int
 
 
 class Evaluation:
@@ -100,7 +128,7 @@ class Evaluation:
             model=arm,
             worst={case.condition.label: case.attacks for case in worst},
             probabilities=settings.probabilities,
-            temperature=self._temperature(models, arm, name, records) if tempered else None,
+            temperature=temperature(self.folder, models, arm, name, self.data.open) if tempered else None,
             ood={condition.label: images for condition, images in outside.items()},
         )
         labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs), *(case.condition for case in worst)]
@@ -113,13 +141,6 @@ class Evaluation:
         for label in outside:
             measures.append((label, Measure("AUROC", _by_episode(results[label.label]), NUMBER, chance=0.5)))
         return [Score(TASK, shown, protocol, measure, label, "episodes", drawn) for label, measure in measures]
-
-    def _temperature(self, models: Models, arm: str, name: str, records: Path) -> float | None:
-        """Return the temperature of a model, None for records of a version without it, which stay as they are."""
-        if ranks.from_first(lambda: _without_temperature(records)):
-            console.stage("eval", f"'{records}' has no temperature; move it away to evaluate with one")
-            return None
-        return temperature(self.folder, models, arm, name, self.data.open)
 
     def validation_scores(self, models: Models, training: Training) -> list[Score]:
         """Return the accuracy of a training on the episodes of select.data, clean and under select.attack."""
@@ -175,15 +196,21 @@ class Evaluation:
                 fingerprint=models.fingerprint(arm, name),
                 label=f"{shown} {protocol} {arm} by radius",
             )
-            lines.append(masking_report.line(shown, protocol, arm, result, config_hash))
-        console.stage("masking", masking_report.summary(lines))
+            about = {"data": shown, "protocol": protocol, "model": arm, "config_hash": config_hash}
+            fields = {**vars(result), "epsilons": list(result.epsilons), "accuracies": list(result.accuracies)}
+            lines.append({**about, **fields, "passed": result.passed, "verdict": result.verdict()})
+        console.stage("masking", masking_summary(lines))
         return lines
 
 
-def _without_temperature(records: Path) -> bool:
-    """Return whether there are records, made without a temperature."""
-    lines = read_lines(records)
-    return bool(lines) and "temperature" not in lines[0].get("settings", {})
+def masking_summary(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the gradient-masking checks of one model, rows of MASKING, as one text for the console."""
+    failed = [f"{row['data']} {row['verdict'].removeprefix('FAIL: ')}" for row in lines if not row["passed"]]
+    model = lines[0]["model"]
+    if failed:
+        return f"{model}   FAIL   {'; '.join(failed)}: accuracies under attack do not measure robustness"
+    last = ", ".join(f"{row['data']} {100 * row['accuracies'][-1]:.1f} %" for row in lines)
+    return f"{model}   pass   at {255 * lines[0]['epsilons'][-1]:.3g}/255: {last}   (n = {lines[0]['n']} episodes)"
 
 
 def _settings(specs: Sequence[Perturbation]) -> str:
@@ -202,15 +229,58 @@ def probability_measures(results: Mapping[str, Tensor], form: str) -> list[Measu
 
     All episodes weigh the same.
     """
-    from vismt.uncertainty.probability_metrics import gap_values  # loads torchmetrics
-
-    effects, bounds = gap_values(results[f"{form} {GAPS}"])
-    return [
-        Measure("ECE-15", _by_episode(effects), better=LOWER, bounds=bounds, paired=False),
-        Measure("NLL in nats", _by_episode(results[f"{form} {NLL}"]), NUMBER, LOWER),
-        Measure("Brier", _by_episode(results[f"{form} {BRIER}"]), NUMBER, LOWER),
-    ]
+    gaps, nlls, briers = (results[f"{form} {name}"] for name in (GAPS, NLL, BRIER))
+    return quality_measures([str(number) for number in range(len(nlls))], gaps, nlls, briers)
 
 
 def _by_episode(values: Tensor) -> dict[str, float]:
     return {str(number): value for number, value in enumerate(values.tolist())}
+
+
+def temperature(folder: Path, models: Models, arm: str, data: str, opened: Callable[[str], Pixels]) -> float:
+    """Return the temperature of a model on an evaluated set.
+
+    Args:
+        folder: of the run.
+        models: of one training seed.
+        arm: name of the model.
+        data: the evaluated set.
+        opened: returns a set by name.
+    """
+    select = models.config.selection
+    names = select.data or [data]
+    samplers = {name: models.settings.sampler(name) for name in names}
+
+    def fit() -> Temperature:
+        pairs = [
+            pair
+            for name, sampler in samplers.items()
+            for pair in clean_logits(
+                models.task(arm, data),
+                opened(name),
+                sampler,
+                select.episodes,
+                f"{shown_name(name)} {arm} for a temperature",
+            )
+        ]
+        ways = max(logits.shape[1] for logits, _ in pairs)
+        logits = torch.cat([F.pad(part.double(), (0, ways - part.shape[1]), value=ABSENT) for part, _ in pairs])
+        labels = torch.cat([part for _, part in pairs])
+        # Rounded, as it is part of the records' settings: another machine fits the same.
+        return Temperature(float(f"{fit_temperature(logits, labels):.6g}"), len(labels))
+
+    episodes = {name: [select.episodes, sampler.describe()] for name, sampler in samplers.items()}
+    text = json.dumps([models.fingerprint(arm, data), episodes], sort_keys=True)
+    fingerprint = digest(text.encode())
+    path = temperature_file(folder, models.seed, "all" if select.data else shown_name(data), arm)
+    return fitted_once(path, Temperature, fingerprint, fit).temperature
+
+
+def episodes_file(folder: Path, seed: int, data: str, protocol: str, arm: str) -> Path:
+    """Return the file of a model's records, one line for each episode."""
+    return folder / "episodes" / f"seed-{seed}" / f"{record_stem(data, protocol, arm)}.jsonl"
+
+
+def temperature_file(folder: Path, seed: int, validation: str, arm: str) -> Path:
+    """Return the file of a model's temperature, fitted on the validation episodes of that name."""
+    return folder / "episodes" / f"seed-{seed}" / f"{record_stem('temperature', validation, arm)}.json"

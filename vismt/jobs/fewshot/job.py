@@ -20,7 +20,6 @@ from vismt.engine.stream import Batches
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
 from vismt.jobs.calibrating import calibrated_on_images
-from vismt.jobs.fewshot import masking_report
 from vismt.jobs.fewshot.arms import (
     evaluated_experts,
     evaluated_models,
@@ -36,11 +35,10 @@ from vismt.jobs.fewshot.config import (
 )
 from vismt.jobs.fewshot.config_checks import check, check_sets
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption
-from vismt.jobs.fewshot.evaluation import Evaluation
+from vismt.jobs.fewshot.evaluation import MASKING, Evaluation
 from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net, read_scale
 from vismt.jobs.fewshot.report import sections
-from vismt.jobs.fewshot.version_1 import move_to_arms
-from vismt.jobs.job import Job
+from vismt.jobs.training_job import TrainingJob
 from vismt.lowrank.files.store import load_adapter
 from vismt.lowrank.layers.wrappers import check_mergeable
 from vismt.lowrank.model.inject import merge
@@ -60,7 +58,7 @@ Net = ProtoNet | MamlNet
 AVERAGE = "average"
 
 
-class FewShotJob(Job[FewShotConfig, Any]):
+class FewShotJob(TrainingJob[FewShotConfig, Any]):
     """Arms are adapters of one backbone, or the experts of a pool; models built from them are evaluated seed by seed."""
 
     logged: Mapping[str, str] = {
@@ -72,7 +70,6 @@ class FewShotJob(Job[FewShotConfig, Any]):
     def __init__(self, config: FewShotConfig, folder: Path, config_hash: str) -> None:
         check(config)
         super().__init__(config, folder, config_hash)
-        move_to_arms(folder, self.study)
         self.data = FewShotData(config)
         self.untrained = untrained_arms(config)
         self.skipped: dict[str, str] = {}
@@ -242,7 +239,7 @@ class FewShotJob(Job[FewShotConfig, Any]):
             lines = []
             for arm in self.evaluated():
                 lines += self._evaluation(arm).masking_lines(self.models(seed, arm), arm, self.hash)
-            ranks.from_first(lambda: write_lines(self.folder / masking_report.LINES, lines))
+            ranks.from_first(lambda: write_lines(self.folder / MASKING, lines))
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         """Leave out the untrained arms whose weights cannot be had, with a line for each."""
@@ -319,5 +316,4 @@ class FewShotJob(Job[FewShotConfig, Any]):
         return {}
 
 
-CONFIG = FewShotConfig
 JOB = FewShotJob

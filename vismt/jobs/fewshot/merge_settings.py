@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.base.seeds import mix_seed
-from vismt.data.names import shown_name
 from vismt.data.pixels import Pixels
+from vismt.data.set_entries import shown_name
 from vismt.engine import runtime
 from vismt.jobs.fewshot.arms import (
     strategy_of,

@@ -27,7 +27,6 @@ from vismt.jobs.fewshot.config import (
     FewShotConfig,
 )
 from vismt.jobs.fewshot.merge_settings import PoolSettings
-
 from vismt.lowrank.files.store import DESCRIPTION, check_tensors
 from vismt.lowrank.model.inject import merge
 from vismt.metatune.amt.merging import PoolNet
@@ -35,11 +34,8 @@ from vismt.metatune.amt.pool import INDEX, Expert, ExpertPool, read_pool
 from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.metatune.finetuning.finetune import FineTuned
 from vismt.metatune.maml import LinearLearner, MamlNet
-from vismt.metatune.probes.laplace import LaplaceProbe
-from vismt.metatune.probes.linear import LinearProbe
-from vismt.metatune.probes.logistic import LogisticProbe
-from vismt.metatune.probes.ridge import RidgeProbe
-from vismt.metatune.probes.vbll import VBLLProbe
+from vismt.metatune.probes.bayesian import LaplaceProbe, VBLLProbe
+from vismt.metatune.probes.linear import LinearProbe, LogisticProbe, RidgeProbe
 from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import ProtoNet
 from vismt.storage.files import read_tensors
@@ -203,8 +199,4 @@ def find_experts(folder: Path) -> list[Expert]:
     if (folder / DESCRIPTION).exists():
         scale = read_scale(folder.parent) if (folder.parent / OWN_FILE).exists() else 10.0
         return [Expert(_label(folder.parent) if folder.name == ADAPTER else folder.name, folder, scale)]
-    if (folder / "experts").is_dir():
-        raise UserError(
-            f"pool: '{folder}' is a run folder of version 0.1; `vismt evaluate {folder}` moves its experts to arms/."
-        )
     raise UserError(f"pool: '{folder}' holds no trained expert; give run folders, adapter folders or pools.")

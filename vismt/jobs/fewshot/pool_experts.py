@@ -11,7 +11,7 @@ from typing import Annotated
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import Names, plain_name
-from vismt.data.names import shown_name
+from vismt.data.set_entries import shown_name
 from vismt.metatune.amt.objective import CORRUPTION, THREATS, Adversary, AdversaryForm
 
 CLEAN = "clean"

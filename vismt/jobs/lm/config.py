@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from vismt.base.errors import UserError
-from vismt.config.sections import HASHED_IF_SET, UNHASHED, Dtype, ModelSection
+from vismt.config.sections import UNHASHED, Dtype, ModelSection
 from vismt.config.typed import Names
-from vismt.engine.splits import PartsConfig
+from vismt.engine.parts import PartsConfig
 from vismt.engine.study import StudyConfig
-from vismt.llm.ilora.item_baselines import ITEM_BASELINES
+from vismt.llm.ilora.recommenders import ITEM_BASELINES
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import LmTask
 from vismt.llm.tasks.recommendation import Recommendation
@@ -64,7 +64,7 @@ class LmTaskConfig(PartsConfig):
     name: str = ""
     kind: Annotated[str, Names("vismt.llm.tasks:TASKS")] = "causal"
     prompt: str = ""
-    chat: bool = field(default=False, metadata=HASHED_IF_SET)
+    chat: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -150,8 +150,8 @@ class LmRecommenderConfig:
     batch: int = 256
     lr: float = 1e-3
     weight_decay: float = 0.0
-    cross_fit: bool = field(default=False, metadata=HASHED_IF_SET)
-    baselines: Annotated[list[str], Names(BASELINES)] = field(default_factory=list, metadata=HASHED_IF_SET)
+    cross_fit: bool = False
+    baselines: Annotated[list[str], Names(BASELINES)] = field(default_factory=list)
 
 
 @dataclass
@@ -205,9 +205,9 @@ class LmConfig(StudyConfig):
     calibration: LmCalibrationConfig | None = None
     recommender: LmRecommenderConfig | None = None
     gates: Annotated[str, Names("vismt.llm.ilora.hybrid:GATES")] = "user"
-    projector: Annotated[str, Names("vismt.llm.ilora.hybrid:PROJECTORS")] = field(default="mlp", metadata=HASHED_IF_SET)
+    projector: Annotated[str, Names("vismt.llm.ilora.hybrid:PROJECTORS")] = "mlp"
     evaluate: LmEvaluateConfig = field(default_factory=LmEvaluateConfig)
-    report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = field(default=None, metadata=HASHED_IF_SET)
+    report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = None
 
 
 def task_of(config: LmTaskConfig) -> LmTask:
@@ -233,3 +233,6 @@ def trained_task(config: LmConfig) -> LmTaskConfig:
 def recommends(config: LmConfig) -> bool:
     """Return whether the trained task is a recommendation."""
     return trained_task(config).kind == KIND
+
+
+CONFIG = LmConfig

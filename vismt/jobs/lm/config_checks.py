@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vismt.base.errors import UserError, require_known
-from vismt.engine.splits import check_parts
+from vismt.engine.parts import check_parts
 from vismt.engine.study import check_arms, resolve_arms
 from vismt.jobs.lm.config import (
     BASELINES,

@@ -12,14 +12,13 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.base.seeds import digest, mix_seed
 from vismt.data.batching import Passes
-from vismt.data.names import card_and_split, row_name
-from vismt.data.splits import divide, limited
+from vismt.data.division import divide, limited
+from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.texts.interactions import Catalogue, InteractionSet, numbered
-from vismt.data.texts.texts import TextSet, open_texts
-from vismt.engine.splits import shares
+from vismt.data.texts.text_set import TextSet, open_texts
+from vismt.engine.parts import shares
 from vismt.jobs.lm.config import KIND, RECOMMENDER, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
-from vismt.llm.lower_states import lower_states
-from vismt.llm.net import LmNet
+from vismt.llm.net import LmNet, stored_lower_states
 from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill, gather
 from vismt.llm.tasks.classes import Classes
 from vismt.llm.tasks.pieces import IGNORE, collate, piece
@@ -200,7 +199,7 @@ class LmData:
         console.stage(
             "cache", f"{label}   {tokens:,} tokens through blocks 0 to {net.first - 1}   {size / 2**20:.0f} MB"
         )
-        states = iter(lower_states(net, [piece for item in missing for piece in item.pieces]))
+        states = iter(stored_lower_states(net, [piece for item in missing for piece in item.pieces]))
         for item in missing:
             item.lower = [next(states) for _ in item.pieces]
 

@@ -25,8 +25,8 @@ from vismt.jobs.lm.config import FROZEN, RECOMMENDERS, REFERENCES, LmConfig
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
+from vismt.jobs.output_conditions import LAPLACE, TEMPERED
 from vismt.jobs.risk import choice_measures, fit_thresholds, validation_parts
-from vismt.jobs.variants import LAPLACE, TEMPERED
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, LmTask, Record, choices, gather, temperature_of, tempered
 from vismt.llm.tasks.recommendation import Recommendation
@@ -82,7 +82,7 @@ class Evaluation:
 
     def _risk(self, training: Training, records: Sequence[Record]) -> list[Measure]:
         """Return the measures of `report: risk` with the thresholds of the validation rows."""
-        thresholds = fit_thresholds("", *choices(self._parts(self._validation(training))[1]))
+        thresholds = fit_thresholds(*choices(self._parts(self._validation(training))[1]))
         return choice_measures(*choices(records), [str(record["id"]) for record in records], thresholds)
 
     def quality(self, training: Training) -> float:

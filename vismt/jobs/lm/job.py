@@ -19,7 +19,6 @@ from vismt.config.sections import AdaptConfig
 from vismt.engine import runtime, training_files
 from vismt.engine.study import Training
 from vismt.jobs.calibrating import calibrated
-from vismt.jobs.job import Job
 from vismt.jobs.lm import models as lm_models
 from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends
 from vismt.jobs.lm.config_checks import check
@@ -29,6 +28,7 @@ from vismt.jobs.lm.figures import sections
 from vismt.jobs.lm.models import LmModels
 from vismt.jobs.lm.recommender import Recommender
 from vismt.jobs.risk import check_thresholds
+from vismt.jobs.training_job import TrainingJob
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
 from vismt.llm.tasks.alternating import AlternatingObjective
@@ -40,7 +40,7 @@ from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
 
 
-class LmJob(Job[LmConfig, LmNet]):
+class LmJob(TrainingJob[LmConfig, LmNet]):
     """A causal LM, with a head on the last token where the trained task has one."""
 
     names_tasks = True
@@ -220,5 +220,4 @@ class LmJob(Job[LmConfig, LmNet]):
         return files
 
 
-CONFIG = LmConfig
 JOB = LmJob

@@ -21,10 +21,10 @@ from vismt.engine.study import Training
 from vismt.jobs.lm.config import LmConfig, LmHeadConfig, task_of, trained_task
 from vismt.jobs.lm.data import LmData
 from vismt.jobs.lm.recommender import Recommender
-from vismt.llm.documents import reach
 from vismt.llm.ilora.hybrid import Hybrid, title_vectors
 from vismt.llm.net import LmNet, check_first_block, check_logits
 from vismt.llm.tasks.classes import Classes
+from vismt.llm.tasks.documents import reach
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.lowrank.files.store import DESCRIPTION
 from vismt.lowrank.model.named import unadapt

@@ -30,10 +30,8 @@ from vismt.data.batching import Passes
 from vismt.engine import loop, runtime, training_files
 from vismt.jobs.lm.config import GRU, RECOMMENDER, LmConfig, LmRecommenderConfig, recommendation_of, trained_task
 from vismt.jobs.lm.data import LmData
-from vismt.llm.ilora.gru4rec import GRU4Rec
 from vismt.llm.ilora.hybrid import Hybrid
-from vismt.llm.ilora.item_baselines import cosine_scores, popularity_scores
-from vismt.llm.ilora.sasrec import NextItem, SASRec, padded
+from vismt.llm.ilora.recommenders import GRU4Rec, NextItem, SASRec, cosine_scores, padded, popularity_scores
 from vismt.llm.tasks.base import Item, Record
 from vismt.llm.tasks.recommendation import choice_records, listed_of
 from vismt.storage.files import atomic_write, is_locked, locked

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import HASHED_IF_SET, AdaptConfig, ModelConfig, OnBadSample, TrainConfig
+from vismt.config.sections import AdaptConfig, ModelConfig, OnBadSample, TrainConfig
 from vismt.config.typed import Names
-from vismt.data.names import check_row_names
+from vismt.data.set_entries import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.jobs.risk import check_report
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
@@ -41,11 +41,9 @@ class ClassifierConfig:
     arm: str | None = None
     function: str | None = None
     size: int | None = None
-    quantise: Annotated[str | None, Names("vismt.robustness.quantise:SCHEMES")] = field(
-        default=None, metadata=HASHED_IF_SET
-    )
-    img_size: int | None = field(default=None, metadata=HASHED_IF_SET)
-    task: str | None = field(default=None, metadata=HASHED_IF_SET)
+    quantise: Annotated[str | None, Names("vismt.robustness.quantise:SCHEMES")] = None
+    img_size: int | None = None
+    task: str | None = None
 
 
 @dataclass
@@ -63,7 +61,7 @@ class RobustnessEvaluateConfig:
     """
 
     images: int | None = None
-    calibration: int = field(default=0, metadata=HASHED_IF_SET)
+    calibration: int = 0
     batch: int = 32
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
@@ -95,7 +93,7 @@ class RobustnessConfig(StudyConfig):
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     data: list[str] = field(default_factory=list)
     evaluate: RobustnessEvaluateConfig = field(default_factory=RobustnessEvaluateConfig)
-    report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = field(default=None, metadata=HASHED_IF_SET)
+    report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = None
     on_bad_sample: OnBadSample = "error"
     download: bool = False
 
@@ -160,3 +158,6 @@ def _check_classifier(config: RobustnessConfig) -> None:
         raise UserError("classifier.size: a function has no image size; give it in pixels.")
     if classifier.arm is not None and classifier.run is None:
         raise UserError("classifier.arm: it names an arm of a run folder; give classifier.run, or leave it out.")
+
+
+CONFIG = RobustnessConfig

@@ -10,8 +10,8 @@ from torch import Tensor
 from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.data.images import ImageSet, open_images
-from vismt.data.names import card_and_split, row_name
 from vismt.data.pixels import Pixels
+from vismt.data.set_entries import card_and_split, row_name
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.models import Classifier
 

@@ -8,21 +8,19 @@ from pathlib import Path
 
 import torch
 
-from vismt.base import ranks
-from vismt.data.names import row_name
+from vismt.data.set_entries import row_name
 from vismt.engine.log import record_stem
-from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures
+from vismt.jobs.image_scores import ACCURACY, image_scores
+from vismt.jobs.output_conditions import fitted_once
+from vismt.jobs.risk import Thresholds, fit_thresholds
 from vismt.jobs.robustness.data import Batches
 from vismt.jobs.robustness.models import Classifier
-from vismt.jobs.variants import kept
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.corruptions import mean_corruption_error
-from vismt.robustness.evaluate import accuracies, evaluate_examples
-from vismt.uncertainty.intervals import LOWER, Condition, Measure, wilson
+from vismt.uncertainty.intervals import LOWER, Condition, Measure
 
 TASK = "robustness"
-ACCURACY = "accuracy"
 CORRUPTION_ERROR = "mean corruption error"
 ALL_CORRUPTIONS = Condition("all corruptions", "variant", "corruptions")
 
@@ -42,47 +40,35 @@ def score_set(
     arm: str,
     calibration: Batches | None = None,
 ) -> list[Score]:
-    """Return the accuracy on one set, clean and under each spec; images on record are not evaluated again.
+    """Return the scores on one set, clean and under each spec; images on record are not evaluated again.
 
-    calibration: images for the thresholds of `report: risk`, whose measures are then among the scores.
+    calibration: clean images for the thresholds of `report: risk`, whose measures are then among the scores.
     """
-    path = records_path(folder, data)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    thresholds = None if calibration is None else _thresholds(classifier, calibration, folder, data)
-    rows = evaluate_examples(
-        classifier.net,
-        batches,
-        specs,
-        num_classes=classifier.num_classes,
-        quantile=None if thresholds is None else thresholds.quantile,
-        records=path,
-        data=data,
-        fingerprint=classifier.fingerprint(),
-        label=f"{arm} on {row_name(data)}",
-    )
-    measures = []
-    for condition, values in accuracies(rows, specs, classifier.num_classes):
-        interval = wilson(round(sum(values.values())), len(values))
-        chance = 1 / classifier.num_classes
-        measures.append((condition, Measure(ACCURACY, values, counts=True, bounds=interval, chance=chance)))
-    if thresholds is not None:
-        measures += image_measures(rows, specs, classifier.num_classes, thresholds)
-    protocol = f"one of {classifier.num_classes} classes"
-    return [Score(TASK, row_name(data), protocol, measure, condition) for condition, measure in measures]
-
-
-def _thresholds(classifier: Classifier, images: Batches, folder: Path, data: str) -> Thresholds:
-    """Return the thresholds of a classifier from clean images, kept in its folder."""
 
     @torch.no_grad()
     def fit() -> Thresholds:
         device = next((parameter.device for parameter in classifier.net.parameters()), None)
-        pairs = [(classifier.net(pixels.to(device)).cpu().double(), labels) for pixels, labels, _ in images]
+        pairs = [(classifier.net(pixels.to(device)).cpu().double(), labels) for pixels, labels, _ in calibration or ()]
         logits, labels = (torch.cat(parts) for parts in zip(*pairs))
-        return fit_thresholds(classifier.fingerprint(), logits.log_softmax(1), labels)
+        return fit_thresholds(logits.log_softmax(1), labels)
 
-    path = folder / f"{record_stem('risk', row_name(data), 'images')}.json"
-    return ranks.from_first(lambda: kept(path, Thresholds, classifier.fingerprint(), fit))
+    name, fingerprint, thresholds = row_name(data), classifier.fingerprint(), None
+    if calibration is not None:
+        path = folder / f"{record_stem('risk', name, 'images')}.json"
+        thresholds = fitted_once(path, Thresholds, fingerprint, fit)
+    return image_scores(
+        classifier.net,
+        batches,
+        specs,
+        names=(TASK, name, f"one of {classifier.num_classes} classes"),
+        num_classes=classifier.num_classes,
+        records=records_path(folder, data),
+        thresholds=thresholds,
+        trained=False,
+        data=data,
+        fingerprint=fingerprint,
+        label=f"{arm} on {name}",
+    )
 
 
 def corruption_errors(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:

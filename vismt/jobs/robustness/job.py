@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from vismt.base import console, ranks
-from vismt.data.names import card_and_split, row_name, shown_name
+from vismt.data.set_entries import card_and_split, row_name, shown_name
 from vismt.engine.study import Training
-from vismt.jobs.base import EvaluationJob, records_folder
+from vismt.jobs.evaluation_job import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check
 from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import corruption_errors, records_path, score_set
@@ -159,5 +159,4 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
         return {"seeds": [], "evaluation_seed": self.config.seed}
 
 
-CONFIG = RobustnessConfig
 JOB = RobustnessJob

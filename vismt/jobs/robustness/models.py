@@ -15,9 +15,9 @@ from vismt.base.objects import held
 from vismt.engine import runtime
 from vismt.jobs import open_run
 from vismt.jobs.image_job import ImageJob
-from vismt.jobs.job import Job
 from vismt.jobs.risk import check_report
 from vismt.jobs.robustness.config import ClassifierConfig
+from vismt.jobs.training_job import TrainingJob
 from vismt.report.results import RECORDS, Score
 from vismt.robustness.classifier import (
     ROBUSTBENCH,
@@ -102,7 +102,7 @@ class TrainedArm:
 
     def __init__(self, config: ClassifierConfig) -> None:
         run = open_run(Path(config.run or ""))
-        if not isinstance(run.job, Job):
+        if not isinstance(run.job, TrainingJob):
             raise UserError(f"classifier.run: '{config.run}' trains nothing; name a run of multitask or dense.")
         if not isinstance(run.job, ImageJob):
             raise UserError(

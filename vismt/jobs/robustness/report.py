@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from vismt.base.errors import UserError
-from vismt.config.sections import config_hash
 from vismt.engine.study import Study
 from vismt.jobs.robustness.config import ClassifierConfig, RobustnessConfig
 from vismt.jobs.robustness.evaluation import ACCURACY
@@ -131,12 +130,12 @@ def broken_figure(panel: Path, path: Path) -> Path:
     return save(figure, path)
 
 
-def write_model_info(folder: Path, config: RobustnessConfig) -> list[Path]:
+def write_model_info(folder: Path, config: RobustnessConfig, run_hash: str) -> list[Path]:
     """Write the files of a run folder; return their paths.
 
     Raises UserError where it has no result of AutoAttack with its standard lengths in linf or l2.
     """
-    results = read_results(folder / RESULTS, config_hash(config))
+    results = read_results(folder / RESULTS, run_hash)
     arms = Study(config, folder).arms
     clean = {(row.data, row.arm): row for row in results if row.kind == "clean"}
     found = [(row, norm) for row in results for norm in THREATS if _is_standard(row, norm)]

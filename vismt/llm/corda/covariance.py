@@ -32,8 +32,6 @@ from vismt.llm.corda.observed_pass import Batch, Groups, add_batch, arguments, s
 from vismt.lowrank.layers.kinds import matrix_shape
 from vismt.lowrank.model.record import refuse_adapted
 from vismt.lowrank.model.targets import Targets, find_targets
-from vismt.lowrank.svd import double
-from vismt.lowrank.threads import each
 
 
 def collect_covariance(
@@ -127,22 +125,6 @@ def _run_pass(
             store.save()
         advance()
     store.finish()
-
-
-def covariance_ranks(covariances: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Return {path: (rank, width)} of covariances (i, i).
-
-    The rank counts eigenvalues above width * 1.2e-7 (fp32 rounding) of the largest one.
-    """
-    unique = {id(covariance): covariance for covariance in covariances.values()}
-
-    def rank(covariance: Tensor) -> int:
-        eigenvalues = torch.linalg.eigvalsh(double(covariance))
-        threshold = len(covariance) * torch.finfo(torch.float32).eps * eigenvalues[-1].clamp_min(0)
-        return int((eigenvalues > threshold).sum())
-
-    ranks = dict(zip(unique, each(rank, list(unique.values()))))
-    return {path: (ranks[id(covariance)], len(covariance)) for path, covariance in covariances.items()}
 
 
 def _report_short_samples(tokens: Mapping[str, int], widths: Mapping[str, int]) -> None:

@@ -75,11 +75,7 @@ def load_covariances(folder: str | Path) -> dict[str, Tensor]:
         raise UserError(f"covariances '{folder}': the calibration is not finished; run it again, it resumes.")
     by_leader: dict[str, Tensor] = {}
     for name, leaders in zip(description["finished"], description["passes"]):
-        tensors = _mapped(folder, name)
-        shapes = {leader: (description["widths"][leader],) * 2 for leader in leaders}
-        check_tensors(f"covariances '{folder}'", shapes, tensors)
-        _check_digest(folder, name, description)
-        by_leader.update(tensors)
+        by_leader.update(_mapped(folder, name, leaders, description))
     return _by_path(description["groups"], description["widths"], by_leader)
 
 
@@ -174,10 +170,7 @@ class CovarianceStore:
         self.digests = dict(description.get("digests", {}))
         unfinished = description["begun"]
         if unfinished:
-            sums = _mapped(folder, unfinished["file"])
-            shapes = {leader: (self.widths[leader],) * 2 for leader in self.passes[len(self.files)]}
-            check_tensors(f"covariances '{folder}'", shapes, sums)
-            _check_digest(folder, unfinished["file"], description)
+            sums = _mapped(folder, unfinished["file"], self.passes[len(self.files)], description)
             self.unfinished = CovarianceSums(
                 sums={path: value.clone() for path, value in sums.items()},
                 tokens=dict(unfinished["tokens"]),
@@ -195,7 +188,7 @@ def _by_path(
 
 
 @dataclass(frozen=True)
-class _Begun:
+class _UnfinishedPass:
     """The unfinished pass of a folder."""
 
     file: str
@@ -205,7 +198,7 @@ class _Begun:
 
 
 @dataclass(frozen=True)
-class _Saved:
+class _Description:
     """The content of covariances.json."""
 
     format: int
@@ -216,7 +209,7 @@ class _Saved:
     widths: dict[str, int]
     finished: list[str]
     tokens: dict[str, int]
-    begun: _Begun | None
+    begun: _UnfinishedPass | None
     digests: dict[str, str] = field(default_factory=dict)  # of the files; those of earlier versions have none
     sha256: str | None = None
 
@@ -236,7 +229,7 @@ def _read(folder: Path) -> dict[str, Any]:
     what = f"covariances '{folder}'"
     description = strict_json.read(folder / DESCRIPTION, what)
     try:
-        strict_json.build(_Saved, description)
+        strict_json.build(_Description, description)
     except ValueError as error:
         raise UserError(
             f"{what}: {DESCRIPTION} is not what this version of vismt writes ({error}); collect the covariances again."
@@ -246,21 +239,23 @@ def _read(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _mapped(folder: Path, name: str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, memory-mapped where the platform allows it."""
+def _mapped(folder: Path, name: str, leaders: Sequence[str], description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors (i, i) of the leaders from a safetensors file, memory-mapped where the platform allows it.
+
+    Raises UserError for a file that is missing or damaged, has other tensors, or was changed after it was written.
+    """
     try:
         with safe_open(regular_file(folder / name), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"covariances '{folder}': '{name}' is missing or damaged ({error}); collect them again."
         ) from error
-
-
-def _check_digest(folder: Path, name: str, description: Mapping[str, Any]) -> None:
-    """Raise UserError for a file that was changed after it was written."""
+    widths = description["widths"]
+    check_tensors(f"covariances '{folder}'", {leader: (widths[leader],) * 2 for leader in leaders}, tensors)
     stated = description.get("digests", {}).get(name)
     if stated is not None and file_digest(folder / name) != stated:
         raise UserError(
             f"covariances '{folder}': '{name}' was changed or damaged; delete the folder to collect them again."
         )
+    return tensors

@@ -26,11 +26,11 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, require_known
 from vismt.base.identity import Identity
 from vismt.llm.corda.covariance import collect_covariance
 from vismt.llm.corda.files import load_covariances
-from vismt.llm.corda.start import context
+from vismt.llm.corda.start import corda_factors
 from vismt.llm.pissa.method import SOLVERS, refuse_dropout
 from vismt.lowrank.layers.kinds import matrix_shape
 from vismt.lowrank.layers.low_rank import LowRankLayer
@@ -52,23 +52,21 @@ def corda(
     mode: str = "ipm",
     covariances: Mapping[str, Tensor] | str | Path | None = None,
     balanced: bool | None = None,
-    method: str | None = None,
+    solver: str | None = None,
     **options: Any,
 ) -> AdaptReport:
     """Add factors from the SVD of each weight times the covariance of its inputs, as `collect_covariance` returns it.
 
     mode: ipm or kpm. covariances: (i, i) by module path, of the targets and possibly other modules; or a folder of them.
-    balanced: None means for kpm only. method: exact or randomized (ipm only); None means exact for kpm, randomized for ipm.
+    balanced: None means for kpm only. solver: exact or randomized (ipm only); None means exact for kpm, randomized for ipm.
     Further options: those of `inject`. Raises UserError for a covariance that is missing, misshapen or not finite.
     """
     refuse_dropout("corda", options)
-    if mode not in MODES:
-        raise UserError(f"adapt.mode: no mode '{mode}' for 'corda'.{near(str(mode), MODES)}")
-    solver = method or ("exact" if mode == "kpm" else "randomized")
-    if solver not in SOLVERS:
-        raise UserError(f"adapt.method: no solver '{solver}' for 'corda'.{near(str(solver), SOLVERS)}")
+    require_known("adapt.mode: 'corda' has no mode", [mode], MODES)
+    solver = solver or ("exact" if mode == "kpm" else "randomized")
+    require_known("adapt.solver: 'corda' has no solver", [solver], SOLVERS)
     if mode == "kpm" and solver == "randomized":
-        raise UserError("adapt.method: 'randomized' finds the largest components, kpm needs the smallest; use 'exact'.")
+        raise UserError("adapt.solver: 'randomized' finds the largest components, kpm needs the smallest; use 'exact'.")
     exclude = options.get("exclude", ())
     modules, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude, packed=True)
     by_path: Mapping[str, Any]
@@ -79,7 +77,7 @@ def corda(
         by_path = _checked(modules, loaded)
     even = mode == "kpm" if balanced is None else balanced
     dead: list[str] = []
-    start = partial(_start, smallest=mode == "kpm", balanced=even, method=solver, dead=dead)
+    start = partial(_start, smallest=mode == "kpm", balanced=even, solver=solver, dead=dead)
     starts = {path: partial(start, path, by_path[path]) for path in modules}
     with threadpool_limits(1, user_api="blas"):  # scipy's; as with torch, one thread for each module is fastest
         report = inject(
@@ -106,7 +104,7 @@ def _start(
     **how: Any,
 ) -> tuple[Tensor, Tensor]:
     try:
-        A, B = context(weight, covariance, rank, scale, generator=generator, **how)
+        A, B = corda_factors(weight, covariance, rank, scale, generator=generator, **how)
     except UserError as error:
         raise UserError(f"adapt.covariances['{path}']: {error}") from error
     if float(A.norm() * B.norm()) * scale <= torch.finfo(A.dtype).eps * float(weight.float().norm()):
@@ -174,4 +172,6 @@ def needs(options: Mapping[str, Any]) -> dict[str, str]:
     return {"calibration": reason}
 
 
-register_method(Method("corda", corda, layers=(LowRankLayer,), calibrate=calibrate, needs=needs))
+register_method(
+    Method("corda", corda, layers=(LowRankLayer,), calibrate=calibrate, needs=needs, renamed={"method": "solver"})
+)

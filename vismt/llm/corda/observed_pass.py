@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -56,14 +56,17 @@ def shared_inputs(model: nn.Module, targets: Mapping[str, nn.Module], batch: Bat
     def record(path: str, module: nn.Module, x: Tensor) -> None:
         inputs_by_path.setdefault(path, []).append(x)
 
-    with _observed(model, {path: partial(record, path) for path in targets}):
-        _forward(model, first_sample)
+    _observe(model, first_sample, {path: partial(record, path) for path in targets})
     missing = [path for path in targets if path not in inputs_by_path]
     if missing:
         raise UserError(f"covariance: '{missing[0]}' gets no input in a forward pass; exclude it.")
     groups: dict[tuple[Any, ...], list[str]] = {}
     for path, tensors in inputs_by_path.items():
-        groups.setdefault((*map(id, tensors), _geometry(targets[path])), []).append(path)
+        module = targets[path]
+        geometry: tuple[Any, ...] = ()  # what, with the input, determines the patches of a convolution
+        if isinstance(module, nn.Conv2d):
+            geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
+        groups.setdefault((*map(id, tensors), geometry), []).append(path)
     return Groups(
         paths={paths[0]: paths for paths in groups.values()},
         calls={path: len(tensors) for path, tensors in inputs_by_path.items()},
@@ -104,8 +107,7 @@ def add_batch(
         if not any(calls_left.values()):
             raise _PassComplete
 
-    with _observed(model, {path: partial(accumulate, path) for path in leader_of}):
-        _forward(model, inputs)
+    _observe(model, inputs, {path: partial(accumulate, path) for path in leader_of})
     if any(calls_left.values()):
         path = next(path for path in calls_left if calls_left[path])
         raise UserError(f"covariance: '{path}' gets no input in some batches; exclude it.")
@@ -173,18 +175,10 @@ def _normalised(path: str, x: Tensor, mask: Tensor | None) -> tuple[Tensor, int]
     return (x / torch.where(peak > 0, peak, 1)).flatten(0, 1), tokens
 
 
-def _forward(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Run one forward pass, until it ends or an observer raises _PassComplete."""
-    named = {name: value for name, value in inputs.items() if name}
-    with suppress(_PassComplete):
-        model(*(value for name, value in inputs.items() if not name), **named)
+def _observe(model: nn.Module, inputs: Mapping[str, Any], observers: Mapping[str, Observer]) -> None:
+    """Run one forward pass in eval mode, with `observers[path](module, input)` before each call of the module.
 
-
-@contextmanager
-def _observed(model: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
-    """Call `observers[path](module, input)` before each call of the module, with the model in eval mode.
-
-    Hooks are removed and modes restored on exit, also after an exception.
+    The pass ends early where an observer raises _PassComplete. Hooks are removed and modes restored, also after an exception.
     """
     modes = {module: module.training for module in model.modules()}
 
@@ -195,17 +189,13 @@ def _observed(model: nn.Module, observers: Mapping[str, Observer]) -> Iterator[N
         model.get_submodule(path).register_forward_pre_hook(partial(hook, observer))
         for path, observer in observers.items()
     ]
+    named = {name: value for name, value in inputs.items() if name}
     model.eval()
     try:
-        yield
+        with suppress(_PassComplete):
+            model(*(value for name, value in inputs.items() if not name), **named)
     finally:
         for handle in handles:
             handle.remove()
         for module, training in modes.items():
             module.training = training
-
-
-def _geometry(module: nn.Module) -> tuple[Any, ...]:
-    """Return the settings that, with the input, determine the patches of a convolution; () for a linear layer."""
-    names = ("kernel_size", "stride", "padding", "dilation")
-    return tuple(getattr(module, name) for name in names) if isinstance(module, nn.Conv2d) else ()

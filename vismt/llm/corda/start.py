@@ -26,7 +26,7 @@ from vismt.lowrank.svd import double, reciprocal, top_exact, top_randomized, wor
 DAMPING, DOUBLINGS = 0.01, 20
 
 
-def context(
+def corda_factors(
     weight: Tensor,
     covariance: Tensor,
     rank: int,
@@ -34,7 +34,7 @@ def context(
     *,
     smallest: bool,
     balanced: bool,
-    method: str = "exact",
+    solver: str = "exact",
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Return factors of the part of `weight` (o, i) that the first or last `rank` components of W C' span.
@@ -43,10 +43,10 @@ def context(
     smallest: the last components (knowledge-preserved) instead of the first.
     balanced: |A| = |B| by the SVD of the product, whatever the scale of the covariance. Raw: the published
     A = sqrt(S/s) V^T C'^-1 and B = U sqrt(S/s), where c C gives B sqrt(c) and A / sqrt(c).
-    method: "exact", or "randomized" for the first components. Raises UserError where no damping makes C' positive definite.
+    solver: "exact", or "randomized" for the first components. Raises UserError where no damping makes C' positive definite.
     """
     matrix = weight.detach().to(working_dtype(weight))
-    exact = method == "exact"
+    exact = solver == "exact"
     spread = damped(covariance.to(dtype=working_dtype(covariance)))
     if exact:
         matrix, spread = double(matrix), double(spread)
@@ -94,20 +94,18 @@ def last_left(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     matrix = double(matrix)
     wide = matrix.shape[0] <= matrix.shape[1]
-    vectors = _first_vectors(matrix if wide else matrix.T, rank).flip(1)
+    short = matrix if wide else matrix.T
+    if matrix.device.type == "cpu":
+        gram = dsyrk(1.0, short.numpy(), lower=1)  # one triangle, for half of a product's work
+        try:
+            ascending = eigh(gram, lower=True, subset_by_index=(0, rank - 1), driver="evr")[1]
+        except LinAlgError as error:
+            raise UserError(f"covariance: LAPACK finds no components of W C ({error}); collect it again.") from error
+        vectors = torch.from_numpy(ascending).flip(1)
+    else:
+        vectors = torch.linalg.eigh(short @ short.T).eigenvectors[:, :rank].flip(1)
     if wide:
         return vectors, (vectors.T @ matrix).norm(dim=1)
     images = matrix @ vectors
     S = images.norm(dim=0)
     return images * reciprocal(torch.where(1e-14 * matrix.norm() < S, S, 0)), S
-
-
-def _first_vectors(matrix: Tensor, rank: int) -> Tensor:
-    """Return the eigenvectors (n, r) of the smallest eigenvalues of M M^T for an fp64 matrix M (n, m), these ascending."""
-    if matrix.device.type != "cpu":
-        return torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, :rank]
-    gram = dsyrk(1.0, matrix.numpy(), lower=1)  # one triangle, for half of a product's work
-    try:
-        return torch.from_numpy(eigh(gram, lower=True, subset_by_index=(0, rank - 1), driver="evr")[1])
-    except LinAlgError as error:
-        raise UserError(f"covariance: LAPACK finds no components of W C ({error}); collect it again.") from error

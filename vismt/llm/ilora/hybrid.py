@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
 from vismt.llm.ilora.method import gate_part
-from vismt.llm.ilora.sasrec import SASRec
+from vismt.llm.ilora.recommenders import Recommender
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.base import answer_tokens
 from vismt.lowrank.layers.gates import instance_gates
@@ -47,7 +47,7 @@ class Hybrid(nn.Module):
 
     def __init__(
         self,
-        recommender: SASRec,
+        recommender: Recommender,
         width: int | None,
         gates: str = "user",
         others: Tensor | None = None,
@@ -62,7 +62,12 @@ class Hybrid(nn.Module):
         inner = recommender.width
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.projector = _projector(projector, inner, width)
+            if width is None:
+                self.projector: nn.Module = nn.Identity()
+            elif projector == "linear":
+                self.projector = nn.Linear(inner, width)
+            else:
+                self.projector = nn.Sequential(nn.Linear(inner, width), nn.GELU(), nn.Linear(width, width))
         self.register_buffer("others", others if others is not None else torch.empty(0, inner))
         if gates == "shuffled-user" and not len(self.others):
             raise UserError("gates: 'shuffled-user' needs the representations of other users.")
@@ -95,7 +100,7 @@ class Hybrid(nn.Module):
         if part is None:
             return None
         if self.condition == "random":
-            return random_gates(batch["key"], part.n_experts)
+            return random_gates(batch["key"], part.rank_groups)
         if self.condition == "shuffled-user":
             return part(self.others[batch["key"] % len(self.others)])
         if self.texts is not None:
@@ -121,15 +126,6 @@ def conditioned(net: LmNet, batch: Batch) -> Iterator[Batch]:
         yield with_vectors
 
 
-def _projector(kind: str, inner: int, width: int | None) -> nn.Module:
-    """Return the projector from the recommender's width to that of the LM."""
-    if width is None:
-        return nn.Identity()
-    if kind == "linear":
-        return nn.Linear(inner, width)
-    return nn.Sequential(nn.Linear(inner, width), nn.GELU(), nn.Linear(width, width))
-
-
 @torch.no_grad()
 def title_vectors(lm: nn.Module, tokenizer: Any, titles: Sequence[str]) -> Tensor:
     """Return a vector (items, d) fp32 of each title: the mean of the LM's input embeddings over its tokens.
@@ -145,10 +141,10 @@ def title_vectors(lm: nn.Module, tokenizer: Any, titles: Sequence[str]) -> Tenso
     return (stacked - stacked.mean(0)) / stacked.std(0).clamp_min(1e-6)
 
 
-def random_gates(keys: Tensor, experts: int) -> Tensor:
-    """Draw gates (b, experts) from the uniform distribution over the simplex, a function of the key int64 (b,) of each row."""
+def random_gates(keys: Tensor, rank_groups: int) -> Tensor:
+    """Draw gates (b, rank_groups) uniformly from the simplex, a function of the key int64 (b,) of each row."""
     uniform = [
-        torch.rand(experts, generator=torch.Generator().manual_seed(key)).clamp_min(1e-12) for key in keys.tolist()
+        torch.rand(rank_groups, generator=torch.Generator().manual_seed(key)).clamp_min(1e-12) for key in keys.tolist()
     ]
     spacing = -torch.stack(uniform).log()
     return (spacing / spacing.sum(1, keepdim=True)).to(keys.device)

@@ -1,10 +1,11 @@
-"""iLoRA: LoRA with its rank split into E groups, each an expert, weighed by a gate of the user (arXiv 2408.10159).
+"""iLoRA: LoRA with its rank split into E groups, which a gate of the user weighs (arXiv 2408.10159).
 
     y_b = W x_b + s sum_e g_be B_e A_e x_b        A_e (r/E, i), B_e (o, r/E),  s = alpha / (r/E),  g_b = softmax(W_g u_b)
 
 One gate g (b, E) of the user's representation u (b, width) serves all layers, tokens and generation steps. The product is
 ((x A^T) * spread(g)) B^T: plain LoRA and one multiplication of the hidden width, where the released code builds an output
-for each expert. A uniform gate is plain LoRA with alpha / r; "balance" in the paper means that rank, not a balancing loss.
+for each group, which it calls an expert. A uniform gate is plain LoRA with alpha / r; "balance" in the paper means that rank,
+not a balancing loss.
 
 Paper and released code differ: the paper's gate is linear (the default here), every shipped script uses a 1-D ResNet-20
 ("cnn"). Its batch norms mix the samples of a batch while training; their running statistics are saved here; the released
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
+from vismt.llm.lora import kaiming_start
 from vismt.lowrank.layers.gates import instance_gates, recompute_gates, unwatch_expansion, watch_expansion
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.wrappers import AddedModule, register_wrapper
@@ -31,14 +33,13 @@ from vismt.lowrank.model.inject import attach, inject
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.starts import site_generator
 from vismt.lowrank.model.targets import Targets
-from vismt.lowrank.svd import kaiming
 from vismt.methods import Method, register_method
 
 __all__ = ["InstanceGate", "gate_of", "gate_part", "ilora", "instance_gates", "recompute_gates"]
 
 PATH = "instance_gate"
 KINDS = ("linear", "cnn")
-LARGEST = 2**20  # experts, and width of a user's representation
+LARGEST = 2**20  # number of rank groups, and width of a user's representation
 
 
 def ilora(
@@ -55,21 +56,18 @@ def ilora(
 ) -> AdaptReport:
     """Add gated factors with kaiming A and zero B: under any gates the function is unchanged until the first step.
 
-    n_experts: E, a divisor of the rank. gate: "linear" or "cnn", the network `gate_of(model)` from user representations
-    (b, user_width) to gates; None where the gates come from elsewhere. Further options: those of `inject`.
+    n_experts: number E of rank groups, a divisor of the rank. gate: "linear" or "cnn", the network `gate_of(model)` from user
+    representations (b, user_width) to gates; None where the gates come from elsewhere. Further options: those of `inject`.
     The adapted model runs under `with instance_gates(gates):` only.
     """
     refuse_adapted(model)
     settings = {"kind": gate, "n_experts": n_experts, "user_width": user_width}
     InstanceGate.check(PATH, getattr(model, PATH, None), settings)
 
-    def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return kaiming(weight, rank, generator)
-
     report = inject(
         model,
         "ilora",
-        start,
+        kaiming_start,
         offset=False,
         settings={"experts": n_experts},
         targets=targets,
@@ -83,7 +81,7 @@ def ilora(
     attach(model, PATH, instance_gate)
     trainable, total = count_parameters(model)
     size = sum(parameter.numel() for parameter in instance_gate.parameters())
-    extras = [f"{gate} gate, {user_width} to {n_experts} experts   {size:,}"] if gate else []
+    extras = [f"{gate} gate, {user_width} to {n_experts} rank groups   {size:,}"] if gate else []
     return replace(report, trainable=trainable, total=total, extras=extras)
 
 
@@ -108,27 +106,27 @@ class InstanceGate(AddedModule):
     Runs in the dtype of its weights, fp32 (fp64 in an fp64 model) until the model is cast. kind None: no network.
     """
 
-    def __init__(self, kind: str | None, n_experts: int, user_width: int, seed: int = 0) -> None:
+    def __init__(self, kind: str | None, rank_groups: int, user_width: int, seed: int = 0) -> None:
         super().__init__()
-        self.kind, self.n_experts, self.user_width = kind, n_experts, user_width
+        self.kind, self.rank_groups, self.user_width = kind, rank_groups, user_width
         with torch.random.fork_rng(devices=[]):  # torch's initial values, from the given seed
             torch.default_generator.manual_seed(seed)
-            self.network = network(kind, n_experts, user_width)
+            self.network = network(kind, rank_groups, user_width)
 
     @classmethod
     def check(cls, path: str, base: nn.Module | None, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        kind, n_experts, user_width = (settings.get(name) for name in ("kind", "n_experts", "user_width"))
+        kind, rank_groups, user_width = (settings.get(name) for name in ("kind", "n_experts", "user_width"))
         if path != PATH:
             raise UserError(f"ilora: the gate network of a model lies at '{PATH}', not at '{path}'.")
         if base is not None and not isinstance(base, InstanceGate):
             raise UserError(f"ilora: the model already has a '{path}', a {type(base).__name__}; rename it.")
         if kind is not None and kind not in KINDS:
             raise UserError(f"adapt.gate: {kind!r}.{near(str(kind), KINDS)}")
-        for name, value in (("n_experts", n_experts), ("user_width", user_width)):
+        for name, value in (("n_experts", rank_groups), ("user_width", user_width)):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
                 raise UserError(f"adapt.{name}: {value!r}; it must be a whole number from 1 to {LARGEST:,}.")
         with torch.device("meta"):
-            planned = network(kind, n_experts, user_width)
+            planned = network(kind, rank_groups, user_width)
         state = {} if planned is None else planned.state_dict()
         return {f"network.{name}": tuple(value.shape) for name, value in state.items()}
 
@@ -145,7 +143,7 @@ class InstanceGate(AddedModule):
         return cls(settings["kind"], settings["n_experts"], settings["user_width"])
 
     def settings(self) -> dict[str, Any]:
-        return {"kind": self.kind, "n_experts": self.n_experts, "user_width": self.user_width}
+        return {"kind": self.kind, "n_experts": self.rank_groups, "user_width": self.user_width}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the parameters and the running statistics of batch norms, which the gates depend on."""
@@ -171,22 +169,22 @@ class InstanceGate(AddedModule):
         return self.network(users.to(next(self.network.parameters()).dtype)).softmax(-1)
 
 
-def network(kind: str | None, n_experts: int, user_width: int) -> nn.Module | None:
+def network(kind: str | None, rank_groups: int, user_width: int) -> nn.Module | None:
     """Return the network (b, user_width) -> logits of the gates (b, E); None without a kind."""
     if kind is None:
         return None
-    return nn.Linear(user_width, n_experts) if kind == "linear" else ConvGate(n_experts)
+    return nn.Linear(user_width, rank_groups) if kind == "linear" else ConvGate(rank_groups)
 
 
 class ConvGate(nn.Module):
     """The shipped gate: ResNet-20 along the user's vector as one channel; 16, 32, 64 channels, mean over the length."""
 
-    def __init__(self, n_experts: int) -> None:
+    def __init__(self, rank_groups: int) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv1d(1, 16, 3, padding=1, bias=False), nn.BatchNorm1d(16)
         sizes = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
         self.blocks = nn.Sequential(*(Residual(*size) for size in sizes))
-        self.head = nn.Linear(64, n_experts)
+        self.head = nn.Linear(64, rank_groups)
 
     def forward(self, users: Tensor) -> Tensor:
         """Return the logits (b, E) of users (b, width)."""

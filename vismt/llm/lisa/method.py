@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
-from vismt.llm.lisa.layers import Layers, find_shares
+from vismt.llm.lisa.shares import Layers, find_shares
 from vismt.lowrank.model.inject import install
 from vismt.lowrank.model.record import AdaptReport, count_parameters, need_record, refuse_adapted
 from vismt.lowrank.model.targets import Targets

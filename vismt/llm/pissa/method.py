@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.llm.pissa.quantized import GRIDS, QuantizedLayer, need_bitsandbytes, on_grid
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
@@ -39,21 +39,20 @@ def pissa(
     rank: int,
     alpha: float | None,
     seed: int,
-    method: str = "exact",
+    solver: str = "exact",
     quantize: str | None = None,
     iterations: int = 5,
     **options: Any,
 ) -> AdaptReport:
     """Add principal factors of each weight (of each q, k, v block with split_qkv). Further options: those of `inject`.
 
-    method: exact or randomized. quantize: "nf4" for QPiSSA, with `iterations` rounds: 4-bit weights below the factors until
+    solver: exact or randomized. quantize: "nf4" for QPiSSA, with `iterations` rounds: 4-bit weights below the factors until
     unadapted; "bitsandbytes" for its kernels of the same levels, where it is installed; None for the original weights.
     """
     refuse_dropout("pissa", options)
-    if method not in SOLVERS:
-        raise UserError(f"adapt.method: no solver '{method}' for 'pissa'.{near(str(method), SOLVERS)}")
-    if quantize is not None and quantize not in GRIDS:
-        raise UserError(f"adapt.quantize: no grid '{quantize}' for 'pissa'.{near(str(quantize), GRIDS)}")
+    require_known("adapt.solver: 'pissa' has no solver", [solver], SOLVERS)
+    if quantize is not None:
+        require_known("adapt.quantize: 'pissa' has no grid", [quantize], GRIDS)
     if quantize == "bitsandbytes":
         need_bitsandbytes()
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
@@ -64,9 +63,9 @@ def pissa(
     def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if quantize:
             return quantized_principal(
-                weight, rank, scale, iterations, grid=quantize, method=method, generator=generator
+                weight, rank, scale, iterations, grid=quantize, solver=solver, generator=generator
             )
-        return principal(weight, rank, scale, method=method, generator=generator)
+        return principal(weight, rank, scale, method=solver, generator=generator)
 
     return inject(
         model,
@@ -90,7 +89,7 @@ def quantized_principal(
     iterations: int,
     *,
     grid: str = "nf4",
-    method: str = "exact",
+    solver: str = "exact",
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Return the factors of the best of `iterations` rounds, by the rounding error |W - grid(W - s B A) - s B A|_F."""
@@ -98,7 +97,7 @@ def quantized_principal(
     quantized, least = torch.zeros_like(matrix), float("inf")
     best: Any = None
     for _ in range(iterations):
-        A, B = principal(matrix - quantized, rank, scale, method=method, generator=generator)
+        A, B = principal(matrix - quantized, rank, scale, method=solver, generator=generator)
         rest = residual(matrix, A, B, scale)
         quantized = on_grid(rest, grid)
         error = float((rest - quantized).norm())
@@ -115,4 +114,4 @@ def refuse_dropout(method: str, options: Mapping[str, Any]) -> None:
         )
 
 
-register_method(Method("pissa", pissa, layers=(LowRankLayer, QuantizedLayer)))
+register_method(Method("pissa", pissa, layers=(LowRankLayer, QuantizedLayer), renamed={"method": "solver"}))

@@ -166,7 +166,7 @@ class SliceLinear(AdapterLayer):
         structures = movable(model, {spec.path: spec.settings.dim for spec in specs if spec.settings.mode == "permute"})
         return partial(couple, model, structures)
 
-    def attach(self, coupling: Coupling, block: UnitBlock) -> None:
+    def join(self, coupling: Coupling, block: UnitBlock) -> None:
         """Become one of the layers of a structure; `block` is where its units lie in this weight."""
         self.coupling, self.block, self.structure = coupling, block, coupling.structure
         self.slice_order = torch.arange(coupling.structure.units, dtype=torch.int32, device=self.weight.device)
@@ -198,33 +198,26 @@ class SliceLinear(AdapterLayer):
 
     @torch.no_grad()
     def apply_update(self) -> None:
-        """Find the features in the order that the weight has now, and put the values there."""
+        """Find where the features lie in the order that the weight has now, and put the values there."""
         self.applied = True
         if self.weight.is_meta:
             return
-        place = self._places()
+        place = self.slice_index
+        if self.structure is not None:
+            order = expand(self.slice_order.long(), self.block, self.structure) - self.block.start
+            place = self.block.start + order.argsort()[self.slice_index - self.block.start]
         if not bool((place.diff() > 0).all()):  # features and values in the order of the weight can be a range
-            order = place.argsort()
-            place, self.slice_index = place[order], self.slice_index[order]
-            self.slice_values.data = self.slice_values.detach().index_select(self.dim, order)
+            ascending = place.argsort()
+            place, self.slice_index = place[ascending], self.slice_index[ascending]
+            self.slice_values.data = self.slice_values.detach().index_select(self.dim, ascending)
             if self.slice_start is not None:
-                self.slice_start = self.slice_start.index_select(self.dim, order)
+                self.slice_start = self.slice_start.index_select(self.dim, ascending)
         self.slice_place = place.clone()
         self.span = (int(place[0]), int(place[-1]) + 1) if bool((place.diff() == 1).all()) else None
-        if self.mode != "delta":
-            self._place_values()
-
-    def _places(self) -> Tensor:
-        """Return where the features lie in the present order of the weight, (k,) int64."""
-        if self.structure is None:
-            return self.slice_index
-        order = expand(self.slice_order.long(), self.block, self.structure) - self.block.start
-        return self.block.start + order.argsort()[self.slice_index - self.block.start]
-
-    @torch.no_grad()
-    def _place_values(self) -> None:
-        """Put the values into the weight; p becomes a view of it where that view is contiguous."""
-        view = None if self.span is None else take(self.matrix(self.weight.data), self.dim, self.slice_place, self.span)
+        if self.mode == "delta":
+            return
+        # Put the values into the weight; p becomes a view of it where that view is contiguous.
+        view = None if self.span is None else take(self.matrix(self.weight.data), self.dim, place, self.span)
         self.shares = view is not None and view.dtype == self.slice_values.dtype and view.is_contiguous()
         if view is None or not self.shares:
             self._write()

@@ -15,6 +15,7 @@ Left out: the residual axis as a unit (the paper's figure has it, its code has n
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,8 +34,6 @@ from vismt.lowrank.model.options import checked
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.methods import Calibration, Method, register_method
-
-DEFAULTS = {"strategy": "random", "ratio": 0.02, "budget": "per_layer", "parts": None, "largest": False, "exclude": ()}
 
 
 def s2ft(
@@ -78,18 +77,22 @@ def s2ft(
         "parts": parts,
         "largest": largest,
         "exclude": exclude,
+        "calibration": calibration,
     }
     if selection is None:
-        selection = select_units(model, seed=seed, calibration=calibration, **settings)
+        selection = select_units(model, seed=seed, **settings)
     else:
-        extra = [name for name, value in settings.items() if value != DEFAULTS[name]]
-        if extra or calibration is not None:
-            raise UserError(
-                f"adapt: both selection and {(extra or ['calibration'])[0]}; the selection already fixes these settings."
-            )
-    model_structures = structures(model)
-    features = _features(model, model_structures, selection)
-    _same_everywhere(selection)
+        defaults = inspect.signature(s2ft).parameters
+        extra = [name for name, value in settings.items() if value is not None and value != defaults[name].default]
+        if extra:
+            raise UserError(f"adapt: both selection and {extra[0]}; the selection already fixes these settings.")
+    containers = structures(model)
+    features = _features(model, containers, selection)
+    if dist.is_available() and dist.is_initialized():
+        digests: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(digests, selection.digest())
+        if len(set(digests)) > 1:
+            raise UserError("s2ft: the processes chose different units; give all the same seed, model and calibration.")
     specs = [
         SliceLinear.plan(path, model.get_submodule(path), dim, len(index), mode)
         for path, (dim, index) in features.items()
@@ -101,14 +104,13 @@ def s2ft(
         layer.choose(index)
     from_stock(model)
     trainable, with_slices = count_parameters(model)
+    chosen = []
+    for part, name in (("v", "heads"), ("o", "heads"), ("u", "channels"), ("d", "channels")):
+        units = sum(structure.parts[part].units for structure in containers.values() if part in structure.parts)
+        if selection.count(part):
+            chosen.append(f"{part}: {selection.count(part):,} of {units:,} {name}")
     # Slices that share the weight's storage, or are written into it, are not additional parameters.
-    return AdaptReport(
-        "s2ft",
-        specs,
-        trainable,
-        with_slices if mode == "delta" else total,
-        extras=_counts(model_structures, selection),
-    )
+    return AdaptReport("s2ft", specs, trainable, with_slices if mode == "delta" else total, extras=chosen)
 
 
 def check_slices(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -143,17 +145,17 @@ def checked_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
 
 
 def _features(
-    model: nn.Module, model_structures: Mapping[str, Structure], selection: UnitSelection
+    model: nn.Module, containers: Mapping[str, Structure], selection: UnitSelection
 ) -> dict[str, tuple[int, torch.Tensor]]:
     """Return {module: (dim, features (k,) in stock order)} in model order; UserError for a selection that does not fit."""
-    require_known("s2ft.selection: the model has no heads or channels", selection.units, model_structures)
+    require_known("s2ft.selection: the model has no heads or channels", selection.units, containers)
     chosen: dict[str, tuple[int, torch.Tensor]] = {}
     for path, parts in selection.units.items():
-        if "v" in parts and model_structures[path].without_v:
-            raise UserError(f"s2ft.selection: '{path}' has no part 'v': {model_structures[path].without_v}.")
-        require_known(f"s2ft.selection: '{path}' has no part", parts, model_structures[path].parts)
+        if "v" in parts and containers[path].without_v:
+            raise UserError(f"s2ft.selection: '{path}' has no part 'v': {containers[path].without_v}.")
+        require_known(f"s2ft.selection: '{path}' has no part", parts, containers[path].parts)
         for part, units in parts.items():
-            block = model_structures[path].parts[part]
+            block = containers[path].parts[part]
             if not units or len(set(units)) < len(units) or not all(0 <= unit < block.units for unit in units):
                 raise UserError(
                     f"s2ft.selection: {len(units)} units of '{part}' in '{path}'; give each once, from 0 to {block.units - 1}."
@@ -161,26 +163,6 @@ def _features(
             chosen[block.path] = (block.dim, block.features(sorted(units)))
     find_targets(model, list(chosen))
     return {path: chosen[path] for path, _ in model.named_modules() if path in chosen}
-
-
-def _same_everywhere(selection: UnitSelection) -> None:
-    """Raise UserError unless all processes have the same selection."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, selection.digest())
-    if len(set(digests)) > 1:
-        raise UserError("s2ft: the processes chose different units; give all the same seed, model and calibration.")
-
-
-def _counts(model_structures: Mapping[str, Structure], selection: UnitSelection) -> list[str]:
-    """Return a line for each part: how many units of how many."""
-    lines = []
-    for part, name in (("v", "heads"), ("o", "heads"), ("u", "channels"), ("d", "channels")):
-        total = sum(structure.parts[part].units for structure in model_structures.values() if part in structure.parts)
-        if selection.count(part):
-            lines.append(f"{part}: {selection.count(part):,} of {total:,} {name}")
-    return lines
 
 
 def calibrate(

@@ -21,27 +21,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.llm.s2ft.structures import Structure, UnitBlock, structures
+from vismt.llm.s2ft.structures import UnitBlock, structures, weight_matrix
 from vismt.lowrank.layers.kinds import is_conv1d
 
 SCORES = ("weight", "activation", "product", "gradient")
 NOT_FINITE = "every label is -100, or the model does not compute finite numbers"
 Slot = tuple[str, str]  # (container, part)
-Slots = dict[Slot, UnitBlock]  # the rows or columns of the units of each slot
+Blocks = Mapping[Slot, UnitBlock]  # the rows or columns of the units of each slot
 Scores = dict[Slot, Tensor]
 
 
-def unit_scores(model: nn.Module, strategy: str, slots: Slots, calibration: Iterable[Any] | None) -> Scores:
+def unit_scores(model: nn.Module, strategy: str, blocks: Blocks, calibration: Iterable[Any] | None) -> Scores:
     """Return the scores of the units of each slot, (units,) fp32 on the CPU. calibration: as in `select_units`."""
     batches = _batches(strategy, calibration)
     if strategy == "gradient":
-        return _gradients(model, slots, batches)
+        return _gradients(model, blocks, batches)
     scores = {}
     if strategy in ("weight", "product"):
-        scores = {slot: _norms(_matrix(model, block), block) for slot, block in slots.items()}
+        for slot, block in blocks.items():
+            scores[slot] = _norms(weight_matrix(model.get_submodule(block.path)), block)
     if strategy in ("activation", "product"):
-        means = _activations(model, slots, batches)
-        scores = {slot: means[slot] * scores.get(slot, 1.0) for slot in slots}
+        means = _activations(model, blocks, batches)
+        scores = {slot: means[slot] * scores.get(slot, 1.0) for slot in blocks}
     return scores
 
 
@@ -64,30 +65,23 @@ def _batches(strategy: str, calibration: Iterable[Any] | None) -> list[Any]:
     return batches
 
 
-def _matrix(model: nn.Module, block: UnitBlock) -> Tensor:
-    """Return the weight (o, i) of a block."""
-    module = model.get_submodule(block.path)
-    weight: Any = module.weight
-    return weight.t() if is_conv1d(module) else weight
-
-
 def _norms(matrix: Tensor, block: UnitBlock) -> Tensor:
     """Return the Frobenius norm of the rows or columns of each unit, (units,) fp32."""
     unit_rows = matrix.detach().narrow(block.dim, block.start, block.units * block.size).float()
     return unit_rows.square().sum(1 - block.dim).view(block.units, block.size).sum(1).sqrt().cpu()
 
 
-def _activations(model: nn.Module, slots: Slots, batches: Sequence[Any]) -> Scores:
+def _activations(model: nn.Module, blocks: Blocks, batches: Sequence[Any]) -> Scores:
     """Return the mean norm of each unit's activations over the calibration tokens."""
     containers = structures(model)
-    sums = {slot: torch.zeros(block.units, dtype=torch.float64) for slot, block in slots.items()}
-    tokens = dict.fromkeys(slots, 0)
+    sums = {slot: torch.zeros(block.units, dtype=torch.float64) for slot, block in blocks.items()}
+    tokens = dict.fromkeys(blocks, 0)
     mask: Tensor | None = None  # of the current batch
 
     def observer(slot: Slot) -> Callable[[nn.Module, tuple], None]:
         def observe(_module: nn.Module, inputs: tuple) -> None:
             z = inputs[0].detach().float()
-            units = slots[slot].units
+            units = blocks[slot].units
             norms = z.reshape(*z.shape[:-1], units, -1).norm(dim=-1)
             norms = norms[mask] if mask is not None and mask.shape == z.shape[:-1] else norms.reshape(-1, units)
             sums[slot] += norms.sum(0).double().cpu()
@@ -96,9 +90,10 @@ def _activations(model: nn.Module, slots: Slots, batches: Sequence[Any]) -> Scor
         return observe
 
     with ExitStack() as stack, _eval_mode(model), torch.no_grad():
-        for slot in slots:
-            outer = model.get_submodule(_outer_block(containers[slot[0]]).path)
-            stack.enter_context(_removed(outer.register_forward_pre_hook(observer(slot))))
+        for slot in blocks:
+            parts = containers[slot[0]].parts
+            last = model.get_submodule(parts["o" if "o" in parts else "d"].path)
+            stack.callback(last.register_forward_pre_hook(observer(slot)).remove)
         for batch in batches:
             attention_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             mask = None if attention_mask is None else attention_mask.bool()
@@ -107,28 +102,23 @@ def _activations(model: nn.Module, slots: Slots, batches: Sequence[Any]) -> Scor
         raise UserError(
             "select_units: no token of calibration is left to score by; its attention_mask must not be all zero."
         )
-    return {slot: (sums[slot] / max(1, tokens[slot])).float() for slot in slots}
+    return {slot: (sums[slot] / max(1, tokens[slot])).float() for slot in blocks}
 
 
-def _outer_block(structure: Structure) -> UnitBlock:
-    """Return the block of o or down, the last matrix of a structure."""
-    return structure.parts["o" if "o" in structure.parts else "d"]
-
-
-def _gradients(model: nn.Module, slots: Slots, batches: Sequence[Any]) -> Scores:
+def _gradients(model: nn.Module, blocks: Blocks, batches: Sequence[Any]) -> Scores:
     """Return the summed gradient norms of each unit.
 
     The norm is taken as soon as a weight's gradient is complete and the gradient is freed, so that memory holds the gradient
     of one weight at a time.
     """
-    sums = {slot: torch.zeros(block.units) for slot, block in slots.items()}
+    sums = {slot: torch.zeros(block.units) for slot, block in blocks.items()}
     state_before = {name: (parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()}
 
     def observer(slot: Slot) -> Callable[[Tensor], None]:
-        conv1d = is_conv1d(model.get_submodule(slots[slot].path))
+        conv1d = is_conv1d(model.get_submodule(blocks[slot].path))
 
         def observe(weight: Tensor) -> None:
-            sums[slot] += _norms(weight.grad.t() if conv1d else weight.grad, slots[slot])
+            sums[slot] += _norms(weight.grad.t() if conv1d else weight.grad, blocks[slot])
             weight.grad = None
 
         return observe
@@ -136,10 +126,10 @@ def _gradients(model: nn.Module, slots: Slots, batches: Sequence[Any]) -> Scores
     try:
         model.requires_grad_(False)
         with ExitStack() as stack, _eval_mode(model), torch.enable_grad():
-            for slot, block in slots.items():
+            for slot, block in blocks.items():
                 weight = model.get_submodule(block.path).weight.requires_grad_(True)
                 weight.grad = None
-                stack.enter_context(_removed(weight.register_post_accumulate_grad_hook(observer(slot))))
+                stack.callback(weight.register_post_accumulate_grad_hook(observer(slot)).remove)
             for number, batch in enumerate(batches):
                 loss = _loss(model, batch)
                 if not bool(loss.isfinite()):
@@ -153,15 +143,6 @@ def _gradients(model: nn.Module, slots: Slots, batches: Sequence[Any]) -> Scores
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
     return sums
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    """Remove a hook at the end of the block."""
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -184,28 +165,23 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss of a batch, a scalar; it is not finite where every label is ignored."""
+    """Return the loss of a batch, a scalar; it is not finite where every label is ignored.
+
+    The loss of (inputs, labels) is the cross-entropy of logits (b, c) or (b, c, ...), or that of the next token for logits
+    (b, n, c); for other batches it is the output's own.
+    """
     out = _call(model, batch)
-    if isinstance(batch, (tuple, list)):
-        return _cross_entropy(getattr(out, "logits", out), batch[1])
-    loss = getattr(out, "loss", None)
-    if loss is None:
-        raise UserError("select_units: 'gradient' needs a loss: give labels in each batch, or (inputs, labels).")
-    return loss
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of logits (b, c) or (b, c, ...), or that of the next token for logits (b, n, c)."""
+    if not isinstance(batch, (tuple, list)):
+        loss = getattr(out, "loss", None)
+        if loss is None:
+            raise UserError("select_units: 'gradient' needs a loss: give labels in each batch, or (inputs, labels).")
+        return loss
+    logits, labels = getattr(out, "logits", out), batch[1]
     shape = tuple(logits.shape)
-    if logits.ndim == 3:
-        if tuple(labels.shape) != shape[:2]:
-            raise _wrong_labels(labels, shape, "the tokens (b, n)")
-        # The state at position n predicts the token at position n + 1.
+    per_token = logits.ndim == 3
+    if tuple(labels.shape) not in ([shape[:2]] if per_token else [shape[:1] + shape[2:], shape]):
+        needed = "the tokens (b, n)" if per_token else "the classes (b,) or shares of them (b, c)"
+        raise UserError(f"select_units: labels {tuple(labels.shape)} for logits {shape}; 'gradient' needs {needed}.")
+    if per_token:  # the state at position n predicts the token at position n + 1
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-    if tuple(labels.shape) not in (shape[:1] + shape[2:], shape):
-        raise _wrong_labels(labels, shape, "the classes (b,) or shares of them (b, c)")
     return F.cross_entropy(logits.float(), labels)
-
-
-def _wrong_labels(labels: Tensor, shape: tuple[int, ...], needed: str) -> UserError:
-    return UserError(f"select_units: labels {tuple(labels.shape)} for logits {shape}; 'gradient' needs {needed}.")

@@ -18,8 +18,8 @@ from typing import Any
 from torch import nn
 
 from vismt.base.errors import UserError, require_known
-from vismt.llm.s2ft.scores import SCORES, Scores, Slot, Slots, unit_scores
-from vismt.llm.s2ft.structures import PARTS, Structure, structures
+from vismt.llm.s2ft.scores import SCORES, Slot, unit_scores
+from vismt.llm.s2ft.structures import PARTS, UnitBlock, structures
 from vismt.lowrank.model.record import refuse_adapted
 from vismt.lowrank.model.targets import check_patterns, matches
 
@@ -44,10 +44,6 @@ class UnitSelection:
     def count(self, part: str) -> int:
         """Return the number of chosen units of one part in the whole model."""
         return sum(len(parts.get(part, ())) for parts in self.units.values())
-
-    def contains(self, path: str, part: str, unit: int) -> bool:
-        """Return whether a unit of a container is chosen."""
-        return unit in self.units.get(path, {}).get(part, ())
 
 
 def select_units(
@@ -92,74 +88,53 @@ def select_units(
     require_known("select_units.budget: no", [budget], BUDGETS)
     ratios = _ratios(ratio, parts)
     excluded = [exclude] if isinstance(exclude, str | UnitSelection) else list(exclude)
-    patterns = [entry for entry in excluded if isinstance(entry, str)]
-    earlier = [entry for entry in excluded if isinstance(entry, UnitSelection)]
-    slots = _slots(model, ratios, patterns)
-    free = {
-        (path, part): [
-            unit
-            for unit in range(block.units)
-            if not any(selection.contains(path, part, unit) for selection in earlier)
-        ]
-        for (path, part), block in slots.items()
-    }
-    scores = None if strategy == "random" else unit_scores(model, strategy, slots, calibration)
-    choose = _choose_per_layer if budget == "per_layer" else _choose_global
+    blocks = _wanted_blocks(model, ratios, [entry for entry in excluded if isinstance(entry, str)])
+    earlier = [entry.units for entry in excluded if isinstance(entry, UnitSelection)]
+    taken = {slot: {u for units in earlier for u in units.get(slot[0], {}).get(slot[1], ())} for slot in blocks}
+    scores = None if strategy == "random" else unit_scores(model, strategy, blocks, calibration)
+    together = budget == "global"
+    pools: dict[str, list[Slot]] = {}  # what a number of units is chosen from
+    for path, part in blocks:
+        pools.setdefault(part if together else f"{path}:{part}", []).append((path, part))
+    stream = random.Random(seed)
+    chosen: dict[Slot, list[int]] = {slot: [] for slot in blocks}
+    for name, slots in pools.items():
+        path, part = slots[0]
+        free = [(slot, unit) for slot in slots for unit in range(blocks[slot].units) if unit not in taken[slot]]
+        share = ratios[part] * sum(blocks[slot].units for slot in slots)
+        count = int(share) if together else max(1, round(share))
+        if count > len(free):
+            where = "the model" if together else path
+            raise UserError(
+                f"select_units: {count} units of '{part}' wanted of {where}, {len(free)} are left; lower ratio."
+            )
+        if scores is None:
+            # A draw of one layer depends on (seed, path, part) alone.
+            drawn = (stream if together else random.Random(f"{seed}:{name}")).sample(free, count)
+        else:
+            sign = -1 if largest else 1
+            drawn = sorted(free, key=lambda candidate: sign * float(scores[candidate[0]][candidate[1]]))[:count]
+        for slot, unit in drawn:
+            chosen[slot].append(unit)
     units: dict[str, dict[str, tuple[int, ...]]] = {}
-    for (path, part), chosen in choose(slots, free, ratios, scores, largest, seed).items():
-        if chosen:
-            units.setdefault(path, {})[part] = tuple(sorted(chosen))
+    for (path, part), numbers in chosen.items():
+        if numbers:
+            units.setdefault(path, {})[part] = tuple(sorted(numbers))
     if not units:
         raise UserError(f"select_units: ratio {ratio} chooses nothing; raise it or take budget='per_layer'.")
     return UnitSelection(units)
 
 
-def _slots(model: nn.Module, ratios: Mapping[str, float], patterns: Sequence[str]) -> Slots:
-    """Return the slots of all wanted parts outside the excluded containers; raise UserError for a part without any."""
-    containers = structures(model)
-    check_patterns("select_units.exclude", patterns, list(containers))
-    slots = {
-        (path, part): structure.parts[part]
-        for part in PARTS
-        if ratios.get(part)
-        for path, structure in containers.items()
-        if part in structure.parts and not any(matches(pattern, path) for pattern in patterns)
-    }
-    for part in [part for part, value in ratios.items() if value]:
-        if not any(slot_part == part for _, slot_part in slots):
-            raise UserError(
-                f"select_units: {type(model).__name__} has nothing known to take part '{part}' from"
-                f"{_missing_reason(part, containers)}."
-            )
-    return slots
-
-
-def _missing_reason(part: str, containers: Mapping[str, Structure]) -> str:
-    """Return why a model has no units of 'v', as an addition to a sentence, where that is known."""
-    reasons = [structure.without_v for structure in containers.values() if part == "v" and structure.without_v]
-    return f": {reasons[0]}" if reasons else ""
-
-
 def _ratios(ratio: float | Mapping[str, float], parts: Sequence[str] | None) -> dict[str, float]:
     """Return {part: ratio} of every wanted part; raise UserError where a mapping and explicit parts do not agree."""
-    wanted = None
-    if parts is not None:
-        wanted = [parts] if isinstance(parts, str) else list(parts)
-        require_known("select_units.parts: no", wanted, PARTS)
-    names = ("o", "d") if wanted is None else wanted
-    ratios = dict(ratio) if isinstance(ratio, Mapping) else dict.fromkeys(names, ratio)
+    wanted = list(("o", "d") if parts is None else parts)  # a text is the name of one part
+    require_known("select_units.parts: no", wanted, PARTS)
+    ratios = dict(ratio) if isinstance(ratio, Mapping) else dict.fromkeys(wanted, ratio)
     require_known("select_units.ratio: no part", ratios, PARTS)
     for part, value in ratios.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise UserError(f"select_units.ratio: {value!r} for '{part}'; it must be a number from 0 to 1.")
-    if wanted is not None:
-        _check_parts(ratios, wanted)
-    return {part: float(value) for part, value in ratios.items()}
-
-
-def _check_parts(ratios: Mapping[str, float], wanted: Sequence[str]) -> None:
-    """Raise UserError unless the parts with a ratio are the wanted parts."""
-    for part in PARTS:
+    for part in () if parts is None else PARTS:
         if ratios.get(part) and part not in wanted:
             raise UserError(
                 f"select_units: ratio has '{part}', parts {wanted} has not; add it to parts or leave parts out."
@@ -168,64 +143,26 @@ def _check_parts(ratios: Mapping[str, float], wanted: Sequence[str]) -> None:
             raise UserError(
                 f"select_units: parts has '{part}', ratio {dict(ratios)} has not; give it a ratio, 0 for none."
             )
+    return {part: float(value) for part, value in ratios.items()}
 
 
-def _choose_per_layer(
-    slots: Slots,
-    free: Mapping[Slot, Sequence[int]],
-    ratios: Mapping[str, float],
-    scores: Scores | None,
-    largest: bool,
-    seed: int,
-) -> dict[Slot, list[int]]:
-    """Choose units of every container separately; a random choice depends on (seed, path, part) alone."""
-    chosen = {}
-    for slot, block in slots.items():
-        path, part = slot
-        count = max(1, round(ratios[part] * block.units))
-        _check_enough(path, part, count, free[slot])
-        if scores is None:
-            chosen[slot] = random.Random(f"{seed}:{path}:{part}").sample(free[slot], count)
-        else:
-            chosen[slot] = _best([(float(scores[slot][unit]), unit) for unit in free[slot]], count, largest)
-    return chosen
+def _wanted_blocks(model: nn.Module, ratios: Mapping[str, float], excluded: Sequence[str]) -> dict[Slot, UnitBlock]:
+    """Return the rows or columns of all wanted parts outside the excluded containers, part by part in the order of PARTS.
 
-
-def _choose_global(
-    slots: Slots,
-    free: Mapping[Slot, Sequence[int]],
-    ratios: Mapping[str, float],
-    scores: Scores | None,
-    largest: bool,
-    seed: int,
-) -> dict[Slot, list[int]]:
-    """Choose units of all containers together: indices over (layer, unit), for v, o, u, d in turn from one random stream."""
-    stream = random.Random(seed)
-    chosen: dict[Slot, list[int]] = {slot: [] for slot in slots}
-    for part in PARTS:
-        part_slots = [slot for slot in slots if slot[1] == part]
-        candidates = [(slot, unit) for slot in part_slots for unit in free[slot]]
-        count = int(ratios.get(part, 0.0) * sum(slots[slot].units for slot in part_slots))
-        _check_enough("the model", part, count, candidates)
-        if scores is None:
-            indices = stream.sample(range(len(candidates)), count)
-        else:
-            rated = [(float(scores[slot][unit]), index) for index, (slot, unit) in enumerate(candidates)]
-            indices = _best(rated, count, largest)
-        for slot, unit in (candidates[index] for index in indices):
-            chosen[slot].append(unit)
-    return chosen
-
-
-def _check_enough(where: str, part: str, count: int, free: Sequence[Any]) -> None:
-    """Raise UserError where fewer than `count` units are left."""
-    if count > len(free):
-        raise UserError(
-            f"select_units: {count} units of '{part}' wanted of {where}, {len(free)} are left; lower ratio."
-        )
-
-
-def _best(rated: Sequence[tuple[float, int]], count: int, largest: bool) -> list[int]:
-    """Return the indices of the `count` lowest or highest of (score, index); of equal scores the first."""
-    sign = -1 if largest else 1
-    return [index for _, index in sorted(rated, key=lambda entry: (sign * entry[0], entry[1]))[:count]]
+    Raises UserError for a part that the model has nowhere.
+    """
+    containers = structures(model)
+    check_patterns("select_units.exclude", excluded, list(containers))
+    blocks = {}
+    for part in [part for part in PARTS if ratios.get(part)]:
+        found = {
+            (path, part): structure.parts[part]
+            for path, structure in containers.items()
+            if part in structure.parts and not any(matches(pattern, path) for pattern in excluded)
+        }
+        if not found:
+            reasons = [structure.without_v for structure in containers.values() if part == "v" and structure.without_v]
+            why = f": {reasons[0]}" if reasons else ""
+            raise UserError(f"select_units: {type(model).__name__} has nothing known to take part '{part}' from{why}.")
+        blocks.update(found)
+    return blocks

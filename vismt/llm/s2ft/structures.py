@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.kinds import kind_of, matrix_shape
+from vismt.lowrank.layers.kinds import is_conv1d, kind_of, matrix_shape
 from vismt.lowrank.model.targets import READ_DIRECTLY, find_targets, head_paths, read_directly
 
 HEADS = (
@@ -160,14 +160,14 @@ def _heads(model: nn.Module, path: str, module: nn.Module) -> Structure | None:
         size = width // module.num_heads
     if not isinstance(size, int) or width % size:
         return None
-    units, join = width // size, lambda name: f"{path}.{name}" if path else name
+    units, prefix = width // size, f"{path}." if path else ""
     if getattr(module, "num_heads", units) != units:
         return None
-    outs, out = [matrix_shape(getattr(module, name))[0] for name in inputs], UnitBlock(join(last), 1, 0, units, size)
+    outs, out = [matrix_shape(getattr(module, name))[0] for name in inputs], UnitBlock(prefix + last, 1, 0, units, size)
     if len(inputs) == 3:
         groups = outs[1] // size
         fits = outs == [width, groups * size, groups * size]
-        blocks = [UnitBlock(join(name), 0, 0, rows // size, size) for name, rows in zip(inputs, outs)]
+        blocks = [UnitBlock(prefix + name, 0, 0, rows // size, size) for name, rows in zip(inputs, outs)]
     else:
         stacked = _stacked_groups(module, inputs[0], units, outs[0] // size)
         if stacked is None:
@@ -176,7 +176,7 @@ def _heads(model: nn.Module, path: str, module: nn.Module) -> Structure | None:
         groups = stacked
         fits = outs[0] == (units + 2 * groups) * size
         counts, starts = (units, groups, groups), (0, width, width + groups * size)
-        blocks = [UnitBlock(join(inputs[0]), 0, start, count, size) for start, count in zip(starts, counts)]
+        blocks = [UnitBlock(prefix + inputs[0], 0, start, count, size) for start, count in zip(starts, counts)]
     if not fits or groups < 1 or units % groups:
         return None
     norms, obstacle = _beside(path, module, {*inputs, last}, units, groups, size)
@@ -211,17 +211,17 @@ def _channels(path: str, module: nn.Module) -> Structure | None:
     if names is None:
         return None
     inputs, last = names
-    units, join = matrix_shape(getattr(module, last))[1], lambda name: f"{path}.{name}" if path else name
+    units, prefix = matrix_shape(getattr(module, last))[1], f"{path}." if path else ""
     outs = [matrix_shape(getattr(module, name))[0] for name in inputs]
     if len(inputs) == 1 and outs[0] == 2 * units:
-        blocks = [UnitBlock(join(inputs[0]), 0, start, units, 1) for start in (0, units)]
+        blocks = [UnitBlock(prefix + inputs[0], 0, start, units, 1) for start in (0, units)]
         up = blocks[0] if getattr(module, "gate_last", False) else blocks[1]
     elif outs == [units] * len(inputs):
-        blocks = [UnitBlock(join(name), 0, 0, units, 1) for name in inputs]
+        blocks = [UnitBlock(prefix + name, 0, 0, units, 1) for name in inputs]
         up = blocks[-1]
     else:
         return None
-    out = UnitBlock(join(last), 1, 0, units, 1)
+    out = UnitBlock(prefix + last, 1, 0, units, 1)
     norms, obstacle = _beside(path, module, {*inputs, last}, units, units, 1)
     return Structure(path, units, units, (*blocks, out, *norms), {"u": up, "d": out}, obstacle)
 
@@ -240,8 +240,7 @@ def _beside(
         if parameter.numel() not in (units * size, groups * size, size):
             return [], f"'{name}' holds {parameter.numel()} values for {units} units of {size}"
         if parameter.numel() != size or (size == 1 and units > 1):
-            where = f"{path}.{child}" if path else child
-            blocks[child] = UnitBlock(where, 0, 0, parameter.numel() // size, size)
+            blocks[child] = UnitBlock(f"{path}.{child}" if path else child, 0, 0, parameter.numel() // size, size)
     return list(blocks.values()), ""
 
 
@@ -269,7 +268,8 @@ class Coupling:
             order = torch.tensor(self.structure.order(chosen), device=first.weight.device)
             for layer in self.layers.values():
                 layer.slice_order.copy_(order)
-        self._move(first.slice_order.long().argsort() if stock else first.slice_order.long())
+        order = first.slice_order.long()
+        self._move(order.argsort() if stock else order)
         self.moved = not stock
 
     @torch.no_grad()
@@ -280,8 +280,7 @@ class Coupling:
         for path in {block.path: None for block in self.structure.blocks}:
             module, blocks = self.modules[path], [block for block in self.structure.blocks if block.path == path]
             dim = blocks[0].dim
-            weight = module.weight.t() if kind_of(module) == "conv1d" else module.weight
-            weight = module.matrix(module.weight) if hasattr(module, "matrix") else weight
+            weight = module.matrix(module.weight) if hasattr(module, "matrix") else weight_matrix(module)
             index = torch.arange(weight.shape[dim], device=order.device)
             for block in blocks:
                 index[block.start : block.start + block.units * block.size] = expand(order, block, self.structure)
@@ -289,6 +288,12 @@ class Coupling:
             bias = getattr(module, "bias", None)
             if dim == 0 and bias is not None:
                 bias.copy_(bias[index])
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """Return a view (o, i) of the weight of a stock linear or Conv1D."""
+    weight: Tensor = module.weight.detach()  # type: ignore[operator,assignment]
+    return weight.t() if is_conv1d(module) else weight
 
 
 def expand(order: Tensor, block: UnitBlock, structure: Structure) -> Tensor:
@@ -333,4 +338,4 @@ def couple(model: nn.Module, coupled: Iterable[Structure], layers: Mapping[str, 
         modules = {block.path: model.get_submodule(block.path) for block in structure.blocks}
         coupling = Coupling(structure, modules, of_parts)
         for part, layer in of_parts.items():
-            layer.attach(coupling, structure.parts[part])
+            layer.join(coupling, structure.parts[part])

@@ -1,8 +1,8 @@
 """The objective of PoLAR-VBLL's alternating steps: update the posterior on fixed features, then the LM under the posterior.
 
-See vismt.uncertainty.alternating_loss. The posterior has a separate Adam optimiser, whose moments are buffers, so that they are
-saved with the training and resumed bit for bit; the optimiser of the training loop finds no gradient on the posterior and skips
-it.
+See `alternating_loss` of vismt.uncertainty.vbll. The posterior has a separate Adam optimiser, whose moments are buffers, so
+that they are saved with the training and resumed bit for bit; the optimiser of the training loop finds no gradient on the
+posterior and skips it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from vismt.base.errors import UserError
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.base import LmObjective
 from vismt.llm.tasks.classes import Classes
-from vismt.uncertainty.alternating_loss import alternating_loss
-from vismt.uncertainty.variational import VariationalHead
+from vismt.uncertainty.vbll import VBLLClassifier, alternating_loss
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -36,7 +35,7 @@ class AlternatingObjective(LmObjective):
 
     def __init__(self, net: LmNet, task: Classes, lr: float, spread_lr: float, steps: int) -> None:
         super().__init__(net, task)
-        if not isinstance(net.head, VariationalHead):
+        if not isinstance(net.head, VBLLClassifier):
             raise UserError(
                 "head.alternate: needs a variational posterior; set head.name to vbll, or alternate to null."
             )

@@ -23,10 +23,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vismt.base.errors import UserError, near
 from vismt.base.seeds import mix_seed
-from vismt.llm.ilora.sasrec import padded
+from vismt.llm.ilora.recommenders import padded
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.pieces import Piece, collate
 from vismt.uncertainty.intervals import LOWER, NUMBER, Measure
+from vismt.uncertainty.probability_metrics import binned_gaps, quality_measures, scores
 from vismt.uncertainty.temperature import fit_temperature
 
 Record = dict[str, Any]
@@ -93,7 +94,7 @@ class LmTask(ABC):
     reads = True  # whether rows are scored without generation, so that the output of frozen blocks can be cached
     labelled = True  # whether a limit on the rows is spread over the labels
     chat = False  # whether the prompt is the user's turn in the tokenizer's chat template
-    documents = False  # whether rows hold several documents, trees or packs (vismt.llm.documents)
+    documents = False  # whether rows hold several documents, trees or packs (documents.py)
     by_user = False  # whether a limit on the rows is spread over users, and batches draw users
 
     def __init__(self, prompt: str, length: int = 512) -> None:
@@ -219,16 +220,12 @@ def probability_measures(records: Sequence[Record]) -> dict[str, Measure]:
 
     Every row weighs the same, whatever batch it was in; see vismt.uncertainty.probability_metrics.
     """
-    from vismt.uncertainty.probability_metrics import calibration_values, scores  # loads torchmetrics
-
     logs, labels = choices(records)
     result = scores(logs.exp(), labels)
-    effect, bounds = calibration_values(logs.exp().amax(1), result.correct)
+    gaps = binned_gaps(logs.exp().amax(1), result.correct)
     measures = [
         Measure("accuracy", by_row(records, result.correct.tolist())),
-        Measure("ECE-15", by_row(records, effect.tolist()), better=LOWER, bounds=bounds, paired=False),
-        Measure("NLL in nats", by_row(records, result.nlls.tolist()), NUMBER, LOWER),
-        Measure("Brier", by_row(records, result.briers.tolist()), NUMBER, LOWER),
+        *quality_measures([str(record["id"]) for record in records], gaps, result.nlls, result.briers),
     ]
     if not math.isnan(result.auroc):
         measures.append(Measure("AUROC", by_row(records, result.orders.tolist()), NUMBER))

@@ -29,7 +29,7 @@ from vismt.llm.tasks.base import (
 from vismt.llm.tasks.pieces import IGNORE, Piece
 from vismt.uncertainty.intervals import Measure
 from vismt.uncertainty.last_layers import log_predictive
-from vismt.uncertainty.variational import GaussianHead
+from vismt.uncertainty.predictive import GaussianHead
 
 
 @TASKS.register("classes")

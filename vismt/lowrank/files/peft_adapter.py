@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -36,9 +36,6 @@ from vismt.lowrank.model.patterns import Pattern
 from vismt.lowrank.model.targets import candidates
 from vismt.lowrank.values import check_factor, check_finite, check_parameter
 from vismt.storage.files import read_tensors
-
-if TYPE_CHECKING:
-    from vismt.lowrank.files.peft_adapter import PeftAdapter
 
 TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
 

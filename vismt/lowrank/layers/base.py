@@ -11,7 +11,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from vismt.base.registry import PLACES, Registry
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.kinds import kind_of, matrix_shape
 from vismt.lowrank.values import check_factor, check_finite
-
-if TYPE_CHECKING:
-    from vismt.lowrank.layers.base import AdapterLayer
 
 
 class StandIn(nn.Module):

@@ -134,7 +134,7 @@ WRAPPERS: Registry[type[ModuleWrapper]] = Registry(
     "adapter: no wrapper",
     PLACES["wrappers"],
     # Files of earlier versions name the class.
-    {"vismt.multitask.emtal.ffn:MoEfiedMlp": "moefied_ffn", "vismt.llm.ilora.method:InstanceGate": "instance_gate"},
+    {"vismt.multitask.moefied:MoEfiedMlp": "moefied_ffn", "vismt.llm.ilora:InstanceGate": "instance_gate"},
 )
 
 

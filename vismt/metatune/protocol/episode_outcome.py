@@ -14,7 +14,7 @@ from torch import Tensor
 from vismt.metatune.protocol.episodes import Episode
 from vismt.storage.files import atomic_write
 from vismt.storage.records import Field
-from vismt.uncertainty.proper_scores import proper_scores
+from vismt.uncertainty.probability_metrics import binned_gaps, detection_auroc, proper_scores
 
 PER_CLASS = 5
 UNSCALED, SCALED = "clean", "tempered"  # forms of the clean logits: as they are, divided by a temperature
@@ -65,18 +65,15 @@ class EpisodeOutcome:
 
         NLL in nats, Brier score, and GAPS: [right] - max p in the column of its bin, from which `gap_values` has the ECE.
         """
-        from vismt.uncertainty.probability_metrics import BINS, binned_gaps  # loads torchmetrics
-
         log_p, labels = (self.logits.double() / temperature).log_softmax(1), self.episode.query_labels
         nlls, briers = proper_scores(log_p, labels)
-        gaps = binned_gaps(log_p.exp(), labels, BINS).mean(0)
+        confidences, answers = log_p.exp().max(1)
+        gaps = binned_gaps(confidences, answers == labels).mean(0)
         values = {NLL: float(nlls.mean()), BRIER: float(briers.mean()), GAPS: gaps.tolist()}
         return {f"{form} {name}": value for name, value in values.items()}
 
     def detection(self) -> dict[str, float]:
         """Return the AUROC with which the largest probability tells the clean queries from each set of outside images."""
-        from vismt.uncertainty.probability_metrics import detection_auroc  # loads torchmetrics
-
         inside = _confidences(self.logits)
         return {name: detection_auroc(-inside, -_confidences(logits)) for name, logits in self.outside.items()}
 

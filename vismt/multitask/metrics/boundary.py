@@ -27,7 +27,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from vismt.base.errors import UserError
-from vismt.data.thinning import thin
+from vismt.data.maps.edge_thinning import thin
 from vismt.multitask.metrics.inputs import (
     binary,
     check_choice,

@@ -1,0 +1,279 @@
+"""The report of a hand-made run folder: its texts, refusals, and a page that stands alone."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+from helpers.results import HASH, PGD, add, corruption, measure, write_lines
+from helpers.run_folder import FROZEN, add_arm, make_folder
+
+from vismt.base.errors import UserError
+from vismt.report.comparison import compare
+from vismt.report.plotting import vector_figures
+from vismt.report.results import Score, ValuesByExample, read_results
+from vismt.report.score_sections import score_sections
+from vismt.report.tables import Picture, Section, Table
+from vismt.report.trainings import training_sections
+from vismt.report.writer import run_heading, write_report
+from vismt.uncertainty.intervals import CLEAN, Condition
+
+LOGGED = {"loss": "Training loss", "accuracy": "Training accuracy (%)"}
+PICTURES = {"figures/training.png", "figures/scores-few-shot-accuracy.png"}
+
+
+def make_trained(parent):
+    """The run folder with the log of the arm's training."""
+    folder = make_folder(parent)
+    arm = folder / "arms" / "adapted"
+    steps = [
+        {"step": s, "loss": 2 / s, "accuracy": None if s == 3 else 1 - 1 / s, "lr": 1e-3, "grad_norm": 1.0}
+        for s in range(1, 30)
+    ]
+    write_lines(arm / "lr-0.1-seed-0" / "metrics.jsonl", steps)
+    (arm / "chosen.json").write_text(json.dumps({"lr": 0.1, "validation": {}}))
+    return folder
+
+
+def written(folder, *more, formats=("html", "md")):
+    """The report with the shared sections, as a job writes it; more: sections of the job."""
+    results, values = read_results(folder / "results.jsonl", HASH), ValuesByExample(folder)
+    comparisons = compare(results, values)
+    with vector_figures(formats):
+        sections = [
+            *score_sections(folder, results, comparisons, values, ["adapted"], {}),
+            *training_sections(folder, results, ["adapted"], LOGGED),
+            *more,
+        ]
+    return write_report(folder, run_heading(folder), results, comparisons, sections, formats)[-1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_trained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """With its report, for tests that only read."""
+    folder = make_trained(tmp_path_factory.mktemp("report"))
+    assert written(folder) == folder / "report.html"
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags, attributes that load something, the text of each cell; fails on tags that do not close."""
+
+    VOID = ("meta", "img", "!doctype", "wbr")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.loads, self.cells, self.text = [], [], [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+        assert not any(name.startswith("on") for name, _ in attributes)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if "td" in self.open:
+            self.cells[-1] += data
+
+
+def test_markdown(reported):
+    text = (reported / "report.md").read_text(encoding="utf8")
+    assert "| digits | clean | 50.0 ± 25.3 | **60.0 ± 25.3 ★** | +10.0 \\[+10.0, +10.0\\] | 4 |" in text
+    assert "| crops | clean | 50.0 ± 25.3 ≈ |" in text and "| Wall time | 7 min 12 s |" in text
+    assert "(figures/training.png)" in text and "(figures/scores-few-shot-accuracy.png)" in text
+    assert "lora, rank 8, 250 trainable of 1,000 parameters, 25.00 %" in text
+    assert "<script" not in text and text.count("\n## Training\n") == 1
+    assert "on average over 2 data sets (crops, digits): frozen 50.0 ± 17.9 % (n = 8 episodes)" in text
+    assert "vismt config 4f2a9c1e, git revision 0123456789ab, seeds 0 (training), 1 (evaluation);" in text
+
+
+def test_page_stands_alone(reported):
+    html = (reported / "report.html").read_text(encoding="utf8")
+    page = Page(html)
+    assert page.tags.count("img") == 2 and all(load.startswith("data:image/png;base64,") for load in page.loads)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert "http" not in html.split("base64", 1)[0] and "url(" not in html and "@import" not in html
+    assert "prefers-color-scheme: dark" in html
+    for text in (
+        "vismt run configs/quickstart.yaml seed=0",
+        "0123456789ab",
+        "4f2a9c1e",
+        "a processor, 2 cores",
+        "0 (training), 1 (evaluation)",
+        "7 min 12 s",
+        "torch 2.13.0",
+        "How to cite these numbers",
+    ):
+        assert text in page.text
+    # from the files it comes as text, not as tags
+    assert "Digits <script>alert(1)</script> & crops" in page.text and "onerror=alert(2)" in page.text
+    assert page.cells[:6] == ["digits", "clean", "50.0 ± 25.3", "60.0 ± 25.3 ★", "+10.0 [+10.0, +10.0]", "4"]
+
+
+def test_names_are_escaped_everywhere(folder):
+    add_arm(folder, "<b>|x", "frozen", FROZEN, FROZEN, protocol="`5-way` <i>")
+    page = Page(written(folder).read_text(encoding="utf8"))
+    assert not {"b", "i"} & set(page.tags) and "<b>|x" in page.cells
+    assert "| &lt;b&gt;\\|x | clean |" in (folder / "report.md").read_text()
+
+
+def test_only_what_is_there(folder):
+    for name in ("arms/adapted/lr-0.1-seed-0/metrics.jsonl", "config.resolved.yaml"):
+        (folder / name).unlink()
+    (folder / "run.json").write_text(json.dumps({"config_hash": HASH}))
+    page = Page(written(folder, Section("Episodes")).read_text())
+    assert "Training" not in page.text and "Episodes" not in page.text and "Configuration" not in page.text
+    assert page.tags.count("img") == 1 and "run-4f2a" in page.text
+
+
+def test_sections_of_a_job_follow_the_shared_ones(folder):
+    table = Table("Chosen <settings>", ["Arm", "value"], [["a|b", "1"]], {(0, 1)}, texts=1)
+    picture = folder / "figures" / "scores-few-shot-accuracy.png"
+    pictures = [Picture(picture, title, "Of two seeds.") for title in ("First", "Second")]
+    page = Page(written(folder, Section("Images", [(table, "A note.")], pictures, folded=True)).read_text())
+    assert page.text.index("Training") < page.text.index("Images") < page.text.index("How to cite")
+    assert page.tags.count("img") == 4 and "A note." in page.text and "Chosen <settings>" in page.text
+    text = (folder / "report.md").read_text()
+    assert "\n## Images\n" in text and "| a\\|b | **1** |" in text
+    assert "![Second](figures/scores-few-shot-accuracy.png)\n\nOf two seeds." in text
+    html = (folder / "report.html").read_text()
+    # of folded pictures the first is open
+    assert html.count("<details open><summary>First</summary>") == 1 and "<details><summary>Second</summary>" in html
+
+
+def test_it_writes_nothing_but_its_own_files_and_the_same_twice(folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    first = written(folder).read_bytes()
+    new = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path not in before}
+    assert new == {"report.md", "report.html", *PICTURES}
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert written(folder).read_bytes() == first
+
+
+def test_a_width_of_zero_is_explained(folder, reported):
+    assert "width of 0.0" not in (reported / "report.md").read_text()
+    add_arm(folder, "third", "frozen", [0.0, 0.0], [0.0, 0.0])
+    written(folder)
+    assert "A width of 0.0 means" in (folder / "report.md").read_text()
+
+
+def test_a_row_that_is_not_paired_is_marked(folder):
+    for path in (folder / "records").iterdir():
+        path.unlink()
+    assert "clean (unpaired)" in written(folder).read_text()
+
+
+def test_where_lower_is_better_the_table_says_it(folder):
+    score = Score("depth", "rooms", "test", measure([1.0, 2.0], "RMSE in m", scale="number", better="lower"), CLEAN)
+    add(folder, score, "adapted")
+    text = written(folder).read_text()
+    assert "depth: test, RMSE in m, lower is better" in text and "few-shot: 5-way 1-shot, accuracy in %" in text
+
+
+def test_seeds_are_those_of_training_and_evaluation(folder):
+    about = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**about, "seeds": [3, 5]}))
+    assert "3, 5 (training), 1 (evaluation)" in Page(written(folder).read_text()).text
+
+
+def test_what_the_intervals_cover_is_told_by_model(folder):
+    """Those of a model with several trainings have the spread over its seeds, those of the frozen one have not."""
+    written(folder)
+    alone = (folder / "report.md").read_text()
+    assert (
+        "cover the drawn test examples, not the spread over training seeds." in alone
+        and "several trainings" not in alone
+    )
+    for seed in (0, 1):
+        score = Score("few-shot", "digits", "5-way 1-shot", measure([0.5 + seed / 5] * 4), CLEAN, "episodes")
+        add(folder, score, "adapted", seed=seed)
+        crops = Score("few-shot", "crops", "5-way 1-shot", measure([0.5 + seed / 10] * 4), CLEAN, "episodes")
+        add(folder, crops, "adapted", seed=seed)
+    written(folder)
+    text = (folder / "report.md").read_text()
+    assert (
+        "over n and, for models with several trainings (adapted: 2 seeds), over the seeds; differences likewise."
+        in text
+    )
+    cited = text[text.index("## How to cite") :]
+    assert "frozen 50.0 ± 17.9 % (n = 8 episodes); adapted 56.2 ± " in cited and "(n = 8 episodes, 2 seeds)" in cited
+    assert "and, where seeds are counted, the spread over training seeds." in cited and "not the spread" not in cited
+
+
+def test_every_block_is_cited_once(folder):
+    """The average where a block has one, else its sets; tasks are named where there are several."""
+    score = Score("depth", "rooms", "test", measure([1.0, 2.0], "RMSE in m", scale="number", better="lower"), CLEAN)
+    add(folder, score, "adapted")
+    for severity in (1, 2, 3, 5):
+        fog = Score("few-shot", "digits", "5-way 1-shot", measure(FROZEN), corruption("fog", severity), "episodes")
+        add(folder, fog, "frozen")
+    text = (written(folder), (folder / "report.md").read_text())[1]
+    cited = text[text.index("## How to cite") :]
+    assert cited.count("few-shot, 5-way 1-shot, clean, accuracy on average over 2 data sets (crops, digits)") == 1
+    assert "depth, test, clean, RMSE in m on rooms: adapted 1.50 ± 0.98 (n = 2 images)." in cited
+    assert "accuracy on digits" not in cited and "The numbers under 4 corruptions are in the table" in cited
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "run.json").unlink(), "vismt run CONFIG"),
+        (lambda f: (f / "run.json").write_text("{"), "cannot be read as JSON"),
+        (lambda f: (f / "run.json").write_text("{}"), "no config_hash"),
+        (lambda f: (f / "run.json").write_text("[]"), "changed or damaged"),
+    ],
+)
+def test_broken_files(folder, break_it, message):
+    break_it(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        written(folder)
+    assert "\n" not in str(caught.value) and not (folder / "report.html").exists()
+
+
+def test_a_broken_row_stops_the_report(folder):
+    write_lines(folder / "results.jsonl", [{"data": "third"}], "a")
+    with pytest.raises(UserError, match="row 9 third: key 'task' is missing"):
+        written(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_key_figures_come_first(folder):
+    """The average of the first task, clean and under its strongest attack, then the other task."""
+    for arm in ("frozen", "adapted"):
+        for data in ("digits", "crops"):
+            weak = Score("few-shot", data, "5-way 1-shot", measure([0.9] * 4), Condition("weak", "attack", "weak", 0.1))
+            add(folder, weak, arm)
+        depth = Score("depth", "rooms", "test", measure([1.0, 2.0], "RMSE in m", scale="number", better="lower"), CLEAN)
+        add(folder, depth, arm)
+    page = written(folder).read_text()
+    keys = page[: page.index("<dl>")].split('<div class="headline">')[1:]
+    assert len(keys) == 3
+    assert "<strong>50.0 ± 17.9</strong>frozen" in keys[0] and "<strong>56.2 ± 17.0</strong>adapted" in keys[0]
+    assert (
+        "average, 5-way 1-shot, clean; n = 8 episodes" in keys[0] and "adapted − frozen on the same episodes" in keys[0]
+    )
+    assert PGD.label in keys[1] and "weak" not in keys[1] and "RMSE in m, depth, rooms" in keys[2]
+    text = (folder / "report.md").read_text()
+    assert text.index("adapted **56.2 ± 17.0**") < text.index("| Command |")
+
+
+def test_of_many_arms_the_key_figure_has_the_first_and_the_best(tmp_path):
+    folder = make_trained(tmp_path)
+    for number in range(5):
+        add_arm(folder, "digits", f"arm{number}", [0.5 + 0.1 * number] * 4, FROZEN)
+    page = written(folder).read_text()
+    key = page[: page.index("<dl>")]
+    assert key.count("<strong>") == 4 and "frozen</div>" in key and "arm4</div>" in key and "arm3</div>" not in key

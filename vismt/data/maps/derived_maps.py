@@ -1,0 +1,111 @@
+"""Targets derived from others: normals from depth, edges from class labels or from jumps of the depth.
+
+Depth is z along the optical axis. A plane is linear in 1/z over the image, whatever its tilt, so a pixel where 1/z bends
+is on a crease or a jump and gets no normal.
+
+Edges are thinned like the predictions that they are compared with: a thinned prediction cannot match all of a line two pixels
+wide, or of a staircase whose pixels share sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vismt.data.maps.dense_sample import IGNORE
+from vismt.data.maps.edge_thinning import thin
+
+
+def normals_from_depth(
+    depth: Tensor, *, fx: float, fy: float, cx: float, cy: float, step: int = 2, bend: float = 0.02
+) -> Tensor:
+    """Return the unit normals of a depth map: the cross product of the differences between back-projected points.
+
+    The normal is undefined where one of the five depths is missing, within `step` pixels of the border, and where 1/z at the
+    middle differs from the mean of two opposite ones by more than `bend` of itself.
+
+    Args:
+        depth: float32 (h, w), 0 where missing.
+        fx: focal length along the rows, pixels; fy: along the columns.
+        cx: principal point, pixels; cy: likewise.
+        step: distance of the four neighbours, pixels.
+        bend: largest relative deviation of 1/z from a plane.
+
+    Returns:
+        float32 (3, h, w): x right, y up, z towards the camera; (0, 0, 0) where missing.
+    """
+    height, width = depth.shape
+    normals = torch.zeros(3, height, width)
+    if min(height, width) <= 2 * step:
+        return normals
+    depth = depth.to(torch.float64)
+    right = (torch.arange(width, dtype=torch.float64) - cx) / fx
+    down = (torch.arange(height, dtype=torch.float64) - cy) / fy
+    points = torch.stack([right * depth, down[:, None] * depth, depth])
+    rows, columns = slice(step, height - step), slice(step, width - step)
+
+    def around(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        left, above = values[..., rows, : width - 2 * step], values[..., : height - 2 * step, columns]
+        return left, values[..., rows, 2 * step :], above, values[..., 2 * step :, columns]
+
+    left, right_of, above, below = around(points)
+    # In camera axes y points down and z away: this order of the cross product faces the camera.
+    normal = torch.linalg.cross(below - above, right_of - left, dim=0) * torch.tensor([1.0, -1.0, -1.0])[:, None, None]
+    inverse = torch.where(depth > 0, 1 / depth, torch.nan)
+    middle = inverse[rows, columns]
+    pair = around(inverse)
+    bent = torch.maximum(((pair[0] + pair[1]) / 2 - middle).abs(), ((pair[2] + pair[3]) / 2 - middle).abs())
+    good = bent <= bend * middle  # False where a depth is missing: nan compares so
+    normals[:, rows, columns] = torch.where(good, torch.nn.functional.normalize(normal, dim=0), 0.0).to(torch.float32)
+    return normals
+
+
+def normals_by_camera(depth: Tensor, camera: Mapping[str, float]) -> Tensor:
+    """Return normals_from_depth for a camera {fx, fy, cx, cy}, pixels."""
+    return normals_from_depth(depth, fx=camera["fx"], fy=camera["fy"], cx=camera["cx"], cy=camera["cy"])
+
+
+def edges_from_labels(labels: Tensor) -> Tensor:
+    """Return int64 (h, w): 1 where the pixel to the right or below has another class, thinned; 255 for unlabelled pixels.
+
+    labels: int64 (h, w), 255 for unlabelled pixels. A border with unlabelled pixels is not an edge.
+    """
+    labelled = labels != IGNORE
+    edge = torch.zeros_like(labelled)
+    edge[:, :-1] |= (labels[:, :-1] != labels[:, 1:]) & labelled[:, :-1] & labelled[:, 1:]
+    edge[:-1] |= (labels[:-1] != labels[1:]) & labelled[:-1] & labelled[1:]
+    return _thinned(edge, labelled)
+
+
+def edges_from_depth(depth: Tensor, *, jump: float = 0.05) -> Tensor:
+    """Return int64 (h, w): 1 at the nearer pixel of neighbours whose depths differ by more than `jump` of the smaller, thinned.
+
+    depth: float (h, w), 0 where missing; the edge map is 255 there. A gap without depth counts as the farther of its two ends
+    in the row or column: what only one camera of a pair sees is behind.
+    """
+    return _thinned(_jumps(depth, jump) | _jumps(depth.mT, jump).mT, depth > 0)
+
+
+def _thinned(edge: Tensor, valid: Tensor) -> Tensor:
+    """Return int64 (h, w): the thinned lines of bool `edge`, 255 where `valid` is False."""
+    return torch.from_numpy(thin(edge.numpy())).to(torch.int64).masked_fill(~valid, IGNORE)
+
+
+def _last(depth: Tensor) -> Tensor:
+    """Return the nearest depth at or left of each pixel, 0 where there is none."""
+    columns = torch.arange(depth.shape[-1]).expand_as(depth)
+    at = torch.where(depth > 0, columns, -1).cummax(-1).values
+    return torch.where(at >= 0, depth.gather(-1, at.clamp_min(0)), 0.0)
+
+
+def _jumps(depth: Tensor, jump: float) -> Tensor:
+    """Return bool (h, w): pixels with a depth that are nearer than a neighbour in their row by more than `jump`, across gaps."""
+    valid = depth > 0
+    filled = torch.where(valid, depth, torch.maximum(_last(depth), _last(depth.flip(-1)).flip(-1)))
+    nearer = torch.zeros_like(valid)
+    left, right = filled[..., :-1], filled[..., 1:]
+    nearer[..., :-1] |= right - left > jump * left
+    nearer[..., 1:] |= left - right > jump * right
+    return nearer & valid

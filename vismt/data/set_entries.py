@@ -1,0 +1,95 @@
+"""Entries of a configuration that name a set: 'card' or 'card:split', where the card may be a path or a Python object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import combinations, product
+from pathlib import Path
+
+from vismt.base.errors import UserError
+from vismt.base.objects import is_object, title_of
+from vismt.config.yaml_text import read_yaml
+from vismt.storage.paths import shipped
+
+CARDS = (".yaml", ".yml")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}  # suffix of a table -> what is between its columns
+FILES = (*DELIMITERS, ".jsonl", *CARDS)  # of cards and of sets in one file
+
+
+def card_and_split(entry: str) -> tuple[str, str]:
+    """Return the card and the split of an entry; "all" where it names no split."""
+    if is_object(entry) or Path(entry).exists():
+        return entry, "all"
+    card, colon, split = entry.rpartition(":")
+    return (card, split or "all") if colon else (entry, "all")
+
+
+def overlap(first: str, second: str) -> bool:
+    """Return whether two sets, 'card' or 'card:split', have examples in common.
+
+    A card is the same by its name and by any path to it, an object by its digest. A folder without a card contains the folders
+    below it.
+    """
+    first_card, first_split = card_and_split(first)
+    second_card, second_split = card_and_split(second)
+    places = _place(first_card), _place(second_card)
+    if places[0] == places[1]:
+        return first_split == second_split or "all" in (first_split, second_split)
+    pairs = ((places, first_split), (places[::-1], second_split))
+    return any(outer in inner.parents and outer.is_dir() and split == "all" for (outer, inner), split in pairs)
+
+
+def _place(card: str) -> Path:
+    """Return what a card is compared by: its file, a folder or file without a card; the text where there is none."""
+    if is_object(card):
+        return Path(card.rpartition(" ")[2])
+    found = shipped("datasets") / card if len(Path(card).parts) == 1 else Path(card)
+    path = found if found.exists() else Path(card).expanduser()
+    return (path / "card.yaml" if (path / "card.yaml").is_file() else path).resolve()
+
+
+def row_name(entry: str) -> str:
+    """Return an entry as rows of results name it: a card in a file by its name, other paths and objects by their last part."""
+    if is_object(entry):
+        return title_of(entry)
+    card, split = card_and_split(entry)
+    path = Path(card)
+    if len(path.parts) < 2 and path.suffix not in FILES:
+        return entry
+    file = path / "card.yaml" if (path / "card.yaml").is_file() else path
+    if file.is_file() and file.suffix in CARDS:
+        name = str(read_yaml(file, card).get("name", file.stem))
+    else:  # also a set that is on another machine
+        name = path.stem if path.suffix in FILES else path.name
+    return name if split == "all" else f"{name}:{split}"
+
+
+def shown_name(entry: str) -> str:
+    """Return the name of an entry in rows of results and in names of files, without ':' and '/'."""
+    return row_name(entry).replace(":", "-").replace("/", "-")
+
+
+def check_row_names(entries: Iterable[str], key: str) -> None:
+    """Raise UserError where two different entries have one name in rows of results; key: of the entries."""
+    seen: dict[str, str] = {}
+    for entry in entries:
+        other = seen.setdefault(row_name(entry), entry)
+        if other != entry:
+            raise UserError(
+                f"{key}: '{other}' and '{entry}' are both called '{row_name(entry)}' in results; rename one, or give objects as "
+                "{name: object}."
+            )
+
+
+def check_apart(*stages: Mapping[str, Iterable[str]]) -> None:
+    """Raise UserError where sets of two stages, such as what trains, chooses and tests, share examples.
+
+    stages: {key: entries} of each; entries of one stage may overlap.
+    """
+    for before, after in combinations(stages, 2):
+        for (owner, others), (key, entries) in product(before.items(), after.items()):
+            for entry, other in product(entries, others):
+                if overlap(entry, other):
+                    raise UserError(
+                        f"{key} '{entry}' shares examples with {owner} '{other}'; name another set or split."
+                    )

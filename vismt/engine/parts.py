@@ -1,0 +1,65 @@
+"""The train, validation and test parts of a study's data: named sets, or shares of the training sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from vismt.base.errors import UserError
+from vismt.data.set_entries import check_apart, check_row_names, overlap
+
+
+@dataclass
+class PartsConfig:
+    """The sets of each part.
+
+    Args:
+        train: cards as 'name' or 'name:split', of which several are joined.
+        test: cards to test on.
+        validation: cards to choose settings on.
+        test_share: share of `train` that is split off for the test where `test` is empty.
+        validation_share: share of `train` that is split off for validation where `validation` is empty.
+        limit: largest number of training images, or rows of text, of what is left of `train`, which leaves the shares as
+            they are; null for all.
+    """
+
+    train: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
+    test_share: float = 0.0
+    validation_share: float = 0.0
+    limit: int | None = None
+
+
+def check_parts(sections: Mapping[str, PartsConfig], calibration: Iterable[str] = ()) -> None:
+    """Raise UserError where a section names nothing to test on, and where what trains, chooses and tests shares examples.
+
+    Args:
+        sections: by their key in the configuration; a set of one may not train, choose and test in others.
+        calibration: sets that a method computes options from, which count as training.
+    """
+    for where, parts in sections.items():
+        for part, share in (("test", parts.test_share), ("validation", parts.validation_share)):
+            named = getattr(parts, part)
+            if named and share:
+                raise UserError(f"{where}: both {part} and {part}_share; give one of them.")
+            if part == "test" and not named and not share:
+                raise UserError(f"{where}: nothing to test on; name a set in test, or give test_share.")
+            check_row_names(named, f"{where}: {part}")
+    stages = [
+        {f"{where}: {part}": getattr(parts, part) for where, parts in sections.items()}
+        for part in ("train", "validation", "test")
+    ]
+    check_apart({**stages[0], "calibration.data": calibration}, *stages[1:])
+    for (first, one), (second, other) in combinations(sections.items(), 2):
+        shared = next((name for name in other.train if any(overlap(name, item) for item in one.train)), None)
+        if shared is not None and shares(one) != shares(other):
+            raise UserError(f"{second}: train '{shared}' is divided otherwise in {first}; give both the same shares.")
+
+
+def shares(parts: PartsConfig) -> dict[str, float]:
+    """Return {part: share} for the parts that are split off the training sets."""
+    return {
+        part: share for part, share in (("test", parts.test_share), ("validation", parts.validation_share)) if share
+    }

@@ -1,0 +1,312 @@
+"""The evaluation that all jobs share: scores become rows, values and a report here."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from vismt.base import console, ranks
+from vismt.base.errors import UserError
+from vismt.base.seeds import digest
+from vismt.engine.study import Study, StudyConfig, Training
+from vismt.jobs.risk import risk_section
+from vismt.report.comparison import compare
+from vismt.report.plotting import vector_figures
+from vismt.report.results import (
+    RESULTS,
+    Result,
+    Score,
+    ValuesByExample,
+    read_results,
+    result_of,
+    write_results,
+    write_values,
+)
+from vismt.report.score_sections import score_sections
+from vismt.report.tables import Section, interval_text
+from vismt.report.trainings import training_sections
+from vismt.report.writer import DEFAULT_FORMATS, run_heading, write_report
+from vismt.robustness.conditions import AttackConfig
+from vismt.uncertainty.intervals import averaged, over_seeds
+
+Config = TypeVar("Config", bound=StudyConfig)
+
+
+class EvaluationJob(ABC, Generic[Config]):
+    """Evaluate the models of one run folder and report on them.
+
+    Args:
+        config: of the run, checked by the job's constructor.
+        folder: the run folder.
+        config_hash: of the configuration.
+    """
+
+    # Columns of metrics.jsonl that the report draws, with their titles.
+    logged: Mapping[str, str] = {"loss": "Training loss"}
+    # Whether lines about scores name the task: a set has scores of several.
+    names_tasks = False
+    # Names of models that no arm trains, evaluated beside the arms.
+    references: Sequence[str] = ()
+    # The attack of `vismt attack RUN` where none is named.
+    default_attack = "strong"
+
+    def __init__(self, config: Config, folder: Path, config_hash: str) -> None:
+        self.config = config
+        self.folder = folder
+        self.hash = config_hash
+        self.study: Study[Config] = self.make_study()
+
+    def make_study(self) -> Study[Config]:
+        """Return the study of the configuration."""
+        return Study(self.config, self.folder)
+
+    # ---- what a job declares ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
+        """Return every measure of a training or reference on a split, clean and under each condition.
+
+        attacks: conditions in place of those of the configuration; None for the latter.
+        """
+
+    @abstractmethod
+    def trainings(self, arm: str) -> list[Training]:
+        """Return the evaluated trainings of an arm or reference, one for each seed."""
+
+    @property
+    def split(self) -> str:
+        """The split that is evaluated."""
+        return "test"
+
+    def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
+        """Return further scores by arm, computed from the scores of several arms or conditions."""
+        return {}
+
+    def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
+        """Raise UserError, before any evaluation, for what cannot be evaluated; by default do nothing."""
+
+    def finished(self, training: Training) -> None:
+        """Run after the evaluation of a training; by default do nothing."""
+
+    def write_panels(self) -> None:
+        """Write the files from which the report draws pictures of examples."""
+
+    def sections(self, results: Sequence[Result]) -> list[Section]:
+        """Return the report's sections besides the shared ones."""
+        return []
+
+    def baselines(self) -> dict[str, str]:
+        """Return by task the arm to which differences are computed, "" for none; tasks left out use the first arm."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the job's entries of run.json, such as seeds."""
+        return {}
+
+    def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
+        """Return one arm as a classifier of images in [0, 1]: net, names of its outputs, size of its images in pixels."""
+        raise UserError(
+            f"run '{self.folder}': the job '{self.config.task}' has no classifier of images; name another run."
+        )
+
+    def cards_of_tasks(self) -> dict[str, set[str]]:
+        """Return by task the cards of a classifier whose outputs are named "task/class", as rows of results name them."""
+        return {}
+
+    def check(self) -> None:
+        """Raise UserError for what a configuration names, before data is decoded and a run folder is made."""
+
+    # ---- a job that trains nothing ----------------------------------------------------------------------------------------
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+        return False
+
+    def train(self) -> dict[str, Any]:
+        """Train what is not trained yet; return the entry "adapt" of run.json."""
+        return {}
+
+    def adapted(self, arm: str | None = None) -> nn.Module:
+        """Return the stock model of one arm ("arm" or "arm:seed") with its adapter.
+
+        Raises UserError for an arm without an adapter.
+        """
+        raise UserError(f"run '{self.folder}': the job '{self.config.task}' trains no adapter.")
+
+    def merged(self, arm: str | None = None) -> nn.Module:
+        """Return the stock model of one arm with merged weights."""
+        raise UserError(f"run '{self.folder}': the job '{self.config.task}' trains no adapter.")
+
+    def about(self) -> dict[str, Any]:
+        """Return the further entries of config.json beside merged weights."""
+        return {}
+
+    def predict(self, images: Sequence[Path], target: Path, arm: str | None = None, **options: bool) -> list[Path]:
+        """Draw one arm's predictions on images into `target`; return the files."""
+        raise UserError(
+            f"predict: run '{self.folder}' has the job '{self.config.task}', which draws no predictions on images."
+        )
+
+    def name_of(self, arm: str | None = None) -> str:
+        """Return the arm and seed that a name stands for, as they stand in the name of a folder."""
+        training = self.study.find(arm)
+        return f"{training.arm}-seed-{training.seed}"
+
+    def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
+        """Return the files to write beside the merged or exported weights of one arm, by name."""
+        return {}
+
+    # ---- evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
+        """Score every reference and arm and write results.jsonl; rows of other conditions (an earlier attack) stay.
+
+        Processes that share the evaluation (ranks.py) call it together, and the first one writes the files.
+        attacks: conditions in place of those of the configuration. Raises UserError for arms that cannot be evaluated, after the
+        others have been.
+        """
+        self.check_evaluation(attacks)
+        scores: dict[str, dict[int, list[Score]]] = {}
+        failed: dict[str, UserError] = {}
+        for arm in self.evaluated():
+            try:
+                trainings = self.trainings(arm)
+                scores[arm] = {training.seed: self.evaluate_one(training, attacks) for training in trainings}
+            except UserError as error:
+                if ranks.count() > 1:  # other processes may wait for a part of this arm
+                    raise
+                failed[arm] = error
+                console.stage("eval", f"{arm}   left out: {error}")
+                continue
+            self._print(arm, mean_scores(scores[arm].values()), len(trainings))
+        if failed and not scores:
+            raise next(iter(failed.values()))
+        self._write(scores)
+        if failed:
+            arm, reason = next(iter(failed.items()))
+            more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+            raise UserError(
+                f"evaluate: '{arm}'{more} left out: {reason} The other arms are in {RESULTS}: vismt report '{self.folder}'."
+            ) from reason
+        if attacks is None:
+            ranks.from_first(self.write_panels)
+
+    def evaluate_one(self, training: Training, attacks: Sequence[AttackConfig] | None = None) -> list[Score]:
+        """Return the scores of a training or reference, from its records where they are complete."""
+        scores = self.score(training, self.split, attacks)
+        if attacks is None and training.arm in self.study.arms:
+            self.finished(training)
+        return scores
+
+    def evaluated(self) -> list[str]:
+        """Return the names of all evaluated models, references first."""
+        return [*self.references, *self.study.arms]
+
+    def _write(self, scores: Mapping[str, Mapping[int, Sequence[Score]]]) -> None:
+        """Write the rows of every arm, averaged over its trainings, and where there are several the rows of each."""
+        groups: dict[int | None, dict[str, Sequence[Score]]]
+        groups = {None: {arm: mean_scores(by_seed.values()) for arm, by_seed in scores.items()}}
+        trained = {arm: by_seed for arm, by_seed in scores.items() if arm not in self.references}
+        for seed in self.study.seeds if len(self.study.seeds) > 1 else ():
+            groups[seed] = {arm: by_seed[seed] for arm, by_seed in trained.items() if seed in by_seed}
+        derived = {seed: self.derived(by_arm) for seed, by_arm in groups.items()}
+        if not all(derived.values()):
+            derived = {}  # a score that lacks one of its seeds cannot be compared by seed
+        averages = derived.get(None, {})
+        for arm, arm_scores in averages.items():
+            trainings = [
+                {score.key: score.measure.score for score in by_arm.get(arm, ())}
+                for number, by_arm in derived.items()
+                if number is not None
+            ]
+            averages[arm] = [
+                replace(
+                    score,
+                    measure=over_seeds(score.measure, [of[score.key] for of in trainings if score.key in of]),
+                )
+                for score in arm_scores
+            ]
+            self._print(arm, averages[arm], len(scores[arm]))
+        rows = [
+            (result_of(score, arm, seed, self.split, self.hash), score.measure)
+            for seed, by_arm in groups.items()
+            for arm, arm_scores in by_arm.items()
+            for score in (*arm_scores, *derived.get(seed, {}).get(arm, ()))
+        ]
+        if ranks.rank() > 0:
+            return
+        write_values(self.folder, [(row, measure) for row, measure in rows if row.seed is None])
+        write_results(self.folder, [row for row, _ in rows])
+
+    def _print(self, arm: str, scores: Sequence[Score], trainings: int) -> None:
+        """Print a line for every set, with the mean of more than three corruptions."""
+        for task, data, protocol in dict.fromkeys((score.task, score.data, score.protocol) for score in scores):
+            chosen = [score for score in scores if (score.task, score.data, score.protocol) == (task, data, protocol)]
+            shown = [score for score in chosen if score.condition.kind != "corruption"]
+            corrupted = [score for score in chosen if score.condition.kind == "corruption"]
+            if len(corrupted) <= 3:
+                shown = chosen
+                corrupted = []
+            corrupted = [score for score in corrupted if score.measure.metric == chosen[0].measure.metric]
+            texts = [score_text(score) for score in shown]
+            if corrupted:
+                mean = sum(score.measure.score for score in corrupted) / len(corrupted)
+                texts.append(f"mean of {len(corrupted)} corruptions {100 * mean:.1f}")
+            n = len(chosen[0].measure.values)
+            count = f"n = {n:,} {chosen[0].unit}"
+            if trainings > 1:
+                count += f", {trainings} seeds"
+            name = f"{data}  {task}" if self.names_tasks else data
+            console.stage("eval", f"{name}  {protocol}  {arm}   {'   '.join(texts)}   ({count})")
+
+    def report(self, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
+        """Write the report from the files of the run folder, in some of report.FORMATS and plotting.VECTORS; return its files."""
+        results = read_results(self.folder / RESULTS, self.hash)
+        if not results:
+            raise UserError(f"report: no results in '{self.folder}'; make them with `vismt evaluate {self.folder}`.")
+        values = ValuesByExample(self.folder)
+        comparisons = compare(results, values)
+        compared = [arm for arm in self.evaluated() if arm not in self.references]
+        with vector_figures(formats):
+            sections = [
+                *score_sections(self.folder, results, comparisons, values, compared, self.baselines()),
+                *training_sections(self.folder, results, list(self.study.arms), self.logged),
+                risk_section(results),
+                *self.sections(results),
+            ]
+        heading = run_heading(self.folder)
+        return write_report(self.folder, heading, results, comparisons, sections, formats)
+
+
+def records_folder(folder: Path, attacks: Sequence[AttackConfig] | None) -> Path:
+    """Return the folder of records: `folder`, or one below it for attacks in place of the configuration's."""
+    if not attacks:
+        return folder
+    return folder / digest(json.dumps([asdict(attack) for attack in attacks], sort_keys=True).encode())[:8]
+
+
+def mean_scores(trainings: Iterable[Sequence[Score]]) -> list[Score]:
+    """Return the scores of several trainings averaged over them, example by example, but for those that one training lacks."""
+    by_key: dict[tuple[str, ...], list[Score]] = {}
+    count = 0
+    for scores in trainings:
+        count += 1
+        for score in scores:
+            by_key.setdefault(score.key, []).append(score)
+    shared = [group for group in by_key.values() if len(group) == count]
+    return [replace(group[0], measure=averaged([score.measure for score in group])) for group in shared]
+
+
+def score_text(score: Score) -> str:
+    """Return condition, metric and interval of a score as one text."""
+    row = result_of(score, "", None, "", "")
+    condition = "" if score.condition.label == "clean" and row.metric != "accuracy" else f"{score.condition.label} "
+    metric = "" if row.metric == "accuracy" else f"{row.metric} "
+    return f"{condition}{metric}{interval_text(row.value, row.half, row.scale)}"

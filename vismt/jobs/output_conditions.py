@@ -1,0 +1,66 @@
+"""Conditions of rows that several jobs have: variants of a model's outputs, sets of other classes; a temperature in an export.
+
+What is fitted on validation examples for the weights of a model is kept in a JSON file until the weights change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TypeVar
+
+from vismt.base import ranks
+from vismt.storage.files import atomic_write, read_sealed, sealed
+from vismt.uncertainty.intervals import Condition
+
+TEMPERED = Condition("temperature of validation", "variant", "temperature")
+ADJUSTED = Condition("logit adjustment of validation", "variant", "logit adjustment")
+# Of a Laplace approximation around the head, by the part of the Hessian that is kept.
+LAPLACE = {
+    structure: Condition(label, "variant", "Laplace")
+    for structure, label in (("full", "Laplace"), ("kronecker", "Laplace (Kronecker)"), ("rows", "Laplace"))
+}
+TEMPERATURE_FILE = "temperature.json"
+TAUS = tuple(tau / 4 for tau in range(9))  # tried factors of the log prior, 0 to 2
+
+
+def against(name: str) -> Condition:
+    """Return the condition of the AUROC with which a confidence tells the evaluated images from those of another set."""
+    return Condition(f"against {name}", "variant", "out of distribution")
+
+
+def temperature_file(temperature: float) -> bytes:
+    """Return the content of temperature.json beside exported weights."""
+    about = {"temperature": temperature, "probabilities": "softmax(logits / temperature)", "fitted_on": "validation"}
+    return json.dumps(about, indent=1).encode()
+
+
+Fitted = TypeVar("Fitted")
+
+
+def fitted_once(
+    path: Path, kind: type[Fitted], fingerprint: str, fit: Callable[[], Fitted], *, shared: bool = False
+) -> Fitted:
+    """Return what a JSON file holds for the weights with this fingerprint, or fit and write it.
+
+    Args:
+        path: the file.
+        kind: a dataclass of what is fitted.
+        fingerprint: of the weights, and of what else the values depend on.
+        fit: returns the values.
+        shared: whether the processes of an evaluation share the work of `fit`; by default the first one does it alone.
+    """
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass
+
+    def known() -> Fitted | None:
+        found = read_sealed(path, f"'{path}'", ("fingerprint", *names)) if path.exists() else {}
+        return kind(**{name: found[name] for name in names}) if found.get("fingerprint") == fingerprint else None
+
+    values = ranks.from_first(known)
+    if values is None:
+        values = fit() if shared else ranks.from_first(fit)
+        content = {"fingerprint": fingerprint, **asdict(values)}  # type: ignore[call-overload]  # a dataclass
+        ranks.from_first(lambda: atomic_write(path, sealed(content)))
+    return values

@@ -1,0 +1,328 @@
+"""A job that trains: it declares data, nets, an objective and the scores of a trained net.
+
+Training, rates, seeds and checks of merging are written once for all jobs, here and in engine/study.py; rows of results and
+the report in base.py.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor, nn
+
+from vismt.base import console, ranks
+from vismt.base.errors import UserError
+from vismt.config.sections import AdaptConfig, ModelConfig
+from vismt.engine import loop, runtime, training_files
+from vismt.engine.optimizer import make_optimizer
+from vismt.engine.stream import Batches
+from vismt.engine.study import StudyConfig, Training
+from vismt.jobs.evaluation_job import EvaluationJob
+from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
+from vismt.lowrank.layers.base import factor_rank
+from vismt.lowrank.model.inject import merge
+from vismt.lowrank.model.record import count_parameters, record_of
+from vismt.lowrank.model.rounding import erased_by_rounding
+from vismt.methods import METHODS, adapt, check_adaptation
+from vismt.storage.files import atomic_write, sealed
+
+Config = TypeVar("Config", bound=StudyConfig)
+Net = TypeVar("Net", bound=nn.Module)
+
+
+class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
+    """Train, evaluate, report and merge for one run folder."""
+
+    # ---- what a job declares ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check_data(self) -> None:
+        """Raise UserError, before any training, for data that cannot be trained or evaluated on."""
+
+    @abstractmethod
+    def skeleton(self, config: Config) -> nn.Module:
+        """Return a model with the modules of an arm's stock model; its values are not read."""
+
+    @abstractmethod
+    def fresh(self, config: Config) -> Net:
+        """Return the net of an arm's configuration before training."""
+
+    @abstractmethod
+    def objective(self, config: Config, net: Net, balanced: Sequence[Tensor]) -> nn.Module:
+        """Return the objective. balanced: the parameters whose gradients a balancer uses."""
+
+    @abstractmethod
+    def batches(self, config: Config) -> Batches:
+        """Return the function from batch number to batch."""
+
+    @abstractmethod
+    def save(self, net: Net, config: Config, folder: Path) -> None:
+        """Write the trained tensors besides the adapter."""
+
+    @abstractmethod
+    def loaded(self, training: Training) -> Net:
+        """Return a trained net, not merged."""
+
+    def stock(self, net: Net) -> nn.Module:
+        """Return the model of a net that is adapted, merged and exported."""
+        return net.get_submodule("stock")
+
+    def heads(self, net: Net) -> nn.Module:
+        """Return the part of a net that is always trained."""
+        return nn.Module()
+
+    def step(self, objective: nn.Module, number: int) -> None:
+        """Run after optimiser step `number`; by default do nothing."""
+
+    def outputs(self, merged: Net, plain: Net, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
+        """Yield, batch by batch, (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer).
+
+        Of processes that share the evaluation each one yields its own batches (`ranks.own`).
+        """
+        return ()
+
+    def beside(self, training: Training) -> dict[str, bytes]:
+        """Return the files to write beside the merged or exported weights of a training, by name."""
+        return {}
+
+    def temperature(self, training: Training) -> float | None:
+        """Return the temperature that exports of a training carry, None for none."""
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        return {"seeds": self.study.seeds if self.trains else []}
+
+    # ---- training -----------------------------------------------------------------------------------------------------
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+        return bool(self.study.arms)
+
+    def train(self) -> dict[str, Any]:
+        """Train every arm at its rate and seeds; return {"arms": {arm: content of done.json}} for run.json."""
+        self.check_training()
+        self.study.train(self)
+        done = {arm: training_files.read_done(self.study.trainings(arm)[0]) for arm in self.study.arms}
+        return {"arms": done}
+
+    def check_training(self) -> None:
+        """Raise UserError, before any training, for data and arms that cannot be trained or evaluated."""
+        self.check_data()
+        self._each_arm(self.check_arm)
+
+    def train_one(self, training: Training) -> None:
+        """Train one arm at one rate and seed, unless its folder has done.json."""
+        if training_files.read_done(training) is not None:
+            console.stage("train", f"{training}: done before")
+            return
+        config = self.study.config_of(training)
+        net, method, balanced = self.prepared(config)
+        trainable, total = count_parameters(net)
+        record = record_of(self.stock(net))
+        rank = factor_rank(record.sites) if record is not None else 0
+        name = f"{method} rank {rank}" if rank else method
+        share = f"{trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)"
+        console.stage("adapt", f"{training.arm}   {name}   {share}")
+        console.stage("train", f"{training}")
+        objective = self.objective(config, net, balanced)
+        settings = config.training
+        accelerator = runtime.accelerator(settings.precision, settings.trackers, training.folder)
+        if settings.trackers:
+            name = f"{self.folder.name} {training}"
+            accelerator.init_trackers("vismt", init_kwargs={"wandb": {"dir": str(training.folder), "name": name}})
+        loop.train(
+            objective,
+            self.batches(config),
+            settings,
+            training.folder,
+            self.hash,
+            accelerator,
+            seed=config.training_seed,
+            after_step=self.step,
+            sections=config,
+        )
+        about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
+        ranks.from_first(lambda: self._finish(net, config, training, about))
+        if settings.trackers:
+            accelerator.end_training()
+
+    def _finish(self, net: Net, config: Config, training: Training, about: dict[str, Any]) -> None:
+        """Write the files of a finished training."""
+        self.save(net, config, training.folder)
+        training_files.finish(self.stock(net), training.folder, config.adapt is not None, about)
+
+    def prepared(self, config: Config) -> tuple[Net, str, list[Tensor]]:
+        """Return the net of an arm ready to train, the method's name, and the parameters whose gradients are balanced."""
+        net = self.fresh(config).requires_grad_(False)
+        method = self.prepare(net, config)
+        balanced: list[Tensor] = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        heads = self.heads(net).requires_grad_(True)
+        if not balanced:
+            balanced = list(heads.parameters())
+        if isinstance(config.model, ModelConfig):
+            check_trained_dtype(net, config.model.dtype)
+        return net, method, balanced
+
+    def prepare(self, net: Net, config: Config) -> str:
+        """Adapt the stock model of a net as the configuration asks; return the method's name, "heads" for none."""
+        if config.adapt is None:
+            return "heads"
+        return self.adapt(self.stock(net), config.adapt, config.seed)
+
+    def adapt(self, model: nn.Module, settings: AdaptConfig, seed: int) -> str:
+        """Adapt a model in place and return the method's name."""
+        options = METHODS[settings.method].present(settings.options)
+        report = adapt(model, settings.method, settings.targets, settings.rank, settings.alpha, seed, **options)
+        for remark in [*report.extras, *(f"left out: {skipped}" for skipped in report.skipped)]:
+            console.stage("adapt", remark)
+        return settings.method
+
+    def check(self) -> None:
+        self._each_arm(self._check_names)
+
+    def _check_names(self, config: Config) -> None:
+        """Check the train section of an arm, its method and options, and its targets and rank on the bare modules."""
+        _ = config.training  # raises where there is none
+        if config.adapt is not None:
+            settings = config.adapt
+            arguments = (settings.method, settings.targets, settings.rank, settings.alpha, settings.options)
+            check_adaptation(self.skeleton(config), *arguments)
+
+    def _each_arm(self, check: Callable[[Config], None]) -> None:
+        """Call `check` with the configuration of every arm; its errors name the arm.
+
+        Arms with a chosen rate have been built before and are skipped.
+        """
+        for arm, config in self.study.arms.items():
+            if self.study.is_chosen(arm):
+                continue
+            first = self.study.training(arm, config.training.lr, self.study.seeds[0])
+            try:
+                check(self.study.config_of(first))
+            except UserError as error:
+                raise UserError(f"arms.{arm}: {error}" if self.config.arms else str(error)) from error
+
+    def check_arm(self, config: Config) -> None:
+        """Build the net of an arm, and its optimiser where that depends on the names of parameters."""
+        net, _, balanced = self.prepared(config)
+        if config.training.rates:
+            objective = self.objective(config, net, balanced)
+            trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+            make_optimizer(trained, config.training)
+
+    def validate(self, training: Training) -> float:
+        """Return one number for a training on the validation split, higher is better: by default the mean of its scores."""
+        scores = self.score(training, "validation", [])
+        return sum(score.measure.score for score in scores) / len(scores)
+
+    def trainings(self, arm: str) -> list[Training]:
+        """Return an arm's trainings at its chosen rate; for a reference, one placeholder."""
+        if arm in self.references:
+            return [Training(arm, 0.0, self.config.seed, self.folder / arm)]
+        return self.study.trainings(arm)
+
+    def finished(self, training: Training) -> None:
+        self.check_merge(training)
+
+    def check_merge(self, training: Training) -> None:
+        """Compare the merged net with the unmerged one, example by example, and write merge.json, unless it exists."""
+        merged = self.loaded(training)
+        if not ranks.from_first(lambda: training_files.needs_merge_check(self.stock(merged), training)):
+            return
+        device = runtime.processes().device
+        merge(self.stock(merged))
+        merged = merged.to(device)
+        plain = self.loaded(training).to(device)
+        self.write_merge_check(training, self.outputs(merged, plain, f"{training}, merged and not"))
+
+    def write_merge_check(self, training: Training, outputs: Iterable[tuple[str, Tensor, Tensor, bool]]) -> None:
+        """Write merge.json from (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer).
+
+        outputs: of this process; those that share the evaluation write one file.
+        """
+        names: dict[str, dict[str, float]] = {}
+        for part in ranks.gather(_compared(outputs)):
+            for name, sums in part.items():
+                _add(names.setdefault(name, {}), sums)
+        if not names:
+            return
+        worst = max(names.values(), key=lambda sums: sums["difference"] / max(sums["largest"], 1e-12))
+        about = {
+            "n": max(sums["n"] for sums in names.values()),
+            "different_predictions": sum(sums.get("different", 0) for sums in names.values()),
+            "largest_difference": worst["difference"],
+            "largest_logit": worst["largest"],
+            "outputs": names,
+        }
+        ranks.from_first(lambda: atomic_write(training.folder / training_files.MERGE, sealed(about)))
+
+    def final(self, training: Training) -> Net:
+        """Return a trained net for evaluation: merged where that is exact, on the device of this process."""
+        net = self.loaded(training)
+        training_files.fold(self.stock(net), training)
+        return net.to(runtime.processes().device)
+
+    # ---- export of one arm ---------------------------------------------------------------------------------------------
+
+    def merged(self, arm: str | None = None) -> nn.Module:
+        """Return the stock model of one arm ("arm" or "arm:seed") with merged weights."""
+        training = self.study.find(arm)
+        model = self.stock(self.loaded(training))
+        if not training_files.has_adapter(training):
+            return model
+        erased = erased_by_rounding(model)
+        if erased is not None:
+            console.stage("merge", f"rounding to half precision erases {100 * erased:.1f} % of the update's norm")
+        return merge(model)
+
+    def adapted(self, arm: str | None = None) -> nn.Module:
+        """Return the stock model of one arm with its adapter. Raises UserError for an arm without an adapter."""
+        training = self.study.find(arm)
+        if not training_files.has_adapter(training):
+            raise UserError(
+                f"run '{self.folder}': arm '{training.arm}' has no adapter: it trains only the heads, or everything."
+            )
+        return self.stock(self.loaded(training))
+
+    def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
+        """Return the files to write beside the merged or exported weights of one arm, by name."""
+        training = self.study.find(arm)
+        temperature = self.temperature(training)
+        fitted = {} if temperature is None else {TEMPERATURE_FILE: temperature_file(temperature)}
+        return {**self.beside(training), **fitted}
+
+
+def _compared(outputs: Iterable[tuple[str, Tensor, Tensor, bool]]) -> dict[str, dict[str, float]]:
+    """Return counts and largest differences by name of the output."""
+    names: dict[str, dict[str, float]] = {}
+    for name, folded, other, answers in outputs:
+        sums = {
+            "n": len(folded),
+            "difference": float((folded - other).abs().max()),
+            "largest": float(other.abs().max()),
+        }
+        if answers:
+            sums["different"] = int((folded.argmax(1) != other.argmax(1)).sum())
+        _add(names.setdefault(name, {}), sums)
+    return names
+
+
+def _add(total: dict[str, float], sums: Mapping[str, float]) -> None:
+    """Add counts to a total, and keep the largest difference and the largest output."""
+    for key, value in sums.items():
+        before = total.get(key, 0)
+        total[key] = before + value if key in ("n", "different") else max(value, before)  # first a float
+
+
+def check_trained_dtype(net: nn.Module, dtype: str) -> None:
+    """Raise UserError where weights in half precision are trained: steps would be lost in rounding."""
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad and parameter.dtype.itemsize < 4:
+            raise UserError(
+                f"model.dtype: {dtype} is for frozen weights, and '{name}' is trained; set it to float32, and train.precision "
+                "to bf16 for a faster pass."
+            )

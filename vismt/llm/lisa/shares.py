@@ -1,0 +1,141 @@
+"""The parameters that LISA may train: those of each of a stack of equal layers, and those outside that always train."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from vismt.base.errors import UserError, near
+from vismt.lowrank.model.record import count_parameters
+from vismt.lowrank.model.targets import check_patterns, head_paths, matches
+
+# Parameters before the first layer, in addition to those of an nn.Embedding.
+EMBEDDING = re.compile(r"(?:.*\.)?(?:[^.]*embed[^.]*|cls_token|reg_token|dist_token|norm_pre)(?:\..*)?")
+
+Layers = str | Sequence[str] | Sequence[nn.Module] | None
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Names of the parameters that LISA may train.
+
+    layers: by path of the layer. always: parameters outside the layers, which are trained at every step.
+    """
+
+    layers: dict[str, list[str]]
+    always: list[str]
+
+    @property
+    def drawn(self) -> dict[int, list[str]]:
+        """Return {number: names} of the layers with trainable parameters; a layer that is wholly excluded is not drawn."""
+        return {number: names for number, names in enumerate(self.layers.values()) if names}
+
+    def all(self) -> list[str]:
+        """Return every name once; layers may share parameters."""
+        return list(dict.fromkeys([*self.always, *(name for names in self.layers.values() for name in names)]))
+
+
+def find_shares(model: nn.Module, layers: Layers, train_embeddings: bool, exclude: str | Sequence[str]) -> Shares:
+    """Sort the parameters that LISA may train; one shared between a layer and another module is always trained."""
+    paths = find_layers(model, layers)
+    patterns = [exclude] if isinstance(exclude, str) else exclude
+    aliases = _aliases(model)
+    # The names of a parameter, and the paths of the modules that contain it.
+    ends = {
+        name: [alias.rsplit(".", depth)[0] for alias in names for depth in range(alias.count(".") + 1)]
+        for name, names in aliases.items()
+    }
+    check_patterns("LISA.exclude", patterns, sorted({end for name in aliases for end in ends[name]}))
+    heads = head_paths(model)
+    shares = Shares({path: [] for path in paths}, [])
+    for name, names in aliases.items():
+        if any(matches(pattern, end) for pattern in patterns for end in ends[name]):
+            continue
+        dtype = model.get_parameter(name).dtype
+        if not dtype.is_floating_point:
+            raise UserError(f"LISA: '{name}' is quantised ({dtype}); load the model in a floating dtype.")
+        owners = {next((path for path in paths if alias.startswith(f"{path}.")), None) for alias in names}
+        if None not in owners:
+            for path in owners:
+                shares.layers[path].append(name)
+        elif train_embeddings or not any(_is_embedding(model, alias, heads) for alias in names):
+            shares.always.append(name)
+    return shares
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Return {first name: all names} of every parameter; a tied parameter has several names."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    aliases: dict[str, list[str]] = {name: [] for name in first.values()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases[first[id(parameter)]].append(name)
+    return aliases
+
+
+def find_layers(model: nn.Module, layers: Layers) -> list[str]:
+    """Return the paths of the layers in order; raise UserError where they cannot be determined."""
+    path_of = {id(module): path for path, module in model.named_modules()}
+    if layers is None:
+        layers = _blocks(model)
+    elif isinstance(layers, str):
+        try:
+            layers = list(model.get_submodule(layers).children())
+        except AttributeError as error:
+            raise UserError(f"LISA.layers: no module '{layers}'.{near(layers, path_of.values())}") from error
+    module_paths = set(path_of.values())
+    paths: list[str] = []
+    for layer in layers:
+        path = layer if isinstance(layer, str) else path_of.get(id(layer))
+        if path is None or path not in module_paths:
+            name = f"'{layer}'" if isinstance(layer, str) else f"a {type(layer).__name__}"
+            raise UserError(
+                f"LISA.layers: {name} is not a module of this {type(model).__name__}.{near(str(path), module_paths)}"
+            )
+        paths.append(path)
+    if not paths or len(set(paths)) != len(paths):
+        raise UserError(f"LISA.layers: {len(paths)} layers, {len(set(paths))} of them different; name each once.")
+    return paths
+
+
+def stacks(model: nn.Module) -> dict[str, int]:
+    """Return the numbers of parameters of the outermost ModuleLists and Sequentials of children of one class, largest first."""
+    sizes: dict[str, int] = {}
+    for path, module in model.named_modules():
+        is_stack = (
+            isinstance(module, nn.ModuleList | nn.Sequential) and len({type(child) for child in module.children()}) == 1
+        )
+        if is_stack and not any(path.startswith(f"{outer}.") for outer in sizes):
+            sizes[path] = count_parameters(module)[1]
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the equal layers that have the most parameters: of one stack, or of stages `layer1`, `layer2`, ... of a ResNet."""
+    sizes, groups = stacks(model), dict[tuple[str, type], list[str]]()
+    for path, module in model.named_modules():
+        if path in sizes:
+            kind = type(next(module.children()))
+            groups.setdefault((path.rstrip("0123456789"), kind), []).append(path)
+
+    def size(paths: list[str]) -> int:
+        return sum(sizes[path] for path in paths)
+
+    ranked = sorted(groups.values(), key=size, reverse=True)
+    if not ranked:
+        raise UserError(f"LISA.layers: {type(model).__name__} has no list of equal layers; name them with layers=.")
+    if len(ranked) > 1 and 2 * size(ranked[1]) >= size(ranked[0]):
+        raise UserError(
+            f"LISA.layers: '{ranked[0][0]}' or '{ranked[1][0]}'? Name one with layers=, or give all layers as a list."
+        )
+    return [block for path in ranked[0] for block in model.get_submodule(path).children()]
+
+
+def _is_embedding(model: nn.Module, name: str, heads: set[str]) -> bool:
+    """Return whether the parameter `name` belongs to the input embeddings."""
+    owner = name.rpartition(".")[0]
+    return owner not in heads and (
+        isinstance(model.get_submodule(owner), nn.Embedding) or EMBEDDING.fullmatch(name) is not None
+    )

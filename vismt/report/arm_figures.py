@@ -1,0 +1,163 @@
+"""Pictures of a study with arms: a score by arm and seed, and the training of the arms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vismt.base.errors import UserError
+from vismt.report.plotting import (
+    GRID,
+    INK,
+    MUTED,
+    axes_at,
+    color_of,
+    dress,
+    legend,
+    legend_rows,
+    new_figure,
+    running_mean,
+    save,
+    short,
+    write,
+)
+from vismt.report.tables import typographic
+from vismt.uncertainty.intervals import SHARE, Scale
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SHARES = ("accuracy", "robust")  # logged in [0, 1], drawn in per cent
+WIDEST, LETTER = 9.5, 0.076  # inches: of a figure, and of a letter of 8.5 points
+
+
+@dataclass(frozen=True)
+class SeedsPanel:
+    """One score: its name, metric and number of examples, values by (arm, seed) as drawn, shares in per cent, and its scale."""
+
+    title: str
+    metric: str
+    count: str
+    values: Mapping[tuple[str, int], float]
+    scale: Scale
+
+
+def seeds_figure(panels: Sequence[SeedsPanel], arms: Sequence[str], path: Path) -> Path:
+    """Draw the arms side by side in every panel, a dot for each seed, a bar and the number of their mean; return `path`.
+
+    Dots of one seed are joined: arms of a seed are paired. An arm without a value leaves its place empty.
+    """
+    names = [short(arm, 18) for arm in arms]
+    longest = max(map(len, names)) * LETTER
+    upright = (longest + 0.1) * len(arms) > 2.8
+    size = (len(arms) * max(0.42, 1.9 / len(arms), 0 if upright else longest + 0.1), 1.5)
+    head, pitch, below = 0.72, size[0] + 0.65, (longest if upright else 0.15) + 0.08
+    down = math.ceil(len(panels) / max(1, int((WIDEST - 0.2) // pitch)))
+    columns = math.ceil(len(panels) / down)
+    figure = new_figure(0.2 + columns * pitch, down * (size[1] + head + 0.12) + below)
+    for place, panel in enumerate(panels):
+        row, column = divmod(place, columns)
+        left, top = 0.55 + column * pitch, head + row * (size[1] + head + 0.12)
+        write(figure, left, top - 0.49, short(panel.title, 22), fontsize=10.5, weight="bold")
+        room = max(6, int((pitch - 0.1) / LETTER) - len(panel.count) - 2)
+        write(figure, left, top - 0.31, f"{short(panel.metric, room)}, {panel.count}", fontsize=8.5, color=MUTED)
+        axes = axes_at(figure, left, top, *size)
+        _seeds(axes, panel, arms)
+        axes.tick_params(labelbottom=place + columns >= len(panels))
+        axes.set_xticks(range(len(arms)), names, rotation=90 if upright else 0, color=INK)
+    return save(figure, path)
+
+
+def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
+    table = panel.values
+    seeds = list(dict.fromkeys(seed for _, seed in table))
+    for place, seed in enumerate(seeds):
+        shift = 0.3 * ((place + 0.5) / len(seeds) - 0.5)  # so that equal dots do not hide one another
+        values = [table.get((arm, seed), math.nan) for arm in arms]
+        at = [number + shift for number in range(len(arms))]
+        axes.plot(at, values, color=MUTED, alpha=0.45, linewidth=0.8, zorder=1)
+        axes.scatter(
+            at, values, color=[color_of(arm, arms) for arm in arms], s=16, zorder=3, edgecolor="white", linewidth=0.5
+        )
+    for number, arm in enumerate(arms):
+        of_arm = [value for (name, _), value in table.items() if name == arm]
+        if of_arm:
+            mean = math.fsum(of_arm) / len(of_arm)
+            axes.plot(
+                [number - 0.32, number + 0.32],
+                [mean] * 2,
+                color=color_of(arm, arms),
+                linewidth=2.4,
+                alpha=0.75,
+                zorder=2,
+            )
+            axes.annotate(
+                typographic(format(mean, ".1f" if panel.scale == SHARE else ".3g")),
+                (number, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 6),
+                textcoords="offset points",
+                ha="center",
+                color=INK,
+                fontsize=8,
+                fontweight="bold",
+            )
+    dress(axes, "")
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set(xlim=(-0.5, len(arms) - 0.5), ymargin=0.09)
+    axes.locator_params(axis="y", nbins=5)
+
+
+def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str], path: Path) -> Path:
+    """Draw what was logged against the step: a panel for each of `titles` that was logged, a line for each arm.
+
+    Args:
+        logs: lines of metrics.jsonl by arm; a value that is missing or None leaves a gap. Thin: as logged; thick: running mean.
+        titles: {name in the log: title}; shares ("accuracy", "robust") are drawn in per cent, "fade" low and dashed.
+        path: the PNG to write.
+
+    Raises:
+        UserError: when nothing but the fade was logged.
+    """
+    series: dict[str, dict[str, np.ndarray]] = {}  # by name and arm the logged (step, value) pairs (logged, 2)
+    for name in titles:
+        pairs = {
+            arm: [(row["step"], row[name]) for row in rows if row.get(name) is not None] for arm, rows in logs.items()
+        }
+        series[name] = {arm: np.array(found, dtype=float) for arm, found in pairs.items() if found}
+    shown = [name for name in titles if series[name]]
+    if not set(shown) - {"fade"}:
+        raise UserError(f"training curves: none of {', '.join(logs)} has logged a loss or an accuracy.")
+    arms, left, width = list(logs), 0.6, 8.0
+    heights = [0.6 if name == "fade" else 1.9 if len(shown) < 5 else 1.4 for name in shown]
+    offset = 0.12 + 0.22 * legend_rows(arms, width - left)
+    figure = new_figure(width, offset + sum(heights) + 0.45 * len(shown) + 0.4)
+    legend(figure, [short(arm, 40) for arm in arms], [color_of(arm, arms) for arm in arms], left)
+    last = max(line[-1, 0] for lines in series.values() for line in lines.values())
+    for name, height in zip(shown, heights, strict=True):
+        axes = axes_at(figure, left, offset + 0.4, width - left - 0.2, height)
+        offset += height + 0.45
+        dress(axes, titles[name])
+        axes.set(xlim=(0, 1.01 * last))
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.locator_params(axis="x", integer=True)
+        if name != shown[-1]:
+            axes.tick_params(labelbottom=False)
+        else:
+            axes.set_xlabel("step", color=MUTED, fontsize=9)
+        for number, (arm, line) in enumerate(series[name].items()):
+            color, (steps, values) = color_of(arm, arms), line.T
+            if name == "fade":  # arms with one schedule take turns, so that each is seen
+                turn = (3 * number, (3, 3 * max(1, len(series[name]) - 1)))
+                axes.plot(steps, values, color=color, linewidth=1.2, linestyle=turn)
+                axes.set(ylim=(-0.08, 1.08), yticks=(0, 1))
+                continue
+            factor, lone = 100.0 if name in SHARES else 1.0, "o" if len(steps) == 1 else None
+            axes.plot(steps, factor * values, color=color, alpha=0.18, linewidth=0.8, marker=lone, zorder=1.5)
+            axes.plot(steps, factor * running_mean(values), color=color, linewidth=1.8, solid_capstyle="round")
+    return save(figure, path)

@@ -1,0 +1,134 @@
+"""One report over separate runs: their arms side by side, with paired differences where the examples are the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vismt.base.errors import UserError, near
+from vismt.config.sections import RESOLVED
+from vismt.config.typed import shown
+from vismt.config.yaml_text import read_yaml
+from vismt.report.comparison import Values, compare
+from vismt.report.plotting import vector_figures
+from vismt.report.results import RESULTS, Result, ValuesByExample, read_results
+from vismt.report.score_sections import score_sections
+from vismt.report.tables import Section, Table
+from vismt.report.writer import DEFAULT_FORMATS, Heading, run_heading, write_report
+
+SHOWN_FACTS = ("Command", "Git revision", "Config hash", "Hardware", "Seeds")
+SETTINGS_NOTE = (
+    "Keys of config.resolved.yaml whose values differ; – where a run has no such key. Titles and arms are left out."
+)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Rows of several runs, each arm under a name of its own, and the values by example of every row."""
+
+    results: list[Result]
+    sources: Mapping[str, tuple[ValuesByExample, str]]
+
+    def of(self, result: Result) -> Values | None:
+        """Return a row's values by example, under names that are equal where two runs have the same example."""
+        values, arm = self.sources[result.arm]
+        found = values.of(replace(result, arm=arm))
+        if found is None:
+            return None
+        prefix = f"of {values.folder}" if result.examples is None else result.examples
+        return {f"{prefix} {name}": value for name, value in found.items()}
+
+
+def join(folders: Sequence[Path], arms: Sequence[str] = ()) -> Joined:
+    """Return the rows of several run folders. An arm whose name two runs have is named "RUN: ARM".
+
+    Args:
+        folders: evaluated run folders.
+        arms: names of the kept arms; empty for all.
+
+    Raises:
+        UserError: fewer than two folders, a folder twice or without results, an arm that no run has.
+    """
+    if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
+        raise UserError(
+            f"compare: {', '.join(map(str, folders)) or 'nothing'}; name two or more run folders, each once."
+        )
+    by_run = {folder: read_results(folder / RESULTS) for folder in folders}
+    for folder, rows in by_run.items():
+        if not folder.exists():
+            raise UserError(f"compare: run '{folder}': no such folder.")
+        if not rows:
+            raise UserError(f"compare: no results in '{folder}'; make them with `vismt evaluate {folder}`.")
+    names = [arm for rows in by_run.values() for arm in dict.fromkeys(row.arm for row in rows)]
+    for arm in arms:
+        if arm not in names:
+            raise UserError(f"compare: no run has an arm '{arm}'.{near(arm, dict.fromkeys(names))}")
+    runs = _run_names(folders)
+    repeated = {arm for arm, count in Counter(names).items() if count > 1}
+    results: list[Result] = []
+    sources: dict[str, tuple[ValuesByExample, str]] = {}
+    for folder, rows in by_run.items():
+        values = ValuesByExample(folder)
+        for row in rows:
+            if not arms or row.arm in arms:
+                label = f"{runs[folder]}: {row.arm}" if row.arm in repeated else row.arm
+                sources[label] = (values, row.arm)
+                results.append(replace(row, arm=label))
+    return Joined(results, sources)
+
+
+def _run_names(folders: Sequence[Path]) -> dict[Path, str]:
+    """Return the folders' names, with those above where two have one name."""
+    names = [folder.resolve().name for folder in folders]
+    return {folder: str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names, strict=True)}
+
+
+def compare_runs(
+    folders: Sequence[Path], target: Path, arms: Sequence[str] = (), formats: Sequence[str] = DEFAULT_FORMATS
+) -> list[Path]:
+    """Write one report over separate runs into the folder `target`; return its files.
+
+    arms and UserErrors: as of `join`. formats: as of `vismt.report.writer.write_report`.
+    """
+    joined = join(folders, arms)
+    comparisons = compare(joined.results, joined)
+    names = _run_names(folders)
+    headings = {names[folder]: run_heading(folder) for folder in folders}
+    labels = list(joined.sources)
+    settings = Section("Settings", _settings({names[folder]: folder / RESOLVED for folder in folders}))
+    with vector_figures(formats):
+        sections = [settings, *score_sections(target, joined.results, comparisons, joined, labels, {})]
+    return write_report(target, _heading(headings), joined.results, comparisons, sections, formats)
+
+
+def _heading(headings: Mapping[str, Heading]) -> Heading:
+    facts = []
+    for name, heading in headings.items():
+        kept = [f"{fact}: {value}" for fact, value in heading.facts if fact in SHOWN_FACTS]
+        facts.append((name, "; ".join([heading.title, *kept])))
+    source = "; ".join(f"{name}: {heading.source}" for name, heading in headings.items())
+    return Heading(f"Comparison of {', '.join(headings)}", facts, source)
+
+
+def _settings(configs: Mapping[str, Path]) -> list[tuple[Table, str]]:
+    """Return the keys whose values differ between the configurations of runs."""
+    flat = {name: _flat(read_yaml(path, f"run '{name}'")) for name, path in configs.items() if path.exists()}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    rows = []
+    for key in keys:
+        texts = [shown(values[key]) if key in values else "–" for values in flat.values()]
+        if len(set(texts)) > 1 and key.partition(".")[0] not in ("title", "arms"):
+            rows.append([key, *texts])
+    table = Table("Settings that differ", ["Key", *flat], rows, set(), texts=1 + len(flat))
+    return [(table, SETTINGS_NOTE)] if rows else []
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of nested mappings."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,313 @@
+"""The sections about the scores of a study: by set and by level, clean scores by seed, paired differences."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from vismt.engine.log import record_stem
+from vismt.report import arm_figures, figures
+from vismt.report.arm_figures import SeedsPanel
+from vismt.report.comparison import AVERAGE, Comparison, Evidence, ExampleValues, block
+from vismt.report.results import Result
+from vismt.report.tables import Picture, Section, Table, interval_text, number_text, scale_text, split_corruptions
+from vismt.uncertainty.intervals import LOWER, SHARE, seeds_interval
+
+MOST_PANELS = 12  # of the figure by seed
+MOST_OPEN = 3  # figures of scores; of more the first is shown and the others on request
+ARROWS = "↓ lower is better, ↑ higher is better."
+SEED_NOTE = (
+    f"{ARROWS} Mean over the training seeds ± half width of its 95 % interval (Student's t), and the same of the difference to "
+    "the arm that is named, seed by seed, on these test examples: what other examples would change is not in it. The tables "
+    "of results have both. Every set weighs the same in the average."
+)
+PAIRS_NOTE = (
+    f"{ARROWS} The later arm minus the earlier one on the same examples, each averaged over the seeds, with the 95 % interval "
+    "{over}. Many pairs: of twenty true zeros one is expected to look like a difference."
+)
+OVER_SEEDS_NOTE = (
+    f"{ARROWS} The same differences seed by seed, with the 95 % interval over the seeds alone (Student's t), on these test "
+    "examples. With two or three seeds its t is so large that it can exceed the interval above, which has more degrees of "
+    "freedom."
+)
+SEEDS_CAPTION = (
+    "Dots of one seed are joined; bar and number are the mean over seeds. Each panel has its own scale, which does not begin "
+    f"at 0. {ARROWS}"
+)
+
+
+@dataclass(frozen=True)
+class ArmScore:
+    """One score of a study under one condition.
+
+    Args:
+        row: what the rows of the score have in common; its arm, seed and value are those of the first.
+        data: the set, "average" for the mean over the sets.
+        name: set, task and protocol as far as they tell this score from the others.
+        arms: rows by arm, one for each set.
+        seeds: values by arm and seed.
+    """
+
+    row: Result
+    data: str
+    name: str
+    arms: dict[str, list[Result]]
+    seeds: dict[tuple[str, int], float]
+
+    @property
+    def metric(self) -> str:
+        """The metric with an arrow to where it is better."""
+        return scale_text(self.row.metric, self.row.scale, self.row.better)
+
+    @property
+    def label(self) -> str:
+        """Name and metric."""
+        return f"{self.name}: {self.metric}"
+
+    @property
+    def count(self) -> str:
+        """Number of examples over all sets, from the least to the most over the arms."""
+        counts = {sum(row.n for row in rows) for rows in self.arms.values()}
+        return " to ".join(f"{n:,}" for n in sorted({min(counts), max(counts)}))
+
+
+def score_sections(
+    folder: Path,
+    results: Sequence[Result],
+    comparisons: Sequence[Comparison],
+    values: ExampleValues,
+    compared: Sequence[str],
+    baselines: Mapping[str, str],
+) -> list[Section]:
+    """Return the sections about the scores of a run, or of several.
+
+    Args:
+        folder: in which figures/ is written.
+        results: all rows.
+        comparisons: of the results.
+        values: of the results.
+        compared: the evaluated models that come from trainings, by which seeds and pairs are shown.
+        baselines: by task the arm that differences are taken to, "" for none; the first arm that has the score for tasks
+            left out.
+    """
+    conditions = {c.condition for c in split_corruptions(comparisons)[0]}  # many corruptions have tables of their own
+    scores = arm_scores([row for row in results if row.condition in conditions], compared)
+    clean = [score for score in scores if score.row.condition == "clean"]
+    bars = _bars(folder, comparisons)
+    # Of two models, the result tables have the one difference.
+    several = len({row.arm for row in results}) > 2 or any(score.seeds for score in scores)
+    evidence = Evidence(results, values)
+    pairs = [*(_over_examples(evidence, compared, scores) if several else []), *_over_seeds(compared, scores)]
+    return [
+        Section("Scores by set", pictures=bars, folded=len(bars) > MOST_OPEN),
+        Section("Scores by level", pictures=_levels(folder, comparisons)),
+        Section("Arms by seed", _by_seed(clean, baselines), _seeds_figure(folder, compared, clean)),
+        Section("Paired differences", pairs),
+    ]
+
+
+def arm_scores(results: Sequence[Result], arms: Sequence[str]) -> list[ArmScore]:
+    """Return the scores of the trained arms, block by block, with the average over sets where there are several.
+
+    A condition that some of the sets lack has no average.
+    """
+    rows = [row for row in results if row.arm in arms]
+    scores: list[ArmScore] = []
+    for key in dict.fromkeys(block(row) for row in rows):
+        in_block = [row for row in rows if block(row) == key]
+        sets = list(dict.fromkeys(row.data for row in in_block))
+        for condition in dict.fromkeys(row.condition for row in in_block):
+            under = [row for row in in_block if row.condition == condition]
+            found = list(dict.fromkeys(row.data for row in under))
+            scores += [_arm_score(data, [row for row in under if row.data == data], rows) for data in found]
+            if 1 < len(found) == len(sets):
+                scores.append(_arm_score(AVERAGE, under, rows))
+    return [score for score in scores if score.arms]
+
+
+def _name(row: Result, data: str, rows: Sequence[Result]) -> str:
+    """Return the task, the set and the protocol of a score, those left out that all of `rows` have in common."""
+    tasks, sets = {other.task for other in rows}, {other.data for other in rows}
+    protocols = {other.protocol for other in rows if (other.task, other.metric) == (row.task, row.metric)}
+    parts = [row.task] if len(tasks) > 1 else []
+    if len(sets) > 1 or not parts:
+        parts.append(data)
+    if len(protocols) > 1:
+        parts.append(row.protocol)
+    return ", ".join(parts)
+
+
+def _arm_score(data: str, rows: Sequence[Result], others: Sequence[Result]) -> ArmScore:
+    """Return the score of one set, or of the average over the sets of `rows`; others: the rows of all scores."""
+    sets = {row.data for row in rows}
+    by_arm: dict[str, list[Result]] = {}
+    by_seed: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        if row.seed is None:
+            by_arm.setdefault(row.arm, []).append(row)
+        else:
+            by_seed.setdefault((row.arm, row.seed), []).append(row.value)
+    return ArmScore(
+        row=rows[0],
+        data=data,
+        name=_name(rows[0], data, others),
+        arms={arm: of_arm for arm, of_arm in by_arm.items() if len(of_arm) == len(sets)},
+        seeds={key: math.fsum(values) / len(sets) for key, values in by_seed.items() if len(values) == len(sets)},
+    )
+
+
+def _bars(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
+    """Draw bars by set for every metric of a task."""
+    arms = list(dict.fromkeys(arm for c in comparisons for arm in c.cells))
+    shown = split_corruptions(comparisons)[0]
+    tasks = {c.row.task for c in shown}
+    pictures = []
+    for task, metric in dict.fromkeys((c.row.task, c.row.metric) for c in shown):
+        chosen = [c for c in shown if (c.row.task, c.row.metric) == (task, metric)]
+        path = figures.domain_bars(chosen, folder / "figures" / f"{record_stem('scores', task, metric)}.png", arms)
+        chance = "; the dashed line is chance" if any(c.row.chance is not None for c in chosen) else ""
+        name = f"{task}: {metric}" if len(tasks) > 1 else metric
+        pictures.append(Picture(path, name, f"Whiskers are 95 % confidence intervals{chance}."))
+    return pictures
+
+
+def _levels(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
+    """Draw scores against the level of corruptions and of attacks with several radii; the average over sets if there is one."""
+    pictures = []
+    for key, group in groupby(comparisons, key=lambda c: c.block):
+        in_block = list(group)
+        averages = [c for c in in_block if c.data == AVERAGE]
+        for data in [AVERAGE] if averages else dict.fromkeys(c.data for c in in_block):
+            of_set = [c for c in in_block if c.data == data]
+            for kind, level in (("corruption", "severity"), ("attack", "radius in [0, 1]")):
+                chosen = _several_levels([c for c in of_set if c.row.kind == kind])
+                if not chosen:
+                    continue
+                clean = [c for c in of_set if c.condition == "clean"] if kind == "attack" else []
+                name = record_stem(f"{kind}-levels", data, "-".join(key))
+                path = figures.level_curves([*clean, *chosen], folder / "figures" / f"{name}.png", level)
+                row = chosen[0].row
+                counts = [cell.n for c in chosen for cell in c.cells.values()]
+                where = "average over the sets" if data == AVERAGE else data
+                text = f"{row.protocol}, {where}, {scale_text(row.metric, row.scale)}, n = {max(counts):,} {row.unit}."
+                title = f"{data}, {kind} by {level}"
+                pictures.append(Picture(path, title, f"{text} Whiskers are 95 % intervals."))
+    return pictures
+
+
+def _several_levels(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the comparisons whose family has two or more levels."""
+    levels: dict[str, set[float]] = {}
+    for c in comparisons:
+        if c.row.level is not None:
+            levels.setdefault(c.row.family, set()).add(c.row.level)
+    return [c for c in comparisons if len(levels.get(c.row.family, ())) > 1]
+
+
+def _seeds_figure(folder: Path, arms: Sequence[str], scores: Sequence[ArmScore]) -> list[Picture]:
+    """Draw a dot for each training; of many scores the first set of each metric."""
+    several = [score for score in scores if score.seeds]
+    if len(several) > MOST_PANELS:
+        first = {block(score.row): score for score in reversed(several)}
+        several = [score for score in several if first[block(score.row)] is score][:MOST_PANELS]
+    if not several:
+        return []
+    panels = []
+    for score in several:
+        factor = 100 if score.row.scale == SHARE else 1
+        values = {key: factor * value for key, value in score.seeds.items()}
+        panels.append(SeedsPanel(score.name, score.metric, f"n = {score.count}", values, score.row.scale))
+    path = arm_figures.seeds_figure(panels, list(arms), folder / "figures" / "seeds.png")
+    return [Picture(path, "Arms by seed", SEEDS_CAPTION)]
+
+
+def _by_seed(scores: Sequence[ArmScore], baselines: Mapping[str, str]) -> list[tuple[Table, str]]:
+    """Return a row for each score and arm, with the difference to the baseline seed by seed."""
+    several = [score for score in scores if score.seeds]
+    seeds = list(dict.fromkeys(seed for score in several for _, seed in score.seeds))
+    if len(seeds) < 2:
+        return []
+    rows: list[list[str]] = []
+    best: set[tuple[int, int]] = set()
+    for score in several:
+        arms = [arm for arm in score.arms if all((arm, seed) in score.seeds for seed in seeds)]
+        means = {arm: math.fsum(score.seeds[arm, seed] for seed in seeds) for arm in arms}
+        if not arms:
+            continue
+        first = (min if score.row.better == LOWER else max)(arms, key=means.__getitem__)
+        base = baselines.get(score.row.task, arms[0])
+        for arm in arms:
+            values = [score.seeds[arm, seed] for seed in seeds]
+            difference = "–"
+            if arm != base and base in arms:
+                steps = [value - score.seeds[base, seed] for value, seed in zip(values, seeds, strict=True)]
+                difference = f"{interval_text(*seeds_interval(steps), score.row.scale, sign=True)} to {base}"
+            if arm == first and len(arms) > 1:
+                best.add((len(rows), 2 + len(seeds)))
+            mean, half = seeds_interval(values)
+            numbers = [number_text(value, score.row.scale, half=half) for value in values]
+            rows.append([score.label, arm, *numbers, interval_text(mean, half, score.row.scale), difference])
+    if not rows:
+        return []
+    heads = ["Score", "Arm", *(f"seed {seed}" for seed in seeds), "mean", "difference"]
+    return [(Table(f"By seed, {len(seeds)} seeds", heads, rows, best, folded=len(rows) > 40), SEED_NOTE)]
+
+
+def _over_examples(evidence: Evidence, arms: Sequence[str], scores: Sequence[ArmScore]) -> list[tuple[Table, str]]:
+    """Return the difference of every two arms on the same examples."""
+
+    def cell(score: ArmScore, later: str, earlier: str) -> str:
+        found = evidence.mean_difference(score.arms[later], score.arms[earlier])
+        return "–" if found is None else interval_text(*found, score.row.scale, sign=True)
+
+    several = any(score.seeds for score in scores)
+    title = "Over examples and seeds" if several else "Over examples"
+    over = "over the examples and the training seeds together" if several else "over the examples"
+    return _pairs(title, arms, scores, cell, PAIRS_NOTE.format(over=over))
+
+
+def _over_seeds(arms: Sequence[str], scores: Sequence[ArmScore]) -> list[tuple[Table, str]]:
+    """Return the difference of every two arms seed by seed."""
+    several = [score for score in scores if score.seeds]
+    seeds = list(dict.fromkeys(seed for score in several for _, seed in score.seeds))
+
+    def cell(score: ArmScore, later: str, earlier: str) -> str:
+        steps = [
+            score.seeds[later, seed] - score.seeds[earlier, seed]
+            for seed in seeds
+            if (later, seed) in score.seeds and (earlier, seed) in score.seeds
+        ]
+        return interval_text(*seeds_interval(steps), score.row.scale, sign=True) if len(steps) > 1 else "–"
+
+    return _pairs(f"Over {len(seeds)} seeds", arms, several, cell, OVER_SEEDS_NOTE)
+
+
+def _pairs(
+    title: str, arms: Sequence[str], scores: Sequence[ArmScore], cell: Any, note: str
+) -> list[tuple[Table, str]]:
+    """Return a table with a row for each two arms and condition; cell(score, later arm, earlier arm) gives a text."""
+    conditions = list(dict.fromkeys(score.row.condition for score in scores))
+    columns: dict[tuple[Any, ...], dict[str, ArmScore]] = {}
+    for score in scores:
+        columns.setdefault((*block(score.row), score.data), {})[score.row.condition] = score
+    rows = []
+    for earlier, later in itertools.combinations(arms, 2):
+        for condition in conditions:
+            found = [column.get(condition) for column in columns.values()]
+            texts = [
+                cell(score, later, earlier) if score is not None and {later, earlier} <= set(score.arms) else "–"
+                for score in found
+            ]
+            if any(text != "–" for text in texts):
+                rows.append([f"{later} − {earlier}", *([condition] if len(conditions) > 1 else []), *texts])
+    heads = ["Arms", *(["Condition"] if len(conditions) > 1 else [])]
+    for column in columns.values():
+        counts = dict.fromkeys(score.count for score in column.values())
+        heads.append(f"{next(iter(column.values())).label}, n = {' / '.join(counts)}")
+    names = len(heads) - len(columns)
+    return [(Table(title, heads, rows, set(), texts=names, folded=len(heads) > 12), note)] if rows else []
