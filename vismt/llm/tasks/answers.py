@@ -81,10 +81,6 @@ class Answers(LmTask):
             for key, text in self.answers.items()
             if all(field in row for field in fields_of(text, "tasks: answers"))
         }
-            key: text
-            for key, text in self.answers.items()
-            if all(field in row for field in fields_of(text, "tasks: answers"))
-        }
         label = fill(self.label, row, "tasks: label")
         if label not in templates or len(templates) < 2:
             raise UserError(
