@@ -43,7 +43,7 @@ class VismtCallback(DriverCallback, TrainerCallback):
     layers, fading routers) and optimisers (PoLAR's landing) are driven.
 
     Args:
-        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for moe_lora.
+        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for emtal.
 
     Raises:
         UserError: a model that is not adapted when the Trainer is made, and a checkpoint of another base, method or settings.
@@ -130,15 +130,15 @@ def write_repository(
     """
     record = need_record(model, "write_repository")
     folder = save_adapter(model, folder, strict=True)
-    in_peft = bool(record.sites) and METHODS[record.method].exports
+    in_peft = bool(record.layers) and METHODS[record.method].exports
     if in_peft:
         export_peft(model, folder)
-    paths = [site.path for site in record.sites]
+    paths = [site.path for site in record.layers]
     trainable, total = count_parameters(model)
     facts = [
         ("method", record.method),
         ("base model", base),
-        ("rank", f"{factor_rank(record.sites)}" if record.sites else ""),
+        ("rank", f"{factor_rank(record.layers)}" if record.layers else ""),
         ("trainable parameters", f"{trainable:,} of {total:,}"),
         ("weight fingerprint of the base", fingerprint(model, paths) if paths else ""),
     ]

@@ -27,7 +27,7 @@ class VismtCallback(DriverCallback, Callback):
     adapted in the same way. Schedules (LISA's layers, fading routers) and optimisers (PoLAR's landing) are driven.
 
     Args:
-        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for moe_lora.
+        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for emtal.
 
     Raises:
         UserError: a module without an adapted part when fitting starts, and a checkpoint of another base, method or settings.

@@ -93,10 +93,10 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             for split in {self.split, "validation"} if validates else {self.split}:
                 for name in self.data.names(task, split):
                     self.data.rows(task, split, name)
-        if self.config.report is not None:
+        if self.config.evaluate.risk:
             names = self.data.names(self.data.trained, "validation")
             rows = [row for name in names for row in self.data.rows(self.data.trained, "validation", name)]
-            check_thresholds(torch.tensor([row.label for row in rows]), self.config.report, self.config.tune)
+            check_thresholds(torch.tensor([row.label for row in rows]), self.config.tune)
         for config in self.study.arms.values():
             self.batches(config)
 

@@ -23,8 +23,7 @@ from vismt.base.errors import UserError, require_known
 from vismt.llm.peft_tuners.layer import HostedLayer, HostedSettings
 from vismt.llm.s2ft.structures import structures
 from vismt.lowrank.layers.base import spec_of
-from vismt.lowrank.model.inject import also_trained, install
-from vismt.lowrank.model.options import checked
+from vismt.lowrank.model.inject import also_trained, check_options, install
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.targets import find_targets
 from vismt.methods import METHODS, Method
@@ -64,9 +63,11 @@ def host(
     **options: Any,
 ) -> AdaptReport:
     """Put a tuner of peft on the targets."""
-    common = checked({"targets": targets, "rank": rank, "alpha": alpha, "exclude": exclude, "also_train": also_train})
+    common = check_options(
+        {"targets": targets, "rank": rank, "alpha": alpha, "exclude": exclude, "also_train": also_train}
+    )
     refuse_adapted(model)
-    modules, remarks = find_targets(model, common["targets"], common["exclude"], packed=True)
+    modules, remarks = find_targets(model, common["targets"], common["exclude"], prequantized=True)
     names = also_trained(model, common["also_train"], list(modules))
     kind, given = VARIANTS.get(tuner, (tuner.upper(), {}))
     fields = _fields(kind)
@@ -79,7 +80,7 @@ def host(
         options.setdefault("feedforward_modules", [path for path in modules if path in last])
     for name, value in options.items():
         if name.endswith("_modules") and value:
-            options[name] = "|".join(re.escape(path) for path in find_targets(model, value, packed=True)[0])
+            options[name] = "|".join(re.escape(path) for path in find_targets(model, value, prequantized=True)[0])
     settings = {**_sizes(fields, common["rank"], common["alpha"]), **given, **options}
     specs = [spec_of(p, m, HostedLayer, HostedSettings(kind, dict(settings), seed)) for p, m in modules.items()]
     method = f"{PREFIX}:{tuner}"
