@@ -34,7 +34,8 @@ from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.ilora.recommenders import GRU4Rec, NextItem, SASRec, cosine_scores, padded, popularity_scores
 from vismt.llm.tasks.base import Item, Record
 from vismt.llm.tasks.recommendation import choice_records, listed_of
-from vismt.storage.files import atomic_write, is_locked, locked
+from vismt.storage.files import atomic_write
+from vismt.storage.locks import is_locked, locked
 
 # Folder and file of each trained recommender.
 FILES = {RECOMMENDER: ("recommender", "sasrec.safetensors"), GRU: ("gru4rec", "gru4rec.safetensors")}

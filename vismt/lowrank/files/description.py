@@ -24,7 +24,7 @@ from vismt.storage.files import is_sealed, read_tensors
 FORMAT = 1
 DESCRIPTION = "adapter.json"
 SAMPLES = 16
-# Layers of version 0.1.0, whose entries in adapter.json do not name the layer: the setting that only theirs have.
+# Layers whose entries in adapter.json leave their name out: the setting that only theirs have.
 UNNAMED = {"low_rank": None, "quantized": "grid", "slice": "dim"}
 NOT_OURS = f"{DESCRIPTION} is not what vismt.save_adapter writes"
 
@@ -51,9 +51,9 @@ class Description:
     base_samples: dict[str, list[float]]
     tensors: str
     tensors_sha256: str
+    sha256: str
     unchanged: list[str] = field(default_factory=list)
     parts: dict[str, SavedWrapper] = field(default_factory=dict)
-    sha256: str | None = None  # missing in files of version 0.1.0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"adapter-[0-9a-f]{12}\.safetensors", self.tensors):
@@ -127,7 +127,7 @@ def read_description(folder: Path, what: str = "") -> tuple[Description, list[La
         raise UserError(f"{what}: {error} Import the file that registers it.") from error
     except ValueError as error:
         raise UserError(f"{what}: {NOT_OURS} ({error}).") from error
-    if description.sha256 is not None and not is_sealed(content):
+    if not is_sealed(content):
         raise UserError(f"{what}: {DESCRIPTION} was changed after it was written; save the adapter again.")
     return description, specs
 

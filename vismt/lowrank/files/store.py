@@ -51,7 +51,8 @@ from vismt.lowrank.model.named import beside, using
 from vismt.lowrank.model.record import AdaptRecord, names_of, need_record, record_of, refuse_offloaded, refuse_switched
 from vismt.lowrank.model.targets import refusals
 from vismt.lowrank.values import check_parameter, need_finite
-from vismt.storage.files import atomic_write, locked, sealed, write_tensors
+from vismt.storage.files import atomic_write, sealed, write_tensors
+from vismt.storage.locks import locked
 
 WAIT_S = 60  # for another process that saves into the same folder
 
