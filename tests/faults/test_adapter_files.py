@@ -155,7 +155,7 @@ SITES = {
     "rank": (site(rank=10**6), "rank|needed"),
     "blocks": (site(blocks=[[1]]), r"blocks\[0\]: expected int"),
     "scale": (site(scale=[1]), r"scale: expected float"),
-    "layer": (site(layer="low_ranks"), "no layer 'low_ranks'"),
+    "layer": (site(layer="low_ranks"), "no adapter module 'low_ranks'"),
     "layer as list": (site(layer=["low_rank"]), "layer: expected str or null"),
     "no layer": (lambda d: d["sites"].append(5), "expected a mapping to Any, got 5"),
     "twice": (lambda d: d["sites"].append(d["sites"][0]), "a path is given twice"),
@@ -247,7 +247,7 @@ def test_values_that_are_not_finite_are_not_written_or_merged(method: str, value
             module.fade = 1.0
             before = state_hash(model)
     with vismt.llm.instance_gates(torch.tensor([0.5, 0.5])):
-        if model.vismt_record.sites:
+        if model.vismt_record.layers:
             doors += [lambda: vismt.merge(model), lambda: vismt.export_peft(model, tmp_path / "p")]
         for door in doors:
             with pytest.raises(UserError, match=r"holds NaN or infinite values.*force=True"):
@@ -255,7 +255,7 @@ def test_values_that_are_not_finite_are_not_written_or_merged(method: str, value
             assert state_hash(model) == before and not list(tmp_path.iterdir())
         folder = vismt.save_adapter(model, tmp_path / "a", force=True)
         assert re.search("NaN or infinite values", refusal(vismt.load_adapter, small_vit(), folder))
-        if model.vismt_record.sites:
+        if model.vismt_record.layers:
             peft = vismt.export_peft(model, tmp_path / "p", force=True)
             with pytest.raises(UserError, match="NaN or infinite values"):
                 vismt.import_peft(small_vit(), peft)

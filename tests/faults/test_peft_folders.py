@@ -24,7 +24,7 @@ import vismt
 from vismt.lowrank.model.patterns import Pattern, PatternError
 from vismt.methods import METHODS
 
-EXPORTED = [name for name, method in METHODS.items() if method.exports and name not in ("moe_lora", "ilora")]
+EXPORTED = [name for name, method in METHODS.items() if method.exports and name not in ("emtal", "ilora")]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 QKV = "base_model.model.blocks.0.attn.qkv.lora_{}.weight"
 

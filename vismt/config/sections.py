@@ -19,12 +19,15 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 
 from vismt.base.errors import UserError, near
+from vismt.base.registry import PLACES
 from vismt.config import typed as typed_yaml
 from vismt.config.typed import Names, within
 from vismt.storage.paths import shipped
 
 # Metadata of a field that changes how a run is computed, but not its numbers.
 UNHASHED = {"hashed": False}
+# Metadata of a section that the schedule of a method reads (vismt.methods.Method.section).
+SCHEDULED = {"scheduled": True}
 # Key of the metadata of a field of options: names of options, in a mapping of the list, that change how results are read alone.
 UNHASHED_OPTIONS = "unhashed options"
 HASH_DIGITS, EARLIER_HASH_DIGITS = 10, 8
@@ -37,6 +40,8 @@ Seed = Annotated[int, within(0, 2**63 - 1)]
 Jitter = Annotated[float, within(0, 10)]
 # An interval needs two, and each is kept in a record.
 Episodes = Annotated[int, within(2, 1_000_000)]
+# How many there are: one or more.
+Count = Annotated[int, within(1)]
 # Of the weights of a model.
 Dtype = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")
@@ -94,6 +99,9 @@ class AdaptConfig:
     alpha: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.method = PLACES["renamed methods"].get(self.method, self.method)
+
 
 @dataclass
 class TrainConfig:
@@ -124,7 +132,7 @@ class TrainConfig:
         trackers: further logs through accelerate.
     """
 
-    steps: Annotated[int, within(1)] = 100
+    steps: Count = 100
     optimizer: Annotated[str, Names("vismt.engine.optimizer:OPTIMIZERS", only=True)] = "adamw"
     lr: Annotated[float, within(above=0)] = 1e-3
     min_lr: Annotated[float, within(0)] = 0.0
@@ -133,15 +141,15 @@ class TrainConfig:
     rates: dict[str, Annotated[float, within(0)]] = field(default_factory=dict)
     weight_decay: Annotated[float, within(0)] = 0.0
     momentum: Annotated[float, within(0)] = 0.9
-    accumulate: Annotated[int, within(1)] = 1
+    accumulate: Count = 1
     clip: Annotated[float, within(above=0)] | None = 1.0
     precision: Annotated[str, Names(("no", "bf16", "fp16"), only=True)] = "no"
     recompute: Literal["none", "cheap"] = field(default="none", metadata=UNHASHED)
     checkpointing: bool = field(default=False, metadata=UNHASHED)
     compile: bool = False
     workers: Annotated[int, within(0)] = 0
-    log_every: Annotated[int, within(1)] = 1
-    checkpoint_every: Annotated[int, within(1)] = 50
+    log_every: Count = 1
+    checkpoint_every: Count = 50
     trackers: Annotated[list[str], Names(("tensorboard", "wandb"), only=True)] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -77,6 +77,11 @@ class Names:
                 hint = near(name, known) or f" Known: {', '.join(map(repr, known))}."
                 raise UserError(f"{where}: '{name[:SHOWN]}' is not known.{hint}")
 
+    @property
+    def closed(self) -> bool:
+        """Whether the listed names are all that `build` accepts."""
+        return self.only and not getattr(self._known(), "families", None)
+
     def _known(self) -> Collection[str]:
         if not isinstance(self.source, str):
             return tuple(self.source)
@@ -124,7 +129,8 @@ def build(cls: type[T], values: object, source: str, key: str = "", /, **given: 
 
     Fields may be bool, int, float, str, Any, Literal, dataclasses, and unions, lists, tuples and mappings from str of these.
     A whole number fits a float field, a bool is not a number, and text that spells a number ('1e-3', '0x10') fits a number
-    field or one of type Any. Each `Annotated[type, check]` calls check(value, source and key), which may raise.
+    field or one of type Any. Each `Annotated[type, check]` calls check(value, source and key), which may raise. A static
+    method `from_earlier(values)` of a class returns the values with keys of earlier versions under their present names.
 
     Args:
         cls: the dataclass; a field without default is a required key.
@@ -138,6 +144,10 @@ def build(cls: type[T], values: object, source: str, key: str = "", /, **given: 
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{source}: {key or 'the file'} is {shown(values)}, not a section.")
+    try:
+        values = getattr(cls, "from_earlier", dict)(values)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name not in given}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls, include_extras=True)
     unknown = next((name for name in values if name not in fields), None)

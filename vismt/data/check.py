@@ -9,9 +9,8 @@ from typing import NamedTuple
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.data.cards import Card, list_cards, load_card
-from vismt.data.copies import first_copy, fix, not_found, place, shown_path
+from vismt.data.copies import digest, first_copy, fix, not_found, place, read_manifest, shown_path
 from vismt.data.fetching import fetch, has_leftovers
-from vismt.data.manifest import digest, read_manifest
 from vismt.data.source_types import DataSource, Files, LoadedSplit
 
 NOWHERE = "-"  # the place of a set without a copy

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, near
 from vismt.config.sections import RunConfig, Seed, TrainConfig, with_values
-from vismt.config.typed import plain_name
+from vismt.config.typed import plain_name, within
 from vismt.engine.loop import Diverged
 from vismt.storage.files import atomic_write, read_sealed, sealed
 
@@ -37,7 +37,11 @@ class TuneConfig:
             The smaller one wins a tie.
     """
 
-    rates: list[float] = field(default_factory=list)
+    rates: list[Annotated[float, within(above=0)]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.rates or len(set(self.rates)) < len(self.rates):
+            raise UserError(f"tune.rates: {self.rates}; name positive rates, each once.")
 
 
 @dataclass
@@ -244,10 +248,6 @@ def check_arms(
         check(arm)
     if len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"seeds: {config.seeds}; name each once.")
-    if config.tune is not None:
-        rates = config.tune.rates
-        if not rates or len(set(rates)) < len(rates) or any(not rate > 0 for rate in rates):
-            raise UserError(f"tune.rates: {rates}; name positive rates, each once.")
 
 
 def write_choice(path: Path, arm: str, rates: list[float], validation: Mapping[float, float | None]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vismt.backbones.vit import PixelBackbone
 from vismt.base.errors import UserError
-from vismt.config.sections import UNHASHED, AdaptConfig
+from vismt.config.sections import UNHASHED, AdaptConfig, Count
 from vismt.data.batching import Gathered
 from vismt.data.division import limited
 from vismt.engine import runtime
@@ -37,16 +37,14 @@ class ImageCalibrationConfig:
     """
 
     data: list[str] = field(default_factory=list)
-    examples: int = 256
-    batch: int = 32
-    memory_mb: int | None = field(default=None, metadata=UNHASHED)
+    examples: Count = 256
+    batch: Count = 32
+    memory_mb: Count | None = field(default=None, metadata=UNHASHED)
 
 
 def check_calibration(section: ImageCalibrationConfig | None, adapt: AdaptConfig | None) -> None:
-    """Raise UserError for values out of range, and for a method that needs images and has none."""
+    """Raise UserError for a method that needs images and has none."""
     if section is not None:
-        if min(section.examples, section.batch, section.memory_mb or 1) < 1:
-            raise UserError("calibration: examples, batch and memory_mb must be at least 1.")
         return
     reason = None if adapt is None else needs(adapt.method, adapt.options).get("calibration")
     if reason is not None:

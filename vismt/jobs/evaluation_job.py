@@ -267,7 +267,7 @@ class EvaluationJob(ABC, Generic[Config]):
             console.stage("eval", f"{name}  {protocol}  {arm}   {'   '.join(texts)}   ({count})")
 
     def report(self, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
-        """Write the report from the files of the run folder, in some of report.FORMATS and plotting.VECTORS; return its files."""
+        """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.VECTORS; return its files."""
         results = read_results(self.folder / RESULTS, self.hash)
         if not results:
             raise UserError(f"report: no results in '{self.folder}'; make them with `vismt evaluate {self.folder}`.")

@@ -23,9 +23,8 @@ from vismt.engine.study import StudyConfig, Training
 from vismt.jobs.evaluation_job import EvaluationJob
 from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
 from vismt.lowrank.layers.base import factor_rank
-from vismt.lowrank.model.inject import merge
+from vismt.lowrank.model.merge import erased_by_rounding, merge
 from vismt.lowrank.model.record import count_parameters, record_of
-from vismt.lowrank.model.rounding import erased_by_rounding
 from vismt.methods import METHODS, adapt, check_adaptation
 from vismt.storage.files import atomic_write, sealed
 
@@ -123,7 +122,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         net, method, balanced = self.prepared(config)
         trainable, total = count_parameters(net)
         record = record_of(self.stock(net))
-        rank = factor_rank(record.sites) if record is not None else 0
+        rank = factor_rank(record.specs) if record is not None else 0
         name = f"{method} rank {rank}" if rank else method
         share = f"{trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)"
         console.stage("adapt", f"{training.arm}   {name}   {share}")

@@ -21,7 +21,7 @@ from vismt.config.sections import TrainConfig
 from vismt.engine import loop, runtime
 from vismt.engine.optimizer import make_optimizer, rate
 from vismt.llm import LISA
-from vismt.lowrank.model import backups
+from vismt.lowrank.model import record as backups
 from vismt.lowrank.model.record import record_of
 from vismt.methods import schedules
 

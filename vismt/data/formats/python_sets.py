@@ -22,7 +22,7 @@ from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.base.objects import object_named, title_of
 from vismt.data.decode import decoding, to_rgb
-from vismt.data.image_source import LoadedImages
+from vismt.data.image_set import ImageSet
 from vismt.storage.wheels import one_line
 
 HUB = "hf/"  # start of the name of a data set on the hub
@@ -68,13 +68,14 @@ def _function(name: str, card: str) -> Any:
         ) from error
 
 
-def images_of(given: Any, title: str) -> LoadedImages:
+def images_of(given: Any, title: str, split: str) -> ImageSet:
     """Return a data set of (image, label) pairs, or of rows with an image and a label, as labelled images.
 
     Args:
         given: with `len` and whole-number indices. An image is one of Pillow, or a Tensor (3, h, w) or (1, h, w), uint8 or
             floating point in [0, 1]; a label is a whole number.
-        title: of the set, for messages.
+        title: name of the set.
+        split: name of its split.
 
     Returns:
         The set. Images are uint8: floating-point values are rounded to 1/255. Class names are those of the data set, else
@@ -97,8 +98,17 @@ def images_of(given: Any, title: str) -> LoadedImages:
         with decoding(f"{title}: example {i}", "Give images without normalisation, in [0, 1] or 0 to 255."):
             return _to_bytes(given[i][image])
 
-    ids = [f"{i:06d}" for i in range(len(labels))]
-    return LoadedImages(classes, labels, ids, read, lambda: title)
+    return ImageSet(
+        name=title,
+        split=split,
+        classes=classes,
+        labels=torch.tensor(labels, dtype=torch.int64),
+        ids=[f"{i:06d}" for i in range(len(labels))],
+        read=read,
+        content=lambda: title,
+        where=title,
+        cached=False,
+    )
 
 
 def texts_of(given: Any, title: str) -> tuple[list[dict[str, Any]], str]:

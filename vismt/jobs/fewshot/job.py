@@ -42,8 +42,8 @@ from vismt.jobs.fewshot.pool_training import read_scale
 from vismt.jobs.fewshot.report import sections
 from vismt.jobs.training_job import TrainingJob
 from vismt.lowrank.files.store import load_adapter
-from vismt.lowrank.layers.wrappers import check_mergeable
-from vismt.lowrank.model.inject import merge
+from vismt.lowrank.model.merge import merge
+from vismt.lowrank.model.modules import check_mergeable
 from vismt.lowrank.model.record import need_record
 from vismt.lowrank.model.targets import check_patterns
 from vismt.metatune.amt.objective import AdversarialObjective
@@ -122,7 +122,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
                 trims = [self.config.merging.trim, *(self.config.select.trim if self.config.select is not None else ())]
                 for trim in trims:
                     check_patterns(
-                        "merging.trim", trim, [site.path for site in need_record(backbone.vit, "merging.trim").sites]
+                        "merging.trim", trim, [spec.path for spec in need_record(backbone.vit, "merging.trim").layers]
                     )
         return make_net(backbone, config)
 

@@ -26,7 +26,7 @@ from vismt.jobs.fewshot.config import (
     FewShotConfig,
 )
 from vismt.jobs.fewshot.merge_settings import PoolSettings
-from vismt.lowrank.model.inject import merge
+from vismt.lowrank.model.merge import merge
 from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import ExpertPool, read_pool
 from vismt.metatune.amt.selection_rules import MergeSettings

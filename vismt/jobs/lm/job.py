@@ -31,8 +31,8 @@ from vismt.jobs.risk import check_thresholds
 from vismt.jobs.training_job import TrainingJob
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
-from vismt.llm.tasks.alternating import AlternatingObjective
 from vismt.llm.tasks.base import LmObjective
+from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.methods import METHODS
 from vismt.report.results import Result, Score
@@ -93,10 +93,10 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             for split in {self.split, "validation"} if validates else {self.split}:
                 for name in self.data.names(task, split):
                     self.data.rows(task, split, name)
-        if self.config.report is not None:
+        if self.config.evaluate.risk:
             names = self.data.names(self.data.trained, "validation")
             rows = [row for name in names for row in self.data.rows(self.data.trained, "validation", name)]
-            check_thresholds(torch.tensor([row.label for row in rows]), self.config.report, self.config.tune)
+            check_thresholds(torch.tensor([row.label for row in rows]), self.config.tune)
         for config in self.study.arms.values():
             self.batches(config)
 

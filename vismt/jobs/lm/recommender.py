@@ -32,8 +32,9 @@ from vismt.jobs.lm.config import GRU, RECOMMENDER, LmConfig, LmRecommenderConfig
 from vismt.jobs.lm.data import LmData
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.ilora.recommenders import GRU4Rec, NextItem, SASRec, cosine_scores, padded, popularity_scores
+from vismt.llm.tasks.answers import choice_records
 from vismt.llm.tasks.base import Item, Record
-from vismt.llm.tasks.recommendation import choice_records, listed_of
+from vismt.llm.tasks.recommendation import listed_of
 from vismt.storage.files import atomic_write
 from vismt.storage.locks import is_locked, locked
 

@@ -28,9 +28,8 @@ from vismt.llm.s2ft.layer import MODES, SliceLinear
 from vismt.llm.s2ft.scores import SCORES
 from vismt.llm.s2ft.selection import UnitSelection, select_units
 from vismt.llm.s2ft.structures import Structure, structures
-from vismt.lowrank.layers.wrappers import from_stock
-from vismt.lowrank.model.inject import also_trained, install
-from vismt.lowrank.model.options import checked
+from vismt.lowrank.model.inject import also_trained, check_options, install
+from vismt.lowrank.model.modules import from_stock
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.methods import Calibration, Method, register_method
@@ -68,7 +67,7 @@ def s2ft(
                 f"adapt.{name}: {value!r} with 's2ft', which takes units: set parts and ratio, leave {name} out."
             )
     require_known("adapt.mode: no", [mode], MODES)
-    options = checked({"targets": None, "rank": 1, "alpha": None, "also_train": also_train, "dtype": dtype})
+    options = check_options({"targets": None, "rank": 1, "alpha": None, "also_train": also_train, "dtype": dtype})
     refuse_adapted(model)
     settings = {
         "strategy": strategy,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.llm.s2ft.structures import UnitBlock, structures, weight_matrix
-from vismt.lowrank.layers.kinds import is_conv1d
+from vismt.lowrank.layers.stock_modules import is_conv1d
 
 SCORES = ("weight", "activation", "product", "gradient")
 NOT_FINITE = "every label is -100, or the model does not compute finite numbers"

@@ -29,9 +29,9 @@ from vismt.lowrank.files.peft_layouts import (
     stock_path,
 )
 from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, holds, read_settings, selects, starts, texts
-from vismt.lowrank.layers.kinds import LINEAR, kind_of
 from vismt.lowrank.layers.low_rank import LowRankSettings
-from vismt.lowrank.layers.parameters import HeldParameter, module_at
+from vismt.lowrank.layers.parameter_modules import ParameterModule, module_at
+from vismt.lowrank.layers.stock_modules import LINEAR, kind_of
 from vismt.lowrank.model.patterns import Pattern
 from vismt.lowrank.model.targets import candidates
 from vismt.lowrank.values import check_factor, check_finite, check_parameter
@@ -272,7 +272,7 @@ def stacks_on(adapter: PeftAdapter, model: nn.Module) -> dict[str, tuple[LowRank
 def _stack(
     adapter: PeftAdapter, path: str, module: nn.Module, pair: Mapping[str, Tensor]
 ) -> tuple[LowRankSettings, Tensor, Tensor]:
-    if not isinstance(module, HeldParameter) or module.weight.ndim != 3:
+    if not isinstance(module, ParameterModule) or module.weight.ndim != 3:
         raise UserError(
             f"{adapter.what}: '{path}' does not hold experts in three dimensions, and can be no target here."
         )

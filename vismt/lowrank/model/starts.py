@@ -86,6 +86,6 @@ def fill_starts(model: nn.Module) -> nn.Module:
             f"fill_starts: the model {where}; it is for one that was adapted on the meta device, after to_empty and its weights."
         )
     init, seed, offset = record.start
-    start_layers([layers[spec.path] for spec in record.sites], record.sites, init, seed, offset)
+    start_layers([layers[spec.path] for spec in record.specs], record.specs, init, seed, offset)
     record.start = None
     return model

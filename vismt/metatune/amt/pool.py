@@ -131,7 +131,7 @@ class ExpertPool(nn.Module):
             replace(
                 update,
                 low_rank={
-                    path: replace(factors, L=change(factors.L), R=change(factors.R))
+                    path: replace(factors, B=change(factors.L), A=change(factors.R))
                     for path, factors in update.low_rank.items()
                 },
             )

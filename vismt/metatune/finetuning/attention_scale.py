@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.linear import LowRankLinear
+from vismt.lowrank.layers.forms import LowRankLinear
 
 
 @dataclass(frozen=True)
