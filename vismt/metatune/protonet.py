@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.files.store import check_tensors
+from vismt.lowrank.files.save_load import check_tensors
 from vismt.metatune.features import features
 
 

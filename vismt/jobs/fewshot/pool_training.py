@@ -9,7 +9,7 @@ from vismt.engine.study import ALONE, ARMS, CHOSEN, read_choice
 from vismt.engine.training_files import ADAPTER, DONE, check_files
 from vismt.jobs.fewshot.models import OWN_FILE
 from vismt.jobs.fewshot.pool_experts import CLEAN
-from vismt.lowrank.files.store import DESCRIPTION, check_tensors
+from vismt.lowrank.files.save_load import DESCRIPTION, check_tensors
 from vismt.metatune.amt.pool import INDEX, Expert, read_pool
 from vismt.storage.files import read_tensors
 
