@@ -14,7 +14,7 @@ from torch import Tensor
 
 import vismt
 from vismt.base.errors import UserError
-from vismt.lowrank.files.store import load_adapter, save_adapter
+from vismt.lowrank.files.save_load import load_adapter, save_adapter
 from vismt.metatune.amt import pool as pool_file
 from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.functional import WithWeights

@@ -39,7 +39,7 @@ from vismt.jobs.fewshot.evaluation import MASKING, Evaluation
 from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net, read_scale
 from vismt.jobs.fewshot.report import sections
 from vismt.jobs.training_job import TrainingJob
-from vismt.lowrank.files.store import load_adapter
+from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.model.merge import merge
 from vismt.lowrank.model.modules import check_mergeable
 from vismt.lowrank.model.record import need_record

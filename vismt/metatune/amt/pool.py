@@ -26,7 +26,7 @@ from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.combining import combine
 from vismt.lowrank.files.description import DESCRIPTION, read_description
-from vismt.lowrank.files.store import load_adapter
+from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.files.updates import Updates, check_combinable, read_updates
 from vismt.lowrank.model.named import unadapt
 from vismt.storage.files import atomic_write, read_sealed, sealed
