@@ -25,7 +25,7 @@ class Classifier(pl.LightningModule):
     def __init__(self, name: str, size: int, classes: int, pretrained: bool) -> None:
         super().__init__()
         self.vit = timm.create_model(name, pretrained=pretrained, img_size=size, num_classes=classes)
-        vismt.adapt(self.vit, "moe_lora", rank=4, n_experts=4, also_train=["head"])
+        vismt.adapt(self.vit, "emtal", rank=4, n_experts=4, also_train=["head"])
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         """Return the loss of a batch."""

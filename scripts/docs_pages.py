@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from mkdocs.structure.files import File
 
 from vismt.cli import GROUPS
 from vismt.cli.commands import Commands
+from vismt.jobs.reference import files
 
 
 def on_config(config: Any) -> None:
-    """Add the generated pages of configurations to the section Reference."""
-    docs = Path(config.docs_dir)
-    pages = sorted(path.relative_to(docs).as_posix() for path in docs.glob("reference/config_*.md"))
+    """Add the pages of configurations to the section Reference."""
+    pages = [f"reference/{name}" for name in files() if name.endswith(".md")]
     next(entry["Reference"] for entry in config.nav if "Reference" in entry).extend(pages)
+
+
+def on_files(site: Any, config: Any) -> None:
+    """Add the content of the pages of configurations and their JSON schema, which follow from the package."""
+    for name, content in files().items():
+        site.append(File.generated(config, f"reference/{name}", content=content))
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -1,7 +1,7 @@
 """Train one ViT on several dense tasks, with one method and one seed, from flags instead of a configuration file.
 
     python scripts/train_dense.py --model vit_small_patch14_imgfocus --position onnx --data camvid --split train --test test \
-        --tasks semseg:11 edge --size 168 224 --method moe_lora --rank 4 --steps 200
+        --tasks semseg:11 edge --size 168 224 --method emtal --rank 4 --steps 200
 
 Runs the same job as `vismt run` on configs/dense/*.yaml, which also compare arms and seeds.
 """
@@ -52,7 +52,7 @@ def config(options: argparse.Namespace) -> dict[str, Any]:
         "model": {"name": options.model, "position": options.position, "pretrained": not options.random_weights},
         "adapt": None if options.method in ("none", "full") else {"method": options.method, "rank": options.rank},
         "full": options.method == "full",
-        "fade": {} if options.method == "moe_lora" else None,
+        "fade": {} if options.method == "emtal" else None,
         "data": {part: [f"{name}:{split}" for name in options.data] for part, split in splits.items()},
         "tasks": [task(text) for text in options.tasks],
         "size": options.size,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vismt.jobs.study_results import StudyResults
     from vismt.lowrank.files.peft_folder import export_peft, import_peft
     from vismt.lowrank.files.store import load_adapter, save_adapter
-    from vismt.lowrank.model.inject import merge
+    from vismt.lowrank.model.merge import merge
     from vismt.lowrank.model.mixed import adapters_per_sample
     from vismt.lowrank.model.named import activate, disabled, remove, unadapt
     from vismt.lowrank.recompute import recompute
@@ -53,13 +53,16 @@ __all__ = [
 ]
 
 # The modules that hold the parts of an adapter, by the names that adapter files use.
-PLACES["layers"] = {
+PLACES["adapter_modules"] = {
     "expert_pairs": "vismt.multitask.emtal.expert_pairs",
     "hosted": "vismt.llm.peft_tuners.layer",
+    "instance_gate": "vismt.llm.ilora.method",
     "low_rank": "vismt.lowrank.layers.low_rank",
+    "moefied_ffn": "vismt.multitask.emtal.ffn",
     "quantized": "vismt.llm.pissa.quantized",
     "slice": "vismt.llm.s2ft.layer",
 }
-PLACES["wrappers"] = {"moefied_ffn": "vismt.multitask.emtal.ffn", "instance_gate": "vismt.llm.ilora.method"}
+# The present names of methods that earlier adapters and configurations call otherwise.
+PLACES["renamed methods"] = {"moe_lora": "emtal"}
 
 __getattr__, __dir__ = exports(__name__)

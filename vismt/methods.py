@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vismt.base.errors import UserError, require_known
-from vismt.base.registry import Registry
-from vismt.lowrank.layers.kinds import matrix_shape
+from vismt.base.registry import PLACES, Registry
+from vismt.config.sections import SCHEDULED
 from vismt.lowrank.layers.low_rank import LowRankLayer
-from vismt.lowrank.model.named import beside
-from vismt.lowrank.model.options import COMMON, checked
+from vismt.lowrank.layers.stock_modules import matrix_shape
+from vismt.lowrank.model.inject import COMMON, check_options
+from vismt.lowrank.model.named import new_adapter
 from vismt.lowrank.model.record import AdaptReport, record_of
 from vismt.lowrank.model.targets import find_targets, pattern_value
 
@@ -125,15 +126,16 @@ METHODS: Registry[Method] = Registry(
     {
         "amt": "vismt.metatune.amt.method",
         "corda": "vismt.llm.corda.method",
+        "emtal": "vismt.multitask.emtal.method",
         "ilora": "vismt.llm.ilora.method",
         "lisa": "vismt.llm.lisa.method",
         "lora": "vismt.llm.lora",
-        "moe_lora": "vismt.multitask.emtal.method",
         "peft:": "vismt.llm.peft_tuners.method",
         "pissa": "vismt.llm.pissa.method",
         "polar": "vismt.llm.polar.method",
         "s2ft": "vismt.llm.s2ft.method",
     },
+    PLACES["renamed methods"],
 )
 
 
@@ -182,7 +184,7 @@ def adapt(
     options = known.present(options)
     if not isinstance(seed, int) or seed.bit_length() > 64:
         raise UserError(f"adapt.seed: {seed!r}; it must be a whole number of at most 64 bits.")
-    with beside(model, name, "adapt"):
+    with new_adapter(model, name, "adapt"):
         return known.adapt(model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
 
 
@@ -202,10 +204,10 @@ def check_adaptation(
     """
     method = known_method(name, options)
     common = {option: options[option] for option in COMMON if option in options}
-    settings = checked({"targets": targets, "rank": rank, "alpha": alpha, **common})
+    settings = check_options({"targets": targets, "rank": rank, "alpha": alpha, **common})
     if not any(issubclass(layer, LowRankLayer) for layer in method.layers):
         return
-    modules, _ = find_targets(model, settings["targets"], settings["exclude"], packed=True, formed=True)
+    modules, _ = find_targets(model, settings["targets"], settings["exclude"], prequantized=True, readable=True)
     if targets is None:  # the method's own choice, which may leave out small modules
         modules = dict([max(modules.items(), key=lambda item: min(matrix_shape(item[1])))])
     flags = {option: options[option] for option in ("rslora", "clamp_rank", "split_qkv") if option in options}
@@ -250,18 +252,17 @@ def freezes(module: nn.Module) -> bool:
 
 
 def check_sections(config: Any, method: str | None) -> None:
-    """Raise UserError for a section of a configuration that only the schedules of other methods than `method` read."""
-    sections: dict[str, list[str]] = {}
-    for name, declaration in METHODS.items():
-        if declaration.section:
-            sections.setdefault(declaration.section, []).append(name)
-    for section, names in sections.items():
-        if getattr(config, section, None) is not None and method not in names:
-            subject = f"'{method}'" if method else "a run without a method"
-            raise UserError(
-                f"{section}: {subject} has no schedule with this section; set adapt.method to {' or '.join(names)}, or "
-                f"{section} to null."
-            )
+    """Raise UserError for a section of a configuration that the schedule of the method does not read, but others do."""
+    read = None if method is None else METHODS[method].section
+    for item in fields(config):
+        if item.metadata != SCHEDULED or item.name == read or getattr(config, item.name) is None:
+            continue
+        names = [name for name, declaration in METHODS.items() if declaration.section == item.name]
+        subject = f"'{method}'" if method else "a run without a method"
+        raise UserError(
+            f"{item.name}: {subject} has no schedule with this section; set adapt.method to {' or '.join(names)}, or "
+            f"{item.name} to null."
+        )
 
 
 def needs(method: str, options: Mapping[str, Any]) -> Mapping[str, str]:

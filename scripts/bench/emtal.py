@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from scripts.bench.accounting import saved_activation_bytes
 from scripts.bench.emtal_released import released
 from scripts.bench.timing import Comparison, Timing, interleave
-from vismt.lowrank.model.inject import merge
+from vismt.lowrank.model.merge import merge
 from vismt.methods import adapt
 from vismt.multitask.emtal.method import set_fade
 
@@ -114,7 +114,7 @@ def step_of(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Te
 
 def _routed(model: nn.Module, fade: float) -> nn.Module:
     routed = copy.deepcopy(model)
-    adapt(routed, "moe_lora", rank=RANK, n_experts=EXPERTS, cluster=False, also_train=["head"])
+    adapt(routed, "emtal", rank=RANK, n_experts=EXPERTS, cluster=False, also_train=["head"])
     set_fade(routed, fade)
     return routed
 

@@ -34,7 +34,7 @@ class ReleasedLoraLinear(nn.Module):
         super().__init__()
         self.lora_a = nn.Parameter(layer.lora_A.detach().t().contiguous())
         self.lora_b = nn.Parameter(layer.lora_B.detach().t().contiguous())
-        self.base, self.scale = layer.restored(), layer.scale
+        self.base, self.scale = layer.stock(), layer.scale
 
     def forward(self, x: Tensor) -> Tensor:
         update = self.scale * (x @ self.lora_a @ self.lora_b)
@@ -100,7 +100,7 @@ def spread(weights: Tensor, hidden: int) -> Tensor:
 
 @torch.no_grad()
 def released(model: nn.Module) -> nn.Module:
-    """Return a copy, in the release's layout, of a timm ViT adapted with 'moe_lora' (a fused qkv, no qk norm).
+    """Return a copy, in the release's layout, of a timm ViT adapted with 'emtal' (a fused qkv, no qk norm).
 
     The fade and the trainable parameters are the same.
     """

@@ -23,8 +23,9 @@ from scripts.bench.timing import Comparison, Timing, compare_bytes, interleave
 from vismt.backbones.vit import create
 from vismt.methods import adapt
 from vismt.multitask.balancing.base import make_balancer
-from vismt.multitask.dense import DenseNet, DenseObjective
 from vismt.multitask.heads import make_head
+from vismt.multitask.nets import DenseNet
+from vismt.multitask.objectives import DenseObjective
 from vismt.multitask.tasks import DenseTask, make_task
 
 MODEL, SIZE, BATCH, CLASSES, RANK, BALANCER = "vit_small_patch16_224", 224, 4, 13, 16, "pcgrad"

@@ -414,7 +414,7 @@ def test_describe_says_what_is_cached(tmp_path, pip, capsys) -> None:
     ("change", "message"),
     [
         ({"licnce": "MIT"}, "unknown key 'licnce'. Near: 'licence'"),
-        ({"kind": "gan"}, "kind is 'gan'"),
+        ({"kind": "gan"}, "kind: 'gan' is not known"),
         ({"kind": "vit"}, "needs `architecture`"),
         ({"name": "../up"}, "name: '../up' must be a relative path"),
         ({"file": "a/b"}, "file 'a/b' must be a plain name"),

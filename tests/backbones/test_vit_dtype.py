@@ -20,7 +20,7 @@ OWN = {
     "pissa": {},
     "polar": {},
     "amt": {},
-    "moe_lora": {"n_experts": 4},
+    "emtal": {"n_experts": 4},
     "s2ft": {"ratio": 0.25},
 }
 

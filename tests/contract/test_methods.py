@@ -24,12 +24,12 @@ LAYERS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "patch_embed.proj"]
 # What a method needs on the tiny ViT to start at the original function, and its trainable parameters beside pairs of
 # factors on the ViT-S of the meta test (a router: 12 x 16 x 384; a core for each of q, k, v, proj, fc1, fc2; a gate).
 OWN = {
-    "moe_lora": {"n_experts": 4, "init": "zero"},
+    "emtal": {"n_experts": 4, "init": "zero"},
     "s2ft": {"ratio": 0.25},
     "ilora": {"n_experts": 2, "gate": None},
     "corda": {"mode": "kpm", "covariances": collect_covariance(tiny_vit(), [images()], LAYERS)},
 }
-BESIDE = {"moe_lora": 12 * 16 * 384, "ilora": 64 * 4 + 4, "polar": 12 * 6 * 8 * 8}
+BESIDE = {"emtal": 12 * 16 * 384, "ilora": 64 * 4 + 4, "polar": 12 * 6 * 8 * 8}
 FACTORS = (".lora_", ".slice_")  # how what a method trains is named
 # Variants that change the layout of the factors; every method has to keep the contract in each.
 VARIANTS = {

@@ -19,7 +19,7 @@ from vismt.cli import main
 from vismt.config.sections import TrainConfig
 from vismt.engine import loop, runtime
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.base import LAYERS, AdapterLayer, LayerSpec, register_layer, spec_of
+from vismt.lowrank.layers.base import MODULES, AdapterLayer, LayerSpec, register_module, spec_of
 from vismt.lowrank.model.inject import also_trained, install
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.targets import find_targets
@@ -39,7 +39,7 @@ class OutputScale(AdapterLayer):
     """A linear with a trained factor for each output: y = (1 + s * g) * (W x) + b, g (o,); DeltaW = diag(s * g) W."""
 
     Settings = ScaleSettings
-    not_combined = "needs the weight of the base"
+    combine_refusal = "needs the weight of the base"
 
     def __init__(self, base: nn.Module, strength: float) -> None:
         super().__init__(base)
@@ -69,7 +69,7 @@ class OutputScale(AdapterLayer):
     @torch.no_grad()
     def merged(self) -> nn.Module:
         weight = self.stored((1 + self.strength * self.scale_g)[:, None] * self.matrix(self.weight))
-        return self._stock(nn.Parameter(weight.clone(), requires_grad=self.weight.requires_grad))
+        return self.stock(nn.Parameter(weight.clone(), requires_grad=self.weight.requires_grad))
 
     def forward(self, x: Tensor) -> Tensor:
         out = (1 + self.strength * self.scale_g) * nn.functional.linear(x, self.matrix(self.weight))
@@ -110,7 +110,7 @@ class Ramp:
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    register_layer("output_scale")(OutputScale)
+    register_module("output_scale")(OutputScale)
     register_method(
         Method(
             "output_scale",
@@ -121,7 +121,7 @@ def registered() -> Iterator[None]:
         )
     )
     yield
-    LAYERS._items.pop("output_scale")
+    MODULES._items.pop("output_scale")
     METHODS._items.pop("output_scale")
 
 
@@ -183,7 +183,9 @@ def test_a_file_of_an_unknown_layer_is_one_clear_error(tmp_path: Path) -> None:
     vismt.save_adapter(adapted(), tmp_path / "a")
     path = tmp_path / "a" / "adapter.json"
     path.write_text(path.read_text().replace('"layer": "output_scale"', '"layer": "output_scales"'))
-    with pytest.raises(vismt.UserError, match=r"no layer 'output_scales'\. Near: 'output_scale'.*Import the file"):
+    with pytest.raises(
+        vismt.UserError, match=r"no adapter module 'output_scales'\. Near: 'output_scale'.*Import the file"
+    ):
         vismt.load_adapter(tiny_vit(), tmp_path / "a")
 
 

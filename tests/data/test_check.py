@@ -14,10 +14,10 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.cards import list_cards, load_card
 from vismt.data.check import check, listing, prepare
+from vismt.data.copies import digest, write_manifest
 from vismt.data.fetching import fetch
 from vismt.data.formats.folder import FolderSource
 from vismt.data.images import open_images
-from vismt.data.manifest import digest, write_manifest
 
 
 def with_manifest(card_path) -> None:

@@ -15,7 +15,8 @@ from torchvision.transforms.v2 import functional as vision
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.config.sections import typed
-from vismt.data import images
+from vismt.data import image_set
+from vismt.data.images import open_images
 from vismt.data.near_duplicates import MARGIN, TILE, near_duplicates
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
@@ -124,10 +125,10 @@ def test_frames_of_one_object_are_in_one_part_of_a_dense_set(frames) -> None:
 
 @pytest.mark.parametrize("largest", [40, 39])
 def test_a_set_of_many_images_is_decoded_on_request_alone(frames, monkeypatch, largest: int) -> None:
-    monkeypatch.setattr(images, "DECODED", largest)
-    assert images.open_images(frames("groups: near-duplicates")).groups is None
-    assert images.open_images(frames("groups: none")).groups == {}
-    assert (images.open_images(frames()).groups is None) == (largest == 40)
+    monkeypatch.setattr(image_set, "DECODED", largest)
+    assert open_images(frames("groups: near-duplicates")).groups is None
+    assert open_images(frames("groups: none")).groups == {}
+    assert (open_images(frames()).groups is None) == (largest == 40)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_groups_that_cannot_be_read(frames, write_card, sources: str, groups: st
     card = write_card(f"  - {sources}", extra=f"groups: {groups}", name="other")
     (card.parent / "list.json").write_text("[]")
     with pytest.raises(UserError, match=words):
-        images.open_images(card)
+        open_images(card)
 
 
 def test_check_lists_near_duplicates_and_writes_a_sheet_and_a_file_of_groups(

@@ -55,7 +55,7 @@ def test_a_store_is_a_file_found_again(home, pets, paint):
     assert file.name.startswith("pets-all-8-") and torch.equal(first[torch.arange(5)], in_memory[torch.arange(5)])
 
     images = open_images(pets)
-    images.reader = lambda i: pytest.fail("decoded again")
+    images.read = lambda i: pytest.fail("decoded again")
     assert torch.equal(Pixels(images, 8)[torch.arange(5)], first[torch.arange(5)])
     Pixels(open_images(pets), 9)
     paint(home / "data" / "pets" / "train" / "cat" / "a.png", 200)
@@ -72,8 +72,8 @@ def test_a_store_too_large_to_keep_is_decoded_on_demand(home, pets, monkeypatch)
     whole = Pixels(open_images(pets), 8, cache=False)
     monkeypatch.setattr(module, "STORE_BYTES", 100)
     images, decoded = open_images(pets), []
-    read = images.reader
-    images.reader = lambda i: decoded.append(i) or read(i)
+    read = images.read
+    images.read = lambda i: decoded.append(i) or read(i)
     lazy = Pixels(images, 8)
     assert decoded == [] and not (home / "cache").exists()
     index = torch.tensor([4, 0, 4])

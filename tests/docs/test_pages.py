@@ -18,7 +18,7 @@ from helpers.pages import PAGES, README, ROOT
 
 from vismt.config.sections import config_hash
 from vismt.jobs import load_config
-from vismt.lowrank.model.options import COMMON
+from vismt.lowrank.model.inject import COMMON
 from vismt.methods import METHODS
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -102,7 +102,7 @@ def test_a_header_has_the_command_and_the_page_of_its_results(path: Path) -> Non
     name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
     assert re.search(rf"vismt run (configs/{name}\.yaml|{name})(\s|$)", text, re.M) and len(header) <= HEADER_LINES
     assert all((ROOT / page).exists() for page in re.findall(r"docs/[\w/]+\.md", text))
-    for digest in re.findall(r"Config ([0-9a-f]{8})", text):
+    for digest in re.findall(r"Config ([0-9a-f]{10})", text):
         assert digest == config_hash(load_config(path, [])), "the numbers are of another configuration"
 
 

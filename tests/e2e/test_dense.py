@@ -45,7 +45,7 @@ ALONE = {"adapt": None, "fade": None}
 SMALL = {
     "task": "dense",
     "model": {"name": "test_vit", "pretrained": False},
-    "adapt": {"method": "moe_lora", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
+    "adapt": {"method": "emtal", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
     "fade": {"start": 0.0, "end": 0.5},
     "data": {"train": ["motorcycle:train"], "test": ["motorcycle:test"]},
     "tasks": TASKS,
@@ -463,7 +463,7 @@ def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> Non
     job = DenseJob(config, tmp_path, "hash")
     vars(job)["data"] = SimpleNamespace(counted=list)  # the set has no classes; the batch below has
     net = job.fresh(config).requires_grad_(False)
-    assert job.prepare(net, config) == "moe_lora"
+    assert job.prepare(net, config) == "emtal"
     job.heads(net).requires_grad_(True)
     objective = job.objective(config, net, [])
     assert objective.retain.temperature == 3.0 and objective.retain.bank.shape == (4, 2, 4)
@@ -523,7 +523,7 @@ def test_shipped_configurations_are_sound() -> None:
         ({"evaluate": {"split": "train"}}, "evaluate.split: 'train'"),
         ({"retain": {}}, "needs the task semseg"),
         ({"balancing": {"method": "pcgrat"}}, "no method 'pcgrat'"),
-        ({"adapt": {"method": "lora"}}, "fade: 'lora' has no schedule with this section; set adapt.method to moe_lora"),
+        ({"adapt": {"method": "lora"}}, "fade: 'lora' has no schedule with this section; set adapt.method to emtal"),
         ({"fade": {"end": 1.5}}, "need 0 <= start <= end <= 1"),
         ({"data": {"train": [], "test": ["motorcycle"]}}, "data.train: names no set"),
         ({"data": {"train": ["motorcycle"]}}, "nothing to test on"),

@@ -34,7 +34,7 @@ CLASSIFY = {"name": "classify", "classes": 2}
 SMALL = {
     "task": "dense",
     "model": {"name": "test_vit", "pretrained": False},
-    "adapt": {"method": "moe_lora", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
+    "adapt": {"method": "emtal", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
     "fade": {"start": 0.0, "end": 0.5},
     "size": [32, 48],
     "head": {"name": "linear"},

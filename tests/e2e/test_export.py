@@ -26,8 +26,8 @@ ARMS = {
     "polar": {"adapt.method": "polar", "adapt.options": {"split_qkv": True}},
     "s2ft": {"adapt.method": "s2ft", "adapt.options": {"ratio": 0.1}},
     "lisa": {"adapt.method": "lisa"},
-    "emtal": {"adapt.method": "moe_lora", "adapt.options": {"n_experts": 4, "cluster": False}, "fade": FADED},
-    "routed": {"adapt.method": "moe_lora", "adapt.options": {"n_experts": 4, "cluster": False}},
+    "emtal": {"adapt.method": "emtal", "adapt.options": {"n_experts": 4, "cluster": False}, "fade": FADED},
+    "routed": {"adapt.method": "emtal", "adapt.options": {"n_experts": 4, "cluster": False}},
     "head": {"adapt": None},
 }
 NO_FACTORS = {"lisa": "'lisa' has no low-rank factors", "routed": "still routes", "head": "has no adapter"}

@@ -154,7 +154,7 @@ def test_the_quality_of_probabilities_is_reported_and_the_same_when_resumed(tmp_
 
 @pytest.mark.slow
 def test_heads_of_a_pool(tmp_path: Path) -> None:
-    models = ["merged", "merged+ridge", "expert:4+logistic", "logits"]
+    models = ["merged", "merged:ridge", "merged+ridge", "expert:4+logistic", "logits"]
     pool = {"levels": [0.5, 4], "warmup": 1}
     settings = {"models": models, "data": ["digits"], "ways_of": {}, "probabilities": True}
     folder = run(tmp_path, adapt={"method": "amt"}, pool=pool, evaluate=settings)
@@ -212,13 +212,13 @@ def test_an_unknown_backbone_of_an_arm_is_named_before_anything_is_evaluated(tmp
 
 def test_an_arm_that_cannot_be_merged_is_refused_before_the_first_step(tmp_path: Path, capsys) -> None:
     path, router = tmp_path / "heads.yaml", {"n_experts": 4, "cluster": False}
-    arms = {"lora": {}, "moe": {"adapt.method": "moe_lora", "adapt.options": router}}
+    arms = {"lora": {}, "moe": {"adapt.method": "emtal", "adapt.options": router}}
     path.write_text(yaml.safe_dump(merged({"arms": arms})))
     assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
     error = capsys.readouterr().err
     assert "arms.moe: adapt: the router of" in error and "a router takes adapt.options.fade: 1." in error
     assert not list(tmp_path.glob("runs/*/arms/*"))
-    faded = {"moe": {"adapt.method": "moe_lora", "adapt.options": {**router, "fade": 1.0}}}
+    faded = {"moe": {"adapt.method": "emtal", "adapt.options": {**router, "fade": 1.0}}}
     FewShotJob(configuration(arms=faded), tmp_path, "hash").check_training()
 
 

@@ -60,7 +60,7 @@ def configurations(folder: Path) -> dict[str, dict]:
     dense = {
         "task": "dense",
         "model": {"name": "test_vit", "pretrained": False},
-        "adapt": {"method": "moe_lora", "rank": 3, "options": {"n_experts": 4, "cluster": False}},
+        "adapt": {"method": "emtal", "rank": 3, "options": {"n_experts": 4, "cluster": False}},
         "fade": {"start": 0.0, "end": 0.5},
         "data": {"train": ["motorcycle:train"], "test": ["motorcycle:test"]},
         "tasks": ["depth", "normals"],

@@ -21,7 +21,7 @@ from vismt.base.seeds import digest
 from vismt.cli import main
 from vismt.engine.study import Study
 from vismt.jobs import load_config, open_run
-from vismt.jobs.classification.evaluation import CALIBRATION, best_tau
+from vismt.jobs.classification.evaluation import FITTED, best_tau
 from vismt.jobs.output_conditions import ADJUSTED, TEMPERED
 from vismt.multitask.class_loss import adjusted
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
@@ -44,7 +44,7 @@ TASKS = [
 SMALL = {
     "task": "multitask",
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
-    "adapt": {"method": "moe_lora", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
+    "adapt": {"method": "emtal", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
     "fade": {"start": 0.0, "end": 0.5},
     "retain": {},
     "tasks": TASKS,
@@ -165,7 +165,7 @@ def test_every_arm_and_task_has_the_quality_of_its_probabilities(study: Path) ->
     rows = read_results(study / "results.jsonl")
     job = open_run(study).job
     for training in job.study.trainings("lora"):
-        fitted = read_sealed(training.folder / CALIBRATION, "calibration")
+        fitted = read_sealed(training.folder / FITTED, "calibration")
         net, temperature = job.loaded(training), fitted["temperature"]
         with torch.no_grad():
             parts = [job.data.part(task, "validation") for task in (0, 1)]
@@ -288,7 +288,7 @@ def test_merge_and_export_are_timm_classifiers(study: Path, tmp_path: Path, caps
     assert main(["export", str(study), "--format", "peft", "--arm", "lora", "--to", str(tmp_path / "peft")]) == 0
     assert (tmp_path / "peft" / "adapter_config.json").exists()
     for folder, arm in ((study / "merged-emtal-seed-1", "emtal:1"), (tmp_path / "peft", "lora")):
-        fitted = read_sealed(job.study.find(arm).folder / CALIBRATION, "calibration")
+        fitted = read_sealed(job.study.find(arm).folder / FITTED, "calibration")
         assert json.loads((folder / "temperature.json").read_text())["temperature"] == fitted["temperature"]
     capsys.readouterr()
     for command, words in (
@@ -465,7 +465,7 @@ def test_overrides_of_an_arm_are_typed_and_its_trainings_are_found_by_name(tmp_p
         ({"retain": {"mode": "fifo"}}, "mode 'fifo'"),
         ({"retain": {"temperature": 0}}, "temperature 0"),
         ({"balancing": {"method": "pcgrat"}}, "no method 'pcgrat'"),
-        ({"adapt": {"method": "lora"}}, "fade: 'lora' has no schedule with this section; set adapt.method to moe_lora"),
+        ({"adapt": {"method": "lora"}}, "fade: 'lora' has no schedule with this section; set adapt.method to emtal"),
         ({"fade": {"end": 1.5}}, "need 0 <= start <= end <= 1"),
         ({"label_smoothing": 1.0}, "label_smoothing: 1.0"),
         ({"class_weights": "invers"}, "multitask: class_weights 'invers'; null for none. Near: 'inverse'"),

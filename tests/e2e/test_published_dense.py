@@ -125,7 +125,7 @@ def test_other_public_layouts(
     write_copy(tmp_path, card, (5, 2), SIZE)
     path = tmp_path / "layout.yaml"
     text = {"task": "dense", "data": {"train": [f"{card}:train"], "test": [f"{card}:val"]}, "tasks": tasks}
-    path.write_text(yaml.safe_dump({**text, "adapt": {"method": "moe_lora"}, "fade": {}, "head": {"name": "linear"}}))
+    path.write_text(yaml.safe_dump({**text, "adapt": {"method": "emtal"}, "fade": {}, "head": {"name": "linear"}}))
     folder = run(str(path), tmp_path / "runs")
     rows = {row.task: row for row in read_results(folder / "results.jsonl")}
     assert {row.n for row in rows.values()} == {2} and rows["depth"].metric == f"RMSE{unit}"

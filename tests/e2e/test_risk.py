@@ -1,4 +1,4 @@
-"""`report: risk` in the classification, robustness and language-model jobs: from the records to the report, and user errors."""
+"""`evaluate.risk` in the classification, robustness and language-model jobs: from the records to the report, and user errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers.tiny_runs import TRAIN, VIT
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.engine.study import read_choice
-from vismt.jobs import open_run
+from vismt.jobs import open_run, typed_config
 from vismt.jobs.risk import ACCEPTED, AURC, COLUMNS, COVERED, RISK, SIZE, fit_thresholds, validation_parts
 from vismt.report.results import Result, read_results
 from vismt.storage.files import read_sealed
@@ -29,13 +29,12 @@ CONDITIONS = {
 }
 DIGITS = {
     "task": "multitask",
-    "report": "risk",
     "model": VIT,
     "adapt": {"method": "lora", "rank": 2},
     "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.05, "validation_share": 0.05, "limit": 40}],
     "batch": 8,
     "train": TRAIN,
-    "evaluate": {"batch": 64, **CONDITIONS},
+    "evaluate": {"batch": 64, "risk": True, **CONDITIONS},
 }
 
 
@@ -100,9 +99,8 @@ def test_a_set_has_the_label_where_its_record_says_so(digits: Path) -> None:
 def test_robustness_on_a_runs_own_images_takes_the_thresholds_of_the_run(digits: Path, tmp_path: Path) -> None:
     config = {
         "task": "robustness",
-        "report": "risk",
         "arms": {"digits": {"classifier.run": str(digits)}},
-        "evaluate": {"batch": 64, **CONDITIONS},
+        "evaluate": {"batch": 64, "risk": True, **CONDITIONS},
     }
     found, own = numbers(run(tmp_path, "own", config)), numbers(digits)
     for key, row in own.items():
@@ -110,11 +108,11 @@ def test_robustness_on_a_runs_own_images_takes_the_thresholds_of_the_run(digits:
 
 
 def test_a_tuned_runs_thresholds_come_from_the_half_of_validation_that_chose_no_rate(tmp_path: Path, capsys) -> None:
-    config = {**DIGITS, "tune": {"rates": [1.0e-3, 1.0e-2]}, "evaluate": {"batch": 64}}
+    config = {**DIGITS, "tune": {"rates": [1.0e-3, 1.0e-2]}, "evaluate": {"batch": 64, "risk": True}}
     job = open_run(run(tmp_path, "tuned", config)).job
     (training,) = job.trainings("adapted")
     labels = job.data.part(0, "validation").labels
-    chooses, gives = validation_parts(labels, "risk", job.config.tune)
+    chooses, gives = validation_parts(labels, True, job.config.tune)
     assert chooses.sum() == len(labels) // 2 and not bool((chooses & gives).any())
     rows = [row for row in read_lines(training.folder / "records" / "validation-digits.jsonl") if "id" in row]
     right = [row["clean"] == row["label"] for row, kept in zip(rows, chooses.tolist(), strict=True) if kept]
@@ -125,7 +123,7 @@ def test_a_tuned_runs_thresholds_come_from_the_half_of_validation_that_chose_no_
     found = read_sealed(training.folder / "risk-digits.json", "risk")
     assert (found["quantile"], found["n"]) == (pytest.approx(expected.quantile), int(gives.sum()))
     # A run that chose its rates without thresholds in view has no example left for them.
-    job.config.report = None
+    job.config.evaluate.risk = False
     with pytest.raises(UserError, match="chose its rates on all of its validation images"):
         job.check_risk()
     few = {**DIGITS["tasks"][0], "validation_share": 0.005}
@@ -135,10 +133,9 @@ def test_a_tuned_runs_thresholds_come_from_the_half_of_validation_that_chose_no_
 def test_robustness_on_cards_calibrates_on_images_that_it_does_not_evaluate(
     digits: Path, tmp_path: Path, capsys
 ) -> None:
-    evaluate = {"images": 40, "calibration": 60, "batch": 20, **CONDITIONS}
+    evaluate = {"images": 40, "risk": True, "threshold_images": 60, "batch": 20, **CONDITIONS}
     config = {
         "task": "robustness",
-        "report": "risk",
         "arms": {"digits": {"classifier.run": str(digits)}},
         "data": ["digits"],
         "evaluate": evaluate,
@@ -147,11 +144,13 @@ def test_robustness_on_cards_calibrates_on_images_that_it_does_not_evaluate(
     assert numbers(folder)["clean", COVERED].n == 40
     thresholds = json.loads(next((folder / "classifiers" / "digits").glob("risk*.json")).read_text())
     assert thresholds["n"] == 60
-    assert "calibration" in refused(tmp_path, {**config, "evaluate": {**evaluate, "calibration": 0}}, capsys)
+    assert "threshold_images" in refused(tmp_path, {**config, "evaluate": {**evaluate, "threshold_images": 0}}, capsys)
     assert "has 1757 images besides" in refused(
-        tmp_path, {**config, "evaluate": {**evaluate, "calibration": 9999}}, capsys
+        tmp_path, {**config, "evaluate": {**evaluate, "threshold_images": 9999}}, capsys
     )
-    assert "8 validation examples" in refused(tmp_path, {**config, "evaluate": {**evaluate, "calibration": 8}}, capsys)
+    assert "8 validation examples" in refused(
+        tmp_path, {**config, "evaluate": {**evaluate, "threshold_images": 8}}, capsys
+    )
 
 
 def test_a_language_models_classes_have_sets(tmp_path: Path, capsys) -> None:
@@ -160,13 +159,18 @@ def test_a_language_models_classes_have_sets(tmp_path: Path, capsys) -> None:
     task = sentiment_task(films, limit=16, validation=[f"{films}:dev", other], test=[f"{films}:test"])
     config = {
         "task": "lm",
-        "report": "risk",
         "model": {"name": str(save_lm(tmp_path / "tiny")), "first_block": 1},
         "tasks": [task],
         "adapt": {"method": "lora", "rank": 2, "targets": ["q_proj", "v_proj"]},
         "train": TRAIN,
         "batch": 4,
-        "evaluate": {"batch": 4, "frozen": False, "temperature": True, "laplace": True},  # which change no threshold
+        "evaluate": {
+            "batch": 4,
+            "frozen": False,
+            "risk": True,
+            "temperature": True,
+            "laplace": True,
+        },  # no threshold changes
     }
     folder = run(tmp_path, "words", config)
     training = next((folder / "arms" / "adapted").glob("lr-*"))
@@ -189,9 +193,9 @@ def test_a_language_models_classes_have_sets(tmp_path: Path, capsys) -> None:
     ("changes", "text"),
     [
         ({"report": "risks"}, "risk"),
-        ({"evaluate": {"split": "validation"}}, "set evaluate.split to test"),
+        ({"evaluate": {"risk": True, "split": "validation"}}, "set evaluate.split to test"),
         ({"tasks": [{**DIGITS["tasks"][0], "validation_share": 0.0}]}, "'digits' has no validation images"),
-        ({"arms": {"a": {"report": None}}}, "must be the same for all arms"),
+        ({"arms": {"a": {"evaluate.risk": False}}}, "must be the same for all arms"),
     ],
 )
 def test_reports_that_cannot_be_made_are_refused(changes, text, tmp_path: Path, capsys) -> None:
@@ -200,7 +204,7 @@ def test_reports_that_cannot_be_made_are_refused(changes, text, tmp_path: Path, 
 
 def test_sets_of_other_classes_are_told_by_their_confidence(tmp_path: Path, capsys) -> None:
     pytest.importorskip("skimage")
-    config = {**DIGITS, "report": None, "evaluate": {"batch": 64, "ood": ["photo_crops:test"]}}
+    config = {**DIGITS, "evaluate": {"batch": 64, "ood": ["photo_crops:test"]}}
     folder = run(tmp_path, "ood", config)
     records = next((folder / "arms" / "adapted").glob("lr-*")) / "records"
     inside = [row["clean confidence"] for row in read_lines(records / "test-digits.jsonl") if "id" in row]
@@ -212,3 +216,12 @@ def test_sets_of_other_classes_are_told_by_their_confidence(tmp_path: Path, caps
     assert row.condition == "against photo_crops:test" and row.low < row.value < row.high
     same = {**config, "evaluate": {"ood": ["digits"]}}
     assert "shares examples with tasks: " in refused(tmp_path, same, capsys)
+
+
+def test_the_keys_of_earlier_versions_are_read() -> None:
+    images = {"images": 9, "calibration": 7}
+    for name, raw in (("multitask", {}), ("lm", {}), ("robustness", {"evaluate": images})):
+        old = typed_config({"task": name, "report": "risk", **raw}, "a")
+        assert old.evaluate.risk and not typed_config({"task": name, "report": None}, "a").evaluate.risk
+    assert old.evaluate.threshold_images == 7
+    assert old == typed_config({"task": name, "evaluate": {"risk": True, "images": 9, "threshold_images": 7}}, "a")

@@ -22,7 +22,7 @@ from vismt.config.sections import TrainConfig
 from vismt.engine import loop, runtime
 from vismt.jobs import open_run
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.lowrank.layers.wrappers import to_stock
+from vismt.lowrank.model.modules import to_stock
 from vismt.methods import method_optimizer
 from vismt.storage.lines import read_lines
 

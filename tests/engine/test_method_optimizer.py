@@ -14,7 +14,7 @@ import vismt
 from vismt.config.sections import TrainConfig
 from vismt.engine import loop, runtime
 from vismt.llm import Landing
-from vismt.lowrank.layers.wrappers import wrappers_of
+from vismt.lowrank.layers.base import adapter_modules
 from vismt.multitask.emtal.fading import FadeConfig
 from vismt.storage.lines import read_lines
 
@@ -104,7 +104,7 @@ def test_other_methods_train_as_before(tmp_path: Path) -> None:
 
 def test_routers_fade_by_the_section_of_the_configuration_and_resume_bit_for_bit(tmp_path: Path) -> None:
     def objective() -> Classify:
-        return Classify("moe_lora", n_experts=4, cluster=False)
+        return Classify("emtal", n_experts=4, cluster=False)
 
     sections = SimpleNamespace(fade=FadeConfig(0.0, 0.5))
     whole = run(tmp_path / "whole", objective(), sections=sections)
@@ -121,6 +121,6 @@ def test_routers_fade_by_the_section_of_the_configuration_and_resume_bit_for_bit
 
 
 def test_routers_stay_at_their_start_value_without_the_section(tmp_path: Path) -> None:
-    objective = run(tmp_path, Classify("moe_lora", n_experts=4, cluster=False, fade=0.25), steps=2)
-    assert {wrapper.fade_value for wrapper in wrappers_of(objective.vit).values()} == {0.25}
+    objective = run(tmp_path, Classify("emtal", n_experts=4, cluster=False, fade=0.25), steps=2)
+    assert {wrapper.fade_value for wrapper in adapter_modules(objective.vit).values()} == {0.25}
     assert "fade" not in read_lines(tmp_path / "metrics.jsonl")[0]

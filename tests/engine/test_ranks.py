@@ -43,4 +43,4 @@ def test_alone_an_error_is_raised_as_it_is() -> None:
         list(ranks.share(range(2), refuse))
     assert not raised.value.elsewhere
     with pytest.raises(UserError, match=r"^item 7$"):
-        ranks.from_first(lambda: refuse(7))
+        ranks.on_first(lambda: refuse(7))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.faults import cases, many, refused_or_harmless
+from helpers.tfrecords import write_class
 from helpers.yaml_mutations import damaged_texts, damaged_trees
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,6 +79,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "a.npz").write_bytes(file.getvalue())
+    for label in (0, 1):
+        write_class(tmp_path / f"{label}.tfrecords", label, [1, 2])
     return tmp_path / "card.yaml"
 
 

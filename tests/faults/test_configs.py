@@ -85,7 +85,7 @@ def test_damaged_configurations(tmp_path: Path, name: str, cases: int) -> None:
             "tasks: a: options.answers.1: expected str",
         ),
         ("lm/sentiment.yaml", "head.options={prior_scale: []}", "head: options.prior_scale: expected float"),
-        ("dense/quickstart.yaml", "augment.strength=1e300", "augment.strength: 1e\\+300; it lies from 0 to 10"),
+        ("dense/quickstart.yaml", "augment.strength=1e300", "augment.strength is 1e\\+300; it lies from 0 to 10"),
     ],
 )  # fmt: skip
 def test_edges_are_one_line(tmp_path: Path, name: str, change: str, message: str) -> None:

@@ -24,7 +24,7 @@ import vismt
 from vismt.lowrank.model.patterns import Pattern, PatternError
 from vismt.methods import METHODS
 
-EXPORTED = [name for name, method in METHODS.items() if method.exports and name not in ("moe_lora", "ilora")]
+EXPORTED = [name for name, method in METHODS.items() if method.exports and name not in ("emtal", "ilora")]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 QKV = "base_model.model.blocks.0.attn.qkv.lora_{}.weight"
 
@@ -65,13 +65,13 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "NaN": ({"lora_alpha": float("nan")}, "not a finite number"),
     "rslora as text": ({"use_rslora": "false"}, "use_rslora: expected bool or null"),
     "start as number": ({"init_lora_weights": 5}, "init_lora_weights: expected bool or str"),
-    "ranks": ({"rank_pattern": {"qkv": "x"}}, "rank_pattern: expected a mapping to int or null, got {'qkv': 'x'}"),
+    "ranks": ({"rank_pattern": {"qkv": "x"}}, "rank_pattern.qkv: expected int, got 'x'"),
     "rank 0": ({"rank_pattern": {"qkv": 0}}, r"rank_pattern\['qkv'\]: 0; it must be"),
-    "patterns as list": ({"alpha_pattern": [3]}, "alpha_pattern: expected a mapping to float or null"),
-    "targets": ({"target_modules": {"a": 1}}, "target_modules: expected str or a list of str"),
-    "number in targets": ({"target_modules": ["qkv", 5]}, "target_modules: expected str or a list of str"),
-    "saved": ({"modules_to_save": [["head"]]}, "modules_to_save: expected"),
-    "layers": ({"layers_to_transform": [True]}, "layers_to_transform: expected"),
+    "patterns as list": ({"alpha_pattern": [3]}, "alpha_pattern: expected mapping of str to float or null"),
+    "targets": ({"target_modules": {"a": 1}}, "target_modules: expected str or list of str"),
+    "number in targets": ({"target_modules": ["qkv", 5]}, r"target_modules\[1\]: expected str, got 5"),
+    "saved": ({"modules_to_save": [["head"]]}, r"modules_to_save\[0\]: expected"),
+    "layers": ({"layers_to_transform": [True]}, r"layers_to_transform\[0\]: expected"),
     "a group": ({"target_modules": "(qkv"}, r"target_modules: '\(qkv' is not a regular expression"),
     "a reference": ({"rank_pattern": {r"(q)\1": 2}}, r"rank_pattern: .* is not supported"),
     "repeats": ({"rank_pattern": {"a{99999}": 2}}, "repeats a part more than 1000 times"),

@@ -55,7 +55,6 @@ class Net(nn.Module):
             for parameter in self.parameters():
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         self.balancer = make_balancer(method, TASKS, **options)
-        self.balancer.attach(list(self.shared.parameters()))
 
     def losses(self, batch):
         x, targets = batch

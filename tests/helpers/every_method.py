@@ -13,7 +13,7 @@ from vismt.llm import collect_covariance
 
 # What a method needs beside a rank. A new method is covered by being registered.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "moe_lora": {"n_experts": 4, "cluster": False},
+    "emtal": {"n_experts": 4, "cluster": False},
     "s2ft": {"ratio": 0.25, "parts": ["v", "o", "u", "d"]},
     "ilora": {"n_experts": 2, "user_width": 6},
     "lisa": {"active": 1},

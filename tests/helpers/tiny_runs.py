@@ -33,7 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "multitask": {
         "task": "multitask",
         "model": VIT,
-        "adapt": {"method": "moe_lora", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
+        "adapt": {"method": "emtal", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
         "fade": {"start": 0.0, "end": 0.5},
         "tasks": [
             {"name": "digits", "train": ["digits"], "test_share": 0.05, "validation_share": 0.03, "limit": 20},

@@ -230,7 +230,7 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.vit = tiny_vit()
-        vismt.adapt(self.vit, "moe_lora", rank=2, n_experts=4, cluster=False)
+        vismt.adapt(self.vit, "emtal", rank=2, n_experts=4, cluster=False)
 
     def forward(self, images, labels=None):
         logits = self.vit(images)
@@ -263,7 +263,7 @@ def test_routers_of_a_timm_model_fade(tmp_path: Path) -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     vismt.merge(model.vit)  # faded: a router that routes cannot be merged
-    with pytest.warns(UserWarning, match="'moe_lora' has a schedule that nothing drives; give its settings as fade="):
+    with pytest.warns(UserWarning, match="'emtal' has a schedule that nothing drives; give its settings as fade="):
         routed = train(tmp_path / "b", VismtCallback())
     with pytest.raises(UserError):
         vismt.merge(routed.vit)

@@ -99,9 +99,9 @@ def test_landing_is_driven(tmp_path: Path) -> None:
 
 def test_routers_fade(tmp_path: Path) -> None:
     options = {"rank": 2, "n_experts": 4, "cluster": False}
-    vismt.merge(fit(Module("moe_lora", **options), tmp_path, VismtCallback(fade=FadeConfig(0.0, 1.0))).vit)
-    with pytest.warns(UserWarning, match="'moe_lora' has a schedule that nothing drives"):
-        routed = fit(Module("moe_lora", **options), tmp_path, VismtCallback())
+    vismt.merge(fit(Module("emtal", **options), tmp_path, VismtCallback(fade=FadeConfig(0.0, 1.0))).vit)
+    with pytest.warns(UserWarning, match="'emtal' has a schedule that nothing drives"):
+        routed = fit(Module("emtal", **options), tmp_path, VismtCallback())
     with pytest.raises(UserError):
         vismt.merge(routed.vit)
 

@@ -42,6 +42,6 @@ def test_user_errors_and_warnings() -> None:
     with pytest.raises(UserError, match=r"VisionTransformer is not adapted; call vismt\.adapt before"):
         MethodDriver(tiny_vit())
     model = tiny_vit()
-    vismt.adapt(model, "moe_lora", rank=2, n_experts=4, cluster=False)
-    with pytest.warns(UserWarning, match="'moe_lora' has a schedule that nothing drives; give its settings as fade="):
+    vismt.adapt(model, "emtal", rank=2, n_experts=4, cluster=False)
+    with pytest.warns(UserWarning, match="'emtal' has a schedule that nothing drives; give its settings as fade="):
         MethodDriver(model).start(torch.optim.AdamW(model.parameters()), steps=2)

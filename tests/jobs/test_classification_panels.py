@@ -15,11 +15,11 @@ from vismt.jobs.classification.figures import EXAMPLES, examples, examples_figur
 from vismt.jobs.classification.job import ClassificationJob
 from vismt.jobs.classification.models import PixelNet
 from vismt.jobs.image_job import ImageJob
-from vismt.lowrank.layers.wrappers import wrappers_of
+from vismt.lowrank.layers.base import adapter_modules
 from vismt.methods import adapt
 from vismt.multitask.emtal.method import set_fade
 from vismt.multitask.emtal.router_maps import router_maps
-from vismt.multitask.union import Union
+from vismt.multitask.nets import Union
 from vismt.report import plotting
 from vismt.report.panels import read_panel, spread, to_bytes, write_panel
 from vismt.report.routers import ROUTERS, routers_figure
@@ -155,7 +155,7 @@ def test_an_image_without_a_record_is_named(job, tmp_path, row):
 # ---- routers
 def routed(depth=4, fade=0.25, **options):
     vit = tiny_vit(depth=depth, img_size=(16, 24), **options)
-    adapt(vit, "moe_lora", None, 2, None, 0, n_experts=4, cluster=False)
+    adapt(vit, "emtal", None, 2, None, 0, n_experts=4, cluster=False)
     set_fade(shake(vit, 0.3), fade)
     return PixelNet(Backbone(vit)).eval()
 
@@ -178,7 +178,7 @@ def test_routers_are_seen_on_the_patches_at_fade_0(options):
     assert np.ptp(arrays["omega"]) > 0.2
     # The net is left as it was.
     assert net.training and all(
-        part.fade_value == 0.25 and not part._forward_pre_hooks for part in wrappers_of(net).values()
+        part.fade_value == 0.25 and not part._forward_pre_hooks for part in adapter_modules(net).values()
     )
     assert torch.equal(net.eval()(pixels), before)
 

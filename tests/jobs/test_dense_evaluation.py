@@ -59,7 +59,7 @@ def evaluated(tmp_path, monkeypatch):
         evaluation = Evaluation(config, Samples(samples, config))
         training = Training(ALONE, 1e-3, 0, folder)
         path = folder / "records" / "validation.jsonl"
-        scored = evaluation.score_and_record(None, training, config, "validation", path)
+        scored = evaluation.task_scores(lambda: None, training, config, "validation", path)
         (result,) = evaluation.as_scores(scored, "validation")
         assert evaluation.recorded_scores(path, training) == scored
         # one task: the quality is its score, 1 / score where lower is better
@@ -116,9 +116,9 @@ def test_corruptions_do_not_reach_the_padding(evaluated, tmp_path) -> None:
         for canvas in ((24, 16), (24, 40)):
             config = DenseConfig(tasks=["depth"], size=list(canvas))
             evaluation = Evaluation(config, Samples(samples, config))
-            path = tmp_path / f"{canvas}.json"
-            args = (None, Training(ALONE, 1e-3, 0, tmp_path), config, "validation", path)
-            clean, corrupted = evaluation.score_and_record(*args), evaluation.score_and_record(*args, spec)
+            args = (lambda: None, Training(ALONE, 1e-3, 0, tmp_path), config, "validation")
+            paths = [tmp_path / f"{canvas} {name}.jsonl" for name in ("clean", spec.name)]
+            clean, corrupted = evaluation.task_scores(*args, paths[0]), evaluation.task_scores(*args, paths[1], spec)
             assert corrupted["depth"].value > clean["depth"].value + 0.05
             values.append(corrupted)
         assert values[0] == values[1]
@@ -134,7 +134,7 @@ def test_the_prior_is_taken_out_by_the_tau_of_validation(evaluated, tmp_path) ->
     config = DenseConfig(tasks=[{"name": "semseg", "classes": 2}, "depth"], size=[8, 8])
     evaluation, training = Evaluation(config, Samples(samples, config)), Training(ALONE, 1e-3, 0, tmp_path)
     plain = evaluation.as_scores(
-        evaluation.score_and_record(None, training, config, "test", tmp_path / "test.jsonl"), "test"
+        evaluation.task_scores(lambda: None, training, config, "test", tmp_path / "test.jsonl"), "test"
     )
     assert plain[0].measure.score == pytest.approx(3 / 8)
     (score,) = evaluation.adjusted_scores(lambda: None, training, config, "test", tmp_path)

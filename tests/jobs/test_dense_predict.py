@@ -15,7 +15,7 @@ from vismt.config.sections import typed
 from vismt.jobs.dense import predict as dense_predict
 from vismt.jobs.dense.config import DenseConfig
 from vismt.multitask.tasks import make_task
-from vismt.multitask.tasks.depth import InverseDepth
+from vismt.multitask.tasks.maps import InverseDepth
 
 CARD = (
     "name: rooms\ntitle: Made\nsource: own\nlicence: own\nclasses: 2\nsources:\n"

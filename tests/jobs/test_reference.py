@@ -1,7 +1,8 @@
-"""The reference of configurations: every key has a meaning, and pages and schema are those that the code gives now."""
+"""The reference of configurations: every key has a meaning, and what pages, terminal and schema say is what is read."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,8 +13,8 @@ import yaml
 
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.config.sections import RunConfig, resolved, with_values
-from vismt.config.typed import Names
+from vismt.config.sections import Count, RunConfig, resolved, with_values
+from vismt.config.typed import Names, within
 from vismt.jobs import JOBS, job_config, load_config, reference
 from vismt.jobs.fewshot.config import FewShotConfig
 
@@ -59,10 +60,12 @@ def test_the_keys_are_those_that_a_run_resolves(job: str) -> None:
     assert {path for path in paths(resolved(job_config(job)())) if "options" not in path} <= known
 
 
-@pytest.mark.parametrize("name", reference.files())
-def test_docs_are_those_of_the_code(name: str) -> None:
-    written = (ROOT / "docs" / "reference" / name).read_text(encoding="utf8")
-    assert written == reference.files()[name], "run python scripts/write_reference.py"
+def test_pages_and_schema_are_made_for_every_job(capsys: pytest.CaptureFixture[str]) -> None:
+    files = reference.files()
+    assert set(files) == {*(f"config_{job}.md" for job in JOBS), "config.schema.json"}
+    assert all(f"# Configuration of `task: {job}`" in files[f"config_{job}.md"] for job in JOBS)
+    assert main(["config", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(files["config.schema.json"])
 
 
 @dataclass
@@ -85,6 +88,9 @@ class Outer(RunConfig):
         items: sections.
         kind: one of two.
         near: a name.
+        only: a known name.
+        share: a share.
+        counts: counts.
         title: another meaning than that of the base.
     """
 
@@ -92,6 +98,9 @@ class Outer(RunConfig):
     inner: Inner | None = None
     kind: Literal["a", "b"] = "a"
     near: Annotated[str, Names(("x", "y"))] = "x"
+    only: Annotated[str, Names(("x", "y"), only=True)] = "x"
+    share: Annotated[float, within(0, below=1)] = 0.0
+    counts: list[Count] = field(default_factory=list)
 
 
 def test_meanings_types_names_and_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +112,11 @@ def test_meanings_types_names_and_defaults(monkeypatch: pytest.MonkeyPatch) -> N
     )
     assert keys["inner.rate"].meaning == keys["items[].rate"].meaning and keys["inner"].meaning == ""
     assert keys["kind"].names == ["a", "b"] and keys["near"].names == ["x", "y"] and keys["near"].default == '"x"'
+    assert keys["share"].type == "float, at least 0 and below 1" and keys["counts"].type == "list of int, at least 1"
+    schema = reference._reference(Outer, definitions := {}) and definitions["Outer"]["properties"]
+    assert schema["near"]["examples"] == ["x", "y"] == schema["only"]["enum"]
+    assert (schema["share"]["minimum"], schema["share"]["exclusiveMaximum"]) == (0, 1)
+    assert schema["counts"]["items"]["minimum"] == 1
     assert keys["title"].meaning == "another meaning than that of the base." and keys["seed"].meaning
 
 
@@ -122,6 +136,9 @@ def test_shipped_configurations_fit_the_schema(path: Path) -> None:
         {"task": "no job"},
         {"on_bad_sample": "ignore"},
         {"model": {"img_size": 3.5}},
+        {"train": {"lr": 0}},
+        {"train": {"optimizer": "adam"}},
+        {"task": "dense", "augment": {"hue": 1}},
     ],
 )
 def test_what_the_reader_refuses_the_schema_refuses(values: dict, tmp_path: Path) -> None:
@@ -137,13 +154,16 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(JOBS) <= set(capsys.readouterr().out.split())
     assert main(["config", "lm", "train.lr"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("train.lr   float   default: 0.001\n    the peak learning rate") and "train.steps" not in out
+    assert (
+        out.startswith("train.lr   float, above 0   default: 0.001\n    the peak learning rate")
+        and "train.steps" not in out
+    )
     assert main(["config", "fewshot", "evaluate"]) == 0
     out = capsys.readouterr().out
     assert "evaluate.attacks[].norm" in out and "known: linf, l2, l1" in out and "train.lr" not in out
     assert main(["config", "multitask"]) == 0
     out = capsys.readouterr().out
-    assert "moe_lora" in out and "no key 'device'" in out and "OMP_NUM_THREADS" in out
+    assert "emtal" in out and "no key 'device'" in out and "OMP_NUM_THREADS" in out
     assert main(["config", "lm", "train.lrr"]) == 2
     assert "no key 'train.lrr'. Near: 'train.lr'" in capsys.readouterr().err
     assert main(["config", "lm", "device"]) == 2

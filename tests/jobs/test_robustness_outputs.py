@@ -13,7 +13,7 @@ from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.models import Classifier
 
 LABELS = ["first/0", "first/1", "second/0", "second/1", "scenes/a/abbey", "scenes/a/alley", "scenes/b/alley"]
-CARDS = {"first": {"mnist"}, "second": {"digits"}, "scenes": {"sun397"}}
+CARDS = {"first": {"mnist"}, "second": {"digits"}, "scenes": {"grocery"}}
 
 
 def outputs(name, classes, labels=LABELS, cards=CARDS, task=None):
@@ -32,7 +32,7 @@ def test_the_key_names_the_task_of_another_card():
 
 
 def test_names_of_classes_may_have_slashes():
-    assert outputs("sun397:test", ["b/alley", "a/abbey"]) == [6, 4]
+    assert outputs("grocery:test", ["b/alley", "a/abbey"]) == [6, 4]
     assert outputs("other", ["a/abbey"], cards={}) == [4]
     plain = ["alphabet/1", "alphabet/2"]  # of a classifier without tasks
     assert outputs("omniglot", plain, labels=plain, cards={}) == [0, 1]

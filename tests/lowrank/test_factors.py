@@ -23,9 +23,9 @@ def draw(seed, out, inp, rank, core="none", scale=1.0, dtype=torch.float64):
 
 def dense(a):
     """The definition, written with explicit sums over the core: an independent reference for every layout."""
-    core = torch.eye(a.rank, dtype=a.L.dtype) if a.core is None else a.core
+    core = torch.eye(a.rank, dtype=a.B.dtype) if a.core is None else a.core
     core = torch.diag(core) if core.ndim == 1 else core
-    return a.scale * torch.einsum("ok,kj,ji->oi", a.L, core, a.R)
+    return a.scale * torch.einsum("ok,kj,ji->oi", a.B, core, a.A)
 
 
 anything = st.builds(
@@ -88,7 +88,7 @@ def test_svd_is_the_dense_svd(a):
     assert s.rank == m and s.scale == 1.0
     assert torch.allclose(s.core, values[:m], rtol=1e-10, atol=1e-10)
     eye = torch.eye(m, dtype=torch.float64)
-    assert torch.allclose(s.L.T @ s.L, eye, atol=1e-11) and torch.allclose(s.R @ s.R.T, eye, atol=1e-11)
+    assert torch.allclose(s.B.T @ s.B, eye, atol=1e-11) and torch.allclose(s.A @ s.A.T, eye, atol=1e-11)
     assert a.stable_rank() == pytest.approx(float((values**2).sum() / values[0] ** 2), rel=1e-9)
     assert 1 - 1e-12 <= a.stable_rank() <= m + 1e-9
 
@@ -104,7 +104,7 @@ def test_truncation_is_eckart_young(a, data):
 
 def test_compact_drops_only_what_is_zero():
     a = draw(0, 8, 7, 3)
-    doubled = LowRank(torch.cat([a.L, a.L], 1), torch.cat([a.R, a.R], 0), None, 0.5)
+    doubled = LowRank(torch.cat([a.B, a.B], 1), torch.cat([a.A, a.A], 0), None, 0.5)
     assert doubled.rank == 6 and doubled.compact().rank == 3
     assert torch.allclose(doubled.compact().delta(), a.delta(), atol=1e-12)
     # singular values 4, 2, 1: a tolerance of 0.3 keeps those above 1.2, one of 0.5 keeps those strictly above 2
@@ -122,13 +122,13 @@ def test_zero_matrix():
 def test_balanced_splits_evenly():
     a = draw(3, 6, 5, 4, "matrix", 2.0).balanced()
     assert a.core is None and a.scale == 1.0
-    assert torch.allclose(a.L.T @ a.L, a.R @ a.R.T, atol=1e-11)
+    assert torch.allclose(a.B.T @ a.B, a.A @ a.A.T, atol=1e-11)
 
 
 def test_half_precision_accumulates_in_fp32():
     a = draw(5, 40, 30, 16, "matrix", 0.5, torch.bfloat16)
     exact = dense(a.to(dtype=torch.float64))
-    assert a.delta().dtype == torch.float32 and a.svd().L.dtype == torch.float32
+    assert a.delta().dtype == torch.float32 and a.svd().B.dtype == torch.float32
     assert float((a.delta() - exact).abs().max() / exact.abs().max()) < 1e-6
     x = torch.ones(2, 30, dtype=torch.float16)
     assert a.apply(x).dtype == torch.float16
@@ -137,11 +137,11 @@ def test_half_precision_accumulates_in_fp32():
 def test_to_and_gradients():
     a = draw(2, 4, 5, 2, "diagonal", 2.0)
     assert a.to(dtype=torch.float32).core.dtype == torch.float32
-    assert a.to("meta").L.is_meta and a.to("meta").scale == 2.0
-    leaf = LowRank(*(t.clone().requires_grad_() for t in (a.L, a.R, a.core)), a.scale)
+    assert a.to("meta").B.is_meta and a.to("meta").scale == 2.0
+    leaf = LowRank(*(t.clone().requires_grad_() for t in (a.B, a.A, a.core)), a.scale)
     leaf.apply(torch.ones(1, 5, dtype=torch.float64)).sum().backward()
     # d/dcore_k of scale * sum_o L_ok * core_k * sum_i R_ki = scale * (column sum of L) * (row sum of R)
-    assert torch.allclose(leaf.core.grad, 2.0 * a.L.sum(0) * a.R.sum(1))
+    assert torch.allclose(leaf.core.grad, 2.0 * a.B.sum(0) * a.A.sum(1))
 
 
 def test_the_full_matrix_is_never_formed():

@@ -23,7 +23,7 @@ Loss = Callable[[nn.Module], Tensor]
 METHODS = {
     "lora": {},
     "pissa": {},
-    "moe_lora": {"n_experts": 4},
+    "emtal": {"n_experts": 4},
     "s2ft": {"ratio": 0.25},
     "ilora": {"n_experts": 2, "gate": None},
 }
@@ -83,10 +83,10 @@ def kept(model: nn.Module, loss: Loss) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("method", [None, "lora", "pissa", "moe_lora", "s2ft"])
+@pytest.mark.parametrize("method", [None, "lora", "pissa", "emtal", "s2ft"])
 def test_gradients_are_equal(method: str | None, inside: bool) -> None:
     assert_equal(vit(method), vit_loss, inside=inside)
-    if method != "moe_lora":
+    if method != "emtal":
         assert_equal(llama(method), llama_loss, inside=inside)
 
 

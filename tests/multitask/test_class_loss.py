@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from vismt.base.errors import UserError
 from vismt.multitask.class_loss import ClassLoss, adjusted, dice_loss, log_prior
+from vismt.multitask.nets import Union
+from vismt.multitask.objectives import UnionObjective
 from vismt.multitask.tasks import IGNORE, make_task
-from vismt.multitask.union import Union, UnionObjective
 
 COUNTS = [64, 16, 4]  # N = 84
 LN2 = math.log(2)

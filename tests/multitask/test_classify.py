@@ -15,9 +15,10 @@ from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import Sample, collate
 from vismt.jobs.dense.pooled_score import PooledScore
 from vismt.multitask.balancing.base import BALANCERS, make_balancer
-from vismt.multitask.dense import DenseNet, DenseObjective
 from vismt.multitask.heads import HEADS, PooledHead, make_head, make_pooled_head
 from vismt.multitask.metrics import Accuracy
+from vismt.multitask.nets import DenseNet
+from vismt.multitask.objectives import DenseObjective
 from vismt.multitask.tasks import MapTask, make_task
 
 LN2 = math.log(2)

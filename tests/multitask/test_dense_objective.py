@@ -11,9 +11,10 @@ from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import collate
 from vismt.multitask.balancing.base import make_balancer
-from vismt.multitask.dense import DenseNet, DenseObjective, check_blocks, default_blocks
-from vismt.multitask.emtal.retain_dense import DenseRetaining
+from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.heads import make_head, resize_logits
+from vismt.multitask.nets import DenseNet, check_blocks, default_blocks
+from vismt.multitask.objectives import DenseObjective
 from vismt.multitask.tasks import make_task
 
 MEAN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}

@@ -15,9 +15,9 @@ from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import blank
 from vismt.data.maps.dense_transforms import FILL
-from vismt.multitask.dense import DenseNet
 from vismt.multitask.heads import make_head, make_pooled_head, resize_logits
 from vismt.multitask.inference import predict, starts
+from vismt.multitask.nets import DenseNet
 from vismt.multitask.tasks import make_task
 
 CLASSIFY = make_task({"name": "classify", "classes": 5})

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.multitask.class_loss import ClassLoss
-from vismt.multitask.union import Union
-from vismt.multitask.variational_union import VariationalUnionObjective
+from vismt.multitask.nets import Union
+from vismt.multitask.objectives import VariationalUnionObjective
 from vismt.uncertainty.vbll import VBLLClassifier
 
 UNION = Union(("a", "b"), (2, 3))

@@ -8,6 +8,7 @@ from helpers.results import HASH, PGD, add, measure, result, rows_of, write_line
 from helpers.run_folder import make_folder
 
 from vismt.base.errors import UserError
+from vismt.engine.log import record_stem
 from vismt.report.results import (
     Score,
     ValuesByExample,
@@ -205,3 +206,12 @@ def test_files_without_checksums_are_refused_until_they_are_written_again(folder
 def test_a_number_of_a_lone_example_has_no_interval():
     with pytest.raises(UserError, match="interval over 1 values"):
         result_of(score([0.5]), "lora", None, "test", HASH)
+
+
+def test_two_models_of_a_run_have_two_files_of_records() -> None:
+    stems = [record_stem("cub:test", "5-way 1-shot", model) for model in ("merged:ridge", "merged+ridge", "a+ridge")]
+    assert stems == [
+        "cub-test-5-way-1-shot-merged-ridge",
+        "cub-test-5-way-1-shot-merged_ridge",
+        "cub-test-5-way-1-shot-a-ridge",
+    ]

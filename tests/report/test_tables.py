@@ -8,7 +8,7 @@ from helpers.results import comparison as compared
 from helpers.results import corruption
 
 from vismt.report.comparison import Cell
-from vismt.report.html import render_html, render_markdown
+from vismt.report.renderers import render_html, render_markdown
 from vismt.report.tables import (
     Report,
     Table,

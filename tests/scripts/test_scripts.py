@@ -31,12 +31,12 @@ def settings(script: str, flags: list[str], folder: Path, monkeypatch) -> dict:
 def test_train_dense_flags(tmp_path: Path, monkeypatch) -> None:
     raw = settings(
         "train_dense.py",
-        [*COMMON, "--tasks", "semseg:5", "depth", "--method", "moe_lora", "--balancing", "dwa"],
+        [*COMMON, "--tasks", "semseg:5", "depth", "--method", "emtal", "--balancing", "dwa"],
         tmp_path,
         monkeypatch,
     )
     assert raw["tasks"] == [{"name": "semseg", "classes": 5}, {"name": "depth"}]
-    assert raw["adapt"] == {"method": "moe_lora", "rank": 8} and raw["fade"] == {}
+    assert raw["adapt"] == {"method": "emtal", "rank": 8} and raw["fade"] == {}
     assert raw["balancing"] == {"method": "dwa"}
     assert raw["data"] == {"train": ["motorcycle:train"], "test": ["motorcycle:test"]}
     for method, full in (("full", True), ("none", False)):

@@ -25,10 +25,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
 from vismt.backbones.weight_sources import PLACES, WeightsSource
 from vismt.base.errors import UserError, near
-from vismt.config.typed import RelativePath, build, read_yaml
+from vismt.config.typed import Names, RelativePath, build
+from vismt.config.yaml_text import read_yaml
 
 SHIPPED = Path(__file__).parent / "cards"
 KINDS = ("vit", "lm")
@@ -49,7 +51,7 @@ class AssetCard:
     """
 
     name: RelativePath
-    kind: str
+    kind: Annotated[str, Names(KINDS, only=True)]
     file: RelativePath
     sources: tuple[WeightsSource, ...]
     path: Path
@@ -90,8 +92,6 @@ def load_asset_card(name: str | Path) -> AssetCard:
         raise UserError(f"{where}: sources must be a list of hub, wheel or file entries.")
     sources = tuple(_read_source(entry, where, f"sources[{index}]") for index, entry in enumerate(entries))
     card = build(AssetCard, values, where, sources=sources, path=path)
-    if card.kind not in KINDS:
-        raise UserError(f"{where}: kind is '{card.kind}', it must be {' or '.join(KINDS)}.")
     if card.kind == "vit" and not card.architecture:
         raise UserError(f"{where}: a vit needs `architecture`, the timm model its weights fit.")
     for key, text in (("name", card.name), ("file", card.file)):

@@ -43,6 +43,9 @@ def add_commands(commands: Commands) -> None:
     )
     config.add_argument("job", nargs="?", help="a job (lists the jobs)")
     config.add_argument("key", nargs="?", help="a dotted key or section (all)")
+    config.add_argument(
+        "--schema", action="store_true", help="print the JSON schema of all configurations, for editors"
+    )
     listing = commands.add(
         "list", _list, "list methods, jobs, configurations, data cards, assets, or the runs of a folder"
     )
@@ -52,8 +55,11 @@ def add_commands(commands: Commands) -> None:
 
 def _config(options: argparse.Namespace) -> None:
     from vismt.jobs import JOBS, job_config
-    from vismt.jobs.reference import find_keys, keys
+    from vismt.jobs.reference import find_keys, keys, schema_text
 
+    if options.schema:
+        console.block(schema_text().rstrip())
+        return
     if options.job is None:
         for job in JOBS:
             console.stage("config", f"{job:<12}{(job_config(job).__doc__ or '').splitlines()[0]}")

@@ -132,7 +132,6 @@ def _maps(images: Path) -> tuple[str, str, dict[str, str]]:
     import numpy as np
 
     from vismt.data.maps.dense_maps import MAP_FORMS, read_array
-    from vismt.multitask.tasks.registry import TASKS  # noqa: F401
 
     found = {name: form.target for name, form in MAP_FORMS.items() if (images / name).is_dir()}
     if not (images / "images").is_dir() or not found:

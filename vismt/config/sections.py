@@ -19,12 +19,16 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 
 from vismt.base.errors import UserError, near
+from vismt.base.registry import PLACES
 from vismt.config import typed as typed_yaml
+from vismt.config import yaml_text
 from vismt.config.typed import Names, within
 from vismt.storage.paths import shipped
 
 # Metadata of a field that changes how a run is computed, but not its numbers.
 UNHASHED = {"hashed": False}
+# Metadata of a section that the schedule of a method reads (vismt.methods.Method.section).
+SCHEDULED = {"scheduled": True}
 # Key of the metadata of a field of options: names of options, in a mapping of the list, that change how results are read alone.
 UNHASHED_OPTIONS = "unhashed options"
 HASH_DIGITS, EARLIER_HASH_DIGITS = 10, 8
@@ -37,6 +41,8 @@ Seed = Annotated[int, within(0, 2**63 - 1)]
 Jitter = Annotated[float, within(0, 10)]
 # An interval needs two, and each is kept in a record.
 Episodes = Annotated[int, within(2, 1_000_000)]
+# How many there are: one or more.
+Count = Annotated[int, within(1)]
 # Of the weights of a model.
 Dtype = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")
@@ -94,6 +100,9 @@ class AdaptConfig:
     alpha: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.method = PLACES["renamed methods"].get(self.method, self.method)
+
 
 @dataclass
 class TrainConfig:
@@ -124,7 +133,7 @@ class TrainConfig:
         trackers: further logs through accelerate.
     """
 
-    steps: Annotated[int, within(1)] = 100
+    steps: Count = 100
     optimizer: Annotated[str, Names("vismt.engine.optimizer:OPTIMIZERS", only=True)] = "adamw"
     lr: Annotated[float, within(above=0)] = 1e-3
     min_lr: Annotated[float, within(0)] = 0.0
@@ -133,15 +142,15 @@ class TrainConfig:
     rates: dict[str, Annotated[float, within(0)]] = field(default_factory=dict)
     weight_decay: Annotated[float, within(0)] = 0.0
     momentum: Annotated[float, within(0)] = 0.9
-    accumulate: Annotated[int, within(1)] = 1
+    accumulate: Count = 1
     clip: Annotated[float, within(above=0)] | None = 1.0
     precision: Annotated[str, Names(("no", "bf16", "fp16"), only=True)] = "no"
     recompute: Literal["none", "cheap"] = field(default="none", metadata=UNHASHED)
     checkpointing: bool = field(default=False, metadata=UNHASHED)
     compile: bool = False
     workers: Annotated[int, within(0)] = 0
-    log_every: Annotated[int, within(1)] = 1
-    checkpoint_every: Annotated[int, within(1)] = 50
+    log_every: Count = 1
+    checkpoint_every: Count = 50
     trackers: Annotated[list[str], Names(("tensorboard", "wandb"), only=True)] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -209,7 +218,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         names = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         names += list_configs()
         raise UserError(f"config: no file '{path}'.{near(str(path), names)} `vismt list configs` shows those of vismt.")
-    return typed_yaml.read_yaml(path, f"config: '{path}'")
+    return yaml_text.read_yaml(path, f"config: '{path}'")
 
 
 def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -223,7 +232,7 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"{source}: write key=value, for example train.steps=20.")
         try:
-            value = typed_yaml.parse_yaml(text)
+            value = yaml_text.parse_yaml(text)
         except yaml.YAMLError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{source}: the value is not YAML: {reason}.") from error

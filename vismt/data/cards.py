@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 from vismt.base.errors import UserError, near
-from vismt.config.typed import build, read_yaml
+from vismt.config.typed import build
+from vismt.config.yaml_text import read_yaml
 from vismt.data.formats.plain_sets import plain_card
 from vismt.data.set_entries import CARDS, FILES
-from vismt.data.source_types import KINDS, MOST_CLASSES, Card, DataSource
+from vismt.data.source_types import KINDS, Card, DataSource
 from vismt.storage.paths import shipped
 
 __all__ = ["Card", "list_cards", "load_card"]
@@ -53,8 +54,6 @@ def load_card(name_or_path: str | Path) -> Card:
         raise UserError(f"{where}: name '{card.name}' must be letters, digits, '_', '-' or '.'.")
     if card.groups is not None and all(source.unit == "rows" for source in sources):
         raise UserError(f"{where}: 'groups' is for images; leave it out.")
-    if not 0 <= card.classes <= MOST_CLASSES:
-        raise UserError(f"{where}: 'classes' is {card.classes}, must be a count of classes, at most {MOST_CLASSES:,}.")
     return card
 
 

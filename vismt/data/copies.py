@@ -1,16 +1,23 @@
-"""Copies of sources on this machine: their folders, how messages name them, and checks of their content."""
+"""Copies of sets on this machine: where they are, how messages name them, and whether they hold what their card says.
+
+A manifest beside a card has one sha256 for each group of files (a class folder, an npz, a photograph), so that a check can name
+what is wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vismt.base.errors import UserError, near
-from vismt.config.typed import read_yaml
-from vismt.data.manifest import read_manifest
+from vismt.config.yaml_text import read_yaml
+from vismt.data.decode import read_bytes
 from vismt.data.set_entries import CARDS
-from vismt.data.source_types import PACKAGES, Card, DataSource, S
+from vismt.data.source_types import PACKAGES, Card, DataSource, Files, S, check_names
+from vismt.storage.files import atomic_write
 from vismt.storage.paths import cache_root, data_roots
 
 SUBSET = "subset.yaml"  # in the folder of a copy: {split: number of examples} of a copy that is meant to be a part of the set
@@ -151,3 +158,41 @@ def not_found(card: Card, split: str, root: Path | None = None) -> UserError:
     if steps and not card.downloadable:
         return UserError(f"{problem} How to get it: {steps}")
     return UserError(f"{problem} {fix(card)}")
+
+
+@dataclass(frozen=True)
+class FileGroup:
+    """Number of files and sha256 over their sorted `name, tab, sha256 of the bytes, newline` lines."""
+
+    count: int
+    sha256: str
+
+
+def digest(files: Iterable[tuple[str, Path]]) -> FileGroup:
+    """Return the FileGroup of (name, path) pairs, independent of their order."""
+    total, count = hashlib.sha256(), 0
+    files = sorted(files)
+    check_names(name for name, _ in files)
+    for name, path in files:
+        total.update(f"{name}\t{hashlib.sha256(read_bytes(path)).hexdigest()}\n".encode())
+        count += 1
+    return FileGroup(count, total.hexdigest())
+
+
+def read_manifest(card: Card, source: DataSource) -> dict[str, FileGroup]:
+    """Return the groups that the card recorded for `source`, none when it recorded nothing."""
+    if source.manifest is None:
+        return {}
+    raw = card.read_json(source.manifest)
+    try:
+        return {str(group): FileGroup(int(count), str(sha256)) for group, (count, sha256) in raw.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{card.shown}/{source.manifest}: must map a group to [count, sha256].") from error
+
+
+def write_manifest(path: Path, files: Files) -> dict[str, FileGroup]:
+    """Record every group of `files` in the JSON file `path`, one line a group, and return them."""
+    groups = {name: digest(files[name]) for name in sorted(files)}
+    lines = [f" {json.dumps(name)}: {json.dumps([group.count, group.sha256])}" for name, group in groups.items()]
+    atomic_write(path, "{\n" + ",\n".join(lines) + "\n}\n")
+    return groups

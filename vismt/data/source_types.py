@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.base.registry import Registry
-from vismt.config.typed import RelativePath, relative_path
+from vismt.config.typed import RelativePath, relative_path, within
 from vismt.storage.files import parse_json
 from vismt.storage.paths import cache_root, data_roots, package_folder, regular_file, shipped
 
@@ -39,7 +39,7 @@ KINDS: Registry[type[DataSource]] = Registry(
         "lists": "vismt.data.formats.id_lists",
         "meta_dataset": "vismt.data.formats.meta_dataset",
         "photo_crops": "vismt.data.formats.embedded",
-        "python_topics": "vismt.data.formats.python_topics",
+        "python_topics": "vismt.data.formats.embedded",
         "stereo_tiles": "vismt.data.formats.stereo",
         "table": "vismt.data.formats.csv_table",
         "text": "vismt.data.formats.text_files",
@@ -84,7 +84,7 @@ class DataSource(ABC):
     """
 
     splits: dict[str, int | None] = field(default_factory=lambda: {"all": None})
-    classes: int | None = None
+    classes: Annotated[int, within(1, MOST_CLASSES)] | None = None
     manifest: RelativePath | None = None
 
     kind: ClassVar[str] = ""
@@ -106,18 +106,20 @@ class DataSource(ABC):
                 )
             if count is not None and count < 1:
                 raise UserError(f"{where}: split '{split}' has {count} {self.unit}; a count is at least 1.")
-        if self.classes is not None and not 1 <= self.classes <= MOST_CLASSES:
-            raise UserError(
-                f"{where}: 'classes' is {self.classes}, must be a count of classes, at most {MOST_CLASSES:,}."
-            )
+
+    def check_per_split(self, where: str, key: str, names: Iterable[str]) -> None:
+        """Raise UserError unless the mapping `key` names the splits and nothing else."""
+        if set(names) != set(self.splits):
+            given = f"'{key}' names {sorted(names)}, 'splits' names {sorted(self.splits)}"
+            raise UserError(f"{where}: {given}; they must agree.")
 
     @abstractmethod
     def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
         """Return the folders where the copy may be, in order; `root` is the folder of the set and rules out the others."""
 
-    @abstractmethod
     def list_files(self, base: Path) -> Files:
-        """Return the files of the copy in the folder `base` in the groups that a manifest hashes."""
+        """Return the files of the copy in the folder `base` in the groups that a manifest hashes; by default none."""
+        return {}
 
     @abstractmethod
     def load(self, card: Card, base: Path, split: str) -> LoadedSplit:
@@ -202,7 +204,7 @@ class Card:
     title: str = ""
     source: str = ""
     licence: str = ""
-    classes: int = 0
+    classes: Annotated[int, within(0, MOST_CLASSES)] = 0
     citation: str = ""
     tasks: list[str] = field(default_factory=lambda: ["classification"])
     images: int | None = None

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Annotated
 
 from vismt.base.errors import UserError
+from vismt.config.sections import Count
+from vismt.config.typed import within
 from vismt.data.set_entries import check_apart, check_row_names, overlap
+
+Share = Annotated[float, within(0, below=1)]
 
 
 @dataclass
@@ -27,9 +32,9 @@ class PartsConfig:
     train: list[str] = field(default_factory=list)
     test: list[str] = field(default_factory=list)
     validation: list[str] = field(default_factory=list)
-    test_share: float = 0.0
-    validation_share: float = 0.0
-    limit: int | None = None
+    test_share: Share = 0.0
+    validation_share: Share = 0.0
+    limit: Count | None = None
 
 
 def check_parts(sections: Mapping[str, PartsConfig], calibration: Iterable[str] = ()) -> None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, near
 from vismt.config.sections import RunConfig, Seed, TrainConfig, with_values
-from vismt.config.typed import plain_name
+from vismt.config.typed import plain_name, within
 from vismt.engine.loop import Diverged
 from vismt.storage.files import atomic_write, read_sealed, sealed
 
@@ -37,7 +37,11 @@ class TuneConfig:
             The smaller one wins a tie.
     """
 
-    rates: list[float] = field(default_factory=list)
+    rates: list[Annotated[float, within(above=0)]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.rates or len(set(self.rates)) < len(self.rates):
+            raise UserError(f"tune.rates: {self.rates}; name positive rates, each once.")
 
 
 @dataclass
@@ -191,17 +195,17 @@ class Study(Generic[Config]):
                 raise
             console.stage("tune", f"{training.arm}   lr {training.lr:g}   {error}")
             content = sealed({"error": str(error)})
-            ranks.from_first(lambda: atomic_write(training.folder / DIVERGED, content))
+            ranks.on_first(lambda: atomic_write(training.folder / DIVERGED, content))
 
     def choose(self, job: Trainer, arm: str) -> None:
         """Choose the rate of an arm by the validation scores of the tried ones, unless it is chosen."""
-        if ranks.from_first(lambda: self.is_chosen(arm)):
+        if ranks.on_first(lambda: self.is_chosen(arm)):
             return
         rates = self.rates(arm)
         validation: dict[float, float | None] = {}
         for training in self.tried(arm) if len(rates) > 1 else ():
             validation[training.lr] = None if has_diverged(training) else job.validate(training)
-        ranks.from_first(lambda: write_choice(self.folder / ARMS / arm / CHOSEN, arm, rates, validation))
+        ranks.on_first(lambda: write_choice(self.folder / ARMS / arm / CHOSEN, arm, rates, validation))
 
 
 def has_diverged(training: Training) -> bool:
@@ -244,10 +248,6 @@ def check_arms(
         check(arm)
     if len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"seeds: {config.seeds}; name each once.")
-    if config.tune is not None:
-        rates = config.tune.rates
-        if not rates or len(set(rates)) < len(rates) or any(not rate > 0 for rate in rates):
-            raise UserError(f"tune.rates: {rates}; name positive rates, each once.")
 
 
 def write_choice(path: Path, arm: str, rates: list[float], validation: Mapping[float, float | None]) -> None:

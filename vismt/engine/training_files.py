@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.engine.checkpoint import is_checkpoint
 from vismt.engine.study import Training
-from vismt.lowrank.files.store import DESCRIPTION, check_tensors, load_adapter, write_adapter
-from vismt.lowrank.layers.wrappers import is_mergeable
-from vismt.lowrank.model.inject import merge
+from vismt.lowrank.files.store import DESCRIPTION, check_tensors, load_adapter, save_adapter
+from vismt.lowrank.model.merge import merge
+from vismt.lowrank.model.modules import is_mergeable
 from vismt.storage.files import atomic_write, file_digest, read_sealed, read_tensors, sealed
 
 ADAPTER = "adapter"
@@ -27,7 +27,7 @@ FILES = "files"  # the key of done.json with the digest of each file by its path
 def finish(model: nn.Module, folder: Path, with_adapter: bool, about: dict[str, Any]) -> None:
     """Write the adapter of a model, if it has one, and then done.json with the facts `about` the adaptation."""
     if with_adapter:
-        write_adapter(model, folder / ADAPTER)  # what is trained beside it is in the job's files
+        save_adapter(model, folder / ADAPTER, strict=None)  # what is trained beside it is in the job's files
     weights = sorted(path for path in folder.glob("*.safetensors") if not is_checkpoint(path))
     kept = [folder / ADAPTER / DESCRIPTION, *weights] if with_adapter else weights
     files = {path.relative_to(folder).as_posix(): file_digest(path) for path in kept}

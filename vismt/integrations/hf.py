@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from vismt.base.errors import UserError
-from vismt.integrations.method_driver import MethodDriver
+from vismt.integrations.method_driver import DriverCallback
 from vismt.lowrank.files.peft_folder import export_peft
 from vismt.lowrank.files.store import fingerprint, save_adapter
 from vismt.lowrank.layers.base import factor_rank
@@ -35,7 +35,7 @@ WEIGHTS = "model.safetensors"  # of a checkpoint
 IGNORED = "_keys_to_ignore_on_save"  # of transformers' models; read by save_pretrained, and by Trainer when it resumes
 
 
-class VismtCallback(TrainerCallback):
+class VismtCallback(DriverCallback, TrainerCallback):
     """What an adapted model needs in a Trainer: `Trainer(..., callbacks=[VismtCallback()])`.
 
     Checkpoints hold the trained tensors alone, in model.safetensors and as the folder adapter/ that `vismt.load_adapter` reads;
@@ -43,17 +43,13 @@ class VismtCallback(TrainerCallback):
     layers, fading routers) and optimisers (PoLAR's landing) are driven.
 
     Args:
-        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for moe_lora.
+        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for emtal.
 
     Raises:
         UserError: a model that is not adapted when the Trainer is made, and a checkpoint of another base, method or settings.
     """
 
-    def __init__(self, **sections: Any) -> None:
-        self._sections = sections
-        self._driver: MethodDriver | None = None
-        self._belongs: list[dict[str, Any]] = []
-        self._ignored: Any = None
+    _ignored: Any = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let the Trainer save and load the trained tensors alone."""
@@ -63,17 +59,16 @@ class VismtCallback(TrainerCallback):
                 "Trainer: a folder called datasets is taken for Hugging Face's package of that name, which is not installed; pip "
                 "install datasets, or start in another folder."
             )
-        self._driver = MethodDriver(given["model"], **self._sections)
-        self._belongs = self._driver.belonging()  # before a checkpoint is loaded
+        self.drive(given["model"])
         self._ignored = getattr(given["model"], IGNORED, None)
         self._ignore_frozen()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Start the schedules, and put the methods' optimisers around the Trainer's."""
-        driver, optimizer = self._of_training(), given["optimizer"]
+        driver, optimizer = self.driver, given["optimizer"]
         states = getattr(state, "stateful_callbacks", {})
-        driver.check_resumed(states.get(BELONGS, self._belongs), self._belongs)
-        states[BELONGS] = self._belongs  # written into every checkpoint
+        driver.check_resumed(states.get(BELONGS, self.belongs), self.belongs)
+        states[BELONGS] = self.belongs  # written into every checkpoint
         self._ignore_frozen()
         if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
             driver.warn_of_optimizers("DeepSpeed and FSDP hold the parameters in pieces")
@@ -90,13 +85,13 @@ class VismtCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Get the schedules ready for the next step."""
-        self._of_training().on_step(state.global_step)
+        self.driver.on_step(state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write the adapter into the checkpoint."""
         if not state.is_world_process_zero:
             return
-        driver = self._of_training()
+        driver = self.driver
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if not hasattr(given["model"], "save_pretrained"):  # the Trainer has written all weights
             write_tensors(folder / WEIGHTS, driver.moving(), {"format": "pt"})
@@ -107,15 +102,8 @@ class VismtCallback(TrainerCallback):
         """Give the model's `save_pretrained` its usual keys back."""
         setattr(given["model"], IGNORED, self._ignored)
 
-    def _of_training(self) -> MethodDriver:
-        if self._driver is None:
-            raise UserError(
-                "VismtCallback: give it to the Trainer as callbacks=[VismtCallback()], before the training."
-            )
-        return self._driver
-
     def _ignore_frozen(self) -> None:
-        driver = self._of_training()
+        driver = self.driver
         names = self._ignored
         if hasattr(driver.model, "save_pretrained"):
             names = {*(names or ()), *(driver.model.state_dict().keys() - driver.moving().keys())}
@@ -142,15 +130,15 @@ def write_repository(
     """
     record = need_record(model, "write_repository")
     folder = save_adapter(model, folder, strict=True)
-    in_peft = bool(record.sites) and METHODS[record.method].exports
+    in_peft = bool(record.layers) and METHODS[record.method].exports
     if in_peft:
         export_peft(model, folder)
-    paths = [site.path for site in record.sites]
+    paths = [site.path for site in record.layers]
     trainable, total = count_parameters(model)
     facts = [
         ("method", record.method),
         ("base model", base),
-        ("rank", f"{factor_rank(record.sites)}" if record.sites else ""),
+        ("rank", f"{factor_rank(record.layers)}" if record.layers else ""),
         ("trainable parameters", f"{trainable:,} of {total:,}"),
         ("weight fingerprint of the base", fingerprint(model, paths) if paths else ""),
     ]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from vismt.base.errors import UserError
-from vismt.integrations.method_driver import MethodDriver
+from vismt.integrations.method_driver import DriverCallback
 
 try:
     from lightning.pytorch import Callback
@@ -20,36 +20,31 @@ except ImportError as error:
 BELONGS = "vismt"  # the key of what a checkpoint belongs to
 
 
-class VismtCallback(Callback):
+class VismtCallback(DriverCallback, Callback):
     """What an adapted model needs in Lightning's Trainer.
 
     Checkpoints hold the trained tensors alone, and `trainer.fit(..., ckpt_path=...)` continues from them on a module that is
     adapted in the same way. Schedules (LISA's layers, fading routers) and optimisers (PoLAR's landing) are driven.
 
     Args:
-        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for moe_lora.
+        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for emtal.
 
     Raises:
         UserError: a module without an adapted part when fitting starts, and a checkpoint of another base, method or settings.
     """
 
-    def __init__(self, **sections: Any) -> None:
-        self._sections = sections
-        self._driver: MethodDriver | None = None
-        self._belongs: list[dict[str, Any]] = []
-        self._finished = 0
+    _finished = 0
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         """Let checkpoints lack the frozen tensors."""
         if stage == "fit":
-            self._driver = MethodDriver(pl_module, **self._sections)
-            self._belongs = self._driver.belonging()  # before a checkpoint is loaded
+            self.drive(pl_module)
             module: Any = pl_module
             module.strict_loading = False
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Start the schedules, and put the methods' optimisers around the module's."""
-        driver = self._of_fit()
+        driver = self.driver
         if str(getattr(trainer, "precision", "")).startswith("16"):
             driver.warn_of_optimizers("fp16 scales the gradients; train with bf16")
         else:
@@ -61,20 +56,15 @@ class VismtCallback(Callback):
         """Get the schedules ready for the next step after each optimiser step."""
         if trainer.global_step != self._finished:
             self._finished = trainer.global_step
-            self._of_fit().on_step(self._finished)
+            self.driver.on_step(self._finished)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Keep the trained tensors alone, and what they belong to."""
-        moving = self._of_fit().moving()
-        checkpoint[BELONGS] = self._belongs
+        moving = self.driver.moving()
+        checkpoint[BELONGS] = self.belongs
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in moving}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that belongs to another base, method or settings."""
         if self._driver is not None:
-            self._driver.check_resumed(checkpoint.get(BELONGS, self._belongs), self._belongs)
-
-    def _of_fit(self) -> MethodDriver:
-        if self._driver is None:
-            raise UserError("VismtCallback: give it to Lightning's Trainer as callbacks=[VismtCallback()] before fit.")
-        return self._driver
+            self._driver.check_resumed(checkpoint.get(BELONGS, self.belongs), self.belongs)

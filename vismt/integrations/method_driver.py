@@ -23,10 +23,11 @@ from torch.optim import Optimizer
 
 from vismt.base.errors import UserError
 from vismt.base.identity import Identity
+from vismt.base.registry import PLACES
 from vismt.engine.checkpoint import moving_state
-from vismt.lowrank.files.description import entry_of
+from vismt.lowrank.files.description import entry_of, parts_of
 from vismt.lowrank.files.store import base_samples, same_base
-from vismt.lowrank.layers.wrappers import stock_order
+from vismt.lowrank.model.modules import stock_order
 from vismt.lowrank.model.record import need_record
 from vismt.methods import Schedule, adapted_models, method_optimizer, schedules
 
@@ -99,8 +100,8 @@ class MethodDriver:
         for part, _ in self.adapted:
             record = need_record(part, "training")
             with stock_order(part):
-                samples = base_samples(part, [site.path for site in record.sites])
-            adapted = tuple(f"{site.path}." for site in record.sites)
+                samples = base_samples(part, [spec.path for spec in record.layers])
+            adapted = tuple(f"{spec.path}." for spec in record.layers)
             frozen = {
                 name: value
                 for name, value in part.named_parameters()
@@ -109,9 +110,9 @@ class MethodDriver:
             about = {
                 "method": record.method,
                 "options": record.options,
-                "layers": [entry_of(site) for site in record.sites],
+                "layers": [entry_of(spec) for spec in record.layers],
                 "also_train": sorted(record.also_train),
-                "parts": record.wrappers,
+                "parts": parts_of(record.specs),
                 "base": str(Identity(*(item for pair in sorted(frozen.items()) for item in pair))),
                 "base_samples": samples,
             }
@@ -124,6 +125,7 @@ class MethodDriver:
         if len(saved) != len(present):
             raise UserError(f"resume: the checkpoint is of {len(saved)} adapted parts, this model has {len(present)}.")
         for old, new in zip(saved, present):
+            old = {**old, "method": PLACES["renamed methods"].get(old.get("method", ""), old.get("method"))}
             for key in ("method", "layers", "options", "also_train", "parts"):
                 if old.get(key) != new[key]:
                     raise UserError(
@@ -135,6 +137,33 @@ class MethodDriver:
                     "resume: the checkpoint is of another base model (frozen weights differ); load the base of that training, "
                     "or start without a checkpoint."
                 )
+
+
+class DriverCallback:
+    """What the callbacks of the two Trainers share: the driver of the model, and what its checkpoints belong to.
+
+    Args:
+        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for moe_lora.
+    """
+
+    def __init__(self, **sections: Any) -> None:
+        self._sections = sections
+        self._driver: MethodDriver | None = None
+        self.belongs: list[dict[str, Any]] = []
+
+    def drive(self, model: nn.Module) -> None:
+        """Make the driver, before a checkpoint is loaded."""
+        self._driver = MethodDriver(model, **self._sections)
+        self.belongs = self._driver.belonging()
+
+    @property
+    def driver(self) -> MethodDriver:
+        """The driver; UserError for a callback that was not there when the training was set up."""
+        if self._driver is None:
+            raise UserError(
+                "VismtCallback: give it to the Trainer as callbacks=[VismtCallback()], before the training."
+            )
+        return self._driver
 
 
 def _difference(key: str, old: Any, new: Any) -> str:

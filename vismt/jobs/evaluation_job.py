@@ -196,7 +196,7 @@ class EvaluationJob(ABC, Generic[Config]):
                 f"evaluate: '{arm}'{more} left out: {reason} The other arms are in {RESULTS}: vismt report '{self.folder}'."
             ) from reason
         if attacks is None:
-            ranks.from_first(self.write_panels)
+            ranks.on_first(self.write_panels)
 
     def evaluate_one(self, training: Training, attacks: Sequence[AttackConfig] | None = None) -> list[Score]:
         """Return the scores of a training or reference, from its records where they are complete."""
@@ -267,7 +267,7 @@ class EvaluationJob(ABC, Generic[Config]):
             console.stage("eval", f"{name}  {protocol}  {arm}   {'   '.join(texts)}   ({count})")
 
     def report(self, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
-        """Write the report from the files of the run folder, in some of report.FORMATS and plotting.VECTORS; return its files."""
+        """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.VECTORS; return its files."""
         results = read_results(self.folder / RESULTS, self.hash)
         if not results:
             raise UserError(f"report: no results in '{self.folder}'; make them with `vismt evaluate {self.folder}`.")

@@ -28,8 +28,8 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
     """
 
     def check_risk(self) -> None:
-        """Raise UserError where `scores_under` cannot have the measures of `report: risk`."""
-        raise UserError(f"report: risk: the run '{self.folder}' has no class probabilities; name a run of multitask.")
+        """Raise UserError where `scores_under` cannot have the measures of `evaluate.risk`."""
+        raise UserError(f"evaluate.risk: the run '{self.folder}' has no class probabilities; name a run of multitask.")
 
     @abstractmethod
     def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
@@ -50,7 +50,7 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
         """Return every measure on the run's own images, clean and under each attack and corruption.
 
         net: returns the evaluated net, asked for where something is not on record. records: the folder of records.
-        risk: whether the measures of `report: risk` are among them.
+        risk: whether the measures of `evaluate.risk` are among them.
         """
 
     def write_router_maps(self, net: Callable[[Training], nn.Module], images: Callable[[], Tensor]) -> None:

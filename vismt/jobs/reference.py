@@ -1,7 +1,7 @@
 """What a configuration may hold, from the dataclasses that read it: keys for the terminal, a page and a JSON schema.
 
-The meaning of a key is its entry under `Args:` in the docstring of its dataclass, and known names are those of `Names` in its
-type.
+The meaning of a key is its entry under `Args:` in the docstring of its dataclass; known names and ranges are those of `Names`
+and `within` in its type.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from types import NoneType
 from typing import Annotated, Any, Literal
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import RunConfig
-from vismt.config.typed import MAPPINGS, Names, describe, is_union
+from vismt.config.sections import RunConfig, default_of
+from vismt.config.typed import MAPPINGS, Names, Range, describe, is_union
 from vismt.jobs import JOBS, job_config
 
 SCHEMA = "https://json-schema.org/draft/2020-12/schema"
@@ -26,8 +26,9 @@ DEFAULT_JOB = RunConfig.task  # of a configuration without the key
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", NoneType: "null"}
 PAGE_NOTE = (
     "The same in the terminal: `vismt config {job}`. Editors check and complete a file that begins with "
-    "`# yaml-language-server: $schema=PATH/config.schema.json`, the path of the schema beside this page."
+    "`# yaml-language-server: $schema=config.schema.json`; `vismt config --schema > config.schema.json` writes the schema."
 )
+BOUNDS = {"least": "minimum", "most": "maximum", "above": "exclusiveMinimum", "below": "exclusiveMaximum"}
 ENTRY = re.compile(r"    (\w+): (.*)")
 
 
@@ -120,24 +121,31 @@ def _section(hint: Any) -> type | None:
     return None
 
 
+def _marks(hint: Any) -> Iterator[Any]:
+    """Yield the annotations of a type and of its members, but not those of a section's keys."""
+    if typing.get_origin(hint) is Annotated:
+        yield from typing.get_args(hint)[1:]
+    if typing.get_origin(hint) is not Literal:
+        for member in typing.get_args(hint):
+            yield from _marks(member)
+
+
 def _names(hint: Any) -> list[str]:
     """Return the known names of a key: those of Names in its type, or the choices of a Literal."""
-    marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
-    names = [str(name) for mark in marks if isinstance(mark, Names) for name in mark]
+    names = [str(name) for mark in _marks(hint) if isinstance(mark, Names) for name in mark]
     literals = [member for member in _members(hint) if typing.get_origin(member) is Literal]
-    return names + [str(choice) for literal in literals for choice in typing.get_args(literal)]
+    return list(dict.fromkeys(names + [str(choice) for literal in literals for choice in typing.get_args(literal)]))
 
 
 def _type_text(hint: Any) -> str:
     inner = _section(hint)
-    return describe(hint) if inner is None else describe(hint).replace(inner.__name__, "section")
+    text = describe(hint) if inner is None else describe(hint).replace(inner.__name__, "section")
+    return ", ".join([text, *(str(mark) for mark in _marks(hint) if isinstance(mark, Range))])
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     """Return the default of a field as a plain value, or MISSING."""
-    value = field.default
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
+    value = default_of(field)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     return value
@@ -222,8 +230,12 @@ def _schema_of(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         inner = _schema_of(arguments[0], definitions)
-        if names := _names(hint):
-            inner.get("items", inner)["examples"] = names
+        for mark in arguments[1:]:
+            if isinstance(mark, Names):
+                inner.get("items", inner)["enum" if mark.closed else "examples"] = list(mark)
+            elif isinstance(mark, Range):
+                bounds = {word: getattr(mark, name) for name, word in BOUNDS.items()}
+                inner |= {word: bound for word, bound in bounds.items() if bound is not None}
         return inner
     if is_union(hint):
         return {"anyOf": [_schema_of(member, definitions) for member in arguments]}
@@ -245,7 +257,11 @@ def _schema_of_list(origin: Any, arguments: Sequence[Any], definitions: dict[str
     return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
 
 
+def schema_text() -> str:
+    """Return the JSON schema as the content of a file."""
+    return json.dumps(schema(), indent=1) + "\n"
+
+
 def files() -> dict[str, str]:
-    """Return the generated files of docs/reference by name."""
-    pages = {f"config_{job}.md": page(job) for job in JOBS}
-    return {**pages, "config.schema.json": json.dumps(schema(), indent=1) + "\n"}
+    """Return the pages and the schema, which the build of the documentation adds to docs/reference, by name."""
+    return {**{f"config_{job}.md": page(job) for job in JOBS}, "config.schema.json": schema_text()}

@@ -1,4 +1,4 @@
-"""`report: risk`: conformal sets and selective prediction, with thresholds from clean validation examples.
+"""`evaluate.risk`: conformal sets and selective prediction, with thresholds from clean validation examples.
 
 The thresholds are those of vismt/uncertainty/conformal.py (sets that contain the label with COVERAGE) and
 vismt/uncertainty/selective.py (confidences above which SHARE of the answers lie). Coverage, size of the sets, accepted share,
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError
 from vismt.engine.study import TuneConfig
 from vismt.report.results import Result
 from vismt.report.tables import Section, Table, interval_text, number_text
@@ -36,7 +36,6 @@ from vismt.uncertainty.selective import (
     selective_risk,
 )
 
-REPORTS = ("risk",)
 COVERAGE, SHARE = 0.9, 0.8  # of the sets; of the answers that are accepted
 COVERED, SIZE, ACCEPTED, RISK, AURC = "coverage of sets", "classes in a set", "accepted", "selective risk", "AURC"
 COLUMNS = (COVERED, SIZE, ACCEPTED, RISK, AURC)
@@ -57,13 +56,13 @@ class Thresholds:
     n: int
 
 
-def validation_parts(labels: Tensor, report: str | None, tune: TuneConfig | None) -> tuple[Tensor, Tensor]:
+def validation_parts(labels: Tensor, risk: bool, tune: TuneConfig | None) -> tuple[Tensor, Tensor]:
     """Return masks (n,) of the validation examples that choose rates, and of those that give the thresholds.
 
     They are the halves of every class, each of neighbours as in vismt.data.division, where there are rates to choose and
-    thresholds to give, else all examples. labels: int64 (n,); report and tune: of the configuration.
+    thresholds to give, else all examples. labels: int64 (n,); risk and tune: of the configuration.
     """
-    if report is None or tune is None or len(tune.rates) < 2:
+    if not risk or tune is None or len(tune.rates) < 2:
         return torch.ones_like(labels, dtype=torch.bool), torch.ones_like(labels, dtype=torch.bool)
     chooses = torch.zeros_like(labels, dtype=torch.bool)
     before = 0
@@ -75,17 +74,16 @@ def validation_parts(labels: Tensor, report: str | None, tune: TuneConfig | None
     return chooses, ~chooses
 
 
-def check_thresholds(labels: Tensor, report: str | None, tune: TuneConfig | None) -> None:
+def check_thresholds(labels: Tensor, tune: TuneConfig | None) -> None:
     """Raise UserError where the thresholds would come from too few validation examples; arguments as of `validation_parts`."""
-    if report is not None:
-        _need_examples(int(validation_parts(labels, report, tune)[1].sum()))
+    _need_examples(int(validation_parts(labels, True, tune)[1].sum()))
 
 
 def _need_examples(count: int) -> None:
     least = least_examples(COVERAGE)
     if count < least:
         raise UserError(
-            f"report: risk: {count} validation examples for the thresholds, which need {least} at least; with tune, half of "
+            f"evaluate.risk: {count} validation examples for the thresholds, which need {least} at least; with tune, half of "
             "the validation examples choose the rate. Take a larger validation share."
         )
 
@@ -96,16 +94,6 @@ def fit_thresholds(log_p: Tensor, labels: Tensor) -> Thresholds:
     chosen = log_p.gather(1, labels[:, None]).squeeze(1)
     confidence = accepting_threshold(log_p.amax(1).exp(), SHARE)
     return Thresholds(conformal_quantile(-chosen, COVERAGE), confidence, len(labels))
-
-
-def check_report(report: str | None, split: str = "test") -> None:
-    """Raise UserError for an unknown report, and for one whose thresholds would come from the evaluated examples."""
-    if report is not None and report not in REPORTS:
-        raise UserError(f"report: '{report}'.{near(report, REPORTS) or ' Known: risk.'}")
-    if report is not None and split == "validation":
-        raise UserError(
-            f"report: {report}: its thresholds come from the validation examples; set evaluate.split to test."
-        )
 
 
 def risk_measures(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from vismt.base.errors import UserError, near
-from vismt.config.typed import Names, arguments, plain_name
+from vismt.base.errors import UserError
+from vismt.config.typed import Names, arguments, plain_name, shown
 from vismt.engine.study import StudyConfig
 from vismt.multitask.balancing.base import BALANCERS, Balancer, make_balancer
 
 SPLITS = ("test", "validation")
+Split = Annotated[str, Names(SPLITS, only=True)]
+EARLIER_RETAIN = {"ema_floor": None, "weight": 1.0, "select": "all", "weighting": "task", "teacher": "bank"}
 
 
 @dataclass
@@ -25,13 +27,12 @@ class RetainConfig:
         ema_init: start value of the running cross-entropy, > 0.
         momentum: momentum of mode ema, in [0, 1).
         reduction: over the samples of a batch.
-        ema_floor: a task's weight is 1 / max(running cross-entropy, ema_floor); null for no floor.
         reverse: KL(student || bank) instead of KL(bank || student).
-        weight: factor of the loss, >= 0.
-        select: samples that the bank stores: all, correct ones, or confident ones (probability of the label above 1/2).
-        weighting: one running cross-entropy for each task or each class.
-        teacher: bank, or uniform, which stores nothing (a control).
     """
+
+    ELSEWHERE: ClassVar[dict[str, str]] = dict.fromkeys(
+        EARLIER_RETAIN, "It was an option of vismt's own; what is left are the forms of EMTAL's paper and of its code."
+    )
 
     temperature: float = 2.0
     mode: Annotated[str, Names("vismt.multitask.emtal.retain:MODES")] = "fifo2"
@@ -39,12 +40,12 @@ class RetainConfig:
     ema_init: float = 10.0
     momentum: float = 0.5
     reduction: Annotated[str, Names("vismt.multitask.emtal.retain:REDUCTIONS")] = "mean"
-    ema_floor: float | None = None
     reverse: bool = False
-    weight: float = 1.0
-    select: Annotated[str, Names("vismt.multitask.emtal.retain:SELECT")] = "all"
-    weighting: Annotated[str, Names("vismt.multitask.emtal.retain:WEIGHTING")] = "task"
-    teacher: Annotated[str, Names("vismt.multitask.emtal.retain:TEACHERS")] = "bank"
+
+    @staticmethod
+    def from_earlier(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Leave out keys of earlier versions at their defaults."""
+        return {name: value for name, value in values.items() if (name, value) not in EARLIER_RETAIN.items()}
 
 
 @dataclass
@@ -56,7 +57,7 @@ class BalancingConfig:
         options: further arguments of the method.
     """
 
-    method: Annotated[str, Names("vismt.multitask.balancing.base:BALANCERS")] = "ew"
+    method: Annotated[str, Names("vismt.multitask.balancing.base:BALANCERS", only=True)] = "ew"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -66,29 +67,33 @@ def check_adjusted(adjusts: bool, split: str) -> None:
         raise UserError("evaluate.adjust_logits: tau is chosen on the validation images; set evaluate.split to test.")
 
 
-def check_tasks(config: StudyConfig, tasks: Sequence[str], split: str, batches: dict[str, int]) -> None:
-    """Check values that types do not exclude, in the sections that jobs with several tasks share.
+def check_risk_split(split: str) -> None:
+    """Raise UserError where the thresholds would come from the evaluated examples."""
+    if split == "validation":
+        raise UserError("evaluate.risk: its thresholds come from the validation examples; set evaluate.split to test.")
 
-    Args:
-        config: of the run.
-        tasks: all names.
-        split: the evaluated split.
-        batches: sizes of batches by key.
 
-    Raises:
-        UserError: an invalid value.
-    """
+def risk_of_report(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values of a configuration with `evaluate.risk: true` for the key `report: risk` of earlier versions."""
+    if "report" not in values:
+        return values
+    others = {key: value for key, value in values.items() if key != "report"}
+    report, evaluate = values["report"], values.get("evaluate", {})
+    if report not in (None, "risk"):
+        raise UserError(f"report: {shown(report)} is not known; the key was risk or null, and is evaluate.risk now.")
+    if report is None or not isinstance(evaluate, Mapping):
+        return others
+    return {**others, "evaluate": {"risk": True, **evaluate}}
+
+
+def check_tasks(config: StudyConfig, tasks: Sequence[str]) -> None:
+    """Raise UserError for names of tasks that cannot be, and where nothing trains their heads."""
     for name in tasks:
         plain_name(name, "tasks")
     if not tasks or len(set(tasks)) < len(tasks):
         raise UserError(f"tasks: {list(tasks)}; name at least one, each once.")
     if config.train is None:
         raise UserError("train: is null; the heads on the backbone have to be trained.")
-    if split not in SPLITS:
-        raise UserError(f"evaluate.split: '{split}'.{near(split, SPLITS)}")
-    for name, value in batches.items():
-        if value < 1:
-            raise UserError(f"{name}: {value}; it must be at least 1.")
 
 
 def make_configured_balancer(config: BalancingConfig | None, tasks: Sequence[str]) -> Balancer | None:

@@ -23,9 +23,8 @@ from vismt.engine.study import StudyConfig, Training
 from vismt.jobs.evaluation_job import EvaluationJob
 from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
 from vismt.lowrank.layers.base import factor_rank
-from vismt.lowrank.model.inject import merge
+from vismt.lowrank.model.merge import erased_by_rounding, merge
 from vismt.lowrank.model.record import count_parameters, record_of
-from vismt.lowrank.model.rounding import erased_by_rounding
 from vismt.methods import METHODS, adapt, check_adaptation
 from vismt.storage.files import atomic_write, sealed
 
@@ -80,7 +79,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
     def outputs(self, merged: Net, plain: Net, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         """Yield, batch by batch, (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer).
 
-        Of processes that share the evaluation each one yields its own batches (`ranks.own`).
+        Of processes that share the evaluation each one yields its own batches (`ranks.my_share`).
         """
         return ()
 
@@ -123,7 +122,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         net, method, balanced = self.prepared(config)
         trainable, total = count_parameters(net)
         record = record_of(self.stock(net))
-        rank = factor_rank(record.sites) if record is not None else 0
+        rank = factor_rank(record.specs) if record is not None else 0
         name = f"{method} rank {rank}" if rank else method
         share = f"{trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)"
         console.stage("adapt", f"{training.arm}   {name}   {share}")
@@ -146,7 +145,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             sections=config,
         )
         about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
-        ranks.from_first(lambda: self._finish(net, config, training, about))
+        ranks.on_first(lambda: self._finish(net, config, training, about))
         if settings.trackers:
             accelerator.end_training()
 
@@ -231,7 +230,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
     def check_merge(self, training: Training) -> None:
         """Compare the merged net with the unmerged one, example by example, and write merge.json, unless it exists."""
         merged = self.loaded(training)
-        if not ranks.from_first(lambda: training_files.needs_merge_check(self.stock(merged), training)):
+        if not ranks.on_first(lambda: training_files.needs_merge_check(self.stock(merged), training)):
             return
         device = runtime.processes().device
         merge(self.stock(merged))
@@ -258,7 +257,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             "largest_logit": worst["largest"],
             "outputs": names,
         }
-        ranks.from_first(lambda: atomic_write(training.folder / training_files.MERGE, sealed(about)))
+        ranks.on_first(lambda: atomic_write(training.folder / training_files.MERGE, sealed(about)))
 
     def final(self, training: Training) -> Net:
         """Return a trained net for evaluation: merged where that is exact, on the device of this process."""

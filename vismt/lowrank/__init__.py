@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from vismt.lowrank.factors import LowRank
     from vismt.lowrank.files.combining import combine
     from vismt.lowrank.files.updates import Updates, read_updates
-    from vismt.lowrank.model.rounding import erased_by_rounding
+    from vismt.lowrank.model.merge import erased_by_rounding
     from vismt.lowrank.model.starts import fill_starts
 
 __all__ = ["LowRank", "Updates", "combine", "erased_by_rounding", "fill_starts", "read_updates"]

@@ -1,4 +1,4 @@
-"""A matrix of low rank, held as its factors: `delta = scale * L @ C @ R`.
+"""A matrix of low rank, held as its factors: `delta = scale * B @ C @ A`.
 
 C is the identity (LoRA, PiSSA, CorDA, an AMT expert), a diagonal (singular values, gates over rank groups) or a full
 matrix (PoLAR's Theta). Everything that needs the spectrum of the (out, in) matrix goes through a QR of the two
@@ -18,11 +18,11 @@ from vismt.base.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """`scale * L @ core @ R`, the weight of a linear map from `i` to `o` features.
+    """`scale * B @ core @ A`, the weight of a linear map from `i` to `o` features.
 
     Args:
-        L: (o, k), floating point.
-        R: (k, i), floating point, on the device of `L`.
+        B: (o, k), floating point.
+        A: (k, i), floating point, on the device of `B`.
         core: (k, k), or (k,) for a diagonal, or None for the identity.
         scale: finite factor, for LoRA `alpha / rank`.
 
@@ -30,34 +30,44 @@ class LowRank:
         UserError: when the shapes do not fit; the message names both.
     """
 
-    L: Tensor
-    R: Tensor
+    B: Tensor
+    A: Tensor
     core: Tensor | None = None
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        left, right = tuple(self.L.shape), tuple(self.R.shape)
+        left, right = tuple(self.B.shape), tuple(self.A.shape)
         if len(left) != 2 or len(right) != 2 or left[1] != right[0] or left[1] == 0:
             raise UserError(
-                f"low-rank factors: L is {left} and R is {right}, needed (out, rank) and (rank, in) with rank >= 1."
+                f"low-rank factors: B is {left} and A is {right}, needed (out, rank) and (rank, in) with rank >= 1."
             )
         if self.core is not None and tuple(self.core.shape) not in ((self.rank,), (self.rank, self.rank)):
             raise UserError(
-                f"low-rank core: core is {tuple(self.core.shape)} between L {left} and R {right}, "
+                f"low-rank core: core is {tuple(self.core.shape)} between B {left} and A {right}, "
                 f"needed ({self.rank},) or ({self.rank}, {self.rank})."
             )
         if not -float("inf") < self.scale < float("inf"):
             raise UserError(f"low-rank scale: {self.scale} is not finite, give a finite number.")
 
     @property
+    def L(self) -> Tensor:
+        """The earlier name of `B`."""
+        return self.B
+
+    @property
+    def R(self) -> Tensor:
+        """The earlier name of `A`."""
+        return self.A
+
+    @property
     def rank(self) -> int:
-        """Number of columns of `L`: an upper bound of the rank of the matrix."""
-        return self.L.shape[1]
+        """Number of columns of `B`: an upper bound of the rank of the matrix."""
+        return self.B.shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(o, i), the shape of the weight this stands for."""
-        return self.L.shape[0], self.R.shape[1]
+        return self.B.shape[0], self.A.shape[1]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
         """Return the same factors on another device, in another dtype, or both."""
@@ -66,24 +76,24 @@ class LowRank:
             return tensor.to(device=device, dtype=dtype)
 
         core = None if self.core is None else move(self.core)
-        return replace(self, L=move(self.L), R=move(self.R), core=core)
+        return replace(self, B=move(self.B), A=move(self.A), core=core)
 
     def delta(self) -> Tensor:
         """Return the matrix itself, (o, i), computed and returned in fp32, or in fp64 when a factor is fp64."""
         work = self._in_working_precision()
-        return work.scale * (times_core(work.L, work.core) @ work.R)
+        return work.scale * (times_core(work.B, work.core) @ work.A)
 
     def apply(self, x: Tensor) -> Tensor:
         """Return `x @ delta().T` without forming it: x (..., i) -> (..., o). Runs in the factors' dtype, returns x's."""
-        hidden = F.linear(x.to(self.R.dtype), self.R)
+        hidden = F.linear(x.to(self.A.dtype), self.A)
         if self.core is not None:
             hidden = hidden * self.core if self.core.ndim == 1 else F.linear(hidden, self.core)
-        return (self.scale * F.linear(hidden, self.L)).to(x.dtype)
+        return (self.scale * F.linear(hidden, self.B)).to(x.dtype)
 
     def svd(self) -> LowRank:
         """Return the singular value decomposition of the matrix, as factors.
 
-        Returns `L` = U (o, m) and `R` = Vh (m, i), both orthonormal, `core` = the singular values (m,) in descending
+        Returns `B` = U (o, m) and `A` = Vh (m, i), both orthonormal, `core` = the singular values (m,) in descending
         order and scale 1, where m = min(k, o, i). Computed and returned in fp32, or fp64 for fp64 factors.
         """
         left, small, right = self._small()
@@ -117,10 +127,10 @@ class LowRank:
         return _leading(decomposed, max(1, int((values > tolerance * values[0]).sum())))
 
     def balanced(self) -> LowRank:
-        """Return the same matrix as plain `L @ R`: core None, scale 1, square roots of the singular values on both sides."""
+        """Return the same matrix as plain `B @ A`: core None, scale 1, square roots of the singular values on both sides."""
         decomposed = self.svd()
         root = decomposed.core.sqrt()
-        return LowRank(decomposed.L * root, root[:, None] * decomposed.R)
+        return LowRank(decomposed.B * root, root[:, None] * decomposed.A)
 
     def plain(self) -> LowRank:
         """Return the same matrix without a core, itself where it has none; singular values go to both sides evenly."""
@@ -128,11 +138,11 @@ class LowRank:
             return self
         if self.core.ndim == 1 and bool((self.core >= 0).all()):
             root = self.core.sqrt()
-            return LowRank(self.L * root, root[:, None] * self.R, scale=self.scale)
-        return LowRank(times_core(self.L, self.core), self.R, scale=self.scale)
+            return LowRank(self.B * root, root[:, None] * self.A, scale=self.scale)
+        return LowRank(times_core(self.B, self.core), self.A, scale=self.scale)
 
     def _in_working_precision(self) -> LowRank:
-        dtype = torch.promote_types(torch.promote_types(self.L.dtype, self.R.dtype), torch.float32)
+        dtype = torch.promote_types(torch.promote_types(self.B.dtype, self.A.dtype), torch.float32)
         if self.core is not None:
             dtype = torch.promote_types(dtype, self.core.dtype)
         return self.to(dtype=dtype)
@@ -140,8 +150,8 @@ class LowRank:
     def _small(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return Q_L (o, p), the small matrix (p, q) and Q_R (q, i) with delta = Q_L @ small @ Q_R and orthonormal Q."""
         work = self._in_working_precision()
-        left, upper_left = torch.linalg.qr(work.L)
-        right, upper_right = torch.linalg.qr(work.R.mT)
+        left, upper_left = torch.linalg.qr(work.B)
+        right, upper_right = torch.linalg.qr(work.A.mT)
         return left, work.scale * (times_core(upper_left, work.core) @ upper_right.mT), right.mT
 
 
@@ -153,4 +163,4 @@ def times_core(left: Tensor, core: Tensor | None) -> Tensor:
 
 
 def _leading(decomposed: LowRank, rank: int) -> LowRank:
-    return LowRank(decomposed.L[:, :rank].contiguous(), decomposed.R[:rank].contiguous(), decomposed.core[:rank])
+    return LowRank(decomposed.B[:, :rank].contiguous(), decomposed.A[:rank].contiguous(), decomposed.core[:rank])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,18 +48,6 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             raise UserError(
                 f"weights: '{name}' is {shape}, {type(module).__name__} has {needed}: take them from this model."
             )
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Hold a module in eval mode; give every submodule its own mode back."""
-    modes = [(submodule, submodule.training) for submodule in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, training in modes:
-            submodule.training = training
 
 
 def answers(model: nn.Module, images: Tensor, rows: Tensor | None = None) -> Tensor:

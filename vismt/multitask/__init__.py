@@ -9,12 +9,11 @@ from vismt.base.exports import exports
 if TYPE_CHECKING:
     from vismt.multitask import metrics
     from vismt.multitask.balancing.base import Balancer, make_balancer
-    from vismt.multitask.emtal.clusters import cluster_model, cluster_neurons, permute_experts
+    from vismt.multitask.emtal.clusters import cluster_model, cluster_neurons
     from vismt.multitask.emtal.fading import FadeState, RouterFade
     from vismt.multitask.emtal.ffn import MoEfiedMlp
     from vismt.multitask.emtal.method import set_fade
-    from vismt.multitask.emtal.retain import QualityRetaining
-    from vismt.multitask.emtal.retain_dense import DenseRetaining
+    from vismt.multitask.emtal.retain import DenseRetaining, QualityRetaining
     from vismt.multitask.heads import make_head, resize_logits
     from vismt.multitask.tasks import DenseTask, make_task
 
@@ -32,7 +31,6 @@ __all__ = [
     "make_head",
     "make_task",
     "metrics",
-    "permute_experts",
     "resize_logits",
     "set_fade",
 ]

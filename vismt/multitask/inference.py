@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.data.maps.dense_transforms import FILL
-from vismt.multitask.dense import DenseNet
+from vismt.multitask.nets import DenseNet
 from vismt.multitask.tasks import DenseTask, MapTask
 
 LARGEST_SCALE = 8  # beyond it the windows of one image are thousands

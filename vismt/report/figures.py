@@ -181,7 +181,12 @@ def level_curves(comparisons: Sequence[Comparison], path: Path, level: str) -> P
         for family in families
     }
     if len(curves) > 1:
-        curves[f"mean of {len(curves)}"] = {arm: _mean([panel[arm] for panel in curves.values()]) for arm in arms}
+        mean: dict[str, dict[float, tuple[float, float]]] = {}
+        for arm in arms:
+            lines = [panel[arm] for panel in curves.values()]
+            shared = [at for at in lines[0] if all(at in line for line in lines)]
+            mean[arm] = {at: (math.fsum(line[at][0] for line in lines) / len(lines), 0.0) for at in shared}
+        curves[f"mean of {len(curves)}"] = mean
     levels = sorted({at for panel in curves.values() for line in panel.values() for at in line})
     columns, size = min(ACROSS, len(curves)), (2.2, 1.55)
     down = math.ceil(len(curves) / columns)
@@ -225,9 +230,3 @@ def _by_level(comparisons: Sequence[Comparison], arm: str) -> dict[float, tuple[
     """Return an arm's (value, half width) by level, ascending."""
     cells = {c.row.level or 0.0: c.cells.get(arm) for c in comparisons}
     return {level: (cell.value, cell.half) for level, cell in sorted(cells.items()) if cell is not None}
-
-
-def _mean(lines: Sequence[Mapping[float, tuple[float, float]]]) -> dict[float, tuple[float, float]]:
-    """Return the mean of several lines at the levels that all have."""
-    shared = [level for level in lines[0] if all(level in line for line in lines)]
-    return {level: (math.fsum(line[level][0] for line in lines) / len(lines), 0.0) for level in shared}

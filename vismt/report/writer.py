@@ -10,8 +10,7 @@ from typing import Any
 from vismt.base.errors import UserError
 from vismt.config.sections import RESOLVED
 from vismt.report.comparison import AVERAGE, Comparison
-from vismt.report.html import render_html, render_markdown
-from vismt.report.papers import render_csv, render_latex
+from vismt.report.renderers import render_csv, render_html, render_latex, render_markdown
 from vismt.report.results import FACTS, Result
 from vismt.report.tables import (
     KeyFigure,

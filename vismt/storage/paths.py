@@ -14,16 +14,12 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def data_roots() -> list[Path]:
-    """Return the folders of `VISMT_DATA` (as in PATH, several have the system's separator between them), in order.
-
-    Where it is not set, a folder `shared/data` beside the checkout, if there is one.
-    """
+    """Return the folders of `VISMT_DATA` (as in PATH, several have the system's separator between them), in order."""
     roots = [Path(name).expanduser() for name in os.environ.get("VISMT_DATA", "").split(os.pathsep) if name]
     for root in roots:
         if not root.is_dir():
             raise UserError(f"VISMT_DATA: '{root}' is not a folder: set it to the folder of your data sets.")
-    beside = CHECKOUT.parent / "shared" / "data"
-    return roots or [beside] * beside.is_dir()
+    return roots
 
 
 def cache_root() -> Path:

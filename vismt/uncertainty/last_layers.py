@@ -94,7 +94,7 @@ def is_variational(name: str) -> bool:
 
 def check_head(name: str, options: dict[str, Any]) -> None:
     """Raise UserError for an unknown name or option, and for an option of another type."""
-    known = [field.name for field in fields(HEADS[name])]  # type: ignore[arg-type]  # a dataclass
+    known = [field.name for field in fields(HEADS[name])]
     require_known(f"head: '{name}' has no option", options, known)
     arguments(HEADS[name], options, "head", "options")
 

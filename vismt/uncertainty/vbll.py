@@ -186,11 +186,13 @@ class VBLLClassifier(GaussianHead):
         in_features: d.
         num_classes: k >= 2.
         num_train: N, the number of training examples.
-        covariance, prior_scale and further options: those of `VBLLOptions`.
+        covariance: "diagonal", "lowrank" or "dense", as in `VBLLOptions`.
+        prior_scale: the prior variance of a weight is prior_scale * 2 / d.
         rows: (k, d), the start values of the means and the centre of the prior (rows of a trained linear head, or of an LM head
             for the answer tokens); None: prior at 0, means from N(0, 2 / d).
         seed: of the start values; the global generator is left alone.
         device: of the parameters.
+        **options: further fields of `VBLLOptions`.
 
     Raises:
         UserError: values that do not fit.

@@ -50,7 +50,7 @@ def test_packed_bits(store, write_card):
     ("arrays", "message"),
     [
         ({**GREY}, "no array 'x_test'"),
-        ({**GREY, **TEST, "y_test": np.array([2])}, "labels run from 0 to 2, but there are 2 classes"),
+        ({**GREY, **TEST, "y_test": np.array([2])}, "'y_test' runs from 2 to 2, but there are 2 classes"),
         (
             {**GREY, **TEST, "y_test": np.array([0, 1])},
             r"'y_test' is int64 \(2,\), must be whole numbers of shape \(1,\)",

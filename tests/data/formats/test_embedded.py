@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 from vismt.base.errors import UserError
 from vismt.data import source_types
+from vismt.data.check import check
 from vismt.data.formats.embedded import crop_boxes
 from vismt.data.images import open_images
+from vismt.data.texts.text_set import open_texts
 
 
 def test_digits():
@@ -83,3 +86,13 @@ def test_opening_photographs_downloads_and_imports_nothing():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_topics_of_the_python_reference():
+    train, test = open_texts("python_topics", "train"), open_texts("python_topics", "test")
+    assert len(test) == len(topics) // 4 and len(train) + len(test) == len(topics)
+    rows = train.rows + test.rows
+    assert {row["topic"]: row["text"] for row in rows} == {name: text.strip() for name, text in topics.items()}
+    assert sorted(train.ids + test.ids) == sorted(open_texts("python_topics").ids)
+    assert [row["topic"] for row in test.rows] == sorted(topics)[3::4]
+    assert train.content() != test.content() and check("python_topics").ok

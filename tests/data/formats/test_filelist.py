@@ -94,7 +94,7 @@ def test_local_name_cuts_at_the_first_marker():
 @pytest.mark.parametrize(
     ("labels", "names", "classes", "message"),
     [
-        ([3, 4], None, [*BIRDS, "005.Cardinal"], "5 of 4 classes"),
+        ([3, 3, 3], None, [*BIRDS, "005.Cardinal"], "5 of 4 classes"),
         ([3, 7], ["a.png", "b.png"], BIRDS, "labels run from 3 to 7, but label_names has 4"),
         ([3, 3], ["a.png"], BIRDS, "1 images, 2 labels"),
         ([3], None, ["x", "x", "y", "z"], "no class twice"),

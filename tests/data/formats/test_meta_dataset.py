@@ -1,39 +1,31 @@
-"""Meta-Dataset's converted domains: class ranges of the spec, alphabets, WordNet nodes, HDF5 files and folders."""
+"""Meta-Dataset's converted domains: class ranges of the spec, alphabets, WordNet nodes, files of records and their damage."""
 
 from __future__ import annotations
 
 import json
+import os
 
-import numpy as np
 import pytest
 import torch
+from helpers.tfrecords import encoded, example, record, write_class
 
 from vismt.base.errors import UserError
+from vismt.data.cards import load_card
 from vismt.data.check import check
 from vismt.data.formats.meta_dataset import leaves_of_nodes, ranges
 from vismt.data.images import open_images
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
+from vismt.storage.paths import shipped
 
 SPLIT = "{train: 2, valid: 1, test: 2}"
-
-
-def write_h5(path, values, size=(5, 6)):
-    """One class as the conversion writes it: groups 0, 1, ... each with image, label and id."""
-    h5py = pytest.importorskip("h5py")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        for i, value in enumerate(values):
-            group = file.create_group(str(i))
-            group.create_dataset("image", data=np.full((*size, 3), value, dtype=np.uint8))
-            group.create_dataset("label", data=np.array(0))
-            group.create_dataset("id", data=np.array(b"name"))
+NAMES = ["oak", "ash", "elm", "F/A-18", "yew"]
 
 
 def flat_spec(**changes):
     spec = {
         "name": "toy", "classes_per_split": {"TRAIN": 2, "VALID": 1, "TEST": 2},
         "images_per_class": {str(k): 2 for k in range(5)},
-        "class_names": {str(k): name for k, name in enumerate(["oak", "ash", "elm", "F/A-18", "yew"])},
+        "class_names": {str(k): name for k, name in enumerate(NAMES)},
         "path": "/elsewhere", "file_pattern": "{}.tfrecords", "__class__": "DatasetSpecification",
     }  # fmt: skip
     return spec | changes
@@ -71,16 +63,16 @@ ALPHABETS = {
 
 @pytest.fixture
 def domain(home, write_card):
-    """domain(spec, split, hierarchy): a card over data/md; with h5 files of two images for every class; its folder."""
+    """domain(spec, split, hierarchy): a card over data/md with two images of every class, and the folder."""
 
-    def make(spec, split=SPLIT, hierarchy=None, files=True):
+    def make(spec, split=SPLIT, hierarchy=None):
         base = home / "data" / "md"
         base.mkdir()
         count = sum(int(part.split(":")[1]) for part in split.strip("{}").split(","))
         if spec is not None:
             (base / "dataset_spec.json").write_text(json.dumps(spec))
-        for k in range(count if files else 0):
-            write_h5(base / f"{k}.h5", [10 * k, 10 * k + 1])
+        for k in range(count):
+            write_class(base / f"{k}.tfrecords", k, [10 * k, 10 * k + 1])
         kind = f"kind: meta_dataset, root: md, classes_per_split: {split}, splits: {{train: null, valid: null, test: null}}"
         more = f", hierarchy: {hierarchy}" if hierarchy else ""
         return write_card(f"  - {{{kind}{more}}}", classes=count, name="toy"), base
@@ -96,18 +88,19 @@ def test_split_is_a_range_of_class_ids_and_labels_are_those_ids(domain):
     card, _ = domain(flat_spec())
     test = open_images(card, "test")
     # A reader that numbers the classes of each split on its own would say 0, 1.
-    assert test.labels.tolist() == [3, 3, 4, 4] and test.classes == ["oak", "ash", "elm", "F/A-18", "yew"]
-    assert test.ids == ["3.h5/0", "3.h5/1", "4.h5/0", "4.h5/1"]
-    assert [int(test.read(i)[0, 0, 0]) for i in range(4)] == [30, 31, 40, 41]
+    assert test.labels.tolist() == [3, 3, 4, 4] and test.classes == NAMES
+    assert test.ids == ["3.tfrecords/0", "3.tfrecords/1", "4.tfrecords/0", "4.tfrecords/1"]
+    assert [int(test.read(i)[0, 0, 0]) for i in (3, 0, 2, 1)] == [41, 30, 40, 31]
     assert test.read(0).dtype == torch.uint8 and test.read(0).shape == (3, 5, 6)
     assert open_images(card, "train").labels.unique().tolist() == [0, 1] and len(open_images(card)) == 10
     assert test.superclass is None and test.nodes is None
 
 
 def test_without_a_spec_the_card_s_numbers_count(domain):
-    card, _ = domain(None)
-    valid = open_images(card, "valid")
-    assert valid.labels.tolist() == [2, 2] and valid.classes == ["0", "1", "2", "3", "4"]
+    card, base = domain(None)
+    write_class(base / "4.tfrecords", 4, [1, 2, 3])
+    test = open_images(card, "test")
+    assert test.labels.tolist() == [3, 3, 4, 4, 4] and test.classes == ["0", "1", "2", "3", "4"]
 
 
 def test_alphabets_become_superclasses(domain):
@@ -134,26 +127,6 @@ def test_wordnet_nodes_reach_the_sampler(domain):
 
 def test_a_leaf_below_two_nodes_counts_once_in_their_common_parent():
     assert leaves_of_nodes(GRAPHS["TRAIN"], {"n0": 5, "n1": 6, "n2": 7}) == [[5, 6, 7], [5, 6], [6, 7]]
-
-
-def test_folders_by_class_name_in_place_of_files(domain, paint):
-    card, base = domain(TREE, "{train: 3, valid: 1, test: 2}", "nodes", files=False)
-    for value, name in enumerate(["n4/x.png", "n4/y.png", "n5/x.png", "valid/n3/x.png"]):
-        paint(base / name, 10 + value)
-    test = open_images(card, "test")
-    assert test.labels.tolist() == [4, 4, 5] and test.ids == ["n4/x.png", "n4/y.png", "n5/x.png"]
-    assert int(test.read(2)[0, 0, 0]) == 12 and len(open_images(card, "valid")) == 1
-    with pytest.raises(
-        UserError, match=r"class 0 \('n0', split 'train'\) has neither '0.h5' nor '0.tfrecords' nor a folder"
-    ):
-        open_images(card, "train")
-
-
-def test_a_slash_in_a_class_name_is_no_path(domain, paint):
-    card, base = domain(flat_spec(), files=False)
-    for name in ["F_A-18/1.png", "yew/1.png", "test/yew/2.png"]:
-        paint(base / name)
-    assert open_images(card, "test").ids == ["F_A-18/1.png", "test/yew/2.png"]
 
 
 def test_hierarchy_needs_the_spec(domain):
@@ -189,54 +162,11 @@ def test_a_loop_in_the_graph_is_no_endless_walk(domain):
         open_images(card, "train")
 
 
-def test_short_damaged_and_missing_files(domain):
+def test_jpeg_is_decoded(domain):
     card, base = domain(flat_spec())
-    write_h5(base / "3.h5", [1])
-    with pytest.raises(UserError, match=r"\$VISMT_DATA/md/3.h5: holds 1 of 2 images"):
-        open_images(card, "test")
-    (base / "3.h5").write_bytes(b"no HDF5")
-    with pytest.raises(UserError, match=r"3.h5: cannot be read as HDF5"):
-        open_images(card, "test")
-    (base / "3.h5").unlink()
-    with pytest.raises(UserError, match=r"class 3 \('F/A-18', split 'test'\) has neither '3.h5'"):
-        open_images(card, "test")
-    assert len(open_images(card, "train")) == 4
-
-
-def test_image_of_another_shape_and_missing_key(domain):
-    card, base = domain(flat_spec())
-    h5py = pytest.importorskip("h5py")
-    with h5py.File(base / "4.h5", "a") as file:
-        del file["1"]["image"]
-        file["1"]["image"] = np.zeros((4, 4), np.uint8)
-        del file["0"]["image"]
-    images = open_images(card, "test")
-    with pytest.raises(UserError, match=r"4.h5: image '1' is torch.uint8 \(4, 4\), must be uint8 \(h, w, 3\)"):
-        images.read(3)
-    with pytest.raises(UserError, match=r"4.h5: image '0' cannot be read"):
-        images.read(2)
-
-
-def test_skipping_damaged_images_keeps_the_nodes(domain):
-    card, base = domain(TREE, "{train: 3, valid: 1, test: 2}", "nodes")
-    h5py = pytest.importorskip("h5py")
-    with h5py.File(base / "0.h5", "a") as file:
-        del file["1"]["image"]
-    kept = open_images(card, "train", on_bad_sample="skip")
-    assert (
-        kept.skipped == ["0.h5/1"]
-        and kept.labels.tolist() == [0, 1, 1, 2, 2]
-        and kept.nodes == [[0, 1, 2], [0, 1], [1, 2]]
-    )
-
-
-def test_without_h5py_the_extra_is_named(domain, monkeypatch):
-    import sys
-
-    card, _ = domain(flat_spec())
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(UserError, match=r'needs h5py, which is not installed: pip install "vismt\[metadataset\]"'):
-        open_images(card, "test")
+    write_class(base / "2.tfrecords", 2, [200, 100], form="JPEG")
+    valid = open_images(card, "valid")
+    assert [abs(int(valid.read(i)[1, 2, 3]) - value) <= 2 for i, value in enumerate((200, 100))] == [True, True]
 
 
 def test_check_counts_and_content_follows_the_files(domain):
@@ -244,8 +174,102 @@ def test_check_counts_and_content_follows_the_files(domain):
     report = check(card)
     assert report.ok and report.images == 10, str(report)
     before = open_images(card, "test").content()
-    assert open_images(card, "test").content() == before
-    write_h5(base / "4.h5", [7, 8], size=(9, 9))
-    assert open_images(card, "test").content() != before
-    (base / "0.h5").unlink()
-    assert not check(card).ok and "class 0 ('oak'" in check(card).problem
+    write_class(base / "4.tfrecords", 4, [7, 8], form="JPEG")
+    changed = open_images(card, "test").content()
+    assert changed != before
+    path = base / "4.tfrecords"
+    content, times = path.read_bytes(), path.stat()
+    path.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as unpacking an archive does
+    assert open_images(card, "test").content() != changed
+    path.write_bytes(content)
+    source = load_card(card).sources[0]
+    assert list(source.list_files(base)) == [*(f"{k}.tfrecords" for k in range(5)), "dataset_spec.json"]
+    (base / "0.tfrecords").unlink()
+    assert "class 0 ('oak', split 'train') has no file '0.tfrecords' under $VISMT_DATA/md" in check(card).problem
+    assert not check(card).ok and len(open_images(card, "test")) == 4
+
+
+def test_skipping_damaged_images_keeps_the_nodes(domain):
+    card, base = domain(TREE, "{train: 3, valid: 1, test: 2}", "nodes")
+    (base / "0.tfrecords").write_bytes(record(example({"image": [encoded(1)], "label": [0]})) + record(b""))
+    kept = open_images(card, "train", on_bad_sample="skip")
+    assert kept.skipped == ["0.tfrecords/1"] and kept.labels.tolist() == [0, 1, 1, 2, 2]
+    assert kept.nodes == [[0, 1, 2], [0, 1], [1, 2]]
+
+
+def flip(data, place):
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+GOOD = record(example({"image": [encoded(1)], "label": [3]}))
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (flip(GOOD, 0), "record 1: its length does not fit its checksum"),
+        (flip(GOOD, 9), "record 1: its length does not fit its checksum"),
+        (GOOD[:-1], r"record 1: [\d,]+ bytes, [\d,]+ are there"),
+        (GOOD[:30], r"record 1: [\d,]+ bytes, 30 are there"),
+        (GOOD[:7], "record 1: the file ends within its length"),
+    ],
+)
+def test_damaged_framing_is_seen_when_the_set_is_opened(domain, second, message):
+    card, base = domain(flat_spec())
+    (base / "3.tfrecords").write_bytes(GOOD + second)
+    with pytest.raises(UserError, match=rf"^\$VISMT_DATA/md/3.tfrecords: {message}") as caught:
+        open_images(card, "test")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (flip(GOOD, 40), "the data does not fit its checksum"),
+        (flip(GOOD, len(GOOD) - 1), "the data does not fit its checksum"),
+        (record(b"\x0a\x05abc"), r"not a tf.train.Example \(a field ends beyond its message\)"),
+        (record(b"\x0b\x01"), r"not a tf.train.Example \(wire type 3\)"),
+        (record(b"\x0a\x02\x0a\x80"), "not a tf.train.Example"),
+        (record(b"\x80" * 12), r"not a tf.train.Example \(a number longer"),
+        (record(b"\x08\x01"), r"not a tf.train.Example \(field 1 is a number"),
+        (
+            record(example({"img": [b"x"], "label": [3]})),
+            "needs one 'image' of type bytes; its features are 'img', 'label'",
+        ),
+        (record(example({"image": [encoded(1)]})), "needs one 'label' of type int; its features are 'image'"),
+        (record(example({"image": [encoded(1)] * 2, "label": [3]})), "needs one 'image'"),
+        (record(example({"image": [5], "label": [3]})), "needs one 'image' of type bytes"),
+        (record(b""), "needs one 'image' of type bytes; its features are nothing"),
+        (record(example({"image": [encoded(1)], "label": [4]})), "has label 4, its file is that of class 3"),
+        (record(example({"image": [b"no image"], "label": [3]})), "cannot be decoded"),
+    ],
+)
+def test_a_damaged_record_is_named_when_it_is_read(domain, second, message):
+    card, base = domain(flat_spec())
+    (base / "3.tfrecords").write_bytes(GOOD + second)
+    test = open_images(card, "test")
+    assert int(test.read(0)[0, 0, 0]) == 1
+    with pytest.raises(UserError, match=rf"^\$VISMT_DATA/md/3.tfrecords: record 1: .*{message}") as caught:
+        test.read(1)
+    assert "\n" not in str(caught.value)
+    kept = open_images(card, "test", on_bad_sample="skip")
+    assert kept.skipped == ["3.tfrecords/1"] and kept.labels.tolist() == [3, 4, 4]
+
+
+def test_another_number_of_records_than_the_spec_says(domain):
+    card, base = domain(flat_spec())
+    (base / "3.tfrecords").write_bytes(GOOD)
+    with pytest.raises(UserError, match=r"3.tfrecords: holds 1 of 2 images"):
+        open_images(card, "test")
+    (base / "3.tfrecords").write_bytes(b"")
+    with pytest.raises(UserError, match=r"3.tfrecords: holds 0 of 2 images"):
+        open_images(card, "test")
+
+
+@pytest.mark.parametrize("path", sorted(shipped("datasets").glob("md_*")), ids=lambda path: path.name)
+def test_every_card_says_where_its_records_lie(path):
+    card = load_card(path.name)
+    (source,) = card.sources
+    steps = " ".join(card.how_to_get.split())
+    assert f"0.tfrecords to {card.classes - 1}.tfrecords" in steps and f"$VISMT_DATA/{source.root}." in steps

@@ -159,7 +159,7 @@ def test_pcam_labels_come_from_its_file_once(home, monkeypatch, write_card):
 
 def test_unknown_class_and_split(home, write_card):
     path = write_card("  - {kind: torchvision, dataset: CIFAR11, root: c, splits: {train: 3}}")
-    with pytest.raises(UserError, match=r"class 'CIFAR11' is not known. Near: 'CIFAR10"):
+    with pytest.raises(UserError, match=r"dataset: 'CIFAR11' is not known. Near: 'CIFAR10"):
         open_images(path, download=True)
     path = write_card("  - {kind: torchvision, dataset: SVHN, root: c, splits: {tests: 3}}", name="other")
     with pytest.raises(UserError, match=r"SVHN has no split 'tests'. Near: 'test'"):

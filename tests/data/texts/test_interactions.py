@@ -11,8 +11,8 @@ import pytest
 from vismt.base.errors import UserError
 from vismt.data.cards import load_card
 from vismt.data.check import check, prepare
+from vismt.data.copies import write_manifest
 from vismt.data.images import open_images
-from vismt.data.manifest import write_manifest
 from vismt.data.texts.interactions import Catalogue, draw_candidates, numbered
 from vismt.data.texts.text_set import open_texts
 from vismt.storage import wheels
@@ -173,11 +173,11 @@ def test_a_damaged_archive(put):
 
 @pytest.mark.parametrize(("change", "message"), [
     ("files: {test: s.jsonl}", "give either 'files'"),
-    ("splits: {dev: 1}", "no split 'dev' of a table of events"),
+    ("splits: {dev: 1}", "a table of events has no split 'dev'"),
     ("columns: [user, user, time]", "'columns' must be 3 different names"),
     ("separator: ', '", "separator ', ' must be one character"),
     ("item_separator: ''", "item_separator '' must be one character"),
-    ("shortest: 0", "shortest 0; a history has at least 1 item"),
+    ("shortest: 0", "shortest is 0; it must be at least 1"),
     ("title: 'x'", "has 0 groups, must have one"),
     ("title: '('", "is not a regular expression"),
     ("encoding: latin-99", "encoding 'latin-99' is not known"),

@@ -94,7 +94,7 @@ def test_documents(put):
 def test_check_tells_a_changed_file(home, put):
     path = put(b"a\t1\nb\t0\n", LINES % (2, ", manifest: m.json"))
     from vismt.data.cards import load_card
-    from vismt.data.manifest import write_manifest
+    from vismt.data.copies import write_manifest
 
     source = load_card(path).sources[0]
     write_manifest(path.parent / "m.json", source.list_files(home / "data" / "t"))
@@ -116,7 +116,7 @@ def test_rows_that_the_card_does_not_describe(put, content, message):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ("form: line", "form 'line' is not known. Near: 'lines'"),
+    ("form: line", "form: 'line' is not known. Near: 'lines'"),
     ("separators: []", "need 1 separators"),
     ("files: {test: a.txt}", "they must agree"),
     ("encoding: latin-99", "encoding 'latin-99' is not known"),

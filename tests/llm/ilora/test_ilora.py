@@ -21,8 +21,7 @@ import vismt
 from vismt.base.errors import UserError
 from vismt.llm import gate_of, instance_gates, recompute_gates
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.lowrank.layers.conv import LowRankConv
-from vismt.lowrank.layers.linear import LowRankLinear
+from vismt.lowrank.layers.forms import LowRankConv, LowRankLinear
 
 KINDS = (*LMS, "vit")
 WIDTH = 6
@@ -219,7 +218,7 @@ def test_i3_a_uniform_gate_is_lora(kind: str) -> None:
     vismt.adapt(plain, "lora", rank=8, alpha=32.0)
     for path, twin in adapter_layers(plain).items():
         twin.fill(model.get_submodule(path).tensors())
-    assert {site.settings.scale for site in plain.vismt_record.sites} == {4.0}
+    assert {site.settings.scale for site in plain.vismt_record.layers} == {4.0}
     with instance_gates(torch.full((3, 4), 0.25).double()):
         out = run(model, x)
     assert torch.allclose(out, run(plain, x), rtol=0, atol=1e-11)

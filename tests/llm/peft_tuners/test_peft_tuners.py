@@ -174,11 +174,11 @@ def test_hooks_fire_once() -> None:
 
 def test_alpha_keeps_the_ratio_of_peft_unless_it_is_given() -> None:
     def option(tuner: str, name: str, **more: Any) -> object:
-        return hosted(tuner, **more).vismt_record.sites[0].settings.options[name]
+        return hosted(tuner, **more).vismt_record.layers[0].settings.options[name]
 
     assert option("loha", "alpha", rank=2) == 2 and option("loha", "alpha", rank=2, alpha=7) == 7
     assert option("randlora", "randlora_alpha", rank=2, alpha=None) == 40
-    assert "r" not in hosted("oft").vismt_record.sites[0].settings.options  # r would exclude oft_block_size
+    assert "r" not in hosted("oft").vismt_record.layers[0].settings.options  # r would exclude oft_block_size
 
 
 def test_ia3_without_feed_forward_modules_among_the_targets() -> None:

@@ -22,7 +22,7 @@ from vismt.base.errors import UserError
 from vismt.llm import UnitSelection, check_slices, read_slices, select_units, switch
 from vismt.llm.s2ft.structures import structures
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.lowrank.layers.wrappers import to_stock
+from vismt.lowrank.model.modules import to_stock
 
 EVERY = ("v", "o", "u", "d")
 

@@ -21,8 +21,8 @@ from vismt.llm.ilora.recommenders import NextItem, SASRec, padded
 from vismt.llm.net import LmNet
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import gather
+from vismt.llm.tasks.item_prompts import read_answer
 from vismt.llm.tasks.pieces import IGNORE, collate, stem, tree
-from vismt.llm.tasks.written import read_answer
 from vismt.lowrank.layers.gates import instance_gates
 from vismt.methods import adapt
 

@@ -24,17 +24,16 @@ from vismt.jobs.lm.config import LmTaskConfig, task_of
 from vismt.llm import net as net_file
 from vismt.llm.net import LmNet, check_logits, stored_lower_states
 from vismt.llm.tasks import make_task
-from vismt.llm.tasks.alternating import AlternatingObjective
 from vismt.llm.tasks.base import (
     Item,
     LmObjective,
     answer_tokens,
     gather,
     probability_measures,
-    ratio_measures,
     temperature_of,
     tempered,
 )
+from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.generation import normalised
 from vismt.llm.tasks.pieces import IGNORE, Piece, collate, pack, piece, stem, windows
 from vismt.methods import adapt
@@ -43,6 +42,12 @@ from vismt.uncertainty.last_layers import LinearAnswerHead, log_predictive, make
 
 KINDS = ("llama", "qwen2", "gpt2")
 PIECES = [piece([5, 6, 7], [8, 9], 20), piece([10], [11, 12, 13, 14, 15], 20), piece([16, 17, 18, 19], [20], 20)]
+
+
+def texts_of(task, net, items):
+    return [record["text"] for record in task.score(net, gather(items), items)]
+
+
 SENTIMENT = {"answers": {"0": " negative", "1": " positive"}}
 
 
@@ -259,8 +264,8 @@ def test_left_padding_changes_neither_features_nor_generation(lm):
     questions = ["what is one plus two", "sky", "the green grass is"]
     items = [task.encode(q, {"q": q, "a": "one"}, words) for q in questions]
     assert len({len(item.pieces[0].ids) for item in items}) == 3
-    together = task.generate(net, items)
-    assert together == [task.generate(net, [item])[0] for item in items] and len(set(together)) > 1
+    together = texts_of(task, net, items)
+    assert together == [texts_of(task, net, [item])[0] for item in items] and len(set(together)) > 1
     for text, question in zip(together, questions):  # and transformers generates the same text for the single prompt
         ids = torch.tensor([words(f"Question: {question}")["input_ids"]])
         generated = lm.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=2)
@@ -289,7 +294,7 @@ def test_generation_is_greedy_whatever_the_checkpoint_asks_for():
     }
     lm.generation_config.update(**asked)
     (item,) = [task.encode("a", {"q": "the green grass is", "a": "one"}, words)]
-    assert task.generate(LmNet(lm), [item]) == [wanted]
+    assert texts_of(task, LmNet(lm), [item]) == [wanted]
     assert all(getattr(lm.generation_config, name) == value for name, value in asked.items())  # left as it was
 
 
@@ -352,7 +357,8 @@ def test_answers_are_scored_list_wise(lm, normalise):
 
 def test_perplexity_is_counted_over_tokens():
     # 2 nats on one token and 6 on seven: 8 nats / 8 tokens = 1. A mean over rows would be (2 + 6 / 7) / 2 = 1.43.
-    measures = ratio_measures([{"id": "a", "nats": 2.0, "tokens": 1}, {"id": "b", "nats": 6.0, "tokens": 7}])
+    causal = make_task("causal", "", {"answer": "{text}"})
+    measures = causal.measures([{"id": "a", "nats": 2.0, "tokens": 1}, {"id": "b", "nats": 6.0, "tokens": 7}])
     nats, perplexity = measures["NLL in nats a token"], measures["perplexity"]
     assert nats.score == pytest.approx(1.0) and perplexity.score == pytest.approx(math.e)
     assert nats.values == pytest.approx({"a": 1 + (2 - 1) / 4, "b": 1 + (6 - 7) / 4})  # effect of each row

@@ -23,9 +23,9 @@ def draw(seed, out, inp, rank, core="none", scale=1.0, dtype=torch.float64):
 
 
 def dense(a):
-    core = torch.eye(a.rank, dtype=a.L.dtype) if a.core is None else a.core
+    core = torch.eye(a.rank, dtype=a.B.dtype) if a.core is None else a.core
     core = torch.diag(core) if core.ndim == 1 else core
-    return a.scale * torch.einsum("ok,kj,ji->oi", a.L, core, a.R)
+    return a.scale * torch.einsum("ok,kj,ji->oi", a.B, core, a.A)
 
 
 CORES, SCALES = ["none", "diagonal", "matrix"], [1.0, 0.25, -3.0]
@@ -77,7 +77,7 @@ def test_both_methods_are_the_weighted_sum(data):
 def test_one_adapter_of_weight_one_is_itself(core, scale, method):
     a = draw(4, 6, 5, 3, core, scale, torch.float32)
     b = combine([a], [1.0], method)
-    assert torch.equal(a.L, b.L) and torch.equal(a.R, b.R) and a.scale == b.scale
+    assert torch.equal(a.B, b.B) and torch.equal(a.A, b.A) and a.scale == b.scale
     assert (a.core is None and b.core is None) or torch.equal(a.core, b.core)
 
 

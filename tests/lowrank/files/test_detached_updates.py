@@ -31,7 +31,7 @@ ADAPTERS = {
     "amt blocks": ("amt", {"split_qkv": True}),
     "conv": ("pissa", {"targets": ["attn.qkv", "patch_embed.proj"]}),
     "bf16": ("lora", {"dtype": "bfloat16"}),
-    "emtal": ("moe_lora", {"n_experts": 4}),
+    "emtal": ("emtal", {"n_experts": 4}),
 }
 
 
@@ -39,7 +39,7 @@ def adapter(name: str, seed: int = 2, **more: object) -> nn.Module:
     """A trained adapter on the tiny ViT, a router at the end of its schedule."""
     method, options = ADAPTERS[name]
     model = tiny_vit()
-    targets = {} if method == "moe_lora" else {"targets": LAYERS}
+    targets = {} if method == "emtal" else {"targets": LAYERS}
     vismt.adapt(model, method, **{"rank": 2, **targets, **options, **more})
     for module in model.modules():
         if hasattr(module, "fade"):
@@ -125,8 +125,8 @@ def test_one_adapter_of_weight_one_is_itself(name: str, form: str, tmp_path: Pat
     for path, update in (updates or {}).items():
         read = itself.low_rank[path]
         assert (
-            torch.equal(read.L, update.L)
-            and torch.equal(read.R, update.R)
+            torch.equal(read.B, update.B)
+            and torch.equal(read.A, update.A)
             and read.scale == update.scale
             and read.core is None
         )
@@ -253,7 +253,7 @@ def test_settings_of_peft_are_compared_with_the_model(tmp_path: Path) -> None:
 
 def test_a_router_has_to_have_faded(tmp_path: Path) -> None:
     live = tiny_vit()
-    vismt.adapt(live, "moe_lora", rank=2, n_experts=4)
+    vismt.adapt(live, "emtal", rank=2, n_experts=4)
     shake(live)
     for source in (live, vismt.save_adapter(live, tmp_path)):
         with pytest.raises(UserError, match=r"combine.*: the router of 'blocks\.0\.mlp' still routes \(fade 0 of 1"):

@@ -17,7 +17,7 @@ import vismt
 from vismt.base.errors import UserError
 from vismt.lowrank import erased_by_rounding
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.lowrank.layers.wrappers import stock_order
+from vismt.lowrank.model.modules import stock_order
 
 transformers = pytest.importorskip("transformers")
 

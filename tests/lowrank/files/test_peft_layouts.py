@@ -149,7 +149,7 @@ def test_sums_of_adapters(tmp_path) -> None:
     total = combine(models, [0.5, 0.5]).put_on(reader("mixtral"))
     layers = [model.model.layers[0].mlp.experts.down_proj for model in (*models, total)]
     assert all(isinstance(layer, LowRankLayer) for layer in layers)
-    first, second, both = (layer.formed() - layer.weight for layer in layers)
+    first, second, both = (layer.adapted_weight() - layer.weight for layer in layers)
     assert torch.allclose(both, (first + second) / 2, atol=1e-5)
     vismt.export_peft(total, tmp_path / "total")
     theirs = peft.PeftModel.from_pretrained(reader("mixtral"), str(tmp_path / "total")).eval()

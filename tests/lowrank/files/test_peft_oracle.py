@@ -35,7 +35,7 @@ METHODS = {
     "polar": {"alpha": 4},
     "ilora": {"n_experts": 2, "rank": 4},
     "s2ft": {"ratio": 0.25},
-    "moe_lora": {"n_experts": 4},
+    "emtal": {"n_experts": 4},
 }
 
 
@@ -57,7 +57,7 @@ def trained(name: str, kind: str, **more: object) -> nn.Module:
     if method == "s2ft":
         options.pop("rank")
     vismt.adapt(model, method, **options)
-    if method == "moe_lora":
+    if method == "emtal":
         set_fade(model, 1.0)
     return shake(model)
 
@@ -69,7 +69,7 @@ def read_by_peft(model: nn.Module, folder: Path) -> nn.Module:
         return peft.PeftModel.from_pretrained(model, str(folder)).eval()
 
 
-CASES = [(name, kind) for name in METHODS for kind in KINDS if name != "moe_lora" or kind == "vit"]
+CASES = [(name, kind) for name in METHODS for kind in KINDS if name != "emtal" or kind == "vit"]
 
 
 @pytest.mark.parametrize("name,kind", CASES)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vismt
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.embedding import LowRankEmbedding
+from vismt.lowrank.layers.forms import LowRankEmbedding
 
 
 class Net(nn.Module):

@@ -15,7 +15,7 @@ import vismt
 from vismt.base.errors import UserError
 from vismt.lowrank import fill_starts
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.lowrank.layers.parameters import HeldParameter
+from vismt.lowrank.layers.parameter_modules import ParameterModule
 
 pytest.importorskip("transformers")
 pytest.importorskip("torchvision")
@@ -68,7 +68,7 @@ def test_contract(kind: str, method: str, tmp_path) -> None:
     assert (run(model, kind) - moved).abs().max() <= 1e-5 * moved.abs().max()
     assert list(model.state_dict()) == list(stock) and hooks(model) == hooks(reader(kind))
     assert [type(m) for m in model.modules()] == [type(m) for m in reader(kind).modules()]
-    assert not any(isinstance(module, HeldParameter) for module in model.modules())
+    assert not any(isinstance(module, ParameterModule) for module in model.modules())
 
 
 @pytest.mark.parametrize("kind", LMS)
@@ -82,7 +82,7 @@ def test_the_sum_is_that_of_each_expert(kind: str) -> None:
         pair = "eri,eor->eio" if kind == "gpt_oss" else "eri,eor->eoi"  # GPT-OSS stores (e, i, o)
         expected = W + 3 * torch.einsum(pair, A, B)
         assert layer.lora_A.shape[1] == model.config.hidden_size or name == "down_proj"
-        assert torch.allclose(layer.formed(), expected, atol=1e-6)
+        assert torch.allclose(layer.adapted_weight(), expected, atol=1e-6)
         assert torch.allclose(getattr(merged.model.layers[1].mlp.experts, name), expected, atol=1e-6)
 
 
@@ -195,10 +195,10 @@ def test_a_reader_outside_of_the_forward_gets_the_sum() -> None:
 def test_split_qkv_gives_each_projection_its_own_pair() -> None:
     model = reader("vit")
     report = vismt.adapt(model, "lora", ["in_proj_weight"], rank=2, split_qkv=True)
-    assert report.sites[0].settings.blocks == (32, 32, 32) and model.vismt_record.sites[0].kind == "parameter"
+    assert report.sites[0].settings.blocks == (32, 32, 32) and model.vismt_record.layers[0].kind == "parameter"
     layer = shake(model).get_submodule(report.sites[0].path)
     rows = [B @ A for A, B in zip(layer.lora_A.chunk(3), layer.lora_B.chunk(3))]
-    assert torch.allclose(layer.formed(), layer.weight + torch.cat(rows), atol=1e-6)
+    assert torch.allclose(layer.adapted_weight(), layer.weight + torch.cat(rows), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "vit"])

@@ -18,8 +18,8 @@ import vismt
 from vismt.base.errors import UserError
 from vismt.llm import collect_covariance, instance_gates
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.lowrank.layers.packed import LowRankPacked
-from vismt.lowrank.layers.packed_weights import dense_weight, use_cpu_kernel
+from vismt.lowrank.layers.forms import LowRankPrequantized
+from vismt.lowrank.layers.stock_modules import dense_weight, use_cpu_kernel
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2}
 METHODS: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ def test_every_factor_method_keeps_its_promises(kind: str, method: str, tmp_path
     before, weights = logits(stock), bits(stock)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     vismt.adapt(model, method, TARGETS, rank=2, **options)
-    assert all(isinstance(layer, LowRankPacked) for layer in adapter_layers(model).values())
+    assert all(isinstance(layer, LowRankPrequantized) for layer in adapter_layers(model).values())
     if method != "ilora":  # its B is not zero
         assert torch.allclose(logits(model), before, atol=1e-4)
     shake(model)
@@ -199,7 +199,7 @@ def test_methods_that_use_the_weight_itself_are_refused(method: str, options: di
 def test_a_router_does_not_move_the_units_of_packed_weights() -> None:
     model = FORMATS["bitsandbytes-4"](tiny_vit(embed_dim=64))
     with pytest.raises(UserError, match=r"'blocks\.0\.mlp\.fc1' is quantised \(bitsandbytes Params4bit\)"):
-        vismt.adapt(model, "moe_lora", n_experts=4)
+        vismt.adapt(model, "emtal", n_experts=4)
     vismt.adapt(model, "lora", split_qkv=True, rank=2)
     shake(model)(images()).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -125,7 +125,7 @@ def test_a_sequential_model_runs_with_parked_adapters() -> None:
 
 def test_a_router_that_fades_goes_on_after_other_adapters() -> None:
     model = tiny_vit()
-    vismt.adapt(model, "moe_lora", rank=2, n_experts=4, name="routed")
+    vismt.adapt(model, "emtal", rank=2, n_experts=4, name="routed")
     schedule = RouterFade(10, 0.0, 1.0)
     set_fade(model, schedule)
     schedule.on_step(4)

@@ -24,7 +24,7 @@ METHODS: dict[str, dict] = {
     "amt": {},
     "s2ft": {"ratio": 0.25},
     "lisa": {},
-    "moe_lora": {"n_experts": 4},
+    "emtal": {"n_experts": 4},
     "peft:dora": {},
 }
 

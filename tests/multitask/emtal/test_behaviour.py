@@ -43,11 +43,11 @@ def stock(seed: int = 0) -> nn.Module:
 def routed(
     seed: int = 0, experts: int = 8, dtype: torch.dtype = torch.float32, cluster: bool = True, **options: object
 ) -> nn.Module:
-    """Return a ViT adapted with moe_lora, with random weights, because no test here depends on pre-training."""
+    """Return a ViT adapted with emtal, with random weights, because no test here depends on pre-training."""
     vit = stock(seed).to(dtype)
     # Labels are passed and not read from the cache, so that tests do not depend on each other.
     labels = [cluster_neurons(block.mlp.fc1.weight, experts) for block in vit.blocks] if cluster else False
-    vismt.adapt(vit, "moe_lora", rank=2, n_experts=experts, cluster=labels, seed=seed, also_train=["head"], **options)
+    vismt.adapt(vit, "emtal", rank=2, n_experts=experts, cluster=labels, seed=seed, also_train=["head"], **options)
     return vit
 
 
@@ -270,7 +270,7 @@ def test_the_published_start_is_well_off_the_pretrained_function() -> None:
 def test_the_router_is_all_that_plain_lora_lacks(classes: int, plain: int) -> None:
     """Published counts of LoRA-16 on the same layers, and L D K more with a router."""
     reports = []
-    for method, options in (("lora", {"targets": r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"}), ("moe_lora", {})):
+    for method, options in (("lora", {"targets": r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"}), ("emtal", {})):
         with torch.device("meta"):
             model = timm.create_model("vit_base_patch16_224", num_classes=classes)
         reports.append(vismt.adapt(model, method, rank=16, also_train=["head"], **options).trainable)

@@ -20,7 +20,7 @@ from vismt.multitask.emtal.expert_pairs import ExpertPairs
 def adapted(**options: object) -> nn.Module:
     """Return a ViT with 16 clustered experts of 8 units with a pair of rank 1 each, in fp64."""
     model = tiny_vit().double()
-    vismt.adapt(model, "moe_lora", rank=4, n_experts=16, pairs="expert", **options)
+    vismt.adapt(model, "emtal", rank=4, n_experts=16, pairs="expert", **options)
     return shake(model, 0.1)
 
 
@@ -56,12 +56,12 @@ def test_forward_and_gradients_are_the_loop_over_experts(fade: float) -> None:
 def test_parameters_are_those_of_the_shared_pair_and_of_the_paper_in_the_literal_form() -> None:
     shared, own = tiny_vit(), tiny_vit()
     for model, pairs in ((shared, "shared"), (own, "expert")):
-        vismt.adapt(model, "moe_lora", rank=4, n_experts=16, pairs=pairs, cluster=False)
+        vismt.adapt(model, "emtal", rank=4, n_experts=16, pairs=pairs, cluster=False)
     assert count_parameters(shared)[0] == count_parameters(own)[0]
     with torch.device("meta"):
         base = timm.create_model("vit_base_patch16_224", num_classes=598)
     ranks = {"fc1": 16, "fc2": 16}  # of a shared pair; rank 4 for each of 16 experts
-    report = vismt.adapt(base, "moe_lora", rank=4, rank_pattern=ranks, n_experts=16, pairs="expert")
+    report = vismt.adapt(base, "emtal", rank=4, rank_pattern=ranks, n_experts=16, pairs="expert")
     assert report.trainable + 598 * 769 == 2_303_062 and "16 x 4" in str(report)
 
 
@@ -102,7 +102,7 @@ def test_what_is_refused(tmp_path) -> None:
         ({"rank": 4, "n_experts": 16, "pairs": "experts"}, "pairs 'experts'. Near: 'expert'"),
     ):
         with pytest.raises(UserError) as caught:
-            vismt.adapt(tiny_vit(), "moe_lora", **{"pairs": "expert", **options})
+            vismt.adapt(tiny_vit(), "emtal", **{"pairs": "expert", **options})
         assert words in str(caught.value)
     model = adapted()
     first = next(module for module in model.modules() if isinstance(module, ExpertPairs))

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vismt.base.errors import UserError
+from vismt.config import typed
+from vismt.jobs.task_sections import RetainConfig
 from vismt.multitask.emtal.retain import QualityRetaining
 
 TASKS = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -151,14 +153,6 @@ def test_halving_a_task_doubles_its_gradient_and_nothing_else() -> None:
     assert torch.allclose(gradients[1][[1, 3]], 2 * gradients[0][[1, 3]])
 
 
-def test_the_floor_is_off_unless_asked_for() -> None:
-    logits, labels = batch(3)
-    free, bounded = (
-        QualityRetaining(6, TASKS, ema_init=1e-4, ema_decay=1.0, ema_floor=floor) for floor in (None, 1e-2)
-    )
-    assert free.loss(logits, labels).item() == pytest.approx(100 * bounded.loss(logits, labels).item(), rel=1e-5)
-
-
 def test_broken_samples_leave_no_trace() -> None:
     retain, clean = (QualityRetaining(6, TASKS) for _ in range(2))
     start = batch(6, seed=5)[0]
@@ -198,7 +192,6 @@ def test_state_is_fp32_saved_and_restored() -> None:
         ({"ema_decay": 1.1}, "ema_decay 1.1"),
         ({"ema_init": 0.0}, "ema_init 0.0"),
         ({"momentum": 1.0}, "momentum 1.0"),
-        ({"ema_floor": -1.0}, "ema_floor -1.0, needed > 0 or None"),
         ({"task_of_class": TASKS[:5]}, r"task_of_class is \(5,\).*needed \(6,\) int64"),
         ({"task_of_class": TASKS.float()}, "float32"),
         ({"task_of_class": torch.tensor([0, 0, 0, 2, 2, 2])}, "task 1 has no class"),
@@ -227,75 +220,6 @@ def test_bad_batches(logits: Tensor, labels: Tensor, message: str) -> None:
     for call in (retain.loss, retain.update):
         with pytest.raises(UserError, match=message):
             call(logits, labels)
-
-
-# Options that are ours ------------------------------------------------------------------------------------------------------
-
-
-def test_weight_scales_the_loss_alone() -> None:
-    logits, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1])
-    plain, tenth = (QualityRetaining(3, [0, 0, 0], weight=weight) for weight in (1.0, 0.1))
-    assert tenth.loss(logits, labels).item() == pytest.approx(plain.loss(logits, labels).item() / 10)
-    plain.update(logits, labels)
-    tenth.update(logits, labels)
-    assert torch.equal(plain.bank, tenth.bank) and torch.equal(plain.ema, tenth.ema)
-
-
-def test_selected_samples_enter_the_bank_and_all_enter_the_loss() -> None:
-    # p of the label: sure 0.98, right 0.42, wrong 0.16. In the batch the last one of the class is the wrong one.
-    sure, right, wrong = [4.0, 0, 0], [0.3, 0, 0], [0.0, 1, 0]
-    logits, labels = torch.tensor([sure, right, wrong]), torch.zeros(3, dtype=torch.int64)
-    for select, stored in (("all", wrong), ("correct", right), ("confident", sure)):
-        retain = QualityRetaining(3, [0, 0, 0], select=select, ema_decay=1.0)
-        every = QualityRetaining(3, [0, 0, 0], ema_decay=1.0)
-        assert retain.loss(logits, labels).item() == pytest.approx(every.loss(logits, labels).item())
-        retain.update(logits, labels)
-        assert retain.bank[0, 1].tolist() == pytest.approx(stored)
-        retain.update(logits[2:], labels[2:])  # nothing selected: the bank does not shift
-        assert (retain.bank[0, 0].tolist() == pytest.approx(stored)) == (select == "all")
-    # The running cross-entropy is over all samples, whatever is selected.
-    narrow = QualityRetaining(3, [0, 0, 0], select="confident", ema_decay=0.0)
-    narrow.update(logits, labels)
-    assert narrow.ema.item() == pytest.approx(F.cross_entropy(logits, labels).item())
-
-
-def test_weighting_by_class_by_hand() -> None:
-    # Class 0 has a cross-entropy of ln 2 in the batch, class 1 of ln 4; T = 1 and an empty bank: KD = 2 KL(U || p).
-    logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
-    labels = torch.tensor([0, 1])
-    retain = QualityRetaining(2, [0, 0], weighting="class", ema_decay=0.0, temperature=1.0)
-    pulled = 2 * (0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
-    assert retain.loss(logits, labels).item() == pytest.approx((0 / math.log(2) + pulled / math.log(4)) / 2)
-    shared = QualityRetaining(2, [0, 0], ema_decay=0.0, temperature=1.0)
-    mean = (math.log(2) + math.log(4)) / 2
-    assert shared.loss(logits, labels).item() == pytest.approx(pulled / mean / 2)
-    retain.update(logits, labels)
-    assert retain.ema.tolist() == pytest.approx([math.log(2), math.log(4)])
-
-
-def test_a_uniform_teacher_is_the_empty_bank_for_ever() -> None:
-    logits, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1])
-    uniform, bank = (QualityRetaining(3, [0, 0, 0], teacher=teacher, ema_decay=1.0) for teacher in ("uniform", "bank"))
-    first = uniform.loss(logits, labels).item()
-    assert first == pytest.approx(bank.loss(logits, labels).item())
-    for retain in (uniform, bank):
-        retain.update(logits, labels)
-    assert uniform.loss(logits, labels).item() == first != bank.loss(logits, labels).item()
-    assert not uniform.bank.any()
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"select": "corect"}, "select 'corect'"),
-        ({"weighting": "classes"}, "weighting 'classes'"),
-        ({"teacher": "uniforn"}, "teacher 'uniforn'"),
-        ({"weight": -0.1}, "weight -0.1, needed >= 0"),
-    ],
-)
-def test_bad_values_of_these_options(change: dict, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        QualityRetaining(3, [0, 0, 0], **change)
 
 
 WORKER = """
@@ -343,3 +267,10 @@ def test_two_processes_hold_the_state_of_one(tmp_path: Path, mode: str) -> None:
     assert torch.equal(first["bank"], second["bank"]) and torch.equal(first["ema"], second["ema"])
     assert torch.equal(first["bank"], single.bank) and torch.allclose(first["ema"], single.ema, rtol=1e-6)
     assert torch.allclose((4 * first["losses"] + 3 * second["losses"]) / 7, torch.stack(losses), rtol=1e-5)
+
+
+def test_options_of_earlier_configurations_are_read_at_their_default_alone() -> None:
+    earlier = {"ema_floor": None, "weight": 1.0, "select": "all", "weighting": "task", "teacher": "bank", "mode": "ema"}
+    assert typed.build(RetainConfig, earlier, "config: 'a.yaml'") == RetainConfig(mode="ema")
+    with pytest.raises(UserError, match=r"config: 'a.yaml': unknown key 'select'\. It was an option of vismt's own"):
+        typed.build(RetainConfig, {**earlier, "select": "correct"}, "config: 'a.yaml'")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.multitask.emtal.retain_dense import DenseRetaining
+from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.tasks import IGNORE
 
 # Six pixels (2 x 3), logits of 3 classes each; class 2 does not occur, one pixel is ignored.
@@ -76,30 +76,6 @@ def test_the_bank_takes_means_over_image_and_class() -> None:
     mean = DenseRetaining(3, mode="ema", momentum=0.25)
     mean.update(map_of(PIXELS), TARGET)
     assert torch.allclose(mean.bank[:, 0], 0.75 * wanted)
-
-
-def test_selected_pixels_enter_the_means_of_the_bank() -> None:
-    retain = DenseRetaining(3, select="correct")
-    retain.update(map_of(PIXELS), TARGET)
-    # Of class 0 only pixel 0 has its largest logit at the label (pixels 1 and 5 do not); of class 1 pixel 2 and not pixel 3.
-    assert retain.bank[:, 1].tolist() == [[3, 0, 0], [0, 1, 0], [0, 0, 0]]
-    every = DenseRetaining(3)
-    every.update(map_of(PIXELS), TARGET)
-    assert torch.equal(retain.ema, every.ema)
-    none = DenseRetaining(3, select="confident")
-    none.update(map_of([[0.0, 0, 0]] * 6), TARGET)  # no pixel is selected
-    assert not none.bank.any() and none.ema.item() == pytest.approx(9.5 + 0.05 * math.log(3))
-    uniform = DenseRetaining(3, teacher="uniform")
-    uniform.update(map_of(PIXELS), TARGET)
-    assert not uniform.bank.any() and torch.equal(uniform.ema, every.ema)
-
-
-def test_weighting_by_class_is_over_the_pixels_of_the_class() -> None:
-    retain = DenseRetaining(3, weighting="class", ema_decay=0.0)
-    retain.update(map_of(PIXELS), TARGET)
-    by_class = [[0, 1, 5], [2, 3]]
-    wanted = [sum(-math.log(softmax(PIXELS[p], 1)[c]) for p in own) / len(own) for c, own in enumerate(by_class)]
-    assert retain.ema.tolist() == pytest.approx([*wanted, 10.0], rel=1e-5)
 
 
 def test_the_running_cross_entropy_is_that_of_pixels() -> None:
@@ -239,7 +215,7 @@ WORKER = """
 import sys
 import torch
 import torch.distributed as dist
-from vismt.multitask.emtal.retain_dense import DenseRetaining
+from vismt.multitask.emtal.retain import DenseRetaining
 rank, file = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + file + ".store", rank=rank, world_size=2)

@@ -19,7 +19,7 @@ from vismt.base.errors import UserError
 from vismt.data.maps.derived_maps import edges_from_depth, edges_from_labels
 from vismt.data.maps.edge_thinning import thin
 from vismt.multitask.metrics import BoundaryF, MaxF
-from vismt.multitask.metrics.matching import matching_sizes
+from vismt.multitask.metrics.boundary import matching_sizes
 
 
 def tensors(*maps: np.ndarray) -> tuple[torch.Tensor, ...]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.multitask.tasks import IGNORE, NYUD_WEIGHTS, PASCAL_WEIGHTS, TASKS, DenseTask, make_task
-from vismt.multitask.tasks.depth import InverseDepth
-from vismt.multitask.tasks.segmentation import Segmentation, class_colors
+from vismt.multitask.tasks.classes import Segmentation, class_colors
+from vismt.multitask.tasks.maps import InverseDepth
 
 LN2, LN3 = math.log(2), math.log(3)
 SPECS = ({"name": "semseg", "classes": 3}, "depth", "normals", "edge", "parts", "saliency")

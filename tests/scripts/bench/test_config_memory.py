@@ -18,7 +18,7 @@ from vismt.jobs.dense.config import all_tasks
 SMALL = {
     "task": "dense",
     "model": {"name": "test_vit"},
-    "adapt": {"method": "moe_lora", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
+    "adapt": {"method": "emtal", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
     "data": {"train": ["motorcycle:train"], "test": ["motorcycle:test"]},
     "tasks": [{"name": "semseg", "classes": 5, "class_weights": "sqrt"}, "depth", "normals", {"name": "classify", "classes": 3}],
     "size": [64, 96],
@@ -56,7 +56,7 @@ def test_the_prediction_is_the_peak_of_a_step(path: Path, tmp_path: Path) -> Non
     assert predicted.peak("checkpointing: true", 6) < predicted.peak("as it is", 6)
     assert predicted.peak("recompute: cheap", 6) < predicted.peak("as it is", 6)
     lines = str(predicted).splitlines()
-    assert lines[0] == "small, arm emtal+qr: test_vit, moe_lora, 64 x 96 px, no" and len(lines) == 5
+    assert lines[0] == "small, arm emtal+qr: test_vit, emtal, 64 x 96 px, no" and len(lines) == 5
     assert lines[2].split()[-1] == f"{predicted.peak('as it is', 6) / 2**30:.2f}"
 
 

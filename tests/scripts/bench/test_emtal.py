@@ -21,7 +21,7 @@ LABELS = torch.tensor([0, 3, 4])
 def routed(fade: float, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
     """Weights as large as a trained model's: at timm's start attention and router have almost no effect."""
     model = shake(tiny_vit(), 0.2)
-    vismt.adapt(model, "moe_lora", rank=2, **{"n_experts": 4, "cluster": False, "also_train": ["head"], **options})
+    vismt.adapt(model, "emtal", rank=2, **{"n_experts": 4, "cluster": False, "also_train": ["head"], **options})
     set_fade(model, fade)
     return shake(model, 0.2, seed=3).to(dtype)
 

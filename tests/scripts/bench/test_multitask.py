@@ -12,7 +12,8 @@ from torch import nn
 from scripts.bench import multitask
 from scripts.bench.multitask import FULL, PEER, VISMT
 from vismt.multitask.balancing.base import make_balancer
-from vismt.multitask.dense import DenseNet, DenseObjective
+from vismt.multitask.nets import DenseNet
+from vismt.multitask.objectives import DenseObjective
 from vismt.multitask.tasks import DenseTask, make_task
 
 

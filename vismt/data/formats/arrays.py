@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.config.typed import RelativePath
-from vismt.data.copies import fix, shown_path, verify_classes, verify_counts
-from vismt.data.image_source import ImageSource, LoadedImages
-from vismt.data.manifest import digest
+from vismt.data.copies import digest, fix, shown_path
+from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 
 MAX_BYTES = 4 * 2**30  # of the arrays of a file, which stay in memory; a kilobyte of a zip can stand for a megabyte
@@ -41,34 +40,30 @@ class ArraysSource(RootedSource, ImageSource):
         """Return the one file."""
         return file_groups(base, [self.file])
 
-    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
-        """Return the images of `split`; grey images get three equal channels; ids are `<split>/<row>`."""
+    def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
+        """Return the images of the arrays; grey images get three equal channels; ids are `<split>/<row>`."""
         path = base / self.file
         arrays, shown = _open(card, path), shown_path(path)
-        parts: dict[str, tuple[np.ndarray, list[int]]] = {}
-        for name in self.wanted(split):
+        classes = [str(name) for name in arrays.get("classes", np.arange(card.classes)).reshape(-1)]
+        rows: dict[str, list[ImageRow]] = {}
+        for name in splits:
             suffix = "" if name == "all" else f"_{name}"
             images = _images(arrays, f"x{suffix}", shown)
-            parts[name] = images, _labels(arrays, f"y{suffix}", len(images), shown)
-        verify_counts(card, self, base, {name: len(images) for name, (images, _) in parts.items()})
-        labels = [label for _, part in parts.values() for label in part]
-        classes = [str(name) for name in arrays.get("classes", np.arange(card.classes)).reshape(-1)]
-        verify_classes(card, self, base, len(classes))
-        if labels and not 0 <= min(labels) <= max(labels) < len(classes):
-            raise UserError(
-                f"{shown}: labels run from {min(labels)} to {max(labels)}, but there are {len(classes)} classes."
-            )
-        rows = [(images, row) for images, _ in parts.values() for row in range(len(images))]
+            labels = _labels(arrays, f"y{suffix}", len(images), shown)
+            if labels and not 0 <= min(labels) <= max(labels) < len(classes):
+                raise UserError(
+                    f"{shown}: 'y{suffix}' runs from {min(labels)} to {max(labels)}, but there are {len(classes)} classes."
+                )
+            rows[name] = [ImageRow(f"{name}/{row:06d}", label, (images, row)) for row, label in enumerate(labels)]
 
-        def read(i: int) -> Tensor:
-            images, row = rows[i]
+        def read(place: tuple[np.ndarray, int]) -> Tensor:
+            images, row = place
             image = 255 - images[row] if self.invert else images[row]
             tensor = torch.from_numpy(np.array(image))
             return tensor.expand(3, -1, -1).contiguous() if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
 
-        ids = [f"{name}/{row:06d}" for name, (images, _) in parts.items() for row in range(len(images))]
         hashed = [(self.file, path)]
-        return LoadedImages(classes, labels, ids, read, lambda: f"{digest(hashed).sha256}:{self.invert}")
+        return Listing(classes, rows, read, lambda: f"{digest(hashed).sha256}:{self.invert}")
 
 
 def _open(card: Card, path: Path) -> dict[str, np.ndarray]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, require_known
 from vismt.config.typed import RelativePath, relative_path
-from vismt.data.copies import fix, listed, shown_path, verify_classes, verify_counts
-from vismt.data.decode import decode_file
-from vismt.data.image_source import ImageSource, LoadedImages
-from vismt.data.manifest import digest
+from vismt.data.copies import fix, listed, shown_path
+from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.set_entries import DELIMITERS
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 from vismt.storage.paths import regular_file
@@ -56,37 +55,29 @@ class TableSource(RootedSource, ImageSource):
             raise UserError(
                 f"{where}: {names}; a table has the one split 'all', or 'table' maps each split to its file."
             )
-        unknown = next((name for name in self.only if name not in self.splits), None)
-        if unknown is not None:
-            raise UserError(f"{where}: 'only' names no split '{unknown}'.{near(unknown, self.splits)}")
+        require_known(f"{where}: 'only' names no split", self.only, self.splits)
 
     def list_files(self, base: Path) -> Files:
         """Return the tables."""
         return file_groups(base, self.tables.values())
 
-    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
-        """Return the rows of `split`, labels in the order of `keep`; ids are paths relative to `base`.
+    def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
+        """Return the rows of the tables, labels in the order of `keep`; ids are paths relative to `base`.
 
         Raises:
-            UserError: a missing table, column or image, a row that marks no class or several, a name that leaves the folder
-                and a class without images.
+            UserError: a missing table, column or image, a row that marks no class or several, and a name that leaves the folder.
         """
-        parts = {name: self._read_rows(card, base, name) for name in self.wanted(split)}
-        rows = [row for part in parts.values() for row in part]
-        paths = self._find(card, base, [name for name, _ in rows])
         number = {name: label for label, name in enumerate(self.keep)}
-        labels = [number[label] for _, label in rows]
-        verify_counts(card, self, base, {name: len(part) for name, part in parts.items()})
-        verify_classes(card, self, base, len(set(labels)))
-        ids = [path.relative_to(base).as_posix() for path in paths]
-        return LoadedImages(
-            classes=list(self.keep),
-            labels=labels,
-            ids=ids,
-            read=lambda i: decode_file(paths[i]),
-            # The labels are not in the image files, so they have to be part of what tells one content from another.
-            content=lambda: f"{digest(zip(ids, paths)).sha256}:{labels}",
-        )
+        rows: dict[str, list[ImageRow]] = {}
+        for split in splits:
+            entries = self._read_rows(card, base, split)
+            paths = self._find(card, base, [name for name, _ in entries])
+            rows[split] = [
+                ImageRow(path.relative_to(base).as_posix(), number[label], path)
+                for path, (_, label) in zip(paths, entries, strict=True)
+            ]
+        # Every class of the table must have an image.
+        return Listing(list(self.keep), rows, counted=len({row.label for part in rows.values() for row in part}))
 
     def _read_rows(self, card: Card, base: Path, split: str) -> list[tuple[str, str]]:
         """Return (file name, class) of each row of the split with one class, where the class is in `keep`."""

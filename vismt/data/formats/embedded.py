@@ -1,9 +1,10 @@
-"""Real images inside pip packages: scikit-learn's digits and crops of scikit-image's photographs."""
+"""Sets inside installed packages: scikit-learn's digits, crops of scikit-image's photographs, Python's own help texts."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.config.typed import RelativePath
-from vismt.data.copies import fix, verify_classes, verify_counts
+from vismt.data.copies import digest, fix
 from vismt.data.decode import decode_file
-from vismt.data.image_source import ImageSource, LoadedImages
-from vismt.data.manifest import digest
+from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, PackagedSource, file_groups, source_kind
+from vismt.data.texts.text_set import TextRows, TextSource
 
 HALVES = ("train", "test")
 # Powers of the inverse root of x^4 = x + 1: an additive sequence that fills the (position, position, size) cube evenly.
@@ -57,22 +58,17 @@ class DigitsSource(PackagedSource, ImageSource):
         name = "datasets/data/digits.csv.gz"
         return {"digits": file_groups(base, [name])[name]}
 
-    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+    def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
         """Return all 1,797 digits as uint8 (3, 8, 8); the 17 grey levels 0..16 become round(level * 255 / 16)."""
         from sklearn.datasets import load_digits
 
         bunch = load_digits()
         levels = torch.from_numpy(bunch.images).to(torch.float64)
         images = (levels * 255 / 16).round().to(torch.uint8)
-        labels = [int(label) for label in bunch.target]
-        verify_counts(card, self, base, {"all": len(labels)})
-        classes = [str(name) for name in bunch.target_names]
-        verify_classes(card, self, base, len(classes))
-        return LoadedImages(
-            classes=classes,
-            labels=labels,
-            ids=[f"all/{row:06d}" for row in range(len(labels))],
-            read=lambda i: images[i].expand(3, -1, -1).contiguous(),
+        return Listing(
+            classes=[str(name) for name in bunch.target_names],
+            rows={"all": [ImageRow(f"all/{row:06d}", int(label), row) for row, label in enumerate(bunch.target)]},
+            read=lambda row: images[row].expand(3, -1, -1).contiguous(),
             content=lambda: hashlib.sha256(images.numpy().tobytes()).hexdigest(),
         )
 
@@ -96,7 +92,7 @@ class PhotoCropsSource(PackagedSource, ImageSource):
         groups = file_groups(base / "data", self.photographs.values())
         return {name: groups[file] for name, file in self.photographs.items()}
 
-    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+    def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
         """Return the crops as uint8 (3, side, side), class = photograph; ids are `<split>/<photograph>/<crop>`.
 
         Only files inside the installed package are read; nothing is downloaded.
@@ -111,29 +107,51 @@ class PhotoCropsSource(PackagedSource, ImageSource):
                 f"{card.shown}: the installed scikit-image has no '{self.photographs[absent]}'. {fix(card)}"
             )
         paths = {name: entries[0][1] for name, entries in groups.items()}
+        photograph = functools.cache(decode_file)
 
-        @functools.cache
-        def photograph(name: str) -> Tensor:
-            return decode_file(paths[name])
-
-        classes = list(paths)
-        verify_classes(card, self, base, len(classes))
-        halves = HALVES if split == "all" else (split,)
-        entries = [
-            (half, label, k) for half in halves for label in range(len(classes)) for k in range(self.crops_per_half)
-        ]
-        verify_counts(card, self, base, dict.fromkeys(halves, len(classes) * self.crops_per_half))
-
-        def read(i: int) -> Tensor:
-            half, label, k = entries[i]
-            image = photograph(classes[label])
+        def read(place: tuple[Path, str, int]) -> Tensor:
+            path, half, k = place
+            image = photograph(path)
             top, left, side = crop_boxes(image.shape[1], image.shape[2], half, self.crops_per_half)[k]
             return image[:, top : top + side, left : left + side].contiguous()
 
-        return LoadedImages(
-            classes=classes,
-            labels=[label for _, label, _ in entries],
-            ids=[f"{half}/{classes[label]}/{k:03d}" for half, label, k in entries],
+        def crops(half: str) -> list[ImageRow]:
+            return [
+                ImageRow(f"{half}/{name}/{k:03d}", label, (path, half, k))
+                for label, (name, path) in enumerate(paths.items())
+                for k in range(self.crops_per_half)
+            ]
+
+        asked = "all" if len(splits) > 1 else splits[0]
+        return Listing(
+            classes=list(paths),
+            rows={half: crops(half) for half in splits},
             read=read,
-            content=lambda: f"{digest(paths.items()).sha256}:{self.crops_per_half}:{STEPS}:{split}",
+            content=lambda: f"{digest(paths.items()).sha256}:{self.crops_per_half}:{STEPS}:{asked}",
         )
+
+
+@source_kind("python_topics")
+@dataclass(frozen=True, kw_only=True)
+class PythonTopicsSource(PackagedSource, TextSource):
+    """The topics of Python's language reference that `help()` shows: rows with the fields `topic` and `text`.
+
+    Of the topics in alphabetical order every fourth is a test text.
+    """
+
+    package: ClassVar[str | None] = "pydoc_data"
+
+    def list_files(self, base: Path) -> Files:
+        """Return the module with the texts."""
+        return file_groups(base, ["topics.py"])
+
+    def read_rows(self, card: Card, base: Path, splits: Sequence[str]) -> TextRows:
+        """Return the topics in alphabetical order."""
+        from pydoc_data.topics import topics
+
+        parts: dict[str, dict[str, dict[str, str]]] = {"train": {}, "test": {}}
+        for number, (topic, text) in enumerate(sorted(topics.items()), 1):
+            parts["train" if number % 4 else "test"][topic] = {"topic": topic, "text": text.strip()}
+        asked = "all" if len(splits) > 1 else splits[0]
+        hashed = [("topics.py", base / "topics.py")]
+        return TextRows({split: parts[split] for split in splits}, lambda: f"{digest(hashed).sha256}:{asked}")

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from vismt.base.errors import UserError, near
-from vismt.config.typed import RelativePath, relative_path
-from vismt.data.copies import fix, shown_path, verify_classes, verify_counts, verify_present
-from vismt.data.decode import decode_file, is_image_name
-from vismt.data.image_source import ImageSource, LoadedImages
-from vismt.data.manifest import digest
+from vismt.base.errors import UserError
+from vismt.config.typed import Names, RelativePath, relative_path
+from vismt.data.copies import digest, fix, shown_path
+from vismt.data.decode import is_image_name
+from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, RootedSource, source_kind
 from vismt.storage.paths import regular_file
 
-LAYOUTS = ("{class}", "{split}/{class}", "**/{class}", "{split}/**/{class}")
+CLASS_FOLDERS = ("{class}", "{split}/{class}", "**/{class}", "{split}/**/{class}")
 ClassFolders = dict[str, dict[Path, list[Path]]]  # split -> class folder -> its image files, sorted
 
 
@@ -64,17 +65,14 @@ class FolderSource(RootedSource, ImageSource):
         lists: maps a split to a text file beside the card with one image path (relative to `root`) a line.
     """
 
-    layout: RelativePath = "{class}"
+    layout: Annotated[str, Names(CLASS_FOLDERS, only=True)] = "{class}"
     lists: dict[str, RelativePath] = field(default_factory=dict)
 
     def check(self, where: str) -> None:
-        """Raise UserError for an unknown layout, and for one that does not fit the splits."""
+        """Raise UserError for a layout or lists that do not fit the splits."""
         super().check(where)
-        if self.layout not in LAYOUTS:
-            raise UserError(f"{where}: layout '{self.layout}' is not known.{near(self.layout, LAYOUTS)}")
-        if self.lists and set(self.lists) != set(self.splits):
-            names = f"'lists' names {sorted(self.lists)}, 'splits' names {sorted(self.splits)}"
-            raise UserError(f"{where}: {names}; they must agree.")
+        if self.lists:
+            self.check_per_split(where, "lists", self.lists)
         if not self.lists and "{split}" not in self.layout and list(self.splits) != ["all"]:
             raise UserError(f"{where}: layout '{self.layout}' has no {{split}}: name one split 'all', or give 'lists'.")
 
@@ -99,41 +97,41 @@ class FolderSource(RootedSource, ImageSource):
         groups = self.list_files(base).items()
         return sum(len(paths) for group, paths in groups if not by_split or group.split("/")[0] == split)
 
-    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
-        """Return the images of `split`; ids are paths relative to `base`.
+    def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
+        """Return the images of the class folders; ids are paths relative to `base`.
 
         Classes are the sorted folder names over all splits, so a label means the same in each.
 
         Raises:
-            UserError: an empty class folder, a missing split, and a count that is not the card's.
+            UserError: no class folder, an empty one, and a missing split.
         """
         folders = self.scan(base)
         _refuse_empty(card, self.layout, base, folders)
-        wanted = self.wanted(split)
-        if self.lists:
-            chosen = {name: self._listed(card, base, name) for name in wanted}
-        else:
-            absent = next((name for name in wanted if name not in folders), None)
-            if absent is not None:
-                raise UserError(f"{card.shown}: {shown_path(base)} has no folder for split '{absent}'. {fix(card)}")
-            chosen = {name: [path for paths in folders[name].values() for path in paths] for name in wanted}
-        groups = {name: len(paths) for name, paths in _groups(folders, base).items()}
-        verify_counts(card, self, base, {name: len(paths) for name, paths in chosen.items()}, groups)
         classes = sorted({folder.name for by_class in folders.values() for folder in by_class})
-        verify_classes(card, self, base, len(classes))
-        index = {name: label for label, name in enumerate(classes)}
-        paths = [path for name in wanted for path in chosen[name]]
-        ids = [path.relative_to(base).as_posix() for path in paths]
-        return LoadedImages(
-            classes=classes,
-            labels=[index[path.parent.name] for path in paths],
-            ids=ids,
-            read=lambda i: decode_file(paths[i]),
-            content=lambda: digest(zip(ids, paths)).sha256,
-        )
+        number = {name: label for label, name in enumerate(classes)}
+        rows: dict[str, list[ImageRow]] = {}
+        for split in splits:
+            if self.lists:
+                names = self._read_list(card, split)
+                outside = next((name for name in names if Path(name).parent.name not in number), None)
+                if outside is not None:
+                    raise UserError(f"{card.shown}/{self.lists[split]}: '{outside}' is in no class folder. {fix(card)}")
+                rows[split] = [ImageRow(name, number[Path(name).parent.name]) for name in names]
+                continue
+            if split not in folders:
+                raise UserError(f"{card.shown}: {shown_path(base)} has no folder for split '{split}'. {fix(card)}")
+            rows[split] = [
+                ImageRow(path.relative_to(base).as_posix(), number[folder.name], path)
+                for folder, paths in folders[split].items()
+                for path in paths
+            ]
+        hashed = [(row.name, base / row.name) for part in rows.values() for row in part]
+        files = {name: len(paths) for name, paths in _groups(folders, base).items()}
+        # The labels are in the names of the files.
+        return Listing(classes, rows, content=lambda: digest(hashed).sha256, files=files)
 
-    def _listed(self, card: Card, base: Path, split: str) -> list[Path]:
-        """Return the files that the split list names, in its order, without blank lines and lines with #."""
+    def _read_list(self, card: Card, split: str) -> list[str]:
+        """Return the names of files in the split list, in its order, without blank lines and lines with #."""
         name = self.lists[split]
         try:
             lines = regular_file(card.folder / name).read_text(encoding="utf8").splitlines()
@@ -142,8 +140,7 @@ class FolderSource(RootedSource, ImageSource):
                 f"{card.shown}: missing split file '{name}' beside the card ({error}). {fix(card)}"
             ) from error
         where = f"{card.shown}/{name}"
-        entries = [relative_path(line.strip(), where) for line in lines if line.strip() and line[0] != "#"]
-        return verify_present(card, base, entries, split)
+        return [relative_path(line.strip(), where) for line in lines if line.strip() and line[0] != "#"]
 
 
 def _refuse_empty(card: Card, layout: str, base: Path, folders: ClassFolders) -> None:

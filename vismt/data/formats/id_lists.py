@@ -6,16 +6,14 @@ Each line holds an id, white space and one value: `12 002.Laysan_Albatross/0003.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.config.typed import RelativePath, relative_path
-from vismt.data.copies import fix, shown_path, verify_classes, verify_counts, verify_present
-from vismt.data.decode import decode_file
-from vismt.data.image_source import ImageSource, LoadedImages
-from vismt.data.manifest import digest
+from vismt.data.copies import fix, shown_path
+from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 
 SPLIT_OF = {"1": "train", "0": "test"}  # values of the list `training`
@@ -43,21 +41,18 @@ class LabelListSource(RootedSource, ImageSource):
     def check(self, where: str) -> None:
         """Raise UserError for a split other than train and test."""
         super().check(where)
-        choices = list(SPLIT_OF.values())
-        unknown = next((name for name in self.splits if name not in choices), None)
-        if unknown is not None:
-            raise UserError(f"{where}: no split '{unknown}'; 'training' tells train from test.{near(unknown, choices)}")
+        require_known(f"{where}: 'training' tells train from test; no split", self.splits, SPLIT_OF.values())
 
     def list_files(self, base: Path) -> Files:
         """Return the four lists."""
         return file_groups(base, (self.paths, self.labels, self.training, self.names))
 
-    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
-        """Return the images of `split` in the order of the list of paths; ids are paths relative to `base`.
+    def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
+        """Return the images in the order of the list of paths; ids are paths relative to `base`.
 
         Raises:
             UserError: as read_list does, and for ids that are not in every list, an unknown class, a mark that is neither 1
-                nor 0, a path that leaves the folder, a missing image and wrong counts.
+                nor 0 and a path that leaves the folder.
         """
         places = [base / name for name in (self.paths, self.labels, self.training, self.names)]
         paths, labels, training, names = (read_list(card, place) for place in places)
@@ -65,23 +60,14 @@ class LabelListSource(RootedSource, ImageSource):
             _check_same_ids(card, (places[0], paths), (place, content))
         _check_values(card, places[1], labels, names, f"not a class of '{self.names}'")
         _check_values(card, places[2], training, SPLIT_OF, "neither 1 (train) nor 0 (test)")
-        verify_classes(card, self, base, len(names))
-        wanted = self.wanted(split)
-        chosen = {name: [key for key in paths if SPLIT_OF[training[key]] == name] for name in wanted}
-        verify_counts(card, self, base, {name: len(keys) for name, keys in chosen.items()})
-        keys = [key for name in wanted for key in chosen[name]]
-        shown = shown_path(places[0])
-        ids = [f"{self.folder}/{relative_path(paths[key], shown)}" for key in keys]
-        images = verify_present(card, base, ids, split)
         number = {key: label for label, key in enumerate(names)}
-        targets = [number[labels[key]] for key in keys]
-        return LoadedImages(
-            classes=list(names.values()),
-            labels=targets,
-            ids=ids,
-            read=lambda i: decode_file(images[i]),
-            content=lambda: f"{digest(zip(ids, images)).sha256}:{targets}",
-        )
+        rows: dict[str, list[ImageRow]] = {split: [] for split in splits}
+        for key, path in paths.items():
+            split = SPLIT_OF[training[key]]
+            if split in rows:
+                name = f"{self.folder}/{relative_path(path, shown_path(places[0]))}"
+                rows[split].append(ImageRow(name, number[labels[key]]))
+        return Listing(list(names.values()), rows)
 
 
 def read_list(card: Card, path: Path) -> dict[str, str]:

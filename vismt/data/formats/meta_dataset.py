@@ -1,28 +1,29 @@
-"""Domains of Meta-Dataset (Triantafillou et al., arXiv 1903.03096), as its own conversion or that of P>M>F leaves them.
+"""Domains of Meta-Dataset (Triantafillou et al., arXiv 1903.03096) as its own conversion leaves them.
 
-A class with the number k is the file `k.tfrecords` of Meta-Dataset's conversion, one tf.train.Example an image with `image`
-(JPEG or PNG) and `label` (k); or the file `k.h5` of P>M>F (Hu et al., arXiv 2204.07305) with one group `0`, `1`, ... an image
-(dataset `image`, uint8 (h, w, 3), RGB); or a folder of image files called by its name. `dataset_spec.json` numbers the
-classes: those of the training split first, then validation, then test. It also holds what the episodes draw from: Omniglot's
-alphabets, ImageNet's part of WordNet.
+A class with the number k is the file `k.tfrecords`, one tf.train.Example an image with `image` (JPEG or PNG) and `label` (k).
+`dataset_spec.json` numbers the classes: those of the training split first, then validation, then test. It also holds what the
+episodes draw from: Omniglot's alphabets, ImageNet's part of WordNet.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
-from vismt.data.copies import fix, shown_path, verify_classes, verify_counts
-from vismt.data.formats.class_files import FORMS, ClassImages, open_class
-from vismt.data.image_source import ImageSource, LoadedImages, check_classes_per_split
-from vismt.data.source_types import Card, Files, RootedSource, source_kind
+from vismt.base.errors import UserError, require_known
+from vismt.config.typed import Names, within
+from vismt.data.copies import fix, shown_path
+from vismt.data.decode import decode_bytes
+from vismt.data.formats.tfrecords import read_example, scan
+from vismt.data.image_set import ImageRow, ImageSource, Listing
+from vismt.data.source_types import MOST_CLASSES, Card, Files, RootedSource, source_kind
 from vismt.storage.files import parse_json
 
 SPLITS = ("train", "valid", "test")
@@ -98,71 +99,64 @@ def _parse(raw: Mapping[str, Any]) -> DomainSpec:
 @source_kind("meta_dataset")
 @dataclass(frozen=True, kw_only=True)
 class MetaDatasetSource(RootedSource, ImageSource):
-    """One domain of Meta-Dataset, converted: `dataset_spec.json` beside a file for each class id, or a folder for each name.
+    """One domain of Meta-Dataset, converted: `dataset_spec.json` beside a file of records for each class id.
 
     Attributes:
         classes_per_split: number of classes of train, valid and test, for copies without the spec.
         hierarchy: what the spec adds, 'superclass' or 'nodes'; the spec is then required.
     """
 
-    classes_per_split: dict[str, int]
-    hierarchy: str | None = None
+    classes_per_split: dict[str, Annotated[int, within(0, MOST_CLASSES)]]
+    hierarchy: Annotated[str, Names(HIERARCHIES, only=True)] | None = None
 
     def check(self, where: str) -> None:
-        """Raise UserError for an unknown split or hierarchy and a negative number of classes."""
+        """Raise UserError for an unknown split."""
         super().check(where)
-        check_classes_per_split(self.splits, self.classes_per_split, SPLITS, where)
-        if self.hierarchy is not None and self.hierarchy not in HIERARCHIES:
-            raise UserError(f"{where}: hierarchy '{self.hierarchy}' is not known.{near(self.hierarchy, HIERARCHIES)}")
+        require_known(f"{where}: no split", (*self.splits, *self.classes_per_split), SPLITS)
 
     def list_files(self, base: Path) -> Files:
         """Return the files of the classes, each as a group of its name, and the spec."""
-        paths = [path for form in FORMS for path in sorted(base.glob(f"*{form}")) if path.stem.isdigit()]
+        paths = [path for path in sorted(base.glob("*.tfrecords")) if path.stem.isdigit()]
         return {path.name: [(path.name, path)] for path in [*paths, base / SPEC] if path.is_file()}
 
-    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
-        """Return the images of `split`; labels are the class ids of the spec, so a label means the same in each split.
+    def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
+        """Return the images of the records; labels are the class ids of the spec.
 
         Raises:
-            UserError: a class without file or folder, a file with another number of images than the spec says, a spec that
-                differs from the card, a missing h5py and, where the set has a hierarchy, a missing spec.
+            UserError: a class without a file, a file with another number of images than the spec says, a spec that differs from
+                the card and, where the set has a hierarchy, a missing spec.
         """
         spec = self._read_spec(card, base)
-        verify_classes(card, self, base, len(spec.names))
-        wanted = self.wanted(split)
-        labels: list[int] = []
-        parts: list[ClassImages] = []
-        counts: dict[str, int] = {}
-        for name in wanted:
-            before = len(labels)
-            for k in spec.ranges[name]:
-                images = _images_of(card, base, name, spec, k)
-                parts.append(images)
-                labels += [k] * len(images)
-            counts[name] = len(labels) - before
-        verify_counts(card, self, base, counts)
-        rows = [(images, number) for images in parts for number in range(len(images))]
+        files: dict[int, Path] = {}
+        positions: dict[int, array[int]] = {}  # of the records in the file of a class
+        rows: dict[str, list[ImageRow]] = {split: [] for split in splits}
+        for split in splits:
+            for k in spec.ranges[split]:
+                path = files[k] = base / f"{k}.tfrecords"
+                if not path.is_file():
+                    raise UserError(
+                        f"{card.shown}: class {k} ('{spec.names[k]}', split '{split}') has no file '{path.name}' under "
+                        f"{shown_path(base)}. {fix(card)}"
+                    )
+                positions[k] = scan(path)
+                count, expected = len(positions[k]), spec.images.get(k)
+                if count != (expected or max(count, 1)):
+                    raise UserError(f"{shown_path(path)}: holds {count:,} of {expected or 1:,} images. {fix(card)}")
+                rows[split] += [ImageRow(f"{path.name}/{number}", k, (k, number)) for number in range(count)]
 
-        def read(i: int) -> Tensor:
-            images, number = rows[i]
-            return images.read(number)
+        def read(place: tuple[int, int]) -> Tensor:
+            k, number = place
+            return _read_record(files[k], positions[k][number], number, k)
 
         def content() -> str:
             # Hashing the bytes of a domain would take longer than reading it: size and times stand for them. No program sets
             # the time of the last change of a file (ctime) back, as copying and unpacking do with that of its content.
-            stats = ((path.relative_to(base), path.stat()) for images in parts for path in images.paths)
+            stats = ((path.relative_to(base), path.stat()) for path in files.values())
             text = "\n".join(f"{path}\t{s.st_size}\t{s.st_mtime_ns}\t{s.st_ctime_ns}" for path, s in stats)
             return hashlib.sha256(text.encode()).hexdigest()
 
-        return LoadedImages(
-            classes=spec.names,
-            labels=labels,
-            ids=[name for images in parts for name in images.names],
-            read=read,
-            content=content,
-            above=spec.above,
-            nodes=[node for name in wanted for node in spec.nodes.get(name, [])],
-        )
+        nodes = [node for split in splits for node in spec.nodes.get(split, [])]
+        return Listing(spec.names, rows, read, content, above=spec.above, nodes=nodes)
 
     def _read_spec(self, card: Card, base: Path) -> DomainSpec:
         """Return the domain's spec, or the card's numbers when the copy has none and needs no hierarchy."""
@@ -193,21 +187,17 @@ class MetaDatasetSource(RootedSource, ImageSource):
         return spec
 
 
-def _images_of(card: Card, base: Path, split: str, spec: DomainSpec, k: int) -> ClassImages:
-    """Return the images of class `k`. Raises UserError where there are none."""
-    images = open_class(card, base, _folder(base, split, spec.names[k]), k, spec.images.get(k))
-    if images is None:
-        files = " nor ".join(f"'{k}{form}'" for form in FORMS)
+def _read_record(path: Path, position: int, number: int, label: int) -> Tensor:
+    """Return the image of a record, whose label must be that of its file."""
+    features = read_example(path, position, number)
+    shown = f"{shown_path(path)}: record {number}"
+    for name, kind in (("image", bytes), ("label", int)):
+        values = features.get(name, [])
+        if len(values) != 1 or not isinstance(values[0], kind):
+            held = ", ".join(f"'{key}'" for key in features) or "nothing"
+            raise UserError(f"{shown}: needs one '{name}' of type {kind.__name__}; its features are {held}.")
+    if features["label"] != [label]:
         raise UserError(
-            f"{card.shown}: class {k} ('{spec.names[k]}', split '{split}') has neither {files} nor a folder of images"
-            f" under {shown_path(base)}. {fix(card)}"
+            f"{shown}: has label {features['label'][0]!r}, its file is that of class {label}. Convert it again."
         )
-    return images
-
-
-def _folder(base: Path, split: str, name: str) -> Path | None:
-    """Return the folder of the images of a class, or None."""
-    safe = name.replace("/", "_")
-    if safe in (".", ".."):
-        return None
-    return next((path for path in (base / split / safe, base / safe) if path.is_dir()), None)
+    return decode_bytes(bytes(features["image"][0]), shown)

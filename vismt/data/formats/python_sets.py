@@ -20,9 +20,9 @@ from torch import Tensor
 
 from vismt.base import console
 from vismt.base.errors import UserError, near
-from vismt.base.objects import held, title_of
+from vismt.base.objects import object_named, title_of
 from vismt.data.decode import decoding, to_rgb
-from vismt.data.image_source import LoadedImages
+from vismt.data.image_set import ImageSet
 from vismt.storage.wheels import one_line
 
 HUB = "hf/"  # start of the name of a data set on the hub
@@ -32,12 +32,19 @@ LABELS = ("label", "labels", "class", "target", "fine_label", "category")
 
 
 def python_object(card: str, split: str) -> Any:
-    """Return the object that an entry of a configuration names, or that `save_to_disk` wrote; None for any other card."""
-    given = held(card)
+    """Return the object that an entry of a configuration names, or that `save_to_disk` wrote; None for any other card.
+
+    Code in a repository of the hub is never run.
+    """
+    given = object_named(card)
     if given is None and card.startswith(HUB):
-        given = _from_hub(card.removeprefix(HUB))
+        load = _function("load_dataset", card)
+        try:
+            given = load(card.removeprefix(HUB))
+        except Exception as error:  # of the builders: no network, no access, unknown formats, several configurations
+            raise UserError(f"data '{card}': the hub's data set cannot be loaded: {one_line(str(error))}") from error
     elif given is None and any((Path(card) / name).is_file() for name in SAVED):
-        given = _from_disk(card)
+        given = _function("load_from_disk", card)(card)
     if isinstance(given, Mapping):  # a DatasetDict
         if split not in given:
             raise UserError(f"data '{title_of(card)}': no split '{split}'.{near(split, list(given))}")
@@ -45,20 +52,8 @@ def python_object(card: str, split: str) -> Any:
     return given
 
 
-def _from_disk(folder: str) -> Any:
-    return _function("load_from_disk", folder)(folder)
-
-
-def _from_hub(name: str) -> Any:
-    """Return a data set of the hub with all its splits. Code in its repository is never run."""
-    load = _function("load_dataset", f"{HUB}{name}")
-    try:
-        return load(name)
-    except Exception as error:  # of the builders: no network, no access, unknown formats, several configurations
-        raise UserError(f"data '{HUB}{name}': the hub's data set cannot be loaded: {one_line(str(error))}") from error
-
-
 def _function(name: str, card: str) -> Any:
+    """Return a function of the package datasets."""
     try:
         # Not an import statement: in a checkout its folder datasets/ would be found, which lacks the name.
         return getattr(importlib.import_module("datasets"), name)
@@ -68,13 +63,14 @@ def _function(name: str, card: str) -> Any:
         ) from error
 
 
-def images_of(given: Any, title: str) -> LoadedImages:
+def images_of(given: Any, title: str, split: str) -> ImageSet:
     """Return a data set of (image, label) pairs, or of rows with an image and a label, as labelled images.
 
     Args:
         given: with `len` and whole-number indices. An image is one of Pillow, or a Tensor (3, h, w) or (1, h, w), uint8 or
             floating point in [0, 1]; a label is a whole number.
-        title: of the set, for messages.
+        title: name of the set.
+        split: name of its split.
 
     Returns:
         The set. Images are uint8: floating-point values are rounded to 1/255. Class names are those of the data set, else
@@ -97,8 +93,17 @@ def images_of(given: Any, title: str) -> LoadedImages:
         with decoding(f"{title}: example {i}", "Give images without normalisation, in [0, 1] or 0 to 255."):
             return _to_bytes(given[i][image])
 
-    ids = [f"{i:06d}" for i in range(len(labels))]
-    return LoadedImages(classes, labels, ids, read, lambda: title)
+    return ImageSet(
+        name=title,
+        split=split,
+        classes=classes,
+        labels=torch.tensor(labels, dtype=torch.int64),
+        ids=[f"{i:06d}" for i in range(len(labels))],
+        read=read,
+        content=lambda: title,
+        where=title,
+        cached=False,
+    )
 
 
 def texts_of(given: Any, title: str) -> tuple[list[dict[str, Any]], str]:
@@ -137,7 +142,10 @@ def _labels(given: Any, label: Any, title: str) -> list[int]:
             values = [given[i][label] for i in console.track(range(len(given)), "data", f"{title}: reading labels")]
         else:
             values = stored
-    if not all(isinstance(value, (int, np.integer)) or _is_whole(value) for value in values):
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    others = [value for value in values if not isinstance(value, Tensor)]
+    whole = all(value.numel() == 1 and not value.is_floating_point() for value in tensors)
+    if not whole or not all(isinstance(value, (int, np.integer)) for value in others):
         raise UserError(
             f"data '{title}': label {values[0]!r}; a label must be a whole number from 0 (encode texts first)."
         )
@@ -145,10 +153,6 @@ def _labels(given: Any, label: Any, title: str) -> list[int]:
     if min(labels) < 0:
         raise UserError(f"data '{title}': label {min(labels)}; labels are whole numbers from 0.")
     return labels
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point()
 
 
 def _stored_labels(given: Any) -> list[Any] | None:

@@ -10,17 +10,17 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from vismt.base.errors import UserError, near
-from vismt.config.typed import RelativePath
-from vismt.data.copies import fix, shown_path, verify_counts
-from vismt.data.manifest import digest
+from vismt.config.typed import Names, RelativePath
+from vismt.data.copies import digest, fix, shown_path
 from vismt.data.set_entries import DELIMITERS
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
-from vismt.data.texts.text_set import LINE_ENDS, TextSet, TextSource, check_encoding, read_text
+from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSource, check_encoding, read_text
 from vismt.storage.files import parse_json
 
 FORMS = ("jsonl", "csv", "lines", "documents")
@@ -47,20 +47,16 @@ class TextFilesSource(RootedSource, TextSource):
 
     files: dict[str, RelativePath]
     fields: list[str] = field(default_factory=list)
-    form: str = "jsonl"
+    form: Annotated[str, Names(FORMS, only=True)] = "jsonl"
     separators: list[str] = field(default_factory=list)
     starts: str | None = None
     extract: dict[str, str] = field(default_factory=dict)
-    encoding: str = "utf-8"
+    encoding: Annotated[str, check_encoding] = "utf-8"
 
     def check(self, where: str) -> None:
-        """Raise UserError for files, fields and patterns that do not go together, and an unknown form or encoding."""
+        """Raise UserError for files, fields and patterns that do not go together."""
         super().check(where)
-        if self.form not in FORMS:
-            raise UserError(f"{where}: form '{self.form}' is not known.{near(self.form, FORMS)}")
-        if set(self.files) != set(self.splits):
-            names = f"'files' names {sorted(self.files)}, 'splits' names {sorted(self.splits)}"
-            raise UserError(f"{where}: {names}; they must agree.")
+        self.check_per_split(where, "files", self.files)
         wanted = len(self.fields) - 1 if self.form == "lines" else 0
         unique = len(set(self.fields)) == len(self.fields) and (bool(self.fields) or self.form in NAMED)
         if not unique or len(self.separators) != wanted or "" in self.separators:
@@ -71,7 +67,6 @@ class TextFilesSource(RootedSource, TextSource):
         if documents != (self.starts is not None) or (documents and len(self.fields) > 1):
             raise UserError(f"{where}: form 'documents' needs 'starts' and one field; 'starts' is for no other form.")
         self._check_patterns(where)
-        check_encoding(self.encoding, where)
 
     def _check_patterns(self, where: str) -> None:
         patterns = {**self.extract, "starts": self.starts} if self.starts else self.extract
@@ -87,21 +82,13 @@ class TextFilesSource(RootedSource, TextSource):
         """Return the file of each split."""
         return file_groups(base, self.files.values())
 
-    def load(self, card: Card, base: Path, split: str) -> TextSet:
-        """Return the rows of `split`."""
-        names = self.wanted(split)
-        parts = {name: self._read(card, base / self.files[name]) for name in names}
-        verify_counts(card, self, base, {name: len(rows) for name, rows in parts.items()})
-        hashed = [(self.files[name], base / self.files[name]) for name in names]
+    def read_rows(self, card: Card, base: Path, splits: Sequence[str]) -> TextRows:
+        """Return the rows of the files, by their number."""
+        hashed = [(self.files[name], base / self.files[name]) for name in splits]
         settings = repr((self.form, self.fields, self.separators, self.starts, self.extract, self.encoding))
-        return TextSet(
-            name=card.name,
-            split=split,
-            rows=[row for rows in parts.values() for row in rows],
-            ids=[f"{name}:{number}" for name, rows in parts.items() for number in range(len(rows))],
-            content=lambda: f"{digest(hashed).sha256}:{settings}",
-            where=shown_path(base),
-        )
+        parts = {name: self._read(card, path) for name, (_, path) in zip(splits, hashed, strict=True)}
+        rows = {name: {str(number): row for number, row in enumerate(part)} for name, part in parts.items()}
+        return TextRows(rows, lambda: f"{digest(hashed).sha256}:{settings}")
 
     def _read(self, card: Card, path: Path) -> list[dict[str, Any]]:
         shown = shown_path(path)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
-from vismt.config.typed import RelativePath
-from vismt.data.copies import fix, shown_path, verify_classes, verify_counts
+from vismt.base.errors import UserError, require_known
+from vismt.config.typed import Names, RelativePath
+from vismt.data.copies import fix, shown_path
 from vismt.data.decode import decoding, to_rgb
-from vismt.data.image_source import ImageSource, LoadedImages
-from vismt.data.source_types import Card, Files, cached_folder, source_kind
+from vismt.data.image_set import ImageRow, ImageSource, Listing
+from vismt.data.source_types import Card, cached_folder, source_kind
 
 REFUSED = (RuntimeError, OSError, ValueError, ImportError, EOFError, tarfile.TarError, zipfile.BadZipFile)
 
@@ -87,26 +87,17 @@ class TorchvisionSource(ImageSource):
         downloads: whether torchvision can still download the set.
     """
 
-    dataset: str
+    dataset: Annotated[str, Names(LAYOUTS, only=True)]
     root: RelativePath
     downloads: bool = True
 
     def check(self, where: str) -> None:
-        """Raise UserError for a class or a split that LAYOUTS does not have."""
+        """Raise UserError for a split that the class does not have."""
         super().check(where)
-        if self.dataset not in LAYOUTS:
-            raise UserError(f"{where}: torchvision class '{self.dataset}' is not known.{near(self.dataset, LAYOUTS)}")
-        choices = LAYOUTS[self.dataset].splits
-        unknown = next((split for split in self.splits if split not in choices), None)
-        if unknown is not None:
-            raise UserError(f"{where}: {self.dataset} has no split '{unknown}'.{near(unknown, choices)}")
+        require_known(f"{where}: {self.dataset} has no split", self.splits, LAYOUTS[self.dataset].splits)
 
     def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
         return [cached_folder("torchvision", self.root) if root is None else Path(root).expanduser()]
-
-    def list_files(self, base: Path) -> Files:
-        """Return nothing: torchvision has checksums for its files."""
-        return {}
 
     @property
     def downloadable(self) -> bool:
@@ -117,8 +108,8 @@ class TorchvisionSource(ImageSource):
         for split in self.splits:
             self._construct(card, base, split, download=True)
 
-    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
-        """Return the images of `split` through torchvision; ids are `<split>/<row>`.
+    def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
+        """Return the images through torchvision; ids are `<split>/<row>`.
 
         Classes of several splits are united by name (Omniglot's splits have different ones).
 
@@ -126,32 +117,36 @@ class TorchvisionSource(ImageSource):
             UserError: torchvision cannot open the set, or an image of it cannot be decoded.
         """
         layout = LAYOUTS[self.dataset]
-        wanted = self.wanted(split)
-        parts = {name: self._construct(card, base, name) for name in wanted}
-        index: dict[str, int] = {}
-        labels: list[int] = []
-        counts: dict[str, int] = {}
-        for name, dataset in parts.items():
+        parts = {split: self._construct(card, base, split) for split in splits}
+        number: dict[str, int] = {}
+        rows: dict[str, list[ImageRow]] = {}
+        for split, dataset in parts.items():
             classes = getattr(dataset, layout.classes) if isinstance(layout.classes, str) else layout.classes
-            names = [str(title) for title in classes]
-            numbers = _labels(dataset, layout)
-            for title in names:
-                index.setdefault(title, len(index))
-            labels += [index[names[number]] for number in numbers]
-            counts[name] = len(numbers)
-        verify_counts(card, self, base, counts)
-        if split == "all" or len(index) > (self.classes or card.classes):
-            verify_classes(card, self, base, len(index))
-        rows = [(name, row) for name in wanted for row in range(counts[name])]
-
-        def read(i: int) -> Tensor:
-            name, row = rows[i]
-            with decoding(f"{self.dataset} {name}/{row:06d} under {shown_path(base)}", fix(card)):
-                return to_rgb(parts[name][row][0])
-
+            names = [str(name) for name in classes]
+            for name in names:
+                number.setdefault(name, len(number))
+            rows[split] = [
+                ImageRow(f"{split}/{row:06d}", number[names[label]], (split, row))
+                for row, label in enumerate(_labels(dataset, layout))
+            ]
+        labels = [row.label for part in rows.values() for row in part]
+        counts = {split: len(part) for split, part in rows.items()}
         stamp = f"torchvision:{self.dataset}:{counts}:{labels}"
-        ids = [f"{name}/{row:06d}" for name, row in rows]
-        return LoadedImages(list(index), labels, ids, read, lambda: hashlib.sha256(stamp.encode()).hexdigest())
+        expected = self.classes or card.classes
+
+        def read(place: tuple[str, int]) -> Tensor:
+            split, row = place
+            with decoding(f"{self.dataset} {split}/{row:06d} under {shown_path(base)}", fix(card)):
+                return to_rgb(parts[split][row][0])
+
+        return Listing(
+            classes=list(number),
+            rows=rows,
+            read=read,
+            content=lambda: hashlib.sha256(stamp.encode()).hexdigest(),
+            # One of several splits may lack classes.
+            counted=max(len(number), expected) if len(splits) < len(self.splits) else None,
+        )
 
     def _construct(self, card: Card, base: Path, split: str, download: bool = False) -> Any:
         import torchvision

@@ -6,7 +6,7 @@ Candidates are a function of the row's name and a seed: the same for every model
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vismt.base.errors import UserError
 from vismt.base.seeds import mix_seed
@@ -34,7 +34,10 @@ class InteractionSet(TextSet):
     rows: {"user": a name, "history": numbers of items, the oldest first, "next": number, "catalogue": the items}.
     """
 
-    catalogue: Catalogue = field(default_factory=Catalogue)
+    @property
+    def catalogue(self) -> Catalogue:
+        """The items that the rows name by number."""
+        return self.rows[0]["catalogue"] if self.rows else Catalogue()
 
     @property
     def users(self) -> list[int]:

@@ -8,11 +8,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from vismt.base.errors import UserError
 from vismt.data.cards import Card, load_card
-from vismt.data.copies import first_copy, fix, not_found, shown_path, sources_for
+from vismt.data.copies import first_copy, fix, not_found, shown_path, sources_for, verify_counts
 from vismt.data.formats.python_sets import python_object, texts_of
 from vismt.data.set_entries import row_name
 from vismt.data.source_types import DataSource
@@ -56,6 +56,13 @@ class TextSet:
         )
 
 
+class TextRows(NamedTuple):
+    """The rows of some splits of a copy. rows: {split: {name of a row: its fields}}; content: as of a TextSet."""
+
+    rows: dict[str, dict[str, dict[str, Any]]]
+    content: Callable[[], str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextSource(DataSource):
     """A source of rows of text."""
@@ -63,10 +70,28 @@ class TextSource(DataSource):
     unit: ClassVar[str] = "rows"
     family: ClassVar[str] = "texts"
     opener: ClassVar[str] = "open_texts"
+    loads: ClassVar[type[TextSet]] = TextSet
 
     @abstractmethod
+    def read_rows(self, card: Card, base: Path, splits: Sequence[str]) -> TextRows:
+        """Return the rows of `splits` of the copy in the folder `base`."""
+
     def load(self, card: Card, base: Path, split: str) -> TextSet:
-        """Return `split` of the copy in the folder `base`."""
+        """Return `split` of the copy in the folder `base`.
+
+        Raises:
+            UserError: files that the format cannot read, and another number of rows than the card says.
+        """
+        parts, content = self.read_rows(card, base, self.wanted(split))
+        verify_counts(card, self, base, {name: len(rows) for name, rows in parts.items()})
+        return self.loads(
+            name=card.name,
+            split=split,
+            rows=[row for rows in parts.values() for row in rows.values()],
+            ids=[f"{name}:{row}" for name, rows in parts.items() for row in rows],
+            content=content,
+            where=shown_path(base),
+        )
 
 
 def check_encoding(encoding: str, where: str) -> None:

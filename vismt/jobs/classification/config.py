@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from vismt.base.errors import UserError, near
-from vismt.config.sections import UNHASHED, Jitter, ModelConfig, OnBadSample
-from vismt.config.typed import Names
+from vismt.base.errors import UserError
+from vismt.config.sections import SCHEDULED, UNHASHED, Count, Jitter, ModelConfig, OnBadSample
+from vismt.config.typed import Names, within
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
-from vismt.jobs.calibrating import ImageCalibrationConfig, check_calibration
-from vismt.jobs.risk import check_report
+from vismt.jobs.calibration import ImageCalibrationConfig, check_calibration
 from vismt.jobs.task_sections import (
     BalancingConfig,
     RetainConfig,
+    Split,
     check_adjusted,
+    check_risk_split,
     check_tasks,
     make_configured_balancer,
+    risk_of_report,
 )
 from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.fading import FadeConfig
 from vismt.multitask.emtal.retain import QualityRetaining
-from vismt.multitask.union import HEADS
-from vismt.multitask.variational_union import check_bound
+from vismt.multitask.objectives import check_bound
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 from vismt.uncertainty.last_layers import check_head, is_variational
 
@@ -52,7 +53,7 @@ class AugmentConfig:
         flip: whether images are mirrored at random.
     """
 
-    crop: float = 0.35
+    crop: Annotated[float, within(above=0, most=1)] = 0.35
     jitter: Jitter = 0.0
     flip: bool = True
 
@@ -69,20 +70,28 @@ class MultitaskEvaluateConfig:
         laplace: also evaluate with a Laplace approximation around the trained head; it is Kronecker-factored, and the
             condition is named accordingly, where a linear head has more than 4,096 weights.
         adjust_logits: whether logits minus tau log prior are evaluated, too, with tau chosen on validation.
+        risk: also evaluate conformal sets and selective prediction (vismt.jobs.risk). With tune, half of the validation
+            examples choose the rates and the other half give the thresholds.
         ood: sets of images of other classes, cards or folders: how well the largest probability tells them from the
             evaluated images, as AUROC.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
     """
 
-    split: Annotated[str, Names("vismt.jobs.task_sections:SPLITS")] = "test"
-    batch: int = 64
+    split: Split = "test"
+    batch: Count = 64
     temperature: bool = field(default=False, metadata=UNHASHED)
     laplace: bool = False
     adjust_logits: bool = False
+    risk: bool = False
     ood: list[str] = field(default_factory=list)
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_adjusted(self.adjust_logits, self.split)
+        if self.risk:
+            check_risk_split(self.split)
 
 
 @dataclass
@@ -95,9 +104,12 @@ class HeadConfig:
         labels: union, over the classes of all tasks, or separate, those of the image's task; vbll needs union.
     """
 
-    name: Annotated[str, Names("vismt.uncertainty.last_layers:HEADS")] = "linear"
+    name: Annotated[str, Names("vismt.uncertainty.last_layers:HEADS", only=True)] = "linear"
     options: dict[str, Any] = field(default_factory=dict)
-    labels: Annotated[str, Names("vismt.multitask.union:HEADS")] = "union"
+    labels: Annotated[str, Names("vismt.multitask.nets:LABEL_SPACES", only=True)] = "union"
+
+    def __post_init__(self) -> None:
+        check_head(self.name, self.options)
 
 
 @dataclass
@@ -120,8 +132,6 @@ class MultitaskConfig(StudyConfig):
         balancing: how the losses of the tasks are weighed; null for one mean over the batch.
         calibration: images that a method computes options from before the training; null for none.
         evaluate: the evaluation.
-        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none. With tune, half of the
-            validation examples choose the rates and the other half give the thresholds.
         on_bad_sample: error or skip, for images that cannot be decoded.
         download: whether sets that are missing are downloaded.
     """
@@ -129,21 +139,25 @@ class MultitaskConfig(StudyConfig):
     task: str = "multitask"
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: list[TaskConfig] = field(default_factory=list)
-    head: Annotated[str, Names("vismt.multitask.union:HEADS")] | HeadConfig = "union"
-    label_smoothing: float = 0.1
+    head: Annotated[str, Names("vismt.multitask.nets:LABEL_SPACES", only=True)] | HeadConfig = "union"
+    label_smoothing: Annotated[float, within(0, below=1)] = 0.1
     class_weights: str | None = None
     logit_adjustment: float = 0.0
     focal: float = 0.0
-    batch: int = 32
+    batch: Count = 32
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    fade: FadeConfig | None = None
+    fade: FadeConfig | None = field(default=None, metadata=SCHEDULED)
     retain: RetainConfig | None = None
     balancing: BalancingConfig | None = None
     calibration: ImageCalibrationConfig | None = None
     evaluate: MultitaskEvaluateConfig = field(default_factory=MultitaskEvaluateConfig)
-    report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = None
     on_bad_sample: OnBadSample = "error"
     download: bool = False
+
+    @staticmethod
+    def from_earlier(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Read the key `report: risk`."""
+        return risk_of_report(values)
 
     @property
     def head_section(self) -> HeadConfig:
@@ -168,8 +182,7 @@ def check(config: MultitaskConfig) -> None:
     calibration = config.calibration.data if config.calibration is not None else ()
     check_parts({f"tasks: {task.name}": task for task in config.tasks}, calibration)
     names = [task.name for task in config.tasks]
-    batches = {"batch": config.batch, "evaluate.batch": config.evaluate.batch}
-    check_tasks(config, names, config.evaluate.split, batches)
+    check_tasks(config, names)
     make_configured_balancer(config.balancing, names)
     check_sections(config, None if config.adapt is None else config.adapt.method)
     model = config.model
@@ -178,10 +191,6 @@ def check(config: MultitaskConfig) -> None:
             "model: block and pool must be null: the head takes the place of timm's, so that timm can load the model."
         )
     _check_head(config)
-    if not 0 < config.augment.crop <= 1:
-        raise UserError(f"augment: crop {config.augment.crop}; it lies in (0, 1].")
-    if not 0 <= config.label_smoothing < 1:
-        raise UserError(f"label_smoothing: {config.label_smoothing}; it lies in [0, 1).")
     class_loss(config).check_options("multitask", 0)
     if config.retain is not None:
         if config.head_section.labels != "union":
@@ -189,12 +198,10 @@ def check(config: MultitaskConfig) -> None:
                 "retain: quality retaining compares logits over the classes of all tasks; it needs head: union."
             )
         QualityRetaining(1, [0], **asdict(config.retain))
-    check_adjusted(config.evaluate.adjust_logits, config.evaluate.split)
-    check_report(config.report, config.evaluate.split)
     unchecked = next((task.name for task in config.tasks if not (task.validation or task.validation_share)), None)
-    if config.report is not None and unchecked is not None:
+    if config.evaluate.risk and unchecked is not None:
         raise UserError(
-            f"report: {config.report}: task '{unchecked}' has no validation images for thresholds; give it validation_share."
+            f"evaluate.risk: task '{unchecked}' has no validation images for thresholds; give it validation_share."
         )
     inside = {f"tasks: {task.name}": (*task.train, *task.validation, *task.test) for task in config.tasks}
     check_row_names(config.evaluate.ood, "evaluate.ood")
@@ -212,9 +219,6 @@ def check(config: MultitaskConfig) -> None:
 
 def _check_head(config: MultitaskConfig) -> None:
     head = config.head_section
-    if head.labels not in HEADS:
-        raise UserError(f"head: '{head.labels}'.{near(head.labels, HEADS)}")
-    check_head(head.name, head.options)
     if is_variational(head.name):
         check_bound(head.labels, config.class_weights, config.logit_adjustment, config.focal)
 

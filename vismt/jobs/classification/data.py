@@ -17,7 +17,7 @@ from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split
 from vismt.engine.parts import shares
 from vismt.jobs.classification.config import MultitaskConfig, TaskConfig
-from vismt.multitask.union import Union
+from vismt.multitask.nets import Union
 
 Chosen = tuple[ImageSet, Tensor]  # images, their labels within the task
 

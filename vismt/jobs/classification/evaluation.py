@@ -40,7 +40,7 @@ from vismt.jobs.image_scores import image_scores
 from vismt.jobs.output_conditions import ADJUSTED, LAPLACE, TAUS, TEMPERED, against, fitted_once
 from vismt.jobs.risk import Thresholds, fit_thresholds, validation_parts
 from vismt.multitask.class_loss import adjusted
-from vismt.multitask.union import TaskClassifier
+from vismt.multitask.nets import TaskClassifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.evaluate import Form
@@ -53,12 +53,12 @@ from vismt.uncertainty.probability_metrics import detection_values
 from vismt.uncertainty.temperature import fit_temperature
 
 TASK = "classification"
-CALIBRATION = "calibration.json"
+FITTED = "calibration.json"
 Outputs = list[tuple[Tensor, Tensor]]  # of each task: logits (n, C) and labels (n,)
 
 
 @dataclass(frozen=True)
-class Calibration:
+class FittedOutputs:
     """The temperature of a net's probabilities and the tau of its class prior, fitted on n validation images."""
 
     temperature: float
@@ -137,7 +137,7 @@ class Evaluation:
         The last two need validation images.
         """
         forms: dict[Condition, Form] = {CLEAN: lambda logits: logits}
-        fitted = None if split == "validation" else self.calibration(net, training, separate)
+        fitted = None if split == "validation" else self.fitted(net, training, separate)
         if fitted is not None:
             forms[TEMPERED] = lambda logits: logits / fitted.temperature
             if self.config.evaluate.adjust_logits:
@@ -147,21 +147,25 @@ class Evaluation:
 
     # ---- what is fitted on validation images --------------------------------------------------------------------------
 
-    def calibration(self, net: PixelNet, training: Training, separate: bool) -> Calibration | None:
+    def fitted(self, net: PixelNet, training: Training, separate: bool) -> FittedOutputs | None:
         """Return temperature and tau of a training; None where a task has no validation images."""
         if not all(self.data.has_part(task, "validation") for task in range(len(self.data.union.tasks))):
             return None
 
-        def fit() -> Calibration:
+        def fit() -> FittedOutputs:
             tasks = self._validation(net, separate)
             logits, labels = (torch.cat(parts) for parts in zip(*tasks))
-            return Calibration(fit_temperature(logits, labels), best_tau(tasks, self.data.class_counts()), len(labels))
+            return FittedOutputs(
+                fit_temperature(logits, labels), best_tau(tasks, self.data.class_counts()), len(labels)
+            )
 
-        return fitted_once(training.folder / CALIBRATION, Calibration, net.fingerprint(), fit)
+        return fitted_once(training.folder / FITTED, FittedOutputs, net.fingerprint(), fit)
 
     def parts(self, number: int) -> tuple[Tensor, Tensor]:
         """Return masks of a task's validation images: those that choose rates and those that give thresholds."""
-        return validation_parts(self.data.part(number, "validation").labels, self.config.report, self.config.tune)
+        return validation_parts(
+            self.data.part(number, "validation").labels, self.config.evaluate.risk, self.config.tune
+        )
 
     def _thresholds(self, net: PixelNet, training: Training, separate: bool, number: int) -> Thresholds:
         """Return the thresholds of a task, fitted on its validation images."""
@@ -261,7 +265,7 @@ class Evaluation:
         device = runtime.processes().device
         for number, task in enumerate(self.data.union.tasks):
             batches = InOrder(self.data.part(number, self.config.evaluate.split), self.config.evaluate.batch)
-            for place in console.track(ranks.own(range(len(batches))), "merge", f"{task} {label}"):
+            for place in console.track(ranks.my_share(range(len(batches))), "merge", f"{task} {label}"):
                 images = batches[place][0]
                 yield "logits", merged(images.to(device)), plain(images.to(device)), True
 

@@ -20,7 +20,7 @@ from vismt.data.batching import ShuffledBatches
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.engine.study import Training
-from vismt.jobs.calibrating import calibrated_on_images
+from vismt.jobs.calibration import calibrated_on_images
 from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
@@ -32,8 +32,7 @@ from vismt.jobs.risk import check_thresholds
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.lowrank.model.inject import train_along
 from vismt.multitask.emtal.retain import QualityRetaining
-from vismt.multitask.union import UnionObjective
-from vismt.multitask.variational_union import VariationalUnionObjective
+from vismt.multitask.objectives import UnionObjective, VariationalUnionObjective
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
@@ -82,11 +81,11 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
                 or settings.temperature
                 or settings.adjust_logits
                 or settings.laplace
-                or self.config.report
+                or settings.risk
             ):
                 self.data.check_part(task, "validation")
-            if self.config.report is not None:
-                check_thresholds(self.data.part(task, "validation").labels, self.config.report, self.config.tune)
+            if settings.risk:
+                check_thresholds(self.data.part(task, "validation").labels, self.config.tune)
 
     def skeleton(self, config: MultitaskConfig) -> nn.Module:
         return vit.skeleton(config.model.name, config.model.img_size, num_classes=1)
@@ -155,7 +154,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         separate = self._separate(training)
         forms = self.evaluation.forms(net, training, separate, split) if split == self.split else None
         specs = conditions(chosen, corruptions)
-        risk = self.config.report is not None and split == self.split
+        risk = self.config.evaluate.risk and split == self.split
         scores = self.evaluation.scores(net, training, separate, split, specs, records, forms, risk)
         if forms is not None and attacks is None:
             scores += self.evaluation.detection(net, training, separate, records)
@@ -177,7 +176,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def temperature(self, training: Training) -> float | None:
         if not self.config.evaluate.temperature:
             return None
-        fitted = self.evaluation.calibration(self.final(training), training, self._separate(training))
+        fitted = self.evaluation.fitted(self.final(training), training, self._separate(training))
         return None if fitted is None else fitted.temperature
 
     def _separate(self, training: Training) -> bool:
@@ -189,10 +188,10 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
 
     def check_risk(self) -> None:
         tune = self.config.tune
-        if self.config.report is None and tune is not None and len(tune.rates) > 1:
+        if not self.config.evaluate.risk and tune is not None and len(tune.rates) > 1:
             raise UserError(
-                f"report: risk: the run '{self.folder}' chose its rates on all of its validation images, so none are left for "
-                "the thresholds; add report: risk to that run and train it again."
+                f"evaluate.risk: the run '{self.folder}' chose its rates on all of its validation images, so none are left for "
+                "the thresholds; add evaluate.risk: true to that run and train it again."
             )
 
     def scores_under(

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import UNHASHED_OPTIONS, ModelConfig
-from vismt.config.typed import Names
+from vismt.config.sections import SCHEDULED, UNHASHED_OPTIONS, Count, Jitter, ModelConfig
+from vismt.config.typed import Names, within
 from vismt.engine.parts import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.jobs.task_sections import (
     BalancingConfig,
     RetainConfig,
+    Split,
     check_adjusted,
     check_tasks,
     make_configured_balancer,
 )
 from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss
-from vismt.multitask.dense import SEGMENTATION
 from vismt.multitask.emtal.fading import FadeConfig
-from vismt.multitask.emtal.retain_dense import DenseRetaining
+from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.heads import check_head
-from vismt.multitask.inference import check_overlap, check_scales
+from vismt.multitask.inference import check_scales
+from vismt.multitask.nets import SEGMENTATION
 from vismt.multitask.tasks import DenseTask, loss_options, make_task
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
 
@@ -52,8 +52,11 @@ class DenseHeadConfig:
         options: further arguments of the head.
     """
 
-    name: Annotated[str, Names("vismt.multitask.heads:HEADS")] = "conv"
+    name: Annotated[str, Names("vismt.multitask.heads:HEADS", only=True)] = "conv"
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_head(self.name, self.options)
 
 
 @dataclass
@@ -70,9 +73,13 @@ class DenseAugmentConfig:
 
     scales: list[float] = field(default_factory=lambda: [0.5, 2.0])
     flip: bool = True
-    cat_max_ratio: float = 0.75
-    strength: float = 0.4
-    hue: float = 0.05
+    cat_max_ratio: Annotated[float, within(0, 1)] = 0.75
+    strength: Jitter = 0.4
+    hue: Annotated[float, within(0, 0.5)] = 0.05
+
+    def __post_init__(self) -> None:
+        if len(self.scales) != 2 or not 0 < self.scales[0] <= self.scales[1]:
+            raise UserError(f"augment.scales: {self.scales}; give two factors above 0, the smaller first.")
 
 
 @dataclass
@@ -93,15 +100,19 @@ class DenseEvaluateConfig:
         corruptions: evaluated corruptions; all has those that leave pixels where they are.
     """
 
-    split: Annotated[str, Names("vismt.jobs.task_sections:SPLITS")] = "test"
-    batch: int = 8
-    mode: Annotated[str, Names(MODES)] = "slide"
-    overlap: float = 0.5
+    split: Split = "test"
+    batch: Count = 8
+    mode: Annotated[str, Names(MODES, only=True)] = "slide"
+    overlap: Annotated[float, within(0, below=1)] = 0.5
     flip: bool = False
     scales: list[float] = field(default_factory=lambda: [1.0])
     adjust_logits: bool = False
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_adjusted(self.adjust_logits, self.split)
+        check_scales(self.scales)
 
 
 @dataclass
@@ -141,9 +152,9 @@ class DenseConfig(StudyConfig):
     head: DenseHeadConfig = field(default_factory=DenseHeadConfig)
     blocks: list[int] | None = None
     full: bool = False
-    batch: int = 8
+    batch: Count = 8
     augment: DenseAugmentConfig = field(default_factory=DenseAugmentConfig)
-    fade: FadeConfig | None = None
+    fade: FadeConfig | None = field(default=None, metadata=SCHEDULED)
     retain: RetainConfig | None = None
     balancing: BalancingConfig | None = None
     baseline: str | dict[str, str] | None = None
@@ -184,12 +195,11 @@ def class_tasks(config: DenseConfig) -> list[DenseTask]:
 
 
 def _check_values(config: DenseConfig) -> None:
-    check_adjusted(config.evaluate.adjust_logits, config.evaluate.split)
     if config.evaluate.adjust_logits and not class_tasks(config):
         raise UserError("evaluate.adjust_logits: no task has classes; set it to false.")
     tasks = [task.name for task in all_tasks(config)]
     trained = [task.name for task in trained_tasks(config)]
-    check_tasks(config, tasks, config.evaluate.split, {"batch": config.batch, "evaluate.batch": config.evaluate.batch})
+    check_tasks(config, tasks)
     make_configured_balancer(config.balancing, trained)
     check_sections(config, None if config.adapt is None else config.adapt.method)
     for name in config.only:
@@ -198,21 +208,27 @@ def _check_values(config: DenseConfig) -> None:
     model = config.model
     if model.block is not None or model.pool is not None or model.img_size is not None:
         raise UserError("model: img_size, block and pool must be null; give size: [h, w] and blocks instead.")
-    if len(config.size) != 2 or min(config.size) < 1:
-        raise UserError(f"size: {config.size}; give [height, width] in pixels, multiples of the model's patch.")
-    _check_canvas(config)
+    _check_sizes(config)
     if config.full and config.adapt is not None:
         raise UserError(
             "full: trains the whole backbone, which leaves nothing to adapt; set adapt to null, or full to false."
         )
-    _check_data(config.data)
-    check_head(config.head.name, config.head.options)
-    _check_augment(config.augment)
+    if not config.data.train:
+        raise UserError("data.train: names no set.")
+    check_parts({"data": config.data})
     if config.retain is not None:
         classes = next((task.channels for task in trained_tasks(config) if task.name == SEGMENTATION), None)
         if classes is None:
             raise UserError(f"retain: compares class logits and needs the task {SEGMENTATION}; set retain to null.")
         DenseRetaining(classes, **asdict(config.retain))
+
+
+def _check_sizes(config: DenseConfig) -> None:
+    size, canvas = config.size, config.canvas
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(f"size: {size}; give [height, width] in pixels, multiples of the model's patch.")
+    if canvas is not None and (len(canvas) != 2 or any(side < least for side, least in zip(canvas, size))):
+        raise UserError(f"canvas: {canvas}; give [height, width], neither below that of size {size}, or null.")
 
 
 def canvas_of(config: DenseConfig) -> tuple[int, int]:
@@ -224,35 +240,6 @@ def canvas_of(config: DenseConfig) -> tuple[int, int]:
 def window_of(config: DenseConfig) -> tuple[int, int]:
     """Return (h, w) of the images that the evaluated net takes."""
     return canvas_of(config) if config.evaluate.mode == "whole" else (config.size[0], config.size[1])
-
-
-def _check_canvas(config: DenseConfig) -> None:
-    canvas = config.canvas
-    evaluate = config.evaluate
-    if canvas is not None and (len(canvas) != 2 or any(side < least for side, least in zip(canvas, config.size))):
-        raise UserError(f"canvas: {canvas}; give [height, width], neither below that of size {config.size}, or null.")
-    if evaluate.mode not in MODES:
-        raise UserError(f"evaluate.mode: '{evaluate.mode}'.{near(evaluate.mode, MODES)}")
-    check_overlap(evaluate.overlap)
-    check_scales(evaluate.scales)
-
-
-def _check_data(data: DenseDataConfig) -> None:
-    if not data.train:
-        raise UserError("data.train: names no set.")
-    if data.limit is not None and data.limit < 1:
-        raise UserError(f"data.limit: {data.limit}; it must be at least 1.")
-    check_parts({"data": data})
-
-
-def _check_augment(augment: DenseAugmentConfig) -> None:
-    scales = augment.scales
-    if len(scales) != 2 or not 0 < scales[0] <= scales[1] < math.inf:
-        raise UserError(f"augment.scales: {scales}; give two factors above 0, the smaller first.")
-    for name, low, high in (("strength", 0, 10), ("hue", 0, 0.5), ("cat_max_ratio", 0, 1)):
-        value = getattr(augment, name)
-        if not low <= value <= high:
-            raise UserError(f"augment.{name}: {value}; it lies from {low} to {high:g}.")
 
 
 def _check_baseline(config: DenseConfig) -> None:

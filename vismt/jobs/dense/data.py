@@ -22,9 +22,9 @@ from vismt.data.set_entries import card_and_split
 from vismt.engine.parts import shares
 from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
 from vismt.multitask.class_loss import ClassLoss, check_counts
-from vismt.multitask.dense import SEGMENTATION
+from vismt.multitask.nets import SEGMENTATION
 from vismt.multitask.tasks import DenseTask, MapTask
-from vismt.multitask.tasks.depth import Depth, InverseDepth
+from vismt.multitask.tasks.maps import Depth, InverseDepth
 
 
 @dataclass(frozen=True)

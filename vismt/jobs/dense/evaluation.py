@@ -37,8 +37,8 @@ from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, Undefined, read_scored
 from vismt.jobs.output_conditions import ADJUSTED, TAUS, fitted_once
 from vismt.multitask.class_loss import ClassLoss, adjusted
-from vismt.multitask.dense import DenseNet
 from vismt.multitask.inference import predict
+from vismt.multitask.nets import DenseNet
 from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.report.results import Score
 from vismt.robustness.attacks.dense_attack import DenseAttack
@@ -70,13 +70,13 @@ class Evaluation:
 
     def as_scores(self, scored: Mapping[str, Scored], split: str, condition: Condition = CLEAN) -> list[Score]:
         """Return one score for each task of a training under a condition."""
-        return [self._score(self.tasks[name], task_score, split, condition) for name, task_score in scored.items()]
-
-    def _score(self, task: DenseTask, scored: Scored, split: str, condition: Condition) -> Score:
-        scale = SHARE if task.share else NUMBER
-        better = LOWER if task.lower_is_better else HIGHER
-        measure = Measure(metric_name(task), scored.images, scale, better)
-        return Score(task.name, self.data.part(split).name, self._protocol(split), measure, condition)
+        scores = []
+        for name, task_score in scored.items():
+            task = self.tasks[name]
+            scale, better = SHARE if task.share else NUMBER, LOWER if task.lower_is_better else HIGHER
+            measure = Measure(metric_name(task), task_score.images, scale, better)
+            scores.append(Score(task.name, self.data.part(split).name, self._protocol(split), measure, condition))
+        return scores
 
     def _protocol(self, split: str) -> str:
         """Return split, image size, windows and mirroring as text."""
@@ -113,43 +113,36 @@ class Evaluation:
 
         net: returns the evaluated net, asked for where a condition is not on record. config: of the training. records: folder.
         """
-        scores = self.as_scores(self.clean_scores(net, training, config, split, records), split)
+        scores = self.as_scores(self.task_scores(net, training, config, split, records / f"{split}.jsonl"), split)
         for spec in specs:
             if isinstance(spec, DenseAttack) and not spec.attacked(trained_tasks(config)):
                 continue
             key = digest(json.dumps(spec.settings(), sort_keys=True).encode())[:8]
             path = records / f"{split}-{key}.jsonl"
-            scored = self.recorded_scores(path, training)
-            if scored is None:
-                scored = self.score_and_record(net(), training, config, split, path, spec)
+            scored = self.task_scores(net, training, config, split, path, spec)
             scores += self.as_scores(scored, split, condition_of(spec))
         return scores
 
-    def clean_scores(
-        self, net: Callable[[], DenseNet], training: Training, config: DenseConfig, split: str, records: Path
-    ) -> dict[str, Scored]:
-        """Return the clean scores of every task; arguments as for `condition_scores`."""
-        path = records / f"{split}.jsonl"
-        scored = self.recorded_scores(path, training)
-        return self.score_and_record(net(), training, config, split, path) if scored is None else scored
-
-    def score_and_record(
+    def task_scores(
         self,
-        net: DenseNet,
+        net: Callable[[], DenseNet],
         training: Training,
         config: DenseConfig,
         split: str,
         path: Path,
         spec: DensePerturbation | None = None,
     ) -> dict[str, Scored]:
-        """Score every task of one training, clean or under a condition, and write the result to `path`.
+        """Return the scores of every task of one training, clean or under a condition, from `path` where they are on record.
 
-        net: merged where that is exact. config: of the training.
+        Other arguments as for `condition_scores`.
         """
-        tasks = trained_tasks(config)
-        plain = {task.name: (task.name, 0.0) for task in tasks}
-        label = str(training) if spec is None else f"{training}   {spec.label}"
-        return self._written(self._pooled(net, tasks, split, plain, label, spec), training, path, spec)
+        scored = self.recorded_scores(path, training)
+        if scored is None:
+            tasks = trained_tasks(config)
+            plain = {task.name: (task.name, 0.0) for task in tasks}
+            label = str(training) if spec is None else f"{training}   {spec.label}"
+            scored = self._written(self._pooled(net(), tasks, split, plain, label, spec), training, path, spec)
+        return scored
 
     def adjusted_scores(
         self, net: Callable[[], DenseNet], training: Training, config: DenseConfig, split: str, records: Path
@@ -197,7 +190,11 @@ class Evaluation:
             """Return (variant, image, state) of a batch's images."""
             names, samples, batch = self._batch(split, start)
             if isinstance(spec, CorruptionSpec):
-                batch["image"] = self._corrupted(names, samples, spec)
+                changed = [
+                    corrupt(sample["image"][None], spec.name, spec.severity, seed=mix_seed(spec.seed, name))[0]
+                    for name, sample in zip(names, samples)
+                ]
+                batch["image"] = torch.stack([pad({"image": image}, self.data.size)["image"] for image in changed])
             elif spec is not None:
                 batch["image"] = self._attacked(net, tasks, names, samples, batch, spec)
             logits = self.logits(net, batch)
@@ -243,12 +240,12 @@ class Evaluation:
         if undefined:
             row[UNDEFINED] = undefined
         row["tasks"] = {name: asdict(score) for name, score in scored.items()}
-        ranks.from_first(lambda: write_lines(path, [row]))
+        ranks.on_first(lambda: write_lines(path, [row]))
         return scored
 
     def recorded_scores(self, path: Path, training: Training) -> dict[str, Scored] | None:
-        """Return the scores that `score_and_record` wrote for these weights, None where there are none."""
-        lines = ranks.from_first(lambda: read_lines(path, ("fingerprint", "tasks"), whole=True))
+        """Return the scores of these weights that are on record, None where there are none."""
+        lines = ranks.on_first(lambda: read_lines(path, ("fingerprint", "tasks"), whole=True))
         if not lines or lines[0]["fingerprint"] != fingerprint(training):
             return None
         tasks = [*lines[0]["tasks"], *lines[0].get(UNDEFINED, ())]
@@ -260,14 +257,6 @@ class Evaluation:
         """Return how tasks count classes that do not occur, where it is not by zero; names: of tasks."""
         options = {name: getattr(self.tasks[name], "absent", "zero") for name in names}
         return {name: option for name, option in options.items() if option != "zero"}
-
-    def _corrupted(self, names: Sequence[str], samples: Sequence[Sample], spec: CorruptionSpec) -> Tensor:
-        """Return the corrupted images without their padding, padded again (b, 3, h, w)."""
-        images = [
-            corrupt(sample["image"][None], spec.name, spec.severity, seed=mix_seed(spec.seed, name))[0]
-            for name, sample in zip(names, samples)
-        ]
-        return torch.stack([pad({"image": image}, self.data.size)["image"] for image in images])
 
     def _attacked(
         self,
@@ -319,7 +308,7 @@ class Evaluation:
     def outputs(self, merged: DenseNet, plain: DenseNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         """Yield the outputs of both nets on the evaluated images; classes of pixels or images count as answers."""
         split = self.config.evaluate.split
-        for start in console.track(ranks.own(self._starts(split)), "eval", f"{split} {label}"):
+        for start in console.track(ranks.my_share(self._starts(split)), "eval", f"{split} {label}"):
             batch = self._batch(split, start)[2]
             merged_logits = self.logits(merged, batch)
             plain_logits = self.logits(plain, batch)

@@ -34,8 +34,9 @@ from vismt.jobs.dense.pooled_score import Scored
 from vismt.jobs.dense.predict import check_images, image_files, most_pixels, predict_images
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
 from vismt.jobs.task_sections import make_configured_balancer
-from vismt.multitask.dense import SEGMENTATION, DenseNet, DenseObjective
-from vismt.multitask.emtal.retain_dense import DenseRetaining
+from vismt.multitask.emtal.retain import DenseRetaining
+from vismt.multitask.nets import SEGMENTATION, DenseNet
+from vismt.multitask.objectives import DenseObjective
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
@@ -143,9 +144,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
     def scored(self, training: Training, split: str) -> dict[str, Scored]:
         """Return the clean pooled scores of every task of a training, read from its folder where they are on record."""
         config = self.study.config_of(training)
-        return self.evaluation.clean_scores(
-            lambda: self.final(training), training, config, split, training.folder / RECORDS
-        )
+        path = training.folder / RECORDS / f"{split}.jsonl"
+        return self.evaluation.task_scores(lambda: self.final(training), training, config, split, path)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         settings = self.config.evaluate

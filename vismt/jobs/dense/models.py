@@ -16,8 +16,8 @@ from vismt.base.seeds import digest, mix_seed
 from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.jobs.dense.config import DenseConfig, trained_tasks
-from vismt.multitask.dense import DenseNet, default_blocks
 from vismt.multitask.heads import Head, make_head, make_pooled_head
+from vismt.multitask.nets import DenseNet, default_blocks
 from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.storage.files import atomic_write, read_tensors
 

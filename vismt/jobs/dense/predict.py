@@ -31,11 +31,11 @@ from vismt.data.maps.dense_transforms import fitting, resize
 from vismt.data.set_entries import card_and_split
 from vismt.engine import runtime
 from vismt.jobs.dense.config import DenseConfig, canvas_of, trained_tasks
-from vismt.multitask.dense import SEGMENTATION, DenseNet
 from vismt.multitask.inference import predict
+from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.tasks import DenseTask, MapTask
-from vismt.multitask.tasks.classification import Classification
-from vismt.multitask.tasks.depth import Depth, InverseDepth
+from vismt.multitask.tasks.classes import Classification
+from vismt.multitask.tasks.maps import Depth, InverseDepth
 from vismt.report.plotting import GRID, INK, MUTED, axes_at, new_figure, save, short, write
 from vismt.storage.files import atomic_write
 

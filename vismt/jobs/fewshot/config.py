@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError
 from vismt.config.sections import Episodes, Jitter, ModelConfig, OnBadSample, Seed
-from vismt.config.typed import Names
-from vismt.engine.study import ALONE, StudyConfig, TuneConfig
-from vismt.jobs.calibrating import ImageCalibrationConfig
+from vismt.config.typed import Names, within
+from vismt.engine.study import ALONE, StudyConfig
+from vismt.jobs.calibration import ImageCalibrationConfig
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec
 from vismt.metatune.amt.input_attack import PYRAMID
 from vismt.metatune.amt.objective import Adversary, AdversaryForm
@@ -17,6 +17,7 @@ from vismt.metatune.amt.selection_rules import SELECT, MergeSettings
 from vismt.metatune.finetuning.finetune import FineTuneSettings
 from vismt.metatune.maml import MamlSettings
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
+from vismt.uncertainty.last_layers import check_head, is_variational
 
 FROZEN = "frozen"
 EXPERT = "expert:"
@@ -53,11 +54,11 @@ class SourceConfig:
     shots: int = 5
     queries: int = 15
     augment: bool = True
-    crop: float = 0.35
+    crop: Annotated[float, within(above=0, most=1)] = 0.35
     jitter: Jitter = 0.4
     flip: bool = True
     hierarchy: bool = False
-    scale: float = 10.0
+    scale: Annotated[float, within(above=0)] = 10.0
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,10 @@ class PoolConfig(AdversaryForm):
     rates: dict[str, float] = field(default_factory=dict)
     folder: str | None = None
     experts: list[ExpertSpec] = field(default_factory=list)
-    select: Annotated[str, Names(tuple(SELECT))] = "paper"
+    select: Annotated[str, Names(tuple(SELECT), only=True)] = "paper"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.select not in SELECT:
-            raise UserError(f"pool.select: '{self.select}'.{near(self.select, SELECT)}")
         if self.experts and self.levels not in ([], LEVELS):
             raise UserError(f"pool: levels {self.levels} and experts; give one of them.")
         if self.experts:
@@ -103,8 +102,14 @@ class FewShotHeadConfig:
         options: further arguments of vbll (vismt.uncertainty.vbll).
     """
 
-    name: Annotated[str, Names((PROTOTYPES, *HEADS))] = PROTOTYPES
+    name: Annotated[str, Names((PROTOTYPES, *HEADS), only=True)] = PROTOTYPES
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if is_variational(self.name):
+            check_head(self.name, self.options)
+        elif self.options:
+            raise UserError(f"head: '{self.name}' has no options; finetune has its own section, the others have none.")
 
 
 @dataclass
@@ -140,7 +145,7 @@ class EvaluateConfig:
 
     data: list[str] = field(default_factory=list)
     models: Annotated[list[str], Names((*SINGLE, *POOLED))] = field(default_factory=lambda: list(SINGLE))
-    rule: Annotated[str, Names(("uniform", "variable"))] = "uniform"
+    rule: Annotated[str, Names(("uniform", "variable"), only=True)] = "uniform"
     ways: int = 5
     shots: list[int] = field(default_factory=lambda: [1, 5])
     queries: int = 15
@@ -156,7 +161,7 @@ class EvaluateConfig:
     masking_episodes: Episodes = 10
     probabilities: bool = False
     ood: list[str] = field(default_factory=list)
-    ways_of: dict[str, int] = field(default_factory=dict)
+    ways_of: dict[str, Annotated[int, within(2)]] = field(default_factory=dict)
 
     def ways_in(self, data: str, classes: int | None = None) -> int:
         """Return the ways of the uniform episodes of a set. Raises UserError where it has fewer classes."""
@@ -191,7 +196,7 @@ class SelectConfig:
     """
 
     data: list[str] = field(default_factory=list)
-    class_share: float = 0.0
+    class_share: Annotated[float, within(0, below=1)] = 0.0
     episodes: Episodes = 20
     shots: int = 5
     queries: int = 5
@@ -227,9 +232,6 @@ class FewShotConfig(StudyConfig):
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seeds: list[Seed] = field(default_factory=list)
-    tune: TuneConfig | None = None
     source: SourceConfig = field(default_factory=SourceConfig)
     meta: MamlSettings | None = None
     pool: PoolConfig | None = None
@@ -252,7 +254,7 @@ class FewShotConfig(StudyConfig):
 
 @dataclass
 class ExpertConfig(FewShotConfig):
-    """One expert of a pool. adversary: None for a clean one; copy: number of experts before it that differ in the seed alone."""
+    """One expert of a pool. adversary: None for a clean one; copy: its index among experts that differ only in the seed."""
 
     adversary: Adversary | None = None
     copy: int = 0

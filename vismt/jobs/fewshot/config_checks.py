@@ -5,7 +5,7 @@ from __future__ import annotations
 from vismt.base.errors import UserError, near
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.study import check_arms
-from vismt.jobs.calibrating import check_calibration
+from vismt.jobs.calibration import check_calibration
 from vismt.jobs.fewshot.arms import (
     evaluated_models,
     planned_experts,
@@ -17,16 +17,13 @@ from vismt.jobs.fewshot.config import (
     DEFAULT,
     EXPERT,
     FROZEN,
-    HEADS,
     POOLED,
     PROTOTYPES,
     SINGLE,
     FewShotConfig,
-    FewShotHeadConfig,
 )
 from vismt.jobs.fewshot.pool_experts import CLEAN
 from vismt.robustness.conditions import check_conditions
-from vismt.uncertainty.last_layers import check_head, is_variational
 
 
 def check(config: FewShotConfig) -> None:
@@ -80,8 +77,6 @@ def _check_values(config: FewShotConfig, trains: bool) -> None:
     source = config.source
     if trains and not source.data:
         raise UserError("source.data: names no set to train on; add a card, or set train to null to evaluate only.")
-    if not 0 < source.crop <= 1 or not source.scale > 0:
-        raise UserError(f"source: crop {source.crop}, scale {source.scale}; crop lies in (0, 1], scale is positive.")
     if config.meta is not None and config.train is not None and config.train.compile:
         raise UserError(
             "train.compile: the outer loop of meta differentiates a gradient, and torch.compile has no second derivative; leave "
@@ -112,8 +107,6 @@ def _check_evaluation(config: FewShotConfig) -> None:
             f"meta: a head of source.ways = {source.ways} outputs; it needs evaluate.rule uniform, evaluate.ways "
             f"{source.ways} and no pool section."
         )
-    if settings.rule not in ("uniform", "variable"):
-        raise UserError(f"evaluate.rule: '{settings.rule}'.{near(settings.rule, ('uniform', 'variable'))}")
     _check_ways(config)
     least = min(map(settings.ways_in, settings.data)) if settings.rule == "uniform" else settings.min_ways
     check_conditions(settings.attacks, settings.corruptions, least)
@@ -124,11 +117,9 @@ def _check_evaluation(config: FewShotConfig) -> None:
 def _check_ways(config: FewShotConfig) -> None:
     settings = config.evaluate
     names = [*settings.data, *(config.select.data if config.select is not None else ())]
-    for name, ways in settings.ways_of.items():
+    for name in settings.ways_of:
         if name not in names:
             raise UserError(f"evaluate.ways_of: '{name}' is not evaluated.{near(name, names)}")
-        if ways < 2:
-            raise UserError(f"evaluate.ways_of: {name}: {ways}; an episode has 2 ways or more.")
     if settings.ways_of and (settings.rule != "uniform" or config.meta is not None):
         raise UserError("evaluate.ways_of: needs evaluate.rule uniform and no meta section; leave it out.")
 
@@ -143,7 +134,6 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
         if label not in labels:
             raise UserError(f"pool.rates: no expert '{label}'.{near(label, labels)}")
     sources = [attack.source for attack in config.evaluate.attacks if attack.source is not None]
-    _check_head(config.head)
     ending = "" if config.head.name == PROTOTYPES else f"+{config.head.name}"
     for model in config.evaluate.models:
         where = "evaluate.models" if split_head(model)[1] or not ending else "evaluate.models with head"
@@ -159,15 +149,6 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
             f"evaluate.models: {config.evaluate.models} without an adapt and a train section; add them, name a pool.folder, "
             "or evaluate 'frozen'."
         )
-
-
-def _check_head(head: FewShotHeadConfig) -> None:
-    if head.name not in (PROTOTYPES, *HEADS):
-        raise UserError(f"head: '{head.name}'.{near(head.name, (PROTOTYPES, *HEADS))}")
-    if is_variational(head.name):
-        check_head(head.name, head.options)
-    elif head.options:
-        raise UserError(f"head: '{head.name}' has no options; finetune has its own section, the others have none.")
 
 
 def _known_models(config: FewShotConfig) -> list[str]:
@@ -203,10 +184,8 @@ def _check_selection(config: FewShotConfig) -> None:
             "select: the episodes of a pool's settings, of rates or of temperatures; add pool or tune, set "
             "evaluate.probabilities, or leave it out."
         )
-    if bool(select.data) == bool(select.class_share) or not 0 <= select.class_share < 1:
-        raise UserError(
-            f"select: data {select.data}, class_share {select.class_share:g}; give one of them, the share below 1."
-        )
+    if bool(select.data) == bool(select.class_share):
+        raise UserError(f"select: data {select.data}, class_share {select.class_share:g}; give one of them.")
     if select.class_share and config.evaluate.rule != "uniform":
         raise UserError("select.class_share: needs evaluate.rule uniform; for variable episodes give select.data.")
     check_apart({"select.data": select.data}, {"evaluate.data": config.evaluate.data})

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from vismt.backbones import vit
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, WeightsUnavailable
-from vismt.base.objects import held
+from vismt.base.objects import object_named
 from vismt.engine.stream import Batches
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
-from vismt.jobs.calibrating import calibrated_on_images
+from vismt.jobs.calibration import calibrated_on_images
 from vismt.jobs.fewshot.arms import (
     evaluated_experts,
     evaluated_models,
@@ -40,8 +40,8 @@ from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net, read_scale
 from vismt.jobs.fewshot.report import sections
 from vismt.jobs.training_job import TrainingJob
 from vismt.lowrank.files.store import load_adapter
-from vismt.lowrank.layers.wrappers import check_mergeable
-from vismt.lowrank.model.inject import merge
+from vismt.lowrank.model.merge import merge
+from vismt.lowrank.model.modules import check_mergeable
 from vismt.lowrank.model.record import need_record
 from vismt.lowrank.model.targets import check_patterns
 from vismt.metatune.amt.objective import AdversarialObjective
@@ -99,7 +99,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
                 settings.sampler(name)
 
     def skeleton(self, config: FewShotConfig) -> nn.Module:
-        given = held(config.model.name)
+        given = object_named(config.model.name)
         return vit.skeleton(config.model.name, config.model.img_size) if given is None else given
 
     def fresh(self, config: FewShotConfig) -> Net:
@@ -119,7 +119,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
                 trims = [self.config.merging.trim, *(self.config.select.trim if self.config.select is not None else ())]
                 for trim in trims:
                     check_patterns(
-                        "merging.trim", trim, [site.path for site in need_record(backbone.vit, "merging.trim").sites]
+                        "merging.trim", trim, [spec.path for spec in need_record(backbone.vit, "merging.trim").layers]
                     )
         return make_net(backbone, config)
 
@@ -168,7 +168,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def train(self) -> dict[str, Any]:
         about = super().train()
         if self.config.pool is not None:
-            ranks.from_first(lambda: [self._assemble_pool(seed) for seed in self.study.seeds])
+            ranks.on_first(lambda: [self._assemble_pool(seed) for seed in self.study.seeds])
         return about
 
     def _assemble_pool(self, seed: int) -> None:
@@ -232,7 +232,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
             lines = []
             for arm in self.evaluated():
                 lines += self._evaluation(arm).masking_lines(self.models(seed, arm), arm, self.hash)
-            ranks.from_first(lambda: write_lines(self.folder / MASKING, lines))
+            ranks.on_first(lambda: write_lines(self.folder / MASKING, lines))
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         """Leave out the untrained arms whose weights cannot be had, with a line for each."""

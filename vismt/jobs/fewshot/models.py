@@ -28,7 +28,7 @@ from vismt.jobs.fewshot.config import (
 )
 from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.lowrank.files.store import DESCRIPTION, check_tensors
-from vismt.lowrank.model.inject import merge
+from vismt.lowrank.model.merge import merge
 from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import INDEX, Expert, ExpertPool, read_pool
 from vismt.metatune.finetuning.finetune import FineTuned
@@ -152,7 +152,7 @@ def _describe(model: FewShotModel) -> str:
     if isinstance(model, PoolNet):
         pool = model.pool
         shares = dict(model.settings.shares) or ""
-        updates = [(path, part.L, part.R) for update in pool.updates for path, part in update.low_rank.items()]
+        updates = [(path, part.B, part.A) for update in pool.updates for path, part in update.low_rank.items()]
         return f"{pool.labels} {pool.scale} {model.settings} {Identity(updates)}{shares}"
     if isinstance(model, MamlNet):
         return f"{model.settings} {weights_digest(model.learner)} {Identity(sorted(model.own_tensors().items()))}"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from vismt.base.errors import UserError
-from vismt.config.sections import UNHASHED, Dtype, ModelSection
-from vismt.config.typed import Names
+from vismt.config.sections import UNHASHED, Count, Dtype, ModelSection
+from vismt.config.typed import Names, within
 from vismt.engine.parts import PartsConfig
 from vismt.engine.study import StudyConfig
+from vismt.jobs.task_sections import Split, check_risk_split, risk_of_report
 from vismt.llm.ilora.recommenders import ITEM_BASELINES
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import LmTask
 from vismt.llm.tasks.recommendation import Recommendation
+from vismt.uncertainty.last_layers import check_head
 
 FROZEN = "frozen"  # name of the model before training
 RECOMMENDER = "sasrec"  # name of the recommender
@@ -43,7 +46,7 @@ class LmModelConfig(ModelSection):
     gguf_file: str | None = None
     dtype: Dtype | None = None
     first_block: int = 0
-    cache_mb: int = 1024
+    cache_mb: Annotated[int, within(0)] = 1024
 
 
 @dataclass
@@ -62,7 +65,7 @@ class LmTaskConfig(PartsConfig):
     """
 
     name: str = ""
-    kind: Annotated[str, Names("vismt.llm.tasks:TASKS")] = "causal"
+    kind: Annotated[str, Names("vismt.llm.tasks:TASKS", only=True)] = "causal"
     prompt: str = ""
     chat: bool = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -90,13 +93,18 @@ class LmHeadConfig:
     Args:
         name: the head (vismt.uncertainty.last_layers).
         options: further arguments of the head.
-        alternate: alternating training (vismt.llm.tasks.alternating); null trains head and LM jointly (train.rates can
+        alternate: alternating training (vismt.uncertainty.vbll); null trains head and LM jointly (train.rates can
             give the head another rate).
     """
 
-    name: Annotated[str, Names("vismt.uncertainty.last_layers:HEADS")] = "linear"
+    name: Annotated[str, Names("vismt.uncertainty.last_layers:HEADS", only=True)] = "linear"
     options: dict[str, Any] = field(default_factory=dict)
     alternate: LmAlternateConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_head(self.name, self.options)
+        if self.alternate is not None and self.name != "vbll":
+            raise UserError(f"head.alternate: '{self.name}' has no posterior to alternate with; set head.name to vbll.")
 
 
 @dataclass
@@ -119,10 +127,14 @@ class LmCalibrationConfig:
 
     data: list[str] = field(default_factory=list)
     text: str = "{text}"
-    rows: int = 256
-    batch: int = 8
-    length: int = 512
-    memory_mb: int | None = field(default=None, metadata=UNHASHED)
+    rows: Count = 256
+    batch: Count = 8
+    length: Count = 512
+    memory_mb: Count | None = field(default=None, metadata=UNHASHED)
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise UserError("calibration.data: names no set of texts.")
 
 
 @dataclass
@@ -146,12 +158,12 @@ class LmRecommenderConfig:
     blocks: int = 1
     heads: int = 1
     dropout: float = 0.1
-    steps: int = 2000
-    batch: int = 256
+    steps: Count = 2000
+    batch: Count = 256
     lr: float = 1e-3
     weight_decay: float = 0.0
     cross_fit: bool = False
-    baselines: Annotated[list[str], Names(BASELINES)] = field(default_factory=list)
+    baselines: Annotated[list[str], Names(BASELINES, only=True)] = field(default_factory=list)
 
 
 @dataclass
@@ -166,16 +178,23 @@ class LmEvaluateConfig:
         temperature: also evaluate with the temperature that minimises the NLL on validation rows.
         laplace: also evaluate with a Laplace approximation around the trained head; it is Kronecker-factored, and the
             condition is named accordingly, where a linear head has more than 4,096 weights.
+        risk: also evaluate conformal sets and selective prediction (vismt.jobs.risk). With tune, half of the validation
+            examples choose the rates and the other half give the thresholds.
         samples: without effect, as Bayesian heads answer without draws; run folders of earlier versions have it.
     """
 
-    split: Annotated[str, Names("vismt.jobs.task_sections:SPLITS")] = "test"
-    batch: int = 8
-    limit: int | None = None
+    split: Split = "test"
+    batch: Count = 8
+    limit: Annotated[int, within(2)] | None = None
     frozen: bool = True
     temperature: bool = False
     laplace: bool = False
+    risk: bool = False
     samples: int = 20
+
+    def __post_init__(self) -> None:
+        if self.risk:
+            check_risk_split(self.split)
 
 
 @dataclass
@@ -193,21 +212,23 @@ class LmConfig(StudyConfig):
             the titles of the history; or as controls random and shuffled-user.
         projector: from item vectors to the LM, mlp or linear.
         evaluate: the evaluation.
-        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none. With tune, half of the
-            validation examples choose the rates and the other half give the thresholds.
     """
 
     task: str = "lm"
     model: LmModelConfig = field(default_factory=LmModelConfig)
     tasks: list[LmTaskConfig] = field(default_factory=list)
     head: LmHeadConfig = field(default_factory=LmHeadConfig)
-    batch: int = 8
+    batch: Count = 8
     calibration: LmCalibrationConfig | None = None
     recommender: LmRecommenderConfig | None = None
-    gates: Annotated[str, Names("vismt.llm.ilora.hybrid:GATES")] = "user"
-    projector: Annotated[str, Names("vismt.llm.ilora.hybrid:PROJECTORS")] = "mlp"
+    gates: Annotated[str, Names("vismt.llm.ilora.hybrid:GATES", only=True)] = "user"
+    projector: Annotated[str, Names("vismt.llm.ilora.hybrid:PROJECTORS", only=True)] = "mlp"
     evaluate: LmEvaluateConfig = field(default_factory=LmEvaluateConfig)
-    report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = None
+
+    @staticmethod
+    def from_earlier(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Read the key `report: risk`."""
+        return risk_of_report(values)
 
 
 def task_of(config: LmTaskConfig) -> LmTask:

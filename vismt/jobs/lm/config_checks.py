@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError
 from vismt.engine.parts import check_parts
 from vismt.engine.study import check_arms, resolve_arms
 from vismt.jobs.lm.config import (
-    BASELINES,
     FROZEN,
     KIND,
     RECOMMENDERS,
@@ -17,11 +16,8 @@ from vismt.jobs.lm.config import (
     task_of,
     trained_task,
 )
-from vismt.jobs.risk import check_report
 from vismt.jobs.task_sections import check_tasks
-from vismt.llm.ilora.hybrid import PROJECTORS, check_gates
 from vismt.methods import needs
-from vismt.uncertainty.last_layers import check_head
 
 
 def check(config: LmConfig) -> None:
@@ -49,8 +45,7 @@ def check(config: LmConfig) -> None:
 
 
 def _check_values(config: LmConfig) -> None:
-    batches = {"batch": config.batch, "evaluate.batch": config.evaluate.batch}
-    check_tasks(config, [task.name for task in config.tasks], config.evaluate.split, batches)
+    check_tasks(config, [task.name for task in config.tasks])
     trained = [task.name for task in config.tasks if task.train]
     if len(trained) != 1:
         raise UserError(f"tasks: {trained} name sets to train on; exactly one task must.")
@@ -60,12 +55,6 @@ def _check_values(config: LmConfig) -> None:
     check_parts({f"tasks: {task.name}": task for task in config.tasks}, calibration)
     _check_trained_task(config)
     _check_recommendation(config)
-    check_head(config.head.name, config.head.options)
-    if config.head.alternate is not None and config.head.name != "vbll":
-        raise UserError(
-            f"head.alternate: '{config.head.name}' has no posterior to alternate with; set head.name to vbll."
-        )
-    _check_numbers(config)
 
 
 def _check_task(section: LmTaskConfig) -> None:
@@ -76,8 +65,6 @@ def _check_task(section: LmTaskConfig) -> None:
         raise UserError(
             f"tasks: {section.name}: it has no training set to take a share of; name the sets in test and validation."
         )
-    if section.limit is not None and section.limit < 1:
-        raise UserError(f"tasks: {section.name}: limit {section.limit}; it must be at least 1.")
     if task.head and not section.train:
         raise UserError(
             f"tasks: {section.name}: '{section.kind}' needs a trained head; name sets to train on, or take 'answers'."
@@ -86,34 +73,18 @@ def _check_task(section: LmTaskConfig) -> None:
 
 def _check_trained_task(config: LmConfig) -> None:
     trained = trained_task(config)
-    check_report(config.report, config.evaluate.split)
-    if config.report is not None and not task_of(trained).head:
+    if config.evaluate.risk and not task_of(trained).head:
         raise UserError(
-            f"report: {config.report}: '{trained.kind}' has no class probabilities; leave it out, or take 'classify'."
+            f"evaluate.risk: '{trained.kind}' has no class probabilities; leave it out, or take 'classify'."
         )
     evaluate = config.evaluate
-    validates = config.tune is not None or evaluate.temperature or evaluate.laplace or config.report is not None
+    validates = config.tune is not None or evaluate.temperature or evaluate.laplace or evaluate.risk
     if validates and not (trained.validation or trained.validation_share):
         raise UserError(
             f"tasks: {trained.name}: nothing to validate on; name a set in validation, or give validation_share."
         )
     if config.adapt is None and not task_of(trained).head:
         raise UserError(f"adapt: is null, and '{trained.kind}' has no head: nothing would be trained; name a method.")
-
-
-def _check_numbers(config: LmConfig) -> None:
-    calibration = config.calibration
-    if calibration is not None:
-        numbers = (calibration.rows, calibration.batch, calibration.length, calibration.memory_mb)
-        if not calibration.data or min(number for number in numbers if number is not None) < 1:
-            raise UserError("calibration: name sets in data; rows, batch, length and memory_mb must be at least 1.")
-    least = {
-        "model.cache_mb": (config.model.cache_mb, 0),
-        "evaluate.limit": (config.evaluate.limit, 2),
-    }
-    for name, (value, low) in least.items():
-        if value is not None and value < low:
-            raise UserError(f"{name}: {value}; it must be at least {low}.")
 
 
 def _check_texts(config: LmConfig, where: str) -> None:
@@ -129,9 +100,7 @@ def _check_texts(config: LmConfig, where: str) -> None:
 
 
 def _check_recommendation(config: LmConfig) -> None:
-    """Raise UserError for sections that need a recommendation where none is trained, and for values out of range."""
-    check_gates(config.gates)
-    require_known("projector:", [config.projector], PROJECTORS)
+    """Raise UserError for sections that need a recommendation where none is trained."""
     if recommends(config):
         _check_histories(config)
     else:
@@ -142,11 +111,6 @@ def _check_recommendation(config: LmConfig) -> None:
                 f"{given}: is for a recommendation, and '{trained_task(config).kind}' is trained; leave it out."
             )
     _check_gated_method(config)
-    if config.recommender is not None:
-        for name in ("steps", "batch"):
-            if getattr(config.recommender, name) < 1:
-                raise UserError(f"recommender.{name}: {getattr(config.recommender, name)}; it must be at least 1.")
-        require_known("recommender.baselines:", config.recommender.baselines, BASELINES)
 
 
 def _check_histories(config: LmConfig) -> None:

@@ -30,10 +30,10 @@ from vismt.jobs.risk import choice_measures, fit_thresholds, validation_parts
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, LmTask, Record, choices, gather, temperature_of, tempered
 from vismt.llm.tasks.recommendation import Recommendation
-from vismt.lowrank.model.inject import merge
+from vismt.lowrank.model.merge import merge
 from vismt.report.results import Score
 from vismt.storage.lines import read_lines, write_lines
-from vismt.uncertainty.intervals import CLEAN, Condition, Measure
+from vismt.uncertainty.intervals import CLEAN, Condition
 from vismt.uncertainty.last_layers import laplace_head, laplace_structure
 
 SCORING = "2"  # changes where rows get other scores than in earlier versions, whose records are then not used
@@ -64,12 +64,14 @@ class Evaluation:
         scores = []
         for task_name, name in self._sets(training, split):
             task = self.data.tasks[task_name]
+            risk = self.config.evaluate.risk and task_name == self.data.trained and split != "validation"
             for condition, records in self._conditions(training, task_name, split, name):
                 tokens = sum(record.get("tokens", 0) for record in records)
                 counted = f", {tokens:,} tokens" if tokens else ""
                 measures = list(task.measures(records).values())
-                if self._reports_risk(task_name, split) and condition == CLEAN:
-                    measures += self._risk(training, records)
+                if risk and condition == CLEAN:
+                    thresholds = fit_thresholds(*choices(self._parts(self._validation(training))[1]))
+                    measures += choice_measures(*choices(records), [str(row["id"]) for row in records], thresholds)
                 for measure in measures:
                     users = len(measure.values) < len(records)  # and not rows, which are several of a user
                     rows = f"{len(records):,} {split} rows" if users else f"{split} rows{counted}"
@@ -77,22 +79,14 @@ class Evaluation:
                     scores.append(Score(task_name, name, f"{task.about}, {rows}", measure, condition, unit))
         return scores
 
-    def _reports_risk(self, task: str, split: str) -> bool:
-        return self.config.report is not None and task == self.data.trained and split != "validation"
-
-    def _risk(self, training: Training, records: Sequence[Record]) -> list[Measure]:
-        """Return the measures of `report: risk` with the thresholds of the validation rows."""
-        thresholds = fit_thresholds(*choices(self._parts(self._validation(training))[1]))
-        return choice_measures(*choices(records), [str(record["id"]) for record in records], thresholds)
-
     def quality(self, training: Training) -> float:
         """Return the trained task's quality on the validation rows that choose rates."""
         return self.data.tasks[self.data.trained].quality(self._parts(self._validation(training))[0])
 
     def _parts(self, records: list[Record]) -> tuple[list[Record], list[Record]]:
-        """Return the validation records that choose rates, and those that give the thresholds of `report: risk`."""
+        """Return the validation records that choose rates, and those that give the thresholds of `evaluate.risk`."""
         labels = torch.tensor([record.get("label", 0) for record in records])
-        chooses, thresholds = validation_parts(labels, self.config.report, self.config.tune)
+        chooses, thresholds = validation_parts(labels, self.config.evaluate.risk, self.config.tune)
         return list(compress(records, chooses.tolist())), list(compress(records, thresholds.tolist()))
 
     def _sets(self, training: Training, split: str) -> list[tuple[str, str]]:
@@ -140,7 +134,7 @@ class Evaluation:
         stem = record_stem(split, task, name) + ("-laplace" if laplace else "")
         path = training.folder / "records" / f"{stem}.jsonl"
         key = self._fingerprint(training, task, split, name, laplace)
-        lines = ranks.from_first(lambda: read_lines(path, whole=True))
+        lines = ranks.on_first(lambda: read_lines(path, whole=True))
         if lines and lines[0].get("fingerprint") == key:
             _check_records(path, lines[1:])
             return lines[1:]
@@ -153,7 +147,7 @@ class Evaluation:
         order = {item.id: place for place, item in enumerate(items)}
         records.sort(key=lambda record: order[record["id"]])
         path.parent.mkdir(parents=True, exist_ok=True)
-        ranks.from_first(lambda: write_lines(path, [{"fingerprint": key}, *records]))
+        ranks.on_first(lambda: write_lines(path, [{"fingerprint": key}, *records]))
         return records
 
     def _fingerprint(self, training: Training, task: str, split: str, name: str, laplace: str) -> list[str | int]:
@@ -181,13 +175,13 @@ class Evaluation:
     def _laplace(self, training: Training) -> LmNet:
         """Return the net of a training with the Laplace approximation in place of its head."""
         net = self.net(training)
-        if self._posterior[:2] != (training, self.models.given):
+        if self._posterior[:2] != (training, self.models.generation):
             names = self.data.names(self.data.trained, "validation")
             rows = [row for name in names for row in self.data.rows(self.data.trained, "validation", name)]
             validation = self._features(net, rows)
             features = list(self._features(net, self.data.training())[0].split(256))
             head = laplace_head(net.head, features, validation)
-            self._posterior = (training, self.models.given, head.to(validation[0].device))
+            self._posterior = (training, self.models.generation, head.to(validation[0].device))
         return LmNet(net.lm, self._posterior[2], net.first).eval()
 
     @torch.no_grad()
@@ -220,21 +214,21 @@ class Evaluation:
         merged = LmNet(merge(copy.deepcopy(net.stock)), first=net.first)
         split = self.config.evaluate.split
         sets = [(task, name) for task in self.data.tasks for name in self.data.names(task, split)]
-        for task, name in ranks.own(sets):
+        for task, name in ranks.my_share(sets):
             batch = self._batch(self.data.rows(task, split, name)[: self.config.evaluate.batch], net)
             batch.pop("lower", None)  # the merged LM runs without cached states, as its users run it
             yield "logits", _last_logits(merged, batch), _last_logits(net, batch), True
 
     def net(self, training: Training) -> LmNet:
         """Return the net of a training, or the net before training; it is kept until another one is made."""
-        open_training, given, net = self._open
-        if open_training != training or given != self.models.given or net is None:
+        open_training, generation, net = self._open
+        if open_training != training or generation != self.models.generation or net is None:
             if training.arm == FROZEN:
                 net = self.models.untrained(self.data)
             else:
                 net = load_trained(self.models.fresh(self.study.config_of(training), self.data), training)
             net = net.to(runtime.processes().device)
-            self._open = (training, self.models.given, net)
+            self._open = (training, self.models.generation, net)
         return net
 
 

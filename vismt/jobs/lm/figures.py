@@ -118,11 +118,11 @@ def sections(folder: Path, config: LmConfig, study: Study[LmConfig], results: Se
     for number, (task, data) in enumerate(others):
         trainings = _by_training(clean, (trained, score.data, score.metric), len(study.seeds))
         texts = _by_training(clean, (task, data, PERPLEXITY), len(study.seeds))
-        points = {
-            key: Point(_rate(study, key[0]), factor * row.value, texts[key].value)
-            for key, row in trainings.items()
-            if key in texts
-        }
+        points = {}
+        for (arm, seed), row in trainings.items():
+            if (arm, seed) in texts:
+                lr = 0.0 if arm in REFERENCES else study.trainings(arm)[0].lr  # the chosen rate
+                points[arm, seed] = Point(lr, factor * row.value, texts[arm, seed].value)
         path = folder / "figures" / f"forgetting-{number}.png"
         across = f"{trained} on {score.data}: {scale_text(score.metric, score.scale, score.better)}"
         families = _families(config, points)
@@ -140,11 +140,6 @@ def _by_training(
         for row in rows
         if (row.task, row.data, row.metric) == score and (row.seed is None) == (row.arm in REFERENCES or seeds == 1)
     }
-
-
-def _rate(study: Study[LmConfig], arm: str) -> float:
-    """Return an arm's chosen rate, 0 for a reference."""
-    return 0.0 if arm in REFERENCES else study.trainings(arm)[0].lr
 
 
 def _families(config: LmConfig, points: dict[tuple[str, int | None], Point]) -> dict[str, list[Point]]:

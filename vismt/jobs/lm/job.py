@@ -18,7 +18,7 @@ from vismt.base.errors import UserError
 from vismt.config.sections import AdaptConfig
 from vismt.engine import runtime, training_files
 from vismt.engine.study import Training
-from vismt.jobs.calibrating import calibrated
+from vismt.jobs.calibration import calibrated
 from vismt.jobs.lm import models as lm_models
 from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends
 from vismt.jobs.lm.config_checks import check
@@ -31,8 +31,8 @@ from vismt.jobs.risk import check_thresholds
 from vismt.jobs.training_job import TrainingJob
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
-from vismt.llm.tasks.alternating import AlternatingObjective
 from vismt.llm.tasks.base import LmObjective
+from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.methods import METHODS
 from vismt.report.results import Result, Score
@@ -93,10 +93,10 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             for split in {self.split, "validation"} if validates else {self.split}:
                 for name in self.data.names(task, split):
                     self.data.rows(task, split, name)
-        if self.config.report is not None:
+        if self.config.evaluate.risk:
             names = self.data.names(self.data.trained, "validation")
             rows = [row for name in names for row in self.data.rows(self.data.trained, "validation", name)]
-            check_thresholds(torch.tensor([row.label for row in rows]), self.config.report, self.config.tune)
+            check_thresholds(torch.tensor([row.label for row in rows]), self.config.tune)
         for config in self.study.arms.values():
             self.batches(config)
 
@@ -194,7 +194,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
 
     def check_merge(self, training: Training) -> None:
         """Compare the unmerged LM with a merged copy, since all nets share the LM; write merge.json, unless it exists."""
-        if ranks.from_first((training.folder / training_files.MERGE).exists):
+        if ranks.on_first((training.folder / training_files.MERGE).exists):
             return
         net = self.evaluation.net(training)
         if training_files.needs_merge_check(net.stock, training):

@@ -47,7 +47,7 @@ class LmModels:
     def __init__(self, config: LmConfig, recommender: Callable[[], Recommender]) -> None:
         self.config = config
         self._recommender = recommender
-        self.given = 0  # number of nets made so far
+        self.generation = 0  # number of nets made so far
         self._lm: PreTrainedModel | None = None
         self._tokenizer: Any = None
 
@@ -88,11 +88,11 @@ class LmModels:
     def forget(self) -> None:
         """Drop the LM after a change of its weights; the next net loads it again."""
         self._lm = None
-        self.given += 1
+        self.generation += 1
 
     def fresh(self, config: LmConfig, data: LmData) -> LmNet:
         """Return the net before training; where the trained task has a head, it starts at the rows of the answer tokens."""
-        self.given += 1
+        self.generation += 1
         lm = self.stock()
         task = task_of(trained_task(config))
         net = LmNet(lm, first=config.model.first_block)

@@ -32,8 +32,9 @@ from vismt.jobs.lm.config import GRU, RECOMMENDER, LmConfig, LmRecommenderConfig
 from vismt.jobs.lm.data import LmData
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.ilora.recommenders import GRU4Rec, NextItem, SASRec, cosine_scores, padded, popularity_scores
+from vismt.llm.tasks.answers import choice_records
 from vismt.llm.tasks.base import Item, Record
-from vismt.llm.tasks.recommendation import choice_records, listed_of
+from vismt.llm.tasks.recommendation import listed_of
 from vismt.storage.files import atomic_write, is_locked, locked
 
 # Folder and file of each trained recommender.
@@ -74,8 +75,8 @@ class Recommender:
             with ExitStack() as held:
                 if is_locked(folder):
                     console.stage("wait", f"{type(net).__name__}   another process trains it")
-                ranks.from_first(lambda: held.enter_context(locked(folder, wait_s=-1)))
-                trained = ranks.from_first((folder / file).exists)
+                ranks.on_first(lambda: held.enter_context(locked(folder, wait_s=-1)))
+                trained = ranks.on_first((folder / file).exists)
                 if not trained:
                     self._train(net, folder, file)
         if trained:
@@ -138,13 +139,12 @@ class Recommender:
             runtime.accelerator(),
             seed=self.config.seed,
         )
-        ranks.from_first(lambda: _finish(net, folder, file))
 
+        def finish() -> None:
+            atomic_write(folder / file, safetensors.torch.save(training_files.state(net)))
+            training_files.finish(net, folder, False, {})
 
-def _finish(net: nn.Module, folder: Path, file: str) -> None:
-    """Write the files of a finished training."""
-    atomic_write(folder / file, safetensors.torch.save(training_files.state(net)))
-    training_files.finish(net, folder, False, {})
+        ranks.on_first(finish)
 
 
 class _Histories:

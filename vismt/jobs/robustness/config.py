@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import AdaptConfig, ModelConfig, OnBadSample, TrainConfig
-from vismt.config.typed import Names
+from vismt.config.sections import AdaptConfig, Count, ModelConfig, OnBadSample, TrainConfig
+from vismt.config.typed import Names, within
 from vismt.data.set_entries import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
-from vismt.jobs.risk import check_report
+from vismt.jobs.task_sections import risk_of_report
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
-from vismt.robustness.quantise import check_scheme
 
 
 @dataclass
@@ -41,7 +41,7 @@ class ClassifierConfig:
     arm: str | None = None
     function: str | None = None
     size: int | None = None
-    quantise: Annotated[str | None, Names("vismt.robustness.quantise:SCHEMES")] = None
+    quantise: Annotated[str | None, Names("vismt.robustness.quantise:SCHEMES", only=True)] = None
     img_size: int | None = None
     task: str | None = None
 
@@ -52,7 +52,8 @@ class RobustnessEvaluateConfig:
 
     Args:
         images: number of images of each card, drawn with the run's seed; null for all.
-        calibration: number of further images of each card, from which `report: risk` takes its thresholds.
+        risk: also evaluate conformal sets and selective prediction (vismt.jobs.risk).
+        threshold_images: number of further images of each card, from which `risk` takes its thresholds.
         batch: images in one forward pass.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
@@ -60,13 +61,22 @@ class RobustnessEvaluateConfig:
         baseline: the mean corruption error is relative to this arm; null for none.
     """
 
-    images: int | None = None
-    calibration: int = 0
-    batch: int = 32
+    images: Annotated[int, within(2)] | None = None
+    risk: bool = False
+    threshold_images: Annotated[int, within(0)] = 0
+    batch: Count = 32
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
     masking: bool = False
     baseline: str | None = None
+
+    @staticmethod
+    def from_earlier(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Read the key `calibration`, the name of `threshold_images` in earlier versions."""
+        if "calibration" not in values:
+            return values
+        others = {key: value for key, value in values.items() if key != "calibration"}
+        return {"threshold_images": values["calibration"], **others}
 
 
 @dataclass
@@ -81,7 +91,6 @@ class RobustnessConfig(StudyConfig):
         data: cards as 'name' or 'name:split'; [] evaluates run folders on the images and by the scores of their own
             configurations, those of dense prediction included.
         evaluate: the evaluation.
-        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none.
         on_bad_sample: error or skip, for images that cannot be decoded.
         download: whether sets that are missing are downloaded.
     """
@@ -93,9 +102,13 @@ class RobustnessConfig(StudyConfig):
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     data: list[str] = field(default_factory=list)
     evaluate: RobustnessEvaluateConfig = field(default_factory=RobustnessEvaluateConfig)
-    report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = None
     on_bad_sample: OnBadSample = "error"
     download: bool = False
+
+    @staticmethod
+    def from_earlier(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Read the key `report: risk`."""
+        return risk_of_report(values)
 
 
 def check(config: RobustnessConfig) -> None:
@@ -103,9 +116,6 @@ def check(config: RobustnessConfig) -> None:
     settings = config.evaluate
     if config.adapt is not None or config.train is not None or config.seeds or config.tune is not None:
         raise UserError("robustness: nothing is trained; leave adapt, train, seeds and tune out.")
-    for name, value, least in (("images", settings.images, 2), ("batch", settings.batch, 1)):
-        if value is not None and value < least:
-            raise UserError(f"evaluate.{name}: {name} is {value}; it must be at least {least}.")
     if any(attack.source is not None for attack in settings.attacks):
         raise UserError("evaluate.attacks: source: attacks from another model are for few-shot runs; leave it out.")
     if settings.masking and not settings.attacks:
@@ -113,13 +123,11 @@ def check(config: RobustnessConfig) -> None:
     if settings.baseline is not None and settings.baseline not in config.arms:
         raise UserError(f"evaluate.baseline: no arm '{settings.baseline}'.{near(settings.baseline, config.arms)}")
     _check_data(config)
-    check_report(config.report)
-    if bool(settings.calibration) != bool(config.report and config.data) or (
-        settings.calibration and not settings.images
-    ):
+    wanted = settings.threshold_images
+    if bool(wanted) != bool(settings.risk and config.data) or (wanted and not settings.images):
         raise UserError(
-            f"evaluate.calibration: {settings.calibration} images with report {config.report} and images {settings.images}: "
-            "give report: risk on cards a number of images and, for its thresholds, of calibration images; else leave it out."
+            f"evaluate.threshold_images: {wanted} with risk {str(settings.risk).lower()} and images {settings.images}: give "
+            "evaluate.risk on cards a number of images and, for its thresholds, of threshold_images; else leave it out."
         )
     check_arms(config, _check_classifier, ("data",))
     if not config.arms:
@@ -150,8 +158,6 @@ def _check_classifier(config: RobustnessConfig) -> None:
         )
     if classifier.task is not None and not config.data:
         raise UserError("classifier.task: it chooses among outputs for cards; leave it out with data: [].")
-    if classifier.quantise is not None:
-        check_scheme(classifier.quantise)
     if classifier.img_size is not None and classifier.name is None:
         raise UserError("classifier.img_size: it is for a timm model; give classifier.name, or leave it out.")
     if classifier.function is not None and classifier.size is None:

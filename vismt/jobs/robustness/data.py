@@ -58,17 +58,17 @@ class Cards:
         """Return the drawn images of a set at a classifier's size, with the labels of its outputs."""
         return self._batches(name, classifier, 0, self.config.evaluate.images)
 
-    def calibration(self, name: str, classifier: Classifier) -> Batches:
+    def for_thresholds(self, name: str, classifier: Classifier) -> Batches:
         """Return the images of a set after the drawn ones, for thresholds."""
         settings = self.config.evaluate
         start = settings.images or 0
         available = len(self.images(name)) - start
-        if available < settings.calibration:
+        if available < settings.threshold_images:
             raise UserError(
-                f"evaluate.calibration: '{name}' has {max(0, available)} images besides the {start} evaluated ones, not "
-                f"{settings.calibration}; lower evaluate.images or evaluate.calibration."
+                f"evaluate.threshold_images: '{name}' has {max(0, available)} images besides the {start} evaluated ones, not "
+                f"{settings.threshold_images}; lower evaluate.images or evaluate.threshold_images."
             )
-        return self._batches(name, classifier, start, settings.calibration)
+        return self._batches(name, classifier, start, settings.threshold_images)
 
     def _batches(self, name: str, classifier: Classifier, start: int, count: int | None) -> Batches:
         images = self.images(name)

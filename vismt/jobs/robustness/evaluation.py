@@ -38,22 +38,24 @@ def score_set(
     folder: Path,
     data: str,
     arm: str,
-    calibration: Batches | None = None,
+    for_thresholds: Batches | None = None,
 ) -> list[Score]:
     """Return the scores on one set, clean and under each spec; images on record are not evaluated again.
 
-    calibration: clean images for the thresholds of `report: risk`, whose measures are then among the scores.
+    for_thresholds: clean images for the thresholds of `evaluate.risk`, whose measures are then among the scores.
     """
 
     @torch.no_grad()
     def fit() -> Thresholds:
         device = next((parameter.device for parameter in classifier.net.parameters()), None)
-        pairs = [(classifier.net(pixels.to(device)).cpu().double(), labels) for pixels, labels, _ in calibration or ()]
+        pairs = [
+            (classifier.net(pixels.to(device)).cpu().double(), labels) for pixels, labels, _ in for_thresholds or ()
+        ]
         logits, labels = (torch.cat(parts) for parts in zip(*pairs))
         return fit_thresholds(logits.log_softmax(1), labels)
 
     name, fingerprint, thresholds = row_name(data), classifier.fingerprint(), None
-    if calibration is not None:
+    if for_thresholds is not None:
         path = folder / f"{record_stem('risk', name, 'images')}.json"
         thresholds = fitted_once(path, Thresholds, fingerprint, fit)
     return image_scores(

@@ -69,22 +69,22 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         for trained in self.trained.values():
-            trained.check(*self._chosen(attacks), self.config.report)
+            trained.check(*self._chosen(attacks), risk=self.config.evaluate.risk)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         chosen, corruptions = self._chosen(attacks)
         folder = records_folder(training.folder, attacks)
         if training.arm in self.trained:
-            return self.trained[training.arm].scores(chosen, corruptions, folder, self.config.report)
+            return self.trained[training.arm].scores(chosen, corruptions, folder, risk=self.config.evaluate.risk)
         classifier = self.classifier_of(training.arm)
         specs: list[DirectPerturbation] = [attack.spec(self.config.seed) for attack in chosen]
         specs += [spec for corruption in corruptions for spec in corruption.specs()]
         scores = []
         for data in self.config.data:
             batches = self.cards.batches(data, classifier)
-            calibration = None if self.config.report is None else self.cards.calibration(data, classifier)
+            for_thresholds = self.cards.for_thresholds(data, classifier) if self.config.evaluate.risk else None
             scores += score_set(
-                classifier, batches, specs, folder=folder, data=data, arm=training.arm, calibration=calibration
+                classifier, batches, specs, folder=folder, data=data, arm=training.arm, for_thresholds=for_thresholds
             )
         return scores
 
@@ -115,7 +115,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
                 fields = {**vars(result), "epsilons": list(result.epsilons), "accuracies": list(result.accuracies)}
                 lines.append({"arm": arm, "data": row_name(data), **fields, "verdict": result.verdict()})
                 console.stage("masking", f"{arm}   {row_name(data)}   {result.verdict()}")
-        ranks.from_first(lambda: write_lines(self.folder / MASKING, lines))
+        ranks.on_first(lambda: write_lines(self.folder / MASKING, lines))
 
     def _write_broken(self, arm: str, data: str) -> None:
         """Write the first images that are right when clean and wrong under the first attack, and the attacked images."""

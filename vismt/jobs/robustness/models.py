@@ -14,12 +14,12 @@ from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.base.identity import weights_digest
-from vismt.base.objects import held
+from vismt.base.objects import object_named
 from vismt.engine import runtime
 from vismt.jobs import open_run
 from vismt.jobs.image_job import ImageJob
-from vismt.jobs.risk import check_report
 from vismt.jobs.robustness.config import ClassifierConfig
+from vismt.jobs.task_sections import check_risk_split
 from vismt.jobs.training_job import TrainingJob
 from vismt.report.results import RECORDS, Score
 from vismt.robustness.classifier import (
@@ -60,7 +60,7 @@ def check_exists(config: ClassifierConfig) -> None:
     if config.run is not None:
         open_run(Path(config.run))
     name = config.name or ""
-    if name and held(name) is None and not name.startswith(ROBUSTBENCH):
+    if name and object_named(name) is None and not name.startswith(ROBUSTBENCH):
         checkpoint_file(name)
 
 
@@ -74,7 +74,7 @@ def load(config: ClassifierConfig) -> Classifier:
 
 def _load(config: ClassifierConfig) -> Classifier:
     device = runtime.processes().device
-    given = held(config.name or "")
+    given = object_named(config.name or "")
     if given is not None:
         own = classifier_of(given, config.img_size)
         return Classifier(own.to(device), own.num_classes, config.size or max(own.size), own.labels)
@@ -122,12 +122,10 @@ class TrainedArm:
         """The split that the run evaluates."""
         return self.job.split
 
-    def check(
-        self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], report: str | None
-    ) -> None:
-        """Raise UserError for attacks, corruptions and a report that the run's job does not have."""
-        check_report(report, self.split)
-        if report is not None:
+    def check(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], *, risk: bool) -> None:
+        """Raise UserError for attacks, corruptions and measures of risk that the run's job does not have."""
+        if risk:
+            check_risk_split(self.split)
             self.job.check_risk()
         self.job.check_conditions(attacks, corruptions)
 
@@ -136,11 +134,12 @@ class TrainedArm:
         attacks: Sequence[AttackConfig],
         corruptions: Sequence[CorruptionConfig],
         folder: Path,
-        report: str | None,
+        *,
+        risk: bool,
     ) -> list[Score]:
         """Return the scores on the run's own images, clean and under each attack and corruption; folder: for records."""
-        records, risk = folder / RECORDS, report is not None
-        return self.job.scores_under(self.net, self.training, self.split, attacks, corruptions, records, risk=risk)
+        split, records = self.split, folder / RECORDS
+        return self.job.scores_under(self.net, self.training, split, attacks, corruptions, records, risk=risk)
 
     def _load(self) -> nn.Module:
         net = self.job.final(self.training)

@@ -29,7 +29,7 @@ from vismt.base.errors import UserError
 from vismt.base.identity import Identity, weights_digest
 from vismt.llm.corda.files import CovarianceStore
 from vismt.llm.corda.observed_pass import Batch, Groups, add_batch, arguments, shared_inputs
-from vismt.lowrank.layers.kinds import matrix_shape
+from vismt.lowrank.layers.stock_modules import matrix_shape
 from vismt.lowrank.model.record import refuse_adapted
 from vismt.lowrank.model.targets import Targets, find_targets
 
@@ -72,7 +72,9 @@ def collect_covariance(
         raise UserError(f"covariance: save_every is {save_every}; it must be at least 1.")
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise UserError(f"covariance: batches is one {type(batches).__name__}; give a list of batches.")
-    target_modules, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude, packed=True)
+    target_modules, _ = find_targets(
+        model, targets, [exclude] if isinstance(exclude, str) else exclude, prequantized=True
+    )
     iterator = iter(batches)
     first = next(iterator, None)
     if first is None:

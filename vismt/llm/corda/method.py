@@ -32,8 +32,8 @@ from vismt.llm.corda.covariance import collect_covariance
 from vismt.llm.corda.files import load_covariances
 from vismt.llm.corda.start import corda_factors
 from vismt.llm.pissa.method import SOLVERS, refuse_dropout
-from vismt.lowrank.layers.kinds import matrix_shape
 from vismt.lowrank.layers.low_rank import LowRankLayer
+from vismt.lowrank.layers.stock_modules import matrix_shape
 from vismt.lowrank.model.inject import inject
 from vismt.lowrank.model.record import AdaptReport
 from vismt.lowrank.model.targets import Targets, find_targets
@@ -68,7 +68,7 @@ def corda(
     if mode == "kpm" and solver == "randomized":
         raise UserError("adapt.solver: 'randomized' finds the largest components, kpm needs the smallest; use 'exact'.")
     exclude = options.get("exclude", ())
-    modules, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude, packed=True)
+    modules, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude, prequantized=True)
     by_path: Mapping[str, Any]
     if all(module.weight.is_meta for module in modules.values()):
         by_path = dict.fromkeys(modules)  # nothing is computed on the meta device

@@ -16,8 +16,8 @@ Left out: gates per layer and top-k, noisy or MLP gates, which the released code
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
 from vismt.llm.lora import kaiming_start
+from vismt.lowrank.layers.base import AdapterModule, LayerSpec, register_module
 from vismt.lowrank.layers.gates import instance_gates, recompute_gates, unwatch_expansion, watch_expansion
 from vismt.lowrank.layers.low_rank import LowRankLayer
-from vismt.lowrank.layers.wrappers import AddedModule, register_wrapper
 from vismt.lowrank.model.inject import attach, inject
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.starts import site_generator
@@ -61,8 +61,7 @@ def ilora(
     The adapted model runs under `with instance_gates(gates):` only.
     """
     refuse_adapted(model)
-    settings = {"kind": gate, "n_experts": n_experts, "user_width": user_width}
-    InstanceGate.check(PATH, getattr(model, PATH, None), settings)
+    InstanceGate.check(PATH, getattr(model, PATH, None), GateSettings(gate, n_experts, user_width))
 
     report = inject(
         model,
@@ -78,7 +77,7 @@ def ilora(
     )
     gate_seed = int(torch.randint(2**62, (), generator=site_generator(seed, PATH)))
     instance_gate = InstanceGate(gate, n_experts, user_width, gate_seed)
-    attach(model, PATH, instance_gate)
+    attach(model, {PATH: instance_gate})
     trainable, total = count_parameters(model)
     size = sum(parameter.numel() for parameter in instance_gate.parameters())
     extras = [f"{gate} gate, {user_width} to {n_experts} rank groups   {size:,}"] if gate else []
@@ -99,12 +98,23 @@ def gate_part(model: nn.Module) -> InstanceGate | None:
     return gate if isinstance(gate, InstanceGate) else None
 
 
-@register_wrapper("instance_gate")
-class InstanceGate(AddedModule):
+@dataclass(frozen=True)
+class GateSettings:
+    """Settings of the gate network. kind: "linear" or "cnn", None for no network."""
+
+    kind: str | None
+    n_experts: int
+    user_width: int
+
+
+@register_module("instance_gate")
+class InstanceGate(AdapterModule):
     """User representations (b, width) -> gates (b, E), not negative, each row of sum one.
 
     Runs in the dtype of its weights, fp32 (fp64 in an fp64 model) until the model is cast. kind None: no network.
     """
+
+    Settings = GateSettings
 
     def __init__(self, kind: str | None, rank_groups: int, user_width: int, seed: int = 0) -> None:
         super().__init__()
@@ -114,8 +124,13 @@ class InstanceGate(AddedModule):
             self.network = network(kind, rank_groups, user_width)
 
     @classmethod
-    def check(cls, path: str, base: nn.Module | None, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        kind, rank_groups, user_width = (settings.get(name) for name in ("kind", "n_experts", "user_width"))
+    def shapes_on(cls, base: nn.Module | None, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+        return cls.check(spec.path, base, spec.settings)
+
+    @classmethod
+    def check(cls, path: str, base: nn.Module | None, settings: GateSettings) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of `tensors()`; raise UserError for wrong settings, and where the path is taken."""
+        kind, rank_groups, user_width = settings.kind, settings.n_experts, settings.user_width
         if path != PATH:
             raise UserError(f"ilora: the gate network of a model lies at '{PATH}', not at '{path}'.")
         if base is not None and not isinstance(base, InstanceGate):
@@ -131,19 +146,21 @@ class InstanceGate(AddedModule):
         return {f"network.{name}": tuple(value.shape) for name, value in state.items()}
 
     @classmethod
-    def check_tensors(cls, what: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def check_tensors(cls, what: str, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
         counts = {name: value for name, value in tensors.items() if name.endswith(".num_batches_tracked")}
         for name, value in counts.items():
             if value.dtype != torch.int64:
                 raise UserError(f"{what}.{name}: {value.dtype}; it must be int64.")
-        super().check_tensors(what, settings, {name: value for name, value in tensors.items() if name not in counts})
+        super().check_tensors(what, spec, {name: value for name, value in tensors.items() if name not in counts})
 
     @classmethod
-    def around(cls, base: nn.Module | None, settings: Mapping[str, Any]) -> InstanceGate:
-        return cls(settings["kind"], settings["n_experts"], settings["user_width"])
+    def build(
+        cls, base: Any, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> InstanceGate:
+        return cls(spec.settings.kind, spec.settings.n_experts, spec.settings.user_width)
 
-    def settings(self) -> dict[str, Any]:
-        return {"kind": self.kind, "n_experts": self.rank_groups, "user_width": self.user_width}
+    def settings(self) -> GateSettings:
+        return GateSettings(self.kind, self.rank_groups, self.user_width)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the parameters and the running statistics of batch norms, which the gates depend on."""
@@ -151,15 +168,15 @@ class InstanceGate(AddedModule):
             return {}
         return {f"network.{name}": value for name, value in self.network.state_dict().items()}
 
-    def attach(self, model: nn.Module, path: str) -> None:
+    def attach(self, model: nn.Module, names: Sequence[str]) -> None:
         first = next(model.parameters())
         self.to(first.device, torch.promote_types(first.dtype, torch.float32)).train(model.training)
-        super().attach(model, path)
+        super().attach(model, names)
         watch_expansion(model)
 
-    def detach(self, model: nn.Module, path: str) -> None:
-        super().detach(model, path)
+    def detach(self, model: nn.Module) -> nn.Module | None:
         unwatch_expansion(model)
+        return super().detach(model)
 
     def forward(self, users: Tensor) -> Tensor:
         if self.network is None or users.ndim != 2 or users.shape[1] != self.user_width:

@@ -24,10 +24,17 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.peft_settings import STARTS
-from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, inner_module, register_layer
-from vismt.lowrank.layers.packed_weights import dense_weight
-from vismt.lowrank.layers.wrappers import install_module
-from vismt.lowrank.values import check_factor, check_finite
+from vismt.lowrank.layers.base import (
+    AdapterLayer,
+    AdapterModule,
+    LayerSpec,
+    adapter_layers,
+    inner_module,
+    register_module,
+)
+from vismt.lowrank.layers.stock_modules import dense_weight
+from vismt.lowrank.model.modules import detach_all
+from vismt.lowrank.tensors import check_factor
 
 BASE = "base_layer"  # peft's name of the stock module in a tuner layer
 Shapes = dict[str, tuple[int, ...]]
@@ -48,14 +55,14 @@ class HostedSettings:
     fixed: Shapes = field(default_factory=dict)
 
 
-@register_layer("hosted")
+@register_module("hosted")
 class HostedLayer(AdapterLayer):
     """A stock module with a tuner of peft, which `prepare` builds."""
 
     Settings = HostedSettings
-    not_combined = "is a tuner of peft, not a pair of factors"
+    combine_refusal = "is a tuner of peft, not a pair of factors"
     has_factors = False
-    takes_packed = True
+    takes_prequantized = True
 
     tuner: nn.Module
 
@@ -63,7 +70,7 @@ class HostedLayer(AdapterLayer):
         super().__init__(base)
         self.__dict__["elsewhere"] = frozenset()
 
-    def adopt(self, base: nn.Module) -> None:
+    def adopt(self, base: Any) -> None:
         super().adopt(base)
         self.__dict__["inner"] = inner_module(base)
         if "tuner" in self._modules:  # of an adapter that becomes active again
@@ -97,12 +104,12 @@ class HostedLayer(AdapterLayer):
     @classmethod
     def prepare(
         cls, model: nn.Module, specs: Sequence[LayerSpec]
-    ) -> Callable[[Mapping[str, AdapterLayer]], None] | None:
+    ) -> Callable[[Mapping[str, AdapterModule]], None] | None:
         """Let peft build the tuners of all `specs`; the model is as it was afterwards."""
         with as_peft(model, specs) as hosted:
             tuners = {spec.path: hosted.get_submodule(f"base_model.model.{spec.path}") for spec in specs}
 
-        def finish(layers: Mapping[str, AdapterLayer]) -> None:
+        def finish(layers: Mapping[str, AdapterModule]) -> None:
             seen: set[int] = set()
             for spec in specs:
                 layer: Any = layers[spec.path]
@@ -153,19 +160,8 @@ class HostedLayer(AdapterLayer):
     def tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in tensors_of(self.tuner).items() if name not in self.elsewhere}
 
-    def check_fill(self, what: str, tensors: Mapping[str, Tensor]) -> None:
-        own = self.tensors()
-        for name, value in tensors.items():
-            check_finite(f"{what}.{name}", value, own[name].dtype)
-
-    @torch.no_grad()
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        own = self.tensors()
-        for name, value in tensors.items():
-            own[name].copy_(value)
-
     def low_rank(self) -> LowRank:
-        raise UserError(f"adapter: a layer that {self.not_combined} has no factors; merge the model.")
+        raise UserError(f"adapter: a layer that {self.combine_refusal} has no factors; merge the model.")
 
     def check_mergeable(self, what: str, path: str) -> None:
         try:
@@ -180,7 +176,7 @@ class HostedLayer(AdapterLayer):
         tuner = copy.deepcopy(self.linked())
         tuner.merge()
         base = tuner.get_base_layer()
-        module = self._stock(nn.Parameter(base.weight.detach(), requires_grad=self.weight.requires_grad))
+        module = self.stock(nn.Parameter(base.weight.detach(), requires_grad=self.weight.requires_grad))
         if self.bias is not None:
             module.bias = nn.Parameter(base.bias.detach(), requires_grad=self.bias.requires_grad)
         return module
@@ -249,11 +245,17 @@ def as_peft(model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str] =
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     attributes = set(vars(model))
     try:
-        for spec in specs:
-            layer = model.get_submodule(spec.path)
-            if isinstance(layer, HostedLayer):
-                install_module(model, spec.path, layer.linked().get_base_layer())
-        yield _build(model, configuration(settings, [spec.path for spec in specs], saved), settings.seed)
+        hosts = {path: layer for path, layer in adapter_layers(model).items() if isinstance(layer, HostedLayer)}
+        detach_all(model, {path: layer.linked().get_base_layer() for path, layer in hosts.items()})
+        config = configuration(settings, [spec.path for spec in specs], saved)
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(settings.seed)
+                hosted = _peft().get_peft_model(model, config)
+        except Exception as error:  # peft raises what the tuner's code raises
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"adapt: peft cannot build {config.peft_type.value} here: {reason}") from error
+        yield hosted
     finally:
         for module, table in children:
             module._modules = table
@@ -261,17 +263,6 @@ def as_peft(model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str] =
             parameter.requires_grad_(flag)
         for name in set(vars(model)) - attributes:
             delattr(model, name)
-
-
-def _build(model: nn.Module, config: Any, seed: int) -> Any:
-    """Return the PeftModel of a stock model; UserError with the first line of what peft objects to."""
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return _peft().get_peft_model(model, config)
-    except Exception as error:  # peft raises what the tuner's code raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"adapt: peft cannot build {config.peft_type.value} here: {reason}") from error
 
 
 def _peft() -> Any:

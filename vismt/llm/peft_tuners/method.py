@@ -23,8 +23,7 @@ from vismt.base.errors import UserError, require_known
 from vismt.llm.peft_tuners.layer import HostedLayer, HostedSettings
 from vismt.llm.s2ft.structures import structures
 from vismt.lowrank.layers.base import spec_of
-from vismt.lowrank.model.inject import also_trained, install
-from vismt.lowrank.model.options import checked
+from vismt.lowrank.model.inject import also_trained, check_options, install
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.targets import find_targets
 from vismt.methods import METHODS, Method
@@ -64,30 +63,29 @@ def host(
     **options: Any,
 ) -> AdaptReport:
     """Put a tuner of peft on the targets."""
-    common = checked({"targets": targets, "rank": rank, "alpha": alpha, "exclude": exclude, "also_train": also_train})
+    common = check_options(
+        {"targets": targets, "rank": rank, "alpha": alpha, "exclude": exclude, "also_train": also_train}
+    )
     refuse_adapted(model)
-    modules, remarks = find_targets(model, common["targets"], common["exclude"], packed=True)
+    modules, remarks = find_targets(model, common["targets"], common["exclude"], prequantized=True)
     names = also_trained(model, common["also_train"], list(modules))
     kind, given = VARIANTS.get(tuner, (tuner.upper(), {}))
     fields = _fields(kind)
-    if "feedforward_modules" in fields and not _knows(model):
-        # IA3 scales the inputs of these, the hidden units of an FFN, and the outputs of the other targets.
+    known = importlib.import_module("peft.utils.constants").TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if "feedforward_modules" in fields and model_type not in known:
+        # IA3 scales the inputs of these, the hidden units of an FFN, and the outputs of the other targets; peft has lists of
+        # them for some types of models.
         last = {structure.parts["d"].path for structure in structures(model).values() if "d" in structure.parts}
         options.setdefault("feedforward_modules", [path for path in modules if path in last])
     for name, value in options.items():
         if name.endswith("_modules") and value:
-            options[name] = "|".join(re.escape(path) for path in find_targets(model, value, packed=True)[0])
+            options[name] = "|".join(re.escape(path) for path in find_targets(model, value, prequantized=True)[0])
     settings = {**_sizes(fields, common["rank"], common["alpha"]), **given, **options}
     specs = [spec_of(p, m, HostedLayer, HostedSettings(kind, dict(settings), seed)) for p, m in modules.items()]
     method = f"{PREFIX}:{tuner}"
     install(model, method, specs, {"seed": seed}, names)
     return AdaptReport(method, specs, *count_parameters(model), remarks)
-
-
-def _knows(model: nn.Module) -> bool:
-    """Return whether peft has a list of the feed-forward modules of this type of model."""
-    known = importlib.import_module("peft.utils.constants").TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
-    return getattr(getattr(model, "config", None), "model_type", None) in known
 
 
 def _sizes(fields: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
@@ -115,12 +113,12 @@ def tuners() -> list[str]:
         base = importlib.import_module("peft.tuners.tuners_utils").BaseTuner
     except ImportError as error:
         raise UserError(f"adapt: the tuners of peft need peft ({error}): pip install peft.") from error
-    kinds = {str(kind.value) for kind, tuner in mapping.PEFT_TYPE_TO_TUNER_MAPPING.items() if _is_tuner(tuner, base)}
+    kinds = {
+        str(kind.value)
+        for kind, tuner in mapping.PEFT_TYPE_TO_TUNER_MAPPING.items()
+        if isinstance(tuner, type) and issubclass(tuner, base)
+    }
     return sorted({kind.lower() for kind in kinds - set(LEFT_OUT)} | set(VARIANTS))
-
-
-def _is_tuner(tuner: Any, base: type) -> bool:
-    return isinstance(tuner, type) and issubclass(tuner, base)
 
 
 @functools.cache

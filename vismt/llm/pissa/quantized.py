@@ -28,11 +28,10 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.base import LayerSpec, register_layer
-from vismt.lowrank.layers.conv import LowRankConv
-from vismt.lowrank.layers.kinds import LINEAR
-from vismt.lowrank.layers.linear import LowRankLinear
+from vismt.lowrank.layers.base import LayerSpec, register_module
+from vismt.lowrank.layers.forms import LowRankConv, LowRankLinear
 from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
+from vismt.lowrank.layers.stock_modules import LINEAR
 from vismt.lowrank.svd import double, working_dtype
 
 GRIDS = ("nf4", "bitsandbytes")
@@ -55,7 +54,7 @@ class QuantizedSettings(LowRankSettings):
             raise ValueError(f"grid {self.grid!r}")
 
 
-@register_layer("quantized")
+@register_module("quantized")
 class QuantizedLayer(LowRankLayer):
     """Base of the layers on Q, in values of `grid`, once the update is applied.
 
@@ -66,10 +65,10 @@ class QuantizedLayer(LowRankLayer):
     start_B: Tensor
 
     Settings = QuantizedSettings
-    not_exported = f"lies on quantised weights; {MERGE}"
-    not_combined = not_exported
+    export_refusal = f"lies on quantised weights; {MERGE}"
+    combine_refusal = export_refusal
     has_factors = False
-    takes_packed = forms_weight = False
+    takes_prequantized = weight_readable = False
 
     def __init__(self, base: nn.Module, rank: int, scale: float, *, grid: str, **options: Any) -> None:
         super().__init__(base, rank, scale, **options)

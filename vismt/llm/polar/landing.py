@@ -25,7 +25,7 @@ from vismt.base.errors import UserError, near
 from vismt.llm.polar import stiefel
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
-from vismt.lowrank.sharded import whole, write_whole
+from vismt.lowrank.tensors import whole, write_whole
 
 FIELDS = {"landing": stiefel.landing_field, "euclidean": stiefel.penalty_field}
 RETRACTIONS = {"qr": stiefel.qr_retraction, "polar": stiefel.polar_retraction, "cayley": stiefel.cayley_retraction}
@@ -186,23 +186,18 @@ class Landing(torch.optim.Optimizer):
             ranks.append(stiefel.stable_rank(x, torch.diag_embed(theta) if theta.ndim == 2 else theta, y))
         return {"infeasibility": torch.cat(off).mean(), "stable_rank": torch.cat(ranks).mean()}
 
-    def orthonormalize_(self) -> None:
-        """Call `orthonormalize_` of the model, at the end of a training: the optimiser's moments are not changed."""
-        _orthonormalize(self.layers)
-
-
-def orthonormalize_(model: nn.Module) -> nn.Module:
-    """Put X and Y of every update exactly on the manifold, and the rest into Theta: the model computes the same."""
-    _orthonormalize(polar_layers(model))
-    return model
-
 
 @torch.no_grad()
-def _orthonormalize(layers: Iterable[LowRankLayer]) -> None:
-    for layer in layers:
+def orthonormalize_(model: nn.Module) -> nn.Module:
+    """Put X and Y of every update exactly on the manifold, and the rest into Theta: the model computes the same.
+
+    For the end of a training: the moments of an optimiser are not changed.
+    """
+    for layer in polar_layers(model):
         for update in updates(layer):
             for tensor, new in zip(update, stiefel.orthonormalize(*update)):
                 tensor.copy_(new)
+    return model
 
 
 def polar_layers(model: nn.Module) -> list[LowRankLayer]:

@@ -35,7 +35,8 @@ def landing_field(z: Tensor, grad: Tensor, attraction: float) -> Tensor:
         attraction: strength of the pull, >= 0; in the convention of the authors' code.
 
     Returns:
-        (..., n, r) in the dtype of `grad`; half precision is computed in fp32. The two terms are orthogonal.
+        (..., n, r) in the dtype of `grad`; half precision is computed in fp32. The two terms are orthogonal; without
+        attraction the field is a tangent vector for a `z` on the manifold.
     """
     _check_field(z, grad, attraction)
     point, gradient = _working(z), _working(grad)
@@ -56,11 +57,6 @@ def pull(z: Tensor) -> Tensor:
     _require_tall(z)
     point = _working(z)
     return point @ _excess(point)
-
-
-def tangent_projection(z: Tensor, grad: Tensor) -> Tensor:
-    """Return `G Z^T Z - Z G^T Z` (..., n, r): the landing field without its pull, a tangent vector for a `z` on the manifold."""
-    return landing_field(z, grad, 0.0)
 
 
 def qr_retraction(z: Tensor, step: Tensor) -> Tensor:

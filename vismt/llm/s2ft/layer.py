@@ -38,9 +38,8 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.llm.s2ft.structures import Coupling, Structure, UnitBlock, couple, expand, movable
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, register_layer, spec_of, trained_dtype
-from vismt.lowrank.layers.kinds import matrix_shape
-from vismt.lowrank.values import check_finite
+from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, LayerSpec, register_module, trained_dtype
+from vismt.lowrank.tensors import check_finite
 
 Span = tuple[int, int] | None
 
@@ -67,7 +66,7 @@ class SliceSettings:
             raise ValueError(f"dim {self.dim!r}, mode {self.mode!r}")
 
 
-@register_layer("slice")
+@register_module("slice")
 class SliceLinear(AdapterLayer):
     """nn.Linear, or transformers' Conv1D, with `count` trained inputs (dim 1) or outputs (dim 0).
 
@@ -84,7 +83,7 @@ class SliceLinear(AdapterLayer):
     slice_place: Tensor
 
     Settings = SliceSettings
-    not_combined = "trains rows or columns of the weights, not factors; export_peft writes them as factors"
+    combine_refusal = "trains rows or columns of the weights, not factors; export_peft writes them as factors"
 
     def __init__(self, base: nn.Module, count: int, dim: int, mode: str, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(base)
@@ -117,11 +116,6 @@ class SliceLinear(AdapterLayer):
         )
 
     # ---- the layer as data
-    @classmethod
-    def plan(cls, path: str, module: nn.Module, dim: int, count: int, mode: str) -> LayerSpec:
-        """Return the spec of one module with `count` trained rows (dim 0) or columns (dim 1)."""
-        return spec_of(path, module, cls, SliceSettings(count, 1.0, (matrix_shape(module)[0],), dim, mode))
-
     @classmethod
     def build(
         cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
@@ -162,7 +156,7 @@ class SliceLinear(AdapterLayer):
     @classmethod
     def prepare(
         cls, model: nn.Module, specs: Sequence[LayerSpec]
-    ) -> Callable[[Mapping[str, AdapterLayer]], None] | None:
+    ) -> Callable[[Mapping[str, AdapterModule]], None] | None:
         structures = movable(model, {spec.path: spec.settings.dim for spec in specs if spec.settings.mode == "permute"})
         return partial(couple, model, structures)
 
@@ -358,7 +352,7 @@ class SliceLinear(AdapterLayer):
             dtype = torch.promote_types(values.dtype, torch.float32)
             values = values.to(dtype) + weight.index_select(self.dim, self.slice_index).to(dtype)
         weight.index_copy_(self.dim, self.slice_index, values.to(weight.dtype))
-        return self._stock(merged)
+        return self.stock(merged)
 
     def extra_repr(self) -> str:
         side = ("rows", "columns")[self.dim]

@@ -24,13 +24,14 @@ import torch.distributed as dist
 from torch import nn
 
 from vismt.base.errors import UserError, require_known
-from vismt.llm.s2ft.layer import MODES, SliceLinear
+from vismt.llm.s2ft.layer import MODES, SliceLinear, SliceSettings
 from vismt.llm.s2ft.scores import SCORES
 from vismt.llm.s2ft.selection import UnitSelection, select_units
 from vismt.llm.s2ft.structures import Structure, structures
-from vismt.lowrank.layers.wrappers import from_stock
-from vismt.lowrank.model.inject import also_trained, install
-from vismt.lowrank.model.options import checked
+from vismt.lowrank.layers.base import spec_of
+from vismt.lowrank.layers.stock_modules import matrix_shape
+from vismt.lowrank.model.inject import also_trained, check_options, install
+from vismt.lowrank.model.modules import from_stock
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.methods import Calibration, Method, register_method
@@ -68,7 +69,7 @@ def s2ft(
                 f"adapt.{name}: {value!r} with 's2ft', which takes units: set parts and ratio, leave {name} out."
             )
     require_known("adapt.mode: no", [mode], MODES)
-    options = checked({"targets": None, "rank": 1, "alpha": None, "also_train": also_train, "dtype": dtype})
+    options = check_options({"targets": None, "rank": 1, "alpha": None, "also_train": also_train, "dtype": dtype})
     refuse_adapted(model)
     settings = {
         "strategy": strategy,
@@ -88,15 +89,11 @@ def s2ft(
             raise UserError(f"adapt: both selection and {extra[0]}; the selection already fixes these settings.")
     containers = structures(model)
     features = _features(model, containers, selection)
-    if dist.is_available() and dist.is_initialized():
-        digests: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(digests, selection.digest())
-        if len(set(digests)) > 1:
-            raise UserError("s2ft: the processes chose different units; give all the same seed, model and calibration.")
-    specs = [
-        SliceLinear.plan(path, model.get_submodule(path), dim, len(index), mode)
-        for path, (dim, index) in features.items()
-    ]
+    specs = []
+    for path, (dim, index) in features.items():
+        module = model.get_submodule(path)
+        slice_settings = SliceSettings(len(index), 1.0, (matrix_shape(module)[0],), dim, mode)
+        specs.append(spec_of(path, module, SliceLinear, slice_settings))
     names = also_trained(model, options["also_train"], list(features))
     total = count_parameters(model)[1]
     layers = install(model, "s2ft", specs, {}, names, dtype=options["dtype"])
@@ -147,7 +144,10 @@ def checked_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
 def _features(
     model: nn.Module, containers: Mapping[str, Structure], selection: UnitSelection
 ) -> dict[str, tuple[int, torch.Tensor]]:
-    """Return {module: (dim, features (k,) in stock order)} in model order; UserError for a selection that does not fit."""
+    """Return {module: (dim, features (k,) in stock order)} in model order.
+
+    Raises UserError for a selection that does not fit the model, or that is another one in other processes.
+    """
     require_known("s2ft.selection: the model has no heads or channels", selection.units, containers)
     chosen: dict[str, tuple[int, torch.Tensor]] = {}
     for path, parts in selection.units.items():
@@ -162,6 +162,11 @@ def _features(
                 )
             chosen[block.path] = (block.dim, block.features(sorted(units)))
     find_targets(model, list(chosen))
+    if dist.is_available() and dist.is_initialized():
+        digests: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(digests, selection.digest())
+        if len(set(digests)) > 1:
+            raise UserError("s2ft: the processes chose different units; give all the same seed, model and calibration.")
     return {path: chosen[path] for path, _ in model.named_modules() if path in chosen}
 
 
@@ -171,7 +176,13 @@ def calibrate(
     """Return the batches that score the units, on the model's device; with labels where gradients score them."""
     device = next(model.parameters()).device
     batches = calibration.batches(labels=options.get("strategy") == "gradient")
-    return {"calibration": [{name: value.to(device) for name, value in batch.items()} for batch in batches]}
+    moved = [
+        batch.to(device)
+        if isinstance(batch, torch.Tensor)  # images
+        else {name: value.to(device) for name, value in batch.items()}
+        for batch in batches
+    ]
+    return {"calibration": moved}
 
 
 def needs(options: Mapping[str, Any]) -> dict[str, str]:
@@ -180,7 +191,7 @@ def needs(options: Mapping[str, Any]) -> dict[str, str]:
     if strategy not in SCORES or strategy == "weight":
         return {}
     return {
-        "calibration": f"'s2ft' chooses by texts with strategy '{strategy}'; name some here, or take 'weight' or 'random'"
+        "calibration": f"'s2ft' chooses by data with strategy '{strategy}'; name texts here, or take 'weight' or 'random'"
     }
 
 

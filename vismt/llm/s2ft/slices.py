@@ -21,7 +21,7 @@ from vismt.llm.s2ft.layer import SliceLinear
 from vismt.llm.s2ft.structures import weight_matrix
 from vismt.lowrank.files.description import read_adapter
 from vismt.lowrank.files.store import base_samples, other_base, same_base
-from vismt.lowrank.layers.kinds import kind_of, matrix_shape
+from vismt.lowrank.layers.stock_modules import kind_of, matrix_shape
 from vismt.lowrank.model.record import refuse_adapted
 
 
@@ -58,7 +58,7 @@ def read_slices(folder: str | Path) -> dict[str, Slice]:
         )
     slices = {}
     for spec in specs:
-        values = {name: tensors[f"{spec.path}.{name}"] for name in spec.tensors()}
+        values = {name: tensors[f"{spec.path}.{name}"] for name in spec.layer.tensor_shapes(spec)}
         delta = values["slice_values"].float()
         if "slice_start" in values:
             delta = delta - values["slice_start"].float()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.kinds import is_conv1d, kind_of, matrix_shape
+from vismt.lowrank.layers.stock_modules import is_conv1d, kind_of, matrix_shape
 from vismt.lowrank.model.targets import READ_DIRECTLY, find_targets, head_paths, read_directly
 
 HEADS = (
@@ -292,7 +292,7 @@ class Coupling:
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """Return a view (o, i) of the weight of a stock linear or Conv1D."""
-    weight: Tensor = module.weight.detach()  # type: ignore[operator,assignment]
+    weight: Tensor = module.weight.detach()
     return weight.t() if is_conv1d(module) else weight
 
 

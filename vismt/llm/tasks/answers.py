@@ -26,7 +26,7 @@ from vismt.llm.tasks.base import (
     answer_tokens,
     fields_of,
     fill,
-    has_fields,
+    names_of,
     probability_measures,
 )
 from vismt.llm.tasks.pieces import tree
@@ -76,7 +76,11 @@ class Answers(LmTask):
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         context, before = self.context(row, tokenizer)
-        templates = {key: text for key, text in self.answers.items() if has_fields(text, row, "tasks: answers")}
+        templates = {
+            key: text
+            for key, text in self.answers.items()
+            if all(field in row for field in fields_of(text, "tasks: answers"))
+        }
         label = fill(self.label, row, "tasks: label")
         if label not in templates or len(templates) < 2:
             raise UserError(
@@ -91,27 +95,29 @@ class Answers(LmTask):
         return Item(name, [tree(context, answers, self.length)], list(templates).index(label), sizes=sizes)
 
     def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
-        scores = self._scores(net, batch)
+        scores = answer_scores(net, batch, self.normalise)
         right = scores.argmax(1) == batch["label"]
         return {"loss": F.cross_entropy(scores, batch["label"]), "accuracy": right.float().mean()}
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
-        log_p = self._scores(net, batch).double().log_softmax(1).cpu().tolist()
-        return [
-            {"id": item.id, "label": item.label, "log_p": values[: len(item.sizes)]}
-            for item, values in zip(items, log_p)
-        ]
-
-    def _scores(self, net: LmNet, batch: Batch) -> Tensor:
-        """Return the scores (b, most choices), -inf where a row has fewer choices."""
-        nats, tokens = net.branch_nll(batch)
-        length = {"token": tokens.clamp_min(1), "character": batch["size"], "none": 1}[self.normalise]
-        return (-nats / length).masked_fill(tokens == 0, -math.inf)
+        return choice_records(items, answer_scores(net, batch, self.normalise))
 
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
         # Without AUROC: the position of an answer in the list is not a class.
         return {name: measure for name, measure in probability_measures(records).items() if name != "AUROC"}
 
-    def quality(self, records: Sequence[Record]) -> float:
-        """Return the geometric mean of the probability of the right answer."""
-        return math.exp(-probability_measures(records)["NLL in nats"].score)
+
+def answer_scores(net: LmNet, batch: Batch, normalise: str) -> Tensor:
+    """Return the scores (b, most choices) of the answers of trees, -inf where a row has fewer choices."""
+    nats, tokens = net.branch_nll(batch)
+    length = {"token": tokens.clamp_min(1), "character": batch["size"], "none": 1}[normalise]
+    return (-nats / length).masked_fill(tokens == 0, -math.inf)
+
+
+def choice_records(items: Sequence[Item], scores: Tensor) -> list[Record]:
+    """Return a record for each row, with its user where it has one, from the scores (b, most choices) of its answers."""
+    log_p = scores.double().log_softmax(1).cpu().tolist()
+    return [
+        {**names_of(item), "label": item.label, "log_p": values[: len(item.sizes)]}
+        for item, values in zip(items, log_p)
+    ]

@@ -14,7 +14,7 @@ import math
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from vismt.base.seeds import mix_seed
 from vismt.llm.ilora.recommenders import padded
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.pieces import Piece, collate
-from vismt.uncertainty.intervals import LOWER, NUMBER, Measure
+from vismt.uncertainty.intervals import NUMBER, Measure
 from vismt.uncertainty.probability_metrics import binned_gaps, quality_measures, scores
 from vismt.uncertainty.temperature import fit_temperature
 
@@ -43,10 +43,6 @@ class Listed:
     history: list[int]
     candidates: list[int]
     titles: list[str]
-
-    def choice(self, kept: Sequence[int]) -> Listed:
-        """Return the same with some of the candidates."""
-        return replace(self, candidates=[self.candidates[i] for i in kept], titles=[self.titles[i] for i in kept])
 
 
 @dataclass
@@ -156,9 +152,12 @@ class LmTask(ABC):
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
         """Return the measures by name."""
 
-    @abstractmethod
     def quality(self, records: Sequence[Record]) -> float:
-        """Return a number in [0, 1], higher is better, for the choice of the learning rate: e^-NLL where there is an NLL."""
+        """Return a number in [0, 1], higher is better, for the choice of the learning rate; by default e^-NLL.
+
+        This is the geometric mean of the probability of the right answer.
+        """
+        return math.exp(-self.measures(records)["NLL in nats"].score)
 
 
 def fill(template: str, row: Mapping[str, Any], what: str) -> str:
@@ -169,11 +168,6 @@ def fill(template: str, row: Mapping[str, Any], what: str) -> str:
         missing = [field for field in fields_of(template, what) if field and field not in row]
         reason = f"no field '{missing[0]}'.{near(missing[0], row)}" if missing else f"it cannot be filled ({error!r})."
         raise UserError(f"{what} '{template}': {reason}") from error
-
-
-def has_fields(template: str, row: Mapping[str, Any], what: str) -> bool:
-    """Return whether the row has all fields of the template."""
-    return all(field in row for field in fields_of(template, what))
 
 
 def fields_of(template: str, what: str) -> list[str]:
@@ -232,24 +226,14 @@ def probability_measures(records: Sequence[Record]) -> dict[str, Measure]:
     return {measure.metric: measure for measure in measures}
 
 
+def names_of(item: Item) -> Record:
+    """Return the id of a row and, for a recommendation, its user."""
+    return {"id": item.id} if item.listed is None else {"id": item.id, "user": item.listed.user}
+
+
 def by_row(records: Sequence[Record], values: Sequence[float]) -> dict[str, float]:
     """Return the value of each record by its id."""
     return {str(record["id"]): value for record, value in zip(records, values, strict=True)}
-
-
-def by_user(records: Sequence[Record], measure: Measure) -> Measure:
-    """Return a measure whose examples are users, each with the mean of its rows; the same where no user has two rows.
-
-    Rows of one user are not independent; their means by user are, so that intervals and paired differences hold.
-    """
-    rows: dict[str, list[float]] = {}
-    for record in records:
-        rows.setdefault(record.get("user", record["id"]), []).append(measure.values[record["id"]])
-    if len(rows) == len(records):
-        return measure
-    return replace(
-        measure, values={user: math.fsum(values) / len(values) for user, values in rows.items()}, counts=False
-    )
 
 
 def choices(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
@@ -271,19 +255,6 @@ def tempered(records: Sequence[Record], temperature: float) -> list[Record]:
         {**record, "log_p": (torch.tensor(record["log_p"], dtype=torch.float64) / temperature).log_softmax(0).tolist()}
         for record in records
     ]
-
-
-def ratio_measures(records: Sequence[Record]) -> dict[str, Measure]:
-    """Of records with "nats" and "tokens": nats a token over all tokens of all rows, and the perplexity."""
-    tokens = sum(record["tokens"] for record in records)
-    mean = math.fsum(record["nats"] for record in records) / tokens
-    shift = [(record["nats"] - mean * record["tokens"]) * len(records) / tokens for record in records]
-    perplexity = math.exp(mean)
-    nats, scaled = [mean + value for value in shift], [perplexity * (1 + value) for value in shift]
-    return {
-        name: Measure(name, by_row(records, values), NUMBER, LOWER)
-        for name, values in (("NLL in nats a token", nats), ("perplexity", scaled))
-    }
 
 
 class LmObjective(nn.Module):

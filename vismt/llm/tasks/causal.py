@@ -9,6 +9,7 @@ several rows share one training piece (pieces.py); records always describe singl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,11 +24,11 @@ from vismt.llm.tasks.base import (
     LmTask,
     Record,
     answer_tokens,
+    by_row,
     fill,
-    ratio_measures,
 )
 from vismt.llm.tasks.pieces import pack, piece, windows
-from vismt.uncertainty.intervals import Measure
+from vismt.uncertainty.intervals import LOWER, NUMBER, Measure
 
 
 @TASKS.register("causal")
@@ -115,8 +116,16 @@ class Causal(LmTask):
         ]
 
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
-        return ratio_measures(records)
+        tokens = sum(record["tokens"] for record in records)
+        mean = math.fsum(record["nats"] for record in records) / tokens
+        shift = [(record["nats"] - mean * record["tokens"]) * len(records) / tokens for record in records]
+        perplexity = math.exp(mean)
+        nats, scaled = [mean + value for value in shift], [perplexity * (1 + value) for value in shift]
+        return {
+            name: Measure(name, by_row(records, values), NUMBER, LOWER)
+            for name, values in (("NLL in nats a token", nats), ("perplexity", scaled))
+        }
 
     def quality(self, records: Sequence[Record]) -> float:
         """Return 1 / perplexity."""
-        return 1 / ratio_measures(records)["perplexity"].score
+        return 1 / self.measures(records)["perplexity"].score

@@ -5,14 +5,16 @@
 W starts as the rows of the LM's output embedding for the answer tokens, so that step 0 is the zero-shot LM restricted to the
 answers. Protocol of the baselines in Wang et al., BLoB, arXiv 2406.11675, without its quirks (inverted verbaliser of BoolQ,
 swapped letters). An answer must be one token; of a longer answer only the first token would be scored.
+
+`AlternatingObjective` trains by PoLAR-VBLL's alternating steps (vismt.uncertainty.vbll).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError, near
@@ -20,6 +22,7 @@ from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.base import (
     Item,
+    LmObjective,
     LmTask,
     Record,
     answer_tokens,
@@ -30,6 +33,9 @@ from vismt.llm.tasks.pieces import IGNORE, Piece
 from vismt.uncertainty.intervals import Measure
 from vismt.uncertainty.last_layers import log_predictive
 from vismt.uncertainty.predictive import GaussianHead
+from vismt.uncertainty.vbll import VBLLClassifier, alternating_loss
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @TASKS.register("classes")
@@ -99,6 +105,43 @@ class Classes(LmTask):
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
         return probability_measures(records)
 
-    def quality(self, records: Sequence[Record]) -> float:
-        """Return the geometric mean of the probability of the right answer."""
-        return math.exp(-probability_measures(records)["NLL in nats"].score)
+
+class AlternatingObjective(LmObjective):
+    """The objective of alternating steps: update the posterior on fixed features, then the LM under the posterior.
+
+    The posterior has a separate Adam optimiser, whose moments are buffers, so that they are saved with the training and resumed
+    bit for bit; the optimiser of the training loop finds no gradient on the posterior and skips it.
+
+    Args:
+        net: the LM with a variational head.
+        task: the classification task.
+        lr: learning rate of the posterior's means and noise.
+        spread_lr: learning rate of the posterior's covariances.
+        steps: updates of the posterior for each batch.
+
+    Raises:
+        UserError: the head is not variational.
+    """
+
+    def __init__(self, net: LmNet, task: Classes, lr: float, spread_lr: float, steps: int) -> None:
+        super().__init__(net, task)
+        if not isinstance(net.head, VBLLClassifier):
+            raise UserError(
+                "head.alternate: needs a variational posterior; set head.name to vbll, or alternate to null."
+            )
+        self.rates = (lr, spread_lr)
+        self.steps = steps
+        self._adam: torch.optim.Adam | None = None
+        for number, parameter in enumerate(net.head.parameters()):
+            for name in MOMENTS:
+                start = torch.zeros(()) if name == "step" else torch.zeros_like(parameter)
+                self.register_buffer(f"{name}{number}", start)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        if self._adam is None:  # now the module is on its device, and the buffers hold the moments of a resumed run
+            self._adam = torch.optim.Adam(self.net.head.parameter_groups(*self.rates))
+            for number, parameter in enumerate(self.net.head.parameters()):
+                self._adam.state[parameter] = {name: getattr(self, f"{name}{number}") for name in MOMENTS}
+        features = self.net.features(batch)
+        loss = alternating_loss(self.net.head, self._adam, features, batch["label"], self.steps)
+        return {"loss": loss, "kl": self.net.head.kl().detach()}

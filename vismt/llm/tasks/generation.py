@@ -14,12 +14,14 @@ from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from torch import Tensor
+
 from vismt.base.errors import UserError
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks import TASKS
-from vismt.llm.tasks.base import Item, Record, by_row
+from vismt.llm.tasks.base import Item, Record, by_row, gather
 from vismt.llm.tasks.causal import Causal
-from vismt.llm.tasks.pieces import collate, piece
+from vismt.llm.tasks.pieces import IGNORE, select_tokens
 from vismt.uncertainty.intervals import Measure
 
 
@@ -84,23 +86,11 @@ class Generation(Causal):
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         records = []
-        for item, text in zip(items, self.generate(net, items)):
+        texts = written(net, prompts_of(net, items), self._tokenizer, self.new_tokens)
+        for item, text in zip(items, texts):
             right = normalised(self.read(text)) in {normalised(gold) for gold in item.gold}
             records.append({"id": item.id, "right": right, "text": text})
         return records
-
-    def generate(self, net: LmNet, items: Sequence[Item]) -> list[str]:
-        """Return the text that the LM generates after each prompt."""
-        prompts = [
-            [token for token, label in zip(item.pieces[0].ids, item.pieces[0].labels) if label < 0] for item in items
-        ]
-        device = next(net.lm.parameters()).device
-        batch = {
-            name: value.to(device) for name, value in collate([piece(p, [], self.length) for p in prompts]).items()
-        }
-        end = self._tokenizer.eos_token_id
-        generated = net.generate(batch, self.new_tokens, [] if end is None else [end])
-        return self._tokenizer.batch_decode(generated, skip_special_tokens=True)
 
     def read(self, text: str) -> str:
         """Return the answer in a generated text; empty where the pattern does not match."""
@@ -117,6 +107,24 @@ class Generation(Causal):
     def quality(self, records: Sequence[Record]) -> float:
         """Return the share of right answers."""
         return self.measures(records)["exact-match accuracy"].score
+
+
+def prompts_of(net: LmNet, items: Sequence[Item]) -> dict[str, Tensor]:
+    """Return a batch of the prompts of rows, which are their first pieces without the counted tokens, on the LM's device."""
+    prompts = []
+    for item in items:
+        piece = item.pieces[0]
+        kept = [position for position, label in enumerate(piece.labels) if label == IGNORE]
+        prompts.append(replace(item, pieces=[select_tokens(piece, kept)]))
+    device = next(net.lm.parameters()).device
+    return {name: value.to(device) for name, value in gather(prompts).items()}
+
+
+def written(net: LmNet, batch: Batch, tokenizer: Any, new_tokens: int, stops: Sequence[int] = ()) -> list[str]:
+    """Return the texts that the LM writes greedily after the prompts of a batch, up to a token of `stops` or of text's end."""
+    end = tokenizer.eos_token_id
+    tokens = net.generate(batch, new_tokens, [*([] if end is None else [end]), *stops])
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def normalised(text: str) -> str:

@@ -1,10 +1,11 @@
-"""Prompts that name items: templates filled with titles, with slots for item vectors, or with both, as tokens.
+"""Texts that name items: prompts with titles, with slots for item vectors, or with both, and the reading of written answers.
 
     titles          "played Enigma, Morcheeba."          a language model that reads titles alone
     both            "played Enigma *, Morcheeba *."      LLaRA's hybrid prompt (arXiv 2312.02445)
     slots           "played *, *."                       items by their vectors alone
 
-A slot is one token, which the vector of its item replaces (vismt.llm.ilora.hybrid).
+A slot is one token, which the vector of its item replaces (vismt.llm.ilora.hybrid). HitRatio@1 of written answers is correct /
+all; relative to valid answers only it would rise with each invalid answer.
 """
 
 from __future__ import annotations
@@ -89,3 +90,25 @@ def single_token(tokenizer: Any, key: str, text: str) -> int:
     if len(ids) != 1:
         raise UserError(f"tasks: {key} '{text}' is {len(ids)} tokens, needed one; take a sign such as ' *'.")
     return ids[0]
+
+
+def read_answer(text: str, titles: Sequence[str], label: int) -> dict[str, bool]:
+    """Return whether a written answer is right and valid: its first line equals a title, or contains one; case is ignored.
+
+    Of titles that contain each other the longest counts, which LLaRA's released reading treats as invalid.
+    """
+    names = [_plain(title) for title in titles]
+    line = _plain(text.split("\n")[0])
+    contained = [name for name in names if name in line]
+    longest = [name for name in contained if not any(name != other and name in other for other in contained)]
+    return {
+        "right": line == names[label],
+        "valid": line in names,
+        "right_substring": longest == [names[label]],
+        "valid_substring": len(longest) == 1,
+    }
+
+
+def _plain(text: str) -> str:
+    """Return the text in lower case with single spaces."""
+    return " ".join(text.casefold().split())

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.base.errors import UserError
@@ -75,7 +76,14 @@ def pack(pieces: Sequence[Piece], length: int) -> list[Piece]:
             room = length
         groups[-1].append(part)
         room -= len(part.ids)
-    return [_joined(group) for group in groups]
+    return [
+        Piece(
+            ids=tuple(token for piece in group for token in piece.ids),
+            labels=tuple(label for piece in group for label in (IGNORE, *piece.labels[1:])),
+            documents=tuple(number for number, piece in enumerate(group) for _ in piece.ids),
+        )
+        for group in groups
+    ]
 
 
 def tree(
@@ -132,15 +140,6 @@ def select_tokens(piece: Piece, positions: Sequence[int]) -> Piece:
     )
 
 
-def _joined(pieces: Sequence[Piece]) -> Piece:
-    """Return several pieces as documents of one piece."""
-    return Piece(
-        ids=tuple(token for piece in pieces for token in piece.ids),
-        labels=tuple(label for piece in pieces for label in (IGNORE, *piece.labels[1:])),
-        documents=tuple(number for number, piece in enumerate(pieces) for _ in piece.ids),
-    )
-
-
 def collate(pieces: Sequence[Piece], lower: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
     """Return a batch of pieces, padded on the left.
 
@@ -164,16 +163,25 @@ def collate(pieces: Sequence[Piece], lower: Sequence[Tensor] | None = None) -> d
         mask[row, start:] = True
         if piece.documents is not None:
             documents[row, start:] = torch.tensor(piece.documents)
-    begins = _document_starts(documents, mask)
+    columns = torch.arange(width)
     shared = torch.tensor([piece.shared for piece in pieces])[:, None]
-    positions = _positions(documents, begins, shared) * mask
+    changes = (documents[:, 1:] != documents[:, :-1]) | ~mask[:, :-1]
+    begins = mask & F.pad(changes, (1, 0), value=True)  # the first token of every document
+    # The offset of a document is the column of its first token, less the prompt before an answer, whose positions continue;
+    # cummax carries it to the other tokens.
+    offsets = torch.zeros_like(documents)
+    offsets[begins] = (columns - shared * (documents > 0))[begins]
+    positions = (columns - offsets.cummax(1).values) * mask
     batch = {"ids": ids, "labels": labels, "positions": positions, "mask": mask}
     if any(piece.documents is not None for piece in pieces):
-        batch["mask"] = _document_mask(documents, mask, shared)
+        # A token attends to the tokens before it of its document and of the prompt of its tree.
+        shown = (documents[:, :, None] == documents[:, None, :]) & mask[:, None, :]
+        shown |= ((documents == 0) & mask & (shared > 0))[:, None, :]
+        batch["mask"] = shown & torch.ones(width, width, dtype=torch.bool).tril()
     if any(piece.shared for piece in pieces):
         first_column = width - torch.tensor([len(piece.ids) for piece in pieces])[:, None]
         batch["branch"] = documents
-        batch["previous"] = torch.where(begins & (documents > 0), first_column + shared, torch.arange(width)) - 1
+        batch["previous"] = torch.where(begins & (documents > 0), first_column + shared, columns) - 1
     if any(piece.items is not None for piece in pieces):
         batch["items"] = torch.full(shape, -1)
         for row, piece in enumerate(pieces):
@@ -184,27 +192,3 @@ def collate(pieces: Sequence[Piece], lower: Sequence[Tensor] | None = None) -> d
             [torch.cat([states.new_zeros(width - len(states), states.shape[1]), states]) for states in lower]
         )
     return batch
-
-
-def _document_starts(documents: Tensor, mask: Tensor) -> Tensor:
-    """Return a bool mask (b, n) of the first token of every document."""
-    first_column = torch.ones(len(mask), 1, dtype=torch.bool)
-    changes = (documents[:, 1:] != documents[:, :-1]) | ~mask[:, :-1]
-    return mask & torch.cat([first_column, changes], 1)
-
-
-def _positions(documents: Tensor, begins: Tensor, shared: Tensor) -> Tensor:
-    """Return the position (b, n) of each token in its document; the positions of an answer continue those of the prompt."""
-    columns = torch.arange(documents.shape[1])
-    offsets = torch.zeros_like(documents)
-    offsets[begins] = (columns - shared * (documents > 0))[begins]
-    # The offset of a document is the column of its first token; cummax carries it to the other tokens.
-    return columns - offsets.cummax(1).values
-
-
-def _document_mask(documents: Tensor, mask: Tensor, shared: Tensor) -> Tensor:
-    """Return the causal attention mask (b, n, n) bool: a token attends to its document and to the prompt of its tree."""
-    allowed = (documents[:, :, None] == documents[:, None, :]) & mask[:, None, :]
-    allowed |= ((documents == 0) & mask & (shared > 0))[:, None, :]
-    width = documents.shape[1]
-    return allowed & torch.ones(width, width, dtype=torch.bool).tril()

@@ -34,7 +34,7 @@ from vismt.data.texts.interactions import draw_candidates
 from vismt.llm.ilora.hybrid import Hybrid, conditioned
 from vismt.llm.net import Batch, LmNet, counted_tokens
 from vismt.llm.tasks import TASKS
-from vismt.llm.tasks.answers import LENGTHS
+from vismt.llm.tasks.answers import LENGTHS, answer_scores, choice_records
 from vismt.llm.tasks.base import (
     Item,
     Listed,
@@ -42,12 +42,12 @@ from vismt.llm.tasks.base import (
     Record,
     answer_tokens,
     by_row,
-    by_user,
+    names_of,
     probability_measures,
 )
-from vismt.llm.tasks.item_prompts import ItemPrompt, single_token
+from vismt.llm.tasks.generation import prompts_of, written
+from vismt.llm.tasks.item_prompts import ItemPrompt, read_answer, single_token
 from vismt.llm.tasks.pieces import prune, stem, tree
-from vismt.llm.tasks.written import read_answer, written
 from vismt.uncertainty.intervals import Measure
 
 ANSWERS = ("choose", "judge", "write")
@@ -152,33 +152,26 @@ class Recommendation(LmTask):
         history = list(row["history"][-self.history :])
         if not history:
             raise UserError(f"tasks: row '{name}' has no history; set 'shortest' in its card to 1 or more.")
+        end = self.prompt_end(tokenizer)
         listed = Listed(row["user"], history, candidates, [titles[number] for number in candidates])
 
         def item(hybrid: bool) -> Item:
             shown = None if hybrid and not self.titles else titles
             lists = {"history": history, "candidates": candidates}
             ids, items = self.item_prompt.tokens(tokenizer, lists, shown, hybrid)
-            answers, answer_items = self._branches(tokenizer, candidates, titles, shown, hybrid)
+            answer_items = None
+            if self.question is None:
+                answers = [answer_tokens(tokenizer, f" {titles[number]}\n", end) for number in candidates]
+            else:
+                asked = [
+                    self.question.tokens(tokenizer, {"candidate": [c]}, shown, hybrid, after=end) for c in candidates
+                ]
+                answers, answer_items = [ids for ids, _ in asked], [items for _, items in asked]
             whole = tree(ids, answers, self.length, items if hybrid else None, answer_items)
             pieces = [stem(whole, label) if self.answer == "write" else whole]
             return Item(name, pieces, label, sizes=[len(title) for title in listed.titles], listed=listed)
 
         return replace(item(False), hybrid=item(True) if self.items else None)
-
-    def _branches(
-        self,
-        tokenizer: Any,
-        candidates: Sequence[int],
-        titles: Sequence[str],
-        shown: Sequence[str] | None,
-        hybrid: bool,
-    ) -> tuple[list[list[int]], list[list[int]] | None]:
-        """Return the tokens of the branch of each candidate, and the item numbers of these tokens."""
-        end = self.prompt_end(tokenizer)
-        if self.question is None:
-            return [answer_tokens(tokenizer, f" {titles[number]}\n", end) for number in candidates], None
-        asked = [self.question.tokens(tokenizer, {"candidate": [c]}, shown, hybrid, after=end) for c in candidates]
-        return [ids for ids, _ in asked], [items for _, items in asked]
 
     def training(self, items: Sequence[Item]) -> list[Item]:
         """Return the items with the answers of the loss only, in the forms (text, hybrid) that the curriculum uses."""
@@ -199,12 +192,17 @@ class Recommendation(LmTask):
             return replace(item, pieces=pieces, hybrid=None)
         wrong = [number for number in range(self.candidates) if number != item.label][: self.negatives]
         kept = sorted([item.label, *wrong])
+        listed = listed_of(item)
         return Item(
             item.id,
             [prune(item.pieces[0], kept)],
             kept.index(item.label),
             sizes=[item.sizes[number] for number in kept],
-            listed=listed_of(item).choice(kept),
+            listed=replace(
+                listed,
+                candidates=[listed.candidates[number] for number in kept],
+                titles=[listed.titles[number] for number in kept],
+            ),
         )
 
     def form(self, items: Sequence[Item], number: int, of: int, seed: int) -> list[Item]:
@@ -239,16 +237,19 @@ class Recommendation(LmTask):
         return logits[..., 0] - logits[..., 1]
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
-        if self.answer == "write":
-            return [
-                {**names_of(item), "text": text, **read_answer(text, listed_of(item).titles, item.label)}
-                for item, text in zip(items, written(net, items, self._tokenizer, self.new_tokens))
-            ]
         if self.answer == "judge":
             return choice_records(items, self._judgements(net, batch))
-        with conditioned(net, batch) as given:
-            nats, tokens = net.branch_nll(given)
-        return choice_records(items, -nats / {"token": tokens, "character": batch["size"], "none": 1}[self.normalise])
+        if self.answer == "choose":
+            with conditioned(net, batch) as given:
+                return choice_records(items, answer_scores(net, given, self.normalise))
+        line_end = answer_tokens(self._tokenizer, "\n")
+        stops = line_end if len(line_end) == 1 else []
+        with conditioned(net, prompts_of(net, items)) as given, net.inserted(given):
+            texts = written(net, given, self._tokenizer, self.new_tokens, stops)
+        return [
+            {**names_of(item), "text": text, **read_answer(text, listed_of(item).titles, item.label)}
+            for item, text in zip(items, texts)
+        ]
 
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
         if self.reads:
@@ -270,10 +271,7 @@ class Recommendation(LmTask):
 
     def quality(self, records: Sequence[Record]) -> float:
         """Return the geometric mean of the probability of the right candidate, or the hit ratio of written answers."""
-        measures = self.measures(records)
-        if not self.reads:
-            return measures["HitRatio@1"].score
-        return math.exp(-measures["NLL in nats"].score)
+        return super().quality(records) if self.reads else self.measures(records)["HitRatio@1"].score
 
 
 def listed_of(item: Item) -> Listed:
@@ -282,12 +280,16 @@ def listed_of(item: Item) -> Listed:
     return item.listed
 
 
-def names_of(item: Item) -> Record:
-    """Return the names of a row and its user."""
-    return {"id": item.id, "user": listed_of(item).user}
+def by_user(records: Sequence[Record], measure: Measure) -> Measure:
+    """Return a measure whose examples are users, each with the mean of its rows; the same where no user has two rows.
 
-
-def choice_records(items: Sequence[Item], scores: Tensor) -> list[Record]:
-    """Return a record for each row from the scores (b, k) of its candidates."""
-    log_p = scores.double().log_softmax(1).cpu().tolist()
-    return [{**names_of(item), "label": item.label, "log_p": values} for item, values in zip(items, log_p)]
+    Rows of one user are not independent; their means by user are, so that intervals and paired differences hold.
+    """
+    rows: dict[str, list[float]] = {}
+    for record in records:
+        rows.setdefault(record.get("user", record["id"]), []).append(measure.values[record["id"]])
+    if len(rows) == len(records):
+        return measure
+    return replace(
+        measure, values={user: math.fsum(values) / len(values) for user, values in rows.items()}, counts=False
+    )

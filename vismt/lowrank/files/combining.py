@@ -20,7 +20,7 @@ from vismt.base.errors import UserError, near
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.store import same_base
 from vismt.lowrank.files.updates import Updates, read_updates
-from vismt.lowrank.values import fits
+from vismt.lowrank.tensors import fits
 
 METHODS = ("cat", "svd")
 Adapter = Updates | nn.Module | str | Path
@@ -82,7 +82,7 @@ def _sum(
         _check_factors(updates[0])
         return updates[0]
     if wide:
-        updates = [update.to(dtype=torch.promote_types(update.L.dtype, torch.float32)) for update in updates]
+        updates = [update.to(dtype=torch.promote_types(update.B.dtype, torch.float32)) for update in updates]
     stacked = _concatenate(updates, weights)
     _check_factors(stacked)
     if method == "cat":
@@ -95,7 +95,7 @@ def _sum(
 
 def _check_factors(update: LowRank) -> None:
     """Raise UserError for a sum with NaN or infinite factors."""
-    factors = (update.L, update.R) if update.core is None else (update.L, update.R, update.core)
+    factors = (update.B, update.A) if update.core is None else (update.B, update.A, update.core)
     if not all(fits(factor) for factor in factors):
         raise UserError("combine: the weighted factors are NaN or infinite; give finite adapters and smaller weights.")
 
@@ -140,13 +140,13 @@ def _same_parameters(adapters: Sequence[Updates]) -> dict[str, Tensor]:
 def _concatenate(adapters: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     lefts = []
     for adapter, weight in zip(adapters, weights, strict=True):
-        work = torch.promote_types(adapter.L.dtype, torch.float32)
-        left = (float(weight) * adapter.scale) * adapter.L.to(work)
+        work = torch.promote_types(adapter.B.dtype, torch.float32)
+        left = (float(weight) * adapter.scale) * adapter.B.to(work)
         if adapter.core is not None:
             core = adapter.core.to(work)
             left = left * core if core.ndim == 1 else left @ core
-        lefts.append(left.to(adapter.L.dtype))
-    return LowRank(torch.cat(lefts, dim=1), torch.cat([adapter.R for adapter in adapters], dim=0))
+        lefts.append(left.to(adapter.B.dtype))
+    return LowRank(torch.cat(lefts, dim=1), torch.cat([adapter.A for adapter in adapters], dim=0))
 
 
 def _check_call(adapters: Sequence[LowRank | Adapter], weights: Sequence[float], method: str, rank: int | None) -> None:
@@ -172,8 +172,7 @@ def _check_weights(weights: Sequence[float]) -> None:
     for position, weight in enumerate(weights):
         if not isinstance(weight, Real) or not _finite(weight):
             raise UserError(f"combine: weight {position} is {weight!r}, give a finite number.")
-    total = sum((float(weight) for weight in weights), 0.0)
-    if not math.isfinite(total):
+    if not math.isfinite(sum((float(weight) for weight in weights), 0.0)):
         raise UserError("combine: the sum of the weights is not finite; give smaller weights.")
 
 

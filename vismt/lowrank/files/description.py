@@ -16,9 +16,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.lowrank import strict_json
-from vismt.lowrank.layers.base import LAYERS, LayerSpec
-from vismt.lowrank.values import check_finite
+from vismt.base.registry import PLACES
+from vismt.config.json_text import read_json
+from vismt.config.typed import JsonFile, build
+from vismt.lowrank.layers.base import MODULES, LayerSpec
+from vismt.lowrank.tensors import check_finite
 from vismt.storage.files import is_sealed, read_tensors
 
 FORMAT = 1
@@ -30,8 +32,8 @@ NOT_OURS = f"{DESCRIPTION} is not what vismt.save_adapter writes"
 
 
 @dataclass(frozen=True)
-class SavedWrapper:
-    """The entry of a wrapper: its type, as `wrappers.described` names it, and its settings."""
+class _Part:
+    """The entry of an adapter module that is no layer: the name of its class, and its settings."""
 
     type: str
     settings: dict[str, Any]
@@ -39,7 +41,7 @@ class SavedWrapper:
 
 @dataclass(frozen=True)
 class Description:
-    """The content of adapter.json. sites, parts: entries of layers and of wrappers."""
+    """The content of adapter.json. sites, parts: entries of layers and of other adapter modules."""
 
     format: int
     method: str
@@ -52,10 +54,11 @@ class Description:
     tensors: str
     tensors_sha256: str
     unchanged: list[str] = field(default_factory=list)
-    parts: dict[str, SavedWrapper] = field(default_factory=dict)
+    parts: dict[str, _Part] = field(default_factory=dict)
     sha256: str | None = None  # missing in files of version 0.1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "method", PLACES["renamed methods"].get(self.method, self.method))
         if not re.fullmatch(r"adapter-[0-9a-f]{12}\.safetensors", self.tensors):
             raise ValueError(f"tensors: {self.tensors!r} is not the name of a file of tensors")
         for key in ("also_train", "unchanged"):
@@ -89,25 +92,50 @@ def entry_of(spec: LayerSpec) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if value not in ("", None)}
 
 
-def _spec(entry: Mapping[str, Any], key: str) -> LayerSpec:
-    """Return the spec of an entry of adapter.json; ValueError for one that is malformed."""
+def parts_of(specs: Iterable[LayerSpec]) -> dict[str, dict[str, Any]]:
+    """Return the entries of the adapter modules that are no layers, by path."""
+    others = [spec for spec in specs if not spec.has_weight]
+    return {spec.path: {"type": spec.layer.name, "settings": asdict(spec.settings)} for spec in others}
+
+
+def _spec(entry: Mapping[str, Any], source: JsonFile, key: str) -> LayerSpec:
+    """Return the spec of an entry of adapter.json; UserError for one that is malformed."""
     common = {name: value for name, value in entry.items() if name in _Site.__dataclass_fields__}
     settings = {name: value for name, value in entry.items() if name not in common}
-    site = strict_json.build(_Site, common, key)
+    site = build(_Site, common, source, key)
     name = site.layer or next((name for name, setting in UNNAMED.items() if setting in settings), "low_rank")
-    layer = LAYERS[name]
-    spec = LayerSpec(site.path, site.kind, site.shape, layer, strict_json.build(layer.Settings, settings, key))
+    layer = _module(name, source)
+    spec = LayerSpec(site.path, site.kind, site.shape, layer, build(layer.Settings, settings, source, key))
+    if not spec.has_weight:
+        raise UserError(f"{source}: {key}.layer: '{name}' is no layer.")
     try:
         layer.check_settings(spec)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+        raise UserError(f"{source}: {key}: {error}.") from error
     return spec
+
+
+def _part(path: str, entry: _Part, source: JsonFile) -> LayerSpec:
+    """Return the spec of an adapter module that is no layer."""
+    kind, key = _module(entry.type, source), f"parts['{path}']"
+    spec = LayerSpec(path, "", (), kind, build(kind.Settings, entry.settings, source, f"{key}.settings"))
+    if spec.has_weight:
+        raise UserError(f"{source}: {key}.type: '{entry.type}' is a layer.")
+    return spec
+
+
+def _module(name: str, source: JsonFile) -> Any:
+    try:
+        return MODULES[name]
+    except UserError as error:
+        what = source.removesuffix(f": {NOT_OURS}")
+        raise UserError(f"{what}: {error} Import the file that registers it, or use a matching vismt.") from error
 
 
 def compared(specs: Iterable[LayerSpec], unchanged: Iterable[str]) -> list[str]:
     """Return the paths of the modules whose weights identify the base."""
     return [
-        *(spec.path for spec in specs),
+        *(spec.path for spec in specs if spec.has_weight),
         *(name[: -len(".weight")] for name in unchanged if name.endswith(".weight")),
     ]
 
@@ -115,18 +143,18 @@ def compared(specs: Iterable[LayerSpec], unchanged: Iterable[str]) -> list[str]:
 def read_description(folder: Path, what: str = "") -> tuple[Description, list[LayerSpec]]:
     """Return the content of adapter.json and its specs; UserError for a damaged or foreign file. what: its name."""
     what = what or f"adapter '{folder}'"
-    content = strict_json.read(folder / DESCRIPTION, what)
+    content = read_json(folder / DESCRIPTION, what)
     written = content.get("format", FORMAT) if isinstance(content, dict) else FORMAT
     if written != FORMAT:
         raise UserError(f"{what}: format {written!r}, this version reads {FORMAT}; use a matching vismt.")
+    source = JsonFile(f"{what}: {NOT_OURS}")
+    description = build(Description, content, source)
+    specs = [_spec(entry, source, f"sites[{number}]") for number, entry in enumerate(description.sites)]
     try:
-        description = strict_json.build(Description, content)
-        specs = [_spec(entry, f"sites[{number}]") for number, entry in enumerate(description.sites)]
         _check_paths(description, specs)
-    except UserError as error:  # a layer that is not registered
-        raise UserError(f"{what}: {error} Import the file that registers it.") from error
     except ValueError as error:
-        raise UserError(f"{what}: {NOT_OURS} ({error}).") from error
+        raise UserError(f"{source}: {error}.") from error
+    specs += [_part(path, entry, source) for path, entry in description.parts.items()]
     if description.sha256 is not None and not is_sealed(content):
         raise UserError(f"{what}: {DESCRIPTION} was changed after it was written; save the adapter again.")
     return description, specs
@@ -163,23 +191,21 @@ def read_adapter(folder: Path) -> tuple[Description, list[LayerSpec], dict[str, 
             f"{what}: '{description.tensors}' is not the file that {DESCRIPTION} describes; save the adapter again."
         )
     for spec in specs:
-        check_tensors(what, layer_shapes([spec], tensors), tensors, strict=False)
-        values = {name: tensors[f"{spec.path}.{name}"] for name in _names(spec) if f"{spec.path}.{name}" in tensors}
-        spec.layer.check_tensors(f"{what}: {spec.path}", spec, values)
+        if spec.has_weight:  # others may need a model
+            shapes = layer_shapes([spec], tensors)
+            check_tensors(what, shapes, tensors, strict=False)
+            values = {key.removeprefix(f"{spec.path}."): tensors[key] for key in shapes}
+            spec.layer.check_tensors(f"{what}: {spec.path}", spec, values)
     for name in set(description.also_train) & tensors.keys():
         check_finite(f"{what}: {name}", tensors[name])
     return description, specs, tensors
-
-
-def _names(spec: LayerSpec) -> set[str]:
-    return {*spec.tensors(), *spec.layer.optional_shapes(spec)}
 
 
 def layer_shapes(specs: Iterable[LayerSpec], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that a file must hold for these specs, optional ones where it has any of them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for spec in specs:
-        shapes.update({f"{spec.path}.{name}": shape for name, shape in spec.tensors().items()})
+        shapes.update({f"{spec.path}.{name}": shape for name, shape in spec.layer.tensor_shapes(spec).items()})
         optional = {f"{spec.path}.{name}": shape for name, shape in spec.layer.optional_shapes(spec).items()}
         if not optional.keys().isdisjoint(tensors):
             shapes.update(optional)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -22,22 +22,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.peft_adapter import PREFIX, TENSORS, PeftAdapter, read_peft
 from vismt.lowrank.files.peft_layouts import padded_stack, stack_keys, stack_tensors, with_partners
 from vismt.lowrank.files.peft_settings import CONFIG, holds
 from vismt.lowrank.files.store import adapter_tensors, report_lost
 from vismt.lowrank.files.updates import of_peft, put_on
-from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
-from vismt.lowrank.layers.held import LowRankHeld
-from vismt.lowrank.layers.kinds import LINEAR, kind_of, matrix_shape
-from vismt.lowrank.layers.packed_weights import dense_weight
-from vismt.lowrank.layers.wrappers import check_mergeable, stock_order
-from vismt.lowrank.model.named import beside, using
+from vismt.lowrank.layers.base import adapter_layers
+from vismt.lowrank.layers.forms import LowRankParameter
+from vismt.lowrank.layers.stock_modules import LINEAR, dense_weight, kind_of, matrix_shape
+from vismt.lowrank.model.modules import check_mergeable, stock_order
+from vismt.lowrank.model.named import active_adapter, new_adapter
 from vismt.lowrank.model.patterns import Pattern
 from vismt.lowrank.model.record import AdaptRecord, need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.svd import principal
-from vismt.lowrank.values import fits, need_finite
+from vismt.lowrank.tensors import fits, need_finite
 from vismt.storage.files import atomic_write
 
 
@@ -72,7 +70,7 @@ def export_peft(
         UserError: where the model does more than plain LoRA (a router that has not faded, quantised weights), for values that
             are not finite, and with `strict` for trained parameters that are not in the file; nothing is written then.
     """
-    with using(model, name, "export_peft"):
+    with active_adapter(model, name, "export_peft"):
         return _export(model, Path(folder), compact, uniform, force, strict)
 
 
@@ -80,18 +78,18 @@ def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force:
     record = need_record(model, "export_peft")
     refuse_offloaded(model, "export_peft", whole=True)
     report_lost(model, "export_peft", strict)
-    if not record.sites:
+    if not record.layers:
         raise UserError(f"export_peft: '{record.method}' has no low-rank factors; merge the model and save it whole.")
-    for spec in record.sites:
-        if spec.layer.not_exported:
-            raise UserError(f"export_peft: '{record.method}' {spec.layer.not_exported}.")
+    for spec in record.layers:
+        if spec.layer.export_refusal:
+            raise UserError(f"export_peft: '{record.method}' {spec.layer.export_refusal}.")
     saved = _whole_modules(model, record)
     _refuse_suffixes(model, saved)
     saved_names = {name for path in saved for name in _below(model, path)}
     bias = _bias_setting(model, set(record.also_train), saved_names)
     if compact or not force:
         need_finite("export_peft", adapter_tensors(model))
-    files = record.sites[0].layer.peft_files(model, record.sites, saved)
+    files = record.layers[0].layer.peft_files(model, record.layers, saved)
     if files is None:
         check_mergeable(model, "export_peft")
         whole = saved_names | set(record.also_train)
@@ -113,7 +111,7 @@ def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force:
 
 def _settings(model: nn.Module, record: AdaptRecord, ranks: dict[str, int]) -> dict[str, Any]:
     """Return the settings of a plain LoRA. ranks: by the path that peft is to be given."""
-    parameters = [path for path in ranks if isinstance(adapter_layers(model).get(path), LowRankHeld)]
+    parameters = [path for path in ranks if isinstance(adapter_layers(model).get(path), LowRankParameter)]
     common = max(ranks.values())
     paths = [path for path, module in model.named_modules() if path and (path in ranks or kind_of(module))]
     # peft also takes a path for a suffix: where another module has this suffix, the pattern is anchored.
@@ -137,7 +135,7 @@ def _settings(model: nn.Module, record: AdaptRecord, ranks: dict[str, int]) -> d
         "target_modules": targets,
         **({"target_parameters": parameters} if parameters else {}),
         "lora_dropout": 0.0,
-        "fan_in_fan_out": any(site.kind == "conv1d" for site in record.sites),
+        "fan_in_fan_out": any(spec.kind == "conv1d" for spec in record.layers),
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
@@ -154,7 +152,11 @@ def _plain_lora(
     tensors: dict[str, Tensor] = {}
     with stock_order(model):
         layers = adapter_layers(model)
-        stacks = {path: layer.stack() for path, layer in layers.items() if _is_stack(layer)}
+        stacks = {
+            path: layer.stack()
+            for path, layer in layers.items()
+            if isinstance(layer, LowRankParameter) and layer.weight.dim() == 3
+        }
         plain = {path: layer.low_rank() for path, layer in layers.items() if path not in stacks}
         updates = {path: update.to(dtype=torch.float32) for path, update in plain.items()}
         if compact:
@@ -164,11 +166,20 @@ def _plain_lora(
         ranks |= {path: A.shape[1] for path, (A, _) in stacks.items()}
         if uniform:
             common = max(ranks.values())
-            updates = {path: _padded(update, common) for path, update in updates.items()}
+            for path, update in updates.items():  # without a core, filled up with zeros
+                missing = common - update.rank
+                B, A = F.pad(update.B, (0, missing)), F.pad(update.A, (0, 0, 0, missing))
+                updates[path] = replace(update, B=B, A=A)
             stacks = {path: padded_stack(A, B, common) for path, (A, B) in stacks.items()}
             ranks = dict.fromkeys(ranks, common)
         keys = stack_keys(model, stacks) | attention
-        factors = {path: _named_factors(layers.get(path), update) for path, update in updates.items()}
+        factors = {}
+        for path, update in updates.items():
+            layer = layers.get(path)
+            if layer is None:  # a partner that is not adapted
+                factors[path] = {"lora_A.weight": update.A, "lora_B.weight": update.B}
+            else:
+                factors[path] = dict(zip(layer.peft_names, layer.peft_factors(update)))
         factors |= {path: stack_tensors(A, B) for path, (A, B) in stacks.items()}
         for path, named in factors.items():
             tensors |= {f"{PREFIX}{keys.get(path, path)}.{name}": factor for name, factor in named.items()}
@@ -179,23 +190,6 @@ def _plain_lora(
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     given = {attention.get(path, path): rank for path, rank in ranks.items()}
     return tensors, {path: rank for path, rank in given.items() if ".base_layer." not in path}
-
-
-def _named_factors(layer: AdapterLayer | None, update: LowRank) -> dict[str, Tensor]:
-    """Return A and B under peft's names. layer: None for a partner that is not adapted."""
-    if layer is None:
-        return {"lora_A.weight": update.R, "lora_B.weight": update.L}
-    return dict(zip(layer.peft_names, layer.peft_factors(update)))
-
-
-def _padded(update: LowRank, rank: int) -> LowRank:
-    """Return an update without a core with zeros up to a rank."""
-    missing = rank - update.rank
-    return replace(update, L=F.pad(update.L, (0, missing)), R=F.pad(update.R, (0, 0, 0, missing)))
-
-
-def _is_stack(layer: AdapterLayer) -> TypeGuard[LowRankHeld]:
-    return isinstance(layer, LowRankHeld) and layer.weight.dim() == 3
 
 
 def import_peft(model: nn.Module, folder: str | Path, *, name: str = "default") -> nn.Module:
@@ -218,7 +212,7 @@ def import_peft(model: nn.Module, folder: str | Path, *, name: str = "default") 
             save_pretrained(path_initial_model_for_weight_conversion=...)).
     """
     adapter = read_peft(Path(folder))
-    with beside(model, name, adapter.what):
+    with new_adapter(model, name, adapter.what):
         return _import(model, adapter)
 
 

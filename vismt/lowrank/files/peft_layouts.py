@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -21,10 +20,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.parameters import declared, is_attention
-
-if TYPE_CHECKING:
-    pass
+from vismt.lowrank.layers.parameter_modules import declared, is_attention
 
 IN, OUT = "in_proj_weight", "out_proj"
 
@@ -113,7 +109,7 @@ def with_partners(model: nn.Module, updates: Mapping[str, LowRank]) -> tuple[dic
                 f"export_peft: '{path}': peft {why} in nn.MultiheadAttention; exclude it, or merge the model and save it whole."
             )
         columns = update.shape[1]
-        zero = LowRank(update.L.new_zeros(columns, update.rank), update.R.new_zeros(update.rank, columns))
+        zero = LowRank(update.B.new_zeros(columns, update.rank), update.A.new_zeros(update.rank, columns))
         complete[f"{owner}.{OUT}"] = zero
         keys |= {path: owner, f"{owner}.{OUT}": f"{owner}.base_layer.{OUT}"}
     return complete, keys

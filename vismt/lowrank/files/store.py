@@ -15,7 +15,6 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,34 +29,33 @@ from vismt.lowrank.files.description import (
     compared,
     entry_of,
     layer_shapes,
+    parts_of,
     read_adapter,
 )
-from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, adapter_layers
-from vismt.lowrank.layers.kinds import LINEAR, kind_of, matrix_shape
-from vismt.lowrank.layers.packed_weights import dense_weight
-from vismt.lowrank.layers.parameters import module_at
-from vismt.lowrank.layers.wrappers import (
-    AddedModule,
-    ModuleWrapper,
-    from_stock,
-    stock_order,
-    to_stock,
-    wrapper_type,
-    wrappers_of,
+from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, adapter_modules
+from vismt.lowrank.layers.parameter_modules import module_at
+from vismt.lowrank.layers.stock_modules import LINEAR, dense_weight, kind_of, matrix_shape
+from vismt.lowrank.model.inject import install, undone_on_error
+from vismt.lowrank.model.modules import from_stock, stock_order, to_stock
+from vismt.lowrank.model.named import active_adapter, new_adapter
+from vismt.lowrank.model.record import (
+    names_of,
+    need_record,
+    record_of,
+    refuse_offloaded,
+    refuse_switched,
+    unchanged_tensors,
+    was_trained,
 )
-from vismt.lowrank.model.backups import unchanged_tensors, was_trained
-from vismt.lowrank.model.inject import attach, install, undone_on_error
-from vismt.lowrank.model.named import beside, using
-from vismt.lowrank.model.record import AdaptRecord, names_of, need_record, record_of, refuse_offloaded, refuse_switched
 from vismt.lowrank.model.targets import refusals
-from vismt.lowrank.values import check_parameter, need_finite
+from vismt.lowrank.tensors import check_parameter, need_finite
 from vismt.storage.files import atomic_write, locked, sealed, write_tensors
 
 WAIT_S = 60  # for another process that saves into the same folder
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, *, name: str | None = None, force: bool = False, strict: bool = False
+    model: nn.Module, folder: str | Path, *, name: str | None = None, force: bool = False, strict: bool | None = False
 ) -> Path:
     """Write the factors (and also_train parameters) of an adapted model; each file appears whole or not at all.
 
@@ -68,7 +66,7 @@ def save_adapter(
         folder: made where it is missing.
         name: of the adapter where the model carries several; None for the active one.
         force: write NaN and infinite values too, for inspection; `load_adapter` refuses them.
-        strict: refuse instead of warning.
+        strict: refuse instead of warning; None for a caller that keeps what is trained beside the adapter itself.
 
     Returns:
         The folder.
@@ -77,9 +75,10 @@ def save_adapter(
         UserError: for a stock model, a model on the meta device, values that are not finite, a folder that cannot be written,
             and with `strict` trained parameters that are not in the file; nothing is written then.
     """
-    with using(model, name, "save_adapter"):
-        report_lost(model, "save_adapter", strict)
-        return write_adapter(model, folder, force=force)
+    with active_adapter(model, name, "save_adapter"):
+        if strict is not None:
+            report_lost(model, "save_adapter", strict)
+        return _write(model, Path(folder), force)
 
 
 def report_lost(model: nn.Module, what: str, strict: bool) -> None:
@@ -87,8 +86,7 @@ def report_lost(model: nn.Module, what: str, strict: bool) -> None:
     record = need_record(model, what)
     of_adapter = {
         f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        if isinstance(module, (AdapterLayer, ModuleWrapper))
+        for path, module in adapter_modules(model).items()
         for name, _ in module.named_parameters()
     }
     lost = []
@@ -111,17 +109,15 @@ def report_lost(model: nn.Module, what: str, strict: bool) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def write_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) -> Path:
-    """Write an adapter as `save_adapter` does, for a caller that keeps what is trained beside it elsewhere."""
+def _write(model: nn.Module, folder: Path, force: bool) -> Path:
     record = need_record(model, "save_adapter")
     tensors = adapter_tensors(model)
     if any(value.is_meta for value in tensors.values()):
         raise UserError("save_adapter: the model is on the meta device, which holds no values to save.")
-    # Beside factors or wrappers all counts as changed: a head may be fresh.
-    unchanged = [] if record.sites or record.wrappers else unchanged_tensors(record.also_train, tensors)
+    # Beside adapter modules all counts as changed: a head may be fresh.
+    unchanged = [] if record.specs else unchanged_tensors(record.also_train, tensors)
     tensors = {name: value for name, value in tensors.items() if name not in unchanged}
-    paths = compared(record.sites, unchanged)
-    folder = Path(folder)
+    paths = compared(record.specs, unchanged)
     if not force:  # before the lock, which makes the folder
         with stock_order(model):
             need_finite("save_adapter", tensors)
@@ -133,10 +129,10 @@ def write_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) 
             "method": record.method,
             "model": type(model).__name__,
             "options": record.options,
-            "sites": [entry_of(spec) for spec in record.sites],
+            "sites": [entry_of(spec) for spec in record.layers],
             "also_train": sorted(record.also_train),
             "unchanged": unchanged,
-            "parts": record.wrappers,
+            "parts": parts_of(record.specs),
             "base": fingerprint(model, paths),
             "base_samples": base_samples(model, paths),
             "tensors": f"adapter-{digest[:12]}.safetensors",
@@ -166,20 +162,23 @@ def load_adapter(
         UserError: for damaged files, another model, and a missing, unexpected or misshapen tensor; nothing is changed.
     """
     carried = name in names_of(model)
-    with using(model, name, "load_adapter") if carried else beside(model, name, "load_adapter"):
+    with (active_adapter if carried else new_adapter)(model, name, "load_adapter"):
         return _load(model, Path(folder), on_other_base)
 
 
 def _load(model: nn.Module, folder: Path, on_other_base: str) -> nn.Module:
     refuse_switched(model, "load_adapter")
     refuse_offloaded(model, "load_adapter", whole=True)
+    what = f"adapter '{folder}'"
     description, specs, tensors = read_adapter(folder)
     record = record_of(model)
-    if record is not None and _identity(record) != _saved_identity(description, specs):
-        raise UserError(
-            f"adapter '{folder}': the model already carries another '{record.method}'; unadapt it first, or give another name."
-        )
-    _check_modules(model, folder, description, specs, tensors)
+    if record is not None:
+        present = record.method, {spec.path: spec for spec in record.specs}, sorted(record.also_train)
+        if present != (description.method, {spec.path: spec for spec in specs}, sorted(description.also_train)):
+            raise UserError(
+                f"{what}: the model already carries another '{record.method}'; unadapt it first, or give another name."
+            )
+    _check_layers(model, folder, description, specs, tensors)
     unchanged = description.unchanged
     parameters = dict(model.named_parameters())
     paths = compared(specs, [name for name in unchanged if name in parameters])
@@ -187,75 +186,49 @@ def _load(model: nn.Module, folder: Path, on_other_base: str) -> nn.Module:
         samples, base = base_samples(model, paths), fingerprint(model, paths)
     if not same_base(samples, description.base_samples):
         made_for = f"{description.model} (weights {description.base})"
-        other_base(
-            f"adapter '{folder}' was made for {made_for}, this is {type(model).__name__} (weights {base})",
-            on_other_base,
-        )
-    _check_tensors(model, folder, description, specs, tensors)
+        other_base(f"{what} was made for {made_for}, this is {type(model).__name__} (weights {base})", on_other_base)
+    _check_tensors(model, what, description, specs, tensors)
     if record is not None:
         with stock_order(model):
-            fill(model, tensors, f"adapter '{folder}'")
+            fill(model, tensors, what)
         fill(model, {name: record.also_train[name] for name in unchanged})
         return model
     install(model, description.method, specs, description.options, description.also_train)
     with undone_on_error(model):
-        for path, entry in description.parts.items():
-            base_module = dict(model.named_modules()).get(path)
-            attach(model, path, wrapper_type(entry.type, path).around(base_module, entry.settings))
         to_stock(model)
-        fill(model, tensors, f"adapter '{folder}'")
+        fill(model, tensors, what)
         from_stock(model)  # not on an error: what is not filled cannot be applied
     return model
 
 
-Identity = tuple[str, list[LayerSpec], list[str], dict[str, dict[str, Any]]]
-
-
-def _identity(record: AdaptRecord) -> Identity:
-    """Return what a file has to agree with to be loaded into an adapted model."""
-    return record.method, record.sites, sorted(record.also_train), record.wrappers
-
-
-def _saved_identity(description: Description, specs: list[LayerSpec]) -> Identity:
-    wrappers = {
-        path: {"type": wrapper_type(entry.type, path).name, "settings": entry.settings}
-        for path, entry in description.parts.items()
-    }
-    return description.method, specs, sorted(description.also_train), wrappers
-
-
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return everything an adapter file holds, by state_dict key: tensors of layers and wrappers, also_train parameters."""
+    """Return everything an adapter file holds, by state_dict key: tensors of adapter modules, also_train parameters."""
     record = need_record(model, "adapter")
     tensors: dict[str, Tensor] = {}
-    for path, module in [*adapter_layers(model).items(), *wrappers_of(model).items()]:
+    for path, module in adapter_modules(model).items():
         tensors.update({f"{path}.{name}": value for name, value in module.tensors().items()})
-    tensors.update({name: model.get_parameter(name) for name in record.also_train})
-    return tensors
+    return {**tensors, **{name: model.get_parameter(name) for name in record.also_train}}
 
 
 @torch.no_grad()
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "adapter") -> None:
     """Copy checked adapter tensors into an adapted model; starts that the layers lack are created.
 
-    Raises UserError for what a layer cannot take on this model, before anything is copied. what: start of messages.
+    Raises UserError for what an adapter module cannot take on this model, before anything is copied. what: start of messages.
     """
-    of_layers: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        if isinstance(model.get_submodule(path), AdapterLayer) and leaf != "bias":
-            of_layers.setdefault(path, {})[leaf] = value
-    for path, values in of_layers.items():
-        model.get_submodule(path).check_fill(f"{what}: {path}", values)
-    for name, value in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        if isinstance(module, ModuleWrapper):
-            module.restore(leaf, value)
-        elif leaf not in of_layers.get(path, {}):
-            getattr(module, leaf).copy_(value)
-    for path, values in of_layers.items():
-        model.get_submodule(path).fill(values)
+    rest, of_modules = dict(tensors), []
+    modules = adapter_modules(model)
+    for spec in need_record(model, "adapter").specs:
+        module = modules[spec.path]
+        names = dict.fromkeys([*module.tensors(), *module.optional_shapes(spec)])
+        values = {name: rest.pop(f"{spec.path}.{name}") for name in names if f"{spec.path}.{name}" in rest}
+        if values:
+            module.check_fill(f"{what}: {spec.path}", values)
+            of_modules.append((module, values))
+    for name, value in rest.items():
+        model.get_parameter(name).copy_(value)
+    for module, values in of_modules:
+        module.fill(values)
 
 
 def _base_weight(model: nn.Module, path: str) -> Tensor:
@@ -307,61 +280,54 @@ def fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(base_samples(model, paths)).encode()).hexdigest()[:12]
 
 
-def _check_modules(
+def _check_layers(
     model: nn.Module,
     folder: Path,
     description: Description,
     specs: Iterable[LayerSpec],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Raise UserError unless the model has every adapted module, with its shape."""
+    """Raise UserError unless the model has every adapted weight, with its shape, and an update of it can be computed."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     made_for = f"adapter '{folder}' was made for {description.model}, this model is {type(model).__name__}"
-    for spec in specs:
+    layers = [spec for spec in specs if spec.has_weight]
+    for spec in layers:
         module = modules.get(spec.path)
         if spec.kind == "parameter" and spec.path in parameters:
             module = module_at(model, spec.path)
+        shape = None
         if isinstance(module, AdapterLayer):
             shape = (module.out_features, module.in_features)
         elif module is not None and kind_of(module) in (LINEAR if spec.kind in LINEAR else (spec.kind,)):
             shape = matrix_shape(module)
-        else:
+        if shape is None:
             raise UserError(f"{made_for} (it has no linear or convolution '{spec.path}' of kind {spec.kind}).")
         if shape != spec.shape:
             raise UserError(f"{made_for} ({spec.layer.shape_mismatch(spec, shape, tensors)}).")
     if record_of(model) is None:
-        packed, formed = (all(getattr(s.layer, name) for s in specs) for name in ("takes_packed", "forms_weight"))
-        for reason in refusals(model, [spec.path for spec in specs], packed, formed=formed).values():
+        prequantized = all(spec.layer.takes_prequantized for spec in layers)
+        readable = all(spec.layer.weight_readable for spec in layers)
+        for reason in refusals(model, [spec.path for spec in layers], prequantized, readable=readable).values():
             raise UserError(f"adapter '{folder}': {reason}.")
 
 
 def _check_tensors(
-    model: nn.Module,
-    folder: Path,
-    description: Description,
-    specs: Iterable[LayerSpec],
-    tensors: Mapping[str, Tensor],
+    model: nn.Module, what: str, description: Description, specs: Iterable[LayerSpec], tensors: Mapping[str, Tensor]
 ) -> None:
     """Raise UserError for missing, unexpected and misshapen tensors, and for values that the model cannot take."""
-    what = f"adapter '{folder}'"
-    needed = layer_shapes(specs, tensors)
+    needed = layer_shapes((spec for spec in specs if spec.has_weight), tensors)
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
-    of_wrappers: dict[str, set[str]] = {}
-    for path, entry in description.parts.items():
-        wrapper = wrapper_type(entry.type, what)
-        if path not in modules and not issubclass(wrapper, AddedModule):
-            raise UserError(f"{what}: this model has no '{path}' to put a {wrapper.__name__} on.")
-        shapes = wrapper.check(path, modules.get(path), entry.settings)
-        of_wrappers[path] = set(shapes)
-        needed.update({f"{path}.{name}": shape for name, shape in shapes.items()})
+    others = [(spec, spec.layer.shapes_on(modules.get(spec.path), spec)) for spec in specs if not spec.has_weight]
+    for spec, shapes in others:
+        needed |= {f"{spec.path}.{name}": shape for name, shape in shapes.items()}
     for name in description.also_train:
         if name not in parameters:
             raise UserError(f"{what}: this model has no parameter '{name}' to load.")
         if name not in description.unchanged:
             needed[name] = tuple(parameters[name].shape)
     check_tensors(what, needed, tensors)
-    for path, names in of_wrappers.items():
-        entry, values = description.parts[path], {name: tensors[f"{path}.{name}"] for name in names}
-        wrapper_type(entry.type, what).check_tensors(f"{what}: {path}", entry.settings, values)
+    for spec, shapes in others:
+        values = {name: tensors[f"{spec.path}.{name}"] for name in shapes}
+        spec.layer.check_tensors(f"{what}: {spec.path}", spec, values)
     for name in tensors.keys() & parameters.keys() & set(description.also_train):
         check_parameter(f"{what}: {name}", tensors[name], parameters[name])

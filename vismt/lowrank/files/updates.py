@@ -26,14 +26,14 @@ from vismt.lowrank.files.store import (
     same_base,
 )
 from vismt.lowrank.layers.base import LayerSpec, adapter_layers, spec_of
-from vismt.lowrank.layers.kinds import matrix_shape
 from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
-from vismt.lowrank.layers.wrappers import check_mergeable, stock_order, wrapper_type
+from vismt.lowrank.layers.stock_modules import matrix_shape
 from vismt.lowrank.model.inject import install, undone_on_error
-from vismt.lowrank.model.named import beside
+from vismt.lowrank.model.modules import check_mergeable, stock_order
+from vismt.lowrank.model.named import new_adapter
 from vismt.lowrank.model.record import need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.model.targets import candidates, refusals
-from vismt.lowrank.values import check_parameter
+from vismt.lowrank.tensors import check_parameter
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Updates:
         Raises:
             UserError: where a path, a shape or the base is not that of the model; nothing is changed.
         """
-        with beside(model, name, self.name):
+        with new_adapter(model, name, self.name):
             return put_on(model, self, on_other_base=on_other_base)
 
 
@@ -104,13 +104,13 @@ def put_on(
         plain = update.plain()
         settings = LowRankSettings(plain.rank, plain.scale, (shape[0],))
         specs.append(spec_of(path, modules[path], LowRankLayer, settings))
-        tensors |= {f"{path}.lora_A": plain.R, f"{path}.lora_B": plain.L}
+        tensors |= {f"{path}.lora_A": plain.A, f"{path}.lora_B": plain.B}
     for adapter in updates.peft:
         for path, (settings, A, B) in stacks_on(adapter, model).items():
             specs.append(spec_of(path, modules[path], LowRankLayer, settings))
             tensors |= {f"{path}.lora_A": A, f"{path}.lora_B": B}
     # Dropout of a file passes by what is read without a call, as it does in peft.
-    for reason in refusals(model, [spec.path for spec in specs], packed=True, formed=True).values():
+    for reason in refusals(model, [spec.path for spec in specs], prequantized=True, readable=True).values():
         raise UserError(f"{what}: {reason}.")
     _check_parameters(what, model, also_train)
     samples = base_samples(model, [path for path in updates.base if path in modules])
@@ -156,7 +156,7 @@ def read_updates(
 def _of_model(model: nn.Module, what: str) -> Updates:
     record = need_record(model, what)
     name = f"{what}: '{record.method}' of {type(model).__name__}"
-    check_combinable(name, record.method, record.sites)
+    check_combinable(name, record.method, record.layers)
     check_mergeable(model, what)
     layers = adapter_layers(model)
     if any(layer.weight.is_meta for layer in layers.values()):
@@ -186,20 +186,22 @@ def _of_folder(folder: Path, what: str) -> Updates:
         raise UserError(f"{what}: '{folder}' is not an adapter folder; it has neither {DESCRIPTION} nor {CONFIG}.")
     description, specs, tensors = read_adapter(folder)
     name = f"{what}: adapter '{folder}'"
-    check_combinable(name, description.method, specs)
-    for path, entry in description.parts.items():
-        values = {key.removeprefix(f"{path}."): value for key, value in tensors.items() if key.startswith(f"{path}.")}
-        wrapper_type(entry.type, name).check_mergeable_saved(name, path, values)
-    needed = layer_shapes(specs, tensors)
+    layers, others = ([spec for spec in specs if spec.has_weight is has] for has in (True, False))
+    check_combinable(name, description.method, layers)
+    for spec in others:
+        prefix = f"{spec.path}."
+        values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        spec.layer.check_mergeable_saved(name, spec.path, values)
+    needed = layer_shapes(layers, tensors)
     also_train = {key: value for key, value in tensors.items() if key in description.also_train}
-    wrapped = tuple(f"{path}." for path in description.parts)
+    wrapped = tuple(f"{spec.path}." for spec in others)
     factors = {
         key: value
         for key, value in tensors.items()
         if key not in also_train and (key in needed or not key.startswith(wrapped))
     }
     check_tensors(name, needed, factors)
-    updates = {spec.path: spec.layer.low_rank_of(what, spec, _below(spec.path, factors)) for spec in specs}
+    updates = {spec.path: spec.layer.low_rank_of(what, spec, _below(spec.path, factors)) for spec in layers}
     return Updates(updates, also_train, description.base_samples, name=name)
 
 
@@ -214,10 +216,10 @@ def check_combinable(what: str, method: str, specs: Iterable[LayerSpec]) -> None
     if not specs:
         raise UserError(f"{what}: '{method}' has no low-rank factors; merge the model and save it whole.")
     for spec in specs:
-        if spec.layer.not_combined:
-            raise UserError(f"{what}: '{method}' {spec.layer.not_combined}.")
+        if spec.layer.combine_refusal:
+            raise UserError(f"{what}: '{method}' {spec.layer.combine_refusal}.")
 
 
 def _copied(update: LowRank) -> LowRank:
     moved = update.to(device="cpu")
-    return replace(moved, L=moved.L.clone(), R=moved.R.clone())
+    return replace(moved, B=moved.B.clone(), A=moved.A.clone())

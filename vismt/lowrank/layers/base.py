@@ -1,16 +1,17 @@
-"""The base class of adapter layers: what takes the place of a stock linear or convolution and carries its update.
+"""The tree of adapter modules: what a method puts into a model, in the place of a stock module or at a new path.
 
-A kind of layer is one class in one file. It declares its settings as a frozen dataclass, plans and builds itself, names
-the tensors that an adapter file holds for it, and merges, undoes and exports its update. `LAYERS` finds it by name when
-an adapter file is read; nothing else in the core tests the class of a layer.
+A kind of module is one class in one file. It declares its settings as a frozen dataclass, builds itself from them, names the
+tensors that an adapter file holds for it, and takes its update out of the weights and puts it back. `MODULES` finds it by name
+when an adapter file is read; nothing else in the core tests the class of a module. An `AdapterLayer` stands in the place of a
+stock linear, convolution, embedding or parameter and carries the update of its weight; other modules stand around a container
+(a router in an FFN) or at a path of their own (a network of gates).
 """
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,33 +19,199 @@ from torch import Tensor, nn
 
 from vismt.base.registry import PLACES, Registry
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.kinds import kind_of, matrix_shape
-from vismt.lowrank.values import check_factor, check_finite
+from vismt.lowrank.layers.stock_modules import kind_of, matrix_shape
+from vismt.lowrank.tensors import check_factor, check_finite
+
+HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 
 
-class StandIn(nn.Module):
-    """Base class: a subclass adds its forward. The stock module is kept as `shell`, without its tensors."""
+class AdapterModule(nn.Module):
+    """A part of an adapter in a model. A subclass adds its forward and tensors, and overrides what differs from the defaults.
 
-    shell: nn.Module
+    In the place of a stock module it has the children, hooks and mode of that module, whose rest it keeps as `shell`, so every
+    path and key below stays what it was. At a new path it has no shell. It may store its update in the weights below it
+    (`remove_update`, `apply_update`) and keep their tensors in another order (`reorder`); files, merging and detaching see the
+    stock weights in stock order.
+    """
 
-    def __init__(self, base: nn.Module) -> None:
+    Settings: ClassVar[type]
+    name: ClassVar[str]  # in adapter files
+    shell: nn.Module | None
+    lent: tuple[str, ...]  # names of the children that it has of the stock module
+
+    def __init__(self, base: nn.Module | None = None) -> None:
         super().__init__()
         self.adopt(base)
 
-    def adopt(self, base: nn.Module) -> None:
-        """Take the tensors, hooks and mode of the stock module `base`."""
-        self.weight, self.bias, self.training = base.weight, getattr(base, "bias", None), base.training
-        # The stock module without its tensors: not a submodule, so it adds no keys and follows no conversion.
-        self.__dict__["shell"] = copy.copy(base)
-        self.empty_shell()
+    # ---- its place in a model
+    def adopt(self, base: nn.Module | None) -> None:
+        """Take the children, hooks and mode of the stock module `base`; None for a module at a new path."""
+        self.__dict__["shell"], self.lent = None, ()
+        if base is None:
+            return
+        # The stock module without what it lends: not a submodule, so it adds no keys and follows no conversion.
+        shell = self.__dict__["shell"] = copy.copy(base)
+        self.lent, shell._modules = tuple(base._modules), {}
         for name in HOOKS:  # shared tables: hooks fire while the module is replaced and stay when it is back
             self.__dict__[name] = base.__dict__[name]
+        self._modules.update(base._modules)
+        self.training = base.training
 
-    def release(self) -> None:
-        """Let go of what `adopt` took, which is in the stock module again; the order of the parameters stays."""
+    def attach(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Stand at each of these paths of the model, which are all names of one place."""
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, self)
+
+    def detach(self, model: nn.Module) -> nn.Module | None:
+        """Return the stock module as it was, with its present children, and let go of them; None at a new path."""
+        stock = None if self.shell is None else self.stock()
         self.__dict__["shell"] = None
-        self._parameters.update(dict.fromkeys({"weight", "bias"} & self._parameters.keys()))
+        for name in self.lent:  # their order stays
+            self._modules[name] = None
+        return stock
 
+    def stock(self) -> nn.Module:
+        """Return the stock module with the children that it lent as they are now."""
+        module: Any = copy.copy(self.shell)
+        module._modules = {name: self._modules[name] for name in self.lent}
+        module.training = self.training
+        return module
+
+    # ---- the module as data
+    @classmethod
+    def build(
+        cls, base: Any, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> AdapterModule:
+        """Return the module of `spec` around `base`, which stands at its path (None: nothing does), with its update unset.
+
+        dtype: of the trained tensors; None for the weight's own, fp32 for half-precision weights.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def prepare(
+        cls, model: nn.Module, specs: Sequence[LayerSpec]
+    ) -> Callable[[Mapping[str, AdapterModule]], None] | None:
+        """Check `specs` of this class on the stock model as a whole, before any module is placed.
+
+        Returns None, or a function to call with the placed modules by path. Raises UserError.
+        """
+        return None
+
+    def settings(self) -> Any:
+        """Return the instance of `Settings` that `build` needs."""
+        raise NotImplementedError
+
+    @classmethod
+    def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that an adapter file must hold for `spec`, by name, as far as it tells them."""
+        return {}
+
+    @classmethod
+    def optional_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of tensors that a file may hold besides: all of them or none."""
+        return {}
+
+    @classmethod
+    def shapes_on(cls, base: nn.Module | None, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+        """Return `tensor_shapes` for a module around `base`, which may carry such a module already.
+
+        Raises UserError where it cannot carry one.
+        """
+        return cls.tensor_shapes(spec)
+
+    @classmethod
+    def check_settings(cls, spec: LayerSpec) -> None:
+        """Raise ValueError for settings of an adapter file that do not fit the shape of the weight."""
+
+    @classmethod
+    def check_tensors(cls, what: str, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
+        """Raise UserError for values that a module of `spec` cannot hold; here for all that is not floating and finite.
+
+        tensors: of an adapter file, by name, their shapes checked. what: start of messages.
+        """
+        for name, value in tensors.items():
+            check_factor(f"{what}.{name}", value)
+
+    @classmethod
+    def count_parameters(cls, spec: LayerSpec) -> int:
+        """Return the number of trainable values of the update."""
+        return 0
+
+    # ---- its tensors
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that an adapter file holds for this module, by name below its path."""
+        return {}
+
+    def check_fill(self, what: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raise UserError for checked tensors that this module on its model cannot take; here for values beyond its dtype."""
+        own = self.tensors()
+        for name, value in tensors.items():  # one that the module lacks gets the dtype of its first
+            check_finite(f"{what}.{name}", value, own.get(name, next(iter(own.values()))).dtype)
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy in what `tensors` of a module of the same settings returned."""
+        own = self.tensors()
+        for name, value in tensors.items():
+            own[name].copy_(value)
+
+    # ---- the weights below it
+    def remove_update(self) -> None:
+        """Take the update out of the weights, in place."""
+
+    def reorder(self, stock: bool) -> None:
+        """Put tensors that are kept in another order into the stock order, or back; the update is out of the weights."""
+
+    def apply_update(self) -> None:
+        """Put the update into the weights: the inverse of `remove_update`."""
+
+    def check_mergeable(self, what: str, path: str) -> None:
+        """Raise UserError for `what` (merge, export) while the stock weights cannot hold what this module does."""
+
+    @classmethod
+    def check_mergeable_saved(cls, what: str, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raise the same UserError for a module in an adapter file that no weight determines, from its saved `tensors()`."""
+
+
+class AdapterLayer(AdapterModule):
+    """An adapter module in the place of a stock module with a weight, which carries the update of that weight."""
+
+    shell: nn.Module
+    # Why export_peft and combine refuse this layer, after "'<method>' "; empty where they do not.
+    export_refusal: ClassVar[str] = ""
+    combine_refusal: ClassVar[str] = ""
+    has_factors: ClassVar[bool] = True  # whether `low_rank` returns the update
+    peft_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")  # of `peft_factors` in a file
+    takes_prequantized: ClassVar[bool] = False  # whether the weight may be of bitsandbytes or torchao
+    # Whether `adapted_weight` returns W + DeltaW, for modules that read a weight instead of calling its layer.
+    weight_readable: ClassVar[bool] = False
+    of_parameter: ClassVar[bool] = False  # whether the layer stands in the place of a parameter
+
+    def adopt(self, base: nn.Module | None) -> None:
+        """Take the weight, the bias, and what every adapter module takes."""
+        super().adopt(base)
+        stock: Any = base
+        self.weight, self.bias = stock.weight, getattr(stock, "bias", None)
+        self.shell._parameters = dict.fromkeys(self.shell._parameters)
+
+    def detach(self, model: nn.Module) -> nn.Module | None:
+        """Return the stock module with its own weight, bit for bit; the update is out of it."""
+        stock = super().detach(model)
+        self._parameters.update(dict.fromkeys({"weight", "bias"} & self._parameters.keys()))
+        return stock
+
+    def stock(self, weight: nn.Parameter | None = None) -> nn.Module:
+        """Return the stock module with its own weight, or with `weight` in its place."""
+        module: Any = super().stock()
+        module._parameters = dict(module._parameters)
+        module.weight = self.weight if weight is None else weight
+        if "bias" in module._parameters:  # an embedding has none
+            module.bias = self.bias
+        return module
+
+    # ---- its weight
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the stock weight as a matrix (o, i); a view where its layout allows."""
         return weight.t() if type(self.shell).__name__ == "Conv1D" else weight
@@ -65,82 +232,28 @@ class StandIn(nn.Module):
     def out_features(self) -> int:
         return self.matrix(self.weight).shape[0]
 
-    def restored(self) -> nn.Module:
-        """Return the stock module with its own weight, bit for bit."""
-        return self._stock(self.weight)
+    # ---- its update
+    def low_rank(self) -> LowRank:
+        """Return the whole update against the stock weight."""
+        raise NotImplementedError
 
-    def empty_shell(self) -> None:
-        """Drop the tensors of the stock module, which this layer has, or which a refused merge left there."""
-        self.shell._parameters = dict.fromkeys(self.shell._parameters)
+    def merged(self) -> nn.Module:
+        """Return the stock module with the update in its weight."""
+        raise NotImplementedError
 
-    def _stock(self, weight: nn.Parameter) -> nn.Module:
-        module: Any = self.shell
-        module.weight = weight
-        if "bias" in module._parameters:  # an embedding has none
-            module.bias = self.bias
-        module.training = self.training
-        return module
-
-
-class AdapterLayer(StandIn, ABC):
-    """A layer in the place of a stock linear or convolution that carries its update.
-
-    A subclass adds `Settings`, its forward and its tensors, is registered in `LAYERS`, and overrides what differs from the
-    defaults here. A layer that stores its update in the weight itself takes it out in `remove_update` and puts it back in
-    `apply_update`; one that reorders its tensors goes to the stock order and back in `reorder`, between those two.
-    """
-
-    Settings: ClassVar[type]
-    name: ClassVar[str]
-    # Why export_peft and combine refuse this layer, after "'<method>' "; empty where they do not.
-    not_exported: ClassVar[str] = ""
-    not_combined: ClassVar[str] = ""
-    has_factors: ClassVar[bool] = True  # whether `low_rank` returns the update
-    peft_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")  # of `peft_factors` in a file
-    takes_packed: ClassVar[bool] = False  # whether the weight may be packed (packed_weights.py)
-    forms_weight: ClassVar[bool] = (
-        False  # whether `formed` returns W + DeltaW, for modules that read it themselves (held.py)
-    )
-    held: ClassVar[bool] = False  # whether the layer stands in the place of a parameter
-
-    # ---- the layer as data
     @classmethod
-    @abstractmethod
-    def build(
-        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> AdapterLayer:
-        """Return the layer of `spec` on the stock module `base`, with its update unset.
+    def low_rank_of(cls, what: str, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> LowRank:
+        """Return the update that `tensors` of an adapter file describe, without a model.
 
-        dtype: of the trained tensors; None for the weight's own, fp32 for half-precision weights.
+        what: start of error messages. Raises UserError where the update is not determined by the tensors alone.
         """
-
-    @classmethod
-    @abstractmethod
-    def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the tensors that an adapter file must hold for `spec`, by name."""
-
-    @classmethod
-    def optional_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of tensors that a file may hold besides: all of them or none."""
-        return {}
-
-    @classmethod
-    def check_settings(cls, spec: LayerSpec) -> None:
-        """Raise ValueError for settings of an adapter file that do not fit the shape of the weight."""
-
-    @classmethod
-    def check_tensors(cls, what: str, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
-        """Raise UserError for values that a layer of `spec` cannot hold; here for all that is not floating and finite.
-
-        tensors: of an adapter file, by name, their shapes checked. what: start of messages.
-        """
+        weight = nn.Linear(spec.shape[1], spec.shape[0], bias=False, device="meta")
+        layer: Any = cls.build(weight, replace(spec, kind="linear"))
+        layer.check_mergeable(what, spec.path)
         for name, value in tensors.items():
-            check_factor(f"{what}.{name}", value)
-
-    @classmethod
-    @abstractmethod
-    def count_parameters(cls, spec: LayerSpec) -> int:
-        """Return the number of trainable values of the update."""
+            trained = name in layer._parameters
+            setattr(layer, name, nn.Parameter(value, requires_grad=False) if trained else value)
+        return layer.low_rank()
 
     @classmethod
     def factor_rank(cls, spec: LayerSpec) -> int:
@@ -157,62 +270,9 @@ class AdapterLayer(StandIn, ABC):
         """Return the text of the error for a model with another weight than (o, i) of `spec`. tensors: of the file."""
         return f"{spec.path}: its weight was {spec.shape}, here it is {shape}"
 
-    @classmethod
-    def low_rank_of(cls, what: str, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> LowRank:
-        """Return the update that `tensors` of an adapter file describe, without a model.
-
-        what: start of error messages. Raises UserError where the update is not determined by the tensors alone.
-        """
-        weight = nn.Linear(spec.shape[1], spec.shape[0], bias=False, device="meta")
-        layer = cls.build(weight, LayerSpec(spec.path, "linear", spec.shape, cls, spec.settings))
-        layer.check_mergeable(what, spec.path)
-        layer.assign(tensors)
-        return layer.low_rank()
-
-    @classmethod
-    def prepare(
-        cls, model: nn.Module, specs: Sequence[LayerSpec]
-    ) -> Callable[[Mapping[str, AdapterLayer]], None] | None:
-        """Check `specs` of this class on the stock model as a whole, before any layer is placed.
-
-        Returns None, or a function to call with the placed layers by path. Raises UserError.
-        """
-        return None
-
-    # ---- the update
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that an adapter file holds for this layer, by name."""
-
-    def check_fill(self, what: str, tensors: Mapping[str, Tensor]) -> None:
-        """Raise UserError for checked tensors that this layer on its model cannot take; here for values beyond its dtype."""
-        own = self.tensors()
-        for name, value in tensors.items():
-            check_finite(f"{what}.{name}", value, own[name].dtype if name in own else trained_dtype(self.weight))
-
-    @torch.no_grad()
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy in what `tensors` of a layer of the same settings returned."""
-        for name, value in tensors.items():
-            getattr(self, name).copy_(value)
-
-    def assign(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the tensors themselves, frozen: for a layer on the meta device."""
-        for name, value in tensors.items():
-            trained = name in self._parameters
-            setattr(self, name, nn.Parameter(value, requires_grad=False) if trained else value)
-
-    @abstractmethod
-    def low_rank(self) -> LowRank:
-        """Return the whole update against the stock weight."""
-
-    @abstractmethod
-    def merged(self) -> nn.Module:
-        """Return the stock module with the update in its weight."""
-
     def peft_factors(self, update: LowRank) -> tuple[Tensor, Tensor]:
         """Return A and B of `update` in the layout of a peft file, the scale in B: (r, i) and (o, r)."""
-        return update.R, update.L * update.scale
+        return update.A, update.B * update.scale
 
     @classmethod
     def peft_files(cls, model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str]) -> dict[str, bytes] | None:
@@ -222,20 +282,58 @@ class AdapterLayer(StandIn, ABC):
         """
         return None
 
-    def check_mergeable(self, what: str, path: str) -> None:
-        """Raise UserError for `what` (merge, export) while one weight cannot hold the update."""
 
-    def remove_update(self) -> None:
-        """Take the update out of the weight."""
+@dataclass(frozen=True)
+class LayerSpec:
+    """One adapter module as data: its class and settings, enough to build it on a stock model.
 
-    def reorder(self, stock: bool) -> None:
-        """Put tensors that are kept in another order into the stock order, or back."""
+    path: of the module. kind, shape: of the stock module with a weight that a layer stands for (stock_modules.kind_of), the
+    shape being the (o, i) of its matrix; empty for other modules. settings: an instance of `layer.Settings`.
+    """
 
-    def apply_update(self) -> None:
-        """Put the update into the weight: the inverse of `remove_update`."""
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    layer: type[Any]
+    settings: Any
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable values of the update."""
+        return self.layer.count_parameters(self)
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether it is an AdapterLayer, for one weight."""
+        return issubclass(self.layer, AdapterLayer)
 
 
-LAYERS: Registry[type[AdapterLayer]] = Registry("adapter layer: no layer", PLACES["layers"])
+def spec_of(path: str, module: nn.Module, layer: type[AdapterLayer], settings: Any) -> LayerSpec:
+    """Return the LayerSpec of a layer in the place of a stock module."""
+    return LayerSpec(path, str(kind_of(module)), matrix_shape(module), layer, settings)
+
+
+def factor_rank(specs: Sequence[LayerSpec]) -> int:
+    """Return the largest rank of a pair of factors; 0 where there is none."""
+    return max((spec.layer.factor_rank(spec) for spec in specs if spec.has_weight), default=0)
+
+
+MODULES: Registry[type[AdapterModule]] = Registry(
+    "this version of vismt has no adapter module",
+    PLACES["adapter_modules"],
+    # Files of earlier versions name the class.
+    {"vismt.multitask.moefied:MoEfiedMlp": "moefied_ffn", "vismt.llm.ilora:InstanceGate": "instance_gate"},
+)
+
+
+def register_module(name: str) -> Callable[[type[Any]], type[Any]]:
+    """Return a decorator that registers an AdapterModule class as `name`, the name that adapter files use."""
+
+    def decorate(module: type[Any]) -> type[Any]:
+        module.name = name
+        return MODULES.add(name, module)
+
+    return decorate
 
 
 def inner_module(base: nn.Module) -> nn.Module:
@@ -244,21 +342,6 @@ def inner_module(base: nn.Module) -> nn.Module:
     inner.__dict__.update({name: value for name, value in nn.Module().__dict__.items() if name in HOOKS})
     inner._parameters = dict(base._parameters)
     return inner
-
-
-def register_layer(name: str) -> Callable[[type[Any]], type[Any]]:
-    """Return a decorator that registers an AdapterLayer class as `name`, the name that adapter files use."""
-
-    def decorate(layer: type[Any]) -> type[Any]:
-        layer.name = name
-        return LAYERS.add(name, layer)
-
-    return decorate
-
-
-def spec_of(path: str, module: nn.Module, layer: type[AdapterLayer], settings: Any) -> LayerSpec:
-    """Return the LayerSpec of a stock module."""
-    return LayerSpec(path, str(kind_of(module)), matrix_shape(module), layer, settings)
 
 
 def trained_dtype(weight: Tensor) -> torch.dtype:
@@ -271,33 +354,6 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
 
 
-@dataclass(frozen=True)
-class LayerSpec:
-    """One adapted module: the layer class and its settings, enough to build the layer on a stock model.
-
-    path, kind, shape: of the stock module; kind is that of `targets.kind_of`, shape the (o, i) of its matrix.
-    settings: an instance of `layer.Settings`.
-    """
-
-    path: str
-    kind: str
-    shape: tuple[int, int]
-    layer: type[AdapterLayer]
-    settings: Any
-
-    @property
-    def parameters(self) -> int:
-        """Number of trainable values of the update."""
-        return self.layer.count_parameters(self)
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the tensors that an adapter file must hold for this module, by name."""
-        return self.layer.tensor_shapes(self)
-
-
-def factor_rank(specs: Sequence[LayerSpec]) -> int:
-    """Return the largest rank of a pair of factors; 0 where there is none."""
-    return max((spec.layer.factor_rank(spec) for spec in specs), default=0)
-
-
-HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
+def adapter_modules(model: nn.Module) -> dict[str, AdapterModule]:
+    """Return every adapter module of the model by path: layers, and what stands around them or beside."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterModule)}

@@ -24,26 +24,15 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.base.registry import Registry
 from vismt.lowrank.factors import LowRank, times_core
-from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, register_layer, spec_of, trained_dtype
+from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, register_module, spec_of, trained_dtype
 from vismt.lowrank.layers.gates import fixed_gates, gated, sample_gates
-from vismt.lowrank.layers.kinds import matrix_shape
-from vismt.lowrank.layers.packed_weights import packing
-from vismt.lowrank.layers.parameters import HeldParameter
+from vismt.lowrank.layers.parameter_modules import ParameterModule
+from vismt.lowrank.layers.stock_modules import KINDS, matrix_shape, weight_format
 
 CORES = ("", "full", "diagonal")
-# The form of a low-rank layer for each kind of stock module (kinds.py); "packed" for a weight that its own module reads.
+# The form of a low-rank layer for each kind of stock module (stock_modules.py), and for a prequantized weight.
 FORMS: Registry[type[LowRankLayer]] = Registry(
-    "low-rank layer: no form for",
-    {
-        "conv1d": "vismt.lowrank.layers.linear",
-        "conv2d": "vismt.lowrank.layers.conv",
-        "embedding": "vismt.lowrank.layers.embedding",
-        "linear": "vismt.lowrank.layers.linear",
-        "nn.Conv1d": "vismt.lowrank.layers.conv",
-        "nn.Conv3d": "vismt.lowrank.layers.conv",
-        "packed": "vismt.lowrank.layers.packed",
-        "parameter": "vismt.lowrank.layers.held",
-    },
+    "low-rank layer: no form for", dict.fromkeys((*KINDS, "conv1d", "prequantized"), "vismt.lowrank.layers.forms")
 )
 
 
@@ -77,7 +66,7 @@ class LowRankSettings:
         return {"": (), "full": (rows, self.rank), "diagonal": (rows,)}[self.core]
 
 
-@register_layer("low_rank")
+@register_module("low_rank")
 class LowRankLayer(AdapterLayer):
     """Base of the layers with a low-rank update.
 
@@ -86,8 +75,8 @@ class LowRankLayer(AdapterLayer):
     """
 
     Settings = LowRankSettings
-    takes_packed = True
-    forms_weight = True
+    takes_prequantized = True
+    weight_readable = True
 
     def __init__(
         self,
@@ -160,7 +149,7 @@ class LowRankLayer(AdapterLayer):
         cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
     ) -> LowRankLayer:
         own = spec.kind in ("embedding", "parameter")
-        layer = FORMS["packed" if not own and packing(base) is not None else spec.kind]
+        layer = FORMS["prequantized" if not own and weight_format(base) is not None else spec.kind]
         return layer(base, dropout=dropout, dtype=dtype, **cls._options(spec.settings))
 
     @staticmethod
@@ -251,7 +240,7 @@ class LowRankLayer(AdapterLayer):
         if self.experts is not None:
             fixed_gates(what, self.experts)
 
-    def fixed_left(self) -> Tensor:
+    def left_with_gates(self) -> Tensor:
         """Return `left()` with the one row of gates in it that a single weight can hold."""
         if self.experts is None:
             return self.left()
@@ -270,13 +259,13 @@ class LowRankLayer(AdapterLayer):
 
     def low_rank(self) -> LowRank:
         """Return the whole update against the stock weight as one LowRank: rank r, 2r with a start, g times that in blocks."""
-        A, B = self.right().detach(), self._block_diagonal(self.fixed_left().detach())
+        A, B = self.right().detach(), self._block_diagonal(self.left_with_gates().detach())
         if self.lora_A0 is not None:
             A = torch.cat([A, self.lora_A0])
             B = torch.cat([B, -self._block_diagonal(self.lora_B0)], 1)
         return LowRank(B, A, scale=self.scale)
 
-    def added(self, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
+    def update_of(self, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
         """Return the product of x (n, i) with one pair of factors, (n, o), without the scale."""
         hidden = gated(x @ A.to(x.dtype).t(), gate)
         pairs = zip(hidden.chunk(len(self.blocks), 1), B.to(x.dtype).split(self.blocks, 0))
@@ -285,12 +274,12 @@ class LowRankLayer(AdapterLayer):
     def _block_diagonal(self, B: Tensor) -> Tensor:
         return B if len(self.blocks) == 1 else torch.block_diag(*B.split(self.blocks, 0))
 
-    def formed(self) -> Tensor:
+    def adapted_weight(self) -> Tensor:
         """Return W + DeltaW in the stock shape and dtype, with gradients to the factors."""
         rows = rearrange(self.matrix(self.weight), "(g o) i -> g o i", g=len(self.blocks))
-        return self.stored(self.summed(rows).flatten(0, 1))
+        return self.stored(self.add_update(rows).flatten(0, 1))
 
-    def summed(self, W: Tensor) -> Tensor:
+    def add_update(self, W: Tensor) -> Tensor:
         """Return W (g, o, i), split into blocks of one height, with the update added in its dtype."""
         pairs = [(self.scale, self.left(), self.right())]
         if self.lora_A0 is not None:
@@ -308,7 +297,7 @@ class LowRankLayer(AdapterLayer):
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         total = self.matrix(self.weight).to(dtype, copy=True)
         for start in (False, True):
-            A, B = (self.lora_A0, self.lora_B0) if start else (self.right(), self.fixed_left())
+            A, B = (self.lora_A0, self.lora_B0) if start else (self.right(), self.left_with_gates())
             if A is None:
                 continue
             blocks = zip(
@@ -318,7 +307,7 @@ class LowRankLayer(AdapterLayer):
                 rows.addmm_(b, a, alpha=-self.scale if start else self.scale)
         weight = torch.empty_like(self.weight)
         weight.copy_(self.stored(total))
-        return self._stock(nn.Parameter(weight, requires_grad=self.weight.requires_grad))
+        return self.stock(nn.Parameter(weight, requires_grad=self.weight.requires_grad))
 
     def extra_repr(self) -> str:
         out_features, in_features = self.lora_B.shape[0], self.lora_A.shape[1]
@@ -337,6 +326,6 @@ def output_blocks(path: str, module: nn.Module, split_qkv: bool) -> tuple[int, .
     rows = matrix_shape(module)[0]
     fused = split_qkv and path.split(".")[-1] in ("qkv", "in_proj_weight") and rows % 3 == 0
     weight: Any = module.weight
-    stacked = weight.shape[0] if isinstance(module, HeldParameter) and weight.ndim == 3 else 1
+    stacked = weight.shape[0] if isinstance(module, ParameterModule) and weight.ndim == 3 else 1
     count = 3 if fused else stacked
     return (rows // count,) * count

@@ -1,54 +1,55 @@
-"""Adapter layers in place of stock modules, and back: one LayerSpec a module, one record a model.
+"""Adapting a model: one LayerSpec for each adapter module, one record for the model.
 
-`inject` is what every method with factors calls: targets -> specs -> layers -> start values -> freezing. It either
-changes the model as a whole or, on a UserError, not at all.
+`inject` is what every method with factors calls: targets -> specs -> layers -> start values -> freezing. It either changes the
+model as a whole or, on a UserError, not at all. What a user passes is checked once, before anything is touched.
 """
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
 
-from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, adapter_layers
+from vismt.base.errors import UserError, near
+from vismt.lowrank.layers.base import AdapterModule, LayerSpec
 from vismt.lowrank.layers.low_rank import LowRankLayer
-from vismt.lowrank.layers.packed_weights import is_packed, use_cpu_kernel
-from vismt.lowrank.layers.parameters import hold, release
-from vismt.lowrank.layers.wrappers import (
-    ModuleWrapper,
-    check_mergeable,
-    described,
-    from_stock,
-    install_module,
-    replace,
-    to_stock,
-    uninstall,
-)
-from vismt.lowrank.model.backups import backup_tensors, sample
-from vismt.lowrank.model.options import checked
+from vismt.lowrank.layers.parameter_modules import to_modules
+from vismt.lowrank.layers.stock_modules import is_prequantized, use_cpu_kernel
+from vismt.lowrank.model.merge import undo, watch_saving
+from vismt.lowrank.model.modules import attach_all, place, prepare
 from vismt.lowrank.model.record import (
     RECORD,
-    SHELF,
     AdaptRecord,
     AdaptReport,
+    backup_tensors,
     count_parameters,
     need_record,
-    record_of,
     refuse_adapted,
     refuse_offloaded,
-    refuse_others,
     refuse_switched,
+    sample,
 )
 from vismt.lowrank.model.starts import Initialiser, start_layers
 from vismt.lowrank.model.targets import Targets, check_patterns, find_targets, matches, pattern_value
-from vismt.lowrank.values import need_finite
+
+# The options of `inject` that users give, whatever the method.
+COMMON = (
+    "exclude",
+    "rank_pattern",
+    "alpha_pattern",
+    "rslora",
+    "clamp_rank",
+    "split_qkv",
+    "dropout",
+    "also_train",
+    "dtype",
+)
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def inject(
@@ -75,7 +76,7 @@ def inject(
 ) -> AdaptReport:
     """Adapt `model` in place; only the factors and `also_train` keep a gradient.
 
-    The method gives the first arguments, the user the options from `exclude` on (`options.COMMON`).
+    The method gives the first arguments, the user the options from `exclude` on (`COMMON`).
 
     Args:
         model: any module.
@@ -95,7 +96,7 @@ def inject(
     Raises:
         UserError: for options of a wrong type or out of range, and modules that cannot be adapted; nothing is changed.
     """
-    options = checked(
+    options = check_options(
         {
             "targets": targets,
             "rank": rank,
@@ -113,8 +114,14 @@ def inject(
     )
     refuse_adapted(model)
     # Starts for each module are made from its inputs, which nothing sees where a weight is read without a call.
-    formed = layer.forms_weight and not (dropout or isinstance(init, Mapping) or (settings or {}).get("experts"))
-    modules, remarks = find_targets(model, options["targets"], options["exclude"], layer.takes_packed, formed=formed)
+    needs_calls = dropout or isinstance(init, Mapping) or (settings or {}).get("experts")
+    modules, remarks = find_targets(
+        model,
+        options["targets"],
+        options["exclude"],
+        layer.takes_prequantized,
+        readable=layer.weight_readable and not needs_calls,
+    )
     check_patterns("adapt.rank_pattern", options["rank_pattern"], list(modules))
     check_patterns("adapt.alpha_pattern", options["alpha_pattern"], list(modules))
     specs = [
@@ -131,7 +138,7 @@ def inject(
         for path, module in modules.items()
     ]
     names = also_trained(model, options["also_train"], list(modules))
-    layers = install(model, method, specs, {"dropout": dropout, "seed": seed}, names, dtype=options["dtype"])
+    layers: Any = install(model, method, specs, {"dropout": dropout, "seed": seed}, names, dtype=options["dtype"])
     with undone_on_error(model):
         start_layers(layers, specs, init, seed, offset)
     if any(layer.weight.is_meta for layer in layers):
@@ -148,8 +155,8 @@ def install(
     also_train: Sequence[str],
     *,
     dtype: torch.dtype | None = None,
-) -> list[AdapterLayer]:
-    """Place the layer of every spec, freeze the rest but `also_train` (parameter names), and leave the record.
+) -> list[AdapterModule]:
+    """Place the module of every spec, freeze the rest but `also_train` (parameter names), and leave the record.
 
     On an error the model is left as it was.
     """
@@ -161,35 +168,21 @@ def install(
     finish = prepare(model, specs)
     record = AdaptRecord(method, list(specs), options, required, originals)
     setattr(model, RECORD, record)
+    dropout = options.get("dropout", 0.0)
     with undone_on_error(model):
-        dropout = options.get("dropout", 0.0)
-        hold(model, [spec.path for spec in specs])
+        to_modules(model, [spec.path for spec in specs if spec.has_weight])
         use_cpu_kernel(model, False)
-        layers = {spec.path: place(model, spec, dropout=dropout, dtype=dtype) for spec in specs}
+        modules = place(model, specs, lambda spec, base: spec.layer.build(base, spec, dropout=dropout, dtype=dtype))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in originals or id(parameter) not in stock)
-        finish(layers)
+        finish(modules)
         record.frozen = {
             name: sample(value)
             for name, value in model.named_parameters()
-            if name in required and name not in originals and not value.is_meta and not is_packed(value)
+            if name in required and name not in originals and not value.is_meta and not is_prequantized(value)
         }
     watch_saving(model)
-    return list(layers.values())
-
-
-def prepare(model: nn.Module, specs: Sequence[LayerSpec]) -> Callable[[Mapping[str, AdapterLayer]], None]:
-    """Check specs on the stock model as a whole, and return what is to be called with the placed layers by path."""
-    functions = []
-    for layer in dict.fromkeys(spec.layer for spec in specs):
-        functions.append(layer.prepare(model, [spec for spec in specs if spec.layer is layer]))
-
-    def finish(layers: Mapping[str, AdapterLayer]) -> None:
-        for function in functions:
-            if function is not None:
-                function(layers)
-
-    return finish
+    return list(modules.values())
 
 
 @contextmanager
@@ -200,124 +193,6 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
     except BaseException:
         undo(model)
         raise
-
-
-def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
-    """Fold every update into its weight: stock classes, stock keys, the same function.
-
-    Args:
-        model: an adapted model; changed in place.
-        force: merge updates and weights with NaN or infinite values too.
-
-    Returns:
-        The model.
-
-    Raises:
-        UserError: for a stock model, one with further adapters, where merged weights cannot hold the function (a router), and
-            for updates or merged weights that are not finite; nothing is changed.
-    """
-    record = need_record(model, "merge")
-    refuse_offloaded(model, "merge")
-    refuse_others(model, "merge")
-    check_mergeable(model, "merge")
-    layers = adapter_layers(model)
-    if not force:
-        need_finite(
-            "merge", {f"{path}.{name}": v for path, layer in layers.items() for name, v in layer.tensors().items()}
-        )
-    to_stock(model)
-    try:
-        merged = {path: layer.merged() for path, layer in layers.items()}
-        if not force:
-            need_finite("merge", {f"{path}.weight": module.get_parameter("weight") for path, module in merged.items()})
-    except BaseException:
-        from_stock(model)
-        for layer in layers.values():
-            layer.empty_shell()
-        raise
-    uninstall(model)
-    of_layer = {id(layer): merged[path] for path, layer in layers.items()}
-    replace(model, AdapterLayer, lambda layer: of_layer[id(layer)])
-    _forget(model, record)
-    return model
-
-
-def undo(model: nn.Module) -> None:
-    """Restore the modules, weights (bit for bit) and gradient flags from before the active adapter."""
-    record = need_record(model, "unadapt")
-    to_stock(model)
-    uninstall(model)
-    replace(model, AdapterLayer, lambda layer: layer.restored())
-    with torch.no_grad():
-        for name, value in record.also_train.items():
-            model.get_parameter(name).copy_(value)
-    _forget(model, record)
-
-
-SAVE = "save_pretrained"  # of transformers' models
-
-
-class MergedSave:
-    """`save_pretrained` of an adapted model: it writes what `merge` returns, which `from_pretrained` reads.
-
-    The stock function writes the tensors of layers under names that `from_pretrained` leaves out, and so the base. Checkpoints
-    of a Trainer, which continues from them on an adapted model, keep these names.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, save_directory: str | Path, *args: Any, **options: Any) -> Any:
-        module: Any = self.module
-        record = record_of(module)
-        to_resume = "state_dict" in options and re.fullmatch(r"checkpoint-\d+", Path(save_directory).name)
-        if to_resume or (record is not None and not record.sites and not record.wrappers):  # all is in the weights
-            return type(module).save_pretrained(module, save_directory, *args, **options)
-        if record is None:
-            raise UserError(
-                f"{SAVE}: this {type(module).__name__} is a part of an adapted model, or several adapters are active; call "
-                "vismt.merge(model) on the whole model first, or vismt.save_adapter(model, folder, name=...) for each adapter."
-            )
-        merged: Any = copy.deepcopy(module)
-        merged._modules.pop(SHELF, None)
-        state = options.pop("state_dict", None)
-        try:
-            if state is not None:
-                merged.load_state_dict(state)
-            merge(merged)
-        except (UserError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{SAVE}: {reason} Write the adapter alone: vismt.save_adapter(model, folder).") from error
-        merged.__dict__.pop("_keys_to_ignore_on_save", None)  # VismtCallback leaves frozen tensors out of checkpoints
-        return merged.save_pretrained(save_directory, *args, **options)
-
-
-def watch_saving(model: nn.Module) -> None:
-    """Let `save_pretrained` of an adapted model of transformers write what the model computes."""
-    for module in model.modules():
-        if hasattr(type(module), SAVE):
-            setattr(module, SAVE, MergedSave(module))
-
-
-def unwatch_saving(model: nn.Module) -> None:
-    """Undo `watch_saving`."""
-    for module in model.modules():
-        if isinstance(module.__dict__.get(SAVE), MergedSave):
-            delattr(module, SAVE)
-
-
-def _forget(model: nn.Module, record: AdaptRecord) -> None:
-    release(model)
-    use_cpu_kernel(model, True)
-    unwatch_saving(model)
-    restore_flags(model, record)
-    delattr(model, RECORD)
-
-
-def restore_flags(model: nn.Module, record: AdaptRecord) -> None:
-    """Let a parameter require a gradient if it did before the adaptation."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(record.required_grad.get(name, True))
 
 
 def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[str]) -> list[str]:
@@ -331,7 +206,7 @@ def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[st
     for name in names:
         if name in adapted or name in {f"{path}.weight" for path in adapted}:
             raise UserError(f"adapt.also_train: '{name}' is adapted; train the update or the weight, not both.")
-        if is_packed(model.get_parameter(name)):
+        if is_prequantized(model.get_parameter(name)):
             raise UserError(
                 f"adapt.also_train: '{name}' is packed (quantised) and cannot be trained; adapt its module."
             )
@@ -345,14 +220,76 @@ def train_along(model: nn.Module, names: Sequence[str]) -> None:
     )
 
 
-def place(model: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> AdapterLayer:
-    """Put the layer of `spec` where the stock module stands, under every name it has; its update is left unset."""
-    layer = spec.layer.build(model.get_submodule(spec.path), spec, dropout=dropout, dtype=dtype)
-    install_module(model, spec.path, layer)
-    return layer
+def attach(model: nn.Module, modules: Mapping[str, AdapterModule]) -> None:
+    """Put adapter modules that are no layers in their places of an adapted model, and note them in its record."""
+    specs = [LayerSpec(path, "", (), type(module), module.settings()) for path, module in modules.items()]
+    need_record(model, "attach").specs.extend(specs)
+    attach_all(model, modules)
 
 
-def attach(model: nn.Module, path: str, wrapper: ModuleWrapper) -> None:
-    """Put a wrapper in its place, and note it in the model's record."""
-    need_record(model, "attach").wrappers[path] = described(wrapper)
-    wrapper.attach(model, path)
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `inject` with patterns as lists and dtype names as dtypes; UserError for the first wrong one."""
+    result = dict(options)
+    for name in ("exclude", "also_train"):
+        result[name] = _patterns(name, result.get(name, ()))
+    for name in ("rslora", "clamp_rank", "split_qkv"):
+        if not isinstance(result.get(name, False), bool):
+            raise UserError(f"adapt.{name}: {result[name]!r}; it must be true or false.")
+    result["rank_pattern"] = {p: _rank(f"rank_pattern['{p}']", v) for p, v in _table("rank_pattern", result).items()}
+    result["alpha_pattern"] = {
+        p: _alpha(f"alpha_pattern['{p}']", v) for p, v in _table("alpha_pattern", result).items()
+    }
+    result["rank"] = _rank("rank", result["rank"])
+    result["alpha"] = None if result["alpha"] is None else _alpha("alpha", result["alpha"])
+    dropout = result.get("dropout", 0.0)
+    if not _number(dropout) or not 0 <= dropout < 1:
+        raise UserError(f"adapt.dropout: {dropout!r}; it must be a number in [0, 1).")
+    result["dtype"] = _dtype(result.get("dtype"))
+    targets = result["targets"]
+    if targets is not None and not isinstance(targets, str):
+        result["targets"] = _patterns("targets", targets)
+    return result
+
+
+def _patterns(name: str, value: Any) -> list[str]:
+    """Return the patterns as a list: a string is one pattern."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
+        raise UserError(
+            f"adapt.{name}: {value!r}; give module paths, suffixes or regular expressions as a list of texts."
+        )
+    return list(value)
+
+
+def _table(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    value = options.get(name) or {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise UserError(f"adapt.{name}: {value!r}; give a mapping from pattern to value.")
+    return value
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _rank(name: str, value: Any) -> int:
+    if not _number(value) or value != int(value) or value < 1:
+        raise UserError(f"adapt.{name}: {value!r}; it must be a whole number, at least 1.")
+    return int(value)
+
+
+def _alpha(name: str, value: Any) -> float:
+    if not _number(value) or value <= 0:
+        raise UserError(f"adapt.{name}: {value!r}; it must be a positive number.")
+    return float(value)
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    if isinstance(value, str):
+        if value not in DTYPES:
+            raise UserError(f"adapt.dtype: '{value}'.{near(value, DTYPES)}")
+        return DTYPES[value]
+    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise UserError(f"adapt.dtype: {value!r}; give a floating dtype, one of {', '.join(DTYPES)}.")
+    return value

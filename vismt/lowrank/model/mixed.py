@@ -26,15 +26,12 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.base import AdapterLayer, StandIn, adapter_layers
-from vismt.lowrank.layers.gates import PerSample, unwatch_expansion, watch_expansion
-from vismt.lowrank.layers.kinds import is_conv1d, kind_of
-from vismt.lowrank.layers.packed_weights import packing
-from vismt.lowrank.layers.parameters import hold, is_attention, release
-from vismt.lowrank.layers.wrappers import check_mergeable, install_module, replace, stock_order
-from vismt.lowrank.model.inject import unwatch_saving, watch_saving
-from vismt.lowrank.model.parked import park, put_back
-from vismt.lowrank.model.record import SHELF, need_record
+from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, adapter_layers
+from vismt.lowrank.layers.gates import PerSample, watch_expansion
+from vismt.lowrank.layers.parameter_modules import is_attention, to_modules
+from vismt.lowrank.layers.stock_modules import is_conv1d, kind_of, weight_format
+from vismt.lowrank.model.modules import attach_all, check_mergeable, stock_order
+from vismt.lowrank.model.record import need_record
 
 
 @dataclass
@@ -45,7 +42,7 @@ class Update:
     bias: Tensor | None = None
 
 
-class MixedLinear(StandIn):
+class MixedLinear(AdapterLayer):
     """nn.Linear or Conv1D with a bank of updates. forward: x (b, ..., i) -> (b, ..., o), in x's dtype or autocast's.
 
     Buffers A (e + 1, r, i), B (e + 1, r, o), and bank_bias (e + 1, o) where a bias was trained, the last entry zero for samples
@@ -56,9 +53,9 @@ class MixedLinear(StandIn):
     B: Tensor
     bank_bias: Tensor | None
 
-    def __init__(self, base: nn.Module, together: Together, updates: Sequence[Update]) -> None:
+    def __init__(self, base: nn.Module, active: ActiveSet, updates: Sequence[Update]) -> None:
         super().__init__(base)
-        self.together, self.chosen = together, False  # chosen: whether samples had adapters of their own
+        self.active, self.chosen = active, False  # chosen: whether samples had adapters of their own
         count, rank = len(updates) + 1, max([u.low_rank.rank for u in updates if u.low_rank is not None], default=1)
         A = self.weight.new_zeros(count, rank, self.in_features)
         B = self.weight.new_zeros(count, rank, self.out_features)
@@ -66,8 +63,8 @@ class MixedLinear(StandIn):
         for number, update in enumerate(updates):
             if update.low_rank is not None:
                 plain = update.low_rank.plain()
-                A[number, : plain.rank] = plain.R
-                B[number, : plain.rank] = (plain.L * plain.scale).t()
+                A[number, : plain.rank] = plain.A
+                B[number, : plain.rank] = (plain.B * plain.scale).t()
             if update.bias is not None:
                 bias[number] = update.bias
         self.register_buffer("A", A, persistent=False)
@@ -80,10 +77,10 @@ class MixedLinear(StandIn):
         scope = adapters_per_sample.scope()
         if scope is None:
             if not torch.compiler.is_compiling():
-                adapters_per_sample.refuse_lost(self.together.names, self.chosen)
+                adapters_per_sample.refuse_lost(self.active.names, self.chosen)
             return self._pick(None, x)
         self.chosen = True
-        choice = scope.choice(self.together.names, len(x))
+        choice = scope.choice(self.active.names, len(x))
         if torch.compiler.is_compiling():
             return self._pick(choice, x)
         kept = scope.kept.get(self)
@@ -91,7 +88,7 @@ class MixedLinear(StandIn):
             kept = scope.kept[self] = self._pick(choice, x)
         return kept
 
-    def _pick(self, choice: Choice | None, x: Tensor) -> tuple[Tensor, ...]:
+    def _pick(self, choice: RowChoice | None, x: Tensor) -> tuple[Tensor, ...]:
         """Return the factors of a choice; None adds all."""
 
         def of(bank: Tensor, weighted: bool) -> Tensor:
@@ -141,67 +138,41 @@ class MixedConv2d(MixedLinear):
         return out + rearrange(update, "b (g o) h w -> (g b) o h w", g=groups)
 
 
-def mixed_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the adapters that are active together."""
-    shelf: Any = model._modules.get(SHELF)
-    return shelf.mixed if shelf is not None else ()
-
-
-def mix(model: nn.Module, names: Sequence[str]) -> None:
-    """Let parked adapters of a model without active ones be active together; UserError where one cannot."""
-    updates = [_updates_of(model, name) for name in names]
-    together, layers = Together(names), {}
+def mix(model: nn.Module, names: Sequence[str], updates: Sequence[Mapping[str, Update]]) -> None:
+    """Put mixed layers with the updates of each adapter, by path, into a stock model."""
+    active, layers = ActiveSet(names), dict[str, AdapterModule]()
     for path in dict.fromkeys(path for by_path in updates for path in by_path):
         stock = model.get_submodule(path)
         layer = MixedConv2d if kind_of(stock) == "conv2d" else MixedLinear
-        layers[path] = layer(stock, together, [by_path.get(path, Update()) for by_path in updates])
-    hold(model, layers)
-    for path, mixed in layers.items():
-        install_module(model, path, mixed)
-    model._modules[SHELF].mixed = tuple(names)
+        layers[path] = layer(stock, active, [by_path.get(path, Update()) for by_path in updates])
+    to_modules(model, layers)
+    attach_all(model, layers)
     watch_expansion(model)
-    watch_saving(model)
 
 
-def unmix(model: nn.Module) -> None:
-    """Put the stock modules back: the inverse of `mix`."""
-    replace(model, MixedLinear, lambda layer: layer.restored())
-    release(model)
-    model._modules[SHELF].mixed = ()
-    unwatch_expansion(model)
-    unwatch_saving(model)
-
-
-def _updates_of(model: nn.Module, name: str) -> dict[str, Update]:
-    """Return the updates of a parked adapter by module path."""
-    put_back(model, name)
-    try:
-        record = need_record(model, "activate")
-        check_mergeable(model, "activate")
-        for spec in record.sites:
-            reason = (
-                spec.layer.not_exported
-                or ("" if spec.layer.has_factors else "has no factors")
-                or _reason(model, spec.path)
+def updates_of(model: nn.Module, name: str) -> dict[str, Update]:
+    """Return the updates of the active adapter, `name`, by module path; UserError where it cannot be mixed."""
+    record = need_record(model, "activate")
+    check_mergeable(model, "activate")
+    for spec in record.layers:
+        no_factors = "" if spec.layer.has_factors else "has no factors"
+        reason = spec.layer.export_refusal or no_factors or _reason(model, spec.path)
+        if reason:
+            raise UserError(
+                f"activate: '{name}' cannot be mixed: '{record.method}' {reason}; activate it alone, by its name."
             )
-            if reason:
-                raise UserError(
-                    f"activate: '{name}' cannot be mixed: '{record.method}' {reason}; activate it alone, by its name."
-                )
-        with stock_order(model):
-            updates = {path: Update(layer.low_rank()) for path, layer in adapter_layers(model).items()}
-            for whole, original in record.also_train.items():
-                _add_whole(model, name, whole, original, updates)
-        return updates
-    finally:
-        park(model)
+    with stock_order(model):
+        updates = {path: Update(layer.low_rank()) for path, layer in adapter_layers(model).items()}
+        for whole, original in record.also_train.items():
+            _add_whole(model, name, whole, original, updates)
+    return updates
 
 
 def _reason(model: nn.Module, path: str) -> str:
     """Return why the module at a path has no mixed layer, "" where it has one."""
     stock: Any = model.get_submodule(path)
-    stock = stock.shell if isinstance(stock, StandIn) else stock
-    if packing(model.get_submodule(path)) is not None:
+    stock = stock.shell if isinstance(stock, AdapterLayer) else stock
+    if weight_format(model.get_submodule(path)) is not None:
         return f"adapts '{path}', whose weight is packed"
     if is_attention(model.get_submodule(path.rpartition(".")[0])):
         return f"adapts '{path}', whose weight nn.MultiheadAttention reads itself"
@@ -235,21 +206,21 @@ def _add_whole(model: nn.Module, adapter: str, name: str, original: Tensor, upda
         update.low_rank = LowRank(eye, change) if rows <= columns else LowRank(change, eye)
 
 
-class Together:
+class ActiveSet:
     """Names of adapters that are active together on a model, in the order of its banks."""
 
-    alive: ClassVar[WeakSet[Together]] = WeakSet()
+    alive: ClassVar[WeakSet[ActiveSet]] = WeakSet()
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self.alive.add(self)
 
-    def __reduce__(self) -> tuple[type[Together], tuple[Any]]:
-        return Together, (self.names,)  # a copy is alive, too
+    def __reduce__(self) -> tuple[type[ActiveSet], tuple[Any]]:
+        return ActiveSet, (self.names,)  # a copy is alive, too
 
 
 @dataclass(frozen=True)
-class Choice:
+class RowChoice:
     """Adapters of groups of samples, as numbers of a bank whose last entry is zero: no adapter.
 
     index: int64 (g, e), e for each group; None where group n has adapter n alone. weight: (g, e); None where all are 1.
@@ -292,14 +263,14 @@ class adapters_per_sample(PerSample):
         self.samples = len(entries)
         run = math.gcd(*(len(list(same)) for _, same in groupby(entries)))
         self.groups = entries[::run]
-        self.choices: dict[tuple[str, ...], Choice] = {}
+        self.choices: dict[tuple[str, ...], RowChoice] = {}
         self.kept: WeakKeyDictionary[nn.Module, tuple[Tensor, ...]] = WeakKeyDictionary()
 
     opened: ClassVar[dict[int, adapters_per_sample]] = {}  # blocks that run, of all threads
 
     def __enter__(self) -> adapters_per_sample:
         used = {name: None for group in self.groups for name in group}
-        alive = {together.names for together in Together.alive}
+        alive = {active.names for active in ActiveSet.alive}
         self.choices = {names: _choice(self.groups, names) for names in alive if used.keys() <= set(names)}
         if not self.choices:
             raise UserError(
@@ -331,7 +302,7 @@ class adapters_per_sample(PerSample):
                 "(an entry {name: 1, ...} adds adapters)."
             )
 
-    def choice(self, names: tuple[str, ...], batch: int) -> Choice:
+    def choice(self, names: tuple[str, ...], batch: int) -> RowChoice:
         """Return the choice among `names` for a batch of b samples; UserError where they do not match."""
         if names not in self.choices:
             raise UserError(
@@ -357,13 +328,13 @@ def _weights(entry: Any) -> dict[str, float]:
     return {name: float(weight) for name, weight in entry.items() if weight}
 
 
-def _choice(groups: Sequence[Mapping[str, float]], names: tuple[str, ...]) -> Choice:
+def _choice(groups: Sequence[Mapping[str, float]], names: tuple[str, ...]) -> RowChoice:
     """Return the entries of groups of samples as numbers and weights."""
     if list(groups) == [{name: 1.0} for name in names]:
-        return Choice(None, None)
+        return RowChoice(None, None)
     most = max(1, *map(len, groups))
     index, weight = torch.full((len(groups), most), -1), torch.ones(len(groups), most)
     for row, group in enumerate(groups):
         for column, (name, share) in enumerate(group.items()):
             index[row, column], weight[row, column] = names.index(name), share
-    return Choice(index, weight if bool((weight != 1).any()) else None)
+    return RowChoice(index, weight if bool((weight != 1).any()) else None)

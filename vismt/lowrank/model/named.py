@@ -1,23 +1,40 @@
-"""Several adapters on one model: named, one active at a time, or several together (mixed.py).
+"""Several adapters on one model: named, one active at a time or several together (mixed.py), the others on the shelf.
 
 Every update is relative to the stock weights, a principal start included, so adapters of any method can be carried together.
 With one active adapter the model is what it is with that adapter alone: the same layers, and compiled code of the same graph
 for adapters of equal shapes. The base stays frozen while a model carries adapters.
+
+The adapters that are not active lie in the submodule `vismt_parked`. Shelving an adapter repeats the steps of undoing it, and
+restoring it those of placing one, so that every adapter finds the stock modules and weights that it was made for, whatever its
+method keeps in them (slices, reordered units, quantised weights). The parameters stay the same objects, which optimisers know,
+and so do the adapter modules. State dicts and conversions of the model reach shelved tensors; those of active ones keep their
+names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vismt.base.errors import UserError, require_known
-from vismt.lowrank.model.inject import restore_flags, undo
-from vismt.lowrank.model.mixed import mix, mixed_names, unmix
-from vismt.lowrank.model.parked import key, park, parked_adapters, put_back, take
-from vismt.lowrank.model.record import SHELF, names_of, need_record, record_of, refuse_offloaded
+from vismt.lowrank.layers.base import AdapterModule, LayerSpec, adapter_modules
+from vismt.lowrank.layers.gates import unwatch_expansion
+from vismt.lowrank.layers.parameter_modules import to_modules, to_parameters
+from vismt.lowrank.model.merge import restore_flags, undo, unwatch_saving, watch_saving
+from vismt.lowrank.model.modules import detach_all, from_stock, place, prepare
+from vismt.lowrank.model.record import (
+    RECORD,
+    SHELF,
+    AdaptRecord,
+    names_of,
+    need_record,
+    record_of,
+    refuse_offloaded,
+)
 
 
 def activate(model: nn.Module, names: str | Sequence[str] | None) -> nn.Module:
@@ -110,7 +127,7 @@ def remove(model: nn.Module, name: str) -> nn.Module:
     before = active(model)
     if before is not None and name in ([before] if isinstance(before, str) else before):
         activate(model, [other for other in before if other != name] if isinstance(before, list) else None)
-    record = take(model, name).record
+    record = _take(model, name).record
     if not names_of(model):
         restore_flags(model, record)
     return model
@@ -143,7 +160,7 @@ def active(model: nn.Module) -> str | list[str] | None:
 
 
 @contextmanager
-def using(model: nn.Module, name: str | None, what: str) -> Iterator[None]:
+def active_adapter(model: nn.Module, name: str | None, what: str) -> Iterator[None]:
     """Inside the block, let the adapter `name` be the active one; None for the one that is."""
     before = active(model)
     if name is not None:
@@ -157,22 +174,22 @@ def using(model: nn.Module, name: str | None, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def beside(model: nn.Module, name: str, what: str) -> Iterator[None]:
+def new_adapter(model: nn.Module, name: str, what: str) -> Iterator[None]:
     """Let the block place a new adapter, `name`, on the stock model; on an error the model is as it was before."""
     names, before = names_of(model), active(model)
     if not isinstance(name, str) or not name:
         raise UserError(f"{what}.name: {name!r}; give a text.")
     same = next((other for other in names if key(other) == key(name)), None)
     if same is not None:
-        record = need_record(model, what) if before == same else parked_adapters(model)[same].record
+        record = need_record(model, what) if before == same else shelved(model)[same].record
         raise UserError(
             f"{what}: the model already carries '{record.method}' as adapter '{same}'; remove it first, or give another name."
         )
     _deactivate(model)
-    parked, shelf = list(parked_adapters(model).values()), model._modules.pop(SHELF, None)
+    others, shelf = list(shelved(model).values()), model._modules.pop(SHELF, None)
     try:
-        if parked:
-            restore_flags(model, parked[0].record)
+        if others:
+            restore_flags(model, others[0].record)
         yield
         need_record(model, what).name = name
     except BaseException:
@@ -192,16 +209,143 @@ def _need(model: nn.Module, names: Sequence[str], what: str) -> None:
 
 
 def _deactivate(model: nn.Module) -> None:
-    """Park the active adapters."""
+    """Shelve the active adapter, or take the layers of several out."""
     if record_of(model) is not None:
-        park(model)
+        shelve(model)
     elif mixed_names(model):
-        unmix(model)
+        detach_all(model)
+        to_parameters(model)
+        model._modules[SHELF].mixed = ()
+        unwatch_expansion(model)
+        unwatch_saving(model)
 
 
 def _start(model: nn.Module, names: str | list[str] | None) -> None:
-    """Activate parked adapters of a model without active ones."""
+    """Activate shelved adapters of a model without active ones."""
     if isinstance(names, str):
-        put_back(model, names)
+        restore(model, names)
     elif names:
-        mix(model, names)
+        from vismt.lowrank.model.mixed import mix, updates_of  # loaded where adapters are mixed
+
+        updates = []
+        for name in names:
+            restore(model, name)
+            try:
+                updates.append(updates_of(model, name))
+            finally:
+                shelve(model)
+        mix(model, names, updates)
+        model._modules[SHELF].mixed = tuple(names)
+        watch_saving(model)
+
+
+# ---- the shelf
+class ShelvedAdapter(nn.Module):
+    """An adapter apart from its model.
+
+    record: what the model has of an active adapter. adapter_modules: by path. trained: names of the parameters that
+    require a gradient while it is active. It has the tensors of its modules in submodules, and as buffers the parameters that
+    were trained whole.
+    """
+
+    def __init__(
+        self,
+        record: AdaptRecord,
+        modules: dict[str, AdapterModule],
+        also_train: Mapping[str, Tensor],
+        trained: set[str],
+    ) -> None:
+        super().__init__()
+        self.record, self.adapter_modules, self.trained = record, modules, trained
+        for path, module in modules.items():
+            self._modules[key(path)] = _mirror(module)
+        for name, value in also_train.items():
+            self.register_buffer(key(name), value)
+        self.requires_grad_(False)
+
+
+class Shelf(nn.Module):
+    """The shelved adapters of a model, by name. mixed: the names that are active together (mixed.py).
+
+    The forward returns its input, because an nn.Sequential calls every child.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed: tuple[str, ...] = ()
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+def key(name: str) -> str:
+    """Return a path, or the name of a parameter or an adapter, without the dots that names in a module cannot have."""
+    return name.replace(".", "/")
+
+
+def _mirror(module: nn.Module) -> nn.Module:
+    """Return a module with the very tables of tensors that `module` and its children have."""
+    mirror = nn.Module()
+    mirror._parameters, mirror._buffers = module._parameters, module._buffers
+    mirror._non_persistent_buffers_set = module._non_persistent_buffers_set
+    for name, child in module.named_children():
+        mirror._modules[name] = _mirror(child)
+    return mirror
+
+
+def shelve(model: nn.Module) -> None:
+    """Move the active adapter to the shelf, and leave the stock model with every parameter frozen."""
+    record = need_record(model, "shelve")
+    shelf = model._modules.pop(SHELF, None)  # undoing is not to see it
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    also_train = {name: model.get_parameter(name).detach().clone() for name in record.also_train}
+    modules = adapter_modules(model)
+    undo(model)
+    model.requires_grad_(False)
+    shelf = shelf if shelf is not None else Shelf()
+    shelf._modules[key(record.name)] = ShelvedAdapter(record, modules, also_train, trained)
+    model._modules[SHELF] = shelf
+
+
+@torch.no_grad()
+def restore(model: nn.Module, name: str) -> None:
+    """Make a shelved adapter the active one of a model without an active one: the inverse of `shelve`."""
+    specs = shelved(model)[name].record.specs
+    finish = prepare(model, specs)
+    adapter = _take(model, name)
+
+    def adopted(spec: LayerSpec, base: nn.Module | None) -> AdapterModule:
+        module = adapter.adapter_modules[spec.path]
+        module.adopt(base)
+        return module
+
+    to_modules(model, [spec.path for spec in specs if spec.has_weight])
+    finish(place(model, specs, adopted))
+    for whole in adapter.record.also_train:
+        model.get_parameter(whole).copy_(adapter.get_buffer(key(whole)))
+    setattr(model, RECORD, adapter.record)
+    watch_saving(model)
+    from_stock(model)
+    for whole, parameter in model.named_parameters():
+        parameter.requires_grad_(whole in adapter.trained)
+
+
+def _take(model: nn.Module, name: str) -> ShelvedAdapter:
+    """Take an adapter off the shelf, and an empty shelf off the model."""
+    shelf: Any = model._modules[SHELF]
+    adapter = shelf._modules.pop(key(name))
+    if not shelf._modules:
+        del model._modules[SHELF]
+    return adapter
+
+
+def shelved(model: nn.Module) -> dict[str, ShelvedAdapter]:
+    """Return the adapters on the shelf by name."""
+    shelf: Any = model._modules.get(SHELF)
+    return {} if shelf is None else {adapter.record.name: adapter for adapter in shelf.children()}
+
+
+def mixed_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the adapters that are active together."""
+    shelf: Any = model._modules.get(SHELF)
+    return shelf.mixed if shelf is not None else ()

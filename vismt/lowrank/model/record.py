@@ -1,42 +1,51 @@
-"""What `adapt` did to a model: its report, the record on the model, and the models that it refuses."""
+"""What `adapt` did to a model: its report, the record on the model with copies of tensors, and the models that it refuses.
+
+Copies of tensors are rarely read again: small ones stay in memory, large ones lie in a temporary file that is mapped. The file
+has no name once it is mapped, so it disappears with the last tensor in it; the system may drop its pages and read them again,
+and none is on an accelerator. Where TMPDIR lies in memory, so do the copies.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import AdapterLayer, LayerSpec
-from vismt.lowrank.layers.wrappers import ModuleWrapper
-
-if TYPE_CHECKING:
-    from vismt.lowrank.layers.base import AdapterLayer
+from vismt.lowrank.layers.base import AdapterModule, LayerSpec
 
 RECORD = "vismt_record"  # the attribute of an adapted model
-SHELF = "vismt_parked"  # the submodule with its adapters that are not active (parked.py)
+SHELF = "vismt_parked"  # the submodule with its adapters that are not active (named.py)
 
 
 @dataclass
 class AdaptRecord:
     """What an adapted model remembers of its adaptation: enough to save it, to undo it and to refuse a second one.
 
-    also_train: values before the adaptation, by parameter name. wrappers: type and settings of each wrapper, by path. frozen:
-    some values of each parameter that no file of the adapter holds, by name (backups.sample). name: of the adapter on the model.
-    start: arguments of `inject` that fill the factors, kept where they have no values yet (meta device).
+    specs: of its adapter modules, layers first. also_train: values before the adaptation, by parameter name. frozen: some values
+    of each parameter that no file of the adapter holds, by name (`sample`). name: of the adapter on the model. start: arguments
+    of `inject` that fill the factors, kept where they have no values yet (meta device).
     """
 
     method: str
-    sites: list[LayerSpec]
+    specs: list[LayerSpec]
     options: dict[str, Any]
     required_grad: dict[str, bool]
     also_train: dict[str, Tensor]
-    wrappers: dict[str, dict[str, Any]] = field(default_factory=dict)
     frozen: dict[str, Tensor] = field(default_factory=dict)
     name: str = "default"
     start: tuple[Any, int, bool] | None = None
+
+    @property
+    def layers(self) -> list[LayerSpec]:
+        """The specs of adapter layers, which adapt a weight each."""
+        return [spec for spec in self.specs if spec.has_weight]
 
 
 def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:
@@ -44,7 +53,7 @@ def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:
     for path, module in model.named_modules():
         record = record_of(module)
         carried = [record.method] if record else names_of(module)
-        if carried or isinstance(module, (AdapterLayer, ModuleWrapper)):
+        if carried or isinstance(module, AdapterModule):
             where = f"its part '{path}' already carries" if path else "the model already carries"
             update = "', '".join(carried) or "an update"
             raise UserError(f"{what}: {where} '{update}'; merge or unadapt it first.")
@@ -67,7 +76,11 @@ def refuse_offloaded(model: nn.Module, what: str, *, whole: bool = False) -> Non
     whole: refuse a model that lies on the meta device as a whole, too, which `adapt` counts the parameters of.
     """
     on_meta = {name: parameter.is_meta for name, parameter in model.named_parameters()}
-    moved = next((path for path, module in model.named_modules() if _offloads(module)), None)
+    moved = None
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)  # of accelerate: it holds the weights elsewhere between calls
+        if moved is None and any(getattr(part, "offload", False) is True for part in getattr(hook, "hooks", [hook])):
+            moved = path
     if moved is None and (not any(on_meta.values()) or (all(on_meta.values()) and not whole)):
         return
     name = next((name for name, is_meta in on_meta.items() if is_meta), moved)
@@ -78,12 +91,6 @@ def refuse_offloaded(model: nn.Module, what: str, *, whole: bool = False) -> Non
             "afterwards, for inference"
         )
     raise UserError(f"{what}: '{name}' has no values in memory (offloaded, or on the meta device); {fix}.")
-
-
-def _offloads(module: nn.Module) -> bool:
-    """Return whether a hook of accelerate holds the weights of the module elsewhere between its calls."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(part, "offload", False) is True for part in getattr(hook, "hooks", [hook]))
 
 
 def record_of(model: nn.Module) -> AdaptRecord | None:
@@ -125,20 +132,25 @@ def need_record(model: nn.Module, what: str) -> AdaptRecord:
 class AdaptReport:
     """What `adapt` did. Printing it gives a table, one row for each group of like modules.
 
-    sites: the adapted modules. skipped: reasons for modules that were left out. extras: a line for each kind of trainable
+    specs: of the adapted modules. skipped: reasons for modules that were left out. extras: a line for each kind of trainable
     tensors besides the updates.
     """
 
     method: str
-    sites: list[LayerSpec]
+    specs: list[LayerSpec]
     trainable: int
     total: int
     skipped: list[str] = field(default_factory=list)
     extras: list[str] = field(default_factory=list)
 
+    @property
+    def sites(self) -> list[LayerSpec]:
+        """The earlier name of `specs`."""
+        return self.specs
+
     def __str__(self) -> str:
         groups: dict[tuple, list[LayerSpec]] = {}
-        for spec in self.sites:
+        for spec in self.specs:
             path = re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", spec.path)
             groups.setdefault((path, spec.kind, spec.shape, *spec.layer.describe(spec)), []).append(spec)
         rows = [("module", "count", "kind", "out x in", "rank", "scale", "parameters")]
@@ -148,7 +160,7 @@ class AdaptReport:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        if not self.sites:
+        if not self.specs:
             lines.clear()
         lines.extend([*self.extras, self.summary()])
         lines.extend(f"left out: {text}" for text in self.skipped)
@@ -157,7 +169,7 @@ class AdaptReport:
     def summary(self) -> str:
         """Return one line: the method, how many modules, the trainable share of the parameters."""
         share = 100 * self.trainable / max(self.total, 1)
-        modules = f"{len(self.sites)} modules   " if self.sites else ""
+        modules = f"{len(self.specs)} modules   " if self.specs else ""
         return f"{self.method}   {modules}{self.trainable:,} trainable of {self.total:,} ({share:.2f} %)"
 
 
@@ -165,3 +177,67 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the (trainable, total) numbers of parameters; a parameter that is shared counts once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+# ---- copies of tensors
+IN_MEMORY = 2**26  # bytes
+SAMPLES = 1024  # values of a tensor that tell whether it was trained
+ALIGNED = 16
+
+
+def backup_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a copy of each tensor by name: on its device, or in a file on the CPU where all take more than 64 MiB.
+
+    Raises UserError when the temporary folder has no room for them; nothing is left behind then.
+    """
+    sizes = {name: value.numel() * value.element_size() for name, value in tensors.items() if not value.is_meta}
+    if sum(sizes.values()) <= IN_MEMORY:
+        return {name: value.detach().clone() for name, value in tensors.items()}
+    starts: dict[str, int] = {}
+    path = None
+    try:
+        handle, path = tempfile.mkstemp(prefix="vismt-originals-")
+        with os.fdopen(handle, "wb") as file:
+            for name in sizes:
+                starts[name] = file.tell()
+                file.write(_bytes(tensors[name]).numpy())
+                file.write(b"\0" * (-file.tell() % ALIGNED))
+            size = file.tell()
+        # Private: writing into a copy writes into memory, never into the file.
+        mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+    except OSError as error:
+        raise UserError(
+            f"adapt: no room for the {sum(sizes.values()) / 2**20:,.0f} MiB of original weights in '{tempfile.gettempdir()}' "
+            f"({error.strerror or error}). Point TMPDIR at a folder with more."
+        ) from error
+    finally:
+        if path is not None:
+            os.unlink(path)
+    return {
+        name: mapped[starts[name] : starts[name] + sizes[name]].view(value.dtype).view(value.shape)
+        if name in sizes
+        else value.detach().clone()
+        for name, value in tensors.items()
+    }
+
+
+def unchanged_tensors(copies: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the sorted names of the tensors that still equal their copies, bit for bit."""
+    return sorted(name for name, value in copies.items() if torch.equal(_bytes(value), _bytes(tensors[name])))
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """Return a copy of at most 2048 values spread over a tensor, on the CPU."""
+    # An odd stride does not stay in one column of a matrix of even width.
+    return tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES) | 1].cpu().clone()
+
+
+def was_trained(sampled: Tensor, tensor: Tensor) -> bool:
+    """Return whether a tensor differs from what it was when `sampled` was taken, but for a cast."""
+    now = sample(tensor)
+    return now.shape != sampled.shape or not torch.equal(now, sampled.to(now.dtype))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor: on the CPU, flat, uint8."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

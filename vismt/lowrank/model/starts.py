@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
+from vismt.lowrank.contexts import each
 from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.record import need_record
-from vismt.lowrank.threads import each
 
 # (weight (o, i), rank, scale, generator) -> (A (r, i), B (o, r)), called once per output block.
 Initialiser = Callable[[Tensor, int, float, torch.Generator], tuple[Tensor, Tensor]]
@@ -86,6 +86,6 @@ def fill_starts(model: nn.Module) -> nn.Module:
             f"fill_starts: the model {where}; it is for one that was adapted on the meta device, after to_empty and its weights."
         )
     init, seed, offset = record.start
-    start_layers([layers[spec.path] for spec in record.sites], record.sites, init, seed, offset)
+    start_layers([layers[spec.path] for spec in record.specs], record.specs, init, seed, offset)
     record.start = None
     return model

@@ -22,16 +22,21 @@ import torch
 from torch import nn
 
 from vismt.base.errors import UserError, near
-from vismt.lowrank.layers.kinds import KINDS, LINEAR, kind_of
-from vismt.lowrank.layers.packed_weights import packing
-from vismt.lowrank.layers.parameters import ATTENTION, HeldParameter, is_attention, module_at, readable
+from vismt.lowrank.layers.parameter_modules import (
+    ATTENTION,
+    ParameterModule,
+    is_attention,
+    module_at,
+    readable_parameters,
+)
+from vismt.lowrank.layers.stock_modules import KINDS, LINEAR, kind_of, weight_format
 from vismt.lowrank.model.patterns import Pattern, PatternError, compiled
 
 HEAD_NAMES = {"head", "fc", "classifier", "score", "lm_head"}
 READ_DIRECTLY = (
     "'{path}' adds q_bias itself and reads the weight without calling the linear; set its qkv_bias_separate to True"
 )
-NOT_FORMED = "only plain factors can be added to it, without dropout or gates for samples"
+READ_ONLY_PLAIN = "only plain factors can be added to it, without dropout or gates for samples"
 READ_BY_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")  # of a state-space mixer, which has an A_log
 
 Targets = str | Sequence[str] | None
@@ -56,15 +61,15 @@ def read_directly(owner: nn.Module, name: str) -> bool:
 
 
 def _refusal(
-    path: str, module: nn.Module, owner: nn.Module, owners: Mapping[int, list[str]], packed: bool, formed: bool
+    path: str, module: nn.Module, owner: nn.Module, owners: Mapping[int, list[str]], prequantized: bool, readable: bool
 ) -> str | None:
     """Return why this module cannot carry an update, or None."""
     weight = getattr(module, "weight", None)
-    format_name = packing(module)
-    reason = _bypass(path, module, owner, formed)
+    format_name = weight_format(module)
+    reason = _bypass(path, module, owner, readable)
     if reason is not None:
         return reason
-    if format_name is not None and not packed:
+    if format_name is not None and not prequantized:
         return (
             f"'{path}' is quantised ({format_name}), and this method reads or trains its weight; load a floating dtype"
         )
@@ -82,18 +87,22 @@ def _refusal(
     return None
 
 
-def _bypass(path: str, module: nn.Module, owner: nn.Module, formed: bool) -> str | None:
-    """Return why the layer in the place of this module would not be called, or None. formed: it need not be."""
+def _bypass(path: str, module: nn.Module, owner: nn.Module, readable: bool) -> str | None:
+    """Return why an update in the place of this module would not be computed, or None. readable: it need not be called."""
     in_attention = isinstance(owner, nn.MultiheadAttention)
-    if in_attention and not (formed and is_attention(owner)):
-        return f"'{path}' lies inside nn.MultiheadAttention, which reads its weight without calling it; {NOT_FORMED}"
-    if in_attention and packing(module):
-        return f"'{path}' is quantised ({packing(module)}) and read without a call; load a floating dtype"
-    if isinstance(module, HeldParameter):
-        return None if formed else f"'{path}' is a parameter that {type(owner).__name__} reads itself; {NOT_FORMED}"
+    if in_attention and not (readable and is_attention(owner)):
+        return (
+            f"'{path}' lies inside nn.MultiheadAttention, which reads its weight without calling it; {READ_ONLY_PLAIN}"
+        )
+    if in_attention and weight_format(module):
+        return f"'{path}' is quantised ({weight_format(module)}) and read without a call; load a floating dtype"
+    if isinstance(module, ParameterModule):
+        return (
+            None if readable else f"'{path}' is a parameter that {type(owner).__name__} reads itself; {READ_ONLY_PLAIN}"
+        )
     stock = KINDS.get(str(kind_of(module)))
     extra = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
-    other = packing(module) is None and stock is not None and not in_attention and not _computes_as(module, stock)
+    other = weight_format(module) is None and stock is not None and not in_attention and not _computes_as(module, stock)
     if extra or other:
         return f"'{path}' is a {type(module).__name__} with another forward, which an update would bypass"
     parent, _, name = path.rpartition(".")
@@ -124,10 +133,12 @@ def _computes_as(module: nn.Module, stock: type[nn.Module]) -> bool:
     return same
 
 
-def refusals(model: nn.Module, paths: Iterable[str], packed: bool = False, *, formed: bool = False) -> dict[str, str]:
+def refusals(
+    model: nn.Module, paths: Iterable[str], prequantized: bool = False, *, readable: bool = False
+) -> dict[str, str]:
     """Return the reason for each of these modules that cannot carry an update.
 
-    packed: packed weights can. formed: weights that are read without a call can.
+    prequantized: weights of bitsandbytes and torchao can. readable: weights that are read without a call can.
     """
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():  # a module that has two names comes once, so two owners are two modules
@@ -136,17 +147,22 @@ def refusals(model: nn.Module, paths: Iterable[str], packed: bool = False, *, fo
     reasons = {}
     for path in paths:
         owner = model.get_submodule(path.rpartition(".")[0])
-        reasons[path] = _refusal(path, module_at(model, path), owner, owners, packed, formed)
+        reasons[path] = _refusal(path, module_at(model, path), owner, owners, prequantized, readable)
     return {path: reason for path, reason in reasons.items() if reason}
 
 
 def find_targets(
-    model: nn.Module, targets: Targets, exclude: Sequence[str] = (), packed: bool = False, *, formed: bool = False
+    model: nn.Module,
+    targets: Targets,
+    exclude: Sequence[str] = (),
+    prequantized: bool = False,
+    *,
+    readable: bool = False,
 ) -> tuple[dict[str, nn.Module], list[str]]:
     """Return the modules to adapt by path, in model order, and remarks on those that were left out.
 
-    exclude: full-path regular expressions or suffixes. packed: whether packed weights are taken, formed: those that are read
-    without a call. Raises UserError for a pattern that matches nothing and for a named module that cannot carry an update.
+    exclude: full-path regular expressions or suffixes. prequantized, readable: as for `refusals`. Raises UserError for a pattern
+    that matches nothing and for a named module that cannot carry an update.
     """
     named = candidates(model)
     pattern = targets if targets is not None else "all-linear"
@@ -161,13 +177,13 @@ def find_targets(
     check_patterns("adapt.exclude", exclude, list(named))
     excluded = {path for path in named if any(matches(entry, path) for entry in exclude)}
     chosen -= excluded
-    reasons = refusals(model, sorted(chosen), packed, formed=formed)
+    reasons = refusals(model, sorted(chosen), prequantized, readable=readable)
     if reasons and not everything:
         raise UserError(f"adapt.targets: {next(iter(reasons.values()))}.")
     chosen -= set(reasons)
     patterns = [pattern] if isinstance(pattern, str) else pattern
     missed = [p for p in named if p not in chosen | excluded and (everything or any(matches(e, p) for e in patterns))]
-    remarks = [*reasons.values(), *_experts({path: named[path] for path in missed}, formed)]
+    remarks = [*reasons.values(), *_experts({path: named[path] for path in missed}, readable)]
     if not chosen:
         left = " after exclude" if exclude else ""
         why = f" Left out: {'; '.join(_grouped(remarks))}." if remarks else _nearest(pattern, named)
@@ -191,7 +207,7 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
             found[path] = module
         else:
             prefix = f"{path}." if path else ""
-            found |= {f"{prefix}{name}": module_at(model, f"{prefix}{name}") for name in readable(module)}
+            found |= {f"{prefix}{name}": module_at(model, f"{prefix}{name}") for name in readable_parameters(module)}
     return found
 
 
@@ -205,14 +221,14 @@ def _is_stack(path: str, module: nn.Module) -> bool:
     return kind_of(module) == "parameter" and not _is_linear(path, module)
 
 
-def _experts(candidates: Mapping[str, nn.Module], formed: bool) -> list[str]:
+def _experts(candidates: Mapping[str, nn.Module], readable: bool) -> list[str]:
     """Return a remark on the weights of experts in three dimensions, which are not adapted, and how to name them."""
     paths = [path for path, module in candidates.items() if _is_stack(path, module)]
     if not paths:
         return []
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     suffixes = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
-    how = f"; to adapt them, name them in targets: {suffixes}" if formed else ""
+    how = f"; to adapt them, name them in targets: {suffixes}" if readable else ""
     return [f"'{paths[0]}'{more}: experts in one parameter of three dimensions, which stays frozen{how}"]
 
 

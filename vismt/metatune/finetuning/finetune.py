@@ -47,10 +47,11 @@ from vismt.base.norm_balls import clip, steepest
 from vismt.base.seeds import mix_seed
 from vismt.config.typed import Names
 from vismt.data.transforms import augment
-from vismt.lowrank.layers.linear import LowRankLinear
+from vismt.lowrank.contexts import evaluating
+from vismt.lowrank.layers.forms import LowRankLinear
 from vismt.metatune.features import features
 from vismt.metatune.finetuning.diffaugment import diff_augment
-from vismt.metatune.functional import WithWeights, check_weights, evaluating
+from vismt.metatune.functional import WithWeights, check_weights
 from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, near
+from vismt.lowrank.contexts import evaluating
 from vismt.metatune.features import FeatureStore
-from vismt.metatune.functional import evaluating, report_lost
+from vismt.metatune.functional import report_lost
 from vismt.metatune.protocol.episode_outcome import (
     SCALED,
     UNSCALED,

@@ -3,9 +3,9 @@
     d = sum_t alpha_t g_t,    g_t = gradient of L_t with respect to the given parameters (the adapter's), flattened to one vector
 
 All methods of this package have this form and differ in alpha. `combine` returns a scalar to call backward on, which works
-with accumulation, clipping, loss scaling and DistributedDataParallel like any loss. losses.py: alpha from the losses.
-gradients.py: alpha from the Gram matrix <g_s, g_t> (T x T, float64, solved on the CPU); this costs a backward pass for
-each task in place of the usual one, and memory for T gradients of the given parameters (task_gradients.py).
+with accumulation, clipping, loss scaling and DistributedDataParallel like any loss. losses.py computes alpha from the losses.
+gradients.py computes it from the Gram matrix <g_s, g_t>, which costs a backward pass for each task in place of the usual one, and
+memory for T gradients of the given parameters. torchjd_methods.py takes it from a method of torchjd.
 
 Several processes: L_t is the mean over the processes whose batch has the task, and g_t the mean of the gradients (not of Gram
 matrices), so alpha is equal on all processes; the scalar is scaled so that DistributedDataParallel's mean of gradients is d.
@@ -14,7 +14,7 @@ Parameters outside the given ones (heads) must be in the graph of every process 
 
 Partial labels: a task without labels in the batch is left out of `losses`; it has no weight, its state does not change, and
 every formula runs over the present tasks unless the method states otherwise. With gradient accumulation each batch is balanced
-on its own. State lives in buffers and parameters: parameters (uncertainty, IMTL) train with the model.
+on its own. State lives in buffers and parameters: parameters (uncertainty) train with the model.
 """
 
 from __future__ import annotations
@@ -32,15 +32,34 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, near, require_known
 from vismt.base.registry import Registry
 
-BALANCERS: Registry[type[Balancer]] = Registry(
+# Methods of earlier versions, and what to take for them.
+REMOVED = {
+    "aligned": "take torchjd:AlignedMTL, which divides by the number of tasks",
+    "dbmtl": "take nash, which does not depend on the sizes of gradients either",
+    "gls": "take torchjd:GeometricMean",
+    "imtl": "take torchjd:IMTLG",
+    "imtl_g": "take torchjd:IMTLG",
+    "imtl_l": "take uncertainty, which is half of it, with -s for s",
+    "rlw": "take torchjd:Random",
+    "stch": "take torchjd:STCH on losses without a warm-up",
+    "upgrad": "take torchjd:UPGrad",
+}
+
+
+class Balancers(Registry["type[Balancer]"]):
+    """The balancing methods by name; a removed one is a UserError that says what to take."""
+
+    def __getitem__(self, name: str) -> type[Balancer]:
+        if name in REMOVED:
+            raise UserError(f"balancing: '{name}' is no longer part of vismt; {REMOVED[name]}.")
+        return super().__getitem__(name)
+
+
+BALANCERS = Balancers(
     "balancing: no method",
-    dict.fromkeys(
-        ("dwa", "ew", "famo", "gls", "imtl_l", "rlw", "stch", "uncertainty"), "vismt.multitask.balancing.losses"
-    )
-    | dict.fromkeys(
-        ["aligned", "cagrad", "dbmtl", "fairgrad", "gradvac", "imtl", "imtl_g", "mgda", "nash", "pcgrad", "upgrad"],
-        "vismt.multitask.balancing.gradients",
-    ),
+    dict.fromkeys(("dwa", "ew", "famo", "uncertainty"), "vismt.multitask.balancing.losses")
+    | dict.fromkeys(("cagrad", "fairgrad", "gradvac", "mgda", "nash", "pcgrad"), "vismt.multitask.balancing.gradients")
+    | {"torchjd:": "vismt.multitask.balancing.torchjd_methods"},
 )
 
 
@@ -48,7 +67,7 @@ def make_balancer(name: str, tasks: Sequence[str], **options: Any) -> Balancer:
     """Return a new balancer.
 
     Args:
-        name: the method, a key of `BALANCERS`.
+        name: the method, a key of `BALANCERS`, or "torchjd:NAME" for a method of the installed torchjd.
         tasks: names of the tasks, in the order of every vector of the balancer.
         options: options of the method's class, of `Balancer` and of `GradientBalancer`.
 
@@ -56,15 +75,8 @@ def make_balancer(name: str, tasks: Sequence[str], **options: Any) -> Balancer:
         UserError: for an unknown method or option, a value out of range, and repeated or missing task names.
     """
     method = BALANCERS[name]
-    require_known(f"balancing: '{name}' has no option", options, balancer_options(method))
+    require_known(f"balancing: '{name}' has no option", options, method.options())
     return method(tasks, **options)
-
-
-def balancer_options(method: type[Balancer]) -> list[str]:
-    """Return the names of a method's options, including those of its base classes."""
-    bases = [base for base in method.__mro__ if issubclass(base, Balancer) and "__init__" in vars(base)]
-    parameters = [p for base in bases for p in inspect.signature(vars(base)["__init__"]).parameters.values()]
-    return list(dict.fromkeys(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY))
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,15 @@ class Balancer(nn.Module):
 
     calls: Tensor
     alpha: Tensor
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Return the names of the method's options, including those of its base classes."""
+        initialisers = [
+            vars(base)["__init__"] for base in cls.__mro__[: cls.__mro__.index(nn.Module)] if "__init__" in vars(base)
+        ]
+        parameters = [p for item in initialisers for p in inspect.signature(item).parameters.values()]
+        return list(dict.fromkeys(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY))
 
     def __init__(self, tasks: Sequence[str], *, weights: Mapping[str, float] | None = None) -> None:
         super().__init__()
@@ -156,9 +177,6 @@ class Balancer(nn.Module):
                 "balancing: none of the parameters to balance is trainable; name a method in the adapt section."
             )
         return chosen
-
-    def attach(self, parameters: Sequence[Tensor]) -> None:
-        """Make room for state whose size depends on the parameters that `combine` will get; by default there is none."""
 
     def update(self, losses: Mapping[str, Tensor]) -> None:
         """Take the losses of the latest batch after the optimiser's step; call it on every process.

@@ -1,26 +1,129 @@
 """Balancing by the gradients: alpha of d = sum_t alpha_t g_t as a function of the Gram matrix M = <g_s, g_t>.
 
-Each `solve` takes M (t, t) of the t tasks that are present and have a nonzero gradient, in float64 on the CPU. In the formulas
-T is the number of these tasks.
+One backward pass for each task gives the gradients of all trained parameters; alpha follows from M (T x T) in float64 on the CPU.
+The scalar to call backward on is linear in the parameters, so that its own backward pass costs nothing: the net is not run
+backward once more for the sum. Each `solve` takes M (t, t) of the t tasks that are present and have a nonzero gradient; in the
+formulas T is the number of these tasks.
+
+What stands here does something that torchjd's aggregators (torchjd_methods.py) do not. MGDA, CAGrad, FairGrad and Nash-MTL are
+solved to the last digits for gradients of any lengths: torchjd stops MGDA at a vector up to 30 % too long, misses FairGrad's
+equation where lengths differ by 10^4, and calls cvxpy for the other two. PCGrad and GradVac draw their orders from (seed, number
+of the call), which every process knows and a resumed run repeats, and GradVac's state is part of the checkpoint.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.linalg import eigh
 
-from vismt.base.errors import UserError
-from vismt.multitask.balancing.base import BALANCERS, TaskLosses, check_choice, check_range
-from vismt.multitask.balancing.gram_solvers import RIDGE, fair_weights, gram_root, min_norm_weights
-from vismt.multitask.balancing.losses import LEAST, ImtlL
-from vismt.multitask.balancing.task_gradients import GradientBalancer, gradient_dtype
+from vismt.multitask.balancing.base import (
+    BALANCERS,
+    Balancer,
+    TaskLosses,
+    check_choice,
+    check_range,
+    processes,
+    weighted_sum,
+)
+
+HEAD_GRADIENTS = ("plain", "weighted")
+COLUMNS = 1 << 22  # columns of the gradient matrix that are converted to float64 at a time
+RIDGE = 1e-12  # added to cosines: keeps weights finite where vectors cancel
+
+
+class GradientBalancer(Balancer, ABC):
+    """Base class of the methods that use gradients: `solve` computes alpha from a Gram matrix.
+
+    A task with a gradient of exactly 0 is treated like an absent one, but its head is trained. With a gradient that is not
+    finite the result is the sum of the losses, so that the caller detects the bad step.
+
+    Args:
+        tasks: names of the tasks.
+        heads: gradient of parameters outside the given ones: "plain", that of sum_t L_t, or "weighted", that of
+            sum_t alpha_t L_t, where alpha_t = 0 stops and alpha_t < 0 reverses the training of a head; None for the choice of
+            the method's authors.
+        loss_scale: factor of the losses in the backward passes, divided out afterwards (float16 loses gradients below 6e-8:
+            use 1024, for example; the scaler of train.precision fp16 does not reach these passes).
+        common: options of `Balancer`.
+    """
+
+    default_heads = "plain"
+    not_sharded = (
+        "balancing by the gradients of single tasks needs the whole trained weights; take a method that weighs losses (ew, "
+        "uncertainty)"
+    )
+
+    def __init__(
+        self, tasks: Sequence[str], *, heads: str | None = None, loss_scale: float = 1.0, **common: Any
+    ) -> None:
+        super().__init__(tasks, **common)
+        self.heads, self.loss_scale = self.default_heads if heads is None else heads, loss_scale
+        check_choice("heads", self.heads, HEAD_GRADIENTS)
+        check_range("loss_scale", loss_scale, 0 < loss_scale < math.inf, "positive")
+
+    @abstractmethod
+    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
+        """Return alpha (t,) of the t tasks with a gradient.
+
+        gram: (t, t), losses: (t,), float64 on the CPU; tasks: (t,) task numbers.
+        """
+
+    def surrogate(self, batch: TaskLosses, parameters: Sequence[Tensor]) -> Tensor:
+        balanced = {id(parameter) for parameter in parameters}
+        others = [leaf for leaf in trained_leaves(batch.losses.values()) if id(leaf) not in balanced]
+        gradients, of_others = self._gradients(batch.losses, parameters, others)
+        alpha = batch.present.double()
+        factors = alpha.clone()  # of the tasks in the gradient of other parameters
+        finite = bool(gradients.isfinite().all())
+        if finite:
+            gram = gram_matrix(gradients)
+            tasks = (batch.present & (gram.diagonal() > 0)).nonzero().flatten()
+            if len(tasks):
+                alpha[tasks] = self.solve(gram[tasks][:, tasks], tasks, batch.host()[tasks])
+        self.alpha.copy_(alpha)
+        if not finite:
+            return weighted_sum(batch, factors)
+        if self.heads == "weighted":
+            factors = alpha
+        combined = (alpha.to(gradients) @ gradients).split([p.numel() for p in parameters])
+        linear = sum((p * change.view_as(p)).sum() for p, change in zip(parameters, combined))
+        for number, changes in of_others.items():
+            scale = float(factors[number]) / self.loss_scale
+            linear = linear + sum(
+                (p * change).sum() * scale for p, change in zip(others, changes) if change is not None
+            )
+        return weighted_sum(batch, factors).detach() + (linear - linear.detach())
+
+    def _gradients(
+        self, losses: dict[int, Tensor], parameters: Sequence[Tensor], others: Sequence[Tensor]
+    ) -> tuple[Tensor, dict[int, Sequence[Tensor | None]]]:
+        """Return g_t (T, P), averaged over the processes, in at least float32; zeros for absent tasks.
+
+        Also returns the gradients of `others` by task, those of this process times the loss scale, None for an unused one.
+        """
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        size = sum(p.numel() for p in parameters)
+        rows = torch.zeros(len(self.tasks), size, dtype=dtype, device=parameters[0].device)
+        of_others: dict[int, Sequence[Tensor | None]] = {}
+        for number, loss in losses.items():
+            found = torch.autograd.grad(
+                loss * self.loss_scale, (*parameters, *others), retain_graph=True, allow_unused=True
+            )
+            for place, gradient in zip(rows[number].split([p.numel() for p in parameters]), found):
+                if gradient is not None:
+                    place.copy_(gradient.flatten())
+            of_others[number] = found[len(parameters) :]
+        if processes() > 1:
+            dist.all_reduce(rows)
+        return rows.div_(processes() * self.loss_scale), of_others
 
 
 @BALANCERS.register("pcgrad")
@@ -157,28 +260,6 @@ class CaGrad(GradientBalancer):
         return (1 / count + radius / s * weights(s)) / self.over
 
 
-@BALANCERS.register("imtl_g")
-class ImtlG(GradientBalancer):
-    """d with equal projections <d, g_t / |g_t|> on all gradients, alpha summing to 1: alpha ~ M^-1 n, n_t = |g_t|.
-
-    Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021 (not on arXiv). Where the sum of M^-1 n is negative, the
-    paper's scaling would increase the loss of every task; here alpha then sums to -1.
-    """
-
-    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
-        norms = gram.diagonal().sqrt()
-        cosines = gram / torch.outer(norms, norms)
-        # Cosines do not depend on the lengths of the gradients, so a short gradient does not count as linearly dependent.
-        alpha = torch.linalg.pinv(cosines, hermitian=True, rtol=RIDGE) @ torch.ones_like(norms) / norms
-        total = alpha.sum().abs()
-        return alpha / total if total > RIDGE * alpha.abs().sum() else torch.zeros_like(alpha)
-
-
-@BALANCERS.register("imtl")
-class Imtl(ImtlL, ImtlG):
-    """Both halves of IMTL: "imtl_g" on the gradients of the losses scaled by "imtl_l", exp(s_t) L_t - s_t."""
-
-
 @BALANCERS.register("fairgrad")
 class FairGrad(GradientBalancer):
     """FairGrad: weights with M w = w^(-1/alpha), the alpha-fair share of the common decrease. Ban & Ji, arXiv 2402.15638.
@@ -203,7 +284,7 @@ class FairGrad(GradientBalancer):
 
 @BALANCERS.register("nash")
 class NashMtl(GradientBalancer):
-    """Nash-MTL: alpha > 0 with M alpha = 1 / alpha, so |d| = sqrt(T) for gradients of any size.
+    """Nash-MTL: alpha > 0 with M alpha = 1 / alpha, so |d| = sqrt(T) for gradients of any size; FairGrad's alpha = 1.
 
     Navon et al., arXiv 2202.01017. Computed by Newton steps (`fair_weights`); the released code solves up to 20 convex programs
     a step for it, and clips the gradient of the shared parameters at norm 1: set train.clip. By default heads are weighted with
@@ -216,111 +297,95 @@ class NashMtl(GradientBalancer):
         return fair_weights(gram, 1.0)
 
 
-@BALANCERS.register("upgrad")
-class UpGrad(GradientBalancer):
-    """The mean of the gradients, each projected on the directions that increase no loss. Quinton & Rey, arXiv 2406.16232.
+# ---- weights as minimisers of functions of M
+def min_norm_weights(gram: Tensor) -> Tensor:
+    """Return w (t,) >= 0 with sum 1 that minimises w^T M w, for a Gram matrix M (t, t) in float64.
 
-    d = mean_i argmin { |x - g_i| : <x, g_t> >= 0 for all t } = mean_i sum_t w_it g_t,   w_i = argmin { w^T M w : w >= e_i }
+    Exact (active set); one of the minimisers if there are several. w is u / sum(u) with u >= 0 the minimiser of
+    u^T M u + (sum u - 1)^2, a least-squares problem for a root of M. It is solved for the cosines of M, because the tolerance
+    of the solver does not account for gradients of very different lengths.
     """
+    from scipy.optimize import nnls
 
-    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
-        from scipy.optimize import nnls
+    norms = gram.diagonal().clamp_min(0).sqrt()
+    if norms.min() <= 1e-150 + 1e-15 * norms.max():  # a zero gradient is the shortest vector
+        return torch.nn.functional.one_hot(norms.argmin(), len(gram)).to(gram)
+    root = gram_root(gram / torch.outer(norms, norms))
+    system = torch.cat([root, norms.min() / norms[None]]).numpy()
+    target = np.zeros(len(system))
+    target[-1] = 1
+    u = torch.from_numpy(nnls(system, target, maxiter=100 * len(gram))[0]) / norms
+    return u / u.sum()
 
-        norms = gram.diagonal().sqrt()
-        root = gram_root(gram / torch.outer(norms, norms)).numpy()
-        # With w_i = |g_i| (e_i + v) / norms, v >= 0 minimises |root (e_i + v)|: a task's length does not change its v.
-        rows = [torch.from_numpy(nnls(root, -column, maxiter=100 * len(root))[0]) for column in root.T]
-        weights = norms[:, None] * (torch.eye(len(gram), dtype=gram.dtype) + torch.stack(rows))
-        return weights.mean(0) / norms
 
+def fair_weights(gram: Tensor, alpha: float) -> Tensor:
+    """Return w (t,) > 0 with M w = w^(-1/alpha), for a Gram matrix M (t, t) in float64.
 
-@BALANCERS.register("dbmtl")
-class DbMtl(GradientBalancer):
-    """DB-MTL: mean gradients of log L_t, all made as long as the longest. Lin et al., arXiv 2308.12029.
-
-        G_t <- g_t + beta_k (G_t - g_t),  g_t = grad log(L_t + 1e-8),  beta_k = beta / k^sigma for call k = 1, 2, ...
-        d = sum_t alpha_t G_t,  alpha_t = max_s |G_s| / |G_t|
-
-    Heads follow the gradient of sum_t log(L_t + 1e-8), as in the released code. Several processes: the logarithm is that of the
-    mean loss. The G of an absent task does not change. It is state, T x P numbers for P balanced values: `attach` makes room
-    before a checkpoint is read.
-
-    Args:
-        tasks: names of the tasks.
-        beta: in [0, 1), 0 for the gradients of the batch alone.
-        sigma: decay of beta, >= 0.
-        common: options of `GradientBalancer`.
+    For the cosines C of M and lengths n, u = n w minimises u^T C u / 2 - sum_t n_t^(1/alpha - 1) p(u_t), where p' = u^(-1/alpha):
+    convex, so Newton steps that are halved until the function decreases find the minimum.
     """
+    norms = gram.diagonal().sqrt()
+    # Lengths relative to their geometric mean m; M = m^2 M' has w = m^(-2 alpha / (1 + alpha)) w'.
+    mean = norms.log().mean().exp()
+    lengths, power = norms / mean, 1 / alpha
+    cosines = gram / torch.outer(norms, norms) + RIDGE * torch.eye(len(gram), dtype=gram.dtype)
+    factors = lengths ** (power - 1)
 
-    average: Tensor  # G, (T, P)
+    def value(u: Tensor) -> float:
+        gain = u.log() if power == 1 else u ** (1 - power) / (1 - power)
+        return float(u @ cosines @ u / 2 - factors @ gain)
 
-    def __init__(self, tasks: Sequence[str], *, beta: float = 0.9, sigma: float = 0.5, **common: Any) -> None:
-        super().__init__(tasks, **common)
-        check_range("beta", beta, 0 <= beta < 1, "from 0 to below 1")
-        check_range("sigma", sigma, 0 <= sigma < math.inf, "0 or more")
-        self.beta, self.sigma = beta, sigma
-        self.register_buffer("average", torch.zeros(len(self.tasks), 0))
-
-    def attach(self, parameters: Sequence[Tensor]) -> None:
-        like = self.balanced(parameters)
-        size = sum(parameter.numel() for parameter in like)
-        self.average = torch.zeros(len(self.tasks), size, dtype=gradient_dtype(like), device=like[0].device)
-
-    def prepared(self, batch: TaskLosses) -> TaskLosses:
-        """Return the batch with log(L_t + 1e-8) as losses."""
-        scales = batch.means + LEAST
-        losses = {number: loss / scales[number] for number, loss in batch.losses.items()}
-        logs = {number: loss - loss.detach() + scales[number].log() for number, loss in losses.items()}
-        return replace(batch, losses=logs)
-
-    def smoothed(self, gradients: Tensor, present: Tensor) -> Tensor:
-        """Return G after a batch with these gradients, and keep it."""
-        before = self.average if self.average.numel() else torch.zeros_like(gradients)
-        if before.shape != gradients.shape:
-            raise UserError(
-                f"balancing: 'dbmtl' keeps mean gradients of {before.shape[1]:,} values, now {gradients.shape[1]:,} are trained; "
-                "take another method where a schedule freezes parameters."
-            )
-        decay = self.beta / (int(self.calls) + 1) ** self.sigma
-        rows = present.to(gradients.device)[:, None]
-        self.average = torch.where(rows, gradients + decay * (before - gradients), before)
-        return self.average
-
-    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
-        norms = gram.diagonal().sqrt()
-        return norms.max() / norms
+    u = factors ** (1 / (1 + power))  # the solution for orthogonal gradients
+    for _ in range(200):
+        slope = cosines @ u - factors * u**-power
+        step = torch.linalg.solve(cosines + torch.diag(power * factors * u ** (-power - 1)), slope)
+        change = float((step / u).abs().max())
+        if change < 1e-13:
+            break
+        decrement = float(slope @ step)
+        size = min(1.0, 0.9 / change)  # u stays positive
+        now = value(u)
+        # Near the minimum the function is flat to rounding, and whole steps converge.
+        while change > 1e-4 and size > 1e-12 and value(u - size * step) > now - 1e-4 * size * decrement:
+            size /= 2
+        u = u - size * step
+    return u / lengths * mean ** (-2 / (1 + power))
 
 
-@BALANCERS.register("aligned")
-class AlignedMtl(GradientBalancer):
-    """Aligned-MTL: the sum of the gradients after making them orthogonal and equally long. Senushkin et al., arXiv 2305.19000.
-
-        M = V diag(l) V^T without eigenvalues up to eps T max l;  B = scale^(1/2) V diag(l^(-1/2)) V^T,  alpha = B 1
-
-    alpha_t may be negative.
-
-    Args:
-        tasks: names of the tasks.
-        scale: the smallest of the kept l ("min", the paper), their "median" (the lower of two) or their mean ("rmse").
-        eps: in [0, 1); the default is that of float32, as in the released code, which is the precision of the gradients.
-        common: options of `GradientBalancer`.
-    """
-
-    def __init__(self, tasks: Sequence[str], *, scale: str = "min", eps: float = 2.0**-23, **common: Any) -> None:
-        super().__init__(tasks, **common)
-        check_choice("scale", scale, ("min", "median", "rmse"))
-        check_range("eps", eps, 0 <= eps < 1, "from 0 to 1")
-        self.scale, self.eps = scale, eps
-
-    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
-        values, vectors = eigh(gram)
-        kept = values > self.eps * len(gram) * values[-1]
-        values, vectors = values[kept], vectors[:, kept]
-        scale = {"min": values[0], "median": values.median(), "rmse": values.mean()}[self.scale]
-        return vectors @ ((scale / values).sqrt() * vectors.sum(0))
+def gram_root(gram: Tensor) -> Tensor:
+    """Return R (t, t) with R^T R = M."""
+    values, vectors = eigh(gram)
+    return values.clamp_min(0).sqrt()[:, None] * vectors.T
 
 
 def random_pairs(count: int, seed: int, call: int) -> list[tuple[int, int]]:
     """Return every (i, j), i != j, sorted by i, with the j of each i in a random order."""
     generator = np.random.default_rng([seed, call])
     return [(i, int(j)) for i in range(count) for j in generator.permutation(count) if j != i]
+
+
+# ---- gradients
+def trained_leaves(losses: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors whose gradients the backward passes of losses give, each once."""
+    nodes = [loss.grad_fn for loss in losses]
+    seen = set()
+    leaves = []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        nodes += [following for following, _ in node.next_functions]
+    return leaves
+
+
+@torch.no_grad()
+def gram_matrix(gradients: Tensor) -> Tensor:
+    """Return <g_s, g_t> (T, T) in float64 on the CPU, from gradients (T, P)."""
+    gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+    for part in gradients.split(COLUMNS, dim=1):
+        wide = part.cpu().double() if part.device.type == "mps" else part.double()  # MPS has no float64
+        gram += (wide @ wide.T).cpu()
+    return gram

@@ -9,14 +9,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.multitask.balancing.base import BALANCERS, Balancer, TaskLosses, check_range
 
-LEAST = 1e-8  # replaces a loss of 0, which has no logarithm
+LEAST = 1e-8  # a loss of 0 has no logarithm
 
 
 @BALANCERS.register("ew")
@@ -51,28 +50,6 @@ class UncertaintyWeighting(Balancer):
     def rescale(self, number: int, loss: Tensor) -> Tensor:
         s = self.log_variance[number]
         return 0.5 * (torch.exp(-s) * loss + s)
-
-
-@BALANCERS.register("imtl_l")
-class ImtlL(Balancer):
-    """sum_t exp(s_t) L_t - s_t with s_t learned from 0; its minimum over s_t has all scaled losses equal to 1.
-
-    Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021 (not on arXiv). The s of an absent task does not change;
-    weight decay as in "uncertainty".
-    """
-
-    def __init__(self, tasks: Sequence[str], **common: Any) -> None:
-        super().__init__(tasks, **common)
-        self.log_scale = nn.Parameter(torch.empty(len(self.tasks)))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set every s to 0."""
-        nn.init.zeros_(self.log_scale)
-
-    def rescale(self, number: int, loss: Tensor) -> Tensor:
-        s = self.log_scale[number]
-        return torch.exp(s) * loss - s
 
 
 @BALANCERS.register("dwa")
@@ -116,75 +93,6 @@ class DynamicWeightAverage(Balancer):
         ratio = last / before
         ratio = torch.where(ratio.isfinite(), ratio, 1.0)
         return len(self.tasks) * torch.softmax(ratio / self.temperature, 0) * batch.present
-
-
-@BALANCERS.register("rlw")
-class RandomLossWeighting(Balancer):
-    """alpha = softmax(z) with z standard normal, drawn at every call. Lin et al., arXiv 2111.10603.
-
-    The weights sum to 1 over the present tasks, while those of "ew" sum to T. z is a function of (seed, number of the call).
-    """
-
-    def __init__(self, tasks: Sequence[str], *, seed: int = 0, **common: Any) -> None:
-        super().__init__(tasks, **common)
-        check_range("seed", seed, seed >= 0, "0 or more")
-        self.seed = seed
-
-    def weigh(self, batch: TaskLosses) -> Tensor:
-        z = np.random.default_rng([self.seed, int(self.calls)]).standard_normal(len(self.tasks))
-        return torch.from_numpy(z).masked_fill(~batch.present, -torch.inf).softmax(0)
-
-
-@BALANCERS.register("gls")
-class GeometricLoss(Balancer):
-    """The geometric mean (prod_t L_t)^(1/T), i.e. alpha_t = (prod_s L_s)^(1/T) / (T L_t). Chennupati et al., arXiv 1904.08492.
-
-    T counts the present tasks. A loss of 0 is replaced by 1e-8; a negative loss raises UserError.
-    """
-
-    def weigh(self, batch: TaskLosses) -> Tensor:
-        logs = _logs("gls", self.tasks, batch.host(), batch.present)
-        count = batch.present.sum()
-        return torch.where(batch.present, torch.exp(logs.sum() / count - logs) / count, 0.0)
-
-
-@BALANCERS.register("stch")
-class SmoothTchebycheff(Balancer):
-    """STCH: T mu log sum_t exp(log(L_t / nadir_t) / mu), i.e. alpha_t = T softmax_t(log(L_t / nadir_t) / mu) / L_t.
-
-    Lin et al., arXiv 2402.19078, in the form of the authors' multi-task code. nadir_t is the mean loss over the first `warmup`
-    calls of those that have the task, in which alpha_t = 1 / L_t; the authors first train for epochs and then take the mean over
-    one. L_t / nadir_t = 1 for a task that none of these calls has. For mu -> 0 the task with the largest ratio has all weight.
-    T counts the present tasks.
-
-    Args:
-        tasks: names of the tasks.
-        mu: > 0.
-        warmup: number of calls.
-        common: options of `Balancer`.
-    """
-
-    sums: Tensor
-    counts: Tensor
-
-    def __init__(self, tasks: Sequence[str], *, mu: float = 1.0, warmup: int = 100, **common: Any) -> None:
-        super().__init__(tasks, **common)
-        check_range("mu", mu, 0 < mu < math.inf, "positive")
-        check_range("warmup", warmup, warmup >= 1, "at least 1")
-        self.mu, self.warmup = mu, warmup
-        self.register_buffer("sums", torch.zeros(len(self.tasks)))  # over the warm-up
-        self.register_buffer("counts", torch.zeros(len(self.tasks)))
-
-    def weigh(self, batch: TaskLosses) -> Tensor:
-        logs = _logs("stch", self.tasks, batch.host(), batch.present)
-        scale = torch.where(batch.present, torch.exp(-logs), 0.0)
-        if int(self.calls) < self.warmup:
-            self.sums += batch.means.to(self.sums)
-            self.counts += batch.present.to(self.counts)
-            return scale
-        nadir = (self.sums / self.counts).cpu().double().clamp_min(LEAST).log()
-        ratio = torch.where(nadir.isfinite(), logs - nadir, 0.0) / self.mu
-        return batch.present.sum() * ratio.masked_fill(~batch.present, -torch.inf).softmax(0) * scale
 
 
 @BALANCERS.register("famo")
@@ -255,7 +163,10 @@ class Famo(Balancer):
     def _log_distance(self, losses: Tensor, present: Tensor) -> Tensor:
         """Return log D (T,), 0 for absent tasks."""
         distance = torch.where(present, losses - self.least, 1.0)
-        return _logs("famo", self.tasks, torch.where(distance >= 0, distance + LEAST, distance), present)
+        for task, value in zip(self.tasks, distance.tolist()):
+            if value < 0:
+                raise UserError(f"balancing: 'famo' takes logarithms of losses, that of '{task}' is {value:.3g}.")
+        return torch.where(present, (distance + LEAST).log(), 0.0)
 
     def _move(self, logs: Tensor, present: Tensor) -> None:
         """Take a step of Adam on xi."""
@@ -273,11 +184,3 @@ class Famo(Balancer):
         change = first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
         self.xi.copy_(xi - self.lr * change)
         self.moments.copy_(torch.stack([first, second]))
-
-
-def _logs(method: str, tasks: Sequence[str], losses: Tensor, present: Tensor) -> Tensor:
-    """Return log L_t (T,), 0 for absent tasks."""
-    for task, loss in zip(tasks, losses.tolist()):
-        if loss < 0:
-            raise UserError(f"balancing: '{method}' takes logarithms of losses, that of '{task}' is {loss:.3g}.")
-    return torch.where(present, losses.clamp_min(LEAST).log(), 0.0)

@@ -21,11 +21,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import LayerSpec, register_layer, spec_of
-from vismt.lowrank.layers.kinds import matrix_shape
-from vismt.lowrank.layers.linear import LowRankLinear
+from vismt.lowrank.layers.base import LayerSpec, register_module, spec_of
+from vismt.lowrank.layers.forms import LowRankLinear
 from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
-from vismt.lowrank.values import check_factor
+from vismt.lowrank.layers.stock_modules import matrix_shape
+from vismt.lowrank.tensors import check_factor
 
 SIDES = {"fc1": "out", "fc2": "in"}  # linear -> which of its features are hidden units
 
@@ -43,13 +43,13 @@ class ExpertSettings(LowRankSettings):
             raise ValueError(f"{self.n_experts} experts of side {self.side!r} for rank {self.rank}")
 
 
-@register_layer("expert_pairs")
+@register_module("expert_pairs")
 class ExpertPairs(LowRankLinear):
     """A linear layer with a pair of factors for each expert of its hidden units."""
 
     expert: Tensor
     Settings = ExpertSettings
-    forms_weight = False
+    weight_readable = False
 
     def __init__(self, base: nn.Module, rank: int, scale: float, *, n_experts: int, side: str, **options: Any) -> None:
         super().__init__(base, rank, scale, **options)
@@ -74,7 +74,7 @@ class ExpertPairs(LowRankLinear):
         own = rank * (units + width) / (n_experts * width + units)
         if own < 1 or own % 1:
             raise UserError(
-                f"moe_lora: pairs 'expert': the parameters of a shared pair of rank {rank} of '{path}' give each of {n_experts} "
+                f"emtal: pairs 'expert': the parameters of a shared pair of rank {rank} of '{path}' give each of {n_experts} "
                 f"experts a rank of {own:.3g}, needed a whole number; change rank or n_experts."
             )
         shared = LowRankLayer.plan(path, module, rank, alpha, **options).settings

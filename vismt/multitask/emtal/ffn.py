@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol, cast
 
@@ -21,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
-from vismt.lowrank.layers.linear import LowRankLinear
+from vismt.lowrank.layers.base import AdapterModule, LayerSpec, register_module
+from vismt.lowrank.layers.forms import LowRankLinear
 from vismt.lowrank.layers.low_rank import LowRankLayer
-from vismt.lowrank.layers.wrappers import ModuleWrapper, register_wrapper
 from vismt.lowrank.model.starts import Initialiser, initialise, site_generator
 from vismt.lowrank.svd import working_dtype
 from vismt.multitask.emtal.clusters import plain_mlp
@@ -41,7 +42,7 @@ UNIT_AXES = {  # axis of the hidden units in each tensor
 def starter(init: str) -> Initialiser:
     """Return the initialiser of a pair: "normal" draws A and B from N(0, 0.02^2), "zero" sets B to zero."""
     if init not in INITS:
-        raise UserError(f"moe_lora: init {init!r}.{near(str(init), INITS)}")
+        raise UserError(f"emtal: init {init!r}.{near(str(init), INITS)}")
 
     def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         dtype = working_dtype(weight)
@@ -62,7 +63,7 @@ def checked_fade(fade: float | Fade) -> float | Fade:
     """Return a number in [0, 1] as float, or an object with a `value` unchanged; raise UserError for others."""
     is_number = isinstance(fade, Real) and not isinstance(fade, bool)
     if not (hasattr(fade, "value") or (is_number and 0 <= fade <= 1)):
-        raise UserError(f"moe_lora: fade {fade!r}; it must be a number from 0 (routed) to 1 (faded), or a FadeState.")
+        raise UserError(f"emtal: fade {fade!r}; it must be a number from 0 (routed) to 1 (faded), or a FadeState.")
     return float(fade) if is_number else fade
 
 
@@ -80,11 +81,19 @@ def check_labels(labels: Tensor, hidden: int, n_experts: int) -> None:
     valid = labels.dtype == torch.int64 and labels.shape == (hidden,)
     if not valid or not torch.equal(labels.sort().values.cpu(), torch.arange(hidden) // (hidden // n_experts)):
         needed = f"({hidden},) int64 with {hidden // n_experts} units for each of 0 .. {n_experts - 1}"
-        raise UserError(f"moe_lora: labels {tuple(labels.shape)} {labels.dtype}, needed {needed}; use cluster_neurons.")
+        raise UserError(f"emtal: labels {tuple(labels.shape)} {labels.dtype}, needed {needed}; use cluster_neurons.")
 
 
-@register_wrapper("moefied_ffn")
-class MoEfiedMlp(ModuleWrapper):
+@dataclass(frozen=True)
+class RouterSettings:
+    """Settings of a router in an FFN. n_experts: K. temperature: of its softmax."""
+
+    n_experts: int
+    temperature: float
+
+
+@register_module("moefied_ffn")
+class MoEfiedMlp(AdapterModule):
     """A timm Mlp with a LoRA pair in fc1 and in fc2 and a router between fc1 and the activation; x (..., d) -> (..., d).
 
     Args:
@@ -107,6 +116,8 @@ class MoEfiedMlp(ModuleWrapper):
         UserError: for other FFNs, numbers out of range, and an unknown init.
     """
 
+    Settings = RouterSettings
+
     fc1: nn.Linear
     fc2: nn.Linear
     labels: Tensor
@@ -121,10 +132,10 @@ class MoEfiedMlp(ModuleWrapper):
         init: str = "normal",
         seed: int = 0,
     ) -> None:
-        self.check("mlp", mlp, {"n_experts": n_experts, "temperature": temperature})
+        self.check("mlp", mlp, RouterSettings(n_experts, temperature))
         start = starter(init)
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-            raise UserError(f"moe_lora: rank {rank!r}; it must be a whole number, at least 1.")
+            raise UserError(f"emtal: rank {rank!r}; it must be a whole number, at least 1.")
         super().__init__(mlp)
         self.n_experts, self.temperature, self.fade = n_experts, float(temperature), 0.0
         for name in ("fc1", "fc2"):
@@ -197,22 +208,18 @@ class MoEfiedMlp(ModuleWrapper):
     def assign(self, labels: Tensor) -> None:
         """Set the expert of each hidden unit (in stock order), labels (H,) of `cluster_neurons`, and sort the tensors by it."""
         check_labels(labels, len(self.labels), self.n_experts)
-        self.to_stock_order()
+        self.reorder(stock=True)
         self.labels.copy_(labels)
         for linear in (self.fc1, self.fc2):
             if isinstance(linear, ExpertPairs):
                 linear.expert.copy_(labels)
-        self.from_stock_order()
+        self.reorder(stock=False)
 
-    def to_stock_order(self) -> None:
-        if self.ordered:
-            self._move(self.labels.argsort(stable=True).argsort())
-        self.ordered = False
-
-    def from_stock_order(self) -> None:
-        if not self.ordered:
-            self._move(self.labels.argsort(stable=True))
-        self.ordered = True
+    def reorder(self, stock: bool) -> None:
+        order = self.labels.argsort(stable=True)
+        if stock == self.ordered:
+            self._move(order.argsort() if stock else order)
+        self.ordered = not stock
 
     @torch.no_grad()
     def _move(self, order: Tensor) -> None:
@@ -225,55 +232,57 @@ class MoEfiedMlp(ModuleWrapper):
                 if tensor is not None:
                     tensor.copy_(tensor.index_select(axis, order))
 
-    # ---- interface of ModuleWrapper
+    # ---- interface of AdapterModule
     @classmethod
-    def check(cls, path: str, base: nn.Module | None, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    def shapes_on(cls, base: nn.Module | None, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+        return cls.check(spec.path, base, spec.settings)
+
+    @classmethod
+    def check(cls, path: str, base: nn.Module | None, settings: RouterSettings) -> dict[str, tuple[int, ...]]:
         """Return the shapes of `tensors()`; raise UserError, with the reason, for unsuitable FFNs and wrong settings."""
         from timm.layers import Mlp
 
-        n_experts, temperature = settings.get("n_experts"), settings.get("temperature")
+        n_experts, temperature = settings.n_experts, settings.temperature
+        if base is None:
+            raise UserError(f"moe_lora: this model has no '{path}' to put a router in.")
         if isinstance(n_experts, bool) or not isinstance(n_experts, int) or n_experts < 1:
-            raise UserError(f"moe_lora: n_experts {n_experts!r}; it must be a whole number, at least 1.")
+            raise UserError(f"emtal: n_experts {n_experts!r}; it must be a whole number, at least 1.")
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-            raise UserError(f"moe_lora: temperature {temperature!r}; it must be a positive number.")
+            raise UserError(f"emtal: temperature {temperature!r}; it must be a positive number.")
         adapted = any(isinstance(getattr(base, name, None), LowRankLayer) for name in ("fc1", "fc2"))
         if not adapted and not isinstance(base, cls):
             plain_mlp(base, f"'{path}'")
         if not isinstance(base, cls) and type(base).forward is not Mlp.forward:
-            raise UserError(
-                f"moe_lora: '{path}' is a {type(base).__name__}, needed timm's Mlp (fc1, an activation, fc2)."
-            )
+            raise UserError(f"emtal: '{path}' is a {type(base).__name__}, needed timm's Mlp (fc1, an activation, fc2).")
         hidden, width = cast(Tensor, base.fc1.weight).shape
         if hidden % n_experts:
             divisors = ", ".join(str(k) for k in range(2, 65) if hidden % k == 0) or "1"
             raise UserError(
-                f"moe_lora: n_experts {n_experts} does not divide the {hidden} hidden units of '{path}'; use one of {divisors}."
+                f"emtal: n_experts {n_experts} does not divide the {hidden} hidden units of '{path}'; use one of {divisors}."
             )
         return {"lora_router.weight": (n_experts, width), "labels": (hidden,), "fade": ()}
 
     @classmethod
-    def check_tensors(cls, what: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def check_tensors(cls, what: str, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
         fade = tensors["fade"]
         if fade.dtype != torch.float64 or not 0 <= float(fade) <= 1:
             raise UserError(f"{what}.fade: {float(fade)} ({fade.dtype}); it must be float64, from 0 to 1.")
-        check_labels(tensors["labels"], len(tensors["labels"]), settings["n_experts"])
-        super().check_tensors(what, settings, {"lora_router.weight": tensors["lora_router.weight"]})
+        check_labels(tensors["labels"], len(tensors["labels"]), spec.settings.n_experts)
+        super().check_tensors(what, spec, {"lora_router.weight": tensors["lora_router.weight"]})
 
     @classmethod
-    def around(cls, base: nn.Module | None, settings: Mapping[str, Any]) -> MoEfiedMlp:
-        return cls(base, None, settings["n_experts"], settings["temperature"])
+    def build(cls, base: Any, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> MoEfiedMlp:
+        return cls(base, None, spec.settings.n_experts, spec.settings.temperature)
 
-    def settings(self) -> dict[str, Any]:
-        return {"n_experts": self.n_experts, "temperature": self.temperature}
+    def settings(self) -> RouterSettings:
+        return RouterSettings(self.n_experts, self.temperature)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"lora_router.weight": self.lora_router.weight, "labels": self.labels, "fade": self.get_extra_state()}
 
-    def restore(self, name: str, value: Tensor) -> None:
-        if name == "fade":
-            self.set_extra_state(value)
-        else:
-            self.labels.copy_(value)
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        super().fill({name: value for name, value in tensors.items() if name != "fade"})
+        self.set_extra_state(tensors["fade"])
 
     def check_mergeable(self, what: str, path: str) -> None:
         taken, total = getattr(self._fade, "taken", None), getattr(self._fade, "total_steps", None)

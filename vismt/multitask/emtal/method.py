@@ -1,6 +1,6 @@
-"""MoEfied LoRA: plain LoRA in every block, and while training a router that weighs the experts of each FFN (ffn.py).
+"""EMTAL's adapter, MoEfied LoRA: plain LoRA in every block, and while training a router that weighs experts of each FFN (ffn.py).
 
-EMTAL, Zhong et al., NeurIPS 2024, arXiv 2501.06884. Paper and released code differ, and the code's form is taken: one pair
+Zhong et al., NeurIPS 2024, arXiv 2501.06884. Paper and released code differ, and the code's form is taken: one pair
 (A, B) a linear (paper: one for each expert, which is `pairs: expert`, expert_pairs.py), updates in attention too, scale 1, A
 and B both from N(0, 0.02^2). With that start, training does not begin at the pre-trained function; init="zero" starts B at
 zero and does, as far as the router lets it. Trainable with rank r in L blocks of width D and hidden width 4 D:
@@ -22,26 +22,27 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
-from vismt.lowrank.layers.kinds import kind_of
+from vismt.lowrank.layers.base import adapter_modules
 from vismt.lowrank.layers.low_rank import LowRankLayer
-from vismt.lowrank.layers.wrappers import wrappers_of
+from vismt.lowrank.layers.stock_modules import kind_of
 from vismt.lowrank.model.inject import attach, inject
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.starts import site_generator
 from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.methods import Method, register_method
-from vismt.multitask.emtal.clusters import cluster_model, explained_variance, random_neurons
+from vismt.multitask.emtal.clusters import cluster_ffns, explained_variance, random_neurons
 from vismt.multitask.emtal.expert_pairs import ExpertPairs
 from vismt.multitask.emtal.fading import RouterFade
-from vismt.multitask.emtal.ffn import Fade, MoEfiedMlp, check_labels, checked_fade, starter
+from vismt.multitask.emtal.ffn import Fade, MoEfiedMlp, RouterSettings, check_labels, checked_fade, starter
 
 BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
 PERMUTATIONS = ("clusters", "random")
 PAIRS = ("shared", "expert")
-ATTENTION = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
+# The projections of a block's attention, fused or not, wherever the block keeps it.
+PROJECTION = re.compile(rf"{BLOCK.pattern}\.(?:.*\.)?attn[^.]*\.(?:qkv|q_proj|k_proj|v_proj|proj)")
 
 
-def moe_lora(
+def emtal(
     model: nn.Module,
     *,
     targets: Targets,
@@ -69,37 +70,35 @@ def moe_lora(
     refuse_adapted(model)
     start, fade = starter(init), checked_fade(fade)
     mlps = ffns(model)
-    settings = {"n_experts": n_experts, "temperature": temperature}
+    settings = RouterSettings(n_experts, temperature)
     for path, mlp in mlps.items():
         MoEfiedMlp.check(path, mlp, settings)
     linears = [f"{path}.{name}" for path in mlps for name in ("fc1", "fc2")]
     find_targets(model, linears)  # their units are moved, so they have to be plain linears
     if permute not in PERMUTATIONS:
-        raise UserError(f"moe_lora: permute '{permute}'.{near(permute, PERMUTATIONS)}")
+        raise UserError(f"emtal: permute '{permute}'.{near(permute, PERMUTATIONS)}")
     if pairs not in PAIRS:
-        raise UserError(f"moe_lora: pairs '{pairs}'.{near(pairs, PAIRS)}")
+        raise UserError(f"emtal: pairs '{pairs}'.{near(pairs, PAIRS)}")
     if permute == "random" and cluster is not True:
-        raise UserError("moe_lora: permute 'random' draws the experts; leave cluster out, or take permute: clusters.")
-    chosen = cluster if permute == "clusters" else _random(mlps, n_experts, seed)
-    labels = _labels(list(mlps.values()), chosen, n_experts, seed)
+        raise UserError("emtal: permute 'random' draws the experts; leave cluster out, or take permute: clusters.")
+    labels = _labels(mlps, cluster, permute, n_experts, seed)
     shares = _explained([cast(Tensor, mlp.fc1.weight) for mlp in mlps.values()], labels, n_experts)
     if targets is None:
-        attention = [path for path, module in model.named_modules() if kind_of(module) == "linear" and _projects(path)]
-        targets = [*attention, *linears]
+        attention = [path for path, module in model.named_modules() if kind_of(module) == "linear"]
+        targets = [*filter(PROJECTION.fullmatch, attention), *linears]
     if pairs == "expert":
         options = {**options, "layer": ExpertPairs, "settings": {"n_experts": n_experts}}
-    report = inject(
-        model, "moe_lora", start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
-    )
-    shapes = []
-    for number, path in enumerate(mlps):
+    report = inject(model, "emtal", start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+    wrappers: dict[str, Any] = {}
+    for path in mlps:
         router_seed = int(torch.randint(2**62, (), generator=site_generator(seed, path)))
-        wrapper: Any = MoEfiedMlp(model.get_submodule(path), None, n_experts, temperature, init, router_seed)
-        attach(model, path, wrapper)
+        wrappers[path] = MoEfiedMlp(model.get_submodule(path), None, n_experts, temperature, init, router_seed)
+    attach(model, wrappers)
+    for number, wrapper in enumerate(wrappers.values()):
         wrapper.fade = fade
         if labels is not None:
             wrapper.assign(labels[number])
-        shapes.append(tuple(wrapper.lora_router.weight.shape))
+    shapes = [wrapper.lora_router.weight.shape for wrapper in wrappers.values()]
     trainable, total = count_parameters(model)
     routers = [f"router in {len(shapes)} FFNs, {shapes[0][0]} x {shapes[0][1]}   {sum(k * d for k, d in shapes):,}"]
     return replace(report, trainable=trainable, total=total, extras=[*routers, *shares])
@@ -111,7 +110,7 @@ def ffns(model: nn.Module) -> dict[str, nn.Module]:
 
     blocks = {path: module for path, module in model.named_modules() if BLOCK.fullmatch(path)}
     if not blocks:
-        raise UserError(f"moe_lora: {type(model).__name__} has no blocks; it needs a timm ViT, whose FFNs it routes.")
+        raise UserError(f"emtal: {type(model).__name__} has no blocks; it needs a timm ViT, whose FFNs it routes.")
     mlps: dict[str, nn.Module] = {}
     for prefix, block in blocks.items():
         in_block = {
@@ -120,10 +119,10 @@ def ffns(model: nn.Module) -> dict[str, nn.Module]:
             if type(module).forward is Mlp.forward and not any(name.startswith("attn") for name in path.split("."))
         }
         if not in_block and isinstance(getattr(block, "mlp", None), nn.Module):
-            MoEfiedMlp.check(f"{prefix}.mlp", block.mlp, {"n_experts": 1, "temperature": 1.0})
+            MoEfiedMlp.check(f"{prefix}.mlp", block.mlp, RouterSettings(1, 1.0))
         if not in_block:
             raise UserError(
-                f"moe_lora: '{prefix}' is a {type(block).__name__} without an FFN (fc1, activation, fc2) to route."
+                f"emtal: '{prefix}' is a {type(block).__name__} without an FFN (fc1, activation, fc2) to route."
             )
         mlps.update(in_block)
     return mlps
@@ -134,16 +133,16 @@ def set_fade(model: nn.Module, fade: float | Fade) -> None:
 
     Raises UserError for a model without routers and a number outside of [0, 1].
     """
-    routed: list[Any] = [wrapper for wrapper in wrappers_of(model).values() if isinstance(wrapper, MoEfiedMlp)]
+    routed: list[Any] = [wrapper for wrapper in adapter_modules(model).values() if isinstance(wrapper, MoEfiedMlp)]
     if not routed:
-        raise UserError("set_fade: this model has no router; adapt it with 'moe_lora' first.")
+        raise UserError("set_fade: this model has no router; adapt it with 'emtal' first.")
     for wrapper in routed:
         wrapper.fade = fade
 
 
 def routes(model: nn.Module) -> bool:
     """Return whether a router of the model still weighs experts, so that merged weights would compute something else."""
-    wrappers = wrappers_of(model).values()
+    wrappers = adapter_modules(model).values()
     return any(isinstance(wrapper, MoEfiedMlp) and wrapper.fade_value != 1 for wrapper in wrappers)
 
 
@@ -159,19 +158,6 @@ def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, 
     return fade
 
 
-def _projects(path: str) -> bool:
-    """Return whether `path` is a projection of a block's attention, fused or not."""
-    block = BLOCK.match(path)
-    names = path[block.end() + 1 :].split(".") if block else []
-    return len(names) > 1 and names[-2].startswith("attn") and names[-1] in ATTENTION
-
-
-def _random(mlps: Mapping[str, nn.Module], n_experts: int, seed: int) -> list[Tensor]:
-    """Return random labels of each FFN."""
-    seeds = [int(torch.randint(2**62, (), generator=site_generator(seed, f"{path}.permute"))) for path in mlps]
-    return [random_neurons(len(mlp.fc1.weight), n_experts, own) for mlp, own in zip(mlps.values(), seeds)]
-
-
 def _explained(weights: Sequence[Tensor], labels: Sequence[Tensor] | None, n_experts: int) -> list[str]:
     """Return the line of the report on what the experts explain, none where the units keep their order."""
     if labels is None or weights[0].is_meta or not 1 < n_experts < len(weights[0]):
@@ -184,25 +170,25 @@ def _explained(weights: Sequence[Tensor], labels: Sequence[Tensor] | None, n_exp
 
 
 def _labels(
-    mlps: list[nn.Module], cluster: bool | Sequence[Tensor], n_experts: int, seed: int
+    mlps: Mapping[str, nn.Module], cluster: bool | Sequence[Tensor], permute: str, n_experts: int, seed: int
 ) -> Sequence[Tensor] | None:
     """Return the labels of each FFN; None where the units keep their order."""
+    weights = [cast(Tensor, mlp.fc1.weight) for mlp in mlps.values()]
+    if permute == "random":
+        seeds = [int(torch.randint(2**62, (), generator=site_generator(seed, f"{path}.permute"))) for path in mlps]
+        return [random_neurons(len(weight), n_experts, own) for weight, own in zip(weights, seeds)]
     if not isinstance(cluster, bool):
         labels = list(cluster)
         if len(labels) != len(mlps) or not all(isinstance(label, Tensor) for label in labels):
-            raise UserError(
-                f"moe_lora: cluster holds {len(labels)} entries, needed labels (tensors) of {len(mlps)} FFNs."
-            )
-        for mlp, label in zip(mlps, labels):
-            check_labels(label, len(mlp.fc1.weight), n_experts)
+            raise UserError(f"emtal: cluster holds {len(labels)} entries, needed labels (tensors) of {len(mlps)} FFNs.")
+        for weight, label in zip(weights, labels):
+            check_labels(label, len(weight), n_experts)
         return labels
-    if not cluster or n_experts == 1 or mlps[0].fc1.weight.is_meta:
+    if not cluster or n_experts == 1 or weights[0].is_meta:
         return None
-    holder: Any = nn.Module()
-    holder.blocks = mlps
-    return cluster_model(holder, n_experts, seed)
+    return cluster_ffns(list(mlps.values()), n_experts, seed)
 
 
 register_method(
-    Method("moe_lora", moe_lora, layers=(LowRankLayer, ExpertPairs, MoEfiedMlp), schedule=schedule, section="fade")
+    Method("emtal", emtal, layers=(LowRankLayer, ExpertPairs, MoEfiedMlp), schedule=schedule, section="fade")
 )

@@ -12,7 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.wrappers import wrappers_of
+from vismt.lowrank.contexts import evaluating
+from vismt.lowrank.layers.base import adapter_modules
 from vismt.multitask.emtal.ffn import MoEfiedMlp
 from vismt.multitask.emtal.routing import expert_weights
 
@@ -21,7 +22,7 @@ MAPPED_BLOCKS = 3
 
 def has_routers(net: nn.Module) -> bool:
     """Return whether a net has a router."""
-    return any(isinstance(part, MoEfiedMlp) for part in wrappers_of(net).values())
+    return any(isinstance(part, MoEfiedMlp) for part in adapter_modules(net).values())
 
 
 def router_maps(net: Any, images: Tensor) -> dict[str, np.ndarray]:
@@ -41,19 +42,17 @@ def router_maps(net: Any, images: Tensor) -> dict[str, np.ndarray]:
     Raises:
         UserError: for a net without a router.
     """
-    routed = [(name, part) for name, part in wrappers_of(net).items() if isinstance(part, MoEfiedMlp)]
+    routed = [(name, part) for name, part in adapter_modules(net).items() if isinstance(part, MoEfiedMlp)]
     if not routed:
-        raise UserError("routers: this net has no router; take one that was adapted with moe_lora and is not merged.")
+        raise UserError("routers: this net has no router; take one that was adapted with emtal and is not merged.")
     places = sorted({round(i * (len(routed) - 1) / (MAPPED_BLOCKS - 1)) for i in range(MAPPED_BLOCKS)})
     chosen = [routed[place] for place in places]
     weights: dict[str, Tensor] = {}
     hooks = [part.register_forward_pre_hook(partial(_weigh, weights, name)) for name, part in chosen]
-    training = net.training
     try:
-        with torch.no_grad():
-            net.eval()(images.to(next(net.parameters()).device))
+        with torch.no_grad(), evaluating(net):
+            net(images.to(next(net.parameters()).device))
     finally:
-        net.train(training)
         for hook in hooks:
             hook.remove()
     rows, columns = net.backbone.grid

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 from vismt.base.exports import exports
 
 if TYPE_CHECKING:
-    from vismt.multitask.metrics.accuracy import Accuracy
     from vismt.multitask.metrics.boundary import BoundaryF
+    from vismt.multitask.metrics.classes import Accuracy, MeanIoU
     from vismt.multitask.metrics.delta import delta_m
     from vismt.multitask.metrics.depth import DepthErrors
     from vismt.multitask.metrics.normals import NormalErrors
     from vismt.multitask.metrics.saliency import MaxF
-    from vismt.multitask.metrics.segmentation import MeanIoU
 
 __all__ = ["Accuracy", "BoundaryF", "DepthErrors", "MaxF", "MeanIoU", "NormalErrors", "delta_m"]
 

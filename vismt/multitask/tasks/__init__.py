@@ -1,7 +1,16 @@
-"""Tasks of dense runs, one file each: loss, metric, pictures. Importing this package does not import torchmetrics."""
+"""Tasks of dense runs: loss, metric, pictures. Importing this package does not import torchmetrics."""
 
-from vismt.multitask.tasks.base import IGNORE, NYUD_WEIGHTS, PASCAL_WEIGHTS, DenseTask, MapTask
-from vismt.multitask.tasks.registry import TASKS, loss_options, make_task, task_options
+from vismt.multitask.tasks.base import (
+    IGNORE,
+    NYUD_WEIGHTS,
+    PASCAL_WEIGHTS,
+    TASKS,
+    DenseTask,
+    MapTask,
+    loss_options,
+    make_task,
+    task_options,
+)
 
 __all__ = [
     "IGNORE",

@@ -11,24 +11,30 @@ the batch, not over images.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, require_known
+from vismt.base.registry import Registry
+from vismt.data.maps.dense_sample import IGNORE
 from vismt.multitask.heads import resize_logits
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-IGNORE = 255
 DARK = 64  # grey level of pixels without a value in pictures
 # Loss weights of InvPT and TaskPrompter for NYUD-v2 and PASCAL-Context; a task's default is its entry here.
 NYUD_WEIGHTS = {"semseg": 1.0, "depth": 1.0, "normals": 10.0, "edge": 50.0}
 PASCAL_WEIGHTS = {"semseg": 1.0, "parts": 2.0, "saliency": 5.0, "normals": 10.0, "edge": 50.0}
+TASKS: Registry[type[DenseTask]] = Registry(
+    "task: no dense task",
+    dict.fromkeys(("depth", "edge", "normals", "saliency"), "vismt.multitask.tasks.maps")
+    | dict.fromkeys(("classify", "parts", "semseg"), "vismt.multitask.tasks.classes"),
+)
 # Options of tasks that change the loss and not the score.
 LOSS_OPTIONS = (
     "class_weights",
@@ -276,3 +282,35 @@ def check_choice(task: str, option: str, value: Any, choices: Iterable[str]) -> 
     """Raise UserError, with the near names, unless `value` is one of `choices`."""
     if value not in choices:
         raise UserError(f"{task}: {option} '{value}'.{near(str(value), choices)}")
+
+
+def make_task(spec: str | Mapping[str, Any]) -> DenseTask:
+    """Return the task of a specification.
+
+    Args:
+        spec: the name of the task, or {"name": ..., option: value, ...} with the options of its class.
+
+    Raises:
+        UserError: for an unknown name or option, a missing option, and values out of range.
+    """
+    if not isinstance(spec, str | Mapping):
+        raise UserError(f"task: {spec!r}; give its name, or its options with the name as 'name'.")
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = str(options.pop("name", None))
+    task = TASKS[name]
+    required = task_options(task)
+    require_known(f"task: '{name}' has no option", options, required)
+    for option, is_required in required.items():
+        if is_required and option not in options:
+            raise UserError(f"task: '{name}' needs '{option}'.")
+    return task(**options)
+
+
+def loss_options(task: DenseTask) -> list[str]:
+    """Return the options of a task that change its loss and not its score."""
+    return [name for name in task_options(type(task)) if name in LOSS_OPTIONS]
+
+
+def task_options(task: type[DenseTask]) -> dict[str, bool]:
+    """Return the options of a task by name, and whether they must be given."""
+    return {field.name: field.default is MISSING for field in fields(task)}

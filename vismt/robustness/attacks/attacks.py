@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, near
 from vismt.base.norm_balls import NORMS, within_budget
 from vismt.base.seeds import mix_seed
-from vismt.metatune.functional import answers, evaluating
+from vismt.lowrank.contexts import evaluating
+from vismt.metatune.functional import answers
 from vismt.robustness.attacks.active_set import Outcome, Round, waves
 from vismt.robustness.attacks.fab import fab
 from vismt.robustness.attacks.foreign import L2_ENDING, PREFIX, attack_class, foreign

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.metatune.functional import answers, evaluating
+from vismt.lowrank.contexts import evaluating
+from vismt.metatune.functional import answers
 from vismt.robustness.attacks.losses import Loss
 
 PROBABILITY_SLACK = 1e-4

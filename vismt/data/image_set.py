@@ -1,0 +1,194 @@
+"""Labelled images: the set that `open_images` returns, and the sources that load it.
+
+A format of images says where the images are: it is a subclass of ImageSource whose `list_images` returns a name and a class for
+each image of a copy. What every format needs is written here once: ids and labels, numbers of images and classes against the
+card, files that must be there, decoding, readable names, superclasses, and a text that tells this content from any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vismt.base.errors import UserError
+from vismt.data.copies import digest, shown_path, verify_classes, verify_counts, verify_present
+from vismt.data.decode import decode_file
+from vismt.data.source_types import NEAR_DUPLICATES, NONE, Card, DataSource, check_names
+
+DECODED = 20_000  # images of a set that are decoded for near-duplicates where the card does not ask for it
+
+
+@dataclass
+class ImageSet:
+    """Labelled images of one split.
+
+    Attributes:
+        labels: int64 (n,) with values 0..len(classes)-1.
+        ids: name of each image, stable between runs.
+        read: image i as uint8 (3, h, w), native size. It raises UserError, with the file, for one that cannot be decoded.
+        content: a text that differs for any other content.
+        superclass: int64 (n_classes,) into `superclass_names`, or None.
+        skipped: ids of the images left out because they cannot be decoded.
+        where: the folder of the copy, as messages name it.
+        nodes: class ids below each node of a hierarchy, or None.
+        groups: the group of each image by its id, which a division keeps in one part; images without an entry are alone. None:
+            near-duplicates are to be found.
+        cached: whether `content` tells these images from all others, so that decoded ones may be kept for later runs.
+    """
+
+    name: str
+    split: str
+    classes: list[str]
+    labels: Tensor
+    ids: list[str]
+    read: Callable[[int], Tensor]
+    content: Callable[[], str]
+    superclass: Tensor | None = None
+    superclass_names: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    where: str = ""
+    nodes: list[list[int]] | None = None
+    groups: Mapping[str, Any] | None = field(default_factory=dict)
+    cached: bool = True
+
+    def __post_init__(self) -> None:
+        check_names((*self.classes, *self.ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, chosen: Sequence[int], skipped: Sequence[str] = ()) -> ImageSet:
+        """Return a set of the images with the ascending indices `chosen` and the same classes; skipped: ids to report."""
+        indices = [int(i) for i in chosen]
+        content = f"{hashlib.sha256(repr(indices).encode()).hexdigest()}:{list(skipped)}"
+        return replace(
+            self,
+            labels=self.labels[indices],
+            ids=[self.ids[i] for i in indices],
+            read=lambda i: self.read(indices[i]),
+            content=lambda: f"{self.content()}:{content}",
+            skipped=list(skipped),
+        )
+
+
+class ImageRow(NamedTuple):
+    """One image of a copy.
+
+    Attributes:
+        name: stable between runs; of an image file, its path in the folder of the copy.
+        label: the number of its class.
+        image: what the `read` of the listing takes; None for the file `name`, which must then be there.
+    """
+
+    name: str
+    label: int
+    image: Any = None
+
+
+@dataclass
+class Listing:
+    """The images of some splits of a copy.
+
+    Attributes:
+        classes: names of the classes, as the copy has them.
+        rows: the images of each split, in order.
+        read: the image of a row as uint8 (3, h, w); by default its file is decoded.
+        content: a text that differs for any other content; by default a hash of the files and the labels.
+        counted: number of classes to compare with the card's; by default that of `classes`.
+        files: number of files in each group of the manifest, which the error for a short copy names.
+        above: superclass of each class; empty where the copy does not say.
+        nodes: class ids below each node of a hierarchy; empty where the copy does not say.
+    """
+
+    classes: list[str]
+    rows: dict[str, list[ImageRow]]
+    read: Callable[[Any], Tensor] = decode_file
+    content: Callable[[], str] | None = None
+    counted: int | None = None
+    files: dict[str, int] = field(default_factory=dict)
+    above: list[str] = field(default_factory=list)
+    nodes: list[list[int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource(DataSource):
+    """A source of labelled images."""
+
+    family: ClassVar[str] = "labelled images"
+    opener: ClassVar[str] = "open_images"
+
+    @abstractmethod
+    def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
+        """Return the images of `splits` of the copy in the folder `base`. A label means the same in each split."""
+
+    def load(self, card: Card, base: Path, split: str) -> ImageSet:
+        """Return `split` of the copy in the folder `base`.
+
+        Raises:
+            UserError: a copy that the format cannot read, another number of images or classes than the card says, a missing
+                file, and files beside the card that do not fit the classes.
+        """
+        found = self.list_images(card, base, self.wanted(split))
+        verify_counts(card, self, base, {name: len(rows) for name, rows in found.rows.items()}, found.files)
+        verify_classes(card, self, base, len(found.classes) if found.counted is None else found.counted)
+        images = []
+        for name, rows in found.rows.items():
+            verify_present(card, base, [row.name for row in rows if row.image is None], name)
+            images += [base / row.name if row.image is None else row.image for row in rows]
+        ids = [row.name for rows in found.rows.values() for row in rows]
+        labels = [row.label for rows in found.rows.values() for row in rows]
+        superclass, superclass_names = _superclasses(card, found)
+        read = found.read
+        return ImageSet(
+            name=card.name,
+            split=split,
+            classes=_readable_names(card, found.classes),
+            labels=torch.tensor(labels, dtype=torch.int64),
+            ids=ids,
+            read=lambda i: read(images[i]),
+            content=cache(found.content or (lambda: f"{digest(zip(ids, images)).sha256}:{labels}")),
+            superclass=superclass,
+            superclass_names=superclass_names,
+            where=shown_path(base),
+            nodes=found.nodes or None,
+            groups=card.read_groups(NEAR_DUPLICATES if len(ids) <= DECODED else NONE),
+        )
+
+
+def _readable_names(card: Card, classes: list[str]) -> list[str]:
+    if card.names is None:
+        return classes
+    names = card.read_json(card.names)
+    if isinstance(names, dict):
+        return [str(names.get(name, name)) for name in classes]
+    if not isinstance(names, list) or len(names) != len(classes):
+        raise UserError(f"{card.shown}/{card.names}: must map class to name, or list {len(classes)} names.")
+    return [str(name) for name in names]
+
+
+def _superclasses(card: Card, found: Listing) -> tuple[Tensor | None, list[str]]:
+    """Return the superclass of each class, int64 (n_classes,), and the names of the superclasses."""
+    superclass_of: dict[str, str]
+    if card.superclasses == "prefix":
+        superclass_of = {name: name.rpartition("/")[0] for name in found.classes}
+    elif card.superclasses is not None:
+        superclass_of = card.read_json(card.superclasses)
+        if not isinstance(superclass_of, dict):
+            raise UserError(f"{card.shown}/{card.superclasses}: must map class to superclass.")
+    elif found.above:
+        superclass_of = dict(zip(found.classes, found.above, strict=True))
+    else:
+        return None, []
+    orphan = next((name for name in found.classes if not superclass_of.get(name)), None)
+    if orphan is not None:
+        raise UserError(f"{card.shown}: class '{orphan}' has no superclass in '{card.superclasses}'.")
+    places = {name: place for place, name in enumerate(sorted({superclass_of[name] for name in found.classes}))}
+    return torch.tensor([places[superclass_of[name]] for name in found.classes]), list(places)

@@ -1,0 +1,105 @@
+"""Data that a method computes options from before the training: covariances of inputs, or the choice of units; images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismt.backbones.vit import PixelBackbone
+from vismt.base.errors import UserError
+from vismt.config.sections import UNHASHED, AdaptConfig, Count
+from vismt.data.batching import Gathered
+from vismt.data.division import limited
+from vismt.engine import runtime
+from vismt.methods import METHODS, Calibration, needs
+
+CALIBRATION = "calibration"  # the folder of covariances within a run folder
+
+
+@dataclass
+class ImageCalibrationConfig:
+    """Images that a method computes options from before the training, such as covariances of inputs.
+
+    Finished covariances are kept in calibration/ of the run folder, so that an interrupted calibration resumes.
+
+    Args:
+        data: sets of images; [] takes the training images.
+        examples: number of images.
+        batch: images at a time.
+        memory_mb: memory for covariances in progress in MB, null for all at once; with less, several passes over the
+            images are made.
+    """
+
+    data: list[str] = field(default_factory=list)
+    examples: Count = 256
+    batch: Count = 32
+    memory_mb: Count | None = field(default=None, metadata=UNHASHED)
+
+
+def check_calibration(section: ImageCalibrationConfig | None, adapt: AdaptConfig | None) -> None:
+    """Raise UserError for a method that needs images and has none."""
+    if section is not None:
+        return
+    reason = None if adapt is None else needs(adapt.method, adapt.options).get("calibration")
+    if reason is not None:
+        raise UserError(f"calibration: {reason.replace('name texts here', 'give this section')}.")
+
+
+def calibrated(
+    model: nn.Module,
+    adapt: AdaptConfig,
+    batches: Callable[..., list[Any]],
+    folder: Path,
+    memory_mb: int | None,
+    results: dict[str, Any],
+) -> AdaptConfig:
+    """Return an adapt section with the options that its method computes from data; the same where it computes none.
+
+    Args:
+        model: the stock model that is to be adapted.
+        adapt: the section of the configuration.
+        batches: batches(labels=False) returns batches of model inputs.
+        folder: the run folder.
+        memory_mb: memory for sums in progress in MB, None for no bound.
+        results: computed values by key, shared by the arms of a run.
+    """
+    method = METHODS[adapt.method]
+    if method.calibrate is None:
+        return adapt
+    memory = None if memory_mb is None else memory_mb * 2**20
+    calibration = Calibration(batches, folder / CALIBRATION, memory, results)
+    with runtime.processes().main_process_first():  # it computes and writes; the other processes read its files
+        computed = method.calibrate(model, calibration, targets=adapt.targets, options=adapt.options)
+    return replace(adapt, options={**adapt.options, **computed})
+
+
+def calibrated_on_images(
+    backbone: PixelBackbone,
+    adapt: AdaptConfig,
+    section: ImageCalibrationConfig,
+    images: Gathered,
+    folder: Path,
+    results: dict[str, Any],
+) -> AdaptConfig:
+    """Return an adapt section with the options that its method computes from some of `images`; see `calibrated`."""
+    batches = partial(image_batches, backbone, images, section)
+    return calibrated(backbone.vit, adapt, batches, folder, section.memory_mb, results)
+
+
+def image_batches(
+    backbone: PixelBackbone, images: Gathered, section: ImageCalibrationConfig, labels: bool = False
+) -> list[Tensor]:
+    """Return the chosen images as the stock model takes them. Raises UserError for a method that asks for labels."""
+    if labels:
+        raise UserError(
+            "calibration: images have no labels that the stock model's loss takes; choose units by activations, not by gradients."
+        )
+    index = limited(torch.zeros(len(images.ids)), images.ids, section.examples)
+    mean, std = backbone.mean.cpu(), backbone.std.cpu()
+    return [(images[part] - mean) / std for part in index.split(section.batch)]

@@ -1,0 +1,228 @@
+"""The forms of a low-rank layer, one for each kind of stock module: linear, convolution, embedding, parameter, prequantized.
+
+linear        y = W x + b + s (B C A x - B0 A0 x)             one fused forward and backward (fused.py)
+convolution   y = W * x + b + s (B C (A * x) - B0 (A0 * x))   A (r, c / groups * kernel), B (o, r) as a 1 x 1 convolution
+embedding     y = W[ids] + s (B[ids] C A - B0[ids] A0)        A (r, d), B (v, r) with a row for each of v entries
+parameter     W_e + s (B_e C_e A_e - B0_e A0_e)               read by its own module (parameter_modules.py)
+prequantized  y = linear(x) + s (B C A x - B0 A0 x)           the stock module with its weight of bitsandbytes or torchao
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from vismt.base.errors import UserError
+from vismt.lowrank.factors import LowRank
+from vismt.lowrank.layers.base import inner_module
+from vismt.lowrank.layers.fused import FusedLowRank
+from vismt.lowrank.layers.low_rank import FORMS, LowRankLayer
+from vismt.lowrank.layers.stock_modules import dense_weight, weight_format
+
+GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
+@FORMS.register("linear")
+@FORMS.register("conv1d")
+class LowRankLinear(LowRankLayer):
+    """nn.Linear, or transformers' Conv1D (weight stored (i, o)), with a low-rank update.
+
+    forward: x (..., i) -> (..., o), in x's dtype (the autocast dtype where autocast is on).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        flat = x.reshape(-1, x.shape[-1])
+        weight = self.matrix(self.weight)
+        if self.dropout and self.training:
+            out = F.linear(flat, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            dropped = F.dropout(flat, self.dropout)
+            out = out + self.scale * self.update_of(dropped, self.right(), self.left(), self.gate(x))
+        else:
+            factors = self.right(), self.left(), self.lora_A0, self.lora_B0
+            # The bookkeeping of autograd takes longer than the products of one generated token.
+            fused = FusedLowRank.apply if torch.is_grad_enabled() else FusedLowRank.forward
+            out, _ = fused(flat, weight, self.bias, *factors, self.gate(x), self.scale, self.blocks)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+
+@FORMS.register("conv2d")
+@FORMS.register("nn.Conv1d")
+@FORMS.register("nn.Conv3d")
+class LowRankConv(LowRankLayer):
+    """nn.Conv1d, Conv2d or Conv3d: A is a convolution of the same geometry with r output channels, B a 1x1 convolution.
+
+    forward: x (b, c, ...) -> (b, o, ...). The matrix form is the weight reshaped to (o, c / groups * kernel); with groups
+    each one has the same A on its channels, and its own rows of B.
+    """
+
+    groups: int
+    kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: str
+
+    def __init__(self, base: nn.Module, rank: int, scale: float, **options: Any) -> None:
+        super().__init__(base, rank, scale, **options)
+        for name in GEOMETRY:
+            setattr(self, name, getattr(base, name))
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.shell._conv_forward(x, self.weight, self.bias)
+        inner = F.dropout(x, self.dropout) if self.dropout and self.training else x
+        out = out + self.scale * self._product(inner, self.lora_A, self.left(), self.gate(inner))
+        if self.lora_A0 is not None:
+            out = out - self.scale * self._product(x, self.lora_A0, self.lora_B0)
+        return out
+
+    def peft_factors(self, update: LowRank) -> tuple[Tensor, Tensor]:
+        """Return A (r, c, ...) and B (o, r, 1, ...)."""
+        if self.groups > 1 or set(self.dilation) != {1} or self.padding_mode != "zeros":
+            raise UserError(
+                "export_peft: peft's LoRA of a convolution has no dilation, no padding mode and another form for groups; merge "
+                "the model and save it whole."
+            )
+        A, B = super().peft_factors(update)
+        return A.view(-1, *self.weight.shape[1:]), self._pointwise(B)
+
+    def _product(self, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
+        kernel = A.to(self.weight.dtype).view(-1, *self.weight.shape[1:])
+        hidden = self.shell._conv_forward(x, repeat(kernel, "r ... -> (g r) ...", g=self.groups), None)
+        if gate is not None:
+            hidden = hidden * self._pointwise(gate.repeat(1, self.groups))
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
+        return convolve(hidden, self._pointwise(B.to(self.weight.dtype)), groups=self.groups)
+
+    def _pointwise(self, matrix: Tensor) -> Tensor:
+        """Return a matrix with an axis of length one for each axis of the kernel."""
+        return matrix.reshape(*matrix.shape, *(1 for _ in self.kernel_size))
+
+
+@FORMS.register("embedding")
+class LowRankEmbedding(LowRankLayer):
+    """nn.Embedding. forward: ids (...) int64 -> (..., d).
+
+    B starts at zero with LoRA, so an entry that never occurs keeps its vector. peft transposes the table in its files:
+    lora_embedding_A is B^T (r, v), lora_embedding_B is A^T (d, r).
+    """
+
+    peft_names = ("lora_embedding_A", "lora_embedding_B")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out = F.embedding(ids, self.weight, self.shell.padding_idx)
+        out = out + self._product(ids, self.lora_A, self.left()).to(out.dtype)
+        return out if self.lora_A0 is None else out - self._product(ids, self.lora_A0, self.lora_B0).to(out.dtype)
+
+    def _product(self, ids: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return self.scale * F.embedding(ids, B, self.shell.padding_idx) @ A
+
+    def peft_factors(self, update: LowRank) -> tuple[Tensor, Tensor]:
+        return (update.B * update.scale).t(), update.A.t()
+
+
+@FORMS.register("parameter")
+class LowRankParameter(LowRankLayer):
+    """A parameter that its module reads itself, with an update for each of its matrices: a block for each expert.
+
+    It stands for the tensor W + DeltaW in functions of torch. A (e, r, i), B (e, o, r) are kept as (e*r, i) and (e*o, r). The
+    sum is made once in each forward of the module, in W's dtype: a tensor of the size of W for each adapted parameter, which
+    stays until the module's backward, and there a gradient of that size. Without gradients it is freed when the module
+    returns. In bf16 it has the spacing of W's numbers, as a merged weight has. Dropout and gates act on an input and do not
+    apply.
+    """
+
+    of_parameter = True
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return self.shell.matrix(weight)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        return self.shell.stored(matrix, self.weight)
+
+    def forward(self) -> Tensor:
+        """Return W + DeltaW; called, so that hooks on this module (offloading, sharding) bring its tensors first."""
+        return self.adapted_weight()
+
+    def adapted_weight(self) -> Tensor:
+        if self.weight.ndim == 2 or len(self.blocks) != len(self.weight):
+            return super().adapted_weight()
+        # A stack is not copied to be put together as one matrix.
+        return self.add_update(self.weight.mT).mT if self.shell.transposed else self.add_update(self.weight)
+
+    def stack(self) -> tuple[Tensor, Tensor]:
+        """Return A (e, k, i) and B (e, o, k) of the whole update in fp32, the scale in B: k = r, 2r with a start."""
+        count, blocks = self.weight.shape[0], len(self.blocks)
+        pairs = [(self.right(), self.left_with_gates(), self.scale)]
+        if self.lora_A0 is not None:
+            pairs.append((self.lora_A0, self.lora_B0, -self.scale))
+        # One block, as a sum of adapters has, is one A for all experts.
+        A = [rearrange(a, "(g r) i -> g r i", g=blocks).expand(count, -1, -1) for a, _, _ in pairs]
+        B = [scale * rearrange(b, "(e o) r -> e o r", e=count) for _, b, scale in pairs]
+        return torch.cat(A, 1).detach().float(), torch.cat(B, 2).detach().float()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(cls, lambda layer: layer.adapted_weight(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@FORMS.register("prequantized")
+class LowRankPrequantized(LowRankLayer):
+    """A linear on a prequantized weight. forward: x (..., i) -> (..., o), in the dtype that the stock module returns.
+
+    The fused function is not used, since it reads the weight itself. A start from the weight takes the numbers that the weight
+    stands for, and is subtracted here, so the weight stays as it is. The update is exported as a plain LoRA, and not merged:
+    packing the sum again would round most of it away.
+    """
+
+    inner: nn.Module
+
+    def __init__(self, base: nn.Module, rank: int, scale: float, **options: Any) -> None:
+        super().__init__(base, rank, scale, **options)
+        self.__dict__["inner"] = inner_module(base)
+
+    def linked(self) -> nn.Module:
+        """Return the stock module on the present weight and bias, which conversions may have replaced."""
+        present: dict[str, Any] = {"weight": self.weight, "bias": self.bias}
+        self.inner._parameters.update(present)
+        return self.inner
+
+    def stock_weight(self) -> Tensor:
+        return dense_weight(self.linked())
+
+    @property
+    def in_features(self) -> int:
+        return self.lora_A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.lora_B.shape[0]
+
+    def check_mergeable(self, what: str, path: str) -> None:
+        super().check_mergeable(what, path)
+        if what != "merge":  # the pair of factors is that of any base
+            return
+        raise UserError(
+            f"{what}: '{path}' has a packed weight ({weight_format(self)}), which would round the update away; load the model in "
+            "a floating dtype and the adapter on it with on_other_base='warn', and merge there."
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linked()(x)
+        flat = x.reshape(-1, x.shape[-1])
+        dropped = F.dropout(flat, self.dropout) if self.dropout and self.training else flat
+        update = self.update_of(dropped, self.lora_A, self.left(), self.gate(x))
+        if self.lora_A0 is not None:
+            update = update - self.update_of(flat, self.lora_A0, self.lora_B0)
+        return out + (self.scale * update).view(out.shape).to(out.dtype)

@@ -1,0 +1,172 @@
+"""The ways out of an adaptation: merged weights, the model as it was, and `save_pretrained` of what the model computes.
+
+What rounding to half precision takes from an update when it is merged: W + DeltaW has the spacing of W's numbers.
+
+    erased = |round(W + DeltaW) - (W + DeltaW)|_F / |DeltaW|_F        over all adapted weights together
+
+A bf16 number has 8 significant bits, so an update of 1 % of its weight keeps one or two of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vismt.base.errors import UserError
+from vismt.lowrank.layers.base import adapter_layers
+from vismt.lowrank.layers.parameter_modules import to_parameters
+from vismt.lowrank.layers.stock_modules import use_cpu_kernel
+from vismt.lowrank.model.modules import check_mergeable, detach_all, from_stock, stock_order, to_stock
+from vismt.lowrank.model.record import (
+    RECORD,
+    SHELF,
+    AdaptRecord,
+    need_record,
+    record_of,
+    refuse_offloaded,
+    refuse_others,
+)
+from vismt.lowrank.tensors import need_finite
+
+SAVE = "save_pretrained"  # of transformers' models
+
+
+def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
+    """Fold every update into its weight: stock classes, stock keys, the same function.
+
+    Args:
+        model: an adapted model; changed in place.
+        force: merge updates and weights with NaN or infinite values too.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: for a stock model, one with further adapters, where merged weights cannot hold the function (a router), and
+            for updates or merged weights that are not finite; nothing is changed.
+    """
+    record = need_record(model, "merge")
+    refuse_offloaded(model, "merge")
+    refuse_others(model, "merge")
+    check_mergeable(model, "merge")
+    layers = adapter_layers(model)
+    if not force:
+        need_finite(
+            "merge", {f"{path}.{name}": v for path, layer in layers.items() for name, v in layer.tensors().items()}
+        )
+    to_stock(model)
+    try:
+        merged = {path: layer.merged() for path, layer in layers.items()}
+        if not force:
+            need_finite("merge", {f"{path}.weight": module.get_parameter("weight") for path, module in merged.items()})
+    except BaseException:
+        from_stock(model)
+        raise
+    detach_all(model, merged)
+    _forget(model, record)
+    return model
+
+
+def undo(model: nn.Module) -> None:
+    """Restore the modules, weights (bit for bit) and gradient flags from before the active adapter."""
+    record = need_record(model, "unadapt")
+    to_stock(model)
+    detach_all(model)
+    with torch.no_grad():
+        for name, value in record.also_train.items():
+            model.get_parameter(name).copy_(value)
+    _forget(model, record)
+
+
+class MergedSave:
+    """`save_pretrained` of an adapted model: it writes what `merge` returns, which `from_pretrained` reads.
+
+    The stock function writes the tensors of layers under names that `from_pretrained` leaves out, and so the base. Checkpoints
+    of a Trainer, which continues from them on an adapted model, keep these names.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, save_directory: str | Path, *args: Any, **options: Any) -> Any:
+        module: Any = self.module
+        record = record_of(module)
+        to_resume = "state_dict" in options and re.fullmatch(r"checkpoint-\d+", Path(save_directory).name)
+        if to_resume or (record is not None and not record.specs):  # all is in the weights
+            return type(module).save_pretrained(module, save_directory, *args, **options)
+        if record is None:
+            raise UserError(
+                f"{SAVE}: this {type(module).__name__} is a part of an adapted model, or several adapters are active; call "
+                "vismt.merge(model) on the whole model first, or vismt.save_adapter(model, folder, name=...) for each adapter."
+            )
+        merged: Any = copy.deepcopy(module)
+        merged._modules.pop(SHELF, None)
+        state = options.pop("state_dict", None)
+        try:
+            if state is not None:
+                merged.load_state_dict(state)
+            merge(merged)
+        except (UserError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{SAVE}: {reason} Write the adapter alone: vismt.save_adapter(model, folder).") from error
+        merged.__dict__.pop("_keys_to_ignore_on_save", None)  # VismtCallback leaves frozen tensors out of checkpoints
+        return merged.save_pretrained(save_directory, *args, **options)
+
+
+def watch_saving(model: nn.Module) -> None:
+    """Let `save_pretrained` of an adapted model of transformers write what the model computes."""
+    for module in model.modules():
+        if hasattr(type(module), SAVE):
+            setattr(module, SAVE, MergedSave(module))
+
+
+def unwatch_saving(model: nn.Module) -> None:
+    """Undo `watch_saving`."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get(SAVE), MergedSave):
+            delattr(module, SAVE)
+
+
+def _forget(model: nn.Module, record: AdaptRecord) -> None:
+    to_parameters(model)
+    use_cpu_kernel(model, True)
+    unwatch_saving(model)
+    restore_flags(model, record)
+    delattr(model, RECORD)
+
+
+def restore_flags(model: nn.Module, record: AdaptRecord) -> None:
+    """Let a parameter require a gradient if it did before the adaptation."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(record.required_grad.get(name, True))
+
+
+@torch.no_grad()
+def erased_by_rounding(model: nn.Module) -> float | None:
+    """Return the share of the update (as Frobenius norms) that `merge` would lose in bf16 or fp16 weights.
+
+    Args:
+        model: an adapted model that merges; not changed.
+
+    Returns:
+        A number of at least 0; None without adapted weights in half precision, and for layers without factors.
+
+    Raises:
+        UserError: where the model cannot be merged now.
+    """
+    check_mergeable(model, "merge")
+    lost = whole = 0.0
+    with stock_order(model):
+        for layer in adapter_layers(model).values():
+            if layer.weight.dtype.itemsize > 2 or not layer.has_factors:
+                continue
+            update = layer.low_rank().delta()
+            total = layer.matrix(layer.weight).float() + update
+            lost += float((total.to(layer.weight.dtype).float() - total).square().sum(dtype=torch.float64))
+            whole += float(update.square().sum(dtype=torch.float64))
+    return (lost / whole) ** 0.5 if whole else None

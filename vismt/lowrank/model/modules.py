@@ -1,0 +1,113 @@
+"""The adapter modules of a model together: put in place, taken out, and the stock weights below them brought back for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from vismt.base.errors import UserError
+from vismt.lowrank.layers.base import AdapterModule, LayerSpec, adapter_modules
+
+
+def prepare(model: nn.Module, specs: Sequence[LayerSpec]) -> Callable[[Mapping[str, AdapterModule]], None]:
+    """Check specs on the stock model as a whole, and return what is to be called with the placed modules by path."""
+    kinds = dict.fromkeys(spec.layer for spec in specs)
+    functions = [kind.prepare(model, [spec for spec in specs if spec.layer is kind]) for kind in kinds]
+
+    def finish(modules: Mapping[str, AdapterModule]) -> None:
+        for function in functions:
+            if function is not None:
+                function(modules)
+
+    return finish
+
+
+def place(
+    model: nn.Module, specs: Sequence[LayerSpec], make: Callable[[LayerSpec, nn.Module | None], AdapterModule]
+) -> dict[str, AdapterModule]:
+    """Attach what `make(spec, base)` returns for each spec, and return it by path.
+
+    base: what stands at the path, None for a new one. Layers come first, so that a container has them when it is wrapped.
+    """
+    placed: dict[str, AdapterModule] = {}
+    for of_weights in (True, False):
+        bases = dict(model.named_modules())
+        modules = {s.path: make(s, bases.get(s.path)) for s in specs if s.has_weight is of_weights}
+        attach_all(model, modules)
+        placed |= modules
+    return placed
+
+
+def attach_all(model: nn.Module, modules: Mapping[str, AdapterModule]) -> None:
+    """Put each module at its path, under every name that the module there has."""
+    names: dict[int, list[str]] = {}
+    paths: dict[str, int] = {}
+    for name, module in model.named_modules(remove_duplicate=False) if modules else ():
+        names.setdefault(id(module), []).append(name)
+        paths[name] = id(module)
+    for path, module in modules.items():
+        module.attach(model, names[paths[path]] if path in paths else [path])
+
+
+def detach_all(model: nn.Module, merged: Mapping[str, nn.Module] | None = None) -> None:
+    """Put every stock module back, under every name of its adapter module, and remove modules at new paths.
+
+    merged: modules that come in the place of stock ones, by path.
+    """
+    stock: dict[int, nn.Module | None] = {}
+    for name, module in [*model.named_modules(remove_duplicate=False)]:
+        if not isinstance(module, AdapterModule):
+            continue
+        if id(module) not in stock:
+            stock[id(module)] = merged[name] if merged and name in merged else module.detach(model)
+        parent, _, leaf = name.rpartition(".")
+        replacement = stock[id(module)]
+        if replacement is None:
+            delattr(model.get_submodule(parent), leaf)
+        else:
+            setattr(model.get_submodule(parent), leaf, replacement)
+
+
+def to_stock(model: nn.Module) -> None:
+    """Put every stock weight back to its stock values in stock order; the trained values are kept apart."""
+    modules = adapter_modules(model).values()
+    for module in modules:
+        module.remove_update()
+    for module in modules:
+        module.reorder(stock=True)
+
+
+def from_stock(model: nn.Module) -> None:
+    """Apply every update again: the inverse of `to_stock`."""
+    modules = adapter_modules(model).values()
+    for module in modules:
+        module.reorder(stock=False)
+    for module in modules:
+        module.apply_update()
+
+
+@contextmanager
+def stock_order(model: nn.Module) -> Iterator[None]:
+    """Keep the model's tensors in stock order inside the block; not for use between a forward and its backward."""
+    try:
+        to_stock(model)
+        yield
+    finally:
+        from_stock(model)
+
+
+def check_mergeable(model: nn.Module, what: str) -> None:
+    """Raise UserError where an adapter module does what the stock weights cannot hold."""
+    for path, module in adapter_modules(model).items():
+        module.check_mergeable(what, path)
+
+
+def is_mergeable(model: nn.Module) -> bool:
+    """Return whether `merge` keeps the function that the model computes now."""
+    try:
+        check_mergeable(model, "merge")
+    except UserError:
+        return False
+    return True

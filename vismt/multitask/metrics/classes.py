@@ -1,0 +1,167 @@
+"""Metrics of classes: mean intersection over union of pixels, and the accuracy over images.
+
+The intersection over union is that of one confusion matrix of the whole data set:
+
+    IoU_c = TP_c / (TP_c + FP_c + FN_c),   mIoU = mean_c IoU_c,   pixel accuracy = sum_c TP_c / pixels
+
+Pixels with the ignore label are not counted. A class that does not occur, neither as a label nor as a prediction, has IoU 0 / 0,
+which the literature treats differently: as 0, which enters the mean (Vandenhende et al., arXiv 2004.13379, InvPT, TaskPrompter),
+as NaN, which makes the mean NaN (LibMTL, arXiv 2203.14338), or left out of the mean. A class that is predicted but not labelled
+has IoU 0 in all conventions. The accuracy is the share of images whose largest logit is that of their class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from vismt.base.errors import UserError
+from vismt.multitask.metrics.inputs import check_choice, check_same_size, map_of, require_any, require_numbers
+
+ABSENT = ("zero", "skip", "nan")
+
+
+class MeanIoU(Metric):
+    """mIoU over all classes, background included where it is a class.
+
+    Args:
+        num_classes: number of classes k, 2 or more.
+        ignore_index: label of ignored pixels, None for no such label.
+        absent: how a class counts that does not occur: "zero" (Vandenhende, InvPT, TaskPrompter), "nan" (LibMTL) or "skip".
+        options: options of torchmetrics.Metric.
+    """
+
+    full_state_update, higher_is_better, is_differentiable = False, True, False
+    confusion: Tensor
+
+    def __init__(
+        self, num_classes: int, *, ignore_index: int | None = 255, absent: str = "zero", **options: Any
+    ) -> None:
+        super().__init__(**options)
+        if num_classes < 2:
+            raise UserError(f"MeanIoU: num_classes = {num_classes}; it must be at least 2, with background as a class.")
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.absent = check_choice("MeanIoU", "absent", absent, ABSENT)
+        self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        """Add a batch; images with ignored pixels alone do not count.
+
+        Args:
+            pred: float logits (b, k, h, w), or int classes (b, h, w) or (b, 1, h, w).
+            target: int classes (b, h, w) or (b, 1, h, w).
+
+        Raises:
+            UserError: for different sizes, labels or predicted classes outside of [0, k) at pixels that count, NaN, and targets
+                that are not integers.
+        """
+        if target.is_floating_point():
+            raise UserError(
+                f"MeanIoU: the target must hold integer labels, is {target.dtype}; convert it with .long()."
+            )
+        target = map_of("MeanIoU", "target", target).long()
+        classes = self._classes(pred)
+        check_same_size("MeanIoU", classes, target, "label map")
+        target = target.to(classes.device)
+        valid = torch.ones_like(target, dtype=torch.bool) if self.ignore_index is None else target != self.ignore_index
+        classes, target = classes[valid], target[valid]
+        self._in_range("label", target, f"ignore_index is {self.ignore_index}")
+        self._in_range("predicted class", classes, "predict one of the classes everywhere")
+        confusion = multiclass_confusion_matrix(classes, target, self.num_classes, validate_args=False)
+        self.confusion += confusion.to(self.confusion.device)
+
+    def compute(self) -> dict[str, Any]:
+        """Return the scores.
+
+        Returns:
+            "miou" and "pixel_accuracy" in [0, 1]; "iou", a list of k floats, NaN where left out; the number of "pixels".
+
+        Raises:
+            UserError: without a labelled pixel.
+        """
+        pixels = require_any(
+            "MeanIoU", self.confusion.sum(), "labelled pixel", f"give it data, check ignore_index={self.ignore_index}"
+        )
+        confusion = self.confusion.cpu().double()
+        true = confusion.diag()
+        iou = true / (confusion.sum(0) + confusion.sum(1) - true)
+        if self.absent == "zero":
+            iou = iou.nan_to_num(0.0)
+        mean = iou.nanmean() if self.absent == "skip" else iou.mean()
+        return {
+            "miou": float(mean),
+            "iou": iou.tolist(),
+            "pixel_accuracy": float(true.sum() / pixels),
+            "pixels": pixels,
+        }
+
+    def _classes(self, pred: Tensor) -> Tensor:
+        """Return predicted classes (b, h, w) from logits or class maps."""
+        if not pred.is_floating_point():
+            return map_of("MeanIoU", "class map", pred).long()
+        if pred.ndim != 4 or pred.shape[1] != self.num_classes:
+            raise UserError(
+                f"MeanIoU: float predictions are logits (b, {self.num_classes}, h, w), these are {tuple(pred.shape)}; "
+                "class maps must be integers."
+            )
+        return require_numbers("MeanIoU", pred, infinite=True).argmax(1)
+
+    def _in_range(self, what: str, values: Tensor, hint: str) -> None:
+        strange = values[(values < 0) | (values >= self.num_classes)]
+        if strange.numel():
+            raise UserError(f"MeanIoU: {what} {int(strange[0])}; classes are 0 to {self.num_classes - 1}; {hint}.")
+
+
+class Accuracy(Metric):
+    """Top-1 accuracy over images, not a mean over classes.
+
+    Args:
+        num_classes: number of classes k, 2 or more.
+        options: options of torchmetrics.Metric.
+    """
+
+    full_state_update, higher_is_better, is_differentiable = False, True, False
+    correct: Tensor
+    images: Tensor
+
+    def __init__(self, num_classes: int, **options: Any) -> None:
+        super().__init__(**options)
+        if num_classes < 2:
+            raise UserError(f"Accuracy: num_classes = {num_classes}; it must be at least 2.")
+        self.num_classes = num_classes
+        self.add_state("correct", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            pred: float logits (b, k).
+            target: int64 (b,), in [0, k); leave out images without a class.
+
+        Raises:
+            UserError: for other shapes, NaN, and labels out of range.
+        """
+        if pred.ndim != 2 or pred.shape[1] != self.num_classes or target.shape != pred.shape[:1]:
+            raise UserError(
+                f"Accuracy: predictions {tuple(pred.shape)}, targets {tuple(target.shape)}; needed (b, {self.num_classes}), (b,)."
+            )
+        strange = target[(target < 0) | (target >= self.num_classes)]
+        if strange.numel():
+            raise UserError(f"Accuracy: label {int(strange[0])}; classes are 0 to {self.num_classes - 1}.")
+        classes = require_numbers("Accuracy", pred, infinite=True).argmax(1)
+        self.correct += (classes == target.to(pred.device)).sum().to(self.correct.device)
+        self.images += len(target)
+
+    def compute(self) -> dict[str, Any]:
+        """Return "accuracy" in [0, 1] and the number of "images".
+
+        Raises:
+            UserError: without an image.
+        """
+        images = require_any("Accuracy", self.images, "image with a class", "give it data")
+        return {"accuracy": int(self.correct) / images, "images": images}

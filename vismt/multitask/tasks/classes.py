@@ -1,0 +1,208 @@
+"""Tasks whose answer is a class: semantic segmentation, human parts, and classification of the whole image.
+
+Segmentation: L = mean over valid pixels of -log softmax(z)_y, on request balanced over the classes, plus Dice. The plain loss is
+the same in all multi-task work (ASTMT, arXiv 1904.08918; InvPT, arXiv 2203.07997; LibMTL, arXiv 2203.14338), which differs in how
+a class counts that does not occur in the test set: see `absent` and vismt/multitask/metrics/classes.py. LibMTL marks pixels
+without a class by -1, which a reader must turn into 255. The options for classes of unequal frequency are those of
+vismt/multitask/class_loss.py, which that work leaves out although mIoU weighs all classes alike and the plain loss all pixels.
+
+Human parts: segmentation into background and 6 parts of PASCAL-Context people, with weight 2 (ASTMT; InvPT). As in ASTMT's
+loader, the target is 0, background, on everything but annotated parts, also on people whose parts nobody annotated. Images
+without annotated parts have no target.
+
+Classification next to dense tasks: L = mean over labelled images of -sum_c q_c log softmax(z)_c with the label smoothing s,
+q_c = (1 - s) [c = y] + s / K (Szegedy et al., arXiv 1512.00567); s = 0 is the plain cross-entropy. The logits (b, K) are computed
+from the mean of the image's patch tokens (PooledHead); they are neither resized nor drawn. Images without a class (-1) enter
+neither the loss nor the score, which is the share of labelled images that are classified correctly.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vismt.base.errors import UserError
+from vismt.data.formats.pascal_context import PARTS
+from vismt.data.maps.dense_sample import CLASS, NO_CLASS
+from vismt.multitask.class_loss import ClassLoss, check_factor, dice_loss
+from vismt.multitask.tasks.base import (
+    IGNORE,
+    PASCAL_WEIGHTS,
+    TASKS,
+    DenseTask,
+    LabelTask,
+    check_choice,
+    check_count,
+    check_labels,
+)
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+ABSENT = ("zero", "skip", "nan")
+
+
+@TASKS.register("semseg")
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segmentation(LabelTask, ClassLoss):
+    """The task "semseg"; also takes the options of `ClassLoss`.
+
+    Args:
+        classes: number of classes, background included where it is a class.
+        absent: how the score counts a class that does not occur, "zero", "skip" or "nan", see the metric.
+        colors: (r, g, b) in 0..255 of each class; None for distinct hues.
+        dice: factor of the Dice loss, which is added, >= 0.
+        loss_weight: factor of the loss, > 0.
+    """
+
+    name, key = "semseg", "semseg"
+    measure, label, share = "miou", "mIoU", True
+    predicts_classes = True
+    classes: int
+    absent: str = "zero"
+    colors: Sequence[Sequence[int]] | None = None
+    dice: float = 0.0
+    loss_weight: float = PASCAL_WEIGHTS["semseg"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.classes, bool) or not isinstance(self.classes, int) or not 2 <= self.classes <= IGNORE:
+            raise UserError(f"{self.name}: classes {self.classes!r}; it must be a whole number from 2 to {IGNORE}.")
+        check_choice(self.name, "absent", self.absent, ABSENT)
+        self.check_options(self.name, self.classes)
+        check_factor(self.name, "dice", self.dice)
+        if self.colors is not None and not (all(map(_is_color, self.colors)) and len(self.colors) == self.classes):
+            raise UserError(f"{self.name}: colors must be (r, g, b) in 0..255 for each of {self.classes} classes.")
+
+    @property
+    def channels(self) -> int:
+        return self.classes
+
+    def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        loss = self.entropies(prediction, target).mean()
+        return loss + self.dice * dice_loss(prediction, target) if self.dice else loss
+
+    def answer(self, prediction: Tensor) -> Tensor:
+        return prediction.argmax(0)
+
+    def metric(self) -> Metric:
+        from vismt.multitask.metrics import MeanIoU
+
+        return MeanIoU(self.classes, ignore_index=IGNORE, absent=self.absent)
+
+    def palette(self) -> Sequence[Sequence[int]]:
+        """Return (r, g, b) in 0..255 of each class."""
+        return class_colors(self.classes) if self.colors is None else self.colors
+
+    def legend(self, prediction: Tensor, class_names: Sequence[str] = ()) -> list[tuple[str, str]]:
+        counts = torch.bincount(self.answer(prediction).flatten(), minlength=self.classes)
+        order = [label for label in counts.argsort(descending=True, stable=True).tolist() if counts[label] > 0]
+        colors = ["#" + "".join(f"{level:02x}" for level in color) for color in self.palette()]
+        return [(class_names[label] if class_names else f"class {label}", colors[label]) for label in order]
+
+    def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Draw each class in its colour of `palette`."""
+        if not predicted:
+            self.check_labels(map)
+        labels = self.answer(map) if predicted else map
+        visible = self.valid(labels)
+        return (torch.tensor(self.palette()) / 255)[labels.where(visible, 0)].movedim(-1, 0), visible
+
+
+@TASKS.register("parts")
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HumanParts(Segmentation):
+    """The task "parts"; options of `Segmentation`, with 7 classes as the default."""
+
+    name, key = "parts", "parts"
+    classes: int = len(PARTS)
+    loss_weight: float = PASCAL_WEIGHTS["parts"]
+
+    @property
+    def default_class_names(self) -> Sequence[str]:
+        return PARTS if self.classes == len(PARTS) else ()
+
+
+@TASKS.register("classify")
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Classification(DenseTask, ClassLoss):
+    """The task "classify"; also takes the options of `ClassLoss`, for long-tailed classes.
+
+    Args:
+        classes: number of classes K, 2 or more.
+        label_smoothing: s, 0 <= s < 1.
+        loss_weight: factor of the loss, > 0.
+    """
+
+    name, key = "classify", CLASS
+    measure, label, share = "accuracy", "accuracy", True
+    predicts_classes = True
+    classes: int
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.name, "classes", self.classes, 2)
+        self.check_options(self.name, self.classes)
+        smoothing = self.label_smoothing
+        if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
+            raise UserError(f"{self.name}: label_smoothing {smoothing!r}; it must be a number from 0 and below 1.")
+
+    @property
+    def channels(self) -> int:
+        return self.classes
+
+    def valid(self, target: Tensor) -> Tensor:
+        return target != NO_CLASS
+
+    def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return self.entropies(prediction, target, self.label_smoothing).mean()
+
+    def answer(self, prediction: Tensor) -> Tensor:
+        return prediction.argmax(0)
+
+    def caption(self, prediction: Tensor, class_names: Sequence[str] = ()) -> str:
+        """Return the likeliest class and its probability in per cent."""
+        probability, label = prediction.softmax(0).max(0)
+        name = class_names[int(label)] if class_names else f"class {int(label)}"
+        return f"{name} {100 * float(probability):.0f} %"
+
+    def metric(self) -> Metric:
+        from vismt.multitask.metrics import Accuracy
+
+        return Accuracy(self.classes)
+
+    def check(self, prediction: Tensor, target: Tensor) -> None:
+        if prediction.ndim != 2 or prediction.shape[1] != self.classes or not prediction.is_floating_point():
+            raise UserError(
+                f"{self.name}: the prediction is {tuple(prediction.shape)} {prediction.dtype}, needed floating point "
+                f"(b, {self.classes}), one row for each image."
+            )
+        if target.shape != prediction.shape[:1]:
+            needed = f"({len(prediction)},), a class for each image"
+            raise UserError(f"{self.name}: the target is {tuple(target.shape)}, needed {needed}.")
+        check_labels(self.name, target, self.classes, NO_CLASS)
+
+
+def class_colors(classes: int) -> list[tuple[int, int, int]]:
+    """Return (r, g, b) in 0..255 for each class: all different, not grey, with distant hues for neighbouring classes."""
+    tones = ((0.80, 0.95), (0.60, 0.70), (0.45, 1.00), (0.95, 0.60))
+    colors = []
+    for label in range(classes):
+        saturation, value = tones[label % len(tones)]
+        # Multiples of the golden ratio modulo 1 never repeat a hue.
+        red, green, blue = colorsys.hsv_to_rgb(0.6 + label * 0.618034 % 1, saturation, value)
+        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return colors
+
+
+def _is_color(color: object) -> bool:
+    """Return whether `color` is (r, g, b) with levels in 0..255."""
+    if not isinstance(color, Sequence) or len(color) != 3:
+        return False
+    return all(isinstance(level, int) and 0 <= level <= 255 for level in color)

@@ -1,0 +1,338 @@
+"""Tasks with a map of numbers: boundaries, saliency, depth and surface normals.
+
+Boundaries and saliency are binary maps with few positive pixels, with the weighted loss
+
+    L = mean over valid pixels of   w y softplus(-z) + (1 - w) (1 - y) softplus(z)
+
+z is the single logit, or the difference z_1 - z_0 of two logits, for which L is the weighted cross-entropy of their softmax. The
+mean divides by the number of pixels (Vandenhende et al., arXiv 2004.13379; InvPT, arXiv 2203.07997); torch's mean of a weighted
+cross-entropy divides by the sum of the weights and is a different loss. w is a number, or None ("balanced") for
+w = #negative / #valid of the batch (HED, arXiv 1504.06375). A batch without positives then has w = 1 and loss 0; w also depends
+on how the batch is split over processes.
+
+    boundaries  w = 0.95, loss weight 50: ASTMT (arXiv 1904.08918), InvPT, TaskPrompter, MTLoRA. The score is odsF with max_dist
+                0.0075 of the diagonal for PASCAL and 0.011 for NYUD
+    saliency    w balanced. Two conventions for the head, with the same loss when z = z_1 - z_0: channels = 2 (InvPT,
+                TaskPrompter) or 1 (ASTMT, MTLoRA). Two for the score: "max_f", beta^2 = 0.3 (InvPT, TaskPrompter), or "miou" of
+                background and salient (Vandenhende et al.; MTLoRA) at the threshold 1/2
+
+Depth: L = mean over valid pixels of |p - g| in metres (InvPT; LibMTL, arXiv 2203.14338). A pixel is valid where
+0 < g < max_depth. TaskPrompter takes max_depth = 80, the others no bound. The score is `measure`, pooled over the data set:
+"rmse" (InvPT and TaskPrompter), "abs_err" or "abs_rel" (both of LibMTL) or "log_rmse". All are smooth functions of the sums
+over pixels, so the jackknife's interval holds. `convention`, "pooled" (InvPT, TaskPrompter) or "libmtl", decides how the metric
+treats predictions that are not positive: vismt/multitask/metrics/depth.py.
+
+Normals: the head's vector p is scaled to unit length, n = p / |p|, and compared with the true normal g by `convention`:
+
+    "invpt"     mean over valid pixels of sum_channels |n - g|            (InvPT; TaskPrompter), weight 10
+    "astmt"     the same with a mean over channels, a third of it         (ASTMT; MTLoRA), weight 10
+    "libmtl"    mean over valid pixels of 1 - n . g                       (LibMTL), weight 1
+
+A normal is valid where g is not zero; in LibMTL where the components of g do not sum to 0, which also drops genuine normals such
+as (1, -1, 0). The score is the mean angle in degrees over all valid pixels of the data set. The metric also computes the median,
+which LibMTL reports, but it cannot be the score: the jackknife, which gives the intervals, does not hold for a median.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vismt.base.errors import UserError
+from vismt.multitask.tasks.base import (
+    IGNORE,
+    NYUD_WEIGHTS,
+    PASCAL_WEIGHTS,
+    TASKS,
+    LabelTask,
+    MapTask,
+    check_choice,
+    check_count,
+    check_number,
+)
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+PASCAL_MAX_DIST = 0.0075
+SALIENCY_LABELS = {"max_f": "maxF", "miou": "mIoU"}
+DEPTH_CONVENTIONS = {"pooled": "rmse", "libmtl": "abs_err"}  # default measure of each
+DEPTH_LABELS = {
+    "rmse": "RMSE",
+    "abs_err": "mean absolute error",
+    "abs_rel": "mean relative error",
+    "log_rmse": "RMSE of the log",
+}
+LENGTHS = ("rmse", "abs_err")  # measures in the unit of the target
+RAMP = (
+    (0.99, 0.91, 0.15),
+    (0.45, 0.80, 0.36),
+    (0.13, 0.57, 0.55),
+    (0.22, 0.35, 0.55),
+    (0.27, 0.00, 0.33),
+)  # colours from near to far
+NORMALS_CONVENTIONS = ("invpt", "astmt", "libmtl")
+SHORTEST = 1e-4  # shorter vectors are divided by it instead, so that the gradient stays finite at 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BinaryTask(LabelTask):
+    """Base class of binary maps.
+
+    Args:
+        positive_weight: w in (0, 1), or None for the balanced weight.
+        loss_weight: factor of the loss, > 0.
+    """
+
+    classes = 2
+    positive_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positive_weight is not None:
+            check_number(self.name, "positive_weight", self.positive_weight, 0, 1)
+
+    def margin(self, prediction: Tensor) -> Tensor:
+        """Return z of logits (..., channels), without the dimension of channels."""
+        return prediction[..., 0] if self.channels == 1 else prediction[..., 1] - prediction[..., 0]
+
+    def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        positive = target.to(prediction.dtype)
+        w = 1 - positive.mean() if self.positive_weight is None else self.positive_weight
+        weight = w * positive + (1 - w) * (1 - positive)
+        return F.binary_cross_entropy_with_logits(self.margin(prediction), positive, weight)
+
+    def answer(self, prediction: Tensor) -> Tensor:
+        return self.margin(prediction.float().movedim(0, -1)).sigmoid()
+
+    def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Draw the probability as grey."""
+        if predicted:
+            grey = self.answer(map)
+            return grey.nan_to_num(0.0).expand(3, -1, -1), ~grey.isnan()
+        self.check_labels(map)
+        visible = self.valid(map)
+        return map.where(visible, 0).float().expand(3, -1, -1), visible
+
+
+@TASKS.register("edge")
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Edges(BinaryTask):
+    """The task "edge".
+
+    Args:
+        positive_weight: w in (0, 1), or None for the balanced weight.
+        max_dist: largest distance of matched pixels in the metric, a fraction of the image diagonal.
+        thresholds: number of thresholds of the metric; fewer are faster.
+        loss_weight: factor of the loss, > 0.
+    """
+
+    name, key, channels = "edge", "edge", 1
+    measure, label, share = "ods_f", "odsF", True
+    positive_weight: float | None = 0.95
+    max_dist: float = PASCAL_MAX_DIST
+    thresholds: int = 99
+    loss_weight: float = PASCAL_WEIGHTS["edge"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self.name, "max_dist", self.max_dist, 0, 1)
+        check_count(self.name, "thresholds", self.thresholds, 1)
+
+    def metric(self) -> Metric:
+        from vismt.multitask.metrics import BoundaryF
+
+        return BoundaryF(max_dist=self.max_dist, thresholds=self.thresholds, ignore_index=IGNORE)
+
+
+@TASKS.register("saliency")
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Saliency(BinaryTask):
+    """The task "saliency".
+
+    Args:
+        positive_weight: w in (0, 1), or None for the balanced weight.
+        channels: of the head, 2 or 1.
+        measure: score of the task, "max_f" or "miou".
+        loss_weight: factor of the loss, > 0.
+    """
+
+    name, key, share = "saliency", "saliency", True
+    channels: int = 2
+    measure: str = "max_f"
+    loss_weight: float = PASCAL_WEIGHTS["saliency"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.channels not in (1, 2):
+            raise UserError(f"{self.name}: channels {self.channels!r}; 2 (background, salient) or 1.")
+        check_choice(self.name, "measure", self.measure, SALIENCY_LABELS)
+
+    @property
+    def label(self) -> str:
+        return SALIENCY_LABELS[self.measure]
+
+    def metric(self) -> Metric:
+        from vismt.multitask.metrics import MaxF, MeanIoU
+
+        return MaxF(ignore_index=IGNORE) if self.measure == "max_f" else MeanIoU(2, ignore_index=IGNORE)
+
+    def count(self, metric: Metric, prediction: Tensor, target: Tensor) -> None:
+        if self.measure == "miou":
+            prediction = (self.margin(prediction.movedim(1, -1)) > 0).long()
+        metric.update(prediction, target)
+
+
+@TASKS.register("depth")
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Depth(MapTask):
+    """The task "depth".
+
+    Args:
+        max_depth: bound of valid depths in metres, excluded; None for no bound.
+        convention: "pooled" or "libmtl".
+        measure: score of the task; None for the convention's default.
+        loss_weight: factor of the loss, > 0.
+    """
+
+    name, key, channels = "depth", "depth", 1
+    lower_is_better = True
+    inverse: ClassVar[bool] = False
+    max_depth: float | None = None
+    convention: str = "pooled"
+    measure: str | None = None  # type: ignore[assignment]  # a name after __post_init__
+    loss_weight: float = NYUD_WEIGHTS["depth"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_depth is not None:
+            check_number(self.name, "max_depth", self.max_depth, 0, math.inf)
+        check_choice(self.name, "convention", self.convention, DEPTH_CONVENTIONS)
+        if self.measure is None:
+            object.__setattr__(self, "measure", DEPTH_CONVENTIONS[self.convention])
+        check_choice(self.name, "measure", self.measure, DEPTH_LABELS)
+
+    @property
+    def label(self) -> str:
+        return DEPTH_LABELS[self.measure]
+
+    @property
+    def unit(self) -> str:
+        return "m" if self.measure in LENGTHS and not self.inverse else ""
+
+    @property
+    def _bound(self) -> float:
+        return math.inf if self.max_depth is None else self.max_depth
+
+    def valid(self, target: Tensor) -> Tensor:
+        return (target > 0) & (target < self._bound)
+
+    def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction[:, 0] - target).abs().mean()
+
+    def answer(self, prediction: Tensor) -> Tensor:
+        return prediction[0]
+
+    def metric(self) -> Metric:
+        from vismt.multitask.metrics import DepthErrors
+
+        return DepthErrors(valid_range=(0, self._bound), convention=self.convention)
+
+    def ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (near, far), the 1st and 99th percentile of depths of any shape, so that outliers do not take the colours."""
+        order = values.flatten().sort().values  # torch.quantile is limited to 2^24 values
+        low, high = order[round(0.01 * (len(order) - 1))], order[round(0.99 * (len(order) - 1))]
+        return (high, low) if self.inverse else (low, high)
+
+    def rescaled(self, prediction: Tensor, s: float) -> Tensor:
+        """Convert the depth of an image enlarged s times to the unit of the original: enlarging by s divides depth by s."""
+        return prediction / s if self.inverse else prediction * s
+
+    def caption(self, prediction: Tensor, class_names: Sequence[str] = ()) -> str:
+        """Return the range of depths."""
+        nearest, farthest = self.ends(self.answer(prediction).float())
+        return f"near {float(nearest):.2f} to far {float(farthest):.2f}"
+
+    def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Draw near pixels bright, in the range of `ends` over the valid pixels."""
+        depth = (self.answer(map) if predicted else map).float()
+        visible = depth.isfinite() if predicted else self.valid(depth)
+        reference = depth if like is None else like.reshape(like.shape[-2:]).float()
+        values = reference[self.valid(reference)]
+        if not values.numel():
+            values = depth[visible] if visible.any() else depth.new_zeros(1)
+        nearest, farthest = self.ends(values)
+        distance = (nearest - depth) if self.inverse else (depth - nearest)
+        place = (distance / (farthest - nearest).abs().clamp_min(1e-6)).nan_to_num(0.0).clamp(0, 1) * (len(RAMP) - 1)
+        ramp, below = torch.tensor(RAMP), place.long().clamp_max(len(RAMP) - 2)
+        return torch.lerp(ramp[below], ramp[below + 1], (place - below)[..., None]).movedim(-1, 0), visible
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InverseDepth(Depth):
+    """The task "depth" on data sets that store multiples of 1/depth, which are large for near pixels; options of `Depth`."""
+
+    inverse = True
+
+    @classmethod
+    def of(cls, task: Depth) -> InverseDepth:
+        """Return the inverse-depth task with the options of `task`."""
+        return cls(**{field.name: getattr(task, field.name) for field in fields(task)})
+
+
+@TASKS.register("normals")
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Normals(MapTask):
+    """The task "normals".
+
+    Args:
+        convention: "invpt", "astmt" or "libmtl", of the loss and of valid pixels.
+        loss_weight: factor of the loss, > 0; None for the convention's default.
+    """
+
+    name, key, channels = "normals", "normals", 3
+    measure, label, unit = "mean", "mean angle", "degrees"
+    lower_is_better, vector = True, True
+    convention: str = "invpt"
+    loss_weight: float | None = None  # type: ignore[assignment]  # a number after __post_init__
+
+    def __post_init__(self) -> None:
+        check_choice(self.name, "convention", self.convention, NORMALS_CONVENTIONS)
+        if self.loss_weight is None:
+            object.__setattr__(self, "loss_weight", 1.0 if self.convention == "libmtl" else PASCAL_WEIGHTS["normals"])
+        super().__post_init__()
+
+    def valid(self, target: Tensor) -> Tensor:
+        finite = target.isfinite().all(1)
+        return finite & ((target.sum(1) != 0) if self.convention == "libmtl" else (target != 0).any(1))
+
+    def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        normal = F.normalize(prediction, dim=1, eps=SHORTEST)
+        if self.convention == "libmtl":
+            return (1 - (normal * target).sum(1)).mean()
+        error = (normal - target).abs()
+        return error.sum(1).mean() if self.convention == "invpt" else error.mean()
+
+    def view(self, prediction: Tensor, mirrored: bool) -> Tensor:
+        """Return unit vectors; those of a mirrored image with the sign of x reversed."""
+        normal = F.normalize(super().view(prediction, mirrored), dim=1, eps=SHORTEST)
+        return normal * normal.new_tensor([-1.0, 1.0, 1.0])[:, None, None] if mirrored else normal
+
+    def answer(self, prediction: Tensor) -> Tensor:
+        return F.normalize(prediction.float(), dim=0, eps=SHORTEST)
+
+    def metric(self) -> Metric:
+        from vismt.multitask.metrics import NormalErrors
+
+        return NormalErrors(convention="libmtl" if self.convention == "libmtl" else "pooled")
+
+    def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Draw x, y, z from -1 to 1 as red, green, blue."""
+        normal = F.normalize(map.float().nan_to_num(0.0, 0.0, 0.0), dim=0, eps=1e-12)
+        return (normal + 1) / 2, (normal != 0).any(0)
