@@ -168,23 +168,16 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def train(self) -> dict[str, Any]:
         about = super().train()
         if self.config.pool is not None:
-            ranks.on_first(self._assemble_pools)
+            ranks.on_first(lambda: [self._assemble_pool(seed) for seed in self.study.seeds])
         return about
 
-    def _assemble_pools(self) -> None:
-        for seed in self.study.seeds:
-            assemble(self._experts(seed), self._pool_folder(seed))
-
-    def _pool_folder(self, seed: int) -> Path:
-        return self.folder / "pool" / f"seed-{seed}"
-
-    def _experts(self, seed: int) -> list[Expert]:
-        """Return the trained experts of a seed in the order of the configuration."""
+    def _assemble_pool(self, seed: int) -> None:
+        """Copy the trained experts of a seed, in the order of the configuration, into the folder of its pool."""
         experts = []
         for label in pool_members(self.config, self.study.arms):
             folder = next(training.folder for training in self.study.trainings(label) if training.seed == seed)
             experts.append(Expert(label, folder / ADAPTER, read_scale(folder)))
-        return experts
+        assemble(experts, self.folder / "pool" / f"seed-{seed}")
 
     # ---- evaluation -----------------------------------------------------------------------------------------------------
 

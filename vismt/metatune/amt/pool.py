@@ -81,7 +81,7 @@ class ExpertPool(nn.Module):
             weight = self.backbone.vit.get_submodule(path).weight.detach()
             dtype = torch.promote_types(weight.dtype, torch.float32)
             update = update.to(dtype=dtype)
-            total = torch.addmm(weight.flatten(1).to(dtype), update.L, update.R, alpha=update.scale)
+            total = torch.addmm(weight.flatten(1).to(dtype), update.B, update.A, alpha=update.scale)
             merged[f"vit.{path}.weight"] = total.view(weight.shape).to(weight.dtype)
         self._latest = zeta.clone(), merged
         return dict(merged)
@@ -131,7 +131,7 @@ class ExpertPool(nn.Module):
             replace(
                 update,
                 low_rank={
-                    path: replace(factors, B=change(factors.L), A=change(factors.R))
+                    path: replace(factors, B=change(factors.B), A=change(factors.A))
                     for path, factors in update.low_rank.items()
                 },
             )
@@ -245,9 +245,9 @@ def _same_columns(updates: Sequence[LowRank]) -> Tensor | None:
     for update in others:
         if (update.shape, update.rank, update.scale) != (first.shape, first.rank, first.scale):
             return None
-        same &= (update.L == first.L).all(0) & (update.R == first.R).all(1)
+        same &= (update.B == first.B).all(0) & (update.A == first.A).all(1)
     return same
 
 
 def _columns(update: LowRank, kept: Tensor) -> LowRank:
-    return LowRank(update.L[:, kept], update.R[kept], scale=update.scale)
+    return LowRank(update.B[:, kept], update.A[kept], scale=update.scale)
