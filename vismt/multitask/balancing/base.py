@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near, require_known
+from vismt.base.errors import UserError, require_known
 from vismt.base.registry import Registry
 
 # Methods of earlier versions, and what to take for them.
@@ -201,8 +201,7 @@ class Balancer(nn.Module):
 
     def _number(self, task: str, where: str) -> int:
         """Return the number of a task; raise UserError for an unknown one."""
-        if task not in self.tasks:
-            raise UserError(f"balancing.{where}: no task '{task}'.{near(str(task), self.tasks)}")
+        require_known(f"balancing.{where}: no task", [task], self.tasks)
         return self.tasks.index(task)
 
     def _checked(self, losses: Mapping[str, Tensor]) -> dict[int, Tensor]:
@@ -242,12 +241,6 @@ def weighted_sum(batch: TaskLosses, alpha: Tensor) -> Tensor:
 def processes() -> int:
     """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
-    """Raise UserError, with the near names, unless `value` is one of `choices`."""
-    if value not in choices:
-        raise UserError(f"balancing.{option}: '{value}'.{near(str(value), choices)}")
 
 
 def check_range(option: str, value: float, valid: bool, requirement: str) -> None:

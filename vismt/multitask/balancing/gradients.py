@@ -24,11 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.linalg import eigh
 
+from vismt.base.errors import require_known
 from vismt.multitask.balancing.base import (
     BALANCERS,
     Balancer,
     TaskLosses,
-    check_choice,
     check_range,
     processes,
     weighted_sum,
@@ -66,7 +66,7 @@ class GradientBalancer(Balancer, ABC):
     ) -> None:
         super().__init__(tasks, **common)
         self.heads, self.loss_scale = self.default_heads if heads is None else heads, loss_scale
-        check_choice("heads", self.heads, HEAD_GRADIENTS)
+        require_known("balancing.heads:", [self.heads], HEAD_GRADIENTS)
         check_range("loss_scale", loss_scale, 0 < loss_scale < math.inf, "positive")
 
     @abstractmethod
@@ -203,7 +203,7 @@ class Mgda(GradientBalancer):
 
     def __init__(self, tasks: Sequence[str], *, normalise: str = "none", **common: Any) -> None:
         super().__init__(tasks, **common)
-        check_choice("normalise", normalise, ("none", "l2", "loss", "loss+"))
+        require_known("balancing.normalise:", [normalise], ("none", "l2", "loss", "loss+"))
         self.normalise = normalise
 
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class CaGrad(GradientBalancer):
     def __init__(self, tasks: Sequence[str], *, c: float = 0.5, rescale: str = "none", **common: Any) -> None:
         super().__init__(tasks, **common)
         check_range("c", c, c >= 0, "0 or more")
-        check_choice("rescale", rescale, ("none", "radius", "square"))
+        require_known("balancing.rescale:", [rescale], ("none", "radius", "square"))
         self.c, self.over = c, {"none": 1.0, "radius": 1 + c, "square": 1 + c**2}[rescale]
 
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
