@@ -139,13 +139,12 @@ class Recommender:
             runtime.accelerator(),
             seed=self.config.seed,
         )
-        ranks.on_first(lambda: _finish(net, folder, file))
 
+        def finish() -> None:
+            atomic_write(folder / file, safetensors.torch.save(training_files.state(net)))
+            training_files.finish(net, folder, False, {})
 
-def _finish(net: nn.Module, folder: Path, file: str) -> None:
-    """Write the files of a finished training."""
-    atomic_write(folder / file, safetensors.torch.save(training_files.state(net)))
-    training_files.finish(net, folder, False, {})
+        ranks.on_first(finish)
 
 
 class _Histories:
