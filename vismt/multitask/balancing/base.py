@@ -47,12 +47,15 @@ REMOVED = {
 
 
 class Balancers(Registry["type[Balancer]"]):
-    """The balancing methods by name; a removed one is a UserError that says what to take."""
+    """The balancing methods by name; looking up a removed one is a UserError that says what to take."""
 
     def __getitem__(self, name: str) -> type[Balancer]:
         if name in REMOVED:
             raise UserError(f"balancing: '{name}' is no longer part of vismt; {REMOVED[name]}.")
         return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in REMOVED or super().__contains__(name)  # so that a configuration with one gets that error
 
 
 BALANCERS = Balancers(
