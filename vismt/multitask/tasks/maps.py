@@ -215,7 +215,7 @@ class Depth(MapTask):
         require_known(f"{self.name}: convention", [self.convention], DEPTH_CONVENTIONS)
         if self.measure is None:
             object.__setattr__(self, "measure", DEPTH_CONVENTIONS[self.convention])
-        require_known(f"{self.name}: measure", [self.measure], DEPTH_LABELS)
+        require_known(f"{self.name}: measure", [str(self.measure)], DEPTH_LABELS)
 
     @property
     def label(self) -> str:
