@@ -35,7 +35,8 @@ from vismt.llm.ilora.recommenders import GRU4Rec, NextItem, SASRec, cosine_score
 from vismt.llm.tasks.answers import choice_records
 from vismt.llm.tasks.base import Item, Record
 from vismt.llm.tasks.recommendation import listed_of
-from vismt.storage.files import atomic_write, is_locked, locked
+from vismt.storage.files import atomic_write
+from vismt.storage.locks import is_locked, locked
 
 # Folder and file of each trained recommender.
 FILES = {RECOMMENDER: ("recommender", "sasrec.safetensors"), GRU: ("gru4rec", "gru4rec.safetensors")}

@@ -29,7 +29,8 @@ from vismt.lowrank.files.description import DESCRIPTION, read_description
 from vismt.lowrank.files.store import load_adapter
 from vismt.lowrank.files.updates import Updates, check_combinable, read_updates
 from vismt.lowrank.model.named import unadapt
-from vismt.storage.files import atomic_write, locked, read_sealed, sealed
+from vismt.storage.files import atomic_write, read_sealed, sealed
+from vismt.storage.locks import locked
 
 INDEX, FORMAT = "pool.json", 1
 
