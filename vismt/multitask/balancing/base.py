@@ -14,7 +14,7 @@ Parameters outside the given ones (heads) must be in the graph of every process 
 
 Partial labels: a task without labels in the batch is left out of `losses`; it has no weight, its state does not change, and
 every formula runs over the present tasks unless the method states otherwise. With gradient accumulation each batch is balanced
-on its own. State lives in buffers and parameters: parameters (uncertainty) train with the model.
+on its own. Buffers and parameters hold the state; parameters (those of uncertainty) train with the model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ REMOVED = {
     "imtl_g": "take torchjd:IMTLG",
     "imtl_l": "take uncertainty, which is half of it, with -s for s",
     "rlw": "take torchjd:Random",
-    "stch": "take torchjd:STCH on losses without a warm-up",
+    "stch": "take torchjd:STCH, which has no warm-up",
     "upgrad": "take torchjd:UPGrad",
 }
 
