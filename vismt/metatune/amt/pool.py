@@ -109,8 +109,8 @@ class ExpertPool(nn.Module):
 
     def _combined(self, zeta: Tensor) -> Updates:
         shares = torch.cat([zeta, zeta.sum()[None]]).tolist()  # the shared update, if any, counts once
-        terms = [(update, share) for update, share in zip(self.updates, shares) if share]
-        return combine(*zip(*terms))
+        used = [index for index, share in enumerate(shares) if share]
+        return combine([self.updates[index] for index in used], [shares[index] for index in used])
 
     def uniform(self) -> Tensor:
         """Return 1/P for every expert."""
