@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vismt.base.errors import UserError, near
-from vismt.config.typed import read_yaml
+from vismt.config.yaml_text import read_yaml
 from vismt.data.decode import read_bytes
 from vismt.data.set_entries import CARDS
 from vismt.data.source_types import PACKAGES, Card, DataSource, Files, S, check_names
