@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vismt.base.errors import UserError
-from vismt.base.objects import holding, name_of, named, title_of
+from vismt.base.objects import name_of, named, registered, title_of
 from vismt.jobs.study_results import StudyResults
 
 EPSILON = "4.5/255"
@@ -48,7 +48,7 @@ def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyR
     built = typed_config(plain, "config")
     temporary = tempfile.TemporaryDirectory(prefix="vismt-") if folder is None else None
     path = Path(temporary.name if temporary else folder or "")
-    with holding(objects), start_config(built, path).owned() as run:
+    with registered(objects), start_config(built, path).owned() as run:
         if run.job.trains:
             run.train()
         run.evaluate()
@@ -297,6 +297,6 @@ def _plain(entry: Any) -> Any:
 
 def _with_objects(config: dict[str, Any], objects: Mapping[str, Any], folder: str | Path | None) -> StudyResults:
     """Run a study whose objects have their names already."""
-    with holding(objects):
+    with registered(objects):
         results = train(config, folder)
     return StudyResults(results.folder, results.rows, objects, results._temporary)

@@ -512,7 +512,7 @@ def test_units_of_s2ft_are_chosen_by_the_texts_of_a_calibration(home, tmp_path: 
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"adapt": CORDA}, "calibration: 'corda' needs covariances; name texts here"),
-    ({"adapt": {"method": "s2ft", "options": {"strategy": "gradient"}}}, "chooses by texts with strategy 'gradient'"),
+    ({"adapt": {"method": "s2ft", "options": {"strategy": "gradient"}}}, "chooses by data with strategy 'gradient'"),
     ({"arms": {"a": {}, "b": {"adapt": {"method": "s2ft", "options": {"strategy": "product"}}}}}, "arms.b: calibration: 's2ft'"),
     ({"adapt": CORDA, "calibration": {"data": ["x"], "memory_mb": 0}}, "memory_mb must be at least 1"),
 ])  # fmt: skip

@@ -13,7 +13,7 @@ from helpers.ranks import of_two
 from vismt.base import ranks
 from vismt.base.errors import UserError
 from vismt.engine.study import ALONE, read_choice
-from vismt.storage.files import locked
+from vismt.storage.locks import locked
 
 
 @pytest.mark.slow
@@ -43,4 +43,4 @@ def test_alone_an_error_is_raised_as_it_is() -> None:
         list(ranks.share(range(2), refuse))
     assert not raised.value.elsewhere
     with pytest.raises(UserError, match=r"^item 7$"):
-        ranks.from_first(lambda: refuse(7))
+        ranks.on_first(lambda: refuse(7))

@@ -103,7 +103,7 @@ if __name__ == "__main__":
     with ranks.shared():
         found = {
             "share": printed(lambda: list(ranks.share(range(8), refuse))),
-            "first": printed(lambda: ranks.from_first(lambda: refuse(3))),
+            "first": printed(lambda: ranks.on_first(lambda: refuse(3))),
             "after": list(ranks.share(range(3), refuse)),
         }
         study.choose(job, ALONE)

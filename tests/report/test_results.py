@@ -1,6 +1,5 @@
 """results.jsonl and records/: what is written is read again, and a row that is not a complete number is named."""
 
-import json
 import math
 
 import pytest
@@ -8,6 +7,7 @@ from helpers.results import HASH, PGD, add, measure, result, rows_of, write_line
 from helpers.run_folder import make_folder
 
 from vismt.base.errors import UserError
+from vismt.engine.log import record_stem
 from vismt.report.results import (
     Score,
     ValuesByExample,
@@ -186,22 +186,15 @@ def test_a_missing_kind_is_a_clean_one(folder):
     assert Condition(last.condition, last.kind, last.family, last.level) == CLEAN
 
 
-def test_files_without_checksums_are_refused_until_they_are_written_again(folder):
-    path = folder / "results.jsonl"
-    old = {
-        "data": "digits", "protocol": "5-way 1-shot", "condition": "clean", "metric": "accuracy", "model": "frozen",
-        "value": 0.5, "ci95": 0.1, "n": 4, "unit": "episodes", "seed": 1, "config_hash": HASH,
-    }  # fmt: skip
-    path.write_text(json.dumps(old) + "\n")
-    with pytest.raises(
-        UserError, match=rf"written by an earlier version, without checksums; `vismt evaluate {folder}` writes it again"
-    ) as caught:
-        read_results(path, HASH)
-    assert "\n" not in str(caught.value)
-    write_results(folder, [result()])
-    assert read_results(path, HASH) == [result()]
-
-
 def test_a_number_of_a_lone_example_has_no_interval():
     with pytest.raises(UserError, match="interval over 1 values"):
         result_of(score([0.5]), "lora", None, "test", HASH)
+
+
+def test_two_models_of_a_run_have_two_files_of_records() -> None:
+    stems = [record_stem("cub:test", "5-way 1-shot", model) for model in ("merged:ridge", "merged+ridge", "a+ridge")]
+    assert stems == [
+        "cub-test-5-way-1-shot-merged-ridge",
+        "cub-test-5-way-1-shot-merged_ridge",
+        "cub-test-5-way-1-shot-a-ridge",
+    ]

@@ -1,6 +1,6 @@
 """Data sets and models given as Python objects: a configuration holds a name for each, such as "<CIFAR10 1a2b3c4d>".
 
-`named` replaces the objects in a configuration by names, and inside `holding` the functions that open a name find its object.
+`named` replaces the objects in a configuration by names, and inside `registered` the functions that open a name find its object.
 The digits are of the object's identity (vismt/base/identity.py): of a model all weights, settings and code, of a data set all
 examples. A run folder is therefore not continued with another object. A run whose configuration has such names is reported
 anywhere, and trained and evaluated where the objects are given.
@@ -30,7 +30,7 @@ PLAIN = (str, int, float, bool, type(None))
 # Attributes of a data set that are read beside its examples.
 READ = ("classes", "column_names", "features", "targets", "labels", "_labels", "indices", "ids", "nodes", "superclass")
 
-_held: ContextVar[Mapping[str, Any] | None] = ContextVar("held", default=None)
+_registered: ContextVar[Mapping[str, Any] | None] = ContextVar("registered", default=None)
 
 
 def named(value: Any, objects: dict[str, Any]) -> Any:
@@ -60,23 +60,23 @@ def name_of(given: Any, objects: dict[str, Any], title: str | None = None) -> st
 
 
 @contextmanager
-def holding(objects: Mapping[str, Any]) -> Iterator[None]:
-    """Let `held` find these objects."""
-    token = _held.set({**(_held.get() or {}), **objects})
+def registered(objects: Mapping[str, Any]) -> Iterator[None]:
+    """Let `object_named` find these objects."""
+    token = _registered.set({**(_registered.get() or {}), **objects})
     try:
         yield
     finally:
-        _held.reset(token)
+        _registered.reset(token)
 
 
-def held(name: str) -> Any:
+def object_named(name: str) -> Any:
     """Return the object of a name, None for a name that is not one of an object.
 
     Raises UserError for the name of an object that was not given.
     """
     if not is_object(name):
         return None
-    objects = _held.get() or {}
+    objects = _registered.get() or {}
     if name not in objects:
         raise UserError(
             f"'{name}' is a Python object, which is not given here; call the function that made the run again with the same "

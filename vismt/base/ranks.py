@@ -58,7 +58,7 @@ def gather(item: T) -> list[T]:
     return items
 
 
-def own(items: Sequence[T]) -> Sequence[T]:
+def my_share(items: Sequence[T]) -> Sequence[T]:
     """Return every n-th item, those that this process runs."""
     return items[rank() :: count()]
 
@@ -81,7 +81,7 @@ def share(items: Iterable[T], run: Callable[[T], R]) -> Iterator[R]:
         yield from _results(outcome)[:place]
 
 
-def from_first(function: Callable[[], T]) -> T:
+def on_first(function: Callable[[], T]) -> T:
     """Return what a function returns in the first process, which alone calls it; nothing inside it is shared."""
     outcome: Outcome[T] = None, None
     if rank() == 0:

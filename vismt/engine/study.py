@@ -195,17 +195,17 @@ class Study(Generic[Config]):
                 raise
             console.stage("tune", f"{training.arm}   lr {training.lr:g}   {error}")
             content = sealed({"error": str(error)})
-            ranks.from_first(lambda: atomic_write(training.folder / DIVERGED, content))
+            ranks.on_first(lambda: atomic_write(training.folder / DIVERGED, content))
 
     def choose(self, job: Trainer, arm: str) -> None:
         """Choose the rate of an arm by the validation scores of the tried ones, unless it is chosen."""
-        if ranks.from_first(lambda: self.is_chosen(arm)):
+        if ranks.on_first(lambda: self.is_chosen(arm)):
             return
         rates = self.rates(arm)
         validation: dict[float, float | None] = {}
         for training in self.tried(arm) if len(rates) > 1 else ():
             validation[training.lr] = None if has_diverged(training) else job.validate(training)
-        ranks.from_first(lambda: write_choice(self.folder / ARMS / arm / CHOSEN, arm, rates, validation))
+        ranks.on_first(lambda: write_choice(self.folder / ARMS / arm / CHOSEN, arm, rates, validation))
 
 
 def has_diverged(training: Training) -> bool:

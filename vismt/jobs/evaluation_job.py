@@ -196,7 +196,7 @@ class EvaluationJob(ABC, Generic[Config]):
                 f"evaluate: '{arm}'{more} left out: {reason} The other arms are in {RESULTS}: vismt report '{self.folder}'."
             ) from reason
         if attacks is None:
-            ranks.from_first(self.write_panels)
+            ranks.on_first(self.write_panels)
 
     def evaluate_one(self, training: Training, attacks: Sequence[AttackConfig] | None = None) -> list[Score]:
         """Return the scores of a training or reference, from its records where they are complete."""

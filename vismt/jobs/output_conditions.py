@@ -58,9 +58,9 @@ def fitted_once(
         found = read_sealed(path, f"'{path}'", ("fingerprint", *names)) if path.exists() else {}
         return kind(**{name: found[name] for name in names}) if found.get("fingerprint") == fingerprint else None
 
-    values = ranks.from_first(known)
+    values = ranks.on_first(known)
     if values is None:
-        values = fit() if shared else ranks.from_first(fit)
+        values = fit() if shared else ranks.on_first(fit)
         content = {"fingerprint": fingerprint, **asdict(values)}  # type: ignore[call-overload]  # a dataclass
-        ranks.from_first(lambda: atomic_write(path, sealed(content)))
+        ranks.on_first(lambda: atomic_write(path, sealed(content)))
     return values

@@ -23,7 +23,8 @@ from vismt.engine import runtime
 from vismt.jobs import make_job
 from vismt.lowrank.files.peft_folder import export_peft
 from vismt.report.results import FACTS
-from vismt.storage.files import atomic_write, locked, read_json, read_sealed, remove_partial, sealed, write_tensors
+from vismt.storage.files import atomic_write, read_json, read_sealed, remove_partial, sealed, write_tensors
+from vismt.storage.locks import locked
 
 EXPORTED = "vismt.json"  # in the folder of an export: run, configuration, arm and seed
 FORMATS = ("timm", "transformers", "peft")
@@ -50,7 +51,7 @@ class Run:
         """
         runtime.processes().wait_for_everyone()  # what the others write at the start is not finished, nor to be removed
         with ExitStack() as held, ranks.shared():
-            ranks.from_first(lambda: self._claim(held))
+            ranks.on_first(lambda: self._claim(held))
             yield self
 
     def _claim(self, held: ExitStack) -> None:
@@ -90,7 +91,7 @@ class Run:
     def on_main(self, stage: Callable[[], None]) -> None:
         """Run a stage on the first process only; the others wait for it."""
         with ranks.shared():
-            ranks.from_first(stage)
+            ranks.on_first(stage)
 
     def evaluate(self, attacks: Sequence[Any] | None = None) -> None:
         """Evaluate and write results.jsonl; rows of other conditions (an earlier attack) stay.
@@ -179,7 +180,7 @@ class Run:
             "architecture": self.config.model.name,
             "img_size": getattr(self.config.model, "img_size", None),
             "merged_from": self.folder.name,
-            "num_classes": model.num_classes,
+            "num_classes": getattr(model, "num_classes", None),
             **self.job.about(),
         }
         pretrained = getattr(model, "pretrained_cfg", None)

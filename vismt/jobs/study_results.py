@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.base.objects import holding
-from vismt.storage.files import HOLDER, LOCK
+from vismt.base.objects import registered
+from vismt.storage.locks import HOLDER, LOCK
 
 if TYPE_CHECKING:
     import pandas
@@ -104,5 +104,5 @@ class StudyResults:
         """
         from vismt.jobs import open_run
 
-        with holding(self.objects):
+        with registered(self.objects):
             return open_run(self.folder).job.merged(arm)

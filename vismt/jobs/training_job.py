@@ -79,7 +79,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
     def outputs(self, merged: Net, plain: Net, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         """Yield, batch by batch, (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer).
 
-        Of processes that share the evaluation each one yields its own batches (`ranks.own`).
+        Of processes that share the evaluation each one yields its own batches (`ranks.my_share`).
         """
         return ()
 
@@ -145,7 +145,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             sections=config,
         )
         about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
-        ranks.from_first(lambda: self._finish(net, config, training, about))
+        ranks.on_first(lambda: self._finish(net, config, training, about))
         if settings.trackers:
             accelerator.end_training()
 
@@ -230,7 +230,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
     def check_merge(self, training: Training) -> None:
         """Compare the merged net with the unmerged one, example by example, and write merge.json, unless it exists."""
         merged = self.loaded(training)
-        if not ranks.from_first(lambda: training_files.needs_merge_check(self.stock(merged), training)):
+        if not ranks.on_first(lambda: training_files.needs_merge_check(self.stock(merged), training)):
             return
         device = runtime.processes().device
         merge(self.stock(merged))
@@ -257,7 +257,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             "largest_logit": worst["largest"],
             "outputs": names,
         }
-        ranks.from_first(lambda: atomic_write(training.folder / training_files.MERGE, sealed(about)))
+        ranks.on_first(lambda: atomic_write(training.folder / training_files.MERGE, sealed(about)))
 
     def final(self, training: Training) -> Net:
         """Return a trained net for evaluation: merged where that is exact, on the device of this process."""

@@ -25,6 +25,7 @@ from vismt.base.errors import UserError
 from vismt.base.identity import Identity
 from vismt.llm.tasks.documents import by_document
 from vismt.llm.tasks.pieces import IGNORE, Piece, collate
+from vismt.lowrank.contexts import evaluating
 from vismt.storage.stored_tensors import has_hooks, machine, path_of, read_stored, write_stored
 
 Batch = Mapping[str, Tensor]
@@ -212,7 +213,7 @@ class LmNet(nn.Module):
         groups: dict[tuple[int, bool], list[int]] = {}
         for number, piece in enumerate(pieces):
             groups.setdefault((len(piece.ids), piece.documents is None), []).append(number)
-        device, training = next(self.lm.parameters()).device, self.lm.training
+        device = next(self.lm.parameters()).device
         captured: list[Tensor] = []  # the inputs of the blocks from `first` on, which pass them through
 
         def capture(hidden_states: Tensor, *args: object, **options: object) -> Tensor:
@@ -224,14 +225,12 @@ class LmNet(nn.Module):
             self.states(batch)
             return captured[0]
 
-        self.lm.eval()
-        with _forward_replaced(blocks(self.lm)[self.first :], capture):
+        with evaluating(self.lm), _forward_replaced(blocks(self.lm)[self.first :], capture):
             for numbers in groups.values():
                 for start in range(0, len(numbers), at_once):
                     chosen = numbers[start : start + at_once]
                     batch = {name: value.to(device) for name, value in collate([pieces[i] for i in chosen]).items()}
                     states.update(zip(chosen, by_document(self.lm, batch, lower).cpu().unbind(0)))
-        self.lm.train(training)
         return [states[number] for number in range(len(pieces))]
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from vismt.base import console, ranks
 from vismt.base.errors import UserError
 from vismt.base.seeds import mix_seed
-from vismt.metatune.functional import answers, evaluating, report_lost
+from vismt.lowrank.contexts import evaluating
+from vismt.metatune.functional import answers, report_lost
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of, worst_cases
 from vismt.storage.records import SHARE, Field, Records

@@ -13,7 +13,7 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.storage.files import PARTIAL
 
-_told: set[Path] = set()
+_warned_folders: set[Path] = set()
 _HEX = "[0-9a-f]" * 20
 # Folder -> what it holds, and the names of vismt's own files. VISMT_CACHE may name a folder with files of the user's: only names
 # that end in a digest, or that a library makes, are surely not theirs.
@@ -111,6 +111,6 @@ def note_use(path: Path) -> None:
 
 def note_no_room(folder: Path, what: str, error: Exception) -> None:
     """Print, once a process and folder, that a cache is not written, and how the run goes on."""
-    if folder not in _told:
-        _told.add(folder)
+    if folder not in _warned_folders:
+        _warned_folders.add(folder)
         console.stage("cache", f"{what}: {error}")

@@ -72,7 +72,7 @@ class Records:
         self._lines: LineFile | None = None
         if path is not None:
             plain = json.loads(json.dumps(settings))  # tuples as lists, as in the file
-            self._rows = ranks.from_first(lambda: self._opened(path, plain))
+            self._rows = ranks.on_first(lambda: self._opened(path, plain))
 
     def __contains__(self, name: object) -> bool:
         return name in self._rows

@@ -9,7 +9,7 @@ import torch
 from helpers.own_images import Pictures
 
 from vismt.base.errors import UserError
-from vismt.base.objects import holding, name_of, named
+from vismt.base.objects import name_of, named, registered
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split
@@ -38,7 +38,7 @@ class Table:
 def opened(given: Any, split: str = "all", door=open_images):
     objects: dict[str, Any] = {}
     name = name_of(given, objects)
-    with holding(objects):
+    with registered(objects):
         return door(name, split)
 
 

@@ -265,7 +265,7 @@ class Evaluation:
         device = runtime.processes().device
         for number, task in enumerate(self.data.union.tasks):
             batches = InOrder(self.data.part(number, self.config.evaluate.split), self.config.evaluate.batch)
-            for place in console.track(ranks.own(range(len(batches))), "merge", f"{task} {label}"):
+            for place in console.track(ranks.my_share(range(len(batches))), "merge", f"{task} {label}"):
                 images = batches[place][0]
                 yield "logits", merged(images.to(device)), plain(images.to(device)), True
 

@@ -240,12 +240,12 @@ class Evaluation:
         if undefined:
             row[UNDEFINED] = undefined
         row["tasks"] = {name: asdict(score) for name, score in scored.items()}
-        ranks.from_first(lambda: write_lines(path, [row]))
+        ranks.on_first(lambda: write_lines(path, [row]))
         return scored
 
     def recorded_scores(self, path: Path, training: Training) -> dict[str, Scored] | None:
         """Return the scores of these weights that are on record, None where there are none."""
-        lines = ranks.from_first(lambda: read_lines(path, ("fingerprint", "tasks"), whole=True))
+        lines = ranks.on_first(lambda: read_lines(path, ("fingerprint", "tasks"), whole=True))
         if not lines or lines[0]["fingerprint"] != fingerprint(training):
             return None
         tasks = [*lines[0]["tasks"], *lines[0].get(UNDEFINED, ())]
@@ -308,7 +308,7 @@ class Evaluation:
     def outputs(self, merged: DenseNet, plain: DenseNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         """Yield the outputs of both nets on the evaluated images; classes of pixels or images count as answers."""
         split = self.config.evaluate.split
-        for start in console.track(ranks.own(self._starts(split)), "eval", f"{split} {label}"):
+        for start in console.track(ranks.my_share(self._starts(split)), "eval", f"{split} {label}"):
             batch = self._batch(split, start)[2]
             merged_logits = self.logits(merged, batch)
             plain_logits = self.logits(plain, batch)

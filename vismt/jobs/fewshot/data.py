@@ -13,15 +13,15 @@ from torch import Tensor
 from vismt.backbones import vit
 from vismt.backbones.any_module import backbone_of
 from vismt.base import console
-from vismt.base.objects import held
+from vismt.base.objects import object_named
 from vismt.data.batching import Gathered
 from vismt.data.images import ImageSet, open_images
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.jobs.fewshot.config import FewShotConfig
-from vismt.metatune.objective import EpisodeBatches
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
+from vismt.metatune.protonet import EpisodeBatches
 from vismt.robustness.corruptions import CORRUPTIONS, corrupt
 
 
@@ -46,7 +46,7 @@ class FewShotData:
     def backbone(self) -> vit.PixelBackbone:
         """Return the stock backbone; of a model given in Python a copy."""
         model = self.config.model
-        given = held(model.name)
+        given = object_named(model.name)
         if given is not None:
             return backbone_of(given, model.img_size, block=model.block, pool=model.pool)
         return vit.create(

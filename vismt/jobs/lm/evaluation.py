@@ -134,7 +134,7 @@ class Evaluation:
         stem = record_stem(split, task, name) + ("-laplace" if laplace else "")
         path = training.folder / "records" / f"{stem}.jsonl"
         key = self._fingerprint(training, task, split, name, laplace)
-        lines = ranks.from_first(lambda: read_lines(path, whole=True))
+        lines = ranks.on_first(lambda: read_lines(path, whole=True))
         if lines and lines[0].get("fingerprint") == key:
             _check_records(path, lines[1:])
             return lines[1:]
@@ -147,7 +147,7 @@ class Evaluation:
         order = {item.id: place for place, item in enumerate(items)}
         records.sort(key=lambda record: order[record["id"]])
         path.parent.mkdir(parents=True, exist_ok=True)
-        ranks.from_first(lambda: write_lines(path, [{"fingerprint": key}, *records]))
+        ranks.on_first(lambda: write_lines(path, [{"fingerprint": key}, *records]))
         return records
 
     def _fingerprint(self, training: Training, task: str, split: str, name: str, laplace: str) -> list[str | int]:
@@ -214,7 +214,7 @@ class Evaluation:
         merged = LmNet(merge(copy.deepcopy(net.stock)), first=net.first)
         split = self.config.evaluate.split
         sets = [(task, name) for task in self.data.tasks for name in self.data.names(task, split)]
-        for task, name in ranks.own(sets):
+        for task, name in ranks.my_share(sets):
             batch = self._batch(self.data.rows(task, split, name)[: self.config.evaluate.batch], net)
             batch.pop("lower", None)  # the merged LM runs without cached states, as its users run it
             yield "logits", _last_logits(merged, batch), _last_logits(net, batch), True

@@ -18,7 +18,7 @@ from vismt.base.errors import UserError
 from vismt.config.sections import AdaptConfig
 from vismt.engine import runtime, training_files
 from vismt.engine.study import Training
-from vismt.jobs.calibrating import calibrated
+from vismt.jobs.calibration import calibrated
 from vismt.jobs.lm import models as lm_models
 from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends
 from vismt.jobs.lm.config_checks import check
@@ -194,7 +194,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
 
     def check_merge(self, training: Training) -> None:
         """Compare the unmerged LM with a merged copy, since all nets share the LM; write merge.json, unless it exists."""
-        if ranks.from_first((training.folder / training_files.MERGE).exists):
+        if ranks.on_first((training.folder / training_files.MERGE).exists):
             return
         net = self.evaluation.net(training)
         if training_files.needs_merge_check(net.stock, training):

@@ -35,7 +35,8 @@ from vismt.llm.ilora.recommenders import GRU4Rec, NextItem, SASRec, cosine_score
 from vismt.llm.tasks.answers import choice_records
 from vismt.llm.tasks.base import Item, Record
 from vismt.llm.tasks.recommendation import listed_of
-from vismt.storage.files import atomic_write, is_locked, locked
+from vismt.storage.files import atomic_write
+from vismt.storage.locks import is_locked, locked
 
 # Folder and file of each trained recommender.
 FILES = {RECOMMENDER: ("recommender", "sasrec.safetensors"), GRU: ("gru4rec", "gru4rec.safetensors")}
@@ -75,8 +76,8 @@ class Recommender:
             with ExitStack() as held:
                 if is_locked(folder):
                     console.stage("wait", f"{type(net).__name__}   another process trains it")
-                ranks.from_first(lambda: held.enter_context(locked(folder, wait_s=-1)))
-                trained = ranks.from_first((folder / file).exists)
+                ranks.on_first(lambda: held.enter_context(locked(folder, wait_s=-1)))
+                trained = ranks.on_first((folder / file).exists)
                 if not trained:
                     self._train(net, folder, file)
         if trained:
@@ -144,7 +145,7 @@ class Recommender:
             atomic_write(folder / file, safetensors.torch.save(training_files.state(net)))
             training_files.finish(net, folder, False, {})
 
-        ranks.from_first(finish)
+        ranks.on_first(finish)
 
 
 class _Histories:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.llm.corda.files import CovarianceSums
+from vismt.lowrank.contexts import evaluating
 
 Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 Observer = Callable[[nn.Module, Tensor], None]
@@ -178,7 +179,6 @@ def _observe(model: nn.Module, inputs: Mapping[str, Any], observers: Mapping[str
 
     The pass ends early where an observer raises _PassComplete. Hooks are removed and modes restored, also after an exception.
     """
-    modes = {module: module.training for module in model.modules()}
 
     def hook(observer: Observer, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         observer(module, inputs[0])
@@ -188,12 +188,9 @@ def _observe(model: nn.Module, inputs: Mapping[str, Any], observers: Mapping[str
         for path, observer in observers.items()
     ]
     named = {name: value for name, value in inputs.items() if name}
-    model.eval()
     try:
-        with suppress(_PassComplete):
+        with evaluating(model), suppress(_PassComplete):
             model(*(value for name, value in inputs.items() if not name), **named)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
+from vismt.config.typed import JsonFile, build
 from vismt.llm.lisa.shares import Layers, find_shares
 from vismt.lowrank.model.inject import install
 from vismt.lowrank.model.record import AdaptReport, count_parameters, need_record, refuse_adapted
 from vismt.lowrank.model.targets import Targets
-from vismt.lowrank.strict_json import build
 from vismt.methods import Method, register_method
 
 POLICIES = ("drop", "keep", "offload", "reset_all")
@@ -193,10 +193,9 @@ class Options:
 
 def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int = 0, settings: Any = None) -> LISA:
     """Return the schedule that an adapted model carries, on its optimiser; UserError for settings that a file made up."""
-    try:
-        saved = build(Options, need_record(model, "LISA").options)
-    except ValueError as error:
-        raise UserError(f"LISA: the settings of the adapter cannot be read ({error}).") from error
+    saved = build(
+        Options, need_record(model, "LISA").options, JsonFile("LISA: the settings of the adapter cannot be read")
+    )
     return LISA(model, optimizer, **vars(saved))
 
 

@@ -39,7 +39,7 @@ from vismt.base.errors import UserError
 from vismt.llm.s2ft.structures import Coupling, Structure, UnitBlock, couple, expand, movable
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, LayerSpec, register_module, trained_dtype
-from vismt.lowrank.values import check_finite
+from vismt.lowrank.tensors import check_finite
 
 Span = tuple[int, int] | None
 

@@ -176,7 +176,13 @@ def calibrate(
     """Return the batches that score the units, on the model's device; with labels where gradients score them."""
     device = next(model.parameters()).device
     batches = calibration.batches(labels=options.get("strategy") == "gradient")
-    return {"calibration": [{name: value.to(device) for name, value in batch.items()} for batch in batches]}
+    moved = [
+        batch.to(device)
+        if isinstance(batch, torch.Tensor)  # images
+        else {name: value.to(device) for name, value in batch.items()}
+        for batch in batches
+    ]
+    return {"calibration": moved}
 
 
 def needs(options: Mapping[str, Any]) -> dict[str, str]:
@@ -185,7 +191,7 @@ def needs(options: Mapping[str, Any]) -> dict[str, str]:
     if strategy not in SCORES or strategy == "weight":
         return {}
     return {
-        "calibration": f"'s2ft' chooses by texts with strategy '{strategy}'; name some here, or take 'weight' or 'random'"
+        "calibration": f"'s2ft' chooses by data with strategy '{strategy}'; name texts here, or take 'weight' or 'random'"
     }
 
 

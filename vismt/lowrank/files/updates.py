@@ -33,7 +33,7 @@ from vismt.lowrank.model.modules import check_mergeable, stock_order
 from vismt.lowrank.model.named import new_adapter
 from vismt.lowrank.model.record import need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.model.targets import candidates, refusals
-from vismt.lowrank.values import check_parameter
+from vismt.lowrank.tensors import check_parameter
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vismt.base.registry import PLACES, Registry
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.stock_modules import kind_of, matrix_shape
-from vismt.lowrank.values import check_factor, check_finite
+from vismt.lowrank.tensors import check_factor, check_finite
 
 HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 

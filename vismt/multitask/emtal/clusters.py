@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.base.identity import Identity, version
-from vismt.lowrank.threads import one_thread
+from vismt.lowrank.contexts import one_thread
 from vismt.storage.paths import cache_root
 from vismt.storage.stored_tensors import read_stored, write_stored
 
