@@ -26,9 +26,9 @@ from vismt.backbones.assets import describe
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.llm.corda.covariance import collect_covariance
+from vismt.lowrank.contexts import one_thread
 from vismt.lowrank.model.targets import find_targets
 from vismt.lowrank.svd import top_randomized
-from vismt.lowrank.threads import one_thread
 from vismt.methods import adapt
 
 VIT, LM, SAMPLES, LENGTH = "vit_small_patch14_imgfocus", "smollm2-135m-instruct", 16, 128

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vismt.base import console
-from vismt.lowrank.threads import one_thread
+from vismt.lowrank.contexts import one_thread
 
 SAVED, PEAK = "saved activations", "peak memory"  # kinds of bytes
 

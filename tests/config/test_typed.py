@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from vismt.base.errors import UserError
-from vismt.config.typed import Names, RelativePath, build, parse_yaml, read_yaml, within
+from vismt.config.typed import Names, RelativePath, build, within
+from vismt.config.yaml_text import parse_yaml, read_yaml
 
 
 @dataclass

@@ -29,7 +29,8 @@ from typing import Annotated
 
 from vismt.backbones.weight_sources import PLACES, WeightsSource
 from vismt.base.errors import UserError, near
-from vismt.config.typed import Names, RelativePath, build, read_yaml
+from vismt.config.typed import Names, RelativePath, build
+from vismt.config.yaml_text import read_yaml
 
 SHIPPED = Path(__file__).parent / "cards"
 KINDS = ("vit", "lm")

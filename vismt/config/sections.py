@@ -21,6 +21,7 @@ import yaml
 from vismt.base.errors import UserError, near
 from vismt.base.registry import PLACES
 from vismt.config import typed as typed_yaml
+from vismt.config import yaml_text
 from vismt.config.typed import Names, within
 from vismt.storage.paths import shipped
 
@@ -217,7 +218,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         names = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         names += list_configs()
         raise UserError(f"config: no file '{path}'.{near(str(path), names)} `vismt list configs` shows those of vismt.")
-    return typed_yaml.read_yaml(path, f"config: '{path}'")
+    return yaml_text.read_yaml(path, f"config: '{path}'")
 
 
 def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -231,7 +232,7 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"{source}: write key=value, for example train.steps=20.")
         try:
-            value = typed_yaml.parse_yaml(text)
+            value = yaml_text.parse_yaml(text)
         except yaml.YAMLError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{source}: the value is not YAML: {reason}.") from error

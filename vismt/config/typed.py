@@ -1,8 +1,9 @@
-"""Strict reading of YAML into dataclasses, for run configurations, data cards and asset cards.
+"""Strict reading of YAML and JSON into dataclasses: run configurations, data and asset cards, the files of adapters.
 
-`read_yaml` (yaml_text.py) reads the mapping of a file, `build` turns a mapping into a dataclass with typed, possibly nested
-fields. Every mistake is a UserError that names the file, the dotted key (`evaluate.attacks[0].epsilon`), the expected type,
-the value and, for an unknown key, the near ones. Numbers are finite, whole numbers fit 64 bits, text can be written as UTF-8.
+`read_yaml` (yaml_text.py) and `read_json` (json_text.py) read the mapping of a file, `build` turns a mapping into a dataclass
+with typed, possibly nested fields. Every mistake is a UserError that names the file, the dotted key
+(`evaluate.attacks[0].epsilon`), the expected type, the value and, for an unknown key, the near ones. Numbers are finite, whole
+numbers fit 64 bits, text can be written as UTF-8.
 """
 
 from __future__ import annotations
@@ -18,13 +19,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-
 from vismt.base.errors import UserError, near
-from vismt.config.yaml_text import parse_yaml, read_yaml
 from vismt.storage.paths import stays_inside
 
 __all__ = [
+    "JsonFile",
     "Names",
     "Range",
     "RelativePath",
@@ -32,9 +31,7 @@ __all__ = [
     "build",
     "describe",
     "is_union",
-    "parse_yaml",
     "plain_name",
-    "read_yaml",
     "relative_path",
     "shown",
     "within",
@@ -50,6 +47,10 @@ SCALARS = (bool, int, float, str)
 NUMBERS = (int, float)
 MAPPINGS = (dict, Mapping)
 CONTAINERS = (*MAPPINGS, list, tuple)
+
+
+class JsonFile(str):
+    """A JSON file, as the `source` of `build`: its text is never a number, as 1e-3 without quotes is in YAML 1.1."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def within(
 
 
 def build(cls: type[T], values: object, source: str, key: str = "", /, **given: Any) -> T:
-    """Return an instance of the dataclass `cls` with fields from a mapping of plain YAML values.
+    """Return an instance of the dataclass `cls` with fields from a mapping of plain values.
 
     Fields may be bool, int, float, str, Any, Literal, dataclasses, and unions, lists, tuples and mappings from str of these.
     A whole number fits a float field, a bool is not a number, and text that spells a number ('1e-3', '0x10') fits a number
@@ -135,7 +136,7 @@ def build(cls: type[T], values: object, source: str, key: str = "", /, **given: 
     Args:
         cls: the dataclass; a field without default is a required key.
         values: the mapping; it is not changed, and the result shares no object with it.
-        source: the file in error messages.
+        source: the file in error messages, a JsonFile for values of JSON.
         key: the dotted key of `values` in that file, "" for the whole file.
         given: fields that the caller sets and that are not keys of the mapping.
 
@@ -161,7 +162,10 @@ def build(cls: type[T], values: object, source: str, key: str = "", /, **given: 
     try:
         return cls(**converted)
     except ValueError as error:  # of a check in __post_init__; a UserError is a ValueError
-        raise UserError(f"{source}: {error}") from error
+        if not isinstance(source, JsonFile):
+            raise UserError(f"{source}: {error}") from error
+        where, end = (f"{source}: {key}" if key else source), "" if str(error).endswith(".") else "."
+        raise UserError(f"{where}: {error}{end}") from error
 
 
 def arguments(function: Callable[..., Any], options: Mapping[str, Any], source: str, key: str = "") -> dict[str, Any]:
@@ -280,7 +284,7 @@ def _convert(value: Any, hint: Any, source: str, key: str) -> Any:
         if not isinstance(value, Mapping):
             raise _WrongType(key, hint, value)
         return build(typing.cast(type, hint), value, source, key)
-    return _convert_scalar(value, hint, key)
+    return _convert_scalar(value, hint, source, key)
 
 
 def _convert_union(value: Any, hint: Any, source: str, key: str) -> Any:
@@ -315,12 +319,14 @@ def _convert_container(value: Any, hint: Any, source: str, key: str) -> Any:
     return items if origin is list else tuple(items)
 
 
-def _convert_scalar(value: Any, hint: Any, key: str) -> Any:
+def _convert_scalar(value: Any, hint: Any, source: str, key: str) -> Any:
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
             raise _WrongType(key, hint, value)
         return value
-    if isinstance(value, str) and hint in (int, float, Any):
+    if isinstance(source, JsonFile) and hint is Any:  # bounded by `read_json`, and of this call alone
+        return value
+    if isinstance(value, str) and hint in (int, float, Any) and not isinstance(source, JsonFile):
         value = _number_in(value)
     if hint is Any:
         return _copied(value, key)
@@ -362,6 +368,10 @@ def _number_in(text: str) -> int | float | str:
         return text
     if EXPONENT.fullmatch(stripped):
         return float(stripped)
+    import yaml  # not for files of JSON
+
+    from vismt.config.yaml_text import parse_yaml
+
     try:
         value = parse_yaml(stripped)
     except yaml.YAMLError:

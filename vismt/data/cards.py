@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from vismt.base.errors import UserError, near
-from vismt.config.typed import build, read_yaml
+from vismt.config.typed import build
+from vismt.config.yaml_text import read_yaml
 from vismt.data.formats.plain_sets import plain_card
 from vismt.data.set_entries import CARDS, FILES
 from vismt.data.source_types import KINDS, Card, DataSource

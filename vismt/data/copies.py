@@ -1,4 +1,8 @@
-"""Copies of sources on this machine: their folders, how messages name them, and checks of their content."""
+"""Copies of sets on this machine: where they are, how messages name them, and whether they hold what their card says.
+
+A manifest beside a card has one sha256 for each group of files (a class folder, an npz, a photograph), so that a check can name
+what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vismt.base.errors import UserError, near
-from vismt.config.typed import read_yaml
+from vismt.config.yaml_text import read_yaml
 from vismt.data.decode import read_bytes
 from vismt.data.set_entries import CARDS
 from vismt.data.source_types import PACKAGES, Card, DataSource, Files, S, check_names

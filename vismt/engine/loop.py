@@ -33,7 +33,7 @@ from vismt.engine.optimizer import make_optimizer, make_schedule, rate, with_own
 from vismt.engine.sharding import Shards, check_sharded
 from vismt.engine.stream import Batches, stream_batches
 from vismt.lowrank.recompute import recompute
-from vismt.lowrank.sharded import whole
+from vismt.lowrank.tensors import whole
 from vismt.methods import freezes, method_optimizer, schedules
 
 

@@ -21,7 +21,7 @@ from vismt.config.sections import TrainConfig
 from vismt.engine.blocks import find_blocks
 from vismt.engine.checkpoint import moving_state
 from vismt.lowrank.model.record import RECORD
-from vismt.lowrank.sharded import part_like, whole
+from vismt.lowrank.tensors import part_like, whole
 
 
 def check_sharded(objective: nn.Module, config: TrainConfig) -> None:

@@ -180,7 +180,7 @@ class Run:
             "architecture": self.config.model.name,
             "img_size": getattr(self.config.model, "img_size", None),
             "merged_from": self.folder.name,
-            "num_classes": model.num_classes,
+            "num_classes": getattr(model, "num_classes", None),
             **self.job.about(),
         }
         pretrained = getattr(model, "pretrained_cfg", None)

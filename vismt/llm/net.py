@@ -25,6 +25,7 @@ from vismt.base.errors import UserError
 from vismt.base.identity import Identity
 from vismt.llm.tasks.documents import by_document
 from vismt.llm.tasks.pieces import IGNORE, Piece, collate
+from vismt.lowrank.contexts import evaluating
 from vismt.storage.stored_tensors import has_hooks, machine, path_of, read_stored, write_stored
 
 Batch = Mapping[str, Tensor]
@@ -80,18 +81,6 @@ class LmNet(nn.Module):
                 input_ids=batch["ids"], attention_mask=attention_mask, position_ids=batch["positions"], use_cache=False
             )
         return out.last_hidden_state
-
-    def _lower(self, batch: Batch) -> Tensor:
-        """Return the input (b, n, d) of block `first`; the blocks from there on pass their input through."""
-        captured: list[Tensor] = []
-
-        def capture(hidden_states: Tensor, *args: object, **options: object) -> Tensor:
-            captured.append(hidden_states)
-            return hidden_states
-
-        with _forward_replaced(blocks(self.lm)[self.first :], capture):
-            self.states(batch)
-        return captured[0]
 
     def features(self, batch: Batch) -> Tensor:
         """Return the hidden states (b, d) fp32 of the last token of each row."""
@@ -224,14 +213,24 @@ class LmNet(nn.Module):
         groups: dict[tuple[int, bool], list[int]] = {}
         for number, piece in enumerate(pieces):
             groups.setdefault((len(piece.ids), piece.documents is None), []).append(number)
-        device, training = next(self.lm.parameters()).device, self.lm.training
-        self.lm.eval()
-        for numbers in groups.values():
-            for start in range(0, len(numbers), at_once):
-                chosen = numbers[start : start + at_once]
-                batch = {name: value.to(device) for name, value in collate([pieces[i] for i in chosen]).items()}
-                states.update(zip(chosen, by_document(self.lm, batch, self._lower).cpu().unbind(0)))
-        self.lm.train(training)
+        device = next(self.lm.parameters()).device
+        captured: list[Tensor] = []  # the inputs of the blocks from `first` on, which pass them through
+
+        def capture(hidden_states: Tensor, *args: object, **options: object) -> Tensor:
+            captured.append(hidden_states)
+            return hidden_states
+
+        def lower(batch: Batch) -> Tensor:
+            captured.clear()
+            self.states(batch)
+            return captured[0]
+
+        with evaluating(self.lm), _forward_replaced(blocks(self.lm)[self.first :], capture):
+            for numbers in groups.values():
+                for start in range(0, len(numbers), at_once):
+                    chosen = numbers[start : start + at_once]
+                    batch = {name: value.to(device) for name, value in collate([pieces[i] for i in chosen]).items()}
+                    states.update(zip(chosen, by_document(self.lm, batch, lower).cpu().unbind(0)))
         return [states[number] for number in range(len(pieces))]
 
 

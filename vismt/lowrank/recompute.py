@@ -90,16 +90,15 @@ class _Call:
         self.output: Tensor | None = None
 
     def value(self) -> Tensor:
-        output = self._repeat() if self.output is None else self.output
+        output = self.output
+        if output is None:
+            args = [_value(arg) for arg in self.args]
+            options = {name: _value(option) for name, option in self.options.items()}
+            with torch.no_grad(), torch.autocast(self.device, self.dtype, self.autocast, cache_enabled=False):
+                output = self.function(*args, **options)
         self.served = (self.served + 1) % self.uses
         self.output = output if self.served else None
         return output
-
-    def _repeat(self) -> Tensor:
-        args = [_value(arg) for arg in self.args]
-        options = {name: _value(option) for name, option in self.options.items()}
-        with torch.no_grad(), torch.autocast(self.device, self.dtype, self.autocast, cache_enabled=False):
-            return self.function(*args, **options)
 
     def use(self) -> Iterator[_Kept]:
         """Count one more use; yield, the first time, every tensor that is kept for the call."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +14,13 @@ from vismt.base import console
 from vismt.base.errors import UserError, near
 
 
-class Functional(nn.Module):
+class WithWeights(nn.Module):
     """Run `module` with `weights` in place of its tensors of those names; the other tensors are the module's.
 
     weights: {name of a parameter or buffer of the module: tensor of its shape}, on the device they are to run on. They are
     detached (memory is shared, not copied), and neither parameters nor buffers: `.to`, `parameters()` and `state_dict()`
-    act on the module's tensors alone, and two Functionals may share a module. Gradients reach the images. To tune the
-    weights, build a new Functional from tuned copies of `weights`. lasting: whether other tasks have the same weights, so
+    act on the module's tensors alone, and two modules of this class may share a module. Gradients reach the images. To tune the
+    weights, build a new WithWeights from tuned copies of `weights`. lasting: whether other tasks have the same weights, so
     that features may be kept. Raises UserError for an unknown name or a shape that does not fit.
     """
 
@@ -49,18 +48,6 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             raise UserError(
                 f"weights: '{name}' is {shape}, {type(module).__name__} has {needed}: take them from this model."
             )
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Hold a module in eval mode; give every submodule its own mode back."""
-    modes = [(submodule, submodule.training) for submodule in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, training in modes:
-            submodule.training = training
 
 
 def answers(model: nn.Module, images: Tensor, rows: Tensor | None = None) -> Tensor:

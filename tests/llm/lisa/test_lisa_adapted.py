@@ -21,7 +21,7 @@ from vismt.config.sections import TrainConfig
 from vismt.engine import loop, runtime
 from vismt.engine.optimizer import make_optimizer, rate
 from vismt.llm import LISA
-from vismt.lowrank.model import record as backups
+from vismt.lowrank.model import record
 from vismt.lowrank.model.record import record_of
 from vismt.methods import schedules
 
@@ -65,7 +65,7 @@ def test_adapted_trained_merged_and_undone(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["memory", "file"])
 def test_originals_outlive_any_change_copies_and_pickles(monkeypatch, where: str) -> None:
-    monkeypatch.setattr(backups, "IN_MEMORY", 0 if where == "file" else 2**26)
+    monkeypatch.setattr(record, "IN_MEMORY", 0 if where == "file" else 2**26)
     model = tiny_vit()
     original = snapshot(model)
     vismt.adapt(model, "lisa", active=1)
@@ -79,7 +79,7 @@ def test_originals_outlive_any_change_copies_and_pickles(monkeypatch, where: str
 
 
 def test_large_originals_lie_in_a_file_that_is_gone_when_they_are(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(backups, "IN_MEMORY", 0)
+    monkeypatch.setattr(record, "IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     tensors = {
         "odd": torch.arange(3, dtype=torch.bfloat16),
@@ -89,7 +89,7 @@ def test_large_originals_lie_in_a_file_that_is_gone_when_they_are(monkeypatch, t
         "double": torch.randn(3, dtype=torch.float64),
         "meta": torch.empty(2, device="meta"),
     }
-    stored = backups.backup_tensors(tensors)
+    stored = record.backup_tensors(tensors)
     assert not list(tmp_path.iterdir())  # the file has been unlinked
     assert stored.pop("meta").is_meta
     for name, value in stored.items():
@@ -100,7 +100,7 @@ def test_large_originals_lie_in_a_file_that_is_gone_when_they_are(monkeypatch, t
     )
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     with pytest.raises(UserError, match=r"no room for .* of original weights in .*missing.*Point TMPDIR"):
-        backups.backup_tensors(tensors)
+        record.backup_tensors(tensors)
 
 
 def test_what_is_excluded_stays_frozen_and_is_not_kept() -> None:

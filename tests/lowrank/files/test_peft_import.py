@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "bad layers": (
         lambda c, t: c.update(layers_to_transform=["0"]),
-        "layers_to_transform: expected int or a list of int",
+        r"layers_to_transform\[0\]: expected int",
     ),
     "pissa by iteration": (lambda c, t: c.update(init_lora_weights="pissa_niter_4"), "pissa_niter_4' changed the base"),
     "corda": (lambda c, t: c.update(init_lora_weights="corda"), "cannot be replayed; convert it"),

@@ -1,4 +1,4 @@
-"""The models that a few-shot configuration can evaluate, by name, each built from the trainings of one seed."""
+"""The models that a few-shot configuration can evaluate, each built from the trainings of one seed; experts in folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from vismt.base.identity import Identity, weights_digest
 from vismt.base.seeds import digest
 from vismt.data.pixels import Pixels
 from vismt.engine import runtime, training_files
-from vismt.engine.study import ALONE, Study, Training
+from vismt.engine.study import ALONE, ARMS, CHOSEN, Study, Training, read_choice
+from vismt.engine.training_files import ADAPTER, DONE, check_files
 from vismt.jobs.fewshot.arms import (
     split_head,
     strategy_of,
@@ -26,15 +27,15 @@ from vismt.jobs.fewshot.config import (
     FewShotConfig,
 )
 from vismt.jobs.fewshot.merge_settings import PoolSettings
+from vismt.lowrank.files.description import DESCRIPTION, check_tensors
 from vismt.lowrank.model.merge import merge
 from vismt.metatune.amt.merging import PoolNet
-from vismt.metatune.amt.pool import ExpertPool, read_pool
-from vismt.metatune.amt.selection_rules import MergeSettings
+from vismt.metatune.amt.pool import INDEX, Expert, ExpertPool, read_pool
 from vismt.metatune.finetuning.finetune import FineTuned
 from vismt.metatune.maml import LinearLearner, MamlNet
 from vismt.metatune.probes.bayesian import LaplaceProbe, VBLLProbe
 from vismt.metatune.probes.linear import LinearProbe, LogisticProbe, RidgeProbe
-from vismt.metatune.protocol.interfaces import FewShotModel
+from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import ProtoNet
 from vismt.storage.files import read_tensors
 
@@ -94,8 +95,12 @@ class Models:
                 net = self.task(stem, data)
                 options = self.config.head.options if head == self.config.head.name else {}
                 model = PROBES[head](net, **options) if head in PROBES else FineTuned(net, chosen[1])
+            elif self.config.pool is None or stem in (FROZEN, CLEAN):
+                model = self._single(stem)
             else:
-                model = self._pooled(stem, chosen[0]) if self._is_pooled(stem) else self._single(stem)
+                expert = stem.removeprefix(EXPERT) if stem.startswith(EXPERT) else None
+                strategy = strategy_of(self.config, stem)
+                model = PoolNet(self.pool(), replace(chosen[0], strategy=strategy, expert=expert))
             self._models[key] = model.requires_grad_(False).eval().to(runtime.processes().device)
         return self._models[key]
 
@@ -127,13 +132,6 @@ class Models:
         net.load_own_tensors(read_tensors(training.folder / OWN_FILE, what)[1], what)
         return net
 
-    def _is_pooled(self, stem: str) -> bool:
-        return self.config.pool is not None and stem not in (FROZEN, CLEAN)
-
-    def _pooled(self, stem: str, settings: MergeSettings) -> PoolNet:
-        label = stem.removeprefix(EXPERT) if stem.startswith(EXPERT) else None
-        return PoolNet(self.pool(), replace(settings, strategy=strategy_of(self.config, stem), expert=label))
-
     def _single(self, stem: str) -> ProtoNet | MamlNet:
         """Return the frozen model, or that of an arm."""
         if stem == FROZEN or stem in untrained_arms(self.study.config):
@@ -154,10 +152,44 @@ def _describe(model: FewShotModel) -> str:
     if isinstance(model, PoolNet):
         pool = model.pool
         shares = dict(model.settings.shares) or ""
-        updates = [(path, part.L, part.R) for update in pool.updates for path, part in update.low_rank.items()]
+        updates = [(path, part.B, part.A) for update in pool.updates for path, part in update.low_rank.items()]
         return f"{pool.labels} {pool.scale} {model.settings} {Identity(updates)}{shares}"
     if isinstance(model, MamlNet):
         return f"{model.settings} {weights_digest(model.learner)} {Identity(sorted(model.own_tensors().items()))}"
     if isinstance(model, ProtoNet):
         return f"{float(model.scale):.6g}"
     raise TypeError(f"{type(model).__name__} has no fingerprint.")
+
+
+def read_scale(folder: Path) -> float:
+    """Return the scale of the cosine classifier that was trained with an adapter."""
+    check_files(folder)
+    tensors = read_tensors(folder / OWN_FILE, f"run '{folder}'")[1]
+    check_tensors(f"run '{folder}': {OWN_FILE}", {"scale": ()}, tensors)
+    return float(tensors["scale"])
+
+
+def find_experts(folder: Path) -> list[Expert]:
+    """Return the trained experts in a run folder (its first seed), a pool folder, a training's folder or an adapter folder."""
+    if (folder / INDEX).exists():
+        return read_pool(folder)
+    arms = sorted(path.parent for path in (folder / ARMS).glob(f"*/{CHOSEN}"))
+    pooled = {expert.label for index in folder.glob(f"pool/*/{INDEX}") for expert in read_pool(index.parent)}
+    experts = []
+    for arm in (arm for arm in arms if arm.name != CLEAN or CLEAN in pooled):  # else the reference beside the pool
+        trainings = sorted(arm.glob(f"lr-{read_choice(folder, arm.name).lr:g}-seed-*/{DONE}"))
+        if trainings:
+            training = trainings[0].parent
+            label = folder.name if arm.name == ALONE else arm.name
+            experts.append(Expert(label, training / ADAPTER, read_scale(training)))
+    if experts:
+        return experts
+    adapter = folder if (folder / DESCRIPTION).exists() else folder / ADAPTER
+    if (adapter / DESCRIPTION).exists():
+        training = adapter.parent
+        label = training.name if adapter.name == ADAPTER else adapter.name
+        if adapter.name == ADAPTER and training.parent.parent.name == ARMS:
+            label = training.parent.name
+        trained = adapter != folder or (training / OWN_FILE).exists()
+        return [Expert(label, adapter, read_scale(training) if trained else 10.0)]
+    raise UserError(f"pool: '{folder}' holds no trained expert; give run folders, adapter folders or pools.")

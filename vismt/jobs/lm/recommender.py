@@ -124,7 +124,7 @@ class Recommender:
         net = self.net
         return net(padded([rows[i][0][-self.history :] for i in order]))
 
-    def _train(self, net: nn.Module, folder: Path, file: str) -> None:
+    def _train(self, net: Any, folder: Path, file: str) -> None:
         settings = self.settings
         rows = self.data.interactions(self.data.fitted)
         console.stage("train", f"{type(net).__name__}   {len(rows):,} rows   {len(self.data.catalogue):,} items")
@@ -140,13 +140,12 @@ class Recommender:
             runtime.accelerator(),
             seed=self.config.seed,
         )
-        ranks.on_first(lambda: _finish(net, folder, file))
 
+        def finish() -> None:
+            atomic_write(folder / file, safetensors.torch.save(training_files.state(net)))
+            training_files.finish(net, folder, False, {})
 
-def _finish(net: nn.Module, folder: Path, file: str) -> None:
-    """Write the files of a finished training."""
-    atomic_write(folder / file, safetensors.torch.save(training_files.state(net)))
-    training_files.finish(net, folder, False, {})
+        ranks.on_first(finish)
 
 
 class _Histories:

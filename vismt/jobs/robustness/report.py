@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from vismt.base.errors import UserError
+from vismt.engine.study import Study
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.evaluation import ACCURACY
 from vismt.report.panels import read_panel
 from vismt.report.plotting import RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
-from vismt.report.results import Result
+from vismt.report.results import RESULTS, Result, read_results
 from vismt.report.tables import Picture, Section, Table
-from vismt.robustness.attacks.attacks import radius_text
-from vismt.robustness.corruption_error import mean_corruption_error
+from vismt.robustness.attacks.attacks import AttackSpec, radius_text
+from vismt.robustness.classifier import ROBUSTBENCH, SUFFIXES
+from vismt.robustness.corruptions import mean_corruption_error
+from vismt.storage.files import atomic_write
 from vismt.storage.lines import read_lines
 
+THREATS = {"linf": "Linf", "l2": "L2"}  # folders of RobustBench
 MASKING = "masking.jsonl"  # a file of the run folder
 BROKEN = "broken"  # a folder of the run folder
 MCE_NOTE = (
@@ -118,3 +125,65 @@ def broken_figure(panel: Path, path: Path) -> Path:
                 text = f"{'✓' if right else '✗'} {short(str(answers[column]), 16)}"
                 write(figure, x, top + side + 0.05, text, va="top", color=color, fontsize=8.5)
     return save(figure, path)
+
+
+def write_model_info(folder: Path, config: RobustnessConfig, run_hash: str) -> list[Path]:
+    """Write the results of a run in the format of RobustBench's `model_info` (github.com/RobustBench/robustbench).
+
+    There is one file for each arm, set and radius under the standard AutoAttack, robustbench/<set>/<Linf or L2>/<arm>.json, in
+    folders as theirs. Accuracies are texts in per cent. What a run does not know, such as title and authors, is null. Returns
+    the paths.
+
+    Raises UserError where it has no result of AutoAttack with its standard lengths in linf or l2.
+    """
+    results = read_results(folder / RESULTS, run_hash)
+    arms = Study(config, folder).arms
+    clean = {(row.data, row.arm): row for row in results if row.kind == "clean"}
+    found: list[tuple[Result, str]] = []
+    for row in results:
+        norm = row.family.removeprefix("AutoAttack ")
+        if row.kind == "attack" and norm in THREATS and row.level is not None and row.seed is None:
+            standard = AttackSpec("autoattack", row.level, norm=norm).label  # with the default settings
+            if row.condition == standard and row.metric == ACCURACY:
+                found.append((row, norm))
+    if not found:
+        seen = sorted({row.condition for row in results if row.kind == "attack"})
+        raise UserError(
+            f"report --format robustbench: '{folder}' has no result of AutoAttack at its standard lengths in linf or l2 "
+            f"(attacks: {', '.join(seen) or 'none'}); add one with `vismt attack {folder} --attack autoattack --epsilon 8/255`."
+        )
+    paths = []
+    for row, norm in found:
+        several = sum(other.data == row.data and other.arm == row.arm and kind == norm for other, kind in found) > 1
+        radius = radius_text(norm, row.level or 0.0)
+        name = f"{row.arm}-{radius.replace('/', '-')}" if several else row.arm
+        dataset = row.data.partition(":")[0]
+        path = folder / "robustbench" / dataset.replace("/", "-") / THREATS[norm] / f"{name}.json"
+        classifier = arms[row.arm].classifier
+        timm = classifier.name or ""
+        known = classifier.architecture is not None or timm.startswith(ROBUSTBENCH) or Path(timm).suffix in SUFFIXES
+        architecture = classifier.architecture if known else classifier.name
+        info = model_info(row, clean[row.data, row.arm], radius, dataset, architecture)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, json.dumps(info, indent=2) + "\n")
+        paths.append(path)
+    return paths
+
+
+def model_info(row: Result, clean: Result, radius: str, dataset: str, architecture: str | None) -> dict[str, Any]:
+    """Return the entries of one file, in the order of RobustBench's files."""
+    return {
+        "link": None,
+        "name": None,
+        "authors": None,
+        "additional_data": None,
+        "number_forward_passes": None,
+        "dataset": dataset,
+        "venue": None,
+        "architecture": architecture,
+        "eps": radius,
+        "clean_acc": f"{100 * clean.value:.2f}",
+        "reported": None,
+        "autoattack_acc": f"{100 * row.value:.2f}",
+        "unreliable": None,
+    }

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.lowrank import strict_json
-from vismt.lowrank.files.store import check_tensors
+from vismt.config.json_text import read_json
+from vismt.config.typed import JsonFile, build
+from vismt.lowrank.files.save_load import check_tensors
 from vismt.storage.files import atomic_write, file_digest, is_sealed, sealed, write_tensors
 from vismt.storage.paths import regular_file
 
@@ -227,13 +228,11 @@ class _Description:
 
 def _read(folder: Path) -> dict[str, Any]:
     what = f"covariances '{folder}'"
-    description = strict_json.read(folder / DESCRIPTION, what)
+    description = read_json(folder / DESCRIPTION, what)
     try:
-        strict_json.build(_Description, description)
-    except ValueError as error:
-        raise UserError(
-            f"{what}: {DESCRIPTION} is not what this version of vismt writes ({error}); collect the covariances again."
-        ) from error
+        build(_Description, description, JsonFile(f"{what}: {DESCRIPTION} is not what this version of vismt writes"))
+    except UserError as error:
+        raise UserError(f"{error} Collect the covariances again.") from error
     if not is_sealed(description):
         raise UserError(f"{what}: {DESCRIPTION} was changed after it was written; collect the covariances again.")
     return description

@@ -34,7 +34,7 @@ from vismt.lowrank.layers.base import (
 )
 from vismt.lowrank.layers.stock_modules import dense_weight
 from vismt.lowrank.model.modules import detach_all
-from vismt.lowrank.values import check_factor
+from vismt.lowrank.tensors import check_factor
 
 BASE = "base_layer"  # peft's name of the stock module in a tuner layer
 Shapes = dict[str, tuple[int, ...]]

@@ -25,7 +25,7 @@ from vismt.base.errors import UserError, near
 from vismt.llm.polar import stiefel
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
-from vismt.lowrank.sharded import whole, write_whole
+from vismt.lowrank.tensors import whole, write_whole
 
 FIELDS = {"landing": stiefel.landing_field, "euclidean": stiefel.penalty_field}
 RETRACTIONS = {"qr": stiefel.qr_retraction, "polar": stiefel.polar_retraction, "cayley": stiefel.cayley_retraction}

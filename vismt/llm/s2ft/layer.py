@@ -38,9 +38,9 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.llm.s2ft.structures import Coupling, Structure, UnitBlock, couple, expand, movable
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, LayerSpec, register_module, spec_of, trained_dtype
-from vismt.lowrank.layers.stock_modules import matrix_shape
-from vismt.lowrank.values import check_finite
+from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, LayerSpec, register_module
+from vismt.lowrank.svd import working_dtype
+from vismt.lowrank.tensors import check_finite
 
 Span = tuple[int, int] | None
 
@@ -92,7 +92,7 @@ class SliceLinear(AdapterLayer):
         shape = [self.out_features, self.in_features]
         shape[dim] = count
         device = self.weight.device
-        self.slice_values = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype or trained_dtype(self.weight)))
+        self.slice_values = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype or working_dtype(self.weight)))
         self.register_buffer("slice_index", torch.arange(count, device=device))
         self.register_buffer(
             "slice_start", None if mode == "delta" else torch.empty(shape, device=device, dtype=self.weight.dtype)
@@ -117,11 +117,6 @@ class SliceLinear(AdapterLayer):
         )
 
     # ---- the layer as data
-    @classmethod
-    def plan(cls, path: str, module: nn.Module, dim: int, count: int, mode: str) -> LayerSpec:
-        """Return the spec of one module with `count` trained rows (dim 0) or columns (dim 1)."""
-        return spec_of(path, module, cls, SliceSettings(count, 1.0, (matrix_shape(module)[0],), dim, mode))
-
     @classmethod
     def build(
         cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None

@@ -12,8 +12,8 @@ themselves. Labels of -100 are ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.llm.s2ft.structures import UnitBlock, structures, weight_matrix
+from vismt.lowrank.contexts import evaluating
 from vismt.lowrank.layers.stock_modules import is_conv1d
 
 SCORES = ("weight", "activation", "product", "gradient")
@@ -89,7 +90,7 @@ def _activations(model: nn.Module, blocks: Blocks, batches: Sequence[Any]) -> Sc
 
         return observe
 
-    with ExitStack() as stack, _eval_mode(model), torch.no_grad():
+    with ExitStack() as stack, evaluating(model), torch.no_grad():
         for slot in blocks:
             parts = containers[slot[0]].parts
             last = model.get_submodule(parts["o" if "o" in parts else "d"].path)
@@ -125,7 +126,7 @@ def _gradients(model: nn.Module, blocks: Blocks, batches: Sequence[Any]) -> Scor
 
     try:
         model.requires_grad_(False)
-        with ExitStack() as stack, _eval_mode(model), torch.enable_grad():
+        with ExitStack() as stack, evaluating(model), torch.enable_grad():
             for slot, block in blocks.items():
                 weight = model.get_submodule(block.path).weight.requires_grad_(True)
                 weight.grad = None
@@ -143,18 +144,6 @@ def _gradients(model: nn.Module, blocks: Blocks, batches: Sequence[Any]) -> Scor
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
     return sums
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode within the block."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

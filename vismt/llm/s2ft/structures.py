@@ -292,7 +292,7 @@ class Coupling:
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """Return a view (o, i) of the weight of a stock linear or Conv1D."""
-    weight: Tensor = module.weight.detach()  # type: ignore[operator,assignment]
+    weight: Tensor = module.weight.detach()
     return weight.t() if is_conv1d(module) else weight
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vismt.base import console
 from vismt.llm.tasks.pieces import Piece, collate
+from vismt.lowrank.contexts import evaluating
 from vismt.lowrank.model.named import disabled
 from vismt.lowrank.model.record import record_of
 
@@ -65,17 +66,14 @@ def _is_exact(lm: Any, run: Run) -> bool:
     """Return whether the documents of a tree and of a pack have the states in one pass that they have alone."""
     ids = tuple(37 * place % lm.config.vocab_size for place in range(20))
     rows = [Piece(ids, ids, (0,) * 4 + (1,) * 12 + (2,) * 4, shared=4), Piece(ids, ids, (0,) * 12 + (1,) * 8)]
-    device, training = next(lm.parameters()).device, lm.training
+    device = next(lm.parameters()).device
     batch = {name: value.to(device) for name, value in collate(rows).items()}
-    lm.eval()
     try:
         plain = disabled(lm) if record_of(lm) else nullcontext()
-        with plain, torch.autocast(device.type, enabled=False):
+        with evaluating(lm), plain, torch.autocast(device.type, enabled=False):
             together, alone = run(batch).float(), _one_by_one(batch, run).float()
     except Exception:  # LMs without masks of this form fail in ways of their own
         return False
-    finally:
-        lm.train(training)
     error = (together - alone).norm() / alone.norm()
     return bool(error < torch.finfo(lm.dtype).eps ** 0.5)
 

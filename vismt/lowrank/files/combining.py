@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.files.store import same_base
+from vismt.lowrank.files.save_load import same_base
 from vismt.lowrank.files.updates import Updates, read_updates
-from vismt.lowrank.values import fits
+from vismt.lowrank.tensors import fits
 
 METHODS = ("cat", "svd")
 Adapter = Updates | nn.Module | str | Path
@@ -172,8 +172,7 @@ def _check_weights(weights: Sequence[float]) -> None:
     for position, weight in enumerate(weights):
         if not isinstance(weight, Real) or not _finite(weight):
             raise UserError(f"combine: weight {position} is {weight!r}, give a finite number.")
-    total = sum((float(weight) for weight in weights), 0.0)
-    if not math.isfinite(total):
+    if not math.isfinite(sum((float(weight) for weight in weights), 0.0)):
         raise UserError("combine: the sum of the weights is not finite; give smaller weights.")
 
 

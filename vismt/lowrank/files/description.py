@@ -1,7 +1,7 @@
 """An adapter folder as data: adapter.json, read strictly, and its tensors, checked before any model is looked at.
 
 adapter.json describes the layers, names the safetensors file with its SHA-256, and carries a digest of itself. What the file
-determines alone is checked here: types, ranges, the tensors of each layer. What needs a model is checked in store.py.
+determines alone is checked here: types, ranges, the tensors of each layer. What needs a model is checked in save_load.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.base.registry import PLACES
-from vismt.lowrank import strict_json
+from vismt.config.json_text import read_json
+from vismt.config.typed import JsonFile, build
 from vismt.lowrank.layers.base import MODULES, LayerSpec
-from vismt.lowrank.values import check_finite
+from vismt.lowrank.tensors import check_finite
 from vismt.storage.files import is_sealed, read_tensors
 
 FORMAT = 1
@@ -97,29 +98,38 @@ def parts_of(specs: Iterable[LayerSpec]) -> dict[str, dict[str, Any]]:
     return {spec.path: {"type": spec.layer.name, "settings": asdict(spec.settings)} for spec in others}
 
 
-def _spec(entry: Mapping[str, Any], key: str) -> LayerSpec:
-    """Return the spec of an entry of adapter.json; ValueError for one that is malformed."""
+def _spec(entry: Mapping[str, Any], source: JsonFile, key: str) -> LayerSpec:
+    """Return the spec of an entry of adapter.json; UserError for one that is malformed."""
     common = {name: value for name, value in entry.items() if name in _Site.__dataclass_fields__}
     settings = {name: value for name, value in entry.items() if name not in common}
-    site = strict_json.build(_Site, common, key)
+    site = build(_Site, common, source, key)
     name = site.layer or next((name for name, setting in UNNAMED.items() if setting in settings), "low_rank")
-    layer: Any = MODULES[name]
-    spec = LayerSpec(site.path, site.kind, site.shape, layer, strict_json.build(layer.Settings, settings, key))
+    layer = _module(name, source)
+    spec = LayerSpec(site.path, site.kind, site.shape, layer, build(layer.Settings, settings, source, key))
     if not spec.has_weight:
-        raise ValueError(f"{key}.layer: '{name}' is no layer")
+        raise UserError(f"{source}: {key}.layer: '{name}' is no layer.")
     try:
         layer.check_settings(spec)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+        raise UserError(f"{source}: {key}: {error}.") from error
     return spec
 
 
-def _part(path: str, entry: _Part) -> LayerSpec:
-    kind: Any = MODULES[entry.type]
-    spec = LayerSpec(path, "", (), kind, strict_json.build(kind.Settings, entry.settings, f"parts['{path}'].settings"))
+def _part(path: str, entry: _Part, source: JsonFile) -> LayerSpec:
+    """Return the spec of an adapter module that is no layer."""
+    kind, key = _module(entry.type, source), f"parts['{path}']"
+    spec = LayerSpec(path, "", (), kind, build(kind.Settings, entry.settings, source, f"{key}.settings"))
     if spec.has_weight:
-        raise ValueError(f"parts['{path}'].type: '{entry.type}' is a layer")
+        raise UserError(f"{source}: {key}.type: '{entry.type}' is a layer.")
     return spec
+
+
+def _module(name: str, source: JsonFile) -> Any:
+    try:
+        return MODULES[name]
+    except UserError as error:
+        what = source.removesuffix(f": {NOT_OURS}")
+        raise UserError(f"{what}: {error} Import the file that registers it, or use a matching vismt.") from error
 
 
 def compared(specs: Iterable[LayerSpec], unchanged: Iterable[str]) -> list[str]:
@@ -133,19 +143,18 @@ def compared(specs: Iterable[LayerSpec], unchanged: Iterable[str]) -> list[str]:
 def read_description(folder: Path, what: str = "") -> tuple[Description, list[LayerSpec]]:
     """Return the content of adapter.json and its specs; UserError for a damaged or foreign file. what: its name."""
     what = what or f"adapter '{folder}'"
-    content = strict_json.read(folder / DESCRIPTION, what)
+    content = read_json(folder / DESCRIPTION, what)
     written = content.get("format", FORMAT) if isinstance(content, dict) else FORMAT
     if written != FORMAT:
         raise UserError(f"{what}: format {written!r}, this version reads {FORMAT}; use a matching vismt.")
+    source = JsonFile(f"{what}: {NOT_OURS}")
+    description = build(Description, content, source)
+    specs = [_spec(entry, source, f"sites[{number}]") for number, entry in enumerate(description.sites)]
     try:
-        description = strict_json.build(Description, content)
-        specs = [_spec(entry, f"sites[{number}]") for number, entry in enumerate(description.sites)]
         _check_paths(description, specs)
-        specs += [_part(path, entry) for path, entry in description.parts.items()]
-    except UserError as error:  # a class that is not registered
-        raise UserError(f"{what}: {error} Import the file that registers it, or use a matching vismt.") from error
     except ValueError as error:
-        raise UserError(f"{what}: {NOT_OURS} ({error}).") from error
+        raise UserError(f"{source}: {error}.") from error
+    specs += [_part(path, entry, source) for path, entry in description.parts.items()]
     if not is_sealed(content):
         raise UserError(f"{what}: {DESCRIPTION} was changed after it was written; save the adapter again.")
     return description, specs

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank import strict_json
+from vismt.config.json_text import read_json
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.peft_layouts import (
     added,
@@ -34,7 +34,7 @@ from vismt.lowrank.layers.parameter_modules import ParameterModule, module_at
 from vismt.lowrank.layers.stock_modules import LINEAR, kind_of
 from vismt.lowrank.model.patterns import Pattern
 from vismt.lowrank.model.targets import candidates
-from vismt.lowrank.values import check_factor, check_finite, check_parameter
+from vismt.lowrank.tensors import check_factor, check_finite, check_parameter
 from vismt.storage.files import read_tensors
 
 TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
@@ -44,8 +44,8 @@ TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
 class PeftAdapter:
     """A folder that peft wrote, read but not compared with a model.
 
-    low_rank: by path, L = B (o, r), R = A (r, i or c*kh*kw). extras: whole parameters by name. stacks: factors of
-    target_parameters as they are saved, by key. what: name in messages.
+    low_rank: by path, with B (o, r) and A (r, i or c*kh*kw). extras: whole parameters by name. stacks: the factors of
+    target_parameters as they are saved, by key. what: its name in messages.
     """
 
     what: str
@@ -106,7 +106,9 @@ class PeftAdapter:
             check_parameter(f"{self.what}: {name}", value, tensors[name])
             names = sharing.get(id(tensors[name]), [])
             if promised.isdisjoint(names):  # peft saves the embeddings along when one of them is adapted
-                if not _equal(value, tensors[name]):
+                saved, present = value.detach().cpu(), tensors[name].detach().cpu()
+                same = torch.equal(saved, present.to(saved.dtype)) or torch.equal(saved.to(present.dtype), present)
+                if not same:  # nor one a cast of the other
                     raise UserError(
                         f"{self.what}: the file holds other values of '{name}', which the settings do not name; load the base it "
                         "was trained on."
@@ -163,7 +165,7 @@ def read_peft(folder: Path) -> PeftAdapter:
     Raises UserError for damaged files, a variant that is not a plain LoRA, and a start that cannot be replayed.
     """
     what = f"peft adapter '{folder}'"
-    config = strict_json.read(folder / CONFIG, what)
+    config = read_json(folder / CONFIG, what)
     if not isinstance(config, dict):
         raise UserError(f"{what}: {CONFIG} holds no settings.")
     settings = read_settings(what, config)
@@ -244,12 +246,6 @@ def _low_rank(what: str, settings: PeftSettings, path: str, named: str, pair: Ma
         check_factor(f"{what}: {name}", factor)
         matrices[side] = factor.flatten(1)
     return LowRank(matrices["B"], matrices["A"], scale=scale)
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    """Return whether two tensors have the same values, or one is a cast of the other."""
-    first, second = first.detach().cpu(), second.detach().cpu()
-    return torch.equal(first, second.to(first.dtype)) or torch.equal(first.to(second.dtype), second)
 
 
 def stacks_on(adapter: PeftAdapter, model: nn.Module) -> dict[str, tuple[LowRankSettings, Tensor, Tensor]]:

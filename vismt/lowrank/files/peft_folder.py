@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -22,13 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.peft_adapter import PREFIX, TENSORS, PeftAdapter, read_peft
 from vismt.lowrank.files.peft_layouts import padded_stack, stack_keys, stack_tensors, with_partners
 from vismt.lowrank.files.peft_settings import CONFIG, holds
-from vismt.lowrank.files.store import adapter_tensors, report_lost
+from vismt.lowrank.files.save_load import adapter_tensors, report_lost
 from vismt.lowrank.files.updates import of_peft, put_on
-from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
+from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.forms import LowRankParameter
 from vismt.lowrank.layers.stock_modules import LINEAR, dense_weight, kind_of, matrix_shape
 from vismt.lowrank.model.modules import check_mergeable, stock_order
@@ -36,7 +35,7 @@ from vismt.lowrank.model.named import active_adapter, new_adapter
 from vismt.lowrank.model.patterns import Pattern
 from vismt.lowrank.model.record import AdaptRecord, need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.svd import principal
-from vismt.lowrank.values import fits, need_finite
+from vismt.lowrank.tensors import fits, need_finite
 from vismt.storage.files import atomic_write
 
 
@@ -153,7 +152,11 @@ def _plain_lora(
     tensors: dict[str, Tensor] = {}
     with stock_order(model):
         layers = adapter_layers(model)
-        stacks = {path: layer.stack() for path, layer in layers.items() if _is_stack(layer)}
+        stacks = {
+            path: layer.stack()
+            for path, layer in layers.items()
+            if isinstance(layer, LowRankParameter) and layer.weight.dim() == 3
+        }
         plain = {path: layer.low_rank() for path, layer in layers.items() if path not in stacks}
         updates = {path: update.to(dtype=torch.float32) for path, update in plain.items()}
         if compact:
@@ -163,11 +166,20 @@ def _plain_lora(
         ranks |= {path: A.shape[1] for path, (A, _) in stacks.items()}
         if uniform:
             common = max(ranks.values())
-            updates = {path: _padded(update, common) for path, update in updates.items()}
+            for path, update in updates.items():  # without a core, filled up with zeros
+                missing = common - update.rank
+                B, A = F.pad(update.B, (0, missing)), F.pad(update.A, (0, 0, 0, missing))
+                updates[path] = replace(update, B=B, A=A)
             stacks = {path: padded_stack(A, B, common) for path, (A, B) in stacks.items()}
             ranks = dict.fromkeys(ranks, common)
         keys = stack_keys(model, stacks) | attention
-        factors = {path: _named_factors(layers.get(path), update) for path, update in updates.items()}
+        factors = {}
+        for path, update in updates.items():
+            layer = layers.get(path)
+            if layer is None:  # a partner that is not adapted
+                factors[path] = {"lora_A.weight": update.A, "lora_B.weight": update.B}
+            else:
+                factors[path] = dict(zip(layer.peft_names, layer.peft_factors(update)))
         factors |= {path: stack_tensors(A, B) for path, (A, B) in stacks.items()}
         for path, named in factors.items():
             tensors |= {f"{PREFIX}{keys.get(path, path)}.{name}": factor for name, factor in named.items()}
@@ -178,23 +190,6 @@ def _plain_lora(
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     given = {attention.get(path, path): rank for path, rank in ranks.items()}
     return tensors, {path: rank for path, rank in given.items() if ".base_layer." not in path}
-
-
-def _named_factors(layer: AdapterLayer | None, update: LowRank) -> dict[str, Tensor]:
-    """Return A and B under peft's names. layer: None for a partner that is not adapted."""
-    if layer is None:
-        return {"lora_A.weight": update.A, "lora_B.weight": update.B}
-    return dict(zip(layer.peft_names, layer.peft_factors(update)))
-
-
-def _padded(update: LowRank, rank: int) -> LowRank:
-    """Return an update without a core with zeros up to a rank."""
-    missing = rank - update.rank
-    return replace(update, B=F.pad(update.B, (0, missing)), A=F.pad(update.A, (0, 0, 0, missing)))
-
-
-def _is_stack(layer: AdapterLayer) -> TypeGuard[LowRankParameter]:
-    return isinstance(layer, LowRankParameter) and layer.weight.dim() == 3
 
 
 def import_peft(model: nn.Module, folder: str | Path, *, name: str = "default") -> nn.Module:

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from vismt.base.errors import UserError
-from vismt.lowrank import strict_json
+from vismt.config.typed import JsonFile, build
 from vismt.lowrank.model.patterns import Pattern, PatternError
 
 CONFIG = "adapter_config.json"
@@ -130,10 +130,8 @@ def read_settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
         if value and (key in VARIANTS or unknown):
             raise UserError(f"{what}: '{key}' is set; that variant is not a plain LoRA and cannot be read.")
     names = {field.name for field in fields(PeftSettings)}
-    try:
-        settings = strict_json.build(PeftSettings, {key: value for key, value in config.items() if key in names})
-    except ValueError as error:
-        raise UserError(f"{what}: {CONFIG} cannot be read ({error}).") from error
+    known = {key: value for key, value in config.items() if key in names}
+    settings = build(PeftSettings, known, JsonFile(f"{what}: {CONFIG} cannot be read"))
     if settings.bias not in BIASES:
         raise UserError(f"{what}: bias {settings.bias!r}; it must be one of {', '.join(BIASES)}.")
     if not texts(settings.target_modules) and not settings.target_parameters:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vismt.base.registry import PLACES, Registry
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.stock_modules import kind_of, matrix_shape
-from vismt.lowrank.values import check_factor, check_finite
+from vismt.lowrank.tensors import check_factor, check_finite
 
 HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 
@@ -342,11 +342,6 @@ def inner_module(base: nn.Module) -> nn.Module:
     inner.__dict__.update({name: value for name, value in nn.Module().__dict__.items() if name in HOOKS})
     inner._parameters = dict(base._parameters)
     return inner
-
-
-def trained_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of trained tensors on `weight`: fp64 for fp64, fp32 for half precision and packed bytes too."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:

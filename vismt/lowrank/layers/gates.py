@@ -155,14 +155,6 @@ class _Again:
         self._entered.pop().close()
 
 
-def repeat_samples(times: int) -> None:
-    """Allow batches with each sample `times` times, one copy after the other, until the `with` block ends."""
-    for kind in PerSample.__subclasses__():
-        scope = kind._current.get()
-        if scope is not None:
-            scope.repeats = times
-
-
 class Expansion:
     """Notes where transformers' `generate` repeats the samples (beams, num_return_sequences)."""
 
@@ -170,7 +162,10 @@ class Expansion:
         self.model = model
 
     def __call__(self, expand_size: int = 1, *rest: Any, **named: Any) -> Any:
-        repeat_samples(expand_size)
+        for kind in PerSample.__subclasses__():
+            scope = kind._current.get()
+            if scope is not None:  # batches may have each sample so often until its block ends
+                scope.repeats = expand_size
         owner = type(self.model)
         stock = inspect.getattr_static(owner, EXPAND).__get__(self.model, owner)  # a method or static, by version
         return stock(expand_size, *rest, **named)

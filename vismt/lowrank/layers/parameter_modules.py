@@ -113,6 +113,7 @@ def to_modules(model: nn.Module, paths: Iterable[str]) -> None:
 
 def to_parameters(model: nn.Module) -> None:
     """Make every such module a parameter again, in the stock order, and leave no hook: the inverse of `to_modules`."""
+    ours = (_read, _drop, _accept_stock_keys, _without_kernel, _with_kernel)
     for owner in list(model.modules()):
         modules = {name: child for name, child in owner._modules.items() if isinstance(child, ParameterModule)}
         for name, child in modules.items():
@@ -122,16 +123,11 @@ def to_parameters(model: nn.Module) -> None:
             order = [*(known for known in child.names if known in present), *present]
             owner._parameters.clear()
             owner._parameters.update({known: present[known] for known in order})
-        _remove_hooks(owner)
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    """Remove the hooks that are functions of this file: copies and pickles of a module keep no handles of them."""
-    ours = (_read, _drop, _accept_stock_keys, _without_kernel, _with_kernel)
-    for table in (module._forward_pre_hooks, module._forward_hooks, module._load_state_dict_pre_hooks):
-        for key in [key for key, hook in table.items() if getattr(hook, "hook", hook) in ours]:
-            del table[key]
-            module._forward_hooks_always_called.pop(key, None)
+        # Hooks are known by their functions: copies and pickles of a module keep no handles of them.
+        for table in (owner._forward_pre_hooks, owner._forward_hooks, owner._load_state_dict_pre_hooks):
+            for key in [key for key, hook in table.items() if getattr(hook, "hook", hook) in ours]:
+                del table[key]
+                owner._forward_hooks_always_called.pop(key, None)
 
 
 def _owner(model: nn.Module, path: str) -> tuple[Any, str]:

@@ -31,7 +31,7 @@ from vismt.lowrank.model.record import (
     refuse_offloaded,
     refuse_others,
 )
-from vismt.lowrank.values import need_finite
+from vismt.lowrank.tensors import need_finite
 
 SAVE = "save_pretrained"  # of transformers' models
 

@@ -76,7 +76,11 @@ def refuse_offloaded(model: nn.Module, what: str, *, whole: bool = False) -> Non
     whole: refuse a model that lies on the meta device as a whole, too, which `adapt` counts the parameters of.
     """
     on_meta = {name: parameter.is_meta for name, parameter in model.named_parameters()}
-    moved = next((path for path, module in model.named_modules() if _offloads(module)), None)
+    moved = None
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)  # of accelerate: it holds the weights elsewhere between calls
+        if moved is None and any(getattr(part, "offload", False) is True for part in getattr(hook, "hooks", [hook])):
+            moved = path
     if moved is None and (not any(on_meta.values()) or (all(on_meta.values()) and not whole)):
         return
     name = next((name for name, is_meta in on_meta.items() if is_meta), moved)
@@ -89,12 +93,6 @@ def refuse_offloaded(model: nn.Module, what: str, *, whole: bool = False) -> Non
     raise UserError(f"{what}: '{name}' has no values in memory (offloaded, or on the meta device); {fix}.")
 
 
-def _offloads(module: nn.Module) -> bool:
-    """Return whether a hook of accelerate holds the weights of the module elsewhere between its calls."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(part, "offload", False) is True for part in getattr(hook, "hooks", [hook]))
-
-
 def record_of(model: nn.Module) -> AdaptRecord | None:
     """Return the record of an adapted model, None for a stock one."""
     return getattr(model, RECORD, None)
@@ -103,8 +101,8 @@ def record_of(model: nn.Module) -> AdaptRecord | None:
 def names_of(model: nn.Module) -> list[str]:
     """Return the names of the adapters that the model carries, the active one first."""
     record, shelf = record_of(model), model._modules.get(SHELF)
-    parked: Any = shelf.children() if shelf is not None else ()
-    return [*([record.name] if record else []), *(adapter.record.name for adapter in parked)]
+    others: Any = shelf.children() if shelf is not None else ()
+    return [*([record.name] if record else []), *(adapter.record.name for adapter in others)]
 
 
 def refuse_others(model: nn.Module, what: str) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
+from vismt.lowrank.contexts import each
 from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.record import need_record
-from vismt.lowrank.threads import each
 
 # (weight (o, i), rank, scale, generator) -> (A (r, i), B (o, r)), called once per output block.
 Initialiser = Callable[[Tensor, int, float, torch.Generator], tuple[Tensor, Tensor]]

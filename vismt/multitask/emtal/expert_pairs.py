@@ -25,7 +25,7 @@ from vismt.lowrank.layers.base import LayerSpec, register_module, spec_of
 from vismt.lowrank.layers.forms import LowRankLinear
 from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
 from vismt.lowrank.layers.stock_modules import matrix_shape
-from vismt.lowrank.values import check_factor
+from vismt.lowrank.tensors import check_factor
 
 SIDES = {"fc1": "out", "fc2": "in"}  # linear -> which of its features are hidden units
 

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
+from vismt.lowrank.contexts import evaluating
 from vismt.lowrank.layers.base import adapter_modules
 from vismt.multitask.emtal.ffn import MoEfiedMlp
 from vismt.multitask.emtal.routing import expert_weights
@@ -48,12 +49,10 @@ def router_maps(net: Any, images: Tensor) -> dict[str, np.ndarray]:
     chosen = [routed[place] for place in places]
     weights: dict[str, Tensor] = {}
     hooks = [part.register_forward_pre_hook(partial(_weigh, weights, name)) for name, part in chosen]
-    training = net.training
     try:
-        with torch.no_grad():
-            net.eval()(images.to(next(net.parameters()).device))
+        with torch.no_grad(), evaluating(net):
+            net(images.to(next(net.parameters()).device))
     finally:
-        net.train(training)
         for hook in hooks:
             hook.remove()
     rows, columns = net.backbone.grid

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.metatune.functional import answers, evaluating
+from vismt.lowrank.contexts import evaluating
+from vismt.metatune.functional import answers
 from vismt.robustness.attacks.losses import Loss
 
 PROBABILITY_SLACK = 1e-4
@@ -24,7 +25,7 @@ class Victim:
     """A frozen model as a function of images and of the rows that they belong to.
 
     model: images (b, 3, h, w) in [0, 1] -> logits (b, num_classes). A model with `rows_of` (see
-    `vismt.metatune.protocol.packed.PackedClassifier`) classifies each image by the task of its row.
+    `vismt.metatune.protocol.episode_runner.PackedClassifier`) classifies each image by the task of its row.
     """
 
     def __init__(self, model: nn.Module, num_classes: int, what: str) -> None:

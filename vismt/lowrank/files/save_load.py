@@ -48,7 +48,7 @@ from vismt.lowrank.model.record import (
     was_trained,
 )
 from vismt.lowrank.model.targets import refusals
-from vismt.lowrank.values import check_parameter, need_finite
+from vismt.lowrank.tensors import check_parameter, need_finite
 from vismt.storage.files import atomic_write, sealed, write_tensors
 from vismt.storage.locks import locked
 

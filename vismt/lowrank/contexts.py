@@ -1,4 +1,4 @@
-"""Run torch on one thread, and work on many items with one thread each."""
+"""What holds while a block runs, one thread or eval mode; and work on many items with one thread each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -22,6 +23,18 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold a model in eval mode inside the block, and give every module its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def each(work: Callable[[T], R], items: Sequence[T]) -> list[R]:

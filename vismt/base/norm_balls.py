@@ -1,4 +1,4 @@
-"""The balls of attacks, ||d||_p <= epsilon with x + d in [0, 1]: sizes, projections, steepest steps and random starts.
+"""Balls of changes of images, ||d||_p <= epsilon with x + d in [0, 1]: sizes, projections, steepest steps, random starts.
 
     linf   step  s sign(g)              projection  clip(d, -epsilon, epsilon)
     l2     step  s g / ||g||            projection  d min(1, epsilon / ||d||)
@@ -13,6 +13,7 @@ and box are treated one after the other in linf, where that is exact, and in l2,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,12 +53,16 @@ def rounding(images: Tensor, epsilon: float, norm: str) -> float:
 def project(clean: Tensor, moved: Tensor, epsilon: float, norm: str) -> Tensor:
     """Return images in the ball around `clean` and in [0, 1], near `moved`; all (b, c, h, w)."""
     change = moved - clean
+    inside = _project_l1(clean, change, epsilon) if norm == "l1" else clip(change, epsilon, norm)
+    return (clean + inside).clamp(0, 1)
+
+
+def clip(change: Tensor, epsilon: Tensor | float, norm: str) -> Tensor:
+    """Return the nearest changes (b, c, h, w) in the ball of linf or l2, whatever the pixels; epsilon of linf: also a tensor."""
+    bound: Any = epsilon
     if norm == "linf":
-        return (clean + change.clamp(-epsilon, epsilon)).clamp(0, 1)
-    if norm == "l2":
-        factor = (epsilon / size(change, norm).clamp_min(TINY)).clamp(max=1)
-        return (clean + change * column(factor)).clamp(0, 1)
-    return (clean + _project_l1(clean, change, epsilon)).clamp(0, 1)
+        return change.clamp(-bound, bound)
+    return change * column((bound / size(change, norm).clamp_min(TINY)).clamp(max=1))
 
 
 def _project_l1(clean: Tensor, change: Tensor, epsilon: float) -> Tensor:
@@ -116,3 +121,18 @@ def random_start(images: Tensor, epsilon: float, norm: str, seeds: Sequence[int]
         radii = [torch.rand((), generator=torch.Generator().manual_seed(mix_seed(seed, "radius"))) for seed in seeds]
         direction = direction * column(torch.stack(radii).to(images))
     return project(images, images + epsilon * direction, epsilon, norm)
+
+
+def within_budget(clean: Tensor, adversarial: Tensor, epsilon: float, norm: str, what: object) -> Tensor:
+    """Return `adversarial`, clamped to [0, 1] within the tolerance.
+
+    Raises RuntimeError when an image leaves its budget or [0, 1] or is not finite: a fault of the attack `what`, not the user's.
+    """
+    worst, low, high = float(size(adversarial - clean, norm).max()), float(adversarial.min()), float(adversarial.max())
+    allowed = epsilon + rounding(clean, epsilon, norm)
+    # Written so that a NaN fails it.
+    if not (worst <= allowed and low >= -TOLERANCE and high <= 1 + TOLERANCE):
+        raise RuntimeError(
+            f"attack {what}: left its budget: {norm} {worst:.8g} > {epsilon:.8g}, or pixels {low}..{high}"
+        )
+    return adversarial.clamp(0, 1)

@@ -7,9 +7,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from vismt.robustness.attacks.attacks import AttackSpec
-from vismt.robustness.attacks.checks import within_budget
-from vismt.robustness.attacks.norms import NORMS, project, random_start, size, size_of_all, steepest
+from vismt.base.norm_balls import NORMS, project, random_start, size, size_of_all, steepest, within_budget
 
 
 def drawn(seed, count=1, side=2):
@@ -114,6 +112,6 @@ def test_rounding_of_every_pixel_is_within_the_budget(norm):
     change = torch.randn(clean.shape, generator=generator)
     epsilon = 1e-3 * size_of_all(clean, norm)
     moved = project(clean, clean + change, epsilon, norm)
-    assert torch.equal(within_budget(clean, moved, AttackSpec(epsilon=epsilon, norm=norm)), moved)
+    assert torch.equal(within_budget(clean, moved, epsilon, norm, "x"), moved)
     with pytest.raises(RuntimeError, match="left its budget"):
-        within_budget(clean, clean + 1.002 * (moved - clean), AttackSpec(epsilon=epsilon, norm=norm))
+        within_budget(clean, clean + 1.002 * (moved - clean), epsilon, norm, "x")

@@ -1,8 +1,9 @@
-"""Values of tensors that come from a file or go into one: floating and finite."""
+"""Tensors that come from a file or go into one: floating and finite, and whole where each process holds a part (FSDP2)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,3 +54,24 @@ def need_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
         if not fits(value):
             raise UserError(f"{what}: '{name}' holds NaN or infinite values; train again, or pass force=True to go on.")
+
+
+# ---- DTensors of FSDP2
+def whole(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor gathered from all processes, which call this together; any other tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part_like(value: Tensor, like: Any) -> Tensor:
+    """Return `value`, equal on all processes, sharded as `like` is."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    spread = DTensor.from_local(value.to(like.device), like.device_mesh, [Replicate()], run_check=False)
+    return spread.redistribute(placements=like.placements)
+
+
+@torch.no_grad()
+def write_whole(target: Tensor, value: Tensor) -> None:
+    """Copy what `whole(target)` returned, changed since, into a sharded target; other targets were changed in place."""
+    if hasattr(target, "full_tensor"):
+        target.copy_(part_like(value, target))
