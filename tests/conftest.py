@@ -77,7 +77,6 @@ def drawn(monkeypatch):
     """The figures saved during the test, each after its layout."""
     from vismt.jobs.classification import figures as classification_figures
     from vismt.jobs.dense import figures as dense_figures
-    from vismt.jobs.fewshot import episode_figure
     from vismt.jobs.fewshot import figures as fewshot_figures
     from vismt.report import arm_figures, figures, plotting, routers
 
@@ -91,7 +90,6 @@ def drawn(monkeypatch):
     for module in (
         classification_figures,
         dense_figures,
-        episode_figure,
         fewshot_figures,
         figures,
         routers,

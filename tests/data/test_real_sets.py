@@ -141,7 +141,7 @@ def test_rgbd_maps():
     good = valid("normals", normals)
     assert 0.3 < good.float().mean() < 1 and torch.allclose(normals.norm(dim=0)[good], torch.ones(()), atol=1e-5)
     # The stored normals are the derived ones, smoothed: the axes agree, and z looks at the camera.
-    derived = normals_from_depth(depth, fx=146.25, fy=146.25, cx=80, cy=60)
+    derived = normals_from_depth(depth, {"fx": 146.25, "fy": 146.25, "cx": 80, "cy": 60})
     both = good & valid("normals", derived)
     angles = (derived * normals).sum(0)[both].clamp(-1, 1).arccos().rad2deg()
     assert angles.median() < 8 and both.float().mean() > 0.5 and (normals[2][good] > 0).float().mean() > 0.95

@@ -17,7 +17,7 @@ from vismt.jobs import load_config, open_run, start_config
 from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.robustness.config import ClassifierConfig
-from vismt.jobs.robustness.own_images import TrainedArm
+from vismt.jobs.robustness.models import TrainedArm
 from vismt.lowrank.model.merge import merge
 from vismt.report.results import Result, read_results
 from vismt.robustness.attacks.attacks import AttackSpec, robust_accuracy

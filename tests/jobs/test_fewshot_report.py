@@ -11,8 +11,7 @@ from helpers.results import PGD, result, write_lines
 
 from vismt.base.errors import UserError
 from vismt.jobs.fewshot.config import FewShotConfig, PoolConfig
-from vismt.jobs.fewshot.episode_figure import episode_grid
-from vismt.jobs.fewshot.figures import mixture_bars
+from vismt.jobs.fewshot.figures import episode_grid, mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings
 from vismt.jobs.fewshot.report import sections
 from vismt.report import plotting

@@ -3,7 +3,8 @@
 import pytest
 
 from vismt.base.errors import UserError
-from vismt.jobs.fewshot.masking_report import summary, tables
+from vismt.jobs.fewshot.evaluation import masking_summary
+from vismt.jobs.fewshot.report import masking_tables
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.report import sections
 from vismt.storage.lines import write_lines
@@ -26,17 +27,17 @@ def lines(tmp_path):
 
 
 def test_the_masking_check_is_a_table(tmp_path, lines):
-    ((table, note),) = tables(tmp_path)
+    ((table, note),) = masking_tables(tmp_path)
     rows = table.rows
     assert "do not measure robustness" not in table.title and "do not measure robustness" in note
     assert table.heads == ["Model", "Data", "clean", "1/255", "64/255", "chance", "n (episodes)", "Verdict"]
     assert rows[0] == ["frozen", "digits, 5-way 1-shot", "60.0", "30.0", "0.0", "20.0", "10", "pass"]
     assert rows[1][-1] == "FAIL: still 50.0 % at 64/255, chance is 20.0 %"
-    assert summary(lines[:1]) == "frozen   pass   at 64/255: digits 0.0 %   (n = 10 episodes)"
-    assert summary(lines[1:]).startswith(
+    assert masking_summary(lines[:1]) == "frozen   pass   at 64/255: digits 0.0 %   (n = 10 episodes)"
+    assert masking_summary(lines[1:]).startswith(
         "adapted   FAIL   digits still 50.0 % at 64/255"
-    ) and "do not measure" in summary(lines[1:])
-    assert tables(tmp_path / "none") == []
+    ) and "do not measure" in masking_summary(lines[1:])
+    assert masking_tables(tmp_path / "none") == []
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_the_masking_check_is_a_table(tmp_path, lines):
 def test_broken_masking_lines_are_named(tmp_path, lines, change, words):
     write_lines(tmp_path / "masking.jsonl", [{**lines[0], **change}, lines[1]])
     with pytest.raises(UserError, match=words):
-        tables(tmp_path)
+        masking_tables(tmp_path)
 
 
 def test_checks_of_classifiers_are_tables_by_norm_and_radii(tmp_path):

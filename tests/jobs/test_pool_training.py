@@ -18,12 +18,10 @@ from vismt.config.sections import AdaptConfig, TrainConfig
 from vismt.jobs import training_job
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SourceConfig
 from vismt.jobs.fewshot.job import FewShotJob
-from vismt.jobs.fewshot.models import OWN_FILE
-from vismt.jobs.fewshot.pool_training import find_experts, read_scale
+from vismt.jobs.fewshot.models import OWN_FILE, find_experts, read_scale
 from vismt.metatune.amt.objective import AdversarialObjective
 from vismt.metatune.amt.pool import Expert, assemble, read_pool
-from vismt.metatune.objective import EpisodeObjective
-from vismt.metatune.protonet import ProtoNet
+from vismt.metatune.protonet import EpisodeObjective, ProtoNet
 from vismt.storage.lines import read_lines
 
 
@@ -266,11 +264,8 @@ def test_a_scale_that_is_none(tmp_path: Path, trained: list[Path]) -> None:
         find_experts(run)
 
 
-def test_pools_of_another_rank_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_experts_of_several_pools_and_ranks_make_one_pool(tmp_path: Path) -> None:
     two, three = (saved(tmp_path / str(rank), (3, 4), rank=rank) for rank in (2, 3))
     pools = [assemble([expert], tmp_path / f"pool{rank}") for rank, expert in ((2, two[0]), (3, three[1]))]
-    with pytest.raises(
-        UserError, match=r"experts '0' and '1' differ at .*: rank 2 and 3. .* no mixture of them exists"
-    ):
-        assemble([expert for pool in pools for expert in find_experts(pool)], tmp_path / "both")
-    assert not (tmp_path / "both").exists()
+    both = assemble([expert for pool in pools for expert in find_experts(pool)], tmp_path / "both")
+    assert [expert.label for expert in read_pool(both)] == ["0", "1"]

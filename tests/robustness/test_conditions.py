@@ -6,10 +6,11 @@ from vismt.base.errors import UserError
 from vismt.config.sections import typed
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.config_checks import check
-from vismt.robustness.attacks.transfer import Transfer, TransferSource
 from vismt.robustness.conditions import (
     AttackConfig,
     CorruptionConfig,
+    Transfer,
+    TransferSource,
     check_conditions,
     condition_of,
     conditions,

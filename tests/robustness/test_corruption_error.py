@@ -5,7 +5,7 @@ import pytest
 from vismt.base.errors import UserError
 from vismt.jobs.robustness.evaluation import ACCURACY, corruption_errors
 from vismt.report.results import Score
-from vismt.robustness.corruption_error import mean_corruption_error
+from vismt.robustness.corruptions import mean_corruption_error
 from vismt.uncertainty.intervals import Condition, Measure
 
 ERRORS = {"fog": {1: 0.1, 3: 0.3}, "snow": {1: 0.6}}

@@ -13,7 +13,7 @@ from torch import nn
 from vismt.base.errors import UserError
 from vismt.jobs.robustness.config import ClassifierConfig
 from vismt.jobs.robustness.models import load
-from vismt.robustness.robustbench import load_robustbench
+from vismt.robustness.classifier import load_robustbench
 
 
 class Dataset(Enum):

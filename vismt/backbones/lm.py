@@ -62,6 +62,9 @@ def create_lm(
     options = {"gguf_file": gguf_file, "revision": revision}
     options = {key: value for key, value in options.items() if value is not None}
     expanded = {}
+    # transformers 4.56 renamed the argument.
+    major, minor = (int(part) for part in version("transformers").split(".")[:2])
+    dtype_key = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Else transformers 5 may keep the blocks packed, and marks even expanded weights as quantised, which cannot be saved.
         expanded["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -71,16 +74,15 @@ def create_lm(
         with quiet_logger("huggingface_hub"), _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                place, trust_remote_code=False, **{_dtype_keyword(): weights_dtype}, **options, **expanded
+                place, trust_remote_code=False, **{dtype_key: weights_dtype}, **options, **expanded
             )
-    except ImportError as error:
-        raise UserError(f"language model '{place}' needs another package: {_reason(error)}. {INSTALL}") from error
-    except (
-        Exception
-    ) as error:  # of transformers' readers of damaged files: a pytorch_model.bin without a state dict, ...
+    except Exception as error:  # transformers' readers of damaged files raise whatever the damage leads to
+        reason = one_line(str(error).rstrip(". \n"), 200)
+        if isinstance(error, ImportError):
+            raise UserError(f"language model '{place}' needs another package: {reason}. {INSTALL}") from error
         lms = [name for name in list_assets() if load_asset_card(name).kind == "lm"]
         raise UserError(
-            f"language model '{name_or_path}' cannot be loaded: {_reason(error)}.{near(str(name_or_path), lms)} "
+            f"language model '{name_or_path}' cannot be loaded: {reason}.{near(str(name_or_path), lms)} "
             "Give a folder with config.json, a causal LM on the hub, or an asset."
         ) from error
     return model.eval(), tokenizer
@@ -110,13 +112,3 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
     finally:
         if bars:
             logs.enable_progress_bar()
-
-
-def _dtype_keyword() -> str:
-    """Return the name of from_pretrained's dtype argument, which transformers 4.56 renamed from torch_dtype to dtype."""
-    major, minor = (int(part) for part in version("transformers").split(".")[:2])
-    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
-
-
-def _reason(error: Exception) -> str:
-    return one_line(str(error).rstrip(". \n"), 200)

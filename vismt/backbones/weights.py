@@ -52,7 +52,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise UserError(
             f"checkpoint '{path}' holds no state dict (names to tensors), alone or under {', '.join(WRAPPERS)}."
         )
-    return _without_shared_prefixes(state)
+    state = dict(state)
+    while shared := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None):
+        state = {key.removeprefix(shared): value for key, value in state.items()}
+    return state
 
 
 def load_weights(
@@ -75,7 +78,7 @@ def load_weights(
     Raises:
         UserError: a missing, unexpected or wrongly shaped key; it names the first.
     """
-    name = _name_of(vit)
+    name = str(getattr(vit, "pretrained_cfg", {}).get("architecture") or type(vit).__name__)
     state = dict(state)
     table, model_table = state.get("pos_embed"), getattr(vit, "pos_embed", None)
     grid = tuple(vit.patch_embed.grid_size)
@@ -121,22 +124,8 @@ def _check(
             f"{origin} do not fit {model}: '{key}' is {shape}{hint}, needed {needed} ({len(wrong)} such keys)."
         )
     if missing or unexpected:
+        first_missing, first_unexpected = (f" (first '{keys[0]}')" if keys else "" for keys in (missing, unexpected))
         raise UserError(
-            f"{origin} do not fit {model}: {len(missing)} keys missing{_first(missing)}, "
-            f"{len(unexpected)} unexpected{_first(unexpected)}."
+            f"{origin} do not fit {model}: {len(missing)} keys missing{first_missing}, "
+            f"{len(unexpected)} unexpected{first_unexpected}."
         )
-
-
-def _first(keys: list[str]) -> str:
-    return f" (first '{keys[0]}')" if keys else ""
-
-
-def _name_of(vit: nn.Module) -> str:
-    return str(getattr(vit, "pretrained_cfg", {}).get("architecture") or type(vit).__name__)
-
-
-def _without_shared_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state = dict(state)
-    while shared := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None):
-        state = {key.removeprefix(shared): value for key, value in state.items()}
-    return state

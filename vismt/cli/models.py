@@ -83,7 +83,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _pool(options: argparse.Namespace) -> None:
-    from vismt.jobs.fewshot.pool_training import find_experts
+    from vismt.jobs.fewshot.models import find_experts
     from vismt.metatune.amt.pool import assemble
 
     experts = [expert for folder in options.experts for expert in find_experts(folder)]

@@ -137,7 +137,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _robustbench(run: Run) -> None:
     from vismt.jobs.robustness.config import RobustnessConfig
-    from vismt.jobs.robustness.robustbench import write_model_info
+    from vismt.jobs.robustness.report import write_model_info
 
     if not isinstance(run.config, RobustnessConfig):
         raise UserError(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.data.cards import Card, list_cards, load_card
 from vismt.data.copies import digest, first_copy, fix, not_found, place, read_manifest, shown_path
 from vismt.data.fetching import fetch, has_leftovers
-from vismt.data.source_types import DataSource, Files, LoadedSplit
+from vismt.data.source_types import DataSource, Files
 
 NOWHERE = "-"  # the place of a set without a copy
 LISTED = 8  # wrong rows that a report names
@@ -52,12 +52,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        return not self.problem and all(row.state == "ok" for row in self.rows)
-
-    @property
-    def rows(self) -> list[CheckRow]:
-        """Every row: the splits, then the hashed groups, then the damaged examples."""
-        return self.splits + self.groups + self.damaged
+        return not self.problem and all(row.state == "ok" for row in self.splits + self.groups + self.damaged)
 
     @property
     def images(self) -> int:
@@ -66,26 +61,21 @@ class CheckReport:
     def __str__(self) -> str:
         if self.ok:
             classes = f"{self.classes} classes, " if self.classes else ""
-            return f"{self.shown}: ok: {self.images:,} {self.unit}, {classes}{self._hashes()}, under {self.where}"
+            hashes = "1 hash agrees" if len(self.groups) == 1 else f"{len(self.groups)} hashes agree"
+            hashes = hashes if self.groups else "no hashes recorded"
+            return f"{self.shown}: ok: {self.images:,} {self.unit}, {classes}{hashes}, under {self.where}"
         wrong = [row for row in self.groups + self.damaged if row.state != "ok"]
         wrong = wrong or [row for row in self.splits if row.state != "ok"]
         if self.where is None or not wrong:
             return self.problem
         expected = sum(row.expected or 0 for row in self.splits)
         count = f"{self.images:,} of {expected:,}" if expected else f"{self.images:,}"
+        listed = []
+        for row in wrong[:LISTED]:
+            counts = f" ({row.actual} of {row.expected})" if row.state == "short" else ""
+            listed.append(f"{row.state} '{row.group}'{counts}")
         more = f" and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
-        rows = ", ".join(_described(row) for row in wrong[:LISTED])
-        return f"{self.shown}: {count} {self.unit} found under {self.where}; {rows}{more}. {self.fix}"
-
-    def _hashes(self) -> str:
-        if not self.groups:
-            return "no hashes recorded"
-        return "1 hash agrees" if len(self.groups) == 1 else f"{len(self.groups)} hashes agree"
-
-
-def _described(row: CheckRow) -> str:
-    counts = f" ({row.actual} of {row.expected})" if row.state == "short" else ""
-    return f"{row.state} '{row.group}'{counts}"
+        return f"{self.shown}: {count} {self.unit} found under {self.where}; {', '.join(listed)}{more}. {self.fix}"
 
 
 def _state(expected: int | None, count: int) -> str:
@@ -96,7 +86,8 @@ def _state(expected: int | None, count: int) -> str:
     return "short" if count < expected else "changed"
 
 
-def _groups(card: Card, source: DataSource, files: Files) -> list[CheckRow]:
+def _check_hashes(card: Card, source: DataSource, files: Files) -> list[CheckRow]:
+    """Return a row for each group of files that the manifest records or the copy has; none without a manifest."""
     recorded = read_manifest(card, source)
     if not recorded:
         return []
@@ -113,20 +104,6 @@ def _groups(card: Card, source: DataSource, files: Files) -> list[CheckRow]:
     return rows
 
 
-def _damaged(card: Card, loaded: LoadedSplit) -> list[CheckRow]:
-    """Return a row for each example that cannot be decoded. Texts are decoded when they are loaded."""
-    read = getattr(loaded, "read", None)
-    if read is None:
-        return []
-    rows = []
-    for i in console.track(range(len(loaded.ids)), "check", f"{card.name}: decoding"):
-        try:
-            read(i)
-        except UserError:
-            rows.append(CheckRow(loaded.ids[i], 1, 0, "damaged"))
-    return rows
-
-
 def check_source(card: Card, source: DataSource, base: Path, *, decode: bool = True) -> CheckReport:
     """Return the report on the copy of `source` in the folder `base`; `decode` as for `check`."""
     splits, damaged, problem = [], [], ""
@@ -134,10 +111,16 @@ def check_source(card: Card, source: DataSource, base: Path, *, decode: bool = T
         try:
             loaded = source.load(card, base, split)
             count = len(loaded.ids)
-            damaged += _damaged(card, loaded) if decode else []
         except UserError as error:
             problem = problem or str(error)
             count = source.count_images(base, split)
+        else:
+            read: Any = getattr(loaded, "read", None) if decode else None  # texts were decoded when they were loaded
+            for i in console.track(range(count), "check", f"{card.name}: decoding") if read else ():
+                try:
+                    read(i)
+                except UserError:
+                    damaged.append(CheckRow(loaded.ids[i], 1, 0, "damaged"))
         splits.append(CheckRow(split, expected, count, _state(expected, count)))
     return CheckReport(
         name=card.name,
@@ -145,7 +128,7 @@ def check_source(card: Card, source: DataSource, base: Path, *, decode: bool = T
         where=shown_path(base),
         classes=source.classes or card.classes,
         splits=splits,
-        groups=_groups(card, source, source.list_files(base)),
+        groups=_check_hashes(card, source, source.list_files(base)),
         damaged=damaged,
         problem=problem,
         fix=fix(card),
@@ -177,25 +160,17 @@ def prepare(name: str | Path, *, decode: bool = True) -> CheckReport:
     """
     card = load_card(name)
     source = next((source for source in card.sources if source.downloadable), None)
-    if source is not None:
-        return _prepare(card, source, place(card, source) or source.candidates(card)[-1], decode)
-    report = check(name, decode=decode)
-    if report.where is None:
-        steps = " ".join(card.how_to_get.split()) or f"See {card.shown}/{card.path.name}."
-        raise UserError(f"{card.shown}: cannot be downloaded by vismt. {steps}")
-    return report
-
-
-def _prepare(card: Card, source: DataSource, base: Path, decode: bool) -> CheckReport:
-    """Return the report on a downloadable set, of which what is missing is fetched first."""
-
-    def report() -> CheckReport:
-        return check_source(card, source, base, decode=decode)
-
-    found = report() if base.exists() else None
+    if source is None:
+        report = check(name, decode=decode)
+        if report.where is None:
+            steps = " ".join(card.how_to_get.split()) or f"See {card.shown}/{card.path.name}."
+            raise UserError(f"{card.shown}: cannot be downloaded by vismt. {steps}")
+        return report
+    base = place(card, source) or source.candidates(card)[-1]
+    found = check_source(card, source, base, decode=decode) if base.exists() else None
     if found is None or not found.ok or has_leftovers(base):
-        fetch(card, source, base, lambda: base.exists() and report().ok)
-        found = report()
+        fetch(card, source, base, lambda: base.exists() and check_source(card, source, base, decode=decode).ok)
+        found = check_source(card, source, base, decode=decode)
     return found
 
 

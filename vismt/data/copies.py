@@ -1,4 +1,8 @@
-"""Copies of sources on this machine: their folders, how messages name them, and checks of their content."""
+"""Copies of sets on this machine: where they are, how messages name them, and whether they hold what their card says.
+
+A manifest beside a card has one sha256 for each group of files (a class folder, an npz, a photograph), so that a check can name
+what is wrong.
+"""
 
 from __future__ import annotations
 

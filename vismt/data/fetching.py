@@ -16,8 +16,8 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.data.copies import shown_path
 from vismt.data.source_types import Card, DataSource
+from vismt.storage.locks import scratch_beside
 from vismt.storage.paths import cache_root
-from vismt.storage.scratch import scratch_beside
 
 ARCHIVES = (".gz", ".tgz", ".tar", ".zip", ".mat")
 
@@ -36,7 +36,9 @@ def fetch(card: Card, source: DataSource, base: Path, complete: Callable[[], boo
             new.mkdir()
             for archive in _files(base):
                 if archive.suffix in ARCHIVES:  # those whose checksum fits are not downloaded again
-                    _copy(archive, new / archive.relative_to(base))
+                    target = new / archive.relative_to(base)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(archive, target)
             source.download(card, new)
             _put(new, base)
     except OSError as error:
@@ -52,11 +54,6 @@ def has_leftovers(base: Path) -> bool:
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file()]
-
-
-def _copy(path: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, target)
 
 
 def _put(new: Path, base: Path) -> None:

@@ -59,8 +59,13 @@ def near_duplicates(read: Callable[[int], Tensor], labels: Tensor, name: str) ->
     Images of a class are compared each with each. A class that is one chain for the most part looks alike without being frames
     of one object, and has no groups.
     """
+
+    def patch(i: int) -> Tensor:
+        grey = F.adaptive_avg_pool2d(rgb_to_grayscale(read(i).to(torch.float32)), SIDE).flatten()
+        return F.normalize(grey - grey.mean(), dim=0)
+
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda i: _patch(read(i)), range(len(labels)))
+        found = pool.map(patch, range(len(labels)))
         patches = torch.stack(list(console.track(found, "data", f"{name}: near-duplicates", len(labels))))
     groups = torch.arange(len(labels))
     alike = 0
@@ -78,11 +83,6 @@ def near_duplicates(read: Callable[[int], Tensor], labels: Tensor, name: str) ->
     if alike:
         console.stage("data", f"{name}: the images of {alike} classes are too alike to tell near-duplicates")
     return groups
-
-
-def _patch(image: Tensor) -> Tensor:
-    grey = F.adaptive_avg_pool2d(rgb_to_grayscale(image.to(torch.float32)), SIDE).flatten()
-    return F.normalize(grey - grey.mean(), dim=0)
 
 
 def picture(images: DenseSet, i: int) -> Tensor:

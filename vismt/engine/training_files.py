@@ -48,8 +48,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 def check_files(folder: Path) -> None:
     """Raise UserError where files of a finished training are not those that its done.json names."""
     about = _read(folder)
-    files = {} if about is None else about.get(FILES, {})  # earlier versions wrote no digests
-    for name, digest in files.items():
+    for name, digest in ({} if about is None else about[FILES]).items():
         path = folder / name
         if not path.is_file() or file_digest(path) != digest:
             raise UserError(

@@ -82,18 +82,6 @@ class LmNet(nn.Module):
             )
         return out.last_hidden_state
 
-    def _lower(self, batch: Batch) -> Tensor:
-        """Return the input (b, n, d) of block `first`; the blocks from there on pass their input through."""
-        captured: list[Tensor] = []
-
-        def capture(hidden_states: Tensor, *args: object, **options: object) -> Tensor:
-            captured.append(hidden_states)
-            return hidden_states
-
-        with _forward_replaced(blocks(self.lm)[self.first :], capture):
-            self.states(batch)
-        return captured[0]
-
     def features(self, batch: Batch) -> Tensor:
         """Return the hidden states (b, d) fp32 of the last token of each row."""
         return self.hidden(batch)[:, -1].float()
@@ -226,12 +214,23 @@ class LmNet(nn.Module):
         for number, piece in enumerate(pieces):
             groups.setdefault((len(piece.ids), piece.documents is None), []).append(number)
         device = next(self.lm.parameters()).device
-        with evaluating(self.lm):
+        captured: list[Tensor] = []  # the inputs of the blocks from `first` on, which pass them through
+
+        def capture(hidden_states: Tensor, *args: object, **options: object) -> Tensor:
+            captured.append(hidden_states)
+            return hidden_states
+
+        def lower(batch: Batch) -> Tensor:
+            captured.clear()
+            self.states(batch)
+            return captured[0]
+
+        with evaluating(self.lm), _forward_replaced(blocks(self.lm)[self.first :], capture):
             for numbers in groups.values():
                 for start in range(0, len(numbers), at_once):
                     chosen = numbers[start : start + at_once]
                     batch = {name: value.to(device) for name, value in collate([pieces[i] for i in chosen]).items()}
-                    states.update(zip(chosen, by_document(self.lm, batch, self._lower).cpu().unbind(0)))
+                    states.update(zip(chosen, by_document(self.lm, batch, lower).cpu().unbind(0)))
         return [states[number] for number in range(len(pieces))]
 
 

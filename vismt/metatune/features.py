@@ -3,7 +3,7 @@
 Episodes draw the same images again and again. `number` marks a batch with the rows of its images in their set, and
 `features` then takes the features of rows that were seen before from a store. An image that was changed (attacked, shifted,
 augmented) is another tensor without a mark, so it is computed; the same holds under gradients and for the weights of a single
-task (`Functional.lasting`).
+task (`WithWeights.lasting`).
 
 On a CPU a stored feature has the same bits in every run: the first batch of every backbone is computed in two ways and
 compared. Where the order of sums depends on the batch's size (some CPUs with several threads), stored features are computed
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vismt.backbones.vit import Backbone
 from vismt.base import console
 from vismt.base.identity import Identity
-from vismt.metatune.functional import Functional
+from vismt.metatune.functional import WithWeights
 from vismt.storage.stored_tensors import has_hooks, machine, path_of, read_stored, write_stored
 
 MARK = "_vismt_rows"
@@ -84,9 +84,9 @@ class FeatureStore:
 
     def table(self, backbone: nn.Module) -> _Table | None:
         """Return the features of a backbone as it is now; None where they cannot be kept."""
-        if isinstance(backbone, Functional) and not backbone.lasting:
+        if isinstance(backbone, WithWeights) and not backbone.lasting:
             return None
-        module, weights = (backbone.module, backbone.weights) if isinstance(backbone, Functional) else (backbone, {})
+        module, weights = (backbone.module, backbone.weights) if isinstance(backbone, WithWeights) else (backbone, {})
         unused = _unused(module)
         parts = set(module.modules()) - unused
         if any(part.training for part in parts) or has_hooks(parts):

@@ -14,13 +14,13 @@ from vismt.base import console
 from vismt.base.errors import UserError, near
 
 
-class Functional(nn.Module):
+class WithWeights(nn.Module):
     """Run `module` with `weights` in place of its tensors of those names; the other tensors are the module's.
 
     weights: {name of a parameter or buffer of the module: tensor of its shape}, on the device they are to run on. They are
     detached (memory is shared, not copied), and neither parameters nor buffers: `.to`, `parameters()` and `state_dict()`
-    act on the module's tensors alone, and two Functionals may share a module. Gradients reach the images. To tune the
-    weights, build a new Functional from tuned copies of `weights`. lasting: whether other tasks have the same weights, so
+    act on the module's tensors alone, and two modules of this class may share a module. Gradients reach the images. To tune the
+    weights, build a new WithWeights from tuned copies of `weights`. lasting: whether other tasks have the same weights, so
     that features may be kept. Raises UserError for an unknown name or a shape that does not fit.
     """
 

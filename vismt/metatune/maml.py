@@ -34,8 +34,8 @@ from vismt.base.errors import UserError, near
 from vismt.config.typed import Names
 from vismt.lowrank.files.save_load import adapter_tensors, check_tensors
 from vismt.lowrank.model.record import record_of
-from vismt.metatune.functional import Functional
-from vismt.metatune.objective import EpisodeObjective
+from vismt.metatune.functional import WithWeights
+from vismt.metatune.protonet import EpisodeObjective
 
 ALGORITHMS = ("maml", "fomaml", "metasgd")
 ENGINES = ("func", "learn2learn")
@@ -146,14 +146,14 @@ class MamlNet(nn.Module):
         adapted = self._adapt(support_images, support_labels, {}, attached=torch.is_grad_enabled())
         return functional_call(self.learner, adapted, (query_images,))
 
-    def classifier(self, support_images: Tensor, support_labels: Tensor) -> Functional:
+    def classifier(self, support_images: Tensor, support_labels: Tensor) -> WithWeights:
         """Return the query classifier of a task, adapted in the learner's current mode; the learner is not changed.
 
         The whole support set is one batch of every inner step. Works under no_grad, too.
         """
         buffers = {name: value.detach().clone() for name, value in self.learner.named_buffers()}
         adapted = self._adapt(support_images, support_labels, buffers, attached=False)
-        return Functional(self.learner, {**buffers, **adapted})
+        return WithWeights(self.learner, {**buffers, **adapted})
 
     def own_tensors(self) -> Tensors:
         """Return what a run saves with the adapter: adapted parameters outside the adapter file, and rates by parameter."""

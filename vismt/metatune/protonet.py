@@ -7,15 +7,19 @@ classifier shifts every logit equally and is left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
+from vismt.base.seeds import mix_seed
 from vismt.lowrank.files.save_load import check_tensors
 from vismt.metatune.features import features
+from vismt.metatune.protocol.episodes import Episode
+
+Augmentation = Callable[[Tensor, int], Tensor]
 
 
 def prototypes(features: Tensor, labels: Tensor) -> Tensor:
@@ -122,3 +126,56 @@ class ProtoNet(nn.Module):
             task = PrototypeClassifier(self.backbone, centres, self.scale)
         task.training = self.training  # not .train(): the backbone is shared
         return task
+
+
+class EpisodeObjective(nn.Module):
+    """objective(batch) -> {"loss", "accuracy"} for a batch of `EpisodeBatches`.
+
+    proto: (support, support_labels, query) -> query logits, as `ProtoNet`.
+    """
+
+    def __init__(self, proto: nn.Module) -> None:
+        super().__init__()
+        self.proto = proto
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Map support (s, 3, h, w), support_labels (s,), query (m, 3, h, w) and query_labels (m,) to two scalars."""
+        logits = self.proto(batch["support"], batch["support_labels"], batch["query"])
+        labels = batch["query_labels"]
+        return {
+            "loss": F.cross_entropy(logits.float(), labels),
+            "accuracy": (logits.argmax(1) == labels).float().mean(),
+        }
+
+
+class EpisodeBatches:
+    """batches(k) -> the k-th training episode as image tensors.
+
+    sources: (pixels by index, episode by number) of each source set; a batch draws one of them uniformly. augment: (images,
+    seed) -> images.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Callable[[Tensor], Tensor], Callable[[int], Episode]]],
+        *,
+        seed: int,
+        augment: Augmentation | None,
+    ) -> None:
+        self.sources, self.seed, self.augment = sources, seed, augment
+
+    def __call__(self, number: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, "source", number))
+        pixels, sampler = self.sources[int(torch.randint(len(self.sources), (1,), generator=generator))]
+        episode = sampler(number)
+        images = pixels(torch.cat([episode.support, episode.query]))
+        if self.augment is not None:
+            images = self.augment(images, mix_seed(self.seed, "augment", number))
+        support, query = images.split([len(episode.support), len(episode.query)])
+        return {
+            "support": support,
+            "support_labels": episode.support_labels,
+            "query": query,
+            "query_labels": episode.query_labels,
+            "number": torch.tensor(number),
+        }

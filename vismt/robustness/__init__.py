@@ -10,14 +10,12 @@ if TYPE_CHECKING:
     from vismt.robustness import attacks
     from vismt.robustness.attacks.attacks import AttackSpec, attack, robust_accuracy
     from vismt.robustness.attacks.dense_attack import DenseAttack
-    from vismt.robustness.attacks.transfer import Transfer, TransferSource
-    from vismt.robustness.classifier import PixelClassifier, classifier_of, load_classifier
-    from vismt.robustness.conditions import AttackConfig, CorruptionConfig
+    from vismt.robustness.classifier import PixelClassifier, classifier_of, load_classifier, load_robustbench
+    from vismt.robustness.conditions import AttackConfig, CorruptionConfig, Transfer, TransferSource
     from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec, corrupt
     from vismt.robustness.evaluate import ConditionAccuracy, evaluate_classifier, evaluate_examples
     from vismt.robustness.masking import check_masking
     from vismt.robustness.quantise import quantise
-    from vismt.robustness.robustbench import load_robustbench
 
 __all__ = [
     "CORRUPTIONS",

@@ -6,12 +6,18 @@ texture (the original blends six photographs), glass blur draws each pixel from 
 pixel after the other), fog's fractal sums random grids by octaves, blurs are computed in floating point, and the result is
 not rounded to 8 bit. As in the original (hendrycks/robustness, make_imagenet_c.py), elastic severities 1-2 and 3-5 differ in
 kind, and their lengths are multiples of 244, not of 224, pixels.
+
+The mean corruption error (section 4.2 of the paper, which prints 100 * mCE) sums over severities s, of the model's errors
+E and a baseline's errors B (AlexNet in the paper):
+
+    CE_c = sum_s E_{s,c} / sum_s B_{s,c},    mCE = mean_c CE_c
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
@@ -24,6 +30,8 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
 
+# {corruption: {severity: error in [0, 1]}}
+CorruptionErrors = Mapping[str, Mapping[int, float]]
 Rng = np.random.Generator
 # image (h, w, 3) in [0, 1], level = severity - 1, rng, min(h, w) / 224 -> the corrupted image, not yet clipped
 Corruption = Callable[[np.ndarray, int, Rng, float], np.ndarray]
@@ -317,3 +325,45 @@ CORRUPTIONS: dict[str, Corruption] = {
 # 40.5, 4.0, 4.2 and 4.6 px in the mean of 100 draws. Blurs keep the sharp image as a part, with its labels; the mean place of
 # what they mix moves too, by up to 11.6 px (motion_blur) and 14.1 px (zoom_blur, at the edge of the image).
 MOVING = ("elastic_transform",)
+
+
+def mean_corruption_error(errors: CorruptionErrors, baseline: CorruptionErrors | None = None) -> float:
+    """Return the mean corruption error of a model; every corruption has the same weight.
+
+    Args:
+        errors: Error in [0, 1] by corruption and severity.
+        baseline: Errors of the baseline for at least the same corruptions and severities; others are ignored.
+
+    Returns:
+        With a baseline mCE, which is 1 for a model like the baseline; without one the mean over corruptions of the mean
+        error over severities, in [0, 1].
+
+    Raises:
+        UserError: No corruption, a corruption without severities, a baseline without one of them or without any error.
+    """
+    if not errors or not all(errors.values()):
+        empty = next((corruption for corruption, by_severity in errors.items() if not by_severity), None)
+        reason = f"'{empty}' has no severities" if errors else "no corruptions"
+        raise UserError(f"mean corruption error: {reason}: evaluate one corruption and severity or more.")
+    per_corruption = []
+    for corruption, by_severity in errors.items():
+        total = math.fsum(by_severity.values())
+        if baseline is None:
+            per_corruption.append(total / len(by_severity))
+        else:
+            per_corruption.append(total / _baseline_total(baseline, corruption, by_severity))
+    return math.fsum(per_corruption) / len(per_corruption)
+
+
+def _baseline_total(baseline: CorruptionErrors, corruption: str, severities: Mapping[int, float]) -> float:
+    if corruption not in baseline:
+        raise UserError(f"mean corruption error: the baseline has no '{corruption}'.{near(corruption, baseline)}")
+    missing = sorted(set(severities) - set(baseline[corruption]))
+    if missing:
+        raise UserError(f"mean corruption error: the baseline has no '{corruption}' at severity {missing[0]}.")
+    total = math.fsum(baseline[corruption][severity] for severity in severities)
+    if not total > 0:
+        raise UserError(
+            f"mean corruption error: the baseline makes no error under '{corruption}': take another baseline."
+        )
+    return total

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vismt.metatune.protocol.interfaces import FewShotModel, PixelStore, Sampler
+from vismt.base.norm_balls import size_of_all
+from vismt.metatune.protocol.episode_runner import FewShotModel, PixelStore, Sampler
 from vismt.metatune.protocol.protocol import run_protocol
 from vismt.robustness.attacks.attacks import AttackSpec, radius_text
-from vismt.robustness.attacks.norms import size_of_all
 from vismt.robustness.evaluate import ConditionAccuracy, RepeatableBatches, evaluate_classifier
 from vismt.uncertainty.intervals import mean_interval
 

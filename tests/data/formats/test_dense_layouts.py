@@ -172,7 +172,7 @@ def test_context_edges_are_one_pixel_wide(tmp_path):
     # A step: the pixels left of and above the change are (0,0), (1,0), (1,1), (2,1), (3,1). Without (1,1) the line holds
     # together, and then (1,0) is needed. 255 is a class here.
     savemat(tmp_path / "a.mat", {"LabelMap": np.array([[255, 9, 9], [255, 9, 9], [255, 255, 9], [255, 255, 9]])})
-    edge = read_context(tmp_path / "a.mat", {})[0]["edge"]
+    edge = read_context(tmp_path / "a.mat", {})["edge"]
     assert edge.tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]]
 
 

@@ -14,7 +14,7 @@ from vismt.data.images import open_images
 from vismt.data.maps.dense_maps import MapSettings, read_maps
 from vismt.data.maps.dense_sample import collate, size_of, valid
 from vismt.data.maps.dense_set import classified, open_dense, open_samples
-from vismt.data.maps.derived_maps import normals_by_camera
+from vismt.data.maps.derived_maps import normals_from_depth
 
 SOURCE = """  - kind: dense
     root: d
@@ -158,7 +158,7 @@ def test_the_exif_orientation_of_an_image_turns_its_maps(tmp_path, orientation, 
     if maps == "as stored":
         camera = CAMERA if orientation < 5 else {**CAMERA, "cx": 4.0, "cy": 6.0}
         derived = read_maps(paths, MapSettings(5, camera=CAMERA))["normals"]
-        assert torch.allclose(derived, normals_by_camera(sample["depth"], camera), atol=1e-5) and derived.any()
+        assert torch.allclose(derived, normals_from_depth(sample["depth"], camera), atol=1e-5) and derived.any()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

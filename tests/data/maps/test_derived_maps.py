@@ -30,13 +30,13 @@ def plane(x: float, y: float, z: float, distance: float = 3.0) -> torch.Tensor:
 def test_a_plane_has_its_normal_everywhere_and_in_the_mirror(x, y, step):
     wanted = torch.nn.functional.normalize(torch.tensor([x, y, 1.0]), dim=0)
     depth = plane(*wanted.tolist())
-    normals = normals_from_depth(depth, **CAMERA, step=step)
+    normals = normals_from_depth(depth, CAMERA, step=step)
     valid_pixels = valid("normals", normals)
     assert valid_pixels[step:-step, step:-step].all() and int(valid_pixels.sum()) == (H - 2 * step) * (W - 2 * step)
     assert torch.allclose(normals[:, valid_pixels], wanted[:, None].expand(-1, int(valid_pixels.sum())), atol=2e-3)
     # The mirrored picture, seen by the mirrored camera, has the mirrored normals: flip must agree with geometry.
     mirrored = flip({"image": torch.zeros(3, H, W), "depth": depth, "normals": normals})
-    again = normals_from_depth(mirrored["depth"], **{**CAMERA, "cx": W - 1 - CAMERA["cx"]}, step=step)
+    again = normals_from_depth(mirrored["depth"], {**CAMERA, "cx": W - 1 - CAMERA["cx"]}, step=step)
     assert torch.allclose(mirrored["normals"], again, atol=1e-5)
 
 
@@ -44,10 +44,10 @@ def test_no_normal_at_holes_and_jumps():
     depth = torch.full((9, 12), 2.0)
     depth[4, 3] = 0
     depth[:, 8:] = 3.0
-    valid_pixels = valid("normals", normals_from_depth(depth, **CAMERA, step=1))
+    valid_pixels = valid("normals", normals_from_depth(depth, CAMERA, step=1))
     assert not valid_pixels[4, 2:5].any() and not valid_pixels[3:6, 3].any() and not valid_pixels[:, 7:9].any()
     assert valid_pixels[1:3, 1:7].all() and valid_pixels[1:8, 9:11].all()
-    assert not normals_from_depth(depth[:2], **CAMERA, step=1).any()  # too small for any
+    assert not normals_from_depth(depth[:2], CAMERA, step=1).any()  # too small for any
 
 
 def test_edges_from_labels_by_hand():

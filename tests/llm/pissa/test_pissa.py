@@ -22,7 +22,7 @@ from vismt.lowrank.files.updates import read_updates
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.svd import principal, residual
 from vismt.metatune.amt.pool import Expert, check_experts
-from vismt.metatune.finetuning.attention_scale import attention_heads
+from vismt.metatune.finetuning.finetune import attention_heads
 
 
 def generator(seed: int = 0) -> torch.Generator:

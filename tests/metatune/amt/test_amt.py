@@ -24,8 +24,7 @@ from vismt.lowrank.layers.base import adapter_layers
 from vismt.metatune.amt import objective as amt
 from vismt.metatune.amt.objective import AdversarialObjective, Adversary, trades
 from vismt.metatune.amt.weight_attack import weight_perturbation
-from vismt.metatune.objective import EpisodeObjective
-from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
+from vismt.metatune.protonet import EpisodeObjective, ProtoNet, cosine_logits, prototypes
 
 FORMS = [(weight, support) for weight in ("joint", "paper", "none") for support in ("perturbed", "clean")]
 # Plain gradients are some hundred times smaller than the factors, so eta_1 must be larger to have an effect.

@@ -19,7 +19,7 @@ from vismt.metatune.amt.pool import Expert, ExpertPool
 from vismt.metatune.amt.selection_rules import MergeSettings, expert_scores, mixture_weights
 from vismt.metatune.finetuning.diffaugment import diff_augment
 from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings
-from vismt.metatune.functional import Functional
+from vismt.metatune.functional import WithWeights
 from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
 
 CLEAN = Adversary(epsilons=(0.0,), weight_attack="none")
@@ -159,7 +159,7 @@ def test_the_router_written_out(pool: ExpertPool) -> None:
     labels, cosines = batch["support_labels"], []
     with torch.no_grad():
         for index in range(3):
-            features = Functional(pool.backbone, pool.expert_weights(index))(batch["support"])
+            features = WithWeights(pool.backbone, pool.expert_weights(index))(batch["support"])
             centres = torch.stack([features[labels == k].mean(0) for k in range(3)])
             cosines.append(F.normalize(features) @ F.normalize(centres).T)
         scores = looped(torch.stack(cosines), labels, 0.4)
@@ -167,7 +167,7 @@ def test_the_router_written_out(pool: ExpertPool) -> None:
         zeta = torch.zeros(3)
         zeta[kept] = torch.softmax(7 * scores[kept], 0).float()
         assert torch.allclose(classifier.mixture, zeta, atol=1e-5)
-        net = Functional(pool.backbone, pool.weights(zeta / zeta.sum()))
+        net = WithWeights(pool.backbone, pool.weights(zeta / zeta.sum()))
         logits = cosine_logits(net(batch["query"]), prototypes(net(batch["support"]), labels), pool.scale)
         assert torch.allclose(classifier(batch["query"]), logits, atol=1e-4) and pool.scale == 11.0
     assert not any(p.grad is not None for p in pool.parameters())
@@ -308,12 +308,12 @@ def test_one_shot_is_perfectly_compact_unless_augmented(pool: ExpertPool) -> Non
     views = diff_augment(support, torch.Generator().manual_seed(1), mean=MEAN, std=STD)
     with torch.no_grad():
         for index, cosines in enumerate(net.support(support, labels).cosines()):
-            expert = Functional(pool.backbone, pool.expert_weights(index))
+            expert = WithWeights(pool.backbone, pool.expert_weights(index))
             assert torch.allclose(
                 cosines, cosine_logits(expert(views), prototypes(expert(support), labels), 1.0), atol=1e-5
             )
     augmented, zeta = net.classifier(support, labels), net.classifier(support, labels).mixture
-    merged = Functional(pool.backbone, pool.weights(zeta))
+    merged = WithWeights(pool.backbone, pool.weights(zeta))
     assert torch.allclose(augmented.prototypes, prototypes(merged(support).detach(), labels), atol=1e-5)
     assert torch.equal(net.support(support, labels).cosines(), net.support(support, labels).cosines())
     assert not torch.equal(
@@ -410,7 +410,7 @@ def test_trimming_reaches_every_strategy_and_not_the_router(pool: ExpertPool, st
     [
         ({"strategy": "average", "shares": {"none": 1.0}}, "no expert 'none'"),
         ({"shares": {"a": 0.5, "b": 0.4}}, r"sum to 0\.9; need 1"),
-        ({"strategy": "merged"}, "merging.strategy: 'merged'. Near: 'merge'"),
+        ({"strategy": "merged"}, "merging.strategy: 'merged'. Near: 'average'"),
         ({"beta": -1.0}, "beta -1.0"),
         ({"beta": float("inf")}, "beta inf"),
         ({"balance": 1.1}, "balance 1.1"),

@@ -17,7 +17,8 @@ from vismt.base.errors import UserError
 from vismt.lowrank.files.save_load import load_adapter, save_adapter
 from vismt.metatune.amt import pool as pool_file
 from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
-from vismt.metatune.functional import Functional
+from vismt.metatune.functional import WithWeights
+from vismt.storage.files import sealed
 
 SITES = [f"vit.blocks.{k}.{site}.weight" for k in (0, 1) for site in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 
@@ -78,7 +79,7 @@ def test_images_of_several_tasks_in_one_batch_each_under_its_own_mixture(tmp_pat
     with torch.no_grad(), vismt.adapters_per_sample(entries):
         features = net(torch.cat(tasks)).split(4)
     for zeta, images, found in zip(mixtures, tasks, features):
-        expected = Functional(pool.backbone, pool.weights(zeta))(images).detach()
+        expected = WithWeights(pool.backbone, pool.weights(zeta))(images).detach()
         assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
         assert not torch.allclose(expected, pool.backbone(images), atol=1e-2 * float(expected.abs().max()))
 
@@ -124,7 +125,7 @@ def test_nothing_is_changed_in_place(tmp_path: Path) -> None:
 def test_every_site_has_the_same_zeta_and_the_function_follows(tmp_path: Path) -> None:
     experts, batch = saved(tmp_path), episode(0)["query"]
     net, singles = backbone(), [merged(expert) for expert in experts]
-    mixed = Functional(net, spread(ExpertPool(net, experts), 0.1, 0.6, 0.3))
+    mixed = WithWeights(net, spread(ExpertPool(net, experts), 0.1, 0.6, 0.3))
     by_hand = backbone()
     with torch.no_grad():
         for name, p in by_hand.named_parameters():
@@ -315,7 +316,7 @@ ENTRY = {"label": "a", "folder": "expert-0", "scale": 10.0}
     ],
 )
 def test_an_index_that_is_none(tmp_path: Path, index: object, message: str) -> None:
-    (tmp_path / "pool.json").write_text(json.dumps(index))
+    (tmp_path / "pool.json").write_text(sealed(index) if isinstance(index, dict) else json.dumps(index))
     with pytest.raises(UserError, match=message):
         read_pool(tmp_path)
     (tmp_path / "pool.json").write_text("{")

@@ -15,7 +15,7 @@ from vismt.metatune import EpisodeSampler, ProtoNet, cosine_logits, prototypes, 
 from vismt.metatune.amt.input_attack import pyramid_attack
 from vismt.metatune.finetuning.diffaugment import diff_augment
 from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings, finetune
-from vismt.metatune.functional import Functional
+from vismt.metatune.functional import WithWeights
 from vismt.metatune.protonet import PrototypeClassifier
 
 LABELS = torch.arange(3).repeat(4)
@@ -52,7 +52,7 @@ def tune(model, seed=1, weights=None, attack=None, **changes):
 
 def loss(model, weights, batch):
     with torch.no_grad():
-        net = Functional(model, weights)
+        net = WithWeights(model, weights)
         logits = cosine_logits(net(batch), prototypes(net(support()), LABELS))
         return float(F.cross_entropy(logits, LABELS.repeat(len(batch) // 12)))
 
@@ -300,13 +300,13 @@ def first_view(model):
 
 
 class Merged:
-    """A pool's stand-in: its classifier's backbone is a Functional with one merged tensor."""
+    """A pool's stand-in: its classifier's backbone is a WithWeights with one merged tensor."""
 
     def __init__(self, model, weights):
         self.model, self.weights = model, weights
 
     def classifier(self, batch, labels):
-        net = Functional(self.model, self.weights)
+        net = WithWeights(self.model, self.weights)
         with torch.no_grad():
             task = PrototypeClassifier(net, prototypes(net(batch), labels), torch.tensor(7.0)).eval()
         task.register_buffer("mixture", torch.tensor([0.25, 0.75]))
@@ -322,7 +322,7 @@ def test_a_merged_backbone_is_tuned_from_its_own_weights():
     assert same(classifier.backbone.weights, weights) and classifier.scale == 7 and not classifier.training
     assert classifier.mixture.tolist() == [0.25, 0.75]
     with torch.no_grad():
-        net = Functional(model, weights)
+        net = WithWeights(model, weights)
         byhand = cosine_logits(net(images()), prototypes(net(support()), LABELS), 7.0)
     assert torch.allclose(classifier(images()), byhand, atol=1e-5)
     assert same(snapshot(model), before) and start["vit.norm.weight"].eq(0.5).all()
@@ -378,7 +378,7 @@ def test_weights_that_do_not_fit_and_a_loss_that_is_not_finite():
     with pytest.raises(UserError, match=r"'vit.norm.wieght' is not a tensor of Backbone. Near: 'vit.norm.weight'"):
         tune(model, weights={"vit.norm.wieght": torch.ones(32)})
     with pytest.raises(UserError, match=r"'vit.norm.weight' is \(31,\), Backbone has \(32,\)"):
-        Functional(model, {"vit.norm.weight": torch.ones(31)})
+        WithWeights(model, {"vit.norm.weight": torch.ones(31)})
     with pytest.raises(
         UserError, match=r"the loss is nan in step 1 at lr 0.001: lower lr, or check for images or weights"
     ):
@@ -388,7 +388,7 @@ def test_weights_that_do_not_fit_and_a_loss_that_is_not_finite():
 def test_functional_holds_weights_apart_from_the_module():
     model = backbone()
     weights = {"vit.norm.bias": torch.full((32,), 3.0, requires_grad=True)}
-    net = Functional(model, weights)
+    net = WithWeights(model, weights)
     moved = backbone()
     with torch.no_grad():
         moved.vit.norm.bias.fill_(3.0)
@@ -396,4 +396,4 @@ def test_functional_holds_weights_apart_from_the_module():
     assert not net.weights["vit.norm.bias"].requires_grad
     assert set(net.state_dict()) == {f"module.{name}" for name in model.state_dict()}
     assert [id(p) for p in net.parameters()] == [id(p) for p in model.parameters()]
-    assert not Functional(model.eval(), weights).training and Functional(model.train(), weights).training
+    assert not WithWeights(model.eval(), weights).training and WithWeights(model.train(), weights).training

@@ -11,9 +11,8 @@ from torch import nn
 from vismt.base.errors import UserError
 from vismt.config.sections import typed
 from vismt.jobs.fewshot.config import FewShotConfig
-from vismt.metatune import FineTuned, FineTuneSettings, ProtoNet, finetune
-from vismt.metatune.finetuning import rate_choice
-from vismt.metatune.finetuning.rate_choice import RATES, VIEWS, LossNotFinite, choose_rate, held_out
+from vismt.metatune import FineTuned, FineTuneSettings, ProtoNet
+from vismt.metatune.finetuning.finetune import RATES, VIEWS, LossNotFinite, choose_rate, finetune, held_out
 
 FINETUNE = importlib.import_module("vismt.metatune.finetuning.finetune")  # the package exports a function of this name
 LABELS = torch.tensor([1, 0, 0, 1, 2, 0, 1])  # 3, 3 and 1 images
@@ -108,11 +107,11 @@ def test_finetune_runs_at_the_chosen_rate_and_leaves_the_model_alone(monkeypatch
 
 
 def test_rates_are_tried_from_given_weights_and_without_dropout(monkeypatch):
-    monkeypatch.setattr(rate_choice, "RATES", (0.0,))
+    monkeypatch.setattr(FINETUNE, "RATES", (0.0,))
     model = backbone().train()
     model.vit.norm.register_forward_hook(lambda module, *_: modes.append(module.training))
     modes, starts = [], []
-    monkeypatch.setattr(FINETUNE, "Functional", lambda module, weights: starts.append(weights) or nn.Flatten())
+    monkeypatch.setattr(FINETUNE, "WithWeights", lambda module, weights: starts.append(weights) or nn.Flatten())
     finetune(model, drawn(LABELS, 1), LABELS, settings(), scale=10.0, weights={"vit.norm.bias": torch.ones(32)})
     assert len(starts) == 2 and all(start["vit.norm.bias"].eq(1).all() for start in starts) and not any(modes)
 

@@ -9,7 +9,7 @@ from torch import nn
 from vismt.base.errors import UserError
 from vismt.metatune import EpisodeSampler, LogisticProbe, ProtoNet, RidgeProbe, run_protocol
 from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings
-from vismt.metatune.functional import Functional
+from vismt.metatune.functional import WithWeights
 from vismt.metatune.probes.linear import (
     DEFAULT,
     SCALE,
@@ -157,7 +157,7 @@ def test_callers_in_inference_mode_get_the_same(probe):
 def test_a_merged_backbone_is_probed_with_its_own_weights(probe):
     class Merged:
         def classifier(self, images, labels):
-            merged = Functional(net, {"vit.norm.weight": torch.full((32,), 0.5)})
+            merged = WithWeights(net, {"vit.norm.weight": torch.full((32,), 0.5)})
             return PrototypeClassifier(merged, prototypes(merged(images), labels), torch.tensor(7.0)).eval()
 
     net, labels = backbone(), torch.arange(3).repeat(4)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vismt.jobs.fewshot.evaluation import probability_measures
 from vismt.metatune.protocol.episode_outcome import EpisodeOutcome
-from vismt.metatune.protocol.labelled import Episode
+from vismt.metatune.protocol.episodes import Episode
 
 
 def outcome(p: list[list[float]], labels: list[int]) -> EpisodeOutcome:

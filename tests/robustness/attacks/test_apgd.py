@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from helpers.attack_parts import CLASSES, COUNT, KEYS, seeds_of, survivors, torchattacks_survivors, victim_case
 
-from vismt.robustness.attacks.apgd import _check_progress, _State
+from vismt.base.norm_balls import random_start
 from vismt.robustness.attacks.attacks import AttackSpec
-from vismt.robustness.attacks.norms import random_start
+from vismt.robustness.attacks.pgd import _check_progress, _State
 
 BUDGETS = [("linf", 0.07), ("l2", 0.95)]
 

@@ -8,9 +8,9 @@ import torch
 from helpers.attack_parts import CLASSES, COUNT, KEYS, survivors, torchattacks_survivors, victim_case
 from scipy.optimize import linprog, minimize
 
+from vismt.base.norm_balls import size
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.attacks.fab import boundary_step
-from vismt.robustness.attacks.norms import size
 
 
 def smallest(x, w, rise, norm):

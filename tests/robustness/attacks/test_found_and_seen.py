@@ -15,8 +15,8 @@ from vismt.metatune import EpisodeSampler, ProtoNet, run_protocol
 from vismt.robustness.attacks import attacks as module
 from vismt.robustness.attacks import square
 from vismt.robustness.attacks.attacks import KINDS, AttackSpec, robust_accuracy
-from vismt.robustness.attacks.transfer import Transfer, TransferSource
 from vismt.robustness.classifier import PixelClassifier
+from vismt.robustness.conditions import Transfer, TransferSource
 from vismt.robustness.evaluate import evaluate_examples
 
 FEW = slice(0, 12)

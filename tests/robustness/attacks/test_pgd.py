@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from helpers.attack_parts import CLASSES, KEYS, seeds_of, survivors, victim_case, worst_iterates
 
+from vismt.base.norm_balls import random_start
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.attacks.losses import margin
-from vismt.robustness.attacks.norms import random_start
 
 
 def textbook(spec, starts):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers.attack_parts import CLASSES, COUNT, KEYS, seeds_of, survivors, victim_case, worst_iterates
 
+from vismt.base.norm_balls import size
 from vismt.robustness.attacks import active_set
 from vismt.robustness.attacks import square as module
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.attacks.losses import margin
-from vismt.robustness.attacks.norms import size
 
 BUDGETS = [("linf", 0.16), ("l2", 2.2)]
 

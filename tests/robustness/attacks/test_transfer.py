@@ -7,7 +7,7 @@ from torch import nn
 from vismt.base.errors import UserError
 from vismt.metatune import EpisodeSampler, ProtoNet, run_protocol
 from vismt.robustness.attacks.attacks import AttackSpec
-from vismt.robustness.attacks.transfer import Transfer, TransferSource
+from vismt.robustness.conditions import Transfer, TransferSource
 
 LABELS = torch.arange(5).repeat_interleave(12)
 SPEC = AttackSpec(epsilon=64 / 255, step_size=16 / 255, steps=6)

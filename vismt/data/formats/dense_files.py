@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,7 +121,10 @@ class DenseFilesSource(RootedSource, DenseSource):
         paths = [pair for pairs in parts.values() for pair in pairs]
         if not paths:
             raise UserError(f"{card.shown}: no image of split '{split}' found under {shown_path(base)}.")
-        classes = self._class_names(card)
+        count = self.classes or card.classes
+        classes = [str(name) for name in (card.read_json(card.names) if card.names else range(count))]
+        if len(classes) != count:
+            raise UserError(f"{card.shown}/{card.names}: names {len(classes)} classes, the card says {count}.")
         normal_classes = card.read_json(self.normal_classes) if self.normal_classes else {}
         camera = self.camera if "normals" in self.derive else {}
         settings = MapSettings(len(classes), self.void, self.first, self.edge_above, self.axes, normal_classes, camera)
@@ -150,7 +152,13 @@ class DenseFilesSource(RootedSource, DenseSource):
                 unlisted map without image, and a list that cannot be read; it names the id and the folder.
         """
         samples: list[dict[str, Path]] = []
-        for group, ids in self._listed(card, base, split):
+        lines = _lines(card, base, self._list_of(split)) if self.listed else None
+        listed: list[tuple[str, list[str] | None]]
+        if "{group}" in self.image:  # the list is one of groups
+            listed = [(group, None) for group in (self._groups(base) if lines is None else lines)]
+        else:
+            listed = [("", lines)]
+        for group, ids in listed:
             images = _find(base, self.image, split, group)
             maps = {name: _find(base, value, split, group) for name, value in self.maps.items()}
             wanted = list(images) if ids is None else ids
@@ -180,28 +188,12 @@ class DenseFilesSource(RootedSource, DenseSource):
                 missing += [(key, "image") for key in sorted(files.keys() - images.keys())]
         return missing
 
-    def _class_names(self, card: Card) -> list[str]:
-        count = self.classes or card.classes
-        names = card.read_json(card.names) if card.names else range(count)
-        if len(names) != count:
-            raise UserError(f"{card.shown}/{card.names}: names {len(names)} classes, the card says {count}.")
-        return [str(name) for name in names]
-
     def _list_of(self, split: str) -> str:
         return (self.listed or "").replace("{split}", split)
 
     def _groups(self, base: Path) -> list[str]:
         """Return the folders that {group} stands for."""
         return sorted(path.name for path in base.iterdir() if path.is_dir()) if "{group}" in self.image else [""]
-
-    def _listed(self, card: Card, base: Path, split: str) -> Iterator[tuple[str, list[str] | None]]:
-        """Yield (group, its listed ids or None for every image) of a split."""
-        lines = _lines(card, base, self._list_of(split)) if self.listed else None
-        if "{group}" not in self.image:
-            yield "", lines
-            return
-        for group in self._groups(base) if lines is None else lines:
-            yield group, None
 
 
 def _fill(path: str, split: str, group: str) -> tuple[str, str, str]:

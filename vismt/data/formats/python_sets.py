@@ -32,12 +32,19 @@ LABELS = ("label", "labels", "class", "target", "fine_label", "category")
 
 
 def python_object(card: str, split: str) -> Any:
-    """Return the object that an entry of a configuration names, or that `save_to_disk` wrote; None for any other card."""
+    """Return the object that an entry of a configuration names, or that `save_to_disk` wrote; None for any other card.
+
+    Code in a repository of the hub is never run.
+    """
     given = object_named(card)
     if given is None and card.startswith(HUB):
-        given = _from_hub(card.removeprefix(HUB))
+        load = _function("load_dataset", card)
+        try:
+            given = load(card.removeprefix(HUB))
+        except Exception as error:  # of the builders: no network, no access, unknown formats, several configurations
+            raise UserError(f"data '{card}': the hub's data set cannot be loaded: {one_line(str(error))}") from error
     elif given is None and any((Path(card) / name).is_file() for name in SAVED):
-        given = _from_disk(card)
+        given = _function("load_from_disk", card)(card)
     if isinstance(given, Mapping):  # a DatasetDict
         if split not in given:
             raise UserError(f"data '{title_of(card)}': no split '{split}'.{near(split, list(given))}")
@@ -45,20 +52,8 @@ def python_object(card: str, split: str) -> Any:
     return given
 
 
-def _from_disk(folder: str) -> Any:
-    return _function("load_from_disk", folder)(folder)
-
-
-def _from_hub(name: str) -> Any:
-    """Return a data set of the hub with all its splits. Code in its repository is never run."""
-    load = _function("load_dataset", f"{HUB}{name}")
-    try:
-        return load(name)
-    except Exception as error:  # of the builders: no network, no access, unknown formats, several configurations
-        raise UserError(f"data '{HUB}{name}': the hub's data set cannot be loaded: {one_line(str(error))}") from error
-
-
 def _function(name: str, card: str) -> Any:
+    """Return a function of the package datasets."""
     try:
         # Not an import statement: in a checkout its folder datasets/ would be found, which lacks the name.
         return getattr(importlib.import_module("datasets"), name)
@@ -147,7 +142,10 @@ def _labels(given: Any, label: Any, title: str) -> list[int]:
             values = [given[i][label] for i in console.track(range(len(given)), "data", f"{title}: reading labels")]
         else:
             values = stored
-    if not all(isinstance(value, (int, np.integer)) or _is_whole(value) for value in values):
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    others = [value for value in values if not isinstance(value, Tensor)]
+    whole = all(value.numel() == 1 and not value.is_floating_point() for value in tensors)
+    if not whole or not all(isinstance(value, (int, np.integer)) for value in others):
         raise UserError(
             f"data '{title}': label {values[0]!r}; a label must be a whole number from 0 (encode texts first)."
         )
@@ -155,10 +153,6 @@ def _labels(given: Any, label: Any, title: str) -> list[int]:
     if min(labels) < 0:
         raise UserError(f"data '{title}': label {min(labels)}; labels are whole numbers from 0.")
     return labels
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point()
 
 
 def _stored_labels(given: Any) -> list[Any] | None:

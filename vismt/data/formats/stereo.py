@@ -22,7 +22,7 @@ from vismt.data.copies import fix, shown_path, verify_counts
 from vismt.data.decode import decode_file, decoding, read_bytes
 from vismt.data.maps.dense_sample import Sample
 from vismt.data.maps.dense_set import DenseSet, DenseSource, check_camera
-from vismt.data.maps.derived_maps import normals_by_camera
+from vismt.data.maps.derived_maps import normals_from_depth
 from vismt.data.source_types import Card, Files, PackagedSource, file_groups, source_kind
 
 TARGETS = ("edge", "depth", "normals")
@@ -96,7 +96,7 @@ class StereoTilesSource(PackagedSource, DenseSource):
             start, end = self.columns[name]
             image, depth = pair()["image"][..., start:end], pair()["depth"][..., start:end]
             camera = {**self.camera, "cx": self.camera["cx"] - start}
-            return {"image": image, "depth": depth, "normals": normals_by_camera(depth, camera)}
+            return {"image": image, "depth": depth, "normals": normals_from_depth(depth, camera)}
 
         tall, wide = self.tile
         height, width = pair()["image"].shape[-2:]

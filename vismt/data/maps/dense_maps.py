@@ -24,6 +24,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,13 +32,35 @@ from PIL import ImageOps
 
 from vismt.base.errors import UserError
 from vismt.data.decode import decoding, is_image_name, open_image, orientation_of, read_bytes, to_rgb
-from vismt.data.formats.pascal_context import read_context, read_parts
+from vismt.data.formats.pascal_context import NORMALS_COUNT, read_context, read_parts
 from vismt.data.maps.dense_sample import IGNORE, Sample
 from vismt.data.maps.dense_transforms import turn, turned_vectors
-from vismt.data.maps.derived_maps import normals_by_camera
+from vismt.data.maps.derived_maps import normals_from_depth
 
-NORMALS_COUNT = "normals count"  # bool (h, w), only while a sample is read: the pixels whose normals count
 UNIT_LENGTH = (0.5, 1.5)  # what an 8-bit or interpolated unit vector may have become
+
+
+@dataclass(frozen=True)
+class MapSettings:
+    """What a card says about the values of its map files.
+
+    Attributes:
+        classes: number of classes of label maps.
+        void: label of pixels without a class.
+        first: label of class 0.
+        edge_above: share of the largest value from which a pixel is an edge.
+        axes: signs that turn stored normals to x right, y up, z towards the camera.
+        normal_classes: PASCAL-Context classes on which distilled normals count, name -> number; empty for all.
+        camera: fx, fy, cx, cy in stored pixels, for normals that are derived from depth; empty to derive none.
+    """
+
+    classes: int
+    void: int | None = None
+    first: int = 0
+    edge_above: float = 0.5
+    axes: list[int] = field(default_factory=lambda: [1, 1, 1])
+    normal_classes: dict[str, int] = field(default_factory=dict)
+    camera: dict[str, float] = field(default_factory=dict)
 
 
 def read_array(path: Path) -> np.ndarray:
@@ -85,8 +108,9 @@ def read_image(path: Path) -> tuple[Sample, int]:
     return {"image": torch.from_numpy(scaled.astype(np.float32)).permute(2, 0, 1).contiguous().clamp_(0, 1)}, 1
 
 
-def read_label(path: Path, classes: int, void: int | None, first: int = 0) -> Sample:
-    """Return `semseg` of class indices first..first + classes - 1; `void` becomes 255."""
+def read_label(name: str, path: Path, settings: MapSettings) -> Sample:
+    """Return `semseg`: label `first` becomes class 0, `void` 255."""
+    classes, first, void = settings.classes, settings.first, settings.void
     if path.suffix.lower() == ".npy":
         values = _plane(path, "a label map must be one channel of numbers", "iuf")
     else:
@@ -103,7 +127,7 @@ def read_label(path: Path, classes: int, void: int | None, first: int = 0) -> Sa
     return {"semseg": classes_from_0 if void is None else classes_from_0.masked_fill(labels == void, IGNORE)}
 
 
-def read_depth(name: str, path: Path) -> Sample:
+def read_depth(name: str, path: Path, settings: MapSettings) -> Sample:
     """Return `depth` of a file in one of the forms depth_mm, depth_512, depth_m, inverse_depth."""
     if name in ("depth_m", "inverse_depth"):
         if path.suffix.lower() != ".npy":
@@ -124,7 +148,7 @@ def read_depth(name: str, path: Path) -> Sample:
     return {"depth": torch.from_numpy(np.where(np.isfinite(metres) & (metres > 0), metres, np.float32(0)))}
 
 
-def read_normal(name: str, path: Path, axes: list[int]) -> Sample:
+def read_normal(name: str, path: Path, settings: MapSettings) -> Sample:
     """Return `normals`, the stored components times `axes`."""
     values, orientation = _read(path)
     is_image = path.suffix.lower() != ".npy"
@@ -135,7 +159,7 @@ def read_normal(name: str, path: Path, axes: list[int]) -> Sample:
     vectors = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)
     if is_image:
         vectors = (vectors - 1) / 127 - 1 if name == "normal" else vectors / 127.5 - 1
-    vectors = vectors * torch.tensor(axes, dtype=torch.float32)[:, None, None]
+    vectors = vectors * torch.tensor(settings.axes, dtype=torch.float32)[:, None, None]
     if orientation != 1:
         vectors = turned_vectors(vectors, orientation)
     length = vectors.norm(dim=0)
@@ -143,74 +167,36 @@ def read_normal(name: str, path: Path, axes: list[int]) -> Sample:
     return {"normals": torch.where(good, vectors / length, 0.0)}
 
 
-def read_binary(target: str, path: Path, above: float) -> Sample:
-    """Return `edge` or `saliency`: 1 where the value is above `above` of the largest of the file's type (1 for floats)."""
-    values = _plane(path, f"{'an' if target == 'edge' else 'a'} {target} map must be one channel", "buif")
+def read_binary(name: str, path: Path, settings: MapSettings) -> Sample:
+    """Return `edge` or `saliency`: 1 above a share of the largest value of the file's type (1 for floats)."""
+    above, article = (settings.edge_above, "an") if name == "edge" else (0.5, "a")
+    values = _plane(path, f"{article} {name} map must be one channel", "buif")
     largest = 1
     if values.dtype.kind in "ui" and path.suffix.lower() != ".npy":
         # Pillow opens some 16-bit images as 32-bit.
         largest = 65535 if values.dtype == np.int32 else np.iinfo(values.dtype).max
-    return {target: torch.from_numpy((values > above * largest).astype(np.int64))}
+    return {name: torch.from_numpy((values > above * largest).astype(np.int64))}
 
 
-@dataclass(frozen=True)
-class MapSettings:
-    """What a card says about the values of its map files.
-
-    Attributes:
-        classes: number of classes of label maps.
-        void: label of pixels without a class.
-        first: label of class 0.
-        edge_above: share of the largest value from which a pixel is an edge.
-        axes: signs that turn stored normals to x right, y up, z towards the camera.
-        normal_classes: PASCAL-Context classes on which distilled normals count, name -> number; empty for all.
-        camera: fx, fy, cx, cy in stored pixels, for normals that are derived from depth; empty to derive none.
-    """
-
-    classes: int
-    void: int | None = None
-    first: int = 0
-    edge_above: float = 0.5
-    axes: list[int] = field(default_factory=lambda: [1, 1, 1])
-    normal_classes: dict[str, int] = field(default_factory=dict)
-    camera: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class MapForm:
-    """What the files of a map hold: the target that they become, and their reader."""
+class MapForm(NamedTuple):
+    """What the files of a map hold: the target that they become, and their reader, which gets the name of the form."""
 
     target: str
-    read: Callable[[Path, MapSettings], Sample]
-
-
-def _read_context(path: Path, settings: MapSettings) -> Sample:
-    edge, where = read_context(path, settings.normal_classes)
-    return edge if where is None else {**edge, NORMALS_COUNT: where}
-
-
-def _depth_form(name: str) -> MapForm:
-    return MapForm("depth", lambda path, settings: read_depth(name, path))
-
-
-def _normals_form(name: str) -> MapForm:
-    return MapForm("normals", lambda path, settings: read_normal(name, path, settings.axes))
+    read: Callable[[str, Path, MapSettings], Sample]
 
 
 MAP_FORMS = {
-    "label": MapForm(
-        "semseg", lambda path, settings: read_label(path, settings.classes, settings.void, settings.first)
-    ),
-    "depth_mm": _depth_form("depth_mm"),
-    "depth_m": _depth_form("depth_m"),
-    "depth_512": _depth_form("depth_512"),
-    "inverse_depth": _depth_form("inverse_depth"),
-    "normal": _normals_form("normal"),
-    "normal_255": _normals_form("normal_255"),
-    "edge": MapForm("edge", lambda path, settings: read_binary("edge", path, settings.edge_above)),
-    "saliency": MapForm("saliency", lambda path, settings: read_binary("saliency", path, 0.5)),
-    "pascal_parts": MapForm("parts", lambda path, settings: read_parts(path)),
-    "pascal_context": MapForm("edge", _read_context),
+    "label": MapForm("semseg", read_label),
+    "depth_mm": MapForm("depth", read_depth),
+    "depth_m": MapForm("depth", read_depth),
+    "depth_512": MapForm("depth", read_depth),
+    "inverse_depth": MapForm("depth", read_depth),
+    "normal": MapForm("normals", read_normal),
+    "normal_255": MapForm("normals", read_normal),
+    "edge": MapForm("edge", read_binary),
+    "saliency": MapForm("saliency", read_binary),
+    "pascal_parts": MapForm("parts", lambda name, path, settings: read_parts(path)),
+    "pascal_context": MapForm("edge", lambda name, path, settings: read_context(path, settings.normal_classes)),
 }
 
 
@@ -229,9 +215,9 @@ def read_maps(paths: dict[str, Path], settings: MapSettings) -> Sample:
     for name, path in paths.items():
         if name == "image":
             continue
-        maps = MAP_FORMS[name].read(path, settings)
+        maps = MAP_FORMS[name].read(name, path, settings)
         if settings.camera and "depth" in maps:
-            maps["normals"] = normals_by_camera(maps["depth"], settings.camera)
+            maps["normals"] = normals_from_depth(maps["depth"], settings.camera)
         for values in maps.values():
             if values.shape[-2:] not in (size, stored):
                 raise UserError(

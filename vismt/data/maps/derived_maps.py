@@ -18,9 +18,7 @@ from vismt.data.maps.dense_sample import IGNORE
 from vismt.data.maps.edge_thinning import thin
 
 
-def normals_from_depth(
-    depth: Tensor, *, fx: float, fy: float, cx: float, cy: float, step: int = 2, bend: float = 0.02
-) -> Tensor:
+def normals_from_depth(depth: Tensor, camera: Mapping[str, float], *, step: int = 2, bend: float = 0.02) -> Tensor:
     """Return the unit normals of a depth map: the cross product of the differences between back-projected points.
 
     The normal is undefined where one of the five depths is missing, within `step` pixels of the border, and where 1/z at the
@@ -28,8 +26,7 @@ def normals_from_depth(
 
     Args:
         depth: float32 (h, w), 0 where missing.
-        fx: focal length along the rows, pixels; fy: along the columns.
-        cx: principal point, pixels; cy: likewise.
+        camera: in pixels the focal lengths fx along the rows and fy along the columns, and the principal point cx, cy.
         step: distance of the four neighbours, pixels.
         bend: largest relative deviation of 1/z from a plane.
 
@@ -41,8 +38,8 @@ def normals_from_depth(
     if min(height, width) <= 2 * step:
         return normals
     depth = depth.to(torch.float64)
-    right = (torch.arange(width, dtype=torch.float64) - cx) / fx
-    down = (torch.arange(height, dtype=torch.float64) - cy) / fy
+    right = (torch.arange(width, dtype=torch.float64) - camera["cx"]) / camera["fx"]
+    down = (torch.arange(height, dtype=torch.float64) - camera["cy"]) / camera["fy"]
     points = torch.stack([right * depth, down[:, None] * depth, depth])
     rows, columns = slice(step, height - step), slice(step, width - step)
 
@@ -60,11 +57,6 @@ def normals_from_depth(
     good = bent <= bend * middle  # False where a depth is missing: nan compares so
     normals[:, rows, columns] = torch.where(good, torch.nn.functional.normalize(normal, dim=0), 0.0).to(torch.float32)
     return normals
-
-
-def normals_by_camera(depth: Tensor, camera: Mapping[str, float]) -> Tensor:
-    """Return normals_from_depth for a camera {fx, fy, cx, cy}, pixels."""
-    return normals_from_depth(depth, fx=camera["fx"], fy=camera["fy"], cx=camera["cx"], cy=camera["cy"])
 
 
 def edges_from_labels(labels: Tensor) -> Tensor:
@@ -93,17 +85,15 @@ def _thinned(edge: Tensor, valid: Tensor) -> Tensor:
     return torch.from_numpy(thin(edge.numpy())).to(torch.int64).masked_fill(~valid, IGNORE)
 
 
-def _last(depth: Tensor) -> Tensor:
-    """Return the nearest depth at or left of each pixel, 0 where there is none."""
-    columns = torch.arange(depth.shape[-1]).expand_as(depth)
-    at = torch.where(depth > 0, columns, -1).cummax(-1).values
-    return torch.where(at >= 0, depth.gather(-1, at.clamp_min(0)), 0.0)
-
-
 def _jumps(depth: Tensor, jump: float) -> Tensor:
     """Return bool (h, w): pixels with a depth that are nearer than a neighbour in their row by more than `jump`, across gaps."""
     valid = depth > 0
-    filled = torch.where(valid, depth, torch.maximum(_last(depth), _last(depth.flip(-1)).flip(-1)))
+    columns = torch.arange(depth.shape[-1]).expand_as(depth)
+    ends = []  # the nearest depth at or left of each pixel, then at or right of it; 0 where there is none
+    for values in (depth, depth.flip(-1)):
+        at = torch.where(values > 0, columns, -1).cummax(-1).values
+        ends.append(torch.where(at >= 0, values.gather(-1, at.clamp_min(0)), 0.0))
+    filled = torch.where(valid, depth, torch.maximum(ends[0], ends[1].flip(-1)))
     nearer = torch.zeros_like(valid)
     left, right = filled[..., :-1], filled[..., 1:]
     nearer[..., :-1] |= right - left > jump * left

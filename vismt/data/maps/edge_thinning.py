@@ -20,26 +20,17 @@ from vismt.base.compiled import Compiled
 def thin(maps: np.ndarray) -> np.ndarray:
     """Return the thinned maps, bool (..., h, w); maps: bool (..., h, w)."""
     flat = maps.reshape(-1, *maps.shape[-2:])
-    words = _packed(flat)
+    count, height, width = flat.shape
+    # Pixel x of a row is bit x mod 64 of its word x // 64.
+    packed = np.packbits(flat, axis=-1, bitorder="little")
+    octets = np.zeros((count, height, 8 * -(-width // 64)), dtype=np.uint8)
+    octets[..., : packed.shape[-1]] = packed
+    words = octets.view("<u8").astype(np.uint64)
     padded = np.pad(words, ((0, 0), (1, 1), (1, 1)))
-    for number, thinned in enumerate(padded):
-        words[number] = _thinned(thinned)[1:-1, 1:-1]
-    return _unpacked(words, flat.shape[-1]).reshape(maps.shape)
-
-
-def _packed(maps: np.ndarray) -> np.ndarray:
-    """Return words (n, h, ceil(w / 64)) of maps (n, h, w): pixel x is bit x mod 64 of word x // 64."""
-    count, height, width = maps.shape
-    packed = np.packbits(maps, axis=-1, bitorder="little")
-    padded = np.zeros((count, height, 8 * -(-width // 64)), dtype=np.uint8)
-    padded[..., : packed.shape[-1]] = packed
-    return padded.view("<u8").astype(np.uint64)
-
-
-def _unpacked(words: np.ndarray, width: int) -> np.ndarray:
-    """Return the maps (n, h, w) of words."""
+    for number, single in enumerate(padded):
+        words[number] = _thinned(single)[1:-1, 1:-1]
     octets = np.ascontiguousarray(words.astype("<u8")).view(np.uint8)
-    return np.unpackbits(octets, axis=-1, count=width, bitorder="little").view(bool)
+    return np.unpackbits(octets, axis=-1, count=width, bitorder="little").view(bool).reshape(maps.shape)
 
 
 @Compiled

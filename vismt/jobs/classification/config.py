@@ -12,7 +12,7 @@ from vismt.config.typed import Names, within
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
-from vismt.jobs.calibrating import ImageCalibrationConfig, check_calibration
+from vismt.jobs.calibration import ImageCalibrationConfig, check_calibration
 from vismt.jobs.task_sections import (
     BalancingConfig,
     RetainConfig,

@@ -20,7 +20,7 @@ from vismt.data.batching import ShuffledBatches
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.engine.study import Training
-from vismt.jobs.calibrating import calibrated_on_images
+from vismt.jobs.calibration import calibrated_on_images
 from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation

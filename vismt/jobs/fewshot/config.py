@@ -9,7 +9,7 @@ from vismt.base.errors import UserError
 from vismt.config.sections import Episodes, Jitter, ModelConfig, OnBadSample, Seed
 from vismt.config.typed import Names, within
 from vismt.engine.study import ALONE, StudyConfig
-from vismt.jobs.calibrating import ImageCalibrationConfig
+from vismt.jobs.calibration import ImageCalibrationConfig
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec
 from vismt.metatune.amt.input_attack import PYRAMID
 from vismt.metatune.amt.objective import Adversary, AdversaryForm

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vismt.base.errors import UserError, near
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.study import check_arms
-from vismt.jobs.calibrating import check_calibration
+from vismt.jobs.calibration import check_calibration
 from vismt.jobs.fewshot.arms import (
     evaluated_models,
     planned_experts,

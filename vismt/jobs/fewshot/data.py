@@ -20,8 +20,8 @@ from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.jobs.fewshot.config import FewShotConfig
-from vismt.metatune.objective import EpisodeBatches
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
+from vismt.metatune.protonet import EpisodeBatches
 from vismt.robustness.corruptions import CORRUPTIONS, corrupt
 
 

@@ -28,7 +28,6 @@ from vismt.data.pixels import Pixels
 from vismt.data.set_entries import row_name, shown_name
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
-from vismt.jobs.fewshot import masking_report
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
@@ -37,14 +36,21 @@ from vismt.metatune.protocol.episode_outcome import BRIER, GAPS, NLL, SCALED, UN
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.protocol.protocol import clean_logits, run_protocol
 from vismt.report.results import Score
-from vismt.robustness.attacks.transfer import TransferSource
-from vismt.robustness.conditions import AttackConfig, Perturbation, condition_of, conditions, worst_cases
+from vismt.robustness.conditions import (
+    AttackConfig,
+    Perturbation,
+    TransferSource,
+    condition_of,
+    conditions,
+    worst_cases,
+)
 from vismt.robustness.masking import check_episodes
 from vismt.uncertainty.intervals import CLEAN, NUMBER, Measure
 from vismt.uncertainty.probability_metrics import quality_measures
 from vismt.uncertainty.temperature import fit_temperature
 
 TASK = "few-shot"
+MASKING = "masking.jsonl"  # a file of the run folder
 FORMS = {UNSCALED: CLEAN, SCALED: TEMPERED}  # conditions of the rows of probabilities
 ABSENT = -1e30  # logit of the classes that an episode of fewer ways lacks: a probability of 0 at any T
 
@@ -190,9 +196,21 @@ class Evaluation:
                 fingerprint=models.fingerprint(arm, name),
                 label=f"{shown} {protocol} {arm} by radius",
             )
-            lines.append(masking_report.line(shown, protocol, arm, result, config_hash))
-        console.stage("masking", masking_report.summary(lines))
+            about = {"data": shown, "protocol": protocol, "model": arm, "config_hash": config_hash}
+            fields = {**vars(result), "epsilons": list(result.epsilons), "accuracies": list(result.accuracies)}
+            lines.append({**about, **fields, "passed": result.passed, "verdict": result.verdict()})
+        console.stage("masking", masking_summary(lines))
         return lines
+
+
+def masking_summary(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the gradient-masking checks of one model, rows of MASKING, as one text for the console."""
+    failed = [f"{row['data']} {row['verdict'].removeprefix('FAIL: ')}" for row in lines if not row["passed"]]
+    model = lines[0]["model"]
+    if failed:
+        return f"{model}   FAIL   {'; '.join(failed)}: accuracies under attack do not measure robustness"
+    last = ", ".join(f"{row['data']} {100 * row['accuracies'][-1]:.1f} %" for row in lines)
+    return f"{model}   pass   at {255 * lines[0]['epsilons'][-1]:.3g}/255: {last}   (n = {lines[0]['n']} episodes)"
 
 
 def _settings(specs: Sequence[Perturbation]) -> str:

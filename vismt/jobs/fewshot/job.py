@@ -19,8 +19,7 @@ from vismt.base.objects import object_named
 from vismt.engine.stream import Batches
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
-from vismt.jobs.calibrating import calibrated_on_images
-from vismt.jobs.fewshot import masking_report
+from vismt.jobs.calibration import calibrated_on_images
 from vismt.jobs.fewshot.arms import (
     evaluated_experts,
     evaluated_models,
@@ -36,9 +35,8 @@ from vismt.jobs.fewshot.config import (
 )
 from vismt.jobs.fewshot.config_checks import check, check_sets
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption
-from vismt.jobs.fewshot.evaluation import Evaluation
-from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net
-from vismt.jobs.fewshot.pool_training import read_scale
+from vismt.jobs.fewshot.evaluation import MASKING, Evaluation
+from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net, read_scale
 from vismt.jobs.fewshot.report import sections
 from vismt.jobs.training_job import TrainingJob
 from vismt.lowrank.files.save_load import load_adapter
@@ -49,8 +47,7 @@ from vismt.lowrank.model.targets import check_patterns
 from vismt.metatune.amt.objective import AdversarialObjective
 from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.maml import MamlNet
-from vismt.metatune.objective import EpisodeObjective
-from vismt.metatune.protonet import ProtoNet
+from vismt.metatune.protonet import EpisodeObjective, ProtoNet
 from vismt.report.results import Result, Score
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
@@ -242,7 +239,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
             lines = []
             for arm in self.evaluated():
                 lines += self._evaluation(arm).masking_lines(self.models(seed, arm), arm, self.hash)
-            ranks.on_first(lambda: write_lines(self.folder / masking_report.LINES, lines))
+            ranks.on_first(lambda: write_lines(self.folder / MASKING, lines))
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         """Leave out the untrained arms whose weights cannot be had, with a line for each."""

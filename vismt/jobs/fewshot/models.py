@@ -12,7 +12,8 @@ from vismt.base.identity import Identity, weights_digest
 from vismt.base.seeds import digest
 from vismt.data.pixels import Pixels
 from vismt.engine import runtime, training_files
-from vismt.engine.study import ALONE, Study, Training
+from vismt.engine.study import ALONE, ARMS, CHOSEN, Study, Training, read_choice
+from vismt.engine.training_files import ADAPTER, DONE, check_files
 from vismt.jobs.fewshot.arms import (
     split_head,
     strategy_of,
@@ -26,15 +27,16 @@ from vismt.jobs.fewshot.config import (
     FewShotConfig,
 )
 from vismt.jobs.fewshot.merge_settings import PoolSettings
+from vismt.lowrank.files.save_load import DESCRIPTION, check_tensors
 from vismt.lowrank.model.merge import merge
 from vismt.metatune.amt.merging import PoolNet
-from vismt.metatune.amt.pool import ExpertPool, read_pool
+from vismt.metatune.amt.pool import INDEX, Expert, ExpertPool, read_pool
 from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.metatune.finetuning.finetune import FineTuned
 from vismt.metatune.maml import LinearLearner, MamlNet
 from vismt.metatune.probes.bayesian import LaplaceProbe, VBLLProbe
 from vismt.metatune.probes.linear import LinearProbe, LogisticProbe, RidgeProbe
-from vismt.metatune.protocol.interfaces import FewShotModel
+from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import ProtoNet
 from vismt.storage.files import read_tensors
 
@@ -161,3 +163,40 @@ def _describe(model: FewShotModel) -> str:
     if isinstance(model, ProtoNet):
         return f"{float(model.scale):.6g}"
     raise TypeError(f"{type(model).__name__} has no fingerprint.")
+
+
+def read_scale(folder: Path) -> float:
+    """Return the scale of the cosine classifier that was trained with an adapter."""
+    check_files(folder)
+    tensors = read_tensors(folder / OWN_FILE, f"run '{folder}'")[1]
+    check_tensors(f"run '{folder}': {OWN_FILE}", {"scale": ()}, tensors)
+    return float(tensors["scale"])
+
+
+def _label(folder: Path) -> str:
+    """Return the name of an expert in a folder: that of the arm where the folder is a training's."""
+    arm = folder.parent
+    return arm.name if arm.parent.name == ARMS else folder.name
+
+
+def find_experts(folder: Path) -> list[Expert]:
+    """Return the trained experts in a run folder (its first seed), a pool folder, a training's folder or an adapter folder."""
+    if (folder / INDEX).exists():
+        return read_pool(folder)
+    arms = sorted(path.parent for path in (folder / ARMS).glob(f"*/{CHOSEN}"))
+    pooled = {expert.label for index in folder.glob(f"pool/*/{INDEX}") for expert in read_pool(index.parent)}
+    experts = []
+    for arm in (arm for arm in arms if arm.name != CLEAN or CLEAN in pooled):  # else the reference beside the pool
+        trainings = sorted(arm.glob(f"lr-{read_choice(folder, arm.name).lr:g}-seed-*/{DONE}"))
+        if trainings:
+            training = trainings[0].parent
+            label = folder.name if arm.name == ALONE else arm.name
+            experts.append(Expert(label, training / ADAPTER, read_scale(training)))
+    if experts:
+        return experts
+    if (folder / ADAPTER / DESCRIPTION).exists():
+        return [Expert(_label(folder), folder / ADAPTER, read_scale(folder))]
+    if (folder / DESCRIPTION).exists():
+        scale = read_scale(folder.parent) if (folder.parent / OWN_FILE).exists() else 10.0
+        return [Expert(_label(folder.parent) if folder.name == ADAPTER else folder.name, folder, scale)]
+    raise UserError(f"pool: '{folder}' holds no trained expert; give run folders, adapter folders or pools.")

@@ -18,7 +18,7 @@ from vismt.base.errors import UserError
 from vismt.config.sections import AdaptConfig
 from vismt.engine import runtime, training_files
 from vismt.engine.study import Training
-from vismt.jobs.calibrating import calibrated
+from vismt.jobs.calibration import calibrated
 from vismt.jobs.lm import models as lm_models
 from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends
 from vismt.jobs.lm.config_checks import check

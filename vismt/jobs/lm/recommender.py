@@ -35,7 +35,8 @@ from vismt.llm.ilora.recommenders import GRU4Rec, NextItem, SASRec, cosine_score
 from vismt.llm.tasks.answers import choice_records
 from vismt.llm.tasks.base import Item, Record
 from vismt.llm.tasks.recommendation import listed_of
-from vismt.storage.files import atomic_write, is_locked, locked
+from vismt.storage.files import atomic_write
+from vismt.storage.locks import is_locked, locked
 
 # Folder and file of each trained recommender.
 FILES = {RECOMMENDER: ("recommender", "sasrec.safetensors"), GRU: ("gru4rec", "gru4rec.safetensors")}
@@ -139,13 +140,12 @@ class Recommender:
             runtime.accelerator(),
             seed=self.config.seed,
         )
-        ranks.on_first(lambda: _finish(net, folder, file))
 
+        def finish() -> None:
+            atomic_write(folder / file, safetensors.torch.save(training_files.state(net)))
+            training_files.finish(net, folder, False, {})
 
-def _finish(net: nn.Module, folder: Path, file: str) -> None:
-    """Write the files of a finished training."""
-    atomic_write(folder / file, safetensors.torch.save(training_files.state(net)))
-    training_files.finish(net, folder, False, {})
+        ranks.on_first(finish)
 
 
 class _Histories:

@@ -17,7 +17,7 @@ from vismt.jobs.robustness.data import Batches
 from vismt.jobs.robustness.models import Classifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
-from vismt.robustness.corruption_error import mean_corruption_error
+from vismt.robustness.corruptions import mean_corruption_error
 from vismt.uncertainty.intervals import LOWER, Condition, Measure
 
 TASK = "robustness"

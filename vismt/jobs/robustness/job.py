@@ -16,8 +16,7 @@ from vismt.jobs.evaluation_job import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check
 from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import corruption_errors, records_path, score_set
-from vismt.jobs.robustness.models import Classifier, check_exists, load
-from vismt.jobs.robustness.own_images import TrainedArm
+from vismt.jobs.robustness.models import Classifier, TrainedArm, check_exists, load
 from vismt.jobs.robustness.report import BROKEN, MASKING, sections
 from vismt.report.panels import to_bytes, write_panel
 from vismt.report.results import Result, Score

@@ -97,7 +97,7 @@ def add_batch(
         leader = leader_of[path]
         if path == leader:
             latest_input[path] = weakref.ref(x)
-            rows, tokens = _normalised(path, _samples(path, module, x, count), mask)
+            rows, tokens = _normalised(path, module, x, mask, count)
             sums.sums[path].addmm_(rows.T, rows)
             sums.tokens[path] = sums.tokens.get(path, 0) + tokens
         elif leader not in latest_input or latest_input[leader]() is not x:
@@ -143,25 +143,23 @@ def arguments(model: nn.Module, batch: Batch) -> tuple[dict[str, Any], Tensor | 
     return moved, None if mask is None else mask.bool(), len(tensors[0])
 
 
-def _samples(path: str, module: nn.Module, x: Tensor, count: int) -> Tensor:
-    """Return the input of a linear layer or a convolution as (b, n, i) fp32."""
+def _normalised(path: str, module: nn.Module, x: Tensor, mask: Tensor | None, count: int) -> tuple[Tensor, int]:
+    """Return the input of a linear layer or a convolution as rows (b*n, i) fp32, and the number of valid tokens.
+
+    Masked tokens are set to zero and every sample is divided by its largest absolute value.
+    """
     if isinstance(module, nn.Conv2d):
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
             raise UserError(
                 f"covariance: '{path}' pads by '{module.padding_mode}', {module.padding!r}; only zeros, in pixels."
             )
-        return F.unfold(x.float(), module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
-    if x.ndim < 2 or x[..., 0].numel() % count:
+        patches = F.unfold(x.float(), module.kernel_size, module.dilation, module.padding, module.stride)
+        x = patches.transpose(1, 2)
+    elif x.ndim < 2 or x[..., 0].numel() % count:
         shape = f"{tuple(x.shape)} for {count} samples"
         raise UserError(f"covariance: '{path}' gets {shape}, which does not split into samples; exclude it.")
-    return x.reshape(count, -1, x.shape[-1]).float()
-
-
-def _normalised(path: str, x: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
-    """Return the rows (b*n, i) of x (b, n, i) and the number of valid tokens.
-
-    Masked tokens are set to zero and every sample is divided by its largest absolute value.
-    """
+    else:
+        x = x.reshape(count, -1, x.shape[-1]).float()
     tokens = x.shape[0] * x.shape[1]
     if mask is not None and x.shape[1] == mask.shape[1]:
         x = x.masked_fill(~mask[..., None], 0)

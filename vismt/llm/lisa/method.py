@@ -135,10 +135,22 @@ class LISA:
             raise UserError("LISA.on_step: the optimiser is missing; set lisa.optimizer first.")
         if self.state_policy == "reset_all" and step % self.interval == 0:
             self.optimizer.state.clear()
-        if step // self.interval != self._open:
-            self._open = step // self.interval
-            self._show(self.layers_at(step))
-            self._update_state()
+        if step // self.interval == self._open:
+            return
+        self._open = step // self.interval
+        self._show(self.layers_at(step))
+        _add_parameters(self.optimizer, self._trained)  # the optimiser may be new since the last switch
+        # The state of layers that left is freed or moved; a checkpoint that was loaded may have brought such state, too.
+        state = self.optimizer.state
+        for parameter in {parameter for layer in self._layers.values() for parameter in layer} & set(state):
+            frozen = parameter not in self._awake
+            if frozen and self.state_policy in ("drop", "reset_all"):
+                del state[parameter]
+            elif self.state_policy == "offload":
+                where = torch.device("cpu") if frozen else parameter.device
+                for name, value in state[parameter].items():
+                    if isinstance(value, Tensor) and value.ndim:  # step counters are where the optimiser wants them
+                        state[parameter][name] = value.to(where)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the schedule depends on, for a checkpoint; the state dict of the optimiser holds the rest."""
@@ -163,20 +175,6 @@ class LISA:
                     parameter.requires_grad_(True)
                 else:
                     _freeze(parameter)
-
-    def _update_state(self) -> None:
-        """Free or move optimiser state by the policy. Also done after a checkpoint was loaded."""
-        _add_parameters(self.optimizer, self._trained)  # it may be new since the last switch
-        state = self.optimizer.state
-        for parameter in {parameter for layer in self._layers.values() for parameter in layer} & set(state):
-            frozen = parameter not in self._awake
-            if frozen and self.state_policy in ("drop", "reset_all"):
-                del state[parameter]
-            elif self.state_policy == "offload":
-                where = torch.device("cpu") if frozen else parameter.device
-                for name, value in state[parameter].items():
-                    if isinstance(value, Tensor) and value.ndim:  # step counters are where the optimiser wants them
-                        state[parameter][name] = value.to(where)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,10 @@ def find_shares(model: nn.Module, layers: Layers, train_embeddings: bool, exclud
     """Sort the parameters that LISA may train; one shared between a layer and another module is always trained."""
     paths = find_layers(model, layers)
     patterns = [exclude] if isinstance(exclude, str) else exclude
-    aliases = _aliases(model)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    aliases: dict[str, list[str]] = {name: [] for name in first.values()}  # a tied parameter has several names
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases[first[id(parameter)]].append(name)
     # The names of a parameter, and the paths of the modules that contain it.
     ends = {
         name: [alias.rsplit(".", depth)[0] for alias in names for depth in range(alias.count(".") + 1)]
@@ -64,15 +67,6 @@ def find_shares(model: nn.Module, layers: Layers, train_embeddings: bool, exclud
         elif train_embeddings or not any(_is_embedding(model, alias, heads) for alias in names):
             shares.always.append(name)
     return shares
-
-
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Return {first name: all names} of every parameter; a tied parameter has several names."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    aliases: dict[str, list[str]] = {name: [] for name in first.values()}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases[first[id(parameter)]].append(name)
-    return aliases
 
 
 def find_layers(model: nn.Module, layers: Layers) -> list[str]:

@@ -38,8 +38,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.llm.s2ft.structures import Coupling, Structure, UnitBlock, couple, expand, movable
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, LayerSpec, register_module, spec_of
-from vismt.lowrank.layers.stock_modules import matrix_shape
+from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, LayerSpec, register_module
 from vismt.lowrank.svd import working_dtype
 from vismt.lowrank.tensors import check_finite
 
@@ -118,11 +117,6 @@ class SliceLinear(AdapterLayer):
         )
 
     # ---- the layer as data
-    @classmethod
-    def plan(cls, path: str, module: nn.Module, dim: int, count: int, mode: str) -> LayerSpec:
-        """Return the spec of one module with `count` trained rows (dim 0) or columns (dim 1)."""
-        return spec_of(path, module, cls, SliceSettings(count, 1.0, (matrix_shape(module)[0],), dim, mode))
-
     @classmethod
     def build(
         cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None

@@ -24,10 +24,12 @@ import torch.distributed as dist
 from torch import nn
 
 from vismt.base.errors import UserError, require_known
-from vismt.llm.s2ft.layer import MODES, SliceLinear
+from vismt.llm.s2ft.layer import MODES, SliceLinear, SliceSettings
 from vismt.llm.s2ft.scores import SCORES
 from vismt.llm.s2ft.selection import UnitSelection, select_units
 from vismt.llm.s2ft.structures import Structure, structures
+from vismt.lowrank.layers.base import spec_of
+from vismt.lowrank.layers.stock_modules import matrix_shape
 from vismt.lowrank.model.inject import also_trained, check_options, install
 from vismt.lowrank.model.modules import from_stock
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
@@ -87,15 +89,11 @@ def s2ft(
             raise UserError(f"adapt: both selection and {extra[0]}; the selection already fixes these settings.")
     containers = structures(model)
     features = _features(model, containers, selection)
-    if dist.is_available() and dist.is_initialized():
-        digests: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(digests, selection.digest())
-        if len(set(digests)) > 1:
-            raise UserError("s2ft: the processes chose different units; give all the same seed, model and calibration.")
-    specs = [
-        SliceLinear.plan(path, model.get_submodule(path), dim, len(index), mode)
-        for path, (dim, index) in features.items()
-    ]
+    specs = []
+    for path, (dim, index) in features.items():
+        module = model.get_submodule(path)
+        slice_settings = SliceSettings(len(index), 1.0, (matrix_shape(module)[0],), dim, mode)
+        specs.append(spec_of(path, module, SliceLinear, slice_settings))
     names = also_trained(model, options["also_train"], list(features))
     total = count_parameters(model)[1]
     layers = install(model, "s2ft", specs, {}, names, dtype=options["dtype"])
@@ -146,7 +144,10 @@ def checked_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
 def _features(
     model: nn.Module, containers: Mapping[str, Structure], selection: UnitSelection
 ) -> dict[str, tuple[int, torch.Tensor]]:
-    """Return {module: (dim, features (k,) in stock order)} in model order; UserError for a selection that does not fit."""
+    """Return {module: (dim, features (k,) in stock order)} in model order.
+
+    Raises UserError for a selection that does not fit the model, or that is another one in other processes.
+    """
     require_known("s2ft.selection: the model has no heads or channels", selection.units, containers)
     chosen: dict[str, tuple[int, torch.Tensor]] = {}
     for path, parts in selection.units.items():
@@ -161,6 +162,11 @@ def _features(
                 )
             chosen[block.path] = (block.dim, block.features(sorted(units)))
     find_targets(model, list(chosen))
+    if dist.is_available() and dist.is_initialized():
+        digests: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(digests, selection.digest())
+        if len(set(digests)) > 1:
+            raise UserError("s2ft: the processes chose different units; give all the same seed, model and calibration.")
     return {path: chosen[path] for path, _ in model.named_modules() if path in chosen}
 
 

@@ -26,7 +26,6 @@ from vismt.llm.tasks.base import (
     answer_tokens,
     fields_of,
     fill,
-    has_fields,
     names_of,
     probability_measures,
 )
@@ -77,7 +76,11 @@ class Answers(LmTask):
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         context, before = self.context(row, tokenizer)
-        templates = {key: text for key, text in self.answers.items() if has_fields(text, row, "tasks: answers")}
+        templates = {
+            key: text
+            for key, text in self.answers.items()
+            if all(field in row for field in fields_of(text, "tasks: answers"))
+        }
         label = fill(self.label, row, "tasks: label")
         if label not in templates or len(templates) < 2:
             raise UserError(

@@ -170,11 +170,6 @@ def fill(template: str, row: Mapping[str, Any], what: str) -> str:
         raise UserError(f"{what} '{template}': {reason}") from error
 
 
-def has_fields(template: str, row: Mapping[str, Any], what: str) -> bool:
-    """Return whether the row has all fields of the template."""
-    return all(field in row for field in fields_of(template, what))
-
-
 def fields_of(template: str, what: str) -> list[str]:
     """Return the names of the fields of a template, without their indices and attributes."""
     try:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.base.errors import UserError, near
+from vismt.base.norm_balls import clip, column, size, steepest
 
 Levels = Sequence[tuple[int | None, float]]
 
@@ -100,7 +101,7 @@ def pyramid_attack(
             gradients = torch.autograd.grad(SCALE * gain, leaves)
         with torch.no_grad():
             deltas = [
-                _bounded(delta + step_size * unit * _steepest(unit * gradient, norm), bound, norm)
+                _bounded(delta + step_size * unit * _direction(unit * gradient, norm), bound, norm)
                 for delta, gradient in zip(leaves, gradients)
             ]
     with torch.no_grad():
@@ -114,19 +115,17 @@ def _compose(images: Tensor, deltas: Sequence[Tensor], levels: Levels, low: Tens
     return images
 
 
-def _steepest(gradient: Tensor, norm: str) -> Tensor:
-    """Return the direction of norm 1 in which J rises most; gradient (m, c, h, w) per pixel unit."""
-    if norm == "linf":
-        return gradient.sign()
-    return F.normalize(gradient.flatten(1).float(), dim=1).view_as(gradient).to(gradient.dtype)
+def _direction(gradient: Tensor, norm: str) -> Tensor:
+    """Return the direction of norm 1 in which J rises most; gradient (m, c, h, w) per pixel unit, in its dtype."""
+    return steepest(gradient.float(), gradient, 1.0, norm).to(gradient.dtype)
 
 
 def _bounded(change: Tensor, bound: Tensor, norm: str) -> Tensor:
     """Return the nearest change within the budget; bound (1, c, 1, 1) is the budget in the images' units."""
     if norm == "linf":
-        return torch.clamp(change, -bound, bound)
-    length = (change / bound).flatten(1).float().norm(dim=1).clamp_min(1)
-    return change / length.to(change.dtype).view(-1, 1, 1, 1)
+        return clip(change, bound, norm)
+    length = size((change / bound).float(), norm).clamp_min(1)
+    return change / column(length.to(change.dtype))
 
 
 def _start(
@@ -142,7 +141,7 @@ def _start(
     if norm == "l2":
         drawn = torch.randn(shape, generator=generator, device=generator.device)
         length = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device)
-        return bound * (length * _steepest(drawn, norm)).to(images)
+        return bound * (length * _direction(drawn, norm)).to(images)
     drawn = torch.rand(shape, generator=generator, device=generator.device)
     return bound * (2 * drawn - 1).to(images)
 

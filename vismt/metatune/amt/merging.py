@@ -20,7 +20,7 @@ from vismt.metatune.amt.pool import ExpertPool
 from vismt.metatune.amt.selection_rules import RULES, MergeSettings, SupportTask
 from vismt.metatune.features import features
 from vismt.metatune.finetuning.diffaugment import diff_augment
-from vismt.metatune.functional import Functional
+from vismt.metatune.functional import WithWeights
 from vismt.metatune.protonet import PrototypeClassifier, prototypes
 
 
@@ -94,7 +94,7 @@ class PoolNet(nn.Module):
             generator = torch.Generator().manual_seed(self.settings.seed)
             scored = diff_augment(images, generator, mean=backbone.mean, std=backbone.std)
         experts = [
-            Functional(backbone, self.pool.expert_weights(index), lasting=True) for index in range(len(self.pool))
+            WithWeights(backbone, self.pool.expert_weights(index), lasting=True) for index in range(len(self.pool))
         ]
         return SupportTask(experts, images, labels, scored=scored, scale=self.pool.scale, batch=batch)
 
@@ -114,7 +114,7 @@ class PoolNet(nn.Module):
         return F.one_hot(torch.tensor(index), len(self.pool)).to(self.pool.uniform())
 
     def _task(self, zeta: Tensor, support: Tensor, labels: Tensor, batch: int) -> PrototypeClassifier:
-        backbone = Functional(self.pool.backbone, self.weights(zeta), lasting=self.lasting(zeta))
+        backbone = WithWeights(self.pool.backbone, self.weights(zeta), lasting=self.lasting(zeta))
         centres = prototypes(features(backbone, support, batch), labels)
         task = PrototypeClassifier(backbone, centres, torch.tensor(self.pool.scale).to(centres))
         task.training = self.training

@@ -6,7 +6,7 @@ DeltaW_i is the update of expert i against the stock weight W, s (B_i A_i - B_0 
 with one start have the paper's form (Yang, Liu, Wei, NeurIPS 2024), W_res + s sum_i zeta_i B_i A_i with W_res = W - s B_0 A_0,
 and an untuned pool is W. Experts of other ranks, scales or starts mix in the same way. The sum is that of `combine`; what
 all experts share, such as the start, enters it once. Nothing is changed in place: a mixture is a dict of weights for
-`Functional`.
+`WithWeights`.
 
 A pool on disk is a folder with pool.json and an adapter folder for each expert. Left out: training the experts jointly,
 which neither paper nor code does.
@@ -29,7 +29,8 @@ from vismt.lowrank.files.description import DESCRIPTION, read_description
 from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.files.updates import Updates, check_combinable, read_updates
 from vismt.lowrank.model.named import unadapt
-from vismt.storage.files import atomic_write, locked, read_sealed, sealed
+from vismt.storage.files import atomic_write, read_sealed, sealed
+from vismt.storage.locks import locked
 
 INDEX, FORMAT = "pool.json", 1
 

@@ -5,14 +5,29 @@
 
 Prototypes are recomputed in every step and have a gradient too; the scale s is fixed. The tuned weights are kept in a
 dictionary and the model runs on them by a functional call. The model is never changed, so there is nothing to reset, and
-tasks share neither weights nor Adam state.
+tasks share neither weights nor Adam state. adversarial: AMT's "Adv. TTF" is named in the paper but not specified; here z is
+attacked, on its labels against the current prototypes, before each step.
 
-attention_scale: a factor per attention head on the logits q k^T / sqrt(d), start 1, all else fixed. It is multiplied into
-the rows of q in the fused qkv projection, weight and bias, which is the same function with the stock attention. ATTNSCALE
-(Basu et al., arXiv 2304.01917) learns "scaling parameters for each attention matrix"; a scalar per head is our
-interpretation, and its domain adapter is left out. adversarial: AMT's "Adv. TTF" is named in the paper but not specified;
-here z is attacked, on its labels against the current prototypes, before each step. lr "auto": the rate is chosen for each
-task on its support, see rate_choice.py.
+attention_scale trains a factor a_h for each head's attention logits, start 1, and nothing else. Multiplied into the rows of q
+in the fused query-key-value projection, weight and bias, it leaves the stock attention as it is:
+
+    a_h * (q_h k_h^T) / sqrt(d) = ((a_h q_h) k_h^T) / sqrt(d),    q_h = W_h x + b_h
+
+ATTNSCALE (Basu et al., arXiv 2304.01917) learns "scaling parameters for each attention matrix"; a scalar per head is our
+interpretation, and its domain adapter is left out.
+
+lr "auto" chooses the rate for every task on its own support:
+
+    lr* = argmax_{lr in RATES} accuracy of held-out support images under the weights tuned at lr on the other ones
+
+The smallest rate wins a tie, and 0 skips the tuning: a task that gains nothing by it is left alone. Every class is cut in two
+halves, in the order of the support; each half is judged by the prototypes of the other half, under weights tuned on it. A
+class with one image cannot be cut: its image stays in the tuning, and VIEWS random crops of it are judged in its place,
+which the tuning, that shifts and recolours images but does not scale them, has not seen. At 1 shot these crops are all
+there is. A rate at which a loss is not finite is not chosen. The paper chooses one rate a domain on labelled validation
+tasks; its release takes these from the test loader, with their query labels. For single tasks the release keeps the first
+image of each class for tuning, judges the others once (so with one-shot tasks it never tunes), and has the same grid; here
+each image is judged once, and no query takes part.
 """
 
 from __future__ import annotations
@@ -27,20 +42,30 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vismt.base.errors import UserError, near
+from vismt.base.norm_balls import clip, steepest
 from vismt.base.seeds import mix_seed
 from vismt.config.typed import Names
+from vismt.data.transforms import augment
 from vismt.lowrank.contexts import evaluating
+from vismt.lowrank.layers.forms import LowRankLinear
 from vismt.metatune.features import features
-from vismt.metatune.finetuning.attention_scale import attention_heads, scaled_queries
 from vismt.metatune.finetuning.diffaugment import diff_augment
-from vismt.metatune.finetuning.rate_choice import AUTO, LossNotFinite, choose_rate
-from vismt.metatune.functional import Functional, check_weights
-from vismt.metatune.protocol.interfaces import FewShotModel
+from vismt.metatune.functional import WithWeights, check_weights
+from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
 
 PARAMETERS = ("all", "attention_scale")
+AUTO = "auto"
+RATES = (0.0, 1e-4, 1e-3, 1e-2)  # of which auto chooses
+VIEWS = 4  # random crops of a single image, on which a rate is judged
+# images -> features
+Features = Callable[[Tensor], Tensor]
 # images, labels, logits of images -> attacked images
 SupportAttack = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
+
+
+class LossNotFinite(UserError):
+    """A fine-tuning whose loss became infinite or not a number."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +73,7 @@ class FineTuneSettings:
     """Settings of the fine-tuning on a task.
 
     Args:
-        lr: Adam's; 0 skips the tuning, auto chooses one for each task (`rate_choice`).
+        lr: Adam's; 0 skips the tuning, auto chooses one for each task.
         steps: number of steps.
         parameters: all of the backbone, frozen or not, or attention_scale.
         probability: of the augmentation of a step.
@@ -109,7 +134,7 @@ def finetune(
         attack: In place of the built-in attack of an adversarial run: (images, labels, logits of images) -> images.
 
     Returns:
-        The tuned tensors by name, for `Functional(backbone, ...)`: detached and new, in the dtype they started from; and
+        The tuned tensors by name, for `WithWeights(backbone, ...)`: detached and new, in the dtype they started from; and
         those of `weights` that are not tuned.
 
     Raises:
@@ -121,10 +146,10 @@ def finetune(
         )
     if settings.lr == AUTO:
 
-        def tune(images: Tensor, labels: Tensor, lr: float) -> Functional:
+        def tune(images: Tensor, labels: Tensor, lr: float) -> WithWeights:
             fixed = replace(settings, lr=lr)
             tuned = finetune(backbone, images, labels, fixed, scale=scale, weights=weights, attack=attack)
-            return Functional(backbone, tuned)
+            return WithWeights(backbone, tuned)
 
         with evaluating(backbone):
             settings = replace(settings, lr=choose_rate(tune, support, labels, seed=settings.seed))
@@ -148,7 +173,7 @@ class FineTuned(nn.Module):
     """A few-shot model with a classifier that is fine-tuned on the task's support.
 
     proto: a model with `classifier(support_images, support_labels)` that returns a `PrototypeClassifier` on a module or on
-    a `Functional` (ProtoNet, a pool with merging). Tuning starts from that backbone, prototypes are recomputed at its end,
+    a `WithWeights` (ProtoNet, a pool with merging). Tuning starts from that backbone, prototypes are recomputed at its end,
     other buffers of the classifier are copied. settings, attack: of `finetune`. With lr or steps 0 the classifier is
     returned unchanged.
     """
@@ -166,9 +191,9 @@ class FineTuned(nn.Module):
             )
         if self.settings.lr == 0 or self.settings.steps == 0:
             return task
-        merged = isinstance(task.backbone, Functional)
+        merged = isinstance(task.backbone, WithWeights)
         module, start = (task.backbone.module, task.backbone.weights) if merged else (task.backbone, None)
-        tuned = Functional(
+        tuned = WithWeights(
             module,
             finetune(
                 module,
@@ -208,6 +233,58 @@ class _AllParameters:
     def weights(self) -> dict[str, Tensor]:
         # Views: autocast caches its casts of leaves, and would use the weights of the first step again.
         return {name: leaf.view_as(leaf).to(self._dtypes[name]) for name, leaf in self._leaves.items()}
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """The queries of one attention: the first `rows` rows of `tensors` (names in the backbone), head after head."""
+
+    heads: int
+    rows: int
+    tensors: tuple[str, ...]
+
+
+def attention_heads(backbone: nn.Module) -> list[QueryRows]:
+    """Return the query rows of every attention of a backbone with timm's fused qkv, stock or with a low-rank update.
+
+    Raises UserError for a backbone without attention, and for an attention whose logits the rows of q do not scale.
+    """
+    attentions = []
+    for path, module in backbone.named_modules():
+        if not hasattr(module, "num_heads") or any(hasattr(part, "num_heads") for part in list(module.modules())[1:]):
+            continue  # not an attention, or a module that contains one
+        qkv = getattr(module, "qkv", None)
+        reason = _unsupported(module, qkv)
+        if reason:
+            raise UserError(f"attention_scale: '{path}' ({type(module).__name__}): {reason}; use parameters='all'.")
+        names = [name for name in ("weight", "bias", "lora_B", "lora_B0") if getattr(qkv, name, None) is not None]
+        tensors = tuple(f"{path}.qkv.{name}" if path else f"qkv.{name}" for name in names)
+        attentions.append(QueryRows(module.num_heads, qkv.out_features // 3, tensors))
+    if not attentions:
+        raise UserError(
+            f"attention_scale: {type(backbone).__name__} has no attention with heads; use parameters='all'."
+        )
+    return attentions
+
+
+def _unsupported(module: nn.Module, qkv: nn.Module | None) -> str:
+    """Return why the rows of q in `qkv` do not scale the logits of this attention; "" where they do."""
+    if type(qkv) is not nn.Linear and not isinstance(qkv, LowRankLinear):
+        return "it has no fused qkv projection" if qkv is None else f"its qkv is {type(qkv).__name__}"
+    if not isinstance(getattr(module, "q_norm", None), nn.Identity | None):
+        return "it normalises q, which undoes the factor"
+    if getattr(module, "q_bias", None) is not None:
+        return "its bias of q lies outside of qkv"
+    if qkv.out_features % (3 * module.num_heads):
+        return f"its qkv has {qkv.out_features} rows for {module.num_heads} heads"
+    return ""
+
+
+def scaled_queries(tensor: Tensor, factor: Tensor, site: QueryRows) -> Tensor:
+    """Multiply the query rows of head h in `tensor` (o, ...) by factor[h]; factor (heads,). Differentiable in both."""
+    rows = factor.repeat_interleave(site.rows // site.heads).to(tensor.dtype)
+    queries = tensor[: site.rows] * rows.view(-1, *[1] * (tensor.ndim - 1))
+    return torch.cat([queries, tensor[site.rows :]])
 
 
 class _AttentionScale:
@@ -290,10 +367,61 @@ def _pgd(images: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor], eps
     for _ in range(steps):
         delta.requires_grad_(True)
         (slope,) = torch.autograd.grad(F.cross_entropy(logits(images + delta), labels), delta)
-        delta = (delta.detach() + 2.5 * epsilon / steps * slope.sign()).clamp(-epsilon, epsilon)
+        delta = clip(delta.detach() + steepest(slope, images, 2.5 * epsilon / steps, "linf"), epsilon, "linf")
     return images + delta
 
 
 def _usable(tensor: Tensor) -> Tensor:
     """Detach a tensor; copy it where it was created in inference mode, which autograd refuses."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def choose_rate(
+    tune: Callable[[Tensor, Tensor, float], Features], support: Tensor, labels: Tensor, *, seed: int
+) -> float:
+    """Return the rate of RATES that generalises best within a support set.
+
+    Args:
+        tune: (images, labels, rate) -> features of images under the weights tuned on these images.
+        support: (s, 3, h, w) in [0, 1].
+        labels: (s,) in 0..N-1, every class present.
+        seed: of the crops.
+    """
+    folds = held_out(labels)
+    best, chosen = -1.0, 0.0
+    for rate in RATES:
+        try:
+            right = [_judge(tune, support, labels, mask, rate, seed) for mask in folds]
+        except LossNotFinite:
+            continue
+        share = float(torch.cat(right).double().mean())
+        if share > best:
+            best, chosen = share, rate
+    return chosen
+
+
+def held_out(labels: Tensor) -> list[Tensor]:
+    """Return the folds, each a mask (s,) of the images that are held out; one empty mask where every class has one image."""
+    same = labels[:, None] == labels
+    place, count = same.tril(-1).sum(1), same.sum(1)
+    masks = [(count > 1) & (place % 2 == half) for half in (0, 1)]
+    return masks if bool(masks[0].any()) else masks[:1]
+
+
+def _judge(
+    tune: Callable[[Tensor, Tensor, float], Features],
+    support: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    rate: float,
+    seed: int,
+) -> Tensor:
+    """Return whether each held-out image, and each crop of a single image, is classified right."""
+    alone = (labels[:, None] == labels).sum(1) == 1
+    crops = [augment(support[alone], mix_seed(seed, "crops", view)) for view in range(VIEWS)]
+    judged = torch.cat([support[mask], *crops])
+    truth = torch.cat([labels[mask], labels[alone].repeat(VIEWS)])
+    features = tune(support[~mask], labels[~mask], rate)
+    with torch.no_grad():
+        centres = prototypes(features(support[~mask]), labels[~mask])
+        return cosine_logits(features(judged), centres).argmax(1) == truth

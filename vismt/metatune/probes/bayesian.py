@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from vismt.metatune.features import features
 from vismt.metatune.probes.linear import ITERATIONS, C, LinearProbe, fit_logistic
-from vismt.metatune.protocol.interfaces import FewShotModel
+from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.uncertainty.laplace import Curvature, FullCurvature, KroneckerCurvature, Laplace
 from vismt.uncertainty.vbll import VBLLClassifier
 

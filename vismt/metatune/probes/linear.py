@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.metatune.features import features
-from vismt.metatune.protocol.interfaces import FewShotModel
+from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, prototypes
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # lambda of the ridge probe

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vismt.metatune.protocol.labelled import Episode
+from vismt.metatune.protocol.episodes import Episode
 from vismt.storage.files import atomic_write
 from vismt.storage.records import Field
 from vismt.uncertainty.probability_metrics import binned_gaps, detection_auroc, proper_scores
@@ -39,12 +39,12 @@ class EpisodeOutcome:
     query: Tensor
     predictions: dict[str, Tensor]
     logits: Tensor
-    adversarial: Tensor | None
+    adversarial: Tensor | None = None
     mixture: Tensor | None = None
     worst: Mapping[str, Sequence[str]] = field(default_factory=dict)
     strict: Collection[str] = ()
     outside: Mapping[str, Tensor] = field(default_factory=dict)
-    lost: Mapping[str, int] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
 
     def right(self) -> dict[str, Tensor]:
         """Return whether each query counts as right, bool (m,), by condition, then by worst case."""

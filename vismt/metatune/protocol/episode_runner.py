@@ -1,73 +1,123 @@
 """Blocks of few-shot episodes: the classifier of each support, and its predictions on the queries under every condition.
 
-Blocks have fixed numbers of episodes, so that an attack can pack the queries of several tasks (packed.py).
+Blocks have fixed numbers of episodes. Attacks leave few surviving queries in each task, so an attack may pack the queries of
+several tasks into one classifier, and they fill the batches of the backbone that the tasks share:
+
+    logits of row q = s_t cos(f(x_q), p_t),    t the task of q
+
+The protocols at the top say what the episodes ask of models, samplers, images and conditions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.seeds import mix_seed
 from vismt.metatune.features import FeatureStore, number
-from vismt.metatune.functional import answers
+from vismt.metatune.functional import WithWeights, answers
 from vismt.metatune.protocol.episode_outcome import EpisodeOutcome
-from vismt.metatune.protocol.interfaces import (
-    FewShotModel,
-    OutsidePixels,
-    Perturbs,
-    PixelStore,
-    PreparedPerturbation,
-    QueryPerturbation,
-    Sampler,
-)
-from vismt.metatune.protocol.labelled import Episode
-from vismt.metatune.protocol.packed import PackedClassifier, pack_key
+from vismt.metatune.protocol.episodes import Episode
 from vismt.metatune.protonet import PrototypeClassifier
 from vismt.storage.records import Records
 
 BLOCK = 8  # episodes that are run together
 
 
-def outside_rows(name: str, images: int, episode: int, count: int) -> Tensor:
-    """Return the rows (count,), at most all, that an episode draws of a set of other classes."""
-    generator = torch.Generator().manual_seed(mix_seed(episode, "outside", name))
-    return torch.randperm(images, generator=generator)[:count]
+class FewShotModel(Protocol):
+    """A model that turns a support set into a classifier of query images (ProtoNet, a pool with merging, ...)."""
+
+    def classifier(self, support_images: Tensor, support_labels: Tensor) -> nn.Module: ...
+
+
+class Sampler(Protocol):
+    """Episodes by number, the least number of ways in an episode, and a JSON-able description of the rules."""
+
+    min_ways: int
+
+    def __getitem__(self, index: int) -> Episode: ...
+
+    def describe(self) -> Mapping[str, object]: ...
+
+
+class Condition(Protocol):
+    """What a protocol records of a change of the query images: its seed, its text and its settings."""
+
+    @property
+    def seed(self) -> int: ...
+
+    def describe(self, num_classes: int | None = None) -> str: ...
+
+    def settings(self) -> Mapping[str, object]: ...
+
+
+class Perturbs(Protocol):
+    """An object that changes images (b, 3, h, w) in [0, 1] with labels (b,)."""
+
+    def perturb(
+        self, model: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, keys: Sequence[tuple[int, int]]
+    ) -> Tensor: ...
+
+
+class QueryPerturbation(Condition, Perturbs, Protocol):
+    """A change of the query images: an attack or a corruption of `vismt.robustness`."""
+
+
+class PreparedPerturbation(Condition, Protocol):
+    """A change of the query images that needs the episode's support (`vismt.robustness.Transfer`).
+
+    `prepare` is called once an episode and returns the object that perturbs the images.
+    """
+
+    def prepare(self, support: Tensor, labels: Tensor) -> Perturbs: ...
+
+
+class PixelStore(Protocol):
+    """Images float (b, 3, h, w) in [0, 1] by int64 index (b,).
+
+    One with a text `key`, which differs for any other images, lets features be kept from run to run.
+    """
+
+    def __getitem__(self, index: Tensor) -> Tensor: ...
+
+
+class OutsidePixels(PixelStore, Protocol):
+    """A pixel store of a set of other classes, from which each episode draws."""
+
+    def __len__(self) -> int: ...
 
 
 @dataclass
 class _Task:
-    """One episode: its images, its classifier on the device, and what was found so far, as in EpisodeOutcome."""
+    """One episode under way: its number, its classifier on the device, and what was found so far."""
 
     index: int
-    episode: Episode
-    support: Tensor
-    query: Tensor
     classifier: nn.Module
-    predictions: dict[str, Tensor]
-    logits: Tensor
-    outside: dict[str, Tensor]
-    adversarial: Tensor | None = None
-    lost: dict[str, int] = field(default_factory=dict)
+    outcome: EpisodeOutcome
 
 
 @dataclass
 class EpisodeRunner:
-    """Runs blocks of episodes: the classifier of each support, and the predictions on its queries under every condition."""
+    """Runs blocks of episodes: the classifier of each support, and the predictions on its queries under every condition.
+
+    outside: sets of images of other classes, by condition. stores: of the features of `pixels` and of the outside sets, by
+    condition, "" for `pixels`; a set without one has its features computed in every episode.
+    """
 
     proto: FewShotModel
     pixels: PixelStore
     sampler: Sampler
-    attacks: dict[str, QueryPerturbation | PreparedPerturbation]
     device: torch.device | str
-    batch: int
-    worst: Mapping[str, Sequence[str]]
-    store: FeatureStore | None
-    outside: Mapping[str, tuple[OutsidePixels, FeatureStore | None]] = field(default_factory=dict)
+    attacks: Mapping[str, QueryPerturbation | PreparedPerturbation] = field(default_factory=dict)
+    worst: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    outside: Mapping[str, OutsidePixels] = field(default_factory=dict)
+    stores: Mapping[str, FeatureStore] = field(default_factory=dict)
+    batch: int = 256
 
     def blocks(self, episodes: int) -> list[range]:
         """Return the numbers of the episodes that run together; single ones where no attack packs."""
@@ -79,91 +129,89 @@ class EpisodeRunner:
         return [block for block in self.blocks(episodes) if any(index not in log for index in block)]
 
     def __call__(self, block: range) -> dict[int, EpisodeOutcome]:
-        strict = [name for name, attack in self.attacks.items() if getattr(attack, "worst_case", False)]
         tasks = [self._task(index) for index in block]
         for name, attack in self.attacks.items():
             for group in self._groups(tasks, attack):
                 self._perturb(group, name, attack)
-        return {
-            task.index: EpisodeOutcome(
-                task.episode,
-                task.support,
-                task.query,
-                task.predictions,
-                task.logits,
-                task.adversarial,
-                getattr(task.classifier, "mixture", None),
-                self.worst,
-                strict,
-                task.outside,
-                task.lost,
-            )
-            for task in tasks
-        }
+        return {task.index: task.outcome for task in tasks}
 
     def _task(self, index: int) -> _Task:
+        """Return an episode with its classifier and the answers to its clean queries and to the images outside."""
         episode = self.sampler[index]
         support = self.pixels[episode.support]
         query = self.pixels[episode.query]
-        placed = number(support.to(self.device), self.store, episode.support)
+        placed = number(support.to(self.device), self.stores.get(""), episode.support)
         classifier = self.proto.classifier(placed, episode.support_labels.to(self.device)).eval()
-        clean = self._logits(classifier, query, self.store, episode.query)
+        clean = self._logits(classifier, query, self.stores.get(""), episode.query)
         outside = {}
-        for name, (images, store) in self.outside.items():
-            rows = outside_rows(name, len(images), index, len(query))
-            outside[name] = self._logits(classifier, images[rows], store, rows)
-        return _Task(index, episode, support, query, classifier, {"clean": clean.argmax(1)}, clean, outside)
+        for name, images in self.outside.items():
+            generator = torch.Generator().manual_seed(mix_seed(index, "outside", name))
+            rows = torch.randperm(len(images), generator=generator)[: len(query)]
+            outside[name] = self._logits(classifier, images[rows], self.stores.get(name), rows)
+        outcome = EpisodeOutcome(
+            episode,
+            support,
+            query,
+            {"clean": clean.argmax(1)},
+            clean,
+            mixture=getattr(classifier, "mixture", None),
+            worst=self.worst,
+            strict=[name for name, attack in self.attacks.items() if getattr(attack, "worst_case", False)],
+            outside=outside,
+        )
+        return _Task(index, classifier, outcome)
 
     def _groups(self, tasks: Sequence[_Task], attack: QueryPerturbation | PreparedPerturbation) -> list[list[_Task]]:
         """Return the tasks in groups that one run of the attack perturbs together."""
         groups: list[list[_Task]] = []
         for task in tasks:
             key = pack_key(task.classifier) if getattr(attack, "packs", False) else None
-            queries = sum(len(other.query) for other in groups[-1]) + len(task.query) if groups else 0
-            joins = groups and key is not None and key == pack_key(groups[-1][0].classifier) and queries <= self.batch
-            if joins:
-                groups[-1].append(task)
+            group = groups[-1] if groups else []
+            queries = sum(len(other.outcome.query) for other in [*group, task])
+            if group and key is not None and key == pack_key(group[0].classifier) and queries <= self.batch:
+                group.append(task)
             else:
                 groups.append([task])
         return groups
 
     def _perturb(self, group: Sequence[_Task], name: str, attack: QueryPerturbation | PreparedPerturbation) -> None:
         """Add the predictions under one condition to the tasks of a group."""
-        first = group[0]
+        first, outcomes = group[0], [task.outcome for task in group]
         run: Perturbs = attack  # type: ignore[assignment]
         if hasattr(attack, "prepare"):
-            run = attack.prepare(first.support.to(self.device), first.episode.support_labels.to(self.device))
+            labels = first.outcome.episode.support_labels
+            run = attack.prepare(first.outcome.support.to(self.device), labels.to(self.device))
+        counts = [len(outcome.query) for outcome in outcomes]
         classifier = first.classifier
-        counts = [len(task.query) for task in group]
         if len(group) > 1:
             packed = [task.classifier for task in group if isinstance(task.classifier, PrototypeClassifier)]
             classifier = PackedClassifier(packed, counts)
-        images = torch.cat([task.query for task in group])
-        labels = torch.cat([task.episode.query_labels for task in group])
+        images = torch.cat([outcome.query for outcome in outcomes])
+        labels = torch.cat([outcome.episode.query_labels for outcome in outcomes])
         keys = [key for task in group for key in self._keys(attack.seed, task)]
-        perturb: Any = getattr(
-            run, "search", run.perturb
-        )  # of an attack on this classifier, what it counts as broken, too
+        # `search` of an attack on this classifier also tells what it counts as broken.
+        perturb: Any = getattr(run, "search", run.perturb)
         changed, found = [], []
         for start in range(0, len(images), self.batch):
             part = slice(start, start + self.batch)
             placed = images[part].to(self.device), labels[part].to(self.device)
-            found.append(perturb(classifier, *placed, num_classes=first.episode.ways, keys=keys[part]))
+            found.append(perturb(classifier, *placed, num_classes=first.outcome.episode.ways, keys=keys[part]))
             changed.append(getattr(found[-1], "adversarial", found[-1]))
         logits = []
         for task, adversarial in zip(group, torch.cat(changed).split(counts), strict=True):
             logits.append(self._logits(task.classifier, adversarial))
-            task.predictions[name] = logits[-1].argmax(1)
-            task.adversarial = adversarial if task.adversarial is None else task.adversarial
+            task.outcome.predictions[name] = logits[-1].argmax(1)
+            if task.outcome.adversarial is None:
+                task.outcome.adversarial = adversarial
         if hasattr(run, "search"):
             parts = torch.cat(logits).split(self.batch)
             lost = torch.cat([outcome.lost(part, name).cpu() for outcome, part in zip(found, parts, strict=True)])
-            for task, own in zip(group, lost.split(counts), strict=True):
-                task.lost[name] = int(own.sum())
+            for outcome, own in zip(outcomes, lost.split(counts), strict=True):
+                outcome.lost[name] = int(own.sum())
 
     def _keys(self, seed: int, task: _Task) -> list[tuple[int, int]]:
         """Return the key of each query of a task, of which its random numbers are a function."""
-        places = (divmod(place, self.batch) for place in range(len(task.query)))
+        places = (divmod(place, self.batch) for place in range(len(task.outcome.query)))
         return [(mix_seed(seed, task.index, part), position) for part, position in places]
 
     @torch.no_grad()
@@ -179,3 +227,41 @@ class EpisodeRunner:
         if index is not None:
             parts = [number(part, store, rows) for part, rows in zip(parts, index.split(self.batch))]
         return torch.cat([answers(classifier, part).cpu() for part in parts])
+
+
+class PackedClassifier(nn.Module):
+    """The classifiers of tasks with equal `pack_key`; counts: the number of query images of each.
+
+    `rows_of(images, rows)` classifies images (b, 3, h, w), where rows (b,) are positions in the concatenated queries.
+    """
+
+    def __init__(self, tasks: Sequence[PrototypeClassifier], counts: Sequence[int]) -> None:
+        super().__init__()
+        self.backbone = tasks[0].backbone
+        prototypes = torch.stack([task.prototypes for task in tasks]).float()
+        self.register_buffer("directions", F.normalize(prototypes, dim=2, eps=1e-12), persistent=False)
+        self.register_buffer("scales", torch.stack([task.scale.float() for task in tasks]), persistent=False)
+        owner = torch.arange(len(tasks)).repeat_interleave(torch.tensor(counts))
+        self.register_buffer("owner", owner.to(prototypes.device), persistent=False)
+        self.training = tasks[0].training
+
+    def rows_of(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Return logits (b, k) of each image under the task of its row."""
+        features = F.normalize(self.backbone(images).float(), dim=1, eps=1e-12)
+        task = self.owner[rows]
+        return self.scales[task, None] * torch.einsum("bd,bkd->bk", features, self.directions[task])
+
+
+def pack_key(classifier: nn.Module) -> Hashable | None:
+    """Return a key that is equal for classifiers that can be packed; None for one that cannot be.
+
+    They have the same number of prototypes, and the same backbone with the same weights.
+    """
+    if type(classifier) is not PrototypeClassifier:
+        return None
+    backbone = classifier.backbone
+    weights: tuple[tuple[str, int], ...] = ()
+    if isinstance(backbone, WithWeights):
+        weights = tuple((name, weight.data_ptr()) for name, weight in backbone.weights.items())
+        backbone = backbone.module
+    return id(backbone), weights, tuple(classifier.prototypes.shape)

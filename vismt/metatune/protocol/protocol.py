@@ -2,15 +2,17 @@
 
 Support images stay clean, the query images are attacked against the task's fixed classifier, and episode i is the same for
 every model that runs the same sampler, so methods can be compared in pairs (vismt.uncertainty.intervals). Episodes are run in
-blocks of fixed numbers, so that an attack can pack the queries of several tasks (packed.py); a block that was cut is run again
-as a whole. Processes that share an evaluation (vismt/base/ranks.py) run a block each, and the first one writes the records in
-order. Features of clean images under weights that no task changes are computed once (features.py); accuracies stay the same.
+blocks of fixed numbers, so that an attack can pack the queries of several tasks (episode_runner.py); an interrupted block is
+run again as a whole. Processes that share an evaluation (vismt/base/ranks.py) run a block each, and the first one writes the
+records in order. Features of clean images under weights that no task changes are computed once (features.py); accuracies
+stay the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +24,16 @@ from vismt.base.errors import UserError, near
 from vismt.lowrank.contexts import evaluating
 from vismt.metatune.features import FeatureStore
 from vismt.metatune.functional import report_lost
-from vismt.metatune.protocol.episode_outcome import SCALED, UNSCALED, lost_field, quality_fields, write_panel
-from vismt.metatune.protocol.episode_runner import EpisodeRunner
-from vismt.metatune.protocol.interfaces import (
+from vismt.metatune.protocol.episode_outcome import (
+    SCALED,
+    UNSCALED,
+    EpisodeOutcome,
+    lost_field,
+    quality_fields,
+    write_panel,
+)
+from vismt.metatune.protocol.episode_runner import (
+    EpisodeRunner,
     FewShotModel,
     OutsidePixels,
     PixelStore,
@@ -95,59 +104,75 @@ def run_protocol(
     Raises:
         UserError: Fewer than 2 episodes, two attacks with the same text, or records that do not fit or cannot be written.
     """
-    worst = worst or {}
+    conditions = _conditions(attacks, sampler, data)
     if features not in FEATURES:
         raise UserError(f"evaluate {data}: features '{features}'.{near(str(features), FEATURES)}")
     if episodes < 2:
         raise UserError(f"evaluate {data}: {episodes} episodes have no confidence interval: use 2 or more.")
-    conditions = _condition_texts(attacks, sampler, data)
-    outside = ood or {}
-    forms = {**({UNSCALED: 1.0} if probabilities else {}), **({} if temperature is None else {SCALED: temperature})}
-    columns = {**dict.fromkeys([*conditions, *worst, *outside], SHARE), **quality_fields(forms)}
-    settings = {
+    worst, outside = worst or {}, ood or {}
+    forms = {UNSCALED: 1.0} if probabilities else {}
+    if temperature is not None:
+        forms[SCALED] = temperature
+    settings: dict[str, object] = {
         "data": data,
         "fingerprint": fingerprint,
         "sampler": dict(sampler.describe()),
-        "conditions": conditions,
+        "conditions": ["clean", *conditions],
         "attacks": [dict(attack.settings()) for attack in attacks],
-        # Not in records without them.
-        **({"probabilities": True} if probabilities else {}),
-        **({} if temperature is None else {"temperature": temperature}),
-        **({"ood": list(outside)} if outside else {}),
     }
+    # Records without them do not name them.
+    settings |= {"probabilities": True} if probabilities else {}
+    settings |= {} if temperature is None else {"temperature": temperature}
+    settings |= {"ood": list(outside)} if outside else {}
+    columns = {**dict.fromkeys(["clean", *conditions, *worst, *outside], SHARE), **quality_fields(forms)}
+    lost = {name: lost_field(name) for name in conditions}
+    optional = {name: Field(0, whole=True, optional=True) for name in lost.values()}
+    optional["mixture"] = Field(several=True, optional=True)
+    log = Records(records, settings, {**columns, **optional}, key="episode")
     module, device = _placed(proto, device)
-    lost = {name: lost_field(name) for name in conditions[1:]}
-    further = {"mixture": Field(several=True, optional=True)}
-    further |= {name: Field(0, whole=True, optional=True) for name in lost.values()}
-    log = Records(records, settings, {**columns, **further}, key="episode")
-    missing = [index for index in range(episodes) if index not in log]
-    by_name = dict(zip(conditions[1:], attacks, strict=True))
-    stores = [_store(images, features, bool(missing)) for images in (pixels, *outside.values())]
-    others = dict(zip(outside, zip(outside.values(), stores[1:]), strict=True))
-    run = EpisodeRunner(proto, pixels, sampler, by_name, device, batch, worst, stores[0], others)
-    label = label or f"{data} episodes"
-    if 0 < len(missing) < episodes:
-        console.stage("resume", f"{label}: {episodes - len(missing)} of {episodes} are on record")
-    bar = console.bar("eval", label, episodes, episodes - len(missing))
-    with evaluating(module), log, ExitStack() as stack, bar as progress:
-        for store in filter(None, stores):
+    stores = _stores({"": pixels, **outside}, read=any(index not in log for index in range(episodes)))
+    if features == "off":
+        stores = {}
+    run = EpisodeRunner(proto, pixels, sampler, device, conditions, worst, outside, stores, batch)
+    write = None if panel is None else partial(write_panel, panel, model=model, names=getattr(pixels, "classes", None))
+    with evaluating(module), log, ExitStack() as stack:
+        for store in stores.values():
             stack.enter_context(store)
+        _run_missing(run, log, episodes, forms, write, label or f"{data} episodes")
+        if panel is not None and write is not None and ranks.rank() == 0 and not panel.exists():
+            write(run(range(1))[0])
+    rows = [log[index] for index in range(episodes)]
+    report_lost(rows, lost)
+    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in columns}
 
-        def rows_of(block: range) -> list[dict]:
-            outcomes = run(block)
-            if 0 in outcomes and panel is not None:
-                write_panel(panel, outcomes[0], model, getattr(pixels, "classes", None))
-            return [{"episode": index, **outcome.record(forms)} for index, outcome in outcomes.items()]
 
+def _run_missing(
+    run: EpisodeRunner,
+    log: Records,
+    episodes: int,
+    forms: Mapping[str, float],
+    write: Callable[[EpisodeOutcome], None] | None,
+    label: str,
+) -> None:
+    """Run the episodes that are not on record, block by block under a bar with `label`, and add them to the records.
+
+    forms: as in `EpisodeOutcome.record`. write: writes the panel of episode 0.
+    """
+    done = sum(index in log for index in range(episodes))
+    if 0 < done < episodes:
+        console.stage("resume", f"{label}: {done} of {episodes} are on record")
+
+    def rows_of(block: range) -> list[dict]:
+        outcomes = run(block)
+        if write is not None and 0 in outcomes:
+            write(outcomes[0])
+        return [{"episode": index, **outcome.record(forms)} for index, outcome in outcomes.items()]
+
+    with console.bar("eval", label, episodes, done) as progress:
         for rows in ranks.share(run.missing(log, episodes), rows_of):
             for row in rows:
                 progress.advance(row["episode"] not in log)
                 log.add(row)
-        if panel is not None and ranks.rank() == 0 and not panel.exists():
-            write_panel(panel, run(range(1))[0], model, getattr(pixels, "classes", None))
-    rows = [log[index] for index in range(episodes)]
-    report_lost(rows, lost)
-    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in columns}
 
 
 def clean_logits(
@@ -155,11 +180,26 @@ def clean_logits(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the logits (m, N), on the CPU, and the labels (m,) of the clean queries of each episode, under a bar with `label`."""
     module, device = _placed(proto, None)
-    store = FeatureStore(getattr(pixels, "key", None))
-    run = EpisodeRunner(proto, pixels, sampler, {}, device, BATCH, {}, store)
-    with evaluating(module), store:
+    stores = _stores({"": pixels}, read=True)
+    run = EpisodeRunner(proto, pixels, sampler, device, stores=stores, batch=BATCH)
+    with evaluating(module), stores[""]:
         for block in console.track(run.blocks(episodes), "eval", label):
             yield from ((outcome.logits, outcome.episode.query_labels) for outcome in run(block).values())
+
+
+def _conditions(
+    attacks: Sequence[QueryPerturbation | PreparedPerturbation], sampler: Sampler, data: str
+) -> dict[str, QueryPerturbation | PreparedPerturbation]:
+    """Return the attacks by their texts. Raises UserError for two with the same text."""
+    texts = [attack.describe(sampler.min_ways) for attack in attacks]
+    if len({"clean", *texts}) <= len(texts):
+        raise UserError(f"evaluate {data}: two conditions have the same text in {texts}: leave one out.")
+    return dict(zip(texts, attacks, strict=True))
+
+
+def _stores(sets: Mapping[str, PixelStore], *, read: bool) -> dict[str, FeatureStore]:
+    """Return a store for the features of each set; one that is not read needs no key, which would read the images."""
+    return {name: FeatureStore(getattr(pixels, "key", None) if read else None) for name, pixels in sets.items()}
 
 
 def _placed(proto: FewShotModel, device: torch.device | str | None) -> tuple[nn.Module, torch.device | str]:
@@ -168,17 +208,3 @@ def _placed(proto: FewShotModel, device: torch.device | str | None) -> tuple[nn.
     if device is None:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
     return module, device
-
-
-def _store(pixels: PixelStore, features: str, used: bool) -> FeatureStore | None:
-    """Return the store of the features of a set; one that is not used needs no key, which would read the images."""
-    return FeatureStore(getattr(pixels, "key", None) if used else None) if features == "auto" else None
-
-
-def _condition_texts(
-    attacks: Sequence[QueryPerturbation | PreparedPerturbation], sampler: Sampler, data: str
-) -> list[str]:
-    conditions = ["clean", *(attack.describe(sampler.min_ways) for attack in attacks)]
-    if len(set(conditions)) < len(conditions):
-        raise UserError(f"evaluate {data}: two conditions have the same text in {conditions[1:]}: leave one out.")
-    return conditions

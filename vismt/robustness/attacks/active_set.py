@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.base.norm_balls import TINY
 from vismt.base.seeds import mix_seed
 from vismt.robustness.attacks.losses import margin
-from vismt.robustness.attacks.norms import TINY
 from vismt.robustness.attacks.victim import Victim
 
 CPU_FILL = 48  # trials in a batch beyond which a CPU computes no faster

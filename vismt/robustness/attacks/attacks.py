@@ -21,17 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
+from vismt.base.norm_balls import NORMS, within_budget
 from vismt.base.seeds import mix_seed
 from vismt.lowrank.contexts import evaluating
 from vismt.metatune.functional import answers
 from vismt.robustness.attacks.active_set import Outcome, Round, waves
-from vismt.robustness.attacks.apgd import apgd
-from vismt.robustness.attacks.checks import check_input, within_budget
 from vismt.robustness.attacks.fab import fab
 from vismt.robustness.attacks.foreign import L2_ENDING, PREFIX, attack_class, foreign
 from vismt.robustness.attacks.losses import cross_entropy, dlr, targeted_dlr
-from vismt.robustness.attacks.norms import NORMS
-from vismt.robustness.attacks.pgd import pgd
+from vismt.robustness.attacks.pgd import apgd, pgd
 from vismt.robustness.attacks.square import square
 from vismt.robustness.attacks.victim import Victim, frozen
 
@@ -67,12 +65,6 @@ TARGETS = 9
 FEW_WAYS = 4  # below this number of classes the ensembles have other parts
 FEW_WAY_RESTARTS = 5
 QUERIES = {"autoattack": 5000, "strong": 1000}  # of Square in an ensemble
-RENAMED = {
-    "pgd_l2": "pgd with norm l2",
-    "mifgsm": f"{PREFIX}MIFGSM",
-    "difgsm": f"{PREFIX}DIFGSM",
-    "tifgsm": f"{PREFIX}TIFGSM",
-}
 
 
 def radius_text(norm: str, epsilon: float) -> str:
@@ -110,8 +102,7 @@ class AttackSpec:
 
     def __post_init__(self) -> None:
         if self.name not in KINDS and not self.name.startswith(PREFIX):
-            hint = f" It is now {RENAMED[self.name]}." if self.name in RENAMED else near(self.name, (*KINDS, PREFIX))
-            raise UserError(f"attack '{self.name}' is not known.{hint}")
+            raise UserError(f"attack '{self.name}' is not known.{near(self.name, (*KINDS, PREFIX))}")
         if self.norm not in NORMS:
             raise UserError(f"attack {self.name}: norm '{self.norm}' is not known.{near(self.norm, NORMS)}")
         if self.norm not in self._kind.norms:
@@ -304,7 +295,7 @@ def _run(
     """Run attacks one after the other on the images that are still right."""
     clean = images.detach().float().clone()
     what = _named(specs)
-    check_input(clean, labels, what, num_classes)
+    _check_input(clean, labels, what, num_classes)
     for spec in specs:
         spec.check_classes(num_classes)
     device = next((p.device for p in model.parameters()), clean.device)
@@ -331,7 +322,9 @@ def _attack(victim: Victim, outcome: Outcome, spec: AttackSpec, batch: int) -> N
         for wave in waves(outcome, rounds, batch, f"{part.name} {spec.seed}"):
             trial(victim, wave)
     if bool(active.any()):
-        outcome.adversarial[active] = within_budget(outcome.clean[active], outcome.adversarial[active], spec)
+        outcome.adversarial[active] = within_budget(
+            outcome.clean[active], outcome.adversarial[active], spec.epsilon, spec.norm, spec
+        )
 
 
 def _parts(spec: AttackSpec, num_classes: int) -> Iterator[AttackSpec]:
@@ -378,3 +371,19 @@ def _trial(spec: AttackSpec) -> Callable[..., None]:
     attack_class(name)
     options = {"steps": spec.steps, "seed": spec.seed, "restarts": spec.restarts or 1}
     return partial(foreign, name=name, step=spec.step, **options, **budget)
+
+
+def _check_input(images: Tensor, labels: Tensor, what: str, num_classes: int) -> None:
+    """Raise UserError unless the attack can run on images (b, 3, h, w) in [0, 1] with labels (b,) in 0..num_classes-1."""
+    if images.ndim != 4 or not len(images) or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"attack {what}: images {tuple(images.shape)}, labels {tuple(labels.shape)}: need (b, 3, h, w) and (b,)."
+        )
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):
+        raise UserError(
+            f"attack {what}: pixels run from {low:.4g} to {high:.4g}, need [0, 1]: the model must normalise, not the data."
+        )
+    if num_classes < 2 or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        span = f"{int(labels.min())} to {int(labels.max())}"
+        raise UserError(f"attack {what}: labels {span} for {num_classes} classes: need 0 to {max(num_classes, 2) - 1}.")

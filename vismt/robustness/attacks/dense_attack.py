@@ -27,11 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
+from vismt.base.norm_balls import column, project, random_start, steepest, within_budget
 from vismt.base.seeds import mix_seed
 from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.robustness.attacks.attacks import AttackSpec
-from vismt.robustness.attacks.checks import within_budget
-from vismt.robustness.attacks.norms import column, project, random_start, steepest
 from vismt.robustness.attacks.victim import frozen
 
 # images (b, 3, h, w) in [0, 1] -> {task: prediction at the size of the targets}
@@ -111,7 +110,7 @@ class DenseAttack:
                 for moved, loss in self._iterates(predict, clean, targets, tasks, seeds, inside):
                     better = loss > highest
                     best, highest = torch.where(column(better), moved, best), torch.where(better, loss, highest)
-        return within_budget(clean, best, self.spec)
+        return within_budget(clean, best, self.spec.epsilon, self.spec.norm, self.spec)
 
     def _iterates(
         self,

@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vismt.base.norm_balls import TINY, column, random_start, size
 from vismt.robustness.attacks.active_set import Wave, select
 from vismt.robustness.attacks.losses import margin
-from vismt.robustness.attacks.norms import TINY, column, random_start, size
 from vismt.robustness.attacks.victim import Victim
 
 OVERSHOOT, PULL_BACK, LARGEST_PULL = 1.05, 0.9, 0.1

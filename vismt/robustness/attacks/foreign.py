@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
+from vismt.base.norm_balls import column, rounding, size
 from vismt.robustness.attacks.active_set import Wave, restart_seed
-from vismt.robustness.attacks.norms import column, rounding, size
 from vismt.robustness.attacks.victim import Victim
 
 PREFIX = "torchattacks:"

@@ -16,9 +16,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from vismt.base.norm_balls import TINY, column, draw, project, size
 from vismt.robustness.attacks.active_set import Wave, restart_seed, select
 from vismt.robustness.attacks.losses import margin
-from vismt.robustness.attacks.norms import TINY, column, draw, project, size
 from vismt.robustness.attacks.victim import Victim
 
 FIRST_SHARE = 0.8

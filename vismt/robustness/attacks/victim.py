@@ -25,7 +25,7 @@ class Victim:
     """A frozen model as a function of images and of the rows that they belong to.
 
     model: images (b, 3, h, w) in [0, 1] -> logits (b, num_classes). A model with `rows_of` (see
-    `vismt.metatune.protocol.packed.PackedClassifier`) classifies each image by the task of its row.
+    `vismt.metatune.protocol.episode_runner.PackedClassifier`) classifies each image by the task of its row.
     """
 
     def __init__(self, model: nn.Module, num_classes: int, what: str) -> None:

@@ -1,0 +1,68 @@
+"""A new job is a configuration and a few methods: arms, seeds, rates, resuming, intervals, report and merging come with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import vismt.jobs
+from vismt.cli import main
+from vismt.report.results import read_results
+
+CONFIG = {
+    "task": "toy",
+    "adapt": {"method": "lora", "rank": 2},
+    "train": {"steps": 30, "log_every": 10, "checkpoint_every": 15},
+    "arms": {"relu": {}, "gelu": {"activation": "gelu"}},
+    "seeds": [0, 1],
+    "tune": {"rates": [0.003, 0.03]},
+}
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vismt.jobs.JOBS, "toy", "helpers.toy_job")
+
+
+def test_a_toy_job_runs_reports_merges_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    command = ["run", str(path), "--out", str(tmp_path / "runs")]
+    assert main(command) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    rows = {(row.arm, row.seed): row for row in read_results(folder / "results.jsonl")}
+    assert set(rows) == {(arm, seed) for arm in ("relu", "gelu") for seed in (None, 0, 1)}
+    row = rows["relu", None]
+    assert row.n == 40 and 0.8 < row.value <= 1 and row.low <= row.value <= row.high
+    report = (folder / "report.md").read_text()
+    assert all(words in report for words in ("one of 2 numbers", "relu", "gelu", "Paired differences", "2 seeds"))
+    assert main(["merge", str(folder), "--arm", "gelu:1", "--quiet"]) == 0
+    assert (folder / "merged-gelu-seed-1" / "model.safetensors").exists()
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "done before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch": 0}, "toy.yaml: batch is 0; it must be at least 1."),
+        ({"activation": "rely"}, "toy.yaml: activation: 'rely' is not known. Near: 'relu', 'gelu'."),
+        ({"arms": {"a": {"evaluate.examples": 3}}}, "must be the same for all arms"),
+        ({"train": None}, "give train and adapt"),
+        ({"adapt": {"method": "lorra"}}, "adapt.method: 'lorra' is not known. Near: 'lora'"),
+    ],
+)
+def test_what_the_sections_of_a_toy_job_refuse(tmp_path: Path, capsys, changes: dict, words: str) -> None:
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | changes))
+    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_a_toy_job_has_a_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "toy", "evaluate"]) == 0
+    assert "evaluate.examples   int, at least 2   default: 40" in capsys.readouterr().out
