@@ -108,8 +108,8 @@ class ExpertPool(nn.Module):
 
     def _combined(self, zeta: Tensor) -> Updates:
         shares = torch.cat([zeta, zeta.sum()[None]]).tolist()  # the shared update, if any, counts once
-        terms = [(update, share) for update, share in zip(self.updates, shares) if share]
-        return combine(*zip(*terms))
+        used = [number for number, _ in enumerate(self.updates) if shares[number]]
+        return combine([self.updates[number] for number in used], [shares[number] for number in used])
 
     def uniform(self) -> Tensor:
         """Return 1/P for every expert."""
