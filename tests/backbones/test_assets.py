@@ -16,7 +16,7 @@ from vismt.backbones import assets, convert, weight_sources
 from vismt.backbones.assets import describe, get_asset, list_assets, load_asset_card
 from vismt.base.errors import UserError
 from vismt.jobs.lm.config import LmModelConfig
-from vismt.storage import scratch, wheels
+from vismt.storage import wheels
 
 MEMBER = "some_package/data/model.bin"
 CONTENT = bytes(range(256)) * 40
@@ -334,7 +334,7 @@ def test_read_only_cache_that_has_it_is_enough(tmp_path, pip, monkeypatch) -> No
     def refuse(*_args, **_options):
         raise PermissionError(30, "Read-only file system")
 
-    monkeypatch.setattr(scratch, "FileLock", refuse)
+    monkeypatch.setattr("filelock.FileLock", refuse)
     monkeypatch.setattr(os, "replace", refuse)
     assert get_asset(card) == folder
 

@@ -437,7 +437,7 @@ def test_a_configuration_that_names_what_is_missing_leaves_no_folder(
 def test_a_run_folder_in_use_is_refused(run_folder: Path, capsys) -> None:
     import os
 
-    from vismt.storage.files import LOCK
+    from vismt.storage.locks import LOCK
 
     locks = pytest.importorskip("filelock")
     with locks.FileLock(run_folder / LOCK):

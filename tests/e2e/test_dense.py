@@ -522,7 +522,7 @@ def test_shipped_configurations_are_sound() -> None:
         ({"augment": {"hue": 0.9}}, "augment.hue: 0.9"),
         ({"evaluate": {"split": "train"}}, "evaluate.split: 'train'"),
         ({"retain": {}}, "needs the task semseg"),
-        ({"balancing": {"method": "pcgrat"}}, "no method 'pcgrat'"),
+        ({"balancing": {"method": "pcgrat"}}, "balancing.method: 'pcgrat' is not known. Near: 'pcgrad'"),
         ({"adapt": {"method": "lora"}}, "fade: 'lora' has no schedule with this section; set adapt.method to emtal"),
         ({"fade": {"end": 1.5}}, "need 0 <= start <= end <= 1"),
         ({"data": {"train": [], "test": ["motorcycle"]}}, "data.train: names no set"),

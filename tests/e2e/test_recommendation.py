@@ -10,6 +10,7 @@ from threading import Event
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 
@@ -20,9 +21,9 @@ from helpers.lm_parts import changed, ranked_task, save_interactions, save_lm, s
 
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.engine import checkpoint
+from vismt.engine import checkpoint, training_files
 from vismt.jobs import open_run
-from vismt.jobs.lm.recommender import Recommender, _finish
+from vismt.jobs.lm.recommender import Recommender
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.ilora.method import gate_part
 from vismt.report.results import EXAMPLE, RECORDS, read_results
@@ -341,7 +342,8 @@ def test_processes_that_share_a_run_folder_train_one_recommender(tmp_path, monke
         started.set()
         time.sleep(0.3)
         torch.nn.init.constant_(net.weight, 3.0)
-        _finish(net, folder, file)
+        safetensors.torch.save_file(training_files.state(net), folder / file)
+        training_files.finish(net, folder, False, {})
 
     def use():
         recommender = Recommender.__new__(Recommender)

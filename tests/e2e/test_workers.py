@@ -26,7 +26,7 @@ from vismt.engine.workers import LocalWorkers, _start, make_workers
 from vismt.jobs import units
 from vismt.jobs.fewshot.job import FewShotJob
 from vismt.report.results import RESULTS
-from vismt.storage.files import locked
+from vismt.storage.locks import locked
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")

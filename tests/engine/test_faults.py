@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from vismt.config.sections import TrainConfig
 from vismt.engine import checkpoint, loop, runtime
-from vismt.storage.files import PARTIAL, locked, remove_partial, write_tensors
+from vismt.storage.files import PARTIAL, remove_partial, write_tensors
 from vismt.storage.lines import LineFile, read_lines, write_lines
+from vismt.storage.locks import locked
 from vismt.storage.records import SHARE, Records
 
 

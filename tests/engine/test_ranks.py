@@ -13,7 +13,7 @@ from helpers.ranks import of_two
 from vismt.base import ranks
 from vismt.base.errors import UserError
 from vismt.engine.study import ALONE, read_choice
-from vismt.storage.files import locked
+from vismt.storage.locks import locked
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Write the golden files; no test runs this file. Commit 96cae48 wrote the adapters, commit 74a8bd4 the run folders.
+"""Write the golden files; no test runs this file. Commit 1ff998e wrote the adapters, commit 74a8bd4 the run folders.
 
     PYTHONPATH=<that vismt>:tests python tests/golden/make.py TARGET
 

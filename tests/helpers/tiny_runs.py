@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from helpers.lm_parts import save_lm, save_texts
-from vismt.storage.files import HOLDER, LOCK, PARTIAL
+from vismt.storage.files import PARTIAL
 from vismt.storage.lines import read_lines
+from vismt.storage.locks import HOLDER, LOCK
 
 VIT = {"name": "test_vit", "img_size": 32, "pretrained": False}
 TRAIN = {"steps": 3, "lr": 1.0e-2, "checkpoint_every": 2}

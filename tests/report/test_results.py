@@ -1,6 +1,5 @@
 """results.jsonl and records/: what is written is read again, and a row that is not a complete number is named."""
 
-import json
 import math
 
 import pytest
@@ -185,22 +184,6 @@ def test_a_missing_kind_is_a_clean_one(folder):
     write_lines(folder / "results.jsonl", [line], "a")
     last = read_results(folder / "results.jsonl", HASH)[-1]
     assert Condition(last.condition, last.kind, last.family, last.level) == CLEAN
-
-
-def test_files_without_checksums_are_refused_until_they_are_written_again(folder):
-    path = folder / "results.jsonl"
-    old = {
-        "data": "digits", "protocol": "5-way 1-shot", "condition": "clean", "metric": "accuracy", "model": "frozen",
-        "value": 0.5, "ci95": 0.1, "n": 4, "unit": "episodes", "seed": 1, "config_hash": HASH,
-    }  # fmt: skip
-    path.write_text(json.dumps(old) + "\n")
-    with pytest.raises(
-        UserError, match=rf"written by an earlier version, without checksums; `vismt evaluate {folder}` writes it again"
-    ) as caught:
-        read_results(path, HASH)
-    assert "\n" not in str(caught.value)
-    write_results(folder, [result()])
-    assert read_results(path, HASH) == [result()]
 
 
 def test_a_number_of_a_lone_example_has_no_interval():

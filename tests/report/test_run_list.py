@@ -1,6 +1,5 @@
 """`vismt list runs` and `clean`: what a folder of runs shows, and that nothing but stubs and caches is deleted."""
 
-import json
 import os
 import re
 
@@ -18,8 +17,8 @@ from vismt.data.pixels import Pixels
 from vismt.multitask.emtal.clusters import cluster_model
 from vismt.report.run_list import list_runs
 from vismt.storage.cache import deletable
-from vismt.storage.files import locked
-from vismt.storage.scratch import scratch_beside
+from vismt.storage.files import sealed
+from vismt.storage.locks import locked, scratch_beside
 from vismt.storage.stored_tensors import machine, path_of, write_stored
 
 PIXELS = "digits-test-32-0123456789abcdef0123.npy"
@@ -36,10 +35,10 @@ def runs(tmp_path, monkeypatch):
             (parent / name / "config.resolved.yaml").write_text(config)
     make_folder(parent)
     (parent / "run-4f2a" / "config.resolved.yaml").write_text(config)
-    (parent / "trained" / "run.json").write_text(json.dumps({"adapt": {}}))
+    (parent / "trained" / "run.json").write_text(sealed({"adapt": {}}))
     (parent / "interrupted" / "records").mkdir()
     (parent / "interrupted" / "records" / "a.jsonl").write_text("")
-    (parent / "stub" / "run.json").write_text("{}")
+    (parent / "stub" / "run.json").write_text(sealed({}))
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache" / "pixels").mkdir(parents=True)
     (tmp_path / "cache" / "pixels" / PIXELS).write_bytes(b"0" * 10)

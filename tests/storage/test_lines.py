@@ -101,7 +101,7 @@ def test_missing_moved_and_repeated_lines_are_refused(
 def test_other_refusals_name_the_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match=f"'{path}' was written by an earlier version, without checksums"):
+    with pytest.raises(UserError, match=f"'{path}' line 1 was changed or damaged"):
         read_lines(path)
     write_lines(path, ROWS)
     with pytest.raises(UserError, match=f"'{path}' line 2 lacks step"):

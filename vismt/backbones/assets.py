@@ -22,8 +22,8 @@ from vismt.backbones.weight_sources import WeightsSource, assets_root, check_sha
 from vismt.base import console
 from vismt.base.errors import UserError, WeightsUnavailable
 from vismt.storage.files import parse_json
+from vismt.storage.locks import scratch_beside
 from vismt.storage.paths import cache_root
-from vismt.storage.scratch import scratch_beside
 from vismt.storage.wheels import MEGABYTE, SourceFailed
 
 __all__ = ["AssetRow", "describe", "get_asset", "list_assets", "load_asset_card"]

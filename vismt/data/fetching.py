@@ -16,8 +16,8 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.data.copies import shown_path
 from vismt.data.source_types import Card, DataSource
+from vismt.storage.locks import scratch_beside
 from vismt.storage.paths import cache_root
-from vismt.storage.scratch import scratch_beside
 
 ARCHIVES = (".gz", ".tgz", ".tar", ".zip", ".mat")
 

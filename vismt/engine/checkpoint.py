@@ -25,10 +25,9 @@ from torch import Tensor, nn
 
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.lowrank.files.store import check_tensors
+from vismt.lowrank.files.save_load import check_tensors
 from vismt.storage.files import file_digest, write_tensors
 
-OLD_NAME = "checkpoint.pt"  # of earlier versions
 KEPT = 2
 NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]{12})\.safetensors")
 STATE = "state"  # key of the numbers in the file's header
@@ -93,10 +92,6 @@ def load(
         UserError: damaged checkpoints only, and a checkpoint that is not one of this training. Nothing is changed then.
     """
     paths = checkpoints(folder)
-    if not paths and (folder / OLD_NAME).exists():
-        raise UserError(
-            f"checkpoint '{folder / OLD_NAME}' was written by an earlier version; delete it to train from the start."
-        )
     odd = next((path for path in paths if not path.is_file()), None)
     if odd is not None:
         raise UserError(f"checkpoint '{odd}' is not a file; remove it.")

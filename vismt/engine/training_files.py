@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.engine.checkpoint import is_checkpoint
 from vismt.engine.study import Training
-from vismt.lowrank.files.store import DESCRIPTION, check_tensors, load_adapter, save_adapter
+from vismt.lowrank.files.save_load import DESCRIPTION, check_tensors, load_adapter, save_adapter
 from vismt.lowrank.model.merge import merge
 from vismt.lowrank.model.modules import is_mergeable
 from vismt.storage.files import atomic_write, file_digest, read_sealed, read_tensors, sealed
@@ -48,8 +48,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 def check_files(folder: Path) -> None:
     """Raise UserError where files of a finished training are not those that its done.json names."""
     about = _read(folder)
-    files = {} if about is None else about.get(FILES, {})  # earlier versions wrote no digests
-    for name, digest in files.items():
+    for name, digest in ({} if about is None else about[FILES]).items():
         path = folder / name
         if not path.is_file() or file_digest(path) != digest:
             raise UserError(

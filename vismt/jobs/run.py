@@ -23,7 +23,8 @@ from vismt.engine import runtime
 from vismt.jobs import make_job
 from vismt.lowrank.files.peft_folder import export_peft
 from vismt.report.results import FACTS
-from vismt.storage.files import atomic_write, locked, read_json, read_sealed, remove_partial, sealed, write_tensors
+from vismt.storage.files import atomic_write, read_json, read_sealed, remove_partial, sealed, write_tensors
+from vismt.storage.locks import locked
 
 EXPORTED = "vismt.json"  # in the folder of an export: run, configuration, arm and seed
 FORMATS = ("timm", "transformers", "peft")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.base.objects import registered
-from vismt.storage.files import HOLDER, LOCK
+from vismt.storage.locks import HOLDER, LOCK
 
 if TYPE_CHECKING:
     import pandas

@@ -22,7 +22,7 @@ from vismt.jobs import open_run
 from vismt.jobs.evaluation_job import EvaluationJob
 from vismt.jobs.run import Run
 from vismt.jobs.training_job import TrainingJob
-from vismt.storage.files import is_locked, locked
+from vismt.storage.locks import is_locked, locked
 
 PARTS = "parts"  # holds the locks of a run's parts
 POLL_S = 2.0

@@ -15,7 +15,7 @@ from typing import Any
 from vismt.base.errors import UserError
 from vismt.config.typed import build
 from vismt.engine.log import record_stem
-from vismt.storage.lines import lacks_checksums, read_lines, write_lines
+from vismt.storage.lines import read_lines, write_lines
 from vismt.uncertainty.intervals import SHARE, Better, Condition, Measure, Scale
 
 FACTS = "run.json"
@@ -156,8 +156,7 @@ def write_values(folder: Path, rows: Sequence[tuple[Result, Measure]]) -> None:
     for stem, by_condition in columns.items():
         path = folder / RECORDS / f"{stem}.jsonl"
         names = list(dict.fromkeys(name for values in by_condition.values() for name in values))
-        lines = [] if lacks_checksums(path) else read_lines(path, (EXAMPLE,), whole=True)
-        known = {line[EXAMPLE]: line for line in lines}
+        known = {line[EXAMPLE]: line for line in read_lines(path, (EXAMPLE,), whole=True)}
         if list(known) != names:
             known = {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +198,7 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
     """Write results.jsonl. Rows of other conditions that the file already has (an earlier attack) stay."""
     path = folder / RESULTS
     fresh = {result.evaluation for result in results}
-    kept = [] if lacks_checksums(path) else [row for row in read_results(path) if row.evaluation not in fresh]
+    kept = [row for row in read_results(path) if row.evaluation not in fresh]
     write_lines(path, [asdict(row) for row in (*kept, *results)])
 
 
@@ -211,13 +210,8 @@ def read_results(path: Path, config_hash: str | None = None) -> list[Result]:
         config_hash: the run's; rows of another configuration are refused. None accepts all.
 
     Raises:
-        UserError: for a row that is not a complete number of this run, one that repeats another, and an earlier version's file.
+        UserError: for a row that is not a complete number of this run, and one that repeats another.
     """
-    if lacks_checksums(path):
-        raise UserError(
-            f"'{path}' was written by an earlier version, without checksums; "
-            f"`vismt evaluate {path.parent}` writes it again."
-        )
     results: dict[tuple[Any, ...], Result] = {}
     for number, line in enumerate(read_lines(path, whole=True), 1):
         name = " ".join(str(line[key]) for key in ("data", "condition", "arm") if key in line)

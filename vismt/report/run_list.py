@@ -11,7 +11,8 @@ from vismt.report.comparison import compare
 from vismt.report.results import FACTS, RESULTS, ValuesByExample, read_results
 from vismt.report.writer import headline
 from vismt.storage.cache import Deletable
-from vismt.storage.files import HOLDER, LOCK, is_locked, read_sealed
+from vismt.storage.files import read_sealed
+from vismt.storage.locks import HOLDER, LOCK, is_locked
 
 STUB = "nothing done"
 BARE = {RESOLVED, FACTS, LOCK, HOLDER}  # files of a run in which nothing is done

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, damaged ones that raise a one-line UserError, and locks of folders.
+"""Files that are written whole or not at all, and damaged ones that raise a one-line UserError when they are read.
 
 A file is written beside its place under a name that ends in PARTIAL, synced, and renamed; then its folder is synced. What a
 killed process leaves are files of that ending, which `remove_partial` deletes at the next start.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,9 +25,6 @@ from vismt.storage.paths import regular_file
 
 PARTIAL = ".vismt-partial"
 DIGEST = "sha256"  # the key of a JSON file with the digest of all other keys
-LOCK, HOLDER = ".lock", ".lock-holder"
-# Seconds in which the worker processes of a killed process end, and with them its lock.
-WORKERS_END_S = 15
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -79,14 +75,11 @@ def is_sealed(content: Mapping[str, Any]) -> bool:
 def read_sealed(path: Path, what: str, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the content of a JSON file that was written as `sealed`, without its digest.
 
-    Files of earlier versions have no digest, and are read unless `needed` names it.
-
     Raises:
         UserError: a file that cannot be read, one that was changed after it was written, and one without a `needed` key.
     """
     content = read_json(path, what)
-    fits = isinstance(content, dict) and (DIGEST not in content or is_sealed(content))
-    if not fits or not set(needed) <= set(content):
+    if not isinstance(content, dict) or not is_sealed(content) or not set(needed) <= set(content):
         raise UserError(f"{what}: '{path}' was changed or damaged after it was written; delete it to make it again.")
     return {name: value for name, value in content.items() if name != DIGEST}
 
@@ -225,78 +218,3 @@ def remove_partial(folder: Path) -> None:
     """Delete the files that killed processes have not finished, in a folder and below it; hold its lock."""
     for path in folder.rglob(f".*{PARTIAL}"):
         path.unlink(missing_ok=True)
-
-
-def is_locked(folder: Path) -> bool:
-    """Return whether a process holds the lock of a folder."""
-    from filelock import FileLock, Timeout
-
-    if not (folder / LOCK).exists():
-        return False
-    try:
-        FileLock(folder / LOCK).acquire(timeout=0).lock.release()
-    except Timeout:
-        return True
-    except OSError:  # a folder that this user cannot write
-        return False
-    return False
-
-
-@contextmanager
-def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
-    """Hold the lock of a folder, which one process at a time has; the folder is made if it does not exist.
-
-    The system frees the lock when the process ends, however it ends. The holder's host and process are recorded beside it.
-
-    Args:
-        folder: the folder to own.
-        wait_s: seconds to wait for another process, without a limit where negative.
-
-    Raises:
-        UserError: another process has the lock, which is named; a folder that cannot be written.
-    """
-    from filelock import FileLock, Timeout
-
-    me = {"host": platform.node(), "pid": os.getpid()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
-        try:
-            lock.acquire(timeout=wait_s)
-        except Timeout:
-            holder = _holder(folder)
-            if holder.get("host") != me["host"] or _lives(holder.get("pid")):
-                raise
-            lock.acquire(timeout=WORKERS_END_S)
-        (folder / HOLDER).write_text(json.dumps(me), encoding="utf8")
-    except Timeout as error:
-        holder = _holder(folder)
-        who = f"process {holder['pid']} on {holder['host']}" if {"pid", "host"} <= set(holder) else "another process"
-        raise UserError(f"'{folder}' is in use by {who}; wait until it ends, or stop it.") from error
-    except OSError as error:
-        raise cannot_write(folder / LOCK, error) from error
-    try:
-        yield
-    finally:
-        (folder / HOLDER).unlink(missing_ok=True)
-        lock.release()
-
-
-def _holder(folder: Path) -> dict[str, Any]:
-    """Return the recorded holder of a folder's lock, {} where the record is missing or incomplete."""
-    try:
-        holder = parse_json((folder / HOLDER).read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _lives(pid: object) -> bool:
-    """Return whether a process of this host is running; True where that cannot be found out."""
-    if os.name != "posix" or not isinstance(pid, int) or pid < 1:
-        return True
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)
-    return True

@@ -3,8 +3,8 @@
     {"step": 1, "loss": 0.5, "checksum": "1f0c2d3e"}
 
 A last line without its newline was cut short and is dropped. A file that was written whole marks its last line by "last": true
-and is refused when it is cut. Everything else that differs from what was written, a changed,
-missing or moved line, is refused with the file's name and the line's number.
+and is refused when it is cut. Everything else that differs from what was written, a changed, missing or moved line, is refused
+with the file's name and the line's number.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,21 @@ def read_lines(path: Path, needed: tuple[str, ...] = (), whole: bool = False) ->
         UserError: a file that cannot be read, a line that is not as it was written, a row without a `needed` key, and a
             `whole` file that was cut.
     """
-    matches = _matches(path)
-    if matches and not any(matches):
-        raise UserError(
-            f"'{path}' was written by an earlier version, without checksums; move it away and make it again."
-        )
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror}).") from error
+    matches = [LINE.fullmatch(line) for line in lines]
     rows = []
     checksum = b""
     for number, match in enumerate(matches, 1):
         row = None
         if match is not None and match[2] == _checksum(checksum, match[1]):
-            checksum, row = match[2], _parsed(match[1] + b"}")
+            checksum = match[2]
+            with suppress(ValueError):  # a line that is no JSON object
+                row = parse_json(match[1] + b"}")
         if row is None:
             raise UserError(f"'{path}' line {number} was changed or damaged; move the file away and make it again.")
         missing = sorted(set(needed) - set(row))
@@ -58,34 +63,9 @@ def read_lines(path: Path, needed: tuple[str, ...] = (), whole: bool = False) ->
     return rows
 
 
-def lacks_checksums(path: Path) -> bool:
-    """Return whether a file has lines and all of them are of an earlier version, without checksums."""
-    matches = _matches(path)
-    return bool(matches) and not any(matches)
-
-
-def _matches(path: Path) -> list[re.Match[bytes] | None]:
-    """Return text and checksum of every whole line, None for a line of another form."""
-    try:
-        *lines, _ = path.read_bytes().split(b"\n")
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read ({error.strerror}).") from error
-    return [LINE.fullmatch(line) for line in lines]
-
-
-def _parsed(text: bytes) -> dict[str, Any] | None:
-    """Return a JSON object, None for text that is none."""
-    try:
-        return parse_json(text)
-    except ValueError:
-        return None
-
-
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write the whole file atomically; the last line is marked, so that a cut file is noticed."""
-    lines = _Lines().encoded(rows)
+    lines, _ = _encoded(rows, b"")
     atomic_write(path, lines[:-2] + LAST + lines[-2:] if lines else lines)
 
 
@@ -97,12 +77,12 @@ class LineFile:
 
     def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         self.path = path
-        self._lines = _Lines()
-        atomic_write(path, self._lines.encoded(rows))
+        lines, self._checksum = _encoded(rows, b"")
+        atomic_write(path, lines)
 
     def add(self, *rows: Mapping[str, Any]) -> None:
         """Append rows in one call of the system; a line that a full disk cuts short is dropped when the file is read."""
-        payload = self._lines.encoded(rows)
+        payload, self._checksum = _encoded(rows, self._checksum)
         try:
             with self.path.open("ab", buffering=0) as file:
                 if file.write(payload) != len(payload):
@@ -119,20 +99,14 @@ class LineFile:
             raise cannot_write(self.path, error) from error
 
 
-class _Lines:
-    """Rows as the lines of one file."""
-
-    def __init__(self) -> None:
-        self._checksum = b""
-
-    def encoded(self, rows: Iterable[Mapping[str, Any]]) -> bytes:
-        """Return the next lines."""
-        lines = []
-        for row in rows:
-            text = json.dumps(row).encode()[:-1]
-            self._checksum = _checksum(self._checksum, text)
-            lines.append(text + (b", " if row else b"") + b'"checksum": "' + self._checksum + b'"}\n')
-        return b"".join(lines)
+def _encoded(rows: Iterable[Mapping[str, Any]], checksum: bytes) -> tuple[bytes, bytes]:
+    """Return rows as lines that continue a line with this checksum, and the checksum of the last of them."""
+    lines = []
+    for row in rows:
+        text = json.dumps(row).encode()[:-1]
+        checksum = _checksum(checksum, text)
+        lines.append(text + (b", " if row else b"") + b'"checksum": "' + checksum + b'"}\n')
+    return b"".join(lines), checksum
 
 
 def _checksum(previous: bytes, text: bytes) -> bytes:

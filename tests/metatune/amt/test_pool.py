@@ -14,10 +14,11 @@ from torch import Tensor
 
 import vismt
 from vismt.base.errors import UserError
-from vismt.lowrank.files.store import load_adapter, save_adapter
+from vismt.lowrank.files.save_load import load_adapter, save_adapter
 from vismt.metatune.amt import pool as pool_file
 from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.functional import WithWeights
+from vismt.storage.files import sealed
 
 SITES = [f"vit.blocks.{k}.{site}.weight" for k in (0, 1) for site in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 
@@ -315,7 +316,7 @@ ENTRY = {"label": "a", "folder": "expert-0", "scale": 10.0}
     ],
 )
 def test_an_index_that_is_none(tmp_path: Path, index: object, message: str) -> None:
-    (tmp_path / "pool.json").write_text(json.dumps(index))
+    (tmp_path / "pool.json").write_text(sealed(index) if isinstance(index, dict) else json.dumps(index))
     with pytest.raises(UserError, match=message):
         read_pool(tmp_path)
     (tmp_path / "pool.json").write_text("{")

@@ -27,7 +27,7 @@ from vismt.jobs.fewshot.config import (
     FewShotConfig,
 )
 from vismt.jobs.fewshot.merge_settings import PoolSettings
-from vismt.lowrank.files.store import DESCRIPTION, check_tensors
+from vismt.lowrank.files.description import DESCRIPTION, check_tensors
 from vismt.lowrank.model.merge import merge
 from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import INDEX, Expert, ExpertPool, read_pool

@@ -35,7 +35,8 @@ from vismt.llm.ilora.recommenders import GRU4Rec, NextItem, SASRec, cosine_score
 from vismt.llm.tasks.answers import choice_records
 from vismt.llm.tasks.base import Item, Record
 from vismt.llm.tasks.recommendation import listed_of
-from vismt.storage.files import atomic_write, is_locked, locked
+from vismt.storage.files import atomic_write
+from vismt.storage.locks import is_locked, locked
 
 # Folder and file of each trained recommender.
 FILES = {RECOMMENDER: ("recommender", "sasrec.safetensors"), GRU: ("gru4rec", "gru4rec.safetensors")}
@@ -123,7 +124,7 @@ class Recommender:
         net = self.net
         return net(padded([rows[i][0][-self.history :] for i in order]))
 
-    def _train(self, net: nn.Module, folder: Path, file: str) -> None:
+    def _train(self, net: Any, folder: Path, file: str) -> None:
         settings = self.settings
         rows = self.data.interactions(self.data.fitted)
         console.stage("train", f"{type(net).__name__}   {len(rows):,} rows   {len(self.data.catalogue):,} items")

@@ -19,8 +19,8 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.config.json_text import read_json
 from vismt.config.typed import JsonFile, build
-from vismt.lowrank.files.store import check_tensors
-from vismt.storage.files import DIGEST, atomic_write, file_digest, is_sealed, sealed, write_tensors
+from vismt.lowrank.files.save_load import check_tensors
+from vismt.storage.files import atomic_write, file_digest, is_sealed, sealed, write_tensors
 from vismt.storage.paths import regular_file
 
 FORMAT = 1
@@ -151,7 +151,7 @@ class CovarianceStore:
             "samples": self.unfinished.samples,
             "batches": self.unfinished.batches,
         }
-        self.digests = {file: self.digests[file] for file in (*self.files, name) if file in self.digests}
+        self.digests = {file: self.digests[file] for file in (*self.files, name)}
         state = {"finished": self.files, "tokens": self.tokens, "begun": None if finished else unfinished}
         atomic_write(folder / DESCRIPTION, sealed({**self.about, **state, "digests": self.digests}))
         for stale in set(folder.glob("sums-*.safetensors")) - {folder / name}:
@@ -168,7 +168,7 @@ class CovarianceStore:
             if description[key] != self.about[key]:
                 raise UserError(f"covariances '{folder}': it holds a calibration with {what}; use another folder.")
         self.files, self.tokens = list(description["finished"]), dict(description["tokens"])
-        self.digests = dict(description.get("digests", {}))
+        self.digests = dict(description["digests"])
         unfinished = description["begun"]
         if unfinished:
             sums = _mapped(folder, unfinished["file"], self.passes[len(self.files)], description)
@@ -211,8 +211,8 @@ class _Description:
     finished: list[str]
     tokens: dict[str, int]
     begun: _UnfinishedPass | None
-    digests: dict[str, str] = field(default_factory=dict)  # of the files; those of earlier versions have none
-    sha256: str | None = None
+    digests: dict[str, str]  # of the files
+    sha256: str
 
     def __post_init__(self) -> None:
         led = {path for paths in self.groups.values() for path in paths}
@@ -233,7 +233,7 @@ def _read(folder: Path) -> dict[str, Any]:
         build(_Description, description, JsonFile(f"{what}: {DESCRIPTION} is not what this version of vismt writes"))
     except UserError as error:
         raise UserError(f"{error} Collect the covariances again.") from error
-    if description.get(DIGEST) and not is_sealed(description):
+    if not is_sealed(description):
         raise UserError(f"{what}: {DESCRIPTION} was changed after it was written; collect the covariances again.")
     return description
 
@@ -252,8 +252,7 @@ def _mapped(folder: Path, name: str, leaders: Sequence[str], description: Mappin
         ) from error
     widths = description["widths"]
     check_tensors(f"covariances '{folder}'", {leader: (widths[leader],) * 2 for leader in leaders}, tensors)
-    stated = description.get("digests", {}).get(name)
-    if stated is not None and file_digest(folder / name) != stated:
+    if file_digest(folder / name) != description["digests"].get(name):
         raise UserError(
             f"covariances '{folder}': '{name}' was changed or damaged; delete the folder to collect them again."
         )

@@ -1,7 +1,7 @@
 """An adapter folder as data: adapter.json, read strictly, and its tensors, checked before any model is looked at.
 
 adapter.json describes the layers, names the safetensors file with its SHA-256, and carries a digest of itself. What the file
-determines alone is checked here: types, ranges, the tensors of each layer. What needs a model is checked in store.py.
+determines alone is checked here: types, ranges, the tensors of each layer. What needs a model is checked in save_load.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vismt.storage.files import is_sealed, read_tensors
 FORMAT = 1
 DESCRIPTION = "adapter.json"
 SAMPLES = 16
-# Layers of version 0.1.0, whose entries in adapter.json do not name the layer: the setting that only theirs have.
+# Layers whose entries in adapter.json leave their name out: the setting that only theirs have.
 UNNAMED = {"low_rank": None, "quantized": "grid", "slice": "dim"}
 NOT_OURS = f"{DESCRIPTION} is not what vismt.save_adapter writes"
 
@@ -53,9 +53,9 @@ class Description:
     base_samples: dict[str, list[float]]
     tensors: str
     tensors_sha256: str
+    sha256: str
     unchanged: list[str] = field(default_factory=list)
     parts: dict[str, _Part] = field(default_factory=dict)
-    sha256: str | None = None  # missing in files of version 0.1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", PLACES["renamed methods"].get(self.method, self.method))
@@ -155,7 +155,7 @@ def read_description(folder: Path, what: str = "") -> tuple[Description, list[La
     except ValueError as error:
         raise UserError(f"{source}: {error}.") from error
     specs += [_part(path, entry, source) for path, entry in description.parts.items()]
-    if description.sha256 is not None and not is_sealed(content):
+    if not is_sealed(content):
         raise UserError(f"{what}: {DESCRIPTION} was changed after it was written; save the adapter again.")
     return description, specs
 

@@ -49,7 +49,8 @@ from vismt.lowrank.model.record import (
 )
 from vismt.lowrank.model.targets import refusals
 from vismt.lowrank.tensors import check_parameter, need_finite
-from vismt.storage.files import atomic_write, locked, sealed, write_tensors
+from vismt.storage.files import atomic_write, sealed, write_tensors
+from vismt.storage.locks import locked
 
 WAIT_S = 60  # for another process that saves into the same folder
 
