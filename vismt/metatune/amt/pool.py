@@ -26,10 +26,11 @@ from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.combining import combine
 from vismt.lowrank.files.description import DESCRIPTION, read_description
-from vismt.lowrank.files.store import load_adapter
+from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.files.updates import Updates, check_combinable, read_updates
 from vismt.lowrank.model.named import unadapt
-from vismt.storage.files import atomic_write, locked, read_sealed, sealed
+from vismt.storage.files import atomic_write, read_sealed, sealed
+from vismt.storage.locks import locked
 
 INDEX, FORMAT = "pool.json", 1
 
@@ -108,8 +109,8 @@ class ExpertPool(nn.Module):
 
     def _combined(self, zeta: Tensor) -> Updates:
         shares = torch.cat([zeta, zeta.sum()[None]]).tolist()  # the shared update, if any, counts once
-        used = [number for number, _ in enumerate(self.updates) if shares[number]]
-        return combine([self.updates[number] for number in used], [shares[number] for number in used])
+        used = [index for index, _ in enumerate(self.updates) if shares[index]]
+        return combine([self.updates[index] for index in used], [shares[index] for index in used])
 
     def uniform(self) -> Tensor:
         """Return 1/P for every expert."""
