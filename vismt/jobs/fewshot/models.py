@@ -28,7 +28,6 @@ from vismt.jobs.fewshot.config import (
 )
 from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.lowrank.files.description import DESCRIPTION, check_tensors
-from vismt.lowrank.files.save_load import DESCRIPTION, check_tensors
 from vismt.lowrank.model.merge import merge
 from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import INDEX, Expert, ExpertPool, read_pool
