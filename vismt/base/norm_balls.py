@@ -56,8 +56,8 @@ def project(clean: Tensor, moved: Tensor, epsilon: float, norm: str) -> Tensor:
     return (clean + inside).clamp(0, 1)
 
 
-def clip(change: Tensor, epsilon: Tensor | float, norm: str) -> Tensor:
-    """Return the nearest changes (b, c, h, w) in the ball of linf or l2, whatever the pixels; epsilon of linf: also a tensor."""
+def clip(change: Tensor, epsilon: float, norm: str) -> Tensor:
+    """Return the nearest changes (b, c, h, w) in the ball of linf or l2, whatever the pixels."""
     if norm == "linf":
         return change.clamp(-epsilon, epsilon)
     return change * column((epsilon / size(change, norm).clamp_min(TINY)).clamp(max=1))

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near, require_known
+from vismt.base.errors import UserError, require_known
 from vismt.base.registry import Registry
 from vismt.config.typed import arguments
 
@@ -258,14 +258,10 @@ def _initialised(head: Callable[..., HeadType], widths: Sequence[int], channels:
 
 def check_head(name: str, options: Mapping[str, Any]) -> None:
     """Raise UserError for an unknown head or option, and for an option of another type."""
-    require_known(f"head: '{name}' has no option", options, head_options(HEADS[name]))
+    parameters = inspect.signature(HEADS[name]).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    require_known(f"head: '{name}' has no option", options, known)
     arguments(HEADS[name], options, "head", "options")
-
-
-def head_options(head: type[Head]) -> list[str]:
-    """Return the names of a head's options, without the seed."""
-    parameters = inspect.signature(head).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -282,8 +278,7 @@ def enlarge(map: Tensor, scale: int) -> Tensor:
 
 def make_norm(head: str, norm: str, width: int) -> nn.Module:
     """Return GroupNorm with the largest number of groups, at most 32, that divides `width`, or BatchNorm."""
-    if norm not in NORMS:
-        raise UserError(f"{head}: norm '{norm}'.{near(str(norm), NORMS)}")
+    require_known(f"{head}: norm", [norm], NORMS)
     return nn.GroupNorm(math.gcd(width, GROUPS), width) if norm == "group" else nn.BatchNorm2d(width)
 
 

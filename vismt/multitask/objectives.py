@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.data.maps.dense_sample import Sample, blank
 from vismt.multitask.balancing.base import Balancer
 from vismt.multitask.balancing.gradients import GradientBalancer
@@ -152,8 +152,7 @@ class UnionObjective(TaskObjective):
         retain: QualityRetaining | None = None,
     ) -> None:
         super().__init__(net, balancer, balanced, retain)
-        if head not in LABEL_SPACES:
-            raise UserError(f"head: '{head}'.{near(head, LABEL_SPACES)}")
+        require_known("head:", [head], LABEL_SPACES)
         if not 0 <= label_smoothing < 1:
             raise UserError(f"label_smoothing: {label_smoothing}; it must be in [0, 1).")
         if retain is not None and head != "union":

@@ -14,7 +14,7 @@ Parameters outside the given ones (heads) must be in the graph of every process 
 
 Partial labels: a task without labels in the batch is left out of `losses`; it has no weight, its state does not change, and
 every formula runs over the present tasks unless the method states otherwise. With gradient accumulation each batch is balanced
-on its own. State lives in buffers and parameters: parameters (uncertainty) train with the model.
+on its own. Buffers and parameters hold the state; parameters (those of uncertainty) train with the model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near, require_known
+from vismt.base.errors import UserError, require_known
 from vismt.base.registry import Registry
 
 # Methods of earlier versions, and what to take for them.
@@ -41,18 +41,21 @@ REMOVED = {
     "imtl_g": "take torchjd:IMTLG",
     "imtl_l": "take uncertainty, which is half of it, with -s for s",
     "rlw": "take torchjd:Random",
-    "stch": "take torchjd:STCH on losses without a warm-up",
+    "stch": "take torchjd:STCH, which has no warm-up",
     "upgrad": "take torchjd:UPGrad",
 }
 
 
 class Balancers(Registry["type[Balancer]"]):
-    """The balancing methods by name; a removed one is a UserError that says what to take."""
+    """The balancing methods by name; looking up a removed one is a UserError that says what to take."""
 
     def __getitem__(self, name: str) -> type[Balancer]:
         if name in REMOVED:
             raise UserError(f"balancing: '{name}' is no longer part of vismt; {REMOVED[name]}.")
         return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in REMOVED or super().__contains__(name)  # so that a configuration with one gets that error
 
 
 BALANCERS = Balancers(
@@ -201,8 +204,7 @@ class Balancer(nn.Module):
 
     def _number(self, task: str, where: str) -> int:
         """Return the number of a task; raise UserError for an unknown one."""
-        if task not in self.tasks:
-            raise UserError(f"balancing.{where}: no task '{task}'.{near(str(task), self.tasks)}")
+        require_known(f"balancing.{where}: no task", [task], self.tasks)
         return self.tasks.index(task)
 
     def _checked(self, losses: Mapping[str, Tensor]) -> dict[int, Tensor]:
@@ -242,12 +244,6 @@ def weighted_sum(batch: TaskLosses, alpha: Tensor) -> Tensor:
 def processes() -> int:
     """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
-    """Raise UserError, with the near names, unless `value` is one of `choices`."""
-    if value not in choices:
-        raise UserError(f"balancing.{option}: '{value}'.{near(str(value), choices)}")
 
 
 def check_range(option: str, value: float, valid: bool, requirement: str) -> None:

@@ -5,10 +5,10 @@ The scalar to call backward on is linear in the parameters, so that its own back
 backward once more for the sum. Each `solve` takes M (t, t) of the t tasks that are present and have a nonzero gradient; in the
 formulas T is the number of these tasks.
 
-What stands here does something that torchjd's aggregators (torchjd_methods.py) do not. MGDA, CAGrad, FairGrad and Nash-MTL are
-solved to the last digits for gradients of any lengths: torchjd stops MGDA at a vector up to 30 % too long, misses FairGrad's
-equation where lengths differ by 10^4, and calls cvxpy for the other two. PCGrad and GradVac draw their orders from (seed, number
-of the call), which every process knows and a resumed run repeats, and GradVac's state is part of the checkpoint.
+What stands here does something that the aggregators of torchjd 0.18 (torchjd_methods.py) do not. MGDA, CAGrad, FairGrad and
+Nash-MTL are solved to the last digits for gradients of any lengths: torchjd stops MGDA at a vector up to 30 % too long, misses
+FairGrad's equation where lengths differ by 10^4, and calls cvxpy for the other two. PCGrad and GradVac draw their orders from
+(seed, number of the call), which every process knows and a resumed run repeats, and GradVac's state is part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.linalg import eigh
 
+from vismt.base.errors import require_known
 from vismt.multitask.balancing.base import (
     BALANCERS,
     Balancer,
     TaskLosses,
-    check_choice,
     check_range,
     processes,
     weighted_sum,
@@ -66,7 +66,7 @@ class GradientBalancer(Balancer, ABC):
     ) -> None:
         super().__init__(tasks, **common)
         self.heads, self.loss_scale = self.default_heads if heads is None else heads, loss_scale
-        check_choice("heads", self.heads, HEAD_GRADIENTS)
+        require_known("balancing.heads:", [self.heads], HEAD_GRADIENTS)
         check_range("loss_scale", loss_scale, 0 < loss_scale < math.inf, "positive")
 
     @abstractmethod
@@ -203,7 +203,7 @@ class Mgda(GradientBalancer):
 
     def __init__(self, tasks: Sequence[str], *, normalise: str = "none", **common: Any) -> None:
         super().__init__(tasks, **common)
-        check_choice("normalise", normalise, ("none", "l2", "loss", "loss+"))
+        require_known("balancing.normalise:", [normalise], ("none", "l2", "loss", "loss+"))
         self.normalise = normalise
 
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class CaGrad(GradientBalancer):
     def __init__(self, tasks: Sequence[str], *, c: float = 0.5, rescale: str = "none", **common: Any) -> None:
         super().__init__(tasks, **common)
         check_range("c", c, c >= 0, "0 or more")
-        check_choice("rescale", rescale, ("none", "radius", "square"))
+        require_known("balancing.rescale:", [rescale], ("none", "radius", "square"))
         self.c, self.over = c, {"none": 1.0, "radius": 1 + c, "square": 1 + c**2}[rescale]
 
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:

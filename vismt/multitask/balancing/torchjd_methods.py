@@ -102,8 +102,10 @@ def methods() -> dict[str, Any]:
     bases = (aggregation.WeightedAggregator, aggregation.GramianWeightedAggregator, scalarization.Scalarizer)
     found = {}
     for name, item in {**vars(aggregation), **vars(scalarization)}.items():
-        hosted = inspect.isclass(item) and issubclass(item, bases) and item not in bases
-        if hosted and not issubclass(item, stateful) and "weights" not in _required(item):
+        if not inspect.isclass(item) or not issubclass(item, bases) or item in bases or issubclass(item, stateful):
+            continue
+        weights = inspect.signature(item).parameters.get("weights")
+        if weights is None or weights.default is not inspect.Parameter.empty:
             found[name] = item
     return found
 
@@ -121,11 +123,6 @@ def _arguments(method: type[TorchJdMethod]) -> list[str]:
     """Return the arguments of a method's class in torchjd, but for those that the base classes have."""
     own = super(TorchJdMethod, method).options()
     return [name for name in inspect.signature(method.theirs).parameters if name not in own]
-
-
-def _required(item: Any) -> list[str]:
-    parameters = inspect.signature(item).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty]
 
 
 BALANCERS.family(PREFIX, hosted)

@@ -33,19 +33,18 @@ from vismt.lowrank.contexts import one_thread
 from vismt.storage.paths import cache_root
 from vismt.storage.stored_tensors import read_stored, write_stored
 
-RESTARTS, ITERATIONS = 10, 300
+RESTARTS, ITERATIONS = 10, 300  # a start also ends when the objective does not improve
 # Costs span 2^41 steps, so sums along any path stay far below the distance of unreachable clusters.
 STEPS, UNREACHABLE = 2.0**40, 2**60
 
 
-def cluster_neurons(weight: Tensor, n_experts: int, seed: int = 0, restarts: int = RESTARTS) -> Tensor:
+def cluster_neurons(weight: Tensor, n_experts: int, seed: int = 0) -> Tensor:
     """Assign the hidden units of an FFN to experts of exactly H / n_experts units.
 
     Args:
         weight: (H, D), fc1.weight; its rows are scaled to length one, except rows of zeros.
         n_experts: number of experts, a divisor of H.
         seed: of the k-means, see `balanced_kmeans`.
-        restarts: of the k-means, see `balanced_kmeans`.
 
     Returns:
         The expert of each unit, int64 (H,) on the CPU.
@@ -58,7 +57,7 @@ def cluster_neurons(weight: Tensor, n_experts: int, seed: int = 0, restarts: int
         raise UserError(f"experts: the weight is {kind}, needed a floating point matrix (units, width) with values.")
     check_divides(len(weight), n_experts, "hidden units")
     rows = weight.detach().to("cpu", torch.float64)
-    return balanced_kmeans(nn.functional.normalize(rows, dim=1, eps=1e-30), n_experts, seed, restarts)
+    return balanced_kmeans(nn.functional.normalize(rows, dim=1, eps=1e-30), n_experts, seed)
 
 
 def cluster_model(vit: nn.Module, n_experts: int, seed: int = 0) -> list[Tensor]:
@@ -155,9 +154,7 @@ def explained_variance(weight: Tensor, labels: Tensor, n_experts: int) -> float:
     return float(1 - within / expected)
 
 
-def balanced_kmeans(
-    points: Tensor, n_clusters: int, seed: int = 0, restarts: int = RESTARTS, iterations: int = ITERATIONS
-) -> Tensor:
+def balanced_kmeans(points: Tensor, n_clusters: int, seed: int = 0, restarts: int = RESTARTS) -> Tensor:
     """Cluster points into clusters of exactly H / n_clusters rows.
 
     Computed in fp64 on one thread of the CPU, so the result depends on `seed` and not on the number of threads.
@@ -167,17 +164,16 @@ def balanced_kmeans(
         n_clusters: number of clusters, a divisor of H.
         seed: of the k-means++ seeds.
         restarts: number of k-means++ starts, of which the best result is kept.
-        iterations: limit of iterations of a start, which also ends when the objective does not improve.
 
     Returns:
         The cluster of each row, int64 (H,) on the CPU; clusters are numbered in the order of their first rows.
 
     Raises:
-        UserError: when n_clusters does not divide H, without a restart or iteration, and for points that are not finite.
+        UserError: when n_clusters does not divide H, without a restart, and for points that are not finite.
     """
     check_divides(len(points), n_clusters, "rows")
-    if restarts < 1 or iterations < 1:
-        raise UserError(f"k-means: {restarts} restarts of {iterations} iterations: need at least one of each.")
+    if restarts < 1:
+        raise UserError(f"k-means: {restarts} restarts; it needs at least one.")
     if not bool(points.isfinite().all()):
         raise UserError("k-means: some values are infinite or NaN; the weights are broken.")
     points = points.detach().to("cpu", torch.float64)
@@ -185,7 +181,7 @@ def balanced_kmeans(
     with one_thread():
         best, best_gain = np.zeros(len(points), np.int64), -1.0
         for _ in range(restarts):
-            labels, gain = _lloyd(points, _seeds(points, n_clusters, generator), iterations)
+            labels, gain = _lloyd(points, _seeds(points, n_clusters, generator))
             if gain > best_gain:
                 best, best_gain = labels, gain
     first = np.unique(best, return_index=True)[1]
@@ -288,11 +284,11 @@ def _seeds(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return points[chosen]
 
 
-def _lloyd(points: Tensor, centroids: Tensor, iterations: int) -> tuple[np.ndarray, float]:
+def _lloyd(points: Tensor, centroids: Tensor) -> tuple[np.ndarray, float]:
     """Return labels and sum_k |sum of cluster k|^2, which increases as the distances within clusters decrease."""
     clusters = len(centroids)
     prices, labels, best = np.zeros(clusters, np.int64), np.zeros(len(points), np.int64), -1.0
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         score = points @ centroids.T
         largest = float(score.abs().max())
         cost = torch.round(score * (-STEPS / largest if largest > 0 else 0.0)).to(torch.int64).numpy()

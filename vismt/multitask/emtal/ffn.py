@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec, register_module
 from vismt.lowrank.layers.forms import LowRankLinear
 from vismt.lowrank.layers.low_rank import LowRankLayer
@@ -41,8 +41,7 @@ UNIT_AXES = {  # axis of the hidden units in each tensor
 
 def starter(init: str) -> Initialiser:
     """Return the initialiser of a pair: "normal" draws A and B from N(0, 0.02^2), "zero" sets B to zero."""
-    if init not in INITS:
-        raise UserError(f"emtal: init {init!r}.{near(str(init), INITS)}")
+    require_known("emtal: init", [init], INITS)
 
     def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         dtype = working_dtype(weight)

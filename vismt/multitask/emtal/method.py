@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.lowrank.layers.base import adapter_modules
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.stock_modules import kind_of
@@ -75,10 +75,8 @@ def emtal(
         MoEfiedMlp.check(path, mlp, settings)
     linears = [f"{path}.{name}" for path in mlps for name in ("fc1", "fc2")]
     find_targets(model, linears)  # their units are moved, so they have to be plain linears
-    if permute not in PERMUTATIONS:
-        raise UserError(f"emtal: permute '{permute}'.{near(permute, PERMUTATIONS)}")
-    if pairs not in PAIRS:
-        raise UserError(f"emtal: pairs '{pairs}'.{near(pairs, PAIRS)}")
+    require_known("emtal: permute", [permute], PERMUTATIONS)
+    require_known("emtal: pairs", [pairs], PAIRS)
     if permute == "random" and cluster is not True:
         raise UserError("emtal: permute 'random' draws the experts; leave cluster out, or take permute: clusters.")
     labels = _labels(mlps, cluster, permute, n_experts, seed)

@@ -45,7 +45,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.data.maps.dense_sample import IGNORE
 
 MODES = ("fifo2", "ema")
@@ -96,8 +96,7 @@ class QualityRetaining(nn.Module):
         tasks = torch.as_tensor(task_of_class)
         _check_tasks(tasks, num_classes)
         for name, value, choices in (("mode", mode, MODES), ("reduction", reduction, REDUCTIONS)):
-            if value not in choices:
-                raise UserError(f"quality retaining: {name} '{value}'.{near(value, choices)}")
+            require_known(f"quality retaining: {name}", [value], choices)
         for name, number, valid, needed in (
             ("temperature", temperature, 0 < temperature < float("inf"), "> 0"),
             ("ema_decay", ema_decay, 0 <= ema_decay <= 1, "from 0 to 1"),

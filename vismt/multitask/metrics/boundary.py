@@ -35,11 +35,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from vismt.base.compiled import Compiled
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, require_known
 from vismt.data.maps.edge_thinning import thin
 from vismt.multitask.metrics.inputs import (
     binary,
-    check_choice,
     check_same_size,
     check_thresholds,
     probability,
@@ -86,7 +85,8 @@ class BoundaryF(Metric):
             )
         self.thresholds = check_thresholds("BoundaryF", thresholds)
         self.max_dist, self.thinning, self.ignore_index = max_dist, thinning, ignore_index
-        self.scores = check_choice("BoundaryF", "scores", scores, SCORES)
+        require_known("BoundaryF: scores", [scores], SCORES)
+        self.scores = scores
         shapes: dict[str, tuple[int, ...]] = {
             "matched": (thresholds,),
             "predicted": (thresholds,),

@@ -19,8 +19,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from vismt.base.errors import UserError
-from vismt.multitask.metrics.inputs import check_choice, check_same_size, map_of, require_any, require_numbers
+from vismt.base.errors import UserError, require_known
+from vismt.multitask.metrics.inputs import check_same_size, map_of, require_any, require_numbers
 
 ABSENT = ("zero", "skip", "nan")
 
@@ -45,7 +45,8 @@ class MeanIoU(Metric):
         if num_classes < 2:
             raise UserError(f"MeanIoU: num_classes = {num_classes}; it must be at least 2, with background as a class.")
         self.num_classes, self.ignore_index = num_classes, ignore_index
-        self.absent = check_choice("MeanIoU", "absent", absent, ABSENT)
+        require_known("MeanIoU: absent", [absent], ABSENT)
+        self.absent = absent
         self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, pred: Tensor, target: Tensor) -> None:

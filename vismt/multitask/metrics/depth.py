@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, require_known
 from vismt.multitask.metrics.inputs import (
     apply_mask,
-    check_choice,
     check_same_size,
     map_of,
     require_any,
@@ -64,7 +63,8 @@ class DepthErrors(Metric):
         if valid_range is not None and not valid_range[0] < valid_range[1]:
             raise UserError(f"DepthErrors: valid_range {valid_range} is empty; give (min, max), both excluded.")
         self.valid_range, self.ignore = valid_range, ignore
-        self.convention = check_choice("DepthErrors", "convention", convention, CONVENTIONS)
+        require_known("DepthErrors: convention", [convention], CONVENTIONS)
+        self.convention = convention
         self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("within", torch.zeros(POWERS, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("pixels", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")

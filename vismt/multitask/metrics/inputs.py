@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError
 
 
 def map_of(metric: str, what: str, values: Tensor) -> Tensor:
@@ -102,13 +102,6 @@ def check_thresholds(metric: str, thresholds: int) -> int:
     if thresholds < 1:
         raise UserError(f"{metric}: thresholds = {thresholds}; it must be at least 1.")
     return thresholds
-
-
-def check_choice(metric: str, option: str, value: str, choices: tuple[str, ...]) -> str:
-    """Return `value`; raise UserError, with the near names, unless it is one of `choices`."""
-    if value not in choices:
-        raise UserError(f"{metric}: {option} '{value}' is not known.{near(value, choices)}")
-    return value
 
 
 def require_any(metric: str, count: Tensor, what: str, fix: str) -> int:

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, require_known
 from vismt.multitask.metrics.inputs import (
     apply_mask,
-    check_choice,
     check_same_size,
     require_any,
     require_numbers,
@@ -54,8 +53,10 @@ class NormalErrors(Metric):
 
     def __init__(self, *, angle: str = "atan2", convention: str = "pooled", **options: Any) -> None:
         super().__init__(**options)
-        self.angle = check_choice("NormalErrors", "angle", angle, ANGLES)
-        self.convention = check_choice("NormalErrors", "convention", convention, CONVENTIONS)
+        require_known("NormalErrors: angle", [angle], ANGLES)
+        self.angle = angle
+        require_known("NormalErrors: convention", [convention], CONVENTIONS)
+        self.convention = convention
         self.add_state("sums", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("within", torch.zeros(len(LIMITS), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("histogram", torch.zeros(180 * STEPS + 1, dtype=torch.long), dist_reduce_fx="sum")

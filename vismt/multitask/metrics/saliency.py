@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, require_known
 from vismt.multitask.metrics.inputs import (
     binary,
-    check_choice,
     check_same_size,
     check_thresholds,
     probability,
@@ -58,7 +57,8 @@ class MaxF(Metric):
         if not beta_squared > 0:
             raise UserError(f"MaxF: beta_squared = {beta_squared}; it must be positive.")
         self.beta_squared, self.ignore_index = beta_squared, ignore_index
-        self.scores = check_choice("MaxF", "scores", scores, SCORES)
+        require_known("MaxF: scores", [scores], SCORES)
+        self.scores = scores
         self.add_state("counts", torch.zeros(2, thresholds + 1, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, pred: Tensor, target: Tensor) -> None:

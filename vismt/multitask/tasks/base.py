@@ -11,14 +11,14 @@ the batch, not over images.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vismt.base.errors import UserError, near, require_known
+from vismt.base.errors import UserError, require_known
 from vismt.base.registry import Registry
 from vismt.data.maps.dense_sample import IGNORE
 from vismt.multitask.heads import resize_logits
@@ -276,12 +276,6 @@ def check_count(task: str, option: str, value: Any, least: int) -> None:
     """Raise UserError unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{task}: {option} {value!r}; it must be a whole number, at least {least}.")
-
-
-def check_choice(task: str, option: str, value: Any, choices: Iterable[str]) -> None:
-    """Raise UserError, with the near names, unless `value` is one of `choices`."""
-    if value not in choices:
-        raise UserError(f"{task}: {option} '{value}'.{near(str(value), choices)}")
 
 
 def make_task(spec: str | Mapping[str, Any]) -> DenseTask:

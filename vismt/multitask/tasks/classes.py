@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, require_known
 from vismt.data.formats.pascal_context import PARTS
 from vismt.data.maps.dense_sample import CLASS, NO_CLASS
 from vismt.multitask.class_loss import ClassLoss, check_factor, dice_loss
@@ -36,7 +36,6 @@ from vismt.multitask.tasks.base import (
     TASKS,
     DenseTask,
     LabelTask,
-    check_choice,
     check_count,
     check_labels,
 )
@@ -73,7 +72,7 @@ class Segmentation(LabelTask, ClassLoss):
         super().__post_init__()
         if isinstance(self.classes, bool) or not isinstance(self.classes, int) or not 2 <= self.classes <= IGNORE:
             raise UserError(f"{self.name}: classes {self.classes!r}; it must be a whole number from 2 to {IGNORE}.")
-        check_choice(self.name, "absent", self.absent, ABSENT)
+        require_known(f"{self.name}: absent", [self.absent], ABSENT)
         self.check_options(self.name, self.classes)
         check_factor(self.name, "dice", self.dice)
         if self.colors is not None and not (all(map(_is_color, self.colors)) and len(self.colors) == self.classes):

@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, require_known
 from vismt.multitask.tasks.base import (
     IGNORE,
     NYUD_WEIGHTS,
@@ -52,7 +52,6 @@ from vismt.multitask.tasks.base import (
     TASKS,
     LabelTask,
     MapTask,
-    check_choice,
     check_count,
     check_number,
 )
@@ -172,7 +171,7 @@ class Saliency(BinaryTask):
         super().__post_init__()
         if self.channels not in (1, 2):
             raise UserError(f"{self.name}: channels {self.channels!r}; 2 (background, salient) or 1.")
-        check_choice(self.name, "measure", self.measure, SALIENCY_LABELS)
+        require_known(f"{self.name}: measure", [self.measure], SALIENCY_LABELS)
 
     @property
     def label(self) -> str:
@@ -213,10 +212,10 @@ class Depth(MapTask):
         super().__post_init__()
         if self.max_depth is not None:
             check_number(self.name, "max_depth", self.max_depth, 0, math.inf)
-        check_choice(self.name, "convention", self.convention, DEPTH_CONVENTIONS)
+        require_known(f"{self.name}: convention", [self.convention], DEPTH_CONVENTIONS)
         if self.measure is None:
             object.__setattr__(self, "measure", DEPTH_CONVENTIONS[self.convention])
-        check_choice(self.name, "measure", self.measure, DEPTH_LABELS)
+        require_known(f"{self.name}: measure", [str(self.measure)], DEPTH_LABELS)
 
     @property
     def label(self) -> str:
@@ -303,7 +302,7 @@ class Normals(MapTask):
     loss_weight: float | None = None  # type: ignore[assignment]  # a number after __post_init__
 
     def __post_init__(self) -> None:
-        check_choice(self.name, "convention", self.convention, NORMALS_CONVENTIONS)
+        require_known(f"{self.name}: convention", [self.convention], NORMALS_CONVENTIONS)
         if self.loss_weight is None:
             object.__setattr__(self, "loss_weight", 1.0 if self.convention == "libmtl" else PASCAL_WEIGHTS["normals"])
         super().__post_init__()
