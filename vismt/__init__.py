@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vismt.base.errors import UserError
     from vismt.jobs.study_results import StudyResults
     from vismt.lowrank.files.peft_folder import export_peft, import_peft
-    from vismt.lowrank.files.store import load_adapter, save_adapter
+    from vismt.lowrank.files.save_load import load_adapter, save_adapter
     from vismt.lowrank.model.merge import merge
     from vismt.lowrank.model.mixed import adapters_per_sample
     from vismt.lowrank.model.named import activate, disabled, remove, unadapt

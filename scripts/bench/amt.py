@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from scripts.bench import amt_released
 from scripts.bench.timing import Comparison, Timing, interleave
 from vismt.backbones.vit import Backbone, create
-from vismt.lowrank.files.store import save_adapter
+from vismt.lowrank.files.save_load import save_adapter
 from vismt.lowrank.model.named import unadapt
 from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.objective import AdversarialObjective, Adversary

@@ -199,7 +199,7 @@ def released_pool(pool: ExpertPool, rank: int) -> ReleasedPool:
         start = experts.pop() if len(experts) > len(pool) else None
         residual = base.weight.detach() if start is None else base.weight.detach() + start.delta()
         groups = experts[0].rank // rank
-        factors = [(expert.R, _stacked(expert.L, groups)) for expert in experts]
+        factors = [(expert.A, _stacked(expert.B, groups)) for expert in experts]
         _replace(twin.vit, path, ReleasedPoolLinear(residual, base.bias, factors, experts[0].scale, groups))
     return ReleasedPool(twin)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from helpers.tiny import shake, tiny_vit
 from vismt import adapt
 from vismt.backbones.vit import Backbone
-from vismt.lowrank.files.store import save_adapter
+from vismt.lowrank.files.save_load import save_adapter
 from vismt.metatune.amt.objective import AdversarialObjective, Adversary
 from vismt.metatune.amt.pool import Expert
 from vismt.metatune.protonet import ProtoNet

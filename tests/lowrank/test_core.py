@@ -13,7 +13,7 @@ from torch import nn
 import vismt
 from scripts.bench.accounting import saved_activation_bytes
 from vismt.base.errors import UserError
-from vismt.lowrank.files.store import DESCRIPTION
+from vismt.lowrank.files.save_load import DESCRIPTION
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.model.record import count_parameters
 

@@ -14,7 +14,7 @@ from torch import nn
 from vismt import adapt
 from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
-from vismt.lowrank.files.store import load_adapter, save_adapter
+from vismt.lowrank.files.save_load import load_adapter, save_adapter
 from vismt.metatune.maml import LinearLearner, MamlNet, MamlObjective, MamlSettings
 
 ALGORITHMS = ("maml", "fomaml", "metasgd")

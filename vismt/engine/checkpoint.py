@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.lowrank.files.store import check_tensors
+from vismt.lowrank.files.save_load import check_tensors
 from vismt.storage.files import file_digest, write_tensors
 
 KEPT = 2

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.engine.checkpoint import is_checkpoint
 from vismt.engine.study import Training
-from vismt.lowrank.files.store import DESCRIPTION, check_tensors, load_adapter, save_adapter
+from vismt.lowrank.files.save_load import DESCRIPTION, check_tensors, load_adapter, save_adapter
 from vismt.lowrank.model.merge import merge
 from vismt.lowrank.model.modules import is_mergeable
 from vismt.storage.files import atomic_write, file_digest, read_sealed, read_tensors, sealed

@@ -13,7 +13,7 @@ from torch import nn
 from vismt.base.errors import UserError
 from vismt.integrations.method_driver import DriverCallback
 from vismt.lowrank.files.peft_folder import export_peft
-from vismt.lowrank.files.store import fingerprint, save_adapter
+from vismt.lowrank.files.save_load import fingerprint, save_adapter
 from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.record import count_parameters, need_record
 from vismt.methods import METHODS

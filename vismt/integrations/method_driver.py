@@ -26,7 +26,7 @@ from vismt.base.identity import Identity
 from vismt.base.registry import PLACES
 from vismt.engine.checkpoint import moving_state
 from vismt.lowrank.files.description import entry_of, parts_of
-from vismt.lowrank.files.store import base_samples, same_base
+from vismt.lowrank.files.save_load import base_samples, same_base
 from vismt.lowrank.model.modules import stock_order
 from vismt.lowrank.model.record import need_record
 from vismt.methods import Schedule, adapted_models, method_optimizer, schedules

@@ -136,5 +136,5 @@ def residual(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype to compute in: fp64 for fp64, fp32 for everything else."""
+    """Return the dtype to compute and train in: fp64 for fp64, fp32 for everything else, half precision and packed bytes too."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32

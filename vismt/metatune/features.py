@@ -87,7 +87,9 @@ class FeatureStore:
         if isinstance(backbone, WithWeights) and not backbone.lasting:
             return None
         module, weights = (backbone.module, backbone.weights) if isinstance(backbone, WithWeights) else (backbone, {})
-        unused = _unused(module)
+        # The head that maps a ViT's features to classes does not run for the features.
+        head = getattr(module.vit, "head", None) if isinstance(module, Backbone) else None
+        unused = set() if head is None else set(head.modules())
         parts = set(module.modules()) - unused
         if any(part.training for part in parts) or has_hooks(parts):
             return None
@@ -101,12 +103,6 @@ class FeatureStore:
             self._tables[key] = _Table(path, device)
         table = self._tables[key]
         return table if table.usable else None
-
-
-def _unused(module: nn.Module) -> set[nn.Module]:
-    """Return the modules of the head that maps a ViT's features to classes, which do not run for the features."""
-    head = getattr(module.vit, "head", None) if isinstance(module, Backbone) else None
-    return set() if head is None else set(head.modules())
 
 
 class _Table:

@@ -32,7 +32,7 @@ from torch.nn.utils import skip_init
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import Names
-from vismt.lowrank.files.store import adapter_tensors, check_tensors
+from vismt.lowrank.files.save_load import adapter_tensors, check_tensors
 from vismt.lowrank.model.record import record_of
 from vismt.metatune.functional import WithWeights
 from vismt.metatune.protonet import EpisodeObjective

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.base.seeds import mix_seed
-from vismt.lowrank.files.store import check_tensors
+from vismt.lowrank.files.save_load import check_tensors
 from vismt.metatune.features import features
 from vismt.metatune.protocol.episodes import Episode
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -208,7 +206,10 @@ def _from_file(path: Path, config: dict[str, Any], architecture: str | None, num
     options = {name: arguments[name] for name in ("img_size", "global_pool") if arguments.get(name)}
     state = _read_state(path)
     net = _create(architecture, None, pretrained=False)
-    head = next((state[f"{name}.weight"] for name in _head_names(net) if f"{name}.weight" in state), None)
+    stock: Any = net.pretrained_cfg
+    names = stock.get("classifier") or ()
+    keys = [f"{name}.weight" for name in ([names] if isinstance(names, str) else names)]
+    head = next((state[key] for key in keys if key in state), None)
     if head is not None and num_classes not in (None, len(head)):
         raise UserError(f"checkpoint '{path}': its head has {len(head)} classes, not {num_classes}.")
     classes = len(head) if head is not None else num_classes
@@ -219,11 +220,6 @@ def _from_file(path: Path, config: dict[str, Any], architecture: str | None, num
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"checkpoint '{path}' does not fit {architecture}: {reason}") from error
     return net
-
-
-def _head_names(net: nn.Module) -> list[str]:
-    names = net.pretrained_cfg.get("classifier") or ()
-    return [names] if isinstance(names, str) else list(names)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -265,7 +261,9 @@ def classifier_from_function(name: str) -> tuple[nn.Module, int]:
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
         raise UserError(f"model '{name}': give 'module:function', as in 'my_models:load'.")
-    with _current_folder_on_path():
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
         module = _import(name, module_name)
         function = getattr(module, function_name, None)
         if not hasattr(module, function_name):
@@ -279,17 +277,9 @@ def classifier_from_function(name: str) -> tuple[nn.Module, int]:
             result = function()
         except (Exception, SystemExit) as error:
             raise UserError(f"model '{name}': the function failed ({_first_line(error)}).") from error
-    return _checked_classifier(name, result)
-
-
-@contextmanager
-def _current_folder_on_path() -> Iterator[None]:
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        yield
     finally:
         sys.path.remove(folder)
+    return _checked_classifier(name, result)
 
 
 def _import(name: str, module_name: str) -> ModuleType:

@@ -145,7 +145,12 @@ def evaluate_examples(
         number, load = numbered
         batch = load()
         images, labels = batch[0], torch.as_tensor(batch[1])
-        ids = [str(name) for name in batch[2]] if len(batch) > 2 else _running_ids(len(rows), len(labels))
+        if len(batch) < 3 and ranks.count() > 1:
+            raise UserError(
+                "evaluate: batches without ids have no numbers in several processes; give every example an id."
+            )
+        named = batch[2] if len(batch) > 2 else range(len(rows), len(rows) + len(labels))
+        ids = [str(name) for name in named]
         _check_batch(images, labels, ids, num_classes)
         _check_ids(ids, labels.tolist(), rows, log)
         names = dict(zip(ids, labels.tolist(), strict=True))
@@ -227,12 +232,6 @@ def summarise(rows: Sequence[Mapping], worst_case: Mapping[str, bool], num_class
         low, high = wilson(correct, len(rows))
         table.append(ConditionAccuracy(condition, correct / len(rows), low, high, len(rows), 1 / num_classes))
     return table
-
-
-def _running_ids(start: int, count: int) -> list[str]:
-    if ranks.count() > 1:
-        raise UserError("evaluate: batches without ids have no numbers in several processes; give every example an id.")
-    return [str(number) for number in range(start, start + count)]
 
 
 def _check_batch(

@@ -112,7 +112,8 @@ def check_masking(
     def accuracy(at: AttackSpec) -> ConditionAccuracy:
         return evaluate_classifier(model, batches, [at], num_classes=num_classes, label=str(at))[1]
 
-    rows = [accuracy(_at_radius(spec, radius)) for radius in radii]
+    steps = [None if spec.step_size is None else spec.step_size * radius / spec.epsilon for radius in radii]
+    rows = [accuracy(replace(spec, epsilon=radius, step_size=step or None)) for radius, step in zip(radii, steps)]
     values = tuple(row.value for row in rows)
     return MaskingCheck(
         tuple(radii),
@@ -126,12 +127,6 @@ def check_masking(
         gap_at=spec.epsilon,
         norm=spec.norm,
     )
-
-
-def _at_radius(spec: AttackSpec, radius: float) -> AttackSpec:
-    """Return an attack at another radius; its step keeps its ratio to the radius."""
-    step = None if spec.step_size is None else spec.step_size * radius / spec.epsilon
-    return replace(spec, epsilon=radius, step_size=step or None)
 
 
 def _strong(spec: AttackSpec) -> AttackSpec:

@@ -12,7 +12,7 @@ from helpers.tiny import shake, snapshot
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.lowrank.files.store import save_adapter
+from vismt.lowrank.files.save_load import save_adapter
 from vismt.metatune.amt.merging import PoolNet, trim
 from vismt.metatune.amt.objective import Adversary
 from vismt.metatune.amt.pool import Expert, ExpertPool

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import vismt
 from vismt.base.errors import UserError
-from vismt.lowrank.files.store import load_adapter, save_adapter
+from vismt.lowrank.files.save_load import load_adapter, save_adapter
 from vismt.metatune.amt import pool as pool_file
 from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.functional import WithWeights
@@ -38,7 +38,7 @@ def factors_of(pool: ExpertPool) -> dict[str, Tensor]:
     """Return copies of the factors of a pool."""
     updates = [(number, *item) for number, update in enumerate(pool.updates) for item in update.low_rank.items()]
     pairs = [(f"{number}.{path}", factors) for number, path, factors in updates]
-    return {f"{name}.{side}": getattr(factors, side).clone() for name, factors in pairs for side in ("L", "R")}
+    return {f"{name}.{side}": getattr(factors, side).clone() for name, factors in pairs for side in "BA"}
 
 
 def test_one_expert_is_its_own_model(tmp_path: Path) -> None:

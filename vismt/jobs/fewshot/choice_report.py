@@ -52,15 +52,20 @@ def choice_tables(
     experts = [f"{EXPERT}{label}" for label in evaluated_experts(config)]
     if MERGED not in arms or len(experts) < 2:
         return []
-    models = [arm for arm in arms if arm in (DEFAULT, AVERAGE, "min_ce", "logits") or _is_rule(arm)]
+    rules = [arm for arm in arms if arm.startswith(f"{MERGED}:") and not split_head(arm)[1]]
+    models = [arm for arm in arms if arm in (DEFAULT, AVERAGE, "min_ce", "logits") or arm in rules]
     tables = []
     for protocol in dict.fromkeys(row.protocol for row in rows):
-        merged = _few_corruptions([row for row in rows if row.arm == MERGED and row.protocol == protocol])
+        merged = [row for row in rows if row.arm == MERGED and row.protocol == protocol]
+        if len({row.condition for row in merged if row.kind == "corruption"}) >= MANY_CORRUPTIONS:
+            merged = [row for row in merged if row.kind != "corruption"]
         cases = {}
         for row in merged:
             by_seed = [_of_seed(folder, config, seed, row, [MERGED, *models], experts) for seed in seeds]
             if all(by_seed):
-                cases[row.condition, row.data] = _stacked(by_seed)
+                common = [name for name in by_seed[0] if all(name in values for values in by_seed)]
+                stacked = {name: torch.stack([values[name] for values in by_seed]) for name in common}
+                cases[row.condition, row.data] = stacked  # (seeds, n) by model
         if cases:
             tables.append((_table(protocol, cases), NOTE))
     return tables
@@ -93,16 +98,6 @@ def _shuffled(accuracies: Tensor) -> Tensor:
     return value + (count - 1) * (without.mean() - without)
 
 
-def _is_rule(arm: str) -> bool:
-    return arm.startswith(f"{MERGED}:") and arm != DEFAULT and not split_head(arm)[1]
-
-
-def _few_corruptions(rows: Sequence[Result]) -> list[Result]:
-    """Return the rows without corruptions where these are many."""
-    many = len({row.condition for row in rows if row.kind == "corruption"}) >= MANY_CORRUPTIONS
-    return [row for row in rows if not (many and row.kind == "corruption")]
-
-
 def _of_seed(
     folder: Path, config: FewShotConfig, seed: int, row: Result, models: Sequence[str], experts: Sequence[str]
 ) -> ByModel:
@@ -122,12 +117,6 @@ def _of_seed(
     if judged:
         shown[BEST] = values[EXPERT + max(judged, key=judged.__getitem__)]
     return {**shown, **choose(torch.stack([values[arm] for arm in experts]))}
-
-
-def _stacked(by_seed: Sequence[ByModel]) -> ByModel:
-    """Return the values (seeds, n) of the models that all seeds have."""
-    common = [name for name in by_seed[0] if all(name in values for values in by_seed)]
-    return {name: torch.stack([values[name] for values in by_seed]) for name in common}
 
 
 def _interval(by_set: Mapping[str, Tensor]) -> tuple[float, float]:

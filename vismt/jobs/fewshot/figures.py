@@ -49,6 +49,8 @@ def mixture_bars(
     rows = 0.34 * sets + 0.12
     numbers = [str(number) for number in range(len(labels))]
     colors = [color_of(number, numbers) for number in numbers]
+    parts = {color: [int(color[at : at + 2], 16) for at in (1, 3, 5)] for color in colors}
+    dark = {color: 0.3 * red + 0.59 * green + 0.11 * blue < 160 for color, (red, green, blue) in parts.items()}
     top = 0.33 + 0.22 * legend_rows(labels, width - label)
     figure = new_figure(width, top + len(shares) * (rows + 0.75) + 0.1)
     legend(figure, labels, colors, label)
@@ -66,7 +68,7 @@ def mixture_bars(
                         ha="center",
                         va="center",
                         fontsize=8,
-                        color="white" if _dark(color) else INK,
+                        color="white" if dark[color] else INK,
                         fontweight="bold",
                     )
                 left += 100 * weight
@@ -80,11 +82,6 @@ def mixture_bars(
 
 def _row(data: str, note: str) -> str:
     return f"{short(data, 24)}, {note}"
-
-
-def _dark(color: str) -> bool:
-    red, green, blue = (int(color[at : at + 2], 16) for at in (1, 3, 5))
-    return 0.3 * red + 0.59 * green + 0.11 * blue < 160
 
 
 def episode_grid(panel: Mapping[str, np.ndarray], path: Path) -> Path:

@@ -39,7 +39,7 @@ from vismt.jobs.fewshot.evaluation import MASKING, Evaluation
 from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net, read_scale
 from vismt.jobs.fewshot.report import sections
 from vismt.jobs.training_job import TrainingJob
-from vismt.lowrank.files.store import load_adapter
+from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.model.merge import merge
 from vismt.lowrank.model.modules import check_mergeable
 from vismt.lowrank.model.record import need_record
@@ -172,19 +172,13 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return about
 
     def _assemble_pools(self) -> None:
+        """Copy the trained experts of each seed, in the order of the configuration, into the folder of its pool."""
         for seed in self.study.seeds:
-            assemble(self._experts(seed), self._pool_folder(seed))
-
-    def _pool_folder(self, seed: int) -> Path:
-        return self.folder / "pool" / f"seed-{seed}"
-
-    def _experts(self, seed: int) -> list[Expert]:
-        """Return the trained experts of a seed in the order of the configuration."""
-        experts = []
-        for label in pool_members(self.config, self.study.arms):
-            folder = next(training.folder for training in self.study.trainings(label) if training.seed == seed)
-            experts.append(Expert(label, folder / ADAPTER, read_scale(folder)))
-        return experts
+            experts = []
+            for label in pool_members(self.config, self.study.arms):
+                folder = next(training.folder for training in self.study.trainings(label) if training.seed == seed)
+                experts.append(Expert(label, folder / ADAPTER, read_scale(folder)))
+            assemble(experts, self.folder / "pool" / f"seed-{seed}")
 
     # ---- evaluation -----------------------------------------------------------------------------------------------------
 

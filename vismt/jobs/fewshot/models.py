@@ -1,4 +1,4 @@
-"""The models that a few-shot configuration can evaluate, by name, each built from the trainings of one seed."""
+"""The models that a few-shot configuration can evaluate, each built from the trainings of one seed; experts in folders."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ from vismt.jobs.fewshot.config import (
     FewShotConfig,
 )
 from vismt.jobs.fewshot.merge_settings import PoolSettings
-from vismt.lowrank.files.store import DESCRIPTION, check_tensors
+from vismt.lowrank.files.description import DESCRIPTION, check_tensors
 from vismt.lowrank.model.merge import merge
 from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import INDEX, Expert, ExpertPool, read_pool
-from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.metatune.finetuning.finetune import FineTuned
 from vismt.metatune.maml import LinearLearner, MamlNet
 from vismt.metatune.probes.bayesian import LaplaceProbe, VBLLProbe
@@ -96,8 +95,12 @@ class Models:
                 net = self.task(stem, data)
                 options = self.config.head.options if head == self.config.head.name else {}
                 model = PROBES[head](net, **options) if head in PROBES else FineTuned(net, chosen[1])
+            elif self.config.pool is None or stem in (FROZEN, CLEAN):
+                model = self._single(stem)
             else:
-                model = self._pooled(stem, chosen[0]) if self._is_pooled(stem) else self._single(stem)
+                expert = stem.removeprefix(EXPERT) if stem.startswith(EXPERT) else None
+                strategy = strategy_of(self.config, stem)
+                model = PoolNet(self.pool(), replace(chosen[0], strategy=strategy, expert=expert))
             self._models[key] = model.requires_grad_(False).eval().to(runtime.processes().device)
         return self._models[key]
 
@@ -129,13 +132,6 @@ class Models:
         net.load_own_tensors(read_tensors(training.folder / OWN_FILE, what)[1], what)
         return net
 
-    def _is_pooled(self, stem: str) -> bool:
-        return self.config.pool is not None and stem not in (FROZEN, CLEAN)
-
-    def _pooled(self, stem: str, settings: MergeSettings) -> PoolNet:
-        label = stem.removeprefix(EXPERT) if stem.startswith(EXPERT) else None
-        return PoolNet(self.pool(), replace(settings, strategy=strategy_of(self.config, stem), expert=label))
-
     def _single(self, stem: str) -> ProtoNet | MamlNet:
         """Return the frozen model, or that of an arm."""
         if stem == FROZEN or stem in untrained_arms(self.study.config):
@@ -156,7 +152,7 @@ def _describe(model: FewShotModel) -> str:
     if isinstance(model, PoolNet):
         pool = model.pool
         shares = dict(model.settings.shares) or ""
-        updates = [(path, part.L, part.R) for update in pool.updates for path, part in update.low_rank.items()]
+        updates = [(path, part.B, part.A) for update in pool.updates for path, part in update.low_rank.items()]
         return f"{pool.labels} {pool.scale} {model.settings} {Identity(updates)}{shares}"
     if isinstance(model, MamlNet):
         return f"{model.settings} {weights_digest(model.learner)} {Identity(sorted(model.own_tensors().items()))}"
@@ -171,12 +167,6 @@ def read_scale(folder: Path) -> float:
     tensors = read_tensors(folder / OWN_FILE, f"run '{folder}'")[1]
     check_tensors(f"run '{folder}': {OWN_FILE}", {"scale": ()}, tensors)
     return float(tensors["scale"])
-
-
-def _label(folder: Path) -> str:
-    """Return the name of an expert in a folder: that of the arm where the folder is a training's."""
-    arm = folder.parent
-    return arm.name if arm.parent.name == ARMS else folder.name
 
 
 def find_experts(folder: Path) -> list[Expert]:
@@ -194,9 +184,12 @@ def find_experts(folder: Path) -> list[Expert]:
             experts.append(Expert(label, training / ADAPTER, read_scale(training)))
     if experts:
         return experts
-    if (folder / ADAPTER / DESCRIPTION).exists():
-        return [Expert(_label(folder), folder / ADAPTER, read_scale(folder))]
-    if (folder / DESCRIPTION).exists():
-        scale = read_scale(folder.parent) if (folder.parent / OWN_FILE).exists() else 10.0
-        return [Expert(_label(folder.parent) if folder.name == ADAPTER else folder.name, folder, scale)]
+    adapter = folder if (folder / DESCRIPTION).exists() else folder / ADAPTER
+    if (adapter / DESCRIPTION).exists():
+        training = adapter.parent
+        label = training.name if adapter.name == ADAPTER else adapter.name
+        if adapter.name == ADAPTER and training.parent.parent.name == ARMS:
+            label = training.parent.name
+        trained = adapter != folder or (training / OWN_FILE).exists()
+        return [Expert(label, adapter, read_scale(training) if trained else 10.0)]
     raise UserError(f"pool: '{folder}' holds no trained expert; give run folders, adapter folders or pools.")

@@ -101,7 +101,10 @@ def plan_experts(
         where = f"{key}[{number}]"
         levels = spec.levels(where)
         sources = (spec.source,) if isinstance(spec.source, str) else tuple(spec.source or default)
-        adversary = None if spec.norm == CLEAN else _adversary(spec.norm, levels, form)
+        unit = 1 if spec.norm == CORRUPTION else 255
+        adversary = None
+        if spec.norm != CLEAN:
+            adversary = Adversary(**asdict(form), norm=spec.norm, epsilons=tuple(value / unit for value in levels))
         label = spec.label or spec.default_label(sources, levels)
         plain_name(label, f"{where}.label")
         if label == CLEAN and (adversary is not None or sources != tuple(default)):
@@ -114,8 +117,3 @@ def plan_experts(
             raise UserError(f"{where}: two different experts have the label '{label}'; give one of them another.")
         experts[label] = PlannedExpert(sources, adversary, copy)
     return experts
-
-
-def _adversary(norm: str, levels: Sequence[float], form: AdversaryForm) -> Adversary:
-    unit = 1 if norm == CORRUPTION else 255
-    return Adversary(**asdict(form), norm=norm, epsilons=tuple(value / unit for value in levels))

@@ -6,7 +6,6 @@ import math
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -77,7 +76,11 @@ def masking_tables(folder: Path) -> list[tuple[Table, str]]:
     models = list(dict.fromkeys(row["model"] for row in lines))
     try:
         radii = [float(radius) for radius in lines[0]["epsilons"]]
-        rows = [_masking_row(row) for row in sorted(lines, key=lambda row: models.index(row["model"]))]
+        rows = []
+        for row in sorted(lines, key=lambda row: models.index(row["model"])):
+            values = [f"{100 * value:.1f}" for value in (*row["accuracies"], row["chance"])]
+            where = f"{row['data']}, {row['protocol']}"
+            rows.append([str(row["model"]), where, *values, str(row["n"]), str(row["verdict"])])
     except (TypeError, ValueError) as error:
         raise UserError(
             f"report: '{folder / MASKING}' is not what an evaluation writes ({error}); delete it."
@@ -89,12 +92,6 @@ def masking_tables(folder: Path) -> list[tuple[Table, str]]:
             f"report: '{folder / MASKING}' has checks at other radii than the first; delete it and evaluate again."
         )
     return [(Table("By radius, accuracy in %", heads, rows, set()), MASKING_NOTE)]
-
-
-def _masking_row(line: dict[str, Any]) -> list[str]:
-    accuracies = [f"{100 * value:.1f}" for value in line["accuracies"]]
-    where = f"{line['data']}, {line['protocol']}"
-    return [str(line["model"]), where, *accuracies, f"{100 * line['chance']:.1f}", str(line["n"]), str(line["verdict"])]
 
 
 def _panels(folder: Path) -> list[Picture]:
@@ -129,13 +126,6 @@ def _panel_caption(panel: dict[str, np.ndarray]) -> str:
     return f"{text}, {int(withstood.sum())} under {attack}. ✓ right, ✗ wrong."
 
 
-def _labels(config: FewShotConfig, study: Study[FewShotConfig]) -> list[str]:
-    """Return the labels of the pool's experts in order."""
-    if config.pool is not None and config.pool.folder:
-        return [expert.label for expert in read_pool(Path(config.pool.folder))]
-    return pool_members(config, study.arms)
-
-
 def _mixtures(
     folder: Path, config: FewShotConfig, study: Study[FewShotConfig], results: Sequence[Result]
 ) -> list[Picture]:
@@ -164,7 +154,9 @@ def _mixtures(
     if len(experts) > 1:
         raise UserError(f"report: episodes of '{folder}' have mixtures of {sorted(experts)} experts; evaluate again.")
     count = experts.pop()
-    labels = _labels(config, study)
+    labels = pool_members(config, study.arms)
+    if config.pool.folder:
+        labels = [expert.label for expert in read_pool(Path(config.pool.folder))]
     names = labels if len(labels) == count else [f"expert {number}" for number in range(1, count + 1)]
     path = mixture_bars(shares, names, folder / "figures" / "mixture.png")
     protocol = "" if several else f"{rows[0].protocol}. "

@@ -26,7 +26,7 @@ from vismt.llm.net import LmNet, check_first_block, check_logits
 from vismt.llm.tasks.classes import Classes
 from vismt.llm.tasks.documents import reach
 from vismt.llm.tasks.recommendation import Recommendation
-from vismt.lowrank.files.store import DESCRIPTION
+from vismt.lowrank.files.save_load import DESCRIPTION
 from vismt.lowrank.model.named import unadapt
 from vismt.lowrank.model.record import record_of
 from vismt.storage.files import atomic_write

@@ -124,7 +124,7 @@ class Recommender:
         net = self.net
         return net(padded([rows[i][0][-self.history :] for i in order]))
 
-    def _train(self, net: nn.Module, folder: Path, file: str) -> None:
+    def _train(self, net: Any, folder: Path, file: str) -> None:
         settings = self.settings
         rows = self.data.interactions(self.data.fitted)
         console.stage("train", f"{type(net).__name__}   {len(rows):,} rows   {len(self.data.catalogue):,} items")

@@ -1,4 +1,7 @@
-"""One interface for classifiers from timm, checkpoints, RobustBench, run folders and functions."""
+"""One interface for classifiers from timm, checkpoints, RobustBench, run folders and functions.
+
+A run folder without cards (TrainedArm) is evaluated by its own job on its own images: several tasks, maps, their own scores.
+"""
 
 from __future__ import annotations
 

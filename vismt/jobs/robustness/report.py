@@ -11,7 +11,7 @@ import numpy as np
 
 from vismt.base.errors import UserError
 from vismt.engine.study import Study
-from vismt.jobs.robustness.config import ClassifierConfig, RobustnessConfig
+from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.evaluation import ACCURACY
 from vismt.report.panels import read_panel
 from vismt.report.plotting import RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
@@ -19,14 +19,11 @@ from vismt.report.results import RESULTS, Result, read_results
 from vismt.report.tables import Picture, Section, Table
 from vismt.robustness.attacks.attacks import AttackSpec, radius_text
 from vismt.robustness.classifier import ROBUSTBENCH, SUFFIXES
-from vismt.robustness.conditions import condition_of
 from vismt.robustness.corruptions import mean_corruption_error
 from vismt.storage.files import atomic_write
 from vismt.storage.lines import read_lines
 
-FOLDER = "robustbench"  # of the run folder
-THREATS = {"linf": "Linf", "l2": "L2"}
-
+THREATS = {"linf": "Linf", "l2": "L2"}  # folders of RobustBench
 MASKING = "masking.jsonl"  # a file of the run folder
 BROKEN = "broken"  # a folder of the run folder
 MCE_NOTE = (
@@ -131,14 +128,24 @@ def broken_figure(panel: Path, path: Path) -> Path:
 
 
 def write_model_info(folder: Path, config: RobustnessConfig, run_hash: str) -> list[Path]:
-    """Write the files of a run folder; return their paths.
+    """Write the results of a run in the format of RobustBench's `model_info` (github.com/RobustBench/robustbench).
+
+    There is one file for each arm, set and radius under the standard AutoAttack, robustbench/<set>/<Linf or L2>/<arm>.json, in
+    folders as theirs. Accuracies are texts in per cent. What a run does not know, such as title and authors, is null. Returns
+    the paths.
 
     Raises UserError where it has no result of AutoAttack with its standard lengths in linf or l2.
     """
     results = read_results(folder / RESULTS, run_hash)
     arms = Study(config, folder).arms
     clean = {(row.data, row.arm): row for row in results if row.kind == "clean"}
-    found = [(row, norm) for row in results for norm in THREATS if _is_standard(row, norm)]
+    found: list[tuple[Result, str]] = []
+    for row in results:
+        norm = row.family.removeprefix("AutoAttack ")
+        if row.kind == "attack" and norm in THREATS and row.level is not None and row.seed is None:
+            standard = AttackSpec("autoattack", row.level, norm=norm).label  # with the default settings
+            if row.condition == standard and row.metric == ACCURACY:
+                found.append((row, norm))
     if not found:
         seen = sorted({row.condition for row in results if row.kind == "attack"})
         raise UserError(
@@ -151,8 +158,12 @@ def write_model_info(folder: Path, config: RobustnessConfig, run_hash: str) -> l
         radius = radius_text(norm, row.level or 0.0)
         name = f"{row.arm}-{radius.replace('/', '-')}" if several else row.arm
         dataset = row.data.partition(":")[0]
-        path = folder / FOLDER / dataset.replace("/", "-") / THREATS[norm] / f"{name}.json"
-        info = model_info(row, clean[row.data, row.arm], radius, dataset, _architecture(arms[row.arm].classifier))
+        path = folder / "robustbench" / dataset.replace("/", "-") / THREATS[norm] / f"{name}.json"
+        classifier = arms[row.arm].classifier
+        timm = classifier.name or ""
+        known = classifier.architecture is not None or timm.startswith(ROBUSTBENCH) or Path(timm).suffix in SUFFIXES
+        architecture = classifier.architecture if known else classifier.name
+        info = model_info(row, clean[row.data, row.arm], radius, dataset, architecture)
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(info, indent=2) + "\n")
         paths.append(path)
@@ -176,19 +187,3 @@ def model_info(row: Result, clean: Result, radius: str, dataset: str, architectu
         "autoattack_acc": f"{100 * row.value:.2f}",
         "unreliable": None,
     }
-
-
-def _architecture(classifier: ClassifierConfig) -> str | None:
-    """Return the timm name of a classifier, None where the configuration has none."""
-    name = classifier.name or ""
-    if classifier.architecture is None and not name.startswith(ROBUSTBENCH) and Path(name).suffix not in SUFFIXES:
-        return classifier.name
-    return classifier.architecture
-
-
-def _is_standard(row: Result, norm: str) -> bool:
-    """Whether a row is that of AutoAttack with its default settings in a norm."""
-    if row.kind != "attack" or row.level is None or row.seed is not None or row.metric != "accuracy":
-        return False
-    standard = condition_of(AttackSpec("autoattack", row.level, norm=norm))
-    return (row.condition, row.family) == (standard.label, standard.family)

@@ -19,7 +19,7 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.config.json_text import read_json
 from vismt.config.typed import JsonFile, build
-from vismt.lowrank.files.store import check_tensors
+from vismt.lowrank.files.save_load import check_tensors
 from vismt.storage.files import atomic_write, file_digest, is_sealed, sealed, write_tensors
 from vismt.storage.paths import regular_file
 

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.llm.s2ft.structures import Coupling, Structure, UnitBlock, couple, expand, movable
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, LayerSpec, register_module, trained_dtype
+from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, LayerSpec, register_module
+from vismt.lowrank.svd import working_dtype
 from vismt.lowrank.tensors import check_finite
 
 Span = tuple[int, int] | None
@@ -91,7 +92,7 @@ class SliceLinear(AdapterLayer):
         shape = [self.out_features, self.in_features]
         shape[dim] = count
         device = self.weight.device
-        self.slice_values = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype or trained_dtype(self.weight)))
+        self.slice_values = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype or working_dtype(self.weight)))
         self.register_buffer("slice_index", torch.arange(count, device=device))
         self.register_buffer(
             "slice_start", None if mode == "delta" else torch.empty(shape, device=device, dtype=self.weight.dtype)

@@ -20,7 +20,7 @@ from vismt.base.errors import UserError
 from vismt.llm.s2ft.layer import SliceLinear
 from vismt.llm.s2ft.structures import weight_matrix
 from vismt.lowrank.files.description import read_adapter
-from vismt.lowrank.files.store import base_samples, other_base, same_base
+from vismt.lowrank.files.save_load import base_samples, other_base, same_base
 from vismt.lowrank.layers.stock_modules import kind_of, matrix_shape
 from vismt.lowrank.model.record import refuse_adapted
 
@@ -30,7 +30,7 @@ class Slice:
     """A change of some rows (dim 0) or columns (dim 1) of a weight (o, i).
 
     index: (k,) int64, the rows or columns. delta: (k, i) or (o, k) fp32. base: samples of the weight that the change was
-    trained on (`store.base_samples`), empty where they are unknown.
+    trained on (`save_load.base_samples`), empty where they are unknown.
     """
 
     dim: int

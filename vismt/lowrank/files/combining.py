@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.files.store import same_base
+from vismt.lowrank.files.save_load import same_base
 from vismt.lowrank.files.updates import Updates, read_updates
 from vismt.lowrank.tensors import fits
 

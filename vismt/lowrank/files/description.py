@@ -1,7 +1,7 @@
 """An adapter folder as data: adapter.json, read strictly, and its tensors, checked before any model is looked at.
 
 adapter.json describes the layers, names the safetensors file with its SHA-256, and carries a digest of itself. What the file
-determines alone is checked here: types, ranges, the tensors of each layer. What needs a model is checked in store.py.
+determines alone is checked here: types, ranges, the tensors of each layer. What needs a model is checked in save_load.py.
 """
 
 from __future__ import annotations

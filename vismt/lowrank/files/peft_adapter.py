@@ -44,8 +44,8 @@ TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
 class PeftAdapter:
     """A folder that peft wrote, read but not compared with a model.
 
-    low_rank: by path, L = B (o, r), R = A (r, i or c*kh*kw). extras: whole parameters by name. stacks: factors of
-    target_parameters as they are saved, by key. what: name in messages.
+    low_rank: by path, with B (o, r) and A (r, i or c*kh*kw). extras: whole parameters by name. stacks: the factors of
+    target_parameters as they are saved, by key. what: its name in messages.
     """
 
     what: str

@@ -25,7 +25,7 @@ from vismt.base.errors import UserError
 from vismt.lowrank.files.peft_adapter import PREFIX, TENSORS, PeftAdapter, read_peft
 from vismt.lowrank.files.peft_layouts import padded_stack, stack_keys, stack_tensors, with_partners
 from vismt.lowrank.files.peft_settings import CONFIG, holds
-from vismt.lowrank.files.store import adapter_tensors, report_lost
+from vismt.lowrank.files.save_load import adapter_tensors, report_lost
 from vismt.lowrank.files.updates import of_peft, put_on
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.forms import LowRankParameter

@@ -1,4 +1,4 @@
-"""Factors of weights that a module reads itself (held.py) in peft's files: other keys, another order (peft 0.21).
+"""Factors of weights that a module reads itself (parameter_modules.py) in peft's files: other keys, another order (peft 0.21).
 
 experts     owner.lora_A (e*r, i), owner.lora_B (o, r*e), the expert last; one `base_layer` deeper for each parameter of the
             owner that is adapted and declared later; named in target_parameters

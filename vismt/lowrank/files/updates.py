@@ -1,6 +1,6 @@
 """Low-rank updates apart from a model: read from a folder or an adapted model, and put on a stock one as method 'lora'.
 
-An update is that against the stock weight, scale L R. It includes a start that is kept (PiSSA, CorDA: rank 2r, [A; A0] and
+An update is that against the stock weight, scale B A. It includes a start that is kept (PiSSA, CorDA: rank 2r, [A; A0] and
 [B, -B0]), cores (PoLAR), blocks (split_qkv) and the gates of one user (iLoRA, inside `instance_gates`). Updates without such
 a form are refused: a router that still routes (EMTAL), slices and whole layers (S2FT, LISA).
 """
@@ -19,7 +19,7 @@ from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.description import DESCRIPTION, check_tensors, layer_shapes, read_adapter
 from vismt.lowrank.files.peft_adapter import PeftAdapter, read_peft, stacks_on
 from vismt.lowrank.files.peft_settings import CONFIG
-from vismt.lowrank.files.store import (
+from vismt.lowrank.files.save_load import (
     base_samples,
     fill,
     other_base,
@@ -42,7 +42,7 @@ class Updates:
 
     low_rank: by module path; a convolution's is of its weight as a matrix (o, c*kh*kw).
     also_train: parameters that were trained whole, by name.
-    base: some values of the weights it was made for (`store.base_samples`), empty where they are not known.
+    base: some values of the weights it was made for (`save_load.base_samples`), empty where they are not known.
     peft: the folders that peft wrote, where it comes from such: their settings have to be compared with a model.
     name: of the adapter in messages.
     """

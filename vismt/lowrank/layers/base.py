@@ -344,11 +344,6 @@ def inner_module(base: nn.Module) -> nn.Module:
     return inner
 
 
-def trained_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of trained tensors on `weight`: fp64 for fp64, fp32 for half precision and packed bytes too."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Return every adapter layer of the model by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}

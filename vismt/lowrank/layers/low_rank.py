@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.base.registry import Registry
 from vismt.lowrank.factors import LowRank, times_core
-from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, register_module, spec_of, trained_dtype
+from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, register_module, spec_of
 from vismt.lowrank.layers.gates import fixed_gates, gated, sample_gates
 from vismt.lowrank.layers.parameter_modules import ParameterModule
 from vismt.lowrank.layers.stock_modules import KINDS, matrix_shape, weight_format
+from vismt.lowrank.svd import working_dtype
 
 CORES = ("", "full", "diagonal")
 # The form of a low-rank layer for each kind of stock module (stock_modules.py), and for a prequantized weight.
@@ -95,7 +96,7 @@ class LowRankLayer(AdapterLayer):
         self.rank, self.scale, self.dropout = rank, scale, dropout
         out_features, in_features = matrix_shape(base)
         self.blocks = blocks or (out_features,)
-        where: dict[str, Any] = {"device": self.weight.device, "dtype": dtype or trained_dtype(self.weight)}
+        where: dict[str, Any] = {"device": self.weight.device, "dtype": dtype or working_dtype(self.weight)}
         self.lora_A = nn.Parameter(torch.empty(len(self.blocks) * rank, in_features, **where))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, **where))
         self.lora_C = nn.Parameter(torch.zeros(core, **where)) if core else None
@@ -294,7 +295,7 @@ class LowRankLayer(AdapterLayer):
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """Return the stock module with W + DeltaW, summed in fp32 (fp64 for fp64) and rounded once to the weight's dtype."""
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        dtype = working_dtype(self.weight)
         total = self.matrix(self.weight).to(dtype, copy=True)
         for start in (False, True):
             A, B = (self.lora_A0, self.lora_B0) if start else (self.right(), self.left_with_gates())

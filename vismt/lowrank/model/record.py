@@ -101,8 +101,8 @@ def record_of(model: nn.Module) -> AdaptRecord | None:
 def names_of(model: nn.Module) -> list[str]:
     """Return the names of the adapters that the model carries, the active one first."""
     record, shelf = record_of(model), model._modules.get(SHELF)
-    parked: Any = shelf.children() if shelf is not None else ()
-    return [*([record.name] if record else []), *(adapter.record.name for adapter in parked)]
+    others: Any = shelf.children() if shelf is not None else ()
+    return [*([record.name] if record else []), *(adapter.record.name for adapter in others)]
 
 
 def refuse_others(model: nn.Module, what: str) -> None:

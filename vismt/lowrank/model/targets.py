@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,7 +30,9 @@ from vismt.lowrank.layers.parameter_modules import (
     readable_parameters,
 )
 from vismt.lowrank.layers.stock_modules import KINDS, LINEAR, kind_of, weight_format
-from vismt.lowrank.model.patterns import Pattern, PatternError, compiled
+
+if TYPE_CHECKING:
+    from vismt.lowrank.model.patterns import Pattern
 
 HEAD_NAMES = {"head", "fc", "classifier", "score", "lm_head"}
 READ_DIRECTLY = (
@@ -241,6 +243,8 @@ def matches(pattern: str, path: str) -> bool:
 
 def expression(name: str, pattern: str) -> Pattern:
     """Return a compiled expression of module paths; UserError, which starts with `name`, for a malformed one."""
+    from vismt.lowrank.model.patterns import PatternError, compiled  # most targets are suffixes
+
     try:
         return compiled(pattern)
     except PatternError as error:

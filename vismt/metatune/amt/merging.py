@@ -11,7 +11,6 @@ weights, exactly (the code: an unseeded randomised SVD).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.lowrank.model.targets import check_patterns, pattern_value
@@ -44,13 +43,17 @@ class PoolNet(nn.Module):
         The average of logits has no mixture. The pool is not changed.
         """
         strategy, pool = self.settings.strategy, self.pool
+        equal = pool.uniform()
+        experts = torch.eye(len(pool)).to(equal)  # the mixtures of one expert alone
         if strategy == "logits":
-            experts = [self._one_hot(index) for index in range(len(pool))]
             return LogitAverage([self._task(zeta, support_images, support_labels, batch) for zeta in experts])
-        if strategy in ("average", "expert"):
-            zeta = self._average() if strategy == "average" else self._one_hot(pool.index(str(self.settings.expert)))
+        if strategy == "expert":
+            zeta = experts[pool.index(str(self.settings.expert))]
+        elif strategy == "average":
+            shares = self.settings.shares
+            zeta = torch.tensor([shares.get(label, 0.0) for label in pool.labels]).to(equal) if shares else equal
         elif len(pool) == 1:
-            zeta = pool.uniform()
+            zeta = equal
         else:
             zeta = RULES[strategy](self.support(support_images, support_labels, batch), self.settings)
         return self.task(zeta, support_images, support_labels, batch=batch)
@@ -101,17 +104,6 @@ class PoolNet(nn.Module):
     def _apply(self, fn: object, recurse: bool = True) -> PoolNet:
         self._kept.clear()  # these are on the old device, in the old dtype
         return super()._apply(fn, recurse)
-
-    def _average(self) -> Tensor:
-        """Return the configured shares (P,), else 1/P for every expert."""
-        if not self.settings.shares:
-            return self.pool.uniform()
-        return torch.tensor([self.settings.shares.get(label, 0.0) for label in self.pool.labels]).to(
-            self.pool.uniform()
-        )
-
-    def _one_hot(self, index: int) -> Tensor:
-        return F.one_hot(torch.tensor(index), len(self.pool)).to(self.pool.uniform())
 
     def _task(self, zeta: Tensor, support: Tensor, labels: Tensor, batch: int) -> PrototypeClassifier:
         backbone = WithWeights(self.pool.backbone, self.weights(zeta), lasting=self.lasting(zeta))

@@ -129,7 +129,7 @@ class AdversarialObjective(nn.Module):
         strength = min(1.0, (number + 1) / adversary.warmup) if adversary.warmup else 1.0
         gamma = 0.0 if adversary.weight_attack == "none" else strength * adversary.gamma
         named = self.proto.backbone.named_parameters()
-        factors = {name: p for name, p in named if _is_factor(name) and p.requires_grad}
+        factors = {name: p for name, p in named if name.endswith(("lora_A", "lora_B")) and p.requires_grad}
 
         # ---- at theta: the input attack needs the predictions, the weight attack their graph
         centres = prototypes(self.proto.backbone(support), truth)
@@ -277,10 +277,6 @@ def trades(
     first, second = (log_clean, log_adversarial) if kl == "clean_adv" else (log_adversarial, log_clean)
     distance = F.kl_div(second, first, reduction="batchmean", log_target=True)
     return F.nll_loss(log_clean, labels) + weight * distance, distance
-
-
-def _is_factor(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in ("lora_A", "lora_B")
 
 
 @torch.no_grad()

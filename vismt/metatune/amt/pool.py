@@ -26,7 +26,7 @@ from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.combining import combine
 from vismt.lowrank.files.description import DESCRIPTION, read_description
-from vismt.lowrank.files.store import load_adapter
+from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.files.updates import Updates, check_combinable, read_updates
 from vismt.lowrank.model.named import unadapt
 from vismt.storage.files import atomic_write, read_sealed, sealed
@@ -81,7 +81,7 @@ class ExpertPool(nn.Module):
             weight = self.backbone.vit.get_submodule(path).weight.detach()
             dtype = torch.promote_types(weight.dtype, torch.float32)
             update = update.to(dtype=dtype)
-            total = torch.addmm(weight.flatten(1).to(dtype), update.L, update.R, alpha=update.scale)
+            total = torch.addmm(weight.flatten(1).to(dtype), update.B, update.A, alpha=update.scale)
             merged[f"vit.{path}.weight"] = total.view(weight.shape).to(weight.dtype)
         self._latest = zeta.clone(), merged
         return dict(merged)
@@ -109,8 +109,8 @@ class ExpertPool(nn.Module):
 
     def _combined(self, zeta: Tensor) -> Updates:
         shares = torch.cat([zeta, zeta.sum()[None]]).tolist()  # the shared update, if any, counts once
-        terms = [(update, share) for update, share in zip(self.updates, shares) if share]
-        return combine(*zip(*terms))
+        used = [index for index, share in enumerate(shares) if share]
+        return combine([self.updates[index] for index in used], [shares[index] for index in used])
 
     def uniform(self) -> Tensor:
         """Return 1/P for every expert."""
@@ -131,7 +131,7 @@ class ExpertPool(nn.Module):
             replace(
                 update,
                 low_rank={
-                    path: replace(factors, B=change(factors.L), A=change(factors.R))
+                    path: replace(factors, B=change(factors.B), A=change(factors.A))
                     for path, factors in update.low_rank.items()
                 },
             )
@@ -245,9 +245,9 @@ def _same_columns(updates: Sequence[LowRank]) -> Tensor | None:
     for update in others:
         if (update.shape, update.rank, update.scale) != (first.shape, first.rank, first.scale):
             return None
-        same &= (update.L == first.L).all(0) & (update.R == first.R).all(1)
+        same &= (update.B == first.B).all(0) & (update.A == first.A).all(1)
     return same
 
 
 def _columns(update: LowRank, kept: Tensor) -> LowRank:
-    return LowRank(update.L[:, kept], update.R[kept], scale=update.scale)
+    return LowRank(update.B[:, kept], update.A[kept], scale=update.scale)

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -161,11 +162,18 @@ def finetune(
         tensors = {name: _usable(value) for name, value in named} | start
         kind = _AllParameters if settings.parameters == "all" else _AttentionScale
         tuned = kind(backbone, tensors)
-        task = _SupportTuning(
-            backbone, tensors, tuned, _usable(support), _usable(labels).long(), scale, settings, attack
-        )
+        mean, std = (getattr(backbone, name, None) for name in ("mean", "std"))
         if float(settings.lr) > 0:
-            task.run()
+            _tune(
+                lambda images, weights: functional_call(backbone, {**tensors, **weights}, (images,)),
+                tuned,
+                _usable(support),
+                _usable(labels).long(),
+                _usable(scale) if isinstance(scale, Tensor) else scale,
+                settings,
+                partial(diff_augment, probability=settings.probability, mean=mean, std=std),
+                attack or partial(_pgd, epsilon=settings.epsilon, steps=settings.attack_steps),
+            )
         return start | {name: tensor.detach().clone() for name, tensor in tuned.weights().items()}
 
 
@@ -280,13 +288,6 @@ def _unsupported(module: nn.Module, qkv: nn.Module | None) -> str:
     return ""
 
 
-def scaled_queries(tensor: Tensor, factor: Tensor, site: QueryRows) -> Tensor:
-    """Multiply the query rows of head h in `tensor` (o, ...) by factor[h]; factor (heads,). Differentiable in both."""
-    rows = factor.repeat_interleave(site.rows // site.heads).to(tensor.dtype)
-    queries = tensor[: site.rows] * rows.view(-1, *[1] * (tensor.ndim - 1))
-    return torch.cat([queries, tensor[site.rows :]])
-
-
 class _AttentionScale:
     """A factor for each head of every attention. tensors: of the backbone, by name."""
 
@@ -297,64 +298,52 @@ class _AttentionScale:
         ]
 
     def weights(self) -> dict[str, Tensor]:
-        return {
-            name: scaled_queries(self._tensors[name], factor, site)
-            for site, factor in zip(self._heads, self.leaves)
-            for name in site.tensors
-        }
+        scaled = {}
+        for site, factor in zip(self._heads, self.leaves):
+            rows = factor.repeat_interleave(site.rows // site.heads)
+            for name in site.tensors:
+                tensor = self._tensors[name]
+                queries = tensor[: site.rows] * rows.to(tensor.dtype).view(-1, *[1] * (tensor.ndim - 1))
+                scaled[name] = torch.cat([queries, tensor[site.rows :]])
+        return scaled
 
 
-@dataclass
-class _SupportTuning:
-    """The fine-tuning on one support set. tensors: of the backbone, by name; tuned: the leaves that replace some of them."""
+def _tune(
+    run: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
+    tuned: _AllParameters | _AttentionScale,
+    support: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    settings: FineTuneSettings,
+    augmented: Callable[[Tensor, torch.Generator], Tensor],
+    attack: SupportAttack,
+) -> None:
+    """Take the steps of the fine-tuning on one support set, in place, in the leaves of `tuned`.
 
-    backbone: nn.Module
-    tensors: Mapping[str, Tensor]
-    tuned: _AllParameters | _AttentionScale
-    support: Tensor
-    labels: Tensor
-    scale: float | Tensor
-    settings: FineTuneSettings
-    attack: SupportAttack | None
+    run: (images, tuned weights) -> features. augmented: (images, generator) -> images.
+    """
+    generator = torch.Generator().manual_seed(mix_seed(settings.seed, "fine-tuning"))
+    optimiser = torch.optim.Adam(tuned.leaves, lr=float(settings.lr))
+    for step in range(settings.steps):
+        weights = tuned.weights()
+        centres = prototypes(run(support, weights), labels)
+        views = augmented(support, generator)
+        if settings.adversarial:
+            fixed, middle = {name: tensor.detach() for name, tensor in weights.items()}, centres.detach()
 
-    def run(self) -> None:
-        settings = self.settings
-        scale = _usable(self.scale) if isinstance(self.scale, Tensor) else self.scale
-        generator = torch.Generator().manual_seed(mix_seed(settings.seed, "fine-tuning"))
-        mean, std = (getattr(self.backbone, name, None) for name in ("mean", "std"))
-        optimiser = torch.optim.Adam(self.tuned.leaves, lr=float(settings.lr))
-        for step in range(settings.steps):
-            weights = self.tuned.weights()
-            centres = prototypes(self._features(self.support, weights), self.labels)
-            views = diff_augment(self.support, generator, probability=settings.probability, mean=mean, std=std)
-            if settings.adversarial:
-                views = self._attacked(views, weights, centres, scale)
-            loss = F.cross_entropy(cosine_logits(self._features(views, weights), centres, scale), self.labels)
-            if not bool(loss.isfinite()):
-                where = f"the loss is {loss.item()} in step {step + 1} at lr {settings.lr}"
-                raise LossNotFinite(
-                    f"fine-tuning: {where}: lower lr, or check for images or weights that are not finite."
-                )
-            # Not .backward(): the attack's logits and the caller's graph, if any, must not collect gradients.
-            gradients = torch.autograd.grad(loss, self.tuned.leaves, allow_unused=True)
-            for leaf, gradient in zip(self.tuned.leaves, gradients):
-                leaf.grad = gradient
-            optimiser.step()
+            def logits(changed: Tensor, fixed: Mapping[str, Tensor] = fixed, middle: Tensor = middle) -> Tensor:
+                return cosine_logits(run(changed, fixed), middle, scale)
 
-    def _features(self, images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        return functional_call(self.backbone, {**self.tensors, **weights}, (images,))
-
-    def _attacked(
-        self, images: Tensor, weights: Mapping[str, Tensor], centres: Tensor, scale: float | Tensor
-    ) -> Tensor:
-        fixed, centres = {name: tensor.detach() for name, tensor in weights.items()}, centres.detach()
-
-        def logits(changed: Tensor) -> Tensor:
-            return cosine_logits(self._features(changed, fixed), centres, scale)
-
-        if self.attack is not None:
-            return self.attack(images, self.labels, logits).detach()
-        return _pgd(images, self.labels, logits, self.settings.epsilon, self.settings.attack_steps)
+            views = attack(views, labels, logits).detach()
+        loss = F.cross_entropy(cosine_logits(run(views, weights), centres, scale), labels)
+        if not bool(loss.isfinite()):
+            where = f"the loss is {loss.item()} in step {step + 1} at lr {settings.lr}"
+            raise LossNotFinite(f"fine-tuning: {where}: lower lr, or check for images or weights that are not finite.")
+        # Not .backward(): the attack's logits and the caller's graph, if any, must not collect gradients.
+        gradients = torch.autograd.grad(loss, tuned.leaves, allow_unused=True)
+        for leaf, gradient in zip(tuned.leaves, gradients):
+            leaf.grad = gradient
+        optimiser.step()
 
 
 def _pgd(images: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor], epsilon: float, steps: int) -> Tensor:
@@ -387,11 +376,19 @@ def choose_rate(
         labels: (s,) in 0..N-1, every class present.
         seed: of the crops.
     """
-    folds = held_out(labels)
+    alone = (labels[:, None] == labels).sum(1) == 1
+    crops = [augment(support[alone], mix_seed(seed, "crops", view)) for view in range(VIEWS)]
     best, chosen = -1.0, 0.0
     for rate in RATES:
+        right = []
         try:
-            right = [_judge(tune, support, labels, mask, rate, seed) for mask in folds]
+            for mask in held_out(labels):
+                tuned = tune(support[~mask], labels[~mask], rate)
+                judged = torch.cat([support[mask], *crops])
+                truth = torch.cat([labels[mask], labels[alone].repeat(VIEWS)])
+                with torch.no_grad():
+                    centres = prototypes(tuned(support[~mask]), labels[~mask])
+                    right.append(cosine_logits(tuned(judged), centres).argmax(1) == truth)
         except LossNotFinite:
             continue
         share = float(torch.cat(right).double().mean())
@@ -406,22 +403,3 @@ def held_out(labels: Tensor) -> list[Tensor]:
     place, count = same.tril(-1).sum(1), same.sum(1)
     masks = [(count > 1) & (place % 2 == half) for half in (0, 1)]
     return masks if bool(masks[0].any()) else masks[:1]
-
-
-def _judge(
-    tune: Callable[[Tensor, Tensor, float], Features],
-    support: Tensor,
-    labels: Tensor,
-    mask: Tensor,
-    rate: float,
-    seed: int,
-) -> Tensor:
-    """Return whether each held-out image, and each crop of a single image, is classified right."""
-    alone = (labels[:, None] == labels).sum(1) == 1
-    crops = [augment(support[alone], mix_seed(seed, "crops", view)) for view in range(VIEWS)]
-    judged = torch.cat([support[mask], *crops])
-    truth = torch.cat([labels[mask], labels[alone].repeat(VIEWS)])
-    features = tune(support[~mask], labels[~mask], rate)
-    with torch.no_grad():
-        centres = prototypes(features(support[~mask]), labels[~mask])
-        return cosine_logits(features(judged), centres).argmax(1) == truth

@@ -188,7 +188,11 @@ class EpisodeRunner:
             classifier = PackedClassifier(packed, counts)
         images = torch.cat([outcome.query for outcome in outcomes])
         labels = torch.cat([outcome.episode.query_labels for outcome in outcomes])
-        keys = [key for task in group for key in self._keys(attack.seed, task)]
+        # The random numbers of a query are a function of its key.
+        places = [
+            (task.index, *divmod(place, self.batch)) for task in group for place in range(len(task.outcome.query))
+        ]
+        keys = [(mix_seed(attack.seed, index, part), position) for index, part, position in places]
         # `search` of an attack on this classifier also tells what it counts as broken.
         perturb: Any = getattr(run, "search", run.perturb)
         changed, found = [], []
@@ -208,11 +212,6 @@ class EpisodeRunner:
             lost = torch.cat([outcome.lost(part, name).cpu() for outcome, part in zip(found, parts, strict=True)])
             for outcome, own in zip(outcomes, lost.split(counts), strict=True):
                 outcome.lost[name] = int(own.sum())
-
-    def _keys(self, seed: int, task: _Task) -> list[tuple[int, int]]:
-        """Return the key of each query of a task, of which its random numbers are a function."""
-        places = (divmod(place, self.batch) for place in range(len(task.outcome.query)))
-        return [(mix_seed(seed, task.index, part), position) for part, position in places]
 
     @torch.no_grad()
     def _logits(

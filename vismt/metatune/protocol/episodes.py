@@ -265,15 +265,15 @@ class VariableSampler(LabelledSet):
             raise UserError(
                 f"episodes: 1 image in {_shorten(single)}, support and query need 2: leave these classes out."
             )
-        self._groups = self.groups(min_ways) if nodes is None else self._node_leaves(nodes)
-
-    def _node_leaves(self, nodes: Sequence[Sequence[int]]) -> list[Tensor]:
+        if nodes is None:
+            self._groups = self.groups(min_ways)
+            return
         leaves = [self.classes[torch.isin(self.classes, torch.as_tensor(list(node)))] for node in nodes]
-        usable = [group for group in leaves if self.min_ways <= len(group) <= self.max_leaves]
-        if not usable:
-            span = f"{self.min_ways} to {self.max_leaves}"
-            raise UserError(f"episodes: none of {len(nodes)} nodes has {span} leaf classes here: lower min_ways.")
-        return usable
+        self._groups = [group for group in leaves if min_ways <= len(group) <= max_leaves]
+        if not self._groups:
+            raise UserError(
+                f"episodes: none of {len(nodes)} nodes has {min_ways} to {max_leaves} leaf classes here: lower min_ways."
+            )
 
     def __getitem__(self, index: int) -> Episode:
         generator = self.generator(index)

@@ -104,7 +104,10 @@ def run_protocol(
     Raises:
         UserError: Fewer than 2 episodes, two attacks with the same text, or records that do not fit or cannot be written.
     """
-    conditions = _conditions(attacks, sampler, data)
+    texts = [attack.describe(sampler.min_ways) for attack in attacks]
+    if len({"clean", *texts}) <= len(texts):
+        raise UserError(f"evaluate {data}: two conditions have the same text in {texts}: leave one out.")
+    conditions = dict(zip(texts, attacks, strict=True))
     if features not in FEATURES:
         raise UserError(f"evaluate {data}: features '{features}'.{near(str(features), FEATURES)}")
     if episodes < 2:
@@ -185,16 +188,6 @@ def clean_logits(
     with evaluating(module), stores[""]:
         for block in console.track(run.blocks(episodes), "eval", label):
             yield from ((outcome.logits, outcome.episode.query_labels) for outcome in run(block).values())
-
-
-def _conditions(
-    attacks: Sequence[QueryPerturbation | PreparedPerturbation], sampler: Sampler, data: str
-) -> dict[str, QueryPerturbation | PreparedPerturbation]:
-    """Return the attacks by their texts. Raises UserError for two with the same text."""
-    texts = [attack.describe(sampler.min_ways) for attack in attacks]
-    if len({"clean", *texts}) <= len(texts):
-        raise UserError(f"evaluate {data}: two conditions have the same text in {texts}: leave one out.")
-    return dict(zip(texts, attacks, strict=True))
 
 
 def _stores(sets: Mapping[str, PixelStore], *, read: bool) -> dict[str, FeatureStore]:

@@ -8,9 +8,6 @@ the results of minimal-norm attacks may, is put back to the image.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -71,7 +68,10 @@ def foreign(
 
 def _attacked(victim: Victim, wave: Wave, kind: Any, options: dict[str, Any], name: str, seed: int) -> Tensor:
     model = _Model(victim, wave.rows).eval()
-    with _seeded(seed):
+    # Some attacks reset the global seed, and that of every CUDA device.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
         try:
             return kind(model, **options)(wave.clean, wave.labels).detach().float()
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
@@ -81,27 +81,13 @@ def _attacked(victim: Victim, wave: Wave, kind: Any, options: dict[str, Any], na
 
 def attack_class(name: str) -> Any:
     """Return a class of torchattacks by name."""
-    library = _torchattacks()
-    names = [key for key, value in vars(library).items() if inspect.isclass(value)]
-    if name not in names:
-        raise UserError(f"attack {PREFIX}{name}: torchattacks has no '{name}'.{near(name, names)}")
-    return getattr(library, name)
-
-
-def _torchattacks() -> ModuleType:
     try:
         import torchattacks
     except ImportError as error:
         raise UserError(
             f'attacks named {PREFIX}NAME need torchattacks: pip install "vismt[attacks]"; the others need nothing.'
         ) from error
-    return torchattacks
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Fork and seed the torch generators: some attacks reset the global seed, and that of every CUDA device."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+    names = [key for key, value in vars(torchattacks).items() if inspect.isclass(value)]
+    if name not in names:
+        raise UserError(f"attack {PREFIX}{name}: torchattacks has no '{name}'.{near(name, names)}")
+    return getattr(torchattacks, name)

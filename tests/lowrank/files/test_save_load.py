@@ -15,7 +15,7 @@ from torch import nn
 
 import vismt
 from vismt.base.errors import UserError
-from vismt.lowrank.files import store
+from vismt.lowrank.files import save_load as store
 from vismt.storage import files
 
 

@@ -17,7 +17,7 @@ import vismt
 from vismt.base.errors import UserError
 from vismt.llm import collect_covariance, instance_gates
 from vismt.lowrank import combine, read_updates
-from vismt.lowrank.files import store
+from vismt.lowrank.files import save_load as store
 from vismt.lowrank.layers.base import adapter_layers
 
 LAYERS = ["attn.qkv", "mlp.fc1"]
