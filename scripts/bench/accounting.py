@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,76 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vismt.base.errors import UserError, near
-from vismt.lowrank.model.record import count_parameters
 
 STATE_COPIES = {"adamw": 2, "adam": 2, "sgd_momentum": 1, "sgd": 0}
-
-
-@dataclass(frozen=True)
-class Account:
-    """Counts of parameters and bytes; a field that was not measured is None.
-
-    trainable, total: numbers of parameters, shared ones once.
-    weight_bytes: parameters and buffers. gradient_bytes: gradients that exist now.
-    activation_bytes: saved for backward by one forward pass.
-    optimizer_bytes: state that the optimiser holds now.
-    optimizer_bytes_formula: copies of the trainable parameters that this kind of optimiser keeps, in bytes.
-    peak_bytes: most bytes alive at once in a training step, without what existed before the first one.
-    """
-
-    trainable: int
-    total: int
-    weight_bytes: int = 0
-    gradient_bytes: int = 0
-    activation_bytes: int | None = None
-    optimizer_bytes: int | None = None
-    optimizer_bytes_formula: int | None = None
-    peak_bytes: int | None = None
-
-    def __str__(self) -> str:
-        share = 100 * self.trainable / self.total if self.total else 0.0
-        lines = [f"parameters        {self.trainable:,} trainable of {self.total:,} ({share:.2f} %)"]
-        for label, size in (
-            ("weights", self.weight_bytes),
-            ("gradients", self.gradient_bytes),
-            ("activations", self.activation_bytes),
-            ("optimiser", self.optimizer_bytes),
-            ("optimiser formula", self.optimizer_bytes_formula),
-            ("peak of a step", self.peak_bytes),
-        ):
-            if size is not None:
-                lines.append(f"{label:<18}{size / 2**20:,.2f} MiB")
-        return "\n".join(lines)
-
-
-def account(
-    model: nn.Module,
-    forward: Callable[[], object] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-    kind: str | None = None,
-    step: Callable[[], object] | None = None,
-) -> Account:
-    """Return all counts of one model.
-
-    Args:
-        model: any module.
-        forward: runs one forward pass, loss included, and returns what must stay alive for the backward pass.
-        optimizer: after at least one step, for the measured state.
-        kind: "adamw", "adam", "sgd_momentum" or "sgd", for the formula.
-        step: runs one whole training step (forward, backward, optimiser), for the peak; it is called twice, last of all.
-    """
-    trainable, total = count_parameters(model)
-    chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Account(
-        trainable,
-        total,
-        weight_bytes(model),
-        gradient_bytes(model),
-        None if forward is None else saved_activation_bytes(model, forward),
-        None if optimizer is None else optimizer_bytes(optimizer),
-        None if kind is None else optimizer_bytes_formula(chosen, kind),
-        None if step is None else peak_bytes(step),
-    )
 
 
 def weight_bytes(model: nn.Module) -> int:

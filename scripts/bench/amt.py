@@ -11,14 +11,14 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from scripts.bench import amt_released
-from scripts.bench.timing import Comparison, Timing, interleave
+from scripts.bench.timing import Ratios, interleave
 from vismt.backbones.vit import Backbone, create
 from vismt.lowrank.files.save_load import save_adapter
 from vismt.lowrank.model.named import unadapt
@@ -34,28 +34,7 @@ VISMT, RELEASED, DEFAULT = "vismt", "as released", "vismt, default form"
 ADVERSARY = Adversary(support="clean", gamma=5e-3)
 
 
-@dataclass(frozen=True)
-class AmtResult:
-    """Timing of a piece of work; `str` gives the table. target: largest ratio of "vismt" to "as released"."""
-
-    title: str
-    timing: Timing
-    target: float
-
-    def __str__(self) -> str:
-        lines = [self.title, f"{'':<22}{'vs released':>13}{'min..max':>15}{'target':>9}"]
-        for name in self.timing.seconds:
-            median, low, high = self.timing.ratio(name, RELEASED)
-            target = f"{self.target:.2f}" if name == VISMT else ""
-            lines.append(f"{name:<22}{median:>13.3f}{f'{low:.2f}..{high:.2f}':>15}{target:>9}")
-        return "\n".join(lines)
-
-    def comparisons(self) -> list[Comparison]:
-        """Return the ratio that has a target."""
-        return [self.timing.compare(VISMT, RELEASED, self.target)]
-
-
-def run(rounds: int = 9, device: str = "cpu") -> list[AmtResult]:
+def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
     """Time the training step, then tasks of 5 and of 1 shot, each without and with augmented support.
 
     "vismt, default form" recomputes the prototypes at the perturbed weights: another loss, shown for its cost.
@@ -106,7 +85,7 @@ def random_pool(backbone: Backbone, experts: int, rank: int) -> ExpertPool:
         return ExpertPool(trained, pool)
 
 
-def _training(backbone: Backbone, rounds: int, device: torch.device) -> AmtResult:
+def _training(backbone: Backbone, rounds: int, device: torch.device) -> Ratios:
     net = ProtoNet(copy.deepcopy(backbone))
     adapt(net.backbone.vit, "amt", rank=RANK)
     batch, twin = episode(5, QUERIES, SIZE, device), amt_released.released_net(net)
@@ -117,7 +96,9 @@ def _training(backbone: Backbone, rounds: int, device: torch.device) -> AmtResul
         DEFAULT: _training_step(net, batch, replace(ADVERSARY, support="perturbed")),
     }
     title = f"training step, 5-way 5-shot, {QUERIES} queries a class, T={ADVERSARY.steps}"
-    return AmtResult(title, interleave(candidates, rounds, label="training step", device=device), 0.75)
+    return Ratios(
+        title, interleave(candidates, rounds, label="training step", device=device), [(VISMT, RELEASED, 0.75)]
+    )
 
 
 def _training_step(net: ProtoNet, batch: dict[str, Tensor], adversary: Adversary) -> Callable[[], None]:
@@ -143,7 +124,7 @@ def _task(
     target: float,
     rounds: int,
     device: torch.device,
-) -> AmtResult:
+) -> Ratios:
     net, batch = PoolNet(pool, settings), episode(shots, 0, SIZE, device)
     support, labels = batch["support"], batch["support_labels"]
     candidates = {
@@ -151,4 +132,4 @@ def _task(
         RELEASED: lambda: amt_released.task(twin, support, labels, settings),
     }
     title = f"scoring and merging, {WAYS}-way {shots}-shot, {len(pool)} experts, augmented: {'yes' if settings.augment else 'no'}"
-    return AmtResult(title, interleave(candidates, rounds, label=title, device=device), target)
+    return Ratios(title, interleave(candidates, rounds, label=title, device=device), [(VISMT, RELEASED, target)])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,55 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from scripts.bench.accounting import kept_bytes, saved_activation_bytes
-from scripts.bench.timing import Comparison, Timing, compare_bytes, interleave
+from scripts.bench.activations import Decoder
+from scripts.bench.timing import SAVED, Ratios, interleave
 from vismt.base.errors import UserError
 from vismt.engine.blocks import check_compile, compile_blocks, find_blocks
 from vismt.lowrank.recompute import recompute
 from vismt.methods import adapt
 
 RANK = 16
+SIZES = Decoder(hidden=512, ffn=1376, heads=8, kv_heads=8, head_dim=64, vocabulary=2048)
 LORA, PEFT, FULL = "vismt lora", "peft lora", "full fine-tuning"
 RECOMPUTE, COMPILE, HALF, PEFT_HALF = f"{LORA}, recompute", f"{LORA}, compile", f"{LORA}, bf16", f"{PEFT}, bf16"
 HALF_RECOMPUTE = f"{HALF}, recompute"
-# (row, base, largest ratio of times to reach); a target of None differs from model to model.
-TIMES = ((LORA, PEFT, None), (RECOMPUTE, LORA, 1.03), (HALF, PEFT_HALF, 0.90), (HALF, PEFT, 0.60))
+# (row, base, largest ratio of times to reach), the same for both models.
+TIMES = ((RECOMPUTE, LORA, 1.03), (HALF, PEFT_HALF, 0.90), (HALF, PEFT, 0.60))
 
 Loss = Callable[[nn.Module], Tensor]
 
 
-@dataclass(frozen=True)
-class CoreResult:
-    """Timing and saved activations of one model; `str` gives the table.
-
-    target: largest ratio of a LoRA step to peft's. saved_target: largest share of peft's activations with recompute.
-    """
-
-    title: str
-    timing: Timing
-    saved_bytes: dict[str, int]
-    target: float
-    saved_target: float
-
-    def __str__(self) -> str:
-        width = max(map(len, self.timing.seconds)) + 2
-        header = f"{'':<{width}}{'vs peft':>9}{'min..max':>15}{'vs full':>9}{'saved MB':>10}{'vs peft':>9}"
-        lines = [self.title, header]
-        for name in self.timing.seconds:
-            median, low, high = self.timing.ratio(name, PEFT)
-            full = self.timing.ratio(name, FULL)[0]
-            saved, share = self.saved_bytes[name] / 1e6, self.saved_bytes[name] / self.saved_bytes[PEFT]
-            times = f"{median:>9.3f}{f'{low:.2f}..{high:.2f}':>15}{full:>9.3f}"
-            lines.append(f"{name:<{width}}{times}{saved:>10.1f}{share:>9.3f}")
-        return "\n".join([*lines, *map(str, self.comparisons())])
-
-    def comparisons(self) -> list[Comparison]:
-        """Return the ratios that have a target."""
-        targets = [(name, base, self.target if target is None else target) for name, base, target in TIMES]
-        times = [self.timing.compare(*target) for target in targets]
-        return [*times, compare_bytes("saved activations", self.saved_bytes, RECOMPUTE, PEFT, self.saved_target)]
-
-
-def run(rounds: int = 9, device: str = "cpu") -> list[CoreResult]:
+def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
     """Measure both models."""
     where = torch.device(device)
     return [
@@ -83,8 +52,11 @@ def compare(
     rounds: int,
     device: torch.device,
     targets: tuple[float, float],
-) -> CoreResult:
-    """Time every variant of a model and count what it saves. head: path of the trained head."""
+) -> Ratios:
+    """Time every variant of a model and count what it saves.
+
+    head: path of the trained head. targets: largest ratio of a LoRA step to peft's, and of what LoRA with recompute saves.
+    """
     check_compile(model)
     variants = _variants(model, head)
     losses = {name: _recomputed(loss) if name.endswith("recompute") else loss for name in variants}
@@ -102,7 +74,9 @@ def compare(
         return call
 
     timing = interleave({name: step(name) for name in variants}, rounds, label=title, device=device)
-    return CoreResult(title, timing, saved, *targets)
+    time_target, saved_target = targets
+    times = [(LORA, PEFT, time_target), *TIMES]
+    return Ratios(title, timing, times, sizes={SAVED: saved}, size_targets=[(SAVED, RECOMPUTE, PEFT, saved_target)])
 
 
 def _recomputed(loss: Loss) -> Loss:
@@ -164,19 +138,19 @@ def _llama(device: torch.device) -> tuple[nn.Module, Loss, str]:
     return model, lambda variant: variant(input_ids=tokens, labels=tokens).loss, "lm_head"
 
 
-def llama(device: torch.device) -> nn.Module:
-    """Return a random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048."""
+def llama(device: torch.device, sizes: Decoder = SIZES, depth: int = 8) -> nn.Module:
+    """Return a random Llama."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
         raise UserError('this benchmark needs transformers: pip install "vismt[llm]".') from error
     torch.manual_seed(0)
     shape = LlamaConfig(
-        hidden_size=512,
-        num_hidden_layers=8,
-        intermediate_size=1376,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=2048,
+        hidden_size=sizes.hidden,
+        num_hidden_layers=depth,
+        intermediate_size=sizes.ffn,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        vocab_size=sizes.vocabulary,
     )
     return LlamaForCausalLM(shape).to(device)

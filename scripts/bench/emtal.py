@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from scripts.bench.accounting import saved_activation_bytes
 from scripts.bench.emtal_released import released
-from scripts.bench.timing import Comparison, Timing, interleave
+from scripts.bench.timing import SAVED, Ratios, interleave
 from vismt.lowrank.model.merge import merge
 from vismt.methods import adapt
 from vismt.multitask.emtal.method import set_fade
@@ -27,36 +26,7 @@ STOCK, MERGED, FADED, HALF = "stock timm", "vismt, merged", "vismt, faded (a = 1
 ROUTED, PLAIN, RELEASED = f"vismt, routed (a = {FADE})", "vismt lora", "as released"
 
 
-@dataclass(frozen=True)
-class EmtalResult:
-    """Timing of a piece of work; `str` gives the table.
-
-    targets: by base candidate, the smallest and largest ratio of `subject` to it that is to be reached. saved_bytes: saved
-    activations by candidate; empty where nothing is trained.
-    """
-
-    title: str
-    timing: Timing
-    subject: str
-    targets: dict[str, tuple[float, float]]
-    saved_bytes: dict[str, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        columns = "".join(f"{f'vs {base}':>15}{'min..max':>13}" for base in self.targets)
-        lines = [self.title, f"{'':<24}{columns}{'saved MB' if self.saved_bytes else '':>10}".rstrip()]
-        for name in self.timing.seconds:
-            ratios = (self.timing.ratio(name, base) for base in self.targets)
-            cells = "".join(f"{median:>15.3f}{f'{low:.2f}..{high:.2f}':>13}" for median, low, high in ratios)
-            saved = f"{self.saved_bytes[name] / 1e6:>10.1f}" if self.saved_bytes else ""
-            lines.append(f"{name:<24}{cells}{saved}")
-        return "\n".join([*lines, *map(str, self.comparisons())])
-
-    def comparisons(self) -> list[Comparison]:
-        """Return the ratios that have a target."""
-        return [self.timing.compare(self.subject, base, high, low) for base, (low, high) in self.targets.items()]
-
-
-def run(rounds: int = 9, device: str = "cpu") -> list[EmtalResult]:
+def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
     """Time the forward pass, then the training step."""
     import timm
 
@@ -119,18 +89,18 @@ def _routed(model: nn.Module, fade: float) -> nn.Module:
     return routed
 
 
-def _forward(title: str, model: nn.Module, images: Tensor, rounds: int, device: torch.device) -> EmtalResult:
+def _forward(title: str, model: nn.Module, images: Tensor, rounds: int, device: torch.device) -> Ratios:
     with torch.no_grad():
         calls = {name: partial(form, images) for name, form in forms(model).items()}
         timing = interleave(calls, rounds, label=title, device=device)
-    return EmtalResult(title, timing, MERGED, {STOCK: (0.98, 1.02)})
+    return Ratios(title, timing, [(MERGED, STOCK, 1.02, 0.98)])
 
 
 def _training(
     title: str, model: nn.Module, images: Tensor, labels: Tensor, rounds: int, device: torch.device
-) -> EmtalResult:
+) -> Ratios:
     compared = trainees(model)
     saved = {name: saved_activation_bytes(net, partial(loss_of, net, images, labels)) for name, net in compared.items()}
     steps = {name: step_of(net, images, labels) for name, net in compared.items()}
     timing = interleave(steps, rounds, label=title, device=device)
-    return EmtalResult(title, timing, ROUTED, {PLAIN: (0.0, 1.10), RELEASED: (0.0, 0.75)}, saved)
+    return Ratios(title, timing, [(ROUTED, PLAIN, 1.10), (ROUTED, RELEASED, 0.75)], sizes={SAVED: saved})

@@ -31,6 +31,7 @@ from scripts.bench.accounting import (
     weight_bytes,
 )
 from scripts.bench.activations import BlockTraining, Decoder, decoder_activation_bytes
+from scripts.bench.core import SIZES, llama
 from scripts.bench.timing import Comparison, Timing, compare_bytes, interleave
 from vismt.backbones.lm import create_lm
 from vismt.base.errors import UserError
@@ -39,7 +40,6 @@ from vismt.lowrank.model.record import count_parameters
 from vismt.methods import adapt
 
 RANK, ACTIVE, DEPTH, BATCH, LENGTH = 16, 2, 8, 4, 256
-SIZES = Decoder(hidden=512, ffn=1376, heads=8, kv_heads=8, head_dim=64, vocabulary=2048)
 LIKE = ("llama", "qwen2")  # the formula describes blocks of these types
 FULL, PLAIN, GATED = "full fine-tuning", "vismt lora", "vismt ilora"
 EXPERTS = 4
@@ -119,7 +119,7 @@ def run(rounds: int = 9, device: str = "cpu", name: str | None = None) -> list[M
     name: of a language model (see create_lm), None for the random Llama.
     """
     where = torch.device(device)
-    model = (_llama() if name is None else _named(name)).to(where).train()
+    model = (llama(where, SIZES, DEPTH) if name is None else _named(name).to(where)).train()
     sizes, depth = _sizes(model.config), model.config.num_hidden_layers
     tokens = torch.randint(sizes.vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).to(where)
     trainable, measured, predicted = {}, {}, {}
@@ -217,23 +217,6 @@ def _step(variant: Variant, tokens: Tensor) -> Callable[[], None]:
 def _loss(variant: Variant, tokens: Tensor) -> Tensor:
     with nullcontext() if variant.gates is None else instance_gates(variant.gates):
         return variant.model(input_ids=tokens, labels=tokens).loss
-
-
-def _llama() -> nn.Module:
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise UserError('bench memory needs transformers: pip install "vismt[llm]".') from error
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        hidden_size=SIZES.hidden,
-        num_hidden_layers=DEPTH,
-        intermediate_size=SIZES.ffn,
-        num_attention_heads=SIZES.heads,
-        num_key_value_heads=SIZES.kv_heads,
-        vocab_size=SIZES.vocabulary,
-    )
-    return LlamaForCausalLM(shape)
 
 
 def _named(name: str) -> nn.Module:

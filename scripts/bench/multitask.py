@@ -13,13 +13,12 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from scripts.bench.accounting import peak_bytes, weight_bytes
-from scripts.bench.timing import Comparison, Timing, compare_bytes, interleave
+from scripts.bench.timing import PEAK, Ratios, interleave
 from vismt.backbones.vit import create
 from vismt.methods import adapt
 from vismt.multitask.balancing.base import make_balancer
@@ -36,29 +35,7 @@ Batch = Mapping[str, Tensor]
 Step = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class MultitaskResult:
-    """Timing and peak memory of a training step; `str` gives the table."""
-
-    title: str
-    timing: Timing
-    peak_bytes: dict[str, int]
-
-    def __str__(self) -> str:
-        lines = [self.title, f"{'':<18}{'vs LibMTL':>10}{'min..max':>13}{'peak MiB':>10}{'vs LibMTL':>11}"]
-        for name in self.timing.seconds:
-            median, low, high = self.timing.ratio(name, PEER)
-            peak, share = self.peak_bytes[name] / 2**20, self.peak_bytes[name] / self.peak_bytes[PEER]
-            lines.append(f"{name:<18}{median:>10.3f}{f'{low:.2f}..{high:.2f}':>13}{peak:>10.1f}{share:>11.3f}")
-        return "\n".join([*lines, *map(str, self.comparisons())])
-
-    def comparisons(self) -> list[Comparison]:
-        """Return the ratios that have a target."""
-        peak = compare_bytes("peak memory", self.peak_bytes, VISMT, PEER, TARGET)
-        return [self.timing.compare(VISMT, PEER, TARGET), peak]
-
-
-def run(rounds: int = 9, device: str = "cpu") -> list[MultitaskResult]:
+def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
     """Measure a step of each way."""
     where = torch.device(device)
     tasks = [make_task({"name": "semseg", "classes": CLASSES}), make_task("depth"), make_task("normals")]
@@ -67,7 +44,7 @@ def run(rounds: int = 9, device: str = "cpu") -> list[MultitaskResult]:
     return [compare(f"{MODEL}, {BATCH} x {SIZE} px, {len(tasks)} tasks, {BALANCER}", net, tasks, batch, rounds)]
 
 
-def compare(title: str, net: DenseNet, tasks: Sequence[DenseTask], batch: Batch, rounds: int) -> MultitaskResult:
+def compare(title: str, net: DenseNet, tasks: Sequence[DenseTask], batch: Batch, rounds: int) -> Ratios:
     """Time a step of each way, and measure its peak."""
     adapted, full = copy.deepcopy(net), copy.deepcopy(net)
     adapted.stock.requires_grad_(False)
@@ -80,7 +57,9 @@ def compare(title: str, net: DenseNet, tasks: Sequence[DenseTask], batch: Batch,
     }
     peaks = {name: weight_bytes(nets[name]) + peak_bytes(step) for name, step in steps.items()}
     timing = interleave(steps, rounds, label=title, device=batch["image"].device)
-    return MultitaskResult(title, timing, peaks)
+    return Ratios(
+        title, timing, [(VISMT, PEER, TARGET)], sizes={PEAK: peaks}, size_targets=[(PEAK, VISMT, PEER, TARGET)]
+    )
 
 
 def make_net(model: str, size: int, tasks: Sequence[DenseTask]) -> DenseNet:

@@ -8,10 +8,8 @@ adapters and the same names (`adapter_names`). The logits of both have to agree,
 from __future__ import annotations
 
 import copy
-import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from scripts.bench.core import llama
-from scripts.bench.timing import Comparison, Timing, interleave
+from scripts.bench.timing import Ratios, interleave
 from vismt.base.errors import UserError
 from vismt.lowrank.files.peft_folder import export_peft
 from vismt.lowrank.model.mixed import adapters_per_sample
@@ -35,35 +33,14 @@ TARGETS = ((MIXED, ONE, 1.15), (MIXED, PEFT, 1.0))
 Call = Callable[..., Tensor]  # (net, **options of peft) -> logits or token ids
 
 
-@dataclass(frozen=True)
-class ServeResult:
-    """Timing of batches of `tokens` tokens; `str` gives the table."""
-
-    title: str
-    timing: Timing
-    tokens: int
-
-    def __str__(self) -> str:
-        lines = [self.title, f"{'':<20}{'tokens/s':>10}"]
-        for name, rounds in self.timing.seconds.items():
-            lines.append(f"{name:<20}{self.tokens / statistics.median(rounds):>10,.0f}")
-        return "\n".join([*lines, *map(str, self.comparisons())])
-
-    def comparisons(self) -> list[Comparison]:
-        """Return the ratios that have a target."""
-        return [self.timing.compare(*target) for target in TARGETS]
-
-
-def run(rounds: int = 9, device: str = "cpu") -> list[ServeResult]:
+def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
     """Time generation and forward passes."""
     where = torch.device(device)
     return serve(llama(where).eval(), rounds, where)
 
 
 @torch.no_grad()
-def serve(
-    model: nn.Module, rounds: int, device: torch.device, lengths: tuple[int, int] = (16, 128)
-) -> list[ServeResult]:
+def serve(model: nn.Module, rounds: int, device: torch.device, lengths: tuple[int, int] = (16, 128)) -> list[Ratios]:
     """Time batches of a causal LM. lengths: tokens of a prompt that is continued, and of one that is read."""
     servers = _servers(model)
     vocabulary = model.get_submodule("lm_head").weight.shape[0]
@@ -85,7 +62,7 @@ def serve(
     for title, call, tokens in works:
         steps = {name: partial(server, call) for name, server in servers.items()}
         timing = interleave(steps, rounds, label=title, device=device)
-        results.append(ServeResult(f"{title}, {ADAPTERS} prompts, rank {RANK}", timing, ADAPTERS * tokens))
+        results.append(Ratios(f"{title}, {ADAPTERS} prompts, {ADAPTERS * tokens} tokens, rank {RANK}", timing, TARGETS))
     return results
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from vismt.base import console
 from vismt.lowrank.contexts import one_thread
+
+SAVED, PEAK = "saved activations", "peak memory"  # kinds of bytes
 
 
 @dataclass(frozen=True)
@@ -65,21 +67,35 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratios:
-    """Timing of several candidates; `str` gives the table. targets: (candidate, base, largest ratio to reach)."""
+    """What a bench finds: the timing of several candidates and, by kind, the bytes that each takes; `str` gives the table.
+
+    targets: (candidate, base, largest ratio of times to reach, and where there is one the smallest).
+    sizes: bytes by candidate, by kind. size_targets: (kind, candidate, base, largest ratio to reach).
+    """
 
     title: str
     timing: Timing
-    targets: Sequence[tuple[str, str, float]]
+    targets: Sequence[tuple[str, str, float] | tuple[str, str, float, float]]
     unit: str = "CPU seconds"
+    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    size_targets: Sequence[tuple[str, str, str, float]] = ()
 
     def __str__(self) -> str:
-        lines = [self.title, f"{'':<22}{self.unit:>12}"]
-        lines += [f"{name:<22}{statistics.median(rounds):>12.4f}" for name, rounds in self.timing.seconds.items()]
+        width = max(map(len, self.timing.seconds)) + 2
+        bases = list(dict.fromkeys(target[1] for target in self.targets))
+        heads = [self.unit, *(f"vs {base}" for base in bases), *(f"{kind}, MB" for kind in self.sizes)]
+        lines = [self.title, f"{'':<{width}}" + "".join(f"{head:>{len(head) + 2}}" for head in heads)]
+        for name, seconds in self.timing.seconds.items():
+            cells = [f"{statistics.median(seconds):.4f}"]
+            cells += [f"{self.timing.ratio(name, base)[0]:.3f}" for base in bases]
+            cells += [f"{sizes[name] / 1e6:.1f}" for sizes in self.sizes.values()]
+            lines.append(f"{name:<{width}}" + "".join(f"{cell:>{len(head) + 2}}" for cell, head in zip(cells, heads)))
         return "\n".join([*lines, *map(str, self.comparisons())])
 
     def comparisons(self) -> list[Comparison]:
         """Return the ratios that have a target."""
-        return [self.timing.compare(*target) for target in self.targets]
+        times = [self.timing.compare(*target) for target in self.targets]
+        return [*times, *(compare_bytes(kind, self.sizes[kind], *target) for kind, *target in self.size_targets)]
 
 
 def interleave(

@@ -1,10 +1,10 @@
 """What a number belongs to: the identity of models, data and code, as a 128-bit digest (XXH3) of all that they consist of.
 
-A model is the values of all its tensors, the settings of its modules (every attribute that is not a tensor), its hooks, and the
-code of its classes as it runs: methods that were replaced on a class or an instance count, and so do global hooks. The code of
-an own function is its bytecode, defaults and closure, with the functions and values that it names, wherever they lead. That of a
-library is its version, the bytecode of the methods of the classes in use, and of the functions which these name. Our own package
-is versioned by its source files.
+A model consists of the values of all its tensors, the settings of its modules (every attribute that is not a tensor), its hooks,
+and the code of its classes as it runs: methods that were replaced on a class or an instance count, and so do global hooks. The
+code of an own function is its bytecode, defaults and closure, with the functions and values that it names, wherever they lead.
+That of a library is its version, the bytecode of the methods of the classes in use, and of the functions which these name. Our
+own package is versioned by its source files.
 
 What has no readable content (an open file, a generator) has no identity: `unknown` names it, and a caller computes again.
 Not seen: functions of a library that other functions of the library call, replaced from outside; what C code keeps; files that
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 import io
 import logging
 import os
@@ -25,8 +24,8 @@ import sysconfig
 import threading
 import types
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Collection, Iterable, Mapping
+from collections import deque
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -36,16 +35,14 @@ import xxhash
 from torch import Tensor, nn
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
-CONTAINERS = (dict, list, tuple, set, frozenset, deque, OrderedDict)
-INERT = (logging.Logger, type(threading.Lock()), type(threading.RLock()))  # no number depends on them
 CODE = (types.FunctionType, type)
+NO_CONTENT = (logging.Logger, type(threading.Lock()), type(threading.RLock()))  # no number depends on them
+# What holds functions: found in these attributes.
+WRAPPERS = (staticmethod, classmethod, property, functools.cached_property, type(functools.cache(str)))
+INSIDE = ("__func__", "fget", "fset", "func", "__wrapped__")
 OF_MODULE = frozenset(vars(nn.Module()))
 NO_NUMBER = OF_MODULE | {"save_pretrained"}  # `training` is the caller's choice; adapted models write merged files
 HOOKS = tuple(name for name in sorted(OF_MODULE) if name.endswith("_hooks"))
-# Attributes of a class by which Python describes it.
-DESCRIBING = {"__dict__", "__weakref__", "__doc__", "__module__", "__abstractmethods__", "_abc_impl", "__parameters__"}
-DESCRIBING |= {"__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__orig_bases__"}
-DESCRIBING |= {"__dataclass_fields__", "__dataclass_params__", "__firstlineno__", "__static_attributes__"}
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = tuple(
     {str(PACKAGE), *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))}
@@ -57,7 +54,6 @@ class Identity:
 
     Args:
         values: models, functions, tensors, images, arrays, plain values, other identities, and containers and objects of these.
-        instead: tensors that a model runs on in the place of its own, by the names of its parameters and buffers.
         skip: modules that do not compute.
 
     Attributes:
@@ -65,27 +61,18 @@ class Identity:
         foreign: code that is not of a library, or that replaces a library's, None where there is none.
     """
 
-    def __init__(
-        self, *values: Any, instead: Mapping[str, Tensor] | None = None, skip: Collection[nn.Module] = ()
-    ) -> None:
+    def __init__(self, *values: Any, skip: Collection[nn.Module] = ()) -> None:
         self.unknown: str | None = None
         self.foreign: str | None = None
         self._hash = xxhash.xxh3_128()
         self._seen: dict[int, tuple[int, Any]] = {}  # the values are kept: their ids stay theirs
         self._read: set[tuple[int, tuple[str, ...]]] = set()  # modules of Python, with the names read from them
         self._skip = {id(module) for module in skip}
-        self._instead: dict[int, Tensor] = {}
-        self._libraries: set[str] = set()
-        for module in values if instead else ():
-            named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-            self._instead |= {id(own): instead[name] for name, own in named if instead and name in instead}
         try:
             for value in values:
                 self._add(value)
         except RecursionError:
             self.unknown = "objects nested too deeply"
-        for library in sorted(self._libraries):
-            self._put(library, version(library))
 
     def __str__(self) -> str:
         return self._hash.hexdigest()
@@ -94,8 +81,7 @@ class Identity:
         line = "\0".join(map(str, texts)).encode(errors="surrogatepass")
         self._hash.update(b"%d:%b" % (len(line), line))
 
-    def _each(self, what: str, values: Iterable[Any]) -> None:
-        values = list(values)
+    def _each(self, what: str, *values: Any) -> None:
         self._put(what, len(values))
         for value in values:
             self._add(value)
@@ -104,19 +90,11 @@ class Identity:
         """Add a value; one that was added before, as its number."""
         if type(value) in PLAIN:
             self._put(type(value).__name__, repr(value))
-            return
-        if id(value) in self._skip:
-            return
-        value = self._instead.get(id(value), value)
-        if id(value) in self._seen:
+        elif id(value) in self._seen:
             self._put("again", self._seen[id(value)][0])
-            return
-        self._seen[id(value)] = len(self._seen), value
-        for kinds, add in ADDERS:
-            if isinstance(value, kinds):
-                add(self, value)
-                return
-        self._object(value)
+        elif id(value) not in self._skip:
+            self._seen[id(value)] = len(self._seen), value
+            next(add for kinds, add in ADDERS if isinstance(value, kinds))(self, value)
 
     # ---- values -------------------------------------------------------------------------------------------------------
 
@@ -128,9 +106,9 @@ class Identity:
         self._put("tensor", value.dtype, tuple(value.shape))
         if hasattr(value, "__tensor_flatten__"):
             names, about = value.__tensor_flatten__()
-            self._each(type(value).__name__, (*(getattr(value, name) for name in names), about))
+            self._each(type(value).__name__, *(getattr(value, name) for name in names), about)
         elif value.layout != torch.strided or value.is_quantized:
-            self._miss(f"a tensor of layout {value.layout}")
+            self.unknown = self.unknown or f"a tensor of layout {value.layout}"
         elif not value.is_meta:
             plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
             self._hash.update(plain.flatten().view(torch.uint8).numpy().data)
@@ -138,48 +116,17 @@ class Identity:
                 self._add(dict(vars(value)))
 
     def _module(self, module: nn.Module) -> None:
-        self._put("module")
-        self._add(type(module))
-        for name, value in vars(module).items():
-            if name in NO_NUMBER:
-                continue
+        state = vars(module)
+        settings = {name: value for name, value in state.items() if name not in NO_NUMBER}
+        for name, value in settings.items():
             if callable(value) and callable(getattr(type(module), name, None)):
                 self.foreign = self.foreign or f"{type(module).__name__}.{name}"
-            self._put(name)
-            self._add(value)
-        for name in HOOKS:
-            if vars(module)[name]:
-                self._each(name, vars(module)[name].values())
+        hooks = [list(state[name].values()) for name in HOOKS]  # without the numbers by which torch finds them
+        self._each("module", type(module), settings, hooks)
         for kind in ("_parameters", "_buffers", "_modules"):
-            for name, value in vars(module)[kind].items():
-                self._put(kind, name)
-                self._add(value)
+            self._each(kind, *(part for pair in state[kind].items() for part in pair))
 
-    def _object(self, value: Any) -> None:
-        """Add a container, an array, an image or another object: its type, its items and its attributes."""
-        self._put("object", type(value).__qualname__)
-        if hasattr(value, "tobytes") and (hasattr(value, "dtype") or hasattr(value, "getexif")):
-            self._pixels(value)
-            return
-        if type(value) not in CONTAINERS:
-            self._add(type(value))
-        state = _attributes(value)
-        if isinstance(value, Mapping):
-            self._each("items", (part for pair in value.items() for part in pair))
-        elif isinstance(value, list | tuple | deque):
-            self._each("items", value)
-        elif isinstance(value, AbstractSet):
-            self._each("items", sorted(map(Identity, value), key=str))
-        elif not state or isinstance(value, io.IOBase):
-            try:
-                self._hash.update(pickle.dumps(value, protocol=4))
-            except Exception:  # whatever a type raises that cannot be written
-                self._miss(type(value).__qualname__)
-        for name, attribute in state.items():
-            self._put(name)
-            self._add(attribute)
-
-    def _pixels(self, value: Any) -> None:
+    def _array(self, value: Any) -> None:
         """Add an array or a number of NumPy, or an image of Pillow."""
         if hasattr(value, "getexif"):
             turned = value.getexif().get(0x0112)  # EXIF orientation
@@ -187,12 +134,35 @@ class Identity:
         else:
             self._put("array", value.dtype, value.shape)
             if value.dtype.hasobject:
-                self._each("items", value.ravel().tolist())
+                self._add(value.ravel().tolist())
                 return
         self._hash.update(value.tobytes())
 
-    def _miss(self, what: str) -> None:
-        self.unknown = self.unknown or what
+    def _object(self, value: Any) -> None:
+        """Add a container, an array or another object: its type, its items and its attributes."""
+        if hasattr(value, "tobytes") and (hasattr(value, "dtype") or hasattr(value, "getexif")):
+            self._array(value)
+            return
+        self._each("object", type(value))
+        state = dict(getattr(value, "__dict__", {}))
+        for base in type(value).__mro__:
+            slots = base.__dict__.get("__slots__", ())
+            names = (slots,) if isinstance(slots, str) else slots
+            state |= {name: getattr(value, name) for name in names if name != "__dict__" and hasattr(value, name)}
+        if isinstance(value, Mapping):
+            self._each("items", *(part for pair in value.items() for part in pair))
+        elif isinstance(value, AbstractSet):
+            self._each("items", *sorted(map(Identity, value), key=str))
+        elif isinstance(value, list | tuple | deque):
+            self._each("items", *value)
+        elif not state or isinstance(value, io.IOBase):
+            try:
+                self._hash.update(pickle.dumps(value, protocol=4))
+            except Exception:  # whatever a type raises that cannot be written
+                self.unknown = self.unknown or type(value).__qualname__
+        for name, attribute in state.items():
+            self._put(name)
+            self._add(attribute)
 
     # ---- code ---------------------------------------------------------------------------------------------------------
 
@@ -202,20 +172,20 @@ class Identity:
         for base in given.__bases__ if given is not object else ():
             self._add(base)
         for name, member in vars(given).items():
-            if name not in DESCRIBING:
+            described = name == "_abc_impl" or (name.startswith("__") and not isinstance(member, (*CODE, *WRAPPERS)))
+            if not described:  # by Python itself
                 self._put(name)
                 self._referred(member, (), own, inside=True)
 
     def _function(self, function: types.FunctionType) -> None:
-        code, scope, own = function.__code__, function.__globals__, self._is_own(function)
-        self._put("function", _code(code))
-        names = _names(code)
+        own, names = self._is_own(function), _names(function.__code__)
+        self._put("function", _code(function.__code__))
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._referred(value, names, own)
         for cell in function.__closure__ or ():
             if cell != types.CellType():
                 self._referred(cell.cell_contents, names, own, inside=True)
-        self._scope(scope, names, own)
+        self._scope(function.__globals__, names, own)
 
     def _scope(self, scope: Mapping[str, Any], names: tuple[str, ...], own: bool) -> None:
         """Add what the names that code uses stand for in a module of Python."""
@@ -225,14 +195,13 @@ class Identity:
                 self._referred(scope[name], names, own)
 
     def _builtin(self, value: types.BuiltinFunctionType) -> None:
-        self._put(value.__module__, value.__qualname__)
-        self._libraries.add((value.__module__ or "").partition(".")[0])
+        self._package(value.__module__ or "")
+        self._put(value.__qualname__)
         if not isinstance(value.__self__, types.ModuleType | type):
             self._add(value.__self__)
 
-    def _package(self, value: types.ModuleType) -> None:
-        self._put("package", value.__name__)
-        self._libraries.add(value.__name__.partition(".")[0])
+    def _package(self, name: str) -> None:
+        self._put("package", name, version(name.partition(".")[0]))
 
     def _is_own(self, code: types.FunctionType | type) -> bool:
         """Return whether code is not of a library; note it, or the library."""
@@ -240,7 +209,7 @@ class Identity:
         if library is None:
             self.foreign = self.foreign or code.__qualname__
         else:
-            self._libraries.add(library)
+            self._package(library)
         return library is None
 
     def _referred(self, value: Any, names: tuple[str, ...], own: bool, inside: bool = False) -> None:
@@ -265,7 +234,7 @@ class Identity:
                 self._referred(part, names, own, inside)
 
 
-# Looked through in order. Other values are objects.
+# Looked through in order.
 ADDERS: tuple[tuple[Any, Any], ...] = (
     (Tensor, Identity._tensor),
     (nn.Module, Identity._module),
@@ -273,16 +242,14 @@ ADDERS: tuple[tuple[Any, Any], ...] = (
     (types.FunctionType, Identity._function),
     (types.BuiltinFunctionType, Identity._builtin),
     (Identity, Identity._identity),
-    (types.MethodType, lambda self, value: self._each("method", (value.__func__, value.__self__))),
-    (functools.partial, lambda self, value: self._each("partial", (value.func, value.args, value.keywords))),
-    (
-        (staticmethod, classmethod, property, functools.cached_property, type(functools.cache(str))),
-        lambda self, value: self._each(type(value).__name__, _unwrapped(value)),
-    ),
-    (types.ModuleType, Identity._package),
-    (weakref.ref, lambda self, value: self._each("reference", (value(),))),
+    (types.MethodType, lambda self, value: self._each("method", value.__func__, value.__self__)),
+    (functools.partial, lambda self, value: self._each("partial", value.func, value.args, value.keywords)),
+    (WRAPPERS, lambda self, value: self._each(type(value).__name__, *_unwrapped(value))),
+    (types.ModuleType, lambda self, value: self._package(value.__name__)),
+    (weakref.ref, lambda self, value: self._each("reference", value())),
     (os.PathLike, lambda self, value: self._put("path", os.fspath(value))),
-    (INERT, lambda self, value: self._put(type(value).__name__)),
+    (NO_CONTENT, lambda self, value: self._put(type(value).__name__)),
+    (object, Identity._object),
 )
 
 
@@ -292,28 +259,24 @@ def weights_digest(module: nn.Module) -> str:
     return str(Identity(*(part for pair in named for part in pair)))
 
 
+@functools.cache
 def version(package: str) -> str:
     """Return what tells the code of a library from that of another version; "" for Python's own and one without a version.
 
     That of vismt, or of a part of it ("vismt.data"), is a digest of its source files.
     """
     if package.partition(".")[0] == PACKAGE.name:
-        return _sources(package)
+        content = xxhash.xxh3_128()
+        for path in sorted(PACKAGE.parent.joinpath(*package.split(".")).rglob("*.py")):
+            content.update(f"{path.relative_to(PACKAGE).as_posix()} {path.stat().st_size} ".encode())
+            content.update(path.read_bytes())
+        return content.hexdigest()
     if package in sys.stdlib_module_names:
         return ""
     try:
         return str(getattr(sys.modules.get(package), "__version__", None) or importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-@functools.cache
-def _sources(package: str) -> str:
-    content = xxhash.xxh3_128()
-    for path in sorted(PACKAGE.parent.joinpath(*package.split(".")).rglob("*.py")):
-        content.update(f"{path.relative_to(PACKAGE).as_posix()} {path.stat().st_size} ".encode())
-        content.update(path.read_bytes())
-    return content.hexdigest()
 
 
 def _library_of(code: types.FunctionType | type) -> str | None:
@@ -323,29 +286,15 @@ def _library_of(code: types.FunctionType | type) -> str | None:
     if isinstance(code, types.FunctionType) and not code.__code__.co_filename.startswith("<"):
         file = code.__code__.co_filename
     name = str(code.__module__).partition(".")[0]
-    library = _is_library(file) if file else name != "__main__" and name in sys.modules
-    return name if library else None
-
-
-@functools.cache
-def _is_library(file: str) -> bool:
-    return file.startswith(LIBRARIES) or "site-packages" in file
+    if not file:
+        return name if name != "__main__" and name in sys.modules else None
+    return name if file.startswith(LIBRARIES) or "site-packages" in file else None
 
 
 def _unwrapped(value: Any) -> tuple[Any, ...]:
     """Return the functions inside a member of a class that is not a plain function."""
-    found = (getattr(value, name, None) for name in ("__func__", "fget", "fset", "func", "__wrapped__"))
+    found = (getattr(value, name, None) for name in INSIDE)
     return tuple(part for part in found if isinstance(part, types.FunctionType))
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object, those in slots included."""
-    state = dict(getattr(value, "__dict__", {}))
-    for base in type(value).__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        names = (slots,) if isinstance(slots, str) else slots
-        state |= {name: getattr(value, name) for name in names if name != "__dict__" and hasattr(value, name)}
-    return state
 
 
 @functools.cache
@@ -353,19 +302,13 @@ def _code(code: types.CodeType) -> str:
     """Return a digest of what a function's code does, wherever it stands in its file."""
     counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
     names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
-    constants = [_constant(value) for value in code.co_consts]
-    parts = (counts, names, code.co_code, getattr(code, "co_exceptiontable", b""), constants)
+    parts: list[object] = [counts, names, code.co_code, getattr(code, "co_exceptiontable", b"")]
+    for value in code.co_consts:
+        if isinstance(value, types.CodeType):
+            parts.append(_code(value))
+        else:  # a set has no order
+            parts.append(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
     return xxhash.xxh3_128_hexdigest(repr(parts).encode(errors="surrogatepass"))
-
-
-def _constant(value: Any) -> str:
-    if isinstance(value, types.CodeType):
-        return _code(value)
-    if isinstance(value, tuple):
-        return repr([_constant(item) for item in value])
-    if isinstance(value, frozenset):
-        return repr(sorted(map(_constant, value)))
-    return f"{type(value).__name__} {value!r}"
 
 
 @functools.cache

@@ -93,7 +93,7 @@ class FeatureStore:
         parts = set(module.modules()) - unused
         if any(part.training for part in parts) or has_hooks(parts):
             return None
-        model = Identity(module, instead=weights, skip=unused)
+        model = Identity(module, weights, skip=unused)
         if model.unknown:
             return None
         device = next((tensor.device for tensor in weights.values() or module.parameters()), torch.device("cpu"))

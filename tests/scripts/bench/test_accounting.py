@@ -6,7 +6,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from scripts.bench.accounting import (
-    account,
     gradient_bytes,
     optimizer_bytes,
     optimizer_bytes_formula,
@@ -160,35 +159,6 @@ def test_peak_sees_the_backward_pass_and_the_state_of_the_first_step():
     optimizer.state.clear()
     # two steps in one count: the state of the first is alive in the second
     assert 2 * weight <= peak_bytes(step) <= 2 * weight + 50_000
-
-
-def test_account_prints():
-    model, x = Tiny(), torch.randn(10, 8)
-    model.first.requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.second.parameters())
-
-    def step():
-        model(x).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    costs = account(model, lambda: model(x), optimizer, "adamw", step)
-    # 68 * 4 * 2 = 544
-    assert (costs.trainable, costs.total, costs.activation_bytes) == (68, 212, 640)
-    assert (costs.weight_bytes, costs.gradient_bytes) == (848, 0)
-    assert (costs.optimizer_bytes, costs.optimizer_bytes_formula) == (0, 544)
-    assert costs.peak_bytes >= 640 + 544
-    # 68 / 212 = 32.08 %
-    assert str(costs).splitlines()[0] == "parameters        68 trainable of 212 (32.08 %)"
-    assert [line[:18].strip() for line in str(costs).splitlines()[1:]] == [
-        "weights",
-        "gradients",
-        "activations",
-        "optimiser",
-        "optimiser formula",
-        "peak of a step",
-    ]
-    assert account(model).activation_bytes is None and len(str(account(model)).splitlines()) == 3
 
 
 def test_unknown_kind():

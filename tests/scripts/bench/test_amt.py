@@ -8,7 +8,6 @@ from helpers.tiny import shake, snapshot, tiny_vit
 
 from scripts.bench import amt, amt_released
 from scripts.bench.__main__ import main
-from scripts.bench.timing import Timing
 from vismt import adapt
 from vismt.backbones.vit import Backbone
 from vismt.lowrank.layers.base import adapter_layers
@@ -99,14 +98,6 @@ def test_experts_of_the_pool_differ():
     batch = amt.episode(2, 0, 16, CPU)
     cosines = PoolNet(pool, MergeSettings()).support(batch["support"], batch["support_labels"]).cosines()
     assert all((cosines[i] - cosines[j]).abs().max() > 1e-4 for i in range(3) for j in range(i))
-
-
-def test_the_table_gives_the_ratio_to_the_release_and_the_target():
-    timing = Timing({amt.VISMT: [1.0, 2.0, 9.0], amt.RELEASED: [2.0, 2.0, 10.0], amt.DEFAULT: [4.0, 4.0, 20.0]})
-    table = str(amt.AmtResult("step", timing, 0.75)).splitlines()
-    assert table[0] == "step"
-    assert table[2].split() == ["vismt", "0.900", "0.50..1.00", "0.75"]
-    assert table[4].split() == ["vismt,", "default", "form", "2.000", "2.00..2.00"]
 
 
 @pytest.mark.parametrize("what", ["amt", "core", "emtal"])

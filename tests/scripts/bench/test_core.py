@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from scripts.bench import core
 from scripts.bench.__main__ import main
 from scripts.bench.core import COMPILE, HALF, LORA, PEFT, RECOMPUTE
+from scripts.bench.timing import SAVED, Ratios
 from vismt.engine import blocks
 
 
 @pytest.fixture(scope="module")
-def result() -> core.CoreResult:
+def result() -> Ratios:
     pytest.importorskip("peft")
     torch.compiler.reset()
 
@@ -30,8 +31,8 @@ def result() -> core.CoreResult:
         return core.compare("tiny", tiny_vit().train(), loss, "head", 2, torch.device("cpu"), (0.95, 0.65))
 
 
-def test_rows_and_saved_bytes(result: core.CoreResult) -> None:
-    saved = result.saved_bytes
+def test_rows_and_saved_bytes(result: Ratios) -> None:
+    saved = result.sizes[SAVED]
     assert set(saved) == set(result.timing.seconds)
     assert saved[RECOMPUTE] < 0.8 * saved[LORA] and saved[LORA] <= saved[PEFT]
     assert saved[HALF] < 0.7 * saved[LORA]
@@ -45,14 +46,14 @@ def test_rows_and_saved_bytes(result: core.CoreResult) -> None:
     assert "(" in text and ".." in text
 
 
-def test_results_as_json(result: core.CoreResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_as_json(result: Ratios, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "run", lambda rounds, device: [result])
     file = tmp_path / "core.json"
     assert main(["core", "--rounds", "2", "--json", str(file)]) in (0, None)
     content = json.loads(file.read_text())
     assert content["bench"] == "core" and content["rounds"] == 2 and "torch" in content["versions"]
     (entry,) = content["results"]
-    assert entry["saved_bytes"] == result.saved_bytes and entry["text"] == str(result)
+    assert entry["sizes"][SAVED] == result.sizes[SAVED] and entry["text"] == str(result)
     assert content["command"] == "python -m scripts.bench core --rounds 2 --device cpu" and len(content["date"]) == 10
     assert [comparison["name"] for comparison in entry["comparisons"]] == [LORA, RECOMPUTE, HALF, HALF, RECOMPUTE]
     assert entry["comparisons"][0] | {"ratio": 0, "low": 0, "high": 0} == {

@@ -11,6 +11,7 @@ from torch import nn
 
 from scripts.bench import multitask
 from scripts.bench.multitask import FULL, PEER, VISMT
+from scripts.bench.timing import PEAK
 from vismt.multitask.balancing.base import make_balancer
 from vismt.multitask.nets import DenseNet
 from vismt.multitask.objectives import DenseObjective
@@ -50,7 +51,7 @@ def test_the_peer_and_vismt_find_the_same_gradients(net: DenseNet, tasks: list[D
 
 def test_rows_and_ratios(net: DenseNet, tasks: list[DenseTask]) -> None:
     result = multitask.compare("tiny", net, tasks, multitask.random_batch(2, 32), 2)
-    assert list(result.timing.seconds) == [VISMT, FULL, PEER] == list(result.peak_bytes)
-    assert result.peak_bytes[VISMT] < result.peak_bytes[PEER]
-    share = result.peak_bytes[VISMT] / result.peak_bytes[PEER]
+    assert list(result.timing.seconds) == [VISMT, FULL, PEER] == list(result.sizes[PEAK])
+    assert result.sizes[PEAK][VISMT] < result.sizes[PEAK][PEER]
+    share = result.sizes[PEAK][VISMT] / result.sizes[PEAK][PEER]
     assert f"peak memory of {VISMT} / {PEER}: {share:.3f}" in str(result) and "target at most 0.60" in str(result)

@@ -13,17 +13,14 @@ pytest.importorskip("peft")
 CPU = torch.device("cpu")
 
 
-def test_rows_ratios_and_tokens_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "RANK", 2)
     monkeypatch.setattr(serve, "WRITTEN", 2)
     results = serve.serve(random_lm("llama"), 2, CPU, (3, 5))
-    assert [result.tokens for result in results] == [16, 40]
+    assert [result.title.split(", ")[2] for result in results] == ["16 tokens", "40 tokens"]
     for result in results:
         assert list(result.timing.seconds) == [serve.ONE, serve.MIXED, serve.PEFT_ONE, serve.PEFT]
         lines = str(result).splitlines()
-        median = sorted(result.timing.seconds[serve.MIXED])
-        rate = result.tokens / (sum(median) / 2)
-        assert lines[3].split()[-1] == f"{rate:,.0f}"
         assert "time of vismt, 8 adapters / vismt, 1 adapter: " in lines[-2] and "target at most 1.15" in lines[-2]
         assert "time of vismt, 8 adapters / peft, 8 adapters: " in lines[-1]
 
