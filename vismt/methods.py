@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 
 from vismt.base.errors import UserError, require_known
 from vismt.base.registry import PLACES, Registry
-from vismt.config.sections import SCHEDULED
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.stock_modules import matrix_shape
 from vismt.lowrank.model.inject import COMMON, check_options
@@ -254,6 +253,8 @@ def freezes(module: nn.Module) -> bool:
 def check_sections(config: Any, method: str | None) -> None:
     """Raise UserError for a section of a configuration that the schedule of the method does not read, but others do."""
     read = None if method is None else METHODS[method].section
+    from vismt.config.sections import SCHEDULED  # `adapt` needs no configuration
+
     for item in fields(config):
         if item.metadata != SCHEDULED or item.name == read or getattr(config, item.name) is None:
             continue

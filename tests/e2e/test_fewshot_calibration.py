@@ -135,7 +135,7 @@ def test_an_attack_follows_the_laplace_head(tmp_path: Path) -> None:
         ),
         ({"evaluate": {**EVALUATE, "ood": ["a/x", "b/x"]}}, "both called 'x' in results"),
         ({"evaluate": {**EVALUATE, "probabilities": False}}, "set evaluate.probabilities, or leave it out"),
-        ({"head": {"name": "laplase"}}, "'laplase'. Near: 'laplace'"),
+        ({"head": {"name": "laplase"}}, "'laplase' is not known. Near: 'laplace'"),
         ({"head": {"name": "laplace", "options": {"prior": 1.0}}}, "'laplace' has no options"),
     ],
 )

@@ -297,7 +297,7 @@ def test_the_foundation_table_has_every_vision_asset_and_four_families_of_the_hu
             "the classifier of an inner loop has no prototypes; take 'adapted'",
         ),
         ({"evaluate": {"ways_of": {"digit": 3}}}, "evaluate.ways_of: 'digit' is not evaluated. Near: 'digits'"),
-        ({"evaluate": {"ways_of": {"digits": 1}}}, "evaluate.ways_of: digits: 1; an episode has 2 ways or more"),
+        ({"evaluate": {"ways_of": {"digits": 1}}}, "evaluate.ways_of.digits is 1; it must be at least 2"),
         ({"evaluate": {"rule": "variable"}}, "evaluate.ways_of: needs evaluate.rule uniform"),
         (
             {"evaluate": {"ways": 5, "ways_of": {"digits": 3}, "attacks": [{"name": "apgd_t"}]}},

@@ -68,7 +68,7 @@ def test_s2ft_scores_its_units_by_images(strategy: str, tmp_path: Path) -> None:
     ("config", "text"),
     [
         ({**MULTITASK, "calibration": None}, "calibration: 'corda' needs covariances; give this section"),
-        ({**MULTITASK, "calibration": {"examples": 0}}, "examples, batch and memory_mb must be at least 1"),
+        ({**MULTITASK, "calibration": {"examples": 0}}, "calibration.examples is 0; it must be at least 1"),
         ({**FEWSHOT, "adapt": CORDA}, "calibration: 'corda' needs covariances; give this section"),
         (
             {**FEWSHOT, "adapt": {"method": "s2ft", "options": {"strategy": "activation"}}},

@@ -508,7 +508,7 @@ def test_units_of_s2ft_are_chosen_by_the_texts_of_a_calibration(home, tmp_path: 
     ({"adapt": CORDA}, "calibration: 'corda' needs covariances; name texts here"),
     ({"adapt": {"method": "s2ft", "options": {"strategy": "gradient"}}}, "chooses by data with strategy 'gradient'"),
     ({"arms": {"a": {}, "b": {"adapt": {"method": "s2ft", "options": {"strategy": "product"}}}}}, "arms.b: calibration: 's2ft'"),
-    ({"adapt": CORDA, "calibration": {"data": ["x"], "memory_mb": 0}}, "memory_mb must be at least 1"),
+    ({"adapt": CORDA, "calibration": {"data": ["x"], "memory_mb": 0}}, "calibration.memory_mb is 0; it must be at least 1"),
 ])  # fmt: skip
 def test_errors_of_a_calibration(home, tmp_path: Path, capsys, changes, words) -> None:
     path = write(tmp_path, settings(home, **changes))
@@ -537,15 +537,15 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"tasks": []}, "name at least one"),
-    ({"head": {"name": "vbl"}}, "no head 'vbl'. Near: 'vbll'"),
+    ({"head": {"name": "vbl"}}, "head.name: 'vbl' is not known. Near: 'vbll'"),
     ({"head": {"alternate": {}}}, "set head.name to vbll"),
     ({"model.dtype": "fp8"}, "got 'fp8'"),
     ({"model.first_block": 3}, "model.first_block: 3; LlamaForCausalLM has blocks 0 to 2"),
-    ({"evaluate.limit": 1}, "evaluate.limit: 1; it must be at least 2"),
+    ({"evaluate.limit": 1}, "evaluate.limit is 1; it must be at least 2"),
     ({"arms": {"frozen": {}}}, "'frozen' is the model before training"),
     ({"batch": 17}, "batch: 17, with 16 training rows"),
-    ({"calibration": {"rows": 3}}, "calibration: name sets in data"),
-    ({"adapt.method": "lorra"}, "no method 'lorra'. Near: 'lora'"),
+    ({"calibration": {"rows": 3}}, "calibration.data: names no set of texts"),
+    ({"adapt.method": "lorra"}, "adapt.method: 'lorra' is not known. Near: 'lora'"),
     ({"adapt": {"method": "lisa", "options": {"active": 1}}}, "trains the input embeddings"),
     ({"adapt.options": {"also_train": ["layers.0.mlp.up_proj"]}}, "below model.first_block 1"),
     ({"arms": {"a": {"model.dtype": "float32"}}}, "model.dtype must be the same for all arms"),
@@ -569,7 +569,7 @@ def test_an_lm_without_a_first_block_is_one_error(home, tmp_path: Path, capsys) 
     ("later", "words"),
     [
         ({"train.rates": {"^head": 3.0}}, "'^head' is found in no trained parameter"),
-        ({"adapt.method": "lorra"}, "no method 'lorra'"),
+        ({"adapt.method": "lorra"}, "adapt.method: 'lorra' is not known"),
     ],
 )
 def test_a_later_arm_is_built_before_the_first_one_is_trained(home, tmp_path: Path, capsys, later, words) -> None:
@@ -583,7 +583,7 @@ def test_a_later_arm_is_built_before_the_first_one_is_trained(home, tmp_path: Pa
 @pytest.mark.parametrize(("change", "words"), [
     ({"train": []}, "one task must"),
     ({"validation": []}, "nothing to validate on"),
-    ({"kind": "causal", "options": {"answer": "{text}"}, "validation": [], "limit": 0}, "limit 0; it must be at least 1"),
+    ({"kind": "causal", "options": {"answer": "{text}"}, "validation": [], "limit": 0}, "limit is 0; it must be at least 1"),
     ({"options": {"answers": {"0": " negative", "2": " positive"}}}, "has label '1'"),
     ({"train": ["cifar10"], "limit": None}, "datasets/cifar10: is a set of labelled images"),
 ])  # fmt: skip

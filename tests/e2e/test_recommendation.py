@@ -195,16 +195,16 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(("changes", "words"), [
     ({"arms": {"a": {"recommender.width": 4}}}, "arms.a: recommender.width must be the same for all arms"),
     ({"arms": {"sasrec": {}}}, "'sasrec' is the name of a recommender"),
-    ({"gates": "shuffled"}, "gates: 'shuffled'. Near: 'shuffled-user'"),
+    ({"gates": "shuffled"}, "gates: 'shuffled' is not known. Near: 'shuffled-user'"),
     ({"gates": "random"}, "adapt.options.gate is null where gates are random"),
     ({"adapt.options": {"n_experts": 2, "gate": None}}, "adapt.options.gate is null where gates are random"),
     ({"adapt": {"method": "lora"}, "gates": "random"}, "'lora' has no gates"),
-    ({"recommender.steps": 0}, "recommender.steps: 0; it must be at least 1"),
-    ({"recommender.baselines": ["popular"]}, "recommender.baselines: 'popular'. Near: 'popularity'"),
-    ({"projector": "line"}, "projector: 'line'. Near: 'linear'"),
+    ({"recommender.steps": 0}, "recommender.steps is 0; it must be at least 1"),
+    ({"recommender.baselines": ["popular"]}, "recommender.baselines: 'popular' is not known. Near: 'popularity'"),
+    ({"projector": "line"}, "projector: 'line' is not known. Near: 'linear'"),
     ({"recommender.heads": 3}, "heads that divide the width"),
     ({"adapt.options": {"user_width": 16}}, "needed (samples, 16)"),
-    ({"evaluate.split": "tests"}, "evaluate.split: 'tests'. Near: 'test'"),
+    ({"evaluate.split": "tests"}, "evaluate.split: 'tests' is not known. Near: 'test'"),
 ])  # fmt: skip
 def test_user_errors(home, tmp_path: Path, capsys, changes, words) -> None:
     path = write(tmp_path, changed(settings(home), changes))

@@ -12,48 +12,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
 from helpers.language_models import random_lm
+from vismt.data.texts.interactions import Catalogue
+from vismt.llm.ilora.hybrid import Hybrid
+from vismt.llm.ilora.recommenders import SASRec
+from vismt.llm.tasks.base import Item, LmTask
 
-WORDS = [
-    "a",
-    "bad",
-    "good",
-    "film",
-    "plot",
-    "was",
-    "very",
-    "dull",
-    "bright",
-    "and",
-    "the",
-    "of",
-    "it",
-    "Review",
-    ":",
-    "Sentiment",
-    "negative",
-    "positive",
-    "Question",
-    "Answer",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "plus",
-    "is",
-    "####",
-    "what",
-    "colour",
-    "sky",
-    "blue",
-    "grass",
-    "green",
-]
+TEXT = (
+    "a bad good film plot was very dull bright and the of it Review : Sentiment negative positive Question Answer one two three "
+    "four five six seven eight nine ten plus is #### what colour sky blue grass green"
+)
+WORDS = TEXT.split()
 
 
 def tokenizer(bos: bool = False) -> Any:
@@ -234,3 +202,24 @@ def ranked_task(walks: Path | str, **changes: Any) -> dict[str, Any]:
         "test": [f"{walks}:test"],
         **changes,
     }
+
+
+# Rows of a recommendation: (history, next item) of the items of a small catalogue.
+TITLES = ["blue", "green", "bright", "dull", "one", "two three", "four", "five", "six", "seven", "eight", "nine"]
+CATALOGUE = Catalogue(tuple(map(str, range(12))), tuple(TITLES))
+ROWS = [([0, 1, 2], 5), ([3, 4], 6), ([7, 8, 9, 10], 0)]
+
+
+def encoded(task: LmTask, rows: list = ROWS, users: list[str] | None = None) -> list[Item]:
+    """Return rows as tokens of a recommendation; users "user 0", "user 1", ... where none are given."""
+    words = tokenizer()
+    names = users or [f"user {number}" for number in range(len(rows))]
+    return [
+        task.encode(f"row {i}", {"user": names[i], "history": h, "next": target, "catalogue": CATALOGUE}, words)
+        for i, (h, target) in enumerate(rows)
+    ]
+
+
+def small_hybrid(seed: int = 0, **options: object) -> Hybrid:
+    """Return item vectors and gates from an untrained SASRec, for an LM of width 32."""
+    return Hybrid(SASRec(12, 3, width=8, dropout=0.3, seed=seed), 32, seed=seed, **options)

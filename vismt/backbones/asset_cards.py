@@ -31,6 +31,7 @@ from vismt.backbones.weight_sources import PLACES, WeightsSource
 from vismt.base.errors import UserError, near
 from vismt.config.typed import Names, RelativePath, build
 from vismt.config.yaml_text import read_yaml
+from vismt.storage.paths import cache_root
 
 SHIPPED = Path(__file__).parent / "cards"
 KINDS = ("vit", "lm")
@@ -64,6 +65,16 @@ class AssetCard:
     def megabytes(self) -> float | None:
         """Size of the largest download, when the card states it."""
         return max((source.megabytes for source in self.sources if source.megabytes), default=None)
+
+    @property
+    def kept(self) -> Path:
+        """The file of the asset in the cache folder."""
+        return cache_root() / "assets" / self.name / self.file
+
+    @property
+    def kept_sha256(self) -> str | None:
+        """What the card states of the finished file: the sha256 of a source that needs no conversion."""
+        return next((source.sha256 for source in self.sources if source.convert is None and source.sha256), None)
 
 
 def list_assets() -> list[str]:

@@ -23,7 +23,6 @@ from vismt.base import console
 from vismt.base.errors import UserError, WeightsUnavailable
 from vismt.storage.files import parse_json
 from vismt.storage.locks import scratch_beside
-from vismt.storage.paths import cache_root
 from vismt.storage.wheels import MEGABYTE, SourceFailed
 
 __all__ = ["AssetRow", "describe", "get_asset", "list_assets", "load_asset_card"]
@@ -46,8 +45,12 @@ class AssetRow(NamedTuple):
 
 def describe() -> list[AssetRow]:
     """Return a row for every shipped card; only files are looked at."""
-    cards = [load_asset_card(name) for name in list_assets()]
-    return [AssetRow(card.name, card.kind, card.megabytes, card.licence, _is_local(card), card.about) for card in cards]
+    rows = []
+    for card in map(load_asset_card, list_assets()):
+        in_cache = card.kept.is_file() and (card.kept.parent / RECORD).is_file()
+        cached = any(_finished_files(card)) or in_cache or _in_hub_cache(card) is not None
+        rows.append(AssetRow(card.name, card.kind, card.megabytes, card.licence, cached, card.about))
+    return rows
 
 
 def get_asset(name: str | Path, *, refresh: bool = False) -> Path:
@@ -62,29 +65,35 @@ def get_asset(name: str | Path, *, refresh: bool = False) -> Path:
             lists every source that was tried and why it failed.
     """
     card = load_asset_card(name)
+    path = _find(card, refresh)
+    return path if path.suffix == ".safetensors" else path.parent
+
+
+def _find(card: AssetCard, refresh: bool) -> Path:
+    """Return the file of an asset, fetched where this machine has no copy or, with `refresh`, in any case."""
     tried: list[str] = []
     for path in _finished_files(card):
         try:
-            check_sha256(path, _sha256_of_kept(card))
+            check_sha256(path, card.kept_sha256)
         except SourceFailed as failure:
             tried.append(f"local file '{path}': {failure}")
             continue
         _report(card, f"local file {path}", path)
-        return _answer(path)
+        return path
     if not refresh:
         if _problem(card) is None:
-            _report(card, "cache", _kept(card))
-            return _answer(_kept(card))
+            _report(card, "cache", card.kept)
+            return card.kept
         kept = _in_hub_cache(card)
         if kept is not None:
             _report(card, "hub cache", kept)
-            return _answer(kept)
+            return kept
     try:
-        with scratch_beside(_kept(card).parent, "asset") as scratch:
-            return _answer(_fetch(card, tried, scratch, refresh))
+        with scratch_beside(card.kept.parent, "asset") as scratch:
+            return _fetch(card, tried, scratch, refresh)
     except OSError as error:
         raise UserError(
-            f"asset '{card.name}': the cache folder '{_kept(card).parent}' cannot be written "
+            f"asset '{card.name}': the cache folder '{card.kept.parent}' cannot be written "
             f"({error.strerror or error}). Free space, or set VISMT_CACHE to a folder that can be."
         ) from error
 
@@ -93,11 +102,11 @@ def _fetch(card: AssetCard, tried: list[str], scratch: Path, refresh: bool) -> P
     """Return the asset from the first source that delivers it; the caller holds the lock."""
     problem = _problem(card)  # again, under the lock: another process may have finished in the meantime
     if problem is None and not refresh:
-        _report(card, "cache", _kept(card))
-        return _kept(card)
-    if problem is not None and _kept(card).exists():
+        _report(card, "cache", card.kept)
+        return card.kept
+    if problem is not None and card.kept.exists():
         console.stage("asset", f"{card.name}   cache is damaged ({problem}), fetching it again")
-    tried.append(f"cache '{_kept(card).parent}': {problem or 'asked to refresh'}")
+    tried.append(f"cache '{card.kept.parent}': {problem or 'asked to refresh'}")
     for number, source in enumerate(card.sources):
         try:
             folder = scratch / str(number)
@@ -114,7 +123,14 @@ def _fetch(card: AssetCard, tried: list[str], scratch: Path, refresh: bool) -> P
             continue
         _report(card, f"{source} -> cache", path, "sha256 ok" if source.sha256 else "sha256 not in card")
         return path
-    raise WeightsUnavailable(_nothing_answered(card, tried))
+    root = assets_root()
+    file = f"{card.name}{Path(card.file).suffix}"
+    user_folder = f"VISMT_ASSETS '{root}' has no usable '{file}'" if root else "VISMT_ASSETS is not set"
+    choices = [file, *(source.by_hand for source in card.sources if source.by_hand)]
+    raise WeightsUnavailable(
+        f"asset '{card.name}': no source delivered it. Tried: {user_folder}; {'; '.join(tried)}. "
+        f"Put {' or '.join(choices[:2])} into a folder and set VISMT_ASSETS to it."
+    )
 
 
 def _keep(card: AssetCard, source: WeightsSource, raw: Path, scratch: Path) -> Path:
@@ -130,7 +146,7 @@ def _keep(card: AssetCard, source: WeightsSource, raw: Path, scratch: Path) -> P
     record = scratch / RECORD
     content = {"asset": card.name, "source": str(source), "source_sha256": source.sha256, "sha256": sha256_of(finished)}
     record.write_text(json.dumps(content, indent=1), encoding="utf8")
-    kept = _kept(card)
+    kept = card.kept
     kept.parent.mkdir(parents=True, exist_ok=True)
     os.replace(finished, kept)
     os.replace(record, kept.parent / RECORD)
@@ -139,7 +155,7 @@ def _keep(card: AssetCard, source: WeightsSource, raw: Path, scratch: Path) -> P
 
 def _problem(card: AssetCard) -> str | None:
     """Return why the cached file cannot be used, or None when it can."""
-    kept = _kept(card)
+    kept = card.kept
     if not kept.is_file():
         return "empty"
     try:
@@ -153,14 +169,6 @@ def _problem(card: AssetCard) -> str | None:
     return None if actual == promised else f"sha256 {actual[:12]}… instead of {promised[:12]}…"
 
 
-def _kept(card: AssetCard) -> Path:
-    return cache_root() / "assets" / card.name / card.file
-
-
-def _answer(path: Path) -> Path:
-    return path if path.suffix == ".safetensors" else path.parent
-
-
 def _finished_files(card: AssetCard) -> Iterator[Path]:
     """Yield the files in `VISMT_ASSETS` that need no work: <name>/<file> and <name><suffix of file>."""
     root = assets_root()
@@ -168,17 +176,6 @@ def _finished_files(card: AssetCard) -> Iterator[Path]:
         for path in (root / card.name / card.file, root / f"{card.name}{Path(card.file).suffix}"):
             if path.is_file():
                 yield path
-
-
-def _sha256_of_kept(card: AssetCard) -> str | None:
-    """Return what the card states of the finished file: the sha256 of a source that needs no conversion."""
-    return next((source.sha256 for source in card.sources if source.convert is None and source.sha256), None)
-
-
-def _is_local(card: AssetCard) -> bool:
-    kept = _kept(card)
-    in_cache = kept.is_file() and (kept.parent / RECORD).is_file()
-    return any(_finished_files(card)) or in_cache or _in_hub_cache(card) is not None
 
 
 def _in_hub_cache(card: AssetCard) -> Path | None:
@@ -193,16 +190,5 @@ def _report(card: AssetCard, where: str, path: Path, check: str = "") -> None:
         return
     _reported.add((card.name, path))
     if not check:
-        check = "sha256 ok" if where == "cache" or _sha256_of_kept(card) else "not checked"
+        check = "sha256 ok" if where == "cache" or card.kept_sha256 else "not checked"
     console.stage("asset", f"{card.name}   {where} ({path.stat().st_size / MEGABYTE:.0f} MB, {check})")
-
-
-def _nothing_answered(card: AssetCard, tried: list[str]) -> str:
-    root = assets_root()
-    file = f"{card.name}{Path(card.file).suffix}"
-    user_folder = f"VISMT_ASSETS '{root}' has no usable '{file}'" if root else "VISMT_ASSETS is not set"
-    choices = [file, *(source.by_hand for source in card.sources if source.by_hand)]
-    return (
-        f"asset '{card.name}': no source delivered it. Tried: {user_folder}; {'; '.join(tried)}. "
-        f"Put {' or '.join(choices[:2])} into a folder and set VISMT_ASSETS to it."
-    )

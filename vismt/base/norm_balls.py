@@ -13,7 +13,6 @@ and box are treated one after the other in linf, where that is exact, and in l2,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,12 +56,11 @@ def project(clean: Tensor, moved: Tensor, epsilon: float, norm: str) -> Tensor:
     return (clean + inside).clamp(0, 1)
 
 
-def clip(change: Tensor, epsilon: Tensor | float, norm: str) -> Tensor:
-    """Return the nearest changes (b, c, h, w) in the ball of linf or l2, whatever the pixels; epsilon of linf: also a tensor."""
-    bound: Any = epsilon
+def clip(change: Tensor, epsilon: float, norm: str) -> Tensor:
+    """Return the nearest changes (b, c, h, w) in the ball of linf or l2, whatever the pixels."""
     if norm == "linf":
-        return change.clamp(-bound, bound)
-    return change * column((bound / size(change, norm).clamp_min(TINY)).clamp(max=1))
+        return change.clamp(-epsilon, epsilon)
+    return change * column((epsilon / size(change, norm).clamp_min(TINY)).clamp(max=1))
 
 
 def _project_l1(clean: Tensor, change: Tensor, epsilon: float) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 
 import numpy as np
@@ -70,11 +69,8 @@ def test_exactly_gamma_layers_have_a_gradient_and_the_outside_always(family: str
 def test_frozen_layers_stand_still_bit_for_bit(family: str, momentum: bool, policy: str) -> None:
     """This includes a layer that was just frozen: with a zero gradient instead of none it would move by momentum and decay."""
     setup = case(family)
-    optimizer = (
-        torch.optim.SGD(setup.model.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
-        if momentum
-        else adamw(setup.model)
-    )
+    sgd = torch.optim.SGD(setup.model.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
+    optimizer = sgd if momentum else adamw(setup.model)
     lisa = LISA(setup.model, optimizer, active=1, interval=2, seed=1, state_policy=policy)
     for step in range(10):
         before = snapshot(setup.model)
@@ -187,11 +183,7 @@ def test_no_layer_active_trains_the_outside_alone(family: str) -> None:
 
 
 def test_schedule_is_a_function_of_seed_and_interval_alone() -> None:
-    first, second, other = (
-        schedule(8, seed=5, interval=3),
-        schedule(8, seed=5, interval=3),
-        schedule(8, seed=6, interval=3),
-    )
+    first, second, other = (schedule(8, seed=seed, interval=3) for seed in (5, 5, 6))
     active_layers = []
     for step in range(60):
         np.random.seed(step)
@@ -318,7 +310,7 @@ def test_the_rate_is_the_global_schedule_whatever_is_active() -> None:
 
 @pytest.mark.parametrize("optimizer_made", ["before", "later"])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("cut", [1, 3, 4, 5, 7])
+@pytest.mark.parametrize("cut", [1, 3, 7])  # within an interval, at a switch, within a later interval
 def test_resumed_at_any_step_is_the_uninterrupted_run_bit_for_bit(policy: str, cut: int, optimizer_made: str) -> None:
     options = {"active": 2, "interval": 3, "seed": 4, "state_policy": policy}
     whole, first = case("llama"), case("llama")
@@ -470,11 +462,7 @@ def test_layers_by_path_by_modules_by_paths_and_excluded_parts() -> None:
     setup = case("llama")
     stack = setup.model.model.layers
     for layers in (None, "model.layers", stack, list(stack), [f"model.layers.{i}" for i in range(DEPTH)]):
-        lisa = (
-            LISA(copy.deepcopy(setup.model), adamw(setup.model), layers=layers)
-            if isinstance(layers, str)
-            else LISA(setup.model, adamw(setup.model), layers=layers)
-        )
+        lisa = LISA(setup.model, adamw(setup.model), layers=layers)
         assert lisa.state_dict()["layers"] == DEPTH
     some = LISA(setup.model, adamw(setup.model), layers=list(stack)[1:3], active=1, interval=1)
     for step in range(5):

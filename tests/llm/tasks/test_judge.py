@@ -10,10 +10,9 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from helpers.lm_parts import tiny_lm, tokenizer
+from helpers.lm_parts import ROWS, TITLES, encoded, small_hybrid, tiny_lm, tokenizer
 
 from vismt.base.errors import UserError
-from vismt.data.texts.interactions import Catalogue
 from vismt.jobs.lm.data import ItemBatches
 from vismt.llm.ilora.hybrid import Hybrid, title_vectors
 from vismt.llm.ilora.recommenders import SASRec
@@ -24,9 +23,6 @@ from vismt.llm.tasks.pieces import collate, prune, stem, tree
 from vismt.methods import adapt
 from vismt.uncertainty.intervals import mean_interval
 
-TITLES = ["blue", "green", "bright", "dull", "one", "two three", "four", "five", "six", "seven", "eight", "nine"]
-CATALOGUE = Catalogue(tuple(map(str, range(12))), tuple(TITLES))
-ROWS = [([0, 1, 2], 5), ([3, 4], 6), ([7, 8, 9, 10], 0)]
 YES, NO = (tokenizer()(word, add_special_tokens=False)["input_ids"][0] for word in (" yes", " no"))
 
 
@@ -35,19 +31,9 @@ def task(**options):
     return make_task("recommendation", "the {history}", {"curriculum": 0, **given, **options})
 
 
-def encoded(judge, rows=ROWS, users=None):
-    words = tokenizer()
-    return [
-        judge.encode(
-            f"row {i}", {"user": users[i] if users else str(i), "history": h, "next": t, "catalogue": CATALOGUE}, words
-        )
-        for i, (h, t) in enumerate(rows)
-    ]
-
-
 def hybrid_net(kind: str = "llama", first: int = 0, **options) -> LmNet:
     lm = tiny_lm(kind).requires_grad_(False)
-    head = Hybrid(SASRec(12, 3, width=8, dropout=0.3, seed=0), 32, **options)
+    head = small_hybrid(**options)
     with torch.no_grad():
         for weight in head.projector.parameters():
             weight.mul_(3)  # so that candidates differ
@@ -80,7 +66,7 @@ def test_a_branch_scores_what_its_prompt_scores_alone(kind, first, options):
         scores = by_hand(net, item.pieces[0])
         assert len(scores) == 4 and max(scores) - min(scores) > 0.01
         assert record["log_p"] == pytest.approx(torch.tensor(scores).log_softmax(0).tolist(), abs=2e-3)
-        assert record["label"] == item.label and record["user"] == item.id[-1]
+        assert record["label"] == item.label and record["user"] == f"user {item.id[-1]}"
     hits = judge.measures(records)["HitRatio@1"]
     assert hits.chance == 0.25 and hits.values == {
         record["id"]: float(record["log_p"][record["label"]] == max(record["log_p"])) for record in records

@@ -10,12 +10,12 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from helpers.lm_parts import tiny_lm, tokenizer
+from helpers.lm_parts import CATALOGUE, ROWS, TITLES, encoded, small_hybrid, tiny_lm, tokenizer
 from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.data.texts.interactions import Catalogue
-from vismt.llm.ilora.hybrid import Hybrid, random_gates
+from vismt.llm.ilora.hybrid import random_gates
 from vismt.llm.ilora.method import gate_of, gate_part
 from vismt.llm.ilora.recommenders import NextItem, SASRec, padded
 from vismt.llm.net import LmNet
@@ -27,26 +27,11 @@ from vismt.lowrank.layers.gates import instance_gates
 from vismt.methods import adapt
 
 PROMPT = "the {history} : {candidates} Answer:"
-WORDS = ["blue", "green", "bright", "dull", "one", "two three", "four", "five", "six", "seven", "eight", "nine"]
-CATALOGUE = Catalogue(tuple(map(str, range(12))), tuple(WORDS))
 KINDS = ("llama", "qwen2", "gpt2")
-ROWS = [([0, 1, 2], 5), ([3, 4], 6), ([7, 8, 9, 10], 0)]
 
 
 def task(**options):
     return make_task("recommendation", PROMPT, {"candidates": 4, "history": 3, **options})
-
-
-def encoded(rec_task, rows=ROWS):
-    words = tokenizer()
-    return [
-        rec_task.encode(f"row {i}", {"user": f"user {i}", "history": h, "next": t, "catalogue": CATALOGUE}, words)
-        for i, (h, t) in enumerate(rows)
-    ]
-
-
-def hybrid(lm, seed: int = 0, **options) -> Hybrid:
-    return Hybrid(SASRec(12, 3, width=8, dropout=0.3, seed=seed), 32, seed=seed, **options)
 
 
 def shaken(lm: nn.Module) -> nn.Module:
@@ -65,7 +50,7 @@ def gated(kind: str = "llama", gate: str | None = "linear", **options) -> LmNet:
     if gate:
         with torch.no_grad():
             gate_of(lm).network.weight.mul_(5)
-    return LmNet(lm, hybrid(lm, **options)).eval()
+    return LmNet(lm, small_hybrid(**options)).eval()
 
 
 # ---- prompt and loss mask ------------------------------------------------------------------------------------------------
@@ -78,12 +63,12 @@ def test_i13_the_right_title_and_the_end_of_its_line_are_counted_and_nothing_els
         for form in (item, item.hybrid):
             (piece,) = form.pieces
             counted = [token for token, label in zip(piece.ids, piece.labels) if label != IGNORE]
-            assert words.decode(counted) == f" {WORDS[target]}\n" and all(
+            assert words.decode(counted) == f" {TITLES[target]}\n" and all(
                 b in (IGNORE, a) for a, b in zip(piece.ids, piece.labels)
             )
             context = [token for token, label in zip(piece.ids, piece.labels) if label == IGNORE]
             assert list(piece.ids) == context + counted
-        titles = ", ".join(WORDS[i] for i in history[-3:])
+        titles = ", ".join(TITLES[i] for i in history[-3:])
         (text,) = item.pieces
         assert words.decode(text.ids[: -text.counted]).startswith(f"the {titles} : ") and text.items is None
         (both,) = item.hybrid.pieces
@@ -97,7 +82,7 @@ def test_a_slot_stands_after_its_title():
     before: list[int] = []
     for token, number in zip(piece.ids, piece.items):
         if number >= 0:
-            assert words.decode(before).endswith(WORDS[number])
+            assert words.decode(before).endswith(TITLES[number])
         before.append(token)
 
 
@@ -135,7 +120,7 @@ def test_the_curriculum_goes_from_text_to_vectors():
 @pytest.mark.parametrize("form", ["text", "hybrid"])
 def test_a_tree_gives_what_each_answer_gives_alone(kind, first, form):
     lm = tiny_lm(kind).requires_grad_(False)
-    net, rec_task = LmNet(lm, hybrid(lm), first).eval(), task()
+    net, rec_task = LmNet(lm, small_hybrid(), first).eval(), task()
     items = encoded(rec_task)
     items = [item.hybrid for item in items] if form == "hybrid" else items
     records = rec_task.score(net, gather(items), items)
@@ -156,7 +141,7 @@ def test_a_tree_gives_what_each_answer_gives_alone(kind, first, form):
         assert record["log_p"] == pytest.approx(expected, abs=2e-3) and other["log_p"] == pytest.approx(
             expected, abs=2e-3
         )
-        assert record["label"] == item.label and item.listed.titles[item.label] == WORDS[ROWS[int(item.id[-1])][1]]
+        assert record["label"] == item.label and item.listed.titles[item.label] == TITLES[ROWS[int(item.id[-1])][1]]
     measures = rec_task.measures(records)
     assert measures["HitRatio@1"].counts and measures["HitRatio@1"].values == {
         record["id"]: float(max(record["log_p"]) == record["log_p"][record["label"]]) for record in records
@@ -189,7 +174,7 @@ def test_the_first_choice_can_be_learnt():
     adapt(net.lm, "lora", targets=r".*_proj", rank=8, seed=0)
     with torch.no_grad():
         net.lm.lm_head.weight.mul_(8)  # otherwise no token has a high probability
-    net.head = hybrid(net.lm)
+    net.head = small_hybrid()
     items, questions = rec_task.training(encoded(rec_task)), encoded(rec_task)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-2)
     for _ in range(40):
@@ -202,7 +187,7 @@ def test_the_first_choice_can_be_learnt():
         assert rec_task.measures(rec_task.score(net, gather(shown), shown))["HitRatio@1"].score == 1
         text = written.shown(net, encoded(written))
         records = written.score(net, gather(text), text)
-    assert [record["text"].split("\n")[0] for record in records] == [f" {WORDS[t]}" for _, t in ROWS]
+    assert [record["text"].split("\n")[0] for record in records] == [f" {TITLES[t]}" for _, t in ROWS]
     assert {name: m.score for name, m in written.measures(records).items()} == dict.fromkeys(
         ("HitRatio@1", "ValidRatio", "HitRatio@1 by substring", "ValidRatio by substring"), 1.0
     )
@@ -216,7 +201,7 @@ def test_the_first_choice_can_be_learnt():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_vector_replaces_the_input_embedding_of_its_slot(kind):
     lm = tiny_lm(kind).requires_grad_(False)
-    net, (item,) = LmNet(lm, hybrid(lm)).eval(), [piece.hybrid for piece in encoded(task(), ROWS[:1])]
+    net, (item,) = LmNet(lm, small_hybrid()).eval(), [piece.hybrid for piece in encoded(task(), ROWS[:1])]
     piece = stem(item.pieces[0], 0)
     batch = collate([piece])
     places = batch["items"] >= 0
@@ -235,7 +220,7 @@ def test_a_vector_replaces_the_input_embedding_of_its_slot(kind):
 
 def test_deeper_a_vector_weighs_what_it_would_weigh_in_the_embeddings():
     lm = tiny_lm().requires_grad_(False)
-    net, (item,) = LmNet(lm, hybrid(lm), first=2).eval(), [row.hybrid for row in encoded(task(), ROWS[:1])]
+    net, (item,) = LmNet(lm, small_hybrid(), first=2).eval(), [row.hybrid for row in encoded(task(), ROWS[:1])]
     batch = collate([stem(item.pieces[0], 0)])
     states: list[torch.Tensor] = []
     hook = lm.model.layers[2].register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
@@ -328,7 +313,7 @@ def test_controls_do_not_depend_on_the_user():
     drawn = random_gates(torch.arange(2000), 4)
     assert drawn.mean(0).tolist() == pytest.approx([0.25] * 4, abs=0.02)
     assert float(drawn.var(0).mean()) == pytest.approx(3 / 80, rel=0.1)  # (1/4)(3/4)/5 of a flat Dirichlet
-    assert gate_part(tiny_lm()) is None and hybrid(None).gates(tiny_lm(), batch) is None
+    assert gate_part(tiny_lm()) is None and small_hybrid().gates(tiny_lm(), batch) is None
 
 
 def test_sasrec_sees_the_past_alone_and_padding_changes_nothing():
@@ -424,6 +409,6 @@ def test_rows_that_do_not_fit():
     with pytest.raises(UserError, match="heads that divide the width"):
         SASRec(12, 3, width=8, heads=3)
     with pytest.raises(UserError, match=r"gates: 'shuffled'. Near: 'shuffled-user'"):
-        hybrid(None, gates="shuffled")
+        small_hybrid(gates="shuffled")
     with pytest.raises(UserError, match="needs the representations of other users"):
-        hybrid(None, gates="shuffled-user")
+        small_hybrid(gates="shuffled-user")

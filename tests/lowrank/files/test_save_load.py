@@ -15,7 +15,7 @@ from torch import nn
 
 import vismt
 from vismt.base.errors import UserError
-from vismt.lowrank.files import save_load as store
+from vismt.lowrank.files import save_load
 from vismt.storage import files
 
 
@@ -75,7 +75,7 @@ def test_other_trained_modules_are_another_adapter(saved) -> None:
 def test_damaged_foreign_and_missing_files(saved, tmp_path) -> None:
     model, folder = saved
     check_refused(tmp_path / "nowhere", "no file")
-    path = folder / store.DESCRIPTION
+    path = folder / save_load.DESCRIPTION
     description = json.loads(path.read_text())
     file = folder / description["tensors"]
     good = file.read_bytes()
@@ -103,15 +103,15 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(saved, monkeypatch) -> N
     write = files.atomic_write
 
     def cut(path, data) -> None:
-        if path.name == store.DESCRIPTION:
+        if path.name == save_load.DESCRIPTION:
             raise KeyboardInterrupt
         write(path, data)
 
-    monkeypatch.setattr(store, "atomic_write", cut)
+    monkeypatch.setattr(save_load, "atomic_write", cut)
     with pytest.raises(KeyboardInterrupt):
         vismt.save_adapter(model, folder)
     assert torch.equal(vismt.load_adapter(tiny_vit(), folder)(images()), before)
-    monkeypatch.setattr(store, "atomic_write", write)
+    monkeypatch.setattr(save_load, "atomic_write", write)
     vismt.save_adapter(model, folder)
     assert len(list(folder.glob("*.safetensors"))) == 1
 

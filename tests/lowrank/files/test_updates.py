@@ -17,7 +17,7 @@ import vismt
 from vismt.base.errors import UserError
 from vismt.llm import collect_covariance, instance_gates
 from vismt.lowrank import combine, read_updates
-from vismt.lowrank.files import save_load as store
+from vismt.lowrank.files import save_load
 from vismt.lowrank.layers.base import adapter_layers
 
 LAYERS = ["attn.qkv", "mlp.fc1"]
@@ -330,7 +330,7 @@ def test_what_is_no_adapter(tmp_path: Path) -> None:
 
 def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
     folder = vismt.save_adapter(adapter("emtal"), tmp_path)
-    description = json.loads((folder / store.DESCRIPTION).read_text())
+    description = json.loads((folder / save_load.DESCRIPTION).read_text())
     tensors = safetensors.torch.load((folder / description["tensors"]).read_bytes())
     lacking = {key: value for key, value in tensors.items() if key != "blocks.0.mlp.fc1.lora_A"}
     for changed, reason in (

@@ -7,13 +7,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.config.typed import RelativePath
+from vismt.config.typed import RelativePath, within
 from vismt.data.copies import digest, fix
 from vismt.data.decode import decode_file
 from vismt.data.image_set import ImageRow, ImageSource, Listing
@@ -84,7 +84,7 @@ class PhotoCropsSource(PackagedSource, ImageSource):
     """
 
     photographs: dict[str, RelativePath]
-    crops_per_half: int
+    crops_per_half: Annotated[int, within(1)]
     package: ClassVar[str | None] = "skimage"
 
     def list_files(self, base: Path) -> Files:

@@ -23,8 +23,7 @@ from vismt.config.typed import RelativePath, within
 from vismt.data.copies import digest, fix, read_manifest, shown_path
 from vismt.data.source_types import Card, Files, RootedSource, cached_folder, file_groups, source_kind
 from vismt.data.texts.interactions import Catalogue, InteractionSet
-from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSet, TextSource, check_encoding, read_text
-from vismt.storage.files import parse_json
+from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSet, TextSource, check_encoding, json_lines, read_text
 from vismt.storage.wheels import SourceFailed, download_wheel, member_of
 
 SPLITS = ("train", "validation", "test")  # of a table of events
@@ -206,15 +205,7 @@ class InteractionsSource(RootedSource, TextSource):
         users = 0
         past: list[int] = []  # what the history of the user's next row ends with
         history_key, next_key = self.fields
-        for line_number, line in enumerate(LINE_ENDS.split(read_text(card, path, self.encoding, unpack)), 1):
-            if not line.strip():
-                continue
-            where = f"{shown_path(path)}: line {line_number}"
-            try:
-                values = parse_json(line)
-            except ValueError as error:
-                raise UserError(f"{where}: is not JSON ({error}).") from error
-            values = values if isinstance(values, dict) else {}
+        for where, values in json_lines(read_text(card, path, self.encoding, unpack), shown_path(path)):
             items, target = values.get(history_key), values.get(next_key)
             if not isinstance(items, list) or target is None:
                 raise UserError(f"{where}: is not an object with {history_key}, a list, and {next_key}.")

@@ -20,8 +20,7 @@ from vismt.config.typed import Names, RelativePath
 from vismt.data.copies import digest, fix, shown_path
 from vismt.data.set_entries import DELIMITERS
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
-from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSource, check_encoding, read_text
-from vismt.storage.files import parse_json
+from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSource, check_encoding, json_lines, read_text
 
 FORMS = ("jsonl", "csv", "lines", "documents")
 NAMED = ("jsonl", "csv")  # whose files name the fields
@@ -101,22 +100,15 @@ class TextFilesSource(RootedSource, TextSource):
             return [self._extracted(row, f"{shown}: document {number}") for number, row in enumerate(rows, 1)]
         if self.form == "csv":
             return self._parse_table(text, path, shown)
-        parse = self._parse_object if self.form == "jsonl" else self._parse_fields
-        parsed = []
-        for number, line in enumerate(LINE_ENDS.split(text), 1):
-            if line.strip():
-                where = f"{shown}: line {number}"
-                parsed.append(self._extracted(parse(line, where), where))
-        return parsed
-
-    def _parse_object(self, line: str, where: str) -> dict[str, Any]:
-        try:
-            values = parse_json(line)
-        except ValueError as error:
-            raise UserError(f"{where}: is not JSON ({error}).") from error
-        if not isinstance(values, dict) or not set(self.fields) <= set(values):
-            raise UserError(f"{where}: is not an object with {', '.join(self.fields)}.")
-        return {name: values[name] for name in self.fields or values}
+        if self.form == "jsonl":
+            parsed = []
+            for where, values in json_lines(text, shown):
+                if not values or not set(self.fields) <= set(values):
+                    raise UserError(f"{where}: is not an object with {', '.join(self.fields) or 'a field'}.")
+                parsed.append(self._extracted({name: values[name] for name in self.fields or values}, where))
+            return parsed
+        lines = ((f"{shown}: line {number}", line) for number, line in enumerate(LINE_ENDS.split(text), 1))
+        return [self._extracted(self._parse_fields(line, where), where) for where, line in lines if line.strip()]
 
     def _parse_table(self, text: str, path: Path, shown: str) -> list[dict[str, Any]]:
         table = csv.DictReader(io.StringIO(text, newline=""), delimiter=DELIMITERS.get(path.suffix, ","))

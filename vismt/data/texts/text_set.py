@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -16,6 +16,7 @@ from vismt.data.copies import first_copy, fix, not_found, shown_path, sources_fo
 from vismt.data.formats.python_sets import python_object, texts_of
 from vismt.data.set_entries import row_name
 from vismt.data.source_types import DataSource
+from vismt.storage.files import parse_json
 from vismt.storage.paths import regular_file
 
 # str.splitlines takes more; files mix these three.
@@ -115,6 +116,22 @@ def read_text(card: Card, path: Path, encoding: str, unpack: Callable[[bytes], b
         raise UserError(f"{card.shown}: missing file '{shown}'. {fix(card)}") from error
     except (OSError, EOFError, UnicodeError) as error:
         raise UserError(f"{card.shown}: '{shown}' cannot be read: {error}. {fix(card)}") from error
+
+
+def json_lines(text: str, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, fields) of each line that is not empty; fields is empty for JSON other than an object.
+
+    Raises:
+        UserError: a line that is not JSON.
+    """
+    for number, line in enumerate(LINE_ENDS.split(text), 1):
+        if line.strip():
+            where = f"{shown}: line {number}"
+            try:
+                values = parse_json(line)
+            except ValueError as error:
+                raise UserError(f"{where}: is not JSON ({error}).") from error
+            yield where, values if isinstance(values, dict) else {}
 
 
 def open_texts(card: Card | str | Path, split: str = "all", *, root: Path | None = None) -> TextSet:

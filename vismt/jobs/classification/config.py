@@ -178,7 +178,8 @@ def class_loss(config: MultitaskConfig, counts: Sequence[int] | None = None) -> 
 def check(config: MultitaskConfig) -> None:
     """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
     for task in config.tasks:
-        _check_task(task)
+        if not task.train:
+            raise UserError(f"tasks: {task.name}: train names no set.")
     calibration = config.calibration.data if config.calibration is not None else ()
     check_parts({f"tasks: {task.name}": task for task in config.tasks}, calibration)
     names = [task.name for task in config.tasks]
@@ -231,11 +232,6 @@ def check_attacks(attacks: Sequence[AttackConfig], corruptions: Sequence[Corrupt
             f"evaluate.attacks: source '{source}': attacks from another model are for few-shot runs; leave it out."
         )
     check_conditions(attacks, corruptions, 4)
-
-
-def _check_task(task: TaskConfig) -> None:
-    if not task.train:
-        raise UserError(f"tasks: {task.name}: train names no set.")
 
 
 CONFIG = MultitaskConfig

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vismt.base import console, ranks
 from vismt.base.seeds import digest, mix_seed
@@ -31,7 +31,15 @@ from vismt.engine import loop, runtime, training_files
 from vismt.jobs.lm.config import GRU, RECOMMENDER, LmConfig, LmRecommenderConfig, recommendation_of, trained_task
 from vismt.jobs.lm.data import LmData
 from vismt.llm.ilora.hybrid import Hybrid
-from vismt.llm.ilora.recommenders import GRU4Rec, NextItem, SASRec, cosine_scores, padded, popularity_scores
+from vismt.llm.ilora.recommenders import (
+    GRU4Rec,
+    ItemRecommender,
+    NextItem,
+    SASRec,
+    cosine_scores,
+    padded,
+    popularity_scores,
+)
 from vismt.llm.tasks.answers import choice_records
 from vismt.llm.tasks.base import Item, Record
 from vismt.llm.tasks.recommendation import listed_of
@@ -40,7 +48,7 @@ from vismt.storage.locks import is_locked, locked
 
 # Folder and file of each trained recommender.
 FILES = {RECOMMENDER: ("recommender", "sasrec.safetensors"), GRU: ("gru4rec", "gru4rec.safetensors")}
-Net = TypeVar("Net", bound=nn.Module)
+Net = TypeVar("Net", bound=ItemRecommender)
 OTHERS = 1024  # number of users that "shuffled-user" draws from
 
 
@@ -124,7 +132,7 @@ class Recommender:
         net = self.net
         return net(padded([rows[i][0][-self.history :] for i in order]))
 
-    def _train(self, net: Any, folder: Path, file: str) -> None:
+    def _train(self, net: ItemRecommender, folder: Path, file: str) -> None:
         settings = self.settings
         rows = self.data.interactions(self.data.fitted)
         console.stage("train", f"{type(net).__name__}   {len(rows):,} rows   {len(self.data.catalogue):,} items")

@@ -94,12 +94,13 @@ def collect_covariance(
         model_name = weights_digest(model)
     store = CovarianceStore(folder, model_name, data, groups.paths, passes, widths)
     text = "calibration batches" if len(passes) == 1 else f"calibration batches in {len(passes)} passes"
-    done = store.passes_done * length + store.unfinished.batches
+    passes_done = len(store.state.finished)
+    done = passes_done * length + store.unfinished.batches
     with console.bar("corda", text, len(passes) * length, done) as bar:
-        for number in range(store.passes_done, len(passes)):
+        for number in range(passes_done, len(passes)):
             source = iter(batches) if readable_again else chain([first], iterator)
             _run_pass(model, groups, passes[number], source, store, save_every, bar.advance)
-    _report_short_samples(store.tokens, widths)
+    _report_short_samples(store.state.tokens, widths)
     return store.covariances()
 
 

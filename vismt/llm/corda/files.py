@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -20,7 +19,7 @@ from vismt.base.errors import UserError
 from vismt.config.json_text import read_json
 from vismt.config.typed import JsonFile, build
 from vismt.lowrank.files.save_load import check_tensors
-from vismt.storage.files import atomic_write, file_digest, is_sealed, sealed, write_tensors
+from vismt.storage.files import DIGEST, atomic_write, file_digest, is_sealed, sealed, write_tensors
 from vismt.storage.paths import regular_file
 
 FORMAT = 1
@@ -35,6 +34,44 @@ class CovarianceSums:
     tokens: dict[str, int] = field(default_factory=dict)
     samples: int = 0
     batches: int = 0
+
+
+@dataclass
+class UnfinishedPass:
+    """The unfinished pass of a folder."""
+
+    file: str
+    tokens: dict[str, int]
+    samples: int
+    batches: int
+
+
+@dataclass
+class CovarianceFile:
+    """The content of covariances.json."""
+
+    format: int
+    model: str
+    data: str
+    groups: dict[str, list[str]]
+    passes: list[list[str]]
+    widths: dict[str, int]
+    finished: list[str]
+    tokens: dict[str, int]
+    begun: UnfinishedPass | None
+    digests: dict[str, str]  # of the files
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        led = {path for paths in self.groups.values() for path in paths}
+        leaders = [leader for leaders in self.passes for leader in leaders]
+        if self.format != FORMAT or set(leaders) != set(self.groups) or led != set(self.widths):
+            raise ValueError(f"format {self.format}, or groups that are not those of passes and widths")
+        if not set(leaders) <= led or len(self.finished) > len(self.passes) or min(self.widths.values(), default=1) < 1:
+            raise ValueError("passes, finished or widths out of range")
+        names = [*self.finished, *([self.begun.file] if self.begun else [])]
+        if not all(re.fullmatch(r"[\w-]+\.safetensors", name) for name in names):
+            raise ValueError("a file that does not lie in the folder")
 
 
 def save_covariances(covariances: Mapping[str, Tensor], folder: str | Path) -> Path:
@@ -71,20 +108,20 @@ def load_covariances(folder: str | Path) -> dict[str, Tensor]:
     Raises UserError where a file is missing or has the wrong shapes, and for an unfinished calibration.
     """
     folder = Path(folder)
-    description = _read(folder)
-    if len(description["finished"]) < len(description["passes"]):
+    saved = _read(folder)
+    if len(saved.finished) < len(saved.passes):
         raise UserError(f"covariances '{folder}': the calibration is not finished; run it again, it resumes.")
     by_leader: dict[str, Tensor] = {}
-    for name, leaders in zip(description["finished"], description["passes"]):
-        by_leader.update(_mapped(folder, name, leaders, description))
-    return _by_path(description["groups"], description["widths"], by_leader)
+    for name, leaders in zip(saved.finished, saved.passes):
+        by_leader.update(_mapped(folder, name, leaders, saved))
+    return _by_path(saved, by_leader)
 
 
 class CovarianceStore:
     """The sums and finished covariances of one calibration, kept in a folder or in memory.
 
-    passes_done: number of finished passes. unfinished: sums of the current pass, filled by the caller. tokens: counted for
-    each leader. Raises UserError when the folder holds another calibration (model, targets, data or budget).
+    state: what covariances.json says of it. unfinished: sums of the current pass, filled by the caller. Raises UserError when
+    the folder holds another calibration (model, targets, data or budget).
     """
 
     def __init__(
@@ -97,67 +134,48 @@ class CovarianceStore:
         widths: Mapping[str, int],
     ) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.groups = {leader: list(paths) for leader, paths in groups.items()}
-        self.passes = [list(leaders) for leaders in passes]
-        self.widths = dict(widths)
-        self.about = {
-            "format": FORMAT,
-            "model": model,
-            "data": data,
-            "groups": self.groups,
-            "passes": self.passes,
-            "widths": self.widths,
-        }
-        self.files: list[str] = []
-        self.digests: dict[str, str] = {}
+        grouped = {leader: list(paths) for leader, paths in groups.items()}
+        parts = [list(leaders) for leaders in passes]
+        self.state = CovarianceFile(FORMAT, model, data, grouped, parts, dict(widths), [], {}, None, {})
         self.memory: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = {}
         self.unfinished = CovarianceSums()
         if self.folder is not None and (self.folder / DESCRIPTION).exists():
             self._resume(self.folder, _read(self.folder))
 
-    @property
-    def passes_done(self) -> int:
-        return len(self.files)
-
     def save(self) -> None:
         """Write the sums of the current pass; without a folder do nothing."""
         if self.folder is not None:
-            name = f"sums-{len(self.files)}-{self.unfinished.batches}.safetensors"
-            self._write(self.folder, name, self.unfinished.sums, finished=False)
+            sums = self.unfinished
+            name = f"sums-{len(self.state.finished)}-{sums.batches}.safetensors"
+            self.state.begun = UnfinishedPass(name, sums.tokens, sums.samples, sums.batches)
+            self._write(self.folder, name, sums.sums)
 
     def finish(self) -> None:
         """End the current pass: its sums divided by the number of samples are covariances."""
         covariances = {path: (value / self.unfinished.samples).cpu() for path, value in self.unfinished.sums.items()}
-        self.tokens.update(self.unfinished.tokens)
-        self.unfinished = CovarianceSums()
-        self.files.append(f"covariances-{len(self.files)}.safetensors")
+        self.state.tokens.update(self.unfinished.tokens)
+        self.state.begun, self.unfinished = None, CovarianceSums()
+        self.state.finished.append(f"covariances-{len(self.state.finished)}.safetensors")
         if self.folder is None:
             self.memory.update(covariances)
         else:
-            self._write(self.folder, self.files[-1], covariances, finished=True)
+            self._write(self.folder, self.state.finished[-1], covariances)
 
     def covariances(self) -> dict[str, Tensor]:
         """Return the covariances by path; layers of a group share a tensor."""
-        if self.folder is not None:
-            return load_covariances(self.folder)
-        return _by_path(self.groups, self.widths, self.memory)
+        return _by_path(self.state, self.memory) if self.folder is None else load_covariances(self.folder)
 
-    def _write(self, folder: Path, name: str, tensors: Mapping[str, Tensor], *, finished: bool) -> None:
-        self.digests[name] = write_tensors(folder / name, tensors)
-        unfinished = {
-            "file": name,
-            "tokens": self.unfinished.tokens,
-            "samples": self.unfinished.samples,
-            "batches": self.unfinished.batches,
-        }
-        self.digests = {file: self.digests[file] for file in (*self.files, name)}
-        state = {"finished": self.files, "tokens": self.tokens, "begun": None if finished else unfinished}
-        atomic_write(folder / DESCRIPTION, sealed({**self.about, **state, "digests": self.digests}))
+    def _write(self, folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors, then covariances.json, and remove the sums of an earlier time."""
+        written = {**self.state.digests, name: write_tensors(folder / name, tensors)}
+        self.state.digests = {file: written[file] for file in (*self.state.finished, name)}
+        content = asdict(self.state)
+        del content[DIGEST]
+        atomic_write(folder / DESCRIPTION, sealed(content))
         for stale in set(folder.glob("sums-*.safetensors")) - {folder / name}:
             stale.unlink()
 
-    def _resume(self, folder: Path, description: Mapping[str, Any]) -> None:
+    def _resume(self, folder: Path, saved: CovarianceFile) -> None:
         for key, what in (
             ("model", "another model"),
             ("widths", "other targets"),
@@ -165,80 +183,40 @@ class CovarianceStore:
             ("passes", "another memory_budget"),
             ("data", "other data"),
         ):
-            if description[key] != self.about[key]:
+            if getattr(saved, key) != getattr(self.state, key):
                 raise UserError(f"covariances '{folder}': it holds a calibration with {what}; use another folder.")
-        self.files, self.tokens = list(description["finished"]), dict(description["tokens"])
-        self.digests = dict(description["digests"])
-        unfinished = description["begun"]
-        if unfinished:
-            sums = _mapped(folder, unfinished["file"], self.passes[len(self.files)], description)
+        self.state = saved
+        if saved.begun is not None:
+            sums = _mapped(folder, saved.begun.file, saved.passes[len(saved.finished)], saved)
             self.unfinished = CovarianceSums(
-                sums={path: value.clone() for path, value in sums.items()},
-                tokens=dict(unfinished["tokens"]),
-                samples=int(unfinished["samples"]),
-                batches=int(unfinished["batches"]),
+                {path: value.clone() for path, value in sums.items()},
+                saved.begun.tokens,
+                saved.begun.samples,
+                saved.begun.batches,
             )
 
 
-def _by_path(
-    groups: Mapping[str, Sequence[str]], widths: Mapping[str, int], by_leader: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _by_path(saved: CovarianceFile, by_leader: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensor of each path, which is that of the leader of its group."""
-    leader_of = {path: leader for leader, paths in groups.items() for path in paths}
-    return {path: by_leader[leader_of[path]] for path in widths}
+    leader_of = {path: leader for leader, paths in saved.groups.items() for path in paths}
+    return {path: by_leader[leader_of[path]] for path in saved.widths}
 
 
-@dataclass(frozen=True)
-class _UnfinishedPass:
-    """The unfinished pass of a folder."""
-
-    file: str
-    tokens: dict[str, int]
-    samples: int
-    batches: int
-
-
-@dataclass(frozen=True)
-class _Description:
-    """The content of covariances.json."""
-
-    format: int
-    model: str
-    data: str
-    groups: dict[str, list[str]]
-    passes: list[list[str]]
-    widths: dict[str, int]
-    finished: list[str]
-    tokens: dict[str, int]
-    begun: _UnfinishedPass | None
-    digests: dict[str, str]  # of the files
-    sha256: str
-
-    def __post_init__(self) -> None:
-        led = {path for paths in self.groups.values() for path in paths}
-        leaders = [leader for leaders in self.passes for leader in leaders]
-        if self.format != FORMAT or set(leaders) != set(self.groups) or led != set(self.widths):
-            raise ValueError(f"format {self.format}, or groups that are not those of passes and widths")
-        if not set(leaders) <= led or len(self.finished) > len(self.passes) or min(self.widths.values(), default=1) < 1:
-            raise ValueError("passes, finished or widths out of range")
-        names = [*self.finished, *([self.begun.file] if self.begun else [])]
-        if not all(re.fullmatch(r"[\w-]+\.safetensors", name) for name in names):
-            raise ValueError("a file that does not lie in the folder")
-
-
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> CovarianceFile:
     what = f"covariances '{folder}'"
     description = read_json(folder / DESCRIPTION, what)
     try:
-        build(_Description, description, JsonFile(f"{what}: {DESCRIPTION} is not what this version of vismt writes"))
+        saved = build(
+            CovarianceFile, description, JsonFile(f"{what}: {DESCRIPTION} is not what this version of vismt writes")
+        )
     except UserError as error:
         raise UserError(f"{error} Collect the covariances again.") from error
     if not is_sealed(description):
         raise UserError(f"{what}: {DESCRIPTION} was changed after it was written; collect the covariances again.")
-    return description
+    return saved
 
 
-def _mapped(folder: Path, name: str, leaders: Sequence[str], description: Mapping[str, Any]) -> dict[str, Tensor]:
+def _mapped(folder: Path, name: str, leaders: Sequence[str], saved: CovarianceFile) -> dict[str, Tensor]:
     """Return the tensors (i, i) of the leaders from a safetensors file, memory-mapped where the platform allows it.
 
     Raises UserError for a file that is missing or damaged, has other tensors, or was changed after it was written.
@@ -250,9 +228,8 @@ def _mapped(folder: Path, name: str, leaders: Sequence[str], description: Mappin
         raise UserError(
             f"covariances '{folder}': '{name}' is missing or damaged ({error}); collect them again."
         ) from error
-    widths = description["widths"]
-    check_tensors(f"covariances '{folder}'", {leader: (widths[leader],) * 2 for leader in leaders}, tensors)
-    if file_digest(folder / name) != description["digests"].get(name):
+    check_tensors(f"covariances '{folder}'", {leader: (saved.widths[leader],) * 2 for leader in leaders}, tensors)
+    if file_digest(folder / name) != saved.digests.get(name):
         raise UserError(
             f"covariances '{folder}': '{name}' was changed or damaged; delete the folder to collect them again."
         )

@@ -58,7 +58,7 @@ def corda_factors(
     rows = U.T @ matrix
     if balanced:
         even = LowRank(U, rows).balanced()
-        A, B = even.R / math.sqrt(scale), even.L / math.sqrt(scale)
+        A, B = even.A / math.sqrt(scale), even.B / math.sqrt(scale)
     else:
         root = (S / scale).sqrt()
         # S_J V_J^T C'^-1 = U_J^T W, so sqrt(S/s) V^T C'^-1 = U^T W / sqrt(S s); a vanishing component has no direction.

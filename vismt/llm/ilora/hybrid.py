@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
 from vismt.llm.ilora.method import gate_part
-from vismt.llm.ilora.recommenders import Recommender
+from vismt.llm.ilora.recommenders import ItemRecommender
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.base import answer_tokens
 from vismt.lowrank.layers.gates import instance_gates
@@ -47,7 +47,7 @@ class Hybrid(nn.Module):
 
     def __init__(
         self,
-        recommender: Recommender,
+        recommender: ItemRecommender,
         width: int | None,
         gates: str = "user",
         others: Tensor | None = None,

@@ -31,7 +31,7 @@ from vismt.base.errors import UserError
 ITEM_BASELINES = ("popularity", "recency", "mean-item")
 
 
-class Recommender(nn.Module):
+class ItemRecommender(nn.Module):
     """A net whose forward maps histories int64 (b, n), -1 after the last item, to users (b, d). item: the item vectors."""
 
     item: nn.Embedding
@@ -48,7 +48,7 @@ class Recommender(nn.Module):
         return torch.einsum("bd,bcd->bc", users, self.item.weight[items])
 
 
-class SASRec(Recommender):
+class SASRec(ItemRecommender):
     """Self-attentive sequential recommendation.
 
     Args:
@@ -135,7 +135,7 @@ class _Block(nn.Module):
         return states + F.dropout(self.outer(inner), self.dropout, self.training)
 
 
-class GRU4Rec(Recommender):
+class GRU4Rec(ItemRecommender):
     """A recurrent recommender.
 
     Args:
@@ -173,7 +173,7 @@ class NextItem(nn.Module):
     loss: cross-entropy over all items. first: share of rows where the next item has the highest score.
     """
 
-    def __init__(self, recommender: Recommender) -> None:
+    def __init__(self, recommender: ItemRecommender) -> None:
         super().__init__()
         self.recommender = recommender
 

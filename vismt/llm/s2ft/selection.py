@@ -127,7 +127,9 @@ def select_units(
 
 def _ratios(ratio: float | Mapping[str, float], parts: Sequence[str] | None) -> dict[str, float]:
     """Return {part: ratio} of every wanted part; raise UserError where a mapping and explicit parts do not agree."""
-    wanted = list(("o", "d") if parts is None else parts)  # a text is the name of one part
+    wanted = ["o", "d"]
+    if parts is not None:
+        wanted = [parts] if isinstance(parts, str) else list(parts)
     require_known("select_units.parts: no", wanted, PARTS)
     ratios = dict(ratio) if isinstance(ratio, Mapping) else dict.fromkeys(wanted, ratio)
     require_known("select_units.ratio: no part", ratios, PARTS)

@@ -19,7 +19,7 @@ from vismt.base.errors import UserError
 from vismt.base.registry import PLACES
 from vismt.config.json_text import read_json
 from vismt.config.typed import JsonFile, build
-from vismt.lowrank.layers.base import MODULES, LayerSpec
+from vismt.lowrank.layers.base import MODULES, AdapterLayer, LayerSpec
 from vismt.lowrank.tensors import check_finite
 from vismt.storage.files import is_sealed, read_tensors
 
@@ -105,9 +105,9 @@ def _spec(entry: Mapping[str, Any], source: JsonFile, key: str) -> LayerSpec:
     site = build(_Site, common, source, key)
     name = site.layer or next((name for name, setting in UNNAMED.items() if setting in settings), "low_rank")
     layer = _module(name, source)
-    spec = LayerSpec(site.path, site.kind, site.shape, layer, build(layer.Settings, settings, source, key))
-    if not spec.has_weight:
+    if not issubclass(layer, AdapterLayer):
         raise UserError(f"{source}: {key}.layer: '{name}' is no layer.")
+    spec = LayerSpec(site.path, site.kind, site.shape, layer, build(layer.Settings, settings, source, key))
     try:
         layer.check_settings(spec)
     except ValueError as error:
@@ -118,10 +118,9 @@ def _spec(entry: Mapping[str, Any], source: JsonFile, key: str) -> LayerSpec:
 def _part(path: str, entry: _Part, source: JsonFile) -> LayerSpec:
     """Return the spec of an adapter module that is no layer."""
     kind, key = _module(entry.type, source), f"parts['{path}']"
-    spec = LayerSpec(path, "", (), kind, build(kind.Settings, entry.settings, source, f"{key}.settings"))
-    if spec.has_weight:
+    if issubclass(kind, AdapterLayer):
         raise UserError(f"{source}: {key}.type: '{entry.type}' is a layer.")
-    return spec
+    return LayerSpec(path, "", (), kind, build(kind.Settings, entry.settings, source, f"{key}.settings"))
 
 
 def _module(name: str, source: JsonFile) -> Any:

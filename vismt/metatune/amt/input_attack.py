@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.base.errors import UserError, near
-from vismt.base.norm_balls import clip, column, size, steepest
+from vismt.base.norm_balls import column, size, steepest
 
 Levels = Sequence[tuple[int | None, float]]
 
@@ -123,7 +123,7 @@ def _direction(gradient: Tensor, norm: str) -> Tensor:
 def _bounded(change: Tensor, bound: Tensor, norm: str) -> Tensor:
     """Return the nearest change within the budget; bound (1, c, 1, 1) is the budget in the images' units."""
     if norm == "linf":
-        return clip(change, bound, norm)
+        return torch.clamp(change, -bound, bound)
     length = size((change / bound).float(), norm).clamp_min(1)
     return change / column(length.to(change.dtype))
 

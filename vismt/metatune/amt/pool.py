@@ -109,7 +109,7 @@ class ExpertPool(nn.Module):
 
     def _combined(self, zeta: Tensor) -> Updates:
         shares = torch.cat([zeta, zeta.sum()[None]]).tolist()  # the shared update, if any, counts once
-        used = [index for index, share in enumerate(shares) if share]
+        used = [index for index, _ in enumerate(self.updates) if shares[index]]
         return combine([self.updates[index] for index in used], [shares[index] for index in used])
 
     def uniform(self) -> Tensor:

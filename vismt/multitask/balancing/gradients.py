@@ -5,10 +5,10 @@ The scalar to call backward on is linear in the parameters, so that its own back
 backward once more for the sum. Each `solve` takes M (t, t) of the t tasks that are present and have a nonzero gradient; in the
 formulas T is the number of these tasks.
 
-What stands here does something that the aggregators of torchjd 0.18 (torchjd_methods.py) do not. MGDA, CAGrad, FairGrad and Nash-MTL are
-solved to the last digits for gradients of any lengths: torchjd stops MGDA at a vector up to 30 % too long, misses FairGrad's
-equation where lengths differ by 10^4, and calls cvxpy for the other two. PCGrad and GradVac draw their orders from (seed, number
-of the call), which every process knows and a resumed run repeats, and GradVac's state is part of the checkpoint.
+What stands here does something that the aggregators of torchjd 0.18 (torchjd_methods.py) do not. MGDA, CAGrad, FairGrad and
+Nash-MTL are solved to the last digits for gradients of any lengths: torchjd stops MGDA at a vector up to 30 % too long, misses
+FairGrad's equation where lengths differ by 10^4, and calls cvxpy for the other two. PCGrad and GradVac draw their orders from
+(seed, number of the call), which every process knows and a resumed run repeats, and GradVac's state is part of the checkpoint.
 """
 
 from __future__ import annotations
