@@ -13,6 +13,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from helpers.tiny_runs import run_config, written
 
 from vismt.cli import main
 from vismt.data.images import open_images
@@ -40,16 +41,13 @@ SMALL = {
 
 
 def write(folder: Path, **changes: object) -> Path:
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, **changes}))
-    return path
+    return written(folder / "small.yaml", {**SMALL, **changes})
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("e2e")
-    assert main(["run", str(write(folder)), "--out", str(folder / "runs"), "--quiet"]) == 0
-    return next((folder / "runs").iterdir())
+    return run_config(write(folder))
 
 
 def test_a_run_leaves_everything_a_number_needs(run_folder: Path) -> None:
@@ -181,8 +179,7 @@ def test_damaged_run_folders_are_named(run_folder: Path, tmp_path: Path, capsys)
 
 def test_merging_before_training_says_what_to_do(tmp_path: Path, capsys) -> None:
     path = write(tmp_path, adapt=None, train=None, source={})
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    folder = next((tmp_path / "runs").iterdir())
+    folder = run_config(path)
     for command in (["merge", str(folder)], ["export", str(folder), "--format", "peft"]):
         assert main(command) == 2
         assert "no trained adapter" in capsys.readouterr().err

@@ -15,8 +15,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-import yaml
 from helpers.checkpoints import saved_tensors
+from helpers.tiny_runs import run_config, written
 from PIL import Image
 
 from vismt.base.errors import UserError
@@ -67,9 +67,7 @@ SINGLE = {"arms": {}, "seeds": [], "baseline": None}
 
 
 def write(folder: Path, **changes: object) -> Path:
-    path = folder / "rooms.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
-    return path
+    return written(folder / "rooms.yaml", {**SMALL, **changes})
 
 
 def rows_of_arms(results: list[Result]) -> dict[tuple[str, str], Result]:
@@ -80,8 +78,7 @@ def rows_of_arms(results: list[Result]) -> dict[tuple[str, str], Result]:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
-    assert main(["run", str(write(folder)), "--out", str(folder / "runs"), "--quiet"]) == 0
-    return next((folder / "runs").iterdir())
+    return run_config(write(folder))
 
 
 def test_rows_of_every_arm_and_task(study: Path) -> None:
@@ -389,8 +386,7 @@ def test_every_adapter_trains_dense_tasks_and_merges(tmp_path: Path, capsys) -> 
         for name, options in settings.items()
     }
     path = write(tmp_path, **{**SINGLE, "arms": arms}, tasks=["depth", "normals"], train={**SMALL["train"], "steps": 3})
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    folder = next((tmp_path / "runs").iterdir())
+    folder = run_config(path)
     rows = read_results(folder / "results.jsonl")
     assert {row.arm for row in rows} == set(settings) and len({row.value for row in rows}) == len(rows)
     for name in settings:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-import yaml
+from helpers.tiny_runs import run_config, written
 from PIL import Image
 
 from vismt.base.errors import UserError
@@ -82,9 +82,7 @@ def data_folder(room: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
 
 
 def write(folder: Path, **changes: object) -> Path:
-    path = folder / "mixed.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
-    return path
+    return written(folder / "mixed.yaml", {**SMALL, **changes})
 
 
 def sets(room: Path, *names: str) -> list[str]:
@@ -299,8 +297,7 @@ def test_arms_that_differ_in_their_losses_alone(room: Path, tmp_path: Path) -> N
         "tau": {"tasks.semseg.logit_adjustment": 1.0, "tasks.classify.label_smoothing": 0.1},
     }
     path = write(tmp_path, **on_room(room, arms=arms, adapt=None, fade=None))
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    folder = next((tmp_path / "runs").iterdir())
+    folder = run_config(path)
     job = open_run(folder).job
     tasks = {
         arm: job.objective(config, job.fresh(config), []).tasks["semseg"] for arm, config in job.study.arms.items()
@@ -357,8 +354,7 @@ def test_depth_of_the_motorcycle_and_digits(tmp_path: Path) -> None:
         augment={"flip": False, "strength": 0},
         balancing={"method": "dwa"},
     )
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    folder = next((tmp_path / "runs").iterdir())
+    folder = run_config(path)
     rows = {(row.task, row.metric): row for row in read_results(folder / "results.jsonl")}
     depth, classify = ("depth", "RMSE in m"), ("classify", "accuracy")
     assert {key: row.n for key, row in rows.items()} == {depth: 2, classify: 90}
@@ -388,8 +384,7 @@ def test_camvid_and_textures(tmp_path: Path) -> None:
         batch=8,
         balancing={"method": "pcgrad"},
     )
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    folder = next((tmp_path / "runs").iterdir())
+    folder = run_config(path)
     counts = {(row.task, row.metric): row.n for row in read_results(folder / "results.jsonl")}
     assert counts == {("semseg", "mIoU"): 37, ("classify", "accuracy"): 100}
     check = json.loads(next(folder.rglob("merge.json")).read_text())

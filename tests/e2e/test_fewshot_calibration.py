@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
-from helpers.tiny_runs import FEWSHOT
+from helpers.tiny_runs import FEWSHOT, run_config, written
 
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -39,13 +38,6 @@ CONFIG = {
 }
 
 
-def run(folder: Path, config: dict[str, Any]) -> Path:
-    path = folder / "calibration.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    assert main(["run", str(path), "--out", str(folder / "runs"), "--quiet"]) == 0
-    return next((folder / "runs").iterdir())
-
-
 def temperatures(folder: Path) -> dict[str, dict[str, Any]]:
     paths = sorted((folder / "episodes" / "seed-0").glob("temperature-*.json"))
     return {path.stem: read_sealed(path, path.name) for path in paths}
@@ -53,7 +45,7 @@ def temperatures(folder: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return run(tmp_path_factory.mktemp("calibration"), CONFIG)
+    return run_config(written(tmp_path_factory.mktemp("calibration") / "calibration.yaml", CONFIG))
 
 
 def test_every_model_has_a_temperature_and_a_detection(folder: Path) -> None:
@@ -96,7 +88,9 @@ def test_the_temperature_is_the_best_of_the_validation_episodes(folder: Path) ->
 
 
 def test_an_interrupted_evaluation_is_continued_with_the_same_temperature(tmp_path: Path) -> None:
-    folder = run(tmp_path, {**CONFIG, "evaluate": {**CONFIG["evaluate"], "models": ["frozen"]}})
+    folder = run_config(
+        written(tmp_path / "calibration.yaml", {**CONFIG, "evaluate": {**CONFIG["evaluate"], "models": ["frozen"]}})
+    )
     before, fitted = (folder / "results.jsonl").read_bytes(), temperatures(folder)
     (folder / "results.jsonl").unlink()
     (records,) = (folder / "episodes").rglob("*.jsonl")
@@ -115,7 +109,7 @@ def test_pools_and_trained_arms_with_classes_kept_apart(tmp_path: Path) -> None:
         "evaluate": {**EVALUATE, "models": ["merged", "merged+laplace", "expert:4+finetune", "logits"]},
         "finetune": {"steps": 1},
     }
-    folder = run(tmp_path, pool)
+    folder = run_config(written(tmp_path / "calibration.yaml", pool))
     rows = read_results(folder / "results.jsonl")
     arms = {row.arm for row in rows if (row.condition, row.metric) == (TEMPERED, "Brier")}
     assert arms == {*pool["evaluate"]["models"]}
@@ -125,7 +119,7 @@ def test_pools_and_trained_arms_with_classes_kept_apart(tmp_path: Path) -> None:
 def test_an_attack_follows_the_laplace_head(tmp_path: Path) -> None:
     evaluate = {**FEWSHOT["evaluate"], "models": ["frozen"]}
     config = {**CONFIG, "select": None, "evaluate": evaluate}
-    folder = run(tmp_path, config)
+    folder = run_config(written(tmp_path / "calibration.yaml", config))
     assert main(["attack", str(folder), "--attack", "pgd", "--epsilon", "16/255", "--quiet"]) == 0
     rows = {row.condition: row.value for row in read_results(folder / "results.jsonl")}
     (attacked,) = (value for condition, value in rows.items() if condition.startswith("PGD"))

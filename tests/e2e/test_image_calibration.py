@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from helpers.tiny_runs import FEWSHOT, TRAIN, VIT
+from helpers.tiny_runs import FEWSHOT, TRAIN, VIT, run_config, written
 
 from vismt.backbones import vit
 from vismt.cli import main
@@ -32,15 +31,8 @@ MULTITASK = {
 }
 
 
-def run(folder: Path, config: dict[str, Any]) -> Path:
-    path = folder / "corda.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    assert main(["run", str(path), "--out", str(folder / "runs"), "--quiet"]) == 0
-    return next((folder / "runs").iterdir())
-
-
 def test_covariances_are_those_of_the_chosen_training_images(tmp_path: Path) -> None:
-    folder = run(tmp_path, MULTITASK)
+    folder = run_config(written(tmp_path / "corda.yaml", MULTITASK))
     found = load_covariances(next((folder / "calibration").iterdir()))
     job = open_run(folder).job
     backbone = vit.create(**VIT, num_classes=10, new_head=True, seed=0)
@@ -55,7 +47,7 @@ def test_covariances_are_those_of_the_chosen_training_images(tmp_path: Path) -> 
 
 def test_few_shot_runs_calibrate_on_named_sets(tmp_path: Path) -> None:
     config = {**FEWSHOT, "adapt": CORDA, "calibration": {"data": ["photo_crops:test"], "examples": 8}, "select": None}
-    folder = run(tmp_path, config)
+    folder = run_config(written(tmp_path / "corda.yaml", config))
     assert load_covariances(next((folder / "calibration").iterdir()))
     assert (folder / "results.jsonl").exists()
 
@@ -66,7 +58,9 @@ def test_few_shot_runs_calibrate_on_named_sets(tmp_path: Path) -> None:
 )
 def test_s2ft_scores_its_units_by_images(strategy: str, tmp_path: Path) -> None:
     options = {"strategy": strategy, "ratio": 0.2}
-    folder = run(tmp_path, {**MULTITASK, "adapt": {"method": "s2ft", "options": options}})
+    folder = run_config(
+        written(tmp_path / "corda.yaml", {**MULTITASK, "adapt": {"method": "s2ft", "options": options}})
+    )
     assert (folder / "results.jsonl").exists()
 
 

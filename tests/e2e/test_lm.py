@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-import yaml
 from helpers.lm_parts import changed, save_lm, save_texts, sentiment_task
+from helpers.tiny_runs import run_config, written
 
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -65,9 +65,7 @@ def settings(home: dict[str, object], **changes: object) -> dict[str, object]:
 
 
 def write(folder: Path, config: dict[str, object]) -> Path:
-    path = folder / "words.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    return path
+    return written(folder / "words.yaml", config)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +82,7 @@ def study(home, tmp_path_factory) -> Path:
             "polar-vbll": {"adapt.method": "polar", "head": {"name": "vbll", "alternate": {"steps": 1}}},
         },
     )
-    assert main(["run", str(write(folder, config)), "--out", str(folder / "runs"), "--quiet"]) == 0
-    return next((folder / "runs").iterdir())
+    return run_config(write(folder, config))
 
 
 def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> None:
@@ -140,8 +137,7 @@ def test_laplace_of_a_large_head_is_factored_and_named_kronecker(home, tmp_path:
     monkeypatch.setattr("vismt.uncertainty.last_layers.LARGEST", 2 * 32 - 1)  # two answers, an LM of width 32
     arms = {"linear": {}, "vbll": {"head": {"name": "vbll"}}}
     path = write(tmp_path, settings(home, arms=arms, evaluate={"batch": 4, "laplace": True}))
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    run = next((tmp_path / "runs").iterdir())
+    run = run_config(path)
     rows = [row for row in read_results(run / "results.jsonl") if row.metric == "NLL in nats"]
     conditions = {arm: {row.condition for row in rows if row.arm == arm} for arm in arms}
     assert conditions == {"linear": {"clean", "Laplace (Kronecker)"}, "vbll": {"clean", "means of the head", "Laplace"}}
@@ -209,8 +205,7 @@ def test_an_arm_on_quantised_weights_leaves_the_others_alone(home, tmp_path: Pat
 def test_a_hosted_arm_is_compared_merged_and_exported(home, tmp_path: Path) -> None:
     oft = {"adapt.method": "peft:oft", "adapt.options": {"oft_block_size": 4}}
     path = write(tmp_path, settings(home, arms={"lora": {}, "oft": oft}))
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    run = next((tmp_path / "runs").iterdir())
+    run = run_config(path)
     assert {row.arm for row in read_results(run / "results.jsonl")} == {"frozen", "lora", "oft"}
     net = (job := open_run(run).job).loaded(job.study.find("oft"))
     assert "0" not in {path.split(".")[2] for path in adapter_layers(net.lm)}  # first_block is 1
@@ -333,8 +328,7 @@ def test_causal_training_with_calibration_and_forgetting(home, tmp_path: Path) -
         batch=1,
         arms={"kpm": {}, "pissa": {"adapt": {"method": "pissa", "rank": 2}}, "fast": {"train.lr": 0.03}},
     )
-    assert main(["run", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    run = next((tmp_path / "runs").iterdir())
+    run = run_config(write(tmp_path, config))
     rows = read_results(run / "results.jsonl")
     assert {(row.metric, row.n) for row in rows if row.task == "sums"} == {("exact-match accuracy", 2)}
     metrics = {row.metric for row in rows if row.task == "colours"}
@@ -529,8 +523,7 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
     }
     config = settings(home, arms=arms)
     config["model"] = {"name": home["lm"], "first_block": 2}
-    assert main(["run", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    run = next((tmp_path / "runs").iterdir())
+    run = run_config(write(tmp_path, config))
     stock = open_run(run).job.models.stock().state_dict()
     stock = {name: value.clone() for name, value in stock.items()}
     for arm in arms:

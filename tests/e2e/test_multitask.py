@@ -14,8 +14,8 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-import yaml
 from helpers.checkpoints import saved_tensors
+from helpers.tiny_runs import run_config, written
 
 from vismt.base.seeds import digest
 from vismt.cli import main
@@ -25,7 +25,7 @@ from vismt.jobs.classification.evaluation import FITTED, best_tau
 from vismt.jobs.output_conditions import ADJUSTED, TEMPERED
 from vismt.multitask.class_loss import adjusted
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
-from vismt.storage.files import read_sealed
+from vismt.storage.files import read_sealed, sealed
 from vismt.storage.lines import read_lines, write_lines
 
 pytest.importorskip("sklearn")
@@ -62,9 +62,7 @@ SMALL = {
 
 
 def write(folder: Path, **changes: object) -> Path:
-    path = folder / "tasks.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
-    return path
+    return written(folder / "tasks.yaml", {**SMALL, **changes})
 
 
 def accuracies(path: Path, config_hash: str | None = None) -> list[Result]:
@@ -95,8 +93,7 @@ def report_table(folder: Path, title: str) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("multitask")
-    assert main(["run", str(write(folder)), "--out", str(folder / "runs"), "--quiet"]) == 0
-    return next((folder / "runs").iterdir())
+    return run_config(write(folder))
 
 
 def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path) -> None:
@@ -360,8 +357,7 @@ def test_an_interrupted_study_goes_on_bit_for_bit(tmp_path: Path, monkeypatch, c
 @pytest.mark.slow
 def test_a_router_that_does_not_fade_is_evaluated_unmerged_and_not_merged(tmp_path: Path, capsys) -> None:
     path = write(tmp_path, arms={}, seeds=[], tune=None, fade=None)
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    folder = next((tmp_path / "runs").iterdir())
+    folder = run_config(path)
     assert [(row.arm, row.seed) for row in accuracies(folder / "results.jsonl")] == [("adapted", None)] * 2
     assert not list(folder.rglob("merge.json"))
     assert main(["merge", str(folder)]) == 2
@@ -406,8 +402,7 @@ def test_separate_heads_balanced_tasks_and_validation(tmp_path: Path) -> None:
         tune=None,
         evaluate={"split": "validation", "batch": 64},
     )
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    folder = next((tmp_path / "runs").iterdir())
+    folder = run_config(path)
     rows = accuracies(folder / "results.jsonl")
     assert {(row.arm, row.split, row.protocol) for row in rows} == {
         ("separate", "validation", "validation images, task known"),
@@ -426,7 +421,7 @@ def test_overrides_of_an_arm_are_typed_and_its_trainings_are_found_by_name(tmp_p
     assert study.arms["head"].adapt is None and study.arms["lora"].adapt.method == "lora"
     assert study.arms["lora"].adapt.rank == 2 and not study.arms["lora"].arms
     (tmp_path / "arms" / "lora").mkdir(parents=True)
-    (tmp_path / "arms" / "lora" / "chosen.json").write_text('{"lr": 0.003, "validation": {}}')
+    (tmp_path / "arms" / "lora" / "chosen.json").write_text(sealed({"lr": 0.003, "validation": {}}))
     training = study.find("lora:1")
     assert training.folder == tmp_path / "arms" / "lora" / "lr-0.003-seed-1"
     config = study.config_of(training)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.tiny_runs import run_config, written
 
 from vismt.cli import main
 from vismt.report.results import read_results
@@ -54,15 +55,8 @@ DENSE = {
 }
 
 
-def run(folder: Path, config: dict) -> Path:
-    path = folder / "polar.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    assert main(["run", str(path), "--out", str(folder / "runs"), "--quiet"]) == 0
-    return next((folder / "runs").iterdir())
-
-
 def test_fewshot(tmp_path: Path) -> None:
-    folder = run(tmp_path, FEWSHOT)
+    folder = run_config(written(tmp_path / "polar.yaml", FEWSHOT))
     training = folder / "arms" / "adapted" / "lr-0.001-seed-0"
     rows = read_lines(training / "metrics.jsonl")
     assert len(rows) == 4 and all(0 <= row["infeasibility"] < 1 for row in rows) and rows[-1]["infeasibility"] > 0
@@ -75,7 +69,7 @@ def test_fewshot(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_multitask_arms_with_and_without_landing(tmp_path: Path) -> None:
-    folder = run(tmp_path, MULTITASK)
+    folder = run_config(written(tmp_path / "polar.yaml", MULTITASK))
     logged = {arm: read_lines(next(folder.glob(f"arms/{arm}/lr-*/metrics.jsonl"))) for arm in ("landing", "qr", "lora")}
     assert all("infeasibility" not in row for row in logged["lora"])
     assert all(row["infeasibility"] < 1e-8 for row in logged["qr"]) and logged["landing"][-1]["infeasibility"] > 1e-8
@@ -86,7 +80,7 @@ def test_multitask_arms_with_and_without_landing(tmp_path: Path) -> None:
 
 
 def test_dense(tmp_path: Path) -> None:
-    folder = run(tmp_path, DENSE)
+    folder = run_config(written(tmp_path / "polar.yaml", DENSE))
     assert all(1 <= row["stable_rank"] <= 2 for row in read_lines(next(folder.glob("arms/*/lr-*/metrics.jsonl"))))
     assert {(row.task, row.metric) for row in read_results(folder / "results.jsonl")} >= {("depth", "RMSE in m")}
 

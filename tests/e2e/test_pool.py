@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-import yaml
 from helpers.own_images import write_folder
+from helpers.tiny_runs import run_config, written
 
 import vismt
 from vismt.backbones.vit import create
@@ -38,9 +38,7 @@ POOL = {
 
 
 def write(folder: Path, name: str = "pool", **changes: object) -> Path:
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({**POOL, **changes}))
-    return path
+    return written(folder / f"{name}.yaml", {**POOL, **changes})
 
 
 def section(name: str, **changes: object) -> dict:
@@ -51,8 +49,7 @@ def section(name: str, **changes: object) -> dict:
 def pool_run(tmp_path_factory) -> Path:
     pytest.importorskip("skimage")
     folder = tmp_path_factory.mktemp("pool")
-    assert main(["run", str(write(folder)), "--out", str(folder / "runs"), "--quiet"]) == 0
-    return next((folder / "runs").iterdir())
+    return run_config(write(folder))
 
 
 def test_a_pool_run_trains_every_expert_and_evaluates_every_model(pool_run: Path) -> None:
@@ -142,8 +139,7 @@ def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_
     evaluated = section("evaluate", models=["merged", "merged:default", "merged+finetune"])
     pool = {"folder": str(pool_run / "pool" / "seed-0")}
     path = write(tmp_path, "select", pool=pool, train=None, select=select, evaluate=evaluated)
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    run = next((tmp_path / "runs").iterdir())
+    run = run_config(path)
     chosen = json.loads((run / "pool" / "seed-0" / "selection.json").read_text())["digits"]
     stages = [candidate["stage"] for candidate in chosen["tried"]]
     assert stages.count("merging") == 12 and stages.count("trim") == 2 and stages.count("finetune") == 2
@@ -224,8 +220,7 @@ def test_maml_runs_through_the_same_job(tmp_path: Path, algorithm: str) -> None:
     evaluated = section("evaluate", models=["frozen", "adapted"])
     meta = {"algorithm": algorithm, "inner_steps": 2}
     path = write(tmp_path, pool=None, adapt={"method": "lora", "rank": 2}, meta=meta, evaluate=evaluated)
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    run = next((tmp_path / "runs").iterdir())
+    run = run_config(path)
     assert [row["arm"] for row in read_lines(run / "results.jsonl")] == ["frozen", "adapted"]
     tensors = safetensors.torch.load_file(run / "arms" / "adapted" / TRAINING / "classifier.safetensors")
     assert "head.weight" in tensors and any(name.startswith("rates.") for name in tensors) == (algorithm == "metasgd")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-import yaml
+from helpers.tiny_runs import run_config, written
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -61,9 +61,7 @@ def settings(home: dict[str, str], **changes: object) -> dict[str, object]:
 
 
 def write(folder: Path, config: dict[str, object]) -> Path:
-    path = folder / "walks.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    return path
+    return written(folder / "walks.yaml", config)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +78,7 @@ def study(home, tmp_path_factory) -> Path:
         "options": {**config["tasks"][0]["options"], "answer": "write", "new_tokens": 4},
     }
     config["tasks"].append({key: written[key] for key in ("name", "kind", "prompt", "options", "test")})
-    assert main(["run", str(write(folder, config)), "--out", str(folder / "runs"), "--quiet"]) == 0
-    return next((folder / "runs").iterdir())
+    return run_config(write(folder, config))
 
 
 def test_every_arm_and_both_references_answer_the_same_rows(study: Path) -> None:
@@ -278,8 +275,7 @@ def judged(home, tmp_path_factory) -> Path:
         },
         evaluate={"batch": 4, "limit": 27, "frozen": False},
     )
-    assert main(["run", str(write(folder, config)), "--out", str(folder / "runs"), "--quiet"]) == 0
-    return next((folder / "runs").iterdir())
+    return run_config(write(folder, config))
 
 
 def test_no_user_is_in_two_parts(judged: Path) -> None:

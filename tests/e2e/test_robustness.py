@@ -10,6 +10,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from helpers.tiny_runs import written
 
 from vismt.cli import main
 from vismt.storage.lines import read_lines
@@ -47,9 +48,7 @@ def write(folder: Path, **changes: object) -> Path:
             "baseline": "vit",
         },
     }
-    path = folder / "robust.yaml"
-    path.write_text(yaml.safe_dump({**config, **changes}, sort_keys=False))
-    return path
+    return written(folder / "robust.yaml", {**config, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from helpers.checkpoints import saved_tensors
 from helpers.ranks import of_two
 from helpers.s2ft_parts import MODES, sliced, steps
 from helpers.tiny import images, snapshot, tiny_vit
+from helpers.tiny_runs import run_config
 from torch import Tensor, nn
 
 import vismt
 from vismt.base.errors import UserError
-from vismt.cli import main
 from vismt.config.sections import TrainConfig
 from vismt.engine import loop, runtime
 from vismt.jobs import open_run
@@ -101,8 +101,7 @@ def test_a_run_from_its_configuration_to_merged_weights(tmp_path: Path) -> None:
             }
         )
     )
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    folder = next((tmp_path / "runs").iterdir())
+    folder = run_config(path)
     merged = json.loads(next(folder.rglob("merge.json")).read_text())
     assert merged["different_predictions"] == 0 and merged["largest_difference"] < 1e-5 * merged["largest_logit"]
     run = open_run(folder)

@@ -8,8 +8,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-import yaml
-from helpers.tiny_runs import VIT
+from helpers.tiny_runs import VIT, run_config, written
 
 from vismt.cli import main
 from vismt.jobs import open_run
@@ -33,16 +32,13 @@ CONFIG = {
 
 
 def write(folder: Path, **changes: object) -> Path:
-    path = folder / "vbll.yaml"
-    path.write_text(yaml.safe_dump({**CONFIG, **changes}, sort_keys=False))
-    return path
+    return written(folder / "vbll.yaml", {**CONFIG, **changes})
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vbll")
-    assert main(["run", str(write(folder)), "--out", str(folder / "runs"), "--quiet"]) == 0
-    return next((folder / "runs").iterdir())
+    return run_config(write(folder))
 
 
 def test_the_head_is_trained_and_evaluated_by_its_predictive(run_folder: Path) -> None:
@@ -106,8 +102,7 @@ def test_heads_that_cannot_be_trained_are_refused(changes, text, tmp_path: Path,
 def test_laplace_around_the_head_is_a_variant_of_its_own(head, condition, tmp_path: Path) -> None:
     evaluate = {"batch": 64, "laplace": True}
     path = write(tmp_path, head=head, evaluate=evaluate, adapt=None, train={"steps": 20, "lr": 1.0e-2})
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    folder = next((tmp_path / "runs").iterdir())
+    folder = run_config(path)
     rows = {(row.condition, row.metric): row.value for row in read_results(folder / "results.jsonl")}
     for metric in ("accuracy", "ECE-15", "NLL in nats", "Brier"):
         assert (condition, metric) in rows

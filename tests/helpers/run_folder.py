@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from helpers.results import HASH, PGD, add, measure
 from vismt.report.results import Score
+from vismt.storage.files import sealed
 from vismt.uncertainty.intervals import CLEAN
 
 FROZEN = [0.2, 0.4, 0.6, 0.8]
@@ -37,7 +37,7 @@ def make_folder(parent: Path) -> Path:
     add_arm(folder, "crops", "frozen", FROZEN, [0.0, 0.2, 0.0, 0.2])
     add_arm(folder, "crops", "adapted", [0.3, 0.35, 0.7, 0.75], [0.4, 0.5, 0.4, 0.5])
     (folder / "run.json").write_text(
-        json.dumps(
+        sealed(
             {
                 "title": "Digits <script>alert(1)</script> & crops",
                 "command": "vismt run configs/quickstart.yaml seed=0",

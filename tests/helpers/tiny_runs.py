@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from helpers.lm_parts import save_lm, save_texts
+from vismt.cli import main
 from vismt.storage.files import PARTIAL
 from vismt.storage.lines import read_lines
 from vismt.storage.locks import HOLDER, LOCK
@@ -66,6 +67,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def written(path: Path, config: dict[str, Any]) -> Path:
+    """Write a configuration; return its file."""
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def run_config(path: Path, *words: str) -> Path:
+    """Run a configuration beside its file through the command line, with overrides and options; return the run folder."""
+    out = path.parent / "runs"
+    before = {*out.iterdir()} if out.exists() else set()
+    assert main(["run", str(path), "--out", str(out), "--quiet", *words]) == 0
+    folders = {*out.iterdir()}
+    return next(iter(folders - before or folders))
+
+
 def write_config(job: str, folder: Path) -> Path:
     """Write the configuration of a job and what it needs; return its file."""
     config = dict(CONFIGS[job])
@@ -74,9 +90,7 @@ def write_config(job: str, folder: Path) -> Path:
         config["model"] = {"name": str(save_lm(folder / "lm")), "first_block": 1}
         task = {"name": "films", "kind": "causal", "options": {"answer": "{text}", "length": 16, "end": False}}
         config["tasks"] = [{**task, "limit": 8, "train": [f"{films}:train"], "test": [f"{films}:test"]}]
-    path = folder / f"{job}.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    return path
+    return written(folder / f"{job}.yaml", config)
 
 
 def files(folder: Path) -> list[Path]:

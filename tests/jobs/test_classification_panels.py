@@ -24,6 +24,7 @@ from vismt.multitask.nets import Union
 from vismt.report import plotting
 from vismt.report.panels import read_panel, spread, to_bytes, write_panel
 from vismt.report.routers import ROUTERS, routers_figure
+from vismt.storage.files import sealed
 from vismt.storage.lines import read_lines, write_lines
 
 ARMS = [
@@ -124,7 +125,7 @@ def job(tmp_path):
     for arm, answer in (("a", None), ("b", 3)):
         folder = tmp_path / "arms" / arm / "lr-0.1-seed-5" / "records"
         folder.mkdir(parents=True)
-        (tmp_path / "arms" / arm / "chosen.json").write_text('{"lr": 0.1, "validation": {}}')
+        (tmp_path / "arms" / arm / "chosen.json").write_text(sealed({"lr": 0.1, "validation": {}}))
         for task, part in zip("xy", parts):
             truths = zip(part.ids, part.labels.tolist())
             rows = [{"id": i, "label": k, "clean": k if answer is None else answer} for i, k in truths]

@@ -1,6 +1,5 @@
 """What a report shows of a few-shot run: mixtures of a pool, chosen settings, and episodes with their attack."""
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -92,11 +91,11 @@ def test_labels_are_those_of_the_assembled_pool_or_numbers(drawn, tmp_path):
     joined = tmp_path / "joined"
     joined.mkdir()
     entries = [{"label": label, "folder": f"expert-{number}", "scale": 1.0} for number, label in enumerate("ab")]
-    (joined / "pool.json").write_text(json.dumps({"format": 1, "experts": entries}))
+    (joined / "pool.json").write_text(sealed({"format": 1, "experts": entries}))
     config = replace(POOLED, pool=replace(POOLED.pool, folder=str(joined)))
     mixtures(tmp_path, result(arm="merged"), config=config, arms=())
     assert {"a", "b"} <= {text for text, _ in visible_texts(drawn[1])}
-    (joined / "pool.json").write_text("{}")
+    (joined / "pool.json").write_text(sealed({}))
     with pytest.raises(UserError, match="pool"):
         mixtures(tmp_path, result(arm="merged"), config=config, arms=())
 

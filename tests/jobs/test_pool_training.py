@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from vismt.jobs.fewshot.models import OWN_FILE, find_experts, read_scale
 from vismt.metatune.amt.objective import AdversarialObjective
 from vismt.metatune.amt.pool import Expert, assemble, read_pool
 from vismt.metatune.protonet import EpisodeObjective, ProtoNet
+from vismt.storage.files import sealed
 from vismt.storage.lines import read_lines
 
 
@@ -196,9 +196,9 @@ def pool_run(folder: Path, trained: list[Path], labels: tuple[str, ...], done: t
         place = training(folder, label)
         shutil.copytree(trained[number % 2], place / "adapter")
         scale_file(place, 4.0 + number)
-        (folder / "arms" / label / "chosen.json").write_text(json.dumps({"lr": 0.02, "validation": {}}))
+        (folder / "arms" / label / "chosen.json").write_text(sealed({"lr": 0.02, "validation": {}}))
         if label in done:
-            (place / "done.json").write_text("{}")
+            (place / "done.json").write_text(sealed({"files": {}}))
     return folder
 
 
@@ -244,9 +244,7 @@ def test_folders_without_an_expert(tmp_path: Path, trained: list[Path]) -> None:
     for folder in (unfinished, tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=rf"pool: '{folder}' holds no trained expert; give run folders"):
             find_experts(folder)
-    (tmp_path / "pool.json").write_text(
-        json.dumps({"format": 1, "experts": [{"label": "a", "folder": "..", "scale": 1}]})
-    )
+    (tmp_path / "pool.json").write_text(sealed({"format": 1, "experts": [{"label": "a", "folder": "..", "scale": 1}]}))
     with pytest.raises(UserError, match=r"names '\.\.', which is not a folder of a pool"):
         find_experts(tmp_path)
 

@@ -15,6 +15,7 @@ from vismt.jobs.robustness.config import ClassifierConfig, RobustnessConfig
 from vismt.report.results import write_results
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.conditions import condition_of
+from vismt.storage.files import sealed
 from vismt.uncertainty.intervals import CLEAN
 
 
@@ -30,7 +31,7 @@ def run(tmp_path):
 
     def write(values) -> Path:
         (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
-        (tmp_path / "run.json").write_text(json.dumps({"config_hash": config_hash(config)}))
+        (tmp_path / "run.json").write_text(sealed({"config_hash": config_hash(config)}))
         rows = [
             result("cifar10:test", arm, kind, value, task="robustness", unit="images", config_hash=config_hash(config))
             for (arm, kind), value in values.items()

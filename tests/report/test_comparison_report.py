@@ -1,6 +1,5 @@
 """One report over separate runs: who is compared with whom, on which examples, and which settings differ."""
 
-import json
 import shutil
 
 import pytest
@@ -12,6 +11,7 @@ from vismt.cli import main
 from vismt.report.comparison import compare
 from vismt.report.comparison_report import compare_runs, join
 from vismt.report.results import Score, read_results
+from vismt.storage.files import sealed
 from vismt.uncertainty.intervals import CLEAN
 
 
@@ -22,7 +22,7 @@ def run(parent, name, arms, examples="", config="seed: 0\n"):
         for condition in (CLEAN, PGD):
             score = Score("few-shot", "digits", "5-way 1-shot", measure(values), condition, "episodes", examples)
             add(folder, score, arm)
-    (folder / "run.json").write_text(json.dumps({"config_hash": f"hash-{name}", "title": f"Title {name}"}))
+    (folder / "run.json").write_text(sealed({"config_hash": f"hash-{name}", "title": f"Title {name}"}))
     (folder / "config.resolved.yaml").write_text(config)
     return folder
 

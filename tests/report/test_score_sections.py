@@ -11,6 +11,7 @@ from vismt.report.comparison import compare
 from vismt.report.results import Score, ValuesByExample, read_results
 from vismt.report.score_sections import arm_scores, score_sections
 from vismt.report.trainings import training_sections
+from vismt.storage.files import sealed
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import CLEAN, Condition
 
@@ -226,7 +227,7 @@ def test_rates_and_merging(folder):
 
 def test_an_arm_whose_rate_was_not_chosen_has_no_table(folder):
     (folder / "arms" / "alone").mkdir(parents=True)
-    (folder / "arms" / "alone" / "chosen.json").write_text(json.dumps({"lr": 0.1, "validation": {}}))
+    (folder / "arms" / "alone" / "chosen.json").write_text(sealed({"lr": 0.1, "validation": {}}))
     assert "Choice of the rate" not in tables(folder)
 
 
@@ -239,7 +240,7 @@ def write_log(folder, arm, seed, first=1.0, lr=0.1):
         for s in range(1, 9)
     ]
     write_lines(folder / "arms" / arm / f"lr-{lr:g}-seed-{seed}" / "metrics.jsonl", rows)
-    (folder / "arms" / arm / "chosen.json").write_text(json.dumps({"lr": 0.1, "validation": {}}))
+    (folder / "arms" / arm / "chosen.json").write_text(sealed({"lr": 0.1, "validation": {}}))
 
 
 def test_seeds_and_curves_can_be_read(folder, drawn):

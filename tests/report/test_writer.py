@@ -15,6 +15,7 @@ from vismt.report.score_sections import score_sections
 from vismt.report.tables import Picture, Section, Table
 from vismt.report.trainings import training_sections
 from vismt.report.writer import run_heading, write_report
+from vismt.storage.files import sealed
 from vismt.uncertainty.intervals import CLEAN, Condition
 
 LOGGED = {"loss": "Training loss", "accuracy": "Training accuracy (%)"}
@@ -30,7 +31,7 @@ def make_trained(parent):
         for s in range(1, 30)
     ]
     write_lines(arm / "lr-0.1-seed-0" / "metrics.jsonl", steps)
-    (arm / "chosen.json").write_text(json.dumps({"lr": 0.1, "validation": {}}))
+    (arm / "chosen.json").write_text(sealed({"lr": 0.1, "validation": {}}))
     return folder
 
 
@@ -133,7 +134,7 @@ def test_names_are_escaped_everywhere(folder):
 def test_only_what_is_there(folder):
     for name in ("arms/adapted/lr-0.1-seed-0/metrics.jsonl", "config.resolved.yaml"):
         (folder / name).unlink()
-    (folder / "run.json").write_text(json.dumps({"config_hash": HASH}))
+    (folder / "run.json").write_text(sealed({"config_hash": HASH}))
     page = Page(written(folder, Section("Episodes")).read_text())
     assert "Training" not in page.text and "Episodes" not in page.text and "Configuration" not in page.text
     assert page.tags.count("img") == 1 and "run-4f2a" in page.text
@@ -185,7 +186,7 @@ def test_where_lower_is_better_the_table_says_it(folder):
 
 def test_seeds_are_those_of_training_and_evaluation(folder):
     about = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**about, "seeds": [3, 5]}))
+    (folder / "run.json").write_text(sealed({**about, "seeds": [3, 5]}))
     assert "3, 5 (training), 1 (evaluation)" in Page(written(folder).read_text()).text
 
 
@@ -232,7 +233,8 @@ def test_every_block_is_cited_once(folder):
     [
         (lambda f: (f / "run.json").unlink(), "vismt run CONFIG"),
         (lambda f: (f / "run.json").write_text("{"), "cannot be read as JSON"),
-        (lambda f: (f / "run.json").write_text("{}"), "no config_hash"),
+        (lambda f: (f / "run.json").write_text(sealed({})), "no config_hash"),
+        (lambda f: (f / "run.json").write_text("{}"), "changed or damaged"),
         (lambda f: (f / "run.json").write_text("[]"), "changed or damaged"),
     ],
 )

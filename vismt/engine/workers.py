@@ -135,8 +135,9 @@ class RayWorkers(Workers):
         except ImportError as error:
             raise UserError('workers: ray is not installed; pip install "vismt[ray]".') from error
         try:
-            if ":" in address:
-                _reach(address)  # Ray itself would try for minutes
+            if ":" in address:  # "HOST:PORT" or "ray://HOST:PORT"; Ray itself would try for minutes
+                host, _, port = address.removeprefix("ray://").rpartition(":")
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
             where = f"at '{address}'" if address else "on this machine"
@@ -155,12 +156,6 @@ class RayWorkers(Workers):
 
     def close(self) -> None:
         self._ray.shutdown()
-
-
-def _reach(address: str) -> None:
-    """Open and close a connection to "HOST:PORT" or "ray://HOST:PORT". Raises OSError or ValueError where that fails."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def make_workers(text: str, units: int) -> Workers:

@@ -183,7 +183,9 @@ def new_file(path: Path, name_of: Callable[[str], str] = str) -> Iterator[Binary
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        mask = os.umask(0)  # which can only be read by setting it
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path.with_name(name_of(path.name)))
         sync_folder(path.parent)
     finally:
@@ -205,13 +207,6 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     """Return the error for a file that cannot be written."""
     reason = error.strerror or str(error)
     return UserError(f"cannot write '{path}': {reason}. Free space or choose a folder that can be written.")
-
-
-def _umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def remove_partial(folder: Path) -> None:
