@@ -1,6 +1,5 @@
 """The shared sections of a study from hand-made files: by seed, paired differences, rates, merging, levels, curves."""
 
-import json
 import math
 
 import pytest
@@ -211,12 +210,12 @@ def test_rates_and_merging(folder):
     for arm, validation in (("alone", {"0.1": 1.23456, "0.3": None}), ("emtal", {"0.1": 0.5, "0.03": 0.25})):
         path = folder / "arms" / arm / "chosen.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"lr": 0.1, "validation": validation}))
+        path.write_text(sealed({"lr": 0.1, "validation": validation}))
     check = {"n": 4, "different_predictions": 3, "largest_difference": 1e-5, "largest_logit": 2.0}
     for seed, difference in ((0, 1e-5), (1, 1e-6)):
         path = folder / "arms" / "emtal" / f"lr-0.1-seed-{seed}" / "merge.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({**check, "largest_difference": difference}))
+        path.write_text(sealed({**check, "largest_difference": difference}))
     all_tables = tables(folder)
     rates = all_tables["Choice of the rate"]
     assert rates.heads == ["Arm", "0.03", "0.1", "0.3", "chosen"] and rates.best == {(0, 2), (1, 2)}

@@ -35,6 +35,7 @@ import xxhash
 from torch import Tensor, nn
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
+CONTAINERS = (dict, list, tuple, set, frozenset)
 CODE = (types.FunctionType, type)
 NO_CONTENT = (logging.Logger, type(threading.Lock()), type(threading.RLock()))  # no number depends on them
 # What holds functions: found in these attributes.
@@ -134,16 +135,18 @@ class Identity:
         else:
             self._put("array", value.dtype, value.shape)
             if value.dtype.hasobject:
-                self._add(value.ravel().tolist())
+                self._each("items", *value.ravel().tolist())
                 return
         self._hash.update(value.tobytes())
 
     def _object(self, value: Any) -> None:
         """Add a container, an array or another object: its type, its items and its attributes."""
+        self._put("object", type(value).__qualname__)
         if hasattr(value, "tobytes") and (hasattr(value, "dtype") or hasattr(value, "getexif")):
             self._array(value)
             return
-        self._each("object", type(value))
+        if type(value) not in CONTAINERS:
+            self._add(type(value))
         state = dict(getattr(value, "__dict__", {}))
         for base in type(value).__mro__:
             slots = base.__dict__.get("__slots__", ())
