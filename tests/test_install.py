@@ -52,6 +52,8 @@ def test_names_for_type_checkers_are_those_at_run_time() -> None:
         imports = {alias.name: node.module for node in block.body for alias in node.names}
         assert imports.keys() == set(package.__all__) <= set(dir(package))
         for name, module in imports.items():
+            # Importing a file of this name would put the file in the place of the object.
+            assert module == package.__name__ or not (Path(str(package.__file__)).parent / f"{name}.py").exists(), name
             value = getattr(package, name)
             assert value is getattr(importlib.import_module(module), name), name
             assert not isinstance(value, types.ModuleType) or module == package.__name__

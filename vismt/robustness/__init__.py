@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec, corrupt
     from vismt.robustness.evaluate import ConditionAccuracy, evaluate_classifier, evaluate_examples
     from vismt.robustness.masking import check_masking
-    from vismt.robustness.quantise import quantise
+    from vismt.robustness.quantisation import quantise
 
 __all__ = [
     "CORRUPTIONS",

@@ -29,7 +29,7 @@ class ClassifierConfig:
         function: module:function, which returns an nn.Module from images in [0, 1] to logits, and its number of
             classes.
         size: pixels that the images are decoded to; null for the classifier's own. A function needs it.
-        quantise: rounds the weights (vismt.robustness.quantise); null leaves them.
+        quantise: rounds the weights (vismt.robustness.quantisation); null leaves them.
         img_size: pixels of the images of a timm model; null for those of its config.json or of timm.
         task: of a multi-task classifier, the task whose classes the cards have; null where the cards decide.
     """
@@ -41,7 +41,7 @@ class ClassifierConfig:
     arm: str | None = None
     function: str | None = None
     size: int | None = None
-    quantise: Annotated[str | None, Names("vismt.robustness.quantise:SCHEMES", only=True)] = None
+    quantise: Annotated[str | None, Names("vismt.robustness.quantisation:SCHEMES", only=True)] = None
     img_size: int | None = None
     task: str | None = None
 

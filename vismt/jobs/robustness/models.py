@@ -31,7 +31,7 @@ from vismt.robustness.classifier import (
     load_robustbench,
 )
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
-from vismt.robustness.quantise import quantise
+from vismt.robustness.quantisation import quantise
 
 
 @dataclass(frozen=True)

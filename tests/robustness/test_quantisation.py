@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from vismt import adapt, merge
 from vismt.base.errors import UserError
-from vismt.robustness.quantise import check_scheme, int8, quantise
+from vismt.robustness.quantisation import check_scheme, int8, quantise
 
 
 def test_each_output_channel_has_its_own_levels() -> None:
