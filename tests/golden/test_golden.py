@@ -91,6 +91,7 @@ def test_evaluating_a_run_without_its_records_gives_every_number(copied: Callabl
     run = copied(name)
     for path in [
         *run.rglob("records"),
+        *run.rglob("episodes"),
         *run.glob("*seeds.jsonl"),
         *run.rglob("merge.json"),
         *run.rglob("metrics.jsonl"),

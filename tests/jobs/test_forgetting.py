@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from vismt.jobs.lm import figures as lm_figures
 from vismt.jobs.lm.config import LmConfig, LmTaskConfig
 from vismt.jobs.lm.figures import sections
 from vismt.report.results import Result
+from vismt.storage.files import sealed
 
 ARMS = {
     "lora-1e-3": {"adapt.method": "lora", "train.lr": 1e-3},
@@ -51,7 +51,7 @@ def run(tmp_path: Path):
         for arm, changes in ARMS.items():
             path = tmp_path / "arms" / arm / "chosen.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"lr": changes["train.lr"], "validation": {}}))
+            path.write_text(sealed({"lr": changes["train.lr"], "validation": {}}))
         return config, Study(config, tmp_path, dict.fromkeys(ARMS, config))
 
     return make

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vismt.base.errors import UserError
-from vismt.config.sections import AdaptConfig, TrainConfig, config_hash
+from vismt.config.sections import AdaptConfig, TrainConfig, config_hash, typed
 from vismt.jobs.fewshot.arms import (
     planned_experts,
     pool_members,
@@ -143,8 +143,8 @@ def test_experts_that_cannot_be(specs: list[ExpertSpec], words: str) -> None:
 def test_a_pool_has_levels_or_experts_and_a_known_rule() -> None:
     with pytest.raises(UserError, match=r"pool: levels \[8\] and experts; give one of them"):
         PoolConfig(levels=[8], experts=FIVE)
-    with pytest.raises(UserError, match=r"pool.select: 'robust_lo' is not known. Near: 'robust_loo'"):
-        PoolConfig(select="robust_lo")
+    with pytest.raises(UserError, match=r"pool: select: 'robust_lo' is not known. Near: 'robust_loo'"):
+        typed({"select": "robust_lo"}, PoolConfig, "pool")
     with pytest.raises(UserError, match=r"evaluate.models: 'merged:rigde'. Near: 'merged:ridge'"):
         check(configured(*FIVE, models=["merged:rigde"]))
 
