@@ -325,7 +325,7 @@ def test_arms_that_differ_in_their_losses_alone(room: Path, tmp_path: Path) -> N
             {"train": ["scenes:train", "tones:train", "others:train"]},
             "is 'dark' in 'tones' and 'dim' in 'others'; give both",
         ),
-        ({"head": {"name": "pooled"}}, "no head 'pooled'"),
+        ({"head": {"name": "pooled"}}, "head.name: 'pooled' is not known"),
         ({"batch": 13}, "batch: 13, with 12 training images"),
     ],
 )

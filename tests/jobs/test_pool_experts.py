@@ -143,8 +143,8 @@ def test_experts_that_cannot_be(specs: list[ExpertSpec], words: str) -> None:
 def test_a_pool_has_levels_or_experts_and_a_known_rule() -> None:
     with pytest.raises(UserError, match=r"pool: levels \[8\] and experts; give one of them"):
         PoolConfig(levels=[8], experts=FIVE)
-    with pytest.raises(UserError, match=r"pool: select: 'robust_lo' is not known. Near: 'robust_loo'"):
-        typed({"select": "robust_lo"}, PoolConfig, "pool")
+    with pytest.raises(UserError, match=r"pool.select: 'robust_lo' is not known. Near: 'robust_loo'"):
+        typed({"pool": {"select": "robust_lo"}}, FewShotConfig, "a.yaml")
     with pytest.raises(UserError, match=r"evaluate.models: 'merged:rigde'. Near: 'merged:ridge'"):
         check(configured(*FIVE, models=["merged:rigde"]))
 

@@ -145,7 +145,7 @@ def test_files_hold_the_core_and_refuse_what_does_not_fit(theta: str, tmp_path) 
     assert loaded.vismt_record.options == {"dropout": 0.0, "seed": 0, "attraction": 0.25, "constraint": "qr"}
     original = described(tmp_path / "a")
     edit_text(tmp_path / "a", f'"core": "{theta}"', '"core": "round"')
-    with pytest.raises(UserError, match=r"not what vismt.save_adapter writes \(sites\[0\]: core 'round'"):
+    with pytest.raises(UserError, match=r"not what vismt.save_adapter writes: sites\[0\]: core 'round'"):
         vismt.load_adapter(tiny_vit(), tmp_path / "a")
     other_theta = "diagonal" if theta == "full" else "full"
     write_description(tmp_path / "a", original)
