@@ -6,6 +6,7 @@ import functools
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -230,7 +231,11 @@ def test_other_processes_have_the_same_identity(tmp_path) -> None:
             [sys.executable, "-c", code, tmp_path / "lm"],
             capture_output=True,
             text=True,
-            env={**__import__("os").environ, "PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            env={
+                **__import__("os").environ,
+                "PYTHONHASHSEED": seed,
+                "PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path]),
+            },
         )
         assert run.returncode == 0, run.stderr
         seen.add(run.stdout)
