@@ -583,7 +583,7 @@ def test_errors_of_tasks_losses_and_parameters():
         ("ConFIG", {}, "torchjd has no method 'ConFIG'"),  # no weighted sum of the gradients
         ("CAGrad", {"cc": 1}, "balancing: 'torchjd:CAGrad' has no option 'cc'. Near: 'c'"),
         ("CAGrad", {}, "balancing: 'torchjd:CAGrad': CAGrad.__init__() missing 1 required positional argument: 'c'"),
-        ("CAGrad", {"c": -1.0}, "balancing: 'torchjd:CAGrad': c must be non-negative"),
+        ("Krum", {"n_byzantine": -1}, "balancing: 'torchjd:Krum': n_byzantine must be non-negative"),
         ("Mean", {"heads": "plain"}, "'torchjd:Mean' has no option 'heads'"),
         ("IMTLG", {"heads": "plan"}, "balancing.heads: 'plan'. Near: 'plain'"),
         ("Random", {"seed": -1}, "balancing.seed: -1"),
