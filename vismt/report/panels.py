@@ -105,7 +105,7 @@ def to_bytes(images: Tensor) -> np.ndarray:
     return images.detach().cpu().mul(255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def _checked(arrays: dict[str, Any], kind: str) -> dict[str, np.ndarray]:
+def _checked(arrays: dict[str, Any], kind: str) -> dict[str, Any]:
     """Return the arrays; raise ValueError with the name of one that does not fit the layout."""
     lengths: dict[str, int] = {"3": 3}
     for name, (kind_of_values, axes) in LAYOUTS[kind].items():

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -167,7 +167,8 @@ def predict_images(
 def _write_maps(image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str, DenseTask], stem: Path) -> None:
     """Write the answers of an image (3, h, w) as arrays, and the pictures of its maps alone and over the image."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{name: tasks[name].answer(value).numpy() for name, value in outputs.items()})
+    answers: dict[str, Any] = {name: tasks[name].answer(value).numpy() for name, value in outputs.items()}
+    np.savez_compressed(buffer, **answers)
     atomic_write(stem.with_name(f"{stem.name}.npz"), buffer.getvalue())
     for name, value in outputs.items():
         task = tasks[name]
