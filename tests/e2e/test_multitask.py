@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from helpers.checkpoints import saved_tensors
 from helpers.tiny_runs import run_config, written
 
-from vismt.base.seeds import digest
 from vismt.cli import main
 from vismt.engine.study import Study
 from vismt.jobs import load_config, open_run
@@ -26,7 +25,7 @@ from vismt.jobs.output_conditions import ADJUSTED, TEMPERED
 from vismt.multitask.class_loss import adjusted
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 from vismt.storage.files import read_sealed, sealed
-from vismt.storage.lines import read_lines, write_lines
+from vismt.storage.lines import read_lines
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
@@ -192,19 +191,6 @@ def test_every_arm_and_task_has_the_quality_of_its_probabilities(study: Path) ->
         assert (TEMPERED.label, "accuracy") not in known and 0 <= known["clean", "ECE-15"] <= 1
     assert {row.metric for row in rows} == {"accuracy", "ECE-15", "NLL in nats", "Brier"}
     assert TEMPERED.label in (study / "report.md").read_text()
-
-
-@pytest.mark.slow
-def test_records_of_an_earlier_version_are_evaluated_again(study: Path, tmp_path: Path) -> None:
-    copied = tmp_path / study.name
-    shutil.copytree(study, copied)
-    for path in copied.glob("arms/lora/*/records/test-digits.jsonl"):
-        header, *lines = read_lines(path)
-        header["settings"].pop("forms")
-        header["protocol"] = digest(json.dumps(header["settings"], sort_keys=True).encode())
-        write_lines(path, [header, *({name: line[name] for name in ("id", "label", "clean")} for line in lines)])
-    assert main(["evaluate", str(copied), "--quiet"]) == 0
-    assert (copied / "results.jsonl").read_text() == (study / "results.jsonl").read_text()
 
 
 def test_the_best_tau_is_the_smallest_of_the_best() -> None:

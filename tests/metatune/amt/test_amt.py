@@ -569,7 +569,7 @@ torch.save([p.detach() for p in proto.parameters()], f"{folder}-{accelerator.pro
 def test_two_processes_train_what_one_does_with_two_episodes_a_step(
     tmp_path: Path, weight: str, support: str, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     alone, pair = ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"])

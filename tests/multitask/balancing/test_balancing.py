@@ -624,7 +624,7 @@ def test_without_torchjd_its_methods_are_named(monkeypatch):
 # ---- several processes ---------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_two_processes_are_one_on_the_concatenated_batch(tmp_path):
-    script = Path(__file__).parent.parent / "helpers" / "balancing_parts.py"
+    script = Path(__file__).parents[2] / "helpers" / "balancing_parts.py"
     ranks = [subprocess.Popen([sys.executable, script, str(rank), tmp_path, ",".join(METHODS)]) for rank in range(2)]
     assert [rank.wait(300) for rank in ranks] == [0, 0]
     for method in METHODS:
