@@ -124,7 +124,10 @@ ANY = {
         top(parts={"blocks": {"type": "vismt.lowrank.layers.wrappers:ModuleWrapper", "settings": {}}}),
         "this version of vismt",
     ),
-    "a layer": (top(parts={"blocks": {"type": "low_rank", "settings": {}}}), "'low_rank' is a layer"),
+    "a layer": (
+        top(parts={"blocks": {"type": "low_rank", "settings": {}}}),
+        "'low_rank' carries the update of a weight; its entry belongs into sites",
+    ),
     "also_train": (top(also_train=[["head"]]), r"also_train\[0\]: expected str"),
     "unknown": (top(nobody=1), "unknown key 'nobody'"),
     "samples left out": (top(base_samples={}), "base_samples: they are not of the weights"),
@@ -157,7 +160,10 @@ SITES = {
     "blocks": (site(blocks=[[1]]), r"blocks\[0\]: expected int"),
     "scale": (site(scale=[1]), r"scale: expected float"),
     "layer": (site(layer="low_ranks"), "no adapter module 'low_ranks'"),
-    "no module of a weight": (site(layer="moefied_ffn"), "'moefied_ffn' is no layer"),
+    "no module of a weight": (
+        site(layer="moefied_ffn"),
+        "'moefied_ffn' carries no update of a weight; its entry belongs into parts",
+    ),
     "layer as list": (site(layer=["low_rank"]), "layer: expected str or null"),
     "no layer": (lambda d: d["sites"].append(5), "expected mapping of str to Any, got 5"),
     "twice": (lambda d: d["sites"].append(d["sites"][0]), "a path is given twice"),

@@ -61,8 +61,8 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def trial(name: str, random: Random) -> None:
-    """Take steps on random slices of rows and columns, and compare every frozen number with what it was."""
+def changed_frozen(name: str, random: Random) -> list[str]:
+    """Take steps on random slices of rows and columns, and return the tensors in which a frozen number is not what it was."""
     conv1d, dtype = random.random() < 0.5, random.choice([torch.float32, torch.bfloat16])
     first, count = random.randrange(12), random.randrange(1, 5)
     units = tuple(range(first, first + count)) if random.random() < 0.7 else (1, 4, 5)
@@ -83,6 +83,7 @@ def trial(name: str, random: Random) -> None:
     dims, order = {path: layer.dim for path, layer in layers.items()}, torch.tensor(units)
     merged = vismt.merge(model)
     assert torch.allclose(run(merged, x), wanted, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
+    moved = []
     for key, value in merged.state_dict().items():
         changed = value != stock[key]
         path = key.removesuffix(".weight")
@@ -90,7 +91,9 @@ def trial(name: str, random: Random) -> None:
             dim = 1 - dims[path] if conv1d else dims[path]
             assert changed.any(), key
             changed.index_fill_(dim, order, False)
-        assert not changed.any(), key
+        if changed.any():
+            moved.append(key)
+    return moved
 
 
 @cases(20, 2000)
@@ -98,4 +101,4 @@ def trial(name: str, random: Random) -> None:
 def test_an_optimiser_moves_the_slices_and_nothing_else(name: str, cases: int) -> None:
     random = Random(name)
     for _ in range(cases):
-        trial(name, random)
+        assert changed_frozen(name, random) == []

@@ -12,7 +12,9 @@ from torch.func import functional_call
 
 from vismt import adapt, merge
 from vismt.base.errors import UserError
-from vismt.robustness.quantisation import check_scheme, int8, quantise
+from vismt.config.typed import build
+from vismt.jobs.robustness.config import ClassifierConfig
+from vismt.robustness.quantisation import int8, quantise
 
 
 def test_each_output_channel_has_its_own_levels() -> None:
@@ -55,8 +57,8 @@ def test_the_gradient_is_that_of_the_quantised_model() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(UserError, match=r"'int9'\. Near: 'int8'"):
-        check_scheme("int9")
+    with pytest.raises(UserError, match=r"quantise: 'int9' is not known\. Near: 'int8'"):
+        build(ClassifierConfig, {"quantise": "int9"}, "a.yaml")
     with pytest.raises(UserError, match="no linear layer"):
         quantise(nn.Flatten(), "'mine'")
     model = tiny_vit()

@@ -14,17 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import AdapterModule
 
 SCHEMES = ("int8",)
 LEVELS = 127
-
-
-def check_scheme(scheme: str) -> None:
-    """Raise UserError for an unknown scheme."""
-    if scheme not in SCHEMES:
-        raise UserError(f"quantise: '{scheme}'.{near(scheme, SCHEMES)}")
 
 
 @torch.no_grad()

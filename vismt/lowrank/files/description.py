@@ -33,7 +33,7 @@ NOT_OURS = f"{DESCRIPTION} is not what vismt.save_adapter writes"
 
 @dataclass(frozen=True)
 class _Part:
-    """The entry of an adapter module that is no layer: the name of its class, and its settings."""
+    """The entry of an adapter module other than a layer: the name of its class, and its settings."""
 
     type: str
     settings: dict[str, Any]
@@ -93,7 +93,7 @@ def entry_of(spec: LayerSpec) -> dict[str, Any]:
 
 
 def parts_of(specs: Iterable[LayerSpec]) -> dict[str, dict[str, Any]]:
-    """Return the entries of the adapter modules that are no layers, by path."""
+    """Return the entries of the adapter modules other than layers, by path."""
     others = [spec for spec in specs if not spec.has_weight]
     return {spec.path: {"type": spec.layer.name, "settings": asdict(spec.settings)} for spec in others}
 
@@ -106,7 +106,7 @@ def _spec(entry: Mapping[str, Any], source: JsonFile, key: str) -> LayerSpec:
     name = site.layer or next((name for name, setting in UNNAMED.items() if setting in settings), "low_rank")
     layer = _module(name, source)
     if not issubclass(layer, AdapterLayer):
-        raise UserError(f"{source}: {key}.layer: '{name}' is no layer.")
+        raise UserError(f"{source}: {key}.layer: '{name}' carries no update of a weight; its entry belongs into parts.")
     spec = LayerSpec(site.path, site.kind, site.shape, layer, build(layer.Settings, settings, source, key))
     try:
         layer.check_settings(spec)
@@ -116,10 +116,12 @@ def _spec(entry: Mapping[str, Any], source: JsonFile, key: str) -> LayerSpec:
 
 
 def _part(path: str, entry: _Part, source: JsonFile) -> LayerSpec:
-    """Return the spec of an adapter module that is no layer."""
+    """Return the spec of an adapter module other than a layer."""
     kind, key = _module(entry.type, source), f"parts['{path}']"
     if issubclass(kind, AdapterLayer):
-        raise UserError(f"{source}: {key}.type: '{entry.type}' is a layer.")
+        raise UserError(
+            f"{source}: {key}.type: '{entry.type}' carries the update of a weight; its entry belongs into sites."
+        )
     return LayerSpec(path, "", (), kind, build(kind.Settings, entry.settings, source, f"{key}.settings"))
 
 

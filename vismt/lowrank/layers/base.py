@@ -105,7 +105,7 @@ class AdapterModule(nn.Module):
 
     @classmethod
     def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the tensors that an adapter file must hold for `spec`, by name, as far as it tells them."""
+        """Return the shapes of the tensors that an adapter file must hold for `spec`, by name, where it fixes them."""
         return {}
 
     @classmethod

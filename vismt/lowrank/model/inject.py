@@ -221,7 +221,7 @@ def train_along(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def attach(model: nn.Module, modules: Mapping[str, AdapterModule]) -> None:
-    """Put adapter modules that are no layers in their places of an adapted model, and note them in its record."""
+    """Put adapter modules other than layers in their places of an adapted model, and note them in its record."""
     specs = [LayerSpec(path, "", (), type(module), module.settings()) for path, module in modules.items()]
     need_record(model, "attach").specs.extend(specs)
     attach_all(model, modules)
