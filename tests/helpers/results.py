@@ -43,7 +43,7 @@ def comparison(
     data: str, cells: Mapping[str, Cell], condition: Condition = CLEAN, *, paired: bool = False, **changes: Any
 ) -> Comparison:
     """Arms under one condition, as `compare` gives them."""
-    return Comparison(result(data, condition=condition, **changes), data, dict(cells), None, paired)
+    return Comparison(result(data, condition=condition, **changes), data, dict(cells), "", {}, paired)
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]], mode: str = "w") -> None:

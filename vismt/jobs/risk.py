@@ -25,7 +25,7 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.engine.study import TuneConfig
 from vismt.report.results import Result
-from vismt.report.tables import Section, Table, interval_text, number_text
+from vismt.report.tables import Section, Table, number_text, row_text
 from vismt.robustness.conditions import Perturbation, condition_of
 from vismt.uncertainty.conformal import conformal_quantile, least_examples, set_sizes
 from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Condition, Measure, wilson
@@ -179,6 +179,6 @@ def _cell(rows: Sequence[Result]) -> str:
     if not rows:
         return "–"
     if len(rows) == 1:
-        return interval_text(rows[0].value, rows[0].half, rows[0].scale)
+        return row_text(rows[0])
     ends = (min(rows, key=lambda row: row.value), max(rows, key=lambda row: row.value))
     return " to ".join(number_text(row.value, row.scale, half=row.half) for row in ends)

@@ -44,7 +44,7 @@ class StudyResults:
 
     def __repr__(self) -> str:
         """Return a table of the rows without a seed."""
-        from vismt.report.tables import interval_text, scale_text
+        from vismt.report.tables import row_text, scale_text
 
         rows = [
             (
@@ -54,7 +54,7 @@ class StudyResults:
                 row.condition,
                 row.arm,
                 scale_text(row.metric, row.scale),
-                interval_text(row.value, row.half, row.scale),
+                row_text(row),
                 f"{row.n:,} {row.unit}",
             )
             for row in self.rows

@@ -11,17 +11,18 @@ together, so that the part of the seeds in an average is that of one average ove
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from typing import Any, Protocol
 
 from vismt.report.results import Result
-from vismt.uncertainty.intervals import LOWER, domain_average, mean_interval, paired_bootstrap, with_seeds
+from vismt.uncertainty.intervals import LOWER, Covers, domain_average, mean_interval, paired_bootstrap, with_seeds
 
 AVERAGE = "average"
 FROZEN = "frozen"  # an arm of this name stands first and is drawn in grey
+MANY_CORRUPTIONS = 4  # from so many on, corruptions have a table of their own and a mean among the other conditions
 Values = dict[str, float]
 
 
@@ -53,13 +54,17 @@ class Evidence:
         shared = [seed for seed in by_set[0] if all(seed in trainings for trainings in by_set)]
         return {seed: math.fsum(trainings[seed].value for trainings in by_set) / len(by_set) for seed in shared}
 
-    def half(self, rows: Sequence[Result]) -> float:
-        """Return the half width of the 95 % interval of an arm's mean over sets."""
+    def bounds(self, rows: Sequence[Result]) -> tuple[float, float]:
+        """Return the ends of the 95 % interval of an arm's mean over sets."""
+        if len(rows) == 1:
+            return rows[0].low, rows[0].high
         seeds = self.seeds(rows)
-        if len(rows) == 1 or not seeds:
-            return math.sqrt(math.fsum(row.half**2 for row in rows)) / len(rows)
-        halves = math.sqrt(math.fsum(self._half_over_examples(row) ** 2 for row in rows)) / len(rows)
-        return with_seeds(halves, list(seeds.values()))
+        halves = [self._half_over_examples(row) if seeds else row.half for row in rows]
+        half = math.sqrt(math.fsum(half**2 for half in halves)) / len(rows)
+        if seeds:
+            half = with_seeds(half, list(seeds.values()))
+        mean = math.fsum(row.value for row in rows) / len(rows)
+        return mean - half, mean + half
 
     def _half_over_examples(self, row: Result) -> float:
         values = self._of(row)
@@ -98,7 +103,14 @@ class Evidence:
 class Cell:
     """One number: mean, half width of its 95 % interval, n; mark is "best", "tie" or "" (also when nothing to compare).
 
-    seeds: number of trainings, whose spread the interval has; 0 for a single one.
+    Args:
+        value: the mean.
+        half: the longer half of the interval.
+        n: number of examples.
+        mark: "best", "tie" or "".
+        seeds: number of trainings, whose spread the interval has; 0 for a single one.
+        ends: of the interval where it is not value ± half.
+        covers: what the interval covers.
     """
 
     value: float
@@ -106,6 +118,18 @@ class Cell:
     n: int
     mark: str = ""
     seeds: int = 0
+    ends: tuple[float, float] | None = None
+    covers: Covers = ""
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.value - self.half if self.ends is None else self.ends[0]
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.value + self.half if self.ends is None else self.ends[1]
 
 
 @dataclass(frozen=True)
@@ -113,14 +137,16 @@ class Comparison:
     """Arms by name under one condition of one protocol on one set (or the average over sets, `data` = "average").
 
     row: what all arms have in common; its arm, value and interval are those of the first.
-    difference: (second - first arm, low, high) on the same examples; None unless there are two arms, paired.
+    base: the arm that differences are taken to, "" for none.
+    differences: by arm other than `base` (arm - base, low, high) on the same examples; arms without records are left out.
     paired: whether all marks come from paired differences.
     """
 
     row: Result
     data: str
     cells: dict[str, Cell]
-    difference: tuple[float, float, float] | None
+    base: str
+    differences: dict[str, tuple[float, float, float]]
     paired: bool
 
     @property
@@ -134,16 +160,34 @@ class Comparison:
         return block(self.row)
 
 
+def shown_name(arm: str, conditions: Iterable[str]) -> str:
+    """Return the name of an arm in reports: "clean model" for an arm with the name of a condition."""
+    return f"{arm} model" if arm in conditions else arm
+
+
 def block(row: Result) -> tuple[str, str, str, str]:
     """Return task, protocol, metric and unit of a row."""
     return (row.task, row.protocol, row.metric, row.unit)
 
 
-def compare(results: Sequence[Result], values: ExampleValues) -> list[Comparison]:
+def compare(
+    results: Sequence[Result],
+    values: ExampleValues,
+    baselines: Mapping[str, str] | None = None,
+    references: Sequence[str] = (FROZEN,),
+) -> list[Comparison]:
     """Return one comparison per block, set and condition, by block, then sets, then conditions in the order of the results.
 
-    Rows of single trainings (with a seed) are left out. values: gives the values by example of a row.
+    Rows of single trainings (with a seed) are left out.
+
+    Args:
+        results: all rows.
+        values: gives the values by example of a row.
+        baselines: by task the arm that differences are taken to, "" for none. Of tasks left out it is the first arm that is
+            none of `references`, and of a single such arm the first reference.
+        references: arms that come from no training.
     """
+    results, values = _with_corruption_means(results, values)
     rows = [row for row in results if row.seed is None]
     blocks = list(dict.fromkeys(block(row) for row in rows))
     sets = list(dict.fromkeys(row.data for row in rows))
@@ -153,35 +197,98 @@ def compare(results: Sequence[Result], values: ExampleValues) -> list[Comparison
         return blocks.index(block(row)), sets.index(row.data), row.condition != "clean", conditions.index(row.condition)
 
     evidence = Evidence(results, values)
+
+    def pairs(group: Sequence[Result]) -> tuple[str, list[str]]:
+        """Return the baseline and the arms that it is compared with."""
+        arms = [row.arm for row in group]
+        trained = [arm for arm in arms if arm not in references] or arms
+        base = (baselines or {}).get(group[0].task, trained[0] if len(trained) > 1 else arms[0])
+        return base, [arm for arm in trained if arm != base and base in arms]
+
     comparisons: list[Comparison] = []
     for _, table in groupby(sorted(rows, key=order), key=block):
         groups = [
             sorted(group, key=lambda row: row.arm != FROZEN)
             for _, group in groupby(table, key=lambda row: (row.data, row.condition))
         ]
-        comparisons += [_compare(group[0].data, [[row] for row in group], evidence) for group in groups]
+        columns: list[tuple[str, Sequence[Result], Sequence[Sequence[Result]]]]
+        columns = [(group[0].data, group, [[row] for row in group]) for group in groups]
         if all(group[0].data != AVERAGE for group in groups):
-            comparisons += _averages(groups, evidence)
+            columns += [(AVERAGE, group, rows) for group, rows in _averages(groups)]
+        found = [_compare(data, rows, *pairs(group), evidence) for data, group, rows in columns]
+        comparisons += [_with_shown_names(c, conditions) for c in found]
     return comparisons
 
 
-def _averages(groups: Sequence[Sequence[Result]], evidence: Evidence) -> Iterable[Comparison]:
-    """Yield the mean over sets of each condition that two or more sets and all have, each set weighing the same.
+def _with_shown_names(c: Comparison, conditions: Sequence[str]) -> Comparison:
+    cells = {shown_name(arm, conditions): cell for arm, cell in c.cells.items()}
+    differences = {shown_name(arm, conditions): found for arm, found in c.differences.items()}
+    return replace(c, cells=cells, base=shown_name(c.base, conditions), differences=differences)
 
-    The variance over the examples is that within the sets, sum of the sets' / D^2; of paired differences likewise.
+
+def _with_corruption_means(results: Sequence[Result], values: ExampleValues) -> tuple[list[Result], ExampleValues]:
+    """Return the rows and those of each arm's mean over many corruptions, example by example, and the values of all.
+
+    The ends of the mean's interval are the means of the ends: a standard error of a mean is at most the mean of the standard
+    errors, so that the interval is never too short.
+    """
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for row in results:
+        if row.kind == "corruption":
+            groups.setdefault((*block(row), row.data, row.arm, row.seed), []).append(row)
+    parts: dict[tuple[Any, ...], list[Result]] = {}
+    means = []
+    for rows in groups.values():
+        if len(rows) >= MANY_CORRUPTIONS:
+            value, low, high = (
+                math.fsum(ends) / len(rows)
+                for ends in zip(*((row.value, row.low, row.high) for row in rows), strict=True)
+            )
+            condition = f"mean of {len(rows)} corruptions"
+            about = {"condition": condition, "kind": "corruptions", "family": "corruptions", "level": None}
+            means.append(replace(rows[0], **about, value=value, low=low, high=high))
+            parts[means[-1].key] = rows
+    return [*results, *means], _WithMeans(values, parts)
+
+
+@dataclass(frozen=True)
+class _WithMeans:
+    """Values by example of rows, and of the means of some of them. parts: the rows of each mean by its key."""
+
+    values: ExampleValues
+    parts: Mapping[tuple[Any, ...], Sequence[Result]]
+
+    def of(self, result: Result) -> Values | None:
+        found = [self.values.of(row) for row in self.parts.get(result.key, [result])]
+        columns = [column for column in found if column is not None and column.keys() == (found[0] or {}).keys()]
+        if len(columns) < len(found):
+            return None
+        return {name: math.fsum(column[name] for column in columns) / len(columns) for name in columns[0]}
+
+
+def _averages(groups: Sequence[Sequence[Result]]) -> Iterable[tuple[Sequence[Result], list[Sequence[Result]]]]:
+    """Yield for each condition that two or more sets and all have the rows of one set, and those of each arm in all sets.
+
+    Every set weighs the same in their mean. The variance over the examples is that within the sets, sum of the sets' / D^2;
+    of paired differences likewise.
     """
     sets = len({group[0].data for group in groups})
     for condition in dict.fromkeys(group[0].condition for group in groups):
         chosen = [group for group in groups if group[0].condition == condition]
         arms = [row.arm for row in chosen[0]]
         if sets > 1 and len(chosen) == sets and all([row.arm for row in group] == arms for group in chosen):
-            yield _compare(AVERAGE, list(zip(*chosen, strict=True)), evidence)
+            yield chosen[0], list(zip(*chosen, strict=True))
 
 
-def _compare(data: str, columns: Sequence[Sequence[Result]], evidence: Evidence) -> Comparison:
-    """Return the comparison of arms under one condition. columns: the rows of each arm, one for each set."""
+def _compare(
+    data: str, columns: Sequence[Sequence[Result]], base: str, compared: Sequence[str], evidence: Evidence
+) -> Comparison:
+    """Return the comparison of arms under one condition, and the differences of the compared ones to the baseline.
+
+    columns: the rows of each arm, one for each set.
+    """
     values = [math.fsum(row.value for row in rows) / len(rows) for rows in columns]
-    halves = [evidence.half(rows) for rows in columns]
+    bounds = [evidence.bounds(rows) for rows in columns]
     choose = min if columns[0][0].better == LOWER else max
     best = choose(range(len(values)), key=values.__getitem__)
     several = len(columns) > 1
@@ -192,13 +299,18 @@ def _compare(data: str, columns: Sequence[Sequence[Result]], evidence: Evidence)
         if number != best:
             pair = evidence.difference(columns[best], rows)
             paired = paired and pair is not None
-            overlap = abs(values[best] - values[number]) <= halves[best] + halves[number]
+            overlap = bounds[best][0] <= bounds[number][1] and bounds[number][0] <= bounds[best][1]
             tied = overlap if pair is None else pair[1] <= 0 <= pair[2]
             mark = "tie" if tied else ""
         count = sum(row.n for row in rows)
-        cells[rows[0].arm] = Cell(values[number], halves[number], count, mark, len(evidence.seeds(rows)))
-    difference = evidence.difference(columns[1], columns[0]) if len(columns) == 2 else None
-    return Comparison(columns[0][0], data, cells, difference, paired)
+        seeds = len(evidence.seeds(rows))
+        low, high = bounds[number]
+        half = max(values[number] - low, high - values[number])
+        cells[rows[0].arm] = Cell(values[number], half, count, mark, seeds, (low, high), rows[0].interval)
+    by_arm = {rows[0].arm: rows for rows in columns}
+    found = {arm: evidence.difference(by_arm[arm], by_arm[base]) for arm in compared}
+    differences = {arm: difference for arm, difference in found.items() if difference is not None}
+    return Comparison(columns[0][0], data, cells, base, differences, paired)
 
 
 def _aligned(a: Values | None, b: Values | None) -> tuple[list[float], list[float]] | None:

@@ -24,9 +24,9 @@ from vismt.jobs.fewshot.arms import evaluated_experts, split_head
 from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, FewShotConfig
 from vismt.jobs.fewshot.evaluation import episodes_file
 from vismt.jobs.fewshot.merge_settings import VALIDATION
-from vismt.report.comparison import AVERAGE
+from vismt.report.comparison import AVERAGE, MANY_CORRUPTIONS
 from vismt.report.results import Result
-from vismt.report.tables import MANY_CORRUPTIONS, Table, bounds_text, interval_text
+from vismt.report.tables import Table, bounds_text, interval_text
 from vismt.storage.files import DIGEST, read_sealed
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import SHARE, domain_average, paired_bootstrap, with_seeds
@@ -158,5 +158,6 @@ def _average_rows(condition: str, every: Mapping[str, ByModel]) -> Iterable[list
 
 
 def _texts(interval: tuple[float, float], difference: tuple[float, float, float] | None, count: int) -> list[str]:
-    gain = "–" if difference is None else bounds_text(difference, SHARE)
-    return [interval_text(*interval, SHARE), gain, f"{count:,}"]
+    gain = "–" if difference is None else bounds_text(*difference, SHARE, sign=True)
+    mean, half = interval
+    return [interval_text(mean, mean - half, mean + half, SHARE), gain, f"{count:,}"]

@@ -100,7 +100,7 @@ def _panels(folder: Path) -> list[Picture]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 panel = {name: file[name] for name in file.files}
-            drawn = episode_grid(panel, folder / "figures" / f"episode-{path.stem}.png")
+            drawn = episode_grid(panel, folder / "figures" / f"episode-{path.stem}.svg")
         except (ValueError, KeyError, IndexError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"report: '{path}' is not a panel of an episode ({error}); delete it and run `vismt evaluate {folder}`."
@@ -158,7 +158,7 @@ def _mixtures(
     if config.pool.folder:
         labels = [expert.label for expert in read_pool(Path(config.pool.folder))]
     names = labels if len(labels) == count else [f"expert {number}" for number in range(1, count + 1)]
-    path = mixture_bars(shares, names, folder / "figures" / "mixture.png")
+    path = mixture_bars(shares, names, folder / "figures" / "mixture.svg")
     protocol = "" if several else f"{rows[0].protocol}. "
     labels_text = "" if config.pool.experts else "; labels are input budgets in 1/255"
     text = f"{protocol}Mean weight of each expert over the episodes (n), in per cent{labels_text}."
