@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from helpers.results import comparison as compared
-from helpers.results import corruption
+from helpers.results import corruption, estimated
 
 from vismt.report.comparison import Cell
 from vismt.report.renderers import render_html, render_markdown
@@ -109,7 +109,7 @@ def test_several_measures_are_columns_of_one_table():
     for condition in (CLEAN, Condition("temperature", "variant", "temperature")):
         for metric, scale, better in (("accuracy", "share", "higher"), ("NLL in nats", "number", "lower")):
             c = comparison("films", condition, count=2, metric=metric, scale=scale, better=better)
-            rows.append(replace(c, base="arm_0", differences={"arm_1": (0.011, 0.001, 0.021)}))
+            rows.append(replace(c, base="arm_0", differences={"arm_1": estimated(0.011, 0.001, 0.021)}))
     table = shown(rows)
     assert table.title == "5-way 1-shot, films, n = 60 episodes"
     assert table.heads == ["Condition", "Model", "accuracy in % ↑", "NLL in nats ↓"]
@@ -124,7 +124,7 @@ def test_several_measures_are_columns_of_one_table():
 
 def test_the_strongest_attack_is_the_first_of_the_differences():
     """It is the one that leaves the best arm the least; tasks with other baselines name theirs."""
-    found = {"base": "a", "differences": {"b": (0.1, 0.05, 0.15)}}
+    found = {"base": "a", "differences": {"b": estimated(0.1, 0.05, 0.15)}}
     values = {CLEAN: 0.9, attack("weak"): 0.5, attack("strong"): 0.2, Condition("T", "variant", "T"): 0.9}
     cells = {condition: {"a": Cell(0.1, 0.1, 60), "b": Cell(value, 0.1, 60)} for condition, value in values.items()}
     rows = [replace(compared("digits", of, condition), **found) for condition, of in cells.items()]
@@ -187,11 +187,12 @@ def test_an_arm_may_be_named_average():
 
 
 def test_a_wide_table_is_cut_between_columns_and_keeps_its_first():
-    rows = [["a text of several words", *(f"{i}.0 ± 2.5" for i in range(12))]]
+    rows = [["a text of several words", *(f"{i}.0 ± 2.5" for i in range(12))], ["b", "1.0 ± 2.5", *["–"] * 11]]
     table = Table("wide", ["Arm", *(f"column {i}" for i in range(12))], rows, {(0, 1), (0, 12)}, texts=1)
     first, second = fitted(table, 120)
     assert first.heads[0] == second.heads[0] == "Arm" and first.heads[1:] + second.heads[1:] == table.heads[1:]
     assert first.rows[0][1:] + second.rows[0][1:] == rows[0][1:]
+    assert [len(part.rows) for part in (first, second)] == [2, 1]  # no row without a number
     assert first.best == {(0, 1)} and second.best == {(0, len(second.heads) - 1)}
     assert fitted(table, 1000) == [table]
     # one column that is wider than the page is not lost
@@ -246,6 +247,15 @@ def test_a_number_is_as_exact_as_its_width(mean, half, scale, text):
 )
 def test_an_interval_that_is_not_even_is_written_by_its_ends(value, low, high, scale, text):
     assert interval_text(value, low, high, scale) == text
+
+
+def test_an_average_of_many_sets_also_has_the_interval_over_sets():
+    cells = {"a": Cell(0.5, 0.05, 60, over_domains=(0.3, 0.7)), "b": Cell(0.6, 0.05, 60, over_domains=(0.41, 0.79))}
+    row = replace(compared("average", cells), base="a", differences={"b": estimated(0.1, 0.05, 0.15)})
+    row = replace(row, over_domains={"b": (-0.02, 0.22)})
+    ((_, note),), ((_, differences),) = result_tables([row]), difference_tables([row])
+    assert note.endswith(" Average, 95 % over new domains: clean, a [30.0, 70.0], b [41.0, 79.0].")
+    assert differences.endswith(" Average, 95 % over new domains: clean, b [−2.0, +22.0].")
 
 
 def test_a_difference_of_shares_may_be_negative():

@@ -215,8 +215,10 @@ def _card(title: str, base: str, facts: Iterable[tuple[str, str]], in_peft: bool
     rows = [row for row in results if row.seed is None]
     if rows:
         from vismt.report.tables import row_text, scale_text
+        from vismt.uncertainty.intervals import interval_kind_text
 
-        lines += ["", "## Results", "", "Mean ± half width of the 95 % confidence interval over n.", ""]
+        kinds = dict.fromkeys(interval_kind_text(row.interval) for row in rows)
+        lines += ["", "## Results", "", f"± and [ ]: {'; '.join(kinds)}.", ""]
         lines += ["| data | protocol | condition | model | measure | value | n |", "|---|---|---|---|---|---|---|"]
         lines += [
             f"| {row.data} | {row.protocol} | {row.condition} | {row.arm} | {scale_text(row.metric, row.scale)} | "

@@ -28,7 +28,7 @@ from vismt.report.results import Result
 from vismt.report.tables import Section, Table, number_text, row_text
 from vismt.robustness.conditions import Perturbation, condition_of
 from vismt.uncertainty.conformal import conformal_quantile, least_examples, set_sizes
-from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Condition, Measure, wilson
+from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Condition, Measure, interval_kind_text, wilson
 from vismt.uncertainty.selective import (
     accepting_threshold,
     risk_coverage_interval,
@@ -171,7 +171,14 @@ def risk_section(results: Sequence[Result]) -> Section:
         for key, by_metric in groups.items()
     ]
     heads = ["Data", "Arm", "Condition", *(f"{name}, %" if name != SIZE else name for name in COLUMNS), "n"]
-    return Section("Risk", [(Table("Thresholds from clean validation examples", heads, rows, set(), texts=3), NOTE)])
+    kinds = dict.fromkeys(
+        interval_kind_text(row.interval)
+        for by_metric in groups.values()
+        for found in by_metric.values()
+        for row in found
+    )
+    note = f"{NOTE} Intervals: {'; '.join(kinds)}."
+    return Section("Risk", [(Table("Thresholds from clean validation examples", heads, rows, set(), texts=3), note)])
 
 
 def _cell(rows: Sequence[Result]) -> str:

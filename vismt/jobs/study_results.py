@@ -55,12 +55,13 @@ class StudyResults:
                 row.arm,
                 scale_text(row.metric, row.scale),
                 row_text(row),
+                row.interval or "-",
                 f"{row.n:,} {row.unit}",
             )
             for row in self.rows
             if row.seed is None
         ]
-        heads = ("data", "task", "protocol", "condition", "model", "measure", "value ± 95 %", "n")
+        heads = ("data", "task", "protocol", "condition", "model", "measure", "value", "95 % over", "n")
         return console.aligned(heads, rows)
 
     def to_pandas(self) -> pandas.DataFrame:

@@ -3,26 +3,38 @@
 Two arms are compared on the same examples when both left records that reproduce their numbers: a tie is then an interval of
 the paired difference that contains zero. Without such records it is an overlap of the two intervals.
 
-Rows of arms with several trainings have intervals over examples and seeds together (vismt.uncertainty.intervals.with_seeds),
+Rows of arms with several trainings have intervals over examples and seeds together (vismt.uncertainty.intervals.Estimate),
 and so have their differences and their averages over sets. Seeds are paired where two arms have the same. A seed moves all sets
-together, so that the part of the seeds in an average is that of one average over the sets for each seed.
+together, so that the part of the seeds in an average is that of one average over the sets for each seed. An average takes its
+sets as a fixed list; of five or more it also has the interval that takes them as a sample of sets.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
 from typing import Any, Protocol
 
 from vismt.report.results import Result
-from vismt.uncertainty.intervals import LOWER, Covers, domain_average, mean_interval, paired_bootstrap, with_seeds
+from vismt.uncertainty.intervals import (
+    LOWER,
+    Covers,
+    Estimate,
+    average_of,
+    estimate,
+    interval_of,
+    over_domains,
+    student_quantile,
+    without_seeds_kind,
+)
 
 AVERAGE = "average"
 FROZEN = "frozen"  # an arm of this name stands first and is drawn in grey
 MANY_CORRUPTIONS = 4  # from so many on, corruptions have a table of their own and a mean among the other conditions
+CORRUPTIONS = "corruptions"  # kind of that mean
 Values = dict[str, float]
 
 
@@ -54,49 +66,49 @@ class Evidence:
         shared = [seed for seed in by_set[0] if all(seed in trainings for trainings in by_set)]
         return {seed: math.fsum(trainings[seed].value for trainings in by_set) / len(by_set) for seed in shared}
 
-    def bounds(self, rows: Sequence[Result]) -> tuple[float, float]:
-        """Return the ends of the 95 % interval of an arm's mean over sets."""
-        if len(rows) == 1:
-            return rows[0].low, rows[0].high
-        seeds = self.seeds(rows)
-        halves = [self._half_over_examples(row) if seeds else row.half for row in rows]
-        half = math.sqrt(math.fsum(half**2 for half in halves)) / len(rows)
-        if seeds:
-            half = with_seeds(half, list(seeds.values()))
-        mean = math.fsum(row.value for row in rows) / len(rows)
-        return mean - half, mean + half
+    def interval(self, rows: Sequence[Result]) -> tuple[float, float, Covers]:
+        """Return the 95 % interval of an arm's mean over sets, and what it covers."""
+        if len(rows) == 1 and rows[0].kind != CORRUPTIONS:
+            return rows[0].low, rows[0].high, rows[0].interval
+        found = average_of([self._over_examples(row) for row in rows]).with_seeds(list(self.seeds(rows).values()))
+        return *interval_of(found, rows[0].scale, sum(row.n for row in rows)), found.covers
 
-    def _half_over_examples(self, row: Result) -> float:
+    def _over_examples(self, row: Result) -> Estimate:
+        """Return a row's score with its error over the examples alone, by the intervals where there are no values."""
         values = self._of(row)
+        covers = without_seeds_kind(row.interval)
         if values is not None and len(values) > 1:
-            return mean_interval(list(values.values()))[1]
-        trainings = self._trainings[row.key].values()
-        return math.fsum(training.half for training in trainings) / len(trainings)
+            return estimate(list(values.values()), parts=row.parts, covers=covers)
+        return Estimate(row.value, (over_examples_alone(row, self._trainings.get(row.key, {}).values()),), covers)
 
-    def mean_difference(self, first: Sequence[Result], second: Sequence[Result]) -> tuple[float, float] | None:
-        """Return (mean over sets of first - second, half width) on the same examples; None when a set has none."""
-        differences = {}
+    def difference(self, first: Sequence[Result], second: Sequence[Result]) -> Estimate | None:
+        """Return the mean over sets of first - second on the same examples; None when a set has none.
+
+        The error has that over the examples, part by part where the rows have parts, and that over the seeds: of the differences
+        of trainings with the same seed where both arms have the same seeds, else of both arms.
+        """
+        differences = []
         for a, b in zip(first, second, strict=True):
             both = _aligned(self._of(a), self._of(b))
-            if both is None:
+            if both is None or a.parts != b.parts:
                 return None
-            differences[a.data] = [x - y for x, y in zip(*both, strict=True)]
-        mean, half = domain_average(differences)
+            steps = [x - y for x, y in zip(*both, strict=True)]
+            differences.append(estimate(steps, parts=a.parts, covers=without_seeds_kind(a.interval)))
         left, right = self.seeds(first), self.seeds(second)
         if left.keys() == right.keys():
-            return mean, with_seeds(half, [left[seed] - right[seed] for seed in left])
-        return mean, with_seeds(half, list(left.values()), list(right.values()))
+            return average_of(differences).with_seeds([left[seed] - right[seed] for seed in left])
+        return average_of(differences).with_seeds(list(left.values()), list(right.values()))
 
-    def difference(self, first: Sequence[Result], second: Sequence[Result]) -> tuple[float, float, float] | None:
-        """Return (mean over sets of first - second, low, high) on the same examples; None when a set has none.
 
-        Of single trainings on one set the interval is a bootstrap's.
-        """
-        if len(first) == 1 and not self.seeds(first) and not self.seeds(second):
-            both = _aligned(self._of(first[0]), self._of(second[0]))
-            return None if both is None else paired_bootstrap(*both)[:3]
-        found = self.mean_difference(first, second)
-        return None if found is None else (found[0], found[0] - found[1], found[0] + found[1])
+def over_examples_alone(row: Result, trainings: Collection[Result]) -> tuple[float, float]:
+    """Return the variance and degrees of freedom of a row over its examples, by the rows of its trainings where it has them.
+
+    The variance of a mean over trainings is at most that of one of them on average.
+    """
+    rows = list(trainings) or [row]
+    freedom = (row.parts or row.n) - 1.0
+    quantile = student_quantile(0.975, max(freedom, 1.0))
+    return math.fsum((one.half / quantile) ** 2 for one in rows) / len(rows), freedom
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,7 @@ class Cell:
         seeds: number of trainings, whose spread the interval has; 0 for a single one.
         ends: of the interval where it is not value ± half.
         covers: what the interval covers.
+        over_domains: 95 % interval of an average that takes its sets as a sample of sets; None for fewer than five.
     """
 
     value: float
@@ -120,6 +133,7 @@ class Cell:
     seeds: int = 0
     ends: tuple[float, float] | None = None
     covers: Covers = ""
+    over_domains: tuple[float, float] | None = None
 
     @property
     def low(self) -> float:
@@ -138,16 +152,18 @@ class Comparison:
 
     row: what all arms have in common; its arm, value and interval are those of the first.
     base: the arm that differences are taken to, "" for none.
-    differences: by arm other than `base` (arm - base, low, high) on the same examples; arms without records are left out.
+    differences: by arm, arm - base on the same examples; arms without records of them are left out.
     paired: whether all marks come from paired differences.
+    over_domains: by arm the 95 % interval of the difference of an average that takes its sets as a sample of sets.
     """
 
     row: Result
     data: str
     cells: dict[str, Cell]
     base: str
-    differences: dict[str, tuple[float, float, float]]
+    differences: dict[str, Estimate]
     paired: bool
+    over_domains: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def condition(self) -> str:
@@ -196,8 +212,6 @@ def compare(
     def order(row: Result) -> tuple[int, int, bool, int]:
         return blocks.index(block(row)), sets.index(row.data), row.condition != "clean", conditions.index(row.condition)
 
-    evidence = Evidence(results, values)
-
     def pairs(group: Sequence[Result]) -> tuple[str, list[str]]:
         """Return the baseline and the arms that it is compared with."""
         arms = [row.arm for row in group]
@@ -205,6 +219,7 @@ def compare(
         base = (baselines or {}).get(group[0].task, trained[0] if len(trained) > 1 else arms[0])
         return base, [arm for arm in trained if arm != base and base in arms]
 
+    evidence = Evidence(results, values)
     comparisons: list[Comparison] = []
     for _, table in groupby(sorted(rows, key=order), key=block):
         groups = [
@@ -221,17 +236,17 @@ def compare(
 
 
 def _with_shown_names(c: Comparison, conditions: Sequence[str]) -> Comparison:
-    cells = {shown_name(arm, conditions): cell for arm, cell in c.cells.items()}
-    differences = {shown_name(arm, conditions): found for arm, found in c.differences.items()}
-    return replace(c, cells=cells, base=shown_name(c.base, conditions), differences=differences)
+    def shown(by_arm: Mapping[str, Any]) -> dict[str, Any]:
+        return {shown_name(arm, conditions): value for arm, value in by_arm.items()}
+
+    base = shown_name(c.base, conditions)
+    return replace(
+        c, cells=shown(c.cells), base=base, differences=shown(c.differences), over_domains=shown(c.over_domains)
+    )
 
 
 def _with_corruption_means(results: Sequence[Result], values: ExampleValues) -> tuple[list[Result], ExampleValues]:
-    """Return the rows and those of each arm's mean over many corruptions, example by example, and the values of all.
-
-    The ends of the mean's interval are the means of the ends: a standard error of a mean is at most the mean of the standard
-    errors, so that the interval is never too short.
-    """
+    """Return the rows and those of each arm's mean over many corruptions, example by example, and the values of all."""
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for row in results:
         if row.kind == "corruption":
@@ -240,14 +255,12 @@ def _with_corruption_means(results: Sequence[Result], values: ExampleValues) -> 
     means = []
     for rows in groups.values():
         if len(rows) >= MANY_CORRUPTIONS:
-            value, low, high = (
-                math.fsum(ends) / len(rows)
-                for ends in zip(*((row.value, row.low, row.high) for row in rows), strict=True)
-            )
+            numbers = zip(*((row.value, row.low, row.high) for row in rows), strict=True)
+            value, low, high = (math.fsum(column) / len(rows) for column in numbers)
             condition = f"mean of {len(rows)} corruptions"
-            about = {"condition": condition, "kind": "corruptions", "family": "corruptions", "level": None}
-            means.append(replace(rows[0], **about, value=value, low=low, high=high))
-            parts[means[-1].key] = rows
+            row = replace(rows[0], condition=condition, kind=CORRUPTIONS, family=CORRUPTIONS, level=None)
+            means.append(replace(row, value=value, low=low, high=high))
+            parts[row.key] = rows
     return [*results, *means], _WithMeans(values, parts)
 
 
@@ -269,8 +282,7 @@ class _WithMeans:
 def _averages(groups: Sequence[Sequence[Result]]) -> Iterable[tuple[Sequence[Result], list[Sequence[Result]]]]:
     """Yield for each condition that two or more sets and all have the rows of one set, and those of each arm in all sets.
 
-    Every set weighs the same in their mean. The variance over the examples is that within the sets, sum of the sets' / D^2;
-    of paired differences likewise.
+    Every set weighs the same in their mean.
     """
     sets = len({group[0].data for group in groups})
     for condition in dict.fromkeys(group[0].condition for group in groups):
@@ -288,29 +300,41 @@ def _compare(
     columns: the rows of each arm, one for each set.
     """
     values = [math.fsum(row.value for row in rows) / len(rows) for rows in columns]
-    bounds = [evidence.bounds(rows) for rows in columns]
+    intervals = [evidence.interval(rows) for rows in columns]
     choose = min if columns[0][0].better == LOWER else max
     best = choose(range(len(values)), key=values.__getitem__)
     several = len(columns) > 1
     paired = several
     cells = {}
     for number, rows in enumerate(columns):
+        low, high, covers = intervals[number]
         mark = "best" if several else ""
         if number != best:
             pair = evidence.difference(columns[best], rows)
             paired = paired and pair is not None
-            overlap = bounds[best][0] <= bounds[number][1] and bounds[number][0] <= bounds[best][1]
-            tied = overlap if pair is None else pair[1] <= 0 <= pair[2]
+            overlap = low <= intervals[best][1] and intervals[best][0] <= high
+            tied = overlap if pair is None else pair.bounds[0] <= 0 <= pair.bounds[1]
             mark = "tie" if tied else ""
-        count = sum(row.n for row in rows)
-        seeds = len(evidence.seeds(rows))
-        low, high = bounds[number]
-        half = max(values[number] - low, high - values[number])
-        cells[rows[0].arm] = Cell(values[number], half, count, mark, seeds, (low, high), rows[0].interval)
+        sample = over_domains([row.value for row in rows])
+        cells[rows[0].arm] = Cell(
+            values[number],
+            max(values[number] - low, high - values[number]),
+            sum(row.n for row in rows),
+            mark,
+            len(evidence.seeds(rows)),
+            (low, high),
+            covers,
+            None if sample is None else sample.bounds,
+        )
     by_arm = {rows[0].arm: rows for rows in columns}
     found = {arm: evidence.difference(by_arm[arm], by_arm[base]) for arm in compared}
     differences = {arm: difference for arm, difference in found.items() if difference is not None}
-    return Comparison(columns[0][0], data, cells, base, differences, paired)
+    samples = {
+        arm: over_domains([a.value - b.value for a, b in zip(by_arm[arm], by_arm[base], strict=True)])
+        for arm in differences
+    }
+    sampled = {arm: sample.bounds for arm, sample in samples.items() if sample is not None}
+    return Comparison(columns[0][0], data, cells, base, differences, paired, sampled)
 
 
 def _aligned(a: Values | None, b: Values | None) -> tuple[list[float], list[float]] | None:

@@ -26,7 +26,7 @@ from vismt.report.tables import (
     scale_text,
     split_corruptions,
 )
-from vismt.uncertainty.intervals import LOWER, SHARE, seeds_interval
+from vismt.uncertainty.intervals import LOWER, SHARE, mean_interval
 
 MOST_PANELS = 12  # of the figure by seed
 MOST_OPEN = 3  # figures of scores; of more the first is shown and the others on request
@@ -250,7 +250,7 @@ def _by_seed(scores: Sequence[ArmScore], baselines: Mapping[str, str]) -> list[t
                 difference = f"{_over_seeds(steps, score.row.scale, sign=True)} to {base}"
             if arm == first and len(arms) > 1:
                 best.add((len(rows), 2 + len(seeds)))
-            half = seeds_interval(values)[1]
+            half = mean_interval(values)[1]
             numbers = [number_text(value, score.row.scale, half=half) for value in values]
             rows.append([score.label, arm, *numbers, _over_seeds(values, score.row.scale), difference])
     if not rows:
@@ -261,7 +261,7 @@ def _by_seed(scores: Sequence[ArmScore], baselines: Mapping[str, str]) -> list[t
 
 def _over_seeds(values: Sequence[float], scale: str, sign: bool = False) -> str:
     """Return the mean of one value for each seed, with its interval."""
-    mean, half = seeds_interval(values)
+    mean, half = mean_interval(values)
     return interval_text(mean, mean - half, mean + half, scale, sign)
 
 
@@ -276,7 +276,7 @@ def _pairs(evidence: Evidence, arms: Sequence[str], scores: Sequence[ArmScore], 
         if score is None or not {later, earlier} <= set(score.arms):
             return "–"
         found = evidence.difference(score.arms[later], score.arms[earlier])
-        return "–" if found is None else bounds_text(*found, score.row.scale, sign=True)
+        return "–" if found is None else bounds_text(found.mean, *found.bounds, score.row.scale, sign=True)
 
     rows = []
     for earlier, later in itertools.combinations(arms, 2) if len(arms) > 2 else ():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vismt.report.comparison import MANY_CORRUPTIONS, Cell, Comparison
+from vismt.report.comparison import AVERAGE, MANY_CORRUPTIONS, Cell, Comparison
 from vismt.report.results import ROUNDING, Result
 from vismt.uncertainty.intervals import LOWER, SHARE, interval_kind_text
 
@@ -118,7 +118,9 @@ def difference_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, st
         bases = {c.row.task: c.base for c in group}
         names = ", ".join(set(bases.values()) if len(set(bases.values())) == 1 else map(": ".join, bases.items()))
         title = f"Difference to {names}: {_title(group, comparisons)}"
-        tables.append((_arms_down(title, group, differences=True), f"[ ]: {kinds_text(group)}, on the same examples."))
+        note = f"[ ]: {kinds_text(group)}, on the same examples."
+        note += _over_domains([(c, c.over_domains) for c in group], sign=True)
+        tables.append((_arms_down(title, group, differences=True), note))
     return tables
 
 
@@ -158,7 +160,22 @@ def paper_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, str]]:
 
 
 def _note(group: Sequence[Comparison]) -> str:
-    return f"± and [ ]: {kinds_text(group)}."
+    """Return what the intervals of a table of results cover."""
+    sampled = [(c, {arm: cell.over_domains for arm, cell in c.cells.items() if cell.over_domains}) for c in group]
+    return f"± and [ ]: {kinds_text(group)}.{_over_domains(sampled)}"
+
+
+def _over_domains(sampled: Sequence[tuple[Comparison, Mapping[str, tuple[float, float]]]], sign: bool = False) -> str:
+    """Return the intervals of averages that take their sets as a sample of sets, by condition and arm."""
+    texts = []
+    for c, by_arm in sampled:
+        if c.data == AVERAGE and by_arm:
+            parts = []
+            for arm, (low, high) in by_arm.items():
+                ends = (number_text(end, c.row.scale, sign, (high - low) / 2) for end in (low, high))
+                parts.append(f"{arm} [{', '.join(ends)}]")
+            texts.append(f"{c.condition}, {', '.join(parts)}")
+    return f" Average, {interval_kind_text('domains')}: {'; '.join(texts)}." if texts else ""
 
 
 def _groups(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
@@ -284,7 +301,10 @@ def _is_best(c: Comparison, arm: str) -> bool:
 
 
 def fitted(table: Table, widest: int = WIDEST) -> list[Table]:
-    """Return a table as several with the same first columns where its numbers take more than `widest` characters."""
+    """Return a table as several with the same first columns where its numbers take more than `widest` characters.
+
+    A row without a number in one of several parts is left out of it.
+    """
     widths = [_width(table, column) for column in range(len(table.heads))]
     first = sum(widths[: table.texts])
     groups: list[list[int]] = [[]]
@@ -298,8 +318,10 @@ def fitted(table: Table, widest: int = WIDEST) -> list[Table]:
     parts = []
     for group in groups:
         kept = [*range(table.texts), *group]
-        rows = [[row[column] for column in kept] for row in table.rows]
-        best = {(row, kept.index(column)) for row, column in table.best if column in kept}
+        told = [len(groups) == 1 or any(row[column] != "–" for column in group) for row in table.rows]
+        shown = [number for number, tells in enumerate(told) if tells]
+        rows = [[table.rows[number][column] for column in kept] for number in shown]
+        best = {(shown.index(row), kept.index(column)) for row, column in table.best if column in kept}
         parts.append(replace(table, heads=[table.heads[column] for column in kept], rows=rows, best=best))
     return parts
 
@@ -331,7 +353,9 @@ def cell_text(cell: Cell | None, row: Result) -> str:
 
 def difference_text(c: Comparison, arm: str) -> str:
     """Return the difference of an arm to the baseline and its interval; a dash for none."""
-    return bounds_text(*c.differences[arm], c.row.scale, sign=True) if arm in c.differences else "–"
+    if arm not in c.differences:
+        return "–"
+    return bounds_text(c.differences[arm].mean, *c.differences[arm].bounds, c.row.scale, sign=True)
 
 
 def bounds_text(value: float, low: float, high: float, scale: str, sign: bool = False) -> str:

@@ -145,7 +145,7 @@ def answer(comparisons: Sequence[Comparison]) -> str:
         return ""
     c, row = keys[0], keys[0].row
     sign = -1 if row.better == LOWER else 1
-    arm = max(c.differences, key=lambda name: sign * c.differences[name][0])
+    arm = max(c.differences, key=lambda name: sign * c.differences[name].mean)
     metric, _, unit = row.metric.partition(" in ")
     unit = "points" if row.scale == SHARE else unit
     attacked = row.kind == "attack"
@@ -172,8 +172,9 @@ def answer(comparisons: Sequence[Comparison]) -> str:
 
 def _change(c: Comparison, arm: str) -> tuple[bool | None, str, str]:
     """Return whether an arm is better than the baseline, None where the interval has 0; the size, and "[low, high]" of it."""
-    value, low, high = c.differences[arm]
-    size, ends = bounds_text(abs(value), *sorted((abs(low), abs(high))), c.row.scale).split(" ", 1)
+    value, (low, high) = c.differences[arm].mean, c.differences[arm].bounds
+    least, most = sorted((abs(low), abs(high)))
+    size, ends = bounds_text(abs(value), least, most, c.row.scale).split(" ", 1)
     return None if low <= 0 <= high else (value > 0) == (c.row.better != LOWER), size, ends
 
 
