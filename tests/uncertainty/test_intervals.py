@@ -15,6 +15,7 @@ from vismt.uncertainty.intervals import (
     Condition,
     Measure,
     averaged,
+    interval_kind_text,
     mean_interval,
     over_seeds,
     seeds_interval,
@@ -139,6 +140,15 @@ def test_the_interval_of_a_difference_covers_with_a_spread_of_seeds(shared):
         covered += abs(mean) <= with_seeds(half, *(scores.tolist() for scores in groups))
         alone += abs(mean) <= half
     assert 0.92 < covered / 400 < 0.985 and alone / 400 < 0.85
+
+
+def test_an_interval_names_what_it_covers():
+    assert Measure("accuracy", VALUES).covers == "examples"
+    seed = Measure("accuracy", VALUES, covers="sampler")
+    assert averaged([seed]).covers == "sampler" and averaged([seed, seed]).covers == "sampler+seeds"
+    assert over_seeds(averaged([seed, seed]), [0.1, 0.2]).covers == "sampler+seeds"
+    assert interval_kind_text("images+seeds") == "95 % over new images of these classes and training seeds"
+    assert "earlier version" in interval_kind_text("")
 
 
 def test_student_over_seeds_by_hand():

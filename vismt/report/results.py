@@ -16,7 +16,7 @@ from vismt.base.errors import UserError
 from vismt.config.typed import build
 from vismt.engine.log import record_stem
 from vismt.storage.lines import read_lines, write_lines
-from vismt.uncertainty.intervals import SHARE, Better, Condition, Measure, Scale
+from vismt.uncertainty.intervals import SHARE, Better, Condition, Covers, Measure, Scale
 
 FACTS = "run.json"
 RESULTS, RECORDS = "results.jsonl", "records"
@@ -51,6 +51,8 @@ class Result:
         level: radius of an attack or severity of a corruption, None without one.
         examples: what tells the examples from those of another run beside their names, such as a digest of how episodes
             were drawn; "" where names are enough, None in rows of an earlier version, which did not record it.
+        interval: what the interval covers (`vismt.uncertainty.intervals.interval_kind_text`), "images+seeds"; "" in rows of
+            an earlier version.
     """
 
     task: str
@@ -74,6 +76,7 @@ class Result:
     family: str = "clean"
     level: float | None = None
     examples: str | None = None
+    interval: Covers = ""
 
     @property
     def half(self) -> float:
@@ -140,6 +143,7 @@ def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash:
         family=condition.family,
         level=condition.level,
         examples=score.examples,
+        interval=measure.covers,
     )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import variance
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,10 +16,35 @@ from vismt.base.errors import UserError
 # Which values of a measure are better; and its scale: in [0, 1] and shown in per cent, or any number.
 Better = Literal["higher", "lower"]
 Scale = Literal["share", "number"]
+# What a 95 % interval covers; "" where an earlier version did not record it.
+Covers = Literal[
+    "", "sampler", "images", "examples", "seeds", "domains", "sampler+seeds", "images+seeds", "examples+seeds"
+]
 HIGHER: Better = "higher"
 LOWER: Better = "lower"
 SHARE: Scale = "share"
 NUMBER: Scale = "number"
+
+
+COVERED: dict[str, str] = {
+    "sampler": "new episodes of the same images",
+    "images": "new images of these classes",
+    "examples": "new examples",
+    "seeds": "training seeds",
+    "domains": "new domains",
+}
+
+
+def interval_kind_text(kind: Covers) -> str:
+    """Return what an interval covers as a phrase, "95 % over new images of these classes and training seeds"."""
+    if not kind:
+        return "95 %; an earlier version did not record what it covers"
+    return f"95 % over {' and '.join(COVERED[part] for part in kind.split('+'))}"
+
+
+def with_seeds_kind(kind: Covers) -> Covers:
+    """Return the kind of an interval of `kind` that has the spread of training seeds as well."""
+    return cast(Covers, kind if not kind or "seeds" in kind else f"{kind}+seeds")
 
 
 def mean_interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
@@ -131,6 +156,7 @@ class Measure:
         bounds: 95 % interval where another than that of a mean is wanted.
         paired: whether two models may be compared by the differences of their values.
         chance: score of a guess, None where there is none.
+        covers: what the interval covers.
     """
 
     metric: str
@@ -141,6 +167,7 @@ class Measure:
     bounds: tuple[float, float] | None = None
     paired: bool = True
     chance: float | None = None
+    covers: Covers = "examples"
 
     @property
     def score(self) -> float:
@@ -181,7 +208,8 @@ def over_seeds(measure: Measure, scores: Sequence[float]) -> Measure:
         return measure
     low, high = measure.interval()
     half = with_seeds((high - low) / 2, scores)
-    return replace(measure, bounds=(measure.score - half, measure.score + half))
+    bounds = (measure.score - half, measure.score + half)
+    return replace(measure, bounds=bounds, covers=with_seeds_kind(measure.covers))
 
 
 def with_seeds(half: float, *trainings: Sequence[float]) -> float:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,9 @@ class Evaluation:
             if f"{form} {NLL}" in results:
                 measures += [(label, measure) for measure in probability_measures(results, form)]
         for label in outside:
-            measures.append((label, Measure("AUROC", _by_episode(results[label.label]), NUMBER, chance=0.5)))
+            measures.append(
+                (label, Measure("AUROC", _by_episode(results[label.label]), NUMBER, chance=0.5, covers="sampler"))
+            )
         return [Score(TASK, shown, protocol, measure, label, "episodes", drawn) for label, measure in measures]
 
     def validation_scores(self, models: Models, training: Training) -> list[Score]:
@@ -223,7 +225,7 @@ def _settings(specs: Sequence[Perturbation]) -> str:
 
 def accuracy(values: Tensor, chance: float | None) -> Measure:
     """Return the accuracy of episodes as a measure."""
-    return Measure("accuracy", _by_episode(values), chance=chance)
+    return Measure("accuracy", _by_episode(values), chance=chance, covers="sampler")
 
 
 def probability_measures(results: Mapping[str, Tensor], form: str) -> list[Measure]:
@@ -232,7 +234,8 @@ def probability_measures(results: Mapping[str, Tensor], form: str) -> list[Measu
     All episodes weigh the same.
     """
     gaps, nlls, briers = (results[f"{form} {name}"] for name in (GAPS, NLL, BRIER))
-    return quality_measures([str(number) for number in range(len(nlls))], gaps, nlls, briers)
+    measures = quality_measures([str(number) for number in range(len(nlls))], gaps, nlls, briers)
+    return [replace(measure, covers="sampler") for measure in measures]
 
 
 def _by_episode(values: Tensor) -> dict[str, float]:
