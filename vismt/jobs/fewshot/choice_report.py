@@ -39,12 +39,11 @@ RULES_NOTE = (
     "intervals (95 %)."
 )
 WORTH_NOTE = (
-    f"Gain: “{HALVES}” less “{FIXED}”. Where its interval contains 0, the labels of half of the queries do not show that choosing "
-    "by task helps. Bracket of the accuracy of each task's truly best expert: an expert that is chosen by "
-    f"{FOLDS - 1} of {FOLDS} parts of the queries is below it, one that is chosen by the queries which it is scored on above it. "
-    "The spread is the standard deviation over tasks of the true difference of two experts (root mean square over the pairs), "
-    "without the noise of the queries; the luck of the support is in it. It is not resolved where the interval of its square "
-    "contains 0."
+    f"Gain: “{HALVES}” less “{FIXED}”. Where its interval contains 0, the labels of half of the queries do not show that "
+    f"choosing by task helps. Bracket of the accuracy of each task's truly best expert: one that is chosen by {FOLDS - 1} of "
+    f"{FOLDS} parts of the queries is below it, one that is chosen by the queries which it is scored on above it. The spread is "
+    "the standard deviation over tasks of the true difference of two experts (root mean square over the pairs), without the "
+    "noise of the queries; the luck of the support is in it. It is not resolved where the interval of its square contains 0."
 )
 CHOICE = [field.name for field in fields(Choice)]
 Values = dict[
@@ -122,10 +121,8 @@ def _choice(answers: Sequence[Sequence[str | None]], queries: int, groups: Tenso
     answers: by expert and episode, a text with 1 for each right query. queries: of each class, which follow each other; 0 where
     episodes differ in them, which are then divided as if of one class.
     """
-    texts = [[text for text in of_expert if text is not None] for of_expert in answers]
-    if any(len(text) < 2 for of_expert in texts for text in of_expert):
-        return None
-    if any(len(of_expert) < len(groups) for of_expert in texts) or len(groups.unique()) < 3:
+    texts = [[text or "" for text in of_expert] for of_expert in answers]
+    if len(groups.unique()) < 3 or any(len(text) < 2 for of_expert in texts for text in of_expert):
         return None
     most = max(map(len, texts[0]))
     right = torch.tensor([[[bit == "1" for bit in text.ljust(most, "0")] for text in of_expert] for of_expert in texts])
