@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.uncertainty.intervals import mean_interval
-from vismt.uncertainty.split_halves import Choice, choice, crossed
+from vismt.uncertainty.split_halves import ChoiceValues, choice, crossed
 
 
 def answers(
@@ -25,7 +25,7 @@ def answers(
     return true, right, (torch.arange(queries) * ways // queries).expand(tasks, queries)
 
 
-def means(found: Choice) -> dict[str, float]:
+def means(found: ChoiceValues) -> dict[str, float]:
     return {name: float(values.mean()) for name, values in vars(found).items()}
 
 

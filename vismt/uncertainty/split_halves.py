@@ -39,7 +39,7 @@ FOLDS = 10
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChoiceValues:
     """Values (g,), float64, by group of tasks: by task where tasks are independent; the mean is the estimate.
 
     halves, folds: of choosing an expert by half, or by nine tenths, of a task's queries. optimistic: by the queries that it is
@@ -54,7 +54,7 @@ class Choice:
     variance: Tensor
 
 
-def choice(right: Tensor, labels: Tensor, groups: Tensor | None = None, seed: int = 0) -> Choice:
+def choice(right: Tensor, labels: Tensor, groups: Tensor | None = None, seed: int = 0) -> ChoiceValues:
     """Return what a choice among experts is worth.
 
     Args:
@@ -84,7 +84,7 @@ def choice(right: Tensor, labels: Tensor, groups: Tensor | None = None, seed: in
 
     sums = accuracies @ member
     best = _winners(sums.sum(1, keepdim=True) - sums)  # (e, g)
-    return Choice(
+    return ChoiceValues(
         halves=by_group(crossed(right, labels, 2, seed)),
         folds=by_group(crossed(right, labels, FOLDS, seed)),
         optimistic=by_group(accuracies.amax(0)),

@@ -27,7 +27,7 @@ from vismt.report.tables import MANY_CORRUPTIONS, Table, bounds_text, interval_t
 from vismt.storage.files import DIGEST, read_sealed
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import SHARE, domain_average, with_seeds
-from vismt.uncertainty.split_halves import DIVISIONS, FOLDS, Choice, choice
+from vismt.uncertainty.split_halves import DIVISIONS, FOLDS, ChoiceValues, choice
 
 VALIDATED = "best expert on validation"
 FIXED = "best expert of the other tasks"
@@ -45,10 +45,10 @@ WORTH_NOTE = (
     "the standard deviation over tasks of the true difference of two experts (root mean square over the pairs), without the "
     "noise of the queries; the luck of the support is in it. It is not resolved where the interval of its square contains 0."
 )
-CHOICE = [field.name for field in fields(Choice)]
+CHOICE = [field.name for field in fields(ChoiceValues)]
 Values = dict[
     str, Tensor
-]  # by model: accuracies (g,) by episode or part, or (seeds, g); fields of `Choice` by their name
+]  # by model: accuracies (g,) by episode or part, or (seeds, g); fields of `ChoiceValues` by their name
 Case = tuple[str, str]  # condition and set
 
 
@@ -115,7 +115,7 @@ def _of_seed(
     return shown
 
 
-def _choice(answers: Sequence[Sequence[str | None]], queries: int, groups: Tensor) -> Choice | None:
+def _choice(answers: Sequence[Sequence[str | None]], queries: int, groups: Tensor) -> ChoiceValues | None:
     """Return what a choice by task is worth; None for too few tasks and records of an earlier version, without answers.
 
     answers: by expert and episode, a text with 1 for each right query. queries: of each class, which follow each other; 0 where
