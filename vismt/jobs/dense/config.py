@@ -25,7 +25,7 @@ from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.heads import check_head
 from vismt.multitask.inference import check_scales
 from vismt.multitask.nets import SEGMENTATION
-from vismt.multitask.tasks import DenseTask, loss_options, make_task
+from vismt.multitask.tasks import Task, loss_options, make_task
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
 
 MODES = ("slide", "whole")
@@ -161,12 +161,12 @@ class DenseConfig(StudyConfig):
     evaluate: DenseEvaluateConfig = field(default_factory=DenseEvaluateConfig)
 
 
-def all_tasks(config: DenseConfig) -> list[DenseTask]:
+def all_tasks(config: DenseConfig) -> list[Task]:
     """Return the tasks of the configuration, also those that an arm leaves out."""
     return [make_task(spec) for spec in config.tasks]
 
 
-def trained_tasks(config: DenseConfig) -> list[DenseTask]:
+def trained_tasks(config: DenseConfig) -> list[Task]:
     """Return the tasks that this configuration (of an arm) trains."""
     return [task for task in all_tasks(config) if not config.only or task.name in config.only]
 
@@ -189,7 +189,7 @@ def check(config: DenseConfig) -> None:
     dense_conditions(config.evaluate.attacks, config.evaluate.corruptions, [task.name for task in all_tasks(config)])
 
 
-def class_tasks(config: DenseConfig) -> list[DenseTask]:
+def class_tasks(config: DenseConfig) -> list[Task]:
     """Return the tasks whose logits `evaluate.adjust_logits` adjusts."""
     return [task for task in all_tasks(config) if isinstance(task, ClassLoss)]
 

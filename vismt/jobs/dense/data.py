@@ -23,7 +23,7 @@ from vismt.engine.parts import shares
 from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
 from vismt.multitask.class_loss import ClassLoss, check_counts
 from vismt.multitask.nets import SEGMENTATION
-from vismt.multitask.tasks import DenseTask, MapTask
+from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.maps import Depth, InverseDepth
 
 
@@ -108,7 +108,7 @@ class DenseData:
             raise UserError("data: nothing to validate on; name a set in validation, or give validation_share.")
         return self.parts[name]
 
-    def counted(self, tasks: Sequence[DenseTask]) -> list[DenseTask]:
+    def counted(self, tasks: Sequence[Task]) -> list[Task]:
         """Return the tasks, with their training labels counted where the loss needs them."""
         return [
             replace(cast(Any, task), class_counts=self.class_counts(task))
@@ -117,7 +117,7 @@ class DenseData:
             for task in tasks
         ]
 
-    def class_counts(self, task: DenseTask) -> list[int]:
+    def class_counts(self, task: Task) -> list[int]:
         """Return the training labels of each class of a task, in the images' own sizes.
 
         Raises UserError for a class without one.
@@ -134,7 +134,7 @@ class DenseData:
         check_counts(f"tasks: {task.name}", self._counts[task.key], task.channels)
         return self._counts[task.key]
 
-    def _check_targets(self, part: str, tasks: Sequence[DenseTask]) -> None:
+    def _check_targets(self, part: str, tasks: Sequence[Task]) -> None:
         entries = self.parts[part].entries
         known = {target for images, _ in entries for target in images.targets}
         lacking = next((task for task in tasks if entries and task.key not in known), None)
@@ -212,7 +212,7 @@ def _spread(entries: list[tuple[DenseSet, int]], limit: int) -> list[tuple[Dense
     return [entries[i * len(entries) // count] for i in range(count)]
 
 
-def _check_set(images: DenseSet, tasks: Sequence[DenseTask]) -> None:
+def _check_set(images: DenseSet, tasks: Sequence[Task]) -> None:
     """Raise UserError unless a task has a target in the set, and tasks have as many classes as the set."""
     if not any(task.key in images.targets for task in tasks):
         targets, names = ", ".join(images.targets), ", ".join(task.name for task in tasks)

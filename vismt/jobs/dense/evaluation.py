@@ -39,7 +39,7 @@ from vismt.jobs.output_conditions import ADJUSTED, TAUS, fitted_once
 from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import DenseNet
-from vismt.multitask.tasks import DenseTask, MapTask
+from vismt.multitask.tasks import MapTask, Task
 from vismt.report.results import Score
 from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.conditions import DensePerturbation, condition_of
@@ -161,7 +161,7 @@ class Evaluation:
             scored = self._written(pools, training, path)
         return self.as_scores(scored or {}, split, ADJUSTED)
 
-    def _taus(self, net: DenseNet, training: Training, tasks: Sequence[DenseTask]) -> dict[str, float]:
+    def _taus(self, net: DenseNet, training: Training, tasks: Sequence[Task]) -> dict[str, float]:
         """Return each task's best tau on the validation images (ties: the smallest)."""
 
         def fit() -> Adjustment:
@@ -176,7 +176,7 @@ class Evaluation:
     def _pooled(
         self,
         net: DenseNet,
-        tasks: Sequence[DenseTask],
+        tasks: Sequence[Task],
         split: str,
         variants: Mapping[str, tuple[str, float]],
         label: str,
@@ -261,7 +261,7 @@ class Evaluation:
     def _attacked(
         self,
         net: DenseNet,
-        tasks: Sequence[DenseTask],
+        tasks: Sequence[Task],
         names: Sequence[str],
         samples: Sequence[Sample],
         batch: Sample,
@@ -316,11 +316,11 @@ class Evaluation:
                 yield task, value, plain_logits[task], self.tasks[task].predicts_classes
 
 
-def metric_name(task: DenseTask) -> str:
+def metric_name(task: Task) -> str:
     """Return the name of a task's score with its unit."""
     return f"{task.label} in {task.unit}" if task.unit else task.label
 
 
-def _inside(task: DenseTask, prediction: Tensor, size: tuple[int, int]) -> Tensor:
+def _inside(task: Task, prediction: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the part of a map that belongs to the image and not to its padding; a whole image's output unchanged."""
     return prediction[..., : size[0], : size[1]] if isinstance(task, MapTask) else prediction

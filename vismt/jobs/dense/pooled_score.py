@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.multitask.tasks import DenseTask
+from vismt.multitask.tasks import Task
 
 LARGEST = (
     100_000  # numbers of a state kept for each image; the histogram of angles has more, and no score is read from it
@@ -72,7 +72,7 @@ def read_scored(values: Any, what: str) -> Scored:
 class PooledScore:
     """Collects the images of one task; images without a valid pixel are left out."""
 
-    def __init__(self, task: DenseTask) -> None:
+    def __init__(self, task: Task) -> None:
         self.task = task
         self._states: dict[str, State] = {}
         self._total: State = {}
@@ -80,7 +80,7 @@ class PooledScore:
     def state(self, prediction: Tensor, target: Tensor) -> State:
         """Return the state of one image, with a batch dimension of 1, at the target's size.
 
-        Arguments and errors as DenseTask.update.
+        Arguments and errors as Task.update.
         """
         if not bool(self.task.valid(target).any()):
             return {}

@@ -33,7 +33,7 @@ from vismt.engine import runtime
 from vismt.jobs.dense.config import DenseConfig, canvas_of, trained_tasks
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import SEGMENTATION, DenseNet
-from vismt.multitask.tasks import DenseTask, MapTask
+from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.classes import Classification
 from vismt.multitask.tasks.maps import Depth, InverseDepth
 from vismt.report.plotting import GRID, INK, MUTED, axes_at, new_figure, save, short, write
@@ -127,7 +127,7 @@ def predict_images(
         target: folder.
         own_size: windows over the image at its own size, not fitted into the canvas.
         flip: the mean with the mirrored image also where evaluate.flip is false.
-        maps: also write <stem>.npz, what each task answers (DenseTask.answer) at the size of the picture, by the task's name,
+        maps: also write <stem>.npz, what each task answers (Task.answer) at the size of the picture, by the task's name,
             and <stem>-<task>.png and <stem>-<task>-overlay.png of tasks of maps.
     """
     device = runtime.processes().device
@@ -164,7 +164,7 @@ def predict_images(
     return written
 
 
-def _write_maps(image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str, DenseTask], stem: Path) -> None:
+def _write_maps(image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str, Task], stem: Path) -> None:
     """Write the answers of an image (3, h, w) as arrays, and the pictures of its maps alone and over the image."""
     buffer = io.BytesIO()
     answers: dict[str, Any] = {name: tasks[name].answer(value).numpy() for name, value in outputs.items()}
@@ -181,7 +181,7 @@ def _write_maps(image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str
                 atomic_write(stem.with_name(f"{stem.name}-{ending}.png"), buffer.getvalue())
 
 
-def class_names(config: DenseConfig, tasks: Mapping[str, DenseTask]) -> dict[str, list[str]]:
+def class_names(config: DenseConfig, tasks: Mapping[str, Task]) -> dict[str, list[str]]:
     """Return the class names of each task: its own, or those on the cards of the training sets, whose images are not needed."""
     classes = {name: list(task.default_class_names) for name, task in tasks.items() if task.default_class_names}
     for card in _cards(config):
@@ -205,7 +205,7 @@ def _inverse(config: DenseConfig) -> bool:
 def picture(
     image: Tensor,
     predictions: Mapping[str, Tensor],
-    tasks: Mapping[str, DenseTask],
+    tasks: Mapping[str, Task],
     classes: Mapping[str, Sequence[str]],
     path: Path,
 ) -> Path:
