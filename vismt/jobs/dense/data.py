@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from vismt.base import console
 from vismt.base.errors import UserError
@@ -108,6 +109,16 @@ class DenseData:
             raise UserError("data: nothing to validate on; name a set in validation, or give validation_share.")
         return self.parts[name]
 
+    def outside(self, name: str) -> FittedImages:
+        """Return the images of a set that is not of the run."""
+        images = _open(name)
+        return FittedImages(Rows([(images, i) for i in range(len(images))]), self.size)
+
+    def classes(self, part: str) -> Tensor:
+        """Return the classes (n,) of the images of a part that have one."""
+        entries = [(images.labels, i) for images, i in self.part(part).entries if images.labels is not None]
+        return torch.tensor([int(labels[i]) for labels, i in entries], dtype=torch.int64)
+
     def counted(self, tasks: Sequence[Task]) -> list[Task]:
         """Return the tasks, with their training labels counted where the loss needs them."""
         return [
@@ -143,6 +154,20 @@ class DenseData:
             raise UserError(
                 f"tasks: {lacking.name}: no {part} set has {what}; {self.parts[part].name} has {', '.join(sorted(known))}."
             )
+
+
+class FittedImages:
+    """The images of some samples, fitted and padded: `images[index]` as of `vismt.data.batching.Gathered`, without classes."""
+
+    def __init__(self, rows: Rows, size: tuple[int, int]) -> None:
+        self.rows, self.size, self.ids = rows, size, rows.ids
+        self.labels = torch.zeros(len(rows), dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return torch.stack([self.rows.fitted(i, self.size)["image"] for i in index.tolist()])
 
 
 class DenseBatches:

@@ -47,6 +47,9 @@ class DenseAttack:
     spec: AttackSpec
     tasks: tuple[str, ...] = ()
     kind: ClassVar[Literal["attack"]] = "attack"
+    worst_case: ClassVar[bool] = (
+        True  # of the measures of `evaluate.risk`; the tasks' scores are those of the images alone
+    )
 
     def __post_init__(self) -> None:
         if self.spec.name != "pgd":
