@@ -359,16 +359,18 @@ def difference_text(c: Comparison, arm: str) -> str:
 
 
 def bounds_text(value: float, low: float, high: float, scale: str, sign: bool = False) -> str:
-    """Return "1.2 [−0.3, 2.7]", with `sign` "+1.2 [−0.3, +2.7]", as exact as the width allows."""
+    """Return "1.2 [−0.3, 2.7]", with `sign` "+1.2 [−0.3, +2.7]", as exact as the width allows.
+
+    Shares end at 0 and 100 %, with `sign`, as differences, at -100 and 100 %.
+    """
+    if scale == SHARE:
+        low, high = max(low, -1.0 if sign else 0.0), min(high, 1.0)
     middle, low_text, high_text = (number_text(end, scale, sign, (high - low) / 2) for end in (value, low, high))
     return f"{middle} [{low_text}, {high_text}]"
 
 
 def interval_text(value: float, low: float, high: float, scale: str, sign: bool = False) -> str:
-    """Return "82.5 ± 8.6", or "0.0 [0.0, 16.1]" where the two half widths differ when rounded.
-
-    Shares end at 0 and 100 %; sign: of differences, which end at -100 and 100 %.
-    """
+    """Return "82.5 ± 8.6", or where the two half widths differ when rounded the text of `bounds_text`, "0.0 [0.0, 16.1]"."""
     if scale == SHARE:
         low, high = max(low, -1.0 if sign else 0.0), min(high, 1.0)
     half = (high - low) / 2
