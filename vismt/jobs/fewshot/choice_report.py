@@ -26,7 +26,7 @@ from vismt.report.results import Result
 from vismt.report.tables import MANY_CORRUPTIONS, Table, bounds_text, interval_text, number_text
 from vismt.storage.files import DIGEST, read_sealed
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import SHARE, domain_average, with_seeds
+from vismt.uncertainty.intervals import SHARE, average_of, estimate, interval_kind_text, weakest_kind
 from vismt.uncertainty.split_halves import DIVISIONS, FOLDS, ChoiceValues, choice
 
 VALIDATED = "best expert on validation"
@@ -35,8 +35,7 @@ HALVES = "best expert of each task"
 RULES_NOTE = (
     f"“{FIXED}” is the expert that is best on average over all tasks but the one it is scored on. “{HALVES}” is the one with the "
     f"best answers to half of a task's queries, scored on the other half, the mean of {DIVISIONS} random halvings. “average” and "
-    "“merged:uniform” are the equal soup. Differences to “merged” are paired by episode. Several training seeds are in all "
-    "intervals (95 %)."
+    "“merged:uniform” are the equal soup. Differences to “merged” are paired by episode."
 )
 WORTH_NOTE = (
     f"Gain: “{HALVES}” less “{FIXED}”. Where its interval contains 0, the labels of half of the queries do not show that "
@@ -46,9 +45,8 @@ WORTH_NOTE = (
     "noise of the queries; the luck of the support is in it. It is not resolved where the interval of its square contains 0."
 )
 CHOICE = [field.name for field in fields(ChoiceValues)]
-Values = dict[
-    str, Tensor
-]  # by model: accuracies (g,) by episode or part, or (seeds, g); fields of `ChoiceValues` by their name
+# By model: accuracies (g,) by episode or part, or (seeds, g); fields of `ChoiceValues` by their name.
+Values = dict[str, Tensor]
 Case = tuple[str, str]  # condition and set
 
 
@@ -77,7 +75,8 @@ def choice_tables(
                 stacked = {name: torch.stack([values[name] for values in by_seed]) for name in common}
                 cases[row.condition, row.data], counts[row.condition, row.data] = stacked, row.n
         if cases:
-            tables.append((_rules(protocol, cases, counts), RULES_NOTE))
+            covers = interval_kind_text(weakest_kind([row.interval for row in merged]))
+            tables.append((_rules(protocol, cases, counts), f"{RULES_NOTE} Intervals: {covers}."))
         if cases and all("variance" in values for values in cases.values()):
             tables.append((_worth(protocol, cases, counts), WORTH_NOTE))
     return tables
@@ -100,7 +99,7 @@ def _of_seed(
         if arm in experts:
             answers.append([line.get(right_field(row.condition)) for line in ordered])
             queries = header.get("settings", {}).get("sampler", {}).get("queries", 0)
-    groups = torch.arange(row.n) % (getattr(row, "parts", 0) or row.n)
+    groups = torch.arange(row.n) % (row.parts or row.n)
     chosen = _choice(answers, queries, groups)
     shown = {arm: values[arm] for arm in models}
     path = folder / "pool" / f"seed-{seed}" / VALIDATION
@@ -134,9 +133,10 @@ def _choice(answers: Sequence[Sequence[str | None]], queries: int, groups: Tenso
 
 def _interval(by_set: Mapping[str, Values], value: Callable[[Values], Tensor]) -> tuple[float, float]:
     """Return (mean over sets, half width of its 95 % interval); value: returns (seeds, g) from the values of a set."""
-    chosen = {data: value(values) for data, values in by_set.items()}
-    mean, half = domain_average({data: values.mean(0) for data, values in chosen.items()})
-    return mean, with_seeds(half, torch.stack([values.mean(1) for values in chosen.values()]).mean(0).tolist())
+    chosen = [value(values) for values in by_set.values()]
+    found = average_of([estimate(values.mean(0)) for values in chosen])
+    found = found.with_seeds(torch.stack([values.mean(1) for values in chosen]).mean(0).tolist())
+    return found.mean, found.half
 
 
 def _with_averages(
