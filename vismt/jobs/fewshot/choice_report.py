@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
 from operator import itemgetter
 from pathlib import Path
 
@@ -44,8 +43,8 @@ WORTH_NOTE = (
     "the standard deviation over tasks of the true difference of two experts (root mean square over the pairs), without the "
     "noise of the queries; the luck of the support is in it. It is not resolved where the interval of its square contains 0."
 )
-CHOICE = [field.name for field in fields(ChoiceValues)]
-# By model: accuracies (g,) by episode or part, or (seeds, g); fields of `ChoiceValues` by their name.
+SHOWN = {"fixed": FIXED, "halves": HALVES}  # fields of `ChoiceValues` that stand beside the models
+# Accuracies (g,) by episode or part, or (seeds, g), by model; and the fields of `ChoiceValues`.
 Values = dict[str, Tensor]
 Case = tuple[str, str]  # condition and set
 
@@ -110,7 +109,7 @@ def _of_seed(
         shown[VALIDATED] = values[EXPERT + max(judged, key=judged.__getitem__)]
     shown = {name: torch.stack([of[groups == group].mean() for group in groups.unique()]) for name, of in shown.items()}
     if chosen is not None:
-        shown |= {FIXED: chosen.fixed, HALVES: chosen.halves, **vars(chosen)}
+        shown |= vars(chosen)
     return shown
 
 
@@ -157,12 +156,12 @@ def _rules(protocol: str, cases: Mapping[Case, Values], counts: Mapping[Case, in
     rows: list[list[str]] = []
     for data, condition, by_set, n in _with_averages(cases, counts):
         for name in next(iter(by_set.values())):
-            if name in CHOICE or not all(name in values for values in by_set.values()):
+            if name in ("folds", "optimistic", "variance") or not all(name in values for values in by_set.values()):
                 continue
             accuracy = _interval(by_set, itemgetter(name))
             middle, half = _interval(by_set, lambda values, name=name: values[name] - values[MERGED])
             gain = "–" if name == MERGED else bounds_text((middle, middle - half, middle + half), SHARE)
-            rows.append([data, condition, name, interval_text(*accuracy, SHARE), gain, f"{n:,}"])
+            rows.append([data, condition, SHOWN.get(name, name), interval_text(*accuracy, SHARE), gain, f"{n:,}"])
     heads = ["Data", "Condition", "Model", "accuracy in %", "Difference to merged", "n (episodes)"]
     return Table(f"Choosing experts, {protocol}", heads, rows, set(), texts=3, folded=len(rows) > 30)
 
