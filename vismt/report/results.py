@@ -53,6 +53,7 @@ class Result:
             were drawn; "" where names are enough, None in rows of an earlier version, which did not record it.
         interval: what the interval covers (`vismt.uncertainty.intervals.interval_kind_text`), "images+seeds"; "" in rows of
             an earlier version.
+        parts: number of parts of the examples that share nothing (`vismt.uncertainty.intervals.estimate`), 0 without parts.
     """
 
     task: str
@@ -77,6 +78,7 @@ class Result:
     level: float | None = None
     examples: str | None = None
     interval: Covers = ""
+    parts: int = 0
 
     @property
     def half(self) -> float:
@@ -118,9 +120,9 @@ class Score:
 
 
 def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash: str) -> Result:
-    """Return the row of a score; that of a single training where `seed` is given."""
+    """Return the row of a score."""
     measure, condition = score.measure, score.condition
-    low, high = measure.interval() if seed is None else measure.training_interval()
+    low, high = measure.interval()
     return Result(
         task=score.task,
         data=score.data,
@@ -144,6 +146,7 @@ def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash:
         level=condition.level,
         examples=score.examples,
         interval=measure.covers,
+        parts=measure.parts,
     )
 
 

@@ -8,7 +8,7 @@ v_ei is the accuracy of expert e on episode i of n, c(i) = argmax_e v_ei:
                                         G(v) = prod_e (share of episodes with v_ei <= v)
 
 All are exact; the last has the jackknife's interval. Several training seeds are averaged episode by episode, and their spread is
-in the intervals (vismt.uncertainty.intervals.with_seeds).
+in the intervals (vismt.uncertainty.intervals.Estimate).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vismt.report.results import Result
 from vismt.report.tables import MANY_CORRUPTIONS, Table, bounds_text, interval_text
 from vismt.storage.files import DIGEST, read_sealed
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import SHARE, domain_average, paired_bootstrap, with_seeds
+from vismt.uncertainty.intervals import SHARE, average_of, estimate, paired_bootstrap
 
 BEST = "best expert on validation"
 NOTE = (
@@ -38,7 +38,7 @@ NOTE = (
     "among accuracies of unrelated tasks, so that an oracle which does not exceed that does not show that experts differ "
     "by task. "
     "“average” and “merged:uniform” are the equal soup. Differences to “merged” are paired by episode (95 % bootstrap "
-    "interval; for averages over sets 1.96 standard errors). Several training seeds are in all intervals."
+    "interval; for averages over sets Student's t). Several training seeds are in all intervals."
 )
 ByModel = dict[str, Tensor]  # accuracies (n,) of the same episodes, or (seeds, n)
 
@@ -121,8 +121,9 @@ def _of_seed(
 
 def _interval(by_set: Mapping[str, Tensor]) -> tuple[float, float]:
     """Return (mean over sets, half width of its 95 % interval) of values (seeds, n) by set."""
-    mean, half = domain_average({data: values.mean(0) for data, values in by_set.items()})
-    return mean, with_seeds(half, torch.stack([values.mean(1) for values in by_set.values()]).mean(0).tolist())
+    found = average_of([estimate(values.mean(0)) for values in by_set.values()])
+    found = found.with_seeds(torch.stack([values.mean(1) for values in by_set.values()]).mean(0).tolist())
+    return found.mean, found.half
 
 
 def _table(protocol: str, cases: Mapping[tuple[str, str], ByModel]) -> Table:
