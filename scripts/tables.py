@@ -22,9 +22,10 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from vismt.base import console
@@ -34,6 +35,7 @@ from vismt.report.study_rows import ROWS, StudyRow, StudyRows, read_study, studi
 from vismt.report.tables import bounds_text, interval_text, number_text
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
+from vismt.uncertainty.intervals import interval_kind_text
 
 SPECS = CHECKOUT / ROWS / "tables.yaml"
 MARKED = re.compile(r"^((?:# )?)<!-- rows: ([\w-]+) -->\n(.*?)^\1<!-- end -->$", re.M | re.S)
@@ -118,20 +120,37 @@ def texts(row: StudyRow) -> tuple[str, str]:
 
 
 def table(name: str, as_comment: bool) -> str:
-    """Return a table as Markdown, or as the aligned lines of a comment."""
+    """Return a table and a note of what its intervals cover, as Markdown or as the aligned lines of a comment."""
     if name not in specs():
         raise UserError(f"tables: {SPECS} has no table '{name}'.{near(name, specs())}")
     rows: dict[str, list[str]] = {}
-    typed = {label for label, row in specs()[name]["rows"].items() if isinstance(row, list)}
+    used = []
     for label, column, selection in selections(name):
-        rows.setdefault(label, []).append(cell(selection, f"table '{name}', '{label}', '{column}'"))
+        where = f"table '{name}', '{label}', '{column}'"
+        rows.setdefault(label, []).append(cell(selection, where))
+        if isinstance(selection, dict):
+            used.append(found(selection, where))
+    typed = {label for label, row in specs()[name]["rows"].items() if isinstance(row, list)}
     heads = [*specs()[name].get("heads", [""]), *specs()[name]["columns"]]
     lines = [[*(label + " †" * (label in typed)).split(SEPARATOR), *cells] for label, cells in rows.items()]
+    note = " ".join([*provenance(used), f"† {TYPED}: the rows of these numbers were not kept." * bool(typed)]).strip()
     if as_comment:
-        return "".join(f"#   {line}\n" for line in console.aligned(heads, lines).splitlines())
+        return "".join(f"#   {line}\n" for line in [*console.aligned(heads, lines).splitlines(), *wrap(note, 120)])
     texts = [heads, ["---"] * len(heads), *lines]
-    note = f"\n*† {TYPED}: the rows of these numbers were not kept.*\n" if typed else ""
-    return "\n".join(["", *(f"| {SEPARATOR.join(text)} |" for text in texts), note])
+    return "\n".join(["", *(f"| {SEPARATOR.join(text)} |" for text in texts), "", f"*{note}*", ""])
+
+
+def provenance(used: Sequence[tuple[StudyRows, StudyRow]]) -> list[str]:
+    """Return sentences on what the intervals of a table cover, and on the run where all numbers are of one."""
+    kinds = dict.fromkeys(interval_kind_text(row.interval) for _, row in used)
+    sentences = [f"Intervals: {'; '.join(kinds)}."] if kinds else []
+    abouts = [of.about for of, _ in used]
+    if abouts and all(about is abouts[0] for about in abouts):
+        about = abouts[0]
+        kind, seconds = ("wall", about.wall_time_s) if about.cpu_time_s is None else ("CPU", about.cpu_time_s)
+        spent = f"{seconds / 60:.1f} {kind} minutes"
+        sentences.append(f"Config {about.config_hash}, {about.hardware}, {spent}, {about.finished.partition('T')[0]}.")
+    return sentences
 
 
 def fresh(page: Path) -> tuple[str, str, int]:

@@ -1,4 +1,4 @@
-"""Numbers with intervals in README.md, docs/results and the headers of configurations: from committed rows, or marked as typed."""
+"""Numbers in README.md, docs/results and headers of configurations are those of committed rows, or are marked as typed."""
 
 from __future__ import annotations
 

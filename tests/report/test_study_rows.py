@@ -77,7 +77,7 @@ def test_a_command_names_no_folder_of_the_machine(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_and_an_unknown_arm_are_refused(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
-    with pytest.raises(UserError, match="no arm 'adaptet', which a difference names. Near: 'adapted'"):
+    with pytest.raises(UserError, match=r"no arm 'adaptet', which a difference names. Near: 'adapted'"):
         study_of(folder, [("adaptet", "frozen")])
     with locked(folder), pytest.raises(UserError, match="a process works in it"):
         study_of(folder)

@@ -22,16 +22,26 @@ from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines, write_lines
 from vismt.storage.locks import is_locked
 from vismt.storage.paths import shipped
-from vismt.uncertainty.intervals import NUMBER, with_seeds_kind
+from vismt.uncertainty.intervals import NUMBER, Estimate
 
 ROWS = "docs/results/rows"
+KNOWN = 1e9  # degrees of freedom of a variance that is known; JSON has no infinity
 
 
 @dataclass(frozen=True)
 class StudyRow(Result):
-    """One number of a study. data: "average" for the mean over sets. minus: "", or the arm whose number is subtracted."""
+    """One number of a study.
+
+    Args:
+        data: the set, "average" for the mean over sets.
+        minus: the arm whose number is subtracted, "" for none.
+        variance: of the number over the examples alone, without the training seeds; 0 in rows of one of several trainings.
+        freedom: degrees of freedom of the variance.
+    """
 
     minus: str = ""
+    variance: float = 0.0
+    freedom: float = 0.0
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -124,43 +134,39 @@ def study_of(folder: Path, differences: Sequence[tuple[str, str]] = ()) -> Study
     kept["command"] = re.sub(r" --out[ =]\S+", "", str(facts.get("command", "")))
     kept |= {"settings": read_yaml(folder / RESOLVED), "differences": [list(pair) for pair in pairs]}
     about = build(About, kept, f"run '{folder}'")
-    rows = [StudyRow(**asdict(row)) for row in results]
-    return StudyRows(about, [*rows, *_derived(results, pairs, Evidence(results, ValuesByExample(folder)))])
+    trainings = [StudyRow(**asdict(row)) for row in results if row.seed is not None]
+    return StudyRows(about, [*_derived(results, pairs, Evidence(results, ValuesByExample(folder))), *trainings])
 
 
 def _derived(results: Sequence[Result], pairs: Sequence[tuple[str, str]], evidence: Evidence) -> list[StudyRow]:
-    """Return the averages over sets and the differences of a run's rows."""
+    """Return the arms' numbers, their averages over sets and their differences."""
     by_condition: dict[tuple[str, ...], dict[str, dict[str, Result]]] = {}
     for row in results:
         if row.seed is None:
             by_condition.setdefault((*block(row), row.condition), {}).setdefault(row.arm, {})[row.data] = row
     derived = []
     for by_arm in by_condition.values():
-        sets = dict.fromkeys(data for rows in by_arm.values() for data in rows)
-        places = [(data, [data]) for data in sets]
-        if len(sets) > 1 and AVERAGE not in sets:
-            places.append((AVERAGE, list(sets)))
-        for place, names in places:
+        sets = list(dict.fromkeys(data for rows in by_arm.values() for data in rows))
+        several = len(sets) > 1 and AVERAGE not in sets
+        for data, names in ((AVERAGE, sets), *((data, [data]) for data in sets))[not several :]:
             complete = {arm: [rows[name] for name in names] for arm, rows in by_arm.items() if rows.keys() >= {*names}}
-            if place == AVERAGE and len(names) > 1:
-                for rows in complete.values():
-                    value = sum(row.value for row in rows) / len(rows)
-                    half = evidence.half(rows)
-                    derived.append(_row(rows, evidence, (value, value - half, value + half), data=place))
-            for first, second in pairs:
-                if first in complete and second in complete:
-                    bounds = evidence.difference(complete[first], complete[second])
-                    if bounds is not None:
-                        derived.append(_row(complete[first], evidence, bounds, data=place, minus=second, chance=None))
+            for rows in complete.values():
+                low, high, _ = evidence.interval(rows)
+                derived.append(_row(rows, evidence.estimate(rows), (low, high), data=data))
+            for first, second in (pair for pair in pairs if complete.keys() >= {*pair}):
+                found = evidence.difference(complete[first], complete[second])
+                if found is not None:
+                    more = {"data": data, "minus": second, "chance": None}
+                    derived.append(_row(complete[first], found, found.bounds, **more))
     return derived
 
 
-def _row(rows: Sequence[Result], evidence: Evidence, bounds: tuple[float, float, float], **changes: Any) -> StudyRow:
-    value, low, high = bounds
-    count = sum(row.n for row in rows)
-    kind = with_seeds_kind(rows[0].interval) if evidence.seeds(rows) else rows[0].interval
-    row = replace(rows[0], value=value, low=low, high=high, n=count, interval=kind)
-    return StudyRow(**{**asdict(row), **changes})
+def _row(rows: Sequence[Result], found: Estimate, bounds: tuple[float, float], **changes: Any) -> StudyRow:
+    """Return the row of an estimate from the rows of one arm."""
+    error, freedom = found.sources[0]
+    changes |= {"value": found.mean, "low": bounds[0], "high": bounds[1], "interval": found.covers}
+    changes |= {"n": sum(row.n for row in rows), "variance": error, "freedom": min(freedom, KNOWN)}
+    return StudyRow(**{**asdict(rows[0]), **changes})
 
 
 def write_study(path: Path, study: StudyRows) -> None:
