@@ -32,7 +32,7 @@ from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.config.yaml_text import read_yaml
 from vismt.report.study_rows import ROWS, StudyRow, StudyRows, read_study, studies, study_of, write_study
-from vismt.report.tables import bounds_text, interval_text, number_text
+from vismt.report.tables import number_text
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
 from vismt.uncertainty.intervals import interval_kind_text
@@ -114,9 +114,10 @@ def cell(selection: Mapping[str, Any] | str, where: str) -> str:
 
 
 def texts(row: StudyRow) -> tuple[str, str]:
-    """Return a number with its interval as "1.2 ± 0.3" and as "+1.2 [0.9, 1.5]"."""
-    bounds = bounds_text((row.value, row.low, row.high), row.scale)
-    return interval_text(row.value, row.half, row.scale, bool(row.minus)), bounds
+    """Return a number with its interval as "1.2 ± 0.3" and as "1.2 [0.9, 1.5]"."""
+    sign, width = bool(row.minus), (row.high - row.low) / 2
+    value, low, high = (number_text(end, row.scale, sign, width) for end in (row.value, row.low, row.high))
+    return f"{value} ± {number_text(width, row.scale, half=width)}", f"{value} [{low}, {high}]"
 
 
 def table(name: str, as_comment: bool) -> str:

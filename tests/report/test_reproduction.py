@@ -15,7 +15,7 @@ from vismt.report.study_rows import About, StudyRow, StudyRows
 
 
 def row(variance: float = 0.0004, freedom: float = 1e9, **changes: Any) -> StudyRow:
-    return StudyRow(**vars(result(**changes)), variance=variance, freedom=freedom)
+    return StudyRow(**vars(result(**{"scale": "number", **changes})), variance=variance, freedom=freedom)
 
 
 def study(*rows: StudyRow) -> StudyRows:
@@ -27,6 +27,12 @@ def test_of_one_training_the_interval_has_the_error_of_both_numbers() -> None:
     assert (low, high) == pytest.approx((0.4 - 1.96 * math.sqrt(2) * 0.02, 0.4 + 1.96 * math.sqrt(2) * 0.02), abs=1e-4)
     few = predicted(row(freedom=4), [], 1, 0.95)
     assert few[1] - 0.4 == pytest.approx(2.776 * math.sqrt(2) * 0.02, abs=1e-4)
+
+
+def test_a_share_stays_one() -> None:
+    assert predicted(row(1.0, scale="share"), [], 1, 0.95) == (0.0, 1.0)
+    difference = StudyRow(**{**vars(row(1.0, scale="share")), "minus": "other"})
+    assert predicted(difference, [], 1, 0.95) == (-1.0, 1.0)
 
 
 def test_fewer_trainings_of_the_re_run_widen_the_interval_by_their_part_alone() -> None:

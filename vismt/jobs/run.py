@@ -215,8 +215,9 @@ class Run:
             "hardware": runtime.hardware(),
             "versions": runtime.versions(),
             "wall_time_s": before.get("wall_time_s", 0.0) + now - self.started,
-            "cpu_time_s": before.get("cpu_time_s", 0.0) + cpu - self.cpu,
         }
+        if not before or "cpu_time_s" in before:  # a run that an earlier version began has none
+            facts["cpu_time_s"] = before.get("cpu_time_s", 0.0) + cpu - self.cpu
         self.started, self.cpu = now, cpu
         if runtime.processes().is_main_process:
             atomic_write(self.folder / FACTS, sealed({**before, **facts, **changes}, indent=1))

@@ -14,13 +14,14 @@ Of a single training S is not known and left out: another seed can then fall out
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import variance
 
 from vismt.report.results import ROUNDING
 from vismt.report.study_rows import StudyRow, StudyRows
-from vismt.uncertainty.intervals import Estimate
+from vismt.uncertainty.intervals import SHARE, Estimate
 
 FAMILY = 0.95
 
@@ -68,4 +69,5 @@ def predicted(row: StudyRow, scores: Sequence[float], trainings: int, level: flo
     if len(scores) > 1:
         sources.append((variance(scores) * (1 / len(scores) + 1 / trainings), len(scores) - 1.0))
     half = Estimate(row.value, tuple(sources)).half_at(level)
-    return row.value - half, row.value + half
+    least, most = (-float(bool(row.minus)), 1.0) if row.scale == SHARE else (-math.inf, math.inf)
+    return max(least, row.value - half), min(most, row.value + half)
