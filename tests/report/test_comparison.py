@@ -134,8 +134,8 @@ def test_where_lower_is_better_the_lowest_is_best(folder, records):
             data: [results[data, "clean"].cells[arm].mark for arm in ("frozen", "adapted")]
             for data in ("digits", "average")
         }
-    # 0.5 and 0.6 on digits, beyond the widths; 0.5 and 0.5625 on average, whose unpaired reach is 2 * 0.04 / sqrt 2 at six degrees
-    # of freedom for three, and whose difference is ± 0.0689
+    # 0.5 and 0.6 on digits, beyond the widths; 0.5 and 0.5625 on average, whose unpaired reach is 2 * 0.04 / sqrt 2 at six
+    # degrees of freedom for three, and whose difference is ± 0.0689
     other = "tie" if records else ""
     assert marks["higher"] == {"digits": ["", "best"], "average": [other, "best"]}
     assert marks["lower"] == {"digits": ["best", ""], "average": ["best", other]}
