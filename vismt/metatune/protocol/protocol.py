@@ -30,6 +30,7 @@ from vismt.metatune.protocol.episode_outcome import (
     EpisodeOutcome,
     lost_field,
     quality_fields,
+    right_field,
     write_panel,
 )
 from vismt.metatune.protocol.episode_runner import (
@@ -77,9 +78,9 @@ def run_protocol(
         episodes: Number of episodes, at least 2.
         attacks: Attacks and corruptions of the query images, with different texts.
         records: A JSON-lines file. Its first line holds the protocol and its hash; every episode adds a line when it ends,
-            with the `mixture` (P,) of a classifier that has one, and under "<condition> lost" the queries that an attack counted
-            as broken and that are right here, by rounding. A file of the same protocol is continued (a torn last line
-            is dropped), a file of another protocol is refused.
+            with a 1 or 0 for each query under "<condition> right", the `mixture` (P,) of a classifier that has one, and under
+            "<condition> lost" the queries that an attack counted as broken and that are right here, by rounding. A file of the
+            same protocol is continued (a torn last line is dropped), a file of another protocol is refused.
         panel: An .npz of episode 0's images and predictions, at most 5 support and 5 query images of each class.
         device: Where the classifiers run; by default the device of `proto`.
         data: The data set's name, part of the protocol's hash.
@@ -131,6 +132,8 @@ def run_protocol(
     lost = {name: lost_field(name) for name in conditions}
     optional = {name: Field(0, whole=True, optional=True) for name in lost.values()}
     optional["mixture"] = Field(several=True, optional=True)
+    for name in ["clean", *conditions, *worst]:
+        optional[right_field(name)] = Field(0, 1, whole=True, several=True, optional=True)
     log = Records(records, settings, {**columns, **optional}, key="episode")
     module, device = _placed(proto, device)
     stores = _stores({"": pixels, **outside}, read=any(index not in log for index in range(episodes)))
