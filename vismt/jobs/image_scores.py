@@ -18,6 +18,7 @@ from vismt.jobs.risk import Thresholds, image_measures
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.evaluate import Form, RepeatableBatches, accuracies, evaluate_examples
+from vismt.storage.records import recorded_settings
 from vismt.uncertainty.intervals import Condition, Measure
 from vismt.uncertainty.probability_metrics import binned_gaps, quality_measures
 
@@ -46,12 +47,16 @@ def image_scores(
         names: task, data and protocol of the scores.
         num_classes: of the logits.
         records: the file of the records.
-        forms: forms of the clean logits whose probabilities have scores, by condition; of the adjusted form the accuracy.
+        forms: forms of the clean logits whose probabilities have scores, by condition; of the adjusted form the accuracy. Records
+            that have begun without any go on without.
         thresholds: of conformal sets and selective prediction, which are then evaluated, too (risk.py).
         trained: whether the net is of a training; the others have the score of a guess.
         about: data, fingerprint and label, as for `evaluate_examples`.
     """
     records.parent.mkdir(parents=True, exist_ok=True)
+    begun = recorded_settings(records)
+    if begun is not None and "forms" not in begun:
+        forms = {}
     by_label = {condition.label: form for condition, form in (forms or {}).items()}
     quantile = None if thresholds is None else thresholds.quantile
     rows = evaluate_examples(

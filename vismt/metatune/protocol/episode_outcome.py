@@ -74,13 +74,14 @@ class EpisodeOutcome:
         return {name: detection_auroc(-inside, -_confidences(logits)) for name, logits in self.outside.items()}
 
     def record(self, forms: Mapping[str, float]) -> dict[str, object]:
-        """Return accuracies, right queries, probabilities and detection by condition, and a mixture to 6 digits under "mixture".
+        """Return accuracies, answers, probabilities and detection by condition, and a mixture to 6 digits under "mixture".
 
+        Answers are a text with 1 for a right and 0 for a wrong answer to each query.
         forms: temperatures of the logits whose probabilities are kept, by form.
         """
         right = self.right()
         row: dict[str, object] = {name: float(hits.double().mean()) for name, hits in right.items()}
-        row |= {right_field(name): hits.int().tolist() for name, hits in right.items()}
+        row |= {right_field(name): "".join("01"[hit] for hit in hits.tolist()) for name, hits in right.items()}
         for form, temperature in forms.items():
             row |= self.probabilities(form, temperature)
         row |= self.detection() | {lost_field(name): count for name, count in self.lost.items()}
@@ -90,7 +91,7 @@ class EpisodeOutcome:
 
 
 def right_field(condition: str) -> str:
-    """Return the field of a record with 1 for each query that is right and 0 for the others, in the order of the episode."""
+    """Return the field of a record with the answers to the queries under a condition."""
     return f"{condition} right"
 
 
