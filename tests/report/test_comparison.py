@@ -2,17 +2,20 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
-from helpers.results import HASH, PGD, add, measure, rows_of, write_lines
+import torch
+from helpers.results import HASH, PGD, add, measure, result, rows_of, write_lines
 from helpers.run_folder import FROZEN, add_arm, make_folder
 from scipy.stats import t as student
 
-from vismt.report.comparison import compare
-from vismt.report.results import Score, ValuesByExample, read_results
+from vismt.base.errors import UserError
+from vismt.report.comparison import compare, prediction_interval
+from vismt.report.results import Score, ValuesByExample, read_results, result_of
 from vismt.report.tables import result_tables
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import CLEAN
+from vismt.uncertainty.intervals import CLEAN, averaged
 
 # mean 0.5; squares of the deviations .09 + .01 + .01 + .09 = .2; std = sqrt(.2 / 3) = .2582; t(3) = 3.1824 * .2582 / 2 = .4109
 ERROR = math.sqrt(0.2 / 3) / 2
@@ -134,8 +137,8 @@ def test_where_lower_is_better_the_lowest_is_best(folder, records):
             data: [results[data, "clean"].cells[arm].mark for arm in ("frozen", "adapted")]
             for data in ("digits", "average")
         }
-    # 0.5 and 0.6 on digits, beyond the widths; 0.5 and 0.5625 on average, whose unpaired reach is 2 * 0.04 / sqrt 2 at six degrees
-    # of freedom for three, and whose difference is ± 0.0689
+    # 0.5 and 0.6 on digits, beyond the widths; 0.5 and 0.5625 on average, whose unpaired reach is 2 * 0.04 / sqrt 2 at six
+    # degrees of freedom for three, and whose difference is ± 0.0689
     other = "tie" if records else ""
     assert marks["higher"] == {"digits": ["", "best"], "average": [other, "best"]}
     assert marks["lower"] == {"digits": ["best", ""], "average": ["best", other]}
@@ -236,3 +239,76 @@ def test_other_protocols_metrics_and_units_are_other_blocks(folder):
     ]
     # 2 sets and their average, clean and attacked, then one set
     assert len(blocks) == 8
+
+
+def test_parts_of_the_examples_are_in_rows_averages_and_differences(tmp_path):
+    """Episodes 0, 2 and 1, 3 belong together: with parts, two means are compared, not four values."""
+    values = {"frozen": [0.1, 0.7, 0.3, 0.5], "adapted": [0.3, 0.8, 0.3, 0.7]}  # part means .2, .6 and .3, .75
+    for data in ("digits", "crops"):
+        for arm, of_arm in values.items():
+            add(
+                tmp_path,
+                Score("few-shot", data, "p", measure(of_arm, parts=2, covers="images", scale="number"), CLEAN),
+                arm,
+            )
+    results = comparisons(tmp_path)
+    digits, average = results["digits", "clean"], results["average", "clean"]
+    assert digits.cells["frozen"].half == pytest.approx(12.7062 * 0.2, rel=1e-4)
+    assert digits.cells["frozen"].covers == digits.covers == "images"
+    # differences .2, .1, 0, .2: part means .1, .15, error .025
+    assert digits.difference == pytest.approx((0.125, 0.125 - 12.7062 * 0.025, 0.125 + 12.7062 * 0.025), rel=1e-4)
+    assert average.cells["frozen"].half == pytest.approx(student.ppf(0.975, 2) * 0.2 / math.sqrt(2))
+    assert average.cells["frozen"].over_domains is average.over_domains is None  # of two sets
+
+
+def test_five_sets_have_an_interval_over_sets_too(tmp_path):
+    for number in range(5):
+        for arm, gain in (("frozen", 0.0), ("adapted", 0.1 * number)):
+            values = [0.2 + gain, 0.3 + gain]
+            add(tmp_path, Score("few-shot", f"set{number}", "p", measure(values), CLEAN, "episodes"), arm)
+    average = comparisons(tmp_path)["average", "clean"]
+    half = 2.776445 * 0.1581139 / math.sqrt(5)
+    assert average.over_domains == pytest.approx((0.2 - half, 0.2 + half), rel=1e-4) and average.difference[
+        1
+    ] == pytest.approx(0.2)
+    assert average.cells["adapted"].over_domains == pytest.approx((0.45 - half, 0.45 + half), rel=1e-4)
+
+
+def test_the_prediction_of_a_rerun_by_hand():
+    """Wider than the interval of the mean: a new training, and examples on both sides."""
+    row = result(value=0.5, half=0.05, n=10**6, interval="examples", scale="number")
+    assert prediction_interval(row) == pytest.approx((0.5 - math.sqrt(2) * 0.05, 0.5 + math.sqrt(2) * 0.05))
+    seeds = [
+        replace(row, seed=seed, value=value, low=value - 0.05, high=value + 0.05)
+        for seed, value in enumerate((0.4, 0.5, 0.6))
+    ]
+    mean = replace(row, interval="examples+seeds", low=0.2, high=0.8)
+    spread, error = 0.01 * 4 / 3, 2 * (0.05 / 1.959964) ** 2
+    freedom = (spread + error) ** 2 / (spread**2 / 2)
+    half = student.ppf(0.975, freedom) * math.sqrt(spread + error)
+    assert prediction_interval(mean, seeds) == pytest.approx((0.5 - half, 0.5 + half), rel=1e-4)
+    same = student.ppf(0.975, 2) * math.sqrt(0.01 * (1 / 3 + 1 / 3))
+    assert prediction_interval(mean, seeds, seeds=3, new_examples=False) == pytest.approx((0.5 - same, 0.5 + same))
+    parts = replace(row, parts=5, interval="images", low=0.5 - 2.776445 * 0.02, high=0.5 + 2.776445 * 0.02)
+    assert prediction_interval(parts)[1] == pytest.approx(0.5 + 2.776445 * math.sqrt(2) * 0.02)
+    with pytest.raises(UserError, match=r"0 row\(s\) of its trainings"):
+        prediction_interval(mean)
+
+
+def test_the_prediction_holds_a_new_run():
+    """500 studies of three seeds on 200 examples, each repeated with one new seed on new examples."""
+    generator = torch.Generator().manual_seed(0)
+    inside = in_mean = 0
+    for _ in range(500):
+        examples, seeds = torch.randn(2, 200, generator=generator), 0.1 * torch.randn(4, generator=generator)
+        first = (examples[0] + seeds[:3, None]).double()
+        measures = [measure(values.tolist(), "x", scale="number") for values in first]
+        rows = [
+            result_of(Score("t", "d", "p", one, CLEAN), "a", seed, "test", HASH) for seed, one in enumerate(measures)
+        ]
+        mean = result_of(Score("t", "d", "p", averaged(measures), CLEAN), "a", None, "test", HASH)
+        low, high = prediction_interval(mean, rows)
+        again = float(examples[1].mean() + seeds[3])
+        inside += low <= again <= high
+        in_mean += mean.low <= again <= mean.high
+    assert 0.925 < inside / 500 < 0.98 and in_mean / 500 < 0.9

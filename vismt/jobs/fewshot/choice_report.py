@@ -100,7 +100,7 @@ def _of_seed(
         if arm in experts:
             answers.append([line.get(right_field(row.condition)) for line in ordered])
             queries = header.get("settings", {}).get("sampler", {}).get("queries", 0)
-    groups = torch.arange(row.n) % (getattr(row, "parts", 0) or row.n)
+    groups = torch.arange(row.n) % (row.parts or row.n)
     chosen = _choice(answers, queries, groups)
     shown = {arm: values[arm] for arm in models}
     path = folder / "pool" / f"seed-{seed}" / VALIDATION

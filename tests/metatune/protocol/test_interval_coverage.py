@@ -1,0 +1,135 @@
+"""What the intervals of few-shot accuracy cover: simulated sets of images, the real samplers, prototypes by cosine.
+
+A class is a Gaussian, ten classes have 100 images each, the second model sees the same images with noise. The truth is the mean
+over many sets of images. By 200 sets a coverage of 95 % is known to ± 4 points.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import binom
+from torch import Tensor
+
+from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler
+from vismt.uncertainty.intervals import Estimate, estimate
+
+CLASSES, IMAGES, SIZE, WAYS, SHOTS, QUERIES = 10, 100, 24, 5, 5, 10
+DRAWS = 200
+LEAST, MOST = binom.ppf([0.002, 0.998], DRAWS, 0.95) / DRAWS  # 0.90 and 0.985
+LABELS = torch.arange(CLASSES).repeat_interleave(IMAGES)
+SETTINGS = {"ways": WAYS, "shots": SHOTS, "queries": QUERIES, "seed": 1}
+
+
+class Episodes:
+    """The positions of the images of a sampler's episodes, which many sets of images share."""
+
+    def __init__(self, sampler: EpisodeSampler, count: int) -> None:
+        episodes = [sampler[number] for number in range(count)]
+        self.parts = sampler.parts
+        self.support = torch.stack([episode.support for episode in episodes]).view(count, WAYS, SHOTS)
+        self.query = torch.stack([episode.query for episode in episodes])
+        self.truth = episodes[0].query_labels
+
+    def accuracies(self, features: Tensor) -> Tensor:
+        """Return the accuracy of each episode (e,) by the cosine to the mean of a class's support."""
+        unit = F.normalize(features, dim=-1)
+        prototypes = F.normalize(features[self.support].mean(2), dim=-1)
+        similar = torch.einsum("eqd,ewd->eqw", unit[self.query], prototypes)
+        return (similar.argmax(-1) == self.truth).double().mean(1)
+
+    def estimate(self, values: Tensor) -> Estimate:
+        return estimate(values, parts=self.parts)
+
+
+def two_models(means: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the features of a new set of images under two models."""
+    images = means[LABELS] + torch.randn(len(LABELS), SIZE, generator=generator)
+    return images, images + 0.7 * torch.randn(len(LABELS), SIZE, generator=generator)
+
+
+def coverages(plans: dict[str, Episodes], truths: int) -> dict[tuple[str, str], float]:
+    """Return the coverage of each plan's intervals, of one model and of the difference of two."""
+    generator = torch.Generator().manual_seed(0)
+    inside: dict[tuple[str, str], int] = {}
+    for _ in range(2):
+        means = 0.55 * torch.randn(CLASSES, SIZE, generator=generator)
+        rows = []
+        for _ in range(truths):
+            rows.append([plans["free"].accuracies(model).mean() for model in two_models(means, generator)])
+        first, second = torch.tensor(rows).mean(0).tolist()
+        for _ in range(DRAWS // 2):
+            models = two_models(means, generator)
+            for name, plan in plans.items():
+                a, b = (plan.accuracies(model) for model in models)
+                for kind, values, truth in (("single", a, first), ("paired", a - b, first - second)):
+                    low, high = plan.estimate(values).bounds
+                    inside[name, kind] = inside.get((name, kind), 0) + (low <= truth <= high)
+    return {key: count / DRAWS for key, count in inside.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "truths"), [(80, 300), (600, 100)])
+def test_parts_cover_new_images_and_free_episodes_do_not(count: int, truths: int) -> None:
+    once = DisjointSampler(LABELS, **SETTINGS)
+    plans = {
+        "free": Episodes(EpisodeSampler(LABELS, **SETTINGS), count),
+        "parts": Episodes(EpisodeSampler(LABELS, parts=5, **SETTINGS), count),
+        "four parts": Episodes(EpisodeSampler(LABELS, parts=4, **SETTINGS), count),
+        "without replacement": Episodes(once, len(once)),
+    }
+    assert (plans["parts"].parts, plans["four parts"].parts, plans["free"].parts) == (5, 4, 0) and len(once) in (
+        11,
+        12,
+        13,
+    )
+    found = coverages(plans, truths)
+    for (name, kind), share in found.items():
+        if name != "free":
+            assert LEAST <= share <= MOST, (name, kind, found)
+    assert found["free", "single"] < (0.9 if count == 80 else 0.6)
+    assert found["free", "paired"] < (0.92 if count == 80 else 0.75)
+
+
+@pytest.mark.slow
+def test_half_of_the_digits_lies_in_the_interval_of_the_other_half() -> None:
+    """Pixels of scikit-learn's digits, 87 of each class in each half; the difference of two halves has twice one's variance."""
+    sets = pytest.importorskip("sklearn.datasets")
+    digits = sets.load_digits()
+    pixels, classes = torch.tensor(digits.data).float() - 8, torch.tensor(digits.target)
+    labels = torch.arange(10).repeat_interleave(87)
+    plans = {
+        "parts": Episodes(EpisodeSampler(labels, parts=5, **SETTINGS), 300),
+        "free": Episodes(EpisodeSampler(labels, **SETTINGS), 300),
+    }
+    generator = torch.Generator().manual_seed(0)
+    inside = dict.fromkeys(plans, 0)
+    for _ in range(DRAWS):
+        order = [members[torch.randperm(len(members), generator=generator)[:174]] for members in members_of(classes)]
+        halves = [pixels[torch.cat([members[start : start + 87] for members in order])] for start in (0, 87)]
+        for name, plan in plans.items():
+            here, there = (plan.estimate(plan.accuracies(half)) for half in halves)
+            inside[name] += abs(here.mean - there.mean) <= 2**0.5 * here.half
+    assert LEAST <= inside["parts"] / DRAWS <= MOST and inside["free"] / DRAWS < 0.75, inside
+
+
+def members_of(classes: Tensor) -> list[Tensor]:
+    return [(classes == number).nonzero().flatten() for number in range(10)]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def test_images_and_seeds_together(seeds: int, spread: float) -> None:
+    """Part means and seeds drawn as such, the seeds' deviation none to three times that of the image part."""
+    generator = torch.Generator().manual_seed(0)
+    inside = alone = 0
+    for _ in range(400):
+        parts = 5**0.5 * torch.randn(5, generator=generator, dtype=torch.float64)
+        scores = parts.mean() + spread * torch.randn(seeds, generator=generator, dtype=torch.float64)
+        images = estimate(parts + scores.mean() - parts.mean(), parts=5)
+        inside += abs(images.mean) <= images.with_seeds(scores.tolist()).half
+        alone += abs(images.mean) <= images.half
+    most = 1.0 if seeds == 2 else 0.985  # Cochran's quantile is conservative
+    assert 0.915 <= inside / 400 <= most
+    assert alone / 400 < 0.88 or spread < 3
