@@ -12,13 +12,16 @@ from vismt.report.comparison import compare
 from vismt.report.results import Score, ValuesByExample, read_results
 from vismt.report.tables import result_tables
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import CLEAN
+from vismt.uncertainty.intervals import CLEAN, Condition
 
 # mean 0.5; squares of the deviations .09 + .01 + .01 + .09 = .2; std = sqrt(.2 / 3) = .2582; t(3) = 3.1824 * .2582 / 2 = .4109
 ERROR = math.sqrt(0.2 / 3) / 2
 HALF = 3.182446 * ERROR
 # of the average over two sets with this error each: t at six degrees of freedom
 AVERAGE_HALF = 2.446912 * ERROR / math.sqrt(2)
+
+
+PGD_2 = Condition("PGD-2", "attack", "PGD linf", 0.1)
 
 
 @pytest.fixture
@@ -274,6 +277,11 @@ def test_differences_are_to_the_baseline_of_the_task(folder):
     assert base(baselines={"few-shot": "third"}) == ("third", ["adapted"])
     assert base(baselines={"few-shot": ""})[1] == [] == base(baselines={"few-shot": "gone"})[1]
     assert base(references=["frozen", "adapted", "third"]) == ("frozen", ["adapted", "third"])
+    # a condition that the baseline lacks has no differences, and no other baseline
+    for arm in ("third", "frozen"):
+        add(folder, Score("few-shot", "digits", "5-way 1-shot", measure([0.5] * 4), PGD_2, "episodes"), arm)
+    found = compare(read_results(folder / "results.jsonl"), ValuesByExample(folder))
+    assert {c.base for c in found} == {"adapted"} and not next(c for c in found if c.condition == "PGD-2").differences
 
 
 def test_parts_of_the_examples_are_in_rows_averages_and_differences(tmp_path):

@@ -216,12 +216,12 @@ def compare(
     def order(row: Result) -> tuple[int, int, bool, int]:
         return blocks.index(block(row)), sets.index(row.data), row.condition != "clean", conditions.index(row.condition)
 
-    def pairs(group: Sequence[Result]) -> tuple[str, list[str]]:
-        """Return the baseline and the arms that it is compared with."""
-        arms = [row.arm for row in group]
+    def pairs(group: Sequence[Result], arms: Sequence[str]) -> tuple[str, list[str]]:
+        """Return the baseline among the arms of a block, and those that it is compared with in one group of rows."""
         trained = [arm for arm in arms if arm not in references] or arms
         base = (baselines or {}).get(group[0].task, trained[0] if len(trained) > 1 else arms[0])
-        return base, [arm for arm in trained if arm != base and base in arms]
+        present = {row.arm for row in group}
+        return base, [arm for arm in trained if arm != base and {arm, base} <= present]
 
     evidence = Evidence(results, values)
     comparisons: list[Comparison] = []
@@ -234,7 +234,8 @@ def compare(
         columns = [(group[0].data, group, [[row] for row in group]) for group in groups]
         if all(group[0].data != AVERAGE for group in groups):
             columns += [(AVERAGE, group, rows) for group, rows in _averages(groups)]
-        found = [_compare(data, rows, *pairs(group), evidence) for data, group, rows in columns]
+        arms = list(dict.fromkeys(row.arm for group in groups for row in group))
+        found = [_compare(data, rows, *pairs(group, arms), evidence) for data, group, rows in columns]
         comparisons += [_with_shown_names(c, conditions) for c in found]
     return comparisons
 
