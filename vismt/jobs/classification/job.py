@@ -68,6 +68,9 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         """The evaluation of this folder's trainings."""
         return Evaluation(self.config, self.data)
 
+    def trained_on(self, config: MultitaskConfig) -> str:
+        return ", ".join(name for task in config.tasks for name in task.train)
+
     @property
     def split(self) -> str:
         return self.config.evaluate.split

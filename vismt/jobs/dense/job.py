@@ -71,6 +71,9 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         """The evaluation of this folder's trainings."""
         return Evaluation(self.config, self.data)
 
+    def trained_on(self, config: DenseConfig) -> str:
+        return ", ".join(config.data.train)
+
     @property
     def split(self) -> str:
         return self.config.evaluate.split

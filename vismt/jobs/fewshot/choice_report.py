@@ -20,9 +20,9 @@ from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, FewShotConfig
 from vismt.jobs.fewshot.evaluation import episodes_file
 from vismt.jobs.fewshot.merge_settings import VALIDATION
 from vismt.metatune.protocol.episode_outcome import right_field
-from vismt.report.comparison import AVERAGE
+from vismt.report.comparison import AVERAGE, MANY_CORRUPTIONS
 from vismt.report.results import Result
-from vismt.report.tables import MANY_CORRUPTIONS, Table, bounds_text, interval_text, number_text
+from vismt.report.tables import Table, bounds_text, interval_text, number_text
 from vismt.storage.files import DIGEST, read_sealed
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import SHARE, average_of, estimate, interval_kind_text, weakest_kind
@@ -158,10 +158,12 @@ def _rules(protocol: str, cases: Mapping[Case, Values], counts: Mapping[Case, in
         for name in next(iter(by_set.values())):
             if name in ("folds", "optimistic", "variance") or not all(name in values for values in by_set.values()):
                 continue
-            accuracy = _interval(by_set, itemgetter(name))
-            middle, half = _interval(by_set, lambda values, name=name: values[name] - values[MERGED])
-            gain = "–" if name == MERGED else bounds_text((middle, middle - half, middle + half), SHARE)
-            rows.append([data, condition, SHOWN.get(name, name), interval_text(*accuracy, SHARE), gain, f"{n:,}"])
+            mean, half = _interval(by_set, itemgetter(name))
+            accuracy = interval_text(mean, mean - half, mean + half, SHARE)
+            steps = {key: {name: values[name] - values[MERGED]} for key, values in by_set.items()}
+            middle, half = _interval(steps, itemgetter(name))
+            gain = "–" if name == MERGED else bounds_text(middle, middle - half, middle + half, SHARE, sign=True)
+            rows.append([data, condition, SHOWN.get(name, name), accuracy, gain, f"{n:,}"])
     heads = ["Data", "Condition", "Model", "accuracy in %", "Difference to merged", "n (episodes)"]
     return Table(f"Choosing experts, {protocol}", heads, rows, set(), texts=3, folded=len(rows) > 30)
 
@@ -174,7 +176,8 @@ def _worth(protocol: str, cases: Mapping[Case, Values], counts: Mapping[Case, in
         low, high = (_interval(by_set, itemgetter(end))[0] for end in ("folds", "optimistic"))
         bracket = f"[{number_text(low, SHARE)}, {number_text(high, SHARE)}]"
         spread = spread_text(*_interval(by_set, itemgetter("variance")))
-        rows.append([data, condition, bounds_text((gain, gain - half, gain + half), SHARE), bracket, spread, f"{n:,}"])
+        gained = bounds_text(gain, gain - half, gain + half, SHARE, sign=True)
+        rows.append([data, condition, gained, bracket, spread, f"{n:,}"])
     heads = ["Data", "Condition", "Gain in points", "Best of each task in %", "Spread in points", "n (episodes)"]
     return Table(f"What a choice by task is worth, {protocol}", heads, rows, set(), texts=2, folded=len(rows) > 30)
 
