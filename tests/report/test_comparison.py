@@ -2,20 +2,17 @@
 
 import math
 import shutil
-from dataclasses import replace
 
 import pytest
-import torch
-from helpers.results import HASH, PGD, add, measure, result, rows_of, write_lines
+from helpers.results import HASH, PGD, add, measure, rows_of, write_lines
 from helpers.run_folder import FROZEN, add_arm, make_folder
 from scipy.stats import t as student
 
-from vismt.base.errors import UserError
-from vismt.report.comparison import compare, prediction_interval
-from vismt.report.results import Score, ValuesByExample, read_results, result_of
+from vismt.report.comparison import compare
+from vismt.report.results import Score, ValuesByExample, read_results
 from vismt.report.tables import result_tables
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import CLEAN, averaged
+from vismt.uncertainty.intervals import CLEAN
 
 # mean 0.5; squares of the deviations .09 + .01 + .01 + .09 = .2; std = sqrt(.2 / 3) = .2582; t(3) = 3.1824 * .2582 / 2 = .4109
 ERROR = math.sqrt(0.2 / 3) / 2
@@ -272,43 +269,3 @@ def test_five_sets_have_an_interval_over_sets_too(tmp_path):
         1
     ] == pytest.approx(0.2)
     assert average.cells["adapted"].over_domains == pytest.approx((0.45 - half, 0.45 + half), rel=1e-4)
-
-
-def test_the_prediction_of_a_rerun_by_hand():
-    """Wider than the interval of the mean: a new training, and examples on both sides."""
-    row = result(value=0.5, half=0.05, n=10**6, interval="examples", scale="number")
-    assert prediction_interval(row) == pytest.approx((0.5 - math.sqrt(2) * 0.05, 0.5 + math.sqrt(2) * 0.05))
-    seeds = [
-        replace(row, seed=seed, value=value, low=value - 0.05, high=value + 0.05)
-        for seed, value in enumerate((0.4, 0.5, 0.6))
-    ]
-    mean = replace(row, interval="examples+seeds", low=0.2, high=0.8)
-    spread, error = 0.01 * 4 / 3, 2 * (0.05 / 1.959964) ** 2
-    freedom = (spread + error) ** 2 / (spread**2 / 2)
-    half = student.ppf(0.975, freedom) * math.sqrt(spread + error)
-    assert prediction_interval(mean, seeds) == pytest.approx((0.5 - half, 0.5 + half), rel=1e-4)
-    same = student.ppf(0.975, 2) * math.sqrt(0.01 * (1 / 3 + 1 / 3))
-    assert prediction_interval(mean, seeds, seeds=3, new_examples=False) == pytest.approx((0.5 - same, 0.5 + same))
-    parts = replace(row, parts=5, interval="images", low=0.5 - 2.776445 * 0.02, high=0.5 + 2.776445 * 0.02)
-    assert prediction_interval(parts)[1] == pytest.approx(0.5 + 2.776445 * math.sqrt(2) * 0.02)
-    with pytest.raises(UserError, match=r"0 row\(s\) of its trainings"):
-        prediction_interval(mean)
-
-
-def test_the_prediction_holds_a_new_run():
-    """500 studies of three seeds on 200 examples, each repeated with one new seed on new examples."""
-    generator = torch.Generator().manual_seed(0)
-    inside = in_mean = 0
-    for _ in range(500):
-        examples, seeds = torch.randn(2, 200, generator=generator), 0.1 * torch.randn(4, generator=generator)
-        first = (examples[0] + seeds[:3, None]).double()
-        measures = [measure(values.tolist(), "x", scale="number") for values in first]
-        rows = [
-            result_of(Score("t", "d", "p", one, CLEAN), "a", seed, "test", HASH) for seed, one in enumerate(measures)
-        ]
-        mean = result_of(Score("t", "d", "p", averaged(measures), CLEAN), "a", None, "test", HASH)
-        low, high = prediction_interval(mean, rows)
-        again = float(examples[1].mean() + seeds[3])
-        inside += low <= again <= high
-        in_mean += mean.low <= again <= mean.high
-    assert 0.925 < inside / 500 < 0.98 and in_mean / 500 < 0.9

@@ -12,14 +12,12 @@ sets as a fixed list; of five or more it also has the interval that takes them a
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
-from statistics import variance
 from typing import Any, Protocol
 
-from vismt.base.errors import UserError
 from vismt.report.results import Result
 from vismt.uncertainty.intervals import (
     LOWER,
@@ -83,7 +81,12 @@ class Evidence:
         covers = without_seeds_kind(row.interval)
         if values is not None and len(values) > 1:
             return estimate(list(values.values()), parts=row.parts, covers=covers)
-        return Estimate(row.value, (over_examples_alone(row, self._trainings.get(row.key, {}).values()),), covers)
+        # The variance of a mean over trainings is at most that of one of them on average.
+        rows = list(self._trainings.get(row.key, {}).values()) or [row]
+        freedom = (row.parts or row.n) - 1.0
+        quantile = student_quantile(0.975, max(freedom, 1.0))
+        error = math.fsum((one.half / quantile) ** 2 for one in rows) / len(rows)
+        return Estimate(row.value, ((error, freedom),), covers)
 
     def difference(self, first: Sequence[Result], second: Sequence[Result]) -> Estimate | None:
         """Return the mean over sets of first - second on the same examples; None when a set has none.
@@ -102,49 +105,6 @@ class Evidence:
         if left.keys() == right.keys():
             return average_of(differences).with_seeds([left[seed] - right[seed] for seed in left])
         return average_of(differences).with_seeds(list(left.values()), list(right.values()))
-
-
-def over_examples_alone(row: Result, trainings: Collection[Result]) -> tuple[float, float]:
-    """Return the variance and degrees of freedom of a row over its examples, by the rows of its trainings where it has them.
-
-    The variance of a mean over trainings is at most that of one of them on average.
-    """
-    rows = list(trainings) or [row]
-    freedom = (row.parts or row.n) - 1.0
-    quantile = student_quantile(0.975, max(freedom, 1.0))
-    return math.fsum((one.half / quantile) ** 2 for one in rows) / len(rows), freedom
-
-
-def prediction_interval(
-    row: Result, trainings: Collection[Result] = (), *, seeds: int = 1, new_examples: bool = True
-) -> tuple[float, float]:
-    """Return the interval that holds the score of a run that repeats a row in 95 % of repetitions.
-
-    With s the deviation of the m trainings' scores and V_e the variance over the examples, which the new run has again,
-
-        half = q sqrt((1 / m + 1 / seeds) s^2 + 2 V_e),   q as in `vismt.uncertainty.intervals.Estimate`.
-
-    Args:
-        row: of an arm.
-        trainings: rows of the arm's single trainings; a row of one training says nothing about other seeds.
-        seeds: number of trainings of the new run, with seeds of their own.
-        new_examples: whether the new run has other examples, of the kind that the row's interval covers: other episodes, images
-            or examples.
-
-    Raises:
-        UserError: the row is an average over trainings, and theirs are not given.
-    """
-    if row.interval.endswith("+seeds") and len(trainings) < 2:
-        raise UserError(
-            f"prediction for {row.data} {row.condition} {row.arm}: {len(trainings)} row(s) of its trainings; an average over "
-            "seeds needs those of every seed."
-        )
-    error, freedom = over_examples_alone(row, trainings)
-    sources = [(2 * error, freedom)] if new_examples else []
-    if len(trainings) > 1:
-        spread = variance(training.value for training in trainings)
-        sources.append(((1 / len(trainings) + 1 / seeds) * spread, len(trainings) - 1.0))
-    return interval_of(Estimate(row.value, tuple(sources)), row.scale, row.n)
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,8 @@ def _rules(protocol: str, cases: Mapping[Case, Values], counts: Mapping[Case, in
             if name in CHOICE or not all(name in values for values in by_set.values()):
                 continue
             accuracy = _interval(by_set, itemgetter(name))
-            middle, half = _interval(by_set, lambda values, name=name: values[name] - values[MERGED])
+            steps = {of: {name: values[name] - values[MERGED]} for of, values in by_set.items()}
+            middle, half = _interval(steps, itemgetter(name))
             gain = "–" if name == MERGED else bounds_text((middle, middle - half, middle + half), SHARE)
             rows.append([data, condition, name, interval_text(*accuracy, SHARE), gain, f"{n:,}"])
     heads = ["Data", "Condition", "Model", "accuracy in %", "Difference to merged", "n (episodes)"]
