@@ -98,7 +98,8 @@ def test_episodes_in_parts_are_averaged_by_part(tmp_path: Path) -> None:
     middle, half = mean_interval(gains)
     assert len(gains) == 3 and worth.rows[0][2] == bounds_text(middle, middle - half, middle + half, "share", sign=True)
     merged = [float(bits(A + A[:2]).double().mean(2)[0, part::3].mean()) for part in range(3)]
-    assert table.rows[0][3] == interval_text(*mean_interval(merged), "share")
+    mean, half = mean_interval(merged)
+    assert table.rows[0][3] == interval_text(mean, mean - half, mean + half, "share")
 
 
 def test_the_spread_is_a_root_or_not_resolved() -> None:
