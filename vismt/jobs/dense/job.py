@@ -183,7 +183,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         self._check_thresholds()
 
     def _check_thresholds(self) -> None:
-        check_thresholds(self.data.classes("validation"), self.config.tune)
+        for task in image_tasks(all_tasks(self.config)):
+            check_thresholds(self.data.classes("validation", task), self.config.tune)
 
     def _conditions(
         self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]
