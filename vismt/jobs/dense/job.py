@@ -127,10 +127,6 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             retain=retain,
         )
 
-    def step(self, objective: nn.Module, number: int) -> None:
-        if isinstance(objective, DenseObjective):
-            objective.step()
-
     def batches(self, config: DenseConfig) -> DenseBatches:
         keys = [task.key for task in trained_tasks(config)]
         return DenseBatches(
