@@ -76,7 +76,8 @@ class TaskClassifier(nn.Module):
 class DenseNet(nn.Module):
     """A ViT with a head for each task: images (b, 3, h, w) in [0, 1] -> {task: logits (b, channels, R, C)}.
 
-    h and w are the backbone's input size, square or not. Tasks of whole images have logits (b, channels), from a PooledHead.
+    h and w are the backbone's input size, square or not. Tasks of whole images have logits (b, channels), from a PooledHead,
+    or in one label space (b, C), the rows of all their heads.
 
     Args:
         backbone: the ViT.

@@ -14,6 +14,10 @@ Classification next to dense tasks: L = mean over labelled images of -sum_c q_c 
 q_c = (1 - s) [c = y] + s / K (Szegedy et al., arXiv 1512.00567); s = 0 is the plain cross-entropy. The logits (b, K) are computed
 from the mean of the image's patch tokens (PooledHead); they are neither resized nor drawn. Images without a class (-1) enter
 neither the loss nor the score, which is the share of labelled images that are classified correctly.
+
+Several such tasks t with K_t classes may have one label space, as in EMTAL (vismt/multitask/nets.py): z is the logits of all of
+them side by side, (b, C) with C = sum K_t, and label y of task t stands for class K_1 + .. + K_{t-1} + y. An answer that is a
+class of another task is wrong.
 """
 
 from __future__ import annotations
