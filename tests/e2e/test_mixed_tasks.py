@@ -181,6 +181,13 @@ def test_a_mix_is_merged_exactly(study: Path) -> None:
         ({"kind": "depth"}, {}, "task: 'depth' has no option 'name'"),
         ({"kind": None}, {}, "task: no dense task 'reds'"),
         ({"name": "classify"}, {}, "tasks: classify: its sets belong in data."),
+        ({"name": "loss"}, {}, "tasks: loss: the name has another meaning in a run"),
+        (
+            {"name": "semseg", "kind": "classify"},
+            {},
+            "tasks: ['semseg', 'tones', 'semseg']; name at least one, each once.",
+        ),
+        ({"name": "normals"}, {}, "tasks: normals: the name has another meaning in a run"),
         ({"name": "a/b"}, {}, "'a/b' cannot be a name"),
         ({"class_weights": "sqrt"}, {"head": {"labels": "union"}}, "set head.labels to separate"),
         ({}, {"head": {"labels": "union"}, "evaluate": {"adjust_logits": True}}, "set head.labels to separate"),

@@ -28,13 +28,14 @@ from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.heads import check_head
 from vismt.multitask.inference import check_scales
 from vismt.multitask.nets import SEGMENTATION
-from vismt.multitask.tasks import MapTask, Task, loss_options, make_task
+from vismt.multitask.tasks import TASKS, MapTask, Task, loss_options, make_task
 from vismt.multitask.tasks.classes import Classification, unite
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
 
 MODES = ("slide", "whole")
 SHARED = ("data", "size", "canvas", "baseline")  # sections that all arms share, besides those in engine/study.py
 DELTA = "delta_m"  # the name of a score
+TAKEN = (DELTA, "loss", "retain", "fade", "step", "elapsed_s", "lr", "grad_norm")  # in logs and results
 PARTS = tuple(field.name for field in fields(PartsConfig))  # keys of an entry of `tasks`
 PANELS = "dense_panels.npz"  # a file of a run folder
 
@@ -275,6 +276,8 @@ def _check_parts(config: DenseConfig) -> None:
         if named != (task.name in own):
             fix = "name sets of its own: train, test" if named else "its sets belong in data"
             raise UserError(f"tasks: {task.name}: {fix}.")
+        if named and task.name in (*TASKS, *TAKEN):
+            raise UserError(f"tasks: {task.name}: the name has another meaning in a run; choose another one.")
     sections = {f"tasks: {name}": parts for name, parts in own.items()}
     if len(own) < len(config.tasks) or config.data != DenseDataConfig():
         sections = {"data": config.data, **sections}
