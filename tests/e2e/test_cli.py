@@ -63,7 +63,8 @@ def test_a_run_leaves_everything_a_number_needs(run_folder: Path) -> None:
             and row["low"] <= row["value"] <= row["high"]
             and row["config_hash"] == facts["config_hash"] == run_folder.name.rpartition("-")[2]
         )
-    assert facts["adapt"]["arms"]["adapted"]["method"] == "lora" and facts["finished"] and facts["wall_time_s"] > 0
+    assert facts["adapt"]["arms"]["adapted"]["method"] == "lora" and facts["finished"]
+    assert facts["wall_time_s"] > 0 and facts["cpu_time_s"] > 0
     assert [row["step"] for row in read_lines(run_folder / TRAINING / "metrics.jsonl")] == [1, 2, 3, 4]
     for name in (
         "report.md",
@@ -162,6 +163,7 @@ def test_damaged_run_folders_are_named(run_folder: Path, tmp_path: Path, capsys)
     for name, text, words in (
         ("run.json", "[]", "run.json"),
         ("run.json", '{"wall_time_s": "a"}', "run.json"),
+        ("run.json", '{"cpu_time_s": "a"}', "run.json"),
         ("results.jsonl", results.replace('"n": 3', '"n": 4', 1), "results.jsonl' line 1 was changed"),
         (f"{EPISODES}/{records.name}", records.read_text().replace("0.", "1.", 1), "was changed or damaged"),
         (f"{EPISODES}/{records.name}", (tmp_path / "abc.jsonl").read_text(), "line 2: 'clean' is 'abc'"),

@@ -21,8 +21,8 @@ from vismt.jobs.risk import Thresholds, image_measures
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.evaluate import Form, RepeatableBatches, accuracies, evaluate_examples
-from vismt.storage.records import SHARE, Records
-from vismt.uncertainty.intervals import NUMBER, Condition, Measure, wilson
+from vismt.storage.records import SHARE, Records, recorded_settings
+from vismt.uncertainty.intervals import NUMBER, Condition, Measure
 from vismt.uncertainty.probability_metrics import binned_gaps, detection_values, quality_measures
 
 ACCURACY = "accuracy"
@@ -50,13 +50,16 @@ def image_scores(
         names: task, data and protocol of the scores.
         num_classes: of the logits.
         records: the file of the records.
-        forms: forms of the clean logits whose probabilities have scores, by condition; of the adjusted form the accuracy.
+        forms: forms of the clean logits whose probabilities have scores, by condition; of the adjusted form the accuracy. Records
+            that have begun without any go on without.
         thresholds: of conformal sets and selective prediction, which are then evaluated, too (risk.py).
-        trained: whether the net is of a training, whose accuracies are averaged over seeds; the others have Wilson's intervals
-            and the score of a guess.
+        trained: whether the net is of a training; the others have the score of a guess.
         about: data, fingerprint and label, as for `evaluate_examples`.
     """
     records.parent.mkdir(parents=True, exist_ok=True)
+    begun = recorded_settings(records)
+    if begun is not None and "forms" not in begun:
+        forms = {}
     by_label = {condition.label: form for condition, form in (forms or {}).items()}
     quantile = None if thresholds is None else thresholds.quantile
     rows = evaluate_examples(
@@ -64,11 +67,7 @@ def image_scores(
     )
     measures: list[tuple[Condition, Measure]] = []
     for condition, values in accuracies(rows, specs, num_classes):
-        if trained:
-            measure = Measure(ACCURACY, values)
-        else:
-            bounds = wilson(round(sum(values.values())), len(values))
-            measure = Measure(ACCURACY, values, counts=True, bounds=bounds, chance=1 / num_classes)
+        measure = Measure(ACCURACY, values, counts=True, chance=None if trained else 1 / num_classes)
         measures.append((condition, measure))
     for condition in forms or ():
         measures += [(condition, measure) for measure in form_measures(rows, condition)]

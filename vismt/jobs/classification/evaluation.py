@@ -3,11 +3,12 @@
 The clean probabilities of every task have ECE, NLL and Brier score, as they are and in the forms that are fitted on the
 validation images of a training:
 
-    p = softmax(z / T), one T for all tasks, with the smallest NLL            (vismt/uncertainty/temperature.py)
+    p = softmax(z / T_b), T_b of the task of the largest logit                (vismt/uncertainty/temperature.py)
     z - tau log pi, tau of TAUS with the best mean accuracy over the tasks    (vismt/multitask/class_loss.py)
 
-calibration.json in the training's folder has both; a report that is written again does not fit again. The same scores of a
-Laplace approximation around the trained head (vismt/uncertainty/laplace.py) are on clean images.
+calibration.json in the training's folder has both; a report that is written again does not fit again, and a folder of an
+earlier version keeps its one T for all tasks. The same scores of a Laplace approximation around the trained head
+(vismt/uncertainty/laplace.py) are on clean images.
 
 Sets of other classes: how well the confidence of a net tells them from the test images of each task. The confidences of the
 task's images are those of its records; those of the other set have a record file of their own.
@@ -47,7 +48,7 @@ from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import CLEAN, Condition
 from vismt.uncertainty.laplace import STRUCTURES
 from vismt.uncertainty.last_layers import laplace_head
-from vismt.uncertainty.temperature import fit_temperature
+from vismt.uncertainty.temperature import block_tempered, fit_block_temperatures
 
 TASK = "classification"
 FITTED = "calibration.json"
@@ -56,9 +57,12 @@ Outputs = list[tuple[Tensor, Tensor]]  # of each task: logits (n, C) and labels 
 
 @dataclass(frozen=True)
 class FittedOutputs:
-    """The temperature of a net's probabilities and the tau of its class prior, fitted on n validation images."""
+    """The temperatures of a net by task and the tau of its class prior, fitted on n validation images.
 
-    temperature: float
+    temperature: of each task; a number in files of an earlier version, for all tasks.
+    """
+
+    temperature: list[float] | float
     tau: float
     n: int
 
@@ -136,7 +140,8 @@ class Evaluation:
         forms: dict[Condition, Form] = {CLEAN: lambda logits: logits}
         fitted = None if split == "validation" else self.fitted(net, training, separate)
         if fitted is not None:
-            forms[TEMPERED] = lambda logits: logits / fitted.temperature
+            of_class = self.temperature_of_class(fitted)
+            forms[TEMPERED] = lambda logits: block_tempered(logits, of_class)
             if self.config.evaluate.adjust_logits:
                 counts = self.data.class_counts()
                 forms[ADJUSTED] = lambda logits: adjusted(logits, counts, fitted.tau)
@@ -145,18 +150,22 @@ class Evaluation:
     # ---- what is fitted on validation images --------------------------------------------------------------------------
 
     def fitted(self, net: PixelNet, training: Training, separate: bool) -> FittedOutputs | None:
-        """Return temperature and tau of a training; None where a task has no validation images."""
+        """Return temperatures and tau of a training; None where a task has no validation images."""
         if not all(self.data.has_part(task, "validation") for task in range(len(self.data.union.tasks))):
             return None
 
         def fit() -> FittedOutputs:
             tasks = self._validation(net, separate)
             logits, labels = (torch.cat(parts) for parts in zip(*tasks))
-            return FittedOutputs(
-                fit_temperature(logits, labels), best_tau(tasks, self.data.class_counts()), len(labels)
-            )
+            temperatures = fit_block_temperatures(logits, labels, self.data.union.task_of_class())
+            return FittedOutputs(temperatures, best_tau(tasks, self.data.class_counts()), len(labels))
 
         return fitted_once(training.folder / FITTED, FittedOutputs, net.fingerprint(), fit)
+
+    def temperature_of_class(self, fitted: FittedOutputs) -> Tensor:
+        """Return the temperature (C,) by which logits are divided where a class has the largest one."""
+        by_task = torch.tensor(fitted.temperature, dtype=torch.float64).expand(len(self.data.union.tasks))
+        return by_task[self.data.union.task_of_class()]
 
     def parts(self, number: int) -> tuple[Tensor, Tensor]:
         """Return masks of a task's validation images: those that choose rates and those that give thresholds."""

@@ -171,11 +171,11 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
                 values.append(math.fsum(score.measure.values[name] for name in names) / len(names))
         return sum(values) / len(values)
 
-    def temperature(self, training: Training) -> float | None:
+    def temperature(self, training: Training) -> Sequence[float] | None:
         if not self.config.evaluate.temperature:
             return None
         fitted = self.evaluation.fitted(self.final(training), training, self._separate(training))
-        return None if fitted is None else fitted.temperature
+        return None if fitted is None else self.evaluation.temperature_of_class(fitted).tolist()
 
     def _separate(self, training: Training) -> bool:
         """Return whether a training's net chooses among the classes of the image's task only."""
