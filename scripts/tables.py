@@ -75,7 +75,8 @@ def selections(name: str) -> Iterator[tuple[str, str, dict[str, Any] | str]]:
                 yield label, column, row[number]
                 continue
             own = {key: value for key, value in row.items() if key not in spec["columns"]}
-            yield label, column, {**spec.get("where", {}), **values, **own, **row.get(column, {})}
+            more = row.get(column, {})
+            yield label, column, more if isinstance(more, str) else {**spec.get("where", {}), **values, **own, **more}
 
 
 def found(selection: Mapping[str, Any], where: str) -> tuple[StudyRows, StudyRow]:
@@ -97,8 +98,8 @@ def found(selection: Mapping[str, Any], where: str) -> tuple[StudyRows, StudyRow
 
 def cell(selection: Mapping[str, Any] | str, where: str) -> str:
     """Return the text of a cell."""
-    if isinstance(selection, str) or not selection:
-        return str(selection or "")
+    if isinstance(selection, str):
+        return selection
     of, row = found(selection, where)
     show, sign = selection.get("show", SHOWN[0]), bool(row.minus)
     seeds = of.trainings(row)
@@ -136,7 +137,7 @@ def table(name: str, as_comment: bool) -> str:
     lines = [[*(label + " †" * (label in typed)).split(SEPARATOR), *cells] for label, cells in rows.items()]
     note = " ".join([*provenance(used), f"† {TYPED}: the rows of these numbers were not kept." * bool(typed)]).strip()
     if as_comment:
-        return "".join(f"#   {line}\n" for line in [*console.aligned(heads, lines).splitlines(), *wrap(note, 120)])
+        return "".join(f"#   {line}\n" for line in [*console.aligned(heads, lines).splitlines(), *wrap(note, 126)])
     texts = [heads, ["---"] * len(heads), *lines]
     return "\n".join(["", *(f"| {SEPARATOR.join(text)} |" for text in texts), "", f"*{note}*", ""])
 
@@ -145,6 +146,9 @@ def provenance(used: Sequence[tuple[StudyRows, StudyRow]]) -> list[str]:
     """Return sentences on what the intervals of a table cover, and on the run where all numbers are of one."""
     kinds = dict.fromkeys(interval_kind_text(row.interval) for _, row in used)
     sentences = [f"Intervals: {'; '.join(kinds)}."] if kinds else []
+    counts = {f"{row.n:,} {row.unit}, seeds: {len(of.trainings(row)) or 1}" for of, row in used}
+    if len(counts) == 1:
+        sentences.append(f"n = {counts.pop()}.")
     abouts = [of.about for of, _ in used]
     if abouts and all(about is abouts[0] for about in abouts):
         about = abouts[0]

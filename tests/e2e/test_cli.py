@@ -13,6 +13,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from helpers.results import scores_of
 from helpers.tiny_runs import run_config, written
 
 from vismt.cli import main
@@ -52,7 +53,7 @@ def run_folder(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_everything_a_number_needs(run_folder: Path) -> None:
     assert run_folder.name.startswith("small-")
-    rows = read_lines(run_folder / "results.jsonl")
+    rows = scores_of(run_folder)
     assert {(row["arm"], row["condition"]) for row in rows} == {
         (model, condition) for model in ("frozen", "adapted") for condition in ("clean", rows[1]["condition"])
     }
@@ -253,7 +254,7 @@ def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) 
     captured = capsys.readouterr()
     assert code == 0, captured.err
     assert captured.out.count("(n = 12 images)") == 1 and "report.html" in captured.out
-    rows = read_lines(tmp_path / "out" / "results.jsonl")
+    rows = scores_of(tmp_path / "out")
     assert [row["n"] for row in rows] == [12, 12] and rows[1]["value"] <= rows[0]["value"]
     assert [row["kind"] for row in rows] == ["clean", "attack"] and rows[0]["chance"] == 0.1
 

@@ -120,3 +120,16 @@ def test_the_committed_rows_are_read() -> None:
     for path in studies().values():
         study = read_study(path)
         assert study.rows and "/tmp" not in study.about.command and "/home" not in study.about.command
+
+
+def test_numbers_of_equal_values_are_not_certain(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    for arm, value in (("none", 0.0), ("all", 1.0)):
+        add(folder, Score("few-shot", "digits", "2-way", measure([value] * 4), CLEAN, "episodes"), arm)
+    study = study_of(folder, [("all", "none")])
+    none, whole, both = (
+        number(study, arm=arm, protocol="2-way", minus=minus)
+        for arm, minus in (("none", ""), ("all", ""), ("all", "none"))
+    )
+    assert none.variance == pytest.approx(whole.variance) and none.variance > 0.01
+    assert both.variance == pytest.approx(2 * none.variance) and both.value == 1

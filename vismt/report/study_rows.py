@@ -7,6 +7,7 @@ compares a run with them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,7 +17,7 @@ from typing import Any
 from vismt.base.errors import UserError, near
 from vismt.config.sections import RESOLVED, read_yaml
 from vismt.config.typed import build
-from vismt.report.comparison import AVERAGE, Evidence, block
+from vismt.report.comparison import AVERAGE, Evidence, block, over_examples_alone
 from vismt.report.results import FACTS, RESULTS, Result, ValuesByExample, fault_of, read_results
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines, write_lines
@@ -152,21 +153,27 @@ def _derived(results: Sequence[Result], pairs: Sequence[tuple[str, str]], eviden
             complete = {arm: [rows[name] for name in names] for arm, rows in by_arm.items() if rows.keys() >= {*names}}
             for rows in complete.values():
                 low, high, _ = evidence.interval(rows)
-                derived.append(_row(rows, evidence.estimate(rows), (low, high), data=data))
+                derived.append(_row(evidence.estimate(rows), (low, high), rows, data=data))
             for first, second in (pair for pair in pairs if complete.keys() >= {*pair}):
                 found = evidence.difference(complete[first], complete[second])
                 if found is not None:
                     more = {"data": data, "minus": second, "chance": None}
-                    derived.append(_row(complete[first], found, found.bounds, **more))
+                    derived.append(_row(found, found.bounds, complete[first], complete[second], **more))
     return derived
 
 
-def _row(rows: Sequence[Result], found: Estimate, bounds: tuple[float, float], **changes: Any) -> StudyRow:
-    """Return the row of an estimate from the rows of one arm."""
+def _row(found: Estimate, bounds: tuple[float, float], *arms: Sequence[Result], **changes: Any) -> StudyRow:
+    """Return the row of an estimate from the rows of one arm, or of two.
+
+    Values that are all the same have no spread, but are not certain: their variance follows from the intervals of the rows.
+    """
     error, freedom = found.sources[0]
+    if error == 0:
+        alone = [over_examples_alone(row, ()) for rows in arms for row in rows]
+        error = math.fsum(variance for variance, _ in alone) / len(arms[0]) ** 2
     changes |= {"value": found.mean, "low": bounds[0], "high": bounds[1], "interval": found.covers}
-    changes |= {"n": sum(row.n for row in rows), "variance": error, "freedom": min(freedom, KNOWN)}
-    return StudyRow(**{**asdict(rows[0]), **changes})
+    changes |= {"n": sum(row.n for row in arms[0]), "variance": error, "freedom": min(freedom, KNOWN)}
+    return StudyRow(**{**asdict(arms[0][0]), **changes})
 
 
 def write_study(path: Path, study: StudyRows) -> None:
