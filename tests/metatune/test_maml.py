@@ -403,7 +403,7 @@ def test_compiled_modules_are_refused(how):
         MamlNet(learner, settings())
 
 
-def test_a_missing_learn2learn_is_told_at_once(monkeypatch):
+def test_a_missing_learn2learn_is_refused_at_once(monkeypatch):
     real = builtins.__import__
 
     def without(name, *rest):

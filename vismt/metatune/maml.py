@@ -137,7 +137,7 @@ class MamlNet(nn.Module):
     def classifier(self, support_images: Tensor, support_labels: Tensor) -> WithWeights:
         """Return the query classifier of a task, adapted in the learner's current mode; the learner is not changed.
 
-        The whole support set is one batch of every inner step. Works under no_grad, too.
+        The whole support set is one batch of every inner step. It also works under no_grad.
         """
         buffers = {name: value.detach().clone() for name, value in self.learner.named_buffers()}
         adapted = self._adapt(support_images, support_labels, buffers, attached=False)

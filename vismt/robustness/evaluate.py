@@ -163,7 +163,7 @@ def evaluate_examples(
 
     with log, console.bar("eval", label, len(batches) if isinstance(batches, Sized) else 0) as bar:
         for names, found in ranks.share(enumerate(_loads(batches)), run):
-            _check_ids(list(names), list(names.values()), rows, log)  # against the batches of other processes, too
+            _check_ids(list(names), list(names.values()), rows, log)  # also against the batches of other processes
             for row in found:
                 log.add(row)
             rows |= {name: log[name] for name in names}
