@@ -87,7 +87,7 @@ def evaluate_fewshot(
         corruptions: names, with all severities, or mappings {"name": ..., "severities": [...]}.
         epsilon: linf radius, in pixel units of [0, 1], of attacks given by name.
         head: what classifies on the features: cosine prototypes, or ridge, logistic, vbll, laplace or finetune.
-        probabilities: whether to report ECE, NLL and Brier score of the clean probabilities, too.
+        probabilities: accepted from earlier programs; ECE, NLL and Brier score of the clean probabilities are always reported.
         ood: data sets of other classes: how well the largest probability tells their images from the queries, as AUROC.
         img_size: pixels; needed for a module that timm did not make.
         seed: of the episodes.

@@ -32,7 +32,7 @@ from vismt.jobs.dense.config import DenseConfig, trained_tasks
 from vismt.jobs.dense.job import DenseJob
 from vismt.lowrank.recompute import recompute
 from vismt.multitask.class_loss import ClassLoss
-from vismt.multitask.tasks import DenseTask, MapTask
+from vismt.multitask.tasks import MapTask, Task
 
 WAYS = {
     "as it is": {"recompute": "none", "checkpointing": False},
@@ -116,7 +116,7 @@ def _pass(objective: nn.Module, settings: DenseConfig, batch: Sample, way: str) 
     return peak
 
 
-def made_batch(tasks: Sequence[DenseTask], count: int, size: Sequence[int], device: str = "cpu") -> Sample:
+def made_batch(tasks: Sequence[Task], count: int, size: Sequence[int], device: str = "cpu") -> Sample:
     """Return `count` random images in which every pixel has a value of every task."""
     generator = torch.Generator().manual_seed(0)
     shape = (count, *size)
@@ -126,7 +126,7 @@ def made_batch(tasks: Sequence[DenseTask], count: int, size: Sequence[int], devi
     return {name: values.to(device) for name, values in batch.items()}
 
 
-def _target(task: DenseTask, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _target(task: Task, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     if task.vector:
         return nn.functional.normalize(torch.randn(shape[0], 3, *shape[1:], generator=generator), dim=1)
     classes = getattr(task, "classes", None)
@@ -135,7 +135,7 @@ def _target(task: DenseTask, shape: tuple[int, ...], generator: torch.Generator)
     return torch.randint(classes, shape if isinstance(task, MapTask) else shape[:1], generator=generator)
 
 
-def _counted(tasks: Sequence[DenseTask]) -> list[DenseTask]:
+def _counted(tasks: Sequence[Task]) -> list[Task]:
     """Return the tasks with a label of each class where the loss needs counts."""
     return [
         replace(cast(Any, task), class_counts=[1] * task.channels)

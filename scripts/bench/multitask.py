@@ -25,7 +25,7 @@ from vismt.multitask.balancing.base import make_balancer
 from vismt.multitask.heads import make_head
 from vismt.multitask.nets import DenseNet
 from vismt.multitask.objectives import DenseObjective
-from vismt.multitask.tasks import DenseTask, make_task
+from vismt.multitask.tasks import Task, make_task
 
 MODEL, SIZE, BATCH, CLASSES, RANK, BALANCER = "vit_small_patch16_224", 224, 4, 13, 16, "pcgrad"
 VISMT, FULL, PEER = "vismt, adapters", "vismt, full", "as LibMTL, full"
@@ -44,7 +44,7 @@ def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
     return [compare(f"{MODEL}, {BATCH} x {SIZE} px, {len(tasks)} tasks, {BALANCER}", net, tasks, batch, rounds)]
 
 
-def compare(title: str, net: DenseNet, tasks: Sequence[DenseTask], batch: Batch, rounds: int) -> Ratios:
+def compare(title: str, net: DenseNet, tasks: Sequence[Task], batch: Batch, rounds: int) -> Ratios:
     """Time a step of each way, and measure its peak."""
     adapted, full = copy.deepcopy(net), copy.deepcopy(net)
     adapted.stock.requires_grad_(False)
@@ -62,7 +62,7 @@ def compare(title: str, net: DenseNet, tasks: Sequence[DenseTask], batch: Batch,
     )
 
 
-def make_net(model: str, size: int, tasks: Sequence[DenseTask]) -> DenseNet:
+def make_net(model: str, size: int, tasks: Sequence[Task]) -> DenseNet:
     """Return a random ViT with a linear head for each task."""
     backbone = create(model, size)
     heads = {task.name: make_head("linear", [backbone.width], task.channels) for task in tasks}
@@ -81,7 +81,7 @@ def random_batch(images: int, size: int) -> Batch:
     }
 
 
-def step_of(net: DenseNet, tasks: Sequence[DenseTask], batch: Batch) -> Step:
+def step_of(net: DenseNet, tasks: Sequence[Task], batch: Batch) -> Step:
     """Return a step of vismt that balances the gradients of what is trained in the stock model."""
     shared = [parameter for parameter in net.stock.parameters() if parameter.requires_grad]
     objective = DenseObjective(net, tasks, make_balancer(BALANCER, [task.name for task in tasks]), shared)
@@ -95,7 +95,7 @@ def step_of(net: DenseNet, tasks: Sequence[DenseTask], batch: Batch) -> Step:
     return step
 
 
-def peer_step(net: DenseNet, tasks: Sequence[DenseTask], batch: Batch) -> Step:
+def peer_step(net: DenseNet, tasks: Sequence[Task], batch: Batch) -> Step:
     """Return a step of LibMTL's kind."""
     optimizer = _adamw(net)
     order = random.Random(0)
@@ -108,7 +108,7 @@ def peer_step(net: DenseNet, tasks: Sequence[DenseTask], batch: Batch) -> Step:
     return step
 
 
-def peer_gradients(net: DenseNet, tasks: Sequence[DenseTask], batch: Batch, order: random.Random) -> None:
+def peer_gradients(net: DenseNet, tasks: Sequence[Task], batch: Batch, order: random.Random) -> None:
     """Set the gradients of all parameters as LibMTL's PCGrad does: projected ones in the backbone, plain ones in the heads."""
     shared = list(net.stock.parameters())
     sizes = [parameter.numel() for parameter in shared]

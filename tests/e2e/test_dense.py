@@ -35,7 +35,7 @@ from vismt.report.panels import read_panel
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 from vismt.storage.lines import read_lines, write_lines
 from vismt.storage.paths import shipped
-from vismt.uncertainty.intervals import mean_interval, with_seeds
+from vismt.uncertainty.intervals import estimate
 
 pytest.importorskip("skimage")
 pytest.importorskip("torchmetrics")
@@ -109,8 +109,9 @@ def test_rows_of_every_arm_and_task(study: Path) -> None:
         assert len({line[EXAMPLE] for line in records}) == 6
         assert row.value == pytest.approx(sum(line["clean"] for line in records) / 6)
         if task == "delta_m":
-            over_images = mean_interval([line["clean"] for line in records])[1]
-            assert row.half == pytest.approx(with_seeds(over_images, by_seed)) and row.half > over_images
+            over_images = estimate([line["clean"] for line in records])
+            assert row.half == pytest.approx(over_images.with_seeds(by_seed).half) and row.half > over_images.half
+            assert row.interval == "examples+seeds"
     for seed in (None, 0, 1):
         gains = [
             -(value["full", "depth", seed] / value["depth", "depth", seed] - 1),

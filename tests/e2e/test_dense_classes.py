@@ -22,6 +22,7 @@ from vismt.jobs.dense.job import DenseJob
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 from vismt.storage.lines import read_lines
 from vismt.storage.paths import data_roots
+from vismt.uncertainty.intervals import estimate, interval_of
 
 pytest.importorskip("torchmetrics")
 
@@ -165,9 +166,9 @@ def test_records_have_the_answers_by_image(study: Path) -> None:
             assert set(alone) <= {0.0, 1.0} and record["clean"] == pytest.approx(sum(alone) / 2)
         right = [record["clean"] for record in records]
         assert row.value == pytest.approx(sum(right) / 4)
-        half = 1.96 * np.std(right, ddof=1) / 2  # sqrt(4) images
-        assert row.high - row.value == pytest.approx(half, rel=1e-4, abs=1e-9)
-        assert row.value - row.low == pytest.approx(half, rel=1e-4, abs=1e-9)
+        seeds = [training.value for training in scored]
+        found = estimate(right).with_seeds(seeds)
+        assert (row.low, row.high) == pytest.approx(interval_of(found, "share", 4), abs=1e-6)
     row = rows["both", "delta_m"]
     records = read_lines(study / RECORDS / f"{row.stem}.jsonl")
     assert {record[EXAMPLE].partition(":")[0] for record in records} == {"scenes", "tones"} and len(records) == 7

@@ -26,6 +26,7 @@ from vismt.multitask.class_loss import adjusted
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 from vismt.storage.files import read_sealed, sealed
 from vismt.storage.lines import read_lines
+from vismt.uncertainty.temperature import fit_block_temperatures
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
@@ -162,16 +163,16 @@ def test_every_arm_and_task_has_the_quality_of_its_probabilities(study: Path) ->
     job = open_run(study).job
     for training in job.study.trainings("lora"):
         fitted = read_sealed(training.folder / FITTED, "calibration")
-        net, temperature = job.loaded(training), fitted["temperature"]
+        net, temperatures = job.loaded(training), fitted["temperature"]
         with torch.no_grad():
             parts = [job.data.part(task, "validation") for task in (0, 1)]
             outputs = [(net(part[torch.arange(len(part))]), part.labels) for part in parts]
         logits, labels = (torch.cat(values) for values in zip(*outputs))
-        # No other temperature is better on the validation images; the tau is the best of its grid.
-        losses = {
-            T: float(F.cross_entropy(logits / T, labels)) for T in (temperature, 0.9 * temperature, 1.1 * temperature)
-        }
-        assert min(losses, key=losses.get) == temperature and fitted["n"] == len(labels)
+        # A temperature for the answers of each task, from the validation images; the tau is the best of its grid.
+        blocks = job.data.union.task_of_class()
+        assert temperatures == pytest.approx(fit_block_temperatures(logits, labels, blocks), rel=1e-4)
+        assert len(set(temperatures)) == 2
+        assert fitted["n"] == len(labels)
         assert fitted["tau"] == best_tau(outputs, job.data.class_counts())
         part = job.data.part(1, "test")
         with torch.no_grad():
@@ -182,9 +183,10 @@ def test_every_arm_and_task_has_the_quality_of_its_probabilities(study: Path) ->
             if (row.arm, row.data, row.seed) == ("lora", "photos", training.seed)
         }
         wanted = float(F.cross_entropy(test, part.labels))
+        divisors = torch.tensor(temperatures)[blocks[test.argmax(1)]]
         assert known["clean", "NLL in nats"] == pytest.approx(wanted, rel=1e-4)
         assert known[TEMPERED.label, "NLL in nats"] == pytest.approx(
-            float(F.cross_entropy(test / temperature, part.labels)), rel=1e-4
+            float(F.cross_entropy(test / divisors[:, None], part.labels)), rel=1e-4
         )
         shifted = adjusted(test, job.data.class_counts(), fitted["tau"]).argmax(1) == part.labels
         assert known[ADJUSTED.label, "accuracy"] == pytest.approx(float(shifted.double().mean()))
@@ -272,7 +274,12 @@ def test_merge_and_export_are_timm_classifiers(study: Path, tmp_path: Path, caps
     assert (tmp_path / "peft" / "adapter_config.json").exists()
     for folder, arm in ((study / "merged-emtal-seed-1", "emtal:1"), (tmp_path / "peft", "lora")):
         fitted = read_sealed(job.study.find(arm).folder / FITTED, "calibration")
-        assert json.loads((folder / "temperature.json").read_text())["temperature"] == fitted["temperature"]
+        exported = json.loads((folder / "temperature.json").read_text())
+        assert exported["probabilities"] == "softmax(logits / temperature[argmax(logits)])"
+        counts = job.data.union.counts
+        assert exported["temperature"] == [
+            T for T, k in zip(fitted["temperature"], counts, strict=True) for _ in range(k)
+        ]
     capsys.readouterr()
     for command, words in (
         (["merge", str(study)], "several arms; name one with --arm: head, lora, emtal"),

@@ -280,7 +280,7 @@ def test_experts_of_two_sources_and_four_threats_are_trained_and_compared(source
     assert rows["clean", "clean"] == rows["expert:clean", "clean"]
 
 
-def test_the_report_sets_the_rules_beside_the_oracles(sources_run: Path) -> None:
+def test_the_report_sets_the_rules_beside_the_best_experts(sources_run: Path) -> None:
     validated = json.loads((sources_run / "pool" / "seed-0" / "validation.json").read_text())
     assert set(validated["all"]) == {*LABELS, "clean"}
     # The rule "ridge" has neither beta nor balance: the trim alone is searched.
@@ -288,7 +288,8 @@ def test_the_report_sets_the_rules_beside_the_oracles(sources_run: Path) -> None
     assert {candidate["stage"] for candidate in chosen["tried"]} == {"trim"}
     text = (sources_run / "report.md").read_text().replace("\\", "")
     assert "Choosing experts" in text
-    for name in ("best expert on validation", "oracle, choices of other episodes", "oracle, episodes shuffled", *RULES):
+    assert "What a choice by task is worth" in text
+    for name in ("best expert on validation", "best expert of the other tasks", "best expert of each task", *RULES):
         assert name in text
     assert "input budgets" not in text
     assert main(["evaluate", str(sources_run), "--quiet"]) == 0  # from its records

@@ -1,54 +1,16 @@
-"""Oracles and their yardsticks by hand and by enumeration, and the table that a report shows."""
+"""The tables of a report on how experts can be chosen: rules, best experts, and what a choice by task is worth."""
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
-import pytest
 import torch
 from helpers.results import PGD, result, write_lines
-from torch import Tensor
 
-from vismt.jobs.fewshot.choice_report import choice_tables, choose
+from vismt.jobs.fewshot.choice_report import choice_tables, spread_text
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SelectConfig
 from vismt.storage.files import sealed
-
-
-def test_the_oracles_by_hand() -> None:
-    # Choices: the first expert, the second, both (a tie).
-    values = choose(torch.tensor([[1.0, 0.2, 0.6], [0.0, 0.8, 0.6]], dtype=torch.float64))
-    assert values["oracle"].tolist() == [1.0, 0.8, 0.6]
-    # Episode 0 under the choices of 1 and 2: (0 + (1 + 0) / 2) / 2 = .25; 1: (.2 + (.2 + .8) / 2) / 2 = .35; 2: .6.
-    assert values["oracle, choices of other episodes"].tolist() == pytest.approx([0.25, 0.35, 0.6])
-
-
-def enumerated(accuracies: Tensor) -> float:
-    return float(torch.tensor([max(row) for row in itertools.product(*accuracies.tolist())]).mean())
-
-
-def test_the_shuffled_oracle_is_the_mean_over_all_combinations() -> None:
-    accuracies = (5 * torch.rand(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).round() / 5
-    values = choose(accuracies)["oracle, episodes shuffled"]
-    assert float(values.mean()) == pytest.approx(enumerated(accuracies), abs=1e-6)
-    # The jackknife: n times the whole less n - 1 times the rest, centred.
-    rest = torch.tensor([enumerated(accuracies[:, [j for j in range(6) if j != i]]) for i in range(6)])
-    assert torch.allclose(values - values.mean(), -5 * (rest - rest.mean()).double(), atol=1e-5)
-
-
-def test_what_the_oracles_show() -> None:
-    """Experts alike but for luck: the oracle is no better than with shuffled episodes. Experts of two domains: it is."""
-    generator = torch.Generator().manual_seed(1)
-    task = torch.rand(400, generator=generator, dtype=torch.float64)
-    luck = choose(task + 0.05 * torch.rand(2, 400, generator=generator, dtype=torch.float64))
-    assert luck["oracle"].mean() < luck["oracle, episodes shuffled"].mean()
-    domain = torch.arange(400) % 2
-    signal = choose(torch.stack([domain, 1 - domain]) + 0.05 * torch.rand(2, 400, generator=generator).double())
-    assert signal["oracle"].mean() > signal["oracle, episodes shuffled"].mean() + 0.2
-    assert float(signal["oracle, choices of other episodes"].mean()) == pytest.approx(0.525, abs=0.01)
-
-
-# ---- the table
+from vismt.uncertainty.split_halves import choice
 
 MODELS = ["frozen", "expert:a", "expert:b", "merged", "merged:ridge", "average", "merged+finetune"]
 CONFIG = FewShotConfig(
@@ -56,61 +18,105 @@ CONFIG = FewShotConfig(
 )
 
 
-def records(folder: Path, arm: str, clean: list[float], data: str = "digits", seed: int = 3) -> None:
+def records(
+    folder: Path,
+    arm: str,
+    answers: list[str],
+    data: str = "digits",
+    seed: int = 3,
+    *,
+    texts: bool = True,
+    queries: int = 2,
+) -> None:
+    """Write the records of an arm. answers: of each episode, with 1 for a right query; texts: whether the records have them."""
     name = f"{data}-5-way-1-shot-{arm.replace(':', '-').replace('+', '-')}.jsonl"
-    lines = [{"protocol": "00"}, *({"episode": i, "clean": value} for i, value in enumerate(clean))]
-    write_lines(folder / "episodes" / f"seed-{seed}" / name, lines)
+    lines = [
+        {"episode": i, "clean": text.count("1") / len(text), **({"clean right": text} if texts else {})}
+        for i, text in enumerate(answers)
+    ]
+    header = {"protocol": "00", "settings": {"sampler": {"queries": queries}}}
+    write_lines(folder / "episodes" / f"seed-{seed}" / name, [header, *lines])
 
 
-def filled(folder: Path, data: str = "digits", seed: int = 3) -> None:
-    records(folder, "expert:a", [1.0, 0.2, 0.6, 0.6], data, seed)
-    records(folder, "expert:b", [0.0, 0.8, 0.6, 0.4], data, seed)
-    records(folder, "merged", [0.8, 0.4, 0.6, 0.4], data, seed)
+A, B = ["1111", "1000", "1101", "1101"], ["0000", "1110", "0111", "0110"]  # means 0.6875 and 0.5
+
+
+def filled(folder: Path, data: str = "digits", seed: int = 3, **options: object) -> None:
+    records(folder, "expert:a", A, data, seed, **options)
+    records(folder, "expert:b", B, data, seed, **options)
+    records(folder, "merged", ["1110", "1100", "1000", "1100"], data, seed, **options)
     for arm in ("merged:ridge", "average"):
-        records(folder, arm, [0.5, 0.5, 0.5, 0.5], data, seed)
+        records(folder, arm, ["1100"] * 4, data, seed, **options)
 
 
 def rows(data: str = "digits") -> list:
     return [result(data, arm, n=4) for arm in MODELS]
 
 
-def test_the_table_has_the_rules_and_the_yardsticks(tmp_path: Path) -> None:
+def bits(*experts: list[str]) -> torch.Tensor:
+    return torch.tensor([[[int(bit) for bit in text] for text in answers] for answers in experts])
+
+
+def test_the_tables_have_the_rules_and_the_best_experts(tmp_path: Path) -> None:
     filled(tmp_path)
-    ((table, note),) = choice_tables(tmp_path, CONFIG, [3], [*rows(), result(arm="merged", condition=PGD, n=4)])
+    (table, note), (worth, meaning) = choice_tables(
+        tmp_path, CONFIG, [3], [*rows(), result(arm="merged", condition=PGD, n=4)]
+    )
     cells = {row[2]: row[3:] for row in table.rows}
-    oracles = ["oracle", "oracle, choices of other episodes", "oracle, episodes shuffled"]
-    assert list(cells) == ["merged", "merged:ridge", "average", *oracles]
-    assert cells["merged"] == ["55.0 ± 18.8", "–", "4"] and cells["oracle"][0] == "75.0 ± 18.8"
-    assert cells["oracle"][1].startswith("+20.0 [") and cells["average"][1].startswith("−5.0 [")
-    assert "does not show that experts differ" in note
-    # The best expert on validation is that of the file, not of the test episodes (60 against 45 %).
+    best = ["best expert of the other tasks", "best expert of each task"]
+    assert list(cells) == ["merged", "merged:ridge", "average", *best]
+    assert cells["merged"][1:] == ["–", "4"] and cells["merged"][0].startswith("50.0 ± ")
+    # On the other tasks a has .58, .83, .67 and .67, b .67, .42, .42 and .5: a, but for the first task.
+    assert cells[best[0]][0].startswith("43.8 ± ") and "“best expert of each task”" in note
+    found = choice(bits(A, B), torch.tensor([0, 0, 1, 1]).expand(4, 4))
+    assert cells[best[1]][0].startswith(f"{100 * float(found.halves.mean()):.1f} ± ")
+    ((data, condition, gain, bracket, spread, n),) = worth.rows
+    assert (data, condition, n) == ("digits", "clean", "4")
+    assert gain.startswith(f"{100 * float((found.halves - found.fixed).mean()):+.1f} [".replace("-", "−"))
+    assert bracket == f"[{100 * float(found.folds.mean()):.1f}, {100 * float(found.optimistic.mean()):.1f}]"
+    assert spread.startswith("not resolved, at most ") and "does" not in spread and "luck" in meaning
+    # The best expert on validation is that of the file, not of the test episodes.
     (tmp_path / "pool" / "seed-3").mkdir(parents=True)
     (tmp_path / "pool" / "seed-3" / "validation.json").write_text(sealed({"all": {"a": 0.4, "b": 0.5}}))
+    (table, _), _ = choice_tables(tmp_path, CONFIG, [3], rows())
+    assert {row[2]: row[3] for row in table.rows}["best expert on validation"].startswith("50.0")
+
+
+def test_the_spread_is_a_root_or_not_resolved() -> None:
+    assert spread_text(0.0049, 0.0024) == "7.0 [5.0, 8.5]"  # roots of .0049, .0025 and .0073
+    assert spread_text(0.0009, 0.0016) == "not resolved, at most 5.0"
+    assert spread_text(-0.0016, 0.0009) == "not resolved"
+
+
+def test_records_of_an_earlier_version_have_the_rules_alone(tmp_path: Path) -> None:
+    filled(tmp_path, texts=False)
     ((table, _),) = choice_tables(tmp_path, CONFIG, [3], rows())
-    assert {row[2]: row[3] for row in table.rows}["best expert on validation"].startswith("45.0")
+    assert [row[2] for row in table.rows] == ["merged", "merged:ridge", "average"]
 
 
 def test_seeds_are_averaged_and_sets_weigh_the_same(tmp_path: Path) -> None:
     for seed in (3, 5):
         filled(tmp_path, seed=seed)
         filled(tmp_path, "birds", seed)
-    records(tmp_path, "expert:b", [1.0, 1.0, 1.0, 1.0], "birds", 5)
-    ((table, _),) = choice_tables(tmp_path, CONFIG, [3, 5], [*rows(), *rows("birds")])
-    oracle = {row[0]: (row[3].split()[0], row[5]) for row in table.rows if row[2] == "oracle"}
-    assert list(oracle) == ["average", "digits", "birds"]
-    assert oracle == {"average": ("81.2", "8"), "digits": ("75.0", "4"), "birds": ("87.5", "4")}
+    records(tmp_path, "expert:a", ["1111"] * 4, "birds", 5)
+    records(tmp_path, "expert:b", ["1111"] * 4, "birds", 5)
+    (table, _), (worth, _) = choice_tables(tmp_path, CONFIG, [3, 5], [*rows(), *rows("birds")])
+    fixed = {row[0]: (row[3].split()[0], row[5]) for row in table.rows if row[2] == "best expert of the other tasks"}
+    assert list(fixed) == ["average", "digits", "birds"]
+    assert fixed == {"average": ("57.8", "8"), "digits": ("43.8", "4"), "birds": ("71.9", "4")}
+    assert [row[0] for row in worth.rows] == ["average", "digits", "birds"]
 
 
 def test_the_spread_of_the_seeds_is_in_the_intervals(tmp_path: Path) -> None:
-    """Every episode of one seed is 0.2 better than of the other: over episodes alone, "merged" would have the same interval."""
-    for seed, gain in ((3, 0.0), (5, 0.2)):
+    """Every episode of one seed is 1/8 better than of the other: over episodes alone, "merged" would have the same interval."""
+    for seed, ridge in ((3, "11111000"), (5, "11110000")):
         filled(tmp_path, seed=seed)
-        records(tmp_path, "merged:ridge", [0.5 + gain] * 4, seed=seed)
-        records(tmp_path, "merged", [0.5] * 4, seed=seed)
-    ((table, note),) = choice_tables(tmp_path, CONFIG, [3, 5], rows())
+        records(tmp_path, "merged:ridge", [ridge] * 4, seed=seed)
+        records(tmp_path, "merged", ["1000"] * 4, seed=seed)
+    (table, note), _ = choice_tables(tmp_path, CONFIG, [3, 5], rows())
     ridge = next(row for row in table.rows if row[2] == "merged:ridge")
-    # t at one degree of freedom 12.7062, standard error .1: 127 points
-    assert ridge[3] == "60.0 ± 127.1" and ridge[4] == "+10.0 [−117.1, +137.1]" and "seeds" in note
+    # t at one degree of freedom 12.7062, standard error .0625: 79.4 points
+    assert ridge[3] == "56.2 ± 79.4" and ridge[4] == "+31.2 [−48.2, +110.7]" and "seeds" in note
 
 
 def test_nothing_without_records_experts_or_merged(tmp_path: Path) -> None:

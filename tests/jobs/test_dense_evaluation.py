@@ -16,7 +16,7 @@ from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.figures import sections
 from vismt.jobs.evaluation_job import mean_scores
 from vismt.jobs.output_conditions import ADJUSTED
-from vismt.multitask.tasks import DenseTask
+from vismt.multitask.tasks import Task
 from vismt.report.results import Score
 from vismt.robustness.corruptions import CorruptionSpec
 from vismt.storage.files import read_sealed
@@ -37,7 +37,7 @@ class Samples:
     def part(self, name: str) -> Rows:
         return self.rows
 
-    def class_counts(self, task: DenseTask) -> list[int]:
+    def class_counts(self, task: Task) -> list[int]:
         return [9, 1]
 
 

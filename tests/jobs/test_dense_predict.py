@@ -127,18 +127,6 @@ def test_maps_are_pictures_alone_and_over_the_image(answers, tmp_path: Path) -> 
     assert (over == np.round(alone / 2)).all() and alone.any()  # the image is black
 
 
-def test_a_folder_stands_for_its_images(tmp_path: Path) -> None:
-    names = ["b.png", "a.JPG", "notes.txt"]
-    for name in names:
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "c.png").mkdir()
-    (tmp_path / "empty").mkdir()
-    found = dense_predict.image_files([tmp_path, Path("x.png")])
-    assert [path.name for path in found] == ["a.JPG", "b.png", "x.png"]
-    with pytest.raises(UserError, match=r"empty' has no image file \(.bmp, .gif"):
-        dense_predict.image_files([tmp_path / "empty"])
-
-
 def test_images_of_one_name_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     paths = [tmp_path / folder / "0.png" for folder in ("a", "b")]
     for path in paths:

@@ -14,8 +14,11 @@ from vismt.report.tables import result_tables
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import CLEAN
 
-# mean 0.5; squares of the deviations .09 + .01 + .01 + .09 = .2; std = sqrt(.2 / 3) = .2582; 1.96 * .2582 / 2 = .2530
-HALF = 1.96 * math.sqrt(0.2 / 3) / 2
+# mean 0.5; squares of the deviations .09 + .01 + .01 + .09 = .2; std = sqrt(.2 / 3) = .2582; t(3) = 3.1824 * .2582 / 2 = .4109
+ERROR = math.sqrt(0.2 / 3) / 2
+HALF = 3.182446 * ERROR
+# of the average over two sets with this error each: t at six degrees of freedom
+AVERAGE_HALF = 2.446912 * ERROR / math.sqrt(2)
 
 
 @pytest.fixture
@@ -35,7 +38,7 @@ def records_of(folder, data, arm):
 def test_paired_differences_decide_where_intervals_overlap(folder):
     results = comparisons(folder)
     clean = results["digits", "clean"]
-    # 0.5 +- 0.253 and 0.6 +- 0.253 overlap, but every episode gains exactly 0.1: no tie
+    # 0.5 +- 0.411 and 0.6 +- 0.411 overlap, but every episode gains exactly 0.1: no tie
     assert clean.cells["frozen"].half == pytest.approx(HALF) and clean.cells["frozen"].value == 0.5
     assert (clean.cells["adapted"].mark, clean.cells["frozen"].mark) == ("best", "") and clean.paired
     assert clean.difference == pytest.approx((0.1, 0.1, 0.1))
@@ -51,7 +54,7 @@ def test_without_records_the_intervals_decide(folder):
     results = comparisons(folder)
     clean, attacked = results["digits", "clean"], results["crops", PGD.label]
     assert clean.cells["frozen"].mark == "tie" and clean.difference is None and not clean.paired
-    # .1 +- 1.96 * .1155 / 2 = .1 +- .113 ends at .213; .45 +- .057 starts at .393: apart
+    # .1 +- 3.18 * .1155 / 2 = .1 +- .184 ends at .284; .45 +- .092 starts at .358: apart
     assert attacked.cells["frozen"].mark == ""
     (table,) = result_tables(list(results.values()))
     assert all(row[1].endswith(" (unpaired)") for row in table.rows)
@@ -106,13 +109,14 @@ def test_examples_that_are_right_or_wrong(folder):
 
 def test_average_over_sets(folder):
     average = comparisons(folder)["average", "clean"]
-    # (0.5 + 0.5) / 2 and (0.6 + 0.525) / 2; halves combine as sqrt(h^2 + h^2) / 2; n adds up
+    # (0.5 + 0.5) / 2 and (0.6 + 0.525) / 2; errors combine as sqrt(e^2 + e^2) / 2; n adds up
     assert average.cells["frozen"].value == pytest.approx(0.5)
     assert average.cells["adapted"].value == pytest.approx(0.5625)
-    assert average.cells["frozen"].half == pytest.approx(HALF / math.sqrt(2)) and average.cells["frozen"].n == 8
-    # differences: .1 without spread, and .025 with std sqrt(4 * .075^2 / 3) = .0866: half 1.96 * .0866 / 2 / 2 = .04244
-    assert average.difference == pytest.approx((0.0625, 0.0625 - 0.04244, 0.0625 + 0.04244), abs=1e-4)
-    assert average.cells["frozen"].mark == ""
+    assert average.cells["frozen"].half == pytest.approx(AVERAGE_HALF) and average.cells["frozen"].n == 8
+    # differences: .1 without spread, and .025 with std sqrt(4 * .075^2 / 3) = .0866: half t(3) * .0866 / 2 / 2 = .06890
+    assert average.difference == pytest.approx((0.0625, 0.0625 - 0.0689, 0.0625 + 0.0689), abs=1e-4)
+    assert average.cells["frozen"].mark == "tie"
+    assert average.p == pytest.approx(2 * student.sf(0.0625 / (0.0866 / 4), 3), abs=1e-4) and 0.05 < average.p < 0.07
 
 
 @pytest.mark.parametrize("records", [True, False])
@@ -130,9 +134,11 @@ def test_where_lower_is_better_the_lowest_is_best(folder, records):
             data: [results[data, "clean"].cells[arm].mark for arm in ("frozen", "adapted")]
             for data in ("digits", "average")
         }
-    # 0.5 and 0.6 on digits, 0.5 and 0.5625 on average: beyond the widths; the average's unpaired reach is 2 * 0.04 / sqrt 2
-    assert marks["higher"] == {"digits": ["", "best"], "average": ["", "best"]}
-    assert marks["lower"] == {"digits": ["best", ""], "average": ["best", ""]}
+    # 0.5 and 0.6 on digits, beyond the widths; 0.5 and 0.5625 on average, whose unpaired reach is 2 * 0.04 / sqrt 2 at six degrees
+    # of freedom for three, and whose difference is ± 0.0689
+    other = "tie" if records else ""
+    assert marks["higher"] == {"digits": ["", "best"], "average": [other, "best"]}
+    assert marks["lower"] == {"digits": ["best", ""], "average": ["best", other]}
 
 
 def test_no_average_of_one_set_or_of_unequal_arms(tmp_path):
@@ -170,8 +176,8 @@ def test_trainings_of_other_seeds_are_independent(folder):
     """Of seeds 0, 1 and 5, 6: the spread is that of both arms, not of differences of trainings that do not belong together."""
     with_trainings(folder, "digits", "frozen", [0.4, 0.6])
     with_trainings(folder, "digits", "adapted", [0.5, 0.7], first=5)
-    # variance of a mean .02 / 2 = .01 each, two degrees of freedom for equal ones: t = 4.30265
-    half = 4.30265 * math.sqrt(0.02)
+    # variance of a mean .02 / 2 = .01 each, one degree of freedom each
+    half = 12.7062 * math.sqrt(0.02)
     assert comparisons(folder)["digits", "clean"].difference == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-4)
 
 
@@ -189,14 +195,19 @@ def test_a_seed_moves_all_sets_of_an_average_together(folder):
     row = comparisons(folder)["average", "clean"]
     # over episodes: squares of .253 and of crops' deviations .05063 + .03063 + .03063 + .05063 = .1625, /12; seeds .4625, .6625
     examples = math.sqrt(0.2 / 12 + 0.1625 / 12) / 2
-    freedom = (1 + examples**2 / 0.1**2) ** 2
-    assert row.cells["adapted"].half == pytest.approx(student.ppf(0.975, freedom) * math.hypot(examples, 0.1), rel=1e-3)
-    steps = 0.04244 / 1.96
-    freedom = (1 + steps**2 / 0.1**2) ** 2
-    half = student.ppf(0.975, freedom) * math.hypot(steps, 0.1)
-    assert row.difference == pytest.approx((0.0625, 0.0625 - half, 0.0625 + half), rel=1e-3)
+    wide = by_two_seeds(examples, 2 * 3 * (0.2 + 0.1625) ** 2 / (2 * (0.2**2 + 0.1625**2)))
+    cell = row.cells["adapted"]
+    assert cell.high == 1.0 and cell.low == pytest.approx(max(0.0, 0.5625 - wide), rel=1e-3)
+    steps = by_two_seeds(0.0866 / 4, 3)
+    assert row.difference == pytest.approx((0.0625, 0.0625 - steps, 0.0625 + steps), rel=1e-3)
     other = comparisons_of(folder, "crops", [0.625, 0.425])["average", "clean"]
-    assert other.cells["adapted"].half == pytest.approx(1.96 * examples, rel=1e-3)
+    assert other.cells["adapted"].half == pytest.approx(student.ppf(0.975, 5.9366) * examples, rel=1e-3)
+
+
+def by_two_seeds(examples, freedom):
+    """The half width for an error over examples and two seeds of error .1 (Cochran's weighted quantile)."""
+    quantiles = examples**2 * student.ppf(0.975, freedom) + 0.1**2 * 12.7062
+    return quantiles / math.hypot(examples, 0.1)
 
 
 def comparisons_of(folder, data, scores):
@@ -213,7 +224,7 @@ def test_without_records_an_average_has_the_widths_of_the_trainings(folder):
         for seed in (0, 1):
             score = Score("few-shot", data, "5-way 1-shot", measure(FROZEN), CLEAN, "episodes")
             add(folder, score, "adapted", seed=seed)
-    assert comparisons(folder)["average", "clean"].cells["adapted"].half == pytest.approx(HALF / math.sqrt(2))
+    assert comparisons(folder)["average", "clean"].cells["adapted"].half == pytest.approx(AVERAGE_HALF)
 
 
 def test_other_protocols_metrics_and_units_are_other_blocks(folder):

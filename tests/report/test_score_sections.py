@@ -97,9 +97,9 @@ def test_pairs_are_the_later_arm_minus_the_earlier(folder):
         f"edge: {EDGE} in % ↑, n = 4",
         f"delta_m: {DELTA} ↑, n = 4",
     ]
-    # Images: -1, -0.8, -0.9, standard error .0577; seeds: -1, -0.8, standard error .1. (1 + .0577^2 / .1^2)^2 = 1.78 degrees
-    # of freedom, t = 4.859: 4.859 * .1155 = .561. Edges: no spread over images, seeds -6 and -2. Depth has no edge arm.
-    assert both.rows == [["emtal − alone", "−0.90 ± 0.56", "–", "–"], ["edge − emtal", "–", "−4.0 ± 25.4", "–"]]
+    # Images: -1, -0.8, -0.9, standard error .0577; seeds: -1, -0.8, standard error .1. t(2) = 4.303 and t(1) = 12.706,
+    # weighted by the variances, 10.605, * .1155 = 1.22. Edges: no spread over images, seeds -6 and -2. Depth has no edge arm.
+    assert both.rows == [["emtal − alone", "−0.9 ± 1.2", "–", "–"], ["edge − emtal", "–", "−4.0 ± 25.4", "–"]]
     assert [row[1] for row in seeds.rows] == ["−0.9 ± 1.3", "–"]
     assert [row[2] for row in seeds.rows] == ["–", "−4.0 ± 25.4"]
 

@@ -72,14 +72,14 @@ def test_a_rise_counts_when_it_is_more_than_noise():
     steady = judge_curve(curve([0.5, 0.5, 0.5], [0.6, 0.6, 0.6], [0.0, 0.0, 0.0]), 0.2)
     assert not steady.monotone and steady.reaches_chance
     assert steady.verdict() == "FAIL: rises from 50.0 % at 0/255 to 60.0 % at 1/255"
-    # rises of 0.3, -0.1, 0.1: the same mean 0.1 with a half width of 1.96 * 0.2 / sqrt(3) = 0.226
+    # rises of 0.3, -0.1, 0.1: the same mean 0.1 with a half width of 4.303 * 0.2 / sqrt(3) = 0.497
     noisy = judge_curve(curve([0.5, 0.5, 0.5], [0.8, 0.4, 0.6], [0.0, 0.0, 0.0]), 0.2)
     assert noisy.monotone and noisy.passed
     assert judge_curve(curve([0.5, 0.5], [0.51, 0.51], [0.0, 0.0]), 0.2).monotone  # within the slack
 
 
 def test_the_end_must_reach_chance():
-    # 0.25 without width is above 0.2; 0.1 and 0.4 have the mean 0.25 and a half width of 0.29
+    # 0.25 without width is above 0.2; 0.1 and 0.4 have the mean 0.25 and a half width of 1.9
     assert not judge_curve(curve([0.9, 0.9], [0.8, 0.8], [0.25, 0.25]), 0.2).reaches_chance
     assert judge_curve(curve([0.9, 0.9], [0.8, 0.8], [0.1, 0.4]), 0.2).reaches_chance
     assert judge_curve(curve([0.9, 0.9], [0.8, 0.8], [0.0, 0.0]), 0.2).passed

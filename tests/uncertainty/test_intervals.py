@@ -1,6 +1,7 @@
 """Measures, their intervals and averages, and the kinds of conditions, by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,30 +14,33 @@ from vismt.robustness.corruptions import CorruptionSpec
 from vismt.uncertainty.intervals import (
     CLEAN,
     Condition,
+    Estimate,
     Measure,
+    average_of,
     averaged,
+    estimate,
+    interval_kind_text,
     mean_interval,
+    over_domains,
     over_seeds,
-    seeds_interval,
     wilson,
-    with_seeds,
 )
 
 VALUES = {"a": 0.2, "b": 0.4, "c": 0.6, "d": 0.8}
 # squares of the deviations from 0.5: .09 + .01 + .01 + .09 = .2
-HALF = 1.96 * math.sqrt(0.2 / 3) / 2
+HALF = 3.182446 * math.sqrt(0.2 / 3) / 2  # t at three degrees of freedom
 
 
 def test_a_measure_is_the_mean_of_its_values():
     measure = Measure("accuracy", VALUES)
     assert measure.score == pytest.approx(0.5)
-    assert measure.interval() == pytest.approx((0.5 - HALF, 0.5 + HALF)) == measure.training_interval()
+    assert measure.interval() == pytest.approx((0.5 - HALF, 0.5 + HALF))
     assert (measure.scale, measure.better, measure.chance) == ("share", "higher", None)
 
 
 def test_bounds_take_the_place_of_the_interval():
     measure = Measure("ECE-15", VALUES, bounds=(0.1, 0.7))
-    assert measure.interval() == (0.1, 0.7) == measure.training_interval()
+    assert measure.interval() == (0.1, 0.7)
 
 
 def test_an_interval_needs_two_values():
@@ -58,9 +62,24 @@ def test_wilson_by_hand():
 
 def test_counts_of_one_training_have_wilsons_interval():
     right = Measure("accuracy", {"a": 1.0, "b": 1.0, "c": 0.0, "d": 1.0}, counts=True)
-    assert right.training_interval() == wilson(3, 4)
-    # 1.96 * 0.5 / 2 around 0.75
-    assert right.interval() == pytest.approx((0.26, 1.24))
+    assert right.interval() == wilson(3, 4)
+    # the mean of trainings is no count: t at three degrees of freedom * 0.5 / 2 around 0.75, and no share exceeds 1
+    mean = averaged([right, right])
+    assert mean.interval() == (0.0, 1.0)
+    number = averaged([replace(right, scale="number")] * 2)
+    assert number.interval() == pytest.approx((0.75 - 3.182446 * 0.25, 0.75 + 3.182446 * 0.25), abs=1e-6)
+
+
+def test_shares_stay_in_their_range_and_are_never_certain():
+    few = Measure("accuracy", {"a": 0.9, "b": 0.8, "c": 1.0})
+    assert few.interval()[1] == 1.0 and few.interval()[0] < 0.7
+    assert replace(few, scale="number").interval()[1] > 1.0
+    for value in (0.0, 1.0):
+        all_equal = Measure("accuracy", {str(i): value for i in range(20)})
+        assert all_equal.interval() == wilson(20 * int(value), 20)
+        again = averaged([all_equal, all_equal, all_equal]).interval()
+        assert again == pytest.approx(all_equal.interval())
+    assert Measure("accuracy", dict.fromkeys("abcd", 0.5)).interval() == (0.5, 0.5)
 
 
 def test_the_average_over_trainings_is_example_by_example():
@@ -69,9 +88,10 @@ def test_the_average_over_trainings_is_example_by_example():
     mean = averaged([first, second])
     assert mean.values == {"a": 1.0, "b": 0.5} and mean.score == 0.75
     assert not mean.counts and mean.chance == 0.1 and averaged([first]) is first
-    # Scores .5 and 1: .25 over seeds; deviation .35355 over examples: .25; (2 - 1) (1 + 1)^2 degrees of freedom, t = 2.77645.
-    half = 2.77645 * math.sqrt(0.25**2 + 0.25**2)
-    assert mean.interval() == pytest.approx((0.75 - half, 0.75 + half), abs=1e-5) == mean.training_interval()
+    assert mean.interval() == (0.0, 1.0)  # two examples and two seeds, a degree of freedom each
+    # Scores .5 and 1: .25 over seeds; deviation .35355 over examples: .25; t = 12.7062 of both.
+    half = 12.7062 * math.sqrt(0.25**2 + 0.25**2)
+    assert averaged([replace(first, scale="number"), second]).interval()[1] == pytest.approx(0.75 + half, abs=1e-3)
 
 
 def test_equal_seeds_have_the_interval_of_the_examples():
@@ -80,12 +100,13 @@ def test_equal_seeds_have_the_interval_of_the_examples():
 
 
 def test_the_spread_of_seeds_enters_bounds_too():
-    first = Measure("ECE-15", {"a": 0.1, "b": 0.1}, bounds=(0.0, 0.2))
-    second = Measure("ECE-15", {"a": 0.3, "b": 0.3}, bounds=(0.1, 0.6))
+    first = Measure("ECE-15", {"a": 0.1, "b": 0.1}, "number", bounds=(0.0, 0.2))
+    second = Measure("ECE-15", {"a": 0.3, "b": 0.3}, "number", bounds=(0.1, 0.6))
     mean = averaged([first, second])
     assert mean.score == pytest.approx(0.2)
-    low, high = mean.bounds
-    assert high - mean.score == pytest.approx(mean.score - low) and high - mean.score > (0.1 + 0.25) / 2
+    # (0.1 + 0.25) / 2 over the examples, of error .0893; of the seeds .1; t of two seeds
+    half = (1.959964 * 0.0893**2 + 12.7062 * 0.1**2) / math.hypot(0.0893, 0.1)
+    assert mean.bounds == pytest.approx((0.2 - half, 0.2 + half), abs=1e-2)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.3])
@@ -107,16 +128,74 @@ def test_the_interval_covers_the_truth_with_a_spread_of_seeds_too(spread):
 
 
 def test_the_half_width_over_examples_and_seeds_by_hand():
-    assert with_seeds(0.196) == with_seeds(0.196, [0.4]) == with_seeds(0.196, [0.4, 0.4], [0.2, 0.2]) == 0.196
-    # se .1 over examples and .1 over the seeds .3 and .5: (1 + 1)^2 = 4 degrees of freedom, t = 2.77645
-    assert with_seeds(0.196, [0.3, 0.5]) == pytest.approx(2.77645 * math.sqrt(0.02), abs=1e-5)
-    # a second group of three, .1, .2, .3, standard error .1 / sqrt(3): V = .01 + .01 + .00333
-    half = student.ppf(0.975, (0.02 + 0.01 / 3) ** 2 / (1e-4 + (0.01 / 3) ** 2 / 2)) * math.sqrt(0.02 + 0.01 / 3)
-    assert with_seeds(0.196, [0.3, 0.5], [0.1, 0.2, 0.3]) == pytest.approx(half)
-    measure = Measure("accuracy", VALUES)
+    known = Estimate(0.0, ((0.01, math.inf),))
+    assert known.half == pytest.approx(1.959964 * 0.1)
+    for groups in ([], [[0.4]], [[0.4, 0.4], [0.2, 0.2]]):
+        assert known.with_seeds(*groups).half == pytest.approx(known.half)
+    # three seeds .3, .4, .5: variance .01 / 3; V = .01333, V^2 / (.00333^2 / 2) = 32 degrees of freedom, t = 2.036933
+    seeds = [0.3, 0.4, 0.5]
+    assert known.with_seeds(seeds).half == pytest.approx(2.036933 * math.sqrt(0.04 / 3))
+    # five parts in place of a known error: .01^2 / 4 beside it: 5.8182
+    parts = Estimate(0.0, ((0.01, 4.0),))
+    freedom = (0.04 / 3) ** 2 / (1e-4 / 4 + (0.01 / 3) ** 2 / 2)
+    assert freedom == pytest.approx(5.8182, abs=1e-4)
+    assert parts.with_seeds(seeds).half == pytest.approx(student.ppf(0.975, freedom) * math.sqrt(0.04 / 3))
+    # two seeds .3 and .5, variance .01: the mean of 1.96 and 12.7062, weighted by the variances
+    assert known.with_seeds([0.3, 0.5]).half == pytest.approx((1.959964 + 12.706205) / 2 * math.sqrt(0.02))
+    measure = Measure("accuracy", VALUES, "number")
     assert over_seeds(measure, [0.3]) is measure
     wide = over_seeds(measure, [0.3, 0.7]).interval()
-    assert wide[1] - 0.5 == pytest.approx(with_seeds(HALF, [0.3, 0.7])) == pytest.approx(0.5 - wide[0])
+    assert (
+        wide[1] - 0.5 == pytest.approx(measure.estimate().with_seeds([0.3, 0.7]).half) == pytest.approx(0.5 - wide[0])
+    )
+    assert wide[1] - 0.5 > HALF
+
+
+def test_p_is_the_level_at_which_the_interval_ends_at_zero():
+    plain = Estimate(0.3, ((0.01, 4.0),))
+    assert plain.p == pytest.approx(2 * student.sf(3.0, 4))
+    half = student.ppf(0.975, 1) * 0.01 / 0.02 + student.ppf(0.975, 4) * 0.01 / 0.02
+    at_the_end = Estimate(half * math.sqrt(0.02), ((0.01, 4.0), (0.01, 1.0)))
+    assert at_the_end.p == pytest.approx(0.05) and at_the_end.bounds[0] == pytest.approx(0.0)
+    assert Estimate(0.0, ((0.0, 4.0),)).p == 1.0 and Estimate(0.2, ((0.0, 4.0),)).p == 0.0
+    assert Estimate(50.0, ((0.01, 400.0),)).p <= 1e-12
+
+
+def test_parts_by_hand():
+    # two parts, of means .2 and .6: sd .28284, over the root of 2: .2; t at one degree of freedom
+    assert estimate([0.1, 0.7, 0.3, 0.5], parts=2).half == pytest.approx(12.706205 * 0.2)
+    # equal part means: the values differ only within the parts
+    assert estimate([0.1, 0.3, 0.5, 0.3], parts=2).half == pytest.approx(0.0)
+    # parts of three and two values: shares .6 and .4, mean .44, 2 / 1 (.36 (.4 - .44)^2 + .16 (.5 - .44)^2)
+    found = estimate([0.3, 0.4, 0.4, 0.6, 0.5], parts=2)
+    assert found.variance == pytest.approx(2 * (0.36 * 0.04**2 + 0.16 * 0.06**2)) and found.mean == pytest.approx(0.44)
+    with pytest.raises(UserError, match="need 5 or more"):
+        estimate([0.1] * 4, parts=5)
+
+
+def test_what_changes_nothing():
+    values = torch.rand(30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for parts in (0, 5):
+        found, moved = estimate(values, parts=parts), estimate(values + 3, parts=parts)
+        assert moved.half == pytest.approx(found.half) and moved.mean == pytest.approx(found.mean + 3)
+        assert estimate(values - values, parts=parts).bounds == (0.0, 0.0)
+        low, high = estimate(-values, parts=parts).bounds
+        assert (-high, -low) == pytest.approx(found.bounds)
+
+
+def test_averages_over_sets():
+    first, second = estimate([0.5, 0.7, 0.9]), estimate([0.2, 0.3])
+    found = average_of([first, second])
+    variance = (first.variance + second.variance) / 4
+    freedom = variance**2 / ((first.variance / 4) ** 2 / 2 + (second.variance / 4) ** 2)
+    assert (found.mean, found.variance) == pytest.approx((0.475, variance))
+    assert found.half == pytest.approx(student.ppf(0.975, freedom) * math.sqrt(variance))
+    assert average_of([replace(first, covers="images"), replace(second, covers="sampler")]).covers == "sampler"
+    assert average_of([replace(first, covers="images+seeds"), second]).covers == "images+seeds"
+    # domains as a sample: .1, ..., .5, sd .15811, t at four degrees of freedom
+    sample = over_domains([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert sample.half == pytest.approx(2.776445 * 0.158114 / math.sqrt(5)) and sample.covers == "domains"
+    assert over_domains([0.1, 0.2, 0.3, 0.4]) is None
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -134,17 +213,26 @@ def test_the_interval_of_a_difference_covers_with_a_spread_of_seeds(shared):
         b = examples + 0.3 * draw(50) + 0.2 * draw(4, 1) + shared * together
         if not shared:
             b = b[:3]
-        mean, half = mean_interval(a.mean(0) - b.mean(0))
+        found = estimate(a.mean(0) - b.mean(0))
         groups = [a.mean(1) - b.mean(1)] if shared else [a.mean(1), b.mean(1)]
-        covered += abs(mean) <= with_seeds(half, *(scores.tolist() for scores in groups))
-        alone += abs(mean) <= half
+        covered += abs(found.mean) <= found.with_seeds(*(scores.tolist() for scores in groups)).half
+        alone += abs(found.mean) <= found.half
     assert 0.92 < covered / 400 < 0.985 and alone / 400 < 0.85
+
+
+def test_an_interval_names_what_it_covers():
+    assert Measure("accuracy", VALUES).covers == "examples"
+    seed = Measure("accuracy", VALUES, covers="sampler")
+    assert averaged([seed]).covers == "sampler" and averaged([seed, seed]).covers == "sampler+seeds"
+    assert over_seeds(averaged([seed, seed]), [0.1, 0.2]).covers == "sampler+seeds"
+    assert interval_kind_text("images+seeds") == "95 % over new images of these classes and training seeds"
+    assert "earlier version" in interval_kind_text("")
 
 
 def test_student_over_seeds_by_hand():
     # t of 0.975: 12.7062 at one degree of freedom, 4.30265 at two
-    assert seeds_interval([2.0, 2.2]) == pytest.approx((2.1, 12.7062 * 0.1), abs=1e-4)
-    assert seeds_interval([0.5, 0.6, 0.7]) == pytest.approx((0.6, 4.30265 * 0.1 / math.sqrt(3)), abs=1e-5)
+    assert mean_interval([2.0, 2.2]) == pytest.approx((2.1, 12.7062 * 0.1), abs=1e-4)
+    assert mean_interval([0.5, 0.6, 0.7]) == pytest.approx((0.6, 4.30265 * 0.1 / math.sqrt(3)), abs=1e-5)
 
 
 def test_kinds_of_conditions():

@@ -1,4 +1,4 @@
-"""Probability metrics and temperature scaling on numbers computed by hand, and the coverage of the ECE intervals."""
+"""Probability metrics on numbers computed by hand, and the coverage of the ECE intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.llm import fit_temperature
 from vismt.uncertainty.probability_metrics import (
     binned_gaps,
     detection_auroc,
@@ -201,39 +200,6 @@ def test_settings_that_are_none() -> None:
         gap_values(binned_gaps(*answered(p, y)), resamples=0)
     with pytest.raises(UserError, match="0 inside and 2 outside"):
         detection_auroc(torch.zeros(0), torch.zeros(2))
-
-
-def test_temperature_has_the_least_nll() -> None:
-    torch.manual_seed(0)
-    z = 2 * torch.randn(6_000, 4)
-    y = torch.distributions.Categorical(logits=z).sample()
-    assert fit_temperature(3 * z, y) == pytest.approx(3, rel=0.05)
-    assert fit_temperature((z / 4).log_softmax(1), y) == pytest.approx(0.25, rel=0.05)
-    small, labels = z[:300].to(torch.bfloat16), y[:300]
-    temperature = fit_temperature(small, labels)
-    nll = [F.cross_entropy(small.double() / (temperature * factor), labels).item() for factor in (0.99, 1.0, 1.01)]
-    assert nll[1] < min(nll[0], nll[2])
-    assert (small / temperature).argmax(1).equal(small.argmax(1))
-
-
-def test_temperature_at_its_ends() -> None:
-    z = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-    assert fit_temperature(z, torch.tensor([0, 1])) == pytest.approx(1e-3, rel=1e-6)  # always right: no finite optimum
-    assert fit_temperature(z, torch.tensor([1, 0])) == pytest.approx(1e3, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    "z,y,message",
-    [
-        (torch.zeros(3, 2), torch.zeros(2).long(), "needed \\(n, k\\) and \\(n,\\)"),
-        (torch.zeros(0, 2), torch.zeros(0).long(), "needed"),
-        (torch.full((2, 2), -math.inf), torch.zeros(2).long(), "not all finite"),
-        (torch.zeros(2, 2), torch.tensor([0, 2]), "labels range over \\[0, 2\\]"),
-    ],
-)
-def test_temperature_of_what_does_not_fit(z: Tensor, y: Tensor, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        fit_temperature(z, y)
 
 
 def test_detection_values_have_the_auroc_as_mean_and_delongs_variance() -> None:

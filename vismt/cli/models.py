@@ -18,7 +18,11 @@ def add_commands(commands: Commands) -> None:
     merge = commands.add("merge", _merge, "write the merged stock model of a run folder")
     merge.add_argument("run", type=Path, help="a run folder")
     _add_arm(merge)
-    predict = commands.add("predict", _predict, "draw a dense run's predictions on your own images")
+    predict = commands.add(
+        "predict",
+        _predict,
+        "predict the classes (a table) or the maps (pictures) of your own images",
+    )
     predict.add_argument("run", type=Path, help="a run folder")
     predict.add_argument("images", type=Path, nargs="+", help="image files of any size, or folders of them")
     predict.add_argument("--to", type=Path, help="target folder (RUN/predictions)")
@@ -26,15 +30,17 @@ def add_commands(commands: Commands) -> None:
     predict.add_argument(
         "--own-size",
         action="store_true",
-        help="slide windows over the image at its original size instead of fitting the image into the run's size",
+        help="of a dense run: slide windows over the image at its original size instead of fitting the image into the run's size",
     )
     predict.add_argument(
-        "--flip", action="store_true", help="average with the mirrored image's prediction, as evaluate.flip does"
+        "--flip",
+        action="store_true",
+        help="of a dense run: average with the mirrored image's prediction, as evaluate.flip does",
     )
     predict.add_argument(
         "--maps",
         action="store_true",
-        help="also write each task's prediction as an array (.npz), a picture and an overlay (.png)",
+        help="also write arrays (.npz): the probabilities of all classes, or each map, with a picture and an overlay (.png)",
     )
     pool = commands.add("pool", _pool, "assemble separately trained experts into one pool folder")
     pool.add_argument("action", choices=("assemble",))
@@ -77,9 +83,9 @@ def _export(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in ("own_size", "flip", "maps")}
     with _open(options).owned() as run:
-        pictures = run.predict(options.images, options.to, options.arm, **settings)
-    for path in pictures:
-        console.stage("picture", str(path))
+        paths = run.predict(options.images, options.to, options.arm, **settings)
+    for path in paths:
+        console.stage("predict", str(path))
 
 
 def _pool(options: argparse.Namespace) -> None:

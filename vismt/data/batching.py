@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,17 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.base.seeds import mix_seed
 from vismt.data.pixels import Pixels
+
+
+class Images(Protocol):
+    """Images with labels int64 (n,): `images[index]` is float32 (b, 3, h, w) in [0, 1] for an int64 index (b,)."""
+
+    labels: Tensor
+    ids: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor) -> Tensor: ...
 
 
 class Gathered:
@@ -117,7 +129,7 @@ class ShuffledBatches:
 class InOrder:
     """A sequence of the batches (images (b, 3, h, w), labels (b,), ids) of all images in their order."""
 
-    def __init__(self, images: Gathered, batch: int) -> None:
+    def __init__(self, images: Images, batch: int) -> None:
         self.images, self.batch = images, batch
 
     def __len__(self) -> int:

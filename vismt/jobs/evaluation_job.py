@@ -149,9 +149,10 @@ class EvaluationJob(ABC, Generic[Config]):
         return {}
 
     def predict(self, images: Sequence[Path], target: Path, arm: str | None = None, **options: bool) -> list[Path]:
-        """Draw one arm's predictions on images into `target`; return the files."""
+        """Write one arm's predictions on images into `target`; return the files."""
         raise UserError(
-            f"predict: run '{self.folder}' has the job '{self.config.task}', which draws no predictions on images."
+            f"predict: run '{self.folder}' has the job '{self.config.task}', which predicts no images; name a run of "
+            "multitask or dense."
         )
 
     def name_of(self, arm: str | None = None) -> str:

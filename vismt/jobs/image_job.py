@@ -9,7 +9,6 @@ from typing import Generic
 
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError
 from vismt.engine.study import Training
 from vismt.jobs.training_job import Config, Net, TrainingJob
 from vismt.multitask.emtal.router_maps import has_routers, router_maps
@@ -27,9 +26,9 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
     The files from which the report draws routers are written here, too.
     """
 
+    @abstractmethod
     def check_risk(self) -> None:
         """Raise UserError where `scores_under` cannot have the measures of `evaluate.risk`."""
-        raise UserError(f"evaluate.risk: the run '{self.folder}' has no class probabilities; name a run of multitask.")
 
     @abstractmethod
     def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:

@@ -1,4 +1,4 @@
-"""Scores of a classifier of images from a record of every image: accuracy, quality of the probabilities, risk.
+"""Scores of a classifier of images from a record of every image: accuracy, quality of the probabilities, risk, detection.
 
 An accuracy's values are 1 for a right answer and 0 for a wrong one. Records are kept, and images on record are not evaluated
 again.
@@ -6,20 +6,24 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vismt.jobs.output_conditions import ADJUSTED
+from vismt.base import console, ranks
+from vismt.data.batching import InOrder
+from vismt.engine import runtime
+from vismt.jobs.output_conditions import ADJUSTED, against
 from vismt.jobs.risk import Thresholds, image_measures
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.evaluate import Form, RepeatableBatches, accuracies, evaluate_examples
-from vismt.uncertainty.intervals import Condition, Measure, wilson
-from vismt.uncertainty.probability_metrics import binned_gaps, quality_measures
+from vismt.storage.records import SHARE, Records, recorded_settings
+from vismt.uncertainty.intervals import NUMBER, Condition, Measure
+from vismt.uncertainty.probability_metrics import binned_gaps, detection_values, quality_measures
 
 ACCURACY = "accuracy"
 
@@ -46,13 +50,16 @@ def image_scores(
         names: task, data and protocol of the scores.
         num_classes: of the logits.
         records: the file of the records.
-        forms: forms of the clean logits whose probabilities have scores, by condition; of the adjusted form the accuracy.
+        forms: forms of the clean logits whose probabilities have scores, by condition; of the adjusted form the accuracy. Records
+            that have begun without any go on without.
         thresholds: of conformal sets and selective prediction, which are then evaluated, too (risk.py).
-        trained: whether the net is of a training, whose accuracies are averaged over seeds; the others have Wilson's intervals
-            and the score of a guess.
+        trained: whether the net is of a training; the others have the score of a guess.
         about: data, fingerprint and label, as for `evaluate_examples`.
     """
     records.parent.mkdir(parents=True, exist_ok=True)
+    begun = recorded_settings(records)
+    if begun is not None and "forms" not in begun:
+        forms = {}
     by_label = {condition.label: form for condition, form in (forms or {}).items()}
     quantile = None if thresholds is None else thresholds.quantile
     rows = evaluate_examples(
@@ -60,20 +67,16 @@ def image_scores(
     )
     measures: list[tuple[Condition, Measure]] = []
     for condition, values in accuracies(rows, specs, num_classes):
-        if trained:
-            measure = Measure(ACCURACY, values)
-        else:
-            bounds = wilson(round(sum(values.values())), len(values))
-            measure = Measure(ACCURACY, values, counts=True, bounds=bounds, chance=1 / num_classes)
+        measure = Measure(ACCURACY, values, counts=True, chance=None if trained else 1 / num_classes)
         measures.append((condition, measure))
     for condition in forms or ():
-        measures += [(condition, measure) for measure in _form_measures(rows, condition)]
+        measures += [(condition, measure) for measure in form_measures(rows, condition)]
     if thresholds is not None:
         measures += image_measures(rows, specs, num_classes, thresholds)
     return [Score(*names, measure, condition) for condition, measure in measures]
 
 
-def _form_measures(rows: Sequence[Mapping], condition: Condition) -> list[Measure]:
+def form_measures(rows: Sequence[Mapping], condition: Condition) -> list[Measure]:
     """Return the accuracy of the adjusted form of the logits, the quality of the probabilities of another, from records."""
     name, ids = condition.label, [row["id"] for row in rows]
 
@@ -85,3 +88,50 @@ def _form_measures(rows: Sequence[Mapping], condition: Condition) -> list[Measur
         return [Measure(ACCURACY, dict(zip(ids, right.tolist(), strict=True)))]
     gaps = binned_gaps(column(f"{name} confidence"), right)
     return quality_measures(ids, gaps, column(f"{name} nll"), column(f"{name} brier"))
+
+
+@torch.no_grad()
+def confidences(
+    net: Callable[[Tensor], Tensor], batches: InOrder, path: Path, settings: dict[str, object], label: str
+) -> dict[str, float]:
+    """Return the largest probability of each image by its id; images on record are not evaluated again.
+
+    net: images -> logits. settings: what the records in `path` depend on. label: of the progress bar.
+    """
+    log = Records(path, settings, {"confidence": SHARE}, key="id")
+    names = batches.images.ids
+
+    def run(number: int) -> list[dict]:
+        ids = names[number * batches.batch : (number + 1) * batches.batch]
+        if all(name in log for name in ids):
+            return []
+        logits = net(batches[number][0].to(runtime.processes().device))
+        largest = logits.double().softmax(1).amax(1).clamp_max(1).tolist()
+        return [{"id": name, "confidence": value} for name, value in zip(ids, largest, strict=True)]
+
+    with log:
+        for rows in console.track(ranks.share(range(len(batches)), run), "eval", label, len(batches)):
+            for row in rows:
+                log.add(row)
+    return {name: log[name]["confidence"] for name in names}
+
+
+def detection_score(
+    inside: Mapping[str, float], outside: Mapping[str, float], name: str, names: tuple[str, str, str]
+) -> Score:
+    """Return the AUROC with which a confidence tells evaluated images x from the images x' of a set of other classes.
+
+        AUROC = P(max_c p_c(x) > max_c p_c(x')) + 1/2 P(equal)
+
+    The confidence is the maximum softmax probability (Hendrycks and Gimpel, ICLR 2017, arXiv 1610.02136).
+
+    Args:
+        inside: confidences of the evaluated images by id.
+        outside: those of the other set.
+        name: of the other set in rows of results.
+        names: task, data and protocol of the score.
+    """
+    values = detection_values(*(-torch.tensor(list(part.values())) for part in (inside, outside)))
+    ids = [*inside, *(f"ood {image}" for image in outside)]
+    measure = Measure("AUROC", dict(zip(ids, values.tolist(), strict=True)), NUMBER, chance=0.5)
+    return Score(*names, measure, against(name))

@@ -6,7 +6,7 @@ What is fitted on validation examples for the weights of a model is kept in a JS
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TypeVar
@@ -31,10 +31,14 @@ def against(name: str) -> Condition:
     return Condition(f"against {name}", "variant", "out of distribution")
 
 
-def temperature_file(temperature: float) -> bytes:
-    """Return the content of temperature.json beside exported weights."""
-    about = {"temperature": temperature, "probabilities": "softmax(logits / temperature)", "fitted_on": "validation"}
-    return json.dumps(about, indent=1).encode()
+def temperature_file(temperature: float | Sequence[float]) -> bytes:
+    """Return the content of temperature.json beside exported weights.
+
+    temperature: one for all classes, or that of each class, where the class with the largest logit chooses.
+    """
+    chosen = "temperature" if isinstance(temperature, float) else "temperature[argmax(logits)]"
+    about = {"temperature": temperature, "probabilities": f"softmax(logits / {chosen})", "fitted_on": "validation"}
+    return json.dumps(about).encode()
 
 
 Fitted = TypeVar("Fitted")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from vismt.base.errors import UserError
 from vismt.engine.study import TuneConfig
 from vismt.report.results import Result
 from vismt.report.tables import Section, Table, interval_text, number_text
+from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.conditions import Perturbation, condition_of
 from vismt.uncertainty.conformal import conformal_quantile, least_examples, set_sizes
 from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Condition, Measure, wilson
@@ -56,13 +58,23 @@ class Thresholds:
     n: int
 
 
+def halves(risk: bool, tune: TuneConfig | None) -> bool:
+    """Return whether one half of the validation examples chooses rates and the other half gives thresholds."""
+    return risk and tune is not None and len(tune.rates) > 1
+
+
+def thresholds_file(task: str) -> str:
+    """Return the name of the file with the thresholds of a task, in the folder of a training."""
+    return f"risk-{task}.json"
+
+
 def validation_parts(labels: Tensor, risk: bool, tune: TuneConfig | None) -> tuple[Tensor, Tensor]:
     """Return masks (n,) of the validation examples that choose rates, and of those that give the thresholds.
 
     They are the halves of every class, each of neighbours as in vismt.data.division, where there are rates to choose and
     thresholds to give, else all examples. labels: int64 (n,); risk and tune: of the configuration.
     """
-    if not risk or tune is None or len(tune.rates) < 2:
+    if not halves(risk, tune):
         return torch.ones_like(labels, dtype=torch.bool), torch.ones_like(labels, dtype=torch.bool)
     chooses = torch.zeros_like(labels, dtype=torch.bool)
     before = 0
@@ -88,12 +100,24 @@ def _need_examples(count: int) -> None:
         )
 
 
+def check_unused(risk: bool, tune: TuneConfig | None, folder: Path) -> None:
+    """Raise UserError where a run chose its rates on all validation examples; risk: whether it was made with `evaluate.risk`."""
+    if not risk and halves(True, tune):
+        raise UserError(
+            f"evaluate.risk: the run '{folder}' chose its rates on all of its validation images, so none are left for the "
+            "thresholds; add evaluate.risk: true to that run and train it again."
+        )
+
+
 def fit_thresholds(log_p: Tensor, labels: Tensor) -> Thresholds:
     """Return the thresholds of clean examples. log_p: log-probabilities (n, k); labels: (n,)."""
-    _need_examples(len(labels))
-    chosen = log_p.gather(1, labels[:, None]).squeeze(1)
-    confidence = accepting_threshold(log_p.amax(1).exp(), SHARE)
-    return Thresholds(conformal_quantile(-chosen, COVERAGE), confidence, len(labels))
+    return thresholds_of(-log_p.gather(1, labels[:, None]).squeeze(1), log_p.amax(1).exp())
+
+
+def thresholds_of(nlls: Tensor, confidences: Tensor) -> Thresholds:
+    """Return the thresholds of clean examples from -log p of their labels (n,) and their largest probabilities (n,)."""
+    _need_examples(len(nlls))
+    return Thresholds(conformal_quantile(nlls, COVERAGE), accepting_threshold(confidences, SHARE), len(nlls))
 
 
 def risk_measures(
@@ -120,7 +144,7 @@ def risk_measures(
 
 
 def image_measures(
-    rows: Sequence[Mapping], specs: Sequence[Perturbation], num_classes: int, thresholds: Thresholds
+    rows: Sequence[Mapping], specs: Sequence[Perturbation | DenseAttack], num_classes: int, thresholds: Thresholds
 ) -> list[tuple[Condition, Measure]]:
     """Return the measures of clean images and of each spec, from records of `evaluate_examples` with a quantile."""
 

@@ -162,7 +162,7 @@ class Run:
     def predict(
         self, images: list[Path], target: Path | None = None, arm: str | None = None, **options: bool
     ) -> list[Path]:
-        """Draw predictions on images, by default under RUN/predictions; return the files. options: of the job."""
+        """Write predictions on images, by default under RUN/predictions; return the files. options: of the job."""
         return self.job.predict(images, target or self.folder / "predictions", arm, **options)
 
     def _write(self, model: Any, target: Path, arm: str | None) -> Path:

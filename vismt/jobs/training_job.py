@@ -87,8 +87,8 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         """Return the files to write beside the merged or exported weights of a training, by name."""
         return {}
 
-    def temperature(self, training: Training) -> float | None:
-        """Return the temperature that exports of a training carry, None for none."""
+    def temperature(self, training: Training) -> float | Sequence[float] | None:
+        """Return the temperature that exports of a training carry, or that of each class; None for none."""
         return None
 
     def facts(self) -> dict[str, Any]:

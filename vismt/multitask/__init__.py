@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vismt.multitask.emtal.method import set_fade
     from vismt.multitask.emtal.retain import DenseRetaining, QualityRetaining
     from vismt.multitask.heads import make_head, resize_logits
-    from vismt.multitask.tasks import DenseTask, make_task
+    from vismt.multitask.tasks import DenseTask, Task, make_task
 
 __all__ = [
     "Balancer",
@@ -25,6 +25,7 @@ __all__ = [
     "MoEfiedMlp",
     "QualityRetaining",
     "RouterFade",
+    "Task",
     "cluster_model",
     "cluster_neurons",
     "make_balancer",

@@ -5,8 +5,8 @@
 
 Windows have the net's input size and equal distances, neighbours share `overlap` of a side or more, and all windows have the
 same weight (the sliding inference of semantic segmentation). The mean is taken over the head's output, logits and depths, but
-over unit vectors for normals (`DenseTask.view`), because the longest of vectors of different lengths would dominate. Depth of
-an enlarged image is converted to the unit of the image (`DenseTask.rescaled`). The prediction of a single window without
+over unit vectors for normals (`Task.view`), because the longest of vectors of different lengths would dominate. Depth of
+an enlarged image is converted to the unit of the image (`Task.rescaled`). The prediction of a single window without
 mirroring at the image's own scale is returned unchanged.
 """
 
@@ -23,14 +23,14 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.data.maps.dense_transforms import FILL
 from vismt.multitask.nets import DenseNet
-from vismt.multitask.tasks import DenseTask, MapTask
+from vismt.multitask.tasks import MapTask, Task
 
 LARGEST_SCALE = 8  # beyond it the windows of one image are thousands
 
 
 def predict(
     net: DenseNet,
-    tasks: Mapping[str, DenseTask],
+    tasks: Mapping[str, Task],
     images: Tensor,
     *,
     overlap: float = 0.5,
@@ -76,7 +76,7 @@ def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _at_own_scale(
-    net: DenseNet, tasks: Mapping[str, DenseTask], images: Tensor, overlap: float, flip: bool
+    net: DenseNet, tasks: Mapping[str, Task], images: Tensor, overlap: float, flip: bool
 ) -> dict[str, Tensor]:
     """Return the predictions for images at their own scale."""
     size = net.backbone.img_size
@@ -122,7 +122,7 @@ def check_scales(scales: Sequence[float]) -> None:
 
 def _mean_of_views(
     net: DenseNet,
-    tasks: Mapping[str, DenseTask],
+    tasks: Mapping[str, Task],
     images: Tensor,
     views: Sequence[tuple[tuple[int, ...], bool]],
     size: tuple[int, int],
@@ -145,7 +145,7 @@ def _mean_of_views(
 
 
 def _predict_window(
-    net: DenseNet, tasks: Mapping[str, DenseTask], images: Tensor, size: tuple[int, int]
+    net: DenseNet, tasks: Mapping[str, Task], images: Tensor, size: tuple[int, int]
 ) -> dict[str, Tensor]:
     """Return the predictions, resized to `size`, for images of the net's input size."""
     return {name: tasks[name].resized(value.float(), size) for name, value in net(images).items()}

@@ -45,7 +45,7 @@ from vismt.multitask.balancing.gradients import GradientBalancer
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.retain import DenseRetaining, QualityRetaining
 from vismt.multitask.nets import LABEL_SPACES, SEGMENTATION, DenseNet, Union
-from vismt.multitask.tasks import DenseTask
+from vismt.multitask.tasks import Task
 from vismt.uncertainty.vbll import VBLLClassifier
 
 
@@ -265,7 +265,7 @@ class DenseObjective(TaskObjective):
     def __init__(
         self,
         net: DenseNet,
-        tasks: Sequence[DenseTask],
+        tasks: Sequence[Task],
         balancer: Balancer | None = None,
         balanced: Sequence[Tensor] = (),
         retain: DenseRetaining | None = None,

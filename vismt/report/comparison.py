@@ -3,22 +3,33 @@
 Two arms are compared on the same examples when both left records that reproduce their numbers: a tie is then an interval of
 the paired difference that contains zero. Without such records it is an overlap of the two intervals.
 
-Rows of arms with several trainings have intervals over examples and seeds together (vismt.uncertainty.intervals.with_seeds),
+Rows of arms with several trainings have intervals over examples and seeds together (vismt.uncertainty.intervals.Estimate),
 and so have their differences and their averages over sets. Seeds are paired where two arms have the same. A seed moves all sets
-together, so that the part of the seeds in an average is that of one average over the sets for each seed.
+together, so that the part of the seeds in an average is that of one average over the sets for each seed. An average takes its
+sets as a fixed list; of five or more it also has the interval that takes them as a sample of sets.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from typing import Any, Protocol
 
 from vismt.report.results import Result
-from vismt.uncertainty.intervals import LOWER, domain_average, mean_interval, paired_bootstrap, with_seeds
+from vismt.uncertainty.intervals import (
+    LOWER,
+    Covers,
+    Estimate,
+    average_of,
+    estimate,
+    interval_of,
+    over_domains,
+    student_quantile,
+    without_seeds_kind,
+)
 
 AVERAGE = "average"
 FROZEN = "frozen"  # an arm of this name stands first and is drawn in grey
@@ -53,52 +64,64 @@ class Evidence:
         shared = [seed for seed in by_set[0] if all(seed in trainings for trainings in by_set)]
         return {seed: math.fsum(trainings[seed].value for trainings in by_set) / len(by_set) for seed in shared}
 
-    def half(self, rows: Sequence[Result]) -> float:
-        """Return the half width of the 95 % interval of an arm's mean over sets."""
-        seeds = self.seeds(rows)
-        if len(rows) == 1 or not seeds:
-            return math.sqrt(math.fsum(row.half**2 for row in rows)) / len(rows)
-        halves = math.sqrt(math.fsum(self._half_over_examples(row) ** 2 for row in rows)) / len(rows)
-        return with_seeds(halves, list(seeds.values()))
+    def interval(self, rows: Sequence[Result]) -> tuple[float, float, Covers]:
+        """Return the 95 % interval of an arm's mean over sets, and what it covers."""
+        if len(rows) == 1:
+            return rows[0].low, rows[0].high, rows[0].interval
+        found = average_of([self._over_examples(row) for row in rows]).with_seeds(list(self.seeds(rows).values()))
+        return *interval_of(found, rows[0].scale, sum(row.n for row in rows)), found.covers
 
-    def _half_over_examples(self, row: Result) -> float:
+    def _over_examples(self, row: Result) -> Estimate:
+        """Return a row's score with its error over the examples alone, by the intervals where there are no values."""
         values = self._of(row)
+        covers = without_seeds_kind(row.interval)
         if values is not None and len(values) > 1:
-            return mean_interval(list(values.values()))[1]
-        trainings = self._trainings[row.key].values()
-        return math.fsum(training.half for training in trainings) / len(trainings)
+            return estimate(list(values.values()), parts=row.parts, covers=covers)
+        return Estimate(row.value, (over_examples_alone(row, self._trainings.get(row.key, {}).values()),), covers)
 
-    def mean_difference(self, first: Sequence[Result], second: Sequence[Result]) -> tuple[float, float] | None:
-        """Return (mean over sets of first - second, half width) on the same examples; None when a set has none."""
-        differences = {}
+    def difference(self, first: Sequence[Result], second: Sequence[Result]) -> Estimate | None:
+        """Return the mean over sets of first - second on the same examples; None when a set has none.
+
+        The error has that over the examples, part by part where the rows have parts, and that over the seeds: of the differences
+        of trainings with the same seed where both arms have the same seeds, else of both arms.
+        """
+        differences = []
         for a, b in zip(first, second, strict=True):
             both = _aligned(self._of(a), self._of(b))
-            if both is None:
+            if both is None or a.parts != b.parts:
                 return None
-            differences[a.data] = [x - y for x, y in zip(*both, strict=True)]
-        mean, half = domain_average(differences)
+            steps = [x - y for x, y in zip(*both, strict=True)]
+            differences.append(estimate(steps, parts=a.parts, covers=without_seeds_kind(a.interval)))
         left, right = self.seeds(first), self.seeds(second)
         if left.keys() == right.keys():
-            return mean, with_seeds(half, [left[seed] - right[seed] for seed in left])
-        return mean, with_seeds(half, list(left.values()), list(right.values()))
+            return average_of(differences).with_seeds([left[seed] - right[seed] for seed in left])
+        return average_of(differences).with_seeds(list(left.values()), list(right.values()))
 
-    def difference(self, first: Sequence[Result], second: Sequence[Result]) -> tuple[float, float, float] | None:
-        """Return (mean over sets of first - second, low, high) on the same examples; None when a set has none.
 
-        Of single trainings on one set the interval is a bootstrap's.
-        """
-        if len(first) == 1 and not self.seeds(first) and not self.seeds(second):
-            both = _aligned(self._of(first[0]), self._of(second[0]))
-            return None if both is None else paired_bootstrap(*both)[:3]
-        found = self.mean_difference(first, second)
-        return None if found is None else (found[0], found[0] - found[1], found[0] + found[1])
+def over_examples_alone(row: Result, trainings: Collection[Result]) -> tuple[float, float]:
+    """Return the variance and degrees of freedom of a row over its examples, by the rows of its trainings where it has them.
+
+    The variance of a mean over trainings is at most that of one of them on average.
+    """
+    rows = list(trainings) or [row]
+    freedom = (row.parts or row.n) - 1.0
+    quantile = student_quantile(0.975, max(freedom, 1.0))
+    return math.fsum((one.half / quantile) ** 2 for one in rows) / len(rows), freedom
 
 
 @dataclass(frozen=True)
 class Cell:
     """One number: mean, half width of its 95 % interval, n; mark is "best", "tie" or "" (also when nothing to compare).
 
-    seeds: number of trainings, whose spread the interval has; 0 for a single one.
+    Args:
+        value: the mean.
+        half: the longer half of the interval.
+        n: number of examples.
+        mark: "best", "tie" or "".
+        seeds: number of trainings, whose spread the interval has; 0 for a single one.
+        ends: of the interval where it is not value ± half.
+        covers: what the interval covers.
+        over_domains: 95 % interval of an average that takes its sets as a sample of sets; None for fewer than five.
     """
 
     value: float
@@ -106,6 +129,19 @@ class Cell:
     n: int
     mark: str = ""
     seeds: int = 0
+    ends: tuple[float, float] | None = None
+    covers: Covers = ""
+    over_domains: tuple[float, float] | None = None
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.value - self.half if self.ends is None else self.ends[0]
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.value + self.half if self.ends is None else self.ends[1]
 
 
 @dataclass(frozen=True)
@@ -115,6 +151,8 @@ class Comparison:
     row: what all arms have in common; its arm, value and interval are those of the first.
     difference: (second - first arm, low, high) on the same examples; None unless there are two arms, paired.
     paired: whether all marks come from paired differences.
+    p: two-sided, of a difference of 0. covers: what the interval of the difference covers. over_domains: 95 % interval of the
+    difference of an average that takes its sets as a sample of sets; None for fewer than five.
     """
 
     row: Result
@@ -122,6 +160,9 @@ class Comparison:
     cells: dict[str, Cell]
     difference: tuple[float, float, float] | None
     paired: bool
+    p: float | None = None
+    covers: Covers = ""
+    over_domains: tuple[float, float] | None = None
 
     @property
     def condition(self) -> str:
@@ -166,10 +207,7 @@ def compare(results: Sequence[Result], values: ExampleValues) -> list[Comparison
 
 
 def _averages(groups: Sequence[Sequence[Result]], evidence: Evidence) -> Iterable[Comparison]:
-    """Yield the mean over sets of each condition that two or more sets and all have, each set weighing the same.
-
-    The variance over the examples is that within the sets, sum of the sets' / D^2; of paired differences likewise.
-    """
+    """Yield the mean over sets of each condition that two or more sets and all have, each set weighing the same."""
     sets = len({group[0].data for group in groups})
     for condition in dict.fromkeys(group[0].condition for group in groups):
         chosen = [group for group in groups if group[0].condition == condition]
@@ -181,24 +219,46 @@ def _averages(groups: Sequence[Sequence[Result]], evidence: Evidence) -> Iterabl
 def _compare(data: str, columns: Sequence[Sequence[Result]], evidence: Evidence) -> Comparison:
     """Return the comparison of arms under one condition. columns: the rows of each arm, one for each set."""
     values = [math.fsum(row.value for row in rows) / len(rows) for rows in columns]
-    halves = [evidence.half(rows) for rows in columns]
+    intervals = [evidence.interval(rows) for rows in columns]
     choose = min if columns[0][0].better == LOWER else max
     best = choose(range(len(values)), key=values.__getitem__)
     several = len(columns) > 1
     paired = several
     cells = {}
     for number, rows in enumerate(columns):
+        low, high, covers = intervals[number]
         mark = "best" if several else ""
         if number != best:
             pair = evidence.difference(columns[best], rows)
             paired = paired and pair is not None
-            overlap = abs(values[best] - values[number]) <= halves[best] + halves[number]
-            tied = overlap if pair is None else pair[1] <= 0 <= pair[2]
+            overlap = low <= intervals[best][1] and intervals[best][0] <= high
+            tied = overlap if pair is None else pair.bounds[0] <= 0 <= pair.bounds[1]
             mark = "tie" if tied else ""
-        count = sum(row.n for row in rows)
-        cells[rows[0].arm] = Cell(values[number], halves[number], count, mark, len(evidence.seeds(rows)))
+        sample = over_domains([row.value for row in rows])
+        cells[rows[0].arm] = Cell(
+            values[number],
+            max(values[number] - low, high - values[number]),
+            sum(row.n for row in rows),
+            mark,
+            len(evidence.seeds(rows)),
+            (low, high),
+            covers,
+            None if sample is None else sample.bounds,
+        )
     difference = evidence.difference(columns[1], columns[0]) if len(columns) == 2 else None
-    return Comparison(columns[0][0], data, cells, difference, paired)
+    if difference is None:
+        return Comparison(columns[0][0], data, cells, None, paired)
+    steps = over_domains([a.value - b.value for a, b in zip(columns[1], columns[0], strict=True)])
+    return Comparison(
+        columns[0][0],
+        data,
+        cells,
+        (difference.mean, *difference.bounds),
+        paired,
+        difference.p,
+        difference.covers,
+        None if steps is None else steps.bounds,
+    )
 
 
 def _aligned(a: Values | None, b: Values | None) -> tuple[list[float], list[float]] | None:

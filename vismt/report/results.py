@@ -16,7 +16,7 @@ from vismt.base.errors import UserError
 from vismt.config.typed import build
 from vismt.engine.log import record_stem
 from vismt.storage.lines import read_lines, write_lines
-from vismt.uncertainty.intervals import SHARE, Better, Condition, Measure, Scale
+from vismt.uncertainty.intervals import SHARE, Better, Condition, Covers, Measure, Scale
 
 FACTS = "run.json"
 RESULTS, RECORDS = "results.jsonl", "records"
@@ -51,6 +51,9 @@ class Result:
         level: radius of an attack or severity of a corruption, None without one.
         examples: what tells the examples from those of another run beside their names, such as a digest of how episodes
             were drawn; "" where names are enough, None in rows of an earlier version, which did not record it.
+        interval: what the interval covers (`vismt.uncertainty.intervals.interval_kind_text`), "images+seeds"; "" in rows of
+            an earlier version.
+        parts: number of parts of the examples that share nothing (`vismt.uncertainty.intervals.estimate`), 0 without parts.
     """
 
     task: str
@@ -74,6 +77,8 @@ class Result:
     family: str = "clean"
     level: float | None = None
     examples: str | None = None
+    interval: Covers = ""
+    parts: int = 0
 
     @property
     def half(self) -> float:
@@ -115,9 +120,9 @@ class Score:
 
 
 def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash: str) -> Result:
-    """Return the row of a score; that of a single training where `seed` is given."""
+    """Return the row of a score."""
     measure, condition = score.measure, score.condition
-    low, high = measure.interval() if seed is None else measure.training_interval()
+    low, high = measure.interval()
     return Result(
         task=score.task,
         data=score.data,
@@ -140,6 +145,8 @@ def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash:
         family=condition.family,
         level=condition.level,
         examples=score.examples,
+        interval=measure.covers,
+        parts=measure.parts,
     )
 
 

@@ -16,7 +16,7 @@ from vismt.report.arm_figures import SeedsPanel
 from vismt.report.comparison import AVERAGE, Comparison, Evidence, ExampleValues, block
 from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, Table, interval_text, number_text, scale_text, split_corruptions
-from vismt.uncertainty.intervals import LOWER, SHARE, seeds_interval
+from vismt.uncertainty.intervals import LOWER, SHARE, mean_interval
 
 MOST_PANELS = 12  # of the figure by seed
 MOST_OPEN = 3  # figures of scores; of more the first is shown and the others on request
@@ -246,10 +246,10 @@ def _by_seed(scores: Sequence[ArmScore], baselines: Mapping[str, str]) -> list[t
             difference = "–"
             if arm != base and base in arms:
                 steps = [value - score.seeds[base, seed] for value, seed in zip(values, seeds, strict=True)]
-                difference = f"{interval_text(*seeds_interval(steps), score.row.scale, sign=True)} to {base}"
+                difference = f"{interval_text(*mean_interval(steps), score.row.scale, sign=True)} to {base}"
             if arm == first and len(arms) > 1:
                 best.add((len(rows), 2 + len(seeds)))
-            mean, half = seeds_interval(values)
+            mean, half = mean_interval(values)
             numbers = [number_text(value, score.row.scale, half=half) for value in values]
             rows.append([score.label, arm, *numbers, interval_text(mean, half, score.row.scale), difference])
     if not rows:
@@ -262,8 +262,8 @@ def _over_examples(evidence: Evidence, arms: Sequence[str], scores: Sequence[Arm
     """Return the difference of every two arms on the same examples."""
 
     def cell(score: ArmScore, later: str, earlier: str) -> str:
-        found = evidence.mean_difference(score.arms[later], score.arms[earlier])
-        return "–" if found is None else interval_text(*found, score.row.scale, sign=True)
+        found = evidence.difference(score.arms[later], score.arms[earlier])
+        return "–" if found is None else interval_text(found.mean, found.half, score.row.scale, sign=True)
 
     several = any(score.seeds for score in scores)
     title = "Over examples and seeds" if several else "Over examples"
@@ -282,7 +282,7 @@ def _over_seeds(arms: Sequence[str], scores: Sequence[ArmScore]) -> list[tuple[T
             for seed in seeds
             if (later, seed) in score.seeds and (earlier, seed) in score.seeds
         ]
-        return interval_text(*seeds_interval(steps), score.row.scale, sign=True) if len(steps) > 1 else "–"
+        return interval_text(*mean_interval(steps), score.row.scale, sign=True) if len(steps) > 1 else "–"
 
     return _pairs(f"Over {len(seeds)} seeds", arms, several, cell, OVER_SEEDS_NOTE)
 

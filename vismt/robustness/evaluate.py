@@ -260,11 +260,7 @@ def _evaluate_batch(
     """Return the records of batch `number`."""
 
     def with_sets(name: str, logits: Tensor) -> dict[str, list]:
-        if quantile is None:
-            return {}
-        wide = logits.cpu().double()
-        sizes = set_sizes(wide.log_softmax(1), quantile).tolist()
-        return {**_probability_columns(name, wide, labels.cpu()), f"{name} set": sizes}
+        return {} if quantile is None else probability_columns(name, logits.cpu().double(), labels.cpu(), quantile)
 
     device = next((p.device for p in model.parameters()), images.device)
     images, labels = images.to(device), labels.to(device)
@@ -276,7 +272,7 @@ def _evaluate_batch(
     }
     columns |= with_sets(CLEAN.label, logits)
     for name, form in forms.items():
-        columns |= _probability_columns(name, form(logits.cpu().double()), labels.cpu())
+        columns |= probability_columns(name, form(logits.cpu().double()), labels.cpu())
     for condition, spec in conditions.items():
         keys = batch_keys(spec, number, len(images))
         if isinstance(spec, AttackSpec):
@@ -300,15 +296,17 @@ def batch_keys(spec: DirectPerturbation, number: int, count: int) -> list[tuple[
     return [(mix_seed(spec.seed, number), position) for position in range(count)]
 
 
-def _probability_columns(name: str, logits: Tensor, labels: Tensor) -> dict[str, list]:
-    """Return the columns of a form of the logits (b, k)."""
+def probability_columns(name: str, logits: Tensor, labels: Tensor, quantile: float | None = None) -> dict[str, list]:
+    """Return the columns of a form of the logits (b, k), with the size of the conformal sets where there is a quantile."""
     logs = logits.log_softmax(1)
     nlls, briers = proper_scores(logs, labels)
+    sets = {} if quantile is None else {f"{name} set": set_sizes(logs, quantile).tolist()}
     return {
         name: logits.argmax(1).tolist(),
         f"{name} confidence": logs.exp().amax(1).clamp_max(1).tolist(),
         f"{name} nll": nlls.tolist(),
         f"{name} brier": briers.tolist(),
+        **sets,
     }
 
 

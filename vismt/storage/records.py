@@ -25,17 +25,21 @@ AGAIN = "move the file away to start again."
 class Field:
     """The values that a field of a record may have: finite numbers from `least` to `most`.
 
-    whole: only whole numbers. several: a list of such numbers. optional: the field may be missing.
+    whole: only whole numbers. several: a list of such numbers. bits: a text of 0s and 1s instead. optional: the field may be
+    missing.
     """
 
     least: float = -math.inf
     most: float = math.inf
     whole: bool = False
     several: bool = False
+    bits: bool = False
     optional: bool = False
 
     def fits(self, value: object) -> bool:
         """Return whether a value is one of them."""
+        if self.bits:
+            return isinstance(value, str) and set(value) <= set("01")
         values: list[Any] = value if self.several and isinstance(value, list) else [value]
         types = (int,) if self.whole else (int, float)
         return all(
@@ -136,6 +140,12 @@ class Records:
             elif not values.fits(row[field]):
                 return f"'{field}' is {row[field]!r}, which it cannot be"
         return None
+
+
+def recorded_settings(path: Path | None) -> Mapping[str, object] | None:
+    """Return the settings of the records in a file, None where there are none."""
+    lines = ranks.on_first(lambda: read_lines(path)[:1]) if path is not None else []
+    return lines[0].get("settings", {}) if lines else None
 
 
 def _check_header(path: Path, header: Mapping[str, object], settings: Mapping[str, object]) -> None:

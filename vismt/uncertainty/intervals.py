@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import variance
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,21 +16,197 @@ from vismt.base.errors import UserError
 # Which values of a measure are better; and its scale: in [0, 1] and shown in per cent, or any number.
 Better = Literal["higher", "lower"]
 Scale = Literal["share", "number"]
+# What a 95 % interval covers; "" where an earlier version did not record it.
+Covers = Literal[
+    "", "sampler", "images", "examples", "seeds", "domains", "sampler+seeds", "images+seeds", "examples+seeds"
+]
 HIGHER: Better = "higher"
 LOWER: Better = "lower"
 SHARE: Scale = "share"
 NUMBER: Scale = "number"
+FEWEST_DOMAINS = 5  # that are taken as a sample of domains
+COVERED: dict[str, str] = {
+    "sampler": "new episodes of the same images",
+    "images": "new images of these classes",
+    "examples": "new examples",
+    "seeds": "training seeds",
+    "domains": "new domains",
+}
+
+
+def interval_kind_text(kind: Covers) -> str:
+    """Return what an interval covers as a phrase, "95 % over new images of these classes and training seeds"."""
+    if not kind:
+        return "95 %; an earlier version did not record what it covers"
+    return f"95 % over {' and '.join(COVERED[part] for part in kind.split('+'))}"
+
+
+def weakest_kind(kinds: Sequence[Covers]) -> Covers:
+    """Return the kind of an average of numbers with intervals of several kinds: what covers least, and the seeds of any."""
+    covered = {kind.split("+")[0] for kind in kinds}
+    weakest = next((kind for kind in ("", "sampler", "images") if kind in covered), "examples")
+    seeds = any("+seeds" in kind for kind in kinds) and weakest
+    return cast(Covers, f"{weakest}+seeds" if seeds else weakest)
+
+
+def with_seeds_kind(kind: Covers) -> Covers:
+    """Return the kind of an interval of `kind` that has the spread of training seeds as well."""
+    return cast(Covers, kind if not kind or "seeds" in kind else f"{kind}+seeds")
+
+
+def without_seeds_kind(kind: Covers) -> Covers:
+    """Return the kind of an interval without its training seeds."""
+    return cast(Covers, kind.removesuffix("+seeds"))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with the independent sources of its error.
+
+    The half width of the interval is q sqrt(V), V = sum_k V_k, with q = t(0.975, df) and the df of Welch and Satterthwaite,
+    V^2 / sum_k V_k^2 / df_k. Where a source of one degree of freedom (two seeds) stands beside others, that interval covers
+    too little (simulated: 87 to 89 % where two seeds dominate), and so does one that takes t(0.975, 1) only where the estimated
+    V_k of the seeds is the largest (90 %); q is then Cochran's sum_k V_k t(0.975, df_k) / V (94 to 98 %).
+
+    Args:
+        mean: the estimate.
+        sources: variance of the mean and degrees of freedom of each source.
+        covers: what the interval covers.
+    """
+
+    mean: float
+    sources: tuple[tuple[float, float], ...]
+    covers: Covers = "examples"
+
+    @property
+    def variance(self) -> float:
+        """Variance of the mean."""
+        return math.fsum(variance for variance, _ in self.sources)
+
+    @property
+    def half(self) -> float:
+        """Half width of the 95 % interval."""
+        return self._quantile(0.975) * math.sqrt(self.variance)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The 95 % interval."""
+        return self.mean - self.half, self.mean + self.half
+
+    @property
+    def p(self) -> float:
+        """Two-sided p of a mean of 0: the level at which the interval ends there."""
+        from scipy.optimize import brentq
+
+        if self.variance == 0 or self.mean == 0:
+            return float(self.mean == 0)
+        distance = abs(self.mean) / math.sqrt(self.variance)
+        least = 1e-12
+        if self._quantile(1 - least / 2) <= distance:
+            return least
+        return float(brentq(lambda level: self._quantile(1 - level / 2) - distance, least, 1.0))
+
+    def _quantile(self, level: float) -> float:
+        sources = [(variance, freedom) for variance, freedom in self.sources if variance > 0]
+        if not sources:
+            return 0.0
+        if len(sources) > 1 and min(freedom for _, freedom in sources) <= 1:
+            quantiles = [variance * student_quantile(level, freedom) for variance, freedom in sources]
+            return math.fsum(quantiles) / self.variance
+        return student_quantile(level, satterthwaite(sources))
+
+    def with_seeds(self, *groups: Sequence[float]) -> Estimate:
+        """Return the estimate with the spread of training seeds as a further source.
+
+        The variance of a group of m scores is that of their mean, with m - 1 degrees of freedom.
+
+        Args:
+            groups: scores by seed of each independent group: those of a model, or the differences of two models seed by seed.
+                A group of one has no spread.
+        """
+        spreads = tuple((variance(scores) / len(scores), len(scores) - 1.0) for scores in groups if len(scores) > 1)
+        return replace(self, sources=self.sources + spreads, covers=with_seeds_kind(self.covers)) if spreads else self
+
+
+def student_quantile(level: float, freedom: float) -> float:
+    """Return the quantile of Student's t."""
+    from scipy.stats import t as student
+
+    return float(student.ppf(level, freedom))
+
+
+def satterthwaite(sources: Sequence[tuple[float, float]]) -> float:
+    """Return the degrees of freedom of a sum of variances, each given with its own."""
+    inverse = math.fsum(variance**2 / freedom for variance, freedom in sources)
+    return math.fsum(variance for variance, _ in sources) ** 2 / inverse if inverse > 0 else math.inf
+
+
+def estimate(values: Tensor | Sequence[float], *, parts: int = 0, covers: Covers = "examples") -> Estimate:
+    """Return the mean of values (n,) with its error.
+
+    Without parts the values are independent: V = s^2 / n, n - 1 degrees of freedom. With g parts, values i, i + g, i + 2 g, ...
+    depend on each other, and the parts are independent: with m_k the mean and w_k the share of the values of part k,
+
+        V = g / (g - 1) sum_k w_k^2 (m_k - m)^2,    s^2 / g of the part means where the parts are equally large,
+
+    with g - 1 degrees of freedom.
+
+    Raises UserError for fewer than two values or parts with values, or a value that is not finite.
+    """
+    sample = torch.as_tensor(values, dtype=torch.float64).flatten()
+    n = len(sample)
+    if n < max(2, parts) or not bool(sample.isfinite().all()):
+        raise UserError(f"interval over {n} values: need {max(2, parts)} or more, all finite; run more episodes.")
+    groups = parts or n
+    mean = math.fsum(sample.tolist()) / n
+    sums = torch.zeros(groups, dtype=torch.float64).index_add_(0, torch.arange(n) % groups, sample - mean)
+    error = groups / (groups - 1) * float((sums / n).square().sum())
+    return Estimate(mean, ((error, groups - 1.0),), covers)
+
+
+def average_of(estimates: Sequence[Estimate]) -> Estimate:
+    """Return the mean over a fixed list of independent sets, each weighing the same; errors are those within the sets.
+
+    Their variances sum to one source, sum_d V_d / D^2 with Satterthwaite's degrees of freedom.
+    """
+    if not estimates:
+        raise UserError("average over domains: none given.")
+    count = len(estimates)
+    sources = [(variance / count**2, freedom) for one in estimates for variance, freedom in one.sources if variance > 0]
+    total = math.fsum(variance for variance, _ in sources)
+    covers = weakest_kind([one.covers for one in estimates])
+    mean = math.fsum(one.mean for one in estimates) / count
+    return Estimate(mean, ((total, satterthwaite(sources)),), covers)
+
+
+def over_domains(means: Sequence[float]) -> Estimate | None:
+    """Return the mean of the scores of D sets as a sample of sets, by t(D - 1); None for fewer than FEWEST_DOMAINS."""
+    return estimate(means, covers="domains") if len(means) >= FEWEST_DOMAINS else None
+
+
+def interval_of(found: Estimate, scale: Scale, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a score over n examples.
+
+    That of a share ends at 0 and 1: the score is in [0, 1], so that cutting off the rest loses no coverage, while an interval on
+    a logit scale would fit no paired difference. Shares that are all 0 or all 1 have no spread, but are not certain: their
+    interval is Wilson's for n examples, 0 to 3.84 / (n + 3.84) for 0.
+    """
+    if scale != SHARE:
+        return found.bounds
+    if found.variance == 0 and found.mean in (0.0, 1.0):
+        return wilson(round(found.mean * n), n)
+    return max(0.0, found.bounds[0]), min(1.0, found.bounds[1])
 
 
 def mean_interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of the 95 % interval) of per-episode values (n,): 1.96 * std / sqrt(n), std with n - 1.
+    """(mean, half width of the 95 % interval) of independent values (n,): t(0.975, n - 1) * std / sqrt(n), std with n - 1.
+
+    Of per-episode values it covers other episodes of the same images alone.
 
     Raises UserError for fewer than two values or a value that is not finite.
     """
-    sample = torch.as_tensor(values, dtype=torch.float64).flatten()
-    if len(sample) < 2 or not bool(sample.isfinite().all()):
-        raise UserError(f"interval over {len(sample)} values: need 2 or more, all finite; run more episodes.")
-    return float(sample.mean()), 1.96 * float(sample.std(unbiased=True)) / math.sqrt(len(sample))
+    found = estimate(values)
+    return found.mean, found.half
 
 
 def domain_average(domains: Mapping[str, Tensor | Sequence[float]]) -> tuple[float, float]:
@@ -39,11 +215,8 @@ def domain_average(domains: Mapping[str, Tensor | Sequence[float]]) -> tuple[flo
     Every domain weighs the same whatever its n. The domains are taken as fixed, a list and not a sample of domains, so
     only the episodes within them are uncertain: standard error = sqrt(sum_d se_d^2) / D.
     """
-    if not domains:
-        raise UserError("average over domains: none given.")
-    intervals = [mean_interval(values) for values in domains.values()]
-    mean = math.fsum(mean for mean, _ in intervals) / len(intervals)
-    return mean, math.sqrt(math.fsum(half**2 for _, half in intervals)) / len(intervals)
+    found = average_of([estimate(values) for values in domains.values()])
+    return found.mean, found.half
 
 
 @dataclass(frozen=True)
@@ -128,9 +301,11 @@ class Measure:
         scale: "share" for scores in [0, 1], which are shown in per cent, else "number".
         better: "higher" or "lower".
         counts: whether every value is 0 or 1, so that the interval of one training is Wilson's.
-        bounds: 95 % interval where another than that of a mean is wanted.
+        bounds: 95 % interval where another is wanted.
         paired: whether two models may be compared by the differences of their values.
         chance: score of a guess, None where there is none.
+        covers: what the interval covers.
+        parts: number of parts of the examples, as for `estimate`; 0 where the examples are independent.
     """
 
     metric: str
@@ -141,22 +316,28 @@ class Measure:
     bounds: tuple[float, float] | None = None
     paired: bool = True
     chance: float | None = None
+    covers: Covers = "examples"
+    parts: int = 0
 
     @property
     def score(self) -> float:
         """The mean of the values."""
         return math.fsum(self.values.values()) / len(self.values)
 
+    def estimate(self) -> Estimate:
+        """Return the score with its error over the examples."""
+        if self.bounds is None:
+            return estimate(list(self.values.values()), parts=self.parts, covers=self.covers)
+        error = (self.bounds[1] - self.bounds[0]) / 2 / student_quantile(0.975, math.inf)
+        return Estimate(self.score, ((error**2, math.inf),), self.covers)
+
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the score over its examples: `bounds`, or 1.96 standard errors to both sides."""
+        """Return the 95 % interval of the score: `bounds` where they are given, Wilson's for counts, else Student's."""
         if self.bounds is not None:
             return self.bounds
-        score, half = mean_interval(list(self.values.values()))
-        return score - half, score + half
-
-    def training_interval(self) -> tuple[float, float]:
-        """95 % interval of the score of a single training: Wilson's where the values are 0 or 1."""
-        return wilson(round(math.fsum(self.values.values())), len(self.values)) if self.counts else self.interval()
+        if self.counts:
+            return wilson(round(math.fsum(self.values.values())), len(self.values))
+        return interval_of(self.estimate(), self.scale, len(self.values))
 
 
 def averaged(measures: Sequence[Measure]) -> Measure:
@@ -179,35 +360,8 @@ def over_seeds(measure: Measure, scores: Sequence[float]) -> Measure:
     """Return a measure whose interval has the spread of the trainings' scores beside that over the examples."""
     if len(scores) < 2:
         return measure
-    low, high = measure.interval()
-    half = with_seeds((high - low) / 2, scores)
-    return replace(measure, bounds=(measure.score - half, measure.score + half))
-
-
-def with_seeds(half: float, *trainings: Sequence[float]) -> float:
-    """Return the half width of the 95 % interval over examples and training seeds together.
-
-    With se_e = half / 1.96 the standard error over the examples, and s_g^2 the variance of the n_g scores of group g over n_g,
-
-        t(0.975, df) sqrt(V)        V = se_e^2 + sum_g s_g^2        df = V^2 / sum_g s_g^4 / (n_g - 1)
-
-    which is Welch and Satterthwaite's df with se_e taken as known, as in the interval of one training.
-
-    Args:
-        half: half width over the examples alone, of scores averaged over the seeds.
-        trainings: scores by seed of each independent group: those of a model, or the differences of two models seed by seed.
-            A group of one has no spread.
-    """
-    from scipy.stats import t as student
-
-    groups = [scores for scores in trainings if len(scores) > 1]
-    spreads = [variance(scores) / len(scores) for scores in groups]
-    examples = (half / 1.96) ** 2
-    if math.fsum(spreads) <= 1e-12 * examples:
-        return half
-    total = examples + math.fsum(spreads)
-    freedom = total**2 / math.fsum(s**2 / (len(scores) - 1) for s, scores in zip(spreads, groups, strict=True))
-    return float(student.ppf(0.975, freedom)) * math.sqrt(total)
+    found = measure.estimate().with_seeds(scores)
+    return replace(measure, bounds=interval_of(found, measure.scale, len(measure.values)), covers=found.covers)
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
@@ -216,12 +370,3 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
 
     interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
-
-
-def seeds_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return (mean, half width of the 95 % interval by Student's t) of two or more values, one for each training seed."""
-    from scipy.stats import t as student
-
-    n, mean = len(values), math.fsum(values) / len(values)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, float(student.ppf(0.975, n - 1)) * deviation / math.sqrt(n)

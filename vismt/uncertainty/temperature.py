@@ -1,4 +1,14 @@
-"""Temperature scaling: p = softmax(z / T), T with the smallest NLL on validation data (Guo et al., arXiv 1706.04599)."""
+"""Temperature scaling: p = softmax(z / T), T with the smallest NLL on validation data (Guo et al., arXiv 1706.04599).
+
+A softmax over the classes of several tasks has a temperature for each task's block of classes. The block b of the largest logit
+is found first, and all logits are divided by its temperature:
+
+    p = softmax(z / T_b),   b = block(argmax_c z_c),   T_b minimises  sum_{i: b_i = b} NLL_i(T) + 10 mean_i NLL_i(T)
+
+The logits of an example are divided by one positive number, so no answer changes, neither within a block nor across them. One T
+for all tasks would be a mean of temperatures that tasks of other difficulty and size need. The second term, over all examples,
+weighs as much as ten of them: it keeps a block with few or no answers, or right ones alone, near the temperature of all.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +20,7 @@ from torch import Tensor
 from vismt.base.errors import UserError
 
 COLDEST, HOTTEST = 1e-3, 1e3
+SHARED = 10  # examples as which the mean over all examples weighs in a block's temperature
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -28,6 +39,52 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     Raises:
         UserError: shapes that do not fit, labels out of range, or logits that are not finite.
     """
+    return float(_fit(*_checked(logits, labels), torch.ones(1, len(labels), dtype=torch.float64)))
+
+
+def fit_block_temperatures(logits: Tensor, labels: Tensor, block_of_class: Tensor) -> list[float]:
+    """Return the temperature of each block of classes; calibrated probabilities are `softmax(block_tempered(...))`.
+
+    Args:
+        logits: (n, k) float on any device.
+        labels: (n,) int in [0, k).
+        block_of_class: (k,) int, the number of each class's block, from 0 to the last without a gap.
+
+    Returns:
+        Temperatures in [0.001, 1000], by block; of a single block the one of `fit_temperature`.
+
+    Raises:
+        UserError: as `fit_temperature`.
+    """
+    z, y = _checked(logits, labels)
+    answered = block_of_class[z.argmax(1)]
+    weights = [(answered == block).double() + SHARED / len(y) for block in range(int(block_of_class.max()) + 1)]
+    return _fit(z, y, torch.stack(weights)).tolist()
+
+
+def block_tempered(logits: Tensor, temperature_of_class: Tensor) -> Tensor:
+    """Return logits (n, k) divided by the temperature of their largest one's class; temperature_of_class: (k,)."""
+    return logits / temperature_of_class[logits.argmax(1)][:, None]
+
+
+def _fit(z: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """Return the temperatures (b,) with the smallest NLL under each row of weights (b, n)."""
+    chosen = z.gather(1, y[:, None]).squeeze(1)
+    low = torch.full((len(weights),), -math.log(HOTTEST), dtype=torch.float64)  # bounds of log(1 / T)
+    high = torch.full_like(low, -math.log(COLDEST))
+    for _ in range(60):
+        middle = (low + high) / 2
+        slopes = [
+            row @ ((torch.softmax(z * scale, 1) * z).sum(1) - chosen)
+            for row, scale in zip(weights, middle.exp(), strict=True)
+        ]
+        rises = torch.stack(slopes) > 0
+        low, high = torch.where(rises, low, middle), torch.where(rises, middle, high)
+    return (-(low + high) / 2).exp()
+
+
+def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits fp64 (n, k) and labels int64 (n,) on the CPU."""
     if logits.ndim != 2 or not len(logits) or labels.shape != (len(logits),):
         raise UserError(
             f"temperature: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}: needed (n, k) and (n,)."
@@ -41,11 +98,4 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         raise UserError(
             f"temperature: labels range over [{int(y.min())}, {int(y.max())}], needed [0, {z.shape[1] - 1}]."
         )
-    chosen = z.gather(1, y[:, None]).squeeze(1)
-    low, high = -math.log(HOTTEST), -math.log(COLDEST)  # bounds of log(1 / T)
-    for _ in range(60):
-        middle = (low + high) / 2
-        share = torch.softmax(z * math.exp(middle), 1)
-        slope = ((share * z).sum(1) - chosen).mean()
-        low, high = (low, middle) if slope > 0 else (middle, high)
-    return math.exp(-(low + high) / 2)
+    return z, y

@@ -168,8 +168,7 @@ def test_users_are_the_examples_where_they_have_several_rows():
     records = [{"id": f"{i}", "user": user, "label": label, "log_p": log_p} for i, (user, label) in enumerate(rows)]
     hits = judge.measures(records)["HitRatio@1"]
     assert hits.values == {"a": 1.0, "b": 0.0, "c": 0.5} and not hits.counts and hits.score == 0.5
-    low, high = hits.interval()
-    assert (high - low) / 2 == pytest.approx(mean_interval([1, 0, 0.5])[1])
+    assert hits.estimate().half == pytest.approx(mean_interval([1, 0, 0.5])[1])
     alone = judge.measures(records[2:5])["HitRatio@1"]  # a row of each user
     assert alone.counts and list(alone.values) == ["2", "3", "4"]
 

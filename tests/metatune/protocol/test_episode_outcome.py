@@ -37,11 +37,11 @@ def test_a_two_query_episode_by_hand() -> None:
     gaps = torch.tensor(row[GAPS])
     assert gaps.nonzero().flatten().tolist() == [7, 10]
     assert gaps[[7, 10]].tolist() == pytest.approx([-0.25, 0.15], abs=1e-6)
-    assert set(TWO.record({})) == {"clean"}
+    assert TWO.record({}) == {"clean": 0.5, "clean right": "10"}
     # T = 1/2 squares the odds: 0.49 / (0.49 + 0.04 + 0.01) and 0.04 / (0.25 + 0.09 + 0.04).
     tempered = TWO.record({"tempered": 0.5})
     assert tempered["tempered nll"] == pytest.approx((-math.log(0.49 / 0.54) - math.log(0.04 / 0.38)) / 2, abs=1e-6)
-    assert set(tempered) == {"clean", "tempered nll", "tempered brier", "tempered gaps"}
+    assert set(tempered) == {"clean", "clean right", "tempered nll", "tempered brier", "tempered gaps"}
 
 
 def test_the_largest_probability_separates_outside_images() -> None:
@@ -50,7 +50,7 @@ def test_the_largest_probability_separates_outside_images() -> None:
     p = torch.tensor([[0.6, 0.3, 0.1], [0.3, 0.45, 0.25], [0.3, 0.3, 0.4]])
     logits = p.log() + torch.tensor([[90.0], [-90.0], [0.0]])
     row = replace(TWO, outside={"against other": logits}).record({})
-    assert row == {"clean": 0.5, "against other": pytest.approx(5 / 6, abs=1e-6)}
+    assert row == {"clean": 0.5, "clean right": "10", "against other": pytest.approx(5 / 6, abs=1e-6)}
 
 
 def test_the_calibration_error_pools_episodes_before_it_takes_absolute_values() -> None:

@@ -11,16 +11,16 @@ from vismt.metatune import domain_average, domain_table, mean_interval, paired_b
 
 
 def test_mean_interval_by_hand():
-    # mean 0.5; deviations -0.3 -0.1 0.4: squares sum to 0.26, / 2 = 0.13; 1.96 * sqrt(0.13) / sqrt(3) = 0.408006
+    # mean 0.5; deviations -0.3 -0.1 0.4: squares sum to 0.26, / 2 = 0.13; t(2) = 4.302653 * sqrt(0.13) / sqrt(3) = 0.895669
     mean, half = mean_interval([0.2, 0.4, 0.9])
-    assert mean == pytest.approx(0.5) and half == pytest.approx(0.408006, abs=1e-6)
+    assert mean == pytest.approx(0.5) and half == pytest.approx(0.895669, abs=1e-6)
 
 
 def test_domain_average_takes_domains_as_fixed():
-    # half widths: a 1.96 * sqrt(0.02) / sqrt(2) = 0.196, b 0: together sqrt(0.196^2) / 2 = 0.098.
-    # Treating the two domain means (0.6, 0.2) as a sample of domains would give 1.96 * 0.2828 / sqrt(2) = 0.392.
+    # errors: a sqrt(0.02) / sqrt(2) = 0.1 with one degree of freedom, b 0: together 0.1 / 2, t = 12.706205.
+    # Treating the two domain means (0.6, 0.2) as a sample of domains would give t * 0.2828 / sqrt(2) = 2.541.
     mean, half = domain_average({"a": [0.5, 0.7], "b": [0.2, 0.2, 0.2]})
-    assert mean == pytest.approx(0.4) and half == pytest.approx(0.098, abs=1e-9)
+    assert mean == pytest.approx(0.4) and half == pytest.approx(12.706205 * 0.05)
 
 
 def test_domain_table_averages_only_what_all_have():

@@ -155,9 +155,27 @@ def test_the_quality_of_probabilities_is_on_record_and_resumes(tmp_path):
     assert records.read_text() == "".join(lines) and all(torch.equal(whole[name], again[name]) for name in whole)
     with pytest.raises(UserError, match="of another run"):
         run(records, batch=7)
-    run(tmp_path / "plain.jsonl")
-    with pytest.raises(UserError, match=r"\(different: probabilities\)"):
-        run(tmp_path / "plain.jsonl", probabilities=True)
+    plain = run(tmp_path / "plain.jsonl")
+    begun = run(tmp_path / "plain.jsonl", probabilities=True)  # a file that has begun without them goes on without
+    assert list(begun) == list(plain) == ["clean", "dark"] and torch.equal(begun["dark"], plain["dark"])
+
+
+def test_records_have_every_answer_and_those_of_an_earlier_version_are_continued(tmp_path):
+    records = tmp_path / "fake.jsonl"
+    whole = run(records)
+    header, *rows = read_lines(records)
+    for row in rows:
+        for name in ("clean", "dark"):
+            assert len(row[f"{name} right"]) == 20
+            assert row[f"{name} right"].count("1") / 20 == pytest.approx(float(whole[name][row["episode"]]))
+    earlier = [{key: value for key, value in row.items() if not key.endswith(" right")} for row in rows]
+    write_lines(records, [header, *earlier[:4]])
+    again = run(records)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert read_lines(records)[1:] == [*earlier[:4], *rows[4:]]
+    write_lines(records, [header, {**rows[0], "clean right": "012"}])
+    with pytest.raises(UserError, match="'clean right' is '012'"):
+        run(records)
 
 
 def test_outside_images_are_the_same_for_every_model_and_resume(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.multitask.tasks import IGNORE, NYUD_WEIGHTS, PASCAL_WEIGHTS, TASKS, DenseTask, make_task
+from vismt.multitask.tasks import IGNORE, NYUD_WEIGHTS, PASCAL_WEIGHTS, TASKS, Task, make_task
 from vismt.multitask.tasks.classes import Segmentation, class_colors
 from vismt.multitask.tasks.maps import InverseDepth
 
@@ -25,7 +25,7 @@ def named(spec: str | dict) -> str:
 every_task = pytest.mark.parametrize("spec", SPECS, ids=named)
 
 
-def nothing(task: DenseTask, count: int = 1) -> Tensor:
+def nothing(task: Task, count: int = 1) -> Tensor:
     """Return targets without a valid pixel."""
     if task.vector:
         return torch.zeros(count, 3, HEIGHT, WIDTH)
@@ -34,7 +34,7 @@ def nothing(task: DenseTask, count: int = 1) -> Tensor:
     return torch.full((count, HEIGHT, WIDTH), IGNORE)
 
 
-def labelled(task: DenseTask, count: int = 1, seed: int = 0) -> Tensor:
+def labelled(task: Task, count: int = 1, seed: int = 0) -> Tensor:
     """Return random targets that are valid at every pixel but the first column."""
     generator, target = torch.Generator().manual_seed(seed), nothing(task, count)
     if task.vector:
@@ -50,7 +50,7 @@ def labelled(task: DenseTask, count: int = 1, seed: int = 0) -> Tensor:
     return target
 
 
-def perfect(task: DenseTask, target: Tensor) -> Tensor:
+def perfect(task: Task, target: Tensor) -> Tensor:
     """Return the prediction that is correct at every valid pixel."""
     if task.vector:
         return 3 * target
@@ -60,7 +60,7 @@ def perfect(task: DenseTask, target: Tensor) -> Tensor:
     return 20 * (right if task.channels > 1 else right[:, 1:] - 0.5)
 
 
-def predictions(task: DenseTask, count: int = 1, seed: int = 1) -> Tensor:
+def predictions(task: Task, count: int = 1, seed: int = 1) -> Tensor:
     return torch.randn(count, task.channels, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 

@@ -15,16 +15,16 @@ from scripts.bench.timing import PEAK
 from vismt.multitask.balancing.base import make_balancer
 from vismt.multitask.nets import DenseNet
 from vismt.multitask.objectives import DenseObjective
-from vismt.multitask.tasks import DenseTask, make_task
+from vismt.multitask.tasks import Task, make_task
 
 
 @pytest.fixture
-def tasks() -> list[DenseTask]:
+def tasks() -> list[Task]:
     return [make_task({"name": "semseg", "classes": multitask.CLASSES}), make_task("normals")]
 
 
 @pytest.fixture
-def net(tasks: list[DenseTask]) -> DenseNet:
+def net(tasks: list[Task]) -> DenseNet:
     return multitask.make_net("test_vit", 32, tasks)
 
 
@@ -32,7 +32,7 @@ def gradients(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
 
 
-def test_the_peer_and_vismt_find_the_same_gradients(net: DenseNet, tasks: list[DenseTask]) -> None:
+def test_the_peer_and_vismt_find_the_same_gradients(net: DenseNet, tasks: list[Task]) -> None:
     """With two tasks the order of the pairs does not matter. Heads and targets pull the features apart: a conflict."""
     batch = {**multitask.random_batch(2, 32), "semseg": torch.zeros(2, 32, 32, dtype=torch.int64)}
     batch["normals"] = torch.tensor([1.0, 0, 0])[:, None, None].expand(2, 3, 32, 32)
@@ -49,7 +49,7 @@ def test_the_peer_and_vismt_find_the_same_gradients(net: DenseNet, tasks: list[D
         assert (value - peer[name]).abs().max() <= 1e-3 * peer[name].abs().max(), name
 
 
-def test_rows_and_ratios(net: DenseNet, tasks: list[DenseTask]) -> None:
+def test_rows_and_ratios(net: DenseNet, tasks: list[Task]) -> None:
     result = multitask.compare("tiny", net, tasks, multitask.random_batch(2, 32), 2)
     assert list(result.timing.seconds) == [VISMT, FULL, PEER] == list(result.sizes[PEAK])
     assert result.sizes[PEAK][VISMT] < result.sizes[PEAK][PEER]

@@ -34,6 +34,7 @@ class TaskData:
     Attributes:
         union: the label space.
         classes: names of the classes, task by task.
+        size: height and width of the images.
 
     Raises:
         UserError: a card that is not available, a class without a training image, and validation or test images of a class
@@ -42,7 +43,7 @@ class TaskData:
 
     def __init__(self, config: MultitaskConfig, size: int) -> None:
         self._config = config
-        self._size = size
+        self.size = size
         self._sets: dict[str, ImageSet] = {}
         self._parts: list[dict[str, list[Chosen]]] = []
         self._gathered: dict[tuple[int, str], Gathered] = {}
@@ -91,11 +92,11 @@ class TaskData:
     def outside(self, *names: str) -> Gathered:
         """Return the images of sets that are not of any task; their labels are 0."""
         sets = [self._open(name) for name in names]
-        return Gathered([(Pixels(images, self._size), torch.zeros(len(images), dtype=torch.long)) for images in sets])
+        return Gathered([(Pixels(images, self.size), torch.zeros(len(images), dtype=torch.long)) for images in sets])
 
     def _pixels(self, task: int, part: str) -> list[tuple[Pixels, Tensor]]:
         offset = self.union.offset(task)
-        return [(Pixels(images, self._size), labels + offset) for images, labels in self._parts[task][part]]
+        return [(Pixels(images, self.size), labels + offset) for images, labels in self._parts[task][part]]
 
     def _open_task(self, task: TaskConfig) -> tuple[list[str], dict[str, list[Chosen]]]:
         sets = [self._open(name) for name in task.train]

@@ -3,18 +3,15 @@
 The clean probabilities of every task have ECE, NLL and Brier score, as they are and in the forms that are fitted on the
 validation images of a training:
 
-    p = softmax(z / T), one T for all tasks, with the smallest NLL            (vismt/uncertainty/temperature.py)
+    p = softmax(z / T_b), T_b of the task of the largest logit                (vismt/uncertainty/temperature.py)
     z - tau log pi, tau of TAUS with the best mean accuracy over the tasks    (vismt/multitask/class_loss.py)
 
-calibration.json in the training's folder has both; a report that is written again does not fit again. The same scores of a
-Laplace approximation around the trained head (vismt/uncertainty/laplace.py) are on clean images.
+calibration.json in the training's folder has both; a report that is written again does not fit again, and a folder of an
+earlier version keeps its one T for all tasks. The same scores of a Laplace approximation around the trained head
+(vismt/uncertainty/laplace.py) are on clean images.
 
-Sets of other classes: how well the confidence of a net tells them from the test images of each task,
-
-    AUROC = P(max_c p_c(x) > max_c p_c(x')) + 1/2 P(equal)        x a test image of the task, x' an image of the other set
-
-by the maximum softmax probability (Hendrycks and Gimpel, ICLR 2017, arXiv 1610.02136). The confidences of the task's images are
-those of its records; those of the other set have a record file of their own.
+Sets of other classes: how well the confidence of a net tells them from the test images of each task. The confidences of the
+task's images are those of its records; those of the other set have a record file of their own.
 """
 
 from __future__ import annotations
@@ -25,10 +22,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vismt.base import console, ranks
 from vismt.data.batching import Gathered, InOrder
+from vismt.data.decode import decode_file
+from vismt.data.pixels import square
 from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
@@ -36,21 +35,20 @@ from vismt.engine.study import Training
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet, stored
-from vismt.jobs.image_scores import image_scores
-from vismt.jobs.output_conditions import ADJUSTED, LAPLACE, TAUS, TEMPERED, against, fitted_once
-from vismt.jobs.risk import Thresholds, fit_thresholds, validation_parts
+from vismt.jobs.image_scores import confidences, detection_score, image_scores
+from vismt.jobs.output_conditions import ADJUSTED, LAPLACE, TAUS, TEMPERED, fitted_once
+from vismt.jobs.predictions import Row, class_row
+from vismt.jobs.risk import Thresholds, fit_thresholds, halves, thresholds_file, validation_parts
 from vismt.multitask.class_loss import adjusted
 from vismt.multitask.nets import TaskClassifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.evaluate import Form
 from vismt.storage.lines import read_lines
-from vismt.storage.records import SHARE, Records
-from vismt.uncertainty.intervals import CLEAN, NUMBER, Condition, Measure
+from vismt.uncertainty.intervals import CLEAN, Condition
 from vismt.uncertainty.laplace import STRUCTURES
 from vismt.uncertainty.last_layers import laplace_head
-from vismt.uncertainty.probability_metrics import detection_values
-from vismt.uncertainty.temperature import fit_temperature
+from vismt.uncertainty.temperature import block_tempered, fit_block_temperatures
 
 TASK = "classification"
 FITTED = "calibration.json"
@@ -59,9 +57,12 @@ Outputs = list[tuple[Tensor, Tensor]]  # of each task: logits (n, C) and labels 
 
 @dataclass(frozen=True)
 class FittedOutputs:
-    """The temperature of a net's probabilities and the tau of its class prior, fitted on n validation images."""
+    """The temperatures of a net by task and the tau of its class prior, fitted on n validation images.
 
-    temperature: float
+    temperature: of each task; a number in files of an earlier version, for all tasks.
+    """
+
+    temperature: list[float] | float
     tau: float
     n: int
 
@@ -92,7 +93,7 @@ class Evaluation:
         """
         scores = []
         for number, task in enumerate(self.data.union.tasks):
-            thresholds = self._thresholds(net, training, separate, number) if risk else None
+            thresholds = self.thresholds(net, training, separate, number) if risk else None
             path = records / f"{split}-{task}.jsonl"
             scores += self._scores_of(
                 net, training, separate, split, number, path, specs=specs, forms=forms, thresholds=thresholds
@@ -139,7 +140,8 @@ class Evaluation:
         forms: dict[Condition, Form] = {CLEAN: lambda logits: logits}
         fitted = None if split == "validation" else self.fitted(net, training, separate)
         if fitted is not None:
-            forms[TEMPERED] = lambda logits: logits / fitted.temperature
+            of_class = self.temperature_of_class(fitted)
+            forms[TEMPERED] = lambda logits: block_tempered(logits, of_class)
             if self.config.evaluate.adjust_logits:
                 counts = self.data.class_counts()
                 forms[ADJUSTED] = lambda logits: adjusted(logits, counts, fitted.tau)
@@ -148,18 +150,22 @@ class Evaluation:
     # ---- what is fitted on validation images --------------------------------------------------------------------------
 
     def fitted(self, net: PixelNet, training: Training, separate: bool) -> FittedOutputs | None:
-        """Return temperature and tau of a training; None where a task has no validation images."""
+        """Return temperatures and tau of a training; None where a task has no validation images."""
         if not all(self.data.has_part(task, "validation") for task in range(len(self.data.union.tasks))):
             return None
 
         def fit() -> FittedOutputs:
             tasks = self._validation(net, separate)
             logits, labels = (torch.cat(parts) for parts in zip(*tasks))
-            return FittedOutputs(
-                fit_temperature(logits, labels), best_tau(tasks, self.data.class_counts()), len(labels)
-            )
+            temperatures = fit_block_temperatures(logits, labels, self.data.union.task_of_class())
+            return FittedOutputs(temperatures, best_tau(tasks, self.data.class_counts()), len(labels))
 
         return fitted_once(training.folder / FITTED, FittedOutputs, net.fingerprint(), fit)
+
+    def temperature_of_class(self, fitted: FittedOutputs) -> Tensor:
+        """Return the temperature (C,) by which logits are divided where a class has the largest one."""
+        by_task = torch.tensor(fitted.temperature, dtype=torch.float64).expand(len(self.data.union.tasks))
+        return by_task[self.data.union.task_of_class()]
 
     def parts(self, number: int) -> tuple[Tensor, Tensor]:
         """Return masks of a task's validation images: those that choose rates and those that give thresholds."""
@@ -167,7 +173,7 @@ class Evaluation:
             self.data.part(number, "validation").labels, self.config.evaluate.risk, self.config.tune
         )
 
-    def _thresholds(self, net: PixelNet, training: Training, separate: bool, number: int) -> Thresholds:
+    def thresholds(self, net: PixelNet, training: Training, separate: bool, number: int) -> Thresholds:
         """Return the thresholds of a task, fitted on its validation images."""
 
         def fit() -> Thresholds:
@@ -175,9 +181,9 @@ class Evaluation:
             _, chosen = self.parts(number)
             return fit_thresholds(logits[chosen].double().log_softmax(1), labels[chosen])
 
-        halves = not bool(self.parts(0)[1].all())
-        path = training.folder / f"risk-{self.data.union.tasks[number]}.json"
-        return fitted_once(path, Thresholds, net.fingerprint() + (" half" if halves else ""), fit)
+        path = training.folder / thresholds_file(self.data.union.tasks[number])
+        ending = " half" if halves(self.config.evaluate.risk, self.config.tune) else ""
+        return fitted_once(path, Thresholds, net.fingerprint() + ending, fit)
 
     @torch.no_grad()
     def _validation(self, net: PixelNet, separate: bool) -> Outputs:
@@ -198,6 +204,38 @@ class Evaluation:
                 found.append((logits, labels))
             self._outputs = (key, found)
         return self._outputs[1]
+
+    # ---- images of the user ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def answers(
+        self, net: PixelNet, training: Training, separate: bool, files: Sequence[Path]
+    ) -> tuple[list[Row], Tensor]:
+        """Return the rows of predictions.csv for image files, and the probabilities (n, C), those of each task with sum 1.
+
+        A net over all classes has one row for an image, and its sets the largest threshold of a task, which covers the images
+        of every task; separate heads have a row for each task.
+        """
+        union, names, device = self.data.union, self.data.label_names, runtime.processes().device
+        everything = slice(0, union.num_classes)
+        spans = [union.span(task) for task in range(len(union.tasks))] if separate else [everything]
+        quantiles: list[float | None] = [None] * len(spans)
+        if self.config.evaluate.risk:
+            fitted = [self.thresholds(net, training, separate, task).quantile for task in range(len(union.tasks))]
+            quantiles = [*fitted] if separate else [max(fitted)]
+        rows, probabilities = [], []
+        starts = range(0, len(files), self.config.evaluate.batch)
+        for start in console.track(starts, "predict", str(training), len(starts)):
+            batch = files[start : start + self.config.evaluate.batch]
+            images = torch.stack([square(decode_file(path), self.data.size) for path in batch])
+            logits = net(images.to(device, torch.float32) / 255).double().cpu()
+            log_p = torch.cat([logits[:, span].log_softmax(1) for span in spans], 1)
+            probabilities.append(log_p.exp())
+            for path, line in zip(batch, log_p):
+                for span, quantile in zip(spans, quantiles):
+                    task = union.task_of_class()[span][line[span].argmax()]
+                    rows.append(class_row(path, union.tasks[task], line[span], names[span], quantile))
+        return rows, torch.cat(probabilities)
 
     # ---- Laplace, sets of other classes, the merge check --------------------------------------------------------------
 
@@ -243,20 +281,16 @@ class Evaluation:
             lines = read_lines(records / f"{settings.split}-{task}.jsonl") if settings.ood else []
             inside = {row["id"]: row["clean confidence"] for row in lines if "id" in row}
             for name in settings.ood:
-                outside = confidences(
-                    classifier,
-                    self.data.outside(name),
-                    settings.batch,
-                    records / f"{record_stem('ood', task, row_name(name))}.jsonl",
-                    {"data": name, "task": task, "fingerprint": net.fingerprint()},
-                    f"{row_name(name)} against {task}, {training.arm} seed {training.seed}",
-                )
-                values = detection_values(*(-torch.tensor(list(part.values())) for part in (inside, outside)))
-                ids = [*inside, *(f"ood {name}" for name in outside)]
-                measure = Measure("AUROC", dict(zip(ids, values.tolist(), strict=True)), NUMBER, chance=0.5)
-                scores.append(
-                    Score(TASK, task, f"{settings.split} images, detection", measure, against(row_name(name)))
-                )
+                with stored(self.data.outside(name)) as images:
+                    outside = confidences(
+                        classifier,
+                        InOrder(images, settings.batch),
+                        records / f"{record_stem('ood', task, row_name(name))}.jsonl",
+                        {"data": name, "task": task, "fingerprint": net.fingerprint()},
+                        f"{row_name(name)} against {task}, {training.arm} seed {training.seed}",
+                    )
+                protocol = f"{settings.split} images, detection"
+                scores.append(detection_score(inside, outside, row_name(name), (TASK, task, protocol)))
         return scores
 
     @torch.no_grad()
@@ -281,26 +315,3 @@ def best_tau(tasks: Outputs, counts: Sequence[int]) -> float:
         return float(torch.stack(right).mean())
 
     return max(TAUS, key=score)
-
-
-@torch.no_grad()
-def confidences(
-    classifier: nn.Module, images: Gathered, batch: int, path: Path, settings: dict[str, object], label: str
-) -> dict[str, float]:
-    """Return the largest probability of each image by its id; images on record are not evaluated again."""
-    log = Records(path, settings, {"confidence": SHARE}, key="id")
-
-    def run(number: int) -> list[dict]:
-        ids = images.ids[number * batch : (number + 1) * batch]
-        if all(name in log for name in ids):
-            return []
-        logits: Tensor = classifier(batches[number][0].to(runtime.processes().device))
-        largest = logits.double().softmax(1).amax(1).clamp_max(1).tolist()
-        return [{"id": name, "confidence": value} for name, value in zip(ids, largest, strict=True)]
-
-    with log, stored(images) as marked:
-        batches = InOrder(marked, batch)
-        for rows in console.track(ranks.share(range(len(batches)), run), "eval", label, len(batches)):
-            for row in rows:
-                log.add(row)
-    return {name: log[name]["confidence"] for name in images.ids}

@@ -11,6 +11,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,8 @@ from vismt.jobs.classification.figures import EXAMPLES, examples, sections
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, stored, with_linear_head
 from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
-from vismt.jobs.risk import check_thresholds
+from vismt.jobs.predictions import image_files, write_arrays, write_rows
+from vismt.jobs.risk import check_thresholds, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.lowrank.model.inject import train_along
 from vismt.multitask.emtal.retain import QualityRetaining
@@ -173,11 +175,11 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
                 values.append(math.fsum(score.measure.values[name] for name in names) / len(names))
         return sum(values) / len(values)
 
-    def temperature(self, training: Training) -> float | None:
+    def temperature(self, training: Training) -> Sequence[float] | None:
         if not self.config.evaluate.temperature:
             return None
         fitted = self.evaluation.fitted(self.final(training), training, self._separate(training))
-        return None if fitted is None else fitted.temperature
+        return None if fitted is None else self.evaluation.temperature_of_class(fitted).tolist()
 
     def _separate(self, training: Training) -> bool:
         """Return whether a training's net chooses among the classes of the image's task only."""
@@ -187,12 +189,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         check_attacks(attacks, corruptions)
 
     def check_risk(self) -> None:
-        tune = self.config.tune
-        if not self.config.evaluate.risk and tune is not None and len(tune.rates) > 1:
-            raise UserError(
-                f"evaluate.risk: the run '{self.folder}' chose its rates on all of its validation images, so none are left for "
-                "the thresholds; add evaluate.risk: true to that run and train it again."
-            )
+        check_unused(self.config.evaluate.risk, self.config.tune, self.folder)
 
     def scores_under(
         self,
@@ -239,6 +236,21 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
         net = self.final(self.study.find(arm))
         return net, self.data.label_names, net.backbone.img_size[0]
+
+    def predict(self, images: Sequence[Path], target: Path, arm: str | None = None, **options: bool) -> list[Path]:
+        """Write the classes of images and of those in folders to predictions.csv; maps: all probabilities to predictions.npz."""
+        for name in ("own_size", "flip"):
+            if options.get(name):
+                raise UserError(f"predict: --{name.replace('_', '-')} is for dense runs; leave it out.")
+        files, training = image_files(images), self.study.find(arm)
+        rows, probabilities = self.evaluation.answers(self.final(training), training, self._separate(training), files)
+        written = [write_rows(rows, target)]
+        if options.get("maps"):
+            names = {"images": [str(path) for path in files], "labels": self.data.label_names}
+            arrays = {name: np.array(texts) for name, texts in names.items()}
+            arrays["probabilities"] = probabilities.float().numpy()
+            written.append(write_arrays(target / "predictions.npz", arrays))
+        return written
 
     def cards_of_tasks(self) -> dict[str, set[str]]:
         parts = {task.name: (*task.train, *task.validation, *task.test) for task in self.config.tasks}

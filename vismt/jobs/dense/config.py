@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from vismt.base.errors import UserError, near
 from vismt.config.sections import SCHEDULED, UNHASHED_OPTIONS, Count, Jitter, ModelConfig
 from vismt.config.typed import Names, within
+from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.jobs.task_sections import (
@@ -15,6 +17,7 @@ from vismt.jobs.task_sections import (
     RetainConfig,
     Split,
     check_adjusted,
+    check_risk_split,
     check_tasks,
     make_configured_balancer,
 )
@@ -25,7 +28,7 @@ from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.heads import check_head
 from vismt.multitask.inference import check_scales
 from vismt.multitask.nets import SEGMENTATION
-from vismt.multitask.tasks import DenseTask, loss_options, make_task
+from vismt.multitask.tasks import MapTask, Task, loss_options, make_task
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
 
 MODES = ("slide", "whole")
@@ -96,6 +99,10 @@ class DenseEvaluateConfig:
         scales: factors by which each image is enlarged; the predictions are averaged (multi-scale testing).
         adjust_logits: whether tasks with classes are evaluated with the logits minus tau log prior, too
             (vismt.multitask.class_loss), with tau of each task chosen on the validation images.
+        risk: also evaluate conformal sets and selective prediction of tasks of whole images (vismt.jobs.risk), and the
+            quality of their probabilities.
+        ood: sets of images of other classes, cards or folders: how well the largest probability of a task of whole images
+            tells them from the evaluated images, as AUROC.
         attacks: pgd on the run's losses.
         corruptions: evaluated corruptions; all has those that leave pixels where they are.
     """
@@ -107,11 +114,15 @@ class DenseEvaluateConfig:
     flip: bool = False
     scales: list[float] = field(default_factory=lambda: [1.0])
     adjust_logits: bool = False
+    risk: bool = False
+    ood: list[str] = field(default_factory=list)
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_adjusted(self.adjust_logits, self.split)
+        if self.risk:
+            check_risk_split(self.split)
         check_scales(self.scales)
 
 
@@ -161,12 +172,12 @@ class DenseConfig(StudyConfig):
     evaluate: DenseEvaluateConfig = field(default_factory=DenseEvaluateConfig)
 
 
-def all_tasks(config: DenseConfig) -> list[DenseTask]:
+def all_tasks(config: DenseConfig) -> list[Task]:
     """Return the tasks of the configuration, also those that an arm leaves out."""
     return [make_task(spec) for spec in config.tasks]
 
 
-def trained_tasks(config: DenseConfig) -> list[DenseTask]:
+def trained_tasks(config: DenseConfig) -> list[Task]:
     """Return the tasks that this configuration (of an arm) trains."""
     return [task for task in all_tasks(config) if not config.only or task.name in config.only]
 
@@ -189,14 +200,22 @@ def check(config: DenseConfig) -> None:
     dense_conditions(config.evaluate.attacks, config.evaluate.corruptions, [task.name for task in all_tasks(config)])
 
 
-def class_tasks(config: DenseConfig) -> list[DenseTask]:
+def class_tasks(config: DenseConfig) -> list[Task]:
     """Return the tasks whose logits `evaluate.adjust_logits` adjusts."""
     return [task for task in all_tasks(config) if isinstance(task, ClassLoss)]
+
+
+def image_tasks(tasks: Iterable[Task]) -> list[Task]:
+    """Return the tasks of whole images, whose answers have probabilities."""
+    return [task for task in tasks if not isinstance(task, MapTask)]
 
 
 def _check_values(config: DenseConfig) -> None:
     if config.evaluate.adjust_logits and not class_tasks(config):
         raise UserError("evaluate.adjust_logits: no task has classes; set it to false.")
+    if (config.evaluate.risk or config.evaluate.ood) and not image_tasks(all_tasks(config)):
+        key = "risk" if config.evaluate.risk else "ood"
+        raise UserError(f"evaluate.{key}: no task is of whole images; add the task classify, or leave the key out.")
     tasks = [task.name for task in all_tasks(config)]
     trained = [task.name for task in trained_tasks(config)]
     check_tasks(config, tasks)
@@ -216,6 +235,9 @@ def _check_values(config: DenseConfig) -> None:
     if not config.data.train:
         raise UserError("data.train: names no set.")
     check_parts({"data": config.data})
+    check_row_names(config.evaluate.ood, "evaluate.ood")
+    used = (*config.data.train, *config.data.validation, *config.data.test)
+    check_apart({"data": used}, {"evaluate.ood": config.evaluate.ood})
     if config.retain is not None:
         classes = next((task.channels for task in trained_tasks(config) if task.name == SEGMENTATION), None)
         if classes is None:

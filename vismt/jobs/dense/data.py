@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from vismt.base import console
 from vismt.base.errors import UserError
@@ -23,7 +24,7 @@ from vismt.engine.parts import shares
 from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
 from vismt.multitask.class_loss import ClassLoss, check_counts
 from vismt.multitask.nets import SEGMENTATION
-from vismt.multitask.tasks import DenseTask, MapTask
+from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.maps import Depth, InverseDepth
 
 
@@ -108,7 +109,17 @@ class DenseData:
             raise UserError("data: nothing to validate on; name a set in validation, or give validation_share.")
         return self.parts[name]
 
-    def counted(self, tasks: Sequence[DenseTask]) -> list[DenseTask]:
+    def outside(self, name: str) -> FittedImages:
+        """Return the images of a set that is not of the run."""
+        images = _open(name)
+        return FittedImages(Rows([(images, i) for i in range(len(images))]), self.size)
+
+    def classes(self, part: str) -> Tensor:
+        """Return the classes (n,) of the images of a part that have one."""
+        entries = [(images.labels, i) for images, i in self.part(part).entries if images.labels is not None]
+        return torch.tensor([int(labels[i]) for labels, i in entries], dtype=torch.int64)
+
+    def counted(self, tasks: Sequence[Task]) -> list[Task]:
         """Return the tasks, with their training labels counted where the loss needs them."""
         return [
             replace(cast(Any, task), class_counts=self.class_counts(task))
@@ -117,7 +128,7 @@ class DenseData:
             for task in tasks
         ]
 
-    def class_counts(self, task: DenseTask) -> list[int]:
+    def class_counts(self, task: Task) -> list[int]:
         """Return the training labels of each class of a task, in the images' own sizes.
 
         Raises UserError for a class without one.
@@ -134,7 +145,7 @@ class DenseData:
         check_counts(f"tasks: {task.name}", self._counts[task.key], task.channels)
         return self._counts[task.key]
 
-    def _check_targets(self, part: str, tasks: Sequence[DenseTask]) -> None:
+    def _check_targets(self, part: str, tasks: Sequence[Task]) -> None:
         entries = self.parts[part].entries
         known = {target for images, _ in entries for target in images.targets}
         lacking = next((task for task in tasks if entries and task.key not in known), None)
@@ -143,6 +154,20 @@ class DenseData:
             raise UserError(
                 f"tasks: {lacking.name}: no {part} set has {what}; {self.parts[part].name} has {', '.join(sorted(known))}."
             )
+
+
+class FittedImages:
+    """The images of some samples, fitted and padded: `images[index]` as of `vismt.data.batching.Gathered`, without classes."""
+
+    def __init__(self, rows: Rows, size: tuple[int, int]) -> None:
+        self.rows, self.size, self.ids = rows, size, rows.ids
+        self.labels = torch.zeros(len(rows), dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return torch.stack([self.rows.fitted(i, self.size)["image"] for i in index.tolist()])
 
 
 class DenseBatches:
@@ -212,7 +237,7 @@ def _spread(entries: list[tuple[DenseSet, int]], limit: int) -> list[tuple[Dense
     return [entries[i * len(entries) // count] for i in range(count)]
 
 
-def _check_set(images: DenseSet, tasks: Sequence[DenseTask]) -> None:
+def _check_set(images: DenseSet, tasks: Sequence[Task]) -> None:
     """Raise UserError unless a task has a target in the set, and tasks have as many classes as the set."""
     if not any(task.key in images.targets for task in tasks):
         targets, names = ", ".join(images.targets), ", ".join(task.name for task in tasks)

@@ -18,8 +18,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
+from itertools import compress, product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,19 +30,24 @@ from torch import Tensor
 
 from vismt.base import console, ranks
 from vismt.base.seeds import digest, mix_seed
+from vismt.data.batching import InOrder
 from vismt.data.maps.dense_sample import Sample, collate, size_of
 from vismt.data.maps.dense_transforms import pad
+from vismt.data.set_entries import row_name
 from vismt.engine import runtime
+from vismt.engine.log import record_stem
 from vismt.engine.study import Training
-from vismt.jobs.dense.config import DenseConfig, trained_tasks, window_of
+from vismt.jobs.dense.config import DenseConfig, image_tasks, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, Undefined, read_scored
+from vismt.jobs.image_scores import confidences, detection_score, form_measures
 from vismt.jobs.output_conditions import ADJUSTED, TAUS, fitted_once
+from vismt.jobs.risk import Thresholds, halves, image_measures, thresholds_file, thresholds_of, validation_parts
 from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import DenseNet
-from vismt.multitask.tasks import DenseTask, MapTask
+from vismt.multitask.tasks import MapTask, Task
 from vismt.report.results import Score
 from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.conditions import DensePerturbation, condition_of
@@ -74,9 +82,24 @@ class Evaluation:
         for name, task_score in scored.items():
             task = self.tasks[name]
             scale, better = SHARE if task.share else NUMBER, LOWER if task.lower_is_better else HIGHER
-            measure = Measure(metric_name(task), task_score.images, scale, better)
-            scores.append(Score(task.name, self.data.part(split).name, self._protocol(split), measure, condition))
+            values = self._choosing(task_score) if split == "validation" else task_score.images
+            scores.append(self._score(name, split, Measure(metric_name(task), values, scale, better), condition))
         return scores
+
+    def _score(self, task: str, split: str, measure: Measure, condition: Condition) -> Score:
+        return Score(task, self.data.part(split).name, self._protocol(split), measure, condition)
+
+    def _choosing(self, scored: Scored) -> dict[str, float]:
+        """Return the values of the validation images that choose rates."""
+        if not scored.answers:
+            return scored.images
+        chooses, _ = self._halves(scored.answers)
+        return dict(compress(scored.images.items(), chooses.tolist()))
+
+    def _halves(self, answers: Mapping[str, Mapping[str, float]]) -> tuple[Tensor, Tensor]:
+        """Return masks of the labelled validation images: those that choose rates and those that give thresholds."""
+        labels = torch.tensor([int(row["label"]) for row in answers.values()])
+        return validation_parts(labels, self.config.evaluate.risk, self.config.tune)
 
     def _protocol(self, split: str) -> str:
         """Return split, image size, windows and mirroring as text."""
@@ -108,19 +131,93 @@ class Evaluation:
         split: str,
         specs: Sequence[DensePerturbation],
         records: Path,
+        risk: bool = False,
     ) -> list[Score]:
         """Return the scores of one training, clean and under each condition that touches one of its tasks.
 
         net: returns the evaluated net, asked for where a condition is not on record. config: of the training. records: folder.
+        risk: whether the measures of `evaluate.risk` of tasks of whole images are among them.
         """
-        scores = self.as_scores(self.task_scores(net, training, config, split, records / f"{split}.jsonl"), split)
+        thresholds = self.thresholds(net, training, config) if risk else {}
+        quantiles = {task: fitted.quantile for task, fitted in thresholds.items()}
+        clean = self.task_scores(net, training, config, split, records / f"{split}.jsonl", quantiles=quantiles)
+        scores = self.as_scores(clean, split) + self._risk_scores(clean, {}, [], split, thresholds)
         for spec in specs:
             if isinstance(spec, DenseAttack) and not spec.attacked(trained_tasks(config)):
                 continue
             key = digest(json.dumps(spec.settings(), sort_keys=True).encode())[:8]
             path = records / f"{split}-{key}.jsonl"
-            scored = self.task_scores(net, training, config, split, path, spec)
+            scored = self.task_scores(net, training, config, split, path, spec, quantiles)
             scores += self.as_scores(scored, split, condition_of(spec))
+            scores += self._risk_scores(clean, scored, [spec], split, thresholds)
+        return scores
+
+    def _risk_scores(
+        self,
+        clean: Mapping[str, Scored],
+        changed: Mapping[str, Scored],
+        specs: Sequence[DensePerturbation],
+        split: str,
+        thresholds: Mapping[str, Thresholds],
+    ) -> list[Score]:
+        """Return the measures of `evaluate.risk` under a spec, or clean without one, there also the quality of probabilities.
+
+        changed: the scores under the spec.
+        """
+        scores = []
+        for task, fitted in thresholds.items():
+            others = changed[task].answers if specs else {}
+            rows = [{"id": name, **row, **others.get(name, {})} for name, row in clean[task].answers.items()]
+            measures = image_measures(rows, specs, self.tasks[task].channels, fitted)
+            if specs:
+                measures = [(condition, measure) for condition, measure in measures if condition != CLEAN]
+            else:
+                measures += [(CLEAN, measure) for measure in form_measures(rows, CLEAN)]
+            scores += [self._score(task, split, measure, condition) for condition, measure in measures]
+        return scores
+
+    def thresholds(self, net: Callable[[], DenseNet], training: Training, config: DenseConfig) -> dict[str, Thresholds]:
+        """Return the thresholds of a training's tasks of whole images, fitted on their validation images."""
+
+        def fit(task: Task) -> Thresholds:
+            pools = self._pooled(net(), [task], "validation", {task.name: (task.name, 0.0)}, f"{training}   thresholds")
+            answers = pools[task.name].answers
+            kept = [row for row, gives in zip(answers.values(), self._halves(answers)[1].tolist()) if gives]
+            nlls, confidences = (
+                torch.tensor([row[f"{CLEAN.label} {name}"] for row in kept], dtype=torch.float64)
+                for name in ("nll", "confidence")
+            )
+            return thresholds_of(nlls, confidences)
+
+        weights = fingerprint(training) + (" half" if halves(self.config.evaluate.risk, self.config.tune) else "")
+        return {
+            task.name: fitted_once(
+                training.folder / thresholds_file(task.name), Thresholds, weights, partial(fit, task), shared=True
+            )
+            for task in image_tasks(trained_tasks(config))
+        }
+
+    def detection(
+        self, net: Callable[[], DenseNet], training: Training, config: DenseConfig, split: str, records: Path
+    ) -> list[Score]:
+        """Return the AUROC of every set of evaluate.ood against the labelled images of every task of whole images.
+
+        Arguments as for `condition_scores`, whose records are read.
+        """
+        settings, scores = self.config.evaluate, []
+        tasks = image_tasks(trained_tasks(config)) if settings.ood else []
+        scored = self.task_scores(net, training, config, split, records / f"{split}.jsonl") if tasks else {}
+        for task, name in product([task.name for task in tasks], settings.ood):
+            inside = {image: row["clean confidence"] for image, row in scored[task].answers.items()}
+            outside = confidences(
+                partial(self._answers, net, task),
+                InOrder(self.data.outside(name), settings.batch),
+                records / f"{record_stem('ood', task, row_name(name))}.jsonl",
+                {"data": name, "task": task, "fingerprint": fingerprint(training)},
+                f"{row_name(name)} against {task}, {training}",
+            )
+            about = (task, self.data.part(split).name, f"{self._protocol(split)}, detection")
+            scores.append(detection_score(inside, outside, row_name(name), about))
         return scores
 
     def task_scores(
@@ -131,17 +228,19 @@ class Evaluation:
         split: str,
         path: Path,
         spec: DensePerturbation | None = None,
+        quantiles: Mapping[str, float] | None = None,
     ) -> dict[str, Scored]:
         """Return the scores of every task of one training, clean or under a condition, from `path` where they are on record.
 
-        Other arguments as for `condition_scores`.
+        quantiles: largest -log p of a class in a conformal set, by task. Other arguments as for `condition_scores`.
         """
         scored = self.recorded_scores(path, training)
         if scored is None:
             tasks = trained_tasks(config)
             plain = {task.name: (task.name, 0.0) for task in tasks}
             label = str(training) if spec is None else f"{training}   {spec.label}"
-            scored = self._written(self._pooled(net(), tasks, split, plain, label, spec), training, path, spec)
+            pools = self._pooled(net(), tasks, split, plain, label, spec, quantiles or {})
+            scored = self._written(pools, training, path, spec)
         return scored
 
     def adjusted_scores(
@@ -161,7 +260,7 @@ class Evaluation:
             scored = self._written(pools, training, path)
         return self.as_scores(scored or {}, split, ADJUSTED)
 
-    def _taus(self, net: DenseNet, training: Training, tasks: Sequence[DenseTask]) -> dict[str, float]:
+    def _taus(self, net: DenseNet, training: Training, tasks: Sequence[Task]) -> dict[str, float]:
         """Return each task's best tau on the validation images (ties: the smallest)."""
 
         def fit() -> Adjustment:
@@ -176,18 +275,22 @@ class Evaluation:
     def _pooled(
         self,
         net: DenseNet,
-        tasks: Sequence[DenseTask],
+        tasks: Sequence[Task],
         split: str,
         variants: Mapping[str, tuple[str, float]],
         label: str,
         spec: DensePerturbation | None = None,
+        quantiles: Mapping[str, float] = MappingProxyType({}),
     ) -> dict[str, PooledScore]:
         """Return the pooled scores of variants of the outputs by name. variants: (task, tau of its logits, 0 for none)."""
         by_name = {task.name: task for task in tasks}
-        pools = {name: PooledScore(by_name[task]) for name, (task, _) in variants.items()}
+        condition = CLEAN.label if spec is None else spec.label
+        pools = {
+            name: PooledScore(by_name[task], condition, quantiles.get(task)) for name, (task, _) in variants.items()
+        }
 
-        def states(start: int) -> list[tuple[str, str, State]]:
-            """Return (variant, image, state) of a batch's images."""
+        def states(start: int) -> list[tuple[str, str, State, dict[str, float]]]:
+            """Return (variant, image, state, answer) of a batch's images."""
             names, samples, batch = self._batch(split, start)
             if isinstance(spec, CorruptionSpec):
                 changed = [
@@ -207,13 +310,14 @@ class Evaluation:
                     if task.key in sample:
                         # Without the padding, from which odsF would compute too large an image diagonal.
                         prediction = _inside(task, outputs[place : place + 1], size_of(sample))
-                        found.append((variant, image, pool.state(prediction, sample[task.key][None])))
+                        target = sample[task.key][None]
+                        found.append((variant, image, pool.state(prediction, target), pool.answer(prediction, target)))
             return found
 
         starts = self._starts(split)
         for found in console.track(ranks.share(starts, states), "eval", f"{split} {label}", len(starts)):
-            for variant, image, state in found:
-                pools[variant].add(image, state)
+            for variant, image, state, answer in found:
+                pools[variant].add(image, state, answer)
         return pools
 
     def _written(
@@ -239,7 +343,7 @@ class Evaluation:
             row["absent"] = absent
         if undefined:
             row[UNDEFINED] = undefined
-        row["tasks"] = {name: asdict(score) for name, score in scored.items()}
+        row["tasks"] = {name: score.record() for name, score in scored.items()}
         ranks.on_first(lambda: write_lines(path, [row]))
         return scored
 
@@ -261,7 +365,7 @@ class Evaluation:
     def _attacked(
         self,
         net: DenseNet,
-        tasks: Sequence[DenseTask],
+        tasks: Sequence[Task],
         names: Sequence[str],
         samples: Sequence[Sample],
         batch: Sample,
@@ -301,6 +405,9 @@ class Evaluation:
             outputs = self._predicted(net, batch["image"].to(runtime.processes().device))
         return {task: value.cpu() for task, value in outputs.items()}
 
+    def _answers(self, net: Callable[[], DenseNet], task: str, images: Tensor) -> Tensor:
+        return self._predicted(net(), images)[task]
+
     def _predicted(self, net: DenseNet, images: Tensor) -> dict[str, Tensor]:
         settings = self.config.evaluate
         return predict(net, self.tasks, images, overlap=settings.overlap, flip=settings.flip, scales=settings.scales)
@@ -316,11 +423,11 @@ class Evaluation:
                 yield task, value, plain_logits[task], self.tasks[task].predicts_classes
 
 
-def metric_name(task: DenseTask) -> str:
+def metric_name(task: Task) -> str:
     """Return the name of a task's score with its unit."""
     return f"{task.label} in {task.unit}" if task.unit else task.label
 
 
-def _inside(task: DenseTask, prediction: Tensor, size: tuple[int, int]) -> Tensor:
+def _inside(task: Task, prediction: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the part of a map that belongs to the image and not to its padding; a whole image's output unchanged."""
     return prediction[..., : size[0], : size[1]] if isinstance(task, MapTask) else prediction

@@ -23,16 +23,19 @@ from vismt.jobs.dense.config import (
     baseline_arms,
     check,
     class_tasks,
+    image_tasks,
     trained_tasks,
     window_of,
 )
 from vismt.jobs.dense.data import DenseBatches, DenseData
 from vismt.jobs.dense.delta import deltas
-from vismt.jobs.dense.evaluation import Evaluation
+from vismt.jobs.dense.evaluation import Evaluation, metric_name
 from vismt.jobs.dense.figures import sections, write_predictions
 from vismt.jobs.dense.pooled_score import Scored
-from vismt.jobs.dense.predict import check_images, image_files, most_pixels, predict_images
+from vismt.jobs.dense.predict import check_images, most_pixels, predict_images
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
+from vismt.jobs.predictions import image_files
+from vismt.jobs.risk import check_thresholds, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.nets import SEGMENTATION, DenseNet
@@ -73,17 +76,22 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return self.config.evaluate.split
 
     def check_data(self) -> None:
-        validates = self.config.tune is not None or self.config.evaluate.adjust_logits
+        settings = self.config.evaluate
+        validates = self.config.tune is not None or settings.adjust_logits or settings.risk
         splits = {self.split, "validation"} if validates else {self.split}
         for split in splits:
             if len(self.data.part(split)) < 2:
                 raise UserError(f"data: one {split} image; an interval needs two or more.")
+        if settings.risk:
+            self._check_thresholds()
+        for name in settings.ood:
+            self.data.outside(name)
         if window_of(self.config) != tuple(self.config.size):
             models.make_backbone(self.config, window_of(self.config))
         for config in self.study.arms.values():
             self.batches(config)
             self.data.counted(trained_tasks(config))
-        if self.config.evaluate.adjust_logits:
+        if settings.adjust_logits:
             for task in class_tasks(self.config):
                 self.data.class_counts(task)
 
@@ -152,14 +160,30 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
         net = cache(lambda: self.final(training))
         records = training.folder / RECORDS
-        scores = self.scores_under(net, training, split, chosen, corruptions, records)
+        evaluated = split == self.split
+        risk = settings.risk and evaluated
+        scores = self.scores_under(net, training, split, chosen, corruptions, records, risk=risk)
+        config = self.study.config_of(training)
         if settings.adjust_logits and attacks is None:
-            config = self.study.config_of(training)
             scores += self.evaluation.adjusted_scores(net, training, config, split, records)
+        if evaluated and attacks is None:
+            scores += self.evaluation.detection(net, training, config, split, records)
         return scores
 
     def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
         self._conditions(attacks, corruptions)
+
+    def check_risk(self) -> None:
+        if not image_tasks(all_tasks(self.config)):
+            raise UserError(
+                f"evaluate.risk: the run '{self.folder}' has no class probabilities of images; name a run of multitask, or one "
+                "with the task classify."
+            )
+        check_unused(self.config.evaluate.risk, self.config.tune, self.folder)
+        self._check_thresholds()
+
+    def _check_thresholds(self) -> None:
+        check_thresholds(self.data.classes("validation"), self.config.tune)
 
     def _conditions(
         self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]
@@ -184,7 +208,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         risk: bool = False,
     ) -> list[Score]:
         specs = self._conditions(attacks, corruptions)
-        return self.evaluation.condition_scores(net, training, self.study.config_of(training), split, specs, records)
+        config = self.study.config_of(training)
+        return self.evaluation.condition_scores(net, training, config, split, specs, records, risk)
 
     def validate(self, training: Training) -> float:
         scores = self.score(training, "validation", [])
@@ -193,7 +218,12 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
         """Return delta_m by arm."""
-        return deltas(scores, baseline_arms(self.config))
+        metrics = {task.name: metric_name(task) for task in all_tasks(self.config)}
+        of_tasks = {
+            arm: [score for score in arm_scores if score.measure.metric == metrics[score.task]]
+            for arm, arm_scores in scores.items()
+        }
+        return deltas(of_tasks, baseline_arms(self.config))
 
     def outputs(self, merged: DenseNet, plain: DenseNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         return self.evaluation.outputs(merged, plain, label)
@@ -230,7 +260,12 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         size = (config.size[0], config.size[1]) if options.get("own_size") else window_of(self.config)
         net = models.loaded(config, training, size)
         training_files.fold(net.stock, training)
-        return predict_images(config, net, str(training), images, target, **options)
+        quantiles = {}
+        # The thresholds hold for images that are predicted as the validation images were.
+        if self.config.evaluate.risk and not (options.get("own_size") or options.get("flip")):
+            thresholds = self.evaluation.thresholds(lambda: self.final(training), training, config)
+            quantiles = {task: fitted.quantile for task, fitted in thresholds.items()}
+        return predict_images(config, net, str(training), images, target, quantiles=quantiles, **options)
 
     def beside(self, training: Training) -> dict[str, bytes]:
         """Return heads.safetensors of a training."""

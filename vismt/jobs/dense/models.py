@@ -18,7 +18,7 @@ from vismt.engine.study import Training
 from vismt.jobs.dense.config import DenseConfig, trained_tasks
 from vismt.multitask.heads import Head, make_head, make_pooled_head
 from vismt.multitask.nets import DenseNet, default_blocks
-from vismt.multitask.tasks import DenseTask, MapTask
+from vismt.multitask.tasks import MapTask, Task
 from vismt.storage.files import atomic_write, read_tensors
 
 BACKBONE = "backbone.safetensors"
@@ -33,7 +33,7 @@ def fresh(config: DenseConfig) -> DenseNet:
     return DenseNet(backbone, {task.name: _head(config, task, widths) for task in trained_tasks(config)}, blocks)
 
 
-def _head(config: DenseConfig, task: DenseTask, widths: list[int]) -> Head:
+def _head(config: DenseConfig, task: Task, widths: list[int]) -> Head:
     """Return the configured head; tasks of whole images have a single kind of head."""
     seed = mix_seed(config.seed, "head", task.name)
     if isinstance(task, MapTask):

@@ -16,14 +16,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.multitask.tasks import DenseTask
+from vismt.multitask.tasks import MapTask, Task
+from vismt.robustness.evaluate import probability_columns
+from vismt.uncertainty.intervals import CLEAN
 
 LARGEST = (
     100_000  # numbers of a state kept for each image; the histogram of angles has more, and no score is read from it
@@ -46,12 +48,18 @@ class Scored:
         numbers: everything that the metric computes, None in the place of NaN (a class that is nowhere), which JSON lacks.
         images: psi by image.
         alone: score of each image as if it were the whole set, None where it has none.
+        answers: of a task of whole images, class, label and probabilities by image, as `probability_columns` names them.
     """
 
     value: float
     numbers: dict[str, Any]
     images: dict[str, float]
     alone: dict[str, float | None]
+    answers: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as they are recorded; tasks of maps have no answers."""
+        return {name: value for name, value in asdict(self).items() if name != "answers" or value}
 
 
 def read_scored(values: Any, what: str) -> Scored:
@@ -70,17 +78,24 @@ def read_scored(values: Any, what: str) -> Scored:
 
 
 class PooledScore:
-    """Collects the images of one task; images without a valid pixel are left out."""
+    """Collects the images of one task; images without a valid pixel are left out.
 
-    def __init__(self, task: DenseTask) -> None:
-        self.task = task
+    Args:
+        task: the task.
+        condition: under which the images are evaluated.
+        quantile: largest -log p of a class in a conformal set; None for no sets.
+    """
+
+    def __init__(self, task: Task, condition: str = CLEAN.label, quantile: float | None = None) -> None:
+        self.task, self.condition, self.quantile = task, condition, quantile
+        self.answers: dict[str, dict[str, float]] = {}
         self._states: dict[str, State] = {}
         self._total: State = {}
 
     def state(self, prediction: Tensor, target: Tensor) -> State:
         """Return the state of one image, with a batch dimension of 1, at the target's size.
 
-        Arguments and errors as DenseTask.update.
+        Arguments and errors as Task.update.
         """
         if not bool(self.task.valid(target).any()):
             return {}
@@ -88,8 +103,17 @@ class PooledScore:
         self.task.update(metric, prediction, target)
         return {key: value.clone() for key, value in cast("State", metric.metric_state).items()}
 
-    def add(self, name: str, state: State) -> None:
-        """Add the state of one image."""
+    def answer(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
+        """Return the entry of `answers` of one image, {} for a map and for an image without a label; arguments as of `state`."""
+        if isinstance(self.task, MapTask) or not bool(self.task.valid(target).any()):
+            return {}
+        columns = probability_columns(self.condition, prediction.double(), target, self.quantile)
+        return {"label": int(target), **{name: values[0] for name, values in columns.items()}}
+
+    def add(self, name: str, state: State, answer: dict[str, float] | None = None) -> None:
+        """Add the state and the answer of one image."""
+        if answer:
+            self.answers[name] = answer
         if state:
             self._total = {key: value + self._total.get(key, 0) for key, value in state.items()}
             self._states[name] = {key: value for key, value in state.items() if value.numel() <= LARGEST}
@@ -126,7 +150,8 @@ class PooledScore:
             )
         mean = sum(without.values()) / n
         images = {name: value + (n - 1) * (mean - other) for name, other in without.items()}
-        return Scored(value, {key: _writable(number) for key, number in numbers.items()}, images, alone)
+        writable = {key: _writable(number) for key, number in numbers.items()}
+        return Scored(value, writable, images, alone, self.answers)
 
     def _compute(self, states: Mapping[str, Tensor]) -> dict[str, Any]:
         metric = self.task.metric()

@@ -1,7 +1,8 @@
 """`vismt predict`: images of any size through a trained dense run; each becomes one picture, on request with its maps.
 
-The maps of an image are an array for each task in one .npz, and for each task of maps two PNG files of the image's size: the
-map in its colours, and the same half transparent over the image.
+Tasks of whole images also write predictions.csv (jobs/predictions.py). The maps of an image are an array for each task in one
+.npz, and for each task of maps two PNG files of the image's size: the map in its colours, and the same half transparent over the
+image.
 
 An image is fitted into the run's canvas as in evaluation, so that the net meets the camera that it knows, or, with `own_size`,
 taken at its own resolution by windows of the trained size. Depth is in the unit of the training data: the prediction for an
@@ -13,11 +14,11 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,15 +26,16 @@ from torch import Tensor
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.data.cards import Card, load_card
-from vismt.data.decode import SUFFIXES, decode_file
-from vismt.data.maps.dense_set import DenseSource
+from vismt.data.decode import decode_file
+from vismt.data.maps.dense_set import DenseSource, open_samples
 from vismt.data.maps.dense_transforms import fitting, resize
 from vismt.data.set_entries import card_and_split
 from vismt.engine import runtime
 from vismt.jobs.dense.config import DenseConfig, canvas_of, trained_tasks
+from vismt.jobs.predictions import Row, class_row, write_arrays, write_rows
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import SEGMENTATION, DenseNet
-from vismt.multitask.tasks import DenseTask, MapTask
+from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.classes import Classification
 from vismt.multitask.tasks.maps import Depth, InverseDepth
 from vismt.report.plotting import GRID, INK, MUTED, axes_at, new_figure, save, short, write
@@ -56,27 +58,6 @@ class Panel:
     caption: str
     pixels: Tensor
     legend: list[tuple[str, str]]
-
-
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files of `paths`, of a folder the image files in it, sorted by name.
-
-    Raises UserError for a folder without one.
-    """
-    files: list[Path] = []
-    for path in paths:
-        found = sorted(file for file in path.iterdir() if is_image(file)) if path.is_dir() else [path]
-        if not found:
-            raise UserError(
-                f"predict: '{path}' has no image file ({', '.join(sorted(SUFFIXES))}); name another folder."
-            )
-        files += found
-    return files
-
-
-def is_image(path: Path) -> bool:
-    """Return whether a file's ending is that of an image."""
-    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def most_pixels(config: DenseConfig) -> int:
@@ -116,8 +97,11 @@ def predict_images(
     own_size: bool = False,
     flip: bool = False,
     maps: bool = False,
+    quantiles: Mapping[str, float] | None = None,
 ) -> list[Path]:
-    """Write <target>/<image's stem>.png for each image, with `maps` also its maps; return the pictures' paths.
+    """Write <target>/<image's stem>.png for each image, with `maps` also its maps; return the paths.
+
+    Tasks of whole images also have rows in <target>/predictions.csv.
 
     Args:
         config: of the training.
@@ -127,8 +111,9 @@ def predict_images(
         target: folder.
         own_size: windows over the image at its own size, not fitted into the canvas.
         flip: the mean with the mirrored image also where evaluate.flip is false.
-        maps: also write <stem>.npz, what each task answers (DenseTask.answer) at the size of the picture, by the task's name,
+        maps: also write <stem>.npz, what each task answers (Task.answer) at the size of the picture, by the task's name,
             and <stem>-<task>.png and <stem>-<task>-overlay.png of tasks of maps.
+        quantiles: largest -log p of a class in a conformal set, by task of whole images.
     """
     device = runtime.processes().device
     net = net.to(device)
@@ -138,7 +123,8 @@ def predict_images(
         tasks[Depth.name] = InverseDepth.of(depth)
     settings = config.evaluate
     classes, flip = class_names(config, tasks), flip or settings.flip
-    written = []
+    written: list[Path] = []
+    rows: list[Row] = []
     for path in console.track(images, "predict", label):
         image = decode_file(path).to(torch.float32) / 255
         size = (int(image.shape[-2]), int(image.shape[-1]))
@@ -157,19 +143,21 @@ def predict_images(
         if own_size:
             enlarged = max(side / fitted for side, fitted in zip(size, canvas_of(config)))
             outputs = {name: tasks[name].rescaled(value, enlarged) for name, value in outputs.items()}
+        for name, value in outputs.items():
+            if not isinstance(tasks[name], MapTask):
+                names = classes.get(name) or [f"class {label}" for label in range(len(value))]
+                rows.append(class_row(path, name, value.double().log_softmax(0), names, (quantiles or {}).get(name)))
         shown = image[:, :height, :width]
         written.append(picture(shown, outputs, tasks, classes, target / f"{path.stem}.png"))
         if maps:
             _write_maps(shown, outputs, tasks, target / path.stem)
-    return written
+    return [write_rows(rows, target), *written] if rows else written
 
 
-def _write_maps(image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str, DenseTask], stem: Path) -> None:
+def _write_maps(image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str, Task], stem: Path) -> None:
     """Write the answers of an image (3, h, w) as arrays, and the pictures of its maps alone and over the image."""
-    buffer = io.BytesIO()
-    answers: dict[str, Any] = {name: tasks[name].answer(value).numpy() for name, value in outputs.items()}
-    np.savez_compressed(buffer, **answers)
-    atomic_write(stem.with_name(f"{stem.name}.npz"), buffer.getvalue())
+    answers = {name: tasks[name].answer(value).numpy() for name, value in outputs.items()}
+    write_arrays(stem.with_name(f"{stem.name}.npz"), answers)
     for name, value in outputs.items():
         task = tasks[name]
         if isinstance(task, MapTask):
@@ -181,12 +169,15 @@ def _write_maps(image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str
                 atomic_write(stem.with_name(f"{stem.name}-{ending}.png"), buffer.getvalue())
 
 
-def class_names(config: DenseConfig, tasks: Mapping[str, DenseTask]) -> dict[str, list[str]]:
-    """Return the class names of each task: its own, or those on the cards of the training sets, whose images are not needed."""
+def class_names(config: DenseConfig, tasks: Mapping[str, Task]) -> dict[str, list[str]]:
+    """Return the class names of each task: its own, those on the cards of the training sets, or of classified images on disk."""
     classes = {name: list(task.default_class_names) for name, task in tasks.items() if task.default_class_names}
-    for card in _cards(config):
-        names = [str(name) for name in card.read_json(card.names)] if card.names else []
+    for entry, card in zip(config.data.train, _cards(config)):
         task = SEGMENTATION if isinstance(card.sources[0], DenseSource) else Classification.name
+        names = [str(name) for name in card.read_json(card.names)] if card.names else []
+        if not names and task == Classification.name:
+            with suppress(UserError):  # the images may be on another machine
+                names = open_samples(*card_and_split(entry)).image_classes
         if task in tasks and len(names) == tasks[task].channels:
             classes.setdefault(task, names)
     return classes
@@ -205,7 +196,7 @@ def _inverse(config: DenseConfig) -> bool:
 def picture(
     image: Tensor,
     predictions: Mapping[str, Tensor],
-    tasks: Mapping[str, DenseTask],
+    tasks: Mapping[str, Task],
     classes: Mapping[str, Sequence[str]],
     path: Path,
 ) -> Path:

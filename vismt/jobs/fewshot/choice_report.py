@@ -1,52 +1,61 @@
-"""How well a pool's experts could be chosen: its rules beside the best expert on validation, and oracles.
+"""How well a pool's experts can be chosen: its rules beside the best expert on validation, and what a choice by task is worth.
 
-v_ei is the accuracy of expert e on episode i of n, c(i) = argmax_e v_ei:
-
-    oracle                              mean_i max_e v_ei
-    oracle, choices of other episodes   mean_i mean_{j != i} v_{c(j) i}           ties of c(j) share its weight
-    oracle, episodes shuffled           E max_e v_{e pi_e(i)},  pi_e independent, with replacement: sum_v v dG(v),
-                                        G(v) = prod_e (share of episodes with v_ei <= v)
-
-All are exact; the last has the jackknife's interval. Several training seeds are averaged episode by episode, and their spread is
-in the intervals (vismt.uncertainty.intervals.with_seeds).
+The latter is estimated from split halves of each task's queries, and so is the spread of the tasks' true differences
+(vismt/uncertainty/split_halves.py); both follow from the records, without a model. Where episodes lie in parts that share no
+image, all values are means by part. Several training seeds are averaged, and their spread is in the intervals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from operator import itemgetter
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.jobs.fewshot.arms import evaluated_experts, split_head
 from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, FewShotConfig
 from vismt.jobs.fewshot.evaluation import episodes_file
 from vismt.jobs.fewshot.merge_settings import VALIDATION
+from vismt.metatune.protocol.episode_outcome import right_field
 from vismt.report.comparison import AVERAGE
 from vismt.report.results import Result
-from vismt.report.tables import MANY_CORRUPTIONS, Table, bounds_text, interval_text
+from vismt.report.tables import MANY_CORRUPTIONS, Table, bounds_text, interval_text, number_text
 from vismt.storage.files import DIGEST, read_sealed
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import SHARE, domain_average, paired_bootstrap, with_seeds
+from vismt.uncertainty.intervals import SHARE, average_of, estimate
+from vismt.uncertainty.split_halves import DIVISIONS, FOLDS, ChoiceValues, choice
 
-BEST = "best expert on validation"
-NOTE = (
-    "“oracle” takes the best evaluated expert of each episode by the queries that it is scored on, so a part of its gain is "
-    "luck: its choices given to other episodes know nothing of the task, and with every expert's episodes shuffled it picks "
-    "among accuracies of unrelated tasks, so that an oracle which does not exceed that does not show that experts differ "
-    "by task. "
-    "“average” and “merged:uniform” are the equal soup. Differences to “merged” are paired by episode (95 % bootstrap "
-    "interval; for averages over sets 1.96 standard errors). Several training seeds are in all intervals."
+VALIDATED = "best expert on validation"
+FIXED = "best expert of the other tasks"
+HALVES = "best expert of each task"
+RULES_NOTE = (
+    f"“{FIXED}” is the expert that is best on average over all tasks but the one it is scored on. “{HALVES}” is the one with the "
+    f"best answers to half of a task's queries, scored on the other half, the mean of {DIVISIONS} random halvings. “average” and "
+    "“merged:uniform” are the equal soup. Differences to “merged” are paired by episode. Several training seeds are in all "
+    "intervals (95 %)."
 )
-ByModel = dict[str, Tensor]  # accuracies (n,) of the same episodes, or (seeds, n)
+WORTH_NOTE = (
+    f"Gain: “{HALVES}” less “{FIXED}”. Where its interval contains 0, the labels of half of the queries do not show that "
+    f"choosing by task helps. Bracket of the accuracy of each task's truly best expert: one that is chosen by {FOLDS - 1} of "
+    f"{FOLDS} parts of the queries is below it, one that is chosen by the queries which it is scored on above it. The spread is "
+    "the standard deviation over tasks of the true difference of two experts (root mean square over the pairs), without the "
+    "noise of the queries; the luck of the support is in it. It is not resolved where the interval of its square contains 0."
+)
+CHOICE = [field.name for field in fields(ChoiceValues)]
+Values = dict[
+    str, Tensor
+]  # by model: accuracies (g,) by episode or part, or (seeds, g); fields of `ChoiceValues` by their name
+Case = tuple[str, str]  # condition and set
 
 
 def choice_tables(
     folder: Path, config: FewShotConfig, seeds: Sequence[int], results: Sequence[Result]
 ) -> list[tuple[Table, str]]:
-    """Return a table for each protocol; [] unless "merged" and two experts or more are evaluated."""
+    """Return two tables for each protocol; [] unless "merged" and two experts or more are evaluated."""
     rows = [row for row in results if row.seed is None and row.metric == "accuracy"]
     arms = list(dict.fromkeys(row.arm for row in rows))
     experts = [f"{EXPERT}{label}" for label in evaluated_experts(config)]
@@ -59,104 +68,124 @@ def choice_tables(
         merged = [row for row in rows if row.arm == MERGED and row.protocol == protocol]
         if len({row.condition for row in merged if row.kind == "corruption"}) >= MANY_CORRUPTIONS:
             merged = [row for row in merged if row.kind != "corruption"]
-        cases = {}
+        cases: dict[Case, Values] = {}
+        counts: dict[Case, int] = {}
         for row in merged:
             by_seed = [_of_seed(folder, config, seed, row, [MERGED, *models], experts) for seed in seeds]
             if all(by_seed):
                 common = [name for name in by_seed[0] if all(name in values for values in by_seed)]
                 stacked = {name: torch.stack([values[name] for values in by_seed]) for name in common}
-                cases[row.condition, row.data] = stacked  # (seeds, n) by model
+                cases[row.condition, row.data], counts[row.condition, row.data] = stacked, row.n
         if cases:
-            tables.append((_table(protocol, cases), NOTE))
+            tables.append((_rules(protocol, cases, counts), RULES_NOTE))
+        if cases and all("variance" in values for values in cases.values()):
+            tables.append((_worth(protocol, cases, counts), WORTH_NOTE))
     return tables
-
-
-def choose(accuracies: Tensor) -> ByModel:
-    """Return the oracles' values (n,) by episode from the experts' accuracies (e, n); equations in the header."""
-    count = accuracies.shape[1]
-    best = accuracies.amax(0)
-    choices = F.normalize((accuracies == best).to(accuracies), p=1, dim=0)
-    others = (choices.sum(1, keepdim=True) - choices) / (count - 1)
-    return {
-        "oracle": best,
-        "oracle, choices of other episodes": (others * accuracies).sum(0),
-        "oracle, episodes shuffled": _shuffled(accuracies),
-    }
-
-
-def _shuffled(accuracies: Tensor) -> Tensor:
-    """Return the jackknife's pseudo-values (n,) of E max_e v_{e pi_e(i)}, centred on it."""
-    count = accuracies.shape[1]
-    grid = accuracies.unique()
-    below = (accuracies[..., None] <= grid).to(accuracies)  # (e, n, values)
-    total = below.sum(1, keepdim=True)
-
-    def expected(shares: Tensor) -> Tensor:
-        return (grid * shares.prod(0).diff(dim=-1, prepend=grid.new_zeros(shares.shape[1], 1))).sum(-1)
-
-    value, without = expected(total / count), expected((total - below) / (count - 1))
-    return value + (count - 1) * (without.mean() - without)
 
 
 def _of_seed(
     folder: Path, config: FewShotConfig, seed: int, row: Result, models: Sequence[str], experts: Sequence[str]
-) -> ByModel:
-    """Return the values of every model and yardstick of one training seed; {} where records are missing."""
+) -> Values:
+    """Return the values of every model and choice of one training seed; {} where records are missing."""
     values = {}
+    answers: list[list[str | None]] = []
+    queries = 0
     for arm in (*models, *experts):
-        lines = read_lines(episodes_file(folder, seed, row.data, row.protocol, arm))
-        by_episode = {line["episode"]: line[row.condition] for line in lines if {"episode", row.condition} <= set(line)}
-        if len(by_episode) != row.n:
+        header, *lines = read_lines(episodes_file(folder, seed, row.data, row.protocol, arm)) or [{}]
+        found = {line["episode"]: line for line in lines if {"episode", row.condition} <= set(line)}
+        if len(found) != row.n:
             return {}
-        values[arm] = torch.tensor([by_episode[number] for number in sorted(by_episode)], dtype=torch.float64)
+        ordered = [found[number] for number in sorted(found)]
+        values[arm] = torch.tensor([line[row.condition] for line in ordered], dtype=torch.float64)
+        if arm in experts:
+            answers.append([line.get(right_field(row.condition)) for line in ordered])
+            queries = header.get("settings", {}).get("sampler", {}).get("queries", 0)
+    groups = torch.arange(row.n) % (getattr(row, "parts", 0) or row.n)
+    chosen = _choice(answers, queries, groups)
     shown = {arm: values[arm] for arm in models}
     path = folder / "pool" / f"seed-{seed}" / VALIDATION
     validated = read_sealed(path, f"run '{folder}'", (DIGEST,)) if path.exists() else {}
     share = config.select.class_share if config.select is not None else 0.0
     judged: dict[str, float] = validated.get(row.data if share else "all", {})
     if judged:
-        shown[BEST] = values[EXPERT + max(judged, key=judged.__getitem__)]
-    return {**shown, **choose(torch.stack([values[arm] for arm in experts]))}
+        shown[VALIDATED] = values[EXPERT + max(judged, key=judged.__getitem__)]
+    shown = {name: torch.stack([of[groups == group].mean() for group in groups.unique()]) for name, of in shown.items()}
+    if chosen is not None:
+        shown |= {FIXED: chosen.fixed, HALVES: chosen.halves, **vars(chosen)}
+    return shown
 
 
-def _interval(by_set: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Return (mean over sets, half width of its 95 % interval) of values (seeds, n) by set."""
-    mean, half = domain_average({data: values.mean(0) for data, values in by_set.items()})
-    return mean, with_seeds(half, torch.stack([values.mean(1) for values in by_set.values()]).mean(0).tolist())
+def _choice(answers: Sequence[Sequence[str | None]], queries: int, groups: Tensor) -> ChoiceValues | None:
+    """Return what a choice by task is worth; None for too few tasks and records of an earlier version, without answers.
+
+    answers: by expert and episode, a text with 1 for each right query. queries: of each class, which follow each other; 0 where
+    episodes differ in them, which are then divided as if of one class.
+    """
+    texts = [[text or "" for text in of_expert] for of_expert in answers]
+    if len(groups.unique()) < 3 or any(len(text) < 2 for of_expert in texts for text in of_expert):
+        return None
+    most = max(map(len, texts[0]))
+    right = torch.tensor([[[bit == "1" for bit in text.ljust(most, "0")] for text in of_expert] for of_expert in texts])
+    place = torch.arange(most)
+    lengths = torch.tensor([len(text) for text in texts[0]])[:, None]
+    labels = torch.where(place < lengths, place // queries if queries else 0, -1)
+    return choice(right, labels, groups)
 
 
-def _table(protocol: str, cases: Mapping[tuple[str, str], ByModel]) -> Table:
-    """Return the table of one protocol: the average over sets first, then the sets."""
-    conditions = list(dict.fromkeys(condition for condition, _ in cases))
+def _interval(by_set: Mapping[str, Values], value: Callable[[Values], Tensor]) -> tuple[float, float]:
+    """Return (mean over sets, half width of its 95 % interval); value: returns (seeds, g) from the values of a set."""
+    chosen = {data: value(values) for data, values in by_set.items()}
+    found = average_of([estimate(values.mean(0)) for values in chosen.values()])
+    found = found.with_seeds(torch.stack([values.mean(1) for values in chosen.values()]).mean(0).tolist())
+    return found.mean, found.half
+
+
+def _with_averages(
+    cases: Mapping[Case, Values], counts: Mapping[Case, int]
+) -> Iterable[tuple[str, str, dict[str, Values], int]]:
+    """Yield (set, condition, values by set, number of episodes), first the averages over several sets."""
     sets = list(dict.fromkeys(data for _, data in cases))
-    rows: list[list[str]] = []
-    for condition in conditions if len(sets) > 1 else ():
+    for condition in dict.fromkeys(condition for condition, _ in cases) if len(sets) > 1 else ():
         every = {data: cases[condition, data] for data in sets if (condition, data) in cases}
         if len(every) == len(sets):
-            rows += _average_rows(condition, every)
+            yield AVERAGE, condition, every, sum(counts[condition, data] for data in sets)
     for (condition, data), values in cases.items():
-        for name, accuracies in values.items():
-            middle, half = _interval({data: accuracies - values[MERGED]})
-            difference = (middle, middle - half, middle + half)
-            if len(accuracies) == 1:
-                difference = paired_bootstrap(accuracies[0], values[MERGED][0])[:3]
-            texts = _texts(_interval({data: accuracies}), None if name == MERGED else difference, accuracies.shape[1])
-            rows.append([data, condition, name, *texts])
+        yield data, condition, {data: values}, counts[condition, data]
+
+
+def _rules(protocol: str, cases: Mapping[Case, Values], counts: Mapping[Case, int]) -> Table:
+    """Return the table of the accuracy of each way to choose."""
+    rows: list[list[str]] = []
+    for data, condition, by_set, n in _with_averages(cases, counts):
+        for name in next(iter(by_set.values())):
+            if name in CHOICE or not all(name in values for values in by_set.values()):
+                continue
+            accuracy = _interval(by_set, itemgetter(name))
+            middle, half = _interval(by_set, lambda values, name=name: values[name] - values[MERGED])
+            gain = "–" if name == MERGED else bounds_text((middle, middle - half, middle + half), SHARE)
+            rows.append([data, condition, name, interval_text(*accuracy, SHARE), gain, f"{n:,}"])
     heads = ["Data", "Condition", "Model", "accuracy in %", "Difference to merged", "n (episodes)"]
     return Table(f"Choosing experts, {protocol}", heads, rows, set(), texts=3, folded=len(rows) > 30)
 
 
-def _average_rows(condition: str, every: Mapping[str, ByModel]) -> Iterable[list[str]]:
-    for name in next(iter(every.values())):
-        if not all(name in values for values in every.values()):
-            continue
-        interval = _interval({data: values[name] for data, values in every.items()})
-        middle, half = _interval({data: values[name] - values[MERGED] for data, values in every.items()})
-        difference = None if name == MERGED else (middle, middle - half, middle + half)
-        count = sum(values[name].shape[1] for values in every.values())
-        yield [AVERAGE, condition, name, *_texts(interval, difference, count)]
+def _worth(protocol: str, cases: Mapping[Case, Values], counts: Mapping[Case, int]) -> Table:
+    """Return the table of what a choice by task is worth."""
+    rows: list[list[str]] = []
+    for data, condition, by_set, n in _with_averages(cases, counts):
+        gain, half = _interval(by_set, lambda values: values["halves"] - values["fixed"])
+        low, high = (_interval(by_set, itemgetter(end))[0] for end in ("folds", "optimistic"))
+        bracket = f"[{number_text(low, SHARE)}, {number_text(high, SHARE)}]"
+        spread = spread_text(*_interval(by_set, itemgetter("variance")))
+        rows.append([data, condition, bounds_text((gain, gain - half, gain + half), SHARE), bracket, spread, f"{n:,}"])
+    heads = ["Data", "Condition", "Gain in points", "Best of each task in %", "Spread in points", "n (episodes)"]
+    return Table(f"What a choice by task is worth, {protocol}", heads, rows, set(), texts=2, folded=len(rows) > 30)
 
 
-def _texts(interval: tuple[float, float], difference: tuple[float, float, float] | None, count: int) -> list[str]:
-    gain = "–" if difference is None else bounds_text(difference, SHARE)
-    return [interval_text(*interval, SHARE), gain, f"{count:,}"]
+def spread_text(variance: float, half: float) -> str:
+    """Return a standard deviation in per cent with its 95 % interval. half: half width of the interval of the variance."""
+    if variance <= half:
+        most = f", at most {number_text(math.sqrt(variance + half), SHARE)}" if variance + half > 0 else ""
+        return f"not resolved{most}"
+    low, middle, high = (math.sqrt(value) for value in (variance - half, variance, variance + half))
+    ends = [number_text(value, SHARE, half=(high - low) / 2) for value in (middle, low, high)]
+    return f"{ends[0]} [{ends[1]}, {ends[2]}]"

@@ -136,8 +136,8 @@ class EvaluateConfig:
         corruptions: evaluated corruptions.
         masking: also run PGD at growing radii, on the first masking_episodes episodes of each set.
         masking_episodes: episodes of each set for `masking`.
-        probabilities: also report ECE, NLL and Brier score of the clean episodes' probabilities, and with a select section
-            those after each model's temperature, fitted on the validation episodes.
+        probabilities: also report the ECE, NLL and Brier score of the probabilities after each model's temperature, fitted
+            on the validation episodes of the select section.
         ood: sets of images of other classes, cards or folders: how well the largest probability tells as many of them from
             the queries of each episode, as AUROC.
         ways_of: {entry of data or of select.data: ways}, where a set has other ways than `ways`.

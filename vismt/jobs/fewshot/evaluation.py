@@ -1,20 +1,22 @@
 """Evaluation of few-shot models on episodes of every set, clean and under each condition, with a record for each episode.
 
-The probabilities of a model are also scored with a temperature, p = softmax(z / T), T > 0 with the smallest NLL
-(vismt/uncertainty/temperature.py): one T for all its episodes, fitted on the clean queries of validation episodes. These are the
-episodes of select.data, one T for all evaluated sets, or with select.class_share those of the classes of each evaluated set that
-its test episodes never draw, one T for each. All their queries weigh the same, whatever their ways. Every model has a T: z are
-the logits of `Models.task`, with the weights that the model takes for a task's support (pools, fine-tuning), or the
-log-probabilities of a posterior. The settings of merged are chosen on the same episodes as its T. T belongs to the ways and
-shots of the validation episodes. It changes no answer, so accuracies have no row. A file beside the model's records has T; it
-is fitted again when the weights, the settings or the episodes change.
+The probabilities of a model on the clean queries have ECE, NLL and Brier score: the softmax of the logits at the scale that the
+model has, the queries of all episodes pooled. With evaluate.probabilities and a select section they are also scored with a
+temperature, p = softmax(z / T), T > 0 with the smallest NLL (vismt/uncertainty/temperature.py): one T for all its episodes,
+fitted on the clean queries of validation episodes. These are the episodes of select.data, one T for all evaluated sets, or with
+select.class_share those of the classes of each evaluated set that its test episodes never draw, one T for each. All their
+queries weigh the same, whatever their ways. Every model has a T: z are the logits of `Models.task`, with the weights that the
+model takes for a task's support (pools, fine-tuning), or the log-probabilities of a posterior. The settings of merged are
+chosen on the same episodes as its T. T belongs to the ways and shots of the validation episodes. It changes no answer, so
+accuracies have no row. A file beside the model's records has T; it is fitted again when the weights, the settings or the
+episodes change.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +129,7 @@ class Evaluation:
             label=f"{shown} {protocol} {arm}",
             model=arm,
             worst={case.condition.label: case.attacks for case in worst},
-            probabilities=settings.probabilities,
+            probabilities=True,
             temperature=temperature(self.folder, models, arm, name, self.data.open) if tempered else None,
             ood={condition.label: images for condition, images in outside.items()},
         )
@@ -139,7 +141,9 @@ class Evaluation:
             if f"{form} {NLL}" in results:
                 measures += [(label, measure) for measure in probability_measures(results, form)]
         for label in outside:
-            measures.append((label, Measure("AUROC", _by_episode(results[label.label]), NUMBER, chance=0.5)))
+            measures.append(
+                (label, Measure("AUROC", _by_episode(results[label.label]), NUMBER, chance=0.5, covers="sampler"))
+            )
         return [Score(TASK, shown, protocol, measure, label, "episodes", drawn) for label, measure in measures]
 
     def validation_scores(self, models: Models, training: Training) -> list[Score]:
@@ -221,7 +225,7 @@ def _settings(specs: Sequence[Perturbation]) -> str:
 
 def accuracy(values: Tensor, chance: float | None) -> Measure:
     """Return the accuracy of episodes as a measure."""
-    return Measure("accuracy", _by_episode(values), chance=chance)
+    return Measure("accuracy", _by_episode(values), chance=chance, covers="sampler")
 
 
 def probability_measures(results: Mapping[str, Tensor], form: str) -> list[Measure]:
@@ -230,7 +234,8 @@ def probability_measures(results: Mapping[str, Tensor], form: str) -> list[Measu
     All episodes weigh the same.
     """
     gaps, nlls, briers = (results[f"{form} {name}"] for name in (GAPS, NLL, BRIER))
-    return quality_measures([str(number) for number in range(len(nlls))], gaps, nlls, briers)
+    measures = quality_measures([str(number) for number in range(len(nlls))], gaps, nlls, briers)
+    return [replace(measure, covers="sampler") for measure in measures]
 
 
 def _by_episode(values: Tensor) -> dict[str, float]:

@@ -18,7 +18,7 @@ from vismt.jobs.robustness.models import Classifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.corruptions import mean_corruption_error
-from vismt.uncertainty.intervals import LOWER, Condition, Measure
+from vismt.uncertainty.intervals import CLEAN, LOWER, Condition, Measure
 
 TASK = "robustness"
 CORRUPTION_ERROR = "mean corruption error"
@@ -65,6 +65,7 @@ def score_set(
         names=(TASK, name, f"one of {classifier.num_classes} classes"),
         num_classes=classifier.num_classes,
         records=records_path(folder, data),
+        forms={CLEAN: lambda logits: logits},
         thresholds=thresholds,
         trained=False,
         data=data,

@@ -56,10 +56,6 @@ class EpisodeOutcome:
             right[name] = torch.stack([right["clean"], *(right[condition] for condition in conditions)]).all(0)
         return right
 
-    def accuracies(self) -> dict[str, float]:
-        """Return the share of right queries by condition, then by worst case."""
-        return {name: float(hits.double().mean()) for name, hits in self.right().items()}
-
     def probabilities(self, form: str = UNSCALED, temperature: float = 1.0) -> dict[str, object]:
         """Return the quality of p = softmax(logits / temperature) on the clean queries, each value a mean over them.
 
@@ -78,17 +74,25 @@ class EpisodeOutcome:
         return {name: detection_auroc(-inside, -_confidences(logits)) for name, logits in self.outside.items()}
 
     def record(self, forms: Mapping[str, float]) -> dict[str, object]:
-        """Return accuracies, probabilities and detection by condition, and a mixture to 6 digits under "mixture".
+        """Return accuracies, answers, probabilities and detection by condition, and a mixture to 6 digits under "mixture".
 
+        Answers are a text with 1 for a right and 0 for a wrong answer to each query.
         forms: temperatures of the logits whose probabilities are kept, by form.
         """
-        row: dict[str, object] = {**self.accuracies()}
+        right = self.right()
+        row: dict[str, object] = {name: float(hits.double().mean()) for name, hits in right.items()}
+        row |= {right_field(name): "".join("01"[hit] for hit in hits.tolist()) for name, hits in right.items()}
         for form, temperature in forms.items():
             row |= self.probabilities(form, temperature)
         row |= self.detection() | {lost_field(name): count for name, count in self.lost.items()}
         if self.mixture is not None:
             row["mixture"] = [round(weight, 6) for weight in self.mixture.tolist()]
         return row
+
+
+def right_field(condition: str) -> str:
+    """Return the field of a record with the answers to the queries under a condition."""
+    return f"{condition} right"
 
 
 def lost_field(condition: str) -> str:

@@ -30,6 +30,7 @@ from vismt.metatune.protocol.episode_outcome import (
     EpisodeOutcome,
     lost_field,
     quality_fields,
+    right_field,
     write_panel,
 )
 from vismt.metatune.protocol.episode_runner import (
@@ -41,7 +42,7 @@ from vismt.metatune.protocol.episode_runner import (
     QueryPerturbation,
     Sampler,
 )
-from vismt.storage.records import SHARE, Field, Records
+from vismt.storage.records import SHARE, Field, Records, recorded_settings
 
 BATCH = 256  # query images in one forward pass
 FEATURES = ("auto", "off")
@@ -77,9 +78,10 @@ def run_protocol(
         episodes: Number of episodes, at least 2.
         attacks: Attacks and corruptions of the query images, with different texts.
         records: A JSON-lines file. Its first line holds the protocol and its hash; every episode adds a line when it ends,
-            with the `mixture` (P,) of a classifier that has one, and under "<condition> lost" the queries that an attack counted
-            as broken and that are right here, by rounding. A file of the same protocol is continued (a torn last line
-            is dropped), a file of another protocol is refused.
+            with the `mixture` (P,) of a classifier that has one, under "<condition> right" a text with 1 for each right and 0
+            for each wrong query (earlier versions wrote none), and under "<condition> lost" the number of queries that an
+            attack counted as broken and that are right here, by rounding. A file of the same protocol is continued (a torn
+            last line is dropped), a file of another protocol is refused.
         panel: An .npz of episode 0's images and predictions, at most 5 support and 5 query images of each class.
         device: Where the classifiers run; by default the device of `proto`.
         data: The data set's name, part of the protocol's hash.
@@ -90,7 +92,7 @@ def run_protocol(
         worst: {text of a worst case: texts of its attacks}. A query counts as right there when it is right when clean and
             under each of them.
         features: "auto" computes the features of an image once where that is exact, "off" in every episode.
-        probabilities: Also record the quality of the softmax of the clean logits.
+        probabilities: Also record the quality of the softmax of the clean logits, except in a file that has begun without.
         temperature: Also record that of the softmax of the clean logits divided by it.
         ood: {text of a condition: images of other classes}. Each episode draws as many of them as it has queries, the same
             for every model, and records the AUROC with which the largest probability tells its queries from them.
@@ -113,6 +115,8 @@ def run_protocol(
     if episodes < 2:
         raise UserError(f"evaluate {data}: {episodes} episodes have no confidence interval: use 2 or more.")
     worst, outside = worst or {}, ood or {}
+    begun = recorded_settings(records)
+    probabilities = probabilities and (begun is None or "probabilities" in begun)
     forms = {UNSCALED: 1.0} if probabilities else {}
     if temperature is not None:
         forms[SCALED] = temperature
@@ -131,6 +135,7 @@ def run_protocol(
     lost = {name: lost_field(name) for name in conditions}
     optional = {name: Field(0, whole=True, optional=True) for name in lost.values()}
     optional["mixture"] = Field(several=True, optional=True)
+    optional |= {right_field(name): Field(bits=True, optional=True) for name in ["clean", *conditions, *worst]}
     log = Records(records, settings, {**columns, **optional}, key="episode")
     module, device = _placed(proto, device)
     stores = _stores({"": pixels, **outside}, read=any(index not in log for index in range(episodes)))

@@ -30,7 +30,7 @@ DARK = 64  # grey level of pixels without a value in pictures
 # Loss weights of InvPT and TaskPrompter for NYUD-v2 and PASCAL-Context; a task's default is its entry here.
 NYUD_WEIGHTS = {"semseg": 1.0, "depth": 1.0, "normals": 10.0, "edge": 50.0}
 PASCAL_WEIGHTS = {"semseg": 1.0, "parts": 2.0, "saliency": 5.0, "normals": 10.0, "edge": 50.0}
-TASKS: Registry[type[DenseTask]] = Registry(
+TASKS: Registry[type[Task]] = Registry(
     "task: no dense task",
     dict.fromkeys(("depth", "edge", "normals", "saliency"), "vismt.multitask.tasks.maps")
     | dict.fromkeys(("classify", "parts", "semseg"), "vismt.multitask.tasks.classes"),
@@ -49,7 +49,7 @@ LOSS_OPTIONS = (
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DenseTask(ABC):
+class Task(ABC):
     """Base class of all tasks, including those that predict one value for the whole image.
 
     Args:
@@ -189,8 +189,11 @@ class DenseTask(ABC):
         return []
 
 
+DenseTask = Task  # its earlier name
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MapTask(DenseTask):
+class MapTask(Task):
     """Base class of tasks that predict a value for every pixel, which can be drawn as a picture."""
 
     def resized(self, logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -278,7 +281,7 @@ def check_count(task: str, option: str, value: Any, least: int) -> None:
         raise UserError(f"{task}: {option} {value!r}; it must be a whole number, at least {least}.")
 
 
-def make_task(spec: str | Mapping[str, Any]) -> DenseTask:
+def make_task(spec: str | Mapping[str, Any]) -> Task:
     """Return the task of a specification.
 
     Args:
@@ -300,11 +303,11 @@ def make_task(spec: str | Mapping[str, Any]) -> DenseTask:
     return task(**options)
 
 
-def loss_options(task: DenseTask) -> list[str]:
+def loss_options(task: Task) -> list[str]:
     """Return the options of a task that change its loss and not its score."""
     return [name for name in task_options(type(task)) if name in LOSS_OPTIONS]
 
 
-def task_options(task: type[DenseTask]) -> dict[str, bool]:
+def task_options(task: type[Task]) -> dict[str, bool]:
     """Return the options of a task by name, and whether they must be given."""
     return {field.name: field.default is MISSING for field in fields(task)}

@@ -34,8 +34,8 @@ from vismt.multitask.tasks.base import (
     IGNORE,
     PASCAL_WEIGHTS,
     TASKS,
-    DenseTask,
     LabelTask,
+    Task,
     check_count,
     check_labels,
 )
@@ -129,7 +129,7 @@ class HumanParts(Segmentation):
 
 @TASKS.register("classify")
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Classification(DenseTask, ClassLoss):
+class Classification(Task, ClassLoss):
     """The task "classify"; also takes the options of `ClassLoss`, for long-tailed classes.
 
     Args:

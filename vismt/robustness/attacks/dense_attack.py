@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.base.norm_balls import column, project, random_start, steepest, within_budget
 from vismt.base.seeds import mix_seed
-from vismt.multitask.tasks import DenseTask, MapTask
+from vismt.multitask.tasks import MapTask, Task
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.attacks.victim import frozen
 
@@ -47,6 +47,9 @@ class DenseAttack:
     spec: AttackSpec
     tasks: tuple[str, ...] = ()
     kind: ClassVar[Literal["attack"]] = "attack"
+    worst_case: ClassVar[bool] = (
+        True  # of the measures of `evaluate.risk`; the tasks' scores are those of the images alone
+    )
 
     def __post_init__(self) -> None:
         if self.spec.name != "pgd":
@@ -68,7 +71,7 @@ class DenseAttack:
         """Return every field, for records."""
         return {**self.spec.settings(), "tasks": list(self.tasks)}
 
-    def attacked(self, tasks: Sequence[DenseTask]) -> list[DenseTask]:
+    def attacked(self, tasks: Sequence[Task]) -> list[Task]:
         """Return those of a net's tasks whose losses are raised."""
         return [task for task in tasks if not self.tasks or task.name in self.tasks]
 
@@ -78,7 +81,7 @@ class DenseAttack:
         predict: Predict,
         images: Tensor,
         targets: Mapping[str, Tensor],
-        tasks: Sequence[DenseTask],
+        tasks: Sequence[Task],
         *,
         ids: Sequence[str],
         inside: Tensor,
@@ -117,7 +120,7 @@ class DenseAttack:
         predict: Predict,
         clean: Tensor,
         targets: Mapping[str, Tensor],
-        tasks: Sequence[DenseTask],
+        tasks: Sequence[Task],
         seeds: Sequence[int],
         inside: Tensor,
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -149,7 +152,7 @@ class DenseAttack:
 
 
 def _losses(
-    predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor], tasks: Sequence[DenseTask], progress: float
+    predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor], tasks: Sequence[Task], progress: float
 ) -> tuple[Tensor, Tensor]:
     """Return for each image the weighted sum of the training losses (b,), and the sum whose gradient is followed (b,).
 
@@ -173,7 +176,7 @@ def _losses(
     return torch.stack(sums), torch.stack(raised)
 
 
-def _balanced(prediction: Tensor, target: Tensor, task: DenseTask, progress: float) -> Tensor:
+def _balanced(prediction: Tensor, target: Tensor, task: Task, progress: float) -> Tensor:
     """Return SegPGD's loss of one image; prediction (1, k, h, w), target (1, h, w) with a valid pixel."""
     valid = task.valid(target)
     logits, truth = prediction.movedim(1, -1)[valid].float(), target[valid]

@@ -1,0 +1,361 @@
+"""`vismt predict` of runs that classify, and risk and outside sets of a class of the image beside maps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_runs import TRAIN, VIT, run_config, written
+from PIL import Image
+
+from vismt.cli import main
+from vismt.jobs import load_config, make_job, open_run
+from vismt.jobs.predictions import TABLE
+from vismt.jobs.risk import ACCEPTED, AURC, COVERED, RISK, SIZE
+from vismt.report.results import Result, read_results
+from vismt.storage.files import read_sealed
+from vismt.storage.lines import read_lines
+
+pytest.importorskip("torchmetrics")
+
+CARD = "name: {name}\ntitle: Made\nsource: tests\nlicence: none\nclasses: {classes}\nsources:\n  - {source}\n"
+SCENES = '{kind: dense, root: scenes, image: "{split}/rgb", maps: {label: "{split}/label"}, splits: {train: 4, val: 2, test: 2}}'
+TONES = '{kind: folder, root: NAME, layout: "{split}/{class}", splits: {train: 8, val: 24, test: 12}}'
+MAPS = [{"name": "semseg", "classes": 3}]
+PGD = "PGD-2 linf 2/255 on all tasks"
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Path:
+    """Scenes of three label bands, grey images of two tones, and red images as the set of other classes."""
+    home = tmp_path_factory.mktemp("sets")
+    data, generator = home / "data", np.random.default_rng(0)
+
+    def save(path: Path, values: np.ndarray) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values.astype(np.uint8)).save(path)
+
+    for split, count in (("train", 4), ("val", 2), ("test", 2)):
+        for number in range(count):
+            label = np.sort(generator.integers(0, 3, (20, 30)), axis=0)
+            save(data / f"scenes/{split}/label/{number}.png", label)
+            save(data / f"scenes/{split}/rgb/{number}.png", np.stack([80 * label] * 3, axis=-1))
+    for root, color in (("tones", [1, 1, 1]), ("reds", [1, 0, 0])):
+        for split, count in (("train", 4), ("val", 12), ("test", 6)):
+            for name, level in (("bright", 100), ("dark", 0)):
+                for number in range(count):
+                    grey = generator.integers(0, 150, (20, 16, 1)) + level
+                    save(data / root / split / name / f"{name}{number}.png", grey * color)
+    for name, source, classes in (("scenes", SCENES, 3), ("tones", TONES, 2), ("reds", TONES, 2)):
+        (home / name).mkdir()
+        text = CARD.format(name=name, classes=classes, source=source.replace("NAME", name))
+        (home / name / "card.yaml").write_text(text)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def data_folder(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISMT_DATA", str(room / "data"))
+
+
+def dense(room: Path, **changes: object) -> dict[str, object]:
+    parts = {"train": "train", "validation": "val", "test": "test"}
+    return {
+        "task": "dense",
+        "model": {"name": "test_vit", "pretrained": False},
+        "adapt": {"method": "lora", "rank": 2},
+        "data": {part: [f"{room}/{name}:{split}" for name in ("scenes", "tones")] for part, split in parts.items()},
+        "tasks": [*MAPS, {"name": "classify", "classes": 2}],
+        "size": [32, 48],
+        "head": {"name": "linear"},
+        "augment": {"strength": 0},
+        "batch": 4,
+        "train": TRAIN,
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def mixed(room: Path, tmp_path_factory) -> Path:
+    """A run with maps and a class of the image, its risk, and a set of other classes."""
+    evaluate = {
+        "risk": True,
+        "ood": [f"{room}/reds:test"],
+        "attacks": [{"name": "pgd", "epsilon": "2/255", "steps": 2}],
+        "corruptions": [{"name": "contrast", "severities": [5]}],
+    }
+    arms = {"both": {}, "classify": {"only": ["classify"]}, "semseg": {"only": ["semseg"]}}
+    baseline = {"semseg": "semseg", "classify": "classify"}
+    folder = tmp_path_factory.mktemp("mixed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISMT_DATA", str(room / "data"))
+        return run_config(written(folder / "mixed.yaml", dense(room, arms=arms, baseline=baseline, evaluate=evaluate)))
+
+
+def rows_of(folder: Path, arm: str) -> dict[tuple[str, str, str], Result]:
+    rows = read_results(folder / "results.jsonl")
+    return {(row.task, row.condition, row.metric): row for row in rows if row.arm == arm and row.seed is None}
+
+
+def test_risk_of_a_class_beside_maps_is_what_its_records_and_thresholds_say(mixed: Path) -> None:
+    job = open_run(mixed).job
+    (training,) = job.study.trainings("both")
+    thresholds = read_sealed(training.folder / "risk-classify.json", "risk")
+    assert thresholds["n"] == 24  # the validation images with a class, not the scenes
+    clean, changed = {}, {}
+    for path in (training.folder / "records").glob("test*.jsonl"):
+        line = read_lines(path)[0]
+        answers = line["tasks"]["classify"]["answers"]
+        if "condition" not in line:
+            clean = answers
+        else:
+            changed[PGD if "epsilon" in line["condition"] else "contrast 5"] = answers
+    assert set(changed) == {PGD, "contrast 5"}
+    found = rows_of(mixed, "both")
+    for name, answers in {"clean": clean, **changed}.items():
+        strict = name == PGD
+        covered, wrong, accepted = [], [], []
+        for image, row in answers.items():
+            before = clean[image]
+            covered.append(row[f"{name} nll"] <= thresholds["quantile"])
+            wrong.append(row[name] != row["label"])
+            if strict:
+                covered[-1] &= before["clean nll"] <= thresholds["quantile"]
+                wrong[-1] |= before["clean"] != before["label"]
+            accepted.append(row[f"{name} confidence"] >= thresholds["confidence"])
+        assert len(answers) == 12 and all(image.startswith("tones:test/") for image in answers)
+        values = {metric: found["classify", name, metric].value for metric in (COVERED, SIZE, ACCEPTED)}
+        sizes = [row[f"{name} set"] for row in answers.values()]
+        assert values == pytest.approx(
+            {COVERED: sum(covered) / 12, SIZE: sum(sizes) / 12, ACCEPTED: sum(accepted) / 12}
+        )
+        if any(accepted):
+            risk = sum(w for w, a in zip(wrong, accepted) if a) / sum(accepted)
+            assert found["classify", name, RISK].value == pytest.approx(risk)
+        assert found["classify", name, AURC].n == 12
+    nll = sum(row["clean nll"] for row in clean.values()) / 12
+    assert found["classify", "clean", "NLL in nats"].value == pytest.approx(nll)
+    right = [row["clean"] == row["label"] for row in clean.values()]
+    assert found["classify", "clean", "accuracy"].value == pytest.approx(sum(right) / 12)
+    assert "# Risk" in (mixed / "report.md").read_text()
+    assert {metric for task, _, metric in rows_of(mixed, "semseg")} == {"mIoU"}
+
+
+def test_the_probabilities_are_those_of_the_net(mixed: Path) -> None:
+    """The answers on record against the net itself, and thresholds against its validation images one by one."""
+    job = open_run(mixed).job
+    (training,) = job.study.trainings("both")
+    net = job.final(training)
+    log_p, nlls = {}, []
+    for part in ("validation", "test"):
+        rows = job.data.part(part)
+        for i, (images, number) in enumerate(rows.entries):
+            if images.labels is not None:
+                with torch.no_grad():
+                    logits = net(rows.fitted(i, job.data.size)["image"][None])["classify"][0]
+                label = int(images.labels[number])
+                log_p[rows.ids[i]] = (logits.double().log_softmax(0), label)
+                if part == "validation":
+                    nlls.append(-float(log_p[rows.ids[i]][0][label]))
+    assert len(nlls) == 24
+    quantile = read_sealed(training.folder / "risk-classify.json", "risk")["quantile"]
+    assert quantile == pytest.approx(sorted(nlls)[math.ceil(25 * 0.9) - 1], abs=1e-5)
+    answers = job.scored(training, "test")["classify"].answers
+    for name, row in answers.items():
+        values, label = log_p[name]
+        assert row["label"] == label and row["clean"] == int(values.argmax())
+        assert row["clean nll"] == pytest.approx(-float(values[label]), abs=1e-5)
+
+
+def test_delta_m_compares_the_tasks_scores_alone(mixed: Path) -> None:
+    found = {arm: rows_of(mixed, arm) for arm in ("both", "classify", "semseg")}
+    for condition in ("clean", "contrast 5"):
+        gains = [
+            found["both"][task, condition, metric].value / found[task][task, condition, metric].value - 1
+            for task, metric in (("semseg", "mIoU"), ("classify", "accuracy"))
+        ]
+        delta = next(row for (task, name, _), row in found["both"].items() if (task, name) == ("delta_m", condition))
+        assert delta.value == pytest.approx(100 * sum(gains) / 2)
+    assert not any(task == "delta_m" and "against" in condition for task, condition, _ in found["both"])
+
+
+def test_a_set_of_other_classes_is_told_by_the_largest_probability(mixed: Path) -> None:
+    (training,) = open_run(mixed).job.study.trainings("both")
+    inside = [
+        row["clean confidence"] for row in open_run(mixed).job.scored(training, "test")["classify"].answers.values()
+    ]
+    path = next((training.folder / "records").glob("ood-*.jsonl"))
+    outside = [row["confidence"] for row in read_lines(path) if "id" in row]
+    assert (len(inside), len(outside)) == (12, 12)
+    pairs = [(a > b) + (a == b) / 2 for a in inside for b in outside]
+    row = rows_of(mixed, "both")["classify", "against reds:test", "AUROC"]
+    assert row.value == pytest.approx(sum(pairs) / len(pairs)) and row.n == 24
+
+
+def test_predict_writes_classes_and_sets_beside_the_pictures(mixed: Path, room: Path, tmp_path: Path) -> None:
+    images = room / "data/tones/test/dark"
+    assert main(["predict", str(mixed), str(images), "--arm", "both", "--to", str(tmp_path), "--quiet"]) == 0
+    job = open_run(mixed).job
+    answers = job.scored(job.study.find("both"), "test")["classify"].answers
+    with (tmp_path / TABLE).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 and len(list(tmp_path.glob("*.png"))) == 6
+    for row in rows:
+        record = next(answer for name, answer in answers.items() if name.endswith(Path(row["image"]).name))
+        assert row["task"] == "classify" and row["label"] == ["bright", "dark"][record["clean"]]
+        assert float(row["probability"]) == pytest.approx(record["clean confidence"], abs=1e-5)
+        assert len(json.loads(row["set"])) == record["clean set"]
+    # At their own size images are predicted otherwise than the validation images, for which the thresholds hold.
+    command = ["predict", str(mixed), str(images), "--arm", "both", "--to", str(tmp_path), "--own-size", "--quiet"]
+    assert main(command) == 0 and "set" not in (tmp_path / TABLE).read_text().splitlines()[0].split(",")
+
+
+def test_a_tuned_run_keeps_half_of_the_classified_images_for_thresholds(room: Path, tmp_path: Path) -> None:
+    config = dense(
+        room, tune={"rates": [1e-3, 1e-2]}, evaluate={"risk": True}, tasks=[{"name": "classify", "classes": 2}]
+    )
+    config["data"] = {part: names[1:] for part, names in config["data"].items()}
+    job = open_run(run_config(written(tmp_path / "tuned.yaml", config))).job
+    (training,) = job.study.trainings("adapted")
+    assert read_sealed(training.folder / "risk-classify.json", "risk")["n"] == 12
+    answers = job.scored(training, "validation")["classify"].answers
+    right = {name: row["clean"] == row["label"] for name, row in answers.items()}
+    # The first half of each class, in its order, chooses.
+    chosen = [list(right)[12 * label + place] for label in (0, 1) for place in range(6)]
+    expected = sum(right[name] for name in chosen) / 12
+    assert job.validate(training) == pytest.approx(max(expected, 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"tasks": MAPS, "evaluate": {"risk": True}},
+            "evaluate.risk: no task is of whole images",
+        ),
+        (
+            {"tasks": MAPS, "evaluate": {"ood": ["digits"]}},
+            "evaluate.ood: no task is of whole images",
+        ),
+        ({"evaluate": {"risk": True, "split": "validation"}}, "set evaluate.split to test"),
+        ({"evaluate": {"ood": ["tones:test"]}}, "shares examples with data"),
+        ({"validation": []}, "data: nothing to validate on"),
+        (
+            {"validation": ["scenes:val", "tones:train"], "train": ["scenes:train", "tones:val"]},
+            "8 validation examples for the thresholds",
+        ),
+    ],
+)
+def test_errors_of_risk_are_one_line(room: Path, tmp_path: Path, capsys, changes: dict, words: str) -> None:
+    config = dense(room, evaluate={"risk": True})
+    for part in ("train", "validation"):
+        if part in changes:
+            names = [f"{room}/{name}" for name in changes.pop(part)]
+            config["data"] = {**config["data"], part: names}
+    for name in changes.get("evaluate", {}).get("ood", ()):
+        if name != "digits":
+            changes["evaluate"]["ood"] = [f"{room}/{name}"]
+    assert (
+        main(["run", str(written(tmp_path / "bad.yaml", {**config, **changes})), "--out", str(tmp_path), "--quiet"])
+        == 2
+    )
+    message = capsys.readouterr().err
+    assert words in message and message.startswith("error: ") and message.count("\n") == 1
+
+
+# ---- multitask --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["union", "separate"])
+def classes(room: Path, tmp_path_factory, request: pytest.FixtureRequest) -> Path:
+    """A run of two tasks with risk."""
+    folder = tmp_path_factory.mktemp("classes")
+    tasks = [
+        {
+            "name": name,
+            "train": [f"{room}/{name}:train"],
+            "validation": [f"{room}/{name}:val"],
+            "test": [f"{room}/{name}:test"],
+        }
+        for name in ("tones", "reds")
+    ]
+    config = {
+        "task": "multitask",
+        "model": VIT,
+        "adapt": {"method": "lora", "rank": 2},
+        "tasks": tasks,
+        "head": request.param,
+        "batch": 4,
+        "train": {**TRAIN, "steps": 6},
+        "evaluate": {"batch": 5, "risk": True},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISMT_DATA", str(room / "data"))
+        return run_config(written(folder / "classes.yaml", config))
+
+
+def test_predict_of_a_multitask_run_agrees_with_its_records(classes: Path, room: Path, tmp_path: Path) -> None:
+    folders = [str(room / "data/tones/test/bright"), str(room / "data/reds/test/dark")]
+    assert main(["predict", str(classes), *folders, "--maps", "--to", str(tmp_path), "--quiet"]) == 0
+    job = open_run(classes).job
+    union = job.config.head == "union"
+    (training,) = job.study.trainings("adapted")
+    names = job.data.label_names
+    quantiles = {
+        task: read_sealed(training.folder / f"risk-{task}.json", "risk")["quantile"] for task in ("tones", "reds")
+    }
+    with (tmp_path / TABLE).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == (12 if union else 24)
+    with np.load(tmp_path / "predictions.npz") as arrays:
+        assert arrays["labels"].tolist() == names == ["tones/bright", "tones/dark", "reds/bright", "reds/dark"]
+        probabilities = dict(zip(arrays["images"].tolist(), arrays["probabilities"]))
+    for task in ("tones", "reds"):
+        records = [row for row in read_lines(training.folder / f"records/test-{task}.jsonl") if "id" in row]
+        for row in rows:
+            if f"/{task}/" not in row["image"] or (not union and row["task"] != task):
+                continue
+            folder, file_name = Path(row["image"]).parts[-2:]
+            record = next(record for record in records if record["id"].endswith(f"{folder}/{file_name}"))
+            assert row["label"] == names[record["clean"]]
+            assert float(row["probability"]) == pytest.approx(record["clean confidence"], abs=1e-5)
+            span = slice(4) if union else {"tones": slice(2), "reds": slice(2, 4)}[task]
+            p = probabilities[row["image"]][span]
+            assert p.sum() == pytest.approx(1, abs=1e-5)
+            assert p.max() == pytest.approx(float(row["probability"]), abs=1e-5)
+            quantile = max(quantiles.values()) if union else quantiles[task]
+            assert len(json.loads(row["set"])) == int((-np.log(p) <= quantile).sum())
+
+
+def test_predict_names_what_is_for_maps(classes: Path, room: Path, capsys) -> None:
+    image = str(room / "data/tones/test/bright")
+    for option in ("--own-size", "--flip"):
+        assert main(["predict", str(classes), image, option, "--quiet"]) == 2
+        assert capsys.readouterr().err == f"error: predict: {option} is for dense runs; leave it out.\n"
+
+
+def test_a_robustness_run_takes_the_risk_of_a_dense_run_that_has_classes(
+    mixed: Path, tmp_path: Path, room: Path
+) -> None:
+    evaluate = {"risk": True, "corruptions": [{"name": "contrast", "severities": [5]}]}
+    config = {
+        "task": "robustness",
+        "arms": {"a": {"classifier.run": str(mixed), "classifier.arm": "both"}},
+        "evaluate": evaluate,
+    }
+    found, own = rows_of(run_config(written(tmp_path / "own.yaml", config)), "a"), rows_of(mixed, "both")
+    for key in [
+        ("classify", condition, metric) for condition in ("clean", "contrast 5") for metric in (COVERED, SIZE, AURC)
+    ]:
+        assert found[key].value == pytest.approx(own[key].value), key
+    plain = dense(room, tasks=MAPS)
+    plain["data"] = {part: names[:1] for part, names in plain["data"].items()}
+    folder = tmp_path / "maps"
+    job = make_job(load_config(written(tmp_path / "maps.yaml", plain)), folder)
+    with pytest.raises(Exception, match="has no class probabilities of images"):
+        job.check_risk()
