@@ -10,7 +10,6 @@ stock linear, convolution, embedding or parameter and carries the update of its 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -26,7 +25,7 @@ from vismt.lowrank.tensors import check_factor, check_finite
 HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 
 
-class AdapterModule(nn.Module, ABC):
+class AdapterModule(nn.Module):
     """A part of an adapter in a model. A subclass adds its forward and tensors, and overrides what differs from the defaults.
 
     In the place of a stock module it has the children, hooks and mode of that module, whose rest it keeps as `shell`, so every
@@ -81,7 +80,6 @@ class AdapterModule(nn.Module, ABC):
 
     # ---- the module as data
     @classmethod
-    @abstractmethod
     def build(
         cls, base: Any, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
     ) -> AdapterModule:
@@ -89,6 +87,7 @@ class AdapterModule(nn.Module, ABC):
 
         dtype: of the trained tensors; None for the weight's own, fp32 for half-precision weights.
         """
+        raise NotImplementedError
 
     @classmethod
     def prepare(
@@ -234,13 +233,13 @@ class AdapterLayer(AdapterModule):
         return self.matrix(self.weight).shape[0]
 
     # ---- its update
-    @abstractmethod
     def low_rank(self) -> LowRank:
         """Return the whole update against the stock weight."""
+        raise NotImplementedError
 
-    @abstractmethod
     def merged(self) -> nn.Module:
         """Return the stock module with the update in its weight."""
+        raise NotImplementedError
 
     @classmethod
     def low_rank_of(cls, what: str, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> LowRank:
