@@ -160,8 +160,8 @@ def _check(value: Any, hint: Any, where: str) -> None:
     """Call the checks in a type, and those of the values of a mapping."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        if arguments[0] is int and isinstance(value, float):
-            raise UserError(f"{where} is {value}; it must be a whole number.")
+        if (arguments[0] is int and isinstance(value, float)) or (arguments[0] is str and not isinstance(value, str)):
+            raise UserError(f"{where}: expected {describe(hint)}, got {shown(value)} ({type(value).__name__}).")
         for check in arguments[1:]:
             check(value, where)
     elif is_union(hint):
