@@ -114,7 +114,7 @@ class Range:
         return " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
 
     def __call__(self, value: Any, where: str) -> None:
-        if not isinstance(value, Real):
+        if not issubclass(type(value), Real):
             return
         if not math.isfinite(value):
             raise UserError(f"{where} is {value}; a number must be finite.")
@@ -147,7 +147,7 @@ class Checked:
     KEY: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
+        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]  # a class is hashable
             _check(getattr(self, name), hint, f"{self.KEY}.{name}")
 
 
@@ -197,7 +197,7 @@ def build(cls: type[T], values: object, source: str, key: str = "", /, **given: 
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name not in given}  # type: ignore[arg-type]
-    hints = _hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     unknown = next((name for name in values if name not in fields), None)
     if unknown is not None:
         raise unknown_key(cls, str(unknown), source, _join(key, unknown), fields)

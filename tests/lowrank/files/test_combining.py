@@ -68,7 +68,8 @@ def test_both_methods_are_the_weighted_sum(data):
     expected = sum(w * dense(p) for w, p in zip(weights, parts))
     for method in ("cat", "svd"):
         assert torch.allclose(combine(parts, weights, method).delta(), expected, rtol=0, atol=1e-10), method
-    assert combine(parts, weights, "svd").rank <= min(out, inp)
+    if weights != [1.0]:  # a single adapter is returned as it is
+        assert combine(parts, weights, "svd").rank <= min(out, inp)
 
 
 @pytest.mark.parametrize("core", CORES)
