@@ -7,7 +7,7 @@ from setuptools import setup
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
-SUFFIXES = {".yaml", ".json", ".txt", ".py"}
+SUFFIXES = {".yaml", ".json", ".jsonl", ".txt", ".py"}
 # The only module of an editable install. Neither way of setuptools gives that: the checkout on sys.path makes datasets/, tests/
 # and the rest importable too, so that datasets/ hides Hugging Face's package; an import hook comes after the folders of
 # sys.path, so that a script beside a clone named vismt gets the clone's folder as an empty namespace package.
@@ -37,7 +37,7 @@ class EditableWheel(editable_wheel):
 
 
 def shared_files(*folders: str) -> list[tuple[str, list[str]]]:
-    """Return the cards, split lists and configurations, which a wheel installs under <prefix>/share/vismt."""
+    """Return the cards, split lists, configurations and rows of studies, which a wheel installs under <prefix>/share/vismt."""
     files: dict[str, list[str]] = {}
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*")):
@@ -47,4 +47,4 @@ def shared_files(*folders: str) -> list[tuple[str, list[str]]]:
     return sorted(files.items())
 
 
-setup(data_files=shared_files("datasets", "configs"), cmdclass={"editable_wheel": EditableWheel})
+setup(data_files=shared_files("datasets", "configs", "docs/results/rows"), cmdclass={"editable_wheel": EditableWheel})

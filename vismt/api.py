@@ -80,7 +80,8 @@ def evaluate_fewshot(
         data: data sets, see the module.
         ways: classes in an episode.
         shots: support images of each class; several are evaluated in turn.
-        episodes: of each set and number of shots, at least 2.
+        episodes: of each set and number of shots, at least 2. They are drawn in five disjoint parts of the images where classes
+            are large enough (`evaluate.sampling` of configurations), so that intervals cover new images.
         queries: query images of each class.
         attacks: names ("strong", "pgd"), or mappings with the keys of an attack in a configuration. The query images are
             attacked, the support stays clean.
@@ -94,7 +95,7 @@ def evaluate_fewshot(
         folder: see `train`.
 
     Returns:
-        Accuracies, and what else was asked for, with 95 % intervals over episodes.
+        Accuracies, and what else was asked for, with 95 % intervals over new images or episodes.
 
     Raises:
         UserError: unknown names, and sets with too few classes or images for the episodes.

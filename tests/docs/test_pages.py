@@ -24,7 +24,7 @@ from vismt.methods import METHODS
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 OURS = re.compile(r"""(?:`|--8<-- ")((?:configs|docs|examples|scripts|tests|vismt)/[\w./-]+\.\w+)[`"]""")
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-HEADER_LINES = 16
+HEADER_LINES = 18
 EXTERNAL = re.compile(r"""<(?:script|img|iframe)[^>]*\ssrc=["']?https?:|<link[^>]*\shref=["']?https?:""")
 
 

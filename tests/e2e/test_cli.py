@@ -13,6 +13,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from helpers.results import scores_of
 from helpers.tiny_runs import run_config, written
 
 from vismt.cli import main
@@ -52,7 +53,7 @@ def run_folder(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_everything_a_number_needs(run_folder: Path) -> None:
     assert run_folder.name.startswith("small-")
-    rows = read_lines(run_folder / "results.jsonl")
+    rows = scores_of(run_folder)
     assert {(row["arm"], row["condition"]) for row in rows} == {
         (model, condition) for model in ("frozen", "adapted") for condition in ("clean", rows[1]["condition"])
     }
@@ -63,7 +64,8 @@ def test_a_run_leaves_everything_a_number_needs(run_folder: Path) -> None:
             and row["low"] <= row["value"] <= row["high"]
             and row["config_hash"] == facts["config_hash"] == run_folder.name.rpartition("-")[2]
         )
-    assert facts["adapt"]["arms"]["adapted"]["method"] == "lora" and facts["finished"] and facts["wall_time_s"] > 0
+    assert facts["adapt"]["arms"]["adapted"]["method"] == "lora" and facts["finished"]
+    assert facts["wall_time_s"] > 0 and facts["cpu_time_s"] > 0
     assert [row["step"] for row in read_lines(run_folder / TRAINING / "metrics.jsonl")] == [1, 2, 3, 4]
     for name in (
         "report.md",
@@ -162,6 +164,7 @@ def test_damaged_run_folders_are_named(run_folder: Path, tmp_path: Path, capsys)
     for name, text, words in (
         ("run.json", "[]", "run.json"),
         ("run.json", '{"wall_time_s": "a"}', "run.json"),
+        ("run.json", '{"cpu_time_s": "a"}', "run.json"),
         ("results.jsonl", results.replace('"n": 3', '"n": 4', 1), "results.jsonl' line 1 was changed"),
         (f"{EPISODES}/{records.name}", records.read_text().replace("0.", "1.", 1), "was changed or damaged"),
         (f"{EPISODES}/{records.name}", (tmp_path / "abc.jsonl").read_text(), "line 2: 'clean' is 'abc'"),
@@ -251,7 +254,7 @@ def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) 
     captured = capsys.readouterr()
     assert code == 0, captured.err
     assert captured.out.count("(n = 12 images)") == 1 and "report.html" in captured.out
-    rows = read_lines(tmp_path / "out" / "results.jsonl")
+    rows = scores_of(tmp_path / "out")
     assert [row["n"] for row in rows] == [12, 12] and rows[1]["value"] <= rows[0]["value"]
     assert [row["kind"] for row in rows] == ["clean", "attack"] and rows[0]["chance"] == 0.1
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.results import scores_of
 
 from vismt.cli import main
 from vismt.robustness.attacks import attacks
@@ -47,7 +48,7 @@ def test_every_attack_by_name(tmp_path: Path, monkeypatch, ways: int, text: str)
     monkeypatch.setattr(attacks, "QUERIES", {"autoattack": 5})
     chosen = [{"epsilon": "4/255", "steps": 2, **attack} for attack in (EVERY if ways > 3 else THREE_WAYS)]
     folder = run(tmp_path, "--quiet", ways=ways, episodes=2, attacks=chosen, models=["frozen"])
-    rows = read_lines(folder / "results.jsonl")
+    rows = scores_of(folder)
     conditions = [row["condition"] for row in rows]
     assert len(conditions) == len(chosen) + 3 and text in conditions
     assert {"FAB-T-2 linf 4/255", "Square-5 l2 0.5", "PGD-2 l2 0.5"} <= set(conditions)
@@ -86,7 +87,7 @@ def test_transfer_corruptions_and_masking_reach_the_report(tmp_path: Path, capsy
         corruptions=[{"name": "fog", "severities": [1, 5]}, {"name": "contrast"}],
     )
     out = capsys.readouterr().out
-    rows = read_lines(folder / "results.jsonl")
+    rows = scores_of(folder)
     white, frozen, adapted = "PGD-2 linf 8/255", "PGD-2 linf 8/255 from frozen", "PGD-2 linf 8/255 from adapted"
     corrupted = [f"contrast {s}" for s in (1, 2, 3, 4, 5)] + ["fog 1", "fog 5"]
     assert {row["condition"] for row in rows} == {"clean", white, frozen, adapted, *corrupted}

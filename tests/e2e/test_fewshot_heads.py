@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
+from helpers.results import scores_of
 
 from vismt.backbones import vit
 from vismt.backbones.assets import list_assets, load_asset_card
@@ -114,7 +115,7 @@ def test_a_head_is_the_last_part_of_a_name(name: str, parts: tuple[str, str]) ->
 def test_heads_of_frozen_and_adapted_models_over_two_seeds(tmp_path: Path) -> None:
     models = ["frozen", "frozen+ridge", "frozen+logistic", "adapted", "adapted+ridge", "adapted+finetune"]
     folder = run(tmp_path, evaluate={"models": models}, finetune={"lr": "auto", "steps": 1}, seeds=[0, 1])
-    rows = read_lines(folder / "results.jsonl")
+    rows = scores_of(folder)
     means = [row for row in rows if row["seed"] is None]
     assert {row["arm"] for row in means} == set(models) and len(means) == 6 * 2 * 2
     # A frozen backbone has no training seeds, whatever its head.
@@ -173,7 +174,7 @@ def test_backbones_as_arms_and_those_out_of_reach_left_out(tmp_path: Path, offli
     lines = [line for line in out.splitlines() if line.startswith("skip")]
     assert len(lines) == 2 and "gone   left out: asset 'vit_tiny" in lines[0]
     assert "hidden   left out: the weights of 'test_vit3.r160_in1k' could not be downloaded" in lines[1]
-    rows = read_lines(folder / "results.jsonl")
+    rows = scores_of(folder)
     evaluated = [row["arm"] for row in rows if (row["data"], row["condition"]) == ("digits", "clean")]
     assert evaluated == [f"{arm}{head}" for arm in ("small", "wide") for head in ("", "+ridge", "+logistic")]
     assert len({row["value"] for row in rows}) > 3
@@ -377,7 +378,7 @@ def test_a_head_of_the_configuration_is_that_of_every_model_without_one(tmp_path
     assert evaluated_models(config, []) == ["frozen+vbll", "frozen+ridge"]
     evaluate = {"models": ["frozen"], "data": ["digits"], "ways_of": {}}
     folder = run(tmp_path, **changes, evaluate=evaluate)
-    rows = read_lines(folder / "results.jsonl")
+    rows = scores_of(folder)
     assert {row["arm"] for row in rows} == {"frozen+vbll"} and len(rows) == 2
     for head, text in (
         ({"name": "vbl"}, "vbll"),

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers.own_images import write_folder
+from helpers.results import scores_of
 from helpers.tiny_runs import run_config, written
 
 import vismt
@@ -56,7 +57,7 @@ def test_a_pool_run_trains_every_expert_and_evaluates_every_model(pool_run: Path
     assert {path.name for path in (pool_run / "arms").iterdir()} == {"clean", "0.5", "4"}
     index = json.loads((pool_run / "pool" / "seed-0" / "pool.json").read_text())
     assert [expert["label"] for expert in index["experts"]] == ["0.5", "4"]
-    rows = read_lines(pool_run / "results.jsonl")
+    rows = scores_of(pool_run)
     assert [row["arm"] for row in rows] == POOL["evaluate"]["models"] and all(row["n"] == 3 for row in rows)
     logged = read_lines(pool_run / "arms" / "4" / TRAINING / "metrics.jsonl")
     assert [row["step"] for row in logged] == [1, 2, 3] and {"loss", "accuracy", "robust", "kl"} <= set(logged[0])
@@ -120,8 +121,8 @@ def test_experts_of_separate_runs_make_the_same_pool(pool_run: Path, tmp_path: P
     evaluated = section("evaluate", models=["merged", "expert:4"])
     path = write(tmp_path, "joined", pool={"folder": str(tmp_path / "both")}, train=None, evaluate=evaluated)
     assert main(["run", str(path), "--out", str(tmp_path / "joined"), "--quiet"]) == 0
-    joined = read_lines(next((tmp_path / "joined").iterdir()) / "results.jsonl")
-    before = {row["arm"]: row["value"] for row in read_lines(pool_run / "results.jsonl")}
+    joined = scores_of(next((tmp_path / "joined").iterdir()))
+    before = {row["arm"]: row["value"] for row in scores_of(pool_run)}
     assert [row["value"] for row in joined] == [before["merged"], before["expert:4"]]
     assert main(["pool", "assemble", str(tmp_path), "--to", str(tmp_path / "none")]) == 2
     assert "holds no trained expert" in capsys.readouterr().err
@@ -221,7 +222,7 @@ def test_maml_runs_through_the_same_job(tmp_path: Path, algorithm: str) -> None:
     meta = {"algorithm": algorithm, "inner_steps": 2}
     path = write(tmp_path, pool=None, adapt={"method": "lora", "rank": 2}, meta=meta, evaluate=evaluated)
     run = run_config(path)
-    assert [row["arm"] for row in read_lines(run / "results.jsonl")] == ["frozen", "adapted"]
+    assert [row["arm"] for row in scores_of(run)] == ["frozen", "adapted"]
     tensors = safetensors.torch.load_file(run / "arms" / "adapted" / TRAINING / "classifier.safetensors")
     assert "head.weight" in tensors and any(name.startswith("rates.") for name in tensors) == (algorithm == "metasgd")
 
@@ -272,7 +273,7 @@ def test_experts_of_two_sources_and_four_threats_are_trained_and_compared(source
     logged = [read_lines(sources_run / "arms" / label / TRAINING / "metrics.jsonl") for label in [*LABELS, "clean"]]
     assert all("kl" in rows[0] for rows in logged[:4]) and "kl" not in logged[4][0]
     assert logged[0][0]["loss"] != logged[1][0]["loss"]  # other episodes
-    rows = {(row["arm"], row["condition"]): row["value"] for row in read_lines(sources_run / "results.jsonl")}
+    rows = {(row["arm"], row["condition"]): row["value"] for row in scores_of(sources_run)}
     conditions = {condition for _, condition in rows}
     assert len(conditions) == 2
     for condition in conditions:

@@ -10,6 +10,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from helpers.results import scores_of
 from helpers.tiny_runs import written
 
 from vismt.cli import main
@@ -72,7 +73,7 @@ def run_folder(models: Path) -> Path:
 
 
 def test_every_condition_of_every_classifier_is_a_row(run_folder: Path) -> None:
-    rows = read_lines(run_folder / "results.jsonl")
+    rows = scores_of(run_folder)
     conditions = {row["condition"]: (row["kind"], row["level"]) for row in rows}
     assert conditions == {
         "clean": ("clean", None),
@@ -88,7 +89,7 @@ def test_every_condition_of_every_classifier_is_a_row(run_folder: Path) -> None:
 
 
 def test_values_follow_from_the_records(run_folder: Path) -> None:
-    rows = read_lines(run_folder / "results.jsonl")
+    rows = scores_of(run_folder)
     for arm in ("vit", "linear"):
         path = next((run_folder / "classifiers" / arm / "records").iterdir())
         answers = [line for line in read_lines(path) if "id" in line]
@@ -144,7 +145,7 @@ def test_an_arm_of_a_run_folder_is_a_classifier(models: Path, tmp_path: Path, mo
     arms = {"ours": {"classifier.run": str(trained), "classifier.arm": "adapted"}}
     path = write(tmp_path, arms=arms, evaluate={"images": 12})
     assert main(["run", str(path), "--out", str(tmp_path / "robust"), "--quiet"]) == 0
-    (row,) = read_lines(next((tmp_path / "robust").iterdir()) / "results.jsonl")
+    (row,) = scores_of(next((tmp_path / "robust").iterdir()))
     assert row["arm"] == "ours" and row["n"] == 12 and row["chance"] == 0.1
 
 

@@ -13,6 +13,7 @@ from vismt.storage import lines
 from vismt.uncertainty.intervals import CLEAN, Condition, Measure
 
 HASH = "4f2a9c1e"
+QUALITY = ("ECE-15", "NLL in nats", "Brier")
 PGD = Condition("PGD-10 linf 4.5/255", "attack", "PGD linf", 4.5 / 255)
 
 
@@ -54,6 +55,11 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]], mode: str = "w") 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The rows of results.jsonl."""
     return lines.read_lines(folder / "results.jsonl")
+
+
+def scores_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of results.jsonl without those of the quality of probabilities."""
+    return [row for row in rows_of(folder) if row["metric"] not in QUALITY]
 
 
 def add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,9 @@ from helpers.results import PGD, result, write_lines
 
 from vismt.jobs.fewshot.choice_report import choice_tables, spread_text
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SelectConfig
+from vismt.report.tables import bounds_text, interval_text
 from vismt.storage.files import sealed
+from vismt.uncertainty.intervals import mean_interval
 from vismt.uncertainty.split_halves import choice
 
 MODELS = ["frozen", "expert:a", "expert:b", "merged", "merged:ridge", "average", "merged+finetune"]
@@ -82,6 +85,22 @@ def test_the_tables_have_the_rules_and_the_best_experts(tmp_path: Path) -> None:
     assert {row[2]: row[3] for row in table.rows}["best expert on validation"].startswith("50.0")
 
 
+def test_episodes_in_parts_are_averaged_by_part(tmp_path: Path) -> None:
+    """Episodes i and i + 3 share images: the experts are compared over three parts, and no part judges itself."""
+    first, second = A + B[:2], B + A[:2]
+    filled(tmp_path)
+    for arm, answers in (("expert:a", first), ("expert:b", second), ("merged", A + A[:2])):
+        records(tmp_path, arm, answers)
+    wanted = [result("digits", arm, n=6, parts=3) for arm in ("merged", "expert:a", "expert:b")]
+    (table, _), (worth, _) = choice_tables(tmp_path, CONFIG, [3], wanted)
+    found = choice(bits(first, second), torch.tensor([0, 0, 1, 1]).expand(6, 4), torch.arange(6) % 3)
+    gains = found.halves - found.fixed
+    middle, half = mean_interval(gains)
+    assert len(gains) == 3 and worth.rows[0][2] == bounds_text((middle, middle - half, middle + half), "share")
+    merged = [float(bits(A + A[:2]).double().mean(2)[0, part::3].mean()) for part in range(3)]
+    assert table.rows[0][3] == interval_text(*mean_interval(merged), "share")
+
+
 def test_the_spread_is_a_root_or_not_resolved() -> None:
     assert spread_text(0.0049, 0.0024) == "7.0 [5.0, 8.5]"  # roots of .0049, .0025 and .0073
     assert spread_text(0.0009, 0.0016) == "not resolved, at most 5.0"
@@ -113,10 +132,13 @@ def test_the_spread_of_the_seeds_is_in_the_intervals(tmp_path: Path) -> None:
         filled(tmp_path, seed=seed)
         records(tmp_path, "merged:ridge", [ridge] * 4, seed=seed)
         records(tmp_path, "merged", ["1000"] * 4, seed=seed)
-    (table, note), _ = choice_tables(tmp_path, CONFIG, [3, 5], rows())
+    (table, note), _ = choice_tables(
+        tmp_path, CONFIG, [3, 5], [replace(row, interval="sampler+seeds") for row in rows()]
+    )
     ridge = next(row for row in table.rows if row[2] == "merged:ridge")
     # t at one degree of freedom 12.7062, standard error .0625: 79.4 points
-    assert ridge[3] == "56.2 ± 79.4" and ridge[4] == "+31.2 [−48.2, +110.7]" and "seeds" in note
+    assert ridge[3] == "56.2 ± 79.4" and ridge[4] == "+31.2 [−48.2, +110.7]"
+    assert note.endswith("Intervals: 95 % over new episodes of the same images and training seeds.")
 
 
 def test_nothing_without_records_experts_or_merged(tmp_path: Path) -> None:

@@ -134,8 +134,8 @@ def test_where_lower_is_better_the_lowest_is_best(folder, records):
             data: [results[data, "clean"].cells[arm].mark for arm in ("frozen", "adapted")]
             for data in ("digits", "average")
         }
-    # 0.5 and 0.6 on digits, beyond the widths; 0.5 and 0.5625 on average, whose unpaired reach is 2 * 0.04 / sqrt 2 at six degrees
-    # of freedom for three, and whose difference is ± 0.0689
+    # 0.5 and 0.6 on digits, beyond the widths; 0.5 and 0.5625 on average, whose unpaired reach is 2 * 0.04 / sqrt 2 at six
+    # degrees of freedom for three, and whose difference is ± 0.0689
     other = "tie" if records else ""
     assert marks["higher"] == {"digits": ["", "best"], "average": [other, "best"]}
     assert marks["lower"] == {"digits": ["best", ""], "average": ["best", other]}
@@ -236,3 +236,36 @@ def test_other_protocols_metrics_and_units_are_other_blocks(folder):
     ]
     # 2 sets and their average, clean and attacked, then one set
     assert len(blocks) == 8
+
+
+def test_parts_of_the_examples_are_in_rows_averages_and_differences(tmp_path):
+    """Episodes 0, 2 and 1, 3 belong together: with parts, two means are compared, not four values."""
+    values = {"frozen": [0.1, 0.7, 0.3, 0.5], "adapted": [0.3, 0.8, 0.3, 0.7]}  # part means .2, .6 and .3, .75
+    for data in ("digits", "crops"):
+        for arm, of_arm in values.items():
+            add(
+                tmp_path,
+                Score("few-shot", data, "p", measure(of_arm, parts=2, covers="images", scale="number"), CLEAN),
+                arm,
+            )
+    results = comparisons(tmp_path)
+    digits, average = results["digits", "clean"], results["average", "clean"]
+    assert digits.cells["frozen"].half == pytest.approx(12.7062 * 0.2, rel=1e-4)
+    assert digits.cells["frozen"].covers == digits.covers == "images"
+    # differences .2, .1, 0, .2: part means .1, .15, error .025
+    assert digits.difference == pytest.approx((0.125, 0.125 - 12.7062 * 0.025, 0.125 + 12.7062 * 0.025), rel=1e-4)
+    assert average.cells["frozen"].half == pytest.approx(student.ppf(0.975, 2) * 0.2 / math.sqrt(2))
+    assert average.cells["frozen"].over_domains is average.over_domains is None  # of two sets
+
+
+def test_five_sets_have_an_interval_over_sets_too(tmp_path):
+    for number in range(5):
+        for arm, gain in (("frozen", 0.0), ("adapted", 0.1 * number)):
+            values = [0.2 + gain, 0.3 + gain]
+            add(tmp_path, Score("few-shot", f"set{number}", "p", measure(values), CLEAN, "episodes"), arm)
+    average = comparisons(tmp_path)["average", "clean"]
+    half = 2.776445 * 0.1581139 / math.sqrt(5)
+    assert average.over_domains == pytest.approx((0.2 - half, 0.2 + half), rel=1e-4) and average.difference[
+        1
+    ] == pytest.approx(0.2)
+    assert average.cells["adapted"].over_domains == pytest.approx((0.45 - half, 0.45 + half), rel=1e-4)

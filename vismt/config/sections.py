@@ -27,6 +27,9 @@ from vismt.storage.paths import shipped
 
 # Metadata of a field that changes how a run is computed, but not its numbers.
 UNHASHED = {"hashed": False}
+# Key of the metadata of a field with a default that earlier versions did not have: what they did. This value leaves hashes as
+# they are, and run folders without the field have it.
+EARLIER = "earlier"
 # Metadata of a section that the schedule of a method reads (vismt.methods.Method.section).
 SCHEDULED = {"scheduled": True}
 # Key of the metadata of a field of options: names of options, in a mapping of the list, that change how results are read alone.
@@ -285,6 +288,19 @@ def resolved(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def with_earlier(raw: Any, section: type[Any]) -> Any:
+    """Return the plain values of a section of a run folder with the earlier values of fields that it does not have."""
+    if not isinstance(raw, dict):
+        return raw
+    filled = dict(raw)
+    for item in dataclasses.fields(section):
+        if EARLIER in item.metadata:
+            filled.setdefault(item.name, item.metadata[EARLIER])
+        elif item.name in filled and dataclasses.is_dataclass(default := default_of(item)):
+            filled[item.name] = with_earlier(filled[item.name], type(default))
+    return filled
+
+
 def config_hash(config: RunConfig) -> str:
     """Return HASH_DIGITS hex digits of the task and of what differs from the defaults and can change a number.
 
@@ -300,6 +316,7 @@ def differences(section: Any, base: Any = None) -> dict[str, Any]:
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)
         default = default_of(item) if base is None else getattr(base, item.name)
+        default = item.metadata.get(EARLIER, default)
         if item.metadata == UNHASHED or value == default:
             continue
         if dataclasses.is_dataclass(value) and type(value) is type(default):

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 
+import vismt
 from vismt.base.errors import UserError, near
 from vismt.storage.paths import CHECKOUT
 
@@ -114,8 +115,8 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results depend on."""
-    installed = {"python": platform.python_version()}
+    """Return the versions of Python, of vismt and of the packages that results depend on."""
+    installed = {"python": platform.python_version(), "vismt": vismt.__version__}
     for name in ("torch", "torchvision", "timm", "numpy", "torchattacks", "transformers", "peft"):
         try:
             installed[name] = metadata.version(name)

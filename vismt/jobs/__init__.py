@@ -23,6 +23,7 @@ from vismt.config.sections import (
     read_yaml,
     resolved,
     typed,
+    with_earlier,
 )
 from vismt.storage.files import atomic_write
 
@@ -54,7 +55,10 @@ def typed_config(raw: Mapping[str, Any], source: str) -> RunConfig:
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the typed configuration of a YAML file with dotted overrides."""
-    return typed_config(override(read_yaml(path), overrides), str(path))
+    raw = read_yaml(path)
+    if path.name == RESOLVED:
+        raw = with_earlier(raw, job_config(str(raw.get("task", RunConfig.task)), str(path)))
+    return typed_config(override(raw, overrides), str(path))
 
 
 def make_job(config: RunConfig, folder: Path, run_hash: str | None = None) -> EvaluationJob[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shlex
 import sys
 import time
@@ -41,7 +42,7 @@ class Run:
         if len(recorded) == EARLIER_HASH_DIGITS:  # of an earlier version: its rows and checkpoints have this hash, too
             self.hash = recorded
         self.job = make_job(config, folder, self.hash)
-        self.started = time.monotonic()
+        self.started, self.cpu = time.monotonic(), _cpu_seconds()
 
     @contextmanager
     def owned(self) -> Iterator[Run]:
@@ -61,7 +62,8 @@ class Run:
     def _recorded(self) -> dict[str, Any]:
         path = self.folder / FACTS
         facts = read_sealed(path, f"run '{self.folder}'") if path.exists() else {}
-        if not isinstance(facts.get("wall_time_s", 0.0), int | float) or not isinstance(
+        times = (facts.get(name, 0.0) for name in ("wall_time_s", "cpu_time_s"))
+        if not all(isinstance(seconds, int | float) for seconds in times) or not isinstance(
             facts.get("config_hash", ""), str
         ):
             raise UserError(
@@ -200,8 +202,8 @@ class Run:
         return target
 
     def _note(self, **changes: Any) -> None:
-        """Update run.json; the wall time adds up over the sessions of a run."""
-        now = time.monotonic()
+        """Update run.json; wall and CPU time add up over the sessions of a run."""
+        now, cpu = time.monotonic(), _cpu_seconds()
         before = self.facts
         facts = {
             "title": self.config.title or self.folder.name,
@@ -214,13 +216,20 @@ class Run:
             "versions": runtime.versions(),
             "wall_time_s": before.get("wall_time_s", 0.0) + now - self.started,
         }
-        self.started = now
+        if not before or "cpu_time_s" in before:  # a run that an earlier version began has none
+            facts["cpu_time_s"] = before.get("cpu_time_s", 0.0) + cpu - self.cpu
+        self.started, self.cpu = now, cpu
         if runtime.processes().is_main_process:
             atomic_write(self.folder / FACTS, sealed({**before, **facts, **changes}, indent=1))
 
 
 def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _cpu_seconds() -> float:
+    """Return the CPU time of this process and of its children that have ended, all threads together."""
+    return sum(os.times()[:4])
 
 
 def _command() -> str:

@@ -68,8 +68,12 @@ class Evidence:
         """Return the 95 % interval of an arm's mean over sets, and what it covers."""
         if len(rows) == 1:
             return rows[0].low, rows[0].high, rows[0].interval
-        found = average_of([self._over_examples(row) for row in rows]).with_seeds(list(self.seeds(rows).values()))
+        found = self.estimate(rows)
         return *interval_of(found, rows[0].scale, sum(row.n for row in rows)), found.covers
+
+    def estimate(self, rows: Sequence[Result]) -> Estimate:
+        """Return an arm's mean over sets with its errors, that over the examples first."""
+        return average_of([self._over_examples(row) for row in rows]).with_seeds(list(self.seeds(rows).values()))
 
     def _over_examples(self, row: Result) -> Estimate:
         """Return a row's score with its error over the examples alone, by the intervals where there are no values."""

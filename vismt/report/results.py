@@ -225,7 +225,7 @@ def read_results(path: Path, config_hash: str | None = None) -> list[Result]:
         source = f"'{path}' row {number} {name}"
         try:
             result = build(Result, line, source)
-            fault = "repeats an earlier row" if result.key in results else _fault(result, config_hash)
+            fault = "repeats an earlier row" if result.key in results else fault_of(result, config_hash)
         except UserError as error:
             fault = str(error).removeprefix(f"{source}: ").rstrip(".")
         if fault is not None:
@@ -237,7 +237,7 @@ def read_results(path: Path, config_hash: str | None = None) -> list[Result]:
     return list(results.values())
 
 
-def _fault(result: Result, config_hash: str | None) -> str | None:
+def fault_of(result: Result, config_hash: str | None) -> str | None:
     """Return which values of a row do not fit together or are those of another run, None for a sound row."""
     numbers = (result.value, result.low, result.high, result.chance, result.level)
     if not all(math.isfinite(number) for number in numbers if number is not None):

@@ -86,7 +86,11 @@ class Estimate:
     @property
     def half(self) -> float:
         """Half width of the 95 % interval."""
-        return self._quantile(0.975) * math.sqrt(self.variance)
+        return self.half_at(0.95)
+
+    def half_at(self, level: float) -> float:
+        """Return the half width of the interval of a level."""
+        return self._quantile((1 + level) / 2) * math.sqrt(self.variance)
 
     @property
     def bounds(self) -> tuple[float, float]:

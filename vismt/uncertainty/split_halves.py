@@ -42,15 +42,15 @@ FOLDS = 10
 class ChoiceValues:
     """Values (g,), float64, by group of tasks: by task where tasks are independent; the mean is the estimate.
 
-    halves, folds: of choosing an expert by half, or by nine tenths, of a task's queries. optimistic: by the queries that it is
-    scored on. fixed: of the best expert on the tasks of the other groups. variance: pseudo-values of the delete-a-group jackknife
-    of sigma^2, whose spread is that of the estimate.
+    fixed: of the best expert on the tasks of the other groups. halves, folds: of choosing an expert by half, or by nine tenths,
+    of a task's queries. optimistic: by the queries that it is scored on. variance: pseudo-values of the delete-a-group
+    jackknife of sigma^2, whose spread is that of the estimate.
     """
 
+    fixed: Tensor
     halves: Tensor
     folds: Tensor
     optimistic: Tensor
-    fixed: Tensor
     variance: Tensor
 
 
@@ -85,10 +85,10 @@ def choice(right: Tensor, labels: Tensor, groups: Tensor | None = None, seed: in
     sums = accuracies @ member
     best = _winners(sums.sum(1, keepdim=True) - sums)  # (e, g)
     return ChoiceValues(
+        fixed=by_group((best[:, groups] * accuracies).sum(0)),
         halves=by_group(crossed(right, labels, 2, seed)),
         folds=by_group(crossed(right, labels, FOLDS, seed)),
         optimistic=by_group(accuracies.amax(0)),
-        fixed=by_group((best[:, groups] * accuracies).sum(0)),
         variance=_jackknife(*_moments(right, labels), member),
     )
 

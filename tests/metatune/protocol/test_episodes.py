@@ -1,5 +1,6 @@
 """Episodes: pure in (seed, i), the rules' numbers by hand, and one clear error for each thing that cannot be drawn."""
 
+import itertools
 import math
 import random
 
@@ -9,7 +10,14 @@ from torch.utils.data import DataLoader
 
 from vismt.base.errors import UserError
 from vismt.base.seeds import mix_seed
-from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler, query_size, support_shots, support_total
+from vismt.metatune.protocol.episodes import (
+    DisjointSampler,
+    EpisodeSampler,
+    VariableSampler,
+    query_size,
+    support_shots,
+    support_total,
+)
 
 LABELS = torch.arange(12).repeat_interleave(30)[torch.randperm(360, generator=torch.Generator().manual_seed(1))]
 
@@ -202,3 +210,61 @@ def test_variable_errors(labels, options, message):
         VariableSampler(labels, **options)
     with pytest.raises(IndexError):
         EpisodeSampler(LABELS)[-1]
+
+
+def indices(episode) -> set[int]:
+    return set(torch.cat([episode.support, episode.query]).tolist())
+
+
+def test_parts_share_no_image_and_are_a_function_of_the_seed_alone():
+    labels = torch.arange(6).repeat(23)
+    sampler = EpisodeSampler(labels, ways=3, shots=1, queries=3, seed=4, parts=5)
+    assert (sampler.parts, sampler.covers) == (5, "images")
+    seen = [set().union(*(indices(sampler[i]) for i in range(part, 60, 5))) for part in range(5)]
+    for first, second in itertools.combinations(seen, 2):
+        assert not first & second
+    for class_id in range(6):
+        shares = [sampler.part(class_id, part) for part in range(5)]
+        assert [len(share) for share in shares] == [4] * 5  # 23 // 5; three images are in no part
+        assert (labels[torch.cat(shares)] == class_id).all() and len(torch.cat(shares).unique()) == 20
+    # other ways, shots and queries divide the images in the same way, another seed does not
+    other = EpisodeSampler(labels, ways=2, shots=2, queries=1, seed=4, parts=5)
+    assert torch.equal(other.part(0, 1), sampler.part(0, 1))
+    again = EpisodeSampler(labels, ways=3, shots=1, queries=3, seed=5, parts=5)
+    assert set(again.part(0, 1).tolist()) != set(sampler.part(0, 1).tolist())
+    # without parts, episodes and their description are those of earlier versions
+    plain = EpisodeSampler(labels, ways=3, shots=1, queries=3, seed=4)
+    assert (plain.parts, plain.covers) == (0, "sampler") and "parts" not in plain.describe()
+    assert {**sampler.describe()} == {**plain.describe(), "parts": 5}
+
+
+def test_small_classes_have_fewer_parts_or_none():
+    def parts(images: int) -> tuple[int, str]:
+        sampler = EpisodeSampler(torch.arange(3).repeat(images), ways=3, shots=1, queries=3, parts=5)
+        return sampler.parts, sampler.covers
+
+    assert [parts(n) for n in (25, 20, 19, 16, 15)] == [
+        (5, "images"),
+        (5, "images"),
+        (4, "images"),
+        (4, "images"),
+        (0, "sampler"),
+    ]
+
+
+def test_episodes_without_replacement_use_no_image_twice():
+    labels = torch.arange(4).repeat(10)
+    sampler = DisjointSampler(labels, ways=3, shots=1, queries=2, seed=1)
+    episodes = [sampler[i] for i in range(len(sampler))]
+    assert sum(len(indices(episode)) for episode in episodes) == len(set().union(*map(indices, episodes)))
+    # three episodes of each of four classes, three classes an episode: four, or three where one class is left with too many
+    assert len(episodes) in (3, 4) and sampler.covers == "images" and sampler.parts == 0
+    for episode in episodes:
+        assert torch.equal(labels[episode.support], episode.classes[episode.support_labels])
+        assert torch.equal(labels[episode.query], episode.classes[episode.query_labels])
+    again = DisjointSampler(labels, ways=3, shots=1, queries=2, seed=1)
+    assert all(
+        torch.equal(a.query, b.query) for a, b in zip(episodes, [again[i] for i in range(len(again))], strict=True)
+    )
+    with pytest.raises(UserError, match="enough for 1 episode"):
+        DisjointSampler(labels, ways=3, shots=2, queries=4)

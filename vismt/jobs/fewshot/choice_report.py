@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
 from operator import itemgetter
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from vismt.report.results import Result
 from vismt.report.tables import MANY_CORRUPTIONS, Table, bounds_text, interval_text, number_text
 from vismt.storage.files import DIGEST, read_sealed
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import SHARE, average_of, estimate
+from vismt.uncertainty.intervals import SHARE, average_of, estimate, interval_kind_text, weakest_kind
 from vismt.uncertainty.split_halves import DIVISIONS, FOLDS, ChoiceValues, choice
 
 VALIDATED = "best expert on validation"
@@ -35,8 +34,7 @@ HALVES = "best expert of each task"
 RULES_NOTE = (
     f"“{FIXED}” is the expert that is best on average over all tasks but the one it is scored on. “{HALVES}” is the one with the "
     f"best answers to half of a task's queries, scored on the other half, the mean of {DIVISIONS} random halvings. “average” and "
-    "“merged:uniform” are the equal soup. Differences to “merged” are paired by episode. Several training seeds are in all "
-    "intervals (95 %)."
+    "“merged:uniform” are the equal soup. Differences to “merged” are paired by episode."
 )
 WORTH_NOTE = (
     f"Gain: “{HALVES}” less “{FIXED}”. Where its interval contains 0, the labels of half of the queries do not show that "
@@ -45,10 +43,9 @@ WORTH_NOTE = (
     "the standard deviation over tasks of the true difference of two experts (root mean square over the pairs), without the "
     "noise of the queries; the luck of the support is in it. It is not resolved where the interval of its square contains 0."
 )
-CHOICE = [field.name for field in fields(ChoiceValues)]
-Values = dict[
-    str, Tensor
-]  # by model: accuracies (g,) by episode or part, or (seeds, g); fields of `ChoiceValues` by their name
+SHOWN = {"fixed": FIXED, "halves": HALVES}  # fields of `ChoiceValues` that stand beside the models
+# Accuracies (g,) by episode or part, or (seeds, g), by model; and the fields of `ChoiceValues`.
+Values = dict[str, Tensor]
 Case = tuple[str, str]  # condition and set
 
 
@@ -77,7 +74,8 @@ def choice_tables(
                 stacked = {name: torch.stack([values[name] for values in by_seed]) for name in common}
                 cases[row.condition, row.data], counts[row.condition, row.data] = stacked, row.n
         if cases:
-            tables.append((_rules(protocol, cases, counts), RULES_NOTE))
+            covers = interval_kind_text(weakest_kind([row.interval for row in merged]))
+            tables.append((_rules(protocol, cases, counts), f"{RULES_NOTE} Intervals: {covers}."))
         if cases and all("variance" in values for values in cases.values()):
             tables.append((_worth(protocol, cases, counts), WORTH_NOTE))
     return tables
@@ -100,7 +98,7 @@ def _of_seed(
         if arm in experts:
             answers.append([line.get(right_field(row.condition)) for line in ordered])
             queries = header.get("settings", {}).get("sampler", {}).get("queries", 0)
-    groups = torch.arange(row.n) % (getattr(row, "parts", 0) or row.n)
+    groups = torch.arange(row.n) % (row.parts or row.n)
     chosen = _choice(answers, queries, groups)
     shown = {arm: values[arm] for arm in models}
     path = folder / "pool" / f"seed-{seed}" / VALIDATION
@@ -111,7 +109,7 @@ def _of_seed(
         shown[VALIDATED] = values[EXPERT + max(judged, key=judged.__getitem__)]
     shown = {name: torch.stack([of[groups == group].mean() for group in groups.unique()]) for name, of in shown.items()}
     if chosen is not None:
-        shown |= {FIXED: chosen.fixed, HALVES: chosen.halves, **vars(chosen)}
+        shown |= vars(chosen)
     return shown
 
 
@@ -134,9 +132,9 @@ def _choice(answers: Sequence[Sequence[str | None]], queries: int, groups: Tenso
 
 def _interval(by_set: Mapping[str, Values], value: Callable[[Values], Tensor]) -> tuple[float, float]:
     """Return (mean over sets, half width of its 95 % interval); value: returns (seeds, g) from the values of a set."""
-    chosen = {data: value(values) for data, values in by_set.items()}
-    found = average_of([estimate(values.mean(0)) for values in chosen.values()])
-    found = found.with_seeds(torch.stack([values.mean(1) for values in chosen.values()]).mean(0).tolist())
+    chosen = [value(values) for values in by_set.values()]
+    found = average_of([estimate(values.mean(0)) for values in chosen])
+    found = found.with_seeds(torch.stack([values.mean(1) for values in chosen]).mean(0).tolist())
     return found.mean, found.half
 
 
@@ -158,12 +156,12 @@ def _rules(protocol: str, cases: Mapping[Case, Values], counts: Mapping[Case, in
     rows: list[list[str]] = []
     for data, condition, by_set, n in _with_averages(cases, counts):
         for name in next(iter(by_set.values())):
-            if name in CHOICE or not all(name in values for values in by_set.values()):
+            if name in ("folds", "optimistic", "variance") or not all(name in values for values in by_set.values()):
                 continue
             accuracy = _interval(by_set, itemgetter(name))
             middle, half = _interval(by_set, lambda values, name=name: values[name] - values[MERGED])
             gain = "–" if name == MERGED else bounds_text((middle, middle - half, middle + half), SHARE)
-            rows.append([data, condition, name, interval_text(*accuracy, SHARE), gain, f"{n:,}"])
+            rows.append([data, condition, SHOWN.get(name, name), interval_text(*accuracy, SHARE), gain, f"{n:,}"])
     heads = ["Data", "Condition", "Model", "accuracy in %", "Difference to merged", "n (episodes)"]
     return Table(f"Choosing experts, {protocol}", heads, rows, set(), texts=3, folded=len(rows) > 30)
 

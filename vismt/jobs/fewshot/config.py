@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from vismt.base.errors import UserError
-from vismt.config.sections import Episodes, Jitter, ModelConfig, OnBadSample, Seed
+from vismt.config.sections import EARLIER, Episodes, Jitter, ModelConfig, OnBadSample, Seed
 from vismt.config.typed import Names, within
 from vismt.engine.study import ALONE, StudyConfig
 from vismt.jobs.calibration import ImageCalibrationConfig
@@ -141,6 +141,11 @@ class EvaluateConfig:
         ood: sets of images of other classes, cards or folders: how well the largest probability tells as many of them from
             the queries of each episode, as AUROC.
         ways_of: {entry of data or of select.data: ways}, where a set has other ways than `ways`.
+        sampling: which images uniform episodes draw from. parts: episode i from part i % 5 of the images of every class, so
+            that intervals cover new images; a set with fewer than four times as many images in a class as an episode takes is
+            sampled with_replacement. with_replacement: all images in each episode; intervals cover new episodes alone.
+            without_replacement: no image twice, and no more episodes than that allows. The variable rule takes shots from
+            class sizes, and is always with_replacement.
     """
 
     data: list[str] = field(default_factory=list)
@@ -162,6 +167,13 @@ class EvaluateConfig:
     probabilities: bool = False
     ood: list[str] = field(default_factory=list)
     ways_of: dict[str, Annotated[int, within(2)]] = field(default_factory=dict)
+    sampling: Annotated[str, Names(("parts", "with_replacement", "without_replacement"), only=True)] = field(
+        default="parts", metadata={EARLIER: "with_replacement"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.rule == "variable":
+            self.sampling = "with_replacement"
 
     def ways_in(self, data: str, classes: int | None = None) -> int:
         """Return the ways of the uniform episodes of a set. Raises UserError where it has fewer classes."""

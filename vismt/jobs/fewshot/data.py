@@ -20,9 +20,11 @@ from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.jobs.fewshot.config import FewShotConfig
-from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
+from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler, VariableSampler
 from vismt.metatune.protonet import EpisodeBatches
 from vismt.robustness.corruptions import CORRUPTIONS, corrupt
+
+PARTS = 5  # more of them are smaller, and a few episodes in each vary more
 
 
 class FewShotData:
@@ -116,9 +118,13 @@ class FewShotData:
             bounds = {name: getattr(settings, name) for name in ("min_ways", "max_ways", "max_contribution")}
             return [VariableSampler(pixels.labels, nodes=nodes, **bounds, **common)]
         ways = settings.ways_in(name, len(pixels.labels.unique() if classes is None else classes))
+        make: type[EpisodeSampler] = EpisodeSampler
+        if settings.sampling == "without_replacement":
+            make = DisjointSampler
+        elif settings.sampling == "parts":
+            common["parts"] = min(PARTS, settings.episodes)
         return [
-            EpisodeSampler(pixels.labels, ways=ways, shots=shots, queries=settings.queries, **common)
-            for shots in settings.shots
+            make(pixels.labels, ways=ways, shots=shots, queries=settings.queries, **common) for shots in settings.shots
         ]
 
 

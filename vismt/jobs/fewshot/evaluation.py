@@ -35,7 +35,7 @@ from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
 from vismt.jobs.output_conditions import TEMPERED, against, fitted_once
 from vismt.metatune.protocol.episode_outcome import BRIER, GAPS, NLL, SCALED, UNSCALED
-from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
+from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler, VariableSampler
 from vismt.metatune.protocol.protocol import clean_logits, run_protocol
 from vismt.report.results import Score
 from vismt.robustness.conditions import (
@@ -111,6 +111,7 @@ class Evaluation:
         shown = shown_name(name)
         protocol = str(sampler)
         settings = self.config.evaluate
+        episodes = min(settings.episodes, len(sampler)) if isinstance(sampler, DisjointSampler) else settings.episodes
         panel = self.folder / "panels" / f"{shown}-{protocol.replace(' ', '-')}.npz" if with_panel else None
         records = episodes_file(self.folder, models.seed, shown, protocol, f"{arm}{ending}")
         tempered = settings.probabilities and self.config.select is not None
@@ -120,7 +121,7 @@ class Evaluation:
             models.task(arm, name),
             pixels,
             sampler,
-            episodes=settings.episodes,
+            episodes=episodes,
             attacks=specs,
             records=records,
             panel=panel,
@@ -141,10 +142,11 @@ class Evaluation:
             if f"{form} {NLL}" in results:
                 measures += [(label, measure) for measure in probability_measures(results, form)]
         for label in outside:
-            measures.append(
-                (label, Measure("AUROC", _by_episode(results[label.label]), NUMBER, chance=0.5, covers="sampler"))
-            )
-        return [Score(TASK, shown, protocol, measure, label, "episodes", drawn) for label, measure in measures]
+            measures.append((label, Measure("AUROC", _by_episode(results[label.label]), NUMBER, chance=0.5)))
+        return [
+            Score(TASK, shown, protocol, over_episodes(measure, sampler), label, "episodes", drawn)
+            for label, measure in measures
+        ]
 
     def validation_scores(self, models: Models, training: Training) -> list[Score]:
         """Return the accuracy of a training on the episodes of select.data, clean and under select.attack."""
@@ -167,10 +169,9 @@ class Evaluation:
                 label=f"{shown_name(name)} {training}",
             )
             labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs)]
-            scores += [
-                Score(TASK, shown_name(name), str(sampler), accuracy(accuracies[label.label], None), label, "episodes")
-                for label in labels
-            ]
+            for label in labels:
+                measure = over_episodes(accuracy(accuracies[label.label], None), sampler)
+                scores.append(Score(TASK, shown_name(name), str(sampler), measure, label, "episodes"))
         return scores
 
     def _conditions(
@@ -223,9 +224,16 @@ def _settings(specs: Sequence[Perturbation]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
+def over_episodes(measure: Measure, sampler: EpisodeSampler | VariableSampler) -> Measure:
+    """Return a measure whose interval is over the episodes of a sampler; one with bounds of its own resamples episodes."""
+    if measure.bounds is not None:
+        return replace(measure, covers="sampler")
+    return replace(measure, covers=sampler.covers, parts=sampler.parts)
+
+
 def accuracy(values: Tensor, chance: float | None) -> Measure:
     """Return the accuracy of episodes as a measure."""
-    return Measure("accuracy", _by_episode(values), chance=chance, covers="sampler")
+    return Measure("accuracy", _by_episode(values), chance=chance)
 
 
 def probability_measures(results: Mapping[str, Tensor], form: str) -> list[Measure]:
@@ -234,8 +242,7 @@ def probability_measures(results: Mapping[str, Tensor], form: str) -> list[Measu
     All episodes weigh the same.
     """
     gaps, nlls, briers = (results[f"{form} {name}"] for name in (GAPS, NLL, BRIER))
-    measures = quality_measures([str(number) for number in range(len(nlls))], gaps, nlls, briers)
-    return [replace(measure, covers="sampler") for measure in measures]
+    return quality_measures([str(number) for number in range(len(nlls))], gaps, nlls, briers)
 
 
 def _by_episode(values: Tensor) -> dict[str, float]:

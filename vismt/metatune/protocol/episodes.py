@@ -7,6 +7,10 @@ of class c outside the query set, N ways, u ~ U(0, 1) and a_c ~ U(log 1/2, log 2
     support in all     S   = min(500, sum_c floor(u * min(100, R_c) + 1))
     shots of class c   K_c = min(R_c, floor(p_c * (S - N)) + 1),   p_c proportional to |c| * exp(a_c)
 
+Episodes that reuse images say how well a mean over episodes is known for these images. Two forms of uniform episodes say it for
+new images: episodes in disjoint parts of the images of every class (`EpisodeSampler.parts`), whose means are independent, and
+episodes without a shared image (`DisjointSampler`; Lafargue et al., TMLR 2024, arXiv 2409.02850).
+
 Episode i of a sampler is a pure function of (seed, i): the same bits for any number of workers or ranks, and after a
 resume. Left out: WordNet itself; its internal nodes come in as `nodes`, lists of leaf classes.
 """
@@ -16,12 +20,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.base.seeds import digest, mix_seed
+from vismt.uncertainty.intervals import Covers
+
+FEWEST_PARTS = 4  # fewer have too few degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,13 @@ class LabelledSet:
 
     labels (n,) integers >= 0; superclass (n_classes,) or None; classes: ids to draw from, by default all that occur;
     names: class names for messages. Raises UserError for labels, superclass or classes that do not fit each other.
+
+    parts: number of parts that share no image, of which episode i draws from part i % parts; 0 where it draws from all images.
+    covers: what an interval over the episodes covers.
     """
+
+    parts = 0
+    covers: Covers = "sampler"
 
     def __init__(
         self,
@@ -91,6 +105,16 @@ class LabelledSet:
         start = int(self._start[class_id])
         return self._order[start : start + int(self.counts[class_id])]
 
+    def part(self, class_id: int, part: int) -> Tensor:
+        """Return the indices of the images of a class in one part, int64 (count // parts,).
+
+        A function of the seed and the class alone; what does not divide is in no part.
+        """
+        members = self.members(class_id)
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, "parts", class_id))
+        size = len(members) // self.parts
+        return members[torch.randperm(len(members), generator=generator)[part * size : (part + 1) * size]]
+
     def groups(self, least: int) -> list[Tensor]:
         """Return the sets of classes that an episode may draw from: superclasses of at least `least` classes, else all."""
         if self.superclass is None:
@@ -119,11 +143,16 @@ class LabelledSet:
             raise IndexError(f"episode {index}: episodes are numbered from 0")
         return torch.Generator().manual_seed(mix_seed(self.seed, index))
 
-    def draw(self, drawn: Tensor, shots: Sequence[int], queries: int, generator: torch.Generator) -> Episode:
-        """Draw shots[j] support and `queries` query images of each class j of `drawn` (N,), without replacement."""
+    def draw(
+        self, drawn: Tensor, shots: Sequence[int], queries: int, generator: torch.Generator, part: int | None = None
+    ) -> Episode:
+        """Draw shots[j] support and `queries` query images of each class j of `drawn` (N,), without replacement.
+
+        part: of the images of each class to draw from, None for all.
+        """
         support, query = [], []
         for class_id, shot in zip(drawn.tolist(), shots, strict=True):
-            members = self.members(class_id)
+            members = self.members(class_id) if part is None else self.part(class_id, part)
             picked = members[torch.randperm(len(members), generator=generator)[: shot + queries]]
             support.append(picked[:shot])
             query.append(picked[shot:])
@@ -176,6 +205,8 @@ class EpisodeSampler(LabelledSet):
         superclass: (n_classes,); an episode then draws a superclass and its ways within it, both uniformly.
         classes: The ids to draw from (a split), by default all.
         names: Class names for messages.
+        parts: Largest number of disjoint parts of the images of each class; there are as many as its smallest class has
+            images for, and none where these would be fewer than FEWEST_PARTS.
 
     Raises:
         UserError: ways < 2, shots or queries < 1, too few or empty classes, or a class with fewer than K + Q images.
@@ -192,6 +223,7 @@ class EpisodeSampler(LabelledSet):
         superclass: Tensor | None = None,
         classes: Sequence[int] | Tensor | None = None,
         names: Sequence[str] | None = None,
+        parts: int = 0,
     ) -> None:
         for field, value, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
             if value < least:
@@ -207,19 +239,78 @@ class EpisodeSampler(LabelledSet):
                 "lower shots or queries, or leave these classes out."
             )
         self._groups = self.groups(ways)
+        fitting = min(parts, int(self.counts[self.classes].min()) // need)
+        if fitting >= FEWEST_PARTS:
+            self.parts, self.covers = fitting, "images"
 
     def __getitem__(self, index: int) -> Episode:
         generator = self.generator(index)
         group = self.draw_group(self._groups, generator)
         drawn = group[torch.randperm(len(group), generator=generator)[: self.ways]]
-        return self.draw(drawn, [self.shots] * self.ways, self.queries, generator)
+        part = index % self.parts if self.parts else None
+        return self.draw(drawn, [self.shots] * self.ways, self.queries, generator, part)
 
     def __str__(self) -> str:
         return f"{self.ways}-way {self.shots}-shot"
 
     def describe(self) -> dict[str, object]:
         """Return what determines the episodes, JSON-able, for a protocol's hash."""
-        return self.state(rule="uniform", ways=self.ways, shots=self.shots, queries=self.queries)
+        parts = {"parts": self.parts} if self.parts else {}
+        return self.state(rule="uniform", ways=self.ways, shots=self.shots, queries=self.queries, **parts)
+
+
+class DisjointSampler(EpisodeSampler):
+    """Uniform episodes without a shared image, until fewer than N classes have K + Q images left; there are len(sampler).
+
+    Arguments as for EpisodeSampler, without parts. Raises UserError also where there are fewer than two episodes.
+    """
+
+    covers: Covers = "images"
+
+    def __init__(self, labels: Tensor, **settings: Any) -> None:
+        super().__init__(labels, **settings)
+        self._episodes = self._drawn()
+        if len(self) < 2:
+            raise UserError(
+                f"episodes: the images are enough for {len(self)} episode(s) without a shared one, and an interval needs two: "
+                "lower ways, shots or queries."
+            )
+
+    def _drawn(self) -> list[Episode]:
+        generator, need = self.generator(0), self.shots + self.queries
+        left = {}
+        for class_id in self.classes.tolist():
+            members = self.members(class_id)
+            left[class_id] = members[torch.randperm(len(members), generator=generator)]
+        episodes = []
+        while True:
+            usable = [group[[len(left[c]) >= need for c in group.tolist()]] for group in self._groups]
+            usable = [group for group in usable if len(group) >= self.ways]
+            if not usable:
+                return episodes
+            group = self.draw_group(usable, generator)
+            drawn = group[torch.randperm(len(group), generator=generator)[: self.ways]]
+            picked = torch.stack([left[c][:need] for c in drawn.tolist()])
+            left |= {c: left[c][need:] for c in drawn.tolist()}
+            ways = torch.arange(self.ways)
+            episodes.append(
+                Episode(
+                    picked[:, : self.shots].flatten(),
+                    ways.repeat_interleave(self.shots),
+                    picked[:, self.shots :].flatten(),
+                    ways.repeat_interleave(self.queries),
+                    drawn,
+                )
+            )
+
+    def __len__(self) -> int:
+        return len(self._episodes)
+
+    def __getitem__(self, index: int) -> Episode:
+        return self._episodes[index]
+
+    def describe(self) -> dict[str, object]:
+        return {**super().describe(), "rule": "uniform without replacement"}
 
 
 class VariableSampler(LabelledSet):

@@ -1,0 +1,222 @@
+"""Write the tables of README.md, docs/ and the headers of configurations from the rows in docs/results/rows.
+
+    python -m scripts.tables                    write the tables
+    python -m scripts.tables --check            exit code 1 with page and line where a table differs from its rows
+    python -m scripts.tables add RUN STUDY      take the rows of a finished run folder
+
+A table stands between `<!-- rows: NAME -->` and `<!-- end -->`; docs/results/rows/tables.yaml has what it shows:
+
+    NAME:
+      heads: [Arm]                   # of the columns of labels; a label has as many parts, separated by " | "
+      where: {study: STUDY, metric: accuracy, condition: clean}
+      columns: {digits: {data: digits}, mean: {data: average}, by seed: {data: average, show: seeds}}
+      rows: {LoRA: {arm: lora}, LoRA − head: {arm: lora, minus: head}}
+
+A cell is the one row of its study that has all values of `where`, of its column and of its row, where seed is null and minus
+"" unless they are named. A row can have values for one column alone, under its name. Further keys: `show` (interval, value,
+seeds, count) and `label`, a text before the number. A row that is a list has typed cells, whose numbers no rows prove.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+from vismt.base import console
+from vismt.base.errors import UserError, near
+from vismt.config.yaml_text import read_yaml
+from vismt.report.study_rows import ROWS, StudyRow, StudyRows, read_study, studies, study_of, write_study
+from vismt.report.tables import number_text
+from vismt.storage.files import atomic_write
+from vismt.storage.paths import CHECKOUT
+from vismt.uncertainty.intervals import interval_kind_text
+
+SPECS = CHECKOUT / ROWS / "tables.yaml"
+MARKED = re.compile(r"^((?:# )?)<!-- rows: ([\w-]+) -->\n(.*?)^\1<!-- end -->$", re.M | re.S)
+OPENED = re.compile(r"<!-- rows: ")
+TYPED = "Typed, not checked"
+SHOWN = ("interval", "value", "seeds", "count")
+FIELDS = ("task", "data", "protocol", "condition", "metric", "arm", "seed", "minus")
+SEPARATOR = " | "
+
+
+def pages() -> list[Path]:
+    """Return the files that can have tables."""
+    return [CHECKOUT / "README.md", *(CHECKOUT / "docs").rglob("*.md"), *(CHECKOUT / "configs").rglob("*.yaml")]
+
+
+@cache
+def specs() -> dict[str, Any]:
+    """Return what every table shows, by the table's name."""
+    return read_yaml(SPECS, str(SPECS))
+
+
+@cache
+def study(name: str) -> StudyRows:
+    """Return a study by its name."""
+    known = studies()
+    if name not in known:
+        raise UserError(f"tables: no rows of a study '{name}' in {ROWS}.{near(name, known)}")
+    return read_study(known[name])
+
+
+def selections(name: str) -> Iterator[tuple[str, str, dict[str, Any] | str]]:
+    """Yield row, column and selection of every cell of a table; of typed cells the text."""
+    spec = specs()[name]
+    for label, row in spec["rows"].items():
+        for number, (column, values) in enumerate(spec["columns"].items()):
+            if isinstance(row, list):
+                yield label, column, row[number]
+                continue
+            own = {key: value for key, value in row.items() if key not in spec["columns"]}
+            more = row.get(column, {})
+            yield label, column, more if isinstance(more, str) else {**spec.get("where", {}), **values, **own, **more}
+
+
+def found(selection: Mapping[str, Any], where: str) -> tuple[StudyRows, StudyRow]:
+    """Return the study and the row of a cell; raise UserError where it is not exactly one."""
+    wanted = {"seed": None, "minus": "", **{key: selection[key] for key in FIELDS if key in selection}}
+    unknown = selection.keys() - {*FIELDS, "study", "show", "label"}
+    if unknown or selection.get("show", SHOWN[0]) not in SHOWN or "study" not in selection:
+        raise UserError(
+            f"{where}: {', '.join(unknown) or 'show or study'} is not what a cell can have; see scripts/tables.py."
+        )
+    of = study(selection["study"])
+    rows = [row for row in of.rows if all(getattr(row, key) == value for key, value in wanted.items())]
+    if len(rows) != 1:
+        differ = [key for key in FIELDS if len({getattr(row, key) for row in rows}) > 1]
+        more = f"; name {' or '.join(differ)}" if differ else f"; {len(of.rows)} rows of other numbers"
+        raise UserError(f"{where}: {len(rows)} rows of '{selection['study']}' have {wanted}{more}.")
+    return of, rows[0]
+
+
+def cell(selection: Mapping[str, Any] | str, where: str) -> str:
+    """Return the text of a cell."""
+    if isinstance(selection, str):
+        return selection
+    of, row = found(selection, where)
+    show, sign = selection.get("show", SHOWN[0]), bool(row.minus)
+    seeds = of.trainings(row)
+    if show == "count":
+        text = f"{row.n:,} {row.unit}, {len(seeds) or 1}"
+    elif show == "seeds":
+        text = ", ".join(number_text(value, row.scale, sign, row.half) for value in seeds.values())
+    elif show == "value":
+        text = number_text(row.value, row.scale, sign, row.half)
+    else:
+        text = texts(row)[abs(row.high + row.low - 2 * row.value) > 0.1 * row.half]
+    return f"{selection['label']} {text}" if "label" in selection else text
+
+
+def texts(row: StudyRow) -> tuple[str, str]:
+    """Return a number with its interval as "1.2 ± 0.3" and as "1.2 [0.9, 1.5]"."""
+    sign, width = bool(row.minus), (row.high - row.low) / 2
+    value, low, high = (number_text(end, row.scale, sign, width) for end in (row.value, row.low, row.high))
+    return f"{value} ± {number_text(width, row.scale, half=width)}", f"{value} [{low}, {high}]"
+
+
+def table(name: str, as_comment: bool) -> str:
+    """Return a table and a note of what its intervals cover, as Markdown or as the aligned lines of a comment."""
+    if name not in specs():
+        raise UserError(f"tables: {SPECS} has no table '{name}'.{near(name, specs())}")
+    rows: dict[str, list[str]] = {}
+    used = []
+    for label, column, selection in selections(name):
+        where = f"table '{name}', '{label}', '{column}'"
+        rows.setdefault(label, []).append(cell(selection, where))
+        if isinstance(selection, dict):
+            used.append(found(selection, where))
+    typed = {label for label, row in specs()[name]["rows"].items() if isinstance(row, list)}
+    heads = [*specs()[name].get("heads", [""]), *specs()[name]["columns"]]
+    lines = [[*(label + " †" * (label in typed)).split(SEPARATOR), *cells] for label, cells in rows.items()]
+    note = " ".join([*provenance(used), f"† {TYPED}: the rows of these numbers were not kept." * bool(typed)]).strip()
+    if as_comment:
+        return "".join(f"#   {line}\n" for line in [*console.aligned(heads, lines).splitlines(), *wrap(note, 126)])
+    texts = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(["", *(f"| {SEPARATOR.join(text)} |" for text in texts), "", f"*{note}*", ""])
+
+
+def provenance(used: Sequence[tuple[StudyRows, StudyRow]]) -> list[str]:
+    """Return sentences on what the intervals of a table cover, and on the run where all numbers are of one."""
+    kinds = dict.fromkeys(interval_kind_text(row.interval) for _, row in used)
+    sentences = [f"Intervals: {'; '.join(kinds)}."] if kinds else []
+    counts = {f"{row.n:,} {row.unit}, seeds: {len(of.trainings(row)) or 1}" for of, row in used}
+    if len(counts) == 1:
+        sentences.append(f"n = {counts.pop()}.")
+    abouts = [of.about for of, _ in used]
+    if abouts and all(about is abouts[0] for about in abouts):
+        about = abouts[0]
+        kind, seconds = ("wall", about.wall_time_s) if about.cpu_time_s is None else ("CPU", about.cpu_time_s)
+        spent = f"{seconds / 60:.1f} {kind} minutes"
+        sentences.append(f"Config {about.config_hash}, {about.hardware}, {spent}, {about.finished.partition('T')[0]}.")
+    return sentences
+
+
+def fresh(page: Path) -> tuple[str, str, int]:
+    """Return a page's text, what it has to be, and the line of the first table that differs, 0 for none."""
+    text = page.read_text(encoding="utf8")
+    stale = 0
+    if len(OPENED.findall(text)) != len(MARKED.findall(text)):
+        raise UserError(f"'{page}': a table's <!-- rows: NAME --> has no <!-- end --> on a line of its own.")
+
+    def rewritten(match: re.Match[str]) -> str:
+        nonlocal stale
+        prefix, name, body = match.groups()
+        made = table(name, bool(prefix))
+        if made != body:
+            stale = stale or text.count("\n", 0, match.start()) + 1
+        return f"{prefix}<!-- rows: {name} -->\n{made}{prefix}<!-- end -->"
+
+    return text, MARKED.sub(rewritten, text), stale
+
+
+def add(run: Path, name: str) -> Path:
+    """Write the rows of a finished run as a study, with the differences that its tables show; return the file."""
+    pairs = [
+        (selection["arm"], selection["minus"])
+        for table_name in specs()
+        for _, _, selection in selections(table_name)
+        if isinstance(selection, dict) and selection.get("study") == name and selection.get("minus")
+    ]
+    path = CHECKOUT / ROWS / f"{name}.jsonl"
+    write_study(path, study_of(run, pairs))
+    return path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return 1 where --check finds a table that differs from its rows."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.tables", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a table is stale")
+    parser.add_argument("words", nargs="*", metavar="add RUN STUDY", help="take the rows of a finished run folder")
+    options = parser.parse_args(arguments)
+    try:
+        if options.words:
+            if len(options.words) != 3 or options.words[0] != "add":
+                raise UserError(f"tables: '{' '.join(options.words)}'; give add RUN STUDY, or nothing.")
+            console.stage("rows", str(add(Path(options.words[1]), options.words[2])))
+            return 0
+        stale = False
+        for page in pages():
+            text, made, line = fresh(page)
+            if text != made and options.check:
+                stale = True
+                console.stage(
+                    "stale", f"{page.relative_to(CHECKOUT)}:{line}; `python -m scripts.tables` writes it again"
+                )
+            elif text != made:
+                atomic_write(page, made)
+                console.stage("tables", str(page.relative_to(CHECKOUT)))
+    except UserError as error:
+        console.error(str(error))
+        return 2
+    return int(stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Numbers in README.md, docs/results and headers of configurations are those of committed rows, or are marked as typed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from helpers.pages import FENCE, README, ROOT, name, read
+
+from scripts import tables
+from vismt.report.study_rows import read_study, studies
+
+RESULTS = [
+    page for page in sorted((ROOT / "docs/results").glob("*.md")) if page.stem != "paper_scale"
+]  # published ones
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+NUMBER = r"[+−-]?\d[\d,]*(?:\.\d+)?"
+INTERVAL = re.compile(rf"{NUMBER} ± \d+(?:\.\d+)?|{NUMBER} \[{NUMBER}, {NUMBER}\]")
+NUMERIC = re.compile(r"[^a-zA-Z]*\d[^a-zA-Z]*")
+# A table, or a block of printed lines, with what follows it.
+TABLE = re.compile(r"^((?:\|.*\n)+|```\n(?:.*\n)*?```\n)(?:\n(.*))?", re.M)
+# Tables and printed blocks whose rows were not kept, and intervals in the text that are in no table. Both may only become fewer.
+TYPED = {
+    "docs/results/camvid.md": 2,
+    "docs/results/camvid_balanced.md": 2,
+    "docs/results/cross_domain.md": 1,
+    "docs/results/emtal_small.md": 3,
+    "docs/results/forgetting.md": 2,
+    "docs/results/foundation.md": 1,
+    "docs/results/ilora_lastfm.md": 3,
+    "docs/results/in_place.md": 2,
+    "docs/results/risk.md": 4,
+    "docs/results/robustness.md": 7,
+    "docs/results/sentiment.md": 3,
+    "docs/results/sentiment_overtrained.md": 2,
+    "docs/results/seven_scenes.md": 2,
+    "docs/results/rows/tables.yaml": 10,
+}
+LOOSE = {
+    "docs/results/forgetting.md": 2,
+    "docs/results/foundation.md": 2,
+    "docs/results/ilora_lastfm.md": 10,
+    "docs/results/risk.md": 2,
+    "docs/results/robustness.md": 2,
+    "README.md": 12,
+    "configs/dense/quickstart.yaml": 7,
+    "configs/risk/images.yaml": 2,
+    "configs/robustness/quickstart.yaml": 5,
+}
+
+
+def plain(text: str) -> str:
+    return re.sub("[+−-]", "", text)
+
+
+def unmarked(page: Path) -> str:
+    """Return a page without the tables that are made from rows, and without commands."""
+    text = tables.MARKED.sub("", read(page))
+    return FENCE.sub(lambda block: "" if block["language"] else block[0], text)
+
+
+def numeric_tables(text: str) -> list[tuple[str, str]]:
+    """Return tables and printed blocks with numbers, each with the line below it."""
+    found = []
+    for table, below in TABLE.findall(text):
+        cells = [cell for line in table.splitlines() for cell in line.split("|")]
+        if any(map(NUMERIC.fullmatch, cells)) or ("```" in table and INTERVAL.search(table)):
+            found.append((table, below))
+    return found
+
+
+def test_tables_are_those_of_the_committed_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_table_without_rows_says_so() -> None:
+    typed = {}
+    for page in RESULTS:
+        found = numeric_tables(unmarked(page))
+        assert all(tables.TYPED in below for _, below in found), [t for t, below in found if tables.TYPED not in below]
+        typed |= {name(page): len(found)} if found else {}
+    rows = sum(isinstance(row, list) for spec in tables.specs().values() for row in spec["rows"].values())
+    typed |= {name(tables.SPECS): rows} if rows else {}
+    assert typed == TYPED
+
+
+def test_an_interval_in_a_text_is_that_of_a_table_or_of_a_row() -> None:
+    known = {plain(text) for path in studies().values() for row in read_study(path).rows for text in tables.texts(row)}
+    for page in RESULTS:
+        known |= {plain(found) for table in TABLE.findall(unmarked(page)) for found in INTERVAL.findall(table[0])}
+    loose = {}
+    for page in [*RESULTS, README, *CONFIGS]:
+        text = unmarked(page)
+        if page in CONFIGS:
+            text = "\n".join(line[1:] for line in text.splitlines() if line.startswith("#"))
+        elif page != README:
+            text = TABLE.sub("", text)
+        missing = [found for found in INTERVAL.findall(" ".join(text.split())) if plain(found) not in known]
+        loose |= {name(page): len(missing)} if missing else {}
+    assert loose == LOOSE

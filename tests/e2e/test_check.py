@@ -1,0 +1,125 @@
+"""`vismt check`: a re-run with other seeds is inside, a tampered recipe is not, and another configuration is named."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers.toy_job import job
+
+import vismt.jobs
+from vismt.cli import main
+from vismt.report import study_rows
+from vismt.report.study_rows import read_study, study_of, write_study
+
+CONFIG = {
+    "task": "toy",
+    "adapt": {"method": "lora", "rank": 2},
+    "train": {"steps": 30, "lr": 0.03, "checkpoint_every": 30},
+    "arms": {"relu": {}, "gelu": {"activation": "gelu"}},
+    "seeds": [0, 1, 2, 3],
+}
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the toy's configuration, and its rows for seeds 0 to 3 in rows/."""
+    folder = tmp_path_factory.mktemp("committed")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(vismt.jobs.JOBS, "toy", "helpers.toy_job")
+        (folder / "toy.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False))
+        write_study(folder / "rows" / "toy.jsonl", study_of(run(folder / "toy.yaml", folder)))
+    return folder
+
+
+def run(config: Path, folder: Path, *overrides: str) -> Path:
+    """Run a configuration in a folder; return the run folder."""
+    assert main(["run", str(config), *overrides, "--out", str(folder / "runs"), "--quiet"]) == 0
+    return next((folder / "runs").iterdir())
+
+
+@pytest.fixture
+def toy(committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return a function that runs the toy study with overrides, once; the rows are in tmp_path / "rows"."""
+    monkeypatch.setitem(vismt.jobs.JOBS, "toy", "helpers.toy_job")
+    shutil.copytree(committed / "rows", tmp_path / "rows")
+    monkeypatch.setattr(study_rows, "shipped", lambda _: tmp_path / "rows")
+    return lambda *overrides: run(committed / "toy.yaml", tmp_path, *overrides)
+
+
+def test_other_seeds_are_inside_whose_rows_are_found(toy, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = toy("seeds=[4, 5, 6, 7]")
+    assert main(["check", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[-5:] == ["toy", "predicted", "this", "run", "verdict"]
+    assert lines[-1] == "check   3 of 3 numbers inside, together at 95 %" and "gelu − relu" in "".join(lines)
+    assert main(["check", str(folder), "toy", "--quiet"]) == 0
+
+
+def test_swapped_labels_in_the_training_are_outside(toy, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = job.pairs
+    monkeypatch.setattr(job, "pairs", lambda seed, count: (pairs(seed, count)[0], 1 - pairs(seed, count)[1]))
+    monkeypatch.setattr(job.ToyJob, "score", score_with(pairs))
+    folder = toy("seeds=[4, 5, 6, 7]")
+    assert main(["check", str(folder)]) == 1
+    printed = capsys.readouterr().out
+    assert "outside" in printed.splitlines()[1] and "of 3 numbers inside" in printed
+
+
+def score_with(pairs: Callable) -> Callable:
+    """Return the job's evaluation, with the right labels."""
+    original = job.ToyJob.score
+
+    def score(self, training, split, attacks):
+        tampered, job.pairs = job.pairs, pairs
+        try:
+            return original(self, training, split, attacks)
+        finally:
+            job.pairs = tampered
+
+    return score
+
+
+def test_a_training_that_learns_nothing_is_outside(toy, monkeypatch) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    assert main(["check", str(toy("seeds=[4, 5, 6, 7]")), "--quiet"]) == 1
+
+
+def test_a_number_that_the_run_does_not_have_is_missing(
+    toy, committed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows" / "toy.jsonl"
+    study = read_study(path)
+    other = study_rows.replace(study.rows[0], metric="ECE-15")
+    write_study(path, study_rows.StudyRows(study.about, [*study.rows, other]))
+    assert main(["check", str(next((committed / "runs").iterdir()))]) == 1
+    assert "missing" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_what_is_no_committed_run_is_one_line(
+    toy, committed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = toy("train.lr=0.01")
+    unfinished = tmp_path / "unfinished"
+    assert main(["train", str(committed / "toy.yaml"), "--out", str(unfinished), "--quiet"]) == 0
+    capsys.readouterr()
+    nearest = (
+        "no rows of this configuration; the nearest are those of another one, 'toy': train.lr is 0.01, there 0.03."
+    )
+    for words, text in (
+        ([other], nearest),
+        ([other, "toy"], "'toy' has the rows of another one, 'toy': train.lr is 0.01, there 0.03."),
+        ([other, "tow"], "no such file. Near: 'toy'."),
+        ([next(unfinished.iterdir())], "its evaluation has not ended"),
+        ([tmp_path / "none"], "no such folder"),
+    ):
+        assert main(["check", *map(str, words)]) == 2
+        error = capsys.readouterr().err
+        assert text in error and error.count("\n") == 1, error
+    (tmp_path / "rows" / "toy.jsonl").unlink()
+    assert main(["check", str(other)]) == 2
+    assert "this installation has no committed rows" in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""What the intervals of few-shot accuracy cover: simulated sets of images, the real samplers, prototypes by cosine.
+
+A class is a Gaussian, ten classes have 100 images each, the second model sees the same images with noise. The truth is the mean
+over many sets of images. By 200 sets a coverage of 95 % is known to ± 4 points.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import binom
+from torch import Tensor
+
+from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler
+from vismt.uncertainty.intervals import Estimate, estimate
+
+CLASSES, IMAGES, SIZE, WAYS, SHOTS, QUERIES = 10, 100, 24, 5, 5, 10
+DRAWS = 200
+LEAST, MOST = binom.ppf([0.002, 0.998], DRAWS, 0.95) / DRAWS  # 0.90 and 0.985
+LABELS = torch.arange(CLASSES).repeat_interleave(IMAGES)
+SETTINGS = {"ways": WAYS, "shots": SHOTS, "queries": QUERIES, "seed": 1}
+
+
+class Episodes:
+    """The positions of the images of a sampler's episodes, which many sets of images share."""
+
+    def __init__(self, sampler: EpisodeSampler, count: int) -> None:
+        count = len(sampler) if isinstance(sampler, DisjointSampler) else count
+        episodes = [sampler[number] for number in range(count)]
+        self.parts = sampler.parts
+        self.support = torch.stack([episode.support for episode in episodes]).view(count, WAYS, SHOTS)
+        self.query = torch.stack([episode.query for episode in episodes])
+        self.truth = episodes[0].query_labels
+
+    def accuracies(self, features: Tensor) -> Tensor:
+        """Return the accuracy of each episode (e,) by the cosine to the mean of a class's support."""
+        unit = F.normalize(features, dim=-1)
+        prototypes = F.normalize(features[self.support].mean(2), dim=-1)
+        similar = torch.einsum("eqd,ewd->eqw", unit[self.query], prototypes)
+        return (similar.argmax(-1) == self.truth).double().mean(1)
+
+    def estimate(self, values: Tensor) -> Estimate:
+        return estimate(values, parts=self.parts)
+
+
+def two_models(means: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the features of a new set of images under two models."""
+    images = means[LABELS] + torch.randn(len(LABELS), SIZE, generator=generator)
+    return images, images + 0.7 * torch.randn(len(LABELS), SIZE, generator=generator)
+
+
+def plans_of(seed: int, count: int) -> dict[str, Episodes]:
+    settings = {**SETTINGS, "seed": seed}
+    samplers = {
+        "free": EpisodeSampler(LABELS, **settings),
+        "parts": EpisodeSampler(LABELS, parts=5, **settings),
+        "four parts": EpisodeSampler(LABELS, parts=4, **settings),
+        "without replacement": DisjointSampler(LABELS, **settings),
+    }
+    assert [sampler.parts for sampler in samplers.values()] == [0, 5, 4, 0]
+    return {name: Episodes(sampler, count) for name, sampler in samplers.items()}
+
+
+def coverages(count: int, truths: int, draws: int = DRAWS) -> dict[tuple[str, str], tuple[float, float]]:
+    """Return the coverage and mean half width of each plan's intervals, of one model and of the difference of two.
+
+    Eight seeds of the episodes: which classes an episode has is luck that belongs to the error.
+    """
+    generator = torch.Generator().manual_seed(0)
+    plans = [plans_of(seed, count) for seed in range(8)]
+    found: dict[tuple[str, str], list[tuple[bool, float]]] = {}
+    for _ in range(2):
+        means = 0.55 * torch.randn(CLASSES, SIZE, generator=generator)
+        rows = []
+        for number in range(truths):
+            free = plans[number % len(plans)]["free"]
+            rows.append([free.accuracies(model).mean() for model in two_models(means, generator)])
+        first, second = torch.tensor(rows).mean(0).tolist()
+        for number in range(draws // 2):
+            models = two_models(means, generator)
+            for name, plan in plans[number % len(plans)].items():
+                a, b = (plan.accuracies(model) for model in models)
+                for kind, values, truth in (("single", a, first), ("paired", a - b, first - second)):
+                    interval = plan.estimate(values)
+                    inside = interval.bounds[0] <= truth <= interval.bounds[1]
+                    found.setdefault((name, kind), []).append((inside, interval.half))
+    return {key: tuple(torch.tensor(rows).double().mean(0).tolist()) for key, rows in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "truths"), [(80, 304), (600, 104)])
+def test_parts_cover_new_images_and_free_episodes_do_not(count: int, truths: int) -> None:
+    found = coverages(count, truths)
+    for (name, kind), (share, _) in found.items():
+        if name != "free":
+            assert LEAST <= share <= MOST, (name, kind, found)
+    assert found["free", "single"][0] < (0.9 if count == 80 else 0.6)
+    assert found["free", "paired"][0] < (0.92 if count == 80 else 0.75)
+
+
+@pytest.mark.slow
+def test_half_of_the_digits_lies_in_the_interval_of_the_other_half() -> None:
+    """Pixels of scikit-learn's digits, 87 of each class in each half; the difference of two halves has twice one's variance."""
+    sets = pytest.importorskip("sklearn.datasets")
+    digits = sets.load_digits()
+    pixels, classes = torch.tensor(digits.data).float() - 8, torch.tensor(digits.target)
+    labels = torch.arange(10).repeat_interleave(87)
+    plans = {
+        "parts": Episodes(EpisodeSampler(labels, parts=5, **SETTINGS), 300),
+        "free": Episodes(EpisodeSampler(labels, **SETTINGS), 300),
+    }
+    generator = torch.Generator().manual_seed(0)
+    inside = dict.fromkeys(plans, 0)
+    for _ in range(DRAWS):
+        order = [members[torch.randperm(len(members), generator=generator)[:174]] for members in members_of(classes)]
+        halves = [pixels[torch.cat([members[start : start + 87] for members in order])] for start in (0, 87)]
+        for name, plan in plans.items():
+            here, there = (plan.estimate(plan.accuracies(half)) for half in halves)
+            inside[name] += abs(here.mean - there.mean) <= 2**0.5 * here.half
+    assert LEAST <= inside["parts"] / DRAWS <= MOST and inside["free"] / DRAWS < 0.75, inside
+
+
+def members_of(classes: Tensor) -> list[Tensor]:
+    return [(classes == number).nonzero().flatten() for number in range(10)]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def test_images_and_seeds_together(seeds: int, spread: float) -> None:
+    """Part means and seeds drawn as such, the seeds' deviation none to three times that of the image part."""
+    generator = torch.Generator().manual_seed(0)
+    inside = alone = 0
+    for _ in range(400):
+        parts = 5**0.5 * torch.randn(5, generator=generator, dtype=torch.float64)
+        scores = parts.mean() + spread * torch.randn(seeds, generator=generator, dtype=torch.float64)
+        images = estimate(parts + scores.mean() - parts.mean(), parts=5)
+        inside += abs(images.mean) <= images.with_seeds(scores.tolist()).half
+        alone += abs(images.mean) <= images.half
+    most = 1.0 if seeds == 2 else 0.985  # Cochran's quantile is conservative
+    assert 0.915 <= inside / 400 <= most
+    assert alone / 400 < 0.88 or spread < 3

@@ -1,0 +1,92 @@
+"""`vismt check`: does a run reproduce the committed numbers of its configuration?"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.cli.commands import Commands
+
+if TYPE_CHECKING:
+    from vismt.config.sections import RunConfig
+    from vismt.report.study_rows import StudyRows
+
+SEEDS = ("seed", "seeds")  # keys that a run which reproduces a study may set otherwise, wherever they stand
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the command of this file."""
+    parser = commands.add(
+        "check", _check, "is a run within the prediction intervals of committed numbers? exit code 1 where it is not"
+    )
+    parser.add_argument("run", type=Path, help="a finished run folder")
+    parser.add_argument("rows", nargs="?", help="a study or file of rows (the committed ones of this configuration)")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from vismt.jobs import read_resolved
+    from vismt.report.reproduction import FAMILY, verdicts
+    from vismt.report.study_rows import study_of
+    from vismt.report.tables import number_text, scale_text
+
+    name, committed = _committed(options.run, read_resolved(options.run), options.rows)
+    found = verdicts(committed, study_of(options.run, committed.about.differences))
+    lines = []
+    for verdict in found:
+        row = verdict.row
+        half = (verdict.high - verdict.low) / 2
+        texts = [
+            "–" if value is None else number_text(value, row.scale, bool(row.minus), half)
+            for value in (row.value, verdict.low, verdict.high, verdict.value)
+        ]
+        arm = f"{row.arm} − {row.minus}" if row.minus else row.arm
+        what = (row.data, row.task, row.protocol, row.condition, scale_text(row.metric, row.scale), arm)
+        lines.append((*what, texts[0], f"[{texts[1]}, {texts[2]}]", texts[3], verdict.word))
+    heads = ("data", "task", "protocol", "condition", "measure", "model", name, "predicted", "this run", "verdict")
+    console.table(heads, sorted(lines, key=lambda line: line[-1] == "inside"))
+    inside = sum(verdict.word == "inside" for verdict in found)
+    console.stage("check", f"{inside} of {len(found)} numbers inside, together at {100 * FAMILY:.0f} %")
+    return int(inside < len(found))
+
+
+def _committed(folder: Path, config: RunConfig, given: str | None) -> tuple[str, StudyRows]:
+    """Return name and numbers of the study of a run's configuration; raise UserError where there is none."""
+    from vismt.report.study_rows import read_study, studies
+
+    known = studies()
+    paths = [known.get(given, Path(given))] if given else list(known.values())
+    nearest: tuple[int, str, str] | None = None
+    for path in paths:
+        study = read_study(path)
+        differing = _differing(config, study, path)
+        if not differing:
+            return path.stem, study
+        nearest = min(filter(None, (nearest, (len(differing), path.stem, "; ".join(differing)))))
+    if nearest is None:
+        raise UserError("check: this installation has no committed rows; name a file of rows.")
+    what = f"'{given}' has the rows" if given else "there are no rows of this configuration; the nearest are those"
+    raise UserError(f"check: run '{folder}': {what} of another one, '{nearest[1]}': {nearest[2]}.")
+
+
+def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
+    """Return the keys, with both values, in which a run's configuration differs from that of a study, but for seeds."""
+    from vismt.config.sections import differences
+    from vismt.config.typed import shown
+    from vismt.jobs import typed_config
+
+    other = typed_config(study.about.settings, f"rows '{path}'")
+    if other.task != config.task:
+        return [f"task is {config.task}, there {other.task}"] * len(vars(config))  # farther than any other key
+    here, there = _flat(differences(config, other)), _flat(differences(other, config))
+    keys = [key for key in here | there if key.rpartition(".")[2] not in SEEDS]
+    return [f"{key} is {shown(here.get(key))}, there {shown(there.get(key))}" for key in keys]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

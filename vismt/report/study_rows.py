@@ -1,0 +1,207 @@
+"""The numbers of a study as data: docs/results/rows/STUDY.jsonl, one line about the run and then one for each number.
+
+The numbers are the rows of results.jsonl and what follows from the values by example, which are not kept: averages over sets,
+and differences of two arms on the same examples. Tables of the documentation are made from these files, and `vismt check`
+compares a run with them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from vismt.base.errors import UserError, near
+from vismt.config.sections import RESOLVED, read_yaml
+from vismt.config.typed import build
+from vismt.report.comparison import AVERAGE, Evidence, block, over_examples_alone
+from vismt.report.results import FACTS, RESULTS, Result, ValuesByExample, fault_of, read_results
+from vismt.storage.files import read_sealed
+from vismt.storage.lines import read_lines, write_lines
+from vismt.storage.locks import is_locked
+from vismt.storage.paths import shipped
+from vismt.uncertainty.intervals import NUMBER, Estimate
+
+ROWS = "docs/results/rows"
+KNOWN = 1e9  # degrees of freedom of a variance that is known; JSON has no infinity
+
+
+@dataclass(frozen=True)
+class StudyRow(Result):
+    """One number of a study.
+
+    Args:
+        data: the set, "average" for the mean over sets.
+        minus: the arm whose number is subtracted, "" for none.
+        variance: of the number over the examples alone, without the training seeds; 0 in rows of one of several trainings.
+        freedom: degrees of freedom of the variance.
+    """
+
+    minus: str = ""
+    variance: float = 0.0
+    freedom: float = 0.0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Identifies this number among all of a study."""
+        return (*super().key, self.minus)
+
+
+@dataclass(frozen=True)
+class About:
+    """What belongs to a whole study.
+
+    Args:
+        title: of the configuration.
+        command: that made the run, without the folder of its output.
+        config_hash: of the configuration.
+        settings: the whole configuration, defaults included.
+        differences: pairs of arms; the number of the second is subtracted from that of the first.
+        seeds: of the trainings, [] where nothing is trained.
+        evaluation_seed: of the episodes, None where there are none.
+        git_revision: of the checkout that ran.
+        hardware: processor or GPU, threads, processes.
+        versions: of Python and the packages that results depend on.
+        started: first start, ISO 8601 in UTC.
+        finished: end of the last evaluation.
+        wall_time_s: seconds, summed over the sessions of the run.
+        cpu_time_s: CPU seconds of all threads; None where an earlier version did not record them.
+    """
+
+    title: str
+    command: str
+    config_hash: str
+    settings: dict[str, Any]
+    differences: list[tuple[str, str]]
+    git_revision: str
+    hardware: str
+    versions: dict[str, str]
+    started: str
+    finished: str
+    wall_time_s: float
+    cpu_time_s: float | None = None
+    seeds: list[int] = field(default_factory=list)
+    evaluation_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class StudyRows:
+    """A study: `about` the run, and its numbers."""
+
+    about: About
+    rows: list[StudyRow]
+
+    def trainings(self, row: StudyRow) -> dict[int, float]:
+        """Return a number by training seed; {} where the arm, or either of two, has one training."""
+        first, second = (self._trainings(row, arm) for arm in (row.arm, row.minus or row.arm))
+        if not row.minus:
+            return first
+        return {seed: first[seed] - second[seed] for seed in first if seed in second}
+
+    def _trainings(self, row: StudyRow, arm: str) -> dict[int, float]:
+        by_seed: dict[int, list[float]] = {}
+        for other in self.rows:
+            alike = (block(other), other.condition, other.arm, other.minus) == (block(row), row.condition, arm, "")
+            if alike and other.seed is not None and row.data in (AVERAGE, other.data):
+                by_seed.setdefault(other.seed, []).append(other.value)
+        sets = max(map(len, by_seed.values()), default=0)
+        return {seed: sum(values) / sets for seed, values in by_seed.items() if len(values) == sets}
+
+
+def study_of(folder: Path, differences: Sequence[tuple[str, str]] = ()) -> StudyRows:
+    """Return the numbers of a finished run.
+
+    Args:
+        folder: the run folder.
+        differences: pairs of arms whose differences are computed beside those of each arm and the first.
+
+    Raises:
+        UserError: a run that is not finished, another folder, a pair with an arm that the run does not have.
+    """
+    facts = read_sealed(folder / FACTS, f"run '{folder}'") if (folder / FACTS).exists() else {}
+    if is_locked(folder) or not facts.get("finished"):
+        seen = "a process works in it" if is_locked(folder) else "its evaluation has not ended"
+        raise UserError(f"run '{folder}': {seen}; rows are taken from a finished run, `vismt run` continues it.")
+    results = read_results(folder / RESULTS, facts.get("config_hash"))
+    arms = list(dict.fromkeys(row.arm for row in results))
+    pairs = list(dict.fromkeys([*((arm, arms[0]) for arm in arms[1:]), *differences]))
+    for arm in (arm for pair in pairs for arm in pair):
+        if arm not in arms:
+            raise UserError(f"run '{folder}': no arm '{arm}', which a difference names.{near(arm, arms)}")
+    kept = {item.name: facts[item.name] for item in fields(About) if item.name in facts}
+    kept["command"] = re.sub(r" --out[ =]\S+", "", str(facts.get("command", "")))
+    kept |= {"settings": read_yaml(folder / RESOLVED), "differences": [list(pair) for pair in pairs]}
+    about = build(About, kept, f"run '{folder}'")
+    trainings = [StudyRow(**asdict(row)) for row in results if row.seed is not None]
+    return StudyRows(about, [*_derived(results, pairs, Evidence(results, ValuesByExample(folder))), *trainings])
+
+
+def _derived(results: Sequence[Result], pairs: Sequence[tuple[str, str]], evidence: Evidence) -> list[StudyRow]:
+    """Return the arms' numbers, their averages over sets and their differences."""
+    by_condition: dict[tuple[str, ...], dict[str, dict[str, Result]]] = {}
+    for row in results:
+        if row.seed is None:
+            by_condition.setdefault((*block(row), row.condition), {}).setdefault(row.arm, {})[row.data] = row
+    derived = []
+    for by_arm in by_condition.values():
+        sets = list(dict.fromkeys(data for rows in by_arm.values() for data in rows))
+        several = len(sets) > 1 and AVERAGE not in sets
+        for data, names in ((AVERAGE, sets), *((data, [data]) for data in sets))[not several :]:
+            complete = {arm: [rows[name] for name in names] for arm, rows in by_arm.items() if rows.keys() >= {*names}}
+            for rows in complete.values():
+                low, high, _ = evidence.interval(rows)
+                derived.append(_row(evidence.estimate(rows), (low, high), rows, data=data))
+            for first, second in (pair for pair in pairs if complete.keys() >= {*pair}):
+                found = evidence.difference(complete[first], complete[second])
+                if found is not None:
+                    more = {"data": data, "minus": second, "chance": None}
+                    derived.append(_row(found, found.bounds, complete[first], complete[second], **more))
+    return derived
+
+
+def _row(found: Estimate, bounds: tuple[float, float], *arms: Sequence[Result], **changes: Any) -> StudyRow:
+    """Return the row of an estimate from the rows of one arm, or of two.
+
+    Values that are all the same have no spread, but are not certain: their variance follows from the intervals of the rows.
+    """
+    error, freedom = found.sources[0]
+    if error == 0:
+        alone = [over_examples_alone(row, ()) for rows in arms for row in rows]
+        error = math.fsum(variance for variance, _ in alone) / len(arms[0]) ** 2
+    changes |= {"value": found.mean, "low": bounds[0], "high": bounds[1], "interval": found.covers}
+    changes |= {"n": sum(row.n for row in arms[0]), "variance": error, "freedom": min(freedom, KNOWN)}
+    return StudyRow(**{**asdict(arms[0][0]), **changes})
+
+
+def write_study(path: Path, study: StudyRows) -> None:
+    """Write a file of rows, atomically."""
+    write_lines(path, [asdict(study.about), *(asdict(row) for row in study.rows)])
+
+
+def read_study(path: Path) -> StudyRows:
+    """Return the study in a file of rows.
+
+    Raises:
+        UserError: a missing, changed or cut file, a line that is not a complete number of its study, one that repeats another.
+    """
+    source = f"rows '{path}'"
+    if not path.is_file():
+        raise UserError(f"{source}: no such file.{near(path.stem, studies())}")
+    about, *lines = read_lines(path, whole=True) or [{}]
+    study = StudyRows(build(About, about, source), [build(StudyRow, line, source) for line in lines])
+    seen: set[tuple[Any, ...]] = set()
+    for number, row in enumerate(study.rows, 2):
+        # A difference of shares can be negative.
+        reason = fault_of(replace(row, scale=NUMBER) if row.minus else row, study.about.config_hash)
+        if reason or row.key in seen:
+            raise UserError(f"{source} line {number}: {reason or 'repeats an earlier number'}; make the file again.")
+        seen.add(row.key)
+    return study
+
+
+def studies() -> dict[str, Path]:
+    """Return the files of rows of the checkout, or of the wheel, by the name of their study."""
+    return {path.stem: path for path in sorted(shipped(ROWS).glob("*.jsonl"))}
