@@ -247,6 +247,39 @@ def test_other_protocols_metrics_and_units_are_other_blocks(folder):
     assert len(blocks) == 8
 
 
+def test_parts_of_the_examples_are_in_rows_averages_and_differences(tmp_path):
+    """Episodes 0, 2 and 1, 3 belong together: with parts, two means are compared, not four values."""
+    values = {"frozen": [0.1, 0.7, 0.3, 0.5], "adapted": [0.3, 0.8, 0.3, 0.7]}  # part means .2, .6 and .3, .75
+    for data in ("digits", "crops"):
+        for arm, of_arm in values.items():
+            add(
+                tmp_path,
+                Score("few-shot", data, "p", measure(of_arm, parts=2, covers="images", scale="number"), CLEAN),
+                arm,
+            )
+    results = comparisons(tmp_path)
+    digits, average = results["digits", "clean"], results["average", "clean"]
+    assert digits.cells["frozen"].half == pytest.approx(12.7062 * 0.2, rel=1e-4)
+    assert digits.cells["frozen"].covers == digits.differences["adapted"].covers == "images"
+    # differences .2, .1, 0, .2: part means .1, .15, error .025
+    difference = digits.differences["adapted"]
+    assert (difference.mean, difference.half) == pytest.approx((0.125, 12.7062 * 0.025), rel=1e-4)
+    assert average.cells["frozen"].half == pytest.approx(student.ppf(0.975, 2) * 0.2 / math.sqrt(2))
+    assert average.cells["frozen"].over_domains is None and not average.over_domains.get("adapted")  # of two sets
+
+
+def test_five_sets_have_an_interval_over_sets_too(tmp_path):
+    for number in range(5):
+        for arm, gain in (("frozen", 0.0), ("adapted", 0.1 * number)):
+            values = [0.2 + gain, 0.3 + gain]
+            add(tmp_path, Score("few-shot", f"set{number}", "p", measure(values), CLEAN, "episodes"), arm)
+    average = comparisons(tmp_path)["average", "clean"]
+    half = 2.776445 * 0.1581139 / math.sqrt(5)
+    assert average.over_domains["adapted"] == pytest.approx((0.2 - half, 0.2 + half), rel=1e-4)
+    assert average.differences["adapted"].mean == pytest.approx(0.2)
+    assert average.cells["adapted"].over_domains == pytest.approx((0.45 - half, 0.45 + half), rel=1e-4)
+
+
 def test_many_corruptions_have_a_mean_that_is_paired_by_example(tmp_path):
     """Each example averaged over its corruptions, so that what they do alike to one image is in the interval."""
     shift = {"fog": 0.0, "blur": 0.1, "snow": 0.2, "noise": 0.3}
@@ -282,35 +315,3 @@ def test_differences_are_to_the_baseline_of_the_task(folder):
         add(folder, Score("few-shot", "digits", "5-way 1-shot", measure([0.5] * 4), PGD_2, "episodes"), arm)
     found = compare(read_results(folder / "results.jsonl"), ValuesByExample(folder))
     assert {c.base for c in found} == {"adapted"} and not next(c for c in found if c.condition == "PGD-2").differences
-
-
-def test_parts_of_the_examples_are_in_rows_averages_and_differences(tmp_path):
-    """Episodes 0, 2 and 1, 3 belong together: with parts, two means are compared, not four values."""
-    values = {"frozen": [0.1, 0.7, 0.3, 0.5], "adapted": [0.3, 0.8, 0.3, 0.7]}  # part means .2, .6 and .3, .75
-    for data in ("digits", "crops"):
-        for arm, of_arm in values.items():
-            add(
-                tmp_path,
-                Score("few-shot", data, "p", measure(of_arm, parts=2, covers="images", scale="number"), CLEAN),
-                arm,
-            )
-    results = comparisons(tmp_path)
-    digits, average = results["digits", "clean"], results["average", "clean"]
-    assert digits.cells["frozen"].half == pytest.approx(12.7062 * 0.2, rel=1e-4)
-    assert digits.cells["frozen"].covers == digits.differences["adapted"].covers == "images"
-    # differences .2, .1, 0, .2: part means .1, .15, error .025
-    assert difference(digits) == pytest.approx((0.125, 0.125 - 12.7062 * 0.025, 0.125 + 12.7062 * 0.025), rel=1e-4)
-    assert average.cells["frozen"].half == pytest.approx(student.ppf(0.975, 2) * 0.2 / math.sqrt(2))
-    assert average.cells["frozen"].over_domains is None and average.over_domains == {}  # of two sets
-
-
-def test_five_sets_have_an_interval_over_sets_too(tmp_path):
-    for number in range(5):
-        for arm, gain in (("frozen", 0.0), ("adapted", 0.1 * number)):
-            values = [0.2 + gain, 0.3 + gain]
-            add(tmp_path, Score("few-shot", f"set{number}", "p", measure(values), CLEAN, "episodes"), arm)
-    average = comparisons(tmp_path)["average", "clean"]
-    half = 2.776445 * 0.1581139 / math.sqrt(5)
-    assert average.over_domains["adapted"] == pytest.approx((0.2 - half, 0.2 + half), rel=1e-4)
-    assert difference(average)[1] == pytest.approx(0.2)
-    assert average.cells["adapted"].over_domains == pytest.approx((0.45 - half, 0.45 + half), rel=1e-4)

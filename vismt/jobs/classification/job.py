@@ -127,10 +127,6 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             retain=retain,
         )
 
-    def step(self, objective: nn.Module, number: int) -> None:
-        if isinstance(objective, UnionObjective):
-            objective.step()
-
     def batches(self, config: MultitaskConfig) -> ShuffledBatches:
         settings = config.augment
         crop = (settings.crop, 1.0) if settings.crop < 1 else None
