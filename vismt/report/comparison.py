@@ -12,7 +12,7 @@ sets as a fixed list; of five or more it also has the interval that takes them a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
@@ -83,12 +83,7 @@ class Evidence:
         covers = without_seeds_kind(row.interval)
         if values is not None and len(values) > 1:
             return estimate(list(values.values()), parts=row.parts, covers=covers)
-        # The variance of a mean over trainings is at most that of one of them on average.
-        rows = list(self._trainings.get(row.key, {}).values()) or [row]
-        freedom = (row.parts or row.n) - 1.0
-        quantile = student_quantile(0.975, max(freedom, 1.0))
-        error = math.fsum((one.half / quantile) ** 2 for one in rows) / len(rows)
-        return Estimate(row.value, ((error, freedom),), covers)
+        return Estimate(row.value, (over_examples_alone(row, self._trainings.get(row.key, {}).values()),), covers)
 
     def difference(self, first: Sequence[Result], second: Sequence[Result]) -> Estimate | None:
         """Return the mean over sets of first - second on the same examples; None when a set has none.
@@ -107,6 +102,17 @@ class Evidence:
         if left.keys() == right.keys():
             return average_of(differences).with_seeds([left[seed] - right[seed] for seed in left])
         return average_of(differences).with_seeds(list(left.values()), list(right.values()))
+
+
+def over_examples_alone(row: Result, trainings: Collection[Result]) -> tuple[float, float]:
+    """Return the variance and degrees of freedom of a row over its examples, by the rows of its trainings where it has them.
+
+    The variance of a mean over trainings is at most that of one of them on average.
+    """
+    rows = list(trainings) or [row]
+    freedom = (row.parts or row.n) - 1.0
+    quantile = student_quantile(0.975, max(freedom, 1.0))
+    return math.fsum((one.half / quantile) ** 2 for one in rows) / len(rows), freedom
 
 
 @dataclass(frozen=True)
