@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="1pt" height="1pt"/>'
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mP4DwABAQEAHLCMmQAAAABJRU5ErkJggg==")
 
 
@@ -42,7 +43,8 @@ def painting():
     from matplotlib.figure import Figure
 
     def save(figure, file, **options):
-        return file.write(PIXEL) if options["format"] == "png" else paint(figure, file, **options)
+        content = {"png": PIXEL, "svg": SVG}.get(options["format"])
+        return paint(figure, file, **options) if content is None else file.write(content)
 
     paint, Figure.savefig = Figure.savefig, save
     return paint

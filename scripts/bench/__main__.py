@@ -35,7 +35,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.bench", description=__doc__)
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument(
-        "--rounds", type=int, default=9, help="interleaved rounds of each timing (9; study takes 3 at most)"
+        "--rounds", type=int, default=9, help="interleaved rounds of each timing (9; amt and study take 3 at most)"
     )
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument("--model", help="for memory: the name of a language model (a random Llama)")

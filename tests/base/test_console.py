@@ -1,4 +1,4 @@
-"""Console output: what is hidden."""
+"""Console output: what is hidden, and what stands in a file."""
 
 from vismt.base import console
 
@@ -12,3 +12,15 @@ def test_quiet_hides_lines_of_its_body_alone(capsys):
         pass
     console.stage("c", "still hidden")
     assert "".join(capsys.readouterr()).split() == ["b", "shown"]
+
+
+def test_outside_a_terminal_short_work_has_no_line_and_long_work_some(capsys, monkeypatch):
+    """So that a log does not have every line twice, before and after the work."""
+    for _ in console.track(range(3), "eval", "digits"):
+        pass
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
+    with console.bar("eval", "digits", 5, done=3) as bar:
+        bar.advance()
+        bar.advance()
+    assert capsys.readouterr().out.splitlines() == ["eval    digits (4/5)", "eval    digits (5/5)"]

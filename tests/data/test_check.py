@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,25 +14,28 @@ from PIL import Image
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.cards import list_cards, load_card
-from vismt.data.check import check, listing, prepare
-from vismt.data.copies import digest, write_manifest
+from vismt.data.check import check, listing, prepare, record
+from vismt.data.copies import digest
 from vismt.data.fetching import fetch
 from vismt.data.formats.folder import FolderSource
 from vismt.data.images import open_images
 
 
-def with_manifest(card_path) -> None:
-    """Record the hashes of the pets set and name the manifest in its card."""
-    card = load_card(card_path)
-    data = card_path.parents[2] / "data" / "pets"
-    write_manifest(card_path.parent / "manifest.json", card.sources[0].list_files(data))
-    card_path.write_text(card_path.read_text().replace("test: 2}}", "test: 2}, manifest: manifest.json}"))
-
-
 @pytest.fixture
 def recorded(pets):
-    with_manifest(pets)
+    """The pets set with a manifest that its card names."""
+    pets.write_text(pets.read_text().replace("test: 2}}", "test: 2}, manifest: manifest.json}"))
+    record(pets)
     return pets
+
+
+def test_record_needs_a_copy_and_a_manifest(home, pets, capsys):
+    assert main(["data", "record", str(pets)]) == 2 and "names no manifest" in capsys.readouterr().err
+    pets.write_text(pets.read_text().replace("test: 2}}", "test: 2}, manifest: manifest.json}"))
+    assert main(["data", "record", str(pets)]) == 0 and check(pets).ok
+    shutil.rmtree(home / "data" / "pets")
+    assert main(["data", "record", str(pets)]) == 2 and "pets" in capsys.readouterr().err
+    assert main(["data", "record"]) == 2 and "data record: name a card" in capsys.readouterr().err
 
 
 def test_digest_by_hand(tmp_path):

@@ -74,7 +74,7 @@ def test_a_run_leaves_everything_a_number_needs(run_folder: Path) -> None:
         f"{TRAINING}/adapter/adapter.json",
     ):
         assert (run_folder / name).stat().st_size > 0
-    assert list((run_folder / "figures").glob("*.png"))
+    assert list((run_folder / "figures").glob("*.svg"))
     (panel,) = (run_folder / "panels").glob("*.npz")
     with np.load(panel, allow_pickle=False) as arrays:
         assert str(arrays["model"]) == "adapted"

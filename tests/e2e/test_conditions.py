@@ -110,7 +110,7 @@ def test_transfer_corruptions_and_masking_reach_the_report(tmp_path: Path, capsy
     assert "## Gradient masking" in text and "corruptions, accuracy in %" in text and "mean of 7 corruptions" in out
     averages = [line for line in text.splitlines() if line.startswith("| average |")]
     assert len(averages) == 4 + len(corrupted)
-    assert len(list((folder / "figures").glob("corruption-levels-average-*.png"))) == 1
+    assert len(list((folder / "figures").glob("corruption-levels-average-*.svg"))) == 1
     # a second evaluation and a later attack leave the records and the check unchanged
     kept = {path: path.read_text() for path in (folder / "episodes" / "seed-0").iterdir()} | {
         path: path.read_text() for path in (folder / "masking").iterdir()

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.room import MAPS, dense, made_room
 from helpers.tiny_runs import TRAIN, VIT, run_config, written
-from PIL import Image
 
 from vismt.cli import main
 from vismt.jobs import load_config, make_job, open_run
@@ -23,61 +23,17 @@ from vismt.storage.lines import read_lines
 
 pytest.importorskip("torchmetrics")
 
-CARD = "name: {name}\ntitle: Made\nsource: tests\nlicence: none\nclasses: {classes}\nsources:\n  - {source}\n"
-SCENES = '{kind: dense, root: scenes, image: "{split}/rgb", maps: {label: "{split}/label"}, splits: {train: 4, val: 2, test: 2}}'
-TONES = '{kind: folder, root: NAME, layout: "{split}/{class}", splits: {train: 8, val: 24, test: 12}}'
-MAPS = [{"name": "semseg", "classes": 3}]
 PGD = "PGD-2 linf 2/255 on all tasks"
 
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory) -> Path:
-    """Scenes of three label bands, grey images of two tones, and red images as the set of other classes."""
-    home = tmp_path_factory.mktemp("sets")
-    data, generator = home / "data", np.random.default_rng(0)
-
-    def save(path: Path, values: np.ndarray) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(values.astype(np.uint8)).save(path)
-
-    for split, count in (("train", 4), ("val", 2), ("test", 2)):
-        for number in range(count):
-            label = np.sort(generator.integers(0, 3, (20, 30)), axis=0)
-            save(data / f"scenes/{split}/label/{number}.png", label)
-            save(data / f"scenes/{split}/rgb/{number}.png", np.stack([80 * label] * 3, axis=-1))
-    for root, color in (("tones", [1, 1, 1]), ("reds", [1, 0, 0])):
-        for split, count in (("train", 4), ("val", 12), ("test", 6)):
-            for name, level in (("bright", 100), ("dark", 0)):
-                for number in range(count):
-                    grey = generator.integers(0, 150, (20, 16, 1)) + level
-                    save(data / root / split / name / f"{name}{number}.png", grey * color)
-    for name, source, classes in (("scenes", SCENES, 3), ("tones", TONES, 2), ("reds", TONES, 2)):
-        (home / name).mkdir()
-        text = CARD.format(name=name, classes=classes, source=source.replace("NAME", name))
-        (home / name / "card.yaml").write_text(text)
-    return home
+    return made_room(tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture(autouse=True)
 def data_folder(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISMT_DATA", str(room / "data"))
-
-
-def dense(room: Path, **changes: object) -> dict[str, object]:
-    parts = {"train": "train", "validation": "val", "test": "test"}
-    return {
-        "task": "dense",
-        "model": {"name": "test_vit", "pretrained": False},
-        "adapt": {"method": "lora", "rank": 2},
-        "data": {part: [f"{room}/{name}:{split}" for name in ("scenes", "tones")] for part, split in parts.items()},
-        "tasks": [*MAPS, {"name": "classify", "classes": 2}],
-        "size": [32, 48],
-        "head": {"name": "linear"},
-        "augment": {"strength": 0},
-        "batch": 4,
-        "train": TRAIN,
-        **changes,
-    }
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +256,7 @@ def classes(room: Path, tmp_path_factory, request: pytest.FixtureRequest) -> Pat
 
 
 def test_predict_of_a_multitask_run_agrees_with_its_records(classes: Path, room: Path, tmp_path: Path) -> None:
-    folders = [str(room / "data/tones/test/bright"), str(room / "data/reds/test/dark")]
+    folders = [str(room / "data/tones/test/bright"), str(room / "data/reds/test/gloom")]
     assert main(["predict", str(classes), *folders, "--maps", "--to", str(tmp_path), "--quiet"]) == 0
     job = open_run(classes).job
     union = job.config.head == "union"
@@ -313,7 +269,7 @@ def test_predict_of_a_multitask_run_agrees_with_its_records(classes: Path, room:
         rows = list(csv.DictReader(file))
     assert len(rows) == (12 if union else 24)
     with np.load(tmp_path / "predictions.npz") as arrays:
-        assert arrays["labels"].tolist() == names == ["tones/bright", "tones/dark", "reds/bright", "reds/dark"]
+        assert arrays["labels"].tolist() == names == ["tones/bright", "tones/dark", "reds/gloom", "reds/shine"]
         probabilities = dict(zip(arrays["images"].tolist(), arrays["probabilities"]))
     for task in ("tones", "reds"):
         records = [row for row in read_lines(training.folder / f"records/test-{task}.jsonl") if "id" in row]

@@ -7,6 +7,7 @@ def visible_texts(figure):
     """(text, box in pixels) of all that is drawn, axis ticks included."""
     from matplotlib.text import Text
 
+    figure.draw_without_rendering()  # a figure that was saved as SVG has its texts where that format had them
     renderer = figure.canvas.get_renderer()
     hidden = set()
     for axes in figure.axes:

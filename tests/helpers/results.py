@@ -10,7 +10,7 @@ from vismt.report.comparison import Cell, Comparison
 from vismt.report.results import Result, result_of, write_values
 from vismt.report.results import Score as Score
 from vismt.storage import lines
-from vismt.uncertainty.intervals import CLEAN, Condition, Measure
+from vismt.uncertainty.intervals import CLEAN, Condition, Estimate, Measure, student_quantile
 
 HASH = "4f2a9c1e"
 QUALITY = ("ECE-15", "NLL in nats", "Brier")
@@ -44,7 +44,13 @@ def comparison(
     data: str, cells: Mapping[str, Cell], condition: Condition = CLEAN, *, paired: bool = False, **changes: Any
 ) -> Comparison:
     """Arms under one condition, as `compare` gives them."""
-    return Comparison(result(data, condition=condition, **changes), data, dict(cells), None, paired)
+    return Comparison(result(data, condition=condition, **changes), data, dict(cells), "", {}, paired)
+
+
+def estimated(mean: float, low: float, high: float) -> Estimate:
+    """A difference with an interval, both halves of which are equal."""
+    assert abs(low + high - 2 * mean) < 1e-9
+    return Estimate(mean, (((high - mean) ** 2 / student_quantile(0.975, 4.0) ** 2, 4.0),))
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]], mode: str = "w") -> None:

@@ -70,9 +70,9 @@ def test_the_tables_have_the_rules_and_the_best_experts(tmp_path: Path) -> None:
     assert list(cells) == ["merged", "merged:ridge", "average", *best]
     assert cells["merged"][1:] == ["–", "4"] and cells["merged"][0].startswith("50.0 ± ")
     # On the other tasks a has .58, .83, .67 and .67, b .67, .42, .42 and .5: a, but for the first task.
-    assert cells[best[0]][0].startswith("43.8 ± ") and "“best expert of each task”" in note
+    assert cells[best[0]][0].startswith("43.8 [") and "“best expert of each task”" in note
     found = choice(bits(A, B), torch.tensor([0, 0, 1, 1]).expand(4, 4))
-    assert cells[best[1]][0].startswith(f"{100 * float(found.halves.mean()):.1f} ± ")
+    assert cells[best[1]][0].startswith(f"{100 * float(found.halves.mean()):.1f} ")
     ((data, condition, gain, bracket, spread, n),) = worth.rows
     assert (data, condition, n) == ("digits", "clean", "4")
     assert gain.startswith(f"{100 * float((found.halves - found.fixed).mean()):+.1f} [".replace("-", "−"))
@@ -96,9 +96,10 @@ def test_episodes_in_parts_are_averaged_by_part(tmp_path: Path) -> None:
     found = choice(bits(first, second), torch.tensor([0, 0, 1, 1]).expand(6, 4), torch.arange(6) % 3)
     gains = found.halves - found.fixed
     middle, half = mean_interval(gains)
-    assert len(gains) == 3 and worth.rows[0][2] == bounds_text((middle, middle - half, middle + half), "share")
+    assert len(gains) == 3 and worth.rows[0][2] == bounds_text(middle, middle - half, middle + half, "share", sign=True)
     merged = [float(bits(A + A[:2]).double().mean(2)[0, part::3].mean()) for part in range(3)]
-    assert table.rows[0][3] == interval_text(*mean_interval(merged), "share")
+    mean, half = mean_interval(merged)
+    assert table.rows[0][3] == interval_text(mean, mean - half, mean + half, "share")
 
 
 def test_the_spread_is_a_root_or_not_resolved() -> None:
@@ -137,7 +138,7 @@ def test_the_spread_of_the_seeds_is_in_the_intervals(tmp_path: Path) -> None:
     )
     ridge = next(row for row in table.rows if row[2] == "merged:ridge")
     # t at one degree of freedom 12.7062, standard error .0625: 79.4 points
-    assert ridge[3] == "56.2 ± 79.4" and ridge[4] == "+31.2 [−48.2, +110.7]"
+    assert ridge[3] == "56.2 [0.0, 100.0]" and ridge[4] == "+31.2 [−48.2, +100.0]"
     assert note.endswith("Intervals: 95 % over new episodes of the same images and training seeds.")
 
 

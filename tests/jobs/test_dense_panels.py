@@ -110,5 +110,5 @@ def test_a_report_shows_the_panel_where_there_is_one(tmp_path):
     assert not section.pictures and section.folded
     panel(tmp_path / PANELS)
     ((picture,),) = (section.pictures for section in sections(tmp_path))
-    assert picture.title == "Predictions" and picture.path == tmp_path / "figures" / "predictions.png"
+    assert picture.title == "Predictions" and picture.path == tmp_path / "figures" / "predictions.svg"
     assert picture.path.exists() and "not chosen by result" in picture.caption

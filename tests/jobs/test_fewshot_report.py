@@ -217,8 +217,8 @@ def test_episodes_of_a_report(tmp_path):
     section = shown(tmp_path, [])["Episodes"]
     picture, older = section.pictures
     assert section.folded and picture.title == "digits-5-way-1-shot, average" and older.title == "of-an-earlier-version"
-    assert picture.caption.startswith("One episode, average. ") and older.caption.startswith("One episode. ")
-    assert picture.path == tmp_path / "figures" / "episode-digits-5-way-1-shot.png" and picture.path.exists()
+    assert "not chosen by result, average: " in picture.caption and "not chosen by result: " in older.caption
+    assert picture.path == tmp_path / "figures" / "episode-digits-5-way-1-shot.svg" and picture.path.exists()
     # 4 classes of 2 are right when clean, class 0 alone when attacked
     assert "Of 10 query images in the panel file, 8 are right, 2 under PGD-10" in picture.caption
 

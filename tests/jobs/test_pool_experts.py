@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ from vismt.jobs.fewshot.config import (
 from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import draw_corruption
 from vismt.jobs.fewshot.pool_experts import ExpertSpec
+from vismt.metatune.amt.selection_rules import MergeSettings
 
 FIVE = [
     ExpertSpec(source="cifar100", level=8),
@@ -145,6 +148,10 @@ def test_a_pool_has_levels_or_experts_and_a_known_rule() -> None:
         PoolConfig(levels=[8], experts=FIVE)
     with pytest.raises(UserError, match=r"pool.select: 'robust_lo' is not known. Near: 'robust_loo'"):
         typed({"pool": {"select": "robust_lo"}}, FewShotConfig, "a.yaml")
+    with pytest.raises(
+        UserError, match=r"merging.strategy: the names in evaluate.models .*pool.select the rule of merged"
+    ):
+        check(replace(configured(*FIVE), merging=MergeSettings("ridge")))
     with pytest.raises(UserError, match=r"evaluate.models: 'merged:rigde'. Near: 'merged:ridge'"):
         check(configured(*FIVE, models=["merged:rigde"]))
 

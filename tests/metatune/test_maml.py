@@ -357,11 +357,11 @@ def test_the_head_is_a_function_of_its_seed_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"algorithm": "fo-maml"}, r"maml.algorithm: 'fo-maml'. Near: 'fomaml'"),
-        ({"engine": "learn2lern"}, r"maml.engine: 'learn2lern'. Near: 'learn2learn'"),
-        ({"inner_lr": 0.0}, r"maml.inner_lr: 0.0"),
-        ({"inner_lr": math.nan}, r"maml.inner_lr: nan"),
-        ({"inner_steps": 0}, r"maml.inner_steps: 0"),
+        ({"algorithm": "fo-maml"}, r"meta.algorithm: 'fo-maml' is not known. Near: 'fomaml'"),
+        ({"engine": "learn2lern"}, r"meta.engine: 'learn2lern' is not known. Near: 'learn2learn'"),
+        ({"inner_lr": 0.0}, r"meta.inner_lr is 0.0; it must be above 0"),
+        ({"inner_lr": math.nan}, r"meta.inner_lr is nan; a number must be finite"),
+        ({"inner_steps": 0}, r"meta.inner_steps is 0"),
     ],
 )
 def test_settings_are_checked(change, message):
@@ -403,7 +403,7 @@ def test_compiled_modules_are_refused(how):
         MamlNet(learner, settings())
 
 
-def test_a_missing_learn2learn_is_told_at_once(monkeypatch):
+def test_a_missing_learn2learn_is_refused_at_once(monkeypatch):
     real = builtins.__import__
 
     def without(name, *rest):

@@ -43,7 +43,7 @@ def test_seeds_can_be_read(drawn, tmp_path, arms, panels, seeds):
         )
         for t, task in enumerate(TASKS[:panels])
     ]
-    path = seeds_figure(shown, ARMS[:arms], tmp_path / "a.png")
+    path = seeds_figure(shown, ARMS[:arms], tmp_path / "a.svg")
     assert path.exists()
     assert_readable(drawn[0])
     assert len(drawn[0].axes) == panels
@@ -57,7 +57,7 @@ def test_dots_of_a_seed_are_joined_and_bars_are_means(drawn, tmp_path):
         SeedsPanel("x", "accuracy in % ↑", "n = 12,345", first, "share"),
         SeedsPanel("average", "accuracy in % ↑", "n = 24,690", second, "share"),
     ]
-    seeds_figure(panels, ["a", "b"], tmp_path / "a.png")
+    seeds_figure(panels, ["a", "b"], tmp_path / "a.svg")
     left, right = drawn[0].axes
     paired = [line.get_ydata() for line in left.lines[:2]]
     assert paired[0] == pytest.approx([50, 60]) and paired[1] == pytest.approx([70, 60])
@@ -73,7 +73,7 @@ def test_dots_of_a_seed_are_joined_and_bars_are_means(drawn, tmp_path):
 def test_a_long_metric_leaves_room_for_n(drawn, tmp_path):
     values = {("a", 0): -1.5, ("a", 1): 0.25}
     metric = "over a-long-name+another-long-name in per cent ↑"
-    seeds_figure([SeedsPanel("delta_m", metric, "n = 4", values, "number")] * 3, ["a"], tmp_path / "a.png")
+    seeds_figure([SeedsPanel("delta_m", metric, "n = 4", values, "number")] * 3, ["a"], tmp_path / "a.svg")
     assert_readable(drawn[0])
     shown = [text for text in texts(drawn[0]) if text.endswith(", n = 4")]
     assert len(shown) == 3 and shown[0].startswith("over a-long-name") and "−0.625" in texts(drawn[0])
@@ -97,7 +97,7 @@ def log(steps=40, fade=False):
 
 def test_curves_of_all_arms(drawn, tmp_path):
     logs = {arm: log(fade=number in (2, 3)) for number, arm in enumerate(ARMS[:5])}
-    curves_figure(logs, TITLES, tmp_path / "a.png")
+    curves_figure(logs, TITLES, tmp_path / "a.svg")
     assert_readable(drawn[0])
     ce, accuracy, fade = drawn[0].axes
     assert [axes.get_title(loc="left") for axes in (ce, accuracy, fade)] == list(TITLES.values())
@@ -123,7 +123,7 @@ def test_curves_of_experts(drawn, tmp_path, count):
         return [{**row, "robust": 0.25} for row in rows] if robust else rows
 
     logs = {"clean": steps(30, False)} | {f"expert {i} of a long name": steps(3000, True) for i in range(count)}
-    curves_figure(logs, titles, tmp_path / "a.png")
+    curves_figure(logs, titles, tmp_path / "a.svg")
     assert_readable(drawn[0])
     loss, accuracy, robust = drawn[0].axes
     assert loss.lines[0].get_xdata().tolist() == list(range(1, 31)) and loss.get_title(loc="left") == "Training loss"
@@ -138,11 +138,11 @@ def test_curves_of_experts(drawn, tmp_path, count):
     "rows", [[{"step": 1, "loss": 2.0}], [{"step": 1, "accuracy": 0.3}, {"step": 2, "accuracy": 0.4}]]
 )
 def test_short_curves(drawn, tmp_path, rows):
-    curves_figure({"a": rows}, {"loss": "Loss", **TITLES}, tmp_path / "a.png")
+    curves_figure({"a": rows}, {"loss": "Loss", **TITLES}, tmp_path / "a.svg")
     (axes,) = drawn[0].axes
     assert axes.lines[0].get_marker() == ("o" if len(rows) == 1 else "None")
 
 
 def test_a_curve_needs_values(tmp_path):
     with pytest.raises(UserError, match="none of a, b has logged"):
-        curves_figure({"a": [{"step": 1, "fade": 0.5, "lr": 0.1}], "b": []}, TITLES, tmp_path / "a.png")
+        curves_figure({"a": [{"step": 1, "fade": 0.5, "lr": 0.1}], "b": []}, TITLES, tmp_path / "a.svg")

@@ -4,7 +4,7 @@ import math
 import shutil
 
 import pytest
-from helpers.results import HASH, PGD, add, measure, rows_of, write_lines
+from helpers.results import HASH, PGD, add, corruption, measure, rows_of, write_lines
 from helpers.run_folder import FROZEN, add_arm, make_folder
 from scipy.stats import t as student
 
@@ -12,13 +12,16 @@ from vismt.report.comparison import compare
 from vismt.report.results import Score, ValuesByExample, read_results
 from vismt.report.tables import result_tables
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import CLEAN
+from vismt.uncertainty.intervals import CLEAN, Condition
 
 # mean 0.5; squares of the deviations .09 + .01 + .01 + .09 = .2; std = sqrt(.2 / 3) = .2582; t(3) = 3.1824 * .2582 / 2 = .4109
 ERROR = math.sqrt(0.2 / 3) / 2
 HALF = 3.182446 * ERROR
 # of the average over two sets with this error each: t at six degrees of freedom
 AVERAGE_HALF = 2.446912 * ERROR / math.sqrt(2)
+
+
+PGD_2 = Condition("PGD-2", "attack", "PGD linf", 0.1)
 
 
 @pytest.fixture
@@ -31,6 +34,11 @@ def comparisons(folder):
     return {(c.data, c.condition): c for c in results}
 
 
+def difference(c):
+    """(adapted - frozen, low, high)."""
+    return (c.differences["adapted"].mean, *c.differences["adapted"].bounds)
+
+
 def records_of(folder, data, arm):
     return folder / "records" / f"few-shot-{data}-5-way-1-shot-{arm}-accuracy.jsonl"
 
@@ -41,10 +49,10 @@ def test_paired_differences_decide_where_intervals_overlap(folder):
     # 0.5 +- 0.411 and 0.6 +- 0.411 overlap, but every episode gains exactly 0.1: no tie
     assert clean.cells["frozen"].half == pytest.approx(HALF) and clean.cells["frozen"].value == 0.5
     assert (clean.cells["adapted"].mark, clean.cells["frozen"].mark) == ("best", "") and clean.paired
-    assert clean.difference == pytest.approx((0.1, 0.1, 0.1))
+    assert difference(clean) == pytest.approx((0.1, 0.1, 0.1))
     # crops: differences .1, -.05, .1, -.05, mean .025, an interval around zero
     crops = results["crops", "clean"]
-    assert crops.difference[0] == pytest.approx(0.025) and crops.difference[1] < 0 < crops.difference[2]
+    assert difference(crops)[0] == pytest.approx(0.025) and difference(crops)[1] < 0 < difference(crops)[2]
     assert (crops.cells["adapted"].mark, crops.cells["frozen"].mark) == ("best", "tie")
 
 
@@ -53,10 +61,10 @@ def test_without_records_the_intervals_decide(folder):
         path.unlink()
     results = comparisons(folder)
     clean, attacked = results["digits", "clean"], results["crops", PGD.label]
-    assert clean.cells["frozen"].mark == "tie" and clean.difference is None and not clean.paired
+    assert clean.cells["frozen"].mark == "tie" and not clean.differences and not clean.paired
     # .1 +- 3.18 * .1155 / 2 = .1 +- .184 ends at .284; .45 +- .092 starts at .358: apart
     assert attacked.cells["frozen"].mark == ""
-    (table,) = result_tables(list(results.values()))
+    ((table, _),) = result_tables(list(results.values()))
     assert all(row[1].endswith(" (unpaired)") for row in table.rows)
 
 
@@ -69,7 +77,7 @@ def test_a_measure_with_bounds_is_not_paired(folder):
     compared = next(
         c for c in compare(read_results(folder / "results.jsonl"), ValuesByExample(folder)) if c.row.metric == "ECE-15"
     )
-    assert not compared.paired and compared.difference is None and compared.cells["frozen"].mark == "tie"
+    assert not compared.paired and not compared.differences and compared.cells["frozen"].mark == "tie"
     assert compared.cells["frozen"].half == pytest.approx(0.4) and compared.cells["adapted"].half == pytest.approx(0.5)
     assert not list((folder / "records").glob("*ECE*"))
 
@@ -90,21 +98,21 @@ def test_records_that_do_not_give_the_number_are_not_used(folder):
 def test_records_pair_by_example_not_by_line(folder):
     path = records_of(folder, "digits", "adapted")
     write_lines(path, read_lines(path)[::-1])
-    assert comparisons(folder)["digits", "clean"].difference == pytest.approx((0.1, 0.1, 0.1))
+    assert difference(comparisons(folder)["digits", "clean"]) == pytest.approx((0.1, 0.1, 0.1))
 
 
 def test_records_of_other_examples_are_not_paired(folder):
     path = records_of(folder, "digits", "adapted")
     write_lines(path, [{**row, "example": row["example"].replace("3", "7")} for row in read_lines(path)])
     clean = comparisons(folder)["digits", "clean"]
-    assert not clean.paired and clean.difference is None and clean.cells["frozen"].mark == "tie"
+    assert not clean.paired and not clean.differences and clean.cells["frozen"].mark == "tie"
 
 
 def test_examples_that_are_right_or_wrong(folder):
     for arm, right in (("frozen", [1, 0, 0, 0]), ("adapted", [1, 1, 1, 0])):
         add(folder, Score("few-shot", "set", "all images", measure(right, counts=True), CLEAN, "images"), arm)
     # right in 1 and 3 of 4: + 0.5 on the same images
-    assert comparisons(folder)["set", "clean"].difference[0] == pytest.approx(0.5)
+    assert difference(comparisons(folder)["set", "clean"])[0] == pytest.approx(0.5)
 
 
 def test_average_over_sets(folder):
@@ -114,9 +122,10 @@ def test_average_over_sets(folder):
     assert average.cells["adapted"].value == pytest.approx(0.5625)
     assert average.cells["frozen"].half == pytest.approx(AVERAGE_HALF) and average.cells["frozen"].n == 8
     # differences: .1 without spread, and .025 with std sqrt(4 * .075^2 / 3) = .0866: half t(3) * .0866 / 2 / 2 = .06890
-    assert average.difference == pytest.approx((0.0625, 0.0625 - 0.0689, 0.0625 + 0.0689), abs=1e-4)
+    assert difference(average) == pytest.approx((0.0625, 0.0625 - 0.0689, 0.0625 + 0.0689), abs=1e-4)
     assert average.cells["frozen"].mark == "tie"
-    assert average.p == pytest.approx(2 * student.sf(0.0625 / (0.0866 / 4), 3), abs=1e-4) and 0.05 < average.p < 0.07
+    p = average.differences["adapted"].p
+    assert p == pytest.approx(2 * student.sf(0.0625 / (0.0866 / 4), 3), abs=1e-4) and 0.05 < p < 0.07
 
 
 @pytest.mark.parametrize("records", [True, False])
@@ -168,7 +177,7 @@ def test_differences_and_marks_have_the_spread_of_the_seeds_that_the_rows_have(f
     with_trainings(folder, "digits", "adapted", [0.8, 0.4])
     clean = comparisons(folder)["digits", "clean"]
     # no spread over episodes; standard error of .3 and -.1: .2; t at one degree of freedom 12.7062
-    assert clean.difference == pytest.approx((0.1, 0.1 - 12.7062 * 0.2, 0.1 + 12.7062 * 0.2), abs=1e-4)
+    assert difference(clean) == pytest.approx((0.1, 0.1 - 12.7062 * 0.2, 0.1 + 12.7062 * 0.2), abs=1e-4)
     assert clean.cells["frozen"].mark == "tie" and clean.paired and clean.cells["adapted"].seeds == 2
 
 
@@ -178,13 +187,13 @@ def test_trainings_of_other_seeds_are_independent(folder):
     with_trainings(folder, "digits", "adapted", [0.5, 0.7], first=5)
     # variance of a mean .02 / 2 = .01 each, one degree of freedom each
     half = 12.7062 * math.sqrt(0.02)
-    assert comparisons(folder)["digits", "clean"].difference == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-4)
+    assert difference(comparisons(folder)["digits", "clean"]) == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-4)
 
 
 def test_beside_a_model_without_trainings_the_spread_is_that_of_the_other(folder):
     with_trainings(folder, "digits", "adapted", [0.4, 0.8])
     clean = comparisons(folder)["digits", "clean"]
-    assert clean.difference[2] - clean.difference[0] == pytest.approx(12.7062 * 0.2, abs=1e-4)
+    assert difference(clean)[2] - difference(clean)[0] == pytest.approx(12.7062 * 0.2, abs=1e-4)
     assert (clean.cells["frozen"].seeds, clean.cells["adapted"].seeds) == (0, 2)
 
 
@@ -199,7 +208,7 @@ def test_a_seed_moves_all_sets_of_an_average_together(folder):
     cell = row.cells["adapted"]
     assert cell.high == 1.0 and cell.low == pytest.approx(max(0.0, 0.5625 - wide), rel=1e-3)
     steps = by_two_seeds(0.0866 / 4, 3)
-    assert row.difference == pytest.approx((0.0625, 0.0625 - steps, 0.0625 + steps), rel=1e-3)
+    assert difference(row) == pytest.approx((0.0625, 0.0625 - steps, 0.0625 + steps), rel=1e-3)
     other = comparisons_of(folder, "crops", [0.625, 0.425])["average", "clean"]
     assert other.cells["adapted"].half == pytest.approx(student.ppf(0.975, 5.9366) * examples, rel=1e-3)
 
@@ -251,11 +260,12 @@ def test_parts_of_the_examples_are_in_rows_averages_and_differences(tmp_path):
     results = comparisons(tmp_path)
     digits, average = results["digits", "clean"], results["average", "clean"]
     assert digits.cells["frozen"].half == pytest.approx(12.7062 * 0.2, rel=1e-4)
-    assert digits.cells["frozen"].covers == digits.covers == "images"
+    assert digits.cells["frozen"].covers == digits.differences["adapted"].covers == "images"
     # differences .2, .1, 0, .2: part means .1, .15, error .025
-    assert digits.difference == pytest.approx((0.125, 0.125 - 12.7062 * 0.025, 0.125 + 12.7062 * 0.025), rel=1e-4)
+    difference = digits.differences["adapted"]
+    assert (difference.mean, difference.half) == pytest.approx((0.125, 12.7062 * 0.025), rel=1e-4)
     assert average.cells["frozen"].half == pytest.approx(student.ppf(0.975, 2) * 0.2 / math.sqrt(2))
-    assert average.cells["frozen"].over_domains is average.over_domains is None  # of two sets
+    assert average.cells["frozen"].over_domains is None and not average.over_domains.get("adapted")  # of two sets
 
 
 def test_five_sets_have_an_interval_over_sets_too(tmp_path):
@@ -265,7 +275,43 @@ def test_five_sets_have_an_interval_over_sets_too(tmp_path):
             add(tmp_path, Score("few-shot", f"set{number}", "p", measure(values), CLEAN, "episodes"), arm)
     average = comparisons(tmp_path)["average", "clean"]
     half = 2.776445 * 0.1581139 / math.sqrt(5)
-    assert average.over_domains == pytest.approx((0.2 - half, 0.2 + half), rel=1e-4) and average.difference[
-        1
-    ] == pytest.approx(0.2)
+    assert average.over_domains["adapted"] == pytest.approx((0.2 - half, 0.2 + half), rel=1e-4)
+    assert average.differences["adapted"].mean == pytest.approx(0.2)
     assert average.cells["adapted"].over_domains == pytest.approx((0.45 - half, 0.45 + half), rel=1e-4)
+
+
+def test_many_corruptions_have_a_mean_that_is_paired_by_example(tmp_path):
+    """Each example averaged over its corruptions, so that what they do alike to one image is in the interval."""
+    shift = {"fog": 0.0, "blur": 0.1, "snow": 0.2, "noise": 0.3}
+    for arm, gain in (("plain", 0.0), ("robust", 0.1)):
+        for name, drop in shift.items():
+            values = [0.4 - drop + gain, 0.6 - drop + gain, 0.8 - drop + 2 * gain]
+            add(tmp_path, Score("few-shot", "x", "p", measure(values), corruption(name, 3), "episodes"), arm)
+    found = {c.condition: c for c in compare(read_results(tmp_path / "results.jsonl"), ValuesByExample(tmp_path))}
+    mean = found["mean of 4 corruptions"]
+    assert mean.cells["plain"].value == pytest.approx(0.45) and mean.row.kind == "corruptions"
+    # the corruptions shift all examples alike, so that the mean is as uncertain as one of them
+    assert mean.cells["plain"].half == pytest.approx(found["fog 3"].cells["plain"].half)
+    assert mean.differences["robust"].mean == pytest.approx(0.4 / 3)
+    assert mean.differences["robust"].half == pytest.approx(found["fog 3"].differences["robust"].half)
+    rows = [row for row in read_results(tmp_path / "results.jsonl") if row.condition != "snow 3"]
+    assert not any("mean" in c.condition for c in compare(rows, ValuesByExample(tmp_path)))
+
+
+def test_differences_are_to_the_baseline_of_the_task(folder):
+    add_arm(folder, "digits", "third", [0.3, 0.5, 0.7, 0.9], FROZEN)
+
+    def base(**options):
+        c = next(c for c in compare(read_results(folder / "results.jsonl"), ValuesByExample(folder), **options))
+        return c.base, list(c.differences)
+
+    assert base() == ("adapted", ["third"])  # the first that is no reference
+    assert base(references=["frozen", "third"]) == ("frozen", ["adapted"])
+    assert base(baselines={"few-shot": "third"}) == ("third", ["adapted"])
+    assert base(baselines={"few-shot": ""})[1] == [] == base(baselines={"few-shot": "gone"})[1]
+    assert base(references=["frozen", "adapted", "third"]) == ("frozen", ["adapted", "third"])
+    # a condition that the baseline lacks has no differences, and no other baseline
+    for arm in ("third", "frozen"):
+        add(folder, Score("few-shot", "digits", "5-way 1-shot", measure([0.5] * 4), PGD_2, "episodes"), arm)
+    found = compare(read_results(folder / "results.jsonl"), ValuesByExample(folder))
+    assert {c.base for c in found} == {"adapted"} and not next(c for c in found if c.condition == "PGD-2").differences

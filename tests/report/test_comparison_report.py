@@ -39,16 +39,16 @@ def test_arms_of_two_runs_are_paired_on_the_same_examples(tmp_path):
     assert list(c.cells) == ["a: frozen", "lora", "b: frozen", "polar"] and c.paired
     # every episode differs by exactly 0.1, so overlapping intervals are no tie
     assert [cell.mark for cell in c.cells.values()] == ["", "", "", "best"]
-    assert clean([a, b], ["lora", "polar"]).difference == pytest.approx((0.1, 0.1, 0.1))
+    assert clean([a, b], ["lora", "polar"]).differences["polar"].bounds == pytest.approx((0.1, 0.1))
 
 
 def test_episodes_of_another_seed_have_the_same_numbers_and_are_not_paired(tmp_path):
     a = run(tmp_path, "a", {"lora": FROZEN}, "seed 1")
     b = run(tmp_path, "b", {"polar": [v + 0.1 for v in FROZEN]}, "seed 2")
     c = clean([a, b])
-    assert c.difference is None and not c.paired and c.cells["lora"].mark == "tie"
+    assert not c.differences and not c.paired and c.cells["lora"].mark == "tie"
     same = run(tmp_path, "c", {"pissa": [v + 0.1 for v in FROZEN]}, "seed 1")
-    assert clean([a, same]).difference == pytest.approx((0.1, 0.1, 0.1))
+    assert clean([a, same]).differences["pissa"].bounds == pytest.approx((0.1, 0.1))
 
 
 def test_rows_of_an_earlier_version_are_paired_within_their_run_only(tmp_path):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers.readable import assert_readable, visible_texts
 from helpers.results import PGD, comparison, corruption
-from torchvision.io import decode_png, read_file
 
 from vismt.base.errors import UserError
 from vismt.report import figures, plotting
@@ -39,7 +38,7 @@ def comparisons(
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
 def test_labels_never_overlap(drawn, tmp_path, count):
     names = [f"set_{i}" for i in range(count - 1)] + [LONG]
-    figures.domain_bars(comparisons(names, ("5-way 1-shot", "5-way 5-shot")), tmp_path / "a.png")
+    figures.domain_bars(comparisons(names, ("5-way 1-shot", "5-way 5-shot")), tmp_path / "a.svg")
     assert_readable(drawn[0])
 
 
@@ -52,25 +51,25 @@ def test_many_arms_and_conditions(drawn, tmp_path):
         ("frozen", "adapted", "merged", "pool"),
         chance=None,
     )
-    figures.domain_bars(rows, tmp_path / "a.png")
+    figures.domain_bars(rows, tmp_path / "a.svg")
     assert_readable(drawn[0])
     assert len(drawn[0].axes) == 5
     # the number of ways varies, so no level of chance is claimed
     assert all(text != "chance" for text, _ in visible_texts(drawn[0]))
 
 
-def test_a_condition_that_one_protocol_lacks_leaves_its_place_empty(drawn, tmp_path):
+def test_a_condition_that_one_protocol_lacks_has_no_panel(drawn, tmp_path):
     rows = comparisons(["digits"], conditions=(CLEAN, PGD)) + comparisons(["digits"], ("10-way 1-shot",), (CLEAN,))
-    figures.domain_bars(rows, tmp_path / "a.png")
+    figures.domain_bars(rows, tmp_path / "a.svg")
     assert_readable(drawn[0])
     assert len(drawn[0].axes) == 3
-    assert [text for text, _ in visible_texts(drawn[0])].count("digits") == 2
+    assert [text for text, _ in visible_texts(drawn[0])].count("digits") == 3
 
 
 def test_bars_have_the_lengths_of_the_numbers(drawn, painted, tmp_path):
     cells = {"frozen": Cell(0.25, 0.05, 60), "adapted": Cell(0.5, 0.1, 60)}
     rows = [comparison("digits", cells, protocol="4-way 1-shot", chance=0.25)]
-    path = figures.domain_bars(rows, tmp_path / "figures" / "a.png")
+    path = figures.domain_bars(rows, tmp_path / "figures" / "a.svg")
     (axes,) = drawn[0].axes
     # per cent: 25 and 50; the interval of 0.5 +- 0.1 reaches from 40 to 60; chance of 4 ways is 25
     assert [bar.get_width() for bar in axes.patches if hasattr(bar, "get_width")][:2] == [25.0, 50.0]
@@ -79,8 +78,7 @@ def test_bars_have_the_lengths_of_the_numbers(drawn, painted, tmp_path):
     chance = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert [line.get_xdata()[0] for line in chance] == [25.0]
     assert {"25.0", "50.0", "digits", "Clean"} <= {text for text, _ in visible_texts(drawn[0])}
-    picture = decode_png(read_file(str(path)))
-    assert picture.shape[0] in (3, 4) and picture.shape[1] > 100
+    assert path.stat().st_size > 5000
 
 
 def number(data, cells, metric, protocol, unit, **changes):
@@ -91,7 +89,7 @@ def number(data, cells, metric, protocol, unit, **changes):
 
 def test_values_that_are_not_shares(drawn, tmp_path):
     cells = {"frozen": Cell(3.5, 0.5, 10), "adapted": Cell(2.0, 0.25, 10)}
-    figures.domain_bars([number("text", cells, "loss", "validation", "documents")], tmp_path / "a.png")
+    figures.domain_bars([number("text", cells, "loss", "validation", "documents")], tmp_path / "a.svg")
     # not multiplied by 100, axis to 1.1 * (3.5 + 0.5)
     assert [bar.get_width() for bar in drawn[0].axes[0].patches][:2] == [3.5, 2.0]
     assert drawn[0].axes[0].get_xlim()[1] == pytest.approx(4.4)
@@ -99,7 +97,7 @@ def test_values_that_are_not_shares(drawn, tmp_path):
 
 def test_a_largest_value_of_one_is_not_taken_for_a_share(drawn, tmp_path):
     cells = {"frozen": Cell(0.75, 0.25, 10), "adapted": Cell(0.5, 0.25, 10)}
-    figures.domain_bars([number("text", cells, "loss", "validation", "documents")], tmp_path / "a.png")
+    figures.domain_bars([number("text", cells, "loss", "validation", "documents")], tmp_path / "a.svg")
     assert [bar.get_width() for bar in drawn[0].axes[0].patches][:2] == [0.75, 0.5]
     assert drawn[0].axes[0].get_xlim()[1] == pytest.approx(1.1)
 
@@ -107,11 +105,11 @@ def test_a_largest_value_of_one_is_not_taken_for_a_share(drawn, tmp_path):
 def test_a_bar_below_zero_is_not_cut_off(drawn, tmp_path):
     cells = {"lora": Cell(-3.0, 0.5, 6), "full": Cell(2.0, 1.0, 6)}
     figures.domain_bars(
-        [number("camvid", cells, "delta_m over single in per cent", "test", "images")], tmp_path / "a.png"
+        [number("camvid", cells, "delta_m over single in per cent", "test", "images")], tmp_path / "a.svg"
     )
     # 1.1 * (-3 - 0.5); without a negative value the axis starts at 0
     assert drawn[0].axes[0].get_xlim()[0] == pytest.approx(-3.85)
-    figures.domain_bars(comparisons(["digits"]), tmp_path / "b.png")
+    figures.domain_bars(comparisons(["digits"]), tmp_path / "b.svg")
     assert drawn[1].axes[0].get_xlim()[0] == 0
 
 
@@ -120,7 +118,7 @@ def test_an_arm_has_the_colour_of_its_place_among_all(drawn, tmp_path):
 
     rows = [number("rooms", {"emtal": Cell(1.0, 0.1, 3)}, "RMSE in m", "test", "images")]
     for order in (None, ["alone", "emtal"]):
-        figures.domain_bars(rows, tmp_path / "a.png", order)
+        figures.domain_bars(rows, tmp_path / "a.svg", order)
         (bar,) = drawn[-1].axes[0].patches
         assert bar.get_facecolor() == to_rgba(plotting.color_of("emtal", order or ["emtal"]))
         assert drawn[-1].legends[0].get_patches()[0].get_facecolor() == bar.get_facecolor()
@@ -138,20 +136,20 @@ def test_nothing_global_is_touched(tmp_path):
     import matplotlib
 
     before, state = dict(matplotlib.rcParams), torch.random.get_rng_state()
-    figures.domain_bars(comparisons(["digits"]), tmp_path / "a.png")
+    figures.domain_bars(comparisons(["digits"]), tmp_path / "a.svg")
     assert dict(matplotlib.rcParams) == before and torch.equal(state, torch.random.get_rng_state())
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
 
 
 def test_same_input_same_file(tmp_path):
-    first = figures.domain_bars(comparisons(["digits"]), tmp_path / "a.png").read_bytes()
-    assert first == figures.domain_bars(comparisons(["digits"]), tmp_path / "b.png").read_bytes()
+    first = figures.domain_bars(comparisons(["digits"]), tmp_path / "a.svg").read_bytes()
+    assert first == figures.domain_bars(comparisons(["digits"]), tmp_path / "b.svg").read_bytes()
 
 
 def test_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r'pip install "vismt\[report\]"'):
-        figures.domain_bars(comparisons(["digits"]), tmp_path / "a.png")
+        figures.domain_bars(comparisons(["digits"]), tmp_path / "a.svg")
 
 
 def test_twelve_arms_have_twelve_colours_and_a_legend_that_fits(drawn, tmp_path):
@@ -166,7 +164,7 @@ def test_twelve_arms_have_twelve_colours_and_a_legend_that_fits(drawn, tmp_path)
         "merged+finetune",
         *(f"expert:{level}" for level in (0.01, 0.1, 6, 8)),
     ]
-    path = figures.domain_bars(comparisons(["digits", LONG], arms=arms, conditions=(CLEAN,)), tmp_path / "a.png")
+    path = figures.domain_bars(comparisons(["digits", LONG], arms=arms, conditions=(CLEAN,)), tmp_path / "a.svg")
     assert_readable(drawn[0])
     legend = drawn[0].legends[0]
     assert {text.get_text() for text in legend.get_texts()} == {*arms, "chance"} and path.exists()
@@ -189,7 +187,7 @@ def test_corruptions_by_severity(drawn, tmp_path):
         for s in (1, 3, 5)
     ]
     rows[0].cells["clean"] = Cell(0.2, 0.05, 60)
-    figures.level_curves(rows, tmp_path / "a.png", "severity")
+    figures.level_curves(rows, tmp_path / "a.svg", "severity")
     assert_readable(drawn[0])
     assert len(drawn[0].axes) == 16 and drawn[0].axes[-1].get_title(loc="left") == "mean of 15"
     first, mean = drawn[0].axes[0], drawn[0].axes[-1]
@@ -211,7 +209,7 @@ def test_attacks_by_radius_begin_with_the_clean_score(drawn, tmp_path):
         comparison("digits", {"frozen": Cell(a, 0.05, 60), "adapted": Cell(b, 0.02, 60)}, condition)
         for condition, (a, b) in values.items()
     ]
-    figures.level_curves(rows, tmp_path / "a.png", "radius")
+    figures.level_curves(rows, tmp_path / "a.svg", "radius")
     assert_readable(drawn[0])
     pgd, fgsm, mean = drawn[0].axes
     titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
@@ -230,7 +228,7 @@ def test_attacks_by_radius_begin_with_the_clean_score(drawn, tmp_path):
 
 def test_one_family_has_no_mean(drawn, tmp_path):
     rows = [comparison("digits", {"frozen": Cell(0.5, 0.1, 9)}, corruption("fog", s)) for s in (1, 4)]
-    figures.level_curves(rows, tmp_path / "a.png", "severity")
+    figures.level_curves(rows, tmp_path / "a.svg", "severity")
     (axes,) = drawn[0].axes
     assert axes.get_title(loc="left") == "fog" and axes.get_xlim() == pytest.approx((0.1, 4.9))
 
@@ -240,6 +238,6 @@ def test_scores_that_are_not_shares_by_level_are_not_shown_in_per_cent(drawn, tm
         comparison("text", {"frozen": Cell(2.5, 0.5, 9)}, attack(r), scale="number", better="lower", metric="NLL")
         for r in (1, 2)
     ]
-    figures.level_curves(rows, tmp_path / "a.png", "radius")
+    figures.level_curves(rows, tmp_path / "a.svg", "radius")
     (axes,) = drawn[0].axes
     assert axes.lines[0].get_ydata().tolist() == [2.5, 2.5] and axes.get_ylim()[1] == pytest.approx(1.05 * 3)

@@ -24,10 +24,12 @@ def latex(folder):
 def test_arms_are_rows_and_sets_columns(tmp_path):
     text = latex(make_folder(tmp_path))
     assert text.startswith("% \\usepackage{booktabs}\n")
-    assert r"    Condition & Arm & digits, n = 4 & crops, n = 4 & average, n = 8 \\" in text
+    assert r"    Condition & Model & digits, n = 4 & crops, n = 4 & average, n = 8 \\" in text
     assert r"    clean & frozen & 50.0 $\pm$ 41.1 & 50.0 $\pm$ 41.1 $\approx$ & 50.0 $\pm$ 22.3 $\approx$ \\" in text
-    assert r"     & adapted & \textbf{60.0 $\pm$ 41.1} & \textbf{52.5 $\pm$ 37.0} & \textbf{56.2 $\pm$ 21.3} \\" in text
-    assert text.count(r"\midrule") == 2 and r"accuracy in \%" in text
+    assert (
+        r"     & adapted & \textbf{60.0 [18.9, 100.0]} & \textbf{52.5 $\pm$ 37.0} & \textbf{56.2 $\pm$ 21.3} \\" in text
+    )
+    assert text.count(r"\midrule") == 4 and r"accuracy in \%" in text
 
 
 def test_names_have_no_markup():
@@ -52,13 +54,14 @@ def test_values_that_a_spreadsheet_reads():
     assert float(read[0]["value"]) == rows[0].value and read[1]["condition"] == PGD.label
 
 
-def test_figures_as_vectors_have_their_fonts_inside(tmp_path):
+def test_figures_as_vectors_have_their_fonts_inside(tmp_path, painted):
     rows = [comparison("digits", {"frozen": Cell(0.5, 0.1, 4)})]
-    figures.domain_bars(rows, tmp_path / "plain.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["plain.png"]
-    with plotting.vector_figures(["html", "svg", "pdf"]):
-        figures.domain_bars(rows, tmp_path / "a.png")
-        figures.domain_bars(rows, tmp_path / "b.png")
+    figures.domain_bars(rows, tmp_path / "plain.svg")
+    assert [path.name for path in tmp_path.iterdir()] == ["plain.svg"]
+    with plotting.figure_formats(["html", "svg", "pdf", "png"]):
+        figures.domain_bars(rows, tmp_path / "a.svg")
+        figures.domain_bars(rows, tmp_path / "b.svg")
+    assert {path.name for path in tmp_path.glob("a.*")} == {"a.svg", "a.pdf", "a.png"}
     svg, pdf = (tmp_path / "a.svg").read_text(), (tmp_path / "a.pdf").read_bytes()
     assert "<text" not in svg and "<path" in svg  # letters are outlines
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType

@@ -48,7 +48,7 @@ def folder(tmp_path):
 
 def sections(folder, arms=ARMS, baselines=BASELINES, logged=LOGGED):
     results, values = read_results(folder / "results.jsonl"), ValuesByExample(folder)
-    scores = score_sections(folder, results, compare(results, values), values, arms, baselines)
+    scores = score_sections(folder, results, compare(results, values, baselines), values, arms)
     return {section.title: section for section in [*scores, *training_sections(folder, results, arms, logged)]}
 
 
@@ -58,7 +58,7 @@ def tables(folder, **options):
 
 def test_by_seed_with_the_difference_to_the_arm_of_the_task(folder):
     table = tables(folder)["By seed, 2 seeds"]
-    assert table.heads == ["Score", "Arm", "seed 0", "seed 1", "mean", "difference"]
+    assert table.heads == ["Score", "Model", "seed 0", "seed 1", "mean", "difference"]
     assert table.rows == [
         [f"depth: {DEPTH} ↓", "alone", "2.0", "2.2", "2.1 ± 1.3", "–"],  # T * 0.1
         [f"depth: {DEPTH} ↓", "emtal", "1.0", "1.4", "1.2 ± 2.5", "−0.9 ± 1.3 to alone"],  # -1, -0.8
@@ -68,7 +68,7 @@ def test_by_seed_with_the_difference_to_the_arm_of_the_task(folder):
     ]
     assert pytest.approx(T * 0.1, abs=0.05) == 1.3 and table.texts == 2
     assert table.best == {(1, 4), (3, 4)}  # the lowest error, the highest F; delta_m has one arm
-    ((_, note),) = sections(folder)["Arms by seed"].tables
+    ((_, note),) = sections(folder)["Models by seed"].tables
     assert "↓ lower is better" in note and "Student's t" in note
 
 
@@ -89,19 +89,19 @@ def test_without_a_baseline_the_first_arm_of_a_task_is_the_other(folder):
 
 
 def test_pairs_are_the_later_arm_minus_the_earlier(folder):
-    all_tables = tables(folder)
-    both, seeds = all_tables["Over examples and seeds"], all_tables["Over 2 seeds"]
-    assert both.heads == [
-        "Arms",
+    both = tables(folder)["Paired differences"]
+    assert both.folded and both.heads == [
+        "Models",
         f"depth: {DEPTH} ↓, n = 3",
         f"edge: {EDGE} in % ↑, n = 4",
         f"delta_m: {DELTA} ↑, n = 4",
     ]
     # Images: -1, -0.8, -0.9, standard error .0577; seeds: -1, -0.8, standard error .1. t(2) = 4.303 and t(1) = 12.706,
     # weighted by the variances, 10.605, * .1155 = 1.22. Edges: no spread over images, seeds -6 and -2. Depth has no edge arm.
-    assert both.rows == [["emtal − alone", "−0.9 ± 1.2", "–", "–"], ["edge − emtal", "–", "−4.0 ± 25.4", "–"]]
-    assert [row[1] for row in seeds.rows] == ["−0.9 ± 1.3", "–"]
-    assert [row[2] for row in seeds.rows] == ["–", "−4.0 ± 25.4"]
+    assert both.rows == [
+        ["emtal − alone", "−0.9 [−2.1, +0.3]", "–", "–"],
+        ["edge − emtal", "–", "−4.0 [−29.4, +21.4]", "–"],
+    ]
 
 
 def test_pairs_are_shown_under_attacks_too(tmp_path):
@@ -110,38 +110,35 @@ def test_pairs_are_shown_under_attacks_too(tmp_path):
     values |= {corruption("fog", severity): ([0.1, 0.3], [0.1, 0.3]) for severity in (1, 2, 3, 4)}
     for data in ("digits", "crops"):
         for condition, arms in values.items():
-            for arm, of_arm in zip(("plain", "robust"), arms):
+            for arm, of_arm in zip(("plain", "robust", "clean"), (*arms, arms[0])):
                 add(tmp_path, Score("few-shot", data, "5-way 1-shot", measure(of_arm), condition, "episodes"), arm)
     add(tmp_path, Score("few-shot", "digits", "5-way 1-shot", measure([0.2, 0.2]), CLEAN, "episodes"), "frozen")
-    table = tables(tmp_path, arms=["plain", "robust"])["Over examples"]
+    table = tables(tmp_path, arms=["plain", "robust", "clean"])["Paired differences"]
     names = [f"{data}: accuracy in % ↑, n = {n}" for data, n in (("digits", 2), ("crops", 2), ("average", 4))]
-    assert table.heads == ["Arms", "Condition", *names] and table.texts == 2
-    assert table.rows == [
-        ["robust − plain", "clean", *["0.0 ± 0.0"] * 3],
-        ["robust − plain", PGD.label, *["+30.0 ± 0.0"] * 3],
+    assert table.heads == ["Models", "Condition", *names] and table.texts == 2
+    assert table.rows[:2] == [
+        ["robust − plain", "clean", *["0.0 [0.0, 0.0]"] * 3],
+        ["robust − plain", PGD.label, *["+30.0 [+30.0, +30.0]"] * 3],
     ]
+    assert {row[0] for row in table.rows} == {"robust − plain", "clean model − plain", "clean model − robust"}
 
 
 def test_arms_with_other_images_are_not_paired(folder):
     path = folder / "records" / "depth-rooms-test-alone-RMSE-in-m.jsonl"
     rows = read_lines(path)
     write_lines(path, [{**row, "example": row["example"].replace("2", "7")} for row in rows])
-    assert [row[1] for row in tables(folder)["Over examples and seeds"].rows] == ["–"]
+    assert [row[1] for row in tables(folder)["Paired differences"].rows] == ["–"]
     write_lines(
         path, [{**row, "clean": row["clean"] + 0.2 * (row["clean"] == 2.1)} for row in rows]
     )  # nor where records give another number
-    assert "emtal − alone" not in [row[0] for row in tables(folder)["Over examples and seeds"].rows]
+    assert "emtal − alone" not in [row[0] for row in tables(folder)["Paired differences"].rows]
 
 
 def test_one_seed_has_no_spread(folder):
     write_lines(folder / "results.jsonl", [row for row in rows_of(folder) if row["seed"] is None])
-    assert list(tables(folder)) == ["Over examples"]
-    assert not sections(folder)["Arms by seed"].pictures
-    assert list(tables(folder, arms=["alone", "emtal"])) == [
-        "Over examples"
-    ]  # beside a third model, one no training made
-    write_lines(folder / "results.jsonl", [row for row in rows_of(folder) if row["arm"] != "edge"])
-    # of two models the result tables have the one difference already
+    assert list(tables(folder)) == ["Paired differences"]
+    assert not sections(folder)["Models by seed"].pictures
+    # of two models the table of differences has the only one
     assert list(tables(folder, arms=["alone", "emtal"])) == []
 
 
@@ -150,7 +147,6 @@ def test_an_arm_that_lacks_a_seed_is_left_out_by_seed(folder):
     write_lines(folder / "results.jsonl", rows)
     table = tables(folder)["By seed, 2 seeds"]
     assert [row[1] for row in table.rows] == ["alone", "edge", "emtal", "emtal"]
-    assert [row[1] for row in tables(folder)["Over 2 seeds"].rows] == ["–"]
 
 
 def test_no_files_no_sections(tmp_path):
@@ -171,7 +167,7 @@ def test_the_average_is_over_the_sets_of_a_seed():
     ]  # fmt: skip
     rows.append(result("x", "b", PGD, value=0.0, n=10))
     rows.append(result("x", "frozen", value=0.1))
-    x, y, average, attacked = arm_scores(rows, ["a", "b"])
+    x, y, average, attacked = arm_scores(rows, {"a": "a", "b": "b"})
     assert (attacked.data, attacked.row.condition, list(attacked.arms)) == (
         "x",
         PGD.label,
@@ -187,13 +183,13 @@ def test_the_average_is_over_the_sets_of_a_seed():
 
 def test_an_arm_without_one_of_the_sets_has_no_average():
     rows = [result("x", "a"), result("y", "a", n=40), result("x", "b")]
-    assert list(arm_scores(rows, ["a", "b"])[-1].arms) == ["a"]
-    assert [score.data for score in arm_scores(rows[1:], ["a", "b"])] == ["y", "x"]  # no arm has both
+    assert list(arm_scores(rows, {"a": "a", "b": "b"})[-1].arms) == ["a"]
+    assert [score.data for score in arm_scores(rows[1:], {"a": "a", "b": "b"})] == ["y", "x"]  # no arm has both
 
 
 def test_names_tell_scores_apart():
     def names(*rows):
-        return [score.name for score in arm_scores(rows, ["frozen"])]
+        return [score.name for score in arm_scores(rows, {"frozen": "frozen"})]
 
     assert names(result("x")) == ["x"] and names(result("x"), result("y")) == ["x", "y", "average"]
     semseg = result("rooms", task="semseg", metric="mIoU")
@@ -246,7 +242,7 @@ def test_seeds_and_curves_can_be_read(folder, drawn):
     for arm in ("alone", "emtal"):
         write_log(folder, arm, 0)
     shown = sections(folder)
-    assert [picture.title for picture in shown["Arms by seed"].pictures] == ["Arms by seed"]
+    assert [picture.title for picture in shown["Models by seed"].pictures] == ["Models by seed"]
     assert [picture.title for picture in shown["Training"].pictures] == ["Training"]
     for figure in drawn:
         assert_readable(figure)

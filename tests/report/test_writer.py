@@ -1,25 +1,26 @@
 """The report of a hand-made run folder: its texts, refusals, and a page that stands alone."""
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from helpers.results import HASH, PGD, add, corruption, measure, write_lines
+from helpers.results import HASH, PGD, add, comparison, corruption, estimated, measure, write_lines
 from helpers.run_folder import FROZEN, add_arm, make_folder
 
 from vismt.base.errors import UserError
-from vismt.report.comparison import compare
-from vismt.report.plotting import vector_figures
+from vismt.report.comparison import Cell, compare
+from vismt.report.plotting import figure_formats
 from vismt.report.results import Score, ValuesByExample, read_results
 from vismt.report.score_sections import score_sections
 from vismt.report.tables import Picture, Section, Table
 from vismt.report.trainings import training_sections
-from vismt.report.writer import run_heading, write_report
+from vismt.report.writer import answer, run_heading, write_report
 from vismt.storage.files import sealed
 from vismt.uncertainty.intervals import CLEAN, Condition
 
 LOGGED = {"loss": "Training loss", "accuracy": "Training accuracy (%)"}
-PICTURES = {"figures/training.png", "figures/scores-few-shot-accuracy.png"}
+PICTURES = {"figures/training.svg", "figures/scores-few-shot-accuracy.svg"}
 
 
 def make_trained(parent):
@@ -39,9 +40,9 @@ def written(folder, *more, formats=("html", "md")):
     """The report with the shared sections, as a job writes it; more: sections of the job."""
     results, values = read_results(folder / "results.jsonl", HASH), ValuesByExample(folder)
     comparisons = compare(results, values)
-    with vector_figures(formats):
+    with figure_formats(formats):
         sections = [
-            *score_sections(folder, results, comparisons, values, ["adapted"], {}),
+            *score_sections(folder, results, comparisons, values, ["adapted"]),
             *training_sections(folder, results, ["adapted"], LOGGED),
             *more,
         ]
@@ -92,19 +93,20 @@ class Page(HTMLParser):
 
 def test_markdown(reported):
     text = (reported / "report.md").read_text(encoding="utf8")
-    assert "| digits | clean | 50.0 ± 41.1 | **60.0 ± 41.1 ★** | +10.0 \\[+10.0, +10.0\\] | 4 |" in text
+    assert "| digits | clean | 50.0 ± 41.1 | **60.0 \\[18.9, 100.0\\] ★** | 4 |" in text
+    assert "| clean | adapted | +10.0 \\[+10.0, +10.0\\] |" in text
     assert "| crops | clean | 50.0 ± 41.1 ≈ |" in text and "| Wall time | 7 min 12 s |" in text
-    assert "(figures/training.png)" in text and "(figures/scores-few-shot-accuracy.png)" in text
-    assert "lora, rank 8, 250 trainable of 1,000 parameters, 25.00 %" in text
+    assert "(figures/training.svg)" in text and "(figures/scores-few-shot-accuracy.svg)" in text
+    assert text.index("\n## Differences\n") < text.index("\n## Training\n") < text.index("\n## Provenance\n")
     assert "<script" not in text and text.count("\n## Training\n") == 1
-    assert "on average over 2 data sets (crops, digits): frozen 50.0 ± 22.3 % (n = 8 episodes)" in text
-    assert "vismt config 4f2a9c1e, git revision 0123456789ab, seeds 0 (training), 1 (evaluation);" in text
+    assert "on average over 2 data sets (crops, digits): frozen 50.0 ± 22.3 %, adapted 56.2 ± 21.3 %" in text
+    assert "vismt config 4f2a9c1e, git revision 0123456789ab, seeds 0 (training), 1 (evaluation)." in text
 
 
 def test_page_stands_alone(reported):
     html = (reported / "report.html").read_text(encoding="utf8")
     page = Page(html)
-    assert page.tags.count("img") == 2 and all(load.startswith("data:image/png;base64,") for load in page.loads)
+    assert page.tags.count("img") == 2 and all(load.startswith("data:image/svg+xml;base64,") for load in page.loads)
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "http" not in html.split("base64", 1)[0] and "url(" not in html and "@import" not in html
     assert "prefers-color-scheme: dark" in html
@@ -121,14 +123,14 @@ def test_page_stands_alone(reported):
         assert text in page.text
     # from the files it comes as text, not as tags
     assert "Digits <script>alert(1)</script> & crops" in page.text and "onerror=alert(2)" in page.text
-    assert page.cells[:6] == ["digits", "clean", "50.0 ± 41.1", "60.0 ± 41.1 ★", "+10.0 [+10.0, +10.0]", "4"]
+    assert page.cells[:5] == ["digits", "clean", "50.0 ± 41.1", "60.0 [18.9, 100.0] ★", "4"]
 
 
 def test_names_are_escaped_everywhere(folder):
     add_arm(folder, "<b>|x", "frozen", FROZEN, FROZEN, protocol="`5-way` <i>")
     page = Page(written(folder).read_text(encoding="utf8"))
-    assert not {"b", "i"} & set(page.tags) and "<b>|x" in page.cells
-    assert "| &lt;b&gt;\\|x | clean |" in (folder / "report.md").read_text()
+    assert not {"b", "i"} & set(page.tags) and "accuracy in %, <b>|x, n = 4 episodes" in page.text
+    assert ", &lt;b&gt;\\|x, n =" in (folder / "report.md").read_text()
 
 
 def test_only_what_is_there(folder):
@@ -142,14 +144,14 @@ def test_only_what_is_there(folder):
 
 def test_sections_of_a_job_follow_the_shared_ones(folder):
     table = Table("Chosen <settings>", ["Arm", "value"], [["a|b", "1"]], {(0, 1)}, texts=1)
-    picture = folder / "figures" / "scores-few-shot-accuracy.png"
+    picture = folder / "figures" / "scores-few-shot-accuracy.svg"
     pictures = [Picture(picture, title, "Of two seeds.") for title in ("First", "Second")]
     page = Page(written(folder, Section("Images", [(table, "A note.")], pictures, folded=True)).read_text())
     assert page.text.index("Training") < page.text.index("Images") < page.text.index("How to cite")
     assert page.tags.count("img") == 4 and "A note." in page.text and "Chosen <settings>" in page.text
     text = (folder / "report.md").read_text()
     assert "\n## Images\n" in text and "| a\\|b | **1** |" in text
-    assert "![Second](figures/scores-few-shot-accuracy.png)\n\nOf two seeds." in text
+    assert "![Second](figures/scores-few-shot-accuracy.svg)\n\nOf two seeds." in text
     html = (folder / "report.html").read_text()
     # of folded pictures the first is open
     assert html.count("<details open><summary>First</summary>") == 1 and "<details><summary>Second</summary>" in html
@@ -194,10 +196,7 @@ def test_what_the_intervals_cover_is_told_by_model(folder):
     """Those of a model with several trainings have the spread over its seeds, those of the frozen one have not."""
     written(folder)
     alone = (folder / "report.md").read_text()
-    assert (
-        "cover the drawn test examples, not the spread over training seeds." in alone
-        and "several trainings" not in alone
-    )
+    assert "± and [ ]: 95 % over new examples. ★" in alone and "training seeds" not in alone
     for seed in (0, 1):
         score = Score("few-shot", "digits", "5-way 1-shot", measure([0.5 + seed / 5] * 4), CLEAN, "episodes")
         add(folder, score, "adapted", seed=seed)
@@ -205,13 +204,73 @@ def test_what_the_intervals_cover_is_told_by_model(folder):
         add(folder, crops, "adapted", seed=seed)
     written(folder)
     text = (folder / "report.md").read_text()
-    assert (
-        "over n and, for models with several trainings (adapted: 2 seeds), over the seeds; differences likewise."
-        in text
-    )
     cited = text[text.index("## How to cite") :]
-    assert "frozen 50.0 ± 22.3 % (n = 8 episodes); adapted 56.2 ± " in cited and "(n = 8 episodes, 2 seeds)" in cited
-    assert "and, where seeds are counted, the spread over training seeds." in cited and "not the spread" not in cited
+    for part in (text, cited):
+        assert "frozen: 95 % over new examples; adapted: 95 % over new examples" in part and "(2 seeds)" in part
+    assert "frozen 50.0 ± 22.3 %, adapted 56.2 " in cited
+
+
+CELLS = {"frozen": Cell(0.1, 0.1, 8, covers="images"), "robust": Cell(0.5, 0.1, 8, covers="images")}
+
+
+def told(attacked=None, clean=None, **changes):
+    """The sentence on differences (robust - frozen) under an attack and on clean images."""
+    rows = []
+    for condition, difference in ((CLEAN, clean), (PGD, attacked)):
+        if difference is not None:
+            c = comparison("digits", CELLS, condition, **changes)
+            rows.append(replace(c, base="frozen", differences={"robust": estimated(*difference)}))
+    return answer(rows)
+
+
+def test_the_answer_is_the_difference_that_matters():
+    about = "few-shot, digits, 5-way 1-shot; n = 8 episodes; 95 % over new images of these classes)."
+    attack = f"under {PGD.label}"
+    assert told((0.41, 0.381, 0.439), (-0.08, -0.12, -0.04)) == (
+        f"robust withstands 41.0 points more than frozen {attack} [38.1, 43.9], and loses 8.0 clean [4.0, 12.0] "
+        f"(accuracy in %, {about}"
+    )
+    assert f"robust withstands 4.0 points less than frozen {attack} [1.0, 7.0], and gains 2.0 clean [1.0, 3.0]" in told(
+        (-0.04, -0.07, -0.01), (0.02, 0.01, 0.03)
+    )
+    # an interval with 0 is no difference, in either part
+    assert told((0.01, -0.02, 0.04), (0.0, -0.03, 0.03)).startswith(
+        f"robust and frozen do not differ measurably in accuracy {attack}: +1.0 [−2.0, +4.0], nor clean: 0.0 [−3.0, +3.0] ("
+    )
+    assert "[1.0, 7.0], and does not differ measurably clean: " in told((0.04, 0.01, 0.07), (0.0, -0.03, 0.03))
+    assert ", and robust gains 2.0 clean [1.0, 3.0]" in told((0.01, -0.02, 0.04), (0.02, 0.01, 0.03))
+    # without an attack it is the clean one; lower may be better, and the unit is the metric's
+    error = {"metric": "RMSE in m", "scale": "number", "better": "lower", "task": "depth"}
+    assert told(None, (-0.5, -0.6, -0.4), **error).startswith(
+        "robust improves on frozen by 0.50 m in RMSE [0.40, 0.60] (RMSE in m, depth, digits, 5-way 1-shot, clean; n = 8"
+    )
+    assert "robust falls behind frozen by 0.50 m in RMSE [0.40, 0.60]" in told(None, (0.5, 0.4, 0.6), **error)
+    assert answer([comparison("digits", CELLS)]) == "" == answer([])
+
+
+def test_the_answer_takes_the_arm_that_is_best():
+    c = comparison("digits", {"a": CELLS["frozen"], "b": CELLS["frozen"], "c": CELLS["robust"]}, PGD)
+    found = {"b": estimated(-0.1, -0.2, 0.0), "c": estimated(0.1, 0.05, 0.15)}
+    assert answer([replace(c, base="a", differences=found)]).startswith("c withstands 10.0 points more than a under")
+
+
+def test_models_have_a_line_and_no_name_of_a_condition(tmp_path):
+    folder = tmp_path / "run"
+    for arm, shift in (("clean", 0.0), ("robust", 0.1)):
+        values = [value + shift for value in FROZEN]
+        add_arm(folder, "digits", arm, values, values)
+    (folder / "run.json").write_text(sealed({"config_hash": HASH}))
+    results, values = read_results(folder / "results.jsonl"), ValuesByExample(folder)
+    heading = run_heading(folder, {"clean": "amt of rank 8", "robust": "amt under attack"})
+    comparisons = compare(results, values)
+    assert list(comparisons[0].cells) == ["clean model", "robust"] and comparisons[0].base == "clean model"
+    sections = score_sections(folder, results, comparisons, values, ["clean", "robust"])
+    write_report(folder, heading, results, comparisons, sections)
+    text = (folder / "report.md").read_text()
+    assert "| clean model | amt of rank 8 |" in text and "robust withstands 10.0 points more than clean model" in text
+    assert "Difference to clean model" in text and "| Condition | clean model | robust |" in text
+    page = Page((folder / "report.html").read_text()).text
+    assert page.index("Models") < page.index("Results") < page.index("Differences") < page.index("Provenance")
 
 
 def test_every_block_is_cited_once(folder):
@@ -224,7 +283,7 @@ def test_every_block_is_cited_once(folder):
     text = (written(folder), (folder / "report.md").read_text())[1]
     cited = text[text.index("## How to cite") :]
     assert cited.count("few-shot, 5-way 1-shot, clean, accuracy on average over 2 data sets (crops, digits)") == 1
-    assert "depth, test, clean, RMSE in m on rooms: adapted 1.5 ± 6.4 (n = 2 images)." in cited
+    assert "depth, test, clean, RMSE in m on rooms: adapted 1.5 ± 6.4 (n = 2 images; 95 % over new examples)." in cited
     assert "accuracy on digits" not in cited and "The numbers under 4 corruptions are in the table" in cited
 
 
@@ -253,7 +312,7 @@ def test_a_broken_row_stops_the_report(folder):
 
 
 def test_key_figures_come_first(folder):
-    """The average of the first task, clean and under its strongest attack, then the other task."""
+    """The average of the first task under its strongest attack and clean, then the other task."""
     for arm in ("frozen", "adapted"):
         for data in ("digits", "crops"):
             weak = Score("few-shot", data, "5-way 1-shot", measure([0.9] * 4), Condition("weak", "attack", "weak", 0.1))
@@ -261,15 +320,13 @@ def test_key_figures_come_first(folder):
         depth = Score("depth", "rooms", "test", measure([1.0, 2.0], "RMSE in m", scale="number", better="lower"), CLEAN)
         add(folder, depth, arm)
     page = written(folder).read_text()
-    keys = page[: page.index("<dl>")].split('<div class="headline">')[1:]
+    keys = page[: page.index("<h2>")].split('<div class="headline">')[1:]
     assert len(keys) == 3
-    assert "<strong>50.0 ± 22.3</strong>frozen" in keys[0] and "<strong>56.2 ± 21.3</strong>adapted" in keys[0]
-    assert (
-        "average, 5-way 1-shot, clean; n = 8 episodes" in keys[0] and "adapted − frozen on the same episodes" in keys[0]
-    )
-    assert PGD.label in keys[1] and "weak" not in keys[1] and "RMSE in m, depth, rooms" in keys[2]
+    assert PGD.label in keys[0] and "weak" not in keys[0] and "RMSE in m, depth, rooms" in keys[2]
+    assert "<strong>50.0 ± 22.3</strong>frozen" in keys[1] and "<strong>56.2 ± 21.3</strong>adapted" in keys[1]
+    assert "average, 5-way 1-shot, clean; n = 8 episodes; 95 % over new examples" in keys[1]
     text = (folder / "report.md").read_text()
-    assert text.index("adapted **56.2 ± 21.3**") < text.index("| Command |")
+    assert text.index("adapted **56.2 ± 21.3**") < text.index("## Results") < text.index("| Command |")
 
 
 def test_of_many_arms_the_key_figure_has_the_first_and_the_best(tmp_path):

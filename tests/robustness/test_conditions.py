@@ -57,8 +57,8 @@ def test_attacks_come_first_and_share_their_sources():
     [
         ([AttackConfig(source="frozen"), AttackConfig(source="frozen")], [], f"'{PGD} from frozen' is asked for twice"),
         ([], [CorruptionConfig("all", [3]), CorruptionConfig("fog", [3])], "'fog 3' is asked for twice"),
-        ([], [CorruptionConfig("fgo")], "evaluate.corruptions: 'fgo'. Near: 'fog'"),
-        ([], [CorruptionConfig("fog", [6])], "severity 6"),
+        ([], [CorruptionConfig("fgo")], "corruption.name: 'fgo' is not known. Near: 'fog'"),
+        ([], [CorruptionConfig("fog", [6])], "corruption.severity is 6"),
         ([], [CorruptionConfig("fog", [])], "fog has no severities"),
         ([AttackConfig(epsilon=5)], [], "'5/255'"),
         ([AttackConfig("apgd_t")], [], "needs 4 classes, here are 3"),

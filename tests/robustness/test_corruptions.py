@@ -171,7 +171,7 @@ def test_spec_is_a_condition():
 def test_errors():
     with pytest.raises(UserError, match=r"'fogg' is not known. Near: 'fog'"):
         CorruptionSpec("fogg")
-    with pytest.raises(UserError, match="severity 6: it must be 1 to 5"):
+    with pytest.raises(UserError, match=r"corruption.severity is 6; it lies from 1 to 5"):
         corrupt(picture(), "fog", 6)
     with pytest.raises(UserError, match=r"need \[0, 1\]"):
         corrupt(picture() * 255, "fog", 1)

@@ -10,7 +10,7 @@ from torch import nn
 from vismt.base.errors import UserError
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.corruptions import CorruptionSpec
-from vismt.robustness.evaluate import accuracies, evaluate_classifier, evaluate_examples, summarise
+from vismt.robustness.evaluate import accuracies, evaluate_classifier, evaluate_examples
 from vismt.robustness.masking import check_masking
 from vismt.uncertainty.intervals import wilson
 
@@ -94,16 +94,13 @@ def test_forms_of_the_logits_by_hand(tmp_path):
 
 
 def test_robust_means_right_before_and_after():
-    rows = [
-        {"label": 0, "clean": 0, "a": 0, "c": 0},
-        {"label": 0, "clean": 0, "a": 1, "c": 1},
-        {"label": 0, "clean": 1, "a": 0, "c": 0},
-        {"label": 1, "clean": 0, "a": 0, "c": 0},
-    ]
-    clean, attacked, corrupted = summarise(rows, {"a": True, "c": False}, 2)
+    attacked, corrupted = AttackSpec(), CorruptionSpec("fog")
+    answers = [(0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 0, 0), (1, 0, 0, 0)]  # label, clean, attacked, corrupted
+    names = ("label", "clean", str(attacked), corrupted.label)
+    rows = [{"id": str(number), **dict(zip(names, values))} for number, values in enumerate(answers)]
+    table = [list(values.values()) for _, values in accuracies(rows, [attacked, corrupted], 2)]
     # The third was wrong when clean: luck under attack does not make it robust; under a corruption it counts.
-    assert (clean.value, attacked.value, corrupted.value) == (0.5, 0.25, 0.5)
-    assert clean.n == 4 and clean.chance == 0.5 and clean.ci95 == pytest.approx((clean.high - clean.low) / 2)
+    assert table == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 1, 0]]
 
 
 def test_rows_and_records(tmp_path):
@@ -114,7 +111,8 @@ def test_rows_and_records(tmp_path):
     )
     assert net.training and net.drop.training and net.gain.requires_grad and net.gain.grad is None
     # 6 of 60 labels are wrong; a linear model with margin m falls when m < 2 * 8/255 = 0.0627.
-    assert (clean.condition, clean.value, clean.n) == ("clean", 0.9, 60)
+    assert (clean.condition, clean.value, clean.n, clean.chance) == ("clean", 0.9, 60, 1 / 3)
+    assert (clean.low, clean.high) == wilson(54, 60)
     margins = [
         m
         for images, labels, _ in batches()

@@ -41,7 +41,7 @@ def holder(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[BaseProce
     process.join()
 
 
-def test_a_second_process_is_told_who_has_the_folder(tmp_path: Path, holder: BaseProcess) -> None:
+def test_a_second_process_learns_who_has_the_folder(tmp_path: Path, holder: BaseProcess) -> None:
     who = f"process {holder.pid} on {os.uname().nodename}"
     with pytest.raises(UserError, match=f"'{tmp_path}' is in use by {who};"), locked(tmp_path):
         raise AssertionError

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence, Sized
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ T = TypeVar("T")
 
 _console = Console(highlight=False, soft_wrap=True)
 _quiet = False
+LINE_SECONDS = 20.0  # between the lines of a bar outside a terminal
 
 
 def set_quiet(quiet: bool) -> None:
@@ -88,16 +90,23 @@ def error(text: str) -> None:
 
 
 class Bar:
-    """Handle of a progress bar; without a terminal, `progress` is None and nothing is drawn."""
+    """Handle of a progress bar, or without a terminal of a line every LINE_SECONDS, so that short work prints none."""
 
-    def __init__(self, progress: Progress | None, task: TaskID) -> None:
+    def __init__(self, progress: Progress | None, task: TaskID, line: Callable[[int], None], done: int) -> None:
         self._progress = progress
         self._task = task
+        self._line = line
+        self._done = done
+        self._printed = time.monotonic()
 
     def advance(self, steps: int = 1) -> None:
         """Move the bar by `steps`."""
+        self._done += steps
         if self._progress is not None:
             self._progress.advance(self._task, steps)
+        elif time.monotonic() - self._printed >= LINE_SECONDS:
+            self._printed = time.monotonic()
+            self._line(self._done)
 
     def note(self, text: str) -> None:
         """Set the text after the bar."""
@@ -107,7 +116,7 @@ class Bar:
 
 @contextmanager
 def bar(name: str, text: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """Show a progress bar while the body runs; outside a terminal print one line instead.
+    """Show a progress bar while the body runs; outside a terminal print a line from time to time.
 
     Args:
         name: the stage, as in `stage`.
@@ -119,9 +128,7 @@ def bar(name: str, text: str, total: int, done: int = 0) -> Iterator[Bar]:
         The bar, which the body advances.
     """
     if _quiet or not _console.is_terminal:
-        count = f"{done}/{total} done" if done else str(total)
-        stage(name, f"{text} ({count})")
-        yield Bar(None, TaskID(0))
+        yield Bar(None, TaskID(0), lambda at: stage(name, f"{text} ({at}/{total})"), done)
         return
     columns = (
         TextColumn(f"{name:<7}"),
@@ -132,7 +139,7 @@ def bar(name: str, text: str, total: int, done: int = 0) -> Iterator[Bar]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=_console) as progress:
-        yield Bar(progress, progress.add_task(text, total=total, completed=done, note=""))
+        yield Bar(progress, progress.add_task(text, total=total, completed=done, note=""), lambda at: None, done)
 
 
 def track(items: Iterable[T], name: str, text: str, total: int | None = None) -> Iterator[T]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vismt.base.seeds import mix_seed
 
+PIXELS = "pixel units of [0, 1] (8/255, not 8)"  # of a radius, in errors
 NORMS = ("linf", "l2", "l1")
 TINY = 1e-12
 TOLERANCE = 1e-6

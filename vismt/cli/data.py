@@ -21,10 +21,10 @@ def add_commands(commands: Commands) -> None:
     data = commands.add(
         "data",
         _data,
-        "list the data cards, check a set's counts, hashes and images, list its near-duplicates, or fetch it; exit code 1 where "
-        "a named set is missing, or a set is not as its card says",
+        "list the data cards, check a set's counts, hashes and images, list its near-duplicates, fetch it, or record the hashes "
+        "of its files beside its card; exit code 1 where a named set is missing, or a set is not as its card says",
     )
-    data.add_argument("action", choices=("list", "check", "prepare"))
+    data.add_argument("action", choices=("list", "check", "prepare", "record"))
     data.add_argument("name", nargs="*", help="card names or paths")
     data.add_argument(
         "--no-decode", dest="decode", action="store_false", help="check and prepare: skip decoding the images"
@@ -90,7 +90,11 @@ def _data(options: argparse.Namespace) -> int:
             console.stage("check", f"{len(rows) - len(names)} of {len(rows)} sets are not on this machine")
         return 0 if all(report.ok for report in reports) else 1
     if not options.name:
-        raise UserError("data prepare: name a card; `vismt data list` shows them.")
+        raise UserError(f"data {options.action}: name a card; `vismt data list` shows them.")
+    if options.action == "record":
+        for name in options.name:
+            console.stage("data", check.record(name))
+        return 0
     reports = [check.prepare(name, decode=options.decode) for name in options.name]
     for report in reports:
         console.stage("data", str(report))

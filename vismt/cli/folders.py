@@ -34,19 +34,19 @@ def add_commands(commands: Commands) -> None:
 
 def add_format(parser: argparse.ArgumentParser, more: str = "") -> None:
     """Add --format to a command that writes a report; `formats_of` reads it. more: help on further formats."""
-    known = "html, md, csv, latex (tables of a paper), svg and pdf (every figure also as vectors)"
+    known = "html, md, csv, latex (tables of a paper), pdf and png (every figure also as such a file; svg is always written)"
     parser.add_argument("--format", default="html,md", help=f"comma-separated: {known}{more} (html,md)")
 
 
 def formats_of(options: argparse.Namespace, *more: str) -> list[str]:
     """Return the formats of --format; more: further names that the command knows. Raises UserError for an unknown one."""
     from vismt.base.errors import require_known
-    from vismt.report.plotting import VECTORS
+    from vismt.report.plotting import FIGURES
     from vismt.report.writer import DEFAULT_FORMATS, FORMATS
 
     names = [name.strip() for name in options.format.split(",")]
-    require_known(f"{options.command}: --format has no", names, [*FORMATS, *VECTORS, *more])
-    return names if set(names) - set(VECTORS) else [*names, *DEFAULT_FORMATS]
+    require_known(f"{options.command}: --format has no", names, [*FORMATS, *FIGURES, *more])
+    return names if set(names) - set(FIGURES) else [*names, *DEFAULT_FORMATS]
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -17,12 +17,15 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from functools import cache
+from numbers import Real
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from vismt.base.errors import UserError, near
 from vismt.storage.paths import stays_inside
 
 __all__ = [
+    "Checked",
     "JsonFile",
     "Names",
     "Range",
@@ -93,12 +96,16 @@ class Names:
 
 @dataclass(frozen=True)
 class Range:
-    """The range of a number; `within` makes one for `Annotated`. least and most belong to it, above and below do not."""
+    """The range of a finite number; `within` makes one for `Annotated`. least and most belong to it, above and below do not.
+
+    unit: of the number, for messages. A value of another type passes: it is that of another member of a union.
+    """
 
     least: float | None = None
     most: float | None = None
     above: float | None = None
     below: float | None = None
+    unit: str = ""
 
     def __str__(self) -> str:
         if self.least is not None and self.most is not None:
@@ -106,7 +113,11 @@ class Range:
         bounds = (("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below))
         return " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
 
-    def __call__(self, value: float, where: str) -> None:
+    def __call__(self, value: Any, where: str) -> None:
+        if not issubclass(type(value), Real):
+            return
+        if not math.isfinite(value):
+            raise UserError(f"{where} is {value}; a number must be finite.")
         inside = (
             (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
@@ -115,14 +126,50 @@ class Range:
         )
         if not inside:
             verb = "lies" if self.least is not None and self.most is not None else "must be"
-            raise UserError(f"{where} is {value}; it {verb} {self}.")
+            raise UserError(f"{where} is {value}; it {verb} {self}{self.unit and f', in {self.unit}'}.")
 
 
 def within(
-    least: float | None = None, most: float | None = None, *, above: float | None = None, below: float | None = None
+    least: float | None = None,
+    most: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    unit: str = "",
 ) -> Range:
     """Return the range for the annotation of a number, as in Annotated[float, ...]; `build` refuses numbers outside of it."""
-    return Range(least, most, above, below)
+    return Range(least, most, above, below, unit)
+
+
+class Checked:
+    """A dataclass whose annotations are checked also where Python makes it, not `build`. KEY: of the section, for messages."""
+
+    KEY: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]  # a class is hashable
+            _check(getattr(self, name), hint, f"{self.KEY}.{name}")
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _check(value: Any, hint: Any, where: str) -> None:
+    """Call the checks in a type, and those of the values of a mapping."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        if (arguments[0] is int and isinstance(value, float)) or (arguments[0] is str and not isinstance(value, str)):
+            raise UserError(f"{where}: expected {describe(hint)}, got {shown(value)} ({type(value).__name__}).")
+        for check in arguments[1:]:
+            check(value, where)
+    elif is_union(hint):
+        for member in arguments:
+            _check(value, member, where)
+    elif origin in MAPPINGS and isinstance(value, Mapping):
+        for name, item in value.items():
+            _check(item, arguments[1], _join(where, name))
 
 
 def build(cls: type[T], values: object, source: str, key: str = "", /, **given: Any) -> T:

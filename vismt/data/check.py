@@ -1,4 +1,7 @@
-"""Checks of data sets: `check` compares counts and hashes with the card, `prepare` downloads, `listing` lists all sets."""
+"""Checks of data sets: `check` compares counts and hashes with the card, `record` writes the hashes, `prepare` downloads.
+
+`listing` lists all sets.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any, NamedTuple
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.data.cards import Card, list_cards, load_card
-from vismt.data.copies import digest, first_copy, fix, not_found, place, read_manifest, shown_path
+from vismt.data.copies import digest, first_copy, fix, not_found, place, read_manifest, shown_path, write_manifest
 from vismt.data.fetching import fetch, has_leftovers
 from vismt.data.source_types import DataSource, Files
 
@@ -148,6 +151,23 @@ def check(name: str | Path, *, decode: bool = True) -> CheckReport:
     rows = [CheckRow(split, count, 0, "missing") for split, count in card.sources[0].splits.items()]
     problem = str(not_found(card, "all"))
     return CheckReport(card.name, card.shown, None, card.classes, rows, problem=problem, fix=fix(card))
+
+
+def record(name: str | Path) -> str:
+    """Write the hashes of the first copy of a set to the manifest that its card names; return a line that tells what was done."""
+    card = load_card(name)
+    copy = first_copy(card, card.sources)
+    if copy is None:
+        raise not_found(card, "all")
+    source, base = copy
+    files = source.list_files(base)
+    if source.manifest is None or not files:
+        lack = "has no files to hash" if source.manifest else "names no manifest, or has a copy of a part"
+        raise UserError(
+            f"{card.shown}: its source {lack}; write `manifest: manifest.json` there, and record a whole copy."
+        )
+    write_manifest(card.path.parent / source.manifest, files)
+    return f"{card.shown}: {len(files)} hashes of the copy under {shown_path(base)} are in {source.manifest}"
 
 
 def prepare(name: str | Path, *, decode: bool = True) -> CheckReport:

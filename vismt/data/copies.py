@@ -190,9 +190,8 @@ def read_manifest(card: Card, source: DataSource) -> dict[str, FileGroup]:
         raise UserError(f"{card.shown}/{source.manifest}: must map a group to [count, sha256].") from error
 
 
-def write_manifest(path: Path, files: Files) -> dict[str, FileGroup]:
-    """Record every group of `files` in the JSON file `path`, one line a group, and return them."""
+def write_manifest(path: Path, files: Files) -> None:
+    """Record every group of `files` in the JSON file `path`, one line a group."""
     groups = {name: digest(files[name]) for name in sorted(files)}
     lines = [f" {json.dumps(name)}: {json.dumps([group.count, group.sha256])}" for name, group in groups.items()]
     atomic_write(path, "{\n" + ",\n".join(lines) + "\n}\n")
-    return groups

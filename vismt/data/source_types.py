@@ -80,7 +80,7 @@ class DataSource(ABC):
     Attributes:
         splits: number of examples of each split, None when unknown; by default "all", the only split of a set without splits.
         classes: number of classes, where this copy has others than the card says.
-        manifest: JSON file beside the card with the hashes of the files, see manifest.py.
+        manifest: JSON file beside the card with the hashes of the files, which `vismt data record` writes.
     """
 
     splits: dict[str, int | None] = field(default_factory=lambda: {"all": None})

@@ -214,13 +214,15 @@ def _card(title: str, base: str, facts: Iterable[tuple[str, str]], in_peft: bool
         lines += ["", "`peft.PeftModel.from_pretrained(model, folder)` reads the same folder."]
     rows = [row for row in results if row.seed is None]
     if rows:
-        from vismt.report.tables import interval_text, scale_text
+        from vismt.report.tables import row_text, scale_text
+        from vismt.uncertainty.intervals import interval_kind_text
 
-        lines += ["", "## Results", "", "Mean ± half width of the 95 % confidence interval over n.", ""]
+        kinds = dict.fromkeys(interval_kind_text(row.interval) for row in rows)
+        lines += ["", "## Results", "", f"± and [ ]: {'; '.join(kinds)}.", ""]
         lines += ["| data | protocol | condition | model | measure | value | n |", "|---|---|---|---|---|---|---|"]
         lines += [
             f"| {row.data} | {row.protocol} | {row.condition} | {row.arm} | {scale_text(row.metric, row.scale)} | "
-            f"{interval_text(row.value, row.half, row.scale)} | {row.n:,} {row.unit} |"
+            f"{row_text(row)} | {row.n:,} {row.unit} |"
             for row in rows
         ]
     return "\n".join(lines) + "\n"

@@ -16,8 +16,8 @@ from vismt.base.errors import UserError
 from vismt.base.seeds import digest
 from vismt.engine.study import Study, StudyConfig, Training
 from vismt.jobs.risk import risk_section
-from vismt.report.comparison import compare
-from vismt.report.plotting import vector_figures
+from vismt.report.comparison import compare, shown_name
+from vismt.report.plotting import figure_formats
 from vismt.report.results import (
     RESULTS,
     Result,
@@ -29,11 +29,11 @@ from vismt.report.results import (
     write_values,
 )
 from vismt.report.score_sections import score_sections
-from vismt.report.tables import Section, interval_text
+from vismt.report.tables import Section, row_text
 from vismt.report.trainings import training_sections
 from vismt.report.writer import DEFAULT_FORMATS, run_heading, write_report
 from vismt.robustness.conditions import AttackConfig
-from vismt.uncertainty.intervals import averaged, over_seeds
+from vismt.uncertainty.intervals import averaged, interval_kind_text, over_seeds
 
 Config = TypeVar("Config", bound=StudyConfig)
 
@@ -104,6 +104,10 @@ class EvaluationJob(ABC, Generic[Config]):
     def baselines(self) -> dict[str, str]:
         """Return by task the arm to which differences are computed, "" for none; tasks left out use the first arm."""
         return {}
+
+    def described(self, arm: str) -> str:
+        """Return what an evaluated model is, in one line for the reader of a report: here the settings of its arm."""
+        return settings_text(self.config.arms.get(arm, {}))
 
     def facts(self) -> dict[str, Any]:
         """Return the job's entries of run.json, such as seeds."""
@@ -264,26 +268,34 @@ class EvaluationJob(ABC, Generic[Config]):
             count = f"n = {n:,} {chosen[0].unit}"
             if trainings > 1:
                 count += f", {trainings} seeds"
+            count += f"; {' / '.join(dict.fromkeys(interval_kind_text(score.measure.covers) for score in shown))}"
+            arm = shown_name(arm, [score.condition.label for score in chosen])
             name = f"{data}  {task}" if self.names_tasks else data
             console.stage("eval", f"{name}  {protocol}  {arm}   {'   '.join(texts)}   ({count})")
 
     def report(self, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
-        """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.VECTORS; return its files."""
+        """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.FIGURES; return its files."""
         results = read_results(self.folder / RESULTS, self.hash)
         if not results:
             raise UserError(f"report: no results in '{self.folder}'; make them with `vismt evaluate {self.folder}`.")
         values = ValuesByExample(self.folder)
-        comparisons = compare(results, values)
+        comparisons = compare(results, values, self.baselines(), self.references)
         compared = [arm for arm in self.evaluated() if arm not in self.references]
-        with vector_figures(formats):
+        with figure_formats(formats):
             sections = [
-                *score_sections(self.folder, results, comparisons, values, compared, self.baselines()),
+                *score_sections(self.folder, results, comparisons, values, compared),
                 *training_sections(self.folder, results, list(self.study.arms), self.logged),
                 risk_section(results),
                 *self.sections(results),
             ]
-        heading = run_heading(self.folder)
+        shown = dict.fromkeys(row.arm for row in results)
+        heading = run_heading(self.folder, {arm: text for arm in shown if (text := self.described(arm))})
         return write_report(self.folder, heading, results, comparisons, sections, formats)
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Return the settings in which an arm differs as one text."""
+    return ", ".join(f"{key} {'null' if value is None else value}" for key, value in settings.items() if value != {})
 
 
 def records_folder(folder: Path, attacks: Sequence[AttackConfig] | None) -> Path:
@@ -310,4 +322,4 @@ def score_text(score: Score) -> str:
     row = result_of(score, "", None, "", "")
     condition = "" if score.condition.label == "clean" and row.metric != "accuracy" else f"{score.condition.label} "
     metric = "" if row.metric == "accuracy" else f"{row.metric} "
-    return f"{condition}{metric}{interval_text(row.value, row.half, row.scale)}"
+    return f"{condition}{metric}{row_text(row)}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vismt.engine.study import Training
 from vismt.jobs.training_job import Config, Net, TrainingJob
 from vismt.multitask.emtal.router_maps import has_routers, router_maps
+from vismt.multitask.objectives import TaskObjective
 from vismt.report.panels import to_bytes, write_panel
 from vismt.report.results import Score
 from vismt.report.routers import ROUTERS
@@ -51,6 +52,10 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
         net: returns the evaluated net, asked for where something is not on record. records: the folder of records.
         risk: whether the measures of `evaluate.risk` are among them.
         """
+
+    def step(self, objective: nn.Module, number: int) -> None:
+        if isinstance(objective, TaskObjective):
+            objective.step()
 
     def write_router_maps(self, net: Callable[[Training], nn.Module], images: Callable[[], Tensor]) -> None:
         """Write the router maps of every arm whose net has routers. net: of a training, not merged. images: those to map."""

@@ -31,18 +31,15 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in paths:
-        found = sorted(file for file in path.iterdir() if is_image(file)) if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
         if not found:
             raise UserError(
                 f"predict: '{path}' has no image file ({', '.join(sorted(SUFFIXES))}); name another folder."
             )
         files += found
     return files
-
-
-def is_image(path: Path) -> bool:
-    """Return whether a file's ending is that of an image."""
-    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def class_row(image: Path, task: str, log_p: Tensor, names: Sequence[str], quantile: float | None) -> Row:

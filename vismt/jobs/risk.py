@@ -26,11 +26,11 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.engine.study import TuneConfig
 from vismt.report.results import Result
-from vismt.report.tables import Section, Table, interval_text, number_text
+from vismt.report.tables import Section, Table, number_text, row_text
 from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.conditions import Perturbation, condition_of
 from vismt.uncertainty.conformal import conformal_quantile, least_examples, set_sizes
-from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Condition, Measure, wilson
+from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Condition, Measure, interval_kind_text, wilson
 from vismt.uncertainty.selective import (
     accepting_threshold,
     risk_coverage_interval,
@@ -195,7 +195,14 @@ def risk_section(results: Sequence[Result]) -> Section:
         for key, by_metric in groups.items()
     ]
     heads = ["Data", "Arm", "Condition", *(f"{name}, %" if name != SIZE else name for name in COLUMNS), "n"]
-    return Section("Risk", [(Table("Thresholds from clean validation examples", heads, rows, set(), texts=3), NOTE)])
+    kinds = dict.fromkeys(
+        interval_kind_text(row.interval)
+        for by_metric in groups.values()
+        for found in by_metric.values()
+        for row in found
+    )
+    note = f"{NOTE} Intervals: {'; '.join(kinds)}."
+    return Section("Risk", [(Table("Thresholds from clean validation examples", heads, rows, set(), texts=3), note)])
 
 
 def _cell(rows: Sequence[Result]) -> str:
@@ -203,6 +210,6 @@ def _cell(rows: Sequence[Result]) -> str:
     if not rows:
         return "–"
     if len(rows) == 1:
-        return interval_text(rows[0].value, rows[0].half, rows[0].scale)
+        return row_text(rows[0])
     ends = (min(rows, key=lambda row: row.value), max(rows, key=lambda row: row.value))
     return " to ".join(number_text(row.value, row.scale, half=row.half) for row in ends)

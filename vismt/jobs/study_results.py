@@ -44,7 +44,7 @@ class StudyResults:
 
     def __repr__(self) -> str:
         """Return a table of the rows without a seed."""
-        from vismt.report.tables import interval_text, scale_text
+        from vismt.report.tables import row_text, scale_text
 
         rows = [
             (
@@ -54,13 +54,14 @@ class StudyResults:
                 row.condition,
                 row.arm,
                 scale_text(row.metric, row.scale),
-                interval_text(row.value, row.half, row.scale),
+                row_text(row),
+                row.interval or "-",
                 f"{row.n:,} {row.unit}",
             )
             for row in self.rows
             if row.seed is None
         ]
-        heads = ("data", "task", "protocol", "condition", "model", "measure", "value ± 95 %", "n")
+        heads = ("data", "task", "protocol", "condition", "model", "measure", "value", "95 % over", "n")
         return console.aligned(heads, rows)
 
     def to_pandas(self) -> pandas.DataFrame:

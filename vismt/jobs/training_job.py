@@ -20,12 +20,13 @@ from vismt.engine import loop, runtime, training_files
 from vismt.engine.optimizer import make_optimizer
 from vismt.engine.stream import Batches
 from vismt.engine.study import StudyConfig, Training
-from vismt.jobs.evaluation_job import EvaluationJob
+from vismt.jobs.evaluation_job import EvaluationJob, settings_text
 from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
 from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.merge import erased_by_rounding, merge
 from vismt.lowrank.model.record import count_parameters, record_of
 from vismt.methods import METHODS, adapt, check_adaptation
+from vismt.report.comparison import FROZEN
 from vismt.storage.files import atomic_write, sealed
 
 Config = TypeVar("Config", bound=StudyConfig)
@@ -179,6 +180,23 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         for remark in [*report.extras, *(f"left out: {skipped}" for skipped in report.skipped)]:
             console.stage("adapt", remark)
         return settings.method
+
+    def trained_on(self, config: Config) -> str:
+        """Return the sets that an arm is trained on, as a report names them."""
+        return ""
+
+    def described(self, arm: str) -> str:
+        if arm not in self.study.arms:
+            return "the pretrained model, nothing trained" if arm == FROZEN else ""
+        about = training_files.read_done(self.study.trainings(arm)[0]) or {}
+        method = f"{about.get('method')} of rank {about['rank']}" if about.get("rank") else str(about.get("method"))
+        trained, total = about.get("trainable", 0), about.get("total", 0)
+        share = f"{trained:,} of {total:,} parameters trained" if total else "trained"
+        data = self.trained_on(self.study.arms[arm])
+        told = ("adapt", "adapt.method", "adapt.rank")
+        settings = settings_text({k: v for k, v in self.config.arms.get(arm, {}).items() if k not in told})
+        parts = [method, share + (f" on {data}" if data else ""), *([settings] if settings else [])]
+        return "; ".join(parts)
 
     def check(self) -> None:
         self._each_arm(self._check_names)

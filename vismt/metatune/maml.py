@@ -21,7 +21,7 @@ from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import skip_init
 
-from vismt.base.errors import UserError, near
-from vismt.config.typed import Names
+from vismt.base.errors import UserError
+from vismt.config.typed import Checked, Names, within
 from vismt.lowrank.files.save_load import adapter_tensors, check_tensors
 from vismt.lowrank.model.record import record_of
 from vismt.metatune.functional import WithWeights
@@ -45,7 +45,7 @@ Loss = Callable[[nn.Module, Tensors], Tensor]
 
 
 @dataclass(frozen=True)
-class MamlSettings:
+class MamlSettings(Checked):
     """Settings of the inner loop.
 
     Args:
@@ -55,22 +55,11 @@ class MamlSettings:
         engine: func (torch.func) or learn2learn.
     """
 
-    algorithm: Annotated[str, Names(ALGORITHMS)] = "maml"
-    inner_lr: float = 0.01
-    inner_steps: int = 5
-    engine: Annotated[str, Names(ENGINES)] = "func"
-
-
-def check(settings: MamlSettings) -> None:
-    """Raise UserError for an unknown algorithm or engine, and for numbers out of range."""
-    if settings.algorithm not in ALGORITHMS:
-        raise UserError(f"maml.algorithm: '{settings.algorithm}'.{near(settings.algorithm, ALGORITHMS)}")
-    if settings.engine not in ENGINES:
-        raise UserError(f"maml.engine: '{settings.engine}'.{near(settings.engine, ENGINES)}")
-    if not 0 < settings.inner_lr < math.inf:
-        raise UserError(f"maml.inner_lr: {settings.inner_lr}; it must be positive.")
-    if settings.inner_steps < 1:
-        raise UserError(f"maml.inner_steps: {settings.inner_steps}; it must be at least 1.")
+    KEY: ClassVar = "meta"
+    algorithm: Annotated[str, Names(ALGORITHMS, only=True)] = "maml"
+    inner_lr: Annotated[float, within(above=0)] = 0.01
+    inner_steps: Annotated[int, within(1)] = 5
+    engine: Annotated[str, Names(ENGINES, only=True)] = "func"
 
 
 class LinearLearner(nn.Module):
@@ -119,7 +108,6 @@ class MamlNet(nn.Module):
 
     def __init__(self, learner: nn.Module, settings: MamlSettings) -> None:
         super().__init__()
-        check(settings)
         _refuse_compiled(learner)
         if settings.engine == "learn2learn":
             _learn2learn()
@@ -149,7 +137,7 @@ class MamlNet(nn.Module):
     def classifier(self, support_images: Tensor, support_labels: Tensor) -> WithWeights:
         """Return the query classifier of a task, adapted in the learner's current mode; the learner is not changed.
 
-        The whole support set is one batch of every inner step. Works under no_grad, too.
+        The whole support set is one batch of every inner step. It also works under no_grad.
         """
         buffers = {name: value.detach().clone() for name, value in self.learner.named_buffers()}
         adapted = self._adapt(support_images, support_labels, buffers, attached=False)

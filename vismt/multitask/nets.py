@@ -76,20 +76,25 @@ class TaskClassifier(nn.Module):
 class DenseNet(nn.Module):
     """A ViT with a head for each task: images (b, 3, h, w) in [0, 1] -> {task: logits (b, channels, R, C)}.
 
-    h and w are the backbone's input size, square or not. Tasks of whole images have logits (b, channels), from a PooledHead.
+    h and w are the backbone's input size, square or not. Tasks of whole images have logits (b, channels), from a PooledHead,
+    or in one label space (b, C), the rows of all their heads.
 
     Args:
         backbone: the ViT.
         heads: heads by task, at least one.
         blocks: numbers of the blocks whose outputs are the taps of the heads, from shallow to deep, one for each width of a
             head; the last must be the model's last block, because later blocks would be trained but never run.
+        union: tasks of whole images in one label space: each gets the logits (b, C) of all of them, side by side.
 
     Raises:
         UserError: without a head, for blocks that do not end with the last, and for heads of other widths.
     """
 
-    def __init__(self, backbone: Backbone, heads: Mapping[str, Head], blocks: Sequence[int]) -> None:
+    def __init__(
+        self, backbone: Backbone, heads: Mapping[str, Head], blocks: Sequence[int], union: Sequence[str] = ()
+    ) -> None:
         super().__init__()
+        self.union = tuple(union)
         self.backbone, self.blocks = backbone, check_blocks(blocks, backbone.depth)
         if not heads:
             raise UserError("dense net: no head; give a head for at least one task.")
@@ -103,7 +108,10 @@ class DenseNet(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         taps = self.backbone.maps(images, self.blocks)
-        return {task: head(taps) for task, head in self.heads.items()}
+        outputs = {task: head(taps) for task, head in self.heads.items()}
+        if self.union:
+            outputs |= dict.fromkeys(self.union, torch.cat([outputs[task] for task in self.union], 1))
+        return outputs
 
     @property
     def stock(self) -> nn.Module:

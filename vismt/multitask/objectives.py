@@ -19,12 +19,13 @@ Dense prediction (EMTAL, section 6):
 
     L = sum over tasks with a valid pixel of  w_t L_t(resized logits, target)  + L_QR           w_t = task.loss_weight
 
-Every task sees every image, and EMTAL's router does not depend on the task. Classification of the whole image may be one of the
-tasks; its logits are not resized. A task without a valid pixel or labelled image in the batch is left out (partial labels, for
-example when each data set has labels of one task), but its head stays in the graph with a gradient of zero, so that all
-processes of DistributedDataParallel use the same parameters. A balancer takes the weighted losses, so "ew" is the plain sum.
-In a step of several batches L_t is a mean over the pixels of each of them. L_QR is computed for semantic segmentation alone, at
-the resolution of the head, and added to the balanced loss.
+Every task sees every image, and EMTAL's router does not depend on the task. Classes of whole images may be among the tasks,
+each with a softmax of its own or over the union of their classes (tasks/classes.py); their logits are not resized. A task
+without a valid pixel or labelled image in the batch is left out (partial labels, for example when each data set has labels of
+one task), but its head stays in the graph with a gradient of zero, so that all processes of DistributedDataParallel use the
+same parameters. A balancer takes the weighted losses, so "ew" is the plain sum. In a step of several batches L_t is a mean over
+the pixels of each of them. L_QR is computed for semantic segmentation alone, at the resolution of the head, and added to the
+balanced loss.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHARES = ("accuracy", "robust")  # logged in [0, 1], drawn in per cent
-WIDEST, LETTER = 9.5, 0.076  # inches: of a figure, and of a letter of 8.5 points
+WIDEST, LETTER = 6.4, 0.076  # inches: of a figure, and of a letter of 8.5 points
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
     Args:
         logs: lines of metrics.jsonl by arm; a value that is missing or None leaves a gap. Thin: as logged; thick: running mean.
         titles: {name in the log: title}; shares ("accuracy", "robust") are drawn in per cent, "fade" low and dashed.
-        path: the PNG to write.
+        path: the file to write.
 
     Raises:
         UserError: when nothing but the fade was logged.
@@ -133,7 +133,7 @@ def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
     shown = [name for name in titles if series[name]]
     if not set(shown) - {"fade"}:
         raise UserError(f"training curves: none of {', '.join(logs)} has logged a loss or an accuracy.")
-    arms, left, width = list(logs), 0.6, 8.0
+    arms, left, width = list(logs), 0.6, 5.2
     heights = [0.6 if name == "fade" else 1.9 if len(shown) < 5 else 1.4 for name in shown]
     offset = 0.12 + 0.22 * legend_rows(arms, width - left)
     figure = new_figure(width, offset + sum(heights) + 0.45 * len(shown) + 0.4)

@@ -12,8 +12,8 @@ sets as a fixed list; of five or more it also has the interval that takes them a
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
 from typing import Any, Protocol
@@ -33,6 +33,8 @@ from vismt.uncertainty.intervals import (
 
 AVERAGE = "average"
 FROZEN = "frozen"  # an arm of this name stands first and is drawn in grey
+MANY_CORRUPTIONS = 4  # from so many on, corruptions have a table of their own and a mean among the other conditions
+CORRUPTIONS = "corruptions"  # kind of that mean
 Values = dict[str, float]
 
 
@@ -66,7 +68,7 @@ class Evidence:
 
     def interval(self, rows: Sequence[Result]) -> tuple[float, float, Covers]:
         """Return the 95 % interval of an arm's mean over sets, and what it covers."""
-        if len(rows) == 1:
+        if len(rows) == 1 and rows[0].kind != CORRUPTIONS:
             return rows[0].low, rows[0].high, rows[0].interval
         found = self.estimate(rows)
         return *interval_of(found, rows[0].scale, sum(row.n for row in rows)), found.covers
@@ -153,20 +155,19 @@ class Comparison:
     """Arms by name under one condition of one protocol on one set (or the average over sets, `data` = "average").
 
     row: what all arms have in common; its arm, value and interval are those of the first.
-    difference: (second - first arm, low, high) on the same examples; None unless there are two arms, paired.
+    base: the arm that differences are taken to, "" for none.
+    differences: by arm, arm - base on the same examples; arms without records of them are left out.
     paired: whether all marks come from paired differences.
-    p: two-sided, of a difference of 0. covers: what the interval of the difference covers. over_domains: 95 % interval of the
-    difference of an average that takes its sets as a sample of sets; None for fewer than five.
+    over_domains: by arm the 95 % interval of the difference of an average that takes its sets as a sample of sets.
     """
 
     row: Result
     data: str
     cells: dict[str, Cell]
-    difference: tuple[float, float, float] | None
+    base: str
+    differences: dict[str, Estimate]
     paired: bool
-    p: float | None = None
-    covers: Covers = ""
-    over_domains: tuple[float, float] | None = None
+    over_domains: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def condition(self) -> str:
@@ -179,16 +180,34 @@ class Comparison:
         return block(self.row)
 
 
+def shown_name(arm: str, conditions: Iterable[str]) -> str:
+    """Return the name of an arm in reports: "clean model" for an arm with the name of a condition."""
+    return f"{arm} model" if arm in conditions else arm
+
+
 def block(row: Result) -> tuple[str, str, str, str]:
     """Return task, protocol, metric and unit of a row."""
     return (row.task, row.protocol, row.metric, row.unit)
 
 
-def compare(results: Sequence[Result], values: ExampleValues) -> list[Comparison]:
+def compare(
+    results: Sequence[Result],
+    values: ExampleValues,
+    baselines: Mapping[str, str] | None = None,
+    references: Sequence[str] = (FROZEN,),
+) -> list[Comparison]:
     """Return one comparison per block, set and condition, by block, then sets, then conditions in the order of the results.
 
-    Rows of single trainings (with a seed) are left out. values: gives the values by example of a row.
+    Rows of single trainings (with a seed) are left out.
+
+    Args:
+        results: all rows.
+        values: gives the values by example of a row.
+        baselines: by task the arm that differences are taken to, "" for none. Of tasks left out it is the first arm that is
+            none of `references`, and of a single such arm the first reference.
+        references: arms that come from no training.
     """
+    results, values = _with_corruption_means(results, values)
     rows = [row for row in results if row.seed is None]
     blocks = list(dict.fromkeys(block(row) for row in rows))
     sets = list(dict.fromkeys(row.data for row in rows))
@@ -197,6 +216,13 @@ def compare(results: Sequence[Result], values: ExampleValues) -> list[Comparison
     def order(row: Result) -> tuple[int, int, bool, int]:
         return blocks.index(block(row)), sets.index(row.data), row.condition != "clean", conditions.index(row.condition)
 
+    def pairs(group: Sequence[Result], arms: Sequence[str]) -> tuple[str, list[str]]:
+        """Return the baseline among the arms of a block, and those that it is compared with in one group of rows."""
+        trained = [arm for arm in arms if arm not in references] or arms
+        base = (baselines or {}).get(group[0].task, trained[0] if len(trained) > 1 else arms[0])
+        present = {row.arm for row in group}
+        return base, [arm for arm in trained if arm != base and {arm, base} <= present]
+
     evidence = Evidence(results, values)
     comparisons: list[Comparison] = []
     for _, table in groupby(sorted(rows, key=order), key=block):
@@ -204,24 +230,80 @@ def compare(results: Sequence[Result], values: ExampleValues) -> list[Comparison
             sorted(group, key=lambda row: row.arm != FROZEN)
             for _, group in groupby(table, key=lambda row: (row.data, row.condition))
         ]
-        comparisons += [_compare(group[0].data, [[row] for row in group], evidence) for group in groups]
+        columns: list[tuple[str, Sequence[Result], Sequence[Sequence[Result]]]]
+        columns = [(group[0].data, group, [[row] for row in group]) for group in groups]
         if all(group[0].data != AVERAGE for group in groups):
-            comparisons += _averages(groups, evidence)
+            columns += [(AVERAGE, group, rows) for group, rows in _averages(groups)]
+        arms = list(dict.fromkeys(row.arm for group in groups for row in group))
+        found = [_compare(data, rows, *pairs(group, arms), evidence) for data, group, rows in columns]
+        comparisons += [_with_shown_names(c, conditions) for c in found]
     return comparisons
 
 
-def _averages(groups: Sequence[Sequence[Result]], evidence: Evidence) -> Iterable[Comparison]:
-    """Yield the mean over sets of each condition that two or more sets and all have, each set weighing the same."""
+def _with_shown_names(c: Comparison, conditions: Sequence[str]) -> Comparison:
+    def shown(by_arm: Mapping[str, Any]) -> dict[str, Any]:
+        return {shown_name(arm, conditions): value for arm, value in by_arm.items()}
+
+    base = shown_name(c.base, conditions)
+    return replace(
+        c, cells=shown(c.cells), base=base, differences=shown(c.differences), over_domains=shown(c.over_domains)
+    )
+
+
+def _with_corruption_means(results: Sequence[Result], values: ExampleValues) -> tuple[list[Result], ExampleValues]:
+    """Return the rows and those of each arm's mean over many corruptions, example by example, and the values of all."""
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for row in results:
+        if row.kind == "corruption":
+            groups.setdefault((*block(row), row.data, row.arm, row.seed), []).append(row)
+    parts: dict[tuple[Any, ...], list[Result]] = {}
+    means = []
+    for rows in groups.values():
+        if len(rows) >= MANY_CORRUPTIONS:
+            numbers = zip(*((row.value, row.low, row.high) for row in rows), strict=True)
+            value, low, high = (math.fsum(column) / len(rows) for column in numbers)
+            condition = f"mean of {len(rows)} corruptions"
+            row = replace(rows[0], condition=condition, kind=CORRUPTIONS, family=CORRUPTIONS, level=None)
+            means.append(replace(row, value=value, low=low, high=high))
+            parts[row.key] = rows
+    return [*results, *means], _WithMeans(values, parts)
+
+
+@dataclass(frozen=True)
+class _WithMeans:
+    """Values by example of rows, and of the means of some of them. parts: the rows of each mean by its key."""
+
+    values: ExampleValues
+    parts: Mapping[tuple[Any, ...], Sequence[Result]]
+
+    def of(self, result: Result) -> Values | None:
+        found = [self.values.of(row) for row in self.parts.get(result.key, [result])]
+        columns = [column for column in found if column is not None and column.keys() == (found[0] or {}).keys()]
+        if len(columns) < len(found):
+            return None
+        return {name: math.fsum(column[name] for column in columns) / len(columns) for name in columns[0]}
+
+
+def _averages(groups: Sequence[Sequence[Result]]) -> Iterable[tuple[Sequence[Result], list[Sequence[Result]]]]:
+    """Yield for each condition that two or more sets and all have the rows of one set, and those of each arm in all sets.
+
+    Every set weighs the same in their mean.
+    """
     sets = len({group[0].data for group in groups})
     for condition in dict.fromkeys(group[0].condition for group in groups):
         chosen = [group for group in groups if group[0].condition == condition]
         arms = [row.arm for row in chosen[0]]
         if sets > 1 and len(chosen) == sets and all([row.arm for row in group] == arms for group in chosen):
-            yield _compare(AVERAGE, list(zip(*chosen, strict=True)), evidence)
+            yield chosen[0], list(zip(*chosen, strict=True))
 
 
-def _compare(data: str, columns: Sequence[Sequence[Result]], evidence: Evidence) -> Comparison:
-    """Return the comparison of arms under one condition. columns: the rows of each arm, one for each set."""
+def _compare(
+    data: str, columns: Sequence[Sequence[Result]], base: str, compared: Sequence[str], evidence: Evidence
+) -> Comparison:
+    """Return the comparison of arms under one condition, and the differences of the compared ones to the baseline.
+
+    columns: the rows of each arm, one for each set.
+    """
     values = [math.fsum(row.value for row in rows) / len(rows) for rows in columns]
     intervals = [evidence.interval(rows) for rows in columns]
     choose = min if columns[0][0].better == LOWER else max
@@ -249,20 +331,15 @@ def _compare(data: str, columns: Sequence[Sequence[Result]], evidence: Evidence)
             covers,
             None if sample is None else sample.bounds,
         )
-    difference = evidence.difference(columns[1], columns[0]) if len(columns) == 2 else None
-    if difference is None:
-        return Comparison(columns[0][0], data, cells, None, paired)
-    steps = over_domains([a.value - b.value for a, b in zip(columns[1], columns[0], strict=True)])
-    return Comparison(
-        columns[0][0],
-        data,
-        cells,
-        (difference.mean, *difference.bounds),
-        paired,
-        difference.p,
-        difference.covers,
-        None if steps is None else steps.bounds,
-    )
+    by_arm = {rows[0].arm: rows for rows in columns}
+    found = {arm: evidence.difference(by_arm[arm], by_arm[base]) for arm in compared}
+    differences = {arm: difference for arm, difference in found.items() if difference is not None}
+    samples = {
+        arm: over_domains([a.value - b.value for a, b in zip(by_arm[arm], by_arm[base], strict=True)])
+        for arm in differences
+    }
+    sampled = {arm: sample.bounds for arm, sample in samples.items() if sample is not None}
+    return Comparison(columns[0][0], data, cells, base, differences, paired, sampled)
 
 
 def _aligned(a: Values | None, b: Values | None) -> tuple[list[float], list[float]] | None:

@@ -13,7 +13,7 @@ from vismt.config.sections import RESOLVED
 from vismt.config.typed import shown
 from vismt.config.yaml_text import read_yaml
 from vismt.report.comparison import Values, compare
-from vismt.report.plotting import vector_figures
+from vismt.report.plotting import figure_formats
 from vismt.report.results import RESULTS, Result, ValuesByExample, read_results
 from vismt.report.score_sections import score_sections
 from vismt.report.tables import Section, Table
@@ -99,8 +99,8 @@ def compare_runs(
     headings = {names[folder]: run_heading(folder) for folder in folders}
     labels = list(joined.sources)
     settings = Section("Settings", _settings({names[folder]: folder / RESOLVED for folder in folders}))
-    with vector_figures(formats):
-        sections = [settings, *score_sections(target, joined.results, comparisons, joined, labels, {})]
+    with figure_formats(formats):
+        sections = [settings, *score_sections(target, joined.results, comparisons, joined, labels)]
     return write_report(target, _heading(headings), joined.results, comparisons, sections, formats)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vismt.report.comparison import AVERAGE, Comparison
 from vismt.report.plotting import (
@@ -29,68 +29,49 @@ from vismt.uncertainty.intervals import SHARE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SHOWN_COLUMNS, ACROSS = 3, 4
+ACROSS = 3
 
 
 def domain_bars(comparisons: Sequence[Comparison], path: Path, order: Sequence[str] | None = None) -> Path:
     """Draw a panel for each block and condition: a bar for each set and arm, with the 95 % interval and chance level.
 
     Args:
-        comparisons: of one metric, in the order to draw; sets run down the panel, conditions across.
-        path: the PNG to write.
+        comparisons: of one metric, in the order to draw; panels are below each other, so that a narrow screen has room.
+        path: the file to write.
         order: all arms of the report, which gives each its colour; None for those of these comparisons.
     """
-    blocks = list(dict.fromkeys(c.block for c in comparisons))
     arms = list(dict.fromkeys(arm for c in comparisons for arm in c.cells))
-    conditions = list(dict.fromkeys(c.condition for c in comparisons))
-    bands = math.ceil(len(conditions) / SHOWN_COLUMNS)
-    columns = math.ceil(len(conditions) / bands)
-    names = [list(dict.fromkeys(c.data for c in comparisons if c.block == block)) for block in blocks]
-    heights = [max(0.7, len(rows) * (0.2 * len(arms) + 0.22)) for rows in names for _ in range(bands)]
+    panels: dict[tuple[Any, str], dict[str, Comparison]] = {}
+    for c in comparisons:
+        panels.setdefault((c.block, c.condition), {})[c.data] = c
+    heights = [max(0.7, len(panel) * (0.2 * len(arms) + 0.22)) for panel in panels.values()]
     label = min(2.6, 0.085 * max(len(short(c.data, 28)) for c in comparisons) + 0.25)
-    width, gap = 1.0 + label + columns * 3.5, 1.0
+    width, gap = label + 3.7, 1.0
     chance = any(_chance(c) is not None for c in comparisons)
     top = 0.33 + 0.22 * legend_rows(arms, width - label, chance)
-    height = top + sum(heights) + gap * len(heights)
-    figure = new_figure(width, height)
+    figure = new_figure(width, top + sum(heights) + gap * len(heights))
     colors = {arm: color_of(arm, arms if order is None else order) for arm in arms}
     legend(figure, arms, list(colors.values()), label, chance=chance)
     reach = 1.0
     if comparisons[0].row.scale != SHARE:
-        reach = max(cell.value + cell.half for c in comparisons for cell in c.cells.values())
-    panel = (width - label - 0.35) / columns
+        reach = max(cell.high for c in comparisons for cell in c.cells.values())
     offset = top
-    for place, rows in enumerate(heights):
-        block, band = divmod(place, bands)
-        offset += 0.55
-        first = True
-        for column, condition in enumerate(conditions[band * columns : (band + 1) * columns]):
-            chosen = {c.data: c for c in comparisons if (c.block, c.condition) == (blocks[block], condition)}
-            if not chosen:
-                continue  # another block has this condition
-            axes = axes_at(figure, label + column * panel, offset, panel - 0.45, rows)
-            _bars(axes, chosen, names[block], colors, reach, first=first)
-            _heading(axes, chosen, condition)
-            first = False
-        offset += rows + gap - 0.55
+    for ((_, condition), chosen), rows in zip(panels.items(), heights, strict=True):
+        axes = axes_at(figure, label, offset + 0.55, 3.1, rows)
+        _bars(axes, chosen, colors, reach)
+        _heading(axes, chosen, condition)
+        offset += rows + gap
     return save(figure, path)
 
 
-def _bars(
-    axes: Axes,
-    chosen: Mapping[str, Comparison],
-    names: Sequence[str],
-    colors: Mapping[str, str],
-    reach: float,
-    *,
-    first: bool,
-) -> None:
+def _bars(axes: Axes, chosen: Mapping[str, Comparison], colors: Mapping[str, str], reach: float) -> None:
+    names = list(chosen)
     thickness = 0.78 / len(colors)
     scale = next(iter(chosen.values())).row.scale
     factor = 100.0 if scale == SHARE else 1.0
     for row, name in enumerate(names):
         for place, (arm, color) in enumerate(colors.items()):
-            cell = chosen[name].cells.get(arm) if name in chosen else None
+            cell = chosen[name].cells.get(arm)
             if cell is None:
                 continue
             y = row + (place - (len(colors) - 1) / 2) * thickness
@@ -98,15 +79,15 @@ def _bars(
             axes.errorbar(
                 factor * cell.value,
                 y,
-                xerr=factor * cell.half,
+                xerr=[[factor * max(0.0, cell.value - cell.low)], [factor * max(0.0, cell.high - cell.value)]],
                 color=INK,
                 elinewidth=1.1,
                 capsize=2.2,
                 capthick=1.1,
             )
             axes.annotate(
-                number_text(cell.value, scale, half=cell.half),
-                (factor * (cell.value + cell.half), y),
+                number_text(cell.value, scale, half=(cell.high - cell.low) / 2),
+                (factor * cell.high, y),
                 xytext=(4, 0),
                 textcoords="offset points",
                 va="center",
@@ -117,12 +98,12 @@ def _bars(
                 zorder=4,
             )
     cells = [cell for comparison in chosen.values() for cell in comparison.cells.values()]
-    least = min((cell.value - cell.half for cell in cells), default=0.0)  # below 0 only where values may be negative
+    least = min((cell.low for cell in cells), default=0.0)  # below 0 only where values may be negative
     low = 0.0 if scale == SHARE else min(0.0, least)
     axes.set(xlim=(1.1 * factor * low, 1.1 * factor * reach), ylim=(len(names) - 0.45, -0.55), yticks=range(len(names)))
     dress(axes, "")
     axes.grid(axis="x", color=GRID, linewidth=0.8)
-    axes.set_yticklabels([short(name, 28) for name in names] if first else [], fontsize=9, color=INK)
+    axes.set_yticklabels([short(name, 28) for name in names], fontsize=9, color=INK)
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(length=0)
     if AVERAGE in names:
@@ -169,7 +150,7 @@ def level_curves(comparisons: Sequence[Comparison], path: Path, level: str) -> P
 
     Args:
         comparisons: of one block and set (or average), under conditions with a level; a clean one counts as level 0.
-        path: the PNG to write. Several families are followed by a panel of their mean, without a width: they share
+        path: the file to write. Several families are followed by a panel of their mean, without a width: they share
             their examples.
         level: name of the axis, "severity".
     """
@@ -181,11 +162,12 @@ def level_curves(comparisons: Sequence[Comparison], path: Path, level: str) -> P
         for family in families
     }
     if len(curves) > 1:
-        mean: dict[str, dict[float, tuple[float, float]]] = {}
+        mean: dict[str, dict[float, tuple[float, float, float]]] = {}
         for arm in arms:
             lines = [panel[arm] for panel in curves.values()]
             shared = [at for at in lines[0] if all(at in line for line in lines)]
-            mean[arm] = {at: (math.fsum(line[at][0] for line in lines) / len(lines), 0.0) for at in shared}
+            values = {at: math.fsum(line[at][0] for line in lines) / len(lines) for at in shared}
+            mean[arm] = {at: (value, value, value) for at, value in values.items()}
         curves[f"mean of {len(curves)}"] = mean
     levels = sorted({at for panel in curves.values() for line in panel.values() for at in line})
     columns, size = min(ACROSS, len(curves)), (2.2, 1.55)
@@ -196,20 +178,19 @@ def level_curves(comparisons: Sequence[Comparison], path: Path, level: str) -> P
     legend(figure, arms, [color_of(arm, arms) for arm in arms], left)
     step = min((b - a for a, b in pairwise(levels)), default=1.0)
     factor = 100 if comparisons[0].row.scale == SHARE else 1
-    highest = max(
-        factor * (value + half) for panel in curves.values() for line in panel.values() for value, half in line.values()
-    )
+    highest = max(factor * high for panel in curves.values() for line in panel.values() for _, _, high in line.values())
     for place, (name, panel) in enumerate(curves.items()):
         row, column = divmod(place, columns)
         at = (left + column * size[0], top + 0.3 + row * (size[1] + 0.45))
         axes = axes_at(figure, *at, size[0] - 0.25, size[1])
         for number, (arm, line) in enumerate(panel.items()):
             shift = 0.5 * step * ((number + 0.5) / len(panel) - 0.5)  # so that whiskers do not lie on one another
-            halves = [factor * half for _, half in line.values()]
+            widths = [[factor * max(0.0, value - low) for value, low, _ in line.values()]]
+            widths += [[factor * max(0.0, high - value) for value, _, high in line.values()]]
             axes.errorbar(
                 [position + shift for position in line],
-                [factor * value for value, _ in line.values()],
-                yerr=halves if any(halves) else None,
+                [factor * value for value, _, _ in line.values()],
+                yerr=widths if any(map(any, widths)) else None,
                 color=color_of(arm, arms),
                 linewidth=1.6,
                 elinewidth=0.8,
@@ -226,7 +207,7 @@ def level_curves(comparisons: Sequence[Comparison], path: Path, level: str) -> P
     return save(figure, path)
 
 
-def _by_level(comparisons: Sequence[Comparison], arm: str) -> dict[float, tuple[float, float]]:
-    """Return an arm's (value, half width) by level, ascending."""
+def _by_level(comparisons: Sequence[Comparison], arm: str) -> dict[float, tuple[float, float, float]]:
+    """Return an arm's (value, low, high) by level, ascending."""
     cells = {c.row.level or 0.0: c.cells.get(arm) for c in comparisons}
-    return {level: (cell.value, cell.half) for level, cell in sorted(cells.items()) if cell is not None}
+    return {level: (cell.value, cell.low, cell.high) for level, cell in sorted(cells.items()) if cell is not None}

@@ -1,4 +1,4 @@
-"""The look of every figure: colours, fonts, and PNG files drawn without any global state of matplotlib.
+"""The look of every figure: colours, fonts, and files drawn without any global state of matplotlib.
 
 Colours are those of Okabe and Ito, which colour-blind readers tell apart.
 """
@@ -28,7 +28,7 @@ PALETTE = ("#9aa4b2", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#f
 RIGHT, WRONG = PALETTE[1], PALETTE[2]
 DASHES = (0, (3, 3))
 FIGURE_DPI = 150
-VECTORS = ("svg", "pdf")
+FIGURES = ("svg", "pdf", "png")
 # Fonts inside the file: TrueType in PDF, which publishers ask for, and outlines in SVG. Two runs give the same bytes.
 EMBEDDED: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "vismt"}
 METADATA: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ METADATA: dict[str, dict[str, Any]] = {
     "svg": {"Date": None, "Creator": "vismt"},
     "pdf": {"CreationDate": None, "Creator": "vismt"},
 }
-_vectors: ContextVar[tuple[str, ...]] = ContextVar("vectors", default=())
+_formats: ContextVar[tuple[str, ...]] = ContextVar("formats", default=())
 
 
 def dress(axes: Axes, title: str) -> None:
@@ -154,20 +154,20 @@ def show_image(axes: Axes, image: np.ndarray) -> None:
 
 
 @contextmanager
-def vector_figures(formats: Sequence[str]) -> Iterator[None]:
-    """Let `save` write a figure also in those of VECTORS that are among `formats`, while the body runs."""
-    token = _vectors.set(tuple(name for name in VECTORS if name in formats))
+def figure_formats(formats: Sequence[str]) -> Iterator[None]:
+    """Let `save` write a figure also in those of FIGURES that are among `formats`, while the body runs."""
+    token = _formats.set(tuple(name for name in FIGURES if name in formats))
     try:
         yield
     finally:
-        _vectors.reset(token)
+        _formats.reset(token)
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write the PNG atomically, and beside it the vector formats of `vector_figures`; return `path`."""
+    """Write the file atomically, in the format of its ending, and beside it those of `figure_formats`; return `path`."""
     from matplotlib import rc_context
 
-    for name in ("png", *_vectors.get()):
+    for name in dict.fromkeys((path.suffix[1:], *_formats.get())):
         buffer = io.BytesIO()
         with rc_context(EMBEDDED):
             figure.savefig(buffer, format=name, metadata=METADATA[name])

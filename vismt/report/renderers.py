@@ -15,11 +15,11 @@ from html import escape
 from pathlib import Path
 
 from vismt.report.comparison import AVERAGE
-from vismt.report.plotting import FIGURE_DPI
 from vismt.report.results import Result
 from vismt.report.tables import KeyFigure, Picture, Report, Section, Table, fitted, is_long, is_text
 
-SCREEN_DPI, FRAME = 96, 26  # at which letters of a figure have the size of those around it; pixels of its frame
+PIXELS = 96 / 72  # of a point of a figure, so that its letters have the size of those around it
+LEAST = 0.7  # to which a figure shrinks on a narrow screen before it scrolls
 
 # Characters with a meaning in LaTeX, and signs that it has under a name.
 ESCAPED = {character: f"\\{character}" for character in "&%$#_{}"}
@@ -43,25 +43,30 @@ dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0.3r
   background: var(--soft); border-radius: 10px; font-size: 0.9rem; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.85em; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; background:
+  linear-gradient(to left, var(--page) 40%, transparent) right / 2rem 100% no-repeat local,
+  linear-gradient(to left, var(--muted), transparent) right / 0.5rem 100% no-repeat scroll; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--muted); border-bottom: 2px solid var(--line); }
 th, td { padding: 0.45rem 0.9rem 0.45rem 0; white-space: nowrap; vertical-align: top; }
 td { border-top: 1px solid var(--line); }
 th, td.long { white-space: normal; } th { vertical-align: bottom; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); }
 tr.more td { border-top: 0; padding-top: 0; }
 tr.average td { font-weight: 600; } .number { text-align: right; padding-left: 0.9rem; }
 td.best span { background: var(--best); border-radius: 5px; padding: 0.12rem 0.4rem; margin-right: -0.4rem; font-weight: 700; }
 .key { display: flex; flex-wrap: wrap; gap: 0.5rem 2.5rem; margin: 0.75rem 0 0; } .key div { min-width: 9rem; }
 .key strong { display: block; font-size: 1.5rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
-.headline { margin: 0 0 1.75rem; }
+.headline { margin: 0 0 1.75rem; } .answer { font-size: 1.125rem; margin: 0 0 1.75rem; max-width: 48rem; }
 figure { margin: 1rem 0 2rem; } figcaption { color: var(--muted); font-size: 0.875rem; margin-top: 0.5rem; }
-img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 10px;
-  padding: 0.75rem; }
+.figure { overflow-x: auto; width: fit-content; max-width: 100%; background: #fff; padding: 0.75rem;
+  border: 1px solid var(--line); border-radius: 10px; }
+img { display: block; max-width: 100%; height: auto; }
 .cite { border-left: 4px solid var(--accent); background: var(--soft); border-radius: 0 10px 10px 0; padding: 0.9rem 1.3rem; }
 details { margin: 0.75rem 0; } summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--soft); border-radius: 10px; padding: 1rem 1.3rem; overflow-x: auto; }
-@media (max-width: 40rem) { td.text { white-space: normal; }
+@media (max-width: 40rem) { td.text { white-space: normal; } main { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.5rem; }
+  td:first-child { max-width: 7.5rem; overflow-wrap: break-word; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 0.5rem; } }
 @media print { main { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } }
 """
@@ -74,21 +79,22 @@ def render_html(report: Report) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(report.title)}</title><style>{STYLE}</style></head><body><main>",
         f"<h1>{escape(report.title)}</h1>",
+        *([f'<p class="answer">{escape(report.answer)}</p>'] if report.answer else []),
         *(_html_key(key) for key in report.keys),
-        "<dl>",
-        *(f"<dt>{escape(name)}</dt><dd>{_fact(name, value)}</dd>" for name, value in report.facts),
-        "</dl><h2>Results</h2>",
-        *(_html_table(table) for table in report.tables),
-        f'<p class="note">{escape(report.legend)}</p>',
+        *(["<h2>Models</h2>", _html_list(report.models)] if report.models else []),
         *(_html_section(section) for section in report.sections),
         '<h2>How to cite these numbers</h2><div class="cite">',
         *(f"<p>{escape(sentence)}</p>" for sentence in report.citation),
-        "</div>",
+        "</div><h2>Provenance</h2>",
+        _html_list(report.facts),
     ]
     if report.config:
-        parts.append("<h2>Configuration</h2><details><summary>config.resolved.yaml</summary>")
-        parts.append(f"<pre>{escape(report.config)}</pre></details>")
+        parts.append(f"<details><summary>config.resolved.yaml</summary><pre>{escape(report.config)}</pre></details>")
     return "\n".join([*parts, "</main></body></html>\n"])
+
+
+def _html_list(pairs: Sequence[tuple[str, str]]) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{_fact(name, value)}</dd>' for name, value in pairs)}</dl>"
 
 
 def _html_key(key: KeyFigure) -> str:
@@ -115,6 +121,8 @@ def _html_section(section: Section) -> str:
 def render_markdown(report: Report, folder: Path) -> str:
     """Return the same tables and sentences for a paper or a pull request; pictures are linked relative to `folder`."""
     lines = [f"# {_markdown_text(report.title)}", ""]
+    if report.answer:
+        lines += [_markdown_text(report.answer), ""]
     for key in report.keys:
         lines += [
             "; ".join(f"{_markdown_text(arm)} **{_markdown_text(text)}**" for arm, text in key.numbers),
@@ -122,12 +130,8 @@ def render_markdown(report: Report, folder: Path) -> str:
             _markdown_text(key.about),
             "",
         ]
-    lines += ["| | |", "|---|---|"]
-    lines += [f"| {_markdown_text(name)} | {_markdown_text(value)} |" for name, value in report.facts]
-    lines += ["", "## Results"]
-    for table in report.tables:
-        lines += _markdown_table(table)
-    lines += ["", report.legend]
+    if report.models:
+        lines += ["## Models", "", *_markdown_list(report.models)]
     for section in report.sections:
         lines += ["", f"## {_markdown_text(section.title)}"]
         for table, note in section.tables:
@@ -139,7 +143,12 @@ def render_markdown(report: Report, folder: Path) -> str:
             lines += ["", f"![{_markdown_text(picture.title)}]({target})", "", _markdown_text(picture.caption)]
     lines += ["", "## How to cite these numbers", ""]
     lines += ["\n>\n".join(f"> {_markdown_text(sentence)}" for sentence in report.citation)]
+    lines += ["", "## Provenance", "", *_markdown_list(report.facts)]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_list(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {_markdown_text(name)} | {_markdown_text(value)} |" for name, value in pairs)]
 
 
 def _html_table(table: Table) -> str:
@@ -164,7 +173,7 @@ def _html_part(table: Table) -> str:
         classes = " ".join(name for name, applies in (("more", again), ("average", average)) if applies)
         cells = []
         for i, text in enumerate(row):
-            shown = _breakable(text) if "long" in kinds[i] else escape(text)
+            shown = _breakable(text) if "text" in kinds[i] else escape(text)
             if i == 0 and again:
                 shown = ""
             if (number, i) in table.best:
@@ -188,10 +197,12 @@ def _fact(name: str, value: str) -> str:
 
 def _figure(picture: Picture) -> str:
     content = picture.path.read_bytes()
-    width = round(int.from_bytes(content[16:20], "big") * SCREEN_DPI / FIGURE_DPI) + FRAME  # from the header of the PNG
+    found = re.search(rb'<svg[^>]* width="([0-9.]+)pt"', content)
+    width = round(PIXELS * float(found[1])) if found else 0
+    size = f' width="{width}" style="min-width:{round(LEAST * width)}px"' if width else ""
     data = base64.b64encode(content).decode("ascii")
     return (
-        f'<figure><img alt="{escape(picture.title)}" width="{width}" src="data:image/png;base64,{data}">'
+        f'<figure><div class="figure"><img alt="{escape(picture.title)}"{size} src="data:image/svg+xml;base64,{data}"></div>'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
 
@@ -234,12 +245,12 @@ def render_csv(results: Sequence[Result]) -> str:
     return text.getvalue()
 
 
-def render_latex(tables: Sequence[Table]) -> str:
-    """Return LaTeX tables; they need the package booktabs. The best numbers are bold, statistical ties marked by ≈."""
-    return "% \\usepackage{booktabs}\n" + "\n".join(_latex_table(table) for table in tables)
+def render_latex(tables: Sequence[tuple[Table, str]]) -> str:
+    """Return LaTeX tables and their notes; they need booktabs. The best numbers are bold, statistical ties marked by ≈."""
+    return "% \\usepackage{booktabs}\n" + "\n".join(_latex_table(table, note) for table, note in tables)
 
 
-def _latex_table(table: Table) -> str:
+def _latex_table(table: Table, note: str) -> str:
     def line(texts: Sequence[str]) -> str:
         return "    " + " & ".join(texts) + r" \\"
 
@@ -259,7 +270,7 @@ def _latex_table(table: Table) -> str:
         [
             r"\begin{table}",
             r"  \centering",
-            rf"  \caption{{{_latex_text(table.title)}; mean $\pm$ half width of the 95\,\% confidence interval.}}",
+            rf"  \caption{{{_latex_text(f'{table.title}. {note}')}}}",
             rf"  \begin{{tabular}}{{{kinds}}}",
             r"    \toprule",
             line([_latex_text(head) for head in table.heads]),

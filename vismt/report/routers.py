@@ -34,7 +34,7 @@ def routers_figure(panel: Path, path: Path) -> Path:
 
     Args:
         panel: a file with the arrays of `vismt.multitask.emtal.router_maps`, and images.
-        path: the PNG to write.
+        path: the file to write.
 
     Raises:
         UserError: a file of another kind.
@@ -86,6 +86,6 @@ def router_pictures(folder: Path) -> list[Picture]:
     """Draw the picture of every file in the run folder."""
     pictures = []
     for panel in sorted((folder / ROUTERS).glob("*.npz")):
-        path = routers_figure(panel, folder / "figures" / f"routers-{panel.stem}.png")
+        path = routers_figure(panel, folder / "figures" / f"routers-{panel.stem}.svg")
         pictures.append(Picture(path, f"Routers of {panel.stem}", CAPTION))
     return pictures

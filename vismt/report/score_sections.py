@@ -13,27 +13,32 @@ from typing import Any
 from vismt.engine.log import record_stem
 from vismt.report import arm_figures, figures
 from vismt.report.arm_figures import SeedsPanel
-from vismt.report.comparison import AVERAGE, Comparison, Evidence, ExampleValues, block
+from vismt.report.comparison import AVERAGE, Comparison, Evidence, ExampleValues, block, shown_name
 from vismt.report.results import Result
-from vismt.report.tables import Picture, Section, Table, interval_text, number_text, scale_text, split_corruptions
+from vismt.report.tables import (
+    Picture,
+    Section,
+    Table,
+    bounds_text,
+    interval_text,
+    kinds_text,
+    number_text,
+    scale_text,
+    split_corruptions,
+)
 from vismt.uncertainty.intervals import LOWER, SHARE, mean_interval
 
 MOST_PANELS = 12  # of the figure by seed
 MOST_OPEN = 3  # figures of scores; of more the first is shown and the others on request
 ARROWS = "↓ lower is better, ↑ higher is better."
 SEED_NOTE = (
-    f"{ARROWS} Mean over the training seeds ± half width of its 95 % interval (Student's t), and the same of the difference to "
-    "the arm that is named, seed by seed, on these test examples: what other examples would change is not in it. The tables "
-    "of results have both. Every set weighs the same in the average."
+    f"{ARROWS} Mean and difference to the arm that is named: 95 % over training seeds alone, by Student's t, on these test "
+    "examples. The tables above have both the examples and the seeds in their intervals. Every set weighs the same in the "
+    "average."
 )
 PAIRS_NOTE = (
-    f"{ARROWS} The later arm minus the earlier one on the same examples, each averaged over the seeds, with the 95 % interval "
-    "{over}. Many pairs: of twenty true zeros one is expected to look like a difference."
-)
-OVER_SEEDS_NOTE = (
-    f"{ARROWS} The same differences seed by seed, with the 95 % interval over the seeds alone (Student's t), on these test "
-    "examples. With two or three seeds its t is so large that it can exceed the interval above, which has more degrees of "
-    "freedom."
+    f"{ARROWS} The later model minus the earlier one on the same examples, each averaged over the seeds. [ ]: {{kinds}}. Many "
+    "pairs: of twenty true zeros one is expected to look like a difference."
 )
 SEEDS_CAPTION = (
     "Dots of one seed are joined; bar and number are the mean over seeds. Each panel has its own scale, which does not begin "
@@ -82,7 +87,6 @@ def score_sections(
     comparisons: Sequence[Comparison],
     values: ExampleValues,
     compared: Sequence[str],
-    baselines: Mapping[str, str],
 ) -> list[Section]:
     """Return the sections about the scores of a run, or of several.
 
@@ -92,31 +96,28 @@ def score_sections(
         comparisons: of the results.
         values: of the results.
         compared: the evaluated models that come from trainings, by which seeds and pairs are shown.
-        baselines: by task the arm that differences are taken to, "" for none; the first arm that has the score for tasks
-            left out.
     """
     conditions = {c.condition for c in split_corruptions(comparisons)[0]}  # many corruptions have tables of their own
-    scores = arm_scores([row for row in results if row.condition in conditions], compared)
+    names = {arm: shown_name(arm, conditions) for arm in compared}
+    scores = arm_scores([row for row in results if row.condition in conditions], names)
     clean = [score for score in scores if score.row.condition == "clean"]
     bars = _bars(folder, comparisons)
-    # Of two models, the result tables have the one difference.
-    several = len({row.arm for row in results}) > 2 or any(score.seeds for score in scores)
-    evidence = Evidence(results, values)
-    pairs = [*(_over_examples(evidence, compared, scores) if several else []), *_over_seeds(compared, scores)]
+    baselines = {c.row.task: c.base for c in comparisons}
+    arms = list(names.values())
     return [
         Section("Scores by set", pictures=bars, folded=len(bars) > MOST_OPEN),
         Section("Scores by level", pictures=_levels(folder, comparisons)),
-        Section("Arms by seed", _by_seed(clean, baselines), _seeds_figure(folder, compared, clean)),
-        Section("Paired differences", pairs),
+        Section("Models by seed", _by_seed(clean, baselines), _seeds_figure(folder, arms, clean)),
+        Section("Every two models", _pairs(Evidence(results, values), arms, scores, kinds_text(comparisons))),
     ]
 
 
-def arm_scores(results: Sequence[Result], arms: Sequence[str]) -> list[ArmScore]:
-    """Return the scores of the trained arms, block by block, with the average over sets where there are several.
+def arm_scores(results: Sequence[Result], names: Mapping[str, str]) -> list[ArmScore]:
+    """Return the scores of arms under their shown names, block by block, with the average over sets where there are several.
 
-    A condition that some of the sets lack has no average.
+    A condition that some of the sets lack has no average. names: the shown name of each arm.
     """
-    rows = [row for row in results if row.arm in arms]
+    rows = [row for row in results if row.arm in names]
     scores: list[ArmScore] = []
     for key in dict.fromkeys(block(row) for row in rows):
         in_block = [row for row in rows if block(row) == key]
@@ -124,9 +125,9 @@ def arm_scores(results: Sequence[Result], arms: Sequence[str]) -> list[ArmScore]
         for condition in dict.fromkeys(row.condition for row in in_block):
             under = [row for row in in_block if row.condition == condition]
             found = list(dict.fromkeys(row.data for row in under))
-            scores += [_arm_score(data, [row for row in under if row.data == data], rows) for data in found]
+            scores += [_arm_score(data, [row for row in under if row.data == data], rows, names) for data in found]
             if 1 < len(found) == len(sets):
-                scores.append(_arm_score(AVERAGE, under, rows))
+                scores.append(_arm_score(AVERAGE, under, rows, names))
     return [score for score in scores if score.arms]
 
 
@@ -142,16 +143,16 @@ def _name(row: Result, data: str, rows: Sequence[Result]) -> str:
     return ", ".join(parts)
 
 
-def _arm_score(data: str, rows: Sequence[Result], others: Sequence[Result]) -> ArmScore:
+def _arm_score(data: str, rows: Sequence[Result], others: Sequence[Result], names: Mapping[str, str]) -> ArmScore:
     """Return the score of one set, or of the average over the sets of `rows`; others: the rows of all scores."""
     sets = {row.data for row in rows}
     by_arm: dict[str, list[Result]] = {}
     by_seed: dict[tuple[str, int], list[float]] = {}
     for row in rows:
         if row.seed is None:
-            by_arm.setdefault(row.arm, []).append(row)
+            by_arm.setdefault(names[row.arm], []).append(row)
         else:
-            by_seed.setdefault((row.arm, row.seed), []).append(row.value)
+            by_seed.setdefault((names[row.arm], row.seed), []).append(row.value)
     return ArmScore(
         row=rows[0],
         data=data,
@@ -169,10 +170,10 @@ def _bars(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
     pictures = []
     for task, metric in dict.fromkeys((c.row.task, c.row.metric) for c in shown):
         chosen = [c for c in shown if (c.row.task, c.row.metric) == (task, metric)]
-        path = figures.domain_bars(chosen, folder / "figures" / f"{record_stem('scores', task, metric)}.png", arms)
-        chance = "; the dashed line is chance" if any(c.row.chance is not None for c in chosen) else ""
+        path = figures.domain_bars(chosen, folder / "figures" / f"{record_stem('scores', task, metric)}.svg", arms)
+        chance = " The dashed line is chance." if any(c.row.chance is not None for c in chosen) else ""
         name = f"{task}: {metric}" if len(tasks) > 1 else metric
-        pictures.append(Picture(path, name, f"Whiskers are 95 % confidence intervals{chance}."))
+        pictures.append(Picture(path, name, f"Whiskers: {kinds_text(chosen)}.{chance}"))
     return pictures
 
 
@@ -190,13 +191,13 @@ def _levels(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
                     continue
                 clean = [c for c in of_set if c.condition == "clean"] if kind == "attack" else []
                 name = record_stem(f"{kind}-levels", data, "-".join(key))
-                path = figures.level_curves([*clean, *chosen], folder / "figures" / f"{name}.png", level)
+                path = figures.level_curves([*clean, *chosen], folder / "figures" / f"{name}.svg", level)
                 row = chosen[0].row
                 counts = [cell.n for c in chosen for cell in c.cells.values()]
                 where = "average over the sets" if data == AVERAGE else data
                 text = f"{row.protocol}, {where}, {scale_text(row.metric, row.scale)}, n = {max(counts):,} {row.unit}."
                 title = f"{data}, {kind} by {level}"
-                pictures.append(Picture(path, title, f"{text} Whiskers are 95 % intervals."))
+                pictures.append(Picture(path, title, f"{text} Whiskers: {kinds_text(chosen)}."))
     return pictures
 
 
@@ -222,8 +223,8 @@ def _seeds_figure(folder: Path, arms: Sequence[str], scores: Sequence[ArmScore])
         factor = 100 if score.row.scale == SHARE else 1
         values = {key: factor * value for key, value in score.seeds.items()}
         panels.append(SeedsPanel(score.name, score.metric, f"n = {score.count}", values, score.row.scale))
-    path = arm_figures.seeds_figure(panels, list(arms), folder / "figures" / "seeds.png")
-    return [Picture(path, "Arms by seed", SEEDS_CAPTION)]
+    path = arm_figures.seeds_figure(panels, list(arms), folder / "figures" / "seeds.svg")
+    return [Picture(path, "Models by seed", SEEDS_CAPTION)]
 
 
 def _by_seed(scores: Sequence[ArmScore], baselines: Mapping[str, str]) -> list[tuple[Table, str]]:
@@ -246,68 +247,46 @@ def _by_seed(scores: Sequence[ArmScore], baselines: Mapping[str, str]) -> list[t
             difference = "–"
             if arm != base and base in arms:
                 steps = [value - score.seeds[base, seed] for value, seed in zip(values, seeds, strict=True)]
-                difference = f"{interval_text(*mean_interval(steps), score.row.scale, sign=True)} to {base}"
+                difference = f"{_over_seeds(steps, score.row.scale, sign=True)} to {base}"
             if arm == first and len(arms) > 1:
                 best.add((len(rows), 2 + len(seeds)))
-            mean, half = mean_interval(values)
+            half = mean_interval(values)[1]
             numbers = [number_text(value, score.row.scale, half=half) for value in values]
-            rows.append([score.label, arm, *numbers, interval_text(mean, half, score.row.scale), difference])
+            rows.append([score.label, arm, *numbers, _over_seeds(values, score.row.scale), difference])
     if not rows:
         return []
-    heads = ["Score", "Arm", *(f"seed {seed}" for seed in seeds), "mean", "difference"]
+    heads = ["Score", "Model", *(f"seed {seed}" for seed in seeds), "mean", "difference"]
     return [(Table(f"By seed, {len(seeds)} seeds", heads, rows, best, folded=len(rows) > 40), SEED_NOTE)]
 
 
-def _over_examples(evidence: Evidence, arms: Sequence[str], scores: Sequence[ArmScore]) -> list[tuple[Table, str]]:
-    """Return the difference of every two arms on the same examples."""
-
-    def cell(score: ArmScore, later: str, earlier: str) -> str:
-        found = evidence.difference(score.arms[later], score.arms[earlier])
-        return "–" if found is None else interval_text(found.mean, found.half, score.row.scale, sign=True)
-
-    several = any(score.seeds for score in scores)
-    title = "Over examples and seeds" if several else "Over examples"
-    over = "over the examples and the training seeds together" if several else "over the examples"
-    return _pairs(title, arms, scores, cell, PAIRS_NOTE.format(over=over))
+def _over_seeds(values: Sequence[float], scale: str, sign: bool = False) -> str:
+    """Return the mean of one value for each seed, with its interval."""
+    mean, half = mean_interval(values)
+    return interval_text(mean, mean - half, mean + half, scale, sign)
 
 
-def _over_seeds(arms: Sequence[str], scores: Sequence[ArmScore]) -> list[tuple[Table, str]]:
-    """Return the difference of every two arms seed by seed."""
-    several = [score for score in scores if score.seeds]
-    seeds = list(dict.fromkeys(seed for score in several for _, seed in score.seeds))
-
-    def cell(score: ArmScore, later: str, earlier: str) -> str:
-        steps = [
-            score.seeds[later, seed] - score.seeds[earlier, seed]
-            for seed in seeds
-            if (later, seed) in score.seeds and (earlier, seed) in score.seeds
-        ]
-        return interval_text(*mean_interval(steps), score.row.scale, sign=True) if len(steps) > 1 else "–"
-
-    return _pairs(f"Over {len(seeds)} seeds", arms, several, cell, OVER_SEEDS_NOTE)
-
-
-def _pairs(
-    title: str, arms: Sequence[str], scores: Sequence[ArmScore], cell: Any, note: str
-) -> list[tuple[Table, str]]:
-    """Return a table with a row for each two arms and condition; cell(score, later arm, earlier arm) gives a text."""
+def _pairs(evidence: Evidence, arms: Sequence[str], scores: Sequence[ArmScore], kinds: str) -> list[tuple[Table, str]]:
+    """Return a table with a row for each two of three or more arms and condition, the later minus the earlier one."""
     conditions = list(dict.fromkeys(score.row.condition for score in scores))
     columns: dict[tuple[Any, ...], dict[str, ArmScore]] = {}
     for score in scores:
         columns.setdefault((*block(score.row), score.data), {})[score.row.condition] = score
+
+    def cell(score: ArmScore | None, later: str, earlier: str) -> str:
+        if score is None or not {later, earlier} <= set(score.arms):
+            return "–"
+        found = evidence.difference(score.arms[later], score.arms[earlier])
+        return "–" if found is None else bounds_text(found.mean, *found.bounds, score.row.scale, sign=True)
+
     rows = []
-    for earlier, later in itertools.combinations(arms, 2):
+    for earlier, later in itertools.combinations(arms, 2) if len(arms) > 2 else ():
         for condition in conditions:
-            found = [column.get(condition) for column in columns.values()]
-            texts = [
-                cell(score, later, earlier) if score is not None and {later, earlier} <= set(score.arms) else "–"
-                for score in found
-            ]
-            if any(text != "–" for text in texts):
+            texts = [cell(column.get(condition), later, earlier) for column in columns.values()]
+            if set(texts) != {"–"}:
                 rows.append([f"{later} − {earlier}", *([condition] if len(conditions) > 1 else []), *texts])
-    heads = ["Arms", *(["Condition"] if len(conditions) > 1 else [])]
+    heads = ["Models", *(["Condition"] if len(conditions) > 1 else [])]
     for column in columns.values():
         counts = dict.fromkeys(score.count for score in column.values())
         heads.append(f"{next(iter(column.values())).label}, n = {' / '.join(counts)}")
-    names = len(heads) - len(columns)
-    return [(Table(title, heads, rows, set(), texts=names, folded=len(heads) > 12), note)] if rows else []
+    table = Table("Paired differences", heads, rows, set(), texts=len(heads) - len(columns), folded=True)
+    return [(table, PAIRS_NOTE.format(kinds=kinds))] if rows else []

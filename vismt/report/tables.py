@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vismt.report.comparison import Cell, Comparison
+from vismt.report.comparison import AVERAGE, MANY_CORRUPTIONS, Cell, Comparison
 from vismt.report.results import ROUNDING, Result
-from vismt.uncertainty.intervals import LOWER, SHARE
+from vismt.uncertainty.intervals import LOWER, SHARE, interval_kind_text
 
 MARKS = {"best": "★", "tie": "≈", "": ""}
-# From so many arms on, arms are rows; from so many corruptions on, these have a table of their own.
-MANY_ARMS, MANY_CORRUPTIONS = 5, 4
+MANY_ARMS = 5  # from so many arms on, arms are rows
 # Characters that a page has room for, those that the space between two columns takes, and those of a text that may be broken.
 WIDEST, APART, TEXT = 128, 4, 26
 
@@ -36,7 +35,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG inside the run folder, its title and its caption."""
+    """An SVG inside the run folder, its title and its caption."""
 
     path: Path
     title: str
@@ -62,7 +61,7 @@ class Section:
 
 @dataclass(frozen=True)
 class KeyFigure:
-    """What a reader sees first: models with their number, and a sentence with measure, set, condition and n."""
+    """Models with their number, and a sentence with measure, set, condition and n."""
 
     numbers: list[tuple[str, str]]
     about: str
@@ -70,15 +69,18 @@ class KeyFigure:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that all formats show, as plain texts that are not yet escaped."""
+    """Everything that all formats show, as plain texts that are not yet escaped, in the order of a page.
+
+    answer: the difference that matters, as a sentence; "" without one. models: names with a line about each.
+    """
 
     title: str
+    answer: str
     keys: list[KeyFigure]
-    facts: list[tuple[str, str]]
-    tables: list[Table]
-    legend: str
+    models: list[tuple[str, str]]
     sections: list[Section]
     citation: list[str]
+    facts: list[tuple[str, str]]
     config: str
 
 
@@ -90,10 +92,11 @@ def split_corruptions(comparisons: Sequence[Comparison]) -> tuple[list[Compariso
     return [c for c in comparisons if c.row.kind != "corruption"], corrupted
 
 
-def result_tables(comparisons: Sequence[Comparison]) -> list[Table]:
+def result_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, str]]:
     """Return the tables of results, one for each protocol and its conditions; many corruptions have one of their own.
 
     Of one measure of few arms, arms are columns and sets and conditions rows. Otherwise arms are rows and measures columns.
+    The note of a table says what its intervals cover.
     """
     tables = []
     for group in _groups(comparisons):
@@ -102,16 +105,77 @@ def result_tables(comparisons: Sequence[Comparison]) -> list[Table]:
             if not kept:
                 continue
             title = _title(kept, comparisons, ", corruptions" if folded else "")
-            if len({c.block for c in kept}) == 1 and (folded or len(arms) < MANY_ARMS):
-                tables.append(_arms_across(title, kept, folded))
-            else:
-                tables.append(_arms_down(title, kept, folded))
+            across = len({c.block for c in kept}) == 1 and (folded or len(arms) < MANY_ARMS)
+            table = _arms_across(title, kept, folded) if across else _arms_down(title, kept, folded)
+            tables.append((table, _note(kept)))
     return tables
 
 
-def paper_tables(comparisons: Sequence[Comparison]) -> list[Table]:
+def difference_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, str]]:
+    """Return the differences of every arm to the baseline, one table for each protocol, the strongest attack first."""
+    tables = []
+    for group in _groups([c for c in ranked(comparisons) if c.differences]):
+        bases = {c.row.task: c.base for c in group}
+        names = ", ".join(set(bases.values()) if len(set(bases.values())) == 1 else map(": ".join, bases.items()))
+        title = f"Difference to {names}: {_title(group, comparisons)}"
+        note = f"[ ]: {kinds_text(group)}, on the same examples."
+        note += _over_domains([(c, c.over_domains) for c in group], sign=True)
+        tables.append((_arms_down(title, group, differences=True), note))
+    return tables
+
+
+def ranked(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return comparisons under the strongest attack, clean ones, then the others; many corruptions are left out."""
+    kept = split_corruptions(comparisons)[0]
+    strongest = {c.block: strongest_attack([other for other in kept if other.block == c.block]) for c in kept}
+
+    def rank(c: Comparison) -> int:
+        return 0 if c.condition == strongest[c.block] else 1 if c.condition == "clean" else 2
+
+    return sorted(kept, key=rank)
+
+
+def strongest_attack(comparisons: Sequence[Comparison]) -> str:
+    """Return the attack that leaves the best arm the least, by the first measure it has a row of; "" without one.
+
+    Of several that break all, the last: the worst case over the others follows them.
+    """
+    attacks = [c for c in comparisons if c.row.kind == "attack"]
+    if not attacks:
+        return ""
+    column = (attacks[0].block, attacks[0].data)
+    sign = -1 if attacks[0].row.better == LOWER else 1
+    left = {
+        c.condition: max(sign * cell.value for cell in c.cells.values())
+        for c in reversed(attacks)
+        if (c.block, c.data) == column
+    }
+    return min(left, key=left.__getitem__)
+
+
+def paper_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, str]]:
     """Return the tables of results with arms as rows, and with measures or sets as columns, as papers print them."""
-    return [_arms_down(_title(group, comparisons), group) for group in _groups(comparisons)]
+    groups = [(_arms_down(_title(group, comparisons), group), _note(group)) for group in _groups(comparisons)]
+    return [*groups, *difference_tables(comparisons)]
+
+
+def _note(group: Sequence[Comparison]) -> str:
+    """Return what the intervals of a table of results cover."""
+    sampled = [(c, {arm: cell.over_domains for arm, cell in c.cells.items() if cell.over_domains}) for c in group]
+    return f"± and [ ]: {kinds_text(group)}.{_over_domains(sampled)}"
+
+
+def _over_domains(sampled: Sequence[tuple[Comparison, Mapping[str, tuple[float, float]]]], sign: bool = False) -> str:
+    """Return the intervals of averages that take their sets as a sample of sets, by condition and arm."""
+    texts = []
+    for c, by_arm in sampled:
+        if c.data == AVERAGE and by_arm:
+            parts = []
+            for arm, (low, high) in by_arm.items():
+                ends = (number_text(end, c.row.scale, sign, (high - low) / 2) for end in (low, high))
+                parts.append(f"{arm} [{', '.join(ends)}]")
+            texts.append(f"{c.condition}, {', '.join(parts)}")
+    return f" Average, {interval_kind_text('domains')}: {'; '.join(texts)}." if texts else ""
 
 
 def _groups(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
@@ -146,26 +210,29 @@ def _title(group: Sequence[Comparison], comparisons: Sequence[Comparison], more:
 def _arms_across(title: str, group: Sequence[Comparison], folded: bool) -> Table:
     """Return a row for each set and condition and a column for each arm."""
     arms = list(dict.fromkeys(arm for c in group for arm in c.cells))
+    sets, counts = {c.data for c in group}, {counts_text([c]) for c in group}
     conditions = ["Condition"] if {c.condition for c in group} != {"clean"} else []
-    differences = ["Difference"] if any(c.difference for c in group) else []
-    heads = ["Data", *conditions, *arms, *differences, f"n ({group[0].row.unit})"]
-    first = 1 + len(conditions)
+    names = ["Data"] if len(sets) > 1 or not conditions else []
+    numbers = [f"n ({group[0].row.unit})"] if len(counts) > 1 else []
+    title += "" if names else f", {group[0].data}"
+    title += "" if numbers else f", n = {counts.pop()} {group[0].row.unit}"
+    heads = [*names, *conditions, *arms, *numbers]
+    first = len(names) + len(conditions)
     rows, best = [], set()
     for number, c in enumerate(group):
-        texts = [c.data, *([c.condition] if conditions else [])]
+        texts = [*([c.data] if names else []), *([c.condition] if conditions else [])]
         texts[-1] += "" if c.paired or len(c.cells) < 2 else " (unpaired)"
         texts += [cell_text(c.cells.get(arm), c.row) for arm in arms]
         best |= {(number, first + i) for i, arm in enumerate(arms) if _is_best(c, arm)}
-        if differences:
-            texts.append(difference_text(c))
-        rows.append([*texts, counts_text([c])])
+        rows.append([*texts, *([counts_text([c])] if numbers else [])])
     return Table(title, heads, rows, best, texts=first, folded=folded)
 
 
-def _arms_down(title: str, group: Sequence[Comparison], folded: bool = False) -> Table:
+def _arms_down(title: str, group: Sequence[Comparison], folded: bool = False, differences: bool = False) -> Table:
     """Return a row for each arm under each set and condition, and a column for each measure.
 
-    Of one measure the sets are columns, and of one measure on one set the conditions are.
+    Of one measure the sets are columns, and of one measure on one set the conditions are. differences: to the baseline, in
+    place of the numbers.
     """
     arms = list(dict.fromkeys(arm for c in group for arm in c.cells))
     tasks, sets = {c.row.task for c in group}, list(dict.fromkeys(c.data for c in group))
@@ -178,11 +245,17 @@ def _arms_down(title: str, group: Sequence[Comparison], folded: bool = False) ->
             return (c.data, c.condition), f"{c.row.task} {measure}" if len(tasks) > 1 else measure
         return (("", c.condition), c.data) if len(sets) > 1 else (("", ""), c.condition)
 
+    def text(c: Comparison | None, arm: str) -> str:
+        if c is None:
+            return "–"
+        return difference_text(c, arm) if differences else cell_text(c.cells.get(arm), c.row)
+
     table = {place(c): c for c in group}
     columns = list(dict.fromkeys(column for _, column in table))
     bands = list(dict.fromkeys(band for band, _ in table))
     shown = [at for at in range(2) if len({band[at] for band in bands}) > 1]
-    heads, counts = _heads([[c for (_, name), c in table.items() if name == column] for column in columns], columns)
+    by_column = [[c for (_, name), c in table.items() if name == column] for column in columns]
+    heads, counts = _heads(by_column, columns, differences=differences)
     title += f", {sets[0]}" if len(sets) == 1 else ""
     title += f", n = {counts} {group[0].row.unit}" if counts else ""
     rows: list[list[str]] = []
@@ -191,27 +264,30 @@ def _arms_down(title: str, group: Sequence[Comparison], folded: bool = False) ->
         in_band = [table.get((band, column)) for column in columns]
         first = [band[at] for at in shown]
         for arm in arms:
-            if any(c is not None and arm in c.cells for c in in_band):
-                best |= {(len(rows), len(shown) + 1 + i) for i, c in enumerate(in_band) if c and _is_best(c, arm)}
-                rows.append([*first, arm, *("–" if c is None else cell_text(c.cells.get(arm), c.row) for c in in_band)])
-        if len(arms) == 2 and any(c is not None and c.difference for c in in_band):
-            differences = ["–" if c is None else difference_text(c) for c in in_band]
-            rows.append([*first, f"{arms[1]} − {arms[0]}", *differences])
+            texts = [text(c, arm) for c in in_band]
+            if set(texts) != {"–"}:
+                if not differences:
+                    best |= {(len(rows), len(shown) + 1 + i) for i, c in enumerate(in_band) if c and _is_best(c, arm)}
+                rows.append([*first, arm, *texts])
     names = [("Data", "Condition")[at] for at in shown]
-    return Table(title, [*names, "Arm", *heads], rows, best, texts=len(shown) + 1, folded=folded)
+    return Table(title, [*names, "Model", *heads], rows, best, texts=len(shown) + 1, folded=folded)
 
 
-def _heads(columns: Sequence[Sequence[Comparison]], names: Sequence[str]) -> tuple[list[str], str]:
+def _heads(
+    columns: Sequence[Sequence[Comparison]], names: Sequence[str], *, differences: bool
+) -> tuple[list[str], str]:
     """Return the heads of columns of numbers, and the n that all have, "" where it differs and is in the heads.
 
-    A head also tells that a comparison in its column is not paired.
+    A head also tells that a comparison in its column is not paired; differences are.
     """
     counts = [counts_text(of_column) for of_column in columns]
     same = counts[0] if len(set(counts)) == 1 else ""
     heads = []
     for of_column, name, count in zip(columns, names, counts, strict=True):
         unpaired = any(not c.paired and len(c.cells) > 1 for c in of_column)
-        heads.append(name + ("" if same else f", n = {count}") + (" (unpaired)" if unpaired else ""))
+        heads.append(
+            name + ("" if same else f", n = {count}") + (" (unpaired)" if unpaired and not differences else "")
+        )
     return heads, same
 
 
@@ -225,7 +301,10 @@ def _is_best(c: Comparison, arm: str) -> bool:
 
 
 def fitted(table: Table, widest: int = WIDEST) -> list[Table]:
-    """Return a table as several with the same first columns where its numbers take more than `widest` characters."""
+    """Return a table as several with the same first columns where its numbers take more than `widest` characters.
+
+    A row without a number in one of several parts is left out of it.
+    """
     widths = [_width(table, column) for column in range(len(table.heads))]
     first = sum(widths[: table.texts])
     groups: list[list[int]] = [[]]
@@ -239,8 +318,10 @@ def fitted(table: Table, widest: int = WIDEST) -> list[Table]:
     parts = []
     for group in groups:
         kept = [*range(table.texts), *group]
-        rows = [[row[column] for column in kept] for row in table.rows]
-        best = {(row, kept.index(column)) for row, column in table.best if column in kept}
+        told = [len(groups) == 1 or any(row[column] != "–" for column in group) for row in table.rows]
+        shown = [number for number, tells in enumerate(told) if tells]
+        rows = [[table.rows[number][column] for column in kept] for number in shown]
+        best = {(shown.index(row), kept.index(column)) for row, column in table.best if column in kept}
         parts.append(replace(table, heads=[table.heads[column] for column in kept], rows=rows, best=best))
     return parts
 
@@ -264,27 +345,56 @@ def is_long(table: Table, column: int) -> bool:
 
 
 def cell_text(cell: Cell | None, row: Result) -> str:
-    """Return mean, half width and mark; a dash for no cell."""
+    """Return mean, interval and mark; a dash for no cell."""
     if cell is None:
         return "–"
-    return f"{interval_text(cell.value, cell.half, row.scale)} {MARKS[cell.mark]}".rstrip()
+    return f"{interval_text(cell.value, cell.low, cell.high, row.scale)} {MARKS[cell.mark]}".rstrip()
 
 
-def difference_text(c: Comparison) -> str:
-    """Return the difference and its interval; a dash for none."""
-    return "–" if c.difference is None else bounds_text(c.difference, c.row.scale)
+def difference_text(c: Comparison, arm: str) -> str:
+    """Return the difference of an arm to the baseline and its interval; a dash for none."""
+    if arm not in c.differences:
+        return "–"
+    return bounds_text(c.differences[arm].mean, *c.differences[arm].bounds, c.row.scale, sign=True)
 
 
-def bounds_text(difference: tuple[float, float, float], scale: str) -> str:
-    """Return (difference, low, high) as "+1.2 [−0.3, +2.7]", as exact as the width allows."""
-    _, low, high = difference
-    middle, low_text, high_text = (number_text(value, scale, True, (high - low) / 2) for value in difference)
+def bounds_text(value: float, low: float, high: float, scale: str, sign: bool = False) -> str:
+    """Return "1.2 [−0.3, 2.7]", with `sign` "+1.2 [−0.3, +2.7]", as exact as the width allows.
+
+    Shares end at 0 and 100 %, with `sign`, as differences, at -100 and 100 %.
+    """
+    if scale == SHARE:
+        low, high = max(low, -1.0 if sign else 0.0), min(high, 1.0)
+    middle, low_text, high_text = (number_text(end, scale, sign, (high - low) / 2) for end in (value, low, high))
     return f"{middle} [{low_text}, {high_text}]"
 
 
-def interval_text(mean: float, half: float, scale: str, sign: bool = False) -> str:
-    """Return mean ± half width, both as exact as the width allows."""
-    return f"{number_text(mean, scale, sign, half)} ± {number_text(half, scale, half=half)}"
+def interval_text(value: float, low: float, high: float, scale: str, sign: bool = False) -> str:
+    """Return "82.5 ± 8.6", or where the two half widths differ when rounded the text of `bounds_text`, "0.0 [0.0, 16.1]"."""
+    if scale == SHARE:
+        low, high = max(low, -1.0 if sign else 0.0), min(high, 1.0)
+    half = (high - low) / 2
+    below, above = (number_text(width, scale, half=half) for width in (value - low, high - value))
+    if below == above or math.isclose(value - low, half, rel_tol=1e-6):
+        return f"{number_text(value, scale, sign, half)} ± {number_text(half, scale, half=half)}"
+    return bounds_text(value, low, high, scale, sign)
+
+
+def row_text(row: Result) -> str:
+    """Return the number of a row with its interval."""
+    return interval_text(row.value, row.low, row.high, row.scale)
+
+
+def kinds_text(comparisons: Sequence[Comparison]) -> str:
+    """Return what the intervals of some comparisons cover, with the models where it differs between them."""
+    models: dict[str, dict[str, None]] = {}
+    for c in comparisons:
+        for arm, cell in c.cells.items():
+            seeds = f" ({cell.seeds} seeds)" if cell.seeds else ""
+            models.setdefault(interval_kind_text(cell.covers) + seeds, {})[arm] = None
+    if len(models) == 1:
+        return next(iter(models))
+    return "; ".join(f"{', '.join(arms)}: {kind}" for kind, arms in models.items())
 
 
 def number_text(value: float, scale: str, sign: bool = False, half: float = 0.0) -> str:

@@ -75,7 +75,7 @@ def _curves(folder: Path, arms: Sequence[str], logged: Mapping[str, str], seeds:
     drawn = [name for name in logged if name != "fade"]
     if not any(row.get(name) is not None for rows in logs.values() for row in rows for name in drawn):
         return []
-    path = arm_figures.curves_figure(logs, logged, folder / "figures" / "training.png")
+    path = arm_figures.curves_figure(logs, logged, folder / "figures" / "training.svg")
     return [Picture(path, "Training", TRAINING_CAPTION)]
 
 

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vismt.base.errors import UserError
 from vismt.config.sections import RESOLVED
-from vismt.report.comparison import AVERAGE, Comparison
+from vismt.report.comparison import AVERAGE, Comparison, shown_name
 from vismt.report.renderers import render_csv, render_html, render_latex, render_markdown
 from vismt.report.results import FACTS, Result
 from vismt.report.tables import (
     KeyFigure,
     Report,
     Section,
+    bounds_text,
+    cell_text,
     counts_text,
+    difference_tables,
     difference_text,
     interval_text,
+    kinds_text,
     paper_tables,
     result_tables,
     scale_text,
     split_corruptions,
+    strongest_attack,
 )
 from vismt.storage.files import atomic_write, read_sealed
 from vismt.storage.paths import regular_file
 from vismt.uncertainty.intervals import LOWER, SHARE
 
 LEGEND = (
-    "Mean ± half width of the 95 % confidence interval over n{seeds}. ★ best of the models, ≈ statistical tie with the best: "
-    "the 95 % interval of the paired difference contains zero, or, where a row has no records of the same examples "
-    "(marked “unpaired”), the two intervals overlap. Every set weighs the same in the average."
+    "★ best of the models, ≈ statistical tie with the best: the 95 % interval of the paired difference contains zero, or, where "
+    "a row has no records of the same examples (marked “unpaired”), the two intervals overlap. Every set weighs the same in "
+    "the average."
 )
 ZERO_WIDTH_NOTE = " A width of 0.0 means that all n gave the same value, not that the number is certain."
 # Format -> ending of its file.
@@ -44,18 +49,22 @@ MOST_KEYS = 4  # models in a key figure
 class Heading:
     """What a report says of the run that it is of.
 
-    facts: names and values of the table at the top. source: where the numbers come from, for citations. config: the text of
-    the configuration, "" for none.
+    facts: names and values of the table at the end. source: where the numbers come from, for citations. config: the text of
+    the configuration, "" for none. models: a line about each evaluated model by its name.
     """
 
     title: str
     facts: list[tuple[str, str]]
     source: str
     config: str = ""
+    models: Mapping[str, str] = field(default_factory=dict)
 
 
-def run_heading(folder: Path) -> Heading:
-    """Return the heading of a run folder; raise UserError when its run.json is missing or broken."""
+def run_heading(folder: Path, models: Mapping[str, str] | None = None) -> Heading:
+    """Return the heading of a run folder; raise UserError when its run.json is missing or broken.
+
+    models: a line about each evaluated model by its name.
+    """
     path = folder / FACTS
     if not path.exists():
         raise UserError(f"report: no run.json in '{folder}'; give a run folder, `vismt run CONFIG` makes one.")
@@ -74,6 +83,7 @@ def run_heading(folder: Path) -> Heading:
         facts=_facts(about),
         source=f"vismt config {about['config_hash']}{revision}{seeds}",
         config=content,
+        models=dict(models or {}),
     )
 
 
@@ -93,17 +103,22 @@ def write_report(
         results: all rows, for the file of comma-separated values.
         comparisons: of the results.
         sections: what follows the result tables. Empty sections are left out.
-        formats: names of FORMATS, and of plotting.VECTORS, which write no file of their own.
+        formats: names of FORMATS, and of plotting.FIGURES, which write no file of their own.
     """
-    flat = any(cell.half == 0 for c in comparisons for cell in c.cells.values())
+    flat = any(cell.low == cell.high for c in comparisons for cell in c.cells.values())
+    conditions = {c.condition for c in comparisons}
+    tables = result_tables(comparisons)
+    table, note = tables[-1]
+    tables[-1] = (table, f"{note} {LEGEND}{ZERO_WIDTH_NOTE if flat else ''}")
+    shown = [Section("Results", tables), Section("Differences", difference_tables(comparisons)), *sections]
     report = Report(
         title=heading.title,
+        answer=answer(comparisons),
         keys=[_key_figure(c) for c in key_comparisons(comparisons)],
-        facts=heading.facts,
-        tables=result_tables(comparisons),
-        legend=LEGEND.format(seeds=_seeds_text(comparisons)) + (ZERO_WIDTH_NOTE if flat else ""),
-        sections=[section for section in sections if section.tables or section.pictures],
+        models=[(shown_name(arm, conditions), text) for arm, text in heading.models.items()],
+        sections=[section for section in shown if section.tables or section.pictures],
         citation=_citation(heading.source, comparisons),
+        facts=heading.facts,
         config=heading.config,
     )
     writers: dict[str, Callable[[], str]] = {
@@ -120,33 +135,79 @@ def write_report(
     return paths
 
 
+def answer(comparisons: Sequence[Comparison]) -> str:
+    """Return the difference that matters as a sentence: of the first measure, under its strongest attack, else clean.
+
+    It is the difference to the baseline of the arm that is best under this condition; "" where nothing is paired.
+    """
+    keys = key_comparisons(comparisons)
+    if not keys or not keys[0].differences:
+        return ""
+    c, row = keys[0], keys[0].row
+    sign = -1 if row.better == LOWER else 1
+    arm = max(c.differences, key=lambda name: sign * c.differences[name].mean)
+    metric, _, unit = row.metric.partition(" in ")
+    unit = "points" if row.scale == SHARE else unit
+    attacked = row.kind == "attack"
+    under = f" under {c.condition}" if attacked else ""
+    better, size, ends = _change(c, arm)
+    if better is None:
+        text = f"{arm} and {c.base} do not differ measurably in {metric}{under}: {difference_text(c, arm)}"
+    elif attacked and metric == "accuracy":
+        text = f"{arm} withstands {size} points {'more' if better else 'less'} than {c.base}{under} {ends}"
+    else:
+        text = (
+            f"{arm} {'improves on' if better else 'falls behind'} {c.base} by {size} {unit} in {metric}{under} {ends}"
+        )
+    clean = keys[1] if attacked and len(keys) > 1 and arm in keys[1].differences else None
+    if clean is not None:
+        gains, size, ends = _change(clean, arm)
+        if gains is not None:
+            again = f"{arm} " if better is None else ""
+            text += f", and {again}{'gains' if gains else 'loses'} {size} clean {ends}"
+        else:
+            text += f", {'nor' if better is None else 'and does not differ measurably'} clean: {difference_text(clean, arm)}"
+    return f"{text} ({_about(c, told=[c.condition] if attacked else ())})."
+
+
+def _change(c: Comparison, arm: str) -> tuple[bool | None, str, str]:
+    """Return whether an arm is better than the baseline, None where the interval has 0; the size, and "[low, high]" of it."""
+    value, (low, high) = c.differences[arm].mean, c.differences[arm].bounds
+    least, most = sorted((abs(low), abs(high)))
+    size, ends = bounds_text(abs(value), least, most, c.row.scale).split(" ", 1)
+    return None if low <= 0 <= high else (value > 0) == (c.row.better != LOWER), size, ends
+
+
 def key_comparisons(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return the clean scores by the first measure of up to three tasks, and the first one's under its strongest attack."""
+    """Return the first measure of the first task under its strongest attack, then the clean scores of up to three tasks."""
+    chosen = _firsts(comparisons)[:3]
+    column = [c for c in comparisons if chosen and (c.block, c.data) == (chosen[0].block, chosen[0].data)]
+    strongest = strongest_attack(column)
+    return [*(c for c in column if c.condition == strongest), *chosen]
+
+
+def _firsts(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the first score of each task, on average over the sets where there are several."""
     firsts: dict[str, Comparison] = {}
     for c in comparisons:
         first = firsts.setdefault(c.row.task, c)
         if c.data == AVERAGE and (c.block, c.condition) == (first.block, first.condition):
             firsts[c.row.task] = c
-    chosen = list(firsts.values())[:3]
-    if not chosen:
-        return []
-    column = (chosen[0].block, chosen[0].data)
-    attacked = [c for c in comparisons if c.row.kind == "attack" and (c.block, c.data) == column]
-    sign = -1 if chosen[0].row.better == LOWER else 1
-    # Of several that break all, the last: the worst case over the others follows them.
-    by_strength = sorted(attacked[::-1], key=lambda c: max(sign * cell.value for cell in c.cells.values()))
-    return [chosen[0], *by_strength[:1], *chosen[1:]]
+    return list(firsts.values())
 
 
 def _key_figure(c: Comparison) -> KeyFigure:
     arms = list(c.cells)
-    row = c.row
-    words = [scale_text(row.metric, row.scale), row.task, c.data, row.protocol, c.condition]
-    about = f"{', '.join(dict.fromkeys(words))}; n = {counts_text([c])} {row.unit}, 95 % intervals"
-    if c.difference is not None:
-        about += f"; {arms[1]} − {arms[0]} on the same {row.unit}: {difference_text(c)}"
     shown = arms if len(arms) <= MOST_KEYS else dict.fromkeys([arms[0], _best(c)])
-    return KeyFigure([(arm, interval_text(c.cells[arm].value, c.cells[arm].half, row.scale)) for arm in shown], about)
+    return KeyFigure([(arm, cell_text(replace(c.cells[arm], mark=""), c.row)) for arm in shown], _about(c))
+
+
+def _about(c: Comparison, told: Sequence[str] = ()) -> str:
+    """Return measure, task, set, protocol, condition and n of a comparison, and what its intervals cover, but for `told`."""
+    row = c.row
+    words = dict.fromkeys([scale_text(row.metric, row.scale), row.task, c.data, row.protocol, c.condition])
+    words = dict.fromkeys(word for word in words if word not in told)
+    return f"{', '.join(words)}; n = {counts_text([c])} {row.unit}; {kinds_text([c])}"
 
 
 def _best(c: Comparison) -> str:
@@ -155,28 +216,21 @@ def _best(c: Comparison) -> str:
 
 
 def headline(comparisons: Sequence[Comparison]) -> str:
-    """Return the first key figure in short, "accuracy in % 66.4 ± 3.7 (adapted)"; "" without results."""
-    for c in key_comparisons(comparisons)[:1]:
-        cell = c.cells[_best(c)]
-        text = interval_text(cell.value, cell.half, c.row.scale)
+    """Return the first score of the best arm in short, "accuracy in % 66.4 ± 3.7 (adapted)"; "" without results."""
+    for c in _firsts(comparisons)[:1]:
+        text = cell_text(replace(c.cells[_best(c)], mark=""), c.row)
         return f"{scale_text(c.row.metric, c.row.scale)} {text} ({_best(c)})"
     return ""
 
 
 def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what a reader needs to judge and repeat the numbers."""
-    adapted = about.get("adapt") or {}
-    arms = {arm: _adaptation(arm_about) for arm, arm_about in adapted.get("arms", {}).items() if arm_about}
-    method = "; ".join(f"{arm}: {text}" for arm, text in arms.items()) or _adaptation(adapted)
-    if len(arms) == 1:
-        method = next(iter(arms.values()))
     versions = "  ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items())
     ends = (str(about[name]) for name in ("started", "finished") if about.get(name))
     pairs = [
         ("Command", about.get("command")),
         ("Git revision", about.get("git_revision")),
         ("Config hash", about["config_hash"]),
-        ("Adaptation", method),
         ("Hardware", about.get("hardware")),
         ("Seeds", _seeds(about)),
         ("Wall time", _duration(about.get("wall_time_s"))),
@@ -192,16 +246,6 @@ def _seeds(about: Mapping[str, Any]) -> str:
     if about.get("evaluation_seed") is not None:
         texts.append(f"{about['evaluation_seed']} (evaluation)")
     return ", ".join(texts)
-
-
-def _adaptation(about: Mapping[str, Any]) -> str:
-    if not about.get("method"):
-        return ""
-    rank = f", rank {about['rank']}" if about.get("rank") else ""
-    if not about.get("total"):
-        return f"{about['method']}{rank}"
-    share = f"{100 * about['trainable'] / about['total']:.2f} %"
-    return f"{about['method']}{rank}, {about['trainable']:,} trainable of {about['total']:,} parameters, {share}"
 
 
 def _citation(source: str, comparisons: Sequence[Comparison]) -> list[str]:
@@ -221,38 +265,22 @@ def _citation(source: str, comparisons: Sequence[Comparison]) -> list[str]:
         sentences.append(
             f"The numbers under {kinds} corruptions are in the table of corruptions, with n and intervals."
         )
-    covered = "the drawn test examples and, where seeds are counted, the spread over training seeds"
-    if not any(cell.seeds for c in comparisons for cell in c.cells.values()):
-        covered = "the drawn test examples, not the spread over training seeds"
-    sentences.append(f"± is the half width of the 95 % confidence interval. {source}; intervals cover {covered}.")
+    sentences.append(f"± is half the width of an interval, [ ] are its ends. {source}.")
     return sentences
-
-
-def _seeds_text(comparisons: Sequence[Comparison]) -> str:
-    """Return which models' intervals have the spread over training seeds; "" for none."""
-    arms: dict[int, dict[str, None]] = {}
-    for c in comparisons:
-        for arm, cell in c.cells.items():
-            arms.setdefault(cell.seeds, {})[arm] = None
-    texts = [f"{', '.join(names)}: {count} seeds" for count, names in arms.items() if count]
-    return f" and, for models with several trainings ({'; '.join(texts)}), over the seeds; differences likewise" * bool(
-        texts
-    )
 
 
 def _sentence(c: Comparison, where: str, with_task: bool) -> str:
     """Return the numbers of all arms under one condition as a sentence."""
     row = c.row
     percent = " %" if row.scale == SHARE else ""
-    values = []
-    for arm, cell in c.cells.items():
-        seeds = f", {cell.seeds} seeds" if cell.seeds else ""
-        values.append(
-            f"{arm} {interval_text(cell.value, cell.half, row.scale)}{percent} (n = {cell.n:,} {row.unit}{seeds})"
-        )
-    difference = f"; paired difference {difference_text(c)}" if c.difference else ""
+    values = [
+        f"{arm} {interval_text(cell.value, cell.low, cell.high, row.scale)}{percent}" for arm, cell in c.cells.items()
+    ]
+    differences = [f"{arm} − {c.base} {difference_text(c, arm)}" for arm in c.differences]
+    paired = f"; paired differences {', '.join(differences)}" if differences else ""
     task = f"{row.task}, " if with_task else ""
-    return f"{task}{row.protocol}, {c.condition}, {row.metric} {where}: {'; '.join(values)}{difference}."
+    about = f"n = {counts_text([c])} {row.unit}; {kinds_text([c])}"
+    return f"{task}{row.protocol}, {c.condition}, {row.metric} {where}: {', '.join(values)}{paired} ({about})."
 
 
 def _duration(seconds: float | None) -> str:

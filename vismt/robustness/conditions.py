@@ -17,12 +17,13 @@ from typing import Annotated, ClassVar, Literal, overload
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import fraction
-from vismt.config.typed import Names
+from vismt.base.norm_balls import NORMS, PIXELS
+from vismt.config.sections import Count, fraction
+from vismt.config.typed import Names, within
 from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.robustness.attacks.attacks import AttackSpec, budget_text
 from vismt.robustness.attacks.dense_attack import DenseAttack
-from vismt.robustness.corruptions import CORRUPTIONS, MOVING, CorruptionSpec
+from vismt.robustness.corruptions import CORRUPTIONS, MOVING, CorruptionSpec, Severity
 from vismt.uncertainty.intervals import Condition
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -118,13 +119,13 @@ class AttackConfig:
     """
 
     name: Annotated[str, Names("vismt.robustness.attacks.attacks:KINDS")] = "pgd"
-    epsilon: float | str = "4.5/255"
+    epsilon: Annotated[float, within(0, unit=PIXELS)] | str = "4.5/255"
     step_size: float | str | None = None
-    steps: int | None = None
-    norm: Annotated[str, Names("vismt.base.norm_balls:NORMS")] = "linf"
+    steps: Count | None = None
+    norm: Annotated[str, Names(NORMS, only=True)] = "linf"
     random_start: bool = True
     source: str | None = None
-    restarts: int | None = None
+    restarts: Count | None = None
     tasks: list[str] = field(default_factory=list)
 
     def spec(self, seed: int = 0) -> AttackSpec:
@@ -158,16 +159,14 @@ class CorruptionConfig:
         severities: some of 1 to 5.
     """
 
-    name: Annotated[str, Names("vismt.robustness.conditions:CORRUPTION_NAMES")] = "all"
-    severities: list[int] = field(default_factory=lambda: list(SEVERITIES))
+    name: Annotated[str, Names(CORRUPTION_NAMES, only=True)] = "all"
+    severities: list[Severity] = field(default_factory=lambda: list(SEVERITIES))
 
     def specs(self, *, of_maps: bool = False) -> list[CorruptionSpec]:
         """Return one spec for each corruption and severity.
 
         of_maps: for images with a label at each pixel, which a corruption that moves pixels makes wrong: "all" leaves it out.
         """
-        if self.name not in CORRUPTION_NAMES:
-            raise UserError(f"evaluate.corruptions: '{self.name}'.{near(self.name, CORRUPTION_NAMES)}")
         if not self.severities:
             raise UserError(
                 f"evaluate.corruptions: {self.name} has no severities; name some of 1 to 5, or leave the key out."

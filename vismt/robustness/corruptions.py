@@ -19,7 +19,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,30 +29,27 @@ from scipy.signal import fftconvolve
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
+from vismt.config.typed import Checked, Names, within
 
 # {corruption: {severity: error in [0, 1]}}
 CorruptionErrors = Mapping[str, Mapping[int, float]]
 Rng = np.random.Generator
+Severity = Annotated[int, within(1, 5)]
 # image (h, w, 3) in [0, 1], level = severity - 1, rng, min(h, w) / 224 -> the corrupted image, not yet clipped
 Corruption = Callable[[np.ndarray, int, Rng, float], np.ndarray]
 
 
 @dataclass(frozen=True)
-class CorruptionSpec:
+class CorruptionSpec(Checked):
     """A corruption as a condition of a protocol: name of CORRUPTIONS, severity 1..5."""
 
-    name: str
-    severity: int = 3
+    name: Annotated[str, Names("vismt.robustness.corruptions:CORRUPTIONS", only=True)]
+    severity: Severity = 3
     seed: int = 0
+    KEY: ClassVar = "corruption"
     kind: ClassVar[Literal["corruption"]] = "corruption"
     # The corrupted image takes the place of the clean one: no worst case over both.
     worst_case: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.name not in CORRUPTIONS:
-            raise UserError(f"corruption '{self.name}' is not known.{near(self.name, CORRUPTIONS)}")
-        if self.severity not in range(1, 6):
-            raise UserError(f"corruption {self.name}: severity {self.severity}: it must be 1 to 5.")
 
     @property
     def label(self) -> str:

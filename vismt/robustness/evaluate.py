@@ -74,8 +74,11 @@ def evaluate_classifier(
         The accuracy "clean", then one for each of `specs` in their order.
     """
     rows = evaluate_examples(model, batches, specs, num_classes=num_classes, **options)
-    worst_case = {spec.describe(num_classes): spec.worst_case for spec in specs}
-    return summarise(rows, worst_case, num_classes)
+    table = []
+    for condition, values in accuracies(rows, specs, num_classes)[: 1 + len(specs)]:  # the worst cases follow
+        correct, n = round(sum(values.values())), len(values)
+        table.append(ConditionAccuracy(condition.label, correct / n, *wilson(correct, n), n, 1 / num_classes))
+    return table
 
 
 def evaluate_examples(
@@ -160,11 +163,13 @@ def evaluate_examples(
 
     with log, console.bar("eval", label, len(batches) if isinstance(batches, Sized) else 0) as bar:
         for names, found in ranks.share(enumerate(_loads(batches)), run):
-            _check_ids(list(names), list(names.values()), rows, log)  # against the batches of other processes, too
+            _check_ids(list(names), list(names.values()), rows, log)  # also against the batches of other processes
             for row in found:
                 log.add(row)
             rows |= {name: log[name] for name in names}
             bar.advance()
+    if not rows:
+        raise UserError("evaluate: the data has no example: check its split.")
     report_lost(list(rows.values()), lost)
     return list(rows.values())
 
@@ -214,24 +219,6 @@ def accuracies(
     return [
         (condition, {row["id"]: right(row, labels, strict) for row in rows}) for condition, strict, labels in conditions
     ]
-
-
-def summarise(rows: Sequence[Mapping], worst_case: Mapping[str, bool], num_classes: int) -> list[ConditionAccuracy]:
-    """Return the accuracy "clean" and that of each condition of `worst_case` from per-example records.
-
-    Where worst_case is True, an example counts only when its clean prediction is right, too.
-    """
-    if not rows:
-        raise UserError("evaluate: the data has no example: check its split.")
-    clean_right = [row["clean"] == row["label"] for row in rows]
-    table = []
-    for condition in ("clean", *worst_case):
-        strict = worst_case.get(condition, False)
-        right = (row[condition] == row["label"] for row in rows)
-        correct = sum(hit and (clean or not strict) for hit, clean in zip(right, clean_right, strict=True))
-        low, high = wilson(correct, len(rows))
-        table.append(ConditionAccuracy(condition, correct / len(rows), low, high, len(rows), 1 / num_classes))
-    return table
 
 
 def _check_batch(

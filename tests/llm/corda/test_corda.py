@@ -233,7 +233,7 @@ def test_a_half_precision_base_starts_where_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_vanishing_components_are_told() -> None:
+def test_vanishing_components_are_reported() -> None:
     model = nn.Sequential(nn.Linear(6, 6, bias=False))
     with torch.no_grad():
         model[0].weight[3:] = model[0].weight[:3]  # rank 3: the last two components are zero

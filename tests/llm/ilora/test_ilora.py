@@ -343,7 +343,7 @@ def test_i8_gates_that_do_not_match_the_batch_are_an_error(gates: Tensor, messag
         run(model, tokens(4))
 
 
-def test_i8_a_model_without_gates_says_so() -> None:
+def test_i8_a_model_without_gates_is_refused() -> None:
     with pytest.raises(UserError, match=r"no gates are given; run it under 'with vismt.llm.instance_gates\(gates\):'"):
         run(adapted("vit"), samples("vit"))
 
@@ -352,7 +352,7 @@ def test_i8_a_model_without_gates_says_so() -> None:
     (torch.ones(2, 2, dtype=torch.long), r"torch.int64 \(2, 2\)"), (torch.ones(2, 3, 2), r"torch.float32 \(2, 3, 2\)"),
     (torch.tensor(1.0), r"torch.float32 \(\)"), ([[0.5, 0.5]], "list"),
 ])  # fmt: skip
-def test_i8_what_is_no_gates(gates: object, message: str) -> None:
+def test_i8_malformed_gates_are_refused(gates: object, message: str) -> None:
     with pytest.raises(UserError, match=f"instance_gates: gates are {message}, needed a floating tensor"):
         instance_gates(gates)
 

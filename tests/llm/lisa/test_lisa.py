@@ -530,7 +530,7 @@ def test_impossible_settings_are_named(options: dict, message: str) -> None:
         schedule(4, **options)
 
 
-def test_models_without_layers_with_two_stacks_or_quantised_are_told() -> None:
+def test_models_without_layers_with_two_stacks_or_quantised_are_refused() -> None:
     no_stack = nn.Sequential()
     no_stack.add_module("one", nn.Linear(2, 2))
     no_stack.add_module("two", nn.ReLU())

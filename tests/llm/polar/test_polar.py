@@ -19,28 +19,15 @@ TOKENS = torch.tensor([[1, 5, 2, 7, 3], [4, 4, 9, 0, 6]])
 
 
 def llama() -> nn.Module:
-    """Return a Llama of two layers with four query heads and one key and value head."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=20,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-    )
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).eval()
+    from helpers.language_models import random_lm  # skips the test where transformers is missing
+
+    return random_lm("llama", num_key_value_heads=1)
 
 
 def gpt2() -> nn.Module:
-    """Return a GPT-2 of one Conv1D layer with a head tied to the embedding."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=16)
-    ).eval()
+    from helpers.language_models import random_lm
+
+    return random_lm("gpt2")
 
 
 @pytest.mark.parametrize("theta", THETAS)

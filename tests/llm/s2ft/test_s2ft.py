@@ -536,7 +536,7 @@ def test_trained_biases_move_with_their_units_and_come_back(tmp_path: Path) -> N
     assert all(torch.equal(value, tiny_vit().state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_what_cannot_be_reordered_is_told_and_index_mode_takes_it() -> None:
+def test_units_that_cannot_be_reordered_are_refused_and_index_mode_takes_them() -> None:
     model = tiny_vit()
     model.blocks[1].attn.sinks = nn.Parameter(torch.zeros(4))
     before = snapshot(model)

@@ -68,7 +68,8 @@ def test_both_methods_are_the_weighted_sum(data):
     expected = sum(w * dense(p) for w, p in zip(weights, parts))
     for method in ("cat", "svd"):
         assert torch.allclose(combine(parts, weights, method).delta(), expected, rtol=0, atol=1e-10), method
-    assert combine(parts, weights, "svd").rank <= min(out, inp)
+    if weights != [1.0]:  # a single adapter is returned as it is
+        assert combine(parts, weights, "svd").rank <= min(out, inp)
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -88,7 +89,7 @@ def test_weight_zero_and_identical_parts():
     assert halves.rank == 2 and torch.allclose(halves.delta(), a.delta(), atol=1e-12)
 
 
-def test_rank_above_what_the_sum_has_is_no_error():
+def test_rank_above_that_of_the_sum_is_accepted():
     a = draw(1, 6, 5, 2)
     assert combine([a, a], [1.0, 1.0], "svd", rank=4).rank == 2
 
@@ -135,7 +136,7 @@ def test_other_errors():
         ({"a": draw(0, 4, 4, 2)}, [1.0], "one dict"),
     ],
 )
-def test_what_is_no_list_is_told(adapters, weights, message):
+def test_single_values_in_place_of_lists_are_refused(adapters, weights, message):
     with pytest.raises(UserError, match=f"{message}; give a list"):
         combine(adapters, weights)
 

@@ -77,7 +77,7 @@ def test_a_bias_of_an_adapted_layer(tmp_path: Path) -> None:
         vismt.save_adapter(model, tmp_path, strict=True)
 
 
-def test_a_cast_is_no_training(tmp_path: Path) -> None:
+def test_a_cast_does_not_count_as_training(tmp_path: Path) -> None:
     model = adapted(exclude=["head"])
     model.head.requires_grad_(True)
     assert silent(model.to(torch.bfloat16), tmp_path)

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from helpers.language_models import LMS, tiny_lm, tokens
 from helpers.tiny import images, shake, snapshot, tiny_vit
@@ -56,16 +55,7 @@ def test_timm_loads_a_merged_file(method: str, tmp_path: Path) -> None:
     vismt.adapt(model, method, rank=2, also_train=["head"])
     vismt.merge(shake(model))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    again = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=16,
-        patch_size=4,
-        embed_dim=32,
-        depth=2,
-        num_heads=4,
-        num_classes=5,
-        checkpoint_path=str(tmp_path / "model.safetensors"),
-    ).eval()
+    again = tiny_vit(checkpoint_path=str(tmp_path / "model.safetensors"))
     assert torch.equal(again(images()), model(images())) and not torch.equal(again(images()), tiny_vit()(images()))
 
 

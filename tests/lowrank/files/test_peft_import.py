@@ -246,7 +246,7 @@ def test_what_cannot_carry_an_update_is_refused(tmp_path: Path) -> None:
         vismt.import_peft(tiny_lm("gpt2"), folder)
 
 
-def test_another_base_of_embeddings_is_told(tmp_path: Path) -> None:
+def test_another_base_of_embeddings_is_reported(tmp_path: Path) -> None:
     _, folder = written(tmp_path, "llama", target_modules=["q_proj", "lm_head"])
     with pytest.raises(UserError, match=r"other values of '.*', which the settings do not name; load the base"):
         vismt.import_peft(tiny_lm("llama", seed=4), folder)

@@ -65,11 +65,12 @@ def test_another_base_is_refused_or_warned_of(saved) -> None:
     vismt.load_adapter(tiny_vit().to(torch.float16), folder)
 
 
-def test_other_trained_modules_are_another_adapter(saved) -> None:
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_loading_over_another_adapter_is_refused(saved, method) -> None:
     _, folder = saved
     model = tiny_vit()
-    vismt.adapt(model, "pissa", rank=2)
-    check_refused(folder, "already carries another 'pissa'", model)
+    vismt.adapt(model, method, rank=2)
+    check_refused(folder, f"already carries another '{method}'", model)
 
 
 def test_damaged_foreign_and_missing_files(saved, tmp_path) -> None:
@@ -114,13 +115,6 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(saved, monkeypatch) -> N
     monkeypatch.setattr(save_load, "atomic_write", write)
     vismt.save_adapter(model, folder)
     assert len(list(folder.glob("*.safetensors"))) == 1
-
-
-def test_loading_over_another_method_is_refused(saved) -> None:
-    _, folder = saved
-    model = tiny_vit()
-    vismt.adapt(model, "lora", rank=2)
-    check_refused(folder, "already carries another 'lora'", model)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
@@ -257,34 +251,20 @@ def test_half_a_module_cannot_be_exported(tmp_path) -> None:
 @pytest.mark.parametrize("method", ANYWHERE)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_language_models_go_to_peft_and_back(tmp_path, method, family) -> None:
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    if family == "llama":
-        config = transformers.LlamaConfig(
-            hidden_size=16,
-            num_hidden_layers=2,
-            intermediate_size=24,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=30,
-        )
-    else:
-        config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=8)
+    from helpers.language_models import random_lm  # skips the test where transformers is missing
 
-    def fresh() -> nn.Module:
-        torch.manual_seed(0)
-        return transformers.AutoModelForCausalLM.from_config(config).eval()
-
+    peft = pytest.importorskip("peft")
     tokens = torch.arange(6)[None]
-    model = fresh()
+    model = random_lm(family)
     vismt.adapt(model, method, rank=2, alpha=5, rank_pattern={"mlp.c_proj" if family == "gpt2" else "v_proj": 3})
     shake(model)
     expected = model(tokens).logits
     vismt.export_peft(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(fresh(), str(tmp_path)).eval()
+    theirs = peft.PeftModel.from_pretrained(random_lm(family), str(tmp_path)).eval()
     assert torch.allclose(theirs(tokens).logits, expected, atol=1e-5)
-    ours = vismt.import_peft(fresh(), tmp_path)
+    ours = vismt.import_peft(random_lm(family), tmp_path)
     assert torch.allclose(ours(tokens).logits, expected, atol=1e-5)
-    stock = fresh()
+    stock = random_lm(family)
     assert not torch.allclose(stock(tokens).logits, expected, atol=1e-3)
     vismt.merge(model)
     stock.load_state_dict(model.state_dict(), strict=True)

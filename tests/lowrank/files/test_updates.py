@@ -305,7 +305,7 @@ def test_an_unconverted_start_goes_by_its_base(tmp_path: Path) -> None:
     assert torch.allclose(put(images()), theirs(images()), atol=1e-5)
 
 
-def test_what_is_no_adapter(tmp_path: Path) -> None:
+def test_other_sources_than_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="combine: this model is not adapted"):
         combine([tiny_vit()], [1.0])
     with pytest.raises(

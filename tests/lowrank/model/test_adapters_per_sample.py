@@ -269,7 +269,7 @@ def test_a_thread_inside_the_block_sees_the_adapters_or_is_refused() -> None:
         for block in (False, True):
             thread = threading.Thread(target=answer, args=(block,))
             thread.start(), thread.join()
-    assert "is in force in another thread or task, and not here; open a block here, too" in str(results[0])
+    assert "is in force in another thread or task, and not here; open a block here as well" in str(results[0])
     assert torch.equal(results[1], expected) and torch.equal(model(x), added)
     other = carrying(tiny_vit())
     vismt.activate(other, ["c", "a"])

@@ -214,17 +214,9 @@ def test_conv_neighbour_values() -> None:
 
 
 def test_target_in_llama_and_the_head_left_out() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        intermediate_size=24,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=30,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    from helpers.language_models import random_lm  # skips the test where transformers is missing
+
+    model = random_lm("llama")
     tokens = torch.arange(5)[None]
     before = model(tokens).logits
     report = vismt.adapt(model, "pissa", rank=2)

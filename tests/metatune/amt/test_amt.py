@@ -287,7 +287,7 @@ def test_a_corruption_takes_the_place_of_the_attack(attacks: list[dict]) -> None
     assert calls[0][1:] == again[5]
     with pytest.raises(UserError, match="norm corruption without a function"):
         AdversarialObjective(proto, adversary)
-    with pytest.raises(UserError, match=r"pool: norm 'l3'. Near: 'l2'"):
+    with pytest.raises(UserError, match=r"pool.norm: 'l3' is not known. Near: 'l2'"):
         Adversary(norm="l3")
 
 
@@ -381,14 +381,14 @@ def test_a_collapse_is_said_after_ten_flat_episodes_in_a_row() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kl": "clean_avd"}, "pool.kl: 'clean_avd'. Near: 'clean_adv'"),
+        ({"kl": "clean_avd"}, "pool.kl: 'clean_avd' is not known. Near: 'clean_adv'"),
         ({"weight_attack": "papr"}, "Near: 'paper'"),
         ({"support": "perturb"}, "pool.support: 'perturb'"),
         ({"epsilons": ()}, "an expert has no budget"),
-        ({"weight": -1.0}, "weight -1.0"),
-        ({"gamma": -1e-4}, "gamma -0.0001"),
-        ({"warmup": -1}, "warmup -1"),
-        ({"step_ratio": 0.0}, "step_ratio 0.0"),
+        ({"weight": -1.0}, "pool.weight is -1.0; it must be at least 0"),
+        ({"gamma": -1e-4}, "gamma is -0.0001"),
+        ({"warmup": -1}, "warmup is -1"),
+        ({"step_ratio": 0.0}, "step_ratio is 0.0; it must be above 0"),
     ],
 )
 def test_errors(change: dict, message: str) -> None:

@@ -265,7 +265,7 @@ def test_where_each_start_begins(init: str, low: float, high: float) -> None:
     assert low <= float(distances[0]) <= high + 1e-12 and len(distances) == 2
 
 
-def test_the_default_is_no_start_without_a_gradient() -> None:
+def test_the_default_start_has_a_gradient() -> None:
     """At zero the KL is at its minimum: its gradient is rounding noise, and the attack has no effect."""
     logits, batch = classifier()
     default = pyramid_attack(logits, batch, epsilon=8 / 255, step_size=4 / 255, steps=1)

@@ -250,7 +250,9 @@ def test_a_pool_folder_holds_all_there_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_torn_copy_is_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+def test_an_interrupted_copy_is_not_read_as_a_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
     """Also over an older pool: its index must not describe the new files."""
     experts = saved(tmp_path / "runs")
     if before:

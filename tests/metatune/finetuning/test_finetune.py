@@ -358,14 +358,14 @@ def test_a_classifier_without_prototypes_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": -1.0}, "lr -1.0"),
-        ({"lr": float("nan")}, "lr nan"),
-        ({"lr": 1e38}, r"lr 1e\+38"),
-        ({"steps": -1}, "steps -1"),
-        ({"probability": 2.0}, "probability 2.0"),
-        ({"parameters": "attn_scale"}, "'attn_scale'. Near: 'attention_scale'"),
-        ({"epsilon": 8.0}, "epsilon 8.0"),
-        ({"attack_steps": 0}, "attack_steps 0"),
+        ({"lr": -1.0}, "finetune.lr is -1.0; it lies from 0 to 1"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"lr": 1e38}, r"lr is 1e\+38"),
+        ({"steps": -1}, "steps is -1"),
+        ({"probability": 2.0}, "probability is 2.0"),
+        ({"parameters": "attn_scale"}, "'attn_scale' is not known. Near: 'attention_scale'"),
+        ({"epsilon": 8.0}, r"epsilon is 8.0; it lies from 0 to 1, in pixel units of \[0, 1\] \(8/255, not 8\)"),
+        ({"attack_steps": 0}, "attack_steps is 0"),
     ],
 )
 def test_settings_that_are_none(change, message):

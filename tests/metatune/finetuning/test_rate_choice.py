@@ -138,5 +138,5 @@ def test_lr_is_a_number_or_auto():
     assert typed({"finetune": {"lr": "1e-4"}}, FewShotConfig, "a").finetune.lr == 1e-4
     with pytest.raises(UserError, match=r"finetune.lr: expected float or 'auto', got 'fast'"):
         typed({"finetune": {"lr": "fast"}}, FewShotConfig, "a")
-    with pytest.raises(UserError, match=r"need lr from 0 to 1 \(or auto\)"):
+    with pytest.raises(UserError, match=r"finetune.lr: 'fast'; it must be a number from 0 to 1, or auto"):
         FineTuneSettings(lr="fast")

@@ -44,7 +44,7 @@ def test_a_two_query_episode_by_hand() -> None:
     assert set(tempered) == {"clean", "clean right", "tempered nll", "tempered brier", "tempered gaps"}
 
 
-def test_outside_images_are_told_by_the_largest_probability() -> None:
+def test_the_largest_probability_separates_outside_images() -> None:
     # Largest probabilities 0.7 and 0.5 inside, 0.6, 0.45 and 0.4 outside: of six pairs 0.7 wins three, 0.5 two. The logits
     # outside are shifted, so that the largest logits give another share.
     p = torch.tensor([[0.6, 0.3, 0.1], [0.3, 0.45, 0.25], [0.3, 0.3, 0.4]])

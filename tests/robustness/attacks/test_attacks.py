@@ -365,15 +365,17 @@ def test_too_few_classes_for_the_loss(name, classes):
     [
         ({"name": "pdg"}, "attack 'pdg' is not known. Near: 'pgd'"),
         ({"name": "pgd_l2"}, "attack 'pgd_l2' is not known. Near: "),
-        ({"norm": "linfty"}, "norm 'linfty' is not known. Near: 'linf'"),
+        ({"norm": "linfty"}, "attack.norm: 'linfty' is not known. Near: 'linf'"),
         ({"name": "square", "norm": "l1"}, "square: no l1 form, it has linf and l2"),
         ({"name": "autoattack", "norm": "l1"}, "autoattack: no l1 form.*strong"),
-        ({"epsilon": -1}, "need epsilon >= 0"),
+        ({"epsilon": -1}, "attack.epsilon is -1; it must be at least 0"),
         ({"epsilon": 8}, "do you mean '8/255'"),
-        ({"epsilon": float("nan")}, "need epsilon >= 0"),
-        ({"steps": 0}, "steps and restarts >= 1"),
-        ({"restarts": 0}, "steps and restarts >= 1"),
-        ({"step_size": 0.0}, "step_size > 0"),
+        ({"epsilon": float("nan")}, "attack.epsilon is nan"),
+        ({"steps": 0}, "attack.steps is 0"),
+        ({"steps": 2.5}, r"attack.steps: expected int, got 2.5 \(float\)"),
+        ({"norm": 2}, r"attack.norm: expected str, got 2 \(int\)"),
+        ({"restarts": 0}, "attack.restarts is 0"),
+        ({"step_size": 0.0}, "step_size 0.0; it must be above 0"),
     ],
 )
 def test_spec_errors(fields, message):

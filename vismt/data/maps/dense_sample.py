@@ -4,7 +4,8 @@
     semseg, parts, saliency, edge    int64 (h, w), 255 for unlabelled pixels; saliency and edge are 0 or 1
     depth                            float32 (h, w) in metres, 0 where missing
     normals                          float32 (3, h, w), unit length, x right, y up, z towards the camera; (0, 0, 0) where missing
-    class                            int64 (), of the whole image, -1 where missing: 255 can be a class
+    class, class:NAME                int64 (), of the whole image, in the classes of the task NAME where there are several, -1
+                                     where missing: 255 can be a class
 
 A sample may lack targets. A batch is the same dict with (b, ...) in front.
 """
@@ -26,9 +27,14 @@ TARGETS = (*MAPS, CLASS)
 Sample = dict[str, Tensor]
 
 
+def is_class(target: str) -> bool:
+    """Return whether a target is a class of the whole image."""
+    return target.partition(":")[0] == CLASS
+
+
 def blank(target: str, height: int, width: int) -> Tensor:
-    """Return a map of `target` without a valid pixel, and of "class" the missing class, whatever the size."""
-    if target == CLASS:
+    """Return a map of `target` without a valid pixel, and of a class the missing one, whatever the size."""
+    if is_class(target):
         return torch.tensor(NO_CLASS)
     if target in LABELS:
         return torch.full((height, width), IGNORE, dtype=torch.int64)
@@ -40,7 +46,7 @@ def valid(target: str, values: Tensor) -> Tensor:
 
     values: (..., h, w), for normals (..., 3, h, w), for classes (...), which give bool (...).
     """
-    if target == CLASS:
+    if is_class(target):
         return values != NO_CLASS
     if target in LABELS:
         return values != IGNORE
@@ -57,10 +63,10 @@ def size_of(sample: Sample) -> tuple[int, int]:
         raise UserError(f"dense sample: has no 'image', holds {sorted(sample)}.")
     height, width = sample["image"].shape[-2:]
     for name, values in sample.items():
-        if name != "image" and name not in TARGETS:
+        if name != "image" and name not in TARGETS and not is_class(name):
             raise UserError(f"dense sample: target '{name}' is not known.{near(name, TARGETS)}")
         wanted: tuple[int, ...] = (height, width)
-        if name == CLASS:
+        if is_class(name):
             wanted = ()
         elif name in ("image", "normals"):
             wanted = (3, height, width)
@@ -79,7 +85,8 @@ def collate(samples: Sequence[Sample]) -> Sample:
     if len(sizes) != 1:
         raise UserError(f"dense batch: the samples are of sizes {sorted(sizes)}; crop or resize them to one size.")
     height, width = sizes.pop()
-    names = [name for name in ("image", *TARGETS) if any(name in sample for sample in samples)]
+    known = dict.fromkeys(("image", *TARGETS, *(name for sample in samples for name in sample)))
+    names = [name for name in known if any(name in sample for sample in samples)]
     return {
         name: torch.stack([sample[name] if name in sample else blank(name, height, width) for sample in samples])
         for name in names

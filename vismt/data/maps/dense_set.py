@@ -118,17 +118,17 @@ def open_dense(card: Card | str | Path, split: str = "all", *, root: Path | None
     return replace(source.load(card, base, split), groups=card.read_groups(NONE))
 
 
-def classified(images: ImageSet) -> DenseSet:
-    """Return a set of image classification as samples of an image, in its own size, and its class."""
+def classified(images: ImageSet, key: str = CLASS) -> DenseSet:
+    """Return a set of image classification as samples of an image, in its own size, and its class, named `key`."""
 
     def stored(i: int) -> Sample:
-        return {"image": images.read(i).to(torch.float32) / 255, CLASS: images.labels[i]}
+        return {"image": images.read(i).to(torch.float32) / 255, key: images.labels[i]}
 
     return DenseSet(
         images.name,
         images.split,
         [],
-        [CLASS],
+        [key],
         images.ids,
         stored,
         where=images.where,
@@ -138,7 +138,10 @@ def classified(images: ImageSet) -> DenseSet:
     )
 
 
-def open_samples(card: str | Path, split: str = "all") -> DenseSet:
-    """Return the samples of any card, of maps or of classified images. Raises as open_dense and open_images do."""
+def open_samples(card: str | Path, split: str = "all", key: str = CLASS) -> DenseSet:
+    """Return the samples of any card, of maps or of classified images, whose class is named `key`.
+
+    Raises as open_dense and open_images do.
+    """
     loaded = load_card(card)
-    return open_dense(loaded, split) if loaded.sources_of(DenseSource) else classified(open_images(loaded, split))
+    return open_dense(loaded, split) if loaded.sources_of(DenseSource) else classified(open_images(loaded, split), key)

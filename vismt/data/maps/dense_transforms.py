@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
 from vismt.base.errors import UserError
-from vismt.data.maps.dense_sample import CLASS, IGNORE, MAPS, Sample, blank, size_of
+from vismt.data.maps.dense_sample import IGNORE, MAPS, Sample, blank, is_class, size_of
 from vismt.data.maps.edge_thinning import thin
 
 # EXIF orientation -> whether rows and columns change places, and then whether the rows and the columns are reversed.
@@ -39,7 +39,7 @@ FILL = 0.5  # value of the image in padding
 
 def _maps(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
     """Return the sample with its image and maps changed and its class unchanged."""
-    return {name: values if name == CLASS else change(values) for name, values in sample.items()}
+    return {name: values if is_class(name) else change(values) for name, values in sample.items()}
 
 
 def flip(sample: Sample) -> Sample:

@@ -97,7 +97,7 @@ def examples_figure(panel: Path, path: Path) -> Path:
 
     Args:
         panel: the file of `write_examples`; at most 8 images of a task are drawn.
-        path: the PNG to write.
+        path: the file to write.
 
     Raises:
         UserError: a file of another kind.
@@ -140,6 +140,6 @@ def sections(folder: Path) -> list[Section]:
     """Return the section of images, as far as the run folder has the files."""
     pictures = []
     if (folder / EXAMPLES).exists():
-        path = examples_figure(folder / EXAMPLES, folder / "figures" / "examples.png")
+        path = examples_figure(folder / EXAMPLES, folder / "figures" / "examples.svg")
         pictures.append(Picture(path, "Examples", CAPTION))
     return [Section("Images", pictures=[*pictures, *router_pictures(folder)], folded=True)]

@@ -68,6 +68,9 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         """The evaluation of this folder's trainings."""
         return Evaluation(self.config, self.data)
 
+    def trained_on(self, config: MultitaskConfig) -> str:
+        return ", ".join(name for task in config.tasks for name in task.train)
+
     @property
     def split(self) -> str:
         return self.config.evaluate.split
@@ -123,10 +126,6 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             balanced=balanced,
             retain=retain,
         )
-
-    def step(self, objective: nn.Module, number: int) -> None:
-        if isinstance(objective, UnionObjective):
-            objective.step()
 
     def batches(self, config: MultitaskConfig) -> ShuffledBatches:
         settings = config.augment

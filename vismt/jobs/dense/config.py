@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import SCHEDULED, UNHASHED_OPTIONS, Count, Jitter, ModelConfig
+from vismt.config.sections import SCHEDULED, UNHASHED_OPTIONS, Count, Jitter, ModelConfig, typed
 from vismt.config.typed import Names, within
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts
@@ -28,18 +28,23 @@ from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.heads import check_head
 from vismt.multitask.inference import check_scales
 from vismt.multitask.nets import SEGMENTATION
-from vismt.multitask.tasks import MapTask, Task, loss_options, make_task
+from vismt.multitask.tasks import TASKS, MapTask, Task, loss_options, make_task
+from vismt.multitask.tasks.classes import Classification, unite
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
 
 MODES = ("slide", "whole")
 SHARED = ("data", "size", "canvas", "baseline")  # sections that all arms share, besides those in engine/study.py
 DELTA = "delta_m"  # the name of a score
+TAKEN = (DELTA, "loss", "retain", "fade", "step", "elapsed_s", "lr", "grad_norm")  # in logs and results
+PARTS = tuple(field.name for field in fields(PartsConfig))  # keys of an entry of `tasks`
 PANELS = "dense_panels.npz"  # a file of a run folder
 
 
 @dataclass
 class DenseDataConfig(PartsConfig):
     """Cards of maps; with the task classify also cards of image classification, which have a class and no maps.
+
+    Further tasks of whole images name sets of their own, with the same keys in their entry of `tasks`.
 
     A share is split off the end of each training set, within each class where images have classes; a limit is spread evenly
     over all images.
@@ -48,15 +53,18 @@ class DenseDataConfig(PartsConfig):
 
 @dataclass
 class DenseHeadConfig:
-    """The heads of tasks of maps, one for each task.
+    """The heads, one for each task; those of whole images are linear.
 
     Args:
-        name: the head (vismt.multitask.heads).
-        options: further arguments of the head.
+        name: the head of tasks of maps (vismt.multitask.heads).
+        options: further arguments of that head.
+        labels: of several tasks of whole images: separate, each with a softmax over its own classes, or union, one softmax
+            over the classes of all.
     """
 
     name: Annotated[str, Names("vismt.multitask.heads:HEADS", only=True)] = "conv"
     options: dict[str, Any] = field(default_factory=dict)
+    labels: Annotated[str, Names("vismt.multitask.nets:LABEL_SPACES", only=True)] = "separate"
 
     def __post_init__(self) -> None:
         check_head(self.name, self.options)
@@ -133,8 +141,9 @@ class DenseConfig(StudyConfig):
     Args:
         model: the backbone; its image size is `size`.
         data: the sets.
-        tasks: names of dense tasks, or mappings with the name and options of the task. Arms may differ in options of the
-            losses: `tasks.semseg.class_weights: sqrt`.
+        tasks: names of dense tasks, or mappings with the name and options of the task. An entry with kind: classify has any
+            name, and images of its own: train, validation, test, validation_share, test_share and limit as in `data`. Arms
+            may differ in options of the losses: `tasks.semseg.class_weights: sqrt`.
         only: the trained tasks, [] for all; an arm with a single task is a single-task baseline.
         size: [height, width] of training images in pixels, multiples of the model's patch.
         canvas: [height, width] into which every image is fitted, and from which training crops are taken; null for the
@@ -173,13 +182,28 @@ class DenseConfig(StudyConfig):
 
 
 def all_tasks(config: DenseConfig) -> list[Task]:
-    """Return the tasks of the configuration, also those that an arm leaves out."""
-    return [make_task(spec) for spec in config.tasks]
+    """Return the tasks of the configuration, also those that an arm leaves out, each over its own classes."""
+    specs = [
+        spec if isinstance(spec, str) else {key: spec[key] for key in spec if key not in PARTS} for spec in config.tasks
+    ]
+    return [make_task(spec) for spec in specs]
+
+
+def own_parts(config: DenseConfig) -> dict[str, PartsConfig]:
+    """Return the sets of each task of whole images that has its own, by its name."""
+    return {
+        str(spec["name"]): typed(
+            {key: spec[key] for key in PARTS if key in spec}, PartsConfig, f"tasks: {spec['name']}"
+        )
+        for spec in config.tasks
+        if not isinstance(spec, str) and "name" in spec and any(key in spec for key in PARTS)
+    }
 
 
 def trained_tasks(config: DenseConfig) -> list[Task]:
     """Return the tasks that this configuration (of an arm) trains."""
-    return [task for task in all_tasks(config) if not config.only or task.name in config.only]
+    tasks = [task for task in all_tasks(config) if not config.only or task.name in config.only]
+    return unite(tasks) if config.head.labels == "union" else tasks
 
 
 def baseline_arms(config: DenseConfig) -> dict[str, str]:
@@ -213,6 +237,10 @@ def image_tasks(tasks: Iterable[Task]) -> list[Task]:
 def _check_values(config: DenseConfig) -> None:
     if config.evaluate.adjust_logits and not class_tasks(config):
         raise UserError("evaluate.adjust_logits: no task has classes; set it to false.")
+    if config.evaluate.adjust_logits and config.head.labels == "union":
+        raise UserError(
+            "evaluate.adjust_logits: its prior is over the classes of one task; set head.labels to separate."
+        )
     if (config.evaluate.risk or config.evaluate.ood) and not image_tasks(all_tasks(config)):
         key = "risk" if config.evaluate.risk else "ood"
         raise UserError(f"evaluate.{key}: no task is of whole images; add the task classify, or leave the key out.")
@@ -232,17 +260,34 @@ def _check_values(config: DenseConfig) -> None:
         raise UserError(
             "full: trains the whole backbone, which leaves nothing to adapt; set adapt to null, or full to false."
         )
-    if not config.data.train:
-        raise UserError("data.train: names no set.")
-    check_parts({"data": config.data})
-    check_row_names(config.evaluate.ood, "evaluate.ood")
-    used = (*config.data.train, *config.data.validation, *config.data.test)
-    check_apart({"data": used}, {"evaluate.ood": config.evaluate.ood})
+    _check_parts(config)
     if config.retain is not None:
         classes = next((task.channels for task in trained_tasks(config) if task.name == SEGMENTATION), None)
         if classes is None:
             raise UserError(f"retain: compares class logits and needs the task {SEGMENTATION}; set retain to null.")
         DenseRetaining(classes, **asdict(config.retain))
+
+
+def _check_parts(config: DenseConfig) -> None:
+    """Raise UserError for sets that the parts of a run share, and for tasks without sets."""
+    own = own_parts(config)
+    for task in all_tasks(config):
+        named = isinstance(task, Classification) and task.name != Classification.name
+        if named != (task.name in own):
+            fix = "name sets of its own: train, test" if named else "its sets belong in data"
+            raise UserError(f"tasks: {task.name}: {fix}.")
+        if named and task.name in (*TASKS, *TAKEN):
+            raise UserError(f"tasks: {task.name}: the name has another meaning in a run; choose another one.")
+    sections = {f"tasks: {name}": parts for name, parts in own.items()}
+    if len(own) < len(config.tasks) or config.data != DenseDataConfig():
+        sections = {"data": config.data, **sections}
+    for where, parts in sections.items():
+        if not parts.train:
+            raise UserError(f"{where}.train: names no set." if where == "data" else f"{where}: train names no set.")
+    check_parts(sections)
+    check_row_names(config.evaluate.ood, "evaluate.ood")
+    used = {where: (*parts.train, *parts.validation, *parts.test) for where, parts in sections.items()}
+    check_apart(used, {"evaluate.ood": config.evaluate.ood})
 
 
 def _check_sizes(config: DenseConfig) -> None:

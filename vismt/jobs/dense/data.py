@@ -20,8 +20,8 @@ from vismt.data.maps.dense_sample import CLASS, Sample, collate
 from vismt.data.maps.dense_set import DenseSet, open_samples
 from vismt.data.near_duplicates import groups_of, picture
 from vismt.data.set_entries import card_and_split
-from vismt.engine.parts import shares
-from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
+from vismt.engine.parts import PartsConfig, shares
+from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of, image_tasks, own_parts
 from vismt.multitask.class_loss import ClassLoss, check_counts
 from vismt.multitask.nets import SEGMENTATION
 from vismt.multitask.tasks import MapTask, Task
@@ -72,26 +72,21 @@ class DenseData:
     """
 
     def __init__(self, config: DenseConfig) -> None:
-        data, tasks = config.data, all_tasks(config)
+        tasks = all_tasks(config)
         self.size = canvas_of(config)
         self._counts: dict[str, list[int]] = {}
         self.parts: dict[str, Rows] = {part: Rows([]) for part in ("train", "validation", "test")}
-        for name in data.train:
-            images = _open(name)
-            strata = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
-            groups = groups_of(images, strata, partial(picture, images)) if shares(data) else None
-            for part, index in divide(strata, shares(data), images.name, groups, images.image_classes).items():
-                self.parts[part].entries.extend((images, i) for i in index.tolist())
-        for part in ("validation", "test"):
-            for name in getattr(data, part):
-                images = _open(name)
-                self.parts[part].entries.extend((images, i) for i in range(len(images)))
-        if data.limit is not None:
-            self.parts["train"] = Rows(_spread(self.parts["train"].entries, data.limit))
+        for parts, key in [
+            (config.data, CLASS),
+            *((own, f"{CLASS}:{name}") for name, own in own_parts(config).items()),
+        ]:
+            for part, entries in _divided(parts, key).items():
+                self.parts[part].entries.extend(entries)
         sets = list({id(images): images for rows in self.parts.values() for images, _ in rows.entries}.values())
         for images in sets:
             _check_set(images, tasks)
-        _check_names([(images.name, images.image_classes) for images in sets if images.labels is not None])
+        for key in (task.key for task in image_tasks(tasks)):
+            _check_names([(images.name, images.image_classes) for images in sets if key in images.targets])
         if SEGMENTATION in [task.key for task in tasks]:
             labelled = [(images.name, images.classes) for images in sets if SEGMENTATION in images.targets]
             _check_names([(name, classes) for name, classes in labelled if not _numbered(classes)])
@@ -114,10 +109,10 @@ class DenseData:
         images = _open(name)
         return FittedImages(Rows([(images, i) for i in range(len(images))]), self.size)
 
-    def classes(self, part: str) -> Tensor:
-        """Return the classes (n,) of the images of a part that have one."""
-        entries = [(images.labels, i) for images, i in self.part(part).entries if images.labels is not None]
-        return torch.tensor([int(labels[i]) for labels, i in entries], dtype=torch.int64)
+    def classes(self, part: str, task: Task) -> Tensor:
+        """Return the classes (n,) of the images of a part that have one of a task of whole images."""
+        entries = [(images.labels, i) for images, i in self.part(part).entries if task.key in images.targets]
+        return torch.tensor([int(labels[i]) for labels, i in entries if labels is not None], dtype=torch.int64)
 
     def counted(self, tasks: Sequence[Task]) -> list[Task]:
         """Return the tasks, with their training labels counted where the loss needs them."""
@@ -228,8 +223,29 @@ class DenseBatches:
         return {name: values for name, values in images.read(i, augmented).items() if name in self.kept}
 
 
-def _open(name: str) -> DenseSet:
-    return open_samples(*card_and_split(name))
+def _open(name: str, key: str = CLASS) -> DenseSet:
+    """Return the samples of a card; those of classified images have their class as `key`."""
+    images = open_samples(*card_and_split(name), key)
+    if key != CLASS and images.labels is None:
+        raise UserError(f"tasks: {key.partition(':')[2]}: '{images.name}' has maps; name it in data.")
+    return images
+
+
+def _divided(parts: PartsConfig, key: str) -> dict[str, list[tuple[DenseSet, int]]]:
+    """Return the samples of each part; key: of the class of classified images."""
+    found: dict[str, list[tuple[DenseSet, int]]] = {part: [] for part in ("train", "validation", "test")}
+    for name in parts.train:
+        images = _open(name, key)
+        strata = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
+        groups = groups_of(images, strata, partial(picture, images)) if shares(parts) else None
+        for part, index in divide(strata, shares(parts), images.name, groups, images.image_classes).items():
+            found[part] += [(images, i) for i in index.tolist()]
+    for part in ("validation", "test"):
+        for images in [_open(name, key) for name in getattr(parts, part)]:
+            found[part] += [(images, i) for i in range(len(images))]
+    if parts.limit is not None:
+        found["train"] = _spread(found["train"], parts.limit)
+    return found
 
 
 def _spread(entries: list[tuple[DenseSet, int]], limit: int) -> list[tuple[DenseSet, int]]:
@@ -245,7 +261,7 @@ def _check_set(images: DenseSet, tasks: Sequence[Task]) -> None:
             f"data: '{images.name}' has {targets}, which none of the tasks ({names}) learns from; leave it out."
         )
     for task in tasks:
-        classes = {"semseg": images.classes, "parts": images.parts, CLASS: images.image_classes}.get(task.key)
+        classes = {task.key: images.image_classes, "semseg": images.classes, "parts": images.parts}.get(task.key)
         if classes and task.key in images.targets and task.channels != len(classes):
             raise UserError(f"tasks: {task.name}: classes {task.channels}, '{images.name}' has {len(classes)}.")
 

@@ -9,6 +9,9 @@ through that task; the n of delta_m counts the images with a value of any task. 
 The option `absent` of a task sets the value of a class that no image has; with "nan" the score is undefined: the task has no
 number then, and the report says why.
 
+Tasks of whole images have a record of the probabilities of every image, from which `evaluate.risk` (jobs/risk.py) and
+`evaluate.ood` (jobs/image_scores.py) are computed.
+
 With evaluate.adjust_logits the tasks with classes are also scored with z - tau log pi (class_loss.py), by the tau with the best
 score on the validation images; adjustment.json in the training's folder has it.
 """
@@ -22,7 +25,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress, product
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -136,43 +138,29 @@ class Evaluation:
         """Return the scores of one training, clean and under each condition that touches one of its tasks.
 
         net: returns the evaluated net, asked for where a condition is not on record. config: of the training. records: folder.
-        risk: whether the measures of `evaluate.risk` of tasks of whole images are among them.
+        risk: whether the measures of `evaluate.risk` of tasks of whole images and the quality of their probabilities are among
+        them.
         """
         thresholds = self.thresholds(net, training, config) if risk else {}
         quantiles = {task: fitted.quantile for task, fitted in thresholds.items()}
         clean = self.task_scores(net, training, config, split, records / f"{split}.jsonl", quantiles=quantiles)
-        scores = self.as_scores(clean, split) + self._risk_scores(clean, {}, [], split, thresholds)
-        for spec in specs:
-            if isinstance(spec, DenseAttack) and not spec.attacked(trained_tasks(config)):
-                continue
+        scores, found = self.as_scores(clean, split), [clean]
+        touching = [s for s in specs if not isinstance(s, DenseAttack) or s.attacked(trained_tasks(config))]
+        for spec in touching:
             key = digest(json.dumps(spec.settings(), sort_keys=True).encode())[:8]
             path = records / f"{split}-{key}.jsonl"
-            scored = self.task_scores(net, training, config, split, path, spec, quantiles)
-            scores += self.as_scores(scored, split, condition_of(spec))
-            scores += self._risk_scores(clean, scored, [spec], split, thresholds)
-        return scores
-
-    def _risk_scores(
-        self,
-        clean: Mapping[str, Scored],
-        changed: Mapping[str, Scored],
-        specs: Sequence[DensePerturbation],
-        split: str,
-        thresholds: Mapping[str, Thresholds],
-    ) -> list[Score]:
-        """Return the measures of `evaluate.risk` under a spec, or clean without one, there also the quality of probabilities.
-
-        changed: the scores under the spec.
-        """
-        scores = []
+            found.append(self.task_scores(net, training, config, split, path, spec, quantiles))
+            scores += self.as_scores(found[-1], split, condition_of(spec))
         for task, fitted in thresholds.items():
-            others = changed[task].answers if specs else {}
-            rows = [{"id": name, **row, **others.get(name, {})} for name, row in clean[task].answers.items()]
-            measures = image_measures(rows, specs, self.tasks[task].channels, fitted)
-            if specs:
-                measures = [(condition, measure) for condition, measure in measures if condition != CLEAN]
-            else:
-                measures += [(CLEAN, measure) for measure in form_measures(rows, CLEAN)]
+            rows = [
+                {
+                    "id": image,
+                    **{name: value for scored in found for name, value in scored[task].answers[image].items()},
+                }
+                for image in clean[task].answers
+            ]
+            measures = image_measures(rows, touching, self.tasks[task].channels, fitted)
+            measures += [(CLEAN, measure) for measure in form_measures(rows, CLEAN)]
             scores += [self._score(task, split, measure, condition) for condition, measure in measures]
         return scores
 
@@ -239,7 +227,7 @@ class Evaluation:
             tasks = trained_tasks(config)
             plain = {task.name: (task.name, 0.0) for task in tasks}
             label = str(training) if spec is None else f"{training}   {spec.label}"
-            pools = self._pooled(net(), tasks, split, plain, label, spec, quantiles or {})
+            pools = self._pooled(net(), tasks, split, plain, label, spec, quantiles)
             scored = self._written(pools, training, path, spec)
         return scored
 
@@ -280,13 +268,14 @@ class Evaluation:
         variants: Mapping[str, tuple[str, float]],
         label: str,
         spec: DensePerturbation | None = None,
-        quantiles: Mapping[str, float] = MappingProxyType({}),
+        quantiles: Mapping[str, float] | None = None,
     ) -> dict[str, PooledScore]:
         """Return the pooled scores of variants of the outputs by name. variants: (task, tau of its logits, 0 for none)."""
         by_name = {task.name: task for task in tasks}
         condition = CLEAN.label if spec is None else spec.label
         pools = {
-            name: PooledScore(by_name[task], condition, quantiles.get(task)) for name, (task, _) in variants.items()
+            name: PooledScore(by_name[task], condition, (quantiles or {}).get(task))
+            for name, (task, _) in variants.items()
         }
 
         def states(start: int) -> list[tuple[str, str, State, dict[str, float]]]:

@@ -138,7 +138,7 @@ def predictions_figure(panel: Path, path: Path) -> Path:
 
     Args:
         panel: the file of `write_predictions`.
-        path: the PNG to write.
+        path: the file to write.
 
     Raises:
         UserError: for another file.
@@ -200,7 +200,7 @@ def sections(folder: Path) -> list[Section]:
     """Return the sections of undefined scores and of images, as far as the run left the files."""
     pictures = []
     if (folder / PANELS).exists():
-        path = predictions_figure(folder / PANELS, folder / "figures" / "predictions.png")
+        path = predictions_figure(folder / PANELS, folder / "figures" / "predictions.svg")
         pictures.append(Picture(path, "Predictions", CAPTION))
     images = Section("Images", pictures=[*pictures, *router_pictures(folder)], folded=True)
     rows = _undefined(folder)

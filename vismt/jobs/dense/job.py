@@ -71,6 +71,9 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         """The evaluation of this folder's trainings."""
         return Evaluation(self.config, self.data)
 
+    def trained_on(self, config: DenseConfig) -> str:
+        return ", ".join(config.data.train)
+
     @property
     def split(self) -> str:
         return self.config.evaluate.split
@@ -127,10 +130,6 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             retain=retain,
         )
 
-    def step(self, objective: nn.Module, number: int) -> None:
-        if isinstance(objective, DenseObjective):
-            objective.step()
-
     def batches(self, config: DenseConfig) -> DenseBatches:
         keys = [task.key for task in trained_tasks(config)]
         return DenseBatches(
@@ -183,7 +182,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         self._check_thresholds()
 
     def _check_thresholds(self) -> None:
-        check_thresholds(self.data.classes("validation"), self.config.tune)
+        for task in image_tasks(all_tasks(self.config)):
+            check_thresholds(self.data.classes("validation", task), self.config.tune)
 
     def _conditions(
         self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]

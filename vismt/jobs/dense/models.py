@@ -19,6 +19,7 @@ from vismt.jobs.dense.config import DenseConfig, trained_tasks
 from vismt.multitask.heads import Head, make_head, make_pooled_head
 from vismt.multitask.nets import DenseNet, default_blocks
 from vismt.multitask.tasks import MapTask, Task
+from vismt.multitask.tasks.classes import UnionClassification
 from vismt.storage.files import atomic_write, read_tensors
 
 BACKBONE = "backbone.safetensors"
@@ -30,7 +31,9 @@ def fresh(config: DenseConfig) -> DenseNet:
     backbone = make_backbone(config, (config.size[0], config.size[1]))
     blocks = default_blocks(backbone.depth) if config.blocks is None else config.blocks
     widths = [backbone.width] * len(blocks)
-    return DenseNet(backbone, {task.name: _head(config, task, widths) for task in trained_tasks(config)}, blocks)
+    tasks = trained_tasks(config)
+    union = [task.name for task in tasks if isinstance(task, UnionClassification)]
+    return DenseNet(backbone, {task.name: _head(config, task, widths) for task in tasks}, blocks, union)
 
 
 def _head(config: DenseConfig, task: Task, widths: list[int]) -> Head:
@@ -62,6 +65,7 @@ def heads_file(net: DenseNet, config: DenseConfig) -> bytes:
         "blocks": net.blocks,
         "size": config.size,
         "tasks": {task.name: task.channels for task in trained_tasks(config)},
+        "labels": config.head.labels,
         "pooled": [task.name for task in trained_tasks(config) if not isinstance(task, MapTask)],
     }
     # A single entry: safetensors writes several in varying order, and equal heads would give different bytes.

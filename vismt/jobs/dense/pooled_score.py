@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.multitask.tasks import MapTask, Task
+from vismt.multitask.tasks import Task
+from vismt.multitask.tasks.classes import Classification
 from vismt.robustness.evaluate import probability_columns
 from vismt.uncertainty.intervals import CLEAN
 
@@ -105,10 +106,11 @@ class PooledScore:
 
     def answer(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
         """Return the entry of `answers` of one image, {} for a map and for an image without a label; arguments as of `state`."""
-        if isinstance(self.task, MapTask) or not bool(self.task.valid(target).any()):
+        if not isinstance(self.task, Classification) or not bool(self.task.valid(target).any()):
             return {}
-        columns = probability_columns(self.condition, prediction.double(), target, self.quantile)
-        return {"label": int(target), **{name: values[0] for name, values in columns.items()}}
+        place = self.task.placed(target)
+        columns = probability_columns(self.condition, prediction.double(), place, self.quantile)
+        return {"label": int(place), **{name: values[0] for name, values in columns.items()}}
 
     def add(self, name: str, state: State, answer: dict[str, float] | None = None) -> None:
         """Add the state and the answer of one image."""

@@ -25,18 +25,18 @@ from torch import Tensor
 
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.data.cards import Card, load_card
+from vismt.data.cards import load_card
 from vismt.data.decode import decode_file
 from vismt.data.maps.dense_set import DenseSource, open_samples
 from vismt.data.maps.dense_transforms import fitting, resize
 from vismt.data.set_entries import card_and_split
 from vismt.engine import runtime
-from vismt.jobs.dense.config import DenseConfig, canvas_of, trained_tasks
+from vismt.jobs.dense.config import DenseConfig, canvas_of, own_parts, trained_tasks
 from vismt.jobs.predictions import Row, class_row, write_arrays, write_rows
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.tasks import MapTask, Task
-from vismt.multitask.tasks.classes import Classification
+from vismt.multitask.tasks.classes import Classification, UnionClassification
 from vismt.multitask.tasks.maps import Depth, InverseDepth
 from vismt.report.plotting import GRID, INK, MUTED, axes_at, new_figure, save, short, write
 from vismt.storage.files import atomic_write
@@ -143,15 +143,38 @@ def predict_images(
         if own_size:
             enlarged = max(side / fitted for side, fitted in zip(size, canvas_of(config)))
             outputs = {name: tasks[name].rescaled(value, enlarged) for name, value in outputs.items()}
-        for name, value in outputs.items():
-            if not isinstance(tasks[name], MapTask):
-                names = classes.get(name) or [f"class {label}" for label in range(len(value))]
-                rows.append(class_row(path, name, value.double().log_softmax(0), names, (quantiles or {}).get(name)))
+        rows += _class_rows(path, outputs, tasks, classes, quantiles or {})
         shown = image[:, :height, :width]
         written.append(picture(shown, outputs, tasks, classes, target / f"{path.stem}.png"))
         if maps:
             _write_maps(shown, outputs, tasks, target / path.stem)
     return [write_rows(rows, target), *written] if rows else written
+
+
+def _class_rows(
+    path: Path,
+    outputs: Mapping[str, Tensor],
+    tasks: Mapping[str, Task],
+    classes: Mapping[str, Sequence[str]],
+    quantiles: Mapping[str, float],
+) -> list[Row]:
+    """Return the rows of an image in predictions.csv: one for each task of whole images, or one for the union of them.
+
+    The set of a union takes the largest threshold of a task, which covers the images of every task.
+    """
+    rows = []
+    union = [task for task in tasks.values() if isinstance(task, UnionClassification)]
+    for task in tasks.values():
+        if not isinstance(task, Classification) or task in union[1:]:
+            continue
+        log_p, quantile = outputs[task.name].double().log_softmax(0), quantiles.get(task.name)
+        names = classes.get(task.name) or _numbered(len(log_p))
+        answers = task
+        if union:
+            answers = next(one for one in reversed(union) if one.offset <= int(log_p.argmax()))
+            quantile = max(quantiles.values(), default=None)
+        rows.append(class_row(path, answers.name, log_p, names, quantile))
+    return rows
 
 
 def _write_maps(image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str, Task], stem: Path) -> None:
@@ -170,27 +193,36 @@ def _write_maps(image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str
 
 
 def class_names(config: DenseConfig, tasks: Mapping[str, Task]) -> dict[str, list[str]]:
-    """Return the class names of each task: its own, those on the cards of the training sets, or of classified images on disk."""
+    """Return the class names of each task: its own, those on the cards of its training sets, or of classified images on disk.
+
+    Those of a union are task/class, of all its tasks.
+    """
     classes = {name: list(task.default_class_names) for name, task in tasks.items() if task.default_class_names}
-    for entry, card in zip(config.data.train, _cards(config)):
-        task = SEGMENTATION if isinstance(card.sources[0], DenseSource) else Classification.name
+    entries = [("", entry) for entry in config.data.train]
+    entries += [(name, entry) for name, parts in own_parts(config).items() for entry in parts.train]
+    for task, entry in entries:
+        card = load_card(card_and_split(entry)[0])
+        maps = isinstance(card.sources[0], DenseSource)
         names = [str(name) for name in card.read_json(card.names)] if card.names else []
-        if not names and task == Classification.name:
+        if not names and not maps:
             with suppress(UserError):  # the images may be on another machine
                 names = open_samples(*card_and_split(entry)).image_classes
+        task = task or (SEGMENTATION if maps else Classification.name)
         if task in tasks and len(names) == tasks[task].channels:
             classes.setdefault(task, names)
-    return classes
+    union = [task for task in tasks.values() if isinstance(task, UnionClassification)]
+    labels = [f"{task.name}/{label}" for task in union for label in classes.get(task.name) or _numbered(task.classes)]
+    return {**classes, **{task.name: labels for task in union}}
 
 
-def _cards(config: DenseConfig) -> list[Card]:
-    """Return the cards of the training sets."""
-    return [load_card(card_and_split(name)[0]) for name in config.data.train]
+def _numbered(count: int) -> list[str]:
+    return [f"class {label}" for label in range(count)]
 
 
 def _inverse(config: DenseConfig) -> bool:
     """Return whether the training sets hold inverse depth; all or none of a run's do."""
-    return any(source.inverse_depth for card in _cards(config) for source in card.sources_of(DenseSource))
+    cards = [load_card(card_and_split(name)[0]) for name in config.data.train]
+    return any(source.inverse_depth for card in cards for source in card.sources_of(DenseSource))
 
 
 def picture(

@@ -19,6 +19,17 @@ from vismt.jobs.fewshot.config import (
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec, PlannedExpert, level_text, plan_experts
 from vismt.metatune.amt.objective import AdversaryForm
 from vismt.metatune.amt.selection_rules import ALIASES
+from vismt.robustness.attacks.attacks import radius_text
+
+# What a model that is made of a pool is, by its strategy.
+MERGING = {
+    "paper": "the experts, merged for each task by how compact and distinct they make its support classes (AMT)",
+    "min_ce": "the expert with the least cross-entropy on the support",
+    "robust_loo": "the expert with the best accuracy on the attacked support",
+    "ridge": "the experts, merged for each task by ridge regression on its support",
+    "average": "the equal mean of the experts",
+    "logits": "the mean of the experts' logits",
+}
 
 
 def resolve_experts(config: FewShotConfig) -> dict[str, FewShotConfig]:
@@ -73,6 +84,23 @@ def strategy_of(config: FewShotConfig, stem: str) -> str:
     if stem in (MERGED, DEFAULT) and config.pool is not None:
         rule = config.pool.select
     return ALIASES.get(rule, rule)
+
+
+def trained_on(config: FewShotConfig) -> str:
+    """Return the sets of an arm's training episodes, and the attack on an expert's."""
+    sets = ", ".join(config.source.data)
+    if not isinstance(config, ExpertConfig):
+        return sets
+    adversary = config.adversary
+    if adversary is None:
+        return f"{sets} without attack"
+    levels = " or ".join(radius_text(adversary.norm, level) for level in adversary.epsilons)
+    return f"{sets} under {adversary.norm} {levels}"
+
+
+def merged_text(config: FewShotConfig, stem: str) -> str:
+    """Return what a model that is made of several experts is; "" for another model."""
+    return MERGING.get(strategy_of(config, stem), "")
 
 
 def untrained_arms(config: FewShotConfig) -> dict[str, FewShotConfig]:

@@ -8,8 +8,7 @@ image, all values are means by part. Several training seeds are averaged, and th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,9 +19,9 @@ from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, FewShotConfig
 from vismt.jobs.fewshot.evaluation import episodes_file
 from vismt.jobs.fewshot.merge_settings import VALIDATION
 from vismt.metatune.protocol.episode_outcome import right_field
-from vismt.report.comparison import AVERAGE
+from vismt.report.comparison import AVERAGE, MANY_CORRUPTIONS
 from vismt.report.results import Result
-from vismt.report.tables import MANY_CORRUPTIONS, Table, bounds_text, interval_text, number_text
+from vismt.report.tables import Table, bounds_text, interval_text, number_text
 from vismt.storage.files import DIGEST, read_sealed
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import SHARE, average_of, estimate, interval_kind_text, weakest_kind
@@ -130,38 +129,38 @@ def _choice(answers: Sequence[Sequence[str | None]], queries: int, groups: Tenso
     return choice(right, labels, groups)
 
 
-def _interval(by_set: Mapping[str, Values], value: Callable[[Values], Tensor]) -> tuple[float, float]:
-    """Return (mean over sets, half width of its 95 % interval); value: returns (seeds, g) from the values of a set."""
-    chosen = [value(values) for values in by_set.values()]
-    found = average_of([estimate(values.mean(0)) for values in chosen])
-    found = found.with_seeds(torch.stack([values.mean(1) for values in chosen]).mean(0).tolist())
+def _interval(by_set: Sequence[Tensor]) -> tuple[float, float]:
+    """Return (mean over sets, half width of its 95 % interval) of values (seeds, g) of each set."""
+    found = average_of([estimate(values.mean(0)) for values in by_set])
+    found = found.with_seeds(torch.stack([values.mean(1) for values in by_set]).mean(0).tolist())
     return found.mean, found.half
 
 
 def _with_averages(
     cases: Mapping[Case, Values], counts: Mapping[Case, int]
-) -> Iterable[tuple[str, str, dict[str, Values], int]]:
-    """Yield (set, condition, values by set, number of episodes), first the averages over several sets."""
+) -> Iterable[tuple[str, str, list[Values], int]]:
+    """Yield (set, condition, values of each set, number of episodes), first the averages over several sets."""
     sets = list(dict.fromkeys(data for _, data in cases))
     for condition in dict.fromkeys(condition for condition, _ in cases) if len(sets) > 1 else ():
-        every = {data: cases[condition, data] for data in sets if (condition, data) in cases}
+        every = [cases[condition, data] for data in sets if (condition, data) in cases]
         if len(every) == len(sets):
             yield AVERAGE, condition, every, sum(counts[condition, data] for data in sets)
     for (condition, data), values in cases.items():
-        yield data, condition, {data: values}, counts[condition, data]
+        yield data, condition, [values], counts[condition, data]
 
 
 def _rules(protocol: str, cases: Mapping[Case, Values], counts: Mapping[Case, int]) -> Table:
     """Return the table of the accuracy of each way to choose."""
     rows: list[list[str]] = []
     for data, condition, by_set, n in _with_averages(cases, counts):
-        for name in next(iter(by_set.values())):
-            if name in ("folds", "optimistic", "variance") or not all(name in values for values in by_set.values()):
+        for name in by_set[0]:
+            if name in ("folds", "optimistic", "variance") or not all(name in values for values in by_set):
                 continue
-            accuracy = _interval(by_set, itemgetter(name))
-            middle, half = _interval(by_set, lambda values, name=name: values[name] - values[MERGED])
-            gain = "–" if name == MERGED else bounds_text((middle, middle - half, middle + half), SHARE)
-            rows.append([data, condition, SHOWN.get(name, name), interval_text(*accuracy, SHARE), gain, f"{n:,}"])
+            mean, half = _interval([values[name] for values in by_set])
+            accuracy = interval_text(mean, mean - half, mean + half, SHARE)
+            middle, half = _interval([values[name] - values[MERGED] for values in by_set])
+            gain = "–" if name == MERGED else bounds_text(middle, middle - half, middle + half, SHARE, sign=True)
+            rows.append([data, condition, SHOWN.get(name, name), accuracy, gain, f"{n:,}"])
     heads = ["Data", "Condition", "Model", "accuracy in %", "Difference to merged", "n (episodes)"]
     return Table(f"Choosing experts, {protocol}", heads, rows, set(), texts=3, folded=len(rows) > 30)
 
@@ -170,11 +169,12 @@ def _worth(protocol: str, cases: Mapping[Case, Values], counts: Mapping[Case, in
     """Return the table of what a choice by task is worth."""
     rows: list[list[str]] = []
     for data, condition, by_set, n in _with_averages(cases, counts):
-        gain, half = _interval(by_set, lambda values: values["halves"] - values["fixed"])
-        low, high = (_interval(by_set, itemgetter(end))[0] for end in ("folds", "optimistic"))
+        gain, half = _interval([values["halves"] - values["fixed"] for values in by_set])
+        low, high = (_interval([values[end] for values in by_set])[0] for end in ("folds", "optimistic"))
         bracket = f"[{number_text(low, SHARE)}, {number_text(high, SHARE)}]"
-        spread = spread_text(*_interval(by_set, itemgetter("variance")))
-        rows.append([data, condition, bounds_text((gain, gain - half, gain + half), SHARE), bracket, spread, f"{n:,}"])
+        spread = spread_text(*_interval([values["variance"] for values in by_set]))
+        gained = bounds_text(gain, gain - half, gain + half, SHARE, sign=True)
+        rows.append([data, condition, gained, bracket, spread, f"{n:,}"])
     heads = ["Data", "Condition", "Gain in points", "Best of each task in %", "Spread in points", "n (episodes)"]
     return Table(f"What a choice by task is worth, {protocol}", heads, rows, set(), texts=2, folded=len(rows) > 30)
 

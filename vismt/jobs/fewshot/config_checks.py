@@ -23,6 +23,7 @@ from vismt.jobs.fewshot.config import (
     FewShotConfig,
 )
 from vismt.jobs.fewshot.pool_experts import CLEAN
+from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.robustness.conditions import check_conditions
 
 
@@ -75,6 +76,12 @@ def _check_arm_keys(config: FewShotConfig) -> None:
 
 def _check_values(config: FewShotConfig, trains: bool) -> None:
     source = config.source
+    for key in ("strategy", "expert"):
+        if getattr(config.merging, key) != getattr(MergeSettings(), key):
+            raise UserError(
+                f"merging.{key}: the names in evaluate.models say how experts are mixed (merged:RULE, average, "
+                "expert:LABEL), pool.select the rule of merged; leave it out."
+            )
     if trains and not source.data:
         raise UserError("source.data: names no set to train on; add a card, or set train to null to evaluate only.")
     if config.meta is not None and config.train is not None and config.train.compile:

@@ -41,11 +41,11 @@ def mixture_bars(
     Args:
         shares: by model and (set, note behind its name, such as n), the weights (P,) with sum 1.
         labels: of the P experts.
-        path: the PNG to write.
+        path: the file to write.
     """
     sets = max(map(len, shares.values()))
     label = 0.078 * max(len(_row(*key)) for panel in shares.values() for key in panel) + 0.3
-    width = label + 6.0
+    width = label + 4.0
     rows = 0.34 * sets + 0.12
     numbers = [str(number) for number in range(len(labels))]
     colors = [color_of(number, numbers) for number in numbers]
@@ -56,7 +56,7 @@ def mixture_bars(
     legend(figure, labels, colors, label)
     for place, (model, panel) in enumerate(shares.items()):
         offset = top + 0.35 + place * (rows + 0.75)
-        axes = axes_at(figure, label, offset, 5.75, rows)
+        axes = axes_at(figure, label, offset, 3.75, rows)
         for row, weights in enumerate(panel.values()):
             left = 0.0
             for color, weight in zip(colors, weights, strict=True):
@@ -90,7 +90,7 @@ def episode_grid(panel: Mapping[str, np.ndarray], path: Path) -> Path:
     Args:
         panel: the arrays of a panels/*.npz: model (its name), support, query and optionally adversarial uint8 (., 3, h, w),
             their labels and predictions int (.,), classes (k,) of text. At most 8 classes and 2 queries of each are drawn.
-        path: the PNG to write.
+        path: the file to write.
     """
     classes = [str(name) for name in panel["classes"]][:SHOWN_CLASSES]
     attacked = "adversarial" in panel

@@ -23,12 +23,15 @@ from vismt.jobs.calibration import calibrated_on_images
 from vismt.jobs.fewshot.arms import (
     evaluated_experts,
     evaluated_models,
+    merged_text,
     pool_members,
     resolve_experts,
     split_head,
+    trained_on,
     untrained_arms,
 )
 from vismt.jobs.fewshot.config import (
+    EXPERT,
     FROZEN,
     ExpertConfig,
     FewShotConfig,
@@ -81,6 +84,17 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
 
     def make_study(self) -> Study[FewShotConfig]:
         return Study(self.config, self.folder, resolve_experts(self.config))
+
+    def trained_on(self, config: FewShotConfig) -> str:
+        return trained_on(config)
+
+    def described(self, arm: str) -> str:
+        stem, head = split_head(arm)
+        if stem in self.untrained:
+            text = f"{self.untrained[stem].model.name}, nothing trained"
+        else:
+            text = super().described(stem.removeprefix(EXPERT)) or merged_text(self.config, stem)
+        return f"{text}; head {head} in place of prototypes" if head else text
 
     # ---- training -----------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from vismt.jobs.fewshot.evaluation import MASKING, episodes_file
 from vismt.jobs.fewshot.figures import episode_grid, mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings
 from vismt.metatune.amt.pool import read_pool
+from vismt.report.comparison import shown_name
 from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.lines import read_lines
@@ -80,7 +81,7 @@ def masking_tables(folder: Path) -> list[tuple[Table, str]]:
         for row in sorted(lines, key=lambda row: models.index(row["model"])):
             values = [f"{100 * value:.1f}" for value in (*row["accuracies"], row["chance"])]
             where = f"{row['data']}, {row['protocol']}"
-            rows.append([str(row["model"]), where, *values, str(row["n"]), str(row["verdict"])])
+            rows.append([shown_name(str(row["model"]), ["clean"]), where, *values, str(row["n"]), str(row["verdict"])])
     except (TypeError, ValueError) as error:
         raise UserError(
             f"report: '{folder / MASKING}' is not what an evaluation writes ({error}); delete it."
@@ -100,7 +101,7 @@ def _panels(folder: Path) -> list[Picture]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 panel = {name: file[name] for name in file.files}
-            drawn = episode_grid(panel, folder / "figures" / f"episode-{path.stem}.png")
+            drawn = episode_grid(panel, folder / "figures" / f"episode-{path.stem}.svg")
         except (ValueError, KeyError, IndexError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"report: '{path}' is not a panel of an episode ({error}); delete it and run `vismt evaluate {folder}`."
@@ -118,7 +119,10 @@ def _panel_caption(panel: dict[str, np.ndarray]) -> str:
     truth = panel["query_labels"]
     count = len(truth)
     right = int((panel["predictions"] == truth).sum())
-    text = f"One episode{_model_of(panel)}. Of {count} query images in the panel file, {right} are right"
+    text = (
+        f"The first episode drawn of this set, not chosen by result{_model_of(panel)}: the first images of each class. "
+    )
+    text += f"Of {count} query images in the panel file, {right} are right"
     if "adversarial_predictions" not in panel:
         return text + "."
     attack = str(panel["condition"]) if "condition" in panel else "attack"
@@ -158,7 +162,7 @@ def _mixtures(
     if config.pool.folder:
         labels = [expert.label for expert in read_pool(Path(config.pool.folder))]
     names = labels if len(labels) == count else [f"expert {number}" for number in range(1, count + 1)]
-    path = mixture_bars(shares, names, folder / "figures" / "mixture.png")
+    path = mixture_bars(shares, names, folder / "figures" / "mixture.svg")
     protocol = "" if several else f"{rows[0].protocol}. "
     labels_text = "" if config.pool.experts else "; labels are input budgets in 1/255"
     text = f"{protocol}Mean weight of each expert over the episodes (n), in per cent{labels_text}."

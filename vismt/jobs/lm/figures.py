@@ -49,7 +49,7 @@ def forgetting_figure(
         frozen: the model before training, if it was evaluated; drawn as dashed lines where they fall within the axes.
         score: name of the first axis.
         perplexity: name of the second axis.
-        path: the PNG to write.
+        path: the file to write.
 
     Returns:
         `path`.
@@ -123,7 +123,7 @@ def sections(folder: Path, config: LmConfig, study: Study[LmConfig], results: Se
             if (arm, seed) in texts:
                 lr = 0.0 if arm in REFERENCES else study.trainings(arm)[0].lr  # the chosen rate
                 points[arm, seed] = Point(lr, factor * row.value, texts[arm, seed].value)
-        path = folder / "figures" / f"forgetting-{number}.png"
+        path = folder / "figures" / f"forgetting-{number}.svg"
         across = f"{trained} on {score.data}: {scale_text(score.metric, score.scale, score.better)}"
         families = _families(config, points)
         forgetting_figure(families, points.get((FROZEN, None)), across, f"{data}: {PERPLEXITY} ↓", path)

@@ -20,7 +20,7 @@ from vismt.engine import runtime, training_files
 from vismt.engine.study import Training
 from vismt.jobs.calibration import calibrated
 from vismt.jobs.lm import models as lm_models
-from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends
+from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends, trained_task
 from vismt.jobs.lm.config_checks import check
 from vismt.jobs.lm.data import ItemBatches, LmData, lm_of
 from vismt.jobs.lm.evaluation import Evaluation
@@ -61,6 +61,9 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             references += [RECOMMENDER, *dict.fromkeys(baselines)]
         self.references = references
         self._calibrated: dict[str, Any] = {}
+
+    def trained_on(self, config: LmConfig) -> str:
+        return ", ".join(trained_task(config).train)
 
     @cached_property
     def models(self) -> LmModels:

@@ -45,7 +45,7 @@ def sections(folder: Path, config: RobustnessConfig, results: Sequence[Result]) 
     """Return the sections of a robustness run, as far as the run folder has the files."""
     pictures = []
     for path in sorted((folder / BROKEN).glob("*.npz")):
-        drawn = broken_figure(path, folder / "figures" / f"broken-{path.stem}.png")
+        drawn = broken_figure(path, folder / "figures" / f"broken-{path.stem}.svg")
         pictures.append(Picture(drawn, path.stem, BROKEN_CAPTION))
     return [
         Section("Mean corruption error", _normalised(config, results)),

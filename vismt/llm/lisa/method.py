@@ -140,7 +140,7 @@ class LISA:
         self._open = step // self.interval
         self._show(self.layers_at(step))
         _add_parameters(self.optimizer, self._trained)  # the optimiser may be new since the last switch
-        # The state of layers that left is freed or moved; a checkpoint that was loaded may have brought such state, too.
+        # The state of layers that left is freed or moved; a checkpoint that was loaded may also have brought it.
         state = self.optimizer.state
         for parameter in {parameter for layer in self._layers.values() for parameter in layer} & set(state):
             frozen = parameter not in self._awake

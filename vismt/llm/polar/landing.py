@@ -55,7 +55,7 @@ class Landing(torch.optim.Optimizer):
         UserError: for a model without such updates, and an optimiser that holds none of their factors.
     """
 
-    _step_supports_amp_scaling = False  # a fused optimiser, too, has to get unscaled gradients: the pull has no scale
+    _step_supports_amp_scaling = False  # a fused optimiser also has to get unscaled gradients: the pull has no scale
 
     def __init__(
         self,

@@ -143,7 +143,7 @@ def _children(module: nn.Module, layouts: tuple) -> tuple[list[str], str] | None
     children = dict(module.named_children())
     for inputs, outputs in layouts:
         last = next((name for name in outputs if name in children), None)
-        kinds = {kind_of(children.get(name)) for name in (*inputs, last)}  # None where a name is missing, too
+        kinds = {kind_of(children.get(name)) for name in (*inputs, last)}  # None also where a name is missing
         if last is not None and kinds <= {"linear", "conv1d"}:
             return list(inputs), last
     return None

@@ -1,8 +1,8 @@
 """Trees and packs on any LM: all documents of a row in one forward pass, or one document after the other.
 
 One pass needs an LM whose states depend on the tokens that its mask shows and on their positions, and on nothing else. Sliding
-windows are lost where a mask is given, or count columns; ALiBi counts columns, too; states of Mamba and convolutions run through
-the whole row. So an LM is tried once, on a tree and a pack of few tokens. Its windows are read from its configuration, since a
+windows are lost where a mask is given, or count columns, as ALiBi does; states of Mamba and convolutions run through the
+whole row. So an LM is tried once, on a tree and a pack of few tokens. Its windows are read from its configuration, since a
 row that they reach over needs no try: there a window shows everything.
 """
 

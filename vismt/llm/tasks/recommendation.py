@@ -1,4 +1,4 @@
-r"""The next item of a user's history, out of candidates (LLaRA's protocol, arXiv 2312.02445; iLoRA's, too).
+r"""The next item of a user's history, out of candidates (LLaRA's protocol, arXiv 2312.02445, which iLoRA follows).
 
     choose:  s_c = sum over the tokens of title c of log p(token | prompt)       loss = nats a token of the right title and "\n"
     judge:   s_c = logit(" yes") - logit(" no") after the question about c       loss = -log softmax_c(s) of the right candidate

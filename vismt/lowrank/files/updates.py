@@ -109,7 +109,7 @@ def put_on(
         for path, (settings, A, B) in stacks_on(adapter, model).items():
             specs.append(spec_of(path, modules[path], LowRankLayer, settings))
             tensors |= {f"{path}.lora_A": A, f"{path}.lora_B": B}
-    # Dropout of a file passes by what is read without a call, as it does in peft.
+    # As in peft, dropout of a file does not reach weights that are read without a call.
     for reason in refusals(model, [spec.path for spec in specs], prequantized=True, readable=True).values():
         raise UserError(f"{what}: {reason}.")
     _check_parameters(what, model, also_train)

@@ -83,7 +83,7 @@ class AdapterModule(nn.Module):
     def build(
         cls, base: Any, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
     ) -> AdapterModule:
-        """Return the module of `spec` around `base`, which stands at its path (None: nothing does), with its update unset.
+        """Return the module of `spec` around `base`, the module at its path (None for a new path), with its update unset.
 
         dtype: of the trained tensors; None for the weight's own, fp32 for half-precision weights.
         """
@@ -100,7 +100,7 @@ class AdapterModule(nn.Module):
         return None
 
     def settings(self) -> Any:
-        """Return the instance of `Settings` that `build` needs."""
+        """Return the instance of `Settings` that `build` needs; for modules other than layers, whose specs are made from them."""
         raise NotImplementedError
 
     @classmethod

@@ -41,7 +41,7 @@ def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
 
     Args:
         model: an adapted model; changed in place.
-        force: merge updates and weights with NaN or infinite values too.
+        force: also merge updates and weights with NaN or infinite values.
 
     Returns:
         The model.

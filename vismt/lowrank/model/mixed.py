@@ -216,7 +216,7 @@ class ActiveSet:
         self.alive.add(self)
 
     def __reduce__(self) -> tuple[type[ActiveSet], tuple[Any]]:
-        return ActiveSet, (self.names,)  # a copy is alive, too
+        return ActiveSet, (self.names,)  # a copy is also alive
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ class adapters_per_sample(PerSample):
             )
         if any(names in scope.choices for scope in list(cls.opened.values())):
             raise UserError(
-                "forward: adapters_per_sample is in force in another thread or task, and not here; open a block here, too "
+                "forward: adapters_per_sample is in force in another thread or task, and not here; open a block here as well "
                 "(an entry {name: 1, ...} adds adapters)."
             )
 

@@ -73,7 +73,7 @@ def refuse_switched(model: nn.Module, what: str = "adapt") -> None:
 def refuse_offloaded(model: nn.Module, what: str, *, whole: bool = False) -> None:
     """Raise UserError where weights have no values: on the meta device beside others that have, or moved away by hooks.
 
-    whole: refuse a model that lies on the meta device as a whole, too, which `adapt` counts the parameters of.
+    whole: also refuse a model that lies on the meta device as a whole, which `adapt` counts the parameters of.
     """
     on_meta = {name: parameter.is_meta for name, parameter in model.named_parameters()}
     moved = None

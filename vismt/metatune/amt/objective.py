@@ -18,26 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError
 from vismt.base.seeds import mix_seed
-from vismt.config.typed import Names
+from vismt.config.typed import Checked, Names, within
 from vismt.metatune.amt.input_attack import NORMS, PLAIN, PYRAMID, STARTS, Levels, pyramid_attack
 from vismt.metatune.amt.weight_attack import weight_perturbation
 from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
 
-CHOICES = {
-    "kl": ("clean_adv", "adv_clean"),
-    "weight_attack": ("joint", "paper", "none"),
-    "support": ("perturbed", "clean"),
-    "init": STARTS,
-}
 CORRUPTION = "corruption"
 THREATS = (*NORMS, CORRUPTION)
 # images (m, 3, h, w) in [0, 1], severity 1 to 5, seed -> the images under a corruption that the seed draws
@@ -47,7 +41,7 @@ FLAT = 0.01  # the surest prediction of an episode exceeds 1/k by no more
 
 
 @dataclass(frozen=True)
-class AdversaryForm:
+class AdversaryForm(Checked):
     """The settings of both attacks without a budget.
 
     Args:
@@ -63,26 +57,17 @@ class AdversaryForm:
         warmup: episodes over which budget and gamma grow linearly to their full size.
     """
 
-    steps: int = 2
-    step_ratio: float = 0.5
+    KEY: ClassVar = "pool"
+    steps: Annotated[int, within(1)] = 2
+    step_ratio: Annotated[float, within(above=0)] = 0.5
     pyramid: Levels = PYRAMID
-    init: Annotated[str, Names(CHOICES["init"])] = "uniform"
-    weight: float = 6.0
-    kl: Annotated[str, Names(CHOICES["kl"])] = "clean_adv"
-    weight_attack: Annotated[str, Names(CHOICES["weight_attack"])] = "joint"
-    gamma: float = 1e-4
-    support: Annotated[str, Names(CHOICES["support"])] = "perturbed"
-    warmup: int = 0
-
-    def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"pool.{name}: '{getattr(self, name)}'.{near(getattr(self, name), choices)}")
-        if self.steps < 1 or self.weight < 0 or self.gamma < 0 or self.warmup < 0 or not self.step_ratio > 0:
-            raise UserError(
-                f"pool: steps {self.steps}, step_ratio {self.step_ratio}, weight {self.weight}, gamma {self.gamma}, warmup "
-                f"{self.warmup}: need steps >= 1, step_ratio > 0 and the others not negative."
-            )
+    init: Annotated[str, Names(STARTS, only=True)] = "uniform"
+    weight: Annotated[float, within(0)] = 6.0
+    kl: Annotated[str, Names(("clean_adv", "adv_clean"), only=True)] = "clean_adv"
+    weight_attack: Annotated[str, Names(("joint", "paper", "none"), only=True)] = "joint"
+    gamma: Annotated[float, within(0)] = 1e-4
+    support: Annotated[str, Names(("perturbed", "clean"), only=True)] = "perturbed"
+    warmup: Annotated[int, within(0)] = 0
 
 
 @dataclass(frozen=True)
@@ -96,12 +81,10 @@ class Adversary(AdversaryForm):
 
     epsilons: tuple[float, ...] = (8 / 255,)
     seed: int = 0
-    norm: str = "linf"
+    norm: Annotated[str, Names(THREATS, only=True)] = "linf"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.norm not in THREATS:
-            raise UserError(f"pool: norm '{self.norm}'.{near(self.norm, THREATS)}")
         if not self.epsilons:
             raise UserError("pool.levels: an expert has no budget; give one or more, 0 for no input attack.")
 

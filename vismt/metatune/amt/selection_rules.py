@@ -27,14 +27,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
-from vismt.config.typed import Names
+from vismt.config.typed import Checked, Names, within
 from vismt.metatune.amt.input_attack import PLAIN, pyramid_attack
 from vismt.metatune.features import features
 from vismt.metatune.protonet import cosine_logits, prototypes
@@ -255,7 +255,7 @@ def _one_hot(index: int, task: SupportTask) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MergeSettings:
+class MergeSettings(Checked):
     """Settings of merging.
 
     Args:
@@ -271,28 +271,22 @@ class MergeSettings:
         shares: {label: weight} of the strategy average, with sum 1; {} for equal ones.
     """
 
+    KEY: ClassVar = "merging"
     strategy: Annotated[str, Names(STRATEGIES)] = "paper"
-    beta: float = 1.0
-    balance: float = 0.6
-    top_k: int = 2
+    beta: Annotated[float, within(0)] = 1.0
+    balance: Annotated[float, within(0, 1)] = 0.6
+    top_k: Annotated[int, within(1)] = 2
     augment: bool = False
-    trim: Mapping[str, float] = field(default_factory=dict)
+    trim: Mapping[str, Annotated[float, within(above=0, most=1)]] = field(default_factory=dict)
     expert: str | None = None
     seed: int = 0
     # Not in the repr, which older records hold.
     shares: Mapping[str, float] = field(default_factory=dict, repr=False, metadata={"hashed": "if set"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "strategy", ALIASES.get(self.strategy, self.strategy))
         if self.strategy not in STRATEGIES:
             raise UserError(f"merging.strategy: '{self.strategy}'.{near(self.strategy, STRATEGIES)}")
-        if not (0 <= self.beta < float("inf") and 0 <= self.balance <= 1 and self.top_k >= 1):
-            raise UserError(
-                f"merging: beta {self.beta}, balance {self.balance}, top_k {self.top_k}: need beta >= 0, balance in [0, 1], "
-                "top_k >= 1."
-            )
-        for pattern, share in self.trim.items():
-            if not 0 < share <= 1:
-                raise UserError(f"merging.trim['{pattern}']: {share}; keep a share in (0, 1] of the singular values.")
         if self.shares and not abs(sum(self.shares.values()) - 1) < 1e-6:
             raise UserError(f"merging.shares: {dict(self.shares)} sum to {sum(self.shares.values()):g}; need 1.")

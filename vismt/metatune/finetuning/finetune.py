@@ -35,17 +35,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vismt.base.errors import UserError, near
-from vismt.base.norm_balls import clip, steepest
+from vismt.base.errors import UserError
+from vismt.base.norm_balls import PIXELS, clip, steepest
 from vismt.base.seeds import mix_seed
-from vismt.config.typed import Names
+from vismt.config.typed import Checked, Names, within
 from vismt.data.transforms import augment
 from vismt.lowrank.contexts import evaluating
 from vismt.lowrank.layers.forms import LowRankLinear
@@ -70,7 +70,7 @@ class LossNotFinite(UserError):
 
 
 @dataclass(frozen=True)
-class FineTuneSettings:
+class FineTuneSettings(Checked):
     """Settings of the fine-tuning on a task.
 
     Args:
@@ -84,29 +84,20 @@ class FineTuneSettings:
         seed: of the augmentation, the same for every task.
     """
 
-    lr: float | Literal["auto"] = 1e-3
-    steps: int = 40
-    parameters: Annotated[str, Names(PARAMETERS)] = "all"
-    probability: float = 0.9
+    KEY: ClassVar = "finetune"
+    lr: Annotated[float, within(0, 1)] | Literal["auto"] = 1e-3
+    steps: Annotated[int, within(0)] = 40
+    parameters: Annotated[str, Names(PARAMETERS, only=True)] = "all"
+    probability: Annotated[float, within(0, 1)] = 0.9
     adversarial: bool = False
-    epsilon: float = 4.5 / 255
-    attack_steps: int = 3
+    epsilon: Annotated[float, within(0, 1, unit=PIXELS)] = 4.5 / 255
+    attack_steps: Annotated[int, within(1)] = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.parameters not in PARAMETERS:
-            raise UserError(f"finetune.parameters: '{self.parameters}'.{near(str(self.parameters), PARAMETERS)}")
-        known_rate = self.lr == AUTO if isinstance(self.lr, str) else 0 <= self.lr <= 1
-        if not known_rate or self.steps < 0 or not 0 <= self.probability <= 1:
-            raise UserError(
-                f"finetune: lr {self.lr}, steps {self.steps}, probability {self.probability}: need lr from 0 to 1 (or "
-                f"{AUTO}), steps >= 0 and a probability from 0 to 1."
-            )
-        if not 0 <= self.epsilon <= 1 or self.attack_steps < 1:
-            raise UserError(
-                f"finetune: epsilon {self.epsilon}, attack_steps {self.attack_steps}: need 0 <= epsilon <= 1 in pixel "
-                "units of [0, 1] (8/255, not 8) and attack_steps >= 1."
-            )
+        super().__post_init__()
+        if isinstance(self.lr, str) and self.lr != AUTO:
+            raise UserError(f"finetune.lr: '{self.lr}'; it must be a number from 0 to 1, or {AUTO}.")
 
 
 def finetune(

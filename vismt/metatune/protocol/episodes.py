@@ -282,7 +282,7 @@ class DisjointSampler(EpisodeSampler):
         for class_id in self.classes.tolist():
             members = self.members(class_id)
             left[class_id] = members[torch.randperm(len(members), generator=generator)]
-        episodes = []
+        episodes: list[Episode] = []
         while True:
             usable = [group[[len(left[c]) >= need for c in group.tolist()]] for group in self._groups]
             usable = [group for group in usable if len(group) >= self.ways]

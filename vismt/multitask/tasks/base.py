@@ -56,19 +56,25 @@ class Task(ABC):
         loss_weight: factor of the loss, > 0.
 
     Attributes:
-        name: name of the task.
-        key: name of its target in a batch.
         lower_is_better: direction of the score.
         vector: whether the target has a dimension of 3 channels.
         predicts_classes: whether the answer is the class with the largest logit, of each pixel or of the image.
     """
 
-    name: ClassVar[str]
-    key: ClassVar[str]
     lower_is_better: ClassVar[bool] = False
     vector: ClassVar[bool] = False
     predicts_classes: ClassVar[bool] = False
     loss_weight: float = 1.0
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Name of the task."""
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """Name of the task's target in a batch."""
 
     @property
     @abstractmethod
@@ -285,7 +291,8 @@ def make_task(spec: str | Mapping[str, Any]) -> Task:
     """Return the task of a specification.
 
     Args:
-        spec: the name of the task, or {"name": ..., option: value, ...} with the options of its class.
+        spec: the name of the task, or {"name": ..., option: value, ...} with the options of its class. A task of whole images
+            may have another name, with kind: classify.
 
     Raises:
         UserError: for an unknown name or option, a missing option, and values out of range.
@@ -293,13 +300,15 @@ def make_task(spec: str | Mapping[str, Any]) -> Task:
     if not isinstance(spec, str | Mapping):
         raise UserError(f"task: {spec!r}; give its name, or its options with the name as 'name'.")
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = str(options.pop("name", None))
-    task = TASKS[name]
+    kind = str(options.pop("kind", options.get("name")))
+    task, name = TASKS[kind], options.pop("name", kind)
+    if name != kind:
+        options = {"name": name, **options}
     required = task_options(task)
-    require_known(f"task: '{name}' has no option", options, required)
+    require_known(f"task: '{kind}' has no option", options, required)
     for option, is_required in required.items():
         if is_required and option not in options:
-            raise UserError(f"task: '{name}' needs '{option}'.")
+            raise UserError(f"task: '{kind}' needs '{option}'.")
     return task(**options)
 
 

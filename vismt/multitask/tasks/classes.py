@@ -14,13 +14,17 @@ Classification next to dense tasks: L = mean over labelled images of -sum_c q_c 
 q_c = (1 - s) [c = y] + s / K (Szegedy et al., arXiv 1512.00567); s = 0 is the plain cross-entropy. The logits (b, K) are computed
 from the mean of the image's patch tokens (PooledHead); they are neither resized nor drawn. Images without a class (-1) enter
 neither the loss nor the score, which is the share of labelled images that are classified correctly.
+
+Several such tasks t with K_t classes may have one label space, as in EMTAL (vismt/multitask/nets.py): z is the logits of all of
+them side by side, (b, C) with C = sum K_t, and label y of task t stands for class K_1 + .. + K_{t-1} + y. An answer that is a
+class of another task is wrong.
 """
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -133,14 +137,15 @@ class Classification(Task, ClassLoss):
     """The task "classify"; also takes the options of `ClassLoss`, for long-tailed classes.
 
     Args:
+        name: name of the task, where a run has several of whole images.
         classes: number of classes K, 2 or more.
         label_smoothing: s, 0 <= s < 1.
         loss_weight: factor of the loss, > 0.
     """
 
-    name, key = "classify", CLASS
     measure, label, share = "accuracy", "accuracy", True
     predicts_classes = True
+    name: str = "classify"
     classes: int
     label_smoothing: float = 0.0
 
@@ -156,11 +161,24 @@ class Classification(Task, ClassLoss):
     def channels(self) -> int:
         return self.classes
 
+    @property
+    def key(self) -> str:
+        return CLASS if self.name == Classification.name else f"{CLASS}:{self.name}"
+
+    @property
+    def outputs(self) -> int:
+        """Number of classes among which the answer is."""
+        return self.classes
+
+    def placed(self, target: Tensor) -> Tensor:
+        """Return the places of labels among the outputs."""
+        return target
+
     def valid(self, target: Tensor) -> Tensor:
         return target != NO_CLASS
 
     def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return self.entropies(prediction, target, self.label_smoothing).mean()
+        return self.entropies(prediction, self.placed(target), self.label_smoothing).mean()
 
     def answer(self, prediction: Tensor) -> Tensor:
         return prediction.argmax(0)
@@ -174,18 +192,60 @@ class Classification(Task, ClassLoss):
     def metric(self) -> Metric:
         from vismt.multitask.metrics import Accuracy
 
-        return Accuracy(self.classes)
+        return Accuracy(self.outputs)
+
+    def count(self, metric: Metric, prediction: Tensor, target: Tensor) -> None:
+        metric.update(prediction, self.placed(target))
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
-        if prediction.ndim != 2 or prediction.shape[1] != self.classes or not prediction.is_floating_point():
+        if prediction.ndim != 2 or prediction.shape[1] != self.outputs or not prediction.is_floating_point():
             raise UserError(
                 f"{self.name}: the prediction is {tuple(prediction.shape)} {prediction.dtype}, needed floating point "
-                f"(b, {self.classes}), one row for each image."
+                f"(b, {self.outputs}), one row for each image."
             )
         if target.shape != prediction.shape[:1]:
             needed = f"({len(prediction)},), a class for each image"
             raise UserError(f"{self.name}: the target is {tuple(target.shape)}, needed {needed}.")
         check_labels(self.name, target, self.classes, NO_CLASS)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UnionClassification(Classification):
+    """A task of whole images whose answer is among the classes of several such tasks, one softmax over all of them.
+
+    Its head has the rows of its own classes, and its logits (b, C) are those of all tasks side by side (`DenseNet`).
+
+    Args:
+        offset: place of the task's first class.
+        total: number C of classes of all tasks.
+    """
+
+    offset: int
+    total: int
+
+    @property
+    def outputs(self) -> int:
+        return self.total
+
+    def placed(self, target: Tensor) -> Tensor:
+        return target + self.offset
+
+
+def unite(tasks: Sequence[Task]) -> list[Task]:
+    """Return tasks in the same order, those of whole images over the union of their classes, whose losses need no counts."""
+    total, offset = sum(task.classes for task in tasks if isinstance(task, Classification)), 0
+    united: list[Task] = []
+    for task in tasks:
+        if isinstance(task, Classification):
+            if task.class_weights is not None or task.logit_adjustment:
+                raise UserError(
+                    f"tasks: {task.name}: class_weights and logit_adjustment are over the classes of one task; set "
+                    "head.labels to separate."
+                )
+            options = {field.name: getattr(task, field.name) for field in fields(Classification)}
+            task, offset = UnionClassification(**options, offset=offset, total=total), offset + task.classes
+        united.append(task)
+    return united
 
 
 def class_colors(classes: int) -> list[tuple[int, int, int]]:

@@ -70,7 +70,7 @@ class Outcome:
         """Keep the trials that are higher than what their images have; rows (m,), where an image may come several times."""
         heights = margin(logits, self.labels[rows]).float()
         wrong = logits.argmax(1) != self.labels[rows]
-        heights = torch.where(wrong, heights.clamp_min(TINY), heights)  # a tie may be wrong, too
+        heights = torch.where(wrong, heights.clamp_min(TINY), heights)  # a tie may also be wrong
         highest = self.heights.scatter_reduce(0, rows, heights, "amax")
         places = torch.arange(len(rows), device=rows.device)
         best = ((heights == highest[rows]) & (heights > self.heights[rows])).nonzero().flatten()

@@ -15,14 +15,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
-from vismt.base.norm_balls import NORMS, within_budget
+from vismt.base.norm_balls import NORMS, PIXELS, within_budget
 from vismt.base.seeds import mix_seed
+from vismt.config.typed import Checked, Names, within
 from vismt.lowrank.contexts import evaluating
 from vismt.metatune.functional import answers
 from vismt.robustness.attacks.active_set import Outcome, Round, waves
@@ -78,7 +79,7 @@ def budget_text(norm: str, epsilon: float) -> str:
 
 
 @dataclass(frozen=True)
-class AttackSpec:
+class AttackSpec(Checked):
     """One attack and its budget.
 
     name: pgd, pgd_paper (step epsilon / 10 and one restart, the protocol of the few-shot papers), fgsm, apgd_ce, apgd_dlr,
@@ -89,22 +90,22 @@ class AttackSpec:
     """
 
     name: str = "pgd"
-    epsilon: float = 4.5 / 255
+    epsilon: Annotated[float, within(0, unit=PIXELS)] = 4.5 / 255
     step_size: float | None = None
-    steps: int | None = None
-    norm: str = "linf"
-    restarts: int | None = None
+    steps: Annotated[int, within(1)] | None = None
+    norm: Annotated[str, Names(NORMS, only=True)] = "linf"
+    restarts: Annotated[int, within(1)] | None = None
     seed: int = 0
     random_start: bool = True
+    KEY: ClassVar = "attack"
     kind: ClassVar[Literal["attack"]] = "attack"
     # The clean image is inside every budget, so an example that is wrong there is not robust.
     worst_case: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.name not in KINDS and not self.name.startswith(PREFIX):
             raise UserError(f"attack '{self.name}' is not known.{near(self.name, (*KINDS, PREFIX))}")
-        if self.norm not in NORMS:
-            raise UserError(f"attack {self.name}: norm '{self.norm}' is not known.{near(self.norm, NORMS)}")
         if self.norm not in self._kind.norms:
             raise UserError(
                 f"attack {self.name}: no {self.norm} form, it has {' and '.join(self._kind.norms)}; change the norm, or "
@@ -119,12 +120,8 @@ class AttackSpec:
                 f"attack {self.name}: epsilon {self.epsilon:g} is more than all of [0, 1]; do you mean "
                 f"'{self.epsilon:g}/255'?"
             )
-        lengths = self.length >= 1 and (self.restarts or 0) >= 1
-        if not (math.isfinite(self.epsilon) and self.epsilon >= 0) or not lengths or self.step <= 0 < self.epsilon:
-            raise UserError(
-                f"attack {self.name}: epsilon {self.epsilon}, steps {self.steps}, restarts {self.restarts}, step_size "
-                f"{self.step_size}: need epsilon >= 0 (in pixel units of [0, 1]), steps and restarts >= 1, step_size > 0."
-            )
+        if not self.step > 0 and self.epsilon:
+            raise UserError(f"attack {self.name}: step_size {self.step_size}; it must be above 0, in {PIXELS}.")
 
     @property
     def _kind(self) -> _Kind:
