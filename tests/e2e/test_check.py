@@ -123,3 +123,10 @@ def test_what_is_no_committed_run_is_one_line(
     (tmp_path / "rows" / "toy.jsonl").unlink()
     assert main(["check", str(other)]) == 2
     assert "this installation has no committed rows" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense/quickstart", "lm/quickstart", "multitask/quickstart"])
+def test_the_cheapest_quick_starts_reproduce_their_committed_rows(name: str, tmp_path: Path) -> None:
+    assert main(["run", name, "--out", str(tmp_path), "--quiet"]) == 0
+    assert main(["check", str(next(tmp_path.iterdir())), "--quiet"]) == 0
