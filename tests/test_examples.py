@@ -77,7 +77,7 @@ def test_serve_with_peft(tmp_path: Path, lm: str) -> None:
 
 def test_fewshot_own_module(tmp_path: Path) -> None:
     results = example("fewshot_own_module").main(tmp_path, "", episodes=2)
-    assert len(results) == 4 and (tmp_path / "report.html").exists()
+    assert len(results) == 10 and (tmp_path / "report.html").exists()
 
 
 def test_audit_timm(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_a_toy_job_runs_reports_merges_and_goes_on(tmp_path: Path, capsys: pytes
     row = rows["relu", None]
     assert row.n == 40 and 0.8 < row.value <= 1 and row.low <= row.value <= row.high
     report = (folder / "report.md").read_text()
-    assert all(words in report for words in ("one of 2 numbers", "relu", "gelu", "Paired differences", "2 seeds"))
+    assert all(words in report for words in ("one of 2 numbers", "relu", "gelu", "Differences", "2 seeds"))
     assert main(["merge", str(folder), "--arm", "gelu:1", "--quiet"]) == 0
     assert (folder / "merged-gelu-seed-1" / "model.safetensors").exists()
     capsys.readouterr()

@@ -44,7 +44,6 @@ LOOSE = {
     "docs/results/ilora_lastfm.md": 10,
     "docs/results/risk.md": 2,
     "docs/results/robustness.md": 2,
-    "README.md": 15,
     "configs/multitask/emtal_small.yaml": 2,
     "configs/risk/images.yaml": 2,
 }

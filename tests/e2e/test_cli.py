@@ -80,9 +80,9 @@ def test_a_run_leaves_everything_a_number_needs(run_folder: Path) -> None:
         assert str(arrays["model"]) == "adapted"
     # the episodes are named by how they were drawn, so that another run can be compared on the same ones
     assert len({row["examples"] for row in rows}) == 1 and len(rows[0]["examples"]) == 16
-    # a header and 3 episodes of each model; the values by example of each model
+    # a header and 3 episodes of each model; the values by example of each model's accuracy, NLL and Brier score
     assert [len(read_lines(path)) for path in sorted((run_folder / EPISODES).iterdir())] == [4, 4]
-    assert [len(read_lines(path)) for path in sorted((run_folder / "records").iterdir())] == [3, 3]
+    assert [len(read_lines(path)) for path in sorted((run_folder / "records").iterdir())] == [3] * 6
 
 
 def test_the_command_of_a_report_can_be_pasted(tmp_path: Path, monkeypatch) -> None:
@@ -253,7 +253,7 @@ def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) 
     code = main(command)
     captured = capsys.readouterr()
     assert code == 0, captured.err
-    assert captured.out.count("(n = 12 images)") == 1 and "report.html" in captured.out
+    assert captured.out.count("(n = 12 images; 95 % over new examples)") == 1 and "report.html" in captured.out
     rows = scores_of(tmp_path / "out")
     assert [row["n"] for row in rows] == [12, 12] and rows[1]["value"] <= rows[0]["value"]
     assert [row["kind"] for row in rows] == ["clean", "attack"] and rows[0]["chance"] == 0.1

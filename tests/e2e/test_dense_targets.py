@@ -146,7 +146,7 @@ def test_an_image_without_a_valid_pixel_of_a_task(rooms: Path, tmp_path: Path) -
     assert not any((picture == DARK).all() for picture in panel["predictions"].reshape(-1, 3, *SIZE))
     report = (folder / "report.md").read_text()
     assert "### test images at 32 x 48, rooms" in report
-    head = next(line for line in report.splitlines() if line.startswith("| Arm | semseg mIoU in % ↑, n = 3 |"))
+    head = next(line for line in report.splitlines() if line.startswith("| Model | semseg mIoU in % ↑, n = 3 |"))
     assert re.findall(r"n = (\d+)", head) == ["3", "3", "4"]
 
 

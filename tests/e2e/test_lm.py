@@ -156,7 +156,9 @@ def test_laplace_takes_the_bias_of_an_output_embedding(home, tmp_path: Path, mon
 def test_the_report_pairs_rows_and_counts_tokens(study: Path) -> None:
     report = (study / "report.md").read_text()
     # All measures but ECE are paired.
-    heads = [line for line in report.splitlines() if line.startswith("| Data | Condition | Arm | accuracy in % ↑ |")]
+    heads = [
+        line for line in report.splitlines() if line.startswith("| Data | Condition | Model | accuracy in % ↑ | ECE")
+    ]
     assert heads and all(line.count("(unpaired)") == 1 for line in heads)
     assert "Choice of the rate" in report and "Merging" in report and "perplexity" in report
     titles = [line for line in report.splitlines() if line.startswith("### stories: ") and "test rows" in line]

@@ -174,7 +174,7 @@ def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_
         ({"pool": section("pool", rates={"8": 0.1})}, "no expert '8'"),
         ({"pool": section("pool", kl="both")}, "pool.kl"),
         ({"pool": section("pool", init="unifrom")}, "pool.init: 'unifrom'"),
-        ({"pool": section("pool", steps=0)}, "need steps >= 1"),
+        ({"pool": section("pool", steps=0)}, "pool.steps is 0; it must be at least 1"),
         ({"pool": section("pool", levels=[300])}, "in 1/255"),
         ({"pool": section("pool", experts=[{"level": 8}])}, "give one of them"),
         ({"pool": {"experts": [{"level": 8, "norm": "linff"}]}}, "pool.experts[0].norm: 'linff'"),
