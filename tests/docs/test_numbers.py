@@ -73,7 +73,7 @@ def test_tables_are_those_of_the_committed_rows(capsys: pytest.CaptureFixture[st
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_a_table_without_rows_says_so() -> None:
+def test_a_table_without_rows_is_marked() -> None:
     typed = {}
     for page in RESULTS:
         found = numeric_tables(unmarked(page))
