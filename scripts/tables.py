@@ -138,8 +138,8 @@ def table(name: str, as_comment: bool) -> str:
     note = " ".join([*provenance(used), f"† {TYPED}: the rows of these numbers were not kept." * bool(typed)]).strip()
     if as_comment:
         return "".join(f"#   {line}\n" for line in [*console.aligned(heads, lines).splitlines(), *wrap(note, 126)])
-    texts = [heads, ["---"] * len(heads), *lines]
-    return "\n".join(["", *(f"| {SEPARATOR.join(text)} |" for text in texts), "", f"*{note}*", ""])
+    head, *rest = (f"| {SEPARATOR.join(texts)} |" for texts in (heads, *lines))
+    return "\n".join(["", head, "|" + "---|" * len(heads), *rest, "", f"*{note}*", ""])
 
 
 def provenance(used: Sequence[tuple[StudyRows, StudyRow]]) -> list[str]:

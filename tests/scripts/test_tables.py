@@ -35,7 +35,7 @@ MADE = """# Page
 <!-- rows: digits -->
 
 | Condition | Arm | accuracy | n |
-| --- | --- | --- | --- |
+|---|---|---|---|
 | clean | frozen | about {frozen} | 4 episodes, 1 |
 | clean | adapted − frozen | {difference} | +10.0 |
 | earlier | adapted † | 61.0 ± 9.0 | 80 episodes |
