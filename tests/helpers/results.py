@@ -10,7 +10,7 @@ from vismt.report.comparison import Cell, Comparison
 from vismt.report.results import Result, result_of, write_values
 from vismt.report.results import Score as Score
 from vismt.storage import lines
-from vismt.uncertainty.intervals import CLEAN, Condition, Estimate, Measure, student_quantile
+from vismt.uncertainty.intervals import CLEAN, Condition, Covers, Estimate, Measure, student_quantile
 
 HASH = "4f2a9c1e"
 QUALITY = ("ECE-15", "NLL in nats", "Brier")
@@ -45,6 +45,16 @@ def comparison(
 ) -> Comparison:
     """Arms under one condition, as `compare` gives them."""
     return Comparison(result(data, condition=condition, **changes), data, dict(cells), "", {}, paired)
+
+
+def cell(value: float, half: float, n: int, mark: str = "", seeds: int = 0, covers: Covers = "") -> Cell:
+    """A cell with the interval value ± half."""
+    return Cell(value, value - half, value + half, n, mark, seeds, covers)
+
+
+def half(of: Cell) -> float:
+    """The longer half of a cell's interval."""
+    return max(of.value - of.low, of.high - of.value)
 
 
 def estimated(mean: float, low: float, high: float) -> Estimate:

@@ -4,13 +4,13 @@ import math
 import shutil
 
 import pytest
-from helpers.results import HASH, PGD, add, corruption, measure, rows_of, write_lines
+from helpers.results import HASH, PGD, add, corruption, half, measure, rows_of, write_lines
 from helpers.run_folder import FROZEN, add_arm, make_folder
 from scipy.stats import t as student
 
 from vismt.report.comparison import compare
 from vismt.report.results import Score, ValuesByExample, read_results
-from vismt.report.tables import result_tables
+from vismt.report.tables import difference_tables, result_tables
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import CLEAN, Condition
 
@@ -34,6 +34,12 @@ def comparisons(folder):
     return {(c.data, c.condition): c for c in results}
 
 
+def notes(results):
+    """The note of each table of numbers and of differences."""
+    found = list(results.values())
+    return [note for _, note in [*result_tables(found), *difference_tables(found)]]
+
+
 def difference(c):
     """(adapted - frozen, low, high)."""
     return (c.differences["adapted"].mean, *c.differences["adapted"].bounds)
@@ -47,7 +53,7 @@ def test_paired_differences_decide_where_intervals_overlap(folder):
     results = comparisons(folder)
     clean = results["digits", "clean"]
     # 0.5 +- 0.411 and 0.6 +- 0.411 overlap, but every episode gains exactly 0.1: no tie
-    assert clean.cells["frozen"].half == pytest.approx(HALF) and clean.cells["frozen"].value == 0.5
+    assert half(clean.cells["frozen"]) == pytest.approx(HALF) and clean.cells["frozen"].value == 0.5
     assert (clean.cells["adapted"].mark, clean.cells["frozen"].mark) == ("best", "") and clean.paired
     assert difference(clean) == pytest.approx((0.1, 0.1, 0.1))
     # crops: differences .1, -.05, .1, -.05, mean .025, an interval around zero
@@ -78,7 +84,9 @@ def test_a_measure_with_bounds_is_not_paired(folder):
         c for c in compare(read_results(folder / "results.jsonl"), ValuesByExample(folder)) if c.row.metric == "ECE-15"
     )
     assert not compared.paired and not compared.differences and compared.cells["frozen"].mark == "tie"
-    assert compared.cells["frozen"].half == pytest.approx(0.4) and compared.cells["adapted"].half == pytest.approx(0.5)
+    assert half(compared.cells["frozen"]) == pytest.approx(0.4) and half(compared.cells["adapted"]) == pytest.approx(
+        0.5
+    )
     assert not list((folder / "records").glob("*ECE*"))
 
 
@@ -120,7 +128,7 @@ def test_average_over_sets(folder):
     # (0.5 + 0.5) / 2 and (0.6 + 0.525) / 2; errors combine as sqrt(e^2 + e^2) / 2; n adds up
     assert average.cells["frozen"].value == pytest.approx(0.5)
     assert average.cells["adapted"].value == pytest.approx(0.5625)
-    assert average.cells["frozen"].half == pytest.approx(AVERAGE_HALF) and average.cells["frozen"].n == 8
+    assert half(average.cells["frozen"]) == pytest.approx(AVERAGE_HALF) and average.cells["frozen"].n == 8
     # differences: .1 without spread, and .025 with std sqrt(4 * .075^2 / 3) = .0866: half t(3) * .0866 / 2 / 2 = .06890
     assert difference(average) == pytest.approx((0.0625, 0.0625 - 0.0689, 0.0625 + 0.0689), abs=1e-4)
     assert average.cells["frozen"].mark == "tie"
@@ -210,7 +218,7 @@ def test_a_seed_moves_all_sets_of_an_average_together(folder):
     steps = by_two_seeds(0.0866 / 4, 3)
     assert difference(row) == pytest.approx((0.0625, 0.0625 - steps, 0.0625 + steps), rel=1e-3)
     other = comparisons_of(folder, "crops", [0.625, 0.425])["average", "clean"]
-    assert other.cells["adapted"].half == pytest.approx(student.ppf(0.975, 5.9366) * examples, rel=1e-3)
+    assert half(other.cells["adapted"]) == pytest.approx(student.ppf(0.975, 5.9366) * examples, rel=1e-3)
 
 
 def by_two_seeds(examples, freedom):
@@ -233,7 +241,7 @@ def test_without_records_an_average_has_the_widths_of_the_trainings(folder):
         for seed in (0, 1):
             score = Score("few-shot", data, "5-way 1-shot", measure(FROZEN), CLEAN, "episodes")
             add(folder, score, "adapted", seed=seed)
-    assert comparisons(folder)["average", "clean"].cells["adapted"].half == pytest.approx(AVERAGE_HALF)
+    assert half(comparisons(folder)["average", "clean"].cells["adapted"]) == pytest.approx(AVERAGE_HALF)
 
 
 def test_other_protocols_metrics_and_units_are_other_blocks(folder):
@@ -259,13 +267,13 @@ def test_parts_of_the_examples_are_in_rows_averages_and_differences(tmp_path):
             )
     results = comparisons(tmp_path)
     digits, average = results["digits", "clean"], results["average", "clean"]
-    assert digits.cells["frozen"].half == pytest.approx(12.7062 * 0.2, rel=1e-4)
+    assert half(digits.cells["frozen"]) == pytest.approx(12.7062 * 0.2, rel=1e-4)
     assert digits.cells["frozen"].covers == digits.differences["adapted"].covers == "images"
     # differences .2, .1, 0, .2: part means .1, .15, error .025
     difference = digits.differences["adapted"]
     assert (difference.mean, difference.half) == pytest.approx((0.125, 12.7062 * 0.025), rel=1e-4)
-    assert average.cells["frozen"].half == pytest.approx(student.ppf(0.975, 2) * 0.2 / math.sqrt(2))
-    assert average.cells["frozen"].over_domains is None and not average.over_domains.get("adapted")  # of two sets
+    assert half(average.cells["frozen"]) == pytest.approx(student.ppf(0.975, 2) * 0.2 / math.sqrt(2))
+    assert not any("new domains" in note for note in notes(results))  # of two sets
 
 
 def test_five_sets_have_an_interval_over_sets_too(tmp_path):
@@ -273,11 +281,12 @@ def test_five_sets_have_an_interval_over_sets_too(tmp_path):
         for arm, gain in (("frozen", 0.0), ("adapted", 0.1 * number)):
             values = [0.2 + gain, 0.3 + gain]
             add(tmp_path, Score("few-shot", f"set{number}", "p", measure(values), CLEAN, "episodes"), arm)
-    average = comparisons(tmp_path)["average", "clean"]
-    half = 2.776445 * 0.1581139 / math.sqrt(5)
-    assert average.over_domains["adapted"] == pytest.approx((0.2 - half, 0.2 + half), rel=1e-4)
-    assert average.differences["adapted"].mean == pytest.approx(0.2)
-    assert average.cells["adapted"].over_domains == pytest.approx((0.45 - half, 0.45 + half), rel=1e-4)
+    results = comparisons(tmp_path)
+    assert results["average", "clean"].differences["adapted"].mean == pytest.approx(0.2)
+    # ± 2.776445 * 0.1581139 / sqrt 5 = ± .1963
+    means, differences = notes(results)
+    assert means.endswith("clean, frozen [25.0, 25.0], adapted [25.4, 64.6].")
+    assert differences.endswith("clean, adapted [+0.4, +39.6].")
 
 
 def test_many_corruptions_have_a_mean_that_is_paired_by_example(tmp_path):
@@ -291,7 +300,7 @@ def test_many_corruptions_have_a_mean_that_is_paired_by_example(tmp_path):
     mean = found["mean of 4 corruptions"]
     assert mean.cells["plain"].value == pytest.approx(0.45) and mean.row.kind == "corruptions"
     # the corruptions shift all examples alike, so that the mean is as uncertain as one of them
-    assert mean.cells["plain"].half == pytest.approx(found["fog 3"].cells["plain"].half)
+    assert half(mean.cells["plain"]) == pytest.approx(half(found["fog 3"].cells["plain"]))
     assert mean.differences["robust"].mean == pytest.approx(0.4 / 3)
     assert mean.differences["robust"].half == pytest.approx(found["fog 3"].differences["robust"].half)
     rows = [row for row in read_results(tmp_path / "results.jsonl") if row.condition != "snow 3"]

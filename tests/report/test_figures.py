@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.readable import assert_readable, visible_texts
-from helpers.results import PGD, comparison, corruption
+from helpers.results import PGD, cell, comparison, corruption
 
 from vismt.base.errors import UserError
 from vismt.report import figures, plotting
-from vismt.report.comparison import Cell
 from vismt.robustness.corruptions import CORRUPTIONS
 from vismt.uncertainty.intervals import CLEAN, Condition
 
@@ -24,7 +23,7 @@ def comparisons(
     return [
         comparison(
             name,
-            {arm: Cell(0.4 + 0.01 * j, 0.02, 60) for arm in arms},
+            {arm: cell(0.4 + 0.01 * j, 0.02, 60) for arm in arms},
             condition,
             protocol=protocol,
             chance=chance,
@@ -67,7 +66,7 @@ def test_a_condition_that_one_protocol_lacks_has_no_panel(drawn, tmp_path):
 
 
 def test_bars_have_the_lengths_of_the_numbers(drawn, painted, tmp_path):
-    cells = {"frozen": Cell(0.25, 0.05, 60), "adapted": Cell(0.5, 0.1, 60)}
+    cells = {"frozen": cell(0.25, 0.05, 60), "adapted": cell(0.5, 0.1, 60)}
     rows = [comparison("digits", cells, protocol="4-way 1-shot", chance=0.25)]
     path = figures.domain_bars(rows, tmp_path / "figures" / "a.svg")
     (axes,) = drawn[0].axes
@@ -88,7 +87,7 @@ def number(data, cells, metric, protocol, unit, **changes):
 
 
 def test_values_that_are_not_shares(drawn, tmp_path):
-    cells = {"frozen": Cell(3.5, 0.5, 10), "adapted": Cell(2.0, 0.25, 10)}
+    cells = {"frozen": cell(3.5, 0.5, 10), "adapted": cell(2.0, 0.25, 10)}
     figures.domain_bars([number("text", cells, "loss", "validation", "documents")], tmp_path / "a.svg")
     # not multiplied by 100, axis to 1.1 * (3.5 + 0.5)
     assert [bar.get_width() for bar in drawn[0].axes[0].patches][:2] == [3.5, 2.0]
@@ -96,14 +95,14 @@ def test_values_that_are_not_shares(drawn, tmp_path):
 
 
 def test_a_largest_value_of_one_is_not_taken_for_a_share(drawn, tmp_path):
-    cells = {"frozen": Cell(0.75, 0.25, 10), "adapted": Cell(0.5, 0.25, 10)}
+    cells = {"frozen": cell(0.75, 0.25, 10), "adapted": cell(0.5, 0.25, 10)}
     figures.domain_bars([number("text", cells, "loss", "validation", "documents")], tmp_path / "a.svg")
     assert [bar.get_width() for bar in drawn[0].axes[0].patches][:2] == [0.75, 0.5]
     assert drawn[0].axes[0].get_xlim()[1] == pytest.approx(1.1)
 
 
 def test_a_bar_below_zero_is_not_cut_off(drawn, tmp_path):
-    cells = {"lora": Cell(-3.0, 0.5, 6), "full": Cell(2.0, 1.0, 6)}
+    cells = {"lora": cell(-3.0, 0.5, 6), "full": cell(2.0, 1.0, 6)}
     figures.domain_bars(
         [number("camvid", cells, "delta_m over single in per cent", "test", "images")], tmp_path / "a.svg"
     )
@@ -116,7 +115,7 @@ def test_a_bar_below_zero_is_not_cut_off(drawn, tmp_path):
 def test_an_arm_has_the_colour_of_its_place_among_all(drawn, tmp_path):
     from matplotlib.colors import to_rgba
 
-    rows = [number("rooms", {"emtal": Cell(1.0, 0.1, 3)}, "RMSE in m", "test", "images")]
+    rows = [number("rooms", {"emtal": cell(1.0, 0.1, 3)}, "RMSE in m", "test", "images")]
     for order in (None, ["alone", "emtal"]):
         figures.domain_bars(rows, tmp_path / "a.svg", order)
         (bar,) = drawn[-1].axes[0].patches
@@ -182,11 +181,11 @@ def test_twelve_arms_have_twelve_colours_and_a_legend_that_fits(drawn, tmp_path)
 
 def test_corruptions_by_severity(drawn, tmp_path):
     rows = [
-        comparison("digits", {arm: Cell(0.9 - 0.1 * s, 0.05, 60) for arm in ARMS}, corruption(name, s))
+        comparison("digits", {arm: cell(0.9 - 0.1 * s, 0.05, 60) for arm in ARMS}, corruption(name, s))
         for name in CORRUPTIONS
         for s in (1, 3, 5)
     ]
-    rows[0].cells["clean"] = Cell(0.2, 0.05, 60)
+    rows[0].cells["clean"] = cell(0.2, 0.05, 60)
     figures.level_curves(rows, tmp_path / "a.svg", "severity")
     assert_readable(drawn[0])
     assert len(drawn[0].axes) == 16 and drawn[0].axes[-1].get_title(loc="left") == "mean of 15"
@@ -206,7 +205,7 @@ def attack(radius: float, family: str = "PGD linf") -> Condition:
 def test_attacks_by_radius_begin_with_the_clean_score(drawn, tmp_path):
     values = {CLEAN: (0.8, 0.7), attack(8): (0.1, 0.3), attack(2): (0.4, 0.6), attack(2, "FGSM linf"): (0.5, 0.65)}
     rows = [
-        comparison("digits", {"frozen": Cell(a, 0.05, 60), "adapted": Cell(b, 0.02, 60)}, condition)
+        comparison("digits", {"frozen": cell(a, 0.05, 60), "adapted": cell(b, 0.02, 60)}, condition)
         for condition, (a, b) in values.items()
     ]
     figures.level_curves(rows, tmp_path / "a.svg", "radius")
@@ -227,7 +226,7 @@ def test_attacks_by_radius_begin_with_the_clean_score(drawn, tmp_path):
 
 
 def test_one_family_has_no_mean(drawn, tmp_path):
-    rows = [comparison("digits", {"frozen": Cell(0.5, 0.1, 9)}, corruption("fog", s)) for s in (1, 4)]
+    rows = [comparison("digits", {"frozen": cell(0.5, 0.1, 9)}, corruption("fog", s)) for s in (1, 4)]
     figures.level_curves(rows, tmp_path / "a.svg", "severity")
     (axes,) = drawn[0].axes
     assert axes.get_title(loc="left") == "fog" and axes.get_xlim() == pytest.approx((0.1, 4.9))
@@ -235,7 +234,7 @@ def test_one_family_has_no_mean(drawn, tmp_path):
 
 def test_scores_that_are_not_shares_by_level_are_not_shown_in_per_cent(drawn, tmp_path):
     rows = [
-        comparison("text", {"frozen": Cell(2.5, 0.5, 9)}, attack(r), scale="number", better="lower", metric="NLL")
+        comparison("text", {"frozen": cell(2.5, 0.5, 9)}, attack(r), scale="number", better="lower", metric="NLL")
         for r in (1, 2)
     ]
     figures.level_curves(rows, tmp_path / "a.svg", "radius")

@@ -6,11 +6,11 @@ import shutil
 import subprocess
 
 import pytest
-from helpers.results import PGD, comparison, result
+from helpers.results import PGD, cell, comparison, result
 from helpers.run_folder import make_folder
 
 from vismt.report import figures, plotting
-from vismt.report.comparison import Cell, compare
+from vismt.report.comparison import compare
 from vismt.report.renderers import render_csv, render_latex
 from vismt.report.results import ValuesByExample, read_results
 from vismt.report.tables import paper_tables
@@ -33,7 +33,7 @@ def test_arms_are_rows_and_sets_columns(tmp_path):
 
 
 def test_names_have_no_markup():
-    row = comparison("a_b & c", {"x_y^2": Cell(0.5, 0.1, 4), "{z}~\\": Cell(0.4, 0.1, 4)})
+    row = comparison("a_b & c", {"x_y^2": cell(0.5, 0.1, 4), "{z}~\\": cell(0.4, 0.1, 4)})
     text = render_latex(paper_tables([row]))
     assert r"x\_y\textasciicircum{}2" in text and r"\{z\}\textasciitilde{}\textbackslash{}" in text
     assert r"a\_b \& c" in text and not re.search(r"(?<!\\)[_#]", text.split("\n", 1)[1])
@@ -55,7 +55,7 @@ def test_values_that_a_spreadsheet_reads():
 
 
 def test_figures_as_vectors_have_their_fonts_inside(tmp_path, painted):
-    rows = [comparison("digits", {"frozen": Cell(0.5, 0.1, 4)})]
+    rows = [comparison("digits", {"frozen": cell(0.5, 0.1, 4)})]
     figures.domain_bars(rows, tmp_path / "plain.svg")
     assert [path.name for path in tmp_path.iterdir()] == ["plain.svg"]
     with plotting.figure_formats(["html", "svg", "pdf", "png"]):

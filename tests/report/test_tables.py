@@ -4,10 +4,9 @@ import re
 from dataclasses import replace
 
 import pytest
+from helpers.results import cell, corruption, estimated
 from helpers.results import comparison as compared
-from helpers.results import corruption, estimated
 
-from vismt.report.comparison import Cell
 from vismt.report.renderers import render_html, render_markdown
 from vismt.report.tables import (
     Report,
@@ -31,7 +30,7 @@ ARMS = [f"arm_{i}" for i in range(8)]
 def comparison(data, condition=CLEAN, count=8, n=60, **changes):
     """Arm i has i per cent more than the first; the last is best, the one before its tie."""
     marks = [""] * (count - 2) + ["tie", "best"]
-    cells = {f"arm_{i}": Cell(0.4 + 0.01 * i, 0.025, n, marks[i]) for i in range(count)}
+    cells = {f"arm_{i}": cell(0.4 + 0.01 * i, 0.025, n, marks[i]) for i in range(count)}
     return compared(data, cells, condition, paired=True, **changes)
 
 
@@ -62,7 +61,7 @@ def test_few_arms_stay_as_they_are(tmp_path):
 
 
 def test_a_table_says_what_its_intervals_cover():
-    cells = {"frozen": Cell(0.4, 0.1, 60, covers="images"), "adapted": Cell(0.5, 0.1, 60, "", 3, None, "images+seeds")}
+    cells = {"frozen": cell(0.4, 0.1, 60, covers="images"), "adapted": cell(0.5, 0.1, 60, "", 3, "images+seeds")}
     ((_, note),) = result_tables([compared("digits", cells)])
     assert note == (
         "± and [ ]: frozen: 95 % over new images of these classes; "
@@ -126,7 +125,7 @@ def test_the_strongest_attack_is_the_first_of_the_differences():
     """It is the one that leaves the best arm the least; tasks with other baselines name theirs."""
     found = {"base": "a", "differences": {"b": estimated(0.1, 0.05, 0.15)}}
     values = {CLEAN: 0.9, attack("weak"): 0.5, attack("strong"): 0.2, Condition("T", "variant", "T"): 0.9}
-    cells = {condition: {"a": Cell(0.1, 0.1, 60), "b": Cell(value, 0.1, 60)} for condition, value in values.items()}
+    cells = {condition: {"a": cell(0.1, 0.1, 60), "b": cell(value, 0.1, 60)} for condition, value in values.items()}
     rows = [replace(compared("digits", of, condition), **found) for condition, of in cells.items()]
     ((table, _),) = difference_tables(rows)
     assert table.heads == ["Model", "strong", "clean", "weak", "T"] and [row[0] for row in table.rows] == ["b"]
@@ -250,12 +249,20 @@ def test_an_interval_that_is_not_even_is_written_by_its_ends(value, low, high, s
 
 
 def test_an_average_of_many_sets_also_has_the_interval_over_sets():
-    cells = {"a": Cell(0.5, 0.05, 60, over_domains=(0.3, 0.7)), "b": Cell(0.6, 0.05, 60, over_domains=(0.41, 0.79))}
-    row = replace(compared("average", cells), base="a", differences={"b": estimated(0.1, 0.05, 0.15)})
-    row = replace(row, over_domains={"b": (-0.02, 0.22)})
-    ((_, note),), ((_, differences),) = result_tables([row]), difference_tables([row])
-    assert note.endswith(" Average, 95 % over new domains: clean, a [30.0, 70.0], b [41.0, 79.0].")
-    assert differences.endswith(" Average, 95 % over new domains: clean, b [−2.0, +22.0].")
+    values = {"average": (0.5, 0.7), **{f"set{i}": (0.3 + 0.1 * i, 0.7) for i in range(5)}}
+    rows = [
+        replace(
+            compared(data, {"a": cell(a, 0.05, 60), "b": cell(b, 0.05, 60)}),
+            base="a",
+            differences={"b": estimated(b - a, b - a - 0.05, b - a + 0.05)},
+        )
+        for data, (a, b) in values.items()
+    ]
+    ((_, note),), ((_, differences),) = result_tables(rows), difference_tables(rows)
+    # ± 2.776445 * 0.158114 / sqrt 5 = ± .1963
+    assert note.endswith(" Average, 95 % over new domains: clean, a [30.4, 69.6], b [70.0, 70.0].")
+    assert differences.endswith(" Average, 95 % over new domains: clean, b [+0.4, +39.6].")
+    assert "domains" not in result_tables(rows[:5])[0][1]  # of four sets
 
 
 def test_a_difference_of_shares_may_be_negative():
@@ -275,6 +282,6 @@ def test_numbers_and_scales():
 def test_a_missing_number_is_a_dash():
     row = comparison("digits", count=2)
     assert cell_text(None, row.row) == "–" == difference_text(row, "arm_1")
-    assert cell_text(Cell(0.5, 0.1, 9, "tie"), row.row) == "50.0 ± 10.0 ≈"
+    assert cell_text(cell(0.5, 0.1, 9, "tie"), row.row) == "50.0 ± 10.0 ≈"
     table = shown([comparison("digits", count=2), comparison("crops", count=3)])
     assert table.rows[0][3] == "–" and table.rows[1][3] == "42.0 ± 2.5 ★"

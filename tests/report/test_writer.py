@@ -5,11 +5,11 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from helpers.results import HASH, PGD, add, comparison, corruption, estimated, measure, write_lines
+from helpers.results import HASH, PGD, add, cell, comparison, corruption, estimated, measure, write_lines
 from helpers.run_folder import FROZEN, add_arm, make_folder
 
 from vismt.base.errors import UserError
-from vismt.report.comparison import Cell, compare
+from vismt.report.comparison import compare
 from vismt.report.plotting import figure_formats
 from vismt.report.results import Score, ValuesByExample, read_results
 from vismt.report.score_sections import score_sections
@@ -210,7 +210,7 @@ def test_what_the_intervals_cover_is_told_by_model(folder):
     assert "frozen 50.0 ± 22.3 %, adapted 56.2 " in cited
 
 
-CELLS = {"frozen": Cell(0.1, 0.1, 8, covers="images"), "robust": Cell(0.5, 0.1, 8, covers="images")}
+CELLS = {"frozen": cell(0.1, 0.1, 8, covers="images"), "robust": cell(0.5, 0.1, 8, covers="images")}
 
 
 def told(attacked=None, clean=None, **changes):

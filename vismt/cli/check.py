@@ -67,7 +67,7 @@ def _committed(folder: Path, config: RunConfig, given: str | None) -> tuple[str,
         nearest = min(filter(None, (nearest, (len(differing), path.stem, "; ".join(differing)))))
     if nearest is None:
         raise UserError("check: this installation has no committed rows; name a file of rows.")
-    what = f"'{given}' has the rows" if given else "there are no rows of this configuration; the nearest are those"
+    what = f"'{given}' has the rows" if given else "this configuration has no committed rows; the nearest are those"
     raise UserError(f"check: run '{folder}': {what} of another one, '{nearest[1]}': {nearest[2]}.")
 
 

@@ -154,7 +154,7 @@ def check(name: str | Path, *, decode: bool = True) -> CheckReport:
 
 
 def record(name: str | Path) -> str:
-    """Write the hashes of the first copy of a set to the manifest that its card names; return a line that tells what was done."""
+    """Write the hashes of the first copy of a set to the manifest that its card names; return a line on what was done."""
     card = load_card(name)
     copy = first_copy(card, card.sources)
     if copy is None:

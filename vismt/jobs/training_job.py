@@ -193,8 +193,8 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         trained, total = about.get("trainable", 0), about.get("total", 0)
         share = f"{trained:,} of {total:,} parameters trained" if total else "trained"
         data = self.trained_on(self.study.arms[arm])
-        told = ("adapt", "adapt.method", "adapt.rank")
-        settings = settings_text({k: v for k, v in self.config.arms.get(arm, {}).items() if k not in told})
+        named = ("adapt", "adapt.method", "adapt.rank")
+        settings = settings_text({k: v for k, v in self.config.arms.get(arm, {}).items() if k not in named})
         parts = [method, share + (f" on {data}" if data else ""), *([settings] if settings else [])]
         return "; ".join(parts)
 

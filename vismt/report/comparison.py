@@ -6,14 +6,14 @@ the paired difference that contains zero. Without such records it is an overlap 
 Rows of arms with several trainings have intervals over examples and seeds together (vismt.uncertainty.intervals.Estimate),
 and so have their differences and their averages over sets. Seeds are paired where two arms have the same. A seed moves all sets
 together, so that the part of the seeds in an average is that of one average over the sets for each seed. An average takes its
-sets as a fixed list; of five or more it also has the interval that takes them as a sample of sets.
+sets as a fixed list; tables add the interval of five or more that takes them as a sample of sets.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from typing import Any, Protocol
@@ -26,7 +26,6 @@ from vismt.uncertainty.intervals import (
     average_of,
     estimate,
     interval_of,
-    over_domains,
     student_quantile,
     without_seeds_kind,
 )
@@ -78,7 +77,7 @@ class Evidence:
         return average_of([self._over_examples(row) for row in rows]).with_seeds(list(self.seeds(rows).values()))
 
     def _over_examples(self, row: Result) -> Estimate:
-        """Return a row's score with its error over the examples alone, by the intervals where there are no values."""
+        """Return a row's score with its error over the examples alone, from the intervals where values by example are missing."""
         values = self._of(row)
         covers = without_seeds_kind(row.interval)
         if values is not None and len(values) > 1:
@@ -117,37 +116,25 @@ def over_examples_alone(row: Result, trainings: Collection[Result]) -> tuple[flo
 
 @dataclass(frozen=True)
 class Cell:
-    """One number: mean, half width of its 95 % interval, n; mark is "best", "tie" or "" (also when nothing to compare).
+    """One number: mean, 95 % interval, n; mark is "best", "tie" or "" (also when nothing to compare).
 
     Args:
         value: the mean.
-        half: the longer half of the interval.
+        low: lower end of the interval.
+        high: upper end of the interval.
         n: number of examples.
         mark: "best", "tie" or "".
         seeds: number of trainings, whose spread the interval has; 0 for a single one.
-        ends: of the interval where it is not value ± half.
         covers: what the interval covers.
-        over_domains: 95 % interval of an average that takes its sets as a sample of sets; None for fewer than five.
     """
 
     value: float
-    half: float
+    low: float
+    high: float
     n: int
     mark: str = ""
     seeds: int = 0
-    ends: tuple[float, float] | None = None
     covers: Covers = ""
-    over_domains: tuple[float, float] | None = None
-
-    @property
-    def low(self) -> float:
-        """Lower end of the interval."""
-        return self.value - self.half if self.ends is None else self.ends[0]
-
-    @property
-    def high(self) -> float:
-        """Upper end of the interval."""
-        return self.value + self.half if self.ends is None else self.ends[1]
 
 
 @dataclass(frozen=True)
@@ -158,7 +145,6 @@ class Comparison:
     base: the arm that differences are taken to, "" for none.
     differences: by arm, arm - base on the same examples; arms without records of them are left out.
     paired: whether all marks come from paired differences.
-    over_domains: by arm the 95 % interval of the difference of an average that takes its sets as a sample of sets.
     """
 
     row: Result
@@ -167,7 +153,6 @@ class Comparison:
     base: str
     differences: dict[str, Estimate]
     paired: bool
-    over_domains: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def condition(self) -> str:
@@ -204,7 +189,7 @@ def compare(
         results: all rows.
         values: gives the values by example of a row.
         baselines: by task the arm that differences are taken to, "" for none. Of tasks left out it is the first arm that is
-            none of `references`, and of a single such arm the first reference.
+            not among `references`, and of a single such arm the first reference.
         references: arms that come from no training.
     """
     results, values = _with_corruption_means(results, values)
@@ -244,10 +229,7 @@ def _with_shown_names(c: Comparison, conditions: Sequence[str]) -> Comparison:
     def shown(by_arm: Mapping[str, Any]) -> dict[str, Any]:
         return {shown_name(arm, conditions): value for arm, value in by_arm.items()}
 
-    base = shown_name(c.base, conditions)
-    return replace(
-        c, cells=shown(c.cells), base=base, differences=shown(c.differences), over_domains=shown(c.over_domains)
-    )
+    return replace(c, cells=shown(c.cells), base=shown_name(c.base, conditions), differences=shown(c.differences))
 
 
 def _with_corruption_means(results: Sequence[Result], values: ExampleValues) -> tuple[list[Result], ExampleValues]:
@@ -320,26 +302,12 @@ def _compare(
             overlap = low <= intervals[best][1] and intervals[best][0] <= high
             tied = overlap if pair is None else pair.bounds[0] <= 0 <= pair.bounds[1]
             mark = "tie" if tied else ""
-        sample = over_domains([row.value for row in rows])
-        cells[rows[0].arm] = Cell(
-            values[number],
-            max(values[number] - low, high - values[number]),
-            sum(row.n for row in rows),
-            mark,
-            len(evidence.seeds(rows)),
-            (low, high),
-            covers,
-            None if sample is None else sample.bounds,
-        )
+        n, seeds = sum(row.n for row in rows), len(evidence.seeds(rows))
+        cells[rows[0].arm] = Cell(values[number], low, high, n, mark, seeds, covers)
     by_arm = {rows[0].arm: rows for rows in columns}
     found = {arm: evidence.difference(by_arm[arm], by_arm[base]) for arm in compared}
     differences = {arm: difference for arm, difference in found.items() if difference is not None}
-    samples = {
-        arm: over_domains([a.value - b.value for a, b in zip(by_arm[arm], by_arm[base], strict=True)])
-        for arm in differences
-    }
-    sampled = {arm: sample.bounds for arm, sample in samples.items() if sample is not None}
-    return Comparison(columns[0][0], data, cells, base, differences, paired, sampled)
+    return Comparison(columns[0][0], data, cells, base, differences, paired)
 
 
 def _aligned(a: Values | None, b: Values | None) -> tuple[list[float], list[float]] | None:

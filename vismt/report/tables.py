@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vismt.report.comparison import AVERAGE, MANY_CORRUPTIONS, Cell, Comparison
 from vismt.report.results import ROUNDING, Result
-from vismt.uncertainty.intervals import LOWER, SHARE, interval_kind_text
+from vismt.uncertainty.intervals import LOWER, SHARE, interval_kind_text, over_domains
 
 MARKS = {"best": "★", "tie": "≈", "": ""}
 MANY_ARMS = 5  # from so many arms on, arms are rows
@@ -119,7 +119,7 @@ def difference_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, st
         names = ", ".join(set(bases.values()) if len(set(bases.values())) == 1 else map(": ".join, bases.items()))
         title = f"Difference to {names}: {_title(group, comparisons)}"
         note = f"[ ]: {kinds_text(group)}, on the same examples."
-        note += _over_domains([(c, c.over_domains) for c in group], sign=True)
+        note += _over_domains(group, differences=True)
         tables.append((_arms_down(title, group, differences=True), note))
     return tables
 
@@ -161,20 +161,22 @@ def paper_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, str]]:
 
 def _note(group: Sequence[Comparison]) -> str:
     """Return what the intervals of a table of results cover."""
-    sampled = [(c, {arm: cell.over_domains for arm, cell in c.cells.items() if cell.over_domains}) for c in group]
-    return f"± and [ ]: {kinds_text(group)}.{_over_domains(sampled)}"
+    return f"± and [ ]: {kinds_text(group)}.{_over_domains(group)}"
 
 
-def _over_domains(sampled: Sequence[tuple[Comparison, Mapping[str, tuple[float, float]]]], sign: bool = False) -> str:
-    """Return the intervals of averages that take their sets as a sample of sets, by condition and arm."""
+def _over_domains(group: Sequence[Comparison], differences: bool = False) -> str:
+    """Return the intervals of averages, or of their differences, that take their sets as a sample of sets."""
     texts = []
-    for c, by_arm in sampled:
-        if c.data == AVERAGE and by_arm:
-            parts = []
-            for arm, (low, high) in by_arm.items():
-                ends = (number_text(end, c.row.scale, sign, (high - low) / 2) for end in (low, high))
+    for c in (c for c in group if c.data == AVERAGE):
+        sets = [other for other in group if (other.block, other.condition) == (c.block, c.condition) and other != c]
+        parts = []
+        for arm in c.differences if differences else c.cells:
+            steps = [of.cells[arm].value - (of.cells[c.base].value if differences else 0) for of in sets]
+            sample = over_domains(steps)
+            if sample is not None:
+                ends = (number_text(end, c.row.scale, differences, sample.half) for end in sample.bounds)
                 parts.append(f"{arm} [{', '.join(ends)}]")
-            texts.append(f"{c.condition}, {', '.join(parts)}")
+        texts += [f"{c.condition}, {', '.join(parts)}"] if parts else []
     return f" Average, {interval_kind_text('domains')}: {'; '.join(texts)}." if texts else ""
 
 
@@ -278,7 +280,7 @@ def _heads(
 ) -> tuple[list[str], str]:
     """Return the heads of columns of numbers, and the n that all have, "" where it differs and is in the heads.
 
-    A head also tells that a comparison in its column is not paired; differences are.
+    A head is marked where a comparison in its column is not paired; differences are paired.
     """
     counts = [counts_text(of_column) for of_column in columns]
     same = counts[0] if len(set(counts)) == 1 else ""
@@ -318,8 +320,8 @@ def fitted(table: Table, widest: int = WIDEST) -> list[Table]:
     parts = []
     for group in groups:
         kept = [*range(table.texts), *group]
-        told = [len(groups) == 1 or any(row[column] != "–" for column in group) for row in table.rows]
-        shown = [number for number, tells in enumerate(told) if tells]
+        filled = [len(groups) == 1 or any(row[column] != "–" for column in group) for row in table.rows]
+        shown = [number for number, is_filled in enumerate(filled) if is_filled]
         rows = [[table.rows[number][column] for column in kept] for number in shown]
         best = {(shown.index(row), kept.index(column)) for row, column in table.best if column in kept}
         parts.append(replace(table, heads=[table.heads[column] for column in kept], rows=rows, best=best))

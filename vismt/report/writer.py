@@ -167,7 +167,7 @@ def answer(comparisons: Sequence[Comparison]) -> str:
             text += f", and {again}{'gains' if gains else 'loses'} {size} clean {ends}"
         else:
             text += f", {'nor' if better is None else 'and does not differ measurably'} clean: {difference_text(clean, arm)}"
-    return f"{text} ({_about(c, told=[c.condition] if attacked else ())})."
+    return f"{text} ({_about(c, without=[c.condition] if attacked else ())})."
 
 
 def _change(c: Comparison, arm: str) -> tuple[bool | None, str, str]:
@@ -202,11 +202,11 @@ def _key_figure(c: Comparison) -> KeyFigure:
     return KeyFigure([(arm, cell_text(replace(c.cells[arm], mark=""), c.row)) for arm in shown], _about(c))
 
 
-def _about(c: Comparison, told: Sequence[str] = ()) -> str:
-    """Return measure, task, set, protocol, condition and n of a comparison, and what its intervals cover, but for `told`."""
+def _about(c: Comparison, without: Sequence[str] = ()) -> str:
+    """Return measure, task, set, protocol, condition and n of a comparison, and what its intervals cover, less `without`."""
     row = c.row
     words = dict.fromkeys([scale_text(row.metric, row.scale), row.task, c.data, row.protocol, c.condition])
-    words = dict.fromkeys(word for word in words if word not in told)
+    words = dict.fromkeys(word for word in words if word not in without)
     return f"{', '.join(words)}; n = {counts_text([c])} {row.unit}; {kinds_text([c])}"
 
 

@@ -135,7 +135,7 @@ COVARIANCES = ("diagonal", "dense", "lowrank")
 
 @dataclass(frozen=True)
 class VBLLOptions:
-    """What a VBLL head can be told beside its sizes.
+    """The settings of a VBLL head beside its sizes.
 
     Args:
         covariance: of each row: "diagonal" (k d numbers), "lowrank" (k d (r + 1)) or "dense" (k d^2, for d up to a few

@@ -534,7 +534,7 @@ def test_last_alpha_by_name():
         ("uncertainty", {"init": math.inf}, "balancing.init: inf"),
         ("fairgrad", {"alpha": 0.0}, "balancing.alpha: 0.0"),
         ("fairgrad", {"alpha": 11.0}, "balancing.alpha: 11.0"),
-        ("upgrad", {}, "'upgrad' is no longer part of vismt; take torchjd:UPGrad."),
+        ("upgrad", {}, "'upgrad' was removed; take torchjd:UPGrad."),
         ("famo", {"lr": 0.0}, "balancing.lr: 0.0"),
         ("famo", {"gamma": -1.0}, "balancing.gamma: -1.0"),
         ("famo", {"least": {"edge": 0.0}}, "balancing.least: no task 'edge'. Near: 'edges'"),
@@ -551,7 +551,7 @@ def test_errors_of_names_and_options(name, options, message):
 def test_every_removed_method_says_what_to_take():
     known = {f"torchjd:{name}" for name in torchjd_methods.methods()} if HOSTED else set()
     for name, advice in REMOVED.items():
-        with pytest.raises(UserError, match=f"'{name}' is no longer part of vismt; take"):
+        with pytest.raises(UserError, match=f"'{name}' was removed; take"):
             make(name)
         taken = advice.split()[1].strip(",")
         assert taken in BALANCERS and (taken in known or ":" not in taken or not HOSTED)

@@ -84,19 +84,15 @@ class Evaluation:
         for name, task_score in scored.items():
             task = self.tasks[name]
             scale, better = SHARE if task.share else NUMBER, LOWER if task.lower_is_better else HIGHER
-            values = self._choosing(task_score) if split == "validation" else task_score.images
+            values = task_score.images
+            if split == "validation" and task_score.answers:
+                chooses, _ = self._halves(task_score.answers)
+                values = dict(compress(values.items(), chooses.tolist()))
             scores.append(self._score(name, split, Measure(metric_name(task), values, scale, better), condition))
         return scores
 
     def _score(self, task: str, split: str, measure: Measure, condition: Condition) -> Score:
         return Score(task, self.data.part(split).name, self._protocol(split), measure, condition)
-
-    def _choosing(self, scored: Scored) -> dict[str, float]:
-        """Return the values of the validation images that choose rates."""
-        if not scored.answers:
-            return scored.images
-        chooses, _ = self._halves(scored.answers)
-        return dict(compress(scored.images.items(), chooses.tolist()))
 
     def _halves(self, answers: Mapping[str, Mapping[str, float]]) -> tuple[Tensor, Tensor]:
         """Return masks of the labelled validation images: those that choose rates and those that give thresholds."""

@@ -51,7 +51,7 @@ class Balancers(Registry["type[Balancer]"]):
 
     def __getitem__(self, name: str) -> type[Balancer]:
         if name in REMOVED:
-            raise UserError(f"balancing: '{name}' is no longer part of vismt; {REMOVED[name]}.")
+            raise UserError(f"balancing: '{name}' was removed; {REMOVED[name]}.")
         return super().__getitem__(name)
 
     def __contains__(self, name: object) -> bool:
