@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from helpers.room import MAPS, dense, made_room, parts
+from helpers.room import MAPS, dense, parts
 from helpers.tiny import tiny_vit
 from helpers.tiny_runs import run_config, written
 
@@ -26,19 +26,10 @@ from vismt.report.results import Result, read_results
 from vismt.storage.files import read_sealed
 
 pytest.importorskip("torchmetrics")
+pytestmark = pytest.mark.usefixtures("in_room")
 
 PGD = "PGD-2 linf 8/255 on all tasks"
 STILL = {"strength": 0, "scales": [1.0, 1.0], "flip": False}
-
-
-@pytest.fixture(scope="module")
-def room(tmp_path_factory) -> Path:
-    return made_room(tmp_path_factory.mktemp("sets"))
-
-
-@pytest.fixture(autouse=True)
-def data_folder(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VISMT_DATA", str(room / "data"))
 
 
 def mix(room: Path, **changes: object) -> dict:

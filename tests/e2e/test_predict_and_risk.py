@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.room import MAPS, dense, made_room
+from helpers.room import MAPS, dense
 from helpers.tiny_runs import TRAIN, VIT, run_config, written
 
 from vismt.cli import main
@@ -22,18 +22,9 @@ from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 
 pytest.importorskip("torchmetrics")
+pytestmark = pytest.mark.usefixtures("in_room")
 
 PGD = "PGD-2 linf 2/255 on all tasks"
-
-
-@pytest.fixture(scope="module")
-def room(tmp_path_factory) -> Path:
-    return made_room(tmp_path_factory.mktemp("sets"))
-
-
-@pytest.fixture(autouse=True)
-def data_folder(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VISMT_DATA", str(room / "data"))
 
 
 @pytest.fixture(scope="module")
