@@ -107,7 +107,7 @@ def test_what_is_no_committed_run_is_one_line(
     unfinished = tmp_path / "unfinished"
     assert main(["train", str(committed / "toy.yaml"), "--out", str(unfinished), "--quiet"]) == 0
     capsys.readouterr()
-    nearest = "this configuration has no committed rows; the nearest are those of another one, 'toy': train.lr is 0.01, there 0.03."
+    nearest = "has no committed rows; the nearest are those of another one, 'toy': train.lr is 0.01, there 0.03."
     for words, text in (
         ([other], nearest),
         ([other, "toy"], "'toy' has the rows of another one, 'toy': train.lr is 0.01, there 0.03."),
