@@ -18,7 +18,17 @@ Better = Literal["higher", "lower"]
 Scale = Literal["share", "number"]
 # What a 95 % interval covers; "" where an earlier version did not record it.
 Covers = Literal[
-    "", "sampler", "images", "examples", "seeds", "domains", "sampler+seeds", "images+seeds", "examples+seeds"
+    "",
+    "sampler",
+    "images",
+    "classes",
+    "examples",
+    "seeds",
+    "domains",
+    "sampler+seeds",
+    "images+seeds",
+    "classes+seeds",
+    "examples+seeds",
 ]
 HIGHER: Better = "higher"
 LOWER: Better = "lower"
@@ -28,6 +38,7 @@ FEWEST_DOMAINS = 5  # that are taken as a sample of domains
 COVERED: dict[str, str] = {
     "sampler": "new episodes of the same images",
     "images": "new images of these classes",
+    "classes": "new classes and their images",
     "examples": "new examples",
     "seeds": "training seeds",
     "domains": "new domains",
@@ -44,7 +55,7 @@ def interval_kind_text(kind: Covers) -> str:
 def weakest_kind(kinds: Sequence[Covers]) -> Covers:
     """Return the kind of an average of numbers with intervals of several kinds: what covers least, and the seeds of any."""
     covered = {kind.split("+")[0] for kind in kinds}
-    weakest = next((kind for kind in ("", "sampler", "images") if kind in covered), "examples")
+    weakest = next((kind for kind in ("", "sampler", "images", "classes") if kind in covered), "examples")
     seeds = any("+seeds" in kind for kind in kinds) and weakest
     return cast(Covers, f"{weakest}+seeds" if seeds else weakest)
 

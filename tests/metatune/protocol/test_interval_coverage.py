@@ -29,7 +29,7 @@ class Episodes:
         count = len(sampler) if isinstance(sampler, DisjointSampler) else count
         episodes = [sampler[number] for number in range(count)]
         self.parts = sampler.parts
-        self.support = torch.stack([episode.support for episode in episodes]).view(count, WAYS, SHOTS)
+        self.support = torch.stack([episode.support for episode in episodes]).view(count, sampler.ways, sampler.shots)
         self.query = torch.stack([episode.query for episode in episodes])
         self.truth = episodes[0].query_labels
 
@@ -44,10 +44,10 @@ class Episodes:
         return estimate(values, parts=self.parts)
 
 
-def two_models(means: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def two_models(means: Tensor, generator: torch.Generator, labels: Tensor = LABELS) -> tuple[Tensor, Tensor]:
     """Return the features of a new set of images under two models."""
-    images = means[LABELS] + torch.randn(len(LABELS), SIZE, generator=generator)
-    return images, images + 0.7 * torch.randn(len(LABELS), SIZE, generator=generator)
+    images = means[labels] + torch.randn(len(labels), SIZE, generator=generator)
+    return images, images + 0.7 * torch.randn(len(labels), SIZE, generator=generator)
 
 
 def plans_of(seed: int, count: int) -> dict[str, Episodes]:
@@ -97,6 +97,34 @@ def test_parts_cover_new_images_and_free_episodes_do_not(count: int, truths: int
             assert LEAST <= share <= MOST, (name, kind, found)
     assert found["free", "single"][0] < (0.9 if count == 80 else 0.6)
     assert found["free", "paired"][0] < (0.92 if count == 80 else 0.75)
+
+
+@pytest.mark.parametrize(
+    ("count", "settings"), [(40, {"ways": 3, "shots": 1, "queries": 3}), pytest.param(600, {}, marks=pytest.mark.slow)]
+)
+def test_parts_of_classes_cover_new_classes(count: int, settings: dict[str, int]) -> None:
+    """Thirty classes of ten or twenty images; every set has classes of its own, and the mean over all sets is the truth."""
+    settings = SETTINGS | settings
+    labels = torch.arange(30).repeat_interleave(10 if count == 40 else 20)
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, list[list[Estimate]]] = {}
+    for number in range(8):
+        samplers = {
+            "parts": EpisodeSampler(labels, parts=5, **settings | {"seed": number}),
+            "free": EpisodeSampler(labels, **settings | {"seed": number}),
+        }
+        assert samplers["parts"].covers == "classes"
+        plans = {name: Episodes(sampler, count) for name, sampler in samplers.items()}
+        for _ in range(DRAWS // 8):
+            models = two_models(0.55 * torch.randn(30, SIZE, generator=generator), generator, labels)
+            for name, plan in plans.items():
+                a, b = map(plan.accuracies, models)
+                found.setdefault(name, []).append([plan.estimate(a), plan.estimate(a - b)])
+    for kind in range(2):
+        of_kind = {name: [estimates[kind] for estimates in sets] for name, sets in found.items()}
+        truth = sum(one.mean for sets in of_kind.values() for one in sets) / (2 * DRAWS)
+        shares = {name: sum(abs(one.mean - truth) <= one.half for one in sets) / DRAWS for name, sets in of_kind.items()}
+        assert LEAST <= shares["parts"] <= MOST and (count == 40 or shares["free"] < 0.8), (kind, shares)
 
 
 @pytest.mark.slow
