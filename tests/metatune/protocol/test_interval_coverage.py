@@ -1,4 +1,4 @@
-"""What the intervals of few-shot accuracy cover: simulated sets of images, the real samplers, prototypes by cosine.
+"""What intervals of few-shot accuracy and calibration cover: simulated images, the real samplers, prototypes by cosine.
 
 A class is a Gaussian, ten classes have 100 images each, the second model sees the same images with noise. The truth is the mean
 over many sets of images. By 200 sets a coverage of 95 % is known to ± 4 points.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler
 from vismt.uncertainty.intervals import Estimate, estimate
+from vismt.uncertainty.probability_metrics import binned_gaps, gap_values
 
 CLASSES, IMAGES, SIZE, WAYS, SHOTS, QUERIES = 10, 100, 24, 5, 5, 10
 DRAWS = 200
@@ -33,12 +34,20 @@ class Episodes:
         self.query = torch.stack([episode.query for episode in episodes])
         self.truth = episodes[0].query_labels
 
-    def accuracies(self, features: Tensor) -> Tensor:
-        """Return the accuracy of each episode (e,) by the cosine to the mean of a class's support."""
+    def cosines(self, features: Tensor) -> Tensor:
+        """Return the cosine of each query to the mean of each class's support (e, q, w)."""
         unit = F.normalize(features, dim=-1)
         prototypes = F.normalize(features[self.support].mean(2), dim=-1)
-        similar = torch.einsum("eqd,ewd->eqw", unit[self.query], prototypes)
-        return (similar.argmax(-1) == self.truth).double().mean(1)
+        return torch.einsum("eqd,ewd->eqw", unit[self.query], prototypes)
+
+    def accuracies(self, features: Tensor) -> Tensor:
+        """Return the accuracy of each episode (e,)."""
+        return (self.cosines(features).argmax(-1) == self.truth).double().mean(1)
+
+    def gaps(self, features: Tensor, scale: float) -> Tensor:
+        """Return the gaps of the bins of each episode's calibration error (e, bins), of probabilities softmax(scale cos)."""
+        confidences, answers = (scale * self.cosines(features).double()).softmax(-1).max(-1)
+        return binned_gaps(confidences.flatten(), (answers == self.truth).flatten()).unflatten(0, answers.shape).mean(1)
 
     def estimate(self, values: Tensor) -> Estimate:
         return estimate(values, parts=self.parts)
@@ -123,8 +132,26 @@ def test_parts_of_classes_cover_new_classes(count: int, settings: dict[str, int]
     for kind in range(2):
         of_kind = {name: [estimates[kind] for estimates in sets] for name, sets in found.items()}
         truth = sum(one.mean for sets in of_kind.values() for one in sets) / (2 * DRAWS)
-        shares = {name: sum(abs(one.mean - truth) <= one.half for one in sets) / DRAWS for name, sets in of_kind.items()}
+        shares = {
+            name: sum(abs(one.mean - truth) <= one.half for one in sets) / DRAWS for name, sets in of_kind.items()
+        }
         assert LEAST <= shares["parts"] <= MOST and (count == 40 or shares["free"] < 0.8), (kind, shares)
+
+
+@pytest.mark.slow
+def test_parts_cover_the_calibration_error_of_new_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    plans = [Episodes(EpisodeSampler(LABELS, parts=5, **SETTINGS | {"seed": seed}), 80) for seed in range(8)]
+    inside = dict.fromkeys(("parts", "episodes"), 0)
+    for _ in range(4):
+        means = 0.55 * torch.randn(CLASSES, SIZE, generator=generator)
+        sets = [plans[number % 8].gaps(two_models(means, generator)[0], 5.0) for number in range(250)]
+        truth = float(torch.stack(sets).mean((0, 1)).abs().sum())
+        for gaps in sets[: DRAWS // 4]:
+            values, (low, high) = gap_values(gaps)
+            inside["parts"] += abs(values.mean() - truth) <= estimate(values, parts=5).half
+            inside["episodes"] += low <= truth <= high
+    assert LEAST <= inside["parts"] / DRAWS <= MOST and inside["episodes"] / DRAWS < 0.9, inside
 
 
 @pytest.mark.slow

@@ -225,10 +225,13 @@ def _settings(specs: Sequence[Perturbation]) -> str:
 
 
 def over_episodes(measure: Measure, sampler: EpisodeSampler | VariableSampler) -> Measure:
-    """Return a measure whose interval is over the episodes of a sampler; one with bounds of its own resamples episodes."""
-    if measure.bounds is not None:
-        return replace(measure, covers="sampler")
-    return replace(measure, covers=sampler.covers, parts=sampler.parts)
+    """Return a measure whose interval is over the episodes of a sampler.
+
+    The bounds of the ECE come from independent episodes; where these have parts, its interval is Student's t of the parts' mean
+    effects on it.
+    """
+    bounds = None if sampler.parts else measure.bounds
+    return replace(measure, covers=sampler.covers, parts=sampler.parts, bounds=bounds)
 
 
 def accuracy(values: Tensor, chance: float | None) -> Measure:
