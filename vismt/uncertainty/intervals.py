@@ -343,8 +343,9 @@ class Measure:
         """Return the score with its error over the examples."""
         if self.bounds is None:
             return estimate(list(self.values.values()), parts=self.parts, covers=self.covers)
-        error = (self.bounds[1] - self.bounds[0]) / 2 / student_quantile(0.975, math.inf)
-        return Estimate(self.score, ((error**2, math.inf),), self.covers)
+        freedom = self.parts - 1.0 if self.parts else math.inf
+        error = (self.bounds[1] - self.bounds[0]) / 2 / student_quantile(0.975, freedom)
+        return Estimate(self.score, ((error**2, freedom),), self.covers)
 
     def interval(self) -> tuple[float, float]:
         """Return the 95 % interval of the score: `bounds` where they are given, Wilson's for counts, else Student's."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from statistics import stdev
 
 import pytest
 import torch
 from torch import Tensor
 
-from vismt.jobs.fewshot.evaluation import over_episodes, probability_measures
+from vismt.jobs.fewshot.evaluation import probability_measures
 from vismt.metatune.protocol.episode_outcome import EpisodeOutcome
-from vismt.metatune.protocol.episodes import Episode, EpisodeSampler
+from vismt.metatune.protocol.episodes import Episode
 
 
 def outcome(p: list[list[float]], labels: list[int]) -> EpisodeOutcome:
@@ -67,17 +66,3 @@ def test_the_calibration_error_pools_episodes_before_it_takes_absolute_values() 
     assert nll.score == pytest.approx(((-math.log(0.7) - math.log(0.2)) / 2 - math.log(0.5)) / 2, abs=1e-6)
     assert brier.score == pytest.approx((0.56 + 0.38) / 2, abs=1e-6)  # 0.5^2 + 0.3^2 + 0.2^2 = 0.38
     assert {measure.better for measure in (ece, nll, brier)} == {"lower"}
-
-
-def test_the_interval_of_the_calibration_error_follows_the_parts() -> None:
-    torch.manual_seed(0)
-    gaps = 0.03 * torch.randn(20, 15).double() + 0.02
-    results = {NLL: torch.rand(20).double(), BRIER: torch.rand(20).double(), GAPS: gaps}
-    ece = probability_measures(results, "clean")[0]
-    sampler = EpisodeSampler(torch.arange(3).repeat(40), ways=3, shots=1, queries=3)
-    assert over_episodes(ece, sampler) == replace(ece, covers="sampler")
-    parts = over_episodes(ece, EpisodeSampler(torch.arange(3).repeat(40), ways=3, shots=1, queries=3, parts=5))
-    means = [list(ece.values.values())[part::5] for part in range(5)]
-    half = 2.776445 * stdev(sum(part) / 4 for part in means) / 5**0.5
-    assert (parts.covers, parts.score) == ("images", ece.score)
-    assert parts.interval() == pytest.approx((ece.score - half, ece.score + half))
