@@ -18,9 +18,9 @@ to 1000, true ECE 0 to 0.2) it contained the true value in 84 to 98 % of sets, t
 calibrated ones. For the difference of two models the paired bootstrap is worse still (0 to 83 %: the bias differs between the
 models and the pairing makes it look certain): compare the paired NLL or Brier values of two models instead.
 
-Rows in a few parts, within which they depend on each other (few-shot episodes), cannot be resampled. Their interval is Student's t
-of the parts' mean values, and its lower end is lower by the bias that the jackknife finds, (g - 1) (mean_k ECE_-k - ECE), where
-ECE_-k leaves out part k of g. docs/guides/intervals.md has its coverage.
+Rows in a few parts, within which they depend on each other (few-shot episodes), cannot be resampled. Their interval is Student's
+t of the parts' mean values, and its lower end is lower by the bias that the jackknife finds, (g - 1) (mean_k ECE_-k - ECE),
+where ECE_-k leaves out part k of g. docs/guides/intervals.md has its coverage.
 
 NLL and Brier score are proper: their expectation is smallest for the true probabilities (Good, J. R. Stat. Soc. B 14, 1952;
 Brier, Monthly Weather Review 78, 1950). torchmetrics is imported where a score is computed.
