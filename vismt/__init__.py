@@ -62,6 +62,19 @@ PLACES["adapter_modules"] = {
     "quantized": "vismt.llm.pissa.quantized",
     "slice": "vismt.llm.s2ft.layer",
 }
+# The modules that register the methods; installed packages add theirs by entry points of the group "vismt.methods".
+PLACES["methods"] = {
+    "amt": "vismt.metatune.amt.method",
+    "corda": "vismt.llm.corda.method",
+    "emtal": "vismt.multitask.emtal.method",
+    "ilora": "vismt.llm.ilora.method",
+    "lisa": "vismt.llm.lisa.method",
+    "lora": "vismt.llm.lora",
+    "peft:": "vismt.llm.peft_tuners.method",
+    "pissa": "vismt.llm.pissa.method",
+    "polar": "vismt.llm.polar.method",
+    "s2ft": "vismt.llm.s2ft.method",
+}
 # The present names of methods that earlier adapters and configurations call otherwise.
 PLACES["renamed methods"] = {"moe_lora": "emtal"}
 
