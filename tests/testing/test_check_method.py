@@ -61,21 +61,20 @@ def test_a_right_method_of_a_module_passes(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("start", "checks"),
-    [(elsewhere, ["check_start"]), (unseeded, ["check_seed"])],
+    ("start", "check"), [(elsewhere, "check_start: the adapted model starts: differs"), (unseeded, "check_seed: blocks.0")]
 )
-def test_wrong_start_values_are_named(start: Callable[..., Any], checks: list[str]) -> None:
+def test_wrong_start_values_are_named(start: Callable[..., Any], check: str) -> None:
     declare(start)
     with pytest.raises(AssertionError) as caught:
         check_method("own")
     lines = str(caught.value).splitlines()
     assert lines[0] == "'own' breaks the contract of vismt.adapt:"
-    assert [line.split(":")[0].strip() for line in lines[1:]] == checks and lines[1].endswith("[plain]")
+    assert lines[1].strip().startswith(check) and lines[1].endswith("[plain]")
 
 
 def test_a_method_that_changes_stock_weights_is_named() -> None:
     declare(right, changes_weights=True)
-    with pytest.raises(AssertionError, match=r"check_unadapt: AssertionError: unadapt does not restore norm\.bias"):
+    with pytest.raises(AssertionError, match=r"check_unadapt: unadapt does not restore norm\.bias"):
         check_method("own")
 
 

@@ -70,8 +70,8 @@ def check_method(method: str, *, module: str | None = None, **options: Any) -> N
             try:
                 check(case)
             except Exception as error:  # of any kind: the method's code is not known
-                reason = f"{check.__name__}: {type(error).__name__}: {error}"
-                broken.setdefault(reason, []).append(layout)
+                kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+                broken.setdefault(f"{check.__name__}: {kind}{error}", []).append(layout)
     if broken:
         lines = [f"  {reason} [{', '.join(layouts)}]" for reason, layouts in broken.items()]
         raise AssertionError("\n".join([f"'{method}' breaks the contract of vismt.adapt:", *lines]))
