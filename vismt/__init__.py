@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vismt.lowrank.model.merge import merge
     from vismt.lowrank.model.mixed import adapters_per_sample
     from vismt.lowrank.model.named import activate, disabled, remove, unadapt
+    from vismt.lowrank.model.status import status
     from vismt.lowrank.recompute import recompute
     from vismt.methods import adapt, list_methods
 
@@ -48,6 +49,7 @@ __all__ = [
     "remove",
     "robustness",
     "save_adapter",
+    "status",
     "train",
     "unadapt",
 ]
