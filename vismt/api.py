@@ -50,6 +50,7 @@ def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyR
     path = Path(temporary.name if temporary else folder or "")
     with registered(objects), start_config(built, path).owned() as run:
         if run.job.trains:
+            run.evaluate_references()
             run.train()
         run.evaluate()
     return StudyResults(path, read_results(path / RESULTS, run.hash), objects, temporary)

@@ -85,6 +85,18 @@ def test_a_run_leaves_everything_a_number_needs(run_folder: Path) -> None:
     assert [len(read_lines(path)) for path in sorted((run_folder / "records").iterdir())] == [3] * 6
 
 
+def test_what_is_not_trained_is_evaluated_first_and_printed_once(tmp_path: Path, capsys) -> None:
+    config = str(write(tmp_path, train={"steps": 1}, evaluate={**SMALL["evaluate"], "attacks": []}))
+    assert main(["run", config, "--out", str(tmp_path / "runs")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split()[0] + (" frozen" if "frozen" in line else "") for line in lines]
+    assert shown.index("eval frozen") < shown.index("train") < shown.index("eval")
+    assert shown.count("eval frozen") == shown.count("eval") == 1
+    # `vismt train` evaluates nothing
+    assert main(["train", config, "--out", str(tmp_path / "others")]) == 0
+    assert "eval" not in capsys.readouterr().out
+
+
 def test_the_command_of_a_report_can_be_pasted(tmp_path: Path, monkeypatch) -> None:
     import shlex
 

@@ -237,6 +237,10 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         with_panel = training.arm == self.evaluated()[-1] and training.seed == self.study.seeds[0]
         return evaluation.scores(models, training.arm, attacks, with_panel=with_panel)
 
+    def evaluate_references(self) -> None:
+        if not any(attack.source for attack in self.config.evaluate.attacks):  # else trained models make the attacks
+            super().evaluate_references()
+
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
         super().evaluate(attacks)
         experts = evaluated_experts(self.config)
