@@ -22,7 +22,7 @@ FLOORS = (
     ("report",),
     ("jobs", "integrations"),
     ("api",),
-    ("cli",),
+    ("cli", "testing"),
 )
 TOP_FILES = {"__init__", "__main__", "api", "methods"}
 MODULES_IN_A_FOLDER = 20

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vismt.lowrank.model.merge import merge
     from vismt.lowrank.model.mixed import adapters_per_sample
     from vismt.lowrank.model.named import activate, disabled, remove, unadapt
+    from vismt.lowrank.model.status import status
     from vismt.lowrank.recompute import recompute
     from vismt.methods import adapt, list_methods
 
@@ -48,6 +49,7 @@ __all__ = [
     "remove",
     "robustness",
     "save_adapter",
+    "status",
     "train",
     "unadapt",
 ]
@@ -61,6 +63,19 @@ PLACES["adapter_modules"] = {
     "moefied_ffn": "vismt.multitask.emtal.ffn",
     "quantized": "vismt.llm.pissa.quantized",
     "slice": "vismt.llm.s2ft.layer",
+}
+# The modules that register the methods; installed packages add theirs by entry points of the group "vismt.methods".
+PLACES["methods"] = {
+    "amt": "vismt.metatune.amt.method",
+    "corda": "vismt.llm.corda.method",
+    "emtal": "vismt.multitask.emtal.method",
+    "ilora": "vismt.llm.ilora.method",
+    "lisa": "vismt.llm.lisa.method",
+    "lora": "vismt.llm.lora",
+    "peft:": "vismt.llm.peft_tuners.method",
+    "pissa": "vismt.llm.pissa.method",
+    "polar": "vismt.llm.polar.method",
+    "s2ft": "vismt.llm.s2ft.method",
 }
 # The present names of methods that earlier adapters and configurations call otherwise.
 PLACES["renamed methods"] = {"moe_lora": "emtal"}
