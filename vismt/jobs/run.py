@@ -22,6 +22,7 @@ from vismt.base.errors import UserError, near
 from vismt.config.sections import EARLIER_HASH_DIGITS, RESOLVED, RunConfig, config_hash
 from vismt.engine import runtime
 from vismt.jobs import make_job
+from vismt.jobs.predictions import Options, Predictions
 from vismt.lowrank.files.peft_folder import export_peft
 from vismt.report.results import FACTS
 from vismt.storage.files import atomic_write, read_json, read_sealed, remove_partial, sealed, write_tensors
@@ -161,11 +162,10 @@ class Run:
         """Return the note beside an export: what it is of."""
         return {"run": self.folder.name, "config_hash": self.hash, "model": self.job.name_of(arm)}
 
-    def predict(
-        self, images: list[Path], target: Path | None = None, arm: str | None = None, **options: bool
-    ) -> list[Path]:
-        """Write predictions on images, by default under RUN/predictions; return the files. options: of the job."""
-        return self.job.predict(images, target or self.folder / "predictions", arm, **options)
+    def predict(self, inputs: Sequence[Path], target: Path | None, options: Options) -> Predictions:
+        """Write predictions on images or rows of text, by default under RUN/predictions, and return them."""
+        options.check(self.job.predict_options, f"a run of {self.config.task}")
+        return self.job.predict(inputs, target or self.folder / "predictions", options)
 
     def _write(self, model: Any, target: Path, arm: str | None) -> Path:
         """Write a merged timm or transformers model and the job's files beside it."""
@@ -173,17 +173,17 @@ class Run:
             model.save_pretrained(target)
             return self._write_beside(target, arm)
         write_tensors(target / "model.safetensors", model.state_dict(), {"format": "pt"})
-        atomic_write(target / "config.json", json.dumps(self._model_config(model), indent=1))
+        atomic_write(target / "config.json", json.dumps(self._model_config(model, arm), indent=1))
         return self._write_beside(target, arm)
 
-    def _model_config(self, model: Any) -> dict[str, Any]:
+    def _model_config(self, model: Any, arm: str | None) -> dict[str, Any]:
         """Return the config.json of a merged timm model."""
         about: dict[str, Any] = {
             "architecture": self.config.model.name,
             "img_size": getattr(self.config.model, "img_size", None),
             "merged_from": self.folder.name,
             "num_classes": getattr(model, "num_classes", None),
-            **self.job.about(),
+            **self.job.about(arm),
         }
         pretrained = getattr(model, "pretrained_cfg", None)
         if pretrained:  # what timm needs to build the model from the folder alone ("local-dir:...")

@@ -34,7 +34,7 @@ from vismt.jobs.dense.figures import sections, write_predictions
 from vismt.jobs.dense.pooled_score import Scored
 from vismt.jobs.dense.predict import check_images, most_pixels, predict_images
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
-from vismt.jobs.predictions import image_files
+from vismt.jobs.predictions import Options, Predictions, image_files
 from vismt.jobs.risk import check_thresholds, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.multitask.emtal.retain import DenseRetaining
@@ -53,6 +53,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
     """A ViT with a dense head for each task."""
 
     names_tasks = True
+    predict_options = frozenset({"arm", "top", "maps", "own_size", "flip"})
     default_attack = "pgd"
 
     def __init__(self, config: DenseConfig, folder: Path, config_hash: str) -> None:
@@ -251,27 +252,27 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         """Return {task: the arm that others are compared with}; delta_m is a difference and has none."""
         return {**baseline_arms(self.config), DELTA: ""}
 
-    def predict(self, images: Sequence[Path], target: Path, arm: str | None = None, **options: bool) -> list[Path]:
-        """Draw one arm's predictions on images and on those in folders; options: see `predict_images`."""
-        images = image_files(images)
-        training = self.study.find(arm)
+    def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
+        """Draw one arm's predictions on images and on those in folders, see `predict_images`."""
+        images = image_files(inputs)
+        training = self.study.find(options.arm)
         config = self.study.config_of(training)
-        check_images(images, most_pixels(config) if options.get("own_size") else None)
-        size = (config.size[0], config.size[1]) if options.get("own_size") else window_of(self.config)
+        check_images(images, most_pixels(config) if options.own_size else None)
+        size = (config.size[0], config.size[1]) if options.own_size else window_of(self.config)
         net = models.loaded(config, training, size)
         training_files.fold(net.stock, training)
         quantiles = {}
         # The thresholds hold for images that are predicted as the validation images were.
-        if self.config.evaluate.risk and not (options.get("own_size") or options.get("flip")):
+        if self.config.evaluate.risk and not (options.own_size or options.flip):
             thresholds = self.evaluation.thresholds(lambda: self.final(training), training, config)
             quantiles = {task: fitted.quantile for task, fitted in thresholds.items()}
-        return predict_images(config, net, str(training), images, target, quantiles=quantiles, **options)
+        return predict_images(config, net, str(training), images, target, options, quantiles)
 
     def beside(self, training: Training) -> dict[str, bytes]:
         """Return heads.safetensors of a training."""
         return {models.HEADS: models.heads_file(self.loaded(training), self.study.config_of(training))}
 
-    def about(self) -> dict[str, Any]:
+    def about(self, arm: str | None = None) -> dict[str, Any]:
         return {"num_classes": 0, "img_size": list(self.config.size)}
 
 
