@@ -66,9 +66,9 @@ def add_commands(commands: Commands) -> None:
     pool.add_argument("action", choices=("assemble",))
     pool.add_argument("experts", type=Path, nargs="+", help="run folders, adapter folders or pools")
     pool.add_argument("--to", type=Path, required=True, help="the pool folder to write")
-    export = commands.add("export", _export, "export a run's model: timm, transformers or peft")
+    export = commands.add("export", _export, "export a run's model: timm, transformers, peft, ONNX or torch.export")
     export.add_argument("run", type=Path, help="a run folder")
-    export.add_argument("--format", default="timm", help="timm, transformers or peft (timm)")
+    export.add_argument("--format", default="timm", help="timm, transformers, peft, onnx or torch (timm)")
     export.add_argument("--to", type=Path, help="target folder (RUN/export-FORMAT-ARM-seed-SEED)")
     export.add_argument(
         "--uniform", action="store_true", help="of peft: pad to one rank, for servers that read one (llama.cpp)"

@@ -15,6 +15,7 @@ from vismt.base import console, ranks
 from vismt.base.errors import UserError
 from vismt.base.seeds import digest
 from vismt.engine.study import Study, StudyConfig, Training
+from vismt.jobs.graphs import Graph
 from vismt.jobs.predictions import Options, Predictions
 from vismt.jobs.risk import risk_section
 from vismt.report.comparison import compare, shown_name
@@ -150,6 +151,10 @@ class EvaluationJob(ABC, Generic[Config]):
     def merged(self, arm: str | None = None) -> nn.Module:
         """Return the stock model of one arm with merged weights."""
         raise UserError(f"run '{self.folder}': the job '{self.config.task}' trains no adapter.")
+
+    def graph(self, arm: str | None, form: str) -> Graph:
+        """Return the merged model of one arm to export as a graph. form: "torch" or "onnx"."""
+        raise UserError(f"run '{self.folder}': the job '{self.config.task}' trains no model to export.")
 
     def about(self, arm: str | None = None) -> dict[str, Any]:
         """Return the further entries of config.json beside the merged weights of an arm."""

@@ -22,6 +22,7 @@ from vismt.base.errors import UserError, near
 from vismt.config.sections import EARLIER_HASH_DIGITS, RESOLVED, RunConfig, config_hash
 from vismt.engine import runtime
 from vismt.jobs import make_job
+from vismt.jobs.graphs import NAMES, write_graph
 from vismt.jobs.predictions import Options, Predictions
 from vismt.lowrank.files.peft_folder import export_peft
 from vismt.report.results import FACTS
@@ -29,7 +30,7 @@ from vismt.storage.files import atomic_write, read_json, read_sealed, remove_par
 from vismt.storage.locks import locked
 
 EXPORTED = "vismt.json"  # in the folder of an export: run, configuration, arm and seed
-FORMATS = ("timm", "transformers", "peft")
+FORMATS = ("timm", "transformers", "peft", "onnx", "torch")
 
 
 class Run:
@@ -126,7 +127,7 @@ class Run:
         return self._write(model, self._target("merged", None, arm), arm)
 
     def export(self, form: str, target: Path | None, arm: str | None = None, *, uniform: bool = False) -> Path:
-        """Write one arm as timm (model.safetensors, config.json), transformers (save_pretrained) or peft (adapter folder).
+        """Write one arm as timm (model.safetensors, config.json), transformers (save_pretrained), peft (adapter folder) or graph.
 
         target: by default export-FORMAT-ARM-seed-SEED in the run folder. Raises UserError for another format, one that does not
         fit the model, a run without an adapter, and a folder with the export of another model. uniform: see export_peft.
@@ -141,6 +142,11 @@ class Run:
             target = self._target("export-peft", target, arm)
             export_peft(adapted, target, uniform=uniform)
             return self._write_beside(target, arm)
+        if form in NAMES:
+            graph = self.job.graph(arm, form)
+            target = self._target(f"export-{form}", target, arm)
+            write_graph(graph, form, target)
+            return self._write_beside(target, arm)
         model = self.job.merged(arm)
         is_transformers = hasattr(model, "save_pretrained")
         if is_transformers != (form == "transformers"):
@@ -153,7 +159,8 @@ class Run:
         folder = target or self.folder / f"{kind}-{self.job.name_of(arm)}"
         note = folder / EXPORTED
         held = read_json(note, f"export '{folder}'") if note.exists() else None
-        if held != self._exported(arm) and any(folder.glob("*.safetensors")):
+        weights = [*folder.glob("*.safetensors"), *folder.glob("model.*")]
+        if held != self._exported(arm) and weights:
             what = f"of {held.get('model')} of the run {held.get('run')}" if held else "that is not an export of vismt"
             raise UserError(f"export: '{folder}' holds a model {what}; name another folder with --to, or remove it.")
         return folder

@@ -26,6 +26,7 @@ from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.figures import EXAMPLES, examples, sections
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, stored, with_linear_head
 from vismt.jobs.evaluation_job import records_folder
+from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
 from vismt.jobs.predictions import CLASSES, Options, Predictions, predict_classes
 from vismt.jobs.risk import check_thresholds, check_unused
@@ -39,6 +40,7 @@ from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
 from vismt.uncertainty.intervals import CLEAN
 from vismt.uncertainty.last_layers import is_variational
+from vismt.uncertainty.predictive import GaussianHead
 
 
 class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
@@ -224,6 +226,14 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def merged(self, arm: str | None = None) -> nn.Module:
         """Return one arm's stock model with merged weights; a Bayesian head becomes the linear head of its means."""
         return with_linear_head(super().merged(arm))
+
+    def graph(self, arm: str | None, form: str) -> Graph:
+        """Return the merged net; a Bayesian head gives log-probabilities."""
+        net, size = self.merged_net(self.study.find(arm)), self.data.size
+        bayesian = isinstance(net.head, GaussianHead)
+        name = "log_probabilities" if bayesian else "logits"
+        outputs = {name: {"shape": ["batch", self.data.union.num_classes], **self.about(arm)}}
+        return image_graph(Named(net), (size, size), outputs)
 
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return one arm's stock model with its adapter and the head marked as trained along, so that exports include it."""

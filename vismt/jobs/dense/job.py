@@ -32,7 +32,8 @@ from vismt.jobs.dense.delta import deltas
 from vismt.jobs.dense.evaluation import Evaluation, metric_name
 from vismt.jobs.dense.figures import sections, write_predictions
 from vismt.jobs.dense.pooled_score import Scored
-from vismt.jobs.dense.predict import check_images, most_pixels, predict_images
+from vismt.jobs.dense.predict import check_images, class_names, most_pixels, predict_images
+from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
 from vismt.jobs.predictions import Options, Predictions, image_files
 from vismt.jobs.risk import check_thresholds, check_unused
@@ -40,6 +41,7 @@ from vismt.jobs.task_sections import make_configured_balancer
 from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.objectives import DenseObjective
+from vismt.multitask.tasks import MapTask
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
@@ -47,6 +49,9 @@ from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DensePer
 
 # Modules of a timm model that do not run where its maps are read.
 NEVER_RUN = ("fc_norm.", "head_drop.", "head.")
+FITTED = (
+    "fit into {} x {} pixels without changing the shape (bilinear, antialiased), then pad below and right with grey"
+)
 
 
 class DenseJob(ImageJob[DenseConfig, DenseNet]):
@@ -267,6 +272,23 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             thresholds = self.evaluation.thresholds(lambda: self.final(training), training, config)
             quantiles = {task: fitted.quantile for task, fitted in thresholds.items()}
         return predict_images(config, net, str(training), images, target, options, quantiles)
+
+    def graph(self, arm: str | None, form: str) -> Graph:
+        """Return the merged net, with the maps of all tasks at the size of the images."""
+        training = self.study.find(arm)
+        config = self.study.config_of(training)
+        tasks = {task.name: task for task in trained_tasks(config)}
+        classes = class_names(config, tasks)
+        outputs = {
+            name: {
+                "shape": ["batch", task.channels, *(config.size if isinstance(task, MapTask) else [])],
+                "task": type(task).__name__,
+                **({"label_names": classes[name]} if name in classes else {}),
+            }
+            for name, task in tasks.items()
+        }
+        net = Named(self.merged_net(training), tasks)
+        return image_graph(net, config.size, outputs, FITTED.format(*config.size))
 
     def beside(self, training: Training) -> dict[str, bytes]:
         """Return heads.safetensors of a training."""

@@ -41,6 +41,7 @@ from vismt.jobs.fewshot.data import FewShotData, draw_corruption
 from vismt.jobs.fewshot.evaluation import MASKING, Evaluation
 from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net, read_scale
 from vismt.jobs.fewshot.report import sections
+from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.predict import fitted
 from vismt.jobs.predictions import CLASSES, Options, Predictions, predict_classes
 from vismt.jobs.training_job import TrainingJob
@@ -343,6 +344,13 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         if name not in models:
             raise UserError(f"run '{self.folder}': no evaluated model '{text}'.{near(text, models)}")
         return name, int(seed)
+
+    def graph(self, arm: str | None, form: str) -> Graph:
+        """Return the backbone with merged weights, from images to features."""
+        backbone = self.data.backbone()
+        backbone.vit = self.merged(arm)
+        outputs = {"features": {"shape": ["batch", "width"], **self.about(arm)["features"]}}
+        return image_graph(Named(backbone), backbone.img_size, outputs)
 
     def about(self, arm: str | None = None) -> dict[str, Any]:
         """Return where the features are taken and the scale of their cosines, for config.json beside merged weights."""

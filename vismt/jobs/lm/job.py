@@ -19,6 +19,7 @@ from vismt.config.sections import AdaptConfig
 from vismt.engine import runtime, training_files
 from vismt.engine.study import Training
 from vismt.jobs.calibration import calibrated
+from vismt.jobs.graphs import Graph, text_graph
 from vismt.jobs.lm import models as lm_models
 from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends, trained_task
 from vismt.jobs.lm.config_checks import check
@@ -211,6 +212,14 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         model = super().merged(arm)
         self.models.forget()
         return model
+
+    def graph(self, arm: str | None, form: str) -> Graph:
+        if form != "torch":
+            raise UserError(
+                "export: a language model is exported by --format torch; for ONNX write --format transformers and give the "
+                "folder to `optimum-cli export onnx`."
+            )
+        return text_graph(self.merged(arm))
 
     def beside(self, training: Training) -> dict[str, bytes]:
         """Return the files of the tokenizer, and head.safetensors where the training has one."""
