@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from vismt.storage.files import atomic_write
 TABLE, SHEET = "predictions.csv", "predictions.png"
 BATCH = 32  # images at a time where no configuration says it
 MOST_SHOWN, COLUMNS, CELL = 96, 8, 1.1  # of a contact sheet: images, images in a row, inches of one
-Row = dict[str, str | float]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
