@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vismt import llm, lowrank, metatune, multitask, robustness
-    from vismt.api import audit, evaluate_fewshot, meta_tune, train
+    from vismt.api import audit, evaluate_fewshot, meta_tune, predict, train
     from vismt.base.errors import UserError
     from vismt.jobs.study_results import StudyResults
     from vismt.lowrank.files.peft_folder import export_peft, import_peft
@@ -45,6 +45,7 @@ __all__ = [
     "meta_tune",
     "metatune",
     "multitask",
+    "predict",
     "recompute",
     "remove",
     "robustness",
