@@ -1,4 +1,4 @@
-"""The sections about the trainings of a run: choice of the rate, curves, merging."""
+"""The sections about the trainings of a run: choice of the rate, curves, merging, changes of the weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vismt.engine.training_files import MERGE
 from vismt.report import arm_figures
 from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, Table
+from vismt.report.weight_changes import changes_section
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 
@@ -42,6 +43,7 @@ def training_sections(
     return [
         Section("Training", _rates(folder, arms), _curves(folder, arms, logged, seeds)),
         Section("Merging", _merging(folder, arms)),
+        changes_section(folder, arms),
     ]
 
 
