@@ -191,6 +191,9 @@ def add(run: Path, name: str) -> Path:
         if isinstance(selection, dict) and selection.get("study") == name and selection.get("minus")
     ]
     pairs += [(evidence.arm, evidence.minus) for _, evidence in of_study(read_claims(), name) if evidence.minus]
+    from scripts import race  # it uses this module
+
+    pairs += race.pairs(run, name)
     path = CHECKOUT / ROWS / f"{name}.jsonl"
     write_study(path, study_of(run, pairs))
     return path

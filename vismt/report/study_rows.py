@@ -20,6 +20,7 @@ from vismt.config.sections import RESOLVED, read_yaml
 from vismt.config.typed import build
 from vismt.report.comparison import AVERAGE, Evidence, block, over_examples_alone
 from vismt.report.results import FACTS, RESULTS, Result, ValuesByExample, fault_of, read_results
+from vismt.report.trainings import training_cost
 from vismt.report.weight_changes import measures, read_changes
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines, write_lines
@@ -72,6 +73,7 @@ class About:
         finished: end of the last evaluation.
         wall_time_s: seconds, summed over the sessions of the run.
         cpu_time_s: CPU seconds of all threads; None where an earlier version did not record them.
+        costs: by arm the number of trained parameters and the median seconds_a_step of its first training.
     """
 
     title: str
@@ -88,6 +90,7 @@ class About:
     cpu_time_s: float | None = None
     seeds: list[int] = field(default_factory=list)
     evaluation_seed: int | None = None
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ def study_of(folder: Path, differences: Sequence[tuple[str, str]] = ()) -> Study
     kept = {item.name: facts[item.name] for item in fields(About) if item.name in facts}
     kept["command"] = re.sub(r" --out[ =]\S+", "", str(facts.get("command", "")))
     kept |= {"settings": read_yaml(folder / RESOLVED), "differences": [list(pair) for pair in pairs]}
+    kept["costs"] = {arm: cost for arm in arms if (cost := training_cost(folder, arm))}
     about = build(About, kept, f"run '{folder}'")
     derived = _derived(results, pairs, Evidence(results, ValuesByExample(folder)))
     trainings = [StudyRow(**asdict(row)) for row in results if row.seed is not None]
