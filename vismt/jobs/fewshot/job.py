@@ -145,7 +145,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def check_arm(self, config: FewShotConfig) -> None:
         for name in config.source.data:
             self.data.open(name)
-        if not isinstance(config, ExpertConfig):  # the experts of a pool are built alike
+        if self.config.pool is None:  # the experts of a pool are built alike
             super().check_arm(config)
 
     def prepared(self, config: FewShotConfig) -> tuple[Net, str, list[Tensor]]:
