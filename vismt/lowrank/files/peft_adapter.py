@@ -28,11 +28,10 @@ from vismt.lowrank.files.peft_layouts import (
     stack_keys,
     stock_path,
 )
-from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, holds, read_settings, selects, starts, texts
+from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, read_settings, selects, texts
 from vismt.lowrank.layers.low_rank import LowRankSettings
 from vismt.lowrank.layers.parameter_modules import ParameterModule, module_at
 from vismt.lowrank.layers.stock_modules import LINEAR, kind_of
-from vismt.lowrank.model.patterns import Pattern
 from vismt.lowrank.model.targets import candidates
 from vismt.lowrank.tensors import check_factor, check_finite, check_parameter
 from vismt.storage.files import read_tensors
@@ -61,7 +60,9 @@ class PeftAdapter:
 
     def targets(self, model: nn.Module) -> set[str]:
         """Return the paths of the linears and convolutions that the settings name."""
-        paths = {path for path, module in model.named_modules() if path and kind_of(module) and self._names(path)}
+        paths = {
+            path for path, module in model.named_modules() if path and kind_of(module) and self.settings.names(path)
+        }
         if self.settings.everywhere:
             # Only the head of a transformers model is left out, not that of a timm model.
             getter = getattr(model, "get_output_embeddings", None)
@@ -69,7 +70,7 @@ class PeftAdapter:
             modules = {path: model.get_submodule(path) for path in paths}
             paths = {path for path in paths if kind_of(modules[path]) in LINEAR and modules[path] is not head}
             return paths
-        named = {path for path, _ in model.named_modules() if path and self._names(path)}
+        named = {path for path, _ in model.named_modules() if path and self.settings.names(path)}
         return paths.union(*(attention_paths(model, path) for path in named))
 
     def need_the_same_modules(self, model: nn.Module) -> None:
@@ -134,30 +135,6 @@ class PeftAdapter:
             biases &= {f"{path}.bias" for path in self.low_rank}
         return saved | biases if self.settings.bias != "none" else saved
 
-    def _names(self, path: str) -> bool:
-        settings = self.settings
-        if selects(settings.excluded, path) or any(holds(name, path) for name in settings.saved):
-            return False
-        if settings.everywhere:
-            return True
-        layers = settings.layers_to_transform
-        wanted = [layers] if isinstance(layers, int) else layers
-        if not wanted or isinstance(settings.targets, Pattern):
-            return selects(settings.targets, path)
-        # A full path counts whatever the layers are.
-        return path in settings.targets or (selects(settings.targets, path) and self._layer(path) in wanted)
-
-    def _layer(self, path: str) -> int | None:
-        if not self.settings.layer_names:
-            match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
-            return int(match[1]) if match else None
-        for name in self.settings.layer_names:
-            for end in (end for start in starts(path) for end in name.ends(path, start)):
-                match = re.match(r"\.(\d+)\.", path[end:])
-                if match:
-                    return int(match[1])
-        return None
-
 
 def read_peft(folder: Path) -> PeftAdapter:
     """Return the folder as data.
@@ -174,7 +151,9 @@ def read_peft(folder: Path) -> PeftAdapter:
         check_finite(f"{what}: {name}", value)
     parameters = settings.target_parameters or []
     stacks = {
-        key for key in pairs if names_stack(parameters, key) and (settings.everywhere or not settings.selects(key))
+        key
+        for key in pairs
+        if names_stack(parameters, key) and (settings.everywhere or not selects(settings.targets, key))
     }
     low_rank = {}
     for key in pairs.keys() - stacks:

@@ -104,9 +104,29 @@ class PeftSettings:
         """Whether all linears are named."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
-    def selects(self, path: str) -> bool:
-        """Return whether target_modules name a path."""
-        return selects(self.targets, path)
+    def names(self, path: str) -> bool:
+        """Return whether peft adapts the module at `path` where its kind can be adapted."""
+        if selects(self.excluded, path) or any(holds(name, path) for name in self.saved):
+            return False
+        if self.everywhere:
+            return True
+        layers = self.layers_to_transform
+        wanted = [layers] if isinstance(layers, int) else layers
+        if not wanted or isinstance(self.targets, Pattern):
+            return selects(self.targets, path)
+        # A full path counts whatever the layers are.
+        return path in self.targets or (selects(self.targets, path) and self._layer(path) in wanted)
+
+    def _layer(self, path: str) -> int | None:
+        if not self.layer_names:
+            match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+            return int(match[1]) if match else None
+        for name in self.layer_names:
+            for end in (end for start in starts(path) for end in name.ends(path, start)):
+                match = re.match(r"\.(\d+)\.", path[end:])
+                if match:
+                    return int(match[1])
+        return None
 
     def scale(self, path: str) -> tuple[int, float]:
         """Return the rank and the factor of the update at `path`."""
