@@ -8,6 +8,7 @@ settings name is in peft_settings.py.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from vismt.lowrank.layers.stock_modules import LINEAR, kind_of
 from vismt.lowrank.model.targets import candidates
 from vismt.lowrank.tensors import check_factor, check_finite, check_parameter
 from vismt.storage.files import read_tensors
+from vismt.storage.paths import regular_file
 
 TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
 
@@ -167,14 +169,22 @@ def read_peft(folder: Path) -> PeftAdapter:
 def _load(folder: Path, what: str) -> dict[str, Tensor]:
     legacy = folder / "adapter_model.bin"
     if not (folder / TENSORS).exists() and legacy.exists():
-        try:
-            content = torch.load(legacy, map_location="cpu", weights_only=True)
-        except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
-            raise UserError(f"{what}: '{legacy}' is damaged ({type(error).__name__}).") from error
-        if not isinstance(content, dict) or not all(_plain(key, value) for key, value in content.items()):
-            raise UserError(f"{what}: '{legacy}' is not a mapping of plain tensors by name, as peft writes it.")
-        return content
+        return read_legacy(legacy, what)
     return read_tensors(folder / TENSORS, what)[1]
+
+
+def read_legacy(path: Path, what: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter_model.bin by name; UserError for anything else in it."""
+    try:
+        with zipfile.ZipFile(regular_file(path)) as parts:
+            if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
+                raise ValueError("its parts are compressed, which torch never does")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
+        raise UserError(f"{what}: '{path}' is damaged ({type(error).__name__}).") from error
+    if not isinstance(content, dict) or not all(_plain(key, value) for key, value in content.items()):
+        raise UserError(f"{what}: '{path}' is not a mapping of plain tensors by name, as peft writes it.")
+    return content
 
 
 def _plain(name: Any, value: Any) -> bool:
@@ -185,6 +195,27 @@ def _plain(name: Any, value: Any) -> bool:
     return dense and value.device.type == "cpu" and value.untyped_storage().nbytes() >= value.numel() * value.itemsize
 
 
+def part_of(name: str) -> tuple[str, str, str]:
+    """Return module path, role and adapter name of a tensor of a LoRA file, by its name after PREFIX.
+
+    role: A, B, embedding_A, embedding_B, magnitude (of DoRA), bias (of B), stock (a copy of what modules_to_save replaced), other
+    (of another variant), and saved: a parameter that is held whole, with its name in the model in the place of the path.
+    """
+    match = re.fullmatch(r"(.*)\.lora_(embedding_|)([AB])(?:\.([^.]+))??(?:\.(weight|bias))?", name)
+    if match and (bool(match[2]) is not bool(match[5])) and (match[5] != "bias" or match[3] == "B"):
+        role = "bias" if match[5] == "bias" else match[2] + match[3]
+        return match[1], role, match[4] or ""
+    match = re.fullmatch(r"(.*)\.lora_magnitude_vector(?:\.([^.]+))??(?:\.weight)?", name)
+    if match:
+        return match[1], "magnitude", match[2] or ""
+    if "lora_" in name:
+        return name.partition(".lora_")[0], "other", ""
+    if ".original_module." in name:
+        return name, "stock", ""
+    match = re.fullmatch(r"(.*)\.(?:modules_to_save(?:\.([^.]+))??|base_layer)\.([^.]+)", name)
+    return (f"{match[1]}.{match[3]}", "saved", match[2] or "") if match else (name, "saved", "")
+
+
 def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Return the factor pairs by module path, and whole parameters by name."""
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -192,17 +223,17 @@ def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str,
     for key, value in sorted(tensors.items()):
         if not key.startswith(PREFIX):
             raise UserError(f"{what}: key '{key}' lacks the prefix '{PREFIX}'; the file was not written by peft.")
-        name = key[len(PREFIX) :]
-        match = re.fullmatch(r"(.*)\.lora_([AB])(?:\.default)?\.weight", name)
-        table = re.fullmatch(r"(.*)\.lora_embedding_([AB])(?:\.default)?", name)
-        if match:
-            pairs.setdefault(match[1], {})[match[2]] = value
-        elif table and value.ndim == 2:  # of an embedding, whose table peft transposes
-            pairs.setdefault(table[1], {})["BA"[table[2] == "B"]] = value.t()
-        elif "lora_" in name:
+        path, role, adapter = part_of(key[len(PREFIX) :])
+        if role in ("A", "B") and adapter in ("", "default"):
+            pairs.setdefault(path, {})[role] = value
+        elif (
+            role.startswith("embedding_") and adapter in ("", "default") and value.ndim == 2
+        ):  # peft transposes the table
+            pairs.setdefault(path, {})["BA"[role[-1] == "B"]] = value.t()
+        elif role == "saved" and adapter in ("", "default"):
+            extras[path] = value
+        elif role != "stock":
             raise UserError(f"{what}: '{key}' belongs to a variant that is not a plain LoRA.")
-        elif ".original_module." not in name:
-            extras[re.sub(r"\.(modules_to_save(\.default)?|base_layer)\.(?=[^.]+$)", ".", name)] = value
     for path, pair in pairs.items():
         if len(pair) != 2:
             raise UserError(f"{what}: '{path}' has lora_{next(iter(pair))} but not its partner.")

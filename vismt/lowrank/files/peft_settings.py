@@ -149,14 +149,19 @@ def read_settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
         unknown = key not in OF_A_START and (key.startswith("use_") or key.endswith("_config")) and key != "use_rslora"
         if value and (key in VARIANTS or unknown):
             raise UserError(f"{what}: '{key}' is set; that variant is not a plain LoRA and cannot be read.")
-    names = {field.name for field in fields(PeftSettings)}
-    known = {key: value for key, value in config.items() if key in names}
-    settings = build(PeftSettings, known, JsonFile(f"{what}: {CONFIG} cannot be read"))
+    settings = typed_settings(what, config)
     if settings.bias not in BIASES:
         raise UserError(f"{what}: bias {settings.bias!r}; it must be one of {', '.join(BIASES)}.")
     if not texts(settings.target_modules) and not settings.target_parameters:
         raise UserError(f"{what}: {CONFIG}: target_modules {settings.target_modules!r} name no module.")
     return settings
+
+
+def typed_settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
+    """Return the settings of a LoRA, whatever its variant; UserError for values that cannot be read."""
+    names = {field.name for field in fields(PeftSettings)}
+    known = {key: value for key, value in config.items() if key in names}
+    return build(PeftSettings, known, JsonFile(f"{what}: {CONFIG} cannot be read"))
 
 
 def _value(table: Iterable[tuple[Pattern, Any]], path: str, default: Any) -> Any:
