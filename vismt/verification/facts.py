@@ -15,7 +15,7 @@ from typing import Any, Literal
 from vismt.base.errors import UserError
 from vismt.lowrank.files.description import DESCRIPTION, read_description
 from vismt.lowrank.files.peft_adapter import PREFIX, TENSORS, part_of
-from vismt.lowrank.files.peft_layouts import added, stock_path
+from vismt.lowrank.files.peft_layouts import added, names_stack, stock_path
 from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, typed_settings
 from vismt.lowrank.layers.base import LayerSpec
 from vismt.verification.stored import LEGACY, StoredTensors, read_bounded_json, read_stored
@@ -46,7 +46,8 @@ class TensorFacts:
 
     name: as in the file. path: of its module in the model; of a saved parameter its own name there. role: A, B, C (a core), A0,
     B0 (a start that is subtracted), embedding_A, embedding_B, magnitude, bias (of B), saved (a whole parameter), tuner (of peft's
-    other tuners), shared (by its modules), stock, other. dtype: as safetensors names it, "BF16". adapter: a name of the adapter inside `name`.
+    other tuners), shared (by its modules), stock, other. dtype: as safetensors names it, "BF16". adapter: a name of the adapter
+    inside `name`.
     """
 
     name: str
@@ -114,8 +115,11 @@ class Facts:
         return [tensor for tensor in self.tensors.values() if tensor.role in roles]
 
 
-def read_facts(folder: str | Path) -> Facts:
-    """Return what a folder (or a checkpoint file) holds. Raises UserError only where there is nothing at `folder`."""
+def read_facts(folder: str | Path, *, as_checkpoint: bool = False) -> Facts:
+    """Return what a folder (or a checkpoint file) holds. Raises UserError only where there is nothing at `folder`.
+
+    as_checkpoint: pass by the files of an adapter beside the weights of a model.
+    """
     path = Path(folder)
     if not path.exists():
         raise UserError(f"verify: '{path}' does not exist; give the folder of an adapter or a checkpoint.")
@@ -129,9 +133,9 @@ def read_facts(folder: str | Path) -> Facts:
             raise UserError(f"verify: '{path}' cannot be read ({error.strerror}).") from error
         facts.model_config = _json(facts, MODEL_CONFIG) if MODEL_CONFIG in facts.files else {}
         weights = any(Path(name).suffix in (".safetensors", *LEGACY) for name in facts.files)
-        if {CONFIG, TENSORS, LEGACY_TENSORS} & set(facts.files):
+        if {CONFIG, TENSORS, LEGACY_TENSORS} & set(facts.files) and not as_checkpoint:
             _read_peft(facts)
-        elif DESCRIPTION in facts.files:
+        elif DESCRIPTION in facts.files and not as_checkpoint:
             _read_vismt(facts)
         elif weights:
             facts.kind, facts.config, facts.stored = "checkpoint", facts.model_config, read_stored(path)
@@ -195,8 +199,9 @@ def _read_settings(facts: Facts) -> None:
 
 def _scale_of_peft(settings: PeftSettings | None, module: ModuleFacts, named: str) -> None:
     factor = module.tensors.get("A") or module.tensors.get("embedding_A")
-    if factor is not None and factor.shape:
-        module.rank = factor.shape[0]
+    stacked = settings is not None and names_stack(settings.target_parameters or [], module.key)
+    if factor is not None and factor.shape and not (stacked and settings is not None and not settings.names(named)):
+        module.rank = factor.shape[0]  # of experts in one parameter, whose number the file does not hold, it is e r
     if settings is not None:
         module.declared, scale = settings.scale(named)
         module.alpha = scale * (module.declared**0.5 if settings.use_rslora else module.declared)

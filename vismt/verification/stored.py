@@ -102,9 +102,9 @@ def read_stored(path: Path) -> StoredTensors:
         return stored
     index = next((path / name for name in INDEX if (path / name).exists()), None)
     if index is None:
-        names = sorted(file.name for file in path.glob("*.safetensors")) or sorted(
-            file.name for ending in LEGACY for file in path.glob(f"*{ending}")
-        )
+        found = [file.name for ending in (".safetensors", *LEGACY) for file in sorted(path.glob(f"*{ending}"))]
+        own = [name for name in found if not name.startswith("adapter")]
+        names = [name for name in own if name.endswith(".safetensors")] or own
     else:
         try:
             content = read_bounded_json(index, f"'{index.name}'")
