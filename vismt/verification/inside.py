@@ -56,7 +56,7 @@ def examine(facts: Facts) -> tuple[list[Finding], list[ModuleRow]]:
         if not facts.reasons and not facts.with_role("saved"):
             findings.append(Finding("broken", "empty", "the file holds no tensor of an adapter"))
         return findings, []
-    findings += [*_settings(facts), *_pairs(facts), *_beside(facts)]
+    findings += [*_settings(facts), *_pairs(facts), *_gaps(facts), *_beside(facts)]
     more, rows = _values(facts)
     return findings + more, rows
 
@@ -136,6 +136,10 @@ def _pairs(facts: Facts) -> Iterable[Finding]:
                 f"{names_of(odd)}: tensors that no variant of LoRA has",
                 modules=tuple(odd),
             )
+
+
+def _gaps(facts: Facts) -> Iterable[Finding]:
+    """Yield modules that the settings name by their path, or that other layers have, and the file has not."""
     layers: dict[str, dict[int, str]] = defaultdict(dict)
     for path in facts.modules:
         number = re.search(r"\.(\d+)\.", path)
@@ -158,7 +162,7 @@ def _pairs(facts: Facts) -> Iterable[Finding]:
         if 2 * len(found) > len(every)
     ]
     if gaps:
-        text = f"{names_of(gaps)}: most layers have factors of such a module, this one has none; give --base to know whether it is missing"
+        text = f"{names_of(gaps)}: most layers have factors of such a module, this one has none; --base tells whether it is there"
         yield Finding("note", "gap", text, modules=tuple(gaps))
 
 
@@ -185,11 +189,8 @@ def _beside(facts: Facts) -> Iterable[Finding]:
         if extra and not any(path.endswith(("wte.weight", "wpe.weight", "lm_head.weight")) for path in extra):
             text = f"{names_of(extra)}: a whole parameter that the settings do not name; peft overwrites the base's with it"
             yield Finding("suspicious", "unnamed-parameter", text, "name it in modules_to_save", tuple(extra))
-    if (
-        facts.model_config
-        and "model_type" in facts.model_config
-        and any("model" in n and n.endswith(".safetensors") and not n.startswith("adapter") for n in facts.files)
-    ):
+    models = [name for name in facts.files if name.startswith("model") and name.endswith(".safetensors")]
+    if models and "model_type" in facts.model_config:
         yield Finding(
             "suspicious",
             "adapter-beside-model",

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vismt.verification.compare import against_base, against_merged, locate, open_checkpoint
+from vismt.base.errors import UserError
+from vismt.verification.against_base import against_base
+from vismt.verification.against_merged import against_merged
 from vismt.verification.facts import Facts, read_facts
 from vismt.verification.inside import examine
+from vismt.verification.located import locate, open_checkpoint
 from vismt.verification.verdict import Finding, Verdict, ranked
 
 
@@ -16,6 +19,8 @@ def verify(
     *,
     base: str | Path | None = None,
     merged: str | Path | None = None,
+    probe: str | Path | None = None,
+    readers: Sequence[str] = (),
 ) -> Verdict:
     """Return the verdict on an adapter folder or a checkpoint. Nothing in it is run, and no values are changed.
 
@@ -23,6 +28,8 @@ def verify(
         folder: what vismt or peft wrote, or a checkpoint.
         base: the model it was trained on: a folder or file, an asset, or a model on the hub, which is fetched.
         merged: a checkpoint that holds the base with the adapter; needs `base`.
+        probe: examples to measure on: a .txt file, or a card or folder of labelled images; needs `base`.
+        readers: of peft, transformers, vllm, llama.cpp and timm: what these do with the folder counts in the status.
 
     Returns:
         The verdict; `.status` is ok, suspicious or broken.
@@ -30,6 +37,9 @@ def verify(
     Raises:
         UserError: for a folder, base or merged checkpoint that is not there. What is wrong inside becomes a finding.
     """
+    for name, given in (("merged", merged), ("probe", probe)):
+        if given is not None and base is None:
+            raise UserError(f"verify: {name} '{given}' needs the base model; give base.")
     facts = read_facts(folder)
     verdict = Verdict(str(folder), facts.kind, _about(facts))
     if not facts.is_adapter:
@@ -49,6 +59,12 @@ def verify(
         findings += against_base(facts, stock, rows)
         if merged is not None:
             findings += against_merged(facts, stock, locate(facts, open_checkpoint(merged, "merged")), rows)
+        if probe is not None:
+            from vismt.verification.probe import probe as measure  # transformers and timm
+
+            place = None if merged is None else str(merged)
+            verdict.probe, more = measure(facts, str(base), place, str(probe))
+            findings += more
     verdict.findings = ranked(findings)
     return verdict
 
