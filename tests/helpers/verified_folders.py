@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import vismt
+from helpers.every_method import adapted_vit, small_vit
 from helpers.language_models import tiny_lm
 from helpers.tiny import tiny_vit
 from vismt.storage.files import write_tensors
@@ -286,3 +287,65 @@ def cases(kind: str, fault: str) -> bool:
 
 def faults(kind: str) -> Iterator[str]:
     yield from (fault for fault in FAULTS if cases(kind, fault))
+
+
+# ---- clean folders
+PEFT_LORA: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "r = alpha": {"lora_alpha": RANK, "use_rslora": True},
+    "patterns": {"rank_pattern": {r"0\..*": 2}, "alpha_pattern": {r"1\..*": 16}},
+    "biases": {"bias": "lora_only"},
+    "one layer": {"layers_to_transform": [1]},
+    "lora_bias": {"lora_bias": True},
+    "all linears": {"target_modules": "all-linear"},
+}
+TUNERS: dict[str, dict[str, Any]] = {
+    "LoHa": {},
+    "LoKr": {},
+    "IA3": {"feedforward_modules": []},
+    "OFT": {"oft_block_size": 4},
+    "Vera": {},
+    "HRA": {},
+}
+VISMT = ("lora", "polar", "pissa", "ilora", "emtal", "s2ft", "lisa", "corda", "amt")
+
+
+def clean_folders(root: Path) -> Iterator[tuple[str, Folders]]:
+    """Make folders without a fault: of peft and of vismt, with several tuners, dtypes and models."""
+    for number, (name, options) in enumerate(PEFT_LORA.items()):
+        for kind in ("llama", "gpt2")[name == "lora_bias" :]:  # Llama has no bias to merge into
+            dtype = torch.bfloat16 if number % 2 else torch.float32
+            yield (
+                f"peft {name} {kind}",
+                made(kind, "lora", root / f"{number}{kind}", dtype=dtype, seed=number, head=not number % 3, **options),
+            )
+    for number, (name, settings) in enumerate(TUNERS.items()):
+        model = stock("llama", number)
+        folder = root / name
+        base = write_model(model, folder / "base")
+        hosted = peft.get_peft_model(
+            model, getattr(peft, f"{name}Config")(target_modules=["q_proj", "o_proj"], **settings)
+        )
+        trained(hosted, 0.02, number)
+        hosted.save_pretrained(folder / "adapter")
+        yield (
+            f"peft {name}",
+            Folders("llama", base, folder / "adapter", write_model(hosted.merge_and_unload(), folder / "merged")),
+        )
+    for number, method in enumerate(VISMT):
+        folder = root / f"vismt-{method}"
+        base = write_model(small_vit(), folder / "base")
+        model = adapted_vit(method)
+        vismt.save_adapter(model, folder / "adapter")
+        routed = method in ("ilora", "emtal")  # whose merged weights depend on gates
+        merged = (
+            base
+            if routed
+            else write_model(vismt.merge(model), folder / "merged", (torch.float32, torch.float16)[number % 2])
+        )
+        yield f"vismt {method}", Folders("vit", base, folder / "adapter", merged)
+    fresh = peft.get_peft_model(stock("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    base = write_model(stock("llama"), root / "fresh" / "base")
+    fresh.save_pretrained(root / "fresh" / "adapter")
+    yield "peft fresh", Folders("llama", base, root / "fresh" / "adapter", base)

@@ -137,7 +137,7 @@ def _saved(facts: Facts, base: Facts) -> Iterable[Finding]:
         if found is not None and found.shape != tensor.shape:
             text = f"'{tensor.path}' is {tensor.shape}, the base's {found.shape}"
             yield Finding("note", "resized", text, "resize the base before it is loaded", (tensor.path,))
-        elif found is not None and ".base_layer." in tensor.name:
+        elif found is not None and tensor.name.endswith(".base_layer.weight"):  # of an embedding
             ours, theirs = facts.stored.read(tensor.name), base.stored.read(found.name)
             if ours is not None and theirs is not None and not equal(theirs, ours):
                 text = f"'{tensor.path}': the copy of the base in the file has other values than this base"

@@ -24,15 +24,14 @@ LOST = 0.5  # share of an update that rounding may take before it is a fault
 def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[str, ModuleRow]) -> Iterable[Finding]:
     """Yield how a merged checkpoint differs from the base and the update of the adapter."""
     fits: dict[str, Fit] = {}
-    changed: list[str] = []
+    still: dict[str, bool] = {}  # of other tuners: whether the weight is the base's
     rslora = bool(facts.settings is not None and facts.settings.use_rslora)
     for path in console.track([path for path in base.names if path in merged.names], "verify", "merged"):
         module = facts.modules[path]
         update = update_of(facts, module)
         W, M = (at.matrix(path, update.shape) if update is not None else None for at in (base, merged))
         if update is None or W is None or M is None:
-            if not _same_values(base.facts, base.names[path], merged.facts, merged.names[path]):
-                changed.append(path)
+            still[path] = _same_values(base.facts, base.names[path], merged.facts, merged.names[path])
             continue
         fits[path] = found = fit(W, M, update, module.rank or update.low_rank.rank, rslora)
         row = rows[path]
@@ -64,6 +63,9 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
         yield Finding(
             "suspicious", "foreign-change", text, "look where it was trained; name it in modules_to_save", tuple(apart)
         )
+    if still and all(still.values()):
+        text = f"no weight of the {len(still)} adapted modules differs from the base: nothing was merged"
+        yield Finding("broken", "unmerged", text, "merge the adapter into the base", tuple(still))
     yield from _factors(facts, fits)
     if not another:
         yield from _others(facts, base, merged, fits)
@@ -170,7 +172,8 @@ def _rounding(fits: Mapping[str, Fit]) -> Iterable[Finding]:
 def _unadapted(facts: Facts, base: Located, merged: Located) -> tuple[list[str], bool]:
     """Return the names of weights outside the adapter that differ from the base, and whether most matrices are among them."""
     adapted = set(base.names.values())
-    named = {tensor.path for tensor in facts.tensors.values() if tensor.role in ("saved", "bias", "shared")}
+    named = {tensor.path for tensor in facts.with_role("saved", "shared")}
+    named |= {f"{tensor.path}.bias" for tensor in facts.with_role("bias")}
     promised = texts(facts.settings.modules_to_save) if facts.settings is not None else []
     biases = facts.settings is not None and facts.settings.bias != "none"
     tied = any(name.endswith(("lm_head.weight", "wte.weight", "embed_tokens.weight")) for name in adapted | named)
@@ -218,7 +221,7 @@ def _same_values(base: Facts, name: str, merged: Facts, other: str) -> bool:
 def _heads(facts: Facts, base: Located, merged: Located) -> Iterable[Finding]:
     """Yield whole parameters of the adapter that the checkpoint does not hold."""
     for tensor in facts.with_role("saved"):
-        if ".base_layer." in tensor.name:
+        if tensor.name.endswith(".base_layer.weight"):  # peft's copy of an embedding
             continue
         name = next(
             (

@@ -12,8 +12,8 @@ An update is a pair of factors, D = s B A, or that of DoRA (arXiv 2402.09353), m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vismt.lowrank.factors import LowRank
 
-CHUNK = 2**19  # elements at a time: copies in other dtypes stay small
+CHUNK = 2**18  # elements at a time: copies in other dtypes stay small
 SAMPLE = 2**20  # elements on which factors are told apart
 FEWEST = 32  # elements that an update has to move for a merge to hold it
 BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -107,16 +107,19 @@ class _Sums:
     lost: float = 0.0
     moved: int = 0
 
-    def __post_init__(self) -> None:
-        self.pd, self.pp, self.distance = ([0.0] * len(ROUNDED) for _ in range(3))
+    pd: list[float] = field(default_factory=list)
+    pp: list[float] = field(default_factory=list)
+    distance: list[float] = field(default_factory=list)
 
 
 def fit(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool = False) -> Fit:
     """Return how the matrices W and M (o, i) stand to an update. rank, rslora: its settings, for rules of wrong factors."""
-    sums = _sums(W, M, update, 1.0, _chunks(W))
+    sums = _sums(W, M, update, 1.0, _chunks(W), ROUNDED[:1], wide=False)
     if sums.dd == 0:
         return Fit("none")
-    best = min(range(len(ROUNDED)), key=lambda way: sums.distance[way])
+    if sums.distance[0]:
+        sums = _sums(W, M, update, 1.0, _chunks(W), ROUNDED if M.dtype.itemsize == 2 else ROUNDED[:1])
+    best = min(range(len(sums.distance)), key=lambda way: sums.distance[way])
     scale, expected = sums.ed / sums.dd, sums.pd[best] / sums.dd
     error = _error(sums, M.dtype)
     residual = max(sums.ee - scale**2 * sums.dd, 0.0) ** 0.5
@@ -155,33 +158,44 @@ def _chunks(W: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, W.shape[0], step))
 
 
-def _sums(W: Tensor, M: Tensor, update: Update, k: float, chunks: Iterator[slice]) -> _Sums:
-    """Return the sums over rows for k times the update."""
+def _sums(
+    W: Tensor,
+    M: Tensor,
+    update: Update,
+    k: float,
+    chunks: Iterator[slice],
+    ways: Sequence[Rounded] = ROUNDED,
+    *,
+    wide: bool = True,
+) -> _Sums:
+    """Return the sums over rows for k times the update. wide: multiply in fp64, which the residual of an fp32 merge needs."""
     sums = _Sums()
-    half = M.dtype.itemsize == 2
+    sums.pd, sums.pp, sums.distance = ([0.0] * len(ways) for _ in range(3))
+    dtype = torch.float64 if torch.float64 in (W.dtype, M.dtype) else torch.float32
+
+    def dot(one: Tensor, two: Tensor) -> float:
+        parts = [part.flatten().double() if wide else part.flatten() for part in (one, two)]
+        return float(parts[0] @ parts[1])
+
     for rows in chunks:
-        dtype = torch.float64 if torch.float64 in (W.dtype, M.dtype) else torch.float32
         w, m = W[rows].to(dtype), M[rows].to(dtype)
         D = k * update.delta(rows).to(dtype) if update.magnitude is None else _times(update, w, rows, k) - w
-        d, e = D.flatten().double(), (m - w).flatten().double()
-        sums.n += d.numel()
-        sums.ed += float(e @ d)
-        sums.dd += float(d @ d)
-        sums.ee += float(e @ e)
-        sums.mm += float(m.flatten().double().square().sum())
-        for way, rounded in enumerate(ROUNDED):
-            if way and not half:
-                sums.distance[way] = float("inf")
-                continue
+        E = m - w
+        sums.n += D.numel()
+        sums.ed += dot(E, D)
+        sums.dd += dot(D, D)
+        sums.ee += dot(E, E)
+        sums.mm += dot(m, m)
+        for way, rounded in enumerate(ways):
             twice = k == 2 and update.magnitude is None  # rounded after each of the two sums
             P = rounded(rounded(w, D / 2, M.dtype).to(dtype), D / 2, M.dtype) if twice else rounded(w, D, M.dtype)
-            p = P.to(dtype)
-            sums.distance[way] += float((m - p).double().square().sum())
-            step = (p - w).flatten().double()
-            sums.pd[way] += float(step @ d)
-            sums.pp[way] += float(step @ step)
+            step = P.to(dtype) - w
+            away, lost = E - step, step - D
+            sums.distance[way] += dot(away, away)
+            sums.pd[way] += dot(step, D)
+            sums.pp[way] += dot(step, step)
             if not way:
-                sums.lost += float((p - w - D).double().square().sum())
+                sums.lost += dot(lost, lost)
                 sums.moved += int((w.to(M.dtype) != P).sum())
     return sums
 
