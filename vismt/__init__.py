@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vismt.lowrank.model.status import status
     from vismt.lowrank.recompute import recompute
     from vismt.methods import adapt, list_methods
+    from vismt.verification.verdict import Verdict
+    from vismt.verification.verify import verify
 
 from vismt.base.exports import exports
 from vismt.base.registry import PLACES
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "StudyResults",
     "UserError",
+    "Verdict",
     "activate",
     "adapt",
     "adapters_per_sample",
@@ -53,6 +56,7 @@ __all__ = [
     "status",
     "train",
     "unadapt",
+    "verify",
 ]
 
 # The modules that hold the parts of an adapter, by the names that adapter files use.
