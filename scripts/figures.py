@@ -26,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scripts.tables import FIELDS, study
+from scripts.tables import study
 from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.base.seeds import digest
@@ -36,7 +36,7 @@ from vismt.report.comparison import AVERAGE, compare
 from vismt.report.figures import domain_bars
 from vismt.report.results import Result
 from vismt.report.score_sections import arm_scores, seeds_panel
-from vismt.report.study_rows import ROWS, StudyRow, studies
+from vismt.report.study_rows import ROWS, SELECTED, StudyRow, studies
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
 
@@ -55,8 +55,8 @@ def chosen(spec: Mapping[str, Any], where: str) -> list[StudyRow]:
     """Return the rows that a picture shows; raise UserError for a value that no row has."""
     rows = [row for row in study(spec["study"]).rows if not row.minus]
     for key, values in spec["where"].items():
-        if key not in FIELDS:
-            raise UserError(f"{where}: rows have no field '{key}'.{near(key, FIELDS)}")
+        if key not in SELECTED:
+            raise UserError(f"{where}: rows have no field '{key}'.{near(key, SELECTED)}")
         known = list(dict.fromkeys(getattr(row, key) for row in rows))
         wanted = values if isinstance(values, list) else [values]
         for value in wanted:

@@ -145,9 +145,9 @@ class Estimate:
 
 def student_quantile(level: float, freedom: float) -> float:
     """Return the quantile of Student's t."""
-    from scipy.stats import t as student
+    from scipy.special import stdtrit
 
-    return float(student.ppf(level, freedom))
+    return float(stdtrit(freedom, level))
 
 
 def satterthwaite(sources: Sequence[tuple[float, float]]) -> float:

@@ -228,8 +228,9 @@ class FewShotConfig(StudyConfig):
 
     Args:
         model: the backbone.
-        arms: {name: {dotted key: value}}, the variants; {} for one arm. The experts of a pool are arms of their own; in
-            a run that trains nothing, an arm replaces values of `model` and is evaluated in place of frozen.
+        arms: {name: {dotted key: value}}, the variants; {} for one arm. The experts of a pool are arms of their own; an
+            arm may have a pool section of one expert and is trained as this expert. In a run that trains nothing, an arm
+            replaces values of `model` and is evaluated in place of frozen.
         seeds: seeds of the trainings; [] for `seed` alone.
         tune: the learning rates that every arm tries, judged on select.data; null takes train.lr.
         source: training episodes.
