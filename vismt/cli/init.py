@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Files = dict[str, str]  # content by name
 CARD = "card.yaml"
+OWN_CARD = f"./{CARD}"  # seen from the configuration
 VOID = 255  # the usual label of pixels without a class
 
 
@@ -48,11 +50,12 @@ def _init(options: argparse.Namespace) -> None:
     for name, content in files.items():
         atomic_write(folder / name, content)
         console.stage("init", str(options.to / name))
-    console.stage("next", f"vismt run {options.to / f'{options.job}.yaml'}")
+    there = "" if folder == Path.cwd() else f"cd {shlex.quote(str(options.to))} && "
+    console.stage("next", f"{there}vismt run {options.job}.yaml")
 
 
-def _card(images: Path) -> tuple[ImageSet, Files]:
-    """Return a folder's images and its card."""
+def _card(folder: Path, images: Path) -> tuple[ImageSet, Files]:
+    """Return a folder's images and its card in `folder`."""
     from vismt.data.formats.folder import FolderSource
     from vismt.data.formats.plain_sets import plain_card
     from vismt.data.images import open_images
@@ -63,7 +66,9 @@ def _card(images: Path) -> tuple[ImageSet, Files]:
     source = card.sources[0]
     assert isinstance(source, FolderSource)
     splits = ", ".join(f"{name}: null" for name in source.splits)
-    text = templates.CARD.substitute(name=_quoted(card.name), root=_quoted(images), layout=source.layout, splits=splits)
+    text = templates.CARD.substitute(
+        name=_quoted(card.name), root=_root(images, folder), layout=source.layout, splits=splits
+    )
     return open_images(card), {CARD: text}
 
 
@@ -73,7 +78,7 @@ def _fewshot(folder: Path, images: Path | None) -> Files:
         return _config(
             "fewshot", templates.FEWSHOT, about="handwritten digits", data="digits", source="photo_crops", **sizes
         )
-    opened, files = _card(images)
+    opened, files = _card(folder, images)
     counts = [int(count) for count in opened.labels.bincount() if count]
     if len(counts) < 2 or min(counts) < 2:
         raise UserError(
@@ -85,26 +90,24 @@ def _fewshot(folder: Path, images: Path | None) -> Files:
         "shots": "1, 5" if min(counts) > 5 else "1",
         "queries": min(10, min(counts) - (5 if min(counts) > 5 else 1)),
     }
-    data = _quoted(folder / CARD)
+    data = OWN_CARD
     return files | _config("fewshot", templates.FEWSHOT, about=opened.name, data=data, source="photo_crops", **sizes)
 
 
 def _multitask(folder: Path, images: Path | None) -> Files:
     if images is None:
         return _config("multitask", templates.MULTITASK, about="handwritten digits", name="digits", data="digits")
-    opened, files = _card(images)
+    opened, files = _card(folder, images)
     name = re.sub(r"[^\w.+-]+", "-", opened.name)
-    return files | _config(
-        "multitask", templates.MULTITASK, about=opened.name, name=_quoted(name), data=_quoted(folder / CARD)
-    )
+    return files | _config("multitask", templates.MULTITASK, about=opened.name, name=_quoted(name), data=OWN_CARD)
 
 
 def _robustness(folder: Path, images: Path | None) -> Files:
     files: Files = {}
     about, data, classes = "handwritten digits", "digits", 10
     if images is not None:
-        opened, files = _card(images)
-        about, data, classes = opened.name, _quoted(folder / CARD), len(opened.classes)
+        opened, files = _card(folder, images)
+        about, data, classes = opened.name, OWN_CARD, len(opened.classes)
     files["classifier.py"] = templates.CLASSIFIER.substitute(config="robustness.yaml", classes=classes)
     return files | _config("robustness", templates.ROBUSTNESS, about=about, data=data)
 
@@ -120,10 +123,10 @@ def _dense(folder: Path, images: Path | None) -> Files:
     name = re.sub(r"[^\w.-]", "-", images.name)
     files = {
         CARD: templates.DENSE_CARD.substitute(
-            name=_quoted(name), root=_quoted(images), image="images", maps=maps, **more
+            name=_quoted(name), root=_root(images, folder), image="images", maps=maps, **more
         )
     }
-    data = f"{{train: [{_quoted(folder / CARD)}], test_share: 0.2}}"
+    data = f"{{train: [{OWN_CARD}], test_share: 0.2}}"
     return files | _config("dense", templates.DENSE, about=name, data=data, tasks=tasks, size="[112, 112]")
 
 
@@ -156,7 +159,12 @@ def _lm(folder: Path, images: Path | None) -> Files:
         raise UserError(
             "init lm: a language model learns from texts; leave --images out and put your rows into texts.csv."
         )
-    return {"texts.csv": templates.TEXTS} | _config("lm", templates.LM, data=_quoted(folder / "texts.csv"))
+    return {"texts.csv": templates.TEXTS} | _config("lm", templates.LM, data="./texts.csv")
+
+
+def _root(images: Path, folder: Path) -> str:
+    """Return the folder of images as a card in `folder` names it: relative where it lies inside, so that both can be moved."""
+    return _quoted(images.relative_to(folder) if images.is_relative_to(folder) else images)
 
 
 def _quoted(value: object) -> str:

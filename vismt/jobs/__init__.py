@@ -19,6 +19,7 @@ from vismt.config.sections import (
     RESOLVED,
     RunConfig,
     config_hash,
+    from_working_folder,
     override,
     read_yaml,
     resolved,
@@ -66,10 +67,12 @@ def typed_config(raw: Mapping[str, Any], source: str) -> RunConfig:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the typed configuration of a YAML file with dotted overrides."""
+    """Return the typed configuration of a YAML file with dotted overrides; its "./" is the folder of the file."""
     raw = read_yaml(path)
     if path.name == RESOLVED:
         raw = with_earlier(raw, job_config(str(raw.get("task", RunConfig.task)), str(path)))
+    else:
+        raw = from_working_folder(raw, path.parent)
     return typed_config(override(raw, overrides), str(path))
 
 
