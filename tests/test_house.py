@@ -20,6 +20,7 @@ FLOORS = (
     ("llm", "multitask", "metatune"),
     ("robustness", "engine"),
     ("report",),
+    ("verification",),
     ("jobs", "integrations"),
     ("api",),
     ("cli", "testing"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vismt import llm, lowrank, metatune, multitask, robustness
-    from vismt.api import audit, evaluate_fewshot, meta_tune, train
+    from vismt.api import audit, evaluate_fewshot, meta_tune, predict, train
     from vismt.base.errors import UserError
     from vismt.jobs.study_results import StudyResults
     from vismt.lowrank.files.peft_folder import export_peft, import_peft
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vismt.lowrank.model.status import status
     from vismt.lowrank.recompute import recompute
     from vismt.methods import adapt, list_methods
+    from vismt.verification.verdict import Verdict
+    from vismt.verification.verify import verify
 
 from vismt.base.exports import exports
 from vismt.base.registry import PLACES
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "StudyResults",
     "UserError",
+    "Verdict",
     "activate",
     "adapt",
     "adapters_per_sample",
@@ -45,6 +48,7 @@ __all__ = [
     "meta_tune",
     "metatune",
     "multitask",
+    "predict",
     "recompute",
     "remove",
     "robustness",
@@ -52,6 +56,7 @@ __all__ = [
     "status",
     "train",
     "unadapt",
+    "verify",
 ]
 
 # The modules that hold the parts of an adapter, by the names that adapter files use.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,6 +15,8 @@ from vismt.base import console, ranks
 from vismt.base.errors import UserError
 from vismt.base.seeds import digest
 from vismt.engine.study import Study, StudyConfig, Training
+from vismt.jobs.graphs import Graph
+from vismt.jobs.predictions import Options, Predictions
 from vismt.jobs.risk import risk_section
 from vismt.report.comparison import compare, shown_name
 from vismt.report.plotting import figure_formats
@@ -53,6 +55,8 @@ class EvaluationJob(ABC, Generic[Config]):
     names_tasks = False
     # Names of models that no arm trains, evaluated beside the arms.
     references: Sequence[str] = ()
+    # The options of `vismt predict` that the job takes.
+    predict_options: Collection[str] = ()
     # The attack of `vismt attack RUN` where none is named.
     default_attack = "strong"
 
@@ -149,15 +153,19 @@ class EvaluationJob(ABC, Generic[Config]):
         """Return the stock model of one arm with merged weights."""
         raise UserError(f"run '{self.folder}': the job '{self.config.task}' trains no adapter.")
 
-    def about(self) -> dict[str, Any]:
-        """Return the further entries of config.json beside merged weights."""
+    def graph(self, arm: str | None, form: str) -> Graph:
+        """Return the merged model of one arm to export as a graph. form: "torch" or "onnx"."""
+        raise UserError(f"run '{self.folder}': the job '{self.config.task}' trains no model to export.")
+
+    def about(self, arm: str | None = None) -> dict[str, Any]:
+        """Return the further entries of config.json beside the merged weights of an arm."""
         return {}
 
-    def predict(self, images: Sequence[Path], target: Path, arm: str | None = None, **options: bool) -> list[Path]:
-        """Write one arm's predictions on images into `target`; return the files."""
+    def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
+        """Write one arm's predictions on images or rows of text into `target`, and return them."""
         raise UserError(
-            f"predict: run '{self.folder}' has the job '{self.config.task}', which predicts no images; name a run of "
-            "multitask or dense."
+            f"predict: run '{self.folder}' has the job '{self.config.task}', which trains no model to predict with; name a "
+            "run of another job, or a checkpoint."
         )
 
     def name_of(self, arm: str | None = None) -> str:

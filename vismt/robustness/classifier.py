@@ -88,7 +88,7 @@ def load_classifier(
     about: dict[str, Any] = {}
     path = checkpoint_file(name_or_checkpoint)
     if path is not None:
-        about = _read_config(path)
+        about = checkpoint_config(path)
         architecture = architecture or about.get("architecture")
         about = {**about, "model_args": {**about.get("model_args", {}), **_size_option(architecture, img_size)}}
         net = _from_file(path, about, architecture, num_classes)
@@ -184,7 +184,7 @@ def _create(name: str, num_classes: int | None, pretrained: bool, **options: Any
     return net
 
 
-def _read_config(path: Path) -> dict:
+def checkpoint_config(path: Path) -> dict[str, Any]:
     """Return config.json beside a checkpoint, as `vismt merge` writes it; empty without one."""
     config = path.parent / "config.json"
     try:

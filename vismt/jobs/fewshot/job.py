@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vismt.backbones import vit
 from vismt.base import console, ranks
-from vismt.base.errors import UserError, WeightsUnavailable
+from vismt.base.errors import UserError, WeightsUnavailable, near
 from vismt.base.objects import object_named
 from vismt.engine.stream import Batches
 from vismt.engine.study import Study, Training
@@ -42,6 +42,9 @@ from vismt.jobs.fewshot.data import FewShotData, draw_corruption
 from vismt.jobs.fewshot.evaluation import MASKING, Evaluation
 from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net, read_scale
 from vismt.jobs.fewshot.report import sections
+from vismt.jobs.graphs import Graph, Named, image_graph
+from vismt.jobs.predict import fitted
+from vismt.jobs.predictions import CLASSES, Options, Predictions, predict_classes
 from vismt.jobs.training_job import TrainingJob
 from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.model.merge import merge
@@ -65,6 +68,7 @@ AVERAGE = "average"
 class FewShotJob(TrainingJob[FewShotConfig, Any]):
     """Arms are adapters of one backbone, or the experts of a pool; models built from them are evaluated seed by seed."""
 
+    predict_options = CLASSES | {"support"}
     logged: Mapping[str, str] = {
         "loss": "Training loss",
         "accuracy": "Training accuracy (%)",
@@ -141,7 +145,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def check_arm(self, config: FewShotConfig) -> None:
         for name in config.source.data:
             self.data.open(name)
-        if not isinstance(config, ExpertConfig):  # the experts of a pool are built alike
+        if self.config.pool is None:  # the experts of a pool are built alike
             super().check_arm(config)
 
     def prepared(self, config: FewShotConfig) -> tuple[Net, str, list[Tensor]]:
@@ -335,6 +339,44 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
             backbone.load_state_dict(pool.weights(pool.uniform()), strict=False)
             return backbone.vit
         return merge(self.adapted(arm))
+
+    def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
+        """Write the classes of images among those of `options.support`, by the evaluated model that `options.arm` names."""
+        name, seed = self._evaluated(options.arm)
+        what = f"model '{name}' of the run '{self.folder}'"
+        model, size = self.models(seed, name).task(name, None), self._data(name).size
+        net, classes = fitted(model, options.support, size, what)
+        return predict_classes(net, size, [classes], inputs, target, options, label=name)
+
+    def _evaluated(self, text: str | None) -> tuple[str, int]:
+        """Return the evaluated model and the seed that "model" or "model:seed" names; None for the only one that is trained."""
+        models = self.evaluated()
+        trained = [model for model in models if model not in self.references] or models
+        if text is None and len(trained) > 1:
+            raise UserError(f"run '{self.folder}': name a model with --arm: {', '.join(models)}.")
+        text = text or trained[0]
+        name, _, seed = text.rpartition(":")
+        if text in models or int(seed if seed.isdecimal() else -1) not in self.study.seeds:
+            name, seed = text, str(self.study.seeds[0])
+        if name not in models:
+            raise UserError(f"run '{self.folder}': no evaluated model '{text}'.{near(text, models)}")
+        return name, int(seed)
+
+    def graph(self, arm: str | None, form: str) -> Graph:
+        """Return the backbone with merged weights, from images to features."""
+        backbone = self.data.backbone()
+        backbone.vit = self.merged(arm)
+        outputs = {"features": {"shape": ["batch", "width"], **self.about(arm)["features"]}}
+        return image_graph(Named(backbone), backbone.img_size, outputs)
+
+    def about(self, arm: str | None = None) -> dict[str, Any]:
+        """Return where the features are taken and the scale of their cosines, for config.json beside merged weights."""
+        features: dict[str, Any] = {"block": self.config.model.block, "pool": self.config.model.pool}
+        if self.config.pool is not None:
+            features["scale"] = self._averaged_pool(arm).scale
+        elif self.config.meta is None:
+            features["scale"] = read_scale(self.study.find(arm).folder)
+        return {"features": features}
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
         """Return no file: the weights are the whole few-shot model."""
