@@ -304,7 +304,7 @@ def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) 
         (["attack"], ["run folder or --model"]),
         (["attack", "--model", "test_vit"], ["--data"]),
         (["attack", "--model", "test_vit", "--random-weights", "--data", "digits"], ["1000 outputs", "10 classes"]),
-        (["export", "{run}", "--format", "onnx"], ["'onnx'", "'timm'"]),
+        (["export", "{run}", "--format", "onxx"], ["'onxx'", "'onnx'"]),
         (["export", "{run}", "--format", "transformers"], ["not a transformers model"]),
         (["data", "check", "digitz"], ["digitz"]),
         (["data", "prepare"], ["name a card"]),
