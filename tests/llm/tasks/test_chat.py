@@ -11,7 +11,8 @@ from vismt.base.errors import UserError
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.pieces import IGNORE
 
-TEMPLATE = "{% for m in messages %}<s>{{ m.role[0] }} {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>a{% endif %}"
+TURN = "{% for m in messages %}<s>{{ m.role[0] }} {{ m.content }}</s>{% endfor %}"
+TEMPLATE = TURN + "{% if add_generation_prompt %}<s>a{% endif %}"
 # Drops what an answer says before "#" once another turn follows, as templates drop reasoning.
 REWRITING = TEMPLATE.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('#')[-1] }}")
 
