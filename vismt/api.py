@@ -53,6 +53,7 @@ def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyR
     path = Path(temporary.name if temporary else folder or "")
     with registered(objects), start_config(built, path).owned() as run:
         if run.job.trains:
+            run.evaluate_references()
             run.train()
         run.evaluate()
     return StudyResults(path, read_results(path / RESULTS, run.hash), objects, temporary)
@@ -190,6 +191,7 @@ def meta_tune(
     test: Any,
     *,
     method: str = "lora",
+    adapt: Mapping[str, Any] | None = None,
     levels: Sequence[float] = (),
     rank: int = 8,
     steps: int = 100,
@@ -211,6 +213,8 @@ def meta_tune(
         data: the data sets of the training episodes, see the module.
         test: the data sets that are tested on.
         method: of the adapter, see `vismt.list_methods`.
+        adapt: further keys of the section `adapt` of a configuration, {"targets": ..., "alpha": ..., "options": {...}}; they
+            come before `method` and `rank`.
         levels: with input budgets in 1/255, AMT's pool instead (`method` is then amt): one robust expert for each, merged for
             every test task.
         rank: of the adapter.
@@ -227,7 +231,8 @@ def meta_tune(
         folder: see `train`.
 
     Returns:
-        Accuracies of "frozen", and of "adapted" or "merged". `model()` has the tuned model, `model("average")` that of a pool.
+        Accuracies of "frozen", and of "adapted" or "merged". `model()` has the tuned model, or the only expert of a pool;
+        of several experts `model("2")` has that of level 2, and `model("average")` their mean.
 
     Raises:
         UserError: what `train` refuses.
@@ -239,7 +244,7 @@ def meta_tune(
         "title": "Meta-tuning",
         "seed": seed,
         "model": {**arm, "img_size": img_size},
-        "adapt": {"method": "amt" if levels else method, "rank": rank},
+        "adapt": {"method": "amt" if levels else method, "rank": rank, **(adapt or {})},
         "pool": {"levels": list(levels)} if levels else None,
         "source": {"data": _sets(data, objects), "ways": ways, "shots": shots, "queries": queries},
         "train": {"steps": steps, "lr": lr, "warmup": steps // 10},

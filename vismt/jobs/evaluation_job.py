@@ -65,6 +65,7 @@ class EvaluationJob(ABC, Generic[Config]):
         self.folder = folder
         self.hash = config_hash
         self.study: Study[Config] = self.make_study()
+        self._printed: set[str] = set()  # the lines of scores that this process has printed
 
     def make_study(self) -> Study[Config]:
         """Return the study of the configuration."""
@@ -211,6 +212,13 @@ class EvaluationJob(ABC, Generic[Config]):
         if attacks is None:
             ranks.on_first(self.write_panels)
 
+    def evaluate_references(self) -> None:
+        """Score what no arm trains before the trainings, so that first numbers are soon there; `evaluate` reads the records."""
+        self.check_evaluation(None)
+        for arm in self.references:
+            trainings = self.trainings(arm)
+            self._print(arm, mean_scores([self.evaluate_one(training) for training in trainings]), len(trainings))
+
     def evaluate_one(self, training: Training, attacks: Sequence[AttackConfig] | None = None) -> list[Score]:
         """Return the scores of a training or reference, from its records where they are complete."""
         scores = self.score(training, self.split, attacks)
@@ -259,7 +267,7 @@ class EvaluationJob(ABC, Generic[Config]):
         write_results(self.folder, [row for row, _ in rows])
 
     def _print(self, arm: str, scores: Sequence[Score], trainings: int) -> None:
-        """Print a line for every set, with the mean of more than three corruptions."""
+        """Print a line for every set, with the mean of more than three corruptions; no line twice."""
         for task, data, protocol in dict.fromkeys((score.task, score.data, score.protocol) for score in scores):
             chosen = [score for score in scores if (score.task, score.data, score.protocol) == (task, data, protocol)]
             shown = [score for score in chosen if score.condition.kind != "corruption"]
@@ -279,7 +287,10 @@ class EvaluationJob(ABC, Generic[Config]):
             count += f"; {' / '.join(dict.fromkeys(interval_kind_text(score.measure.covers) for score in shown))}"
             arm = shown_name(arm, [score.condition.label for score in chosen])
             name = f"{data}  {task}" if self.names_tasks else data
-            console.stage("eval", f"{name}  {protocol}  {arm}   {'   '.join(texts)}   ({count})")
+            line = f"{name}  {protocol}  {arm}   {'   '.join(texts)}   ({count})"
+            if line not in self._printed:
+                console.stage("eval", line)
+            self._printed.add(line)
 
     def report(self, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
         """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.FIGURES; return its files."""

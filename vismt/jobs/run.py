@@ -92,6 +92,13 @@ class Run:
             with ranks.shared():
                 self._note(adapt=self.job.train())
 
+    def evaluate_references(self) -> None:
+        """Evaluate what no arm trains, where trainings are still to come."""
+        if self.job.trains and "adapt" not in self.facts:
+            self._note(started=self.facts.get("started") or _now())
+            with ranks.shared():
+                self.job.evaluate_references()
+
     def on_main(self, stage: Callable[[], None]) -> None:
         """Run a stage on the first process only; the others wait for it."""
         with ranks.shared():

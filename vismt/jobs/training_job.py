@@ -22,12 +22,14 @@ from vismt.engine.stream import Batches
 from vismt.engine.study import StudyConfig, Training
 from vismt.jobs.evaluation_job import EvaluationJob, settings_text
 from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
+from vismt.jobs.weight_changes import weight_changes
 from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.merge import erased_by_rounding, merge
 from vismt.lowrank.model.record import count_parameters, record_of
 from vismt.methods import METHODS, adapt, check_adaptation
 from vismt.report.comparison import FROZEN
 from vismt.storage.files import atomic_write, sealed
+from vismt.storage.lines import write_lines
 
 Config = TypeVar("Config", bound=StudyConfig)
 Net = TypeVar("Net", bound=nn.Module)
@@ -246,7 +248,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         self.check_merge(training)
 
     def check_merge(self, training: Training) -> None:
-        """Compare the merged net with the unmerged one, example by example, and write merge.json, unless it exists."""
+        """Write merge.json, how far the merged net is from the unmerged one, and what training changed, unless it exists."""
         merged = self.loaded(training)
         if not ranks.on_first(lambda: training_files.needs_merge_check(self.stock(merged), training)):
             return
@@ -255,6 +257,8 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         merged = merged.to(device)
         plain = self.loaded(training).to(device)
         self.write_merge_check(training, self.outputs(merged, plain, f"{training}, merged and not"))
+        changes = weight_changes(self.stock(plain), self.stock(merged))
+        ranks.on_first(lambda: write_lines(training.folder / training_files.CHANGES, changes))
 
     def write_merge_check(self, training: Training, outputs: Iterable[tuple[str, Tensor, Tensor, bool]]) -> None:
         """Write merge.json from (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer).

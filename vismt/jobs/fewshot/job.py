@@ -33,6 +33,7 @@ from vismt.jobs.fewshot.arms import (
 from vismt.jobs.fewshot.config import (
     EXPERT,
     FROZEN,
+    MERGED,
     ExpertConfig,
     FewShotConfig,
 )
@@ -144,7 +145,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def check_arm(self, config: FewShotConfig) -> None:
         for name in config.source.data:
             self.data.open(name)
-        if not isinstance(config, ExpertConfig):  # the experts of a pool are built alike
+        if self.config.pool is None:  # the experts of a pool are built alike
             super().check_arm(config)
 
     def prepared(self, config: FewShotConfig) -> tuple[Net, str, list[Tensor]]:
@@ -240,6 +241,10 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         with_panel = training.arm == self.evaluated()[-1] and training.seed == self.study.seeds[0]
         return evaluation.scores(models, training.arm, attacks, with_panel=with_panel)
 
+    def evaluate_references(self) -> None:
+        if not any(attack.source for attack in self.config.evaluate.attacks):  # else trained models make the attacks
+            super().evaluate_references()
+
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
         super().evaluate(attacks)
         experts = evaluated_experts(self.config)
@@ -281,7 +286,8 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
 
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return the timm model with one arm's adapter; for a pool also "average" or "average:seed" of all experts."""
-        pool = self.config.pool
+        pool, model = self.config.pool, arm
+        arm = self._arm_of(arm)
         if pool is None:
             return super().adapted(arm)
         name = (arm or "").partition(":")[0]
@@ -291,14 +297,23 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         assembled = {expert.label: expert.folder for expert in read_pool(Path(pool.folder))} if pool.folder else {}
         names = list(assembled if pool.folder else self.study.arms)
         if name not in names:
-            reason = "a pool is merged for every task" if arm is None else f"it has no single adapter '{arm}'"
+            made = merged_text(self.config, split_head(model or MERGED)[0])  # "" for an unknown name
+            reason = f"'{model or MERGED}' is {made}" if made else f"it has no single adapter '{model}'"
             raise UserError(
-                f"run '{self.folder}': {reason}; name one with --arm: {', '.join(names)}, or {AVERAGE} to merge all."
+                f"run '{self.folder}': {reason}; name one expert ({', '.join(names)}), or {AVERAGE} for the mean of all."
             )
         folder = assembled[name] if pool.folder else self.study.find(arm).folder / ADAPTER
         return load_adapter(self.data.backbone().vit, folder)
 
+    def _arm_of(self, model: str | None) -> str | None:
+        """Return the arm of an evaluated model's name ("expert:LABEL", with or without a head); of None the only expert."""
+        if model is not None:
+            return split_head(model)[0].removeprefix(EXPERT)
+        experts = [] if self.config.pool is None else pool_members(self.config, self.study.arms)
+        return experts[0] if len(experts) == 1 else None
+
     def name_of(self, arm: str | None = None) -> str:
+        arm = self._arm_of(arm)
         name = (arm or "").partition(":")[0]
         if self.config.pool is not None and self.config.pool.folder and name != AVERAGE:
             return name
@@ -315,7 +330,9 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return self.models(self._averaged_seed(arm)).pool()
 
     def merged(self, arm: str | None = None) -> nn.Module:
-        """Return the timm model with one arm's merged weights; for a pool also "average" or "average:seed"."""
+        """Return the timm model with one arm's merged weights, or frozen; for a pool also "average" or "average:seed"."""
+        if arm is not None and split_head(arm)[0] == FROZEN:
+            return self.data.backbone().vit
         if self.config.pool is not None and (arm or "").partition(":")[0] == AVERAGE:
             pool = self._averaged_pool(arm)
             backbone = self.data.backbone()
