@@ -160,7 +160,8 @@ def predict_classes(
     """
     files, device = image_files(images), runtime.processes().device
     rows: list[Row] = []
-    probabilities, shown = [], []
+    probabilities: list[Tensor] = []
+    shown: list[np.ndarray] = []
     starts = range(0, len(files), batch)
     for start in console.track(starts, "predict", label, len(starts)):
         part = files[start : start + batch]
