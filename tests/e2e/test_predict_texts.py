@@ -66,7 +66,7 @@ def test_text_is_that_of_the_merged_model_greedy_or_drawn(tmp_path: Path) -> Non
         vismt.predict(run, asked, to=tmp_path / "p", new_tokens=6, temperature=9.0, seed=s).rows for s in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2] and drawn[0] != found
-    with pytest.raises(UserError, match="--top is for models that choose among classes"):
+    with pytest.raises(UserError, match="top is for models that choose among classes"):
         vismt.predict(run, asked, top=2)
     with pytest.raises(UserError, match="no field 'question'"):
         vismt.predict(run, rows_of(tmp_path / "other.jsonl", [{"text": "two"}]))

@@ -70,7 +70,7 @@ class Options:
         for item in fields(self):
             if item.name not in taken and getattr(self, item.name) != item.default:
                 name = item.name.replace("_", "-")
-                raise UserError(f"predict: --{name} is for {USED_BY[item.name]}, and this is {what}; leave it out.")
+                raise UserError(f"predict: {name} is for {USED_BY[item.name]}, and this is {what}; leave it out.")
 
 
 CLASSES = frozenset({"arm", "top", "sheet", "maps"})  # options of everything that classifies images
