@@ -34,7 +34,7 @@ from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.config.yaml_text import read_yaml
 from vismt.report.claims import of_study, read_claims
-from vismt.report.study_rows import ROWS, FIELDS, StudyRow, StudyRows, read_study, studies, study_of, write_study
+from vismt.report.study_rows import FIELDS, ROWS, StudyRow, StudyRows, read_study, studies, study_of, write_study
 from vismt.report.tables import number_text
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT

@@ -59,11 +59,13 @@ def _claims_fail(name: str, run: StudyRows) -> bool:
 
     lines = []
     for claim, evidence in of_study(read_claims(), name):
-        lines.append((claim, evidence.verdict, evidence.follows(run.find(evidence.row, f"claims: '{claim}'"))))
+        arms = " − ".join(filter(None, (evidence.arm, evidence.minus)))
+        follows = evidence.follows(run.find(evidence.row, f"claims: '{claim}'"))
+        lines.append((claim, arms, evidence.verdict, follows))
     if not lines:
         return False
-    console.table(("claim", name, "this run"), lines)
-    failed = [claim for claim, committed, found in lines if contradict(committed, found)]
+    console.table(("claim", "model", name, "this run"), lines)
+    failed = [claim for claim, _, committed, found in lines if contradict(committed, found)]
     console.stage("claims", f"{len(lines) - len(failed)} of {len(lines)} verdicts are not contradicted")
     return bool(failed)
 
