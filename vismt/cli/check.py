@@ -93,9 +93,9 @@ def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
     """Return the keys, with both values, in which a run's configuration differs from that of a study, but for seeds."""
     from vismt.config.sections import differences
     from vismt.config.typed import shown
-    from vismt.jobs import typed_config
+    from vismt.jobs import resolved_config
 
-    other = typed_config(study.about.settings, f"rows '{path}'")
+    other = resolved_config(study.about.settings, f"rows '{path}'")
     if other.task != config.task:
         return [f"task is {config.task}, there {other.task}"] * len(vars(config))  # farther than any other key
     here, there = _flat(differences(config, other)), _flat(differences(other, config))

@@ -53,12 +53,15 @@ def typed_config(raw: Mapping[str, Any], source: str) -> RunConfig:
     return typed(raw, job_config(str(raw.get("task", RunConfig.task)), source), source)
 
 
+def resolved_config(raw: Mapping[str, Any], source: str) -> RunConfig:
+    """Return the typed configuration that a run wrote: keys of later versions have the value that it ran with."""
+    return typed_config(with_earlier(raw, job_config(str(raw.get("task", RunConfig.task)), source)), source)
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the typed configuration of a YAML file with dotted overrides."""
-    raw = read_yaml(path)
-    if path.name == RESOLVED:
-        raw = with_earlier(raw, job_config(str(raw.get("task", RunConfig.task)), str(path)))
-    return typed_config(override(raw, overrides), str(path))
+    raw = override(read_yaml(path), overrides)
+    return (resolved_config if path.name == RESOLVED else typed_config)(raw, str(path))
 
 
 def make_job(config: RunConfig, folder: Path, run_hash: str | None = None) -> EvaluationJob[Any]:
