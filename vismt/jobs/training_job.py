@@ -291,14 +291,17 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     def merged(self, arm: str | None = None) -> nn.Module:
         """Return the stock model of one arm ("arm" or "arm:seed") with merged weights."""
-        training = self.study.find(arm)
-        model = self.stock(self.loaded(training))
-        if not training_files.has_adapter(training):
-            return model
-        erased = erased_by_rounding(model)
-        if erased is not None:
-            console.stage("merge", f"rounding to half precision erases {100 * erased:.1f} % of the update's norm")
-        return merge(model)
+        return self.stock(self.merged_net(self.study.find(arm)))
+
+    def merged_net(self, training: Training) -> Net:
+        """Return a trained net whose stock model has merged weights. Raises UserError where it cannot be merged."""
+        net = self.loaded(training)
+        if training_files.has_adapter(training):
+            erased = erased_by_rounding(self.stock(net))
+            if erased is not None:
+                console.stage("merge", f"rounding to half precision erases {100 * erased:.1f} % of the update's norm")
+            merge(self.stock(net))
+        return net
 
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return the stock model of one arm with its adapter. Raises UserError for an arm without an adapter."""
