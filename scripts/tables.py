@@ -34,7 +34,7 @@ from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.config.yaml_text import read_yaml
 from vismt.report.claims import of_study, read_claims
-from vismt.report.study_rows import FIELDS, ROWS, StudyRow, StudyRows, read_study, studies, study_of, write_study
+from vismt.report.study_rows import ROWS, SELECTED, StudyRow, StudyRows, read_study, studies, study_of, write_study
 from vismt.report.tables import number_text
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
@@ -83,8 +83,8 @@ def selections(name: str) -> Iterator[tuple[str, str, dict[str, Any] | str]]:
 
 def found(selection: Mapping[str, Any], where: str) -> tuple[StudyRows, StudyRow]:
     """Return the study and the row of a cell; raise UserError where it is not exactly one."""
-    wanted = {key: selection[key] for key in FIELDS if key in selection}
-    unknown = selection.keys() - {*FIELDS, "study", "show", "label"}
+    wanted = {key: selection[key] for key in SELECTED if key in selection}
+    unknown = selection.keys() - {*SELECTED, "study", "show", "label"}
     if unknown or selection.get("show", SHOWN[0]) not in SHOWN or "study" not in selection:
         raise UserError(
             f"{where}: {', '.join(unknown) or 'show or study'} is not what a cell can have; see scripts/tables.py."

@@ -29,7 +29,7 @@ from vismt.storage.paths import shipped
 from vismt.uncertainty.intervals import NUMBER, Estimate
 
 ROWS = "docs/results/rows"
-FIELDS = ("task", "data", "protocol", "condition", "metric", "arm", "seed", "minus")  # what names one number
+SELECTED = ("task", "data", "protocol", "condition", "metric", "arm", "seed", "minus")  # what names one number
 KNOWN = 1e9  # degrees of freedom of a variance that is known; JSON has no infinity
 
 
@@ -109,7 +109,7 @@ class StudyRows:
         rows = [row for row in self.rows if all(getattr(row, key) == value for key, value in values.items())]
         if len(rows) != 1:
             differ = [item.name for item in fields(StudyRow) if len({getattr(row, item.name) for row in rows}) > 1]
-            named = [name for name in differ if name in FIELDS]
+            named = [name for name in differ if name in SELECTED]
             more = f"; name {' or '.join(named)}" if named else f"; {len(self.rows)} rows of other numbers"
             raise UserError(f"{where}: {len(rows)} rows have {values}{more}.")
         return rows[0]
