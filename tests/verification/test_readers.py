@@ -379,9 +379,8 @@ def write_timm(model: nn.Module, folder: Path) -> Path:
     folder.mkdir(parents=True)
     shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "model_args": shape}
-    (folder / "config.json").write_text(
-        json.dumps({**config, "pretrained_cfg": {"num_classes": 5, "input_size": [3, 16, 16]}})
-    )
+    about = {"num_classes": 5, "input_size": [3, 16, 16]}
+    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": about}))
     safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
     return folder
 
