@@ -16,7 +16,7 @@ from vismt.storage.files import file_digest, parse_json
 from vismt.verification.facts import Facts
 from vismt.verification.fit import Update
 from vismt.verification.inside import unnamed, update_of
-from vismt.verification.located import INNER, Located, equal, shape_of
+from vismt.verification.located import INNER, Located, equal, find_parameter, shape_of
 from vismt.verification.verdict import Finding, ModuleRow, names_of
 
 LARGEST_VOCABULARY = 2**26  # bytes of a tokenizer.json that is read
