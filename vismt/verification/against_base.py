@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from vismt.storage.files import file_digest, parse_json
 from vismt.verification.facts import Facts
 from vismt.verification.fit import Update
 from vismt.verification.inside import unnamed, update_of
-from vismt.verification.located import INNER, Located, equal, find_parameter, shape_of
+from vismt.verification.located import INNER, Located, equal, find_parameter, shape_of, unheld
 from vismt.verification.verdict import Finding, ModuleRow, names_of
 
 LARGEST_VOCABULARY = 2**26  # bytes of a tokenizer.json that is read
@@ -64,19 +63,7 @@ def _names(facts: Facts, base: Located) -> Iterable[Finding]:
     if absent:
         text = f"the base has no weight of {names_of(absent)} ({len(absent)} of {total} adapted modules)"
         yield Finding("broken", "not-in-base", text, GIVE_BASE, tuple(absent))
-    if facts.settings is None or absent or base.change:
-        return
-    paths = {
-        name.removesuffix(".weight")
-        for name, stored in base.facts.stored.tensors.items()
-        if name.endswith(".weight") and len(stored.shape) >= 2
-    }
-    stems = {re.sub(r"\d+", "*", path) for path in facts.modules}
-    missing = sorted(
-        path
-        for path in paths - facts.modules.keys()
-        if facts.settings.names(path) and re.sub(r"\d+", "*", path) in stems
-    )
+    missing = unheld(facts, base)
     if missing:
         text = f"{names_of(missing)}: named by target_modules, but the file has no factors of it"
         yield Finding("broken", "missing-module", text, "save the adapter again", tuple(missing))

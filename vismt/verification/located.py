@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,6 +115,22 @@ def locate(facts: Facts, checkpoint: Facts) -> Located:
     by_type = checkpoint.config.get("model_type") in CONV1D
     located.transposed = turned > 0.5 * len(known) if known else by_type
     return located
+
+
+def unheld(facts: Facts, base: Located) -> list[str]:
+    """Return the linears of the base that the settings name, like adapted ones of other layers, and the file does not hold."""
+    if facts.settings is None or base.change or len(base.names) < len(facts.modules):
+        return []
+    names = base.facts.stored.tensors.items()
+    paths = {
+        name.removesuffix(".weight") for name, stored in names if name.endswith(".weight") and len(stored.shape) > 1
+    }
+    stems = {re.sub(r"\d+", "*", path) for path in facts.modules}
+    return sorted(
+        path
+        for path in paths - facts.modules.keys()
+        if facts.settings.names(path) and re.sub(r"\d+", "*", path) in stems
+    )
 
 
 def shape_of(module: ModuleFacts) -> tuple[int, int] | None:

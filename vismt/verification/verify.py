@@ -10,7 +10,8 @@ from vismt.verification.against_base import against_base
 from vismt.verification.against_merged import against_merged
 from vismt.verification.facts import Facts, read_facts
 from vismt.verification.inside import examine
-from vismt.verification.located import locate, open_checkpoint
+from vismt.verification.located import Located, locate, open_checkpoint
+from vismt.verification.readers import readings
 from vismt.verification.verdict import Finding, Verdict, ranked
 
 
@@ -50,12 +51,12 @@ def verify(
             findings.append(
                 Finding("broken", "no-adapter", text, "give the folder with adapter_config.json or adapter.json")
             )
-        verdict.findings = ranked(findings)
+        verdict.findings = ranked(findings + _readers(verdict, facts, None, readers, findings))
         return verdict
     findings, verdict.modules = examine(facts)
     rows = {row.path: row for row in verdict.modules}
-    if base is not None:
-        stock = locate(facts, open_checkpoint(base, "base"))
+    stock = None if base is None else locate(facts, open_checkpoint(base, "base"))
+    if stock is not None:
         findings += against_base(facts, stock, rows)
         if merged is not None:
             findings += against_merged(facts, stock, locate(facts, open_checkpoint(merged, "merged")), rows)
@@ -65,8 +66,19 @@ def verify(
             place = None if merged is None else str(merged)
             verdict.probe, more = measure(facts, str(base), place, str(probe))
             findings += more
-    verdict.findings = ranked(findings)
+    verdict.findings = ranked(findings + _readers(verdict, facts, stock, readers, findings))
     return verdict
+
+
+def _readers(
+    verdict: Verdict, facts: Facts, base: Located | None, named: Sequence[str], findings: Sequence[Finding]
+) -> list[Finding]:
+    """Fill in what readers do with the folder; return what is wrong with those named, and with peft, if nothing else is."""
+    found = readings(facts, base, named)
+    verdict.readers = [reading.row for reading in found]
+    verdict.answer = "; ".join(reading.line for reading in found)
+    own = facts.kind if not any(finding.level == "broken" for finding in findings) else ""
+    return [finding for reading in found if named or reading.reader == own for finding in reading.findings]
 
 
 def _about(facts: Facts) -> dict[str, str]:
