@@ -37,7 +37,7 @@ def test_vllm_34186_prefix(tmp_path: Path) -> None:
     verdict = vismt.verify(folders.adapter, base=folders.base, readers=["vllm"])
     assert verdict.status == "broken" and "prefix" in verdict.codes
     assert "language_model." in texts(verdict, "prefix") and "6 of 6" in texts(verdict, "prefix")
-    assert verdict.answer == "vllm: 0 of 6, serves the base (expected)"
+    assert verdict.answer == "vLLM: 0 of 6, serves the base (expected)"
     assert vismt.verify(made("llama", "lora", tmp_path / "right", head=False).adapter, readers=["vllm"]).status == "ok"
 
 
