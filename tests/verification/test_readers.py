@@ -133,7 +133,7 @@ NO = ("refused", "refused")
 CONDITIONS = {
     # that no reader minds
     "plain": Condition(),
-    "Conv1D": Condition(kind="gpt2"),
+    "Conv1D": Condition(vllm="refused", kind="gpt2"),
     "an absent target": Condition(setting(target_modules=[*TARGETS["llama"], "nothing"])),
     "unknown setting": Condition(setting(use_a_later_thing=True)),
     "rank 32": Condition(options={"r": 32}),

@@ -332,6 +332,8 @@ RULES = (
     Rule(_folder(lambda case: case.facts.kind == "peft" and case.timm), "models of timm have no load_adapter",
          {"transformers": "refused"}, "load it with peft.PeftModel"),
     Rule(_folder(_vision), "it serves language models", UNSERVED),
+    Rule(_folder(lambda case: case.facts.is_adapter and any(made.get("model_type") == "gpt2" for made in case.configs)),
+         "its model of GPT-2 has no LoRA", {"vllm": "refused?"}, MERGE),
     Rule(_folder(_beside_a_model), "from_pretrained takes the weights beside it for the base: merged ones get the update twice",
          {"transformers": "note"}, "keep adapter and merged model in two folders"),
     # names
