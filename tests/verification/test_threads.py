@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import warnings
 from pathlib import Path
 
-import numpy as np
 import peft
-import pytest
-import safetensors.torch
 import torch
 from helpers.language_models import tiny_lm
-from helpers.verified_folders import Folders, edit_config, edit_tensors, made, trained, write_model
-from PIL import Image
+from helpers.verified_folders import edit_config, edit_tensors, made, trained, write_model
 from torch import nn
 
 import vismt
@@ -31,7 +25,9 @@ def test_vllm_34186_prefix(tmp_path: Path) -> None:
     folders = made("llama", "lora", tmp_path, head=False)
     edit_tensors(
         folders.base / WEIGHTS,
-        lambda held: held.update({name.replace("model.", "model.language_model.", 1): held.pop(name) for name in list(held)}),
+        lambda held: held.update(
+            {name.replace("model.", "model.language_model.", 1): held.pop(name) for name in list(held)}
+        ),
     )
     verdict = vismt.verify(folders.adapter, base=folders.base, readers=["vllm"])
     assert verdict.status == "broken" and "prefix" in verdict.codes
