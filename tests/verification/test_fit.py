@@ -37,7 +37,14 @@ def test_norm_and_product_of_factors_are_those_of_the_matrix() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize(
     ("factor", "rule"),
-    [(0.0, "nothing"), (2.0, "twice"), (-1.0, "subtracted"), (4.0, "divided by the rank"), (0.5, "half")],
+    [
+        (0.0, "nothing"),
+        (2.0, "twice"),
+        (-1.0, "subtracted"),
+        (4.0, "divided by the rank"),
+        (0.5, "half"),
+        (2.0, "twice the scale"),
+    ],
 )
 def test_a_factor_is_named(dtype: torch.dtype, factor: float, rule: str) -> None:
     W, update = drawn(0.01, dtype)
@@ -100,6 +107,13 @@ def test_dora_scales_rows() -> None:
     assert fit(W, M, update, 4).kind == "right"
     assert fit(W, total, update, 4).kind == "other"  # the magnitudes were left out
     assert fit(W, W, update, 4).factor == 0.0
+
+    def again(weight: Tensor, factor: float = 1.0) -> Tensor:
+        total = weight + factor * plain.low_rank.delta()
+        return total * (update.magnitude / total.norm(dim=1))[:, None]  # type: ignore[operator]
+
+    assert fit(W, again(M), update, 4).rule == "it was merged twice"
+    assert fit(W, again(W, 2.0), update, 4).rule.startswith("twice the scale")
 
 
 def test_no_false_alarm_over_sizes_and_dtypes() -> None:

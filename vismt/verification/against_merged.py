@@ -83,7 +83,7 @@ def _factors(facts: Facts, fits: Mapping[str, Fit]) -> Iterable[Finding]:
         every = "all" if len(paths) == len(fits) else f"{len(paths)} of {len(fits)}"
         why = rule or "no known mistake"
         text = f"the checkpoint holds {factor:g} times the update in {every} modules ({why}): {names_of(paths)}"
-        code = {0.0: "unmerged", 2.0: "merged-twice"}.get(factor, "scale")
+        code = "unmerged" if factor == 0 else "merged-twice" if "merged twice" in rule else "scale"
         fix = "merge the adapter into the base once, with the scale of its settings"
         if facts.settings is not None:
             kind = ", rsLoRA" if facts.settings.use_rslora else ""
