@@ -14,7 +14,6 @@ from helpers.verified_folders import FAULTS, TENSORS, Folders, edit_tensors, mad
 from PIL import Image
 
 import vismt
-from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.verification.probe import _changes
 
@@ -102,6 +101,9 @@ def test_a_probe_on_texts(llama: Folders, tmp_path: Path) -> None:
     assert rows["adapter - base", "NLL"]["value"] == pytest.approx(change, abs=1e-6) and rows["base", "NLL"]["n"] == 8
     assert rows["adapter || base", "KL"]["value"] > 0
     assert abs(rows["merged - adapter", "NLL"]["value"]) < 1e-4 * max(1, abs(change))
+    (tmp_path / "one.txt").write_text("t1 t2 t3\n\nt4\n")
+    with pytest.raises(UserError, match=r"has 1 examples .*an interval needs two"):
+        vismt.verify(folders.adapter, base=folders.base, probe=tmp_path / "one.txt")
     FAULTS["merged with half scale"][0](folders)
     assert "merged-differs" in vismt.verify(folders.adapter, base=folders.base, merged=folders.merged, probe=data).codes
     edit_tensors(folders.adapter / TENSORS, lambda t: [t[n].zero_() for n in t if "lora_B" in n])
@@ -134,15 +136,6 @@ def test_a_probe_on_images(tmp_path: Path) -> None:
     rows = {(row["model"], row["measure"]): row for row in verdict.probe}
     assert verdict.status == "ok" and rows["base", "accuracy"]["n"] == 10
     assert rows["merged - adapter", "accuracy"]["value"] == 0
-    with pytest.raises(UserError, match="an interval needs two"):
-        vismt.verify(adapter, base=base, probe=_one(tmp_path))
-
-
-def _one(folder: Path) -> Path:
-    for number in range(5):
-        (folder / "few" / f"class{number}").mkdir(parents=True)
-    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "few" / "class0" / "a.png")
-    return folder / "few"
 
 
 @pytest.mark.slow
