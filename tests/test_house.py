@@ -23,7 +23,7 @@ FLOORS = (
     ("verification",),
     ("jobs", "integrations"),
     ("api",),
-    ("cli",),
+    ("cli", "testing"),
 )
 TOP_FILES = {"__init__", "__main__", "api", "methods"}
 MODULES_IN_A_FOLDER = 20

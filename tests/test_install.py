@@ -182,4 +182,4 @@ def test_a_wheel_has_its_configurations_and_cards(clone: Path, tmp_path: Path) -
     code += "; print(sections.find_config('quickstart'), *names)"
     printed = started(interpreter, "-c", code, folder=tmp_path)
     assert printed.split()[0] == str(tmp_path / "target" / "share" / "vismt" / "configs" / "quickstart.yaml")
-    assert {"digits", "emtal_small_parts"} <= {*printed.split()}
+    assert {"digits", "emtal_small"} <= {*printed.split()}
