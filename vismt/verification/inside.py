@@ -74,11 +74,10 @@ def _settings(facts: Facts) -> Iterable[Finding]:
         )
     infix = sorted({tensor.adapter for tensor in facts.tensors.values() if tensor.adapter})
     if infix:
-        yield Finding(
-            "suspicious",
-            "adapter-name",
-            f"the adapter's name {infix[0]!r} is in the names of tensors; only peft reads them",
-        )
+        own = infix == ["default"]
+        who = "only peft reads them" if own else "no reader finds them, peft neither"
+        text = f"the adapter's name {infix[-1]!r} is in the names of tensors; {who}"
+        yield Finding("suspicious" if own else "broken", "adapter-name", text, "take it out of the names")
     if settings is None:
         return
     wrong = [path for path, module in facts.modules.items() if module.rank and module.rank != module.declared]

@@ -53,7 +53,7 @@ class StoredTensors:
                 self._held |= held
                 for name, value in held.items():
                     self.tensors[name] = Stored(
-                        name, tuple(value.shape), DTYPES.get(value.dtype, str(value.dtype)), path
+                        name, tuple(value.shape), DTYPES.get(str(value.dtype), str(value.dtype)), path
                     )
                 return
             with regular_file(path).open("rb") as file:
