@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from helpers.verified_folders import FAULTS, TENSORS, Folders, edit_tensors, mad
 from PIL import Image
 
 import vismt
+from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.verification.probe import _changes
 
@@ -136,6 +138,9 @@ def test_a_probe_on_images(tmp_path: Path) -> None:
     rows = {(row["model"], row["measure"]): row for row in verdict.probe}
     assert verdict.status == "ok" and rows["base", "accuracy"]["n"] == 10
     assert rows["merged - adapter", "accuracy"]["value"] == 0
+    shutil.rmtree(tmp_path / "images" / "class4")
+    with pytest.raises(UserError, match=r"has 5 outputs, .* 4 classes"):
+        vismt.verify(adapter, base=base, probe=tmp_path / "images")
 
 
 @pytest.mark.slow
