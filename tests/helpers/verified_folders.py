@@ -39,9 +39,10 @@ def stock(kind: str, seed: int = 0) -> nn.Module:
     return model
 
 
-def write_model(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a stock model as `vismt export` does."""
-    model = copy.deepcopy(model).to(dtype)
+def write_model(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> Path:
+    """Write a stock model as `vismt export` does. dtype: None keeps that of the weights."""
+    model = copy.deepcopy(model)
+    model = model if dtype is None else model.to(dtype)
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)
         tokens = {"<unk>": 0, **{f"t{number}": number for number in range(1, 40)}}
@@ -62,6 +63,14 @@ def trained(model: nn.Module, scale: float, seed: int) -> None:
                 size = scale if ("lora_B" in name or "lora_embedding_A" in name) else 0.02
                 noise = size * torch.randn(parameter.shape, generator=generator).to(parameter)
                 parameter.add_(noise * parameter if "magnitude" in name else noise)
+
+
+def loaded(kind: str, folder: Path) -> nn.Module:
+    """Return the model of a folder in the dtype of its weights."""
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    model = stock(kind).to(next(iter(tensors.values())).dtype)
+    model.load_state_dict(tensors)
+    return model
 
 
 @dataclass
@@ -177,13 +186,18 @@ def _merged_by(factor: float) -> Callable[[Folders], None]:
 
         def scaled(tensors: dict[str, Tensor]) -> None:
             for name, value in tensors.items():
-                if not name.startswith(folders.head):
+                if not (folders.head and name.startswith(folders.head)):
                     update = value.float() - base[name].float()
                     tensors[name] = (base[name].float() + factor * update).to(value.dtype)
 
         edit_tensors(folders.merged / "model.safetensors", scaled)
 
     return change
+
+
+def _merged_twice(folders: Folders) -> None:
+    model = loaded(folders.kind, folders.merged)
+    write_model(peft.PeftModel.from_pretrained(model, str(folders.adapter)).merge_and_unload(), folders.merged)
 
 
 def _overflow(folders: Folders) -> None:
@@ -267,7 +281,7 @@ FAULTS: dict[str, tuple[Callable[[Folders], None], set[str]]] = {
     "alpha halved": (_alpha_halved, {"merged-twice", "scale"}),
     "transposed factor": (_transposed, {"transposed"}),
     "swapped modules": (_swapped, {"swapped"}),
-    "merged twice": (_merged_by(2.0), {"merged-twice"}),
+    "merged twice": (_merged_twice, {"merged-twice"}),
     "merged with half scale": (_merged_by(0.5), {"scale"}),
     "fp16 overflow": (_overflow, {"not-finite"}),
     "truncated rank": (_truncated, {"another-update", "not-this-adapter", "start-inside"}),

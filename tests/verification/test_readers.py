@@ -29,6 +29,7 @@ from helpers.verified_folders import edit_tensors as edit_file
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
+from vismt.cli import main
 from vismt.verification.facts import CONFIG, PREFIX, TENSORS, read_facts
 from vismt.verification.located import locate
 from vismt.verification.readers import Reading, readings
@@ -132,7 +133,7 @@ NO = ("refused", "refused")
 CONDITIONS = {
     # that no reader minds
     "plain": Condition(),
-    "Conv1D": Condition(kind="gpt2"),
+    "Conv1D": Condition(vllm="refused", kind="gpt2"),
     "an absent target": Condition(setting(target_modules=[*TARGETS["llama"], "nothing"])),
     "unknown setting": Condition(setting(use_a_later_thing=True)),
     "rank 32": Condition(options={"r": 32}),
@@ -288,7 +289,7 @@ def test_rules_of_servers(name: str, root: Path) -> None:
     condition = CONDITIONS[name]
     found = {reader: reading(reader, folder, condition.kind, root) for reader in ("vllm", "llama.cpp")}
     assert (found["vllm"].state, found["llama.cpp"].state) == (condition.vllm, condition.llama_cpp)
-    assert all(one.source.startswith(f"as of {reader} ") for reader, one in found.items())
+    assert all(one.source.startswith(("as of vLLM 20", "as of llama.cpp 20")) for one in found.values())
 
 
 def test_scales_of_servers(root: Path) -> None:
@@ -305,14 +306,14 @@ def test_answer_in_one_line(root: Path) -> None:
     _, folder = written("half of the layers", root)
     facts = read_facts(folder)
     lines = [one.line for one in readings(facts, locate(facts, read_facts(base_folder("llama", root))))]
-    assert lines == [f"{name}: 3 of 6, served model differs" for name in ("peft", "transformers", "vllm", "llama.cpp")]
+    assert lines == [f"{name}: 3 of 6, served model differs" for name in ("peft", "transformers", "vLLM", "llama.cpp")]
     _, folder = written("no prefix", root)
     assert reading("peft", folder, "llama", root).line == "peft: 0 of 6, serves the base"
     _, folder = written("language_model", root)
-    assert reading("vllm", folder, "llama", root).line == "vllm: 0 of 6, serves the base (expected)"
+    assert reading("vllm", folder, "llama", root).line == "vLLM: 0 of 6, serves the base (expected)"
     _, folder = written("rank 32", root)
     found = reading("vllm", folder, "llama", root)
-    assert found.line == "vllm: applied, 6 of 6"
+    assert found.line == "vLLM: applied, 6 of 6"
     assert found.remarks[0].fix == "start the server with --max-lora-rank"
 
 
@@ -328,6 +329,20 @@ def test_unknown_reader(root: Path) -> None:
     _, folder = written("plain", root)
     with pytest.raises(UserError, match=r"no reader 'vlm'.*vllm"):
         readings(read_facts(folder), None, ["vlm"])
+
+
+def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reader that is named counts in the exit code; one that is not is shown."""
+    _, folder = written("saved head", root)
+    assert main(["verify", str(folder)]) == 0
+    assert (
+        "vLLM (as of vLLM 2026-09): refused: it has parameters that are saved whole; merge it"
+        in capsys.readouterr().out
+    )
+    assert main(["verify", str(folder), "--reader", "vllm"]) == 4
+    assert main(["verify", str(folder), "--reader", "peft"]) == 0
+    assert main(["verify", str(folder), "--reader", "vlm"]) == 2
+    assert "no reader 'vlm'" in capsys.readouterr().err
 
 
 def test_without_a_base_nothing_is_compared_with_it(root: Path) -> None:
@@ -379,9 +394,8 @@ def write_timm(model: nn.Module, folder: Path) -> Path:
     folder.mkdir(parents=True)
     shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "model_args": shape}
-    (folder / "config.json").write_text(
-        json.dumps({**config, "pretrained_cfg": {"num_classes": 5, "input_size": [3, 16, 16]}})
-    )
+    about = {"num_classes": 5, "input_size": [3, 16, 16]}
+    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": about}))
     safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
     return folder
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from vismt.base import console
 from vismt.cli.commands import Commands
 
+LABELS = {"broken": "broken", "suspicious": "suspect", "note": "note"}
+
 
 def add_commands(commands: Commands) -> None:
     """Add the command of this file."""
@@ -41,13 +43,16 @@ def _verify(options: argparse.Namespace) -> int:
     verdict = verify(
         options.folder, base=options.base, merged=options.merged, probe=options.probe, readers=options.reader
     )
-    console.stage(verdict.status, verdict.folder)
+    console.stage("verdict", f"{verdict.status}: {verdict.folder}")
     if verdict.answer:
         console.stage("readers", verdict.answer)
+    for row in verdict.readers:
+        for remark in row["remarks"]:
+            console.stage("", f"{row['line'].partition(':')[0]} ({row['source']}): {remark}")
     for name, text in verdict.about.items():
         console.stage("", f"{name}: {text}")
     for finding in verdict.findings:
-        console.stage(finding.level, finding.text)
+        console.stage(LABELS[finding.level], finding.text)
         if finding.fix:
             console.stage("", f"fix: {finding.fix}")
     if verdict.probe:

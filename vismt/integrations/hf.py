@@ -18,6 +18,7 @@ from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.record import count_parameters, need_record
 from vismt.methods import METHODS
 from vismt.storage.files import atomic_write, write_tensors
+from vismt.verification.verify import checked
 
 try:
     from transformers import TrainerCallback, trainer
@@ -126,7 +127,8 @@ def write_repository(
         The folder.
 
     Raises:
-        UserError: a model that is not adapted, and trained parameters that are not in the adapter.
+        UserError: a model that is not adapted, trained parameters that are not in the adapter, and a folder that `vismt verify`
+            calls broken.
     """
     record = need_record(model, "write_repository")
     folder = save_adapter(model, folder, strict=True)
@@ -142,6 +144,7 @@ def write_repository(
         ("trainable parameters", f"{trainable:,} of {total:,}"),
         ("weight fingerprint of the base", fingerprint(model, paths) if paths else ""),
     ]
+    facts.append(("vismt verify", checked(folder).status))
     atomic_write(
         folder / "README.md", _card(title or f"{record.method} on {base}", base, facts, in_peft, list(results))
     )
@@ -206,6 +209,7 @@ def _card(title: str, base: str, facts: Iterable[tuple[str, str]], in_peft: bool
     lines += ["", "## Use", "", "```python", "import vismt", "from huggingface_hub import snapshot_download", ""]
     lines += ["model = ...                     # the base model", 'folder = snapshot_download("<this repository>")']
     lines += [
+        "print(vismt.verify(folder).status)  # ok",
         "vismt.load_adapter(model, folder)",
         "vismt.merge(model)              # stock classes and keys again",
         "```",

@@ -28,6 +28,7 @@ from vismt.lowrank.files.peft_folder import export_peft
 from vismt.report.results import FACTS
 from vismt.storage.files import atomic_write, read_json, read_sealed, remove_partial, sealed, write_tensors
 from vismt.storage.locks import locked
+from vismt.verification.verify import checked
 
 EXPORTED = "vismt.json"  # in the folder of an export: run, configuration, arm and seed
 FORMATS = ("timm", "transformers", "peft", "onnx", "torch")
@@ -213,6 +214,7 @@ class Run:
         atomic_write(target / EXPORTED, json.dumps(self._exported(arm), indent=1))
         for name, content in self.job.files_beside(arm).items():
             atomic_write(target / name, content)
+        checked(target)
         return target
 
     def _note(self, **changes: Any) -> None:

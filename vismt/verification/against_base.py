@@ -14,8 +14,8 @@ from vismt.lowrank.files.save_load import same_base, samples_at
 from vismt.storage.files import file_digest, parse_json
 from vismt.verification.facts import Facts
 from vismt.verification.fit import Update
-from vismt.verification.inside import update_of
-from vismt.verification.located import INNER, Located, equal, shape_of, unheld
+from vismt.verification.inside import unnamed, update_of
+from vismt.verification.located import INNER, Located, equal, find_parameter, shape_of, unheld
 from vismt.verification.verdict import Finding, ModuleRow, names_of
 
 LARGEST_VOCABULARY = 2**26  # bytes of a tokenizer.json that is read
@@ -125,23 +125,22 @@ def _is_projection(update: Update, W: Tensor, norm: float, whole: float) -> bool
 
 def _saved(facts: Facts, base: Facts) -> Iterable[Finding]:
     """Yield whole parameters that do not fit the base."""
+    copies = unnamed(facts)
     for tensor in facts.with_role("saved"):
-        found = next(
-            (
-                s
-                for n, s in base.stored.tensors.items()
-                if n == tensor.path or n.endswith(f".{tensor.path}") or tensor.path.endswith(f".{n}")
-            ),
-            None,
-        )
-        if found is not None and found.shape != tensor.shape:
-            text = f"'{tensor.path}' is {tensor.shape}, the base's {found.shape}"
+        name = find_parameter(tensor.path, base)
+        if name is None:
+            continue
+        shape = base.stored.tensors[name].shape
+        if shape != tensor.shape:
+            text = f"'{tensor.path}' is {tensor.shape}, the base's {shape}"
             yield Finding("note", "resized", text, "resize the base before it is loaded", (tensor.path,))
-        elif found is not None and tensor.name.endswith(".base_layer.weight"):  # of an embedding
-            ours, theirs = facts.stored.read(tensor.name), base.stored.read(found.name)
+        elif tensor in copies:  # of embeddings, which peft saves as they are
+            ours, theirs = facts.stored.read(tensor.name), base.stored.read(name)
             if ours is not None and theirs is not None and not equal(theirs, ours):
-                text = f"'{tensor.path}': the copy of the base in the file has other values than this base"
-                yield Finding("broken", "other-base", text, GIVE_BASE, (tensor.path,))
+                text = f"'{tensor.path}': the settings do not name it as trained, but it has other values than in this base"
+                yield Finding(
+                    "broken", "other-base", text, f"{GIVE_BASE}, or name it in modules_to_save", (tensor.path,)
+                )
 
 
 # ---- tokenizers

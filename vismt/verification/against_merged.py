@@ -14,7 +14,7 @@ from vismt.verification.against_base import tokenizers
 from vismt.verification.facts import Facts
 from vismt.verification.fit import Fit, Update, fit
 from vismt.verification.inside import update_of
-from vismt.verification.located import Located, equal, shape_of
+from vismt.verification.located import Located, equal, find_parameter, same_parameter, shape_of
 from vismt.verification.verdict import Finding, ModuleRow, names_of
 
 FUSED = ("qkv", "c_attn", "in_proj", "Wqkv", "qkv_proj", "query_key_value")
@@ -70,7 +70,7 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
     if not another:
         yield from _others(facts, base, merged, fits)
     yield from _rounding(fits)
-    yield from _heads(facts, base, merged)
+    yield from _heads(facts, merged)
     yield from tokenizers(merged.facts, base.facts, "the checkpoint", "the base")
 
 
@@ -83,7 +83,7 @@ def _factors(facts: Facts, fits: Mapping[str, Fit]) -> Iterable[Finding]:
         every = "all" if len(paths) == len(fits) else f"{len(paths)} of {len(fits)}"
         why = rule or "no known mistake"
         text = f"the checkpoint holds {factor:g} times the update in {every} modules ({why}): {names_of(paths)}"
-        code = {0.0: "unmerged", 2.0: "merged-twice"}.get(factor, "scale")
+        code = "unmerged" if factor == 0 else "merged-twice" if "merged twice" in rule else "scale"
         fix = "merge the adapter into the base once, with the scale of its settings"
         if facts.settings is not None:
             kind = ", rsLoRA" if facts.settings.use_rslora else ""
@@ -180,7 +180,7 @@ def _unadapted(facts: Facts, base: Located, merged: Located) -> tuple[list[str],
     shared = locate_all(base.facts, merged.facts)
     apart, compared, matrices = [], 0, 0
     for name, theirs in shared.items():
-        trained = any(name == path or name.endswith(f".{path}") or path.endswith(f".{name}") for path in named)
+        trained = any(same_parameter(path, name) for path in named)
         trained |= any(f".{module}." in f".{name}" for module in promised)
         trained |= facts.settings is not None and facts.settings.names(name.removesuffix(".weight"))
         if name in adapted or trained or (biases and name.endswith("bias")):
@@ -218,27 +218,14 @@ def _same_values(base: Facts, name: str, merged: Facts, other: str) -> bool:
     return W.shape == M.shape and equal(W, M)
 
 
-def _heads(facts: Facts, base: Located, merged: Located) -> Iterable[Finding]:
+def _heads(facts: Facts, merged: Located) -> Iterable[Finding]:
     """Yield whole parameters of the adapter that the checkpoint does not hold."""
     for tensor in facts.with_role("saved"):
         if tensor.name.endswith(".base_layer.weight"):  # peft's copy of an embedding
             continue
-        name = next(
-            (
-                n
-                for n in merged.facts.stored.tensors
-                if n == tensor.path or n.endswith(f".{tensor.path}") or tensor.path.endswith(f".{n}")
-            ),
-            None,
-        )
-        value = facts.stored.read(tensor.name)
+        name, value = find_parameter(tensor.path, merged.facts), facts.stored.read(tensor.name)
         M = merged.facts.stored.read(name) if name is not None else None
         if value is not None and (M is None or M.shape != value.shape or not equal(value, M)):
             what = "is not in the checkpoint" if M is None else "has other values in the checkpoint"
-            yield Finding(
-                "broken",
-                "head-not-merged",
-                f"'{tensor.path}', which was trained whole, {what}",
-                "merge again",
-                (tensor.path,),
-            )
+            text = f"'{tensor.path}', which was trained whole, {what}"
+            yield Finding("broken", "head-not-merged", text, "merge again", (tensor.path,))

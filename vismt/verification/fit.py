@@ -44,15 +44,14 @@ class Update:
         dtype = torch.promote_types(self.low_rank.B.dtype, torch.float32)
         return self.low_rank.scale * (self.low_rank.B[rows].to(dtype) @ self.low_rank.A.to(dtype))
 
-    def added(self, W: Tensor, rows: slice, k: float = 1.0) -> Tensor:
-        """Return rows W (n, i) with k times the pair of factors, and the magnitude of DoRA."""
-        total = W + k * self.delta(rows).to(W.dtype)
-        return total if self.magnitude is None else self.scaled(total, rows)
-
-    def scaled(self, total: Tensor, rows: slice) -> Tensor:
-        """Return rows with the lengths that DoRA gives them."""
-        assert self.magnitude is not None
-        return total * (self.magnitude[rows, None].to(total.dtype) / total.norm(dim=1, keepdim=True).clamp_min(1e-30))
+    def step(self, W: Tensor, rows: slice, factor: float) -> Tensor:
+        """Return what a merge with `factor` times the pair of factors adds to rows W (n, i)."""
+        delta = factor * self.delta(rows).to(W.dtype)
+        if self.magnitude is None:
+            return delta
+        total = W + delta
+        lengths = total.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        return total * (self.magnitude[rows, None].to(W.dtype) / lengths) - W
 
     def norm(self) -> float:
         """Return |s B A|_F from the factors, in fp64."""
@@ -63,6 +62,14 @@ class Update:
         """Return <E, s B A> without forming the matrix."""
         B, A = self.low_rank.B.to(E.dtype), self.low_rank.A.to(E.dtype)
         return self.low_rank.scale * float((B * (E @ A.T)).sum(dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What was done to the base: `times` times W + factor s B A. Two times once and once two times differ in DoRA, and bits."""
+
+    factor: float = 1.0
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -114,11 +121,11 @@ class _Sums:
 
 def fit(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool = False) -> Fit:
     """Return how the matrices W and M (o, i) stand to an update. rank, rslora: its settings, for rules of wrong factors."""
-    sums = _sums(W, M, update, 1.0, _chunks(W), ROUNDED[:1], wide=False)
+    sums = _sums(W, M, update, Merge(), _chunks(W), ROUNDED[:1], wide=False)
     if sums.dd == 0:
         return Fit("none")
     if sums.distance[0]:
-        sums = _sums(W, M, update, 1.0, _chunks(W), ROUNDED if M.dtype.itemsize == 2 else ROUNDED[:1])
+        sums = _sums(W, M, update, Merge(), _chunks(W), _ways(M.dtype))
     best = min(range(len(sums.distance)), key=lambda way: sums.distance[way])
     scale, expected = sums.ed / sums.dd, sums.pd[best] / sums.dd
     error = _error(sums, M.dtype)
@@ -162,13 +169,13 @@ def _sums(
     W: Tensor,
     M: Tensor,
     update: Update,
-    k: float,
+    merge: Merge,
     chunks: Iterator[slice],
-    ways: Sequence[Rounded] = ROUNDED,
+    ways: Sequence[Rounded],
     *,
     wide: bool = True,
 ) -> _Sums:
-    """Return the sums over rows for k times the update. wide: multiply in fp64, which the residual of an fp32 merge needs."""
+    """Return the sums over rows for a merge. wide: multiply in fp64, which the residual of an fp32 merge needs."""
     sums = _Sums()
     sums.pd, sums.pp, sums.distance = ([0.0] * len(ways) for _ in range(3))
     dtype = torch.float64 if torch.float64 in (W.dtype, M.dtype) else torch.float32
@@ -179,16 +186,20 @@ def _sums(
 
     for rows in chunks:
         w, m = W[rows].to(dtype), M[rows].to(dtype)
-        D = k * update.delta(rows).to(dtype) if update.magnitude is None else _times(update, w, rows, k) - w
-        E = m - w
+        first = update.step(w, rows, merge.factor)
+        E, D = m - w, first
+        for _ in range(merge.times - 1):
+            D = D + update.step(w + D, rows, merge.factor)
+        D = D * bool(merge.times)
         sums.n += D.numel()
         sums.ed += dot(E, D)
         sums.dd += dot(D, D)
         sums.ee += dot(E, E)
         sums.mm += dot(m, m)
         for way, rounded in enumerate(ways):
-            twice = k == 2 and update.magnitude is None  # rounded after each of the two sums
-            P = rounded(rounded(w, D / 2, M.dtype).to(dtype), D / 2, M.dtype) if twice else rounded(w, D, M.dtype)
+            P = rounded(w, first * bool(merge.times), M.dtype)
+            for _ in range(merge.times - 1):
+                P = rounded(P.to(dtype), update.step(P.to(dtype), rows, merge.factor), M.dtype)
             step = P.to(dtype) - w
             away, lost = E - step, step - D
             sums.distance[way] += dot(away, away)
@@ -200,30 +211,21 @@ def _sums(
     return sums
 
 
-def _times(update: Update, W: Tensor, rows: slice, k: float) -> Tensor:
-    """Return what a DoRA merge with a wrong factor makes of rows: 0 the base, 2 merged twice, else k in the pair of factors."""
-    if k == 0:
-        return W
-    total = update.added(W, rows, 1.0 if k == 2 else k)
-    return update.added(total, rows) if k == 2 else total
-
-
-def rules(update: Update, rank: int, rslora: bool) -> dict[str, float]:
-    """Return the factors that mistakes make, by what they are."""
-    scale = update.low_rank.scale
+def rules(update: Update, rank: int, rslora: bool) -> dict[str, Merge]:
+    """Return what mistakes make of a merge, by what they are."""
+    scale, root = update.low_rank.scale, rank**0.5
     found = {
-        "nothing was merged": 0.0,
-        "it was merged twice": 2.0,
-        "it was subtracted": -1.0,
-        "half of it was merged": 0.5,
-        "the scale alpha / r was left out": 1 / scale if scale else 0.0,
-        "alpha was not divided by the rank": rank**0.5 if rslora else float(rank),
+        "nothing was merged": Merge(0.0, 0),
+        "it was merged twice": Merge(1.0, 2),
+        "twice the scale": Merge(2.0),
+        "half the scale": Merge(0.5),
+        "it was subtracted": Merge(-1.0),
+        "the scale alpha / r was left out": Merge(1 / scale if scale else 0.0),
+        "alpha was not divided by the rank": Merge(root if rslora else float(rank)),
+        "alpha was divided by r in place of sqrt(r) (rsLoRA)": Merge(1 / root if rslora else 1.0),
+        "alpha was divided by sqrt(r) in place of r (rsLoRA)": Merge(1.0 if rslora else root),
     }
-    if rslora:
-        found["alpha was divided by r in place of sqrt(r) (rsLoRA)"] = rank**-0.5
-    else:
-        found["alpha was divided by sqrt(r) in place of r (rsLoRA)"] = rank**0.5
-    return {name: k for name, k in found.items() if abs(k - 1) > 1e-3}
+    return {name: merge for name, merge in found.items() if merge.times != 1 or abs(merge.factor - 1) > 1e-3}
 
 
 def _named(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool) -> tuple[float, str] | None:
@@ -232,19 +234,23 @@ def _named(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool) -> tup
     starts = list(range(0, W.shape[0], step))
     chosen = starts[:: max(1, len(starts) * CHUNK // SAMPLE)] or starts
 
-    def at(k: float) -> _Sums:
-        return _sums(W, M, update, k, (slice(start, start + step) for start in chosen))
+    def at(merge: Merge) -> _Sums:
+        return _sums(W, M, update, merge, (slice(start, start + step) for start in chosen), _ways(M.dtype))
 
-    by_factor: dict[float, list[str]] = {}
-    for name, k in rules(update, rank, rslora).items():
-        near = next((other for other in by_factor if abs(other - k) <= 1e-3 * max(1.0, abs(k))), k)
-        by_factor.setdefault(near, []).append(name)
-    trials = {k: at(k) for k in by_factor}
-    k = min(trials, key=lambda k: min(trials[k].distance))
-    trial, distance = trials[k], min(trials[k].distance)
+    present = at(Merge())
+    trials = {name: (merge, at(merge)) for name, merge in rules(update, rank, rslora).items()}
+    best = min(trials, key=lambda name: min(trials[name][1].distance))
+    merge, trial = trials[best]
+    distance, k = min(trial.distance), merge.factor * merge.times
     way = trial.distance.index(distance)
     # The noise of rounding, which is larger where M was rounded twice, and 3 % of D: products in TF32 leave less.
     noise = trial.pp[way] - (trial.pd[way] ** 2 / trial.dd if trial.dd else 0.0)
-    present = at(1.0)
     most = 2.25 * max(noise, 0.0) + 1e-3 * max(k**2, 1.0) * present.dd
-    return (k, " or ".join(by_factor[k])) if distance <= min(most, 0.25 * min(present.distance)) else None
+    if distance > min(most, 0.25 * min(present.distance)):
+        return None
+    alike = [name for name, (_, other) in trials.items() if min(other.distance) <= 1.1 * distance + 1e-9 * present.dd]
+    return k, " or ".join(alike)
+
+
+def _ways(dtype: torch.dtype) -> tuple[Rounded, ...]:
+    return ROUNDED if dtype.itemsize == 2 else ROUNDED[:1]

@@ -14,10 +14,11 @@ from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.peft_settings import texts
 from vismt.lowrank.tensors import FLOATING, fits
-from vismt.verification.facts import Facts, ModuleFacts
+from vismt.verification.facts import Facts, ModuleFacts, TensorFacts
 from vismt.verification.fit import Update
 from vismt.verification.verdict import Finding, ModuleRow, names_of
 
+TABLES = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "embed_out.weight")  # which peft saves along
 SAVE_AGAIN = "save the adapter again from a run whose values are finite"
 
 
@@ -33,7 +34,7 @@ def update_of(facts: Facts, module: ModuleFacts) -> Update | None:
             leaves = {tensor.name.rpartition(".")[2]: known[role] for role, tensor in module.tensors.items()}
             return Update(spec.layer.low_rank_of("verify", spec, leaves))
         return _of_peft(known, module.scale)
-    except (UserError, RuntimeError, IndexError, AttributeError):  # shapes that do not fit
+    except (UserError, RuntimeError, LookupError, AttributeError):  # a factor is missing, or its shape does not fit
         return None
 
 
@@ -73,11 +74,10 @@ def _settings(facts: Facts) -> Iterable[Finding]:
         )
     infix = sorted({tensor.adapter for tensor in facts.tensors.values() if tensor.adapter})
     if infix:
-        yield Finding(
-            "suspicious",
-            "adapter-name",
-            f"the adapter's name {infix[0]!r} is in the names of tensors; only peft reads them",
-        )
+        own = infix == ["default"]
+        who = "only peft reads them" if own else "no reader finds them, peft neither"
+        text = f"the adapter's name {infix[-1]!r} is in the names of tensors; {who}"
+        yield Finding("suspicious" if own else "broken", "adapter-name", text, "take it out of the names")
     if settings is None:
         return
     wrong = [path for path, module in facts.modules.items() if module.rank and module.rank != module.declared]
@@ -166,6 +166,20 @@ def _gaps(facts: Facts) -> Iterable[Finding]:
         yield Finding("note", "gap", text, modules=tuple(gaps))
 
 
+def unnamed(facts: Facts) -> list[TensorFacts]:
+    """Return the whole parameters of a LoRA of peft that its settings do not name."""
+    settings = facts.settings
+    if settings is None:
+        return []
+    promised = texts(settings.modules_to_save)
+    return [
+        tensor
+        for tensor in facts.with_role("saved")
+        if not any(f".{name}." in f".{tensor.path}" for name in promised)
+        and not (tensor.path.endswith("bias") and settings.bias != "none")
+    ]
+
+
 def _beside(facts: Facts) -> Iterable[Finding]:
     """Yield what is wrong with whole parameters, and files that change what the folder means."""
     settings = facts.settings
@@ -176,17 +190,8 @@ def _beside(facts: Facts) -> Iterable[Finding]:
         if absent:
             text = f"modules_to_save names {names_of(absent)}, but the file has no tensor of it: a trained layer was not saved"
             yield Finding("broken", "head-lost", text, "save the adapter again with this layer, or take the name out")
-        tables = {
-            tensor.path for tensor in facts.with_role("saved") if "base_layer" in tensor.name or "embed" in tensor.path
-        }
-        extra = [
-            path
-            for path in saved
-            if path not in tables
-            and not any(f".{name}." in f".{path}" for name in promised)
-            and not (path.endswith("bias") and settings.bias != "none")
-        ]
-        if extra and not any(path.endswith(("wte.weight", "wpe.weight", "lm_head.weight")) for path in extra):
+        extra = [tensor.path for tensor in unnamed(facts) if not tensor.path.endswith(TABLES)]
+        if extra:
             text = f"{names_of(extra)}: a whole parameter that the settings do not name; peft overwrites the base's with it"
             yield Finding("suspicious", "unnamed-parameter", text, "name it in modules_to_save", tuple(extra))
     models = [name for name in facts.files if name.startswith("model") and name.endswith(".safetensors")]

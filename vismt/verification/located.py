@@ -147,3 +147,14 @@ def shape_of(module: ModuleFacts) -> tuple[int, int] | None:
 def equal(W: Tensor, M: Tensor) -> bool:
     """Return whether one is the other, or a cast of it."""
     return torch.equal(W.to(M.dtype), M) or torch.equal(M.to(W.dtype), W)
+
+
+def same_parameter(path: str, name: str) -> bool:
+    """Return whether two names are of one parameter: equal, or one begins deeper in the model than the other."""
+    return name == path or name.endswith(f".{path}") or path.endswith(f".{name}")
+
+
+def find_parameter(path: str, checkpoint: Facts) -> str | None:
+    """Return the name that a checkpoint has for a parameter."""
+    names = checkpoint.stored.tensors
+    return path if path in names else next((name for name in names if same_parameter(path, name)), None)

@@ -42,7 +42,12 @@ def _findings(verdict: Verdict) -> Section:
 
 def _readers(verdict: Verdict) -> Section:
     rows = [
-        [row["line"].partition(": ")[0], row["line"].partition(": ")[2], row["source"], " ".join(row["remarks"]) or "–"]
+        [
+            row["line"].partition(": ")[0],
+            row["line"].partition(": ")[2],
+            row["source"],
+            ". ".join(row["remarks"]) or "–",
+        ]
         for row in verdict.readers
     ]
     note = "expected: by rules that were not run here."

@@ -21,6 +21,7 @@ from vismt.verification.verdict import Finding, Level
 EFFECTS = ("used", "note", "scaled", "misread", "ignored", "refused")
 # peft's and transformers' rules were run, the others read from the source of this date.
 VERSIONS = {"peft": "0.21.2", "transformers": "5.24.0", "vllm": "2026-09", "llama.cpp": "2026", "timm": "1.0.31"}
+NAMES = {"vllm": "vLLM"}
 RUN = ("peft", "transformers", "timm")
 SCALES = {
     "vllm": "it reads no rank_pattern and alpha_pattern",
@@ -36,7 +37,7 @@ GROUPS = {
     "embedding_B": "embeddings",
     "magnitude": "magnitudes",
     "bias": "biases",
-    "saved": "saved whole",
+    "saved": "parameters",
     "tuner": "factors",
     "shared": "factors",
 }
@@ -44,7 +45,7 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Remark:
-    """What a reader does with some tensors. effect: of EFFECTS. expected: not run. groups: how many of which."""
+    """What a reader does with some tensors. effect: of EFFECTS. expected: not run. groups: number of modules by kind."""
 
     effect: str
     why: str
@@ -55,9 +56,13 @@ class Remark:
     @property
     def text(self) -> str:
         """Return the remark as a sentence."""
-        what = ", ".join(f"{count} {group}" for group, count in self.groups.items())
-        start = self.effect if self.effect == "refused" else f"{what} {self.effect}"
-        return f"{start}{' (expected)' if self.expected else ''}: {self.why}"
+        whole = self.effect == "refused" or not self.groups
+        what = "" if whole else " and ".join(f"{group} of {n} {_modules(n)}" for group, n in self.groups.items()) + " "
+        return f"{what}{self.effect}{' (expected)' if self.expected else ''}: {self.why}"
+
+
+def _modules(count: int) -> str:
+    return "module" if count == 1 else "modules"
 
 
 @dataclass(frozen=True)
@@ -99,22 +104,22 @@ class Reading:
             answer = f"{count}, serves the base" if self._all("ignored") else f"{count} as meant, served model differs"
         else:
             answer = f"{count}, served model differs"
-        return f"{self.reader}: {answer}{' (expected)' if self.expected else ''}"
+        return f"{NAMES.get(self.reader, self.reader)}: {answer}{' (expected)' if self.expected else ''}"
 
     @property
     def row(self) -> dict[str, Any]:
         """Return the reading as values for JSON."""
         values = {name: getattr(self, name) for name in ("reader", "source", "state", "line", "applied", "of", "table")}
-        return {**values, "remarks": [remark.text for remark in self.remarks]}
+        remarks = [remark for remark in self.remarks if self.state != "refused" or remark.effect == "refused"]
+        return {**values, "remarks": [f"{one.text}; {one.fix}" if one.fix else one.text for one in remarks]}
 
     @property
     def findings(self) -> list[Finding]:
         """Return what is wrong for a user who names this reader."""
         level: Level = "suspicious" if self.expected else "broken"
+        name = self.line.partition(":")[0]
         causes = [remark for remark in self.remarks if remark.effect not in ("used", "note")]
-        return [
-            Finding(level, f"reader-{self.state}", f"{self.reader}: {remark.text}", remark.fix) for remark in causes
-        ]
+        return [Finding(level, f"reader-{self.state}", f"{name}: {remark.text}", remark.fix) for remark in causes]
 
     def _all(self, effect: str) -> bool:
         return all(set(effects) == {effect} for effects in self.table.values())
@@ -152,7 +157,11 @@ def _reading(reader: str, case: Case, met: Sequence[tuple[Rule, Collection[str]]
 
     def remark(effect: str, names: Collection[str], why: str, fix: str) -> None:
         kind = effect.removesuffix("?")
-        found = Counter(groups.get(name, "modules without tensors") for name in names)
+        places = {
+            (groups.get(name, "no tensors"), facts.tensors[name].path if name in facts.tensors else name)
+            for name in names
+        }
+        found = Counter(group for group, _ in places)
         remarks.append(Remark(kind, why, fix, effect != kind, dict(found)))
         for name in names:
             if name in groups:
@@ -163,8 +172,10 @@ def _reading(reader: str, case: Case, met: Sequence[tuple[Rule, Collection[str]]
     for rule, names in met:
         if reader in rule.effects:
             remark(rule.effects[reader], names, rule.why, rule.fix)
-    for factor, modules in _factors(reader, case).items():
-        remark("scaled", of_modules(modules), f"{SCALES[reader]}: ×{factor}", PLAIN)
+    scaled = _factors(reader, case)
+    if scaled:
+        factors = ", ".join(f"×{factor}" for factor in sorted(set(scaled.values())))
+        remark("scaled", of_modules(facts.modules[path] for path in scaled), f"{SCALES[reader]}: {factors}", PLAIN)
     units = list(facts.modules.values()) if facts.is_adapter else []
     applied = sum(all(effects[name] in ("used", "note") for name in of_modules([module])) for module in units)
     total = len(units) + len(lacking)
@@ -177,14 +188,14 @@ def _reading(reader: str, case: Case, met: Sequence[tuple[Rule, Collection[str]]
     return Reading(reader, _source(reader), applied, total, counts, tuple(remarks))
 
 
-def _factors(reader: str, case: Case) -> dict[str, list[ModuleFacts]]:
-    """Return the modules that a reader scales in another way than the settings, by the factor in three digits."""
-    found: dict[str, list[ModuleFacts]] = {}
-    for module in case.modules:
-        own = _own_scale(reader, case.facts, module)
-        if own is not None and module.scale and abs(own / module.scale - 1) > 1e-6:
-            found.setdefault(f"{own / module.scale:.3g}", []).append(module)
-    return found
+def _factors(reader: str, case: Case) -> dict[str, str]:
+    """Return by how much a reader scales an update otherwise than the settings, in three digits, by path of the module."""
+    own = {module.path: (_own_scale(reader, case.facts, module), module.scale) for module in case.modules}
+    return {
+        path: f"{one / scale:.3g}"
+        for path, (one, scale) in own.items()
+        if one and scale and abs(one / scale - 1) > 1e-6
+    }
 
 
 def _own_scale(reader: str, facts: Facts, module: ModuleFacts) -> float | None:
@@ -201,7 +212,7 @@ def _own_scale(reader: str, facts: Facts, module: ModuleFacts) -> float | None:
 def _source(reader: str) -> str:
     """Return which version the rules of a reader are of."""
     if reader not in RUN:
-        return f"as of {reader} {VERSIONS[reader]}"
+        return f"as of {NAMES.get(reader, reader)} {VERSIONS[reader]}"
     try:
         installed = version(reader)
     except PackageNotFoundError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.verification.against_base import against_base
 from vismt.verification.against_merged import against_merged
@@ -67,6 +68,17 @@ def verify(
             verdict.probe, more = measure(facts, str(base), place, str(probe))
             findings += more
     verdict.findings = ranked(findings + _readers(verdict, facts, stock, readers, findings))
+    return verdict
+
+
+def checked(folder: Path) -> Verdict:
+    """Return the verdict on a folder that was just written, and print it; UserError where it is broken."""
+    verdict = verify(folder)
+    if verdict.status == "broken":
+        raise UserError(
+            f"'{folder}' was written, but is broken: {verdict.findings[0].text}; see `vismt verify {folder}`."
+        )
+    console.stage("verify", f"{verdict.status}   {verdict.answer}".rstrip())
     return verdict
 
 
