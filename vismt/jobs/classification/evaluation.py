@@ -185,6 +185,14 @@ class Evaluation:
         ending = " half" if halves(self.config.evaluate.risk, self.config.tune) else ""
         return fitted_once(path, Thresholds, net.fingerprint() + ending, fit)
 
+    def validation_accuracy(self, net: PixelNet, separate: bool) -> float:
+        """Return the mean accuracy over the tasks on the validation images that choose rates."""
+        right = []
+        for number, (logits, labels) in enumerate(self._validation(net, separate)):
+            chooses, _ = self.parts(number)
+            right.append((logits.argmax(1) == labels)[chooses].double().mean())
+        return float(torch.stack(right).mean())
+
     @torch.no_grad()
     def _validation(self, net: PixelNet, separate: bool) -> Outputs:
         """Return logits (n, C), float32 on the CPU, and labels (n,) of the validation images of each task, kept for one net."""
