@@ -97,7 +97,7 @@ def test_rows_and_interference_are_reported(run: Path) -> None:
         ({"merge": {"arms": OF}}, "it makes an arm from other arms"),
         (
             {"arms": {"mean": {"merge": {"arms": ["digit"]}}, **SMALL["arms"]}},
-            "arms.mean: merge.arms: no trained arm before it is 'digit'",
+            "arms.mean: merge.arms: no trained arm before it is 'digits'",
         ),
         (
             {"arms": {**SMALL["arms"], "late": {"merge": {"arms": ["mean"]}}}},

@@ -29,6 +29,7 @@ from vismt.multitask.emtal.fading import FadeConfig
 from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.objectives import check_bound
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
+from vismt.robustness.smoothing import Smoothing
 from vismt.uncertainty.last_layers import check_head, is_variational
 
 
@@ -76,6 +77,7 @@ class MultitaskEvaluateConfig:
             evaluated images, as AUROC.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
+        certify: certified accuracy by randomised smoothing, {sigma, samples, alpha}; null for none.
     """
 
     split: Split = "test"
@@ -87,6 +89,7 @@ class MultitaskEvaluateConfig:
     ood: list[str] = field(default_factory=list)
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
+    certify: Smoothing | None = None
 
     def __post_init__(self) -> None:
         check_adjusted(self.adjust_logits, self.split)

@@ -183,7 +183,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         forms = self.evaluation.forms(net, training, separate, split) if split == self.split else None
         specs = conditions(chosen, corruptions)
         risk = self.config.evaluate.risk and split == self.split
-        scores = self.evaluation.scores(net, training, separate, split, specs, records, forms, risk)
+        certify = settings.certify if forms is not None and attacks is None else None
+        scores = self.evaluation.scores(net, training, separate, split, specs, records, forms, risk, certify)
         if forms is not None and attacks is None:
             scores += self.evaluation.detection(net, training, separate, records)
             if self.config.evaluate.laplace:
