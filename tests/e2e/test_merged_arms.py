@@ -108,6 +108,10 @@ def test_rows_and_interference_are_reported(run: Path) -> None:
             "digits are trained on digits; name arms",
         ),
         ({"arms": {**SMALL["arms"], "odd": {"merge": {"arms": OF, "method": "ties"}}}}, "core_ties"),
+        (
+            {"arms": {"both": {"trained_tasks": OF}, "one": {"merge": {"arms": ["both"]}}}},
+            "both alone; name two or more",
+        ),
         ({"arms": {"a": {"trained_tasks": ["digit"]}}}, "trained_tasks: 'digit'"),
         ({"arms": {**SMALL["arms"], "photos": {"trained_tasks": ["photos"], "adapt": None}}}, "has no adapter"),
     ],

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ from vismt.uncertainty.intervals import Condition
 FIRST, HOPELESS = 100, 0.4
 CHUNK = 100  # draws in one forward pass; fixed, so that the draws do not depend on a batch size
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
-CERTIFIED = "certified"  # kind of the conditions
 ABSTAINED = -1  # the answer of an abstention
 
 
@@ -49,8 +48,6 @@ class Smoothing(Checked):
     alpha: Annotated[float, within(above=0, below=0.5)] = 0.001
     seed: int = 0
     KEY: ClassVar = "evaluate.certify"
-    kind: ClassVar[Literal["certified"]] = CERTIFIED
-    worst_case: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +74,7 @@ class Smoothing(Checked):
     def conditions(self) -> list[Condition]:
         """Return a condition for each of RADII that a certificate can reach."""
         reached = [radius for radius in RADII if radius <= self.largest]
-        return [Condition(f"{self.label} certified l2 {r:g}", CERTIFIED, self.label, r) for r in reached]
+        return [Condition(f"{self.label} certified l2 {r:g}", "certified", self.label, r) for r in reached]
 
     def levels(self) -> dict[str, float]:
         """Return the radii of `conditions` by their text."""
@@ -86,7 +83,7 @@ class Smoothing(Checked):
     @property
     def abstention(self) -> Condition:
         """The condition of the share of abstentions."""
-        return Condition(self.label, CERTIFIED, self.label)
+        return Condition(self.label, "certified", self.label)
 
     def radius(self, votes: int) -> float:
         """Return the certified radius where `votes` of the samples have the class; 0 for an abstention."""

@@ -278,6 +278,8 @@ def _check_merges(config: MultitaskConfig) -> None:
                 f"{where} {', '.join(arm.merge.arms) or 'none'} are trained on {', '.join(tasks) or 'no own task'}; name "
                 "arms before this one whose trained_tasks hold each task once."
             )
+        if len(arm.merge.arms) < 2:
+            raise UserError(f"{where} {arm.merge.arms[0]} alone; name two or more.")
         if arm.adapt is None or any(earlier[other].adapt is None for other in arm.merge.arms):
             raise UserError(f"{where} an arm without adapt has no adapter; give it the section.")
         if is_variational(arm.head_section.name):

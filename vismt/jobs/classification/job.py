@@ -88,7 +88,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def _merge_arms(self, training: Training, config: MultitaskConfig) -> None:
         """Write the files of a merged arm, as those of a training."""
         console.stage("merge", f"{training.arm}   seed {training.seed}")
-        net, about = merged_net(self, training)
+        net, about = merged_net(self, self.data, self.evaluation, training)
         write_interference(about, training)
         facts = {
             "method": f"merged by {about['method']}",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from math import fsum, isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -23,7 +23,11 @@ from vismt.engine import runtime
 from vismt.engine.study import Training
 from vismt.engine.training_files import ADAPTER
 from vismt.jobs.calibration import ImageCalibrationConfig, image_batches
+from vismt.jobs.classification.config import MultitaskConfig
+from vismt.jobs.classification.data import TaskData
+from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.models import PixelNet
+from vismt.jobs.training_job import TrainingJob
 from vismt.llm.corda.covariance import collect_covariance
 from vismt.lowrank.files.combining import combine, interference
 from vismt.lowrank.files.updates import Updates, read_updates
@@ -32,10 +36,7 @@ from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, write
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.files import atomic_write, read_sealed, sealed
 
-if TYPE_CHECKING:
-    from vismt.jobs.classification.config import MergeConfig
-    from vismt.jobs.classification.job import ClassificationJob
-
+Job = TrainingJob[MultitaskConfig, PixelNet]
 FILE = "interference.json"  # in the folder of a merged arm's training
 KEYS = ("arms", "layers", "cosine", "error", "weight", "rank", "validation")
 NOTE = (
@@ -48,18 +49,18 @@ CAPTION = (
 )
 
 
-def merged_net(job: ClassificationJob, training: Training) -> tuple[PixelNet, dict[str, Any]]:
+def merged_net(job: Job, data: TaskData, evaluation: Evaluation, training: Training) -> tuple[PixelNet, dict[str, Any]]:
     """Return the net of a merged arm with the merged adapter, and the content of interference.json."""
     config = job.study.config_of(training)
     section: Any = config.merge
     experts = [one for arm in section.arms for one in job.study.trainings(arm) if one.seed == training.seed]
     adapters = [read_updates(one.folder / ADAPTER, what=f"arms.{training.arm}") for one in experts]
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.low_rank))
-    inputs = [_inputs(job, one, paths, section) for one in experts]
+    inputs = [_inputs(job, data, one, paths, section.examples) for one in experts]
     heads = [job.loaded(one).head for one in experts]
 
     def net_of(merged: Updates) -> PixelNet:
-        net, union = job.fresh(config), job.data.union
+        net, union = job.fresh(config), data.union
         merged.put_on(net.stock)
         for expert, head in zip(experts, heads):
             for task in job.study.arms[expert.arm].trained_tasks:
@@ -85,7 +86,7 @@ def merged_net(job: ClassificationJob, training: Training) -> tuple[PixelNet, di
             net = net_of(merged)
             merge(net.stock)
             separate = config.head_section.labels == "separate"
-            value = job.evaluation.validation_accuracy(net.to(runtime.processes().device), separate)
+            value = evaluation.validation_accuracy(net.to(runtime.processes().device), separate)
         tried[weight] = value, merged
     weight = max(tried, key=lambda weight: tried[weight][0])
     merged = tried[weight][1]
@@ -104,12 +105,12 @@ def merged_net(job: ClassificationJob, training: Training) -> tuple[PixelNet, di
     }
 
 
-def _inputs(job: ClassificationJob, expert: Training, paths: Sequence[str], section: MergeConfig) -> dict[str, Tensor]:
+def _inputs(job: Job, data: TaskData, expert: Training, paths: Sequence[str], examples: int) -> dict[str, Tensor]:
     """Return the covariances of the inputs of layers in an arm's net, on training images of its tasks."""
     net = job.loaded(expert)
     merge(net.stock)
-    images = job.data.training(job.study.arms[expert.arm].trained_tasks)
-    chosen = ImageCalibrationConfig(examples=section.examples)
+    images = data.training(job.study.arms[expert.arm].trained_tasks)
+    chosen = ImageCalibrationConfig(examples=examples)
     return collect_covariance(
         net.to(runtime.processes().device).stock, image_batches(net.backbone, images, chosen), list(paths)
     )
@@ -151,34 +152,30 @@ def _mean(values: Sequence[float]) -> str:
 def interference_figure(found: dict[str, dict[str, Any]], path: Path) -> Path:
     """Draw a map of layers by pairs of arms, then one of layers by arms for each merged arm."""
     first = next(iter(found.values()))
+    layers = list(dict.fromkeys(path for about in found.values() for path in about["layers"]))
     pairs = list(combinations(range(len(first["arms"])), 2))
-    cosines = np.array([[line[a][b] for a, b in pairs] for line in first["cosine"]]).reshape(len(first["layers"]), -1)
     names = [f"{first['arms'][a]} · {first['arms'][b]}" for a, b in pairs]
-    maps: list[tuple[str, np.ndarray, list[str]]] = [("cosine", cosines, names)]
-    maps += [(arm, np.array(about["error"], dtype=float), about["arms"]) for arm, about in found.items()]
+    cosines = {path: [line[a][b] for a, b in pairs] for path, line in zip(first["layers"], first["cosine"])}
+    maps = [("cosine", cosines, names)]
+    maps += [(arm, dict(zip(about["layers"], about["error"])), about["arms"]) for arm, about in found.items()]
     letters = max(len(short(name, 24)) for _, _, columns in maps for name in columns)
     cell, line, top, left, gap = 0.22, 0.13, 0.45 + 0.06 * letters, 1.9, 0.35
-    height = line * max(len(values) for _, values, _ in maps)
-    highest = max(1.0, float(np.nanmax([np.nanmax(values) for _, values, _ in maps[1:]])))
-    figure = new_figure(left + sum(cell * values.shape[1] + gap for _, values, _ in maps) + 0.9, top + height + 0.2)
+    height = line * len(layers)
+    figure = new_figure(left + sum(cell * len(columns) + gap for _, _, columns in maps) + 0.9, top + height + 0.2)
+    errors = [error for _, by_layer, _ in maps[1:] for row in by_layer.values() for error in row if error is not None]
+    scales = [("RdBu_r", -1.0, 1.0), *[("viridis", 0.0, max([1.0, *errors]))] * len(found)]
     x = left
-    for number, (title, values, columns) in enumerate(maps):
-        width = cell * values.shape[1]
-        axes = axes_at(figure, x, top, width, line * len(values))
-        colors = (
-            {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}
-            if number == 0
-            else {"cmap": "viridis", "vmin": 0, "vmax": highest}
-        )
-        drawn = axes.imshow(values, aspect="auto", interpolation="nearest", **colors)
-        axes.set_xticks(
-            range(len(columns)), [short(name, 24) for name in columns], rotation=90, fontsize=6.5, color=MUTED
-        )
+    for (title, by_layer, columns), (colors, lowest, highest) in zip(maps, scales):
+        values = np.array([by_layer.get(path, [None] * len(columns)) for path in layers], dtype=float)
+        axes = axes_at(figure, x, top, cell * len(columns), height)
+        drawn = axes.imshow(values, colors, aspect="auto", interpolation="nearest", vmin=lowest, vmax=highest)
+        texts = [short(name, 24) for name in columns]
+        axes.set_xticks(range(len(columns)), texts, rotation=90, fontsize=6.5, color=MUTED)
         axes.xaxis.tick_top()
-        axes.set_yticks(range(len(values)) if number == 0 else [], first["layers"] if number == 0 else [], fontsize=6)
+        axes.set_yticks(range(len(layers)), layers if x == left else [""] * len(layers), fontsize=6)
         axes.tick_params(colors=MUTED, length=0)
         write(figure, x, 0.2, short(title, 16), weight="bold", fontsize=8.5)
-        x += width + gap
+        x += cell * len(columns) + gap
     bar = figure.colorbar(drawn, cax=axes_at(figure, x, top, 0.12, min(height, 1.5)), format="%.1f")
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=MUTED, labelsize=7, length=0)
