@@ -12,6 +12,8 @@ A table stands between `<!-- rows: NAME -->` and `<!-- end -->`; docs/results/ro
       columns: {digits: {data: digits}, mean: {data: average}, by seed: {data: average, show: seeds}}
       rows: {LoRA: {arm: lora}, LoRA − head: {arm: lora, minus: head}}
 
+The table `claims` is that of docs/claims.md, from claims.yaml beside it (scripts/claims.py).
+
 A cell is the one row of its study that has all values of `where`, of its column and of its row, where seed is null and minus
 "" unless they are named. A row can have values for one column alone, under its name. Further keys: `show` (interval, value,
 seeds, count) and `label`, a text before the number. A row that is a list has typed cells, whose numbers no rows prove.
@@ -31,7 +33,8 @@ from typing import Any
 from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.config.yaml_text import read_yaml
-from vismt.report.study_rows import ROWS, StudyRow, StudyRows, read_study, studies, study_of, write_study
+from vismt.report.claims import of_study, read_claims
+from vismt.report.study_rows import ROWS, SELECTED, StudyRow, StudyRows, read_study, studies, study_of, write_study
 from vismt.report.tables import number_text
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
@@ -42,7 +45,6 @@ MARKED = re.compile(r"^((?:# )?)<!-- rows: ([\w-]+) -->\n(.*?)^\1<!-- end -->$",
 OPENED = re.compile(r"<!-- rows: ")
 TYPED = "Typed, not checked"
 SHOWN = ("interval", "value", "seeds", "count")
-FIELDS = ("task", "data", "protocol", "condition", "metric", "arm", "seed", "minus")
 SEPARATOR = " | "
 
 
@@ -81,19 +83,14 @@ def selections(name: str) -> Iterator[tuple[str, str, dict[str, Any] | str]]:
 
 def found(selection: Mapping[str, Any], where: str) -> tuple[StudyRows, StudyRow]:
     """Return the study and the row of a cell; raise UserError where it is not exactly one."""
-    wanted = {"seed": None, "minus": "", **{key: selection[key] for key in FIELDS if key in selection}}
-    unknown = selection.keys() - {*FIELDS, "study", "show", "label"}
+    wanted = {key: selection[key] for key in SELECTED if key in selection}
+    unknown = selection.keys() - {*SELECTED, "study", "show", "label"}
     if unknown or selection.get("show", SHOWN[0]) not in SHOWN or "study" not in selection:
         raise UserError(
             f"{where}: {', '.join(unknown) or 'show or study'} is not what a cell can have; see scripts/tables.py."
         )
     of = study(selection["study"])
-    rows = [row for row in of.rows if all(getattr(row, key) == value for key, value in wanted.items())]
-    if len(rows) != 1:
-        differ = [key for key in FIELDS if len({getattr(row, key) for row in rows}) > 1]
-        more = f"; name {' or '.join(differ)}" if differ else f"; {len(of.rows)} rows of other numbers"
-        raise UserError(f"{where}: {len(rows)} rows of '{selection['study']}' have {wanted}{more}.")
-    return of, rows[0]
+    return of, of.find(wanted, f"{where}: study '{selection['study']}'")
 
 
 def cell(selection: Mapping[str, Any] | str, where: str) -> str:
@@ -110,8 +107,13 @@ def cell(selection: Mapping[str, Any] | str, where: str) -> str:
     elif show == "value":
         text = number_text(row.value, row.scale, sign, row.half)
     else:
-        text = texts(row)[abs(row.high + row.low - 2 * row.value) > 0.1 * row.half]
+        text = interval_text(row)
     return f"{selection['label']} {text}" if "label" in selection else text
+
+
+def interval_text(row: StudyRow) -> str:
+    """Return a number with its interval, which has two ends where it is not symmetric."""
+    return texts(row)[abs(row.high + row.low - 2 * row.value) > 0.1 * row.half]
 
 
 def texts(row: StudyRow) -> tuple[str, str]:
@@ -123,6 +125,10 @@ def texts(row: StudyRow) -> tuple[str, str]:
 
 def table(name: str, as_comment: bool) -> str:
     """Return a table and a note of what its intervals cover, as Markdown or as the aligned lines of a comment."""
+    if name == "claims":
+        from scripts.claims import sections  # it uses this module
+
+        return sections()
     if name not in specs():
         raise UserError(f"tables: {SPECS} has no table '{name}'.{near(name, specs())}")
     rows: dict[str, list[str]] = {}
@@ -177,13 +183,17 @@ def fresh(page: Path) -> tuple[str, str, int]:
 
 
 def add(run: Path, name: str) -> Path:
-    """Write the rows of a finished run as a study, with the differences that its tables show; return the file."""
+    """Write the rows of a finished run as a study, with the differences that its tables and claims show; return the file."""
     pairs = [
         (selection["arm"], selection["minus"])
         for table_name in specs()
         for _, _, selection in selections(table_name)
         if isinstance(selection, dict) and selection.get("study") == name and selection.get("minus")
     ]
+    pairs += [(evidence.arm, evidence.minus) for _, evidence in of_study(read_claims(), name) if evidence.minus]
+    from scripts import race  # it uses this module
+
+    pairs += race.pairs(run, name)
     path = CHECKOUT / ROWS / f"{name}.jsonl"
     write_study(path, study_of(run, pairs))
     return path

@@ -16,6 +16,7 @@ import vismt
 from vismt.backbones.any_module import ModuleBackbone
 from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
+from vismt.base.objects import registered
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
 from vismt.jobs import open_run
@@ -149,13 +150,39 @@ def test_meta_tuning_changes_a_copy(folder: Path) -> None:
     assert [row.value for row in again] == [row.value for row in results]
 
 
+def test_the_adapter_of_a_study_takes_every_key_of_adapt(folder: Path) -> None:
+    adapt = {"targets": r"blocks\..*qkv", "alpha": 4.0, "options": {"rslora": True}}
+    settings = {"rank": 2, "steps": 1, "ways": 3, "shots": 1, "queries": 2, "episodes": 2}
+    results = vismt.meta_tune(tiny_vit(), Pictures(), folder, adapt=adapt, **settings)
+    with registered(results.objects):
+        specs = open_run(results.folder).job.adapted().vismt_record.specs
+    assert [spec.path for spec in specs] == [f"blocks.{i}.attn.qkv" for i in range(2)]
+    assert {spec.settings.scale for spec in specs} == {4.0 / 2**0.5}
+    with pytest.raises(UserError, match=r"config: unknown key 'adapt\.target'\. Near: 'targets'"):
+        vismt.meta_tune(tiny_vit(), Pictures(), folder, adapt={"target": "qkv"}, **settings)
+
+
 @pytest.mark.slow
 def test_meta_tuning_of_a_pool(folder: Path) -> None:
-    results = vismt.meta_tune(
-        tiny_vit(), Pictures(), folder, levels=[1, 4], rank=2, steps=2, ways=3, shots=1, queries=2, episodes=3
-    )
+    model = tiny_vit()
+    settings = {"rank": 2, "steps": 2, "ways": 3, "shots": 1, "queries": 2, "episodes": 3}
+    name = "blocks.0.attn.qkv.weight"
+    one = vismt.meta_tune(model, Pictures(), folder, levels=[2], **settings)
+    assert torch.equal(one.model().state_dict()[name], one.model("expert:2").state_dict()[name])
+    results = vismt.meta_tune(model, Pictures(), folder, levels=[1, 4], **settings)
     assert {row.arm for row in results} == {"frozen", "merged"}
-    assert "blocks.0.attn.qkv.weight" in results.model("average").state_dict()
+    weights = {name_: results.model(name_).state_dict()[name] for name_ in ("frozen", "average", "1", "expert:4")}
+    assert torch.equal(weights["frozen"], model.state_dict()[name])
+    mean = (weights["1"] + weights["expert:4"]) / 2
+    assert torch.allclose(weights["average"], mean, atol=1e-6) and not torch.allclose(weights["1"], weights["expert:4"])
+    for asked, words in (
+        ("merged", "'merged' is the experts, merged for each task by"),
+        (None, "'merged' is the experts"),
+        ("expert:3", "it has no single adapter 'expert:3'"),
+    ):
+        with pytest.raises(UserError, match=words + r".*; name one expert \(1, 4\), or average") as caught:
+            results.model(asked)
+        assert "--" not in str(caught.value)
 
 
 def test_a_study_from_a_mapping(folder: Path, tmp_path: Path) -> None:

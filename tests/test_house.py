@@ -20,9 +20,10 @@ FLOORS = (
     ("llm", "multitask", "metatune"),
     ("robustness", "engine"),
     ("report",),
+    ("verification",),
     ("jobs", "integrations"),
     ("api",),
-    ("cli",),
+    ("cli", "testing"),
 )
 TOP_FILES = {"__init__", "__main__", "api", "methods"}
 MODULES_IN_A_FOLDER = 20

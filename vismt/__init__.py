@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vismt import llm, lowrank, metatune, multitask, robustness
-    from vismt.api import audit, evaluate_fewshot, meta_tune, train
+    from vismt.api import audit, evaluate_fewshot, meta_tune, predict, train
     from vismt.base.errors import UserError
     from vismt.jobs.study_results import StudyResults
     from vismt.lowrank.files.peft_folder import export_peft, import_peft
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from vismt.lowrank.model.merge import merge
     from vismt.lowrank.model.mixed import adapters_per_sample
     from vismt.lowrank.model.named import activate, disabled, remove, unadapt
+    from vismt.lowrank.model.status import status
     from vismt.lowrank.recompute import recompute
     from vismt.methods import adapt, list_methods
+    from vismt.verification.verdict import Verdict
+    from vismt.verification.verify import verify
 
 from vismt.base.exports import exports
 from vismt.base.registry import PLACES
@@ -28,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "StudyResults",
     "UserError",
+    "Verdict",
     "activate",
     "adapt",
     "adapters_per_sample",
@@ -44,12 +48,15 @@ __all__ = [
     "meta_tune",
     "metatune",
     "multitask",
+    "predict",
     "recompute",
     "remove",
     "robustness",
     "save_adapter",
+    "status",
     "train",
     "unadapt",
+    "verify",
 ]
 
 # The modules that hold the parts of an adapter, by the names that adapter files use.
@@ -61,6 +68,19 @@ PLACES["adapter_modules"] = {
     "moefied_ffn": "vismt.multitask.emtal.ffn",
     "quantized": "vismt.llm.pissa.quantized",
     "slice": "vismt.llm.s2ft.layer",
+}
+# The modules that register the methods; installed packages add theirs by entry points of the group "vismt.methods".
+PLACES["methods"] = {
+    "amt": "vismt.metatune.amt.method",
+    "corda": "vismt.llm.corda.method",
+    "emtal": "vismt.multitask.emtal.method",
+    "ilora": "vismt.llm.ilora.method",
+    "lisa": "vismt.llm.lisa.method",
+    "lora": "vismt.llm.lora",
+    "peft:": "vismt.llm.peft_tuners.method",
+    "pissa": "vismt.llm.pissa.method",
+    "polar": "vismt.llm.polar.method",
+    "s2ft": "vismt.llm.s2ft.method",
 }
 # The present names of methods that earlier adapters and configurations call otherwise.
 PLACES["renamed methods"] = {"moe_lora": "emtal"}

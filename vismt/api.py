@@ -1,4 +1,4 @@
-"""Studies from Python, without a configuration file: `train`, `meta_tune`, `evaluate_fewshot` and `audit`.
+"""Studies from Python, without a configuration file: `train`, `meta_tune`, `evaluate_fewshot` and `audit`; and `predict`.
 
 Each builds the configuration of a job (vismt/jobs) and runs it in a folder, so that numbers, records and reports are those of
 `vismt run`. Data sets and models may be Python objects (vismt/base/objects.py).
@@ -16,13 +16,16 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, require_known
 from vismt.base.objects import name_of, named, registered, title_of
 from vismt.jobs.study_results import StudyResults
+
+if TYPE_CHECKING:
+    from vismt.jobs.predictions import Predictions
 
 EPSILON = "4.5/255"
 
@@ -50,6 +53,7 @@ def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyR
     path = Path(temporary.name if temporary else folder or "")
     with registered(objects), start_config(built, path).owned() as run:
         if run.job.trains:
+            run.evaluate_references()
             run.train()
         run.evaluate()
     return StudyResults(path, read_results(path / RESULTS, run.hash), objects, temporary)
@@ -187,6 +191,7 @@ def meta_tune(
     test: Any,
     *,
     method: str = "lora",
+    adapt: Mapping[str, Any] | None = None,
     levels: Sequence[float] = (),
     rank: int = 8,
     steps: int = 100,
@@ -208,6 +213,8 @@ def meta_tune(
         data: the data sets of the training episodes, see the module.
         test: the data sets that are tested on.
         method: of the adapter, see `vismt.list_methods`.
+        adapt: further keys of the section `adapt` of a configuration, {"targets": ..., "alpha": ..., "options": {...}}; they
+            come before `method` and `rank`.
         levels: with input budgets in 1/255, AMT's pool instead (`method` is then amt): one robust expert for each, merged for
             every test task.
         rank: of the adapter.
@@ -224,7 +231,8 @@ def meta_tune(
         folder: see `train`.
 
     Returns:
-        Accuracies of "frozen", and of "adapted" or "merged". `model()` has the tuned model, `model("average")` that of a pool.
+        Accuracies of "frozen", and of "adapted" or "merged". `model()` has the tuned model, or the only expert of a pool;
+        of several experts `model("2")` has that of level 2, and `model("average")` their mean.
 
     Raises:
         UserError: what `train` refuses.
@@ -236,7 +244,7 @@ def meta_tune(
         "title": "Meta-tuning",
         "seed": seed,
         "model": {**arm, "img_size": img_size},
-        "adapt": {"method": "amt" if levels else method, "rank": rank},
+        "adapt": {"method": "amt" if levels else method, "rank": rank, **(adapt or {})},
         "pool": {"levels": list(levels)} if levels else None,
         "source": {"data": _sets(data, objects), "ways": ways, "shots": shots, "queries": queries},
         "train": {"steps": steps, "lr": lr, "warmup": steps // 10},
@@ -251,6 +259,43 @@ def meta_tune(
         },
     }
     return _with_objects(config, objects, folder)
+
+
+def predict(
+    source: str | Path | StudyResults,
+    inputs: str | Path | Sequence[str | Path],
+    *,
+    to: str | Path | None = None,
+    support: str | Path | None = None,
+    **options: Any,
+) -> Predictions:
+    """Predict the classes or maps of images, or what a language model answers to rows of text, as `vismt predict` does.
+
+    Args:
+        source: a run folder, what a study from Python returned, a folder of `vismt merge` or `vismt export`, or a checkpoint
+            of a timm model with a config.json beside it.
+        inputs: image files, folders of them, or a .jsonl or .csv file of rows of text.
+        to: the folder to write to; by default `predictions` in the run folder.
+        support: of a few-shot run or a backbone without classes, a folder with a folder of example images for each class.
+        options: the other fields of `vismt.jobs.predictions.Options`: arm, top, sheet, maps, own_size, flip, temperature,
+            new_tokens, seed.
+
+    Returns:
+        `.rows`, the answers as dictionaries, and `.files`, the written files.
+
+    Raises:
+        UserError: an unknown option, one of another kind of model, and files that cannot be read.
+    """
+    from vismt.jobs import predict as jobs
+    from vismt.jobs.predictions import Options
+
+    require_known("predict: no option", options, [item.name for item in fields(Options) if item.name != "support"])
+    settings = Options(support=None if support is None else Path(support), **options)
+    objects = source.objects if isinstance(source, StudyResults) else {}
+    folder = source.folder if isinstance(source, StudyResults) else Path(source)
+    paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+    with registered(objects):
+        return jobs.predict(folder, paths, None if to is None else Path(to), settings)
 
 
 def _models(model: Any, objects: dict[str, Any], key: str) -> dict[str, dict[str, str]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vismt.base.errors import UserError, require_known
-from vismt.base.registry import PLACES, Registry
+from vismt.base.registry import PLACES, Registry, with_entry_points
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.stock_modules import matrix_shape
 from vismt.lowrank.model.inject import COMMON, check_options
@@ -121,20 +121,7 @@ class Method:
 
 
 METHODS: Registry[Method] = Registry(
-    "adapt: no method",
-    {
-        "amt": "vismt.metatune.amt.method",
-        "corda": "vismt.llm.corda.method",
-        "emtal": "vismt.multitask.emtal.method",
-        "ilora": "vismt.llm.ilora.method",
-        "lisa": "vismt.llm.lisa.method",
-        "lora": "vismt.llm.lora",
-        "peft:": "vismt.llm.peft_tuners.method",
-        "pissa": "vismt.llm.pissa.method",
-        "polar": "vismt.llm.polar.method",
-        "s2ft": "vismt.llm.s2ft.method",
-    },
-    PLACES["renamed methods"],
+    "adapt: no method", with_entry_points("vismt.methods", PLACES["methods"]), PLACES["renamed methods"]
 )
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract.test_methods import GRAPHS, METHODS, OWN, VARIANTS, adapted, faded, gates  # noqa: F401 (a fixture)
+from contract.test_methods import GRAPHS, METHODS, OWN, VARIANTS, adapted, gates  # noqa: F401 (a fixture)
 from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
 from vismt.base.errors import UserError
+from vismt.testing.method_contract import faded
 
 EVERY = [*GRAPHS, *((method, "with_head") for method in METHODS if method != "s2ft")]
 

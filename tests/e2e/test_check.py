@@ -13,7 +13,7 @@ from helpers.toy_job import job
 
 import vismt.jobs
 from vismt.cli import main
-from vismt.report import study_rows
+from vismt.report import claims, study_rows
 from vismt.report.study_rows import read_study, study_of, write_study
 
 CONFIG = {
@@ -47,7 +47,8 @@ def toy(committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     """Return a function that runs the toy study with overrides, once; the rows are in tmp_path / "rows"."""
     monkeypatch.setitem(vismt.jobs.JOBS, "toy", "helpers.toy_job")
     shutil.copytree(committed / "rows", tmp_path / "rows")
-    monkeypatch.setattr(study_rows, "shipped", lambda _: tmp_path / "rows")
+    for module in (study_rows, claims):
+        monkeypatch.setattr(module, "shipped", lambda _: tmp_path / "rows")
     return lambda *overrides: run(committed / "toy.yaml", tmp_path, *overrides)
 
 
@@ -56,7 +57,7 @@ def test_other_seeds_are_inside_whose_rows_are_found(toy, capsys: pytest.Capture
     assert main(["check", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[-5:] == ["toy", "predicted", "this", "run", "verdict"]
-    assert lines[-1] == "check   3 of 3 numbers inside, together at 95 %" and "gelu − relu" in "".join(lines)
+    assert lines[-1] == "check   12 of 12 numbers inside, together at 95 %" and "gelu − relu" in "".join(lines)
     assert main(["check", str(folder), "toy", "--quiet"]) == 0
 
 
@@ -67,7 +68,7 @@ def test_swapped_labels_in_the_training_are_outside(toy, monkeypatch, capsys: py
     folder = toy("seeds=[4, 5, 6, 7]")
     assert main(["check", str(folder)]) == 1
     printed = capsys.readouterr().out
-    assert "outside" in printed.splitlines()[1] and "of 3 numbers inside" in printed
+    assert "outside" in printed.splitlines()[1] and "of 12 numbers inside" in printed
 
 
 def score_with(pairs: Callable) -> Callable:
@@ -128,3 +129,19 @@ def test_what_is_no_committed_run_is_one_line(
 def test_the_cheapest_quick_starts_reproduce_their_committed_rows(name: str, tmp_path: Path) -> None:
     assert main(["run", name, "--out", str(tmp_path), "--quiet"]) == 0
     assert main(["check", str(next(tmp_path.iterdir())), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("above,code,verdict", [(-1000, 0, "holds"), (1000, 1, "does not hold")])
+def test_a_claim_that_the_run_contradicts_fails(
+    toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], above: int, code: int, verdict: str
+) -> None:
+    row = read_study(tmp_path / "rows" / "toy.jsonl").rows[0]
+    shown = {"study": "toy", "data": row.data, "metric": row.metric, "arm": "gelu", "minus": "relu", "above": above}
+    stated = [{"claim": "A smooth activation is better.", "shown": [{**shown, "verdict": "holds"}]}]
+    paper = {"toy": {"title": "Toy", "page": "toy.md", "source": "https://example.org", "claims": stated}}
+    (tmp_path / "rows" / "claims.yaml").write_text(yaml.safe_dump(paper))
+    folder = toy("seeds=[4, 5, 6, 7]")
+    assert main(["check", str(folder)]) == code
+    printed = capsys.readouterr().out
+    assert f"holds  {verdict}\n" in printed
+    assert f"{1 - code} of 1 verdicts are not contradicted" in printed

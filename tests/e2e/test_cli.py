@@ -85,6 +85,18 @@ def test_a_run_leaves_everything_a_number_needs(run_folder: Path) -> None:
     assert [len(read_lines(path)) for path in sorted((run_folder / "records").iterdir())] == [3] * 6
 
 
+def test_what_is_not_trained_is_evaluated_first_and_printed_once(tmp_path: Path, capsys) -> None:
+    config = str(write(tmp_path, train={"steps": 1}, evaluate={**SMALL["evaluate"], "attacks": []}))
+    assert main(["run", config, "--out", str(tmp_path / "runs")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split()[0] + (" frozen" if "frozen" in line else "") for line in lines]
+    assert shown.index("eval frozen") < shown.index("train") < shown.index("eval")
+    assert shown.count("eval frozen") == shown.count("eval") == 1
+    # `vismt train` evaluates nothing
+    assert main(["train", config, "--out", str(tmp_path / "others")]) == 0
+    assert "eval" not in capsys.readouterr().out
+
+
 def test_the_command_of_a_report_can_be_pasted(tmp_path: Path, monkeypatch) -> None:
     import shlex
 
@@ -367,7 +379,8 @@ def test_an_unwritable_run_folder_is_code_2(tmp_path: Path, capsys) -> None:
 
 
 def test_lists(capsys) -> None:
-    assert main(["list"]) == 0 and main(["data", "list"]) == 0 and main(["assets", "list"]) == 0
+    for words in (["list"], ["list", "methods"], ["data", "list"], ["assets", "list"]):
+        assert main(words) == 0
     out = capsys.readouterr().out
     for word in ("lora", "pissa", "split_qkv", "fewshot", "photo_crops", "vit_small_patch14_imgfocus"):
         assert word in out
@@ -405,10 +418,20 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert process.stdout.count("report  ") == 1
 
 
-@pytest.mark.slow
 def test_the_list_answers_quickly() -> None:
-    """`vismt list` imports no heavy package, which keeps it within two seconds of importing torch."""
-    heavy = ("transformers", "torchattacks", "matplotlib", "accelerate", "sklearn", "skimage", "onnx")
+    """`vismt list` imports no heavy package, which keeps it within a second."""
+    heavy = (
+        "torch",
+        "numpy",
+        "PIL",
+        "transformers",
+        "torchattacks",
+        "matplotlib",
+        "accelerate",
+        "sklearn",
+        "skimage",
+        "onnx",
+    )
     code = f"import sys; from vismt.cli import main; main(['list']); print([n for n in {heavy} if n in sys.modules])"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout.strip().splitlines()[-1] == "[]"

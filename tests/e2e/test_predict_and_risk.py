@@ -283,7 +283,8 @@ def test_predict_names_what_is_for_maps(classes: Path, room: Path, capsys) -> No
     image = str(room / "data/tones/test/bright")
     for option in ("--own-size", "--flip"):
         assert main(["predict", str(classes), image, option, "--quiet"]) == 2
-        assert capsys.readouterr().err == f"error: predict: {option} is for dense runs; leave it out.\n"
+        wanted = f"error: predict: {option} is for dense runs, and this is a run of multitask; leave it out.\n"
+        assert capsys.readouterr().err == wanted
 
 
 def test_a_robustness_run_takes_the_risk_of_a_dense_run_that_has_classes(

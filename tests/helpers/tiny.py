@@ -1,13 +1,16 @@
-"""A small timm ViT for tests, images for it, and changes of a model's parameters; nothing is downloaded."""
+"""A small timm ViT for tests, with copies of what was built before; nothing is downloaded."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 
-import timm
 import torch
 from torch import Tensor, nn
+
+from vismt.testing.method_contract import images, shake, small_vit
+
+__all__ = ["DIGITS", "built_once", "images", "shake", "snapshot", "tiny_vit"]
 
 # A multi-task run on digits without its adapt section.
 DIGITS = {
@@ -35,25 +38,8 @@ def built_once(build: Callable[..., nn.Module], seed: int, *args: object, **opti
 
 
 def tiny_vit(seed: int = 0, num_classes: int = 5, **options: object) -> nn.Module:
-    """Return a timm ViT with 2 blocks of width 32, for images of 16 x 16 pixels with 4 x 4 patches."""
-    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": num_classes}
-    return built_once(timm.create_model, seed, "vit_tiny_patch16_224", **{**shape, **options})
-
-
-def images(count: int = 3, size: int = 16, seed: int = 1) -> Tensor:
-    """Return random images, float32 (count, 3, size, size) in [0, 1]."""
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def shake(model: nn.Module, scale: float = 0.05, seed: int = 2) -> nn.Module:
-    """Add noise to every trainable parameter, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-                parameter.add_(scale * noise.to(parameter))
-    return model
+    """Return a copy of `small_vit`: 2 blocks of width 32, for images of 16 x 16 pixels with 4 x 4 patches."""
+    return built_once(small_vit, seed, seed, num_classes, **options)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from vismt.base.errors import UserError
 from vismt.config.sections import typed
 from vismt.jobs.dense import predict as dense_predict
 from vismt.jobs.dense.config import DenseConfig
+from vismt.jobs.predictions import Options
 from vismt.multitask.tasks import make_task
 from vismt.multitask.tasks.maps import InverseDepth
 
@@ -52,7 +53,8 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             images.append(tmp_path / f"{number}.png")
             Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(images[-1])
         net = SimpleNamespace(to=lambda device: None)
-        dense_predict.predict_images(config, net, "adapted", images, tmp_path, maps=True, **how)
+        options = Options(maps=True, **how)
+        dense_predict.predict_images(config, net, "adapted", images, tmp_path, options, {})
         return [dict(np.load(path.with_suffix(".npz"))) for path in images]
 
     return SimpleNamespace(run=run, calls=calls)

@@ -9,7 +9,9 @@ import torch
 
 from vismt.base.errors import UserError
 from vismt.config.sections import AdaptConfig, TrainConfig, config_hash, typed
+from vismt.engine.study import TuneConfig
 from vismt.jobs.fewshot.arms import (
+    evaluated_models,
     planned_experts,
     pool_members,
     resolve_experts,
@@ -19,6 +21,7 @@ from vismt.jobs.fewshot.config import (
     EvaluateConfig,
     FewShotConfig,
     PoolConfig,
+    SelectConfig,
     SourceConfig,
 )
 from vismt.jobs.fewshot.config_checks import check
@@ -163,3 +166,60 @@ def test_the_seed_draws_one_of_the_corruptions() -> None:
     assert torch.equal(draw_corruption(images, 3, 5), changed[5])
     distances = {round(float((part - images).abs().mean()), 4) for part in changed}
     assert len(distances) >= 8  # several kinds, not one with several seeds
+
+
+LEVEL_2 = {"levels": [2], "pyramid": [[None, 1.0]], "weight_attack": "none"}
+
+
+def arms_of(**arms: dict) -> FewShotConfig:
+    return FewShotConfig(
+        adapt=AdaptConfig(method="lora"),
+        train=TrainConfig(),
+        arms=arms,
+        tune=TuneConfig([1e-3, 3e-3]),
+        select=SelectConfig(data=["mnist"]),
+        source=SourceConfig(data=["cifar100"], queries=3),
+        evaluate=EvaluateConfig(data=["digits"], models=["frozen", "adapted"]),
+    )
+
+
+def test_an_arm_with_a_pool_section_is_trained_as_its_expert_and_evaluated_like_the_others() -> None:
+    config = arms_of(
+        clean={},
+        lora={"pool": LEVEL_2},
+        joint={"adapt.method": "amt", "pool": {**LEVEL_2, "weight_attack": "joint", "gamma": 0.002}},
+    )
+    check(config)
+    arms = resolve_experts(config)
+    assert evaluated_models(config, list(arms)) == ["frozen", "clean", "lora", "joint"]
+    assert not hasattr(arms["clean"], "adversary")
+    assert arms["lora"].adversary.epsilons == arms["joint"].adversary.epsilons == (2 / 255,)
+    assert (arms["lora"].adversary.weight_attack, arms["joint"].adversary.weight_attack) == ("none", "joint")
+    assert arms["joint"].adversary.gamma == 0.002 and arms["joint"].adapt.method == "amt"
+    assert all(arm.tune is None and arm.arms == {} and arm.source.data == ["cifar100"] for arm in arms.values())
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        {**LEVEL_2, "levels": [1, 2]},
+        {**LEVEL_2, "clean": True},
+        {"folder": "pools/a"},
+        {**LEVEL_2, "rates": {"2": 1.0}},
+    ],
+)
+def test_an_arm_of_several_experts_is_refused(pool: dict) -> None:
+    with pytest.raises(UserError, match=r"arms\.lora: pool: an arm is trained as one expert"):
+        check(arms_of(lora={"pool": pool}))
+
+
+def test_a_pool_of_the_run_has_no_arms() -> None:
+    with pytest.raises(UserError, match="move the pool section into the arms"):
+        check(
+            replace(
+                arms_of(lora={}),
+                pool=PoolConfig(levels=[2.0]),
+                tune=None,
+                evaluate=EvaluateConfig(["digits"], ["frozen"]),
+            )
+        )

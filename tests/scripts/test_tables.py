@@ -139,10 +139,10 @@ def test_seeds_are_shown_one_by_one(checkout: Path) -> None:
         ),
         (lambda spec: spec["where"].update(arn="a"), "arn is not what a cell can have"),
         (lambda spec: spec["columns"]["n"].update(show="all"), "show or study is not what a cell can have"),
-        (lambda spec: spec["where"].pop("data"), "3 rows of 'study'"),
+        (lambda spec: spec["where"].pop("data"), "study 'study': 3 rows have"),
         (
             lambda spec: spec["rows"]["clean | frozen"].update(arm="frosen"),
-            "'clean | frozen', 'accuracy': 0 rows of 'study'",
+            "'clean | frozen', 'accuracy': study 'study': 0 rows have",
         ),
     ],
 )

@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.uncertainty.intervals import estimate
 from vismt.uncertainty.probability_metrics import (
     binned_gaps,
     detection_auroc,
@@ -155,6 +156,33 @@ def test_detection_of_outliers_by_a_score() -> None:
     assert detection_auroc(torch.tensor([100.0, 150.0]), torch.tensor([200.0, 1e9])) == 1.0
     assert detection_auroc(torch.tensor([-2e9, -300.0]), torch.tensor([-200.0, -100.0])) == 1.0
     assert detection_auroc(torch.ones(2), torch.zeros(2)) == 0.0
+
+
+def test_parts_of_rows_by_hand() -> None:
+    far = 0.3 + 0.01 * torch.arange(10).double()[:, None]  # one bin: the ECE is a mean, without a bias
+    assert gap_values(far, parts=5)[1] == pytest.approx(estimate(far, parts=5).bounds)
+    # ECE .4 + 0. Without the first or third row 1.3 / 3 + .02 / 3, without another 1.1 / 3 + .02 / 3: mean .406667, bias .02.
+    # The second bin has no sign; .3, .5, .3, .5 have a deviation of .115470, half of it times t at three degrees of freedom.
+    values, bounds = gap_values(torch.tensor([[0.3, 0.02], [0.5, -0.02], [0.3, 0.02], [0.5, -0.02]]).double(), parts=4)
+    assert values.tolist() == pytest.approx([0.3, 0.5, 0.3, 0.5])
+    assert bounds == pytest.approx((0.4 - 0.02 - 0.183738, 0.4 + 0.183738), abs=1e-6)
+    assert gap_values(torch.tensor([[0.9], [0.1]]).double(), parts=2)[1] == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("true", [[0.1, -0.06, 0.03, 0.0], [0.0, 0.0, 0.0, 0.01]])
+def test_interval_of_ece_over_parts_covers_the_truth(true: list[float]) -> None:
+    """Each part moves the gaps of the bins, as images do; rows that are resampled one by one do not know it."""
+    generator = torch.Generator().manual_seed(0)
+    covered = alone = 0
+    for _ in range(100):
+        moved = 0.03 * torch.randn(5, 4, generator=generator, dtype=torch.float64)
+        rows = 0.03 * torch.randn(100, 4, generator=generator, dtype=torch.float64)
+        gaps = torch.tensor(true).double() + moved.repeat(20, 1) + rows
+        low, high = gap_values(gaps, parts=5)[1]
+        covered += low <= sum(map(abs, true)) <= high
+        low, high = gap_values(gaps, resamples=100)[1]
+        alone += low <= sum(map(abs, true)) <= high
+    assert 0.88 <= covered / 100 <= 0.99 and alone / 100 < 0.8, (covered, alone)
 
 
 @pytest.mark.parametrize("over", [0.0, 0.05, 0.15])

@@ -1,16 +1,65 @@
-"""Objects by name: a table that modules fill when they are imported, each when its name is first looked up."""
+"""Objects by name: a table that modules fill when they are imported, each when its name is first looked up.
+
+Installed packages add names by entry points (`with_entry_points`), and a user's own module adds them when it is imported
+(`import_own`).
+"""
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
-from vismt.base.errors import require_known
+from vismt.base.errors import UserError, require_known
 
 T = TypeVar("T")
 # What registries of the core find in packages above it, by kind: vismt/__init__.py writes them down, since it runs first.
 PLACES: dict[str, dict[str, str]] = {}
+
+
+def with_entry_points(group: str, places: Mapping[str, str]) -> dict[str, str]:
+    """Return `places` with the modules that installed packages name as entry points of `group`; vismt's own names stay."""
+    return {**{point.name: point.value for point in entry_points(group=group)}, **places}
+
+
+def import_own(module: str, what: str) -> ModuleType:
+    """Import a module that may be a user's or of another package; the working folder is on the path meanwhile.
+
+    Raises UserError, which begins with `what`, where such a module cannot be imported.
+    """
+    if module.startswith("vismt."):
+        return importlib.import_module(module)
+    with working_folder_on_path():
+        importlib.invalidate_caches()  # the file may be younger than the folder's listing
+        try:
+            return importlib.import_module(module)
+        except (Exception, SystemExit) as error:
+            advice = ""
+            if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+                advice = ": run in the folder that contains it, or add that folder to PYTHONPATH"
+            raise UserError(f"{what}: cannot import '{module}' ({first_line(error)}){advice}.") from error
+
+
+@contextmanager
+def working_folder_on_path() -> Iterator[None]:
+    """Let imports in the block find the modules of the working folder, which `vismt` itself leaves out."""
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the type and the first line of an error of foreign code."""
+    message = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {message}"
 
 
 class Registry(Mapping[str, T]):
@@ -72,7 +121,9 @@ class Registry(Mapping[str, T]):
             return self.families[prefix](rest)
         require_known(self._unknown, [name], self)
         if name not in self._items:
-            importlib.import_module(self._places[name])
+            module = import_own(self._places[name], f"{self._unknown} '{name}'")
+            if name not in self._items:
+                raise UserError(f"{self._unknown} '{name}': the module '{module.__name__}' does not register it.")
         return self._items[name]
 
     def __contains__(self, name: object) -> bool:

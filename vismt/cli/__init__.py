@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import vismt
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.cli import attack, check, data, folders, init, models, runs
+from vismt.cli import attack, check, data, folders, init, models, runs, verify
 from vismt.cli.commands import Commands
 
-GROUPS = (runs, folders, check, init, attack, models, data)  # in the order of `vismt --help`
+GROUPS = (runs, folders, check, verify, init, attack, models, data)  # in the order of `vismt --help`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `vismt`; None takes them from `sys.argv`.
 
     Returns:
-        The exit code: 0 done, 1 a check failed, 2 a user error, 130 interrupted.
+        The exit code: 0 done, 1 a check failed, 2 a user error, 130 interrupted; of verify 3 suspicious, 4 broken.
     """
     options = parse(arguments)
     console.set_quiet(options.quiet or int(os.environ.get("RANK", "0")) > 0)

@@ -33,7 +33,8 @@ def _check(options: argparse.Namespace) -> int:
     from vismt.report.tables import number_text, scale_text
 
     name, committed = _committed(options.run, read_resolved(options.run), options.rows)
-    found = verdicts(committed, study_of(options.run, committed.about.differences))
+    run = study_of(options.run, committed.about.differences)
+    found = verdicts(committed, run)
     lines = []
     for verdict in found:
         row = verdict.row
@@ -49,7 +50,22 @@ def _check(options: argparse.Namespace) -> int:
     console.table(heads, sorted(lines, key=lambda line: line[-1] == "inside"))
     inside = sum(verdict.word == "inside" for verdict in found)
     console.stage("check", f"{inside} of {len(found)} numbers inside, together at {100 * FAMILY:.0f} %")
-    return int(inside < len(found))
+    return int(inside < len(found) or _claims_fail(name, run))
+
+
+def _claims_fail(name: str, run: StudyRows) -> bool:
+    """Print the verdicts on the claims that a study tests, as committed and by the run; return whether any two contradict."""
+    from vismt.report.claims import contradict, of_study, read_claims
+
+    lines = []
+    for claim, evidence in of_study(read_claims(), name):
+        lines.append((claim, evidence.verdict, evidence.follows(run.find(evidence.row, f"claims: '{claim}'"))))
+    if not lines:
+        return False
+    console.table(("claim", name, "this run"), lines)
+    failed = [claim for claim, committed, found in lines if contradict(committed, found)]
+    console.stage("claims", f"{len(lines) - len(failed)} of {len(lines)} verdicts are not contradicted")
+    return bool(failed)
 
 
 def _committed(folder: Path, config: RunConfig, given: str | None) -> tuple[str, StudyRows]:

@@ -22,6 +22,7 @@ EXAMPLES = {
     "predict": "vismt predict runs/camvid-1a2b3c4d street.jpg --arm emtal",
     "report": "vismt report runs/quickstart-769da21959",
     "run": "vismt run configs/quickstart.yaml train.steps=20",
+    "verify": "vismt verify runs/quickstart-769da21959/export-peft --base base --json verdict.json",
     "train": "vismt train configs/quickstart.yaml --out runs",
 }
 Runner = Callable[[argparse.Namespace], int | None]

@@ -47,7 +47,9 @@ def add_commands(commands: Commands) -> None:
         "--schema", action="store_true", help="print the JSON schema of all configurations, for editors"
     )
     listing = commands.add(
-        "list", _list, "list methods, jobs, configurations, data cards, assets, or the runs of a folder"
+        "list",
+        _list,
+        "list methods (with their options), jobs, configurations, data cards, assets, or the runs of a folder",
     )
     listing.add_argument("what", nargs="?", choices=LISTS, help="one of them (all but runs)")
     listing.add_argument("--runs", type=Path, default=Path("runs"), help="for runs: parent of the run folders (runs)")
@@ -143,8 +145,9 @@ def _list(options: argparse.Namespace) -> None:
     if options.what == "runs":
         _list_runs(options.runs)
         return
-    if options.what in (None, "methods"):
+    if options.what == "methods":
         _list_methods()
+        return
     for what, names in LISTED.items():
         if options.what in (None, what):
             console.stage(what, ", ".join(names()))
@@ -176,6 +179,13 @@ def _list_methods() -> None:
         console.stage("method", f"{prefix + ':...':<10}{(make.__doc__ or '').strip().splitlines()[0]}")
 
 
+def _methods() -> Iterable[str]:
+    from vismt.base.registry import PLACES, with_entry_points
+
+    names = with_entry_points("vismt.methods", PLACES["methods"])  # without an import of torch
+    return sorted(f"{name}..." if name.endswith(":") else name for name in names)
+
+
 def _jobs() -> Iterable[str]:
     from vismt.jobs import JOBS
 
@@ -183,19 +193,20 @@ def _jobs() -> Iterable[str]:
 
 
 def _cards() -> Iterable[str]:
-    from vismt.data.cards import list_cards
+    from vismt.storage.paths import list_cards
 
     return list_cards()
 
 
 def _asset_names() -> Iterable[str]:
-    from vismt.backbones.assets import list_assets
+    from vismt.backbones.asset_cards import list_assets
 
     return list_assets()
 
 
 # What `vismt list` prints in one line -> its names.
 LISTED: dict[str, Callable[[], Iterable[str]]] = {
+    "methods": _methods,
     "jobs": _jobs,
     "configs": list_configs,
     "data": _cards,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any
 
 from vismt.base import console
 from vismt.base.errors import UserError
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 Files = dict[str, str]  # content by name
 CARD = "card.yaml"
 VOID = 255  # the usual label of pixels without a class
+MANY = 40  # rows of text of which a tenth is enough to test on
+PROMPTS, ANSWERS = ("prompt", "question", "instruction", "input"), ("answer", "response", "completion", "output")
+TEXTS, LABELS = ("text", "sentence", "content", "document"), ("label", "class", "category")
 
 
 def add_commands(commands: Commands) -> None:
@@ -32,6 +36,12 @@ def add_commands(commands: Commands) -> None:
         metavar="DIR",
         help="a folder with a folder of images for each class; for dense, one with the folders images and label, depth_m, ...",
     )
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help="for lm: a .jsonl or .csv file of prompts and answers, chats, texts, or texts with labels",
+    )
     parser.add_argument("--to", type=Path, default=Path(), metavar="FOLDER", help="where to write (the current folder)")
 
 
@@ -40,8 +50,14 @@ def _init(options: argparse.Namespace) -> None:
 
     if options.images is not None and not options.images.is_dir():
         raise UserError(f"init: --images {options.images}: no such folder.")
-    folder = options.to.resolve()
-    files = WRITERS[options.job](folder, options.images and options.images.resolve())
+    folder, given = options.to.resolve(), options.images
+    if options.texts is not None:
+        if options.job != "lm":
+            raise UserError(f"init: --texts is for lm; {options.job} takes --images.")
+        if not options.texts.is_file():
+            raise UserError(f"init: --texts {options.texts}: no such file.")
+        given = options.texts
+    files = WRITERS[options.job](folder, given and given.resolve())
     existing = next((name for name in files if (folder / name).exists()), None)
     if existing is not None:
         raise UserError(f"init: '{options.to / existing}' exists; name another folder with --to, or remove it.")
@@ -151,12 +167,49 @@ def _maps(images: Path) -> tuple[str, str, dict[str, str]]:
     return ", ".join(f"{name}: {name}" for name in found), f"[{', '.join(tasks)}]", more
 
 
-def _lm(folder: Path, images: Path | None) -> Files:
-    if images is not None:
-        raise UserError(
-            "init lm: a language model learns from texts; leave --images out and put your rows into texts.csv."
-        )
-    return {"texts.csv": templates.TEXTS} | _config("lm", templates.LM, data=_quoted(folder / "texts.csv"))
+def _lm(folder: Path, texts: Path | None) -> Files:
+    if texts is None:
+        return {"texts.csv": templates.TEXTS} | _config("lm", templates.LM, data=_quoted(folder / "texts.csv"))
+    if texts.is_dir():
+        raise UserError("init lm: a language model learns from texts; name a .jsonl or .csv file with --texts.")
+    from vismt.data.texts.text_set import open_texts
+
+    rows = open_texts(texts).rows
+    learned, task = _text_task(texts, rows)
+    keys = "\n    ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in task.items())
+    values = {"about": texts.name, "learned": learned, "task": keys, "data": _quoted(texts)}
+    return _config("lm", templates.OWN_TEXTS, share=0.1 if len(rows) >= MANY else 0.3, **values)
+
+
+def _text_task(path: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """Return what is learned from rows of one form, and the keys of their task."""
+    columns = list(rows[0]) if rows else []
+
+    def field(names: Iterable[str]) -> str:
+        return next(("{" + name + "}" for name in columns if name.lower() in names), "")
+
+    prompt, answer, label, text = map(field, (PROMPTS, ANSWERS, LABELS, TEXTS))
+    if "messages" in columns:
+        return "the assistant's turns", {"kind": "chat"}
+    if prompt and answer:
+        # The prompt is the user's turn in the chat template of the model, where it has one.
+        return "the answer", {"kind": "causal", "prompt": prompt, "chat": True, "options": {"answer": answer}}
+    if text and label:
+        labels = sorted({str(row[label[1:-1]]) for row in rows})
+        if not 2 <= len(labels) <= len(ascii_uppercase):
+            raise UserError(
+                f"init: --texts {path}: {len(labels)} labels in the column '{label[1:-1]}'; needed are 2 to 26."
+            )
+        answers = {name: f" {letter}" for name, letter in zip(labels, ascii_uppercase)}
+        listed = "".join(f"\n({letter.strip()}) {name}" for name, letter in answers.items())
+        prompt = f"{text}{listed.replace('{', '{{').replace('}', '}}')}\nAnswer:"
+        return "the label", {"kind": "classes", "prompt": prompt, "options": {"answers": answers, "label": label}}
+    if text:
+        return "every token", {"kind": "causal", "options": {"answer": text}}
+    raise UserError(
+        f"init: --texts {path}: the columns are {', '.join(columns) or 'none'}; needed are prompt and answer, messages, text, "
+        "or text and label."
+    )
 
 
 def _quoted(value: object) -> str:

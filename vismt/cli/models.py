@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,14 +20,24 @@ def add_commands(commands: Commands) -> None:
     merge.add_argument("run", type=Path, help="a run folder")
     _add_arm(merge)
     predict = commands.add(
-        "predict",
-        _predict,
-        "predict the classes (a table) or the maps (pictures) of your own images",
+        "predict", _predict, "predict the classes or maps of your own images, or what a language model writes"
     )
-    predict.add_argument("run", type=Path, help="a run folder")
-    predict.add_argument("images", type=Path, nargs="+", help="image files of any size, or folders of them")
+    predict.add_argument(
+        "run", type=Path, help="a run folder, a merged or exported one, or a checkpoint of a timm model"
+    )
+    predict.add_argument(
+        "inputs",
+        type=Path,
+        nargs="+",
+        help="image files of any size, folders of them, or a .jsonl or .csv of rows of text",
+    )
     predict.add_argument("--to", type=Path, help="target folder (RUN/predictions)")
     _add_arm(predict)
+    predict.add_argument(
+        "--support", type=Path, metavar="FOLDER", help="of a few-shot run: a folder of example images for each class"
+    )
+    predict.add_argument("--top", type=int, default=5, metavar="K", help="classes in a row (5)")
+    predict.add_argument("--sheet", action="store_true", help="also draw the images with their classes")
     predict.add_argument(
         "--own-size",
         action="store_true",
@@ -42,13 +53,22 @@ def add_commands(commands: Commands) -> None:
         action="store_true",
         help="also write arrays (.npz): the probabilities of all classes, or each map, with a picture and an overlay (.png)",
     )
+    predict.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="of written text: sample at T; 0 takes the likeliest (0)",
+    )
+    predict.add_argument("--new-tokens", type=int, default=128, metavar="N", help="of written text: its longest (128)")
+    predict.add_argument("--seed", type=int, default=0, help="of sampled text (0)")
     pool = commands.add("pool", _pool, "assemble separately trained experts into one pool folder")
     pool.add_argument("action", choices=("assemble",))
     pool.add_argument("experts", type=Path, nargs="+", help="run folders, adapter folders or pools")
     pool.add_argument("--to", type=Path, required=True, help="the pool folder to write")
-    export = commands.add("export", _export, "export a run's model: timm, transformers or peft")
+    export = commands.add("export", _export, "export a run's model: timm, transformers, peft, ONNX or torch.export")
     export.add_argument("run", type=Path, help="a run folder")
-    export.add_argument("--format", default="timm", help="timm, transformers or peft (timm)")
+    export.add_argument("--format", default="timm", help="timm, transformers, peft, onnx or torch (timm)")
     export.add_argument("--to", type=Path, help="target folder (RUN/export-FORMAT-ARM-seed-SEED)")
     export.add_argument(
         "--uniform", action="store_true", help="of peft: pad to one rank, for servers that read one (llama.cpp)"
@@ -81,10 +101,11 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    settings = {name: getattr(options, name) for name in ("own_size", "flip", "maps")}
-    with _open(options).owned() as run:
-        paths = run.predict(options.images, options.to, options.arm, **settings)
-    for path in paths:
+    from vismt.jobs.predict import predict
+    from vismt.jobs.predictions import Options
+
+    settings = Options(**{item.name: getattr(options, item.name) for item in fields(Options)})
+    for path in predict(options.run, options.inputs, options.to, settings).files:
         console.stage("predict", str(path))
 
 

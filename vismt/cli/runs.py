@@ -66,6 +66,7 @@ def _run(options: argparse.Namespace) -> None:
         _run_units(run, part, options.workers)
         return
     with run.owned():
+        run.evaluate_references()
         run.train()
         run.evaluate()
         run.on_main(run.report)

@@ -103,6 +103,23 @@ head: {name: linear}                              # vbll: a Bayesian last layer
 batch: 4
 train: {steps: 20, lr: 3.0e-4}
 """)
+OWN_TEXTS = Template("""\
+# A language model that learns from the rows of $about.
+#
+#   vismt run $config          and then: vismt predict RUN prompts.jsonl
+task: lm
+title: Fine-tuning on $about
+seed: 0
+model: {name: smollm2-135m-instruct, dtype: bfloat16}    # or a folder, or a name on the hub
+tasks:
+  - name: own                                     # learns $learned
+    $task
+    train: [$data]
+    test_share: $share
+adapt: {method: lora, rank: 16, alpha: 32}       # every linear layer
+batch: 4
+train: {steps: 100, lr: 2.0e-4, warmup: 10}      # at least one pass: rows / batch
+""")
 TEXTS = "text,label\n" + "".join(
     f'"{subject} {verb} {word}.",{label}\n'
     for subject in ("The film", "The plot", "The food", "This book", "The service", "The phone")

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 
 from vismt.base.errors import UserError, near
-from vismt.base.registry import PLACES
+from vismt.base.registry import PLACES, import_own
 from vismt.config import typed as typed_yaml
 from vismt.config import yaml_text
 from vismt.config.typed import Names, within
@@ -90,6 +90,7 @@ class AdaptConfig:
     """The arguments of vismt.adapt.
 
     Args:
+        module: a Python module that registers `method`, for one of your own; null for a method that is installed.
         method: the adaptation method (`vismt list methods`).
         targets: the adapted modules: a regular expression, names or "all-linear"; null for the method's own choice.
         rank: rank of the update.
@@ -97,6 +98,7 @@ class AdaptConfig:
         options: further arguments of the method, which `vismt list methods` shows.
     """
 
+    module: Annotated[str, import_own] | None = field(default=None, metadata=UNHASHED)
     method: Annotated[str, Names("vismt.methods:METHODS", only=True)] = "lora"
     targets: str | list[str] | None = None
     rank: int = 8

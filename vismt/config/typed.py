@@ -243,9 +243,10 @@ def unknown_key(cls: type, name: str, source: str, key: str, known: Iterable[str
 
 
 def _convert_all(values: Mapping[str, Any], hints: Mapping[str, Any], source: str, key: str) -> dict[str, Any]:
-    """Return the values, each as an object of the type in `hints`."""
+    """Return the values, each as an object of the type in `hints`, in the order of `hints`."""
     try:
-        return {name: _convert(value, hints[name], source, _join(key, name)) for name, value in values.items()}
+        given = [name for name in hints if name in values]
+        return {name: _convert(values[name], hints[name], source, _join(key, name)) for name in given}
     except (_WrongType, _OutOfRange) as error:
         raise UserError(f"{source}: {error}") from error
 

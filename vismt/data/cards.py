@@ -11,16 +11,11 @@ from vismt.config.yaml_text import read_yaml
 from vismt.data.formats.plain_sets import plain_card
 from vismt.data.set_entries import CARDS, FILES
 from vismt.data.source_types import KINDS, Card, DataSource
-from vismt.storage.paths import shipped
+from vismt.storage.paths import list_cards, shipped
 
 __all__ = ["Card", "list_cards", "load_card"]
 
 CARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-def list_cards() -> list[str]:
-    """Return the names of the cards that travel with the package, sorted."""
-    return sorted(path.parent.name for path in shipped("datasets").glob("*/card.yaml"))
 
 
 def load_card(name_or_path: str | Path) -> Card:

@@ -149,7 +149,9 @@ class Study(Generic[Config]):
         if not names:
             raise UserError(f"run '{self.folder}': the configuration trains nothing, so it has no arms.")
         if name is None and len(names) > 1:
-            raise UserError(f"run '{self.folder}': this run has several arms; name one with --arm: {', '.join(names)}.")
+            raise UserError(
+                f"run '{self.folder}': this run has several arms; name one of them, as NAME or NAME:SEED: {', '.join(names)}."
+            )
         arm, _, seed = (name or names[0]).partition(":")
         if arm not in names:
             raise UserError(f"run '{self.folder}': no arm '{arm}': {', '.join(names)}.{near(arm, names)}")

@@ -21,6 +21,7 @@ from vismt.storage.files import atomic_write, file_digest, read_sealed, read_ten
 ADAPTER = "adapter"
 DONE = "done.json"
 MERGE = "merge.json"
+CHANGES = "changes.jsonl"  # of the weights, matrix by matrix
 FILES = "files"  # the key of done.json with the digest of each file by its path in the folder
 
 

@@ -6,7 +6,6 @@ The way of every run: a YAML file and overrides (or plain values from Python) be
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vismt.base.errors import UserError, near
+from vismt.base.registry import import_own, with_entry_points
 from vismt.config.sections import (
     EARLIER_HASH_DIGITS,
     RESOLVED,
@@ -31,21 +31,33 @@ if TYPE_CHECKING:
     from vismt.jobs.evaluation_job import EvaluationJob
     from vismt.jobs.run import Run
 
-# task -> package with a dataclass CONFIG (a StudyConfig) in config.py and a class JOB (an EvaluationJob) in job.py.
-JOBS = {
-    "dense": "vismt.jobs.dense",
-    "fewshot": "vismt.jobs.fewshot",
-    "lm": "vismt.jobs.lm",
-    "multitask": "vismt.jobs.classification",
-    "robustness": "vismt.jobs.robustness",
-}
+# task -> package with a dataclass CONFIG (a StudyConfig) in config.py and a class JOB (an EvaluationJob) in job.py; installed
+# packages add theirs by entry points of the group "vismt.jobs".
+JOBS = with_entry_points(
+    "vismt.jobs",
+    {
+        "dense": "vismt.jobs.dense",
+        "fewshot": "vismt.jobs.fewshot",
+        "lm": "vismt.jobs.lm",
+        "multitask": "vismt.jobs.classification",
+        "robustness": "vismt.jobs.robustness",
+    },
+)
 
 
 def job_config(task: str, source: str = "config") -> type[RunConfig]:
     """Return the dataclass of a task's configuration; `source` names the file in the error for an unknown task."""
     if task not in JOBS:
         raise UserError(f"{source}: task '{task}' is not known.{near(task, JOBS)}")
-    return importlib.import_module(f"{JOBS[task]}.config").CONFIG
+    return _part(task, "config", "CONFIG")
+
+
+def _part(task: str, file: str, name: str) -> Any:
+    """Return CONFIG or JOB of a task. Raises UserError where a package of others does not have it."""
+    module = import_own(f"{JOBS[task]}.{file}", f"task '{task}'")
+    if not hasattr(module, name):
+        raise UserError(f"task '{task}': '{module.__name__}' has no {name}.")
+    return getattr(module, name)
 
 
 def typed_config(raw: Mapping[str, Any], source: str) -> RunConfig:
@@ -63,7 +75,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def make_job(config: RunConfig, folder: Path, run_hash: str | None = None) -> EvaluationJob[Any]:
     """Return the job of a configuration in a run folder; run_hash: of the folder, by default that of the configuration."""
-    job = importlib.import_module(f"{JOBS[config.task]}.job").JOB
+    job = _part(config.task, "job", "JOB")
     return job(config, folder, run_hash or config_hash(config))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,6 +15,8 @@ from vismt.base import console, ranks
 from vismt.base.errors import UserError
 from vismt.base.seeds import digest
 from vismt.engine.study import Study, StudyConfig, Training
+from vismt.jobs.graphs import Graph
+from vismt.jobs.predictions import Options, Predictions
 from vismt.jobs.risk import risk_section
 from vismt.report.comparison import compare, shown_name
 from vismt.report.plotting import figure_formats
@@ -53,6 +55,8 @@ class EvaluationJob(ABC, Generic[Config]):
     names_tasks = False
     # Names of models that no arm trains, evaluated beside the arms.
     references: Sequence[str] = ()
+    # The options of `vismt predict` that the job takes.
+    predict_options: Collection[str] = ()
     # The attack of `vismt attack RUN` where none is named.
     default_attack = "strong"
 
@@ -61,6 +65,7 @@ class EvaluationJob(ABC, Generic[Config]):
         self.folder = folder
         self.hash = config_hash
         self.study: Study[Config] = self.make_study()
+        self._printed: set[str] = set()  # the lines of scores that this process has printed
 
     def make_study(self) -> Study[Config]:
         """Return the study of the configuration."""
@@ -148,15 +153,19 @@ class EvaluationJob(ABC, Generic[Config]):
         """Return the stock model of one arm with merged weights."""
         raise UserError(f"run '{self.folder}': the job '{self.config.task}' trains no adapter.")
 
-    def about(self) -> dict[str, Any]:
-        """Return the further entries of config.json beside merged weights."""
+    def graph(self, arm: str | None, form: str) -> Graph:
+        """Return the merged model of one arm to export as a graph. form: "torch" or "onnx"."""
+        raise UserError(f"run '{self.folder}': the job '{self.config.task}' trains no model to export.")
+
+    def about(self, arm: str | None = None) -> dict[str, Any]:
+        """Return the further entries of config.json beside the merged weights of an arm."""
         return {}
 
-    def predict(self, images: Sequence[Path], target: Path, arm: str | None = None, **options: bool) -> list[Path]:
-        """Write one arm's predictions on images into `target`; return the files."""
+    def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
+        """Write one arm's predictions on images or rows of text into `target`, and return them."""
         raise UserError(
-            f"predict: run '{self.folder}' has the job '{self.config.task}', which predicts no images; name a run of "
-            "multitask or dense."
+            f"predict: run '{self.folder}' has the job '{self.config.task}', which trains no model to predict with; name a "
+            "run of another job, or a checkpoint."
         )
 
     def name_of(self, arm: str | None = None) -> str:
@@ -202,6 +211,13 @@ class EvaluationJob(ABC, Generic[Config]):
             ) from reason
         if attacks is None:
             ranks.on_first(self.write_panels)
+
+    def evaluate_references(self) -> None:
+        """Score what no arm trains before the trainings, so that first numbers are soon there; `evaluate` reads the records."""
+        self.check_evaluation(None)
+        for arm in self.references:
+            trainings = self.trainings(arm)
+            self._print(arm, mean_scores([self.evaluate_one(training) for training in trainings]), len(trainings))
 
     def evaluate_one(self, training: Training, attacks: Sequence[AttackConfig] | None = None) -> list[Score]:
         """Return the scores of a training or reference, from its records where they are complete."""
@@ -251,7 +267,7 @@ class EvaluationJob(ABC, Generic[Config]):
         write_results(self.folder, [row for row, _ in rows])
 
     def _print(self, arm: str, scores: Sequence[Score], trainings: int) -> None:
-        """Print a line for every set, with the mean of more than three corruptions."""
+        """Print a line for every set, with the mean of more than three corruptions; no line twice."""
         for task, data, protocol in dict.fromkeys((score.task, score.data, score.protocol) for score in scores):
             chosen = [score for score in scores if (score.task, score.data, score.protocol) == (task, data, protocol)]
             shown = [score for score in chosen if score.condition.kind != "corruption"]
@@ -271,7 +287,10 @@ class EvaluationJob(ABC, Generic[Config]):
             count += f"; {' / '.join(dict.fromkeys(interval_kind_text(score.measure.covers) for score in shown))}"
             arm = shown_name(arm, [score.condition.label for score in chosen])
             name = f"{data}  {task}" if self.names_tasks else data
-            console.stage("eval", f"{name}  {protocol}  {arm}   {'   '.join(texts)}   ({count})")
+            line = f"{name}  {protocol}  {arm}   {'   '.join(texts)}   ({count})"
+            if line not in self._printed:
+                console.stage("eval", line)
+            self._printed.add(line)
 
     def report(self, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
         """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.FIGURES; return its files."""

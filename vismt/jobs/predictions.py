@@ -1,7 +1,7 @@
-"""What `vismt predict` takes and writes in every job of images: the image files, and predictions.csv with classes of images.
+"""What `vismt predict` takes and writes in every job: image files, predictions.csv with classes of images, a contact sheet.
 
-A row of predictions.csv is the answer of one task for one image: the likeliest class, the next ones, their probabilities, and,
-where the run has the thresholds of `evaluate.risk`, the conformal set as a JSON list.
+A row of predictions.csv is the answer of one softmax for one image: the likeliest class, the next ones, their probabilities,
+and, where the run has the thresholds of `evaluate.risk`, the conformal set as a JSON list.
 """
 
 from __future__ import annotations
@@ -9,19 +9,108 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.data.decode import SUFFIXES
+from vismt.data.decode import SUFFIXES, decode_file
+from vismt.data.pixels import square
+from vismt.engine import runtime
+from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
 from vismt.storage.files import atomic_write
 
-TABLE = "predictions.csv"
-LIKELIEST = 5  # classes of a row
-Row = dict[str, str | float]
+TABLE, SHEET = "predictions.csv", "predictions.png"
+BATCH = 32  # images at a time where no configuration says it
+MOST_SHOWN, COLUMNS, CELL = 96, 8, 1.1  # of a contact sheet: images, images in a row, inches of one
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a prediction is asked for; most are of some jobs only.
+
+    Args:
+        arm: the arm and its seed, "arm:seed"; of a few-shot run an evaluated model.
+        support: a folder with a folder of example images for each class.
+        top: classes in a row.
+        sheet: draw the images with their answers.
+        maps: write arrays: all probabilities, or the maps of a dense run with pictures.
+        own_size: predict at the size of the image.
+        flip: average with the mirrored image.
+        temperature: of sampled text; 0 takes the likeliest token.
+        new_tokens: longest text, in tokens.
+        seed: of sampled text.
+    """
+
+    arm: str | None = None
+    support: Path | None = None
+    top: int = 5
+    sheet: bool = False
+    maps: bool = False
+    own_size: bool = False
+    flip: bool = False
+    temperature: float = 0.0
+    new_tokens: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("top", 1), ("new_tokens", 1), ("temperature", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"predict: {name} {getattr(self, name)}; it must be at least {least}.")
+
+    def check(self, taken: Iterable[str], what: str) -> None:
+        """Raise UserError for an option that is set and not among `taken`; what: names the model."""
+        for item in fields(self):
+            if item.name not in taken and getattr(self, item.name) != item.default:
+                name = item.name.replace("_", "-")
+                raise UserError(f"predict: --{name} is for {USED_BY[item.name]}, and this is {what}; leave it out.")
+
+
+CLASSES = frozenset({"arm", "top", "sheet", "maps"})  # options of everything that classifies images
+USED_BY = {
+    "arm": "run folders",
+    "support": "few-shot runs and backbones without classes",
+    "top": "models that choose among classes",
+    "sheet": "classes of images",
+    "maps": "images",
+    "own_size": "dense runs",
+    "flip": "dense runs",
+    "temperature": "text that a language model writes",
+    "new_tokens": "text that a language model writes",
+    "seed": "text that a language model writes",
+}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was predicted. rows: answers by image (or row of text), as in the table; files: what was written."""
+
+    rows: list[Row]
+    files: list[Path]
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The classes of a net among which one answer is chosen.
+
+    Args:
+        span: their outputs.
+        names: of the classes.
+        tasks: the task of each class.
+        quantile: largest -log p of a class in the conformal set; None for no set.
+    """
+
+    span: slice
+    names: Sequence[str]
+    tasks: Sequence[str]
+    quantile: float | None = None
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
@@ -42,7 +131,64 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def class_row(image: Path, task: str, log_p: Tensor, names: Sequence[str], quantile: float | None) -> Row:
+@torch.no_grad()
+def predict_classes(
+    net: nn.Module,
+    size: int,
+    groups: Sequence[Softmax],
+    images: Sequence[Path],
+    target: Path,
+    options: Options,
+    *,
+    label: str,
+    batch: int = BATCH,
+) -> Predictions:
+    """Write the classes of images, and of those in folders, to <target>/predictions.csv.
+
+    `options.maps` adds the probabilities of all classes in predictions.npz, `options.sheet` the contact sheet. Of the images
+    one batch at a time is in memory.
+
+    Args:
+        net: images (b, 3, size, size) in [0, 1] -> logits (b, k), on the device of this process.
+        size: of the images in pixels; others are resized by their shorter side and cropped to the centre, as in evaluation.
+        groups: the softmaxes, together all k outputs in their order; a row for each.
+        images: files and folders.
+        target: folder.
+        options: top, maps and sheet are used.
+        label: names the model in the progress bar.
+        batch: images at a time.
+    """
+    files, device = image_files(images), runtime.processes().device
+    rows: list[Row] = []
+    probabilities, shown = [], []
+    starts = range(0, len(files), batch)
+    for start in console.track(starts, "predict", label, len(starts)):
+        part = files[start : start + batch]
+        pixels = torch.stack([square(decode_file(path), size) for path in part])
+        logits = net(pixels.to(device, torch.float32) / 255).double().cpu()
+        log_p = [logits[:, group.span].log_softmax(1) for group in groups]
+        for place, path in enumerate(part):
+            for group, values in zip(groups, log_p):
+                task = group.tasks[int(values[place].argmax())]
+                rows.append(class_row(path, task, values[place], group.names, group.quantile, options.top))
+        if options.maps:
+            probabilities.append(torch.cat(log_p, 1).exp())
+        shown += [*pixels[: MOST_SHOWN - len(shown)].numpy()] if options.sheet else []
+    written = [write_rows(rows, target)]
+    if options.maps:
+        names = {"images": [str(path) for path in files], "labels": [name for group in groups for name in group.names]}
+        arrays = {name: np.array(texts) for name, texts in names.items()}
+        arrays["probabilities"] = torch.cat(probabilities).float().numpy()
+        written.append(write_arrays(target / "predictions.npz", arrays))
+    if options.sheet:
+        answers = [rows[place : place + len(groups)] for place in range(0, len(rows), len(groups))]
+        written.append(contact_sheet(shown, answers, target / SHEET))
+    return Predictions(rows, written)
+
+
+def class_row(
+    image: Path, task: str, log_p: Tensor, names: Sequence[str], quantile: float | None, top: int = Options.top
+) -> Row:
     """Return the row of one image.
 
     Args:
@@ -51,10 +197,16 @@ def class_row(image: Path, task: str, log_p: Tensor, names: Sequence[str], quant
         log_p: log-probabilities (k,) of the classes.
         names: of the k classes.
         quantile: largest -log p of a class in the conformal set; None for no set.
+        top: number of classes.
     """
+    return {"image": str(image), "task": task, **choice_row(log_p, names, quantile, top)}
+
+
+def choice_row(log_p: Tensor, names: Sequence[str], quantile: float | None, top: int) -> Row:
+    """Return the columns of the `top` likeliest of k choices and of the conformal set; arguments as of `class_row`."""
     order = log_p.argsort(descending=True, stable=True).tolist()
-    row: Row = {"image": str(image), "task": task}
-    for place, label in enumerate(order[:LIKELIEST], 1):
+    row: Row = {}
+    for place, label in enumerate(order[:top], 1):
         ending = "" if place == 1 else f"_{place}"
         row |= {f"label{ending}": names[label], f"probability{ending}": float(log_p[label].exp())}
     if quantile is not None:
@@ -79,3 +231,27 @@ def write_rows(rows: Sequence[Row], target: Path) -> Path:
     table.writerows(rows)
     atomic_write(target / TABLE, text.getvalue())
     return target / TABLE
+
+
+def contact_sheet(images: Sequence[np.ndarray], answers: Sequence[Sequence[Row]], path: Path) -> Path:
+    """Draw the first images uint8 (3, h, w), each with its file above and its likeliest classes in % below; return `path`.
+
+    answers: the rows of every image; those beyond the images are counted in the last line.
+    """
+    lines = len(answers[0])
+    pitch, height = CELL + 0.1, CELL + 0.24 + 0.16 * lines
+    down = -(-len(images) // COLUMNS)
+    figure = new_figure(pitch * min(COLUMNS, len(images)) + 0.1, height * down + 0.3)
+    for place, (image, rows) in enumerate(zip(images, answers)):
+        row, column = divmod(place, COLUMNS)
+        left, top = 0.1 + pitch * column, height * row + 0.2
+        write(figure, left, top - 0.04, short(Path(str(rows[0]["image"])).name, 20), fontsize=6, color=MUTED)
+        show_image(axes_at(figure, left, top, CELL, CELL), image)
+        for line, found in enumerate(rows):
+            text = f"{100 * float(found['probability']):.0f} % {short(str(found['label']), 16)}"
+            write(figure, left, top + CELL + 0.14 + 0.16 * line, text, fontsize=7)
+    left_out = len(answers) - len(images)
+    more = f"; {left_out:,} more are in {TABLE}" if left_out else ""
+    note = f"The first {len(images)} of {len(answers):,} images, with the likeliest class and its probability{more}."
+    write(figure, 0.1, height * down + 0.22, note, fontsize=7, color=MUTED)
+    return save(figure, path)

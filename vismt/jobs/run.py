@@ -22,13 +22,15 @@ from vismt.base.errors import UserError, near
 from vismt.config.sections import EARLIER_HASH_DIGITS, RESOLVED, RunConfig, config_hash
 from vismt.engine import runtime
 from vismt.jobs import make_job
+from vismt.jobs.graphs import NAMES, write_graph
+from vismt.jobs.predictions import Options, Predictions
 from vismt.lowrank.files.peft_folder import export_peft
 from vismt.report.results import FACTS
 from vismt.storage.files import atomic_write, read_json, read_sealed, remove_partial, sealed, write_tensors
 from vismt.storage.locks import locked
 
 EXPORTED = "vismt.json"  # in the folder of an export: run, configuration, arm and seed
-FORMATS = ("timm", "transformers", "peft")
+FORMATS = ("timm", "transformers", "peft", "onnx", "torch")
 
 
 class Run:
@@ -90,6 +92,13 @@ class Run:
             with ranks.shared():
                 self._note(adapt=self.job.train())
 
+    def evaluate_references(self) -> None:
+        """Evaluate what no arm trains, where trainings are still to come."""
+        if self.job.trains and "adapt" not in self.facts:
+            self._note(started=self.facts.get("started") or _now())
+            with ranks.shared():
+                self.job.evaluate_references()
+
     def on_main(self, stage: Callable[[], None]) -> None:
         """Run a stage on the first process only; the others wait for it."""
         with ranks.shared():
@@ -125,7 +134,7 @@ class Run:
         return self._write(model, self._target("merged", None, arm), arm)
 
     def export(self, form: str, target: Path | None, arm: str | None = None, *, uniform: bool = False) -> Path:
-        """Write one arm as timm (model.safetensors, config.json), transformers (save_pretrained) or peft (adapter folder).
+        """Write one arm as timm (model.safetensors, config.json), transformers (save_pretrained), peft (adapter folder) or graph.
 
         target: by default export-FORMAT-ARM-seed-SEED in the run folder. Raises UserError for another format, one that does not
         fit the model, a run without an adapter, and a folder with the export of another model. uniform: see export_peft.
@@ -140,6 +149,11 @@ class Run:
             target = self._target("export-peft", target, arm)
             export_peft(adapted, target, uniform=uniform)
             return self._write_beside(target, arm)
+        if form in NAMES:
+            graph = self.job.graph(arm, form)
+            target = self._target(f"export-{form}", target, arm)
+            write_graph(graph, form, target)
+            return self._write_beside(target, arm)
         model = self.job.merged(arm)
         is_transformers = hasattr(model, "save_pretrained")
         if is_transformers != (form == "transformers"):
@@ -152,7 +166,8 @@ class Run:
         folder = target or self.folder / f"{kind}-{self.job.name_of(arm)}"
         note = folder / EXPORTED
         held = read_json(note, f"export '{folder}'") if note.exists() else None
-        if held != self._exported(arm) and any(folder.glob("*.safetensors")):
+        weights = [*folder.glob("*.safetensors"), *folder.glob("model.*")]
+        if held != self._exported(arm) and weights:
             what = f"of {held.get('model')} of the run {held.get('run')}" if held else "that is not an export of vismt"
             raise UserError(f"export: '{folder}' holds a model {what}; name another folder with --to, or remove it.")
         return folder
@@ -161,11 +176,10 @@ class Run:
         """Return the note beside an export: what it is of."""
         return {"run": self.folder.name, "config_hash": self.hash, "model": self.job.name_of(arm)}
 
-    def predict(
-        self, images: list[Path], target: Path | None = None, arm: str | None = None, **options: bool
-    ) -> list[Path]:
-        """Write predictions on images, by default under RUN/predictions; return the files. options: of the job."""
-        return self.job.predict(images, target or self.folder / "predictions", arm, **options)
+    def predict(self, inputs: Sequence[Path], target: Path | None, options: Options) -> Predictions:
+        """Write predictions on images or rows of text, by default under RUN/predictions, and return them."""
+        options.check(self.job.predict_options, f"a run of {self.config.task}")
+        return self.job.predict(inputs, target or self.folder / "predictions", options)
 
     def _write(self, model: Any, target: Path, arm: str | None) -> Path:
         """Write a merged timm or transformers model and the job's files beside it."""
@@ -173,17 +187,17 @@ class Run:
             model.save_pretrained(target)
             return self._write_beside(target, arm)
         write_tensors(target / "model.safetensors", model.state_dict(), {"format": "pt"})
-        atomic_write(target / "config.json", json.dumps(self._model_config(model), indent=1))
+        atomic_write(target / "config.json", json.dumps(self._model_config(model, arm), indent=1))
         return self._write_beside(target, arm)
 
-    def _model_config(self, model: Any) -> dict[str, Any]:
+    def _model_config(self, model: Any, arm: str | None) -> dict[str, Any]:
         """Return the config.json of a merged timm model."""
         about: dict[str, Any] = {
             "architecture": self.config.model.name,
             "img_size": getattr(self.config.model, "img_size", None),
             "merged_from": self.folder.name,
             "num_classes": getattr(model, "num_classes", None),
-            **self.job.about(),
+            **self.job.about(arm),
         }
         pretrained = getattr(model, "pretrained_cfg", None)
         if pretrained:  # what timm needs to build the model from the folder alone ("local-dir:...")

@@ -98,10 +98,13 @@ class StudyResults:
         return open_run(target).job.report()[-1]
 
     def model(self, arm: str | None = None) -> nn.Module:
-        """Return a trained stock model with merged weights; arm: "arm" or "arm:seed", None for the only one.
+        """Return a trained stock model with merged weights.
+
+        Args:
+            arm: a name of the printed table or of an arm, also "arm:seed"; None for the only one.
 
         Raises:
-            UserError: a run that trains nothing, and an unknown arm.
+            UserError: a run that trains nothing, an unknown arm, and a model that is merged anew for every task.
         """
         from vismt.jobs import open_run
 

@@ -22,12 +22,14 @@ from vismt.engine.stream import Batches
 from vismt.engine.study import StudyConfig, Training
 from vismt.jobs.evaluation_job import EvaluationJob, settings_text
 from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
+from vismt.jobs.weight_changes import weight_changes
 from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.merge import erased_by_rounding, merge
 from vismt.lowrank.model.record import count_parameters, record_of
 from vismt.methods import METHODS, adapt, check_adaptation
 from vismt.report.comparison import FROZEN
 from vismt.storage.files import atomic_write, sealed
+from vismt.storage.lines import write_lines
 
 Config = TypeVar("Config", bound=StudyConfig)
 Net = TypeVar("Net", bound=nn.Module)
@@ -246,7 +248,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         self.check_merge(training)
 
     def check_merge(self, training: Training) -> None:
-        """Compare the merged net with the unmerged one, example by example, and write merge.json, unless it exists."""
+        """Write merge.json, how far the merged net is from the unmerged one, and what training changed, unless it exists."""
         merged = self.loaded(training)
         if not ranks.on_first(lambda: training_files.needs_merge_check(self.stock(merged), training)):
             return
@@ -255,6 +257,8 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         merged = merged.to(device)
         plain = self.loaded(training).to(device)
         self.write_merge_check(training, self.outputs(merged, plain, f"{training}, merged and not"))
+        changes = weight_changes(self.stock(plain), self.stock(merged))
+        ranks.on_first(lambda: write_lines(training.folder / training_files.CHANGES, changes))
 
     def write_merge_check(self, training: Training, outputs: Iterable[tuple[str, Tensor, Tensor, bool]]) -> None:
         """Write merge.json from (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer).
@@ -287,14 +291,17 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     def merged(self, arm: str | None = None) -> nn.Module:
         """Return the stock model of one arm ("arm" or "arm:seed") with merged weights."""
-        training = self.study.find(arm)
-        model = self.stock(self.loaded(training))
-        if not training_files.has_adapter(training):
-            return model
-        erased = erased_by_rounding(model)
-        if erased is not None:
-            console.stage("merge", f"rounding to half precision erases {100 * erased:.1f} % of the update's norm")
-        return merge(model)
+        return self.stock(self.merged_net(self.study.find(arm)))
+
+    def merged_net(self, training: Training) -> Net:
+        """Return a trained net whose stock model has merged weights. Raises UserError where it cannot be merged."""
+        net = self.loaded(training)
+        if training_files.has_adapter(training):
+            erased = erased_by_rounding(self.stock(net))
+            if erased is not None:
+                console.stage("merge", f"rounding to half precision erases {100 * erased:.1f} % of the update's norm")
+            merge(self.stock(net))
+        return net
 
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return the stock model of one arm with its adapter. Raises UserError for an arm without an adapter."""

@@ -130,21 +130,31 @@ class LmNet(nn.Module):
         return F.linear(states, output.weight[chosen], bias).float()
 
     @torch.no_grad()
-    def generate(self, batch: Batch, new_tokens: int, ends: Sequence[int]) -> Tensor:
-        """Return the tokens (b, m), m <= new_tokens, that the LM writes greedily after each row; one of `ends` ends a row."""
+    def generate(
+        self, batch: Batch, new_tokens: int, ends: Sequence[int], temperature: float = 0.0, seed: int = 0
+    ) -> Tensor:
+        """Return the tokens (b, m), m <= new_tokens, that the LM writes after each row; one of `ends` ends a row.
+
+        temperature: 0 takes the likeliest token, else tokens are drawn from softmax(logits / temperature), by `seed`.
+        """
         from transformers import GenerationConfig
 
-        greedy = GenerationConfig(
-            do_sample=False,
+        drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        settings = GenerationConfig(
+            do_sample=bool(temperature),
+            **drawn,
             max_new_tokens=new_tokens,
             eos_token_id=list(ends) or None,
             pad_token_id=ends[0] if ends else 0,
         )
         # What a given configuration leaves open, transformers takes from the checkpoint's: penalties, beams, forbidden words.
         lm: Any = self.lm
-        own, lm.generation_config = lm.generation_config, greedy
+        own, lm.generation_config = lm.generation_config, settings
         try:
-            written = lm.generate(batch["ids"], attention_mask=batch["mask"].long(), generation_config=greedy)
+            with torch.random.fork_rng(enabled=bool(temperature)):
+                if temperature:
+                    torch.manual_seed(seed)
+                written = lm.generate(batch["ids"], attention_mask=batch["mask"].long(), generation_config=settings)
         finally:
             lm.generation_config = own
         return written[:, batch["ids"].shape[1] :]

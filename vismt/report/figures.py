@@ -130,8 +130,9 @@ def _heading(axes: Axes, chosen: Mapping[str, Comparison], condition: str) -> No
         fontweight="bold",
         color=INK,
     )
+    count = f", n = {several} {row.unit}{share}"
     axes.annotate(
-        f"{row.protocol}, n = {several} {row.unit}{share}",
+        short(row.protocol, 54 - len(count)) + count,  # the table has the whole protocol
         (0, 1),
         xytext=(0, 7),
         xycoords="axes fraction",

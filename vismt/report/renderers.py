@@ -83,11 +83,11 @@ def render_html(report: Report) -> str:
         *(_html_key(key) for key in report.keys),
         *(["<h2>Models</h2>", _html_list(report.models)] if report.models else []),
         *(_html_section(section) for section in report.sections),
-        '<h2>How to cite these numbers</h2><div class="cite">',
-        *(f"<p>{escape(sentence)}</p>" for sentence in report.citation),
-        "</div><h2>Provenance</h2>",
-        _html_list(report.facts),
     ]
+    if report.citation:
+        sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in report.citation)
+        parts.append(f'<h2>How to cite these numbers</h2><div class="cite">{sentences}</div>')
+    parts += ["<h2>Provenance</h2>", _html_list(report.facts)]
     if report.config:
         parts.append(f"<details><summary>config.resolved.yaml</summary><pre>{escape(report.config)}</pre></details>")
     return "\n".join([*parts, "</main></body></html>\n"])

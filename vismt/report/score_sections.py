@@ -230,13 +230,16 @@ def _seeds_figure(folder: Path, arms: Sequence[str], scores: Sequence[ArmScore])
         several = [score for score in several if first[block(score.row)] is score][:MOST_PANELS]
     if not several:
         return []
-    panels = []
-    for score in several:
-        factor = 100 if score.row.scale == SHARE else 1
-        values = {key: factor * value for key, value in score.seeds.items()}
-        panels.append(SeedsPanel(score.name, score.metric, f"n = {score.count}", values, score.row.scale))
+    panels = [seeds_panel(score) for score in several]
     path = arm_figures.seeds_figure(panels, list(arms), folder / "figures" / "seeds.svg")
     return [Picture(path, "Models by seed", SEEDS_CAPTION)]
+
+
+def seeds_panel(score: ArmScore) -> SeedsPanel:
+    """Return the panel of a score in the figure by seed."""
+    factor = 100 if score.row.scale == SHARE else 1
+    values = {key: factor * value for key, value in score.seeds.items()}
+    return SeedsPanel(score.name, score.metric, f"n = {score.count}", values, score.row.scale)
 
 
 def _by_seed(scores: Sequence[ArmScore], baselines: Mapping[str, str]) -> list[tuple[Table, str]]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from vismt.base.errors import UserError, near
@@ -19,6 +20,8 @@ from vismt.config.sections import RESOLVED, read_yaml
 from vismt.config.typed import build
 from vismt.report.comparison import AVERAGE, Evidence, block, over_examples_alone
 from vismt.report.results import FACTS, RESULTS, Result, ValuesByExample, fault_of, read_results
+from vismt.report.trainings import training_cost
+from vismt.report.weight_changes import measures, read_changes
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines, write_lines
 from vismt.storage.locks import is_locked
@@ -26,6 +29,7 @@ from vismt.storage.paths import shipped
 from vismt.uncertainty.intervals import NUMBER, Estimate
 
 ROWS = "docs/results/rows"
+SELECTED = ("task", "data", "protocol", "condition", "metric", "arm", "seed", "minus")  # what names one number
 KNOWN = 1e9  # degrees of freedom of a variance that is known; JSON has no infinity
 
 
@@ -69,6 +73,7 @@ class About:
         finished: end of the last evaluation.
         wall_time_s: seconds, summed over the sessions of the run.
         cpu_time_s: CPU seconds of all threads; None where an earlier version did not record them.
+        costs: by arm the number of trained parameters and the median seconds_a_step of its first training.
     """
 
     title: str
@@ -85,6 +90,7 @@ class About:
     cpu_time_s: float | None = None
     seeds: list[int] = field(default_factory=list)
     evaluation_seed: int | None = None
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,20 @@ class StudyRows:
 
     about: About
     rows: list[StudyRow]
+
+    def find(self, wanted: Mapping[str, Any], where: str) -> StudyRow:
+        """Return the one row that has the values `wanted`, seed None and minus "" unless they are named.
+
+        Raises UserError, with `where`, for no row or several.
+        """
+        values = {"seed": None, "minus": "", **wanted}
+        rows = [row for row in self.rows if all(getattr(row, key) == value for key, value in values.items())]
+        if len(rows) != 1:
+            differ = [item.name for item in fields(StudyRow) if len({getattr(row, item.name) for row in rows}) > 1]
+            named = [name for name in differ if name in SELECTED]
+            more = f"; name {' or '.join(named)}" if named else f"; {len(self.rows)} rows of other numbers"
+            raise UserError(f"{where}: {len(rows)} rows have {values}{more}.")
+        return rows[0]
 
     def trainings(self, row: StudyRow) -> dict[int, float]:
         """Return a number by training seed; {} where the arm, or either of two, has one training."""
@@ -134,9 +154,42 @@ def study_of(folder: Path, differences: Sequence[tuple[str, str]] = ()) -> Study
     kept = {item.name: facts[item.name] for item in fields(About) if item.name in facts}
     kept["command"] = re.sub(r" --out[ =]\S+", "", str(facts.get("command", "")))
     kept |= {"settings": read_yaml(folder / RESOLVED), "differences": [list(pair) for pair in pairs]}
+    kept["costs"] = {arm: cost for arm in arms if (cost := training_cost(folder, arm))}
     about = build(About, kept, f"run '{folder}'")
+    derived = _derived(results, pairs, Evidence(results, ValuesByExample(folder)))
     trainings = [StudyRow(**asdict(row)) for row in results if row.seed is not None]
-    return StudyRows(about, [*_derived(results, pairs, Evidence(results, ValuesByExample(folder))), *trainings])
+    return StudyRows(about, [*derived, *trainings, *_changes(folder, arms, pairs, about.config_hash)])
+
+
+def _changes(
+    folder: Path, arms: Sequence[str], pairs: Sequence[tuple[str, str]], config_hash: str
+) -> Iterator[StudyRow]:
+    """Yield how much each arm changed the weights, and the differences: over the seeds, of arms with several trainings."""
+    changes = read_changes(folder, arms)
+    numbers = {arm: {seed: measures(lines) for seed, lines in of.items()} for arm, of in changes.items() if len(of) > 1}
+    for first, second in [*((arm, "") for arm in numbers), *(pair for pair in pairs if numbers.keys() >= {*pair})]:
+        count = len(next(iter(changes[first].values())))
+        for metric in next(iter(numbers[first].values())):
+            values = {seed: of[metric] for seed, of in numbers[first].items()}
+            if second:
+                others = {seed: of[metric] for seed, of in numbers[second].items() if metric in of}
+                values = {seed: value - others[seed] for seed, value in values.items() if seed in others}
+            if len(values) < 2:
+                continue
+            names = {"task": "update", "data": "matrices", "split": "test", "metric": metric, "unit": "matrices"}
+            posed = {
+                "scale": NUMBER,
+                "better": "higher",
+                "chance": None,
+                "protocol": "trained weights",
+                "condition": "clean",
+            }
+            number = {"value": fmean(values.values()), "low": 0.0, "high": 0.0, "n": count, "interval": "seeds"}
+            row = StudyRow(**names, **posed, **number, arm=first, seed=None, config_hash=config_hash, minus=second)
+            found = Estimate(row.value, (), "seeds").with_seeds(list(values.values()))
+            yield replace(row, low=found.bounds[0], high=found.bounds[1])
+            for seed, value in () if second else values.items():
+                yield replace(row, seed=seed, value=value, low=value, high=value)
 
 
 def _derived(results: Sequence[Result], pairs: Sequence[tuple[str, str]], evidence: Evidence) -> list[StudyRow]:

@@ -1,17 +1,20 @@
-"""The sections about the trainings of a run: choice of the rate, curves, merging."""
+"""The sections about the trainings of a run: choice of the rate, curves, merging, changes of the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from vismt.engine.log import METRICS
 from vismt.engine.study import ARMS, CHOSEN, read_choice
-from vismt.engine.training_files import MERGE
+from vismt.engine.training_files import DONE, MERGE
 from vismt.report import arm_figures
 from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, Table
+from vismt.report.weight_changes import changes_section
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 
@@ -42,7 +45,21 @@ def training_sections(
     return [
         Section("Training", _rates(folder, arms), _curves(folder, arms, logged, seeds)),
         Section("Merging", _merging(folder, arms)),
+        changes_section(folder, arms),
     ]
+
+
+def training_cost(folder: Path, arm: str) -> dict[str, float]:
+    """Return the number of trained parameters and the median seconds of a step of an arm's first training; {} without one."""
+    if not (folder / ARMS / arm / CHOSEN).exists():
+        return {}
+    trained = sorted((folder / ARMS / arm).glob(f"lr-{read_choice(folder, arm).lr:g}-seed-*/{DONE}"))
+    if not trained:
+        return {}
+    cost = {"trained": float(read_sealed(trained[0], f"run '{folder}'", ("trainable",))["trainable"])}
+    logged = read_lines(trained[0].with_name(METRICS), ("step", "elapsed_s"))
+    times = [(b["elapsed_s"] - a["elapsed_s"]) / (b["step"] - a["step"]) for a, b in pairwise(logged)]
+    return cost | ({"seconds_a_step": median(times)} if times else {})
 
 
 def _rates(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:

@@ -8,10 +8,7 @@ its order. Weights are kept under the cache folder.
 from __future__ import annotations
 
 import copy
-import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 
 from vismt.backbones.any_module import UNKNOWN, size_of
 from vismt.base.errors import UserError, near
+from vismt.base.registry import first_line, import_own, working_folder_on_path
 from vismt.storage.files import parse_json
 from vismt.storage.paths import cache_root
 
@@ -90,7 +88,7 @@ def load_classifier(
     about: dict[str, Any] = {}
     path = checkpoint_file(name_or_checkpoint)
     if path is not None:
-        about = _read_config(path)
+        about = checkpoint_config(path)
         architecture = architecture or about.get("architecture")
         about = {**about, "model_args": {**about.get("model_args", {}), **_size_option(architecture, img_size)}}
         net = _from_file(path, about, architecture, num_classes)
@@ -186,7 +184,7 @@ def _create(name: str, num_classes: int | None, pretrained: bool, **options: Any
     return net
 
 
-def _read_config(path: Path) -> dict:
+def checkpoint_config(path: Path) -> dict[str, Any]:
     """Return config.json beside a checkpoint, as `vismt merge` writes it; empty without one."""
     config = path.parent / "config.json"
     try:
@@ -261,10 +259,8 @@ def classifier_from_function(name: str) -> tuple[nn.Module, int]:
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
         raise UserError(f"model '{name}': give 'module:function', as in 'my_models:load'.")
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        module = _import(name, module_name)
+    with working_folder_on_path():
+        module = import_own(module_name, f"model '{name}'")
         function = getattr(module, function_name, None)
         if not hasattr(module, function_name):
             public = [key for key in vars(module) if not key.startswith("_")]
@@ -276,26 +272,8 @@ def classifier_from_function(name: str) -> tuple[nn.Module, int]:
         try:
             result = function()
         except (Exception, SystemExit) as error:
-            raise UserError(f"model '{name}': the function failed ({_first_line(error)}).") from error
-    finally:
-        sys.path.remove(folder)
+            raise UserError(f"model '{name}': the function failed ({first_line(error)}).") from error
     return _checked_classifier(name, result)
-
-
-def _import(name: str, module_name: str) -> ModuleType:
-    importlib.invalidate_caches()  # the file may be younger than the folder's listing
-    try:
-        return importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        advice = ""
-        if isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]:
-            advice = ": run in the folder that contains it, or add that folder to PYTHONPATH"
-        raise UserError(f"model '{name}': cannot import '{module_name}' ({_first_line(error)}){advice}.") from error
-
-
-def _first_line(error: BaseException) -> str:
-    message = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {message}"
 
 
 def _checked_classifier(name: str, result: object) -> tuple[nn.Module, int]:

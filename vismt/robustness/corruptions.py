@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy import ndimage
-from scipy.signal import fftconvolve
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
@@ -128,6 +127,8 @@ def _filter(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Convolve (h, w, c) with an odd kernel (k, k) whose sum is 1, mirrored at the border."""
     edge = len(kernel) // 2
     padded = np.pad(x, ((edge, edge), (edge, edge), (0, 0)), mode="symmetric")
+    from scipy.signal import fftconvolve  # takes longer to import than the rest of this file
+
     return fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))
 
 

@@ -13,31 +13,32 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import safetensors.torch
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.storage.paths import regular_file
 
+if TYPE_CHECKING:  # reading JSON, as `vismt list` does, does not need torch
+    from torch import Tensor
+
 PARTIAL = ".vismt-partial"
 DIGEST = "sha256"  # the key of a JSON file with the digest of all other keys
+# The name in safetensors of each dtype of torch.
 DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
 }
 
 
@@ -91,6 +92,8 @@ def _digest_of(content: Mapping[str, Any]) -> str:
 
 def read_tensors(path: Path, what: str) -> tuple[bytes, dict[str, Tensor]]:
     """Return a safetensors file as bytes and tensors; a UserError names the file where it cannot be read."""
+    import safetensors.torch
+
     try:
         payload = path.read_bytes()
         return payload, safetensors.torch.load(payload)
@@ -123,17 +126,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         UserError: a dtype that safetensors does not have, and a file that cannot be written; the old file is then kept.
     """
+    import torch
+
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     # The format wants wide numbers first, so that every tensor is aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     offset = 0
     for name, value in ordered:
-        if value.dtype not in DTYPES:
+        dtype = DTYPES.get(str(value.dtype))
+        if dtype is None:
             raise UserError(
                 f"cannot write '{path}': '{name}' has dtype {value.dtype}, which safetensors does not have."
             )
         end = offset + value.numel() * value.element_size()
-        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -40,6 +40,11 @@ def shipped(folder: str) -> Path:
     return next((place for place in places if place.is_dir()), places[0])
 
 
+def list_cards() -> list[str]:
+    """Return the names of the cards that travel with the package, sorted."""
+    return sorted(path.parent.name for path in shipped("datasets").glob("*/card.yaml"))
+
+
 def package_folder(module: str) -> Path | None:
     """Return the folder of an installed Python package, without importing it; None when it is not installed."""
     spec = importlib.util.find_spec(module)

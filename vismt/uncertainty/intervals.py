@@ -18,7 +18,17 @@ Better = Literal["higher", "lower"]
 Scale = Literal["share", "number"]
 # What a 95 % interval covers; "" where an earlier version did not record it.
 Covers = Literal[
-    "", "sampler", "images", "examples", "seeds", "domains", "sampler+seeds", "images+seeds", "examples+seeds"
+    "",
+    "sampler",
+    "images",
+    "classes",
+    "examples",
+    "seeds",
+    "domains",
+    "sampler+seeds",
+    "images+seeds",
+    "classes+seeds",
+    "examples+seeds",
 ]
 HIGHER: Better = "higher"
 LOWER: Better = "lower"
@@ -28,6 +38,7 @@ FEWEST_DOMAINS = 5  # that are taken as a sample of domains
 COVERED: dict[str, str] = {
     "sampler": "new episodes of the same images",
     "images": "new images of these classes",
+    "classes": "new classes and their images",
     "examples": "new examples",
     "seeds": "training seeds",
     "domains": "new domains",
@@ -44,7 +55,7 @@ def interval_kind_text(kind: Covers) -> str:
 def weakest_kind(kinds: Sequence[Covers]) -> Covers:
     """Return the kind of an average of numbers with intervals of several kinds: what covers least, and the seeds of any."""
     covered = {kind.split("+")[0] for kind in kinds}
-    weakest = next((kind for kind in ("", "sampler", "images") if kind in covered), "examples")
+    weakest = next((kind for kind in ("", "sampler", "images", "classes") if kind in covered), "examples")
     seeds = any("+seeds" in kind for kind in kinds) and weakest
     return cast(Covers, f"{weakest}+seeds" if seeds else weakest)
 
@@ -134,9 +145,9 @@ class Estimate:
 
 def student_quantile(level: float, freedom: float) -> float:
     """Return the quantile of Student's t."""
-    from scipy.stats import t as student
+    from scipy.special import stdtrit
 
-    return float(student.ppf(level, freedom))
+    return float(stdtrit(freedom, level))
 
 
 def satterthwaite(sources: Sequence[tuple[float, float]]) -> float:
@@ -332,8 +343,9 @@ class Measure:
         """Return the score with its error over the examples."""
         if self.bounds is None:
             return estimate(list(self.values.values()), parts=self.parts, covers=self.covers)
-        error = (self.bounds[1] - self.bounds[0]) / 2 / student_quantile(0.975, math.inf)
-        return Estimate(self.score, ((error**2, math.inf),), self.covers)
+        freedom = self.parts - 1.0 if self.parts else math.inf
+        error = (self.bounds[1] - self.bounds[0]) / 2 / student_quantile(0.975, freedom)
+        return Estimate(self.score, ((error**2, freedom),), self.covers)
 
     def interval(self) -> tuple[float, float]:
         """Return the 95 % interval of the score: `bounds` where they are given, Wilson's for counts, else Student's."""

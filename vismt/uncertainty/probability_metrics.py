@@ -18,6 +18,10 @@ to 1000, true ECE 0 to 0.2) it contained the true value in 84 to 98 % of sets, t
 calibrated ones. For the difference of two models the paired bootstrap is worse still (0 to 83 %: the bias differs between the
 models and the pairing makes it look certain): compare the paired NLL or Brier values of two models instead.
 
+Rows in a few parts, within which they depend on each other (few-shot episodes), cannot be resampled. Their interval is Student's
+t of the parts' mean values, and its lower end is lower by the bias that the jackknife finds, (g - 1) (mean_k ECE_-k - ECE),
+where ECE_-k leaves out part k of g. docs/guides/intervals.md has its coverage.
+
 NLL and Brier score are proper: their expectation is smallest for the true probabilities (Good, J. R. Stat. Soc. B 14, 1952;
 Brier, Monthly Weather Review 78, 1950). torchmetrics is imported where a score is computed.
 """
@@ -33,7 +37,7 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.uncertainty.intervals import LOWER, NUMBER, Measure
+from vismt.uncertainty.intervals import LOWER, NUMBER, Estimate, Measure, estimate
 
 BINS = 15
 
@@ -127,7 +131,7 @@ def binned_gaps(confidences: Tensor, correct: Tensor, bins: int = BINS) -> Tenso
     return gaps.scatter_(1, column[:, None], (correct.to(confidences.dtype) - confidences)[:, None])
 
 
-def gap_values(gaps: Tensor, resamples: int = 500, seed: int = 0) -> tuple[Tensor, tuple[float, float]]:
+def gap_values(gaps: Tensor, resamples: int = 500, seed: int = 0, parts: int = 0) -> tuple[Tensor, tuple[float, float]]:
     """Return values by row (n,) whose mean is the ECE (its first-order effects), and its 95 % interval.
 
     Args:
@@ -135,10 +139,14 @@ def gap_values(gaps: Tensor, resamples: int = 500, seed: int = 0) -> tuple[Tenso
             weigh the same, and are resampled as wholes.
         resamples: number of bootstrap resamples of the rows.
         seed: of the resamples.
+        parts: number of parts of the rows, as for `vismt.uncertainty.intervals.estimate`; 0 where rows are independent.
     """
     if resamples < 1:
         raise UserError(f"bootstrap: {resamples} resamples; at least 1.")
     gap, n = gaps.mean(0), len(gaps)
+    values = (gaps * gaps.sum(0).sign()).sum(1)
+    if parts:
+        return values, _bounds_of_parts(gaps, estimate(values, parts=parts), parts)
     generator = torch.Generator().manual_seed(seed)
     chunk = max(1, 4_000_000 // n)
     means = []
@@ -167,11 +175,19 @@ def gap_values(gaps: Tensor, resamples: int = 500, seed: int = 0) -> tuple[Tenso
                 low = middle
         return (low + high) / 2
 
-    values = (gaps * gaps.sum(0).sign()).sum(1)
     return values, (scale(0.975) * observed, scale(0.025) * observed)
 
 
-def quality_measures(ids: Sequence[str], gaps: Tensor, nlls: Tensor, briers: Tensor) -> list[Measure]:
+def _bounds_of_parts(gaps: Tensor, found: Estimate, parts: int) -> tuple[float, float]:
+    """Return the 95 % interval of the ECE `found` of rows (n, bins) in parts, with room for its bias."""
+    part = torch.arange(len(gaps)) % parts
+    sums = gaps.new_zeros(parts, gaps.shape[1]).index_add_(0, part, gaps)
+    without = (sums.sum(0) - sums).abs().sum(1) / (len(gaps) - part.bincount())
+    bias = max(0.0, (parts - 1) * (float(without.mean()) - found.mean))
+    return max(0.0, found.mean - bias - found.half), min(1.0, found.mean + found.half)
+
+
+def quality_measures(ids: Sequence[str], gaps: Tensor, nlls: Tensor, briers: Tensor, parts: int = 0) -> list[Measure]:
     """Return ECE, NLL and Brier score as measures.
 
     Args:
@@ -179,8 +195,9 @@ def quality_measures(ids: Sequence[str], gaps: Tensor, nlls: Tensor, briers: Ten
         gaps: (n, bins) fp64, as for `gap_values`.
         nlls: (n,) in nats.
         briers: (n,).
+        parts: as for `gap_values`.
     """
-    effects, bounds = gap_values(gaps)
+    effects, bounds = gap_values(gaps, parts=parts)
     return [
         Measure("ECE-15", dict(zip(ids, effects.tolist(), strict=True)), better=LOWER, bounds=bounds, paired=False),
         Measure("NLL in nats", dict(zip(ids, nlls.tolist(), strict=True)), NUMBER, LOWER),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,6 +171,52 @@ def test_what_no_weights_hold_is_not_saved_as_weights(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"save_pretrained: .*Missing key"):
         model.save_pretrained(tmp_path / "e", state_dict=tiny_lm("llama").state_dict())
+
+
+def test_a_model_around_adapted_parts_saves_what_it_computes(tmp_path: Path) -> None:
+    """The stock function of the whole would write the base of the part, in silence; the part may be any module."""
+    for part in ("model", "model.layers.1"):
+        model = tiny_lm("llama")
+        vismt.adapt(model.get_submodule(part), "lora", rank=2)
+        shake(model.get_submodule(part), 0.2)
+        expected = model(tokens()).logits
+        model.save_pretrained(tmp_path / part)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / part).eval()
+        assert torch.allclose(again(tokens()).logits, expected, atol=2e-5), part
+        assert not torch.allclose(tiny_lm("llama")(tokens()).logits, expected, atol=2e-2)
+        assert torch.equal(model(tokens()).logits, expected) and len(vismt.status(model).adapters) == 1
+        vismt.unadapt(model.get_submodule(part))
+        model.save_pretrained(tmp_path / f"stock of {part}")
+        stock = load_file(tmp_path / f"stock of {part}" / "model.safetensors")
+        assert all(torch.equal(value, tiny_lm("llama").state_dict()[name]) for name, value in stock.items())
+
+
+def test_a_model_without_an_active_adapter_saves_the_base_alone(tmp_path: Path) -> None:
+    model = tiny_lm("llama")
+    vismt.adapt(model, "lora", rank=2)
+    shake(model)
+    vismt.activate(model, None)
+    model.save_pretrained(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert set(written) <= set(tiny_lm("llama").state_dict())
+
+
+def test_push_to_hub_uploads_merged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_lm("llama")
+    vismt.adapt(model, "lora", rank=2)
+    expected = shake(model)(tokens()).logits
+    uploaded: list[Path] = []
+
+    def upload(self, working_dir, *args, **options):  # what would go to the hub
+        uploaded.append(shutil.copytree(working_dir, tmp_path / "uploaded"))
+
+    hub = SimpleNamespace(create_repo=lambda *_, **__: SimpleNamespace(repo_id="me/model"))
+    monkeypatch.setattr("transformers.utils.hub.create_repo", hub.create_repo, raising=False)  # of transformers 4
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub, raising=False)
+    monkeypatch.setattr(transformers.PreTrainedModel, "_upload_modified_files", upload)
+    model.push_to_hub("me/model")
+    again = transformers.AutoModelForCausalLM.from_pretrained(uploaded[0]).eval()
+    assert torch.allclose(again(tokens()).logits, expected, atol=2e-5)
 
 
 def test_a_state_dict_of_an_adapted_model_is_refused_by_a_stock_one() -> None:

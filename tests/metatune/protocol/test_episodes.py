@@ -252,6 +252,33 @@ def test_small_classes_have_fewer_parts_or_none():
     ]
 
 
+def test_parts_are_of_the_classes_where_images_are_too_few():
+    labels = torch.arange(14).repeat(6)
+    sampler = EpisodeSampler(labels, ways=3, shots=1, queries=3, seed=4, parts=5)
+    assert (sampler.parts, sampler.covers) == (4, "classes")  # 14 // 3
+    seen = [set().union(*(sampler[i].classes.tolist() for i in range(part, 160, 4))) for part in range(4)]
+    assert sorted(len(classes) for classes in seen) == [3, 3, 4, 4] and set().union(*seen) == set(range(14))
+    assert len(set().union(*(indices(sampler[i]) for i in range(160)))) == len(labels)
+    plain = EpisodeSampler(labels, ways=3, shots=1, queries=3, seed=4)
+    assert sampler.describe() == {**plain.describe(), "parts of classes": 4}
+    # other shots and queries divide the classes in the same way
+    other = EpisodeSampler(labels, ways=3, shots=2, queries=2, seed=4, parts=5)
+    assert {*other[2].classes.tolist()} <= seen[2]
+
+
+def test_superclasses_are_in_one_part():
+    superclass = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4])
+    labels = torch.arange(14).repeat(6)
+
+    def sampler(ways: int) -> EpisodeSampler:
+        return EpisodeSampler(labels, ways=ways, shots=1, queries=3, seed=4, parts=5, superclass=superclass)
+
+    assert (sampler(2).parts, sampler(2).covers) == (5, "classes")
+    drawn = [{*superclass[sampler(2)[i].classes].tolist()} for i in range(10)]
+    assert drawn[:5] == drawn[5:] and sorted(map(sorted, drawn[:5])) == [[0], [1], [2], [3], [4]]
+    assert (sampler(3).parts, sampler(3).covers) == (0, "sampler")  # three superclasses have three classes
+
+
 def test_episodes_without_replacement_use_no_image_twice():
     labels = torch.arange(4).repeat(10)
     sampler = DisjointSampler(labels, ways=3, shots=1, queries=2, seed=1)

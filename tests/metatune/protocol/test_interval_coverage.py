@@ -1,10 +1,12 @@
-"""What the intervals of few-shot accuracy cover: simulated sets of images, the real samplers, prototypes by cosine.
+"""What intervals of few-shot accuracy and calibration cover: simulated images, the real samplers, prototypes by cosine.
 
 A class is a Gaussian, ten classes have 100 images each, the second model sees the same images with noise. The truth is the mean
 over many sets of images. By 200 sets a coverage of 95 % is known to ± 4 points.
 """
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler
 from vismt.uncertainty.intervals import Estimate, estimate
+from vismt.uncertainty.probability_metrics import binned_gaps, gap_values
 
 CLASSES, IMAGES, SIZE, WAYS, SHOTS, QUERIES = 10, 100, 24, 5, 5, 10
 DRAWS = 200
@@ -29,25 +32,33 @@ class Episodes:
         count = len(sampler) if isinstance(sampler, DisjointSampler) else count
         episodes = [sampler[number] for number in range(count)]
         self.parts = sampler.parts
-        self.support = torch.stack([episode.support for episode in episodes]).view(count, WAYS, SHOTS)
+        self.support = torch.stack([episode.support for episode in episodes]).view(count, sampler.ways, sampler.shots)
         self.query = torch.stack([episode.query for episode in episodes])
         self.truth = episodes[0].query_labels
 
-    def accuracies(self, features: Tensor) -> Tensor:
-        """Return the accuracy of each episode (e,) by the cosine to the mean of a class's support."""
+    def cosines(self, features: Tensor) -> Tensor:
+        """Return the cosine of each query to the mean of each class's support (e, q, w)."""
         unit = F.normalize(features, dim=-1)
         prototypes = F.normalize(features[self.support].mean(2), dim=-1)
-        similar = torch.einsum("eqd,ewd->eqw", unit[self.query], prototypes)
-        return (similar.argmax(-1) == self.truth).double().mean(1)
+        return torch.einsum("eqd,ewd->eqw", unit[self.query], prototypes)
+
+    def accuracies(self, features: Tensor) -> Tensor:
+        """Return the accuracy of each episode (e,)."""
+        return (self.cosines(features).argmax(-1) == self.truth).double().mean(1)
+
+    def gaps(self, features: Tensor, scale: float) -> Tensor:
+        """Return the gaps of the bins of each episode's calibration error (e, bins), of probabilities softmax(scale cos)."""
+        confidences, answers = (scale * self.cosines(features).double()).softmax(-1).max(-1)
+        return binned_gaps(confidences.flatten(), (answers == self.truth).flatten()).unflatten(0, answers.shape).mean(1)
 
     def estimate(self, values: Tensor) -> Estimate:
         return estimate(values, parts=self.parts)
 
 
-def two_models(means: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def two_models(means: Tensor, generator: torch.Generator, labels: Tensor = LABELS) -> tuple[Tensor, Tensor]:
     """Return the features of a new set of images under two models."""
-    images = means[LABELS] + torch.randn(len(LABELS), SIZE, generator=generator)
-    return images, images + 0.7 * torch.randn(len(LABELS), SIZE, generator=generator)
+    images = means[labels] + torch.randn(len(labels), SIZE, generator=generator)
+    return images, images + 0.7 * torch.randn(len(labels), SIZE, generator=generator)
 
 
 def plans_of(seed: int, count: int) -> dict[str, Episodes]:
@@ -62,22 +73,24 @@ def plans_of(seed: int, count: int) -> dict[str, Episodes]:
     return {name: Episodes(sampler, count) for name, sampler in samplers.items()}
 
 
-def coverages(count: int, truths: int, draws: int = DRAWS) -> dict[tuple[str, str], tuple[float, float]]:
+def coverages(
+    count: int, truths: int, draws: int = DRAWS, sets: int = 2, seeds: int = 8
+) -> dict[tuple[str, str], tuple[float, float]]:
     """Return the coverage and mean half width of each plan's intervals, of one model and of the difference of two.
 
-    Eight seeds of the episodes: which classes an episode has is luck that belongs to the error.
+    Several sets of classes and seeds of the episodes: which classes an episode has is luck that belongs to the error.
     """
     generator = torch.Generator().manual_seed(0)
-    plans = [plans_of(seed, count) for seed in range(8)]
+    plans = [plans_of(seed, count) for seed in range(seeds)]
     found: dict[tuple[str, str], list[tuple[bool, float]]] = {}
-    for _ in range(2):
+    for _ in range(sets):
         means = 0.55 * torch.randn(CLASSES, SIZE, generator=generator)
         rows = []
         for number in range(truths):
             free = plans[number % len(plans)]["free"]
             rows.append([free.accuracies(model).mean() for model in two_models(means, generator)])
         first, second = torch.tensor(rows).mean(0).tolist()
-        for number in range(draws // 2):
+        for number in range(draws // sets):
             models = two_models(means, generator)
             for name, plan in plans[number % len(plans)].items():
                 a, b = (plan.accuracies(model) for model in models)
@@ -97,6 +110,75 @@ def test_parts_cover_new_images_and_free_episodes_do_not(count: int, truths: int
             assert LEAST <= share <= MOST, (name, kind, found)
     assert found["free", "single"][0] < (0.9 if count == 80 else 0.6)
     assert found["free", "paired"][0] < (0.92 if count == 80 else 0.75)
+
+
+def coverages_of_classes(
+    count: int, draws: int = DRAWS, images: int = 20, **settings: int
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Return the same as `coverages` of thirty classes, which are new in every set; the truth is the mean over all sets."""
+    settings = SETTINGS | settings
+    labels = torch.arange(30).repeat_interleave(images)
+    generator = torch.Generator().manual_seed(0)
+    found: dict[tuple[str, str], list[Estimate]] = {}
+    for seed in range(8):
+        samplers = {
+            "parts": EpisodeSampler(labels, parts=5, **settings | {"seed": seed}),
+            "free": EpisodeSampler(labels, **settings | {"seed": seed}),
+        }
+        assert samplers["parts"].covers == "classes"
+        plans = {name: Episodes(sampler, count) for name, sampler in samplers.items()}
+        for _ in range(draws // 8):
+            models = two_models(0.55 * torch.randn(30, SIZE, generator=generator), generator, labels)
+            for name, plan in plans.items():
+                a, b = map(plan.accuracies, models)
+                found.setdefault((name, "single"), []).append(plan.estimate(a))
+                found.setdefault((name, "paired"), []).append(plan.estimate(a - b))
+    truth = {kind: math.fsum(one.mean for one in found["free", kind]) / draws for kind in ("single", "paired")}
+    return {
+        (name, kind): (
+            sum(abs(one.mean - truth[kind]) <= one.half for one in estimates) / draws,
+            math.fsum(one.half for one in estimates) / draws,
+        )
+        for (name, kind), estimates in found.items()
+    }
+
+
+def test_parts_of_classes_cover_new_classes() -> None:
+    found = coverages_of_classes(40, images=10, ways=3, shots=1, queries=3)
+    assert all(LEAST <= found["parts", kind][0] <= MOST for kind in ("single", "paired")), found
+
+
+@pytest.mark.slow
+def test_parts_of_classes_cover_new_classes_by_many_episodes() -> None:
+    found = coverages_of_classes(600)
+    for kind in ("single", "paired"):
+        assert LEAST <= found["parts", kind][0] <= MOST and found["free", kind][0] < 0.8, found
+
+
+def ece_coverages(count: int, scale: float, sets: int, draws: int) -> tuple[float, float, float]:
+    """Return how often the intervals of the ECE cover it, by parts and by a bootstrap over episodes; and the mean ECE.
+
+    Probabilities are softmax(scale cos), `sets` of ten classes have `draws` sets of images each.
+    """
+    generator = torch.Generator().manual_seed(0)
+    plans = [Episodes(EpisodeSampler(LABELS, parts=5, **SETTINGS | {"seed": seed}), count) for seed in range(8)]
+    found = []
+    for _ in range(sets):
+        means = 0.55 * torch.randn(CLASSES, SIZE, generator=generator)
+        drawn = [plans[number % 8].gaps(two_models(means, generator)[0], scale) for number in range(draws)]
+        truth = float(torch.stack(drawn).mean((0, 1)).abs().sum())
+        for gaps in drawn:
+            bounds = (gap_values(gaps, parts=5)[1], gap_values(gaps, resamples=100)[1])
+            found.append([*(low <= truth <= high for low, high in bounds), truth])
+    parts, bootstrap, truth = torch.tensor(found).double().mean(0).tolist()
+    return parts, bootstrap, truth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [5.0, 10.0])  # the ECE at 10 is near 0, where it is biased
+def test_parts_cover_the_calibration_error_of_new_images(scale: float) -> None:
+    parts, bootstrap, truth = ece_coverages(80, scale, 2, DRAWS // 2)
+    assert LEAST <= parts <= MOST and bootstrap < 0.92, (parts, bootstrap, truth)
 
 
 @pytest.mark.slow

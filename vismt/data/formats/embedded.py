@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, PackagedSource, file_groups, source_kind
 from vismt.data.texts.text_set import TextRows, TextSource
 
+DIGITS = "datasets/data/digits.csv.gz"  # in scikit-learn
 HALVES = ("train", "test")
 # Powers of the inverse root of x^4 = x + 1: an additive sequence that fills the (position, position, size) cube evenly.
 STEPS = (0.8191725133961645, 0.6710436067037893, 0.5497004779019703)
@@ -55,19 +57,18 @@ class DigitsSource(PackagedSource, ImageSource):
 
     def list_files(self, base: Path) -> Files:
         """Return scikit-learn's one data file."""
-        name = "datasets/data/digits.csv.gz"
-        return {"digits": file_groups(base, [name])[name]}
+        return {"digits": file_groups(base, [DIGITS])[DIGITS]}
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
         """Return all 1,797 digits as uint8 (3, 8, 8); the 17 grey levels 0..16 become round(level * 255 / 16)."""
-        from sklearn.datasets import load_digits
-
-        bunch = load_digits()
-        levels = torch.from_numpy(bunch.images).to(torch.float64)
-        images = (levels * 255 / 16).round().to(torch.uint8)
+        table = np.loadtxt(
+            base / DIGITS, delimiter=","
+        )  # 64 grey levels and the digit; importing sklearn takes a second
+        images = (torch.from_numpy(table[:, :-1]).reshape(-1, 8, 8) * 255 / 16).round().to(torch.uint8)
+        digits = table[:, -1].astype(int).tolist()
         return Listing(
-            classes=[str(name) for name in bunch.target_names],
-            rows={"all": [ImageRow(f"all/{row:06d}", int(label), row) for row, label in enumerate(bunch.target)]},
+            classes=[str(digit) for digit in range(10)],
+            rows={"all": [ImageRow(f"all/{row:06d}", digit, row) for row, digit in enumerate(digits)]},
             read=lambda row: images[row].expand(3, -1, -1).contiguous(),
             content=lambda: hashlib.sha256(images.numpy().tobytes()).hexdigest(),
         )

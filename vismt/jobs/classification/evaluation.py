@@ -26,8 +26,6 @@ from torch import Tensor
 
 from vismt.base import console, ranks
 from vismt.data.batching import Gathered, InOrder
-from vismt.data.decode import decode_file
-from vismt.data.pixels import square
 from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
@@ -37,7 +35,7 @@ from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet, stored
 from vismt.jobs.image_scores import confidences, detection_score, image_scores
 from vismt.jobs.output_conditions import ADJUSTED, LAPLACE, TAUS, TEMPERED, fitted_once
-from vismt.jobs.predictions import Row, class_row
+from vismt.jobs.predictions import Softmax
 from vismt.jobs.risk import Thresholds, fit_thresholds, halves, thresholds_file, validation_parts
 from vismt.multitask.class_loss import adjusted
 from vismt.multitask.nets import TaskClassifier
@@ -228,35 +226,20 @@ class Evaluation:
 
     # ---- images of the user ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def answers(
-        self, net: PixelNet, training: Training, separate: bool, files: Sequence[Path]
-    ) -> tuple[list[Row], Tensor]:
-        """Return the rows of predictions.csv for image files, and the probabilities (n, C), those of each task with sum 1.
+    def softmaxes(self, net: PixelNet, training: Training, separate: bool) -> list[Softmax]:
+        """Return the softmaxes of a net for images of the user: one over all classes, or one for each task.
 
-        A net over all classes has one row for an image, and its sets the largest threshold of a task, which covers the images
-        of every task; separate heads have a row for each task.
+        The conformal sets of one over all classes take the largest threshold of a task, which covers the images of every task.
         """
-        union, names, device = self.data.union, self.data.label_names, runtime.processes().device
-        everything = slice(0, union.num_classes)
-        spans = [union.span(task) for task in range(len(union.tasks))] if separate else [everything]
+        union, names = self.data.union, self.data.label_names
+        tasks = [union.tasks[task] for task in union.task_of_class().tolist()]
+        numbers = range(len(union.tasks))
+        spans = [union.span(task) for task in numbers] if separate else [slice(0, union.num_classes)]
         quantiles: list[float | None] = [None] * len(spans)
         if self.config.evaluate.risk:
-            fitted = [self.thresholds(net, training, separate, task).quantile for task in range(len(union.tasks))]
+            fitted = [self.thresholds(net, training, separate, task).quantile for task in numbers]
             quantiles = [*fitted] if separate else [max(fitted)]
-        rows, probabilities = [], []
-        starts = range(0, len(files), self.config.evaluate.batch)
-        for start in console.track(starts, "predict", str(training), len(starts)):
-            batch = files[start : start + self.config.evaluate.batch]
-            images = torch.stack([square(decode_file(path), self.data.size) for path in batch])
-            logits = net(images.to(device, torch.float32) / 255).double().cpu()
-            log_p = torch.cat([logits[:, span].log_softmax(1) for span in spans], 1)
-            probabilities.append(log_p.exp())
-            for path, line in zip(batch, log_p):
-                for span, quantile in zip(spans, quantiles):
-                    task = union.task_of_class()[span][line[span].argmax()]
-                    rows.append(class_row(path, union.tasks[task], line[span], names[span], quantile))
-        return rows, torch.cat(probabilities)
+        return [Softmax(span, names[span], tasks[span], quantile) for span, quantile in zip(spans, quantiles)]
 
     # ---- Laplace, sets of other classes, the merge check --------------------------------------------------------------
 

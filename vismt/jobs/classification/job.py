@@ -11,13 +11,11 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vismt.backbones import vit
 from vismt.base import console, ranks
-from vismt.base.errors import UserError
 from vismt.data.batching import ShuffledBatches
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
@@ -31,8 +29,9 @@ from vismt.jobs.classification.figures import EXAMPLES, examples, sections
 from vismt.jobs.classification.merging import merge_section, merged_net, write_interference
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, stored, with_linear_head
 from vismt.jobs.evaluation_job import records_folder
+from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
-from vismt.jobs.predictions import image_files, write_arrays, write_rows
+from vismt.jobs.predictions import CLASSES, Options, Predictions, predict_classes
 from vismt.jobs.risk import check_thresholds, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.lowrank.model.inject import train_along
@@ -45,11 +44,13 @@ from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
 from vismt.uncertainty.intervals import CLEAN
 from vismt.uncertainty.last_layers import is_variational
+from vismt.uncertainty.predictive import GaussianHead
 
 
 class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     """A ViT with a head over the classes of all tasks in place of timm's head."""
 
+    predict_options = CLASSES
     logged: Mapping[str, str] = {
         "ce": "Training cross-entropy",
         "accuracy": "Training accuracy (%)",
@@ -256,6 +257,14 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         """Return one arm's stock model with merged weights; a Bayesian head becomes the linear head of its means."""
         return with_linear_head(super().merged(arm))
 
+    def graph(self, arm: str | None, form: str) -> Graph:
+        """Return the merged net; a Bayesian head gives log-probabilities."""
+        net, size = self.merged_net(self.study.find(arm)), self.data.size
+        bayesian = isinstance(net.head, GaussianHead)
+        name = "log_probabilities" if bayesian else "logits"
+        outputs = {name: {"shape": ["batch", self.data.union.num_classes], **self.about(arm)}}
+        return image_graph(Named(net), (size, size), outputs)
+
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return one arm's stock model with its adapter and the head marked as trained along, so that exports include it."""
         model = with_linear_head(super().adapted(arm))
@@ -266,28 +275,20 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         net = self.final(self.study.find(arm))
         return net, self.data.label_names, net.backbone.img_size[0]
 
-    def predict(self, images: Sequence[Path], target: Path, arm: str | None = None, **options: bool) -> list[Path]:
-        """Write the classes of images and of those in folders to predictions.csv; maps: all probabilities to predictions.npz."""
-        for name in ("own_size", "flip"):
-            if options.get(name):
-                raise UserError(f"predict: --{name.replace('_', '-')} is for dense runs; leave it out.")
-        files, training = image_files(images), self.study.find(arm)
-        rows, probabilities = self.evaluation.answers(self.final(training), training, self._separate(training), files)
-        written = [write_rows(rows, target)]
-        if options.get("maps"):
-            names = {"images": [str(path) for path in files], "labels": self.data.label_names}
-            arrays = {name: np.array(texts) for name, texts in names.items()}
-            arrays["probabilities"] = probabilities.float().numpy()
-            written.append(write_arrays(target / "predictions.npz", arrays))
-        return written
+    def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
+        training = self.study.find(options.arm)
+        net, size, batch = self.final(training), self.data.size, self.config.evaluate.batch
+        groups = self.evaluation.softmaxes(net, training, self._separate(training))
+        return predict_classes(net, size, groups, inputs, target, options, label=str(training), batch=batch)
 
     def cards_of_tasks(self) -> dict[str, set[str]]:
         parts = {task.name: (*task.train, *task.validation, *task.test) for task in self.config.tasks}
         return {name: {row_name(card_and_split(entry)[0]) for entry in entries} for name, entries in parts.items()}
 
-    def about(self) -> dict[str, Any]:
+    def about(self, arm: str | None = None) -> dict[str, Any]:
         """Return the classes for config.json beside merged weights, with timm's keys."""
-        return {"num_classes": self.data.union.num_classes, "label_names": self.data.label_names}
+        space = {"label_space": "separate"} if self._separate(self.study.find(arm)) else {}
+        return {"num_classes": self.data.union.num_classes, "label_names": self.data.label_names, **space}
 
 
 JOB = ClassificationJob

@@ -32,14 +32,16 @@ from vismt.jobs.dense.delta import deltas
 from vismt.jobs.dense.evaluation import Evaluation, metric_name
 from vismt.jobs.dense.figures import sections, write_predictions
 from vismt.jobs.dense.pooled_score import Scored
-from vismt.jobs.dense.predict import check_images, most_pixels, predict_images
+from vismt.jobs.dense.predict import check_images, class_names, most_pixels, predict_images
+from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
-from vismt.jobs.predictions import image_files
+from vismt.jobs.predictions import Options, Predictions, image_files
 from vismt.jobs.risk import check_thresholds, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.objectives import DenseObjective
+from vismt.multitask.tasks import MapTask
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
@@ -47,12 +49,16 @@ from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DensePer
 
 # Modules of a timm model that do not run where its maps are read.
 NEVER_RUN = ("fc_norm.", "head_drop.", "head.")
+FITTED = (
+    "fit into {} x {} pixels without changing the shape (bilinear, antialiased), then pad below and right with grey"
+)
 
 
 class DenseJob(ImageJob[DenseConfig, DenseNet]):
     """A ViT with a dense head for each task."""
 
     names_tasks = True
+    predict_options = frozenset({"arm", "top", "maps", "own_size", "flip"})
     default_attack = "pgd"
 
     def __init__(self, config: DenseConfig, folder: Path, config_hash: str) -> None:
@@ -251,27 +257,44 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         """Return {task: the arm that others are compared with}; delta_m is a difference and has none."""
         return {**baseline_arms(self.config), DELTA: ""}
 
-    def predict(self, images: Sequence[Path], target: Path, arm: str | None = None, **options: bool) -> list[Path]:
-        """Draw one arm's predictions on images and on those in folders; options: see `predict_images`."""
-        images = image_files(images)
-        training = self.study.find(arm)
+    def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
+        """Draw one arm's predictions on images and on those in folders, see `predict_images`."""
+        images = image_files(inputs)
+        training = self.study.find(options.arm)
         config = self.study.config_of(training)
-        check_images(images, most_pixels(config) if options.get("own_size") else None)
-        size = (config.size[0], config.size[1]) if options.get("own_size") else window_of(self.config)
+        check_images(images, most_pixels(config) if options.own_size else None)
+        size = (config.size[0], config.size[1]) if options.own_size else window_of(self.config)
         net = models.loaded(config, training, size)
         training_files.fold(net.stock, training)
         quantiles = {}
         # The thresholds hold for images that are predicted as the validation images were.
-        if self.config.evaluate.risk and not (options.get("own_size") or options.get("flip")):
+        if self.config.evaluate.risk and not (options.own_size or options.flip):
             thresholds = self.evaluation.thresholds(lambda: self.final(training), training, config)
             quantiles = {task: fitted.quantile for task, fitted in thresholds.items()}
-        return predict_images(config, net, str(training), images, target, quantiles=quantiles, **options)
+        return predict_images(config, net, str(training), images, target, options, quantiles)
+
+    def graph(self, arm: str | None, form: str) -> Graph:
+        """Return the merged net, with the maps of all tasks at the size of the images."""
+        training = self.study.find(arm)
+        config = self.study.config_of(training)
+        tasks = {task.name: task for task in trained_tasks(config)}
+        classes = class_names(config, tasks)
+        outputs = {
+            name: {
+                "shape": ["batch", task.channels, *(config.size if isinstance(task, MapTask) else [])],
+                "task": type(task).__name__,
+                **({"label_names": classes[name]} if name in classes else {}),
+            }
+            for name, task in tasks.items()
+        }
+        net = Named(self.merged_net(training), tasks)
+        return image_graph(net, config.size, outputs, FITTED.format(*config.size))
 
     def beside(self, training: Training) -> dict[str, bytes]:
         """Return heads.safetensors of a training."""
         return {models.HEADS: models.heads_file(self.loaded(training), self.study.config_of(training))}
 
-    def about(self) -> dict[str, Any]:
+    def about(self, arm: str | None = None) -> dict[str, Any]:
         return {"num_classes": 0, "img_size": list(self.config.size)}
 
 

@@ -32,7 +32,7 @@ from vismt.data.maps.dense_transforms import fitting, resize
 from vismt.data.set_entries import card_and_split
 from vismt.engine import runtime
 from vismt.jobs.dense.config import DenseConfig, canvas_of, own_parts, trained_tasks
-from vismt.jobs.predictions import Row, class_row, write_arrays, write_rows
+from vismt.jobs.predictions import Options, Predictions, Row, class_row, write_arrays, write_rows
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.tasks import MapTask, Task
@@ -93,13 +93,10 @@ def predict_images(
     label: str,
     images: Sequence[Path],
     target: Path,
-    *,
-    own_size: bool = False,
-    flip: bool = False,
-    maps: bool = False,
-    quantiles: Mapping[str, float] | None = None,
-) -> list[Path]:
-    """Write <target>/<image's stem>.png for each image, with `maps` also its maps; return the paths.
+    options: Options,
+    quantiles: Mapping[str, float],
+) -> Predictions:
+    """Write <target>/<image's stem>.png for each image; return rows of classes and the paths.
 
     Tasks of whole images also have rows in <target>/predictions.csv.
 
@@ -109,10 +106,10 @@ def predict_images(
         label: name of the training for the progress bar.
         images: files that `check_images` accepts.
         target: folder.
-        own_size: windows over the image at its own size, not fitted into the canvas.
-        flip: the mean with the mirrored image also where evaluate.flip is false.
-        maps: also write <stem>.npz, what each task answers (Task.answer) at the size of the picture, by the task's name,
-            and <stem>-<task>.png and <stem>-<task>-overlay.png of tasks of maps.
+        options: own_size takes windows over the image at its own size, not fitted into the canvas; flip the mean with the
+            mirrored image also where evaluate.flip is false; maps also writes <stem>.npz, what each task answers
+            (Task.answer) at the size of the picture, by the task's name, and <stem>-<task>.png and <stem>-<task>-overlay.png
+            of tasks of maps; top is the number of classes in a row.
         quantiles: largest -log p of a class in a conformal set, by task of whole images.
     """
     device = runtime.processes().device
@@ -122,14 +119,14 @@ def predict_images(
     if isinstance(depth, Depth) and _inverse(config):
         tasks[Depth.name] = InverseDepth.of(depth)
     settings = config.evaluate
-    classes, flip = class_names(config, tasks), flip or settings.flip
+    classes, flip = class_names(config, tasks), options.flip or settings.flip
     written: list[Path] = []
     rows: list[Row] = []
     for path in console.track(images, "predict", label):
         image = decode_file(path).to(torch.float32) / 255
         size = (int(image.shape[-2]), int(image.shape[-1]))
         height, width = size
-        if not own_size:
+        if not options.own_size:
             height, width = fitting(size, canvas_of(config))
             image = resize({"image": image}, canvas_of(config))["image"]
         with torch.no_grad():
@@ -140,15 +137,15 @@ def predict_images(
             name: value[0, :, :height, :width].cpu() if value.ndim == 4 else value[0].cpu()
             for name, value in outputs.items()
         }
-        if own_size:
+        if options.own_size:
             enlarged = max(side / fitted for side, fitted in zip(size, canvas_of(config)))
             outputs = {name: tasks[name].rescaled(value, enlarged) for name, value in outputs.items()}
-        rows += _class_rows(path, outputs, tasks, classes, quantiles or {})
+        rows += _class_rows(path, outputs, tasks, classes, quantiles, options.top)
         shown = image[:, :height, :width]
         written.append(picture(shown, outputs, tasks, classes, target / f"{path.stem}.png"))
-        if maps:
+        if options.maps:
             _write_maps(shown, outputs, tasks, target / path.stem)
-    return [write_rows(rows, target), *written] if rows else written
+    return Predictions(rows, [write_rows(rows, target), *written] if rows else written)
 
 
 def _class_rows(
@@ -157,6 +154,7 @@ def _class_rows(
     tasks: Mapping[str, Task],
     classes: Mapping[str, Sequence[str]],
     quantiles: Mapping[str, float],
+    top: int,
 ) -> list[Row]:
     """Return the rows of an image in predictions.csv: one for each task of whole images, or one for the union of them.
 
@@ -173,7 +171,7 @@ def _class_rows(
         if union:
             answers = next(one for one in reversed(union) if one.offset <= int(log_p.argmax()))
             quantile = max(quantiles.values(), default=None)
-        rows.append(class_row(path, answers.name, log_p, names, quantile))
+        rows.append(class_row(path, answers.name, log_p, names, quantile, top))
     return rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import fields, replace
 
+from vismt.base.errors import UserError
 from vismt.engine.study import ALONE, resolve_arms
 from vismt.jobs.fewshot.config import (
     DEFAULT,
@@ -33,28 +34,41 @@ MERGING = {
 
 
 def resolve_experts(config: FewShotConfig) -> dict[str, FewShotConfig]:
-    """Return the configuration of every arm: those of `arms`, or the experts of a pool; {} where nothing is trained."""
+    """Return the configuration of every arm: those of `arms`, or the experts of a pool; {} where nothing is trained.
+
+    An arm with a pool section of one expert is trained as this expert, and evaluated like any other arm.
+    """
     if config.adapt is None or config.train is None or (config.pool is not None and config.pool.folder):
         return {}
     if config.pool is None:
-        return resolve_arms(config)
+        return {
+            name: arm if arm.pool is None else _expert_config(arm, _only_expert(arm, name))
+            for name, arm in resolve_arms(config).items()
+        }
     planned = planned_experts(config)
     if config.pool.clean and CLEAN not in planned:
         planned = {CLEAN: PlannedExpert(tuple(config.source.data), None), **planned}
+    return {label: _expert_config(config, expert, config.pool.rates.get(label)) for label, expert in planned.items()}
+
+
+def _expert_config(config: FewShotConfig, expert: PlannedExpert, lr: float | None = None) -> ExpertConfig:
+    """Return the configuration of one expert. lr: its rate, None for that of the train section."""
     values = {item.name: getattr(config, item.name) for item in fields(FewShotConfig)}
-    plain = {**values, "arms": {}, "seeds": [], "tune": None}
-    return {
-        label: ExpertConfig(
-            **{
-                **plain,
-                "train": replace(config.train, lr=config.pool.rates.get(label, config.train.lr)),
-                "source": replace(config.source, data=list(expert.sources)),
-            },
-            adversary=expert.adversary,
-            copy=expert.copy,
+    values |= {"arms": {}, "seeds": [], "tune": None, "source": replace(config.source, data=list(expert.sources))}
+    values["train"] = config.training if lr is None else replace(config.training, lr=lr)
+    return ExpertConfig(**values, adversary=expert.adversary, copy=expert.copy)
+
+
+def _only_expert(arm: FewShotConfig, name: str) -> PlannedExpert:
+    """Return the expert that an arm is trained as; raise UserError where its pool section is more than one expert."""
+    planned = list(planned_experts(arm).values())
+    pool = arm.pool
+    if pool is not None and (pool.folder or pool.clean or pool.rates or len(planned) != 1):
+        raise UserError(
+            f"arms.{name}: pool: an arm is trained as one expert, and this section has {len(planned)}, or folder, clean or "
+            "rates; give it one level, or make the section the run's own, without arms."
         )
-        for label, expert in planned.items()
-    }
+    return planned[0]
 
 
 def planned_experts(config: FewShotConfig) -> dict[str, PlannedExpert]:

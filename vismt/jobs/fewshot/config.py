@@ -144,8 +144,10 @@ class EvaluateConfig:
             the queries of each episode, as AUROC.
         ways_of: {entry of data or of select.data: ways}, where a set has other ways than `ways`.
         sampling: which images uniform episodes draw from. parts: episode i from part i % 5 of the images of every class, so
-            that intervals cover new images; a set with fewer than four times as many images in a class as an episode takes is
-            sampled with_replacement. with_replacement: all images in each episode; intervals cover new episodes alone.
+            that intervals cover new images; of a set with fewer than four times as many images in a class as an episode takes
+            from part i % 5 of the classes, so that they cover new classes, too; a set with fewer than four times as many
+            classes as an episode has is sampled with_replacement. with_replacement: all images in each episode; intervals
+            cover new episodes alone.
             without_replacement: no image twice, and no more episodes than that allows. The variable rule takes shots from
             class sizes, and is always with_replacement.
     """
@@ -229,8 +231,9 @@ class FewShotConfig(StudyConfig):
 
     Args:
         model: the backbone.
-        arms: {name: {dotted key: value}}, the variants; {} for one arm. The experts of a pool are arms of their own; in
-            a run that trains nothing, an arm replaces values of `model` and is evaluated in place of frozen.
+        arms: {name: {dotted key: value}}, the variants; {} for one arm. The experts of a pool are arms of their own; an
+            arm may have a pool section of one expert and is trained as this expert. In a run that trains nothing, an arm
+            replaces values of `model` and is evaluated in place of frozen.
         seeds: seeds of the trainings; [] for `seed` alone.
         tune: the learning rates that every arm tries, judged on select.data; null takes train.lr.
         source: training episodes.

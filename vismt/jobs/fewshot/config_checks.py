@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vismt.base.errors import UserError, near
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.study import check_arms
@@ -32,10 +34,14 @@ def check(config: FewShotConfig) -> None:
     trains = config.train is not None and config.adapt is not None
     _check_arm(config)
     _check_selection(config)
-    check_arms(config, _check_arm, ("pool", "select", "merging", "finetune", "head"), () if trains else ("model",))
+    check_arms(config, _check_variant, ("select", "merging", "finetune", "head"), () if trains else ("model",))
     _check_arm_keys(config)
     if config.arms and config.pool is not None:
-        raise UserError("arms: a pool's experts are the arms; leave out arms or the pool section.")
+        raise UserError(
+            "arms: the experts of the run's pool are its arms; leave out arms, or move the pool section into the arms, one "
+            "expert each."
+        )
+    resolve_experts(config)  # raises for an arm that is not one expert
     if config.tune is not None and not (config.select is not None and config.select.data):
         raise UserError("tune: the rates are judged on validation tasks; name their sets in select.data.")
 
@@ -60,6 +66,11 @@ def _check_arm(config: FewShotConfig) -> None:
     _check_models(config, trains)
     if trains and not config.arms:
         check_calibration(config.calibration, config.adapt)
+
+
+def _check_variant(config: FewShotConfig) -> None:
+    """Check an arm as the models that are evaluated know it: without the pool section that it is trained by."""
+    _check_arm(replace(config, pool=None))
 
 
 def _check_arm_keys(config: FewShotConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from functools import cached_property
@@ -46,7 +47,12 @@ class FewShotData:
         return self.config.model.img_size or self.backbone().img_size[0]
 
     def backbone(self) -> vit.PixelBackbone:
-        """Return the stock backbone; of a model given in Python a copy."""
+        """Return a copy of the stock backbone."""
+        return copy.deepcopy(self._stock)
+
+    @cached_property
+    def _stock(self) -> vit.PixelBackbone:
+        """The stock backbone, which is never changed: a copy takes less time than building it again."""
         model = self.config.model
         given = object_named(model.name)
         if given is not None:

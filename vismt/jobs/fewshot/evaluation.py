@@ -142,7 +142,7 @@ class Evaluation:
         measures = [(label, accuracy(results[label.label], chance)) for label in labels]
         for form, label in FORMS.items():
             if f"{form} {NLL}" in results:
-                measures += [(label, measure) for measure in probability_measures(results, form)]
+                measures += [(label, measure) for measure in probability_measures(results, form, sampler.parts)]
         if smoothing is not None:
             measures += [(label, accuracy(results[label.label], None)) for label in smoothing.conditions()]
             abstained = Measure("abstentions", _by_episode(results[smoothing.label]), better=LOWER)
@@ -231,9 +231,7 @@ def _settings(specs: Sequence[Perturbation]) -> str:
 
 
 def over_episodes(measure: Measure, sampler: EpisodeSampler | VariableSampler) -> Measure:
-    """Return a measure whose interval is over the episodes of a sampler; one with bounds of its own resamples episodes."""
-    if measure.bounds is not None:
-        return replace(measure, covers="sampler")
+    """Return a measure whose interval is over the episodes of a sampler."""
     return replace(measure, covers=sampler.covers, parts=sampler.parts)
 
 
@@ -242,13 +240,13 @@ def accuracy(values: Tensor, chance: float | None) -> Measure:
     return Measure("accuracy", _by_episode(values), chance=chance)
 
 
-def probability_measures(results: Mapping[str, Tensor], form: str) -> list[Measure]:
+def probability_measures(results: Mapping[str, Tensor], form: str, parts: int = 0) -> list[Measure]:
     """Return the quality of the probabilities of a form of the clean logits from the results of `run_protocol`.
 
-    All episodes weigh the same.
+    All episodes weigh the same. parts: of the episodes.
     """
     gaps, nlls, briers = (results[f"{form} {name}"] for name in (GAPS, NLL, BRIER))
-    return quality_measures([str(number) for number in range(len(nlls))], gaps, nlls, briers)
+    return quality_measures([str(number) for number in range(len(nlls))], gaps, nlls, briers, parts)
 
 
 def _by_episode(values: Tensor) -> dict[str, float]:

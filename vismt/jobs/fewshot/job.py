@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vismt.backbones import vit
 from vismt.base import console, ranks
-from vismt.base.errors import UserError, WeightsUnavailable
+from vismt.base.errors import UserError, WeightsUnavailable, near
 from vismt.base.objects import object_named
 from vismt.engine.stream import Batches
 from vismt.engine.study import Study, Training
@@ -33,6 +33,7 @@ from vismt.jobs.fewshot.arms import (
 from vismt.jobs.fewshot.config import (
     EXPERT,
     FROZEN,
+    MERGED,
     ExpertConfig,
     FewShotConfig,
 )
@@ -41,6 +42,9 @@ from vismt.jobs.fewshot.data import FewShotData, draw_corruption
 from vismt.jobs.fewshot.evaluation import MASKING, Evaluation
 from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net, read_scale
 from vismt.jobs.fewshot.report import sections
+from vismt.jobs.graphs import Graph, Named, image_graph
+from vismt.jobs.predict import fitted
+from vismt.jobs.predictions import CLASSES, Options, Predictions, predict_classes
 from vismt.jobs.training_job import TrainingJob
 from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.model.merge import merge
@@ -64,6 +68,7 @@ AVERAGE = "average"
 class FewShotJob(TrainingJob[FewShotConfig, Any]):
     """Arms are adapters of one backbone, or the experts of a pool; models built from them are evaluated seed by seed."""
 
+    predict_options = CLASSES | {"support"}
     logged: Mapping[str, str] = {
         "loss": "Training loss",
         "accuracy": "Training accuracy (%)",
@@ -140,7 +145,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def check_arm(self, config: FewShotConfig) -> None:
         for name in config.source.data:
             self.data.open(name)
-        if not isinstance(config, ExpertConfig):  # the experts of a pool are built alike
+        if self.config.pool is None:  # the experts of a pool are built alike
             super().check_arm(config)
 
     def prepared(self, config: FewShotConfig) -> tuple[Net, str, list[Tensor]]:
@@ -236,6 +241,10 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         with_panel = training.arm == self.evaluated()[-1] and training.seed == self.study.seeds[0]
         return evaluation.scores(models, training.arm, attacks, with_panel=with_panel)
 
+    def evaluate_references(self) -> None:
+        if not any(attack.source for attack in self.config.evaluate.attacks):  # else trained models make the attacks
+            super().evaluate_references()
+
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
         super().evaluate(attacks)
         experts = evaluated_experts(self.config)
@@ -277,7 +286,8 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
 
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return the timm model with one arm's adapter; for a pool also "average" or "average:seed" of all experts."""
-        pool = self.config.pool
+        pool, model = self.config.pool, arm
+        arm = self._arm_of(arm)
         if pool is None:
             return super().adapted(arm)
         name = (arm or "").partition(":")[0]
@@ -287,14 +297,23 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         assembled = {expert.label: expert.folder for expert in read_pool(Path(pool.folder))} if pool.folder else {}
         names = list(assembled if pool.folder else self.study.arms)
         if name not in names:
-            reason = "a pool is merged for every task" if arm is None else f"it has no single adapter '{arm}'"
+            made = merged_text(self.config, split_head(model or MERGED)[0])  # "" for an unknown name
+            reason = f"'{model or MERGED}' is {made}" if made else f"it has no single adapter '{model}'"
             raise UserError(
-                f"run '{self.folder}': {reason}; name one with --arm: {', '.join(names)}, or {AVERAGE} to merge all."
+                f"run '{self.folder}': {reason}; name one expert ({', '.join(names)}), or {AVERAGE} for the mean of all."
             )
         folder = assembled[name] if pool.folder else self.study.find(arm).folder / ADAPTER
         return load_adapter(self.data.backbone().vit, folder)
 
+    def _arm_of(self, model: str | None) -> str | None:
+        """Return the arm of an evaluated model's name ("expert:LABEL", with or without a head); of None the only expert."""
+        if model is not None:
+            return split_head(model)[0].removeprefix(EXPERT)
+        experts = [] if self.config.pool is None else pool_members(self.config, self.study.arms)
+        return experts[0] if len(experts) == 1 else None
+
     def name_of(self, arm: str | None = None) -> str:
+        arm = self._arm_of(arm)
         name = (arm or "").partition(":")[0]
         if self.config.pool is not None and self.config.pool.folder and name != AVERAGE:
             return name
@@ -311,13 +330,53 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return self.models(self._averaged_seed(arm)).pool()
 
     def merged(self, arm: str | None = None) -> nn.Module:
-        """Return the timm model with one arm's merged weights; for a pool also "average" or "average:seed"."""
+        """Return the timm model with one arm's merged weights, or frozen; for a pool also "average" or "average:seed"."""
+        if arm is not None and split_head(arm)[0] == FROZEN:
+            return self.data.backbone().vit
         if self.config.pool is not None and (arm or "").partition(":")[0] == AVERAGE:
             pool = self._averaged_pool(arm)
             backbone = self.data.backbone()
             backbone.load_state_dict(pool.weights(pool.uniform()), strict=False)
             return backbone.vit
         return merge(self.adapted(arm))
+
+    def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
+        """Write the classes of images among those of `options.support`, by the evaluated model that `options.arm` names."""
+        name, seed = self._evaluated(options.arm)
+        what = f"model '{name}' of the run '{self.folder}'"
+        model, size = self.models(seed, name).task(name, None), self._data(name).size
+        net, classes = fitted(model, options.support, size, what)
+        return predict_classes(net, size, [classes], inputs, target, options, label=name)
+
+    def _evaluated(self, text: str | None) -> tuple[str, int]:
+        """Return the evaluated model and the seed that "model" or "model:seed" names; None for the only one that is trained."""
+        models = self.evaluated()
+        trained = [model for model in models if model not in self.references] or models
+        if text is None and len(trained) > 1:
+            raise UserError(f"run '{self.folder}': name a model with --arm: {', '.join(models)}.")
+        text = text or trained[0]
+        name, _, seed = text.rpartition(":")
+        if text in models or int(seed if seed.isdecimal() else -1) not in self.study.seeds:
+            name, seed = text, str(self.study.seeds[0])
+        if name not in models:
+            raise UserError(f"run '{self.folder}': no evaluated model '{text}'.{near(text, models)}")
+        return name, int(seed)
+
+    def graph(self, arm: str | None, form: str) -> Graph:
+        """Return the backbone with merged weights, from images to features."""
+        backbone = self.data.backbone()
+        backbone.vit = self.merged(arm)
+        outputs = {"features": {"shape": ["batch", "width"], **self.about(arm)["features"]}}
+        return image_graph(Named(backbone), backbone.img_size, outputs)
+
+    def about(self, arm: str | None = None) -> dict[str, Any]:
+        """Return where the features are taken and the scale of their cosines, for config.json beside merged weights."""
+        features: dict[str, Any] = {"block": self.config.model.block, "pool": self.config.model.pool}
+        if self.config.pool is not None:
+            features["scale"] = self._averaged_pool(arm).scale
+        elif self.config.meta is None:
+            features["scale"] = read_scale(self.study.find(arm).folder)
+        return {"features": features}
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
         """Return no file: the weights are the whole few-shot model."""

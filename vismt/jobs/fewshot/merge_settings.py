@@ -53,13 +53,13 @@ class PoolSettings:
         self._open = opened
         self._chosen: dict[str, Chosen] = {}
 
-    def chosen(self, data: str) -> Chosen:
-        """Return the settings of merging and fine-tuning on the set `data`."""
+    def chosen(self, data: str | None) -> Chosen:
+        """Return the settings of merging and fine-tuning on the set `data`; None for a set that the run does not evaluate."""
         config = self.config
         select = config.select
-        if select is None:
+        if select is None or (data is None and select.class_share):
             return config.merging, config.finetune
-        key = data if select.class_share else "all"
+        key = str(data) if select.class_share else "all"
         if key not in self._chosen:
             path = self.folder / SELECTION
             saved = read_sealed(path, f"run '{self.folder}'", (DIGEST,)) if path.exists() else {}

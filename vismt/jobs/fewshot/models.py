@@ -84,8 +84,8 @@ class Models:
         self._models: dict[str, EvaluatedModel] = {}
         self._pool: ExpertPool | None = None
 
-    def task(self, name: str, data: str) -> EvaluatedModel:
-        """Return the model `name` with its settings for the set `data`."""
+    def task(self, name: str, data: str | None) -> EvaluatedModel:
+        """Return the model `name` with its settings for the set `data`; None for a set that the run does not evaluate."""
         stem, head = split_head(name)
         chosen = self.settings.chosen(data) if stem == MERGED else (self.config.merging, self.config.finetune)
         key = f"{name} {chosen if stem == MERGED else ''}"

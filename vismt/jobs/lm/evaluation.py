@@ -26,7 +26,7 @@ from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
 from vismt.jobs.output_conditions import LAPLACE, TEMPERED
-from vismt.jobs.risk import choice_measures, fit_thresholds, validation_parts
+from vismt.jobs.risk import Thresholds, choice_measures, fit_thresholds, validation_parts
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, LmTask, Record, choices, gather, temperature_of, tempered
 from vismt.llm.tasks.recommendation import Recommendation
@@ -70,8 +70,8 @@ class Evaluation:
                 counted = f", {tokens:,} tokens" if tokens else ""
                 measures = list(task.measures(records).values())
                 if risk and condition == CLEAN:
-                    thresholds = fit_thresholds(*choices(self._parts(self._validation(training))[1]))
-                    measures += choice_measures(*choices(records), [str(row["id"]) for row in records], thresholds)
+                    names = [str(row["id"]) for row in records]
+                    measures += choice_measures(*choices(records), names, self.thresholds(training))
                 for measure in measures:
                     users = len(measure.values) < len(records)  # and not rows, which are several of a user
                     rows = f"{len(records):,} {split} rows" if users else f"{split} rows{counted}"
@@ -82,6 +82,10 @@ class Evaluation:
     def quality(self, training: Training) -> float:
         """Return the trained task's quality on the validation rows that choose rates."""
         return self.data.tasks[self.data.trained].quality(self._parts(self._validation(training))[0])
+
+    def thresholds(self, training: Training) -> Thresholds:
+        """Return the thresholds of `evaluate.risk` from validation rows."""
+        return fit_thresholds(*choices(self._parts(self._validation(training))[1]))
 
     def _parts(self, records: list[Record]) -> tuple[list[Record], list[Record]]:
         """Return the validation records that choose rates, and those that give the thresholds of `evaluate.risk`."""
@@ -169,7 +173,7 @@ class Evaluation:
         if task.reads:
             self.data.cache(shown, net, label)
         chunks = self._chunks(shown)
-        parts = ranks.share(chunks, lambda chunk: task.score(net, self._batch(chunk, net), chunk))
+        parts = ranks.share(chunks, lambda chunk: task.score(net, self.batch(chunk, net), chunk))
         return [record for part in console.track(parts, "eval", label, len(chunks)) for record in part]
 
     def _laplace(self, training: Training) -> LmNet:
@@ -190,7 +194,7 @@ class Evaluation:
         self.data.cache(items, net, "rows for Laplace")
 
         def features(chunk: list[Item]) -> tuple[Tensor, Tensor]:
-            batch = self._batch(chunk, net)
+            batch = self.batch(chunk, net)
             return net.features(batch).cpu(), batch["label"].cpu()
 
         parts = list(ranks.share(self._chunks(items), features))
@@ -204,7 +208,7 @@ class Evaluation:
         by_length = sorted(items, key=lambda item: (max(len(piece.ids) for piece in item.pieces), item.id))
         return [by_length[start : start + step] for start in range(0, len(by_length), step)]
 
-    def _batch(self, items: Sequence[Item], net: LmNet) -> dict[str, Tensor]:
+    def batch(self, items: Sequence[Item], net: LmNet) -> dict[str, Tensor]:
         device = next(net.lm.parameters()).device
         return {name: value.to(device) for name, value in gather(items).items()}
 
@@ -215,7 +219,7 @@ class Evaluation:
         split = self.config.evaluate.split
         sets = [(task, name) for task in self.data.tasks for name in self.data.names(task, split)]
         for task, name in ranks.my_share(sets):
-            batch = self._batch(self.data.rows(task, split, name)[: self.config.evaluate.batch], net)
+            batch = self.batch(self.data.rows(task, split, name)[: self.config.evaluate.batch], net)
             batch.pop("lower", None)  # the merged LM runs without cached states, as its users run it
             yield "logits", _last_logits(merged, batch), _last_logits(net, batch), True
 

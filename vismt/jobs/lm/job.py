@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -13,31 +14,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base import ranks
+from vismt.base import console, ranks
 from vismt.base.errors import UserError
+from vismt.base.seeds import mix_seed
 from vismt.config.sections import AdaptConfig
+from vismt.data.texts.text_set import open_texts
 from vismt.engine import runtime, training_files
 from vismt.engine.study import Training
 from vismt.jobs.calibration import calibrated
+from vismt.jobs.graphs import Graph, text_graph
 from vismt.jobs.lm import models as lm_models
-from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends, trained_task
+from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends, task_of, trained_task
 from vismt.jobs.lm.config_checks import check
 from vismt.jobs.lm.data import ItemBatches, LmData, lm_of
 from vismt.jobs.lm.evaluation import Evaluation
 from vismt.jobs.lm.figures import sections
 from vismt.jobs.lm.models import LmModels
 from vismt.jobs.lm.recommender import Recommender
+from vismt.jobs.predictions import Options, Predictions, Row, choice_row
 from vismt.jobs.risk import check_thresholds
 from vismt.jobs.training_job import TrainingJob
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
-from vismt.llm.tasks.base import LmObjective
+from vismt.llm.tasks.base import LmObjective, Writing
+from vismt.llm.tasks.causal import Causal
 from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.methods import METHODS
 from vismt.report.results import Result, Score
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
+from vismt.storage.files import atomic_write
+
+PREDICTED = "predictions.jsonl"
 
 
 class LmJob(TrainingJob[LmConfig, LmNet]):
@@ -85,6 +94,12 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         """The evaluation of this folder's trainings."""
         recommender = self.recommender if recommends(self.config) else None
         return Evaluation(self.config, self.study, self.data, self.models, recommender)
+
+    @property
+    def predict_options(self) -> set[str]:  # type: ignore[override]  # the other jobs have a constant
+        """The options of `vismt predict`: how text is written, or the number of choices."""
+        writes = isinstance(task_of(trained_task(self.config)), Causal)
+        return {"arm", "temperature", "new_tokens", "seed"} if writes else {"arm", "top"}
 
     @property
     def split(self) -> str:
@@ -211,6 +226,43 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         model = super().merged(arm)
         self.models.forget()
         return model
+
+    def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
+        """Write what an arm answers to rows of text to <target>/predictions.jsonl, the fields of each row with it.
+
+        Text is written after the prompt of the trained task; of tasks with choices the row has the likeliest ones, their
+        probabilities and, with `evaluate.risk`, the conformal set.
+        """
+        task, training = self.data.tasks[self.data.trained], self.study.find(options.arm)
+        sets = [open_texts(path) for path in inputs]
+        rows = [(f"{texts.name}:{name}", row) for texts in sets for name, row in zip(texts.ids, texts.rows)]
+        items = [task.ask(name, row, self.models.tokenizer) for name, row in rows]
+        quantile = self.evaluation.thresholds(training).quantile if self.config.evaluate.risk else None
+        net, step = self.evaluation.net(training), self.config.evaluate.batch
+        found: list[Row] = []
+        for start in console.track(range(0, len(items), step), "predict", str(training), -(-len(items) // step)):
+            part = [row for _, row in rows[start : start + step]]
+            how = Writing(options.new_tokens, options.temperature, mix_seed(options.seed, "batch", start))
+            batch = self.evaluation.batch(items[start : start + step], net)
+            with torch.no_grad():
+                replies = task.reply(net, batch, part, self.models.tokenizer, how)
+            for row, reply in zip(part, replies):
+                chosen = reply.log_p is not None
+                answer = (
+                    choice_row(reply.log_p, reply.choices, quantile, options.top) if chosen else {"text": reply.text}
+                )
+                found.append({**row, **answer})
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        atomic_write(target / PREDICTED, lines)
+        return Predictions(found, [target / PREDICTED])
+
+    def graph(self, arm: str | None, form: str) -> Graph:
+        if form != "torch":
+            raise UserError(
+                "export: a language model is exported by --format torch; for ONNX write --format transformers and give the "
+                "folder to `optimum-cli export onnx`."
+            )
+        return text_graph(self.merged(arm))
 
     def beside(self, training: Training) -> dict[str, bytes]:
         """Return the files of the tokenizer, and head.safetensors where the training has one."""

@@ -12,7 +12,10 @@ from vismt.config.typed import arguments
 # The type of the values is vismt.llm.tasks.base.LmTask, which importing this package does not load.
 TASKS: Registry[type] = Registry(
     "tasks: no kind",
-    {name: f"vismt.llm.tasks.{name}" for name in ("answers", "causal", "classes", "generation", "recommendation")},
+    {
+        name: f"vismt.llm.tasks.{name}"
+        for name in ("answers", "causal", "chat", "classes", "generation", "recommendation")
+    },
 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ from vismt.llm.tasks.base import (
     Item,
     LmTask,
     Record,
+    Reply,
+    Writing,
     answer_tokens,
     fields_of,
     fill,
@@ -75,24 +78,37 @@ class Answers(LmTask):
         return "" if own else fill(self.label, row, "tasks: label")
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        context, before = self.context(row, tokenizer)
-        templates = {
+        label, choices = fill(self.label, row, "tasks: label"), list(self.choices_of(row))
+        if label not in choices:
+            raise UserError(f"tasks: row '{name}' has label '{label}', which is none of its answers {choices}.")
+        return replace(self.ask(name, row, tokenizer), label=choices.index(label))
+
+    def choices_of(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Return the templates of the answers that are choices of a row, by label."""
+        return {
             key: text
             for key, text in self.answers.items()
             if all(field in row for field in fields_of(text, "tasks: answers"))
         }
-        label = fill(self.label, row, "tasks: label")
-        if label not in templates or len(templates) < 2:
-            raise UserError(
-                f"tasks: row '{name}' has label '{label}' and answers {list(templates)}; needed two, the right one "
-                "among them."
-            )
+
+    def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+        context, before = self.context(row, tokenizer)
+        templates = self.choices_of(row)
+        if len(templates) < 2:
+            raise UserError(f"tasks: row '{name}' has the answers {list(templates)}; needed two at least.")
         texts = [fill(text, row, "tasks: answers") for text in templates.values()]
         answers = [answer_tokens(tokenizer, text, before) for text in texts]
         if not all(answers):
             raise UserError(f"tasks: row '{name}' has an answer without a token.")
         sizes = [max(1, len(text.strip())) for text in texts]
-        return Item(name, [tree(context, answers, self.length)], list(templates).index(label), sizes=sizes)
+        return Item(name, [tree(context, answers, self.length)], sizes=sizes)
+
+    def reply(
+        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
+    ) -> list[Reply]:
+        log_p = answer_scores(net, batch, self.normalise).double().log_softmax(1).cpu()
+        choices = [list(self.choices_of(row)) for row in rows]
+        return [Reply(choices=names, log_p=values[: len(names)]) for names, values in zip(choices, log_p)]
 
     def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
         scores = answer_scores(net, batch, self.normalise)

@@ -83,6 +83,24 @@ def gather(items: Sequence[Item]) -> dict[str, Tensor]:
     return batch
 
 
+@dataclass(frozen=True)
+class Writing:
+    """How a language model writes. temperature: 0 takes the likeliest token. seed: of the draws."""
+
+    new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to a row: the text that was written, or the choices with their log-probabilities fp64 (k,)."""
+
+    text: str | None = None
+    choices: Sequence[str] = ()
+    log_p: Tensor | None = None
+
+
 class LmTask(ABC):
     """A task. prompt: a template with fields of the row in braces. length: largest number of tokens in a piece."""
 
@@ -116,13 +134,15 @@ class LmTask(ABC):
         """Return the tokens of the prompt of a row, and the text that an answer follows."""
         text = fill(self.prompt, row, "tasks: prompt")
         if self.chat:
-            text = chat_text(tokenizer, text)
+            text = chat_text(tokenizer, [{"role": "user", "content": text}])
             return list(tokenizer(text, add_special_tokens=False)["input_ids"]), text
         return context_tokens(tokenizer, text), text
 
     def prompt_end(self, tokenizer: Any) -> str:
         """Return the end of every prompt; any letter where it is a field."""
-        return chat_text(tokenizer, self.prompt) if self.chat else self.prompt.rpartition("}")[2] or "a"
+        if self.chat:
+            return chat_text(tokenizer, [{"role": "user", "content": self.prompt}])
+        return self.prompt.rpartition("}")[2] or "a"
 
     def training(self, items: Sequence[Item]) -> list[Item]:
         """Return the items to train on, made from the items of all training rows."""
@@ -151,6 +171,16 @@ class LmTask(ABC):
     @abstractmethod
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
         """Return the measures by name."""
+
+    def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+        """Return a row as tokens for `reply`; it needs no answer. Raises UserError for tasks that take no rows of the user."""
+        raise UserError("predict: the trained task ranks the items of its card, and takes no rows of text.")
+
+    def reply(
+        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
+    ) -> list[Reply]:
+        """Return the answers to the rows of a batch of `ask`: texts, or log-probabilities of named choices."""
+        raise NotImplementedError
 
     def quality(self, records: Sequence[Record]) -> float:
         """Return a number in [0, 1], higher is better, for the choice of the learning rate; by default e^-NLL.
@@ -186,14 +216,20 @@ def context_tokens(tokenizer: Any, text: str) -> list[int]:
     return ids[:-1] if ends else ids
 
 
-def chat_text(tokenizer: Any, text: str) -> str:
-    """Return a user's turn and the beginning of the answer, as the chat template writes them."""
+def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, str]], *, prompt: bool = True) -> str:
+    """Return turns as the chat template writes them; prompt: with the beginning of the assistant's next turn.
+
+    Raises UserError for a tokenizer without a template, and turns that the template refuses.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "tasks: chat: the tokenizer has no chat template; write the turns in the prompt, and leave chat out."
         )
-    turns = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    try:
+        return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=prompt, tokenize=False))
+    except Exception as error:  # templates raise errors of their own
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise UserError(f"tasks: the chat template refuses the turns {roles} ({error}).") from error
 
 
 def answer_tokens(tokenizer: Any, text: str, after: str = "a") -> list[int]:

@@ -23,8 +23,11 @@ from vismt.llm.tasks.base import (
     Item,
     LmTask,
     Record,
+    Reply,
+    Writing,
     answer_tokens,
     by_row,
+    context_tokens,
     fill,
 )
 from vismt.llm.tasks.pieces import pack, piece, windows
@@ -91,6 +94,23 @@ class Causal(LmTask):
             raise UserError(f"tasks: row '{name}' has no token that is counted.")
         return Item(name, pieces)
 
+    def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+        """Return the prompt of a row, or the text that is to be continued."""
+        if self.prompt:
+            context = self.context(row, tokenizer)[0]
+        else:
+            context = context_tokens(tokenizer, fill(self.answer, row, "tasks: answer"))
+        return Item(name, [piece(context, [], self.length)])
+
+    def reply(
+        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
+    ) -> list[Reply]:
+        ends = getattr(
+            getattr(net.lm, "generation_config", None), "eos_token_id", None
+        )  # of a chat model also that of a turn
+        stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        return [Reply(text) for text in written(net, batch, tokenizer, how, stops)]
+
     def training(self, items: Sequence[Item]) -> list[Item]:
         pieces = [part for item in items for part in item.pieces if part.counted]
         if self.documents:
@@ -129,3 +149,11 @@ class Causal(LmTask):
     def quality(self, records: Sequence[Record]) -> float:
         """Return 1 / perplexity."""
         return 1 / self.measures(records)["perplexity"].score
+
+
+def written(net: LmNet, batch: Batch, tokenizer: Any, how: Writing, stops: Sequence[int] = ()) -> list[str]:
+    """Return the texts that the LM writes after the prompts of a batch, up to a token of `stops` or of text's end."""
+    end = tokenizer.eos_token_id
+    ends = [*([] if end is None else [end]), *stops]
+    tokens = net.generate(batch, how.new_tokens, ends, how.temperature, how.seed)
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)

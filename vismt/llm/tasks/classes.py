@@ -12,6 +12,7 @@ swapped letters). An answer must be one token; of a longer answer only the first
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from vismt.llm.tasks.base import (
     LmObjective,
     LmTask,
     Record,
+    Reply,
+    Writing,
     answer_tokens,
     fill,
     probability_measures,
@@ -84,11 +87,20 @@ class Classes(LmTask):
         return fill(self.label, row, "tasks: label")
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        ids = self.context(row, tokenizer)[0][-self.length :]
         label = self.class_of(row)
         if label not in self.answers:
             raise UserError(f"tasks: row '{name}' has label '{label}'.{near(label, self.answers)}")
-        return Item(name, [Piece(tuple(ids), (IGNORE,) * len(ids))], list(self.answers).index(label))
+        return replace(self.ask(name, row, tokenizer), label=list(self.answers).index(label))
+
+    def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+        ids = self.context(row, tokenizer)[0][-self.length :]
+        return Item(name, [Piece(tuple(ids), (IGNORE,) * len(ids))])
+
+    def reply(
+        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
+    ) -> list[Reply]:
+        log_p = log_predictive(net.head, net.features(batch)).double().cpu()
+        return [Reply(choices=list(self.answers), log_p=values) for values in log_p]
 
     def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
         return {"loss": net.head.loss(net.features(batch), batch["label"])}

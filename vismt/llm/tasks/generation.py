@@ -19,8 +19,8 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks import TASKS
-from vismt.llm.tasks.base import Item, Record, by_row, gather
-from vismt.llm.tasks.causal import Causal
+from vismt.llm.tasks.base import Item, Record, Writing, by_row, gather
+from vismt.llm.tasks.causal import Causal, written
 from vismt.llm.tasks.pieces import IGNORE, select_tokens
 from vismt.uncertainty.intervals import Measure
 
@@ -86,7 +86,7 @@ class Generation(Causal):
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         records = []
-        texts = written(net, prompts_of(net, items), self._tokenizer, self.new_tokens)
+        texts = written(net, prompts_of(net, items), self._tokenizer, Writing(self.new_tokens))
         for item, text in zip(items, texts):
             right = normalised(self.read(text)) in {normalised(gold) for gold in item.gold}
             records.append({"id": item.id, "right": right, "text": text})
@@ -118,13 +118,6 @@ def prompts_of(net: LmNet, items: Sequence[Item]) -> dict[str, Tensor]:
         prompts.append(replace(item, pieces=[select_tokens(piece, kept)]))
     device = next(net.lm.parameters()).device
     return {name: value.to(device) for name, value in gather(prompts).items()}
-
-
-def written(net: LmNet, batch: Batch, tokenizer: Any, new_tokens: int, stops: Sequence[int] = ()) -> list[str]:
-    """Return the texts that the LM writes greedily after the prompts of a batch, up to a token of `stops` or of text's end."""
-    end = tokenizer.eos_token_id
-    tokens = net.generate(batch, new_tokens, [*([] if end is None else [end]), *stops])
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def normalised(text: str) -> str:

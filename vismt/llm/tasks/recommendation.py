@@ -40,12 +40,14 @@ from vismt.llm.tasks.base import (
     Listed,
     LmTask,
     Record,
+    Writing,
     answer_tokens,
     by_row,
     names_of,
     probability_measures,
 )
-from vismt.llm.tasks.generation import prompts_of, written
+from vismt.llm.tasks.causal import written
+from vismt.llm.tasks.generation import prompts_of
 from vismt.llm.tasks.item_prompts import ItemPrompt, read_answer, single_token
 from vismt.llm.tasks.pieces import prune, stem, tree
 from vismt.uncertainty.intervals import Measure
@@ -245,7 +247,7 @@ class Recommendation(LmTask):
         line_end = answer_tokens(self._tokenizer, "\n")
         stops = line_end if len(line_end) == 1 else []
         with conditioned(net, prompts_of(net, items)) as given, net.inserted(given):
-            texts = written(net, given, self._tokenizer, self.new_tokens, stops)
+            texts = written(net, given, self._tokenizer, Writing(self.new_tokens), stops)
         return [
             {**names_of(item), "text": text, **read_answer(text, listed_of(item).titles, item.label)}
             for item, text in zip(items, texts)

@@ -8,6 +8,7 @@ settings name is in peft_settings.py.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,14 +29,14 @@ from vismt.lowrank.files.peft_layouts import (
     stack_keys,
     stock_path,
 )
-from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, holds, read_settings, selects, starts, texts
+from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, read_settings, selects, texts
 from vismt.lowrank.layers.low_rank import LowRankSettings
 from vismt.lowrank.layers.parameter_modules import ParameterModule, module_at
 from vismt.lowrank.layers.stock_modules import LINEAR, kind_of
-from vismt.lowrank.model.patterns import Pattern
 from vismt.lowrank.model.targets import candidates
 from vismt.lowrank.tensors import check_factor, check_finite, check_parameter
 from vismt.storage.files import read_tensors
+from vismt.storage.paths import regular_file
 
 TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
 
@@ -61,7 +62,9 @@ class PeftAdapter:
 
     def targets(self, model: nn.Module) -> set[str]:
         """Return the paths of the linears and convolutions that the settings name."""
-        paths = {path for path, module in model.named_modules() if path and kind_of(module) and self._names(path)}
+        paths = {
+            path for path, module in model.named_modules() if path and kind_of(module) and self.settings.names(path)
+        }
         if self.settings.everywhere:
             # Only the head of a transformers model is left out, not that of a timm model.
             getter = getattr(model, "get_output_embeddings", None)
@@ -69,7 +72,7 @@ class PeftAdapter:
             modules = {path: model.get_submodule(path) for path in paths}
             paths = {path for path in paths if kind_of(modules[path]) in LINEAR and modules[path] is not head}
             return paths
-        named = {path for path, _ in model.named_modules() if path and self._names(path)}
+        named = {path for path, _ in model.named_modules() if path and self.settings.names(path)}
         return paths.union(*(attention_paths(model, path) for path in named))
 
     def need_the_same_modules(self, model: nn.Module) -> None:
@@ -134,30 +137,6 @@ class PeftAdapter:
             biases &= {f"{path}.bias" for path in self.low_rank}
         return saved | biases if self.settings.bias != "none" else saved
 
-    def _names(self, path: str) -> bool:
-        settings = self.settings
-        if selects(settings.excluded, path) or any(holds(name, path) for name in settings.saved):
-            return False
-        if settings.everywhere:
-            return True
-        layers = settings.layers_to_transform
-        wanted = [layers] if isinstance(layers, int) else layers
-        if not wanted or isinstance(settings.targets, Pattern):
-            return selects(settings.targets, path)
-        # A full path counts whatever the layers are.
-        return path in settings.targets or (selects(settings.targets, path) and self._layer(path) in wanted)
-
-    def _layer(self, path: str) -> int | None:
-        if not self.settings.layer_names:
-            match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
-            return int(match[1]) if match else None
-        for name in self.settings.layer_names:
-            for end in (end for start in starts(path) for end in name.ends(path, start)):
-                match = re.match(r"\.(\d+)\.", path[end:])
-                if match:
-                    return int(match[1])
-        return None
-
 
 def read_peft(folder: Path) -> PeftAdapter:
     """Return the folder as data.
@@ -174,7 +153,9 @@ def read_peft(folder: Path) -> PeftAdapter:
         check_finite(f"{what}: {name}", value)
     parameters = settings.target_parameters or []
     stacks = {
-        key for key in pairs if names_stack(parameters, key) and (settings.everywhere or not settings.selects(key))
+        key
+        for key in pairs
+        if names_stack(parameters, key) and (settings.everywhere or not selects(settings.targets, key))
     }
     low_rank = {}
     for key in pairs.keys() - stacks:
@@ -188,14 +169,22 @@ def read_peft(folder: Path) -> PeftAdapter:
 def _load(folder: Path, what: str) -> dict[str, Tensor]:
     legacy = folder / "adapter_model.bin"
     if not (folder / TENSORS).exists() and legacy.exists():
-        try:
-            content = torch.load(legacy, map_location="cpu", weights_only=True)
-        except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
-            raise UserError(f"{what}: '{legacy}' is damaged ({type(error).__name__}).") from error
-        if not isinstance(content, dict) or not all(_plain(key, value) for key, value in content.items()):
-            raise UserError(f"{what}: '{legacy}' is not a mapping of plain tensors by name, as peft writes it.")
-        return content
+        return read_legacy(legacy, what)
     return read_tensors(folder / TENSORS, what)[1]
+
+
+def read_legacy(path: Path, what: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter_model.bin by name; UserError for anything else in it."""
+    try:
+        with zipfile.ZipFile(regular_file(path)) as parts:
+            if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
+                raise ValueError("its parts are compressed, which torch never does")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
+        raise UserError(f"{what}: '{path}' is damaged ({type(error).__name__}).") from error
+    if not isinstance(content, dict) or not all(_plain(key, value) for key, value in content.items()):
+        raise UserError(f"{what}: '{path}' is not a mapping of plain tensors by name, as peft writes it.")
+    return content
 
 
 def _plain(name: Any, value: Any) -> bool:
@@ -206,6 +195,27 @@ def _plain(name: Any, value: Any) -> bool:
     return dense and value.device.type == "cpu" and value.untyped_storage().nbytes() >= value.numel() * value.itemsize
 
 
+def part_of(name: str) -> tuple[str, str, str]:
+    """Return module path, role and adapter name of a tensor of a LoRA file, by its name after PREFIX.
+
+    role: A, B, embedding_A, embedding_B, magnitude (of DoRA), bias (of B), stock (a copy of what modules_to_save replaced), other
+    (of another variant), and saved: a parameter that is held whole, with its name in the model in the place of the path.
+    """
+    match = re.fullmatch(r"(.*)\.lora_(embedding_|)([AB])(?:\.([^.]+))??(?:\.(weight|bias))?", name)
+    if match and (bool(match[2]) is not bool(match[5])) and (match[5] != "bias" or match[3] == "B"):
+        role = "bias" if match[5] == "bias" else match[2] + match[3]
+        return match[1], role, match[4] or ""
+    match = re.fullmatch(r"(.*)\.lora_magnitude_vector(?:\.([^.]+))??(?:\.weight)?", name)
+    if match:
+        return match[1], "magnitude", match[2] or ""
+    if "lora_" in name:
+        return name.partition(".lora_")[0], "other", ""
+    if ".original_module." in name:
+        return name, "stock", ""
+    match = re.fullmatch(r"(.*)\.(?:modules_to_save(?:\.([^.]+))??|base_layer)\.([^.]+)", name)
+    return (f"{match[1]}.{match[3]}", "saved", match[2] or "") if match else (name, "saved", "")
+
+
 def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Return the factor pairs by module path, and whole parameters by name."""
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -213,17 +223,17 @@ def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str,
     for key, value in sorted(tensors.items()):
         if not key.startswith(PREFIX):
             raise UserError(f"{what}: key '{key}' lacks the prefix '{PREFIX}'; the file was not written by peft.")
-        name = key[len(PREFIX) :]
-        match = re.fullmatch(r"(.*)\.lora_([AB])(?:\.default)?\.weight", name)
-        table = re.fullmatch(r"(.*)\.lora_embedding_([AB])(?:\.default)?", name)
-        if match:
-            pairs.setdefault(match[1], {})[match[2]] = value
-        elif table and value.ndim == 2:  # of an embedding, whose table peft transposes
-            pairs.setdefault(table[1], {})["BA"[table[2] == "B"]] = value.t()
-        elif "lora_" in name:
+        path, role, adapter = part_of(key[len(PREFIX) :])
+        if role in ("A", "B") and adapter in ("", "default"):
+            pairs.setdefault(path, {})[role] = value
+        elif (
+            role.startswith("embedding_") and adapter in ("", "default") and value.ndim == 2
+        ):  # peft transposes the table
+            pairs.setdefault(path, {})["BA"[role[-1] == "B"]] = value.t()
+        elif role == "saved" and adapter in ("", "default"):
+            extras[path] = value
+        elif role != "stock":
             raise UserError(f"{what}: '{key}' belongs to a variant that is not a plain LoRA.")
-        elif ".original_module." not in name:
-            extras[re.sub(r"\.(modules_to_save(\.default)?|base_layer)\.(?=[^.]+$)", ".", name)] = value
     for path, pair in pairs.items():
         if len(pair) != 2:
             raise UserError(f"{what}: '{path}' has lora_{next(iter(pair))} but not its partner.")

@@ -104,9 +104,29 @@ class PeftSettings:
         """Whether all linears are named."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
-    def selects(self, path: str) -> bool:
-        """Return whether target_modules name a path."""
-        return selects(self.targets, path)
+    def names(self, path: str) -> bool:
+        """Return whether peft adapts the module at `path` where its kind can be adapted."""
+        if selects(self.excluded, path) or any(holds(name, path) for name in self.saved):
+            return False
+        if self.everywhere:
+            return True
+        layers = self.layers_to_transform
+        wanted = [layers] if isinstance(layers, int) else layers
+        if not wanted or isinstance(self.targets, Pattern):
+            return selects(self.targets, path)
+        # A full path counts whatever the layers are.
+        return path in self.targets or (selects(self.targets, path) and self._layer(path) in wanted)
+
+    def _layer(self, path: str) -> int | None:
+        if not self.layer_names:
+            match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+            return int(match[1]) if match else None
+        for name in self.layer_names:
+            for end in (end for start in starts(path) for end in name.ends(path, start)):
+                match = re.match(r"\.(\d+)\.", path[end:])
+                if match:
+                    return int(match[1])
+        return None
 
     def scale(self, path: str) -> tuple[int, float]:
         """Return the rank and the factor of the update at `path`."""
@@ -129,14 +149,19 @@ def read_settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
         unknown = key not in OF_A_START and (key.startswith("use_") or key.endswith("_config")) and key != "use_rslora"
         if value and (key in VARIANTS or unknown):
             raise UserError(f"{what}: '{key}' is set; that variant is not a plain LoRA and cannot be read.")
-    names = {field.name for field in fields(PeftSettings)}
-    known = {key: value for key, value in config.items() if key in names}
-    settings = build(PeftSettings, known, JsonFile(f"{what}: {CONFIG} cannot be read"))
+    settings = typed_settings(what, config)
     if settings.bias not in BIASES:
         raise UserError(f"{what}: bias {settings.bias!r}; it must be one of {', '.join(BIASES)}.")
     if not texts(settings.target_modules) and not settings.target_parameters:
         raise UserError(f"{what}: {CONFIG}: target_modules {settings.target_modules!r} name no module.")
     return settings
+
+
+def typed_settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
+    """Return the settings of a LoRA, whatever its variant; UserError for values that cannot be read."""
+    names = {field.name for field in fields(PeftSettings)}
+    known = {key: value for key, value in config.items() if key in names}
+    return build(PeftSettings, known, JsonFile(f"{what}: {CONFIG} cannot be read"))
 
 
 def _value(table: Iterable[tuple[Pattern, Any]], path: str, default: Any) -> Any:

@@ -244,16 +244,16 @@ def _base_weight(model: nn.Module, path: str) -> Tensor:
 
 def base_samples(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
     """Return up to 16 values of each of these base weights, at places that depend on its path; none on the meta device."""
-    samples: dict[str, list[float]] = {}
-    for path in sorted(paths):
-        flat = _base_weight(model, path).flatten()
-        if flat.is_meta:
-            samples[path] = []
-            continue
-        seed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:7], "big")
-        places = torch.randint(flat.numel(), (SAMPLES,), generator=torch.Generator().manual_seed(seed))
-        samples[path] = flat[places.to(flat.device)].double().tolist()
-    return samples
+    weights = ((path, _base_weight(model, path)) for path in sorted(paths))
+    return {path: [] if weight.is_meta else samples_at(path, weight) for path, weight in weights}
+
+
+def samples_at(path: str, weight: Tensor) -> list[float]:
+    """Return 16 values of the weight of the module at `path`, at places that depend on the path."""
+    flat = weight.flatten()
+    seed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:7], "big")
+    places = torch.randint(flat.numel(), (SAMPLES,), generator=torch.Generator().manual_seed(seed))
+    return flat[places.to(flat.device)].double().tolist()
 
 
 def other_base(message: str, on_other_base: str) -> None:

@@ -10,7 +10,10 @@ A bf16 number has 8 significant bits, so an update of 1 % of its weight keeps on
 from __future__ import annotations
 
 import copy
+import functools
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import torch
 from torch import nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import adapter_layers
+from vismt.lowrank.layers.base import AdapterModule, adapter_layers
 from vismt.lowrank.layers.parameter_modules import to_parameters
 from vismt.lowrank.layers.stock_modules import use_cpu_kernel
 from vismt.lowrank.model.modules import check_mergeable, detach_all, from_stock, stock_order, to_stock
@@ -26,6 +29,7 @@ from vismt.lowrank.model.record import (
     RECORD,
     SHELF,
     AdaptRecord,
+    names_of,
     need_record,
     record_of,
     refuse_offloaded,
@@ -34,6 +38,7 @@ from vismt.lowrank.model.record import (
 from vismt.lowrank.tensors import need_finite
 
 SAVE = "save_pretrained"  # of transformers' models
+WATCHED = "vismt_watched"
 
 
 def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
@@ -95,22 +100,26 @@ class MergedSave:
 
     def __call__(self, save_directory: str | Path, *args: Any, **options: Any) -> Any:
         module: Any = self.module
-        record = record_of(module)
+        adapted = [part for part in module.modules() if names_of(part)]  # the model itself, or parts of it
+        records = [record_of(part) for part in adapted]
         to_resume = "state_dict" in options and re.fullmatch(r"checkpoint-\d+", Path(save_directory).name)
-        if to_resume or (record is not None and not record.specs):  # all is in the weights
-            return type(module).save_pretrained(module, save_directory, *args, **options)
-        if record is None:
-            raise UserError(
-                f"{SAVE}: this {type(module).__name__} is a part of an adapted model, or several adapters are active; call "
-                "vismt.merge(model) on the whole model first, or vismt.save_adapter(model, folder, name=...) for each adapter."
-            )
+        has_others = any(SHELF in part._modules for part in adapted)
+        if to_resume or not (has_others or any(isinstance(part, AdapterModule) for part in module.modules())):
+            return type(module).save_pretrained(module, save_directory, *args, **options)  # all is in the weights
         merged: Any = copy.deepcopy(module)
-        merged._modules.pop(SHELF, None)
         state = options.pop("state_dict", None)
         try:
             if state is not None:
                 merged.load_state_dict(state)
-            merge(merged)
+            for part, record in zip([part for part in merged.modules() if names_of(part)], records):
+                part._modules.pop(SHELF, None)
+                if record is not None and record.specs:
+                    merge(part)
+            if any(isinstance(part, AdapterModule) for part in merged.modules()):
+                raise UserError(
+                    f"this {type(module).__name__} is a part of an adapted model, or several adapters are active; call "
+                    "vismt.merge(model) on the whole model first, or vismt.activate(model, name)."
+                )
         except (UserError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{SAVE}: {reason} Write the adapter alone: vismt.save_adapter(model, folder).") from error
@@ -119,10 +128,27 @@ class MergedSave:
 
 
 def watch_saving(model: nn.Module) -> None:
-    """Let `save_pretrained` of an adapted model of transformers write what the model computes."""
+    """Let `save_pretrained` of an adapted model of transformers, and of a model around it, write what the model computes."""
     for module in model.modules():
         if hasattr(type(module), SAVE):
             setattr(module, SAVE, MergedSave(module))
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is not None and not hasattr(library.PreTrainedModel.save_pretrained, WATCHED):
+        library.PreTrainedModel.save_pretrained = _watched(library.PreTrainedModel.save_pretrained)
+
+
+def _watched(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `save_pretrained` of a class, for a model that was not adapted itself but may have an adapted part."""
+
+    @functools.wraps(stock)
+    def save_pretrained(self: nn.Module, *args: Any, **options: Any) -> Any:
+        if SAVE in vars(self) or not any(names_of(part) for part in self.modules()):
+            return stock(self, *args, **options)
+        setattr(self, SAVE, MergedSave(self))
+        return vars(self)[SAVE](*args, **options)
+
+    setattr(save_pretrained, WATCHED, True)
+    return save_pretrained
 
 
 def unwatch_saving(model: nn.Module) -> None:

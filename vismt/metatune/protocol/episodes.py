@@ -8,8 +8,9 @@ of class c outside the query set, N ways, u ~ U(0, 1) and a_c ~ U(log 1/2, log 2
     shots of class c   K_c = min(R_c, floor(p_c * (S - N)) + 1),   p_c proportional to |c| * exp(a_c)
 
 Episodes that reuse images say how well a mean over episodes is known for these images. Two forms of uniform episodes say it for
-new images: episodes in disjoint parts of the images of every class (`EpisodeSampler.parts`), whose means are independent, and
-episodes without a shared image (`DisjointSampler`; Lafargue et al., TMLR 2024, arXiv 2409.02850).
+new images: episodes in disjoint parts (`EpisodeSampler.parts`), whose means are independent, and episodes without a shared image
+(`DisjointSampler`; Lafargue et al., TMLR 2024, arXiv 2409.02850). A part has a share of the images of every class, or where these
+are too few all images of a share of the classes; both leave the distribution of a single episode as it is.
 
 Episode i of a sampler is a pure function of (seed, i): the same bits for any number of workers or ranks, and after a
 resume. Left out: WordNet itself; its internal nodes come in as `nodes`, lists of leaf classes.
@@ -57,7 +58,7 @@ class LabelledSet:
     labels (n,) integers >= 0; superclass (n_classes,) or None; classes: ids to draw from, by default all that occur;
     names: class names for messages. Raises UserError for labels, superclass or classes that do not fit each other.
 
-    parts: number of parts that share no image, of which episode i draws from part i % parts; 0 where it draws from all images.
+    parts: number of parts that share no image, of which episode i draws from part i % parts; 0 where it draws from all.
     covers: what an interval over the episodes covers.
     """
 
@@ -205,8 +206,9 @@ class EpisodeSampler(LabelledSet):
         superclass: (n_classes,); an episode then draws a superclass and its ways within it, both uniformly.
         classes: The ids to draw from (a split), by default all.
         names: Class names for messages.
-        parts: Largest number of disjoint parts of the images of each class; there are as many as its smallest class has
-            images for, and none where these would be fewer than FEWEST_PARTS.
+        parts: Largest number of disjoint parts. They are parts of the images of each class, as many as the smallest class has
+            images for; where these would be fewer than FEWEST_PARTS, parts of the classes (of superclasses whole ones), each
+            of at least `ways`; and none where these would be fewer, too.
 
     Raises:
         UserError: ways < 2, shots or queries < 1, too few or empty classes, or a class with fewer than K + Q images.
@@ -239,15 +241,30 @@ class EpisodeSampler(LabelledSet):
                 "lower shots or queries, or leave these classes out."
             )
         self._groups = self.groups(ways)
+        self._groups_by_part = [self._groups]  # several where the parts are parts of the classes
         fitting = min(parts, int(self.counts[self.classes].min()) // need)
         if fitting >= FEWEST_PARTS:
             self.parts, self.covers = fitting, "images"
+        elif divided := self._divided(parts):
+            self._groups_by_part, self.parts, self.covers = divided, len(divided), "classes"
+
+    def _divided(self, most: int) -> list[list[Tensor]]:
+        """Return the groups of classes of each part, divided at random; [] where there would be fewer than FEWEST_PARTS."""
+        whole = len(self._groups) > 1
+        count = min(most, len(self._groups) if whole else len(self._groups[0]) // self.ways)
+        if count < FEWEST_PARTS:
+            return []
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, "parts"))
+        order = torch.randperm(len(self._groups if whole else self._groups[0]), generator=generator)
+        if whole:
+            return [[self._groups[number] for number in part] for part in order.tensor_split(count)]
+        return [[self._groups[0][part]] for part in order.tensor_split(count)]
 
     def __getitem__(self, index: int) -> Episode:
         generator = self.generator(index)
-        group = self.draw_group(self._groups, generator)
+        group = self.draw_group(self._groups_by_part[index % len(self._groups_by_part)], generator)
         drawn = group[torch.randperm(len(group), generator=generator)[: self.ways]]
-        part = index % self.parts if self.parts else None
+        part = index % self.parts if self.covers == "images" else None
         return self.draw(drawn, [self.shots] * self.ways, self.queries, generator, part)
 
     def __str__(self) -> str:
@@ -255,7 +272,7 @@ class EpisodeSampler(LabelledSet):
 
     def describe(self) -> dict[str, object]:
         """Return what determines the episodes, JSON-able, for a protocol's hash."""
-        parts = {"parts": self.parts} if self.parts else {}
+        parts = {"parts" if self.covers == "images" else "parts of classes": self.parts} if self.parts else {}
         return self.state(rule="uniform", ways=self.ways, shots=self.shots, queries=self.queries, **parts)
 
 

@@ -1,0 +1,125 @@
+"""Draw the pictures of README.md and docs/ from the rows in docs/results/rows.
+
+    python -m scripts.figures            draw those whose rows have changed
+    python -m scripts.figures --check    exit code 1 with the name of a picture that is not the one of its rows
+
+docs/results/rows/figures.yaml has what each of them shows; docs/NAME.svg ends with a digest of that and of its rows:
+
+    NAME:
+      study: STUDY
+      kind: bars                       # by set, with intervals; seeds: a dot for each training
+      where: {metric: accuracy, condition: [clean, strong linf 4.5/255], arm: [frozen, clean]}
+
+A row is drawn where every field of `where` has the value, or one of the values, whose order is that of the picture. A picture
+whose study has no rows yet is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from scripts.tables import study
+from vismt.base import console
+from vismt.base.errors import UserError, near
+from vismt.base.seeds import digest
+from vismt.config.yaml_text import read_yaml
+from vismt.report.arm_figures import seeds_figure
+from vismt.report.comparison import AVERAGE, compare
+from vismt.report.figures import domain_bars
+from vismt.report.results import Result
+from vismt.report.score_sections import arm_scores, seeds_panel
+from vismt.report.study_rows import ROWS, SELECTED, StudyRow, studies
+from vismt.storage.files import atomic_write
+from vismt.storage.paths import CHECKOUT
+
+KINDS = ("bars", "seeds")
+DIGEST = re.compile(r"<!-- rows: (\w+) -->\n$")
+
+
+class NoValues:
+    """Values by example of committed rows: there are none."""
+
+    def of(self, result: Result) -> None:
+        """Return None."""
+
+
+def chosen(spec: Mapping[str, Any], where: str) -> list[StudyRow]:
+    """Return the rows that a picture shows; raise UserError for a value that no row has."""
+    rows = [row for row in study(spec["study"]).rows if not row.minus]
+    for key, values in spec["where"].items():
+        if key not in SELECTED:
+            raise UserError(f"{where}: rows have no field '{key}'.{near(key, SELECTED)}")
+        known = list(dict.fromkeys(getattr(row, key) for row in rows))
+        wanted = values if isinstance(values, list) else [values]
+        for value in wanted:
+            if value not in known:
+                raise UserError(f"{where}: no row of '{spec['study']}' has {key} '{value}'.{near(str(value), known)}")
+        rows = sorted(
+            (row for row in rows if getattr(row, key) in wanted), key=lambda row: wanted.index(getattr(row, key))
+        )
+    return rows
+
+
+def draw(spec: Mapping[str, Any], rows: list[StudyRow], path: Path) -> None:
+    """Draw rows as the picture that a specification describes."""
+    if spec["kind"] == "bars":
+        shown = sorted((row for row in rows if row.seed is None), key=lambda row: row.data == AVERAGE)
+        domain_bars(compare(shown, NoValues()), path)
+    else:
+        arms = list(dict.fromkeys(row.arm for row in rows))
+        scores = arm_scores([row for row in rows if row.data != AVERAGE], {arm: arm for arm in arms})
+        seeds_figure([seeds_panel(score) for score in scores if score.seeds], arms, path)
+
+
+def fresh(name: str, spec: Mapping[str, Any]) -> str | None:
+    """Return the content that a picture has to have, None where it has it."""
+    where = f"picture '{name}'"
+    if {*spec} != {"study", "kind", "where"} or spec["kind"] not in KINDS:
+        raise UserError(f"{where}: has {', '.join(spec)}; give study, where and kind: {' or '.join(KINDS)}.")
+    rows = chosen(spec, where)
+    of_rows = digest(json.dumps([spec, [asdict(row) for row in rows]], sort_keys=True).encode())[:16]
+    path = CHECKOUT / "docs" / f"{name}.svg"
+    found = DIGEST.search(path.read_text(encoding="utf8")) if path.exists() else None
+    if found is not None and found[1] == of_rows:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = Path(folder) / path.name
+        draw(spec, rows, drawn)
+        return f"{drawn.read_text(encoding='utf8')}<!-- rows: {of_rows} -->\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return 1 where --check finds a picture that is not the one of its rows."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.figures", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a picture is stale")
+    options = parser.parse_args(arguments)
+    specs = CHECKOUT / ROWS / "figures.yaml"
+    stale = False
+    try:
+        for name, spec in read_yaml(specs, str(specs)).items():
+            if spec.get("study") not in studies():
+                console.stage("figures", f"docs/{name}.svg waits for the rows of '{spec.get('study')}'")
+                continue
+            text = fresh(name, spec)
+            if text is not None and options.check:
+                stale = True
+                console.stage("stale", f"docs/{name}.svg; `python -m scripts.figures` draws it again")
+            elif text is not None:
+                atomic_write(CHECKOUT / "docs" / f"{name}.svg", text)
+                console.stage("figures", f"docs/{name}.svg")
+    except UserError as error:
+        console.error(str(error))
+        return 2
+    return int(stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""Write docs/race.md and its pictures from the committed rows of the race's studies; no page before there are rows.
+
+    python -m scripts.tables add RUN race_transfer          take the rows of a finished run of configs/race/transfer.yaml
+    python -m scripts.tables add RUN race_transfer+NAME     beside them, those of a run with other arms and the same tasks
+    python -m scripts.race                                  write the page; --check: exit code 1 where it is stale
+
+docs/results/rows/race.yaml names for each study the columns, each by values of its rows (data is the average over sets where
+there is one). An arm is best where its number is; another one ties with it where the 95 % interval of their difference, paired on
+the same examples and seeds where one run has both, contains 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from scripts import tables
+from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.config.yaml_text import read_yaml
+from vismt.report.arm_figures import Point, pareto_figure
+from vismt.report.comparison import AVERAGE
+from vismt.report.study_rows import ROWS, StudyRow, StudyRows, studies, study_of
+from vismt.storage.files import atomic_write
+from vismt.storage.paths import CHECKOUT
+from vismt.uncertainty.intervals import LOWER, SHARE, Estimate, interval_kind_text
+
+SPECS = CHECKOUT / ROWS / "race.yaml"
+PAGE = CHECKOUT / "docs" / "race.md"
+ENTRANT = "+"  # between a study's name and that of a file with further arms
+HEADER = """# The race
+
+Adapters of language models and of vision transformers on the same images: every arm has the same steps, batches, seeds and grid
+of rates, chosen on validation images. The models are small ViTs on CPUs: compare within a table. ★ is the best number of a
+column, ≈ ties with it: the 95 % interval of their difference contains 0. [Extending](extending.md#an-arm-in-the-race) has how to
+add an arm.
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An arm's number in one column, and its study, of which there are several where outsiders take part."""
+
+    study: StudyRows
+    row: StudyRow
+
+    @property
+    def scores(self) -> list[float]:
+        """The number by training seed."""
+        return list(self.study.trainings(self.row).values())
+
+
+@cache
+def specs() -> dict[str, Any]:
+    """Return title, configuration and columns of each study of the race, by its name."""
+    return read_yaml(SPECS, str(SPECS))
+
+
+def files(name: str) -> list[StudyRows]:
+    """Return the rows of a study, and those of entrants beside it."""
+    return [tables.study(known) for known in studies() if known.partition(ENTRANT)[0] == name]
+
+
+def column(of: list[StudyRows], wanted: dict[str, str]) -> dict[str, Entry]:
+    """Return the number of every arm in one column, of the first file that has the arm."""
+    wanted = {"condition": "clean", **wanted}
+    found: dict[str, Entry] = {}
+    for study in of:
+        rows = [row for row in study.rows if row.seed is None and not row.minus]
+        rows = [row for row in rows if all(getattr(row, key) == value for key, value in wanted.items())]
+        averages = [row for row in rows if row.data == AVERAGE]
+        for row in averages or rows:
+            found.setdefault(row.arm, Entry(study, row))
+    return found
+
+
+def best_of(entries: dict[str, Entry]) -> str:
+    """Return the arm with the best number."""
+    sign = -1 if next(iter(entries.values())).row.better == LOWER else 1
+    return max(entries, key=lambda arm: sign * entries[arm].row.value)
+
+
+def ties(best: Entry, other: Entry) -> bool:
+    """Return whether the interval of the difference of two arms contains 0.
+
+    It is the committed paired one where a run has both. Otherwise their errors count as independent, which is the wider.
+    """
+    for first, second in ((best, other), (other, best)):
+        wanted = {key: getattr(best.row, key) for key in ("task", "data", "protocol", "condition", "metric")}
+        wanted |= {"arm": first.row.arm, "minus": second.row.arm, "seed": None}
+        for row in first.study.rows if first.study is second.study else ():
+            if all(getattr(row, key) == value for key, value in wanted.items()):
+                return row.low <= 0 <= row.high
+    sources = tuple((entry.row.variance, entry.row.freedom) for entry in (best, other))
+    low, high = Estimate(best.row.value - other.row.value, sources).with_seeds(best.scores, other.scores).bounds
+    return low <= 0 <= high
+
+
+def section(name: str, draw: bool) -> str:
+    """Return the part of the page about one study; draw: also write its picture."""
+    spec, of = specs()[name], files(name)
+    columns = {head: column(of, wanted) for head, wanted in spec["columns"].items()}
+    absent = [head for head, entries in columns.items() if not entries]
+    if absent:
+        raise UserError(f"race: study '{name}' has no row for the columns {absent}; see {ROWS}/race.yaml.")
+    costs = {arm: cost for study in reversed(of) for arm, cost in study.about.costs.items()}
+    lines = [f"| {' | '.join(('Arm', *columns, 'trained', 'ms a step'))} |", "|" + "---|" * (len(columns) + 3)]
+    for arm in dict.fromkeys(arm for entries in columns.values() for arm in entries):
+        cells = [_cell(arm, entries) for entries in columns.values()]
+        cost = costs.get(arm, {})
+        trained = f"{cost['trained']:,.0f}" if "trained" in cost else "–"
+        step = f"{1000 * cost['seconds_a_step']:.0f}" if "seconds_a_step" in cost else "–"
+        lines.append(f"| {' | '.join((arm, *cells, trained, step))} |")
+    entry = next(iter(next(iter(columns.values())).values()))
+    kinds = dict.fromkeys(
+        interval_kind_text(entry.row.interval) for arms in columns.values() for entry in arms.values()
+    )
+    about = entry.study.about
+    note = (
+        f"*Intervals: {'; '.join(kinds)}. n = {entry.row.n:,} {entry.row.unit}, seeds: {len(entry.scores) or 1}. Config "
+        f"{about.config_hash}, {about.hardware}. Times are those of a shared machine.*"
+    )
+    return "\n".join(
+        [
+            f"\n## {spec['title']}\n",
+            f"`vismt run {spec['config']}`\n",
+            *lines,
+            "",
+            note,
+            "",
+            *_picture(name, columns, costs, draw),
+        ]
+    )
+
+
+def _cell(arm: str, entries: dict[str, Entry]) -> str:
+    if arm not in entries:
+        return "–"
+    best = best_of(entries)
+    text = tables.interval_text(entries[arm].row)
+    if arm == best:
+        return f"**{text}** ★"
+    return f"{text} ≈" if ties(entries[best], entries[arm]) else text
+
+
+def _picture(
+    name: str, columns: dict[str, dict[str, Entry]], costs: dict[str, dict[str, float]], draw: bool
+) -> list[str]:
+    """Draw the first column against the trained parameters; return the lines that show it."""
+    head, entries = next(iter(columns.items()))
+    factor = 100 if next(iter(entries.values())).row.scale == SHARE else 1
+    points = [
+        Point(arm, costs[arm]["trained"], factor * entry.row.value, factor * entry.row.low, factor * entry.row.high)
+        for arm, entry in entries.items()
+        if arm in costs
+    ]
+    if not points:
+        return []
+    lower = next(iter(entries.values())).row.better == LOWER
+    if draw:
+        pareto_figure(points, "trained parameters", head, PAGE.with_name(f"{name}.svg"), lower=lower)
+    return [
+        f"![{head} against trained parameters; the line joins the arms that no other one beats in both]({name}.svg)\n"
+    ]
+
+
+def pairs(run: Path, name: str) -> list[tuple[str, str]]:
+    """Return the differences to keep with a study of the race: of the best arm of each column and every other one."""
+    spec = specs().get(name.partition(ENTRANT)[0])
+    if spec is None:
+        return []
+    study, found = study_of(run), dict[tuple[str, str], None]()
+    for wanted in spec["columns"].values():
+        entries = column([study], wanted)
+        if entries:
+            best = best_of(entries)
+            found |= dict.fromkeys((best, arm) for arm in entries if arm != best)
+    return list(found)
+
+
+def page(draw: bool) -> str:
+    """Return the page, "" where no study has rows; draw: also write its pictures."""
+    sections = [section(name, draw) for name in specs() if files(name)]
+    return "\n".join([HEADER, *sections]) if sections else ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the page; return 1 where --check finds another one."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.race", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where it is stale")
+    options = parser.parse_args(arguments)
+    try:
+        text = page(draw=not options.check)
+    except UserError as error:
+        console.error(str(error))
+        return 2
+    stands = PAGE.read_text(encoding="utf8") if PAGE.exists() else ""
+    if text and not options.check:
+        atomic_write(PAGE, text)
+        console.stage("race", str(PAGE.relative_to(CHECKOUT)))
+    elif not text:
+        console.stage("race", "no rows of a race, so no page")
+    return int(options.check and text != stands)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

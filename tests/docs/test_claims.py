@@ -1,0 +1,66 @@
+"""Every claim of the papers has a verdict that follows from committed rows, or names what is missing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from helpers.pages import ROOT
+
+from scripts import claims, tables
+from vismt.base.errors import UserError
+from vismt.report import claims as rules
+from vismt.report.claims import Evidence, of_study, read_claims
+from vismt.report.study_rows import studies
+
+PAPERS = read_claims()
+EVIDENCE = [evidence for paper in PAPERS for claim in paper.claims for evidence in claim.shown]
+STUDIED = [evidence for evidence in EVIDENCE if evidence.study]
+# Verdicts of published tables whose rows were not kept, and of studies that were not run. Both may only become fewer.
+ROWS_NOT_KEPT, NOT_RUN = 35, 20
+
+
+def test_every_claim_has_evidence_and_is_stated_once() -> None:
+    stated = [claim.claim for paper in PAPERS for claim in paper.claims]
+    assert len(stated) >= 35 and len(set(stated)) == len(stated)
+    assert all(claim.shown for paper in PAPERS for claim in paper.claims)
+
+
+def test_verdicts_without_rows_only_become_fewer() -> None:
+    missing = [evidence for evidence in STUDIED if evidence.study not in studies()]
+    published = [evidence for evidence in missing if claims.page_of(evidence).exists()]
+    assert (len(published), len(missing) - len(published)) == (ROWS_NOT_KEPT, NOT_RUN)
+    assert all(evidence.verdict == "undecided" for evidence in missing if not claims.page_of(evidence).exists())
+
+
+def test_a_study_that_was_not_run_has_a_configuration_with_its_arms() -> None:
+    for evidence in STUDIED:
+        if evidence.study in studies() or claims.page_of(evidence).exists():
+            continue
+        text = (ROOT / "configs" / f"{evidence.config}.yaml").read_text(encoding="utf8")
+        named = [arm.removeprefix("expert:").partition(":")[0] for arm in (evidence.arm, evidence.minus) if arm]
+        assert all(re.search(rf"\b{re.escape(name)}\b", text) for name in named), evidence
+
+
+@pytest.mark.parametrize("evidence", [e for e in EVIDENCE if e.test], ids=lambda e: e.test.partition("::")[2])
+def test_a_test_that_shows_a_claim_exists(evidence: Evidence) -> None:
+    path, _, name = evidence.test.partition("::")
+    assert f"\ndef {name}(" in (ROOT / path).read_text(encoding="utf8")
+
+
+def test_a_verdict_that_no_longer_follows_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = (ROOT / "docs/results/rows/claims.yaml").read_text(encoding="utf8")
+    stated = 'arm: "expert:robust", minus: clean, above: 0, verdict: holds}'
+    (tmp_path / "claims.yaml").write_text(text.replace(stated, stated.replace("holds", "undecided"), 1))
+    monkeypatch.setattr(rules, "shipped", lambda _: tmp_path)
+    with pytest.raises(UserError, match=r"'undecided', but 'holds' follows from .* of study 'quickstart'"):
+        claims.sections()
+
+
+def test_differences_of_claims_are_kept_with_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(tables, "study_of", lambda run, pairs: asked.extend(pairs))
+    monkeypatch.setattr(tables, "write_study", lambda path, study: None)
+    tables.add(Path("run"), "polar_rank")
+    assert asked == [(evidence.arm, evidence.minus) for _, evidence in of_study(PAPERS, "polar_rank")] and asked

@@ -1,0 +1,106 @@
+"""Pictures are drawn from committed rows, and one whose rows have changed is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.run_folder import make_folder
+
+from scripts import figures, tables
+from vismt.report.study_rows import ROWS, StudyRow, read_study, study_of, write_study
+
+BARS = {"study": "study", "kind": "bars", "where": {"condition": "clean", "arm": ["frozen", "adapted"]}}
+SEEDS = {"study": "seeds", "kind": "seeds", "where": {"condition": "clean"}}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return a checkout with the rows of a study of one training, and of one with two trainings."""
+    monkeypatch.setattr(figures, "CHECKOUT", tmp_path)
+    for module in (figures, tables):
+        monkeypatch.setattr(module, "studies", lambda: {path.stem: path for path in (tmp_path / ROWS).glob("*.jsonl")})
+    (tmp_path / "docs").mkdir()
+    study = study_of(make_folder(tmp_path))
+    write_study(tmp_path / ROWS / "study.jsonl", study)
+    by_seed = [
+        StudyRow(**{**vars(row), "seed": seed, "value": row.value + 0.01 * seed})
+        for row in study.rows
+        for seed in (0, 1)
+        if row.data != "average" and not row.minus
+    ]
+    write_study(tmp_path / ROWS / "seeds.jsonl", type(study)(study.about, [*study.rows, *by_seed]))
+    tables.study.cache_clear()
+    yield tmp_path
+    tables.study.cache_clear()
+
+
+def run(checkout: Path, specs: dict, *options: str) -> int:
+    (checkout / ROWS / "figures.yaml").write_text(yaml.safe_dump(specs, sort_keys=False))
+    return figures.main([*options])
+
+
+def test_a_picture_is_drawn_again_where_its_rows_or_what_it_shows_change(checkout: Path, capsys) -> None:
+    specs = {"bars": BARS, "seeds": SEEDS}
+    assert run(checkout, specs, "--check") == 1 and "stale   docs/bars.svg" in capsys.readouterr().out
+    assert run(checkout, specs) == 0 and run(checkout, specs, "--check") == 0
+    pictures = {path: path.read_bytes() for path in (checkout / "docs").glob("*.svg")}
+    assert [path.name for path in sorted(pictures)] == ["bars.svg", "seeds.svg"]
+    for path in pictures:
+        path.unlink()
+    assert run(checkout, specs) == 0 and pictures == {path: path.read_bytes() for path in pictures}  # to the byte
+
+    assert run(checkout, specs | {"bars": BARS | {"where": {"condition": "clean"}}}, "--check") == 1
+    path = checkout / ROWS / "study.jsonl"
+    study = read_study(path)
+    rows = [StudyRow(**{**vars(row), "low": row.low - 0.01}) for row in study.rows]
+    write_study(path, type(study)(study.about, rows))
+    tables.study.cache_clear()
+    capsys.readouterr()
+    assert run(checkout, specs, "--check") == 1
+    assert "docs/bars.svg" in (out := capsys.readouterr().out) and "docs/seeds.svg" not in out
+
+
+def test_bars_have_the_average_last_and_the_intervals_of_the_rows(checkout: Path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "domain_bars", lambda comparisons, path: drawn.append(comparisons))
+    rows = figures.chosen(BARS, "picture")
+    figures.draw(BARS, rows, checkout / "a.svg")
+    assert [c.data for c in drawn[0]] == ["digits", "crops", "average"]
+    cell = drawn[0][2].cells["adapted"]
+    row = next(row for row in rows if (row.data, row.arm) == ("average", "adapted"))
+    assert (cell.value, cell.low, cell.high) == (row.value, row.low, row.high)
+
+
+def test_seeds_are_those_of_the_trainings(checkout: Path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "seeds_figure", lambda panels, arms, path: drawn.append((panels, arms)))
+    rows = figures.chosen(SEEDS, "picture")
+    figures.draw(SEEDS, rows, checkout / "a.svg")
+    panels, arms = drawn[0]
+    assert arms == ["frozen", "adapted"] and [panel.title for panel in panels] == ["digits", "crops", "average"]
+    assert panels[0].values == pytest.approx(
+        {("frozen", 0): 50, ("frozen", 1): 51, ("adapted", 0): 60, ("adapted", 1): 61}
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": "bar"}, "picture 'a': has study, kind, where; give study, where and kind: bars or seeds"),
+        ({"note": "a"}, "picture 'a': has study, kind, where, note; give study"),
+        ({"where": {"arn": "a"}}, "picture 'a': rows have no field 'arn'. Near: 'arm'"),
+        ({"where": {"arm": "frosen"}}, "picture 'a': no row of 'study' has arm 'frosen'. Near: 'frozen'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(checkout: Path, capsys, change: dict, words: str) -> None:
+    assert run(checkout, {"a": BARS | change}) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_a_picture_waits_for_its_rows(checkout: Path, capsys) -> None:
+    assert run(checkout, {"a": BARS | {"study": "later"}}, "--check") == 0
+    assert "docs/a.svg waits for the rows of 'later'" in capsys.readouterr().out

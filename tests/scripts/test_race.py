@@ -1,0 +1,108 @@
+"""The race's page: best arms and ties, arms of other runs, costs, and no page without rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.results import result
+
+from scripts import race, tables
+from vismt.report.arm_figures import Point, frontier
+from vismt.report.study_rows import About, StudyRow, StudyRows
+
+SPEC = {
+    "race_a": {"title": "A", "config": "race/a", "columns": {"acc %": {"metric": "accuracy"}, "NLL": {"metric": "NLL"}}}
+}
+
+
+def row(arm: str, value: float, half: float = 0.02, **changes: Any) -> StudyRow:
+    given = {"arm": arm, "value": value, "low": value - half, "high": value + half, "data": "average", **changes}
+    minus = given.pop("minus", "")
+    return StudyRow(**vars(result(**given)), minus=minus, variance=(half / 1.96) ** 2, freedom=1e9)
+
+
+def study(*rows: StudyRow, **costs: float) -> StudyRows:
+    made = {arm: {"trained": trained, "seconds_a_step": 0.25} for arm, trained in costs.items()}
+    return StudyRows(About("t", "c", "hash", {}, [], "", "CPU", {}, "", "", 1.0, costs=made), list(rows))
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Return a function that makes studies those of the checkout."""
+
+    def put(**studies: StudyRows) -> None:
+        by_name = {name.replace("__", "+"): of for name, of in studies.items()}
+        monkeypatch.setattr(race, "specs", lambda: SPEC)
+        monkeypatch.setattr(race, "studies", lambda: by_name)
+        monkeypatch.setattr(tables, "study", by_name.__getitem__)
+        monkeypatch.setattr(race, "PAGE", tmp_path / "race.md")
+        monkeypatch.setattr(race, "CHECKOUT", tmp_path)
+
+    return put
+
+
+NLL = [
+    row("lora", 1.2, metric="NLL", scale="number", better="lower"),
+    row("full", 1.0, metric="NLL", scale="number", better="lower"),
+]
+
+
+def test_without_rows_there_is_no_page(known, capsys: pytest.CaptureFixture[str]) -> None:
+    known()
+    assert race.main([]) == 0 and race.main(["--check"]) == 0
+    assert not race.PAGE.exists() and "no page" in capsys.readouterr().out
+
+
+def test_best_ties_and_costs(known) -> None:
+    known(race_a=study(row("lora", 0.60), row("full", 0.61), row("ia3", 0.5), *NLL, lora=1000, full=9000))
+    assert race.main([]) == 0 and race.main(["--check"]) == 0
+    text = race.PAGE.read_text()
+    assert "| lora | 60.0 ± 2.0 ≈ | 1.200 ± 0.020 | 1,000 | 250 |" in text
+    assert "| full | **61.0 ± 2.0** ★ | **1.000 ± 0.020** ★ | 9,000 | 250 |" in text
+    assert "| ia3 | 50.0 ± 2.0 | – | – | – |" in text
+    assert (race.PAGE.with_name("race_a.svg")).exists() and "(race_a.svg)" in text
+    race.PAGE.with_name("race_a.svg").unlink()
+    race.PAGE.write_text(text.replace("60.0", "60.1"))
+    assert race.main(["--check"]) == 1 and not race.PAGE.with_name("race_a.svg").exists()
+
+
+@pytest.mark.parametrize("low,tie", [(0.001, False), (-0.001, True)])
+def test_the_paired_difference_decides_where_it_is_kept(known, low: float, tie: bool) -> None:
+    pair = row("full", 0.01, minus="lora", low=low, high=0.02)
+    known(race_a=study(row("lora", 0.60), row("full", 0.61), pair, *NLL))
+    assert ("60.0 ± 2.0 ≈" in race.page(draw=False)) == tie
+
+
+def test_an_arm_of_another_run_stands_in_the_same_table(known) -> None:
+    mine = study(row("mine", 0.7), row("lora", 0.1), mine=10)
+    known(race_a=study(row("lora", 0.60), row("full", 0.61), *NLL), race_a__mine=mine)
+    text = race.page(draw=False)
+    assert "| mine | **70.0 ± 2.0** ★ | – | 10 | 250 |" in text and "| lora | 60.0 ± 2.0 |" in text
+
+
+def test_a_column_without_rows_is_one_line(known, capsys: pytest.CaptureFixture[str]) -> None:
+    known(race_a=study(row("lora", 0.6)))
+    assert race.main([]) == 2
+    assert "study 'race_a' has no row for the columns ['NLL']" in capsys.readouterr().err
+
+
+def test_differences_to_the_best_arm_of_each_column_are_kept(known, monkeypatch: pytest.MonkeyPatch) -> None:
+    known()
+    monkeypatch.setattr(race, "study_of", lambda run: study(row("lora", 0.62), row("full", 0.61), *NLL))
+    assert race.pairs(Path("run"), "race_a+mine") == [("lora", "full"), ("full", "lora")]
+    assert race.pairs(Path("run"), "emtal_small") == []
+
+
+def test_the_frontier_is_what_no_arm_beats_in_both() -> None:
+    points = [
+        Point(name, cost, score, 0, 0) for name, cost, score in (("a", 1, 5), ("b", 2, 4), ("c", 2, 7), ("d", 9, 7))
+    ]
+    assert [point.arm for point in frontier(points)] == ["a", "c"]
+    assert [point.arm for point in frontier(points, lower=True)] == ["a", "b"]
+
+
+def test_the_committed_page_is_that_of_its_rows() -> None:
+    assert race.main(["--check"]) == 0

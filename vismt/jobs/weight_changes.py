@@ -1,0 +1,55 @@
+"""What a training changed, matrix by matrix: one line each in changes.jsonl of the training's folder.
+
+    change = |DeltaW|_F      weight = |W|_F      stable rank = |DeltaW|_F^2 / |DeltaW|_2^2
+
+DeltaW of a layer with factors comes from its factors, so that no rounding of a half-precision weight is counted; of weights that
+are trained in place, and of tuners without factors, it is the merged weight minus the stock one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismt.lowrank.layers.base import adapter_layers
+from vismt.lowrank.model.merge import undo
+from vismt.lowrank.model.modules import stock_order
+
+
+def weight_changes(adapted: nn.Module, merged: nn.Module) -> list[dict[str, Any]]:
+    """Return a line for every matrix that differs from the stock model's; `adapted` is the stock model afterwards.
+
+    Args:
+        adapted: the trained model with its adapter.
+        merged: the same one with merged weights.
+    """
+    lines = []
+    with torch.no_grad(), stock_order(adapted):
+        for path, layer in adapter_layers(adapted).items():
+            if layer.has_factors:
+                values = layer.low_rank().svd().core
+                lines.append(_line(f"{path}.weight", layer.matrix(layer.weight), values))
+    undo(adapted)
+    measured = {line["weight"] for line in lines}
+    for name, stock, now in _pairs(adapted, merged):
+        if name not in measured and stock.ndim > 1 and not torch.equal(stock, now):
+            change = (now.float() - stock.float()).flatten(1)
+            lines.append(_line(name, stock, torch.linalg.svdvals(change)))
+    return lines
+
+
+def _pairs(stock: nn.Module, merged: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield name, stock and merged value of every parameter."""
+    after = dict(merged.named_parameters())
+    for name, value in stock.named_parameters():
+        yield name, value.detach(), after[name].detach()
+
+
+def _line(name: str, weight: Tensor, values: Tensor) -> dict[str, Any]:
+    """Return the line of a matrix from the singular values of its change."""
+    norm = float(values.square().sum().sqrt())
+    stable = float((values / values.max()).square().sum()) if norm else 0.0
+    return {"weight": name, "norm": float(weight.float().norm()), "change": norm, "stable_rank": stable}

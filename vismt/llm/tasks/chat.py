@@ -1,0 +1,92 @@
+"""Chats of several turns, as the tokenizer's chat template writes them; the loss counts the assistant's turns only.
+
+    row: {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
+
+The tokens of an assistant's turn are what the template adds after the prompt for it, its end-of-turn token included. A template
+that rewrites earlier turns later (one that drops the reasoning of all but the last, for example) has no such tokens and is
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vismt.base.errors import UserError
+from vismt.llm.tasks import TASKS
+from vismt.llm.tasks.base import Item, chat_text
+from vismt.llm.tasks.causal import Causal
+from vismt.llm.tasks.pieces import IGNORE, Piece
+
+ASSISTANT = "assistant"
+
+
+@TASKS.register("chat")
+class Chat(Causal):
+    """Chats.
+
+    Args:
+        prompt: empty; the rows have the turns.
+        messages: field with the list of turns.
+        length: largest number of tokens of a chat, which loses its beginning where it is longer.
+        pack: whether several rows share a training piece.
+
+    Raises:
+        UserError: a prompt.
+    """
+
+    def __init__(self, prompt: str, messages: str = "messages", length: int = 512, pack: bool = False) -> None:
+        if prompt:
+            raise UserError("tasks: 'chat' takes no prompt, as its rows have the turns; leave it out.")
+        super().__init__("", f"{{{messages}}}", length, end=False, pack=pack)
+        self.messages = messages
+
+    @property
+    def about(self) -> str:
+        return f"tokens of the assistant's turns, at most {self.length} in all"
+
+    def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+        turns = self.turns(name, row)
+        ids: list[int] = []
+        labels: list[int] = []
+        done = ""
+        for place, turn in enumerate(turns):
+            if turn["role"] != ASSISTANT:
+                continue
+            for text, counted in (
+                (chat_text(tokenizer, turns[:place]), False),
+                (chat_text(tokenizer, turns[: place + 1], prompt=False), True),
+            ):
+                if not text.startswith(done):
+                    raise UserError(
+                        f"tasks: row '{name}': the chat template rewrites earlier turns, so the tokens of an answer change; "
+                        "give one question and answer a row, or another tokenizer."
+                    )
+                tokens = tokenizer(text[len(done) :], add_special_tokens=False)["input_ids"]
+                ids += tokens
+                labels += tokens if counted else [IGNORE] * len(tokens)
+                done = text
+        part = Piece(tuple(ids[-self.length :]), tuple(labels[-self.length :]))
+        if not part.counted:
+            raise UserError(f"tasks: row '{name}' has no turn of the {ASSISTANT}, so no token is counted.")
+        return Item(name, [part])
+
+    def turns(self, name: str, row: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
+        """Return the turns of a row. Raises UserError for what is not a list of turns with role and content."""
+        turns = row.get(self.messages)
+        if not isinstance(turns, list) or not all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in turns or [None]
+        ):
+            raise UserError(
+                f"tasks: row '{name}': '{self.messages}' is not a list of turns such as "
+                '{"role": "user", "content": "..."}.'
+            )
+        return turns
+
+    def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+        turns = self.turns(name, row)
+        if turns[-1]["role"] == ASSISTANT:  # the answer that a training row has
+            turns = turns[:-1]
+        ids = tokenizer(chat_text(tokenizer, turns), add_special_tokens=False)["input_ids"][-self.length :]
+        return Item(name, [Piece(tuple(ids), (IGNORE,) * len(ids))])

@@ -1,0 +1,135 @@
+"""What the papers claim, as data, and the verdict on each claim that follows from the rows of a study.
+
+docs/results/rows/claims.yaml has the claims of every method. Each names the numbers that test it here: one row of a study, an
+arm's or a difference of two arms, and in the units in which tables show it
+
+    above or below   the line beyond which the claim is true at all: above 0, or above -2 for "at most two points less"
+    claimed          the size that the paper reports; without it the line itself
+
+and with the row's 95 % interval:
+
+                            reaches the claimed size    does not
+    wholly beyond the line  holds                       holds weaker
+    not wholly              undecided                   does not hold
+
+So a claim fails where its effect is excluded, not where it is merely not shown. What no row can show has a test that does, or
+the reason why it cannot be tested here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from vismt.base.errors import UserError
+from vismt.config.typed import Names, build
+from vismt.config.yaml_text import read_yaml
+from vismt.report.study_rows import ROWS, StudyRow
+from vismt.storage.paths import shipped
+from vismt.uncertainty.intervals import SHARE
+
+HOLDS, WEAKER, FAILS, UNDECIDED = "holds", "holds weaker", "does not hold", "undecided"
+NOT_HERE = "not testable here"
+VERDICTS = (HOLDS, WEAKER, FAILS, UNDECIDED)
+CLAIMS = "claims.yaml"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What tests a claim: a row of a study, a test of the repository, or why nothing here can.
+
+    Args:
+        study: name of the study.
+        page: of the study in docs/results, where its name differs.
+        config: name of the configuration of a study that has no page yet.
+        task: of the row, as data, protocol, condition, metric, arm and minus; null where the others name the row.
+        above: line that the effect has to exceed.
+        below: line that it has to stay under.
+        claimed: the size of the effect in the paper.
+        verdict: what follows.
+        test: path::name of a test that shows the claim.
+        why: why it is not testable here.
+        note: a remark on the protocol.
+    """
+
+    study: str = ""
+    page: str = ""
+    config: str = ""
+    task: str | None = None
+    data: str = "average"
+    protocol: str | None = None
+    condition: str = "clean"
+    metric: str = "accuracy"
+    arm: str = ""
+    minus: str = ""
+    above: float | None = None
+    below: float | None = None
+    claimed: float | None = None
+    verdict: Annotated[str, Names(VERDICTS, only=True)] = UNDECIDED
+    test: str = ""
+    why: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if [bool(self.study), bool(self.test), bool(self.why)].count(True) != 1:
+            raise UserError("claims: evidence has one of study, test and why.")
+        if self.study and (not self.arm or (self.above is None) == (self.below is None)):
+            raise UserError(f"claims: study '{self.study}': name the arm, and one of above and below.")
+
+    @property
+    def row(self) -> dict[str, str]:
+        """The values that the row has."""
+        names = ("task", "data", "protocol", "condition", "metric", "arm", "minus")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def follows(self, row: StudyRow) -> str:
+        """Return the verdict that follows from a row."""
+        factor = 100 if row.scale == SHARE else 1
+        ends = sorted((factor * row.low, factor * row.high))
+        if self.below is not None:  # the same rule on the mirrored line
+            ends, line, size = [-ends[1], -ends[0]], -self.below, self.claimed and -self.claimed
+        else:
+            line, size = self.above or 0.0, self.claimed
+        beyond = ends[0] > line
+        reaches = ends[1] > line if size is None else ends[1] >= size
+        return {(True, True): HOLDS, (True, False): WEAKER, (False, True): UNDECIDED, (False, False): FAILS}[
+            beyond, reaches
+        ]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of a paper in one sentence, and what tests it."""
+
+    claim: str
+    shown: list[Evidence] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The claims of one paper. title: heading of its part of the page; page: documentation of its method; source: its link."""
+
+    title: str
+    page: str
+    source: str
+    claims: list[Claim]
+
+
+def read_claims() -> list[Paper]:
+    """Return the claims of the checkout, or of the wheel; [] where there are none."""
+    path = shipped(ROWS) / CLAIMS
+    if not path.is_file():
+        return []
+    return [build(Paper, values, f"{path}: {name}") for name, values in read_yaml(path, str(path)).items()]
+
+
+def of_study(papers: Sequence[Paper], study: str) -> list[tuple[str, Evidence]]:
+    """Return the claims that a study tests, each with its evidence."""
+    claims = [claim for paper in papers for claim in paper.claims]
+    return [(claim.claim, evidence) for claim in claims for evidence in claim.shown if evidence.study == study]
+
+
+def contradict(first: str, second: str) -> bool:
+    """Return whether one verdict says that a claim is true, to whatever extent, and the other that it is not."""
+    return FAILS in (first, second) and bool({HOLDS, WEAKER} & {first, second})

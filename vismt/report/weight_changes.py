@@ -1,0 +1,116 @@
+"""How the trainings of a run changed the weights: a table, the picture by depth, and the numbers of each training."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from vismt.engine.study import ARMS, CHOSEN, read_choice
+from vismt.engine.training_files import CHANGES
+from vismt.report.plotting import (
+    GRID,
+    MUTED,
+    axes_at,
+    color_of,
+    dress,
+    legend,
+    legend_rows,
+    new_figure,
+    save,
+    short,
+)
+from vismt.report.tables import Picture, Section, Table
+from vismt.storage.lines import read_lines
+
+CHANGE, STABLE, SKEW = "relative norm of the update", "stable rank of the update", "skew of the update over depth"
+NOTE = (
+    "Means over the changed matrices, then over the trainings. The norm of an update is relative to its weight's; the stable "
+    "rank is |ΔW|²/σ², between 1 and the rank; the skew is the relative norm of the block that changed most over that of the "
+    "median block. Of weights trained in place the difference itself is taken."
+)
+CAPTION = "Mean relative norm of the update of the matrices of each block, over the trainings."
+Lines = Sequence[Mapping[str, Any]]
+
+
+def read_changes(folder: Path, arms: Sequence[str]) -> dict[str, dict[int, Lines]]:
+    """Return the changed matrices of every training at the chosen rate, by arm and seed, as far as they were measured."""
+    found: dict[str, dict[int, Lines]] = {}
+    for arm in arms:
+        if not (folder / ARMS / arm / CHOSEN).exists():
+            continue
+        stem = f"lr-{read_choice(folder, arm).lr:g}-seed-"
+        for path in sorted((folder / ARMS / arm).glob(f"{stem}*/{CHANGES}")):
+            lines = read_lines(path, ("weight", "norm", "change", "stable_rank"))
+            if lines:
+                found.setdefault(arm, {})[int(path.parent.name.removeprefix(stem))] = lines
+    return found
+
+
+def by_depth(lines: Lines) -> dict[int, float]:
+    """Return the mean relative norm of the update by number of the block; matrices outside the blocks are left out."""
+    norms: dict[int, list[float]] = {}
+    for line in lines:
+        number = re.search(r"\.(\d+)\.", f".{line['weight']}")
+        if number:
+            norms.setdefault(int(number[1]), []).append(_relative(line))
+    return {block: fmean(values) for block, values in sorted(norms.items())}
+
+
+def measures(lines: Lines) -> dict[str, float]:
+    """Return the numbers of one training by name."""
+    depth = list(by_depth(lines).values())
+    numbers = {CHANGE: fmean(map(_relative, lines)), STABLE: fmean(line["stable_rank"] for line in lines)}
+    return numbers | ({SKEW: max(depth) / median(depth)} if len(depth) > 1 and median(depth) else {})
+
+
+def _relative(line: Mapping[str, Any]) -> float:
+    return line["change"] / line["norm"] if line["norm"] else math.inf
+
+
+def changes_section(folder: Path, arms: Sequence[str]) -> Section:
+    """Return the section about the changed weights, and draw its figure; an empty one where nothing was measured."""
+    changes = read_changes(folder, arms)
+    title = "Changes of the weights"
+    if not changes:
+        return Section(title)
+    rows = []
+    for arm, trainings in changes.items():
+        numbers = [measures(lines) for lines in trainings.values()]
+        means = [fmean(of[name] for of in numbers) if name in numbers[0] else None for name in (CHANGE, STABLE, SKEW)]
+        count = len(next(iter(trainings.values())))
+        rows.append([arm, str(len(trainings)), str(count), *("–" if mean is None else f"{mean:.3g}" for mean in means)])
+    heads = ["Arm", "trainings", "matrices", CHANGE, STABLE, SKEW]
+    depths = {arm: [by_depth(lines) for lines in trainings.values()] for arm, trainings in changes.items()}
+    drawn = {
+        arm: {block: fmean(of[block] for of in several if block in of) for block in several[0]}
+        for arm, several in depths.items()
+        if len(several[0]) > 1
+    }
+    pictures = [Picture(depth_figure(drawn, folder / "figures" / "depth.svg"), title, CAPTION)] if drawn else []
+    return Section(title, [(Table(title, heads, rows, set(), texts=1), NOTE)], pictures)
+
+
+def depth_figure(depths: Mapping[str, Mapping[int, float]], path: Path) -> Path:
+    """Draw a line for each arm over the blocks of the model, the norm on a logarithmic axis; return `path`.
+
+    depths: relative norm by arm and block, more than one block each.
+    """
+    arms, left, width = list(depths), 0.75, 5.2
+    offset = 0.12 + 0.22 * legend_rows(arms, width - left)
+    figure = new_figure(width, offset + 3.1)
+    legend(figure, [short(arm, 40) for arm in arms], [color_of(arm, arms) for arm in arms], left)
+    axes = axes_at(figure, left, offset + 0.4, width - left - 0.2, 2.1)
+    dress(axes, "Relative norm of the update")
+    for arm, values in depths.items():
+        axes.plot(
+            list(values), list(values.values()), color=color_of(arm, arms), marker="o", markersize=3, linewidth=1.6
+        )
+    axes.set_yscale("log")
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("block", color=MUTED, fontsize=9)
+    return save(figure, path)

@@ -1,0 +1,14 @@
+"""Checks for methods of one's own: what `vismt.adapt` promises of every method."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vismt.testing.method_contract import check_method
+
+from vismt.base.exports import exports
+
+__all__ = ["check_method"]
+
+__getattr__, __dir__ = exports(__name__)

@@ -1,0 +1,324 @@
+"""What `vismt.adapt` promises of every method, as checks on a small ViT.
+
+vismt's own methods are tested by the same checks (tests/contract/test_methods.py). A check raises AssertionError with what it
+saw.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vismt
+from vismt.base.registry import import_own
+from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
+from vismt.lowrank.layers.low_rank import LowRankLayer
+from vismt.lowrank.model.record import count_parameters, need_record
+from vismt.methods import Method, known_method
+
+# Options that change the layout of factors; a method with low-rank layers keeps the contract under each.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "alpha": {"alpha": 12.0},
+    "rslora": {"alpha": 3.0, "rslora": True},
+    "split_qkv": {"split_qkv": True},
+    "with_head": {"also_train": ["head"]},
+    "conv": {"targets": ["attn.qkv", "patch_embed.proj"]},
+}
+
+
+def check_method(method: str, *, module: str | None = None, **options: Any) -> None:
+    """Check what `vismt.adapt` promises of every method, on a ViT with random weights: for a test of a method of one's own.
+
+    The model starts as the original function; a gradient reaches the parameters of the method and no others; merging keeps
+    the function, removing gives the weights back bit for bit; files, peft, copies, pickles, bf16 and gradient checkpointing
+    keep it; start values follow from the seed. With low-rank layers this is checked for several layouts of the factors (alpha,
+    rslora, split_qkv, also_train, convolutions). Merging and the export are checked where the method declares them.
+
+    Args:
+        method: its registered name.
+        module: a Python module to import first, which registers it.
+        options: of the method, with which it starts as the original function.
+
+    Raises:
+        AssertionError: every promise that does not hold, and what was seen.
+        UserError: an unknown method or option.
+
+    Example:
+        >>> def test_orthogonal():
+        ...     vismt.testing.check_method("orthogonal", module="mine")
+    """
+    if module is not None:
+        import_own(module, "check_method")
+    declared = known_method(method, options)
+    low_rank = any(issubclass(layer, LowRankLayer) for layer in declared.layers)
+    broken: dict[str, list[str]] = {}
+    for layout, more in LAYOUTS.items() if low_rank else [("plain", LAYOUTS["plain"])]:
+        case = Case(method, {**more, **options})
+        for check in CHECKS:
+            if not applies(check, declared, layout):
+                continue
+            try:
+                check(case)
+            except Exception as error:  # of any kind: the method's code is not known
+                kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+                broken.setdefault(f"{check.__name__}: {kind}{error}", []).append(layout)
+    if broken:
+        lines = [f"  {reason} [{', '.join(layouts)}]" for reason, layouts in broken.items()]
+        raise AssertionError("\n".join([f"'{method}' breaks the contract of vismt.adapt:", *lines]))
+
+
+def small_vit(seed: int = 0, num_classes: int = 5, **options: Any) -> nn.Module:
+    """Return a timm ViT of random weights with 2 blocks of width 32, for images of 16 x 16 pixels in 4 x 4 patches."""
+    import timm
+
+    torch.manual_seed(seed)
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": num_classes}
+    return timm.create_model("vit_tiny_patch16_224", **{**shape, **options}).eval()
+
+
+def images(count: int = 3, size: int = 16, seed: int = 1) -> Tensor:
+    """Return random images, float32 (count, 3, size, size) in [0, 1]."""
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def shake(model: nn.Module, scale: float = 0.05, seed: int = 2) -> nn.Module:
+    """Add noise to every trainable parameter, as training would; return the model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter.add_(scale * noise.to(parameter))
+    return model
+
+
+def faded(model: nn.Module) -> nn.Module:
+    """Return the model at the end of its method's schedule, where there is one: what merges and exports."""
+    for module in model.modules():
+        if hasattr(module, "fade"):
+            module.fade = 1.0
+    return model
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with options. make: returns the stock model, given options of `small_vit`."""
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    make: Callable[..., nn.Module] = small_vit
+
+    def adapted(self, seed: int = 0, dtype: torch.dtype = torch.float32, **shape: Any) -> nn.Module:
+        """Return the stock model adapted by the method."""
+        model = self.make(**shape).to(dtype)
+        vismt.adapt(model, self.method, **{"rank": 2, "seed": seed, **self.options})
+        return model
+
+    def trained(self, **more: Any) -> nn.Module:
+        """Return the adapted model with other values of all that it trains."""
+        return shake(self.adapted(**more))
+
+
+Check = Callable[[Case], None]
+
+
+def check_start(case: Case) -> None:
+    """The adapted model is the original function at its start."""
+    _need_near("the adapted model starts", faded(case.adapted())(images()), case.make()(images()), 5e-6)
+
+
+def check_gradient(case: Case) -> None:
+    """A gradient reaches what the method added and also_train, and nothing else."""
+    model = case.trained()
+    model(images()).square().sum().backward()
+    stock = set(case.make().state_dict())
+    trained = set(need_record(model, "check_method").also_train)
+    for name, parameter in model.named_parameters():
+        expected = name not in stock or name in trained
+        _need(parameter.requires_grad == expected, f"{name} has requires_grad = {parameter.requires_grad}")
+        reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        _need(reached == expected, f"{name} {'gets no' if expected else 'gets a'} gradient")
+
+
+def check_merge(case: Case) -> None:
+    """Merging keeps the function, in the classes and names of the stock model."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        model = faded(case.trained(dtype=dtype))
+        x = images().to(dtype)
+        before = model(x)
+        vismt.merge(model)
+        _need_near(f"merged in {dtype}", model(x), before, tolerance * float(before.detach().abs().max()))
+        fresh = case.make().to(dtype)
+        fresh.load_state_dict(model.state_dict(), strict=True)
+        _need([type(m) for m in fresh.modules()] == [type(m) for m in model.modules()], "merged classes are not stock")
+        _need(all(p.requires_grad for p in model.parameters()), "merged parameters do not require a gradient again")
+
+
+def check_unadapt(case: Case) -> None:
+    """The update changes the function, and `unadapt` gives back every bit."""
+    model, original = case.trained(), case.make()
+    _need(not torch.equal(model(images()), original(images())), "the trained update does not change the function")
+    vismt.unadapt(model)
+    state, wanted = model.state_dict(), original.state_dict()
+    _need(list(state) == list(wanted), "the state dict has other names after unadapt")
+    changed = [name for name, value in wanted.items() if not torch.equal(state[name], value)]
+    _need(not changed, f"unadapt does not restore {', '.join(changed)}")
+    _need(not any(isinstance(module, AdapterLayer) for module in model.modules()), "unadapt leaves adapter layers")
+
+
+def check_files(case: Case) -> None:
+    """An adapter file gives a stock model, and one adapted with another seed, the same outputs."""
+    model = case.trained()
+    with tempfile.TemporaryDirectory() as folder:
+        vismt.save_adapter(model, folder)
+        for fresh in (case.make(), case.adapted(seed=5)):
+            vismt.load_adapter(fresh, folder)
+            _need_near("loaded from its file", fresh(images()), model(images()), 0)
+
+
+def check_export(case: Case) -> None:
+    """Peft, where it is installed, and `import_peft` read the export."""
+    try:
+        import peft
+    except ImportError:
+        peft = None
+    model = faded(case.trained())
+    expected = model(images())
+    with tempfile.TemporaryDirectory() as folder:
+        for compact in (False, True):
+            place = Path(folder) / str(compact)
+            vismt.export_peft(model, place, compact=compact)
+            if peft is not None:
+                theirs = peft.PeftModel.from_pretrained(case.make(), str(place)).eval()
+                _need_near("loaded by peft", theirs(images()), expected, 1e-5)
+            _need_near("import_peft", vismt.import_peft(case.make(), place)(images()), expected, 1e-5)
+
+
+def check_copies(case: Case) -> None:
+    """Copies, pickles, other types and state dicts have the same outputs, and copies share nothing."""
+    model = case.trained()
+    expected = model(images())
+    clone = copy.deepcopy(model)
+    _need_near("copied", clone(images()), expected, 0)
+    _need_near("pickled", pickle.loads(pickle.dumps(model))(images()), expected, 0)
+    shake(clone)
+    _need_near("after a copy was changed", model(images()), expected, 0)
+    double = copy.deepcopy(model).to(torch.float64)
+    _need_near("in float64", double(images().double()).float(), expected, 1e-5)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    _need(bool(torch.isfinite(half(images().to(torch.bfloat16))).all()), "outputs in bfloat16 are not finite")
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = case.adapted(seed=7)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+    _need_near("from its state dict", fresh(images()), expected, 0)
+
+
+def check_autocast(case: Case) -> None:
+    """Under autocast the model computes in bf16 and its gradients are fp32."""
+    model = case.trained()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(images())
+    _need(out.dtype == torch.bfloat16, f"outputs under autocast are {out.dtype}")
+    wanted = model(images())
+    _need_near("under autocast", out.float(), wanted, 0.1 * float(wanted.detach().abs().max()))
+    out.float().square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            grad = parameter.grad
+            good = grad is not None and grad.dtype == torch.float32 and bool(torch.isfinite(grad).all())
+            _need(good, f"{name} has no finite float32 gradient under autocast")
+
+
+def check_checkpointing(case: Case) -> None:
+    """Gradient checkpointing does not change gradients."""
+    plain, saving = case.trained(), case.trained()
+    saving.set_grad_checkpointing(True)
+    for model in (plain, saving):
+        model.train()
+        model(images()).square().sum().backward()
+    for (name, parameter), twin in zip(plain.named_parameters(), saving.parameters()):
+        if parameter.grad is not None:
+            _need_near(f"the gradient of {name} under checkpointing", twin.grad, parameter.grad, 1e-6)
+
+
+def check_seed(case: Case) -> None:
+    """Start values follow from the seed and the module's path alone, and no global random state is used."""
+    torch.manual_seed(11)
+    first = _start_values(case.adapted(seed=3))
+    torch.manual_seed(12)
+    model = case.make()
+    before = torch.get_rng_state()
+    vismt.adapt(model, case.method, **{"rank": 2, "seed": 3, **case.options})
+    _need(torch.equal(torch.get_rng_state(), before), "adapt changes torch's random state")
+    again = _start_values(model)
+    fewer = _start_values(Case(case.method, {**case.options, "targets": ["mlp.fc2"]}, case.make).adapted(seed=3))
+    for name, value in again.items():
+        _need(torch.equal(value, first[name]), f"{name} starts otherwise with the same seed")
+        _need(name not in fewer or torch.equal(value, fewer[name]), f"{name} starts otherwise with fewer targets")
+
+
+def check_meta(case: Case) -> None:
+    """On the meta device the adaptation counts parameters without memory."""
+    with torch.device("meta"):
+        model = case.make()
+    vismt.adapt(model, case.method, **{"rank": 2, **case.options})
+    layers = adapter_layers(model).values()
+    _need(all(value.is_meta for layer in layers for value in layer.tensors().values()), "values lie outside of meta")
+    counted, wanted = count_parameters(model), count_parameters(case.adapted())
+    _need(counted == wanted, f"(trainable, all) parameters are {counted} on meta and {wanted} elsewhere")
+
+
+FACTORED: tuple[Check, ...] = (check_seed, check_meta)  # of methods with low-rank layers, in the plain layout
+CHECKS: tuple[Check, ...] = (
+    check_start,
+    check_gradient,
+    check_merge,
+    check_unadapt,
+    check_files,
+    check_export,
+    check_copies,
+    check_autocast,
+    check_checkpointing,
+    *FACTORED,
+)
+
+
+def applies(check: Check, method: Method, layout: str) -> bool:
+    """Return whether a check is of a method in a layout."""
+    if not method.layers:  # it trains the weights themselves
+        return check in (check_start, check_unadapt, check_files)
+    if check in FACTORED:
+        return layout == "plain" and any(issubclass(layer, LowRankLayer) for layer in method.layers)
+    declared = {check_merge: method.merges, check_export: method.exports}
+    return declared.get(check, True)
+
+
+def _start_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the tensors of all adapter layers, by name."""
+    layers = adapter_layers(model).items()
+    return {
+        f"{path}.{name}": value.detach().clone() for path, layer in layers for name, value in layer.tensors().items()
+    }
+
+
+def _need(holds: bool, text: str) -> None:
+    if not holds:
+        raise AssertionError(text)
+
+
+def _need_near(what: str, seen: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Raise AssertionError where two tensors differ by more than `tolerance` anywhere."""
+    difference = float((seen.detach() - wanted.detach()).abs().max())
+    _need(difference <= tolerance, f"{what}: differs by {difference:.2g}; at most {tolerance:.2g} is allowed")

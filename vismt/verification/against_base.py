@@ -1,0 +1,190 @@
+"""An adapter against its base model: names, shapes, values that show another base, vocabularies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vismt.base import console
+from vismt.lowrank.files.save_load import same_base, samples_at
+from vismt.storage.files import file_digest, parse_json
+from vismt.verification.facts import Facts
+from vismt.verification.fit import Update
+from vismt.verification.inside import update_of
+from vismt.verification.located import INNER, Located, equal, shape_of, unheld
+from vismt.verification.verdict import Finding, ModuleRow, names_of
+
+LARGEST_VOCABULARY = 2**26  # bytes of a tokenizer.json that is read
+GIVE_BASE = "give the base it was trained on"
+
+
+def against_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> Iterable[Finding]:
+    """Yield what is wrong between an adapter and its base: names, shapes, values that show another base, vocabularies."""
+    yield from _names(facts, base)
+    misfits = {}
+    for path, name in base.names.items():
+        module, stored = facts.modules[path], base.facts.stored.tensors[name].shape
+        shape = shape_of(module) if module.rank == module.declared else None  # else a finding of its own
+        if shape and len(stored) == 2 and stored not in (shape, shape[::-1]):
+            misfits[path] = f"'{path}': the update is {shape}, the base's weight {stored}"
+    if misfits:
+        yield Finding(
+            "broken",
+            "shape",
+            f"{next(iter(misfits.values()))} ({len(misfits)} such modules)",
+            GIVE_BASE,
+            tuple(misfits),
+        )
+    yield from _same_base(facts, base, rows)
+    yield from _saved(facts, base.facts)
+    yield from tokenizers(facts, base.facts, "the adapter", "the base")
+
+
+def _names(facts: Facts, base: Located) -> Iterable[Finding]:
+    absent = [path for path in facts.modules if path not in base.names]
+    total = len(facts.modules)
+    # transformers adds or leaves out the name of the bare model inside a class with a head
+    bare = (
+        bool(base.facts.config.get("model_type"))
+        and base.change.startswith(("without", "with "))
+        and INNER not in base.change
+    )
+    known = ("'model.'", "'transformer.'", "'base_model.'", "'vit.'", "'bert.'", "'gpt_neox.'")
+    if base.change and not (bare and base.change.startswith("without") and base.change.endswith(known)):
+        text = (
+            f"the base names the modules otherwise: {len(base.names)} of {total} are found only {base.change} in their paths; a "
+            "reader that looks paths up serves the base (reported for vLLM, vllm#34186)"
+        )
+        yield Finding("broken", "prefix", text, f"rename the adapter's tensors: {base.change}")
+    if absent:
+        text = f"the base has no weight of {names_of(absent)} ({len(absent)} of {total} adapted modules)"
+        yield Finding("broken", "not-in-base", text, GIVE_BASE, tuple(absent))
+    missing = unheld(facts, base)
+    if missing:
+        text = f"{names_of(missing)}: named by target_modules, but the file has no factors of it"
+        yield Finding("broken", "missing-module", text, "save the adapter again", tuple(missing))
+
+
+def _same_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> Iterable[Finding]:
+    """Yield signs of another base, and fill the ratio of each row in."""
+    expected = facts.config.get("base_samples", {}) if facts.specs else {}
+    samples: dict[str, list[float]] = {}
+    inside: list[str] = []
+    follow: list[bool] = []
+    for path in console.track(list(base.names), "verify", "base"):
+        value = base.facts.stored.read(base.names[path]) if path in expected else None
+        if value is not None:
+            samples[path] = samples_at(path, value)
+        update = update_of(facts, facts.modules[path])
+        W = base.matrix(path, update.shape) if update is not None else None
+        if update is None or W is None:
+            continue
+        W = W.to(torch.promote_types(W.dtype, torch.float32))
+        norm, whole = update.norm(), float(W.norm())
+        rows[path].ratio = norm / whole if whole else None
+        if norm and whole and _is_projection(update, W, norm, whole):
+            inside.append(path)
+        if update.magnitude is not None:
+            follow.append(_follows(update.magnitude.to(W.dtype), W.norm(dim=1)))
+    if not same_base(samples, expected):
+        text = "the weights of the base are not those that the adapter was trained on (samples in adapter.json)"
+        yield Finding("broken", "other-base", text, GIVE_BASE)
+    if 2 * sum(follow) < len(follow):
+        text = "the magnitudes of DoRA do not follow the lengths of the rows of this base: another base"
+        yield Finding("suspicious", "other-base", text, GIVE_BASE)
+    start = str(facts.settings.init_lora_weights).lower() if facts.settings is not None else ""
+    kept = start.startswith(("pissa", "olora", "corda"))
+    if not kept and inside and 2 * len(inside) >= len(rows):
+        text = (
+            f"the update of {len(inside)} modules is a projection of the base: a PiSSA or OLoRA start is still inside"
+        )
+        fix = "convert it: vismt.export_peft, or peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        yield Finding("broken", "start-inside", text, fix, tuple(inside))
+    if kept and not inside and any(row.ratio for row in rows.values()):
+        text = f"init_lora_weights is '{start}', but the update is no projection of this base's weights: another base"
+        yield Finding("suspicious", "other-base", text, GIVE_BASE)
+
+
+def _follows(magnitude: Tensor, lengths: Tensor) -> bool:
+    """Return whether magnitudes, which start as the lengths of the rows of the base, still follow them."""
+    both = torch.stack([magnitude, lengths]).clamp_min(1e-30).log()
+    moved = float((both[0] - both[1]).abs().median())
+    return moved < 0.05 or float(torch.corrcoef(both)[0, 1]) > 0.3
+
+
+def _is_projection(update: Update, W: Tensor, norm: float, whole: float) -> bool:
+    """Return whether D holds a projection of W, as PiSSA, OLoRA and CorDA start: <D, W> / |D|^2 near 1, far from chance."""
+    product = update.product(W)
+    z = product / (norm * whole) * W.numel() ** 0.5 if whole else 0.0
+    return 0.5 < product / norm**2 < 1.3 and z > 8
+
+
+def _saved(facts: Facts, base: Facts) -> Iterable[Finding]:
+    """Yield whole parameters that do not fit the base."""
+    for tensor in facts.with_role("saved"):
+        found = next(
+            (
+                s
+                for n, s in base.stored.tensors.items()
+                if n == tensor.path or n.endswith(f".{tensor.path}") or tensor.path.endswith(f".{n}")
+            ),
+            None,
+        )
+        if found is not None and found.shape != tensor.shape:
+            text = f"'{tensor.path}' is {tensor.shape}, the base's {found.shape}"
+            yield Finding("note", "resized", text, "resize the base before it is loaded", (tensor.path,))
+        elif found is not None and tensor.name.endswith(".base_layer.weight"):  # of an embedding
+            ours, theirs = facts.stored.read(tensor.name), base.stored.read(found.name)
+            if ours is not None and theirs is not None and not equal(theirs, ours):
+                text = f"'{tensor.path}': the copy of the base in the file has other values than this base"
+                yield Finding("broken", "other-base", text, GIVE_BASE, (tensor.path,))
+
+
+# ---- tokenizers
+def tokenizers(one: Facts, other: Facts, name: str, than: str) -> Iterable[Finding]:
+    """Yield differences of the tokenizers and chat templates of two folders. name, than: of the two, in messages."""
+    for file in ("tokenizer.json", "vocab.json", "chat_template.jinja"):
+        paths = [facts.folder / file for facts in (one, other)]
+        if not all(path.is_file() for path in paths) or file_digest(paths[0]) == file_digest(paths[1]):
+            continue
+        if file == "chat_template.jinja":
+            yield Finding(
+                "note",
+                "chat-template",
+                f"the chat template of {name} differs from that of {than}",
+                "serve with the adapter's template",
+            )
+            continue
+        ids = [_ids(path) for path in paths]
+        if ids[0] is None or ids[1] is None:
+            yield Finding(
+                "suspicious", "tokenizer", f"'{file}' of {name} or of {than} cannot be read", "copy the tokenizer again"
+            )
+            continue
+        moved = [token for token in ids[0].keys() & ids[1].keys() if ids[0][token] != ids[1][token]]
+        gone = ids[1].keys() - ids[0].keys()
+        if len(moved) + len(gone) > 0.01 * len(ids[1]):
+            text = f"'{file}' of {name}: {len(moved) + len(gone):,} of {len(ids[1]):,} tokens have another id than in {than}"
+            yield Finding("broken", "tokenizer", text, "use the tokenizer of the base it was trained on")
+        elif ids[0] != ids[1]:
+            added = len(ids[0].keys() - ids[1].keys())
+            yield Finding("note", "tokenizer", f"'{file}' of {name} has {added} tokens that {than} has not")
+
+
+def _ids(path: Path) -> dict[str, int] | None:
+    """Return the ids of a tokenizer's tokens; None for a file that cannot be read."""
+    if path.stat().st_size > LARGEST_VOCABULARY:
+        return None
+    try:
+        content = parse_json(path.read_text(encoding="utf8"))
+        vocabulary: Any = content["model"]["vocab"] if path.name == "tokenizer.json" else content
+        if isinstance(vocabulary, list):  # of a unigram model: pairs of token and score
+            vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
+        extra = content.get("added_tokens", []) if path.name == "tokenizer.json" else []
+        return {**dict(vocabulary), **{entry["content"]: entry["id"] for entry in extra}}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None

@@ -1,0 +1,244 @@
+"""A merged checkpoint against the base and the update of an adapter, one module at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from vismt.base import console
+from vismt.lowrank.files.peft_settings import texts
+from vismt.verification.against_base import tokenizers
+from vismt.verification.facts import Facts
+from vismt.verification.fit import Fit, Update, fit
+from vismt.verification.inside import update_of
+from vismt.verification.located import Located, equal, shape_of
+from vismt.verification.verdict import Finding, ModuleRow, names_of
+
+FUSED = ("qkv", "c_attn", "in_proj", "Wqkv", "qkv_proj", "query_key_value")
+LOST = 0.5  # share of an update that rounding may take before it is a fault
+
+
+def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[str, ModuleRow]) -> Iterable[Finding]:
+    """Yield how a merged checkpoint differs from the base and the update of the adapter."""
+    fits: dict[str, Fit] = {}
+    still: dict[str, bool] = {}  # of other tuners: whether the weight is the base's
+    rslora = bool(facts.settings is not None and facts.settings.use_rslora)
+    for path in console.track([path for path in base.names if path in merged.names], "verify", "merged"):
+        module = facts.modules[path]
+        update = update_of(facts, module)
+        W, M = (at.matrix(path, update.shape) if update is not None else None for at in (base, merged))
+        if update is None or W is None or M is None:
+            still[path] = _same_values(base.facts, base.names[path], merged.facts, merged.names[path])
+            continue
+        fits[path] = found = fit(W, M, update, module.rank or update.low_rank.rank, rslora)
+        row = rows[path]
+        row.fit, row.factor, row.residual = found.kind, found.factor, found.residual
+        row.erased = found.lost / found.norm if found.norm else None
+        if not bool(torch.isfinite(M).all()):
+            yield Finding(
+                "broken",
+                "merged-not-finite",
+                f"'{path}': the merged weight has NaN or infinite values",
+                "merge in bf16 or fp32",
+                (path,),
+            )
+    absent = [path for path in base.names if path not in merged.names]
+    if absent:
+        yield Finding(
+            "broken",
+            "not-in-merged",
+            f"the checkpoint has no weight of {names_of(absent)}",
+            "merge into the same base",
+            tuple(absent),
+        )
+    apart, another = _unadapted(facts, base, merged)
+    if another:
+        text = f"{names_of(apart)}: weights that the adapter does not touch differ from the base: it was merged into another one"
+        yield Finding("broken", "other-base", text, "give the base it was merged into", tuple(apart[:20]))
+    elif apart:
+        text = f"{names_of(apart)}: differs from the base and belongs to no adapter"
+        yield Finding(
+            "suspicious", "foreign-change", text, "look where it was trained; name it in modules_to_save", tuple(apart)
+        )
+    if still and all(still.values()):
+        text = f"no weight of the {len(still)} adapted modules differs from the base: nothing was merged"
+        yield Finding("broken", "unmerged", text, "merge the adapter into the base", tuple(still))
+    yield from _factors(facts, fits)
+    if not another:
+        yield from _others(facts, base, merged, fits)
+    yield from _rounding(fits)
+    yield from _heads(facts, base, merged)
+    yield from tokenizers(merged.facts, base.facts, "the checkpoint", "the base")
+
+
+def _factors(facts: Facts, fits: Mapping[str, Fit]) -> Iterable[Finding]:
+    groups: dict[tuple[str, float], list[str]] = defaultdict(list)
+    for path, found in fits.items():
+        if found.kind == "factor" and found.factor is not None:
+            groups[found.rule, round(found.factor, 2)].append(path)
+    for (rule, factor), paths in groups.items():
+        every = "all" if len(paths) == len(fits) else f"{len(paths)} of {len(fits)}"
+        why = rule or "no known mistake"
+        text = f"the checkpoint holds {factor:g} times the update in {every} modules ({why}): {names_of(paths)}"
+        code = {0.0: "unmerged", 2.0: "merged-twice"}.get(factor, "scale")
+        fix = "merge the adapter into the base once, with the scale of its settings"
+        if facts.settings is not None:
+            kind = ", rsLoRA" if facts.settings.use_rslora else ""
+            fix += f" (alpha {facts.settings.lora_alpha:g}, rank {facts.settings.r}{kind})"
+        yield Finding("broken", code, text, fix, tuple(paths))
+    loose = [path for path, found in fits.items() if found.kind == "unresolved"]
+    if loose:
+        text = (
+            f"the update is below the resolution of the checkpoint's dtype in {len(loose)} modules: {names_of(loose)}"
+        )
+        yield Finding("note", "unresolved", text, "merge in a wider dtype", tuple(loose))
+
+
+def _others(facts: Facts, base: Located, merged: Located, fits: Mapping[str, Fit]) -> Iterable[Finding]:
+    """Yield what stands in modules whose difference is no multiple of their update, in words of the best explanation."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for path, found in fits.items():
+        if found.kind == "other":
+            groups[_explained(facts, base, merged, path, found)].append(path)
+    for (code, text), paths in groups.items():
+        yield Finding(
+            "broken",
+            code,
+            f"{text} in {len(paths)} of {len(fits)} modules: {names_of(paths)}",
+            "merge this adapter into this base again",
+            tuple(paths),
+        )
+
+
+def _explained(facts: Facts, base: Located, merged: Located, path: str, found: Fit) -> tuple[str, str]:
+    """Return code and text of what M - W is, which is no multiple of the update of this module."""
+    update = update_of(facts, facts.modules[path])
+    assert update is not None
+    W, M = base.matrix(path, update.shape), merged.matrix(path, update.shape)
+    assert W is not None and M is not None
+    E = M.to(torch.promote_types(M.dtype, torch.float32)) - W.to(torch.promote_types(M.dtype, torch.float32))
+    own = abs(found.cosine)
+    if update.shape[0] == update.shape[1] and _cosine(update, E.T) > max(0.3, 3 * own):
+        return "transposed", "the update was added transposed"
+    if update.magnitude is not None and _cosine(update, E) > max(0.5, 2 * own):
+        return "dora", "the magnitudes of DoRA were left out"
+    if own < 0.3 and any(_cosine(other, E) > 0.5 for other in _alike(facts, path, update.shape)):
+        return "swapped", "the update of another module of the adapter was added"
+    third, rest = divmod(update.shape[0], 3)
+    if not rest and any(word in path for word in FUSED):
+        parts = [float(rows.norm()) for rows in E.split(third)]
+        if min(parts) < 1e-3 * max(parts):
+            return "slice-missing", "only a part of the rows of a fused projection was merged"
+    if found.cosine > 0.3:
+        return "another-update", "there is more than the update of this adapter (another base, adapter or training)"
+    return "not-this-adapter", "the difference from the base is not the update of this adapter"
+
+
+def _cosine(update: Update, E: Tensor) -> float:
+    sizes = update.norm() * float(E.norm())
+    return update.product(E) / sizes if sizes else 0.0
+
+
+def _alike(facts: Facts, path: str, shape: tuple[int, int]) -> Iterable[Update]:
+    """Yield the updates of the other modules of a shape."""
+    for other, module in facts.modules.items():
+        found = update_of(facts, module) if other != path and shape_of(module) == shape else None
+        if found is not None:
+            yield found
+
+
+def _rounding(fits: Mapping[str, Fit]) -> Iterable[Finding]:
+    lost, whole = (sum(getattr(found, name) ** 2 for found in fits.values()) for name in ("lost", "norm"))
+    share = (lost / whole) ** 0.5 if whole else 0.0
+    if share > LOST:
+        text = f"rounding to the checkpoint's dtype takes {100 * share:.0f} % of the update (as norms)"
+        yield Finding("suspicious", "rounded-away", text, "merge in fp32, or serve the adapter apart")
+    elif share > 0.01:
+        yield Finding(
+            "note", "rounding", f"rounding to the checkpoint's dtype takes {100 * share:.0f} % of the update (as norms)"
+        )
+    coarse = max((found.resolution for found in fits.values() if found.kind == "right"), default=0.0)
+    if coarse > 0.1:
+        yield Finding(
+            "note",
+            "resolution",
+            f"a scale that is wrong by less than {100 * coarse:.0f} % cannot be seen in this dtype",
+        )
+
+
+def _unadapted(facts: Facts, base: Located, merged: Located) -> tuple[list[str], bool]:
+    """Return the names of weights outside the adapter that differ from the base, and whether most matrices are among them."""
+    adapted = set(base.names.values())
+    named = {tensor.path for tensor in facts.with_role("saved", "shared")}
+    named |= {f"{tensor.path}.bias" for tensor in facts.with_role("bias")}
+    promised = texts(facts.settings.modules_to_save) if facts.settings is not None else []
+    biases = facts.settings is not None and facts.settings.bias != "none"
+    tied = any(name.endswith(("lm_head.weight", "wte.weight", "embed_tokens.weight")) for name in adapted | named)
+    shared = locate_all(base.facts, merged.facts)
+    apart, compared, matrices = [], 0, 0
+    for name, theirs in shared.items():
+        trained = any(name == path or name.endswith(f".{path}") or path.endswith(f".{name}") for path in named)
+        trained |= any(f".{module}." in f".{name}" for module in promised)
+        trained |= facts.settings is not None and facts.settings.names(name.removesuffix(".weight"))
+        if name in adapted or trained or (biases and name.endswith("bias")):
+            continue
+        if tied and name.endswith(("lm_head.weight", "wte.weight", "embed_tokens.weight")):
+            continue
+        plain = len(base.facts.stored.tensors[name].shape) < 2  # norms and biases start equal in every model
+        compared += not plain
+        if not _same_values(base.facts, name, merged.facts, theirs):
+            apart.append(name)
+            matrices += not plain
+    return apart, bool(compared) and matrices >= max(2, 0.5 * compared)
+
+
+def locate_all(base: Facts, merged: Facts) -> dict[str, str]:
+    """Return the names of the base's tensors in another checkpoint, whose names may have another beginning."""
+    names = merged.stored.tensors
+    if base.stored.tensors.keys() & names.keys():
+        return {name: name for name in base.stored.tensors if name in names}
+    by_end = {name.partition(".")[2]: name for name in names}
+    return {
+        name: found
+        for name in base.stored.tensors
+        if (found := by_end.get(name) or (name.partition(".")[2] if name.partition(".")[2] in names else None))
+    }
+
+
+def _same_values(base: Facts, name: str, merged: Facts, other: str) -> bool:
+    W, M = base.stored.read(name), merged.stored.read(other)
+    if W is None or M is None:
+        return True
+    if W.shape != M.shape and W.ndim == M.ndim and W.shape[1:] == M.shape[1:]:  # a vocabulary that was resized
+        rows = min(len(W), len(M))
+        W, M = W[:rows], M[:rows]
+    return W.shape == M.shape and equal(W, M)
+
+
+def _heads(facts: Facts, base: Located, merged: Located) -> Iterable[Finding]:
+    """Yield whole parameters of the adapter that the checkpoint does not hold."""
+    for tensor in facts.with_role("saved"):
+        if tensor.name.endswith(".base_layer.weight"):  # peft's copy of an embedding
+            continue
+        name = next(
+            (
+                n
+                for n in merged.facts.stored.tensors
+                if n == tensor.path or n.endswith(f".{tensor.path}") or tensor.path.endswith(f".{n}")
+            ),
+            None,
+        )
+        value = facts.stored.read(tensor.name)
+        M = merged.facts.stored.read(name) if name is not None else None
+        if value is not None and (M is None or M.shape != value.shape or not equal(value, M)):
+            what = "is not in the checkpoint" if M is None else "has other values in the checkpoint"
+            yield Finding(
+                "broken",
+                "head-not-merged",
+                f"'{tensor.path}', which was trained whole, {what}",
+                "merge again",
+                (tensor.path,),
+            )

@@ -1,0 +1,258 @@
+"""What an adapter or checkpoint folder is, read without a model: its kind, configuration, modules and tensors.
+
+Unlike the strict readers (vismt/lowrank/files), which refuse a folder with its first fault, this one says what is there and
+collects what is wrong as reasons. Values are read one tensor at a time, on demand.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vismt.base.errors import UserError
+from vismt.lowrank.files.description import DESCRIPTION, read_description
+from vismt.lowrank.files.peft_adapter import PREFIX, TENSORS, part_of
+from vismt.lowrank.files.peft_layouts import added, names_stack, stock_path
+from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, typed_settings
+from vismt.lowrank.layers.base import LayerSpec
+from vismt.verification.stored import LEGACY, StoredTensors, read_bounded_json, read_stored
+
+Kind = Literal["vismt", "peft", "checkpoint", "none"]
+MODEL_CONFIG = "config.json"
+LEGACY_TENSORS = "adapter_model.bin"
+TOKENIZER = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+WHOLE = ("saved", "stock", "shared")  # roles of tensors that are no part of one adapted module
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """One tensor of an adapter.
+
+    name: as in the file. path: of its module in the model; of a saved parameter its own name there. role: A, B, C (a core), A0,
+    B0 (a start that is subtracted), embedding_A, embedding_B, magnitude, bias (of B), saved (a whole parameter), tuner (of peft's
+    other tuners), shared (by its modules), stock, other. dtype: as safetensors names it, "BF16". adapter: a name of the adapter
+    inside `name`.
+    """
+
+    name: str
+    path: str
+    role: str
+    shape: tuple[int, ...]
+    dtype: str
+    adapter: str = ""
+
+
+@dataclass
+class ModuleFacts:
+    """An adapted module.
+
+    path: of the module in the model. key: as the file spells it, without the prefix. tensors: by role. rank: of the tensors.
+    declared, alpha, scale: rank, alpha and factor of the update by the settings; None where there are none.
+    """
+
+    path: str
+    key: str
+    tensors: dict[str, TensorFacts] = field(default_factory=dict)
+    rank: int | None = None
+    declared: int | None = None
+    alpha: float | None = None
+    scale: float | None = None
+
+
+@dataclass
+class Facts:
+    """What a folder holds.
+
+    kind: of its files; a folder of `write_repository`, which has both, counts as peft's. config: adapter_config.json,
+    adapter.json or config.json. model_config: config.json, also beside an adapter. settings: of a LoRA of peft, where they can
+    be read. tuner: peft's type ("LORA"), or the method of vismt. prefix: whether keys have peft's prefix. modules: by path.
+    tensors: of an adapter with their roles, by name. stored: all tensors. base: its name by the configuration. files: names in
+    the folder. reasons: what is malformed. specs: of a vismt adapter, by path.
+    """
+
+    folder: Path
+    kind: Kind = "none"
+    config: dict[str, Any] = field(default_factory=dict)
+    model_config: dict[str, Any] = field(default_factory=dict)
+    settings: PeftSettings | None = None
+    tuner: str = ""
+    prefix: bool = False
+    modules: dict[str, ModuleFacts] = field(default_factory=dict)
+    tensors: dict[str, TensorFacts] = field(default_factory=dict)
+    stored: StoredTensors = field(default_factory=StoredTensors)
+    base: str | None = None
+    files: tuple[str, ...] = ()
+    reasons: list[str] = field(default_factory=list)
+    specs: dict[str, LayerSpec] = field(default_factory=dict)
+
+    @property
+    def tokenizer(self) -> tuple[str, ...]:
+        """Return the files of a tokenizer or chat template."""
+        return tuple(name for name in self.files if name in TOKENIZER)
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.kind in ("vismt", "peft")
+
+    def with_role(self, *roles: str) -> list[TensorFacts]:
+        """Return the tensors of these roles."""
+        return [tensor for tensor in self.tensors.values() if tensor.role in roles]
+
+
+def read_facts(folder: str | Path, *, as_checkpoint: bool = False) -> Facts:
+    """Return what a folder (or a checkpoint file) holds. Raises UserError only where there is nothing at `folder`.
+
+    as_checkpoint: pass by the files of an adapter beside the weights of a model.
+    """
+    path = Path(folder)
+    if not path.exists():
+        raise UserError(f"verify: '{path}' does not exist; give the folder of an adapter or a checkpoint.")
+    facts = Facts(path)
+    if path.is_file():
+        facts.kind, facts.stored = "checkpoint", read_stored(path)
+    else:
+        try:
+            facts.files = tuple(sorted(entry.name for entry in path.iterdir()))
+        except OSError as error:
+            raise UserError(f"verify: '{path}' cannot be read ({error.strerror}).") from error
+        facts.model_config = _json(facts, MODEL_CONFIG) if MODEL_CONFIG in facts.files else {}
+        weights = any(Path(name).suffix in (".safetensors", *LEGACY) for name in facts.files)
+        if {CONFIG, TENSORS, LEGACY_TENSORS} & set(facts.files) and not as_checkpoint:
+            _read_peft(facts)
+        elif DESCRIPTION in facts.files and not as_checkpoint:
+            _read_vismt(facts)
+        elif weights:
+            facts.kind, facts.config, facts.stored = "checkpoint", facts.model_config, read_stored(path)
+    if facts.kind == "checkpoint" and not facts.stored.tensors and not facts.stored.reasons:
+        facts.kind = "none"
+    return facts
+
+
+def _json(facts: Facts, name: str) -> dict[str, Any]:
+    try:
+        content = read_bounded_json(facts.folder / name, f"'{name}'")
+    except UserError as error:
+        facts.reasons.append(str(error))
+        return {}
+    if isinstance(content, dict):
+        return content
+    facts.reasons.append(f"'{name}' holds a {type(content).__name__}, no settings")
+    return {}
+
+
+def _read_peft(facts: Facts) -> None:
+    facts.kind = "peft"
+    if CONFIG in facts.files:
+        facts.config = _json(facts, CONFIG)
+    else:
+        facts.reasons.append(f"'{CONFIG}' is missing: rank, alpha and targets are not known")
+    facts.tuner = _text(facts.config.get("peft_type")) or ""
+    facts.base = _text(facts.config.get("base_model_name_or_path"))
+    _read_settings(facts)
+    name = next((name for name in (TENSORS, LEGACY_TENSORS) if name in facts.files), None)
+    if name is None:
+        facts.reasons.append(f"neither '{TENSORS}' nor '{LEGACY_TENSORS}' is in the folder")
+        return
+    facts.stored.add(facts.folder / name, adapter=True)
+    own = "" if facts.tuner in ("", "LORA") else _prefixes().get(facts.tuner, "")
+    facts.prefix = any(key.startswith(PREFIX) for key in facts.stored.tensors)
+    for key, stored in facts.stored.tensors.items():
+        part = key.removeprefix(PREFIX)
+        place, role, adapter = _tuner_part(part, own) if own else part_of(part)
+        facts.tensors[key] = TensorFacts(key, place, role, stored.shape, stored.dtype, adapter)
+    parts: dict[str, dict[str, TensorFacts]] = {}
+    for tensor in facts.tensors.values():
+        if tensor.role not in WHOLE:
+            parts.setdefault(tensor.path, {})[tensor.name if tensor.role == "tuner" else tensor.role] = tensor
+    for key, tensors in sorted(parts.items()):
+        path, named = stock_path(key, parts.keys())
+        facts.modules[path] = ModuleFacts(path, key, tensors)
+        _scale_of_peft(facts.settings, facts.modules[path], named)
+
+
+def _read_settings(facts: Facts) -> None:
+    if facts.tuner == "LORA":
+        try:
+            facts.settings = typed_settings("the adapter", facts.config)
+        except UserError as error:
+            facts.reasons.append(str(error))
+    elif facts.config and facts.tuner not in _prefixes():
+        known = ", ".join(sorted(_prefixes())) or "none, as peft is not installed"
+        facts.reasons.append(f"peft_type is {facts.config.get('peft_type')!r}; known tuners: {known}")
+
+
+def _scale_of_peft(settings: PeftSettings | None, module: ModuleFacts, named: str) -> None:
+    factor = module.tensors.get("A") or module.tensors.get("embedding_A")
+    stacked = settings is not None and names_stack(settings.target_parameters or [], module.key)
+    if factor is not None and factor.shape and not (stacked and settings is not None and not settings.names(named)):
+        module.rank = factor.shape[0]  # of experts in one parameter, whose number the file does not hold, it is e r
+    if settings is not None:
+        module.declared, scale = settings.scale(named)
+        module.alpha = scale * (module.declared**0.5 if settings.use_rslora else module.declared)
+        module.scale = scale * (1 if named == module.path else added(module.path, settings.peft_version))
+
+
+def _read_vismt(facts: Facts) -> None:
+    facts.kind, facts.config = "vismt", _json(facts, DESCRIPTION)
+    facts.tuner = _text(facts.config.get("method")) or ""
+    try:
+        description, specs = read_description(facts.folder, "the adapter")
+    except UserError as error:
+        if str(error) not in facts.reasons:
+            facts.reasons.append(str(error))
+        return
+    facts.tuner, facts.specs = description.method, {spec.path: spec for spec in specs}
+    facts.stored.add(facts.folder / description.tensors)
+    trained = set(description.also_train)
+    for name, stored in facts.stored.tensors.items():
+        path, _, leaf = name.rpartition(".")
+        role = "saved" if name in trained else leaf.removeprefix("lora_") if path in facts.specs else "other"
+        facts.tensors[name] = TensorFacts(name, name if role == "saved" else path, role, stored.shape, stored.dtype)
+    facts.modules = {spec.path: ModuleFacts(spec.path, spec.path) for spec in specs if spec.has_weight}
+    for tensor in facts.tensors.values():
+        if tensor.role != "saved" and tensor.path in facts.modules:
+            facts.modules[tensor.path].tensors[tensor.role] = tensor
+    for path, module in facts.modules.items():
+        spec = facts.specs[path]
+        module.rank = module.declared = spec.layer.factor_rank(spec) or None
+        module.scale = getattr(spec.settings, "scale", None)
+
+
+def _tuner_part(name: str, own: str) -> tuple[str, str, str]:
+    """Return `part_of` for a tuner whose tensors have names that begin with `own`; "vera_" covers what "vera_lambda_" shares."""
+    pieces = name.split(".")
+    stem = f"{own.partition('_')[0]}_"
+    start = next((number for number, piece in enumerate(pieces) if piece.startswith(stem)), None)
+    if start is None:
+        return part_of(name)
+    path = ".".join(pieces[:start])
+    return path, "shared" if path in ("", "base_model") else "tuner", ""
+
+
+def _prefixes() -> Mapping[str, str]:
+    """Return the beginnings of tensor names by tuner, of the installed peft; none without it."""
+    try:
+        table = importlib.import_module("peft.mapping").PEFT_TYPE_TO_PREFIX_MAPPING
+    except ImportError:
+        return {}
+    return {kind.value: prefix for kind, prefix in table.items()}
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

@@ -1,0 +1,250 @@
+"""One module of a merged checkpoint M against its base W and the update D of an adapter: which k makes M = round(W + k D)?
+
+    E = M - W,   c = <E, D> / <D, D>,   P_k = round_t(W + k D),   c_P = <P_1 - W, D> / <D, D>,   t the dtype of M
+
+min over s of |M - W - s D| is at s = c. Where W lies on the grid of t already, rounding is not independent of D: a right merge
+in bf16 with |D| / |W| = 1e-3 has c = 0.5, as every element that moves by less than half a spacing stays. So c is compared
+with c_P, not with 1, and k is named by the distance of M to P_k. The standard error of c from independent rounding is
+eps_t |M| / (|D| sqrt(N)), eps_t = 0.425 / 2^p the RMS relative error of a number with p significant bits.
+
+An update is a pair of factors, D = s B A, or that of DoRA (arXiv 2402.09353), m (W + s B A) / |W + s B A|_row - W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vismt.lowrank.factors import LowRank
+
+CHUNK = 2**18  # elements at a time: copies in other dtypes stay small
+SAMPLE = 2**20  # elements on which factors are told apart
+FEWEST = 32  # elements that an update has to move for a merge to hold it
+BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+Kind = Literal["right", "factor", "other", "unresolved", "none"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update of one weight as a matrix. magnitude: m (o,) of DoRA."""
+
+    low_rank: LowRank
+    magnitude: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.low_rank.shape
+
+    def delta(self, rows: slice) -> Tensor:
+        """Return rows of s B A in fp32, or fp64 for fp64 factors."""
+        dtype = torch.promote_types(self.low_rank.B.dtype, torch.float32)
+        return self.low_rank.scale * (self.low_rank.B[rows].to(dtype) @ self.low_rank.A.to(dtype))
+
+    def added(self, W: Tensor, rows: slice, k: float = 1.0) -> Tensor:
+        """Return rows W (n, i) with k times the pair of factors, and the magnitude of DoRA."""
+        total = W + k * self.delta(rows).to(W.dtype)
+        return total if self.magnitude is None else self.scaled(total, rows)
+
+    def scaled(self, total: Tensor, rows: slice) -> Tensor:
+        """Return rows with the lengths that DoRA gives them."""
+        assert self.magnitude is not None
+        return total * (self.magnitude[rows, None].to(total.dtype) / total.norm(dim=1, keepdim=True).clamp_min(1e-30))
+
+    def norm(self) -> float:
+        """Return |s B A|_F from the factors, in fp64."""
+        B, A = self.low_rank.B.double(), self.low_rank.A.double()
+        return abs(self.low_rank.scale) * float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+
+    def product(self, E: Tensor) -> float:
+        """Return <E, s B A> without forming the matrix."""
+        B, A = self.low_rank.B.to(E.dtype), self.low_rank.A.to(E.dtype)
+        return self.low_rank.scale * float((B * (E @ A.T)).sum(dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How M stands to W and D.
+
+    kind: right; factor (M = round(W + factor D)); other (M - W is no multiple of D); unresolved (rounding leaves fewer than
+    FEWEST elements that D moves); none (D is zero). rule: what makes this factor. scale: c. expected: c_P. resolution: relative
+    error of the factor, 6 standard errors. residual: |E - c D| / |M|. cosine: of E and D. norm: |D|. lost: |P_1 - (W + D)|.
+    """
+
+    kind: Kind
+    factor: float | None = None
+    rule: str = ""
+    scale: float = 0.0
+    expected: float = 1.0
+    resolution: float = 0.0
+    residual: float = 0.0
+    cosine: float = 0.0
+    norm: float = 0.0
+    lost: float = 0.0
+
+
+Rounded = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+# What merges do: add and round once, round D first, round W first.
+ROUNDED: tuple[Rounded, ...] = (
+    lambda W, D, t: (W + D).to(t),
+    lambda W, D, t: (W + D.to(t).to(W.dtype)).to(t),
+    lambda W, D, t: (W.to(t).to(W.dtype) + D).to(t),
+)
+
+
+@dataclass
+class _Sums:
+    """Sums in fp64 over elements: products of E, D, M and P - W for each way to round."""
+
+    n: int = 0
+    ed: float = 0.0
+    dd: float = 0.0
+    ee: float = 0.0
+    mm: float = 0.0
+    lost: float = 0.0
+    moved: int = 0
+
+    pd: list[float] = field(default_factory=list)
+    pp: list[float] = field(default_factory=list)
+    distance: list[float] = field(default_factory=list)
+
+
+def fit(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool = False) -> Fit:
+    """Return how the matrices W and M (o, i) stand to an update. rank, rslora: its settings, for rules of wrong factors."""
+    sums = _sums(W, M, update, 1.0, _chunks(W), ROUNDED[:1], wide=False)
+    if sums.dd == 0:
+        return Fit("none")
+    if sums.distance[0]:
+        sums = _sums(W, M, update, 1.0, _chunks(W), ROUNDED if M.dtype.itemsize == 2 else ROUNDED[:1])
+    best = min(range(len(sums.distance)), key=lambda way: sums.distance[way])
+    scale, expected = sums.ed / sums.dd, sums.pd[best] / sums.dd
+    error = _error(sums, M.dtype)
+    residual = max(sums.ee - scale**2 * sums.dd, 0.0) ** 0.5
+    noise = max(sums.pp[best] - expected**2 * sums.dd, 0.0) ** 0.5
+    cosine = sums.ed / (sums.ee * sums.dd) ** 0.5 if sums.ee else 0.0
+    found = {
+        "scale": scale,
+        "expected": expected,
+        "resolution": 6 * error / max(abs(expected), 1e-12),
+        "residual": residual / max(sums.mm, 1e-300) ** 0.5,
+        "cosine": cosine,
+        "norm": sums.dd**0.5,
+        "lost": sums.lost**0.5,
+    }
+    if sums.moved < FEWEST and sums.distance[best] <= sums.pp[best] + sums.dd:
+        return Fit("unresolved", **found)
+    if sums.distance[best] == 0:
+        return Fit("right", 1.0, **found)
+    named = _named(W, M, update, rank, rslora)
+    if named is not None:
+        return Fit("factor", named[0], named[1], **found)
+    alone = residual <= 1.5 * noise + 1e-2 * max(1.0, abs(scale)) * sums.dd**0.5
+    if alone and abs(scale - expected) <= 6 * error + 1e-3 * max(1.0, expected):
+        return Fit("right", 1.0, **found)
+    if alone:
+        return Fit("factor", scale / expected, **found)
+    return Fit("other", **found)
+
+
+def _error(sums: _Sums, dtype: torch.dtype) -> float:
+    return 0.425 * 2.0 ** -BITS[dtype] * (sums.mm / sums.dd / sums.n) ** 0.5
+
+
+def _chunks(W: Tensor) -> Iterator[slice]:
+    step = max(1, CHUNK // W.shape[1])
+    return (slice(start, start + step) for start in range(0, W.shape[0], step))
+
+
+def _sums(
+    W: Tensor,
+    M: Tensor,
+    update: Update,
+    k: float,
+    chunks: Iterator[slice],
+    ways: Sequence[Rounded] = ROUNDED,
+    *,
+    wide: bool = True,
+) -> _Sums:
+    """Return the sums over rows for k times the update. wide: multiply in fp64, which the residual of an fp32 merge needs."""
+    sums = _Sums()
+    sums.pd, sums.pp, sums.distance = ([0.0] * len(ways) for _ in range(3))
+    dtype = torch.float64 if torch.float64 in (W.dtype, M.dtype) else torch.float32
+
+    def dot(one: Tensor, two: Tensor) -> float:
+        parts = [part.flatten().double() if wide else part.flatten() for part in (one, two)]
+        return float(parts[0] @ parts[1])
+
+    for rows in chunks:
+        w, m = W[rows].to(dtype), M[rows].to(dtype)
+        D = k * update.delta(rows).to(dtype) if update.magnitude is None else _times(update, w, rows, k) - w
+        E = m - w
+        sums.n += D.numel()
+        sums.ed += dot(E, D)
+        sums.dd += dot(D, D)
+        sums.ee += dot(E, E)
+        sums.mm += dot(m, m)
+        for way, rounded in enumerate(ways):
+            twice = k == 2 and update.magnitude is None  # rounded after each of the two sums
+            P = rounded(rounded(w, D / 2, M.dtype).to(dtype), D / 2, M.dtype) if twice else rounded(w, D, M.dtype)
+            step = P.to(dtype) - w
+            away, lost = E - step, step - D
+            sums.distance[way] += dot(away, away)
+            sums.pd[way] += dot(step, D)
+            sums.pp[way] += dot(step, step)
+            if not way:
+                sums.lost += dot(lost, lost)
+                sums.moved += int((w.to(M.dtype) != P).sum())
+    return sums
+
+
+def _times(update: Update, W: Tensor, rows: slice, k: float) -> Tensor:
+    """Return what a DoRA merge with a wrong factor makes of rows: 0 the base, 2 merged twice, else k in the pair of factors."""
+    if k == 0:
+        return W
+    total = update.added(W, rows, 1.0 if k == 2 else k)
+    return update.added(total, rows) if k == 2 else total
+
+
+def rules(update: Update, rank: int, rslora: bool) -> dict[str, float]:
+    """Return the factors that mistakes make, by what they are."""
+    scale = update.low_rank.scale
+    found = {
+        "nothing was merged": 0.0,
+        "it was merged twice": 2.0,
+        "it was subtracted": -1.0,
+        "half of it was merged": 0.5,
+        "the scale alpha / r was left out": 1 / scale if scale else 0.0,
+        "alpha was not divided by the rank": rank**0.5 if rslora else float(rank),
+    }
+    if rslora:
+        found["alpha was divided by r in place of sqrt(r) (rsLoRA)"] = rank**-0.5
+    else:
+        found["alpha was divided by sqrt(r) in place of r (rsLoRA)"] = rank**0.5
+    return {name: k for name, k in found.items() if abs(k - 1) > 1e-3}
+
+
+def _named(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool) -> tuple[float, str] | None:
+    """Return the factor other than 1 that fits best, with its rules; None where 1 or no factor fits."""
+    step = max(1, CHUNK // W.shape[1])
+    starts = list(range(0, W.shape[0], step))
+    chosen = starts[:: max(1, len(starts) * CHUNK // SAMPLE)] or starts
+
+    def at(k: float) -> _Sums:
+        return _sums(W, M, update, k, (slice(start, start + step) for start in chosen))
+
+    by_factor: dict[float, list[str]] = {}
+    for name, k in rules(update, rank, rslora).items():
+        near = next((other for other in by_factor if abs(other - k) <= 1e-3 * max(1.0, abs(k))), k)
+        by_factor.setdefault(near, []).append(name)
+    trials = {k: at(k) for k in by_factor}
+    k = min(trials, key=lambda k: min(trials[k].distance))
+    trial, distance = trials[k], min(trials[k].distance)
+    way = trial.distance.index(distance)
+    # The noise of rounding, which is larger where M was rounded twice, and 3 % of D: products in TF32 leave less.
+    noise = trial.pp[way] - (trial.pd[way] ** 2 / trial.dd if trial.dd else 0.0)
+    present = at(1.0)
+    most = 2.25 * max(noise, 0.0) + 1e-3 * max(k**2, 1.0) * present.dd
+    return (k, " or ".join(by_factor[k])) if distance <= min(most, 0.25 * min(present.distance)) else None

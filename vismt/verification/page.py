@@ -1,0 +1,127 @@
+"""A verdict as one HTML page, by the report's renderer: findings, readers, a figure of the layers, and the facts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from vismt.report.plotting import GRID, MUTED, PALETTE, RIGHT, WRONG, axes_at, dress, legend, new_figure, save, short
+from vismt.report.renderers import render_html
+from vismt.report.tables import Picture, Report, Section, Table
+from vismt.storage.files import atomic_write
+from vismt.verification.verdict import ModuleRow, Verdict
+
+OF_FIT = {"right": RIGHT, "factor": WRONG, "other": PALETTE[4]}
+
+
+def write_page(verdict: Verdict, path: Path) -> Path:
+    """Write the page of a verdict; return its path. Raises UserError without matplotlib."""
+    with tempfile.TemporaryDirectory() as folder:
+        sections = [_findings(verdict), _readers(verdict), _probe(verdict), _layers(verdict, Path(folder))]
+        report = Report(
+            title=f"Verdict on {Path(verdict.folder).name}: {verdict.status}",
+            answer=verdict.answer,
+            keys=[],
+            models=[],
+            sections=[section for section in sections if section.tables or section.pictures],
+            citation=[],
+            facts=[("folder", verdict.folder), *verdict.about.items()],
+            config="",
+        )
+        page = render_html(report)
+    atomic_write(path, page)
+    return path
+
+
+def _findings(verdict: Verdict) -> Section:
+    rows = [[finding.level, finding.text, finding.fix or "–"] for finding in verdict.findings]
+    note = "broken: a reader fails or computes something else; suspicious: look; note: no effect on the verdict."
+    return Section("Findings", [(Table("", ["level", "what was seen", "fix"], rows, set(), 3), note)] if rows else [])
+
+
+def _readers(verdict: Verdict) -> Section:
+    rows = [
+        [row["line"].partition(": ")[0], row["line"].partition(": ")[2], row["source"], " ".join(row["remarks"]) or "–"]
+        for row in verdict.readers
+    ]
+    note = "expected: by rules that were not run here."
+    return Section(
+        "Readers", [(Table("", ["reader", "answer", "version", "remarks"], rows, set(), 4), note)] if rows else []
+    )
+
+
+def _probe(verdict: Verdict) -> Section:
+    def text(value: float | None) -> str:
+        return "not finite" if value is None else f"{value:.4g}"
+
+    rows = [
+        [
+            row["model"],
+            row["measure"],
+            f"{text(row['value'])} [{text(row['low'])}, {text(row['high'])}]",
+            f"{row['n']:,}",
+        ]
+        for row in verdict.probe
+    ]
+    note = "[ ]: 95 % intervals by Student's t over examples; differences are paired."
+    return Section("Probe", [(Table("", ["model", "measure", "value", "n"], rows, set(), 2), note)] if rows else [])
+
+
+def _layers(verdict: Verdict, folder: Path) -> Section:
+    """Return the figure: the size of the update of each module, by kind of module, and its place in a merged checkpoint."""
+    relative = any(row.ratio is not None for row in verdict.modules)
+    groups: dict[str, list[tuple[int, float, ModuleRow]]] = defaultdict(list)
+    for number, row in enumerate(verdict.modules):
+        value = row.ratio if relative else row.norm
+        if value:
+            groups[row.path.rpartition(".")[2]].append((number, value, row))
+    if not groups:
+        return Section("Layers")
+    names = sorted(groups)[:12]
+    height = 1.0 + 0.5 * len(names)
+    figure = new_figure(9.0, height)
+    axes = axes_at(figure, 1.5, 0.65, 7.2, height - 1.2)
+    dress(axes, "")
+    for place, name in enumerate(names):
+        axes.axhline(place, color=GRID, linewidth=0.8, zorder=0)
+        for _, value, row in groups[name]:
+            axes.plot(
+                value, place, "o", markersize=6, alpha=0.7, color=OF_FIT.get(row.fit or "", MUTED), markeredgewidth=0
+            )
+    axes.set_yticks(range(len(names)), [short(name, 18) for name in names])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    what = "|ΔW| / |W|" if relative else "|ΔW|"
+    axes.set_xlabel(f"{what} (Frobenius norms)", color=MUTED, fontsize=9)
+    kinds = {"right": "merged as it is", "factor": "merged with another factor", "other": "other changes"}
+    shown = [kind for kind in kinds if any(row.fit == kind for row in verdict.modules)]
+    rest = any((row.fit or "") not in OF_FIT for row in verdict.modules)
+    words = [kinds[kind] for kind in shown] + (["not compared with a merged checkpoint"] if rest else [])
+    legend(figure, words, [OF_FIT[kind] for kind in shown] + ([MUTED] if rest else []), 1.5)
+    picture = Picture(
+        save(figure, folder / "layers.svg"), "Layers", f"A point for each adapted module: {what} by kind of module."
+    )
+    return Section(
+        "Layers",
+        [(_modules(verdict), "factor: k of W + k ΔW in the merged checkpoint. erased: share that rounding takes.")],
+        [picture],
+    )
+
+
+def _modules(verdict: Verdict) -> Table:
+    def text(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3g}"
+
+    rows = [
+        [
+            row.path,
+            row.fit or "–",
+            *map(
+                text, (row.rank, row.rank_used, row.stable_rank, row.scale, row.norm, row.ratio, row.factor, row.erased)
+            ),
+        ]
+        for row in verdict.modules
+    ]
+    heads = ["module", "merged", "rank", "used", "stable rank", "scale", "|ΔW|", "|ΔW| / |W|", "factor", "erased"]
+    return Table("Every module", heads, rows, set(), 2, folded=True)

@@ -1,0 +1,210 @@
+"""What each reader will do with an adapter or checkpoint: which tensors it uses, ignores, refuses or misreads, and why.
+
+The rules are a table (reader_rules.py) that was run with, or read from, the versions below.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from vismt.base.errors import require_known
+from vismt.verification.facts import Facts, ModuleFacts
+from vismt.verification.located import Located
+from vismt.verification.reader_rules import PLAIN, RULES, Case, Rule, of_modules
+from vismt.verification.verdict import Finding, Level
+
+# The worst effect on a tensor counts.
+EFFECTS = ("used", "note", "scaled", "misread", "ignored", "refused")
+# peft's and transformers' rules were run, the others read from the source of this date.
+VERSIONS = {"peft": "0.21.2", "transformers": "5.24.0", "vllm": "2026-09", "llama.cpp": "2026", "timm": "1.0.31"}
+RUN = ("peft", "transformers", "timm")
+SCALES = {
+    "vllm": "it reads no rank_pattern and alpha_pattern",
+    "llama.cpp": "it divides lora_alpha by the rank, and reads no use_rslora and alpha_pattern",
+}
+GROUPS = {
+    "A": "factors",
+    "B": "factors",
+    "C": "factors",
+    "A0": "factors",
+    "B0": "factors",
+    "embedding_A": "embeddings",
+    "embedding_B": "embeddings",
+    "magnitude": "magnitudes",
+    "bias": "biases",
+    "saved": "saved whole",
+    "tuner": "factors",
+    "shared": "factors",
+}
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What a reader does with some tensors. effect: of EFFECTS. expected: not run. groups: how many of which."""
+
+    effect: str
+    why: str
+    fix: str
+    expected: bool
+    groups: dict[str, int]
+
+    @property
+    def text(self) -> str:
+        """Return the remark as a sentence."""
+        what = ", ".join(f"{count} {group}" for group, count in self.groups.items())
+        start = self.effect if self.effect == "refused" else f"{what} {self.effect}"
+        return f"{start}{' (expected)' if self.expected else ''}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reader does with a folder. applied: how many modules (of a checkpoint: tensors) it uses as they are meant.
+
+    table: by group of tensors, how many meet which effect, "used" among them.
+    """
+
+    reader: str
+    source: str
+    applied: int
+    of: int
+    table: dict[str, dict[str, int]]
+    remarks: tuple[Remark, ...]
+
+    @property
+    def state(self) -> str:
+        """Return refused, differs or applied."""
+        effects = {remark.effect for remark in self.remarks}
+        if "refused" in effects:
+            return "refused"
+        return "differs" if effects & {"scaled", "misread", "ignored"} else "applied"
+
+    @property
+    def expected(self) -> bool:
+        """Whether the answer rests on rules that were not run or read."""
+        return any(remark.expected for remark in self.remarks if remark.effect != "note")
+
+    @property
+    def line(self) -> str:
+        """Return the answer in a few words."""
+        count = f"{self.applied} of {self.of}"
+        if self.state == "refused":
+            answer = "refused"
+        elif self.state == "applied":
+            answer = f"applied, {count}"
+        elif self.applied == 0:
+            answer = f"{count}, serves the base" if self._all("ignored") else f"{count} as meant, served model differs"
+        else:
+            answer = f"{count}, served model differs"
+        return f"{self.reader}: {answer}{' (expected)' if self.expected else ''}"
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Return the reading as values for JSON."""
+        values = {name: getattr(self, name) for name in ("reader", "source", "state", "line", "applied", "of", "table")}
+        return {**values, "remarks": [remark.text for remark in self.remarks]}
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Return what is wrong for a user who names this reader."""
+        level: Level = "suspicious" if self.expected else "broken"
+        causes = [remark for remark in self.remarks if remark.effect not in ("used", "note")]
+        return [
+            Finding(level, f"reader-{self.state}", f"{self.reader}: {remark.text}", remark.fix) for remark in causes
+        ]
+
+    def _all(self, effect: str) -> bool:
+        return all(set(effects) == {effect} for effects in self.table.values())
+
+
+def readings(facts: Facts, base: Located | None = None, readers: Sequence[str] = ()) -> list[Reading]:
+    """Return what readers will do with a folder.
+
+    Args:
+        facts: of the folder.
+        base: where its modules are in the checkpoint it was made for; without it, names and shapes are not compared.
+        readers: of VERSIONS; none for those that are made for the model.
+
+    Raises:
+        UserError: for the name of another reader.
+    """
+    require_known("verify: no reader", readers, VERSIONS)
+    case = Case(facts, base)
+    met = [(rule, names) for rule in RULES if (names := rule.when(case))]
+    readers = readers or _usual(case)
+    return [_reading(reader, case, met) for reader in readers]
+
+
+def _usual(case: Case) -> list[str]:
+    """Return the readers that are made for a kind of model and of folder."""
+    models = ("timm",) if case.timm else ("transformers", "vllm", "llama.cpp")
+    return [*(("peft",) if case.facts.kind != "checkpoint" else ()), *models]
+
+
+def _reading(reader: str, case: Case, met: Sequence[tuple[Rule, Collection[str]]]) -> Reading:
+    facts = case.facts
+    groups = {name: GROUPS.get(tensor.role, "others") for name, tensor in facts.tensors.items()}
+    groups = groups or dict.fromkeys(facts.stored.tensors, "weights")
+    effects, remarks, lacking = dict.fromkeys(groups, "used"), [], set[str]()
+
+    def remark(effect: str, names: Collection[str], why: str, fix: str) -> None:
+        kind = effect.removesuffix("?")
+        found = Counter(groups.get(name, "modules without tensors") for name in names)
+        remarks.append(Remark(kind, why, fix, effect != kind, dict(found)))
+        for name in names:
+            if name in groups:
+                effects[name] = max(effects[name], kind, key=EFFECTS.index)
+            elif facts.is_adapter and groups:
+                lacking.add(name)
+
+    for rule, names in met:
+        if reader in rule.effects:
+            remark(rule.effects[reader], names, rule.why, rule.fix)
+    for factor, modules in _factors(reader, case).items():
+        remark("scaled", of_modules(modules), f"{SCALES[reader]}: ×{factor}", PLAIN)
+    units = list(facts.modules.values()) if facts.is_adapter else []
+    applied = sum(all(effects[name] in ("used", "note") for name in of_modules([module])) for module in units)
+    total = len(units) + len(lacking)
+    if not units:
+        applied, total = sum(effect in ("used", "note") for effect in effects.values()), len(effects)
+    table: dict[str, Counter[str]] = {}
+    for name, group in groups.items():
+        table.setdefault(group, Counter())[effects[name]] += 1
+    counts = {group: dict(counter) for group, counter in table.items()}
+    return Reading(reader, _source(reader), applied, total, counts, tuple(remarks))
+
+
+def _factors(reader: str, case: Case) -> dict[str, list[ModuleFacts]]:
+    """Return the modules that a reader scales in another way than the settings, by the factor in three digits."""
+    found: dict[str, list[ModuleFacts]] = {}
+    for module in case.modules:
+        own = _own_scale(reader, case.facts, module)
+        if own is not None and module.scale and abs(own / module.scale - 1) > 1e-6:
+            found.setdefault(f"{own / module.scale:.3g}", []).append(module)
+    return found
+
+
+def _own_scale(reader: str, facts: Facts, module: ModuleFacts) -> float | None:
+    """Return the factor of an update where a reader computes its own; a zero lora_alpha has a rule."""
+    settings = facts.settings
+    if settings is None or reader not in SCALES or not settings.lora_alpha:
+        return None
+    if reader == "vllm":
+        return settings.lora_alpha / (settings.r**0.5 if settings.use_rslora else settings.r)
+    B = module.tensors.get("B") or module.tensors.get("embedding_B")
+    return settings.lora_alpha / B.shape[1] if B is not None and len(B.shape) > 1 and B.shape[1] else None
+
+
+def _source(reader: str) -> str:
+    """Return which version the rules of a reader are of."""
+    if reader not in RUN:
+        return f"as of {reader} {VERSIONS[reader]}"
+    try:
+        installed = version(reader)
+    except PackageNotFoundError:
+        installed = "none"
+    other = "" if installed == VERSIONS[reader] else f"; {installed} is installed"
+    return f"tested with {reader} {VERSIONS[reader]}{other}"

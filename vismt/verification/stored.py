@@ -1,0 +1,121 @@
+"""The tensors of a folder or file, by name: shapes from bounded headers, values one tensor at a time.
+
+A malformed file becomes a reason, never an error: `vismt verify` has to say something about any folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vismt.backbones.weights import read_checkpoint
+from vismt.base.errors import UserError
+from vismt.config.json_text import read_json
+from vismt.lowrank.files.peft_adapter import read_legacy
+from vismt.storage.files import DTYPES
+from vismt.storage.paths import regular_file, stays_inside
+
+LARGEST_HEADER = 2**24  # bytes, and of a JSON file; 100,000 tensors have a header of this size
+REOPENED = 2**28  # bytes read through one memory map, which count as memory of the process
+INDEX = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
+LEGACY = (".bin", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file. dtype: as safetensors names it, "BF16"."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+
+@dataclass
+class StoredTensors:
+    """Tensors by name, of one file or of several. reasons: why files or values cannot be read."""
+
+    tensors: dict[str, Stored] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    _held: dict[str, Tensor] = field(default_factory=dict)
+    _open: Any = None
+    _read: int = 0
+
+    def add(self, path: Path, *, adapter: bool = False) -> None:
+        """Take the tensors of a file in. adapter: of a .bin file that peft wrote."""
+        try:
+            if path.suffix in LEGACY:
+                held = read_legacy(path, f"'{path.name}'") if adapter else read_checkpoint(path)
+                self._held |= held
+                for name, value in held.items():
+                    self.tensors[name] = Stored(
+                        name, tuple(value.shape), DTYPES.get(value.dtype, str(value.dtype)), path
+                    )
+                return
+            with regular_file(path).open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+            if size > LARGEST_HEADER:
+                raise ValueError(f"its header has {size:,} bytes, at most {LARGEST_HEADER:,} are read")
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    part = opened.get_slice(name)
+                    if name in self.tensors:
+                        self.reasons.append(f"'{name}' is in '{self.tensors[name].file.name}' and in '{path.name}'")
+                    self.tensors[name] = Stored(name, tuple(part.get_shape()), part.get_dtype(), path)
+        except UserError as error:
+            self.reasons.append(str(error))
+        except (OSError, SafetensorError, ValueError) as error:
+            self.reasons.append(f"'{path.name}' cannot be read as safetensors ({error})")
+
+    def read(self, name: str) -> Tensor | None:
+        """Return the values of a tensor; None, with a reason, where they cannot be read."""
+        if name in self._held:
+            return self._held[name]
+        path = self.tensors[name].file
+        try:
+            if self._open is None or self._open[0] != path or self._read > REOPENED:
+                self._open, self._read = (path, safe_open(path, framework="pt")), 0
+            value: Tensor = self._open[1].get_tensor(name)
+        except (OSError, SafetensorError, ValueError, AttributeError) as error:
+            self.reasons.append(f"'{name}' of '{path.name}' cannot be read ({error})")
+            return None
+        self._read += value.numel() * value.element_size()
+        return value
+
+
+def read_bounded_json(path: Path, what: str) -> Any:
+    """Return the content of a JSON file of at most LARGEST_HEADER bytes; UserError for others."""
+    if path.is_file() and path.stat().st_size > LARGEST_HEADER:
+        raise UserError(f"{what}: '{path}' has {path.stat().st_size:,} bytes, at most {LARGEST_HEADER:,} are read.")
+    return read_json(path, what)
+
+
+def read_stored(path: Path) -> StoredTensors:
+    """Return the tensors of a checkpoint: a file, or the files in a folder that an index names, or all in it."""
+    stored = StoredTensors()
+    if path.is_file():
+        stored.add(path)
+        return stored
+    index = next((path / name for name in INDEX if (path / name).exists()), None)
+    if index is None:
+        found = [file.name for ending in (".safetensors", *LEGACY) for file in sorted(path.glob(f"*{ending}"))]
+        own = [name for name in found if not name.startswith("adapter")]
+        names = [name for name in own if name.endswith(".safetensors")] or own
+    else:
+        try:
+            content = read_bounded_json(index, f"'{index.name}'")
+            named = content.get("weight_map") if isinstance(content, dict) else None
+            files = list(named.values()) if isinstance(named, dict) else [""]
+            if not all(isinstance(name, str) and stays_inside(name) for name in files):
+                raise UserError(f"'{index.name}' has no weight_map to files of its folder.")
+        except UserError as error:
+            stored.reasons.append(str(error))
+            return stored
+        names = sorted(set(files))
+    for name in names:
+        stored.add(path / name)
+    return stored

@@ -1,0 +1,114 @@
+"""The verdict on a folder: findings ranked by level, a row for each module, and both as JSON with stable keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from vismt import __version__
+
+Level = Literal["broken", "suspicious", "note"]
+LEVELS: tuple[Level, ...] = ("broken", "suspicious", "note")
+EXIT_CODES = {"ok": 0, "suspicious": 3, "broken": 4}
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a folder that a user has to know.
+
+    level: broken (a reader fails or computes something else), suspicious, or note (no effect on the verdict). code: stable name
+    of the kind. text: what was seen. fix: what to do. modules: where, empty for the whole folder.
+    """
+
+    level: Level
+    code: str
+    text: str
+    fix: str = ""
+    modules: tuple[str, ...] = ()
+
+
+@dataclass
+class ModuleRow:
+    """Numbers of an adapted module; None where they are not known.
+
+    norm: |DeltaW|_F. ratio: |DeltaW|_F / |W|_F. rank_used: number of singular values above the dtype's noise. stable_rank:
+    |DeltaW|_F^2 / |DeltaW|_2^2. fit: of a merged checkpoint (fit.py): right, factor, other, unresolved. factor: k of
+    W + k DeltaW. residual: |M - W - c DeltaW|_F / |M|_F. erased: share of the update that rounding to the checkpoint's dtype
+    loses.
+    """
+
+    path: str
+    rank: int | None = None
+    scale: float | None = None
+    norm: float | None = None
+    rank_used: int | None = None
+    stable_rank: float | None = None
+    ratio: float | None = None
+    fit: str | None = None
+    factor: float | None = None
+    residual: float | None = None
+    erased: float | None = None
+
+
+@dataclass
+class Verdict:
+    """What `vismt verify` says about a folder.
+
+    Attributes:
+        folder: that was examined.
+        kind: vismt, peft, checkpoint or none.
+        about: facts of the folder in words, by name.
+        findings: the most serious ones first.
+        modules: a row for each adapted module.
+        readers: what each reader will do, one row for each reader and group of tensors.
+        answer: the same in one line.
+        probe: rows of measured scores with 95 % intervals.
+    """
+
+    folder: str
+    kind: str
+    about: dict[str, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    modules: list[ModuleRow] = field(default_factory=list)
+    readers: list[dict[str, Any]] = field(default_factory=list)
+    answer: str = ""
+    probe: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """Return ok, suspicious or broken."""
+        levels = {finding.level for finding in self.findings}
+        return next((level for level in LEVELS[:2] if level in levels), "ok")
+
+    @property
+    def exit_code(self) -> int:
+        """Return 0, 3 or 4."""
+        return EXIT_CODES[self.status]
+
+    @property
+    def codes(self) -> set[str]:
+        """Return the codes of the findings that decide the status."""
+        return {finding.code for finding in self.findings if finding.level != "note"}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the verdict as values for JSON."""
+        return {
+            "format": FORMAT,
+            "vismt": __version__,
+            "status": self.status,
+            "exit_code": self.exit_code,
+            **asdict(self),
+        }
+
+
+def ranked(findings: Sequence[Finding]) -> list[Finding]:
+    """Return the findings, the most serious first, each once."""
+    return sorted(dict.fromkeys(findings), key=lambda finding: LEVELS.index(finding.level))
+
+
+def names_of(modules: Sequence[str], most: int = 3) -> str:
+    """Return the first of these names and the number of the others, for a sentence."""
+    rest = len(modules) - most
+    return ", ".join(f"'{name}'" for name in modules[:most]) + (f" and {rest} more" if rest > 0 else "")
