@@ -40,7 +40,7 @@ SMALL = {
         "photos": {"trained_tasks": ["photos"], "adapt.rank": 3},
         "mean": {"merge": {"arms": OF}},
         "sum": {"merge": {"arms": OF, "weights": [0.5, 1.0]}},
-        "regmean": {"merge": {"arms": OF, "method": "regmean", "examples": 8}},
+        "regmean": {"merge": {"arms": OF, "method": "regmean"}},
     },
     "train": {"steps": 3, "lr": 1.0e-2},
     "evaluate": {"batch": 64},

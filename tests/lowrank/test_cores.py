@@ -234,6 +234,8 @@ def test_interference_of_models():
     assert float(kept.error[0]) == pytest.approx(0, abs=1e-7)
     with pytest.raises(UserError, match="no update of 'b'"):
         interference(of[:1], of[2])
+    with pytest.raises(UserError, match="3 adapters but 2 covariances"):
+        interference(of, merged, given[:2])
 
 
 @pytest.mark.parametrize(

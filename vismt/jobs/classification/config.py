@@ -126,19 +126,11 @@ class MergeConfig:
         method: of `vismt.lowrank.combine`; svd for their mean or sum.
         weights: tried values of the weight of each adapter, of which that with the best mean accuracy over the validation
             images of the tasks is taken, by each seed; [] for the method's own, 1 / T with svd, else 1.
-        rank: the largest rank of the result; null for that of the method.
-        keep: share of the entries that core_ties and knots_ties keep.
-        drop: probability with which core_dare drops an entry.
-        examples: training images of each task from which the covariances of its inputs are computed.
     """
 
     arms: list[str] = field(default_factory=list)
     method: Annotated[str, Names("vismt.lowrank.files.combining:METHODS", only=True)] = "svd"
     weights: list[float] = field(default_factory=list)
-    rank: Count | None = None
-    keep: Annotated[float, within(above=0, most=1)] = 0.2
-    drop: Annotated[float, within(0, below=1)] = 0.2
-    examples: Count = 256
 
 
 @dataclass

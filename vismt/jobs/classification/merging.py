@@ -56,7 +56,7 @@ def merged_net(job: Job, data: TaskData, evaluation: Evaluation, training: Train
     experts = [one for arm in section.arms for one in job.study.trainings(arm) if one.seed == training.seed]
     adapters = [read_updates(one.folder / ADAPTER, what=f"arms.{training.arm}") for one in experts]
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.low_rank))
-    inputs = [_inputs(job, data, one, paths, section.examples) for one in experts]
+    inputs = [_inputs(job, data, one, paths) for one in experts]
     heads = [job.loaded(one).head for one in experts]
 
     def net_of(merged: Updates) -> PixelNet:
@@ -75,10 +75,7 @@ def merged_net(job: Job, data: TaskData, evaluation: Evaluation, training: Train
             adapters,
             None if weight is None else [weight] * len(adapters),
             section.method,
-            section.rank,
             covariances=inputs if section.method == "regmean" else None,
-            keep=section.keep,
-            drop=section.drop,
             seed=training.seed,
         )
         value = 0.0
@@ -105,15 +102,13 @@ def merged_net(job: Job, data: TaskData, evaluation: Evaluation, training: Train
     }
 
 
-def _inputs(job: Job, data: TaskData, expert: Training, paths: Sequence[str], examples: int) -> dict[str, Tensor]:
-    """Return the covariances of the inputs of layers in an arm's net, on training images of its tasks."""
+def _inputs(job: Job, data: TaskData, expert: Training, paths: Sequence[str]) -> dict[str, Tensor]:
+    """Return the covariances of the inputs of layers in an arm's net, on up to 256 training images of its tasks."""
     net = job.loaded(expert)
     merge(net.stock)
     images = data.training(job.study.arms[expert.arm].trained_tasks)
-    chosen = ImageCalibrationConfig(examples=examples)
-    return collect_covariance(
-        net.to(runtime.processes().device).stock, image_batches(net.backbone, images, chosen), list(paths)
-    )
+    batches = image_batches(net.backbone, images, ImageCalibrationConfig())
+    return collect_covariance(net.to(runtime.processes().device).stock, batches, list(paths))
 
 
 def write_interference(about: dict[str, Any], training: Training) -> None:

@@ -134,6 +134,10 @@ def interference(
     Raises:
         UserError: as `combine`, and where a path of `adapters` is not in `merged`.
     """
+    if covariances is not None and len(covariances) != len(adapters):
+        raise UserError(
+            f"interference: {len(adapters)} adapters but {len(covariances)} covariances, give those of each."
+        )
     opened = [read_updates(adapter, what="interference") for adapter in adapters]
     result = read_updates(merged, what="interference").low_rank
     found = {}
