@@ -64,6 +64,11 @@ class StudyConfig(RunConfig):
         return self.seed
 
     @property
+    def derived(self) -> bool:
+        """Whether an arm of this configuration is made from the trainings of other arms, after them and without a rate."""
+        return False
+
+    @property
     def training(self) -> TrainConfig:
         """The train section. Raises UserError where it is null."""
         if self.train is None:
@@ -172,7 +177,7 @@ class Study(Generic[Config]):
 
     def rates(self, arm: str) -> list[float]:
         """Return the rates that an arm tries, ascending."""
-        if self.config.tune is None:
+        if self.config.tune is None or self.arms[arm].derived:
             return [self.arms[arm].training.lr]
         return sorted(self.config.tune.rates)
 

@@ -20,9 +20,10 @@ from vismt.jobs.output_conditions import ADJUSTED, against
 from vismt.jobs.risk import Thresholds, image_measures
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
-from vismt.robustness.evaluate import Form, RepeatableBatches, accuracies, evaluate_examples
+from vismt.robustness.evaluate import Form, RepeatableBatches, accuracies, certified_accuracies, evaluate_examples
+from vismt.robustness.smoothing import ABSTAINED, Smoothing
 from vismt.storage.records import SHARE, Records, recorded_settings
-from vismt.uncertainty.intervals import NUMBER, Condition, Measure
+from vismt.uncertainty.intervals import LOWER, NUMBER, Condition, Measure
 from vismt.uncertainty.probability_metrics import binned_gaps, detection_values, quality_measures
 
 ACCURACY = "accuracy"
@@ -38,6 +39,7 @@ def image_scores(
     records: Path,
     forms: Mapping[Condition, Form] | None = None,
     thresholds: Thresholds | None = None,
+    smoothing: Smoothing | None = None,
     trained: bool = True,
     **about: Any,
 ) -> list[Score]:
@@ -53,6 +55,7 @@ def image_scores(
         forms: forms of the clean logits whose probabilities have scores, by condition; of the adjusted form the accuracy. Records
             that have begun without any go on without.
         thresholds: of conformal sets and selective prediction, which are then evaluated, too (risk.py).
+        smoothing: certificates, whose accuracies at several radii and abstentions are then among the scores.
         trained: whether the net is of a training; the others have the score of a guess.
         about: data, fingerprint and label, as for `evaluate_examples`.
     """
@@ -63,7 +66,15 @@ def image_scores(
     by_label = {condition.label: form for condition, form in (forms or {}).items()}
     quantile = None if thresholds is None else thresholds.quantile
     rows = evaluate_examples(
-        net, batches, specs, num_classes=num_classes, forms=by_label, quantile=quantile, records=records, **about
+        net,
+        batches,
+        specs,
+        num_classes=num_classes,
+        forms=by_label,
+        quantile=quantile,
+        smoothing=smoothing,
+        records=records,
+        **about,
     )
     measures: list[tuple[Condition, Measure]] = []
     for condition, values in accuracies(rows, specs, num_classes):
@@ -71,6 +82,11 @@ def image_scores(
         measures.append((condition, measure))
     for condition in forms or ():
         measures += [(condition, measure) for measure in form_measures(rows, condition)]
+    if smoothing is not None:
+        certified = certified_accuracies(rows, smoothing)
+        measures += [(condition, Measure(ACCURACY, values, counts=True)) for condition, values in certified]
+        abstained = {row["id"]: float(row[smoothing.label] == ABSTAINED) for row in rows}
+        measures.append((smoothing.abstention, Measure("abstentions", abstained, counts=True, better=LOWER)))
     if thresholds is not None:
         measures += image_measures(rows, specs, num_classes, thresholds)
     return [Score(*names, measure, condition) for condition, measure in measures]

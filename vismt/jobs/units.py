@@ -101,16 +101,20 @@ def _attempt(job: EvaluationJob[Any], training: Training) -> None:
 
 
 def _train(job: EvaluationJob[Any], share: Share) -> None:
-    """Train in two rounds: what needs no choice of a rate, then the other seeds of the arms that chose one."""
+    """Train in rounds: what needs no choice of a rate, the other seeds of arms that chose one, then what is made of others."""
     study = job.study
     if not isinstance(job, TrainingJob):
         return
     job.check_training()
-    tried = [training for arm in study.arms for training in study.tried(arm)]
+    derived = [arm for arm in study.arms if study.arms[arm].derived]
+    first = [arm for arm in study.arms if arm not in derived]
+    tried = [training for arm in first for training in study.tried(arm)]
     share(tried)
     for arm in study.arms:
         study.choose(job, arm)
-    share([training for arm in study.arms for training in study.trainings(arm) if training not in tried])
+    share([training for arm in first for training in study.trainings(arm) if training not in tried])
+    if derived:
+        share([training for arm in derived for training in study.trainings(arm)])
 
 
 def _evaluations(job: EvaluationJob[Any]) -> list[Training]:

@@ -14,6 +14,7 @@ from vismt.report.plotting import (
     GRID,
     INK,
     MUTED,
+    PALETTE,
     axes_at,
     color_of,
     dress,
@@ -212,3 +213,43 @@ def _by_level(comparisons: Sequence[Comparison], arm: str) -> dict[float, tuple[
     """Return an arm's (value, low, high) by level, ascending."""
     cells = {c.row.level or 0.0: c.cells.get(arm) for c in comparisons}
     return {level: (cell.value, cell.low, cell.high) for level, cell in sorted(cells.items()) if cell is not None}
+
+
+def certified_figure(comparisons: Sequence[Comparison], path: Path) -> Path:
+    """Draw a panel for each arm: what is proved of its smoothed classifiers, and what attacks break of the classifier itself.
+
+    Args:
+        comparisons: of one block and set (or average), certified and, where there are any, clean and under attacks in l2.
+        path: the file to write.
+    """
+    certified = list(dict.fromkeys(c.row.family for c in comparisons if c.row.kind == "certified"))
+    attacks = list(dict.fromkeys(c.row.family for c in comparisons if c.row.kind == "attack"))
+    clean = [c for c in comparisons if c.row.kind == "clean"]
+    arms = list(dict.fromkeys(arm for c in comparisons if c.row.kind == "certified" for arm in c.cells))
+    names = [*(f"{family}, certified" for family in certified), *(f"itself, {family}" for family in attacks)]
+    size, left = (2.6, 1.9), 0.55
+    width = left + max(len(arms) * size[0], 4.6)
+    top = 0.3 + 0.22 * legend_rows(names, width - left)
+    figure = new_figure(width, top + size[1] + 0.75)
+    colors = [PALETTE[1 + place % (len(PALETTE) - 1)] for place in range(len(names))]
+    legend(figure, names, colors, left)
+    for column, arm in enumerate(arms):
+        axes = axes_at(figure, left + column * size[0], top + 0.3, size[0] - 0.3, size[1])
+        for family, color in zip((*certified, *attacks), colors, strict=True):
+            proved = family in certified
+            of_family = [c for c in comparisons if c.row.family == family]
+            line = _by_level(of_family if proved else [*clean, *of_family], arm)
+            values = [100 * value for value, _, _ in line.values()]
+            widths = [[100 * (value - low) for value, low, _ in line.values()]]
+            widths += [[100 * (high - value) for value, _, high in line.values()]]
+            axes.errorbar(
+                list(line), values, widths, color=color, marker="o", ls="-" if proved else DASHES, markersize=3.2
+            )
+            if proved:
+                axes.fill_between(list(line), values, color=color, alpha=0.15, linewidth=0)
+        dress(axes, short(arm, 26))
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("l2 radius", color=MUTED, fontsize=9)
+        axes.tick_params(labelleft=column == 0)
+    return save(figure, path)

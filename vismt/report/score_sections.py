@@ -44,6 +44,10 @@ SEEDS_CAPTION = (
     "Dots of one seed are joined; bar and number are the mean over seeds. Each panel has its own scale, which does not begin "
     f"at 0. {ARROWS}"
 )
+CERTIFIED_CAPTION = (
+    "Shaded: proved of the smoothed classifier, which has at least this accuracy under any change of that l2 length. Dashed: the "
+    "classifier itself, which has at most this accuracy under attacks in l2. No other norm is certified."
+)
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ def _bars(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
 
 
 def _levels(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
-    """Draw scores against the level of corruptions and of attacks with several radii; the average over sets if there is one."""
+    """Draw scores against the level of corruptions, attacks and certificates; the average over sets if there is one."""
     pictures = []
     for key, group in groupby(comparisons, key=lambda c: c.block):
         in_block = list(group)
@@ -198,6 +202,14 @@ def _levels(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
                 text = f"{row.protocol}, {where}, {scale_text(row.metric, row.scale)}, n = {max(counts):,} {row.unit}."
                 title = f"{data}, {kind} by {level}"
                 pictures.append(Picture(path, title, f"{text} Whiskers: {kinds_text(chosen)}."))
+            certified = [c for c in of_set if c.row.kind == "certified" and c.row.level is not None]
+            if certified:
+                attacks = [c for c in of_set if c.row.kind == "attack" and c.row.family.endswith(" l2")]
+                clean = [c for c in of_set if c.condition == "clean" and c.row.metric == certified[0].row.metric]
+                path = folder / "figures" / f"{record_stem('certified', data, '-'.join(key))}.svg"
+                drawn = figures.certified_figure([*clean, *certified, *attacks], path)
+                text = f"{CERTIFIED_CAPTION} Whiskers: {kinds_text(certified)}."
+                pictures.append(Picture(drawn, f"{data}, certified by l2 radius", text))
     return pictures
 
 

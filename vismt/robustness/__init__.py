@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vismt.robustness.evaluate import ConditionAccuracy, evaluate_classifier, evaluate_examples
     from vismt.robustness.masking import check_masking
     from vismt.robustness.quantisation import quantise
+    from vismt.robustness.smoothing import Smoothing
 
 __all__ = [
     "CORRUPTIONS",
@@ -26,6 +27,7 @@ __all__ = [
     "CorruptionSpec",
     "DenseAttack",
     "PixelClassifier",
+    "Smoothing",
     "Transfer",
     "TransferSource",
     "attack",

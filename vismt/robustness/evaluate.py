@@ -25,6 +25,7 @@ from vismt.lowrank.contexts import evaluating
 from vismt.metatune.functional import answers, report_lost
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of, worst_cases
+from vismt.robustness.smoothing import ABSTAINED, Smoothing
 from vismt.storage.records import SHARE, Field, Records
 from vismt.uncertainty.conformal import set_sizes
 from vismt.uncertainty.intervals import CLEAN, Condition, wilson
@@ -89,6 +90,7 @@ def evaluate_examples(
     num_classes: int,
     forms: Mapping[str, Form] | None = None,
     quantile: float | None = None,
+    smoothing: Smoothing | None = None,
     records: Path | None = None,
     data: str = "data",
     fingerprint: str = "",
@@ -105,6 +107,7 @@ def evaluate_examples(
         num_classes: Number of logits; labels are 0..num_classes-1.
         forms: Forms of the clean logits by name, "clean" for the logits themselves.
         quantile: Threshold of -log p of conformal sets; None records no sets.
+        smoothing: Certificates of the smoothed classifier; None records none.
         records: A line file, written batch by batch. An interrupted run continues with the batches that are missing.
         data: The caller's name for the images. A file of other images is refused.
         fingerprint: The caller's name for the weights. A file of other weights is refused.
@@ -115,7 +118,8 @@ def evaluate_examples(
         "<condition> l2", in the order of the examples; of an attack also "<condition> lost", 1 where the attack counted an image
         as broken that is right here, by rounding. For each form also the answer "<form>", the probability of the answer
         "<form> confidence", "<form> nll" in nats and "<form> brier". With a quantile the same for "clean" and each condition,
-        and the number of classes in the set, "<condition> set".
+        and the number of classes in the set, "<condition> set". With smoothing its answer "<label>", -1 for an abstention, and
+        "<label> radius".
 
     Raises:
         UserError: No example, labels or logits that do not fit num_classes, pixels outside [0, 1], two conditions with the
@@ -129,17 +133,22 @@ def evaluate_examples(
         "fingerprint": fingerprint,
         "num_classes": num_classes,
         "attacks": [dict(spec.settings()) for spec in specs],
+        **({"forms": list(forms)} if forms else {}),
+        **({} if quantile is None else {"quantile": quantile}),
+        **({} if smoothing is None else smoothing.settings()),
     }
-    if forms:
-        settings["forms"] = list(forms)
-    if quantile is not None:
-        settings["quantile"] = quantile
-    fields = _fields(conditions, forms or {}, num_classes, quantile)
+    fields = _fields(conditions, forms or {}, num_classes, quantile, smoothing)
     lost = {name: f"{name} lost" for name, spec in conditions.items() if isinstance(spec, AttackSpec)}
     fields |= {name: Field(0, 1, whole=True, optional=True) for name in lost.values()}  # older records have none
     log = Records(records, settings, fields, key="id")
     evaluate = partial(
-        _evaluate_batch, model, conditions=conditions, forms=forms or {}, num_classes=num_classes, quantile=quantile
+        _evaluate_batch,
+        model,
+        conditions=conditions,
+        forms=forms or {},
+        num_classes=num_classes,
+        quantile=quantile,
+        smoothing=smoothing,
     )
     rows: dict[str, dict] = {}
 
@@ -183,13 +192,22 @@ def _loads(batches: Iterable[Batch]) -> Iterator[Callable[[], Batch]]:
 
 
 def _fields(
-    conditions: Iterable[str], forms: Iterable[str], num_classes: int, quantile: float | None
+    conditions: Iterable[str],
+    forms: Iterable[str],
+    num_classes: int,
+    quantile: float | None,
+    smoothing: Smoothing | None,
 ) -> dict[str, Field]:
     """Return the fields of a record besides its id."""
     answer, distance = Field(0, num_classes - 1, whole=True), Field(0)
     fields = {"label": answer, "clean": answer}
     for name in conditions:
         fields.update({name: answer, f"{name} linf": distance, f"{name} l2": distance})
+    if smoothing is not None:
+        fields |= {
+            smoothing.label: Field(ABSTAINED, num_classes - 1, whole=True),
+            f"{smoothing.label} radius": distance,
+        }
     with_sets = [] if quantile is None else [CLEAN.label, *conditions]
     fields.update({f"{name} set": Field(0, num_classes, whole=True) for name in with_sets})
     for name in (*forms, *with_sets):
@@ -218,6 +236,21 @@ def accuracies(
 
     return [
         (condition, {row["id"]: right(row, labels, strict) for row in rows}) for condition, strict, labels in conditions
+    ]
+
+
+def certified_accuracies(rows: Sequence[Mapping], smoothing: Smoothing) -> list[tuple[Condition, dict[str, float]]]:
+    """Return, for each radius, 1.0 for an answer that is right and certified there, else 0.0, by image id.
+
+    rows: per-example records of `evaluate_examples`.
+    """
+
+    def certified(row: Mapping, radius: float | None) -> float:
+        return float(row[smoothing.label] == row["label"] and row[f"{smoothing.label} radius"] >= (radius or 0.0))
+
+    return [
+        (condition, {row["id"]: certified(row, condition.level) for row in rows})
+        for condition in smoothing.conditions()
     ]
 
 
@@ -255,6 +288,7 @@ def _evaluate_batch(
     forms: Mapping[str, Form],
     num_classes: int,
     quantile: float | None,
+    smoothing: Smoothing | None,
     number: int,
 ) -> list[dict]:
     """Return the records of batch `number`."""
@@ -288,6 +322,10 @@ def _evaluate_batch(
         columns |= with_sets(condition, attacked)
         columns[f"{condition} linf"] = change.abs().amax(1).tolist()
         columns[f"{condition} l2"] = change.norm(dim=1).tolist()
+    if smoothing is not None:
+        keys = [(number, position) for position in range(len(images))]
+        found, radii = smoothing.certify(partial(_logits, model, num_classes=num_classes), images, keys)
+        columns |= {smoothing.label: found.tolist(), f"{smoothing.label} radius": radii.tolist()}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

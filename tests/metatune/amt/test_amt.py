@@ -291,6 +291,23 @@ def test_a_corruption_takes_the_place_of_the_attack(attacks: list[dict]) -> None
         Adversary(norm="l3")
 
 
+def test_gaussian_noise_takes_the_place_of_the_attack(attacks: list[dict]) -> None:
+    proto, seen = adapted(), []
+    proto.backbone.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].detach().clone()))
+    noises = []
+    for number in (0, 0, 1):
+        batch = episode(number)
+        seen.clear()
+        AdversarialObjective(proto, Adversary(epsilons=(0.25,), norm="gaussian", weight_attack="none"))(batch)
+        support, query, noisy = seen
+        assert torch.equal(support, batch["support"]) and torch.equal(query, batch["query"])
+        noises.append(noisy - query)
+        assert float(noises[-1].std()) == pytest.approx(0.25, rel=0.05)
+        assert float(noisy.max()) > 1 and float(noisy.min()) < 0  # not clipped
+    assert not attacks and torch.equal(noises[0], noises[1]) and noises[1].shape == noises[2].shape
+    assert not torch.allclose(noises[1], noises[2])
+
+
 def test_budget_and_start_are_functions_of_seed_and_number(attacks: list[dict]) -> None:
     proto, budgets = adapted(), (0.1 / 255, 8 / 255)
 

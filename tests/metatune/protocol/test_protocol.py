@@ -417,3 +417,32 @@ def test_two_processes_write_the_records_of_one(tmp_path, monkeypatch):
     assert (tmp_path / "shared.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
     first, _ = torch.load(tmp_path / "reads.pt").tolist()
     assert first == 2 * 8 and (tmp_path / "panel.npz").exists()  # the first block of two, support and query
+
+
+class Certifier:
+    """Certifies the answer to the images themselves: radius 0.3 for even places, an abstention for odd ones."""
+
+    label = "smoothed"
+
+    def settings(self):
+        return {"certify": 1}
+
+    def levels(self):
+        return {"at 0": 0.0, "at 0.25": 0.25, "at 0.5": 0.5}
+
+    def certify(self, logits, images, keys):
+        even = torch.tensor([place % 2 == 0 for _, place in keys])
+        return torch.where(even, logits(images).argmax(1), -1), torch.where(even, 0.3, 0.0)
+
+
+def test_certified_queries_are_recorded(tmp_path):
+    sampler = EpisodeSampler(LABELS, ways=3, shots=2, queries=4, seed=0)
+    options = {"episodes": 3, "records": tmp_path / "records.jsonl", "smoothing": Certifier()}
+    found = run_protocol(ProtoNet(Plain()), Pixels(), sampler, **options)
+    assert found["smoothed"].tolist() == [0.5] * 3 and found["at 0.5"].tolist() == [0.0] * 3
+    assert torch.equal(found["at 0"], found["at 0.25"])
+    rows = read_lines(tmp_path / "records.jsonl")[1:]
+    for row, value in zip(rows, found["at 0.25"].tolist()):
+        even = row["clean right"][::2]
+        assert value == pytest.approx(even.count("1") / 12) and row["at 0.25 right"][1::2] == "0" * 6
+    assert torch.equal(run_protocol(ProtoNet(Plain()), Pixels(), sampler, **options)["at 0"], found["at 0"])

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, require_known
 from vismt.config.sections import SCHEDULED, UNHASHED, Count, Jitter, ModelConfig, OnBadSample
 from vismt.config.typed import Names, within
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts
-from vismt.engine.study import StudyConfig, check_arms
+from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.jobs.calibration import ImageCalibrationConfig, check_calibration
 from vismt.jobs.task_sections import (
     BalancingConfig,
@@ -29,6 +29,7 @@ from vismt.multitask.emtal.fading import FadeConfig
 from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.objectives import check_bound
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
+from vismt.robustness.smoothing import Smoothing
 from vismt.uncertainty.last_layers import check_head, is_variational
 
 
@@ -76,6 +77,7 @@ class MultitaskEvaluateConfig:
             evaluated images, as AUROC.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
+        certify: certified accuracy by randomised smoothing, {sigma, samples, alpha}; null for none.
     """
 
     split: Split = "test"
@@ -87,6 +89,7 @@ class MultitaskEvaluateConfig:
     ood: list[str] = field(default_factory=list)
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
+    certify: Smoothing | None = None
 
     def __post_init__(self) -> None:
         check_adjusted(self.adjust_logits, self.split)
@@ -113,6 +116,24 @@ class HeadConfig:
 
 
 @dataclass
+class MergeConfig:
+    """An arm that merges the adapters of others, each trained on tasks of its own; nothing is trained.
+
+    Of the heads it takes those rows that were trained.
+
+    Args:
+        arms: the merged arms, which stand before this one; together they are trained on each task once.
+        method: of `vismt.lowrank.combine`; svd for their mean or sum.
+        weights: tried values of the weight of each adapter, of which that with the best mean accuracy over the validation
+            images of the tasks is taken, by each seed; [] for the method's own, 1 / T with svd, else 1.
+    """
+
+    arms: list[str] = field(default_factory=list)
+    method: Annotated[str, Names("vismt.lowrank.files.combining:METHODS", only=True)] = "svd"
+    weights: list[float] = field(default_factory=list)
+
+
+@dataclass
 class MultitaskConfig(StudyConfig):
     """Several classification tasks on one backbone.
 
@@ -131,6 +152,8 @@ class MultitaskConfig(StudyConfig):
         retain: quality retaining; null for none.
         balancing: how the losses of the tasks are weighed; null for one mean over the batch.
         calibration: images that a method computes options from before the training; null for none.
+        trained_tasks: the tasks whose images an arm is trained on, by name; [] for all.
+        merge: of an arm that merges the adapters of others; null for an arm that is trained.
         evaluate: the evaluation.
         on_bad_sample: error or skip, for images that cannot be decoded.
         download: whether sets that are missing are downloaded.
@@ -150,6 +173,8 @@ class MultitaskConfig(StudyConfig):
     retain: RetainConfig | None = None
     balancing: BalancingConfig | None = None
     calibration: ImageCalibrationConfig | None = None
+    trained_tasks: list[str] = field(default_factory=list)
+    merge: MergeConfig | None = None
     evaluate: MultitaskEvaluateConfig = field(default_factory=MultitaskEvaluateConfig)
     on_bad_sample: OnBadSample = "error"
     download: bool = False
@@ -158,6 +183,10 @@ class MultitaskConfig(StudyConfig):
     def from_earlier(values: Mapping[str, Any]) -> Mapping[str, Any]:
         """Read the key `report: risk`."""
         return risk_of_report(values)
+
+    @property
+    def derived(self) -> bool:
+        return self.merge is not None
 
     @property
     def head_section(self) -> HeadConfig:
@@ -177,6 +206,12 @@ def class_loss(config: MultitaskConfig, counts: Sequence[int] | None = None) -> 
 
 def check(config: MultitaskConfig) -> None:
     """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
+    _check_arm(config)
+    check_arms(config, _check_arm)
+    _check_merges(config)
+
+
+def _check_arm(config: MultitaskConfig) -> None:
     for task in config.tasks:
         if not task.train:
             raise UserError(f"tasks: {task.name}: train names no set.")
@@ -215,7 +250,38 @@ def check(config: MultitaskConfig) -> None:
             "labels to union and evaluate.split to test, or laplace to false."
         )
     check_attacks(config.evaluate.attacks, config.evaluate.corruptions)
-    check_arms(config, check)
+    require_known("trained_tasks:", config.trained_tasks, names)
+
+
+def _check_merges(config: MultitaskConfig) -> None:
+    """Raise UserError for arms that cannot be merged."""
+    if config.merge is not None:
+        raise UserError("merge: it makes an arm from other arms; give it as arms.NAME: {merge: {...}}.")
+    earlier: dict[str, MultitaskConfig] = {}
+    for name, arm in resolve_arms(config).items():
+        if arm.merge is None:
+            earlier[name] = arm
+            continue
+        where = f"arms.{name}: merge.arms:"
+        require_known(f"{where} no trained arm before it is", arm.merge.arms, earlier)
+        tasks = sorted(task for other in arm.merge.arms for task in earlier[other].trained_tasks)
+        if tasks != sorted(task.name for task in config.tasks):
+            raise UserError(
+                f"{where} {', '.join(arm.merge.arms) or 'none'} are trained on {', '.join(tasks) or 'no own task'}; name "
+                "arms before this one whose trained_tasks hold each task once."
+            )
+        if len(arm.merge.arms) < 2:
+            raise UserError(f"{where} {arm.merge.arms[0]} alone; name two or more.")
+        if arm.adapt is None or any(earlier[other].adapt is None for other in arm.merge.arms):
+            raise UserError(f"{where} an arm without adapt has no adapter; give it the section.")
+        if is_variational(arm.head_section.name):
+            raise UserError(
+                f"arms.{name}: merge: rows of a '{arm.head_section.name}' head do not stand alone; take linear."
+            )
+        if len(arm.merge.weights) > 1 and any(not (task.validation or task.validation_share) for task in config.tasks):
+            raise UserError(
+                f"arms.{name}: merge.weights: are chosen on validation images; give each task validation_share."
+            )
 
 
 def _check_head(config: MultitaskConfig) -> None:

@@ -61,9 +61,10 @@ class TaskData:
         """The name "task/class" of every label of the union."""
         return [f"{task}/{name}" for task, names in zip(self.union.tasks, self.classes) for name in names]
 
-    def training(self) -> Gathered:
-        """Return the training images of all tasks with the labels of the union."""
-        return Gathered([part for task in range(len(self._parts)) for part in self._pixels(task, "train")])
+    def training(self, tasks: Sequence[str] = ()) -> Gathered:
+        """Return the training images of the named tasks, by default of all, with the labels of the union."""
+        chosen = [number for number, name in enumerate(self.union.tasks) if name in (tasks or self.union.tasks)]
+        return Gathered([part for task in chosen for part in self._pixels(task, "train")])
 
     def class_counts(self) -> list[int]:
         """Return the number of training images of each class of the union."""

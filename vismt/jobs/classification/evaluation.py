@@ -42,6 +42,7 @@ from vismt.multitask.nets import TaskClassifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.evaluate import Form
+from vismt.robustness.smoothing import Smoothing
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import CLEAN, Condition
 from vismt.uncertainty.laplace import STRUCTURES
@@ -83,18 +84,28 @@ class Evaluation:
         records: Path,
         forms: Mapping[Condition, Form] | None = None,
         risk: bool = False,
+        smoothing: Smoothing | None = None,
     ) -> list[Score]:
         """Return the accuracy of every task, clean and under each condition, and the quality of the probabilities of forms.
 
         separate: whether the net chooses among the classes of the image's task only. records: the folder of records. risk:
-        whether conformal sets and selective prediction are evaluated, too (vismt/jobs/risk.py).
+        whether conformal sets and selective prediction are evaluated, too (vismt/jobs/risk.py). smoothing: certificates.
         """
         scores = []
         for number, task in enumerate(self.data.union.tasks):
             thresholds = self.thresholds(net, training, separate, number) if risk else None
             path = records / f"{split}-{task}.jsonl"
             scores += self._scores_of(
-                net, training, separate, split, number, path, specs=specs, forms=forms, thresholds=thresholds
+                net,
+                training,
+                separate,
+                split,
+                number,
+                path,
+                specs=specs,
+                forms=forms,
+                thresholds=thresholds,
+                smoothing=smoothing,
             )
         return scores
 
@@ -111,6 +122,7 @@ class Evaluation:
         specs: Sequence[DirectPerturbation] = (),
         forms: Mapping[Condition, Form] | None = None,
         thresholds: Thresholds | None = None,
+        smoothing: Smoothing | None = None,
     ) -> list[Score]:
         """Return the scores of one task, with the records in `path`. ending: of the label."""
         union = self.data.union
@@ -125,6 +137,7 @@ class Evaluation:
                 records=path,
                 forms=forms,
                 thresholds=thresholds,
+                smoothing=smoothing,
                 data=f"{task}:{split}",
                 fingerprint=net.fingerprint(),
                 label=f"{task} {training.arm} seed {training.seed}{ending}",
@@ -182,6 +195,14 @@ class Evaluation:
         path = training.folder / thresholds_file(self.data.union.tasks[number])
         ending = " half" if halves(self.config.evaluate.risk, self.config.tune) else ""
         return fitted_once(path, Thresholds, net.fingerprint() + ending, fit)
+
+    def validation_accuracy(self, net: PixelNet, separate: bool) -> float:
+        """Return the mean accuracy over the tasks on the validation images that choose rates."""
+        right = []
+        for number, (logits, labels) in enumerate(self._validation(net, separate)):
+            chooses, _ = self.parts(number)
+            right.append((logits.argmax(1) == labels)[chooses].double().mean())
+        return float(torch.stack(right).mean())
 
     @torch.no_grad()
     def _validation(self, net: PixelNet, separate: bool) -> Outputs:

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from vismt.backbones import vit
+from vismt.base import console, ranks
 from vismt.data.batching import ShuffledBatches
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
+from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.jobs.calibration import calibrated_on_images
 from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.figures import EXAMPLES, examples, sections
+from vismt.jobs.classification.merging import merge_section, merged_net, write_interference
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, stored, with_linear_head
 from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.graphs import Graph, Named, image_graph
@@ -32,6 +35,7 @@ from vismt.jobs.predictions import CLASSES, Options, Predictions, predict_classe
 from vismt.jobs.risk import check_thresholds, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.lowrank.model.inject import train_along
+from vismt.lowrank.model.record import count_parameters
 from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.objectives import UnionObjective, VariationalUnionObjective
 from vismt.report.panels import spread
@@ -70,7 +74,30 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return Evaluation(self.config, self.data)
 
     def trained_on(self, config: MultitaskConfig) -> str:
-        return ", ".join(name for task in config.tasks for name in task.train)
+        if config.merge is not None:
+            return ""
+        chosen = config.trained_tasks or [task.name for task in config.tasks]
+        return ", ".join(name for task in config.tasks if task.name in chosen for name in task.train)
+
+    def train_one(self, training: Training) -> None:
+        config = self.study.config_of(training)
+        if config.merge is None or training_files.read_done(training) is not None:
+            super().train_one(training)
+        else:
+            ranks.on_first(lambda: self._merge_arms(training, config))
+
+    def _merge_arms(self, training: Training, config: MultitaskConfig) -> None:
+        """Write the files of a merged arm, as those of a training."""
+        console.stage("merge", f"{training.arm}   seed {training.seed}")
+        net, about = merged_net(self, self.data, self.evaluation, training)
+        write_interference(about, training)
+        facts = {
+            "method": f"merged by {about['method']}",
+            "rank": about["rank"],
+            "trainable": 0,
+            "total": count_parameters(net)[1],
+        }
+        self._finish(net, config, training, facts)
 
     @property
     def split(self) -> str:
@@ -131,7 +158,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def batches(self, config: MultitaskConfig) -> ShuffledBatches:
         settings = config.augment
         crop = (settings.crop, 1.0) if settings.crop < 1 else None
-        images = self.data.training()
+        images = self.data.training(config.trained_tasks)
         if crop is None and not settings.jitter and not settings.flip:
             images = self._features.enter_context(stored(images))
             return ShuffledBatches(images, config.batch, seed=config.seed)
@@ -157,7 +184,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         forms = self.evaluation.forms(net, training, separate, split) if split == self.split else None
         specs = conditions(chosen, corruptions)
         risk = self.config.evaluate.risk and split == self.split
-        scores = self.evaluation.scores(net, training, separate, split, specs, records, forms, risk)
+        certify = settings.certify if forms is not None and attacks is None else None
+        scores = self.evaluation.scores(net, training, separate, split, specs, records, forms, risk, certify)
         if forms is not None and attacks is None:
             scores += self.evaluation.detection(net, training, separate, records)
             if self.config.evaluate.laplace:
@@ -165,10 +193,11 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return scores
 
     def validate(self, training: Training) -> float:
-        """Return the mean accuracy over the tasks, on the images that choose rates."""
+        """Return the mean accuracy over the tasks that the arm is trained on, on the images that choose rates."""
         values = []
+        chosen = self.study.arms[training.arm].trained_tasks or self.data.union.tasks
         for score in self.score(training, "validation", []):
-            if score.condition == CLEAN and score.measure.metric == "accuracy":
+            if score.condition == CLEAN and score.measure.metric == "accuracy" and score.data in chosen:
                 number = self.data.union.tasks.index(score.data)
                 chooses, _ = self.evaluation.parts(number)
                 names = list(compress(self.data.part(number, "validation").ids, chooses.tolist()))
@@ -221,7 +250,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return torch.cat([part[spread(len(part), count)] for part, count in parts])
 
     def sections(self, results: Sequence[Result]) -> list[Section]:
-        return sections(self.folder)
+        first = [self.study.trainings(arm)[0] for arm in self.study.arms]
+        return [*merge_section(self.folder, first), *sections(self.folder)]
 
     def merged(self, arm: str | None = None) -> nn.Module:
         """Return one arm's stock model with merged weights; a Bayesian head becomes the linear head of its means."""

@@ -17,6 +17,7 @@ from vismt.metatune.amt.selection_rules import SELECT, MergeSettings
 from vismt.metatune.finetuning.finetune import FineTuneSettings
 from vismt.metatune.maml import MamlSettings
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
+from vismt.robustness.smoothing import Smoothing
 from vismt.uncertainty.last_layers import check_head, is_variational
 
 FROZEN = "frozen"
@@ -134,6 +135,7 @@ class EvaluateConfig:
             5, 1 is the AMT paper's 5-way 1-shot.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
+        certify: certified accuracy by randomised smoothing, {sigma, samples, alpha}; null for none.
         masking: also run PGD at growing radii, on the first masking_episodes episodes of each set.
         masking_episodes: episodes of each set for `masking`.
         probabilities: also report the ECE, NLL and Brier score of the probabilities after each model's temperature, fitted
@@ -164,6 +166,7 @@ class EvaluateConfig:
     max_contribution: int = 100
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
+    certify: Smoothing | None = None
     masking: bool = False
     masking_episodes: Episodes = 10
     probabilities: bool = False

@@ -47,7 +47,7 @@ from vismt.robustness.conditions import (
     worst_cases,
 )
 from vismt.robustness.masking import check_episodes
-from vismt.uncertainty.intervals import CLEAN, NUMBER, Measure
+from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure
 from vismt.uncertainty.probability_metrics import quality_measures
 from vismt.uncertainty.temperature import fit_temperature
 
@@ -116,6 +116,7 @@ class Evaluation:
         records = episodes_file(self.folder, models.seed, shown, protocol, f"{arm}{ending}")
         tempered = settings.probabilities and self.config.select is not None
         outside = {against(row_name(entry)): self.data.open(entry) for entry in settings.ood}
+        smoothing = None if ending else settings.certify
         worst = worst_cases(specs, sampler.min_ways)
         results = run_protocol(
             models.task(arm, name),
@@ -133,6 +134,7 @@ class Evaluation:
             probabilities=True,
             temperature=temperature(self.folder, models, arm, name, self.data.open) if tempered else None,
             ood={condition.label: images for condition, images in outside.items()},
+            smoothing=smoothing,
         )
         labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs), *(case.condition for case in worst)]
         chance = 1 / sampler.ways if isinstance(sampler, EpisodeSampler) else None
@@ -141,6 +143,10 @@ class Evaluation:
         for form, label in FORMS.items():
             if f"{form} {NLL}" in results:
                 measures += [(label, measure) for measure in probability_measures(results, form, sampler.parts)]
+        if smoothing is not None:
+            measures += [(label, accuracy(results[label.label], None)) for label in smoothing.conditions()]
+            abstained = Measure("abstentions", _by_episode(results[smoothing.label]), better=LOWER)
+            measures.append((smoothing.abstention, abstained))
         for label in outside:
             measures.append((label, Measure("AUROC", _by_episode(results[label.label]), NUMBER, chance=0.5)))
         return [

@@ -26,8 +26,8 @@ class ExpertSpec:
     Args:
         source: card or cards of its episodes; null for those of source.data.
         level: for linf the budget of each value in 1/255; for l2 the radius in 1/255 (128 is a radius of 0.5 in pixel
-            units of [0, 1]); for a corruption, drawn from the fifteen, its severity, 1 to 5, null for all five. A list
-            in place of a number: one of them is drawn for each episode.
+            units of [0, 1]); for gaussian the standard deviation in 1/255; for a corruption, drawn from the fifteen, its
+            severity, 1 to 5, null for all five. A list in place of a number: one of them is drawn for each episode.
         norm: threat of its training, or clean for neither of the two attacks.
         label: in place of source-norm-level.
     """

@@ -13,6 +13,7 @@ from vismt.data.set_entries import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.jobs.task_sections import risk_of_report
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
+from vismt.robustness.smoothing import Smoothing
 
 
 @dataclass
@@ -57,6 +58,7 @@ class RobustnessEvaluateConfig:
         batch: images in one forward pass.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
+        certify: certified accuracy by randomised smoothing on cards, {sigma, samples, alpha}; null for none.
         masking: also run the first attack at growing radii, on cards.
         baseline: the mean corruption error is relative to this arm; null for none.
     """
@@ -67,6 +69,7 @@ class RobustnessEvaluateConfig:
     batch: Count = 32
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
+    certify: Smoothing | None = None
     masking: bool = False
     baseline: str | None = None
 
@@ -141,9 +144,9 @@ def _check_data(config: RobustnessConfig) -> None:
     check_row_names(config.data, "data")
     if config.data:
         check_conditions(settings.attacks, settings.corruptions, 4)
-    elif settings.images is not None or settings.masking:
+    elif settings.images is not None or settings.masking or settings.certify is not None:
         raise UserError(
-            "data: [] takes all images of the runs' own; evaluate.images and evaluate.masking are for cards."
+            "data: [] takes all images of the runs' own; evaluate.images, evaluate.masking and evaluate.certify are for cards."
         )
 
 

@@ -18,6 +18,7 @@ from vismt.jobs.robustness.models import Classifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.corruptions import mean_corruption_error
+from vismt.robustness.smoothing import Smoothing
 from vismt.uncertainty.intervals import CLEAN, LOWER, Condition, Measure
 
 TASK = "robustness"
@@ -39,10 +40,12 @@ def score_set(
     data: str,
     arm: str,
     for_thresholds: Batches | None = None,
+    smoothing: Smoothing | None = None,
 ) -> list[Score]:
     """Return the scores on one set, clean and under each spec; images on record are not evaluated again.
 
     for_thresholds: clean images for the thresholds of `evaluate.risk`, whose measures are then among the scores.
+    smoothing: certificates.
     """
 
     @torch.no_grad()
@@ -67,6 +70,7 @@ def score_set(
         records=records_path(folder, data),
         forms={CLEAN: lambda logits: logits},
         thresholds=thresholds,
+        smoothing=smoothing,
         trained=False,
         data=data,
         fingerprint=fingerprint,

@@ -84,7 +84,14 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
             batches = self.cards.batches(data, classifier)
             for_thresholds = self.cards.for_thresholds(data, classifier) if self.config.evaluate.risk else None
             scores += score_set(
-                classifier, batches, specs, folder=folder, data=data, arm=training.arm, for_thresholds=for_thresholds
+                classifier,
+                batches,
+                specs,
+                folder=folder,
+                data=data,
+                arm=training.arm,
+                for_thresholds=for_thresholds,
+                smoothing=self.config.evaluate.certify if attacks is None else None,
             )
         return scores
 

@@ -1,14 +1,16 @@
-"""Several adapters made into one: `sum_j weights[j] * delta_j`, for one weight or for all of a model's.
+"""Several adapters made into one, for one weight or for all of a model's: a weighted sum, or a rule of merging.
 
-Both ways are exact for any ranks, cores and scales, because the scale of each adapter goes into the factors before they
-are added: `cat` stacks the factors (rank = sum of the ranks), `svd` writes the same sum in its smallest form and may
-truncate it to the best approximation of a given rank. Where one of several adapters has no update, it adds nothing.
+The sum, `sum_j weights[j] * delta_j`, is exact for any ranks, cores and scales, because the scale of each adapter goes into
+the factors before they are added: `cat` stacks the factors (rank = sum of the ranks), `svd` writes the same sum in its smallest
+form and may truncate it to the best approximation of a given rank. The rules work in the joint bases of the adapters
+(vismt/lowrank/cores.py). Where one of several adapters has no update of a weight, its update there is 0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, overload
@@ -17,53 +19,93 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
+from vismt.base.seeds import mix_seed
+from vismt.lowrank.cores import RULES, Interference, RuleSettings, interference_of, joint_cores
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.save_load import same_base
 from vismt.lowrank.files.updates import Updates, read_updates
 from vismt.lowrank.tensors import fits
 
-METHODS = ("cat", "svd")
+SUMS = ("cat", "svd")
+METHODS = (*SUMS, *RULES)
 Adapter = Updates | nn.Module | str | Path
 
 
 @overload
 def combine(
-    adapters: Sequence[LowRank], weights: Sequence[float], method: str = ..., rank: int | None = ...
+    adapters: Sequence[LowRank],
+    weights: Sequence[float] | None = ...,
+    method: str = ...,
+    rank: int | None = ...,
+    *,
+    covariances: Sequence[Tensor] | None = ...,
+    keep: float = ...,
+    drop: float = ...,
+    seed: int = ...,
 ) -> LowRank: ...
 
 
 @overload
 def combine(
-    adapters: Sequence[Adapter], weights: Sequence[float], method: str = ..., rank: int | None = ...
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = ...,
+    method: str = ...,
+    rank: int | None = ...,
+    *,
+    covariances: Sequence[Mapping[str, Tensor]] | None = ...,
+    keep: float = ...,
+    drop: float = ...,
+    seed: int = ...,
 ) -> Updates: ...
 
 
 def combine(
-    adapters: Sequence[LowRank | Adapter], weights: Sequence[float], method: str = "cat", rank: int | None = None
+    adapters: Sequence[LowRank | Adapter],
+    weights: Sequence[float] | None = None,
+    method: str = "cat",
+    rank: int | None = None,
+    *,
+    covariances: Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | None = None,
+    keep: float = 0.2,
+    drop: float = 0.2,
+    seed: int = 0,
 ) -> LowRank | Updates:
-    """Return the weighted sum of adapters.
+    """Merge adapters into one.
 
     Args:
         adapters: one or more updates of one weight (`LowRank`), all of the same (o, i); or adapters of one base: folders
             that save_adapter, export_peft or peft wrote, adapted models, or results of this function.
-        weights: one finite number for each adapter; they need not be positive nor sum to one.
+        weights: one finite number for each adapter, by which its update is multiplied before it is merged; they need not be
+            positive nor sum to one. None for 1 / T each of T adapters where updates are summed (`cat`, `svd`, `core_dare`),
+            the mean, and for 1 each by another method. Equal weights other than 1 / T are task arithmetic.
         method: `cat` concatenates the factors, rank = the sum of all ranks, rounded once to the factors' dtype;
-            `svd` decomposes that sum by QR and a small SVD, and keeps only the rank it has.
-        rank: with `svd`, keep at most this many singular values (Eckart-Young) of each weight; must be None with `cat`.
+            `svd` decomposes that sum by QR and a small SVD, and keeps only the rank it has; `core_ties`, `knots_ties`,
+            `core_dare`, `tsv` and `regmean` are described in vismt/lowrank/cores.py.
+        rank: keep at most this many singular values (Eckart-Young) of each weight; must be None with `cat`.
+        covariances: with `regmean`, the covariance (i, i) of the inputs of each adapter's task, for adapters of models by
+            module path, as `vismt.llm.collect_covariance` returns them.
+        keep: with `core_ties` and `knots_ties`, the share of the entries of each update that is kept, in (0, 1].
+        drop: with `core_dare`, the probability with which an entry is dropped, in [0, 1).
+        seed: with `core_dare`, of the draws.
 
     Returns:
         A `LowRank` with scale 1, or for adapters `Updates`: their `put_on(model)` adapts a stock model. A single adapter
-        with weight 1.0 (and no `rank`) is returned unchanged, bit for bit. Parameters that were trained whole (a head) are
-        not summed: they are kept where all adapters hold the same bits.
+        with weight 1.0 is returned unchanged, bit for bit, by `cat`, and by `svd` without a `rank`. Parameters that were trained
+        whole (a head) are not merged: they are kept where all adapters hold the same bits.
 
     Raises:
         UserError: for adapters of different shapes or bases, an update that is not of low rank (see updates.py),
-            heads that differ, a wrong number of weights, a weight that is not finite, an unknown method, or a rank that is
-            out of range.
+            heads that differ, a wrong number of weights, a weight that is not finite, an unknown method, a rank or an option
+            that is out of range, and covariances that are missing or do not fit.
     """
     _check_call(adapters, weights, method, rank)
+    _check_settings(len(adapters), method, keep, drop, covariances)
+    if weights is None:
+        weights = [1 / len(adapters) if method in (*SUMS, "core_dare") else 1.0] * len(adapters)
+    settings = RuleSettings(keep, drop, seed)
     if not any(isinstance(adapter, LowRank) for adapter in adapters):
-        return _of_models([read_updates(adapter, what="combine") for adapter in adapters], weights, method, rank)
+        opened = [read_updates(adapter, what="combine") for adapter in adapters]
+        return _of_models(opened, weights, method, rank, settings, covariances)
     updates: list[LowRank] = []
     for position, adapter in enumerate(adapters):
         if not isinstance(adapter, LowRank):
@@ -71,7 +113,41 @@ def combine(
         updates.append(adapter)
     _check_shapes(dict(enumerate(updates)))
     _check_rank(rank, sum(update.rank for update in updates))
-    return _sum(updates, weights, method, rank)
+    if method in SUMS:
+        return _sum(updates, weights, method, rank)
+    if covariances is not None:
+        _check_covariances(covariances, updates[0].shape[1])
+        settings = replace(settings, covariances=covariances)
+    return _by_rule(updates, weights, method, rank, settings)
+
+
+def interference(
+    adapters: Sequence[Adapter], merged: Adapter, covariances: Sequence[Mapping[str, Tensor]] | None = None
+) -> dict[str, Interference]:
+    """Return by module path how the updates of adapters meet each other and what they were merged into.
+
+    Args:
+        adapters: as for `combine`.
+        merged: what they were merged into.
+        covariances: of the inputs of each adapter's task by module path, as for `combine`; None for white inputs.
+
+    Raises:
+        UserError: as `combine`, and where a path of `adapters` is not in `merged`.
+    """
+    if covariances is not None and len(covariances) != len(adapters):
+        raise UserError(
+            f"interference: {len(adapters)} adapters but {len(covariances)} covariances, give those of each."
+        )
+    opened = [read_updates(adapter, what="interference") for adapter in adapters]
+    result = read_updates(merged, what="interference").low_rank
+    found = {}
+    for path, present in _by_path(opened).items():
+        if path not in result:
+            raise UserError(f"interference: the merged adapter has no update of '{path}'.")
+        _check_shapes({**present, len(opened): result[path]}, f"'{path}': ")
+        inputs = None if covariances is None else _covariances_at(path, covariances, result[path].shape[1])
+        found[path] = interference_of(_with_zeros(present, len(opened)), result[path], inputs)
+    return found
 
 
 def _sum(
@@ -100,27 +176,67 @@ def _check_factors(update: LowRank) -> None:
         raise UserError("combine: the weighted factors are NaN or infinite; give finite adapters and smaller weights.")
 
 
-def _of_models(adapters: Sequence[Updates], weights: Sequence[float], method: str, rank: int | None) -> Updates:
+def _by_rule(
+    updates: Sequence[LowRank], weights: Sequence[float], method: str, rank: int | None, settings: RuleSettings
+) -> LowRank:
+    """Return updates merged by a rule, in fp32, or fp64 for fp64 factors, on the device of the first."""
+    for update in updates:
+        _check_factors(update)
+    merged = RULES[method](joint_cores(updates, weights), settings)
+    if rank is not None:
+        merged = merged.truncate(min(rank, merged.rank))
+    dtype = torch.float64 if any(update.B.dtype == torch.float64 for update in updates) else torch.float32
+    merged = merged.to(device=updates[0].B.device, dtype=dtype)
+    _check_factors(merged)
+    return merged
+
+
+def _by_path(adapters: Sequence[Updates]) -> dict[str, dict[int, LowRank]]:
+    """Return the updates of each weight by the position of their adapter."""
+    paths = dict.fromkeys(path for adapter in adapters for path in adapter.low_rank)
+    return {
+        path: {j: adapter.low_rank[path] for j, adapter in enumerate(adapters) if path in adapter.low_rank}
+        for path in paths
+    }
+
+
+def _with_zeros(present: Mapping[int, LowRank], count: int) -> list[LowRank]:
+    """Return the updates of a weight by `count` adapters, 0 by those that have none."""
+    first = next(iter(present.values()))
+    nothing = LowRank(torch.zeros_like(first.B[:, :1]), torch.zeros_like(first.A[:1]))
+    return [present.get(position, nothing) for position in range(count)]
+
+
+def _of_models(
+    adapters: Sequence[Updates],
+    weights: Sequence[float],
+    method: str,
+    rank: int | None,
+    settings: RuleSettings,
+    covariances: Sequence[Mapping[str, Tensor]] | None,
+) -> Updates:
     base: dict[str, list[float]] = {}
     for position, adapter in enumerate(adapters):
         if not same_base(adapter.base, base):
             raise UserError(f"combine: adapter {position} was made for other base weights than those before it.")
         base |= adapter.base
     also_train = _same_parameters(adapters)
-    paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.low_rank))
-    by_path = {
-        path: {j: adapter.low_rank[path] for j, adapter in enumerate(adapters) if path in adapter.low_rank}
-        for path in paths
-    }
+    by_path = _by_path(adapters)
     totals = {path: sum(update.rank for update in updates.values()) for path, updates in by_path.items()}
     _check_rank(rank, max(totals.values()))
-    sums = {}
+    merged = {}
     for path, updates in by_path.items():
         _check_shapes(updates, f"'{path}': ")
         largest = None if rank is None else min(rank, totals[path])
-        sums[path] = _sum(list(updates.values()), [weights[j] for j in updates], method, largest, wide=True)
+        if method in SUMS:
+            merged[path] = _sum(list(updates.values()), [weights[j] for j in updates], method, largest, wide=True)
+            continue
+        every = _with_zeros(updates, len(adapters))
+        inputs = None if covariances is None else _covariances_at(path, covariances, every[0].shape[1])
+        own = replace(settings, seed=mix_seed(settings.seed, path), covariances=inputs)
+        merged[path] = _by_rule(every, weights, method, largest, own)
     peft = tuple(folder for adapter in adapters for folder in adapter.peft)
-    return Updates(sums, also_train, base, peft, "combined adapters" if len(adapters) > 1 else adapters[0].name)
+    return Updates(merged, also_train, base, peft, "combined adapters" if len(adapters) > 1 else adapters[0].name)
 
 
 def _same_parameters(adapters: Sequence[Updates]) -> dict[str, Tensor]:
@@ -149,18 +265,56 @@ def _concatenate(adapters: Sequence[LowRank], weights: Sequence[float]) -> LowRa
     return LowRank(torch.cat(lefts, dim=1), torch.cat([adapter.A for adapter in adapters], dim=0))
 
 
-def _check_call(adapters: Sequence[LowRank | Adapter], weights: Sequence[float], method: str, rank: int | None) -> None:
+def _covariances_at(path: str, covariances: Sequence[Mapping[str, Tensor]], width: int) -> list[Tensor]:
+    """Return the covariances of the inputs of one weight; UserError where one is missing or does not fit."""
+    for position, of_task in enumerate(covariances):
+        if not isinstance(of_task, Mapping) or path not in of_task:
+            raise UserError(f"combine: covariances: those of adapter {position} have none of '{path}'.")
+    found = [of_task[path] for of_task in covariances]
+    _check_covariances(found, width, f"'{path}': ")
+    return found
+
+
+def _check_covariances(covariances: Sequence[Any], width: int, where: str = "") -> None:
+    for position, value in enumerate(covariances):
+        if not isinstance(value, Tensor) or tuple(value.shape) != (width, width) or not bool(value.isfinite().all()):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(
+                f"combine: covariances: {where}that of adapter {position} is {shape}; give ({width}, {width}), all finite."
+            )
+
+
+def _check_settings(count: int, method: str, keep: float, drop: float, covariances: Any) -> None:
+    """Raise UserError for options of rules that are out of range, and for covariances where they are not wanted or missing."""
+    if not 0 < keep <= 1:
+        raise UserError(f"combine: keep is {keep}, give a share in (0, 1].")
+    if not 0 <= drop < 1:
+        raise UserError(f"combine: drop is {drop}, give a probability in [0, 1).")
+    if method == "regmean" and covariances is None:
+        raise UserError(
+            "combine: 'regmean' needs the covariances of the inputs of each adapter's task; give covariances."
+        )
+    if method != "regmean" and covariances is not None:
+        raise UserError(f"combine: covariances are of method='regmean'; leave them out with '{method}'.")
+    if covariances is not None and len(covariances) != count:
+        raise UserError(f"combine: {count} adapters but {len(covariances)} covariances, give those of each.")
+
+
+def _check_call(
+    adapters: Sequence[LowRank | Adapter], weights: Sequence[float] | None, method: str, rank: int | None
+) -> None:
     if method not in METHODS:
         raise UserError(f"combine: no method '{method}'.{near(str(method), METHODS)}")
-    for name, value in (("adapters", adapters), ("weights", weights)):
+    for name, value in (("adapters", adapters), ("weights", () if weights is None else weights)):
         array = name == "weights" and getattr(value, "ndim", 0) == 1
         if isinstance(value, str) or not (array or isinstance(value, Sequence)):
             raise UserError(f"combine: {name} is one {type(value).__name__}; give a list.")
     if not adapters:
         raise UserError("combine: no adapter given, need at least one.")
-    if len(weights) != len(adapters):
-        raise UserError(f"combine: {len(adapters)} adapters but {len(weights)} weights, give one weight each.")
-    _check_weights(weights)
+    if weights is not None:
+        if len(weights) != len(adapters):
+            raise UserError(f"combine: {len(adapters)} adapters but {len(weights)} weights, give one weight each.")
+        _check_weights(weights)
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral)):
         raise UserError(f"combine: rank is {rank!r}, give a whole number or None.")
     if rank is not None and method == "cat":

@@ -3,8 +3,8 @@
     L(theta) = CE(z(x), y) + lambda * mean_q KL(p(x_q) || p(x_q^adv)),    minimised at theta + nu
 
 x^adv: pyramid attack on the queries (input_attack.py), the support stays clean; beyond the paper also an attack in the l2
-ball, or a corruption. nu: one step of L's gradient on the LoRA factors (weight_attack.py). Both query branches have a
-gradient and share the prototypes of the clean support.
+ball, a corruption, or Gaussian noise, not clipped, for randomised smoothing. nu: one step of L's gradient on the LoRA factors
+(weight_attack.py). Both query branches have a gradient and share the prototypes of the clean support.
 
 Paper and code differ; the default is the code's form, and the paper's form is an option: KL(clean || adv) (the paper
 prints the reverse); nu normalised per tensor and for A and B at once (paper: plain gradient of the adversarial
@@ -32,8 +32,8 @@ from vismt.metatune.amt.input_attack import NORMS, PLAIN, PYRAMID, STARTS, Level
 from vismt.metatune.amt.weight_attack import weight_perturbation
 from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
 
-CORRUPTION = "corruption"
-THREATS = (*NORMS, CORRUPTION)
+CORRUPTION, GAUSSIAN = "corruption", "gaussian"
+THREATS = (*NORMS, CORRUPTION, GAUSSIAN)
 # images (m, 3, h, w) in [0, 1], severity 1 to 5, seed -> the images under a corruption that the seed draws
 Corrupt = Callable[[Tensor, int, int], Tensor]
 PATIENCE = 10  # episodes in a row with a flat prediction that count as collapsed
@@ -74,9 +74,9 @@ class AdversaryForm(Checked):
 class Adversary(AdversaryForm):
     """The attacks on one expert.
 
-    epsilons: budgets in pixel units of [0, 1] (for a corruption: severities), of which each episode draws one; (0.0,)
-    leaves the input attack out. norm: one of THREATS; l2 attacks single pixels whatever `pyramid` is. seed: of the draws
-    and the attack's random start.
+    epsilons: budgets in pixel units of [0, 1] (for a corruption severities, for noise standard deviations), of which each
+    episode draws one; (0.0,) leaves the input attack out. norm: one of THREATS; l2 attacks single pixels whatever `pyramid`
+    is. seed: of the draws and the attack's random start.
     """
 
     epsilons: tuple[float, ...] = (8 / 255,)
@@ -195,6 +195,8 @@ class AdversarialObjective(nn.Module):
         epsilon = strength * adversary.epsilons[drawn]
         if epsilon == 0:
             return None
+        if adversary.norm == GAUSSIAN:
+            return query + epsilon * torch.randn(query.shape, generator=generator).to(query)
         # With every parameter detached, backward runs to the images alone.
         fixed = {name: p.detach() for name, p in self.proto.backbone.named_parameters()}
         middle, scale = centres.detach(), self.proto.scale.detach()

@@ -31,7 +31,8 @@ class EpisodeOutcome:
     attack. mixture (P,): the weights of a pool's experts in this task, None for a classifier without them. worst: {worst
     case: conditions that it is over}. strict: the conditions whose budget contains the clean image, under which a query counts
     only if it is right when clean. outside: logits (o, N) of images of other sets, by condition. lost: queries that an attack
-    counted as broken and that are right here, by condition.
+    counted as broken and that are right here, by condition. abstentions: share of the queries without a certificate, by
+    smoothed classifier.
     """
 
     episode: Episode
@@ -45,6 +46,7 @@ class EpisodeOutcome:
     strict: Collection[str] = ()
     outside: Mapping[str, Tensor] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
+    abstentions: dict[str, float] = field(default_factory=dict)
 
     def right(self) -> dict[str, Tensor]:
         """Return whether each query counts as right, bool (m,), by condition, then by worst case."""
@@ -84,7 +86,7 @@ class EpisodeOutcome:
         row |= {right_field(name): "".join("01"[hit] for hit in hits.tolist()) for name, hits in right.items()}
         for form, temperature in forms.items():
             row |= self.probabilities(form, temperature)
-        row |= self.detection() | {lost_field(name): count for name, count in self.lost.items()}
+        row |= self.abstentions | self.detection() | {lost_field(name): count for name, count in self.lost.items()}
         if self.mixture is not None:
             row["mixture"] = [round(weight, 6) for weight in self.mixture.tolist()]
         return row

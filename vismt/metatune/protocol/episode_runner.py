@@ -10,8 +10,9 @@ The protocols at the top say what the episodes ask of models, samplers, images a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +78,21 @@ class PreparedPerturbation(Condition, Protocol):
     def prepare(self, support: Tensor, labels: Tensor) -> Perturbs: ...
 
 
+class Certifies(Protocol):
+    """Certificates of query images (`vismt.robustness.smoothing.Smoothing`)."""
+
+    @property
+    def label(self) -> str: ...
+
+    def settings(self) -> Mapping[str, object]: ...
+
+    def levels(self) -> Mapping[str, float]: ...
+
+    def certify(
+        self, logits: Callable[[Tensor], Tensor], images: Tensor, keys: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 class PixelStore(Protocol):
     """Images float (b, 3, h, w) in [0, 1] by int64 index (b,).
 
@@ -106,7 +122,7 @@ class EpisodeRunner:
     """Runs blocks of episodes: the classifier of each support, and the predictions on its queries under every condition.
 
     outside: sets of images of other classes, by condition. stores: of the features of `pixels` and of the outside sets, by
-    condition, "" for `pixels`; a set without one has its features computed in every episode.
+    condition, "" for `pixels`; a set without one has its features computed in every episode. smoothing: certifies the queries.
     """
 
     proto: FewShotModel
@@ -118,6 +134,7 @@ class EpisodeRunner:
     outside: Mapping[str, OutsidePixels] = field(default_factory=dict)
     stores: Mapping[str, FeatureStore] = field(default_factory=dict)
     batch: int = 256
+    smoothing: Certifies | None = None
 
     def blocks(self, episodes: int) -> list[range]:
         """Return the numbers of the episodes that run together; single ones where no attack packs."""
@@ -133,6 +150,9 @@ class EpisodeRunner:
         for name, attack in self.attacks.items():
             for group in self._groups(tasks, attack):
                 self._perturb(group, name, attack)
+        if self.smoothing is not None:
+            for task in tasks:
+                self._certify(task, self.smoothing)
         return {task.index: task.outcome for task in tasks}
 
     def _task(self, index: int) -> _Task:
@@ -212,6 +232,15 @@ class EpisodeRunner:
             lost = torch.cat([outcome.lost(part, name).cpu() for outcome, part in zip(found, parts, strict=True)])
             for outcome, own in zip(outcomes, lost.split(counts), strict=True):
                 outcome.lost[name] = int(own.sum())
+
+    def _certify(self, task: _Task, smoothing: Certifies) -> None:
+        """Add the answers of the smoothed classifier that are certified at each radius, -1 for none, to a task."""
+        query = task.outcome.query.to(self.device)
+        keys = [(task.index, place) for place in range(len(query))]
+        answers, radii = smoothing.certify(partial(self._logits, task.classifier), query, keys)
+        for name, radius in smoothing.levels().items():
+            task.outcome.predictions[name] = torch.where(radii >= radius, answers, -1)
+        task.outcome.abstentions[smoothing.label] = float((answers < 0).double().mean())
 
     @torch.no_grad()
     def _logits(

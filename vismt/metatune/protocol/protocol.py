@@ -34,6 +34,7 @@ from vismt.metatune.protocol.episode_outcome import (
     write_panel,
 )
 from vismt.metatune.protocol.episode_runner import (
+    Certifies,
     EpisodeRunner,
     FewShotModel,
     OutsidePixels,
@@ -68,6 +69,7 @@ def run_protocol(
     probabilities: bool = False,
     temperature: float | None = None,
     ood: Mapping[str, OutsidePixels] | None = None,
+    smoothing: Certifies | None = None,
 ) -> dict[str, Tensor]:
     """Evaluate a few-shot model on episodes, clean and under attack.
 
@@ -96,12 +98,14 @@ def run_protocol(
         temperature: Also record that of the softmax of the clean logits divided by it.
         ood: {text of a condition: images of other classes}. Each episode draws as many of them as it has queries, the same
             for every model, and records the AUROC with which the largest probability tells its queries from them.
+        smoothing: Certifies the queries; the support is not perturbed.
 
     Returns:
         Query accuracy in [0, 1] of every episode, float64 (episodes,), by condition: "clean", each attack's text, then each
         worst case. With `probabilities` also "clean nll" in nats and "clean brier", and "clean gaps" (episodes, 15) for the
         ECE (`vismt.uncertainty.probability_metrics.gap_values`); each is a mean over an episode's queries. With `temperature` the
-        same as "tempered nll" and so on, and with `ood` the AUROC of each condition.
+        same as "tempered nll" and so on, and with `ood` the AUROC of each condition. With `smoothing` the share of queries that
+        are right and certified at each radius, by its text, and the share of abstentions by the smoothed classifier's label.
 
     Raises:
         UserError: Fewer than 2 episodes, two attacks with the same text, or records that do not fit or cannot be written.
@@ -131,17 +135,23 @@ def run_protocol(
     settings |= {"probabilities": True} if probabilities else {}
     settings |= {} if temperature is None else {"temperature": temperature}
     settings |= {"ood": list(outside)} if outside else {}
-    columns = {**dict.fromkeys(["clean", *conditions, *worst, *outside], SHARE), **quality_fields(forms)}
+    certified = [] if smoothing is None else [*smoothing.levels()]
+    settings |= {} if smoothing is None else smoothing.settings()
+    abstained = [] if smoothing is None else [smoothing.label]
+    shares = ["clean", *conditions, *worst, *outside, *certified, *abstained]
+    columns = {**dict.fromkeys(shares, SHARE), **quality_fields(forms)}
     lost = {name: lost_field(name) for name in conditions}
     optional = {name: Field(0, whole=True, optional=True) for name in lost.values()}
     optional["mixture"] = Field(several=True, optional=True)
-    optional |= {right_field(name): Field(bits=True, optional=True) for name in ["clean", *conditions, *worst]}
+    optional |= {
+        right_field(name): Field(bits=True, optional=True) for name in ["clean", *conditions, *worst, *certified]
+    }
     log = Records(records, settings, {**columns, **optional}, key="episode")
     module, device = _placed(proto, device)
     stores = _stores({"": pixels, **outside}, read=any(index not in log for index in range(episodes)))
     if features == "off":
         stores = {}
-    run = EpisodeRunner(proto, pixels, sampler, device, conditions, worst, outside, stores, batch)
+    run = EpisodeRunner(proto, pixels, sampler, device, conditions, worst, outside, stores, batch, smoothing)
     write = None if panel is None else partial(write_panel, panel, model=model, names=getattr(pixels, "classes", None))
     with evaluating(module), log, ExitStack() as stack:
         for store in stores.values():

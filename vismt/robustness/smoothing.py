@@ -1,0 +1,125 @@
+"""Certified accuracy by randomised smoothing (Cohen, Rosenfeld, Kolter, ICML 2019, arXiv 1902.02918).
+
+    g(x) = argmax_c P(f(x + e) = c),    e ~ N(0, sigma^2 I) on the pixels in [0, 1], not clipped, before anything that f does
+
+FIRST draws choose the class c. Of n further draws k are answered c. With p the lower Clopper-Pearson bound at 1 - alpha,
+
+    p = Beta^-1(alpha; k, n - k + 1),    p > 1/2:  g is c within the l2 distance sigma Phi^-1(p) of x;    else g abstains.
+
+The certificate of an image fails with a probability of at most alpha. It is about g, in l2, at the size in pixels at which f
+gets its images, and says nothing about f itself. Few-shot: the support is not perturbed, and the prototypes and weights that
+follow from it are constants of f. Where no class has more than 40 % of the first draws, g abstains without the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor
+
+from vismt.base.errors import UserError
+from vismt.base.seeds import mix_seed
+from vismt.config.typed import Checked, within
+from vismt.uncertainty.intervals import Condition
+
+FIRST, HOPELESS = 100, 0.4
+CHUNK = 100  # draws in one forward pass; fixed, so that the draws do not depend on a batch size
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
+ABSTAINED = -1  # the answer of an abstention
+
+
+@dataclass(frozen=True)
+class Smoothing(Checked):
+    """A certified radius by randomised smoothing; l2 alone.
+
+    Args:
+        sigma: standard deviation of the noise, in pixel units of [0, 1].
+        samples: number of draws for the bound of one image; 100 more choose its class.
+        alpha: probability with which the certificate of one image may fail.
+        seed: of the draws.
+    """
+
+    sigma: Annotated[float, within(above=0)] = 0.25
+    samples: Annotated[int, within(1)] = 1000
+    alpha: Annotated[float, within(above=0, below=0.5)] = 0.001
+    seed: int = 0
+    KEY: ClassVar = "evaluate.certify"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.largest == 0:
+            least = math.floor(math.log(self.alpha) / math.log(0.5)) + 1
+            raise UserError(
+                f"evaluate.certify: samples {self.samples} cannot certify anything at alpha {self.alpha:g}; give {least} or more."
+            )
+
+    @property
+    def label(self) -> str:
+        """The text of the smoothed classifier, "smoothed 0.25"."""
+        return f"smoothed {self.sigma:g}"
+
+    @property
+    def largest(self) -> float:
+        """The radius where all draws agree."""
+        return self.radius(self.samples)
+
+    def settings(self) -> dict[str, object]:
+        """Return every field, for a protocol's hash."""
+        return {"certify": asdict(self)}
+
+    def conditions(self) -> list[Condition]:
+        """Return a condition for each of RADII that a certificate can reach."""
+        reached = [radius for radius in RADII if radius <= self.largest]
+        return [Condition(f"{self.label} certified l2 {r:g}", "certified", self.label, r) for r in reached]
+
+    def levels(self) -> dict[str, float]:
+        """Return the radii of `conditions` by their text."""
+        return {condition.label: condition.level or 0.0 for condition in self.conditions()}
+
+    @property
+    def abstention(self) -> Condition:
+        """The condition of the share of abstentions."""
+        return Condition(self.label, "certified", self.label)
+
+    def radius(self, votes: int) -> float:
+        """Return the certified radius where `votes` of the samples have the class; 0 for an abstention."""
+        from scipy.stats import beta, norm
+
+        bound = float(beta.ppf(self.alpha, votes, self.samples - votes + 1)) if votes else 0.0
+        return self.sigma * float(norm.ppf(bound)) if bound > 0.5 else 0.0
+
+    @torch.no_grad()
+    def certify(
+        self, logits: Callable[[Tensor], Tensor], images: Tensor, keys: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the answers of g, int64 (b,), ABSTAINED for an abstention, and their radii, float64 (b,).
+
+        logits: f, images (m, 3, h, w) to logits (m, k). images: (b, 3, h, w) in [0, 1]. keys: of the images, of which their draws
+        are a function.
+        """
+        answers, radii = [], []
+        for image, key in zip(images, keys, strict=True):
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, "smoothing", *key))
+            first = self._votes(logits, image, FIRST, generator)
+            answer, radius = int(first.argmax()), 0.0
+            if first[answer] > HOPELESS * FIRST:
+                radius = self.radius(int(self._votes(logits, image, self.samples, generator)[answer]))
+            answers.append(answer if radius > 0 else ABSTAINED)
+            radii.append(radius)
+        return torch.tensor(answers), torch.tensor(radii, dtype=torch.float64)
+
+    def _votes(
+        self, logits: Callable[[Tensor], Tensor], image: Tensor, count: int, generator: torch.Generator
+    ) -> Tensor:
+        """Return the number of noisy copies of an image (3, h, w) that are answered each class, int64 (k,)."""
+        votes = torch.zeros(0, dtype=torch.long)
+        for start in range(0, count, CHUNK):
+            noise = torch.randn(min(CHUNK, count - start), *image.shape, generator=generator)
+            found = logits(image + self.sigma * noise.to(image.device))
+            counts = found.argmax(1).cpu().bincount(minlength=found.shape[1])
+            votes = counts if not len(votes) else votes + counts
+        return votes
