@@ -12,7 +12,7 @@ from scripts import claims, tables
 from vismt.base.errors import UserError
 from vismt.report import claims as rules
 from vismt.report.claims import Evidence, of_study, read_claims
-from vismt.report.study_rows import studies
+from vismt.report.study_rows import read_study, studies
 
 PAPERS = read_claims()
 EVIDENCE = [evidence for paper in PAPERS for claim in paper.claims for evidence in claim.shown]
@@ -59,8 +59,9 @@ def test_a_verdict_that_no_longer_follows_is_an_error(monkeypatch: pytest.Monkey
 
 
 def test_differences_of_claims_are_kept_with_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(tables, "study_of", lambda run, pairs: asked.extend(pairs))
+    asked: list[tuple[str, str]] = []
+    rows = read_study(studies()["quickstart"])
+    monkeypatch.setattr(tables, "study_of", lambda run, pairs: asked.extend(pairs) or rows)
     monkeypatch.setattr(tables, "write_study", lambda path, study: None)
     tables.add(Path("run"), "polar_rank")
     assert asked == [(evidence.arm, evidence.minus) for _, evidence in of_study(PAPERS, "polar_rank")] and asked
