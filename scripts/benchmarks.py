@@ -19,11 +19,13 @@ from vismt.storage.files import atomic_write
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 HEAD = """# Benchmarks
 
-Made by `python scripts/benchmarks.py` from the files in `benchmarks/`. A ratio is that of two candidates in the same round, its
-value the median over the rounds, with the smallest and the largest beside it; below 1, the first takes less. Candidates of a
-round run one after the other in rotating order. On a CPU, times are CPU seconds on one thread unless a bench says otherwise.
-What each bench measures stands at the top of its file in `scripts/bench/`. The aims were set before the measurement. Benches
-without a section here were [measured earlier](benchmarks/earlier.md).
+Each table compares vismt with another library or with a plain loop. A ratio below 1 means that the first takes less time or
+memory; "reached" says whether an aim that was set before the measurement is met.
+
+A ratio is the median over the rounds, with the smallest and the largest beside it. The candidates of a round run one after the
+other in rotating order. On a CPU, times are CPU seconds on one thread unless a bench says otherwise. What each bench measures
+stands at the top of its file in `scripts/bench/`. `python scripts/benchmarks.py` made this page from the files in `benchmarks/`;
+benches without a section here were [measured earlier](benchmarks/earlier.md).
 """
 COLUMNS = ("", "ratio of", "", "min", "max", "aim", "reached")
 NEEDED = ("bench", "rounds", "command", "date", "hardware", "versions", "results")

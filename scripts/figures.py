@@ -34,7 +34,7 @@ from vismt.config.yaml_text import read_yaml
 from vismt.report.arm_figures import seeds_figure
 from vismt.report.comparison import AVERAGE, compare
 from vismt.report.figures import domain_bars
-from vismt.report.results import Result
+from vismt.report.results import ValuesByExample
 from vismt.report.score_sections import arm_scores, seeds_panel
 from vismt.report.study_rows import ROWS, SELECTED, StudyRow, studies
 from vismt.storage.files import atomic_write
@@ -42,13 +42,6 @@ from vismt.storage.paths import CHECKOUT
 
 KINDS = ("bars", "seeds")
 DIGEST = re.compile(r"<!-- rows: (\w+) -->\n$")
-
-
-class NoValues:
-    """Values by example of committed rows: there are none."""
-
-    def of(self, result: Result) -> None:
-        """Return None."""
 
 
 def chosen(spec: Mapping[str, Any], where: str) -> list[StudyRow]:
@@ -72,11 +65,14 @@ def draw(spec: Mapping[str, Any], rows: list[StudyRow], path: Path) -> None:
     """Draw rows as the picture that a specification describes."""
     if spec["kind"] == "bars":
         shown = sorted((row for row in rows if row.seed is None), key=lambda row: row.data == AVERAGE)
-        domain_bars(compare(shown, NoValues()), path)
+        domain_bars(compare(shown, ValuesByExample(CHECKOUT / ROWS)), path)  # which has no values by example
     else:
         arms = list(dict.fromkeys(row.arm for row in rows))
         scores = arm_scores([row for row in rows if row.data != AVERAGE], {arm: arm for arm in arms})
-        seeds_figure([seeds_panel(score) for score in scores if score.seeds], arms, path)
+        panels = [seeds_panel(score) for score in scores if score.seeds]
+        if not panels:
+            raise UserError(f"picture '{path.stem}': '{spec['study']}' has no rows by seed; give it kind: bars.")
+        seeds_figure(panels, arms, path)
 
 
 def fresh(name: str, spec: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,8 @@ The table `claims` is that of docs/claims.md, from claims.yaml beside it (script
 
 A cell is the one row of its study that has all values of `where`, of its column and of its row, where seed is null and minus
 "" unless they are named. A row can have values for one column alone, under its name. Further keys: `show` (interval, value,
-seeds, count) and `label`, a text before the number. A row that is a list has typed cells, whose numbers no rows prove.
+seeds, count) and `label`, a text before the number. A row that is a list has typed cells, whose numbers no rows prove. ‡ marks a
+number whose interval covers new episodes of the same images alone, or has no kind, beside others that cover new images.
 """
 
 from __future__ import annotations
@@ -132,12 +133,17 @@ def table(name: str, as_comment: bool) -> str:
     if name not in specs():
         raise UserError(f"tables: {SPECS} has no table '{name}'.{near(name, specs())}")
     rows: dict[str, list[str]] = {}
-    used = []
+    cells, used = [], []
     for label, column, selection in selections(name):
         where = f"table '{name}', '{label}', '{column}'"
-        rows.setdefault(label, []).append(cell(selection, where))
+        weak = False
         if isinstance(selection, dict):
             used.append(found(selection, where))
+            weak = is_weak(used[-1][1]) and selection.get("show", SHOWN[0]) == SHOWN[0]
+        cells.append((label, cell(selection, where), weak))
+    mixed = len({is_weak(row) for _, row in used}) > 1
+    for label, text, weak in cells:
+        rows.setdefault(label, []).append(f"{text} ‡" if mixed and weak else text)
     typed = {label for label, row in specs()[name]["rows"].items() if isinstance(row, list)}
     heads = [*specs()[name].get("heads", [""]), *specs()[name]["columns"]]
     lines = [[*(label + " †" * (label in typed)).split(SEPARATOR), *cells] for label, cells in rows.items()]
@@ -148,9 +154,15 @@ def table(name: str, as_comment: bool) -> str:
     return "\n".join(["", head, "|" + "---|" * len(heads), *rest, "", f"*{note}*", ""])
 
 
+def is_weak(row: StudyRow) -> bool:
+    """Return whether the interval of a row covers less than new examples; beside others that do it is marked."""
+    return row.interval.removesuffix("+seeds") in ("", "sampler")
+
+
 def provenance(used: Sequence[tuple[StudyRows, StudyRow]]) -> list[str]:
     """Return sentences on what the intervals of a table cover, and on the run where all numbers are of one."""
-    kinds = dict.fromkeys(interval_kind_text(row.interval) for _, row in used)
+    mixed = len({is_weak(row) for _, row in used}) > 1
+    kinds = dict.fromkeys("‡ " * (mixed and is_weak(row)) + interval_kind_text(row.interval) for _, row in used)
     sentences = [f"Intervals: {'; '.join(kinds)}."] if kinds else []
     counts = {f"{row.n:,} {row.unit}, seeds: {len(of.trainings(row)) or 1}" for of, row in used}
     if len(counts) == 1:
@@ -194,8 +206,15 @@ def add(run: Path, name: str) -> Path:
     from scripts import race  # it uses this module
 
     pairs += race.pairs(run, name)
+    made = study_of(run, pairs)
+    for row in made.rows:
+        if row.seed is None and (not row.interval or (made.trainings(row) and "seeds" not in row.interval)):
+            raise UserError(
+                f"tables: the interval of {row.arm} on {row.data}, {row.metric}, has the kind '{row.interval}', while its "
+                f"configuration has {len(made.about.seeds)} seed(s); `vismt evaluate {run}` writes rows with the kind, and seeds."
+            )
     path = CHECKOUT / ROWS / f"{name}.jsonl"
-    write_study(path, study_of(run, pairs))
+    write_study(path, made)
     return path
 
 

@@ -43,7 +43,7 @@ def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyR
     Raises:
         UserError: what `vismt run` refuses, and a folder that holds another run.
     """
-    from vismt.jobs import start_config, typed_config
+    from vismt.jobs import started_config, typed_config
     from vismt.report.results import RESULTS, read_results
 
     objects: dict[str, Any] = {}
@@ -51,7 +51,7 @@ def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyR
     built = typed_config(plain, "config")
     temporary = tempfile.TemporaryDirectory(prefix="vismt-") if folder is None else None
     path = Path(temporary.name if temporary else folder or "")
-    with registered(objects), start_config(built, path).owned() as run:
+    with registered(objects), started_config(built, path) as run, run.owned():
         if run.job.trains:
             run.evaluate_references()
             run.train()

@@ -116,6 +116,25 @@ def test_a_page_of_results_and_its_configuration_name_each_other(page: Path) -> 
     assert any(pages.name(page) in path.read_text(encoding="utf8") for path in named)
 
 
+FITTING = [page for page in PAGES[3:] if "results" not in page.parts]
+
+
+@pytest.mark.parametrize("page", FITTING, ids=pages.name)
+def test_lines_of_code_fit_a_screen_of_1280_pixels(page: Path) -> None:
+    long = [
+        line
+        for block in pages.FENCE.finditer(pages.read(page))
+        for line in block["code"].split("\n")
+        if len(line) > 118
+    ]
+    assert not long
+
+
+def test_the_first_level_of_the_navigation_is_short() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf8").partition("\nnav:\n")[2]
+    assert 1 < len(re.findall(r"^  - ", nav, re.M)) <= 8
+
+
 DOCUMENTED = sorted({name for page in PAGES for name in re.findall(r"^::: ([\w.]+)", pages.read(page), re.M)})
 
 
@@ -137,6 +156,7 @@ def test_the_site_builds_without_a_network(tmp_path) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
     for page in PAGES[3:]:
         html = (tmp_path / page.relative_to(ROOT / "docs")).with_suffix(".html").read_text(encoding="utf8")
-        assert not EXTERNAL.search(html), page
+        assert not EXTERNAL.search(html) and 'iframe-worker.js"' in html, page
+    assert "Language models" in (tmp_path / "search/search_index.js").read_text(encoding="utf8")  # read from disk
     assert "vismt.adapt" in (tmp_path / "reference/api.html").read_text(encoding="utf8")
     assert "--workers" in (tmp_path / "reference/cli.html").read_text(encoding="utf8")

@@ -13,7 +13,7 @@ from helpers.own_images import write_folder
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.config.sections import config_hash, typed
-from vismt.jobs import load_config, open_run, start_config
+from vismt.jobs import load_config, open_run, started_config
 from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.robustness.config import ClassifierConfig
@@ -347,7 +347,8 @@ def test_errors_of_runs_as_arms(
 
 def test_a_job_without_images_of_its_own_says_so(tmp_path: Path) -> None:
     config = typed({"evaluate": {"data": ["digits"]}, "source": {"data": ["photo_crops:train"]}}, FewShotConfig, "a")
-    folder = start_config(config, tmp_path / "a").folder
+    with started_config(config, tmp_path / "a") as run:
+        folder = run.folder
     with pytest.raises(UserError, match="'fewshot' has no images of its own"):
         TrainedArm(ClassifierConfig(run=str(folder)))
 

@@ -13,8 +13,12 @@ from helpers.toy_job import job
 
 import vismt.jobs
 from vismt.cli import main
+from vismt.cli.check import _differing
+from vismt.config.sections import with_earlier
+from vismt.jobs import typed_config
+from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.report import claims, study_rows
-from vismt.report.study_rows import read_study, study_of, write_study
+from vismt.report.study_rows import read_study, studies, study_of, write_study
 
 CONFIG = {
     "task": "toy",
@@ -56,8 +60,9 @@ def test_other_seeds_are_inside_whose_rows_are_found(toy, capsys: pytest.Capture
     folder = toy("seeds=[4, 5, 6, 7]")
     assert main(["check", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[-5:] == ["toy", "predicted", "this", "run", "verdict"]
-    assert lines[-1] == "check   12 of 12 numbers inside, together at 95 %" and "gelu − relu" in "".join(lines)
+    assert lines[0].startswith("check   all numbers: ") and "condition clean" in lines[0]
+    assert lines[1].split()[-5:] == ["toy", "predicted", "this", "run", "verdict"]
+    assert lines[-1].startswith("check   12 of 12 numbers inside; ") and "gelu − relu" in "".join(lines)
     assert main(["check", str(folder), "toy", "--quiet"]) == 0
 
 
@@ -68,7 +73,7 @@ def test_swapped_labels_in_the_training_are_outside(toy, monkeypatch, capsys: py
     folder = toy("seeds=[4, 5, 6, 7]")
     assert main(["check", str(folder)]) == 1
     printed = capsys.readouterr().out
-    assert "outside" in printed.splitlines()[1] and "of 12 numbers inside" in printed
+    assert "outside" in printed.splitlines()[2] and "of 12 numbers inside" in printed
 
 
 def score_with(pairs: Callable) -> Callable:
@@ -98,7 +103,7 @@ def test_a_number_that_the_run_does_not_have_is_missing(
     other = study_rows.replace(study.rows[0], metric="ECE-15")
     write_study(path, study_rows.StudyRows(study.about, [*study.rows, other]))
     assert main(["check", str(next((committed / "runs").iterdir()))]) == 1
-    assert "missing" in capsys.readouterr().out.splitlines()[1]
+    assert "missing" in capsys.readouterr().out.splitlines()[2]
 
 
 def test_what_is_no_committed_run_is_one_line(
@@ -122,6 +127,18 @@ def test_what_is_no_committed_run_is_one_line(
     (tmp_path / "rows" / "toy.jsonl").unlink()
     assert main(["check", str(other)]) == 2
     assert "this installation has no committed rows" in capsys.readouterr().err
+
+
+def test_rows_without_a_key_have_its_earlier_value() -> None:
+    study = read_study(studies()["quickstart"])
+    study.about.settings["evaluate"].pop("sampling", None)
+    config = typed_config(with_earlier(study.about.settings, FewShotConfig), "rows")
+    assert config.evaluate.sampling == "with_replacement" and not _differing(config, study, Path("rows"))
+    config.evaluate.sampling, config.arms = "parts", {"a": {"train.lr": 0.1}}
+    assert sorted(_differing(config, study, Path("rows"))) == [
+        "arms.a.train.lr is 0.1, there not set",
+        "evaluate.sampling is 'parts', there 'with_replacement'",
+    ]
 
 
 @pytest.mark.slow

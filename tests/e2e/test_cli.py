@@ -304,7 +304,7 @@ def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) 
         (["attack"], ["run folder or --model"]),
         (["attack", "--model", "test_vit"], ["--data"]),
         (["attack", "--model", "test_vit", "--random-weights", "--data", "digits"], ["1000 outputs", "10 classes"]),
-        (["export", "{run}", "--format", "onnx"], ["'onnx'", "'timm'"]),
+        (["export", "{run}", "--format", "onxx"], ["'onxx'", "'onnx'"]),
         (["export", "{run}", "--format", "transformers"], ["not a transformers model"]),
         (["data", "check", "digitz"], ["digitz"]),
         (["data", "prepare"], ["name a card"]),
@@ -455,6 +455,35 @@ def test_a_configuration_that_names_what_is_missing_leaves_no_folder(
     assert main(["run", str(write(tmp_path, **changes)), "--out", str(tmp_path / "runs")]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "words"),
+    [
+        ([], ["--workers", "9"], "9 processes for"),
+        ([], ["--part", "1/2", "--workers", "2"], "exclude each other"),
+        (["evaluate.data=[nothing]"], [], "data 'nothing': no card"),
+        (["evaluate.ways=40"], [], "'digits' has 10 classes"),
+        (["model.pretrained=no.safetensors"], [], "checkpoint 'no.safetensors' does not exist"),
+    ],
+)
+def test_a_run_that_is_refused_before_anything_was_done_leaves_no_folder(
+    tmp_path: Path, capsys, overrides: list[str], options: list[str], words: str
+) -> None:
+    command = ["run", str(write(tmp_path)), *overrides, "--out", str(tmp_path / "all" / "runs"), *options]
+    assert main(command) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "all").exists()
+
+
+def test_a_refused_run_keeps_what_was_there(run_folder: Path, tmp_path: Path, capsys) -> None:
+    other = tmp_path / "runs" / "notes.txt"
+    other.parent.mkdir()
+    other.write_text("mine")
+    assert main(["run", str(write(tmp_path)), "evaluate.ways=40", "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["notes.txt"]
+    before = sorted(run_folder.rglob("*"))
+    command = ["run", str(write(tmp_path)), "--out", str(run_folder.parent), "--workers", "9"]
+    assert main(command) == 2 and sorted(run_folder.rglob("*")) == before
 
 
 def test_a_run_folder_in_use_is_refused(run_folder: Path, capsys) -> None:

@@ -29,7 +29,7 @@ def test_own_images(job: str, tmp_path: Path, monkeypatch, capsys) -> None:
     images = write_folder(tmp_path / "my: #photos" / "2024", 12)  # neither is plain YAML
     where = tmp_path / "my: #photos" / "study"
     assert main(["init", job, "--images", str(images), "--to", str(where)]) == 0
-    assert f"vismt run {where / f'{job}.yaml'}" in capsys.readouterr().out.replace("\n", "")
+    assert f"cd '{where}' && vismt run {job}.yaml" in capsys.readouterr().out.replace("\n", "")
     monkeypatch.chdir(where)  # where classifier.py is found
     monkeypatch.setitem(attacks.QUERIES, "strong", 20)
     cut = {"fewshot": ["evaluate.episodes=2", "train.warmup=0"], "multitask": ["train.warmup=0"]}
@@ -40,6 +40,28 @@ def test_own_images(job: str, tmp_path: Path, monkeypatch, capsys) -> None:
     assert main(["init", job, "--images", str(images), "--to", str(where)]) == 2
     assert "exists; name another folder with --to" in capsys.readouterr().err
     assert (where / f"{job}.yaml").read_text() == before
+
+
+def test_a_study_can_be_moved(tmp_path: Path, monkeypatch, capsys) -> None:
+    """With its images and its runs, and a configuration is read from any folder."""
+    home = tmp_path / "here"
+    write_folder(home / "study" / "photos", 12)
+    assert (
+        main(["init", "multitask", "--images", str(home / "study" / "photos"), "--to", str(home / "study"), "--quiet"])
+        == 0
+    )
+    written = [(home / "study" / name).read_text() for name in ("multitask.yaml", "card.yaml")]
+    assert not any(str(tmp_path) in text for text in written) and "train: [./card.yaml]" in written[0]
+    command = ["run", "multitask.yaml", *TINY, "train.warmup=0"]
+    monkeypatch.chdir(home / "study")
+    assert main(command) == 0
+    home.rename(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there" / "study")
+    capsys.readouterr()
+    assert main(command) == 0 and len(list(Path("runs").iterdir())) == 1
+    assert "done before" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "there/study/multitask.yaml", *TINY, "train.warmup=0", "--quiet"]) == 0
 
 
 def test_own_maps(tmp_path: Path) -> None:

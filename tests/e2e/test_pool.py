@@ -79,7 +79,7 @@ def test_experts_differ_and_the_same_command_trains_nothing_again(pool_run: Path
 
 def test_one_expert_or_the_average_can_be_merged_and_exported(pool_run: Path, tmp_path: Path, capsys) -> None:
     assert main(["merge", str(pool_run)]) == 2
-    assert "--arm: clean, 0.5, 4, or average" in capsys.readouterr().err
+    assert "name one expert (clean, 0.5, 4), or average" in capsys.readouterr().err
     assert main(["merge", str(pool_run), "--arm", "5"]) == 2
     assert "no single adapter '5'" in capsys.readouterr().err
     states = {}

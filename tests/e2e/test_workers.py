@@ -220,6 +220,13 @@ def test_a_ray_cluster_that_does_not_answer_is_named() -> None:
         make_workers("ray:127.0.0.1:1", 4)
 
 
+@pytest.mark.slow
+def test_a_local_ray_writes_the_files_of_one_process(config: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    assert main(["run", str(config), "--out", str(tmp_path), "--quiet", "--workers", "ray"]) == 0
+    assert files(tmp_path) == expected and (next(tmp_path.iterdir()) / "report.html").exists()
+
+
 @pytest.mark.campaign
 def test_a_study_on_ray_survives_a_killed_worker(config: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     pytest.importorskip("ray")

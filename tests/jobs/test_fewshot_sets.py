@@ -9,7 +9,7 @@ import yaml
 from helpers.tiny_runs import FEWSHOT
 
 from vismt.cli import main
-from vismt.jobs import open_run, start
+from vismt.jobs import open_run, started
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
@@ -62,7 +62,8 @@ def test_a_set_that_is_tested_on_is_not_trained_on(case: str, tmp_path: Path, ca
 
 def test_a_run_that_trains_nothing_has_no_source_and_a_finished_one_is_opened(tmp_path: Path) -> None:
     path = write(tmp_path, {"train": None, "source.data": ["digits"], "evaluate.models": ["frozen"]})
-    folder = start(path, [], tmp_path / "runs").folder
+    with started(path, [], tmp_path / "runs") as run:
+        folder = run.folder
     resolved = folder / "config.resolved.yaml"
     config = yaml.safe_load(resolved.read_text())
     resolved.write_text(yaml.safe_dump({**config, "train": {"steps": 1}}))

@@ -90,6 +90,7 @@ def test_seeds_are_those_of_the_trainings(checkout: Path, monkeypatch) -> None:
     ("change", "words"),
     [
         ({"kind": "bar"}, "picture 'a': has study, kind, where; give study, where and kind: bars or seeds"),
+        ({"kind": "seeds"}, "picture 'a': 'study' has no rows by seed; give it kind: bars"),
         ({"note": "a"}, "picture 'a': has study, kind, where, note; give study"),
         ({"where": {"arn": "a"}}, "picture 'a': rows have no field 'arn'. Near: 'arm'"),
         ({"where": {"arm": "frosen"}}, "picture 'a': no row of 'study' has arm 'frosen'. Near: 'frozen'"),

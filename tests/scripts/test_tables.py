@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,40 @@ def test_seeds_are_shown_one_by_one(checkout: Path) -> None:
     write_study(path, type(study)(study.about, [*study.rows, *trainings]))
     assert respecified(checkout, lambda spec: spec["rows"]["clean | frozen"].update(n={"show": "seeds"})) == 0
     assert "| 48.0, 52.0 |" in (checkout / "docs/page.md").read_text()
+
+
+def test_an_interval_that_covers_less_than_others_is_marked(checkout: Path) -> None:
+    path = checkout / ROWS / "study.jsonl"
+    study = read_study(path)
+
+    def written(*weak: str) -> str:
+        kinds = ["sampler" if f"{row.arm} {row.minus}" in weak else "images" for row in study.rows]
+        rows = [replace(row, interval=kind) for row, kind in zip(study.rows, kinds, strict=True)]
+        write_study(path, type(study)(study.about, rows))
+        forget()
+        assert tables.main([]) == 0
+        return (checkout / "docs/page.md").read_text()
+
+    one = written("frozen ")
+    assert one.count("‡ |") == 1 and re.search(r"\| clean \| frozen \| about 50.0 ± \S+ ‡ \| 4 episodes, 1 \|", one)
+    assert "‡ 95 % over new episodes of the same images; 95 % over new images of these classes." in one
+    both = written("frozen ", "adapted frozen")
+    assert "‡" not in both and "*Intervals: 95 % over new episodes of the same images." in both
+
+
+@pytest.mark.parametrize("change", [{"interval": ""}, {"interval": "images"}])
+def test_add_refuses_rows_whose_intervals_lack_their_kind_or_the_seeds(
+    checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, change: dict[str, str]
+) -> None:
+    run, path = checkout / "run-4f2a", checkout / ROWS / "study.jsonl"
+    study, before = read_study(path), path.read_bytes()
+    rows = [replace(row, **change) for row in study.rows]
+    trainings = [replace(row, seed=seed) for row in rows for seed in (0, 1) if not row.minus]
+    made = type(study)(study.about, [*rows, *trainings] if change["interval"] else rows)
+    monkeypatch.setattr(tables, "study_of", lambda *_: made)
+    assert tables.main(["add", str(run), "study"]) == 2 and path.read_bytes() == before
+    error = capsys.readouterr().err
+    assert f"`vismt evaluate {run}` writes rows" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

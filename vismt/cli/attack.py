@@ -90,7 +90,7 @@ def _attack(options: argparse.Namespace) -> None:
 
 def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> None:
     """Run the robustness job on one classifier: `task: robustness` in a configuration compares several."""
-    from vismt.jobs import run_folder, start_config, typed_config
+    from vismt.jobs import run_folder, started_config, typed_config
 
     if not options.data:
         raise UserError("attack: --model needs --data, a card such as cifar10:test; `vismt data list` shows them.")
@@ -115,6 +115,7 @@ def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> N
         },
     }
     config = typed_config(raw, "attack")
-    with start_config(config, options.out or run_folder(config, f"attack-{arm}", Path("runs"))).owned() as run:
+    folder = options.out or run_folder(config, f"attack-{arm}", Path("runs"))
+    with started_config(config, folder) as run, run.owned():
         run.evaluate()
         run.on_main(run.report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from vismt.config.sections import RunConfig
     from vismt.report.study_rows import StudyRows
 
+SHOWN = 5  # keys in which the nearest study differs, in an error
 SEEDS = ("seed", "seeds")  # keys that a run which reproduces a study may set otherwise, wherever they stand
 
 
@@ -47,9 +49,15 @@ def _check(options: argparse.Namespace) -> int:
         what = (row.data, row.task, row.protocol, row.condition, scale_text(row.metric, row.scale), arm)
         lines.append((*what, texts[0], f"[{texts[1]}, {texts[2]}]", texts[3], verdict.word))
     heads = ("data", "task", "protocol", "condition", "measure", "model", name, "predicted", "this run", "verdict")
-    console.table(heads, sorted(lines, key=lambda line: line[-1] == "inside"))
+    differing = [len(set(column)) > 1 or place > heads.index("measure") for place, column in enumerate(zip(*lines))]
+    shared = [f"{head} {text}" for head, text, differs in zip(heads, lines[0], differing) if not differs]
+    if shared:
+        console.stage("check", f"all numbers: {', '.join(shared)}")
+    kept = [tuple(compress(line, differing)) for line in sorted(lines, key=lambda line: line[-1] == "inside")]
+    console.table(tuple(compress(heads, differing)), kept)
     inside = sum(verdict.word == "inside" for verdict in found)
-    console.stage("check", f"{inside} of {len(found)} numbers inside, together at {100 * FAMILY:.0f} %")
+    probability = f"a faithful run has all of them inside with a probability of {100 * FAMILY:.0f} %"
+    console.stage("check", f"{inside} of {len(found)} numbers inside; {probability}")
     return int(inside < len(found) or _claims_fail(name, run))
 
 
@@ -80,7 +88,8 @@ def _committed(folder: Path, config: RunConfig, given: str | None) -> tuple[str,
         differing = _differing(config, study, path)
         if not differing:
             return path.stem, study
-        nearest = min(filter(None, (nearest, (len(differing), path.stem, "; ".join(differing)))))
+        more = [f"{len(differing) - SHOWN} more"] * (len(differing) > SHOWN)
+        nearest = min(filter(None, (nearest, (len(differing), path.stem, "; ".join([*differing[:SHOWN], *more])))))
     if nearest is None:
         raise UserError("check: this installation has no committed rows; name a file of rows.")
     what = f"'{given}' has the rows" if given else "this configuration has no committed rows; the nearest are those"
@@ -89,16 +98,23 @@ def _committed(folder: Path, config: RunConfig, given: str | None) -> tuple[str,
 
 def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
     """Return the keys, with both values, in which a run's configuration differs from that of a study, but for seeds."""
-    from vismt.config.sections import differences
+    from dataclasses import asdict
+
+    from vismt.config.sections import RunConfig, differences, with_earlier
     from vismt.config.typed import shown
     from vismt.jobs import typed_config
 
-    other = typed_config(study.about.settings, f"rows '{path}'")
-    if other.task != config.task:
-        return [f"task is {config.task}, there {other.task}"] * len(vars(config))  # farther than any other key
-    here, there = _flat(differences(config, other)), _flat(differences(other, config))
-    keys = [key for key in here | there if key.rpartition(".")[2] not in SEEDS]
-    return [f"{key} is {shown(here.get(key))}, there {shown(there.get(key))}" for key in keys]
+    settings = study.about.settings
+    task = settings.get("task", RunConfig.task)
+    if task != config.task:
+        return [f"task is {config.task}, there {task}"] * len(vars(config))  # farther than any other key
+    other = typed_config(with_earlier(settings, type(config)), f"rows '{path}'")
+    keys = _flat(differences(config, other)) | _flat(differences(other, config))
+    values = [_flat(asdict(one)) for one in (config, other)]
+    texts = {key: [shown(of[key]) if key in of else "not set" for of in values] for key in keys}
+    return [
+        f"{key} is {here}, there {there}" for key, (here, there) in texts.items() if key.split(".")[-1] not in SEEDS
+    ]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

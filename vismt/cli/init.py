@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 Files = dict[str, str]  # content by name
 CARD = "card.yaml"
+OWN_CARD = f"./{CARD}"  # seen from the configuration
 VOID = 255  # the usual label of pixels without a class
 MANY = 40  # rows of text of which a tenth is enough to test on
 PROMPTS, ANSWERS = ("prompt", "question", "instruction", "input"), ("answer", "response", "completion", "output")
@@ -64,11 +66,12 @@ def _init(options: argparse.Namespace) -> None:
     for name, content in files.items():
         atomic_write(folder / name, content)
         console.stage("init", str(options.to / name))
-    console.stage("next", f"vismt run {options.to / f'{options.job}.yaml'}")
+    there = "" if folder == Path.cwd() else f"cd {shlex.quote(str(options.to))} && "
+    console.stage("next", f"{there}vismt run {options.job}.yaml")
 
 
-def _card(images: Path) -> tuple[ImageSet, Files]:
-    """Return a folder's images and its card."""
+def _card(folder: Path, images: Path) -> tuple[ImageSet, Files]:
+    """Return a folder's images and its card in `folder`."""
     from vismt.data.formats.folder import FolderSource
     from vismt.data.formats.plain_sets import plain_card
     from vismt.data.images import open_images
@@ -79,7 +82,9 @@ def _card(images: Path) -> tuple[ImageSet, Files]:
     source = card.sources[0]
     assert isinstance(source, FolderSource)
     splits = ", ".join(f"{name}: null" for name in source.splits)
-    text = templates.CARD.substitute(name=_quoted(card.name), root=_quoted(images), layout=source.layout, splits=splits)
+    text = templates.CARD.substitute(
+        name=_quoted(card.name), root=_place(images, folder), layout=source.layout, splits=splits
+    )
     return open_images(card), {CARD: text}
 
 
@@ -89,7 +94,7 @@ def _fewshot(folder: Path, images: Path | None) -> Files:
         return _config(
             "fewshot", templates.FEWSHOT, about="handwritten digits", data="digits", source="photo_crops", **sizes
         )
-    opened, files = _card(images)
+    opened, files = _card(folder, images)
     counts = [int(count) for count in opened.labels.bincount() if count]
     if len(counts) < 2 or min(counts) < 2:
         raise UserError(
@@ -101,26 +106,24 @@ def _fewshot(folder: Path, images: Path | None) -> Files:
         "shots": "1, 5" if min(counts) > 5 else "1",
         "queries": min(10, min(counts) - (5 if min(counts) > 5 else 1)),
     }
-    data = _quoted(folder / CARD)
+    data = OWN_CARD
     return files | _config("fewshot", templates.FEWSHOT, about=opened.name, data=data, source="photo_crops", **sizes)
 
 
 def _multitask(folder: Path, images: Path | None) -> Files:
     if images is None:
         return _config("multitask", templates.MULTITASK, about="handwritten digits", name="digits", data="digits")
-    opened, files = _card(images)
+    opened, files = _card(folder, images)
     name = re.sub(r"[^\w.+-]+", "-", opened.name)
-    return files | _config(
-        "multitask", templates.MULTITASK, about=opened.name, name=_quoted(name), data=_quoted(folder / CARD)
-    )
+    return files | _config("multitask", templates.MULTITASK, about=opened.name, name=_quoted(name), data=OWN_CARD)
 
 
 def _robustness(folder: Path, images: Path | None) -> Files:
     files: Files = {}
     about, data, classes = "handwritten digits", "digits", 10
     if images is not None:
-        opened, files = _card(images)
-        about, data, classes = opened.name, _quoted(folder / CARD), len(opened.classes)
+        opened, files = _card(folder, images)
+        about, data, classes = opened.name, OWN_CARD, len(opened.classes)
     files["classifier.py"] = templates.CLASSIFIER.substitute(config="robustness.yaml", classes=classes)
     return files | _config("robustness", templates.ROBUSTNESS, about=about, data=data)
 
@@ -136,10 +139,10 @@ def _dense(folder: Path, images: Path | None) -> Files:
     name = re.sub(r"[^\w.-]", "-", images.name)
     files = {
         CARD: templates.DENSE_CARD.substitute(
-            name=_quoted(name), root=_quoted(images), image="images", maps=maps, **more
+            name=_quoted(name), root=_place(images, folder), image="images", maps=maps, **more
         )
     }
-    data = f"{{train: [{_quoted(folder / CARD)}], test_share: 0.2}}"
+    data = f"{{train: [{OWN_CARD}], test_share: 0.2}}"
     return files | _config("dense", templates.DENSE, about=name, data=data, tasks=tasks, size="[112, 112]")
 
 
@@ -169,7 +172,7 @@ def _maps(images: Path) -> tuple[str, str, dict[str, str]]:
 
 def _lm(folder: Path, texts: Path | None) -> Files:
     if texts is None:
-        return {"texts.csv": templates.TEXTS} | _config("lm", templates.LM, data=_quoted(folder / "texts.csv"))
+        return {"texts.csv": templates.TEXTS} | _config("lm", templates.LM, data="./texts.csv")
     if texts.is_dir():
         raise UserError("init lm: a language model learns from texts; name a .jsonl or .csv file with --texts.")
     from vismt.data.texts.text_set import open_texts
@@ -177,7 +180,7 @@ def _lm(folder: Path, texts: Path | None) -> Files:
     rows = open_texts(texts).rows
     learned, task = _text_task(texts, rows)
     keys = "\n    ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in task.items())
-    values = {"about": texts.name, "learned": learned, "task": keys, "data": _quoted(texts)}
+    values = {"about": texts.name, "learned": learned, "task": keys, "data": _place(texts, folder)}
     return _config("lm", templates.OWN_TEXTS, share=0.1 if len(rows) >= MANY else 0.3, **values)
 
 
@@ -210,6 +213,11 @@ def _text_task(path: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, dict
         f"init: --texts {path}: the columns are {', '.join(columns) or 'none'}; needed are prompt and answer, messages, text, "
         "or text and label."
     )
+
+
+def _place(path: Path, folder: Path) -> str:
+    """Return a path as the files of `folder` name it: relative where it lies inside, so that both can be moved."""
+    return _quoted(f"./{path.relative_to(folder).as_posix()}" if path.is_relative_to(folder) else path)
 
 
 def _quoted(value: object) -> str:

@@ -54,22 +54,22 @@ def _completions(prefix: str, **_: object) -> list[str]:
 
 def _run(options: argparse.Namespace) -> None:
     from vismt.config.sections import find_config
-    from vismt.jobs import start
+    from vismt.jobs import started
     from vismt.report.plotting import need_matplotlib
 
     need_matplotlib()
     part = _part(options.part)
     # Workers may have another working folder.
     out = options.out.resolve() if options.workers else options.out
-    run = start(find_config(options.config), options.overrides, out)
-    if part or options.workers:
-        _run_units(run, part, options.workers)
-        return
-    with run.owned():
-        run.evaluate_references()
-        run.train()
-        run.evaluate()
-        run.on_main(run.report)
+    with started(find_config(options.config), options.overrides, out) as run:
+        if part or options.workers:
+            _run_units(run, part, options.workers)
+            return
+        with run.owned():
+            run.evaluate_references()
+            run.train()
+            run.evaluate()
+            run.on_main(run.report)
 
 
 def _run_units(run: Run, part: tuple[int, int] | None, workers: str | None) -> None:
@@ -103,9 +103,9 @@ def _part(text: str | None) -> tuple[int, int] | None:
 
 def _train(options: argparse.Namespace) -> None:
     from vismt.config.sections import find_config
-    from vismt.jobs import start
+    from vismt.jobs import started
 
-    with start(find_config(options.config), options.overrides, options.out).owned() as run:
+    with started(find_config(options.config), options.overrides, options.out) as run, run.owned():
         run.train()
     console.stage("run", str(run.folder))
 

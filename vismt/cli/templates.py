@@ -10,7 +10,7 @@ name: $name
 # title, licence and citation are for readers; classes: N makes another number of classes an error.
 sources:
   - kind: folder
-    root: $root              # absolute, or relative to this file
+    root: $root              # absolute, or below the folder of this file: then both can be moved and shared
     layout: "$layout"        # where the class folders are
     splits: {$splits}        # number of images of each split, null when unknown
 # groups: groups.json          # images that belong in one part of a division; `vismt data check CARD --duplicates` writes it

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -224,6 +225,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         names += list_configs()
         raise UserError(f"config: no file '{path}'.{near(str(path), names)} `vismt list configs` shows those of vismt.")
     return yaml_text.read_yaml(path, f"config: '{path}'")
+
+
+def from_working_folder(value: Any, folder: Path) -> Any:
+    """Return a configuration in which texts that begin with "./" or "../" and exist in `folder` are seen from the working one."""
+    if isinstance(value, dict):
+        return {key: from_working_folder(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [from_working_folder(item, folder) for item in value]
+    if isinstance(value, str) and value.startswith(("./", "../")) and (folder / value).exists():
+        return os.path.relpath(folder / value)
+    return value
 
 
 def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Jobs by the `task` key of a configuration, loaded when first asked for, and the run folders they work in.
 
 The way of every run: a YAML file and overrides (or plain values from Python) become the typed configuration of its task
-(`load_config`, `typed_config`), which a run folder holds with its job (`start`, `open_run`).
+(`load_config`, `typed_config`), which a run folder holds with its job (`started`, `open_run`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from vismt.config.sections import (
     RESOLVED,
     RunConfig,
     config_hash,
+    from_working_folder,
     override,
     read_yaml,
     resolved,
@@ -66,10 +68,12 @@ def typed_config(raw: Mapping[str, Any], source: str) -> RunConfig:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the typed configuration of a YAML file with dotted overrides."""
+    """Return the typed configuration of a YAML file with dotted overrides; its "./" is the folder of the file."""
     raw = read_yaml(path)
     if path.name == RESOLVED:
         raw = with_earlier(raw, job_config(str(raw.get("task", RunConfig.task)), str(path)))
+    else:
+        raw = from_working_folder(raw, path.parent)
     return typed_config(override(raw, overrides), str(path))
 
 
@@ -79,26 +83,41 @@ def make_job(config: RunConfig, folder: Path, run_hash: str | None = None) -> Ev
     return job(config, folder, run_hash or config_hash(config))
 
 
-def start(path: Path, overrides: Sequence[str], out: Path) -> Run:
-    """Return the run folder of a configuration file, <out>/<file stem>-<hash>; create it where it is missing."""
+@contextmanager
+def started(path: Path, overrides: Sequence[str], out: Path) -> Iterator[Run]:
+    """Give the block the run of a configuration file in <out>/<file stem>-<hash>, as `started_config` does."""
     config = load_config(path, overrides)
-    return start_config(config, run_folder(config, path.stem, out))
+    with started_config(config, run_folder(config, path.stem, out)) as run:
+        yield run
 
 
-def start_config(config: RunConfig, folder: Path) -> Run:
-    """Return the run of a configuration in a folder; create the folder where it is missing.
+@contextmanager
+def started_config(config: RunConfig, folder: Path) -> Iterator[Run]:
+    """Give the block the run of a configuration in a folder, which is made where it is missing.
 
-    Raises UserError for what the configuration names and does not exist, and for a folder with another run; no folder is made
-    then.
+    Raises UserError for what the configuration names and does not exist, and for a folder with another run. A new folder is
+    removed where a UserError ends the block before anything was done.
     """
+    from vismt.base import ranks
     from vismt.jobs.run import Run
+    from vismt.report.run_list import stub
 
     if (folder / RESOLVED).exists():
         refuse_other_run(folder, config)
     run = Run(folder, config)
     run.job.check()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     atomic_write(folder / RESOLVED, yaml.safe_dump(resolved(config), sort_keys=False))
-    return run
+    try:
+        yield run
+    except UserError:
+        nothing_done = stub(folder) if folder in new and ranks.rank() == 0 else None
+        if nothing_done is not None:
+            nothing_done.delete()
+            for parent in new[1:]:
+                with suppress(OSError):  # another run is in it
+                    parent.rmdir()
+        raise
 
 
 def run_folder(config: RunConfig, name: str, out: Path) -> Path:

@@ -171,7 +171,7 @@ def _onnx(graph: Graph) -> tuple[bytes, Forward | None]:
             f"export: the weights take {size / 2**30:.1f} GiB, and a file of ONNX holds less than 2; use --format torch."
         )
     with _captured(graph.net):
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             graph.net,
             tuple(graph.example(2, 0).values()),
             dynamo=True,
@@ -180,7 +180,7 @@ def _onnx(graph: Graph) -> tuple[bytes, Forward | None]:
             dynamic_shapes=dict(graph.dynamic),
             verbose=False,
         )
-    model: Any = program.model_proto
+    model = program.model_proto
     for node in [*model.graph.node, *(node for function in model.functions for node in function.node)]:
         del node.metadata_props[:]  # paths of files of this machine
     data: bytes = model.SerializeToString()

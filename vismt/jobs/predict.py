@@ -88,13 +88,13 @@ def fitted(model: FewShotModel, support: Path | None, size: int, what: str) -> t
     """
     if support is None:
         raise UserError(
-            f"predict: {what} has no classes of its own; give --support FOLDER, with a folder of example images for each class."
+            f"predict: {what} has no classes of its own; give support, a folder with a folder of example images for each class."
         )
     images = open_images(*card_and_split(str(support)))
     most = SUPPORT_BYTES // (12 * size * size)
     if len(images.classes) < 2 or len(images) > most:
         raise UserError(
-            f"predict: --support {support}: {len(images.classes)} classes, {len(images):,} images; it needs two classes at least "
+            f"predict: support {support}: {len(images.classes)} classes, {len(images):,} images; it needs two classes at least "
             f"and takes up to {most:,} images of {size} px."
         )
     pixels, device = Pixels(images, size, cache=False), runtime.processes().device

@@ -70,7 +70,7 @@ class Options:
         for item in fields(self):
             if item.name not in taken and getattr(self, item.name) != item.default:
                 name = item.name.replace("_", "-")
-                raise UserError(f"predict: --{name} is for {USED_BY[item.name]}, and this is {what}; leave it out.")
+                raise UserError(f"predict: {name} is for {USED_BY[item.name]}, and this is {what}; leave it out.")
 
 
 CLASSES = frozenset({"arm", "top", "sheet", "maps"})  # options of everything that classifies images
@@ -160,7 +160,8 @@ def predict_classes(
     """
     files, device = image_files(images), runtime.processes().device
     rows: list[Row] = []
-    probabilities, shown = [], []
+    probabilities: list[Tensor] = []
+    shown: list[np.ndarray] = []
     starts = range(0, len(files), batch)
     for start in console.track(starts, "predict", label, len(starts)):
         part = files[start : start + batch]

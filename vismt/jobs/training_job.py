@@ -111,6 +111,10 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         done = {arm: training_files.read_done(self.study.trainings(arm)[0]) for arm in self.study.arms}
         return {"arms": done}
 
+    def evaluate_references(self) -> None:
+        self.check_training()
+        super().evaluate_references()
+
     def check_training(self) -> None:
         """Raise UserError, before any training, for data and arms that cannot be trained or evaluated."""
         self.check_data()

@@ -52,9 +52,8 @@ class StoredTensors:
                 held = read_legacy(path, f"'{path.name}'") if adapter else read_checkpoint(path)
                 self._held |= held
                 for name, value in held.items():
-                    self.tensors[name] = Stored(
-                        name, tuple(value.shape), DTYPES.get(str(value.dtype), str(value.dtype)), path
-                    )
+                    dtype = str(value.dtype)
+                    self.tensors[name] = Stored(name, tuple(value.shape), DTYPES.get(dtype, dtype), path)
                 return
             with regular_file(path).open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")

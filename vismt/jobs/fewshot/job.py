@@ -353,7 +353,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         models = self.evaluated()
         trained = [model for model in models if model not in self.references] or models
         if text is None and len(trained) > 1:
-            raise UserError(f"run '{self.folder}': name a model with --arm: {', '.join(models)}.")
+            raise UserError(f"run '{self.folder}': it evaluates several models; name one as arm: {', '.join(models)}.")
         text = text or trained[0]
         name, _, seed = text.rpartition(":")
         if text in models or int(seed if seed.isdecimal() else -1) not in self.study.seeds:

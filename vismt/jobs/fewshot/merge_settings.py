@@ -57,14 +57,14 @@ class PoolSettings:
         """Return the settings of merging and fine-tuning on the set `data`; None for a set that the run does not evaluate."""
         config = self.config
         select = config.select
-        if select is None or (data is None and select.class_share):
+        key = data if select is not None and select.class_share else "all"
+        if select is None or key is None:
             return config.merging, config.finetune
-        key = str(data) if select.class_share else "all"
         if key not in self._chosen:
             path = self.folder / SELECTION
             saved = read_sealed(path, f"run '{self.folder}'", (DIGEST,)) if path.exists() else {}
             if key not in saved:
-                saved[key] = self._choose(select.data if key == "all" else [data], key)
+                saved[key] = self._choose(select.data if key == "all" else [key], key)
                 atomic_write(path, sealed(saved, indent=1))
             self._chosen[key] = (
                 replace(config.merging, **saved[key]["merging"]),

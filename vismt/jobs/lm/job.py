@@ -247,10 +247,9 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             with torch.no_grad():
                 replies = task.reply(net, batch, part, self.models.tokenizer, how)
             for row, reply in zip(part, replies):
-                chosen = reply.log_p is not None
-                answer = (
-                    choice_row(reply.log_p, reply.choices, quantile, options.top) if chosen else {"text": reply.text}
-                )
+                answer: Row = {"text": reply.text}
+                if reply.log_p is not None:
+                    answer = choice_row(reply.log_p, reply.choices, quantile, options.top)
                 found.append({**row, **answer})
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
         atomic_write(target / PREDICTED, lines)

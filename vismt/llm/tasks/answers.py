@@ -79,8 +79,10 @@ class Answers(LmTask):
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         label, choices = fill(self.label, row, "tasks: label"), list(self.choices_of(row))
-        if label not in choices:
-            raise UserError(f"tasks: row '{name}' has label '{label}', which is none of its answers {choices}.")
+        if label not in choices or len(choices) < 2:
+            raise UserError(
+                f"tasks: row '{name}' has label '{label}' and answers {choices}; needed two, the right one among them."
+            )
         return replace(self.ask(name, row, tokenizer), label=choices.index(label))
 
     def choices_of(self, row: Mapping[str, Any]) -> dict[str, str]:

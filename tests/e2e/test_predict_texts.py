@@ -1,0 +1,151 @@
+"""`vismt predict` of language models: what is written, greedily or drawn, and the choices; configurations for own rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.lm_parts import save_lm, save_texts, sentiment_task
+from helpers.tiny_runs import TRAIN, run_config, written
+
+import vismt
+from vismt.base.errors import UserError
+from vismt.cli import main
+from vismt.jobs import load_config, open_run
+from vismt.jobs.lm.config import task_of
+
+transformers = pytest.importorskip("transformers")
+SUMS = {"name": "sums", "kind": "causal", "prompt": "{question} =", "options": {"answer": " {answer}", "length": 32}}
+
+
+def make_run(folder: Path, task: dict[str, Any], **more: Any) -> Path:
+    config = {
+        "task": "lm",
+        "model": {"name": str(save_lm(folder / "lm"))},
+        "tasks": [task],
+        "adapt": {"method": "lora", "rank": 2, "targets": ["q_proj", "v_proj"]},
+        "train": TRAIN,
+        "batch": 2,
+        "evaluate": {"batch": 2, **more},
+    }
+    return run_config(written(folder / "texts.yaml", config))
+
+
+def rows_of(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_text_is_that_of_the_merged_model_greedy_or_drawn(tmp_path: Path) -> None:
+    sums = save_texts(tmp_path)["sums"]
+    run = make_run(tmp_path, {**SUMS, "train": [str(sums)], "test_share": 0.3})
+    asked = rows_of(
+        tmp_path / "asked.jsonl", [{"question": f"what is {a} plus one"} for a in ("one", "two", "three four")]
+    )
+    command = ["predict", str(run), str(asked), "--new-tokens", "6", "--quiet"]
+    assert main(command) == 0
+    found = [json.loads(line) for line in (run / "predictions/predictions.jsonl").read_text().splitlines()]
+
+    folder = run.parent / "merged"
+    assert main(["export", str(run), "--format", "transformers", "--to", str(folder), "--quiet"]) == 0
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for row in found:
+        ids = tokenizer(row["question"] + " =", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            for _ in range(6):
+                ids = torch.cat([ids, lm(ids).logits[:, -1:].argmax(-1)], 1)
+        new = ids[0, -6:].tolist()
+        new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
+        assert row["text"] == tokenizer.decode(new, skip_special_tokens=True) and row["question"].endswith("plus one")
+
+    drawn = [
+        vismt.predict(run, asked, to=tmp_path / "p", new_tokens=6, temperature=9.0, seed=s).rows for s in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[0] != found
+    with pytest.raises(UserError, match="top is for models that choose among classes"):
+        vismt.predict(run, asked, top=2)
+    with pytest.raises(UserError, match="no field 'question'"):
+        vismt.predict(run, rows_of(tmp_path / "other.jsonl", [{"text": "two"}]))
+
+
+def test_classes_have_probabilities_and_sets(tmp_path: Path) -> None:
+    films = save_texts(tmp_path)["films"]
+    run = make_run(tmp_path, sentiment_task(films, train=[f"{films}:dev"], validation=[f"{films}:train"]), risk=True)
+    asked = rows_of(tmp_path / "asked.jsonl", [{"text": "the film was dull"}, {"text": "the sky was very bright"}])
+    rows = vismt.predict(run, asked).rows
+    job = open_run(run).job
+    (training,) = job.study.trainings("adapted")
+    net, task = job.evaluation.net(training), job.data.tasks["sentiment"]
+    for row in rows:
+        with torch.no_grad():
+            item = task.encode("a", {**row, "label": "0"}, job.models.tokenizer)
+            p = net.head(net.features(job.evaluation.batch([item], net)))[0].double().softmax(0)
+        assert row["label"] == str(int(p.argmax())) and row["probability"] == pytest.approx(float(p.max()), abs=1e-5)
+        quantile = job.evaluation.thresholds(training).quantile
+        assert len(json.loads(row["set"])) == int((-p.log() <= quantile).sum())
+
+
+def test_choices_of_a_row_are_named_as_the_row_has_them(tmp_path: Path) -> None:
+    colours = save_texts(tmp_path)["colours"]
+    answers = {name: f" {{{name}}}" for name in ("one", "two", "three")}
+    task = {"name": "colours", "kind": "answers", "prompt": "{question}?", "options": {"answers": answers}}
+    run = make_run(tmp_path, {**task, "train": [str(colours)], "test_share": 0.3})
+    asked = rows_of(
+        tmp_path / "asked.jsonl",
+        [
+            {"question": "what colour", "one": "blue", "three": "green"},
+            {"question": "what colour", "one": "blue", "two": "green", "three": "very bright"},
+        ],
+    )
+    rows = vismt.predict(run, asked, top=3).rows
+    assert {rows[0]["label"], rows[0]["label_2"]} == {"one", "three"} and "label_3" not in rows[0]
+    assert sum(rows[1][f"probability{ending}"] for ending in ("", "_2", "_3")) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "answer"),
+    [
+        ({"question": "one plus one", "response": "two"}, "causal", "two"),
+        ({"messages": [{"role": "user", "content": "sky"}, {"role": "assistant", "content": "blue"}]}, "chat", None),
+        ({"text": "the sky {was} blue"}, "causal", None),
+        ({"sentence": "the sky was blue", "label": "a{b}"}, "classes", " A"),
+    ],
+)
+def test_init_writes_the_task_of_each_form_of_rows(row: dict, kind: str, answer: str | None, tmp_path: Path) -> None:
+    rows = [row, {**row, "label": "c"} if "label" in row else row]
+    path = rows_of(tmp_path / "mine.jsonl", rows * 3)
+    assert main(["init", "lm", "--texts", str(path), "--to", str(tmp_path), "--quiet"]) == 0
+    config = load_config(tmp_path / "lm.yaml")
+    task = task_of(config.tasks[0])
+    assert config.tasks[0].kind == kind and config.tasks[0].train == [str(path)] and config.tasks[0].test_share == 0.3
+    assert config.tasks[0].chat == (kind == "causal" and answer is not None)
+    if kind == "classes":
+        assert task.answers == {"a{b}": " A", "c": " B"}
+        assert task.prompt.format_map(row) == "the sky was blue\n(A) a{b}\n(B) c\nAnswer:"
+    if kind == "causal":
+        assert task.answer.format_map(row) == (answer or row["text"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lm", "--texts", "a.jsonl"], "no such file"),
+        (
+            ["lm", "--texts", "mine.jsonl"],
+            "the columns are x; needed are prompt and answer, messages, text, or text and label",
+        ),
+        (["lm", "--texts", "labels.jsonl"], "30 labels in the column 'label'; needed are 2 to 26"),
+        (["dense", "--texts", "mine.jsonl"], "--texts is for lm; dense takes --images"),
+    ],
+)
+def test_rows_that_init_cannot_use(words: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows_of(tmp_path / "mine.jsonl", [{"x": 1}])
+    rows_of(tmp_path / "labels.jsonl", [{"text": "a", "label": i} for i in range(30)])
+    assert main(["init", *words, "--quiet"]) == 2
+    text = capsys.readouterr().err
+    assert message in text and text.count("\n") == 1 and not (tmp_path / "lm.yaml").exists()
