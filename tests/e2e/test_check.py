@@ -14,9 +14,12 @@ from helpers.toy_job import job
 import vismt.jobs
 from vismt.cli import main
 from vismt.cli.check import _differing
+<<<<<<< HEAD
+=======
 from vismt.config.sections import with_earlier
 from vismt.jobs import typed_config
 from vismt.jobs.fewshot.config import FewShotConfig
+>>>>>>> main
 from vismt.report import claims, study_rows
 from vismt.report.study_rows import read_study, studies, study_of, write_study
 
@@ -162,3 +165,11 @@ def test_a_claim_that_the_run_contradicts_fails(
     printed = capsys.readouterr().out
     assert f"holds  {verdict}\n" in printed
     assert f"{1 - code} of 1 verdicts are not contradicted" in printed
+
+
+@pytest.mark.parametrize("path", study_rows.studies().values(), ids=lambda path: path.stem)
+def test_a_run_of_the_configuration_of_committed_rows_is_checked_against_them(path: Path) -> None:
+    study = read_study(path)
+    name = study.about.command.split()[-1].removeprefix("configs/").removesuffix(".yaml")
+    config = vismt.jobs.load_config(study_rows.shipped("configs") / f"{name}.yaml")
+    assert _differing(config, study, path) == []

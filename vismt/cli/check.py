@@ -67,11 +67,13 @@ def _claims_fail(name: str, run: StudyRows) -> bool:
 
     lines = []
     for claim, evidence in of_study(read_claims(), name):
-        lines.append((claim, evidence.verdict, evidence.follows(run.find(evidence.row, f"claims: '{claim}'"))))
+        arms = " − ".join(filter(None, (evidence.arm, evidence.minus)))
+        follows = evidence.follows(run.find(evidence.row, f"claims: '{claim}'"))
+        lines.append((claim, arms, evidence.verdict, follows))
     if not lines:
         return False
-    console.table(("claim", name, "this run"), lines)
-    failed = [claim for claim, committed, found in lines if contradict(committed, found)]
+    console.table(("claim", "model", name, "this run"), lines)
+    failed = [claim for claim, _, committed, found in lines if contradict(committed, found)]
     console.stage("claims", f"{len(lines) - len(failed)} of {len(lines)} verdicts are not contradicted")
     return bool(failed)
 
@@ -102,8 +104,16 @@ def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
 
     from vismt.config.sections import RunConfig, differences, with_earlier
     from vismt.config.typed import shown
-    from vismt.jobs import typed_config
+    from vismt.jobs import resolved_config
 
+<<<<<<< HEAD
+    other = resolved_config(study.about.settings, f"rows '{path}'")
+    if other.task != config.task:
+        return [f"task is {config.task}, there {other.task}"] * len(vars(config))  # farther than any other key
+    here, there = _flat(differences(config, other)), _flat(differences(other, config))
+    keys = [key for key in here | there if key.rpartition(".")[2] not in SEEDS]
+    return [f"{key} is {shown(here.get(key))}, there {shown(there.get(key))}" for key in keys]
+=======
     settings = study.about.settings
     task = settings.get("task", RunConfig.task)
     if task != config.task:
@@ -115,6 +125,7 @@ def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
     return [
         f"{key} is {here}, there {there}" for key, (here, there) in texts.items() if key.split(".")[-1] not in SEEDS
     ]
+>>>>>>> main
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ are trained in place, and of tuners without factors, it is the merged weight min
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def weight_changes(adapted: nn.Module, merged: nn.Module) -> list[dict[str, Any]
     with torch.no_grad(), stock_order(adapted):
         for path, layer in adapter_layers(adapted).items():
             if layer.has_factors:
-                values = layer.low_rank().svd().core
+                values = cast(Tensor, layer.low_rank().svd().core)  # singular values
                 lines.append(_line(f"{path}.weight", layer.matrix(layer.weight), values))
     undo(adapted)
     measured = {line["weight"] for line in lines}

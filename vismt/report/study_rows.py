@@ -176,16 +176,27 @@ def _changes(
                 values = {seed: value - others[seed] for seed, value in values.items() if seed in others}
             if len(values) < 2:
                 continue
-            names = {"task": "update", "data": "matrices", "split": "test", "metric": metric, "unit": "matrices"}
-            posed = {
-                "scale": NUMBER,
-                "better": "higher",
-                "chance": None,
-                "protocol": "trained weights",
-                "condition": "clean",
-            }
-            number = {"value": fmean(values.values()), "low": 0.0, "high": 0.0, "n": count, "interval": "seeds"}
-            row = StudyRow(**names, **posed, **number, arm=first, seed=None, config_hash=config_hash, minus=second)
+            row = StudyRow(
+                task="update",
+                data="matrices",
+                split="test",
+                metric=metric,
+                unit="matrices",
+                scale=NUMBER,
+                better="higher",
+                chance=None,
+                protocol="trained weights",
+                condition="clean",
+                arm=first,
+                seed=None,
+                value=fmean(values.values()),
+                low=0.0,
+                high=0.0,
+                n=count,
+                config_hash=config_hash,
+                interval="seeds",
+                minus=second,
+            )
             found = Estimate(row.value, (), "seeds").with_seeds(list(values.values()))
             yield replace(row, low=found.bounds[0], high=found.bounds[1])
             for seed, value in () if second else values.items():

@@ -165,14 +165,14 @@ def _changes(differences: list[float], moved: list[float], texts: bool) -> list[
 def _merged(differences: list[float], changes: list[float]) -> list[Finding]:
     """Return whether the merged checkpoint answers otherwise than base and adapter.
 
-    That is, on average by more than half of what the adapter changes, or by more than 5 % and in one direction: rounding in a
-    16-bit model moves answers in both.
+    That is, on average by more than a quarter of what the adapter changes, or by more than 5 % and in one direction: rounding
+    in a 16-bit model moves answers in both.
     """
     if not torch.tensor(differences).isfinite().all():
         return [Finding("broken", "merged-differs", "the merged checkpoint answers with NaN or infinite values")]
     apart, whole = (sum(abs(value) for value in values) / len(values) for values in (differences, changes))
     low, high = estimate(differences).bounds
-    if apart <= max(1e-3, (0.5 if low <= 0 <= high else 0.05) * whole):
+    if apart <= max(1e-3, (0.25 if low <= 0 <= high else 0.05) * whole):
         return []
     text = (
         f"the merged checkpoint differs from base and adapter by {apart:.3g} an example on average, the adapter from the base "
