@@ -14,12 +14,9 @@ from helpers.toy_job import job
 import vismt.jobs
 from vismt.cli import main
 from vismt.cli.check import _differing
-<<<<<<< HEAD
-=======
 from vismt.config.sections import with_earlier
 from vismt.jobs import typed_config
 from vismt.jobs.fewshot.config import FewShotConfig
->>>>>>> main
 from vismt.report import claims, study_rows
 from vismt.report.study_rows import read_study, studies, study_of, write_study
 

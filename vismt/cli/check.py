@@ -104,16 +104,8 @@ def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
 
     from vismt.config.sections import RunConfig, differences, with_earlier
     from vismt.config.typed import shown
-    from vismt.jobs import resolved_config
+    from vismt.jobs import typed_config
 
-<<<<<<< HEAD
-    other = resolved_config(study.about.settings, f"rows '{path}'")
-    if other.task != config.task:
-        return [f"task is {config.task}, there {other.task}"] * len(vars(config))  # farther than any other key
-    here, there = _flat(differences(config, other)), _flat(differences(other, config))
-    keys = [key for key in here | there if key.rpartition(".")[2] not in SEEDS]
-    return [f"{key} is {shown(here.get(key))}, there {shown(there.get(key))}" for key in keys]
-=======
     settings = study.about.settings
     task = settings.get("task", RunConfig.task)
     if task != config.task:
@@ -125,7 +117,6 @@ def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
     return [
         f"{key} is {here}, there {there}" for key, (here, there) in texts.items() if key.split(".")[-1] not in SEEDS
     ]
->>>>>>> main
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
