@@ -108,6 +108,7 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path) -> None:
         *(f"scores-classification-{metric}" for metric in ("accuracy", "ECE-15", "NLL-in-nats", "Brier")),
         "seeds",
         "training",
+        "depth",
         "examples",
         "routers-emtal",
     }

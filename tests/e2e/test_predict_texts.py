@@ -121,7 +121,8 @@ def test_init_writes_the_task_of_each_form_of_rows(row: dict, kind: str, answer:
     assert main(["init", "lm", "--texts", str(path), "--to", str(tmp_path), "--quiet"]) == 0
     config = load_config(tmp_path / "lm.yaml")
     task = task_of(config.tasks[0])
-    assert config.tasks[0].kind == kind and config.tasks[0].train == [str(path)] and config.tasks[0].test_share == 0.3
+    assert config.tasks[0].kind == kind and config.tasks[0].test_share == 0.3
+    assert [Path(name).resolve() for name in config.tasks[0].train] == [path]
     assert config.tasks[0].chat == (kind == "causal" and answer is not None)
     if kind == "classes":
         assert task.answers == {"a{b}": " A", "c": " B"}

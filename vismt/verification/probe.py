@@ -111,7 +111,8 @@ def _adapt(model: nn.Module, facts: Facts) -> Callable[[], AbstractContextManage
     if facts.kind == "vismt":
         load_adapter(model, facts.folder, on_other_base="warn")
         return lambda: disabled(model)
-    adapted = importlib.import_module("peft").PeftModel.from_pretrained(model, str(facts.folder)).eval()
+    PeftModel = importlib.import_module("peft").PeftModel
+    adapted = PeftModel.from_pretrained(model, str(facts.folder)).eval()
     return lambda: adapted.disable_adapter()
 
 
