@@ -213,6 +213,9 @@ def test_push_to_hub_uploads_merged_weights(tmp_path: Path, monkeypatch: pytest.
     hub = SimpleNamespace(create_repo=lambda *_, **__: SimpleNamespace(repo_id="me/model"))
     monkeypatch.setattr("transformers.utils.hub.create_repo", hub.create_repo, raising=False)  # of transformers 4
     monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub, raising=False)
+    card = SimpleNamespace(save=lambda path: None)  # the real one asks the hub for the card that is there
+    for module in ("transformers.modeling_utils", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.create_and_tag_model_card", lambda *_, **__: card, raising=False)
     monkeypatch.setattr(transformers.PreTrainedModel, "_upload_modified_files", upload)
     model.push_to_hub("me/model")
     again = transformers.AutoModelForCausalLM.from_pretrained(uploaded[0]).eval()
