@@ -318,8 +318,8 @@ def test_errors_of_a_dense_run(tmp_path: Path, capsys, changes: dict, words: str
     [
         ({"arms": {"a": {"classifier.name": "test_vit"}}}, "data: []; name at least one card"),
         ({"arms": {"a": {"classifier.run": "DENSE", "classifier.size": 32}}}, "of their own size"),
-        ({"evaluate": {"images": 5}}, "evaluate.images, evaluate.masking and evaluate.certify are for cards"),
-        ({"evaluate": {"attacks": [PGD], "masking": True}}, "evaluate.images, evaluate.masking and evaluate.certify are for cards"),
+        ({"evaluate": {"images": 5}}, "evaluate.masking and evaluate.certify are for cards"),
+        ({"evaluate": {"attacks": [PGD], "masking": True}}, "evaluate.masking and evaluate.certify are for cards"),
         ({"arms": {"a": {"classifier.run": "DENSE", "classifier.quantise": "int4"}}}, "quantise: 'int4'"),
         (
             {"arms": {"a": {"classifier.run": "DENSE", "classifier.img_size": 32}}},
