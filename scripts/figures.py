@@ -21,12 +21,12 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scripts.tables import study
+from scripts.tables import renew, study
 from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.base.seeds import digest
@@ -37,7 +37,6 @@ from vismt.report.figures import domain_bars
 from vismt.report.results import ValuesByExample
 from vismt.report.score_sections import arm_scores, seeds_panel
 from vismt.report.study_rows import ROWS, SELECTED, StudyRow, studies
-from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
 
 KINDS = ("bars", "seeds")
@@ -75,21 +74,32 @@ def draw(spec: Mapping[str, Any], rows: list[StudyRow], path: Path) -> None:
         seeds_figure(panels, arms, path)
 
 
-def fresh(name: str, spec: Mapping[str, Any]) -> str | None:
-    """Return the content that a picture has to have, None where it has it."""
+def fresh(name: str, spec: Mapping[str, Any]) -> tuple[Path, str, str, int]:
+    """Return the file of a picture, its text, that which it has to have, and the line 1."""
     where = f"picture '{name}'"
     if {*spec} != {"study", "kind", "where"} or spec["kind"] not in KINDS:
         raise UserError(f"{where}: has {', '.join(spec)}; give study, where and kind: {' or '.join(KINDS)}.")
     rows = chosen(spec, where)
     of_rows = digest(json.dumps([spec, [asdict(row) for row in rows]], sort_keys=True).encode())[:16]
     path = CHECKOUT / "docs" / f"{name}.svg"
-    found = DIGEST.search(path.read_text(encoding="utf8")) if path.exists() else None
+    text = path.read_text(encoding="utf8") if path.exists() else ""
+    found = DIGEST.search(text)
     if found is not None and found[1] == of_rows:
-        return None
+        return path, text, text, 1
     with tempfile.TemporaryDirectory() as folder:
         drawn = Path(folder) / path.name
         draw(spec, rows, drawn)
-        return f"{drawn.read_text(encoding='utf8')}<!-- rows: {of_rows} -->\n"
+        return path, text, f"{drawn.read_text(encoding='utf8')}<!-- rows: {of_rows} -->\n", 1
+
+
+def pictures() -> Iterator[tuple[Path, str, str, int]]:
+    """Yield what `fresh` returns for each picture whose study has rows."""
+    specs = CHECKOUT / ROWS / "figures.yaml"
+    for name, spec in read_yaml(specs, str(specs)).items():
+        if spec.get("study") in studies():
+            yield fresh(name, spec)
+        else:
+            console.stage("figures", f"docs/{name}.svg waits for the rows of '{spec.get('study')}'")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,24 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.figures", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a picture is stale")
     options = parser.parse_args(arguments)
-    specs = CHECKOUT / ROWS / "figures.yaml"
-    stale = False
     try:
-        for name, spec in read_yaml(specs, str(specs)).items():
-            if spec.get("study") not in studies():
-                console.stage("figures", f"docs/{name}.svg waits for the rows of '{spec.get('study')}'")
-                continue
-            text = fresh(name, spec)
-            if text is not None and options.check:
-                stale = True
-                console.stage("stale", f"docs/{name}.svg; `python -m scripts.figures` draws it again")
-            elif text is not None:
-                atomic_write(CHECKOUT / "docs" / f"{name}.svg", text)
-                console.stage("figures", f"docs/{name}.svg")
+        return renew("figures", pictures(), options.check)
     except UserError as error:
         console.error(str(error))
         return 2
-    return int(stale)
 
 
 if __name__ == "__main__":

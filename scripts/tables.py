@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from textwrap import wrap
@@ -218,6 +218,23 @@ def add(run: Path, name: str) -> Path:
     return path
 
 
+def renew(script: str, files: Iterable[tuple[Path, str, str, int]], check: bool) -> int:
+    """Write each file whose text is not what its rows make, with check name it; return 1 where check finds one.
+
+    files: path, text, text that it has to have, line of the first difference.
+    """
+    stale = False
+    for path, text, made, line in files:
+        name = path.relative_to(CHECKOUT)
+        if text != made and check:
+            stale = True
+            console.stage("stale", f"{name}:{line}; `python -m scripts.{script}` writes it again")
+        elif text != made:
+            atomic_write(path, made)
+            console.stage(script, str(name))
+    return int(stale)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return 1 where --check finds a table that differs from its rows."""
     parser = argparse.ArgumentParser(prog="python -m scripts.tables", description=__doc__.partition("\n")[0])
@@ -230,21 +247,10 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError(f"tables: '{' '.join(options.words)}'; give add RUN STUDY, or nothing.")
             console.stage("rows", str(add(Path(options.words[1]), options.words[2])))
             return 0
-        stale = False
-        for page in pages():
-            text, made, line = fresh(page)
-            if text != made and options.check:
-                stale = True
-                console.stage(
-                    "stale", f"{page.relative_to(CHECKOUT)}:{line}; `python -m scripts.tables` writes it again"
-                )
-            elif text != made:
-                atomic_write(page, made)
-                console.stage("tables", str(page.relative_to(CHECKOUT)))
+        return renew("tables", ((page, *fresh(page)) for page in pages()), options.check)
     except UserError as error:
         console.error(str(error))
         return 2
-    return int(stale)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ SEEDS = {"study": "seeds", "kind": "seeds", "where": {"condition": "clean"}}
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Return a checkout with the rows of a study of one training, and of one with two trainings."""
     monkeypatch.setattr(figures, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(tables, "CHECKOUT", tmp_path)
     for module in (figures, tables):
         monkeypatch.setattr(module, "studies", lambda: {path.stem: path for path in (tmp_path / ROWS).glob("*.jsonl")})
     (tmp_path / "docs").mkdir()

@@ -89,18 +89,10 @@ class RuleSettings:
     covariances: Sequence[Tensor] | None = None
 
 
-def _core_ties(joint: Cores, settings: RuleSettings) -> LowRank:
-    return joint.update(ties(joint.cores, settings.keep))
-
-
-def _knots_ties(joint: Cores, settings: RuleSettings) -> LowRank:
-    return LowRank(joint.left, ties(joint.cores @ joint.right, settings.keep))
-
-
 def ties(values: Tensor, keep: float) -> Tensor:
     """Return the TIES merge of values (T, ...): trimmed to the share `keep` of each task, sign elected, the agreeing averaged.
 
-    Where the sum of the kept entries is 0 there is no sign, and the merged entry is 0.
+    An entry whose kept values sum to 0 is 0 in the merge.
     """
     flat = values.flatten(1)
     places = flat.abs().topk(max(1, round(keep * flat.shape[1])), dim=1).indices
@@ -147,8 +139,8 @@ def _regmean(joint: Cores, settings: RuleSettings) -> LowRank:
 
 # Each maps joint cores and settings to the merged update.
 RULES: dict[str, Callable[[Cores, RuleSettings], LowRank]] = {
-    "core_ties": _core_ties,
-    "knots_ties": _knots_ties,
+    "core_ties": lambda joint, settings: joint.update(ties(joint.cores, settings.keep)),
+    "knots_ties": lambda joint, settings: LowRank(joint.left, ties(joint.cores @ joint.right, settings.keep)),
     "core_dare": _core_dare,
     "tsv": _tsv,
     "regmean": _regmean,

@@ -105,7 +105,9 @@ def _same_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> It
         fix = "convert it: vismt.export_peft, or peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
         yield Finding("broken", "start-inside", text, fix, tuple(inside))
     if kept and not inside and any(row.ratio for row in rows.values()):
-        text = f"init_lora_weights is '{start}', but the update is no projection of this base's weights: another base"
+        text = (
+            f"init_lora_weights is '{start}', but the update is not a projection of this base's weights: another base"
+        )
         yield Finding("suspicious", "other-base", text, GIVE_BASE)
 
 

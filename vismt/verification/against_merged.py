@@ -98,7 +98,7 @@ def _factors(facts: Facts, fits: Mapping[str, Fit]) -> Iterable[Finding]:
 
 
 def _others(facts: Facts, base: Located, merged: Located, fits: Mapping[str, Fit]) -> Iterable[Finding]:
-    """Yield what stands in modules whose difference is no multiple of their update, in words of the best explanation."""
+    """Yield the best explanation of modules whose difference is not a multiple of their update."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path, found in fits.items():
         if found.kind == "other":
@@ -114,7 +114,7 @@ def _others(facts: Facts, base: Located, merged: Located, fits: Mapping[str, Fit
 
 
 def _explained(facts: Facts, base: Located, merged: Located, path: str, found: Fit) -> tuple[str, str]:
-    """Return code and text of what M - W is, which is no multiple of the update of this module."""
+    """Return code and text of what M - W is where it is not a multiple of the update of this module."""
     update = update_of(facts, facts.modules[path])
     assert update is not None
     W, M = base.matrix(path, update.shape), merged.matrix(path, update.shape)

@@ -37,7 +37,7 @@ TOKENIZER = (
 )
 
 
-WHOLE = ("saved", "stock", "shared")  # roles of tensors that are no part of one adapted module
+WHOLE = ("saved", "stock", "shared")  # roles of tensors that do not belong to one adapted module
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Merge:
 class Fit:
     """How M stands to W and D.
 
-    kind: right; factor (M = round(W + factor D)); other (M - W is no multiple of D); unresolved (rounding leaves fewer than
+    kind: right; factor (M = round(W + factor D)); other (M - W is not a multiple of D); unresolved (rounding leaves fewer than
     FEWEST elements that D moves); none (D is zero). rule: what makes this factor. scale: c. expected: c_P. resolution: relative
     error of the factor, 6 standard errors. residual: |E - c D| / |M|. cosine: of E and D. norm: |D|. lost: |P_1 - (W + D)|.
     """
@@ -128,7 +128,7 @@ def fit(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool = False) -
         sums = _sums(W, M, update, Merge(), _chunks(W), _ways(M.dtype))
     best = min(range(len(sums.distance)), key=lambda way: sums.distance[way])
     scale, expected = sums.ed / sums.dd, sums.pd[best] / sums.dd
-    error = _error(sums, M.dtype)
+    error = 0.425 * 2.0 ** -BITS[M.dtype] * (sums.mm / sums.dd / sums.n) ** 0.5
     residual = max(sums.ee - scale**2 * sums.dd, 0.0) ** 0.5
     noise = max(sums.pp[best] - expected**2 * sums.dd, 0.0) ** 0.5
     cosine = sums.ed / (sums.ee * sums.dd) ** 0.5 if sums.ee else 0.0
@@ -154,10 +154,6 @@ def fit(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool = False) -
     if alone:
         return Fit("factor", scale / expected, **found)
     return Fit("other", **found)
-
-
-def _error(sums: _Sums, dtype: torch.dtype) -> float:
-    return 0.425 * 2.0 ** -BITS[dtype] * (sums.mm / sums.dd / sums.n) ** 0.5
 
 
 def _chunks(W: Tensor) -> Iterator[slice]:

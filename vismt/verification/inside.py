@@ -218,7 +218,8 @@ def _values(facts: Facts) -> tuple[list[Finding], list[ModuleRow]]:
         if not all(fits(value) for value in present.values()):
             bad.append(path)
             continue
-        if any(_saturated(value) for value in present.values()):
+        halves = [value for value in present.values() if value.dtype in (torch.float16, torch.bfloat16)]
+        if any(bool((value.abs() == torch.finfo(value.dtype).max).any()) for value in halves):
             edge.append(path)
         B = next((present[role] for role in ("B", "embedding_B") if role in present), None)
         if B is not None and not bool(B.any()):
@@ -240,10 +241,6 @@ def _values(facts: Facts) -> tuple[list[Finding], list[ModuleRow]]:
         if value is not None and not fits(value):
             bad.append(tensor.path)
     return [*_value_findings(facts, bad, edge, zero, [paths for paths in twins.values() if len(paths) > 1])], rows
-
-
-def _saturated(value: Tensor) -> bool:
-    return value.dtype in (torch.float16, torch.bfloat16) and bool((value.abs() == torch.finfo(value.dtype).max).any())
 
 
 def _value_findings(

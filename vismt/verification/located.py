@@ -31,7 +31,7 @@ class Located:
     transposed: bool = False
 
     def matrix(self, path: str, shape: tuple[int, int]) -> Tensor | None:
-        """Return the weight (o, i) of a module; None where it is not there, has another shape, or is no plain number."""
+        """Return the weight (o, i) of a module; None where it is missing, has another shape, or is not of a float type."""
         stored = self.facts.stored.tensors[self.names[path]]
         turned = stored.shape == shape[::-1] and (shape[0] != shape[1] or self.transposed)
         flat = (stored.shape[0], int(torch.Size(stored.shape[1:]).numel())) if stored.shape else ()
@@ -67,7 +67,7 @@ def _from_hub(name: str, what: str) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"verify: {what} '{name}' is no folder, no file, no asset, and the hub gives no such model ({reason})."
+            f"verify: {what} '{name}' is not a folder, a file or an asset, and the hub does not give it ({reason})."
         ) from error
 
 

@@ -94,13 +94,14 @@ def of_modules(modules: Iterable[ModuleFacts]) -> list[str]:
     return [tensor.name for module in modules for tensor in module.tensors.values()]
 
 
-def _everything(case: Case) -> list[str]:
-    return list(case.facts.tensors) or list(case.facts.stored.tensors) or [str(case.facts.folder)]
-
-
 def _folder(condition: Callable[[Case], object]) -> Callable[[Case], list[str]]:
     """Return a condition of the whole folder, which all tensors meet."""
-    return lambda case: _everything(case) if condition(case) else []
+
+    def met(case: Case) -> list[str]:
+        everything = list(case.facts.tensors) or list(case.facts.stored.tensors) or [str(case.facts.folder)]
+        return everything if condition(case) else []
+
+    return met
 
 
 def _setting(*keys: str) -> Callable[[Case], list[str]]:
@@ -312,7 +313,7 @@ UNMAPPED = {"transformers": "misread", "vllm": "refused?", "llama.cpp": "refused
 # fmt: off
 RULES = (
     # files and settings
-    Rule(_folder(lambda case: case.facts.kind == "none"), "it is no adapter and no checkpoint",
+    Rule(_folder(lambda case: case.facts.kind == "none"), "it is neither an adapter nor a checkpoint",
          REFUSED | UNSERVED | {"timm": "refused"}),
     Rule(_folder(lambda case: case.facts.kind == "vismt"), "it is in the format of vismt", REFUSED | UNSERVED,
          "write it in peft's: vismt export RUN --format peft, or vismt.export_peft"),
@@ -323,9 +324,9 @@ RULES = (
     Rule(_lacks("r", "lora_alpha", "target_modules"), "its settings lack r, lora_alpha or target_modules", {"vllm": "refused"}),
     Rule(_lacks("lora_alpha"), "its settings lack lora_alpha", {"llama.cpp": "refused"}, "add it; 8 is what peft takes"),
     Rule(_folder(lambda case: case.facts.kind == "peft" and TENSORS not in case.facts.files),
-         "its tensors are no safetensors file",
+         "its tensors are not in a safetensors file",
          {"transformers": "note"}, "load_adapter(..., use_safetensors=False)"),
-    Rule(_folder(lambda case: case.facts.kind == "peft" and case.facts.tuner not in ("LORA", "")), "it is no LoRA",
+    Rule(_folder(lambda case: case.facts.kind == "peft" and case.facts.tuner not in ("LORA", "")), "it is not a LoRA",
          UNSERVED, MERGE),
     Rule(_folder(lambda case: case.facts.tuner in OF_PEFT_MODELS), "load_adapter does not take this tuner",
          {"transformers": "refused"}, "load it with peft.PeftModel"),
@@ -395,7 +396,7 @@ RULES = (
     Rule(_tied_head, "the head is the embedding table of the base", {"llama.cpp": "refused"}, MERGE),
     # checkpoints
     Rule(_folder(_checkpoint), "it is a whole checkpoint", {"peft": "refused"}, "load it with the library of its model"),
-    Rule(_folder(lambda case: _checkpoint(case) and case.facts.model_config and not case.timm), "it is no model of timm",
+    Rule(_folder(lambda case: _checkpoint(case) and case.facts.model_config and not case.timm), "it is not a model of timm",
          {"timm": "refused"}),
     Rule(_names(r"\.base_layer\.|\.lora_|\.modules_to_save\."), "the update was not merged: the file has the modules of peft",
          UNMAPPED | {"timm": "refused"}, "call merge_and_unload before saving"),

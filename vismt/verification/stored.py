@@ -1,6 +1,6 @@
 """The tensors of a folder or file, by name: shapes from bounded headers, values one tensor at a time.
 
-A malformed file becomes a reason, never an error: `vismt verify` has to say something about any folder.
+A malformed file becomes a reason, never an error: `vismt verify` gives a verdict on any folder.
 """
 
 from __future__ import annotations

@@ -34,7 +34,13 @@ def check(config: FewShotConfig) -> None:
     trains = config.train is not None and config.adapt is not None
     _check_arm(config)
     _check_selection(config)
-    check_arms(config, _check_variant, ("select", "merging", "finetune", "head"), () if trains else ("model",))
+    # Models that are evaluated know an arm without the pool section that it is trained by.
+    check_arms(
+        config,
+        lambda arm: _check_arm(replace(arm, pool=None)),
+        ("select", "merging", "finetune", "head"),
+        () if trains else ("model",),
+    )
     _check_arm_keys(config)
     if config.arms and config.pool is not None:
         raise UserError(
@@ -66,11 +72,6 @@ def _check_arm(config: FewShotConfig) -> None:
     _check_models(config, trains)
     if trains and not config.arms:
         check_calibration(config.calibration, config.adapt)
-
-
-def _check_variant(config: FewShotConfig) -> None:
-    """Check an arm as the models that are evaluated know it: without the pool section that it is trained by."""
-    _check_arm(replace(config, pool=None))
 
 
 def _check_arm_keys(config: FewShotConfig) -> None:

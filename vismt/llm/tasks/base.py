@@ -33,6 +33,7 @@ from vismt.uncertainty.temperature import fit_temperature
 Record = dict[str, Any]
 BEFORE = 64  # letters before a text that decide how it is tokenised
 ABSENT = -1e6  # log-probability of an absent choice for the fit of a temperature, negligible at any T
+CARD_ALONE = "predict: the trained task ranks the items of its card, and takes no rows of text."
 
 
 @dataclass(frozen=True)
@@ -174,13 +175,13 @@ class LmTask(ABC):
 
     def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         """Return a row as tokens for `reply`; it needs no answer. Raises UserError for tasks that take no rows of the user."""
-        raise UserError("predict: the trained task ranks the items of its card, and takes no rows of text.")
+        raise UserError(CARD_ALONE)
 
     def reply(
         self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
     ) -> list[Reply]:
         """Return the answers to the rows of a batch of `ask`: texts, or log-probabilities of named choices."""
-        raise NotImplementedError
+        raise UserError(CARD_ALONE)
 
     def quality(self, records: Sequence[Record]) -> float:
         """Return a number in [0, 1], higher is better, for the choice of the learning rate; by default e^-NLL.
