@@ -8,8 +8,8 @@ targets     'all-linear'            every nn.Linear and transformers Conv1D exce
                                     convolutions of the same suffix alone ('proj' does not take patch_embed.proj)
 Other convolutions (in groups, of one or three dimensions) and embeddings are adapted where they are named; embeddings, and
 experts in one parameter of three dimensions (experts.gate_up_proj), by an entry or expression of their own. A depthwise weight
-(o, kh*kw) is no larger than its factors of rank kh*kw - 1, so the named sets leave it out. What nn.MultiheadAttention reads
-(in_proj_weight, out_proj) counts as linears. Layers that do not form W + DeltaW adapt neither these nor experts.
+(o, kh*kw) has at most rank kh*kw, so factors save little there. What nn.MultiheadAttention reads (in_proj_weight, out_proj)
+counts as linears. Layers that do not form W + DeltaW adapt neither these nor experts.
 The head is what get_classifier (timm) or get_output_embeddings (transformers) returns, or a top-level module named
 head, fc, classifier, score or lm_head.
 """
