@@ -24,7 +24,7 @@ from vismt.report.routers import ROUTERS
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
-MODELS = {"test_swin": None, "test_convnext": None, "test_resnet": r"conv1\.0|layer.*downsample.*"}
+MODELS = {"test_swin": None, "test_convnext": None, "test_resnet": "all-conv"}
 MOST = 1e-4  # difference of outputs, as a share of the largest
 
 
@@ -107,7 +107,10 @@ def test_routers_of_stages_have_no_common_map(tmp_path: Path) -> None:
 
 def test_one_line_for_each_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mistakes = [
-        (config("multitask", "test_resnet", adapt={"method": "lora", "rank": 2}), "nothing to adapt for 'all-linear'"),
+        (
+            config("multitask", "test_resnet", adapt={"method": "lora", "rank": 2}),
+            "ResNet has no linear layers outside of its head; give adapt.targets=all-conv",
+        ),
         (
             config("fewshot", "test_swin", model={"name": "test_swin", "block": 1, "pretrained": False}),
             "for plain ViTs",
