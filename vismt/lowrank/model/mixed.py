@@ -5,8 +5,9 @@
 g_be is 1 for a sample's adapter, a mixture, or 1 for all where `adapters_per_sample` is not in force: the sum of the updates.
 A forward that lost its block (another thread, recomputation in a backward pass) is refused.
 Groups of neighbours with the same g are one entry of a batched product: every sample costs what its own adapter costs,
-whatever their number. The attention of a Swin computes on windows, w rows for each sample, one sample after the other. The factors are copies with the scale in B, relative to the stock weight (rank 2r with a principal
-start); a linear that was trained whole is I (W' - W), or (W' - W) I.
+whatever their number. The attention of a Swin computes on windows, w rows for each sample, one sample after the other. The
+factors are copies with the scale in B, relative to the stock weight (rank 2r with a principal start); a linear that was
+trained whole is I (W' - W), or (W' - W) I.
 """
 
 from __future__ import annotations
