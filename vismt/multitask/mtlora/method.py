@@ -39,8 +39,8 @@ from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.stock_modules import kind_of
 from vismt.lowrank.model.inject import attach, inject
-from vismt.lowrank.model.merge import restore_flags, unwatch_saving
-from vismt.lowrank.model.record import RECORD, AdaptReport, need_record, refuse_adapted, refuse_offloaded, refuse_others
+from vismt.lowrank.model.merge import forget
+from vismt.lowrank.model.record import AdaptReport, need_record, refuse_adapted, refuse_offloaded, refuse_others
 from vismt.lowrank.model.targets import Targets, check_patterns, pattern_value
 from vismt.lowrank.svd import kaiming
 from vismt.lowrank.tensors import need_finite
@@ -163,9 +163,7 @@ def merge_shared(model: nn.Module) -> nn.Module:
     )
     for path, layer in shared.items():
         model.set_submodule(path, layer.merged())
-    unwatch_saving(model)
-    restore_flags(model, record)
-    delattr(model, RECORD)
+    forget(model, record)
     return model
 
 
