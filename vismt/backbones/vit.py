@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -175,6 +176,11 @@ class Backbone(PixelBackbone):
         """Return the patch tokens of each block, after the final norm."""
         outputs = self._taps(images, blocks, "NCHW")
         return [output if isinstance(output, Tensor) else output[0] for output in outputs]
+
+    def as_maps(self, tokens: Tensor) -> Tensor:
+        """Return what a block returned (b, n, d) as `maps` does: (b, d, rows, columns), after the final norm."""
+        patches = self.vit.norm(tokens)[:, self.vit.num_prefix_tokens :]
+        return _widened(rearrange(patches, "b (r c) d -> b d r c", r=self.grid[0]))
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the class scores (b, num_classes) of timm's head, on the features at `block` where a block is set."""
