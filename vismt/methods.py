@@ -86,8 +86,9 @@ class Method:
         section: name of the section of a run's configuration with the schedule's settings.
         freezes: whether the schedule freezes parameters in turn.
         calibrate: computes options from data, see `Calibrate`.
-        needs: what a job has to provide under given options, with the reason: "calibration" (data for `calibrate`), or
-            "users" (a vector for each sample, its width the option `user_width`).
+        needs: what a job has to provide under given options, with the reason: "calibration" (data for `calibrate`), "users" (a
+            vector for each sample, its width the option `user_width`), or "tasks" (heads that read features of their own,
+            streams.py).
         merges: whether the trained model can be merged into stock weights.
         exports: whether the update can be exported as a plain LoRA.
         renamed: {earlier name: present name} of options; configurations with earlier names are read.
@@ -150,9 +151,9 @@ def adapt(
     A model may carry several adapters, each with a name; the new one becomes the active one (`activate`).
 
     Args:
-        model: any module with linears; changed in place.
+        model: any module with linears or convolutions; changed in place.
         method: one of `list_methods()`.
-        targets: 'all-linear' (None), a full-path regex, or a list of paths and suffixes.
+        targets: 'all-linear' (None), 'all-conv', 'all-linear+conv', a full-path regex, or a list of paths and suffixes.
         rank: of each pair of factors.
         alpha: numerator of the scale alpha / rank; None means alpha = rank.
         seed: the start values depend on it and on each module's path alone.
