@@ -180,7 +180,7 @@ class Backbone(PixelBackbone):
     def as_maps(self, tokens: Tensor) -> Tensor:
         """Return what a block returned (b, n, d) as `maps` does: (b, d, rows, columns), after the final norm."""
         patches = self.vit.norm(tokens)[:, self.vit.num_prefix_tokens :]
-        return _widened(rearrange(patches, "b (r c) d -> b d r c", r=self.grid[0]))
+        return widened(rearrange(patches, "b (r c) d -> b d r c", r=self.grid[0]))
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the class scores (b, num_classes) of timm's head, on the features at `block` where a block is set."""

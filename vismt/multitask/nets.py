@@ -114,7 +114,7 @@ class DenseNet(nn.Module):
             shared = self.backbone.maps(images, self.blocks)
         own = {
             number: self.backbone.as_maps(features.own[block]).chunk(len(self.heads))
-            for number, block in enumerate(self.stock.blocks)
+            for number, block in enumerate(getattr(self.stock, "blocks", ()))
             if block in features.own
         }
         if not own.keys() <= set(self.blocks):
