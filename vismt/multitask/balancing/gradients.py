@@ -113,7 +113,9 @@ class GradientBalancer(Balancer, ABC):
         for number, loss in batch.losses.items():
             retain = batch.retain_graph or number != max(batch.losses)
             scaled = loss * self.loss_scale
-            found = list(torch.autograd.grad(scaled, (*parameters, *others), retain_graph=retain, allow_unused=True))
+            found: list[Tensor | None] = list(
+                torch.autograd.grad(scaled, (*parameters, *others), retain_graph=retain, allow_unused=True)
+            )
             of_others[number] = found[len(parameters) :]
             for index, place in enumerate(rows[number].split([p.numel() for p in parameters])):
                 gradient, found[index] = found[index], None  # freed before the next pass
