@@ -150,9 +150,9 @@ def adapt(
     A model may carry several adapters, each with a name; the new one becomes the active one (`activate`).
 
     Args:
-        model: any module with linears; changed in place.
+        model: any module with linears or convolutions; changed in place.
         method: one of `list_methods()`.
-        targets: 'all-linear' (None), a full-path regex, or a list of paths and suffixes.
+        targets: 'all-linear' (None), 'all-conv', 'all-linear+conv', a full-path regex, or a list of paths and suffixes.
         rank: of each pair of factors.
         alpha: numerator of the scale alpha / rank; None means alpha = rank.
         seed: the start values depend on it and on each module's path alone.

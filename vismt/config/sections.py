@@ -93,7 +93,8 @@ class AdaptConfig:
     Args:
         module: a Python module that registers `method`, for one of your own; null for a method that is installed.
         method: the adaptation method (`vismt list methods`).
-        targets: the adapted modules: a regular expression, names or "all-linear"; null for the method's own choice.
+        targets: the adapted modules: a regular expression, names, "all-linear", "all-conv" or "all-linear+conv"; null for the
+            method's own choice.
         rank: rank of the update.
         alpha: numerator of the scale alpha / rank of the update; null for the method's own.
         options: further arguments of the method, which `vismt list methods` shows.

@@ -29,7 +29,7 @@ from vismt.base.errors import UserError
 from vismt.base.identity import Identity, weights_digest
 from vismt.llm.corda.files import CovarianceStore
 from vismt.llm.corda.observed_pass import Batch, Groups, add_batch, arguments, shared_inputs
-from vismt.lowrank.layers.stock_modules import matrix_shape
+from vismt.lowrank.layers.stock_modules import LINEAR, kind_of, matrix_shape
 from vismt.lowrank.model.record import refuse_adapted
 from vismt.lowrank.model.targets import Targets, find_targets
 
@@ -75,6 +75,13 @@ def collect_covariance(
     target_modules, _ = find_targets(
         model, targets, [exclude] if isinstance(exclude, str) else exclude, prequantized=True
     )
+    for path, module in target_modules.items():
+        in_groups = getattr(module, "groups", 1) > 1
+        if kind_of(module) not in (*LINEAR, "conv2d") or in_groups:
+            raise UserError(
+                f"covariance: '{path}' is a {type(module).__name__}{' in groups' if in_groups else ''}; give linears and "
+                "nn.Conv2d without groups, or exclude it."
+            )
     iterator = iter(batches)
     first = next(iterator, None)
     if first is None:

@@ -81,9 +81,9 @@ class LowRankConv(LowRankLayer):
     def forward(self, x: Tensor) -> Tensor:
         out = self.shell._conv_forward(x, self.weight, self.bias)
         inner = F.dropout(x, self.dropout) if self.dropout and self.training else x
-        out = out + self.scale * self._product(inner, self.lora_A, self.left(), self.gate(inner))
+        out = self._add_product(out, inner, self.lora_A, self.left(), self.scale, self.gate(inner))
         if self.lora_A0 is not None:
-            out = out - self.scale * self._product(x, self.lora_A0, self.lora_B0)
+            out = self._add_product(out, x, self.lora_A0, self.lora_B0, -self.scale)
         return out
 
     def peft_factors(self, update: LowRank) -> tuple[Tensor, Tensor]:
@@ -96,13 +96,23 @@ class LowRankConv(LowRankLayer):
         A, B = super().peft_factors(update)
         return A.view(-1, *self.weight.shape[1:]), self._pointwise(B)
 
-    def _product(self, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
+    def _add_product(
+        self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, gate: Tensor | None = None
+    ) -> Tensor:
+        """Return `out` (b, o, ...) plus scale * B (A * x); without groups in place, by one batched product."""
         kernel = A.to(self.weight.dtype).view(-1, *self.weight.shape[1:])
         hidden = self.shell._conv_forward(x, repeat(kernel, "r ... -> (g r) ...", g=self.groups), None)
         if gate is not None:
             hidden = hidden * self._pointwise(gate.repeat(1, self.groups))
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
-        return convolve(hidden, self._pointwise(B.to(self.weight.dtype)), groups=self.groups)
+        B = B.to(hidden.dtype) * scale
+        axes = len(self.kernel_size)
+        if self.groups > 1:
+            convolve = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
+            return out.add_(convolve(hidden, self._pointwise(B), groups=self.groups))
+        # Of a single sample (o, ...), or a batch; in any memory format of `out` its rows are a view.
+        rows, columns = ((t if t.ndim > axes + 1 else t[None]).flatten(2) for t in (out, hidden))
+        rows.baddbmm_(B.expand(len(rows), -1, -1), columns)
+        return out
 
     def _pointwise(self, matrix: Tensor) -> Tensor:
         """Return a matrix with an axis of length one for each axis of the kernel."""

@@ -20,7 +20,7 @@ from vismt.lowrank.layers.base import AdapterModule, LayerSpec
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.parameter_modules import to_modules
 from vismt.lowrank.layers.stock_modules import is_prequantized, use_cpu_kernel
-from vismt.lowrank.model.merge import undo, watch_saving
+from vismt.lowrank.model.merge import freeze, undo, watch_saving
 from vismt.lowrank.model.modules import attach_all, place, prepare
 from vismt.lowrank.model.record import (
     RECORD,
@@ -170,6 +170,7 @@ def install(
     setattr(model, RECORD, record)
     dropout = options.get("dropout", 0.0)
     with undone_on_error(model):
+        freeze(model)
         to_modules(model, [spec.path for spec in specs if spec.has_weight])
         use_cpu_kernel(model, False)
         modules = place(model, specs, lambda spec, base: spec.layer.build(base, spec, dropout=dropout, dtype=dtype))

@@ -39,6 +39,7 @@ from vismt.lowrank.tensors import need_finite
 
 SAVE = "save_pretrained"  # of transformers' models
 WATCHED = "vismt_watched"
+TRAIN = "train"  # of a module
 
 
 def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
@@ -162,14 +163,33 @@ def _forget(model: nn.Module, record: AdaptRecord) -> None:
     to_parameters(model)
     use_cpu_kernel(model, True)
     unwatch_saving(model)
-    restore_flags(model, record)
+    unfreeze(model, record)
     delattr(model, RECORD)
 
 
-def restore_flags(model: nn.Module, record: AdaptRecord) -> None:
-    """Let a parameter require a gradient if it did before the adaptation."""
+def freeze(model: nn.Module) -> None:
+    """Freeze every parameter of a stock model, and the running statistics of its batch norms, which `train()` leaves in use.
+
+    Statistics that move with the batches belong to no adapter: on another copy of the base it would compute something else.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.training = False
+            setattr(module, TRAIN, functools.partial(_stay_in_eval_mode, module))
+
+
+def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
+
+
+def unfreeze(model: nn.Module, record: AdaptRecord) -> None:
+    """Let a parameter require a gradient if it did before the adaptation, and batch norms follow the mode of the model."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(name, True))
+    for module in model.modules():
+        if module.__dict__.pop(TRAIN, None) is not None:
+            module.train(model.training)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
@@ -132,10 +132,12 @@ class MixedConv2d(MixedLinear):
         if conv.padding_mode != "zeros":
             stacked, padding = F.pad(stacked, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
         hidden = F.conv2d(stacked, kernel.to(stacked.dtype), None, conv.stride, padding, conv.dilation, groups)
-        update = F.conv2d(hidden, rearrange(B, "g r o -> (g o) r 1 1").to(hidden.dtype), groups=groups)
+        rows, samples = out.flatten(2), len(out) // groups
+        left = repeat(B.to(hidden.dtype), "g r o -> (g b) o r", b=samples)
+        rows.baddbmm_(left, rearrange(hidden, "b (g r) h w -> (g b) r (h w)", g=groups))
         if bias:
-            update = update + rearrange(bias[0], "g 1 o -> (g o) 1 1").to(update.dtype)
-        return out + rearrange(update, "b (g o) h w -> (g b) o h w", g=groups)
+            rows += repeat(bias[0], "g 1 o -> (g b) o 1", b=samples)
+        return out
 
 
 def mix(model: nn.Module, names: Sequence[str], updates: Sequence[Mapping[str, Update]]) -> None:

@@ -24,7 +24,7 @@ from vismt.base.errors import UserError, require_known
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec, adapter_modules
 from vismt.lowrank.layers.gates import unwatch_expansion
 from vismt.lowrank.layers.parameter_modules import to_modules, to_parameters
-from vismt.lowrank.model.merge import restore_flags, undo, unwatch_saving, watch_saving
+from vismt.lowrank.model.merge import freeze, undo, unfreeze, unwatch_saving, watch_saving
 from vismt.lowrank.model.modules import detach_all, from_stock, place, prepare
 from vismt.lowrank.model.record import (
     RECORD,
@@ -129,7 +129,7 @@ def remove(model: nn.Module, name: str) -> nn.Module:
         activate(model, [other for other in before if other != name] if isinstance(before, list) else None)
     record = _take(model, name).record
     if not names_of(model):
-        restore_flags(model, record)
+        unfreeze(model, record)
     return model
 
 
@@ -189,14 +189,14 @@ def new_adapter(model: nn.Module, name: str, what: str) -> Iterator[None]:
     others, shelf = list(shelved(model).values()), model._modules.pop(SHELF, None)
     try:
         if others:
-            restore_flags(model, others[0].record)
+            unfreeze(model, others[0].record)
         yield
         need_record(model, what).name = name
     except BaseException:
         if record_of(model) is not None:
             undo(model)
         if shelf is not None:
-            model.requires_grad_(False)
+            freeze(model)
             model._modules[SHELF] = shelf
             _start(model, before)
         raise
@@ -301,7 +301,7 @@ def shelve(model: nn.Module) -> None:
     also_train = {name: model.get_parameter(name).detach().clone() for name in record.also_train}
     modules = adapter_modules(model)
     undo(model)
-    model.requires_grad_(False)
+    freeze(model)
     shelf = shelf if shelf is not None else Shelf()
     shelf._modules[key(record.name)] = ShelvedAdapter(record, modules, also_train, trained)
     model._modules[SHELF] = shelf

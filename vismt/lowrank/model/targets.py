@@ -1,12 +1,15 @@
 """The modules that a target pattern names; an error with near names where there are none.
 
 targets     'all-linear'            every nn.Linear and transformers Conv1D except the task head
+            'all-conv'              every nn.Conv2d with groups = 1 except the task head
+            'all-linear+conv'       both
             a string                a regular expression (see patterns.py) that must match the full module path
             a list of strings       full paths or suffixes after a dot; an entry that matches linears leaves the
                                     convolutions of the same suffix alone ('proj' does not take patch_embed.proj)
-Convolutions and embeddings are adapted where they are named; embeddings, and experts in one parameter of three dimensions
-(experts.gate_up_proj), by an entry or expression of their own. What nn.MultiheadAttention reads (in_proj_weight, out_proj) counts
-as linears. Layers that do not form W + DeltaW adapt neither these nor experts.
+Other convolutions (in groups, of one or three dimensions) and embeddings are adapted where they are named; embeddings, and
+experts in one parameter of three dimensions (experts.gate_up_proj), by an entry or expression of their own. A depthwise weight
+(o, kh*kw) has at most rank kh*kw, so factors save little there. What nn.MultiheadAttention reads (in_proj_weight, out_proj)
+counts as linears. Layers that do not form W + DeltaW adapt neither these nor experts.
 The head is what get_classifier (timm) or get_output_embeddings (transformers) returns, or a top-level module named
 head, fc, classifier, score or lm_head.
 """
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from vismt.lowrank.model.patterns import Pattern
 
 HEAD_NAMES = {"head", "fc", "classifier", "score", "lm_head"}
+SETS = ("all-linear", "all-conv", "all-linear+conv")
 READ_DIRECTLY = (
     "'{path}' adds q_bias itself and reads the weight without calling the linear; set its qkv_bias_separate to True"
 )
@@ -168,10 +172,10 @@ def find_targets(
     """
     named = candidates(model)
     pattern = targets if targets is not None else "all-linear"
-    everything = pattern == "all-linear"
+    sets = _members(model, named)
+    everything = isinstance(pattern, str) and pattern in SETS
     if everything:
-        heads = head_paths(model)
-        chosen = {p for p, m in named.items() if _is_linear(p, m) and p not in heads}
+        chosen = set(sets[str(pattern)])
     elif isinstance(pattern, str):
         chosen = _select_regex(pattern, named)
     else:
@@ -186,9 +190,19 @@ def find_targets(
     patterns = [pattern] if isinstance(pattern, str) else pattern
     missed = [p for p in named if p not in chosen | excluded and (everything or any(matches(e, p) for e in patterns))]
     remarks = [*reasons.values(), *_experts({path: named[path] for path in missed}, readable)]
+    in_groups = [path for path in missed if everything and pattern != "all-linear" and _has_groups(named[path])]
+    if in_groups:
+        more = f" and {len(in_groups) - 1} more" if len(in_groups) > 1 else ""
+        remarks.append(f"'{in_groups[0]}'{more}: convolutions in groups; to adapt them, name them in targets")
     if not chosen:
         left = " after exclude" if exclude else ""
         why = f" Left out: {'; '.join(_grouped(remarks))}." if remarks else _nearest(pattern, named)
+        other = next((name for name, members in sets.items() if members), None) if everything and not remarks else None
+        if other is not None and not excluded:
+            kind = "linear layers" if pattern == "all-linear" else "nn.Conv2d without groups"
+            raise UserError(
+                f"adapt.targets: {type(model).__name__} has no {kind} outside of its head; give adapt.targets={other}."
+            )
         raise UserError(f"adapt.targets: nothing to adapt for {pattern!r}{left}.{why}")
     return {path: module for path, module in named.items() if path in chosen}, remarks
 
@@ -211,6 +225,20 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
             prefix = f"{path}." if path else ""
             found |= {f"{prefix}{name}": module_at(model, f"{prefix}{name}") for name in readable_parameters(module)}
     return found
+
+
+def _members(model: nn.Module, candidates: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Return the paths of each of SETS, in model order."""
+    heads = head_paths(model)
+    rest = {path: module for path, module in candidates.items() if path not in heads}
+    linears = [path for path, module in rest.items() if _is_linear(path, module)]
+    convolutions = [path for path, module in rest.items() if kind_of(module) == "conv2d" and not _has_groups(module)]
+    return dict(zip(SETS, (linears, convolutions, linears + convolutions)))
+
+
+def _has_groups(module: nn.Module) -> bool:
+    """Return whether a candidate is a convolution in groups; the depthwise ones are among them."""
+    return getattr(module, "groups", 1) > 1
 
 
 def _is_linear(path: str, module: nn.Module) -> bool:
