@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vismt.backbones.asset_cards import AssetCard
@@ -116,6 +117,11 @@ class Backbone(PixelBackbone):
         maps = [_widened(output if isinstance(output, Tensor) else output[0]) for output in outputs]
         map_of = dict(zip(order, maps, strict=True))
         return [map_of[block] for block in wanted]
+
+    def as_maps(self, tokens: Tensor) -> Tensor:
+        """Return what a block returned (b, n, d) as `maps` does: (b, d, rows, columns), after the final norm."""
+        patches = self.vit.norm(tokens)[:, self.vit.num_prefix_tokens :]
+        return _widened(rearrange(patches, "b (r c) d -> b d r c", r=self.grid[0]))
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the class scores (b, num_classes) of timm's head, on the features at `block` where a block is set.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.multitask.heads import Head
+from vismt.multitask.streams import task_features
 
 LABEL_SPACES = ("union", "separate")
 SEGMENTATION = "semseg"
@@ -77,7 +78,8 @@ class DenseNet(nn.Module):
     """A ViT with a head for each task: images (b, 3, h, w) in [0, 1] -> {task: logits (b, channels, R, C)}.
 
     h and w are the backbone's input size, square or not. Tasks of whole images have logits (b, channels), from a PooledHead,
-    or in one label space (b, C), the rows of all their heads.
+    or in one label space (b, C), the rows of all their heads. Where the ViT has features of tasks (streams.py), the head
+    of a task reads its own.
 
     Args:
         backbone: the ViT.
@@ -107,8 +109,21 @@ class DenseNet(nn.Module):
         self.heads = nn.ModuleDict(heads)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        taps = self.backbone.maps(images, self.blocks)
-        outputs = {task: head(taps) for task, head in self.heads.items()}
+        with task_features(list(self.heads)) as features:
+            shared = self.backbone.maps(images, self.blocks)
+        own = {
+            number: self.backbone.as_maps(features.own[block]).chunk(len(self.heads))
+            for number, block in enumerate(self.stock.blocks)
+            if block in features.own
+        }
+        if not own.keys() <= set(self.blocks):
+            raise UserError(
+                f"dense net: the model has features of tasks in blocks {list(own)}, its heads read {self.blocks}; name the same "
+                "in adapt.options.task_blocks and in blocks."
+            )
+        outputs = {}
+        for number, (task, head) in enumerate(self.heads.items()):
+            outputs[task] = head([own[n][number] if n in own else map for n, map in zip(self.blocks, shared)])
         if self.union:
             outputs |= dict.fromkeys(self.union, torch.cat([outputs[task] for task in self.union], 1))
         return outputs
@@ -117,6 +132,11 @@ class DenseNet(nn.Module):
     def stock(self) -> nn.Module:
         """The timm model without a classifier."""
         return self.backbone.vit
+
+    @property
+    def read_blocks(self) -> list[str]:
+        """Paths in `stock` of the blocks whose outputs the heads read."""
+        return [f"blocks.{number}" for number in dict.fromkeys(self.blocks)]
 
 
 def default_blocks(depth: int) -> list[int]:

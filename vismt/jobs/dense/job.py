@@ -115,6 +115,9 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     def prepare(self, net: DenseNet, config: DenseConfig) -> str:
         """Adapt the timm model, or make everything in it that runs trainable; return the method's name."""
+        if config.adapt is not None:
+            of_tasks = {"tasks": list(net.heads), "task_blocks": net.read_blocks}
+            return self.adapt(net.stock, config.adapt, config.seed, of_tasks)
         if not config.full:
             return super().prepare(net, config)
         for path, parameter in net.stock.named_parameters():
