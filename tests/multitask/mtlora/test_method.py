@@ -333,6 +333,7 @@ def test_files_copies_and_undoing(tmp_path: Path) -> None:
         ({"tasks": TASKS, "task_rank": {"blocks.0": 2}}, "task_rank of 'blocks.1' is None"),
         ({"tasks": TASKS, "task_scale": -1}, "task_scale of 'blocks.0' is -1; it must be a positive"),
         ({"tasks": TASKS, "task_scale": {"layers.0": 1.0}}, "task_scale: no module matches 'layers.0'"),
+        ({"tasks": TASKS, "task_blocks": ["blocks.0"]}, "where VisionTransformer ends; name its last, 'blocks.1'"),
         ({"tasks": TASKS, "task_blocks": ["blocks.7"]}, "'blocks.7' is no such module"),
         ({"tasks": TASKS, "task_blocks": ["norm"]}, "'norm' is a LayerNorm, needed a Block"),
     ],
@@ -358,9 +359,11 @@ def test_errors_of_tasks_in_a_call() -> None:
         vismt.adapt(lora, "lora")
         merge_shared(lora)
     dense = net(depth=3)
-    vismt.adapt(dense.stock, "mtlora", tasks=TASKS, task_blocks=["blocks.0"])
-    with pytest.raises(UserError, match=r"features of tasks in blocks \[0\], its heads read \[1, 2\]"):
+    vismt.adapt(dense.stock, "mtlora", tasks=TASKS, task_blocks=["blocks.0", "blocks.2"])
+    with pytest.raises(UserError, match=r"features of tasks in blocks \[0, 2\], its heads read \[1, 2\]"):
         dense(images())
+    with pytest.raises(UserError, match="where ResNet ends; it needs blocks"):
+        vismt.adapt(timm.create_model("test_resnet"), "mtlora", tasks=TASKS)
     other = tiny_vit(block_fn=ResPostBlock)
     with pytest.raises(UserError, match=r"'blocks\.0' is a ResPostBlock, needed a Block of timm's ViT"):
         vismt.adapt(other, "mtlora", tasks=TASKS)
