@@ -75,7 +75,7 @@ def mtlora(
     if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
         raise UserError(f"mtlora: tasks {tasks!r}; give a list of different names, tasks=['semseg', 'depth'].")
     every = [path for path, _ in model.named_modules() if BLOCK.fullmatch(path)]
-    paths = _stage_ends(every) if task_blocks is None else list(task_blocks)
+    paths = _stage_ends(every) if task_blocks is None else list(dict.fromkeys(task_blocks))
     modules = dict(model.named_modules())
     for path in paths:
         TaskBlock.check(path, modules.get(path))
