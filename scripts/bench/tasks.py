@@ -1,13 +1,13 @@
 """`scripts.bench tasks`: four tasks on one frozen backbone of random weights, 224 px, against a model for each task.
 
-"forward", what four tasks take of an image, on a ViT-S/16 and a Swin-T: a pass through a merged model for each task; a mixed batch, the image four times
-with a LoRA adapter for each row; and MTLoRA's one pass, its shared pairs merged where they can be. All ranks are 16, those of
-MTLoRA's tasks 4. Heads are left out: every way has the same.
+"forward", what four tasks take of an image, on a ViT-S/16 and a Swin-T: a pass through a merged model for each task; a mixed
+batch, the image four times with a LoRA adapter for each row; and MTLoRA's one pass, its shared pairs merged where they can be.
+All ranks are 16, those of MTLoRA's tasks 4. Heads are left out: every way has the same.
 
-"step", a training step of the Swin-T with linear heads on the last block of each stage, AdamW. "separate": a model for each task, whole, one
-after the other; its peak is that of one. "as LibMTL": one whole backbone for all tasks, one backward pass of the mean of their
-losses (arXiv 2203.14338, equal weights). Peak is the largest allocation in the second step, weights included; "weights" are
-what has to be kept for four tasks.
+"step", a training step of the Swin-T with linear heads on the last block of each stage, AdamW. "separate": a model for each
+task, whole, one after the other; its peak is that of one. "as LibMTL": one whole backbone for all tasks, one backward pass of
+the mean of their losses (arXiv 2203.14338, equal weights). Peak is the largest allocation in the second step, weights
+included; "weights" are what has to be kept for four tasks.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_rows_and_ratios(model: nn.Module, x: Tensor) -> None:
     assert list(passes.timing.seconds) == [MTLORA, MIXED, PASSES] and "target at most 0.40" in str(passes)
     steps = tasks.step("tiny", model.train(), x, 1)
     assert list(steps.timing.seconds) == [MTLORA, PEER, SEPARATE] == list(steps.sizes[PEAK])
-    assert steps.sizes[tasks.WEIGHTS][SEPARATE] > 3.9 * steps.sizes[tasks.WEIGHTS][PEER]
+    assert steps.sizes[tasks.WEIGHTS][SEPARATE] > 3.5 * steps.sizes[tasks.WEIGHTS][PEER]
 
 
 def test_other_features_end_the_benchmark(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
