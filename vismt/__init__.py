@@ -68,6 +68,8 @@ PLACES["adapter_modules"] = {
     "moefied_ffn": "vismt.multitask.emtal.ffn",
     "quantized": "vismt.llm.pissa.quantized",
     "slice": "vismt.llm.s2ft.layer",
+    "task_block": "vismt.multitask.mtlora.layers",
+    "task_linear": "vismt.multitask.mtlora.layers",
 }
 # The modules that register the methods; installed packages add theirs by entry points of the group "vismt.methods".
 PLACES["methods"] = {
@@ -77,6 +79,7 @@ PLACES["methods"] = {
     "ilora": "vismt.llm.ilora.method",
     "lisa": "vismt.llm.lisa.method",
     "lora": "vismt.llm.lora",
+    "mtlora": "vismt.multitask.mtlora.method",
     "peft:": "vismt.llm.peft_tuners.method",
     "pissa": "vismt.llm.pissa.method",
     "polar": "vismt.llm.polar.method",

@@ -86,8 +86,9 @@ class Method:
         section: name of the section of a run's configuration with the schedule's settings.
         freezes: whether the schedule freezes parameters in turn.
         calibrate: computes options from data, see `Calibrate`.
-        needs: what a job has to provide under given options, with the reason: "calibration" (data for `calibrate`), or
-            "users" (a vector for each sample, its width the option `user_width`).
+        needs: what a job has to provide under given options, with the reason: "calibration" (data for `calibrate`), "users" (a
+            vector for each sample, its width the option `user_width`), or "tasks" (heads that read features of their own,
+            streams.py).
         merges: whether the trained model can be merged into stock weights.
         exports: whether the update can be exported as a plain LoRA.
         renamed: {earlier name: present name} of options; configurations with earlier names are read.

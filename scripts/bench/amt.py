@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from scripts.bench import amt_released
 from scripts.bench.timing import Ratios, interleave
-from vismt.backbones.vit import Backbone, create
+from vismt.backbones.timm_models import create
+from vismt.backbones.vit import Backbone
 from vismt.lowrank.files.save_load import save_adapter
 from vismt.lowrank.model.named import unadapt
 from vismt.metatune.amt.merging import PoolNet

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scripts.bench.timing import Ratios, interleave
-from vismt.backbones.vit import create
+from vismt.backbones.timm_models import create
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.data.images import open_images

@@ -162,7 +162,7 @@ def _time(
 
 def _vit(cached: bool) -> tuple[nn.Module, str]:
     if cached:
-        from vismt.backbones.vit import create
+        from vismt.backbones.timm_models import create
 
         return create(VIT, pretrained=True).vit, VIT
     import timm

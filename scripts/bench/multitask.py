@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from scripts.bench.accounting import peak_bytes, weight_bytes
 from scripts.bench.timing import PEAK, Ratios, interleave
-from vismt.backbones.vit import create
+from vismt.backbones.timm_models import create
 from vismt.methods import adapt
 from vismt.multitask.balancing.base import make_balancer
 from vismt.multitask.heads import make_head

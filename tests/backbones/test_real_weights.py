@@ -9,7 +9,7 @@ from helpers.tiny import shake
 import vismt
 from vismt.backbones.assets import get_asset, load_asset_card
 from vismt.backbones.lm import create_lm
-from vismt.backbones.vit import create
+from vismt.backbones.timm_models import create
 from vismt.base.errors import UserError
 from vismt.storage import wheels
 

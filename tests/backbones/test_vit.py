@@ -7,7 +7,8 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from vismt.backbones.vit import Backbone, create
+from vismt.backbones.timm_models import create
+from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.5)
@@ -175,9 +176,8 @@ def test_backbone_needs_a_normalisation(vit) -> None:
         ("vit_small_patch16_224.dinno", {}, "no weights tagged 'dinno'. Near: 'vit_small_patch16_224.dino'"),
         ("vit_small_patch14_imgfocuss", {}, "Near: 'vit_small_patch14_imgfocus'"),
         ("smollm2-135m-instruct", {}, "is a language model"),
-        ("resnet10t", {}, "'resnet10t' is not a plain vision transformer"),
-        ("resnet10t", {"img_size": 32}, "'resnet10t' is not a plain vision transformer"),
-        ("test_mambaout", {}, "is not a plain vision transformer"),
+        ("test_resnet", {"block": 1}, "block and pool are for plain ViTs; 'test_resnet' pools its last stage itself"),
+        ("test_resnet", {"img_size": 32, "position": "dino", "pretrained": "nowhere.safetensors"}, "does not exist"),
         ("test_vit", {"img_size": 40}, "img_size 40 does not fit the 16-pixel patches of test_vit: use 32 or 48"),
         ("test_vit", {"img_size": 8}, "does not fit the 16-pixel patches of test_vit: use 16"),
         (

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vismt
-from vismt.backbones.vit import Backbone, create
+from vismt.backbones.timm_models import create
+from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.jobs.training_job import check_trained_dtype
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from vismt.backbones.position import resample
-from vismt.backbones.vit import create
+from vismt.backbones.timm_models import create
 from vismt.backbones.weights import read_checkpoint
 from vismt.base.errors import UserError
 
@@ -79,7 +79,7 @@ def test_missing_unexpected_and_wrong_keys_are_named(tmp_path, state) -> None:
 
 def test_a_model_without_a_table_takes_only_timms_way(tmp_path) -> None:
     path = saved(tmp_path, dict(create("test_vit_relpos", 32).vit.state_dict()))
-    with pytest.raises(UserError, match="position 'dino' needs a learned position table"):
+    with pytest.raises(UserError, match="position 'dino' needs a learned position table of a ViT"):
         create("test_vit_relpos", 32, pretrained=path, position="dino")
 
 

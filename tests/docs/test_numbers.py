@@ -33,7 +33,6 @@ TYPED = {
     "docs/results/foundation.md": 1,
     "docs/results/ilora_lastfm.md": 3,
     "docs/results/in_place.md": 2,
-    "docs/results/risk.md": 4,
     "docs/results/robustness.md": 7,
     "docs/results/sentiment.md": 3,
     "docs/results/seven_scenes.md": 2,
@@ -45,9 +44,7 @@ LOOSE = {
     "docs/results/forgetting.md": 2,
     "docs/results/foundation.md": 2,
     "docs/results/ilora_lastfm.md": 10,
-    "docs/results/risk.md": 2,
     "docs/results/robustness.md": 2,
-    "configs/risk/images.yaml": 2,
 }
 
 

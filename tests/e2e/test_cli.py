@@ -133,7 +133,7 @@ def test_merged_export_is_a_stock_timm_checkpoint(run_folder: Path, tmp_path: Pa
 
 def test_peft_export_is_read_by_peft(run_folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    from vismt.backbones.vit import create
+    from vismt.backbones.timm_models import create
 
     assert main(["export", str(run_folder), "--format", "peft", "--to", str(tmp_path), "--quiet"]) == 0
     stock = create("test_vit", 32, False).vit

@@ -406,6 +406,23 @@ def test_every_adapter_trains_dense_tasks_and_merges(tmp_path: Path, capsys) -> 
     assert all(row["infeasibility"] >= 0 for row in logged)
 
 
+def test_a_head_reads_features_of_its_task_from_training_to_report(tmp_path: Path, capsys) -> None:
+    settings = {"adapt": {"method": "mtlora", "rank": 2}, "fade": None, "blocks": [2, 5], "tasks": ["depth", "normals"]}
+    folder = run_config(write(tmp_path, **{**SINGLE, **settings}))
+    run = open_run(folder)
+    assert {row.task for row in read_results(folder / "results.jsonl")} == {"depth", "normals"}
+    trained = run.job.loaded(run.job.study.find(None))
+    layer = trained.stock.blocks[5].mlp.fc2
+    assert layer.tasks == ("depth", "normals") and all(bool(B.any()) for B in layer.task_B)
+    assert [hasattr(block.mlp.fc2, "task_B") for block in trained.stock.blocks] == [False, False, True] * 2
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    before = trained(images)
+    layer.task_B[1].zero_()
+    assert [task for task, logits in trained(images).items() if not torch.equal(logits, before[task])] == ["normals"]
+    assert main(["merge", str(folder), "--quiet"]) == 2
+    assert "has a pair for each task" in capsys.readouterr().err
+
+
 def test_the_same_command_again_trains_and_evaluates_nothing(study: Path, monkeypatch) -> None:
     from vismt.engine import loop
     from vismt.jobs.dense import evaluation as dense_evaluation
@@ -574,6 +591,10 @@ def test_every_error_of_these_sections(tmp_path: Path, changes: dict, words: str
         ({"size": [30, 48]}, "does not fit the 16-pixel patches"),
         ({"canvas": [40, 48], "evaluate": {"mode": "whole"}}, "img_size 40 does not fit the 16-pixel patches"),
         ({"blocks": [0, 1]}, "blocks: [0, 1]; name blocks from 0 to 5"),
+        (
+            {"adapt": {"method": "mtlora", "options": {"tasks": ["depth"]}}, "fade": None},
+            "adapt: 'mtlora' gives each task features of its own: the run names them, leave out options.tasks",
+        ),
         ({"head": {"name": "dpt"}, "blocks": [2, 5]}, "dpt: 2 taps"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 import yaml
 from helpers.tiny_runs import FEWSHOT, TRAIN, VIT, run_config, written
 
-from vismt.backbones import vit
+from vismt.backbones import timm_models
 from vismt.cli import main
 from vismt.jobs import open_run
 from vismt.llm.corda.covariance import collect_covariance
@@ -35,7 +35,7 @@ def test_covariances_are_those_of_the_chosen_training_images(tmp_path: Path) -> 
     folder = run_config(written(tmp_path / "corda.yaml", MULTITASK))
     found = load_covariances(next((folder / "calibration").iterdir()))
     job = open_run(folder).job
-    backbone = vit.create(**VIT, num_classes=10, new_head=True, seed=0)
+    backbone = timm_models.create(**VIT, num_classes=10, new_head=True, seed=0)
     images = job.data.training()
     assert len(images) == 40
     every = collect_covariance(backbone.vit, [backbone.normalise(images[torch.arange(40)])], ["qkv"])

@@ -13,7 +13,7 @@ from helpers.results import scores_of
 from helpers.tiny_runs import run_config, written
 
 import vismt
-from vismt.backbones.vit import create
+from vismt.backbones.timm_models import create
 from vismt.cli import main
 from vismt.storage.lines import read_lines
 

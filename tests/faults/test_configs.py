@@ -96,7 +96,7 @@ def test_edges_are_one_line(tmp_path: Path, name: str, change: str, message: str
 
 @pytest.mark.parametrize("size", [1, 0, -14, 15])
 def test_a_size_that_fits_no_patch(size: int) -> None:
-    from vismt.backbones.vit import create
+    from vismt.backbones.timm_models import create
 
     with pytest.raises(UserError, match=f"img_size {size}"):
         create("vit_tiny_patch16_224", img_size=size)

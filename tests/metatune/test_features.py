@@ -261,7 +261,7 @@ CHANGES: dict[str, Callable[..., object]] = {
     "forward of a class": lambda _, patch: patch.setattr(Mlp, "forward", lambda self, x: self.fc2(self.fc1(x))),
     "a method of our class": lambda net, patch: patch.setattr(Backbone, "normalise", lambda self, images: images),
     "a function of the module": lambda _, patch: patch.setattr(
-        "vismt.backbones.vit._widened", lambda features: 2 * features
+        "vismt.backbones.vit.widened", lambda features: 2 * features
     ),
     "a hook": lambda net, _: net.vit.norm.register_forward_hook(lambda module, inputs, output: output * 2),
     "a hook before": lambda net, _: net.vit.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2 + 1,)),

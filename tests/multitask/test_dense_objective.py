@@ -185,7 +185,7 @@ def test_errors() -> None:
             check_blocks(blocks, 2)
     with pytest.raises(UserError, match="no head"):
         DenseNet(model.backbone, {}, [0, 1])
-    with pytest.raises(UserError, match=r"takes taps of widths \[32\], the net has 2 of width 32"):
+    with pytest.raises(UserError, match=r"takes taps of widths \[32\], the net has \[32, 32\]"):
         DenseNet(model.backbone, {"depth": make_head("linear", [32], 1)}, [0, 1])
     with pytest.raises(UserError, match="must be the same"):
         DenseObjective(model, TASKS[:2])

@@ -39,6 +39,23 @@ def test_shapes_and_gradients(name: str, grid: tuple[int, int]) -> None:
     assert all(parameter.grad.any() for parameter in model.parameters())
 
 
+@every_head
+def test_stages_are_read_on_their_own_grids(name: str) -> None:
+    """Widths and grids of a hierarchical model, where halving 3 x 5 has rounded up; every weight counts."""
+    widths, grids = [4, 8, 12, 16], [(12, 20), (6, 10), (3, 5), (2, 3)]
+    maps = [torch.randn(2, width, *grid) for width, grid in zip(widths, grids)]
+    model = make_head(name, widths, CHANNELS, **OPTIONS[name])
+    logits = model(maps)
+    assert logits.shape[-2:] == {"linear": (2, 3), "conv": (8, 12)}.get(name, (12, 20))
+    logits.square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    if name == "segformer":
+        large = [resize_logits(project(tap), (12, 20)) for project, tap in zip(model.project, maps)]
+        wanted = model.predict(F.gelu(model.norm(model.fuse(torch.cat(large, 1)))))
+        assert torch.allclose(logits, wanted, atol=1e-6)
+        assert make_head(name, widths, CHANNELS, hidden=8, scale=2)(maps).shape[-2:] == (24, 40)
+
+
 @pytest.mark.parametrize("d,h,k", [(12, 8, 5), (10, 6, 1)])
 def test_parameters_by_formula(d: int, h: int, k: int) -> None:
     def count(name: str, **options: object) -> int:

@@ -1,4 +1,4 @@
-"""Strict loading of weights into a timm ViT: every key and shape must fit, except those of a classifier head."""
+"""Strict loading of weights into a timm model: every key and shape must fit, except those of a classifier head."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vismt.backbones.position import resample
+from vismt.backbones.vit import classifier_paths, lacks_of_vit
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.storage.wheels import one_line
 
 WRAPPERS = ("state_dict", "model", "teacher")
-HEADS = ("head.", "head_dist.")
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "vit.")
 
 
@@ -81,14 +81,14 @@ def load_weights(
     name = str(getattr(vit, "pretrained_cfg", {}).get("architecture") or type(vit).__name__)
     state = dict(state)
     table, model_table = state.get("pos_embed"), getattr(vit, "pos_embed", None)
-    grid = tuple(vit.patch_embed.grid_size)
-    prefix = 0 if model_table is None else model_table.shape[1] - grid[0] * grid[1]
-    if position != "timm" and model_table is None:
-        raise UserError(
-            f"position '{position}' needs a learned position table; {origin} have none: use position 'timm'."
-        )
-    if isinstance(table, Tensor) and table.ndim == 3 and model_table is not None and position != "timm":
-        state["pos_embed"] = resample(table, grid, position, prefix)
+    if position != "timm":
+        if model_table is None or lacks_of_vit(vit):
+            raise UserError(
+                f"position '{position}' needs a learned position table of a ViT; {origin} have none: use position 'timm'."
+            )
+        if isinstance(table, Tensor) and table.ndim == 3:
+            grid = tuple(vit.patch_embed.grid_size)
+            state["pos_embed"] = resample(table, grid, position, model_table.shape[1] - grid[0] * grid[1])
     # Converts the layouts that a family was released in, and resamples the table where position is "timm".
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
@@ -97,19 +97,27 @@ def load_weights(
         except (AttributeError, KeyError, RuntimeError, IndexError, ValueError) as error:
             raise UserError(f"{origin} do not fit {name}: {one_line(str(error), 160)}") from error
     model_state = vit.state_dict()
-    fresh = {key for key in model_state if key.startswith(HEADS) and (new_head or key not in state)}
+    paths = classifier_paths(vit)
+    heads = [key for key in model_state if key.startswith(tuple(f"{path}." for path in paths))]
+    fresh = {key for key in heads if new_head or key not in state}
     if not own_head:
-        heads = (key for key in model_state if key.startswith(HEADS) and key in state)
-        fresh |= {key for key in heads if state[key].shape != model_state[key].shape}
-    state = {key: value for key, value in state.items() if key in model_state or not key.startswith(HEADS)}
-    _check(model_state, state, fresh, origin, name)
+        fresh |= {key for key in heads if key in state and state[key].shape != model_state[key].shape}
+    # Parts of a classifier that this model is created without: "head." of a ViT, "head_dist." of a distilled one.
+    parts = tuple(f"{path.partition('.')[0]}." for path in ["head", "head_dist", *paths])
+    state = {key: value for key, value in state.items() if key in model_state or not key.startswith(parts)}
+    _check(model_state, state, fresh, heads, origin, name)
     if fresh and not new_head:
         console.stage("model", f"{name}   fresh head for {vit.num_classes} classes: {origin} have none that fits")
     vit.load_state_dict({**state, **{key: model_state[key] for key in fresh}})
 
 
 def _check(
-    model_state: Mapping[str, Tensor], state: Mapping[str, Tensor], fresh: set[str], origin: str, model: str
+    model_state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    fresh: set[str],
+    heads: list[str],
+    origin: str,
+    model: str,
 ) -> None:
     """Raise UserError unless `state` has the keys and shapes of the model, except for those in `fresh`."""
     missing = [key for key in model_state if key not in state and key not in fresh]
@@ -119,7 +127,7 @@ def _check(
     if wrong:
         key = wrong[0]
         shape, needed = tuple(state[key].shape), tuple(model_state[key].shape)
-        hint = f" (num_classes {shape[0]})" if key.startswith("head.") else ""
+        hint = f" (num_classes {shape[0]})" if key in heads else ""
         raise UserError(
             f"{origin} do not fit {model}: '{key}' is {shape}{hint}, needed {needed} ({len(wrong)} such keys)."
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vismt.backbones import vit
+from vismt.backbones import timm_models
 from vismt.base.errors import UserError
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
@@ -46,7 +46,7 @@ def predict_checkpoint(path: Path, inputs: Sequence[Path], target: Path, options
         options.check(taken | {"support"}, "a backbone")
         settings = about.get("features") or {}
         size = (about.get("model_args") or {}).get("img_size") or about.get("img_size")
-        backbone = vit.create(
+        backbone = timm_models.create(
             str(about.get("architecture")),
             tuple(size) if isinstance(size, list) else size,
             path,

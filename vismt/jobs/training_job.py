@@ -26,7 +26,7 @@ from vismt.jobs.weight_changes import weight_changes
 from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.merge import erased_by_rounding, merge
 from vismt.lowrank.model.record import count_parameters, record_of
-from vismt.methods import METHODS, adapt, check_adaptation
+from vismt.methods import METHODS, adapt, check_adaptation, needs
 from vismt.report.comparison import FROZEN
 from vismt.storage.files import atomic_write, sealed
 from vismt.storage.lines import write_lines
@@ -179,9 +179,24 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             return "heads"
         return self.adapt(self.stock(net), config.adapt, config.seed)
 
-    def adapt(self, model: nn.Module, settings: AdaptConfig, seed: int) -> str:
-        """Adapt a model in place and return the method's name."""
+    def adapt(
+        self, model: nn.Module, settings: AdaptConfig, seed: int, of_tasks: Mapping[str, Any] | None = None
+    ) -> str:
+        """Adapt a model in place and return the method's name.
+
+        of_tasks: options of a method that needs "tasks", from the heads of the model's net; None where tasks have no heads.
+        """
         options = METHODS[settings.method].present(settings.options)
+        reason = needs(settings.method, options).get("tasks")
+        if reason is not None:
+            if of_tasks is None or "tasks" in options:
+                fix = (
+                    "those of a run of task: dense"
+                    if of_tasks is None
+                    else "the run names them, leave out options.tasks"
+                )
+                raise UserError(f"adapt: {reason}: {fix}.")
+            options = {**of_tasks, **options}
         report = adapt(model, settings.method, settings.targets, settings.rank, settings.alpha, seed, **options)
         for remark in [*report.extras, *(f"left out: {skipped}" for skipped in report.skipped)]:
             console.stage("adapt", remark)

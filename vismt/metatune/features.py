@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vismt.backbones.vit import Backbone
+from vismt.backbones.vit import PixelBackbone, classifiers
 from vismt.base import console
 from vismt.base.identity import Identity
 from vismt.metatune.functional import WithWeights
@@ -87,9 +87,9 @@ class FeatureStore:
         if isinstance(backbone, WithWeights) and not backbone.lasting:
             return None
         module, weights = (backbone.module, backbone.weights) if isinstance(backbone, WithWeights) else (backbone, {})
-        # The head that maps a ViT's features to classes does not run for the features.
-        head = getattr(module.vit, "head", None) if isinstance(module, Backbone) else None
-        unused = set() if head is None else set(head.modules())
+        # What maps features to classes does not run for the features.
+        heads = classifiers(module.vit) if isinstance(module, PixelBackbone) else []
+        unused = {part for head in heads for part in head.modules()}
         parts = set(module.modules()) - unused
         if any(part.training for part in parts) or has_hooks(parts):
             return None

@@ -1,4 +1,4 @@
-"""Multi-task learning: EMTAL's routed experts, router fading and quality retaining; task balancing; dense tasks and heads."""
+"""Multi-task learning: EMTAL's routed experts and quality retaining; features of each task; balancing; dense tasks and heads."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from vismt.multitask.emtal.method import set_fade
     from vismt.multitask.emtal.retain import DenseRetaining, QualityRetaining
     from vismt.multitask.heads import make_head, resize_logits
+    from vismt.multitask.mtlora.method import merge_shared
+    from vismt.multitask.streams import task_features
     from vismt.multitask.tasks import DenseTask, Task, make_task
 
 __all__ = [
@@ -31,9 +33,11 @@ __all__ = [
     "make_balancer",
     "make_head",
     "make_task",
+    "merge_shared",
     "metrics",
     "resize_logits",
     "set_fade",
+    "task_features",
 ]
 
 __getattr__, __dir__ = exports(__name__)

@@ -1,11 +1,16 @@
-"""Heads of dense prediction on the maps of a plain ViT: a list of taps (b, d, r, c) -> logits (b, channels, R, C).
+"""Heads of dense prediction on the maps of a backbone: a list of taps (b, d, r, c) -> logits (b, channels, R, C).
+
+The taps of a plain ViT have one width and one grid; the stages of a hierarchical model differ in both, from fine to coarse, and
+need no resampling to several scales.
 
 "linear"     1x1 convolution of the last tap, at the taps' grid: the weakest head, a linear probe of the features
 "conv"       the last tap, bilinear x4 -> 3x3 convolution + norm + GELU -> 1x1; InvPT's ConvHead (arXiv 2203.07997)
-"segformer"  a linear layer for each tap, concatenated, 1x1, bilinear x4 -> norm + GELU -> 1x1 (SegFormer, arXiv 2105.15203)
-"dpt"        four taps resampled to x4, x2, x1 and x1/2 of the grid, fused from coarse to fine by residual units -> x4 (Ranftl
-             et al., arXiv 2103.13413). Left out: the readout of the class token, different widths for the scales, the 1x1
-             after each fusion, and the last doubling, so that all heads but "linear" end at the same resolution
+"segformer"  a linear layer for each tap, resized to the finest grid and concatenated, 1x1, of equal grids bilinear x4 ->
+             norm + GELU -> 1x1 (SegFormer, arXiv 2105.15203)
+"dpt"        four taps, those of equal grids resampled to x4, x2, x1 and x1/2, fused from coarse to fine by residual units ->
+             the finest grid (Ranftl et al., arXiv 2103.13413). Left out: the readout of the class token, different widths
+             for the scales, the 1x1 after each fusion, and the last doubling, so that on a ViT all heads but "linear" end at
+             the same resolution
 
 Tasks of whole images always use the pooled head (`make_pooled_head`): its logits (b, channels) are linear in the mean of the
 last tap's patch tokens, including those of padding; the class token is not part of the maps and not used.
@@ -59,7 +64,7 @@ class Head(nn.Module, ABC):
         """Return logits (b, channels, R, C); `PooledHead` returns (b, channels).
 
         Args:
-            taps: maps (b, d, r, c), all with the same grid r x c.
+            taps: maps (b, d, r, c), of equal widths with the same grid r x c.
 
         Raises:
             UserError: for other numbers of taps, widths and grids.
@@ -67,9 +72,14 @@ class Head(nn.Module, ABC):
         shapes = [tuple(tap.shape) for tap in taps]
         if any(len(shape) != 4 for shape in shapes) or tuple(shape[1] for shape in shapes) != self.widths:
             raise UserError(f"head: taps {shapes}, needed maps (b, d, rows, columns) of widths {list(self.widths)}.")
-        if len({shape[-2:] for shape in shapes}) > 1:
-            raise UserError(f"head: taps {shapes} are of different grids; all taps of a plain ViT have the same grid.")
+        if not self.pyramid and len({shape[-2:] for shape in shapes}) > 1:
+            raise UserError(f"head: taps {shapes} are of different grids; taps of one width have the same grid.")
         return self.decode(list(taps))
+
+    @property
+    def pyramid(self) -> bool:
+        """Whether the taps are stages of a hierarchical model, each with its own width and grid."""
+        return len(set(self.widths)) > 1
 
     @abstractmethod
     def decode(self, taps: list[Tensor]) -> Tensor:
@@ -131,7 +141,7 @@ class SegFormerHead(Head):
         widths: width d of each tap.
         channels: number of channels of the output.
         hidden: width of each projected tap and of the fused map.
-        scale: factor of the bilinear upsampling.
+        scale: factor of the bilinear upsampling of the finest grid; None for 4, of stages for 1.
         norm: "group" or "batch".
     """
 
@@ -141,11 +151,12 @@ class SegFormerHead(Head):
         channels: int,
         *,
         hidden: int = 256,
-        scale: int = 4,
+        scale: int | None = None,
         norm: str = "group",
     ) -> None:
         super().__init__(widths, channels)
         positive("segformer", "hidden", hidden)
+        scale = (1 if self.pyramid else 4) if scale is None else scale
         self.scale = positive("segformer", "scale", scale)
         self.project = nn.ModuleList(nn.Conv2d(width, hidden, 1) for width in self.widths)
         self.fuse = nn.Conv2d(len(self.widths) * hidden, hidden, 1, bias=False)
@@ -153,7 +164,8 @@ class SegFormerHead(Head):
         self.predict = nn.Conv2d(hidden, channels, 1)
 
     def decode(self, taps: list[Tensor]) -> Tensor:
-        maps = [project(tap) for project, tap in zip(self.project, taps)]
+        finest = max((tap.shape[-2:] for tap in taps), key=math.prod)
+        maps = [resize_logits(project(tap), finest) for project, tap in zip(self.project, taps)]
         # A 1x1 convolution and bilinear upsampling commute: fusing on the small grid gives the same at a fraction of the cost.
         return self.predict(F.gelu(self.norm(enlarge(self.fuse(torch.cat(maps, 1)), self.scale))))
 
@@ -175,14 +187,12 @@ class DptHead(Head):
         if positive("dpt", "hidden", hidden) % 2:
             raise UserError(f"dpt: hidden {hidden}; it must be even.")
         self.project = nn.ModuleList(nn.Conv2d(width, hidden, 1) for width in self.widths)
-        self.resample = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(hidden, hidden, 4, stride=4),
-                nn.ConvTranspose2d(hidden, hidden, 2, stride=2),
-                nn.Identity(),
-                nn.Conv2d(hidden, hidden, 3, stride=2, padding=1),
-            ]
-        )
+        scales: list[nn.Module] = [nn.Identity() for _ in self.widths]
+        if not self.pyramid:
+            scales[0] = nn.ConvTranspose2d(hidden, hidden, 4, stride=4)
+            scales[1] = nn.ConvTranspose2d(hidden, hidden, 2, stride=2)
+            scales[3] = nn.Conv2d(hidden, hidden, 3, stride=2, padding=1)
+        self.resample = nn.ModuleList(scales)
         self.lateral = nn.ModuleList(ResidualUnit(hidden) for _ in range(3))
         self.refine = nn.ModuleList(ResidualUnit(hidden) for _ in range(4))
         self.predict = nn.Sequential(

@@ -1,4 +1,4 @@
-"""Nets of several tasks: one label space for classification, and one ViT with a head for each dense task.
+"""Nets of several tasks: one label space for classification, and one backbone with a head for each dense task.
 
     labels of task t: offset_t .. offset_t + k_t - 1, offset_t = k_1 + .. + k_{t-1}, in one head of C = sum k_t outputs
 
@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vismt.backbones.pyramid import Pyramid
 from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.multitask.heads import Head
+from vismt.multitask.streams import task_features
 
 LABEL_SPACES = ("union", "separate")
 SEGMENTATION = "semseg"
@@ -74,13 +76,14 @@ class TaskClassifier(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """A ViT with a head for each task: images (b, 3, h, w) in [0, 1] -> {task: logits (b, channels, R, C)}.
+    """A backbone with a head for each task: images (b, 3, h, w) in [0, 1] -> {task: logits (b, channels, R, C)}.
 
     h and w are the backbone's input size, square or not. Tasks of whole images have logits (b, channels), from a PooledHead,
-    or in one label space (b, C), the rows of all their heads.
+    or in one label space (b, C), the rows of all their heads. Where the ViT has features of tasks (streams.py), the head
+    of a task reads its own.
 
     Args:
-        backbone: the ViT.
+        backbone: a ViT, or a hierarchical model, whose taps are its stages.
         heads: heads by task, at least one.
         blocks: numbers of the blocks whose outputs are the taps of the heads, from shallow to deep, one for each width of a
             head; the last must be the model's last block, because later blocks would be trained but never run.
@@ -91,24 +94,37 @@ class DenseNet(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, heads: Mapping[str, Head], blocks: Sequence[int], union: Sequence[str] = ()
+        self, backbone: Backbone | Pyramid, heads: Mapping[str, Head], blocks: Sequence[int], union: Sequence[str] = ()
     ) -> None:
         super().__init__()
         self.union = tuple(union)
         self.backbone, self.blocks = backbone, check_blocks(blocks, backbone.depth)
+        widths = tuple(backbone.widths[block] for block in self.blocks)
         if not heads:
             raise UserError("dense net: no head; give a head for at least one task.")
         for task, head in heads.items():
-            if head.widths != (backbone.width,) * len(self.blocks):
+            if head.widths != widths:
                 raise UserError(
-                    f"dense net: the head of '{task}' takes taps of widths {list(head.widths)}, the net has {len(self.blocks)} "
-                    f"of width {backbone.width}."
+                    f"dense net: the head of '{task}' takes taps of widths {list(head.widths)}, the net has {list(widths)}."
                 )
         self.heads = nn.ModuleDict(heads)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        taps = self.backbone.maps(images, self.blocks)
-        outputs = {task: head(taps) for task, head in self.heads.items()}
+        with task_features(list(self.heads)) as features:
+            shared = self.backbone.maps(images, self.blocks)
+        own = {
+            number: self.backbone.as_maps(features.own[block]).chunk(len(self.heads))
+            for number, block in enumerate(getattr(self.stock, "blocks", ()))
+            if block in features.own
+        }
+        if not own.keys() <= set(self.blocks):
+            raise UserError(
+                f"dense net: the model has features of tasks in blocks {list(own)}, its heads read {self.blocks}; name the same "
+                "in adapt.options.task_blocks and in blocks."
+            )
+        outputs = {}
+        for number, (task, head) in enumerate(self.heads.items()):
+            outputs[task] = head([own[n][number] if n in own else map for n, map in zip(self.blocks, shared)])
         if self.union:
             outputs |= dict.fromkeys(self.union, torch.cat([outputs[task] for task in self.union], 1))
         return outputs
@@ -118,9 +134,17 @@ class DenseNet(nn.Module):
         """The timm model without a classifier."""
         return self.backbone.vit
 
+    @property
+    def read_blocks(self) -> list[str]:
+        """Paths in `stock` of the blocks whose outputs the heads read."""
+        return [f"blocks.{number}" for number in dict.fromkeys(self.blocks)]
+
 
 def default_blocks(depth: int) -> list[int]:
-    """Return four evenly spaced blocks that end with the last: 3, 6, 9, 12 of 12, 6, 12, 18, 24 of 24 (TaskPrompter)."""
+    """Return four evenly spaced taps that end with the last: 3, 6, 9, 12 of 12, 6, 12, 18, 24 of 24 (TaskPrompter).
+
+    Of five stages these are the last four; of fewer than four, some count twice.
+    """
     return [-(-quarter * depth // 4) - 1 for quarter in (1, 2, 3, 4)]
 
 

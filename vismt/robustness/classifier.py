@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.backbones.any_module import UNKNOWN, size_of
+from vismt.backbones.any_module import UNKNOWN
+from vismt.backbones.pyramid import size_of
+from vismt.backbones.timm_models import timm_model
 from vismt.base.errors import UserError, near
 from vismt.base.registry import first_line, import_own, working_folder_on_path
 from vismt.storage.files import parse_json
@@ -86,15 +88,16 @@ def load_classifier(
         UserError: An unknown name, a missing or unreadable file, or weights that do not fit.
     """
     about: dict[str, Any] = {}
+    asked = {"img_size": img_size} if img_size else {}
     path = checkpoint_file(name_or_checkpoint)
     if path is not None:
         about = checkpoint_config(path)
         architecture = architecture or about.get("architecture")
-        about = {**about, "model_args": {**about.get("model_args", {}), **_size_option(architecture, img_size)}}
+        about = {**about, "model_args": {**about.get("model_args", {}), **asked}}
         net = _from_file(path, about, architecture, num_classes)
     else:
         name = str(name_or_checkpoint)
-        net = _create(name, num_classes, pretrained, **_size_option(name, img_size))
+        net = _create(name, num_classes, pretrained, **asked)
     stock: Any = net.pretrained_cfg
     config = {**stock, **about.get("pretrained_cfg", {})}
     pixels = (img_size, img_size) if img_size else config["input_size"][-2:]
@@ -132,7 +135,7 @@ def classifier_of(model: nn.Module, img_size: int | None = None) -> PixelClassif
     model = copy.deepcopy(model).eval()
     if isinstance(model, PixelClassifier):
         return model
-    size = size_of(model, img_size)
+    size = img_size or size_of(model)[-1]
     settings = getattr(model, "pretrained_cfg", None) or {}
     mean, std = (settings.get(name, values) for name, values in zip(("mean", "std"), UNKNOWN))
     classes = getattr(model, "num_classes", None)
@@ -148,20 +151,6 @@ def classifier_of(model: nn.Module, img_size: int | None = None) -> PixelClassif
     return PixelClassifier(model, (size, size), mean, std, num_classes=classes)
 
 
-def _size_option(architecture: str | None, img_size: int | None) -> dict[str, int]:
-    """Return timm's argument img_size where the architecture has one; others take images of any size."""
-    import timm
-
-    if img_size is None or architecture is None:
-        return {}
-    try:
-        with torch.device("meta"):
-            sized = hasattr(timm.create_model(architecture, pretrained=False), "patch_embed")
-    except (OSError, RuntimeError, ValueError):  # an unknown name, which `_create` explains
-        sized = False
-    return {"img_size": img_size} if sized else {}
-
-
 def _create(name: str, num_classes: int | None, pretrained: bool, **options: Any) -> nn.Module:
     import timm
 
@@ -170,7 +159,7 @@ def _create(name: str, num_classes: int | None, pretrained: bool, **options: Any
         raise UserError(f"model '{name}' is neither a timm name nor a checkpoint file.{near(base, timm.list_models())}")
     fresh = {"num_classes": num_classes} if num_classes and not pretrained else {}
     try:
-        net = timm.create_model(name, pretrained=pretrained, **fresh, **options)
+        net = timm_model(name, pretrained=pretrained, **fresh, **options)
     except (
         OSError,
         RuntimeError,

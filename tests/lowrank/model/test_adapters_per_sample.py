@@ -85,6 +85,22 @@ def test_several_active_adapters_are_the_sum_of_their_updates(tmp_path: Path) ->
     assert relative(mixed[1], logits(weighted, ids)[1]) < 1e-5
 
 
+def test_the_windows_of_a_sample_have_its_adapter() -> None:
+    timm = pytest.importorskip("timm")
+    small = {"img_size": 56, "embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2), "num_classes": 0}
+    model = carrying(timm.create_model("swin_tiny_patch4_window7_224", **small).eval())
+    x, expected = torch.rand(len(NAMES), 3, 56, 56), []
+    for row, name in enumerate(NAMES):
+        vismt.activate(model, name)
+        expected.append(model(x[row : row + 1]))
+    assert relative(expected[1], expected[2]) > 1e-2
+    vismt.activate(model, list(RANKS))
+    with vismt.adapters_per_sample(NAMES):
+        assert relative(model(x), torch.cat(expected)) < 1e-5
+        with pytest.raises(UserError, match="for 5 samples, the batch has 10"):  # the windows are a multiple of 5, too
+            model(x.repeat(2, 1, 1, 1))
+
+
 def test_neighbours_with_one_adapter_share_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = carrying(tiny_lm("llama")), tokens(6)
     seen = []

@@ -32,7 +32,7 @@ from vismt.engine.log import record_stem
 from vismt.engine.study import Training
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
-from vismt.jobs.classification.models import PixelNet, stored
+from vismt.jobs.classification.models import PixelNet, replace_head, stored
 from vismt.jobs.image_scores import confidences, detection_score, image_scores
 from vismt.jobs.output_conditions import ADJUSTED, LAPLACE, TAUS, TEMPERED, fitted_once
 from vismt.jobs.predictions import Softmax
@@ -270,7 +270,7 @@ class Evaluation:
         labels = torch.cat([part.labels for part in parts]).to(device)
         training = features(self.data.training(), "training images")
         posterior = copy.deepcopy(net)
-        posterior.stock.add_module("head", laplace_head(net.head, training, (validation, labels)))
+        replace_head(posterior.stock, laplace_head(net.head, training, (validation, labels)))
         return posterior.eval().to(device)
 
     def detection(self, net: PixelNet, training: Training, separate: bool, records: Path) -> list[Score]:

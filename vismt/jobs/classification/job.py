@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.backbones import vit
+from vismt.backbones import timm_models
+from vismt.backbones.vit import classifier_paths
 from vismt.base import console, ranks
 from vismt.data.batching import ShuffledBatches
 from vismt.data.set_entries import card_and_split, row_name
@@ -66,7 +67,9 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     @cached_property
     def data(self) -> TaskData:
         """The images of all tasks."""
-        return TaskData(self.config, self.config.model.img_size or vit.create(self.config.model.name).img_size[0])
+        return TaskData(
+            self.config, self.config.model.img_size or timm_models.create(self.config.model.name).img_size[0]
+        )
 
     @cached_property
     def evaluation(self) -> Evaluation:
@@ -121,7 +124,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
                 check_thresholds(self.data.part(task, "validation").labels, self.config.tune)
 
     def skeleton(self, config: MultitaskConfig) -> nn.Module:
-        return vit.skeleton(config.model.name, config.model.img_size, num_classes=1)
+        return timm_models.skeleton(config.model.name, config.model.img_size, num_classes=1)
 
     def fresh(self, config: MultitaskConfig) -> PixelNet:
         return fresh(config, self.data.union.num_classes, sum(self.data.class_counts()))
@@ -268,7 +271,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return one arm's stock model with its adapter and the head marked as trained along, so that exports include it."""
         model = with_linear_head(super().adapted(arm))
-        train_along(model, [f"head.{name}" for name, _ in model.get_submodule("head").named_parameters()])
+        path = classifier_paths(model)[0]
+        train_along(model, [f"{path}.{name}" for name, _ in model.get_submodule(path).named_parameters()])
         return model
 
     def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:

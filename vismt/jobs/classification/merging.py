@@ -4,7 +4,8 @@
 
 `vismt.lowrank.combine` has the rules. Of each task the head has the rows of the arm that was trained on it. w is chosen on the
 validation images of all tasks, for each seed. The inputs of a layer, which RegMean and the interference need, are those in the
-net of the task's own arm on training images of the task.
+net of the task's own arm on training images of the task. The report shows the interference of the first seed, so by the other
+seeds only RegMean collects inputs.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def merged_net(job: Job, data: TaskData, evaluation: Evaluation, training: Train
     experts = [one for arm in section.arms for one in job.study.trainings(arm) if one.seed == training.seed]
     adapters = [read_updates(one.folder / ADAPTER, what=f"arms.{training.arm}") for one in experts]
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.low_rank))
-    inputs = [_inputs(job, data, one, paths) for one in experts]
+    collects = section.method == "regmean" or training.seed == job.study.seeds[0]
+    inputs = [_inputs(job, data, one, paths) for one in experts] if collects else []
     heads = [job.loaded(one).head for one in experts]
 
     def net_of(merged: Updates) -> PixelNet:
@@ -87,13 +89,13 @@ def merged_net(job: Job, data: TaskData, evaluation: Evaluation, training: Train
         tried[weight] = value, merged
     weight = max(tried, key=lambda weight: tried[weight][0])
     merged = tried[weight][1]
-    layers = interference(adapters, merged, inputs)
+    layers = interference(adapters, merged, inputs) if inputs else {}
     return net_of(merged), {
         "method": section.method,
         "arms": section.arms,
-        "layers": paths,
-        "cosine": [layers[path].cosine.tolist() for path in paths],
-        "error": [[one if isfinite(one) else None for one in layers[path].error.tolist()] for path in paths],
+        "layers": list(layers),
+        "cosine": [layer.cosine.tolist() for layer in layers.values()],
+        "error": [[one if isfinite(one) else None for one in layer.error.tolist()] for layer in layers.values()],
         "weight": weight,
         "rank": max(update.rank for update in merged.low_rank.values()),
         "validation": {f"{tried_weight:g}": value for tried_weight, (value, _) in tried.items()}

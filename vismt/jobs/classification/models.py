@@ -11,8 +11,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from vismt.backbones import vit
-from vismt.backbones.vit import Backbone
+from vismt.backbones import timm_models
+from vismt.backbones.vit import PixelBackbone, classifier_paths, classifiers
+from vismt.base.errors import UserError
 from vismt.base.identity import weights_digest
 from vismt.data.batching import Gathered
 from vismt.engine import training_files
@@ -39,7 +40,7 @@ class PixelNet(nn.Module):
 
     frozen = False
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: PixelBackbone) -> None:
         super().__init__()
         self.backbone = backbone
 
@@ -67,11 +68,11 @@ class PixelNet(nn.Module):
     @property
     def head(self) -> nn.Module:
         """The classifier of the stock model."""
-        return self.stock.get_submodule("head")
+        return classifiers(self.stock)[0]
 
     @property
     def stock(self) -> nn.Module:
-        """The timm model with its classifier `head`."""
+        """The timm model with its classifier."""
         return self.backbone.vit
 
     def fingerprint(self) -> str:
@@ -83,7 +84,7 @@ def fresh(config: MultitaskConfig, num_classes: int, num_train: int) -> PixelNet
     """Return the backbone before adaptation, its head drawn from the configuration's seed; num_train: training images."""
     model = config.model
     net = PixelNet(
-        vit.create(
+        timm_models.create(
             model.name,
             model.img_size,
             model.pretrained,
@@ -96,10 +97,15 @@ def fresh(config: MultitaskConfig, num_classes: int, num_train: int) -> PixelNet
     )
     head = config.head_section
     if is_variational(head.name):
-        rows = net.head.get_parameter("weight").detach()
-        net.stock.add_module("head", make_head(head.name, rows, None, num_train, config.seed, head.options))
-    # A distilled ViT averages two heads: its logits are not those of `head` on its features.
-    net.frozen = config.adapt is None and not hasattr(net.stock, "head_dist")
+        if not isinstance(net.head, nn.Linear):
+            raise UserError(
+                f"head: '{head.name}' takes the place of a linear classifier, and {model.name} has a "
+                f"{type(net.head).__name__}; set head.name to linear."
+            )
+        rows = net.head.weight.detach()
+        replace_head(net.stock, make_head(head.name, rows, None, num_train, config.seed, head.options))
+    # A distilled ViT averages two heads: its logits are not those of one on its features.
+    net.frozen = config.adapt is None and len(classifiers(net.stock)) == 1
     return net
 
 
@@ -110,19 +116,24 @@ def stored(images: Gathered) -> Iterator[Gathered]:
         yield images.marked(lambda batch, index: number(batch, store, index))
 
 
+def replace_head(model: nn.Module, head: nn.Module) -> None:
+    """Put another classifier in the place of a stock model's."""
+    model.set_submodule(classifier_paths(model)[0], head)
+
+
 def with_linear_head(model: nn.Module) -> nn.Module:
     """Replace a Bayesian head of a stock model by the linear head of its means, which timm can load."""
-    head = model.get_submodule("head")
+    head = classifiers(model)[0]
     if isinstance(head, GaussianHead):
         linear = nn.Linear(head.mean.shape[1], head.mean.shape[0])
         linear.load_state_dict({"weight": head.mean.detach(), "bias": torch.zeros(len(head.mean))})
-        model.add_module("head", linear)
+        replace_head(model, linear)
     return model
 
 
 def save_head(net: PixelNet, folder: Path) -> None:
     """Write head.safetensors."""
-    atomic_write(folder / HEAD, safetensors.torch.save(training_files.state(net.stock.get_submodule("head"))))
+    atomic_write(folder / HEAD, safetensors.torch.save(training_files.state(net.head)))
 
 
 def load_head(net: PixelNet, training: Training) -> PixelNet:
@@ -131,5 +142,5 @@ def load_head(net: PixelNet, training: Training) -> PixelNet:
     Raises UserError for an unfinished training and for files that do not fit.
     """
     what = training_files.restore(net.stock, training)
-    training_files.load_state(net.stock.get_submodule("head"), training.folder / HEAD, what)
+    training_files.load_state(net.head, training.folder / HEAD, what)
     return net.requires_grad_(False).eval()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn, stack
+import torch
+from torch import Tensor, nn
 
-from vismt.backbones import vit
+from vismt.backbones import timm_models
 from vismt.base.errors import UserError
 from vismt.engine import training_files
 from vismt.engine.study import Training
@@ -47,15 +49,13 @@ from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DensePerturbation, dense_conditions
 
-# Modules of a timm model that do not run where its maps are read.
-NEVER_RUN = ("fc_norm.", "head_drop.", "head.")
 FITTED = (
     "fit into {} x {} pixels without changing the shape (bilinear, antialiased), then pad below and right with grey"
 )
 
 
 class DenseJob(ImageJob[DenseConfig, DenseNet]):
-    """A ViT with a dense head for each task."""
+    """A backbone with a dense head for each task."""
 
     names_tasks = True
     predict_options = frozenset({"arm", "top", "maps", "own_size", "flip"})
@@ -105,7 +105,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
                 self.data.class_counts(task)
 
     def skeleton(self, config: DenseConfig) -> nn.Module:
-        return vit.skeleton(config.model.name, (config.size[0], config.size[1]))
+        return timm_models.skeleton(config.model.name, (config.size[0], config.size[1]))
 
     def fresh(self, config: DenseConfig) -> DenseNet:
         return models.fresh(config)
@@ -115,11 +115,17 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     def prepare(self, net: DenseNet, config: DenseConfig) -> str:
         """Adapt the timm model, or make everything in it that runs trainable; return the method's name."""
+        if config.adapt is not None:
+            of_tasks = {"tasks": list(net.heads), "task_blocks": net.read_blocks}
+            return self.adapt(net.stock, config.adapt, config.seed, of_tasks)
         if not config.full:
             return super().prepare(net, config)
-        for path, parameter in net.stock.named_parameters():
-            # Several processes wait for the gradient of every trained parameter.
-            parameter.requires_grad_(not path.startswith(NEVER_RUN))
+        # Several processes wait for the gradient of every trained parameter, so what the taps do not depend on stays frozen.
+        shapes = copy.deepcopy(net.backbone).to("meta").requires_grad_(True)
+        taps = shapes.maps(torch.empty(1, 3, *shapes.img_size, device="meta"), net.blocks)
+        gradients = torch.autograd.grad([tap.sum() for tap in taps], list(shapes.vit.parameters()), allow_unused=True)
+        for parameter, gradient in zip(net.stock.parameters(), gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
         return "full"
 
     def objective(self, config: DenseConfig, net: DenseNet, balanced: Sequence[Tensor]) -> DenseObjective:
@@ -247,7 +253,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         rows, size = self.data.part(self.split), (self.config.size[0], self.config.size[1])
         self.write_router_maps(
             lambda training: models.loaded(self.study.config_of(training), training, size),
-            lambda: stack([rows.fitted(i, size)["image"] for i in spread(len(rows), MAPPED_IMAGES).tolist()]),
+            lambda: torch.stack([rows.fitted(i, size)["image"] for i in spread(len(rows), MAPPED_IMAGES).tolist()]),
         )
 
     def sections(self, results: Sequence[Result]) -> list[Section]:

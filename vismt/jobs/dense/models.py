@@ -11,13 +11,15 @@ from pathlib import Path
 
 import safetensors.torch
 
-from vismt.backbones import vit
+from vismt.backbones import timm_models
+from vismt.backbones.pyramid import Pyramid
+from vismt.backbones.vit import Backbone
 from vismt.base.seeds import digest, mix_seed
 from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.jobs.dense.config import DenseConfig, trained_tasks
 from vismt.multitask.heads import Head, make_head, make_pooled_head
-from vismt.multitask.nets import DenseNet, default_blocks
+from vismt.multitask.nets import DenseNet, check_blocks, default_blocks
 from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.classes import UnionClassification
 from vismt.storage.files import atomic_write, read_tensors
@@ -30,7 +32,7 @@ def fresh(config: DenseConfig) -> DenseNet:
     """Return the net before training: stock backbone, heads drawn from the seed of the configuration and the name of the task."""
     backbone = make_backbone(config, (config.size[0], config.size[1]))
     blocks = default_blocks(backbone.depth) if config.blocks is None else config.blocks
-    widths = [backbone.width] * len(blocks)
+    widths = [backbone.widths[block] for block in check_blocks(blocks, backbone.depth)]
     tasks = trained_tasks(config)
     union = [task.name for task in tasks if isinstance(task, UnionClassification)]
     return DenseNet(backbone, {task.name: _head(config, task, widths) for task in tasks}, blocks, union)
@@ -44,10 +46,12 @@ def _head(config: DenseConfig, task: Task, widths: list[int]) -> Head:
     return make_pooled_head(widths, task.channels, seed=seed)
 
 
-def make_backbone(config: DenseConfig, size: tuple[int, int]) -> vit.Backbone:
+def make_backbone(config: DenseConfig, size: tuple[int, int]) -> Backbone | Pyramid:
     """Return the stock backbone for images of `size` in pixels; raise UserError where the size does not fit the patches."""
     model = config.model
-    return vit.create(model.name, size, model.pretrained, position=model.position, seed=config.seed, dtype=model.dtype)
+    return timm_models.create(
+        model.name, size, model.pretrained, position=model.position, seed=config.seed, dtype=model.dtype
+    )
 
 
 def save(net: DenseNet, config: DenseConfig, folder: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vismt.backbones import vit
+from vismt.backbones import timm_models
 from vismt.backbones.any_module import backbone_of
+from vismt.backbones.vit import PixelBackbone
 from vismt.base import console
 from vismt.base.objects import object_named
 from vismt.data.batching import Gathered
@@ -46,18 +47,18 @@ class FewShotData:
         """The backbone's image size in pixels."""
         return self.config.model.img_size or self.backbone().img_size[0]
 
-    def backbone(self) -> vit.PixelBackbone:
+    def backbone(self) -> PixelBackbone:
         """Return a copy of the stock backbone."""
         return copy.deepcopy(self._stock)
 
     @cached_property
-    def _stock(self) -> vit.PixelBackbone:
+    def _stock(self) -> PixelBackbone:
         """The stock backbone, which is never changed: a copy takes less time than building it again."""
         model = self.config.model
         given = object_named(model.name)
         if given is not None:
             return backbone_of(given, model.img_size, block=model.block, pool=model.pool)
-        return vit.create(
+        return timm_models.create(
             model.name,
             model.img_size,
             model.pretrained,

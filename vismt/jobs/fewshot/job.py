@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from vismt.backbones import vit
+from vismt.backbones import timm_models
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, WeightsUnavailable, near
 from vismt.base.objects import object_named
@@ -119,7 +119,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
 
     def skeleton(self, config: FewShotConfig) -> nn.Module:
         given = object_named(config.model.name)
-        return vit.skeleton(config.model.name, config.model.img_size) if given is None else given
+        return timm_models.skeleton(config.model.name, config.model.img_size) if given is None else given
 
     def fresh(self, config: FewShotConfig) -> Net:
         """Return the net of an arm with untrained factors, where the configuration has any."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vismt.base.errors import UserError, near
+from vismt.lowrank.layers.base import AdapterModule
 from vismt.lowrank.model.record import count_parameters
 from vismt.lowrank.model.targets import check_patterns, head_paths, matches
 
@@ -99,11 +100,18 @@ def stacks(model: nn.Module) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for path, module in model.named_modules():
         is_stack = (
-            isinstance(module, nn.ModuleList | nn.Sequential) and len({type(child) for child in module.children()}) == 1
+            isinstance(module, nn.ModuleList | nn.Sequential)
+            and len({_kind(child) for child in module.children()}) == 1
         )
         if is_stack and not any(path.startswith(f"{outer}.") for outer in sizes):
             sizes[path] = count_parameters(module)[1]
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _kind(child: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, of what an adapter module stands around."""
+    shell = child.shell if isinstance(child, AdapterModule) else None
+    return type(shell if shell is not None else child)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

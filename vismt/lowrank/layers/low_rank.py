@@ -12,7 +12,7 @@ Sources: LoRA, arXiv 2106.09685; the block form follows the per-projection facto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -214,6 +214,9 @@ class LowRankLayer(AdapterLayer):
         self.lora_B.copy_(B)
         if offset:
             self.lora_A0, self.lora_B0 = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def start_more(self, init: Callable[..., tuple[Tensor, Tensor]], generator: torch.Generator) -> None:
+        """Fill further pairs, where a layer has any, from the initialiser and the generator of its first."""
 
     def tensors(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in ("lora_A", "lora_B", "lora_C", "lora_A0", "lora_B0")}

@@ -74,7 +74,7 @@ def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
         from_stock(model)
         raise
     detach_all(model, merged)
-    _forget(model, record)
+    forget(model, record)
     return model
 
 
@@ -86,7 +86,7 @@ def undo(model: nn.Module) -> None:
     with torch.no_grad():
         for name, value in record.also_train.items():
             model.get_parameter(name).copy_(value)
-    _forget(model, record)
+    forget(model, record)
 
 
 class MergedSave:
@@ -159,7 +159,8 @@ def unwatch_saving(model: nn.Module) -> None:
             delattr(module, SAVE)
 
 
-def _forget(model: nn.Module, record: AdaptRecord) -> None:
+def forget(model: nn.Module, record: AdaptRecord) -> None:
+    """Leave no trace of the adaptation but what stands in the modules: record, hooks on saving, gradient flags."""
     to_parameters(model)
     use_cpu_kernel(model, True)
     unwatch_saving(model)

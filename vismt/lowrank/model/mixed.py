@@ -5,8 +5,9 @@
 g_be is 1 for a sample's adapter, a mixture, or 1 for all where `adapters_per_sample` is not in force: the sum of the updates.
 A forward that lost its block (another thread, recomputation in a backward pass) is refused.
 Groups of neighbours with the same g are one entry of a batched product: every sample costs what its own adapter costs,
-whatever their number. The factors are copies with the scale in B, relative to the stock weight (rank 2r with a principal
-start); a linear that was trained whole is I (W' - W), or (W' - W) I.
+whatever their number. The attention of a Swin computes on windows, w rows for each sample, one sample after the other. The
+factors are copies with the scale in B, relative to the stock weight (rank 2r with a principal start); a linear that was
+trained whole is I (W' - W), or (W' - W) I.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ class MixedLinear(AdapterLayer):
     B: Tensor
     bank_bias: Tensor | None
 
-    def __init__(self, base: nn.Module, active: ActiveSet, updates: Sequence[Update]) -> None:
+    def __init__(self, base: nn.Module, active: ActiveSet, updates: Sequence[Update], windows: bool = False) -> None:
         super().__init__(base)
+        self.windows = windows  # whether a sample may have several rows
         self.active, self.chosen = active, False  # chosen: whether samples had adapters of their own
         count, rank = len(updates) + 1, max([u.low_rank.rank for u in updates if u.low_rank is not None], default=1)
         A = self.weight.new_zeros(count, rank, self.in_features)
@@ -80,7 +82,7 @@ class MixedLinear(AdapterLayer):
                 adapters_per_sample.refuse_lost(self.active.names, self.chosen)
             return self._pick(None, x)
         self.chosen = True
-        choice = scope.choice(self.active.names, len(x))
+        choice = scope.choice(self.active.names, len(x), self.windows)
         if torch.compiler.is_compiling():
             return self._pick(choice, x)
         kept = scope.kept.get(self)
@@ -146,7 +148,8 @@ def mix(model: nn.Module, names: Sequence[str], updates: Sequence[Mapping[str, U
     for path in dict.fromkeys(path for by_path in updates for path in by_path):
         stock = model.get_submodule(path)
         layer = MixedConv2d if kind_of(stock) == "conv2d" else MixedLinear
-        layers[path] = layer(stock, active, [by_path.get(path, Update()) for by_path in updates])
+        windows = hasattr(model.get_submodule(path.rpartition(".")[0]), "window_size")
+        layers[path] = layer(stock, active, [by_path.get(path, Update()) for by_path in updates], windows)
     to_modules(model, layers)
     attach_all(model, layers)
     watch_expansion(model)
@@ -304,13 +307,16 @@ class adapters_per_sample(PerSample):
                 "(an entry {name: 1, ...} adds adapters)."
             )
 
-    def choice(self, names: tuple[str, ...], batch: int) -> RowChoice:
-        """Return the choice among `names` for a batch of b samples; UserError where they do not match."""
+    def choice(self, names: tuple[str, ...], batch: int, windows: bool) -> RowChoice:
+        """Return the choice among `names` for a batch of b rows; UserError where they do not match.
+
+        windows: whether a sample may have several rows.
+        """
         if names not in self.choices:
             raise UserError(
                 f"forward: adapters_per_sample does not name the active adapters {', '.join(names)}; activate before the block."
             )
-        if batch not in (self.samples, self.samples * self.repeats):
+        if batch not in (self.samples, self.samples * self.repeats) and not (windows and batch % self.samples == 0):
             raise UserError(
                 f"forward: adapters_per_sample names adapters for {self.samples} samples, the batch has {batch}; give one entry "
                 "for each sample, in its order."

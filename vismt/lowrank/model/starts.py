@@ -64,6 +64,7 @@ def initialise(layer: LowRankLayer, spec: LayerSpec, init: Initialiser, seed: in
     if not finite:
         raise UserError(f"adapt: '{spec.path}' gets no finite start values; its weight is infinite or NaN somewhere.")
     layer.set_factors(torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs]), offset)
+    layer.start_more(init, generator)
 
 
 def fill_starts(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.lowrank.contexts import evaluating
 from vismt.lowrank.layers.base import adapter_modules
@@ -21,8 +22,9 @@ MAPPED_BLOCKS = 3
 
 
 def has_routers(net: nn.Module) -> bool:
-    """Return whether a net has a router."""
-    return any(isinstance(part, MoEfiedMlp) for part in adapter_modules(net).values())
+    """Return whether a net has routers on one grid of patches, as in a ViT."""
+    routed = any(isinstance(part, MoEfiedMlp) for part in adapter_modules(net).values())
+    return routed and isinstance(net.backbone, Backbone)
 
 
 def router_maps(net: Any, images: Tensor) -> dict[str, np.ndarray]:

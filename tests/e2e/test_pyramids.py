@@ -1,0 +1,122 @@
+"""Every image job on a Swin, a ConvNeXt and a ResNet: trained, merged, exported for timm, attacked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers import pyramids  # noqa: F401  registers test_swin
+from helpers.results import scores_of
+from helpers.tiny_runs import CONFIGS, run_config, written
+
+from vismt.cli import main
+from vismt.jobs import open_run
+from vismt.jobs.dense import models
+from vismt.jobs.dense.job import DenseJob
+from vismt.jobs.run import Run
+from vismt.report.routers import ROUTERS
+
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+
+MODELS = {"test_swin": None, "test_convnext": None, "test_resnet": "all-conv"}
+MOST = 1e-4  # difference of outputs, as a share of the largest
+
+
+def config(job: str, name: str, **changes: Any) -> dict[str, Any]:
+    kept = {key: value for key, value in CONFIGS[job].items() if key not in ("fade", "select", "tune")}
+    adapt = {"method": "lora", "rank": 2, "targets": MODELS.get(name)}
+    return {**kept, "model": {"name": name, "img_size": 32, "pretrained": False}, "adapt": adapt, **changes}
+
+
+def check_export(run: Run, folder: Path) -> None:
+    """Export the merged model; timm builds it from the folder, and it gives the features of the run's adapted one."""
+    run.export("timm", folder, None)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    adapted = run.job.adapted().eval()
+    with torch.no_grad():
+        wanted = adapted(x)
+        assert (model(x) - wanted).abs().max() <= MOST * wanted.abs().max()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def multitask(request, tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("multitask")
+    tasks = CONFIGS["multitask"]["tasks"][:1]
+    return open_run(run_config(written(folder / "run.yaml", config("multitask", request.param, tasks=tasks))))
+
+
+def test_a_classifier_is_merged_exported_and_attacked(multitask: Run, tmp_path: Path) -> None:
+    merged = json.loads(next(multitask.folder.rglob("merge.json")).read_text())
+    assert merged["n"] == 90 and merged["largest_difference"] <= MOST * merged["largest_logit"]
+    check_export(multitask, tmp_path / "timm")
+    arms = {"folder": {"classifier.name": str(tmp_path / "timm")}, "run": {"classifier.run": str(multitask.folder)}}
+    attacked = {"images": 6, "attacks": [{"name": "pgd", "epsilon": 0.01, "steps": 1}]}
+    robustness = {"task": "robustness", "arms": arms, "data": ["digits"], "evaluate": attacked}
+    rows = scores_of(run_config(written(tmp_path / "robust.yaml", robustness)))
+    value = {(row["arm"], row["condition"]): row["value"] for row in rows}
+    assert len(value) == 4
+    assert all(value["folder", condition] == value["run", condition] for _, condition in value)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_few_shot(name: str, tmp_path: Path) -> None:
+    run = open_run(run_config(written(tmp_path / "run.yaml", config("fewshot", name))))
+    rows = scores_of(run.folder)
+    assert {row["arm"] for row in rows} == {"frozen", "adapted"} and all(row["n"] == 3 for row in rows)
+    check_export(run, tmp_path / "timm")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dense(name: str, tmp_path: Path) -> None:
+    model = {"name": name, "pretrained": False}
+    head = {"name": "segformer", "options": {"hidden": 8}}
+    settings = config("dense", name, model=model, size=[32, 64], head=head, tasks=["depth"])
+    run = open_run(run_config(written(tmp_path / "run.yaml", settings)))
+    merged = json.loads(next(run.folder.rglob("merge.json")).read_text())
+    assert merged["n"] == 6 and merged["largest_difference"] <= MOST * merged["largest_logit"]
+    net = run.job.merged_net(run.job.study.find(None))
+    with torch.no_grad():
+        logits = net(torch.rand(1, 3, 32, 64))["depth"]
+    assert logits.shape[-2:] == (8, 16)  # the grid of the finest stage, of stride 4
+
+
+def test_what_the_stages_do_not_depend_on_stays_frozen(tmp_path: Path) -> None:
+    """Several processes wait for the gradient of every trained parameter: here a head and the final norm have none."""
+    model = {"name": "test_swin", "pretrained": False}
+    settings = config("dense", "test_swin", model=model, size=[64, 64], adapt=None, full=True)
+    run = open_run(run_config(written(tmp_path / "run.yaml", settings), "train.steps=1"))
+    net = models.fresh(run.config)
+    DenseJob.prepare(SimpleNamespace(), net, run.config)
+    frozen = {name for name, parameter in net.stock.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"norm.weight", "norm.bias"}
+
+
+def test_routers_of_stages_have_no_common_map(tmp_path: Path) -> None:
+    adapt = {"method": "emtal", "rank": 2, "options": {"n_experts": 2, "cluster": False}}
+    tasks = CONFIGS["multitask"]["tasks"][:1]
+    folder = run_config(written(tmp_path / "run.yaml", config("multitask", "test_swin", adapt=adapt, tasks=tasks)))
+    assert scores_of(folder) and not (folder / ROUTERS).exists()
+
+
+def test_one_line_for_each_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mistakes = [
+        (
+            config("multitask", "test_resnet", adapt={"method": "lora", "rank": 2}),
+            "ResNet has no linear layers outside of its head; give adapt.targets=all-conv",
+        ),
+        (
+            config("fewshot", "test_swin", model={"name": "test_swin", "block": 1, "pretrained": False}),
+            "for plain ViTs",
+        ),
+        (config("multitask", "test_hiera", model={"name": "test_hiera", "img_size": 48}), "use 32 x 32 or 64 x 64"),
+    ]
+    for number, (settings, message) in enumerate(mistakes):
+        assert main(["run", str(written(tmp_path / f"{number}.yaml", settings)), "--out", str(tmp_path / "runs")]) != 0
+        assert message in capsys.readouterr().err

@@ -1,0 +1,35 @@
+"""A tiny Swin and a tiny Hiera under names of timm, for configurations; test_convnext and test_resnet are timm's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import Hiera, SwinTransformer, build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+ABOUT = {
+    "input_size": (3, 64, 64),
+    "fixed_input_size": True,
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.3, 0.4),
+    "first_conv": "patch_embed.proj",
+    "classifier": "head.fc",
+}
+default_cfgs = generate_default_cfgs({"test_swin.untrained": ABOUT, "test_hiera.untrained": ABOUT})
+
+
+@register_model
+def test_swin(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return four stages of one or two blocks with windows of 2 x 2 patches, for images of 64 x 64 pixels."""
+    shape = {"img_size": 64, "window_size": 2, "embed_dim": 16, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
+    return build_model_with_cfg(SwinTransformer, "test_swin", pretrained, **{**shape, "drop_path_rate": 0.0, **options})
+
+
+@register_model
+def test_hiera(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return four stages of one block, for images of 64 x 64 pixels."""
+    shape = {"img_size": 64, "embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1)}
+    return build_model_with_cfg(Hiera, "test_hiera", pretrained, **{**shape, **options})
+
+
+test_swin.__test__ = test_hiera.__test__ = False  # models, not tests

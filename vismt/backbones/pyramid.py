@@ -1,0 +1,113 @@
+"""Hierarchical timm models as backbones: Swin, ConvNeXt, Hiera, EfficientViT, ResNet, PVT, MaxViT, FastViT, MetaFormer, ...
+
+    taps_s = output of stage s, (b, d_s, h / stride_s, w / stride_s)      as timm's features_only: without the final norm
+    features = forward_head(forward_features(x), pre_logits=True)         (b, d), the input of timm's classifier
+
+Numbers of taps count timm's `feature_info`: four at strides 4 to 32 in most models, five from stride 2 in a ResNet or MaxViT,
+three in EfficientViT of MSRA. The features are wider than the last tap where a head or a last convolution widens them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vismt.backbones.vit import PixelBackbone, widened
+from vismt.base.errors import UserError
+from vismt.storage.wheels import one_line
+
+
+class Pyramid(PixelBackbone):
+    """A timm model that is not a plain ViT, on images (b, 3, h, w), floating point in [0, 1], of the size `img_size` = (h, w).
+
+    Args:
+        vit: the stock timm model.
+        img_size: (h, w); None for that of the model.
+        mean, std: see PixelBackbone.
+
+    Attributes:
+        width: channels d of the features.
+        widths: channels of every tap, empty for a model without taps.
+
+    Raises:
+        UserError: a model without timm's features.
+    """
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        img_size: Sequence[int] | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        missing = [name for name in ("forward_features", "forward_head", "num_features") if not hasattr(vit, name)]
+        if missing:
+            raise UserError(
+                f"{type(vit).__name__} gives no features as timm's models do (it lacks {', '.join(missing)})."
+            )
+        super().__init__(vit, size_of(vit) if img_size is None else img_size, mean, std)
+        model: Any = vit
+        self.width: int = getattr(model, "head_hidden_size", model.num_features)
+        if hasattr(model, "forward_intermediates"):
+            self.widths = tuple(tap["num_chs"] for tap in model.feature_info)
+        self._note_size()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features (b, d)."""
+        tokens = self.vit.forward_features(self.normalise(images))
+        return widened(self.vit.forward_head(tokens, pre_logits=True).flatten(1))
+
+    def _maps(self, images: Tensor, blocks: list[int]) -> list[Tensor]:
+        return self.vit.forward_intermediates(
+            self.normalise(images), indices=blocks, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )
+
+    def set_input_size(self, size: tuple[int, int], table: Tensor | None = None) -> None:
+        """Take images of `size` (h, w) from now on. table: of a ViT, here None.
+
+        The windows of a Swin keep their size, as in a model that is created for the new one; tables of relative positions are
+        resampled by timm where windows change.
+
+        Raises:
+            UserError: a model that is built for one size, and a size that does not fit its stages.
+        """
+        change = getattr(self.vit, "set_input_size", None)
+        if change is not None:
+            windows = getattr(self.vit, "_ref_window_sizes", None)
+            try:
+                change(img_size=tuple(size), **({} if windows is None else {"window_size": windows}))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"img_size {size} does not fit {type(self.vit).__name__} ({one_line(str(error), 160)})."
+                ) from error
+        elif takes_size(self.vit):
+            raise UserError(
+                f"{type(self.vit).__name__} is built for images of {self.img_size[0]} x {self.img_size[1]} pixels; create it "
+                f"with img_size {size} instead."
+            )
+        self.img_size = (size[0], size[1])
+        self._note_size()
+
+    def _note_size(self) -> None:
+        """Put the size into timm's settings of the model, from where exports and classifiers take it."""
+        model: Any = self.vit
+        settings = getattr(model, "pretrained_cfg", None) or {}
+        model.pretrained_cfg = {**settings, "input_size": (self.mean.shape[1], *self.img_size)}
+
+
+def size_of(model: nn.Module) -> tuple[int, int]:
+    """Return (h, w) of a timm model's images. Raises UserError for a model that does not have it."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    size = size or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", ())[-2:]
+    if not size:
+        raise UserError(f"model: {type(model).__name__} does not say the size of its images; give img_size in pixels.")
+    return int(size[0]), int(size[1])
+
+
+def takes_size(model: nn.Module) -> bool:
+    """Return whether the constructor of a timm model has img_size; other models take images of any size."""
+    return any("img_size" in inspect.signature(kind).parameters for kind in type(model).__mro__ if kind is not object)

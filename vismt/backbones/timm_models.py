@@ -1,0 +1,200 @@
+"""timm's models by name, as backbones of images in [0, 1]: a plain ViT as `Backbone`, any other model as `Pyramid`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vismt.backbones.asset_cards import AssetCard
+from vismt.backbones.assets import get_asset, list_assets, load_asset_card
+from vismt.backbones.position import check_position
+from vismt.backbones.pyramid import Pyramid
+from vismt.backbones.vit import Backbone, check_size, classifiers, lacks_of_vit, widened
+from vismt.backbones.weight_sources import quiet_logger
+from vismt.backbones.weights import load_weights, read_checkpoint
+from vismt.base.errors import UserError, WeightsUnavailable, near
+from vismt.storage.wheels import one_line
+
+STRIDE = 32  # of the deepest stage of most hierarchical models
+
+
+def create(
+    name: str,
+    img_size: int | tuple[int, int] | None = None,
+    pretrained: bool | str | Path = False,
+    *,
+    block: int | None = None,
+    position: str = "timm",
+    pool: str | None = None,
+    num_classes: int = 0,
+    new_head: bool = False,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> Backbone | Pyramid:
+    """Return a backbone on the CPU, in training mode, like a model of timm.
+
+    Args:
+        name: an asset of `vismt assets list`, the path of an asset card, or any timm model, with or without its tag
+            ("vit_small_patch16_224.dino").
+        img_size: pixels of the square input or (h, w), of a ViT multiples of the patch size; None for the size of the model.
+        pretrained: False for random weights drawn from `seed` (the global generator does not change); True for the weights
+            of the asset or timm; a path of a .safetensors file or torch checkpoint.
+        block: index of the block of a ViT to take features from (-1 the last, None the last).
+        position: how a pretrained position table is resampled to another grid: "timm", "dino" or "onnx"; see
+            vismt.backbones.position. Random weights are drawn at the right size.
+        pool: of a ViT, see Backbone.
+        num_classes: 0 for no head. Weights with a head of another number of classes give a fresh head, with a message.
+        new_head: draw the head from `seed`, whatever the weights have.
+        seed: of random weights.
+        dtype: "float32", "bfloat16" or "float16", in which the weights are held, once; the classifier head and the
+            normalisation of images stay float32.
+
+    Raises:
+        UserError: an unknown name (with the near ones), a model without features, a size that does not fit the model, and
+            weights that do not fit.
+    """
+    check_position(position)
+    card = load_asset_card(name) if name in list_assets() or name.endswith((".yaml", ".yml")) else None
+    architecture = architecture_of(name, card)
+    options: dict[str, Any] = {"num_classes": num_classes}
+    if img_size is not None:
+        options["img_size"] = img_size
+    by_timm = pretrained is True and card is None and position == "timm"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vit = from_hub(architecture, **options) if by_timm else build(architecture, **options)
+        if by_timm and new_head:
+            vit.reset_classifier(num_classes)
+    backbone = as_backbone(vit, img_size, block=block, pool=pool, name=name)
+    if img_size is not None and isinstance(backbone, Pyramid):
+        _check_stages(architecture, backbone.img_size, name)
+    if isinstance(pretrained, str | Path):
+        origin = f"the weights of '{pretrained}'"
+        load_weights(vit, read_checkpoint(pretrained), position, origin, own_head=True, new_head=new_head)
+    elif pretrained and not by_timm:
+        state: Mapping[str, Tensor] = (
+            from_hub(architecture).state_dict() if card is None else read_checkpoint(get_asset(name))
+        )
+        load_weights(vit, state, position, f"the weights of '{name}'", new_head=new_head)
+    if dtype != "float32":
+        vit.to(getattr(torch, dtype))
+        for layer in classifiers(vit) if num_classes else ():
+            layer.float().register_forward_pre_hook(_widen_inputs)
+    return backbone
+
+
+def as_backbone(
+    model: nn.Module, img_size: int | tuple[int, int] | None, *, block: int | None, pool: str | None, name: str
+) -> Backbone | Pyramid:
+    """Return a timm model as a backbone. name: of the model in errors; other arguments and errors as of `create`."""
+    if not lacks_of_vit(model):
+        embed: Any = model.patch_embed
+        check_size(embed.img_size, model, name)
+        return Backbone(model, block=block, pool=pool)
+    if block is not None or pool is not None:
+        raise UserError(
+            f"model: block and pool are for plain ViTs; '{name}' pools its last stage itself, leave them out."
+        )
+    return Pyramid(model, (img_size, img_size) if isinstance(img_size, int) else img_size)
+
+
+def skeleton(name: str, img_size: int | tuple[int, int] | None = None, *, num_classes: int = 0) -> nn.Module:
+    """Return timm's model of a backbone on the meta device: its modules and shapes without values, made in no time."""
+    with torch.device("meta"):
+        return create(name, img_size, num_classes=num_classes).vit
+
+
+def _widen_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(widened(value) for value in inputs)
+
+
+def architecture_of(name: str, card: AssetCard | None) -> str:
+    """Return the timm name, with its tag, that a backbone's `name` stands for. Raises UserError, with near names, for others."""
+    if card is not None:
+        if card.architecture is None:
+            raise UserError(f"asset '{name}' is a language model, not a ViT: use vismt.backbones.lm.create_lm.")
+        return card.architecture
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        hint = near(base, [*list_assets(), *timm.list_models()])
+        raise UserError(f"backbone '{name}' is neither an asset nor a timm model.{hint}")
+    tagged = timm.list_pretrained(f"{base}.*")
+    if tag and name not in tagged:
+        raise UserError(f"backbone '{name}': timm's {base} has no weights tagged '{tag}'.{near(name, tagged)}")
+    return name
+
+
+def timm_model(architecture: str, **options: Any) -> nn.Module:
+    """Return timm's model; img_size is left out for models that take images of any size, which do not have the argument."""
+    try:
+        return timm.create_model(architecture, **options)
+    except TypeError as error:
+        if "img_size" not in options or "img_size" not in str(error):
+            raise
+        return timm.create_model(architecture, **{key: options[key] for key in options if key != "img_size"})
+
+
+def build(architecture: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return timm's model. Raises UserError for a size that timm cannot build."""
+    try:
+        return timm_model(architecture, pretrained=pretrained, **options)
+    except OSError:  # the hub cannot be reached; in some versions such an error is a ValueError as well
+        raise
+    except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
+        if "img_size" not in options:
+            raise
+        reason = one_line(str(error), 160)
+        raise UserError(
+            f"timm cannot build '{architecture}' at img_size {options['img_size']} ({reason}): "
+            "try another multiple of its patch size."
+        ) from error
+
+
+def from_hub(architecture: str, **options: Any) -> nn.Module:
+    """Return timm's pretrained model, through timm's downloader and cache."""
+    if not timm.models.is_model_pretrained(architecture.partition(".")[0]):
+        hint = near(architecture, timm.list_pretrained())
+        raise UserError(
+            f"timm has no weights for '{architecture}'.{hint} Or pass the path of a checkpoint as pretrained."
+        )
+    try:
+        with quiet_logger("huggingface_hub"):
+            return build(architecture, pretrained=True, **options)
+    except OSError as error:
+        reason = one_line(str(error), 160)
+        raise WeightsUnavailable(
+            f"the weights of '{architecture}' could not be downloaded by timm ({reason}). Download them on a machine that "
+            "reaches the hub and pass the path as pretrained, or use an asset of `vismt assets list` that comes from a wheel."
+        ) from error
+
+
+def _check_stages(architecture: str, size: tuple[int, int], name: str) -> None:
+    """Raise UserError for a size that the windows or stages of a hierarchical model cannot divide."""
+    if _runs_at(architecture, size):
+        return
+    low, high = (((size[0] + up) // STRIDE * STRIDE, (size[1] + up) // STRIDE * STRIDE) for up in (0, STRIDE - 1))
+    fits = [f"{h} x {w}" for h, w in (low, high) if (h, w) != size and h and w and _runs_at(architecture, (h, w))]
+    fix = f"use {' or '.join(fits)}" if fits else "leave it out"
+    raise UserError(f"img_size {size[0]} x {size[1]} does not fit the stages of {name}: {fix}.")
+
+
+@cache
+def _runs_at(architecture: str, size: tuple[int, int]) -> bool:
+    """Return whether a hierarchical model takes images of `size`, by a forward pass of shapes without values."""
+    with torch.device("meta"), torch.no_grad():
+        try:
+            model: Any = timm_model(architecture, num_classes=0, img_size=size).eval()
+            channels, *own = model.pretrained_cfg["input_size"]
+            if tuple(own) != size:
+                model.forward_features(torch.empty(1, channels, *size))
+        except NotImplementedError:  # an operation that needs values
+            return True
+        except (AssertionError, RuntimeError, ValueError, ZeroDivisionError):
+            return False
+    return True

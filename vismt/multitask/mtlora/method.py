@@ -1,0 +1,201 @@
+"""MTLoRA: a shared pair of factors in every linear of the blocks, and a pair for each task where a decoder reads (layers.py).
+
+Agiza, Neseem and Reda, CVPR 2024, arXiv 2403.20320; released code scale-lab/MTLoRA at 333a375. In the last block of each stage
+the projection of attention, fc1 and fc2 give every task features of its own, which leave the network there. A plain ViT has
+one stage and heads that read several blocks: its task blocks are the four evenly spaced ones that dense heads read
+(`default_blocks`), so that every map of a head is the task's, as in the paper. For T tasks in blocks of width D and hidden
+width 4 D, a shared pair has 16 D r numbers a block, a task block 12 D r_t T more.
+
+Two forms were compared. The released one, y_t = W x + b + s_t B_t A_t x_t with the frozen product of the shared input, is
+implemented. In the other one a task's rows run through W + both updates, y_t = (W + s B A + s_t B_t A_t) x_t:
+
+    form       Swin-T at 448 px, 4 tasks, r_t 4, over 17.9 G multiply-adds      merges
+    released   +0.43 G (2 %)                                                    the shared pairs outside of task blocks' three
+    rows       +16.6 G (93 %): 9 D^2 a token, task and task block               see below
+
+A task's rows in the last block of a plain ViT would merge into a stock ViT. With task blocks in several stages they would
+not: a merged block hands its task features to the next stage, which reads the shared ones here. (So `combine` of a shared and a
+task's adapter is the task's model only where its pairs are in the last block.) The price is the whole saving of the paper.
+
+Departures from the released code: taps lie before Swin's merging, not after it; tables of positions, norms and mergings are
+trained where also_train names them (the code always does); a task scale of its own (the code's TASK_SCALE is not read);
+dropout reaches a task's pair in proj alone, as there; one set of pairs is skipped by the optimiser, decay included, while its
+task has no gradient. Left out: the modes "addition", "matrixv2" and "lora_only", trained scales, ranks that differ by task.
+The shared pair of fc2 in the last block reaches no head; its numbers are counted, in the paper too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from vismt.base.errors import UserError
+from vismt.lowrank.layers.base import adapter_layers
+from vismt.lowrank.layers.low_rank import LowRankLayer
+from vismt.lowrank.layers.stock_modules import kind_of
+from vismt.lowrank.model.inject import attach, inject
+from vismt.lowrank.model.merge import forget
+from vismt.lowrank.model.record import AdaptReport, need_record, refuse_adapted, refuse_offloaded, refuse_others
+from vismt.lowrank.model.targets import Targets, check_patterns, pattern_value
+from vismt.lowrank.svd import kaiming
+from vismt.lowrank.tensors import need_finite
+from vismt.methods import Method, register_method
+from vismt.multitask.mtlora.layers import SCALE, SITES, BlockSettings, TaskBlock, TaskLinear
+from vismt.multitask.nets import default_blocks
+
+BLOCK = re.compile(r"((?:.*\.)?blocks)\.\d+")
+LINEARS = re.compile(rf"{BLOCK.pattern}\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])")
+
+
+def mtlora(
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    tasks: Sequence[str] = (),
+    task_rank: int | Mapping[str, int] = 4,
+    task_scale: float | Mapping[str, float] = SCALE,
+    task_blocks: Sequence[str] | None = None,
+    **options: Any,
+) -> AdaptReport:
+    """Add a shared pair at `targets` (None: qkv, proj, fc1, fc2 of all blocks) and pairs of tasks in some blocks.
+
+    alpha: None means a scale of 4, whatever the rank. tasks: their names, which a dense run gives itself. task_rank,
+    task_scale: of the pairs of tasks, one number, or one for each block: {pattern of its path: number}. task_blocks: paths;
+    None means the last block of each stage, in a plain ViT four evenly spaced ones. Further options: those of `inject`.
+    """
+    refuse_adapted(model)
+    if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
+        raise UserError(f"mtlora: tasks {tasks!r}; give a list of different names, tasks=['semseg', 'depth'].")
+    every = [path for path, _ in model.named_modules() if BLOCK.fullmatch(path)]
+    paths = _stage_ends(every) if task_blocks is None else list(task_blocks)
+    modules = dict(model.named_modules())
+    for path in paths:
+        TaskBlock.check(path, modules.get(path))
+    if not paths:
+        raise UserError(f"mtlora: {type(model).__name__} has no blocks; it needs a ViT or a Swin of timm.")
+    ranks, scales = (_by_block(name, of, paths) for name, of in (("task_rank", task_rank), ("task_scale", task_scale)))
+    sites = {
+        f"{path}.{leaf}": {"tasks": tuple(tasks), "task_rank": ranks[path], "task_scale": scales[path]}
+        for path in paths
+        for leaf in SITES
+    }
+    if targets is None:
+        targets = [path for path, module in modules.items() if LINEARS.fullmatch(path) and kind_of(module) == "linear"]
+    report = inject(
+        model,
+        "mtlora",
+        _start,
+        offset=False,
+        layer=TaskLinear,
+        settings={"of_tasks": sites},
+        targets=targets,
+        rank=rank,
+        alpha=alpha,
+        seed=seed,
+        **options,
+    )
+    missing = sites.keys() - {spec.path for spec in report.specs}
+    if missing:
+        raise UserError(f"mtlora: targets leave out '{min(missing)}', which carries pairs of tasks; name it as well.")
+    settings = {path: BlockSettings(tuple(tasks), path == every[-1]) for path in paths}
+    attach(model, {path: TaskBlock(model.get_submodule(path), settings[path]) for path in paths})
+    return replace(report, extras=[f"pairs of {len(tasks)} tasks in {', '.join(paths)}"])
+
+
+def _start(weight: Tensor, rank: int, scale: float, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return a kaiming A and a zero B, of a shared pair or of a task's."""
+    return kaiming(weight, rank, generator)
+
+
+def _stage_ends(blocks: Sequence[str]) -> list[str]:
+    """Return the last block of each stage; of a single stage, those that dense heads read."""
+    stages: dict[str, list[str]] = {}
+    for path in blocks:
+        stages.setdefault(path.rpartition(".")[0], []).append(path)
+    if len(stages) > 1:
+        return [stage[-1] for stage in stages.values()]
+    return [stage[number] for stage in stages.values() for number in dict.fromkeys(default_blocks(len(stage)))]
+
+
+def _by_block(name: str, value: Any, paths: Sequence[str]) -> dict[str, Any]:
+    """Return the value of each task block; UserError for numbers out of range, and a pattern or a block without a match."""
+    table = value if isinstance(value, Mapping) else {path: value for path in paths}
+    check_patterns(f"mtlora: {name}", table, paths)
+    values = {path: pattern_value(path, table, None) for path in paths}
+    for path, number in values.items():
+        kinds = int if name == "task_rank" else (int, float)
+        if isinstance(number, bool) or not isinstance(number, kinds) or not number > 0:
+            kind = "whole number, at least 1" if kinds is int else "positive number"
+            raise UserError(f"mtlora: {name} of '{path}' is {number!r}; it must be a {kind}.")
+    return values
+
+
+def merge_shared(model: nn.Module) -> nn.Module:
+    """Fold the shared pairs into their weights outside of the linears with pairs of tasks: the same functions, faster.
+
+    Args:
+        model: adapted by "mtlora"; changed in place. It is no adapter afterwards, and cannot be undone or saved as one: save
+            its state dict.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: for a model of another method, one with further adapters, and updates that are not finite.
+    """
+    record = need_record(model, "merge_shared")
+    refuse_offloaded(model, "merge_shared")
+    refuse_others(model, "merge_shared")
+    layers = adapter_layers(model)
+    if not any(isinstance(layer, TaskLinear) for layer in layers.values()):
+        raise UserError(f"merge_shared: '{record.method}' has no pairs of tasks; call vismt.merge.")
+    shared = {path: layer for path, layer in layers.items() if not isinstance(layer, TaskLinear)}
+    need_finite(
+        "merge_shared", {f"{path}.{n}": v for path, layer in shared.items() for n, v in layer.tensors().items()}
+    )
+    for path, layer in shared.items():
+        model.set_submodule(path, layer.merged())
+    forget(model, record)
+    return model
+
+
+def skip_absent(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """Let the optimiser leave out the pairs of a task whose gradient is zero everywhere: no decay, no momentum."""
+    layers = [layer for layer in adapter_layers(model).values() if isinstance(layer, TaskLinear)]
+
+    def skip(*_: Any) -> None:
+        for task in range(len(layers[0].tasks)):
+            pairs = [of[task] for layer in layers for of in (layer.task_A, layer.task_B)]
+            largest = [pair.grad.abs().amax() for pair in pairs if pair.grad is not None]
+            if largest and not torch.stack(largest).any():
+                for pair in pairs:
+                    pair.grad = None
+
+    optimizer.register_step_pre_hook(skip)
+    return optimizer
+
+
+def needs(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the need for tasks that have heads of their own."""
+    return {"tasks": "'mtlora' gives each task features of its own"}
+
+
+register_method(
+    Method(
+        "mtlora",
+        mtlora,
+        layers=(LowRankLayer, TaskLinear, TaskBlock),
+        optimizer=skip_absent,
+        needs=needs,
+        merges=False,
+        exports=False,
+    )
+)
