@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+import yaml
 from helpers import pyramids  # noqa: F401  registers test_swin
+from helpers.pages import ROOT
 from helpers.results import scores_of
 from helpers.tiny_runs import CONFIGS, run_config, written
 
@@ -110,6 +112,27 @@ def test_what_the_stages_do_not_depend_on_stays_frozen(tmp_path: Path) -> None:
     DenseJob.prepare(SimpleNamespace(), net, run.config)
     frozen = {name for name, parameter in net.stock.named_parameters() if not parameter.requires_grad}
     assert frozen == {"norm.weight", "norm.bias"}
+
+
+def test_one_frozen_dinov3_serves_all_tasks_in_one_pass(tmp_path: Path) -> None:
+    """The shipped configuration on a tiny random DINOv3: heads leave the backbone as it came, and each batch runs it once."""
+    settings = yaml.safe_load((ROOT / "configs/dense/dinov3.yaml").read_text())
+    settings |= {key: CONFIGS["dense"][key] for key in ("data", "size", "batch", "train", "augment")}
+    settings |= {"model": {"name": "test_dinov3", "pretrained": False}, "tasks": ["depth", "normals"], "tune": None}
+    settings |= {"arms": {"depth": {"only": ["depth"]}, "heads": {"adapt": None}}, "baseline": None, "seeds": [0]}
+    run = open_run(run_config(written(tmp_path / "run.yaml", settings)))
+    assert {(row["arm"], row["task"]) for row in scores_of(run.folder)} == {
+        ("depth", "depth"),
+        ("heads", "depth"),
+        ("heads", "normals"),
+    }
+    net = run.job.final(run.job.study.find("heads"))
+    passes = []
+    net.stock.patch_embed.register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        assert set(net(torch.rand(2, 3, 32, 48))) == {"depth", "normals"}
+    untrained = models.fresh(run.config).stock.state_dict()
+    assert passes == [1] and all(torch.equal(value, untrained[name]) for name, value in net.stock.state_dict().items())
 
 
 def test_routers_of_stages_have_no_common_map(tmp_path: Path) -> None:
