@@ -27,6 +27,7 @@ BENCHES = (
     "study",
     "multitask",
     "serve",
+    "tasks",
 )  # a file of the name for each
 
 

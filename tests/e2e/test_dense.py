@@ -624,10 +624,14 @@ def test_a_later_arm_is_built_before_the_first_one_is_trained(tmp_path: Path, ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("balancing", [None, {"method": "pcgrad"}])
-def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"balancing": {"method": "pcgrad"}}, {"adapt": {"method": "mtlora", "rank": 2}, "fade": None}],
+    ids=["sum", "pcgrad", "mtlora"],
+)
+def test_two_processes_train_one_model(tmp_path: Path, changes: dict) -> None:
     """torchrun on two CPU processes: one model, evaluated once."""
-    path = write(tmp_path, **SINGLE, balancing=balancing)
+    path = write(tmp_path, **SINGLE, **changes)
     command = [
         sys.executable,
         "-m",
@@ -647,5 +651,6 @@ def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -
     assert process.returncode == 0, process.stderr[-2000:]
     folder = next((tmp_path / "runs").iterdir())
     assert len(read_results(folder / "results.jsonl")) == 3 and process.stdout.count("report  ") == 1
-    check = json.loads(next(folder.rglob("merge.json")).read_text())
-    assert check["largest_difference"] < 1e-5 * check["largest_logit"]
+    checks = [json.loads(path.read_text()) for path in folder.rglob("merge.json")]
+    assert len(checks) == ("adapt" not in changes)  # mtlora does not merge
+    assert all(check["largest_difference"] < 1e-5 * check["largest_logit"] for check in checks)

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from vismt.backbones.vit import PixelBackbone, widened
@@ -65,6 +66,16 @@ class Pyramid(PixelBackbone):
         return self.vit.forward_intermediates(
             self.normalise(images), indices=blocks, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )
+
+    def last_block(self, tap: int) -> str:
+        model: Any = self.vit
+        stage = model.feature_info[tap]["module"]
+        blocks = getattr(model.get_submodule(stage), "blocks", None)
+        return stage if blocks is None else f"{stage}.blocks.{len(blocks) - 1}"
+
+    def as_maps(self, tokens: Tensor) -> Tensor:
+        """Return an output (b, rows, columns, d) of `last_block` of a Swin as `maps` does."""
+        return widened(rearrange(tokens, "b r c d -> b d r c"))
 
     def set_input_size(self, size: tuple[int, int], table: Tensor | None = None) -> None:
         """Take images of `size` (h, w) from now on. table: of a ViT, here None.

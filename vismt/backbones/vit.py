@@ -85,6 +85,14 @@ class PixelBackbone(nn.Module):
     def _maps(self, images: Tensor, blocks: list[int]) -> list[Tensor]:
         raise NotImplementedError(f"{type(self.vit).__name__} has no taps.")
 
+    def last_block(self, tap: int) -> str:
+        """Return the path in `vit` of the block whose output is tap number `tap`."""
+        raise NotImplementedError
+
+    def as_maps(self, tokens: Tensor) -> Tensor:
+        """Return an output of `last_block` as `maps` does: (b, d, rows, columns)."""
+        raise NotImplementedError
+
     def logits(self, images: Tensor) -> Tensor:
         """Return the class scores (b, num_classes) of timm's classifier.
 
@@ -177,8 +185,10 @@ class Backbone(PixelBackbone):
         outputs = self._taps(images, blocks, "NCHW")
         return [output if isinstance(output, Tensor) else output[0] for output in outputs]
 
+    def last_block(self, tap: int) -> str:
+        return f"blocks.{tap}"
+
     def as_maps(self, tokens: Tensor) -> Tensor:
-        """Return what a block returned (b, n, d) as `maps` does: (b, d, rows, columns), after the final norm."""
         patches = self.vit.norm(tokens)[:, self.vit.num_prefix_tokens :]
         return widened(rearrange(patches, "b (r c) d -> b d r c", r=self.grid[0]))
 

@@ -79,7 +79,7 @@ class DenseNet(nn.Module):
     """A backbone with a head for each task: images (b, 3, h, w) in [0, 1] -> {task: logits (b, channels, R, C)}.
 
     h and w are the backbone's input size, square or not. Tasks of whole images have logits (b, channels), from a PooledHead,
-    or in one label space (b, C), the rows of all their heads. Where the ViT has features of tasks (streams.py), the head
+    or in one label space (b, C), the rows of all their heads. Where the backbone has features of tasks (streams.py), the head
     of a task reads its own.
 
     Args:
@@ -112,15 +112,16 @@ class DenseNet(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         with task_features(list(self.heads)) as features:
             shared = self.backbone.maps(images, self.blocks)
+        read = dict(zip(self.blocks, map(self.stock.get_submodule, self.read_blocks))) if features.own else {}
         own = {
             number: self.backbone.as_maps(features.own[block]).chunk(len(self.heads))
-            for number, block in enumerate(getattr(self.stock, "blocks", ()))
+            for number, block in read.items()
             if block in features.own
         }
-        if not own.keys() <= set(self.blocks):
+        if len(own) < len(features.own):
             raise UserError(
-                f"dense net: the model has features of tasks in blocks {list(own)}, its heads read {self.blocks}; name the same "
-                "in adapt.options.task_blocks and in blocks."
+                f"dense net: the model has features of tasks in {len(features.own)} blocks, of which its heads read {len(own)}; "
+                f"name blocks of {', '.join(self.read_blocks)} in adapt.options.task_blocks."
             )
         outputs = {}
         for number, (task, head) in enumerate(self.heads.items()):
@@ -137,7 +138,7 @@ class DenseNet(nn.Module):
     @property
     def read_blocks(self) -> list[str]:
         """Paths in `stock` of the blocks whose outputs the heads read."""
-        return [f"blocks.{number}" for number in dict.fromkeys(self.blocks)]
+        return [self.backbone.last_block(tap) for tap in self.blocks]
 
 
 def default_blocks(depth: int) -> list[int]:

@@ -159,16 +159,21 @@ class TaskLinear(LowRankLinear):
         shared = x if self.opens else x[: len(x) // (1 + scope.streams)]
         base = F.linear(shared, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         dropped = F.dropout(shared, self.dropout, self.training)
-        update = self.update_of(dropped.reshape(-1, x.shape[-1]), self.lora_A, self.lora_B).view(base.shape)
         # Groups of rows with one task: a stream, or a sample of a mixed batch.
         groups = [self.tasks.index(task) for task in scope.tasks]
         own = repeat(dropped, "b ... -> (t b) ...", t=scope.streams) if self.opens else x[len(shared) :]
         A = torch.stack([self.task_A[task] for task in groups]).to(x.dtype)
         B = torch.stack([self.task_B[task] for task in groups]).to(x.dtype)
-        hidden = own.reshape(len(groups), -1, x.shape[-1]) @ A.mT
-        frozen = base.view(len(groups) // scope.streams, -1, base.shape[-1])
-        of_tasks = torch.baddbmm(frozen, hidden, B.mT, alpha=self.task_scale)
-        return torch.cat([base + self.scale * update, of_tasks.view(-1, *base.shape[1:])])
+        out = torch.cat(
+            [base] * (1 + scope.streams)
+        )  # a copy, which a repeated single row would not be: it is added to in place
+        rows, width = out[: len(base)].view(-1, base.shape[-1]), x.shape[-1]
+        rows.addmm_(
+            dropped.reshape(-1, width) @ self.lora_A.to(x.dtype).t(), self.lora_B.to(x.dtype).t(), alpha=self.scale
+        )
+        rows = out[len(base) :].view(len(groups), -1, base.shape[-1])
+        rows.baddbmm_(own.reshape(len(groups), -1, width) @ A.mT, B.mT, alpha=self.task_scale)
+        return out
 
 
 @dataclass(frozen=True)
@@ -209,8 +214,8 @@ class TaskBlock(AdapterModule):
         parts: Any = block
         attend = getattr(block, "_attn", parts.attn)  # a Swin's cuts windows around it
         first, second = (getattr(block, name, _same) for name in ("ls1", "ls2"))
-        h = repeat(x, "b ... -> (s b) ...", s=1 + scope.streams)
-        h = h + parts.drop_path1(first(attend(parts.norm1(x), **options)))
+        h = parts.drop_path1(first(attend(parts.norm1(x), **options)))
+        h = (x + h.unflatten(0, (-1, len(x)))).flatten(0, 1)
         y = h + parts.drop_path2(second(parts.mlp(parts.norm2(h))))
         shared, own = y[: len(x)], y[len(x) :]
         if self.about.last:

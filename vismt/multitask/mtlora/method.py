@@ -75,12 +75,17 @@ def mtlora(
     if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
         raise UserError(f"mtlora: tasks {tasks!r}; give a list of different names, tasks=['semseg', 'depth'].")
     every = [path for path, _ in model.named_modules() if BLOCK.fullmatch(path)]
-    paths = _stage_ends(every) if task_blocks is None else list(task_blocks)
+    paths = _stage_ends(every) if task_blocks is None else list(dict.fromkeys(task_blocks))
     modules = dict(model.named_modules())
     for path in paths:
         TaskBlock.check(path, modules.get(path))
-    if not paths:
-        raise UserError(f"mtlora: {type(model).__name__} has no blocks; it needs a ViT or a Swin of timm.")
+    if not every or every[-1] not in paths:
+        fix = (
+            f"name its last, '{every[-1]}', in task_blocks"
+            if every
+            else "it needs blocks, those of a ViT or Swin of timm"
+        )
+        raise UserError(f"mtlora: no pairs of tasks where {type(model).__name__} ends; {fix}.")
     ranks, scales = (_by_block(name, of, paths) for name, of in (("task_rank", task_rank), ("task_scale", task_scale)))
     sites = {
         f"{path}.{leaf}": {"tasks": tuple(tasks), "task_rank": ranks[path], "task_scale": scales[path]}

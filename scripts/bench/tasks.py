@@ -1,0 +1,171 @@
+"""`scripts.bench tasks`: four tasks on one frozen backbone of random weights, 224 px, against a model for each task.
+
+"forward", what four tasks take of an image, on a ViT-S/16 and a Swin-T: a pass through a merged model for each task; a mixed
+batch, the image four times with a LoRA adapter for each row; and MTLoRA's one pass, its shared pairs merged where they can be.
+All ranks are 16, those of MTLoRA's tasks 4. Heads are left out: every way has the same.
+
+"step", a training step of the Swin-T with linear heads on the last block of each stage, AdamW. "separate": a model for each
+task, whole, one after the other; its peak is that of one. "as LibMTL": one whole backbone for all tasks, one backward pass of
+the mean of their losses (arXiv 2203.14338, equal weights). Peak is the largest allocation in the second step, weights
+included; "weights" are what has to be kept for four tasks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from scripts.bench.accounting import peak_bytes, weight_bytes
+from scripts.bench.timing import PEAK, Ratios, interleave
+from vismt.base.errors import UserError
+from vismt.lowrank.model.mixed import adapters_per_sample
+from vismt.lowrank.model.named import activate
+from vismt.methods import adapt
+from vismt.multitask.mtlora.method import merge_shared
+from vismt.multitask.streams import task_features
+
+VIT, SWIN = "vit_small_patch16_224", "swin_tiny_patch4_window7_224"
+SIZE, BATCH, RANK, TASK_RANK, OUTPUTS = 224, 2, 16, 4, 8
+TASKS = ("semseg", "parts", "saliency", "normals")
+MTLORA, MIXED, PASSES = "vismt mtlora", "vismt mixed batch", f"{len(TASKS)} passes"
+SEPARATE, PEER, WEIGHTS = "separate", "as LibMTL", "weights"
+
+
+def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
+    """Measure the passes and the steps of each way."""
+    import timm
+
+    where = torch.device(device)
+    torch.manual_seed(0)
+    x = torch.rand(BATCH, 3, SIZE, SIZE, device=where)
+    models = {name: timm.create_model(name, num_classes=0, img_size=SIZE).to(where) for name in (VIT, SWIN)}
+    passes = [forward(name, model.eval(), x, rounds) for name, model in models.items()]
+    return [*passes, step(SWIN, models[SWIN].train(), x, rounds)]
+
+
+@torch.no_grad()
+def forward(title: str, model: nn.Module, x: Tensor, rounds: int) -> Ratios:
+    """Time the features of all tasks. model: a stock ViT or Swin in eval mode."""
+    shared, mixed = with_pairs(model), copy.deepcopy(model)
+    for seed, name in enumerate(TASKS):
+        adapt(mixed, "lora", rank=RANK, seed=seed, name=name)
+        _shake(mixed)
+    one = features_alone(mixed, x)
+    activate(mixed, TASKS)
+    _shake(shared)
+    merge_shared(shared)
+    rows = repeat(x, "b ... -> (t b) ...", t=len(TASKS))
+    names = [name for name in TASKS for _ in x]
+
+    def as_rows() -> Tensor:
+        with adapters_per_sample(names):
+            return mixed(rows)
+
+    if not (as_rows() - one).abs().max() < 1e-3 * one.abs().max():
+        raise UserError(f"bench tasks: the {MIXED} has other features than its adapters; the ratio means nothing.")
+    ways: dict[str, Callable[[], object]] = {
+        MTLORA: lambda: task_maps(shared, x),
+        MIXED: as_rows,
+        PASSES: lambda: [model(x) for _ in TASKS],
+    }
+    timing = interleave(ways, rounds, label="forward", device=x.device)
+    targets = [(MTLORA, PASSES, 0.40), (MIXED, PASSES, 1.15)]
+    return Ratios(f"{title}, {len(x)} x {x.shape[-1]} px, {len(TASKS)} tasks, forward", timing, targets)
+
+
+def step(title: str, model: nn.Module, x: Tensor, rounds: int) -> Ratios:
+    """Time a training step, and measure its peak and the weights. model: a stock Swin in training mode."""
+    ours = Net(with_pairs(model), TASKS)
+    alone = [Net(copy.deepcopy(model), [task]) for task in TASKS]
+    joint = Net(copy.deepcopy(model), TASKS)
+    singles = [_step_of(net, x, stage_maps) for net in alone]
+    ways: dict[str, Callable[[], object]] = {
+        MTLORA: _step_of(ours, x, task_maps),
+        PEER: _step_of(joint, x, stage_maps),
+        SEPARATE: lambda: [one() for one in singles],
+    }
+    weights = {MTLORA: weight_bytes(ours), PEER: weight_bytes(joint), SEPARATE: sum(map(weight_bytes, alone))}
+    peaks = {
+        MTLORA: weights[MTLORA] + peak_bytes(ways[MTLORA]),
+        PEER: weights[PEER] + peak_bytes(ways[PEER]),
+        SEPARATE: weight_bytes(alone[0]) + peak_bytes(singles[0]),
+    }
+    timing = interleave(ways, rounds, label="step", device=x.device)
+    return Ratios(
+        f"{title}, {len(x)} x {x.shape[-1]} px, {len(TASKS)} tasks, step",
+        timing,
+        [(MTLORA, SEPARATE, 0.40), (MTLORA, PEER, 1.0)],
+        sizes={PEAK: peaks, WEIGHTS: weights},
+        size_targets=[(PEAK, MTLORA, PEER, 0.60), (PEAK, MTLORA, SEPARATE, 0.60), (WEIGHTS, MTLORA, SEPARATE, 0.30)],
+    )
+
+
+class Net(nn.Module):
+    """A Swin with a linear head for each task and stage."""
+
+    def __init__(self, stock: Any, tasks: Sequence[str]) -> None:
+        super().__init__()
+        self.stock = stock
+        self.heads = nn.ModuleList(
+            nn.ModuleList(nn.Linear(stage["num_chs"], OUTPUTS) for stage in stock.feature_info) for _ in tasks
+        ).to(next(stock.parameters()).device)
+
+    def forward(self, x: Tensor, maps: Callable[..., list[Tensor]]) -> Tensor:
+        """Return the mean of the tasks' losses. maps: `stage_maps` or `task_maps`."""
+        found = maps(self.stock, x)
+        losses = [
+            sum(head(one[task % len(one)]).square().mean() for head, one in zip(heads, found))
+            for task, heads in enumerate(self.heads)
+        ]
+        return torch.stack(losses).mean()
+
+
+def stage_maps(stock: Any, x: Tensor) -> list[Tensor]:
+    """Return the outputs (1, b, h, w, d) of the last block of each stage, one for all tasks."""
+    maps: list[Tensor] = []
+    hooks = [stage.blocks[-1].register_forward_hook(lambda *call: maps.append(call[2][None])) for stage in stock.layers]
+    stock.forward_features(x)
+    for hook in hooks:
+        hook.remove()
+    return maps
+
+
+def task_maps(stock: Any, x: Tensor) -> list[Tensor]:
+    """Return those of the tasks (t, b, h, w, d), in one pass."""
+    with task_features(TASKS) as features:
+        stock.forward_features(x)
+    return [rearrange(own, "(t b) ... -> t b ...", t=len(TASKS)) for own in features.own.values()]
+
+
+def with_pairs(model: nn.Module) -> nn.Module:
+    """Return a copy with MTLoRA's pairs."""
+    model = copy.deepcopy(model)
+    adapt(model, "mtlora", rank=RANK, tasks=TASKS, task_rank=TASK_RANK)
+    return model
+
+
+def features_alone(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the features (t b, d) of each adapter, active alone."""
+    return torch.cat([activate(model, name)(x) for name in TASKS])
+
+
+def _shake(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.02 * torch.randn_like(parameter))
+
+
+def _step_of(net: Net, x: Tensor, maps: Callable[..., list[Tensor]]) -> Callable[[], object]:
+    optimizer = torch.optim.AdamW([parameter for parameter in net.parameters() if parameter.requires_grad], lr=1e-4)
+
+    def call() -> None:
+        net(x, maps).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
