@@ -20,6 +20,7 @@ from vismt.backbones.pyramid import Pyramid
 from vismt.backbones.vit import Backbone
 from vismt.config.sections import TrainConfig
 from vismt.engine.blocks import running_blocks
+from vismt.engine.sharding import check_sharded
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.methods import method_optimizer
 from vismt.multitask import merge_shared, task_features
@@ -228,6 +229,13 @@ def test_checkpointed_blocks_have_the_same_gradients() -> None:
             sum(value.square().sum() for value in logits.values()).backward()
         gradients.append({name: p.grad for name, p in model.stock.named_parameters() if p.requires_grad})
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-6) for name in gradients[0])
+
+
+def test_fsdp_is_refused() -> None:
+    model = net()
+    vismt.adapt(model.stock, "mtlora", rank=2, tasks=TASKS)
+    with pytest.raises(UserError, match="FSDP: a block's features of tasks leave it beside its output"):
+        check_sharded(model, TrainConfig(steps=1, lr=0.1))
 
 
 # Of a Swin-T with four tasks: (r, r_t) -> trained parameters of MTLoRA and MTLoRA+, decoders of 1,946,624 among them.

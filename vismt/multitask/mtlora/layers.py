@@ -196,6 +196,7 @@ class TaskBlock(AdapterModule):
     """
 
     Settings = BlockSettings
+    not_sharded = "a block's features of tasks leave it beside its output, which alone is watched in the backward pass"
     shell: nn.Module
 
     def __init__(self, block: nn.Module, settings: BlockSettings) -> None:
