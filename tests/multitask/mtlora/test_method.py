@@ -111,6 +111,23 @@ def test_a_task_of_a_shifted_window_block_keeps_its_tokens_in_place() -> None:
     assert float(added.detach().abs().max()) > 0.1
 
 
+def test_a_swin_with_pairs_of_tasks_is_converted_and_resized_like_the_stock_one() -> None:
+    model = swin(strict_img_size=False)
+    vismt.adapt(model, "mtlora", rank=2, tasks=TASKS)
+    shake(model, 0.05)
+    moved = of(copy.deepcopy(model).to("meta"), images(size=32).to("meta"), *TASKS)  # the masks of windows, too
+    assert len(moved) == 4 and all(rows.is_meta for rows in moved.values())
+    model.set_input_size((64, 64), window_size=4)
+    fresh = swin()
+    vismt.adapt(fresh, "mtlora", rank=2, tasks=TASKS)
+    vismt.unadapt(fresh)
+    fresh.set_input_size((64, 64), window_size=4)
+    vismt.adapt(fresh, "mtlora", rank=2, tasks=TASKS)
+    fresh.load_state_dict(model.state_dict())
+    resized = of(fresh, images(size=64), *TASKS)
+    assert all(torch.equal(rows, resized[name]) for name, rows in of(model, images(size=64), *TASKS).items())
+
+
 @pytest.mark.parametrize("make", [tiny_vit, swin])
 def test_at_the_start_every_task_has_the_features_of_the_stock_model(make) -> None:
     model, x = make(), images(size=16 if make is tiny_vit else 32)
@@ -350,7 +367,7 @@ def test_files_copies_and_undoing(tmp_path: Path) -> None:
         ({"tasks": TASKS, "task_rank": {"blocks.0": 2}}, "task_rank of 'blocks.1' is None"),
         ({"tasks": TASKS, "task_scale": -1}, "task_scale of 'blocks.0' is -1; it must be a positive"),
         ({"tasks": TASKS, "task_scale": {"layers.0": 1.0}}, "task_scale: no module matches 'layers.0'"),
-        ({"tasks": TASKS, "task_blocks": ["blocks.0"]}, "where VisionTransformer ends; name its last, 'blocks.1'"),
+        ({"tasks": TASKS, "task_blocks": ["blocks.0"]}, "the last block, 'blocks.1', has to be among them"),
         ({"tasks": TASKS, "task_blocks": ["blocks.7"]}, "'blocks.7' is no such module"),
         ({"tasks": TASKS, "task_blocks": ["norm"]}, "'norm' is a LayerNorm, needed a Block"),
     ],
@@ -379,7 +396,7 @@ def test_errors_of_tasks_in_a_call() -> None:
     vismt.adapt(dense.stock, "mtlora", tasks=TASKS, task_blocks=["blocks.0", "blocks.2"])
     with pytest.raises(UserError, match=r"in 2 blocks, of which its heads read 1; name blocks of blocks\.1, blocks\.2"):
         dense(images())
-    with pytest.raises(UserError, match="where ResNet ends; it needs blocks"):
+    with pytest.raises(UserError, match="ResNet has no blocks; it needs a ViT or a Swin"):
         vismt.adapt(timm.create_model("test_resnet"), "mtlora", tasks=TASKS)
     other = tiny_vit(block_fn=ResPostBlock)
     with pytest.raises(UserError, match=r"'blocks\.0' is a ResPostBlock, needed a Block of timm's ViT"):

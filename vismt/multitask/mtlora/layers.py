@@ -205,7 +205,17 @@ class TaskBlock(AdapterModule):
 
     def adopt(self, base: nn.Module | None) -> None:
         super().adopt(base)
-        self.shell._modules = self._modules  # its forward runs on the present children
+        # The forward of the shell runs on the present children, and its mask of windows follows conversions of this module.
+        self.shell._modules = self._modules
+        for table in ("_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[table] = getattr(self.shell, table)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the block has besides: timm changes the input size of a model block by block."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__.get("shell"), name)
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         scope, block = task_features.scope(), self.shell
