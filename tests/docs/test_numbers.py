@@ -30,7 +30,6 @@ TYPED = {
     "docs/results/cross_domain.md": 1,
     "docs/results/emtal_small.md": 1,
     "docs/results/forgetting.md": 2,
-    "docs/results/foundation.md": 1,
     "docs/results/ilora_lastfm.md": 3,
     "docs/results/in_place.md": 2,
     "docs/results/robustness.md": 7,
@@ -42,7 +41,6 @@ PICTURES = {"amt_small", "camvid", "ilora_lastfm"}  # whose rows were not kept
 LOOSE = {
     "docs/results/emtal_small.md": 1,
     "docs/results/forgetting.md": 2,
-    "docs/results/foundation.md": 2,
     "docs/results/ilora_lastfm.md": 10,
     "docs/results/robustness.md": 2,
 }

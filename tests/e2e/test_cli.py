@@ -321,6 +321,16 @@ def test_user_errors_are_one_line_and_code_2(command, words, run_folder: Path, t
     assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
 
 
+def test_a_wrong_run_folder_is_answered_without_importing_torch() -> None:
+    code = (
+        "import sys; from vismt.cli import main\n"
+        "codes = [main([command, 'nowhere']) for command in ('evaluate', 'report', 'merge', 'export', 'attack')]\n"
+        "print(codes, 'torch' in sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.split("\n")[-2] == "[2, 2, 2, 2, 2] False"
+
+
 def test_a_divergent_run_is_reported_and_keeps_its_folder(tmp_path: Path, capsys) -> None:
     path = write(tmp_path, train={"steps": 6, "lr": 1e30, "checkpoint_every": 1, "clip": None, "optimizer": "sgd"})
     assert main(["train", str(path), "--out", str(tmp_path / "runs")]) == 2

@@ -175,6 +175,14 @@ def test_accumulation_is_the_mean_over_its_batches(tmp_path: Path) -> None:
     assert torch.allclose(one.layer.weight, model.layer.weight - 0.05 * model.layer.weight.grad)
 
 
+def test_no_steps_leave_the_start_as_it_is(tmp_path: Path) -> None:
+    start = Toy()
+    before = [value.clone() for value in start.parameters()]
+    untrained = run(tmp_path, start, steps=0, warmup=0)
+    assert untrained.calls == 0 and all(torch.equal(a, b) for a, b in zip(before, untrained.parameters()))
+    assert not list(tmp_path.glob("checkpoint*"))
+
+
 @pytest.mark.parametrize("sizes", [(2, 40), (1, 1, 7)])
 def test_batches_of_a_step_weigh_by_their_examples(tmp_path: Path, sizes: tuple[int, ...]) -> None:
     parts = rows_of(*sizes)
@@ -226,7 +234,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_checkpoint(tm
     "settings,match",
     [
         ({"optimizer": "adam"}, "'adam'.*'adamw'"),
-        ({"steps": 0}, r"train\.steps is 0"),
+        ({"steps": -1}, r"train\.steps is -1"),
         ({"lr": 0.0}, r"train\.lr"),
         ({"clip": -1.0}, r"train\.clip"),
         ({"momentum": -1.0}, r"train\.momentum"),

@@ -213,13 +213,14 @@ def test_an_arm_of_several_experts_is_refused(pool: dict) -> None:
         check(arms_of(lora={"pool": pool}))
 
 
-def test_a_pool_of_the_run_has_no_arms() -> None:
+@pytest.mark.parametrize("model", ["frozen", "expert:2"])
+def test_a_pool_of_the_run_has_no_arms(model: str) -> None:
     with pytest.raises(UserError, match="move the pool section into the arms"):
         check(
             replace(
                 arms_of(lora={}),
                 pool=PoolConfig(levels=[2.0]),
                 tune=None,
-                evaluate=EvaluateConfig(["digits"], ["frozen"]),
+                evaluate=EvaluateConfig(["digits"], [model]),
             )
         )

@@ -146,6 +146,20 @@ def test_retaining_sees_the_heads_own_logits_of_all_batches_of_a_step() -> None:
     assert torch.allclose(retain.bank, alone.bank)
 
 
+def test_retaining_adds_its_gradient_to_the_balanced_one() -> None:
+    model, data, retain = net(), batch(), DenseRetaining(4)
+    shared = list(model.backbone.vit.parameters())
+    found = []
+    for own in (None, retain):
+        model.zero_grad()
+        balancer = make_balancer("pcgrad", [task.name for task in TASKS])
+        DenseObjective(model, TASKS, balancer=balancer, balanced=shared, retain=own)(data)["loss"].backward()
+        found.append(model.heads["semseg"].predict.weight.grad.clone())
+    pull = retain.loss(model(data["image"])["semseg"], data["semseg"])
+    (expected,) = torch.autograd.grad(pull, model.heads["semseg"].predict.weight)
+    assert bool(expected.any()) and torch.allclose(found[1] - found[0], expected, atol=1e-5)
+
+
 def test_famo_is_updated_with_the_weighted_losses_after_the_step() -> None:
     model, data = net(), batch(2)
     shared = list(model.backbone.vit.parameters())

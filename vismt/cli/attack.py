@@ -58,11 +58,12 @@ def add_commands(commands: Commands) -> None:
 
 def _attack(options: argparse.Namespace) -> None:
     from vismt.jobs import open_run
-    from vismt.robustness.conditions import AttackConfig
 
     if (options.run is None) == (options.model is None):
         raise UserError("attack: give either a run folder or --model (with --data).")
     run = None if options.run is None else open_run(options.run)
+    from vismt.robustness.conditions import AttackConfig
+
     attacks = [
         AttackConfig(
             name,

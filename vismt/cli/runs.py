@@ -120,11 +120,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from vismt.jobs import open_run
+
+    run = open_run(options.run)
     from vismt.jobs.units import PARTS
     from vismt.report.results import RESULTS
 
     formats = formats_of(options, ROBUSTBENCH)
-    run = open_run(options.run)
     if ROBUSTBENCH in formats:
         _robustbench(run)
         formats.remove(ROBUSTBENCH)

@@ -116,7 +116,7 @@ class TrainConfig:
     """Optimisation.
 
     Args:
-        steps: optimiser steps.
+        steps: optimiser steps; 0 leaves a net as its method starts it.
         optimizer: adamw, or sgd with momentum.
         lr: the peak learning rate, reached after `warmup` steps, followed by a cosine down to min_lr.
         min_lr: the last learning rate.
@@ -140,7 +140,7 @@ class TrainConfig:
         trackers: further logs through accelerate.
     """
 
-    steps: Count = 100
+    steps: Annotated[int, within(0)] = 100
     optimizer: Annotated[str, Names("vismt.engine.optimizer:OPTIMIZERS", only=True)] = "adamw"
     lr: Annotated[float, within(above=0)] = 1e-3
     min_lr: Annotated[float, within(0)] = 0.0

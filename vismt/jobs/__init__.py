@@ -154,6 +154,7 @@ def read_resolved(folder: Path) -> RunConfig:
 
 def open_run(folder: Path) -> Run:
     """Open a run folder that was made before."""
+    config = read_resolved(folder)  # before the imports: a wrong folder is answered at once
     from vismt.jobs.run import Run
 
-    return Run(folder, read_resolved(folder))
+    return Run(folder, config)

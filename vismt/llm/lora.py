@@ -3,6 +3,9 @@
 The paper draws A from a Gaussian; its released code and every library since use kaiming_uniform(a=sqrt(5)), which is
 followed here. rslora divides alpha by sqrt(r) instead of r (Kalajdzievski, arXiv 2312.03732). Left out: trained biases
 (name them in also_train) and DoRA.
+
+quantize="nf4" is QLoRA's model (Dettmers et al., arXiv 2305.14314): Q x + (alpha / r) B A x with Q = nf4(W). Weights show Q in
+W's dtype, and W is kept beside it (vismt.llm.pissa.quantized). Left out: 4-bit storage, quantised block maxima, paged optimisers.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from typing import Any
 
 from torch import Generator, Tensor, nn
 
+from vismt.llm.pissa.quantized import QuantizedLayer, quantized_layer
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
 from vismt.lowrank.model.record import AdaptReport
@@ -20,11 +24,30 @@ from vismt.methods import Method, register_method
 
 
 def lora(
-    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, **options: Any
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    quantize: str | None = None,
+    **options: Any,
 ) -> AdaptReport:
-    """Add factors with kaiming A and zero B: the function is unchanged until the first step. Options: those of `inject`."""
+    """Add factors with kaiming A and zero B: the function is unchanged until the first step, but for a quantisation.
+
+    quantize: "nf4" or "bitsandbytes" as for 'pissa'; None for the original weights. Further options: those of `inject`.
+    """
     return inject(
-        model, "lora", kaiming_start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
+        model,
+        "lora",
+        kaiming_start,
+        offset=False,
+        targets=targets,
+        rank=rank,
+        alpha=alpha,
+        seed=seed,
+        **quantized_layer(model, quantize),
+        **options,
     )
 
 
@@ -33,4 +56,4 @@ def kaiming_start(weight: Tensor, rank: int, scale: float, generator: Generator)
     return kaiming(weight, rank, generator)
 
 
-register_method(Method("lora", lora, layers=(LowRankLayer,)))
+register_method(Method("lora", lora, layers=(LowRankLayer, QuantizedLayer)))

@@ -90,13 +90,17 @@ class TaskObjective(nn.Module, ABC):
         return self._balanced if isinstance(self.balancer, GradientBalancer) else None
 
     def balance(self, losses: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """Return one scalar from the losses by task of a batch; needs a balancer."""
+        """Return one scalar from the losses by task of a batch; needs a balancer.
+
+        L_QR, and the head of a task without a loss, still need the graph afterwards.
+        """
         if type(self.balancer).update is not Balancer.update:
             kind = self.balancer.balanced(self._balanced)[0].device.type
             enabled = torch.is_autocast_enabled(kind)
             self._last = batch
             self._precision = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled)
-        return self.balancer.combine(losses, self._balanced)
+        needed = self.retain is not None or len(losses) < len(self.balancer.tasks)
+        return self.balancer.combine(losses, self._balanced, retain_graph=needed)
 
     def remember(self, logits: Tensor, labels: Tensor) -> None:
         """Store a batch, which the next `step` adds to the bank of `retain`."""

@@ -113,11 +113,12 @@ def faded(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A method with options. make: returns the stock model, given options of `small_vit`."""
+    """A method with options. make: returns the stock model, given options of `small_vit`. inputs: returns a batch for it."""
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     make: Callable[..., nn.Module] = small_vit
+    inputs: Callable[[], Tensor] = images
 
     def adapted(self, seed: int = 0, dtype: torch.dtype = torch.float32, **shape: Any) -> nn.Module:
         """Return the stock model adapted by the method."""
@@ -135,13 +136,15 @@ Check = Callable[[Case], None]
 
 def check_start(case: Case) -> None:
     """The adapted model is the original function at its start."""
-    _need_near("the adapted model starts", faded(case.adapted())(images()), case.make()(images()), 5e-6)
+    wanted = case.make()(case.inputs())
+    tolerance = 5e-6 * max(1.0, float(wanted.detach().abs().max()))
+    _need_near("the adapted model starts", faded(case.adapted())(case.inputs()), wanted, tolerance)
 
 
 def check_gradient(case: Case) -> None:
     """A gradient reaches what the method added and also_train, and nothing else."""
     model = case.trained()
-    model(images()).square().sum().backward()
+    model(case.inputs()).square().sum().backward()
     stock = set(case.make().state_dict())
     trained = set(need_record(model, "check_method").also_train)
     for name, parameter in model.named_parameters():
@@ -155,7 +158,7 @@ def check_merge(case: Case) -> None:
     """Merging keeps the function, in the classes and names of the stock model."""
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         model = faded(case.trained(dtype=dtype))
-        x = images().to(dtype)
+        x = case.inputs().to(dtype)
         before = model(x)
         vismt.merge(model)
         _need_near(f"merged in {dtype}", model(x), before, tolerance * float(before.detach().abs().max()))
@@ -168,7 +171,10 @@ def check_merge(case: Case) -> None:
 def check_unadapt(case: Case) -> None:
     """The update changes the function, and `unadapt` gives back every bit."""
     model, original = case.trained(), case.make()
-    _need(not torch.equal(model(images()), original(images())), "the trained update does not change the function")
+    _need(
+        not torch.equal(model(case.inputs()), original(case.inputs())),
+        "the trained update does not change the function",
+    )
     vismt.unadapt(model)
     state, wanted = model.state_dict(), original.state_dict()
     _need(list(state) == list(wanted), "the state dict has other names after unadapt")
@@ -184,52 +190,52 @@ def check_files(case: Case) -> None:
         vismt.save_adapter(model, folder)
         for fresh in (case.make(), case.adapted(seed=5)):
             vismt.load_adapter(fresh, folder)
-            _need_near("loaded from its file", fresh(images()), model(images()), 0)
+            _need_near("loaded from its file", fresh(case.inputs()), model(case.inputs()), 0)
 
 
 def check_export(case: Case) -> None:
     """Peft, where it is installed, and `import_peft` read the export."""
     peft = importlib.import_module("peft") if importlib.util.find_spec("peft") else None
     model = faded(case.trained())
-    expected = model(images())
+    expected = model(case.inputs())
     with tempfile.TemporaryDirectory() as folder:
         for compact in (False, True):
             place = Path(folder) / str(compact)
             vismt.export_peft(model, place, compact=compact)
             if peft is not None:
                 theirs = peft.PeftModel.from_pretrained(case.make(), str(place)).eval()
-                _need_near("loaded by peft", theirs(images()), expected, 1e-5)
-            _need_near("import_peft", vismt.import_peft(case.make(), place)(images()), expected, 1e-5)
+                _need_near("loaded by peft", theirs(case.inputs()), expected, 1e-5)
+            _need_near("import_peft", vismt.import_peft(case.make(), place)(case.inputs()), expected, 1e-5)
 
 
 def check_copies(case: Case) -> None:
     """Copies, pickles, other types and state dicts have the same outputs, and copies share nothing."""
     model = case.trained()
-    expected = model(images())
+    expected = model(case.inputs())
     clone = copy.deepcopy(model)
-    _need_near("copied", clone(images()), expected, 0)
-    _need_near("pickled", pickle.loads(pickle.dumps(model))(images()), expected, 0)
+    _need_near("copied", clone(case.inputs()), expected, 0)
+    _need_near("pickled", pickle.loads(pickle.dumps(model))(case.inputs()), expected, 0)
     shake(clone)
-    _need_near("after a copy was changed", model(images()), expected, 0)
+    _need_near("after a copy was changed", model(case.inputs()), expected, 0)
     double = copy.deepcopy(model).to(torch.float64)
-    _need_near("in float64", double(images().double()).float(), expected, 1e-5)
+    _need_near("in float64", double(case.inputs().double()).float(), expected, 1e-5)
     half = copy.deepcopy(model).to(torch.bfloat16)
-    _need(bool(torch.isfinite(half(images().to(torch.bfloat16))).all()), "outputs in bfloat16 are not finite")
+    _need(bool(torch.isfinite(half(case.inputs().to(torch.bfloat16))).all()), "outputs in bfloat16 are not finite")
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     buffer.seek(0)
     fresh = case.adapted(seed=7)
     fresh.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
-    _need_near("from its state dict", fresh(images()), expected, 0)
+    _need_near("from its state dict", fresh(case.inputs()), expected, 0)
 
 
 def check_autocast(case: Case) -> None:
     """Under autocast the model computes in bf16 and its gradients are fp32."""
     model = case.trained()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = model(images())
+        out = model(case.inputs())
     _need(out.dtype == torch.bfloat16, f"outputs under autocast are {out.dtype}")
-    wanted = model(images())
+    wanted = model(case.inputs())
     _need_near("under autocast", out.float(), wanted, 0.1 * float(wanted.detach().abs().max()))
     out.float().square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -246,7 +252,7 @@ def check_checkpointing(case: Case) -> None:
     enable(True)
     for model in (plain, saving):
         model.train()
-        model(images()).square().sum().backward()
+        model(case.inputs()).square().sum().backward()
     for (name, parameter), twin in zip(plain.named_parameters(), saving.parameters()):
         if parameter.grad is not None:
             _need(twin.grad is not None, f"{name} has no gradient under checkpointing")

@@ -111,6 +111,38 @@ def test_ipm_is_the_best_of_its_rank_on_the_inputs(shape, solver: str) -> None:
     assert ((weight - B @ A) @ spread).norm() > 1.01 * tail
 
 
+def scales(covariance: torch.Tensor, orientation: str) -> torch.Tensor:
+    """Return the matrix beside the weight by its definition."""
+    if orientation == "none":
+        return torch.eye(len(covariance), dtype=covariance.dtype)
+    if orientation == "activations":
+        return torch.diag(covariance.diagonal().sqrt().sqrt())
+    return covariance
+
+
+@pytest.mark.parametrize("orientation", ["covariance", "activations", "none"])
+def test_cut_leaves_out_the_last_components_in_the_coordinates_of_the_orientation(orientation: str) -> None:
+    model, stock = nn.Sequential(nn.Linear(9, 6).double()), nn.Linear(9, 6).double()
+    stock.load_state_dict(model[0].state_dict())
+    _, covariance = pair((6, 9))
+    options = {"mode": "cut", "orientation": orientation, "covariances": {"0": covariance}}
+    vismt.adapt(model, "corda", ["0"], rank=4, alpha=8, **options)
+    weight, spread = stock.weight.detach(), damped(scales(covariance, orientation))
+    U, S, Vh = torch.linalg.svd(weight @ spread, full_matrices=False)
+    kept = (U[:, :2] * S[:2]) @ Vh[:2] @ torch.linalg.inv(spread)
+    vismt.merge(model)
+    assert relative(model[0].weight, kept) < 1e-6 and torch.linalg.matrix_rank(model[0].weight, rtol=1e-6) == 2
+    for other in {"covariance", "activations", "none"} - {orientation}:
+        error, least = (((weight - W) @ spread).norm() for W in (truncated(weight, covariance, other), kept))
+        assert error > 1.001 * least  # the best of its rank in its own coordinates alone
+
+
+def truncated(weight: torch.Tensor, covariance: torch.Tensor, orientation: str) -> torch.Tensor:
+    """Return the weight without all but its first two components."""
+    U = torch.linalg.svd(weight @ damped(scales(covariance, orientation)))[0][:, :2]
+    return U @ U.T @ weight
+
+
 def test_smallest_components_of_an_ill_conditioned_product_are_exact() -> None:
     left, right = (torch.linalg.qr(torch.randn(24, 24, generator=generator(s), dtype=torch.float64)).Q for s in (1, 2))
     weight = ((left * torch.logspace(0, -3, 24, dtype=torch.float64)) @ right).float()

@@ -147,6 +147,29 @@ def test_quantised_start_loses_less_than_loftq_and_never_more_with_more_rounds(r
     assert errors[0] <= loftq(weight, rank, 1) and errors[4] <= loftq(weight, rank, 5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_lora_on_a_quantised_base_starts_at_nf4_of_the_weights_and_loses_more_than_pissa(kind: str, tmp_path) -> None:
+    model, stock, principal_start = tiny_lm(kind), tiny_lm(kind), tiny_lm(kind)
+    vismt.adapt(model, "lora", rank=8, quantize="nf4")
+    vismt.adapt(principal_start, "pissa", rank=8, quantize="nf4")
+    start, better = (vismt.merge(copy.deepcopy(adapted)) for adapted in (model, principal_start))
+    for path, host in adapter_layers(model).items():
+        weight = stock.get_submodule(path).weight
+        wanted = nf4(host.matrix(weight).detach().contiguous())
+        assert torch.equal(host.matrix(start.get_submodule(path).weight), wanted)
+        assert relative(better.get_submodule(path).weight, weight) < 0.9 * relative(
+            start.get_submodule(path).weight, weight
+        )
+    shake(model)
+    answers = model(tokens()).logits
+    vismt.save_adapter(model, tmp_path)
+    assert torch.equal(vismt.load_adapter(tiny_lm(kind), tmp_path)(tokens()).logits, answers)
+    with pytest.raises(UserError, match="quantised weights"):
+        vismt.export_peft(model, tmp_path / "peft")
+    before = snapshot(stock)
+    assert all(torch.equal(value, before[name]) for name, value in vismt.unadapt(model).state_dict().items())
+
+
 def test_the_best_round_is_kept(monkeypatch) -> None:
     import vismt.llm.pissa.method as module
 

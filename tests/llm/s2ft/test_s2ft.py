@@ -562,6 +562,32 @@ BROKEN = UnitSelection(
 )
 
 
+def test_parameters_of_an_activation_move_with_the_units_or_keep_them_in_order() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.linspace(1, 2, count))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * x.relu()
+
+    class FFN(nn.Module):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.fc1, self.act, self.fc2 = nn.Linear(4, 6), Scaled(count), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(self.act(self.fc1(x)))
+
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    shared = FFN(1)  # one value for all units
+    before = shared(x)
+    vismt.adapt(shared, "s2ft", ratio=0.5, parts=["d"])
+    assert torch.allclose(shared(x), before, atol=1e-6)
+    with pytest.raises(UserError, match=r"it has 'act\.scale' beside its projections; use mode='index'"):
+        vismt.adapt(FFN(6), "s2ft", ratio=0.5, parts=["d"])
+
+
 def test_heads_of_several_broken_groups_are_trained_like_any_other() -> None:
     """They cannot be contiguous, so their values are stored separately; gradients and steps equal those of index mode."""
     model, other = broken_groups(), broken_groups()

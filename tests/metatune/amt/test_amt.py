@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers.amt_parts import adapted, backbone, episode, same, train
-from helpers.tiny import snapshot
+from helpers.tiny import shake, snapshot
 from torch import Tensor, nn
 
 import vismt
@@ -38,8 +38,9 @@ def close(value: Tensor, other: Tensor, part: float = 1e-4) -> bool:
 
 @pytest.fixture
 def attacks(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """The calls of the input attack by the objective, with their results."""
+    """The calls of the input attack by the objective, with their results; in the weights' dtype on every CPU."""
     calls: list[dict] = []
+    monkeypatch.setattr(amt, "_attack_dtype", lambda images: None)
     attack = amt.pyramid_attack
 
     def watched(logits_fn, images: Tensor, **settings: object) -> Tensor:
@@ -252,6 +253,54 @@ def test_queries_are_attacked_and_nothing_else(attacks: list[dict], monkeypatch:
     logits = call["logits_fn"](batch["query"])
     assert torch.allclose(logits, clean, atol=1e-5) and not logits.requires_grad
     assert torch.allclose(call["clean_logits"], clean, atol=1e-5)
+
+
+def attacked(net: ProtoNet, batch: dict[str, Tensor]) -> Tensor:
+    """Return the queries as the objective attacks them."""
+    objective = AdversarialObjective(net, Adversary(epsilons=(8 / 255,), steps=5, step_ratio=0.3))
+    with torch.no_grad():
+        centres = prototypes(net.backbone(batch["support"]), batch["support_labels"])
+        clean = cosine_logits(net.backbone(batch["query"]), centres, net.scale)
+    found = objective._attack_input(batch["query"], clean, centres, 0, 1.0)
+    assert found is not None
+    return found
+
+
+def test_the_attack_on_merged_weights_finds_the_images_of_the_adapted_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, batch = (
+        shake(adapted().double(), 0.1),
+        {k: v.double() if v.is_floating_point() else v for k, v in episode(0).items()},
+    )
+    optimiser = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.5)
+    found = []
+    for _ in range(2):  # the weights of the second attack are those after a step, not those that were merged before
+        merged = attacked(net, batch)
+        with monkeypatch.context() as patch:
+            patch.setattr(amt, "merged_copy", lambda model, dtype: model)
+            assert torch.allclose(merged, attacked(net, batch), atol=1e-9)
+        found.append(merged)
+        AdversarialObjective(net, Adversary(gamma=0.01))(batch)["loss"].backward()
+        optimiser.step()
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+class Statistics(nn.BatchNorm1d):
+    """Features (b, n, d) normalised over the batch, with running statistics in training mode."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens.mT).mT
+
+
+def test_the_attack_leaves_modes_statistics_and_gradients_as_they_are() -> None:
+    net, batch = adapted(), episode(0)
+    net.backbone.vit.norm = nn.Sequential(nn.Dropout(0.5), net.backbone.vit.norm, Statistics(32))
+    net.train()
+    state, number = snapshot(net), torch.get_rng_state()
+    AdversarialObjective(net, Adversary())._attack_input(batch["query"], torch.zeros(12, 3), torch.ones(3, 32), 0, 1.0)
+    assert all(torch.equal(value, state[name]) for name, value in snapshot(net).items())
+    assert torch.equal(torch.get_rng_state(), number)
+    assert all(module.training for module in net.modules())
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_an_l2_expert_is_attacked_pixel_by_pixel_in_its_ball(attacks: list[dict]) -> None:

@@ -455,6 +455,21 @@ def test_heads_get_the_plain_or_the_weighted_gradient(name):
 
 
 @pytest.mark.parametrize("name", BY_GRADIENT)
+def test_the_graph_of_the_losses_is_kept_unless_it_is_given_up(name):
+    found = []
+    for retain in (True, False):
+        losses, parameters = problem(matrix())
+        make(name).combine(losses, parameters, retain_graph=retain).backward()
+        found.append(torch.cat([p.grad.flatten() for p in parameters]))
+        if retain:
+            losses[TASKS[-1]].backward()
+        else:
+            with pytest.raises(RuntimeError, match="second time"):
+                losses[TASKS[-1]].backward()
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", BY_GRADIENT)
 def test_gradients_that_are_not_finite_end_in_a_gradient_that_is_not(name):
     g = matrix()
     g[1, 0] = torch.inf

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from scripts.bench import tasks
-from scripts.bench.tasks import MIXED, MTLORA, PASSES, PEER, SEPARATE
+from scripts.bench.tasks import LESS, MIXED, MTLORA, PASSES, PEER, SEPARATE
 from scripts.bench.timing import PEAK
 from vismt.base.errors import UserError
 
@@ -42,7 +42,8 @@ def test_rows_and_ratios(model: nn.Module, x: Tensor) -> None:
     passes = tasks.forward("tiny", model.eval(), x, 1)
     assert list(passes.timing.seconds) == [MTLORA, MIXED, PASSES] and "target at most 0.40" in str(passes)
     steps = tasks.step("tiny", model.train(), x, 1)
-    assert list(steps.timing.seconds) == [MTLORA, PEER, SEPARATE] == list(steps.sizes[PEAK])
+    assert list(steps.timing.seconds) == [MTLORA, LESS, PEER, SEPARATE] == list(steps.sizes[PEAK])
+    assert steps.sizes[PEAK][LESS] < steps.sizes[PEAK][MTLORA]
     assert steps.sizes[tasks.WEIGHTS][SEPARATE] > 3.5 * steps.sizes[tasks.WEIGHTS][PEER]
 
 

@@ -31,6 +31,11 @@ from vismt.robustness.conditions import check_conditions
 
 def check(config: FewShotConfig) -> None:
     """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
+    if config.arms and config.pool is not None:
+        raise UserError(
+            "arms: the experts of the run's pool are its arms; leave out arms, or move the pool section into the arms, one "
+            "expert each."
+        )
     trains = config.train is not None and config.adapt is not None
     _check_arm(config)
     _check_selection(config)
@@ -42,11 +47,6 @@ def check(config: FewShotConfig) -> None:
         () if trains else ("model",),
     )
     _check_arm_keys(config)
-    if config.arms and config.pool is not None:
-        raise UserError(
-            "arms: the experts of the run's pool are its arms; leave out arms, or move the pool section into the arms, one "
-            "expert each."
-        )
     resolve_experts(config)  # raises for an arm that is not one expert
     if config.tune is not None and not (config.select is not None and config.select.data):
         raise UserError("tune: the rates are judged on validation tasks; name their sets in select.data.")

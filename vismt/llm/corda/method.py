@@ -3,6 +3,7 @@
     W C' = U S V^T      s B0 A0 = U_J U_J^T W      y = W x + s (B A - B0 A0) x       C' = C + d mean(diag C) I
     ipm   J the first r: adapt the components that matter for the task of the covariance C (instruction-previewed)
     kpm   J the last r: leave those components unchanged (knowledge-preserved)
+    cut   J the last r, left out: B = 0, y = (W - U_J U_J^T W) x at the start, the paper's truncation experiment
 
 Yang et al., NeurIPS 2024. The product is that of the paper and of the released code (vismt.llm.corda.start shows why no
 inverse is needed). As with 'pissa', W stays whole and the start is subtracted, biases stay frozen (the released code
@@ -11,7 +12,11 @@ release: kpm, here: ipm).
 
 The published factors are not balanced: with kpm |A| / |B| reaches hundreds and depends on the scale of C, and an optimiser
 step changes B A that much more. `balanced` takes the same product with |A| = |B|, and is the default for kpm; raw factors
-are the default for ipm and one switch away for kpm. Left out: the full-decomposition mode, an analysis without an adapter.
+are the default for ipm and one switch away for kpm.
+
+`orientation` chooses the matrix beside W, for the comparison of the truncation: covariance is C'; activations is diag(C)^(1/4),
+ASVD's scales (Yuan et al., arXiv 2312.05821, alpha 1/2) with the root mean square of an input in place of its mean absolute
+value; none is the identity, the plain SVD.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from vismt.llm.corda.covariance import collect_covariance
 from vismt.llm.corda.files import load_covariances
 from vismt.llm.corda.start import corda_factors
 from vismt.llm.pissa.method import SOLVERS, refuse_dropout
+from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.stock_modules import matrix_shape
 from vismt.lowrank.model.inject import inject
@@ -39,7 +45,8 @@ from vismt.lowrank.model.record import AdaptReport
 from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.methods import Calibration, Method, register_method
 
-MODES = ("ipm", "kpm")
+MODES = ("ipm", "kpm", "cut")
+ORIENTATIONS = ("covariance", "activations", "none")
 
 
 def corda(
@@ -50,6 +57,7 @@ def corda(
     alpha: float | None,
     seed: int,
     mode: str = "ipm",
+    orientation: str = "covariance",
     covariances: Mapping[str, Tensor] | str | Path | None = None,
     balanced: bool | None = None,
     solver: str | None = None,
@@ -57,16 +65,20 @@ def corda(
 ) -> AdaptReport:
     """Add factors from the SVD of each weight times the covariance of its inputs, as `collect_covariance` returns it.
 
-    mode: ipm or kpm. covariances: (i, i) by module path, of the targets and possibly other modules; or a folder of them.
-    balanced: None means for kpm only. solver: exact or randomized (ipm only); None means exact for kpm, randomized for ipm.
+    mode: ipm, kpm or cut. orientation: covariance, activations or none.
+    covariances: (i, i) by module path, of the targets and possibly other modules; or a folder of them.
+    balanced: None means for all but ipm. solver: exact or randomized (ipm only); None means randomized for ipm, else exact.
     Further options: those of `inject`. Raises UserError for a covariance that is missing, misshapen or not finite.
     """
     refuse_dropout("corda", options)
     require_known("adapt.mode: 'corda' has no mode", [mode], MODES)
-    solver = solver or ("exact" if mode == "kpm" else "randomized")
+    require_known("adapt.orientation: 'corda' has no orientation", [orientation], ORIENTATIONS)
+    solver = solver or ("randomized" if mode == "ipm" else "exact")
     require_known("adapt.solver: 'corda' has no solver", [solver], SOLVERS)
-    if mode == "kpm" and solver == "randomized":
-        raise UserError("adapt.solver: 'randomized' finds the largest components, kpm needs the smallest; use 'exact'.")
+    if mode != "ipm" and solver == "randomized":
+        raise UserError(
+            f"adapt.solver: 'randomized' finds the largest components, {mode} needs the smallest; use 'exact'."
+        )
     exclude = options.get("exclude", ())
     modules, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude, prequantized=True)
     by_path: Mapping[str, Any]
@@ -75,14 +87,17 @@ def corda(
     else:
         loaded = load_covariances(covariances) if isinstance(covariances, str | Path) else covariances
         by_path = _checked(modules, loaded)
-    even = mode == "kpm" if balanced is None else balanced
+    even = mode != "ipm" if balanced is None else balanced
     dead: list[str] = []
-    start = partial(_start, smallest=mode == "kpm", balanced=even, solver=solver, dead=dead)
+    start = partial(_start, orientation=orientation, smallest=mode != "ipm", balanced=even, solver=solver, dead=dead)
     starts = {path: partial(start, path, by_path[path]) for path in modules}
     with threadpool_limits(1, user_api="blas"):  # scipy's; as with torch, one thread for each module is fastest
         report = inject(
             model, "corda", starts, offset=True, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
         )
+    if mode == "cut":
+        for layer in adapter_layers(model).values():
+            layer.lora_B.data.zero_()
     if dead:
         warnings.warn(
             f"corda: the {mode} components of '{min(dead)}' ({len(set(dead))} of {len(modules)} modules) vanish, so A and B "
@@ -100,9 +115,14 @@ def _start(
     scale: float,
     generator: torch.Generator,
     *,
+    orientation: str,
     dead: list[str],
     **how: Any,
 ) -> tuple[Tensor, Tensor]:
+    if orientation == "none":
+        covariance = torch.eye(len(covariance))
+    elif orientation == "activations":
+        covariance = covariance.diagonal().float().pow(0.25).diag()
     try:
         A, B = corda_factors(weight, covariance, rank, scale, generator=generator, **how)
     except UserError as error:

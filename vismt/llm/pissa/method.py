@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, require_known
-from vismt.llm.pissa.quantized import GRIDS, QuantizedLayer, need_bitsandbytes, on_grid
+from vismt.llm.pissa.quantized import QuantizedLayer, on_grid, quantized_layer
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
 from vismt.lowrank.model.record import AdaptReport
@@ -51,14 +51,9 @@ def pissa(
     """
     refuse_dropout("pissa", options)
     require_known("adapt.solver: 'pissa' has no solver", [solver], SOLVERS)
-    if quantize is not None:
-        require_known("adapt.quantize: 'pissa' has no grid", [quantize], GRIDS)
-    if quantize == "bitsandbytes":
-        need_bitsandbytes()
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise UserError(f"adapt.iterations: {iterations!r}; it must be a whole number, at least 1.")
-    if quantize is not None and any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError("adapt.quantize: the model lies on the meta device without values; load its weights.")
+    layer = quantized_layer(model, quantize)
 
     def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if quantize:
@@ -76,8 +71,7 @@ def pissa(
         rank=rank,
         alpha=alpha,
         seed=seed,
-        layer=LowRankLayer if quantize is None else QuantizedLayer,
-        settings={} if quantize is None else {"grid": quantize},
+        **layer,
         **options,
     )
 

@@ -1,6 +1,6 @@
-"""Adapter layers on 4-bit values of W less the start of the update (QPiSSA): quantised by rule, W kept beside them.
+"""Adapter layers on 4-bit values of W less the start of the update (QPiSSA, QLoRA): quantised by rule, W kept beside them.
 
-    y = Q x + b + s B A x        Q = grid(W - s B0 A0), A0 and B0 the start as it is stored, grid one of GRIDS
+    y = Q x + b + s B A x        Q = grid(W - s B0 A0), A0 and B0 the start as it is stored (LoRA's B0 = 0), grid one of GRIDS
 
 NF4 (QLoRA, arXiv 2305.14314) stores 16 levels and the largest absolute value of each run of 64:
 
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, require_known
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.base import LayerSpec, register_module
 from vismt.lowrank.layers.forms import LowRankConv, LowRankLinear
@@ -139,6 +139,21 @@ class QuantizedLinear(QuantizedLayer, LowRankLinear):
 
 class QuantizedConv(QuantizedLayer, LowRankConv):
     """A convolution on a quantised weight."""
+
+
+def quantized_layer(model: nn.Module, grid: str | None) -> dict[str, Any]:
+    """Return the arguments of `inject` for layers on weights quantised to `grid`; {} for None.
+
+    Raises UserError for an unknown grid, bitsandbytes where it is not installed, and a model without values.
+    """
+    if grid is None:
+        return {}
+    require_known("adapt.quantize: no grid", [grid], GRIDS)
+    if grid == "bitsandbytes":
+        need_bitsandbytes()
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError("adapt.quantize: the model lies on the meta device without values; load its weights.")
+    return {"layer": QuantizedLayer, "settings": {"grid": grid}}
 
 
 def levels() -> Tensor:

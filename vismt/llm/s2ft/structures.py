@@ -235,12 +235,13 @@ def _beside(
         child, _, rest = name.partition(".")
         if child in projections:
             continue
-        if not rest or "." in rest or parameter.ndim != 1:
+        if parameter.ndim == 1 and parameter.numel() == size:  # one value for all units, or for each feature of a head
+            continue
+        if rest not in ("weight", "bias") or parameter.ndim != 1:
             return [], f"it has '{name}' beside its projections"
-        if parameter.numel() not in (units * size, groups * size, size):
+        if parameter.numel() not in (units * size, groups * size):
             return [], f"'{name}' holds {parameter.numel()} values for {units} units of {size}"
-        if parameter.numel() != size or (size == 1 and units > 1):
-            blocks[child] = UnitBlock(f"{path}.{child}" if path else child, 0, 0, parameter.numel() // size, size)
+        blocks[child] = UnitBlock(f"{path}.{child}" if path else child, 0, 0, parameter.numel() // size, size)
     return list(blocks.values()), ""
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import AdapterModule, adapter_layers
+from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, adapter_layers
 from vismt.lowrank.layers.parameter_modules import to_parameters
 from vismt.lowrank.layers.stock_modules import use_cpu_kernel
 from vismt.lowrank.model.modules import check_mergeable, detach_all, from_stock, stock_order, to_stock
@@ -76,6 +76,38 @@ def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
     detach_all(model, merged)
     forget(model, record)
     return model
+
+
+@torch.no_grad()
+def merged_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return a frozen copy in eval mode, with every low-rank update in its weight, for gradients of inputs alone.
+
+    Its forward and backward are those of the stock model: no products of factors, and nothing is kept for a parameter. Layers
+    that one weight cannot hold (gates of samples, packed weights) stay adapter layers. All other tensors are shared with the
+    model, so the copy is of use until the weights change.
+
+    Args:
+        model: a model with or without adapters; not changed.
+        dtype: of the copy's matrices where it runs under autocast to that dtype, which else casts them in every forward.
+    """
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    twin = copy.deepcopy(model, shared).eval()
+    merged: dict[int, nn.Module] = {}
+    for path, layer in [*twin.named_modules(remove_duplicate=False)]:
+        if not isinstance(layer, AdapterLayer) or not layer.weight_readable or layer.of_parameter:
+            continue
+        try:
+            layer.check_mergeable("merge", path)
+        except UserError:
+            continue
+        if id(layer) not in merged:
+            merged[id(layer)] = layer.merged()
+        twin.set_submodule(path, merged[id(layer)])
+    for parameter in twin.parameters():
+        if dtype is not None and parameter.ndim > 1:
+            parameter.data = parameter.data.to(dtype)
+    return twin
 
 
 def undo(model: nn.Module) -> None:

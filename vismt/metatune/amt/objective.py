@@ -28,6 +28,7 @@ from torch.func import functional_call
 from vismt.base.errors import UserError
 from vismt.base.seeds import mix_seed
 from vismt.config.typed import Checked, Names, within
+from vismt.lowrank.model.merge import merged_copy
 from vismt.metatune.amt.input_attack import NORMS, PLAIN, PYRAMID, STARTS, Levels, pyramid_attack
 from vismt.metatune.amt.weight_attack import weight_perturbation
 from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
@@ -197,11 +198,16 @@ class AdversarialObjective(nn.Module):
             return None
         if adversary.norm == GAUSSIAN:
             return query + epsilon * torch.randn(query.shape, generator=generator).to(query)
-        # With every parameter detached, backward runs to the images alone.
-        fixed = {name: p.detach() for name, p in self.proto.backbone.named_parameters()}
+        half = _attack_dtype(query)
+        twin = merged_copy(self.proto.backbone, half)
         middle, scale = centres.detach(), self.proto.scale.detach()
+
+        def logits(images: Tensor) -> Tensor:
+            with torch.autocast(images.device.type, half, enabled=half is not None):
+                return cosine_logits(twin(images), middle, scale)
+
         return pyramid_attack(
-            lambda images: cosine_logits(functional_call(self.proto.backbone, fixed, (images,)), middle, scale),
+            logits,
             query,
             epsilon=epsilon,
             step_size=adversary.step_ratio * epsilon,
@@ -262,6 +268,15 @@ def trades(
     first, second = (log_clean, log_adversarial) if kl == "clean_adv" else (log_adversarial, log_clean)
     distance = F.kl_div(second, first, reduction="batchmean", log_target=True)
     return F.nll_loss(log_clean, labels) + weight * distance, distance
+
+
+def _attack_dtype(images: Tensor) -> torch.dtype | None:
+    """Return the dtype of the input attack's products: that of autocast, bf16 on a CPU with units for it, or None."""
+    kind = images.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    fast = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if fast and images.dtype == torch.float32 else None
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,11 +90,13 @@ class TaskLosses:
         losses: losses of this process by task number, scaled so that their mean over the processes is L_t.
         means: L_t of every task (T,), 0 for absent tasks, without gradient.
         present: (T,) bool on the CPU, whether any process has the task.
+        retain_graph: whether the graph of the losses has to be kept.
     """
 
     losses: dict[int, Tensor]
     means: Tensor
     present: Tensor
+    retain_graph: bool = True
 
     def host(self) -> Tensor:
         """Return L_t (T,) in float64 on the CPU."""
@@ -137,7 +139,9 @@ class Balancer(nn.Module):
         """Return alpha_t of the last call by task, as scalars for the log; 0 for tasks that were absent."""
         return {task: self.alpha[number].clone() for number, task in enumerate(self.tasks)}
 
-    def combine(self, losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    def combine(
+        self, losses: Mapping[str, Tensor], parameters: Sequence[Tensor], *, retain_graph: bool = True
+    ) -> Tensor:
         """Return one scalar to call backward on, once.
 
         In eval mode and under no_grad it is the sum of the losses, and no state changes.
@@ -146,6 +150,8 @@ class Balancer(nn.Module):
             losses: scalars by task, over the batch of this process, without the absent tasks.
             parameters: parameters whose gradients are balanced, in the graph or not; frozen parameters and those of the
                 balancer are ignored.
+            retain_graph: False lets a method that takes gradients free the graph of the losses, for less memory, where no
+                other loss needs it.
 
         Raises:
             UserError: for an unknown task, a loss that is not a scalar or has no graph, and without a trainable parameter.
@@ -163,7 +169,7 @@ class Balancer(nn.Module):
                     f"balancing: the loss of '{self.tasks[number]}' has no graph; leave an absent task out."
                 )
         with torch.autocast(parameters[0].device.type, enabled=False):
-            batch = self._gather(weighted, parameters[0])
+            batch = replace(self._gather(weighted, parameters[0]), retain_graph=retain_graph)
             result = zero + self.surrogate(batch, parameters) if batch.present.any() else zero
         self.calls += 1
         return result

@@ -1,8 +1,8 @@
 """Balancing by the gradients: alpha of d = sum_t alpha_t g_t as a function of the Gram matrix M = <g_s, g_t>.
 
 One backward pass for each task gives the gradients of all trained parameters; alpha follows from M (T x T) in float64 on the CPU.
-The scalar to call backward on is linear in the parameters, so that its own backward pass costs nothing: the net is not run
-backward once more for the sum. Each `solve` takes M (t, t) of the t tasks that are present and have a nonzero gradient; in the
+The scalar to call backward on has d for its gradient, so that its own backward pass costs nothing: the net is not run backward
+once more for the sum. Each `solve` takes M (t, t) of the t tasks that are present and have a nonzero gradient; in the
 formulas T is the number of these tasks.
 
 What stands here does something that the aggregators of torchjd 0.18 (torchjd_methods.py) do not. MGDA, CAGrad, FairGrad and
@@ -79,31 +79,28 @@ class GradientBalancer(Balancer, ABC):
     def surrogate(self, batch: TaskLosses, parameters: Sequence[Tensor]) -> Tensor:
         balanced = {id(parameter) for parameter in parameters}
         others = [leaf for leaf in trained_leaves(batch.losses.values()) if id(leaf) not in balanced]
-        gradients, of_others = self._gradients(batch.losses, parameters, others)
+        gradients, of_others = self._gradients(batch, parameters, others)
         alpha = batch.present.double()
         factors = alpha.clone()  # of the tasks in the gradient of other parameters
-        finite = bool(gradients.isfinite().all())
-        if finite:
-            gram = gram_matrix(gradients)
+        gram = gram_matrix(gradients)
+        if bool(gram.isfinite().all()):  # otherwise the sum of the gradients shows what is not
             tasks = (batch.present & (gram.diagonal() > 0)).nonzero().flatten()
             if len(tasks):
                 alpha[tasks] = self.solve(gram[tasks][:, tasks], tasks, batch.host()[tasks])
+            if self.heads == "weighted":
+                factors = alpha
         self.alpha.copy_(alpha)
-        if not finite:
-            return weighted_sum(batch, factors)
-        if self.heads == "weighted":
-            factors = alpha
         combined = (alpha.to(gradients) @ gradients).split([p.numel() for p in parameters])
-        linear = sum((p * change.view_as(p)).sum() for p, change in zip(parameters, combined))
-        for number, changes in of_others.items():
+        changes = {p: change.view_as(p) for p, change in zip(parameters, combined)}
+        for number, found in of_others.items():
             scale = float(factors[number]) / self.loss_scale
-            linear = linear + sum(
-                (p * change).sum() * scale for p, change in zip(others, changes) if change is not None
-            )
-        return weighted_sum(batch, factors).detach() + (linear - linear.detach())
+            for p, change in zip(others, found):
+                if change is not None:
+                    changes[p] = scale * change if p not in changes else changes[p] + scale * change
+        return _WithGradients.apply(weighted_sum(batch, factors).detach(), [*changes.values()], *changes)
 
     def _gradients(
-        self, losses: dict[int, Tensor], parameters: Sequence[Tensor], others: Sequence[Tensor]
+        self, batch: TaskLosses, parameters: Sequence[Tensor], others: Sequence[Tensor]
     ) -> tuple[Tensor, dict[int, Sequence[Tensor | None]]]:
         """Return g_t (T, P), averaged over the processes, in at least float32; zeros for absent tasks.
 
@@ -113,17 +110,35 @@ class GradientBalancer(Balancer, ABC):
         size = sum(p.numel() for p in parameters)
         rows = torch.zeros(len(self.tasks), size, dtype=dtype, device=parameters[0].device)
         of_others: dict[int, Sequence[Tensor | None]] = {}
-        for number, loss in losses.items():
-            found = torch.autograd.grad(
-                loss * self.loss_scale, (*parameters, *others), retain_graph=True, allow_unused=True
+        for number, loss in batch.losses.items():
+            retain = batch.retain_graph or number != max(batch.losses)
+            scaled = loss * self.loss_scale
+            found: list[Tensor | None] = list(
+                torch.autograd.grad(scaled, (*parameters, *others), retain_graph=retain, allow_unused=True)
             )
-            for place, gradient in zip(rows[number].split([p.numel() for p in parameters]), found):
+            of_others[number] = found[len(parameters) :]
+            for index, place in enumerate(rows[number].split([p.numel() for p in parameters])):
+                gradient, found[index] = found[index], None  # freed before the next pass
                 if gradient is not None:
                     place.copy_(gradient.flatten())
-            of_others[number] = found[len(parameters) :]
         if processes() > 1:
             dist.all_reduce(rows)
-        return rows.div_(processes() * self.loss_scale), of_others
+        if processes() * self.loss_scale != 1:
+            rows /= processes() * self.loss_scale
+        return rows, of_others
+
+
+class _WithGradients(torch.autograd.Function):
+    """(value (), gradients, *parameters) -> the value, whose gradients by the parameters are the given ones."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(slopes[0] * gradient for gradient in ctx.gradients)
 
 
 @BALANCERS.register("pcgrad")
