@@ -155,7 +155,7 @@ def test_an_author_of_recommenders_and_methods(program: Path, tmp_path: Path) ->
     (shop / "card.yaml").write_text(card)
     study = study.replace("lastfm", "my_shop").replace("test_share: 0.2", 'test: ["my_shop:test"]')
     (tmp_path / "shop.yaml").write_text(study)
-    fitted = ["recommender.steps=5", "recommender.width=8", *SHORT, "batch=4"]
+    fitted = ["recommender.steps=5", "recommender.width=8", "recommender.batch=32", *SHORT, "batch=4"]
     options = (
         "answer: judge, candidates: 4, negatives: 3, history: 3, length: 96, titles: false, question: '{candidate}?'"
     )
