@@ -137,7 +137,9 @@ def test_windows_keep_their_size_when_the_images_change() -> None:
     images = pixels(96, 128)
     torch.testing.assert_close(small(images), large(images), atol=1e-6, rtol=0)
     assert small.vit.pretrained_cfg["input_size"] == (3, 96, 128)
-    with pytest.raises(UserError, match="Hiera is built for images of 64 x 64 pixels; create it with img_size"):
+    with pytest.raises(
+        UserError, match="Hiera takes images of the size that it is created for alone; create it with img_size"
+    ):
         Pyramid(stock("hiera_tiny_224"), (64, 64)).set_input_size((96, 96))
 
 

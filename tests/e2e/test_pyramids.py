@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+import yaml
 from helpers import pyramids  # noqa: F401  registers test_swin
+from helpers.pages import ROOT
 from helpers.results import scores_of
 from helpers.tiny_runs import CONFIGS, run_config, written
 
@@ -87,6 +90,19 @@ def test_dense(name: str, tmp_path: Path) -> None:
     assert logits.shape[-2:] == (8, 16)  # the grid of the finest stage, of stride 4
 
 
+def test_a_whole_canvas_keeps_the_windows(tmp_path: Path) -> None:
+    """A net that was trained on 64 x 64 pixels predicts 64 x 96 at once as one that was created for them."""
+    model = {"name": "test_swin", "pretrained": False}
+    settings = config("dense", "test_swin", model=model, size=[64, 64], tasks=["depth"], evaluate={"mode": "whole"})
+    run = open_run(run_config(written(tmp_path / "run.yaml", {**settings, "canvas": [64, 96]})))
+    training = run.job.study.find(None)
+    net = run.job.loaded(training)
+    large = models.loaded(replace(run.config, size=[64, 96]), training, (64, 96))
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(net(images)["depth"], large(images)["depth"], atol=1e-5, rtol=1e-4)
+
+
 def test_what_the_stages_do_not_depend_on_stays_frozen(tmp_path: Path) -> None:
     """Several processes wait for the gradient of every trained parameter: here a head and the final norm have none."""
     model = {"name": "test_swin", "pretrained": False}
@@ -96,6 +112,27 @@ def test_what_the_stages_do_not_depend_on_stays_frozen(tmp_path: Path) -> None:
     DenseJob.prepare(SimpleNamespace(), net, run.config)
     frozen = {name for name, parameter in net.stock.named_parameters() if not parameter.requires_grad}
     assert frozen == {"norm.weight", "norm.bias"}
+
+
+def test_one_frozen_dinov3_serves_all_tasks_in_one_pass(tmp_path: Path) -> None:
+    """The shipped configuration on a tiny random DINOv3: heads leave the backbone as it came, and each batch runs it once."""
+    settings = yaml.safe_load((ROOT / "configs/dense/dinov3.yaml").read_text())
+    settings |= {key: CONFIGS["dense"][key] for key in ("data", "size", "batch", "train", "augment")}
+    settings |= {"model": {"name": "test_dinov3", "pretrained": False}, "tasks": ["depth", "normals"], "tune": None}
+    settings |= {"arms": {"depth": {"only": ["depth"]}, "heads": {"adapt": None}}, "baseline": None, "seeds": [0]}
+    run = open_run(run_config(written(tmp_path / "run.yaml", settings)))
+    assert {(row["arm"], row["task"]) for row in scores_of(run.folder)} == {
+        ("depth", "depth"),
+        ("heads", "depth"),
+        ("heads", "normals"),
+    }
+    net = run.job.final(run.job.study.find("heads"))
+    passes = []
+    net.stock.patch_embed.register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        assert set(net(torch.rand(2, 3, 32, 48))) == {"depth", "normals"}
+    untrained = models.fresh(run.config).stock.state_dict()
+    assert passes == [1] and all(torch.equal(value, untrained[name]) for name, value in net.stock.state_dict().items())
 
 
 def test_routers_of_stages_have_no_common_map(tmp_path: Path) -> None:
@@ -114,6 +151,17 @@ def test_one_line_for_each_limit(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (
             config("fewshot", "test_swin", model={"name": "test_swin", "block": 1, "pretrained": False}),
             "for plain ViTs",
+        ),
+        (
+            config(
+                "dense",
+                "test_hiera",
+                model={"name": "test_hiera", "pretrained": False},
+                size=[32, 32],
+                canvas=[32, 64],
+                evaluate={"mode": "whole"},
+            ),
+            "leave evaluate.mode at slide",
         ),
         (config("multitask", "test_hiera", model={"name": "test_hiera", "img_size": 48}), "use 32 x 32 or 64 x 64"),
     ]

@@ -1,9 +1,10 @@
-"""A tiny Swin and a tiny Hiera under names of timm, for configurations; test_convnext and test_resnet are timm's own."""
+"""A tiny Swin, Hiera and DINOv3 under names of timm, for configurations; test_convnext and test_resnet are timm's own."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import timm
 from timm.models import Hiera, SwinTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
@@ -32,4 +33,11 @@ def test_hiera(pretrained: bool = False, **options: Any) -> nn.Module:
     return build_model_with_cfg(Hiera, "test_hiera", pretrained, **{**shape, **options})
 
 
-test_swin.__test__ = test_hiera.__test__ = False  # models, not tests
+@register_model
+def test_dinov3(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return four blocks of width 48 on patches of 16 x 16 pixels, with four register tokens and rotary positions."""
+    shape = {"embed_dim": 48, "depth": 4, "num_heads": 3}
+    return timm.create_model("vit_small_patch16_dinov3", pretrained=pretrained, **{**shape, **options})
+
+
+test_swin.__test__ = test_hiera.__test__ = test_dinov3.__test__ = False  # models, not tests

@@ -97,8 +97,8 @@ class Pyramid(PixelBackbone):
                 ) from error
         elif takes_size(self.vit):
             raise UserError(
-                f"{type(self.vit).__name__} is built for images of {self.img_size[0]} x {self.img_size[1]} pixels; create it "
-                f"with img_size {size} instead."
+                f"{type(self.vit).__name__} takes images of the size that it is created for alone; create it with img_size "
+                f"{size} instead, and in a dense run leave evaluate.mode at slide."
             )
         self.img_size = (size[0], size[1])
         self._note_size()

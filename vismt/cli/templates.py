@@ -32,7 +32,7 @@ FEWSHOT = Template("""\
 task: fewshot
 title: Few-shot, $about
 seed: 0
-model: {name: vit_small_patch14_imgfocus, img_size: 42, position: onnx}   # or any ViT of timm.list_models('vit_*')
+model: {name: vit_small_patch14_imgfocus, img_size: 42, position: onnx}   # or any model of timm
 adapt: {method: lora, rank: 8}                    # null: evaluate the frozen backbone only
 source: {data: [$source], ways: $ways, shots: 1, queries: 5}   # the images of the training episodes
 train: {steps: 40, lr: 3.0e-4, warmup: 4}
@@ -52,7 +52,7 @@ MULTITASK = Template("""\
 task: multitask
 title: Classification, $about
 seed: 0
-model: {name: vit_small_patch14_imgfocus, img_size: 42, position: onnx}   # or any ViT of timm.list_models('vit_*')
+model: {name: vit_small_patch14_imgfocus, img_size: 42, position: onnx}   # or any model of timm
 adapt: {method: lora, rank: 8}
 tasks:
   - name: $name

@@ -145,11 +145,11 @@ class DenseConfig(StudyConfig):
             name, and images of its own: train, validation, test, validation_share, test_share and limit as in `data`. Arms
             may differ in options of the losses: `tasks.semseg.class_weights: sqrt`.
         only: the trained tasks, [] for all; an arm with a single task is a single-task baseline.
-        size: [height, width] of training images in pixels, multiples of the model's patch.
+        size: [height, width] of training images in pixels, of a ViT multiples of the patch.
         canvas: [height, width] into which every image is fitted, and from which training crops are taken; null for the
             size.
         head: the heads of tasks of maps.
-        blocks: numbers of the blocks that the heads read; null for four evenly spread.
+        blocks: numbers of the blocks, or stages, that the heads read; null for four evenly spread.
         full: train the whole backbone, with adapt null; adapt null and full false train the heads only.
         batch: images of a training batch.
         augment: augmentation of training images and maps.

@@ -96,7 +96,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         for name in settings.ood:
             self.data.outside(name)
         if window_of(self.config) != tuple(self.config.size):
-            models.make_backbone(self.config, window_of(self.config))
+            net = models.make_backbone(self.config, window_of(self.config))
+            net.set_input_size((self.config.size[0], self.config.size[1]))
         for config in self.study.arms.values():
             self.batches(config)
             self.data.counted(trained_tasks(config))

@@ -90,7 +90,8 @@ def loaded(config: DenseConfig, training: Training, size: tuple[int, int]) -> De
         training_files.load_state(net.stock, training.folder / BACKBONE, what)
     training_files.load_state(net.heads, training.folder / HEADS, what)
     if size != net.backbone.img_size:
-        table = None if config.full else getattr(make_backbone(config, size).vit, "pos_embed", None)
+        resampled = isinstance(net.backbone, Backbone) and not config.full
+        table = getattr(make_backbone(config, size).vit, "pos_embed", None) if resampled else None
         net.backbone.set_input_size(size, table)
     return net.requires_grad_(False).eval()
 
