@@ -167,7 +167,7 @@ def test_an_author_of_recommenders_and_methods(program: Path, tmp_path: Path) ->
         tmp_path,
         {"run": [model, f"tasks.held-out.options={{{options}}}", *fitted]},
     )
-    assert {"frozen", "sasrec", "ilora"} <= {row.arm for row in rows_of(tmp_path, "shop")}
+    assert {"frozen", "sasrec", "gru4rec", "adapted"} <= {row.arm for row in rows_of(tmp_path, "shop")}
 
     # a method of one's own, checked and run
     page = ROOT / "docs" / "extending.md"
@@ -176,14 +176,8 @@ def test_an_author_of_recommenders_and_methods(program: Path, tmp_path: Path) ->
     started(program.parent / "python", "-c", f"import mine\n{check}", folder=tmp_path)
     write_folder(tmp_path / "my_images", 12)
     adapt = "adapt={module: mine, method: orthogonal, rank: 4}"
-    walk(
-        "guides/multitask.md",
-        "Your own images",
-        program,
-        tmp_path,
-        {"run": [*SMALL, adapt], "predict": []},
-        new_images="my_images",
-    )
-    assert [json.loads(path.read_text())["method"] for path in tmp_path.rglob("multitask-*/**/adapter.json")] == [
-        "orthogonal"
-    ]
+    swaps = {"new_images": "my_images/red"}
+    walk("guides/multitask.md", "Your own images", program, tmp_path, {"run": [*SMALL, adapt]}, **swaps)
+    adapters = [json.loads(path.read_text()) for path in tmp_path.rglob("multitask-*/**/adapter.json")]
+    assert [about["method"] for about in adapters] == ["orthogonal"]
+    assert len([*tmp_path.rglob("predictions.png")]) == 1
