@@ -7,7 +7,7 @@ docs/results/rows/figures.yaml has what each of them shows; docs/NAME.svg ends w
 
     NAME:
       study: STUDY
-      kind: bars                       # by set, with intervals; seeds: a dot for each training
+      kind: bars                       # by set, with intervals; seeds: a dot for each training; depth: updates by block
       where: {metric: accuracy, condition: [clean, strong linf 4.5/255], arm: [frozen, clean]}
 
 A row is drawn where every field of `where` has the value, or one of the values, whose order is that of the picture. A picture
@@ -37,9 +37,10 @@ from vismt.report.figures import domain_bars
 from vismt.report.results import ValuesByExample
 from vismt.report.score_sections import arm_scores, seeds_panel
 from vismt.report.study_rows import ROWS, SELECTED, StudyRow, studies
+from vismt.report.weight_changes import depth_figure
 from vismt.storage.paths import CHECKOUT
 
-KINDS = ("bars", "seeds")
+KINDS = ("bars", "seeds", "depth")
 DIGEST = re.compile(r"<!-- rows: (\w+) -->\n$")
 
 
@@ -65,6 +66,16 @@ def draw(spec: Mapping[str, Any], rows: list[StudyRow], path: Path) -> None:
     if spec["kind"] == "bars":
         shown = sorted((row for row in rows if row.seed is None), key=lambda row: row.data == AVERAGE)
         domain_bars(compare(shown, ValuesByExample(CHECKOUT / ROWS)), path)  # which has no values by example
+    elif spec["kind"] == "depth":
+        depths: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if row.data.startswith("block "):
+                depths.setdefault(row.arm, {})[int(row.data.removeprefix("block "))] = row.value
+        if not depths:
+            raise UserError(
+                f"picture '{path.stem}': '{spec['study']}' has no updates by block; it needs several seeds."
+            )
+        depth_figure(depths, path)
     else:
         arms = list(dict.fromkeys(row.arm for row in rows))
         scores = arm_scores([row for row in rows if row.data != AVERAGE], {arm: arm for arm in arms})

@@ -1,6 +1,7 @@
 """`scripts.bench memory`: the memory of a training step, measured and by formula, for several methods on the same model.
 
-A random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048, or a language model by its name; batch 4 x 256 tokens,
+A random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048 (27 M parameters), a larger one for ratios by size
+(`--model 88M`, `--model 158M`), or a language model by its name; batch 4 x 256 tokens,
 fp32, AdamW, no checkpointing: full fine-tuning, LoRA r=16 on all seven linears (vismt's and peft's), iLoRA with the same
 factors under fixed gates, LISA with 2 layers, with and without the parameters outside the layers, and S2FT on O and D with
 LoRA's number of parameters. A ratio holds for these sizes only: with longer batches activations dominate, with
@@ -40,8 +41,12 @@ from vismt.lowrank.model.record import count_parameters
 from vismt.methods import adapt
 
 RANK, ACTIVE, DEPTH, BATCH, LENGTH = 16, 2, 8, 4, 256
+LARGER = {
+    "88M": (Decoder(hidden=768, ffn=2048, heads=12, kv_heads=12, head_dim=64, vocabulary=2048), 12),
+    "158M": (Decoder(hidden=1024, ffn=2816, heads=16, kv_heads=16, head_dim=64, vocabulary=2048), 12),
+}  # random Llamas by their number of parameters
 LIKE = ("llama", "qwen2")  # the formula describes blocks of these types
-FULL, PLAIN, GATED = "full fine-tuning", "vismt lora", "vismt ilora"
+FULL, PLAIN, GATED, SLICED = "full fine-tuning", "vismt lora", "vismt ilora", "S2FT O and D"
 EXPERTS = 4
 
 
@@ -94,12 +99,13 @@ class MemoryResult:
         return "\n".join([*lines, str(self.comparisons()[0])])
 
     def comparisons(self) -> list[Comparison]:
-        """Return the ratio of times that has a target, and the peak of every variant against full fine-tuning."""
+        """Return the ratios of iLoRA's and S2FT's times, and the peak of every variant against full fine-tuning."""
         gated = next(name for name in self.measured if name.startswith(GATED))
         plain = next(name for name in self.measured if name.startswith(PLAIN))
         peaks = {name: costs.peak for name, costs in self.measured.items()}
         others = [compare_bytes("peak memory", peaks, name, FULL) for name in peaks if name != FULL]
-        return [self.timing.compare(gated, plain, 1.05), *others]
+        sliced = [self.timing.compare(SLICED, base) for base in (FULL, plain)]
+        return [self.timing.compare(gated, plain, 1.05), *sliced, *others]
 
 
 @dataclass
@@ -116,10 +122,11 @@ class Variant:
 def run(rounds: int = 9, device: str = "cpu", name: str | None = None) -> list[MemoryResult]:
     """Measure every variant on the same model and batch.
 
-    name: of a language model (see create_lm), None for the random Llama.
+    name: of LARGER, or of a language model (see create_lm); None for the smallest random Llama.
     """
     where = torch.device(device)
-    model = (llama(where, SIZES, DEPTH) if name is None else _named(name).to(where)).train()
+    shape = (SIZES, DEPTH) if name is None else LARGER.get(name)
+    model = (llama(where, *shape) if shape else _named(str(name)).to(where)).train()
     sizes, depth = _sizes(model.config), model.config.num_hidden_layers
     tokens = torch.randint(sizes.vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).to(where)
     trainable, measured, predicted = {}, {}, {}
@@ -181,7 +188,7 @@ def _variants(model: nn.Module, sizes: Decoder, depth: int) -> dict[str, Variant
         f"{GATED} r={RANK}": Variant(gated, _adamw(gated), lora, gates=gates),
         f"LISA {ACTIVE} of {depth}": _lisa(copy.deepcopy(model), True),
         f"LISA {ACTIVE} of {depth} alone": _lisa(copy.deepcopy(model), False),
-        "S2FT O and D": Variant(sliced, _adamw(sliced), slices),
+        SLICED: Variant(sliced, _adamw(sliced), slices),
     }
 
 

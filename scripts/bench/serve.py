@@ -3,11 +3,15 @@
 The random Llama of `bench core` (hidden 512, 8 layers, ffn 1376) with rank 16 on every linear, and 8 prompts: "generate"
 writes 32 tokens after prompts of 16, "forward" runs prompts of 128 tokens once, as a classifier does. peft gets the same
 adapters and the same names (`adapter_names`). The logits of both have to agree, else the benchmark ends with an error.
+
+"switch" reads one prompt of 128 tokens under S2FT: with the adapter that is there, and with the next one of 8, which are in
+memory and exchanged in the weights before the prompt.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -20,14 +24,17 @@ from torch import Tensor, nn
 from scripts.bench.core import llama
 from scripts.bench.timing import Ratios, interleave
 from vismt.base.errors import UserError
+from vismt.llm.s2ft.slices import read_slices, switch
 from vismt.lowrank.files.peft_folder import export_peft
+from vismt.lowrank.files.save_load import save_adapter
 from vismt.lowrank.model.mixed import adapters_per_sample
 from vismt.lowrank.model.named import activate
 from vismt.methods import adapt
 
-RANK, ADAPTERS, WRITTEN = 16, 8, 32
+RANK, ADAPTERS, WRITTEN, SHARE = 16, 8, 32, 0.03  # SHARE: of the units that S2FT trains
 ONE, MIXED = "vismt, 1 adapter", f"vismt, {ADAPTERS} adapters"
 PEFT_ONE, PEFT = "peft, 1 adapter", f"peft, {ADAPTERS} adapters"
+SAME, SWITCHED = "the same adapter", f"the next of {ADAPTERS} adapters"
 TARGETS = ((MIXED, ONE, 1.15), (MIXED, PEFT, 1.0))
 
 Call = Callable[..., Tensor]  # (net, **options of peft) -> logits or token ids
@@ -36,7 +43,8 @@ Call = Callable[..., Tensor]  # (net, **options of peft) -> logits or token ids
 def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
     """Time generation and forward passes."""
     where = torch.device(device)
-    return serve(llama(where).eval(), rounds, where)
+    model = llama(where).eval()
+    return [*serve(model, rounds, where), switching(model, rounds, where)]
 
 
 @torch.no_grad()
@@ -64,6 +72,35 @@ def serve(model: nn.Module, rounds: int, device: torch.device, lengths: tuple[in
         timing = interleave(steps, rounds, label=title, device=device)
         results.append(Ratios(f"{title}, {ADAPTERS} prompts, {ADAPTERS * tokens} tokens, rank {RANK}", timing, TARGETS))
     return results
+
+
+@torch.no_grad()
+def switching(model: nn.Module, rounds: int, device: torch.device, length: int = 128) -> Ratios:
+    """Time a prompt of `length` tokens with and without another S2FT adapter put into the weights before it."""
+    adapters = []
+    for seed in range(ADAPTERS):
+        trained = copy.deepcopy(model)
+        adapt(trained, "s2ft", ratio=SHARE, seed=seed)
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        with tempfile.TemporaryDirectory() as folder:
+            adapters.append(read_slices(save_adapter(trained, folder)))
+    model, following = copy.deepcopy(model), itertools.cycle(adapters)
+    text = torch.randint(model.get_submodule("lm_head").weight.shape[0], (1, length), device=device)
+
+    def answer() -> Tensor:
+        return model(input_ids=text, use_cache=False).logits
+
+    def switched() -> Tensor:
+        switch(model, next(following))
+        return answer()
+
+    answers = [switched() for _ in adapters]
+    if any(torch.equal(one, other) for one, other in itertools.pairwise(answers)):
+        raise UserError("bench serve: two S2FT adapters give the same logits; the ratio means nothing.")
+    timing = interleave({SAME: answer, SWITCHED: switched}, rounds, label="switch", device=device)
+    return Ratios(f"switch, 1 prompt, {length} tokens, S2FT of {SHARE:.0%}", timing, ((SWITCHED, SAME, 1.25),))
 
 
 def _servers(model: nn.Module) -> dict[str, Callable[[Call], Tensor]]:

@@ -10,7 +10,11 @@ import yaml
 from helpers.run_folder import make_folder
 
 from scripts import figures, tables
+from vismt.engine.study import ARMS, write_choice
+from vismt.engine.training_files import CHANGES
 from vismt.report.study_rows import ROWS, StudyRow, read_study, study_of, write_study
+from vismt.report.weight_changes import CHANGE
+from vismt.storage.lines import write_lines
 
 BARS = {"study": "study", "kind": "bars", "where": {"condition": "clean", "arm": ["frozen", "adapted"]}}
 SEEDS = {"study": "seeds", "kind": "seeds", "where": {"condition": "clean"}}
@@ -106,3 +110,24 @@ def test_what_cannot_be_drawn_is_one_line(checkout: Path, capsys, change: dict, 
 def test_a_picture_waits_for_its_rows(checkout: Path, capsys) -> None:
     assert run(checkout, {"a": BARS | {"study": "later"}}, "--check") == 0
     assert "docs/a.svg waits for the rows of 'later'" in capsys.readouterr().out
+
+
+def test_updates_by_depth_are_rows_and_a_picture(checkout: Path, tmp_path_factory) -> None:
+    folder = make_folder(tmp_path_factory.mktemp("run"))
+    write_choice(folder / ARMS / "adapted" / "chosen.json", "adapted", [0.1], {0.1: 0.5})
+    for seed in (0, 1):
+        weights = {"blocks.0.fc1.weight": 0.1, "blocks.0.fc2.weight": 0.3, "blocks.7.fc1.weight": 0.6 + 0.2 * seed}
+        lines = [
+            {"weight": name, "norm": 1.0, "change": change, "stable_rank": 1.0} for name, change in weights.items()
+        ]
+        write_lines(folder / ARMS / "adapted" / f"lr-0.1-seed-{seed}" / CHANGES, lines)
+    study = study_of(folder)
+    found = {(row.data, row.seed): (row.value, row.n) for row in study.rows if row.metric == CHANGE}
+    assert found["block 0", None] == pytest.approx((0.2, 2)) and found["block 7", None] == pytest.approx((0.7, 1))
+    assert found["matrices", 1] == pytest.approx((0.4, 3)) and ("block 0", 1) not in found
+    write_study(checkout / ROWS / "depths.jsonl", study)
+    spec = {"study": "depths", "kind": "depth", "where": {"metric": CHANGE}}
+    assert run(checkout, {"depth": spec}) == 0 and "<svg" in (checkout / "docs/depth.svg").read_text()
+    assert (
+        run(checkout, {"depth": spec | {"study": "study", "where": {"condition": "clean"}}}) == 2
+    )  # no changed weights

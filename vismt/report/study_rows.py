@@ -21,7 +21,7 @@ from vismt.config.typed import build
 from vismt.report.comparison import AVERAGE, Evidence, block, over_examples_alone
 from vismt.report.results import FACTS, RESULTS, Result, ValuesByExample, fault_of, read_results
 from vismt.report.trainings import training_cost
-from vismt.report.weight_changes import measures, read_changes
+from vismt.report.weight_changes import CHANGE, Lines, by_depth, measures, of_blocks, read_changes
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines, write_lines
 from vismt.storage.locks import is_locked
@@ -30,6 +30,7 @@ from vismt.uncertainty.intervals import NUMBER, Estimate
 
 ROWS = "docs/results/rows"
 SELECTED = ("task", "data", "protocol", "condition", "metric", "arm", "seed", "minus")  # what names one number
+MATRICES = "matrices"  # what rows about all changed weights have as data
 KNOWN = 1e9  # degrees of freedom of a variance that is known; JSON has no infinity
 
 
@@ -164,21 +165,28 @@ def study_of(folder: Path, differences: Sequence[tuple[str, str]] = ()) -> Study
 def _changes(
     folder: Path, arms: Sequence[str], pairs: Sequence[tuple[str, str]], config_hash: str
 ) -> Iterator[StudyRow]:
-    """Yield how much each arm changed the weights, and the differences: over the seeds, of arms with several trainings."""
+    """Yield how much each arm changed the weights, also by block, and the differences over all blocks.
+
+    Over the seeds, of arms with several trainings.
+    """
     changes = read_changes(folder, arms)
-    numbers = {arm: {seed: measures(lines) for seed, lines in of.items()} for arm, of in changes.items() if len(of) > 1}
+    numbers = {arm: {seed: _by_data(lines) for seed, lines in of.items()} for arm, of in changes.items() if len(of) > 1}
     for first, second in [*((arm, "") for arm in numbers), *(pair for pair in pairs if numbers.keys() >= {*pair})]:
-        count = len(next(iter(changes[first].values())))
-        for metric in next(iter(numbers[first].values())):
-            values = {seed: of[metric] for seed, of in numbers[first].items()}
+        lines = next(iter(changes[first].values()))
+        counts = {f"block {number}": len(of) for number, of in of_blocks(lines).items()}
+        for key in next(iter(numbers[first].values())):
+            data, metric = key
+            if second and data != MATRICES:
+                continue
+            values = {seed: of[key] for seed, of in numbers[first].items() if key in of}
             if second:
-                others = {seed: of[metric] for seed, of in numbers[second].items() if metric in of}
+                others = {seed: of[key] for seed, of in numbers[second].items() if key in of}
                 values = {seed: value - others[seed] for seed, value in values.items() if seed in others}
             if len(values) < 2:
                 continue
             row = StudyRow(
                 task="update",
-                data="matrices",
+                data=data,
                 split="test",
                 metric=metric,
                 unit="matrices",
@@ -192,15 +200,21 @@ def _changes(
                 value=fmean(values.values()),
                 low=0.0,
                 high=0.0,
-                n=count,
+                n=counts.get(data, len(lines)),
                 config_hash=config_hash,
                 interval="seeds",
                 minus=second,
             )
             found = Estimate(row.value, (), "seeds").with_seeds(list(values.values()))
             yield replace(row, low=found.bounds[0], high=found.bounds[1])
-            for seed, value in () if second else values.items():
+            for seed, value in () if second or data != MATRICES else values.items():
                 yield replace(row, seed=seed, value=value, low=value, high=value)
+
+
+def _by_data(lines: Lines) -> dict[tuple[str, str], float]:
+    """Return the numbers of one training by what they cover and metric."""
+    blocks = {(f"block {number}", CHANGE): value for number, value in by_depth(lines).items()}
+    return {(MATRICES, metric): value for metric, value in measures(lines).items()} | blocks
 
 
 def _derived(results: Sequence[Result], pairs: Sequence[tuple[str, str]], evidence: Evidence) -> list[StudyRow]:

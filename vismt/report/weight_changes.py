@@ -50,14 +50,19 @@ def read_changes(folder: Path, arms: Sequence[str]) -> dict[str, dict[int, Lines
     return found
 
 
-def by_depth(lines: Lines) -> dict[int, float]:
-    """Return the mean relative norm of the update by number of the block; matrices outside the blocks are left out."""
-    norms: dict[int, list[float]] = {}
+def of_blocks(lines: Lines) -> dict[int, Lines]:
+    """Return the lines of the matrices of each block by its number; matrices outside the blocks are left out."""
+    found: dict[int, list[Mapping[str, Any]]] = {}
     for line in lines:
         number = re.search(r"\.(\d+)\.", f".{line['weight']}")
         if number:
-            norms.setdefault(int(number[1]), []).append(_relative(line))
-    return {block: fmean(values) for block, values in sorted(norms.items())}
+            found.setdefault(int(number[1]), []).append(line)
+    return dict(sorted(found.items()))
+
+
+def by_depth(lines: Lines) -> dict[int, float]:
+    """Return the mean relative norm of the update by number of the block."""
+    return {block: fmean(map(_relative, of)) for block, of in of_blocks(lines).items()}
 
 
 def measures(lines: Lines) -> dict[str, float]:

@@ -56,6 +56,15 @@ def test_the_order_of_the_variants(result) -> None:
     assert full.gradients == 4 * (2 * 1280 + 32 + 8 * layer) == full.weights - 4 * 2 * 4
 
 
+def test_s2ft_is_compared_with_full_training_and_lora(result) -> None:
+    pairs = [(found.what, found.name, found.base) for found in result.comparisons()[:3]]
+    assert pairs[1:] == [("time", memory.SLICED, memory.FULL), ("time", memory.SLICED, "vismt lora r=2")]
+    for name, (sizes, depth) in memory.LARGER.items():
+        layer = 4 * sizes.hidden**2 + 3 * sizes.hidden * sizes.ffn + 2 * sizes.hidden
+        total = depth * layer + 2 * sizes.vocabulary * sizes.hidden + sizes.hidden
+        assert name == f"{total / 1e6:.0f}M" and sizes.hidden == sizes.heads * sizes.head_dim
+
+
 def test_the_table_shows_each_variant_and_below_it_the_formula(result) -> None:
     lines = str(result).splitlines()
     assert len(lines) == 3 + 2 * len(result.measured) and lines[-1].startswith(

@@ -31,3 +31,12 @@ def test_other_logits_end_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(serve, "adapters_per_sample", lambda names: chosen(names[::-1]))
     with pytest.raises(UserError, match="have other logits; the ratio means nothing"):
         serve.serve(random_lm("llama", initializer_range=0.2), 1, CPU, (3, 5))
+
+
+def test_switching_changes_the_answers_and_is_timed_beside_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "SHARE", 0.5)
+    result = serve.switching(random_lm("llama", initializer_range=0.2), 2, CPU, 5)
+    assert list(result.timing.seconds) == [serve.SAME, serve.SWITCHED]
+    monkeypatch.setattr(serve, "switch", lambda model, adapter: model)
+    with pytest.raises(UserError, match="same logits; the ratio means nothing"):
+        serve.switching(random_lm("llama", initializer_range=0.2), 1, CPU, 5)
