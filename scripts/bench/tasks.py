@@ -58,7 +58,7 @@ def forward(title: str, model: nn.Module, x: Tensor, rounds: int) -> Ratios:
     for seed, name in enumerate(TASKS):
         adapt(mixed, "lora", rank=RANK, seed=seed, name=name)
         _shake(mixed)
-    one = features_alone(mixed, x)
+    alone = torch.cat([activate(mixed, name)(x) for name in TASKS])
     activate(mixed, TASKS)
     _shake(shared)
     merge_shared(shared)
@@ -69,7 +69,7 @@ def forward(title: str, model: nn.Module, x: Tensor, rounds: int) -> Ratios:
         with adapters_per_sample(names):
             return mixed(rows)
 
-    if not (as_rows() - one).abs().max() < 1e-3 * one.abs().max():
+    if not (as_rows() - alone).abs().max() < 1e-3 * alone.abs().max():
         raise UserError(f"bench tasks: the {MIXED} has other features than its adapters; the ratio means nothing.")
     ways: dict[str, Callable[[], object]] = {
         MTLORA: lambda: task_maps(shared, x),
@@ -118,10 +118,10 @@ class Net(nn.Module):
         ).to(next(stock.parameters()).device)
 
     def forward(self, x: Tensor, maps: Callable[..., list[Tensor]]) -> Tensor:
-        """Return the mean of the tasks' losses. maps: `stage_maps` or `task_maps`."""
-        found = maps(self.stock, x)
+        """Return the mean of the tasks' losses. maps: `stage_maps`, the same for all tasks, or `task_maps`."""
+        found = [stage.expand(len(self.heads), *stage.shape[1:]) for stage in maps(self.stock, x)]
         losses = [
-            sum(head(one[task % len(one)]).square().mean() for head, one in zip(heads, found))
+            sum(head(stage[task]).square().mean() for head, stage in zip(heads, found))
             for task, heads in enumerate(self.heads)
         ]
         return torch.stack(losses).mean()
@@ -149,11 +149,6 @@ def with_pairs(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     adapt(model, "mtlora", rank=RANK, tasks=TASKS, task_rank=TASK_RANK)
     return model
-
-
-def features_alone(model: nn.Module, x: Tensor) -> Tensor:
-    """Return the features (t b, d) of each adapter, active alone."""
-    return torch.cat([activate(model, name)(x) for name in TASKS])
 
 
 def _shake(model: nn.Module) -> None:

@@ -113,8 +113,12 @@ class ProtoNet(nn.Module):
 
     def forward(self, support_images: Tensor, support_labels: Tensor, query_images: Tensor) -> Tensor:
         """Return query logits (M, N) from (s, 3, h, w), (s,), (M, 3, h, w); gradients reach both image sets and the scale."""
-        centres = prototypes(self.backbone(support_images), support_labels)
-        return cosine_logits(self.backbone(query_images), centres, self.scale)
+        support, query = self.features(support_images, query_images)
+        return cosine_logits(query, prototypes(support, support_labels), self.scale)
+
+    def features(self, *images: Tensor) -> tuple[Tensor, ...]:
+        """Return the features (b, d) of each batch of images, from one pass: a CPU multiplies few rows slowly."""
+        return self.backbone(torch.cat(images)).split([len(part) for part in images])
 
     def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> PrototypeClassifier:
         """Return the query classifier of a task. It shares the backbone; prototypes and scale are frozen copies.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import variance
+from statistics import NormalDist, variance
 from typing import Literal, cast
 
 import torch
@@ -381,8 +381,8 @@ def over_seeds(measure: Measure, scores: Sequence[float]) -> Measure:
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share, `correct` out of `n` > 0."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    """Return Wilson's 95 % interval of a share, `correct` out of `n` > 0: p with |correct / n - p| <= z sqrt(p (1 - p) / n)."""
+    z, share = NormalDist().inv_cdf(0.975), correct / n
+    middle, reach = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    low, high = ((middle + side * reach) / (1 + z**2 / n) for side in (-1, 1))
+    return low if correct else 0.0, high if correct < n else 1.0

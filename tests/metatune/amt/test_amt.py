@@ -237,11 +237,12 @@ def test_queries_are_attacked_and_nothing_else(attacks: list[dict], monkeypatch:
 
     monkeypatch.setattr(type(proto.backbone), "forward", counted)
     AdversarialObjective(proto, Adversary(epsilons=(2 / 255,), steps=2, step_ratio=0.1, gamma=0.01))(batch)
-    # support, queries, two steps of the attack, the attacked queries, all three once more at theta + nu
-    assert [len(part) for part in forwards] == [6, 12, 12, 12, 12, 30]
-    assert torch.equal(forwards[0], batch["support"]) and torch.equal(forwards[5][:6], batch["support"])
-    assert torch.equal(forwards[5][6:18], batch["query"]) and torch.equal(forwards[5][18:], attacks[0]["adversarial"])
-    assert torch.equal(forwards[4], attacks[0]["adversarial"]) and all(
+    # support and queries, two steps of the attack, the attacked queries, all three once more at theta + nu
+    assert [len(part) for part in forwards] == [18, 12, 12, 12, 30]
+    clean = torch.cat([batch["support"], batch["query"]])
+    assert torch.equal(forwards[0], clean) and torch.equal(forwards[4][:18], clean)
+    assert torch.equal(forwards[4][18:], attacks[0]["adversarial"])
+    assert torch.equal(forwards[3], attacks[0]["adversarial"]) and all(
         torch.equal(before[name], batch[name]) for name in batch
     )
     call = attacks[0]
@@ -295,6 +296,7 @@ def test_the_attack_leaves_modes_statistics_and_gradients_as_they_are() -> None:
     net, batch = adapted(), episode(0)
     net.backbone.vit.norm = nn.Sequential(nn.Dropout(0.5), net.backbone.vit.norm, Statistics(32))
     net.train()
+    net.backbone.vit.norm[2].train()  # a backbone holds its statistics in training
     state, number = snapshot(net), torch.get_rng_state()
     AdversarialObjective(net, Adversary())._attack_input(batch["query"], torch.zeros(12, 3), torch.ones(3, 32), 0, 1.0)
     assert all(torch.equal(value, state[name]) for name, value in snapshot(net).items())
@@ -348,7 +350,8 @@ def test_gaussian_noise_takes_the_place_of_the_attack(attacks: list[dict]) -> No
         batch = episode(number)
         seen.clear()
         AdversarialObjective(proto, Adversary(epsilons=(0.25,), norm="gaussian", weight_attack="none"))(batch)
-        support, query, noisy = seen
+        clean, noisy = seen
+        support, query = clean.split([len(batch["support"]), len(batch["query"])])
         assert torch.equal(support, batch["support"]) and torch.equal(query, batch["query"])
         noises.append(noisy - query)
         assert float(noises[-1].std()) == pytest.approx(0.25, rel=0.05)

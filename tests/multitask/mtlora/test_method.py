@@ -20,6 +20,7 @@ from vismt.backbones.pyramid import Pyramid
 from vismt.backbones.vit import Backbone
 from vismt.config.sections import TrainConfig
 from vismt.engine.blocks import running_blocks
+from vismt.engine.sharding import check_sharded
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.methods import method_optimizer
 from vismt.multitask import merge_shared, task_features
@@ -37,11 +38,11 @@ def adapted(dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
     return shake(model, 0.2)
 
 
-def swin(**options: object) -> nn.Module:
+def swin() -> nn.Module:
     """Return a Swin of two stages of two blocks, the second of each with shifted windows, for images of 32 pixels."""
     torch.manual_seed(0)
     shape = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2)}
-    return timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **shape, **options).eval()
+    return timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **shape).eval()
 
 
 @torch.no_grad()
@@ -108,6 +109,26 @@ def test_a_task_of_a_shifted_window_block_keeps_its_tokens_in_place() -> None:
     added = stock._attn(stock.norm1(inputs)) - before
     assert torch.allclose(features.own[block] - shared, added, atol=1e-5)
     assert float(added.detach().abs().max()) > 0.1
+
+
+def test_a_swin_with_pairs_of_tasks_is_converted_and_resized_like_the_stock_one() -> None:
+    model = swin()
+    vismt.adapt(model, "mtlora", rank=2, tasks=TASKS)
+    shake(model, 0.05)
+    expected = of(model, images(size=32), *TASKS)
+    double = copy.deepcopy(model).double()
+    assert double.layers[0].blocks[1].shell.attn_mask.dtype == torch.float64  # what its forward reads
+    for name, rows in of(double, images(size=32).double(), *TASKS).items():
+        assert torch.allclose(rows.float(), expected[name], atol=1e-4 * float(expected[name].abs().max()))
+    model.set_input_size((64, 64), window_size=4)
+    fresh = swin()
+    vismt.adapt(fresh, "mtlora", rank=2, tasks=TASKS)
+    vismt.unadapt(fresh)
+    fresh.set_input_size((64, 64), window_size=4)
+    vismt.adapt(fresh, "mtlora", rank=2, tasks=TASKS)
+    fresh.load_state_dict(model.state_dict())
+    resized = of(fresh, images(size=64), *TASKS)
+    assert all(torch.equal(rows, resized[name]) for name, rows in of(model, images(size=64), *TASKS).items())
 
 
 @pytest.mark.parametrize("make", [tiny_vit, swin])
@@ -230,6 +251,13 @@ def test_checkpointed_blocks_have_the_same_gradients() -> None:
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-6) for name in gradients[0])
 
 
+def test_fsdp_is_refused() -> None:
+    model = net()
+    vismt.adapt(model.stock, "mtlora", rank=2, tasks=TASKS)
+    with pytest.raises(UserError, match="FSDP: a block's features of tasks leave it beside its output"):
+        check_sharded(model, TrainConfig(steps=1, lr=0.1))
+
+
 # Of a Swin-T with four tasks: (r, r_t) -> trained parameters of MTLoRA and MTLoRA+, decoders of 1,946,624 among them.
 COUNTS = {
     (4, 4): (4_105_274, 2_573_114),
@@ -342,7 +370,7 @@ def test_files_copies_and_undoing(tmp_path: Path) -> None:
         ({"tasks": TASKS, "task_rank": {"blocks.0": 2}}, "task_rank of 'blocks.1' is None"),
         ({"tasks": TASKS, "task_scale": -1}, "task_scale of 'blocks.0' is -1; it must be a positive"),
         ({"tasks": TASKS, "task_scale": {"layers.0": 1.0}}, "task_scale: no module matches 'layers.0'"),
-        ({"tasks": TASKS, "task_blocks": ["blocks.0"]}, "where VisionTransformer ends; name its last, 'blocks.1'"),
+        ({"tasks": TASKS, "task_blocks": ["blocks.0"]}, "the last block, 'blocks.1', has to be among them"),
         ({"tasks": TASKS, "task_blocks": ["blocks.7"]}, "'blocks.7' is no such module"),
         ({"tasks": TASKS, "task_blocks": ["norm"]}, "'norm' is a LayerNorm, needed a Block"),
     ],
@@ -371,7 +399,7 @@ def test_errors_of_tasks_in_a_call() -> None:
     vismt.adapt(dense.stock, "mtlora", tasks=TASKS, task_blocks=["blocks.0", "blocks.2"])
     with pytest.raises(UserError, match=r"in 2 blocks, of which its heads read 1; name blocks of blocks\.1, blocks\.2"):
         dense(images())
-    with pytest.raises(UserError, match="where ResNet ends; it needs blocks"):
+    with pytest.raises(UserError, match="ResNet has no blocks; it needs a ViT or a Swin"):
         vismt.adapt(timm.create_model("test_resnet"), "mtlora", tasks=TASKS)
     other = tiny_vit(block_fn=ResPostBlock)
     with pytest.raises(UserError, match=r"'blocks\.0' is a ResPostBlock, needed a Block of timm's ViT"):

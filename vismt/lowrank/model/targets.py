@@ -197,11 +197,11 @@ def find_targets(
     if not chosen:
         left = " after exclude" if exclude else ""
         why = f" Left out: {'; '.join(_grouped(remarks))}." if remarks else _nearest(pattern, named)
-        other = next((name for name, members in sets.items() if members), None) if everything and not remarks else None
-        if other is not None and not excluded:
+        others = [name for name, members in sets.items() if members]
+        if everything and others and not remarks and not excluded:
             kind = "linear layers" if pattern == "all-linear" else "nn.Conv2d without groups"
             raise UserError(
-                f"adapt.targets: {type(model).__name__} has no {kind} outside of its head; give adapt.targets={other}."
+                f"adapt.targets: {type(model).__name__} has no {kind} outside of its head; give adapt.targets={others[0]}."
             )
         raise UserError(f"adapt.targets: nothing to adapt for {pattern!r}{left}.{why}")
     return {path: module for path, module in named.items() if path in chosen}, remarks

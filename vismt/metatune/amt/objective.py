@@ -116,8 +116,11 @@ class AdversarialObjective(nn.Module):
         factors = {name: p for name, p in named if name.endswith(("lora_A", "lora_B")) and p.requires_grad}
 
         # ---- at theta: the input attack needs the predictions, the weight attack their graph
-        centres = prototypes(self.proto.backbone(support), truth)
-        features = self.proto.backbone(query)
+        if gamma and adversary.support == "clean":  # the graph of these prototypes outlives that of the queries
+            of_support, features = self.proto.backbone(support), self.proto.backbone(query)
+        else:
+            of_support, features = self.proto.features(support, query)
+        centres = prototypes(of_support, truth)
         clean = self._score(features, centres)
         attacked = self._attack_input(query, clean, centres, number, strength)
         adversarial = clean

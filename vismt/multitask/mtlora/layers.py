@@ -164,15 +164,12 @@ class TaskLinear(LowRankLinear):
         own = repeat(dropped, "b ... -> (t b) ...", t=scope.streams) if self.opens else x[len(shared) :]
         A = torch.stack([self.task_A[task] for task in groups]).to(x.dtype)
         B = torch.stack([self.task_B[task] for task in groups]).to(x.dtype)
-        out = torch.cat(
-            [base] * (1 + scope.streams)
-        )  # a copy, which a repeated single row would not be: it is added to in place
-        rows, width = out[: len(base)].view(-1, base.shape[-1]), x.shape[-1]
-        rows.addmm_(
-            dropped.reshape(-1, width) @ self.lora_A.to(x.dtype).t(), self.lora_B.to(x.dtype).t(), alpha=self.scale
-        )
-        rows = out[len(base) :].view(len(groups), -1, base.shape[-1])
-        rows.baddbmm_(own.reshape(len(groups), -1, width) @ A.mT, B.mT, alpha=self.task_scale)
+        out = torch.cat([base] * (1 + scope.streams))  # a copy, which `expand` is not: it is added to in place
+        width = x.shape[-1]
+        hidden = dropped.reshape(-1, width) @ self.lora_A.to(x.dtype).t()
+        out[: len(base)].view(len(hidden), -1).addmm_(hidden, self.lora_B.to(x.dtype).t(), alpha=self.scale)
+        hidden = own.reshape(len(groups), -1, width) @ A.mT
+        out[len(base) :].view(*hidden.shape[:2], -1).baddbmm_(hidden, B.mT, alpha=self.task_scale)
         return out
 
 
@@ -196,6 +193,7 @@ class TaskBlock(AdapterModule):
     """
 
     Settings = BlockSettings
+    not_sharded = "a block's features of tasks leave it beside its output, which alone is watched in the backward pass"
     shell: nn.Module
 
     def __init__(self, block: nn.Module, settings: BlockSettings) -> None:
@@ -204,7 +202,17 @@ class TaskBlock(AdapterModule):
 
     def adopt(self, base: nn.Module | None) -> None:
         super().adopt(base)
-        self.shell._modules = self._modules  # its forward runs on the present children
+        # The forward of the shell runs on the present children, and its mask of windows follows conversions of this module.
+        self.shell._modules = self._modules
+        for table in ("_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[table] = getattr(self.shell, table)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the block has besides: timm changes the input size of a model block by block."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__.get("shell"), name)
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         scope, block = task_features.scope(), self.shell

@@ -48,7 +48,7 @@ from vismt.methods import Method, register_method
 from vismt.multitask.mtlora.layers import SCALE, SITES, BlockSettings, TaskBlock, TaskLinear
 from vismt.multitask.nets import default_blocks
 
-BLOCK = re.compile(r"((?:.*\.)?blocks)\.\d+")
+BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
 LINEARS = re.compile(rf"{BLOCK.pattern}\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])")
 
 
@@ -77,15 +77,12 @@ def mtlora(
     every = [path for path, _ in model.named_modules() if BLOCK.fullmatch(path)]
     paths = _stage_ends(every) if task_blocks is None else list(dict.fromkeys(task_blocks))
     modules = dict(model.named_modules())
+    if not every:
+        raise UserError(f"mtlora: {type(model).__name__} has no blocks; it needs a ViT or a Swin of timm.")
     for path in paths:
         TaskBlock.check(path, modules.get(path))
-    if not every or every[-1] not in paths:
-        fix = (
-            f"name its last, '{every[-1]}', in task_blocks"
-            if every
-            else "it needs blocks, those of a ViT or Swin of timm"
-        )
-        raise UserError(f"mtlora: no pairs of tasks where {type(model).__name__} ends; {fix}.")
+    if every[-1] not in paths:
+        raise UserError(f"mtlora: task_blocks {paths}; the last block, '{every[-1]}', has to be among them.")
     ranks, scales = (_by_block(name, of, paths) for name, of in (("task_rank", task_rank), ("task_scale", task_scale)))
     sites = {
         f"{path}.{leaf}": {"tasks": tuple(tasks), "task_rank": ranks[path], "task_scale": scales[path]}
