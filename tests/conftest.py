@@ -3,10 +3,12 @@
 import base64
 import gc
 import os
+import shutil
 import sys
 
 import pytest
 import torch
+from helpers.installed import clone_in, environment_in, pip
 
 from vismt.base import console
 from vismt.storage.paths import cache_root
@@ -48,6 +50,25 @@ def painting():
 
     paint, Figure.savefig = Figure.savefig, save
     return paint
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel of a clone, which is gone."""
+    folder = tmp_path_factory.mktemp("wheel")
+    clone = clone_in(folder)
+    pip("wheel", clone, "-w", folder)
+    shutil.rmtree(clone)
+    (path,) = folder.glob("vismt-*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def program(wheel, tmp_path_factory):
+    """The command `vismt` of an environment in which the wheel is installed."""
+    interpreter = environment_in(tmp_path_factory.mktemp("user") / "env")
+    pip("--python", interpreter, "install", wheel)
+    return interpreter.parent / "vismt"
 
 
 @pytest.fixture

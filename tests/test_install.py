@@ -154,11 +154,7 @@ def test_an_editable_install_from_the_folder_of_the_clone_and_its_removal(clone:
 
 
 @pytest.mark.slow
-def test_a_wheel_has_its_configurations_and_cards(clone: Path, tmp_path: Path) -> None:
-    pip("wheel", clone, "-w", tmp_path)
-    (wheel,) = tmp_path.glob("vismt-*.whl")
-    interpreter = environment_in(tmp_path / "env")
-    pip("--python", interpreter, "install", wheel)
+def test_a_wheel_has_its_configurations_and_cards(wheel: Path, program: Path, tmp_path: Path) -> None:
     small = [
         "model.name=test_vit",
         "model.img_size=32",
@@ -169,9 +165,7 @@ def test_a_wheel_has_its_configurations_and_cards(clone: Path, tmp_path: Path) -
     ]
     small += ["source.queries=1", "evaluate.episodes=2", "evaluate.queries=1", "evaluate.attacks=[]", "pool=null"]
     small += ["evaluate.models=[frozen, adapted]", "adapt.rank=2"]
-    started(
-        tmp_path / "env" / "bin" / "vismt", "run", "quickstart", *small, "--out", tmp_path / "runs", folder=tmp_path
-    )
+    started(program, "run", "quickstart", *small, "--out", tmp_path / "runs", folder=tmp_path)
     assert len(list((tmp_path / "runs").glob("quickstart-*/report.html"))) == 1
     # `pip install --target`: no environment of its own
     pip("install", "--target", tmp_path / "target", wheel)
@@ -180,6 +174,6 @@ def test_a_wheel_has_its_configurations_and_cards(clone: Path, tmp_path: Path) -
     code = "import sys; sys.path.insert(0, 'target'); from vismt.config import sections; from vismt.data import cards"
     code += "; from vismt.report import study_rows; names = [*cards.list_cards(), *study_rows.studies()]"
     code += "; print(sections.find_config('quickstart'), *names)"
-    printed = started(interpreter, "-c", code, folder=tmp_path)
+    printed = started(program.parent / "python", "-c", code, folder=tmp_path)
     assert printed.split()[0] == str(tmp_path / "target" / "share" / "vismt" / "configs" / "quickstart.yaml")
     assert {"digits", "emtal_small"} <= {*printed.split()}

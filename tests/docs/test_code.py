@@ -6,7 +6,6 @@ import importlib.util
 import re
 import shlex
 import sys
-from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ ASSERTED = {
 }  # each in a test of its own
 SLOW = {"docs/guides/python.md"}  # runs studies
 FOREIGN = {"cluster_name", "compute_environment"}  # files of Ray and accelerate
-INITIAL = {f"{job}.yaml" for job in WRITERS}
+INITIAL = {f"{job}.yaml" for job in (*WRITERS, "shop")}
 LANGUAGES = {"python", "bash", "yaml", ""}  # "": output, equations, logs
 
 
@@ -150,15 +149,6 @@ def test_the_loop_of_emtal_ends_in_stock_weights(tiny_models) -> None:
     assert list(scope["model"].state_dict()) == list(stock.state_dict())
 
 
-def commands(code: str) -> list[list[str]]:
-    """Return the words of each command of a block, without comments and without assignments before it."""
-    lines = re.sub(r"\\\n\s*", " ", code).splitlines()
-    parts = [part for line in lines for part in line.split(" && ")]
-    found = [shlex.split(part, comments=True) for part in parts]
-    without_assignments = [list(dropwhile(re.compile(r"[A-Z_]+=").match, words)) for words in found]
-    return [words for words in without_assignments if words]
-
-
 def arguments_of(words: list[str]) -> list[str] | None:
     """Return the arguments of the command vismt, None for other commands."""
     if words[0] == "vismt":
@@ -170,7 +160,7 @@ def arguments_of(words: list[str]) -> list[str] | None:
 def test_commands_parse_and_their_configurations_are_valid(page: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     for block in pages.blocks(page, "bash"):
-        for words in commands(block.code):
+        for words in pages.commands(block.code):
             arguments = arguments_of(words)
             if arguments is not None:
                 check(arguments, tmp_path)

@@ -17,7 +17,9 @@ from helpers.pages import ROOT
 from helpers.results import scores_of
 from helpers.tiny_runs import CONFIGS, run_config, written
 
+from vismt.base.errors import UserError
 from vismt.cli import main
+from vismt.config.sections import ModelConfig
 from vismt.jobs import open_run
 from vismt.jobs.dense import models
 from vismt.jobs.dense.job import DenseJob
@@ -140,6 +142,13 @@ def test_routers_of_stages_have_no_common_map(tmp_path: Path) -> None:
     tasks = CONFIGS["multitask"]["tasks"][:1]
     folder = run_config(written(tmp_path / "run.yaml", config("multitask", "test_swin", adapt=adapt, tasks=tasks)))
     assert scores_of(folder) and not (folder / ROUTERS).exists()
+
+
+def test_a_model_without_maps_has_no_dense_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(timm.models.SwinTransformer, "forward_intermediates")
+    settings = SimpleNamespace(model=ModelConfig("test_swin", pretrained=False), seed=0)
+    with pytest.raises(UserError, match="timm's test_swin gives no maps of its stages"):
+        models.make_backbone(settings, (64, 64))
 
 
 def test_one_line_for_each_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

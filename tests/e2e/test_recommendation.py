@@ -204,6 +204,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home, tmp_path: Path, monkeypatc
     ({"adapt.options": {"n_experts": 2, "gate": None}}, "adapt.options.gate is null where gates are random"),
     ({"adapt": {"method": "lora"}, "gates": "random"}, "'lora' has no gates"),
     ({"recommender.steps": 0}, "recommender.steps is 0; it must be at least 1"),
+    ({"recommender.batch": 5000}, "recommender.batch: 5000, with"),
     ({"recommender.baselines": ["popular"]}, "recommender.baselines: 'popular' is not known. Near: 'popularity'"),
     ({"projector": "line"}, "projector: 'line' is not known. Near: 'linear'"),
     ({"recommender.heads": 3}, "heads that divide the width"),

@@ -82,15 +82,15 @@ class Passes:
     A pass has count // batch batches; the remaining examples are dropped. The order of pass p is a function of (seed, p).
 
     Args:
-        unit: what messages call the examples.
+        unit, key: what messages call the examples, and the size of a batch.
 
     Raises:
         UserError: fewer examples than a batch.
     """
 
-    def __init__(self, count: int, batch: int, *, seed: int, unit: str = "images") -> None:
+    def __init__(self, count: int, batch: int, *, seed: int, unit: str = "images", key: str = "batch") -> None:
         if not 1 <= batch <= count:
-            raise UserError(f"batch: {batch}, with {count} training {unit}; it must be from 1 to that number.")
+            raise UserError(f"{key}: {batch}, with {count} training {unit}; it must be from 1 to that number.")
         self.count, self.batch, self.seed = count, batch, seed
         self._pass: tuple[int, Tensor] = (-1, torch.empty(0))
 

@@ -15,30 +15,25 @@ from vismt.storage.files import file_digest, parse_json
 from vismt.verification.facts import Facts
 from vismt.verification.fit import Update
 from vismt.verification.inside import unnamed, update_of
-from vismt.verification.located import INNER, Located, equal, find_parameter, shape_of, unheld
+from vismt.verification.located import Located, equal, find_parameter, shape_of, unheld
 from vismt.verification.verdict import Finding, ModuleRow, names_of
 
 LARGEST_VOCABULARY = 2**26  # bytes of a tokenizer.json that is read
+# transformers leaves the name of the bare model out, or adds it inside a class with a head.
+BARE = {f"without '{name}.'" for name in ("model", "transformer", "base_model", "vit", "bert", "gpt_neox")}
 GIVE_BASE = "give the base it was trained on"
 
 
 def against_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> Iterable[Finding]:
     """Yield what is wrong between an adapter and its base: names, shapes, values that show another base, vocabularies."""
     yield from _names(facts, base)
-    misfits = {}
-    for path, name in base.names.items():
-        module, stored = facts.modules[path], base.facts.stored.tensors[name].shape
-        shape = shape_of(module) if module.rank == module.declared else None  # else a finding of its own
-        if shape and len(stored) == 2 and stored not in (shape, shape[::-1]):
-            misfits[path] = f"'{path}': the update is {shape}, the base's weight {stored}"
+    whole = [module for module in facts.modules.values() if module.rank == module.declared]  # else a finding of its own
+    misfits = [module for module in whole if base.misfits(module)]
     if misfits:
-        yield Finding(
-            "broken",
-            "shape",
-            f"{next(iter(misfits.values()))} ({len(misfits)} such modules)",
-            GIVE_BASE,
-            tuple(misfits),
-        )
+        path = misfits[0].path
+        text = f"'{path}': the update is {shape_of(misfits[0])}, the base's weight {base.shape(path)}"
+        paths = tuple(module.path for module in misfits)
+        yield Finding("broken", "shape", f"{text} ({len(paths)} such modules)", GIVE_BASE, paths)
     yield from _same_base(facts, base, rows)
     yield from _saved(facts, base.facts)
     yield from tokenizers(facts, base.facts, "the adapter", "the base")
@@ -47,14 +42,7 @@ def against_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> 
 def _names(facts: Facts, base: Located) -> Iterable[Finding]:
     absent = [path for path in facts.modules if path not in base.names]
     total = len(facts.modules)
-    # transformers adds or leaves out the name of the bare model inside a class with a head
-    bare = (
-        bool(base.facts.config.get("model_type"))
-        and base.change.startswith(("without", "with "))
-        and INNER not in base.change
-    )
-    known = ("'model.'", "'transformer.'", "'base_model.'", "'vit.'", "'bert.'", "'gpt_neox.'")
-    if base.change and not (bare and base.change.startswith("without") and base.change.endswith(known)):
+    if base.change and not (base.facts.config.get("model_type") and base.change in BARE):
         text = (
             f"the base names the modules otherwise: {len(base.names)} of {total} are found only {base.change} in their paths; a "
             "reader that looks paths up serves the base (reported for vLLM, vllm#34186)"
@@ -140,9 +128,8 @@ def _saved(facts: Facts, base: Facts) -> Iterable[Finding]:
             ours, theirs = facts.stored.read(tensor.name), base.stored.read(name)
             if ours is not None and theirs is not None and not equal(theirs, ours):
                 text = f"'{tensor.path}': the settings do not name it as trained, but it has other values than in this base"
-                yield Finding(
-                    "broken", "other-base", text, f"{GIVE_BASE}, or name it in modules_to_save", (tensor.path,)
-                )
+                fix = f"{GIVE_BASE}, or name it in modules_to_save"
+                yield Finding("broken", "other-base", text, fix, (tensor.path,))
 
 
 # ---- tokenizers
@@ -153,26 +140,20 @@ def tokenizers(one: Facts, other: Facts, name: str, than: str) -> Iterable[Findi
         if not all(path.is_file() for path in paths) or file_digest(paths[0]) == file_digest(paths[1]):
             continue
         if file == "chat_template.jinja":
-            yield Finding(
-                "note",
-                "chat-template",
-                f"the chat template of {name} differs from that of {than}",
-                "serve with the adapter's template",
-            )
+            text = f"the chat template of {name} differs from that of {than}"
+            yield Finding("note", "chat-template", text, "serve with the adapter's template")
             continue
-        ids = [_ids(path) for path in paths]
-        if ids[0] is None or ids[1] is None:
-            yield Finding(
-                "suspicious", "tokenizer", f"'{file}' of {name} or of {than} cannot be read", "copy the tokenizer again"
-            )
+        ours, theirs = map(_ids, paths)
+        if ours is None or theirs is None:
+            text = f"'{file}' of {name} or of {than} cannot be read"
+            yield Finding("suspicious", "tokenizer", text, "copy the tokenizer again")
             continue
-        moved = [token for token in ids[0].keys() & ids[1].keys() if ids[0][token] != ids[1][token]]
-        gone = ids[1].keys() - ids[0].keys()
-        if len(moved) + len(gone) > 0.01 * len(ids[1]):
-            text = f"'{file}' of {name}: {len(moved) + len(gone):,} of {len(ids[1]):,} tokens have another id than in {than}"
+        moved = sum(ours.get(token) != number for token, number in theirs.items())
+        if moved > 0.01 * len(theirs):
+            text = f"'{file}' of {name}: {moved:,} of {len(theirs):,} tokens have another id than in {than}"
             yield Finding("broken", "tokenizer", text, "use the tokenizer of the base it was trained on")
-        elif ids[0] != ids[1]:
-            added = len(ids[0].keys() - ids[1].keys())
+        elif ours != theirs:
+            added = len(ours.keys() - theirs.keys())
             yield Finding("note", "tokenizer", f"'{file}' of {name} has {added} tokens that {than} has not")
 
 

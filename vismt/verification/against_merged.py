@@ -38,31 +38,20 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
         row.fit, row.factor, row.residual = found.kind, found.factor, found.residual
         row.erased = found.lost / found.norm if found.norm else None
         if not bool(torch.isfinite(M).all()):
-            yield Finding(
-                "broken",
-                "merged-not-finite",
-                f"'{path}': the merged weight has NaN or infinite values",
-                "merge in bf16 or fp32",
-                (path,),
-            )
+            text = f"'{path}': the merged weight has NaN or infinite values"
+            yield Finding("broken", "merged-not-finite", text, "merge in bf16 or fp32", (path,))
     absent = [path for path in base.names if path not in merged.names]
     if absent:
-        yield Finding(
-            "broken",
-            "not-in-merged",
-            f"the checkpoint has no weight of {names_of(absent)}",
-            "merge into the same base",
-            tuple(absent),
-        )
+        text = f"the checkpoint has no weight of {names_of(absent)}"
+        yield Finding("broken", "not-in-merged", text, "merge into the same base", tuple(absent))
     apart, another = _unadapted(facts, base, merged)
     if another:
         text = f"{names_of(apart)}: weights that the adapter does not touch differ from the base: it was merged into another one"
         yield Finding("broken", "other-base", text, "give the base it was merged into", tuple(apart[:20]))
     elif apart:
         text = f"{names_of(apart)}: differs from the base and belongs to no adapter"
-        yield Finding(
-            "suspicious", "foreign-change", text, "look where it was trained; name it in modules_to_save", tuple(apart)
-        )
+        fix = "look where it was trained; name it in modules_to_save"
+        yield Finding("suspicious", "foreign-change", text, fix, tuple(apart))
     if still and all(still.values()):
         text = f"no weight of the {len(still)} adapted modules differs from the base: nothing was merged"
         yield Finding("broken", "unmerged", text, "merge the adapter into the base", tuple(still))
@@ -91,9 +80,8 @@ def _factors(facts: Facts, fits: Mapping[str, Fit]) -> Iterable[Finding]:
         yield Finding("broken", code, text, fix, tuple(paths))
     loose = [path for path, found in fits.items() if found.kind == "unresolved"]
     if loose:
-        text = (
-            f"the update is below the resolution of the checkpoint's dtype in {len(loose)} modules: {names_of(loose)}"
-        )
+        where = f"{len(loose)} modules: {names_of(loose)}"
+        text = f"the update is below the resolution of the checkpoint's dtype in {where}"
         yield Finding("note", "unresolved", text, "merge in a wider dtype", tuple(loose))
 
 
@@ -104,13 +92,8 @@ def _others(facts: Facts, base: Located, merged: Located, fits: Mapping[str, Fit
         if found.kind == "other":
             groups[_explained(facts, base, merged, path, found)].append(path)
     for (code, text), paths in groups.items():
-        yield Finding(
-            "broken",
-            code,
-            f"{text} in {len(paths)} of {len(fits)} modules: {names_of(paths)}",
-            "merge this adapter into this base again",
-            tuple(paths),
-        )
+        text = f"{text} in {len(paths)} of {len(fits)} modules: {names_of(paths)}"
+        yield Finding("broken", code, text, "merge this adapter into this base again", tuple(paths))
 
 
 def _explained(facts: Facts, base: Located, merged: Located, path: str, found: Fit) -> tuple[str, str]:
@@ -153,20 +136,15 @@ def _alike(facts: Facts, path: str, shape: tuple[int, int]) -> Iterable[Update]:
 def _rounding(fits: Mapping[str, Fit]) -> Iterable[Finding]:
     lost, whole = (sum(getattr(found, name) ** 2 for found in fits.values()) for name in ("lost", "norm"))
     share = (lost / whole) ** 0.5 if whole else 0.0
+    text = f"rounding to the checkpoint's dtype takes {100 * share:.0f} % of the update (as norms)"
     if share > LOST:
-        text = f"rounding to the checkpoint's dtype takes {100 * share:.0f} % of the update (as norms)"
         yield Finding("suspicious", "rounded-away", text, "merge in fp32, or serve the adapter apart")
     elif share > 0.01:
-        yield Finding(
-            "note", "rounding", f"rounding to the checkpoint's dtype takes {100 * share:.0f} % of the update (as norms)"
-        )
+        yield Finding("note", "rounding", text)
     coarse = max((found.resolution for found in fits.values() if found.kind == "right"), default=0.0)
     if coarse > 0.1:
-        yield Finding(
-            "note",
-            "resolution",
-            f"a scale that is wrong by less than {100 * coarse:.0f} % cannot be seen in this dtype",
-        )
+        text = f"a scale that is wrong by less than {100 * coarse:.0f} % cannot be seen in this dtype"
+        yield Finding("note", "resolution", text)
 
 
 def _unadapted(facts: Facts, base: Located, merged: Located) -> tuple[list[str], bool]:
@@ -200,12 +178,8 @@ def locate_all(base: Facts, merged: Facts) -> dict[str, str]:
     names = merged.stored.tensors
     if base.stored.tensors.keys() & names.keys():
         return {name: name for name in base.stored.tensors if name in names}
-    by_end = {name.partition(".")[2]: name for name in names}
-    return {
-        name: found
-        for name in base.stored.tensors
-        if (found := by_end.get(name) or (name.partition(".")[2] if name.partition(".")[2] in names else None))
-    }
+    by_end = {name: name for name in names} | {name.partition(".")[2]: name for name in names}
+    return {name: by_end[end] for name in base.stored.tensors if (end := name.partition(".")[2]) in by_end}
 
 
 def _same_values(base: Facts, name: str, merged: Facts, other: str) -> bool:

@@ -23,20 +23,8 @@ from vismt.verification.stored import LEGACY, StoredTensors, read_bounded_json, 
 Kind = Literal["vismt", "peft", "checkpoint", "none"]
 MODEL_CONFIG = "config.json"
 LEGACY_TENSORS = "adapter_model.bin"
-TOKENIZER = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-
-
+TOKENIZER = {"added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model"}
+TOKENIZER |= {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"}
 WHOLE = ("saved", "stock", "shared")  # roles of tensors that do not belong to one adapted module
 
 
@@ -73,6 +61,11 @@ class ModuleFacts:
     declared: int | None = None
     alpha: float | None = None
     scale: float | None = None
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether one of two factors is missing."""
+        return any(len(self.tensors.keys() & pair) == 1 for pair in ({"A", "B"}, {"embedding_A", "embedding_B"}))
 
 
 @dataclass

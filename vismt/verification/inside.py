@@ -19,7 +19,8 @@ from vismt.verification.fit import Update
 from vismt.verification.verdict import Finding, ModuleRow, names_of
 
 TABLES = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "embed_out.weight")  # which peft saves along
-SAVE_AGAIN = "save the adapter again from a run whose values are finite"
+AGAIN = "save the adapter again"
+SAVE_AGAIN = f"{AGAIN} from a run whose values are finite"
 
 
 def update_of(facts: Facts, module: ModuleFacts) -> Update | None:
@@ -66,12 +67,8 @@ def _settings(facts: Facts) -> Iterable[Finding]:
     """Yield what is wrong between adapter_config.json and the shapes of the tensors."""
     settings = facts.settings
     if facts.kind == "peft" and not facts.prefix:
-        yield Finding(
-            "broken",
-            "prefix",
-            "the names of the tensors lack the prefix 'base_model.model.': peft loads nothing of them",
-            "rename every tensor: put 'base_model.model.' before its name",
-        )
+        text = "the names of the tensors lack the prefix 'base_model.model.': peft loads nothing of them"
+        yield Finding("broken", "prefix", text, "rename every tensor: put 'base_model.model.' before its name")
     infix = sorted({tensor.adapter for tensor in facts.tensors.values() if tensor.adapter})
     if infix:
         own = infix == ["default"]
@@ -85,20 +82,14 @@ def _settings(facts: Facts) -> Iterable[Finding]:
         module = facts.modules[wrong[0]]
         pair = [module.tensors.get("A"), module.tensors.get("B")]
         turned = all(part is not None and len(part.shape) == 2 for part in pair) and pair[0].shape[1] == module.declared  # type: ignore[union-attr]
-        code, what = (
-            ("transposed", "its factors are stored transposed")
-            if turned
-            else ("rank", "the settings and the file disagree")
-        )
+        code, what = "rank", "the settings and the file disagree"
+        if turned:
+            code, what = "transposed", "its factors are stored transposed"
         text = f"'{wrong[0]}': rank {module.rank} in the file, {module.declared} by the settings; {what}"
         yield Finding("broken", code, text, "export the adapter again; the scale alpha / r depends on r", tuple(wrong))
     if settings.lora_alpha == 0:
-        yield Finding(
-            "broken",
-            "alpha-zero",
-            "lora_alpha is 0: the update is multiplied by 0",
-            "write the alpha it was trained with",
-        )
+        text = "lora_alpha is 0: the update is multiplied by 0"
+        yield Finding("broken", "alpha-zero", text, "write the alpha it was trained with")
     if settings.use_rslora and settings.lora_alpha == settings.r and settings.r > 1:
         text = (
             f"use_rslora with lora_alpha = r = {settings.r}: the update is multiplied by sqrt(r); peft's add_weighted_adapter "
@@ -109,14 +100,9 @@ def _settings(facts: Facts) -> Iterable[Finding]:
 
 def _pairs(facts: Facts) -> Iterable[Finding]:
     """Yield modules with parts that do not belong together."""
-    partners = (("A", "B"), ("embedding_A", "embedding_B"))
-    broken = [
-        p for p, m in facts.modules.items() for one, two in partners if (one in m.tensors) is not (two in m.tensors)
-    ]
+    broken = [path for path, module in facts.modules.items() if module.unpaired]
     if broken:
-        yield Finding(
-            "broken", "unpaired", f"{names_of(broken)}: one factor is missing", "save the adapter again", tuple(broken)
-        )
+        yield Finding("broken", "unpaired", f"{names_of(broken)}: one factor is missing", AGAIN, tuple(broken))
     if facts.kind == "peft" and facts.tuner == "LORA":
         dora = bool(facts.config.get("use_dora"))
         has = {path for path, module in facts.modules.items() if "magnitude" in module.tensors}
@@ -130,12 +116,8 @@ def _pairs(facts: Facts) -> Iterable[Finding]:
             yield Finding("broken", "lora-bias", text, "set lora_bias to true", tuple(biased))
         odd = sorted({tensor.path for tensor in facts.with_role("other")})
         if odd:
-            yield Finding(
-                "suspicious",
-                "unknown-tensors",
-                f"{names_of(odd)}: tensors that no variant of LoRA has",
-                modules=tuple(odd),
-            )
+            text = f"{names_of(odd)}: tensors that no variant of LoRA has"
+            yield Finding("suspicious", "unknown-tensors", text, modules=tuple(odd))
 
 
 def _gaps(facts: Facts) -> Iterable[Finding]:
@@ -153,7 +135,7 @@ def _gaps(facts: Facts) -> Iterable[Finding]:
     absent = sorted(listed - facts.modules.keys()) if not isinstance(settings.target_modules, str) else []
     if absent:
         text = f"{names_of(absent)}: named by target_modules, but the file has no factors of it; these modules stay the base's"
-        yield Finding("broken", "missing-module", text, "save the adapter again", tuple(absent))
+        yield Finding("broken", "missing-module", text, AGAIN, tuple(absent))
         return
     gaps = [
         stem.replace("*", str(number), 1)
@@ -196,12 +178,9 @@ def _beside(facts: Facts) -> Iterable[Finding]:
             yield Finding("suspicious", "unnamed-parameter", text, "name it in modules_to_save", tuple(extra))
     models = [name for name in facts.files if name.startswith("model") and name.endswith(".safetensors")]
     if models and "model_type" in facts.model_config:
-        yield Finding(
-            "suspicious",
-            "adapter-beside-model",
-            "the folder has the weights of a model and an adapter: transformers applies the adapter to them",
-            "move the adapter to a folder of its own if these weights are merged",
-        )
+        text = "the folder has the weights of a model and an adapter: transformers applies the adapter to them"
+        fix = "move the adapter to a folder of its own if these weights are merged"
+        yield Finding("suspicious", "adapter-beside-model", text, fix)
 
 
 def _values(facts: Facts) -> tuple[list[Finding], list[ModuleRow]]:
@@ -225,11 +204,8 @@ def _values(facts: Facts) -> tuple[list[Finding], list[ModuleRow]]:
         if B is not None and not bool(B.any()):
             zero.append(path)
         elif B is not None:
-            twins[
-                hashlib.sha256(
-                    b"".join(v.contiguous().flatten().view(torch.uint8).numpy().tobytes() for v in present.values())
-                ).hexdigest()
-            ].append(path)
+            parts = [value.contiguous().flatten().view(torch.uint8).numpy().tobytes() for value in present.values()]
+            twins[hashlib.sha256(b"".join(parts)).hexdigest()].append(path)
         update = update_of(facts, module)
         if update is not None:
             row.norm = update.norm()
@@ -259,4 +235,4 @@ def _value_findings(
         yield Finding("note", "zero-modules", text, modules=tuple(zero))
     for paths in twins:
         text = f"{names_of(paths)}: the same factors, bit for bit"
-        yield Finding("suspicious", "duplicate", text, "save the adapter again", tuple(paths))
+        yield Finding("suspicious", "duplicate", text, AGAIN, tuple(paths))

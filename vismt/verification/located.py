@@ -30,6 +30,15 @@ class Located:
     change: str = ""
     transposed: bool = False
 
+    def misfits(self, module: ModuleFacts) -> bool:
+        """Return whether the factors of a module do not fit its weight here."""
+        shape, stored = shape_of(module), self.shape(module.path)
+        return shape is not None and len(stored) == 2 and stored not in (shape, shape[::-1])
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Return the stored shape of a module's weight; () where the checkpoint has none."""
+        return self.facts.stored.tensors[self.names[path]].shape if path in self.names else ()
+
     def matrix(self, path: str, shape: tuple[int, int]) -> Tensor | None:
         """Return the weight (o, i) of a module; None where it is missing, has another shape, or is not of a float type."""
         stored = self.facts.stored.tensors[self.names[path]]
@@ -103,17 +112,10 @@ def locate(facts: Facts, checkpoint: Facts) -> Located:
     found = {label: hits(change) for label, change in changes.items()}
     best = max(found, key=lambda label: (len(found[label]), not label))
     located = Located(checkpoint, found[best], best if found[best] else "")
-    shapes = [
-        (shape_of(module), names[located.names[path]].shape)
-        for path, module in facts.modules.items()
-        if path in located.names
-    ]
-    known = [
-        (shape, stored) for shape, stored in shapes if shape is not None and len(stored) == 2 and shape[0] != shape[1]
-    ]
+    shapes = [(shape_of(facts.modules[path]), located.shape(path)) for path in located.names]
+    known = [(shape, stored) for shape, stored in shapes if shape and len(stored) == 2 and shape[0] != shape[1]]
     turned = sum(stored == shape[::-1] for shape, stored in known)
-    by_type = checkpoint.config.get("model_type") in CONV1D
-    located.transposed = turned > 0.5 * len(known) if known else by_type
+    located.transposed = turned > 0.5 * len(known) if known else checkpoint.config.get("model_type") in CONV1D
     return located
 
 

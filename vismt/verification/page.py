@@ -41,15 +41,8 @@ def _findings(verdict: Verdict) -> Section:
 
 
 def _readers(verdict: Verdict) -> Section:
-    rows = [
-        [
-            row["line"].partition(": ")[0],
-            row["line"].partition(": ")[2],
-            row["source"],
-            ". ".join(row["remarks"]) or "–",
-        ]
-        for row in verdict.readers
-    ]
+    lines = [(*row["line"].split(": ", 1), row) for row in verdict.readers]
+    rows = [[reader, answer, row["source"], ". ".join(row["remarks"]) or "–"] for reader, answer, row in lines]
     note = "expected: by rules that were not run here."
     return Section(
         "Readers", [(Table("", ["reader", "answer", "version", "remarks"], rows, set(), 4), note)] if rows else []
@@ -60,15 +53,10 @@ def _probe(verdict: Verdict) -> Section:
     def text(value: float | None) -> str:
         return "not finite" if value is None else f"{value:.4g}"
 
-    rows = [
-        [
-            row["model"],
-            row["measure"],
-            f"{text(row['value'])} [{text(row['low'])}, {text(row['high'])}]",
-            f"{row['n']:,}",
-        ]
-        for row in verdict.probe
-    ]
+    rows = []
+    for row in verdict.probe:
+        value, low, high = (text(row[name]) for name in ("value", "low", "high"))
+        rows.append([row["model"], row["measure"], f"{value} [{low}, {high}]", f"{row['n']:,}"])
     note = "[ ]: 95 % intervals by Student's t over examples; differences are paired."
     return Section("Probe", [(Table("", ["model", "measure", "value", "n"], rows, set(), 2), note)] if rows else [])
 
@@ -118,15 +106,7 @@ def _modules(verdict: Verdict) -> Table:
     def text(value: float | None) -> str:
         return "–" if value is None else f"{value:.3g}"
 
-    rows = [
-        [
-            row.path,
-            row.fit or "–",
-            *map(
-                text, (row.rank, row.rank_used, row.stable_rank, row.scale, row.norm, row.ratio, row.factor, row.erased)
-            ),
-        ]
-        for row in verdict.modules
-    ]
+    numbers = ("rank", "rank_used", "stable_rank", "scale", "norm", "ratio", "factor", "erased")
+    rows = [[row.path, row.fit or "–", *(text(getattr(row, name)) for name in numbers)] for row in verdict.modules]
     heads = ["module", "merged", "rank", "used", "stable rank", "scale", "|ΔW|", "|ΔW| / |W|", "factor", "erased"]
     return Table("Every module", heads, rows, set(), 2, folded=True)

@@ -132,17 +132,11 @@ def _minus(one: Sequence[float], two: Sequence[float]) -> list[float]:
 
 
 def _row(model: str, measure: str, values: Sequence[float]) -> Row:
-    if not torch.tensor(values).isfinite().all():
-        return {"model": model, "measure": measure, "value": None, "low": None, "high": None, "n": len(values)}
-    found = estimate(values)
-    return {
-        "model": model,
-        "measure": measure,
-        "value": found.mean,
-        "low": found.bounds[0],
-        "high": found.bounds[1],
-        "n": len(values),
-    }
+    numbers: tuple[float | None, ...] = (None, None, None)
+    if torch.tensor(values).isfinite().all():
+        found = estimate(values)
+        numbers = (found.mean, *found.bounds)
+    return {"model": model, "measure": measure, **dict(zip(("value", "low", "high"), numbers)), "n": len(values)}
 
 
 def _changes(differences: list[float], moved: list[float], texts: bool) -> list[Finding]:

@@ -19,30 +19,20 @@ from typing import Any
 
 from vismt.lowrank.files.peft_layouts import names_stack, stock_path
 from vismt.lowrank.files.peft_settings import PeftSettings, texts
-from vismt.verification.facts import PREFIX, TENSORS, Facts, ModuleFacts
-from vismt.verification.located import INNER, Located, shape_of, unheld
+from vismt.verification.facts import PREFIX, TENSORS, Facts, ModuleFacts, TensorFacts
+from vismt.verification.located import INNER, Located, unheld
 
 # Tuners that transformers' load_adapter cannot put into a model: of prompts, and with tensors that their layers share.
-OF_PEFT_MODELS = {
-    *(
-        "PROMPT_TUNING",
-        "MULTITASK_PROMPT_TUNING",
-        "P_TUNING",
-        "PREFIX_TUNING",
-        "ADAPTION_PROMPT",
-        "CPT",
-        "CARTRIDGE",
-        "SHADOW",
-    ),
-    *("VERA", "PVERA", "VBLORA", "TINYLORA", "UNILORA", "FROD"),
-}
+OF_PEFT_MODELS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"}
+OF_PEFT_MODELS |= {"CARTRIDGE", "SHADOW", "VERA", "PVERA", "VBLORA", "TINYLORA", "UNILORA", "FROD"}
+Condition = Callable[["Case"], Collection[str]]
 
 
 @dataclass(frozen=True)
 class Rule:
     """A condition and its effects. when: the names of the tensors that meet it, or paths of modules that lack their tensors."""
 
-    when: Callable[[Case], Collection[str]]
+    when: Condition
     why: str
     effects: Mapping[str, str]
     fix: str = ""
@@ -94,29 +84,58 @@ def of_modules(modules: Iterable[ModuleFacts]) -> list[str]:
     return [tensor.name for module in modules for tensor in module.tensors.values()]
 
 
-def _folder(condition: Callable[[Case], object]) -> Callable[[Case], list[str]]:
+def _folder(test: Callable[[Case], object]) -> Condition:
     """Return a condition of the whole folder, which all tensors meet."""
 
     def met(case: Case) -> list[str]:
         everything = list(case.facts.tensors) or list(case.facts.stored.tensors) or [str(case.facts.folder)]
-        return everything if condition(case) else []
+        return everything if test(case) else []
 
     return met
 
 
-def _setting(*keys: str) -> Callable[[Case], list[str]]:
+def _tensors(test: Callable[[Case, TensorFacts], object]) -> Condition:
+    """Return a condition of single tensors of an adapter."""
+    return lambda case: [tensor.name for tensor in case.facts.tensors.values() if test(case, tensor)]
+
+
+def _modules(test: Callable[[Case, ModuleFacts], object]) -> Condition:
+    """Return a condition of the modules of a LoRA of peft."""
+    return lambda case: of_modules(module for module in case.modules if test(case, module))
+
+
+def _setting(*keys: str) -> Condition:
     return _folder(lambda case: case.lora and any(case.facts.config.get(key) for key in keys))
 
 
-# ---- files and settings
+def _lacks(*keys: str) -> Condition:
+    return _folder(lambda case: case.facts.kind == "peft" and any(key not in case.facts.config for key in keys))
+
+
+def _start(*names: str) -> Condition:
+    return _folder(
+        lambda case: case.lora and str(case.facts.config.get("init_lora_weights", True)).lower().startswith(names)
+    )
+
+
+def _role(role: str, flag: str, value: bool) -> Condition:
+    """Return the condition of tensors of a role where a setting is on, or off."""
+    return _tensors(
+        lambda case, tensor: tensor.role == role and case.lora and bool(case.facts.config.get(flag)) is value
+    )
+
+
+def _names(pattern: str) -> Condition:
+    """Return the condition of tensors of a checkpoint by their names."""
+    return lambda case: [
+        name for name in case.facts.stored.tensors if case.facts.kind == "checkpoint" and re.search(pattern, name)
+    ]
+
+
 def _vision(case: Case) -> bool:
     return case.timm or any(
         "image_size" in made and not {"vocab_size", "text_config"} & made.keys() for made in case.configs
     )
-
-
-def _lacks(*keys: str) -> Callable[[Case], list[str]]:
-    return _folder(lambda case: case.facts.kind == "peft" and any(key not in case.facts.config for key in keys))
 
 
 def _beside_a_model(case: Case) -> bool:
@@ -127,56 +146,30 @@ def _beside_a_model(case: Case) -> bool:
     )
 
 
-# ---- names
-def _unprefixed(case: Case) -> list[str]:
-    own = [tensor.name for tensor in case.facts.tensors.values() if tensor.role != "shared"]
-    return [name for name in own if case.facts.kind == "peft" and not name.startswith(PREFIX)]
-
-
-def _of_adapter(default: bool) -> Callable[[Case], list[str]]:
-    """Return the condition of names that hold the name of the adapter, "default" or another one."""
-    return lambda case: [
-        tensor.name
-        for tensor in case.facts.tensors.values()
-        if tensor.adapter and (tensor.adapter == "default") is default
-    ]
-
-
-def _moved(case: Case) -> list[str]:
-    moved = case.base is not None and INNER in case.base.change
-    return of_modules(module for module in case.modules if moved and case.base and module.path in case.base.names)
-
-
-def _absent(case: Case) -> list[str]:
-    """Return the tensors of modules that the base lacks; experts and tied heads have other names in files than in models."""
-    return of_modules(
-        module
-        for module in case.modules
-        if case.base is not None
-        and module.path not in case.base.names
-        and not re.search(r"\.experts\b|(^|\.)lm_head$", module.path)
-    )
-
-
-# ---- modules and shapes
-def _outside(case: Case) -> list[str]:
-    settings = case.settings
-    if settings is None:
-        return []
-    stacks = settings.target_parameters or []
-    return of_modules(
-        module
-        for module in case.modules
-        if not settings.names(case.named(module)) and not names_stack(stacks, module.key) and not _old(module)
-    )
-
-
-def _old(module: ModuleFacts) -> bool:
+def _old(case: Case, module: ModuleFacts) -> bool:
     return module.path.endswith(".model")
 
 
-def _missing(case: Case) -> list[str]:
-    return unheld(case.facts, case.base) if case.base is not None else []
+def _absent(case: Case, module: ModuleFacts) -> bool:
+    """Return whether the base lacks a module; experts and tied heads have other names in files than in models."""
+    if case.base is None or module.path in case.base.names:
+        return False
+    return not re.search(r"\.experts\b|(^|\.)lm_head$", module.path)
+
+
+def _outside(case: Case, module: ModuleFacts) -> bool:
+    """Return whether the settings do not name a module."""
+    settings = case.settings
+    if settings is None or settings.names(case.named(module)) or _old(case, module):
+        return False
+    return not names_stack(settings.target_parameters or [], module.key)
+
+
+def _other_rank(case: Case, module: ModuleFacts) -> bool:
+    """Return whether the rank of the factors is not that of the settings; peft stacks the factors of experts."""
+    stacks = (case.settings and case.settings.target_parameters) or []
+    differs = module.rank and module.declared and module.rank != module.declared
+    return bool(differs) and not names_stack(stacks, module.key)
 
 
 def _no_target(case: Case) -> bool:
@@ -189,63 +182,7 @@ def _no_target(case: Case) -> bool:
     return not any(settings.names(path) for path in owners)
 
 
-def _unpaired(case: Case) -> list[str]:
-    return of_modules(
-        module
-        for module in case.modules
-        if len(module.tensors.keys() & {"A", "B"}) == 1
-        or len(module.tensors.keys() & {"embedding_A", "embedding_B"}) == 1
-    )
-
-
-def _other_rank(case: Case) -> list[str]:
-    """Return the factors whose rank is not that of the settings; peft stacks those of experts."""
-    stacks = (case.settings and case.settings.target_parameters) or []
-    return of_modules(
-        module
-        for module in case.modules
-        if module.rank and module.declared and module.rank != module.declared and not names_stack(stacks, module.key)
-    )
-
-
-def _other_shape(case: Case) -> list[str]:
-    """Return the factors that do not fit the weight of the base."""
-    found = []
-    for path, name in case.base.names.items() if case.base is not None and case.lora else ():
-        module, weight = case.facts.modules[path], case.base.facts.stored.tensors[name].shape if case.base else ()
-        shape = shape_of(module)
-        if shape and len(weight) == 2 and weight not in (shape, shape[::-1]) and ".experts" not in path:
-            found.append(module)
-    return of_modules(found)
-
-
-def _rank_over(limit: int) -> Callable[[Case], list[str]]:
-    return lambda case: of_modules(module for module in case.modules if (module.rank or 0) > limit)
-
-
-# ---- variants
-def _with_role(role: str) -> Callable[[Case], list[str]]:
-    return lambda case: [tensor.name for tensor in case.facts.with_role(role)]
-
-
-def _role(role: str, flag: str, value: bool) -> Callable[[Case], list[str]]:
-    """Return the condition of tensors of a role where a setting is on, or off."""
-    return lambda case: [
-        tensor.name for tensor in case.facts.with_role(role) if case.lora and bool(case.facts.config.get(flag)) is value
-    ]
-
-
-def _no_magnitude(case: Case) -> list[str]:
-    dora = case.facts.config.get("use_dora")
-    return of_modules(module for module in case.modules if dora and "magnitude" not in module.tensors)
-
-
-def _start(*names: str) -> Callable[[Case], list[str]]:
-    return _folder(
-        lambda case: case.lora and str(case.facts.config.get("init_lora_weights", True)).lower().startswith(names)
-    )
-
-
+# ---- whole parameters
 def _whole(case: Case) -> dict[str, str]:
     """Return the tensors that are saved whole, by name, with their kind: copy (of an adapted embedding), norm or other."""
     kinds = {}
@@ -256,8 +193,8 @@ def _whole(case: Case) -> dict[str, str]:
     return kinds if case.facts.kind == "peft" else {}
 
 
-def _saved(kind: str) -> Callable[[Case], list[str]]:
-    return lambda case: [name for name, found in _whole(case).items() if found == kind]
+def _saved(*kinds: str) -> Condition:
+    return lambda case: [name for name, found in _whole(case).items() if found in kinds]
 
 
 def _unlisted(case: Case) -> list[str]:
@@ -265,9 +202,8 @@ def _unlisted(case: Case) -> list[str]:
     listed = tuple(texts(case.settings.modules_to_save)) if case.settings else ()
     return [
         name
-        for name, kind in _whole(case).items()
-        if kind != "copy"
-        and not name.rpartition(".")[0].endswith(listed or "\n")
+        for name in _saved("norm", "other")(case)
+        if not name.rpartition(".")[0].endswith(listed or "\n")
         and not name.endswith(".bias")
         and "trainable_tokens" not in name
     ]
@@ -278,26 +214,6 @@ def _not_saved(case: Case) -> list[str]:
     held = [tensor.path.rpartition(".")[0] for tensor in case.facts.with_role("saved")]
     listed = texts(case.settings.modules_to_save) if case.settings and case.lora else []
     return [name for name in listed if not any(path.endswith(name) for path in held)]
-
-
-def _fused_experts(case: Case) -> list[str]:
-    if not case.facts.config.get("use_rslora"):
-        return []
-    return of_modules(m for m in case.modules if re.search(r"\.experts\.\d+\.(w1|w3|gate_proj|up_proj)$", m.path))
-
-
-def _tied_head(case: Case) -> list[str]:
-    tied = case.base is not None and case.base.facts.model_config.get("tie_word_embeddings")
-    return of_modules(module for module in case.modules if tied and module.path.rpartition(".")[2] == "lm_head")
-
-
-# ---- checkpoints
-def _checkpoint(case: Case) -> bool:
-    return case.facts.kind == "checkpoint"
-
-
-def _names(pattern: str) -> Callable[[Case], list[str]]:
-    return lambda case: [name for name in case.facts.stored.tensors if _checkpoint(case) and re.search(pattern, name)]
 
 
 PLAIN = "load it with vismt.import_peft and write it with vismt.export_peft(..., uniform=True)"
@@ -338,41 +254,53 @@ RULES = (
     Rule(_folder(_beside_a_model), "from_pretrained takes the weights beside it for the base: merged ones get the update twice",
          {"transformers": "note"}, "keep adapter and merged model in two folders"),
     # names
-    Rule(_unprefixed, f"the names lack '{PREFIX}'", {"peft": "ignored"}, f"put '{PREFIX}' before every name"),
-    Rule(_of_adapter(True), "the names hold 'default', the adapter's name", UNSERVED | {"transformers": "ignored"},
+    Rule(_tensors(lambda case, tensor: case.facts.kind == "peft" and tensor.role != "shared"
+                  and not tensor.name.startswith(PREFIX)),
+         f"the names lack '{PREFIX}'", {"peft": "ignored"}, f"put '{PREFIX}' before every name"),
+    Rule(_tensors(lambda case, tensor: tensor.adapter == "default"), "the names hold 'default', the adapter's name",
+         UNSERVED | {"transformers": "ignored"},
          "take '.default' out of the names"),
-    Rule(_of_adapter(False), "the names hold the name of an adapter", UNSERVED | IGNORED, "take the name out"),
-    Rule(lambda case: of_modules(module for module in case.modules if _old(module)), "the names have '.model' of an old peft",
+    Rule(_tensors(lambda case, tensor: tensor.adapter not in ("", "default")),
+         "the names hold the name of an adapter", UNSERVED | IGNORED, "take the name out"),
+    Rule(_modules(_old), "the names have '.model' of an old peft",
          IGNORED | {"vllm": "refused?", "llama.cpp": "refused?"}, "write '.lora_' for '.model.lora_'"),
-    Rule(_moved, f"the base has these modules with '{INNER}' in another place",
+    Rule(_modules(lambda case, module: case.base and INNER in case.base.change and module.path in case.base.names),
+         f"the base has these modules with '{INNER}' in another place",
          IGNORED | {"vllm": "ignored?", "llama.cpp": "refused?"}, f"move '{INNER}' in the names"),
-    Rule(_absent, "the base has no such modules", IGNORED | {"vllm": "ignored?", "llama.cpp": "refused"}, BASE),
+    Rule(_modules(_absent), "the base has no such modules", IGNORED | {"vllm": "ignored?", "llama.cpp": "refused"}, BASE),
     # modules and shapes
-    Rule(_outside, "target_modules do not name these modules", IGNORED, "name them in target_modules"),
-    Rule(_missing, "target_modules name modules that the file does not hold",
+    Rule(_modules(_outside), "target_modules do not name these modules", IGNORED, "name them in target_modules"),
+    Rule(lambda case: unheld(case.facts, case.base) if case.base else [],
+         "target_modules name modules that the file does not hold",
          IGNORED | {"vllm": "ignored", "llama.cpp": "ignored"}, AGAIN),
     Rule(_folder(_no_target), "target_modules name no module of the base", REFUSED, BASE),
-    Rule(_unpaired, "one of the two factors is missing", IGNORED | {"vllm": "refused?", "llama.cpp": "refused"}, AGAIN),
-    Rule(_other_rank, "the factors have another rank than the settings", REFUSED | {"vllm": "misread?", "llama.cpp": "misread?"},
+    Rule(_modules(lambda case, module: module.unpaired),
+         "one of the two factors is missing", IGNORED | {"vllm": "refused?", "llama.cpp": "refused"}, AGAIN),
+    Rule(_modules(_other_rank), "the factors have another rank than the settings",
+         REFUSED | {"vllm": "misread?", "llama.cpp": "misread?"},
          "set r, or rank_pattern, to the rank of the tensors"),
-    Rule(_other_shape, "the factors do not fit the base's weights", REFUSED | {"vllm": "misread?", "llama.cpp": "refused"}, BASE),
-    Rule(_rank_over(16), "the rank is over the default limit of 16", {"vllm": "note"}, "start the server with --max-lora-rank"),
-    Rule(_rank_over(512), "the rank is over the largest limit, 512", {"vllm": "refused"}, MERGE),
+    Rule(_modules(lambda case, module: case.base and case.base.misfits(module) and ".experts" not in module.path),
+         "the factors do not fit the base's weights", REFUSED | {"vllm": "misread?", "llama.cpp": "refused"}, BASE),
+    Rule(_modules(lambda case, module: (module.rank or 0) > 16),
+         "the rank is over the default limit of 16", {"vllm": "note"}, "start the server with --max-lora-rank"),
+    Rule(_modules(lambda case, module: (module.rank or 0) > 512),
+         "the rank is over the largest limit, 512", {"vllm": "refused"}, MERGE),
     # variants
     Rule(_role("magnitude", "use_dora", True), "load_adapter renames no magnitudes of DoRA: they keep their first values",
          {"transformers": "ignored"}, "load it with peft.PeftModel"),
     Rule(_role("magnitude", "use_dora", False), "use_dora is not set", IGNORED, "set use_dora"),
     Rule(_folder(lambda case: case.facts.config.get("use_dora") or case.facts.with_role("magnitude")), "it is a DoRA",
          {"vllm": "refused"}, MERGE),
-    Rule(_with_role("magnitude"), "it is a DoRA", {"llama.cpp": "refused"}, MERGE),
-    Rule(_no_magnitude, "use_dora is set, and the file lacks magnitudes", {"peft": "misread", "transformers": "misread",
+    Rule(_tensors(lambda case, tensor: tensor.role == "magnitude"), "it is a DoRA", {"llama.cpp": "refused"}, MERGE),
+    Rule(_modules(lambda case, module: case.facts.config.get("use_dora") and "magnitude" not in module.tensors),
+         "use_dora is set, and the file lacks magnitudes", {"peft": "misread", "transformers": "misread",
          "llama.cpp": "misread"}, AGAIN),
     Rule(_role("bias", "lora_bias", False), "lora_bias is not set", IGNORED, "set lora_bias"),
-    Rule(_with_role("bias"), "it has biases of B", UNSERVED, MERGE),
+    Rule(_tensors(lambda case, tensor: tensor.role == "bias"), "it has biases of B", UNSERVED, MERGE),
     Rule(_folder(lambda case: case.lora and case.facts.config.get("bias", "none") != "none"), "it has biases",
          {"vllm": "refused"}, MERGE),
     Rule(_setting("modules_to_save"), "it has parameters that are saved whole", {"vllm": "refused"}, MERGE),
-    Rule(lambda case: [] if case.facts.config.get("modules_to_save") else [*_saved("other")(case), *_saved("norm")(case)],
+    Rule(lambda case: [] if case.facts.config.get("modules_to_save") else _saved("other", "norm")(case),
          "it has parameters that are saved whole", {"vllm": "refused"}, MERGE),
     Rule(_saved("other"), "it has parameters that are saved whole", {"llama.cpp": "refused"}, MERGE),
     Rule(_saved("norm"), "it has norms that are saved whole", {"llama.cpp": "ignored"}, MERGE),
@@ -391,12 +319,18 @@ RULES = (
     Rule(_setting("layer_replication"), "it repeats layers", {"vllm": "misread?", "llama.cpp": "misread?"}, MERGE),
     Rule(_setting("target_parameters"), "it adapts experts in one tensor", {"vllm": "note", "llama.cpp": "refused?"},
          "for models that vLLM marks as 3-D, or with enable_mixed_moe_lora_format"),
-    Rule(_fused_experts, "the reader fuses these experts, and their update becomes √2 too large with use_rslora",
+    Rule(_modules(lambda case, module: case.facts.config.get("use_rslora")
+                  and re.search(r"\.experts\.\d+\.(w1|w3|gate_proj|up_proj)$", module.path)),
+         "the reader fuses these experts, and their update becomes √2 too large with use_rslora",
          {"peft": "misread", "transformers": "misread"}, "set use_rslora to false and lora_alpha to lora_alpha·√r"),
-    Rule(_tied_head, "the head is the embedding table of the base", {"llama.cpp": "refused"}, MERGE),
+    Rule(_modules(lambda case, module: case.base and case.base.facts.model_config.get("tie_word_embeddings")
+                  and module.path.rpartition(".")[2] == "lm_head"),
+         "the head is the embedding table of the base", {"llama.cpp": "refused"}, MERGE),
     # checkpoints
-    Rule(_folder(_checkpoint), "it is a whole checkpoint", {"peft": "refused"}, "load it with the library of its model"),
-    Rule(_folder(lambda case: _checkpoint(case) and case.facts.model_config and not case.timm), "it is not a model of timm",
+    Rule(_folder(lambda case: case.facts.kind == "checkpoint"),
+         "it is a whole checkpoint", {"peft": "refused"}, "load it with the library of its model"),
+    Rule(_folder(lambda case: case.facts.kind == "checkpoint" and case.facts.model_config and not case.timm),
+         "it is not a model of timm",
          {"timm": "refused"}),
     Rule(_names(r"\.base_layer\.|\.lora_|\.modules_to_save\."), "the update was not merged: the file has the modules of peft",
          UNMAPPED | {"timm": "refused"}, "call merge_and_unload before saving"),

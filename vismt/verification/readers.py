@@ -27,20 +27,9 @@ SCALES = {
     "vllm": "it reads no rank_pattern and alpha_pattern",
     "llama.cpp": "it divides lora_alpha by the rank, and reads no use_rslora and alpha_pattern",
 }
-GROUPS = {
-    "A": "factors",
-    "B": "factors",
-    "C": "factors",
-    "A0": "factors",
-    "B0": "factors",
-    "embedding_A": "embeddings",
-    "embedding_B": "embeddings",
-    "magnitude": "magnitudes",
-    "bias": "biases",
-    "saved": "parameters",
-    "tuner": "factors",
-    "shared": "factors",
-}
+GROUPS = dict.fromkeys(("A", "B", "C", "A0", "B0", "tuner", "shared"), "factors")
+GROUPS |= {"embedding_A": "embeddings", "embedding_B": "embeddings", "magnitude": "magnitudes"}
+GROUPS |= {"bias": "biases", "saved": "parameters"}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import safetensors.torch
 from vismt.backbones import timm_models
 from vismt.backbones.pyramid import Pyramid
 from vismt.backbones.vit import Backbone
+from vismt.base.errors import UserError
 from vismt.base.seeds import digest, mix_seed
 from vismt.engine import training_files
 from vismt.engine.study import Training
@@ -49,9 +50,14 @@ def _head(config: DenseConfig, task: Task, widths: list[int]) -> Head:
 def make_backbone(config: DenseConfig, size: tuple[int, int]) -> Backbone | Pyramid:
     """Return the stock backbone for images of `size` in pixels; raise UserError where the size does not fit the patches."""
     model = config.model
-    return timm_models.create(
+    backbone = timm_models.create(
         model.name, size, model.pretrained, position=model.position, seed=config.seed, dtype=model.dtype
     )
+    if not backbone.depth:
+        raise UserError(
+            f"model: timm's {model.name} gives no maps of its stages, which heads read; take another model."
+        )
+    return backbone
 
 
 def save(net: DenseNet, config: DenseConfig, folder: Path) -> None:

@@ -162,7 +162,7 @@ class _Histories:
     def __init__(self, rows: Sequence[tuple[list[int], int]], batch: int, length: int, seed: int) -> None:
         self.rows = rows
         self.length = length
-        self._passes = Passes(len(rows), batch, seed=seed, unit="rows")
+        self._passes = Passes(len(rows), batch, seed=seed, unit="rows", key="recommender.batch")
 
     def __call__(self, number: int) -> dict[str, Any]:
         chosen = [self.rows[i] for i in self._passes(number).tolist()]
