@@ -256,9 +256,9 @@ def test_queries_are_attacked_and_nothing_else(attacks: list[dict], monkeypatch:
     assert torch.allclose(call["clean_logits"], clean, atol=1e-5)
 
 
-def attacked(net: ProtoNet, batch: dict[str, Tensor]) -> Tensor:
+def attacked(objective: AdversarialObjective, batch: dict[str, Tensor]) -> Tensor:
     """Return the queries as the objective attacks them."""
-    objective = AdversarialObjective(net, Adversary(epsilons=(8 / 255,), steps=5, step_ratio=0.3))
+    net = objective.proto
     with torch.no_grad():
         centres = prototypes(net.backbone(batch["support"]), batch["support_labels"])
         clean = cosine_logits(net.backbone(batch["query"]), centres, net.scale)
@@ -272,13 +272,15 @@ def test_the_attack_on_merged_weights_finds_the_images_of_the_adapted_layers(mon
         shake(adapted().double(), 0.1),
         {k: v.double() if v.is_floating_point() else v for k, v in episode(0).items()},
     )
+    adversary = Adversary(epsilons=(8 / 255,), steps=5, step_ratio=0.3)
+    objective = AdversarialObjective(net, adversary)
     optimiser = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.5)
     found = []
     for _ in range(2):  # the weights of the second attack are those after a step, not those that were merged before
-        merged = attacked(net, batch)
+        merged = attacked(objective, batch)
         with monkeypatch.context() as patch:
             patch.setattr(amt, "merged_copy", lambda model, dtype: model)
-            assert torch.allclose(merged, attacked(net, batch), atol=1e-9)
+            assert torch.allclose(merged, attacked(AdversarialObjective(net, adversary), batch), atol=1e-9)
         found.append(merged)
         AdversarialObjective(net, Adversary(gamma=0.01))(batch)["loss"].backward()
         optimiser.step()
