@@ -21,6 +21,7 @@ from golden.inputs import golden_model, logits_of, write_world
 from golden.merged import ARMS, merged_logits
 
 import vismt
+from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.config.sections import EARLIER_HASH_DIGITS
 from vismt.jobs import open_run
@@ -76,6 +77,10 @@ def test_an_adapter_gives_its_logits_loaded_and_merged(name: str) -> None:
         gates = instance_gates(expected["gates"])
     with gates:
         assert same(logits_of(model, expected["input"]), expected["logits"])
+        if "merged" not in expected:
+            with pytest.raises(UserError, match="merge"):
+                vismt.merge(model)
+            return
         if about["method"] in ("moe_lora", "emtal"):
             set_fade(model, 1.0)
         vismt.merge(model)
@@ -95,6 +100,7 @@ def test_evaluating_a_run_without_its_records_gives_every_number(copied: Callabl
         *run.glob("*seeds.jsonl"),
         *run.rglob("merge.json"),
         *run.rglob("metrics.jsonl"),
+        *run.rglob("calibration.json"),
     ]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert main(["evaluate", str(run), "--quiet"]) == 0
@@ -102,8 +108,12 @@ def test_evaluating_a_run_without_its_records_gives_every_number(copied: Callabl
     added = {row.metric for key, row in after.items() if key not in before}  # of episodes, not evaluated at first
     assert before.keys() <= after.keys() and added <= {"ECE-15", "NLL in nats", "Brier"}
     for key, row in before.items():
+        if row.task == "classification" and row.family == "temperature":
+            continue  # that version had one temperature for the classes of all tasks
         new = after[key]
-        assert (new.value, new.n) == (pytest.approx(row.value, rel=1e-4, abs=1e-4), row.n), row
+        # A confidence at the edge of a bin can round into the other one.
+        tolerance = 1 / row.n if row.metric == "ECE-15" else 1e-4
+        assert (new.value, new.n) == (pytest.approx(row.value, rel=1e-4, abs=tolerance), row.n), row
         # The intervals of that version had 1.96 in place of Student's quantile, did not name what they cover, and had no ends.
         assert row.interval == "" != new.interval and new.low <= new.value <= new.high, row
 
@@ -116,6 +126,8 @@ def rows(run: Path) -> dict[tuple[object, ...], Result]:
 def test_a_folder_named_by_an_earlier_hash_goes_on(copied: Callable[[str], Path], name: str) -> None:
     """The same command finds the folder, trains nothing, and keeps the hash of its rows."""
     run = copied(name)
+    for path in run.rglob("records"):  # they name the bits of merged weights, which another processor rounds otherwise
+        shutil.rmtree(path)
     recorded = open_run(run).hash
     assert len(recorded) == EARLIER_HASH_DIGITS
     folder = run.rename(run.parent / f"config.resolved-{recorded}")

@@ -103,7 +103,7 @@ class LowRankConv(LowRankLayer):
         kernel = A.to(self.weight.dtype).view(-1, *self.weight.shape[1:])
         hidden = self.shell._conv_forward(x, repeat(kernel, "r ... -> (g r) ...", g=self.groups), None)
         if gate is not None:
-            hidden = hidden * self._pointwise(gate.repeat(1, self.groups))
+            hidden = (hidden * self._pointwise(gate.repeat(1, self.groups))).to(out.dtype)
         B = B.to(hidden.dtype) * scale
         axes = len(self.kernel_size)
         if self.groups > 1:
