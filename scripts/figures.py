@@ -69,7 +69,7 @@ def draw(spec: Mapping[str, Any], rows: list[StudyRow], path: Path) -> None:
     elif spec["kind"] == "depth":
         depths: dict[str, dict[int, float]] = {}
         for row in rows:
-            if row.data.startswith("block "):
+            if row.seed is None and row.data.startswith("block "):
                 depths.setdefault(row.arm, {})[int(row.data.removeprefix("block "))] = row.value
         if not depths:
             raise UserError(

@@ -32,7 +32,7 @@ TYPED = {
     "docs/results/forgetting.md": 2,
     "docs/results/ilora_lastfm.md": 3,
     "docs/results/in_place.md": 2,
-    "docs/results/robustness.md": 7,
+    "docs/results/robustness.md": 6,
     "docs/results/sentiment.md": 3,
     "docs/results/seven_scenes.md": 2,
     "docs/results/rows/tables.yaml": 7,

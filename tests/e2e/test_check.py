@@ -62,7 +62,7 @@ def test_other_seeds_are_inside_whose_rows_are_found(toy, capsys: pytest.Capture
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("check   all numbers: ") and "condition clean" in lines[0]
     assert lines[1].split()[-5:] == ["toy", "predicted", "this", "run", "verdict"]
-    assert lines[-1].startswith("check   12 of 12 numbers inside; ") and "gelu − relu" in "".join(lines)
+    assert lines[-1].startswith("check   16 of 16 numbers inside; ") and "gelu − relu" in "".join(lines)
     assert main(["check", str(folder), "toy", "--quiet"]) == 0
 
 
@@ -73,7 +73,7 @@ def test_swapped_labels_in_the_training_are_outside(toy, monkeypatch, capsys: py
     folder = toy("seeds=[4, 5, 6, 7]")
     assert main(["check", str(folder)]) == 1
     printed = capsys.readouterr().out
-    assert "outside" in printed.splitlines()[2] and "of 12 numbers inside" in printed
+    assert "outside" in printed.splitlines()[2] and "of 16 numbers inside" in printed
 
 
 def score_with(pairs: Callable) -> Callable:

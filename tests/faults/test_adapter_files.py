@@ -255,7 +255,7 @@ def test_values_that_are_not_finite_are_not_written_or_merged(method: str, value
             module.fade = 1.0
             before = state_hash(model)
     with vismt.llm.instance_gates(torch.tensor([0.5, 0.5])):
-        if model.vismt_record.layers:
+        if model.vismt_record.layers and method != "mtlora":  # its pairs of tasks do not merge
             doors += [lambda: vismt.merge(model), lambda: vismt.export_peft(model, tmp_path / "p")]
         for door in doors:
             with pytest.raises(UserError, match=r"holds NaN or infinite values.*force=True"):
@@ -263,7 +263,7 @@ def test_values_that_are_not_finite_are_not_written_or_merged(method: str, value
             assert state_hash(model) == before and not list(tmp_path.iterdir())
         folder = vismt.save_adapter(model, tmp_path / "a", force=True)
         assert re.search("NaN or infinite values", refusal(vismt.load_adapter, small_vit(), folder))
-        if model.vismt_record.layers:
+        if model.vismt_record.layers and method != "mtlora":  # its pairs of tasks do not merge
             peft = vismt.export_peft(model, tmp_path / "p", force=True)
             with pytest.raises(UserError, match="NaN or infinite values"):
                 vismt.import_peft(small_vit(), peft)

@@ -17,6 +17,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "s2ft": {"ratio": 0.25, "parts": ["v", "o", "u", "d"]},
     "ilora": {"n_experts": 2, "user_width": 6},
     "lisa": {"active": 1},
+    "mtlora": {"tasks": ["depth", "edge"]},
 }
 LAYERS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 

@@ -124,7 +124,7 @@ def test_updates_by_depth_are_rows_and_a_picture(checkout: Path, tmp_path_factor
     study = study_of(folder)
     found = {(row.data, row.seed): (row.value, row.n) for row in study.rows if row.metric == CHANGE}
     assert found["block 0", None] == pytest.approx((0.2, 2)) and found["block 7", None] == pytest.approx((0.7, 1))
-    assert found["matrices", 1] == pytest.approx((0.4, 3)) and ("block 0", 1) not in found
+    assert found["matrices", 1] == pytest.approx((0.4, 3)) and found["block 7", 1] == pytest.approx((0.8, 1))
     write_study(checkout / ROWS / "depths.jsonl", study)
     spec = {"study": "depths", "kind": "depth", "where": {"metric": CHANGE}}
     assert run(checkout, {"depth": spec}) == 0 and "<svg" in (checkout / "docs/depth.svg").read_text()

@@ -207,7 +207,7 @@ def _changes(
             )
             found = Estimate(row.value, (), "seeds").with_seeds(list(values.values()))
             yield replace(row, low=found.bounds[0], high=found.bounds[1])
-            for seed, value in () if second or data != MATRICES else values.items():
+            for seed, value in () if second else values.items():
                 yield replace(row, seed=seed, value=value, low=value, high=value)
 
 

@@ -136,9 +136,11 @@ def test_an_unwritable_folder_is_named(tmp_path) -> None:
         files.atomic_write(tmp_path / "taken" / "file", "x")
 
 
-# A router needs the FFNs of a ViT, LISA layers, S2FT heads or channels, CorDA covariances, iLoRA gates and a rank that its
-# experts share; the others take any linear.
-ANYWHERE = [method for method in vismt.list_methods() if method not in ("emtal", "lisa", "s2ft", "corda", "ilora")]
+# A router needs the FFNs of a ViT, MTLoRA its blocks, LISA layers, S2FT heads or channels, CorDA covariances, iLoRA gates and a
+# rank that its experts share; the others take any linear.
+ANYWHERE = [
+    method for method in vismt.list_methods() if method not in ("emtal", "mtlora", "lisa", "s2ft", "corda", "ilora")
+]
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
 
 

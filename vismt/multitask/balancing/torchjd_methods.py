@@ -8,7 +8,7 @@ Options are the arguments of torchjd's class, with lists for tensors, and those 
 (scalarizers), which come first where both have a name. Absent tasks are left out, as in the other methods. Where torchjd draws
 random numbers, they are a function of (seed, number of the call). A name that is both is that of the scalarizer, which needs no
 gradient of a single task. Left out: methods with state, which no checkpoint would hold (GradVac and NashMTL among them, which are
-`gradvac` and `nash` here), methods that are no weighted sum of gradients (ConFIG, GradDrop, TrimmedMean), and those that
+`gradvac` and `nash` here), methods that do not weigh gradients (ConFIG, GradDrop, TrimmedMean), and those that
 need `weights`, the fixed factors of `Balancer`.
 """
 

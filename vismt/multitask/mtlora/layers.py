@@ -62,7 +62,7 @@ class TaskLinear(LowRankLinear):
     Settings = TaskSettings
     takes_prequantized = False
     weight_readable = False
-    export_refusal = "has a pair for each task beside the shared one, which is no update of one weight"
+    export_refusal = "has a pair for each task beside the shared one, so its update is not that of one weight"
     combine_refusal = export_refusal
 
     def __init__(self, base: nn.Module, settings: TaskSettings, opens: bool, **options: Any) -> None:
@@ -221,7 +221,7 @@ class TaskBlock(AdapterModule):
         scope.check(self.about.tasks, len(x))
         parts: Any = block
         attend = getattr(block, "_attn", parts.attn)  # a Swin's cuts windows around it
-        first, second = (getattr(block, name, _same) for name in ("ls1", "ls2"))
+        first, second = (getattr(block, name, nn.Identity()) for name in ("ls1", "ls2"))
         h = parts.drop_path1(first(attend(parts.norm1(x), **options)))
         h = (x + h.unflatten(0, (-1, len(x)))).flatten(0, 1)
         y = h + parts.drop_path2(second(parts.mlp(parts.norm2(h))))
@@ -257,7 +257,3 @@ class TaskBlock(AdapterModule):
 
     def settings(self) -> BlockSettings:
         return self.about
-
-
-def _same(x: Tensor) -> Tensor:
-    return x

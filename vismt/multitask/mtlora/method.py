@@ -144,7 +144,7 @@ def merge_shared(model: nn.Module) -> nn.Module:
     """Fold the shared pairs into their weights outside of the linears with pairs of tasks: the same functions, faster.
 
     Args:
-        model: adapted by "mtlora"; changed in place. It is no adapter afterwards, and cannot be undone or saved as one: save
+        model: adapted by "mtlora"; changed in place. It is not an adapter afterwards, and cannot be undone or saved as one: save
             its state dict.
 
     Returns:
