@@ -111,4 +111,4 @@ def test_the_command_runs_the_bench_with_its_options(what, monkeypatch, capsys):
 @pytest.mark.slow
 def test_bench_runs_as_a_whole():
     results = amt.run(rounds=1)
-    assert len(results) == 5 and all(result.timing.seconds[amt.VISMT] for result in results)
+    assert len(results) == 6 and all(result.timing.seconds[amt.VISMT] for result in results)
