@@ -40,7 +40,8 @@ WORTH_NOTE = (
     f"choosing by task helps. Bracket of the accuracy of each task's truly best expert: an expert that is chosen by "
     f"{FOLDS - 1} of {FOLDS} parts of the queries lies below it, one that is chosen by the scored queries above it. The spread "
     "is the standard deviation over tasks of the true difference of two experts (root mean square over the pairs), without the "
-    "noise of the queries; it includes the chance in the support images. It is not resolved where the interval of its square contains 0."
+    "noise of the queries; it includes the chance in the support images. It is not resolved where the interval of its square "
+    "contains 0."
 )
 SHOWN = {"fixed": FIXED, "halves": HALVES}  # fields of `ChoiceValues` that stand beside the models
 # Accuracies (g,) by episode or part, or (seeds, g), by model; and the fields of `ChoiceValues`.
