@@ -33,7 +33,7 @@ HALVES = "best expert of each task"
 RULES_NOTE = (
     f"“{FIXED}” is the expert that is best on average over all tasks except the scored one. “{HALVES}” is the expert with the "
     f"best answers to half of a task's queries, scored on the other half; mean of {DIVISIONS} random halvings. “average” and "
-    "“merged:uniform” average all experts. Differences to “merged” are paired by episode."
+    "“merged:average” average all experts. Differences to “merged” are paired by episode."
 )
 WORTH_NOTE = (
     f"Gain: “{HALVES}” minus “{FIXED}”. Where its interval contains 0, the labels of half of the queries do not show that "
