@@ -235,7 +235,7 @@ LABELS = [
     "photo_crops-train-l2-128",
     "photo_crops-train-corruption",
 ]
-RULES = ["merged", "merged:paper", "merged:robust_loo", "merged:uniform"]
+RULES = ["merged", "merged:paper", "merged:robust_loo", "merged:average", "merged:tsv"]
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def test_experts_of_two_sources_and_four_threats_are_trained_and_compared(source
     conditions = {condition for _, condition in rows}
     assert len(conditions) == 2
     for condition in conditions:
-        assert rows["average", condition] == rows["merged:uniform", condition]
+        assert rows["average", condition] == rows["merged:average", condition]
     assert rows["clean", "clean"] == rows["expert:clean", "clean"]
 
 

@@ -114,14 +114,14 @@ def test_the_strategy_of_a_model() -> None:
         "merged",
         "merged:default",
         "merged:paper",
-        "merged:uniform",
+        "merged:tsv",
         "merged:average",
         "merged:ridge",
         "average",
         "min_ce",
         "expert:clean",
     ]
-    strategies = ["robust_loo", "robust_loo", "paper", "average", "average", "ridge", "average", "min_ce", "expert"]
+    strategies = ["robust_loo", "robust_loo", "paper", "tsv", "average", "ridge", "average", "min_ce", "expert"]
     assert [strategy_of(config, name) for name in names] == strategies
 
 
@@ -155,8 +155,13 @@ def test_a_pool_has_levels_or_experts_and_a_known_rule() -> None:
         UserError, match=r"merging.strategy: the names in evaluate.models .*pool.select the rule of merged"
     ):
         check(replace(configured(*FIVE), merging=MergeSettings("ridge")))
-    with pytest.raises(UserError, match=r"evaluate.models: 'merged:rigde'. Near: 'merged:ridge'"):
-        check(configured(*FIVE, models=["merged:rigde"]))
+    for model, close in (
+        ("merged:rigde", "merged:ridge"),
+        ("merged:tvs", "merged:tsv"),
+        ("merged:regmean", "merged:ridge"),
+    ):
+        with pytest.raises(UserError, match=rf"evaluate.models: '{model}'. Near: '{close}'"):
+            check(configured(*FIVE, models=[model]))
 
 
 def test_the_seed_draws_one_of_the_corruptions() -> None:

@@ -186,7 +186,7 @@ def test_queries_are_never_seen_and_never_mix(pool: ExpertPool) -> None:
     assert torch.allclose(small(batch["query"]), whole, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["paper", "average", "logits", "min_ce", "expert"])
+@pytest.mark.parametrize("strategy", ["paper", "average", "tsv", "logits", "min_ce", "expert"])
 def test_a_task_leaves_no_trace(pool: ExpertPool, strategy: str) -> None:
     options = {"strategy": strategy, "expert": "1" if strategy == "expert" else None, "trim": {"mlp.fc1": 0.5}}
     before, kept = snapshot(pool), [dict(pool.expert_weights(k)) for k in range(3)]
@@ -219,7 +219,7 @@ def test_gradients_reach_the_images_while_the_choice_stands(pool: ExpertPool) ->
 
 def test_strategies(pool: ExpertPool) -> None:
     logits = {}
-    for strategy in ("paper", "average", "logits", "min_ce", "expert"):
+    for strategy in ("paper", "average", "tsv", "knots_ties", "logits", "min_ce", "expert"):
         classifier, batch = task(pool, 3, strategy=strategy, expert="2" if strategy == "expert" else None)
         logits[strategy] = classifier(batch["query"])
         zeta = getattr(classifier, "mixture", None)
@@ -236,7 +236,7 @@ def test_strategies(pool: ExpertPool) -> None:
     singles = [task(pool, 3, strategy="expert", expert=str(k))[0](batch["query"]) for k in range(3)]
     assert torch.allclose(logits["logits"], torch.stack(singles).mean(0), atol=1e-5)
     # E5: merging, averaging the weights, averaging the logits and one expert are different models.
-    names = ["paper", "average", "logits", "expert"]
+    names = ["paper", "average", "tsv", "knots_ties", "logits", "expert"]
     for name in names:
         for other in names:
             assert name == other or (logits[name] - logits[other]).abs().max() > 0.05, (name, other)
@@ -253,6 +253,7 @@ def test_logits_equal_weights_for_equal_experts_only(tmp_path: Path) -> None:
         {"strategy": "average"},
         {"strategy": "logits"},
         {"strategy": "min_ce"},
+        {"strategy": "tsv"},
     ):
         assert torch.allclose(task(alike, **settings)[0](batch["query"]), expected(batch["query"]), atol=1e-3), settings
 
@@ -395,13 +396,14 @@ def test_the_merged_weight_is_trimmed_where_the_settings_say(pool: ExpertPool) -
     )
 
 
-@pytest.mark.parametrize("strategy", ["paper", "average", "logits", "min_ce", "expert"])
+@pytest.mark.parametrize("strategy", ["paper", "average", "tsv", "logits", "min_ce", "expert"])
 def test_trimming_reaches_every_strategy_and_not_the_router(pool: ExpertPool, strategy: str) -> None:
     options = {"strategy": strategy, "expert": "1" if strategy == "expert" else None}
     plain, batch = task(pool, 2, **options)
     cut, _ = task(pool, 2, trim={"mlp.fc2": 0.1}, **options)
     assert (cut(batch["query"]) - plain(batch["query"])).abs().max() > 0.05
-    if strategy != "logits":
+    assert hasattr(plain, "mixture") == (strategy not in ("logits", "tsv"))
+    if hasattr(plain, "mixture"):
         assert torch.equal(cut.mixture, plain.mixture)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import vismt
 from vismt.base.errors import UserError
+from vismt.lowrank.files.combining import combine
 from vismt.lowrank.files.save_load import load_adapter, save_adapter
 from vismt.metatune.amt import pool as pool_file
 from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
@@ -94,6 +95,55 @@ def test_a_core_between_the_factors_is_mixed_along(tmp_path: Path) -> None:
     for name, weight in spread(pool, 0.3, 0.7).items():
         assert torch.allclose(weight, 0.3 * singles[0][name] + 0.7 * singles[1][name], rtol=0, atol=5e-6), name
         assert (singles[0][name] - singles[1][name]).abs().max() > 0.01
+
+
+# ---- rules of combine
+
+
+def dense(rule: str, first: Tensor, second: Tensor) -> Tensor:
+    """Return two updates (o, i), given as matrices, merged by a rule: TSV-M, or TIES with 20 % kept in a joint basis."""
+    if rule == "tsv":
+        parts = [torch.linalg.svd(update, full_matrices=False) for update in (first, second)]
+        kept = [int((s > 1e-4 * s[0]).sum()) for _, s, _ in parts]
+        U = torch.cat([u[:, :k] for (u, _, _), k in zip(parts, kept)], 1)
+        V = torch.cat([v[:k] for (_, _, v), k in zip(parts, kept)])
+        return polar(U) @ torch.cat([s[:k] for (_, s, _), k in zip(parts, kept)]).diag() @ polar(V)
+    U, rows, _ = torch.linalg.svd(torch.cat([first, second], 1), full_matrices=False)
+    _, columns, V = torch.linalg.svd(torch.cat([first, second]), full_matrices=False)
+    U, V = U[:, rows > 1e-4 * rows[0]], V[columns > 1e-4 * columns[0]]
+    right = V if rule == "core_ties" else torch.eye(len(V.T), dtype=V.dtype)  # knots_ties: U^T D_t itself
+    entries = torch.stack([U.T @ update @ right.T for update in (first, second)])
+    least = entries.abs().flatten(1).sort(1).values[:, -round(0.2 * entries[0].numel())]
+    entries = entries * (entries.abs() >= least[:, None, None])
+    agreeing = entries * (entries.sign() == entries.sum(0).sign())
+    return U @ (agreeing.sum(0) / agreeing.count_nonzero(0).clamp_min(1)) @ right
+
+
+def polar(matrix: Tensor) -> Tensor:
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, s > 1e-4] @ v[s > 1e-4]
+
+
+@pytest.mark.parametrize("rule", ["tsv", "core_ties", "knots_ties"])
+def test_a_rule_of_combine_merges_the_differences_to_the_stock_weights(tmp_path: Path, rule: str) -> None:
+    experts, stock = saved(tmp_path, (3, 4)), dict(backbone().named_parameters())
+    pool, singles = ExpertPool(backbone(), experts), [merged(expert) for expert in experts]
+    assert pool.updates[2].low_rank  # the start of both, which each of the updates has
+    for name, weight in pool.combined(rule).items():
+        found = (weight - stock[name]).detach().double()
+        updates = [(single[name] - stock[name]).detach().double() for single in singles]
+        expected = dense(rule, *updates)
+        assert (found - expected).norm() < 1e-3 * expected.norm(), name
+        # Neither the trained parts with the start as a third task, nor the trained factors alone.
+        path = name.removeprefix("vit.").removesuffix(".weight")
+        own, start = pool.updates[:2], pool.updates[2].low_rank[path]
+        parts = [part.low_rank[path] for part in (*own, pool.updates[2])]
+        for wrong in (parts, parts[:2]):
+            other = combine(wrong, method=rule).to(dtype=torch.float64)
+            off = other.scale * other.B @ other.A - found
+            if wrong is not parts:
+                off = off + (start.scale * start.B @ start.A).double()
+            assert off.norm() > 0.05 * found.norm(), name
 
 
 def test_an_untuned_pool_is_the_pretrained_model_whatever_the_mixture(tmp_path: Path) -> None:

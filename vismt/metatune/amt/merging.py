@@ -2,6 +2,7 @@
 
     zeta = rule(support)    (selection_rules.py),        W(zeta) = W_res + sum_i zeta_i B_i A_i    (pool.py)
 
+A rule of `combine` in place of zeta merges the updates of the experts once, for all tasks.
 A task has one zeta for all sites; the prototypes are those of the clean support under W(zeta), and queries are not used. The
 code scores augmented images (DiffAugment, two forwards an expert); the paper does not, and here `augment` is off by
 default. At one shot and without augmentation every C_i is 1. Trimming keeps the leading singular values of chosen *merged*
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from vismt.lowrank.model.targets import check_patterns, pattern_value
 from vismt.lowrank.svd import principal
 from vismt.metatune.amt.pool import ExpertPool
-from vismt.metatune.amt.selection_rules import RULES, MergeSettings, SupportTask
+from vismt.metatune.amt.selection_rules import COMBINED, RULES, MergeSettings, SupportTask
 from vismt.metatune.features import features
 from vismt.metatune.finetuning.diffaugment import diff_augment
 from vismt.metatune.functional import WithWeights
@@ -34,19 +35,21 @@ class PoolNet(nn.Module):
         for label in settings.shares:
             pool.index(label)
         check_patterns("merging.trim", settings.trim, pool.paths)
-        self._kept: dict[tuple[float, ...], dict[str, Tensor]] = {}  # weights of mixtures that last
+        self._kept: dict[tuple[float, ...] | None, dict[str, Tensor]] = {}  # weights that last
 
     @torch.no_grad()
     def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> nn.Module:
         """Return the query classifier of a support (s, 3, h, w) in [0, 1], (s,); its `mixture` (P,) is the zeta in use.
 
-        The average of logits has no mixture. The pool is not changed.
+        The average of logits and the rules of `combine` have no mixture. The pool is not changed.
         """
         strategy, pool = self.settings.strategy, self.pool
         equal = pool.uniform()
         experts = torch.eye(len(pool)).to(equal)  # the mixtures of one expert alone
         if strategy == "logits":
             return LogitAverage([self._task(zeta, support_images, support_labels, batch) for zeta in experts])
+        if strategy in COMBINED:
+            return self._task(None, support_images, support_labels, batch)
         if strategy == "expert":
             zeta = experts[pool.index(str(self.settings.expert))]
         elif strategy == "average":
@@ -67,22 +70,25 @@ class PoolNet(nn.Module):
         task.register_buffer("mixture", zeta, persistent=False)
         return task
 
-    def weights(self, zeta: Tensor) -> dict[str, Tensor]:
-        """Return W(zeta) by parameter name, with the settings' trim."""
+    def weights(self, zeta: Tensor | None) -> dict[str, Tensor]:
+        """Return W(zeta) by parameter name, or for None the weights by the settings' rule of `combine`; with their trim."""
         if not self.lasting(zeta):
             return self._computed(zeta)
-        key = tuple(zeta.tolist())
+        key = None if zeta is None else tuple(zeta.tolist())
         if key not in self._kept:
             self._kept[key] = self._computed(zeta)
         return dict(self._kept[key])
 
-    def lasting(self, zeta: Tensor) -> bool:
-        """Return whether W(zeta) is the same in other tasks: that of one expert, or of shares that no task chooses."""
-        return self.settings.strategy == "average" or int(zeta.count_nonzero()) == 1
+    def lasting(self, zeta: Tensor | None) -> bool:
+        """Return whether the weights are the same in other tasks: those of one expert, or that no task chooses."""
+        return zeta is None or self.settings.strategy == "average" or int(zeta.count_nonzero()) == 1
 
-    def _computed(self, zeta: Tensor) -> dict[str, Tensor]:
-        single = zeta.nonzero()[:, 0].tolist()
-        weights = dict(self.pool.expert_weights(single[0])) if len(single) == 1 else self.pool.weights(zeta)
+    def _computed(self, zeta: Tensor | None) -> dict[str, Tensor]:
+        single = [] if zeta is None else zeta.nonzero()[:, 0].tolist()
+        if zeta is None:
+            weights = self.pool.combined(self.settings.strategy)
+        else:
+            weights = dict(self.pool.expert_weights(single[0])) if len(single) == 1 else self.pool.weights(zeta)
         for path in self.pool.paths if self.settings.trim else ():
             share = pattern_value(path, self.settings.trim, None)
             if share is not None:
@@ -105,7 +111,7 @@ class PoolNet(nn.Module):
         self._kept.clear()  # these are on the old device, in the old dtype
         return super()._apply(fn, recurse)
 
-    def _task(self, zeta: Tensor, support: Tensor, labels: Tensor, batch: int) -> PrototypeClassifier:
+    def _task(self, zeta: Tensor | None, support: Tensor, labels: Tensor, batch: int) -> PrototypeClassifier:
         backbone = WithWeights(self.pool.backbone, self.weights(zeta), lasting=self.lasting(zeta))
         centres = prototypes(features(backbone, support, batch), labels)
         task = PrototypeClassifier(backbone, centres, torch.tensor(self.pool.scale).to(centres))

@@ -76,15 +76,13 @@ class ExpertPool(nn.Module):
         self._check(zeta)
         if self._latest is not None and torch.equal(self._latest[0], zeta):
             return dict(self._latest[1])
-        merged = {}
-        for path, update in self._combined(zeta).low_rank.items():
-            weight = self.backbone.vit.get_submodule(path).weight.detach()
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            update = update.to(dtype=dtype)
-            total = torch.addmm(weight.flatten(1).to(dtype), update.B, update.A, alpha=update.scale)
-            merged[f"vit.{path}.weight"] = total.view(weight.shape).to(weight.dtype)
+        merged = self._added(self._combined(zeta))
         self._latest = zeta.clone(), merged
         return dict(merged)
+
+    def combined(self, rule: str) -> dict[str, Tensor]:
+        """Return the adapted weights plus the experts' updates DeltaW_i merged by a rule of `combine`, by parameter name."""
+        return self._added(combine([self._combined(zeta) for zeta in torch.eye(len(self))], method=rule))
 
     def mixture(self, zeta: Tensor) -> Updates:
         """Return the mixture `zeta` (P,) as updates of low rank on the CPU, for the stock model or for export.
@@ -111,6 +109,17 @@ class ExpertPool(nn.Module):
         shares = torch.cat([zeta, zeta.sum()[None]]).tolist()  # the shared update, if any, counts once
         used = [index for index, _ in enumerate(self.updates) if shares[index]]
         return combine([self.updates[index] for index in used], [shares[index] for index in used])
+
+    def _added(self, updates: Updates) -> dict[str, Tensor]:
+        """Return the stock weights plus updates of them, in the dtypes of the weights, by parameter name."""
+        merged = {}
+        for path, update in updates.low_rank.items():
+            weight = self.backbone.vit.get_submodule(path).weight.detach()
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            update = update.to(dtype=dtype)
+            total = torch.addmm(weight.flatten(1).to(dtype), update.B, update.A, alpha=update.scale)
+            merged[f"vit.{path}.weight"] = total.view(weight.shape).to(weight.dtype)
+        return merged
 
     def uniform(self) -> Tensor:
         """Return 1/P for every expert."""

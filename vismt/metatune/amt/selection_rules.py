@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import Checked, Names, within
+from vismt.lowrank.cores import RULES as CORE_RULES
 from vismt.metatune.amt.input_attack import PLAIN, pyramid_attack
 from vismt.metatune.features import features
 from vismt.metatune.protonet import cosine_logits, prototypes
@@ -221,9 +222,9 @@ def ridge(task: SupportTask, settings: MergeSettings) -> Tensor:
 
 Rule = Callable[[SupportTask, "MergeSettings"], Tensor]
 RULES: dict[str, Rule] = {"paper": paper, "min_ce": min_ce, "robust_loo": robust_loo, "ridge": ridge}
-STRATEGIES = (*RULES, "average", "logits", "expert")
-ALIASES = {"merge": "paper", "uniform": "average"}  # earlier names
-SELECT = (*RULES, "average", "uniform")  # strategies of the model "merged", as configurations name them
+COMBINED = tuple(rule for rule in CORE_RULES if rule != "regmean")  # of `combine`, for all tasks; regmean needs inputs
+SELECT = (*RULES, "average", *COMBINED)  # strategies of the model "merged"
+STRATEGIES = (*SELECT, "logits", "expert")
 
 
 def _attacked_cosines(task: SupportTask, index: int, epsilon: float) -> Tensor:
@@ -259,8 +260,8 @@ class MergeSettings(Checked):
     """Settings of merging.
 
     Args:
-        strategy: a rule of selection_rules.py (paper, min_ce, robust_loo, ridge), average, logits (mean of the experts'
-            logits) or expert (the expert with the label `expert`).
+        strategy: a rule of selection_rules.py (paper, min_ce, robust_loo, ridge), average, a rule of `combine` (core_ties,
+            knots_ties, core_dare, tsv), logits (mean of the experts' logits) or expert (the one with the label `expert`).
         beta: sharpness of the mixture, at least 0.
         balance: weight of compactness in [0, 1] (the paper's lambda).
         top_k: number of experts that are kept.
@@ -285,7 +286,6 @@ class MergeSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "strategy", ALIASES.get(self.strategy, self.strategy))
         if self.strategy not in STRATEGIES:
             raise UserError(f"merging.strategy: '{self.strategy}'.{near(self.strategy, STRATEGIES)}")
         if self.shares and not abs(sum(self.shares.values()) - 1) < 1e-6:
