@@ -325,10 +325,11 @@ def test_a_wrong_run_folder_is_answered_without_importing_torch() -> None:
     code = (
         "import sys; from vismt.cli import main\n"
         "codes = [main([command, 'nowhere']) for command in ('evaluate', 'report', 'merge', 'export', 'attack')]\n"
+        "codes += [main(['predict', 'nowhere', 'image.png']), main(['compare', 'nowhere', '.'])]\n"
         "print(codes, 'torch' in sys.modules)"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout.split("\n")[-2] == "[2, 2, 2, 2, 2] False"
+    assert answer.stdout.split("\n")[-2] == "[2, 2, 2, 2, 2, 2, 2] False"
 
 
 def test_a_divergent_run_is_reported_and_keeps_its_folder(tmp_path: Path, capsys) -> None:
