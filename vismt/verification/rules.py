@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-from vismt.lowrank.files.peft_layouts import names_stack, stock_path
+from vismt.lowrank.files.peft_layouts import names_stack
 from vismt.lowrank.files.peft_settings import PeftSettings, texts
 from vismt.verification.facts import PREFIX, TABLES, TENSORS, Facts, ModuleFacts
 from vismt.verification.located import Located, shape_of, unheld
@@ -92,10 +92,6 @@ class Case:
                 if abs(ratio - 1) > 1e-6:
                     found[reader][module.path] = f"×{ratio:.3g}"
         return found
-
-    @cached_property
-    def keys(self) -> set[str]:
-        return {module.key for module in self.facts.modules.values()}
 
 
 @dataclass(frozen=True)
@@ -225,7 +221,7 @@ def _absent(case: Case, module: ModuleFacts) -> bool:
 def _outside(case: Case, module: ModuleFacts) -> bool:
     """Return whether the settings do not name a module."""
     settings = case.facts.settings
-    if settings is None or settings.names(stock_path(module.key, case.keys)[1]) or _old(case, module):
+    if settings is None or settings.names(module.named) or _old(case, module):
         return False
     return not names_stack(settings.target_parameters or [], module.key)
 
