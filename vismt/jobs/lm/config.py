@@ -63,7 +63,8 @@ class LmTaskConfig(PartsConfig):
         chat: whether the prompt is the user's turn in the chat template of the model, and the answer the assistant's.
         options: further arguments of the kind.
         rotate: of sets of interactions: the training of seed s is tested on the s-th share of the users in place of the last, so
-            that seeds 0 to 1 / test_share - 1 are folds that test every user once.
+            that seeds 0 to 1 / test_share - 1 are folds that test every user once. Their score is one over all users, with an
+            interval over users alone.
     """
 
     name: str = ""

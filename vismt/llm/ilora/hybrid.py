@@ -6,8 +6,9 @@
 The recommender stays in evaluation mode when the surrounding net trains; in the released code it is a submodule that trains
 with dropout. With "text" gates, user = the mean over the history of vectors of the titles. Two controls measure whether gates
 depend on the user: "random" draws the gates of each row from the simplex, and "shuffled-user" passes another user, of the
-training rows, to the gate network. Both are functions of the name of the row. "group" draws gates for each of GROUPS groups of
-users instead, so that similar users share an adapter that no gate network chose: a group is nearest to one of GROUPS users.
+training rows, to the gate network. Both are functions of the name of the row. "group" draws the gates once for
+each of GROUPS groups, the users nearest to one of as many users of training rows: similar users share an adapter, and no gate
+network chose it.
 """
 
 from __future__ import annotations
