@@ -28,9 +28,9 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 def test_a_peft_folder(clean: Folders) -> None:
     facts = read_facts(clean.adapter)
-    assert (facts.kind, facts.tuner, facts.prefix, facts.reasons) == ("peft", "LORA", True, [])
+    assert (facts.kind, facts.tuner, facts.reasons) == ("peft", "LORA", [])
     module = facts.modules["model.layers.0.self_attn.q_proj"]
-    assert (module.rank, module.declared, module.alpha, module.scale) == (4, 4, 8, 2)
+    assert (module.rank, module.declared, module.scale) == (4, 4, 2)
     assert {role: tensor.shape for role, tensor in module.tensors.items()} == {"A": (4, 32), "B": (32, 4)}
     assert [tensor.path for tensor in facts.with_role("saved")] == ["lm_head.weight"]
     assert facts.tokenizer == ("tokenizer.json",)

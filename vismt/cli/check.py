@@ -22,7 +22,9 @@ SEEDS = ("seed", "seeds")  # keys that a run which reproduces a study may set ot
 def add_commands(commands: Commands) -> None:
     """Add the command of this file."""
     parser = commands.add(
-        "check", _check, "is a run within the prediction intervals of committed numbers? exit code 1 where it is not"
+        "check",
+        _check,
+        "compare a run with committed numbers; exit code 1 where one is outside its prediction interval",
     )
     parser.add_argument("run", type=Path, help="a finished run folder")
     parser.add_argument("rows", nargs="?", help="a study or file of rows (the committed ones of this configuration)")

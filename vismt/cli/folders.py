@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
     compare = commands.add(
-        "compare", _compare, "one report over separate runs, for example `vismt compare runs/a runs/b`"
+        "compare", _compare, "write one report on separate runs, for example `vismt compare runs/a runs/b`"
     )
     compare.add_argument("runs", type=Path, nargs="+", help="run folders")
     compare.add_argument("--arm", action="append", default=[], help="keep this arm only; may be repeated (all)")
@@ -26,7 +26,7 @@ def add_commands(commands: Commands) -> None:
     clean = commands.add(
         "clean",
         _clean,
-        "delete run folders in which nothing is done, and what vismt put into its cache; asks first",
+        "delete run folders without results, and vismt's own files in the cache; asks first",
     )
     clean.add_argument("--runs", type=Path, default=Path("runs"), help="parent of the run folders (runs)")
     clean.add_argument("--yes", action="store_true", help="delete without asking")

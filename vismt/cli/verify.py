@@ -1,4 +1,4 @@
-"""`vismt verify`: is an adapter or a merged checkpoint what it says? The exit code tells: 0 ok, 3 suspicious, 4 broken."""
+"""`vismt verify`: check an adapter or a merged checkpoint. Exit codes: 0 ok, 3 suspicious, 4 broken."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ LABELS = {"broken": "broken", "suspicious": "suspect", "note": "note"}
 
 def add_commands(commands: Commands) -> None:
     """Add the command of this file."""
-    parser = commands.add("verify", _verify, "check an adapter folder; exit code 0 ok, 3 suspicious, 4 broken")
-    parser.add_argument("folder", type=Path, help="what vismt or peft wrote, or a checkpoint")
+    parser = commands.add(
+        "verify", _verify, "check an adapter or a merged checkpoint; exit code 0 ok, 3 suspicious, 4 broken"
+    )
+    parser.add_argument("folder", type=Path, help="a folder that vismt or peft wrote, or a checkpoint")
     parser.add_argument(
         "--base",
         metavar="MODEL",
@@ -29,7 +31,7 @@ def add_commands(commands: Commands) -> None:
         "--reader",
         action="append",
         default=[],
-        help="peft, transformers, vllm, llama.cpp or timm: what it does counts; may be repeated",
+        help="peft, transformers, vllm, llama.cpp or timm: let what it does decide, too; may be repeated",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict with stable keys")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a figure of the layers")

@@ -45,7 +45,7 @@ NOTE = (
     "Coverage: share of sets that contain the label, 90 % where examples are exchangeable with the validation examples that "
     "set the threshold. Accepted: answers with a confidence that 80 % of the validation answers have; the selective risk is "
     "the error among them. AURC: error averaged over all thresholds of the confidence. Under an attack an answer is right, and "
-    "a label covered, when it is so on the clean image, too. Of several corruptions the least and the largest value."
+    "a label covered, when it is so on the clean image, too. Several corruptions have their least and largest value."
 )
 
 

@@ -22,8 +22,8 @@ from vismt.report.tables import Picture
 
 ROUTERS = "routers"  # the folder of the files
 CAPTION = (
-    "The router's weights at fade 0 on the tokens of the trained model at its trained fade. Weights average 1 over the "
-    "experts; an expert's number is comparable within its block only."
+    "Weights of the router at fade 0, on the tokens of the trained model at its trained fade. They average 1 over the experts. "
+    "An expert's number has a meaning only within its block."
 )
 
 

@@ -15,7 +15,7 @@ from vismt.storage.files import read_sealed
 from vismt.storage.locks import HOLDER, LOCK, is_locked
 
 STUB = "nothing done"
-BARE = {RESOLVED, FACTS, LOCK, HOLDER}  # files of a run in which nothing is done
+BARE = {RESOLVED, FACTS, LOCK, HOLDER}  # files of a run that has made nothing
 NOTED = {"command", "config_hash", "versions", "wall_time_s"}  # keys of every run.json; another program's has not all
 
 
@@ -61,7 +61,7 @@ def _state(folder: Path, evaluated: bool) -> str:
 
 
 def stub(folder: Path) -> Deletable | None:
-    """Return the files of a run in which nothing is done and nobody works; None for every other folder, also behind a link."""
+    """Return the files of an unused run that has made nothing; None for every other folder, also behind a link."""
     try:
         paths = () if folder.is_symlink() or not folder.is_dir() else tuple(sorted(folder.iterdir()))
         names = {path.name for path in paths}
@@ -73,4 +73,4 @@ def stub(folder: Path) -> Deletable | None:
         return None
     if not ours or (facts and not facts.keys() >= NOTED) or "adapt" in facts or is_locked(folder):
         return None
-    return Deletable(folder, paths, f"a run in which nothing is done, with its {' and '.join(sorted(names))} alone")
+    return Deletable(folder, paths, f"a run without results, with its {' and '.join(sorted(names))} alone")

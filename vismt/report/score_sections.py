@@ -32,21 +32,20 @@ MOST_PANELS = 12  # of the figure by seed
 MOST_OPEN = 3  # figures of scores; of more the first is shown and the others on request
 ARROWS = "↓ lower is better, ↑ higher is better."
 SEED_NOTE = (
-    f"{ARROWS} Mean and difference to the arm that is named: 95 % over training seeds alone, by Student's t, on these test "
-    "examples. The tables above have both the examples and the seeds in their intervals. Every set weighs the same in the "
-    "average."
+    f"{ARROWS} Means, and differences from the named arm. Intervals: 95 % over training seeds only, by Student's t, on these "
+    "test examples; those of the tables above cover examples and seeds. The average gives every set the same weight."
 )
 PAIRS_NOTE = (
-    f"{ARROWS} The later model minus the earlier one on the same examples, each averaged over the seeds. [ ]: {{kinds}}. Many "
-    "pairs: of twenty true zeros one is expected to look like a difference."
+    f"{ARROWS} The later model minus the earlier one on the same examples, each averaged over the seeds. [ ]: {{kinds}}. Of "
+    "twenty pairs without a difference, one is expected to show one."
 )
 SEEDS_CAPTION = (
-    "Dots of one seed are joined; bar and number are the mean over seeds. Each panel has its own scale, which does not begin "
-    f"at 0. {ARROWS}"
+    "Lines join the dots of one seed; bars and numbers are means over seeds. Each panel has its own scale, which does not "
+    f"begin at 0. {ARROWS}"
 )
 CERTIFIED_CAPTION = (
-    "Shaded: proved of the smoothed classifier, which has at least this accuracy under any change of that l2 length. Dashed: the "
-    "classifier itself, which has at most this accuracy under attacks in l2. No other norm is certified."
+    "Shaded: the smoothed classifier provably keeps at least this accuracy under any change of that l2 length. Dashed: the "
+    "classifier itself has at most this accuracy under attacks in l2. The proof holds for no other norm."
 )
 
 

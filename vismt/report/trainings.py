@@ -19,15 +19,14 @@ from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 
 RATE_NOTE = (
-    "Score on the validation examples, the higher the better, of the first seed trained at each rate. Every arm has the same "
-    "grid, the best rate is kept for all seeds, no test example takes part. A best rate at an end of "
-    "the grid may not be the optimum."
+    "Score of the first seed at each rate on the validation examples; higher is better. Every arm has the same grid and keeps "
+    "its best rate for all seeds; test examples take no part. A best rate at an end of the grid may not be the optimum."
 )
 MERGE_NOTE = (
-    "Test examples through the merged stock model and through the unmerged one: answers that differ, and the largest "
+    "The merged stock model against the unmerged one on test examples: the number of answers that differ, and the largest "
     "difference of an output relative to the largest output."
 )
-TRAINING_CAPTION = "First seed of each arm. Thin: as logged. Thick: running mean over a twentieth of the run."
+TRAINING_CAPTION = "First seed of each arm. Thin: logged values. Thick: running mean over a twentieth of the run."
 
 
 def training_sections(

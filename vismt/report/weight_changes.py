@@ -28,9 +28,9 @@ from vismt.storage.lines import read_lines
 
 CHANGE, STABLE, SKEW = "relative norm of the update", "stable rank of the update", "skew of the update over depth"
 NOTE = (
-    "Means over the changed matrices, then over the trainings. The norm of an update is relative to its weight's; the stable "
-    "rank is |ΔW|²/σ², between 1 and the rank; the skew is the relative norm of the block that changed most over that of the "
-    "median block. Of weights trained in place the difference itself is taken."
+    "Means over the changed matrices, then over the trainings. The norm of an update is divided by that of its weight. The "
+    "stable rank is |ΔW|²/σ², between 1 and the rank. The skew is the relative norm of the block that changed most, divided by "
+    "that of the median block. For weights trained in place, ΔW is the difference of the weights."
 )
 CAPTION = "Mean relative norm of the update of the matrices of each block, over the trainings."
 Lines = Sequence[Mapping[str, Any]]

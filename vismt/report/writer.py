@@ -35,8 +35,8 @@ from vismt.uncertainty.intervals import LOWER, SHARE
 
 LEGEND = (
     "★ best of the models, ≈ statistical tie with the best: the 95 % interval of the paired difference contains zero, or, where "
-    "a row has no records of the same examples (marked “unpaired”), the two intervals overlap. Every set weighs the same in "
-    "the average."
+    "a row has no records of the same examples (marked “unpaired”), the two intervals overlap. The average gives every set "
+    "the same weight."
 )
 ZERO_WIDTH_NOTE = " A width of 0.0 means that all n gave the same value, not that the number is certain."
 # Format -> ending of its file.

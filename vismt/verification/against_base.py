@@ -1,4 +1,4 @@
-"""An adapter against its base model: names, shapes, values that show another base, vocabularies."""
+"""An adapter against its base model: values that show another base, whole parameters, vocabularies."""
 
 from __future__ import annotations
 
@@ -14,51 +14,22 @@ from vismt.lowrank.files.save_load import same_base, samples_at
 from vismt.storage.files import file_digest, parse_json
 from vismt.verification.facts import Facts
 from vismt.verification.fit import Update
-from vismt.verification.inside import unnamed, update_of
-from vismt.verification.located import Located, equal, find_parameter, shape_of, unheld
-from vismt.verification.verdict import Finding, ModuleRow, names_of
+from vismt.verification.inside import update_of
+from vismt.verification.located import Located, equal, find_parameter
+from vismt.verification.verdict import Finding, ModuleRow
 
 LARGEST_VOCABULARY = 2**26  # bytes of a tokenizer.json that is read
-# transformers leaves the name of the bare model out, or adds it inside a class with a head.
-BARE = {f"without '{name}.'" for name in ("model", "transformer", "base_model", "vit", "bert", "gpt_neox")}
 GIVE_BASE = "give the base it was trained on"
 
 
 def against_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> Iterable[Finding]:
-    """Yield what is wrong between an adapter and its base: names, shapes, values that show another base, vocabularies."""
-    yield from _names(facts, base)
-    whole = [module for module in facts.modules.values() if module.rank == module.declared]  # else a finding of its own
-    misfits = [module for module in whole if base.misfits(module)]
-    if misfits:
-        path = misfits[0].path
-        text = f"'{path}': the update is {shape_of(misfits[0])}, the base's weight {base.shape(path)}"
-        paths = tuple(module.path for module in misfits)
-        yield Finding("broken", "shape", f"{text} ({len(paths)} such modules)", GIVE_BASE, paths)
+    """Yield what values and vocabularies show of another base, and fill the ratio of each row in."""
     yield from _same_base(facts, base, rows)
     yield from _saved(facts, base.facts)
     yield from tokenizers(facts, base.facts, "the adapter", "the base")
 
 
-def _names(facts: Facts, base: Located) -> Iterable[Finding]:
-    absent = [path for path in facts.modules if path not in base.names]
-    total = len(facts.modules)
-    if base.change and not (base.facts.config.get("model_type") and base.change in BARE):
-        text = (
-            f"the base names the modules otherwise: {len(base.names)} of {total} are found only {base.change} in their paths; a "
-            "reader that looks paths up serves the base (reported for vLLM, vllm#34186)"
-        )
-        yield Finding("broken", "prefix", text, f"rename the adapter's tensors: {base.change}")
-    if absent:
-        text = f"the base has no weight of {names_of(absent)} ({len(absent)} of {total} adapted modules)"
-        yield Finding("broken", "not-in-base", text, GIVE_BASE, tuple(absent))
-    missing = unheld(facts, base)
-    if missing:
-        text = f"{names_of(missing)}: named by target_modules, but the file has no factors of it"
-        yield Finding("broken", "missing-module", text, "save the adapter again", tuple(missing))
-
-
 def _same_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> Iterable[Finding]:
-    """Yield signs of another base, and fill the ratio of each row in."""
     expected = facts.config.get("base_samples", {}) if facts.specs else {}
     samples: dict[str, list[float]] = {}
     inside: list[str] = []
@@ -115,12 +86,12 @@ def _is_projection(update: Update, W: Tensor, norm: float, whole: float) -> bool
 
 def _saved(facts: Facts, base: Facts) -> Iterable[Finding]:
     """Yield whole parameters that do not fit the base."""
-    copies = unnamed(facts)
+    copies = facts.unnamed()
     for tensor in facts.with_role("saved"):
         name = find_parameter(tensor.path, base)
         if name is None:
             continue
-        shape = base.stored.tensors[name].shape
+        shape = base.tensors[name].shape
         if shape != tensor.shape:
             text = f"'{tensor.path}' is {tensor.shape}, the base's {shape}"
             yield Finding("note", "resized", text, "resize the base before it is loaded", (tensor.path,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,45 +56,42 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
     if still and all(still.values()):
         text = f"no weight of the {len(still)} adapted modules differs from the base: nothing was merged"
         yield Finding("broken", "unmerged", text, "merge the adapter into the base", tuple(still))
-    yield from _factors(facts, fits)
-    if not another:
-        yield from _others(facts, base, merged, fits)
+    yield from _updates(facts, base, merged, fits, another)
     yield from _rounding(fits)
     yield from _heads(facts, merged)
     yield from tokenizers(merged.facts, base.facts, "the checkpoint", "the base")
 
 
-def _factors(facts: Facts, fits: Mapping[str, Fit]) -> Iterable[Finding]:
-    groups: dict[tuple[str, float], list[str]] = defaultdict(list)
+def _updates(facts: Facts, base: Located, merged: Located, fits: Mapping[str, Fit], another: bool) -> Iterable[Finding]:
+    """Yield what is wrong with the merged updates. another: merged into another base, which explains other differences."""
+    groups: dict[Finding, list[str]] = defaultdict(list)
     for path, found in fits.items():
-        if found.kind == "factor" and found.factor is not None:
-            groups[found.rule, round(found.factor, 2)].append(path)
-    for (rule, factor), paths in groups.items():
+        judged = _judged(facts, base, merged, path, found) if found.kind != "other" or not another else None
+        if judged is not None:
+            groups[judged].append(path)
+    for judged, paths in groups.items():
         every = "all" if len(paths) == len(fits) else f"{len(paths)} of {len(fits)}"
-        why = rule or "no known mistake"
-        text = f"the checkpoint holds {factor:g} times the update in {every} modules ({why}): {names_of(paths)}"
-        code = "unmerged" if factor == 0 else "merged-twice" if "merged twice" in rule else "scale"
+        yield replace(judged, text=f"{judged.text} in {every} modules: {names_of(paths)}", modules=tuple(paths))
+
+
+def _judged(facts: Facts, base: Located, merged: Located, path: str, found: Fit) -> Finding | None:
+    """Return what the fit of one module means; None where it was merged right."""
+    if found.kind == "factor" and found.factor is not None:
+        factor = round(found.factor, 2)
+        code = "unmerged" if factor == 0 else "merged-twice" if "merged twice" in found.rule else "scale"
+        text = f"{found.rule or 'no known mistake'}: the checkpoint holds {factor:g} times the update"
         fix = "merge the adapter into the base once, with the scale of its settings"
         if facts.settings is not None:
             kind = ", rsLoRA" if facts.settings.use_rslora else ""
             fix += f" (alpha {facts.settings.lora_alpha:g}, rank {facts.settings.r}{kind})"
-        yield Finding("broken", code, text, fix, tuple(paths))
-    loose = [path for path, found in fits.items() if found.kind == "unresolved"]
-    if loose:
-        where = f"{len(loose)} modules: {names_of(loose)}"
-        text = f"the update is below the resolution of the checkpoint's dtype in {where}"
-        yield Finding("note", "unresolved", text, "merge in a wider dtype", tuple(loose))
-
-
-def _others(facts: Facts, base: Located, merged: Located, fits: Mapping[str, Fit]) -> Iterable[Finding]:
-    """Yield the best explanation of modules whose difference is not a multiple of their update."""
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for path, found in fits.items():
-        if found.kind == "other":
-            groups[_explained(facts, base, merged, path, found)].append(path)
-    for (code, text), paths in groups.items():
-        text = f"{text} in {len(paths)} of {len(fits)} modules: {names_of(paths)}"
-        yield Finding("broken", code, text, "merge this adapter into this base again", tuple(paths))
+        return Finding("broken", code, text, fix)
+    if found.kind == "unresolved":
+        text = "the update is below the resolution of the checkpoint's dtype"
+        return Finding("note", "unresolved", text, "merge in a wider dtype")
+    if found.kind == "other":
+        code, text = _explained(facts, base, merged, path, found)
+        return Finding("broken", code, text, "merge this adapter into this base again")
+    return None
 
 
 def _explained(facts: Facts, base: Located, merged: Located, path: str, found: Fit) -> tuple[str, str]:
@@ -165,7 +163,7 @@ def _unadapted(facts: Facts, base: Located, merged: Located) -> tuple[list[str],
             continue
         if tied and name.endswith(("lm_head.weight", "wte.weight", "embed_tokens.weight")):
             continue
-        plain = len(base.facts.stored.tensors[name].shape) < 2  # norms and biases start equal in every model
+        plain = len(base.facts.tensors[name].shape) < 2  # norms and biases start equal in every model
         compared += not plain
         if not _same_values(base.facts, name, merged.facts, theirs):
             apart.append(name)
@@ -175,11 +173,11 @@ def _unadapted(facts: Facts, base: Located, merged: Located) -> tuple[list[str],
 
 def locate_all(base: Facts, merged: Facts) -> dict[str, str]:
     """Return the names of the base's tensors in another checkpoint, whose names may have another beginning."""
-    names = merged.stored.tensors
-    if base.stored.tensors.keys() & names.keys():
-        return {name: name for name in base.stored.tensors if name in names}
+    names = merged.tensors
+    if base.tensors.keys() & names.keys():
+        return {name: name for name in base.tensors if name in names}
     by_end = {name: name for name in names} | {name.partition(".")[2]: name for name in names}
-    return {name: by_end[end] for name in base.stored.tensors if (end := name.partition(".")[2]) in by_end}
+    return {name: by_end[end] for name in base.tensors if (end := name.partition(".")[2]) in by_end}
 
 
 def _same_values(base: Facts, name: str, merged: Facts, other: str) -> bool:

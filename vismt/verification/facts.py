@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,34 +16,17 @@ from vismt.base.errors import UserError
 from vismt.lowrank.files.description import DESCRIPTION, read_description
 from vismt.lowrank.files.peft_adapter import PREFIX, TENSORS, part_of
 from vismt.lowrank.files.peft_layouts import added, names_stack, stock_path
-from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, typed_settings
+from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, texts, typed_settings
 from vismt.lowrank.layers.base import LayerSpec
-from vismt.verification.stored import LEGACY, StoredTensors, read_bounded_json, read_stored
+from vismt.verification.stored import LEGACY, Stored, StoredTensors, read_bounded_json, read_stored
 
 Kind = Literal["vismt", "peft", "checkpoint", "none"]
 MODEL_CONFIG = "config.json"
 LEGACY_TENSORS = "adapter_model.bin"
 TOKENIZER = {"added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model"}
 TOKENIZER |= {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"}
+TABLES = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "embed_out.weight")  # which peft saves along
 WHOLE = ("saved", "stock", "shared")  # roles of tensors that do not belong to one adapted module
-
-
-@dataclass(frozen=True)
-class TensorFacts:
-    """One tensor of an adapter.
-
-    name: as in the file. path: of its module in the model; of a saved parameter its own name there. role: A, B, C (a core), A0,
-    B0 (a start that is subtracted), embedding_A, embedding_B, magnitude, bias (of B), saved (a whole parameter), tuner (of peft's
-    other tuners), shared (by its modules), stock, other. dtype: as safetensors names it, "BF16". adapter: a name of the adapter
-    inside `name`.
-    """
-
-    name: str
-    path: str
-    role: str
-    shape: tuple[int, ...]
-    dtype: str
-    adapter: str = ""
 
 
 @dataclass
@@ -51,15 +34,14 @@ class ModuleFacts:
     """An adapted module.
 
     path: of the module in the model. key: as the file spells it, without the prefix. tensors: by role. rank: of the tensors.
-    declared, alpha, scale: rank, alpha and factor of the update by the settings; None where there are none.
+    declared, scale: rank and factor of the update by the settings; None where there are none.
     """
 
     path: str
     key: str
-    tensors: dict[str, TensorFacts] = field(default_factory=dict)
+    tensors: dict[str, Stored] = field(default_factory=dict)
     rank: int | None = None
     declared: int | None = None
-    alpha: float | None = None
     scale: float | None = None
 
     @property
@@ -74,9 +56,9 @@ class Facts:
 
     kind: of its files; a folder of `write_repository`, which has both, counts as peft's. config: adapter_config.json,
     adapter.json or config.json. model_config: config.json, also beside an adapter. settings: of a LoRA of peft, where they can
-    be read. tuner: peft's type ("LORA"), or the method of vismt. prefix: whether keys have peft's prefix. modules: by path.
-    tensors: of an adapter with their roles, by name. stored: all tensors. base: its name by the configuration. files: names in
-    the folder. reasons: what is malformed. specs: of a vismt adapter, by path.
+    be read. tuner: peft's type ("LORA"), or the method of vismt. modules: by path. stored: the tensors, those of an adapter
+    with their roles. base: its name by the configuration. files: names in the folder. reasons: what is malformed. specs: of a
+    vismt adapter, by path.
     """
 
     folder: Path
@@ -85,14 +67,17 @@ class Facts:
     model_config: dict[str, Any] = field(default_factory=dict)
     settings: PeftSettings | None = None
     tuner: str = ""
-    prefix: bool = False
     modules: dict[str, ModuleFacts] = field(default_factory=dict)
-    tensors: dict[str, TensorFacts] = field(default_factory=dict)
     stored: StoredTensors = field(default_factory=StoredTensors)
     base: str | None = None
     files: tuple[str, ...] = ()
     reasons: list[str] = field(default_factory=list)
     specs: dict[str, LayerSpec] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, Stored]:
+        """Return the tensors by name."""
+        return self.stored.tensors
 
     @property
     def tokenizer(self) -> tuple[str, ...]:
@@ -103,9 +88,22 @@ class Facts:
     def is_adapter(self) -> bool:
         return self.kind in ("vismt", "peft")
 
-    def with_role(self, *roles: str) -> list[TensorFacts]:
+    def with_role(self, *roles: str) -> list[Stored]:
         """Return the tensors of these roles."""
         return [tensor for tensor in self.tensors.values() if tensor.role in roles]
+
+    def unnamed(self) -> list[Stored]:
+        """Return the whole parameters of a LoRA of peft that its settings do not name."""
+        if self.settings is None:
+            return []
+        promised = [f"{name}." for name in texts(self.settings.modules_to_save)]
+        return [
+            tensor
+            for tensor in self.with_role("saved")
+            if not any(name in tensor.path for name in promised)
+            and not (tensor.path.endswith("bias") and self.settings.bias != "none")
+            and "trainable_tokens" not in tensor.name
+        ]
 
 
 def read_facts(folder: str | Path, *, as_checkpoint: bool = False) -> Facts:
@@ -132,7 +130,7 @@ def read_facts(folder: str | Path, *, as_checkpoint: bool = False) -> Facts:
             _read_vismt(facts)
         elif weights:
             facts.kind, facts.config, facts.stored = "checkpoint", facts.model_config, read_stored(path)
-    if facts.kind == "checkpoint" and not facts.stored.tensors and not facts.stored.reasons:
+    if facts.kind == "checkpoint" and not facts.tensors and not facts.stored.reasons:
         facts.kind = "none"
     return facts
 
@@ -164,12 +162,11 @@ def _read_peft(facts: Facts) -> None:
         return
     facts.stored.add(facts.folder / name, adapter=True)
     own = "" if facts.tuner in ("", "LORA") else _prefixes().get(facts.tuner, "")
-    facts.prefix = any(key.startswith(PREFIX) for key in facts.stored.tensors)
-    for key, stored in facts.stored.tensors.items():
+    for key, stored in facts.tensors.items():
         part = key.removeprefix(PREFIX)
         place, role, adapter = _tuner_part(part, own) if own else part_of(part)
-        facts.tensors[key] = TensorFacts(key, place, role, stored.shape, stored.dtype, adapter)
-    parts: dict[str, dict[str, TensorFacts]] = {}
+        facts.tensors[key] = replace(stored, path=place, role=role, adapter=adapter)
+    parts: dict[str, dict[str, Stored]] = {}
     for tensor in facts.tensors.values():
         if tensor.role not in WHOLE:
             parts.setdefault(tensor.path, {})[tensor.name if tensor.role == "tuner" else tensor.role] = tensor
@@ -197,7 +194,6 @@ def _scale_of_peft(settings: PeftSettings | None, module: ModuleFacts, named: st
         module.rank = factor.shape[0]  # of experts in one parameter, whose number the file does not hold, it is e r
     if settings is not None:
         module.declared, scale = settings.scale(named)
-        module.alpha = scale * (module.declared**0.5 if settings.use_rslora else module.declared)
         module.scale = scale * (1 if named == module.path else added(module.path, settings.peft_version))
 
 
@@ -213,10 +209,10 @@ def _read_vismt(facts: Facts) -> None:
     facts.tuner, facts.specs = description.method, {spec.path: spec for spec in specs}
     facts.stored.add(facts.folder / description.tensors)
     trained = set(description.also_train)
-    for name, stored in facts.stored.tensors.items():
+    for name, stored in facts.tensors.items():
         path, _, leaf = name.rpartition(".")
         role = "saved" if name in trained else leaf.removeprefix("lora_") if path in facts.specs else "other"
-        facts.tensors[name] = TensorFacts(name, name if role == "saved" else path, role, stored.shape, stored.dtype)
+        facts.tensors[name] = replace(stored, path=name if role == "saved" else path, role=role)
     facts.modules = {spec.path: ModuleFacts(spec.path, spec.path) for spec in specs if spec.has_weight}
     for tensor in facts.tensors.values():
         if tensor.role != "saved" and tensor.path in facts.modules:

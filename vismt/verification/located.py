@@ -37,11 +37,11 @@ class Located:
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Return the stored shape of a module's weight; () where the checkpoint has none."""
-        return self.facts.stored.tensors[self.names[path]].shape if path in self.names else ()
+        return self.facts.tensors[self.names[path]].shape if path in self.names else ()
 
     def matrix(self, path: str, shape: tuple[int, int]) -> Tensor | None:
         """Return the weight (o, i) of a module; None where it is missing, has another shape, or is not of a float type."""
-        stored = self.facts.stored.tensors[self.names[path]]
+        stored = self.facts.tensors[self.names[path]]
         turned = stored.shape == shape[::-1] and (shape[0] != shape[1] or self.transposed)
         flat = (stored.shape[0], int(torch.Size(stored.shape[1:]).numel())) if stored.shape else ()
         if not turned and flat != shape:
@@ -82,7 +82,7 @@ def _from_hub(name: str, what: str) -> Path:
 
 def locate(facts: Facts, checkpoint: Facts) -> Located:
     """Find the weights of the adapted modules, under the change of names that finds the most of them."""
-    names = checkpoint.stored.tensors
+    names = checkpoint.tensors
     paths = list(facts.modules)
 
     def hits(change: Callable[[str], str]) -> dict[str, str]:
@@ -123,7 +123,7 @@ def unheld(facts: Facts, base: Located) -> list[str]:
     """Return the linears of the base that the settings name, like adapted ones of other layers, and the file does not hold."""
     if facts.settings is None or base.change or len(base.names) < len(facts.modules):
         return []
-    names = base.facts.stored.tensors.items()
+    names = base.facts.tensors.items()
     paths = {
         name.removesuffix(".weight") for name, stored in names if name.endswith(".weight") and len(stored.shape) > 1
     }
@@ -158,5 +158,5 @@ def same_parameter(path: str, name: str) -> bool:
 
 def find_parameter(path: str, checkpoint: Facts) -> str | None:
     """Return the name that a checkpoint has for a parameter."""
-    names = checkpoint.stored.tensors
+    names = checkpoint.tensors
     return path if path in names else next((name for name in names if same_parameter(path, name)), None)

@@ -1,6 +1,6 @@
 """What each reader will do with an adapter or checkpoint: which tensors it uses, ignores, refuses or misreads, and why.
 
-The rules are a table (reader_rules.py) that was run with, or read from, the versions below.
+The rules are a table (rules.py) that was run with, or read from, the versions below.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from vismt.base.errors import require_known
 from vismt.verification.facts import Facts, ModuleFacts
 from vismt.verification.located import Located
-from vismt.verification.reader_rules import PLAIN, RULES, Case, Rule, of_modules
+from vismt.verification.rules import PLAIN, Case, Met, met_rules, of_modules
 from vismt.verification.verdict import Finding, Level
 
 # The worst effect on a tensor counts.
@@ -29,7 +29,7 @@ SCALES = {
 }
 GROUPS = dict.fromkeys(("A", "B", "C", "A0", "B0", "tuner", "shared"), "factors")
 GROUPS |= {"embedding_A": "embeddings", "embedding_B": "embeddings", "magnitude": "magnitudes"}
-GROUPS |= {"bias": "biases", "saved": "parameters"}
+GROUPS |= {"bias": "biases", "saved": "parameters", "": "weights"}
 
 
 @dataclass(frozen=True)
@@ -127,21 +127,16 @@ def readings(facts: Facts, base: Located | None = None, readers: Sequence[str] =
     """
     require_known("verify: no reader", readers, VERSIONS)
     case = Case(facts, base)
-    met = [(rule, names) for rule in RULES if (names := rule.when(case))]
-    readers = readers or _usual(case)
+    met = list(met_rules(case))
+    if not readers:  # those that are made for a kind of model and of folder
+        readers = ("timm",) if case.timm else ("transformers", "vllm", "llama.cpp")
+        readers = readers if facts.kind == "checkpoint" else ("peft", *readers)
     return [_reading(reader, case, met) for reader in readers]
 
 
-def _usual(case: Case) -> list[str]:
-    """Return the readers that are made for a kind of model and of folder."""
-    models = ("timm",) if case.timm else ("transformers", "vllm", "llama.cpp")
-    return [*(("peft",) if case.facts.kind != "checkpoint" else ()), *models]
-
-
-def _reading(reader: str, case: Case, met: Sequence[tuple[Rule, Collection[str]]]) -> Reading:
+def _reading(reader: str, case: Case, met: Sequence[Met]) -> Reading:
     facts = case.facts
     groups = {name: GROUPS.get(tensor.role, "others") for name, tensor in facts.tensors.items()}
-    groups = groups or dict.fromkeys(facts.stored.tensors, "weights")
     effects, remarks, lacking = dict.fromkeys(groups, "used"), [], set[str]()
 
     def remark(effect: str, names: Collection[str], why: str, fix: str) -> None:
@@ -158,9 +153,9 @@ def _reading(reader: str, case: Case, met: Sequence[tuple[Rule, Collection[str]]
             elif facts.is_adapter and groups:
                 lacking.add(name)
 
-    for rule, names in met:
-        if reader in rule.effects:
-            remark(rule.effects[reader], names, rule.why, rule.fix)
+    for one in met:
+        if reader in one.rule.effects:
+            remark(one.rule.effects[reader], one.names, one.why, one.rule.fix)
     scaled = _factors(reader, case)
     if scaled:
         factors = ", ".join(f"×{factor}" for factor in sorted(set(scaled.values())))
@@ -179,7 +174,9 @@ def _reading(reader: str, case: Case, met: Sequence[tuple[Rule, Collection[str]]
 
 def _factors(reader: str, case: Case) -> dict[str, str]:
     """Return by how much a reader scales an update otherwise than the settings, in three digits, by path of the module."""
-    own = {module.path: (_own_scale(reader, case.facts, module), module.scale) for module in case.modules}
+    own = {
+        module.path: (_own_scale(reader, case.facts, module), module.scale) for module in case.facts.modules.values()
+    }
     return {
         path: f"{one / scale:.3g}"
         for path, (one, scale) in own.items()

@@ -27,12 +27,21 @@ LEGACY = (".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a file. dtype: as safetensors names it, "BF16"."""
+    """A tensor of a file.
+
+    dtype: as safetensors names it, "BF16". The rest is of an adapter (facts.py). path: of its module in the model; of a saved
+    parameter its own name there. role: A, B, C (a core), A0, B0 (a start that is subtracted), embedding_A, embedding_B,
+    magnitude, bias (of B), saved (a whole parameter), tuner (of peft's other tuners), shared (by its modules), stock, other.
+    adapter: a name of the adapter inside `name`.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     file: Path
+    path: str = ""
+    role: str = ""
+    adapter: str = ""
 
 
 @dataclass

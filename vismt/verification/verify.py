@@ -11,9 +11,10 @@ from vismt.verification.against_base import against_base
 from vismt.verification.against_merged import against_merged
 from vismt.verification.facts import Facts, read_facts
 from vismt.verification.inside import examine
-from vismt.verification.located import Located, locate, open_checkpoint
+from vismt.verification.located import locate, open_checkpoint
 from vismt.verification.readers import readings
-from vismt.verification.verdict import Finding, Verdict, ranked
+from vismt.verification.rules import Case, findings
+from vismt.verification.verdict import Finding, ModuleRow, Verdict, ranked
 
 
 def verify(
@@ -43,31 +44,31 @@ def verify(
         if given is not None and base is None:
             raise UserError(f"verify: {name} '{given}' needs the base model; give base.")
     facts = read_facts(folder)
-    verdict = Verdict(str(folder), facts.kind, _about(facts))
-    if not facts.is_adapter:
-        reasons = facts.reasons + facts.stored.reasons
-        findings = [Finding("broken", "malformed", reason) for reason in reasons]
-        if facts.kind == "none":
-            text = "the folder holds no adapter and no checkpoint"
-            findings.append(
-                Finding("broken", "no-adapter", text, "give the folder with adapter_config.json or adapter.json")
-            )
-        verdict.findings = ranked(findings + _readers(verdict, facts, None, readers, findings))
-        return verdict
-    findings, verdict.modules = examine(facts)
-    rows = {row.path: row for row in verdict.modules}
-    stock = None if base is None else locate(facts, open_checkpoint(base, "base"))
+    rows = {path: ModuleRow(path, module.rank, module.scale) for path, module in facts.modules.items()}
+    verdict = Verdict(str(folder), facts.kind, _about(facts), modules=list(rows.values()))
+    stock = locate(facts, open_checkpoint(base, "base")) if base is not None and facts.is_adapter else None
+    found: list[Finding] = []
+    if facts.modules or not facts.is_adapter:
+        found += [*findings(Case(facts, stock)), *examine(facts, rows)]
+    elif not facts.reasons and not facts.with_role("saved"):
+        found.append(Finding("broken", "empty", "the file holds no tensor of an adapter"))
     if stock is not None:
-        findings += against_base(facts, stock, rows)
+        found += against_base(facts, stock, rows)
         if merged is not None:
-            findings += against_merged(facts, stock, locate(facts, open_checkpoint(merged, "merged")), rows)
+            found += against_merged(facts, stock, locate(facts, open_checkpoint(merged, "merged")), rows)
         if probe is not None:
             from vismt.verification.probe import probe as measure  # transformers and timm
 
-            place = None if merged is None else str(merged)
-            verdict.probe, more = measure(facts, str(base), place, str(probe))
-            findings += more
-    verdict.findings = ranked(findings + _readers(verdict, facts, stock, readers, findings))
+            verdict.probe, more = measure(facts, str(base), None if merged is None else str(merged), str(probe))
+            found += more
+    found = [Finding("broken", "malformed", reason) for reason in facts.reasons + facts.stored.reasons] + found
+    read = readings(facts, stock, readers)
+    verdict.readers = [reading.row for reading in read]
+    verdict.answer = "; ".join(reading.line for reading in read)
+    # The reader of this format counts where nothing else explains what it does.
+    own = facts.kind if not any(finding.level == "broken" for finding in found) else ""
+    found += [finding for reading in read if readers or reading.reader == own for finding in reading.findings]
+    verdict.findings = ranked(found)
     return verdict
 
 
@@ -80,17 +81,6 @@ def checked(folder: Path) -> Verdict:
         )
     console.stage("verify", f"{verdict.status}   {verdict.answer}".rstrip())
     return verdict
-
-
-def _readers(
-    verdict: Verdict, facts: Facts, base: Located | None, named: Sequence[str], findings: Sequence[Finding]
-) -> list[Finding]:
-    """Fill in what readers do with the folder; return what is wrong with those named, and with peft, if nothing else is."""
-    found = readings(facts, base, named)
-    verdict.readers = [reading.row for reading in found]
-    verdict.answer = "; ".join(reading.line for reading in found)
-    own = facts.kind if not any(finding.level == "broken" for finding in findings) else ""
-    return [finding for reading in found if named or reading.reader == own for finding in reading.findings]
 
 
 def _about(facts: Facts) -> dict[str, str]:
@@ -112,7 +102,7 @@ def _about(facts: Facts) -> dict[str, str]:
         "scale": _range(scales),
         "whole parameters": ", ".join(saved[:4]) + (f" and {len(saved) - 4} more" if len(saved) > 4 else ""),
         "dtype": ", ".join(dtypes),
-        "tensors": f"{len(facts.stored.tensors):,}",
+        "tensors": f"{len(facts.tensors):,}",
         "tokenizer": ", ".join(facts.tokenizer),
         "base": facts.base or "",
     }

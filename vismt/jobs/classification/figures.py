@@ -131,8 +131,8 @@ def examples_figure(panel: Path, path: Path) -> Path:
 
 
 CAPTION = (
-    "Evaluated images evenly over each task, not chosen by result; answers of the first seed. ✓ right, ✗ wrong; an answer of "
-    "another task is named with it."
+    "Test images at even distances in each task, not chosen by result; answers of the first seed. ✓ right, ✗ wrong; an answer "
+    "from another task stands with the name of that task."
 )
 
 

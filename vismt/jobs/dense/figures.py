@@ -32,7 +32,7 @@ from vismt.report.tables import Picture, Section, Table, number_text, scale_text
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE
 
-UNDEFINED_NOTE = "A score without a number has no row in the tables of results, and its arm no delta_m."
+UNDEFINED_NOTE = "A score without a number has no row in the tables of results, and its arm has no delta_m."
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -190,9 +190,9 @@ def _block(
 
 
 CAPTION = (
-    "Evaluated images evenly over the set, not chosen by result; predictions of the first seed, merged. Below each the score of "
-    "this image alone, – where it has none. Depth in the colours of its truth. Dark grey: no value. An empty place: the arm does "
-    "not train the task."
+    "Images at even distances in the test set, not chosen by result; predictions of the first seed, merged. The score of this "
+    "image alone stands below each prediction, – where it has none. Depth has the colours of its target. Dark grey: no value. "
+    "An empty place: the arm does not train the task."
 )
 
 

@@ -31,16 +31,17 @@ VALIDATED = "best expert on validation"
 FIXED = "best expert of the other tasks"
 HALVES = "best expert of each task"
 RULES_NOTE = (
-    f"“{FIXED}” is the expert that is best on average over all tasks but the one it is scored on. “{HALVES}” is the one with the "
-    f"best answers to half of a task's queries, scored on the other half, the mean of {DIVISIONS} random halvings. “average” and "
-    "“merged:average” are the equal soup. Differences to “merged” are paired by episode."
+    f"“{FIXED}” is the expert that is best on average over all tasks except the scored one. “{HALVES}” is the expert with the "
+    f"best answers to half of a task's queries, scored on the other half; mean of {DIVISIONS} random halvings. “average” and "
+    "“merged:average” average all experts. Differences to “merged” are paired by episode."
 )
 WORTH_NOTE = (
-    f"Gain: “{HALVES}” less “{FIXED}”. Where its interval contains 0, the labels of half of the queries do not show that "
-    f"choosing by task helps. Bracket of the accuracy of each task's truly best expert: one that is chosen by {FOLDS - 1} of "
-    f"{FOLDS} parts of the queries is below it, one that is chosen by the queries which it is scored on above it. The spread is "
-    "the standard deviation over tasks of the true difference of two experts (root mean square over the pairs), without the "
-    "noise of the queries; the luck of the support is in it. It is not resolved where the interval of its square contains 0."
+    f"Gain: “{HALVES}” minus “{FIXED}”. Where its interval contains 0, the labels of half of the queries do not show that "
+    f"choosing by task helps. Bracket of the accuracy of each task's truly best expert: an expert that is chosen by "
+    f"{FOLDS - 1} of {FOLDS} parts of the queries lies below it, one that is chosen by the scored queries above it. The spread "
+    "is the standard deviation over tasks of the true difference of two experts (root mean square over the pairs), without the "
+    "noise of the queries; it includes the chance in the support images. It is not resolved where the interval of its square "
+    "contains 0."
 )
 SHOWN = {"fixed": FIXED, "halves": HALVES}  # fields of `ChoiceValues` that stand beside the models
 # Accuracies (g,) by episode or part, or (seeds, g), by model; and the fields of `ChoiceValues`.

@@ -34,7 +34,7 @@ MASKING_NOTE = (
     "PGD-10 at growing radii on the first episodes of each set. With honest gradients the accuracy does not rise with the "
     "radius and ends at or below chance at 64/255, both within the 95 % interval over the episodes. Where it fails, the "
     "accuracies under attack do not measure robustness. The verdict ends with the accuracy under PGD-10 minus that under "
-    "the attack `strong` at the same radius: by so much PGD-10 flatters the model."
+    "the attack `strong` at the same radius, which is by how much PGD-10 overestimates the robustness."
 )
 
 

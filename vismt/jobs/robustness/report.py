@@ -37,7 +37,7 @@ MASKING_NOTE = (
 )
 BROKEN_CAPTION = (
     "The first images that are right when clean and wrong under the first attack: clean, attacked, and the change enlarged. "
-    "Below each the answer."
+    "The answer stands below each image."
 )
 
 

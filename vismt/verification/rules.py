@@ -1,0 +1,422 @@
+"""What each condition of a folder means, for the folder itself and for each reader: a table, one rule a condition.
+
+A rule with a code is a finding of `vismt verify`. An effect on a reader is one word; a reader that a rule does not name uses
+the tensors. A "?" marks what was reported or follows from a reader's source and was not run: it is expected, not certain.
+
+refused    the reader raises an error
+ignored    the tensors change nothing
+misread    they are applied to another weight, with another factor, or without what belongs to them
+note       they are used, under the condition that the fix names
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from vismt.lowrank.files.peft_layouts import names_stack, stock_path
+from vismt.lowrank.files.peft_settings import texts
+from vismt.verification.facts import PREFIX, TABLES, TENSORS, Facts, ModuleFacts
+from vismt.verification.located import Located, shape_of, unheld
+from vismt.verification.stored import Stored
+from vismt.verification.verdict import Finding, Level, names_of
+
+# Tuners that transformers' load_adapter cannot put into a model: of prompts, and with tensors that their layers share.
+OF_PEFT_MODELS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"}
+OF_PEFT_MODELS |= {"CARTRIDGE", "SHADOW", "VERA", "PVERA", "VBLORA", "TINYLORA", "UNILORA", "FROD"}
+# transformers leaves the name of the bare model out, or adds it inside a class with a head.
+BARE = {f"without '{name}.'" for name in ("model", "transformer", "base_model", "vit", "bert", "gpt_neox")}
+# Whether the folder meets it, or the names of the tensors that do, or paths of modules that the file lacks.
+Condition = Callable[["Case"], "bool | Collection[str]"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition and what it means.
+
+    why: in words; {case}, {module}, the first that meets it, and the shapes of its {update} and {weight} are filled in. effects:
+    by reader. code, level: of the finding; without a code there is none.
+    """
+
+    when: Condition
+    why: str
+    effects: Mapping[str, str] = field(default_factory=dict)
+    fix: str = ""
+    code: str = ""
+    level: Level = "broken"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder, and the places of its modules in its base where that is known."""
+
+    facts: Facts
+    base: Located | None = None
+
+    @property
+    def lora(self) -> bool:
+        """Whether it is a LoRA of peft."""
+        return self.facts.kind == "peft" and self.facts.tuner in ("LORA", "")
+
+    @property
+    def configs(self) -> list[dict[str, Any]]:
+        """Return config.json of the folder and of the base."""
+        return [self.facts.model_config, self.base.facts.model_config if self.base else {}]
+
+    @property
+    def timm(self) -> bool:
+        """Whether a model of timm is adapted or stored."""
+        library = self.facts.config.get("auto_mapping")
+        parent = library.get("parent_library") if isinstance(library, dict) else None
+        return str(parent).startswith("timm") or any("architecture" in config for config in self.configs)
+
+    @cached_property
+    def keys(self) -> set[str]:
+        return {module.key for module in self.facts.modules.values()}
+
+
+@dataclass(frozen=True)
+class Met:
+    """A rule that a folder meets: by the names of these tensors, or modules that lack them, or as a whole."""
+
+    rule: Rule
+    names: list[str]
+    why: str
+    whole: bool
+
+
+def met_rules(case: Case) -> Iterable[Met]:
+    """Yield the rules that a folder meets, with their reasons filled in."""
+    facts = case.facts
+    for rule in RULES:
+        names = rule.when(case)
+        if names is True:
+            yield Met(rule, list(facts.tensors) or [str(facts.folder)], rule.why, True)
+        elif names:
+            first = next((module for module in facts.modules.values() if set(of_modules([module])) & set(names)), None)
+            update = first and shape_of(first)
+            weight = first and case.base and case.base.shape(first.path)
+            yield Met(rule, list(names), rule.why.format(case=case, module=first, update=update, weight=weight), False)
+
+
+def findings(case: Case) -> Iterable[Finding]:
+    """Yield what a folder meets of the rules with a code."""
+    tensors, modules = case.facts.tensors, case.facts.modules
+    for met in met_rules(case):
+        code, level, fix = met.rule.code, met.rule.level, met.rule.fix
+        paths = tuple(dict.fromkeys(tensors[name].path if name in tensors else name for name in met.names))
+        if code and met.whole:
+            yield Finding(level, code, met.why, fix)
+        elif code:
+            count = f" ({len(paths)} of {len(modules)} modules)" if modules.keys() & paths else ""
+            yield Finding(level, code, f"{names_of(paths)}: {met.why}{count}", fix, paths)
+
+
+def of_modules(modules: Iterable[ModuleFacts]) -> list[str]:
+    """Return the names of the tensors of modules."""
+    return [tensor.name for module in modules for tensor in module.tensors.values()]
+
+
+def _tensors(test: Callable[[Case, Stored], object]) -> Condition:
+    """Return a condition of single tensors of an adapter."""
+    return lambda case: [
+        tensor.name for tensor in case.facts.tensors.values() if case.facts.is_adapter and test(case, tensor)
+    ]
+
+
+def _modules(test: Callable[[Case, ModuleFacts], object]) -> Condition:
+    """Return a condition of adapted modules."""
+    return lambda case: of_modules(module for module in case.facts.modules.values() if test(case, module))
+
+
+def _setting(*keys: str) -> Condition:
+    return lambda case: case.lora and any(case.facts.config.get(key) for key in keys)
+
+
+def _lacks(*keys: str) -> Condition:
+    return lambda case: case.facts.kind == "peft" and any(key not in case.facts.config for key in keys)
+
+
+def _start(*names: str) -> Condition:
+    return lambda case: case.lora and str(case.facts.config.get("init_lora_weights", True)).lower().startswith(names)
+
+
+def _role(role: str, flag: str, value: bool) -> Condition:
+    """Return the condition of tensors of a role where a setting is on, or off."""
+    return _tensors(
+        lambda case, tensor: tensor.role == role and case.lora and bool(case.facts.config.get(flag)) is value
+    )
+
+
+def _names(pattern: str) -> Condition:
+    """Return the condition of tensors of a checkpoint by their names."""
+    return lambda case: [
+        name for name in case.facts.tensors if case.facts.kind == "checkpoint" and re.search(pattern, name)
+    ]
+
+
+def _vision(case: Case) -> bool:
+    return case.timm or any(
+        "image_size" in made and not {"vocab_size", "text_config"} & made.keys() for made in case.configs
+    )
+
+
+def _beside_a_model(case: Case) -> bool:
+    return (
+        case.facts.is_adapter
+        and "model_type" in case.facts.model_config
+        and any(re.fullmatch(r"(model.*\.safetensors|pytorch_model.*\.bin)", name) for name in case.facts.files)
+    )
+
+
+def _rslora_alpha(case: Case) -> bool:
+    settings = case.facts.settings
+    return settings is not None and bool(settings.use_rslora) and settings.lora_alpha == settings.r > 1
+
+
+# ---- modules
+def _old(case: Case, module: ModuleFacts) -> bool:
+    return module.path.endswith(".model")
+
+
+def _renamed(case: Case, module: ModuleFacts) -> bool:
+    """Return whether the base has a module under another path than transformers finds it by."""
+    if case.base is None or not case.base.change or module.path not in case.base.names:
+        return False
+    return not (case.base.change in BARE and case.base.facts.config.get("model_type"))
+
+
+def _absent(case: Case, module: ModuleFacts) -> bool:
+    """Return whether the base lacks a module; experts and tied heads have other names in files than in models."""
+    if case.base is None or module.path in case.base.names:
+        return False
+    return not re.search(r"\.experts\b|(^|\.)lm_head$", module.path)
+
+
+def _outside(case: Case, module: ModuleFacts) -> bool:
+    """Return whether the settings do not name a module."""
+    settings = case.facts.settings
+    if settings is None or settings.names(stock_path(module.key, case.keys)[1]) or _old(case, module):
+        return False
+    return not names_stack(settings.target_parameters or [], module.key)
+
+
+def _other_rank(case: Case, module: ModuleFacts) -> bool:
+    """Return whether the rank of the factors is not that of the settings; peft stacks the factors of experts."""
+    stacks = (case.facts.settings and case.facts.settings.target_parameters) or []
+    differs = module.rank and module.declared and module.rank != module.declared
+    return bool(differs) and not names_stack(stacks, module.key)
+
+
+def _transposed(case: Case, module: ModuleFacts) -> bool:
+    pair = [module.tensors.get("A"), module.tensors.get("B")]
+    return (
+        _other_rank(case, module)
+        and all(part is not None and len(part.shape) == 2 for part in pair)
+        and pair[0].shape[1] == module.declared  # type: ignore[union-attr]
+    )
+
+
+def _misfits(case: Case, module: ModuleFacts) -> bool:
+    return case.base is not None and case.base.misfits(module) and ".experts" not in module.path
+
+
+def _no_target(case: Case) -> bool:
+    """Return whether the settings name no module of the base."""
+    settings = case.facts.settings
+    if settings is None or settings.everywhere or settings.target_parameters or case.base is None:
+        return False
+    pieces = [name.split(".") for name in case.base.facts.tensors]
+    owners = {".".join(parts[:end]) for parts in pieces for end in range(1, len(parts))}
+    return not any(settings.names(path) for path in owners)
+
+
+def _not_held(case: Case) -> list[str]:
+    """Return the modules that the settings name and the file lacks: those of the base, or those that are listed by path."""
+    settings = case.facts.settings
+    found = set(unheld(case.facts, case.base)) if case.base else set()
+    if settings and isinstance(settings.target_modules, list) and _every_layer(case):
+        listed = {name for name in settings.target_modules if re.search(r"\.\d+\.", name)}
+        found |= listed - case.facts.modules.keys()
+    return sorted(found)
+
+
+def _every_layer(case: Case) -> bool:
+    settings = case.facts.settings
+    return settings is not None and settings.layers_to_transform is None and not settings.exclude_modules
+
+
+def _gaps(case: Case) -> list[str]:
+    """Return the modules that most layers have factors of, where a layer has none."""
+    layers: dict[str, dict[int, str]] = defaultdict(dict)
+    for path in case.facts.modules if _every_layer(case) and not _not_held(case) else ():
+        number = re.search(r"\.(\d+)\.", path)
+        if number:
+            layers[re.sub(r"\.\d+\.", ".*.", path, count=1)][int(number[1])] = path
+    every = {number for found in layers.values() for number in found}
+    return [
+        stem.replace("*", str(number), 1)
+        for stem, found in layers.items()
+        for number in sorted(every - found.keys())
+        if 2 * len(found) > len(every)
+    ]
+
+
+# ---- whole parameters
+def _saved(*kinds: str) -> Condition:
+    """Return the condition of parameters that are saved whole: copies of adapted embeddings, norms and others."""
+
+    def kind(tensor: Stored) -> str:
+        if tensor.name.endswith((".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")):
+            return "copy"
+        return "norm" if "_layernorm" in tensor.name or ".norm" in tensor.name else "other"
+
+    return lambda case: [
+        tensor.name for tensor in case.facts.with_role("saved") if case.facts.kind == "peft" and kind(tensor) in kinds
+    ]
+
+
+def _not_saved(case: Case) -> list[str]:
+    """Return the modules_to_save that the file does not hold."""
+    held = [tensor.path for tensor in case.facts.with_role("saved")]
+    listed = texts(case.facts.settings.modules_to_save) if case.facts.settings else []
+    return [name for name in listed if not any(f"{name}." in path for path in held)]
+
+
+PLAIN = "load it with vismt.import_peft and write it with vismt.export_peft(..., uniform=True)"
+CONVERT = "write a plain LoRA with peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+MERGE = "merge it into its base"
+AGAIN = "save the adapter again"
+BASE = "give the base it was trained on"
+REFUSED = {"peft": "refused", "transformers": "refused"}
+IGNORED = {"peft": "ignored", "transformers": "ignored"}
+MISREAD = {"peft": "misread", "transformers": "misread"}
+UNSERVED = {"vllm": "refused", "llama.cpp": "refused"}
+UNMAPPED = {"transformers": "misread", "vllm": "refused?", "llama.cpp": "refused?"}
+
+# fmt: off
+RULES = (
+    # files and settings
+    Rule(lambda case: case.facts.kind == "none", "the folder holds no adapter and no checkpoint",
+         REFUSED | UNSERVED | {"timm": "refused"}, "give the folder with adapter_config.json or adapter.json", "no-adapter"),
+    Rule(lambda case: case.facts.kind == "vismt", "it is in the format of vismt", REFUSED | UNSERVED,
+         "write it in peft's: vismt export RUN --format peft, or vismt.export_peft"),
+    Rule(lambda case: case.facts.is_adapter, "timm reads no adapters", {"timm": "refused"}, MERGE),
+    Rule(lambda case: case.facts.kind == "peft" and not case.facts.tensors, "it has no tensors that can be read",
+         REFUSED | UNSERVED, AGAIN),
+    Rule(_lacks("peft_type"), "adapter_config.json has no peft_type", REFUSED, "add the peft_type"),
+    Rule(_lacks("r", "lora_alpha", "target_modules"), "its settings lack r, lora_alpha or target_modules", {"vllm": "refused"}),
+    Rule(_lacks("lora_alpha"), "its settings lack lora_alpha", {"llama.cpp": "refused"}, "add it; 8 is what peft takes"),
+    Rule(lambda case: case.facts.kind == "peft" and TENSORS not in case.facts.files,
+         "its tensors are not in a safetensors file",
+         {"transformers": "note"}, "load_adapter(..., use_safetensors=False)"),
+    Rule(lambda case: case.facts.kind == "peft" and case.facts.tuner not in ("LORA", ""), "it is not a LoRA", UNSERVED, MERGE),
+    Rule(lambda case: case.facts.tuner in OF_PEFT_MODELS, "load_adapter does not take this tuner",
+         {"transformers": "refused"}, "load it with peft.PeftModel"),
+    Rule(lambda case: case.facts.kind == "peft" and case.timm, "models of timm have no load_adapter",
+         {"transformers": "refused"}, "load it with peft.PeftModel"),
+    Rule(_vision, "it serves language models", UNSERVED),
+    Rule(lambda case: case.facts.is_adapter and any(made.get("model_type") == "gpt2" for made in case.configs),
+         "its model of GPT-2 has no LoRA", {"vllm": "refused?"}, MERGE),
+    Rule(_beside_a_model,
+         "the weights of a model are beside the adapter: from_pretrained adds the update to them, twice where they are merged",
+         {"transformers": "note"}, "keep adapter and merged model in two folders", "adapter-beside-model", "suspicious"),
+    # names
+    Rule(_tensors(lambda case, tensor: case.facts.kind == "peft" and tensor.role != "shared"
+                  and not tensor.name.startswith(PREFIX)),
+         f"the names lack '{PREFIX}'", {"peft": "ignored"}, f"put '{PREFIX}' before every name", "prefix"),
+    Rule(_tensors(lambda case, tensor: tensor.adapter == "default"),
+         "the names hold 'default', the adapter's name, which only peft reads",
+         UNSERVED | {"transformers": "ignored"}, "take '.default' out of the names", "adapter-name", "suspicious"),
+    Rule(_tensors(lambda case, tensor: tensor.adapter not in ("", "default")),
+         "the names hold the name of an adapter", UNSERVED | IGNORED, "take the name out", "adapter-name"),
+    Rule(_modules(_old), "the names have '.model' of an old peft",
+         IGNORED | {"vllm": "refused?", "llama.cpp": "refused?"}, "write '.lora_' for '.model.lora_'"),
+    Rule(_modules(_renamed),
+         "the base has these modules only {case.base.change} in their paths (reported for vLLM, vllm#34186)",
+         IGNORED | {"vllm": "ignored?", "llama.cpp": "refused?"}, "rename the adapter's tensors in this way", "prefix"),
+    Rule(_modules(_absent), "the base has no such modules", IGNORED | {"vllm": "ignored?", "llama.cpp": "refused"}, BASE,
+         "not-in-base"),
+    # modules and shapes
+    Rule(_modules(_outside), "target_modules do not name these modules", IGNORED, "name them in target_modules"),
+    Rule(_not_held, "target_modules name these modules, and the file holds no factors of them",
+         IGNORED | {"vllm": "ignored", "llama.cpp": "ignored"}, AGAIN, "missing-module"),
+    Rule(_gaps, "the file has factors of such modules in most layers, and none of these; --base shows whether the model has them",
+         code="gap", level="note"),
+    Rule(_no_target, "target_modules name no module of the base", REFUSED, BASE),
+    Rule(_modules(lambda case, module: module.unpaired), "one of the two factors is missing",
+         IGNORED | {"vllm": "refused?", "llama.cpp": "refused"}, AGAIN, "unpaired"),
+    Rule(_modules(lambda case, module: _other_rank(case, module) and not _transposed(case, module)),
+         "the rank is {module.rank} in the file and {module.declared} in the settings",
+         REFUSED | {"vllm": "misread?", "llama.cpp": "misread?"},
+         "set r, or rank_pattern, to the rank of the tensors; the scale alpha / r depends on it", "rank"),
+    Rule(_modules(_transposed), "the factors are stored transposed", REFUSED | {"vllm": "misread?", "llama.cpp": "misread?"},
+         "export the adapter again", "transposed"),
+    Rule(_modules(_misfits), "the update is {update}, the base's weight {weight}",
+         REFUSED | {"vllm": "misread?", "llama.cpp": "refused"}, BASE, "shape"),
+    Rule(_modules(lambda case, module: (module.rank or 0) > 16),
+         "the rank is over the default limit of 16", {"vllm": "note"}, "start the server with --max-lora-rank"),
+    Rule(_modules(lambda case, module: (module.rank or 0) > 512),
+         "the rank is over the largest limit, 512", {"vllm": "refused"}, MERGE),
+    # variants
+    Rule(_role("magnitude", "use_dora", True), "load_adapter renames no magnitudes of DoRA: they keep their first values",
+         {"transformers": "ignored"}, "load it with peft.PeftModel"),
+    Rule(_role("magnitude", "use_dora", False), "the file has magnitudes of DoRA, and use_dora is not set", IGNORED,
+         "set use_dora", "dora"),
+    Rule(lambda case: bool(case.facts.config.get("use_dora") or case.facts.with_role("magnitude")), "it is a DoRA",
+         {"vllm": "refused"}, MERGE),
+    Rule(_tensors(lambda case, tensor: tensor.role == "magnitude"), "it is a DoRA", {"llama.cpp": "refused"}, MERGE),
+    Rule(_modules(lambda case, module: case.lora and case.facts.config.get("use_dora") and "magnitude" not in module.tensors),
+         "use_dora is set, and the file lacks magnitudes", MISREAD | {"llama.cpp": "misread"}, AGAIN, "dora"),
+    Rule(_role("bias", "lora_bias", False), "the file has biases of B, and lora_bias is not set", IGNORED, "set lora_bias",
+         "lora-bias"),
+    Rule(_tensors(lambda case, tensor: tensor.role == "bias"), "it has biases of B", UNSERVED, MERGE),
+    Rule(_tensors(lambda case, tensor: case.lora and tensor.role == "other"), "no variant of LoRA has such tensors",
+         code="unknown-tensors", level="suspicious"),
+    Rule(lambda case: case.lora and case.facts.config.get("bias", "none") != "none", "it has biases", {"vllm": "refused"}, MERGE),
+    Rule(_setting("modules_to_save"), "it has parameters that are saved whole", {"vllm": "refused"}, MERGE),
+    Rule(lambda case: [] if case.facts.config.get("modules_to_save") else _saved("other", "norm")(case),
+         "it has parameters that are saved whole", {"vllm": "refused"}, MERGE),
+    Rule(_saved("other"), "it has parameters that are saved whole", {"llama.cpp": "refused"}, MERGE),
+    Rule(_saved("norm"), "it has norms that are saved whole", {"llama.cpp": "ignored"}, MERGE),
+    Rule(_not_saved, "modules_to_save names them, and the file does not hold them",
+         {"peft": "refused", "transformers": "ignored", "llama.cpp": "ignored"}, AGAIN, "head-lost"),
+    Rule(_saved("copy"), "it has copies of embeddings", {"vllm": "note", "llama.cpp": "note"},
+         "needed where the vocabulary was resized"),
+    Rule(lambda case: [tensor.name for tensor in case.facts.unnamed() if not tensor.path.endswith(TABLES)],
+         "the settings do not name them: they replace the base's parameters, also where the adapter is disabled",
+         {"peft": "note", "transformers": "note"}, "name them in modules_to_save", "unnamed-parameter", "suspicious"),
+    Rule(lambda case: case.lora and case.facts.config.get("lora_alpha") == 0, "lora_alpha is 0: the update is multiplied by 0",
+         IGNORED | {"vllm": "ignored?", "llama.cpp": "misread"}, "set lora_alpha to the value of the training", "alpha-zero"),
+    Rule(_rslora_alpha, "use_rslora with lora_alpha = r: the update is multiplied by sqrt(r); peft's add_weighted_adapter writes "
+         "this by mistake (reported, peft#3761)", fix="compare with --merged, or the adapters that it was made from",
+         code="rslora-alpha", level="note"),
+    Rule(_start("pissa", "olora", "corda", "loftq"), "the start was taken out of the base, which this reader leaves whole",
+         {"vllm": "misread", "llama.cpp": "misread"}, CONVERT),
+    Rule(_start("corda", "loftq"), "the start needs data that the folder does not hold", REFUSED, CONVERT),
+    Rule(_setting("alora_invocation_tokens"), "it applies after certain tokens only (aLoRA)", {"vllm": "misread?"}),
+    Rule(_setting("layer_replication"), "it repeats layers", {"vllm": "misread?", "llama.cpp": "misread?"}, MERGE),
+    Rule(_setting("target_parameters"), "it adapts experts in one tensor", {"vllm": "note", "llama.cpp": "refused?"},
+         "for models that vLLM marks as 3-D, or with enable_mixed_moe_lora_format"),
+    Rule(_modules(lambda case, module: case.lora and case.facts.config.get("use_rslora")
+                  and re.search(r"\.experts\.\d+\.(w1|w3|gate_proj|up_proj)$", module.path)),
+         "the reader fuses these experts, and their update becomes √2 too large with use_rslora",
+         MISREAD, "set use_rslora to false and lora_alpha to lora_alpha·√r"),
+    Rule(_modules(lambda case, module: case.base and case.base.facts.model_config.get("tie_word_embeddings")
+                  and module.path.rpartition(".")[2] == "lm_head"),
+         "the head is the embedding table of the base", {"llama.cpp": "refused"}, MERGE),
+    # checkpoints
+    Rule(lambda case: case.facts.kind == "checkpoint",
+         "it is a whole checkpoint", {"peft": "refused"}, "load it with the library of its model"),
+    Rule(lambda case: case.facts.kind == "checkpoint" and bool(case.facts.model_config) and not case.timm,
+         "it is not a model of timm", {"timm": "refused"}),
+    Rule(_names(r"\.base_layer\.|\.lora_|\.modules_to_save\."), "the update was not merged: the file has the modules of peft",
+         UNMAPPED | {"timm": "refused"}, "call merge_and_unload before saving"),
+    Rule(_names(r"^base_model\."), "the names have the prefix of peft", UNMAPPED | {"timm": "refused"}, f"take '{PREFIX}' out"),
+    Rule(_names(r"^module\."), "the names have the prefix of a parallel wrapper", UNMAPPED, "take 'module.' out of the names"),
+)
+# fmt: on
