@@ -44,6 +44,9 @@ LAZY = (
     "torchmetrics",
     "numba",
     "onnxruntime",
+    "timm",
+    "torchvision",
+    "scipy.ndimage",
 )
 LIGHT = (
     "vismt",
@@ -58,6 +61,7 @@ LIGHT = (
     "vismt.robustness.attacks.attacks",
     "vismt.report.writer",
 )
+JOBS = tuple(f"vismt.jobs.{job}.job" for job in ("fewshot", "classification", "dense", "lm", "robustness"))
 ONLY_IN = {"torchattacks": {"robustness/attacks/foreign.py"}, "learn2learn": {"metatune/maml.py"}}
 
 
@@ -132,14 +136,14 @@ def test_heavy_libraries_are_imported_when_needed_only() -> None:
     """One process imports the modules in turn: the first with a library beside it is at fault."""
     code = f"""
 import importlib, sys
-for module in {LIGHT!r}:
+for module in {LIGHT + JOBS!r}:
     importlib.import_module(module)
     print(module, *(name for name in {LAZY!r} if name in sys.modules))
 """
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    assert printed == list(LIGHT)
+    assert printed == [*LIGHT, *(f"{job} accelerate" for job in JOBS)]
 
 
 def test_no_init_in_datasets_nor_pickle_nor_paths_of_a_machine() -> None:

@@ -18,6 +18,7 @@ from vismt.storage.files import atomic_write
 
 BENCHES = (
     "core",
+    "floor",
     "lowrank",
     "amt",
     "emtal",

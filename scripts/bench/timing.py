@@ -69,13 +69,13 @@ class Timing:
 class Ratios:
     """What a bench finds: the timing of several candidates and, by kind, the bytes that each takes; `str` gives the table.
 
-    targets: (candidate, base, largest ratio of times to reach, and where there is one the smallest).
+    targets: (candidate, base, largest ratio of times to reach or None, and where there is one the smallest).
     sizes: bytes by candidate, by kind. size_targets: (kind, candidate, base, largest ratio to reach).
     """
 
     title: str
     timing: Timing
-    targets: Sequence[tuple[str, str, float] | tuple[str, str, float, float]]
+    targets: Sequence[tuple[str, str, float | None] | tuple[str, str, float, float]]
     unit: str = "CPU seconds"
     sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     size_targets: Sequence[tuple[str, str, str, float]] = ()

@@ -14,7 +14,7 @@ import timm
 import torch
 import yaml
 from helpers.results import scores_of
-from helpers.tiny_runs import run_config, written
+from helpers.tiny_runs import run_config, run_on_two, written
 
 from vismt.cli import main
 from vismt.data.images import open_images
@@ -325,10 +325,11 @@ def test_a_wrong_run_folder_is_answered_without_importing_torch() -> None:
     code = (
         "import sys; from vismt.cli import main\n"
         "codes = [main([command, 'nowhere']) for command in ('evaluate', 'report', 'merge', 'export', 'attack')]\n"
+        "codes += [main(['predict', 'nowhere', 'image.png']), main(['compare', 'nowhere', '.'])]\n"
         "print(codes, 'torch' in sys.modules)"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout.split("\n")[-2] == "[2, 2, 2, 2, 2] False"
+    assert answer.stdout.split("\n")[-2] == "[2, 2, 2, 2, 2, 2, 2] False"
 
 
 def test_a_divergent_run_is_reported_and_keeps_its_folder(tmp_path: Path, capsys) -> None:
@@ -406,26 +407,9 @@ def test_data_check_of_an_embedded_set(capsys) -> None:
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """torchrun on two CPU processes: each draws its own episodes, gradients are averaged, one adapter is written."""
     path = write(tmp_path, evaluate={**SMALL["evaluate"], "attacks": []})
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29611",
-        "-m",
-        "vismt.cli",
-        "run",
-        str(path),
-        "--out",
-        str(tmp_path / "runs"),
-    ]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert process.returncode == 0, process.stderr[-2000:]
-    folder = next((tmp_path / "runs").iterdir())
+    folder, printed = run_on_two(path)
     assert len(read_lines(folder / TRAINING / "metrics.jsonl")) == 4 and (folder / "report.html").exists()
-    assert process.stdout.count("report  ") == 1
+    assert printed.count("report  ") == 1
 
 
 def test_the_list_answers_quickly() -> None:

@@ -22,7 +22,6 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from vismt.base.errors import UserError, near
@@ -63,6 +62,8 @@ def resample(table: Tensor, grid: tuple[int, int], position: str, prefix: int = 
     if grid == (side, side):
         return table
     if position == "timm":
+        from timm.layers import resample_abs_pos_embed
+
         return resample_abs_pos_embed(table, list(grid), num_prefix_tokens=prefix)
     cells = rearrange(table[:, prefix:].float(), "b (h w) d -> b d h w", h=side)
     if position == "onnx":

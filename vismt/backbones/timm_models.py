@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -120,6 +119,8 @@ def architecture_of(name: str, card: AssetCard | None) -> str:
         if card.architecture is None:
             raise UserError(f"asset '{name}' is a language model, not a ViT: use vismt.backbones.lm.create_lm.")
         return card.architecture
+    import timm
+
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
         hint = near(base, [*list_assets(), *timm.list_models()])
@@ -132,6 +133,8 @@ def architecture_of(name: str, card: AssetCard | None) -> str:
 
 def timm_model(architecture: str, **options: Any) -> nn.Module:
     """Return timm's model; img_size is left out for models that take images of any size, which do not have the argument."""
+    import timm
+
     try:
         return timm.create_model(architecture, **options)
     except TypeError as error:
@@ -158,6 +161,8 @@ def build(architecture: str, *, pretrained: bool = False, **options: Any) -> nn.
 
 def from_hub(architecture: str, **options: Any) -> nn.Module:
     """Return timm's pretrained model, through timm's downloader and cache."""
+    import timm
+
     if not timm.models.is_model_pretrained(architecture.partition(".")[0]):
         hint = near(architecture, timm.list_pretrained())
         raise UserError(

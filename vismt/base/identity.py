@@ -277,9 +277,9 @@ def version(package: str) -> str:
     if package in sys.stdlib_module_names:
         return ""
     try:
-        return str(getattr(sys.modules.get(package), "__version__", None) or importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a package with another name in the index, such as PIL
+        return str(getattr(sys.modules.get(package), "__version__", ""))
 
 
 def _library_of(code: types.FunctionType | type) -> str | None:

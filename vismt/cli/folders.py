@@ -50,6 +50,10 @@ def formats_of(options: argparse.Namespace, *more: str) -> list[str]:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    from vismt.jobs import resolved_path
+
+    for folder in options.runs:
+        resolved_path(folder)  # before the import: a wrong folder is answered at once
     from vismt.report.comparison_report import compare_runs
 
     first, last = (folder.resolve().name for folder in (options.runs[0], options.runs[-1]))

@@ -101,6 +101,10 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
+    from vismt.jobs import resolved_path
+
+    if not options.run.is_file() and not (options.run / "model.safetensors").is_file():
+        resolved_path(options.run)  # before the imports: a wrong folder is answered at once
     from vismt.jobs.predict import predict
     from vismt.jobs.predictions import Options
 

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from vismt.base import console
 from vismt.data.cards import load_card
@@ -59,6 +58,7 @@ def near_duplicates(read: Callable[[int], Tensor], labels: Tensor, name: str) ->
     Images of a class are compared each with each. A class that is one chain for the most part looks alike without being frames
     of one object, and has no groups.
     """
+    from torchvision.transforms.v2.functional import rgb_to_grayscale
 
     def patch(i: int) -> Tensor:
         grey = F.adaptive_avg_pool2d(rgb_to_grayscale(read(i).to(torch.float32)), SIDE).flatten()

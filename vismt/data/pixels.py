@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor
-from torchvision.transforms.v2 import functional as vision
 
 from vismt.base import console
 from vismt.base.errors import UserError
@@ -40,6 +39,8 @@ def square(image: Tensor, size: int) -> Tensor:
     """Return uint8 (3, size, size) of uint8 (3, h, w): the shorter side resized (bilinear, antialiased), then the centre."""
     if tuple(image.shape[-2:]) == (size, size):
         return image
+    from torchvision.transforms.v2 import functional as vision
+
     height, width = image.shape[-2:]
     # The longer side is rounded, not cut down as torchvision would: no side becomes 0 and thin images keep their shape.
     scale = size / min(height, width)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torchvision.transforms import v2
 
 DRAWS = (torch.rand, torch.randint, torch.randperm, Tensor.uniform_)  # what v2 calls
 
@@ -30,6 +29,8 @@ def augment(
         jitter: strength of brightness, contrast and saturation.
         flip: mirror left and right with probability 1/2.
     """
+    from torchvision.transforms import v2
+
     steps: list[torch.nn.Module] = []
     if crop is not None:
         steps.append(v2.RandomResizedCrop(tuple(images.shape[-2:]), scale=crop, antialias=True))

@@ -143,13 +143,18 @@ def refuse_other_run(folder: Path, config: RunConfig) -> None:
         raise UserError(f"run '{folder}': the folder holds a run of another configuration; give another folder.")
 
 
-def read_resolved(folder: Path) -> RunConfig:
-    """Return the configuration of a run folder."""
+def resolved_path(folder: Path) -> Path:
+    """Return the file with the configuration of a run folder. Raises UserError for any other folder."""
     path = folder / RESOLVED
     if not path.exists():
         seen = f"no {RESOLVED}" if folder.exists() else "no such folder"
         raise UserError(f"run '{folder}': {seen}; give a folder that `vismt run` or `vismt train` made.")
-    return load_config(path)
+    return path
+
+
+def read_resolved(folder: Path) -> RunConfig:
+    """Return the configuration of a run folder."""
+    return load_config(resolved_path(folder))
 
 
 def open_run(folder: Path) -> Run:

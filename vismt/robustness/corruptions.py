@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+import scipy
 import torch
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
@@ -127,9 +127,7 @@ def _filter(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Convolve (h, w, c) with an odd kernel (k, k) whose sum is 1, mirrored at the border."""
     edge = len(kernel) // 2
     padded = np.pad(x, ((edge, edge), (edge, edge), (0, 0)), mode="symmetric")
-    from scipy.signal import fftconvolve  # takes longer to import than the rest of this file
-
-    return fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))
+    return scipy.signal.fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))
 
 
 def defocus_blur(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
@@ -138,7 +136,7 @@ def defocus_blur(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarra
     edge = int(np.ceil(radius * scale)) + 1
     rows, columns = np.mgrid[-edge : edge + 1, -edge : edge + 1]
     disk = np.clip(radius * scale + 0.5 - np.hypot(rows, columns), 0, 1)
-    disk = ndimage.gaussian_filter(disk, soft * scale)
+    disk = scipy.ndimage.gaussian_filter(disk, soft * scale)
     return _filter(x, disk / disk.sum())
 
 
@@ -148,12 +146,12 @@ def glass_blur(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
     sigma = deviation * scale
     reach = distance * scale + 0.5  # rounded below: whole distances are uniform over -distance..distance
     height, width = x.shape[:2]
-    x = ndimage.gaussian_filter(x, (sigma, sigma, 0))
+    x = scipy.ndimage.gaussian_filter(x, (sigma, sigma, 0))
     for _ in range(rounds):
         down, right = np.round(rng.uniform(-reach, reach, (2, height, width))).astype(int)
         rows, columns = np.mgrid[:height, :width]
         x = x[np.clip(rows + down, 0, height - 1), np.clip(columns + right, 0, width - 1)]
-    return ndimage.gaussian_filter(x, (sigma, sigma, 0))
+    return scipy.ndimage.gaussian_filter(x, (sigma, sigma, 0))
 
 
 def _motion(x: np.ndarray, radius: float, sigma: float, degrees: float) -> np.ndarray:
@@ -182,7 +180,7 @@ def _zoom(x: np.ndarray, factor: float) -> np.ndarray:
     """Magnify (h, w, c) about its centre; the shape stays."""
     centre = (np.array(x.shape[:2]) - 1) / 2
     offset = (*(centre * (1 - 1 / factor)), 0.0)
-    return ndimage.affine_transform(x, (1 / factor, 1 / factor, 1.0), offset, order=1, mode="nearest")
+    return scipy.ndimage.affine_transform(x, (1 / factor, 1 / factor, 1.0), offset, order=1, mode="nearest")
 
 
 def zoom_blur(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
@@ -203,7 +201,7 @@ def _plasma(like: np.ndarray, decay: float, rng: Rng) -> np.ndarray:
         nodes = 2**octave + 1
         axes = (np.linspace(0, nodes - 1, side) for side in (height, width))
         grid = rng.uniform(-1, 1, (nodes, nodes))
-        total += ndimage.map_coordinates(grid, np.meshgrid(*axes, indexing="ij"), order=1) / decay**octave
+        total += scipy.ndimage.map_coordinates(grid, np.meshgrid(*axes, indexing="ij"), order=1) / decay**octave
     return (total - total.min()) / max(np.ptp(total), 1e-12)
 
 
@@ -271,11 +269,13 @@ def elastic_transform(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.n
     back = np.linalg.solve(lifted, corners) if abs(np.linalg.det(lifted)) > 1e-6 else np.eye(3)[:, :2]
     drift = rng.uniform(-1, 1, (2, height, width))
     drift = (
-        ndimage.gaussian_filter(drift, (0, sigma * unit, sigma * unit), mode="reflect", truncate=3) * strength * unit
+        scipy.ndimage.gaussian_filter(drift, (0, sigma * unit, sigma * unit), mode="reflect", truncate=3)
+        * strength
+        * unit
     )
     points = np.stack(np.mgrid[:height, :width] + drift, axis=-1)
     source = np.moveaxis(points @ back[:2] + back[2], -1, 0)
-    channels = [ndimage.map_coordinates(x[..., c], source, order=1, mode="mirror") for c in range(3)]
+    channels = [scipy.ndimage.map_coordinates(x[..., c], source, order=1, mode="mirror") for c in range(3)]
     return np.stack(channels, axis=-1)
 
 

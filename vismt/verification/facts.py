@@ -143,7 +143,7 @@ def _json(facts: Facts, name: str) -> dict[str, Any]:
         return {}
     if isinstance(content, dict):
         return content
-    facts.reasons.append(f"'{name}' holds a {type(content).__name__}, no settings")
+    facts.reasons.append(f"'{name}' holds a {type(content).__name__} in place of settings")
     return {}
 
 

@@ -22,7 +22,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as V
 
 from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import IGNORE, MAPS, Sample, blank, is_class, size_of
@@ -177,6 +176,8 @@ def photometric(sample: Sample, generator: torch.Generator, *, strength: float =
         strength: brightness, contrast and saturation are each multiplied by 1 - strength to 1 + strength.
         hue: largest shift, as a share of the circle.
     """
+    from torchvision.transforms.v2 import functional as V
+
     image = sample["image"]
     for adjust in (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation):
         image = adjust(image, max(0.0, _draw(generator, 1 - strength, 1 + strength)))
