@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-from vismt.lowrank.files.peft_layouts import names_stack, stock_path
+from vismt.lowrank.files.peft_layouts import names_stack
 from vismt.lowrank.files.peft_settings import PeftSettings, texts
 from vismt.verification.facts import PREFIX, TABLES, TENSORS, Facts, ModuleFacts
 from vismt.verification.located import Located, shape_of, unheld
@@ -92,10 +92,6 @@ class Case:
                 if abs(ratio - 1) > 1e-6:
                     found[reader][module.path] = f"×{ratio:.3g}"
         return found
-
-    @cached_property
-    def keys(self) -> set[str]:
-        return {module.key for module in self.facts.modules.values()}
 
 
 @dataclass(frozen=True)
@@ -225,7 +221,7 @@ def _absent(case: Case, module: ModuleFacts) -> bool:
 def _outside(case: Case, module: ModuleFacts) -> bool:
     """Return whether the settings do not name a module."""
     settings = case.facts.settings
-    if settings is None or settings.names(stock_path(module.key, case.keys)[1]) or _old(case, module):
+    if settings is None or settings.names(module.named) or _old(case, module):
         return False
     return not names_stack(settings.target_parameters or [], module.key)
 
@@ -362,7 +358,7 @@ RULES = (
     Rule(_modules(_old), "the names have '.model' of an old peft",
          IGNORED | {"vllm": "refused?", "llama.cpp": "refused?"}, "write '.lora_' for '.model.lora_'"),
     Rule(_modules(_renamed),
-         "the base has these modules only {case.base.change} in their paths (reported for vLLM, vllm#34186)",
+         "the base has these modules only {case.base.change} in their paths (as in vllm#34186)",
          IGNORED | {"vllm": "ignored?", "llama.cpp": "refused?"}, "rename the adapter's tensors in this way", "prefix"),
     Rule(_modules(_absent), "the base has no such modules", IGNORED | {"vllm": "ignored?", "llama.cpp": "refused"}, BASE,
          "not-in-base"),
@@ -376,12 +372,12 @@ RULES = (
     Rule(_modules(lambda case, module: module.unpaired), "one of the two factors is missing",
          IGNORED | {"vllm": "refused?", "llama.cpp": "refused"}, AGAIN, "unpaired"),
     Rule(_modules(lambda case, module: _other_rank(case, module) and not _transposed(case, module)),
-         "the rank is {module.rank} in the file and {module.declared} in the settings",
+         "'{module.path}' has rank {module.rank} in the file and {module.declared} in the settings",
          REFUSED | {"vllm": "misread?", "llama.cpp": "misread?"},
          "set r, or rank_pattern, to the rank of the tensors; the scale alpha / r depends on it", "rank"),
     Rule(_modules(_transposed), "the factors are stored transposed", REFUSED | {"vllm": "misread?", "llama.cpp": "misread?"},
          "export the adapter again", "transposed"),
-    Rule(_modules(_misfits), "the update is {update}, the base's weight {weight}",
+    Rule(_modules(_misfits), "the update of '{module.path}' is {update}, the base's weight {weight}",
          REFUSED | {"vllm": "misread?", "llama.cpp": "refused"}, BASE, "shape"),
     Rule(_modules(lambda case, module: (module.rank or 0) > 16),
          "the rank is over the default limit of 16", {"vllm": "note"}, "start the server with --max-lora-rank"),
