@@ -14,7 +14,7 @@ import timm
 import torch
 import yaml
 from helpers.results import scores_of
-from helpers.tiny_runs import run_config, written
+from helpers.tiny_runs import run_config, run_on_two, written
 
 from vismt.cli import main
 from vismt.data.images import open_images
@@ -407,26 +407,9 @@ def test_data_check_of_an_embedded_set(capsys) -> None:
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """torchrun on two CPU processes: each draws its own episodes, gradients are averaged, one adapter is written."""
     path = write(tmp_path, evaluate={**SMALL["evaluate"], "attacks": []})
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29611",
-        "-m",
-        "vismt.cli",
-        "run",
-        str(path),
-        "--out",
-        str(tmp_path / "runs"),
-    ]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert process.returncode == 0, process.stderr[-2000:]
-    folder = next((tmp_path / "runs").iterdir())
+    folder, printed = run_on_two(path)
     assert len(read_lines(folder / TRAINING / "metrics.jsonl")) == 4 and (folder / "report.html").exists()
-    assert process.stdout.count("report  ") == 1
+    assert printed.count("report  ") == 1
 
 
 def test_the_list_answers_quickly() -> None:

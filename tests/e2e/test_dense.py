@@ -6,8 +6,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +15,7 @@ import safetensors.torch
 import timm
 import torch
 from helpers.checkpoints import saved_tensors
-from helpers.tiny_runs import run_config, written
+from helpers.tiny_runs import run_config, run_on_two, written
 from PIL import Image
 
 from vismt.base.errors import UserError
@@ -632,25 +630,8 @@ def test_a_later_arm_is_built_before_the_first_one_is_trained(tmp_path: Path, ca
 def test_two_processes_train_one_model(tmp_path: Path, changes: dict) -> None:
     """torchrun on two CPU processes: one model, evaluated once."""
     path = write(tmp_path, **SINGLE, **changes)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29617",
-        "-m",
-        "vismt.cli",
-        "run",
-        str(path),
-        "--out",
-        str(tmp_path / "runs"),
-    ]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert process.returncode == 0, process.stderr[-2000:]
-    folder = next((tmp_path / "runs").iterdir())
-    assert len(read_results(folder / "results.jsonl")) == 3 and process.stdout.count("report  ") == 1
+    folder, printed = run_on_two(path)
+    assert len(read_results(folder / "results.jsonl")) == 3 and printed.count("report  ") == 1
     checks = [json.loads(path.read_text()) for path in folder.rglob("merge.json")]
     assert len(checks) == ("adapt" not in changes)  # mtlora does not merge
     assert all(check["largest_difference"] < 1e-5 * check["largest_logit"] for check in checks)

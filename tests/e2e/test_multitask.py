@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers.checkpoints import saved_tensors
-from helpers.tiny_runs import run_config, written
+from helpers.tiny_runs import run_config, run_on_two, written
 
 from vismt.cli import main
 from vismt.engine.study import Study
@@ -475,25 +473,8 @@ def test_every_error_of_these_sections_is_one_line(tmp_path: Path, capsys, chang
 def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -> None:
     """torchrun on two CPU processes: one bank, one fade, one set of factors, with and without gradients of single tasks."""
     path = write(tmp_path, balancing=balancing, arms={}, seeds=[], tune=None if balancing else SMALL["tune"])
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29613",
-        "-m",
-        "vismt.cli",
-        "run",
-        str(path),
-        "--out",
-        str(tmp_path / "runs"),
-    ]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert process.returncode == 0, process.stderr[-2000:]
-    folder = next((tmp_path / "runs").iterdir())
-    assert len(accuracies(folder / "results.jsonl")) == 2 and process.stdout.count("report  ") == 1
+    folder, printed = run_on_two(path)
+    assert len(accuracies(folder / "results.jsonl")) == 2 and printed.count("report  ") == 1
     merged = next(folder.rglob("merge.json"))
     assert json.loads(merged.read_text())["different_predictions"] == 0
     tensors = saved_tensors(merged.parent)

@@ -79,13 +79,13 @@ def test_classes_have_probabilities_and_sets(tmp_path: Path) -> None:
     rows = vismt.predict(run, asked).rows
     job = open_run(run).job
     (training,) = job.study.trainings("adapted")
-    net, task = job.evaluation.net(training), job.data.tasks["sentiment"]
+    net, task = job.fold(0).evaluation.net(training), job.data.tasks["sentiment"]
     for row in rows:
         with torch.no_grad():
             item = task.encode("a", {**row, "label": "0"}, job.models.tokenizer)
-            p = net.head(net.features(job.evaluation.batch([item], net)))[0].double().softmax(0)
+            p = net.head(net.features(job.fold(0).evaluation.batch([item], net)))[0].double().softmax(0)
         assert row["label"] == str(int(p.argmax())) and row["probability"] == pytest.approx(float(p.max()), abs=1e-5)
-        quantile = job.evaluation.thresholds(training).quantile
+        quantile = job.fold(0).evaluation.thresholds(training).quantile
         assert len(json.loads(row["set"])) == int((-p.log() <= quantile).sum())
 
 

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from helpers.tiny_runs import run_config, written
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from helpers.lm_parts import changed, ranked_task, save_interactions, save_lm, save_texts
+from helpers.pages import ROOT
 
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -200,8 +202,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home, tmp_path: Path, monkeypatc
     ({"arms": {"a": {"recommender.width": 4}}}, "arms.a: recommender.width must be the same for all arms"),
     ({"arms": {"sasrec": {}}}, "'sasrec' is the name of a recommender"),
     ({"gates": "shuffled"}, "gates: 'shuffled' is not known. Near: 'shuffled-user'"),
-    ({"gates": "random"}, "adapt.options.gate is null where gates are random"),
-    ({"adapt.options": {"n_experts": 2, "gate": None}}, "adapt.options.gate is null where gates are random"),
+    ({"gates": "random"}, "adapt.options.gate is null where gates are random or group"),
+    ({"adapt.options": {"n_experts": 2, "gate": None}}, "adapt.options.gate is null where gates are random or group"),
     ({"adapt": {"method": "lora"}, "gates": "random"}, "'lora' has no gates"),
     ({"recommender.steps": 0}, "recommender.steps is 0; it must be at least 1"),
     ({"recommender.batch": 5000}, "recommender.batch: 5000, with"),
@@ -332,6 +334,75 @@ def test_every_baseline_answers_by_its_own_scores(judged: Path) -> None:
     net = job.loaded(job.study.find("text:1"))
     assert net.head.condition == "text" and gate_part(net.lm).user_width == 32
     assert isinstance(net.head.projector, torch.nn.Linear)
+
+
+# ---- folds
+
+
+@pytest.fixture(scope="module")
+def folds(home, tmp_path_factory) -> Path:
+    """The configuration of the gates' study, on a tiny LM and two steps."""
+    config = yaml.safe_load((ROOT / "configs/lm/ilora_gates.yaml").read_text())
+    (task,), walks = config["tasks"], home["walks"]
+    options = {**task["options"], "candidates": 4, "negatives": 2, "history": 3, "shown": 1, "length": 96}
+    options["question"] = " and {candidate} is"
+    task |= {"options": options, "prompt": "the {history}", "train": [f"{walks}:train"], "limit": 20}
+    targets = ["q_proj"]
+    config["arms"]["lora"]["adapt"]["targets"] = config["adapt"]["targets"] = targets
+    config |= {
+        "model": {"name": home["lm"], "first_block": 1},
+        "recommender": {**config["recommender"], "width": 8, "steps": 20, "batch": 20},
+        "train": {**config["train"], "steps": 2, "warmup": 0},
+        "batch": 4,
+    }
+    return run_config(write(tmp_path_factory.mktemp("folds"), config))
+
+
+def test_every_user_is_tested_once_by_trainings_that_did_not_see_it(folds: Path) -> None:
+    job = open_run(folds).job
+    tested: list[set[str]] = []
+    for seed in job.study.seeds:
+        data = job.fold(seed).data
+        users = {
+            part: {row["user"] for sets in named.values() for texts in sets for row in texts.rows}
+            for part, named in data._sets["held-out"].items()
+        }
+        assert len(users["test"]) == 6 and not users["test"] & users["train"] and len(users["train"]) == 24
+        tested.append(users["test"])
+        for arm in job.study.arms:
+            records = next((folds / "arms" / arm).glob(f"*-seed-{seed}/records/*.jsonl"))
+            assert {line["user"] for line in read_lines(records)[1:]} == users["test"]
+        assert data.fitted == "train" and (folds / f"fold-{seed}" / "recommender" / "sasrec.safetensors").exists()
+    assert len(set.union(*tested)) == sum(map(len, tested)) == 30
+
+
+def test_folds_are_one_score_over_all_users(folds: Path) -> None:
+    rows = read_results(folds / "results.jsonl", open_run(folds).hash)
+    assert {(row.n, row.unit, row.seed, row.interval) for row in rows} == {(30, "users", None, "examples")}
+    hits = {row.arm: row for row in rows if row.metric == "HitRatio@1"}
+    assert list(hits) == ["sasrec", "popularity", "recency", "lora", "ilora", "group-gate", "shuffled-user"]
+    for arm, row in hits.items():
+        lines = read_lines(folds / RECORDS / f"{row.stem}.jsonl")
+        assert len({line[EXAMPLE] for line in lines}) == 30, arm
+        assert math.fsum(line["clean"] for line in lines) / 30 == pytest.approx(row.value)
+    assert {row.protocol for row in rows} == {"the next of 4 items, each judged by a question, test rows of 5 folds"}
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"test_share": 0.3}, "a test_share of 1/2, 1/3 and so on, here 'recommendation' and 0.3"),
+    ({"test_share": 0.0}, "rotate needs interactions of users and a test_share"),
+])  # fmt: skip
+def test_shares_that_make_no_folds(home, tmp_path: Path, capsys, changes, words) -> None:
+    task = {**settings(home)["tasks"][0], "rotate": True, "test": [], "validation": [], **changes}
+    assert main(["train", str(write(tmp_path, settings(home, tasks=[task]))), "--out", str(tmp_path), "--quiet"]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_rates_are_not_chosen_on_the_test_users_of_another_fold(home, tmp_path: Path, capsys) -> None:
+    shares = {"rotate": True, "test_share": 0.2, "validation_share": 0.2, "test": [], "validation": []}
+    config = settings(home, tasks=[{**settings(home)["tasks"][0], **shares}], tune={"rates": [1e-3, 1e-2]})
+    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path), "--quiet"]) == 2
+    assert "validation users of one fold of 'ranked' are test users of another" in capsys.readouterr().err
 
 
 def test_processes_that_share_a_run_folder_train_one_recommender(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,16 @@ def written(path: Path, config: dict[str, Any]) -> Path:
     """Write a configuration; return its file."""
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
+
+
+def run_on_two(path: Path) -> tuple[Path, str]:
+    """Run a configuration beside its file under torchrun with two processes; return the run folder and what was printed."""
+    out = path.parent / "runs"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "vismt.cli", "run", str(path), "--out", str(out)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return next(out.iterdir()), process.stdout
 
 
 def run_config(path: Path, *words: str) -> Path:

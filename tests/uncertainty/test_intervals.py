@@ -94,6 +94,16 @@ def test_the_average_over_trainings_is_example_by_example():
     assert averaged([replace(first, scale="number"), second]).interval()[1] == pytest.approx(0.75 + half, abs=1e-3)
 
 
+def test_folds_are_joined_and_their_scores_are_no_spread_of_trainings():
+    first = Measure("accuracy", {"a": 1.0, "b": 0.0}, counts=True, chance=0.1)
+    second = Measure("accuracy", {"c": 1.0, "d": 1.0}, counts=True, chance=0.1)
+    joined = averaged([first, second])
+    assert joined.values == {"a": 1.0, "b": 0.0, "c": 1.0, "d": 1.0} and joined.covers == "examples"
+    assert joined.interval() == wilson(3, 4)
+    twice = averaged([first, second, replace(first, values={"a": 0.0, "b": 0.0})])
+    assert twice.values == {"a": 0.5, "b": 0.0, "c": 1.0, "d": 1.0} and not twice.counts
+
+
 def test_equal_seeds_have_the_interval_of_the_examples():
     first = Measure("NLL", {"a": 1.0, "b": 2.0, "c": 4.0}, "number", "lower")
     assert averaged([first, first, first]).interval() == pytest.approx(first.interval())

@@ -235,8 +235,14 @@ class EvaluationJob(ABC, Generic[Config]):
         groups: dict[int | None, dict[str, Sequence[Score]]]
         groups = {None: {arm: mean_scores(by_seed.values()) for arm, by_seed in scores.items()}}
         trained = {arm: by_seed for arm, by_seed in scores.items() if arm not in self.references}
+        sizes = {(arm, of.key): len(of.measure.values) for arm, means in groups[None].items() for of in means}
         for seed in self.study.seeds if len(self.study.seeds) > 1 else ():
-            groups[seed] = {arm: by_seed[seed] for arm, by_seed in trained.items() if seed in by_seed}
+            groups[seed] = {
+                # The score of a fold is on other examples than that of another, and no repetition of it.
+                arm: [of for of in by_seed[seed] if sizes.get((arm, of.key), 0) <= len(of.measure.values)]
+                for arm, by_seed in trained.items()
+                if seed in by_seed
+            }
         derived = {seed: self.derived(by_arm) for seed, by_arm in groups.items()}
         if not all(derived.values()):
             derived = {}  # a score that lacks one of its seeds cannot be compared by seed

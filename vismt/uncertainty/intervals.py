@@ -359,12 +359,19 @@ class Measure:
 def averaged(measures: Sequence[Measure]) -> Measure:
     """Return the mean of one measure over several trainings, example by example, with the interval of `over_seeds`.
 
-    The interval over the examples alone is that of the mean values; for a measure with bounds it has their mean width.
+    The interval over the examples alone is that of the mean values; for a measure with bounds it has their mean width. Trainings
+    with examples of their own, as folds have them, are joined: scores of different examples say nothing of the trainings' spread.
     """
     first, n = measures[0], len(measures)
     if n == 1:
         return first
-    values = {name: math.fsum(measure.values[name] for measure in measures) / n for name in first.values}
+    found: dict[str, list[float]] = {}
+    for measure in measures:
+        for name, value in measure.values.items():
+            found.setdefault(name, []).append(value)
+    values = {name: math.fsum(by_training) / len(by_training) for name, by_training in found.items()}
+    if len(values) > len(first.values):
+        return replace(first, values=values, counts=first.counts and set(values.values()) <= {0.0, 1.0}, bounds=None)
     mean = replace(first, values=values, counts=False, bounds=None)
     if first.bounds is not None:
         half = math.fsum(high - low for low, high in (measure.interval() for measure in measures)) / n / 2

@@ -33,12 +33,13 @@ WHOLE = ("saved", "stock", "shared")  # roles of tensors that do not belong to o
 class ModuleFacts:
     """An adapted module.
 
-    path: of the module in the model. key: as the file spells it, without the prefix. tensors: by role. rank: of the tensors.
-    declared, scale: rank and factor of the update by the settings; None where there are none.
+    path: of the module in the model. key: as the file spells it, without the prefix. named: as the settings name it. tensors: by
+    role. rank: of the tensors. declared, scale: rank and factor of the update by the settings; None where there are none.
     """
 
     path: str
     key: str
+    named: str
     tensors: dict[str, Stored] = field(default_factory=dict)
     rank: int | None = None
     declared: int | None = None
@@ -143,7 +144,7 @@ def _json(facts: Facts, name: str) -> dict[str, Any]:
         return {}
     if isinstance(content, dict):
         return content
-    facts.reasons.append(f"'{name}' holds a {type(content).__name__}, no settings")
+    facts.reasons.append(f"'{name}' holds a {type(content).__name__} in place of settings")
     return {}
 
 
@@ -172,8 +173,8 @@ def _read_peft(facts: Facts) -> None:
             parts.setdefault(tensor.path, {})[tensor.name if tensor.role == "tuner" else tensor.role] = tensor
     for key, tensors in sorted(parts.items()):
         path, named = stock_path(key, parts.keys())
-        facts.modules[path] = ModuleFacts(path, key, tensors)
-        _scale_of_peft(facts.settings, facts.modules[path], named)
+        facts.modules[path] = ModuleFacts(path, key, named, tensors)
+        _scale_of_peft(facts.settings, facts.modules[path])
 
 
 def _read_settings(facts: Facts) -> None:
@@ -187,14 +188,18 @@ def _read_settings(facts: Facts) -> None:
         facts.reasons.append(f"peft_type is {facts.config.get('peft_type')!r}; known tuners: {known}")
 
 
-def _scale_of_peft(settings: PeftSettings | None, module: ModuleFacts, named: str) -> None:
+def _scale_of_peft(settings: PeftSettings | None, module: ModuleFacts) -> None:
     factor = module.tensors.get("A") or module.tensors.get("embedding_A")
     stacked = settings is not None and names_stack(settings.target_parameters or [], module.key)
-    if factor is not None and factor.shape and not (stacked and settings is not None and not settings.names(named)):
+    if (
+        factor is not None
+        and factor.shape
+        and not (stacked and settings is not None and not settings.names(module.named))
+    ):
         module.rank = factor.shape[0]  # of experts in one parameter, whose number the file does not hold, it is e r
     if settings is not None:
-        module.declared, scale = settings.scale(named)
-        module.scale = scale * (1 if named == module.path else added(module.path, settings.peft_version))
+        module.declared, scale = settings.scale(module.named)
+        module.scale = scale * (1 if module.named == module.path else added(module.path, settings.peft_version))
 
 
 def _read_vismt(facts: Facts) -> None:
@@ -213,7 +218,7 @@ def _read_vismt(facts: Facts) -> None:
         path, _, leaf = name.rpartition(".")
         role = "saved" if name in trained else leaf.removeprefix("lora_") if path in facts.specs else "other"
         facts.tensors[name] = replace(stored, path=name if role == "saved" else path, role=role)
-    facts.modules = {spec.path: ModuleFacts(spec.path, spec.path) for spec in specs if spec.has_weight}
+    facts.modules = {spec.path: ModuleFacts(spec.path, spec.path, spec.path) for spec in specs if spec.has_weight}
     for tensor in facts.tensors.values():
         if tensor.role != "saved" and tensor.path in facts.modules:
             facts.modules[tensor.path].tensors[tensor.role] = tensor

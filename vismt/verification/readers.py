@@ -6,15 +6,15 @@ The rules are a table (rules.py) that was run with, or read from, the versions b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vismt.base.errors import require_known
-from vismt.verification.facts import Facts, ModuleFacts
+from vismt.verification.facts import Facts
 from vismt.verification.located import Located
-from vismt.verification.rules import PLAIN, Case, Met, met_rules, of_modules
+from vismt.verification.rules import Case, Met, met_rules, of_modules
 from vismt.verification.verdict import Finding, Level
 
 # The worst effect on a tensor counts.
@@ -23,10 +23,6 @@ EFFECTS = ("used", "note", "scaled", "misread", "ignored", "refused")
 VERSIONS = {"peft": "0.21.2", "transformers": "5.24.0", "vllm": "2026-09", "llama.cpp": "2026", "timm": "1.0.31"}
 NAMES = {"vllm": "vLLM"}
 RUN = ("peft", "transformers", "timm")
-SCALES = {
-    "vllm": "it reads no rank_pattern and alpha_pattern",
-    "llama.cpp": "it divides lora_alpha by the rank, and reads no use_rslora and alpha_pattern",
-}
 GROUPS = dict.fromkeys(("A", "B", "C", "A0", "B0", "tuner", "shared"), "factors")
 GROUPS |= {"embedding_A": "embeddings", "embedding_B": "embeddings", "magnitude": "magnitudes"}
 GROUPS |= {"bias": "biases", "saved": "parameters", "": "weights"}
@@ -139,27 +135,22 @@ def _reading(reader: str, case: Case, met: Sequence[Met]) -> Reading:
     groups = {name: GROUPS.get(tensor.role, "others") for name, tensor in facts.tensors.items()}
     effects, remarks, lacking = dict.fromkeys(groups, "used"), [], set[str]()
 
-    def remark(effect: str, names: Collection[str], why: str, fix: str) -> None:
+    for one in met:
+        effect = one.rule.effects.get(reader)
+        if effect is None:
+            continue
         kind = effect.removesuffix("?")
         places = {
             (groups.get(name, "no tensors"), facts.tensors[name].path if name in facts.tensors else name)
-            for name in names
+            for name in one.names
         }
         found = Counter(group for group, _ in places)
-        remarks.append(Remark(kind, why, fix, effect != kind, dict(found)))
-        for name in names:
+        remarks.append(Remark(kind, one.why, one.rule.fix, effect != kind, dict(found)))
+        for name in one.names:
             if name in groups:
                 effects[name] = max(effects[name], kind, key=EFFECTS.index)
             elif facts.is_adapter and groups:
                 lacking.add(name)
-
-    for one in met:
-        if reader in one.rule.effects:
-            remark(one.rule.effects[reader], one.names, one.why, one.rule.fix)
-    scaled = _factors(reader, case)
-    if scaled:
-        factors = ", ".join(f"×{factor}" for factor in sorted(set(scaled.values())))
-        remark("scaled", of_modules(facts.modules[path] for path in scaled), f"{SCALES[reader]}: {factors}", PLAIN)
     units = list(facts.modules.values()) if facts.is_adapter else []
     applied = sum(all(effects[name] in ("used", "note") for name in of_modules([module])) for module in units)
     total = len(units) + len(lacking)
@@ -170,29 +161,6 @@ def _reading(reader: str, case: Case, met: Sequence[Met]) -> Reading:
         table.setdefault(group, Counter())[effects[name]] += 1
     counts = {group: dict(counter) for group, counter in table.items()}
     return Reading(reader, _source(reader), applied, total, counts, tuple(remarks))
-
-
-def _factors(reader: str, case: Case) -> dict[str, str]:
-    """Return by how much a reader scales an update otherwise than the settings, in three digits, by path of the module."""
-    own = {
-        module.path: (_own_scale(reader, case.facts, module), module.scale) for module in case.facts.modules.values()
-    }
-    return {
-        path: f"{one / scale:.3g}"
-        for path, (one, scale) in own.items()
-        if one and scale and abs(one / scale - 1) > 1e-6
-    }
-
-
-def _own_scale(reader: str, facts: Facts, module: ModuleFacts) -> float | None:
-    """Return the factor of an update where a reader computes its own; a zero lora_alpha has a rule."""
-    settings = facts.settings
-    if settings is None or reader not in SCALES or not settings.lora_alpha:
-        return None
-    if reader == "vllm":
-        return settings.lora_alpha / (settings.r**0.5 if settings.use_rslora else settings.r)
-    B = module.tensors.get("B") or module.tensors.get("embedding_B")
-    return settings.lora_alpha / B.shape[1] if B is not None and len(B.shape) > 1 and B.shape[1] else None
 
 
 def _source(reader: str) -> str:

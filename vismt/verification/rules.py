@@ -5,7 +5,8 @@ the tensors. A "?" marks what was reported or follows from a reader's source and
 
 refused    the reader raises an error
 ignored    the tensors change nothing
-misread    they are applied to another weight, with another factor, or without what belongs to them
+misread    they are applied to another weight, or without what belongs to them
+scaled     the update is applied with another factor than the settings give
 note       they are used, under the condition that the fix names
 """
 
@@ -16,10 +17,11 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import Any
 
-from vismt.lowrank.files.peft_layouts import names_stack, stock_path
-from vismt.lowrank.files.peft_settings import texts
+from vismt.lowrank.files.peft_layouts import names_stack
+from vismt.lowrank.files.peft_settings import PeftSettings, texts
 from vismt.verification.facts import PREFIX, TABLES, TENSORS, Facts, ModuleFacts
 from vismt.verification.located import Located, shape_of, unheld
 from vismt.verification.stored import Stored
@@ -30,6 +32,11 @@ OF_PEFT_MODELS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFI
 OF_PEFT_MODELS |= {"CARTRIDGE", "SHADOW", "VERA", "PVERA", "VBLORA", "TINYLORA", "UNILORA", "FROD"}
 # transformers leaves the name of the bare model out, or adds it inside a class with a head.
 BARE = {f"without '{name}.'" for name in ("model", "transformer", "base_model", "vit", "bert", "gpt_neox")}
+# The factor of the update by readers that compute their own from the settings and the rank of the file.
+SCALES: dict[str, Callable[[PeftSettings, int], float]] = {
+    "vllm": lambda settings, rank: settings.lora_alpha / (settings.r**0.5 if settings.use_rslora else settings.r),
+    "llama.cpp": lambda settings, rank: settings.lora_alpha / rank,
+}
 # Whether the folder meets it, or the names of the tensors that do, or paths of modules that the file lacks.
 Condition = Callable[["Case"], "bool | Collection[str]"]
 
@@ -38,8 +45,8 @@ Condition = Callable[["Case"], "bool | Collection[str]"]
 class Rule:
     """A condition and what it means.
 
-    why: in words; {case}, {module}, the first that meets it, and the shapes of its {update} and {weight} are filled in. effects:
-    by reader. code, level: of the finding; without a code there is none.
+    why: in words; {case}, {module}, the first that meets it, the shapes of its {update} and {weight}, and {factors} are filled
+    in. effects: by reader. code, level: of the finding; without a code there is none.
     """
 
     when: Condition
@@ -75,8 +82,16 @@ class Case:
         return str(parent).startswith("timm") or any("architecture" in config for config in self.configs)
 
     @cached_property
-    def keys(self) -> set[str]:
-        return {module.key for module in self.facts.modules.values()}
+    def factors(self) -> dict[str, dict[str, str]]:
+        """Return by how much a reader scales updates otherwise than the settings do, by reader and path of the module."""
+        found: dict[str, dict[str, str]] = {reader: {} for reader in SCALES}
+        for reader, module in product(SCALES, self.facts.modules.values()):
+            settings = self.facts.settings
+            if settings and settings.lora_alpha and module.scale and module.rank:  # a zero lora_alpha has a rule
+                ratio = SCALES[reader](settings, module.rank) / module.scale
+                if abs(ratio - 1) > 1e-6:
+                    found[reader][module.path] = f"×{ratio:.3g}"
+        return found
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,9 @@ def met_rules(case: Case) -> Iterable[Met]:
             first = next((module for module in facts.modules.values() if set(of_modules([module])) & set(names)), None)
             update = first and shape_of(first)
             weight = first and case.base and case.base.shape(first.path)
-            yield Met(rule, list(names), rule.why.format(case=case, module=first, update=update, weight=weight), False)
+            factors = {reader: ", ".join(sorted(set(found.values()))) for reader, found in case.factors.items()}
+            why = rule.why.format(case=case, module=first, update=update, weight=weight, factors=factors)
+            yield Met(rule, list(names), why, False)
 
 
 def findings(case: Case) -> Iterable[Finding]:
@@ -131,6 +148,10 @@ def _tensors(test: Callable[[Case, Stored], object]) -> Condition:
 def _modules(test: Callable[[Case, ModuleFacts], object]) -> Condition:
     """Return a condition of adapted modules."""
     return lambda case: of_modules(module for module in case.facts.modules.values() if test(case, module))
+
+
+def _scaled(reader: str) -> Condition:
+    return _modules(lambda case, module: module.path in case.factors[reader])
 
 
 def _setting(*keys: str) -> Condition:
@@ -200,7 +221,7 @@ def _absent(case: Case, module: ModuleFacts) -> bool:
 def _outside(case: Case, module: ModuleFacts) -> bool:
     """Return whether the settings do not name a module."""
     settings = case.facts.settings
-    if settings is None or settings.names(stock_path(module.key, case.keys)[1]) or _old(case, module):
+    if settings is None or settings.names(module.named) or _old(case, module):
         return False
     return not names_stack(settings.target_parameters or [], module.key)
 
@@ -409,6 +430,9 @@ RULES = (
     Rule(_modules(lambda case, module: case.base and case.base.facts.model_config.get("tie_word_embeddings")
                   and module.path.rpartition(".")[2] == "lm_head"),
          "the head is the embedding table of the base", {"llama.cpp": "refused"}, MERGE),
+    Rule(_scaled("vllm"), "it reads no rank_pattern and alpha_pattern: {factors[vllm]}", {"vllm": "scaled"}, PLAIN),
+    Rule(_scaled("llama.cpp"), "it divides lora_alpha by the rank and reads no use_rslora or alpha_pattern: {factors[llama.cpp]}",
+         {"llama.cpp": "scaled"}, PLAIN),
     # checkpoints
     Rule(lambda case: case.facts.kind == "checkpoint",
          "it is a whole checkpoint", {"peft": "refused"}, "load it with the library of its model"),

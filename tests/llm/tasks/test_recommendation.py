@@ -15,7 +15,7 @@ from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.data.texts.interactions import Catalogue
-from vismt.llm.ilora.hybrid import random_gates
+from vismt.llm.ilora.hybrid import GROUPS, random_gates
 from vismt.llm.ilora.method import gate_of, gate_part
 from vismt.llm.ilora.recommenders import NextItem, SASRec, padded
 from vismt.llm.net import LmNet
@@ -316,6 +316,31 @@ def test_controls_do_not_depend_on_the_user():
     assert gate_part(tiny_lm()) is None and small_hybrid().gates(tiny_lm(), batch) is None
 
 
+def test_gates_of_a_group_follow_the_users_and_not_the_row():
+    others = small_hybrid().recommender(torch.tensor([[a, b, -1] for a in range(4, 7) for b in range(8)]))
+    net = gated(gate=None, gates="group", others=others)
+    batch = gather(encoded(task(), [([a, b], 5) for a in range(4) for b in range(6, 12)]))
+    gates = net.head.gates(net.lm, batch)
+    assert torch.equal(gates, net.head.gates(net.lm, {**batch, "key": batch["key"].flip(0)}))
+    assert torch.equal(net.head.gates(net.lm, {**batch, "history": batch["history"].flip(0)}), gates.flip(0))
+    users = net.head.recommender(batch["history"])
+    nearest = [min(range(GROUPS), key=lambda g: float((user - others[g]).norm())) for user in users]
+    groups = {group: gate for group, gate in zip(nearest, gates)}
+    assert all(torch.equal(groups[group], gate) for group, gate in zip(nearest, gates))
+    assert 1 < len({tuple(gate.tolist()) for gate in gates}) == len(groups) < len(gates)
+
+
+def test_a_prompt_of_the_last_items_leaves_the_gates_the_history():
+    words = tokenizer()
+    (whole,), (cut,), (short,) = (encoded(task(**of), ROWS[:1]) for of in ({}, {"shown": 1}, {"history": 1}))
+    assert words.decode(cut.pieces[0].ids) == words.decode(short.pieces[0].ids) != words.decode(whole.pieces[0].ids)
+    assert next(n for n in cut.hybrid.pieces[0].items if n >= 0) == ROWS[0][0][-1]
+    assert cut.listed.history == whole.listed.history == ROWS[0][0] and short.listed.history == ROWS[0][0][-1:]
+    for shown in (0, 4):
+        with pytest.raises(UserError, match=f"shown {shown} of a history of 3; needed 1 to 3, or null for all"):
+            task(shown=shown)
+
+
 def test_sasrec_sees_the_past_alone_and_padding_changes_nothing():
     net = SASRec(12, 6, width=8, blocks=2, heads=2, seed=3).eval()
     history = torch.tensor([[3, 1, 4, -1, -1]])
@@ -410,5 +435,6 @@ def test_rows_that_do_not_fit():
         SASRec(12, 3, width=8, heads=3)
     with pytest.raises(UserError, match=r"gates: 'shuffled'. Near: 'shuffled-user'"):
         small_hybrid(gates="shuffled")
-    with pytest.raises(UserError, match="needs the representations of other users"):
-        small_hybrid(gates="shuffled-user")
+    for gates in ("shuffled-user", "group"):
+        with pytest.raises(UserError, match=f"'{gates}' needs the representations of other users"):
+            small_hybrid(gates=gates)

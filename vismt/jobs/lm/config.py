@@ -62,6 +62,9 @@ class LmTaskConfig(PartsConfig):
         prompt: template of the prompt.
         chat: whether the prompt is the user's turn in the chat template of the model, and the answer the assistant's.
         options: further arguments of the kind.
+        rotate: of sets of interactions: the training of seed s is tested on the s-th share of the users in place of the last, so
+            that seeds 0 to 1 / test_share - 1 are folds that test every user once. Their score is one over all users, with an
+            interval over users alone.
     """
 
     name: str = ""
@@ -69,6 +72,12 @@ class LmTaskConfig(PartsConfig):
     prompt: str = ""
     chat: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    rotate: bool = False
+
+    @property
+    def folds(self) -> int:
+        """The number of folds; 1 where every training is tested on the same rows."""
+        return round(1 / self.test_share) if self.rotate else 1
 
 
 @dataclass
@@ -209,7 +218,8 @@ class LmConfig(StudyConfig):
         calibration: texts that a method computes options from before the training; null for none.
         recommender: the recommender that gives item and user vectors; null for the default settings.
         gates: input of the gates of ilora in a recommendation: user, the recommender's representation of the history; text,
-            the titles of the history; or as controls random and shuffled-user.
+            the titles of the history; or as controls random, group (drawn for each of a few groups of users) and
+            shuffled-user.
         projector: from item vectors to the LM, mlp or linear.
         evaluate: the evaluation.
     """

@@ -17,6 +17,7 @@ from vismt.jobs.lm.config import (
     trained_task,
 )
 from vismt.jobs.task_sections import check_tasks
+from vismt.llm.ilora.hybrid import DRAWN
 from vismt.methods import needs
 
 
@@ -65,6 +66,13 @@ def _check_task(section: LmTaskConfig) -> None:
         raise UserError(
             f"tasks: {section.name}: it has no training set to take a share of; name the sets in test and validation."
         )
+    if section.rotate and (
+        section.kind != KIND or not section.test_share or abs(section.folds * section.test_share - 1) > 1e-6
+    ):
+        raise UserError(
+            f"tasks: {section.name}: rotate needs interactions of users and a test_share of 1/2, 1/3 and so on, here "
+            f"'{section.kind}' and {section.test_share:g}."
+        )
     if task.head and not section.train:
         raise UserError(
             f"tasks: {section.name}: '{section.kind}' needs a trained head; name sets to train on, or take 'answers'."
@@ -79,6 +87,10 @@ def _check_trained_task(config: LmConfig) -> None:
         )
     evaluate = config.evaluate
     validates = config.tune is not None or evaluate.temperature or evaluate.laplace or evaluate.risk
+    if trained.rotate and config.tune is not None:
+        raise UserError(
+            f"tune: validation users of one fold of '{trained.name}' are test users of another; leave tune or rotate out."
+        )
     if validates and not (trained.validation or trained.validation_share):
         raise UserError(
             f"tasks: {trained.name}: nothing to validate on; name a set in validation, or give validation_share."
@@ -149,7 +161,8 @@ def _check_gated_method(config: LmConfig) -> None:
         raise UserError(
             f"gates: '{config.gates}', and '{method}' has no gates; set adapt.method to one with gates, or gates to user."
         )
-    if gated and random_gates != (config.gates == "random"):
+    if gated and random_gates != (config.gates in DRAWN):
         raise UserError(
-            "gates: adapt.options.gate is null where gates are random, and else a gate network; change one of them."
+            f"gates: adapt.options.gate is null where gates are {' or '.join(DRAWN)}, and else a gate network; change one of "
+            "them."
         )

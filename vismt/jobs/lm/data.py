@@ -31,11 +31,14 @@ if TYPE_CHECKING:
 class LmData:
     """The rows of all tasks as tokens, the same for every arm. The constructor opens all sets; rows are encoded on first use.
 
+    fold: that is tested, of a task whose shares rotate.
+
     Raises UserError for a card that does not exist or has no texts, and for rows that do not fit the task.
     """
 
-    def __init__(self, config: LmConfig, tokenizer: Any) -> None:
+    def __init__(self, config: LmConfig, tokenizer: Any, fold: int = 0) -> None:
         self.config = config
+        self.fold = fold
         self.tokenizer = tokenizer
         self.tasks: dict[str, LmTask] = {task.name: task_of(task) for task in config.tasks}
         self.trained = trained_task(config).name
@@ -210,7 +213,11 @@ class LmData:
         parts: dict[str, dict[str, list[TextSet]]] = {"train": {}, "validation": {}, "test": {}}
         for name in task.train:
             texts = self._open(name)
-            divided = _divided(texts, split_shares, name, self.tasks[task.name]) if split_shares else {"train": texts}
+            divided = {"train": texts}
+            if task.rotate:
+                divided = _rotated(texts, split_shares, name, task.folds, self.fold)
+            elif split_shares:
+                divided = _divided(texts, split_shares, name, self.tasks[task.name])
             for part, rows in divided.items():
                 parts[part].setdefault(joined, []).append(rows)
         for part in ("validation", "test"):
@@ -251,6 +258,18 @@ def _divided(texts: TextSet, split_shares: Mapping[str, float], name: str, task:
         labels = torch.tensor(numbered(classes), dtype=torch.int64)
         parts = divide(labels, split_shares, name, classes=list(dict.fromkeys(classes)))
     return {part: texts.take(index.tolist()) for part, index in parts.items()}
+
+
+def _rotated(texts: TextSet, split_shares: Mapping[str, float], name: str, folds: int, fold: int) -> dict[str, TextSet]:
+    """Return the parts of a set of interactions with one of equal runs of users as the test, and the others divided as ever."""
+    users = torch.tensor(cast("InteractionSet", texts).users)
+    count = int(users.max()) + 1
+    tested = torch.arange(count) * folds // count == fold
+    test, others = tested.nonzero().flatten(), (~tested).nonzero().flatten()
+    rest = {part: share * count / len(others) for part, share in split_shares.items() if part != "test"}
+    divided = divide(torch.zeros_like(others), rest, name) if rest else {"train": torch.arange(len(others))}
+    parts = {"test": test, **{part: others[places] for part, places in divided.items()}}
+    return {part: texts.take(torch.isin(users, chosen).nonzero().flatten().tolist()) for part, chosen in parts.items()}
 
 
 def _cross_fit(parts: dict[str, dict[str, list[TextSet]]]) -> None:

@@ -21,7 +21,7 @@ from vismt.base.errors import UserError
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
-from vismt.jobs.lm.config import FROZEN, RECOMMENDERS, REFERENCES, LmConfig
+from vismt.jobs.lm.config import FROZEN, RECOMMENDERS, REFERENCES, LmConfig, trained_task
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
@@ -62,6 +62,7 @@ class Evaluation:
     def scores(self, training: Training, split: str) -> list[Score]:
         """Return every measure of a training or reference on every set of a split."""
         scores = []
+        folds = trained_task(self.config).folds
         for task_name, name in self._sets(training, split):
             task = self.data.tasks[task_name]
             risk = self.config.evaluate.risk and task_name == self.data.trained and split != "validation"
@@ -75,6 +76,8 @@ class Evaluation:
                 for measure in measures:
                     users = len(measure.values) < len(records)  # and not rows, which are several of a user
                     rows = f"{len(records):,} {split} rows" if users else f"{split} rows{counted}"
+                    if folds > 1:  # which have other numbers of rows, and one score
+                        rows = f"{split} rows of {folds} folds"
                     unit = "users" if users else "rows"
                     scores.append(Score(task_name, name, f"{task.about}, {rows}", measure, condition, unit))
         return scores

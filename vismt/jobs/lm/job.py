@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,6 +49,15 @@ from vismt.storage.files import atomic_write
 PREDICTED = "predictions.jsonl"
 
 
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """The rows of a fold, with the recommender and the evaluation of the trainings that it is the test of."""
+
+    data: LmData
+    recommender: Recommender | None
+    evaluation: Evaluation
+
+
 class LmJob(TrainingJob[LmConfig, LmNet]):
     """A causal LM, with a head on the last token where the trained task has one."""
 
@@ -70,6 +79,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             references += [RECOMMENDER, *dict.fromkeys(baselines)]
         self.references = references
         self._calibrated: dict[str, Any] = {}
+        self._fold: Fold | None = None
 
     def trained_on(self, config: LmConfig) -> str:
         return ", ".join(trained_task(config).train)
@@ -79,21 +89,34 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         """The LM that all nets of this run share."""
         return LmModels(self.config, lambda: self.recommender)
 
-    @cached_property
+    def fold(self, seed: int) -> Fold:
+        """Return the fold that trainings of a seed are tested on, the only one where the shares do not rotate."""
+        folds = trained_task(self.config).folds
+        number = seed % folds
+        if self._fold is None or self._fold.data.fold != number:  # one at a time: each holds the states of its rows
+            data = LmData(self.config, self.models.tokenizer, number)
+            folder = self.folder if folds == 1 else self.folder / f"fold-{number}"
+            recommender = Recommender(self.config, folder, self.hash, data) if recommends(self.config) else None
+            self._fold = Fold(data, recommender, Evaluation(self.config, self.study, data, self.models, recommender))
+        return self._fold
+
+    @property
     def data(self) -> LmData:
-        """The rows of all tasks."""
-        return LmData(self.config, self.models.tokenizer)
+        """The rows of all tasks, of the fold in use."""
+        return (self._fold or self.fold(self.study.seeds[0])).data
 
-    @cached_property
+    @property
     def recommender(self) -> Recommender:
-        """The recommender that all arms share."""
-        return Recommender(self.config, self.folder, self.hash, self.data)
+        """The recommender that all arms share, of the fold in use."""
+        found = (self._fold or self.fold(self.study.seeds[0])).recommender
+        assert found is not None, "the trained task is not a recommendation"
+        return found
 
-    @cached_property
-    def evaluation(self) -> Evaluation:
-        """The evaluation of this folder's trainings."""
-        recommender = self.recommender if recommends(self.config) else None
-        return Evaluation(self.config, self.study, self.data, self.models, recommender)
+    def trainings(self, arm: str) -> list[Training]:
+        found = super().trainings(arm)
+        if arm not in self.references or trained_task(self.config).folds == 1:
+            return found
+        return [replace(found[0], seed=seed, folder=found[0].folder / f"seed-{seed}") for seed in self.study.seeds]
 
     @property
     def predict_options(self) -> set[str]:  # type: ignore[override]  # the other jobs have a constant
@@ -122,7 +145,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         return self.models.stock()
 
     def fresh(self, config: LmConfig) -> LmNet:
-        return self.models.fresh(config, self.data)
+        return self.models.fresh(config, self.fold(config.seed).data)
 
     def heads(self, net: LmNet) -> nn.Module:
         return net.head.projector if isinstance(net.head, Hybrid) else net.head
@@ -176,7 +199,8 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         return AlternatingObjective(net, self.data.classes, **asdict(config.head.alternate))
 
     def batches(self, config: LmConfig) -> ItemBatches:
-        task = self.data.tasks[self.data.trained]
+        data = self.fold(config.seed).data
+        task = data.tasks[data.trained]
         processes = runtime.processes().num_processes
         if processes > 1 and isinstance(task, Recommendation) and task.items and task.curriculum:
             raise UserError(
@@ -189,7 +213,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
                 "the joint update, or run one process."
             )
         total = config.training.steps * config.training.accumulate * processes
-        return ItemBatches(self.data.training(), config.batch, task, total, seed=config.seed)
+        return ItemBatches(data.training(), config.batch, task, total, seed=config.seed)
 
     def save(self, net: LmNet, config: LmConfig, folder: Path) -> None:
         lm_models.save_head(net, folder)
@@ -200,23 +224,24 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         if attacks:
             raise UserError("attack: attacks are on images; a language-model run has none. Leave it out.")
-        return self.evaluation.scores(training, split)
+        return self.fold(training.seed).evaluation.scores(training, split)
 
     def validate(self, training: Training) -> float:
-        return self.evaluation.quality(training)
+        return self.fold(training.seed).evaluation.quality(training)
 
     def temperature(self, training: Training) -> float | None:
         if not (self.config.evaluate.temperature and self.data.tasks[self.data.trained].head):
             return None
-        return self.evaluation.temperature(training)
+        return self.fold(training.seed).evaluation.temperature(training)
 
     def check_merge(self, training: Training) -> None:
         """Compare the unmerged LM with a merged copy, since all nets share the LM; write merge.json, unless it exists."""
         if ranks.on_first((training.folder / training_files.MERGE).exists):
             return
-        net = self.evaluation.net(training)
+        evaluation = self.fold(training.seed).evaluation
+        net = evaluation.net(training)
         if training_files.needs_merge_check(net.stock, training):
-            self.write_merge_check(training, self.evaluation.outputs(net))
+            self.write_merge_check(training, evaluation.outputs(net))
 
     def sections(self, results: Sequence[Result]) -> list[Section]:
         return sections(self.folder, self.config, self.study, results)
@@ -237,13 +262,14 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         sets = [open_texts(path) for path in inputs]
         rows = [(f"{texts.name}:{name}", row) for texts in sets for name, row in zip(texts.ids, texts.rows)]
         items = [task.ask(name, row, self.models.tokenizer) for name, row in rows]
-        quantile = self.evaluation.thresholds(training).quantile if self.config.evaluate.risk else None
-        net, step = self.evaluation.net(training), self.config.evaluate.batch
+        evaluation = self.fold(training.seed).evaluation
+        quantile = evaluation.thresholds(training).quantile if self.config.evaluate.risk else None
+        net, step = evaluation.net(training), self.config.evaluate.batch
         found: list[Row] = []
         for start in console.track(range(0, len(items), step), "predict", str(training), -(-len(items) // step)):
             part = [row for _, row in rows[start : start + step]]
             how = Writing(options.new_tokens, options.temperature, mix_seed(options.seed, "batch", start))
-            batch = self.evaluation.batch(items[start : start + step], net)
+            batch = evaluation.batch(items[start : start + step], net)
             with torch.no_grad():
                 replies = task.reply(net, batch, part, self.models.tokenizer, how)
             for row, reply in zip(part, replies):

@@ -30,7 +30,7 @@ from vismt.data.batching import Passes
 from vismt.engine import loop, runtime, training_files
 from vismt.jobs.lm.config import GRU, RECOMMENDER, LmConfig, LmRecommenderConfig, recommendation_of, trained_task
 from vismt.jobs.lm.data import LmData
-from vismt.llm.ilora.hybrid import Hybrid
+from vismt.llm.ilora.hybrid import WITH_OTHERS, Hybrid
 from vismt.llm.ilora.recommenders import (
     GRU4Rec,
     ItemRecommender,
@@ -99,7 +99,7 @@ class Recommender:
         width: of the LM's hidden states. texts: vectors of the titles, for gates of them.
         """
         vectors = recommendation_of(trained_task(self.config)).items
-        others = self._others() if config.gates == "shuffled-user" else None
+        others = self._others() if config.gates in WITH_OTHERS else None
         width_shown = width if vectors else None
         return Hybrid(copy.deepcopy(self.net), width_shown, config.gates, others, texts, config.projector, config.seed)
 

@@ -6,7 +6,9 @@
 The recommender stays in evaluation mode when the surrounding net trains; in the released code it is a submodule that trains
 with dropout. With "text" gates, user = the mean over the history of vectors of the titles. Two controls measure whether gates
 depend on the user: "random" draws the gates of each row from the simplex, and "shuffled-user" passes another user, of the
-training rows, to the gate network. Both are functions of the name of the row.
+training rows, to the gate network. Both are functions of the name of the row. "group" draws the gates once for
+each of GROUPS groups, the users nearest to one of as many users of training rows: similar users share an adapter, and no gate
+network chose it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.base import answer_tokens
 from vismt.lowrank.layers.gates import instance_gates
 
-GATES = ("user", "text", "random", "shuffled-user")
+GATES = ("user", "text", "random", "group", "shuffled-user")
+DRAWN = ("random", "group")  # without a gate network
+WITH_OTHERS = ("group", "shuffled-user")
+GROUPS = 16
 PROJECTORS = ("mlp", "linear")
 
 
@@ -35,14 +40,15 @@ class Hybrid(nn.Module):
     Args:
         recommender: is frozen in place.
         width: hidden width of the LM; None for an LM that reads titles alone.
-        gates: "user", "text", "random" or "shuffled-user", see the module's docstring.
-        others: representations (n, d) of other users, for "shuffled-user".
+        gates: one of GATES, see the module's docstring.
+        others: representations (n, d) of users of training rows, for "shuffled-user" and "group".
         texts: vectors (items, d) of the titles, for "text".
         projector: "mlp" (LLaRA's) or "linear".
         seed: of the projector.
 
     Raises:
-        UserError: an unknown value of `gates`, "shuffled-user" without other users, or "text" without vectors of titles.
+        UserError: an unknown value of `gates`, "shuffled-user" or "group" without other users, or "text" without vectors of
+            titles.
     """
 
     def __init__(
@@ -69,8 +75,8 @@ class Hybrid(nn.Module):
             else:
                 self.projector = nn.Sequential(nn.Linear(inner, width), nn.GELU(), nn.Linear(width, width))
         self.register_buffer("others", others if others is not None else torch.empty(0, inner))
-        if gates == "shuffled-user" and not len(self.others):
-            raise UserError("gates: 'shuffled-user' needs the representations of other users.")
+        if gates in WITH_OTHERS and not len(self.others):
+            raise UserError(f"gates: '{gates}' needs the representations of other users.")
         if gates == "text" and texts is None:
             raise UserError("gates: 'text' needs vectors of the titles.")
         self.texts: Tensor | None
@@ -101,6 +107,9 @@ class Hybrid(nn.Module):
             return None
         if self.condition == "random":
             return random_gates(batch["key"], part.rank_groups)
+        if self.condition == "group":
+            nearest = torch.cdist(self.recommender(batch["history"]), self.others[:GROUPS]).argmin(1)
+            return random_gates(nearest, part.rank_groups)
         if self.condition == "shuffled-user":
             return part(self.others[batch["key"] % len(self.others)])
         if self.texts is not None:

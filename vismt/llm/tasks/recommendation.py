@@ -67,6 +67,7 @@ class Recommendation(LmTask):
         negatives: of "judge": number of wrong candidates of a row in training.
         candidates: number of candidates.
         history: number of last items in the prompt and for the recommender.
+        shown: of them, the number of last items in the prompt, where the gates are to know more than the prompt; null for all.
         items: whether item vectors follow the titles, in place of the token `slot`.
         titles: whether hybrid prompts have titles beside the item vectors.
         sample: "rows", or "users": a batch draws users and a row of each, and a limit on the rows keeps as many of each.
@@ -92,6 +93,7 @@ class Recommendation(LmTask):
         negatives: int = 7,
         candidates: int = 20,
         history: int = 10,
+        shown: int | None = None,
         items: bool = True,
         titles: bool = True,
         sample: str = "rows",
@@ -113,6 +115,8 @@ class Recommendation(LmTask):
                 f"tasks: candidates {candidates}, history {history}, new_tokens {new_tokens}, curriculum {curriculum:g}; "
                 "needed 2, 1 and 1 at least, and a share in [0, 1]."
             )
+        if shown is not None and not 1 <= shown <= history:
+            raise UserError(f"tasks: shown {shown} of a history of {history}; needed 1 to {history}, or null for all.")
         if answer == "judge" and not 1 <= negatives < candidates:
             raise UserError(f"tasks: negatives {negatives} of {candidates} candidates; needed 1 to {candidates - 1}.")
         if question and answer != "judge":
@@ -124,6 +128,7 @@ class Recommendation(LmTask):
         self.negatives = negatives
         self.candidates = candidates
         self.history = history
+        self.shown_items = history if shown is None else shown
         self.items = items
         self.titles = titles
         self.by_user = sample == "users"
@@ -159,7 +164,7 @@ class Recommendation(LmTask):
 
         def item(hybrid: bool) -> Item:
             shown = None if hybrid and not self.titles else titles
-            lists = {"history": history, "candidates": candidates}
+            lists = {"history": history[-self.shown_items :], "candidates": candidates}
             ids, items = self.item_prompt.tokens(tokenizer, lists, shown, hybrid)
             answer_items = None
             if self.question is None:

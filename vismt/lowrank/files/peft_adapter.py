@@ -39,6 +39,7 @@ from vismt.storage.files import read_tensors
 from vismt.storage.paths import regular_file
 
 TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
+AGAIN, BASE = "save the adapter again", "load the base it was trained on"
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,17 @@ class PeftAdapter:
         refuse_passed_by(self.what, dict(model.named_modules()), saved)
         for path in sorted(saved - named):
             if path not in known:
-                raise UserError(f"{self.what}: {type(model).__name__} has no linear or convolution '{path}'.")
-            raise UserError(f"{self.what}: the file holds factors of '{path}', which the settings do not name.")
+                raise UserError(
+                    f"{self.what}: no linear or convolution '{path}' in this {type(model).__name__}; {BASE}."
+                )
+            raise UserError(
+                f"{self.what}: the file holds factors of '{path}', which the settings do not name; name it in target_modules."
+            )
         for path in sorted(named - saved):
             more = f" ({len(named - saved)} such modules)" if len(named - saved) > 1 else ""
-            raise UserError(f"{self.what}: the settings name '{path}', but the file holds no factors of it{more}.")
+            raise UserError(
+                f"{self.what}: the settings name '{path}', but the file holds no factors of it{more}; {AGAIN}."
+            )
 
     def kept(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the whole parameters of the file under the names that the model has for them."""
@@ -97,14 +104,16 @@ class PeftAdapter:
             sharing.setdefault(id(parameter), []).append(name)
         for name in sorted(promised - set(self.extras)):
             why = f"bias '{self.settings.bias}', modules_to_save {self.settings.modules_to_save}"
-            raise UserError(f"{self.what}: '{name}' is missing, which the settings say the file holds ({why}).")
+            raise UserError(f"{self.what}: '{name}' is missing, which the settings promise ({why}); {AGAIN}.")
         kept: dict[str, Tensor] = {}
         for name, value in self.extras.items():
             if name not in tensors:
-                raise UserError(f"{self.what}: '{PREFIX}{name}' belongs to no parameter of {type(model).__name__}.")
+                raise UserError(
+                    f"{self.what}: '{PREFIX}{name}' belongs to no parameter of {type(model).__name__}; {BASE}."
+                )
             if value.shape != tensors[name].shape:
                 raise UserError(
-                    f"{self.what}: {name}: saved {tuple(value.shape)}, needed {tuple(tensors[name].shape)}."
+                    f"{self.what}: {name}: saved {tuple(value.shape)}, needed {tuple(tensors[name].shape)}; {BASE}."
                 )
             check_parameter(f"{self.what}: {name}", value, tensors[name])
             names = sharing.get(id(tensors[name]), [])
@@ -113,8 +122,7 @@ class PeftAdapter:
                 same = torch.equal(saved, present.to(saved.dtype)) or torch.equal(saved.to(present.dtype), present)
                 if not same:  # nor one a cast of the other
                     raise UserError(
-                        f"{self.what}: the file holds other values of '{name}', which the settings do not name; load the base it "
-                        "was trained on."
+                        f"{self.what}: the file holds other values of '{name}', which the settings do not name; {BASE}."
                     )
                 continue
             # peft trains a copy of one of two tied weights, which unties them.
@@ -146,7 +154,7 @@ def read_peft(folder: Path) -> PeftAdapter:
     what = f"peft adapter '{folder}'"
     config = read_json(folder / CONFIG, what)
     if not isinstance(config, dict):
-        raise UserError(f"{what}: {CONFIG} holds no settings.")
+        raise UserError(f"{what}: {CONFIG} does not hold an object with settings; {AGAIN}.")
     settings = read_settings(what, config)
     pairs, extras = _sort(what, _load(folder, what))
     for name, value in extras.items():
@@ -181,9 +189,9 @@ def read_legacy(path: Path, what: str) -> dict[str, Tensor]:
                 raise ValueError("its parts are compressed, which torch never does")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
-        raise UserError(f"{what}: '{path}' is damaged ({type(error).__name__}).") from error
+        raise UserError(f"{what}: '{path}' is damaged ({type(error).__name__}); {AGAIN}.") from error
     if not isinstance(content, dict) or not all(_plain(key, value) for key, value in content.items()):
-        raise UserError(f"{what}: '{path}' is not a mapping of plain tensors by name, as peft writes it.")
+        raise UserError(f"{what}: '{path}' is not a mapping of plain tensors by name, as peft writes it; {AGAIN}.")
     return content
 
 
@@ -233,12 +241,12 @@ def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str,
         elif role == "saved" and adapter in ("", "default"):
             extras[path] = value
         elif role != "stock":
-            raise UserError(f"{what}: '{key}' belongs to a variant that is not a plain LoRA.")
+            raise UserError(f"{what}: '{key}' belongs to a variant that is not a plain LoRA; merge it with peft.")
     for path, pair in pairs.items():
         if len(pair) != 2:
-            raise UserError(f"{what}: '{path}' has lora_{next(iter(pair))} but not its partner.")
+            raise UserError(f"{what}: '{path}' has lora_{next(iter(pair))} but not its partner; {AGAIN}.")
     if not pairs:
-        raise UserError(f"{what}: it holds no lora_A and lora_B.")
+        raise UserError(f"{what}: it holds no lora_A and lora_B; {AGAIN}.")
     return pairs, extras
 
 
@@ -270,7 +278,8 @@ def stacks_on(adapter: PeftAdapter, model: nn.Module) -> dict[str, tuple[LowRank
     if set(keys.values()) != set(adapter.stacks):
         differing = min(set(keys.values()) ^ set(adapter.stacks))
         raise UserError(
-            f"{what}: the factors at '{differing}' are not those of the parameters that {wanted} name in {type(model).__name__}."
+            f"{what}: the factors at '{differing}' are not those of the parameters that {wanted} name in this "
+            f"{type(model).__name__}; {BASE}."
         )
     return {path: _stack(adapter, path, module_at(model, path), adapter.stacks[key]) for path, key in keys.items()}
 
@@ -280,7 +289,7 @@ def _stack(
 ) -> tuple[LowRankSettings, Tensor, Tensor]:
     if not isinstance(module, ParameterModule) or module.weight.ndim != 3:
         raise UserError(
-            f"{adapter.what}: '{path}' does not hold experts in three dimensions, and can be no target here."
+            f"{adapter.what}: '{path}' does not hold experts in three dimensions, so it cannot be a target; merge it with peft."
         )
     rank, scale = adapter.settings.scale(path)
     count, (rows, columns) = module.weight.shape[0], module.matrix(module.weight).shape
