@@ -321,7 +321,7 @@ def test_intervals_are_over_users(judged: Path) -> None:
 
 def test_every_baseline_answers_by_its_own_scores(judged: Path) -> None:
     job = open_run(judged).job
-    recommender, items = job.recommender, job.data.rows("ranked", "test", job.data.names("ranked", "test")[0])
+    recommender, items = job.recommender_of(0), job.data.rows("ranked", "test", job.data.names("ranked", "test")[0])
     targets = [target for _, target in job.data.interactions("sasrec")]
     for item, record in zip(items, recommender.records("popularity", items)):
         counts = torch.tensor([targets.count(number) + 1.0 for number in item.listed.candidates])

@@ -77,7 +77,7 @@ def test_the_tables_have_the_rules_and_the_best_experts(tmp_path: Path) -> None:
     assert (data, condition, n) == ("digits", "clean", "4")
     assert gain.startswith(f"{100 * float((found.halves - found.fixed).mean()):+.1f} [".replace("-", "−"))
     assert bracket == f"[{100 * float(found.folds.mean()):.1f}, {100 * float(found.optimistic.mean()):.1f}]"
-    assert spread.startswith("not resolved, at most ") and "does" not in spread and "luck" in meaning
+    assert spread.startswith("not resolved, at most ") and "does" not in spread and "chance in the support" in meaning
     # The best expert on validation is that of the file, not of the test episodes.
     (tmp_path / "pool" / "seed-3").mkdir(parents=True)
     (tmp_path / "pool" / "seed-3" / "validation.json").write_text(sealed({"all": {"a": 0.4, "b": 0.5}}))

@@ -185,6 +185,7 @@ CONDITIONS = {
     "saved head": Condition(unchanged, *NO, SAVED),
     "saved head not in the file": Condition(without("lm_head"), "refused", "differs", SAVED),
     "saved head not in the settings": Condition(setting(modules_to_save=None), *NO, SAVED),
+    "saved block": Condition(unchanged, *NO, {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}),
     "saved norm": Condition(unchanged, "refused", "differs", {"modules_to_save": ["norm"]}),
     "PiSSA": Condition(unchanged, "differs", "differs", PISSA),
     "OLoRA": Condition(unchanged, "differs", "differs", {"init_lora_weights": "olora"}),

@@ -31,7 +31,7 @@ class RetainConfig:
     """
 
     ELSEWHERE: ClassVar[dict[str, str]] = dict.fromkeys(
-        EARLIER_RETAIN, "It was an option of an earlier version; take a form of EMTAL's paper or of its code."
+        EARLIER_RETAIN, "It was an option of vismt's own; take a form of EMTAL's paper or of its code."
     )
 
     temperature: float = 2.0

@@ -42,6 +42,7 @@ class LmData:
         self.tokenizer = tokenizer
         self.tasks: dict[str, LmTask] = {task.name: task_of(task) for task in config.tasks}
         self.trained = trained_task(config).name
+        self.folds = trained_task(config).folds
         cross_fits = config.recommender is not None and config.recommender.cross_fit
         self.fitted = RECOMMENDER if cross_fits else "train"  # the part that the recommender is fitted to
         self._sections = {task.name: task for task in config.tasks}
@@ -196,7 +197,11 @@ class LmData:
         tokens = sum(len(ids) for ids, _ in texts)
         lm = lm_of(net)
         size = tokens * int(lm.config.hidden_size) * lm.dtype.itemsize
-        if not net.first or not missing or (self._cached_bytes + size) > self.config.model.cache_mb * 2**20:
+        if (
+            not net.first
+            or not missing
+            or (self._cached_bytes + size) > self.config.model.cache_mb * 2**20 / self.folds
+        ):
             return
         self._cached_bytes += size
         console.stage(

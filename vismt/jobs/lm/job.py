@@ -80,7 +80,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             references += [RECOMMENDER, *dict.fromkeys(baselines)]
         self.references = references
         self._calibrated: dict[str, Any] = {}
-        self._fold: Fold | None = None
+        self._folds: dict[int, Fold] = {}
 
     def trained_on(self, config: LmConfig) -> str:
         return ", ".join(trained_task(config).train)
@@ -88,28 +88,28 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
     @cached_property
     def models(self) -> LmModels:
         """The LM that all nets of this run share."""
-        return LmModels(self.config, lambda: self.recommender)
+        return LmModels(self.config, self.recommender_of)
 
     def fold(self, seed: int) -> Fold:
         """Return the fold that trainings of a seed are tested on, the only one where the shares do not rotate."""
         folds = trained_task(self.config).folds
         number = seed % folds
-        if self._fold is None or self._fold.data.fold != number:  # one at a time: each holds the states of its rows
+        if number not in self._folds:
             data = LmData(self.config, self.models.tokenizer, number)
             folder = self.folder if folds == 1 else self.folder / f"fold-{number}"
             recommender = Recommender(self.config, folder, self.hash, data) if recommends(self.config) else None
-            self._fold = Fold(data, recommender, Evaluation(self.config, self.study, data, self.models, recommender))
-        return self._fold
+            evaluation = Evaluation(self.config, self.study, data, self.models, recommender)
+            self._folds[number] = Fold(data, recommender, evaluation)
+        return self._folds[number]
 
     @property
     def data(self) -> LmData:
-        """The rows of all tasks, of the fold in use."""
-        return (self._fold or self.fold(self.study.seeds[0])).data
+        """The rows of all tasks, of the first seed's fold."""
+        return self.fold(self.study.seeds[0]).data
 
-    @property
-    def recommender(self) -> Recommender:
-        """The recommender that all arms share, of the fold in use."""
-        found = (self._fold or self.fold(self.study.seeds[0])).recommender
+    def recommender_of(self, seed: int) -> Recommender:
+        """Return the recommender that all arms share."""
+        found = self.fold(seed).recommender
         assert found is not None, "the trained task is not a recommendation"
         return found
 
@@ -194,10 +194,11 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
 
     def objective(self, config: LmConfig, net: LmNet, balanced: Sequence[Tensor]) -> LmObjective:
         net.to(runtime.net_device())
-        self.data.cache(self.data.forms(), net, "training rows")
+        data = self.fold(config.seed).data
+        data.cache(data.forms(), net, "training rows")
         if config.head.alternate is None:
-            return LmObjective(net, self.data.tasks[self.data.trained])
-        return AlternatingObjective(net, self.data.classes, **asdict(config.head.alternate))
+            return LmObjective(net, data.tasks[data.trained])
+        return AlternatingObjective(net, data.classes, **asdict(config.head.alternate))
 
     def batches(self, config: LmConfig) -> ItemBatches:
         data = self.fold(config.seed).data

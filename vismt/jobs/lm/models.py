@@ -41,10 +41,10 @@ HEAD = "head.safetensors"
 class LmModels:
     """The LM of a run and its tokenizer. A net is valid until the next one is made: all share the LM.
 
-    recommender: returns the recommender of the run; called where the trained task is a recommendation.
+    recommender: returns that of a fold; called where the trained task is a recommendation.
     """
 
-    def __init__(self, config: LmConfig, recommender: Callable[[], Recommender]) -> None:
+    def __init__(self, config: LmConfig, recommender: Callable[[int], Recommender]) -> None:
         self.config = config
         self._recommender = recommender
         self.generation = 0  # number of nets made so far
@@ -102,7 +102,7 @@ class LmModels:
         if isinstance(task, Recommendation):
             titles = data.catalogue.titles
             texts = title_vectors(lm, self.tokenizer, titles) if config.gates == "text" else None
-            net.head = self._recommender().head(self.width, config, texts)
+            net.head = self._recommender(data.fold).head(self.width, config, texts)
         return net
 
     def untrained(self, data: LmData) -> LmNet:
