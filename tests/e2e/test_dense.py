@@ -427,9 +427,32 @@ def test_the_same_command_again_trains_and_evaluates_nothing(study: Path, monkey
 
     monkeypatch.setattr(loop, "train", None)
     monkeypatch.setattr(dense_evaluation, "PooledScore", None)
+    monkeypatch.setattr(DenseJob, "loaded", None)  # no net, as merge.json is there
     before = (study / "results.jsonl").read_text()
     assert main(["run", str(study.parent.parent / "rooms.yaml"), "--out", str(study.parent), "--quiet"]) == 0
     assert (study / "results.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("adapter/adapter-*.safetensors", "adapter"),
+        ("heads.safetensors", "was changed after the training"),
+        ("done.json", "the training is not finished"),
+    ],
+)
+def test_a_changed_training_is_refused_although_its_scores_are_on_record(
+    study: Path, tmp_path: Path, capsys, pattern: str, words: str
+) -> None:
+    folder = shutil.copytree(study, tmp_path / study.name)
+    path = next(folder.glob(f"arms/emtal/*/{pattern}"))
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if path.suffix != ".json":
+        content[-1] ^= 1
+        path.write_bytes(content)
+    assert main(["evaluate", str(folder), "--quiet"]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -62,15 +62,18 @@ def has_adapter(training: Training) -> bool:
     return (training.folder / ADAPTER).is_dir()
 
 
-def restore(model: nn.Module, training: Training) -> str:
-    """Load the adapter into an untrained model; return the training's name in messages.
-
-    Raises UserError for an unfinished training.
-    """
+def check_finished(training: Training) -> str:
+    """Return a training's name in messages. Raises UserError for an unfinished training and for one with changed files."""
     what = f"run '{training.folder}'"
     if read_done(training) is None:
         raise UserError(f"{what}: the training is not finished; `vismt train` goes on with it.")
     check_files(training.folder)
+    return what
+
+
+def restore(model: nn.Module, training: Training) -> str:
+    """Load the adapter into an untrained model; return the training's name in messages. Errors as of `check_finished`."""
+    what = check_finished(training)
     if has_adapter(training):
         load_adapter(model, training.folder / ADAPTER)
     return what
@@ -82,9 +85,9 @@ def fold(model: nn.Module, training: Training) -> None:
         merge(model)
 
 
-def needs_merge_check(model: nn.Module, training: Training) -> bool:
-    """Return whether there is an adapter that can be merged, and no merge.json yet."""
-    return has_adapter(training) and is_mergeable(model) and not (training.folder / MERGE).exists()
+def needs_merge_check(training: Training) -> bool:
+    """Return whether there is an adapter, which may be one that can be merged, and no merge.json yet."""
+    return has_adapter(training) and not (training.folder / MERGE).exists()
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:

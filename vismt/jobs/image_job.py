@@ -9,7 +9,9 @@ from typing import Generic
 
 from torch import Tensor, nn
 
+from vismt.backbones.vit import Backbone
 from vismt.engine.study import Training
+from vismt.engine.training_files import ADAPTER, has_adapter
 from vismt.jobs.training_job import Config, Net, TrainingJob
 from vismt.multitask.emtal.router_maps import has_routers, router_maps
 from vismt.multitask.objectives import TaskObjective
@@ -60,8 +62,11 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
     def write_router_maps(self, net: Callable[[Training], nn.Module], images: Callable[[], Tensor]) -> None:
         """Write the router maps of every arm whose net has routers. net: of a training, not merged. images: those to map."""
         for arm in self.study.arms:
-            trained = net(self.study.trainings(arm)[0])
-            if has_routers(trained):
+            training = self.study.trainings(arm)[0]
+            if not has_adapter(training) or not has_routers(training.folder / ADAPTER):
+                continue
+            trained = net(training)
+            if isinstance(trained.backbone, Backbone):  # one grid of patches
                 shown = images()
                 arrays = {"images": to_bytes(shown), **router_maps(trained, shown)}
                 write_panel(self.folder / ROUTERS / f"{arm}.npz", "routers", arrays)

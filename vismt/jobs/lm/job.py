@@ -40,6 +40,7 @@ from vismt.llm.tasks.base import LmObjective, Writing
 from vismt.llm.tasks.causal import Causal
 from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.recommendation import Recommendation
+from vismt.lowrank.model.modules import is_mergeable
 from vismt.methods import METHODS
 from vismt.report.results import Result, Score
 from vismt.report.tables import Section
@@ -237,11 +238,11 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
 
     def check_merge(self, training: Training) -> None:
         """Compare the unmerged LM with a merged copy, since all nets share the LM; write merge.json, unless it exists."""
-        if ranks.on_first((training.folder / training_files.MERGE).exists):
+        if not ranks.on_first(lambda: training_files.needs_merge_check(training)):
             return
         evaluation = self.fold(training.seed).evaluation
         net = evaluation.net(training)
-        if training_files.needs_merge_check(net.stock, training):
+        if is_mergeable(net.stock):
             self.write_merge_check(training, evaluation.outputs(net))
 
     def sections(self, results: Sequence[Result]) -> list[Section]:

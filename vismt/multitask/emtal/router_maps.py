@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.lowrank.contexts import evaluating
+from vismt.lowrank.files.description import read_description
 from vismt.lowrank.layers.base import adapter_modules
 from vismt.multitask.emtal.ffn import MoEfiedMlp
 from vismt.multitask.emtal.routing import expert_weights
@@ -21,10 +22,9 @@ from vismt.multitask.emtal.routing import expert_weights
 MAPPED_BLOCKS = 3
 
 
-def has_routers(net: nn.Module) -> bool:
-    """Return whether a net has routers on one grid of patches, as in a ViT."""
-    routed = any(isinstance(part, MoEfiedMlp) for part in adapter_modules(net).values())
-    return routed and isinstance(net.backbone, Backbone)
+def has_routers(adapter: Path) -> bool:
+    """Return whether the adapter in a folder has routers."""
+    return any(issubclass(spec.layer, MoEfiedMlp) for spec in read_description(adapter)[1])
 
 
 def router_maps(net: Any, images: Tensor) -> dict[str, np.ndarray]:
