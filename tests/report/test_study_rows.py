@@ -62,7 +62,9 @@ def test_trainings_of_a_difference_are_paired_by_seed_and_of_an_average_are_mean
     assert difference.interval == "examples+seeds"
     rows = [row for row in study.rows if row.seed is None or row.arm != "frozen"]  # a reference, which is not trained
     by_seed = replace(study, rows=rows).trainings(difference)
-    assert by_seed[1] - by_seed[0] == pytest.approx(0.1) and sum(by_seed.values()) / 2 == pytest.approx(difference.value)
+    assert by_seed[1] - by_seed[0] == pytest.approx(0.1) and sum(by_seed.values()) / 2 == pytest.approx(
+        difference.value
+    )
 
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
