@@ -32,17 +32,18 @@ TYPED = {
     "docs/results/forgetting.md": 2,
     "docs/results/ilora_lastfm.md": 3,
     "docs/results/in_place.md": 2,
-    "docs/results/robustness.md": 6,
+    "docs/results/robustness.md": 4,
     "docs/results/sentiment.md": 3,
     "docs/results/seven_scenes.md": 2,
-    "docs/results/rows/tables.yaml": 7,
+    "docs/results/rows/tables.yaml": 5,
 }
-PICTURES = {"amt_small", "camvid", "ilora_lastfm"}  # whose rows were not kept
+PICTURES = {"camvid", "ilora_lastfm"}  # whose rows were not kept
 LOOSE = {
     "docs/results/emtal_small.md": 1,
     "docs/results/forgetting.md": 1,
     "docs/results/ilora_lastfm.md": 10,
-    "docs/results/robustness.md": 2,
+    "docs/results/robustness.md": 1,
+    "docs/runs.md": 1,
 }
 
 
@@ -94,11 +95,11 @@ def test_an_interval_in_a_text_is_that_of_a_table_or_of_a_row() -> None:
     for page in RESULTS:
         known |= {plain(found) for table in TABLE.findall(unmarked(page)) for found in INTERVAL.findall(table[0])}
     loose = {}
-    for page in [*RESULTS, README, *CONFIGS]:
+    for page in [*(page for page in PAGES if page.stem != "paper_scale"), *CONFIGS]:
         text = unmarked(page)
         if page in CONFIGS:
             text = "\n".join(line[1:] for line in text.splitlines() if line.startswith("#"))
-        elif page != README:
+        elif page in RESULTS:
             text = TABLE.sub("", text)
         missing = [found for found in INTERVAL.findall(" ".join(text.split())) if plain(found) not in known]
         loose |= {name(page): len(missing)} if missing else {}

@@ -60,6 +60,11 @@ def test_trainings_of_a_difference_are_paired_by_seed_and_of_an_average_are_mean
     difference = number(study, data="average", arm="adapted", minus="frozen")
     assert study.trainings(difference) == pytest.approx({0: 0.3, 1: 0.2})
     assert difference.interval == "examples+seeds"
+    rows = [row for row in study.rows if row.seed is None or row.arm != "frozen"]  # a reference, which is not trained
+    by_seed = replace(study, rows=rows).trainings(difference)
+    assert by_seed[1] - by_seed[0] == pytest.approx(0.1) and sum(by_seed.values()) / 2 == pytest.approx(
+        difference.value
+    )
 
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def _bars(axes: Axes, chosen: Mapping[str, Comparison], colors: Mapping[str, str
     axes.set_yticklabels([short(name, 28) for name in names], fontsize=9, color=INK)
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(length=0)
-    if AVERAGE in names:
+    if AVERAGE in names[1:]:
         axes.axhline(names.index(AVERAGE) - 0.5, color=MUTED, linewidth=0.8)
     level = _chance(next(iter(chosen.values())))
     if level is not None:
@@ -116,7 +116,9 @@ def _bars(axes: Axes, chosen: Mapping[str, Comparison], colors: Mapping[str, str
 
 def _heading(axes: Axes, chosen: Mapping[str, Comparison], condition: str) -> None:
     row = next(iter(chosen.values())).row
-    counts = sorted({cell.n for name, c in chosen.items() if name != AVERAGE for cell in c.cells.values()})
+    counts = sorted(
+        {cell.n for name, c in chosen.items() if name != AVERAGE or len(chosen) == 1 for cell in c.cells.values()}
+    )
     several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     share = ", per cent" if row.scale == SHARE else ""
     title = condition[:1].upper() + condition[1:]

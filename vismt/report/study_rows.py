@@ -116,10 +116,13 @@ class StudyRows:
         return rows[0]
 
     def trainings(self, row: StudyRow) -> dict[int, float]:
-        """Return a number by training seed; {} where the arm, or either of two, has one training."""
-        first, second = (self._trainings(row, arm) for arm in (row.arm, row.minus or row.arm))
-        if not row.minus:
+        """Return a number by training seed; {} where the arm, or each of two, has one training."""
+        first = self._trainings(row, row.arm)
+        if not row.minus or not first:
             return first
+        # The value of a reference, which has no trainings, is the same for every seed.
+        reference = sum(first.values()) / len(first) - row.value
+        second = self._trainings(row, row.minus) or dict.fromkeys(first, reference)
         return {seed: first[seed] - second[seed] for seed in first if seed in second}
 
     def _trainings(self, row: StudyRow, arm: str) -> dict[int, float]:
