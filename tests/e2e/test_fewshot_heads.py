@@ -14,7 +14,6 @@ import torch
 import yaml
 from helpers.results import scores_of
 
-from vismt.backbones import timm_models
 from vismt.backbones.assets import list_assets, load_asset_card
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -83,7 +82,7 @@ def configuration(**changes: Any) -> FewShotConfig:
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], None]:
     """A hub that does not answer; call it to let the hub answer with random weights."""
-    create = timm_models.timm.create_model
+    create = timm.create_model
     answers = []
 
     def asked(name: str, pretrained: bool = False, **options: Any) -> torch.nn.Module:
@@ -93,7 +92,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Non
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(timm_models.timm, "create_model", asked)
+    monkeypatch.setattr(timm, "create_model", asked)
     return lambda: answers.append(True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,8 +50,8 @@ def test_every_entry_of_a_docstring_is_a_key(job: str) -> None:
         hints = reference.typing.get_type_hints(cls, include_extras=True)
         sections = [section for hint in hints.values() if (section := reference._section(hint))]
         classes += [section for section in sections if section not in seen]
-        text = (cls.__doc__ or "").partition("Args:")[2]
-        entries = {line.split(":")[0].strip() for line in text.splitlines() if reference.ENTRY.match(line[4:])}
+        text = inspect.cleandoc(cls.__doc__ or "").partition("Args:")[2]
+        entries = {line.split(":")[0].strip() for line in text.splitlines() if reference.ENTRY.match(line)}
         assert entries <= reference.meanings(cls).keys(), cls
 
 

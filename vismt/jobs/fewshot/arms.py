@@ -19,7 +19,7 @@ from vismt.jobs.fewshot.config import (
 )
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec, PlannedExpert, level_text, plan_experts
 from vismt.metatune.amt.objective import AdversaryForm
-from vismt.metatune.amt.selection_rules import COMBINED
+from vismt.metatune.amt.selection_rules import ALIASES, COMBINED
 from vismt.robustness.attacks.attacks import radius_text
 
 # What a model that is made of a pool is, by its strategy.
@@ -95,9 +95,10 @@ def strategy_of(config: FewShotConfig, stem: str) -> str:
     """Return the strategy of `MergeSettings` of a model that is merged from the pool, by its name without a head."""
     if stem.startswith(EXPERT):
         return "expert"
+    rule = stem.removeprefix(f"{MERGED}:")
     if stem in (MERGED, DEFAULT) and config.pool is not None:
-        return config.pool.select
-    return stem.removeprefix(f"{MERGED}:")
+        rule = config.pool.select
+    return ALIASES.get(rule, rule)
 
 
 def trained_on(config: FewShotConfig) -> str:

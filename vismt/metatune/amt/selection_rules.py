@@ -223,8 +223,9 @@ def ridge(task: SupportTask, settings: MergeSettings) -> Tensor:
 Rule = Callable[[SupportTask, "MergeSettings"], Tensor]
 RULES: dict[str, Rule] = {"paper": paper, "min_ce": min_ce, "robust_loo": robust_loo, "ridge": ridge}
 COMBINED = tuple(rule for rule in CORE_RULES if rule != "regmean")  # of `combine`, for all tasks; regmean needs inputs
-SELECT = (*RULES, "average", *COMBINED)  # strategies of the model "merged"
-STRATEGIES = (*SELECT, "logits", "expert")
+STRATEGIES = (*RULES, "average", *COMBINED, "logits", "expert")
+ALIASES = {"merge": "paper", "uniform": "average"}  # earlier names, which run folders have
+SELECT = (*RULES, "average", "uniform", *COMBINED)  # strategies of the model "merged", as configurations name them
 
 
 def _attacked_cosines(task: SupportTask, index: int, epsilon: float) -> Tensor:
@@ -286,6 +287,7 @@ class MergeSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "strategy", ALIASES.get(self.strategy, self.strategy))
         if self.strategy not in STRATEGIES:
             raise UserError(f"merging.strategy: '{self.strategy}'.{near(self.strategy, STRATEGIES)}")
         if self.shares and not abs(sum(self.shares.values()) - 1) < 1e-6:
