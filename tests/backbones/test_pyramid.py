@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import pyramids  # noqa: F401  registers test_swin
+from helpers import pyramids  # noqa: F401  registers tiny_swin
 from helpers.tiny import shake
 from timm.models import metaformer
 from torch import Tensor, nn
@@ -111,19 +111,19 @@ def test_batch_norm_keeps_its_statistics_in_training() -> None:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (80, "img_size 80 x 80 does not fit the stages of test_hiera: use 64 x 64 or 96 x 96"),
-        ((64, 48), r"64 x 48 does not fit the stages of test_hiera: use 64 x 32 or 64 x 64\.$"),
-        (20, r"20 x 20 does not fit the stages of test_hiera: use 32 x 32\.$"),
+        (80, "img_size 80 x 80 does not fit the stages of tiny_hiera: use 64 x 64 or 96 x 96"),
+        ((64, 48), r"64 x 48 does not fit the stages of tiny_hiera: use 64 x 32 or 64 x 64\.$"),
+        (20, r"20 x 20 does not fit the stages of tiny_hiera: use 32 x 32\.$"),
     ],
 )
 def test_a_size_that_no_stage_divides(size: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        create("test_hiera", size)
+        create("tiny_hiera", size)
     assert "\n" not in str(caught.value)
 
 
 def test_sizes_of_any_shape() -> None:
-    for name, size in (("test_resnet", (40, 72)), ("test_swin", (32, 72))):
+    for name, size in (("test_resnet", (40, 72)), ("tiny_swin", (32, 72))):
         backbone = create(name, size)
         assert backbone.img_size == size and backbone(pixels(*size)).shape == (2, backbone.width)
         with pytest.raises(UserError, match=rf"needed \(b, 3, {size[0]}, {size[1]}\)"):
@@ -132,7 +132,7 @@ def test_sizes_of_any_shape() -> None:
 
 @torch.no_grad()
 def test_windows_keep_their_size_when_the_images_change() -> None:
-    small, large = create("test_swin", 64, seed=3).eval(), create("test_swin", (96, 128), seed=3).eval()
+    small, large = create("tiny_swin", 64, seed=3).eval(), create("tiny_swin", (96, 128), seed=3).eval()
     small.set_input_size((96, 128))
     images = pixels(96, 128)
     torch.testing.assert_close(small(images), large(images), atol=1e-6, rtol=0)

@@ -68,6 +68,9 @@ def numeric_tables(text: str) -> list[tuple[str, str]]:
 
 def test_tables_are_those_of_the_committed_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
+    assert tables.specs().keys() <= {
+        found[2] for page in tables.pages() for found in tables.MARKED.finditer(read(page))
+    }
 
 
 def test_pictures_are_those_of_the_committed_rows(capsys: pytest.CaptureFixture[str]) -> None:

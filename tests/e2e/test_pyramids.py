@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import pyramids  # noqa: F401  registers test_swin
+from helpers import pyramids  # noqa: F401  registers tiny_swin
 from helpers.pages import ROOT
 from helpers.results import scores_of
 from helpers.tiny_runs import CONFIGS, run_config, written
@@ -29,7 +29,7 @@ from vismt.report.routers import ROUTERS
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
-MODELS = {"test_swin": None, "test_convnext": None, "test_resnet": "all-conv"}
+MODELS = {"tiny_swin": None, "test_convnext": None, "test_resnet": "all-conv"}
 MOST = 1e-4  # difference of outputs, as a share of the largest
 
 
@@ -94,8 +94,8 @@ def test_dense(name: str, tmp_path: Path) -> None:
 
 def test_a_whole_canvas_keeps_the_windows(tmp_path: Path) -> None:
     """A net that was trained on 64 x 64 pixels predicts 64 x 96 at once as one that was created for them."""
-    model = {"name": "test_swin", "pretrained": False}
-    settings = config("dense", "test_swin", model=model, size=[64, 64], tasks=["depth"], evaluate={"mode": "whole"})
+    model = {"name": "tiny_swin", "pretrained": False}
+    settings = config("dense", "tiny_swin", model=model, size=[64, 64], tasks=["depth"], evaluate={"mode": "whole"})
     run = open_run(run_config(written(tmp_path / "run.yaml", {**settings, "canvas": [64, 96]})))
     training = run.job.study.find(None)
     net = run.job.loaded(training)
@@ -107,8 +107,8 @@ def test_a_whole_canvas_keeps_the_windows(tmp_path: Path) -> None:
 
 def test_what_the_stages_do_not_depend_on_stays_frozen(tmp_path: Path) -> None:
     """Several processes wait for the gradient of every trained parameter: here a head and the final norm have none."""
-    model = {"name": "test_swin", "pretrained": False}
-    settings = config("dense", "test_swin", model=model, size=[64, 64], adapt=None, full=True)
+    model = {"name": "tiny_swin", "pretrained": False}
+    settings = config("dense", "tiny_swin", model=model, size=[64, 64], adapt=None, full=True)
     run = open_run(run_config(written(tmp_path / "run.yaml", settings), "train.steps=1"))
     net = models.fresh(run.config)
     DenseJob.prepare(SimpleNamespace(), net, run.config)
@@ -120,7 +120,7 @@ def test_one_frozen_dinov3_serves_all_tasks_in_one_pass(tmp_path: Path) -> None:
     """The shipped configuration on a tiny random DINOv3: heads leave the backbone as it came, and each batch runs it once."""
     settings = yaml.safe_load((ROOT / "configs/dense/dinov3.yaml").read_text())
     settings |= {key: CONFIGS["dense"][key] for key in ("data", "size", "batch", "train", "augment")}
-    settings |= {"model": {"name": "test_dinov3", "pretrained": False}, "tasks": ["depth", "normals"], "tune": None}
+    settings |= {"model": {"name": "tiny_dinov3", "pretrained": False}, "tasks": ["depth", "normals"], "tune": None}
     settings |= {"arms": {"depth": {"only": ["depth"]}, "heads": {"adapt": None}}, "baseline": None, "seeds": [0]}
     run = open_run(run_config(written(tmp_path / "run.yaml", settings)))
     assert {(row["arm"], row["task"]) for row in scores_of(run.folder)} == {
@@ -140,14 +140,14 @@ def test_one_frozen_dinov3_serves_all_tasks_in_one_pass(tmp_path: Path) -> None:
 def test_routers_of_stages_have_no_common_map(tmp_path: Path) -> None:
     adapt = {"method": "emtal", "rank": 2, "options": {"n_experts": 2, "cluster": False}}
     tasks = CONFIGS["multitask"]["tasks"][:1]
-    folder = run_config(written(tmp_path / "run.yaml", config("multitask", "test_swin", adapt=adapt, tasks=tasks)))
+    folder = run_config(written(tmp_path / "run.yaml", config("multitask", "tiny_swin", adapt=adapt, tasks=tasks)))
     assert scores_of(folder) and not (folder / ROUTERS).exists()
 
 
 def test_a_model_without_maps_has_no_dense_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(timm.models.SwinTransformer, "forward_intermediates")
-    settings = SimpleNamespace(model=ModelConfig("test_swin", pretrained=False), seed=0)
-    with pytest.raises(UserError, match="timm's test_swin gives no maps of its stages"):
+    settings = SimpleNamespace(model=ModelConfig("tiny_swin", pretrained=False), seed=0)
+    with pytest.raises(UserError, match="timm's tiny_swin gives no maps of its stages"):
         models.make_backbone(settings, (64, 64))
 
 
@@ -158,21 +158,21 @@ def test_one_line_for_each_limit(tmp_path: Path, capsys: pytest.CaptureFixture[s
             "ResNet has no linear layers outside of its head; give adapt.targets=all-conv",
         ),
         (
-            config("fewshot", "test_swin", model={"name": "test_swin", "block": 1, "pretrained": False}),
+            config("fewshot", "tiny_swin", model={"name": "tiny_swin", "block": 1, "pretrained": False}),
             "for plain ViTs",
         ),
         (
             config(
                 "dense",
-                "test_hiera",
-                model={"name": "test_hiera", "pretrained": False},
+                "tiny_hiera",
+                model={"name": "tiny_hiera", "pretrained": False},
                 size=[32, 32],
                 canvas=[32, 64],
                 evaluate={"mode": "whole"},
             ),
             "leave evaluate.mode at slide",
         ),
-        (config("multitask", "test_hiera", model={"name": "test_hiera", "img_size": 48}), "use 32 x 32 or 64 x 64"),
+        (config("multitask", "tiny_hiera", model={"name": "tiny_hiera", "img_size": 48}), "use 32 x 32 or 64 x 64"),
     ]
     for number, (settings, message) in enumerate(mistakes):
         assert main(["run", str(written(tmp_path / f"{number}.yaml", settings)), "--out", str(tmp_path / "runs")]) != 0

@@ -16,28 +16,25 @@ ABOUT = {
     "first_conv": "patch_embed.proj",
     "classifier": "head.fc",
 }
-default_cfgs = generate_default_cfgs({"test_swin.untrained": ABOUT, "test_hiera.untrained": ABOUT})
+default_cfgs = generate_default_cfgs({"tiny_swin.untrained": ABOUT, "tiny_hiera.untrained": ABOUT})
 
 
 @register_model
-def test_swin(pretrained: bool = False, **options: Any) -> nn.Module:
+def tiny_swin(pretrained: bool = False, **options: Any) -> nn.Module:
     """Return four stages of one or two blocks with windows of 2 x 2 patches, for images of 64 x 64 pixels."""
     shape = {"img_size": 64, "window_size": 2, "embed_dim": 16, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
-    return build_model_with_cfg(SwinTransformer, "test_swin", pretrained, **{**shape, "drop_path_rate": 0.0, **options})
+    return build_model_with_cfg(SwinTransformer, "tiny_swin", pretrained, **{**shape, "drop_path_rate": 0.0, **options})
 
 
 @register_model
-def test_hiera(pretrained: bool = False, **options: Any) -> nn.Module:
+def tiny_hiera(pretrained: bool = False, **options: Any) -> nn.Module:
     """Return four stages of one block, for images of 64 x 64 pixels."""
     shape = {"img_size": 64, "embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1)}
-    return build_model_with_cfg(Hiera, "test_hiera", pretrained, **{**shape, **options})
+    return build_model_with_cfg(Hiera, "tiny_hiera", pretrained, **{**shape, **options})
 
 
 @register_model
-def test_dinov3(pretrained: bool = False, **options: Any) -> nn.Module:
+def tiny_dinov3(pretrained: bool = False, **options: Any) -> nn.Module:
     """Return four blocks of width 48 on patches of 16 x 16 pixels, with four register tokens and rotary positions."""
     shape = {"embed_dim": 48, "depth": 4, "num_heads": 3}
     return timm.create_model("vit_small_patch16_dinov3", pretrained=pretrained, **{**shape, **options})
-
-
-test_swin.__test__ = test_hiera.__test__ = test_dinov3.__test__ = False  # models, not tests

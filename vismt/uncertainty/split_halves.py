@@ -9,7 +9,7 @@ into F folds at random, class by class, and e_f is the best expert on all folds 
 
 The expected score on queries that the choice has not seen is mu_te of the chosen expert, so the first line estimates without
 bias what a choice by (F - 1) / F of the queries is worth; it is at most the mean of max_e mu_te. The second line is biased
-upwards: of experts that are equal it takes the luckiest. Divisions of the same queries are no replications: the uncertainty is
+upwards: of experts that are equal it takes the luckiest. Divisions of the same queries are not replications: the uncertainty is
 that of tasks, or of groups of tasks which share no image (Cawley and Talbot, On Over-fitting in Model Selection, JMLR 11, 2010).
 
 How much do tasks differ in which expert suits them? For the difference d_tq = y_taq - y_tbq of two experts, the means over the

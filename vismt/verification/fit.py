@@ -22,7 +22,7 @@ from torch import Tensor
 from vismt.lowrank.factors import LowRank
 
 CHUNK = 2**18  # elements at a time: copies in other dtypes stay small
-SAMPLE = 2**20  # elements on which factors are told apart
+SAMPLE = 2**20  # elements that distinguish one factor from another
 FEWEST = 32  # elements that an update has to move for a merge to hold it
 BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 Kind = Literal["right", "factor", "other", "unresolved", "none"]

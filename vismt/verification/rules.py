@@ -180,35 +180,9 @@ def _names(pattern: str) -> Condition:
     ]
 
 
-def _vision(case: Case) -> bool:
-    return case.timm or any(
-        "image_size" in made and not {"vocab_size", "text_config"} & made.keys() for made in case.configs
-    )
-
-
-def _beside_a_model(case: Case) -> bool:
-    return (
-        case.facts.is_adapter
-        and "model_type" in case.facts.model_config
-        and any(re.fullmatch(r"(model.*\.safetensors|pytorch_model.*\.bin)", name) for name in case.facts.files)
-    )
-
-
-def _rslora_alpha(case: Case) -> bool:
-    settings = case.facts.settings
-    return settings is not None and bool(settings.use_rslora) and settings.lora_alpha == settings.r > 1
-
-
 # ---- modules
 def _old(case: Case, module: ModuleFacts) -> bool:
     return module.path.endswith(".model")
-
-
-def _renamed(case: Case, module: ModuleFacts) -> bool:
-    """Return whether the base has a module under another path than transformers finds it by."""
-    if case.base is None or not case.base.change or module.path not in case.base.names:
-        return False
-    return not (case.base.change in BARE and case.base.facts.config.get("model_type"))
 
 
 def _absent(case: Case, module: ModuleFacts) -> bool:
@@ -240,10 +214,6 @@ def _transposed(case: Case, module: ModuleFacts) -> bool:
         and all(part is not None and len(part.shape) == 2 for part in pair)
         and pair[0].shape[1] == module.declared  # type: ignore[union-attr]
     )
-
-
-def _misfits(case: Case, module: ModuleFacts) -> bool:
-    return case.base is not None and case.base.misfits(module) and ".experts" not in module.path
 
 
 def _no_target(case: Case) -> bool:
@@ -340,10 +310,13 @@ RULES = (
          {"transformers": "refused"}, "load it with peft.PeftModel"),
     Rule(lambda case: case.facts.kind == "peft" and case.timm, "models of timm have no load_adapter",
          {"transformers": "refused"}, "load it with peft.PeftModel"),
-    Rule(_vision, "it serves language models", UNSERVED),
+    Rule(lambda case: case.timm or any("image_size" in made and not {"vocab_size", "text_config"} & made.keys()
+                                       for made in case.configs),
+         "it serves language models", UNSERVED),
     Rule(lambda case: case.facts.is_adapter and any(made.get("model_type") == "gpt2" for made in case.configs),
          "its model of GPT-2 has no LoRA", {"vllm": "refused?"}, MERGE),
-    Rule(_beside_a_model,
+    Rule(lambda case: case.facts.is_adapter and "model_type" in case.facts.model_config
+         and any(re.fullmatch(r"(model.*\.safetensors|pytorch_model.*\.bin)", name) for name in case.facts.files),
          "the weights of a model are beside the adapter: from_pretrained adds the update to them, twice where they are merged",
          {"transformers": "note"}, "keep adapter and merged model in two folders", "adapter-beside-model", "suspicious"),
     # names
@@ -357,7 +330,9 @@ RULES = (
          "the names hold the name of an adapter", UNSERVED | IGNORED, "take the name out", "adapter-name"),
     Rule(_modules(_old), "the names have '.model' of an old peft",
          IGNORED | {"vllm": "refused?", "llama.cpp": "refused?"}, "write '.lora_' for '.model.lora_'"),
-    Rule(_modules(_renamed),
+    # transformers finds a model by its type where the paths only lack, or have, the name of the bare model
+    Rule(_modules(lambda case, module: case.base and case.base.change and module.path in case.base.names
+                  and not (case.base.change in BARE and case.base.facts.config.get("model_type"))),
          "the base has these modules only {case.base.change} in their paths (as in vllm#34186)",
          IGNORED | {"vllm": "ignored?", "llama.cpp": "refused?"}, "rename the adapter's tensors in this way", "prefix"),
     Rule(_modules(_absent), "the base has no such modules", IGNORED | {"vllm": "ignored?", "llama.cpp": "refused"}, BASE,
@@ -377,7 +352,8 @@ RULES = (
          "set r, or rank_pattern, to the rank of the tensors; the scale alpha / r depends on it", "rank"),
     Rule(_modules(_transposed), "the factors are stored transposed", REFUSED | {"vllm": "misread?", "llama.cpp": "misread?"},
          "export the adapter again", "transposed"),
-    Rule(_modules(_misfits), "the update of '{module.path}' is {update}, the base's weight {weight}",
+    Rule(_modules(lambda case, module: case.base and case.base.misfits(module) and ".experts" not in module.path),
+         "the update of '{module.path}' is {update}, the base's weight {weight}",
          REFUSED | {"vllm": "misread?", "llama.cpp": "refused"}, BASE, "shape"),
     Rule(_modules(lambda case, module: (module.rank or 0) > 16),
          "the rank is over the default limit of 16", {"vllm": "note"}, "start the server with --max-lora-rank"),
@@ -413,7 +389,9 @@ RULES = (
          {"peft": "note", "transformers": "note"}, "name them in modules_to_save", "unnamed-parameter", "suspicious"),
     Rule(lambda case: case.lora and case.facts.config.get("lora_alpha") == 0, "lora_alpha is 0: the update is multiplied by 0",
          IGNORED | {"vllm": "ignored?", "llama.cpp": "misread"}, "set lora_alpha to the value of the training", "alpha-zero"),
-    Rule(_rslora_alpha, "use_rslora with lora_alpha = r: the update is multiplied by sqrt(r); peft's add_weighted_adapter writes "
+    Rule(lambda case: case.facts.settings is not None and bool(case.facts.settings.use_rslora)
+         and case.facts.settings.lora_alpha == case.facts.settings.r > 1,
+         "use_rslora with lora_alpha = r: the update is multiplied by sqrt(r); peft's add_weighted_adapter writes "
          "this by mistake (reported, peft#3761)", fix="compare with --merged, or the adapters that it was made from",
          code="rslora-alpha", level="note"),
     Rule(_start("pissa", "olora", "corda", "loftq"), "the start was taken out of the base, which this reader leaves whole",
