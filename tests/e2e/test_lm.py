@@ -85,6 +85,20 @@ def study(home, tmp_path_factory) -> Path:
     return run_config(write(folder, config))
 
 
+def test_what_a_training_changed_is_on_record_and_the_answers_are_those_of_the_trained_net(study: Path) -> None:
+    for arm in ("lora", "polar-vbll"):
+        lines = read_lines(next((study / "arms" / arm).glob("*/changes.jsonl")), ("weight", "change", "stable_rank"))
+        assert lines and all(0 < line["change"] < line["norm"] and 1 <= line["stable_rank"] < 4.001 for line in lines)
+    assert not list((study / "arms" / "head").glob("*/changes.jsonl"))
+    results = read_results(study / "results.jsonl", open_run(study).hash)
+    nll = {
+        row.arm: row.value
+        for row in results
+        if row.seed is None and row.data == "stories" and row.metric.startswith("NLL")
+    }
+    assert len({nll["frozen"], nll["lora"], nll["polar-vbll"]}) == 3
+
+
 def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> None:
     results = read_results(study / "results.jsonl", open_run(study).hash)
     rows = [row for row in results if row.seed is None]

@@ -282,19 +282,31 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         merge(self.stock(merged))
         merged = merged.to(device)
         plain = self.loaded(training).to(device)
-        self.write_merge_check(training, self.outputs(merged, plain, f"{training}, merged and not"))
-        changes = weight_changes(self.stock(plain), self.stock(merged))
-        ranks.on_first(lambda: write_lines(training.folder / training_files.CHANGES, changes))
+        outputs = self.outputs(merged, plain, f"{training}, merged and not")
+        self.write_merge_check(training, outputs, self.stock(plain), self.stock(merged))
 
-    def write_merge_check(self, training: Training, outputs: Iterable[tuple[str, Tensor, Tensor, bool]]) -> None:
-        """Write merge.json from (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer).
+    def write_merge_check(
+        self,
+        training: Training,
+        outputs: Iterable[tuple[str, Tensor, Tensor, bool]],
+        adapted: nn.Module,
+        merged: nn.Module,
+    ) -> None:
+        """Write changes.jsonl and merge.json; `adapted` is the stock model afterwards.
 
-        outputs: of this process; those that share the evaluation write one file.
+        Args:
+            training: the training whose folder they are written to.
+            outputs: (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer) of this process;
+                those that share the evaluation write one file.
+            adapted: the trained model with its adapter.
+            merged: the same one with merged weights.
         """
         names: dict[str, dict[str, float]] = {}
         for part in ranks.gather(_compared(outputs)):
             for name, sums in part.items():
                 _add(names.setdefault(name, {}), sums)
+        changes = weight_changes(adapted, merged)
+        ranks.on_first(lambda: write_lines(training.folder / training_files.CHANGES, changes))
         if not names:
             return
         worst = max(names.values(), key=lambda sums: sums["difference"] / max(sums["largest"], 1e-12))

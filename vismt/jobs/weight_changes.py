@@ -36,8 +36,10 @@ def weight_changes(adapted: nn.Module, merged: nn.Module) -> list[dict[str, Any]
     measured = {line["weight"] for line in lines}
     for name, stock, now in _pairs(adapted, merged):
         if name not in measured and stock.ndim > 1 and not torch.equal(stock, now):
-            change = (now.float() - stock.float()).flatten(1)
-            lines.append(_line(name, stock, torch.linalg.svdvals(change)))
+            change = (now.double() - stock.double()).flatten(1)
+            wide = change if change.shape[0] <= change.shape[1] else change.T
+            squares = torch.linalg.eigvalsh(wide @ wide.T)  # of the singular values, for less than an SVD
+            lines.append(_line(name, stock, squares.clamp_min(0).sqrt()))
     return lines
 
 

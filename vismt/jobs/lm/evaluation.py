@@ -7,7 +7,6 @@ evaluated unmerged; the merge check compares the logits of each row's last token
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress
@@ -30,7 +29,6 @@ from vismt.jobs.risk import Thresholds, choice_measures, fit_thresholds, validat
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, LmTask, Record, choices, gather, temperature_of, tempered
 from vismt.llm.tasks.recommendation import Recommendation
-from vismt.lowrank.model.merge import merge
 from vismt.report.results import Score
 from vismt.storage.lines import read_lines, write_lines
 from vismt.uncertainty.intervals import CLEAN, Condition
@@ -216,15 +214,15 @@ class Evaluation:
         return {name: value.to(device) for name, value in gather(items).items()}
 
     @torch.no_grad()
-    def outputs(self, net: LmNet) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
+    def outputs(self, net: LmNet, merged: nn.Module) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         """Yield the logits of each row's last token from the merged and the unmerged LM, for a batch of each set."""
-        merged = LmNet(merge(copy.deepcopy(net.stock)), first=net.first)
+        merged_net = LmNet(merged, first=net.first)
         split = self.config.evaluate.split
         sets = [(task, name) for task in self.data.tasks for name in self.data.names(task, split)]
         for task, name in ranks.my_share(sets):
             batch = self.batch(self.data.rows(task, split, name)[: self.config.evaluate.batch], net)
             batch.pop("lower", None)  # the merged LM runs without cached states, as its users run it
-            yield "logits", _last_logits(merged, batch), _last_logits(net, batch), True
+            yield "logits", _last_logits(merged_net, batch), _last_logits(net, batch), True
 
     def net(self, training: Training) -> LmNet:
         """Return the net of a training, or the net before training; it is kept until another one is made."""

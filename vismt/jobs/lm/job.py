@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ from vismt.llm.tasks.base import LmObjective, Writing
 from vismt.llm.tasks.causal import Causal
 from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.recommendation import Recommendation
+from vismt.lowrank.model.merge import merge
 from vismt.lowrank.model.modules import is_mergeable
 from vismt.methods import METHODS
 from vismt.report.results import Result, Score
@@ -237,13 +239,15 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         return self.fold(training.seed).evaluation.temperature(training)
 
     def check_merge(self, training: Training) -> None:
-        """Compare the unmerged LM with a merged copy, since all nets share the LM; write merge.json, unless it exists."""
+        """Compare the unmerged LM with a merged copy, since all nets share the LM; write what `write_merge_check` does, once."""
         if not ranks.on_first(lambda: training_files.needs_merge_check(training)):
             return
         evaluation = self.fold(training.seed).evaluation
         net = evaluation.net(training)
         if is_mergeable(net.stock):
-            self.write_merge_check(training, evaluation.outputs(net))
+            merged = merge(copy.deepcopy(net.stock))
+            self.write_merge_check(training, evaluation.outputs(net, merged), net.stock, merged)
+            self.models.generation += 1  # the net lost its adapter
 
     def sections(self, results: Sequence[Result]) -> list[Section]:
         return sections(self.folder, self.config, self.study, results)
