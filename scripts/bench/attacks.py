@@ -65,7 +65,7 @@ def autoattack(robust: bool, rounds: int, device: torch.device) -> Ratios:
     calls = {name: counted(name) for name in candidates}
     timing = interleave(calls, rounds, label=label, device=device, warmup=0 if robust else 1)
     outcome = ", ".join(f"{name} {count}" for name, count in left.items())
-    targets = [(VISMT, TORCHATTACKS, 0.5), (VISMT, IN_TURN, 0.8)]
+    targets = [(VISMT, TORCHATTACKS, 0.4), (VISMT, IN_TURN, 0.8)]
     return Ratios(f"{label}; of {clean} right images survive: {outcome}", timing, targets)
 
 
