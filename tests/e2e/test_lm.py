@@ -564,11 +564,15 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
     ({"adapt.method": "lorra"}, "adapt.method: 'lorra' is not known. Near: 'lora'"),
     ({"adapt": {"method": "lisa", "options": {"active": 1}}}, "trains the input embeddings"),
     ({"adapt.options": {"also_train": ["layers.0.mlp.up_proj"]}}, "below model.first_block 1"),
+    ({"model.dtype": "bfloat16", "adapt.options": {"also_train": ["norm"]}}, "model.dtype: bfloat16 is for frozen weights"),
+    ({"model": {"name": "", "dtype": "bfloat16"}, "adapt": {"method": "lisa"}}, "'lm.model.embed_tokens.weight' is trained"),
     ({"arms": {"a": {"model.dtype": "float32"}}}, "model.dtype must be the same for all arms"),
     ({"evaluate.split": "validation"}, "stories: nothing to validate on"),
 ])  # fmt: skip
 def test_user_errors(home, tmp_path: Path, capsys, changes, words) -> None:
-    path = write(tmp_path, changed(settings(home), changes))
+    config = changed(settings(home), changes)
+    config["model"]["name"] = home["lm"]
+    path = write(tmp_path, config)
     assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
 
