@@ -188,6 +188,16 @@ def test_an_answer_has_the_tokens_that_it_has_after_its_prompt(kind):
     assert words.convert_ids_to_tokens(answer_tokens(words, "\n")) == ["\n"]  # at which a written answer ends
 
 
+@pytest.mark.parametrize("kind", ["normalizer", "metaspace"])
+def test_the_turns_of_a_chat_have_the_tokens_that_they_have_in_the_whole_text(kind):
+    words = sentencepiece(kind)
+    words.chat_template = "{% for m in messages %}{{ 'Q ' if m.role == 'user' else ' ' }}{{ m.content }}:{% endfor %}"
+    texts = ("sky", "blue sky", "no", "green")
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts)]
+    (part,) = make_task("chat", "", {}).encode("a", {"messages": turns}, words).pieces
+    assert list(part.ids) == words("Q sky: blue sky:Q no: green:", add_special_tokens=False)["input_ids"]
+
+
 def test_where_a_token_reaches_over_the_border_the_answer_keeps_its_letters():
     for kind in ("normalizer", "metaspace"):
         words = sentencepiece(kind)
