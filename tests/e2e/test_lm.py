@@ -555,6 +555,8 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
     ({"tasks": []}, "name at least one"),
     ({"head": {"name": "vbl"}}, "head.name: 'vbl' is not known. Near: 'vbll'"),
     ({"head": {"alternate": {}}}, "set head.name to vbll"),
+    ({"head": {"name": "vbll", "alternate": {"spread_lr": -1.0}}}, "head.alternate.spread_lr is -1.0; it must be"),
+    ({"recommender": {"lr": -1.0}}, "recommender.lr is -1.0; it must be"),
     ({"model.dtype": "fp8"}, "got 'fp8'"),
     ({"model.first_block": 3}, "model.first_block: 3; LlamaForCausalLM has blocks 0 to 2"),
     ({"evaluate.limit": 1}, "evaluate.limit is 1; it must be at least 2"),
