@@ -34,7 +34,7 @@ from vismt.llm.tasks.base import (
     tempered,
 )
 from vismt.llm.tasks.classes import AlternatingObjective
-from vismt.llm.tasks.generation import normalised
+from vismt.llm.tasks.generation import normalised, prompts_of
 from vismt.llm.tasks.pieces import IGNORE, Piece, collate, pack, piece, stem, windows
 from vismt.methods import adapt
 from vismt.storage.lines import read_lines
@@ -306,6 +306,21 @@ def test_generation_is_greedy_whatever_the_checkpoint_asks_for():
     (item,) = [task.encode("a", {"q": "the green grass is", "a": "one"}, words)]
     assert texts_of(task, LmNet(lm), [item]) == [wanted]
     assert all(getattr(lm.generation_config, name) == value for name, value in asked.items())  # left as it was
+
+
+def test_a_written_answer_ends_where_the_checkpoint_ends_a_turn_and_its_prompt_is_whole():
+    lm, words = tiny_lm().requires_grad_(False), tokenizer()
+    row = {"q": "the green grass is very bright", "a": "one two three four five"}
+    long, short = (
+        make_task("generation", "{q}", {"answer": " {a}", "gold": "a", "new_tokens": 6, "length": length})
+        for length in (64, 8)
+    )
+    net, item = LmNet(lm), long.encode("a", row, words)
+    (tokens,) = net.generate(prompts_of(net, [item]), 6, []).tolist()
+    assert texts_of(long, net, [item]) == [words.decode(tokens, skip_special_tokens=True)]
+    assert texts_of(short, net, [short.encode("a", row, words)]) == texts_of(long, net, [item])  # 2 of 8 tokens are left
+    lm.generation_config.eos_token_id = [words.eos_token_id, tokens[2]]
+    assert texts_of(long, net, [item]) == [words.decode(tokens[:3], skip_special_tokens=True)]
 
 
 def test_the_zero_shot_head_is_the_lm_restricted_to_the_answers(lm):
