@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -93,15 +94,17 @@ def loaded(config: DenseConfig, training: Training, size: tuple[int, int]) -> De
     config: of the training.
     """
     net = fresh(config)
-    table = getattr(net.stock, "pos_embed", None) if isinstance(net.backbone, Backbone) else None
+    stock: Any = net.stock
+    table = getattr(stock, "pos_embed", None) if isinstance(net.backbone, Backbone) else None
     before = None if table is None or not config.model.pretrained else table.detach().clone()
     what = training_files.restore(net.stock, training)
     if config.full:
         training_files.load_state(net.stock, training.folder / BACKBONE, what)
     training_files.load_state(net.heads, training.folder / HEADS, what)
     if size != net.backbone.img_size:
-        kept = before is not None and torch.equal(net.stock.pos_embed, before)
-        net.backbone.set_input_size(size, make_backbone(config, size).vit.pos_embed if kept else None)
+        kept = before is not None and torch.equal(stock.pos_embed, before)
+        pretrained: Any = make_backbone(config, size).vit if kept else None
+        net.backbone.set_input_size(size, pretrained.pos_embed if kept else None)
     return net.requires_grad_(False).eval()
 
 
