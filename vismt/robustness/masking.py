@@ -173,7 +173,8 @@ def check_episodes(
     curve |= {
         radius: accuracies[attack.describe(sampler.min_ways)] for radius, attack in attacks.items() if radius in radii
     }
-    chance = math.fsum(1 / sampler[index].ways for index in range(episodes)) / episodes
+    count = len(accuracies["clean"])
+    chance = math.fsum(1 / sampler[index].ways for index in range(count)) / count
     pgd, stronger = (accuracies[attack.describe(sampler.min_ways)] for attack in (attacks[spec.epsilon], strong))
     gap = float((pgd - stronger).mean())
     return replace(judge_curve(curve, chance), reach=_reach(spec), gap=gap, gap_at=spec.epsilon)
