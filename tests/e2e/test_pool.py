@@ -15,6 +15,7 @@ from helpers.tiny_runs import run_config, written
 import vismt
 from vismt.backbones.timm_models import create
 from vismt.cli import main
+from vismt.jobs import open_run
 from vismt.storage.lines import read_lines
 
 pytest.importorskip("sklearn")
@@ -82,6 +83,9 @@ def test_one_expert_or_the_average_can_be_merged_and_exported(pool_run: Path, tm
     assert "name one expert (clean, 0.5, 4), or average" in capsys.readouterr().err
     assert main(["merge", str(pool_run), "--arm", "5"]) == 2
     assert "no single adapter '5'" in capsys.readouterr().err
+    assert main(["merge", str(pool_run), "--arm", "average:7"]) == 2
+    assert "'average' has no seed '7'; take one of 0." in capsys.readouterr().err
+    assert main(["merge", str(pool_run), "--arm", "expert:4", "--quiet"]) == 0  # as the report names it, no seed 4
     states = {}
     for expert in ("0.5", "4", "average"):
         assert main(["export", str(pool_run), "--arm", expert, "--to", str(tmp_path / expert), "--quiet"]) == 0
@@ -225,6 +229,19 @@ def test_maml_runs_through_the_same_job(tmp_path: Path, algorithm: str) -> None:
     assert [row["arm"] for row in scores_of(run)] == ["frozen", "adapted"]
     tensors = safetensors.torch.load_file(run / "arms" / "adapted" / TRAINING / "classifier.safetensors")
     assert "head.weight" in tensors and any(name.startswith("rates.") for name in tensors) == (algorithm == "metasgd")
+
+
+def test_an_inner_loop_can_be_one_arm_of_several(tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    arms = {"inner": {"meta": {"algorithm": "maml", "inner_steps": 1}}, "outer": {}}
+    evaluated = section("evaluate", models=["adapted"])
+    run = run_config(write(tmp_path, pool=None, adapt={"method": "lora", "rank": 2}, arms=arms, evaluate=evaluated))
+    assert [row["arm"] for row in scores_of(run)] == ["inner", "outer"]
+    job = open_run(run).job
+    # The inner loop has its factors, which a merge would have taken away; the other arm is merged.
+    assert any("lora_A" in name for name in job.models(0).task("inner", "digits").adapted)
+    assert not any("lora_A" in name for name, _ in job.models(0).task("outer", "digits").named_parameters())
+    assert "scale" in job.about("outer")["features"] and "scale" not in job.about("inner")["features"]
 
 
 # ---- a pool over sources and threats
