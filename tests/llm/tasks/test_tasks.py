@@ -318,7 +318,8 @@ def test_a_written_answer_ends_where_the_checkpoint_ends_a_turn_and_its_prompt_i
     net, item = LmNet(lm), long.encode("a", row, words)
     (tokens,) = net.generate(prompts_of(net, [item]), 6, []).tolist()
     assert texts_of(long, net, [item]) == [words.decode(tokens, skip_special_tokens=True)]
-    assert texts_of(short, net, [short.encode("a", row, words)]) == texts_of(long, net, [item])  # 2 of 8 tokens are left
+    # A prompt that made room for the trained answer would have 2 tokens.
+    assert texts_of(short, net, [short.encode("a", row, words)]) == texts_of(long, net, [item])
     lm.generation_config.eos_token_id = [words.eos_token_id, tokens[2]]
     assert texts_of(long, net, [item]) == [words.decode(tokens[:3], skip_special_tokens=True)]
 

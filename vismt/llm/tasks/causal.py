@@ -149,7 +149,8 @@ class Causal(LmTask):
 
 def written(net: LmNet, batch: Batch, tokenizer: Any, how: Writing, stops: Sequence[int] = ()) -> list[str]:
     """Return the texts that the LM writes after the prompts of a batch, up to a token of `stops` or the end of text or turn."""
-    own = getattr(getattr(net.lm, "generation_config", None), "eos_token_id", None)  # of a chat model also that of a turn
+    own = getattr(getattr(net.lm, "generation_config", None), "eos_token_id", None)
+    # A chat model names the end of a turn beside the end of text.
     known = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *stops]
     ends = [end for end in dict.fromkeys(known) if end is not None]
     tokens = net.generate(batch, how.new_tokens, ends, how.temperature, how.seed)

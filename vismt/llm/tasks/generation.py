@@ -83,7 +83,7 @@ class Generation(Causal):
         self._tokenizer = tokenizer
         gold = row[self.gold] if isinstance(row[self.gold], list) else [row[self.gold]]
         trained, prompt = super().encode(name, row, tokenizer), self.ask(name, row, tokenizer)
-        pieces = [*trained.pieces, *prompt.pieces]  # the prompt that is answered has not made room for the trained answer
+        pieces = [*trained.pieces, *prompt.pieces]  # the second has not made room for the trained answer
         return replace(trained, pieces=pieces, gold=[str(answer) for answer in gold])
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
