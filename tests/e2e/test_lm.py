@@ -21,6 +21,7 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.engine import checkpoint, runtime
 from vismt.jobs import open_run
+from vismt.jobs.lm.evaluation import MEANS
 from vismt.llm.corda import covariance
 from vismt.llm.corda.files import load_covariances
 from vismt.llm.net import LmNet
@@ -29,6 +30,7 @@ from vismt.llm.tasks.base import gather
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.report.results import RECORDS, read_results
 from vismt.storage.lines import read_lines
+from vismt.uncertainty.intervals import CLEAN
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,12 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
         assert same == (metric == "accuracy")
     assert by["lora", "NLL in nats", "clean"] != by["lora", "NLL in nats", "Laplace"]
     assert by["polar-vbll", "NLL in nats", "clean"] != by["polar-vbll", "NLL in nats", "means of the head"]
+
+
+def test_what_is_fitted_to_validation_rows_is_not_scored_on_them(study: Path) -> None:
+    job = open_run(study).job
+    scores = job.score(job.trainings("polar-vbll")[0], "validation", None)
+    assert {score.condition for score in scores} == {CLEAN, MEANS}
 
 
 @pytest.mark.slow

@@ -180,7 +180,7 @@ class LmEvaluateConfig:
     """Evaluation.
 
     Args:
-        split: test, or validation while settings are chosen.
+        split: test, or validation while settings are chosen, without `temperature` and `laplace`, which are fitted to it.
         batch: rows at a time.
         limit: rows of each set; null for all.
         frozen: also evaluate the model before training.

@@ -112,6 +112,8 @@ class Evaluation:
             return
         if "mean_log_p" in records[0]:
             yield MEANS, [{**record, "log_p": record["mean_log_p"]} for record in records]
+        if split == "validation":  # the rows that the others are fitted on
+            return
         if self.config.evaluate.temperature:
             yield TEMPERED, tempered(records, self.temperature(training))
         if self.config.evaluate.laplace and self.data.tasks[task].head and training.arm != FROZEN:
