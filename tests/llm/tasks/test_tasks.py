@@ -600,7 +600,7 @@ def test_rows_that_do_not_fit():
     words, row = tokenizer(), {"text": "good", "label": "2"}
     with pytest.raises(UserError, match=r"prompt 'Review: {txt}': no field 'txt'. Near: 'text'"):
         make_task("causal", "Review: {txt}", {"answer": "{text}"}).encode("a", row, words)
-    with pytest.raises(UserError, match="'Review: {text}': field 'text' of a row is null"):
+    with pytest.raises(UserError, match=r"'Review: {text}': field 'text' of a row is null"):
         make_task("causal", "Review: {text}", {"answer": "good"}).encode("a", {"text": None}, words)
     with pytest.raises(UserError, match="is not a template"):
         make_task("causal", "Review: {text", {"answer": "{text}"}).encode("a", row, words)
