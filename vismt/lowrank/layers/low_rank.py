@@ -271,7 +271,7 @@ class LowRankLayer(AdapterLayer):
         return LowRank(B, A, scale=self.scale)
 
     def change_of(self, x: Tensor, gate: Tensor | None) -> Tensor:
-        """Return the product of x (n, i) with the update, (n, o), without the scale; dropout acts on the trained factors alone."""
+        """Return the product of x (n, i) with the update, (n, o), without the scale; dropout acts on the trained factors."""
 
         def product(x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
             hidden = gated(x @ A.to(x.dtype).t(), gate)
