@@ -15,6 +15,7 @@ from helpers.tiny_runs import run_config, written
 import vismt
 from vismt.backbones.timm_models import create
 from vismt.cli import main
+from vismt.jobs import open_run
 from vismt.storage.lines import read_lines
 
 pytest.importorskip("sklearn")
@@ -82,6 +83,9 @@ def test_one_expert_or_the_average_can_be_merged_and_exported(pool_run: Path, tm
     assert "name one expert (clean, 0.5, 4), or average" in capsys.readouterr().err
     assert main(["merge", str(pool_run), "--arm", "5"]) == 2
     assert "no single adapter '5'" in capsys.readouterr().err
+    assert main(["merge", str(pool_run), "--arm", "average:7"]) == 2
+    assert "'average' has no seed '7'; take one of 0." in capsys.readouterr().err
+    assert main(["merge", str(pool_run), "--arm", "expert:4", "--quiet"]) == 0  # as the report names it, no seed 4
     states = {}
     for expert in ("0.5", "4", "average"):
         assert main(["export", str(pool_run), "--arm", expert, "--to", str(tmp_path / expert), "--quiet"]) == 0
@@ -227,6 +231,19 @@ def test_maml_runs_through_the_same_job(tmp_path: Path, algorithm: str) -> None:
     assert "head.weight" in tensors and any(name.startswith("rates.") for name in tensors) == (algorithm == "metasgd")
 
 
+def test_an_inner_loop_can_be_one_arm_of_several(tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    arms = {"inner": {"meta": {"algorithm": "maml", "inner_steps": 1}}, "outer": {}}
+    evaluated = section("evaluate", models=["adapted"])
+    run = run_config(write(tmp_path, pool=None, adapt={"method": "lora", "rank": 2}, arms=arms, evaluate=evaluated))
+    assert [row["arm"] for row in scores_of(run)] == ["inner", "outer"]
+    job = open_run(run).job
+    # The inner loop has its factors, which a merge would have taken away; the other arm is merged.
+    assert any("lora_A" in name for name in job.models(0).task("inner", "digits").adapted)
+    assert not any("lora_A" in name for name, _ in job.models(0).task("outer", "digits").named_parameters())
+    assert "scale" in job.about("outer")["features"] and "scale" not in job.about("inner")["features"]
+
+
 # ---- a pool over sources and threats
 
 LABELS = [
@@ -235,7 +252,7 @@ LABELS = [
     "photo_crops-train-l2-128",
     "photo_crops-train-corruption",
 ]
-RULES = ["merged", "merged:paper", "merged:robust_loo", "merged:average", "merged:tsv"]
+RULES = ["merged", "merged:paper", "merged:core_ties", "merged:average", "merged:tsv"]
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +260,14 @@ def sources_run(tmp_path_factory) -> Path:
     pytest.importorskip("skimage")
     folder = tmp_path_factory.mktemp("sources")
     experts = [{"level": 8}, {"source": "photo_crops:test", "level": 8}, {"norm": "l2", "level": 128}]
-    pool = {"experts": [*experts, {"norm": "corruption"}, {"norm": "clean"}], "select": "ridge", "gamma": 1e-2}
-    models = ["clean", *(f"expert:{label}" for label in [*LABELS, "clean"]), *RULES, "average", "merged:ridge+finetune"]
+    pool = {"experts": [*experts, {"norm": "corruption"}, {"norm": "clean"}], "select": "min_ce", "gamma": 1e-2}
+    models = [
+        "clean",
+        *(f"expert:{label}" for label in [*LABELS, "clean"]),
+        *RULES,
+        "average",
+        "merged:min_ce+finetune",
+    ]
     path = write(
         folder,
         pool={**pool, "pyramid": [[None, 1.0]]},
@@ -284,7 +307,7 @@ def test_experts_of_two_sources_and_four_threats_are_trained_and_compared(source
 def test_the_report_sets_the_rules_beside_the_best_experts(sources_run: Path) -> None:
     validated = json.loads((sources_run / "pool" / "seed-0" / "validation.json").read_text())
     assert set(validated["all"]) == {*LABELS, "clean"}
-    # The rule "ridge" has neither beta nor balance: the trim alone is searched.
+    # The rule "min_ce" has neither beta nor balance: the trim alone is searched.
     chosen = json.loads((sources_run / "pool" / "seed-0" / "selection.json").read_text())["all"]
     assert {candidate["stage"] for candidate in chosen["tried"]} == {"trim"}
     text = (sources_run / "report.md").read_text().replace("\\", "")

@@ -210,6 +210,20 @@ def test_experts_of_a_pools_run_that_are_done(tmp_path: Path, trained: list[Path
     ]
 
 
+def test_experts_of_arms_are_all_found_each_by_its_lowest_seed(tmp_path: Path, trained: list[Path]) -> None:
+    run = pool_run(tmp_path / "run", trained, ("clean", "6"), ("clean", "6"))
+    for seed in (10, 2):
+        shutil.copytree(training(run, "6"), training(run, "6", seed=seed))
+    shutil.rmtree(training(run, "6"))
+    (run / "config.resolved.yaml").write_text("pool: null\narms: {clean: {}, '6': {}}\n")
+    assert [expert.folder for expert in find_experts(run)] == [
+        training(run, "6", seed=2) / "adapter",
+        training(run, "clean") / "adapter",
+    ]
+    (run / "config.resolved.yaml").write_text("pool: {levels: [6]}\n")  # whose clean arm is the reference
+    assert [expert.label for expert in find_experts(run)] == ["6"]
+
+
 def test_renaming_a_folder_renames_its_expert(tmp_path: Path, trained: list[Path]) -> None:
     """What the message about two experts of one name advises."""
     runs = [pool_run(tmp_path / name, trained, ("clean", "8"), ("clean", "8")) for name in ("a", "b")]

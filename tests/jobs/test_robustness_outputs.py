@@ -5,11 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.data import Cards
+from vismt.jobs.robustness.evaluation import score_set
 from vismt.jobs.robustness.models import Classifier
 
 LABELS = ["first/0", "first/1", "second/0", "second/1", "scenes/a/abbey", "scenes/a/alley", "scenes/b/alley"]
@@ -52,6 +54,18 @@ def test_what_does_not_fit_is_one_line(name, classes, task, words):
     with pytest.raises(UserError) as caught:
         outputs(name, classes, task=task)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_thresholds_are_of_the_answers_that_are_evaluated(tmp_path):
+    """Pixels are float32; a net that takes bfloat16 alone gets that, for its thresholds as for its scores."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3, 3)).to(torch.bfloat16)
+    pixels, labels = torch.rand(60, 3, 1, 1), torch.arange(60) % 3
+    batches = [(pixels[part], labels[part], [str(i) for i in part.tolist()]) for part in torch.arange(60).split(30)]
+    scores = score_set(
+        Classifier(net, 3, 1), batches[:1], [], folder=tmp_path, data="x", arm="a", for_thresholds=batches
+    )
+    assert any(score.measure.metric != "accuracy" for score in scores)
 
 
 def test_two_tasks_with_one_card_are_ambiguous():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vismt.base.errors import UserError
+from vismt.robustness import masking
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.corruptions import CorruptionSpec
 from vismt.robustness.evaluate import accuracies, evaluate_classifier, evaluate_examples
@@ -189,17 +190,17 @@ def test_ids_default_to_running_numbers(tmp_path):
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()[1:]] == [str(i) for i in range(60)]
 
 
-def test_honest_gradients_pass_and_masked_ones_are_caught():
+def test_honest_gradients_pass_and_masked_ones_are_caught(monkeypatch):
     honest = check_masking(Linear(), batches(), PGD, num_classes=3)
     assert honest.passed and honest.epsilons[0] == 0 and honest.epsilons[-1] == 64 / 255 and honest.n == 60
     assert honest.accuracies[0] == 0.9 and honest.accuracies[-1] == 0
     assert honest.gap == 0 and honest.verdict() == "pass; +0.0 points against strong at 8/255"
     masked = check_masking(Misleading(), batches(), PGD, num_classes=3)
     assert not masked.reaches_chance and not masked.passed
-    rising = check_masking(Linear(), batches(), PGD, num_classes=3, epsilons=[0.0, 64 / 255], slack=-1.0)
-    assert not rising.monotone
     with pytest.raises(UserError, match="gradients of zero on every image"):
         check_masking(Rounded(), batches(), PGD, num_classes=3)
+    monkeypatch.setattr(masking, "SLACK", -1.0)
+    assert not check_masking(Linear(), batches(), PGD, num_classes=3, epsilons=[0.0, 64 / 255]).monotone
 
 
 @pytest.mark.parametrize(
@@ -224,6 +225,11 @@ def test_honest_attacks_of_other_norms_pass_at_radii_of_their_norm(name, norm, e
 
 def test_radii_of_the_check_stay_in_the_range_of_pixels():
     assert check_masking(Linear(), batches(), AttackSpec(epsilon=0.6), num_classes=3).epsilons[-1] == 1
+
+
+def test_an_attack_without_a_radius_has_the_default_step_at_the_others():
+    result = check_masking(Linear(), batches(), AttackSpec(epsilon=0, step_size=1 / 255), num_classes=3)
+    assert result.passed and result.epsilons == (0, 64 / 255) and result.gap == 0
 
 
 def test_steps_that_cannot_cross_the_ball_fail_the_check():

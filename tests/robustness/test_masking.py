@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from vismt.metatune import EpisodeSampler, ProtoNet
+from vismt.metatune.protocol.episodes import DisjointSampler
 from vismt.robustness.masking import RADII, check_episodes, judge_curve
 
 LABELS = torch.arange(5).repeat_interleave(12)
@@ -54,6 +55,12 @@ def test_masked_gradients_fail_although_the_function_is_nearly_the_same():
     assert not result.reaches_chance and not result.passed
     last = f"still {100 * result.accuracies[-1]:.1f} % at 64/255, chance is 20.0 %"
     assert result.verdict().startswith("FAIL: ") and last in result.verdict()
+
+
+def test_a_sampler_that_ends_has_fewer_episodes_than_asked_for():
+    sampler = DisjointSampler(LABELS, ways=5, shots=1, queries=3, seed=1)
+    result = check_episodes(ProtoNet(Mean()), Pixels(), sampler, episodes=10, radii=(0.0, 64 / 255))
+    assert result.n == len(sampler) == 3 and result.chance == pytest.approx(0.2)
 
 
 def test_it_resumes(tmp_path):

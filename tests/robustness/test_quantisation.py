@@ -33,6 +33,12 @@ def test_each_output_channel_has_its_own_levels() -> None:
     assert len(rounded[0].unique()) > 20
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_the_levels_once(dtype: torch.dtype) -> None:
+    weight = (1e-4 * torch.randn(8, 64, generator=torch.Generator().manual_seed(0))).to(dtype)
+    assert torch.equal(int8(weight), int8(weight.float()).to(dtype))
+
+
 def test_the_gradient_is_that_of_the_quantised_model() -> None:
     whole = tiny_vit()
     model = copy.deepcopy(whole)

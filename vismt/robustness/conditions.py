@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
 from vismt.base.norm_balls import NORMS, PIXELS
 from vismt.config.sections import Count, fraction
 from vismt.config.typed import Names, within
+from vismt.lowrank.contexts import evaluating
 from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.robustness.attacks.attacks import AttackSpec, budget_text
 from vismt.robustness.attacks.dense_attack import DenseAttack
@@ -42,9 +44,12 @@ class TransferSource:
         self._classifier: nn.Module | None = None
 
     def classifier(self, support: Tensor, labels: Tensor) -> nn.Module:
-        """Return the source's classifier of this episode, in eval mode; support (s, 3, h, w) in [0, 1], labels (s,)."""
-        if self._classifier is None or self._support is not support:
-            self._classifier, self._support = self._task.classifier(support, labels).eval(), support
+        """Return the source's classifier of this episode, made in eval mode; support (s, 3, h, w) in [0, 1], labels (s,)."""
+        # Not by identity: on another device than its images' an episode's support is a new copy for each attack.
+        if self._classifier is None or self._support is None or not torch.equal(self._support, support):
+            source = self._task if isinstance(self._task, nn.Module) else nn.Module()
+            with evaluating(source):
+                self._classifier, self._support = self._task.classifier(support, labels), support
         return self._classifier
 
 

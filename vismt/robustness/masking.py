@@ -89,7 +89,6 @@ def check_masking(
     *,
     num_classes: int,
     epsilons: Sequence[float] | None = None,
-    slack: float = SLACK,
 ) -> MaskingCheck:
     """Run an attack on a classifier at growing radii, and `strong` at the attack's own radius.
 
@@ -99,7 +98,6 @@ def check_masking(
         spec: The attack. Its step keeps its ratio to the radius.
         num_classes: Number of logits.
         epsilons: Radii; by default 0, half, once and twice the attack's, and that of a change of every pixel by 64/255.
-        slack: Rise of the accuracy from one radius to the next that counts as noise.
 
     Returns:
         The check; n counts images.
@@ -109,21 +107,25 @@ def check_masking(
         epsilons = (0.0, spec.epsilon / 2, spec.epsilon, min(2 * spec.epsilon, whole), LARGEST * whole)
     radii = sorted(set(epsilons))
 
-    def accuracy(at: AttackSpec) -> ConditionAccuracy:
-        return evaluate_classifier(model, batches, [at], num_classes=num_classes, label=str(at))[1]
+    def accuracy(attack: AttackSpec) -> ConditionAccuracy:
+        return evaluate_classifier(model, batches, [attack], num_classes=num_classes, label=str(attack))[1]
 
-    steps = [None if spec.step_size is None else spec.step_size * radius / spec.epsilon for radius in radii]
-    rows = [accuracy(replace(spec, epsilon=radius, step_size=step or None)) for radius, step in zip(radii, steps)]
+    def at(radius: float) -> AttackSpec:
+        scaled = spec.step_size * radius / spec.epsilon if spec.step_size and spec.epsilon else None
+        return replace(spec, epsilon=radius, step_size=scaled or None)
+
+    rows = [accuracy(at(radius)) for radius in radii]
     values = tuple(row.value for row in rows)
+    own = values[radii.index(spec.epsilon)] if spec.epsilon in radii else accuracy(spec).value
     return MaskingCheck(
         tuple(radii),
         values,
         1 / num_classes,
         rows[-1].n,
-        monotone=all(later <= earlier + slack for earlier, later in pairwise(values)),
+        monotone=all(later <= earlier + SLACK for earlier, later in pairwise(values)),
         reaches_chance=rows[-1].low <= 1 / num_classes,
         reach=_reach(spec),
-        gap=accuracy(spec).value - accuracy(_strong(spec)).value,
+        gap=own - accuracy(_strong(spec)).value,
         gap_at=spec.epsilon,
         norm=spec.norm,
     )
@@ -173,16 +175,17 @@ def check_episodes(
     curve |= {
         radius: accuracies[attack.describe(sampler.min_ways)] for radius, attack in attacks.items() if radius in radii
     }
-    chance = math.fsum(1 / sampler[index].ways for index in range(episodes)) / episodes
+    count = len(accuracies["clean"])
+    chance = math.fsum(1 / sampler[index].ways for index in range(count)) / count
     pgd, stronger = (accuracies[attack.describe(sampler.min_ways)] for attack in (attacks[spec.epsilon], strong))
     gap = float((pgd - stronger).mean())
     return replace(judge_curve(curve, chance), reach=_reach(spec), gap=gap, gap_at=spec.epsilon)
 
 
-def judge_curve(curve: Mapping[float, Tensor], chance: float, slack: float = SLACK) -> MaskingCheck:
+def judge_curve(curve: Mapping[float, Tensor], chance: float) -> MaskingCheck:
     """Judge accuracies (n,) by radius, from the smallest radius to the largest; chance is in [0, 1].
 
-    From one radius to the next the mean may rise by `slack`, or by no more than the half width of the 95 % interval of
+    From one radius to the next the mean may rise by SLACK, or by no more than the half width of the 95 % interval of
     the rise. At the largest radius the interval must reach chance or lie below it.
     """
     radii = sorted(curve)
@@ -194,6 +197,6 @@ def judge_curve(curve: Mapping[float, Tensor], chance: float, slack: float = SLA
         tuple(float(value.mean()) for value in values),
         chance,
         len(values[0]),
-        monotone=all(rise <= max(slack, width) for rise, width in rises),
+        monotone=all(rise <= max(SLACK, width) for rise, width in rises),
         reaches_chance=last - half <= chance,
     )

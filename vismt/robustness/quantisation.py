@@ -37,7 +37,10 @@ def quantise(model: nn.Module, what: str) -> None:
 
 
 def int8(weight: Tensor) -> Tensor:
-    """Return the nearest values that int8 can store; weight: (o, ...), a scale for each of the o output channels."""
-    rows = weight.flatten(1)
+    """Return the nearest values that int8 can store; weight: (o, ...), a scale for each of the o output channels.
+
+    In half precision the scale and the levels are of float32, and the values are rounded once.
+    """
+    rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
     scale = rows.abs().amax(1, keepdim=True) / LEVELS
-    return ((rows / torch.where(scale > 0, scale, 1)).round() * scale).view_as(weight)
+    return ((rows / torch.where(scale > 0, scale, 1)).round() * scale).view_as(weight).to(weight.dtype)

@@ -33,6 +33,14 @@ def test_deep_layout_takes_the_bottom_folder(home, paint, write_card):
     assert open_images(path, "train").classes == ["Gala", "Kiwi"]
 
 
+def test_class_folders_of_one_name_are_not_joined(home, paint, write_card):
+    for name in ("Greek/character01/1.png", "Latin/character01/1.png"):
+        paint(home / "data" / "o" / name)
+    path = write_card('  - {kind: folder, root: o, layout: "**/{class}", splits: {all: 2}}')
+    with pytest.raises(UserError, match=r"'Greek/character01' and 'Latin/character01' under .* have one name; rename"):
+        open_images(path)
+
+
 def test_split_lists(home, paint, write_card):
     for name in ["a/1.png", "a/2.png", "b/1.png"]:
         paint(home / "data" / "l" / name)

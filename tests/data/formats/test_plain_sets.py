@@ -69,6 +69,19 @@ def test_a_table_with_paths_from_the_root(tmp_path: Path) -> None:
         open_images(table)
 
 
+def test_a_row_without_a_label_is_named_and_not_dropped(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "pictures", 2)
+    table = folder / "t.csv"
+    for row, reason in (
+        ("red/01.png", "has no 'label', as it has fewer"),
+        ("red/01.png,", "'red/01.png' has no label"),
+    ):
+        table.write_text(f"path,label\nred/00.png,a\n{row}\nblue/00.png,b\n")
+        with pytest.raises(UserError, match=f"t.csv: line 3: {reason}"):
+            open_images(table)
+    assert len(open_texts(table)) == 3
+
+
 def test_rows_of_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text,label\n"good, very good",1\nbad,0\n')
     texts = open_texts(tmp_path / "a.csv")

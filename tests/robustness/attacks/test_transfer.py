@@ -84,6 +84,18 @@ def test_one_classifier_an_episode_from_its_own_support():
         )
 
 
+def test_the_source_is_built_in_eval_mode_and_once_for_each_support():
+    torch.manual_seed(0)
+    net = ProtoNet(nn.Sequential(Channels([1.0, 1.0, 1.0]), nn.Dropout(0.5))).train()
+    task = Counted(net)
+    source = TransferSource("frozen", task, "a")
+    images, labels = Pixels().images, LABELS
+    assert source.classifier(images, labels) is source.classifier(images.clone(), labels) and len(task.supports) == 1
+    found = TransferSource("frozen", net, "a").classifier(images, labels).prototypes
+    assert net.training and all(module.training for module in net.modules())
+    assert torch.equal(found, net.eval().classifier(images, labels).prototypes)
+
+
 def test_records_of_another_source_or_of_other_weights_are_not_continued(tmp_path):
     net = ProtoNet(Channels([1.0, 1.0, 1.0]))
     records = tmp_path / "a.jsonl"

@@ -65,7 +65,8 @@ class TableSource(RootedSource, ImageSource):
         """Return the rows of the tables, labels in the order of `keep`; ids are paths relative to `base`.
 
         Raises:
-            UserError: a missing table, column or image, a row that marks no class or several, and a name that leaves the folder.
+            UserError: a missing table, column or image, a row that lacks a column or marks no class or several, and a name that
+                leaves the folder.
         """
         number = {name: label for label, name in enumerate(self.keep)}
         rows: dict[str, list[ImageRow]] = {}
@@ -93,12 +94,17 @@ class TableSource(RootedSource, ImageSource):
                 if absent is not None:
                     raise UserError(f"{shown}: no column '{absent}'.{near(absent, table.fieldnames or ())}")
                 for row in table:
+                    where = f"{shown}: line {table.line_num}"
+                    short = next((name for name in columns if row[name] is None), None)
+                    if short is not None:
+                        raise UserError(f"{where}: has no '{short}', as it has fewer columns than the first line.")
                     if any(row[name] != text for name, text in only.items()):
                         continue
-                    where = f"{shown}: line {table.line_num}"
-                    name = relative_path(_inside(row[self.column] or "", base) + self.suffix, where)
+                    name = relative_path(_inside(row[self.column], base) + self.suffix, where)
                     label = row[self.label] if self.label else _one_hot(row, self.keep, where)
                     if label in kept:
+                        if not label:  # of a table without a card, whose labels are all kept
+                            raise UserError(f"{where}: '{name}' has no label; give it one, or leave the row out.")
                         rows.append((name, label))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{card.shown}: table '{shown}' cannot be read: {error}. {fix(card)}") from error
@@ -128,7 +134,7 @@ def _inside(name: str, base: Path) -> str:
 def _one_hot(row: dict[str, str], keep: list[str], where: str) -> str:
     try:
         marked = [name for name in keep if float(row[name]) != 0]
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{where}: the columns {keep} must hold 0 or 1 ({error}).") from error
     if len(marked) != 1:
         raise UserError(f"{where}: {len(marked)} of the columns {keep} are not 0, must be one.")

@@ -103,10 +103,11 @@ class FolderSource(RootedSource, ImageSource):
         Classes are the sorted folder names over all splits, so a label means the same in each.
 
         Raises:
-            UserError: no class folder, an empty one, and a missing split.
+            UserError: no class folder, an empty one, two of one name in a split, and a missing split.
         """
         folders = self.scan(base)
         _refuse_empty(card, self.layout, base, folders)
+        _refuse_repeated(card, base, folders)
         classes = sorted({folder.name for by_class in folders.values() for folder in by_class})
         number = {name: label for label, name in enumerate(classes)}
         rows: dict[str, list[ImageRow]] = {}
@@ -141,6 +142,20 @@ class FolderSource(RootedSource, ImageSource):
             ) from error
         where = f"{card.shown}/{name}"
         return [relative_path(line.strip(), where) for line in lines if line.strip() and line[0] != "#"]
+
+
+def _refuse_repeated(card: Card, base: Path, folders: ClassFolders) -> None:
+    """Raise UserError for class folders of one name at several places: of one class, or of others (alphabets' characters)?"""
+    for classes in folders.values():
+        seen: dict[str, Path] = {}
+        for folder in classes:
+            other = seen.setdefault(folder.name, folder)
+            if other != folder:
+                first, second = (path.relative_to(base).as_posix() for path in (other, folder))
+                raise UserError(
+                    f"{card.shown}: the class folders '{first}' and '{second}' under {shown_path(base)} have one name; rename "
+                    "them where they are different classes, else put their images into one."
+                )
 
 
 def _refuse_empty(card: Card, layout: str, base: Path, folders: ClassFolders) -> None:

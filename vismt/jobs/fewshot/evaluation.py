@@ -35,7 +35,7 @@ from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
 from vismt.jobs.output_conditions import TEMPERED, against, fitted_once
 from vismt.metatune.protocol.episode_outcome import BRIER, GAPS, NLL, SCALED, UNSCALED
-from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler, VariableSampler
+from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.protocol.protocol import clean_logits, run_protocol
 from vismt.report.results import Score
 from vismt.robustness.conditions import (
@@ -111,7 +111,6 @@ class Evaluation:
         shown = shown_name(name)
         protocol = str(sampler)
         settings = self.config.evaluate
-        episodes = min(settings.episodes, len(sampler)) if isinstance(sampler, DisjointSampler) else settings.episodes
         panel = self.folder / "panels" / f"{shown}-{protocol.replace(' ', '-')}.npz" if with_panel else None
         records = episodes_file(self.folder, models.seed, shown, protocol, f"{arm}{ending}")
         tempered = settings.probabilities and self.config.select is not None
@@ -122,7 +121,7 @@ class Evaluation:
             models.task(arm, name),
             pixels,
             sampler,
-            episodes=episodes,
+            episodes=settings.episodes,
             attacks=specs,
             records=records,
             panel=panel,

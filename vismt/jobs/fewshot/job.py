@@ -323,8 +323,11 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
 
     def _averaged_seed(self, arm: str | None) -> int:
         """Return the seed in "name:seed", the first seed for "name"."""
-        seed = (arm or "").partition(":")[2]
-        return int(seed) if seed.isdecimal() else self.study.seeds[0]
+        name, _, seed = (arm or "").partition(":")
+        seeds = {str(known): known for known in self.study.seeds}
+        if seed and seed not in seeds:
+            raise UserError(f"run '{self.folder}': '{name}' has no seed '{seed}'; take one of {', '.join(seeds)}.")
+        return seeds.get(seed, self.study.seeds[0])
 
     def _averaged_pool(self, arm: str | None) -> ExpertPool:
         return self.models(self._averaged_seed(arm)).pool()
@@ -372,10 +375,13 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def about(self, arm: str | None = None) -> dict[str, Any]:
         """Return where the features are taken and the scale of their cosines, for config.json beside merged weights."""
         features: dict[str, Any] = {"block": self.config.model.block, "pool": self.config.model.pool}
+        arm = self._arm_of(arm)
         if self.config.pool is not None:
             features["scale"] = self._averaged_pool(arm).scale
-        elif self.config.meta is None:
-            features["scale"] = read_scale(self.study.find(arm).folder)
+            return {"features": features}
+        training = self.study.find(arm)
+        if self.study.arms[training.arm].meta is None:
+            features["scale"] = read_scale(training.folder)
         return {"features": features}
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:

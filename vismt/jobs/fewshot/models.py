@@ -10,22 +10,14 @@ from vismt.backbones.vit import PixelBackbone
 from vismt.base.errors import UserError
 from vismt.base.identity import Identity, weights_digest
 from vismt.base.seeds import digest
+from vismt.config.sections import RESOLVED
+from vismt.config.yaml_text import read_yaml
 from vismt.data.pixels import Pixels
 from vismt.engine import runtime, training_files
 from vismt.engine.study import ALONE, ARMS, CHOSEN, Study, Training, read_choice
 from vismt.engine.training_files import ADAPTER, DONE, check_files
-from vismt.jobs.fewshot.arms import (
-    split_head,
-    strategy_of,
-    untrained_arms,
-)
-from vismt.jobs.fewshot.config import (
-    CLEAN,
-    EXPERT,
-    FROZEN,
-    MERGED,
-    FewShotConfig,
-)
+from vismt.jobs.fewshot.arms import split_head, strategy_of, untrained_arms
+from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, MERGED, FewShotConfig
 from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.lowrank.files.description import DESCRIPTION, check_tensors
 from vismt.lowrank.model.merge import merge
@@ -123,11 +115,11 @@ class Models:
 
     def trained(self, training: Training, *, merged: bool) -> ProtoNet | MamlNet:
         """Return a trained classifier, merged on request; one with an inner loop, which updates the factors, never is."""
-        backbone = self._backbone()
+        backbone, config = self._backbone(), self.study.arms[training.arm]
         what = training_files.restore(backbone.vit, training)
-        if merged and self.config.meta is None:
+        if merged and config.meta is None:
             merge(backbone.vit)
-        net = make_net(backbone, self.study.arms[training.arm])
+        net = make_net(backbone, config)
         what = f"{what}: {OWN_FILE}"
         net.load_own_tensors(read_tensors(training.folder / OWN_FILE, what)[1], what)
         return net
@@ -170,16 +162,20 @@ def read_scale(folder: Path) -> float:
 
 
 def find_experts(folder: Path) -> list[Expert]:
-    """Return the trained experts in a run folder (its first seed), a pool folder, a training's folder or an adapter folder."""
+    """Return the trained experts in a run folder (its lowest seed), a pool folder, a training's folder or an adapter folder."""
     if (folder / INDEX).exists():
         return read_pool(folder)
     arms = sorted(path.parent for path in (folder / ARMS).glob(f"*/{CHOSEN}"))
     pooled = {expert.label for index in folder.glob(f"pool/*/{INDEX}") for expert in read_pool(index.parent)}
+    resolved = folder / RESOLVED
+    of_arms = resolved.is_file() and read_yaml(resolved, f"run '{folder}'").get("pool") is None
     experts = []
-    for arm in (arm for arm in arms if arm.name != CLEAN or CLEAN in pooled):  # else the reference beside the pool
-        trainings = sorted(arm.glob(f"lr-{read_choice(folder, arm.name).lr:g}-seed-*/{DONE}"))
+    for arm in arms:
+        if arm.name == CLEAN and not of_arms and CLEAN not in pooled:
+            continue  # the reference beside the pool
+        trainings = [done.parent for done in arm.glob(f"lr-{read_choice(folder, arm.name).lr:g}-seed-*/{DONE}")]
         if trainings:
-            training = trainings[0].parent
+            training = min(trainings, key=lambda path: int(path.name.rpartition("-")[2]))
             label = folder.name if arm.name == ALONE else arm.name
             experts.append(Expert(label, training / ADAPTER, read_scale(training)))
     if experts:

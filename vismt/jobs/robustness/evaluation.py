@@ -15,6 +15,7 @@ from vismt.jobs.output_conditions import fitted_once
 from vismt.jobs.risk import Thresholds, fit_thresholds
 from vismt.jobs.robustness.data import Batches
 from vismt.jobs.robustness.models import Classifier
+from vismt.metatune.functional import answers
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.corruptions import mean_corruption_error
@@ -52,7 +53,8 @@ def score_set(
     def fit() -> Thresholds:
         device = next((parameter.device for parameter in classifier.net.parameters()), None)
         pairs = [
-            (classifier.net(pixels.to(device)).cpu().double(), labels) for pixels, labels, _ in for_thresholds or ()
+            (answers(classifier.net, pixels.to(device)).cpu().double(), labels)
+            for pixels, labels, _ in for_thresholds or ()
         ]
         logits, labels = (torch.cat(parts) for parts in zip(*pairs))
         return fit_thresholds(logits.log_softmax(1), labels)

@@ -10,7 +10,7 @@ stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ def run_protocol(
         proto: Turns a support set into a classifier of query images. A module is put in eval mode and restored.
         pixels: The images of the data set.
         sampler: Draws the episodes.
-        episodes: Number of episodes, at least 2.
+        episodes: Number of episodes, at least 2; no more than a sampler with a length has.
         attacks: Attacks and corruptions of the query images, with different texts.
         records: A JSON-lines file. Its first line holds the protocol and its hash; every episode adds a line when it ends,
             with the `mixture` (P,) of a classifier that has one, under "<condition> right" a text with 1 for each right and 0
@@ -116,6 +116,8 @@ def run_protocol(
     conditions = dict(zip(texts, attacks, strict=True))
     if features not in FEATURES:
         raise UserError(f"evaluate {data}: features '{features}'.{near(str(features), FEATURES)}")
+    if isinstance(sampler, Sized):
+        episodes = min(episodes, len(sampler))
     if episodes < 2:
         raise UserError(f"evaluate {data}: {episodes} episodes have no confidence interval: use 2 or more.")
     worst, outside = worst or {}, ood or {}
