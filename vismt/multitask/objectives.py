@@ -34,7 +34,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -213,7 +213,7 @@ class VariationalUnionObjective(UnionObjective):
     """
 
     def outputs(self, images: Tensor, labels: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        head: VBLLClassifier = self.net.head
+        head = cast(VBLLClassifier, self.net.head)
         mean, variance = head.logit_distribution(self.net.features(images))
         share = self.label_smoothing
         noise = (1 - share) * variance.gather(1, labels[:, None]).squeeze(1) + share * variance.mean(1)
