@@ -59,7 +59,7 @@ class DenseHeadConfig:
         name: the head of tasks of maps (vismt.multitask.heads).
         options: further arguments of that head.
         labels: of several tasks of whole images: separate, each with a softmax over its own classes, or union, one softmax
-            over the classes of all.
+            over the classes of all; the same in all arms.
     """
 
     name: Annotated[str, Names("vismt.multitask.heads:HEADS", only=True)] = "conv"
