@@ -37,7 +37,7 @@ from vismt.base.errors import UserError, near
 from vismt.config.typed import Checked, Names, within
 from vismt.lowrank.cores import RULES as CORE_RULES
 from vismt.metatune.amt.input_attack import PLAIN, pyramid_attack
-from vismt.metatune.features import features
+from vismt.metatune.features import IMAGES, features
 from vismt.metatune.protonet import cosine_logits, prototypes
 
 RIDGE = 0.1  # strength, beside columns of length 1
@@ -52,7 +52,6 @@ class SupportTask:
         labels: integers (s,) in 0..N-1, every class present.
         scored: images whose features are scored in place of the support's, where they differ.
         scale: of the cosines in logits.
-        batch: images in one forward pass.
     """
 
     def __init__(
@@ -63,14 +62,13 @@ class SupportTask:
         *,
         scored: Tensor | None = None,
         scale: float = 10.0,
-        batch: int = 256,
     ) -> None:
         self.experts, self.images, self.labels = experts, images, labels
-        self.scored_images, self.scale, self.batch = scored, scale, batch
+        self.scored_images, self.scale = scored, scale
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features (P, b, d) of images."""
-        return torch.stack([features(expert, images, self.batch) for expert in self.experts])
+        return torch.stack([features(expert, images) for expert in self.experts])
 
     @cached_property
     def clean(self) -> Tensor:
@@ -231,9 +229,7 @@ SELECT = (*RULES, "average", "uniform", *COMBINED)  # strategies of the model "m
 def _attacked_cosines(task: SupportTask, index: int, epsilon: float) -> Tensor:
     """Return the leave-one-out cosines (s, N) of the support under attack on one expert."""
     cosines = []
-    for images, labels, own in zip(
-        *(part.split(task.batch) for part in (task.images, task.labels, task.own_means[index]))
-    ):
+    for images, labels, own in zip(*(part.split(IMAGES) for part in (task.images, task.labels, task.own_means[index]))):
 
         def logits(changed: Tensor, labels: Tensor = labels, own: Tensor = own) -> Tensor:
             features = task.experts[index](changed)
