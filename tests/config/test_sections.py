@@ -105,7 +105,7 @@ def test_no_is_a_word(tmp_path: Path) -> None:
 
 def test_fractions() -> None:
     assert fraction("4.5/255", "e") == 4.5 / 255 and fraction("0.25", "e") == 0.25 and fraction(2, "e") == 2.0
-    for wrong in ("a/b", "1/0", "1/2/3", ""):
+    for wrong in ("a/b", "1/0", "1/2/3", "", "1e400/255", "nan"):
         with pytest.raises(UserError, match="e: "):
             fraction(wrong, "e")
 

@@ -17,12 +17,14 @@ import torch
 from helpers.checkpoints import saved_tensors
 from helpers.tiny_runs import run_config, run_on_two, written
 from PIL import Image
+from timm.layers import resample_abs_pos_embed
 
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.maps.dense_transforms import resize
 from vismt.jobs import load_config, open_run
 from vismt.jobs.dense import config as dense_config
+from vismt.jobs.dense import models
 from vismt.jobs.dense.config import check
 from vismt.jobs.dense.job import DenseJob
 from vismt.jobs.dense.predict import VALUES, most_pixels
@@ -376,6 +378,35 @@ def test_a_canvas_larger_than_the_trained_size(tmp_path: Path) -> None:
         assert len(set(values.values())) == 4
         heads = [path.read_bytes() for path in (tmp_path / "runs").glob(f"*/arms/{arm}/**/heads.safetensors")]
         assert len(heads) == 4 and len(set(heads)) == 1  # evaluation has no part in training
+
+
+@pytest.mark.parametrize("also_train", [[], ["pos_embed"]])
+def test_the_whole_canvas_has_the_table_that_was_trained(also_train: list[str], tmp_path: Path) -> None:
+    """A frozen table is that of the pretrained weights at the size of the canvas; exports are of that size, too."""
+    weights, adapt = tmp_path / "weights.pt", {"method": "lora", "rank": 2, "options": {"also_train": also_train}}
+    pretrained = timm.create_model("test_vit", num_classes=0, img_size=160)
+    torch.save(pretrained.state_dict(), weights)
+    changes = {
+        "model": {"name": "test_vit", "pretrained": str(weights)},
+        "adapt": adapt,
+        "fade": None,
+        "canvas": [64, 80],
+    }
+    path = write(tmp_path, **{**SINGLE, **changes}, tasks=["depth"], evaluate={"mode": "whole"})
+    assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    job = open_run(next((tmp_path / "runs").iterdir())).job
+    (training,) = job.study.trainings("adapted")
+    trained = models.loaded(job.config, training, (32, 48)).stock.pos_embed
+    stock = resample_abs_pos_embed(pretrained.pos_embed, [2, 3])
+    assert torch.equal(trained, stock) != bool(also_train)
+    table, grid = (trained, [2, 3]) if also_train else (pretrained.pos_embed, [10, 10])
+    expected = resample_abs_pos_embed(table, [4, 5], grid)
+    assert torch.equal(job.final(training).stock.pos_embed, expected)
+    graph = job.graph(None, "torch")
+    assert (
+        graph.about["input"]["shape"][2:] == graph.outputs["depth"]["shape"][2:] == job.about()["img_size"] == [64, 80]
+    )
+    assert graph.net(torch.rand(1, 3, 64, 80))[0].shape == (1, 1, 64, 80)
 
 
 @pytest.mark.slow

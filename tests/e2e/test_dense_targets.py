@@ -204,3 +204,20 @@ def test_a_label_map_of_another_size(rooms: Path, tmp_path: Path, capsys) -> Non
     (rooms / "label" / "2.png").write_bytes(good)
     assert run(tmp_path) == 0
     assert "done before" in capsys.readouterr().out and len(list((tmp_path / "runs").glob("*/report.html"))) == 1
+
+
+def test_inverse_depth_has_a_delta_m(rooms: Path, tmp_path: Path) -> None:
+    card = tmp_path / "cards" / "rooms" / "card.yaml"
+    card.write_text(CARD.replace("depth_mm", "inverse_depth"))
+    for path in rooms.parent.glob("*/depth/*.png"):
+        np.save(path.with_suffix(".npy"), 1000 / np.asarray(Image.open(path), np.float32))
+        path.unlink()
+    assert run(tmp_path, arms={"slow": {"train.lr": 3e-3}, "fast": {}}, baseline="slow") == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    rows = rows_by_task(folder)
+    assert rows["slow", "depth"].metric == "RMSE"  # without a unit
+    gains = [
+        rows["fast", "semseg"].value / rows["slow", "semseg"].value - 1,
+        1 - rows["fast", "depth"].value / rows["slow", "depth"].value,
+    ]
+    assert rows["fast", "delta_m"].value == pytest.approx(100 * sum(gains) / 2)

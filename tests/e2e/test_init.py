@@ -81,6 +81,18 @@ def test_own_maps(tmp_path: Path) -> None:
     assert {row.task for row in rows} == {"semseg", "depth"} and {row.n for row in rows} == {2}
 
 
+def test_maps_of_void_alone_and_rows_without_a_label(tmp_path: Path, capsys) -> None:
+    for name, value in (("images", 0), ("label", 255)):
+        (tmp_path / "maps" / name).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / "maps" / name / "a.png")
+    assert main(["init", "dense", "--images", str(tmp_path / "maps"), "--to", str(tmp_path / "dense")]) == 2
+    assert "no map in 'label' has a label but 255" in capsys.readouterr().err
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n{"text": "c"}\n')
+    assert main(["init", "lm", "--texts", str(texts), "--to", str(tmp_path / "lm"), "--quiet"]) == 0
+    assert '{"x": " A", "y": " B"}' in (tmp_path / "lm" / "lm.yaml").read_text()
+
+
 def test_texts(tmp_path: Path) -> None:
     assert main(["init", "lm", "--to", str(tmp_path), "--quiet"]) == 0
     rows = run(

@@ -507,3 +507,9 @@ def test_the_small_study_runs_on_the_real_sets(tmp_path: Path) -> None:
     rows = accuracies(next(tmp_path.iterdir()) / "results.jsonl")
     assert {row.data: row.n for row in rows} == {"grocery": 393, "flowers102": 444, "dtd10": 150, "gtsrb": 338}
     assert {row.protocol for row in rows} == {"validation images, one of 223 classes"}
+
+
+def test_validation_images_that_chose_a_rate_can_be_attacked(tmp_path: Path) -> None:
+    evaluate = {"split": "validation", "batch": 64, "attacks": [{"name": "pgd", "epsilon": "4/255", "steps": 1}]}
+    folder = run_config(write(tmp_path, tasks=TASKS[:1], arms={}, seeds=[], evaluate=evaluate))
+    assert {row.condition for row in accuracies(folder / "results.jsonl")} == {"clean", "PGD-1 linf 4/255"}

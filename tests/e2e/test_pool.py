@@ -252,7 +252,7 @@ LABELS = [
     "photo_crops-train-l2-128",
     "photo_crops-train-corruption",
 ]
-RULES = ["merged", "merged:paper", "merged:robust_loo", "merged:average", "merged:tsv"]
+RULES = ["merged", "merged:paper", "merged:core_ties", "merged:average", "merged:tsv"]
 
 
 @pytest.fixture(scope="module")
@@ -260,8 +260,14 @@ def sources_run(tmp_path_factory) -> Path:
     pytest.importorskip("skimage")
     folder = tmp_path_factory.mktemp("sources")
     experts = [{"level": 8}, {"source": "photo_crops:test", "level": 8}, {"norm": "l2", "level": 128}]
-    pool = {"experts": [*experts, {"norm": "corruption"}, {"norm": "clean"}], "select": "ridge", "gamma": 1e-2}
-    models = ["clean", *(f"expert:{label}" for label in [*LABELS, "clean"]), *RULES, "average", "merged:ridge+finetune"]
+    pool = {"experts": [*experts, {"norm": "corruption"}, {"norm": "clean"}], "select": "min_ce", "gamma": 1e-2}
+    models = [
+        "clean",
+        *(f"expert:{label}" for label in [*LABELS, "clean"]),
+        *RULES,
+        "average",
+        "merged:min_ce+finetune",
+    ]
     path = write(
         folder,
         pool={**pool, "pyramid": [[None, 1.0]]},
@@ -301,7 +307,7 @@ def test_experts_of_two_sources_and_four_threats_are_trained_and_compared(source
 def test_the_report_sets_the_rules_beside_the_best_experts(sources_run: Path) -> None:
     validated = json.loads((sources_run / "pool" / "seed-0" / "validation.json").read_text())
     assert set(validated["all"]) == {*LABELS, "clean"}
-    # The rule "ridge" has neither beta nor balance: the trim alone is searched.
+    # The rule "min_ce" has neither beta nor balance: the trim alone is searched.
     chosen = json.loads((sources_run / "pool" / "seed-0" / "selection.json").read_text())["all"]
     assert {candidate["stage"] for candidate in chosen["tried"]} == {"trim"}
     text = (sources_run / "report.md").read_text().replace("\\", "")

@@ -92,24 +92,24 @@ def test_levels_are_short_for_linf_experts_of_the_source() -> None:
 def test_hashes_change_with_experts_and_rule_alone() -> None:
     plain = FewShotConfig(pool=PoolConfig())
     assert config_hash(plain) == config_hash(FewShotConfig(pool=PoolConfig(experts=[], select="paper")))
-    others = [PoolConfig(select="ridge"), PoolConfig(experts=FIVE[:2]), PoolConfig(experts=FIVE[:3])]
+    others = [PoolConfig(select="average"), PoolConfig(experts=FIVE[:2]), PoolConfig(experts=FIVE[:3])]
     assert len({config_hash(FewShotConfig(pool=pool)) for pool in (PoolConfig(), *others)}) == 4
 
 
 def test_the_strategy_of_a_model() -> None:
-    config = configured(*FIVE, select="robust_loo")
+    config = configured(*FIVE, select="core_ties")
     names = [
         "merged",
         "merged:default",
         "merged:paper",
         "merged:tsv",
         "merged:average",
-        "merged:ridge",
+        "merged:min_ce",
         "average",
         "min_ce",
         "expert:clean",
     ]
-    strategies = ["robust_loo", "robust_loo", "paper", "tsv", "average", "ridge", "average", "min_ce", "expert"]
+    strategies = ["core_ties", "core_ties", "paper", "tsv", "average", "min_ce", "average", "min_ce", "expert"]
     assert [strategy_of(config, name) for name in names] == strategies
 
 
@@ -137,16 +137,16 @@ def test_experts_that_cannot_be(specs: list[ExpertSpec], words: str) -> None:
 def test_a_pool_has_levels_or_experts_and_a_known_rule() -> None:
     with pytest.raises(UserError, match=r"pool: levels \[8\] and experts; give one of them"):
         PoolConfig(levels=[8], experts=FIVE)
-    with pytest.raises(UserError, match=r"pool.select: 'robust_lo' is not known. Near: 'robust_loo'"):
-        typed({"pool": {"select": "robust_lo"}}, FewShotConfig, "a.yaml")
+    with pytest.raises(UserError, match=r"pool.select: 'core_tie' is not known. Near: 'core_ties'"):
+        typed({"pool": {"select": "core_tie"}}, FewShotConfig, "a.yaml")
     with pytest.raises(
         UserError, match=r"merging.strategy: the names in evaluate.models .*pool.select the rule of merged"
     ):
-        check(replace(configured(*FIVE), merging=MergeSettings("ridge")))
+        check(replace(configured(*FIVE), merging=MergeSettings("tsv")))
     for model, close in (
-        ("merged:rigde", "merged:ridge"),
+        ("merged:papre", "merged:paper"),
         ("merged:tvs", "merged:tsv"),
-        ("merged:regmean", "merged:ridge"),
+        ("merged:regmean", "merged:min_ce"),
     ):
         with pytest.raises(UserError, match=rf"evaluate.models: '{model}'. Near: '{close}'"):
             check(configured(*FIVE, models=[model]))

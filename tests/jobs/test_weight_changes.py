@@ -71,6 +71,7 @@ LINES = [
     {"weight": "model.layers.10.q.weight", "norm": 1.0, "change": 0.8, "stable_rank": 2.0},
     {"weight": "head.weight", "norm": 1.0, "change": 0.1, "stable_rank": 2.0},
 ]
+ZERO = {"weight": "model.layers.1.bias_table", "norm": 0.0, "change": 0.1, "stable_rank": 1.0}  # before the training
 
 
 def test_numbers_of_a_training() -> None:
@@ -82,7 +83,7 @@ def test_numbers_of_a_training() -> None:
 def test_the_section_has_the_chosen_rate_alone(tmp_path: Path) -> None:
     for lr, factor in ((0.1, 1.0), (0.2, 3.0)):
         for seed in (0, 1):
-            lines = [{**line, "change": factor * line["change"]} for line in LINES]
+            lines = [{**line, "change": factor * line["change"]} for line in (*LINES, ZERO)]
             write_lines(tmp_path / ARMS / "lora" / f"lr-{lr:g}-seed-{seed}" / CHANGES, lines)
     write_choice(tmp_path / ARMS / "lora" / "chosen.json", "lora", [0.1, 0.2], {0.1: 0.5, 0.2: 0.4})
     section = changes_section(tmp_path, ["lora", "untrained"])

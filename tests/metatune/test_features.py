@@ -84,7 +84,7 @@ MODELS: dict[str, Callable[[ExpertPool], nn.Module]] = {
     "expert": lambda pool: PoolNet(pool, MergeSettings("expert", expert=pool.labels[1])),
     **{
         name: lambda pool, name=name: PoolNet(pool, MergeSettings(name))
-        for name in ("paper", "tsv", "logits", "min_ce", "ridge", "robust_loo")
+        for name in ("paper", "tsv", "logits", "min_ce")
     },
     "augmented": lambda pool: PoolNet(pool, MergeSettings("paper", augment=True)),
 }

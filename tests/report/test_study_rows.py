@@ -65,6 +65,8 @@ def test_trainings_of_a_difference_are_paired_by_seed_and_of_an_average_are_mean
     assert by_seed[1] - by_seed[0] == pytest.approx(0.1) and sum(by_seed.values()) / 2 == pytest.approx(
         difference.value
     )
+    turned = replace(difference, arm="frozen", minus="adapted", value=-difference.value)
+    assert replace(study, rows=rows).trainings(turned) == pytest.approx({seed: -v for seed, v in by_seed.items()})
 
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def create(
     if dtype != "float32":
         vit.to(getattr(torch, dtype))
         for layer in classifiers(vit) if num_classes else ():
-            layer.float().register_forward_pre_hook(_widen_inputs)
+            layer.float().register_forward_pre_hook(widen_inputs)
     return backbone
 
 
@@ -109,7 +109,8 @@ def skeleton(name: str, img_size: int | tuple[int, int] | None = None, *, num_cl
         return create(name, img_size, num_classes=num_classes).vit
 
 
-def _widen_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def widen_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the inputs of a float32 classifier of a half-precision model in float32; a hook before its forward pass."""
     return tuple(widened(value) for value in inputs)
 
 

@@ -164,7 +164,9 @@ def _maps(images: Path) -> tuple[str, str, dict[str, str]]:
             tasks.append(target)
             continue
         labels = {int(label) for path in sorted((images / name).iterdir()) for label in np.unique(read_array(path))}
-        count = 1 + max(labels - {VOID})
+        count = 1 + max(labels - {VOID}, default=-1)
+        if not count:
+            raise UserError(f"init: --images {images}: no map in '{name}' has a label but {VOID}, which marks none.")
         more = {"classes": f"classes: {count}\n", "void": f"    void: {VOID}\n" if VOID in labels else ""}
         tasks.append(f"{{name: semseg, classes: {count}}}")
     return ", ".join(f"{name}: {name}" for name in found), f"[{', '.join(tasks)}]", more
@@ -198,7 +200,7 @@ def _text_task(path: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, dict
         # The prompt is the user's turn in the chat template of the model, where it has one.
         return "the answer", {"kind": "causal", "prompt": prompt, "chat": True, "options": {"answer": answer}}
     if text and label:
-        labels = sorted({str(row[label[1:-1]]) for row in rows})
+        labels = sorted({str(row[label[1:-1]]) for row in rows if label[1:-1] in row})
         if not 2 <= len(labels) <= len(ascii_uppercase):
             raise UserError(
                 f"init: --texts {path}: {len(labels)} labels in the column '{label[1:-1]}'; needed are 2 to 26."

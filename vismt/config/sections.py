@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -363,10 +363,9 @@ def fraction(value: float | str, name: str) -> float:
     """Return a number that may be written as a fraction, '4.5/255'; `name` is the key in errors."""
     if not isinstance(value, str):
         return float(value)
-    parts = value.split("/")
     try:
-        numbers = [float(Fraction(part.strip())) for part in parts]
-        if len(numbers) > 2:
+        numbers = [float(part) for part in value.split("/")]
+        if len(numbers) > 2 or not all(map(math.isfinite, numbers)):
             raise ValueError
         return numbers[0] / (numbers[1] if len(numbers) == 2 else 1.0)
     except (ValueError, ZeroDivisionError) as error:

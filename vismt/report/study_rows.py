@@ -118,11 +118,14 @@ class StudyRows:
     def trainings(self, row: StudyRow) -> dict[int, float]:
         """Return a number by training seed; {} where the arm, or each of two, has one training."""
         first = self._trainings(row, row.arm)
-        if not row.minus or not first:
+        if not row.minus:
             return first
+        second = self._trainings(row, row.minus)
         # The value of a reference, which has no trainings, is the same for every seed.
-        reference = sum(first.values()) / len(first) - row.value
-        second = self._trainings(row, row.minus) or dict.fromkeys(first, reference)
+        if first and not second:
+            second = dict.fromkeys(first, fmean(first.values()) - row.value)
+        elif second and not first:
+            first = dict.fromkeys(second, fmean(second.values()) + row.value)
         return {seed: first[seed] - second[seed] for seed in first if seed in second}
 
     def _trainings(self, row: StudyRow, arm: str) -> dict[int, float]:

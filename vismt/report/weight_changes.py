@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,23 +27,26 @@ from vismt.storage.lines import read_lines
 
 CHANGE, STABLE, SKEW = "relative norm of the update", "stable rank of the update", "skew of the update over depth"
 NOTE = (
-    "Means over the changed matrices, then over the trainings. The norm of an update is divided by that of its weight. The "
-    "stable rank is |ΔW|²/σ², between 1 and the rank. The skew is the relative norm of the block that changed most, divided by "
-    "that of the median block. For weights trained in place, ΔW is the difference of the weights."
+    "Means over the changed matrices but those that were zero, then over the trainings. The norm of an update is divided by that "
+    "of its weight. The stable rank is |ΔW|²/σ², between 1 and the rank. The skew is the relative norm of the block that changed "
+    "most, divided by that of the median block. For weights trained in place, ΔW is the difference of the weights."
 )
 CAPTION = "Mean relative norm of the update of the matrices of each block, over the trainings."
 Lines = Sequence[Mapping[str, Any]]
 
 
 def read_changes(folder: Path, arms: Sequence[str]) -> dict[str, dict[int, Lines]]:
-    """Return the changed matrices of every training at the chosen rate, by arm and seed, as far as they were measured."""
+    """Return the changed matrices of every training at the chosen rate, by arm and seed, as far as they were measured.
+
+    Matrices that were zero before the training are left out: their change is not a share of anything.
+    """
     found: dict[str, dict[int, Lines]] = {}
     for arm in arms:
         if not (folder / ARMS / arm / CHOSEN).exists():
             continue
         stem = f"lr-{read_choice(folder, arm).lr:g}-seed-"
         for path in sorted((folder / ARMS / arm).glob(f"{stem}*/{CHANGES}")):
-            lines = read_lines(path, ("weight", "norm", "change", "stable_rank"))
+            lines = [line for line in read_lines(path, ("weight", "norm", "change", "stable_rank")) if line["norm"]]
             if lines:
                 found.setdefault(arm, {})[int(path.parent.name.removeprefix(stem))] = lines
     return found
@@ -73,7 +75,7 @@ def measures(lines: Lines) -> dict[str, float]:
 
 
 def _relative(line: Mapping[str, Any]) -> float:
-    return line["change"] / line["norm"] if line["norm"] else math.inf
+    return line["change"] / line["norm"]
 
 
 def changes_section(folder: Path, arms: Sequence[str]) -> Section:

@@ -119,6 +119,16 @@ def test_dropout_acts_on_the_update_alone() -> None:
     assert layer.lora_A.grad is not None
 
 
+def test_dropout_leaves_a_start_that_is_subtracted_alone() -> None:
+    model = single("lora", dropout=0.5)
+    layer, x = model.qkv, torch.randn(3, 5, dtype=torch.double)
+    start = layer.lora_B @ layer.lora_A
+    layer.set_factors(layer.lora_A, layer.lora_B, offset=True)
+    nn.init.zeros_(layer.lora_B)
+    expected = nn.functional.linear(x, layer.weight - layer.scale * start, layer.bias)
+    assert torch.allclose(model.train()(x), expected)
+
+
 def test_nothing_is_saved_but_input_and_hidden() -> None:
     model = nn.Sequential(nn.Linear(64, 128, bias=False))
     vismt.adapt(model, "lora", rank=4)

@@ -185,6 +185,16 @@ def test_a_tuner_of_peft_beside_another_adapter() -> None:
     assert torch.equal(model(images()), expected["tuner"])
 
 
+def test_an_adapter_that_becomes_active_has_the_mode_of_the_model() -> None:
+    model = tiny_vit().train()
+    vismt.adapt(model, "peft:lora", ["qkv"], rank=2, lora_dropout=0.5)
+    shake(model, seed=1)
+    with vismt.disabled(model):
+        model.eval()
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(images()), model(images()))
+
+
 def test_only_linears_and_plain_convolutions_are_mixed() -> None:
     model = nn.ModuleDict({"words": nn.Embedding(5, 4), "grouped": nn.Conv2d(4, 4, 1, groups=2)})
     for name, path in (("a", "words"), ("b", "grouped")):

@@ -63,12 +63,11 @@ class TaskData:
 
     def training(self, tasks: Sequence[str] = ()) -> Gathered:
         """Return the training images of the named tasks, by default of all, with the labels of the union."""
-        chosen = [number for number, name in enumerate(self.union.tasks) if name in (tasks or self.union.tasks)]
-        return Gathered([part for task in chosen for part in self._pixels(task, "train")])
+        return Gathered([part for task in self._numbers(tasks) for part in self._pixels(task, "train")])
 
-    def class_counts(self) -> list[int]:
-        """Return the number of training images of each class of the union."""
-        labels = [y + self.union.offset(task) for task, parts in enumerate(self._parts) for _, y in parts["train"]]
+    def class_counts(self, tasks: Sequence[str] = ()) -> list[int]:
+        """Return the number of training images of each class of the union, of the named tasks, by default of all."""
+        labels = [y + self.union.offset(task) for task in self._numbers(tasks) for _, y in self._parts[task]["train"]]
         return torch.cat(labels).bincount(minlength=self.union.num_classes).tolist()
 
     def has_part(self, task: int, part: str) -> bool:
@@ -94,6 +93,9 @@ class TaskData:
         """Return the images of sets that are not of any task; their labels are 0."""
         sets = [self._open(name) for name in names]
         return Gathered([(Pixels(images, self.size), torch.zeros(len(images), dtype=torch.long)) for images in sets])
+
+    def _numbers(self, tasks: Sequence[str]) -> list[int]:
+        return [number for number, name in enumerate(self.union.tasks) if not tasks or name in tasks]
 
     def _pixels(self, task: int, part: str) -> list[tuple[Pixels, Tensor]]:
         offset = self.union.offset(task)

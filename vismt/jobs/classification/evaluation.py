@@ -243,9 +243,13 @@ class Evaluation:
 
     # ---- Laplace, sets of other classes, the merge check --------------------------------------------------------------
 
-    def laplace(self, net: PixelNet, training: Training, records: Path) -> list[Score]:
-        """Return accuracy, ECE, NLL and Brier of every task with a Laplace approximation in place of the head."""
-        split, posterior = self.config.evaluate.split, self._laplace_net(net, f"{training.arm} seed {training.seed}")
+    def laplace(self, net: PixelNet, training: Training, records: Path, trained_tasks: Sequence[str]) -> list[Score]:
+        """Return accuracy, ECE, NLL and Brier of every task with a Laplace approximation in place of the head.
+
+        trained_tasks: of the arm, on whose training images the approximation is fitted; () for all.
+        """
+        split, label = self.config.evaluate.split, f"{training.arm} seed {training.seed}"
+        posterior = self._laplace_net(net, label, trained_tasks)
         structure = next(name for name, kind in STRUCTURES.items() if isinstance(posterior.head.curvature, kind))
         scores = []
         for number, task in enumerate(self.data.union.tasks):
@@ -255,8 +259,8 @@ class Evaluation:
         return [replace(score, condition=LAPLACE[structure]) for score in scores]
 
     @torch.no_grad()
-    def _laplace_net(self, net: PixelNet, label: str) -> PixelNet:
-        """Return a copy of a net with the approximation, fitted to all training images and tuned on validation images."""
+    def _laplace_net(self, net: PixelNet, label: str, trained_tasks: Sequence[str]) -> PixelNet:
+        """Return a copy of a net with the approximation, fitted to its training images and tuned on validation images."""
         device = runtime.processes().device
 
         def features(images: Gathered, what: str) -> list[Tensor]:
@@ -268,7 +272,7 @@ class Evaluation:
         parts = [self.data.part(number, "validation") for number in range(len(self.data.union.tasks))]
         validation = torch.cat([rows for part in parts for rows in features(part, "validation images")])
         labels = torch.cat([part.labels for part in parts]).to(device)
-        training = features(self.data.training(), "training images")
+        training = features(self.data.training(trained_tasks), "training images")
         posterior = copy.deepcopy(net)
         replace_head(posterior.stock, laplace_head(net.head, training, (validation, labels)))
         return posterior.eval().to(device)

@@ -127,7 +127,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return timm_models.skeleton(config.model.name, config.model.img_size, num_classes=1)
 
     def fresh(self, config: MultitaskConfig) -> PixelNet:
-        return fresh(config, self.data.union.num_classes, sum(self.data.class_counts()))
+        return fresh(config, self.data.union.num_classes, sum(self.data.class_counts(config.trained_tasks)))
 
     def prepare(self, net: PixelNet, config: MultitaskConfig) -> str:
         """Adapt the backbone with the options that the method computes from images; return the method's name."""
@@ -139,7 +139,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return super().prepare(net, config)
 
     def heads(self, net: PixelNet) -> nn.Module:
-        return net.head
+        return net.heads
 
     def objective(self, config: MultitaskConfig, net: PixelNet, balanced: Sequence[Tensor]) -> UnionObjective:
         union = self.data.union
@@ -192,14 +192,19 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         if forms is not None and attacks is None:
             scores += self.evaluation.detection(net, training, separate, records)
             if self.config.evaluate.laplace:
-                scores += self.evaluation.laplace(net, training, records)
+                tasks = self.study.arms[training.arm].trained_tasks
+                scores += self.evaluation.laplace(net, training, records, tasks)
         return scores
 
     def validate(self, training: Training) -> float:
         """Return the mean accuracy over the tasks that the arm is trained on, on the images that choose rates."""
         values = []
         chosen = self.study.arms[training.arm].trained_tasks or self.data.union.tasks
-        for score in self.score(training, "validation", []):
+        records = training.folder / RECORDS
+        if self.split == "validation":  # where the evaluation keeps its records, under attacks
+            records /= "tune"
+        net, separate = self.final(training), self._separate(training)
+        for score in self.evaluation.scores(net, training, separate, "validation", [], records):
             if score.condition == CLEAN and score.measure.metric == "accuracy" and score.data in chosen:
                 number = self.data.union.tasks.index(score.data)
                 chooses, _ = self.evaluation.parts(number)
@@ -271,8 +276,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return one arm's stock model with its adapter and the head marked as trained along, so that exports include it."""
         model = with_linear_head(super().adapted(arm))
-        path = classifier_paths(model)[0]
-        train_along(model, [f"{path}.{name}" for name, _ in model.get_submodule(path).named_parameters()])
+        for path in classifier_paths(model):
+            train_along(model, [f"{path}.{name}" for name, _ in model.get_submodule(path).named_parameters()])
         return model
 
     def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:

@@ -59,7 +59,7 @@ def merged_net(job: Job, data: TaskData, evaluation: Evaluation, training: Train
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.low_rank))
     collects = section.method == "regmean" or training.seed == job.study.seeds[0]
     inputs = [_inputs(job, data, one, paths) for one in experts] if collects else []
-    heads = [job.loaded(one).head for one in experts]
+    heads = [job.loaded(one).heads for one in experts]
 
     def net_of(merged: Updates) -> PixelNet:
         net, union = job.fresh(config), data.union
@@ -67,7 +67,7 @@ def merged_net(job: Job, data: TaskData, evaluation: Evaluation, training: Train
         for expert, head in zip(experts, heads):
             for task in job.study.arms[expert.arm].trained_tasks:
                 rows = union.span(union.tasks.index(task))
-                for name, value in net.head.named_parameters():
+                for name, value in net.heads.named_parameters():
                     value.data[rows] = head.get_parameter(name).data[rows]
         return net.requires_grad_(False).eval()
 

@@ -71,6 +71,12 @@ class PixelNet(nn.Module):
         return classifiers(self.stock)[0]
 
     @property
+    def heads(self) -> nn.Module:
+        """The classifier that is trained, or both of a distilled ViT, whose logits are their mean."""
+        found = classifiers(self.stock)
+        return found[0] if len(found) == 1 else nn.ModuleList(found)
+
+    @property
     def stock(self) -> nn.Module:
         """The timm model with its classifier."""
         return self.backbone.vit
@@ -95,7 +101,11 @@ def fresh(config: MultitaskConfig, num_classes: int, num_train: int) -> PixelNet
             dtype=model.dtype,
         )
     )
-    head = config.head_section
+    head, alone = config.head_section, len(classifiers(net.stock)) == 1
+    if not alone and (is_variational(head.name) or config.evaluate.laplace):
+        raise UserError(
+            f"model: {model.name} averages two classifiers, and vbll and evaluate.laplace are around one; take another model."
+        )
     if is_variational(head.name):
         if not isinstance(net.head, nn.Linear):
             raise UserError(
@@ -104,8 +114,7 @@ def fresh(config: MultitaskConfig, num_classes: int, num_train: int) -> PixelNet
             )
         rows = net.head.weight.detach()
         replace_head(net.stock, make_head(head.name, rows, None, num_train, config.seed, head.options))
-    # A distilled ViT averages two heads: its logits are not those of one on its features.
-    net.frozen = config.adapt is None and len(classifiers(net.stock)) == 1
+    net.frozen = config.adapt is None and alone
     return net
 
 
@@ -127,13 +136,14 @@ def with_linear_head(model: nn.Module) -> nn.Module:
     if isinstance(head, GaussianHead):
         linear = nn.Linear(head.mean.shape[1], head.mean.shape[0])
         linear.load_state_dict({"weight": head.mean.detach(), "bias": torch.zeros(len(head.mean))})
+        linear.register_forward_pre_hook(timm_models.widen_inputs)
         replace_head(model, linear)
     return model
 
 
 def save_head(net: PixelNet, folder: Path) -> None:
     """Write head.safetensors."""
-    atomic_write(folder / HEAD, safetensors.torch.save(training_files.state(net.head)))
+    atomic_write(folder / HEAD, safetensors.torch.save(training_files.state(net.heads)))
 
 
 def load_head(net: PixelNet, training: Training) -> PixelNet:
@@ -142,5 +152,5 @@ def load_head(net: PixelNet, training: Training) -> PixelNet:
     Raises UserError for an unfinished training and for files that do not fit.
     """
     what = training_files.restore(net.stock, training)
-    training_files.load_state(net.head, training.folder / HEAD, what)
+    training_files.load_state(net.heads, training.folder / HEAD, what)
     return net.requires_grad_(False).eval()

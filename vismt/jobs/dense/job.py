@@ -231,7 +231,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
         """Return delta_m by arm."""
-        metrics = {task.name: metric_name(task) for task in all_tasks(self.config)}
+        metrics = {name: metric_name(task) for name, task in self.data.tasks.items()}
         of_tasks = {
             arm: [score for score in arm_scores if score.measure.metric == metrics[score.task]]
             for arm, arm_scores in scores.items()
@@ -283,26 +283,26 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
     def graph(self, arm: str | None, form: str) -> Graph:
         """Return the merged net, with the maps of all tasks at the size of the images."""
         training = self.study.find(arm)
-        config = self.study.config_of(training)
+        config, size = self.study.config_of(training), window_of(self.config)
         tasks = {task.name: task for task in trained_tasks(config)}
         classes = class_names(config, tasks)
         outputs = {
             name: {
-                "shape": ["batch", task.channels, *(config.size if isinstance(task, MapTask) else [])],
+                "shape": ["batch", task.channels, *(size if isinstance(task, MapTask) else [])],
                 "task": type(task).__name__,
                 **({"label_names": classes[name]} if name in classes else {}),
             }
             for name, task in tasks.items()
         }
         net = Named(self.merged_net(training), tasks)
-        return image_graph(net, config.size, outputs, FITTED.format(*config.size))
+        return image_graph(net, size, outputs, FITTED.format(*size))
 
     def beside(self, training: Training) -> dict[str, bytes]:
         """Return heads.safetensors of a training."""
         return {models.HEADS: models.heads_file(self.loaded(training), self.study.config_of(training))}
 
     def about(self, arm: str | None = None) -> dict[str, Any]:
-        return {"num_classes": 0, "img_size": list(self.config.size)}
+        return {"num_classes": 0, "img_size": list(window_of(self.config))}
 
 
 JOB = DenseJob

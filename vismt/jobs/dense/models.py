@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
+import torch
 
 from vismt.backbones import timm_models
 from vismt.backbones.pyramid import Pyramid
@@ -85,20 +87,24 @@ def heads_file(net: DenseNet, config: DenseConfig) -> bytes:
 def loaded(config: DenseConfig, training: Training, size: tuple[int, int]) -> DenseNet:
     """Return a trained net, not merged, for images of `size`.
 
-    The position table for a size other than the trained one is resampled once from the grid of the stock weights, or from the
-    trained table where training has changed it. Raises UserError when the training is not finished or its files do not fit.
+    The position table for a size other than the trained one is resampled once from the grid of the pretrained weights, or from
+    the trained table where training has changed it or the weights are random. Raises UserError when the training is not
+    finished or its files do not fit.
 
     config: of the training.
     """
     net = fresh(config)
+    stock: Any = net.stock
+    table = getattr(stock, "pos_embed", None) if isinstance(net.backbone, Backbone) else None
+    before = None if table is None or not config.model.pretrained else table.detach().clone()
     what = training_files.restore(net.stock, training)
     if config.full:
         training_files.load_state(net.stock, training.folder / BACKBONE, what)
     training_files.load_state(net.heads, training.folder / HEADS, what)
     if size != net.backbone.img_size:
-        resampled = isinstance(net.backbone, Backbone) and not config.full
-        table = getattr(make_backbone(config, size).vit, "pos_embed", None) if resampled else None
-        net.backbone.set_input_size(size, table)
+        kept = before is not None and torch.equal(stock.pos_embed, before)
+        pretrained: Any = make_backbone(config, size).vit if kept else None
+        net.backbone.set_input_size(size, pretrained.pos_embed if kept else None)
     return net.requires_grad_(False).eval()
 
 

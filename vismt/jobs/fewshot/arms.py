@@ -17,8 +17,6 @@ from vismt.robustness.attacks.attacks import radius_text
 MERGING = {
     "paper": "the experts, merged for each task by how compact and distinct they make its support classes (AMT)",
     "min_ce": "the expert with the least cross-entropy on the support",
-    "robust_loo": "the expert with the best accuracy on the attacked support",
-    "ridge": "the experts, merged for each task by ridge regression on its support",
     "average": "the equal mean of the experts",
     "logits": "the mean of the experts' logits",
     **{rule: f"the experts' updates, merged by {rule} of `vismt.lowrank.combine`" for rule in COMBINED},

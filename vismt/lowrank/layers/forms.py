@@ -42,8 +42,7 @@ class LowRankLinear(LowRankLayer):
         weight = self.matrix(self.weight)
         if self.dropout and self.training:
             out = F.linear(flat, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-            dropped = F.dropout(flat, self.dropout)
-            out = out + self.scale * self.update_of(dropped, self.right(), self.left(), self.gate(x))
+            out = out + self.scale * self.change_of(flat, self.gate(x))
         else:
             factors = self.right(), self.left(), self.lora_A0, self.lora_B0
             # The bookkeeping of autograd takes longer than the products of one generated token.
@@ -80,7 +79,7 @@ class LowRankConv(LowRankLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.shell._conv_forward(x, self.weight, self.bias)
-        inner = F.dropout(x, self.dropout) if self.dropout and self.training else x
+        inner = F.dropout(x, self.dropout, self.training)
         out = self._add_product(out, inner, self.lora_A, self.left(), self.scale, self.gate(inner))
         if self.lora_A0 is not None:
             out = self._add_product(out, x, self.lora_A0, self.lora_B0, -self.scale)
@@ -230,9 +229,5 @@ class LowRankPrequantized(LowRankLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.linked()(x)
-        flat = x.reshape(-1, x.shape[-1])
-        dropped = F.dropout(flat, self.dropout) if self.dropout and self.training else flat
-        update = self.update_of(dropped, self.lora_A, self.left(), self.gate(x))
-        if self.lora_A0 is not None:
-            update = update - self.update_of(flat, self.lora_A0, self.lora_B0)
-        return out + (self.scale * update).view(out.shape).to(out.dtype)
+        change = self.change_of(x.reshape(-1, x.shape[-1]), self.gate(x))
+        return out + (self.scale * change).view(out.shape).to(out.dtype)

@@ -18,6 +18,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -269,11 +270,16 @@ class LowRankLayer(AdapterLayer):
             B = torch.cat([B, -self._block_diagonal(self.lora_B0)], 1)
         return LowRank(B, A, scale=self.scale)
 
-    def update_of(self, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Return the product of x (n, i) with one pair of factors, (n, o), without the scale."""
-        hidden = gated(x @ A.to(x.dtype).t(), gate)
-        pairs = zip(hidden.chunk(len(self.blocks), 1), B.to(x.dtype).split(self.blocks, 0))
-        return torch.cat([h @ b.t() for h, b in pairs], 1)
+    def change_of(self, x: Tensor, gate: Tensor | None) -> Tensor:
+        """Return the product of x (n, i) with the update, (n, o), without the scale; dropout acts on the trained factors."""
+
+        def product(x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
+            hidden = gated(x @ A.to(x.dtype).t(), gate)
+            pairs = zip(hidden.chunk(len(self.blocks), 1), B.to(x.dtype).split(self.blocks, 0))
+            return torch.cat([h @ b.t() for h, b in pairs], 1)
+
+        change = product(F.dropout(x, self.dropout, self.training), self.right(), self.left(), gate)
+        return change if self.lora_A0 is None else change - product(x, self.lora_A0, self.lora_B0)
 
     def _block_diagonal(self, B: Tensor) -> Tensor:
         return B if len(self.blocks) == 1 else torch.block_diag(*B.split(self.blocks, 0))

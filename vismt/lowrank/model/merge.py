@@ -105,7 +105,7 @@ def merged_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
             merged[id(layer)] = layer.merged()
         twin.set_submodule(path, merged[id(layer)])
     for parameter in twin.parameters():
-        if dtype is not None and parameter.ndim > 1:
+        if dtype is not None and parameter.ndim > 1 and parameter.is_floating_point():  # packed weights stay
             parameter.data = parameter.data.to(dtype)
     return twin
 

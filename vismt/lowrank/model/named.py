@@ -316,6 +316,7 @@ def restore(model: nn.Module, name: str) -> None:
 
     def adopted(spec: LayerSpec, base: nn.Module | None) -> AdapterModule:
         module = adapter.adapter_modules[spec.path]
+        module.train((model if base is None else base).training)  # the mode may have changed meanwhile
         module.adopt(base)
         return module
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from vismt.lowrank.model.targets import check_patterns, pattern_value
 from vismt.lowrank.svd import principal
 from vismt.metatune.amt.pool import ExpertPool
-from vismt.metatune.amt.selection_rules import COMBINED, RULES, MergeSettings, SupportTask
+from vismt.metatune.amt.selection_rules import COMBINED, RULES, MergeSettings
 from vismt.metatune.features import features
 from vismt.metatune.finetuning.diffaugment import diff_augment
 from vismt.metatune.functional import WithWeights
-from vismt.metatune.protonet import PrototypeClassifier, prototypes
+from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
 
 
 class PoolNet(nn.Module):
@@ -58,7 +58,8 @@ class PoolNet(nn.Module):
         elif len(pool) == 1:
             zeta = equal
         else:
-            zeta = RULES[strategy](self.support(support_images, support_labels), self.settings)
+            cosines = self.cosines(support_images, support_labels)
+            zeta = RULES[strategy](cosines, support_labels, pool.scale, self.settings)
         return self.task(zeta, support_images, support_labels)
 
     @torch.no_grad()
@@ -93,17 +94,19 @@ class PoolNet(nn.Module):
                 weights[f"vit.{path}.weight"] = trim(weights[f"vit.{path}.weight"], share)
         return weights
 
-    def support(self, images: Tensor, labels: Tensor) -> SupportTask:
-        """Return a support (s, 3, h, w), (s,) as the rules see it."""
-        backbone = self.pool.backbone
-        scored = None
+    def cosines(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return cosines (P, s, N) between a support (s, 3, h, w), (s,) and its class means, as every expert has them."""
+        backbone, scored = self.pool.backbone, images
         if self.settings.augment:
             generator = torch.Generator().manual_seed(self.settings.seed)
             scored = diff_augment(images, generator, mean=backbone.mean, std=backbone.std)
-        experts = [
-            WithWeights(backbone, self.pool.expert_weights(index), lasting=True) for index in range(len(self.pool))
-        ]
-        return SupportTask(experts, images, labels, scored=scored, scale=self.pool.scale)
+        found = []
+        for index in range(len(self.pool)):
+            expert = WithWeights(backbone, self.pool.expert_weights(index), lasting=True)
+            clean = features(expert, images)
+            own = clean if scored is images else features(expert, scored)
+            found.append(cosine_logits(own, prototypes(clean, labels), 1.0))
+        return torch.stack(found)
 
     def _apply(self, fn: object, recurse: bool = True) -> PoolNet:
         self._kept.clear()  # these are on the old device, in the old dtype

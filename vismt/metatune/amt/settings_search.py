@@ -102,10 +102,10 @@ def _judge_mixtures(
     net = PoolNet(pool, base)
     values: list[list[float]] = [[] for _ in pairs]
     for number, (support, labels, query, truth) in enumerate(console.track(tasks, "select", "merging")):
-        task = net.support(support, labels)
+        cosines = net.cosines(support, labels)
         judged: dict[tuple[float, ...], float] = {}
         for place, (beta, balance) in enumerate(pairs):
-            zeta = RULES[base.strategy](task, replace(base, beta=beta, balance=balance))
+            zeta = RULES[base.strategy](cosines, labels, pool.scale, replace(base, beta=beta, balance=balance))
             key = tuple(round(float(share), 4) for share in zeta)
             if key not in judged:
                 judged[key] = judge(net.task(zeta, support, labels), query, truth, number)
