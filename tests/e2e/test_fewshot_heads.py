@@ -19,14 +19,8 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.config.sections import typed
 from vismt.jobs import load_config, open_run
-from vismt.jobs.fewshot.arms import (
-    evaluated_models,
-    split_head,
-    untrained_arms,
-)
-from vismt.jobs.fewshot.config import (
-    FewShotConfig,
-)
+from vismt.jobs.fewshot.arms import evaluated_models, split_head, untrained_arms
+from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.job import FewShotJob
@@ -304,6 +298,7 @@ def test_the_foundation_table_has_every_vision_asset_and_four_families_of_the_hu
             "needs 4 classes, here are 3",
         ),
         ({"arms": {"a": {"model.block": 1}}}, "arms.a: model.block must be the same for all arms"),
+        ({"arms": {"a": {"on_bad_sample": "skip"}}}, "arms.a: on_bad_sample must be the same for all arms"),
         ({"arms": {"a+ridge": {}}}, "arms: 'a+ridge' reads as a head on 'a'"),
         (
             {"train": None, "arms": {"a": {"adapt.rank": 1}}, "evaluate": {"models": ["frozen"]}},

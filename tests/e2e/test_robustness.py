@@ -162,6 +162,7 @@ def test_an_arm_of_a_run_folder_is_a_classifier(models: Path, tmp_path: Path, mo
         ({"data": []}, "data: []"),
         ({"data": ["photo_crops:test"]}, "10 outputs"),
         ({"train": {}}, "nothing is trained"),
+        ({"arms": {"a": {"train": {}}}}, "arms.a: train must be the same for all arms"),
         ({"evaluate": {"masking": True}}, "evaluate.masking"),
         ({"evaluate": {"baseline": "vti"}}, "'vit'"),
         ({"evaluate": {"images": 1}}, "images is 1"),

@@ -10,20 +10,8 @@ import torch
 from vismt.base.errors import UserError
 from vismt.config.sections import AdaptConfig, TrainConfig, config_hash, typed
 from vismt.engine.study import TuneConfig
-from vismt.jobs.fewshot.arms import (
-    evaluated_models,
-    planned_experts,
-    pool_members,
-    resolve_experts,
-    strategy_of,
-)
-from vismt.jobs.fewshot.config import (
-    EvaluateConfig,
-    FewShotConfig,
-    PoolConfig,
-    SelectConfig,
-    SourceConfig,
-)
+from vismt.jobs.fewshot.arms import evaluated_models, planned_experts, pool_members, resolve_experts, strategy_of
+from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SelectConfig, SourceConfig
 from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import draw_corruption
 from vismt.jobs.fewshot.pool_experts import ExpertSpec

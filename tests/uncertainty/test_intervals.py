@@ -46,6 +46,11 @@ def test_bounds_take_the_place_of_the_interval():
 def test_an_interval_needs_two_values():
     with pytest.raises(UserError, match="interval over 1 values"):
         Measure("accuracy", {"a": 1.0}).interval()
+    for values in ([], [0.5, math.nan]):
+        with pytest.raises(UserError, match="need 2 or more, all finite"):
+            mean_interval(values)
+    with pytest.raises(UserError, match="none given"):
+        average_of([])
 
 
 def test_wilson_by_hand():

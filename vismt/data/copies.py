@@ -34,9 +34,9 @@ def sources_for(card: Card, family: type[S], split: str) -> list[S]:
     return [source for source in sources if split == "all" or split in source.splits]
 
 
-def first_copy(card: Card, sources: Sequence[S], root: Path | None = None) -> tuple[S, Path] | None:
+def first_copy(card: Card, sources: Sequence[S]) -> tuple[S, Path] | None:
     """Return the first of the sources that has a copy on this machine, with the copy's folder, or None."""
-    copies = ((source, place(card, source, root)) for source in sources)
+    copies = ((source, place(card, source)) for source in sources)
     return next(((_as_stated(card, source, base), base) for source, base in copies if base is not None), None)
 
 
@@ -57,9 +57,9 @@ def _as_stated(card: Card, source: S, base: Path) -> S:
     return replace(source, splits={**source.splits, **stated}, manifest=None)
 
 
-def place(card: Card, source: DataSource, root: Path | None = None) -> Path | None:
+def place(card: Card, source: DataSource) -> Path | None:
     """Return the first candidate folder that exists and is not empty, or None."""
-    for folder in source.candidates(card, root):
+    for folder in source.candidates(card):
         try:
             if folder.is_dir() and any(folder.iterdir()):
                 return folder
@@ -139,10 +139,10 @@ def verify_present(card: Card, base: Path, ids: Sequence[str], split: str) -> li
     return paths
 
 
-def not_found(card: Card, split: str, root: Path | None = None) -> UserError:
+def not_found(card: Card, split: str) -> UserError:
     """Return the error for a set without a source on this machine, or without one that has the split."""
     for source in card.sources:
-        folder = place(card, source, root)
+        folder = place(card, source)
         if folder is not None and split not in source.splits:
             counts = [count for count in source.splits.values() if count is not None]
             total = f" of {card.images:,}" if card.images else ""
@@ -151,8 +151,8 @@ def not_found(card: Card, split: str, root: Path | None = None) -> UserError:
     packages = [PACKAGES[source.package] for source in card.sources if source.package]
     if packages:
         return UserError(f'{card.shown}: needs {packages[0]}, which is not installed: pip install "vismt[quickstart]".')
-    folders = [shown_path(folder) for source in card.sources for folder in source.candidates(card, root)]
-    unset = "" if data_roots() or root else " (VISMT_DATA is not set)"
+    folders = [shown_path(folder) for source in card.sources for folder in source.candidates(card)]
+    unset = "" if data_roots() else " (VISMT_DATA is not set)"
     problem = f"{card.shown}: nothing found under {' or '.join(folders) or 'any folder'}{unset}."
     steps = " ".join(card.how_to_get.split())
     if steps and not card.downloadable:

@@ -41,7 +41,6 @@ def open_images(
     card: Card | str | Path,
     split: str = "all",
     *,
-    root: Path | None = None,
     on_bad_sample: Literal["error", "skip"] = "error",
     download: bool = False,
 ) -> ImageSet:
@@ -51,7 +50,6 @@ def open_images(
         card: a card, its name, its file or its folder; a folder of class folders or a csv file without a card; the name of a
             Python object (python_sets.py).
         split: name of a split, or "all" for every split.
-        root: folder of the set itself, instead of a search in VISMT_DATA and the cache.
         on_bad_sample: with "skip" every image is decoded once now, and those that cannot be decoded are left out, listed in
             `.skipped` and reported in a line; with "error" reading one raises UserError.
         download: let torchvision download the set when no source is on this machine.
@@ -68,19 +66,19 @@ def open_images(
     elif given is not None:
         images = images_of(given, row_name(str(card)), split)
     else:
-        images = _open_copy(card if isinstance(card, Card) else load_card(card), split, root, download)
+        images = _open_copy(card if isinstance(card, Card) else load_card(card), split, download)
     return images if on_bad_sample == "error" else _drop_damaged(images)
 
 
-def _open_copy(card: Card, split: str, root: Path | None, download: bool) -> ImageSet:
+def _open_copy(card: Card, split: str, download: bool) -> ImageSet:
     """Return the images of the first copy that is on this machine; with `download` a copy is fetched where there is none."""
     sources = sources_for(card, ImageSource, split)
-    copy = first_copy(card, sources, root)
+    copy = first_copy(card, sources)
     if copy is None:
         downloadable = next((source for source in sources if source.downloadable), None) if download else None
         if downloadable is None:
-            raise not_found(card, split, root)
-        copy = downloadable, downloadable.candidates(card, root)[-1]
-        fetch(card, *copy, lambda: first_copy(card, sources, root) is not None)
+            raise not_found(card, split)
+        copy = downloadable, downloadable.candidates(card)[-1]
+        fetch(card, *copy, lambda: first_copy(card, sources) is not None)
     source, base = copy
     return source.load(card, base, split)

@@ -114,8 +114,8 @@ class DataSource(ABC):
             raise UserError(f"{where}: {given}; they must agree.")
 
     @abstractmethod
-    def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
-        """Return the folders where the copy may be, in order; `root` is the folder of the set and rules out the others."""
+    def candidates(self, card: Card) -> list[Path]:
+        """Return the folders where the copy may be, in order."""
 
     def list_files(self, base: Path) -> Files:
         """Return the files of the copy in the folder `base` in the groups that a manifest hashes; by default none."""
@@ -156,10 +156,10 @@ class RootedSource(DataSource):
 
     root: Annotated[str, set_folder] = "."
 
-    def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
+    def candidates(self, card: Card) -> list[Path]:
         own = Path(self.root).expanduser()
-        if root is not None or own.is_absolute():
-            return [own if root is None else Path(root).expanduser()]
+        if own.is_absolute():
+            return [own]
         beside = [] if card.folder.parent == shipped("datasets") else [card.folder]
         return [folder / own for folder in (*beside, *data_roots())]
 
@@ -167,7 +167,7 @@ class RootedSource(DataSource):
 class PackagedSource(DataSource):
     """A source inside an installed Python package."""
 
-    def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
+    def candidates(self, card: Card) -> list[Path]:
         folder = package_folder(self.package) if self.package else None
         return [folder] if folder else []
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vismt.metatune.protocol.episodes import Episode, EpisodeSampler, VariableSampler
     from vismt.metatune.protocol.protocol import run_protocol
     from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
-    from vismt.uncertainty.intervals import domain_average, domain_table, mean_interval, paired_bootstrap
+    from vismt.uncertainty.intervals import mean_interval
 
 __all__ = [
     "Episode",
@@ -39,13 +39,10 @@ __all__ = [
     "VariableSampler",
     "assemble",
     "cosine_logits",
-    "domain_average",
-    "domain_table",
     "expert_scores",
     "finetune",
     "mean_interval",
     "mixture_weights",
-    "paired_bootstrap",
     "prototypes",
     "pyramid_attack",
     "read_pool",

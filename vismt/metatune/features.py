@@ -28,6 +28,7 @@ from vismt.storage.stored_tensors import has_hooks, machine, path_of, read_store
 MARK = "_vismt_rows"
 ROUNDING = 1e-3  # largest difference between two orders of sums, as a share of the largest feature
 EQUAL = 8  # images of a batch where the size decides the order of sums
+IMAGES = 256  # in one forward pass
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,19 @@ def number(images: Tensor, store: FeatureStore | None, index: Tensor) -> Tensor:
     return images
 
 
-def features(backbone: nn.Module, images: Tensor, batch: int | None = None) -> Tensor:
-    """Return the features (b, d) of images (b, 3, h, w), `batch` (None: all) in a forward pass; those in a store from there."""
+def features(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Return the features (b, d) of images (b, 3, h, w), IMAGES in a forward pass; those in a store from there."""
     rows: Rows | None = getattr(images, MARK, None)
     table = None
     if rows is not None and rows.version == images._version and not torch.is_grad_enabled():
         table = rows.store.table(backbone)
     if rows is None or table is None:
-        return _computed(backbone, images, batch)
-    return table.look_up(backbone, images, rows.index, batch)
+        return _computed(backbone, images, IMAGES)
+    return table.look_up(backbone, images, rows.index)
 
 
-def _computed(backbone: nn.Module, images: Tensor, batch: int | None) -> Tensor:
-    parts = images.split(batch) if batch is not None and len(images) > batch else (images,)
-    return torch.cat([backbone(part) for part in parts]) if len(parts) > 1 else backbone(images)
+def _computed(backbone: nn.Module, images: Tensor, batch: int) -> Tensor:
+    return torch.cat([backbone(part) for part in images.split(batch)]) if len(images) > batch else backbone(images)
 
 
 class FeatureStore:
@@ -116,13 +116,13 @@ class _Table:
         self.rows: dict[int, Tensor] = {} if path is None else _stored_rows(path, device)
         self._saved = len(self.rows)
 
-    def look_up(self, backbone: nn.Module, images: Tensor, index: list[int], batch: int | None) -> Tensor:
+    def look_up(self, backbone: nn.Module, images: Tensor, index: list[int]) -> Tensor:
         missing = [place for place, row in enumerate(index) if row not in self.rows]
         if missing:
             # A single image is computed twice: the kernels of a batch of one sum in another order.
             places = missing * 2 if len(missing) == 1 < len(index) else missing
             part = images if len(places) == len(index) else images[places]
-            new = self._compute(backbone, part, batch)
+            new = self._compute(backbone, part)
             if self.equal is None:
                 new = self._checked(backbone, part, new)
                 if not self.usable:
@@ -132,9 +132,9 @@ class _Table:
                 return new
         return torch.stack([self.rows[row] for row in index])
 
-    def _compute(self, backbone: nn.Module, images: Tensor, batch: int | None = None) -> Tensor:
+    def _compute(self, backbone: nn.Module, images: Tensor) -> Tensor:
         if not self.equal:
-            return _computed(backbone, images, batch)
+            return _computed(backbone, images, IMAGES)
         filled = images[torch.arange(-(-len(images) // EQUAL) * EQUAL) % len(images)]
         return _computed(backbone, filled, EQUAL)[: len(images)]
 

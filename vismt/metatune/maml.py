@@ -65,17 +65,17 @@ class MamlSettings(Checked):
 class LinearLearner(nn.Module):
     """A backbone and a linear head: images (b, 3, h, w) in [0, 1] -> logits (b, ways).
 
-    backbone: images -> features (b, d). width: d, by default the backbone's attribute `width`. The head starts like
-    nn.Linear's, uniform within 1 / sqrt(d), from `seed`, with a bias of zero; it is float32 where the backbone is in half
-    precision. Raises UserError for ways < 2 and an unknown width.
+    backbone: images -> features (b, d), with d as its attribute `width`. The head starts like nn.Linear's, uniform within
+    1 / sqrt(d), from `seed`, with a bias of zero; it is float32 where the backbone is in half precision. Raises UserError for
+    ways < 2 and an unknown width.
     """
 
-    def __init__(self, backbone: nn.Module, ways: int, *, width: int | None = None, seed: int = 0) -> None:
+    def __init__(self, backbone: nn.Module, ways: int, *, seed: int = 0) -> None:
         super().__init__()
-        width = getattr(backbone, "width", None) if width is None else width
+        width = getattr(backbone, "width", None)
         if not isinstance(width, int):
             raise UserError(
-                f"maml: {type(backbone).__name__} has no attribute width, the size of its features: pass width=."
+                f"maml: {type(backbone).__name__} has no attribute width, the size of its features: set it."
             )
         if ways < 2:
             raise UserError(f"maml: a learner of {ways} ways cannot classify: ways must be at least 2.")

@@ -120,13 +120,10 @@ class ProtoNet(nn.Module):
         """Return the features (b, d) of each batch of images, from one pass: a CPU multiplies few rows slowly."""
         return self.backbone(torch.cat(images)).split([len(part) for part in images])
 
-    def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> PrototypeClassifier:
-        """Return the query classifier of a task. It shares the backbone; prototypes and scale are frozen copies.
-
-        The support runs in pieces of `batch` images, without gradients.
-        """
+    def classifier(self, support_images: Tensor, support_labels: Tensor) -> PrototypeClassifier:
+        """Return the query classifier of a task. It shares the backbone; prototypes and scale are frozen copies."""
         with torch.no_grad():
-            centres = prototypes(features(self.backbone, support_images, batch), support_labels)
+            centres = prototypes(features(self.backbone, support_images), support_labels)
             task = PrototypeClassifier(self.backbone, centres, self.scale)
         task.training = self.training  # not .train(): the backbone is shared
         return task

@@ -66,11 +66,6 @@ def test_card_beside_its_images(home, paint, write_card):
     assert open_images(path).classes == ["x", "y"]
 
 
-def test_root_argument_is_the_folder_of_the_set(home, pets, tmp_path):
-    (home / "data" / "pets").rename(tmp_path / "moved")
-    assert len(open_images(pets, root=tmp_path / "moved")) == 5
-
-
 def test_empty_class_folder_is_named(home, pets):
     (home / "data" / "pets" / "train" / "eel").mkdir()
     (home / "data" / "pets" / "train" / "eel" / "notes.txt").write_text("no image")

@@ -12,7 +12,6 @@ from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.base.seeds import mix_seed
 from vismt.metatune import EpisodeSampler, ProtoNet, cosine_logits, prototypes, run_protocol
-from vismt.metatune.amt.input_attack import pyramid_attack
 from vismt.metatune.finetuning.diffaugment import diff_augment
 from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings, finetune
 from vismt.metatune.functional import WithWeights
@@ -46,8 +45,8 @@ def settings(**changes):
     return FineTuneSettings(**{"lr": 1e-3, "steps": 6, **changes})
 
 
-def tune(model, seed=1, weights=None, attack=None, **changes):
-    return finetune(model, support(seed), LABELS, settings(**changes), scale=10.0, weights=weights, attack=attack)
+def tune(model, seed=1, weights=None, **changes):
+    return finetune(model, support(seed), LABELS, settings(**changes), scale=10.0, weights=weights)
 
 
 def loss(model, weights, batch):
@@ -259,36 +258,21 @@ def test_adversarial_support_stays_within_epsilon_and_raises_the_loss(monkeypatc
     def watched(batch, labels, logits, epsilon, steps):
         changed = pgd(batch, labels, logits, epsilon, steps)
         with torch.no_grad():
-            gain = F.cross_entropy(logits(changed), labels) - F.cross_entropy(logits(batch), labels)
-        calls.append((float((changed - batch).abs().max()), float(gain), changed.requires_grad))
+            before = F.cross_entropy(logits(batch), labels)
+            gain = F.cross_entropy(logits(changed), labels) - before
+        calls.append((float((changed - batch).abs().max()), float(gain), changed.requires_grad, float(before)))
         return changed
 
     monkeypatch.setattr(module, "_pgd", watched)
     tuned = tune(model, adversarial=True, epsilon=8 / 255)
     assert len(calls) == 6 and not same(tuned, tune(model))
-    for size, gain, graph in calls:
+    # Each step attacks its own view against its own prototypes.
+    assert len({before for *_, before in calls}) == 6
+    assert calls[0][3] == pytest.approx(loss(model, {}, first_view(model)), abs=1e-5)
+    for size, gain, graph, _ in calls:
         assert 0.99 * 8 / 255 < size <= 8 / 255 + 1e-6 and gain > 0.02 and not graph
     assert all(p.grad is None for p in model.parameters())
     assert same(tune(model, adversarial=True, epsilon=0.0), tune(model))
-
-
-def test_an_attack_of_ones_own_is_used_at_the_moments_prototypes():
-    model, before = backbone(), []
-
-    def pyramid(batch, labels, logits):
-        before.append(float(F.cross_entropy(logits(batch), labels)))
-        assert not logits(batch).requires_grad
-        return pyramid_attack(logits, batch, epsilon=0.02, step_size=0.01)
-
-    tuned = tune(model, adversarial=True, attack=pyramid)
-    assert (
-        len(before) == 6
-        and len(set(before)) == 6
-        and before[0] == pytest.approx(loss(model, {}, first_view(model)), abs=1e-5)
-    )
-    assert not same(tuned, tune(model, adversarial=True))
-    with pytest.raises(UserError, match="adversarial is off"):
-        tune(model, attack=pyramid)
 
 
 def first_view(model):
@@ -317,7 +301,7 @@ def test_a_merged_backbone_is_tuned_from_its_own_weights():
     model = backbone()
     start = {"vit.norm.weight": torch.full((32,), 0.5)}
     before = snapshot(model)
-    classifier = FineTuned(Merged(model, start), settings()).classifier(support(), LABELS, batch=5)
+    classifier = FineTuned(Merged(model, start), settings()).classifier(support(), LABELS)
     weights = finetune(model, support(), LABELS, settings(), scale=7.0, weights=start)
     assert same(classifier.backbone.weights, weights) and classifier.scale == 7 and not classifier.training
     assert classifier.mixture.tolist() == [0.25, 0.75]

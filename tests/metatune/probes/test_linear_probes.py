@@ -128,7 +128,7 @@ def test_classes_weigh_the_same_and_features_size_and_offset_of_direction_do_not
 def test_it_learns_and_its_logits_are_worth_attacking(probe, shots):
     net, truth = backbone(), torch.arange(3).repeat(20)
     labels = torch.arange(3).repeat(shots)
-    classifier = probe(ProtoNet(net)).classifier(drawn(labels, 1), labels, batch=5)
+    classifier = probe(ProtoNet(net)).classifier(drawn(labels, 1), labels)
     query = drawn(truth, 2).requires_grad_(True)
     logits = classifier(query)
     assert logits.shape == (60, 3) and logits.dtype == torch.float32

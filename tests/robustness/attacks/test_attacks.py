@@ -370,6 +370,7 @@ def test_too_few_classes_for_the_loss(name, classes):
         ({"name": "autoattack", "norm": "l1"}, "autoattack: no l1 form.*strong"),
         ({"epsilon": -1}, "attack.epsilon is -1; it must be at least 0"),
         ({"epsilon": 8}, "do you mean '8/255'"),
+        ({"step_size": 2}, "step_size 2 is more than all of .*'2/255'"),
         ({"epsilon": float("nan")}, "attack.epsilon is nan"),
         ({"steps": 0}, "attack.steps is 0"),
         ({"steps": 2.5}, r"attack.steps: expected int, got 2.5 \(float\)"),

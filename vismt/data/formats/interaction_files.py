@@ -108,9 +108,9 @@ class InteractionsSource(RootedSource, TextSource):
                 f"{where}: wheel '{self.wheel}' must be 'package==version', with a 'manifest' of the files' hashes."
             )
 
-    def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
-        folders = super().candidates(card, root)
-        return [*folders, cached_folder("wheels", self.root)] if self.wheel and root is None else folders
+    def candidates(self, card: Card) -> list[Path]:
+        folders = super().candidates(card)
+        return [*folders, cached_folder("wheels", self.root)] if self.wheel else folders
 
     def list_files(self, base: Path) -> Files:
         """Return every file of the set."""

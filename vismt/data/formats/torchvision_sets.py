@@ -96,8 +96,8 @@ class TorchvisionSource(ImageSource):
         super().check(where)
         require_known(f"{where}: {self.dataset} has no split", self.splits, LAYOUTS[self.dataset].splits)
 
-    def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
-        return [cached_folder("torchvision", self.root) if root is None else Path(root).expanduser()]
+    def candidates(self, card: Card) -> list[Path]:
+        return [cached_folder("torchvision", self.root)]
 
     @property
     def downloadable(self) -> bool:

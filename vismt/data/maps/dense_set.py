@@ -98,22 +98,21 @@ def check_camera(camera: Mapping[str, float], where: str) -> None:
         raise UserError(f"{where}: camera {camera} must give {', '.join(CAMERA)} in pixels, fx and fy above 0.")
 
 
-def open_dense(card: Card | str | Path, split: str = "all", *, root: Path | None = None) -> DenseSet:
+def open_dense(card: Card | str | Path, split: str = "all") -> DenseSet:
     """Return the samples of `split`, from the first of the card's sources that is on this machine.
 
     Args:
         card: a card, its name, its file or its folder.
         split: name of a split, or "all" for every split.
-        root: folder of the set itself, instead of a search in VISMT_DATA and the cache.
 
     Raises:
         UserError: a missing set, split or map of an image, and another number of images than the card says. Reading a sample
             raises for a damaged file, a map of another size and values that the map cannot hold; the error names the file.
     """
     card = card if isinstance(card, Card) else load_card(card)
-    copy = first_copy(card, sources_for(card, DenseSource, split), root)
+    copy = first_copy(card, sources_for(card, DenseSource, split))
     if copy is None:
-        raise not_found(card, split, root)
+        raise not_found(card, split)
     source, base = copy
     return replace(source.load(card, base, split), groups=card.read_groups(NONE))
 

@@ -148,14 +148,13 @@ def random_crop(
     generator: torch.Generator,
     *,
     cat_max_ratio: float = 0.75,
-    fill: float = FILL,
 ) -> Sample:
     """Return a random window of `size` (h, w) of the sample, which is padded first where it is smaller.
 
     With semseg a window is drawn again, up to 10 times in all, while one class has `cat_max_ratio` or more of its labelled
     pixels or no pixel is labelled; the last window is returned in any case.
     """
-    padded = pad(sample, size, fill=fill)
+    padded = pad(sample, size)
     height, width = size_of(padded)
     for _ in range(TRIES):
         top = int(_draw(generator, 0, height - size[0] + 1))
@@ -195,9 +194,9 @@ def fit(sample: Sample, size: tuple[int, int]) -> Sample:
     return dict(sample) if fitted == native else _resample(sample, *fitted)
 
 
-def resize(sample: Sample, size: tuple[int, int], *, fill: float = FILL) -> Sample:
+def resize(sample: Sample, size: tuple[int, int]) -> Sample:
     """Return the sample fitted into `size` (h, w) and padded below and to the right."""
-    return pad(fit(sample, size), size, fill=fill)
+    return pad(fit(sample, size), size)
 
 
 def fitting(native: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

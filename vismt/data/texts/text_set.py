@@ -134,13 +134,12 @@ def json_lines(text: str, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, values if isinstance(values, dict) else {}
 
 
-def open_texts(card: Card | str | Path, split: str = "all", *, root: Path | None = None) -> TextSet:
+def open_texts(card: Card | str | Path, split: str = "all") -> TextSet:
     """Return the rows of `split`, from the first of the card's sources that is on this machine and has that split.
 
     Args:
         card: a card, its name, its file or its folder; a csv or jsonl file; the name of a Python object.
         split: name of a split, or "all" for every split.
-        root: folder of the set itself, instead of a search in VISMT_DATA and the cache.
 
     Raises:
         UserError: an unknown card or split, a card without texts, a set that is not on this machine, rows that the card does
@@ -152,8 +151,8 @@ def open_texts(card: Card | str | Path, split: str = "all", *, root: Path | None
         rows, content = texts_of(given, title)
         return TextSet(title, split, rows, [f"{split}:{number}" for number in range(len(rows))], lambda: content)
     card = card if isinstance(card, Card) else load_card(card)
-    copy = first_copy(card, sources_for(card, TextSource, split), root)
+    copy = first_copy(card, sources_for(card, TextSource, split))
     if copy is None:
-        raise not_found(card, split, root)
+        raise not_found(card, split)
     source, base = copy
     return source.load(card, base, split)

@@ -8,22 +8,8 @@ from vismt.base.errors import UserError, near
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.study import check_arms
 from vismt.jobs.calibration import check_calibration
-from vismt.jobs.fewshot.arms import (
-    evaluated_models,
-    planned_experts,
-    resolve_experts,
-    split_head,
-    untrained_arms,
-)
-from vismt.jobs.fewshot.config import (
-    DEFAULT,
-    EXPERT,
-    FROZEN,
-    POOLED,
-    PROTOTYPES,
-    SINGLE,
-    FewShotConfig,
-)
+from vismt.jobs.fewshot.arms import evaluated_models, planned_experts, resolve_experts, split_head, untrained_arms
+from vismt.jobs.fewshot.config import DEFAULT, EXPERT, FROZEN, POOLED, PROTOTYPES, SINGLE, FewShotConfig
 from vismt.jobs.fewshot.pool_experts import CLEAN
 from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.robustness.conditions import check_conditions
@@ -43,7 +29,7 @@ def check(config: FewShotConfig) -> None:
     check_arms(
         config,
         lambda arm: _check_arm(replace(arm, pool=None)),
-        ("select", "merging", "finetune", "head"),
+        ("select", "merging", "finetune", "head", "on_bad_sample", "download"),
         () if trains else ("model",),
     )
     _check_arm_keys(config)

@@ -30,13 +30,7 @@ from vismt.jobs.fewshot.arms import (
     trained_on,
     untrained_arms,
 )
-from vismt.jobs.fewshot.config import (
-    EXPERT,
-    FROZEN,
-    MERGED,
-    ExpertConfig,
-    FewShotConfig,
-)
+from vismt.jobs.fewshot.config import EXPERT, FROZEN, MERGED, ExpertConfig, FewShotConfig
 from vismt.jobs.fewshot.config_checks import check, check_sets
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption
 from vismt.jobs.fewshot.evaluation import MASKING, Evaluation

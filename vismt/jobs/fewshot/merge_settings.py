@@ -21,13 +21,8 @@ from vismt.base.seeds import mix_seed
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import shown_name
 from vismt.engine import runtime
-from vismt.jobs.fewshot.arms import (
-    strategy_of,
-)
-from vismt.jobs.fewshot.config import (
-    MERGED,
-    FewShotConfig,
-)
+from vismt.jobs.fewshot.arms import strategy_of
+from vismt.jobs.fewshot.config import MERGED, FewShotConfig
 from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import ExpertPool
 from vismt.metatune.amt.selection_rules import MergeSettings

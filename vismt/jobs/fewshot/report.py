@@ -11,16 +11,9 @@ import numpy as np
 
 from vismt.base.errors import UserError
 from vismt.engine.study import Study
-from vismt.jobs.fewshot.arms import (
-    pool_members,
-    split_head,
-    strategy_of,
-    untrained_arms,
-)
+from vismt.jobs.fewshot.arms import pool_members, split_head, strategy_of, untrained_arms
 from vismt.jobs.fewshot.choice_report import choice_tables
-from vismt.jobs.fewshot.config import (
-    FewShotConfig,
-)
+from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.evaluation import MASKING, episodes_file
 from vismt.jobs.fewshot.figures import episode_grid, mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings

@@ -132,7 +132,7 @@ def check(config: RobustnessConfig) -> None:
             f"evaluate.threshold_images: {wanted} with risk {str(settings.risk).lower()} and images {settings.images}: give "
             "evaluate.risk on cards a number of images and, for its thresholds, of threshold_images; else leave it out."
         )
-    check_arms(config, _check_classifier, ("data",))
+    check_arms(config, _check_classifier, ("data", "adapt", "train", "on_bad_sample", "download"))
     if not config.arms:
         _check_classifier(config)
 

@@ -38,7 +38,7 @@ class PoolNet(nn.Module):
         self._kept: dict[tuple[float, ...] | None, dict[str, Tensor]] = {}  # weights that last
 
     @torch.no_grad()
-    def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> nn.Module:
+    def classifier(self, support_images: Tensor, support_labels: Tensor) -> nn.Module:
         """Return the query classifier of a support (s, 3, h, w) in [0, 1], (s,); its `mixture` (P,) is the zeta in use.
 
         The average of logits and the rules of `combine` have no mixture. The pool is not changed.
@@ -47,9 +47,9 @@ class PoolNet(nn.Module):
         equal = pool.uniform()
         experts = torch.eye(len(pool)).to(equal)  # the mixtures of one expert alone
         if strategy == "logits":
-            return LogitAverage([self._task(zeta, support_images, support_labels, batch) for zeta in experts])
+            return LogitAverage([self._task(zeta, support_images, support_labels) for zeta in experts])
         if strategy in COMBINED:
-            return self._task(None, support_images, support_labels, batch)
+            return self._task(None, support_images, support_labels)
         if strategy == "expert":
             zeta = experts[pool.index(str(self.settings.expert))]
         elif strategy == "average":
@@ -58,16 +58,14 @@ class PoolNet(nn.Module):
         elif len(pool) == 1:
             zeta = equal
         else:
-            cosines = self.cosines(support_images, support_labels, batch)
+            cosines = self.cosines(support_images, support_labels)
             zeta = RULES[strategy](cosines, support_labels, pool.scale, self.settings)
-        return self.task(zeta, support_images, support_labels, batch=batch)
+        return self.task(zeta, support_images, support_labels)
 
     @torch.no_grad()
-    def task(
-        self, zeta: Tensor, support_images: Tensor, support_labels: Tensor, *, batch: int = 256
-    ) -> PrototypeClassifier:
+    def task(self, zeta: Tensor, support_images: Tensor, support_labels: Tensor) -> PrototypeClassifier:
         """Return the query classifier under a given mixture (P,), with the prototypes of the clean support."""
-        task = self._task(zeta, support_images, support_labels, batch)
+        task = self._task(zeta, support_images, support_labels)
         task.register_buffer("mixture", zeta, persistent=False)
         return task
 
@@ -96,7 +94,7 @@ class PoolNet(nn.Module):
                 weights[f"vit.{path}.weight"] = trim(weights[f"vit.{path}.weight"], share)
         return weights
 
-    def cosines(self, images: Tensor, labels: Tensor, batch: int = 256) -> Tensor:
+    def cosines(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return cosines (P, s, N) between a support (s, 3, h, w), (s,) and its class means, as every expert has them."""
         backbone, scored = self.pool.backbone, images
         if self.settings.augment:
@@ -105,8 +103,8 @@ class PoolNet(nn.Module):
         found = []
         for index in range(len(self.pool)):
             expert = WithWeights(backbone, self.pool.expert_weights(index), lasting=True)
-            clean = features(expert, images, batch)
-            own = clean if scored is images else features(expert, scored, batch)
+            clean = features(expert, images)
+            own = clean if scored is images else features(expert, scored)
             found.append(cosine_logits(own, prototypes(clean, labels), 1.0))
         return torch.stack(found)
 
@@ -114,9 +112,9 @@ class PoolNet(nn.Module):
         self._kept.clear()  # these are on the old device, in the old dtype
         return super()._apply(fn, recurse)
 
-    def _task(self, zeta: Tensor | None, support: Tensor, labels: Tensor, batch: int) -> PrototypeClassifier:
+    def _task(self, zeta: Tensor | None, support: Tensor, labels: Tensor) -> PrototypeClassifier:
         backbone = WithWeights(self.pool.backbone, self.weights(zeta), lasting=self.lasting(zeta))
-        centres = prototypes(features(backbone, support, batch), labels)
+        centres = prototypes(features(backbone, support), labels)
         task = PrototypeClassifier(backbone, centres, torch.tensor(self.pool.scale).to(centres))
         task.training = self.training
         return task

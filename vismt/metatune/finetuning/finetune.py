@@ -61,8 +61,6 @@ RATES = (0.0, 1e-4, 1e-3, 1e-2)  # of which auto chooses
 VIEWS = 4  # random crops of a single image, on which a rate is judged
 # images -> features
 Features = Callable[[Tensor], Tensor]
-# images, labels, logits of images -> attacked images
-SupportAttack = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 
 class LossNotFinite(UserError):
@@ -108,7 +106,6 @@ def finetune(
     *,
     scale: float | Tensor,
     weights: Mapping[str, Tensor] | None = None,
-    attack: SupportAttack | None = None,
 ) -> dict[str, Tensor]:
     """Tune a backbone's weights on a support set; the backbone is not changed.
 
@@ -123,7 +120,6 @@ def finetune(
         settings: Of the fine-tuning.
         scale: Of the cosine.
         weights: Tensors by name to start from in place of the backbone's.
-        attack: In place of the built-in attack of an adversarial run: (images, labels, logits of images) -> images.
 
     Returns:
         The tuned tensors by name, for `WithWeights(backbone, ...)`: detached and new, in the dtype they started from; and
@@ -132,15 +128,11 @@ def finetune(
     Raises:
         UserError: Weights or labels that do not fit, a backbone with nothing to tune, or a loss that is not finite.
     """
-    if attack is not None and not settings.adversarial:
-        raise UserError(
-            "fine-tuning: an attack is given, but adversarial is off: set adversarial or leave the attack out."
-        )
     if settings.lr == AUTO:
 
         def tune(images: Tensor, labels: Tensor, lr: float) -> WithWeights:
             fixed = replace(settings, lr=lr)
-            tuned = finetune(backbone, images, labels, fixed, scale=scale, weights=weights, attack=attack)
+            tuned = finetune(backbone, images, labels, fixed, scale=scale, weights=weights)
             return WithWeights(backbone, tuned)
 
         with evaluating(backbone):
@@ -163,7 +155,6 @@ def finetune(
                 _usable(scale) if isinstance(scale, Tensor) else scale,
                 settings,
                 partial(diff_augment, probability=settings.probability, mean=mean, std=std),
-                attack or partial(_pgd, epsilon=settings.epsilon, steps=settings.attack_steps),
             )
         return start | {name: tensor.detach().clone() for name, tensor in tuned.weights().items()}
 
@@ -173,16 +164,16 @@ class FineTuned(nn.Module):
 
     proto: a model with `classifier(support_images, support_labels)` that returns a `PrototypeClassifier` on a module or on
     a `WithWeights` (ProtoNet, a pool with merging). Tuning starts from that backbone, prototypes are recomputed at its end,
-    other buffers of the classifier are copied. settings, attack: of `finetune`. With lr or steps 0 the classifier is
+    other buffers of the classifier are copied. settings: of `finetune`. With lr or steps 0 the classifier is
     returned unchanged.
     """
 
-    def __init__(self, proto: FewShotModel, settings: FineTuneSettings, *, attack: SupportAttack | None = None) -> None:
+    def __init__(self, proto: FewShotModel, settings: FineTuneSettings) -> None:
         super().__init__()
-        self.proto, self.settings, self.attack = proto, settings, attack
+        self.proto, self.settings = proto, settings
 
-    def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> PrototypeClassifier:
-        """Return the tuned query classifier of a support (s, 3, h, w), (s,); batch: images in a forward of the prototypes."""
+    def classifier(self, support_images: Tensor, support_labels: Tensor) -> PrototypeClassifier:
+        """Return the tuned query classifier of a support (s, 3, h, w), (s,)."""
         task = self.proto.classifier(support_images, support_labels)
         if not isinstance(task, PrototypeClassifier):
             raise UserError(
@@ -192,20 +183,10 @@ class FineTuned(nn.Module):
             return task
         merged = isinstance(task.backbone, WithWeights)
         module, start = (task.backbone.module, task.backbone.weights) if merged else (task.backbone, None)
-        tuned = WithWeights(
-            module,
-            finetune(
-                module,
-                support_images,
-                support_labels,
-                self.settings,
-                scale=task.scale,
-                weights=start,
-                attack=self.attack,
-            ),
-        )
+        weights = finetune(module, support_images, support_labels, self.settings, scale=task.scale, weights=start)
+        tuned = WithWeights(module, weights)
         with torch.no_grad():
-            centres = prototypes(features(tuned, support_images, batch), support_labels)
+            centres = prototypes(features(tuned, support_images), support_labels)
             result = PrototypeClassifier(tuned, centres, task.scale)
         copied = dict(result.named_buffers(recurse=False))
         for name, buffer in task.named_buffers(recurse=False):
@@ -307,7 +288,6 @@ def _tune(
     scale: float | Tensor,
     settings: FineTuneSettings,
     augmented: Callable[[Tensor, torch.Generator], Tensor],
-    attack: SupportAttack,
 ) -> None:
     """Take the steps of the fine-tuning on one support set, in place, in the leaves of `tuned`.
 
@@ -325,7 +305,7 @@ def _tune(
             def logits(changed: Tensor, fixed: Mapping[str, Tensor] = fixed, middle: Tensor = middle) -> Tensor:
                 return cosine_logits(run(changed, fixed), middle, scale)
 
-            views = attack(views, labels, logits).detach()
+            views = _pgd(views, labels, logits, settings.epsilon, settings.attack_steps).detach()
         loss = F.cross_entropy(cosine_logits(run(views, weights), centres, scale), labels)
         if not bool(loss.isfinite()):
             where = f"the loss is {loss.item()} in step {step + 1} at lr {settings.lr}"

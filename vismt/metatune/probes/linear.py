@@ -90,14 +90,14 @@ class LinearProbe(nn.Module, ABC):
         """Return the settings as a text, for fingerprints."""
 
     @torch.no_grad()
-    def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> nn.Module:
-        """Return the fitted query classifier of a support (s, 3, h, w) in [0, 1], (s,); batch: images in a forward."""
+    def classifier(self, support_images: Tensor, support_labels: Tensor) -> nn.Module:
+        """Return the fitted query classifier of a support (s, 3, h, w) in [0, 1], (s,)."""
         task = self.proto.classifier(support_images, support_labels)
         if not isinstance(task, PrototypeClassifier):
             raise UserError(
                 f"linear probe: the task's classifier is {type(task).__name__}: it needs one with prototypes."
             )
-        result = self.fitted(task.backbone, features(task.backbone, support_images, batch), support_labels)
+        result = self.fitted(task.backbone, features(task.backbone, support_images), support_labels)
         result.training = task.training
         return result
 

@@ -115,11 +115,11 @@ class AttackSpec(Checked):
             object.__setattr__(self, "steps", self._kind.steps)
         if self.restarts is None:
             object.__setattr__(self, "restarts", self._kind.restarts)
-        if self.norm == "linf" and self.epsilon > 1:
-            raise UserError(
-                f"attack {self.name}: epsilon {self.epsilon:g} is more than all of [0, 1]; do you mean "
-                f"'{self.epsilon:g}/255'?"
-            )
+        for key, value in (("epsilon", self.epsilon), ("step_size", self.step_size or 0.0)):
+            if self.norm == "linf" and value > 1:
+                raise UserError(
+                    f"attack {self.name}: {key} {value:g} is more than all of [0, 1]; do you mean '{value:g}/255'?"
+                )
         if not self.step > 0 and self.epsilon:
             raise UserError(f"attack {self.name}: step_size {self.step_size}; it must be above 0, in {PIXELS}.")
 
