@@ -572,7 +572,7 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
     ({"batch": 17}, "batch: 17, with 16 training rows"),
     ({"calibration": {"rows": 3}}, "calibration.data: names no set of texts"),
     ({"adapt.method": "lorra"}, "adapt.method: 'lorra' is not known. Near: 'lora'"),
-    ({"adapt": {"method": "lisa", "options": {"active": 1}}}, "trains the input embeddings"),
+    ({"adapt": {"method": "lisa", "options": {"active": 1}}}, "trains 'model.embed_tokens.weight' below model.first_block 1"),
     ({"adapt.options": {"also_train": ["layers.0.mlp.up_proj"]}}, "below model.first_block 1"),
     ({"model.dtype": "bfloat16", "adapt.options": {"also_train": ["norm"]}}, "model.dtype: bfloat16 is for frozen weights"),
     ({"model": {"name": "", "dtype": "bfloat16"}, "adapt": {"method": "lisa"}}, "'lm.model.embed_tokens.weight' is trained"),
@@ -585,6 +585,13 @@ def test_user_errors(home, tmp_path: Path, capsys, changes, words) -> None:
     path = write(tmp_path, config)
     assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_positions_below_the_first_block_are_not_trained(home, tmp_path: Path, capsys) -> None:
+    adapt = {"method": "lora", "targets": ["c_attn"], "options": {"also_train": ["wpe"]}}
+    config = changed(settings(home, adapt=adapt), {"model.name": str(save_lm(tmp_path / "gpt2", "gpt2"))})
+    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    assert "trains 'transformer.wpe.weight' below model.first_block 1" in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_lm_without_a_first_block_is_one_error(home, tmp_path: Path, capsys) -> None:

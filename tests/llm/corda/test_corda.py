@@ -14,6 +14,7 @@ from vismt.llm import collect_covariance, save_covariances
 from vismt.llm.corda.start import corda_factors, damped, last_left
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.svd import principal
+from vismt.methods import METHODS, Calibration
 
 MODES = ("ipm", "kpm")
 SHAPES = [(6, 9), (9, 6), (8, 8)]
@@ -242,6 +243,12 @@ def test_kpm_is_balanced_by_default_and_ipm_is_not() -> None:
 
     assert abs(imbalance(mode="kpm") - 1) < 1e-4 and abs(imbalance(balanced=True) - 1) < 1e-4
     assert imbalance(mode="kpm", balanced=False) > 3 and abs(imbalance() - 1) > 0.1
+
+
+def test_given_covariances_are_not_replaced_by_those_of_a_calibration(tmp_path) -> None:
+    options = {"covariances": str(tmp_path)}
+    calibration = Calibration(lambda labels=False: [{"input_ids": tokens()}], tmp_path)
+    assert METHODS["corda"].calibrate(tiny_lm("llama"), calibration, targets=None, options=options) == {}
 
 
 def test_a_folder_of_covariances_and_the_variants_of_a_vit(tmp_path) -> None:

@@ -433,7 +433,7 @@ def test_rows_that_do_not_fit():
         SASRec(12, 3)(torch.tensor([[-1, -1]]))
     with pytest.raises(UserError, match="heads that divide the width"):
         SASRec(12, 3, width=8, heads=3)
-    with pytest.raises(UserError, match=r"gates: 'shuffled'. Near: 'shuffled-user'"):
+    with pytest.raises(UserError, match=r"gates: no source 'shuffled'. Near: 'shuffled-user'"):
         small_hybrid(gates="shuffled")
     for gates in ("shuffled-user", "group"):
         with pytest.raises(UserError, match=f"'{gates}' needs the representations of other users"):

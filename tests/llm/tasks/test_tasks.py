@@ -432,11 +432,18 @@ def test_calibration_by_hand_and_rows_with_fewer_choices():
     assert [math.exp(p) for p in soft[0]["log_p"]] == pytest.approx([0.5, 0.5], abs=1e-2) and soft[0]["label"] == 0
 
 
+def test_an_answer_that_is_null_is_not_a_choice():
+    task = make_task("answers", "{q}", {"answers": {"a": " {a}", "b": " {b}", "c": " {c}"}, "label": "{label}"})
+    row = {"q": "sky", "a": "blue", "b": "green", "c": None, "label": "b"}
+    assert list(task.choices_of(row)) == ["a", "b"] and len(task.encode("x", row, tokenizer()).sizes) == 2
+
+
 def test_generated_answers_are_read_and_compared():
     task = make_task("generation", "{q}", {"answer": "{a}", "gold": "a", "pattern": r"#### ?(\S+)", "stop": "Question"})
     assert task.read("1 #### 4 and #### 1,250.00 Question #### 9") == "1,250.00" and task.read("none") == ""
     assert normalised("1,250.00") == normalised("$1250.") == "1250" and normalised("100") == "100"
     assert normalised("The  Sky, is Blue!") == "sky is blue" and normalised("nan") == "nan"
+    assert [normalised(text) for text in ("1e9999999", "1e99999", "2e3")] == ["1e9999999", "1e99999", "2000"]
     item = task.encode("x", {"q": "Question", "a": ["one", "two"]}, tokenizer())
     assert item.gold == ["one", "two"]
     assert task.measures([{"id": "a", "right": True}, {"id": "b", "right": False}])["exact-match accuracy"].score == 0.5
@@ -593,6 +600,8 @@ def test_rows_that_do_not_fit():
     words, row = tokenizer(), {"text": "good", "label": "2"}
     with pytest.raises(UserError, match=r"prompt 'Review: {txt}': no field 'txt'. Near: 'text'"):
         make_task("causal", "Review: {txt}", {"answer": "{text}"}).encode("a", row, words)
+    with pytest.raises(UserError, match=r"'Review: {text}': field 'text' of a row is null"):
+        make_task("causal", "Review: {text}", {"answer": "good"}).encode("a", {"text": None}, words)
     with pytest.raises(UserError, match="is not a template"):
         make_task("causal", "Review: {text", {"answer": "{text}"}).encode("a", row, words)
     with pytest.raises(UserError, match="row 'a' has label '2'"):

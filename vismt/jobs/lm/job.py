@@ -27,7 +27,7 @@ from vismt.jobs.graphs import Graph, text_graph
 from vismt.jobs.lm import models as lm_models
 from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends, task_of, trained_task
 from vismt.jobs.lm.config_checks import check
-from vismt.jobs.lm.data import ItemBatches, LmData, lm_of
+from vismt.jobs.lm.data import ItemBatches, LmData
 from vismt.jobs.lm.evaluation import Evaluation
 from vismt.jobs.lm.figures import sections
 from vismt.jobs.lm.models import LmModels
@@ -159,19 +159,20 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         if config.adapt is not None:
             options = self._options(net, config.adapt, config.calibration)
             config = replace(config, adapt=replace(config.adapt, options=options))
-        method = super().prepare(net, config)
-        below = [
-            name for block in blocks(net.lm)[: net.first] for name, p in block.named_parameters() if p.requires_grad
+        lower = set(blocks(net.lm)[: net.first])
+        once = [
+            path
+            for path, module in net.lm.named_modules()
+            if module in lower or (net.first and isinstance(module, nn.Embedding))
         ]
-        if below:
-            raise UserError(
-                f"adapt: '{method}' trains '{below[0]}' below model.first_block {net.first}; name other targets."
-            )
-        if net.first and any(p.requires_grad for p in lm_of(net).get_input_embeddings().parameters()):
-            raise UserError(
-                f"adapt: '{method}' trains the input embeddings, and blocks below model.first_block {net.first} are computed "
-                "once; set first_block to 0, or leave the embeddings out (of lisa: train_embeddings: false)."
-            )
+        method = super().prepare(net, config)
+        for path in once:
+            for name, parameter in net.lm.get_submodule(path).named_parameters():
+                if parameter.requires_grad:
+                    raise UserError(
+                        f"adapt: '{method}' trains '{path}.{name}' below model.first_block {net.first}, whose input is computed "
+                        "once; leave it out (of lisa: train_embeddings: false), or set first_block to 0."
+                    )
         return method
 
     def _options(self, net: LmNet, settings: AdaptConfig, texts: LmCalibrationConfig | None) -> dict[str, Any]:

@@ -168,7 +168,9 @@ def _checked(modules: Mapping[str, nn.Module], covariances: Mapping[str, Tensor]
 def calibrate(
     model: nn.Module, calibration: Calibration, *, targets: Any, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the covariances of the inputs of the layers to adapt; computed once for equal layers and data."""
+    """Return the covariances of the inputs of the layers to adapt, unless some are given; once for equal layers and data."""
+    if not needs(options):
+        return {}
     excluded, budget, batches = options.get("exclude", ()), calibration.memory_budget, calibration.batches()
     key = str(Identity(targets, excluded, budget, list(batches)))[:16]
     if key not in calibration.results:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.llm.ilora.method import gate_part
 from vismt.llm.ilora.recommenders import ItemRecommender
 from vismt.llm.net import Batch, LmNet
@@ -62,7 +62,7 @@ class Hybrid(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_gates(gates)
+        require_known("gates: no source", [gates], GATES)
         self.recommender = recommender.requires_grad_(False).eval()
         self.condition = gates
         inner = recommender.width
@@ -157,9 +157,3 @@ def random_gates(keys: Tensor, rank_groups: int) -> Tensor:
     ]
     spacing = -torch.stack(uniform).log()
     return (spacing / spacing.sum(1, keepdim=True)).to(keys.device)
-
-
-def check_gates(gates: str) -> None:
-    """Raise UserError for an unknown source of gates."""
-    if gates not in GATES:
-        raise UserError(f"gates: '{gates}'.{near(gates, GATES)}")

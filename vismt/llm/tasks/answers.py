@@ -44,7 +44,7 @@ class Answers(LmTask):
 
     Args:
         prompt: template of the prompt.
-        answers: {label: template}; an answer with a field that a row lacks is not a choice of that row.
+        answers: {label: template}; an answer with a field that a row lacks, or that is null, is not a choice of that row.
         label: template of the label of the right answer.
         normalise: "token", "character" or "none".
         length: largest number of tokens of prompt and answer.
@@ -90,7 +90,7 @@ class Answers(LmTask):
         return {
             key: text
             for key, text in self.answers.items()
-            if all(field in row for field in fields_of(text, "tasks: answers"))
+            if all(row.get(field) is not None for field in fields_of(text, "tasks: answers"))
         }
 
     def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:

@@ -192,11 +192,15 @@ class LmTask(ABC):
 
 
 def fill(template: str, row: Mapping[str, Any], what: str) -> str:
-    """Return the template filled with the fields of a row; raise UserError for a missing field."""
+    """Return the template filled with the fields of a row; raise UserError for a field that is missing or null."""
+    fields = fields_of(template, what)
+    null = next((field for field in fields if row.get(field, "") is None), None)
+    if null is not None:
+        raise UserError(f"{what} '{template}': field '{null}' of a row is null; give it a text, or leave the row out.")
     try:
         return template.format_map(row)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        missing = [field for field in fields_of(template, what) if field and field not in row]
+        missing = [field for field in fields if field and field not in row]
         reason = f"no field '{missing[0]}'.{near(missing[0], row)}" if missing else f"it cannot be filled ({error!r})."
         raise UserError(f"{what} '{template}': {reason}") from error
 

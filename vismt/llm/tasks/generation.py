@@ -129,7 +129,7 @@ def normalised(text: str) -> str:
         number = Decimal(plain)
     except InvalidOperation:  # text, not a number
         number = Decimal("NaN")
-    if number.is_finite():
+    if number.is_finite() and abs(number.adjusted()) < 100:  # others would be texts of as many digits
         return f"{number.normalize():f}"
     words = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", words).split())
