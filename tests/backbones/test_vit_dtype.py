@@ -72,7 +72,7 @@ def test_training_never_casts_a_frozen_weight(method: str) -> None:
     vismt.adapt(net.vit, method, rank=4, **OWN[method])
     net.vit.head.requires_grad_(True)
     shake(net)
-    check_trained_dtype(net, "bfloat16")
+    check_trained_dtype(net)
     frozen = {p.untyped_storage()._cdata for p in net.parameters() if not p.requires_grad and p.ndim > 1}
     leaf = pixels().requires_grad_()
     with Casts() as casts:
@@ -100,4 +100,4 @@ def test_weights_in_half_precision_are_not_trained() -> None:
     with pytest.raises(
         UserError, match=r"model.dtype: bfloat16 is for frozen weights, and 'vit.norm.weight' is trained"
     ):
-        check_trained_dtype(net, "bfloat16")
+        check_trained_dtype(net)

@@ -21,6 +21,7 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.engine import checkpoint, runtime
 from vismt.jobs import open_run
+from vismt.jobs.lm.evaluation import MEANS
 from vismt.llm.corda import covariance
 from vismt.llm.corda.files import load_covariances
 from vismt.llm.net import LmNet
@@ -29,6 +30,7 @@ from vismt.llm.tasks.base import gather
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.report.results import RECORDS, read_results
 from vismt.storage.lines import read_lines
+from vismt.uncertainty.intervals import CLEAN
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,12 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
         assert same == (metric == "accuracy")
     assert by["lora", "NLL in nats", "clean"] != by["lora", "NLL in nats", "Laplace"]
     assert by["polar-vbll", "NLL in nats", "clean"] != by["polar-vbll", "NLL in nats", "means of the head"]
+
+
+def test_what_is_fitted_to_validation_rows_is_not_scored_on_them(study: Path) -> None:
+    job = open_run(study).job
+    scores = job.score(job.trainings("polar-vbll")[0], "validation", None)
+    assert {score.condition for score in scores} == {CLEAN, MEANS}
 
 
 @pytest.mark.slow
@@ -555,6 +563,8 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
     ({"tasks": []}, "name at least one"),
     ({"head": {"name": "vbl"}}, "head.name: 'vbl' is not known. Near: 'vbll'"),
     ({"head": {"alternate": {}}}, "set head.name to vbll"),
+    ({"head": {"name": "vbll", "alternate": {"spread_lr": -1.0}}}, "head.alternate.spread_lr is -1.0; it must be"),
+    ({"recommender": {"lr": -1.0}}, "recommender.lr is -1.0; it must be"),
     ({"model.dtype": "fp8"}, "got 'fp8'"),
     ({"model.first_block": 3}, "model.first_block: 3; LlamaForCausalLM has blocks 0 to 2"),
     ({"evaluate.limit": 1}, "evaluate.limit is 1; it must be at least 2"),
@@ -564,11 +574,15 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
     ({"adapt.method": "lorra"}, "adapt.method: 'lorra' is not known. Near: 'lora'"),
     ({"adapt": {"method": "lisa", "options": {"active": 1}}}, "trains the input embeddings"),
     ({"adapt.options": {"also_train": ["layers.0.mlp.up_proj"]}}, "below model.first_block 1"),
+    ({"model.dtype": "bfloat16", "adapt.options": {"also_train": ["norm"]}}, "model.dtype: bfloat16 is for frozen weights"),
+    ({"model": {"name": "", "dtype": "bfloat16"}, "adapt": {"method": "lisa"}}, "'lm.model.embed_tokens.weight' is trained"),
     ({"arms": {"a": {"model.dtype": "float32"}}}, "model.dtype must be the same for all arms"),
     ({"evaluate.split": "validation"}, "stories: nothing to validate on"),
 ])  # fmt: skip
 def test_user_errors(home, tmp_path: Path, capsys, changes, words) -> None:
-    path = write(tmp_path, changed(settings(home), changes))
+    config = changed(settings(home), changes)
+    config["model"]["name"] = home["lm"]
+    path = write(tmp_path, config)
     assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
 

@@ -11,6 +11,9 @@ from torch.distributions import MultivariateNormal
 
 from vismt.base.errors import UserError
 from vismt.llm import Laplace, fit_laplace
+from vismt.uncertainty import laplace as laplace_file
+from vismt.uncertainty import last_layers
+from vismt.uncertainty.laplace import FullCurvature
 from vismt.uncertainty.last_layers import LinearAnswerHead, laplace_head, laplace_structure
 
 STRUCTURES = ("full", "rows", "kronecker")
@@ -232,6 +235,22 @@ def test_around_a_head_that_is_too_large_for_all_of_the_hessian_it_is_factored()
     wanted.tune(x, labels)
     assert laplace.prior_precision == wanted.prior_precision
     assert torch.allclose(covariance(laplace, x), covariance(wanted, x), rtol=1e-4, atol=1e-6)
+
+
+def test_a_bias_leaves_the_structure_what_its_name_in_a_report_says(monkeypatch) -> None:
+    for module in (laplace_file, last_layers):
+        monkeypatch.setattr(module, "LARGEST", 10)
+    x, head = torch.randn(6, 5), LinearAnswerHead(torch.randn(2, 5), torch.randn(2))
+    assert laplace_structure("linear", 2, 5) == "full"
+    assert isinstance(laplace_head(head, [x], (x, torch.zeros(6).long())).curvature, FullCurvature)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_a_linear_head_are_not_rounded_under_autocast(dtype: torch.dtype) -> None:
+    x, head = torch.randn(6, 5), LinearAnswerHead(20 * torch.randn(2, 5))
+    exact = head.loss(x, torch.zeros(6).long())
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(head.loss(x, torch.zeros(6).long()), exact)
 
 
 @pytest.mark.parametrize("structure", ["full", "kronecker", "rows"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vismt.base import console, ranks
 from vismt.base.errors import UserError
-from vismt.config.sections import AdaptConfig, ModelConfig
+from vismt.config.sections import AdaptConfig
 from vismt.engine import loop, runtime, training_files
 from vismt.engine.optimizer import make_optimizer
 from vismt.engine.stream import Batches
@@ -171,8 +171,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         heads = self.heads(net).requires_grad_(True)
         if not balanced:
             balanced = list(heads.parameters())
-        if isinstance(config.model, ModelConfig):
-            check_trained_dtype(net, config.model.dtype)
+        check_trained_dtype(net)
         return net, method, balanced
 
     def prepare(self, net: Net, config: Config) -> str:
@@ -380,11 +379,12 @@ def _add(total: dict[str, float], sums: Mapping[str, float]) -> None:
         total[key] = before + value if key in ("n", "different") else max(value, before)  # first a float
 
 
-def check_trained_dtype(net: nn.Module, dtype: str) -> None:
+def check_trained_dtype(net: nn.Module) -> None:
     """Raise UserError where weights in half precision are trained: steps would be lost in rounding."""
     for name, parameter in net.named_parameters():
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
+            dtype = str(parameter.dtype).removeprefix("torch.")
             raise UserError(
-                f"model.dtype: {dtype} is for frozen weights, and '{name}' is trained; set it to float32, and train.precision "
-                "to bf16 for a faster pass."
+                f"model.dtype: {dtype} is for frozen weights, and '{name}' is trained; set it (or adapt.options.dtype, which is "
+                "that of factors) to float32, and train.precision to bf16 for a faster pass."
             )

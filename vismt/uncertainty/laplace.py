@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, near
 from vismt.uncertainty.predictive import GaussianHead, full_precision
 
-LARGEST = 4096  # k d of a full matrix: 128 MB in fp64, and half a minute of eigh
+LARGEST = 4096  # k d of a full matrix, without biases: 128 MB in fp64, and half a minute of eigh
 
 
 class Curvature(nn.Module, ABC):
@@ -232,10 +232,10 @@ def fit_laplace(
         raise UserError(f"laplace: no structure '{structure}'.{near(str(structure), STRUCTURES)}")
     if weight.ndim != 2:
         raise UserError(f"laplace: the weight is {tuple(weight.shape)}, needed (k, d).")
-    if bias is not None:
-        weight = torch.cat([weight, bias[:, None]], 1)
     if structure == "full" and weight.numel() > LARGEST:
         raise UserError(f"laplace: 'full' for {weight.numel()} weights (at most {LARGEST}); use 'kronecker' or 'rows'.")
+    if bias is not None:
+        weight = torch.cat([weight, bias[:, None]], 1)
     mean = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).clone()
     # In fp32 p sums to 1 only up to 1e-7 of what grows with N, and small eigenvalues drown; an MPS device has no fp64.
     exact = torch.float32 if mean.device.type == "mps" else torch.float64

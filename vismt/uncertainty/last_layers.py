@@ -42,11 +42,12 @@ class LinearAnswerHead(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.linear(features, self.weight, self.bias)
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features, self.weight, self.bias)
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Return the mean cross-entropy."""
-        return F.cross_entropy(self(features).float(), labels)
+        return F.cross_entropy(self(features), labels)
 
 
 @HEADS.register("linear")
@@ -130,7 +131,6 @@ def laplace_head(head: nn.Module, training: list[Tensor], validation: tuple[Tens
         noise = torch.exp(2 * head.log_noise)
         return fit_laplace(head.mean, training, 1 / head.prior_variance, "rows", noise=noise)
     weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
-    structure = laplace_structure("linear", len(weight), weight.shape[1] + (bias is not None))
-    laplace = fit_laplace(weight, training, structure=structure, bias=bias)
+    laplace = fit_laplace(weight, training, structure=laplace_structure("linear", *weight.shape), bias=bias)
     laplace.tune(*validation)
     return laplace

@@ -110,6 +110,22 @@ def test_keep_grows_to_the_state_of_full_training(policy: str) -> None:
     ]
 
 
+def test_steps_below_the_spacing_of_half_precision_are_warned_of_and_fp32_under_autocast_takes_them(recwarn) -> None:
+    shares = []
+    for dtype in (torch.bfloat16, torch.float32):
+        setup = case("llama")
+        setup.model.to(dtype)
+        lisa = LISA(setup.model, adamw(setup.model, lr=1e-5, weight_decay=0.0), active=DEPTH)
+        assert len(recwarn) == 1  # by the first model alone
+        before = snapshot(setup.model)
+        with torch.autocast("cpu", torch.bfloat16):
+            train(setup, lisa, range(4))
+        changed = [(value != before[name]).sum() for name, value in setup.model.named_parameters()]
+        shares.append(float(sum(changed)) / numel(list(setup.model.parameters())))
+    assert shares[0] < 0.2 and shares[1] > 0.8
+    assert "is trained in torch.bfloat16" in str(recwarn[0].message) and "in float32" in str(recwarn[0].message)
+
+
 def test_the_outside_keeps_its_state_under_drop_and_loses_it_under_reset_all() -> None:
     ages = {}
     for policy in ("drop", "reset_all"):

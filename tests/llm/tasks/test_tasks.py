@@ -34,7 +34,7 @@ from vismt.llm.tasks.base import (
     tempered,
 )
 from vismt.llm.tasks.classes import AlternatingObjective
-from vismt.llm.tasks.generation import normalised
+from vismt.llm.tasks.generation import normalised, prompts_of
 from vismt.llm.tasks.pieces import IGNORE, Piece, collate, pack, piece, stem, windows
 from vismt.methods import adapt
 from vismt.storage.lines import read_lines
@@ -188,6 +188,16 @@ def test_an_answer_has_the_tokens_that_it_has_after_its_prompt(kind):
     assert words.convert_ids_to_tokens(answer_tokens(words, "\n")) == ["\n"]  # at which a written answer ends
 
 
+@pytest.mark.parametrize("kind", ["normalizer", "metaspace"])
+def test_the_turns_of_a_chat_have_the_tokens_that_they_have_in_the_whole_text(kind):
+    words = sentencepiece(kind)
+    words.chat_template = "{% for m in messages %}{{ 'Q ' if m.role == 'user' else ' ' }}{{ m.content }}:{% endfor %}"
+    texts = ("sky", "blue sky", "no", "green")
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts)]
+    (part,) = make_task("chat", "", {}).encode("a", {"messages": turns}, words).pieces
+    assert list(part.ids) == words("Q sky: blue sky:Q no: green:", add_special_tokens=False)["input_ids"]
+
+
 def test_where_a_token_reaches_over_the_border_the_answer_keeps_its_letters():
     for kind in ("normalizer", "metaspace"):
         words = sentencepiece(kind)
@@ -296,6 +306,22 @@ def test_generation_is_greedy_whatever_the_checkpoint_asks_for():
     (item,) = [task.encode("a", {"q": "the green grass is", "a": "one"}, words)]
     assert texts_of(task, LmNet(lm), [item]) == [wanted]
     assert all(getattr(lm.generation_config, name) == value for name, value in asked.items())  # left as it was
+
+
+def test_a_written_answer_ends_where_the_checkpoint_ends_a_turn_and_its_prompt_is_whole():
+    lm, words = tiny_lm().requires_grad_(False), tokenizer()
+    row = {"q": "the green grass is very bright", "a": "one two three four five"}
+    long, short = (
+        make_task("generation", "{q}", {"answer": " {a}", "gold": "a", "new_tokens": 6, "length": length})
+        for length in (64, 8)
+    )
+    net, item = LmNet(lm), long.encode("a", row, words)
+    (tokens,) = net.generate(prompts_of(net, [item]), 6, []).tolist()
+    assert texts_of(long, net, [item]) == [words.decode(tokens, skip_special_tokens=True)]
+    # A prompt that made room for the trained answer would have 2 tokens.
+    assert texts_of(short, net, [short.encode("a", row, words)]) == texts_of(long, net, [item])
+    lm.generation_config.eos_token_id = [words.eos_token_id, tokens[2]]
+    assert texts_of(long, net, [item]) == [words.decode(tokens[:3], skip_special_tokens=True)]
 
 
 def test_the_zero_shot_head_is_the_lm_restricted_to_the_answers(lm):

@@ -90,9 +90,9 @@ class LmAlternateConfig:
         steps: steps on the posterior for each batch.
     """
 
-    lr: float = 3e-3
-    spread_lr: float = 3e-2
-    steps: int = 1
+    lr: Annotated[float, within(above=0)] = 3e-3
+    spread_lr: Annotated[float, within(above=0)] = 3e-2
+    steps: Count = 1
 
 
 @dataclass
@@ -163,14 +163,14 @@ class LmRecommenderConfig:
         baselines: further recommenders that are evaluated on the same candidates.
     """
 
-    width: int = 64
-    blocks: int = 1
-    heads: int = 1
-    dropout: float = 0.1
+    width: Count = 64
+    blocks: Count = 1
+    heads: Count = 1
+    dropout: Annotated[float, within(0, below=1)] = 0.1
     steps: Count = 2000
     batch: Count = 256
-    lr: float = 1e-3
-    weight_decay: float = 0.0
+    lr: Annotated[float, within(above=0)] = 1e-3
+    weight_decay: Annotated[float, within(0)] = 0.0
     cross_fit: bool = False
     baselines: Annotated[list[str], Names(BASELINES, only=True)] = field(default_factory=list)
 
@@ -180,7 +180,7 @@ class LmEvaluateConfig:
     """Evaluation.
 
     Args:
-        split: test, or validation while settings are chosen.
+        split: test, or validation while settings are chosen, without `temperature` and `laplace`, which are fitted to it.
         batch: rows at a time.
         limit: rows of each set; null for all.
         frozen: also evaluate the model before training.

@@ -34,7 +34,8 @@ from vismt.storage.lines import read_lines, write_lines
 from vismt.uncertainty.intervals import CLEAN, Condition
 from vismt.uncertainty.last_layers import laplace_head, laplace_structure
 
-SCORING = "2"  # changes where rows get other scores than in earlier versions, whose records are then not used
+# Changes where rows get other scores than in earlier versions, whose records are then not used.
+SCORING, SCORING_WRITTEN = "2", "3"
 MEANS = Condition("means of the head", "variant", "means")
 
 
@@ -111,6 +112,8 @@ class Evaluation:
             return
         if "mean_log_p" in records[0]:
             yield MEANS, [{**record, "log_p": record["mean_log_p"]} for record in records]
+        if split == "validation":  # the rows that the others are fitted on
+            return
         if self.config.evaluate.temperature:
             yield TEMPERED, tempered(records, self.temperature(training))
         if self.config.evaluate.laplace and self.data.tasks[task].head and training.arm != FROZEN:
@@ -162,7 +165,8 @@ class Evaluation:
             weights = self._recommender().fingerprint(training.arm)
         # An earlier Laplace approximation around VBLL dropped its noise as well; records of it name no structure.
         around = f"{self.data.training_fingerprint()} {laplace}" if laplace else ""
-        return [self.data.fingerprint(task, split, name), weights, SCORING, around]
+        scoring = SCORING if self.data.tasks[task].reads else SCORING_WRITTEN
+        return [self.data.fingerprint(task, split, name), weights, scoring, around]
 
     def _recommender(self) -> Recommender:
         assert self.recommender is not None, "the trained task is not a recommendation"

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, near
 from vismt.config.typed import JsonFile, build
 from vismt.llm.lisa.shares import Layers, find_shares
-from vismt.lowrank.model.inject import install
+from vismt.lowrank.model.inject import install, warn_of_rounding
 from vismt.lowrank.model.record import AdaptReport, count_parameters, need_record, refuse_adapted
 from vismt.lowrank.model.targets import Targets
 from vismt.methods import Method, register_method
@@ -87,6 +87,7 @@ class LISA:
         self._layers = {number: [named[name] for name in names] for number, names in shares.drawn.items()}
         self._always = [named[name] for name in shares.always]
         self._trained = {name: named[name] for name in shares.all()}
+        warn_of_rounding("LISA", self._trained)
         self.optimizer = optimizer
         self._open: int | None = None  # the interval that on_step last saw
         for parameter in set(named.values()) - set(self._trained.values()):

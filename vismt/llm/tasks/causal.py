@@ -105,11 +105,7 @@ class Causal(LmTask):
     def reply(
         self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
     ) -> list[Reply]:
-        ends = getattr(
-            getattr(net.lm, "generation_config", None), "eos_token_id", None
-        )  # of a chat model also that of a turn
-        stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        return [Reply(text) for text in written(net, batch, tokenizer, how, stops)]
+        return [Reply(text) for text in written(net, batch, tokenizer, how)]
 
     def training(self, items: Sequence[Item]) -> list[Item]:
         pieces = [part for item in items for part in item.pieces if part.counted]
@@ -152,8 +148,10 @@ class Causal(LmTask):
 
 
 def written(net: LmNet, batch: Batch, tokenizer: Any, how: Writing, stops: Sequence[int] = ()) -> list[str]:
-    """Return the texts that the LM writes after the prompts of a batch, up to a token of `stops` or of text's end."""
-    end = tokenizer.eos_token_id
-    ends = [*([] if end is None else [end]), *stops]
+    """Return the texts that the LM writes after the prompts of a batch, up to a token of `stops` or the end of text or turn."""
+    own = getattr(getattr(net.lm, "generation_config", None), "eos_token_id", None)
+    # A chat model names the end of a turn beside the end of text.
+    known = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *stops]
+    ends = [end for end in dict.fromkeys(known) if end is not None]
     tokens = net.generate(batch, how.new_tokens, ends, how.temperature, how.seed)
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)

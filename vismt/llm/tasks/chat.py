@@ -14,7 +14,7 @@ from typing import Any
 
 from vismt.base.errors import UserError
 from vismt.llm.tasks import TASKS
-from vismt.llm.tasks.base import Item, chat_text
+from vismt.llm.tasks.base import Item, answer_tokens, chat_text
 from vismt.llm.tasks.causal import Causal
 from vismt.llm.tasks.pieces import IGNORE, Piece
 
@@ -62,7 +62,7 @@ class Chat(Causal):
                         f"tasks: row '{name}': the chat template rewrites earlier turns, so the tokens of an answer change; "
                         "give one question and answer a row, or another tokenizer."
                     )
-                tokens = tokenizer(text[len(done) :], add_special_tokens=False)["input_ids"]
+                tokens = answer_tokens(tokenizer, text[len(done) :], done)
                 ids += tokens
                 labels += tokens if counted else [IGNORE] * len(tokens)
                 done = text

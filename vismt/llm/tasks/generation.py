@@ -82,7 +82,9 @@ class Generation(Causal):
             raise UserError(f"tasks: gold: row '{name}' has no field '{self.gold}'.")
         self._tokenizer = tokenizer
         gold = row[self.gold] if isinstance(row[self.gold], list) else [row[self.gold]]
-        return replace(super().encode(name, row, tokenizer), gold=[str(answer) for answer in gold])
+        trained, prompt = super().encode(name, row, tokenizer), self.ask(name, row, tokenizer)
+        pieces = [*trained.pieces, *prompt.pieces]  # the second has not made room for the trained answer
+        return replace(trained, pieces=pieces, gold=[str(answer) for answer in gold])
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         records = []
@@ -110,10 +112,10 @@ class Generation(Causal):
 
 
 def prompts_of(net: LmNet, items: Sequence[Item]) -> dict[str, Tensor]:
-    """Return a batch of the prompts of rows, which are their first pieces without the counted tokens, on the LM's device."""
+    """Return a batch of the prompts of rows, which are their last pieces without the counted tokens, on the LM's device."""
     prompts = []
     for item in items:
-        piece = item.pieces[0]
+        piece = item.pieces[-1]
         kept = [position for position, label in enumerate(piece.labels) if label == IGNORE]
         prompts.append(replace(item, pieces=[select_tokens(piece, kept)]))
     device = next(net.lm.parameters()).device

@@ -7,13 +7,14 @@ model as a whole or, on a UserError, not at all. What a user passes is checked o
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec
@@ -211,7 +212,19 @@ def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[st
             raise UserError(
                 f"adapt.also_train: '{name}' is packed (quantised) and cannot be trained; adapt its module."
             )
+    warn_of_rounding("adapt.also_train", {name: model.get_parameter(name) for name in names})
     return names
+
+
+def warn_of_rounding(what: str, trained: Mapping[str, Tensor]) -> None:
+    """Warn of weights in half precision that are trained in place: a step below half the spacing of a weight changes nothing."""
+    name, half = next(((name, p) for name, p in trained.items() if p.dtype.itemsize < 4), ("", None))
+    if half is not None:
+        warnings.warn(
+            f"{what}: '{name}' is trained in {half.dtype}, where steps below half the spacing of a weight are lost; load the "
+            "model in float32 and run it under torch.autocast.",
+            stacklevel=4,
+        )
 
 
 def train_along(model: nn.Module, names: Sequence[str]) -> None:
