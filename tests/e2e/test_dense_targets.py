@@ -216,6 +216,7 @@ def test_inverse_depth_has_a_delta_m(rooms: Path, tmp_path: Path) -> None:
     (folder,) = (tmp_path / "runs").iterdir()
     rows = rows_by_task(folder)
     assert rows["slow", "depth"].metric == "RMSE"  # without a unit
+    assert open_run(folder).job.graph("fast", "torch").outputs["depth"]["task"] == "InverseDepth"
     gains = [
         rows["fast", "semseg"].value / rows["slow", "semseg"].value - 1,
         1 - rows["fast", "depth"].value / rows["slow", "depth"].value,

@@ -74,6 +74,7 @@ def test_every_task_has_a_score_over_its_own_images(study: Path) -> None:
             assert found[task, condition, "coverage of sets"].n == 12
     assert {task for task, _, _ in rows_of(study, "tones")} == {"tones"}
     job = open_run(study).job
+    assert all(job.described("all").count(f"{name}:train") == 1 for name in ("scenes", "tones", "reds"))
     (training,) = job.study.trainings("all")
     for task in ("tones", "reds"):
         assert read_sealed(training.folder / f"risk-{task}.json", "risk")["n"] == 24
@@ -182,6 +183,7 @@ def test_a_mix_is_merged_exactly(study: Path) -> None:
         ({"name": "a/b"}, {}, "'a/b' cannot be a name"),
         ({"class_weights": "sqrt"}, {"head": {"labels": "union"}}, "set head.labels to separate"),
         ({}, {"head": {"labels": "union"}, "evaluate": {"adjust_logits": True}}, "set head.labels to separate"),
+        ({}, {"arms": {"a": {}, "b": {"head.labels": "union"}}}, "arms: head.labels must be the same for all arms"),
         ({"train": ["scenes:train"]}, {}, "tasks: reds: 'scenes' has maps; name it in data."),
         ({"train": ["reds:test"]}, {}, "shares examples with"),
     ],

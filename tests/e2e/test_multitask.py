@@ -457,6 +457,7 @@ def test_overrides_of_an_arm_are_typed_and_its_trainings_are_found_by_name(tmp_p
         ({"arms": {"a": {}, "b": {"adapt.options.n_experts": 7}}}, "arms.b: "),
         ({"seeds": [1, 1]}, "seeds: [1, 1]"),
         ({"tune": {"rates": []}}, "tune.rates: []"),
+        ({"tune": {"rates": [1e-3, 1.0000001e-3]}}, "name positive rates, each once"),
         ({"tune": {"rates": [0.0]}}, "tune.rates[0] is 0.0; it must be above 0"),
         ({"train": {"steps": 4, "warmup": 3, "cooldown": 2}, "tune": None}, "do not fit into 4 steps"),
     ],

@@ -203,5 +203,3 @@ def test_errors() -> None:
         DenseNet(model.backbone, {"depth": make_head("linear", [32], 1)}, [0, 1])
     with pytest.raises(UserError, match="must be the same"):
         DenseObjective(model, TASKS[:2])
-    with pytest.raises(UserError, match="needs the task semseg"):
-        DenseObjective(net(TASKS[1:]), TASKS[1:], retain=DenseRetaining(4))

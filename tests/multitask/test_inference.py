@@ -151,12 +151,6 @@ def test_scales_that_are_not_different_factors_are_refused(net: DenseNet, scales
         predict(net, TASKS, images(1, 24)[:, :, :16], scales=scales)
 
 
-@pytest.mark.parametrize("overlap", [-0.1, 1, 1.5, True, "half"])
-def test_an_overlap_that_is_no_share_is_refused(net: DenseNet, overlap: object) -> None:
-    with pytest.raises(UserError, match="overlap: "):
-        predict(net, TASKS, images(1, 24)[:, :, :16], overlap=overlap)
-
-
 def test_answers_are_what_the_metrics_compare() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 3, 5, generator=generator)

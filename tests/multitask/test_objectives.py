@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError
 from vismt.multitask.balancing.base import make_balancer
 from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.nets import TaskClassifier, Union
@@ -165,18 +164,3 @@ def test_the_state_of_retaining_is_the_objectives() -> None:
     assert not torch.equal(twin.retain.ema, objective.retain.ema)
     twin.load_state_dict(objective.state_dict())
     assert torch.equal(twin.retain.ema, objective.retain.ema) and torch.equal(twin.retain.bank, objective.retain.bank)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"head": "unoin"}, "head: 'unoin'.*union"),
-        ({"label_smoothing": 1.0}, "label_smoothing: 1.0"),
-        ({"head": "separate", "retain": True}, "needs head: union"),
-    ],
-)
-def test_errors(options: dict, message: str) -> None:
-    if options.pop("retain", False):
-        options["retain"] = QualityRetaining(9, UNION.task_of_class())
-    with pytest.raises(UserError, match=message):
-        UnionObjective(Fixed(), UNION, **options)

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError
-from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.nets import Union
 from vismt.multitask.objectives import VariationalUnionObjective
 from vismt.uncertainty.vbll import VBLLClassifier
@@ -53,14 +51,3 @@ def test_the_loss_bounds_the_expected_smoothed_cross_entropy_from_above(smoothin
     assert bool((bound > expected).all())
     by_hand = -(target * mean).sum(1) + (mean + variance / 2).logsumexp(1)
     assert torch.allclose(bound, by_hand, atol=1e-5)
-
-
-def test_what_has_no_bound_is_refused() -> None:
-    with pytest.raises(UserError, match="labels 'separate'"):
-        VariationalUnionObjective(Net(), UNION, head="separate")
-    with pytest.raises(UserError, match="leave class_weights"):
-        VariationalUnionObjective(Net(), UNION, class_loss=ClassLoss(focal=2.0))
-    plain = Net()
-    plain.head = nn.Linear(4, 5)
-    with pytest.raises(UserError, match="Linear has no bound"):
-        VariationalUnionObjective(plain, UNION)

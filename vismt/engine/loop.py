@@ -220,8 +220,12 @@ class _Training:
         accelerator = self.accelerator
         worst = int(accelerator.gather(self.first_bad.reshape(1)).max())
         if worst:
+            paths = checkpoint.checkpoints(self.folder)
+            kept = (
+                f"the last good checkpoint is kept in {paths[0]}." if paths else "no checkpoint had been written yet."
+            )
             raise Diverged(
-                f"train: the loss or its gradient is not finite at step {worst}; {_last_good(self.folder)} "
+                f"train: the loss or its gradient is not finite at step {worst}; {kept} "
                 "Lower train.lr, raise train.warmup or set train.clip."
             )
         means = {name: float(accelerator.reduce(value, "mean")) for name, value in logged.items()}
@@ -236,9 +240,3 @@ def _metrics(measured: Iterable[Any]) -> dict[str, float]:
     """Return the metrics of the optimisers and schedules that have metrics()."""
     values = [source.metrics() for source in measured if hasattr(source, "metrics")]
     return {name: float(value) for metrics in values for name, value in metrics.items()}
-
-
-# The smallest allowed value of each number of a train section.
-def _last_good(folder: Path) -> str:
-    paths = checkpoint.checkpoints(folder)
-    return f"the last good checkpoint is kept in {paths[0]}." if paths else "no checkpoint had been written yet."

@@ -40,7 +40,8 @@ class TuneConfig:
     rates: list[Annotated[float, within(above=0)]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.rates or len(set(self.rates)) < len(self.rates):
+        # Folders name a rate by six digits.
+        if not self.rates or len({f"{rate:g}" for rate in self.rates}) < len(self.rates):
             raise UserError(f"tune.rates: {self.rates}; name positive rates, each once.")
 
 

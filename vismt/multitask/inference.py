@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,9 +50,8 @@ def predict(
         Predictions by task, fp32 (b, channels, h, w), or (b, channels) for tasks of whole images.
 
     Raises:
-        UserError: for an overlap outside of [0, 1), and scales that are not different numbers above 0.
+        UserError: for scales that are not different numbers above 0.
     """
-    check_overlap(overlap)
     check_scales(scales)
     if list(scales) == [1]:
         return _at_own_scale(net, tasks, images, overlap, flip)
@@ -102,12 +100,6 @@ def starts(side: int, window: int, overlap: float) -> list[int]:
     """
     steps = math.ceil((side - window) / max(1.0, window * (1 - overlap)))
     return [round(step * (side - window) / steps) for step in range(steps + 1)] if steps else [0]
-
-
-def check_overlap(overlap: Any) -> None:
-    """Raise UserError unless `overlap` is a number in [0, 1)."""
-    if isinstance(overlap, bool) or not isinstance(overlap, int | float) or not 0 <= overlap < 1:
-        raise UserError(f"overlap: {overlap!r}; it must be a share of a window's side, from 0 to below 1.")
 
 
 def check_scales(scales: Sequence[float]) -> None:

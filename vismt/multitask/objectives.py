@@ -34,18 +34,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import Sample, blank
 from vismt.multitask.balancing.base import Balancer
 from vismt.multitask.balancing.gradients import GradientBalancer
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.retain import DenseRetaining, QualityRetaining
-from vismt.multitask.nets import LABEL_SPACES, SEGMENTATION, DenseNet, Union
+from vismt.multitask.nets import SEGMENTATION, DenseNet, Union
 from vismt.multitask.tasks import Task
 from vismt.uncertainty.vbll import VBLLClassifier
 
@@ -139,9 +139,6 @@ class UnionObjective(TaskObjective):
         balancer: None for the mean over the batch.
         balanced: parameters whose gradients the balancer uses.
         retain: quality retaining, which needs the union head.
-
-    Raises:
-        UserError: for an unknown head, a smoothing out of range, and `retain` with separate heads.
     """
 
     def __init__(
@@ -157,16 +154,8 @@ class UnionObjective(TaskObjective):
         retain: QualityRetaining | None = None,
     ) -> None:
         super().__init__(net, balancer, balanced, retain)
-        require_known("head:", [head], LABEL_SPACES)
-        if not 0 <= label_smoothing < 1:
-            raise UserError(f"label_smoothing: {label_smoothing}; it must be in [0, 1).")
-        if retain is not None and head != "union":
-            raise UserError(
-                "retain: quality retaining compares logits over the classes of all tasks; it needs head: union."
-            )
         self.union, self.head, self.label_smoothing = union, head, label_smoothing
         self.class_loss = ClassLoss() if class_loss is None else class_loss
-        self.class_loss.check_options("multitask", union.num_classes)
         counts = self.class_loss.class_counts
         self.task_losses = [  # over the classes of each task alone
             self.class_loss if counts is None else replace(self.class_loss, class_counts=counts[union.span(number)])
@@ -220,33 +209,17 @@ class UnionObjective(TaskObjective):
 class VariationalUnionObjective(UnionObjective):
     """`UnionObjective` for a net with `features(images)` and a VBLLClassifier `head`; "ce" is the whole loss.
 
-    Raises UserError for separate heads and losses of unequal classes, which have no bound.
+    Separate heads and losses of unequal classes have no bound.
     """
 
-    def __init__(self, net: Any, *args: Any, **options: Any) -> None:
-        super().__init__(net, *args, **options)
-        if not isinstance(net.head, VBLLClassifier):
-            raise UserError(f"head: {type(net.head).__name__} has no bound to train on; give the net a VBLLClassifier.")
-        check_bound(self.head, self.class_loss.class_weights, self.class_loss.logit_adjustment, self.class_loss.focal)
-
     def outputs(self, images: Tensor, labels: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        head = self.net.head
+        head = cast(VBLLClassifier, self.net.head)
         mean, variance = head.logit_distribution(self.net.features(images))
         share = self.label_smoothing
         noise = (1 - share) * variance.gather(1, labels[:, None]).squeeze(1) + share * variance.mean(1)
         penalty = (head.kl() - head.noise_log_prior()) / head.num_train
         losses = self.class_loss.entropies(mean + variance / 2, labels, share) + noise / 2 + penalty
         return mean, losses, mean.argmax(1) == labels
-
-
-def check_bound(labels: str, class_weights: str | None, logit_adjustment: float, focal: float) -> None:
-    """Raise UserError for separate heads and for losses that a variational bound does not cover."""
-    if labels != "union":
-        raise UserError(f"head: vbll with labels '{labels}'; its bound is over all classes: set labels to union.")
-    if class_weights is not None or logit_adjustment or focal:
-        raise UserError(
-            "head: vbll is trained on a bound of the cross-entropy; leave class_weights, logit_adjustment and focal out."
-        )
 
 
 class DenseObjective(TaskObjective):
@@ -264,7 +237,7 @@ class DenseObjective(TaskObjective):
         retain: quality retaining of the task semseg.
 
     Raises:
-        UserError: for tasks that are not those of the heads, and `retain` without the task semseg.
+        UserError: for tasks that are not those of the heads.
     """
 
     def __init__(
@@ -281,8 +254,6 @@ class DenseObjective(TaskObjective):
             raise UserError(
                 f"dense: tasks {[task.name for task in tasks]}, heads {list(net.heads)}; they must be the same."
             )
-        if retain is not None and SEGMENTATION not in self.tasks:
-            raise UserError(f"retain: compares class logits and needs the task {SEGMENTATION}; set retain to null.")
 
     def forward(self, batch: Sample) -> dict[str, Tensor]:
         logits = self._logits(batch)

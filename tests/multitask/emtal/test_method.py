@@ -260,6 +260,7 @@ def test_the_schedule_of_the_method_moves_every_router_and_is_logged() -> None:
     model = adapted()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     assert schedule(model, optimizer, steps=4, settings=None) is None
+    assert schedule(model, optimizer, steps=0, settings=FadeConfig()) is None  # evaluated as the method starts it
     fade = schedule(model, optimizer, steps=4, settings=FadeConfig(0.0, 1.0))
     for step, value in ((0, 0.0), (1, 0.25), (3, 0.75), (4, 1.0)):
         fade.on_step(step)

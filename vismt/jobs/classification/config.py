@@ -27,7 +27,6 @@ from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.fading import FadeConfig
 from vismt.multitask.emtal.retain import QualityRetaining
-from vismt.multitask.objectives import check_bound
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 from vismt.robustness.smoothing import Smoothing
 from vismt.uncertainty.last_layers import check_head, is_variational
@@ -285,9 +284,16 @@ def _check_merges(config: MultitaskConfig) -> None:
 
 
 def _check_head(config: MultitaskConfig) -> None:
+    """Raise UserError for what the variational bound of a Bayesian head does not cover."""
     head = config.head_section
-    if is_variational(head.name):
-        check_bound(head.labels, config.class_weights, config.logit_adjustment, config.focal)
+    if not is_variational(head.name):
+        return
+    if head.labels != "union":
+        raise UserError(f"head: vbll with labels '{head.labels}'; its bound is over all classes: set labels to union.")
+    if config.class_weights is not None or config.logit_adjustment or config.focal:
+        raise UserError(
+            "head: vbll is trained on a bound of the cross-entropy; leave class_weights, logit_adjustment and focal out."
+        )
 
 
 def check_attacks(attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:

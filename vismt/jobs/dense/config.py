@@ -59,7 +59,7 @@ class DenseHeadConfig:
         name: the head of tasks of maps (vismt.multitask.heads).
         options: further arguments of that head.
         labels: of several tasks of whole images: separate, each with a softmax over its own classes, or union, one softmax
-            over the classes of all.
+            over the classes of all; the same in all arms.
     """
 
     name: Annotated[str, Names("vismt.multitask.heads:HEADS", only=True)] = "conv"
@@ -220,6 +220,10 @@ def check(config: DenseConfig) -> None:
     _check_values(config)
     losses = tuple(f"tasks.{task.name}.{option}" for task in all_tasks(config) for option in loss_options(task))
     check_arms(config, _check_values, SHARED, losses)
+    if len({arm.head.labels for arm in resolve_arms(config).values()}) > 1:
+        raise UserError(
+            "arms: head.labels must be the same for all arms: an answer among the classes of all tasks is right less often."
+        )
     _check_baseline(config)
     dense_conditions(config.evaluate.attacks, config.evaluate.corruptions, [task.name for task in all_tasks(config)])
 

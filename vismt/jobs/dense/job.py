@@ -26,6 +26,7 @@ from vismt.jobs.dense.config import (
     check,
     class_tasks,
     image_tasks,
+    own_parts,
     trained_tasks,
     window_of,
 )
@@ -34,7 +35,7 @@ from vismt.jobs.dense.delta import deltas
 from vismt.jobs.dense.evaluation import Evaluation, metric_name
 from vismt.jobs.dense.figures import sections, write_predictions
 from vismt.jobs.dense.pooled_score import Scored
-from vismt.jobs.dense.predict import check_images, class_names, most_pixels, predict_images
+from vismt.jobs.dense.predict import check_images, class_names, most_pixels, named_tasks, predict_images
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
 from vismt.jobs.predictions import Options, Predictions, image_files
@@ -78,7 +79,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return Evaluation(self.config, self.data)
 
     def trained_on(self, config: DenseConfig) -> str:
-        return ", ".join(config.data.train)
+        sections = (config.data, *own_parts(config).values())
+        return ", ".join(name for parts in sections for name in parts.train)
 
     @property
     def split(self) -> str:
@@ -284,7 +286,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         """Return the merged net, with the maps of all tasks at the size of the images."""
         training = self.study.find(arm)
         config, size = self.study.config_of(training), window_of(self.config)
-        tasks = {task.name: task for task in trained_tasks(config)}
+        tasks = named_tasks(config)
         classes = class_names(config, tasks)
         outputs = {
             name: {

@@ -114,11 +114,7 @@ def predict_images(
     """
     device = runtime.processes().device
     net = net.to(device)
-    tasks = {task.name: task for task in trained_tasks(config)}
-    depth = tasks.get(Depth.name)
-    if isinstance(depth, Depth) and _inverse(config):
-        tasks[Depth.name] = InverseDepth.of(depth)
-    settings = config.evaluate
+    tasks, settings = named_tasks(config), config.evaluate
     classes, flip = class_names(config, tasks), options.flip or settings.flip
     written: list[Path] = []
     rows: list[Row] = []
@@ -217,10 +213,14 @@ def _numbered(count: int) -> list[str]:
     return [f"class {label}" for label in range(count)]
 
 
-def _inverse(config: DenseConfig) -> bool:
-    """Return whether the training sets hold inverse depth; all or none of a run's do."""
+def named_tasks(config: DenseConfig) -> dict[str, Task]:
+    """Return the trained tasks by name, depth as the training sets hold it: as inverse depth in all or none of a run's."""
+    tasks = {task.name: task for task in trained_tasks(config)}
+    depth = tasks.get(Depth.name)
     cards = [load_card(card_and_split(name)[0]) for name in config.data.train]
-    return any(source.inverse_depth for card in cards for source in card.sources_of(DenseSource))
+    if isinstance(depth, Depth) and any(s.inverse_depth for card in cards for s in card.sources_of(DenseSource)):
+        tasks[Depth.name] = InverseDepth.of(depth)
+    return tasks
 
 
 def picture(

@@ -145,11 +145,11 @@ def routes(model: nn.Module) -> bool:
 
 
 def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, settings: Any) -> RouterFade | None:
-    """Return the fade that all routers of `model` follow from here on; None (no settings) leaves them at their value.
+    """Return the fade that all routers of `model` follow from here on; None leaves them at their value.
 
-    settings: a FadeConfig.
+    That is so without settings, a FadeConfig, and in a training of no steps.
     """
-    if settings is None:
+    if settings is None or not steps:
         return None
     fade = RouterFade(steps, settings.start, settings.end)
     set_fade(model, fade)

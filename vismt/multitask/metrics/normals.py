@@ -1,11 +1,11 @@
 """Angles between predicted and true surface normals in degrees, pooled over all valid pixels of the data set.
 
-    angle = 2 atan2(|p - g|, |p + g|)  (InvPT, TaskPrompter; exact near 0)   or
-            arccos(p . g) with p . g clamped to [-1, 1]  (ASTMT, LibMTL)
+    angle = 2 atan2(|p - g|, |p + g|)
 
-with p and g of unit length. The mean is over pixels (Vandenhende's online evaluation calls this mean "rmse"); rmse here is the
-root of the mean squared angle. The mean, rmse and the shares are exact; the median is read from a histogram of 0.001 degree
-steps, which bounds memory and can be added over processes; it is within 0.0005 degrees of the median of all angles.
+with p and g of unit length (InvPT, TaskPrompter); the arccos of p . g within [-1, 1] (ASTMT, LibMTL) is less exact near 0. The
+mean is over pixels (Vandenhende's online evaluation calls this mean "rmse"); rmse here is the root of the mean squared angle.
+The mean, rmse and the shares are exact; the median is read from a histogram of 0.001 degree steps, which bounds memory and can
+be added over processes; it is within 0.0005 degrees of the median of all angles.
 
 Conventions for pixels without a normal, in addition to `mask`:
 "pooled"  g = (255, 255, 255) (Vandenhende, InvPT, TaskPrompter), g = 0, or a component that is not finite.
@@ -30,7 +30,7 @@ from vismt.multitask.metrics.inputs import (
     to_fp64,
 )
 
-CONVENTIONS, ANGLES = ("pooled", "libmtl"), ("atan2", "arccos")
+CONVENTIONS = ("pooled", "libmtl")
 LIMITS = (11.25, 22.5, 30.0)
 STEPS = 1000  # of the histogram, per degree
 MARK = 255
@@ -40,7 +40,6 @@ class NormalErrors(Metric):
     """Angular errors of surface normals.
 
     Args:
-        angle: formula of the angle, "atan2" or "arccos".
         convention: "pooled" or "libmtl", see the module's docstring.
         options: options of torchmetrics.Metric.
     """
@@ -51,10 +50,8 @@ class NormalErrors(Metric):
     histogram: Tensor  # of angles rounded to steps
     pixels: Tensor
 
-    def __init__(self, *, angle: str = "atan2", convention: str = "pooled", **options: Any) -> None:
+    def __init__(self, *, convention: str = "pooled", **options: Any) -> None:
         super().__init__(**options)
-        require_known("NormalErrors: angle", [angle], ANGLES)
-        self.angle = angle
         require_known("NormalErrors: convention", [convention], CONVENTIONS)
         self.convention = convention
         self.add_state("sums", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
@@ -81,11 +78,7 @@ class NormalErrors(Metric):
         valid = apply_mask("NormalErrors", self._valid(target), mask)
         p = _unit(require_numbers("NormalErrors", pred.movedim(1, -1)[valid]))
         g = _unit(target.movedim(1, -1)[valid])
-        if self.angle == "atan2":
-            radians = 2 * torch.atan2((p - g).norm(dim=-1), (p + g).norm(dim=-1))
-        else:
-            radians = (p * g).sum(-1).clamp(-1, 1).arccos()
-        degrees = radians.rad2deg()
+        degrees = 2 * torch.atan2((p - g).norm(dim=-1), (p + g).norm(dim=-1)).rad2deg()
         self.sums += torch.stack([degrees.sum(), degrees.square().sum()]).to(self.sums.device)
         self.within += torch.stack([(degrees < limit).sum() for limit in LIMITS]).to(self.within.device)
         steps = (degrees * STEPS).round().long().clamp_max(180 * STEPS)
