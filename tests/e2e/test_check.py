@@ -134,7 +134,13 @@ def test_rows_without_a_key_have_its_earlier_value() -> None:
     study.about.settings["evaluate"].pop("sampling", None)
     config = typed_config(with_earlier(study.about.settings, FewShotConfig), "rows")
     assert config.evaluate.sampling == "with_replacement" and not _differing(config, study, Path("rows"))
-    config.evaluate.sampling, config.arms = "parts", {"a": {"train.lr": 0.1}}
+    study.about.settings["evaluate"]["sampling"] = config.evaluate.sampling = "parts"
+    config.evaluate.seed += 1
+    assert not _differing(config, study, Path("rows"))
+    study.about.settings["evaluate"].pop("sampling")
+    config.arms = {"b": {}}
+    assert "arms.b is {}, there not set" in _differing(config, study, Path("rows"))
+    config.arms = {"a": {"train.lr": 0.1}}
     assert sorted(_differing(config, study, Path("rows"))) == [
         "arms.a.train.lr is 0.1, there not set",
         "evaluate.sampling is 'parts', there 'with_replacement'",

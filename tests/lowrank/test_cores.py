@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vismt.base.errors import UserError
-from vismt.lowrank.cores import OFF_DIAGONAL, RIDGE, RULES, joint_cores, ties
+from vismt.lowrank.cores import OFF_DIAGONAL, RIDGE, RULES, Cores, RuleSettings, joint_cores, ties
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.combining import combine, interference
 from vismt.lowrank.files.updates import Updates
@@ -206,6 +206,13 @@ def test_regmean_minimises_its_loss():
     for seed in range(5):
         assert loss(found) < loss(found + 0.01 * draw(seed, 3).delta())
     assert loss(found) < loss(combine(adapters).delta())  # the mean
+
+
+def test_regmean_runs_on_the_device_of_its_factors():
+    """The meta device refuses tensors of the CPU, as a GPU does."""
+    shapes = ((OUT, 3), (2, 3, 3), (3, IN))
+    joint = Cores(*(torch.empty(shape, dtype=torch.float64, device="meta") for shape in shapes), 1e-10)
+    assert RULES["regmean"](joint, RuleSettings(covariances=[inputs(0), inputs(1)])).B.device.type == "meta"
 
 
 def test_cores_keep_products():

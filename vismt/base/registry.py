@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -91,11 +92,7 @@ class Registry(Mapping[str, T]):
 
     def register(self, name: str) -> Callable[[Any], Any]:
         """Return a decorator that registers what it decorates as `name`."""
-
-        def decorate(item: T) -> T:
-            return self.add(name, item)
-
-        return decorate
+        return partial(self.add, name)
 
     def add(self, name: str, item: T) -> T:
         """Register `item` as `name`, in place of an earlier one, and return it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vismt.base import console
 from vismt.base.errors import UserError
@@ -104,7 +104,7 @@ def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
     """Return the keys, with both values, in which a run's configuration differs from that of a study, but for seeds."""
     from dataclasses import asdict
 
-    from vismt.config.sections import RunConfig, differences, with_earlier
+    from vismt.config.sections import RunConfig, differences, flat, with_earlier
     from vismt.config.typed import shown
     from vismt.jobs import typed_config
 
@@ -113,16 +113,12 @@ def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
     if task != config.task:
         return [f"task is {config.task}, there {task}"] * len(vars(config))  # farther than any other key
     other = typed_config(with_earlier(settings, type(config)), f"rows '{path}'")
-    keys = _flat(differences(config, other)) | _flat(differences(other, config))
-    values = [_flat(asdict(one)) for one in (config, other)]
+    values = [flat(asdict(one)) for one in (config, other)]
+    hashed = flat(differences(config, other)) | flat(differences(other, config))
+    # `differences` takes a field with an earlier value for changed where both have its present one.
+    keys = [key for key in hashed if values[0].get(key) != values[1].get(key)]
+    keys = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]  # a mapping, empty in one
     texts = {key: [shown(of[key]) if key in of else "not set" for of in values] for key in keys}
     return [
         f"{key} is {here}, there {there}" for key, (here, there) in texts.items() if key.split(".")[-1] not in SEEDS
     ]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.cli.commands import Commands
-from vismt.config.sections import list_configs
+from vismt.config.typed import Names
 
 ROWS, COLUMNS = 40, 16  # groups and images of a group that are shown
 LISTS = ("methods", "jobs", "configs", "data", "assets", "runs")
@@ -150,7 +150,7 @@ def _list(options: argparse.Namespace) -> None:
         return
     for what, names in LISTED.items():
         if options.what in (None, what):
-            console.stage(what, ", ".join(names()))
+            console.stage(what, ", ".join(names))
 
 
 def _list_runs(parent: Path) -> None:
@@ -186,29 +186,11 @@ def _methods() -> Iterable[str]:
     return sorted(f"{name}..." if name.endswith(":") else name for name in names)
 
 
-def _jobs() -> Iterable[str]:
-    from vismt.jobs import JOBS
-
-    return JOBS
-
-
-def _cards() -> Iterable[str]:
-    from vismt.storage.paths import list_cards
-
-    return list_cards()
-
-
-def _asset_names() -> Iterable[str]:
-    from vismt.backbones.asset_cards import list_assets
-
-    return list_assets()
-
-
-# What `vismt list` prints in one line -> its names.
-LISTED: dict[str, Callable[[], Iterable[str]]] = {
-    "methods": _methods,
-    "jobs": _jobs,
-    "configs": list_configs,
-    "data": _cards,
-    "assets": _asset_names,
+# What `vismt list` prints in one line -> its names, imported when they are asked for.
+LISTED: dict[str, Names] = {
+    "methods": Names("vismt.cli.data:_methods"),
+    "jobs": Names("vismt.jobs:JOBS"),
+    "configs": Names("vismt.config.sections:list_configs"),
+    "data": Names("vismt.storage.paths:list_cards"),
+    "assets": Names("vismt.backbones.asset_cards:list_assets"),
 }

@@ -303,6 +303,14 @@ def resolved(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of nested mappings; an empty one is a value."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return found
+
+
 def with_earlier(raw: Any, section: type[Any]) -> Any:
     """Return the plain values of a section of a run folder with the earlier values of fields that it does not have."""
     if not isinstance(raw, dict):

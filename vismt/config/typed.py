@@ -24,22 +24,6 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from vismt.base.errors import UserError, near
 from vismt.storage.paths import stays_inside
 
-__all__ = [
-    "Checked",
-    "JsonFile",
-    "Names",
-    "Range",
-    "RelativePath",
-    "arguments",
-    "build",
-    "describe",
-    "is_union",
-    "plain_name",
-    "relative_path",
-    "shown",
-    "within",
-]
-
 T = TypeVar("T")
 EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")  # YAML 1.1 reads 1e-3 as text
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
@@ -96,13 +80,14 @@ class Names:
 
 @dataclass(frozen=True)
 class Range:
-    """The range of a finite number; `within` makes one for `Annotated`. least and most belong to it, above and below do not.
+    """The range of a finite number; `build` refuses numbers outside of it. least and most belong to it, above and below do not.
 
     unit: of the number, for messages. A value of another type passes: it is that of another member of a union.
     """
 
     least: float | None = None
     most: float | None = None
+    _: dataclasses.KW_ONLY
     above: float | None = None
     below: float | None = None
     unit: str = ""
@@ -129,16 +114,7 @@ class Range:
             raise UserError(f"{where} is {value}; it {verb} {self}{self.unit and f', in {self.unit}'}.")
 
 
-def within(
-    least: float | None = None,
-    most: float | None = None,
-    *,
-    above: float | None = None,
-    below: float | None = None,
-    unit: str = "",
-) -> Range:
-    """Return the range for the annotation of a number, as in Annotated[float, ...]; `build` refuses numbers outside of it."""
-    return Range(least, most, above, below, unit)
+within = Range  # as it reads in an annotation: Annotated[float, within(0, 1)]
 
 
 class Checked:

@@ -125,7 +125,7 @@ def _polar(matrix: Tensor, tolerance: float) -> Tensor:
 
 
 def _regmean(joint: Cores, settings: RuleSettings) -> LowRank:
-    total = numerator = torch.zeros(1)
+    total = numerator = torch.zeros(())  # on any device
     for core, covariance in zip(joint.cores, settings.covariances or (), strict=True):
         given = double(covariance.to(joint.cores.device))
         given = given / given.trace().clamp_min(torch.finfo(given.dtype).tiny)

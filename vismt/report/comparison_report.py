@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import RESOLVED
+from vismt.config.sections import RESOLVED, flat
 from vismt.config.typed import shown
 from vismt.config.yaml_text import read_yaml
 from vismt.report.comparison import Values, compare
@@ -115,20 +114,12 @@ def _heading(headings: Mapping[str, Heading]) -> Heading:
 
 def _settings(configs: Mapping[str, Path]) -> list[tuple[Table, str]]:
     """Return the keys whose values differ between the configurations of runs."""
-    flat = {name: _flat(read_yaml(path, f"run '{name}'")) for name, path in configs.items() if path.exists()}
-    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    by_run = {name: flat(read_yaml(path, f"run '{name}'")) for name, path in configs.items() if path.exists()}
+    keys = dict.fromkeys(key for values in by_run.values() for key in values)
     rows = []
     for key in keys:
-        texts = [shown(values[key]) if key in values else "–" for values in flat.values()]
+        texts = [shown(values[key]) if key in values else "–" for values in by_run.values()]
         if len(set(texts)) > 1 and key.partition(".")[0] not in ("title", "arms"):
             rows.append([key, *texts])
-    table = Table("Settings that differ", ["Key", *flat], rows, set(), texts=1 + len(flat))
+    table = Table("Settings that differ", ["Key", *by_run], rows, set(), texts=1 + len(by_run))
     return [(table, SETTINGS_NOTE)] if rows else []
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {dotted key: value} of nested mappings."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return flat

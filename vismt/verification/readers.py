@@ -42,12 +42,9 @@ class Remark:
     def text(self) -> str:
         """Return the remark as a sentence."""
         whole = self.effect == "refused" or not self.groups
-        what = "" if whole else " and ".join(f"{group} of {n} {_modules(n)}" for group, n in self.groups.items()) + " "
+        parts = (f"{group} of {n} module{'s' * (n != 1)}" for group, n in self.groups.items())
+        what = "" if whole else " and ".join(parts) + " "
         return f"{what}{self.effect}{' (expected)' if self.expected else ''}: {self.why}"
-
-
-def _modules(count: int) -> str:
-    return "module" if count == 1 else "modules"
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,8 @@ class Reading:
         elif self.state == "applied":
             answer = f"applied, {count}"
         elif self.applied == 0:
-            answer = f"{count}, serves the base" if self._all("ignored") else f"{count} as meant, served model differs"
+            ignored = all(set(effects) == {"ignored"} for effects in self.table.values())
+            answer = f"{count}, serves the base" if ignored else f"{count} as meant, served model differs"
         else:
             answer = f"{count}, served model differs"
         return f"{NAMES.get(self.reader, self.reader)}: {answer}{' (expected)' if self.expected else ''}"
@@ -105,9 +103,6 @@ class Reading:
         name = self.line.partition(":")[0]
         causes = [remark for remark in self.remarks if remark.effect not in ("used", "note")]
         return [Finding(level, f"reader-{self.state}", f"{name}: {remark.text}", remark.fix) for remark in causes]
-
-    def _all(self, effect: str) -> bool:
-        return all(set(effects) == {effect} for effects in self.table.values())
 
 
 def readings(facts: Facts, base: Located | None = None, readers: Sequence[str] = ()) -> list[Reading]:

@@ -20,6 +20,7 @@ from vismt.llm import collect_covariance, instance_gates
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.forms import LowRankPrequantized
 from vismt.lowrank.layers.stock_modules import dense_weight, use_cpu_kernel
+from vismt.lowrank.model.merge import merged_copy
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2}
 METHODS: dict[str, dict[str, Any]] = {
@@ -212,3 +213,13 @@ def test_a_hosted_tuner_on_four_bits() -> None:
     shake(model)
     vismt.unadapt(model)
     assert torch.equal(logits(model), logits(stock))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_merged_copy_in_half_precision_keeps_packed_weights(kind: str) -> None:
+    model, x = base(kind), tokens()
+    vismt.adapt(model, "lora", TARGETS, rank=2)
+    shake(model, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen, wanted = merged_copy(model, torch.bfloat16)(x).logits, model(x).logits
+    assert (seen - wanted).abs().max() < 0.05 * wanted.abs().max()

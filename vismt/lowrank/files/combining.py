@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, near
 from vismt.base.seeds import mix_seed
 from vismt.lowrank.cores import RULES, Interference, RuleSettings, interference_of, joint_cores
-from vismt.lowrank.factors import LowRank
+from vismt.lowrank.factors import LowRank, times_core
 from vismt.lowrank.files.save_load import same_base
 from vismt.lowrank.files.updates import Updates, read_updates
 from vismt.lowrank.tensors import fits
@@ -258,10 +258,8 @@ def _concatenate(adapters: Sequence[LowRank], weights: Sequence[float]) -> LowRa
     for adapter, weight in zip(adapters, weights, strict=True):
         work = torch.promote_types(adapter.B.dtype, torch.float32)
         left = (float(weight) * adapter.scale) * adapter.B.to(work)
-        if adapter.core is not None:
-            core = adapter.core.to(work)
-            left = left * core if core.ndim == 1 else left @ core
-        lefts.append(left.to(adapter.B.dtype))
+        core = None if adapter.core is None else adapter.core.to(work)
+        lefts.append(times_core(left, core).to(adapter.B.dtype))
     return LowRank(torch.cat(lefts, dim=1), torch.cat([adapter.A for adapter in adapters], dim=0))
 
 

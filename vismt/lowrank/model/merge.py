@@ -23,7 +23,7 @@ from torch import nn
 from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, adapter_layers
 from vismt.lowrank.layers.parameter_modules import to_parameters
-from vismt.lowrank.layers.stock_modules import use_cpu_kernel
+from vismt.lowrank.layers.stock_modules import is_prequantized, use_cpu_kernel
 from vismt.lowrank.model.modules import check_mergeable, detach_all, from_stock, stock_order, to_stock
 from vismt.lowrank.model.record import (
     RECORD,
@@ -83,15 +83,16 @@ def merged_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     """Return a frozen copy in eval mode, with every low-rank update in its weight, for gradients of inputs alone.
 
     Its forward and backward are those of the stock model: no products of factors, and nothing is kept for a parameter. Layers
-    that one weight cannot hold (gates of samples, packed weights) stay adapter layers. All other tensors are shared with the
-    model, so the copy is of use until the weights change.
+    that one weight cannot hold (gates of samples, packed weights) stay adapter layers. All other tensors but packed weights are
+    shared with the model, so the copy is of use until the weights change.
 
     Args:
         model: a model with or without adapters; not changed.
         dtype: of the copy's matrices where it runs under autocast to that dtype, which else casts them in every forward.
     """
     shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    plain = [p for p in model.parameters() if not is_prequantized(p)]
+    shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in plain}
     twin = copy.deepcopy(model, shared).eval()
     merged: dict[int, nn.Module] = {}
     for path, layer in [*twin.named_modules(remove_duplicate=False)]:
@@ -105,7 +106,7 @@ def merged_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
             merged[id(layer)] = layer.merged()
         twin.set_submodule(path, merged[id(layer)])
     for parameter in twin.parameters():
-        if dtype is not None and parameter.ndim > 1 and parameter.is_floating_point():  # packed weights stay
+        if dtype is not None and parameter.ndim > 1 and not is_prequantized(parameter):
             parameter.data = parameter.data.to(dtype)
     return twin
 
