@@ -30,18 +30,15 @@ TYPED = {
     "docs/results/emtal_small.md": 1,
     "docs/results/forgetting.md": 2,
     "docs/results/ilora_lastfm.md": 3,
-    "docs/results/in_place.md": 2,
-    "docs/results/robustness.md": 4,
     "docs/results/sentiment.md": 3,
     "docs/results/seven_scenes.md": 2,
-    "docs/results/rows/tables.yaml": 4,
+    "docs/results/rows/tables.yaml": 2,
 }
 PICTURES = {"camvid", "ilora_lastfm"}  # whose rows were not kept
 LOOSE = {
     "docs/results/emtal_small.md": 1,
     "docs/results/forgetting.md": 1,
     "docs/results/ilora_lastfm.md": 7,
-    "docs/results/robustness.md": 1,
     "docs/runs.md": 1,
 }
 

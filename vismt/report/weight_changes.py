@@ -102,7 +102,7 @@ def changes_section(folder: Path, arms: Sequence[str]) -> Section:
 
 
 def depth_figure(depths: Mapping[str, Mapping[int, float]], path: Path) -> Path:
-    """Draw a line for each arm over the blocks of the model, the norm on a logarithmic axis; return `path`.
+    """Draw a line for each arm over the blocks of the model; return `path`.
 
     depths: relative norm by arm and block, more than one block each.
     """
@@ -111,12 +111,11 @@ def depth_figure(depths: Mapping[str, Mapping[int, float]], path: Path) -> Path:
     figure = new_figure(width, offset + 3.1)
     legend(figure, [short(arm, 40) for arm in arms], [color_of(arm, arms) for arm in arms], left)
     axes = axes_at(figure, left, offset + 0.4, width - left - 0.2, 2.1)
-    dress(axes, "Relative norm of the update")
+    dress(axes, "Relative norm of the update in per cent")
     for arm, values in depths.items():
-        axes.plot(
-            list(values), list(values.values()), color=color_of(arm, arms), marker="o", markersize=3, linewidth=1.6
-        )
-    axes.set_yscale("log")
+        norms = [100 * value for value in values.values()]
+        axes.plot(list(values), norms, color=color_of(arm, arms), marker="o", markersize=3, linewidth=1.6)
+    axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("block", color=MUTED, fontsize=9)
