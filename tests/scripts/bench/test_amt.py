@@ -96,7 +96,7 @@ def test_the_released_task_finds_our_mixture_and_our_prototypes(augment, shots):
 def test_experts_of_the_pool_differ():
     pool = amt.random_pool(backbone(), 3, 2)
     batch = amt.episode(2, 0, 16, CPU)
-    cosines = PoolNet(pool, MergeSettings()).support(batch["support"], batch["support_labels"]).cosines()
+    cosines = PoolNet(pool, MergeSettings()).cosines(batch["support"], batch["support_labels"])
     assert all((cosines[i] - cosines[j]).abs().max() > 1e-4 for i in range(3) for j in range(i))
 
 
