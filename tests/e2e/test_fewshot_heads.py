@@ -148,7 +148,7 @@ def test_the_quality_of_probabilities_is_reported_and_the_same_when_resumed(tmp_
 
 @pytest.mark.slow
 def test_heads_of_a_pool(tmp_path: Path) -> None:
-    models = ["merged", "merged:ridge", "merged+ridge", "expert:4+logistic", "logits"]
+    models = ["merged", "merged:min_ce", "merged+ridge", "expert:4+logistic", "logits"]
     pool = {"levels": [0.5, 4], "warmup": 1}
     settings = {"models": models, "data": ["digits"], "ways_of": {}, "probabilities": True}
     folder = run(tmp_path, adapt={"method": "amt"}, pool=pool, evaluate=settings)

@@ -15,7 +15,7 @@ from vismt.storage.files import sealed
 from vismt.uncertainty.intervals import mean_interval
 from vismt.uncertainty.split_halves import choice
 
-MODELS = ["frozen", "expert:a", "expert:b", "merged", "merged:ridge", "average", "merged+finetune"]
+MODELS = ["frozen", "expert:a", "expert:b", "merged", "merged:tsv", "average", "merged+finetune"]
 CONFIG = FewShotConfig(
     pool=PoolConfig(folder="somewhere"), select=SelectConfig(data=["x"]), evaluate=EvaluateConfig(models=MODELS)
 )
@@ -48,7 +48,7 @@ def filled(folder: Path, data: str = "digits", seed: int = 3, **options: object)
     records(folder, "expert:a", A, data, seed, **options)
     records(folder, "expert:b", B, data, seed, **options)
     records(folder, "merged", ["1110", "1100", "1000", "1100"], data, seed, **options)
-    for arm in ("merged:ridge", "average"):
+    for arm in ("merged:tsv", "average"):
         records(folder, arm, ["1100"] * 4, data, seed, **options)
 
 
@@ -67,7 +67,7 @@ def test_the_tables_have_the_rules_and_the_best_experts(tmp_path: Path) -> None:
     )
     cells = {row[2]: row[3:] for row in table.rows}
     best = ["best expert of the other tasks", "best expert of each task"]
-    assert list(cells) == ["merged", "merged:ridge", "average", *best]
+    assert list(cells) == ["merged", "merged:tsv", "average", *best]
     assert cells["merged"][1:] == ["–", "4"] and cells["merged"][0].startswith("50.0 ± ")
     # On the other tasks a has .58, .83, .67 and .67, b .67, .42, .42 and .5: a, but for the first task.
     assert cells[best[0]][0].startswith("43.8 [") and "“best expert of each task”" in note
@@ -111,7 +111,7 @@ def test_the_spread_is_a_root_or_not_resolved() -> None:
 def test_records_of_an_earlier_version_have_the_rules_alone(tmp_path: Path) -> None:
     filled(tmp_path, texts=False)
     ((table, _),) = choice_tables(tmp_path, CONFIG, [3], rows())
-    assert [row[2] for row in table.rows] == ["merged", "merged:ridge", "average"]
+    assert [row[2] for row in table.rows] == ["merged", "merged:tsv", "average"]
 
 
 def test_seeds_are_averaged_and_sets_weigh_the_same(tmp_path: Path) -> None:
@@ -131,12 +131,12 @@ def test_the_spread_of_the_seeds_is_in_the_intervals(tmp_path: Path) -> None:
     """Every episode of one seed is 1/8 better than of the other: over episodes alone, "merged" would have the same interval."""
     for seed, ridge in ((3, "11111000"), (5, "11110000")):
         filled(tmp_path, seed=seed)
-        records(tmp_path, "merged:ridge", [ridge] * 4, seed=seed)
+        records(tmp_path, "merged:tsv", [ridge] * 4, seed=seed)
         records(tmp_path, "merged", ["1000"] * 4, seed=seed)
     (table, note), _ = choice_tables(
         tmp_path, CONFIG, [3, 5], [replace(row, interval="sampler+seeds") for row in rows()]
     )
-    ridge = next(row for row in table.rows if row[2] == "merged:ridge")
+    ridge = next(row for row in table.rows if row[2] == "merged:tsv")
     # t at one degree of freedom 12.7062, standard error .0625: 79.4 points
     assert ridge[3] == "56.2 [0.0, 100.0]" and ridge[4] == "+31.2 [−48.2, +100.0]"
     assert note.endswith("Intervals: 95 % over new episodes of the same images and training seeds.")
