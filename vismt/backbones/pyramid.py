@@ -16,12 +16,12 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 
-from vismt.backbones.vit import PixelBackbone, widened
+from vismt.backbones.vit import TappedBackbone, widened
 from vismt.base.errors import UserError
 from vismt.storage.wheels import one_line
 
 
-class Pyramid(PixelBackbone):
+class Pyramid(TappedBackbone):
     """A timm model that is not a plain ViT, on images (b, 3, h, w), floating point in [0, 1], of the size `img_size` = (h, w).
 
     Args:

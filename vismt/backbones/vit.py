@@ -8,6 +8,7 @@ convolutional networks are in pyramid.py; timm_models.py creates either by name.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -37,14 +38,12 @@ class PixelBackbone(nn.Module):
 
     Attributes:
         mean: buffer (1, 3, 1, 1), not saved. std: likewise.
-        widths: channels of every tap of a timm model, from shallow to deep.
     """
 
     vit: nn.Module
     img_size: tuple[int, int]
     mean: Tensor
     std: Tensor
-    widths: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -62,11 +61,6 @@ class PixelBackbone(nn.Module):
             self.register_buffer(key, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
         self.train(vit.training)
 
-    @property
-    def depth(self) -> int:
-        """Number of taps: the blocks of a ViT, the stages of a hierarchical model."""
-        return len(self.widths)
-
     def train(self: Self, mode: bool = True) -> Self:
         """Set the mode of all modules but BatchNorm, which stays in evaluation mode."""
         super().train(mode)
@@ -74,24 +68,6 @@ class PixelBackbone(nn.Module):
             if isinstance(module, _BatchNorm):
                 module.eval()
         return self
-
-    def maps(self, images: Tensor, blocks: list[int]) -> list[Tensor]:
-        """Return the taps in `blocks`, numbers from 0 or from the end, as maps (b, d, rows, columns) without prefix tokens."""
-        wanted = [check_block(block, self.depth, type(self.vit).__name__) for block in blocks]
-        order = sorted(set(wanted))
-        map_of = dict(zip(order, map(widened, self._maps(images, order)), strict=True))
-        return [map_of[block] for block in wanted]
-
-    def _maps(self, images: Tensor, blocks: list[int]) -> list[Tensor]:
-        raise NotImplementedError(f"{type(self.vit).__name__} has no taps.")
-
-    def last_block(self, tap: int) -> str:
-        """Return the path in `vit` of the block whose output is tap number `tap`."""
-        raise NotImplementedError
-
-    def as_maps(self, tokens: Tensor) -> Tensor:
-        """Return an output of `last_block` as `maps` does: (b, d, rows, columns)."""
-        raise NotImplementedError
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the class scores (b, num_classes) of timm's classifier.
@@ -122,7 +98,40 @@ class PixelBackbone(nn.Module):
         return []
 
 
-class Backbone(PixelBackbone):
+class TappedBackbone(PixelBackbone, ABC):
+    """A backbone whose features are maps, too, at several depths.
+
+    Attributes:
+        widths: channels of every tap, from shallow to deep.
+    """
+
+    widths: tuple[int, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """Number of taps: the blocks of a ViT, the stages of a hierarchical model."""
+        return len(self.widths)
+
+    def maps(self, images: Tensor, blocks: list[int]) -> list[Tensor]:
+        """Return the taps in `blocks`, numbers from 0 or from the end, as maps (b, d, rows, columns) without prefix tokens."""
+        wanted = [check_block(block, self.depth, type(self.vit).__name__) for block in blocks]
+        order = sorted(set(wanted))
+        map_of = dict(zip(order, map(widened, self._maps(images, order)), strict=True))
+        return [map_of[block] for block in wanted]
+
+    @abstractmethod
+    def _maps(self, images: Tensor, blocks: list[int]) -> list[Tensor]: ...
+
+    @abstractmethod
+    def last_block(self, tap: int) -> str:
+        """Return the path in `vit` of the block whose output is tap number `tap`."""
+
+    @abstractmethod
+    def as_maps(self, tokens: Tensor) -> Tensor:
+        """Return an output of `last_block` as `maps` does: (b, d, rows, columns)."""
+
+
+class Backbone(TappedBackbone):
     """A timm ViT that takes images (b, 3, h, w), floating point in [0, 1], of the size `img_size` = (h, w).
 
     Blocks compute in the dtype of the ViT's weights; features and class scores of half-precision weights are float32.

@@ -43,10 +43,5 @@ class MetricsLog:
 
 
 def record_stem(data: str, protocol: str, model: str) -> str:
-    """Return the stem of the file with a model's records: letters, digits, dots, hyphens and underscores.
-
-    "merged+ridge", the mixed experts with a ridge classifier, has a stem of its own, as that of "merged:ridge", the experts
-    mixed by the rule of that name, would be the same.
-    """
-    model = model.replace("merged+ridge", "merged_ridge")
+    """Return the stem of the file with a model's records: letters, digits, dots, hyphens and underscores."""
     return re.sub(r"[^\w.-]", "-", "-".join((data, protocol, model)))
