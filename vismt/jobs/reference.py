@@ -93,7 +93,8 @@ def _keys(cls: type, prefix: str) -> Iterator[Key]:
         inner = _section(hint)
         yield Key(path, _type_text(hint), _default_text(field), texts[field.name], _names(hint), inner is not None)
         if inner is not None:
-            yield from _keys(inner, f"{path}[]." if _is_list(hint) else f"{path}.")
+            listed = any(typing.get_origin(member) is list for member in _members(hint))
+            yield from _keys(inner, f"{path}[]." if listed else f"{path}.")
 
 
 def _plain(hint: Any) -> Any:
@@ -106,10 +107,6 @@ def _members(hint: Any) -> list[Any]:
     plain = _plain(hint)
     members = typing.get_args(plain) if is_union(plain) else [plain]
     return [_plain(member) for member in members if member is not NoneType]
-
-
-def _is_list(hint: Any) -> bool:
-    return any(typing.get_origin(member) is list for member in _members(hint))
 
 
 def _section(hint: Any) -> type | None:
@@ -243,18 +240,14 @@ def _schema_of(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         return {"enum": list(arguments)}
     if origin in MAPPINGS:
         return {"type": "object", "additionalProperties": _schema_of(arguments[1], definitions)}
-    if origin in (list, tuple):
-        return _schema_of_list(origin, arguments, definitions)
+    if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
+        return {"type": "array", "items": _schema_of(arguments[0], definitions)}
+    if origin is tuple:
+        items = [_schema_of(argument, definitions) for argument in arguments]
+        return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
     if dataclasses.is_dataclass(hint):
         return _reference(typing.cast(type, hint), definitions)
     return {"type": JSON_TYPES[hint]} if hint in JSON_TYPES else {}
-
-
-def _schema_of_list(origin: Any, arguments: Sequence[Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    if origin is list or arguments[-1] is Ellipsis:
-        return {"type": "array", "items": _schema_of(arguments[0], definitions)}
-    items = [_schema_of(argument, definitions) for argument in arguments]
-    return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
 
 
 def schema_text() -> str:

@@ -1,7 +1,7 @@
 """A job that trains: it declares data, nets, an objective and the scores of a trained net.
 
 Training, rates, seeds and checks of merging are written once for all jobs, here and in engine/study.py; rows of results and
-the report in base.py.
+the report in evaluation_job.py.
 """
 
 from __future__ import annotations
@@ -154,11 +154,11 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             sections=config,
         )
         about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
-        ranks.on_first(lambda: self._finish(net, config, training, about))
+        ranks.on_first(lambda: self.finish(net, config, training, about))
         if settings.trackers:
             accelerator.end_training()
 
-    def _finish(self, net: Net, config: Config, training: Training, about: dict[str, Any]) -> None:
+    def finish(self, net: Net, config: Config, training: Training, about: dict[str, Any]) -> None:
         """Write the files of a finished training."""
         self.save(net, config, training.folder)
         training_files.finish(self.stock(net), training.folder, config.adapt is not None, about)
@@ -217,8 +217,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         data = self.trained_on(self.study.arms[arm])
         named = ("adapt", "adapt.method", "adapt.rank")
         settings = settings_text({k: v for k, v in self.config.arms.get(arm, {}).items() if k not in named})
-        parts = [method, share + (f" on {data}" if data else ""), *([settings] if settings else [])]
-        return "; ".join(parts)
+        return "; ".join(filter(None, [method, share + (f" on {data}" if data else ""), settings]))
 
     def check(self) -> None:
         self._each_arm(self._check_names)

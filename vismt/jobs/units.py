@@ -37,8 +37,9 @@ def run_with_workers(run: Run, workers: str) -> None:
         run: the run folder.
         workers: see `make_workers`.
     """
-    job = run.job
-    with make_workers(workers, _most_units(job)) as pool:
+    job, study = run.job, run.job.study
+    tried = sum(len(study.tried(arm)) for arm in study.arms) if job.trains else 0
+    with make_workers(workers, max(tried, len(job.evaluated()) * len(study.seeds))) as pool:
 
         def run_all(stage: str, function: Callable[[Path, Training], None], trainings: Sequence[Training]) -> None:
             calls = {f"{stage} {training}": (function, (run.folder, training)) for training in trainings}
@@ -66,7 +67,8 @@ def run_part(run: Run, part: int, parts: int) -> None:
 
     def share(trainings: Sequence[Training]) -> None:
         def unfinished() -> list[int]:
-            return [place % parts + 1 for place, one in enumerate(trainings) if not _is_finished(one)]
+            left = (place for place, one in enumerate(trainings) if read_done(one) is None and not has_diverged(one))
+            return [place % parts + 1 for place in left]
 
         for training in trainings[part - 1 :: parts]:
             _attempt(job, training)
@@ -121,17 +123,6 @@ def _evaluations(job: EvaluationJob[Any]) -> list[Training]:
     """Return what is evaluated, each by a unit."""
     job.check_evaluation(None)
     return [training for arm in job.evaluated() for training in job.trainings(arm)]
-
-
-def _most_units(job: EvaluationJob[Any]) -> int:
-    """Return the number of units of the largest round."""
-    study = job.study
-    tried = sum(len(study.tried(arm)) for arm in study.arms) if job.trains else 0
-    return max(tried, len(job.evaluated()) * len(study.seeds))
-
-
-def _is_finished(training: Training) -> bool:
-    return read_done(training) is not None or has_diverged(training)
 
 
 def _place(folder: Path, part: int, parts: int) -> Path:

@@ -20,6 +20,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,18 +96,8 @@ class Evaluation:
         for number, task in enumerate(self.data.union.tasks):
             thresholds = self.thresholds(net, training, separate, number) if risk else None
             path = records / f"{split}-{task}.jsonl"
-            scores += self._scores_of(
-                net,
-                training,
-                separate,
-                split,
-                number,
-                path,
-                specs=specs,
-                forms=forms,
-                thresholds=thresholds,
-                smoothing=smoothing,
-            )
+            forms_of = {"forms": forms, "thresholds": thresholds, "smoothing": smoothing}
+            scores += self._scores_of(net, training, separate, split, number, path, specs, **forms_of)
         return scores
 
     def _scores_of(
@@ -117,14 +108,11 @@ class Evaluation:
         split: str,
         number: int,
         path: Path,
-        *,
-        ending: str = "",
         specs: Sequence[DirectPerturbation] = (),
-        forms: Mapping[Condition, Form] | None = None,
-        thresholds: Thresholds | None = None,
-        smoothing: Smoothing | None = None,
+        ending: str = "",
+        **about: Any,
     ) -> list[Score]:
-        """Return the scores of one task, with the records in `path`. ending: of the label."""
+        """Return the scores of one task, with the records in `path`. ending: of the label; about: as of `image_scores`."""
         union = self.data.union
         task, protocol = union.tasks[number], "task known" if separate else f"one of {union.num_classes} classes"
         with stored(self.data.part(number, split)) as images:
@@ -135,12 +123,10 @@ class Evaluation:
                 names=(TASK, task, f"{split} images, {protocol}"),
                 num_classes=union.num_classes,
                 records=path,
-                forms=forms,
-                thresholds=thresholds,
-                smoothing=smoothing,
                 data=f"{task}:{split}",
                 fingerprint=net.fingerprint(),
                 label=f"{task} {training.arm} seed {training.seed}{ending}",
+                **about,
             )
 
     def forms(self, net: PixelNet, training: Training, separate: bool, split: str) -> dict[Condition, Form]:

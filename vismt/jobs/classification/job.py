@@ -100,7 +100,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             "trainable": 0,
             "total": count_parameters(net)[1],
         }
-        self._finish(net, config, training, facts)
+        self.finish(net, config, training, facts)
 
     @property
     def split(self) -> str:

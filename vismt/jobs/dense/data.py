@@ -244,13 +244,10 @@ def _divided(parts: PartsConfig, key: str) -> dict[str, list[tuple[DenseSet, int
         for images in [_open(name, key) for name in getattr(parts, part)]:
             found[part] += [(images, i) for i in range(len(images))]
     if parts.limit is not None:
-        found["train"] = _spread(found["train"], parts.limit)
+        every = found["train"]
+        count = min(parts.limit, len(every))
+        found["train"] = [every[i * len(every) // count] for i in range(count)]
     return found
-
-
-def _spread(entries: list[tuple[DenseSet, int]], limit: int) -> list[tuple[DenseSet, int]]:
-    count = min(limit, len(entries))
-    return [entries[i * len(entries) // count] for i in range(count)]
 
 
 def _check_set(images: DenseSet, tasks: Sequence[Task]) -> None:
