@@ -61,13 +61,8 @@ def calibrated(
 ) -> AdaptConfig:
     """Return an adapt section with the options that its method computes from data; the same where it computes none.
 
-    Args:
-        model: the stock model that is to be adapted.
-        adapt: the section of the configuration.
-        batches: batches(labels=False) returns batches of model inputs.
-        folder: the run folder.
-        memory_mb: memory for sums in progress in MB, None for no bound.
-        results: computed values by key, shared by the arms of a run.
+    batches: batches(labels=False) returns batches of inputs of the stock model. memory_mb: memory for sums in progress in MB,
+    None for no bound. results: computed values by key, shared by the arms of a run.
     """
     method = METHODS[adapt.method]
     if method.calibrate is None:

@@ -240,14 +240,18 @@ def _schema_of(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         return {"enum": list(arguments)}
     if origin in MAPPINGS:
         return {"type": "object", "additionalProperties": _schema_of(arguments[1], definitions)}
-    if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
-        return {"type": "array", "items": _schema_of(arguments[0], definitions)}
-    if origin is tuple:
-        items = [_schema_of(argument, definitions) for argument in arguments]
-        return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+    if origin in (list, tuple):
+        return _schema_of_list(origin, arguments, definitions)
     if dataclasses.is_dataclass(hint):
         return _reference(typing.cast(type, hint), definitions)
     return {"type": JSON_TYPES[hint]} if hint in JSON_TYPES else {}
+
+
+def _schema_of_list(origin: Any, arguments: Sequence[Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    if origin is list or arguments[-1] is Ellipsis:
+        return {"type": "array", "items": _schema_of(arguments[0], definitions)}
+    items = [_schema_of(argument, definitions) for argument in arguments]
+    return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
 
 
 def schema_text() -> str:

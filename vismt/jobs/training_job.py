@@ -290,14 +290,10 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         adapted: nn.Module,
         merged: nn.Module,
     ) -> None:
-        """Write changes.jsonl and merge.json; `adapted` is the stock model afterwards.
+        """Write changes.jsonl and merge.json of a trained model, with its adapter and merged; `adapted` is stock afterwards.
 
-        Args:
-            training: the training whose folder they are written to.
-            outputs: (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer) of this process;
-                those that share the evaluation write one file.
-            adapted: the trained model with its adapter.
-            merged: the same one with merged weights.
+        outputs: (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer) of this process; those
+        that share the evaluation write one file.
         """
         names: dict[str, dict[str, float]] = {}
         for part in ranks.gather(_compared(outputs)):

@@ -31,12 +31,7 @@ Share = Callable[[Sequence[Training]], None]
 
 
 def run_with_workers(run: Run, workers: str) -> None:
-    """Train, evaluate and report as `vismt run` does in one process.
-
-    Args:
-        run: the run folder.
-        workers: see `make_workers`.
-    """
+    """Train, evaluate and report as `vismt run` does in one process. workers: see `make_workers`."""
     job, study = run.job, run.job.study
     tried = sum(len(study.tried(arm)) for arm in study.arms) if job.trains else 0
     with make_workers(workers, max(tried, len(job.evaluated()) * len(study.seeds))) as pool:
@@ -53,15 +48,9 @@ def run_with_workers(run: Run, workers: str) -> None:
 
 
 def run_part(run: Run, part: int, parts: int) -> None:
-    """Run one part's share of a study, and wait between rounds for the others; `vismt report` finishes the run.
+    """Run the share of one of `parts` parts of a study, and wait between rounds for the others; `vismt report` finishes the run.
 
-    Args:
-        run: the run folder, which all parts share.
-        part: from 1 to `parts`.
-        parts: the number of parts, each started once.
-
-    Raises:
-        UserError: another process runs this part, and parts that this one waits for and that have not run for ABSENT_S seconds.
+    Raises UserError where another process runs this part, and where parts that this one waits for have not run for ABSENT_S.
     """
     job = run.job
 

@@ -19,12 +19,7 @@ from vismt.lowrank.model.modules import stock_order
 
 
 def weight_changes(adapted: nn.Module, merged: nn.Module) -> list[dict[str, Any]]:
-    """Return a line for every matrix that differs from the stock model's; `adapted` is the stock model afterwards.
-
-    Args:
-        adapted: the trained model with its adapter.
-        merged: the same one with merged weights.
-    """
+    """Return a line for every matrix in which a trained model, `merged`, differs from the stock one, `adapted` afterwards."""
     lines = []
     with torch.no_grad(), stock_order(adapted):
         for path, layer in adapter_layers(adapted).items():

@@ -96,8 +96,8 @@ class Evaluation:
         for number, task in enumerate(self.data.union.tasks):
             thresholds = self.thresholds(net, training, separate, number) if risk else None
             path = records / f"{split}-{task}.jsonl"
-            forms_of = {"forms": forms, "thresholds": thresholds, "smoothing": smoothing}
-            scores += self._scores_of(net, training, separate, split, number, path, specs, **forms_of)
+            about: dict[str, Any] = {"forms": forms, "thresholds": thresholds, "smoothing": smoothing}
+            scores += self._scores_of(net, training, separate, split, number, path, specs, **about)
         return scores
 
     def _scores_of(

@@ -259,11 +259,7 @@ def _check_values(config: DenseConfig) -> None:
     model = config.model
     if model.block is not None or model.pool is not None or model.img_size is not None:
         raise UserError("model: img_size, block and pool must be null; give size: [h, w] and blocks instead.")
-    size, canvas = config.size, config.canvas
-    if len(size) != 2 or min(size) < 1:
-        raise UserError(f"size: {size}; give [height, width] in pixels, multiples of the model's patch.")
-    if canvas is not None and (len(canvas) != 2 or any(side < least for side, least in zip(canvas, size))):
-        raise UserError(f"canvas: {canvas}; give [height, width], neither below that of size {size}, or null.")
+    _check_sizes(config)
     if config.full and config.adapt is not None:
         raise UserError(
             "full: trains the whole backbone, which leaves nothing to adapt; set adapt to null, or full to false."
@@ -296,6 +292,14 @@ def _check_parts(config: DenseConfig) -> None:
     check_row_names(config.evaluate.ood, "evaluate.ood")
     used = {where: (*parts.train, *parts.validation, *parts.test) for where, parts in sections.items()}
     check_apart(used, {"evaluate.ood": config.evaluate.ood})
+
+
+def _check_sizes(config: DenseConfig) -> None:
+    size, canvas = config.size, config.canvas
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(f"size: {size}; give [height, width] in pixels, multiples of the model's patch.")
+    if canvas is not None and (len(canvas) != 2 or any(side < least for side, least in zip(canvas, size))):
+        raise UserError(f"canvas: {canvas}; give [height, width], neither below that of size {size}, or null.")
 
 
 def canvas_of(config: DenseConfig) -> tuple[int, int]:

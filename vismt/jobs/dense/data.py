@@ -168,17 +168,8 @@ class FittedImages:
 class DenseBatches:
     """Batches by number, a function of (seed, k): passes over all rows, each in its own random order.
 
-    Args:
-        rows: the samples.
-        canvas: (h, w) that an image is fitted into.
-        size: (h, w) of the crop taken from there.
-        batch: images of a batch.
-        augment: the augmentation.
-        targets: the maps that are kept.
-        seed: of order and augmentation.
-
-    Raises:
-        UserError: when there are fewer rows than images in a batch.
+    canvas: (h, w) that an image is fitted into. size: (h, w) of the crop taken from there. targets: the maps that are kept.
+    seed: of order and augmentation. Raises UserError when there are fewer rows than images in a batch.
     """
 
     def __init__(

@@ -39,12 +39,8 @@ if TYPE_CHECKING:
 
 SHOWN = 4  # images
 SIDE, WIDEST, GAP = 1.35, 11.0, 0.07  # inches: of a square picture, of a figure, between pictures
-HEAD, LINE, BELOW, APART = (
-    0.22,
-    0.22,
-    0.19,
-    0.3,
-)  # of the names over a block, a task over its row, scores, between blocks
+# Inches of the names over a block, a task over its row, scores, between blocks.
+HEAD, LINE, BELOW, APART = 0.22, 0.22, 0.19, 0.3
 
 
 def write_predictions(
@@ -134,14 +130,8 @@ def _pictures(task: MapTask, maps: Tensor | None, images: Tensor, like: Tensor |
 def predictions_figure(panel: Path, path: Path) -> Path:
     """Draw a block for each image: the input, and for each task the truth and each arm's prediction, its score below.
 
-    Blocks are side by side where they are narrow. An arm that does not train a task leaves its place empty.
-
-    Args:
-        panel: the file of `write_predictions`.
-        path: the file to write.
-
-    Raises:
-        UserError: for another file.
+    Blocks are side by side where they are narrow. An arm that does not train a task leaves its place empty. panel: the file of
+    `write_predictions`.
     """
     arrays = read_panel(panel, "maps")
     count, _, rows, columns = arrays["images"].shape

@@ -28,9 +28,8 @@ from vismt.multitask.tasks.classes import Classification
 from vismt.robustness.evaluate import probability_columns
 from vismt.uncertainty.intervals import CLEAN
 
-LARGEST = (
-    100_000  # numbers of a state kept for each image; the histogram of angles has more, and no score is read from it
-)
+# Numbers of a state kept for each image; the histogram of angles has more, and no score is read from it.
+LARGEST = 100_000
 
 
 class Undefined(UserError):
@@ -126,12 +125,7 @@ class PooledScore:
         return score if _finite(score) else -1.0
 
     def result(self) -> Scored:
-        """Return the score.
-
-        Raises:
-            Undefined: a score that is not finite.
-            UserError: for fewer than two images, and a score that rests on a single image.
-        """
+        """Return the score. Raises Undefined for one that is not finite, UserError for one that rests on less than two images."""
         n = len(self._states)
         if n < 2:
             raise UserError(f"evaluate: {n} image(s) with a value for {self.task.name}; an interval needs two or more.")

@@ -78,22 +78,18 @@ class Evaluation:
     ) -> list[Score]:
         """Return the scores of a model on the episodes of every set, clean and under each condition.
 
-        Args:
-            models: of one training seed.
-            arm: name of the model.
-            attacks: conditions in place of the configuration's, with separate records; None for the latter.
-            with_panel: whether to keep the first episode of each set as a panel.
+        attacks: conditions in place of the configuration's, with separate records; None for the latter. with_panel: whether to
+        keep the first episode of each set as a panel.
         """
         settings = self.config.evaluate
         scores = []
         for name in settings.data:
-            pixels = self.data.open(name)
             configured = self._conditions(models, name, settings.attacks, with_corruptions=True)
             specs = configured if attacks is None else self._conditions(models, name, attacks, with_corruptions=False)
             settings_text = _settings(specs)
             ending = "" if settings_text == _settings(configured) else f"-{digest(settings_text.encode())[:8]}"
             for sampler in self.data.samplers(name, models.settings.classes(name, "test")):
-                scores += self._score_set(models, arm, name, pixels, sampler, specs, ending, with_panel and not ending)
+                scores += self._score_set(models, arm, name, sampler, specs, ending, with_panel and not ending)
         return scores
 
     def _score_set(
@@ -101,16 +97,13 @@ class Evaluation:
         models: Models,
         arm: str,
         name: str,
-        pixels: Pixels,
         sampler: EpisodeSampler | VariableSampler,
         specs: Sequence[Perturbation],
         ending: str,
         with_panel: bool,
     ) -> list[Score]:
         """Run the protocol on one set; return the scores of clean episodes and of each perturbation."""
-        shown = shown_name(name)
-        protocol = str(sampler)
-        settings = self.config.evaluate
+        shown, protocol, settings = shown_name(name), str(sampler), self.config.evaluate
         panel = self.folder / "panels" / f"{shown}-{protocol.replace(' ', '-')}.npz" if with_panel else None
         records = episodes_file(self.folder, models.seed, shown, protocol, f"{arm}{ending}")
         tempered = settings.probabilities and self.config.select is not None
@@ -119,7 +112,7 @@ class Evaluation:
         worst = worst_cases(specs, sampler.min_ways)
         results = run_protocol(
             models.task(arm, name),
-            pixels,
+            self.data.open(name),
             sampler,
             episodes=settings.episodes,
             attacks=specs,
@@ -160,11 +153,10 @@ class Evaluation:
         specs = [] if select.attack is None else [select.attack.spec()]
         scores = []
         for name in select.data:
-            pixels = self.data.open(name)
             sampler = models.settings.sampler(name)
             accuracies = run_protocol(
                 net,
-                pixels,
+                self.data.open(name),
                 sampler,
                 episodes=select.episodes,
                 attacks=specs,
@@ -173,8 +165,7 @@ class Evaluation:
                 fingerprint=models.fingerprint_of(net),
                 label=f"{shown_name(name)} {training}",
             )
-            labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs)]
-            for label in labels:
+            for label in (CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs)):
                 measure = over_episodes(accuracy(accuracies[label.label], None), sampler)
                 scores.append(Score(TASK, shown_name(name), str(sampler), measure, label, "episodes"))
         return scores
@@ -192,13 +183,11 @@ class Evaluation:
         """Return the gradient-masking check of a model on every set, with the set's first protocol."""
         lines = []
         for name in self.config.evaluate.data:
-            pixels = self.data.open(name)
             sampler = self.data.samplers(name, models.settings.classes(name, "test"))[0]
-            shown = shown_name(name)
-            protocol = str(sampler)
+            shown, protocol = shown_name(name), str(sampler)
             result = check_episodes(
                 models.task(arm, name),
-                pixels,
+                self.data.open(name),
                 sampler,
                 episodes=self.config.evaluate.masking_episodes,
                 records=self.folder / "masking" / f"{record_stem(shown, protocol, arm)}.jsonl",
@@ -253,15 +242,7 @@ def _by_episode(values: Tensor) -> dict[str, float]:
 
 
 def temperature(folder: Path, models: Models, arm: str, data: str, opened: Callable[[str], Pixels]) -> float:
-    """Return the temperature of a model on an evaluated set.
-
-    Args:
-        folder: of the run.
-        models: of one training seed.
-        arm: name of the model.
-        data: the evaluated set.
-        opened: returns a set by name.
-    """
+    """Return the temperature of a model on an evaluated set. opened: returns a set by name."""
     select = models.config.selection
     names = select.data or [data]
     samplers = {name: models.settings.sampler(name) for name in names}

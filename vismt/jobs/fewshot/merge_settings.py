@@ -130,7 +130,13 @@ class PoolSettings:
         select = self.config.selection
         device = runtime.processes().device
         pool = self._pool().requires_grad_(False).eval().to(device)
-        tasks = [task for name in names for task in self._tasks(name, device)]
+        tasks: list[LabelledTask] = []
+        for name in names:
+            pixels, sampler = self._open(name), self.sampler(name)
+            for number in range(select.episodes):
+                episode = sampler[number]
+                support, query = pixels[episode.support].to(device), pixels[episode.query].to(device)
+                tasks.append((support, episode.support_labels.to(device), query, episode.query_labels.to(device)))
         attack = None if select.attack is None else select.attack.spec()
 
         def judge(classifier: nn.Module, query: Tensor, truth: Tensor, number: int) -> float:
@@ -159,21 +165,6 @@ class PoolSettings:
             classes=classes,
             names=pixels.classes,
         )
-
-    def _tasks(self, name: str, device: torch.device) -> list[LabelledTask]:
-        """Return the validation tasks of a set on a device."""
-        pixels = self._open(name)
-        sampler = self.sampler(name)
-        episodes = [sampler[index] for index in range(self.config.selection.episodes)]
-        return [
-            (
-                pixels[episode.support].to(device),
-                episode.support_labels.to(device),
-                pixels[episode.query].to(device),
-                episode.query_labels.to(device),
-            )
-            for episode in episodes
-        ]
 
 
 def chosen_settings(folder: Path) -> list[tuple[Table, str]]:

@@ -14,7 +14,7 @@ from vismt.config.sections import RESOLVED
 from vismt.config.yaml_text import read_yaml
 from vismt.data.pixels import Pixels
 from vismt.engine import runtime, training_files
-from vismt.engine.study import ALONE, ARMS, CHOSEN, Study, Training, read_choice
+from vismt.engine.study import ALONE, ARMS, CHOSEN, Study, Training, chosen_trainings
 from vismt.engine.training_files import ADAPTER, DONE, check_files
 from vismt.jobs.fewshot.arms import split_head, strategy_of, untrained_arms
 from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, MERGED, FewShotConfig
@@ -51,12 +51,7 @@ def make_net(backbone: PixelBackbone, config: FewShotConfig) -> ProtoNet | MamlN
 class Models:
     """Evaluated models by name and set; frozen, in eval mode, on the process's device, built once.
 
-    Args:
-        config: of the run.
-        study: of the run.
-        seed: of the trainings from which the models are built.
-        backbone: returns a new stock backbone.
-        opened: returns a set by name.
+    seed: of the trainings from which the models are built. backbone: returns a new stock backbone. opened: returns a set.
     """
 
     def __init__(
@@ -173,9 +168,9 @@ def find_experts(folder: Path) -> list[Expert]:
     for arm in arms:
         if arm.name == CLEAN and not of_arms and CLEAN not in pooled:
             continue  # the reference beside the pool
-        trainings = [done.parent for done in arm.glob(f"lr-{read_choice(folder, arm.name).lr:g}-seed-*/{DONE}")]
-        if trainings:
-            training = min(trainings, key=lambda path: int(path.name.rpartition("-")[2]))
+        finished = {seed: path for seed, path in chosen_trainings(folder, arm.name).items() if (path / DONE).exists()}
+        if finished:
+            training = finished[min(finished)]
             label = folder.name if arm.name == ALONE else arm.name
             experts.append(Expert(label, training / ADAPTER, read_scale(training)))
     if experts:

@@ -117,13 +117,9 @@ class Evaluation:
         if self.config.evaluate.temperature:
             yield TEMPERED, tempered(records, self.temperature(training))
         if self.config.evaluate.laplace and self.data.tasks[task].head and training.arm != FROZEN:
-            structure = self._structure(training)
+            classes = len(self.data.classes.tokens(self.models.tokenizer))
+            structure = laplace_structure(self.study.arms[training.arm].head.name, classes, self.models.width)
             yield LAPLACE[structure], self._records(training, task, split, name, structure)
-
-    def _structure(self, training: Training) -> str:
-        """Return the structure of the Laplace approximation around a training's head."""
-        classes = len(self.data.classes.tokens(self.models.tokenizer))
-        return laplace_structure(self.study.arms[training.arm].head.name, classes, self.models.width)
 
     def temperature(self, training: Training) -> float:
         """Return the temperature with the smallest NLL on the validation rows of the trained task."""
