@@ -116,16 +116,9 @@ class Bar:
 
 @contextmanager
 def bar(name: str, text: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """Show a progress bar while the body runs; outside a terminal print a line from time to time.
+    """Show a progress bar for stage `name` while the body runs; outside a terminal print a line from time to time.
 
-    Args:
-        name: the stage, as in `stage`.
-        text: the description before the bar.
-        total: the number of steps.
-        done: the number of steps finished earlier.
-
-    Yields:
-        The bar, which the body advances.
+    The body advances the bar from `done`, the steps finished earlier, to `total`.
     """
     if _quiet or not _console.is_terminal:
         yield Bar(None, TaskID(0), lambda at: stage(name, f"{text} ({at}/{total})"), done)

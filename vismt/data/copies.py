@@ -40,6 +40,14 @@ def first_copy(card: Card, sources: Sequence[S]) -> tuple[S, Path] | None:
     return next(((_as_stated(card, source, base), base) for source, base in copies if base is not None), None)
 
 
+def found_copy(card: Card, family: type[S], split: str) -> tuple[S, Path]:
+    """Return the first source of `family` with `split` that is on this machine, with the copy's folder; raise where none is."""
+    copy = first_copy(card, sources_for(card, family, split))
+    if copy is None:
+        raise not_found(card, split)
+    return copy
+
+
 def _as_stated(card: Card, source: S, base: Path) -> S:
     """Return a source with the counts that its copy states to hold in subset.yaml, without hashes; others unchanged."""
     path = base / SUBSET
@@ -92,9 +100,7 @@ def verify_counts(
 ) -> None:
     """Raise UserError when a split holds fewer or more examples than the card says.
 
-    Args:
-        counts: examples found in each split.
-        groups: files found in each group of the manifest, such as `train/apple`; the error names groups that lack some.
+    groups: files found in each group of the manifest, such as `train/apple`; the error names groups that lack some.
     """
     split = next((name for name, count in counts.items() if source.splits[name] not in (None, count)), None)
     if split is None:
