@@ -50,7 +50,6 @@ class FewShotBench:
         self.sampler = EpisodeSampler(self.pixels.labels, ways=5, shots=5, queries=15, seed=0)
 
     def clean(self, episodes: int, rounds: int) -> Ratios:
-        """Time clean episodes."""
         found: dict[str, Tensor] = {}
 
         def protocol(name: str, folder: str) -> None:
@@ -76,7 +75,6 @@ class FewShotBench:
         return Ratios(title, timing, [(VISMT, LOOP, 0.05), (AGAIN, LOOP, 0.05)])
 
     def attacked(self, episodes: int, rounds: int) -> Ratios:
-        """Time episodes under PGD-10."""
         accuracy: dict[str, float] = {}
 
         def protocol() -> None:

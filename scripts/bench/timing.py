@@ -56,7 +56,6 @@ class Timing:
     seconds: dict[str, list[float]]
 
     def compare(self, name: str, base: str, target: float | None = None, least: float = 0.0) -> Comparison:
-        """Return the ratio of `name` to `base`."""
         return Comparison("time", name, base, *self.ratio(name, base), target, least)
 
     def ratio(self, name: str, base: str) -> tuple[float, float, float]:

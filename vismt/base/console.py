@@ -100,7 +100,6 @@ class Bar:
         self._printed = time.monotonic()
 
     def advance(self, steps: int = 1) -> None:
-        """Move the bar by `steps`."""
         self._done += steps
         if self._progress is not None:
             self._progress.advance(self._task, steps)
@@ -109,7 +108,6 @@ class Bar:
             self._line(self._done)
 
     def note(self, text: str) -> None:
-        """Set the text after the bar."""
         if self._progress is not None:
             self._progress.update(self._task, note=text)
 

@@ -244,7 +244,6 @@ def _scale(scaler: Any) -> dict[str, float] | None:
 
 
 def _random_state() -> dict[str, Tensor]:
-    """Return the random state of the CPU and of every GPU."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"random.cpu": torch.get_rng_state(), **{f"random.cuda.{index}": state for index, state in enumerate(gpus)}}
 

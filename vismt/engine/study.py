@@ -124,12 +124,10 @@ class Study(Generic[Config]):
         self.seeds: list[int] = list(config.seeds) or [config.seed]
 
     def config_of(self, training: Training) -> Config:
-        """Return the configuration of one training."""
         arm = self.arms[training.arm]
         return replace(arm, seed=training.seed, train=replace(arm.training, lr=training.lr))
 
     def training(self, arm: str, lr: float, seed: int) -> Training:
-        """Return the training of an arm at a rate and a seed."""
         return Training(arm, lr, seed, self.folder / ARMS / arm / f"lr-{lr:g}-seed-{seed}")
 
     def trainings(self, arm: str) -> list[Training]:
@@ -176,7 +174,6 @@ class Study(Generic[Config]):
         return sorted(self.config.tune.rates)
 
     def is_chosen(self, arm: str) -> bool:
-        """Return whether the rate of an arm is chosen."""
         return (self.folder / ARMS / arm / CHOSEN).exists()
 
     def tried(self, arm: str) -> list[Training]:

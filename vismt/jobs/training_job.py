@@ -103,7 +103,6 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     @property
     def trains(self) -> bool:
-        """Whether there is anything to train."""
         return bool(self.study.arms)
 
     def train(self) -> dict[str, Any]:
@@ -345,7 +344,6 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         return self.stock(self.loaded(training))
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
-        """Return the files to write beside the merged or exported weights of one arm, by name."""
         training = self.study.find(arm)
         temperature = self.temperature(training)
         fitted = {} if temperature is None else {TEMPERATURE_FILE: temperature_file(temperature)}

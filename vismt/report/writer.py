@@ -203,7 +203,6 @@ def _about(c: Comparison, without: Sequence[str] = ()) -> str:
 
 
 def _best(c: Comparison) -> str:
-    """Return the best of the arms of a comparison."""
     return next((arm for arm, cell in c.cells.items() if cell.mark == "best"), next(iter(c.cells)))
 
 

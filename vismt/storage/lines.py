@@ -85,7 +85,6 @@ class LineFile:
             raise cannot_write(self.path, error) from error
 
     def sync(self) -> None:
-        """Sync the file to the disk."""
         try:
             with self.path.open("ab") as file:
                 os.fsync(file.fileno())

@@ -54,8 +54,8 @@ class Records:
     """Rows by their field `key` ("episode", "id"), in a file that a later run continues; without a path in memory only.
 
     Use as a context manager, which syncs the file at its end. The file's first line is {"protocol": hash, "settings":
-    settings}. `fields` are those of every row besides `key`. Raises UserError for a file of other settings, one that was changed
-    or cannot be written, and one with a row of other fields, values or a repeated key.
+    settings}. `fields` are those of every row besides `key`. Raises UserError for a file of other settings, one that was
+    changed or cannot be written, and one with a row of other fields, values or a repeated key.
     """
 
     def __init__(

@@ -243,7 +243,6 @@ def _leave_last_out(users: Mapping[str, list[int]]) -> dict[str, list[Row]]:
 
 
 def _number_of(item: Any, numbers: Mapping[str, int], where: str) -> int:
-    """Return the number of an item in the catalogue."""
     if str(item) not in numbers:
         raise UserError(f"{where}: item '{item}' has no title in the file of items.")
     return numbers[str(item)]

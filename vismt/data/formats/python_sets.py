@@ -53,7 +53,6 @@ def python_object(card: str, split: str) -> Any:
 
 
 def _function(name: str, card: str) -> Any:
-    """Return a function of the package datasets."""
     try:
         # Not an import statement: in a checkout its folder datasets/ would be found, which lacks the name.
         return getattr(importlib.import_module("datasets"), name)

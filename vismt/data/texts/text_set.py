@@ -46,7 +46,6 @@ class TextSet:
         return len(self.rows)
 
     def take(self: T, chosen: Sequence[int]) -> T:
-        """Return a set of the rows with the indices `chosen`."""
         indices = [int(i) for i in chosen]
         choice = hashlib.sha256(repr(indices).encode()).hexdigest()
         return replace(

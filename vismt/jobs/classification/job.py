@@ -66,14 +66,12 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
 
     @cached_property
     def data(self) -> TaskData:
-        """The images of all tasks."""
         return TaskData(
             self.config, self.config.model.img_size or timm_models.create(self.config.model.name).img_size[0]
         )
 
     @cached_property
     def evaluation(self) -> Evaluation:
-        """The evaluation of this folder's trainings."""
         return Evaluation(self.config, self.data)
 
     def trained_on(self, config: MultitaskConfig) -> str:
@@ -90,7 +88,6 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             ranks.on_first(lambda: self._merge_arms(training, config))
 
     def _merge_arms(self, training: Training, config: MultitaskConfig) -> None:
-        """Write the files of a merged arm, as those of a training."""
         console.stage("merge", f"{training.arm}   seed {training.seed}")
         net, about = merged_net(self, self.data, self.evaluation, training)
         write_interference(about, training)

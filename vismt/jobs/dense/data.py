@@ -58,17 +58,11 @@ class Rows:
 
 
 class DenseData:
-    """The parts "train", "validation" and "test" of a configuration's sets.
+    """The parts "train", "validation" and "test" of a configuration's sets, fitted into a canvas of `size` (h, w).
 
-    Attributes:
-        parts: samples by part.
-        size: (h, w) of the canvas that images are fitted into.
-        tasks: by name; depth or inverse depth, as the sets hold it.
-
-    Raises:
-        UserError: for a card that is not here, a set without a target of any task, a task that no set of a part has a target
-            for, a number of classes that is not the sets', classes that two sets call differently, and depth beside inverse
-            depth.
+    `tasks` are by name; depth or inverse depth, as the sets hold it. Raises UserError for a card that is not here, a set
+    without a target of any task, a task that no set of a part has a target for, a number of classes that is not the sets',
+    classes that two sets call differently, and depth beside inverse depth.
     """
 
     def __init__(self, config: DenseConfig) -> None:

@@ -70,12 +70,10 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     @cached_property
     def data(self) -> DenseData:
-        """The samples of all parts."""
         return DenseData(self.config)
 
     @cached_property
     def evaluation(self) -> Evaluation:
-        """The evaluation of this folder's trainings."""
         return Evaluation(self.config, self.data)
 
     def trained_on(self, config: DenseConfig) -> str:
@@ -232,7 +230,6 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return self.evaluation.quality(scores, len(tasks) - len(scores))
 
     def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
-        """Return delta_m by arm."""
         metrics = {name: metric_name(task) for name, task in self.data.tasks.items()}
         of_tasks = {
             arm: [score for score in arm_scores if score.measure.metric == metrics[score.task]]
@@ -300,7 +297,6 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return image_graph(net, size, outputs, FITTED.format(*size))
 
     def beside(self, training: Training) -> dict[str, bytes]:
-        """Return heads.safetensors of a training."""
         return {models.HEADS: models.heads_file(self.loaded(training), self.study.config_of(training))}
 
     def about(self, arm: str | None = None) -> dict[str, Any]:

@@ -78,12 +78,9 @@ def read_scored(values: Any, what: str) -> Scored:
 
 
 class PooledScore:
-    """Collects the images of one task; images without a valid pixel are left out.
+    """Collects the images of one task under a condition; images without a valid pixel are left out.
 
-    Args:
-        task: the task.
-        condition: under which the images are evaluated.
-        quantile: largest -log p of a class in a conformal set; None for no sets.
+    quantile: largest -log p of a class in a conformal set; None for no sets.
     """
 
     def __init__(self, task: Task, condition: str = CLEAN.label, quantile: float | None = None) -> None:
@@ -112,7 +109,6 @@ class PooledScore:
         return {"label": int(place), **{name: values[0] for name, values in columns.items()}}
 
     def add(self, name: str, state: State, answer: dict[str, float] | None = None) -> None:
-        """Add the state and the answer of one image."""
         if answer:
             self.answers[name] = answer
         if state:

@@ -229,7 +229,8 @@ def picture(
     """Draw the image and each task's prediction side by side, at most four in a row; return `path`.
 
     The commonest classes are named by colour. image: float (3, h, w) in [0, 1]. predictions: by task (channels, h, w);
-    (channels,) of a class of the image, which is named above the image. classes: names by task; without names they are numbered.
+    (channels,) of a class of the image, which is named above the image. classes: names by task; without names they are
+    numbered.
     """
     captions = {name: tasks[name].caption(value, classes.get(name, ())) for name, value in predictions.items()}
     whole = [captions[name] for name, value in predictions.items() if value.ndim == 1]

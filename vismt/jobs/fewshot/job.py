@@ -224,7 +224,6 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return Evaluation(data.config, self.folder, data)
 
     def loaded(self, training: Training) -> Net:
-        """Return a trained net, not merged."""
         return self.models(training.seed).trained(training, merged=False)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:

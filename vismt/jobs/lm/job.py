@@ -254,7 +254,6 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         return sections(self.folder, self.config, self.study, results)
 
     def merged(self, arm: str | None = None) -> nn.Module:
-        """Return the stock LM of one arm with merged weights."""
         model = super().merged(arm)
         self.models.forget()
         return model

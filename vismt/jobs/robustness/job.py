@@ -96,7 +96,6 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
         return scores
 
     def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
-        """Return the mean corruption error by arm."""
         return corruption_errors(scores)
 
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:

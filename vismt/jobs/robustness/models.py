@@ -51,7 +51,6 @@ class Classifier:
     task: str | None = None
 
     def fingerprint(self) -> str:
-        """Return a digest of the weights."""
         return weights_digest(self.net)
 
 
