@@ -8,7 +8,7 @@ from typing import Literal
 from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.data.cards import Card, load_card
-from vismt.data.copies import first_copy, found_copy, listed, sources_for
+from vismt.data.copies import first_copy, listed, not_found, sources_for
 from vismt.data.fetching import fetch
 from vismt.data.formats.python_sets import images_of, python_object
 from vismt.data.image_set import ImageSet, ImageSource
@@ -73,8 +73,12 @@ def open_images(
 def _open_copy(card: Card, split: str, download: bool) -> ImageSet:
     """Return the images of the first copy that is on this machine; with `download` a copy is fetched where there is none."""
     sources = sources_for(card, ImageSource, split)
-    fetched = next((source for source in sources if source.downloadable), None)
-    if download and fetched is not None and first_copy(card, sources) is None:
-        fetch(card, fetched, fetched.candidates(card)[-1], lambda: first_copy(card, sources) is not None)
-    source, base = found_copy(card, ImageSource, split)
+    copy = first_copy(card, sources)
+    if copy is None:
+        downloadable = next((source for source in sources if source.downloadable), None) if download else None
+        if downloadable is None:
+            raise not_found(card, split)
+        copy = downloadable, downloadable.candidates(card)[-1]
+        fetch(card, *copy, lambda: first_copy(card, sources) is not None)
+    source, base = copy
     return source.load(card, base, split)

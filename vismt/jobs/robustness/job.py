@@ -47,7 +47,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
     @property
     def split(self) -> str:
         splits = {card_and_split(name)[1] for name in self.config.data}
-        splits |= {arm.split for arm in self.trained.values()}
+        splits |= {arm.job.split for arm in self.trained.values()}
         return splits.pop() if len(splits) == 1 else "several"
 
     def classifier_of(self, arm: str) -> Classifier:

@@ -116,17 +116,12 @@ class TrainedArm:
         self.scheme = config.quantise
         self.net = cache(self._load)  # kept, as the classifiers of cards are
 
-    @property
-    def split(self) -> str:
-        """The split that the run evaluates."""
-        return self.job.split
-
     def check(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], *, risk: bool) -> None:
         """Raise UserError for attacks, corruptions and measures of risk that the run's job does not have."""
         if risk:
-            check_risk_split(self.split)
+            check_risk_split(self.job.split)
             self.job.check_risk()
-        self.job.check_conditions(attacks, corruptions)
+        self.job.conditions_of(attacks, corruptions)
 
     def scores(
         self,
@@ -137,8 +132,8 @@ class TrainedArm:
         risk: bool,
     ) -> list[Score]:
         """Return the scores on the run's own images, clean and under each attack and corruption; folder: for records."""
-        split, records = self.split, folder / RECORDS
-        return self.job.scores_under(self.net, self.training, split, attacks, corruptions, records, risk=risk)
+        specs = self.job.conditions_of(attacks, corruptions)
+        return self.job.evaluation.scores(self.net, self.training, self.job.split, specs, folder / RECORDS, risk=risk)
 
     def _load(self) -> nn.Module:
         net = self.job.final(self.training)
