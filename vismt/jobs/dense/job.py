@@ -144,16 +144,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         )
 
     def batches(self, config: DenseConfig) -> DenseBatches:
-        keys = [task.key for task in trained_tasks(config)]
-        return DenseBatches(
-            self.data.parts["train"],
-            self.data.size,
-            (config.size[0], config.size[1]),
-            config.batch,
-            config.augment,
-            keys,
-            seed=config.seed,
-        )
+        return DenseBatches(self.data.parts["train"], self.data.size, config)
 
     def save(self, net: DenseNet, config: DenseConfig, folder: Path) -> None:
         models.save(net, config, folder)

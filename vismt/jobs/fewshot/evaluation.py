@@ -15,7 +15,7 @@ episodes change.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,9 @@ from torch import Tensor
 
 from vismt.base import console
 from vismt.base.seeds import digest
-from vismt.data.pixels import Pixels
 from vismt.data.set_entries import row_name, shown_name
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
-from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
 from vismt.jobs.output_conditions import TEMPERED, against, fitted_once
@@ -68,8 +66,8 @@ class Temperature:
 class Evaluation:
     """Scores of the models of one run folder on episodes."""
 
-    def __init__(self, config: FewShotConfig, folder: Path, data: FewShotData) -> None:
-        self.config = config
+    def __init__(self, folder: Path, data: FewShotData) -> None:
+        self.config = data.config
         self.folder = folder
         self.data = data
 
@@ -124,7 +122,7 @@ class Evaluation:
             model=arm,
             worst={case.condition.label: case.attacks for case in worst},
             probabilities=True,
-            temperature=temperature(self.folder, models, arm, name, self.data.open) if tempered else None,
+            temperature=temperature(self.folder, models, arm, name) if tempered else None,
             ood={condition.label: images for condition, images in outside.items()},
             smoothing=smoothing,
         )
@@ -241,8 +239,8 @@ def _by_episode(values: Tensor) -> dict[str, float]:
     return {str(number): value for number, value in enumerate(values.tolist())}
 
 
-def temperature(folder: Path, models: Models, arm: str, data: str, opened: Callable[[str], Pixels]) -> float:
-    """Return the temperature of a model on an evaluated set. opened: returns a set by name."""
+def temperature(folder: Path, models: Models, arm: str, data: str) -> float:
+    """Return the temperature of a model on an evaluated set."""
     select = models.config.selection
     names = select.data or [data]
     samplers = {name: models.settings.sampler(name) for name in names}
@@ -253,7 +251,7 @@ def temperature(folder: Path, models: Models, arm: str, data: str, opened: Calla
             for name, sampler in samplers.items()
             for pair in clean_logits(
                 models.task(arm, data),
-                opened(name),
+                models.data.open(name),
                 sampler,
                 select.episodes,
                 f"{shown_name(name)} {arm} for a temperature",

@@ -210,8 +210,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         if (seed, arm) not in self._models:
             if self.untrained:
                 self._models.clear()  # large backbones are kept one at a time
-            data = self._data(name)
-            self._models[seed, arm] = Models(data.config, self.study, seed, data.backbone, data.open)
+            self._models[seed, arm] = Models(self._data(name), self.study, seed)
         return self._models[seed, arm]
 
     def _data(self, name: str) -> FewShotData:
@@ -220,8 +219,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return self.data if arm is None else self.data.variant(arm)
 
     def _evaluation(self, name: str) -> Evaluation:
-        data = self._data(name)
-        return Evaluation(data.config, self.folder, data)
+        return Evaluation(self.folder, self._data(name))
 
     def loaded(self, training: Training) -> Net:
         return self.models(training.seed).trained(training, merged=False)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.base.seeds import mix_seed
-from vismt.data.pixels import Pixels
 from vismt.data.set_entries import shown_name
 from vismt.engine import runtime
 from vismt.jobs.fewshot.arms import strategy_of
-from vismt.jobs.fewshot.config import MERGED, FewShotConfig
+from vismt.jobs.fewshot.config import MERGED
+from vismt.jobs.fewshot.data import FewShotData
 from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import ExpertPool
 from vismt.metatune.amt.selection_rules import MergeSettings
@@ -39,13 +39,11 @@ Chosen = tuple[MergeSettings, FineTuneSettings]
 class PoolSettings:
     """Settings of the model "merged" by evaluated set; chosen on first use and saved in selection.json of `folder`."""
 
-    def __init__(
-        self, config: FewShotConfig, folder: Path, pool: Callable[[], ExpertPool], opened: Callable[[str], Pixels]
-    ) -> None:
-        self.config = config
+    def __init__(self, data: FewShotData, folder: Path, pool: Callable[[], ExpertPool]) -> None:
+        self.config = data.config
         self.folder = folder
         self._pool = pool
-        self._open = opened
+        self._open = data.open
         self._chosen: dict[str, Chosen] = {}
 
     def chosen(self, data: str | None) -> Chosen:

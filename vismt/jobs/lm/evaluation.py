@@ -42,15 +42,8 @@ MEANS = Condition("means of the head", "variant", "means")
 class Evaluation:
     """Scores of a run folder's trainings on the rows in `data`."""
 
-    def __init__(
-        self,
-        config: LmConfig,
-        study: Study[LmConfig],
-        data: LmData,
-        models: LmModels,
-        recommender: Recommender | None,
-    ) -> None:
-        self.config = config
+    def __init__(self, study: Study[LmConfig], data: LmData, models: LmModels, recommender: Recommender | None) -> None:
+        self.config = study.config
         self.study = study
         self.data = data
         self.models = models

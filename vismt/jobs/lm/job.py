@@ -99,8 +99,8 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         if number not in self._folds:
             data = LmData(self.config, self.models.tokenizer, number)
             folder = self.folder if folds == 1 else self.folder / f"fold-{number}"
-            recommender = Recommender(self.config, folder, self.hash, data) if recommends(self.config) else None
-            evaluation = Evaluation(self.config, self.study, data, self.models, recommender)
+            recommender = Recommender(folder, self.hash, data) if recommends(self.config) else None
+            evaluation = Evaluation(self.study, data, self.models, recommender)
             self._folds[number] = Fold(data, recommender, evaluation)
         return self._folds[number]
 
