@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from vismt.data.decode import read_bytes
 from vismt.data.set_entries import CARDS
 from vismt.data.source_types import PACKAGES, Card, DataSource, Files, S, check_names
 from vismt.storage.files import atomic_write
-from vismt.storage.paths import cache_root, data_roots
+from vismt.storage.paths import cache_root, data_roots, regular_file
 
 SUBSET = "subset.yaml"  # in the folder of a copy: {split: number of examples} of a copy that is meant to be a part of the set
 
@@ -93,6 +93,19 @@ def fix(card: Card) -> str:
     if card.downloadable:
         return f"`vismt data prepare {handle}` downloads it, or see {see}."
     return f"See {see} for how to get it."
+
+
+def read_text(
+    card: Card, path: Path, encoding: str, unpack: Callable[[bytes], bytes] = bytes, what: str = "file"
+) -> str:
+    """Return the text of a file without a byte-order mark; `unpack` is applied to its bytes. what: the file, in errors."""
+    shown = shown_path(path)
+    try:
+        return unpack(regular_file(path).read_bytes()).decode(encoding).removeprefix("\ufeff")
+    except FileNotFoundError as error:
+        raise UserError(f"{card.shown}: missing {what} '{shown}'. {fix(card)}") from error
+    except (OSError, EOFError, UnicodeError) as error:
+        raise UserError(f"{card.shown}: {what} '{shown}' cannot be read: {error}. {fix(card)}") from error
 
 
 def verify_counts(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vismt.base.errors import UserError, require_known
 from vismt.config.typed import RelativePath, relative_path
-from vismt.data.copies import fix, shown_path
+from vismt.data.copies import fix, read_text, shown_path
 from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 
@@ -66,14 +66,8 @@ class LabelListSource(RootedSource, ImageSource):
 def read_list(card: Card, path: Path) -> dict[str, str]:
     """Return {id: value} in the order of the lines."""
     shown = shown_path(path)
-    if not path.is_file():
-        raise UserError(f"{card.shown}: missing list '{shown}'. {fix(card)}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{card.shown}: list '{shown}' cannot be read: {error}. {fix(card)}") from error
     values: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(card, path, "utf8", what="list").splitlines(), start=1):
         if not line.strip():
             continue
         key, *value = line.split(maxsplit=1)

@@ -20,10 +20,10 @@ from typing import Annotated, Any, ClassVar
 
 from vismt.base.errors import UserError, near, require_known
 from vismt.config.typed import RelativePath, within
-from vismt.data.copies import digest, fix, read_manifest, shown_path
+from vismt.data.copies import digest, fix, read_manifest, read_text, shown_path
 from vismt.data.source_types import Card, Files, RootedSource, cached_folder, file_groups, source_kind
 from vismt.data.texts.interactions import Catalogue, InteractionSet
-from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSet, TextSource, check_encoding, json_lines, read_text
+from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSet, TextSource, check_encoding, json_lines
 from vismt.storage.wheels import SourceFailed, download_wheel, member_of
 
 SPLITS = ("train", "validation", "test")  # of a table of events

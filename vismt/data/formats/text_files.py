@@ -17,10 +17,10 @@ from typing import Annotated, Any
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import Names, RelativePath
-from vismt.data.copies import digest, fix, shown_path
+from vismt.data.copies import digest, fix, read_text, shown_path
 from vismt.data.set_entries import DELIMITERS
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
-from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSource, check_encoding, json_lines, read_text
+from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSource, check_encoding, json_lines
 
 FORMS = ("jsonl", "csv", "lines", "documents")
 NAMED = ("jsonl", "csv")  # whose files name the fields

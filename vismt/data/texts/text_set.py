@@ -12,12 +12,11 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from vismt.base.errors import UserError
 from vismt.data.cards import Card, load_card
-from vismt.data.copies import fix, found_copy, shown_path, verify_counts
+from vismt.data.copies import found_copy, shown_path, verify_counts
 from vismt.data.formats.python_sets import python_object, texts_of
 from vismt.data.set_entries import row_name
 from vismt.data.source_types import DataSource
 from vismt.storage.files import parse_json
-from vismt.storage.paths import regular_file
 
 # str.splitlines takes more; files mix these three.
 LINE_ENDS = re.compile("\r\n|\r|\n")
@@ -96,17 +95,6 @@ def check_encoding(encoding: str, where: str) -> None:
         b"text".decode(encoding)
     except (LookupError, ValueError) as error:
         raise UserError(f"{where}: encoding '{encoding}' is not known: {error}.") from error
-
-
-def read_text(card: Card, path: Path, encoding: str, unpack: Callable[[bytes], bytes] = bytes) -> str:
-    """Return the text of a file without a byte-order mark; `unpack` is applied to its bytes."""
-    shown = shown_path(path)
-    try:
-        return unpack(regular_file(path).read_bytes()).decode(encoding).removeprefix("\ufeff")
-    except FileNotFoundError as error:
-        raise UserError(f"{card.shown}: missing file '{shown}'. {fix(card)}") from error
-    except (OSError, EOFError, UnicodeError) as error:
-        raise UserError(f"{card.shown}: '{shown}' cannot be read: {error}. {fix(card)}") from error
 
 
 def json_lines(text: str, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:

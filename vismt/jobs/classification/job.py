@@ -22,7 +22,7 @@ from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.engine import training_files
 from vismt.engine.study import Training
-from vismt.jobs.calibration import calibrated_on_images
+from vismt.jobs.calibration import Calibrations
 from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
@@ -61,7 +61,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def __init__(self, config: MultitaskConfig, folder: Path, config_hash: str) -> None:
         check(config)
         super().__init__(config, folder, config_hash)
-        self._calibrated: dict[str, Any] = {}
+        self.calibrations = Calibrations(folder)
         self._features = ExitStack()  # of the training in progress
 
     @cached_property
@@ -131,7 +131,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         section = config.calibration
         if config.adapt is not None and section is not None:
             images = self.data.outside(*section.data) if section.data else self.data.training()
-            settings = calibrated_on_images(net.backbone, config.adapt, section, images, self.folder, self._calibrated)
+            settings = self.calibrations.on_images(net.backbone, config.adapt, section, images)
             config = replace(config, adapt=settings)
         return super().prepare(net, config)
 

@@ -50,9 +50,8 @@ def write_predictions(
     trainings: Sequence[Training],
     logits: Callable[[Training, Sample], Mapping[str, Tensor]],
     scored: Callable[[Training], Mapping[str, Scored]],
-    count: int = SHOWN,
 ) -> Path | None:
-    """Write `count` evaluated images, evenly over their split, not chosen by result, with what every training predicts.
+    """Write SHOWN evaluated images, evenly over their split, not chosen by result, with what every training predicts.
 
     Only tasks with a value at every pixel are drawn; without such a task return None and write no file. A file of the same
     images and trainings is kept, and nothing is predicted. The arrays:
@@ -69,7 +68,7 @@ def write_predictions(
     if not tasks:
         return None
     rows = data.part(split)
-    numbers = spread(len(rows), count).tolist()
+    numbers = spread(len(rows), SHOWN).tolist()
     about = {
         "ids": np.array([rows.ids[i] for i in numbers], dtype=str),
         "arms": np.array([training.arm for training in trainings], dtype=str),

@@ -19,7 +19,7 @@ from vismt.base.objects import object_named
 from vismt.engine.stream import Batches
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
-from vismt.jobs.calibration import calibrated_on_images
+from vismt.jobs.calibration import Calibrations
 from vismt.jobs.fewshot.arms import (
     evaluated_experts,
     evaluated_models,
@@ -79,7 +79,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
             model for model in self.evaluated() if split_head(model)[0] in (FROZEN, *self.untrained)
         ]  # what no arm trains
         self._models: dict[tuple[int, str], Models] = {}
-        self._calibrated: dict[str, Any] = {}
+        self.calibrations = Calibrations(folder)
 
     def make_study(self) -> Study[FewShotConfig]:
         return Study(self.config, self.folder, resolve_experts(self.config))
@@ -124,9 +124,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
             settings = replace(config.adapt, options=options)
             if config.calibration is not None:
                 images = self.data.gathered(config.calibration.data or config.source.data)
-                settings = calibrated_on_images(
-                    backbone, settings, config.calibration, images, self.folder, self._calibrated
-                )
+                settings = self.calibrations.on_images(backbone, settings, config.calibration, images)
             self.adapt(backbone.vit, settings, config.seed)
             if self.config.pool is not None:  # before the training: fixing it later would need another one
                 trims = [self.config.merging.trim, *(self.config.select.trim if self.config.select is not None else ())]

@@ -22,7 +22,7 @@ from vismt.config.sections import AdaptConfig
 from vismt.data.texts.text_set import open_texts
 from vismt.engine import runtime, training_files
 from vismt.engine.study import Training
-from vismt.jobs.calibration import calibrated
+from vismt.jobs.calibration import Calibrations
 from vismt.jobs.graphs import Graph, text_graph
 from vismt.jobs.lm import models as lm_models
 from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends, task_of, trained_task
@@ -81,7 +81,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             baselines = [] if config.recommender is None else config.recommender.baselines
             references += [RECOMMENDER, *dict.fromkeys(baselines)]
         self.references = references
-        self._calibrated: dict[str, Any] = {}
+        self.calibrations = Calibrations(folder)
         self._folds: dict[int, Fold] = {}
 
     def trained_on(self, config: LmConfig) -> str:
@@ -193,7 +193,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             return options
         batches = partial(self.data.calibration, texts)
         adapt = replace(settings, options=options)
-        return calibrated(net.stock, adapt, batches, self.folder, texts.memory_mb, self._calibrated).options
+        return self.calibrations.calibrated(net.stock, adapt, batches, texts.memory_mb).options
 
     def objective(self, config: LmConfig, net: LmNet, balanced: Sequence[Tensor]) -> LmObjective:
         net.to(runtime.net_device())
