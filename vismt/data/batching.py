@@ -111,19 +111,25 @@ class ShuffledBatches:
 
 
 class InOrder:
-    """A sequence of the batches (images (b, 3, h, w), labels (b,), ids) of all images in their order."""
+    """A sequence of the batches (images (b, 3, h, w), labels (b,), ids) of images in their order.
 
-    def __init__(self, images: Images, batch: int) -> None:
-        self.images, self.batch = images, batch
+    order: int64 indices of the images to take, in place of all. labels: of all images, in place of their own.
+    """
+
+    def __init__(self, images: Images, batch: int, order: Tensor | None = None, labels: Tensor | None = None) -> None:
+        self.images = images
+        self.labels = images.labels if labels is None else labels
+        order = torch.arange(len(images)) if order is None else order
+        self.parts = order.split(batch) if len(order) else ()
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch)
+        return len(self.parts)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        index = torch.arange(number * self.batch, min(len(self.images), (number + 1) * self.batch))
-        return self.images[index], self.images.labels[index], [self.images.ids[i] for i in index.tolist()]
+        index = self.parts[number]
+        return self.images[index], self.labels[index], [self.images.ids[i] for i in index.tolist()]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         return (self[number] for number in range(len(self)))

@@ -116,7 +116,7 @@ def confidences(
     names = batches.images.ids
 
     def run(number: int) -> list[dict]:
-        ids = names[number * batches.batch : (number + 1) * batches.batch]
+        ids = [names[i] for i in batches.parts[number].tolist()]
         if all(name in log for name in ids):
             return []
         logits = net(batches[number][0].to(runtime.processes().device))
