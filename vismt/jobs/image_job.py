@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic
 
 from torch import Tensor, nn
@@ -43,6 +43,9 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
         It returns every measure, clean and under each of the conditions `specs`. net: returns the evaluated net, asked for where
         something is not on record. records: the folder of records. risk: whether the measures of `evaluate.risk` are among them.
         """
+
+    def outputs(self, merged: Net, plain: Net, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
+        return self.evaluation.outputs(merged, plain, label)
 
     def step(self, objective: nn.Module, number: int) -> None:
         if isinstance(objective, TaskObjective):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -219,9 +219,6 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
 
     def check_risk(self) -> None:
         check_unused(self.config.evaluate.risk, self.config.tune, self.folder)
-
-    def outputs(self, merged: PixelNet, plain: PixelNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
-        return self.evaluation.outputs(merged, plain, label)
 
     def write_panels(self) -> None:
         first = [self.study.trainings(arm)[0] for arm in self.study.arms]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
@@ -206,9 +206,6 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             for arm, arm_scores in scores.items()
         }
         return deltas(of_tasks, baseline_arms(self.config))
-
-    def outputs(self, merged: DenseNet, plain: DenseNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
-        return self.evaluation.outputs(merged, plain, label)
 
     def write_panels(self) -> None:
         first = [self.study.trainings(arm)[0] for arm in self.study.arms]
