@@ -197,7 +197,7 @@ def check_adaptation(
     modules, _ = find_targets(model, settings["targets"], settings["exclude"], prequantized=True, readable=True)
     if targets is None:  # the method's own choice, which may leave out small modules
         modules = dict([max(modules.items(), key=lambda item: min(matrix_shape(item[1])))])
-    flags = {option: options[option] for option in ("rslora", "clamp_rank", "split_qkv") if option in options}
+    flags = {name: settings[name] for name in ("rslora", "clamp_rank", "split_qkv")}
     for path, module in modules.items():
         size: Any = pattern_value(path, settings["rank_pattern"], settings["rank"])
         LowRankLayer.plan(path, module, size, None, **flags)

@@ -18,37 +18,16 @@ from vismt.llm.pissa.quantized import QuantizedLayer, quantized_layer
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
 from vismt.lowrank.model.record import AdaptReport
-from vismt.lowrank.model.targets import Targets
 from vismt.lowrank.svd import kaiming
 from vismt.methods import Method, register_method
 
 
-def lora(
-    model: nn.Module,
-    *,
-    targets: Targets,
-    rank: int,
-    alpha: float | None,
-    seed: int,
-    quantize: str | None = None,
-    **options: Any,
-) -> AdaptReport:
+def lora(model: nn.Module, *, quantize: str | None = None, **options: Any) -> AdaptReport:
     """Add factors with kaiming A and zero B: the function is unchanged until the first step, but for a quantisation.
 
     quantize: "nf4" or "bitsandbytes" as for 'pissa'; None for the original weights. Further options: those of `inject`.
     """
-    return inject(
-        model,
-        "lora",
-        kaiming_start,
-        offset=False,
-        targets=targets,
-        rank=rank,
-        alpha=alpha,
-        seed=seed,
-        **quantized_layer(model, quantize),
-        **options,
-    )
+    return inject(model, "lora", kaiming_start, offset=False, **quantized_layer(model, quantize), **options)
 
 
 def kaiming_start(weight: Tensor, rank: int, scale: float, generator: Generator) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,6 @@ from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import attach, inject
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.starts import site_generator
-from vismt.lowrank.model.targets import Targets
 from vismt.methods import Method, register_method
 
 __all__ = ["InstanceGate", "gate_of", "gate_part", "ilora", "instance_gates", "recompute_gates"]
@@ -45,9 +44,6 @@ LARGEST = 2**20  # number of rank groups, and width of a user's representation
 def ilora(
     model: nn.Module,
     *,
-    targets: Targets,
-    rank: int,
-    alpha: float | None,
     seed: int,
     n_experts: int = 4,
     gate: str | None = "linear",
@@ -62,19 +58,8 @@ def ilora(
     """
     refuse_adapted(model)
     InstanceGate.check(PATH, getattr(model, PATH, None), GateSettings(gate, n_experts, user_width))
-
-    report = inject(
-        model,
-        "ilora",
-        kaiming_start,
-        offset=False,
-        settings={"experts": n_experts},
-        targets=targets,
-        rank=rank,
-        alpha=alpha,
-        seed=seed,
-        **options,
-    )
+    settings = {"experts": n_experts}
+    report = inject(model, "ilora", kaiming_start, offset=False, settings=settings, seed=seed, **options)
     gate_seed = int(torch.randint(2**62, (), generator=site_generator(seed, PATH)))
     instance_gate = InstanceGate(gate, n_experts, user_width, gate_seed)
     attach(model, {PATH: instance_gate})

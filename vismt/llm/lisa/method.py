@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from numbers import Integral
 from typing import Any
 
@@ -228,17 +228,9 @@ def lisa(
     shares = find_shares(model, layers, train_embeddings, exclude)
     count = len(shares.drawn)
     check_settings(count, active, interval, seed, state_policy)
-    settings = {
-        "layers": list(shares.layers),
-        "active": active,
-        "interval": interval,
-        "seed": seed,
-        "state_policy": state_policy,
-        "train_embeddings": train_embeddings,
-        "cover": cover,
-        "exclude": exclude if isinstance(exclude, str) else list(exclude),
-    }
-    install(model, "lisa", [], settings, shares.all())
+    excluded = exclude if isinstance(exclude, str) else list(exclude)
+    settings = Options(list(shares.layers), active, interval, seed, state_policy, train_embeddings, cover, excluded)
+    install(model, "lisa", [], asdict(settings), shares.all())
     trainable, total = count_parameters(model)
     outside = sum(model.get_parameter(name).numel() for name in shares.always)
     note = f"{active} of {count} layers at a time, {(trainable - outside) // max(count, 1):,} parameters each"

@@ -25,7 +25,6 @@ from vismt.llm.pissa.quantized import QuantizedLayer, on_grid, quantized_layer
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
 from vismt.lowrank.model.record import AdaptReport
-from vismt.lowrank.model.targets import Targets
 from vismt.lowrank.svd import principal, residual, working_dtype
 from vismt.methods import Method, register_method
 
@@ -35,10 +34,6 @@ SOLVERS = ("exact", "randomized")
 def pissa(
     model: nn.Module,
     *,
-    targets: Targets,
-    rank: int,
-    alpha: float | None,
-    seed: int,
     solver: str = "exact",
     quantize: str | None = None,
     iterations: int = 5,
@@ -62,18 +57,7 @@ def pissa(
             )
         return principal(weight, rank, scale, method=solver, generator=generator)
 
-    return inject(
-        model,
-        "pissa",
-        start,
-        offset=quantize is None,
-        targets=targets,
-        rank=rank,
-        alpha=alpha,
-        seed=seed,
-        **layer,
-        **options,
-    )
+    return inject(model, "pissa", start, offset=quantize is None, **layer, **options)
 
 
 def quantized_principal(

@@ -16,22 +16,11 @@ from vismt.base.errors import UserError, near
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
 from vismt.lowrank.model.record import AdaptReport
-from vismt.lowrank.model.targets import Targets
 from vismt.lowrank.svd import kaiming, principal
 from vismt.methods import Method, register_method
 
 
-def amt(
-    model: nn.Module,
-    *,
-    targets: Targets,
-    rank: int,
-    alpha: float | None,
-    seed: int,
-    init: str = "svd",
-    split_qkv: bool = True,
-    **options: Any,
-) -> AdaptReport:
+def amt(model: nn.Module, *, init: str = "svd", split_qkv: bool = True, **options: Any) -> AdaptReport:
     """Adapt a model as one AMT expert: factors for each q, k, v block and linear layer.
 
     init: "svd" (principal factors), or "lora" (zero B). The other arguments are those of `inject`.
@@ -42,22 +31,11 @@ def amt(
         raise UserError(f"adapt.dropout: {options['dropout']} with 'amt', whose factors carry most of W; set it to 0.")
 
     def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return (
-            principal(weight, rank, scale, generator=generator) if init == "svd" else kaiming(weight, rank, generator)
-        )
+        if init == "lora":
+            return kaiming(weight, rank, generator)
+        return principal(weight, rank, scale, generator=generator)
 
-    return inject(
-        model,
-        "amt",
-        start,
-        offset=init == "svd",
-        targets=targets,
-        rank=rank,
-        alpha=alpha,
-        seed=seed,
-        split_qkv=split_qkv,
-        **options,
-    )
+    return inject(model, "amt", start, offset=init == "svd", split_qkv=split_qkv, **options)
 
 
 register_method(Method("amt", amt, layers=(LowRankLayer,)))

@@ -46,8 +46,6 @@ def emtal(
     model: nn.Module,
     *,
     targets: Targets,
-    rank: int,
-    alpha: float | None,
     seed: int,
     n_experts: int = 16,
     temperature: float = 5.0,
@@ -86,7 +84,7 @@ def emtal(
         targets = [*filter(PROJECTION.fullmatch, attention), *linears]
     if pairs == "expert":
         options = {**options, "layer": ExpertPairs, "settings": {"n_experts": n_experts}}
-    report = inject(model, "emtal", start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+    report = inject(model, "emtal", start, offset=False, targets=targets, seed=seed, **options)
     wrappers: dict[str, Any] = {}
     for path in mlps:
         router_seed = int(torch.randint(2**62, (), generator=site_generator(seed, path)))

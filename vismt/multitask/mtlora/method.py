@@ -56,9 +56,6 @@ def mtlora(
     model: nn.Module,
     *,
     targets: Targets,
-    rank: int,
-    alpha: float | None,
-    seed: int,
     tasks: Sequence[str] = (),
     task_rank: int | Mapping[str, int] = 4,
     task_scale: float | Mapping[str, float] = SCALE,
@@ -91,19 +88,8 @@ def mtlora(
     }
     if targets is None:
         targets = [path for path, module in modules.items() if LINEARS.fullmatch(path) and kind_of(module) == "linear"]
-    report = inject(
-        model,
-        "mtlora",
-        _start,
-        offset=False,
-        layer=TaskLinear,
-        settings={"of_tasks": sites},
-        targets=targets,
-        rank=rank,
-        alpha=alpha,
-        seed=seed,
-        **options,
-    )
+    on_tasks = {"layer": TaskLinear, "settings": {"of_tasks": sites}}
+    report = inject(model, "mtlora", _start, offset=False, targets=targets, **on_tasks, **options)
     missing = sites.keys() - {spec.path for spec in report.specs}
     if missing:
         raise UserError(f"mtlora: targets leave out '{min(missing)}', which carries pairs of tasks; name it as well.")
