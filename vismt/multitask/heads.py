@@ -114,13 +114,7 @@ class ConvHead(Head):
     """
 
     def __init__(
-        self,
-        widths: Sequence[int],
-        channels: int,
-        *,
-        hidden: int | None = None,
-        scale: int = 4,
-        norm: str = "group",
+        self, widths: Sequence[int], channels: int, *, hidden: int | None = None, scale: int = 4, norm: str = "group"
     ) -> None:
         super().__init__(widths, channels)
         hidden = self.widths[-1] if hidden is None else positive("conv", "hidden", hidden)
@@ -146,13 +140,7 @@ class SegFormerHead(Head):
     """
 
     def __init__(
-        self,
-        widths: Sequence[int],
-        channels: int,
-        *,
-        hidden: int = 256,
-        scale: int | None = None,
-        norm: str = "group",
+        self, widths: Sequence[int], channels: int, *, hidden: int = 256, scale: int | None = None, norm: str = "group"
     ) -> None:
         super().__init__(widths, channels)
         positive("segformer", "hidden", hidden)
@@ -196,9 +184,7 @@ class DptHead(Head):
         self.lateral = nn.ModuleList(ResidualUnit(hidden) for _ in range(3))
         self.refine = nn.ModuleList(ResidualUnit(hidden) for _ in range(4))
         self.predict = nn.Sequential(
-            nn.Conv2d(hidden, hidden // 2, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(hidden // 2, channels, 1),
+            nn.Conv2d(hidden, hidden // 2, 3, padding=1), nn.GELU(), nn.Conv2d(hidden // 2, channels, 1)
         )
 
     def decode(self, taps: list[Tensor]) -> Tensor:

@@ -254,12 +254,7 @@ def certified_accuracies(rows: Sequence[Mapping], smoothing: Smoothing) -> list[
     ]
 
 
-def _check_batch(
-    images: Tensor,
-    labels: Tensor,
-    ids: Sequence[str],
-    num_classes: int,
-) -> None:
+def _check_batch(images: Tensor, labels: Tensor, ids: Sequence[str], num_classes: int) -> None:
     if not len(labels) == len(images) == len(ids) or not len(ids):
         raise UserError(f"evaluate: a batch has {len(images)} images, {len(labels)} labels and {len(ids)} ids.")
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:

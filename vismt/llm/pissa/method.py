@@ -32,12 +32,7 @@ SOLVERS = ("exact", "randomized")
 
 
 def pissa(
-    model: nn.Module,
-    *,
-    solver: str = "exact",
-    quantize: str | None = None,
-    iterations: int = 5,
-    **options: Any,
+    model: nn.Module, *, solver: str = "exact", quantize: str | None = None, iterations: int = 5, **options: Any
 ) -> AdaptReport:
     """Add principal factors of each weight (of each q, k, v block with split_qkv). Further options: those of `inject`.
 

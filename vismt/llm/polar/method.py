@@ -32,12 +32,7 @@ THETAS = ("full", "diagonal")
 
 
 def polar(
-    model: nn.Module,
-    *,
-    theta: str = "full",
-    attraction: float = 5e-3,
-    constraint: str = "landing",
-    **options: Any,
+    model: nn.Module, *, theta: str = "full", attraction: float = 5e-3, constraint: str = "landing", **options: Any
 ) -> AdaptReport:
     """Add orthonormal X and Y with zero Theta: the function is unchanged until the first step.
 

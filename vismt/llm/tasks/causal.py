@@ -19,17 +19,7 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.llm.net import Batch, LmNet, counted_tokens
 from vismt.llm.tasks import TASKS
-from vismt.llm.tasks.base import (
-    Item,
-    LmTask,
-    Record,
-    Reply,
-    Writing,
-    answer_tokens,
-    by_row,
-    context_tokens,
-    fill,
-)
+from vismt.llm.tasks.base import Item, LmTask, Record, Reply, Writing, answer_tokens, by_row, context_tokens, fill
 from vismt.llm.tasks.pieces import pack, piece, windows
 from vismt.uncertainty.intervals import LOWER, NUMBER, Measure
 

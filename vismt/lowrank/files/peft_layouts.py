@@ -42,10 +42,7 @@ def stack_keys(model: nn.Module, paths: Collection[str]) -> dict[str, str]:
 
 def stack_tensors(A: Tensor, B: Tensor) -> dict[str, Tensor]:
     """Return A (e, r, i) and B (e, o, r) in peft's layout, by name."""
-    return {
-        "lora_A.weight": rearrange(A, "e r i -> (e r) i"),
-        "lora_B.weight": rearrange(B, "e o r -> o (r e)"),
-    }
+    return {"lora_A.weight": rearrange(A, "e r i -> (e r) i"), "lora_B.weight": rearrange(B, "e o r -> o (r e)")}
 
 
 def padded_stack(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:

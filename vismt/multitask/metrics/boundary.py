@@ -37,13 +37,7 @@ from torchmetrics import Metric
 from vismt.base.compiled import Compiled
 from vismt.base.errors import UserError, require_known
 from vismt.data.maps.edge_thinning import thin
-from vismt.multitask.metrics.inputs import (
-    binary,
-    check_same_size,
-    check_thresholds,
-    probability,
-    require_any,
-)
+from vismt.multitask.metrics.inputs import binary, check_same_size, check_thresholds, probability, require_any
 from vismt.multitask.metrics.saliency import SCORES, curves
 
 FREE, ABSENT = -1, -2

@@ -20,14 +20,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from vismt.base.errors import UserError, require_known
-from vismt.multitask.metrics.inputs import (
-    apply_mask,
-    check_same_size,
-    map_of,
-    require_any,
-    require_numbers,
-    to_fp64,
-)
+from vismt.multitask.metrics.inputs import apply_mask, check_same_size, map_of, require_any, require_numbers, to_fp64
 
 CONVENTIONS = ("pooled", "libmtl")
 LEAST = 1e-9  # a depth of 0 has no logarithm

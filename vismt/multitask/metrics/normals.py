@@ -22,13 +22,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from vismt.base.errors import UserError, require_known
-from vismt.multitask.metrics.inputs import (
-    apply_mask,
-    check_same_size,
-    require_any,
-    require_numbers,
-    to_fp64,
-)
+from vismt.multitask.metrics.inputs import apply_mask, check_same_size, require_any, require_numbers, to_fp64
 
 CONVENTIONS = ("pooled", "libmtl")
 LIMITS = (11.25, 22.5, 30.0)

@@ -18,13 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from vismt.base.errors import UserError, require_known
-from vismt.multitask.metrics.inputs import (
-    binary,
-    check_same_size,
-    check_thresholds,
-    probability,
-    require_any,
-)
+from vismt.multitask.metrics.inputs import binary, check_same_size, check_thresholds, probability, require_any
 
 SCORES = ("logits", "probabilities")
 

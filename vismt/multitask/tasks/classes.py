@@ -34,15 +34,7 @@ from vismt.base.errors import UserError, require_known
 from vismt.data.formats.pascal_context import PARTS
 from vismt.data.maps.dense_sample import CLASS, NO_CLASS
 from vismt.multitask.class_loss import ClassLoss, check_factor, dice_loss
-from vismt.multitask.tasks.base import (
-    IGNORE,
-    PASCAL_WEIGHTS,
-    TASKS,
-    LabelTask,
-    Task,
-    check_count,
-    check_labels,
-)
+from vismt.multitask.tasks.base import IGNORE, PASCAL_WEIGHTS, TASKS, LabelTask, Task, check_count, check_labels
 
 if TYPE_CHECKING:
     from torchmetrics import Metric

@@ -244,13 +244,7 @@ def attack(model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, *
 
 
 def robust_accuracy(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    specs: Sequence[AttackSpec],
-    *,
-    num_classes: int,
-    batch: int = 128,
+    model: nn.Module, images: Tensor, labels: Tensor, specs: Sequence[AttackSpec], *, num_classes: int, batch: int = 128
 ) -> Tensor:
     """Return the worst case over a list of attacks: bool (b,), True where the clean and every attacked image is right.
 
