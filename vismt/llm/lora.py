@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Generator, Tensor, nn
+from torch import nn
 
 from vismt.llm.pissa.quantized import QuantizedLayer, quantized_layer
 from vismt.lowrank.layers.low_rank import LowRankLayer
@@ -27,12 +27,7 @@ def lora(model: nn.Module, *, quantize: str | None = None, **options: Any) -> Ad
 
     quantize: "nf4" or "bitsandbytes" as for 'pissa'; None for the original weights. Further options: those of `inject`.
     """
-    return inject(model, "lora", kaiming_start, offset=False, **quantized_layer(model, quantize), **options)
-
-
-def kaiming_start(weight: Tensor, rank: int, scale: float, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Return a kaiming A and a zero B for a weight, whatever the scale."""
-    return kaiming(weight, rank, generator)
+    return inject(model, "lora", kaiming, offset=False, **quantized_layer(model, quantize), **options)
 
 
 register_method(Method("lora", lora, layers=(LowRankLayer, QuantizedLayer)))

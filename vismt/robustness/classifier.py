@@ -160,12 +160,7 @@ def _create(name: str, num_classes: int | None, pretrained: bool, **options: Any
     fresh = {"num_classes": num_classes} if num_classes and not pretrained else {}
     try:
         net = timm_model(name, pretrained=pretrained, **fresh, **options)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-    ) as error:  # TypeError: an img_size that the model does not take
+    except (OSError, RuntimeError, ValueError, TypeError) as error:  # the last: an img_size that it does not take
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model '{name}': timm cannot build it or get its weights ({reason}).") from error
     if num_classes is not None and net.num_classes != num_classes:

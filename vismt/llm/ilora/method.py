@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, near
-from vismt.llm.lora import kaiming_start
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec, register_module
 from vismt.lowrank.layers.gates import instance_gates, recompute_gates, unwatch_expansion, watch_expansion
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import attach, inject
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.starts import site_generator
+from vismt.lowrank.svd import kaiming
 from vismt.methods import Method, register_method
 
 __all__ = ["InstanceGate", "gate_of", "gate_part", "ilora", "instance_gates", "recompute_gates"]
@@ -59,7 +59,7 @@ def ilora(
     refuse_adapted(model)
     InstanceGate.check(PATH, getattr(model, PATH, None), GateSettings(gate, n_experts, user_width))
     settings = {"experts": n_experts}
-    report = inject(model, "ilora", kaiming_start, offset=False, settings=settings, seed=seed, **options)
+    report = inject(model, "ilora", kaiming, offset=False, settings=settings, seed=seed, **options)
     gate_seed = int(torch.randint(2**62, (), generator=site_generator(seed, PATH)))
     instance_gate = InstanceGate(gate, n_experts, user_width, gate_seed)
     attach(model, {PATH: instance_gate})
@@ -139,9 +139,7 @@ class InstanceGate(AdapterModule):
         super().check_tensors(what, spec, {name: value for name, value in tensors.items() if name not in counts})
 
     @classmethod
-    def build(
-        cls, base: Any, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> InstanceGate:
+    def build(cls, base: Any, spec: LayerSpec, **how: Any) -> InstanceGate:
         return cls(spec.settings.kind, spec.settings.n_experts, spec.settings.user_width)
 
     def settings(self) -> GateSettings:

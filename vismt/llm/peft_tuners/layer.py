@@ -78,9 +78,7 @@ class HostedLayer(AdapterLayer):
 
     # ---- the layer as data
     @classmethod
-    def build(
-        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> HostedLayer:
+    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> HostedLayer:
         return cls(base)
 
     @classmethod

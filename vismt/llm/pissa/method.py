@@ -15,6 +15,7 @@ an export as a plain LoRA is refused, for it would be put on W.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,14 +45,9 @@ def pissa(
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise UserError(f"adapt.iterations: {iterations!r}; it must be a whole number, at least 1.")
     layer = quantized_layer(model, quantize)
-
-    def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        if quantize:
-            return quantized_principal(
-                weight, rank, scale, iterations, grid=quantize, solver=solver, generator=generator
-            )
-        return principal(weight, rank, scale, method=solver, generator=generator)
-
+    start = partial(principal, method=solver)
+    if quantize is not None:
+        start = partial(quantized_principal, iterations=iterations, grid=quantize, solver=solver)
     return inject(model, "pissa", start, offset=quantize is None, **layer, **options)
 
 
@@ -59,18 +55,17 @@ def quantized_principal(
     weight: Tensor,
     rank: int,
     scale: float,
+    generator: torch.Generator,
     iterations: int,
-    *,
     grid: str = "nf4",
     solver: str = "exact",
-    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Return the factors of the best of `iterations` rounds, by the rounding error |W - grid(W - s B A) - s B A|_F."""
     matrix = weight.detach().to(working_dtype(weight))
     quantized, least = torch.zeros_like(matrix), float("inf")
     best: Any = None
     for _ in range(iterations):
-        A, B = principal(matrix - quantized, rank, scale, method=solver, generator=generator)
+        A, B = principal(matrix - quantized, rank, scale, generator, solver)
         rest = residual(matrix, A, B, scale)
         quantized = on_grid(rest, grid)
         error = float((rest - quantized).norm())

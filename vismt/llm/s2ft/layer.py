@@ -118,10 +118,8 @@ class SliceLinear(AdapterLayer):
 
     # ---- the layer as data
     @classmethod
-    def build(
-        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> SliceLinear:
-        return cls(base, spec.settings.rank, spec.settings.dim, spec.settings.mode, dtype=dtype)
+    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> SliceLinear:
+        return cls(base, spec.settings.rank, spec.settings.dim, spec.settings.mode, dtype=how.get("dtype"))
 
     @classmethod
     def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:

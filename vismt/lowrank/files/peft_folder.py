@@ -213,16 +213,12 @@ def import_peft(model: nn.Module, folder: str | Path, *, name: str = "default") 
     """
     adapter = read_peft(Path(folder))
     with new_adapter(model, name, adapter.what):
-        return _import(model, adapter)
-
-
-def _import(model: nn.Module, adapter: PeftAdapter) -> nn.Module:
-    refuse_adapted(model, adapter.what)
-    refuse_offloaded(model, adapter.what, whole=True)
-    adapter.need_the_same_modules(model)
-    starts = _replayed(model, adapter) if adapter.replay else {}
-    dropout = adapter.settings.lora_dropout or 0.0
-    return put_on(model, of_peft(adapter), {} if starts else {"dropout": dropout}, starts)
+        refuse_adapted(model, adapter.what)
+        refuse_offloaded(model, adapter.what, whole=True)
+        adapter.need_the_same_modules(model)
+        starts = _replayed(model, adapter) if adapter.replay else {}
+        dropout = adapter.settings.lora_dropout or 0.0
+        return put_on(model, of_peft(adapter), {} if starts else {"dropout": dropout}, starts)
 
 
 def _replayed(model: nn.Module, adapter: PeftAdapter) -> dict[str, Tensor]:

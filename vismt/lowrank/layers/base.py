@@ -80,12 +80,10 @@ class AdapterModule(nn.Module):
 
     # ---- the module as data
     @classmethod
-    def build(
-        cls, base: Any, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> AdapterModule:
+    def build(cls, base: Any, spec: LayerSpec, **how: Any) -> AdapterModule:
         """Return the module of `spec` around `base`, the module at its path (None for a new path), with its update unset.
 
-        dtype: of the trained tensors; None for the weight's own, fp32 for half-precision weights.
+        how: dropout, and dtype of the trained tensors, None for the weight's own, fp32 for half-precision weights.
         """
         raise NotImplementedError
 

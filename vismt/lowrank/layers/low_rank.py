@@ -147,12 +147,10 @@ class LowRankLayer(AdapterLayer):
         return spec_of(path, module, cls, cls.Settings(rank, scale, blocks, experts=experts, **settings))
 
     @classmethod
-    def build(
-        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> LowRankLayer:
+    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> LowRankLayer:
         own = spec.kind in ("embedding", "parameter")
         layer = FORMS["prequantized" if not own and weight_format(base) is not None else spec.kind]
-        return layer(base, dropout=dropout, dtype=dtype, **cls._options(spec.settings))
+        return layer(base, **how, **cls._options(spec.settings))
 
     @staticmethod
     def _options(settings: LowRankSettings) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vismt.base.errors import UserError, near
 from vismt.lowrank.layers.low_rank import LowRankLayer
@@ -29,12 +28,7 @@ def amt(model: nn.Module, *, init: str = "svd", split_qkv: bool = True, **option
         raise UserError(f"adapt.init: '{init}' for 'amt'.{near(str(init), ('svd', 'lora'))}")
     if options.get("dropout"):
         raise UserError(f"adapt.dropout: {options['dropout']} with 'amt', whose factors carry most of W; set it to 0.")
-
-    def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        if init == "lora":
-            return kaiming(weight, rank, generator)
-        return principal(weight, rank, scale, generator=generator)
-
+    start = principal if init == "svd" else kaiming
     return inject(model, "amt", start, offset=init == "svd", split_qkv=split_qkv, **options)
 
 

@@ -243,7 +243,7 @@ class MoEfiedMlp(AdapterModule):
 
         n_experts, temperature = settings.n_experts, settings.temperature
         if base is None:
-            raise UserError(f"moe_lora: this model has no '{path}' to put a router in.")
+            raise UserError(f"emtal: this model has no '{path}' to put a router in.")
         if isinstance(n_experts, bool) or not isinstance(n_experts, int) or n_experts < 1:
             raise UserError(f"emtal: n_experts {n_experts!r}; it must be a whole number, at least 1.")
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
@@ -270,7 +270,7 @@ class MoEfiedMlp(AdapterModule):
         super().check_tensors(what, spec, {"lora_router.weight": tensors["lora_router.weight"]})
 
     @classmethod
-    def build(cls, base: Any, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> MoEfiedMlp:
+    def build(cls, base: Any, spec: LayerSpec, **how: Any) -> MoEfiedMlp:
         return cls(base, None, spec.settings.n_experts, spec.settings.temperature)
 
     def settings(self) -> RouterSettings:

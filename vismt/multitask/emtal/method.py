@@ -136,12 +136,6 @@ def set_fade(model: nn.Module, fade: float | Fade) -> None:
         wrapper.fade = fade
 
 
-def routes(model: nn.Module) -> bool:
-    """Return whether a router of the model still weighs experts, so that merged weights would compute something else."""
-    wrappers = adapter_modules(model).values()
-    return any(isinstance(wrapper, MoEfiedMlp) and wrapper.fade_value != 1 for wrapper in wrappers)
-
-
 def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, settings: Any) -> RouterFade | None:
     """Return the fade that all routers of `model` follow from here on; None leaves them at their value.
 

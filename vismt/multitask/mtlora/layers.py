@@ -100,10 +100,8 @@ class TaskLinear(LowRankLinear):
         return spec_of(path, module, cls, TaskSettings(**asdict(settings), **own))
 
     @classmethod
-    def build(
-        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> TaskLinear:
-        return cls(base, spec.settings, spec.path.endswith(SITES[0]), dropout=dropout, dtype=dtype)
+    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> TaskLinear:
+        return cls(base, spec.settings, spec.path.endswith(SITES[0]), **how)
 
     @classmethod
     def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
@@ -252,7 +250,7 @@ class TaskBlock(AdapterModule):
         return {}
 
     @classmethod
-    def build(cls, base: Any, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> TaskBlock:
+    def build(cls, base: Any, spec: LayerSpec, **how: Any) -> TaskBlock:
         return cls(base, spec.settings)
 
     def settings(self) -> BlockSettings:

@@ -32,7 +32,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import adapter_layers
@@ -89,18 +89,13 @@ def mtlora(
     if targets is None:
         targets = [path for path, module in modules.items() if LINEARS.fullmatch(path) and kind_of(module) == "linear"]
     on_tasks = {"layer": TaskLinear, "settings": {"of_tasks": sites}}
-    report = inject(model, "mtlora", _start, offset=False, targets=targets, **on_tasks, **options)
+    report = inject(model, "mtlora", kaiming, offset=False, targets=targets, **on_tasks, **options)
     missing = sites.keys() - {spec.path for spec in report.specs}
     if missing:
         raise UserError(f"mtlora: targets leave out '{min(missing)}', which carries pairs of tasks; name it as well.")
     settings = {path: BlockSettings(tuple(tasks), path == every[-1]) for path in paths}
     attach(model, {path: TaskBlock(model.get_submodule(path), settings[path]) for path in paths})
     return replace(report, extras=[f"pairs of {len(tasks)} tasks in {', '.join(paths)}"])
-
-
-def _start(weight: Tensor, rank: int, scale: float, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Return a kaiming A and a zero B, of a shared pair or of a task's."""
-    return kaiming(weight, rank, generator)
 
 
 def _stage_ends(blocks: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -188,22 +188,9 @@ class AttackSpec(Checked):
         """Return every field, for a protocol's hash."""
         return asdict(self)
 
-    def perturb(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        num_classes: int,
-        keys: Sequence[tuple[int, int]],
-        exhaust: bool = False,
-    ) -> Tensor:
-        """Return what `attack` returns, with a key for each image, of which its random numbers are a function.
-
-        exhaust: attack every image to the end, broken or not: for images that are evaluated on another model.
-        """
-        outcome = self.search(model, images, labels, num_classes=num_classes, keys=keys, exhaust=exhaust)
-        return outcome.adversarial.to(images.device)
+    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, **how: Any) -> Tensor:
+        """Return the images of `search`, with its arguments, on the device of the clean ones."""
+        return self.search(model, images, labels, **how).adversarial.to(images.device)
 
     def search(
         self,
@@ -215,7 +202,11 @@ class AttackSpec(Checked):
         keys: Sequence[tuple[int, int]],
         exhaust: bool = False,
     ) -> Outcome:
-        """Return what the attack finds, with the arguments of `perturb`: the images, and which of them it counts as broken."""
+        """Return what `attack` finds: the images, and which of them it counts as broken.
+
+        keys: one for each image, of which its random numbers are a function. exhaust: attack every image to the end, broken or
+        not: for images that are evaluated on another model.
+        """
         return _run(model, images, labels, [self], num_classes, keys, exhaust=exhaust)
 
 
