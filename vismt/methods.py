@@ -66,11 +66,6 @@ class Calibrate(Protocol):
     ) -> dict[str, Any]: ...
 
 
-def needs_nothing(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return an empty mapping: a job has nothing to provide."""
-    return {}
-
-
 @dataclass(frozen=True)
 class Method:
     """The declaration of a method.
@@ -102,7 +97,7 @@ class Method:
     section: str | None = None
     freezes: bool = False
     calibrate: Calibrate | None = None
-    needs: Callable[[Mapping[str, Any]], Mapping[str, str]] = needs_nothing
+    needs: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda options: {}
     merges: bool = True
     exports: bool = True
     renamed: Mapping[str, str] = field(default_factory=dict)

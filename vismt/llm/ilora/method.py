@@ -207,9 +207,5 @@ class Residual(nn.Module):
         return F.relu(out + F.pad(x[:, :, :: self.stride], (0, 0, self.pad, self.pad)))
 
 
-def needs(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return the need for a user of each sample, which the gates depend on."""
-    return {"users": "'ilora' is gated by a user's history"}
-
-
-register_method(Method("ilora", ilora, layers=(LowRankLayer, InstanceGate), needs=needs))
+NEEDS = {"users": "'ilora' is gated by a user's history"}
+register_method(Method("ilora", ilora, layers=(LowRankLayer, InstanceGate), needs=lambda options: NEEDS))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, need_whole, require_known
 from vismt.llm.pissa.quantized import QuantizedLayer, on_grid, quantized_layer
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
@@ -42,8 +42,7 @@ def pissa(
     """
     refuse_dropout("pissa", options)
     require_known("adapt.solver: 'pissa' has no solver", [solver], SOLVERS)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise UserError(f"adapt.iterations: {iterations!r}; it must be a whole number, at least 1.")
+    need_whole("adapt.iterations:", iterations)
     layer = quantized_layer(model, quantize)
     start = partial(principal, method=solver)
     if quantize is not None:

@@ -26,7 +26,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.llm.s2ft.structures import Coupling, Structure, UnitBlock, couple, expand, movable
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, LayerSpec, register_module
+from vismt.lowrank.layers.base import AdapterLayer, Finish, LayerSpec, register_module
 from vismt.lowrank.svd import working_dtype
 from vismt.lowrank.tensors import check_finite
 
@@ -153,9 +153,7 @@ class SliceLinear(AdapterLayer):
         return str(spec.settings.rank), f"{spec.settings.scale:g}"
 
     @classmethod
-    def prepare(
-        cls, model: nn.Module, specs: Sequence[LayerSpec]
-    ) -> Callable[[Mapping[str, AdapterModule]], None] | None:
+    def prepare(cls, model: nn.Module, specs: Sequence[LayerSpec]) -> Finish | None:
         structures = movable(model, {spec.path: spec.settings.dim for spec in specs if spec.settings.mode == "permute"})
         return partial(couple, model, structures)
 

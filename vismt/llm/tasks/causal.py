@@ -54,10 +54,7 @@ class Causal(LmTask):
             raise UserError(f"tasks: windows {windows}; it must be at least 1, and is for texts without a prompt.")
         if not answer:
             raise UserError("tasks: answer: is empty; name the field to predict, such as '{text}'.")
-        self.answer = answer
-        self.end = end
-        self.documents = pack
-        self.windows = windows
+        self.answer, self.end, self.documents, self.windows = answer, end, pack, windows
 
     @property
     def about(self) -> str:

@@ -88,9 +88,7 @@ class AdapterModule(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def prepare(
-        cls, model: nn.Module, specs: Sequence[LayerSpec]
-    ) -> Callable[[Mapping[str, AdapterModule]], None] | None:
+    def prepare(cls, model: nn.Module, specs: Sequence[LayerSpec]) -> Finish | None:
         """Check `specs` of this class on the stock model as a whole, before any module is placed.
 
         Returns None, or a function to call with the placed modules by path. Raises UserError.
@@ -171,6 +169,9 @@ class AdapterModule(nn.Module):
     @classmethod
     def check_mergeable_saved(cls, what: str, path: str, tensors: Mapping[str, Tensor]) -> None:
         """Raise the same UserError for a module in an adapter file that no weight determines, from its saved `tensors()`."""
+
+
+Finish = Callable[[Mapping[str, AdapterModule]], None]  # of placed modules, by path
 
 
 class AdapterLayer(AdapterModule):

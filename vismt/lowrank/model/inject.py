@@ -114,8 +114,7 @@ def inject(
         start_layers(layers, specs, init, seed, offset)
     if any(layer.weight.is_meta for layer in layers):
         need_record(model, "adapt").start = (init, seed, offset)
-    trainable, total = count_parameters(model)
-    return AdaptReport(method, specs, trainable, total, remarks)
+    return AdaptReport(method, specs, *count_parameters(model), remarks)
 
 
 def install(

@@ -130,12 +130,6 @@ class TaskLinear(LowRankLinear):
         return super().tensors() | {f"{name}.{k}": value for name, of in pairs.items() for k, value in enumerate(of)}
 
     @torch.no_grad()
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        own = self.tensors()
-        for name, value in tensors.items():
-            own[name].copy_(value)
-
-    @torch.no_grad()
     def start_more(self, init: Initialiser, generator: torch.Generator) -> None:
         for A, B in zip(self.task_A, self.task_B):
             start = init(self.matrix(self.weight), len(A), self.task_scale, generator)

@@ -166,19 +166,8 @@ def skip_absent(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.opt
     return optimizer
 
 
-def needs(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return the need for tasks that have heads of their own."""
-    return {"tasks": "'mtlora' gives each task features of its own"}
-
-
+LAYERS = (LowRankLayer, TaskLinear, TaskBlock)
+NEEDS = {"tasks": "'mtlora' gives each task features of its own"}
 register_method(
-    Method(
-        "mtlora",
-        mtlora,
-        layers=(LowRankLayer, TaskLinear, TaskBlock),
-        optimizer=skip_absent,
-        needs=needs,
-        merges=False,
-        exports=False,
-    )
+    Method("mtlora", mtlora, LAYERS, optimizer=skip_absent, needs=lambda options: NEEDS, merges=False, exports=False)
 )

@@ -30,11 +30,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, need_whole, require_known
 from vismt.data.formats.pascal_context import PARTS
 from vismt.data.maps.dense_sample import CLASS, NO_CLASS
 from vismt.multitask.class_loss import ClassLoss, check_factor, dice_loss
-from vismt.multitask.tasks.base import IGNORE, PASCAL_WEIGHTS, TASKS, LabelTask, Task, check_count, check_labels
+from vismt.multitask.tasks.base import IGNORE, PASCAL_WEIGHTS, TASKS, LabelTask, Task, check_labels
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -143,7 +143,7 @@ class Classification(Task, ClassLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count(self.name, "classes", self.classes, 2)
+        need_whole(f"{self.name}: classes", self.classes, 2)
         self.check_options(self.name, self.classes)
         smoothing = self.label_smoothing
         if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:

@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, need_whole, require_known
 from vismt.multitask.tasks.base import (
     IGNORE,
     NYUD_WEIGHTS,
@@ -52,7 +52,6 @@ from vismt.multitask.tasks.base import (
     TASKS,
     LabelTask,
     MapTask,
-    check_count,
     check_number,
 )
 
@@ -142,7 +141,7 @@ class Edges(BinaryTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number(self.name, "max_dist", self.max_dist, 0, 1)
-        check_count(self.name, "thresholds", self.thresholds, 1)
+        need_whole(f"{self.name}: thresholds", self.thresholds)
 
     def metric(self) -> Metric:
         from vismt.multitask.metrics import BoundaryF
