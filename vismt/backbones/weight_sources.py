@@ -111,17 +111,10 @@ class HubSource(WeightsSource):
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
         if not offline:
             console.stage("asset", f"{name}   asking the {self}")
+        how = {"revision": self.revision, "local_files_only": offline, "force_download": refresh and not offline}
         try:
             with quiet_logger("huggingface_hub"):
-                return Path(
-                    huggingface_hub.hf_hub_download(
-                        self.hub,
-                        self.file,
-                        revision=self.revision,
-                        local_files_only=offline,
-                        force_download=refresh and not offline,
-                    )
-                )
+                return Path(huggingface_hub.hf_hub_download(self.hub, self.file, **how))
         except LocalEntryNotFoundError as error:
             reason = "HF_HUB_OFFLINE is set and the hub's cache has no copy" if offline else "the hub cannot be reached"
             raise SourceFailed(reason) from error

@@ -86,13 +86,8 @@ def inject(
     refuse_adapted(model)
     # Starts for each module are made from its inputs, which nothing sees where a weight is read without a call.
     needs_calls = options["dropout"] or isinstance(init, Mapping) or (settings or {}).get("experts")
-    modules, remarks = find_targets(
-        model,
-        options["targets"],
-        options["exclude"],
-        layer.takes_prequantized,
-        readable=layer.weight_readable and not needs_calls,
-    )
+    kinds = {"prequantized": layer.takes_prequantized, "readable": layer.weight_readable and not needs_calls}
+    modules, remarks = find_targets(model, options["targets"], options["exclude"], **kinds)
     check_patterns("adapt.rank_pattern", options["rank_pattern"], list(modules))
     check_patterns("adapt.alpha_pattern", options["alpha_pattern"], list(modules))
     flags = {name: options[name] for name in ("rslora", "clamp_rank", "split_qkv")}

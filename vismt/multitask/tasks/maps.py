@@ -45,15 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.base.errors import UserError, need_whole, require_known
-from vismt.multitask.tasks.base import (
-    IGNORE,
-    NYUD_WEIGHTS,
-    PASCAL_WEIGHTS,
-    TASKS,
-    LabelTask,
-    MapTask,
-    check_number,
-)
+from vismt.multitask.tasks.base import IGNORE, NYUD_WEIGHTS, PASCAL_WEIGHTS, TASKS, LabelTask, MapTask, check_number
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
