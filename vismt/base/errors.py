@@ -38,10 +38,11 @@ def require_known(prefix: str, names: Iterable[str], known: Iterable[str]) -> No
             raise UserError(f"{prefix} {str(name)!r}.{hint}")
 
 
-def need_whole(what: str, value: Any, least: int = 1) -> int:
-    """Return `value`; UserError, which begins with `what`, unless it is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{what} {value!r}; it must be a whole number, at least {least}.")
+def need_whole(what: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """Return `value`; UserError, which begins with `what`, unless it is a whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        limits = f", at least {least}" if most is None else f" from {least} to {most:,}"
+        raise UserError(f"{what} {value!r}; it must be a whole number{limits}.")
     return value
 
 

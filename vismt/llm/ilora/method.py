@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, need_whole
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec, register_module
 from vismt.lowrank.layers.gates import instance_gates, recompute_gates, unwatch_expansion, watch_expansion
 from vismt.lowrank.layers.low_rank import LowRankLayer
@@ -123,8 +123,7 @@ class InstanceGate(AdapterModule):
         if kind is not None and kind not in KINDS:
             raise UserError(f"adapt.gate: {kind!r}.{near(str(kind), KINDS)}")
         for name, value in (("n_experts", rank_groups), ("user_width", user_width)):
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
-                raise UserError(f"adapt.{name}: {value!r}; it must be a whole number from 1 to {LARGEST:,}.")
+            need_whole(f"adapt.{name}:", value, 1, LARGEST)
         with torch.device("meta"):
             planned = network(kind, rank_groups, user_width)
         state = {} if planned is None else planned.state_dict()

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.llm.s2ft.structures import Coupling, Structure, UnitBlock, couple, expand, movable
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.base import AdapterLayer, Finish, LayerSpec, register_module
+from vismt.lowrank.layers.base import AdapterLayer, Finish, LayerSpec, in_autocast, register_module
 from vismt.lowrank.svd import working_dtype
 from vismt.lowrank.tensors import check_finite
 
@@ -238,8 +238,7 @@ class SliceLinear(AdapterLayer):
         return pointer == take(self.matrix(self.weight), self.dim, self.slice_place, self.span).data_ptr()
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = in_autocast(x)
         flat, weight, adds = x.reshape(-1, x.shape[-1]), self.matrix(self.weight), False
         values: Tensor = self.slice_values
         if self.mode == "delta":

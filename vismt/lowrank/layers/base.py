@@ -335,6 +335,13 @@ def register_module(name: str) -> Callable[[type[Any]], type[Any]]:
     return decorate
 
 
+def in_autocast(x: Tensor) -> Tensor:
+    """Return an input in the dtype of autocast where that is on, as torch's own linears take it."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 def inner_module(base: nn.Module) -> nn.Module:
     """Return a stock module for calls from inside its layer: with its tensors, without the hooks, which the layer has."""
     inner = copy.copy(base)

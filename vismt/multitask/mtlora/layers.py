@@ -25,7 +25,7 @@ from einops import repeat
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import AdapterModule, LayerSpec, register_module, spec_of
+from vismt.lowrank.layers.base import AdapterModule, LayerSpec, in_autocast, register_module, spec_of
 from vismt.lowrank.layers.forms import LowRankLinear
 from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
 from vismt.lowrank.model.starts import Initialiser
@@ -146,8 +146,7 @@ class TaskLinear(LowRankLinear):
         scope = task_features.scope()
         if scope is None:
             return super().forward(x)
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = in_autocast(x)
         shared = x if self.opens else x[: len(x) // (1 + scope.streams)]
         base = F.linear(shared, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         dropped = F.dropout(shared, self.dropout, self.training)

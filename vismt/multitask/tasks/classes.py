@@ -66,8 +66,7 @@ class Segmentation(LabelTask, ClassLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.classes, bool) or not isinstance(self.classes, int) or not 2 <= self.classes <= IGNORE:
-            raise UserError(f"{self.name}: classes {self.classes!r}; it must be a whole number from 2 to {IGNORE}.")
+        need_whole(f"{self.name}: classes", self.classes, 2, IGNORE)
         require_known(f"{self.name}: absent", [self.absent], ABSENT)
         self.check_options(self.name, self.classes)
         check_factor(self.name, "dice", self.dice)
