@@ -35,7 +35,6 @@ from vismt.multitask.tasks.base import DARK
 from vismt.report.panels import read_panel
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 from vismt.storage.lines import read_lines, write_lines
-from vismt.storage.paths import shipped
 from vismt.uncertainty.intervals import estimate
 
 pytest.importorskip("skimage")
@@ -557,13 +556,6 @@ def test_full_training_reaches_every_parameter_that_is_run(tmp_path: Path) -> No
     sum(value.sum() for value in net(torch.rand(1, 3, 32, 48)).values()).backward()
     lacking = [name for name, parameter in net.named_parameters() if parameter.requires_grad and parameter.grad is None]
     assert not lacking and net.stock.blocks[0].mlp.fc1.weight.grad is not None
-
-
-def test_shipped_configurations_are_sound() -> None:
-    paths = sorted((shipped("configs") / "dense").glob("*.yaml"))
-    assert paths
-    for path in paths:
-        check(load_config(path, []))
 
 
 @pytest.mark.parametrize(

@@ -366,7 +366,7 @@ CASES = {
 }
 
 
-@cases(quick=80, campaign=700)
+@cases(quick=40, campaign=700)
 def test_damaged_adapters_do_no_harm(cases: int, folders: Folders, stock: nn.Module, tmp_path: Path) -> None:
     @many(cases)
     @given(**CASES)
