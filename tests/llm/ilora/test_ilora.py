@@ -413,22 +413,6 @@ def test_i9_merging_rounds_once() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_i9_peft_reads_one_users_model(kind: str, tmp_path) -> None:
-    peft = pytest.importorskip("peft")
-    model, x, gates = adapted(kind).float(), samples(kind), some_gates().float()
-    x = x.float() if kind == "vit" else x
-    with instance_gates(gates):
-        together = run(model, x)
-    with instance_gates(gates[1]):
-        vismt.export_peft(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(stock(kind), str(tmp_path)).eval()
-    assert torch.allclose(run(theirs, x)[1], together[1], atol=2e-4)
-    assert not torch.allclose(run(theirs, x)[0], together[0], atol=1e-2)
-    ours = vismt.import_peft(stock(kind), tmp_path)
-    assert torch.allclose(run(ours, x)[1], together[1], atol=2e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_unadapt_gives_back_every_bit_and_every_attribute(kind: str) -> None:
     original, model = stock(kind).double(), adapted(kind, gate="cnn")
     vismt.unadapt(model)
