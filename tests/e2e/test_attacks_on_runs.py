@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers.own_images import write_folder
+from helpers.tiny_runs import run_config, written
 
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -66,10 +67,7 @@ MULTITASK = {
 
 
 def run(folder: Path, name: str, config: dict) -> Path:
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    assert main(["run", str(path), "--out", str(folder / name), "--quiet"]) == 0
-    return next((folder / name).iterdir())
+    return run_config(written(folder / f"{name}.yaml", config))
 
 
 def values(folder: Path, arm: str) -> dict[tuple[str, str, str], float]:

@@ -515,10 +515,9 @@ def test_a_rate_is_chosen_on_validation_images(tmp_path: Path) -> None:
     """A rate of next to nothing leaves the depth at its start, far from the truth."""
     data = {**SMALL["data"], "validation_share": 0.1}
     path = write(tmp_path, **{**SINGLE, **ALONE}, tasks=["depth"], data=data, tune={"rates": [1e-6, 3e-2]})
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    chosen = json.loads(next((tmp_path / "runs").rglob("chosen.json")).read_text())
+    folder = run_config(path)
+    chosen = json.loads(next(folder.rglob("chosen.json")).read_text())
     assert chosen["lr"] == 3e-2 and set(chosen["validation"]) == {"1e-06", "0.03"}
-    folder = next((tmp_path / "runs").iterdir())
     data = open_run(folder).job.data
     assert {part: len(rows) for part, rows in data.parts.items()} == {"train": 43, "validation": 5, "test": 6}
     assert not set(data.part("validation").ids) & set(data.parts["train"].ids)

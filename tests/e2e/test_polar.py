@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers.tiny_runs import run_config, written
 
 from vismt.cli import main
@@ -83,11 +82,3 @@ def test_dense(tmp_path: Path) -> None:
     folder = run_config(written(tmp_path / "polar.yaml", DENSE))
     assert all(1 <= row["stable_rank"] <= 2 for row in read_lines(next(folder.glob("arms/*/lr-*/metrics.jsonl"))))
     assert {(row.task, row.metric) for row in read_results(folder / "results.jsonl")} >= {("depth", "RMSE in m")}
-
-
-def test_a_constraint_that_does_not_exist_is_one_line(tmp_path: Path, capsys) -> None:
-    path = tmp_path / "polar.yaml"
-    path.write_text(yaml.safe_dump({**FEWSHOT, "adapt": {**POLAR, "options": {"constraint": "landng"}}}))
-    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: adapt.constraint: 'landng'") and message.count("\n") == 1
