@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers.own_images import write_folder
-from helpers.tiny_runs import run_config, written
+from helpers.tiny_runs import CONFIGS, VIT, run_config, written
 
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -34,14 +34,7 @@ NORMALS, CONTRAST = "PGD-2 linf 4/255 on normals", "contrast 5"
 PGD = {"name": "pgd", "epsilon": "4/255", "steps": 2}
 CORRUPTIONS = [{"name": "contrast", "severities": [5]}]
 DENSE = {
-    "task": "dense",
-    "model": {"name": "test_vit", "pretrained": False},
-    "adapt": {"method": "lora", "rank": 2},
-    "data": {"train": ["motorcycle:train"], "test": ["motorcycle:test"]},
-    "tasks": ["depth", "normals"],
-    "size": [32, 48],
-    "head": {"name": "linear"},
-    "augment": {"strength": 0},
+    **CONFIGS["dense"],
     "batch": 3,
     "arms": {"lora": {}, "heads": {"adapt": None}, "depth": {"adapt": None, "only": ["depth"]}},
     "baseline": "heads",
@@ -54,7 +47,7 @@ DENSE = {
 }
 MULTITASK = {
     "task": "multitask",
-    "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+    "model": VIT,
     "adapt": {"method": "lora", "rank": 2},
     "tasks": [
         {"name": "digits", "train": ["digits"], "test_share": 0.02, "limit": 40},

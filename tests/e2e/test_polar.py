@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.tiny_runs import run_config, written
+from helpers.tiny_runs import CONFIGS, VIT, run_config, written
 
 from vismt.cli import main
 from vismt.report.results import read_results
@@ -18,7 +18,7 @@ pytest.importorskip("torchmetrics")
 
 POLAR = {"method": "polar", "rank": 2, "options": {"split_qkv": True}}
 FEWSHOT = {
-    "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 4},
+    "model": {**VIT, "block": 4},
     "adapt": POLAR,
     "source": {"data": ["photo_crops:train"], "ways": 3, "shots": 2, "queries": 2, "augment": False},
     "train": {"steps": 4, "lr": 1e-3, "checkpoint_every": 2},
@@ -26,7 +26,7 @@ FEWSHOT = {
 }
 MULTITASK = {
     "task": "multitask",
-    "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+    "model": VIT,
     "adapt": POLAR,
     "tasks": [
         {"name": "digits", "train": ["digits"], "test_share": 0.05, "limit": 40},
@@ -40,18 +40,7 @@ MULTITASK = {
     },
     "train": {"steps": 4, "lr": 1e-2, "weight_decay": 0.05, "accumulate": 2},
 }
-DENSE = {
-    "task": "dense",
-    "model": {"name": "test_vit", "pretrained": False},
-    "adapt": POLAR,
-    "data": {"train": ["motorcycle:train"], "test": ["motorcycle:test"]},
-    "tasks": ["depth", "normals"],
-    "size": [32, 48],
-    "head": {"name": "linear"},
-    "augment": {"strength": 0},
-    "batch": 3,
-    "train": {"steps": 3, "lr": 3.0e-3},
-}
+DENSE = {**CONFIGS["dense"], "adapt": POLAR, "batch": 3, "train": {"steps": 3, "lr": 3.0e-3}}
 
 
 def test_fewshot(tmp_path: Path) -> None:

@@ -29,16 +29,7 @@ from vismt.report.routers import ROUTERS, routers_figure
 from vismt.storage.files import sealed
 from vismt.storage.lines import read_lines, write_lines
 
-ARMS = [
-    "linear-probe",
-    "lora-4",
-    "emtal",
-    "emtal-no-retain",
-    "emtal-one-expert",
-    "a_name_that_does_not_end_soon",
-    "b",
-    "c",
-]
+ARMS = ["linear-probe", "lora-4", "emtal", "emtal-no-retain", "emtal-1", "a_name_that_does_not_end_soon", "b", "c"]
 
 
 def texts(figure):

@@ -9,16 +9,7 @@ from helpers.readable import assert_readable, visible_texts
 from vismt.base.errors import UserError
 from vismt.report.arm_figures import SeedsPanel, curves_figure, seeds_figure
 
-ARMS = [
-    "linear-probe",
-    "lora-4",
-    "emtal",
-    "emtal-no-retain",
-    "emtal-one-expert",
-    "a_name_that_does_not_end_soon",
-    "b",
-    "c",
-]
+ARMS = ["linear-probe", "lora-4", "emtal", "emtal-no-retain", "emtal-1", "a_name_that_does_not_end_soon", "b", "c"]
 TASKS = ["cub", "flowers", "dogs-of-a-name-that-is-long", "cars", "aircraft", "digits", "average"]
 TITLES = {"ce": "Training cross-entropy", "accuracy": "Training accuracy (%)", "fade": "Router fade"}
 

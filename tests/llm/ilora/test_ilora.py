@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers.adapter_folders import write_description
-from helpers.language_models import LMS, padded, relative, tiny_lm, tokens
+from helpers.language_models import LMS, padded, relative, stock, tiny_lm, tokens
 from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,10 +25,6 @@ from vismt.lowrank.layers.forms import LowRankConv, LowRankLinear
 
 KINDS = (*LMS, "vit")
 WIDTH = 6
-
-
-def stock(kind: str) -> nn.Module:
-    return tiny_vit() if kind == "vit" else tiny_lm(kind)
 
 
 def adapted(kind: str, **options: object) -> nn.Module:

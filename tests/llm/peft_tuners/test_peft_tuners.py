@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.language_models import tiny_lm, tokens
+from helpers.language_models import run, stock, tokens
 from helpers.tiny import DIGITS, images, shake, snapshot, tiny_vit
 from helpers.tiny_runs import run_config, written
-from torch import Tensor, nn
+from torch import nn
 
 import vismt
 from vismt.base.errors import UserError
@@ -49,15 +49,6 @@ OURS: dict[str, dict[str, Any]] = {
 TARGETS = {"vit": ["attn.qkv", "mlp.fc2"], "llama": ["q_proj", "down_proj"]}
 KIND = {"dora": "LORA"}
 CASES = [(tuner, kind) for tuner in TUNERS for kind in TARGETS]
-
-
-def stock(kind: str) -> nn.Module:
-    return tiny_vit() if kind == "vit" else tiny_lm(kind)
-
-
-def run(model: nn.Module, kind: str) -> Tensor:
-    with torch.no_grad():
-        return model(images()) if kind == "vit" else model(tokens()).logits
 
 
 def options(tuner: str, kind: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers.language_models import tiny_lm, tokens
+from helpers.language_models import run, stock, tiny_lm
 from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 
@@ -19,15 +19,6 @@ from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import adapter_layers
 
 peft = pytest.importorskip("peft")
-
-
-def stock(kind: str) -> nn.Module:
-    return tiny_vit() if kind == "vit" else tiny_lm(kind)
-
-
-def run(model: nn.Module, kind: str) -> Tensor:
-    with torch.no_grad():
-        return model(images()) if kind == "vit" else model(tokens()).logits
 
 
 def written(folder: Path, kind: str, **options: Any) -> tuple[nn.Module, Path]:
