@@ -21,7 +21,7 @@ def texts(figure):
 # ---- seeds
 
 
-@pytest.mark.parametrize(("arms", "panels", "seeds"), [(1, 1, 1), (2, 7, 3), (3, 3, 3), (5, 5, 3), (8, 7, 5)])
+@pytest.mark.parametrize(("arms", "panels", "seeds"), [(1, 1, 1), (2, 7, 3), (8, 7, 5)])
 def test_seeds_can_be_read(drawn, tmp_path, arms, panels, seeds):
     values = np.random.default_rng(0).uniform(50, 100, (panels, arms, seeds))
     shown = [
