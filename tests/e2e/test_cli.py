@@ -17,7 +17,6 @@ from helpers.results import scores_of
 from helpers.tiny_runs import run_config, run_on_two, written
 
 from vismt.cli import main
-from vismt.data.images import open_images
 from vismt.storage.lines import read_lines, write_lines
 
 pytest.importorskip("sklearn")
@@ -391,12 +390,6 @@ def test_lists(capsys) -> None:
     out = capsys.readouterr().out
     for word in ("lora", "pissa", "split_qkv", "fewshot", "photo_crops", "vit_small_patch14_imgfocus"):
         assert word in out
-
-
-def test_data_check_of_an_embedded_set(capsys) -> None:
-    assert main(["data", "check", "digits"]) == 0
-    assert "1,797" in capsys.readouterr().out
-    assert len(open_images("digits").classes) == 10
 
 
 @pytest.mark.slow
