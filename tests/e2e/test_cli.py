@@ -66,12 +66,7 @@ def test_a_run_leaves_everything_a_number_needs(run_folder: Path) -> None:
     assert facts["adapt"]["arms"]["adapted"]["method"] == "lora" and facts["finished"]
     assert facts["wall_time_s"] > 0 and facts["cpu_time_s"] > 0
     assert [row["step"] for row in read_lines(run_folder / TRAINING / "metrics.jsonl")] == [1, 2, 3, 4]
-    for name in (
-        "report.md",
-        "report.html",
-        "config.resolved.yaml",
-        f"{TRAINING}/adapter/adapter.json",
-    ):
+    for name in ("report.md", "report.html", "config.resolved.yaml", f"{TRAINING}/adapter/adapter.json"):
         assert (run_folder / name).stat().st_size > 0
     assert list((run_folder / "figures").glob("*.svg"))
     (panel,) = (run_folder / "panels").glob("*.npz")

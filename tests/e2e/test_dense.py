@@ -595,10 +595,7 @@ def test_full_training_reaches_every_parameter_that_is_run(tmp_path: Path) -> No
         ({"data": {**SMALL["data"], "limit": 0}}, "data.limit is 0"),
         ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),
         ({"arms": {"a": {"tasks.edge.max_dist": 0.1}}}, "arms.a: tasks.edge.max_dist must be the same for all arms"),
-        (
-            {"arms": {"a": {"tasks.edge.positive_wieght": 0.9}}},
-            "leave it out. Near: 'tasks.edge.positive_weight'",
-        ),
+        ({"arms": {"a": {"tasks.edge.positive_wieght": 0.9}}}, "leave it out. Near: 'tasks.edge.positive_weight'"),
         (
             {"arms": {"a": {"only.dept.x": 1}}, "only": ["depth"]},
             "arms.a: 'only.dept': name one of depth, and its option. Near: 'depth'",

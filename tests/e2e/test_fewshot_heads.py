@@ -309,11 +309,7 @@ def test_the_foundation_table_has_every_vision_asset_and_four_families_of_the_hu
             "arms.a: unknown key 'model.blok'. Near: 'block'",
         ),
         (
-            {
-                "train": None,
-                "arms": {"a": {}},
-                "evaluate": {"models": ["frozen"], "attacks": [{"source": "a"}]},
-            },
+            {"train": None, "arms": {"a": {}}, "evaluate": {"models": ["frozen"], "attacks": [{"source": "a"}]}},
             "'a' needs a training, and this configuration trains nothing; take 'frozen'",
         ),
     ],

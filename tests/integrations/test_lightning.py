@@ -78,12 +78,7 @@ def test_a_checkpoint_has_the_adapter_alone_and_is_resumed(method: str, options,
 def test_a_checkpoint_of_another_base_method_or_setting_is_refused(method: str, options, message, tmp_path) -> None:
     fit(Module("lora", rank=2), tmp_path, VismtCallback(), 2)
     with pytest.raises(UserError, match=f"resume: the checkpoint is .*{message}"):
-        fit(
-            Module(method, rank=2, **options),
-            tmp_path / "b",
-            VismtCallback(),
-            checkpoint=tmp_path / "step=2.ckpt",
-        )
+        fit(Module(method, rank=2, **options), tmp_path / "b", VismtCallback(), checkpoint=tmp_path / "step=2.ckpt")
 
 
 def test_landing_is_driven(tmp_path: Path) -> None:

@@ -22,11 +22,7 @@ def comparisons(
 ):
     return [
         comparison(
-            name,
-            {arm: cell(0.4 + 0.01 * j, 0.02, 60) for arm in arms},
-            condition,
-            protocol=protocol,
-            chance=chance,
+            name, {arm: cell(0.4 + 0.01 * j, 0.02, 60) for arm in arms}, condition, protocol=protocol, chance=chance
         )
         for protocol in protocols
         for j, name in enumerate(sets)

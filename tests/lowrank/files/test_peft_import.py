@@ -164,10 +164,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda c, t: c.update(target_modules="(q_proj"),
         r"target_modules: '\(q_proj' is not a regular expression",
     ),
-    "bad layers": (
-        lambda c, t: c.update(layers_to_transform=["0"]),
-        r"layers_to_transform\[0\]: expected int",
-    ),
+    "bad layers": (lambda c, t: c.update(layers_to_transform=["0"]), r"layers_to_transform\[0\]: expected int"),
     "pissa by iteration": (lambda c, t: c.update(init_lora_weights="pissa_niter_4"), "pissa_niter_4' changed the base"),
     "corda": (lambda c, t: c.update(init_lora_weights="corda"), "cannot be replayed; convert it"),
     "olora": (lambda c, t: c.update(init_lora_weights="olora"), "cannot be replayed"),
