@@ -8,56 +8,39 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vismt import llm, lowrank, metatune, multitask, robustness
-    from vismt.api import audit, evaluate_fewshot, meta_tune, predict, train
-    from vismt.base.errors import UserError
-    from vismt.jobs.study_results import StudyResults
-    from vismt.lowrank.files.peft_folder import export_peft, import_peft
-    from vismt.lowrank.files.save_load import load_adapter, save_adapter
-    from vismt.lowrank.model.merge import merge
-    from vismt.lowrank.model.mixed import adapters_per_sample
-    from vismt.lowrank.model.named import activate, disabled, remove, unadapt
-    from vismt.lowrank.model.status import status
-    from vismt.lowrank.recompute import recompute
-    from vismt.methods import adapt, list_methods
-    from vismt.verification.verdict import Verdict
-    from vismt.verification.verify import verify
+    from vismt import llm as llm
+    from vismt import lowrank as lowrank
+    from vismt import metatune as metatune
+    from vismt import multitask as multitask
+    from vismt import robustness as robustness
+    from vismt.api import audit as audit
+    from vismt.api import evaluate_fewshot as evaluate_fewshot
+    from vismt.api import meta_tune as meta_tune
+    from vismt.api import predict as predict
+    from vismt.api import train as train
+    from vismt.base.errors import UserError as UserError
+    from vismt.jobs.study_results import StudyResults as StudyResults
+    from vismt.lowrank.files.peft_folder import export_peft as export_peft
+    from vismt.lowrank.files.peft_folder import import_peft as import_peft
+    from vismt.lowrank.files.save_load import load_adapter as load_adapter
+    from vismt.lowrank.files.save_load import save_adapter as save_adapter
+    from vismt.lowrank.model.merge import merge as merge
+    from vismt.lowrank.model.mixed import adapters_per_sample as adapters_per_sample
+    from vismt.lowrank.model.named import activate as activate
+    from vismt.lowrank.model.named import disabled as disabled
+    from vismt.lowrank.model.named import remove as remove
+    from vismt.lowrank.model.named import unadapt as unadapt
+    from vismt.lowrank.model.status import status as status
+    from vismt.lowrank.recompute import recompute as recompute
+    from vismt.methods import adapt as adapt
+    from vismt.methods import list_methods as list_methods
+    from vismt.verification.verdict import Verdict as Verdict
+    from vismt.verification.verify import verify as verify
 
 from vismt.base.exports import exports
 from vismt.base.registry import PLACES
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "StudyResults",
-    "UserError",
-    "Verdict",
-    "activate",
-    "adapt",
-    "adapters_per_sample",
-    "audit",
-    "disabled",
-    "evaluate_fewshot",
-    "export_peft",
-    "import_peft",
-    "list_methods",
-    "llm",
-    "load_adapter",
-    "lowrank",
-    "merge",
-    "meta_tune",
-    "metatune",
-    "multitask",
-    "predict",
-    "recompute",
-    "remove",
-    "robustness",
-    "save_adapter",
-    "status",
-    "train",
-    "unadapt",
-    "verify",
-]
 
 # The modules that hold the parts of an adapter, by the names that adapter files use.
 PLACES["adapter_modules"] = {

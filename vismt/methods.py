@@ -66,11 +66,6 @@ class Calibrate(Protocol):
     ) -> dict[str, Any]: ...
 
 
-def needs_nothing(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return an empty mapping: a job has nothing to provide."""
-    return {}
-
-
 @dataclass(frozen=True)
 class Method:
     """The declaration of a method.
@@ -102,7 +97,7 @@ class Method:
     section: str | None = None
     freezes: bool = False
     calibrate: Calibrate | None = None
-    needs: Callable[[Mapping[str, Any]], Mapping[str, str]] = needs_nothing
+    needs: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda options: {}
     merges: bool = True
     exports: bool = True
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -197,7 +192,7 @@ def check_adaptation(
     modules, _ = find_targets(model, settings["targets"], settings["exclude"], prequantized=True, readable=True)
     if targets is None:  # the method's own choice, which may leave out small modules
         modules = dict([max(modules.items(), key=lambda item: min(matrix_shape(item[1])))])
-    flags = {option: options[option] for option in ("rslora", "clamp_rank", "split_qkv") if option in options}
+    flags = {name: settings[name] for name in ("rslora", "clamp_rank", "split_qkv")}
     for path, module in modules.items():
         size: Any = pattern_value(path, settings["rank_pattern"], settings["rank"])
         LowRankLayer.plan(path, module, size, None, **flags)

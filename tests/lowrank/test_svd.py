@@ -159,6 +159,6 @@ def test_rank_deficient_weight_gives_finite_factors() -> None:
 
 
 def test_kaiming_bounds_and_zero() -> None:
-    A, B = kaiming(torch.zeros(7, 100), 50, generator())
+    A, B = kaiming(torch.zeros(7, 100), 50, 1.0, generator())
     # U(-b, b) with b = 1 / sqrt(100) = 0.1 has standard deviation b / sqrt(3) = 0.0577
     assert A.abs().max() <= 0.1 and abs(float(A.std()) - 0.0577) < 0.002 and not B.any()

@@ -420,7 +420,7 @@ def make(**changes: object) -> VBLLClassifier:
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"num_train": 0}, "num_train 0; it must be the number of training examples"),
+        ({"num_train": 0}, "num_train 0; it must be a whole number, at least 1"),
         ({"num_train": 0.5}, "num_train 0.5"),
         ({"num_classes": 1}, "1 classes on 6 features"),
         ({"covariance": "diagnal"}, "no covariance 'diagnal'. Near: 'diagonal'"),

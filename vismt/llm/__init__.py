@@ -7,40 +7,25 @@ from typing import TYPE_CHECKING
 from vismt.base.exports import exports
 
 if TYPE_CHECKING:
-    from vismt.llm.corda.covariance import collect_covariance
-    from vismt.llm.corda.files import load_covariances, save_covariances
-    from vismt.llm.ilora.method import gate_of, instance_gates, recompute_gates
-    from vismt.llm.lisa.method import LISA
-    from vismt.llm.polar.landing import Landing, orthonormalize_
-    from vismt.llm.polar.stiefel import landing_field
-    from vismt.llm.s2ft.method import check_slices
-    from vismt.llm.s2ft.selection import UnitSelection, select_units
-    from vismt.llm.s2ft.slices import read_slices, switch
-    from vismt.uncertainty.laplace import Laplace, fit_laplace
-    from vismt.uncertainty.temperature import fit_temperature
-    from vismt.uncertainty.vbll import VBLLClassifier, alternating_loss
-
-__all__ = [
-    "LISA",
-    "Landing",
-    "Laplace",
-    "UnitSelection",
-    "VBLLClassifier",
-    "alternating_loss",
-    "check_slices",
-    "collect_covariance",
-    "fit_laplace",
-    "fit_temperature",
-    "gate_of",
-    "instance_gates",
-    "landing_field",
-    "load_covariances",
-    "orthonormalize_",
-    "read_slices",
-    "recompute_gates",
-    "save_covariances",
-    "select_units",
-    "switch",
-]
+    from vismt.llm.corda.covariance import collect_covariance as collect_covariance
+    from vismt.llm.corda.files import load_covariances as load_covariances
+    from vismt.llm.corda.files import save_covariances as save_covariances
+    from vismt.llm.ilora.method import gate_of as gate_of
+    from vismt.llm.ilora.method import instance_gates as instance_gates
+    from vismt.llm.ilora.method import recompute_gates as recompute_gates
+    from vismt.llm.lisa.method import LISA as LISA
+    from vismt.llm.polar.landing import Landing as Landing
+    from vismt.llm.polar.landing import orthonormalize_ as orthonormalize_
+    from vismt.llm.polar.stiefel import landing_field as landing_field
+    from vismt.llm.s2ft.method import check_slices as check_slices
+    from vismt.llm.s2ft.selection import UnitSelection as UnitSelection
+    from vismt.llm.s2ft.selection import select_units as select_units
+    from vismt.llm.s2ft.slices import read_slices as read_slices
+    from vismt.llm.s2ft.slices import switch as switch
+    from vismt.uncertainty.laplace import Laplace as Laplace
+    from vismt.uncertainty.laplace import fit_laplace as fit_laplace
+    from vismt.uncertainty.temperature import fit_temperature as fit_temperature
+    from vismt.uncertainty.vbll import VBLLClassifier as VBLLClassifier
+    from vismt.uncertainty.vbll import alternating_loss as alternating_loss
 
 __getattr__, __dir__ = exports(__name__)

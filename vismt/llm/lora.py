@@ -12,48 +12,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Generator, Tensor, nn
+from torch import nn
 
 from vismt.llm.pissa.quantized import QuantizedLayer, quantized_layer
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
 from vismt.lowrank.model.record import AdaptReport
-from vismt.lowrank.model.targets import Targets
 from vismt.lowrank.svd import kaiming
 from vismt.methods import Method, register_method
 
 
-def lora(
-    model: nn.Module,
-    *,
-    targets: Targets,
-    rank: int,
-    alpha: float | None,
-    seed: int,
-    quantize: str | None = None,
-    **options: Any,
-) -> AdaptReport:
+def lora(model: nn.Module, *, quantize: str | None = None, **options: Any) -> AdaptReport:
     """Add factors with kaiming A and zero B: the function is unchanged until the first step, but for a quantisation.
 
     quantize: "nf4" or "bitsandbytes" as for 'pissa'; None for the original weights. Further options: those of `inject`.
     """
-    return inject(
-        model,
-        "lora",
-        kaiming_start,
-        offset=False,
-        targets=targets,
-        rank=rank,
-        alpha=alpha,
-        seed=seed,
-        **quantized_layer(model, quantize),
-        **options,
-    )
-
-
-def kaiming_start(weight: Tensor, rank: int, scale: float, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Return a kaiming A and a zero B for a weight, whatever the scale."""
-    return kaiming(weight, rank, generator)
+    return inject(model, "lora", kaiming, offset=False, **quantized_layer(model, quantize), **options)
 
 
 register_method(Method("lora", lora, layers=(LowRankLayer, QuantizedLayer)))

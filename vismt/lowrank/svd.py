@@ -1,6 +1,6 @@
 """Start values of factors, and the leading singular vectors that they need, exactly or by a seeded range finder.
 
-Starts are pure functions (weight, rank, ...) -> (A, B), with weight (o, i), A (r, i), B (o, r), DeltaW = scale * B @ A.
+Starts are pure functions (weight, rank, scale, generator) -> (A, B): weight (o, i), A (r, i), B (o, r), DeltaW = scale * B @ A.
 
     kaiming   A ~ U(-1/sqrt(i), 1/sqrt(i)), B = 0         LoRA (Hu et al., arXiv 2106.09685), the layout that peft has
     principal A = sqrt(S_r/s) V_r^T, B = U_r sqrt(S_r/s)   PiSSA (Meng et al., arXiv 2404.02948): s*B@A is the top-r part of W
@@ -106,8 +106,11 @@ def reciprocal(values: Tensor) -> Tensor:
     return torch.where(values > 0, 1 / values.clamp_min(torch.finfo(values.dtype).tiny), 0)
 
 
-def kaiming(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return uniform A with the variance of kaiming_uniform(a=sqrt(5)), zero B; both fp32 on CPU (fp64 for an fp64 weight)."""
+def kaiming(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return uniform A with the variance of kaiming_uniform(a=sqrt(5)), zero B, whatever the scale.
+
+    Both are fp32 on the CPU (fp64 for an fp64 weight).
+    """
     out_features, in_features = weight.shape
     dtype = working_dtype(weight)
     bound = 1 / math.sqrt(in_features)
@@ -116,7 +119,7 @@ def kaiming(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tens
 
 
 def principal(
-    weight: Tensor, rank: int, scale: float, *, method: str = "exact", generator: torch.Generator
+    weight: Tensor, rank: int, scale: float, generator: torch.Generator, method: str = "exact"
 ) -> tuple[Tensor, Tensor]:
     """Return balanced top-`rank` factors of `weight`: scale * B @ A is its best rank-r approximation for any scale.
 

@@ -160,10 +160,8 @@ class _Table:
 
     def save(self) -> None:
         if self.path is not None and len(self.rows) > self._saved:
-            known = {
-                **_stored_rows(self.path, torch.device("cpu")),
-                **self.rows,
-            }  # those that another process has written
+            written = _stored_rows(self.path, torch.device("cpu"))  # also by other processes
+            known = {**written, **self.rows}
             rows = torch.tensor(sorted(known))
             write_stored(self.path, {"rows": rows, "features": torch.stack([known[int(row)].cpu() for row in rows])})
             self._saved = len(self.rows)

@@ -143,10 +143,8 @@ class EpisodeObjective(nn.Module):
         """Map support (s, 3, h, w), support_labels (s,), query (m, 3, h, w) and query_labels (m,) to two scalars."""
         logits = self.proto(batch["support"], batch["support_labels"], batch["query"])
         labels = batch["query_labels"]
-        return {
-            "loss": F.cross_entropy(logits.float(), labels),
-            "accuracy": (logits.argmax(1) == labels).float().mean(),
-        }
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        return {"loss": F.cross_entropy(logits.float(), labels), "accuracy": accuracy}
 
 
 class EpisodeBatches:

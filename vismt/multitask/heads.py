@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, need_whole, require_known
 from vismt.base.registry import Registry
 from vismt.config.typed import arguments
 
@@ -58,7 +58,7 @@ class Head(nn.Module, ABC):
         if not self.widths:
             raise UserError("head: no tap; give the width of each tap.")
         for what, value in (("channels", channels), *(("width", width) for width in self.widths)):
-            positive("head", what, value)
+            need_whole(f"head: {what}", value)
 
     def forward(self, taps: Sequence[Tensor]) -> Tensor:
         """Return logits (b, channels, R, C); `PooledHead` returns (b, channels).
@@ -114,17 +114,11 @@ class ConvHead(Head):
     """
 
     def __init__(
-        self,
-        widths: Sequence[int],
-        channels: int,
-        *,
-        hidden: int | None = None,
-        scale: int = 4,
-        norm: str = "group",
+        self, widths: Sequence[int], channels: int, *, hidden: int | None = None, scale: int = 4, norm: str = "group"
     ) -> None:
         super().__init__(widths, channels)
-        hidden = self.widths[-1] if hidden is None else positive("conv", "hidden", hidden)
-        self.scale = positive("conv", "scale", scale)
+        hidden = self.widths[-1] if hidden is None else need_whole("conv: hidden", hidden)
+        self.scale = need_whole("conv: scale", scale)
         self.fuse = nn.Conv2d(self.widths[-1], hidden, 3, padding=1, bias=False)
         self.norm = make_norm("conv", norm, hidden)
         self.predict = nn.Conv2d(hidden, channels, 1)
@@ -146,18 +140,12 @@ class SegFormerHead(Head):
     """
 
     def __init__(
-        self,
-        widths: Sequence[int],
-        channels: int,
-        *,
-        hidden: int = 256,
-        scale: int | None = None,
-        norm: str = "group",
+        self, widths: Sequence[int], channels: int, *, hidden: int = 256, scale: int | None = None, norm: str = "group"
     ) -> None:
         super().__init__(widths, channels)
-        positive("segformer", "hidden", hidden)
+        need_whole("segformer: hidden", hidden)
         scale = (1 if self.pyramid else 4) if scale is None else scale
-        self.scale = positive("segformer", "scale", scale)
+        self.scale = need_whole("segformer: scale", scale)
         self.project = nn.ModuleList(nn.Conv2d(width, hidden, 1) for width in self.widths)
         self.fuse = nn.Conv2d(len(self.widths) * hidden, hidden, 1, bias=False)
         self.norm = make_norm("segformer", norm, hidden)
@@ -184,7 +172,7 @@ class DptHead(Head):
         super().__init__(widths, channels)
         if len(self.widths) != 4:
             raise UserError(f"dpt: {len(self.widths)} taps; it fuses four: name four blocks, from shallow to deep.")
-        if positive("dpt", "hidden", hidden) % 2:
+        if need_whole("dpt: hidden", hidden) % 2:
             raise UserError(f"dpt: hidden {hidden}; it must be even.")
         self.project = nn.ModuleList(nn.Conv2d(width, hidden, 1) for width in self.widths)
         scales: list[nn.Module] = [nn.Identity() for _ in self.widths]
@@ -196,9 +184,7 @@ class DptHead(Head):
         self.lateral = nn.ModuleList(ResidualUnit(hidden) for _ in range(3))
         self.refine = nn.ModuleList(ResidualUnit(hidden) for _ in range(4))
         self.predict = nn.Sequential(
-            nn.Conv2d(hidden, hidden // 2, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(hidden // 2, channels, 1),
+            nn.Conv2d(hidden, hidden // 2, 3, padding=1), nn.GELU(), nn.Conv2d(hidden // 2, channels, 1)
         )
 
     def decode(self, taps: list[Tensor]) -> Tensor:
@@ -290,10 +276,3 @@ def make_norm(head: str, norm: str, width: int) -> nn.Module:
     """Return GroupNorm with the largest number of groups, at most 32, that divides `width`, or BatchNorm."""
     require_known(f"{head}: norm", [norm], NORMS)
     return nn.GroupNorm(math.gcd(width, GROUPS), width) if norm == "group" else nn.BatchNorm2d(width)
-
-
-def positive(head: str, option: str, value: Any) -> int:
-    """Return `value`; raise UserError unless it is a whole number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{head}: {option} {value!r}; it must be a whole number, at least 1.")
-    return value

@@ -63,11 +63,7 @@ class TaskObjective(nn.Module, ABC):
     """
 
     def __init__(
-        self,
-        net: nn.Module,
-        balancer: Balancer | None,
-        balanced: Sequence[Tensor],
-        retain: QualityRetaining | None,
+        self, net: nn.Module, balancer: Balancer | None, balanced: Sequence[Tensor], retain: QualityRetaining | None
     ) -> None:
         super().__init__()
         self.net, self.balancer, self.retain = net, balancer, retain

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vismt.backbones.any_module import UNKNOWN
 from vismt.backbones.pyramid import size_of
 from vismt.backbones.timm_models import timm_model
+from vismt.backbones.weights import read_checkpoint
 from vismt.base.errors import UserError, near
 from vismt.base.registry import first_line, import_own, working_folder_on_path
 from vismt.storage.files import parse_json
@@ -160,12 +161,7 @@ def _create(name: str, num_classes: int | None, pretrained: bool, **options: Any
     fresh = {"num_classes": num_classes} if num_classes and not pretrained else {}
     try:
         net = timm_model(name, pretrained=pretrained, **fresh, **options)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-    ) as error:  # TypeError: an img_size that the model does not take
+    except (OSError, RuntimeError, ValueError, TypeError) as error:  # the last: an img_size that it does not take
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model '{name}': timm cannot build it or get its weights ({reason}).") from error
     if num_classes is not None and net.num_classes != num_classes:
@@ -191,7 +187,7 @@ def _from_file(path: Path, config: dict[str, Any], architecture: str | None, num
         )
     arguments = {"img_size": config.get("img_size"), **config.get("model_args", {})}
     options = {name: arguments[name] for name in ("img_size", "global_pool") if arguments.get(name)}
-    state = _read_state(path)
+    state = read_checkpoint(path)
     net = _create(architecture, None, pretrained=False)
     stock: Any = net.pretrained_cfg
     names = stock.get("classifier") or ()
@@ -207,27 +203,6 @@ def _from_file(path: Path, config: dict[str, Any], architecture: str | None, num
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"checkpoint '{path}' does not fit {architecture}: {reason}") from error
     return net
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    state: Any
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has another error for a broken file; all mean the same to the user
-        raise UserError(
-            f"checkpoint '{path}' cannot be read ({type(error).__name__}): broken, or not plain weights."
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"checkpoint '{path}' holds no state dict of tensors (at the top, in state_dict or in model).")
-    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def classifier_from_function(name: str) -> tuple[nn.Module, int]:

@@ -141,9 +141,7 @@ class AttackConfig:
             )
         step = None if self.step_size is None else fraction(self.step_size, "attack.step_size")
         epsilon = fraction(self.epsilon, "attack.epsilon")
-        return AttackSpec(
-            self.name, epsilon, step, self.steps, self.norm, self.restarts, seed, random_start=self.random_start
-        )
+        return AttackSpec(self.name, epsilon, step, self.steps, self.norm, self.restarts, seed, self.random_start)
 
     def dense(self, known: Sequence[str]) -> DenseAttack:
         """Return the attack of a dense net; known: the tasks of its run."""

@@ -137,19 +137,10 @@ def evaluate_examples(
         **({} if quantile is None else {"quantile": quantile}),
         **({} if smoothing is None else smoothing.settings()),
     }
-    fields = _fields(conditions, forms or {}, num_classes, quantile, smoothing)
+    questions = _Questions(conditions, forms or {}, num_classes, quantile, smoothing)
     lost = {name: f"{name} lost" for name, spec in conditions.items() if isinstance(spec, AttackSpec)}
-    fields |= {name: Field(0, 1, whole=True, optional=True) for name in lost.values()}  # older records have none
-    log = Records(records, settings, fields, key="id")
-    evaluate = partial(
-        _evaluate_batch,
-        model,
-        conditions=conditions,
-        forms=forms or {},
-        num_classes=num_classes,
-        quantile=quantile,
-        smoothing=smoothing,
-    )
+    optional = {name: Field(0, 1, whole=True, optional=True) for name in lost.values()}  # older records have none
+    log = Records(records, settings, questions.fields() | optional, key="id")
     rows: dict[str, dict] = {}
 
     def run(numbered: tuple[int, Callable[[], Batch]]) -> tuple[dict[str, int], list[dict]]:
@@ -168,7 +159,7 @@ def evaluate_examples(
         names = dict(zip(ids, labels.tolist(), strict=True))
         if all(name in log for name in ids):
             return names, []
-        return names, evaluate(images, labels, ids, number=number)
+        return names, questions.records(model, images, labels, ids, number)
 
     with log, console.bar("eval", label, len(batches) if isinstance(batches, Sized) else 0) as bar:
         for names, found in ranks.share(enumerate(_loads(batches)), run):
@@ -191,30 +182,69 @@ def _loads(batches: Iterable[Batch]) -> Iterator[Callable[[], Batch]]:
         yield from (lambda batch=batch: batch for batch in batches)
 
 
-def _fields(
-    conditions: Iterable[str],
-    forms: Iterable[str],
-    num_classes: int,
-    quantile: float | None,
-    smoothing: Smoothing | None,
-) -> dict[str, Field]:
-    """Return the fields of a record besides its id."""
-    answer, distance = Field(0, num_classes - 1, whole=True), Field(0)
-    fields = {"label": answer, "clean": answer}
-    for name in conditions:
-        fields.update({name: answer, f"{name} linf": distance, f"{name} l2": distance})
-    if smoothing is not None:
-        fields |= {
-            smoothing.label: Field(ABSTAINED, num_classes - 1, whole=True),
-            f"{smoothing.label} radius": distance,
-        }
-    with_sets = [] if quantile is None else [CLEAN.label, *conditions]
-    fields.update({f"{name} set": Field(0, num_classes, whole=True) for name in with_sets})
-    for name in (*forms, *with_sets):
-        fields.update(
-            {name: answer, f"{name} confidence": SHARE, f"{name} nll": distance, f"{name} brier": Field(0, 2)}
-        )
-    return fields
+@dataclass(frozen=True)
+class _Questions:
+    """What is recorded of every example. conditions: by text. forms, quantile, smoothing: as for `evaluate_examples`."""
+
+    conditions: Mapping[str, DirectPerturbation]
+    forms: Mapping[str, Form]
+    num_classes: int
+    quantile: float | None
+    smoothing: Smoothing | None
+
+    def fields(self) -> dict[str, Field]:
+        """Return the fields of a record besides its id."""
+        answer, distance = Field(0, self.num_classes - 1, whole=True), Field(0)
+        fields = {"label": answer, "clean": answer}
+        for name in self.conditions:
+            fields.update({name: answer, f"{name} linf": distance, f"{name} l2": distance})
+        if self.smoothing is not None:
+            name = self.smoothing.label
+            fields |= {name: Field(ABSTAINED, self.num_classes - 1, whole=True), f"{name} radius": distance}
+        with_sets = [] if self.quantile is None else [CLEAN.label, *self.conditions]
+        fields.update({f"{name} set": Field(0, self.num_classes, whole=True) for name in with_sets})
+        for name in (*self.forms, *with_sets):
+            quality = {f"{name} confidence": SHARE, f"{name} nll": distance, f"{name} brier": Field(0, 2)}
+            fields |= {name: answer, **quality}
+        return fields
+
+    def records(self, model: nn.Module, images: Tensor, labels: Tensor, ids: Sequence[str], number: int) -> list[dict]:
+        """Return the records of batch `number`."""
+        classes = self.num_classes
+
+        def with_sets(name: str, logits: Tensor) -> dict[str, list]:
+            if self.quantile is None:
+                return {}
+            return probability_columns(name, logits.cpu().double(), labels.cpu(), self.quantile)
+
+        device = next((p.device for p in model.parameters()), images.device)
+        images, labels = images.to(device), labels.to(device)
+        logits = _logits(model, images, classes)
+        columns: dict[str, list] = {"id": list(ids), "label": labels.tolist(), "clean": logits.argmax(1).tolist()}
+        columns |= with_sets(CLEAN.label, logits)
+        for name, form in self.forms.items():
+            columns |= probability_columns(name, form(logits.cpu().double()), labels.cpu())
+        for condition, spec in self.conditions.items():
+            keys = batch_keys(spec, number, len(images))
+            if isinstance(spec, AttackSpec):
+                outcome = spec.search(model, images, labels, num_classes=classes, keys=keys)
+                perturbed = outcome.adversarial
+            else:
+                perturbed = spec.perturb(model, images, labels, num_classes=classes, keys=keys)
+            change = (perturbed - images).flatten(1).float()
+            attacked = _logits(model, perturbed, classes)
+            if isinstance(spec, AttackSpec):
+                columns[f"{condition} lost"] = outcome.lost(attacked, condition).int().tolist()
+            columns[condition] = attacked.argmax(1).tolist()
+            columns |= with_sets(condition, attacked)
+            columns[f"{condition} linf"] = change.abs().amax(1).tolist()
+            columns[f"{condition} l2"] = change.norm(dim=1).tolist()
+        if self.smoothing is not None:
+            keys = [(number, position) for position in range(len(images))]
+            logits_of = partial(_logits, model, num_classes=classes)
+            found, radii = self.smoothing.certify(logits_of, images, keys)
+            columns |= {self.smoothing.label: found.tolist(), f"{self.smoothing.label} radius": radii.tolist()}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def accuracies(
@@ -254,12 +284,7 @@ def certified_accuracies(rows: Sequence[Mapping], smoothing: Smoothing) -> list[
     ]
 
 
-def _check_batch(
-    images: Tensor,
-    labels: Tensor,
-    ids: Sequence[str],
-    num_classes: int,
-) -> None:
+def _check_batch(images: Tensor, labels: Tensor, ids: Sequence[str], num_classes: int) -> None:
     if not len(labels) == len(images) == len(ids) or not len(ids):
         raise UserError(f"evaluate: a batch has {len(images)} images, {len(labels)} labels and {len(ids)} ids.")
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
@@ -276,57 +301,6 @@ def _check_ids(ids: Sequence[str], labels: Sequence[int], previous: Mapping[str,
     for name, label in zip(ids, labels, strict=True):
         if name in log and log[name]["label"] != label:
             raise UserError(f"evaluate: '{name}' is on record with label {log[name]['label']}, now it has {label}.")
-
-
-def _evaluate_batch(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    ids: Sequence[str],
-    *,
-    conditions: Mapping[str, DirectPerturbation],
-    forms: Mapping[str, Form],
-    num_classes: int,
-    quantile: float | None,
-    smoothing: Smoothing | None,
-    number: int,
-) -> list[dict]:
-    """Return the records of batch `number`."""
-
-    def with_sets(name: str, logits: Tensor) -> dict[str, list]:
-        return {} if quantile is None else probability_columns(name, logits.cpu().double(), labels.cpu(), quantile)
-
-    device = next((p.device for p in model.parameters()), images.device)
-    images, labels = images.to(device), labels.to(device)
-    logits = _logits(model, images, num_classes)
-    columns: dict[str, list] = {
-        "id": list(ids),
-        "label": [int(label) for label in labels],
-        "clean": logits.argmax(1).tolist(),
-    }
-    columns |= with_sets(CLEAN.label, logits)
-    for name, form in forms.items():
-        columns |= probability_columns(name, form(logits.cpu().double()), labels.cpu())
-    for condition, spec in conditions.items():
-        keys = batch_keys(spec, number, len(images))
-        if isinstance(spec, AttackSpec):
-            outcome = spec.search(model, images, labels, num_classes=num_classes, keys=keys)
-            perturbed = outcome.adversarial
-        else:
-            perturbed = spec.perturb(model, images, labels, num_classes=num_classes, keys=keys)
-        change = (perturbed - images).flatten(1).float()
-        attacked = _logits(model, perturbed, num_classes)
-        if isinstance(spec, AttackSpec):
-            columns[f"{condition} lost"] = outcome.lost(attacked, condition).int().tolist()
-        columns[condition] = attacked.argmax(1).tolist()
-        columns |= with_sets(condition, attacked)
-        columns[f"{condition} linf"] = change.abs().amax(1).tolist()
-        columns[f"{condition} l2"] = change.norm(dim=1).tolist()
-    if smoothing is not None:
-        keys = [(number, position) for position in range(len(images))]
-        found, radii = smoothing.certify(partial(_logits, model, num_classes=num_classes), images, keys)
-        columns |= {smoothing.label: found.tolist(), f"{smoothing.label} radius": radii.tolist()}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def batch_keys(spec: DirectPerturbation, number: int, count: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,18 +141,9 @@ def _reach(spec: AttackSpec) -> float | None:
 
 
 def check_episodes(
-    proto: FewShotModel,
-    pixels: PixelStore,
-    sampler: Sampler,
-    *,
-    episodes: int = 10,
-    radii: Sequence[float] = RADII,
-    records: Path | None = None,
-    data: str = "data",
-    fingerprint: str = "",
-    label: str | None = None,
+    proto: FewShotModel, pixels: PixelStore, sampler: Sampler, *, radii: Sequence[float] = RADII, **options: Any
 ) -> MaskingCheck:
-    """Run PGD-10 at `radii`, and `strong` at the default radius, on the first `episodes` >= 2 episodes of the protocol.
+    """Run PGD-10 at `radii`, and `strong` at the default radius, on the first `episodes` (10) of the protocol.
 
     radii: l_inf, in pixel units of [0, 1]; 0 is the clean accuracy. The other arguments are those of `run_protocol`; n of
     the returned check counts episodes.
@@ -160,17 +151,8 @@ def check_episodes(
     spec = AttackSpec()
     attacks = {radius: replace(spec, epsilon=radius) for radius in sorted(set(radii) - {0.0} | {spec.epsilon})}
     strong = _strong(spec)
-    accuracies = run_protocol(
-        proto,
-        pixels,
-        sampler,
-        episodes=episodes,
-        attacks=[*attacks.values(), strong],
-        records=records,
-        data=data,
-        fingerprint=fingerprint,
-        label=label,
-    )
+    options = {"episodes": 10, **options, "attacks": [*attacks.values(), strong]}
+    accuracies = run_protocol(proto, pixels, sampler, **options)
     curve = {0.0: accuracies["clean"]}
     curve |= {
         radius: accuracies[attack.describe(sampler.min_ways)] for radius, attack in attacks.items() if radius in radii

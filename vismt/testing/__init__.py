@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vismt.testing.method_contract import check_method
+    from vismt.testing.method_contract import check_method as check_method
 
 from vismt.base.exports import exports
-
-__all__ = ["check_method"]
 
 __getattr__, __dir__ = exports(__name__)

@@ -60,11 +60,6 @@ def weakest_kind(kinds: Sequence[Covers]) -> Covers:
     return cast(Covers, f"{weakest}+seeds" if seeds else weakest)
 
 
-def with_seeds_kind(kind: Covers) -> Covers:
-    """Return the kind of an interval of `kind` that has the spread of training seeds as well."""
-    return cast(Covers, kind if not kind or "seeds" in kind else f"{kind}+seeds")
-
-
 def without_seeds_kind(kind: Covers) -> Covers:
     """Return the kind of an interval without its training seeds."""
     return cast(Covers, kind.removesuffix("+seeds"))
@@ -140,7 +135,10 @@ class Estimate:
                 A group of one has no spread.
         """
         spreads = tuple((variance(scores) / len(scores), len(scores) - 1.0) for scores in groups if len(scores) > 1)
-        return replace(self, sources=self.sources + spreads, covers=with_seeds_kind(self.covers)) if spreads else self
+        if not spreads:
+            return self
+        covers = self.covers if not self.covers or "seeds" in self.covers else cast(Covers, f"{self.covers}+seeds")
+        return replace(self, sources=self.sources + spreads, covers=covers)
 
 
 def student_quantile(level: float, freedom: float) -> float:

@@ -169,10 +169,7 @@ class Laplace(GaussianHead):
         return self.logit_distribution(features)
 
     def tune(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        grid: Sequence[float] = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0),
+        self, features: Tensor, labels: Tensor, grid: Sequence[float] = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
     ) -> dict[float, float]:
         """Set prior_precision to the value of `grid` with the smallest validation NLL.
 

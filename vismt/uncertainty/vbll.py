@@ -35,7 +35,7 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, need_whole
 from vismt.uncertainty.predictive import GaussianHead, full_precision
 
 
@@ -58,9 +58,9 @@ class Covariance(nn.Module, ABC):
     def variances(self) -> Tensor:
         """Return the diagonals (k, d) of S_c."""
 
-    @abstractmethod
     def logdet(self) -> Tensor:
-        """Return log det S_c (k,)."""
+        """Return log det S_c (k,), here of a triangular root whose diagonal is exp(log_std)."""
+        return 2 * self.log_std.sum(1)
 
 
 class DiagonalCovariance(Covariance):
@@ -71,9 +71,6 @@ class DiagonalCovariance(Covariance):
 
     def variances(self) -> Tensor:
         return torch.exp(2 * self.log_std)
-
-    def logdet(self) -> Tensor:
-        return 2 * self.log_std.sum(1)
 
 
 class DenseCovariance(Covariance):
@@ -100,9 +97,6 @@ class DenseCovariance(Covariance):
     def variances(self) -> Tensor:
         return self.factor().square().sum(-1)
 
-    def logdet(self) -> Tensor:
-        return 2 * self.log_std.sum(1)
-
 
 class LowRankCovariance(Covariance):
     """S_c = U_c U_c^T + diag(std_c^2): k d (r + 1) numbers. factor: U (k, d, r)."""
@@ -127,7 +121,7 @@ class LowRankCovariance(Covariance):
     def logdet(self) -> Tensor:
         scaled = self.factor * torch.exp(-self.log_std).unsqueeze(-1)
         excess = torch.linalg.eigvalsh(scaled.mT @ scaled).clamp_min(0)
-        return 2 * self.log_std.sum(1) + torch.log1p(excess).sum(1)
+        return super().logdet() + torch.log1p(excess).sum(1)
 
 
 COVARIANCES = ("diagonal", "dense", "lowrank")
@@ -219,10 +213,7 @@ class VBLLClassifier(GaussianHead):
             raise UserError(
                 f"VBLLClassifier: {num_classes} classes on {in_features} features; needed 2 and 1 at least."
             )
-        if isinstance(num_train, bool) or not isinstance(num_train, int) or num_train < 1:
-            raise UserError(
-                f"VBLLClassifier: num_train {num_train!r}; it must be the number of training examples, at least 1."
-            )
+        need_whole("VBLLClassifier: num_train", num_train)
         self.options = VBLLOptions(covariance, prior_scale, **options)
         self.spread = self.options.make_covariance(num_classes, in_features, device)
         self.num_train = num_train

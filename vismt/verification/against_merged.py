@@ -106,7 +106,9 @@ def _explained(facts: Facts, base: Located, merged: Located, path: str, found: F
         return "transposed", "the update was added transposed"
     if update.magnitude is not None and _cosine(update, E) > max(0.5, 2 * own):
         return "dora", "the magnitudes of DoRA were left out"
-    if own < 0.3 and any(_cosine(other, E) > 0.5 for other in _alike(facts, path, update.shape)):
+    others = [module for other, module in facts.modules.items() if other != path and shape_of(module) == update.shape]
+    alike = (update_of(facts, module) for module in others)
+    if own < 0.3 and any(other is not None and _cosine(other, E) > 0.5 for other in alike):
         return "swapped", "the update of another module of the adapter was added"
     third, rest = divmod(update.shape[0], 3)
     if not rest and any(word in path for word in FUSED):
@@ -121,14 +123,6 @@ def _explained(facts: Facts, base: Located, merged: Located, path: str, found: F
 def _cosine(update: Update, E: Tensor) -> float:
     sizes = update.norm() * float(E.norm())
     return update.product(E) / sizes if sizes else 0.0
-
-
-def _alike(facts: Facts, path: str, shape: tuple[int, int]) -> Iterable[Update]:
-    """Yield the updates of the other modules of a shape."""
-    for other, module in facts.modules.items():
-        found = update_of(facts, module) if other != path and shape_of(module) == shape else None
-        if found is not None:
-            yield found
 
 
 def _rounding(fits: Mapping[str, Fit]) -> Iterable[Finding]:

@@ -190,12 +190,10 @@ def _read_settings(facts: Facts) -> None:
 
 def _scale_of_peft(settings: PeftSettings | None, module: ModuleFacts) -> None:
     factor = module.tensors.get("A") or module.tensors.get("embedding_A")
-    stacked = settings is not None and names_stack(settings.target_parameters or [], module.key)
-    if (
-        factor is not None
-        and factor.shape
-        and not (stacked and settings is not None and not settings.names(module.named))
-    ):
+    stacked = (
+        settings and names_stack(settings.target_parameters or [], module.key) and not settings.names(module.named)
+    )
+    if factor is not None and factor.shape and not stacked:
         module.rank = factor.shape[0]  # of experts in one parameter, whose number the file does not hold, it is e r
     if settings is not None:
         module.declared, scale = settings.scale(module.named)

@@ -12,7 +12,7 @@ An update is a pair of factors, D = s B A, or that of DoRA (arXiv 2402.09353), m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -156,9 +156,9 @@ def fit(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool = False) -
     return Fit("other", **found)
 
 
-def _chunks(W: Tensor) -> Iterator[slice]:
+def _chunks(W: Tensor) -> list[slice]:
     step = max(1, CHUNK // W.shape[1])
-    return (slice(start, start + step) for start in range(0, W.shape[0], step))
+    return [slice(start, start + step) for start in range(0, W.shape[0], step)]
 
 
 def _sums(
@@ -166,7 +166,7 @@ def _sums(
     M: Tensor,
     update: Update,
     merge: Merge,
-    chunks: Iterator[slice],
+    chunks: Sequence[slice],
     ways: Sequence[Rounded],
     *,
     wide: bool = True,
@@ -226,12 +226,11 @@ def rules(update: Update, rank: int, rslora: bool) -> dict[str, Merge]:
 
 def _named(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool) -> tuple[float, str] | None:
     """Return the factor other than 1 that fits best, with its rules; None where 1 or no factor fits."""
-    step = max(1, CHUNK // W.shape[1])
-    starts = list(range(0, W.shape[0], step))
-    chosen = starts[:: max(1, len(starts) * CHUNK // SAMPLE)] or starts
+    chunks = _chunks(W)
+    chosen = chunks[:: max(1, len(chunks) * CHUNK // SAMPLE)]
 
     def at(merge: Merge) -> _Sums:
-        return _sums(W, M, update, merge, (slice(start, start + step) for start in chosen), _ways(M.dtype))
+        return _sums(W, M, update, merge, chosen, _ways(M.dtype))
 
     present = at(Merge())
     trials = {name: (merge, at(merge)) for name, merge in rules(update, rank, rslora).items()}

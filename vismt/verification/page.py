@@ -37,16 +37,18 @@ def write_page(verdict: Verdict, path: Path) -> Path:
 def _findings(verdict: Verdict) -> Section:
     rows = [[finding.level, finding.text, finding.fix or "–"] for finding in verdict.findings]
     note = "broken: a reader fails or computes something else; suspicious: look; note: no effect on the verdict."
-    return Section("Findings", [(Table("", ["level", "what was seen", "fix"], rows, set(), 3), note)] if rows else [])
+    return _section("Findings", ["level", "what was seen", "fix"], rows, 3, note)
 
 
 def _readers(verdict: Verdict) -> Section:
     lines = [(*row["line"].split(": ", 1), row) for row in verdict.readers]
     rows = [[reader, answer, row["source"], ". ".join(row["remarks"]) or "–"] for reader, answer, row in lines]
     note = "expected: by rules that were not run here."
-    return Section(
-        "Readers", [(Table("", ["reader", "answer", "version", "remarks"], rows, set(), 4), note)] if rows else []
-    )
+    return _section("Readers", ["reader", "answer", "version", "remarks"], rows, 4, note)
+
+
+def _section(title: str, heads: list[str], rows: list[list[str]], texts: int, note: str) -> Section:
+    return Section(title, [(Table("", heads, rows, set(), texts), note)] if rows else [])
 
 
 def _probe(verdict: Verdict) -> Section:
@@ -58,7 +60,7 @@ def _probe(verdict: Verdict) -> Section:
         value, low, high = (text(row[name]) for name in ("value", "low", "high"))
         rows.append([row["model"], row["measure"], f"{value} [{low}, {high}]", f"{row['n']:,}"])
     note = "[ ]: 95 % intervals by Student's t over examples; differences are paired."
-    return Section("Probe", [(Table("", ["model", "measure", "value", "n"], rows, set(), 2), note)] if rows else [])
+    return _section("Probe", ["model", "measure", "value", "n"], rows, 2, note)
 
 
 def _layers(verdict: Verdict, folder: Path) -> Section:
@@ -79,9 +81,8 @@ def _layers(verdict: Verdict, folder: Path) -> Section:
     for place, name in enumerate(names):
         axes.axhline(place, color=GRID, linewidth=0.8, zorder=0)
         for _, value, row in groups[name]:
-            axes.plot(
-                value, place, "o", markersize=6, alpha=0.7, color=OF_FIT.get(row.fit or "", MUTED), markeredgewidth=0
-            )
+            color = OF_FIT.get(row.fit or "", MUTED)
+            axes.plot(value, place, "o", markersize=6, alpha=0.7, color=color, markeredgewidth=0)
     axes.set_yticks(range(len(names)), [short(name, 18) for name in names])
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -92,14 +93,10 @@ def _layers(verdict: Verdict, folder: Path) -> Section:
     rest = any((row.fit or "") not in OF_FIT for row in verdict.modules)
     words = [kinds[kind] for kind in shown] + (["not compared with a merged checkpoint"] if rest else [])
     legend(figure, words, [OF_FIT[kind] for kind in shown] + ([MUTED] if rest else []), 1.5)
-    picture = Picture(
-        save(figure, folder / "layers.svg"), "Layers", f"A point for each adapted module: {what} by kind of module."
-    )
-    return Section(
-        "Layers",
-        [(_modules(verdict), "factor: k of W + k ΔW in the merged checkpoint. erased: share that rounding takes.")],
-        [picture],
-    )
+    caption = f"A point for each adapted module: {what} by kind of module."
+    note = "factor: k of W + k ΔW in the merged checkpoint. erased: share that rounding takes."
+    picture = Picture(save(figure, folder / "layers.svg"), "Layers", caption)
+    return Section("Layers", [(_modules(verdict), note)], [picture])
 
 
 def _modules(verdict: Verdict) -> Table:

@@ -55,18 +55,15 @@ def probe(facts: Facts, base: str, merged: str | None, data: str) -> tuple[list[
         adapted.append(_score(after, example[1], texts))
         moved.append(float(F.kl_div(before, after, log_target=True, reduction="batchmean")))
     name = "NLL" if texts else "accuracy"
-    rows = [
-        _row("base", name, plain),
-        _row("adapter", name, adapted),
-        _row("adapter - base", name, _minus(adapted, plain)),
-    ]
+    change = _minus(adapted, plain)
+    rows = [_row("base", name, plain), _row("adapter", name, adapted), _row("adapter - base", name, change)]
     rows.append(_row("adapter || base", "KL", moved))
-    findings = _changes(_minus(adapted, plain), moved, texts)
+    findings = _changes(change, moved, texts)
     if merged is not None:
         third = create_lm(merged)[0] if texts else load_classifier(merged)
         held = [_score(_answers(third, example), example[1], texts) for example in examples]
         rows += [_row("merged", name, held), _row("merged - adapter", name, _minus(held, adapted))]
-        findings += _merged(_minus(held, adapted), _minus(adapted, plain))
+        findings += _merged(_minus(held, adapted), change)
     return rows, findings
 
 
@@ -132,11 +129,11 @@ def _minus(one: Sequence[float], two: Sequence[float]) -> list[float]:
 
 
 def _row(model: str, measure: str, values: Sequence[float]) -> Row:
-    numbers: tuple[float | None, ...] = (None, None, None)
+    value = low = high = None
     if torch.tensor(values).isfinite().all():
         found = estimate(values)
-        numbers = (found.mean, *found.bounds)
-    return {"model": model, "measure": measure, **dict(zip(("value", "low", "high"), numbers)), "n": len(values)}
+        value, (low, high) = found.mean, found.bounds
+    return {"model": model, "measure": measure, "value": value, "low": low, "high": high, "n": len(values)}
 
 
 def _changes(differences: list[float], moved: list[float], texts: bool) -> list[Finding]:
@@ -144,9 +141,8 @@ def _changes(differences: list[float], moved: list[float], texts: bool) -> list[
     if not all(torch.tensor(values).isfinite().all() for values in (differences, moved)):
         return [Finding("broken", "collapses", "the model with the adapter answers with NaN or infinite values")]
     if max(moved) < UNCHANGED:
-        return [
-            Finding("suspicious", "no-effect", f"the adapter does not change the model on these {len(moved)} examples")
-        ]
+        text = f"the adapter does not change the model on these {len(moved)} examples"
+        return [Finding("suspicious", "no-effect", text)]
     low, high = estimate(differences).bounds
     if texts and low > COLLAPSED:
         text = f"the adapter adds {low:.2f} to {high:.2f} nats a token to the base's NLL on this set (95 %)"

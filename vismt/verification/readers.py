@@ -129,17 +129,13 @@ def _reading(reader: str, case: Case, met: Sequence[Met]) -> Reading:
     facts = case.facts
     groups = {name: GROUPS.get(tensor.role, "others") for name, tensor in facts.tensors.items()}
     effects, remarks, lacking = dict.fromkeys(groups, "used"), [], set[str]()
-
     for one in met:
         effect = one.rule.effects.get(reader)
         if effect is None:
             continue
         kind = effect.removesuffix("?")
-        places = {
-            (groups.get(name, "no tensors"), facts.tensors[name].path if name in facts.tensors else name)
-            for name in one.names
-        }
-        found = Counter(group for group, _ in places)
+        paths = {name: facts.tensors[name].path if name in facts.tensors else name for name in one.names}
+        found = Counter(group for group, _ in {(groups.get(name, "no tensors"), path) for name, path in paths.items()})
         remarks.append(Remark(kind, one.why, one.rule.fix, effect != kind, dict(found)))
         for name in one.names:
             if name in groups:

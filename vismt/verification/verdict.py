@@ -94,13 +94,8 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as values for JSON."""
-        return {
-            "format": FORMAT,
-            "vismt": __version__,
-            "status": self.status,
-            "exit_code": self.exit_code,
-            **asdict(self),
-        }
+        status = {"status": self.status, "exit_code": self.exit_code}
+        return {"format": FORMAT, "vismt": __version__, **status, **asdict(self)}
 
 
 def ranked(findings: Sequence[Finding]) -> list[Finding]:

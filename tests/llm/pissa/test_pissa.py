@@ -139,7 +139,7 @@ def loftq(weight: Tensor, rank: int, iterations: int) -> float:
 def test_quantised_start_loses_less_than_loftq_and_never_more_with_more_rounds(rank: int) -> None:
     weight = noisy()
     errors = [
-        quantisation_error(weight, *quantized_principal(weight, rank, 1.0, rounds, generator=generator()))
+        quantisation_error(weight, *quantized_principal(weight, rank, 1.0, generator(), rounds))
         for rounds in range(1, 7)
     ]
     assert errors == sorted(errors, reverse=True)
@@ -180,7 +180,7 @@ def test_the_best_round_is_kept(monkeypatch) -> None:
         return nf4(matrix) + 0.01 * len(rounds)
 
     monkeypatch.setattr(module, "on_grid", worse_each_time)
-    A, B = quantized_principal(weight, 4, 1.0, 4, generator=generator())
+    A, B = quantized_principal(weight, 4, 1.0, generator(), 4)
     first = principal(weight, 4, 1.0, generator=generator())
     assert len(rounds) == 4 and torch.equal(A, first[0]) and torch.equal(B, first[1])
 

@@ -53,9 +53,6 @@ def corda(
     model: nn.Module,
     *,
     targets: Targets,
-    rank: int,
-    alpha: float | None,
-    seed: int,
     mode: str = "ipm",
     orientation: str = "covariance",
     covariances: Mapping[str, Tensor] | str | Path | None = None,
@@ -92,9 +89,7 @@ def corda(
     start = partial(_start, orientation=orientation, smallest=mode != "ipm", balanced=even, solver=solver, dead=dead)
     starts = {path: partial(start, path, by_path[path]) for path in modules}
     with threadpool_limits(1, user_api="blas"):  # scipy's; as with torch, one thread for each module is fastest
-        report = inject(
-            model, "corda", starts, offset=True, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
-        )
+        report = inject(model, "corda", starts, offset=True, targets=targets, **options)
     if mode == "cut":
         for layer in adapter_layers(model).values():
             layer.lora_B.data.zero_()

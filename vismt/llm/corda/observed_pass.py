@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from vismt.llm.corda.files import CovarianceSums
 from vismt.lowrank.contexts import evaluating
 
 Batch = Tensor | Mapping[str, Any] | Sequence[Any]
-Observer = Callable[[nn.Module, Tensor], None]
+Observer = Callable[[str, nn.Module, Tensor], None]
 
 
 class _PassComplete(Exception):
@@ -57,7 +57,7 @@ def shared_inputs(model: nn.Module, targets: Mapping[str, nn.Module], batch: Bat
     def record(path: str, module: nn.Module, x: Tensor) -> None:
         inputs_by_path.setdefault(path, []).append(x)
 
-    _observe(model, first_sample, {path: partial(record, path) for path in targets})
+    _observe(model, first_sample, targets, record)
     missing = [path for path in targets if path not in inputs_by_path]
     if missing:
         raise UserError(f"covariance: '{missing[0]}' gets no input in a forward pass; exclude it.")
@@ -108,7 +108,7 @@ def add_batch(
         if not any(calls_left.values()):
             raise _PassComplete
 
-    _observe(model, inputs, {path: partial(accumulate, path) for path in leader_of})
+    _observe(model, inputs, leader_of, accumulate)
     if any(calls_left.values()):
         path = next(path for path in calls_left if calls_left[path])
         raise UserError(f"covariance: '{path}' gets no input in some batches; exclude it.")
@@ -174,23 +174,17 @@ def _normalised(path: str, module: nn.Module, x: Tensor, mask: Tensor | None, co
     return (x / torch.where(peak > 0, peak, 1)).flatten(0, 1), tokens
 
 
-def _observe(model: nn.Module, inputs: Mapping[str, Any], observers: Mapping[str, Observer]) -> None:
-    """Run one forward pass in eval mode, with `observers[path](module, input)` before each call of the module.
+def _observe(model: nn.Module, inputs: Mapping[str, Any], paths: Iterable[str], observer: Observer) -> None:
+    """Run one forward pass in eval mode, with `observer(path, module, input)` before each call of a module at `paths`.
 
-    The pass ends early where an observer raises _PassComplete. Hooks are removed and modes restored, also after an exception.
+    The pass ends early where the observer raises _PassComplete. Hooks are removed also after an exception.
     """
 
-    def hook(observer: Observer, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        observer(module, inputs[0])
+    def hook(path: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        observer(path, module, inputs[0])
 
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(partial(hook, observer))
-        for path, observer in observers.items()
-    ]
     named = {name: value for name, value in inputs.items() if name}
-    try:
-        with evaluating(model), suppress(_PassComplete):
-            model(*(value for name, value in inputs.items() if not name), **named)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack, evaluating(model), suppress(_PassComplete):
+        for path in paths:
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(partial(hook, path)).remove)
+        model(*(value for name, value in inputs.items() if not name), **named)

@@ -24,15 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
-from vismt.llm.lora import kaiming_start
+from vismt.base.errors import UserError, near, need_whole
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec, register_module
 from vismt.lowrank.layers.gates import instance_gates, recompute_gates, unwatch_expansion, watch_expansion
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import attach, inject
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.starts import site_generator
-from vismt.lowrank.model.targets import Targets
+from vismt.lowrank.svd import kaiming
 from vismt.methods import Method, register_method
 
 __all__ = ["InstanceGate", "gate_of", "gate_part", "ilora", "instance_gates", "recompute_gates"]
@@ -45,9 +44,6 @@ LARGEST = 2**20  # number of rank groups, and width of a user's representation
 def ilora(
     model: nn.Module,
     *,
-    targets: Targets,
-    rank: int,
-    alpha: float | None,
     seed: int,
     n_experts: int = 4,
     gate: str | None = "linear",
@@ -62,19 +58,8 @@ def ilora(
     """
     refuse_adapted(model)
     InstanceGate.check(PATH, getattr(model, PATH, None), GateSettings(gate, n_experts, user_width))
-
-    report = inject(
-        model,
-        "ilora",
-        kaiming_start,
-        offset=False,
-        settings={"experts": n_experts},
-        targets=targets,
-        rank=rank,
-        alpha=alpha,
-        seed=seed,
-        **options,
-    )
+    settings = {"experts": n_experts}
+    report = inject(model, "ilora", kaiming, offset=False, settings=settings, seed=seed, **options)
     gate_seed = int(torch.randint(2**62, (), generator=site_generator(seed, PATH)))
     instance_gate = InstanceGate(gate, n_experts, user_width, gate_seed)
     attach(model, {PATH: instance_gate})
@@ -138,8 +123,7 @@ class InstanceGate(AdapterModule):
         if kind is not None and kind not in KINDS:
             raise UserError(f"adapt.gate: {kind!r}.{near(str(kind), KINDS)}")
         for name, value in (("n_experts", rank_groups), ("user_width", user_width)):
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
-                raise UserError(f"adapt.{name}: {value!r}; it must be a whole number from 1 to {LARGEST:,}.")
+            need_whole(f"adapt.{name}:", value, 1, LARGEST)
         with torch.device("meta"):
             planned = network(kind, rank_groups, user_width)
         state = {} if planned is None else planned.state_dict()
@@ -154,9 +138,7 @@ class InstanceGate(AdapterModule):
         super().check_tensors(what, spec, {name: value for name, value in tensors.items() if name not in counts})
 
     @classmethod
-    def build(
-        cls, base: Any, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> InstanceGate:
+    def build(cls, base: Any, spec: LayerSpec, **how: Any) -> InstanceGate:
         return cls(spec.settings.kind, spec.settings.n_experts, spec.settings.user_width)
 
     def settings(self) -> GateSettings:
@@ -224,9 +206,5 @@ class Residual(nn.Module):
         return F.relu(out + F.pad(x[:, :, :: self.stride], (0, 0, self.pad, self.pad)))
 
 
-def needs(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return the need for a user of each sample, which the gates depend on."""
-    return {"users": "'ilora' is gated by a user's history"}
-
-
-register_method(Method("ilora", ilora, layers=(LowRankLayer, InstanceGate), needs=needs))
+NEEDS = {"users": "'ilora' is gated by a user's history"}
+register_method(Method("ilora", ilora, layers=(LowRankLayer, InstanceGate), needs=lambda options: NEEDS))

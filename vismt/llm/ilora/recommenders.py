@@ -179,10 +179,8 @@ class NextItem(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         scores = self.recommender.scores(self.recommender(batch["history"]))
-        return {
-            "loss": F.cross_entropy(scores, batch["next"]),
-            "first": (scores.argmax(1) == batch["next"]).float().mean(),
-        }
+        first = (scores.argmax(1) == batch["next"]).float().mean()
+        return {"loss": F.cross_entropy(scores, batch["next"]), "first": first}
 
 
 def padded(histories: list[list[int]]) -> Tensor:

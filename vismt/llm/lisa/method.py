@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from numbers import Integral
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, need_whole
 from vismt.config.typed import JsonFile, build
 from vismt.llm.lisa.shares import Layers, find_shares
 from vismt.lowrank.model.inject import install, warn_of_rounding
@@ -228,17 +228,9 @@ def lisa(
     shares = find_shares(model, layers, train_embeddings, exclude)
     count = len(shares.drawn)
     check_settings(count, active, interval, seed, state_policy)
-    settings = {
-        "layers": list(shares.layers),
-        "active": active,
-        "interval": interval,
-        "seed": seed,
-        "state_policy": state_policy,
-        "train_embeddings": train_embeddings,
-        "cover": cover,
-        "exclude": exclude if isinstance(exclude, str) else list(exclude),
-    }
-    install(model, "lisa", [], settings, shares.all())
+    excluded = exclude if isinstance(exclude, str) else list(exclude)
+    settings = Options(list(shares.layers), active, interval, seed, state_policy, train_embeddings, cover, excluded)
+    install(model, "lisa", [], asdict(settings), shares.all())
     trainable, total = count_parameters(model)
     outside = sum(model.get_parameter(name).numel() for name in shares.always)
     note = f"{active} of {count} layers at a time, {(trainable - outside) // max(count, 1):,} parameters each"
@@ -247,14 +239,9 @@ def lisa(
 
 def check_settings(count: int, active: int, interval: int, seed: int, state_policy: str) -> None:
     """Raise UserError for values out of range."""
-    for name, value, low, high in (
-        ("active", active, 0, count),
-        ("interval", interval, 1, None),
-        ("seed", seed, 0, None),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-            upper = "" if high is None else f" and at most {high}, the number of layers that have parameters to train"
-            raise UserError(f"LISA.{name}: {value!r}; it must be a whole number, at least {low}{upper}.")
+    need_whole(f"LISA.active (of {count} layers that have parameters to train):", active, 0, count)
+    need_whole("LISA.interval:", interval)
+    need_whole("LISA.seed:", seed, 0)
     if state_policy not in POLICIES:
         raise UserError(f"LISA.state_policy: '{state_policy}'.{near(str(state_policy), POLICIES)}")
 

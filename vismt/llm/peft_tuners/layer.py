@@ -12,7 +12,7 @@ import copy
 import importlib
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from vismt.lowrank.files.peft_settings import STARTS
 from vismt.lowrank.layers.base import (
     AdapterLayer,
     AdapterModule,
+    Finish,
     LayerSpec,
     adapter_layers,
     inner_module,
@@ -78,9 +79,7 @@ class HostedLayer(AdapterLayer):
 
     # ---- the layer as data
     @classmethod
-    def build(
-        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> HostedLayer:
+    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> HostedLayer:
         return cls(base)
 
     @classmethod
@@ -102,9 +101,7 @@ class HostedLayer(AdapterLayer):
                 check_factor(f"{what}.{name}", value)
 
     @classmethod
-    def prepare(
-        cls, model: nn.Module, specs: Sequence[LayerSpec]
-    ) -> Callable[[Mapping[str, AdapterModule]], None] | None:
+    def prepare(cls, model: nn.Module, specs: Sequence[LayerSpec]) -> Finish | None:
         """Let peft build the tuners of all `specs`; the model is as it was afterwards."""
         with as_peft(model, specs) as hosted:
             tuners = {spec.path: hosted.get_submodule(f"base_model.model.{spec.path}") for spec in specs}

@@ -31,23 +31,9 @@ from vismt.methods import METHODS, Method
 PREFIX = "peft"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"dora": ("LORA", {"use_dora": True})}
 LEFT_OUT = ("ADALORA", "POLY", "SHADOW", "TRAINABLE_TOKENS", "XLORA")
-# What `adapt` decides, not an option.
-DECIDED = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "bias",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "target_modules",
-    "target_parameters",
-    "task_type",
-}
+# What `adapt` decides, besides the fields that every configuration of peft has: no options.
+DECIDED = {"bias", "exclude_modules", "layers_pattern", "layers_to_transform"}
+DECIDED |= {"modules_to_save", "target_modules", "target_parameters"}
 
 
 def host(
@@ -102,7 +88,8 @@ def _sizes(fields: Mapping[str, Any], rank: int, alpha: float | None) -> dict[st
 def _fields(kind: str) -> dict[str, Any]:
     """Return the options of a type of peft with their defaults, None for computed ones."""
     configuration = importlib.import_module("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    fields = [item for item in dataclasses.fields(configuration) if item.name not in DECIDED]
+    decided = DECIDED.union(item.name for item in dataclasses.fields(importlib.import_module("peft").PeftConfig))
+    fields = [item for item in dataclasses.fields(configuration) if item.name not in decided]
     return {item.name: None if item.default is dataclasses.MISSING else item.default for item in fields}
 
 

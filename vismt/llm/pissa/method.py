@@ -15,17 +15,17 @@ an export as a plain LoRA is refused, for it would be put on W.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, need_whole, require_known
 from vismt.llm.pissa.quantized import QuantizedLayer, on_grid, quantized_layer
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
 from vismt.lowrank.model.record import AdaptReport
-from vismt.lowrank.model.targets import Targets
 from vismt.lowrank.svd import principal, residual, working_dtype
 from vismt.methods import Method, register_method
 
@@ -33,16 +33,7 @@ SOLVERS = ("exact", "randomized")
 
 
 def pissa(
-    model: nn.Module,
-    *,
-    targets: Targets,
-    rank: int,
-    alpha: float | None,
-    seed: int,
-    solver: str = "exact",
-    quantize: str | None = None,
-    iterations: int = 5,
-    **options: Any,
+    model: nn.Module, *, solver: str = "exact", quantize: str | None = None, iterations: int = 5, **options: Any
 ) -> AdaptReport:
     """Add principal factors of each weight (of each q, k, v block with split_qkv). Further options: those of `inject`.
 
@@ -51,47 +42,29 @@ def pissa(
     """
     refuse_dropout("pissa", options)
     require_known("adapt.solver: 'pissa' has no solver", [solver], SOLVERS)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise UserError(f"adapt.iterations: {iterations!r}; it must be a whole number, at least 1.")
+    need_whole("adapt.iterations:", iterations)
     layer = quantized_layer(model, quantize)
-
-    def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        if quantize:
-            return quantized_principal(
-                weight, rank, scale, iterations, grid=quantize, solver=solver, generator=generator
-            )
-        return principal(weight, rank, scale, method=solver, generator=generator)
-
-    return inject(
-        model,
-        "pissa",
-        start,
-        offset=quantize is None,
-        targets=targets,
-        rank=rank,
-        alpha=alpha,
-        seed=seed,
-        **layer,
-        **options,
-    )
+    start = partial(principal, method=solver)
+    if quantize is not None:
+        start = partial(quantized_principal, iterations=iterations, grid=quantize, solver=solver)
+    return inject(model, "pissa", start, offset=quantize is None, **layer, **options)
 
 
 def quantized_principal(
     weight: Tensor,
     rank: int,
     scale: float,
+    generator: torch.Generator,
     iterations: int,
-    *,
     grid: str = "nf4",
     solver: str = "exact",
-    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Return the factors of the best of `iterations` rounds, by the rounding error |W - grid(W - s B A) - s B A|_F."""
     matrix = weight.detach().to(working_dtype(weight))
     quantized, least = torch.zeros_like(matrix), float("inf")
     best: Any = None
     for _ in range(iterations):
-        A, B = principal(matrix - quantized, rank, scale, method=solver, generator=generator)
+        A, B = principal(matrix - quantized, rank, scale, generator, solver)
         rest = residual(matrix, A, B, scale)
         quantized = on_grid(rest, grid)
         error = float((rest - quantized).norm())

@@ -78,13 +78,11 @@ class QuantizedLayer(LowRankLayer):
         self.__dict__["whole"] = None  # W while Q is in its place; not a parameter, so nothing moves or saves it
 
     @classmethod
-    def build(
-        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> QuantizedLayer:
+    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> QuantizedLayer:
         if spec.kind == "embedding":
             raise UserError(f"adapt.quantize: '{spec.path}' is an embedding, which stays whole; exclude it.")
         layer = QuantizedLinear if spec.kind in LINEAR else QuantizedConv
-        return layer(base, dropout=dropout, dtype=dtype, grid=spec.settings.grid, **cls._options(spec.settings))
+        return layer(base, **how, grid=spec.settings.grid, **cls._options(spec.settings))
 
     @classmethod
     def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:

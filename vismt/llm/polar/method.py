@@ -25,7 +25,6 @@ from vismt.llm.polar.landing import Landing, check_constraint
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
 from vismt.lowrank.model.record import AdaptReport, record_of
-from vismt.lowrank.model.targets import Targets
 from vismt.lowrank.svd import working_dtype
 from vismt.methods import Method, register_method
 
@@ -33,16 +32,7 @@ THETAS = ("full", "diagonal")
 
 
 def polar(
-    model: nn.Module,
-    *,
-    targets: Targets,
-    rank: int,
-    alpha: float | None,
-    seed: int,
-    theta: str = "full",
-    attraction: float = 5e-3,
-    constraint: str = "landing",
-    **options: Any,
+    model: nn.Module, *, theta: str = "full", attraction: float = 5e-3, constraint: str = "landing", **options: Any
 ) -> AdaptReport:
     """Add orthonormal X and Y with zero Theta: the function is unchanged until the first step.
 
@@ -56,18 +46,7 @@ def polar(
         B, A = (orthonormal(size, rank, generator).to(working_dtype(weight)) for size in weight.shape)
         return A.mT, B
 
-    report = inject(
-        model,
-        "polar",
-        start,
-        offset=False,
-        settings={"core": theta},
-        targets=targets,
-        rank=rank,
-        alpha=alpha,
-        seed=seed,
-        **options,
-    )
+    report = inject(model, "polar", start, offset=False, settings={"core": theta}, **options)
     record_of(model).options.update(attraction=float(attraction), constraint=constraint)
     return report
 

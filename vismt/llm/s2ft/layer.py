@@ -26,7 +26,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.llm.s2ft.structures import Coupling, Structure, UnitBlock, couple, expand, movable
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, LayerSpec, register_module
+from vismt.lowrank.layers.base import AdapterLayer, Finish, LayerSpec, in_autocast, register_module
 from vismt.lowrank.svd import working_dtype
 from vismt.lowrank.tensors import check_finite
 
@@ -118,10 +118,8 @@ class SliceLinear(AdapterLayer):
 
     # ---- the layer as data
     @classmethod
-    def build(
-        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> SliceLinear:
-        return cls(base, spec.settings.rank, spec.settings.dim, spec.settings.mode, dtype=dtype)
+    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> SliceLinear:
+        return cls(base, spec.settings.rank, spec.settings.dim, spec.settings.mode, dtype=how.get("dtype"))
 
     @classmethod
     def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
@@ -155,9 +153,7 @@ class SliceLinear(AdapterLayer):
         return str(spec.settings.rank), f"{spec.settings.scale:g}"
 
     @classmethod
-    def prepare(
-        cls, model: nn.Module, specs: Sequence[LayerSpec]
-    ) -> Callable[[Mapping[str, AdapterModule]], None] | None:
+    def prepare(cls, model: nn.Module, specs: Sequence[LayerSpec]) -> Finish | None:
         structures = movable(model, {spec.path: spec.settings.dim for spec in specs if spec.settings.mode == "permute"})
         return partial(couple, model, structures)
 
@@ -242,8 +238,7 @@ class SliceLinear(AdapterLayer):
         return pointer == take(self.matrix(self.weight), self.dim, self.slice_place, self.span).data_ptr()
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = in_autocast(x)
         flat, weight, adds = x.reshape(-1, x.shape[-1]), self.matrix(self.weight), False
         values: Tensor = self.slice_values
         if self.mode == "delta":

@@ -71,15 +71,8 @@ def s2ft(
     require_known("adapt.mode: no", [mode], MODES)
     options = check_options({"targets": None, "rank": 1, "alpha": None, "also_train": also_train, "dtype": dtype})
     refuse_adapted(model)
-    settings = {
-        "strategy": strategy,
-        "ratio": ratio,
-        "budget": budget,
-        "parts": parts,
-        "largest": largest,
-        "exclude": exclude,
-        "calibration": calibration,
-    }
+    settings: dict[str, Any] = {"strategy": strategy, "ratio": ratio, "budget": budget, "parts": parts}
+    settings |= {"largest": largest, "exclude": exclude, "calibration": calibration}
     if selection is None:
         selection = select_units(model, seed=seed, **settings)
     else:

@@ -299,7 +299,7 @@ def tempered(records: Sequence[Record], temperature: float) -> list[Record]:
 
 
 class LmObjective(nn.Module):
-    """The training objective of a task: objective(batch) returns its losses, `step()` is called after each optimiser step."""
+    """The training objective of a task: objective(batch) returns its losses."""
 
     def __init__(self, net: LmNet, task: LmTask) -> None:
         super().__init__()
@@ -312,6 +312,3 @@ class LmObjective(nn.Module):
     def examples(self, batch: Batch) -> Tensor:
         """Return the weight of a batch in a step of several (vismt/engine/loop.py)."""
         return self.task.examples(batch)
-
-    def step(self) -> None:
-        """Do nothing after an optimiser step."""

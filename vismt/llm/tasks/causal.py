@@ -19,17 +19,7 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.llm.net import Batch, LmNet, counted_tokens
 from vismt.llm.tasks import TASKS
-from vismt.llm.tasks.base import (
-    Item,
-    LmTask,
-    Record,
-    Reply,
-    Writing,
-    answer_tokens,
-    by_row,
-    context_tokens,
-    fill,
-)
+from vismt.llm.tasks.base import Item, LmTask, Record, Reply, Writing, answer_tokens, by_row, context_tokens, fill
 from vismt.llm.tasks.pieces import pack, piece, windows
 from vismt.uncertainty.intervals import LOWER, NUMBER, Measure
 
@@ -64,10 +54,7 @@ class Causal(LmTask):
             raise UserError(f"tasks: windows {windows}; it must be at least 1, and is for texts without a prompt.")
         if not answer:
             raise UserError("tasks: answer: is empty; name the field to predict, such as '{text}'.")
-        self.answer = answer
-        self.end = end
-        self.documents = pack
-        self.windows = windows
+        self.answer, self.end, self.documents, self.windows = answer, end, pack, windows
 
     @property
     def about(self) -> str:

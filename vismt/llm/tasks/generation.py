@@ -67,10 +67,7 @@ class Generation(Causal):
             raise UserError(f"tasks: pattern '{pattern}' is not a regular expression: {error}.") from error
         if groups != 1:
             raise UserError(f"tasks: pattern '{pattern}' has {groups} groups, needed one: the answer.")
-        self.gold = gold
-        self.pattern = pattern
-        self.stop = stop
-        self.new_tokens = new_tokens
+        self.gold, self.pattern, self.stop, self.new_tokens = gold, pattern, stop, new_tokens
         self._tokenizer: Any = None
 
     @property

@@ -124,18 +124,10 @@ class Recommendation(LmTask):
         places = ["history"] if answer == "judge" else ["history", "candidates"]
         self.item_prompt = ItemPrompt("prompt", prompt, places, join, slot)
         self.question = ItemPrompt("question", question, ["candidate"], join, slot) if answer == "judge" else None
-        self.answer = answer
-        self.negatives = negatives
-        self.candidates = candidates
-        self.history = history
-        self.shown_items = history if shown is None else shown
-        self.items = items
-        self.titles = titles
-        self.by_user = sample == "users"
-        self.curriculum = curriculum
-        self.normalise = normalise
-        self.new_tokens = new_tokens
-        self.seed = seed
+        self.answer, self.negatives, self.candidates = answer, negatives, candidates
+        self.history, self.shown_items = history, history if shown is None else shown
+        self.items, self.titles, self.by_user = items, titles, sample == "users"
+        self.curriculum, self.normalise, self.new_tokens, self.seed = curriculum, normalise, new_tokens, seed
         self.reads = self.documents = answer != "write"
         self._tokenizer: Any = None
 

@@ -18,12 +18,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.files.peft_adapter import PREFIX, TENSORS, PeftAdapter, read_peft
-from vismt.lowrank.files.peft_layouts import padded_stack, stack_keys, stack_tensors, with_partners
+from vismt.lowrank.files.peft_layouts import padded, stack_keys, stack_tensors, with_partners
 from vismt.lowrank.files.peft_settings import CONFIG, holds
 from vismt.lowrank.files.save_load import adapter_tensors, report_lost
 from vismt.lowrank.files.updates import of_peft, put_on
@@ -167,10 +166,9 @@ def _plain_lora(
         if uniform:
             common = max(ranks.values())
             for path, update in updates.items():  # without a core, filled up with zeros
-                missing = common - update.rank
-                B, A = F.pad(update.B, (0, missing)), F.pad(update.A, (0, 0, 0, missing))
+                A, B = padded(update.A, update.B, common)
                 updates[path] = replace(update, B=B, A=A)
-            stacks = {path: padded_stack(A, B, common) for path, (A, B) in stacks.items()}
+            stacks = {path: padded(A, B, common) for path, (A, B) in stacks.items()}
             ranks = dict.fromkeys(ranks, common)
         keys = stack_keys(model, stacks) | attention
         factors = {}
@@ -213,16 +211,12 @@ def import_peft(model: nn.Module, folder: str | Path, *, name: str = "default") 
     """
     adapter = read_peft(Path(folder))
     with new_adapter(model, name, adapter.what):
-        return _import(model, adapter)
-
-
-def _import(model: nn.Module, adapter: PeftAdapter) -> nn.Module:
-    refuse_adapted(model, adapter.what)
-    refuse_offloaded(model, adapter.what, whole=True)
-    adapter.need_the_same_modules(model)
-    starts = _replayed(model, adapter) if adapter.replay else {}
-    dropout = adapter.settings.lora_dropout or 0.0
-    return put_on(model, of_peft(adapter), {} if starts else {"dropout": dropout}, starts)
+        refuse_adapted(model, adapter.what)
+        refuse_offloaded(model, adapter.what, whole=True)
+        adapter.need_the_same_modules(model)
+        starts = _replayed(model, adapter) if adapter.replay else {}
+        dropout = adapter.settings.lora_dropout or 0.0
+        return put_on(model, of_peft(adapter), {} if starts else {"dropout": dropout}, starts)
 
 
 def _replayed(model: nn.Module, adapter: PeftAdapter) -> dict[str, Tensor]:

@@ -42,15 +42,12 @@ def stack_keys(model: nn.Module, paths: Collection[str]) -> dict[str, str]:
 
 def stack_tensors(A: Tensor, B: Tensor) -> dict[str, Tensor]:
     """Return A (e, r, i) and B (e, o, r) in peft's layout, by name."""
-    return {
-        "lora_A.weight": rearrange(A, "e r i -> (e r) i"),
-        "lora_B.weight": rearrange(B, "e o r -> o (r e)"),
-    }
+    return {"lora_A.weight": rearrange(A, "e r i -> (e r) i"), "lora_B.weight": rearrange(B, "e o r -> o (r e)")}
 
 
-def padded_stack(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A (e, rank, i) and B (e, o, rank), filled up with zeros."""
-    missing = rank - A.shape[1]
+def padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A (..., rank, i) and B (..., o, rank), filled up with zeros."""
+    missing = rank - B.shape[-1]
     return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
 
 

@@ -24,20 +24,8 @@ from vismt.lowrank.model.patterns import Pattern, PatternError
 CONFIG = "adapter_config.json"
 # Starts that leave the base as it is; every other one moved a part of it into the factors.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
-VARIANTS = (
-    "use_dora",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "trainable_token_indices",
-    "use_qalora",
-    "use_bdlora",
-    "velora_config",
-    "monteclora_config",
-    "arrow_config",
-    "kasa_config",
-    "megatron_config",
-)
+# Settings of variants, besides those that begin with use_ or end with _config.
+VARIANTS = ("lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices")
 OF_A_START = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config")
 BIASES = ("none", "all", "lora_only")
 
@@ -146,8 +134,8 @@ def read_settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
             "plain LoRA with peft first: save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     for key, value in config.items():
-        unknown = key not in OF_A_START and (key.startswith("use_") or key.endswith("_config")) and key != "use_rslora"
-        if value and (key in VARIANTS or unknown):
+        named = key.startswith("use_") or key.endswith("_config")
+        if value and (key in VARIANTS or (named and key not in (*OF_A_START, "use_rslora"))):
             raise UserError(f"{what}: '{key}' is set; that variant is not a plain LoRA and cannot be read.")
     settings = typed_settings(what, config)
     if settings.bias not in BIASES:

@@ -282,11 +282,7 @@ def fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
 
 
 def _check_layers(
-    model: nn.Module,
-    folder: Path,
-    description: Description,
-    specs: Iterable[LayerSpec],
-    tensors: Mapping[str, Tensor],
+    model: nn.Module, folder: Path, description: Description, specs: Iterable[LayerSpec], tensors: Mapping[str, Tensor]
 ) -> None:
     """Raise UserError unless the model has every adapted weight, with its shape, and an update of it can be computed."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())

@@ -19,12 +19,7 @@ from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.description import DESCRIPTION, check_tensors, layer_shapes, read_adapter
 from vismt.lowrank.files.peft_adapter import PeftAdapter, read_peft, stacks_on
 from vismt.lowrank.files.peft_settings import CONFIG
-from vismt.lowrank.files.save_load import (
-    base_samples,
-    fill,
-    other_base,
-    same_base,
-)
+from vismt.lowrank.files.save_load import base_samples, fill, other_base, same_base
 from vismt.lowrank.layers.base import LayerSpec, adapter_layers, spec_of
 from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
 from vismt.lowrank.layers.stock_modules import matrix_shape

@@ -80,19 +80,15 @@ class AdapterModule(nn.Module):
 
     # ---- the module as data
     @classmethod
-    def build(
-        cls, base: Any, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> AdapterModule:
+    def build(cls, base: Any, spec: LayerSpec, **how: Any) -> AdapterModule:
         """Return the module of `spec` around `base`, the module at its path (None for a new path), with its update unset.
 
-        dtype: of the trained tensors; None for the weight's own, fp32 for half-precision weights.
+        how: dropout, and dtype of the trained tensors, None for the weight's own, fp32 for half-precision weights.
         """
         raise NotImplementedError
 
     @classmethod
-    def prepare(
-        cls, model: nn.Module, specs: Sequence[LayerSpec]
-    ) -> Callable[[Mapping[str, AdapterModule]], None] | None:
+    def prepare(cls, model: nn.Module, specs: Sequence[LayerSpec]) -> Finish | None:
         """Check `specs` of this class on the stock model as a whole, before any module is placed.
 
         Returns None, or a function to call with the placed modules by path. Raises UserError.
@@ -173,6 +169,9 @@ class AdapterModule(nn.Module):
     @classmethod
     def check_mergeable_saved(cls, what: str, path: str, tensors: Mapping[str, Tensor]) -> None:
         """Raise the same UserError for a module in an adapter file that no weight determines, from its saved `tensors()`."""
+
+
+Finish = Callable[[Mapping[str, AdapterModule]], None]  # of placed modules, by path
 
 
 class AdapterLayer(AdapterModule):
@@ -334,6 +333,13 @@ def register_module(name: str) -> Callable[[type[Any]], type[Any]]:
         return MODULES.add(name, module)
 
     return decorate
+
+
+def in_autocast(x: Tensor) -> Tensor:
+    """Return an input in the dtype of autocast where that is on, as torch's own linears take it."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 def inner_module(base: nn.Module) -> nn.Module:

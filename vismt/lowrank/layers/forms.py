@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.base import inner_module
+from vismt.lowrank.layers.base import in_autocast, inner_module
 from vismt.lowrank.layers.fused import FusedLowRank
 from vismt.lowrank.layers.low_rank import FORMS, LowRankLayer
 from vismt.lowrank.layers.stock_modules import dense_weight, weight_format
@@ -36,8 +36,7 @@ class LowRankLinear(LowRankLayer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = in_autocast(x)
         flat = x.reshape(-1, x.shape[-1])
         weight = self.matrix(self.weight)
         if self.dropout and self.training:

@@ -147,12 +147,10 @@ class LowRankLayer(AdapterLayer):
         return spec_of(path, module, cls, cls.Settings(rank, scale, blocks, experts=experts, **settings))
 
     @classmethod
-    def build(
-        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> LowRankLayer:
+    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> LowRankLayer:
         own = spec.kind in ("embedding", "parameter")
         layer = FORMS["prequantized" if not own and weight_format(base) is not None else spec.kind]
-        return layer(base, dropout=dropout, dtype=dtype, **cls._options(spec.settings))
+        return layer(base, **how, **cls._options(spec.settings))
 
     @staticmethod
     def _options(settings: LowRankSettings) -> dict[str, Any]:
@@ -255,12 +253,13 @@ class LowRankLayer(AdapterLayer):
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy factors in; starts that the layer lacks are created."""
+        own = self.tensors()
         for name, value in tensors.items():
             if name in ("lora_A0", "lora_B0"):
                 like = self.lora_A if name == "lora_A0" else self.lora_B
                 setattr(self, name, value.to(device=like.device, dtype=like.dtype))
             else:
-                getattr(self, name).copy_(value)
+                own[name].copy_(value)
 
     def low_rank(self) -> LowRank:
         """Return the whole update against the stock weight as one LowRank: rank r, 2r with a start, g times that in blocks."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, require_known
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.parameter_modules import to_modules
@@ -38,18 +38,9 @@ from vismt.lowrank.model.record import (
 from vismt.lowrank.model.starts import Initialiser, start_layers
 from vismt.lowrank.model.targets import Targets, check_patterns, find_targets, matches, pattern_value
 
-# The options of `inject` that users give, whatever the method.
-COMMON = (
-    "exclude",
-    "rank_pattern",
-    "alpha_pattern",
-    "rslora",
-    "clamp_rank",
-    "split_qkv",
-    "dropout",
-    "also_train",
-    "dtype",
-)
+# The options of `inject` that users give, whatever the method, with their defaults.
+COMMON: dict[str, Any] = {"exclude": (), "also_train": (), "rank_pattern": {}, "alpha_pattern": {}}
+COMMON |= {"rslora": False, "clamp_rank": False, "split_qkv": False, "dropout": 0.0, "dtype": None}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,19 +56,11 @@ def inject(
     seed: int,
     layer: type[LowRankLayer] = LowRankLayer,
     settings: Mapping[str, Any] | None = None,
-    exclude: Sequence[str] = (),
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    rslora: bool = False,
-    clamp_rank: bool = False,
-    split_qkv: bool = False,
-    dropout: float = 0.0,
-    also_train: Sequence[str] = (),
-    dtype: torch.dtype | str | None = None,
+    **options: Any,
 ) -> AdaptReport:
     """Adapt `model` in place; only the factors and `also_train` keep a gradient.
 
-    The method gives the first arguments, the user the options from `exclude` on (`COMMON`).
+    The method gives the first arguments, the user the options from `rslora` on (`COMMON`).
 
     Args:
         model: any module.
@@ -89,6 +72,8 @@ def inject(
         alpha: numerator of the scale alpha / rank (alpha / sqrt(rank) with rslora); None means alpha = rank.
         seed: of the start values, together with each module's path.
         layer: class of the layers. settings: fields of its `Settings` beyond rank, scale and blocks.
+        rslora: divide alpha by sqrt(rank). clamp_rank: lower a rank that does not fit. split_qkv: one pair of factors for
+            each of q, k and v of a fused projection. dropout: of the update's input.
         rank_pattern, alpha_pattern: {full-path regex or suffix: value}, first match wins.
         exclude, also_train: module paths, parameter names, suffixes or full-path regexes, one text or a list; what
             also_train names stays trainable and is saved with the factors.
@@ -97,55 +82,34 @@ def inject(
     Raises:
         UserError: for options of a wrong type or out of range, and modules that cannot be adapted; nothing is changed.
     """
-    options = check_options(
-        {
-            "targets": targets,
-            "rank": rank,
-            "alpha": alpha,
-            "exclude": exclude,
-            "rank_pattern": rank_pattern,
-            "alpha_pattern": alpha_pattern,
-            "rslora": rslora,
-            "clamp_rank": clamp_rank,
-            "split_qkv": split_qkv,
-            "dropout": dropout,
-            "also_train": also_train,
-            "dtype": dtype,
-        }
-    )
+    options = check_options({**options, "targets": targets, "rank": rank, "alpha": alpha})
     refuse_adapted(model)
     # Starts for each module are made from its inputs, which nothing sees where a weight is read without a call.
-    needs_calls = dropout or isinstance(init, Mapping) or (settings or {}).get("experts")
-    modules, remarks = find_targets(
-        model,
-        options["targets"],
-        options["exclude"],
-        layer.takes_prequantized,
-        readable=layer.weight_readable and not needs_calls,
-    )
+    needs_calls = options["dropout"] or isinstance(init, Mapping) or (settings or {}).get("experts")
+    kinds = {"prequantized": layer.takes_prequantized, "readable": layer.weight_readable and not needs_calls}
+    modules, remarks = find_targets(model, options["targets"], options["exclude"], **kinds)
     check_patterns("adapt.rank_pattern", options["rank_pattern"], list(modules))
     check_patterns("adapt.alpha_pattern", options["alpha_pattern"], list(modules))
+    flags = {name: options[name] for name in ("rslora", "clamp_rank", "split_qkv")}
     specs = [
         layer.plan(
             path,
             module,
             pattern_value(path, options["rank_pattern"], options["rank"]),
             pattern_value(path, options["alpha_pattern"], options["alpha"]),
-            rslora=rslora,
-            clamp_rank=clamp_rank,
-            split_qkv=split_qkv,
+            **flags,
             **(settings or {}),
         )
         for path, module in modules.items()
     ]
     names = also_trained(model, options["also_train"], list(modules))
-    layers: Any = install(model, method, specs, {"dropout": dropout, "seed": seed}, names, dtype=options["dtype"])
+    recorded = {"dropout": options["dropout"], "seed": seed}
+    layers: Any = install(model, method, specs, recorded, names, dtype=options["dtype"])
     with undone_on_error(model):
         start_layers(layers, specs, init, seed, offset)
     if any(layer.weight.is_meta for layer in layers):
         need_record(model, "adapt").start = (init, seed, offset)
-    trainable, total = count_parameters(model)
-    return AdaptReport(method, specs, trainable, total, remarks)
+    return AdaptReport(method, specs, *count_parameters(model), remarks)
 
 
 def install(
@@ -243,11 +207,12 @@ def attach(model: nn.Module, modules: Mapping[str, AdapterModule]) -> None:
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of `inject` with patterns as lists and dtype names as dtypes; UserError for the first wrong one."""
-    result = dict(options)
+    require_known("adapt: no option", options, ["targets", "rank", "alpha", *COMMON])
+    result = COMMON | dict(options)
     for name in ("exclude", "also_train"):
-        result[name] = _patterns(name, result.get(name, ()))
+        result[name] = _patterns(name, result[name])
     for name in ("rslora", "clamp_rank", "split_qkv"):
-        if not isinstance(result.get(name, False), bool):
+        if not isinstance(result[name], bool):
             raise UserError(f"adapt.{name}: {result[name]!r}; it must be true or false.")
     result["rank_pattern"] = {p: _rank(f"rank_pattern['{p}']", v) for p, v in _table("rank_pattern", result).items()}
     result["alpha_pattern"] = {
@@ -255,13 +220,12 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     }
     result["rank"] = _rank("rank", result["rank"])
     result["alpha"] = None if result["alpha"] is None else _alpha("alpha", result["alpha"])
-    dropout = result.get("dropout", 0.0)
+    dropout = result["dropout"]
     if not _number(dropout) or not 0 <= dropout < 1:
         raise UserError(f"adapt.dropout: {dropout!r}; it must be a number in [0, 1).")
-    result["dtype"] = _dtype(result.get("dtype"))
-    targets = result["targets"]
-    if targets is not None and not isinstance(targets, str):
-        result["targets"] = _patterns("targets", targets)
+    result["dtype"] = _dtype(result["dtype"])
+    if result["targets"] is not None and not isinstance(result["targets"], str):
+        result["targets"] = _patterns("targets", result["targets"])
     return result
 
 
@@ -277,7 +241,7 @@ def _patterns(name: str, value: Any) -> list[str]:
 
 
 def _table(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    value = options.get(name) or {}
+    value = options[name] or {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise UserError(f"adapt.{name}: {value!r}; give a mapping from pattern to value.")
     return value

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, adapter_layers
+from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, adapter_layers, in_autocast
 from vismt.lowrank.layers.gates import PerSample, watch_expansion
 from vismt.lowrank.layers.parameter_modules import is_attention, to_modules
 from vismt.lowrank.layers.stock_modules import is_conv1d, kind_of, weight_format
@@ -102,8 +102,7 @@ class MixedLinear(AdapterLayer):
         return tuple(tensor.to(x.dtype) for tensor in picked)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = in_autocast(x)
         A, B, *bias = self.factors(x)
         weight = self.matrix(self.weight).to(x.dtype)
         out = F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))

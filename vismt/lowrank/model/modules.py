@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from torch import nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import AdapterModule, LayerSpec, adapter_modules
+from vismt.lowrank.layers.base import AdapterModule, Finish, LayerSpec, adapter_modules
 
 
-def prepare(model: nn.Module, specs: Sequence[LayerSpec]) -> Callable[[Mapping[str, AdapterModule]], None]:
+def prepare(model: nn.Module, specs: Sequence[LayerSpec]) -> Finish:
     """Check specs on the stock model as a whole, and return what is to be called with the placed modules by path."""
     kinds = dict.fromkeys(spec.layer for spec in specs)
     functions = [kind.prepare(model, [spec for spec in specs if spec.layer is kind]) for kind in kinds]

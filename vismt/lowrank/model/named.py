@@ -26,15 +26,7 @@ from vismt.lowrank.layers.gates import unwatch_expansion
 from vismt.lowrank.layers.parameter_modules import to_modules, to_parameters
 from vismt.lowrank.model.merge import freeze, undo, unfreeze, unwatch_saving, watch_saving
 from vismt.lowrank.model.modules import detach_all, from_stock, place, prepare
-from vismt.lowrank.model.record import (
-    RECORD,
-    SHELF,
-    AdaptRecord,
-    names_of,
-    need_record,
-    record_of,
-    refuse_offloaded,
-)
+from vismt.lowrank.model.record import RECORD, SHELF, AdaptRecord, names_of, need_record, record_of, refuse_offloaded
 
 
 def activate(model: nn.Module, names: str | Sequence[str] | None) -> nn.Module:

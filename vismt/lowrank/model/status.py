@@ -57,16 +57,8 @@ class ModelStatus:
         if not self.adapters:
             return f"stock weights: no adapter (never adapted, merged or unadapted)   {count}"
         rows = [
-            (
-                adapter.part or "(model)",
-                adapter.name,
-                adapter.method,
-                adapter.active,
-                adapter.trains,
-                adapter.modules,
-                adapter.parameters,
-            )
-            for adapter in self.adapters
+            (one.part or "(model)", one.name, one.method, one.active, one.trains, one.modules, one.parameters)
+            for one in self.adapters
         ]
         table = console.aligned(("part", "adapter", "method", "active", "trains", "modules", "parameters"), rows)
         merging = [f"merge: {text}" for text in self.blocked.values()] or ["merge: possible; vismt.merge(model)"]

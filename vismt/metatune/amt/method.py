@@ -9,29 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vismt.base.errors import UserError, near
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
 from vismt.lowrank.model.record import AdaptReport
-from vismt.lowrank.model.targets import Targets
 from vismt.lowrank.svd import kaiming, principal
 from vismt.methods import Method, register_method
 
 
-def amt(
-    model: nn.Module,
-    *,
-    targets: Targets,
-    rank: int,
-    alpha: float | None,
-    seed: int,
-    init: str = "svd",
-    split_qkv: bool = True,
-    **options: Any,
-) -> AdaptReport:
+def amt(model: nn.Module, *, init: str = "svd", split_qkv: bool = True, **options: Any) -> AdaptReport:
     """Adapt a model as one AMT expert: factors for each q, k, v block and linear layer.
 
     init: "svd" (principal factors), or "lora" (zero B). The other arguments are those of `inject`.
@@ -40,24 +28,8 @@ def amt(
         raise UserError(f"adapt.init: '{init}' for 'amt'.{near(str(init), ('svd', 'lora'))}")
     if options.get("dropout"):
         raise UserError(f"adapt.dropout: {options['dropout']} with 'amt', whose factors carry most of W; set it to 0.")
-
-    def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return (
-            principal(weight, rank, scale, generator=generator) if init == "svd" else kaiming(weight, rank, generator)
-        )
-
-    return inject(
-        model,
-        "amt",
-        start,
-        offset=init == "svd",
-        targets=targets,
-        rank=rank,
-        alpha=alpha,
-        seed=seed,
-        split_qkv=split_qkv,
-        **options,
-    )
+    start = principal if init == "svd" else kaiming
+    return inject(model, "amt", start, offset=init == "svd", split_qkv=split_qkv, **options)
 
 
 register_method(Method("amt", amt, layers=(LowRankLayer,)))

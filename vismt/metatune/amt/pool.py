@@ -136,16 +136,9 @@ class ExpertPool(nn.Module):
 
     def _move(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the factors of all updates, as a move or a conversion of the backbone does."""
-        self.updates = [
-            replace(
-                update,
-                low_rank={
-                    path: replace(factors, B=change(factors.B), A=change(factors.A))
-                    for path, factors in update.low_rank.items()
-                },
-            )
-            for update in self.updates
-        ]
+        for number, update in enumerate(self.updates):
+            moved = {path: replace(f, B=change(f.B), A=change(f.A)) for path, f in update.low_rank.items()}
+            self.updates[number] = replace(update, low_rank=moved)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertPool:
         self._move(fn)

@@ -79,9 +79,7 @@ class BayesianClassifier(nn.Module):
 
     def __init__(self, backbone: nn.Module, head: Head, probe: BayesianProbe, mean: Tensor, spread: float) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.head = head
-        self.expand = probe.expand
+        self.backbone, self.head, self.expand = backbone, head, probe.expand
         self.register_buffer("mean", mean, persistent=False)
         self.spread = spread
 

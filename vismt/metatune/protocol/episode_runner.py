@@ -244,11 +244,7 @@ class EpisodeRunner:
 
     @torch.no_grad()
     def _logits(
-        self,
-        classifier: nn.Module,
-        images: Tensor,
-        store: FeatureStore | None = None,
-        index: Tensor | None = None,
+        self, classifier: nn.Module, images: Tensor, store: FeatureStore | None = None, index: Tensor | None = None
     ) -> Tensor:
         """Return the logits of images on the CPU; index (b,): their rows in the set of the store, where they are unchanged."""
         parts = [part.to(self.device) for part in images.split(self.batch)]

@@ -68,7 +68,8 @@ class LabelledSet:
     def __init__(
         self,
         labels: Tensor,
-        seed: int,
+        *,
+        seed: int = 0,
         superclass: Tensor | None = None,
         classes: Sequence[int] | Tensor | None = None,
         names: Sequence[str] | None = None,
@@ -151,15 +152,21 @@ class LabelledSet:
 
         part: of the images of each class to draw from, None for all.
         """
-        support, query = [], []
+        picked = []
         for class_id, shot in zip(drawn.tolist(), shots, strict=True):
             members = self.members(class_id) if part is None else self.part(class_id, part)
-            picked = members[torch.randperm(len(members), generator=generator)[: shot + queries]]
-            support.append(picked[:shot])
-            query.append(picked[shot:])
-        ways = torch.arange(len(drawn))
+            picked.append(members[torch.randperm(len(members), generator=generator)[: shot + queries]])
+        return self.episode(drawn, picked, shots, queries)
+
+    @staticmethod
+    def episode(drawn: Tensor, picked: Sequence[Tensor], shots: Sequence[int], queries: int) -> Episode:
+        """Return the episode of classes (N,) and of the images picked for each, its support first."""
+        pairs, ways = list(zip(picked, shots, strict=True)), torch.arange(len(drawn))
+        support, query = (
+            torch.cat(parts) for parts in zip(*((images[:shot], images[shot:]) for images, shot in pairs))
+        )
         support_labels = ways.repeat_interleave(torch.as_tensor(list(shots)))
-        return Episode(torch.cat(support), support_labels, torch.cat(query), ways.repeat_interleave(queries), drawn)
+        return Episode(support, support_labels, query, ways.repeat_interleave(queries), drawn)
 
     def state(self, **rules: object) -> dict[str, object]:
         """Return `rules` with the seed and a hash of labels, classes and superclasses, which determine the episodes."""
@@ -215,22 +222,12 @@ class EpisodeSampler(LabelledSet):
     """
 
     def __init__(
-        self,
-        labels: Tensor,
-        *,
-        ways: int = 5,
-        shots: int = 1,
-        queries: int = 15,
-        seed: int = 0,
-        superclass: Tensor | None = None,
-        classes: Sequence[int] | Tensor | None = None,
-        names: Sequence[str] | None = None,
-        parts: int = 0,
+        self, labels: Tensor, *, ways: int = 5, shots: int = 1, queries: int = 15, parts: int = 0, **of_set: Any
     ) -> None:
         for field, value, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
             if value < least:
                 raise UserError(f"episodes: {field} is {value}: it must be at least {least}.")
-        super().__init__(labels, seed, superclass, classes, names)
+        super().__init__(labels, **of_set)
         self.ways = self.min_ways = self.max_ways = ways
         self.shots, self.queries = shots, queries
         need = shots + queries
@@ -307,18 +304,9 @@ class DisjointSampler(EpisodeSampler):
                 return episodes
             group = self.draw_group(usable, generator)
             drawn = group[torch.randperm(len(group), generator=generator)[: self.ways]]
-            picked = torch.stack([left[c][:need] for c in drawn.tolist()])
+            picked = [left[c][:need] for c in drawn.tolist()]
             left |= {c: left[c][need:] for c in drawn.tolist()}
-            ways = torch.arange(self.ways)
-            episodes.append(
-                Episode(
-                    picked[:, : self.shots].flatten(),
-                    ways.repeat_interleave(self.shots),
-                    picked[:, self.shots :].flatten(),
-                    ways.repeat_interleave(self.queries),
-                    drawn,
-                )
-            )
+            episodes.append(self.episode(drawn, picked, [self.shots] * self.ways, self.queries))
 
     def __len__(self) -> int:
         return len(self._episodes)
@@ -344,28 +332,25 @@ class VariableSampler(LabelledSet):
         self,
         labels: Tensor,
         *,
-        seed: int = 0,
-        superclass: Tensor | None = None,
-        classes: Sequence[int] | Tensor | None = None,
         nodes: Sequence[Sequence[int]] | None = None,
-        names: Sequence[str] | None = None,
         min_ways: int = 5,
         max_ways: int = 50,
         max_queries: int = 10,
         max_support: int = 500,
         max_contribution: int = 100,
         max_leaves: int = 392,
+        **of_set: Any,
     ) -> None:
         if not 2 <= min_ways <= max_ways <= max_support or max_queries < 1 or max_contribution < 1:
             raise UserError(
                 f"episodes: ways {min_ways} to {max_ways}, support {max_support}, queries {max_queries}, contribution "
                 f"{max_contribution}: need 2 <= min_ways <= max_ways <= max_support, the others at least 1."
             )
-        if nodes is not None and superclass is not None:
+        if nodes is not None and of_set.get("superclass") is not None:
             raise UserError(
                 "episodes: superclass and nodes both given: a data set has one hierarchy, pass one of them."
             )
-        super().__init__(labels, seed, superclass, classes, names)
+        super().__init__(labels, **of_set)
         self.min_ways, self.max_ways, self.max_queries, self.nodes = min_ways, max_ways, max_queries, nodes
         self.max_support, self.max_contribution, self.max_leaves = max_support, max_contribution, max_leaves
         single = [self.name(c) for c in self.classes.tolist() if self.counts[c] < 2]

@@ -25,14 +25,7 @@ from torch import Tensor
 from torch.linalg import eigh
 
 from vismt.base.errors import require_known
-from vismt.multitask.balancing.base import (
-    BALANCERS,
-    Balancer,
-    TaskLosses,
-    check_range,
-    processes,
-    weighted_sum,
-)
+from vismt.multitask.balancing.base import BALANCERS, Balancer, TaskLosses, check_range, processes, weighted_sum
 
 HEAD_GRADIENTS = ("plain", "weighted")
 COLUMNS = 1 << 22  # columns of the gradient matrix that are converted to float64 at a time

@@ -27,7 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vismt.base import console
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, need_whole
 from vismt.base.identity import Identity, version
 from vismt.lowrank.contexts import one_thread
 from vismt.storage.paths import cache_root
@@ -236,8 +236,7 @@ def assign(cost: np.ndarray, prices: np.ndarray | None = None) -> np.ndarray:
 
 def check_divides(rows: int, clusters: int, what: str) -> None:
     """Raise UserError, with the nearest divisors, unless `clusters` divides `rows`."""
-    if isinstance(clusters, bool) or not isinstance(clusters, int) or clusters < 1:
-        raise UserError(f"experts: n_experts is {clusters!r}; it must be a whole number, at least 1.")
+    need_whole("experts: n_experts is", clusters)
     if clusters > rows or rows % clusters:
         divisors = [number for number in range(1, rows + 1) if rows % number == 0]
         below = max((n for n in divisors if n < clusters), default=1)

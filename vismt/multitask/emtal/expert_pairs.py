@@ -82,12 +82,10 @@ class ExpertPairs(LowRankLinear):
         return spec_of(path, module, cls, settings)
 
     @classmethod
-    def build(
-        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> ExpertPairs:
+    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> ExpertPairs:
         settings = spec.settings
         own = {"n_experts": settings.n_experts, "side": settings.side}
-        return cls(base, dropout=dropout, dtype=dtype, **own, **cls._options(settings))
+        return cls(base, **how, **own, **cls._options(settings))
 
     @classmethod
     def check_settings(cls, spec: LayerSpec) -> None:

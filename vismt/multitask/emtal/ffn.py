@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, need_whole, require_known
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec, register_module
 from vismt.lowrank.layers.forms import LowRankLinear
 from vismt.lowrank.layers.low_rank import LowRankLayer
@@ -133,8 +133,8 @@ class MoEfiedMlp(AdapterModule):
     ) -> None:
         self.check("mlp", mlp, RouterSettings(n_experts, temperature))
         start = starter(init)
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-            raise UserError(f"emtal: rank {rank!r}; it must be a whole number, at least 1.")
+        if rank is not None:
+            need_whole("emtal: rank", rank)
         super().__init__(mlp)
         self.n_experts, self.temperature, self.fade = n_experts, float(temperature), 0.0
         for name in ("fc1", "fc2"):
@@ -243,9 +243,8 @@ class MoEfiedMlp(AdapterModule):
 
         n_experts, temperature = settings.n_experts, settings.temperature
         if base is None:
-            raise UserError(f"moe_lora: this model has no '{path}' to put a router in.")
-        if isinstance(n_experts, bool) or not isinstance(n_experts, int) or n_experts < 1:
-            raise UserError(f"emtal: n_experts {n_experts!r}; it must be a whole number, at least 1.")
+            raise UserError(f"emtal: this model has no '{path}' to put a router in.")
+        need_whole("emtal: n_experts", n_experts)
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
             raise UserError(f"emtal: temperature {temperature!r}; it must be a positive number.")
         adapted = any(isinstance(getattr(base, name, None), LowRankLayer) for name in ("fc1", "fc2"))
@@ -270,7 +269,7 @@ class MoEfiedMlp(AdapterModule):
         super().check_tensors(what, spec, {"lora_router.weight": tensors["lora_router.weight"]})
 
     @classmethod
-    def build(cls, base: Any, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> MoEfiedMlp:
+    def build(cls, base: Any, spec: LayerSpec, **how: Any) -> MoEfiedMlp:
         return cls(base, None, spec.settings.n_experts, spec.settings.temperature)
 
     def settings(self) -> RouterSettings:

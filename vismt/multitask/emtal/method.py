@@ -46,8 +46,6 @@ def emtal(
     model: nn.Module,
     *,
     targets: Targets,
-    rank: int,
-    alpha: float | None,
     seed: int,
     n_experts: int = 16,
     temperature: float = 5.0,
@@ -86,7 +84,7 @@ def emtal(
         targets = [*filter(PROJECTION.fullmatch, attention), *linears]
     if pairs == "expert":
         options = {**options, "layer": ExpertPairs, "settings": {"n_experts": n_experts}}
-    report = inject(model, "emtal", start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+    report = inject(model, "emtal", start, offset=False, targets=targets, seed=seed, **options)
     wrappers: dict[str, Any] = {}
     for path in mlps:
         router_seed = int(torch.randint(2**62, (), generator=site_generator(seed, path)))
@@ -136,12 +134,6 @@ def set_fade(model: nn.Module, fade: float | Fade) -> None:
         raise UserError("set_fade: this model has no router; adapt it with 'emtal' first.")
     for wrapper in routed:
         wrapper.fade = fade
-
-
-def routes(model: nn.Module) -> bool:
-    """Return whether a router of the model still weighs experts, so that merged weights would compute something else."""
-    wrappers = adapter_modules(model).values()
-    return any(isinstance(wrapper, MoEfiedMlp) and wrapper.fade_value != 1 for wrapper in wrappers)
 
 
 def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, settings: Any) -> RouterFade | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,10 @@ def router_maps(net: Any, images: Tensor) -> dict[str, np.ndarray]:
     places = sorted({round(i * (len(routed) - 1) / (MAPPED_BLOCKS - 1)) for i in range(MAPPED_BLOCKS)})
     chosen = [routed[place] for place in places]
     weights: dict[str, Tensor] = {}
-    hooks = [part.register_forward_pre_hook(partial(_weigh, weights, name)) for name, part in chosen]
-    try:
-        with torch.no_grad(), evaluating(net):
-            net(images.to(next(net.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), evaluating(net), ExitStack() as stack:
+        for name, part in chosen:
+            stack.callback(part.register_forward_pre_hook(partial(_weigh, weights, name)).remove)
+        net(images.to(next(net.parameters()).device))
     rows, columns = net.backbone.grid
     patches = [weights[name][:, net.stock.num_prefix_tokens :] for name, _ in chosen]
     maps = [rearrange(omega, "b (r c) e -> b e r c", r=rows, c=columns) for omega in patches]

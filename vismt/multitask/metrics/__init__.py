@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 from vismt.base.exports import exports
 
 if TYPE_CHECKING:
-    from vismt.multitask.metrics.boundary import BoundaryF
-    from vismt.multitask.metrics.classes import Accuracy, MeanIoU
-    from vismt.multitask.metrics.delta import delta_m
-    from vismt.multitask.metrics.depth import DepthErrors
-    from vismt.multitask.metrics.normals import NormalErrors
-    from vismt.multitask.metrics.saliency import MaxF
-
-__all__ = ["Accuracy", "BoundaryF", "DepthErrors", "MaxF", "MeanIoU", "NormalErrors", "delta_m"]
+    from vismt.multitask.metrics.boundary import BoundaryF as BoundaryF
+    from vismt.multitask.metrics.classes import Accuracy as Accuracy
+    from vismt.multitask.metrics.classes import MeanIoU as MeanIoU
+    from vismt.multitask.metrics.delta import delta_m as delta_m
+    from vismt.multitask.metrics.depth import DepthErrors as DepthErrors
+    from vismt.multitask.metrics.normals import NormalErrors as NormalErrors
+    from vismt.multitask.metrics.saliency import MaxF as MaxF
 
 __getattr__, __dir__ = exports(__name__)

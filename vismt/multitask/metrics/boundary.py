@@ -32,24 +32,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from vismt.base.compiled import Compiled
 from vismt.base.errors import UserError, require_known
 from vismt.data.maps.edge_thinning import thin
-from vismt.multitask.metrics.inputs import (
-    binary,
-    check_same_size,
-    check_thresholds,
-    probability,
-    require_any,
-)
+from vismt.multitask.metrics.inputs import Sums, binary, check_same_size, check_thresholds, probability, require_any
 from vismt.multitask.metrics.saliency import SCORES, curves
 
 FREE, ABSENT = -1, -2
 
 
-class BoundaryF(Metric):
+class BoundaryF(Sums):
     """odsF, and oisF with the best threshold of each image.
 
     Args:
@@ -61,7 +54,7 @@ class BoundaryF(Metric):
         options: options of torchmetrics.Metric.
     """
 
-    full_state_update, higher_is_better, is_differentiable = False, True, False
+    higher_is_better = True
     matched: Tensor  # (n,) by threshold
     predicted: Tensor
     true: Tensor
@@ -87,15 +80,7 @@ class BoundaryF(Metric):
         self.max_dist, self.thinning, self.ignore_index = max_dist, thinning, ignore_index
         require_known("BoundaryF: scores", [scores], SCORES)
         self.scores = scores
-        shapes: dict[str, tuple[int, ...]] = {
-            "matched": (thresholds,),
-            "predicted": (thresholds,),
-            "true": (),
-            "best": (2,),
-            "images": (),
-        }
-        for name, shape in shapes.items():
-            self.add_state(name, torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_sums(matched=(thresholds,), predicted=(thresholds,), true=(), best=(2,), images=())
 
     def update(self, pred: Tensor, target: Tensor) -> None:
         """Add a batch; computed on the CPU.

@@ -16,16 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from vismt.base.errors import UserError, require_known
-from vismt.multitask.metrics.inputs import check_same_size, map_of, require_any, require_numbers
+from vismt.multitask.metrics.inputs import Sums, check_same_size, map_of, require_any, require_numbers
 
 ABSENT = ("zero", "skip", "nan")
 
 
-class MeanIoU(Metric):
+class MeanIoU(Sums):
     """mIoU over all classes, background included where it is a class.
 
     Args:
@@ -35,7 +34,7 @@ class MeanIoU(Metric):
         options: options of torchmetrics.Metric.
     """
 
-    full_state_update, higher_is_better, is_differentiable = False, True, False
+    higher_is_better = True
     confusion: Tensor
 
     def __init__(
@@ -47,7 +46,7 @@ class MeanIoU(Metric):
         self.num_classes, self.ignore_index = num_classes, ignore_index
         require_known("MeanIoU: absent", [absent], ABSENT)
         self.absent = absent
-        self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_sums(confusion=(num_classes, num_classes))
 
     def update(self, pred: Tensor, target: Tensor) -> None:
         """Add a batch; images with ignored pixels alone do not count.
@@ -84,21 +83,16 @@ class MeanIoU(Metric):
         Raises:
             UserError: without a labelled pixel.
         """
-        pixels = require_any(
-            "MeanIoU", self.confusion.sum(), "labelled pixel", f"give it data, check ignore_index={self.ignore_index}"
-        )
+        fix = f"give it data, check ignore_index={self.ignore_index}"
+        pixels = require_any("MeanIoU", self.confusion.sum(), "labelled pixel", fix)
         confusion = self.confusion.cpu().double()
         true = confusion.diag()
         iou = true / (confusion.sum(0) + confusion.sum(1) - true)
         if self.absent == "zero":
             iou = iou.nan_to_num(0.0)
         mean = iou.nanmean() if self.absent == "skip" else iou.mean()
-        return {
-            "miou": float(mean),
-            "iou": iou.tolist(),
-            "pixel_accuracy": float(true.sum() / pixels),
-            "pixels": pixels,
-        }
+        accuracy = float(true.sum() / pixels)
+        return {"miou": float(mean), "iou": iou.tolist(), "pixel_accuracy": accuracy, "pixels": pixels}
 
     def _classes(self, pred: Tensor) -> Tensor:
         """Return predicted classes (b, h, w) from logits or class maps."""
@@ -117,7 +111,7 @@ class MeanIoU(Metric):
             raise UserError(f"MeanIoU: {what} {int(strange[0])}; classes are 0 to {self.num_classes - 1}; {hint}.")
 
 
-class Accuracy(Metric):
+class Accuracy(Sums):
     """Top-1 accuracy over images, not a mean over classes.
 
     Args:
@@ -125,7 +119,7 @@ class Accuracy(Metric):
         options: options of torchmetrics.Metric.
     """
 
-    full_state_update, higher_is_better, is_differentiable = False, True, False
+    higher_is_better = True
     correct: Tensor
     images: Tensor
 
@@ -134,8 +128,7 @@ class Accuracy(Metric):
         if num_classes < 2:
             raise UserError(f"Accuracy: num_classes = {num_classes}; it must be at least 2.")
         self.num_classes = num_classes
-        self.add_state("correct", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_sums(correct=(), images=())
 
     def update(self, pred: Tensor, target: Tensor) -> None:
         """Add a batch.

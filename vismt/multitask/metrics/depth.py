@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from vismt.base.errors import UserError, require_known
 from vismt.multitask.metrics.inputs import (
+    Sums,
     apply_mask,
     check_same_size,
     map_of,
@@ -34,7 +34,7 @@ LEAST = 1e-9  # a depth of 0 has no logarithm
 POWERS = 3
 
 
-class DepthErrors(Metric):
+class DepthErrors(Sums):
     """Depth errors in the unit of the target.
 
     A target pixel is valid where g is finite and satisfies the mask of `update`, `valid_range` and `ignore`.
@@ -46,7 +46,7 @@ class DepthErrors(Metric):
         options: options of torchmetrics.Metric.
     """
 
-    full_state_update, higher_is_better, is_differentiable = False, False, False
+    higher_is_better = False
     sums: Tensor  # sums of squared, squared log, absolute, relative and squared relative errors
     within: Tensor
     pixels: Tensor
@@ -65,9 +65,8 @@ class DepthErrors(Metric):
         self.valid_range, self.ignore = valid_range, ignore
         require_known("DepthErrors: convention", [convention], CONVENTIONS)
         self.convention = convention
-        self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("within", torch.zeros(POWERS, dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("pixels", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_sums(torch.float64, sums=(5,))
+        self.add_sums(within=(POWERS,), pixels=())
 
     def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch; images without a valid pixel do not count.
@@ -81,10 +80,8 @@ class DepthErrors(Metric):
             UserError: for different sizes, predictions that are not finite at valid pixels, and valid targets that are not
                 positive.
         """
-        pred, target = (
-            map_of("DepthErrors", "prediction", pred),
-            map_of("DepthErrors", "target", target).to(pred.device),
-        )
+        pred = map_of("DepthErrors", "prediction", pred)
+        target = map_of("DepthErrors", "target", target).to(pred.device)
         check_same_size("DepthErrors", pred, target)
         valid = apply_mask("DepthErrors", self._valid(target), mask)
         pred, target = to_fp64(require_numbers("DepthErrors", pred[valid])), to_fp64(target[valid])
@@ -114,20 +111,16 @@ class DepthErrors(Metric):
         Raises:
             UserError: without a valid pixel.
         """
-        pixels = require_any(
-            "DepthErrors", self.pixels, "valid pixel", "give it data, check mask, valid_range and ignore"
-        )
-        squared, squared_log, absolute, relative, squared_relative = (self.sums / pixels).tolist()
-        shares = {f"delta{power}": int(count) / pixels for power, count in enumerate(self.within, 1)}
-        return {
+        fix = "give it data, check mask, valid_range and ignore"
+        pixels = require_any("DepthErrors", self.pixels, "valid pixel", fix)
+        squared, squared_log, *means = (self.sums / pixels).tolist()
+        errors = {
             "rmse": squared**0.5,
             "log_rmse": squared_log**0.5,
-            "abs_err": absolute,
-            "abs_rel": relative,
-            "sq_rel": squared_relative,
-            **shares,
-            "pixels": pixels,
+            **dict(zip(("abs_err", "abs_rel", "sq_rel"), means)),
         }
+        shares = {f"delta{power}": int(count) / pixels for power, count in enumerate(self.within, 1)}
+        return {**errors, **shares, "pixels": pixels}
 
     def _valid(self, target: Tensor) -> Tensor:
         valid = target.isfinite()

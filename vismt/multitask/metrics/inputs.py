@@ -1,12 +1,24 @@
-"""Checks and conversions of the metrics' inputs; each function takes the name of the metric for its errors."""
+"""The base of the metrics; checks and conversions of their inputs, which take the name of the metric for errors."""
 
 from __future__ import annotations
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torchmetrics import Metric
 
 from vismt.base.errors import UserError
+
+
+class Sums(Metric):
+    """A metric whose states are sums over the data set."""
+
+    full_state_update, is_differentiable = False, False
+
+    def add_sums(self, dtype: torch.dtype = torch.long, **shapes: tuple[int, ...]) -> None:
+        """Add a state of zeros for each name."""
+        for name, shape in shapes.items():
+            self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
 
 def map_of(metric: str, what: str, values: Tensor) -> Tensor:

@@ -19,16 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from vismt.base.errors import UserError, require_known
-from vismt.multitask.metrics.inputs import (
-    apply_mask,
-    check_same_size,
-    require_any,
-    require_numbers,
-    to_fp64,
-)
+from vismt.multitask.metrics.inputs import Sums, apply_mask, check_same_size, require_any, require_numbers, to_fp64
 
 CONVENTIONS = ("pooled", "libmtl")
 LIMITS = (11.25, 22.5, 30.0)
@@ -36,7 +29,7 @@ STEPS = 1000  # of the histogram, per degree
 MARK = 255
 
 
-class NormalErrors(Metric):
+class NormalErrors(Sums):
     """Angular errors of surface normals.
 
     Args:
@@ -44,7 +37,7 @@ class NormalErrors(Metric):
         options: options of torchmetrics.Metric.
     """
 
-    full_state_update, higher_is_better, is_differentiable = False, False, False
+    higher_is_better = False
     sums: Tensor  # of angles and squared angles
     within: Tensor
     histogram: Tensor  # of angles rounded to steps
@@ -54,10 +47,8 @@ class NormalErrors(Metric):
         super().__init__(**options)
         require_known("NormalErrors: convention", [convention], CONVENTIONS)
         self.convention = convention
-        self.add_state("sums", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("within", torch.zeros(len(LIMITS), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("histogram", torch.zeros(180 * STEPS + 1, dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("pixels", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_sums(torch.float64, sums=(2,))
+        self.add_sums(within=(len(LIMITS),), histogram=(180 * STEPS + 1,), pixels=())
 
     def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch; images without a valid pixel do not count, nor do zero targets, whatever the mask.

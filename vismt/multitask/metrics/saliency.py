@@ -15,21 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from vismt.base.errors import UserError, require_known
-from vismt.multitask.metrics.inputs import (
-    binary,
-    check_same_size,
-    check_thresholds,
-    probability,
-    require_any,
-)
+from vismt.multitask.metrics.inputs import Sums, binary, check_same_size, check_thresholds, probability, require_any
 
 SCORES = ("logits", "probabilities")
 
 
-class MaxF(Metric):
+class MaxF(Sums):
     """maxF of a binary map.
 
     Args:
@@ -40,7 +33,7 @@ class MaxF(Metric):
         options: options of torchmetrics.Metric.
     """
 
-    full_state_update, higher_is_better, is_differentiable = False, True, False
+    higher_is_better = True
     counts: Tensor  # (2, n + 1): negatives and positives by the number of thresholds that the probability reaches
 
     def __init__(
@@ -59,7 +52,7 @@ class MaxF(Metric):
         self.beta_squared, self.ignore_index = beta_squared, ignore_index
         require_known("MaxF: scores", [scores], SCORES)
         self.scores = scores
-        self.add_state("counts", torch.zeros(2, thresholds + 1, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_sums(counts=(2, thresholds + 1))
 
     def update(self, pred: Tensor, target: Tensor) -> None:
         """Add a batch; images with ignored pixels alone do not count.
@@ -89,12 +82,8 @@ class MaxF(Metric):
         Raises:
             UserError: without a salient pixel, because recall would be 0 / 0.
         """
-        require_any(
-            "MaxF",
-            self.counts[1].sum(),
-            "salient pixel",
-            f"give it data, check targets and ignore_index={self.ignore_index}",
-        )
+        fix = f"give it data, check targets and ignore_index={self.ignore_index}"
+        require_any("MaxF", self.counts[1].sum(), "salient pixel", fix)
         negatives, positives = self.counts.cpu().flip(1).cumsum(1).flip(1)[:, 1:]
         precision, recall, f = curves(positives, positives + negatives, self.counts[1].sum().cpu(), self.beta_squared)
         best = int(f.argmax())

@@ -25,7 +25,7 @@ from einops import repeat
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import AdapterModule, LayerSpec, register_module, spec_of
+from vismt.lowrank.layers.base import AdapterModule, LayerSpec, in_autocast, register_module, spec_of
 from vismt.lowrank.layers.forms import LowRankLinear
 from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
 from vismt.lowrank.model.starts import Initialiser
@@ -100,10 +100,8 @@ class TaskLinear(LowRankLinear):
         return spec_of(path, module, cls, TaskSettings(**asdict(settings), **own))
 
     @classmethod
-    def build(
-        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
-    ) -> TaskLinear:
-        return cls(base, spec.settings, spec.path.endswith(SITES[0]), dropout=dropout, dtype=dtype)
+    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> TaskLinear:
+        return cls(base, spec.settings, spec.path.endswith(SITES[0]), **how)
 
     @classmethod
     def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
@@ -132,12 +130,6 @@ class TaskLinear(LowRankLinear):
         return super().tensors() | {f"{name}.{k}": value for name, of in pairs.items() for k, value in enumerate(of)}
 
     @torch.no_grad()
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        own = self.tensors()
-        for name, value in tensors.items():
-            own[name].copy_(value)
-
-    @torch.no_grad()
     def start_more(self, init: Initialiser, generator: torch.Generator) -> None:
         for A, B in zip(self.task_A, self.task_B):
             start = init(self.matrix(self.weight), len(A), self.task_scale, generator)
@@ -154,8 +146,7 @@ class TaskLinear(LowRankLinear):
         scope = task_features.scope()
         if scope is None:
             return super().forward(x)
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = in_autocast(x)
         shared = x if self.opens else x[: len(x) // (1 + scope.streams)]
         base = F.linear(shared, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         dropped = F.dropout(shared, self.dropout, self.training)
@@ -252,7 +243,7 @@ class TaskBlock(AdapterModule):
         return {}
 
     @classmethod
-    def build(cls, base: Any, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> TaskBlock:
+    def build(cls, base: Any, spec: LayerSpec, **how: Any) -> TaskBlock:
         return cls(base, spec.settings)
 
     def settings(self) -> BlockSettings:

@@ -32,7 +32,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import adapter_layers
@@ -56,9 +56,6 @@ def mtlora(
     model: nn.Module,
     *,
     targets: Targets,
-    rank: int,
-    alpha: float | None,
-    seed: int,
     tasks: Sequence[str] = (),
     task_rank: int | Mapping[str, int] = 4,
     task_scale: float | Mapping[str, float] = SCALE,
@@ -91,30 +88,14 @@ def mtlora(
     }
     if targets is None:
         targets = [path for path, module in modules.items() if LINEARS.fullmatch(path) and kind_of(module) == "linear"]
-    report = inject(
-        model,
-        "mtlora",
-        _start,
-        offset=False,
-        layer=TaskLinear,
-        settings={"of_tasks": sites},
-        targets=targets,
-        rank=rank,
-        alpha=alpha,
-        seed=seed,
-        **options,
-    )
+    on_tasks = {"layer": TaskLinear, "settings": {"of_tasks": sites}}
+    report = inject(model, "mtlora", kaiming, offset=False, targets=targets, **on_tasks, **options)
     missing = sites.keys() - {spec.path for spec in report.specs}
     if missing:
         raise UserError(f"mtlora: targets leave out '{min(missing)}', which carries pairs of tasks; name it as well.")
     settings = {path: BlockSettings(tuple(tasks), path == every[-1]) for path in paths}
     attach(model, {path: TaskBlock(model.get_submodule(path), settings[path]) for path in paths})
     return replace(report, extras=[f"pairs of {len(tasks)} tasks in {', '.join(paths)}"])
-
-
-def _start(weight: Tensor, rank: int, scale: float, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Return a kaiming A and a zero B, of a shared pair or of a task's."""
-    return kaiming(weight, rank, generator)
 
 
 def _stage_ends(blocks: Sequence[str]) -> list[str]:
@@ -185,19 +166,8 @@ def skip_absent(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.opt
     return optimizer
 
 
-def needs(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return the need for tasks that have heads of their own."""
-    return {"tasks": "'mtlora' gives each task features of its own"}
-
-
+LAYERS = (LowRankLayer, TaskLinear, TaskBlock)
+NEEDS = {"tasks": "'mtlora' gives each task features of its own"}
 register_method(
-    Method(
-        "mtlora",
-        mtlora,
-        layers=(LowRankLayer, TaskLinear, TaskBlock),
-        optimizer=skip_absent,
-        needs=needs,
-        merges=False,
-        exports=False,
-    )
+    Method("mtlora", mtlora, LAYERS, optimizer=skip_absent, needs=lambda options: NEEDS, merges=False, exports=False)
 )

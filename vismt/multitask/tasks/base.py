@@ -281,12 +281,6 @@ def check_number(task: str, option: str, value: Any, low: float, high: float) ->
         raise UserError(f"{task}: {option} {value!r}; it must be a number above {low:g} and below {high:g}.")
 
 
-def check_count(task: str, option: str, value: Any, least: int) -> None:
-    """Raise UserError unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{task}: {option} {value!r}; it must be a whole number, at least {least}.")
-
-
 def make_task(spec: str | Mapping[str, Any]) -> Task:
     """Return the task of a specification.
 

@@ -30,19 +30,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, need_whole, require_known
 from vismt.data.formats.pascal_context import PARTS
 from vismt.data.maps.dense_sample import CLASS, NO_CLASS
 from vismt.multitask.class_loss import ClassLoss, check_factor, dice_loss
-from vismt.multitask.tasks.base import (
-    IGNORE,
-    PASCAL_WEIGHTS,
-    TASKS,
-    LabelTask,
-    Task,
-    check_count,
-    check_labels,
-)
+from vismt.multitask.tasks.base import IGNORE, PASCAL_WEIGHTS, TASKS, LabelTask, Task, check_labels
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -74,8 +66,7 @@ class Segmentation(LabelTask, ClassLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.classes, bool) or not isinstance(self.classes, int) or not 2 <= self.classes <= IGNORE:
-            raise UserError(f"{self.name}: classes {self.classes!r}; it must be a whole number from 2 to {IGNORE}.")
+        need_whole(f"{self.name}: classes", self.classes, 2, IGNORE)
         require_known(f"{self.name}: absent", [self.absent], ABSENT)
         self.check_options(self.name, self.classes)
         check_factor(self.name, "dice", self.dice)
@@ -151,7 +142,7 @@ class Classification(Task, ClassLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count(self.name, "classes", self.classes, 2)
+        need_whole(f"{self.name}: classes", self.classes, 2)
         self.check_options(self.name, self.classes)
         smoothing = self.label_smoothing
         if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:

@@ -44,17 +44,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.base.errors import UserError, require_known
-from vismt.multitask.tasks.base import (
-    IGNORE,
-    NYUD_WEIGHTS,
-    PASCAL_WEIGHTS,
-    TASKS,
-    LabelTask,
-    MapTask,
-    check_count,
-    check_number,
-)
+from vismt.base.errors import UserError, need_whole, require_known
+from vismt.multitask.tasks.base import IGNORE, NYUD_WEIGHTS, PASCAL_WEIGHTS, TASKS, LabelTask, MapTask, check_number
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -142,7 +133,7 @@ class Edges(BinaryTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number(self.name, "max_dist", self.max_dist, 0, 1)
-        check_count(self.name, "thresholds", self.thresholds, 1)
+        need_whole(f"{self.name}: thresholds", self.thresholds)
 
     def metric(self) -> Metric:
         from vismt.multitask.metrics import BoundaryF

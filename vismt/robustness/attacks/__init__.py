@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from vismt.base.exports import exports
 
 if TYPE_CHECKING:
-    from vismt.robustness.attacks.attacks import AttackSpec, attack, robust_accuracy
-
-__all__ = ["AttackSpec", "attack", "robust_accuracy"]
+    from vismt.robustness.attacks.attacks import AttackSpec as AttackSpec
+    from vismt.robustness.attacks.attacks import attack as attack
+    from vismt.robustness.attacks.attacks import robust_accuracy as robust_accuracy
 
 __getattr__, __dir__ = exports(__name__)

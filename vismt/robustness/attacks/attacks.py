@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -188,35 +188,13 @@ class AttackSpec(Checked):
         """Return every field, for a protocol's hash."""
         return asdict(self)
 
-    def perturb(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        num_classes: int,
-        keys: Sequence[tuple[int, int]],
-        exhaust: bool = False,
-    ) -> Tensor:
-        """Return what `attack` returns, with a key for each image, of which its random numbers are a function.
+    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, **how: Any) -> Tensor:
+        """Return the images of `search`, with its arguments, on the device of the clean ones."""
+        return self.search(model, images, labels, **how).adversarial.to(images.device)
 
-        exhaust: attack every image to the end, broken or not: for images that are evaluated on another model.
-        """
-        outcome = self.search(model, images, labels, num_classes=num_classes, keys=keys, exhaust=exhaust)
-        return outcome.adversarial.to(images.device)
-
-    def search(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        num_classes: int,
-        keys: Sequence[tuple[int, int]],
-        exhaust: bool = False,
-    ) -> Outcome:
-        """Return what the attack finds, with the arguments of `perturb`: the images, and which of them it counts as broken."""
-        return _run(model, images, labels, [self], num_classes, keys, exhaust=exhaust)
+    def search(self, model: nn.Module, images: Tensor, labels: Tensor, **how: Any) -> Outcome:
+        """Return what `attack` finds: the images, and which of them it counts as broken; arguments as of `_run`."""
+        return _run(model, images, labels, [self], **how)
 
 
 def attack(model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, *, num_classes: int) -> Tensor:
@@ -244,13 +222,7 @@ def attack(model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, *
 
 
 def robust_accuracy(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    specs: Sequence[AttackSpec],
-    *,
-    num_classes: int,
-    batch: int = 128,
+    model: nn.Module, images: Tensor, labels: Tensor, specs: Sequence[AttackSpec], *, num_classes: int, batch: int = 128
 ) -> Tensor:
     """Return the worst case over a list of attacks: bool (b,), True where the clean and every attacked image is right.
 
@@ -270,7 +242,7 @@ def robust_accuracy(
         UserError: As for `attack`, and a model that answers differently from call to call.
     """
     keys = [(0, i) for i in range(len(images))]
-    outcome = _run(model, images, labels, specs, num_classes, keys, batch=batch)
+    outcome = _run(model, images, labels, specs, num_classes=num_classes, keys=keys, batch=batch)
     with evaluating(model), torch.no_grad():
         logits = torch.cat([answers(model, part) for part in outcome.adversarial.split(batch)])
     outcome.lost(logits, _named(specs))
@@ -283,13 +255,17 @@ def _run(
     images: Tensor,
     labels: Tensor,
     specs: Sequence[AttackSpec],
+    *,
     num_classes: int,
     keys: Sequence[tuple[int, int]],
-    *,
     batch: int = 128,
     exhaust: bool = False,
 ) -> Outcome:
-    """Run attacks one after the other on the images that are still right."""
+    """Run attacks one after the other on the images that are still right.
+
+    keys: one for each image, of which its random numbers are a function. exhaust: attack every image to the end, broken or not:
+    for images that are evaluated on another model.
+    """
     clean = images.detach().float().clone()
     what = _named(specs)
     _check_input(clean, labels, what, num_classes)

@@ -47,9 +47,8 @@ class DenseAttack:
     spec: AttackSpec
     tasks: tuple[str, ...] = ()
     kind: ClassVar[Literal["attack"]] = "attack"
-    worst_case: ClassVar[bool] = (
-        True  # of the measures of `evaluate.risk`; the tasks' scores are those of the images alone
-    )
+    # Of the measures of `evaluate.risk`; the tasks' scores are those of the images alone.
+    worst_case: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.spec.name != "pgd":
