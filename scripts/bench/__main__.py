@@ -73,23 +73,20 @@ def _bench(options: argparse.Namespace) -> None:
         raise UserError(
             f"bench: --json {options.json}: the folder {options.json.parent} does not exist; make it first."
         )
-    results = _results(options)
-    for result in results:
-        console.block(str(result))
-    if options.json is not None:
-        content = report(options, results)
-        atomic_write(options.json, json.dumps(content, indent=1) + "\n")
-        console.stage("bench", f"written to {options.json}")
-
-
-def _results(options: argparse.Namespace) -> list[Any]:
     if options.config is not None:
         from scripts.bench import config_memory
         from vismt.config.sections import find_config
 
-        return config_memory.run(find_config(str(options.config)), options.device)
-    more = [options.model] if options.what == "memory" else []
-    return importlib.import_module(f"scripts.bench.{options.what}").run(options.rounds, options.device, *more)
+        results: list[Any] = config_memory.run(find_config(str(options.config)), options.device)
+    else:
+        more = [options.model] if options.what == "memory" else []
+        bench = importlib.import_module(f"scripts.bench.{options.what}")
+        results = bench.run(options.rounds, options.device, *more)
+    for result in results:
+        console.block(str(result))
+    if options.json is not None:
+        atomic_write(options.json, json.dumps(report(options, results), indent=1) + "\n")
+        console.stage("bench", f"written to {options.json}")
 
 
 def report(options: argparse.Namespace, results: list[Any]) -> dict[str, Any]:

@@ -80,7 +80,6 @@ class ReleasedPoolLinear(nn.Module):
             self.weight.data += gate * (update * self.scale)
 
     def unmerge(self) -> None:
-        """Set the weight to W_res."""
         self.weight.data.copy_(self.residual)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ HALF_RECOMPUTE = f"{HALF}, recompute"
 TIMES = ((RECOMPUTE, LORA, 1.03), (HALF, PEFT_HALF, 0.90), (HALF, PEFT, 0.60))
 
 Loss = Callable[[nn.Module], Tensor]
+Step = Callable[[], Tensor]
 
 
 def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
@@ -88,10 +89,7 @@ def _recomputed(loss: Loss) -> Loss:
 
 
 def _variants(model: nn.Module, head: str) -> dict[str, nn.Module]:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError('bench core compares with peft, which is not installed: pip install "vismt[llm]".') from error
+    peft = imported_peft("core")
     floor = copy.deepcopy(model).requires_grad_(False)
     floor.get_submodule(head).requires_grad_(True)
     half = copy.deepcopy(model).bfloat16()
@@ -101,18 +99,43 @@ def _variants(model: nn.Module, head: str) -> dict[str, nn.Module]:
     adapt(half_lora, "lora", rank=RANK, also_train=[head])
     adapt(principal, "pissa", rank=RANK, also_train=[head])
     paths = [site.path for site in report.sites]
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=paths, modules_to_save=[head])
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=paths, modules_to_save=[head])
     return {
         LORA: lora,
         RECOMPUTE: lora,
-        PEFT: get_peft_model(copy.deepcopy(model), config),
+        PEFT: peft.get_peft_model(copy.deepcopy(model), config),
         HALF: half_lora,
         HALF_RECOMPUTE: half_lora,
-        PEFT_HALF: get_peft_model(half, config),
+        PEFT_HALF: peft.get_peft_model(half, config),
         "vismt pissa": principal,
         FULL: model,
         "head only (floor)": floor,
     }
+
+
+def imported_peft(bench: str) -> Any:
+    """Return the package peft. Raises UserError where it is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            f'bench {bench} compares with peft, which is not installed: pip install "vismt[llm]".'
+        ) from error
+    return peft
+
+
+def training_step(model: nn.Module, loss: Callable[[], Tensor], lr: float = 1e-4, **options: Any) -> Step:
+    """Return a step of AdamW on the trainable parameters of a model; the step returns the loss, ()."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, **options)
+
+    def step() -> Tensor:
+        value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.detach()
+
+    return step
 
 
 def _in_float(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -8,13 +8,13 @@ trainable parameters with the head. Saved activations as in `bench core`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from scripts.bench.accounting import saved_activation_bytes
+from scripts.bench.core import Step, training_step
 from scripts.bench.emtal_released import released
 from scripts.bench.timing import SAVED, Ratios, interleave
 from vismt.lowrank.model.merge import merge
@@ -68,18 +68,9 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model(images), labels)
 
 
-def step_of(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+def step_of(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
     """Return a training step with its AdamW; the step returns the loss, ()."""
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.05)
-
-    def call() -> Tensor:
-        optimiser.zero_grad()
-        loss = loss_of(model, images, labels)
-        loss.backward()
-        optimiser.step()
-        return loss.detach()
-
-    return call
+    return training_step(model, partial(loss_of, model, images, labels), 1e-3, weight_decay=0.05)
 
 
 def _routed(model: nn.Module, fade: float) -> nn.Module:

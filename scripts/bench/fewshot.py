@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +50,10 @@ class FewShotBench:
         self.sampler = EpisodeSampler(self.pixels.labels, ways=5, shots=5, queries=15, seed=0)
 
     def clean(self, episodes: int, rounds: int) -> Ratios:
-        """Time clean episodes."""
         found: dict[str, Tensor] = {}
 
         def protocol(name: str, folder: str) -> None:
-            with console.quiet(), _cache_in(folder):
+            with console.quiet(), mock.patch.dict(os.environ, VISMT_CACHE=folder):
                 found[name] = run_protocol(self.net, self.pixels, self.sampler, episodes=episodes)["clean"]
 
         def fresh() -> None:
@@ -76,11 +75,14 @@ class FewShotBench:
         return Ratios(title, timing, [(VISMT, LOOP, 0.05), (AGAIN, LOOP, 0.05)])
 
     def attacked(self, episodes: int, rounds: int) -> Ratios:
-        """Time episodes under PGD-10."""
         accuracy: dict[str, float] = {}
 
         def protocol() -> None:
-            with console.quiet(), tempfile.TemporaryDirectory() as folder, _cache_in(folder):
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                mock.patch.dict(os.environ, VISMT_CACHE=folder),
+                console.quiet(),
+            ):
                 result = run_protocol(self.net, self.pixels, self.sampler, episodes=episodes, attacks=[SPEC])
             accuracy[VISMT] = float(result[str(SPEC)].mean())
 
@@ -116,17 +118,3 @@ class FewShotBench:
             with torch.no_grad():
                 wrong = cosine_logits(backbone(changed), centres, self.net.scale).argmax(1) != truth
             yield clean.cpu(), ~wrong.cpu()
-
-
-@contextmanager
-def _cache_in(folder: str) -> Iterator[None]:
-    """Use another cache folder inside the block."""
-    before = os.environ.get("VISMT_CACHE")
-    os.environ["VISMT_CACHE"] = folder
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["VISMT_CACHE"]
-        else:
-            os.environ["VISMT_CACHE"] = before

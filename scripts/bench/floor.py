@@ -46,13 +46,11 @@ class Products:
         return rows * (1 + self.inner) * self.W.numel(), rows * ((2 + self.inner) * self.A.numel() + 3 * self.B.numel())
 
     def frozen(self) -> None:
-        """Multiply by the weight."""
         self.x @ self.W.t()
         if self.inner:
             self.y @ self.W
 
     def thin(self) -> None:
-        """Multiply by and for the factors."""
         hidden = self.x @ self.A.t()
         self.y.addmm_(hidden, self.B.t(), alpha=SMALL)
         at_hidden = self.y @ self.B

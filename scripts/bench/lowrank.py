@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from scripts.bench import updates
-from scripts.bench.core import RANK, llama
+from scripts.bench.core import RANK, imported_peft, llama
 from scripts.bench.timing import Comparison, Ratios, Timing, interleave
 from vismt.backbones.assets import describe
 from vismt.base import console
@@ -75,7 +75,8 @@ def run(rounds: int = 9, device: str = "cpu") -> list[Ratios | EnergyResult]:
     ]
     if LM in cached:
         results.append(energies(f"the first and last block of {LM}", _lm_weights(where)))
-    return [*results, _corda(rounds, where), updates.sums(_peft(), rounds, where), updates.landing(rounds, where)]
+    sums = updates.sums(imported_peft("lowrank"), rounds, where)
+    return [*results, _corda(rounds, where), sums, updates.landing(rounds, where)]
 
 
 def energies(title: str, weights: Sequence[Tensor]) -> EnergyResult:
@@ -101,7 +102,7 @@ def sharing(model: nn.Module) -> nn.Module:
 
 
 def _pissa(title: str, model: nn.Module, rounds: int, device: torch.device) -> Ratios:
-    peft = _peft()
+    peft = imported_peft("lowrank")
     paths = list(find_targets(model, None)[0])
 
     def peft_start(name: str) -> Callable[[nn.Module], Any]:
@@ -119,7 +120,7 @@ def _pissa(title: str, model: nn.Module, rounds: int, device: torch.device) -> R
 
 
 def _corda(rounds: int, device: torch.device) -> Ratios:
-    peft = _peft()
+    peft = imported_peft("lowrank")
     try:
         from peft.tuners.lora.config import CordaConfig
         from peft.tuners.lora.corda import preprocess_corda
@@ -177,13 +178,3 @@ def _lm_weights(device: torch.device) -> list[Tensor]:
     model = create_lm(LM)[0]
     layers = find_targets(model, r"model\.layers\.(0|29)\..*_proj")[0]
     return [layer.weight.detach().to(device) for layer in layers.values()]
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError(
-            'bench lowrank compares with peft, which is not installed: pip install "vismt[llm]".'
-        ) from error
-    return peft

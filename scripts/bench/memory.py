@@ -32,7 +32,7 @@ from scripts.bench.accounting import (
     weight_bytes,
 )
 from scripts.bench.activations import BlockTraining, Decoder, decoder_activation_bytes
-from scripts.bench.core import SIZES, llama
+from scripts.bench.core import SIZES, imported_peft, llama
 from scripts.bench.timing import Comparison, Timing, compare_bytes, interleave
 from vismt.backbones.lm import create_lm
 from vismt.base.errors import UserError
@@ -167,36 +167,28 @@ def _predict(variant: Variant, sizes: Decoder) -> Costs:
 
 def _variants(model: nn.Module, sizes: Decoder, depth: int) -> dict[str, Variant]:
     """Return every variant on a copy of the model, full fine-tuning on the model itself."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError('bench memory compares with peft, which is not installed: pip install "vismt[llm]".') from error
+    peft = imported_peft("memory")
     plain, gated, sliced = (copy.deepcopy(model) for _ in range(3))
     adapt(gated, "ilora", rank=RANK, n_experts=EXPERTS, gate=None)
     gates = torch.rand(BATCH, EXPERTS, generator=torch.Generator().manual_seed(0)).softmax(1)
     gates = gates.to(next(model.parameters()).device)
     paths = [site.path for site in adapt(plain, "lora", rank=RANK).sites]
-    peft = get_peft_model(copy.deepcopy(model), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=paths))
-    heads, channels = _units(sizes, count_parameters(plain)[0] // depth)
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=paths))
+    budget, head = count_parameters(plain)[0] // depth, sizes.head_dim * sizes.hidden
+    heads = max(1, round(0.2 * budget / head))  # of O in a block, a fifth of the budget; D has the channels
+    channels = max(1, round((budget - heads * head) / sizes.hidden))
     adapt(sliced, "s2ft", ratio={"o": heads / sizes.heads, "d": channels / sizes.ffn}, parts=("o", "d"))
     lora = [BlockTraining("lora", RANK)] * depth
     slices = [BlockTraining("sliced", sliced=(heads * sizes.head_dim, channels))] * depth
     return {
         FULL: Variant(model, _adamw(model), [BlockTraining("trained")] * depth, (True, True, True)),
         f"{PLAIN} r={RANK}": Variant(plain, _adamw(plain), lora),
-        f"peft lora r={RANK}": Variant(peft, _adamw(peft), lora),
+        f"peft lora r={RANK}": Variant(theirs, _adamw(theirs), lora),
         f"{GATED} r={RANK}": Variant(gated, _adamw(gated), lora, gates=gates),
         f"LISA {ACTIVE} of {depth}": _lisa(copy.deepcopy(model), True),
         f"LISA {ACTIVE} of {depth} alone": _lisa(copy.deepcopy(model), False),
         SLICED: Variant(sliced, _adamw(sliced), slices),
     }
-
-
-def _units(sizes: Decoder, budget: int) -> tuple[int, int]:
-    """Return the heads of O and channels of D in a block that have about `budget` parameters, a fifth of them in O."""
-    head = sizes.head_dim * sizes.hidden
-    heads = max(1, round(0.2 * budget / head))
-    return heads, max(1, round((budget - heads * head) / sizes.hidden))
 
 
 def _lisa(model: nn.Module, outside: bool) -> Variant:

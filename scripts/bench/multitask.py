@@ -15,9 +15,11 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scripts.bench.accounting import peak_bytes, weight_bytes
+from scripts.bench.config_memory import made_batch
+from scripts.bench.core import training_step
 from scripts.bench.timing import PEAK, Ratios, interleave
 from vismt.backbones.timm_models import create
 from vismt.methods import adapt
@@ -40,7 +42,7 @@ def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
     where = torch.device(device)
     tasks = [make_task({"name": "semseg", "classes": CLASSES}), make_task("depth"), make_task("normals")]
     net = make_net(MODEL, SIZE, tasks).to(where).train()
-    batch = {name: value.to(where) for name, value in random_batch(BATCH, SIZE).items()}
+    batch = made_batch(tasks, BATCH, (SIZE, SIZE), device)
     return [compare(f"{MODEL}, {BATCH} x {SIZE} px, {len(tasks)} tasks, {BALANCER}", net, tasks, batch, rounds)]
 
 
@@ -69,35 +71,16 @@ def make_net(model: str, size: int, tasks: Sequence[Task]) -> DenseNet:
     return DenseNet(backbone, heads, [backbone.depth - 1])
 
 
-def random_batch(images: int, size: int) -> Batch:
-    """Return random images with targets of the tasks."""
-    draw = torch.Generator().manual_seed(0)
-    shape = (images, size, size)
-    return {
-        "image": torch.rand(images, 3, size, size, generator=draw),
-        "semseg": torch.randint(CLASSES, shape, generator=draw),
-        "depth": 1 + torch.rand(shape, generator=draw),
-        "normals": nn.functional.normalize(torch.randn(images, 3, size, size, generator=draw), dim=1),
-    }
-
-
 def step_of(net: DenseNet, tasks: Sequence[Task], batch: Batch) -> Step:
     """Return a step of vismt that balances the gradients of what is trained in the stock model."""
     shared = [parameter for parameter in net.stock.parameters() if parameter.requires_grad]
     objective = DenseObjective(net, tasks, make_balancer(BALANCER, [task.name for task in tasks]), shared)
-    optimizer = _adamw(net)
-
-    def step() -> None:
-        objective(batch)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return training_step(net, lambda: objective(batch)["loss"])
 
 
 def peer_step(net: DenseNet, tasks: Sequence[Task], batch: Batch) -> Step:
     """Return a step of LibMTL's kind."""
-    optimizer = _adamw(net)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
     order = random.Random(0)
 
     def step() -> None:
@@ -132,7 +115,3 @@ def peer_gradients(net: DenseNet, tasks: Sequence[Task], batch: Batch, order: ra
                 row -= inner / rows[other].norm() ** 2 * rows[other]
     for parameter, gradient in zip(shared, mixed.sum(0).split(sizes)):
         parameter.grad = gradient.view_as(parameter)
-
-
-def _adamw(net: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([parameter for parameter in net.parameters() if parameter.requires_grad], lr=1e-4)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scripts.bench.core import llama
+from scripts.bench.core import imported_peft, llama
 from scripts.bench.timing import Ratios, interleave
 from vismt.base.errors import UserError
 from vismt.llm.s2ft.slices import read_slices, switch
@@ -30,6 +30,7 @@ from vismt.lowrank.files.save_load import save_adapter
 from vismt.lowrank.model.mixed import adapters_per_sample
 from vismt.lowrank.model.named import activate
 from vismt.methods import adapt
+from vismt.testing.method_contract import shake
 
 RANK, ADAPTERS, WRITTEN, SHARE = 16, 8, 32, 0.03  # SHARE: of the units that S2FT trains
 ONE, MIXED = "vismt, 1 adapter", f"vismt, {ADAPTERS} adapters"
@@ -81,9 +82,7 @@ def switching(model: nn.Module, rounds: int, device: torch.device, length: int =
     for seed in range(ADAPTERS):
         trained = copy.deepcopy(model)
         adapt(trained, "s2ft", ratio=SHARE, seed=seed)
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.02 * torch.randn_like(parameter))
+        shake(trained, 0.02, seed)
         with tempfile.TemporaryDirectory() as folder:
             adapters.append(read_slices(save_adapter(trained, folder)))
     model, following = copy.deepcopy(model), itertools.cycle(adapters)
@@ -105,20 +104,14 @@ def switching(model: nn.Module, rounds: int, device: torch.device, length: int =
 
 def _servers(model: nn.Module) -> dict[str, Callable[[Call], Tensor]]:
     """Return by candidate what runs a call on its net."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise UserError('bench serve compares with peft, which is not installed: pip install "vismt[llm]".') from error
     names = [f"adapter{number}" for number in range(ADAPTERS)]
     one = copy.deepcopy(model)
     for seed, name in enumerate(names):
         adapt(one, "lora", rank=RANK, seed=seed, name=name)
-        for parameter in one.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.02 * torch.randn_like(parameter))
+        shake(one, 0.02, seed)
     with tempfile.TemporaryDirectory() as folder:
         folders = [export_peft(one, Path(folder) / name, name=name) for name in names]
-        peft = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0]).eval()
+        peft = imported_peft("serve").PeftModel.from_pretrained(model, folders[0], adapter_name=names[0]).eval()
         for name, saved in zip(names[1:], folders[1:]):
             peft.load_adapter(saved, adapter_name=name)
     mixed = activate(copy.deepcopy(one), names)

@@ -22,6 +22,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from scripts.bench.accounting import peak_bytes, weight_bytes
+from scripts.bench.core import Step, training_step
 from scripts.bench.timing import PEAK, Ratios, interleave
 from vismt.base.errors import UserError
 from vismt.lowrank.model.mixed import adapters_per_sample
@@ -30,6 +31,7 @@ from vismt.lowrank.recompute import recompute
 from vismt.methods import adapt
 from vismt.multitask.mtlora.method import merge_shared
 from vismt.multitask.streams import task_features
+from vismt.testing.method_contract import shake
 
 VIT, SWIN = "vit_small_patch16_224", "swin_tiny_patch4_window7_224"
 SIZE, BATCH, RANK, TASK_RANK, OUTPUTS = 224, 2, 16, 4, 8
@@ -57,10 +59,10 @@ def forward(title: str, model: nn.Module, x: Tensor, rounds: int) -> Ratios:
     shared, mixed = with_pairs(model), copy.deepcopy(model)
     for seed, name in enumerate(TASKS):
         adapt(mixed, "lora", rank=RANK, seed=seed, name=name)
-        _shake(mixed)
+        shake(mixed, 0.02, seed)
     alone = torch.cat([activate(mixed, name)(x) for name in TASKS])
     activate(mixed, TASKS)
-    _shake(shared)
+    shake(shared, 0.02)
     merge_shared(shared)
     rows = repeat(x, "b ... -> (t b) ...", t=len(TASKS))
     names = [name for name in TASKS for _ in x]
@@ -151,22 +153,11 @@ def with_pairs(model: nn.Module) -> nn.Module:
     return model
 
 
-def _shake(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.02 * torch.randn_like(parameter))
-
-
 def _step_of(
     net: Net, x: Tensor, maps: Callable[..., list[Tensor]], context: Callable[[Net], Any] = nullcontext
-) -> Callable[[], object]:
-    optimizer = torch.optim.AdamW([parameter for parameter in net.parameters() if parameter.requires_grad], lr=1e-4)
-
-    def call() -> None:
+) -> Step:
+    def loss() -> Tensor:
         with context(net):
-            loss = net(x, maps)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+            return net(x, maps)
 
-    return call
+    return training_step(net, loss)

@@ -56,7 +56,6 @@ class Timing:
     seconds: dict[str, list[float]]
 
     def compare(self, name: str, base: str, target: float | None = None, least: float = 0.0) -> Comparison:
-        """Return the ratio of `name` to `base`."""
         return Comparison("time", name, base, *self.ratio(name, base), target, least)
 
     def ratio(self, name: str, base: str) -> tuple[float, float, float]:
@@ -115,16 +114,12 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with one_thread():
         for turn in console.track(range(warmup + rounds), "bench", label):
-            for name in _rotated(names, turn):
+            first = turn % len(names)
+            for name in [*names[first:], *names[:first]]:
                 elapsed = _clock(candidates[name], device, time.perf_counter if wall else time.process_time)
                 if turn >= warmup:
                     seconds[name].append(elapsed)
     return Timing(seconds)
-
-
-def _rotated(names: Sequence[str], turn: int) -> list[str]:
-    start = turn % len(names)
-    return [*names[start:], *names[:start]]
 
 
 def _clock(call: Callable[[], object], device: torch.device | None, clock: Callable[[], float]) -> float:

@@ -115,7 +115,7 @@ def test_a_tuned_runs_thresholds_come_from_the_half_of_validation_that_chose_no_
     right = [row["clean"] == row["label"] for row, kept in zip(rows, chooses.tolist(), strict=True) if kept]
     chosen = read_choice(job.folder, "adapted")
     assert chosen.validation[f"{chosen.lr:g}"] == pytest.approx(sum(right) / len(right))
-    logits, _ = job.evaluation._validation(job.final(training), False)[0]
+    logits, _ = job.evaluation._validation(job.final(training), training)[0]
     expected = fit_thresholds(logits[gives].double().log_softmax(1), labels[gives])
     found = read_sealed(training.folder / "risk-digits.json", "risk")
     assert (found["quantile"], found["n"]) == (pytest.approx(expected.quantile), int(gives.sum()))

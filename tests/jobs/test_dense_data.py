@@ -9,7 +9,7 @@ from helpers.blobs import blobs
 from vismt.data.maps.dense_set import DenseSet
 from vismt.data.maps.dense_transforms import scale
 from vismt.data.maps.derived_maps import edges_from_depth, edges_from_labels
-from vismt.jobs.dense.config import DenseAugmentConfig
+from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.dense.data import DenseBatches, Rows
 
 SIZE = (84, 112)
@@ -47,7 +47,8 @@ def test_edges_of_a_fitted_and_padded_depth(scenes) -> None:
 
 @pytest.mark.parametrize("name", ["small", "depth"])
 def test_edges_are_those_of_the_scaled_and_cropped_maps_in_training(scenes, name) -> None:
-    make = DenseBatches(scenes[name], SIZE, (64, 64), 1, DenseAugmentConfig(), ["edge", "semseg", "depth"], seed=0)
+    tasks = ["edge", {"name": "semseg", "classes": 7}, "depth"]
+    make = DenseBatches(scenes[name], SIZE, DenseConfig(tasks=tasks, size=[64, 64], batch=1))
     edges = 0
     for number in range(6):
         batch = make(number)
@@ -56,5 +57,5 @@ def test_edges_are_those_of_the_scaled_and_cropped_maps_in_training(scenes, name
         edges += int((batch["edge"] == 1).sum())
         assert all(torch.equal(value, make(number)[key]) for key, value in batch.items())
     assert edges > 200
-    alone = DenseBatches(scenes[name], SIZE, (64, 64), 1, DenseAugmentConfig(), ["edge"], seed=0)(5)
+    alone = DenseBatches(scenes[name], SIZE, DenseConfig(tasks=["edge"], size=[64, 64], batch=1))(5)
     assert set(alone) == {"image", "edge"} and torch.equal(alone["edge"], batch["edge"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vismt.data.maps.dense_set import DenseSet
-from vismt.engine.study import ALONE, Training
+from vismt.engine.study import ALONE, Study, Training
 from vismt.jobs.dense import evaluation as dense_evaluation
 from vismt.jobs.dense.config import DenseConfig, all_tasks
 from vismt.jobs.dense.data import Rows
@@ -56,10 +56,10 @@ def evaluated(tmp_path, monkeypatch):
         folder = tmp_path / "x".join(map(str, canvas))
         (folder / "records").mkdir(parents=True)
         config = DenseConfig(tasks=tasks, size=list(canvas))
-        evaluation = Evaluation(config, Samples(samples, config))
+        evaluation = Evaluation(Study(config, tmp_path), Samples(samples, config))
         training = Training(ALONE, 1e-3, 0, folder)
         path = folder / "records" / "validation.jsonl"
-        scored = evaluation.task_scores(lambda: None, training, config, "validation", path)
+        scored = evaluation.task_scores(lambda: None, training, "validation", path)
         (result,) = evaluation.as_scores(scored, "validation")
         assert evaluation.recorded_scores(path, training) == scored
         # one task: the quality is its score, 1 / score where lower is better
@@ -115,8 +115,8 @@ def test_corruptions_do_not_reach_the_padding(evaluated, tmp_path) -> None:
         values = []
         for canvas in ((24, 16), (24, 40)):
             config = DenseConfig(tasks=["depth"], size=list(canvas))
-            evaluation = Evaluation(config, Samples(samples, config))
-            args = (lambda: None, Training(ALONE, 1e-3, 0, tmp_path), config, "validation")
+            evaluation = Evaluation(Study(config, tmp_path), Samples(samples, config))
+            args = (lambda: None, Training(ALONE, 1e-3, 0, tmp_path), "validation")
             paths = [tmp_path / f"{canvas} {name}.jsonl" for name in ("clean", spec.name)]
             clean, corrupted = evaluation.task_scores(*args, paths[0]), evaluation.task_scores(*args, paths[1], spec)
             assert corrupted["depth"].value > clean["depth"].value + 0.05
@@ -132,17 +132,20 @@ def test_the_prior_is_taken_out_by_the_tau_of_validation(evaluated, tmp_path) ->
     image = torch.stack([torch.where(labels == 1, 1.0, 3.0), torch.zeros(8, 8), torch.zeros(8, 8)])
     samples = [{"image": image, "semseg": labels, "depth": image[0]} for _ in range(3)]
     config = DenseConfig(tasks=[{"name": "semseg", "classes": 2}, "depth"], size=[8, 8])
-    evaluation, training = Evaluation(config, Samples(samples, config)), Training(ALONE, 1e-3, 0, tmp_path)
+    evaluation, training = (
+        Evaluation(Study(config, tmp_path), Samples(samples, config)),
+        Training(ALONE, 1e-3, 0, tmp_path),
+    )
     plain = evaluation.as_scores(
-        evaluation.task_scores(lambda: None, training, config, "test", tmp_path / "test.jsonl"), "test"
+        evaluation.task_scores(lambda: None, training, "test", tmp_path / "test.jsonl"), "test"
     )
     assert plain[0].measure.score == pytest.approx(3 / 8)
-    (score,) = evaluation.adjusted_scores(lambda: None, training, config, "test", tmp_path)
+    (score,) = evaluation.adjusted_scores(lambda: None, training, "test", tmp_path)
     assert (score.task, score.condition, score.measure.score) == ("semseg", ADJUSTED, pytest.approx(1))
     fitted = read_sealed(tmp_path / "adjustment.json", "adjustment")
     assert fitted["taus"] == {"semseg": 0.5} and fitted["validation"]["semseg 0"] == pytest.approx(3 / 8)
     assert fitted["validation"]["semseg 1.5"] == pytest.approx(1 / 8)
-    never = evaluation.adjusted_scores(pytest.fail, training, config, "test", tmp_path)  # it is on record
+    never = evaluation.adjusted_scores(pytest.fail, training, "test", tmp_path)  # it is on record
     assert never[0].measure.score == score.measure.score and len(read_lines(tmp_path / "test-adjusted.jsonl")) == 1
 
 
@@ -153,17 +156,18 @@ def test_an_undefined_score_is_a_row_that_gives_the_reason(evaluated, tmp_path) 
     tasks = [{"name": "semseg", "classes": 3, "absent": "nan"}, "depth"]  # classes 1 and 2 are nowhere
     config, folder = DenseConfig(tasks=tasks, size=[8, 8]), tmp_path / "arms" / ALONE / "lr-0.001-seed-0"
     (folder / "records").mkdir(parents=True)
-    evaluation, training = Evaluation(config, Samples(samples, config)), Training(ALONE, 1e-3, 0, folder)
-    scores = evaluation.condition_scores(lambda: None, training, config, "test", [], folder / "records")
+    evaluation, training = (
+        Evaluation(Study(config, tmp_path), Samples(samples, config)),
+        Training(ALONE, 1e-3, 0, folder),
+    )
+    scores = evaluation.scores(lambda: None, training, "test", [], folder / "records")
     assert [score.task for score in scores] == ["depth"]
-    assert (
-        evaluation.condition_scores(pytest.fail, training, config, "test", [], folder / "records") == scores
-    )  # it is on record
+    assert evaluation.scores(pytest.fail, training, "test", [], folder / "records") == scores  # it is on record
     # sqrt(q * 1e-6) for the two scores; a defined one is better.
     defined = evaluation.quality(scores)
     assert evaluation.quality(scores, 1) == pytest.approx(math.sqrt(defined * 1e-6))
     skipping = DenseConfig(tasks=[{**tasks[0], "absent": "skip"}, "depth"], size=[8, 8])
-    changed = Evaluation(skipping, Samples(samples, skipping))
+    changed = Evaluation(Study(skipping, tmp_path), Samples(samples, skipping))
     assert changed.recorded_scores(folder / "records" / "test.jsonl", training) is None  # of another setting
     section = sections(tmp_path)[0]
     ((table, _),) = section.tables

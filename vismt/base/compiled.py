@@ -19,7 +19,6 @@ class Compiled:
 
     @cached_property
     def code(self) -> Callable[..., Any]:
-        """The compiled function."""
         import numba
 
         try:

@@ -100,7 +100,6 @@ class Bar:
         self._printed = time.monotonic()
 
     def advance(self, steps: int = 1) -> None:
-        """Move the bar by `steps`."""
         self._done += steps
         if self._progress is not None:
             self._progress.advance(self._task, steps)
@@ -109,23 +108,15 @@ class Bar:
             self._line(self._done)
 
     def note(self, text: str) -> None:
-        """Set the text after the bar."""
         if self._progress is not None:
             self._progress.update(self._task, note=text)
 
 
 @contextmanager
 def bar(name: str, text: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """Show a progress bar while the body runs; outside a terminal print a line from time to time.
+    """Show a progress bar for stage `name` while the body runs; outside a terminal print a line from time to time.
 
-    Args:
-        name: the stage, as in `stage`.
-        text: the description before the bar.
-        total: the number of steps.
-        done: the number of steps finished earlier.
-
-    Yields:
-        The bar, which the body advances.
+    The body advances the bar from `done`, the steps finished earlier, to `total`.
     """
     if _quiet or not _console.is_terminal:
         yield Bar(None, TaskID(0), lambda at: stage(name, f"{text} ({at}/{total})"), done)

@@ -21,16 +21,7 @@ class WeightsUnavailable(UserError):
 
 
 def require_known(prefix: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Check that every name is known.
-
-    Args:
-        prefix: the start of the error text, for example "adapt: no method".
-        names: the names to check.
-        known: the names that are allowed.
-
-    Raises:
-        UserError: for the first unknown name: `prefix`, the name and the near ones.
-    """
+    """Raise UserError for the first name that is not known: `prefix` ("adapt: no method"), the name and the near ones."""
     choices = list(known)
     for name in names:
         if name not in choices:
@@ -47,16 +38,9 @@ def need_whole(what: str, value: Any, least: int = 1, most: int | None = None) -
 
 
 def near(name: str, choices: Iterable[str], limit: int = 3) -> str:
-    """Return a hint for an unknown name, with a space in front, to append to an error text.
+    """Return a hint for an unknown name, to append to an error text: " Near: 'a', 'b'." for up to `limit` choices like it.
 
-    Args:
-        name: the unknown name.
-        choices: the allowed names.
-        limit: how many near names to give at most.
-
-    Returns:
-        " Near: 'a', 'b'." for the closest choices; when none is close, " Known: ..." with all of them where they are at most
-        12, else an empty string.
+    When none is close, " Known: ..." with all of them where they are at most 12, else an empty string.
     """
     allowed = [str(choice) for choice in choices]
     close = difflib.get_close_matches(name, allowed, n=limit, cutoff=0.5)

@@ -136,6 +136,5 @@ class Registry(Mapping[str, T]):
         return len(list(iter(self)))
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return the object registered as `name`, or `default`."""
         known = name in self
         return self[name] if known else default

@@ -18,13 +18,9 @@ GROUPS = (runs, folders, check, verify, init, attack, models, data)  # in the or
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command: the words after `vismt`, by default those of `sys.argv`. Return the exit code.
 
-    Args:
-        arguments: the words after `vismt`; None takes them from `sys.argv`.
-
-    Returns:
-        The exit code: 0 done, 1 a check failed, 2 a user error, 130 interrupted; of verify 3 suspicious, 4 broken.
+    0: done. 1: a check failed. 2: a user error. 130: interrupted. Of verify 3: suspicious, 4: broken.
     """
     options = parse(arguments)
     console.set_quiet(options.quiet or int(os.environ.get("RANK", "0")) > 0)

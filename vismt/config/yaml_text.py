@@ -105,8 +105,7 @@ def parse_yaml(text: str) -> Any:
 def read_yaml(path: Path, source: str) -> dict[str, Any]:
     """Return the mapping in the file `path`; `source` names the file in errors.
 
-    Raises:
-        UserError: the file cannot be read, is not YAML within the bounds, repeats a key or holds something else than a mapping.
+    Raises UserError for a file that cannot be read, is not YAML within the bounds, repeats a key or holds something else.
     """
     try:
         data = regular_file(path).read_bytes()

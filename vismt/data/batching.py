@@ -29,16 +29,9 @@ class Images(Protocol):
 class Gathered:
     """Several stores as one: `gathered[index]` is float32 (b, 3, h, w) in [0, 1] for an int64 index (b,), b >= 1.
 
-    Args:
-        parts: one or more (store, labels int64 of its images); the images are numbered consecutively in this order.
-
-    Attributes:
-        labels: int64 (n,).
-        ids: "store:name" of each image.
-        key: a text that differs for any other images; None where a store has none.
-
-    Raises:
-        UserError: stores of different image sizes.
+    The images are numbered consecutively in the order of `parts`, (store, labels int64 of its images). `ids` are "store:name"
+    of each; `key` is a text that differs for any other images, None where a store has none. Raises UserError for stores of
+    different image sizes.
     """
 
     def __init__(self, parts: Sequence[tuple[Pixels, Tensor]]) -> None:
@@ -80,12 +73,7 @@ class Passes:
     """Shuffled passes over `count` examples: passes(k) -> indices (batch,), int64, of batch k.
 
     A pass has count // batch batches; the remaining examples are dropped. The order of pass p is a function of (seed, p).
-
-    Args:
-        unit, key: what messages call the examples, and the size of a batch.
-
-    Raises:
-        UserError: fewer examples than a batch.
+    Raises UserError for fewer examples than a batch; unit, key: what it calls the examples, and the size of a batch.
     """
 
     def __init__(self, count: int, batch: int, *, seed: int, unit: str = "images", key: str = "batch") -> None:
@@ -105,11 +93,7 @@ class Passes:
 class ShuffledBatches:
     """Training batches: batches(k) -> {"images" (b, 3, h, w), "labels" (b,)} of the images that Passes gives for batch k.
 
-    Args:
-        augment: augment(images, seed) -> images; the seed of batch k is a function of (seed, k).
-
-    Raises:
-        UserError: fewer images than a batch.
+    augment: augment(images, seed) -> images; the seed of batch k is a function of (seed, k).
     """
 
     def __init__(
@@ -127,19 +111,25 @@ class ShuffledBatches:
 
 
 class InOrder:
-    """A sequence of the batches (images (b, 3, h, w), labels (b,), ids) of all images in their order."""
+    """A sequence of the batches (images (b, 3, h, w), labels (b,), ids) of images in their order.
 
-    def __init__(self, images: Images, batch: int) -> None:
-        self.images, self.batch = images, batch
+    order: int64 indices of the images to take, in place of all. labels: of all images, in place of their own.
+    """
+
+    def __init__(self, images: Images, batch: int, order: Tensor | None = None, labels: Tensor | None = None) -> None:
+        self.images = images
+        self.labels = images.labels if labels is None else labels
+        order = torch.arange(len(images)) if order is None else order
+        self.parts = order.split(batch) if len(order) else ()
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch)
+        return len(self.parts)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        index = torch.arange(number * self.batch, min(len(self.images), (number + 1) * self.batch))
-        return self.images[index], self.images.labels[index], [self.images.ids[i] for i in index.tolist()]
+        index = self.parts[number]
+        return self.images[index], self.labels[index], [self.images.ids[i] for i in index.tolist()]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         return (self[number] for number in range(len(self)))

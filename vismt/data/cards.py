@@ -73,7 +73,6 @@ def _locate(name: str | Path) -> tuple[Path, str]:
 
 
 def _read_source(entry: object, where: str, key: str) -> DataSource:
-    """Return the source of one entry of `sources`, checked."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: {key} is {entry!r}, not a section.")
     values = dict(entry)

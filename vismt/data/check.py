@@ -173,10 +173,8 @@ def record(name: str | Path) -> str:
 def prepare(name: str | Path, *, decode: bool = True) -> CheckReport:
     """Download what a set lacks, through torchvision or from a wheel, and return the report on it; `decode` as for `check`.
 
-    A complete set is left as it is, and one that cannot be downloaded is checked where it is.
-
-    Raises:
-        UserError: a set that cannot be downloaded and is not on this machine; the error gives the steps from the card.
+    A complete set is left as it is, and one that cannot be downloaded is checked where it is; where it is not on this machine,
+    UserError gives the steps from the card.
     """
     card = load_card(name)
     source = next((source for source in card.sources if source.downloadable), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from vismt.data.decode import read_bytes
 from vismt.data.set_entries import CARDS
 from vismt.data.source_types import PACKAGES, Card, DataSource, Files, S, check_names
 from vismt.storage.files import atomic_write
-from vismt.storage.paths import cache_root, data_roots
+from vismt.storage.paths import cache_root, data_roots, regular_file
 
 SUBSET = "subset.yaml"  # in the folder of a copy: {split: number of examples} of a copy that is meant to be a part of the set
 
@@ -38,6 +38,14 @@ def first_copy(card: Card, sources: Sequence[S]) -> tuple[S, Path] | None:
     """Return the first of the sources that has a copy on this machine, with the copy's folder, or None."""
     copies = ((source, place(card, source)) for source in sources)
     return next(((_as_stated(card, source, base), base) for source, base in copies if base is not None), None)
+
+
+def found_copy(card: Card, family: type[S], split: str) -> tuple[S, Path]:
+    """Return the first source of `family` with `split` that is on this machine, with the copy's folder; raise where none is."""
+    copy = first_copy(card, sources_for(card, family, split))
+    if copy is None:
+        raise not_found(card, split)
+    return copy
 
 
 def _as_stated(card: Card, source: S, base: Path) -> S:
@@ -87,14 +95,25 @@ def fix(card: Card) -> str:
     return f"See {see} for how to get it."
 
 
+def read_text(
+    card: Card, path: Path, encoding: str, unpack: Callable[[bytes], bytes] = bytes, what: str = "file"
+) -> str:
+    """Return the text of a file without a byte-order mark; `unpack` is applied to its bytes. what: the file, in errors."""
+    shown = shown_path(path)
+    try:
+        return unpack(regular_file(path).read_bytes()).decode(encoding).removeprefix("\ufeff")
+    except FileNotFoundError as error:
+        raise UserError(f"{card.shown}: missing {what} '{shown}'. {fix(card)}") from error
+    except (OSError, EOFError, UnicodeError) as error:
+        raise UserError(f"{card.shown}: {what} '{shown}' cannot be read: {error}. {fix(card)}") from error
+
+
 def verify_counts(
     card: Card, source: DataSource, base: Path, counts: Mapping[str, int], groups: Mapping[str, int] | None = None
 ) -> None:
     """Raise UserError when a split holds fewer or more examples than the card says.
 
-    Args:
-        counts: examples found in each split.
-        groups: files found in each group of the manifest, such as `train/apple`; the error names groups that lack some.
+    groups: files found in each group of the manifest, such as `train/apple`; the error names groups that lack some.
     """
     split = next((name for name, count in counts.items() if source.splits[name] not in (None, count)), None)
     if split is None:

@@ -32,12 +32,9 @@ def is_image_name(name: str) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Tensor:
-    """Return an image of any Pillow mode as uint8 (3, h, w).
+    """Return an image of any Pillow mode as uint8 (3, h, w). Raises ValueError for a float image, whose range is unknown.
 
     EXIF orientation is applied; transparency is composited over white; 16-bit grey is scaled by 1 / 257 (65535 -> 255).
-
-    Raises:
-        ValueError: a float image, whose range is unknown.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
@@ -74,11 +71,7 @@ def decoding(shown: str, fix: str = FIX, size: str = "") -> Iterator[None]:
 
 @contextmanager
 def open_image(data: bytes, shown: str, fix: str = FIX) -> Iterator[Image.Image]:
-    """Yield an encoded image, of which only the header is read, for decoding inside the context.
-
-    Raises:
-        UserError: data that is truncated or not of FORMATS, and an image of more than MAX_PIXELS, which is not decoded.
-    """
+    """Yield an encoded image of FORMATS, up to MAX_PIXELS; only its header is read, for decoding inside the context."""
     with decoding(shown, fix, f"{len(data):,} bytes: "):
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)

@@ -68,12 +68,7 @@ def limited(labels: Tensor, ids: Sequence[str], limit: int) -> Tensor:
     """Return the indices (int64, ascending) of `limit` images, spread over the classes as evenly as possible.
 
     The choice is by a hash of the ids: the first image of every class, then the second, and so on; the images of a smaller
-    limit are among those of a larger one.
-
-    Args:
-        labels: int64 (n,).
-        ids: n names.
-        limit: number of images, at least 1.
+    limit are among those of a larger one. labels: int64 (n,).
     """
     if limit < 1:
         raise UserError(f"limit: {limit}; it must be at least 1.")

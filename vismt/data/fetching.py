@@ -23,11 +23,7 @@ ARCHIVES = (".gz", ".tgz", ".tar", ".zip", ".mat")
 
 
 def fetch(card: Card, source: DataSource, base: Path, complete: Callable[[], bool]) -> None:
-    """Download a set into the folder `base`, unless `complete()` once no other process fetches it.
-
-    Raises:
-        UserError: the download fails, or the folder cannot be written.
-    """
+    """Download a set into the folder `base`, unless `complete()` once no other process fetches it."""
     try:
         with scratch_beside(base, "data") as scratch:
             if complete():

@@ -130,12 +130,7 @@ class ImageSource(DataSource):
         """Return the images of `splits` of the copy in the folder `base`. A label means the same in each split."""
 
     def load(self, card: Card, base: Path, split: str) -> ImageSet:
-        """Return `split` of the copy in the folder `base`.
-
-        Raises:
-            UserError: a copy that the format cannot read, another number of images or classes than the card says, a missing
-                file, and files beside the card that do not fit the classes.
-        """
+        """Return `split` of the copy in the folder `base`, checked against the card."""
         found = self.list_images(card, base, self.wanted(split))
         verify_counts(card, self, base, {name: len(rows) for name, rows in found.rows.items()}, found.files)
         verify_classes(card, self, base, len(found.classes) if found.counted is None else found.counted)

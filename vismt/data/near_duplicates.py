@@ -38,12 +38,7 @@ TILE, MARGIN = 64, 28  # pixels of an image of a contact sheet, and of the numbe
 def groups_of(images: ImageSet | DenseSet, labels: Tensor, read: Callable[[int], Tensor]) -> Tensor:
     """Return the group of each image of a set, int64 (n,): the index of the first image of its group.
 
-    Those that its card names, else near-duplicates; then every image is decoded.
-
-    Args:
-        images: the set.
-        labels: int64 (n,).
-        read: image i, (3, h, w).
+    Those that its card names, else near-duplicates; then every image is decoded. labels: int64 (n,). read: image i, (3, h, w).
     """
     if images.groups is None:
         return near_duplicates(read, labels, images.name)

@@ -69,16 +69,8 @@ class Pixels:
     is not stored: each image is decoded whenever it is drawn. Where the folder cannot be written, one notice is given and the
     store is kept in memory; one of more than 512 MiB is decoded as it is drawn.
 
-    Args:
-        images: the set.
-        size: height and width in pixels.
-        cache: with False the store is kept in memory, whatever its size.
-
-    Attributes:
-        key: a text that differs for any other pixels; None for a set too large to store.
-
-    Raises:
-        UserError: a damaged image.
+    `key` is a text that differs for any other pixels; None for a set too large to store. cache: with False the store is kept in
+    memory, whatever its size. Raises UserError for a damaged image.
     """
 
     def __init__(self, images: ImageSet, size: int, *, cache: bool = True) -> None:

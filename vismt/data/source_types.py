@@ -228,7 +228,6 @@ class Card:
 
     @property
     def downloadable(self) -> bool:
-        """Whether vismt can download a source."""
         return any(source.downloadable for source in self.sources)
 
     def sources_of(self, family: type[S]) -> list[S]:
@@ -246,7 +245,6 @@ class Card:
         return groups
 
     def read_json(self, name: str) -> Any:
-        """Return the parsed JSON file `name` beside the card."""
         path = self.folder / relative_path(name, f"{self.shown}/card.yaml")
         try:
             return parse_json(regular_file(path).read_text(encoding="utf8"))

@@ -83,13 +83,10 @@ def save(
 def load(
     folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, config_hash: str
 ) -> tuple[int, int]:
-    """Restore the newest sound checkpoint of a folder; damaged ones are named on the console.
+    """Restore the newest sound checkpoint of a folder, and return the finished steps and the optimiser's updates, 0 without one.
 
-    Returns:
-        The finished steps and the updates of the optimiser; 0 without a checkpoint.
-
-    Raises:
-        UserError: damaged checkpoints only, and a checkpoint that is not one of this training. Nothing is changed then.
+    Damaged ones are named on the console. Raises UserError, before anything is changed, for damaged checkpoints only, and for a
+    checkpoint that is not one of this training.
     """
     paths = checkpoints(folder)
     odd = next((path for path in paths if not path.is_file()), None)
@@ -247,7 +244,6 @@ def _scale(scaler: Any) -> dict[str, float] | None:
 
 
 def _random_state() -> dict[str, Tensor]:
-    """Return the random state of the CPU and of every GPU."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"random.cpu": torch.get_rng_state(), **{f"random.cuda.{index}": state for index, state in enumerate(gpus)}}
 

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,28 +80,25 @@ def train(
         return _Training(objective, batches, config, folder, config_hash, accelerator, sections).run(after_step)
 
 
+@dataclass(eq=False)
 class _Training:
     """Objective, optimiser, schedules, checkpoint and log of one training."""
 
-    def __init__(
-        self,
-        objective: nn.Module,
-        batches: Batches,
-        config: TrainConfig,
-        folder: Path,
-        config_hash: str,
-        accelerator: Accelerator,
-        sections: Any,
-    ) -> None:
-        self.config = config
-        self.folder = folder
-        self.hash = config_hash
-        self.accelerator = accelerator
-        self.objective = objective.to(runtime.net_device()).train()
+    objective: nn.Module
+    batches: Batches
+    config: TrainConfig
+    folder: Path
+    config_hash: str
+    accelerator: Accelerator
+    sections: Any
+
+    def __post_init__(self) -> None:
+        objective, config, folder, accelerator = self.objective, self.config, self.folder, self.accelerator
+        objective.to(runtime.net_device()).train()
         self.kept = self._make_optimizer(objective)
 
         # Where training starts: 1. the run folder's newest sound checkpoint, 2. the start values.
-        self.finished, updates = checkpoint.load(folder, objective, self.kept, accelerator.scaler, config_hash)
+        self.finished, updates = checkpoint.load(folder, objective, self.kept, accelerator.scaler, self.config_hash)
         self.shards: Shards | None = None
         self.running, optimizer = objective, self.kept
         if runtime.sharded():
@@ -120,11 +118,11 @@ class _Training:
             self.wrapped, self.optimizer = self.running, accelerator.prepare_optimizer(optimizer, False)
         else:
             self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.method_schedules = schedules(self.running, self.optimizer, config.steps, sections)
+        self.method_schedules = schedules(self.running, self.optimizer, config.steps, self.sections)
         for schedule in self.method_schedules:
             schedule.on_step(self.finished)
         self.measured = [optimizer, *self.method_schedules]
-        self.stream = stream_batches(batches, config, self.finished, accelerator)
+        self.stream = stream_batches(self.batches, config, self.finished, accelerator)
         # Number of the first step whose loss or gradient was not finite; read when something is logged.
         self.first_bad = torch.zeros((), device=accelerator.device)
 
@@ -164,7 +162,7 @@ class _Training:
         if self.accelerator.is_main_process:
             self.log.sync()
             updates, scaler = self.schedule.last_epoch, self.accelerator.scaler
-            checkpoint.save(self.folder, step, self.objective, self.kept, updates, scaler, self.hash)
+            checkpoint.save(self.folder, step, self.objective, self.kept, updates, scaler, self.config_hash)
 
     def _step(self, step: int) -> tuple[dict[str, Tensor], Tensor, float]:
         """Run optimiser step `step`; return the mean metrics, the gradient norm before clipping, and the rate."""

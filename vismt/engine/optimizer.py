@@ -30,13 +30,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return AdamW, or SGD with momentum, with a group for each learning rate, with and without weight decay.
 
-    Args:
-        parameters: by name.
-        config: the run's train section.
-        undecayed: names of matrices without weight decay.
-
-    Raises:
-        UserError: a pattern of train.rates that is not a regular expression or matches no name.
+    undecayed: names of matrices without weight decay. Raises UserError for a pattern of train.rates that is not a regular
+    expression or matches no name.
     """
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     matched = set()

@@ -40,9 +40,8 @@ class PartsConfig:
 def check_parts(sections: Mapping[str, PartsConfig], calibration: Iterable[str] = ()) -> None:
     """Raise UserError where a section names nothing to test on, and where what trains, chooses and tests shares examples.
 
-    Args:
-        sections: by their key in the configuration; a set of one may not train, choose and test in others.
-        calibration: sets that a method computes options from, which count as training.
+    sections: by their key; a set of one may not train, choose and test in others. calibration: sets that a method computes
+    options from, which count as training.
     """
     for where, parts in sections.items():
         for part, share in (("test", parts.test_share), ("validation", parts.validation_share)):

@@ -136,7 +136,6 @@ def git_revision() -> str:
 
 
 def _git(*arguments: str) -> str:
-    """Return the output of a git command in the checkout."""
     process = subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, timeout=10, check=True)
     return process.stdout.strip()
 

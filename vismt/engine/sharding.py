@@ -36,13 +36,9 @@ def check_sharded(objective: nn.Module, config: TrainConfig) -> None:
 
 
 class Shards:
-    """The sharded copy of an objective, and its optimiser.
+    """The sharded copy of an objective that is whole on the CPU, and its optimiser on the device of this process.
 
-    Args:
-        objective: whole, on the CPU.
-        optimizer: of the objective, with the state to start from; it takes no step.
-        make_optimizer: returns the optimiser of the copy.
-        device: of this process.
+    optimizer: that of the objective, with the state to start from; it takes no step.
     """
 
     def __init__(

@@ -112,12 +112,9 @@ class Trainer(Protocol):
 
 
 class Study(Generic[Config]):
-    """The arms of a configuration, each with its resolved configuration, and their trainings.
+    """The arms of a configuration, each with its resolved configuration, and their trainings, in the run folder `folder`.
 
-    Args:
-        config: of the run.
-        folder: the run folder.
-        arms: configuration by arm, where they do not follow from `config.arms`.
+    arms: configuration by arm, where they do not follow from `config.arms`.
     """
 
     def __init__(self, config: Config, folder: Path, arms: Mapping[str, Config] | None = None) -> None:
@@ -127,12 +124,10 @@ class Study(Generic[Config]):
         self.seeds: list[int] = list(config.seeds) or [config.seed]
 
     def config_of(self, training: Training) -> Config:
-        """Return the configuration of one training."""
         arm = self.arms[training.arm]
         return replace(arm, seed=training.seed, train=replace(arm.training, lr=training.lr))
 
     def training(self, arm: str, lr: float, seed: int) -> Training:
-        """Return the training of an arm at a rate and a seed."""
         return Training(arm, lr, seed, self.folder / ARMS / arm / f"lr-{lr:g}-seed-{seed}")
 
     def trainings(self, arm: str) -> list[Training]:
@@ -141,11 +136,7 @@ class Study(Generic[Config]):
         return [self.training(arm, lr, seed) for seed in self.seeds]
 
     def find(self, name: str | None) -> Training:
-        """Return the training named "arm" (its first seed) or "arm:seed"; with None that of the only arm.
-
-        Raises:
-            UserError: an unknown name, and None where there are several arms.
-        """
+        """Return the training named "arm" (its first seed) or "arm:seed"; with None that of the only arm. Raises UserError."""
         names = list(self.arms)
         if not names:
             raise UserError(f"run '{self.folder}': the configuration trains nothing, so it has no arms.")
@@ -183,7 +174,6 @@ class Study(Generic[Config]):
         return sorted(self.config.tune.rates)
 
     def is_chosen(self, arm: str) -> bool:
-        """Return whether the rate of an arm is chosen."""
         return (self.folder / ARMS / arm / CHOSEN).exists()
 
     def tried(self, arm: str) -> list[Training]:
@@ -232,16 +222,9 @@ def resolve_arms(config: Config) -> dict[str, Config]:
 def check_arms(
     config: Config, check: Callable[[Config], None], shared: tuple[str, ...] = (), free: tuple[str, ...] = ()
 ) -> None:
-    """Check names, seeds and rates of a study, and the configuration of every arm.
+    """Raise UserError for an invalid name, key, seed or rate of a study, and where `check` refuses the configuration of an arm.
 
-    Args:
-        config: of the run.
-        check: raises UserError for invalid values of one arm.
-        shared: further keys that must be the same for all arms of the job.
-        free: keys or sections of SHARED that may differ all the same.
-
-    Raises:
-        UserError: an invalid name, key, seed, rate or arm.
+    shared: further keys that must be the same for all arms of the job. free: keys or sections of SHARED that may differ.
     """
     for name, values in config.arms.items():
         plain_name(name, "arms")
@@ -276,6 +259,15 @@ def write_choice(path: Path, arm: str, rates: list[float], validation: Mapping[f
     edge = "   (at an end of the grid)" if best in (rates[0], rates[-1]) and len(rates) > 2 else ""
     console.stage("tune", f"{arm}   validation score by rate: {scores}   chosen {best:g}{edge}")
     atomic_write(path, sealed({"lr": best, "validation": {f"{lr:g}": score for lr, score in validation.items()}}))
+
+
+def chosen_trainings(folder: Path, arm: str) -> dict[int, Path]:
+    """Return the folders of an arm's trainings at its chosen rate, by seed; {} where none was chosen."""
+    if not (folder / ARMS / arm / CHOSEN).exists():
+        return {}
+    stem = f"lr-{read_choice(folder, arm).lr:g}-seed-"
+    paths = sorted((folder / ARMS / arm).glob(f"{stem}*"))
+    return {int(seed): path for path in paths if (seed := path.name.removeprefix(stem)).isdecimal()}
 
 
 def read_choice(folder: Path, arm: str) -> Choice:

@@ -49,11 +49,7 @@ class Workers(ABC):
         self.close()
 
     def run(self, units: Mapping[str, Call]) -> None:
-        """Run every unit, by name, and those that fail once more.
-
-        Raises:
-            UserError: units that failed twice, each with its error.
-        """
+        """Run every unit, by name, and those that fail once more. Raises UserError with the errors of units that failed twice."""
         failed = self._attempt(units)
         if failed:
             console.stage("workers", f"{len(failed)} of {len(units)} failed and run again: {', '.join(failed)}")
@@ -79,11 +75,7 @@ class Workers(ABC):
 
 
 class LocalWorkers(Workers):
-    """Spawned processes of this machine that share its threads, and its GPUs in turn.
-
-    Args:
-        count: the number of processes.
-    """
+    """`count` spawned processes of this machine that share its threads, and its GPUs in turn."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -120,13 +112,10 @@ class LocalWorkers(Workers):
 
 
 class RayWorkers(Workers):
-    """Tasks of a Ray cluster whose machines share the run folder's file system.
+    """Tasks of a Ray cluster, at `address` or "" for one on this machine, whose machines share the run folder's file system.
 
     A unit declares one GPU where the cluster has any and an equal share of the CPUs; else as many CPUs as torch uses here.
     A unit whose machine or process is lost is run again elsewhere.
-
-    Args:
-        address: of a running cluster; "" starts one on this machine.
     """
 
     def __init__(self, address: str = "") -> None:
@@ -159,14 +148,9 @@ class RayWorkers(Workers):
 
 
 def make_workers(text: str, units: int) -> Workers:
-    """Return the workers of a text "N", "ray" or "ray:ADDRESS".
+    """Return the workers of a text "N", "ray" or "ray:ADDRESS"; `units` is the number of units of the study's largest round.
 
-    Args:
-        text: as on the command line.
-        units: the number of units of the study's largest round.
-
-    Raises:
-        UserError: another text, more workers than units, or a cluster that cannot be reached.
+    Raises UserError for another text, more workers than units, and a cluster that cannot be reached.
     """
     name, _, address = text.partition(":")
     if name == RAY:

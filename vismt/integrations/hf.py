@@ -65,7 +65,6 @@ class VismtCallback(DriverCallback, TrainerCallback):
         self._ignore_frozen()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Start the schedules, and put the methods' optimisers around the Trainer's."""
         driver, optimizer = self.driver, given["optimizer"]
         states = getattr(state, "stateful_callbacks", {})
         driver.check_resumed(states.get(BELONGS, self.belongs), self.belongs)
@@ -85,11 +84,9 @@ class VismtCallback(DriverCallback, TrainerCallback):
             warnings.warn("layers are frozen in turn: set ddp_find_unused_parameters=True.", stacklevel=2)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Get the schedules ready for the next step."""
         self.driver.on_step(state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Write the adapter into the checkpoint."""
         if not state.is_world_process_zero:
             return
         driver = self.driver
@@ -196,7 +193,6 @@ def push_to_hub(
 
 
 def _card(title: str, base: str, facts: Iterable[tuple[str, str]], in_peft: bool, results: list[Result]) -> str:
-    """Return the model card."""
     lines = [
         "---",
         f"base_model: {base}",

@@ -43,7 +43,6 @@ class VismtCallback(DriverCallback, Callback):
             module.strict_loading = False
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Start the schedules, and put the methods' optimisers around the module's."""
         driver = self.driver
         if str(getattr(trainer, "precision", "")).startswith("16"):
             driver.warn_of_optimizers("fp16 scales the gradients; train with bf16")
@@ -53,18 +52,15 @@ class VismtCallback(DriverCallback, Callback):
         driver.start(trainer.strategy.optimizers[0], int(trainer.estimated_stepping_batches), self._finished)
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Get the schedules ready for the next step after each optimiser step."""
         if trainer.global_step != self._finished:
             self._finished = trainer.global_step
             self.driver.on_step(self._finished)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained tensors alone, and what they belong to."""
         moving = self.driver.moving()
         checkpoint[BELONGS] = self.belongs
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in moving}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that belongs to another base, method or settings."""
         if self._driver is not None:
             self._driver.check_resumed(checkpoint.get(BELONGS, self.belongs), self.belongs)

@@ -33,14 +33,9 @@ from vismt.methods import Schedule, adapted_models, method_optimizer, schedules
 
 
 class MethodDriver:
-    """The schedules and optimisers of the methods of an adapted model.
+    """The schedules and optimisers of the methods of a model that is adapted, or has an adapted part; else UserError is raised.
 
-    Args:
-        model: adapted, or with an adapted part.
-        sections: settings of schedules by the name that they have in a configuration, such as fade=FadeConfig(0.0, 0.5).
-
-    Raises:
-        UserError: a model without an adapted part.
+    sections: settings of schedules by the name that they have in a configuration, such as fade=FadeConfig(0.0, 0.5).
     """
 
     def __init__(self, model: nn.Module, **sections: Any) -> None:
@@ -142,8 +137,7 @@ class MethodDriver:
 class DriverCallback:
     """What the callbacks of the two Trainers share: the driver of the model, and what its checkpoints belong to.
 
-    Args:
-        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for moe_lora.
+    sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for emtal.
     """
 
     def __init__(self, **sections: Any) -> None:

@@ -67,17 +67,14 @@ def typed_config(raw: Mapping[str, Any], source: str) -> RunConfig:
     return typed(raw, job_config(str(raw.get("task", RunConfig.task)), source), source)
 
 
-def resolved_config(raw: Mapping[str, Any], source: str) -> RunConfig:
-    """Return the typed configuration that a run wrote: keys of later versions have the value that it ran with."""
-    return typed_config(with_earlier(raw, job_config(str(raw.get("task", RunConfig.task)), source)), source)
-
-
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the typed configuration of a YAML file with dotted overrides; its "./" is the folder of the file."""
-    raw = read_yaml(path)
-    if path.name == RESOLVED:
-        return resolved_config(override(raw, overrides), str(path))
-    return typed_config(override(from_working_folder(raw, path.parent), overrides), str(path))
+    raw, source = read_yaml(path), str(path)
+    if path.name != RESOLVED:
+        return typed_config(override(from_working_folder(raw, path.parent), overrides), source)
+    raw = override(raw, overrides)
+    # Keys of later versions have the value that the run was made with.
+    return typed_config(with_earlier(raw, job_config(str(raw.get("task", RunConfig.task)), source)), source)
 
 
 def make_job(config: RunConfig, folder: Path, run_hash: str | None = None) -> EvaluationJob[Any]:

@@ -51,45 +51,36 @@ def check_calibration(section: ImageCalibrationConfig | None, adapt: AdaptConfig
         raise UserError(f"calibration: {reason.replace('name texts here', 'give this section')}.")
 
 
-def calibrated(
-    model: nn.Module,
-    adapt: AdaptConfig,
-    batches: Callable[..., list[Any]],
-    folder: Path,
-    memory_mb: int | None,
-    results: dict[str, Any],
-) -> AdaptConfig:
-    """Return an adapt section with the options that its method computes from data; the same where it computes none.
+class Calibrations:
+    """What methods compute from data for adapt sections; files in the run folder, values shared by the arms of a run."""
 
-    Args:
-        model: the stock model that is to be adapted.
-        adapt: the section of the configuration.
-        batches: batches(labels=False) returns batches of model inputs.
-        folder: the run folder.
-        memory_mb: memory for sums in progress in MB, None for no bound.
-        results: computed values by key, shared by the arms of a run.
-    """
-    method = METHODS[adapt.method]
-    if method.calibrate is None:
-        return adapt
-    memory = None if memory_mb is None else memory_mb * 2**20
-    calibration = Calibration(batches, folder / CALIBRATION, memory, results)
-    with runtime.processes().main_process_first():  # it computes and writes; the other processes read its files
-        computed = method.calibrate(model, calibration, targets=adapt.targets, options=adapt.options)
-    return replace(adapt, options={**adapt.options, **computed})
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._results: dict[str, Any] = {}
 
+    def calibrated(
+        self, model: nn.Module, adapt: AdaptConfig, batches: Callable[..., list[Any]], memory_mb: int | None
+    ) -> AdaptConfig:
+        """Return an adapt section with the options that its method computes from data; the same where it computes none.
 
-def calibrated_on_images(
-    backbone: PixelBackbone,
-    adapt: AdaptConfig,
-    section: ImageCalibrationConfig,
-    images: Gathered,
-    folder: Path,
-    results: dict[str, Any],
-) -> AdaptConfig:
-    """Return an adapt section with the options that its method computes from some of `images`; see `calibrated`."""
-    batches = partial(image_batches, backbone, images, section)
-    return calibrated(backbone.vit, adapt, batches, folder, section.memory_mb, results)
+        batches: batches(labels=False) returns batches of inputs of the stock model. memory_mb: memory for sums in progress in
+        MB, None for no bound.
+        """
+        method = METHODS[adapt.method]
+        if method.calibrate is None:
+            return adapt
+        memory = None if memory_mb is None else memory_mb * 2**20
+        calibration = Calibration(batches, self.folder / CALIBRATION, memory, self._results)
+        with runtime.processes().main_process_first():  # it computes and writes; the other processes read its files
+            computed = method.calibrate(model, calibration, targets=adapt.targets, options=adapt.options)
+        return replace(adapt, options={**adapt.options, **computed})
+
+    def on_images(
+        self, backbone: PixelBackbone, adapt: AdaptConfig, section: ImageCalibrationConfig, images: Gathered
+    ) -> AdaptConfig:
+        """Return an adapt section with the options that its method computes from some of `images`."""
+        batches = partial(image_batches, backbone, images, section)
+        return self.calibrated(backbone.vit, adapt, batches, section.memory_mb)
 
 
 def image_batches(

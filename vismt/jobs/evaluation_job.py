@@ -41,13 +41,7 @@ Config = TypeVar("Config", bound=StudyConfig)
 
 
 class EvaluationJob(ABC, Generic[Config]):
-    """Evaluate the models of one run folder and report on them.
-
-    Args:
-        config: of the run, checked by the job's constructor.
-        folder: the run folder.
-        config_hash: of the configuration.
-    """
+    """Evaluate the models of one run folder and report on them; the job's constructor checks the configuration."""
 
     # Columns of metrics.jsonl that the report draws, with their titles.
     logged: Mapping[str, str] = {"loss": "Training loss"}
@@ -276,18 +270,17 @@ class EvaluationJob(ABC, Generic[Config]):
         """Print a line for every set, with the mean of more than three corruptions; no line twice."""
         for task, data, protocol in dict.fromkeys((score.task, score.data, score.protocol) for score in scores):
             chosen = [score for score in scores if (score.task, score.data, score.protocol) == (task, data, protocol)]
+            first = chosen[0]
             shown = [score for score in chosen if score.condition.kind != "corruption"]
-            corrupted = [score for score in chosen if score.condition.kind == "corruption"]
-            if len(corrupted) <= 3:
+            if len(chosen) - len(shown) <= 3:
                 shown = chosen
-                corrupted = []
-            corrupted = [score for score in corrupted if score.measure.metric == chosen[0].measure.metric]
             texts = [score_text(score) for score in shown]
-            if corrupted:
+            if shown is not chosen:
+                scores_of = [score for score in chosen if score.condition.kind == "corruption"]
+                corrupted = [score for score in scores_of if score.measure.metric == first.measure.metric]
                 mean = sum(score.measure.score for score in corrupted) / len(corrupted)
                 texts.append(f"mean of {len(corrupted)} corruptions {100 * mean:.1f}")
-            n = len(chosen[0].measure.values)
-            count = f"n = {n:,} {chosen[0].unit}"
+            count = f"n = {len(first.measure.values):,} {first.unit}"
             if trainings > 1:
                 count += f", {trainings} seeds"
             count += f"; {' / '.join(dict.fromkeys(interval_kind_text(score.measure.covers) for score in shown))}"

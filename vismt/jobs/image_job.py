@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Generic
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic
 
 from torch import Tensor, nn
 
@@ -16,7 +15,6 @@ from vismt.jobs.training_job import Config, Net, TrainingJob
 from vismt.multitask.emtal.router_maps import has_routers, router_maps
 from vismt.multitask.objectives import TaskObjective
 from vismt.report.panels import to_bytes, write_panel
-from vismt.report.results import Score
 from vismt.report.routers import ROUTERS
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
 
@@ -31,29 +29,23 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
 
     @abstractmethod
     def check_risk(self) -> None:
-        """Raise UserError where `scores_under` cannot have the measures of `evaluate.risk`."""
+        """Raise UserError where there cannot be the measures of `evaluate.risk`."""
 
     @abstractmethod
-    def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
-        """Raise UserError for attacks and corruptions that `scores_under` cannot take."""
+    def conditions_of(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> Sequence[Any]:
+        """Return the conditions that `evaluation` takes. Raises UserError for those that the job does not have."""
 
+    @property
     @abstractmethod
-    def scores_under(
-        self,
-        net: Callable[[], Net],
-        training: Training,
-        split: str,
-        attacks: Sequence[AttackConfig],
-        corruptions: Sequence[CorruptionConfig],
-        records: Path,
-        *,
-        risk: bool = False,
-    ) -> list[Score]:
-        """Return every measure on the run's own images, clean and under each attack and corruption.
+    def evaluation(self) -> Any:
+        """What scores trained nets on the run's own images: `scores(net, training, split, specs, records, risk=False)`.
 
-        net: returns the evaluated net, asked for where something is not on record. records: the folder of records.
-        risk: whether the measures of `evaluate.risk` are among them.
+        It returns every measure, clean and under each of the conditions `specs`. net: returns the evaluated net, asked for where
+        something is not on record. records: the folder of records. risk: whether the measures of `evaluate.risk` are among them.
         """
+
+    def outputs(self, merged: Net, plain: Net, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
+        return self.evaluation.outputs(merged, plain, label)
 
     def step(self, objective: nn.Module, number: int) -> None:
         if isinstance(objective, TaskObjective):

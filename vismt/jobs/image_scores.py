@@ -45,12 +45,10 @@ def image_scores(
 ) -> list[Score]:
     """Return the accuracy clean and under each condition, the quality of the probabilities of forms, and the risk.
 
+    The net maps images in [0, 1] to logits.
+
     Args:
-        net: images in [0, 1] -> logits.
-        batches: of the images.
-        specs: attacks and corruptions.
         names: task, data and protocol of the scores.
-        num_classes: of the logits.
         records: the file of the records.
         forms: forms of the clean logits whose probabilities have scores, by condition; of the adjusted form the accuracy. Records
             that have begun without any go on without.
@@ -118,7 +116,7 @@ def confidences(
     names = batches.images.ids
 
     def run(number: int) -> list[dict]:
-        ids = names[number * batches.batch : (number + 1) * batches.batch]
+        ids = [names[i] for i in batches.parts[number].tolist()]
         if all(name in log for name in ids):
             return []
         logits = net(batches[number][0].to(runtime.processes().device))
@@ -139,13 +137,8 @@ def detection_score(
 
         AUROC = P(max_c p_c(x) > max_c p_c(x')) + 1/2 P(equal)
 
-    The confidence is the maximum softmax probability (Hendrycks and Gimpel, ICLR 2017, arXiv 1610.02136).
-
-    Args:
-        inside: confidences of the evaluated images by id.
-        outside: those of the other set.
-        name: of the other set in rows of results.
-        names: task, data and protocol of the score.
+    The confidence is the maximum softmax probability (Hendrycks and Gimpel, ICLR 2017, arXiv 1610.02136). inside, outside: by
+    id. name: of the other set in rows of results. names: task, data and protocol of the score.
     """
     values = detection_values(*(-torch.tensor(list(part.values())) for part in (inside, outside)))
     ids = [*inside, *(f"ood {image}" for image in outside)]

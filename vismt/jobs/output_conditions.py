@@ -47,14 +47,9 @@ Fitted = TypeVar("Fitted")
 def fitted_once(
     path: Path, kind: type[Fitted], fingerprint: str, fit: Callable[[], Fitted], *, shared: bool = False
 ) -> Fitted:
-    """Return what a JSON file holds for the weights with this fingerprint, or fit and write it.
+    """Return what a JSON file holds for what has this fingerprint (weights, and what else the values need), or fit and write it.
 
-    Args:
-        path: the file.
-        kind: a dataclass of what is fitted.
-        fingerprint: of the weights, and of what else the values depend on.
-        fit: returns the values.
-        shared: whether the processes of an evaluation share the work of `fit`; by default the first one does it alone.
+    shared: whether the processes of an evaluation share the work of `fit`; by default the first one does it alone.
     """
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass
 

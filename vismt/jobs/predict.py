@@ -77,14 +77,8 @@ def _softmaxes(names: Sequence[str], otherwise: str, *, separate: bool) -> list[
 def fitted(model: FewShotModel, support: Path | None, size: int, what: str) -> tuple[nn.Module, Softmax]:
     """Return the classifier that a few-shot model makes of a folder of examples, and its classes.
 
-    Args:
-        model: in eval mode, on the device of this process.
-        support: a folder with a folder of images for each class (or a card); None is a UserError.
-        size: of the images in pixels.
-        what: names the model in errors.
-
-    Raises:
-        UserError: no folder, fewer than two classes, and more images than SUPPORT_BYTES.
+    model: in eval mode, on the device of this process. support: a folder with a folder of images for each class (or a card).
+    what: names the model in errors. Raises UserError for no folder, fewer than two classes, and more images than SUPPORT_BYTES.
     """
     if support is None:
         raise UserError(

@@ -152,11 +152,7 @@ def predict_classes(
         net: images (b, 3, size, size) in [0, 1] -> logits (b, k), on the device of this process.
         size: of the images in pixels; others are resized by their shorter side and cropped to the centre, as in evaluation.
         groups: the softmaxes, together all k outputs in their order; a row for each.
-        images: files and folders.
-        target: folder.
-        options: top, maps and sheet are used.
         label: names the model in the progress bar.
-        batch: images at a time.
     """
     files, device = image_files(images), runtime.processes().device
     rows: list[Row] = []
@@ -190,15 +186,9 @@ def predict_classes(
 def class_row(
     image: Path, task: str, log_p: Tensor, names: Sequence[str], quantile: float | None, top: int = Options.top
 ) -> Row:
-    """Return the row of one image.
+    """Return the row of one image, whose task answers with log-probabilities (k,) of the classes.
 
-    Args:
-        image: its file.
-        task: name of the task that answers.
-        log_p: log-probabilities (k,) of the classes.
-        names: of the k classes.
-        quantile: largest -log p of a class in the conformal set; None for no set.
-        top: number of classes.
+    quantile: largest -log p of a class in the conformal set; None for no set. top: number of classes.
     """
     return {"image": str(image), "task": task, **choice_row(log_p, names, quantile, top)}
 

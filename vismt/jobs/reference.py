@@ -93,7 +93,8 @@ def _keys(cls: type, prefix: str) -> Iterator[Key]:
         inner = _section(hint)
         yield Key(path, _type_text(hint), _default_text(field), texts[field.name], _names(hint), inner is not None)
         if inner is not None:
-            yield from _keys(inner, f"{path}[]." if _is_list(hint) else f"{path}.")
+            listed = any(typing.get_origin(member) is list for member in _members(hint))
+            yield from _keys(inner, f"{path}[]." if listed else f"{path}.")
 
 
 def _plain(hint: Any) -> Any:
@@ -106,10 +107,6 @@ def _members(hint: Any) -> list[Any]:
     plain = _plain(hint)
     members = typing.get_args(plain) if is_union(plain) else [plain]
     return [_plain(member) for member in members if member is not NoneType]
-
-
-def _is_list(hint: Any) -> bool:
-    return any(typing.get_origin(member) is list for member in _members(hint))
 
 
 def _section(hint: Any) -> type | None:

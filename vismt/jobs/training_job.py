@@ -1,7 +1,7 @@
 """A job that trains: it declares data, nets, an objective and the scores of a trained net.
 
 Training, rates, seeds and checks of merging are written once for all jobs, here and in engine/study.py; rows of results and
-the report in base.py.
+the report in evaluation_job.py.
 """
 
 from __future__ import annotations
@@ -103,7 +103,6 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     @property
     def trains(self) -> bool:
-        """Whether there is anything to train."""
         return bool(self.study.arms)
 
     def train(self) -> dict[str, Any]:
@@ -154,11 +153,11 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             sections=config,
         )
         about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
-        ranks.on_first(lambda: self._finish(net, config, training, about))
+        ranks.on_first(lambda: self.finish(net, config, training, about))
         if settings.trackers:
             accelerator.end_training()
 
-    def _finish(self, net: Net, config: Config, training: Training, about: dict[str, Any]) -> None:
+    def finish(self, net: Net, config: Config, training: Training, about: dict[str, Any]) -> None:
         """Write the files of a finished training."""
         self.save(net, config, training.folder)
         training_files.finish(self.stock(net), training.folder, config.adapt is not None, about)
@@ -217,8 +216,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         data = self.trained_on(self.study.arms[arm])
         named = ("adapt", "adapt.method", "adapt.rank")
         settings = settings_text({k: v for k, v in self.config.arms.get(arm, {}).items() if k not in named})
-        parts = [method, share + (f" on {data}" if data else ""), *([settings] if settings else [])]
-        return "; ".join(parts)
+        return "; ".join(filter(None, [method, share + (f" on {data}" if data else ""), settings]))
 
     def check(self) -> None:
         self._each_arm(self._check_names)
@@ -291,14 +289,10 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         adapted: nn.Module,
         merged: nn.Module,
     ) -> None:
-        """Write changes.jsonl and merge.json; `adapted` is the stock model afterwards.
+        """Write changes.jsonl and merge.json of a trained model, with its adapter and merged; `adapted` is stock afterwards.
 
-        Args:
-            training: the training whose folder they are written to.
-            outputs: (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer) of this process;
-                those that share the evaluation write one file.
-            adapted: the trained model with its adapter.
-            merged: the same one with merged weights.
+        outputs: (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer) of this process; those
+        that share the evaluation write one file.
         """
         names: dict[str, dict[str, float]] = {}
         for part in ranks.gather(_compared(outputs)):
@@ -350,7 +344,6 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         return self.stock(self.loaded(training))
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
-        """Return the files to write beside the merged or exported weights of one arm, by name."""
         training = self.study.find(arm)
         temperature = self.temperature(training)
         fitted = {} if temperature is None else {TEMPERATURE_FILE: temperature_file(temperature)}

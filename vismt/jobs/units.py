@@ -31,14 +31,10 @@ Share = Callable[[Sequence[Training]], None]
 
 
 def run_with_workers(run: Run, workers: str) -> None:
-    """Train, evaluate and report as `vismt run` does in one process.
-
-    Args:
-        run: the run folder.
-        workers: see `make_workers`.
-    """
-    job = run.job
-    with make_workers(workers, _most_units(job)) as pool:
+    """Train, evaluate and report as `vismt run` does in one process. workers: see `make_workers`."""
+    job, study = run.job, run.job.study
+    tried = sum(len(study.tried(arm)) for arm in study.arms) if job.trains else 0
+    with make_workers(workers, max(tried, len(job.evaluated()) * len(study.seeds))) as pool:
 
         def run_all(stage: str, function: Callable[[Path, Training], None], trainings: Sequence[Training]) -> None:
             calls = {f"{stage} {training}": (function, (run.folder, training)) for training in trainings}
@@ -52,21 +48,16 @@ def run_with_workers(run: Run, workers: str) -> None:
 
 
 def run_part(run: Run, part: int, parts: int) -> None:
-    """Run one part's share of a study, and wait between rounds for the others; `vismt report` finishes the run.
+    """Run the share of one of `parts` parts of a study, and wait between rounds for the others; `vismt report` finishes the run.
 
-    Args:
-        run: the run folder, which all parts share.
-        part: from 1 to `parts`.
-        parts: the number of parts, each started once.
-
-    Raises:
-        UserError: another process runs this part, and parts that this one waits for and that have not run for ABSENT_S seconds.
+    Raises UserError where another process runs this part, and where parts that this one waits for have not run for ABSENT_S.
     """
     job = run.job
 
     def share(trainings: Sequence[Training]) -> None:
         def unfinished() -> list[int]:
-            return [place % parts + 1 for place, one in enumerate(trainings) if not _is_finished(one)]
+            left = (place for place, one in enumerate(trainings) if read_done(one) is None and not has_diverged(one))
+            return [place % parts + 1 for place in left]
 
         for training in trainings[part - 1 :: parts]:
             _attempt(job, training)
@@ -121,17 +112,6 @@ def _evaluations(job: EvaluationJob[Any]) -> list[Training]:
     """Return what is evaluated, each by a unit."""
     job.check_evaluation(None)
     return [training for arm in job.evaluated() for training in job.trainings(arm)]
-
-
-def _most_units(job: EvaluationJob[Any]) -> int:
-    """Return the number of units of the largest round."""
-    study = job.study
-    tried = sum(len(study.tried(arm)) for arm in study.arms) if job.trains else 0
-    return max(tried, len(job.evaluated()) * len(study.seeds))
-
-
-def _is_finished(training: Training) -> bool:
-    return read_done(training) is not None or has_diverged(training)
 
 
 def _place(folder: Path, part: int, parts: int) -> Path:

@@ -8,7 +8,6 @@ are trained in place, and of tuners without factors, it is the merged weight min
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -20,12 +19,7 @@ from vismt.lowrank.model.modules import stock_order
 
 
 def weight_changes(adapted: nn.Module, merged: nn.Module) -> list[dict[str, Any]]:
-    """Return a line for every matrix that differs from the stock model's; `adapted` is the stock model afterwards.
-
-    Args:
-        adapted: the trained model with its adapter.
-        merged: the same one with merged weights.
-    """
+    """Return a line for every matrix in which a trained model, `merged`, differs from the stock one, `adapted` afterwards."""
     lines = []
     with torch.no_grad(), stock_order(adapted):
         for path, layer in adapter_layers(adapted).items():
@@ -34,20 +28,15 @@ def weight_changes(adapted: nn.Module, merged: nn.Module) -> list[dict[str, Any]
                 lines.append(_line(f"{path}.weight", layer.matrix(layer.weight), values))
     undo(adapted)
     measured = {line["weight"] for line in lines}
-    for name, stock, now in _pairs(adapted, merged):
+    after = dict(merged.named_parameters())
+    for name, parameter in adapted.named_parameters():
+        stock, now = parameter.detach(), after[name].detach()
         if name not in measured and stock.ndim > 1 and not torch.equal(stock, now):
             change = (now.double() - stock.double()).flatten(1)
             wide = change if change.shape[0] <= change.shape[1] else change.T
             squares = torch.linalg.eigvalsh(wide @ wide.T)  # of the singular values, for less than an SVD
             lines.append(_line(name, stock, squares.clamp_min(0).sqrt()))
     return lines
-
-
-def _pairs(stock: nn.Module, merged: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield name, stock and merged value of every parameter."""
-    after = dict(merged.named_parameters())
-    for name, value in stock.named_parameters():
-        yield name, value.detach(), after[name].detach()
 
 
 def _line(name: str, weight: Tensor, values: Tensor) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import numpy as np
 
 from vismt.base.errors import UserError
 from vismt.report.plotting import (
-    GRID,
     INK,
     MUTED,
     axes_at,
@@ -88,14 +87,8 @@ def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
         of_arm = [value for (name, _), value in table.items() if name == arm]
         if of_arm:
             mean = math.fsum(of_arm) / len(of_arm)
-            axes.plot(
-                [number - 0.32, number + 0.32],
-                [mean] * 2,
-                color=color_of(arm, arms),
-                linewidth=2.4,
-                alpha=0.75,
-                zorder=2,
-            )
+            ends, color = [number - 0.32, number + 0.32], color_of(arm, arms)
+            axes.plot(ends, [mean] * 2, color=color, linewidth=2.4, alpha=0.75, zorder=2)
             axes.annotate(
                 typographic(format(mean, ".1f" if panel.scale == SHARE else ".3g")),
                 (number, 1),
@@ -107,8 +100,7 @@ def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
                 fontsize=8,
                 fontweight="bold",
             )
-    dress(axes, "")
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    dress(axes, "", grid="y")
     axes.set(xlim=(-0.5, len(arms) - 0.5), ymargin=0.09)
     axes.locator_params(axis="y", nbins=5)
 
@@ -140,7 +132,7 @@ def pareto_figure(points: Sequence[Point], cost: str, score: str, path: Path, *,
     """
     figure = new_figure(6.4, 4.0)
     axes = axes_at(figure, 0.7, 0.45, 5.4, 2.95)
-    dress(axes, score)
+    dress(axes, score, grid="y")
     best = frontier(points, lower)
     axes.plot(
         [p.cost for p in best], [p.score for p in best], color=MUTED, linewidth=1.0, drawstyle="steps-post", zorder=1
@@ -154,7 +146,6 @@ def pareto_figure(points: Sequence[Point], cost: str, score: str, path: Path, *,
         )
     axes.set_xscale("log")
     axes.margins(x=0.12)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_xlabel(cost, color=MUTED, fontsize=9)
     return save(figure, path)
 
@@ -162,13 +153,9 @@ def pareto_figure(points: Sequence[Point], cost: str, score: str, path: Path, *,
 def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str], path: Path) -> Path:
     """Draw what was logged against the step: a panel for each of `titles` that was logged, a line for each arm.
 
-    Args:
-        logs: lines of metrics.jsonl by arm; a value that is missing or None leaves a gap. Thin: as logged; thick: running mean.
-        titles: {name in the log: title}; shares ("accuracy", "robust") are drawn in per cent, "fade" low and dashed.
-        path: the file to write.
-
-    Raises:
-        UserError: when nothing but the fade was logged.
+    logs: lines of metrics.jsonl by arm; a value that is missing or None leaves a gap. Thin: as logged; thick: running mean.
+    titles: {name in the log: title}; shares ("accuracy", "robust") are drawn in per cent, "fade" low and dashed. Raises
+    UserError when nothing but the fade was logged.
     """
     series: dict[str, dict[str, np.ndarray]] = {}  # by name and arm the logged (step, value) pairs (logged, 2)
     for name in titles:
@@ -188,9 +175,8 @@ def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
     for name, height in zip(shown, heights, strict=True):
         axes = axes_at(figure, left, offset + 0.4, width - left - 0.2, height)
         offset += height + 0.45
-        dress(axes, titles[name])
+        dress(axes, titles[name], grid="y")
         axes.set(xlim=(0, 1.01 * last))
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.locator_params(axis="x", integer=True)
         if name != shown[-1]:
             axes.tick_params(labelbottom=False)

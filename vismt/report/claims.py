@@ -84,7 +84,6 @@ class Evidence:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def follows(self, row: StudyRow) -> str:
-        """Return the verdict that follows from a row."""
         factor = 100 if row.scale == SHARE else 1
         ends = sorted((factor * row.low, factor * row.high))
         if self.below is not None:  # the same rule on the mirrored line

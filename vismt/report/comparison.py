@@ -45,12 +45,7 @@ class ExampleValues(Protocol):
 
 
 class Evidence:
-    """What the intervals of rows without a seed follow from: values by example, and the rows of the single trainings.
-
-    Args:
-        results: all rows.
-        values: of the results.
-    """
+    """What the intervals of rows without a seed follow from: values by example, and the rows of the single trainings."""
 
     def __init__(self, results: Sequence[Result], values: ExampleValues) -> None:
         self._of = cache(values.of)
@@ -92,10 +87,10 @@ class Evidence:
         """
         differences = []
         for a, b in zip(first, second, strict=True):
-            both = _aligned(self._of(a), self._of(b))
-            if both is None or a.parts != b.parts:
+            left_of, right_of = self._of(a) or {}, self._of(b) or {}
+            if left_of.keys() != right_of.keys() or len(left_of) < 2 or a.parts != b.parts:
                 return None
-            steps = [x - y for x, y in zip(*both, strict=True)]
+            steps = [value - right_of[name] for name, value in left_of.items()]
             differences.append(estimate(steps, parts=a.parts, covers=without_seeds_kind(a.interval)))
         left, right = self.seeds(first), self.seeds(second)
         if left.keys() == right.keys():
@@ -118,14 +113,7 @@ def over_examples_alone(row: Result, trainings: Collection[Result]) -> tuple[flo
 class Cell:
     """One number: mean, 95 % interval, n; mark is "best", "tie" or "" (also when nothing to compare).
 
-    Args:
-        value: the mean.
-        low: lower end of the interval.
-        high: upper end of the interval.
-        n: number of examples.
-        mark: "best", "tie" or "".
-        seeds: number of trainings, whose spread the interval has; 0 for a single one.
-        covers: what the interval covers.
+    seeds: number of trainings, whose spread the interval has; 0 for a single one. covers: what the interval covers.
     """
 
     value: float
@@ -183,14 +171,9 @@ def compare(
 ) -> list[Comparison]:
     """Return one comparison per block, set and condition, by block, then sets, then conditions in the order of the results.
 
-    Rows of single trainings (with a seed) are left out.
-
-    Args:
-        results: all rows.
-        values: gives the values by example of a row.
-        baselines: by task the arm that differences are taken to, "" for none. Of tasks left out it is the first arm that is
-            not among `references`, and of a single such arm the first reference.
-        references: arms that come from no training.
+    Rows of single trainings (with a seed) are left out. values: gives the values by example of a row. baselines: by task the
+    arm that differences are taken to, "" for none; of tasks left out it is the first arm that is not among `references`, arms
+    that come from no training, and of a single such arm the first reference.
     """
     results, values = _with_corruption_means(results, values)
     rows = [row for row in results if row.seed is None]
@@ -308,10 +291,3 @@ def _compare(
     found = {arm: evidence.difference(by_arm[arm], by_arm[base]) for arm in compared}
     differences = {arm: difference for arm, difference in found.items() if difference is not None}
     return Comparison(columns[0][0], data, cells, base, differences, paired)
-
-
-def _aligned(a: Values | None, b: Values | None) -> tuple[list[float], list[float]] | None:
-    """Return two arms' values of the same examples in one order; None where the examples differ."""
-    if a is None or b is None or a.keys() != b.keys() or len(a) < 2:
-        return None
-    return list(a.values()), [b[key] for key in a]

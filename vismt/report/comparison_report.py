@@ -42,14 +42,9 @@ class Joined:
 
 
 def join(folders: Sequence[Path], arms: Sequence[str] = ()) -> Joined:
-    """Return the rows of several run folders. An arm whose name two runs have is named "RUN: ARM".
+    """Return the rows of several run folders, of all or the named arms. An arm whose name two runs have is named "RUN: ARM".
 
-    Args:
-        folders: evaluated run folders.
-        arms: names of the kept arms; empty for all.
-
-    Raises:
-        UserError: fewer than two folders, a folder twice or without results, an arm that no run has.
+    Raises UserError for fewer than two folders, a folder twice or without results, and an arm that no run has.
     """
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
         raise UserError(

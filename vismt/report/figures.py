@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from vismt.report.comparison import AVERAGE, Comparison
 from vismt.report.plotting import (
     DASHES,
-    GRID,
     INK,
     MUTED,
     PALETTE,
@@ -36,10 +35,8 @@ ACROSS = 3
 def domain_bars(comparisons: Sequence[Comparison], path: Path, order: Sequence[str] | None = None) -> Path:
     """Draw a panel for each block and condition: a bar for each set and arm, with the 95 % interval and chance level.
 
-    Args:
-        comparisons: of one metric, in the order to draw; panels are below each other, so that a narrow screen has room.
-        path: the file to write.
-        order: all arms of the report, which gives each its colour; None for those of these comparisons.
+    comparisons: of one metric, in the order to draw; panels are below each other, so that a narrow screen has room. order: all
+    arms of the report, which gives each its colour; None for those of these comparisons.
     """
     arms = list(dict.fromkeys(arm for c in comparisons for arm in c.cells))
     panels: dict[tuple[Any, str], dict[str, Comparison]] = {}
@@ -102,8 +99,7 @@ def _bars(axes: Axes, chosen: Mapping[str, Comparison], colors: Mapping[str, str
     least = min((cell.low for cell in cells), default=0.0)  # below 0 only where values may be negative
     low = 0.0 if scale == SHARE else min(0.0, least)
     axes.set(xlim=(1.1 * factor * low, 1.1 * factor * reach), ylim=(len(names) - 0.45, -0.55), yticks=range(len(names)))
-    dress(axes, "")
-    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    dress(axes, "", grid="x")
     axes.set_yticklabels([short(name, 28) for name in names], fontsize=9, color=INK)
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(length=0)
@@ -152,11 +148,8 @@ def _chance(comparison: Comparison) -> float | None:
 def level_curves(comparisons: Sequence[Comparison], path: Path, level: str) -> Path:
     """Draw a panel for each family of conditions: the score against the level, a line with 95 % intervals for each arm.
 
-    Args:
-        comparisons: of one block and set (or average), under conditions with a level; a clean one counts as level 0.
-        path: the file to write. Several families are followed by a panel of their mean, without a width: they share
-            their examples.
-        level: name of the axis, "severity".
+    Several families are followed by a panel of their mean, without a width: they share their examples. comparisons: of one
+    block and set (or average), under conditions with a level; a clean one counts as level 0. level: name of the axis.
     """
     arms = list(dict.fromkeys(arm for c in comparisons for arm in c.cells))
     families = list(dict.fromkeys(c.row.family for c in comparisons if c.row.level is not None))
@@ -201,8 +194,7 @@ def level_curves(comparisons: Sequence[Comparison], path: Path, level: str) -> P
                 marker="o",
                 markersize=3.2,
             )
-        dress(axes, name.replace("_", " "))
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        dress(axes, name.replace("_", " "), grid="y")
         axes.set(xlim=(levels[0] - 0.3 * step, levels[-1] + 0.3 * step), ylim=(0, 1.05 * highest or 1.0))
         axes.set_xticks(levels, [f"{position:.3g}" for position in levels])
         axes.tick_params(labelleft=column == 0, labelbottom=place + columns >= len(curves))
@@ -220,9 +212,7 @@ def _by_level(comparisons: Sequence[Comparison], arm: str) -> dict[float, tuple[
 def certified_figure(comparisons: Sequence[Comparison], path: Path) -> Path:
     """Draw a panel for each arm: what is proved of its smoothed classifiers, and what attacks break of the classifier itself.
 
-    Args:
-        comparisons: of one block and set (or average), certified and, where there are any, clean and under attacks in l2.
-        path: the file to write.
+    comparisons: of one block and set (or average), certified and, where there are any, clean and under attacks in l2.
     """
     certified = list(dict.fromkeys(c.row.family for c in comparisons if c.row.kind == "certified"))
     attacks = list(dict.fromkeys(c.row.family for c in comparisons if c.row.kind == "attack"))
@@ -249,8 +239,7 @@ def certified_figure(comparisons: Sequence[Comparison], path: Path) -> Path:
             )
             if proved:
                 axes.fill_between(list(line), values, color=color, alpha=0.15, linewidth=0)
-        dress(axes, short(arm, 26))
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        dress(axes, short(arm, 26), grid="y")
         axes.set_ylim(0, 100)
         axes.set_xlabel("l2 radius", color=MUTED, fontsize=9)
         axes.tick_params(labelleft=column == 0)

@@ -55,11 +55,7 @@ LAYOUTS = {
 
 
 def read_panel(path: Path, kind: str) -> dict[str, np.ndarray]:
-    """Return the arrays of a panel of LAYOUTS.
-
-    Raises:
-        UserError: with the file's name, for a file that is missing, damaged or of another kind.
-    """
+    """Return the arrays of a panel of LAYOUTS. Raises UserError for a file that is missing, damaged or of another kind."""
     try:
         with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as file:
             return _checked({name: file[name] for name in LAYOUTS[kind]}, kind)
@@ -80,11 +76,7 @@ def read_panel(path: Path, kind: str) -> dict[str, np.ndarray]:
 
 
 def write_panel(path: Path, kind: str, arrays: dict[str, np.ndarray]) -> Path:
-    """Write the arrays of a panel; return `path`.
-
-    Raises:
-        UserError: for arrays that do not fit the layout; nothing is written.
-    """
+    """Write the arrays of a panel; return `path`. Raises UserError for arrays that do not fit the layout; nothing is written."""
     buffer = io.BytesIO()
     try:
         np.savez_compressed(buffer, **_checked(arrays, kind))

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -39,9 +39,11 @@ METADATA: dict[str, dict[str, Any]] = {
 _formats: ContextVar[tuple[str, ...]] = ContextVar("formats", default=())
 
 
-def dress(axes: Axes, title: str) -> None:
-    """Give axes a bold title at the left, grey ticks and no frame."""
+def dress(axes: Axes, title: str, grid: Literal["x", "y", "both"] | None = None) -> None:
+    """Give axes a bold title at the left, grey ticks, no frame, and lines at the ticks of `grid`."""
     axes.set_axisbelow(True)
+    if grid is not None:
+        axes.grid(axis=grid, color=GRID, linewidth=0.8)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GRID)

@@ -57,13 +57,9 @@ def verdicts(committed: StudyRows, run: StudyRows) -> list[Verdict]:
 
 
 def predicted(row: StudyRow, scores: Sequence[float], trainings: int, level: float) -> tuple[float, float]:
-    """Return the prediction interval of a number.
+    """Return the prediction interval of a committed number for a re-run of a number of trainings.
 
-    Args:
-        row: the committed number.
-        scores: its value by training, [] for a single one.
-        trainings: number of trainings of the re-run.
-        level: probability that the number of a re-run is inside.
+    scores: the number by training, [] for a single one. level: probability that the number of a re-run is inside.
     """
     sources = [(2 * row.variance, row.freedom)]
     if len(scores) > 1:

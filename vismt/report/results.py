@@ -212,12 +212,7 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
 def read_results(path: Path, config_hash: str | None = None) -> list[Result]:
     """Return the rows of a results file, [] where there is none.
 
-    Args:
-        path: the file.
-        config_hash: the run's; rows of another configuration are refused. None accepts all.
-
-    Raises:
-        UserError: for a row that is not a complete number of this run, and one that repeats another.
+    Raises UserError for a row that is not a complete number, one that comes twice and, with `config_hash`, one of another run.
     """
     results: dict[tuple[Any, ...], Result] = {}
     for number, line in enumerate(read_lines(path, whole=True), 1):

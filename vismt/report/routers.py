@@ -30,24 +30,15 @@ CAPTION = (
 def routers_figure(panel: Path, path: Path) -> Path:
     """Draw a row for each image: for each block the expert with the largest weight at every patch, and that weight.
 
-    All weights share one scale, which begins at 1, the weight of every expert where a router has no preference.
-
-    Args:
-        panel: a file with the arrays of `vismt.multitask.emtal.router_maps`, and images.
-        path: the file to write.
-
-    Raises:
-        UserError: a file of another kind.
+    All weights share one scale, which begins at 1, the weight of every expert where a router has no preference. panel: a file
+    with the arrays of `vismt.multitask.emtal.router_maps`, and images.
     """
     from matplotlib.colors import ListedColormap
 
     arrays = read_panel(panel, "routers")
-    images = arrays["images"]
-    omega = arrays["omega"].astype(np.float32)
-    blocks = arrays["blocks"].tolist()
-    depth = int(arrays["depth"])
-    best = omega.argmax(2)
-    most = omega.max(2)
+    images, omega = arrays["images"], arrays["omega"].astype(np.float32)
+    blocks, depth = arrays["blocks"].tolist(), int(arrays["depth"])
+    best, most = omega.argmax(2), omega.max(2)
     names = [str(number + 1) for number in range(omega.shape[2])]
     colors = [color_of(name, names) for name in names]
     cell, pitch, gap, left, label = 1.15, 1.22, 0.18, 0.1, 1.0

@@ -91,14 +91,9 @@ def score_sections(
     values: ExampleValues,
     compared: Sequence[str],
 ) -> list[Section]:
-    """Return the sections about the scores of a run, or of several.
+    """Return the sections about the scores of a run, or of several, and draw their pictures in figures/ of a folder.
 
-    Args:
-        folder: in which figures/ is written.
-        results: all rows.
-        comparisons: of the results.
-        values: of the results.
-        compared: the evaluated models that come from trainings, by which seeds and pairs are shown.
+    compared: the evaluated models that come from trainings, by which seeds and pairs are shown.
     """
     conditions = {c.condition for c in split_corruptions(comparisons)[0]}  # many corruptions have tables of their own
     names = {arm: shown_name(arm, conditions) for arm in compared}

@@ -139,14 +139,9 @@ class StudyRows:
 
 
 def study_of(folder: Path, differences: Sequence[tuple[str, str]] = ()) -> StudyRows:
-    """Return the numbers of a finished run.
+    """Return the numbers of a finished run; differences: pairs of arms that are compared beside each arm and the first.
 
-    Args:
-        folder: the run folder.
-        differences: pairs of arms whose differences are computed beside those of each arm and the first.
-
-    Raises:
-        UserError: a run that is not finished, another folder, a pair with an arm that the run does not have.
+    Raises UserError for a run that is not finished, another folder, and a pair with an arm that the run does not have.
     """
     facts = read_sealed(folder / FACTS, f"run '{folder}'") if (folder / FACTS).exists() else {}
     if is_locked(folder) or not facts.get("finished"):
@@ -266,11 +261,7 @@ def write_study(path: Path, study: StudyRows) -> None:
 
 
 def read_study(path: Path) -> StudyRows:
-    """Return the study in a file of rows.
-
-    Raises:
-        UserError: a missing, changed or cut file, a line that is not a complete number of its study, one that repeats another.
-    """
+    """Return the study in a file of rows. Raises UserError for a missing, changed or cut file, and a number that comes twice."""
     source = f"rows '{path}'"
     if not path.is_file():
         raise UserError(f"{source}: no such file.{near(path.stem, studies())}")

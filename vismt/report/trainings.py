@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from vismt.engine.log import METRICS
-from vismt.engine.study import ARMS, CHOSEN, read_choice
+from vismt.engine.study import ARMS, CHOSEN, chosen_trainings, read_choice
 from vismt.engine.training_files import DONE, MERGE
 from vismt.report import arm_figures
 from vismt.report.results import Result
@@ -32,14 +32,7 @@ TRAINING_CAPTION = "First seed of each arm. Thin: logged values. Thick: running 
 def training_sections(
     folder: Path, results: Sequence[Result], arms: Sequence[str], logged: Mapping[str, str]
 ) -> list[Section]:
-    """Return the sections about the trainings of a run, as far as the run left the files.
-
-    Args:
-        folder: the run folder, in which figures/ is written.
-        results: of the run.
-        arms: the trained arms in order.
-        logged: titles of the logged columns that are drawn.
-    """
+    """Return the sections about the trainings of a run, as far as the run left the files. logged: titles of the drawn columns."""
     seeds = list(dict.fromkeys(row.seed for row in results if row.seed is not None))  # of several trainings
     return [
         Section("Training", _rates(folder, arms), _curves(folder, arms, logged, seeds)),
@@ -50,13 +43,11 @@ def training_sections(
 
 def training_cost(folder: Path, arm: str) -> dict[str, float]:
     """Return the number of trained parameters and the median seconds of a step of an arm's first training; {} without one."""
-    if not (folder / ARMS / arm / CHOSEN).exists():
+    trained = next((path for path in chosen_trainings(folder, arm).values() if (path / DONE).exists()), None)
+    if trained is None:
         return {}
-    trained = sorted((folder / ARMS / arm).glob(f"lr-{read_choice(folder, arm).lr:g}-seed-*/{DONE}"))
-    if not trained:
-        return {}
-    cost = {"trained": float(read_sealed(trained[0], f"run '{folder}'", ("trainable",))["trainable"])}
-    logged = read_lines(trained[0].with_name(METRICS), ("step", "elapsed_s"))
+    cost = {"trained": float(read_sealed(trained / DONE, f"run '{folder}'", ("trainable",))["trainable"])}
+    logged = read_lines(trained / METRICS, ("step", "elapsed_s"))
     times = [(b["elapsed_s"] - a["elapsed_s"]) / (b["step"] - a["step"]) for a, b in pairwise(logged)]
     return cost | ({"seconds_a_step": median(times)} if times else {})
 
@@ -80,12 +71,9 @@ def _curves(folder: Path, arms: Sequence[str], logged: Mapping[str, str], seeds:
     """Draw what the first seed of each arm has logged at the chosen rate; arms without a choice are left out."""
     logs: dict[str, list[dict[str, Any]]] = {}
     for arm in arms:
-        if not (folder / ARMS / arm / CHOSEN).exists():
-            continue
-        stem = f"lr-{read_choice(folder, arm).lr:g}-seed-"
-        names = [f"{stem}{seed}" for seed in seeds]
-        names = names or sorted(path.name for path in (folder / ARMS / arm).glob(f"{stem}*"))
-        rows = read_lines(folder / ARMS / arm / names[0] / METRICS, ("step",)) if names else []
+        found = chosen_trainings(folder, arm)
+        first = found.get(seeds[0]) if seeds else next(iter(found.values()), None)
+        rows = read_lines(first / METRICS, ("step",)) if first is not None else []
         if rows:
             logs[arm] = rows
     drawn = [name for name in logged if name != "fade"]

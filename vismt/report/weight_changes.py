@@ -8,10 +8,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from vismt.engine.study import ARMS, CHOSEN, read_choice
+from vismt.engine.study import chosen_trainings
 from vismt.engine.training_files import CHANGES
 from vismt.report.plotting import (
-    GRID,
     MUTED,
     axes_at,
     color_of,
@@ -42,13 +41,11 @@ def read_changes(folder: Path, arms: Sequence[str]) -> dict[str, dict[int, Lines
     """
     found: dict[str, dict[int, Lines]] = {}
     for arm in arms:
-        if not (folder / ARMS / arm / CHOSEN).exists():
-            continue
-        stem = f"lr-{read_choice(folder, arm).lr:g}-seed-"
-        for path in sorted((folder / ARMS / arm).glob(f"{stem}*/{CHANGES}")):
-            lines = [line for line in read_lines(path, ("weight", "norm", "change", "stable_rank")) if line["norm"]]
+        for seed, training in chosen_trainings(folder, arm).items():
+            rows = read_lines(training / CHANGES, ("weight", "norm", "change", "stable_rank"))
+            lines = [line for line in rows if line["norm"]]
             if lines:
-                found.setdefault(arm, {})[int(path.parent.name.removeprefix(stem))] = lines
+                found.setdefault(arm, {})[seed] = lines
     return found
 
 
@@ -102,21 +99,17 @@ def changes_section(folder: Path, arms: Sequence[str]) -> Section:
 
 
 def depth_figure(depths: Mapping[str, Mapping[int, float]], path: Path) -> Path:
-    """Draw a line for each arm over the blocks of the model; return `path`.
-
-    depths: relative norm by arm and block, more than one block each.
-    """
+    """Draw a line for each arm over the blocks of the model. depths: relative norm by arm and block, more than one block each."""
     arms, left, width = list(depths), 0.75, 5.2
     offset = 0.12 + 0.22 * legend_rows(arms, width - left)
     figure = new_figure(width, offset + 3.1)
     legend(figure, [short(arm, 40) for arm in arms], [color_of(arm, arms) for arm in arms], left)
     axes = axes_at(figure, left, offset + 0.4, width - left - 0.2, 2.1)
-    dress(axes, "Relative norm of the update in per cent")
+    dress(axes, "Relative norm of the update in per cent", grid="y")
     for arm, values in depths.items():
         norms = [100 * value for value in values.values()]
         axes.plot(list(values), norms, color=color_of(arm, arms), marker="o", markersize=3, linewidth=1.6)
     axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("block", color=MUTED, fontsize=9)
     return save(figure, path)

@@ -61,10 +61,7 @@ class Heading:
 
 
 def run_heading(folder: Path, models: Mapping[str, str] | None = None) -> Heading:
-    """Return the heading of a run folder; raise UserError when its run.json is missing or broken.
-
-    models: a line about each evaluated model by its name.
-    """
+    """Return the heading of a run folder, with a line about each evaluated model by its name; raise where run.json is broken."""
     path = folder / FACTS
     if not path.exists():
         raise UserError(f"report: no run.json in '{folder}'; give a run folder, `vismt run CONFIG` makes one.")
@@ -97,13 +94,8 @@ def write_report(
 ) -> list[Path]:
     """Write a report into a folder in some of FORMATS; return its files.
 
-    Args:
-        folder: which holds the pictures of the sections.
-        heading: of the run, or of several.
-        results: all rows, for the file of comma-separated values.
-        comparisons: of the results.
-        sections: what follows the result tables. Empty sections are left out.
-        formats: names of FORMATS, and of plotting.FIGURES, which write no file of their own.
+    folder: which holds the pictures of the sections. comparisons: of the results. sections: what follows the result tables;
+    empty ones are left out. formats: names of FORMATS, and of plotting.FIGURES, which write no file of their own.
     """
     flat = any(cell.low == cell.high for c in comparisons for cell in c.cells.values())
     conditions = {c.condition for c in comparisons}
@@ -211,7 +203,6 @@ def _about(c: Comparison, without: Sequence[str] = ()) -> str:
 
 
 def _best(c: Comparison) -> str:
-    """Return the best of the arms of a comparison."""
     return next((arm for arm, cell in c.cells.items() if cell.mark == "best"), next(iter(c.cells)))
 
 

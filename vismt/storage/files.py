@@ -76,8 +76,7 @@ def is_sealed(content: Mapping[str, Any]) -> bool:
 def read_sealed(path: Path, what: str, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the content of a JSON file that was written as `sealed`, without its digest.
 
-    Raises:
-        UserError: a file that cannot be read, one that was changed after it was written, and one without a `needed` key.
+    Raises UserError for a file that cannot be read, one that was changed after it was written, and one without a `needed` key.
     """
     content = read_json(path, what)
     if not isinstance(content, dict) or not is_sealed(content) or not set(needed) <= set(content):
@@ -113,18 +112,10 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write a safetensors file atomically, tensor by tensor: no second copy of all tensors is made.
+    """Write a safetensors file atomically, tensor by tensor: no second copy of all tensors is made. Return its SHA-256 as text.
 
-    Args:
-        path: the file; "{digest}" in its name is replaced with the first 12 digits of the digest.
-        tensors: by name, on any device; tied tensors are written under each of their names.
-        metadata: texts for the file's header.
-
-    Returns:
-        The SHA-256 of the file in hexadecimal digits.
-
-    Raises:
-        UserError: a dtype that safetensors does not have, and a file that cannot be written; the old file is then kept.
+    "{digest}" in the file's name is replaced with the first 12 digits of it. Tied tensors are written under each of their names.
+    Raises UserError for a dtype that safetensors does not have, and a file that cannot be written; the old file is then kept.
     """
     import torch
 

@@ -26,16 +26,10 @@ LAST = b', "last": true'
 
 
 def read_lines(path: Path, needed: tuple[str, ...] = (), whole: bool = False) -> list[dict[str, Any]]:
-    """Return the rows of a line file; a missing file has none.
+    """Return the rows of a line file; a missing file has none. whole: whether it was written whole, by `write_lines`.
 
-    Args:
-        path: the file.
-        needed: keys of every row.
-        whole: whether the file was written whole, by `write_lines`.
-
-    Raises:
-        UserError: a file that cannot be read, a line that is not as it was written, a row without a `needed` key, and a
-            `whole` file that was cut.
+    Raises UserError for a file that cannot be read, a line that is not as it was written, a row without a `needed` key, and a
+    `whole` file that was cut.
     """
     try:
         *lines, _ = path.read_bytes().split(b"\n")
@@ -91,7 +85,6 @@ class LineFile:
             raise cannot_write(self.path, error) from error
 
     def sync(self) -> None:
-        """Sync the file to the disk."""
         try:
             with self.path.open("ab") as file:
                 os.fsync(file.fileno())

@@ -43,14 +43,8 @@ def is_locked(folder: Path) -> bool:
 def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
     """Hold the lock of a folder, which one process at a time has; the folder is made if it does not exist.
 
-    The holder's host and process are recorded beside it.
-
-    Args:
-        folder: the folder to own.
-        wait_s: seconds to wait for another process, without a limit where negative.
-
-    Raises:
-        UserError: another process has the lock, which is named; a folder that cannot be written.
+    The holder's host and process are recorded beside it. Another process is waited for `wait_s` seconds, without a limit where
+    negative; then UserError names it.
     """
     from filelock import FileLock, Timeout
 

@@ -51,20 +51,11 @@ SHARE = Field(0, 1)
 
 
 class Records:
-    """Rows by their field `key` ("episode", "id"), in a file that a later run continues.
+    """Rows by their field `key` ("episode", "id"), in a file that a later run continues; without a path in memory only.
 
     Use as a context manager, which syncs the file at its end. The file's first line is {"protocol": hash, "settings":
-    settings}.
-
-    Args:
-        path: The file; None keeps the rows in memory only.
-        settings: JSON-able description of the run. A file with other settings is refused.
-        fields: The fields of every row besides `key`, by name.
-        key: The field that identifies a row, a whole number or a text.
-
-    Raises:
-        UserError: A file of another run, one that was changed, one with a row of other fields, values or a repeated key, or a
-            file that cannot be written.
+    settings}. `fields` are those of every row besides `key`. Raises UserError for a file of other settings, one that was
+    changed or cannot be written, and one with a row of other fields, values or a repeated key.
     """
 
     def __init__(

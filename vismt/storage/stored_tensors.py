@@ -28,12 +28,9 @@ LIMIT = 4 * 2**30  # bytes of all files
 
 
 def path_of(data: str, model: Identity, machine: str) -> Path | None:
-    """Return the file of what a model computes of `data`; None for code that is not a library's own, and unknown content.
+    """Return the file of what a model in eval mode computes of `data`, a text that differs for any other data, on `machine`.
 
-    Args:
-        data: a text that differs for any other data.
-        model: of all that computes, in eval mode.
-        machine: from `machine`.
+    None for code that is not a library's own, and unknown content.
     """
     if model.unknown or model.foreign:
         return None

@@ -22,15 +22,9 @@ class SourceFailed(Exception):
 
 
 def download_wheel(package: str, version: str, scratch: Path, name: str, megabytes: float | None = None) -> Path:
-    """Download a wheel with pip, without its dependencies and without installing it.
+    """Download a wheel into an empty folder with pip, without its dependencies and without installing it. Raises SourceFailed.
 
-    Args:
-        scratch: an empty folder for the wheel and pip's temporary files.
-        name: how messages name the wheel.
-        megabytes: size of the download, for the progress bar.
-
-    Raises:
-        SourceFailed: with the reason.
+    name: how messages name the wheel. megabytes: size of the download, for the progress bar.
     """
     target = scratch / "wheel"
     target.mkdir()

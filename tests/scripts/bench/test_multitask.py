@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from scripts.bench import multitask
+from scripts.bench.config_memory import made_batch
 from scripts.bench.multitask import FULL, PEER, VISMT
 from scripts.bench.timing import PEAK
 from vismt.multitask.balancing.base import make_balancer
@@ -34,7 +35,7 @@ def gradients(net: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_the_peer_and_vismt_find_the_same_gradients(net: DenseNet, tasks: list[Task]) -> None:
     """With two tasks the order of the pairs does not matter. Heads and targets pull the features apart: a conflict."""
-    batch = {**multitask.random_batch(2, 32), "semseg": torch.zeros(2, 32, 32, dtype=torch.int64)}
+    batch = {**made_batch(tasks, 2, (32, 32)), "semseg": torch.zeros(2, 32, 32, dtype=torch.int64)}
     batch["normals"] = torch.tensor([1.0, 0, 0])[:, None, None].expand(2, 3, 32, 32)
     with torch.no_grad():
         net.heads["normals"].predict.weight[0].copy_(-net.heads["semseg"].predict.weight[0])
@@ -50,7 +51,7 @@ def test_the_peer_and_vismt_find_the_same_gradients(net: DenseNet, tasks: list[T
 
 
 def test_rows_and_ratios(net: DenseNet, tasks: list[Task]) -> None:
-    result = multitask.compare("tiny", net, tasks, multitask.random_batch(2, 32), 2)
+    result = multitask.compare("tiny", net, tasks, made_batch(tasks, 2, (32, 32)), 2)
     assert list(result.timing.seconds) == [VISMT, FULL, PEER] == list(result.sizes[PEAK])
     assert result.sizes[PEAK][VISMT] < result.sizes[PEAK][PEER]
     share = result.sizes[PEAK][VISMT] / result.sizes[PEAK][PEER]

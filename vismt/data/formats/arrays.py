@@ -37,7 +37,6 @@ class ArraysSource(RootedSource, ImageSource):
     invert: bool = False
 
     def list_files(self, base: Path) -> Files:
-        """Return the one file."""
         return file_groups(base, [self.file])
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:

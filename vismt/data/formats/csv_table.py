@@ -42,11 +42,9 @@ class TableSource(RootedSource, ImageSource):
 
     @property
     def tables(self) -> dict[str, str]:
-        """The table of each split."""
         return self.table if isinstance(self.table, dict) else {"all": self.table}
 
     def check(self, where: str) -> None:
-        """Raise UserError for classes that repeat, and for tables and rows of splits that there are not."""
         super().check(where)
         if not 0 < len(set(self.keep)) == len(self.keep):
             raise UserError(f"{where}: 'keep' names each class once.")
@@ -58,16 +56,10 @@ class TableSource(RootedSource, ImageSource):
         require_known(f"{where}: 'only' names no split", self.only, self.splits)
 
     def list_files(self, base: Path) -> Files:
-        """Return the tables."""
         return file_groups(base, self.tables.values())
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return the rows of the tables, labels in the order of `keep`; ids are paths relative to `base`.
-
-        Raises:
-            UserError: a missing table, column or image, a row that lacks a column or marks no class or several, and a name that
-                leaves the folder.
-        """
+        """Return the rows of the tables, labels in the order of `keep`; ids are paths relative to `base`."""
         number = {name: label for label, name in enumerate(self.keep)}
         rows: dict[str, list[ImageRow]] = {}
         for split in splits:

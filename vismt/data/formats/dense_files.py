@@ -62,7 +62,6 @@ class DenseFilesSource(RootedSource, DenseSource):
         return "inverse_depth" in self.maps
 
     def check(self, where: str) -> None:
-        """Raise UserError for unknown maps, paths that cannot be filled in and targets that cannot be derived."""
         super().check(where)
         unknown = next((name for name in self.maps if name not in MAP_FORMS), None)
         if unknown is not None:
@@ -145,12 +144,7 @@ class DenseFilesSource(RootedSource, DenseSource):
         )
 
     def pairs(self, card: Card, base: Path, split: str) -> list[dict[str, Path]]:
-        """Return one dict a sample: `image` and the maps it has, in the order of the list or of the names.
-
-        Raises:
-            UserError: an image without one of its maps (unless the source is `partial`), a listed id without image, an
-                unlisted map without image, and a list that cannot be read; it names the id and the folder.
-        """
+        """Return one dict a sample: `image` and the maps it has, in the order of the list or of the names."""
         samples: list[dict[str, Path]] = []
         lines = _lines(card, base, self._list_of(split)) if self.listed else None
         listed: list[tuple[str, list[str] | None]]

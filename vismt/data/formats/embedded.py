@@ -56,14 +56,12 @@ class DigitsSource(PackagedSource, ImageSource):
     package: ClassVar[str | None] = "sklearn"
 
     def list_files(self, base: Path) -> Files:
-        """Return scikit-learn's one data file."""
         return {"digits": file_groups(base, [DIGITS])[DIGITS]}
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
         """Return all 1,797 digits as uint8 (3, 8, 8); the 17 grey levels 0..16 become round(level * 255 / 16)."""
-        table = np.loadtxt(
-            base / DIGITS, delimiter=","
-        )  # 64 grey levels and the digit; importing sklearn takes a second
+        # 64 grey levels and the digit; importing sklearn takes a second.
+        table = np.loadtxt(base / DIGITS, delimiter=",")
         images = (torch.from_numpy(table[:, :-1]).reshape(-1, 8, 8) * 255 / 16).round().to(torch.uint8)
         digits = table[:, -1].astype(int).tolist()
         return Listing(
@@ -94,13 +92,7 @@ class PhotoCropsSource(PackagedSource, ImageSource):
         return {name: groups[file] for name, file in self.photographs.items()}
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return the crops as uint8 (3, side, side), class = photograph; ids are `<split>/<photograph>/<crop>`.
-
-        Only files inside the installed package are read; nothing is downloaded.
-
-        Raises:
-            UserError: the package does not have a photograph.
-        """
+        """Return the crops as uint8 (3, side, side), class = photograph; ids are `<split>/<photograph>/<crop>`."""
         groups = self.list_files(base)
         absent = next((name for name, entries in groups.items() if not entries), None)
         if absent is not None:
@@ -143,11 +135,9 @@ class PythonTopicsSource(PackagedSource, TextSource):
     package: ClassVar[str | None] = "pydoc_data"
 
     def list_files(self, base: Path) -> Files:
-        """Return the module with the texts."""
         return file_groups(base, ["topics.py"])
 
     def read_rows(self, card: Card, base: Path, splits: Sequence[str]) -> TextRows:
-        """Return the topics in alphabetical order."""
         from pydoc_data.topics import topics
 
         parts: dict[str, dict[str, dict[str, str]]] = {"train": {}, "test": {}}

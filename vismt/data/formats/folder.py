@@ -69,7 +69,6 @@ class FolderSource(RootedSource, ImageSource):
     lists: dict[str, RelativePath] = field(default_factory=dict)
 
     def check(self, where: str) -> None:
-        """Raise UserError for a layout or lists that do not fit the splits."""
         super().check(where)
         if self.lists:
             self.check_per_split(where, "lists", self.lists)
@@ -101,9 +100,6 @@ class FolderSource(RootedSource, ImageSource):
         """Return the images of the class folders; ids are paths relative to `base`.
 
         Classes are the sorted folder names over all splits, so a label means the same in each.
-
-        Raises:
-            UserError: no class folder, an empty one, two of one name in a split, and a missing split.
         """
         folders = self.scan(base)
         _refuse_empty(card, self.layout, base, folders)

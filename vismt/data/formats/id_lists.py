@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vismt.base.errors import UserError, require_known
 from vismt.config.typed import RelativePath, relative_path
-from vismt.data.copies import fix, shown_path
+from vismt.data.copies import fix, read_text, shown_path
 from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 
@@ -39,21 +39,14 @@ class LabelListSource(RootedSource, ImageSource):
     names: RelativePath
 
     def check(self, where: str) -> None:
-        """Raise UserError for a split other than train and test."""
         super().check(where)
         require_known(f"{where}: 'training' tells train from test; no split", self.splits, SPLIT_OF.values())
 
     def list_files(self, base: Path) -> Files:
-        """Return the four lists."""
         return file_groups(base, (self.paths, self.labels, self.training, self.names))
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return the images in the order of the list of paths; ids are paths relative to `base`.
-
-        Raises:
-            UserError: as read_list does, and for ids that are not in every list, an unknown class, a mark that is neither 1
-                nor 0 and a path that leaves the folder.
-        """
+        """Return the images in the order of the list of paths; ids are paths relative to `base`."""
         places = [base / name for name in (self.paths, self.labels, self.training, self.names)]
         paths, labels, training, names = (read_list(card, place) for place in places)
         for place, content in zip(places[1:3], (labels, training), strict=True):
@@ -71,20 +64,10 @@ class LabelListSource(RootedSource, ImageSource):
 
 
 def read_list(card: Card, path: Path) -> dict[str, str]:
-    """Return {id: value} in the order of the lines.
-
-    Raises:
-        UserError: a missing file, a line without a value and an id given twice.
-    """
+    """Return {id: value} in the order of the lines."""
     shown = shown_path(path)
-    if not path.is_file():
-        raise UserError(f"{card.shown}: missing list '{shown}'. {fix(card)}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{card.shown}: list '{shown}' cannot be read: {error}. {fix(card)}") from error
     values: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(card, path, "utf8", what="list").splitlines(), start=1):
         if not line.strip():
             continue
         key, *value = line.split(maxsplit=1)

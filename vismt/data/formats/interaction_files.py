@@ -20,10 +20,10 @@ from typing import Annotated, Any, ClassVar
 
 from vismt.base.errors import UserError, near, require_known
 from vismt.config.typed import RelativePath, within
-from vismt.data.copies import digest, fix, read_manifest, shown_path
+from vismt.data.copies import digest, fix, read_manifest, read_text, shown_path
 from vismt.data.source_types import Card, Files, RootedSource, cached_folder, file_groups, source_kind
 from vismt.data.texts.interactions import Catalogue, InteractionSet
-from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSet, TextSource, check_encoding, json_lines, read_text
+from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSet, TextSource, check_encoding, json_lines
 from vismt.storage.wheels import SourceFailed, download_wheel, member_of
 
 SPLITS = ("train", "validation", "test")  # of a table of events
@@ -82,7 +82,6 @@ class InteractionsSource(RootedSource, TextSource):
     loads: ClassVar[type[TextSet]] = InteractionSet
 
     def check(self, where: str) -> None:
-        """Raise UserError for values that do not go together."""
         super().check(where)
         if (self.events is None) == (not self.files):
             raise UserError(f"{where}: give either 'files', a file for each split, or 'events', one table.")
@@ -113,7 +112,6 @@ class InteractionsSource(RootedSource, TextSource):
         return [*folders, cached_folder("wheels", self.root)] if self.wheel else folders
 
     def list_files(self, base: Path) -> Files:
-        """Return every file of the set."""
         return file_groups(base, [self.items, *self.files.values(), *([self.events] if self.events else [])])
 
     @property
@@ -121,11 +119,7 @@ class InteractionsSource(RootedSource, TextSource):
         return self.wheel is not None
 
     def download(self, card: Card, base: Path) -> None:
-        """Copy the files from the wheel into the folder `base`. Nothing of the wheel is installed or imported.
-
-        Raises:
-            UserError: the wheel cannot be downloaded, lacks a file, or holds another than the manifest records.
-        """
+        """Copy the files from the wheel into the folder `base`. Nothing of the wheel is installed or imported."""
         package, _, version = (self.wheel or "").partition("==")
         recorded = read_manifest(card, self)
         try:
@@ -141,7 +135,6 @@ class InteractionsSource(RootedSource, TextSource):
             raise UserError(f"{card.shown}: wheel {self.wheel}: {failure}. {fix(card)}") from failure
 
     def read_rows(self, card: Card, base: Path, splits: Sequence[str]) -> TextRows:
-        """Return the rows of the files or of the table of events."""
         catalogue = self._catalogue(card, base)
         numbers = {name: number for number, name in enumerate(catalogue.ids)}
         if self.events is not None:
@@ -250,7 +243,6 @@ def _leave_last_out(users: Mapping[str, list[int]]) -> dict[str, list[Row]]:
 
 
 def _number_of(item: Any, numbers: Mapping[str, int], where: str) -> int:
-    """Return the number of an item in the catalogue."""
     if str(item) not in numbers:
         raise UserError(f"{where}: item '{item}' has no title in the file of items.")
     return numbers[str(item)]

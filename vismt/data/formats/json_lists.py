@@ -37,20 +37,14 @@ class FilelistSource(RootedSource, ImageSource):
     after: str | None = None
 
     def check(self, where: str) -> None:
-        """Raise UserError for numbers of classes of other splits."""
         super().check(where)
         require_known(f"{where}: no split", self.classes_per_split, self.splits)
 
     def list_files(self, base: Path) -> Files:
-        """Return the lists."""
         return file_groups(base, [f"{split}.json" for split in self.splits])
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return the images of the lists; classes are the label_names of all lists that are there.
-
-        Raises:
-            UserError: as read_list does, and for a name that leads outside the folder and a split with another number of classes.
-        """
+        """Return the images of the lists; classes are the label_names of all lists that are there."""
         present = [name for name in self.splits if name in splits or (base / f"{name}.json").is_file()]
         lists = {name: read_list(card, base, name) for name in present}
         titles = dict.fromkeys(title for names, _, _ in lists.values() for title in names)
@@ -94,11 +88,7 @@ def read_list(card: Card, base: Path, split: str) -> ImageList:
 
 
 def local_name(name: str, after: str | None, shown: str) -> str:
-    """Return `name` relative to the folder of the set: of an absolute path, what follows `after`.
-
-    Raises:
-        UserError: the name leads outside the folder.
-    """
+    """Return `name` relative to the folder of the set: of an absolute path, what follows `after`. Raises for one outside."""
     absolute = name.startswith("/")
     if absolute and after and f"/{after}" in name:
         name = name.partition(f"/{after}")[2]

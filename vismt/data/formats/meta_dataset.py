@@ -110,7 +110,6 @@ class MetaDatasetSource(RootedSource, ImageSource):
     hierarchy: Annotated[str, Names(HIERARCHIES, only=True)] | None = None
 
     def check(self, where: str) -> None:
-        """Raise UserError for an unknown split."""
         super().check(where)
         require_known(f"{where}: no split", (*self.splits, *self.classes_per_split), SPLITS)
 
@@ -120,12 +119,7 @@ class MetaDatasetSource(RootedSource, ImageSource):
         return {path.name: [(path.name, path)] for path in [*paths, base / SPEC] if path.is_file()}
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return the images of the records; labels are the class ids of the spec.
-
-        Raises:
-            UserError: a class without a file, a file with another number of images than the spec says, a spec that differs from
-                the card and, where the set has a hierarchy, a missing spec.
-        """
+        """Return the images of the records; labels are the class ids of the spec."""
         spec = self._read_spec(card, base)
         files: dict[int, Path] = {}
         positions: dict[int, array[int]] = {}  # of the records in the file of a class

@@ -53,7 +53,6 @@ def python_object(card: str, split: str) -> Any:
 
 
 def _function(name: str, card: str) -> Any:
-    """Return a function of the package datasets."""
     try:
         # Not an import statement: in a checkout its folder datasets/ would be found, which lacks the name.
         return getattr(importlib.import_module("datasets"), name)
@@ -66,18 +65,9 @@ def _function(name: str, card: str) -> Any:
 def images_of(given: Any, title: str, split: str) -> ImageSet:
     """Return a data set of (image, label) pairs, or of rows with an image and a label, as labelled images.
 
-    Args:
-        given: with `len` and whole-number indices. An image is one of Pillow, or a Tensor (3, h, w) or (1, h, w), uint8 or
-            floating point in [0, 1]; a label is a whole number.
-        title: name of the set.
-        split: name of its split.
-
-    Returns:
-        The set. Images are uint8: floating-point values are rounded to 1/255. Class names are those of the data set, else
-        the numbers. Its content is not known before every image is read, so `content` is the title.
-
-    Raises:
-        UserError: another object, and labels that are not whole numbers from 0.
+    An image is one of Pillow, or a Tensor (3, h, w) or (1, h, w), uint8 or floating point in [0, 1], which is rounded to 1/255;
+    a label is a whole number from 0. Class names are those of the data set, else the numbers. Its content is not known before
+    every image is read, so `content` is the title.
     """
     if not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
         raise UserError(

@@ -57,7 +57,6 @@ class StereoTilesSource(PackagedSource, DenseSource):
     package: ClassVar[str | None] = "skimage"
 
     def check(self, where: str) -> None:
-        """Raise UserError for a bad camera, bad sizes of tiles, and columns of two splits that overlap."""
         super().check(where)
         check_camera(self.camera, where)
         pairs = [self.tile, *self.columns.values(), *self.grid.values()]
@@ -71,17 +70,10 @@ class StereoTilesSource(PackagedSource, DenseSource):
             raise UserError(f"{where}: the columns {self.columns} of the splits must not overlap.")
 
     def list_files(self, base: Path) -> Files:
-        """Return the image and the disparity."""
         return file_groups(base / "data", (self.image, self.disparity))
 
     def load(self, card: Card, base: Path, split: str) -> DenseSet:
-        """Return the tiles of `split`; ids are `<split>/<top>_<left>`.
-
-        Only files inside the installed package are read; nothing is downloaded.
-
-        Raises:
-            UserError: the package does not have a file, or tiles do not fit into the columns.
-        """
+        """Return the tiles of `split`; ids are `<split>/<top>_<left>`."""
         absent = next((name for name, entries in self.list_files(base).items() if not entries), None)
         if absent is not None:
             raise UserError(f"{card.shown}: the installed scikit-image has no '{absent}'. {fix(card)}")

@@ -17,10 +17,10 @@ from typing import Annotated, Any
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import Names, RelativePath
-from vismt.data.copies import digest, fix, shown_path
+from vismt.data.copies import digest, fix, read_text, shown_path
 from vismt.data.set_entries import DELIMITERS
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
-from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSource, check_encoding, json_lines, read_text
+from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSource, check_encoding, json_lines
 
 FORMS = ("jsonl", "csv", "lines", "documents")
 NAMED = ("jsonl", "csv")  # whose files name the fields
@@ -53,7 +53,6 @@ class TextFilesSource(RootedSource, TextSource):
     encoding: Annotated[str, check_encoding] = "utf-8"
 
     def check(self, where: str) -> None:
-        """Raise UserError for files, fields and patterns that do not go together."""
         super().check(where)
         self.check_per_split(where, "files", self.files)
         wanted = len(self.fields) - 1 if self.form == "lines" else 0
@@ -78,11 +77,9 @@ class TextFilesSource(RootedSource, TextSource):
                 raise UserError(f"{where}: extract: '{key}' must be a field and its groups named like no other field.")
 
     def list_files(self, base: Path) -> Files:
-        """Return the file of each split."""
         return file_groups(base, self.files.values())
 
     def read_rows(self, card: Card, base: Path, splits: Sequence[str]) -> TextRows:
-        """Return the rows of the files, by their number."""
         hashed = [(self.files[name], base / self.files[name]) for name in splits]
         settings = repr((self.form, self.fields, self.separators, self.starts, self.extract, self.encoding))
         parts = {name: self._read(card, path) for name, (_, path) in zip(splits, hashed, strict=True)}

@@ -55,11 +55,7 @@ def masked_crc(data: bytes) -> int:
 
 
 def scan(path: Path) -> array[int]:
-    """Return the position of every record of a file; only lengths and their checksums are read.
-
-    Raises:
-        UserError: a file that cannot be read, a length that does not fit its checksum, and a file that ends within a record.
-    """
+    """Return the position of every record of a file; only lengths and their checksums are read. Raises UserError for damage."""
     positions = array("Q")
     try:
         size = path.stat().st_size
@@ -79,11 +75,7 @@ def scan(path: Path) -> array[int]:
 
 
 def read_example(path: Path, position: int, number: int) -> dict[str, Value]:
-    """Return the features of the record at `position`, the bytes or whole numbers of each; `number` is for errors.
-
-    Raises:
-        UserError: a file that cannot be read, and a record that is truncated, fails a checksum or is not an Example.
-    """
+    """Return the features of the record at `position`, the bytes or whole numbers of each; `number` is for errors."""
     try:
         with path.open("rb") as file:
             file.seek(position)

@@ -92,7 +92,6 @@ class TorchvisionSource(ImageSource):
     downloads: bool = True
 
     def check(self, where: str) -> None:
-        """Raise UserError for a split that the class does not have."""
         super().check(where)
         require_known(f"{where}: {self.dataset} has no split", self.splits, LAYOUTS[self.dataset].splits)
 
@@ -104,7 +103,6 @@ class TorchvisionSource(ImageSource):
         return self.downloads
 
     def download(self, card: Card, base: Path) -> None:
-        """Download every split through torchvision. Raises UserError when that fails."""
         for split in self.splits:
             self._construct(card, base, split, download=True)
 
@@ -112,9 +110,6 @@ class TorchvisionSource(ImageSource):
         """Return the images through torchvision; ids are `<split>/<row>`.
 
         Classes of several splits are united by name (Omniglot's splits have different ones).
-
-        Raises:
-            UserError: torchvision cannot open the set, or an image of it cannot be decoded.
         """
         layout = LAYOUTS[self.dataset]
         parts = {split: self._construct(card, base, split) for split in splits}

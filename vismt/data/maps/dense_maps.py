@@ -203,11 +203,7 @@ MAP_FORMS = {
 def read_maps(paths: dict[str, Path], settings: MapSettings) -> Sample:
     """Return the sample of one image and those of its maps that are there, before edges are derived.
 
-    Args:
-        paths: file of the "image" and of each map by its name in MAP_FORMS.
-
-    Raises:
-        UserError: a damaged file, values that the map cannot hold, a map of another size; it names the file.
+    paths: file of the "image" and of each map by its name in MAP_FORMS; errors name the file.
     """
     sample, orientation = read_image(paths["image"])
     size = sample["image"].shape[-2:]

@@ -54,11 +54,7 @@ def valid(target: str, values: Tensor) -> Tensor:
 
 
 def size_of(sample: Sample) -> tuple[int, int]:
-    """Return (h, w) of a sample.
-
-    Raises:
-        UserError: an unknown target, a map of another size than the image, or a class with a size.
-    """
+    """Return (h, w) of a sample. Raises UserError for an unknown target, and a map of another size than the image."""
     if "image" not in sample:
         raise UserError(f"dense sample: has no 'image', holds {sorted(sample)}.")
     height, width = sample["image"].shape[-2:]
@@ -76,11 +72,7 @@ def size_of(sample: Sample) -> tuple[int, int]:
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
-    """Return one batch of samples of one size; a target that is missing in some of them is blank there.
-
-    Raises:
-        UserError: an empty list, and samples of several sizes.
-    """
+    """Return one batch of samples of one size; a target that is missing in some of them is blank there."""
     sizes = {size_of(sample) for sample in samples}
     if len(sizes) != 1:
         raise UserError(f"dense batch: the samples are of sizes {sorted(sizes)}; crop or resize them to one size.")

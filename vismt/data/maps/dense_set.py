@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.data.cards import Card, load_card
-from vismt.data.copies import first_copy, not_found, sources_for
+from vismt.data.copies import found_copy
 from vismt.data.images import ImageSet, open_images
 from vismt.data.maps.dense_sample import CLASS, Sample
 from vismt.data.maps.derived_maps import edges_from_depth, edges_from_labels
@@ -110,10 +110,7 @@ def open_dense(card: Card | str | Path, split: str = "all") -> DenseSet:
             raises for a damaged file, a map of another size and values that the map cannot hold; the error names the file.
     """
     card = card if isinstance(card, Card) else load_card(card)
-    copy = first_copy(card, sources_for(card, DenseSource, split))
-    if copy is None:
-        raise not_found(card, split)
-    source, base = copy
+    source, base = found_copy(card, DenseSource, split)
     return replace(source.load(card, base, split), groups=card.read_groups(NONE))
 
 
@@ -138,9 +135,6 @@ def classified(images: ImageSet, key: str = CLASS) -> DenseSet:
 
 
 def open_samples(card: str | Path, split: str = "all", key: str = CLASS) -> DenseSet:
-    """Return the samples of any card, of maps or of classified images, whose class is named `key`.
-
-    Raises as open_dense and open_images do.
-    """
+    """Return the samples of any card, of maps or of classified images, whose class is named `key`."""
     loaded = load_card(card)
     return open_dense(loaded, split) if loaded.sources_of(DenseSource) else classified(open_images(loaded, split), key)

@@ -171,9 +171,8 @@ def random_crop(
 def photometric(sample: Sample, generator: torch.Generator, *, strength: float = 0.4, hue: float = 0.05) -> Sample:
     """Return the sample with random colours; the image stays in [0, 1], the targets do not change.
 
-    Args:
-        strength: brightness, contrast and saturation are each multiplied by 1 - strength to 1 + strength.
-        hue: largest shift, as a share of the circle.
+    strength: brightness, contrast and saturation are each multiplied by 1 - strength to 1 + strength. hue: largest shift, as a
+    share of the circle.
     """
     from torchvision.transforms.v2 import functional as V
 
@@ -220,16 +219,9 @@ def augment(
 ) -> Sample:
     """Return an augmented training sample, a function of sample and seed alone: scaled, cropped, mirrored, recoloured.
 
-    The draws do not depend on the content of the sample, except for the repeated crops of random_crop.
-
-    Args:
-        size: (h, w) of the crop; None for the size of the sample.
-        scales: smallest and largest factor.
-        mirror: mirror with probability 1/2.
-        cat_max_ratio: see random_crop.
-        strength: see photometric; 0 leaves the colours unchanged.
-        hue: see photometric.
-        inverse_depth: whether the depth target holds multiples of 1/depth.
+    The draws do not depend on the content of the sample, except for the repeated crops of random_crop. size: (h, w) of the
+    crop; None for that of the sample. scales: smallest and largest factor. mirror: with probability 1/2. cat_max_ratio: see
+    random_crop. strength, hue: see photometric; strength 0 leaves the colours unchanged.
     """
     size = size or size_of(sample)
     if not 0 < scales[0] <= scales[1]:

@@ -17,21 +17,16 @@ from torch import Tensor
 from vismt.data.maps.dense_sample import IGNORE
 from vismt.data.maps.edge_thinning import thin
 
+BEND = 0.02  # largest relative deviation of 1/z from a plane, where there is a normal
 
-def normals_from_depth(depth: Tensor, camera: Mapping[str, float], *, step: int = 2, bend: float = 0.02) -> Tensor:
+
+def normals_from_depth(depth: Tensor, camera: Mapping[str, float], *, step: int = 2) -> Tensor:
     """Return the unit normals of a depth map: the cross product of the differences between back-projected points.
 
-    The normal is undefined where one of the five depths is missing, within `step` pixels of the border, and where 1/z at the
-    middle differs from the mean of two opposite ones by more than `bend` of itself.
-
-    Args:
-        depth: float32 (h, w), 0 where missing.
-        camera: in pixels the focal lengths fx along the rows and fy along the columns, and the principal point cx, cy.
-        step: distance of the four neighbours, pixels.
-        bend: largest relative deviation of 1/z from a plane.
-
-    Returns:
-        float32 (3, h, w): x right, y up, z towards the camera; (0, 0, 0) where missing.
+    Float32 (3, h, w), x right, y up, z towards the camera; (0, 0, 0) where one of the five depths is missing, within `step`
+    pixels of the border, and where 1/z at the middle differs from the mean of two opposite ones by more than BEND of itself.
+    depth: float32 (h, w), 0 where missing. camera: in pixels fx along the rows, fy along the columns, and the principal point
+    cx, cy.
     """
     height, width = depth.shape
     normals = torch.zeros(3, height, width)
@@ -54,7 +49,7 @@ def normals_from_depth(depth: Tensor, camera: Mapping[str, float], *, step: int 
     middle = inverse[rows, columns]
     pair = around(inverse)
     bent = torch.maximum(((pair[0] + pair[1]) / 2 - middle).abs(), ((pair[2] + pair[3]) / 2 - middle).abs())
-    good = bent <= bend * middle  # False where a depth is missing: nan compares so
+    good = bent <= BEND * middle  # False where a depth is missing: nan compares so
     normals[:, rows, columns] = torch.where(good, torch.nn.functional.normalize(normal, dim=0), 0.0).to(torch.float32)
     return normals
 

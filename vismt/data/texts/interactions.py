@@ -57,9 +57,6 @@ def draw_candidates(
     """Return `count` items of different titles in random order: the target once, none of the history.
 
     A function of the row's `name`, which tells users apart, and the seed.
-
-    Raises:
-        UserError: the catalogue is too small.
     """
 
     def title(number: int) -> str:

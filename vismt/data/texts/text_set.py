@@ -12,12 +12,11 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from vismt.base.errors import UserError
 from vismt.data.cards import Card, load_card
-from vismt.data.copies import first_copy, fix, not_found, shown_path, sources_for, verify_counts
+from vismt.data.copies import found_copy, shown_path, verify_counts
 from vismt.data.formats.python_sets import python_object, texts_of
 from vismt.data.set_entries import row_name
 from vismt.data.source_types import DataSource
 from vismt.storage.files import parse_json
-from vismt.storage.paths import regular_file
 
 # str.splitlines takes more; files mix these three.
 LINE_ENDS = re.compile("\r\n|\r|\n")
@@ -46,7 +45,6 @@ class TextSet:
         return len(self.rows)
 
     def take(self: T, chosen: Sequence[int]) -> T:
-        """Return a set of the rows with the indices `chosen`."""
         indices = [int(i) for i in chosen]
         choice = hashlib.sha256(repr(indices).encode()).hexdigest()
         return replace(
@@ -78,11 +76,7 @@ class TextSource(DataSource):
         """Return the rows of `splits` of the copy in the folder `base`."""
 
     def load(self, card: Card, base: Path, split: str) -> TextSet:
-        """Return `split` of the copy in the folder `base`.
-
-        Raises:
-            UserError: files that the format cannot read, and another number of rows than the card says.
-        """
+        """Return `split` of the copy in the folder `base`, checked against the card."""
         parts, content = self.read_rows(card, base, self.wanted(split))
         verify_counts(card, self, base, {name: len(rows) for name, rows in parts.items()})
         return self.loads(
@@ -103,27 +97,8 @@ def check_encoding(encoding: str, where: str) -> None:
         raise UserError(f"{where}: encoding '{encoding}' is not known: {error}.") from error
 
 
-def read_text(card: Card, path: Path, encoding: str, unpack: Callable[[bytes], bytes] = bytes) -> str:
-    """Return the text of a file without a byte-order mark; `unpack` is applied to its bytes.
-
-    Raises:
-        UserError: the file is missing or cannot be read.
-    """
-    shown = shown_path(path)
-    try:
-        return unpack(regular_file(path).read_bytes()).decode(encoding).removeprefix("\ufeff")
-    except FileNotFoundError as error:
-        raise UserError(f"{card.shown}: missing file '{shown}'. {fix(card)}") from error
-    except (OSError, EOFError, UnicodeError) as error:
-        raise UserError(f"{card.shown}: '{shown}' cannot be read: {error}. {fix(card)}") from error
-
-
 def json_lines(text: str, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, fields) of each line that is not empty; fields is empty for JSON other than an object.
-
-    Raises:
-        UserError: a line that is not JSON.
-    """
+    """Yield (where, fields) of each line that is not empty; fields is empty for JSON other than an object."""
     for number, line in enumerate(LINE_ENDS.split(text), 1):
         if line.strip():
             where = f"{shown}: line {number}"
@@ -151,8 +126,5 @@ def open_texts(card: Card | str | Path, split: str = "all") -> TextSet:
         rows, content = texts_of(given, title)
         return TextSet(title, split, rows, [f"{split}:{number}" for number in range(len(rows))], lambda: content)
     card = card if isinstance(card, Card) else load_card(card)
-    copy = first_copy(card, sources_for(card, TextSource, split))
-    if copy is None:
-        raise not_found(card, split)
-    source, base = copy
+    source, base = found_copy(card, TextSource, split)
     return source.load(card, base, split)

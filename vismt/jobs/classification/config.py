@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
@@ -178,10 +178,7 @@ class MultitaskConfig(StudyConfig):
     on_bad_sample: OnBadSample = "error"
     download: bool = False
 
-    @staticmethod
-    def from_earlier(values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Read the key `report: risk`."""
-        return risk_of_report(values)
+    from_earlier = staticmethod(risk_of_report)
 
     @property
     def derived(self) -> bool:

@@ -23,22 +23,11 @@ Chosen = tuple[ImageSet, Tensor]  # images, their labels within the task
 
 
 class TaskData:
-    """The parts "train", "validation" and "test" of every task.
+    """The parts "train", "validation" and "test" of every task, of images of `size` x `size` pixels.
 
-    The classes of a task are those of its training sets, in the order in which their cards name them.
-
-    Args:
-        config: of the run.
-        size: height and width of the images in pixels.
-
-    Attributes:
-        union: the label space.
-        classes: names of the classes, task by task.
-        size: height and width of the images.
-
-    Raises:
-        UserError: a card that is not available, a class without a training image, and validation or test images of a class
-            that training does not have.
+    The classes of a task are those of its training sets, in the order in which their cards name them; `union` is the label
+    space, `classes` their names task by task. Raises UserError for a card that is not available, a class without a training
+    image, and validation or test images of a class that training does not have.
     """
 
     def __init__(self, config: MultitaskConfig, size: int) -> None:
@@ -71,11 +60,9 @@ class TaskData:
         return torch.cat(labels).bincount(minlength=self.union.num_classes).tolist()
 
     def has_part(self, task: int, part: str) -> bool:
-        """Return whether a task has images of a part."""
         return bool(self._parts[task][part])
 
     def check_part(self, task: int, part: str) -> None:
-        """Raise UserError where a task has no images of a part."""
         if not self.has_part(task, part):
             name = self.union.tasks[task]
             raise UserError(

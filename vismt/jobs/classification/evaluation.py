@@ -17,9 +17,10 @@ task's images are those of its records; those of the other set have a record fil
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from vismt.data.batching import Gathered, InOrder
 from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
-from vismt.engine.study import Training
+from vismt.engine.study import Study, Training
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet, replace_head, stored
@@ -69,16 +70,23 @@ class FittedOutputs:
 class Evaluation:
     """Scores of nets on the images of all tasks."""
 
-    def __init__(self, config: MultitaskConfig, data: TaskData) -> None:
-        self.config = config
+    def __init__(self, study: Study[MultitaskConfig], data: TaskData) -> None:
+        self.study = study
+        self.config = study.config
         self.data = data
         self._outputs: tuple[str, Outputs] = ("", [])
 
+    def separate(self, training: Training) -> bool:
+        """Return whether a training's net chooses among the classes of the image's task only."""
+        return self.study.config_of(training).head_section.labels == "separate"
+
+    def _classifier(self, net: PixelNet, training: Training, number: int) -> TaskClassifier:
+        return TaskClassifier(net, self.data.union, number, self.separate(training)).eval()
+
     def scores(
         self,
-        net: PixelNet,
+        net: Callable[[], PixelNet],
         training: Training,
-        separate: bool,
         split: str,
         specs: Sequence[DirectPerturbation],
         records: Path,
@@ -88,68 +96,53 @@ class Evaluation:
     ) -> list[Score]:
         """Return the accuracy of every task, clean and under each condition, and the quality of the probabilities of forms.
 
-        separate: whether the net chooses among the classes of the image's task only. records: the folder of records. risk:
-        whether conformal sets and selective prediction are evaluated, too (vismt/jobs/risk.py). smoothing: certificates.
+        records: the folder of records. risk: whether conformal sets and selective prediction are evaluated, too
+        (vismt/jobs/risk.py). smoothing: certificates.
         """
-        scores = []
+        scores, model = [], net()
         for number, task in enumerate(self.data.union.tasks):
-            thresholds = self.thresholds(net, training, separate, number) if risk else None
+            thresholds = self.thresholds(model, training, number) if risk else None
             path = records / f"{split}-{task}.jsonl"
-            scores += self._scores_of(
-                net,
-                training,
-                separate,
-                split,
-                number,
-                path,
-                specs=specs,
-                forms=forms,
-                thresholds=thresholds,
-                smoothing=smoothing,
-            )
+            about: dict[str, Any] = {"forms": forms, "thresholds": thresholds, "smoothing": smoothing}
+            scores += self._scores_of(model, training, split, number, path, specs, **about)
         return scores
 
     def _scores_of(
         self,
         net: PixelNet,
         training: Training,
-        separate: bool,
         split: str,
         number: int,
         path: Path,
-        *,
-        ending: str = "",
         specs: Sequence[DirectPerturbation] = (),
-        forms: Mapping[Condition, Form] | None = None,
-        thresholds: Thresholds | None = None,
-        smoothing: Smoothing | None = None,
+        ending: str = "",
+        **about: Any,
     ) -> list[Score]:
-        """Return the scores of one task, with the records in `path`. ending: of the label."""
+        """Return the scores of one task, with the records in `path`. ending: of the label; about: as of `image_scores`."""
         union = self.data.union
-        task, protocol = union.tasks[number], "task known" if separate else f"one of {union.num_classes} classes"
+        task = union.tasks[number]
+        protocol = "task known" if self.separate(training) else f"one of {union.num_classes} classes"
         with stored(self.data.part(number, split)) as images:
             return image_scores(
-                TaskClassifier(net, union, number, separate).eval(),
+                self._classifier(net, training, number),
                 InOrder(images, self.config.evaluate.batch),
                 specs,
                 names=(TASK, task, f"{split} images, {protocol}"),
                 num_classes=union.num_classes,
                 records=path,
-                forms=forms,
-                thresholds=thresholds,
-                smoothing=smoothing,
                 data=f"{task}:{split}",
                 fingerprint=net.fingerprint(),
                 label=f"{task} {training.arm} seed {training.seed}{ending}",
+                **about,
             )
 
-    def forms(self, net: PixelNet, training: Training, separate: bool, split: str) -> dict[Condition, Form]:
+    def forms(self, net: PixelNet, training: Training, split: str) -> dict[Condition, Form]:
         """Return the evaluated versions of the logits: raw, temperature-scaled, prior-adjusted.
 
         The last two need validation images.
         """
         forms: dict[Condition, Form] = {CLEAN: lambda logits: logits}
-        fitted = None if split == "validation" else self.fitted(net, training, separate)
+        fitted = None if split == "validation" else self.fitted(net, training)
         if fitted is not None:
             of_class = self.temperature_of_class(fitted)
             forms[TEMPERED] = lambda logits: block_tempered(logits, of_class)
@@ -160,13 +153,13 @@ class Evaluation:
 
     # ---- what is fitted on validation images --------------------------------------------------------------------------
 
-    def fitted(self, net: PixelNet, training: Training, separate: bool) -> FittedOutputs | None:
+    def fitted(self, net: PixelNet, training: Training) -> FittedOutputs | None:
         """Return temperatures and tau of a training; None where a task has no validation images."""
         if not all(self.data.has_part(task, "validation") for task in range(len(self.data.union.tasks))):
             return None
 
         def fit() -> FittedOutputs:
-            tasks = self._validation(net, separate)
+            tasks = self._validation(net, training)
             logits, labels = (torch.cat(parts) for parts in zip(*tasks))
             temperatures = fit_block_temperatures(logits, labels, self.data.union.task_of_class())
             return FittedOutputs(temperatures, best_tau(tasks, self.data.class_counts()), len(labels))
@@ -184,11 +177,11 @@ class Evaluation:
             self.data.part(number, "validation").labels, self.config.evaluate.risk, self.config.tune
         )
 
-    def thresholds(self, net: PixelNet, training: Training, separate: bool, number: int) -> Thresholds:
+    def thresholds(self, net: PixelNet, training: Training, number: int) -> Thresholds:
         """Return the thresholds of a task, fitted on its validation images."""
 
         def fit() -> Thresholds:
-            logits, labels = self._validation(net, separate)[number]
+            logits, labels = self._validation(net, training)[number]
             _, chosen = self.parts(number)
             return fit_thresholds(logits[chosen].double().log_softmax(1), labels[chosen])
 
@@ -196,23 +189,23 @@ class Evaluation:
         ending = " half" if halves(self.config.evaluate.risk, self.config.tune) else ""
         return fitted_once(path, Thresholds, net.fingerprint() + ending, fit)
 
-    def validation_accuracy(self, net: PixelNet, separate: bool) -> float:
+    def validation_accuracy(self, net: PixelNet, training: Training) -> float:
         """Return the mean accuracy over the tasks on the validation images that choose rates."""
         right = []
-        for number, (logits, labels) in enumerate(self._validation(net, separate)):
+        for number, (logits, labels) in enumerate(self._validation(net, training)):
             chooses, _ = self.parts(number)
             right.append((logits.argmax(1) == labels)[chooses].double().mean())
         return float(torch.stack(right).mean())
 
     @torch.no_grad()
-    def _validation(self, net: PixelNet, separate: bool) -> Outputs:
+    def _validation(self, net: PixelNet, training: Training) -> Outputs:
         """Return logits (n, C), float32 on the CPU, and labels (n,) of the validation images of each task, kept for one net."""
-        key = f"{net.fingerprint()} {separate}"
+        key = f"{net.fingerprint()} {self.separate(training)}"
         if self._outputs[0] != key:
             device = runtime.processes().device
             found = []
             for number, task in enumerate(self.data.union.tasks):
-                classifier = TaskClassifier(net, self.data.union, number, separate).eval()
+                classifier = self._classifier(net, training, number)
                 with stored(self.data.part(number, "validation")) as part:
                     batches = InOrder(part, self.config.evaluate.batch)
                     pairs = [
@@ -226,18 +219,18 @@ class Evaluation:
 
     # ---- images of the user ---------------------------------------------------------------------------------------------
 
-    def softmaxes(self, net: PixelNet, training: Training, separate: bool) -> list[Softmax]:
+    def softmaxes(self, net: PixelNet, training: Training) -> list[Softmax]:
         """Return the softmaxes of a net for images of the user: one over all classes, or one for each task.
 
         The conformal sets of one over all classes take the largest threshold of a task, which covers the images of every task.
         """
-        union, names = self.data.union, self.data.label_names
+        union, names, separate = self.data.union, self.data.label_names, self.separate(training)
         tasks = [union.tasks[task] for task in union.task_of_class().tolist()]
         numbers = range(len(union.tasks))
         spans = [union.span(task) for task in numbers] if separate else [slice(0, union.num_classes)]
         quantiles: list[float | None] = [None] * len(spans)
         if self.config.evaluate.risk:
-            fitted = [self.thresholds(net, training, separate, task).quantile for task in numbers]
+            fitted = [self.thresholds(net, training, task).quantile for task in numbers]
             quantiles = [*fitted] if separate else [max(fitted)]
         return [Softmax(span, names[span], tasks[span], quantile) for span, quantile in zip(spans, quantiles)]
 
@@ -255,7 +248,7 @@ class Evaluation:
         for number, task in enumerate(self.data.union.tasks):
             path = records / f"{split}-{task}-laplace.jsonl"
             forms: dict[Condition, Form] = {CLEAN: lambda logits: logits}
-            scores += self._scores_of(posterior, training, False, split, number, path, ending=", Laplace", forms=forms)
+            scores += self._scores_of(posterior, training, split, number, path, ending=", Laplace", forms=forms)
         return [replace(score, condition=LAPLACE[structure]) for score in scores]
 
     @torch.no_grad()
@@ -277,7 +270,7 @@ class Evaluation:
         replace_head(posterior.stock, laplace_head(net.head, training, (validation, labels)))
         return posterior.eval().to(device)
 
-    def detection(self, net: PixelNet, training: Training, separate: bool, records: Path) -> list[Score]:
+    def detection(self, net: PixelNet, training: Training, records: Path) -> list[Score]:
         """Return the AUROC of every set of evaluate.ood against the evaluated images of every task.
 
         Arguments as in `scores`, whose records are read.
@@ -285,13 +278,12 @@ class Evaluation:
         settings, union = self.config.evaluate, self.data.union
         scores = []
         for number, task in enumerate(union.tasks):
-            classifier = TaskClassifier(net, union, number, separate).eval()
             lines = read_lines(records / f"{settings.split}-{task}.jsonl") if settings.ood else []
             inside = {row["id"]: row["clean confidence"] for row in lines if "id" in row}
             for name in settings.ood:
                 with stored(self.data.outside(name)) as images:
                     outside = confidences(
-                        classifier,
+                        self._classifier(net, training, number),
                         InOrder(images, settings.batch),
                         records / f"{record_stem('ood', task, row_name(name))}.jsonl",
                         {"data": name, "task": task, "fingerprint": net.fingerprint()},

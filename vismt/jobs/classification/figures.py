@@ -53,17 +53,9 @@ def examples(
 def write_examples(
     path: Path, images: np.ndarray, truth: Sequence[str], tasks: Sequence[str], predictions: Mapping[str, Sequence[str]]
 ) -> Path:
-    """Write images, the names of their classes and each arm's answers; return `path`.
+    """Write images uint8 (n, 3, h, w), the names "task/class" of their classes, and by arm those of its answers; return `path`.
 
-    Args:
-        path: the file to write.
-        images: uint8 (n, 3, h, w).
-        truth: n names of classes, "task/class".
-        tasks: n names of tasks.
-        predictions: n names of classes by arm.
-
-    Raises:
-        UserError: arms with different numbers of answers.
+    Raises UserError for arms with different numbers of answers.
     """
     arrays = {
         "images": images,
@@ -93,14 +85,8 @@ def _answers(folder: Path, training: Training, stem: str, ids: Sequence[str], na
 def examples_figure(panel: Path, path: Path) -> Path:
     """Draw a band for each task: its images, the true class above, and below each arm's answer, ✓ right or ✗ wrong.
 
-    An answer that is a class of another task is shown with the name of that task.
-
-    Args:
-        panel: the file of `write_examples`; at most 8 images of a task are drawn.
-        path: the file to write.
-
-    Raises:
-        UserError: a file of another kind.
+    An answer that is a class of another task is shown with the name of that task. panel: the file of `write_examples`; at most
+    8 images of a task are drawn.
     """
     arrays = read_panel(panel, "examples")
     arms = arrays["arms"].tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.engine import training_files
 from vismt.engine.study import Training
-from vismt.jobs.calibration import calibrated_on_images
+from vismt.jobs.calibration import Calibrations
 from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
@@ -61,20 +61,18 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def __init__(self, config: MultitaskConfig, folder: Path, config_hash: str) -> None:
         check(config)
         super().__init__(config, folder, config_hash)
-        self._calibrated: dict[str, Any] = {}
+        self.calibrations = Calibrations(folder)
         self._features = ExitStack()  # of the training in progress
 
     @cached_property
     def data(self) -> TaskData:
-        """The images of all tasks."""
         return TaskData(
             self.config, self.config.model.img_size or timm_models.create(self.config.model.name).img_size[0]
         )
 
     @cached_property
     def evaluation(self) -> Evaluation:
-        """The evaluation of this folder's trainings."""
-        return Evaluation(self.config, self.data)
+        return Evaluation(self.study, self.data)
 
     def trained_on(self, config: MultitaskConfig) -> str:
         if config.merge is not None:
@@ -90,7 +88,6 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             ranks.on_first(lambda: self._merge_arms(training, config))
 
     def _merge_arms(self, training: Training, config: MultitaskConfig) -> None:
-        """Write the files of a merged arm, as those of a training."""
         console.stage("merge", f"{training.arm}   seed {training.seed}")
         net, about = merged_net(self, self.data, self.evaluation, training)
         write_interference(about, training)
@@ -100,7 +97,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             "trainable": 0,
             "total": count_parameters(net)[1],
         }
-        self._finish(net, config, training, facts)
+        self.finish(net, config, training, facts)
 
     @property
     def split(self) -> str:
@@ -134,7 +131,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         section = config.calibration
         if config.adapt is not None and section is not None:
             images = self.data.outside(*section.data) if section.data else self.data.training()
-            settings = calibrated_on_images(net.backbone, config.adapt, section, images, self.folder, self._calibrated)
+            settings = self.calibrations.on_images(net.backbone, config.adapt, section, images)
             config = replace(config, adapt=settings)
         return super().prepare(net, config)
 
@@ -183,14 +180,13 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
         records = records_folder(training.folder / RECORDS, attacks)
         net = self.final(training)
-        separate = self._separate(training)
-        forms = self.evaluation.forms(net, training, separate, split) if split == self.split else None
+        forms = self.evaluation.forms(net, training, split) if split == self.split else None
         specs = conditions(chosen, corruptions)
         risk = self.config.evaluate.risk and split == self.split
         certify = settings.certify if forms is not None and attacks is None else None
-        scores = self.evaluation.scores(net, training, separate, split, specs, records, forms, risk, certify)
+        scores = self.evaluation.scores(lambda: net, training, split, specs, records, forms, risk, certify)
         if forms is not None and attacks is None:
-            scores += self.evaluation.detection(net, training, separate, records)
+            scores += self.evaluation.detection(net, training, records)
             if self.config.evaluate.laplace:
                 tasks = self.study.arms[training.arm].trained_tasks
                 scores += self.evaluation.laplace(net, training, records, tasks)
@@ -203,8 +199,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         records = training.folder / RECORDS
         if self.split == "validation":  # where the evaluation keeps its records, under attacks
             records /= "tune"
-        net, separate = self.final(training), self._separate(training)
-        for score in self.evaluation.scores(net, training, separate, "validation", [], records):
+        for score in self.evaluation.scores(lambda: self.final(training), training, "validation", [], records):
             if score.condition == CLEAN and score.measure.metric == "accuracy" and score.data in chosen:
                 number = self.data.union.tasks.index(score.data)
                 chooses, _ = self.evaluation.parts(number)
@@ -215,35 +210,15 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def temperature(self, training: Training) -> Sequence[float] | None:
         if not self.config.evaluate.temperature:
             return None
-        fitted = self.evaluation.fitted(self.final(training), training, self._separate(training))
+        fitted = self.evaluation.fitted(self.final(training), training)
         return None if fitted is None else self.evaluation.temperature_of_class(fitted).tolist()
 
-    def _separate(self, training: Training) -> bool:
-        """Return whether a training's net chooses among the classes of the image's task only."""
-        return self.study.config_of(training).head_section.labels == "separate"
-
-    def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
+    def conditions_of(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> Sequence[Any]:
         check_attacks(attacks, corruptions)
+        return conditions(attacks, corruptions)
 
     def check_risk(self) -> None:
         check_unused(self.config.evaluate.risk, self.config.tune, self.folder)
-
-    def scores_under(
-        self,
-        net: Callable[[], PixelNet],
-        training: Training,
-        split: str,
-        attacks: Sequence[AttackConfig],
-        corruptions: Sequence[CorruptionConfig],
-        records: Path,
-        *,
-        risk: bool = False,
-    ) -> list[Score]:
-        specs = conditions(attacks, corruptions)
-        return self.evaluation.scores(net(), training, self._separate(training), split, specs, records, risk=risk)
-
-    def outputs(self, merged: PixelNet, plain: PixelNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
-        return self.evaluation.outputs(merged, plain, label)
 
     def write_panels(self) -> None:
         first = [self.study.trainings(arm)[0] for arm in self.study.arms]
@@ -287,7 +262,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
         training = self.study.find(options.arm)
         net, size, batch = self.final(training), self.data.size, self.config.evaluate.batch
-        groups = self.evaluation.softmaxes(net, training, self._separate(training))
+        groups = self.evaluation.softmaxes(net, training)
         return predict_classes(net, size, groups, inputs, target, options, label=str(training), batch=batch)
 
     def cards_of_tasks(self) -> dict[str, set[str]]:
@@ -296,7 +271,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
 
     def about(self, arm: str | None = None) -> dict[str, Any]:
         """Return the classes for config.json beside merged weights, with timm's keys."""
-        space = {"label_space": "separate"} if self._separate(self.study.find(arm)) else {}
+        space = {"label_space": "separate"} if self.evaluation.separate(self.study.find(arm)) else {}
         return {"num_classes": self.data.union.num_classes, "label_names": self.data.label_names, **space}
 
 

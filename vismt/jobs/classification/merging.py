@@ -84,8 +84,7 @@ def merged_net(job: Job, data: TaskData, evaluation: Evaluation, training: Train
         if len(section.weights) > 1:
             net = net_of(merged)
             merge(net.stock)
-            separate = config.head_section.labels == "separate"
-            value = evaluation.validation_accuracy(net.to(runtime.processes().device), separate)
+            value = evaluation.validation_accuracy(net.to(runtime.processes().device), training)
         tried[weight] = value, merged
     weight = max(tried, key=lambda weight: tried[weight][0])
     merged = tried[weight][1]

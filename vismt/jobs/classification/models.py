@@ -82,7 +82,6 @@ class PixelNet(nn.Module):
         return self.backbone.vit
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the net's weights."""
         return weights_digest(self.stock)
 
 

@@ -21,7 +21,7 @@ from vismt.data.maps.dense_set import DenseSet, open_samples
 from vismt.data.near_duplicates import groups_of, picture
 from vismt.data.set_entries import card_and_split
 from vismt.engine.parts import PartsConfig, shares
-from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of, image_tasks, own_parts
+from vismt.jobs.dense.config import DenseConfig, all_tasks, canvas_of, image_tasks, own_parts, trained_tasks
 from vismt.multitask.class_loss import ClassLoss, check_counts
 from vismt.multitask.nets import SEGMENTATION
 from vismt.multitask.tasks import MapTask, Task
@@ -58,17 +58,11 @@ class Rows:
 
 
 class DenseData:
-    """The parts "train", "validation" and "test" of a configuration's sets.
+    """The parts "train", "validation" and "test" of a configuration's sets, fitted into a canvas of `size` (h, w).
 
-    Attributes:
-        parts: samples by part.
-        size: (h, w) of the canvas that images are fitted into.
-        tasks: by name; depth or inverse depth, as the sets hold it.
-
-    Raises:
-        UserError: for a card that is not here, a set without a target of any task, a task that no set of a part has a target
-            for, a number of classes that is not the sets', classes that two sets call differently, and depth beside inverse
-            depth.
+    `tasks` are by name; depth or inverse depth, as the sets hold it. Raises UserError for a card that is not here, a set
+    without a target of any task, a task that no set of a part has a target for, a number of classes that is not the sets',
+    classes that two sets call differently, and depth beside inverse depth.
     """
 
     def __init__(self, config: DenseConfig) -> None:
@@ -168,49 +162,30 @@ class FittedImages:
 class DenseBatches:
     """Batches by number, a function of (seed, k): passes over all rows, each in its own random order.
 
-    Args:
-        rows: the samples.
-        canvas: (h, w) that an image is fitted into.
-        size: (h, w) of the crop taken from there.
-        batch: images of a batch.
-        augment: the augmentation.
-        targets: the maps that are kept.
-        seed: of order and augmentation.
-
-    Raises:
-        UserError: when there are fewer rows than images in a batch.
+    canvas: (h, w) that an image is fitted into. config: of an arm, whose crops and targets they have. Raises UserError when
+    there are fewer rows than images in a batch.
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        canvas: tuple[int, int],
-        size: tuple[int, int],
-        batch: int,
-        augment: DenseAugmentConfig,
-        targets: Sequence[str],
-        *,
-        seed: int,
-    ) -> None:
-        self._passes = Passes(len(rows), batch, seed=seed)
-        self.rows, self.canvas, self.size, self.augment, self.seed = rows, canvas, size, augment, seed
-        self.kept = ("image", *targets)
+    def __init__(self, rows: Rows, canvas: tuple[int, int], config: DenseConfig) -> None:
+        self._passes = Passes(len(rows), config.batch, seed=config.seed)
+        self.rows, self.canvas, self.config = rows, canvas, config
+        self.kept = ("image", *(task.key for task in trained_tasks(config)))
 
     def __call__(self, number: int) -> Sample:
         """Return batch `number`, collated."""
         rows = self._passes(number).tolist()
         return collate(
-            [self._sample(row, mix_seed(self.seed, "augment", number, place)) for place, row in enumerate(rows)]
+            [self._sample(row, mix_seed(self.config.seed, "augment", number, place)) for place, row in enumerate(rows)]
         )
 
     def _sample(self, row: int, seed: int) -> Sample:
-        settings, (images, i) = self.augment, self.rows.entries[row]
+        settings, (images, i) = self.config.augment, self.rows.entries[row]
 
         def augmented(sample: Sample) -> Sample:
             return transforms.augment(
                 transforms.resize(sample, self.canvas),
                 seed,
-                self.size,
+                (self.config.size[0], self.config.size[1]),
                 scales=(settings.scales[0], settings.scales[1]),
                 mirror=settings.flip,
                 cat_max_ratio=settings.cat_max_ratio,
@@ -244,13 +219,10 @@ def _divided(parts: PartsConfig, key: str) -> dict[str, list[tuple[DenseSet, int
         for images in [_open(name, key) for name in getattr(parts, part)]:
             found[part] += [(images, i) for i in range(len(images))]
     if parts.limit is not None:
-        found["train"] = _spread(found["train"], parts.limit)
+        every = found["train"]
+        count = min(parts.limit, len(every))
+        found["train"] = [every[i * len(every) // count] for i in range(count)]
     return found
-
-
-def _spread(entries: list[tuple[DenseSet, int]], limit: int) -> list[tuple[DenseSet, int]]:
-    count = min(limit, len(entries))
-    return [entries[i * len(entries) // count] for i in range(count)]
 
 
 def _check_set(images: DenseSet, tasks: Sequence[Task]) -> None:

@@ -38,7 +38,7 @@ from vismt.data.maps.dense_transforms import pad
 from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
-from vismt.engine.study import Training
+from vismt.engine.study import Study, Training
 from vismt.jobs.dense.config import DenseConfig, image_tasks, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
@@ -73,10 +73,14 @@ class Adjustment:
 class Evaluation:
     """Scores of nets on the samples in `data`."""
 
-    def __init__(self, config: DenseConfig, data: DenseData) -> None:
-        self.config = config
+    def __init__(self, study: Study[DenseConfig], data: DenseData) -> None:
+        self.study = study
+        self.config = study.config
         self.data = data
         self.tasks = data.tasks
+
+    def _trained(self, training: Training) -> list[Task]:
+        return trained_tasks(self.study.config_of(training))
 
     def as_scores(self, scored: Mapping[str, Scored], split: str, condition: Condition = CLEAN) -> list[Score]:
         """Return one score for each task of a training under a condition."""
@@ -121,11 +125,10 @@ class Evaluation:
         total = math.fsum(sign * log for sign, log in zip(signs, logs)) + undefined * math.log(LEAST)
         return math.exp(total / (len(logs) + undefined))
 
-    def condition_scores(
+    def scores(
         self,
         net: Callable[[], DenseNet],
         training: Training,
-        config: DenseConfig,
         split: str,
         specs: Sequence[DensePerturbation],
         records: Path,
@@ -133,19 +136,19 @@ class Evaluation:
     ) -> list[Score]:
         """Return the scores of one training, clean and under each condition that touches one of its tasks.
 
-        net: returns the evaluated net, asked for where a condition is not on record. config: of the training. records: folder.
+        net: returns the evaluated net, asked for where a condition is not on record. records: folder.
         risk: whether the measures of `evaluate.risk` of tasks of whole images and the quality of their probabilities are among
         them.
         """
-        thresholds = self.thresholds(net, training, config) if risk else {}
+        thresholds = self.thresholds(net, training) if risk else {}
         quantiles = {task: fitted.quantile for task, fitted in thresholds.items()}
-        clean = self.task_scores(net, training, config, split, records / f"{split}.jsonl", quantiles=quantiles)
+        clean = self.task_scores(net, training, split, records / f"{split}.jsonl", quantiles=quantiles)
         scores, found = self.as_scores(clean, split), [clean]
-        touching = [s for s in specs if not isinstance(s, DenseAttack) or s.attacked(trained_tasks(config))]
+        touching = [s for s in specs if not isinstance(s, DenseAttack) or s.attacked(self._trained(training))]
         for spec in touching:
             key = digest(json.dumps(spec.settings(), sort_keys=True).encode())[:8]
             path = records / f"{split}-{key}.jsonl"
-            found.append(self.task_scores(net, training, config, split, path, spec, quantiles))
+            found.append(self.task_scores(net, training, split, path, spec, quantiles))
             scores += self.as_scores(found[-1], split, condition_of(spec))
         for task, fitted in thresholds.items():
             rows = [
@@ -160,7 +163,7 @@ class Evaluation:
             scores += [self._score(task, split, measure, condition) for condition, measure in measures]
         return scores
 
-    def thresholds(self, net: Callable[[], DenseNet], training: Training, config: DenseConfig) -> dict[str, Thresholds]:
+    def thresholds(self, net: Callable[[], DenseNet], training: Training) -> dict[str, Thresholds]:
         """Return the thresholds of a training's tasks of whole images, fitted on their validation images."""
 
         def fit(task: Task) -> Thresholds:
@@ -178,19 +181,17 @@ class Evaluation:
             task.name: fitted_once(
                 training.folder / thresholds_file(task.name), Thresholds, weights, partial(fit, task), shared=True
             )
-            for task in image_tasks(trained_tasks(config))
+            for task in image_tasks(self._trained(training))
         }
 
-    def detection(
-        self, net: Callable[[], DenseNet], training: Training, config: DenseConfig, split: str, records: Path
-    ) -> list[Score]:
+    def detection(self, net: Callable[[], DenseNet], training: Training, split: str, records: Path) -> list[Score]:
         """Return the AUROC of every set of evaluate.ood against the labelled images of every task of whole images.
 
-        Arguments as for `condition_scores`, whose records are read.
+        Arguments as for `scores`, whose records are read.
         """
         settings, scores = self.config.evaluate, []
-        tasks = image_tasks(trained_tasks(config)) if settings.ood else []
-        scored = self.task_scores(net, training, config, split, records / f"{split}.jsonl") if tasks else {}
+        tasks = image_tasks(self._trained(training)) if settings.ood else []
+        scored = self.task_scores(net, training, split, records / f"{split}.jsonl") if tasks else {}
         for task, name in product([task.name for task in tasks], settings.ood):
             inside = {image: row["clean confidence"] for image, row in scored[task].answers.items()}
             outside = confidences(
@@ -208,7 +209,6 @@ class Evaluation:
         self,
         net: Callable[[], DenseNet],
         training: Training,
-        config: DenseConfig,
         split: str,
         path: Path,
         spec: DensePerturbation | None = None,
@@ -216,11 +216,11 @@ class Evaluation:
     ) -> dict[str, Scored]:
         """Return the scores of every task of one training, clean or under a condition, from `path` where they are on record.
 
-        quantiles: largest -log p of a class in a conformal set, by task. Other arguments as for `condition_scores`.
+        quantiles: largest -log p of a class in a conformal set, by task. Other arguments as for `scores`.
         """
         scored = self.recorded_scores(path, training)
         if scored is None:
-            tasks = trained_tasks(config)
+            tasks = self._trained(training)
             plain = {task.name: (task.name, 0.0) for task in tasks}
             label = str(training) if spec is None else f"{training}   {spec.label}"
             pools = self._pooled(net(), tasks, split, plain, label, spec, quantiles)
@@ -228,15 +228,15 @@ class Evaluation:
         return scored
 
     def adjusted_scores(
-        self, net: Callable[[], DenseNet], training: Training, config: DenseConfig, split: str, records: Path
+        self, net: Callable[[], DenseNet], training: Training, split: str, records: Path
     ) -> list[Score]:
         """Return the scores of the tasks with classes, their logits adjusted by the tau of validation.
 
-        Arguments as for `condition_scores`.
+        Arguments as for `scores`.
         """
         path = records / f"{split}-adjusted.jsonl"
         scored = self.recorded_scores(path, training)
-        tasks = [task for task in trained_tasks(config) if isinstance(task, ClassLoss)]
+        tasks = [task for task in self._trained(training) if isinstance(task, ClassLoss)]
         if scored is None and tasks:
             taus = self._taus(net(), training, tasks)
             variants = {name: (name, tau) for name, tau in taus.items()}

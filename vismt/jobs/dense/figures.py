@@ -39,12 +39,8 @@ if TYPE_CHECKING:
 
 SHOWN = 4  # images
 SIDE, WIDEST, GAP = 1.35, 11.0, 0.07  # inches: of a square picture, of a figure, between pictures
-HEAD, LINE, BELOW, APART = (
-    0.22,
-    0.22,
-    0.19,
-    0.3,
-)  # of the names over a block, a task over its row, scores, between blocks
+# Inches of the names over a block, a task over its row, scores, between blocks.
+HEAD, LINE, BELOW, APART = 0.22, 0.22, 0.19, 0.3
 
 
 def write_predictions(
@@ -54,9 +50,8 @@ def write_predictions(
     trainings: Sequence[Training],
     logits: Callable[[Training, Sample], Mapping[str, Tensor]],
     scored: Callable[[Training], Mapping[str, Scored]],
-    count: int = SHOWN,
 ) -> Path | None:
-    """Write `count` evaluated images, evenly over their split, not chosen by result, with what every training predicts.
+    """Write SHOWN evaluated images, evenly over their split, not chosen by result, with what every training predicts.
 
     Only tasks with a value at every pixel are drawn; without such a task return None and write no file. A file of the same
     images and trainings is kept, and nothing is predicted. The arrays:
@@ -73,7 +68,7 @@ def write_predictions(
     if not tasks:
         return None
     rows = data.part(split)
-    numbers = spread(len(rows), count).tolist()
+    numbers = spread(len(rows), SHOWN).tolist()
     about = {
         "ids": np.array([rows.ids[i] for i in numbers], dtype=str),
         "arms": np.array([training.arm for training in trainings], dtype=str),
@@ -134,14 +129,8 @@ def _pictures(task: MapTask, maps: Tensor | None, images: Tensor, like: Tensor |
 def predictions_figure(panel: Path, path: Path) -> Path:
     """Draw a block for each image: the input, and for each task the truth and each arm's prediction, its score below.
 
-    Blocks are side by side where they are narrow. An arm that does not train a task leaves its place empty.
-
-    Args:
-        panel: the file of `write_predictions`.
-        path: the file to write.
-
-    Raises:
-        UserError: for another file.
+    Blocks are side by side where they are narrow. An arm that does not train a task leaves its place empty. panel: the file of
+    `write_predictions`.
     """
     arrays = read_panel(panel, "maps")
     count, _, rows, columns = arrays["images"].shape

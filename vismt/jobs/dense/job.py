@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
@@ -48,7 +48,7 @@ from vismt.multitask.tasks import MapTask
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DensePerturbation, dense_conditions
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
 
 FITTED = (
     "fit into {} x {} pixels without changing the shape (bilinear, antialiased), then pad below and right with grey"
@@ -70,13 +70,11 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     @cached_property
     def data(self) -> DenseData:
-        """The samples of all parts."""
         return DenseData(self.config)
 
     @cached_property
     def evaluation(self) -> Evaluation:
-        """The evaluation of this folder's trainings."""
-        return Evaluation(self.config, self.data)
+        return Evaluation(self.study, self.data)
 
     def trained_on(self, config: DenseConfig) -> str:
         sections = (config.data, *own_parts(config).values())
@@ -146,16 +144,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         )
 
     def batches(self, config: DenseConfig) -> DenseBatches:
-        keys = [task.key for task in trained_tasks(config)]
-        return DenseBatches(
-            self.data.parts["train"],
-            self.data.size,
-            (config.size[0], config.size[1]),
-            config.batch,
-            config.augment,
-            keys,
-            seed=config.seed,
-        )
+        return DenseBatches(self.data.parts["train"], self.data.size, config)
 
     def save(self, net: DenseNet, config: DenseConfig, folder: Path) -> None:
         models.save(net, config, folder)
@@ -165,9 +154,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     def scored(self, training: Training, split: str) -> dict[str, Scored]:
         """Return the clean pooled scores of every task of a training, read from its folder where they are on record."""
-        config = self.study.config_of(training)
         path = training.folder / RECORDS / f"{split}.jsonl"
-        return self.evaluation.task_scores(lambda: self.final(training), training, config, split, path)
+        return self.evaluation.task_scores(lambda: self.final(training), training, split, path)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         settings = self.config.evaluate
@@ -176,16 +164,13 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         records = training.folder / RECORDS
         evaluated = split == self.split
         risk = settings.risk and evaluated
-        scores = self.scores_under(net, training, split, chosen, corruptions, records, risk=risk)
-        config = self.study.config_of(training)
+        specs = self.conditions_of(chosen, corruptions)
+        scores = self.evaluation.scores(net, training, split, specs, records, risk)
         if settings.adjust_logits and attacks is None:
-            scores += self.evaluation.adjusted_scores(net, training, config, split, records)
+            scores += self.evaluation.adjusted_scores(net, training, split, records)
         if evaluated and attacks is None:
-            scores += self.evaluation.detection(net, training, config, split, records)
+            scores += self.evaluation.detection(net, training, split, records)
         return scores
-
-    def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
-        self._conditions(attacks, corruptions)
 
     def check_risk(self) -> None:
         if not image_tasks(all_tasks(self.config)):
@@ -200,9 +185,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         for task in image_tasks(all_tasks(self.config)):
             check_thresholds(self.data.classes("validation", task), self.config.tune)
 
-    def _conditions(
-        self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]
-    ) -> list[DensePerturbation]:
+    def conditions_of(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> Sequence[Any]:
         return dense_conditions(attacks, corruptions, [task.name for task in all_tasks(self.config)])
 
     def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
@@ -211,37 +194,18 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             "own images."
         )
 
-    def scores_under(
-        self,
-        net: Callable[[], DenseNet],
-        training: Training,
-        split: str,
-        attacks: Sequence[AttackConfig],
-        corruptions: Sequence[CorruptionConfig],
-        records: Path,
-        *,
-        risk: bool = False,
-    ) -> list[Score]:
-        specs = self._conditions(attacks, corruptions)
-        config = self.study.config_of(training)
-        return self.evaluation.condition_scores(net, training, config, split, specs, records, risk)
-
     def validate(self, training: Training) -> float:
         scores = self.score(training, "validation", [])
         tasks = trained_tasks(self.study.config_of(training))
         return self.evaluation.quality(scores, len(tasks) - len(scores))
 
     def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
-        """Return delta_m by arm."""
         metrics = {name: metric_name(task) for name, task in self.data.tasks.items()}
         of_tasks = {
             arm: [score for score in arm_scores if score.measure.metric == metrics[score.task]]
             for arm, arm_scores in scores.items()
         }
         return deltas(of_tasks, baseline_arms(self.config))
-
-    def outputs(self, merged: DenseNet, plain: DenseNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
-        return self.evaluation.outputs(merged, plain, label)
 
     def write_panels(self) -> None:
         first = [self.study.trainings(arm)[0] for arm in self.study.arms]
@@ -278,7 +242,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         quantiles = {}
         # The thresholds hold for images that are predicted as the validation images were.
         if self.config.evaluate.risk and not (options.own_size or options.flip):
-            thresholds = self.evaluation.thresholds(lambda: self.final(training), training, config)
+            thresholds = self.evaluation.thresholds(lambda: self.final(training), training)
             quantiles = {task: fitted.quantile for task, fitted in thresholds.items()}
         return predict_images(config, net, str(training), images, target, options, quantiles)
 
@@ -300,7 +264,6 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return image_graph(net, size, outputs, FITTED.format(*size))
 
     def beside(self, training: Training) -> dict[str, bytes]:
-        """Return heads.safetensors of a training."""
         return {models.HEADS: models.heads_file(self.loaded(training), self.study.config_of(training))}
 
     def about(self, arm: str | None = None) -> dict[str, Any]:

@@ -28,9 +28,8 @@ from vismt.multitask.tasks.classes import Classification
 from vismt.robustness.evaluate import probability_columns
 from vismt.uncertainty.intervals import CLEAN
 
-LARGEST = (
-    100_000  # numbers of a state kept for each image; the histogram of angles has more, and no score is read from it
-)
+# Numbers of a state kept for each image; the histogram of angles has more, and no score is read from it.
+LARGEST = 100_000
 
 
 class Undefined(UserError):
@@ -79,12 +78,9 @@ def read_scored(values: Any, what: str) -> Scored:
 
 
 class PooledScore:
-    """Collects the images of one task; images without a valid pixel are left out.
+    """Collects the images of one task under a condition; images without a valid pixel are left out.
 
-    Args:
-        task: the task.
-        condition: under which the images are evaluated.
-        quantile: largest -log p of a class in a conformal set; None for no sets.
+    quantile: largest -log p of a class in a conformal set; None for no sets.
     """
 
     def __init__(self, task: Task, condition: str = CLEAN.label, quantile: float | None = None) -> None:
@@ -113,7 +109,6 @@ class PooledScore:
         return {"label": int(place), **{name: values[0] for name, values in columns.items()}}
 
     def add(self, name: str, state: State, answer: dict[str, float] | None = None) -> None:
-        """Add the state and the answer of one image."""
         if answer:
             self.answers[name] = answer
         if state:
@@ -126,12 +121,7 @@ class PooledScore:
         return score if _finite(score) else -1.0
 
     def result(self) -> Scored:
-        """Return the score.
-
-        Raises:
-            Undefined: a score that is not finite.
-            UserError: for fewer than two images, and a score that rests on a single image.
-        """
+        """Return the score. Raises Undefined for one that is not finite, UserError for one that rests on less than two images."""
         n = len(self._states)
         if n < 2:
             raise UserError(f"evaluate: {n} image(s) with a value for {self.task.name}; an interval needs two or more.")

@@ -96,16 +96,12 @@ def predict_images(
     options: Options,
     quantiles: Mapping[str, float],
 ) -> Predictions:
-    """Write <target>/<image's stem>.png for each image; return rows of classes and the paths.
+    """Write <target>/<image's stem>.png for each image that `check_images` accepts; return rows of classes and the paths.
 
     Tasks of whole images also have rows in <target>/predictions.csv.
 
     Args:
-        config: of the training.
-        net: as it is evaluated.
         label: name of the training for the progress bar.
-        images: files that `check_images` accepts.
-        target: folder.
         options: own_size takes windows over the image at its own size, not fitted into the canvas; flip the mean with the
             mirrored image also where evaluate.flip is false; maps also writes <stem>.npz, what each task answers
             (Task.answer) at the size of the picture, by the task's name, and <stem>-<task>.png and <stem>-<task>-overlay.png
@@ -232,14 +228,9 @@ def picture(
 ) -> Path:
     """Draw the image and each task's prediction side by side, at most four in a row; return `path`.
 
-    The commonest classes are named by colour.
-
-    Args:
-        image: float (3, h, w) in [0, 1].
-        predictions: by task (channels, h, w); (channels,) of a class of the image, which is named above the image.
-        tasks: by name.
-        classes: names of the classes by task; without names they are numbered.
-        path: the PNG to write.
+    The commonest classes are named by colour. image: float (3, h, w) in [0, 1]. predictions: by task (channels, h, w);
+    (channels,) of a class of the image, which is named above the image. classes: names by task; without names they are
+    numbered.
     """
     captions = {name: tasks[name].caption(value, classes.get(name, ())) for name, value in predictions.items()}
     whole = [captions[name] for name, value in predictions.items() if value.ndim == 1]

@@ -133,8 +133,10 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
     """Raise UserError for a model of evaluate.models that this configuration cannot build."""
     pool = config.pool
     assembled = pool is not None and bool(pool.folder)
-    known = _known_models(config)
-    labels = [*planned_experts(config), CLEAN]
+    planned = planned_experts(config)
+    experts = [] if assembled else [f"{EXPERT}{label}" for label in planned]
+    known = [*SINGLE, *config.arms] if pool is None else [*POOLED, *experts]
+    labels = [*planned, CLEAN]
     for label in pool.rates if pool is not None else ():
         if label not in labels:
             raise UserError(f"pool.rates: no expert '{label}'.{near(label, labels)}")
@@ -154,14 +156,6 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
             f"evaluate.models: {config.evaluate.models} without an adapt and a train section; add them, name a pool.folder, "
             "or evaluate 'frozen'."
         )
-
-
-def _known_models(config: FewShotConfig) -> list[str]:
-    """Return the names of models that the configuration can build, without the experts of an assembled pool."""
-    if config.pool is None:
-        return [*SINGLE, *config.arms]
-    experts = [] if config.pool.folder else planned_experts(config)
-    return [*POOLED, *(f"{EXPERT}{label}" for label in experts)]
 
 
 def _check_model(config: FewShotConfig, where: str, model: str, known: list[str], trains: bool) -> None:

@@ -15,7 +15,7 @@ episodes change.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,9 @@ from torch import Tensor
 
 from vismt.base import console
 from vismt.base.seeds import digest
-from vismt.data.pixels import Pixels
 from vismt.data.set_entries import row_name, shown_name
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
-from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
 from vismt.jobs.output_conditions import TEMPERED, against, fitted_once
@@ -68,8 +66,8 @@ class Temperature:
 class Evaluation:
     """Scores of the models of one run folder on episodes."""
 
-    def __init__(self, config: FewShotConfig, folder: Path, data: FewShotData) -> None:
-        self.config = config
+    def __init__(self, folder: Path, data: FewShotData) -> None:
+        self.config = data.config
         self.folder = folder
         self.data = data
 
@@ -78,22 +76,18 @@ class Evaluation:
     ) -> list[Score]:
         """Return the scores of a model on the episodes of every set, clean and under each condition.
 
-        Args:
-            models: of one training seed.
-            arm: name of the model.
-            attacks: conditions in place of the configuration's, with separate records; None for the latter.
-            with_panel: whether to keep the first episode of each set as a panel.
+        attacks: conditions in place of the configuration's, with separate records; None for the latter. with_panel: whether to
+        keep the first episode of each set as a panel.
         """
         settings = self.config.evaluate
         scores = []
         for name in settings.data:
-            pixels = self.data.open(name)
             configured = self._conditions(models, name, settings.attacks, with_corruptions=True)
             specs = configured if attacks is None else self._conditions(models, name, attacks, with_corruptions=False)
             settings_text = _settings(specs)
             ending = "" if settings_text == _settings(configured) else f"-{digest(settings_text.encode())[:8]}"
             for sampler in self.data.samplers(name, models.settings.classes(name, "test")):
-                scores += self._score_set(models, arm, name, pixels, sampler, specs, ending, with_panel and not ending)
+                scores += self._score_set(models, arm, name, sampler, specs, ending, with_panel and not ending)
         return scores
 
     def _score_set(
@@ -101,16 +95,13 @@ class Evaluation:
         models: Models,
         arm: str,
         name: str,
-        pixels: Pixels,
         sampler: EpisodeSampler | VariableSampler,
         specs: Sequence[Perturbation],
         ending: str,
         with_panel: bool,
     ) -> list[Score]:
         """Run the protocol on one set; return the scores of clean episodes and of each perturbation."""
-        shown = shown_name(name)
-        protocol = str(sampler)
-        settings = self.config.evaluate
+        shown, protocol, settings = shown_name(name), str(sampler), self.config.evaluate
         panel = self.folder / "panels" / f"{shown}-{protocol.replace(' ', '-')}.npz" if with_panel else None
         records = episodes_file(self.folder, models.seed, shown, protocol, f"{arm}{ending}")
         tempered = settings.probabilities and self.config.select is not None
@@ -119,7 +110,7 @@ class Evaluation:
         worst = worst_cases(specs, sampler.min_ways)
         results = run_protocol(
             models.task(arm, name),
-            pixels,
+            self.data.open(name),
             sampler,
             episodes=settings.episodes,
             attacks=specs,
@@ -131,7 +122,7 @@ class Evaluation:
             model=arm,
             worst={case.condition.label: case.attacks for case in worst},
             probabilities=True,
-            temperature=temperature(self.folder, models, arm, name, self.data.open) if tempered else None,
+            temperature=temperature(self.folder, models, arm, name) if tempered else None,
             ood={condition.label: images for condition, images in outside.items()},
             smoothing=smoothing,
         )
@@ -160,11 +151,10 @@ class Evaluation:
         specs = [] if select.attack is None else [select.attack.spec()]
         scores = []
         for name in select.data:
-            pixels = self.data.open(name)
             sampler = models.settings.sampler(name)
             accuracies = run_protocol(
                 net,
-                pixels,
+                self.data.open(name),
                 sampler,
                 episodes=select.episodes,
                 attacks=specs,
@@ -173,8 +163,7 @@ class Evaluation:
                 fingerprint=models.fingerprint_of(net),
                 label=f"{shown_name(name)} {training}",
             )
-            labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs)]
-            for label in labels:
+            for label in (CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs)):
                 measure = over_episodes(accuracy(accuracies[label.label], None), sampler)
                 scores.append(Score(TASK, shown_name(name), str(sampler), measure, label, "episodes"))
         return scores
@@ -192,13 +181,11 @@ class Evaluation:
         """Return the gradient-masking check of a model on every set, with the set's first protocol."""
         lines = []
         for name in self.config.evaluate.data:
-            pixels = self.data.open(name)
             sampler = self.data.samplers(name, models.settings.classes(name, "test"))[0]
-            shown = shown_name(name)
-            protocol = str(sampler)
+            shown, protocol = shown_name(name), str(sampler)
             result = check_episodes(
                 models.task(arm, name),
-                pixels,
+                self.data.open(name),
                 sampler,
                 episodes=self.config.evaluate.masking_episodes,
                 records=self.folder / "masking" / f"{record_stem(shown, protocol, arm)}.jsonl",
@@ -252,16 +239,8 @@ def _by_episode(values: Tensor) -> dict[str, float]:
     return {str(number): value for number, value in enumerate(values.tolist())}
 
 
-def temperature(folder: Path, models: Models, arm: str, data: str, opened: Callable[[str], Pixels]) -> float:
-    """Return the temperature of a model on an evaluated set.
-
-    Args:
-        folder: of the run.
-        models: of one training seed.
-        arm: name of the model.
-        data: the evaluated set.
-        opened: returns a set by name.
-    """
+def temperature(folder: Path, models: Models, arm: str, data: str) -> float:
+    """Return the temperature of a model on an evaluated set."""
     select = models.config.selection
     names = select.data or [data]
     samplers = {name: models.settings.sampler(name) for name in names}
@@ -272,7 +251,7 @@ def temperature(folder: Path, models: Models, arm: str, data: str, opened: Calla
             for name, sampler in samplers.items()
             for pair in clean_logits(
                 models.task(arm, data),
-                opened(name),
+                models.data.open(name),
                 sampler,
                 select.episodes,
                 f"{shown_name(name)} {arm} for a temperature",

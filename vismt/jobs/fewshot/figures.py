@@ -38,10 +38,7 @@ def mixture_bars(
 ) -> Path:
     """Draw a panel for each model with a bar for each set: the mean weight of each expert, side by side to 100 %.
 
-    Args:
-        shares: by model and (set, note behind its name, such as n), the weights (P,) with sum 1.
-        labels: of the P experts.
-        path: the file to write.
+    shares: by model and (set, note behind its name, such as n), the weights (P,) with sum 1. labels: of the P experts.
     """
     sets = max(map(len, shares.values()))
     label = 0.078 * max(len(_row(*key)) for panel in shares.values() for key in panel) + 0.3
@@ -87,10 +84,8 @@ def _row(data: str, note: str) -> str:
 def episode_grid(panel: Mapping[str, np.ndarray], path: Path) -> Path:
     """Draw one episode with a column for each class: support, queries with predictions, attacked queries, the change.
 
-    Args:
-        panel: the arrays of a panels/*.npz: model (its name), support, query and optionally adversarial uint8 (., 3, h, w),
-            their labels and predictions int (.,), classes (k,) of text. At most 8 classes and 2 queries of each are drawn.
-        path: the file to write.
+    panel: the arrays of a panels/*.npz: model (its name), support, query and optionally adversarial uint8 (., 3, h, w), their
+    labels and predictions int (.,), classes (k,) of text. At most 8 classes and 2 queries of each are drawn.
     """
     classes = [str(name) for name in panel["classes"]][:SHOWN_CLASSES]
     attacked = "adversarial" in panel
@@ -105,9 +100,7 @@ def episode_grid(panel: Mapping[str, np.ndarray], path: Path) -> Path:
         rows.append(("query", "query", shot))
         if attacked:
             rows += [("adversarial", "attacked", shot), ("change", f"change × {gain:.0f}", shot)]
-    cell = 1.25
-    left = 1.15
-    top = 0.45
+    cell, left, top = 1.25, 1.15, 0.45
     # Space above and below the images of a row: a new query begins with a gap, predictions stand under the image.
     above = [0.2 if kind == "query" else 0.0 for kind, _, _ in rows]
     below = [0.34 if kind in ("query", "adversarial") else 0.12 for kind, _, _ in rows]

@@ -19,7 +19,7 @@ from vismt.base.objects import object_named
 from vismt.engine.stream import Batches
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
-from vismt.jobs.calibration import calibrated_on_images
+from vismt.jobs.calibration import Calibrations
 from vismt.jobs.fewshot.arms import (
     evaluated_experts,
     evaluated_models,
@@ -79,7 +79,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
             model for model in self.evaluated() if split_head(model)[0] in (FROZEN, *self.untrained)
         ]  # what no arm trains
         self._models: dict[tuple[int, str], Models] = {}
-        self._calibrated: dict[str, Any] = {}
+        self.calibrations = Calibrations(folder)
 
     def make_study(self) -> Study[FewShotConfig]:
         return Study(self.config, self.folder, resolve_experts(self.config))
@@ -124,9 +124,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
             settings = replace(config.adapt, options=options)
             if config.calibration is not None:
                 images = self.data.gathered(config.calibration.data or config.source.data)
-                settings = calibrated_on_images(
-                    backbone, settings, config.calibration, images, self.folder, self._calibrated
-                )
+                settings = self.calibrations.on_images(backbone, settings, config.calibration, images)
             self.adapt(backbone.vit, settings, config.seed)
             if self.config.pool is not None:  # before the training: fixing it later would need another one
                 trims = [self.config.merging.trim, *(self.config.select.trim if self.config.select is not None else ())]
@@ -210,8 +208,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         if (seed, arm) not in self._models:
             if self.untrained:
                 self._models.clear()  # large backbones are kept one at a time
-            data = self._data(name)
-            self._models[seed, arm] = Models(data.config, self.study, seed, data.backbone, data.open)
+            self._models[seed, arm] = Models(self._data(name), self.study, seed)
         return self._models[seed, arm]
 
     def _data(self, name: str) -> FewShotData:
@@ -220,11 +217,9 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return self.data if arm is None else self.data.variant(arm)
 
     def _evaluation(self, name: str) -> Evaluation:
-        data = self._data(name)
-        return Evaluation(data.config, self.folder, data)
+        return Evaluation(self.folder, self._data(name))
 
     def loaded(self, training: Training) -> Net:
-        """Return a trained net, not merged."""
         return self.models(training.seed).trained(training, merged=False)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:

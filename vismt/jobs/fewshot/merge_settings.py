@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.base.seeds import mix_seed
-from vismt.data.pixels import Pixels
 from vismt.data.set_entries import shown_name
 from vismt.engine import runtime
 from vismt.jobs.fewshot.arms import strategy_of
-from vismt.jobs.fewshot.config import MERGED, FewShotConfig
+from vismt.jobs.fewshot.config import MERGED
+from vismt.jobs.fewshot.data import FewShotData
 from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import ExpertPool
 from vismt.metatune.amt.selection_rules import MergeSettings
@@ -39,13 +39,11 @@ Chosen = tuple[MergeSettings, FineTuneSettings]
 class PoolSettings:
     """Settings of the model "merged" by evaluated set; chosen on first use and saved in selection.json of `folder`."""
 
-    def __init__(
-        self, config: FewShotConfig, folder: Path, pool: Callable[[], ExpertPool], opened: Callable[[str], Pixels]
-    ) -> None:
-        self.config = config
+    def __init__(self, data: FewShotData, folder: Path, pool: Callable[[], ExpertPool]) -> None:
+        self.config = data.config
         self.folder = folder
         self._pool = pool
-        self._open = opened
+        self._open = data.open
         self._chosen: dict[str, Chosen] = {}
 
     def chosen(self, data: str | None) -> Chosen:
@@ -130,7 +128,13 @@ class PoolSettings:
         select = self.config.selection
         device = runtime.processes().device
         pool = self._pool().requires_grad_(False).eval().to(device)
-        tasks = [task for name in names for task in self._tasks(name, device)]
+        tasks: list[LabelledTask] = []
+        for name in names:
+            pixels, sampler = self._open(name), self.sampler(name)
+            for number in range(select.episodes):
+                episode = sampler[number]
+                support, query = pixels[episode.support].to(device), pixels[episode.query].to(device)
+                tasks.append((support, episode.support_labels.to(device), query, episode.query_labels.to(device)))
         attack = None if select.attack is None else select.attack.spec()
 
         def judge(classifier: nn.Module, query: Tensor, truth: Tensor, number: int) -> float:
@@ -159,21 +163,6 @@ class PoolSettings:
             classes=classes,
             names=pixels.classes,
         )
-
-    def _tasks(self, name: str, device: torch.device) -> list[LabelledTask]:
-        """Return the validation tasks of a set on a device."""
-        pixels = self._open(name)
-        sampler = self.sampler(name)
-        episodes = [sampler[index] for index in range(self.config.selection.episodes)]
-        return [
-            (
-                pixels[episode.support].to(device),
-                episode.support_labels.to(device),
-                pixels[episode.query].to(device),
-                episode.query_labels.to(device),
-            )
-            for episode in episodes
-        ]
 
 
 def chosen_settings(folder: Path) -> list[tuple[Table, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +11,12 @@ from vismt.base.identity import Identity, weights_digest
 from vismt.base.seeds import digest
 from vismt.config.sections import RESOLVED
 from vismt.config.yaml_text import read_yaml
-from vismt.data.pixels import Pixels
 from vismt.engine import runtime, training_files
-from vismt.engine.study import ALONE, ARMS, CHOSEN, Study, Training, read_choice
+from vismt.engine.study import ALONE, ARMS, CHOSEN, Study, Training, chosen_trainings
 from vismt.engine.training_files import ADAPTER, DONE, check_files
 from vismt.jobs.fewshot.arms import split_head, strategy_of, untrained_arms
 from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, MERGED, FewShotConfig
+from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.lowrank.files.description import DESCRIPTION, check_tensors
 from vismt.lowrank.model.merge import merge
@@ -51,28 +50,16 @@ def make_net(backbone: PixelBackbone, config: FewShotConfig) -> ProtoNet | MamlN
 class Models:
     """Evaluated models by name and set; frozen, in eval mode, on the process's device, built once.
 
-    Args:
-        config: of the run.
-        study: of the run.
-        seed: of the trainings from which the models are built.
-        backbone: returns a new stock backbone.
-        opened: returns a set by name.
+    seed: of the trainings from which the models are built.
     """
 
-    def __init__(
-        self,
-        config: FewShotConfig,
-        study: Study[FewShotConfig],
-        seed: int,
-        backbone: Callable[[], PixelBackbone],
-        opened: Callable[[str], Pixels],
-    ) -> None:
-        self.config = config
+    def __init__(self, data: FewShotData, study: Study[FewShotConfig], seed: int) -> None:
+        self.data = data
+        self.config = data.config
         self.study = study
         self.seed = seed
-        self._backbone = backbone
         self.pool_folder = study.folder / "pool" / f"seed-{seed}"
-        self.settings = PoolSettings(config, self.pool_folder, self.pool, opened)
+        self.settings = PoolSettings(data, self.pool_folder, self.pool)
         self._models: dict[str, EvaluatedModel] = {}
         self._pool: ExpertPool | None = None
 
@@ -110,12 +97,12 @@ class Models:
         """Return the assembled pool that the configuration names, or else the pool of the seed's trainings."""
         if self._pool is None:
             assembled = self.config.pool.folder if self.config.pool is not None else None
-            self._pool = ExpertPool(self._backbone(), read_pool(Path(assembled) if assembled else self.pool_folder))
+            self._pool = ExpertPool(self.data.backbone(), read_pool(Path(assembled) if assembled else self.pool_folder))
         return self._pool
 
     def trained(self, training: Training, *, merged: bool) -> ProtoNet | MamlNet:
         """Return a trained classifier, merged on request; one with an inner loop, which updates the factors, never is."""
-        backbone, config = self._backbone(), self.study.arms[training.arm]
+        backbone, config = self.data.backbone(), self.study.arms[training.arm]
         what = training_files.restore(backbone.vit, training)
         if merged and config.meta is None:
             merge(backbone.vit)
@@ -127,7 +114,7 @@ class Models:
     def _single(self, stem: str) -> ProtoNet | MamlNet:
         """Return the frozen model, or that of an arm."""
         if stem == FROZEN or stem in untrained_arms(self.study.config):
-            return make_net(self._backbone(), replace(self.config, meta=None))
+            return make_net(self.data.backbone(), replace(self.config, meta=None))
         arm = stem if stem in self.study.arms else ALONE
         if arm not in self.study.arms:
             raise UserError(f"run '{self.study.folder}': nothing was trained for the model '{stem}'.")
@@ -173,9 +160,9 @@ def find_experts(folder: Path) -> list[Expert]:
     for arm in arms:
         if arm.name == CLEAN and not of_arms and CLEAN not in pooled:
             continue  # the reference beside the pool
-        trainings = [done.parent for done in arm.glob(f"lr-{read_choice(folder, arm.name).lr:g}-seed-*/{DONE}")]
-        if trainings:
-            training = min(trainings, key=lambda path: int(path.name.rpartition("-")[2]))
+        finished = {seed: path for seed, path in chosen_trainings(folder, arm.name).items() if (path / DONE).exists()}
+        if finished:
+            training = finished[min(finished)]
             label = folder.name if arm.name == ALONE else arm.name
             experts.append(Expert(label, training / ADAPTER, read_scale(training)))
     if experts:

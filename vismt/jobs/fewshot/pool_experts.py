@@ -86,14 +86,8 @@ def plan_experts(
 ) -> dict[str, PlannedExpert]:
     """Return the experts by label, in order.
 
-    Args:
-        specs: as configured.
-        key: of the list in the configuration, for errors.
-        form: the settings that all adversaries share.
-        default: the cards of source.data.
-
-    Raises:
-        UserError: a norm, level or label that does not fit, or a label of two different experts.
+    key: of the list in the configuration, for errors. form: the settings that all adversaries share. default: the cards of
+    source.data. Raises UserError for a norm, level or label that does not fit, and a label of two different experts.
     """
     experts: dict[str, PlannedExpert] = {}
     earlier: list[tuple[tuple[str, ...], Adversary | None]] = []

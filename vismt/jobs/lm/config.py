@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -235,10 +234,7 @@ class LmConfig(StudyConfig):
     projector: Annotated[str, Names("vismt.llm.ilora.hybrid:PROJECTORS", only=True)] = "mlp"
     evaluate: LmEvaluateConfig = field(default_factory=LmEvaluateConfig)
 
-    @staticmethod
-    def from_earlier(values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Read the key `report: risk`."""
-        return risk_of_report(values)
+    from_earlier = staticmethod(risk_of_report)
 
 
 def task_of(config: LmTaskConfig) -> LmTask:

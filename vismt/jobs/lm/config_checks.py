@@ -25,8 +25,11 @@ def check(config: LmConfig) -> None:
     """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
     _check_values(config)
     check_arms(config, _check_values)
-    for name, arm in resolve_arms(config).items():
-        _check_texts(arm, f"arms.{name}: " if config.arms else "")
+    for name, arm in resolve_arms(config).items():  # one may give the section where the base configuration does not
+        if arm.adapt is not None and arm.calibration is None:
+            reason = needs(arm.adapt.method, arm.adapt.options).get("calibration")
+            if reason is not None:
+                raise UserError(f"{f'arms.{name}: ' if config.arms else ''}calibration: {reason}.")
     if config.evaluate.frozen and FROZEN in config.arms:
         raise UserError(f"arms: '{FROZEN}' is the model before training (evaluate.frozen); rename the arm.")
     taken = next((arm for arm in config.arms if arm in RECOMMENDERS), None)
@@ -99,18 +102,6 @@ def _check_trained_task(config: LmConfig) -> None:
         raise UserError(f"adapt: is null, and '{trained.kind}' has no head: nothing would be trained; name a method.")
 
 
-def _check_texts(config: LmConfig, where: str) -> None:
-    """Raise UserError for a method that needs calibration texts and has none.
-
-    Only trained configurations are checked: an arm may give the section where the base configuration does not.
-    """
-    if config.adapt is None or config.calibration is not None:
-        return
-    reason = needs(config.adapt.method, config.adapt.options).get("calibration")
-    if reason is not None:
-        raise UserError(f"{where}calibration: {reason}.")
-
-
 def _check_recommendation(config: LmConfig) -> None:
     """Raise UserError for sections that need a recommendation where none is trained."""
     if recommends(config):
@@ -145,9 +136,7 @@ def _check_histories(config: LmConfig) -> None:
 
 def _check_gated_method(config: LmConfig) -> None:
     """Raise UserError where the method has gates and the tasks or the source of the gates do not fit, and vice versa."""
-    method = None
-    gated = False
-    random_gates = False
+    method, gated, random_gates = None, False, False
     if config.adapt is not None:
         method = config.adapt.method
         gated = "users" in needs(method, config.adapt.options)

@@ -42,15 +42,8 @@ MEANS = Condition("means of the head", "variant", "means")
 class Evaluation:
     """Scores of a run folder's trainings on the rows in `data`."""
 
-    def __init__(
-        self,
-        config: LmConfig,
-        study: Study[LmConfig],
-        data: LmData,
-        models: LmModels,
-        recommender: Recommender | None,
-    ) -> None:
-        self.config = config
+    def __init__(self, study: Study[LmConfig], data: LmData, models: LmModels, recommender: Recommender | None) -> None:
+        self.config = study.config
         self.study = study
         self.data = data
         self.models = models
@@ -117,13 +110,9 @@ class Evaluation:
         if self.config.evaluate.temperature:
             yield TEMPERED, tempered(records, self.temperature(training))
         if self.config.evaluate.laplace and self.data.tasks[task].head and training.arm != FROZEN:
-            structure = self._structure(training)
+            classes = len(self.data.classes.tokens(self.models.tokenizer))
+            structure = laplace_structure(self.study.arms[training.arm].head.name, classes, self.models.width)
             yield LAPLACE[structure], self._records(training, task, split, name, structure)
-
-    def _structure(self, training: Training) -> str:
-        """Return the structure of the Laplace approximation around a training's head."""
-        classes = len(self.data.classes.tokens(self.models.tokenizer))
-        return laplace_structure(self.study.arms[training.arm].head.name, classes, self.models.width)
 
     def temperature(self, training: Training) -> float:
         """Return the temperature with the smallest NLL on the validation rows of the trained task."""

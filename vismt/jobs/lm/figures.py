@@ -11,7 +11,6 @@ from pathlib import Path
 from vismt.engine.study import Study
 from vismt.jobs.lm.config import FROZEN, REFERENCES, LmConfig, trained_task
 from vismt.report.plotting import (
-    GRID,
     INK,
     MUTED,
     axes_at,
@@ -44,24 +43,16 @@ def forgetting_figure(
 ) -> Path:
     """Draw a dot for each training and, for each family, a line through the means over seeds from rate to rate.
 
-    Args:
-        families: trainings of arms that differ in the rate alone.
-        frozen: the model before training, if it was evaluated; drawn as dashed lines where they fall within the axes.
-        score: name of the first axis.
-        perplexity: name of the second axis.
-        path: the file to write.
-
-    Returns:
-        `path`.
+    families: trainings of arms that differ in the rate alone. frozen: the model before training, drawn as dashed lines where
+    they fall within the axes. score, perplexity: names of the axes.
     """
     names = list(families)
-    width = 7.4
-    left = 0.75
+    width, left = 7.4, 0.75
     offset = 0.12 + 0.22 * legend_rows(names, width - left)
     figure = new_figure(width, offset + 4.1)
     legend(figure, [short(name, 40) for name in names], [color_of(name, names) for name in names], left)
     axes = axes_at(figure, left, offset + 0.15, width - left - 0.25, 3.4)
-    dress(axes, "")
+    dress(axes, "", grid="both")
     for name, points in families.items():
         color = color_of(name, names)
         xs = [point.score for point in points]
@@ -92,7 +83,6 @@ def forgetting_figure(
         ):
             if low <= value <= high:
                 line(value, color=MUTED, linewidth=1.0, linestyle=(0, (3, 3)), zorder=1)
-    axes.grid(color=GRID, linewidth=0.8)
     axes.set_xlabel(score, color=MUTED, fontsize=9)
     axes.set_ylabel(perplexity, color=MUTED, fontsize=9)
     return save(figure, path)
@@ -146,9 +136,8 @@ def _families(config: LmConfig, points: dict[tuple[str, int | None], Point]) -> 
     """Return the points of arms that differ only in the rate, by the common start of the arms' names."""
     groups: dict[str, list[str]] = {}
     for arm, changes in config.arms.items():
-        groups.setdefault(repr(sorted((key, value) for key, value in changes.items() if key != "train.lr")), []).append(
-            arm
-        )
+        others = repr(sorted((key, value) for key, value in changes.items() if key != "train.lr"))
+        groups.setdefault(others, []).append(arm)
     names: dict[str, str] = {}
     for group in groups.values():
         common = "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*group)))

@@ -22,7 +22,7 @@ from vismt.config.sections import AdaptConfig
 from vismt.data.texts.text_set import open_texts
 from vismt.engine import runtime, training_files
 from vismt.engine.study import Training
-from vismt.jobs.calibration import calibrated
+from vismt.jobs.calibration import Calibrations
 from vismt.jobs.graphs import Graph, text_graph
 from vismt.jobs.lm import models as lm_models
 from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends, task_of, trained_task
@@ -81,7 +81,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             baselines = [] if config.recommender is None else config.recommender.baselines
             references += [RECOMMENDER, *dict.fromkeys(baselines)]
         self.references = references
-        self._calibrated: dict[str, Any] = {}
+        self.calibrations = Calibrations(folder)
         self._folds: dict[int, Fold] = {}
 
     def trained_on(self, config: LmConfig) -> str:
@@ -99,8 +99,8 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         if number not in self._folds:
             data = LmData(self.config, self.models.tokenizer, number)
             folder = self.folder if folds == 1 else self.folder / f"fold-{number}"
-            recommender = Recommender(self.config, folder, self.hash, data) if recommends(self.config) else None
-            evaluation = Evaluation(self.config, self.study, data, self.models, recommender)
+            recommender = Recommender(folder, self.hash, data) if recommends(self.config) else None
+            evaluation = Evaluation(self.study, data, self.models, recommender)
             self._folds[number] = Fold(data, recommender, evaluation)
         return self._folds[number]
 
@@ -193,7 +193,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             return options
         batches = partial(self.data.calibration, texts)
         adapt = replace(settings, options=options)
-        return calibrated(net.stock, adapt, batches, self.folder, texts.memory_mb, self._calibrated).options
+        return self.calibrations.calibrated(net.stock, adapt, batches, texts.memory_mb).options
 
     def objective(self, config: LmConfig, net: LmNet, balanced: Sequence[Tensor]) -> LmObjective:
         net.to(runtime.net_device())
@@ -254,7 +254,6 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         return sections(self.folder, self.config, self.study, results)
 
     def merged(self, arm: str | None = None) -> nn.Module:
-        """Return the stock LM of one arm with merged weights."""
         model = super().merged(arm)
         self.models.forget()
         return model

@@ -53,14 +53,12 @@ class LmModels:
 
     @property
     def tokenizer(self) -> Any:
-        """The LM's tokenizer."""
         if self._tokenizer is None:
             self._load()
         return self._tokenizer
 
     @property
     def width(self) -> int:
-        """The width of the LM's hidden states."""
         return int(self._load().config.hidden_size)
 
     def stock(self) -> PreTrainedModel:

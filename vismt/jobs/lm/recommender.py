@@ -55,13 +55,13 @@ OTHERS = 1024  # number of users that "shuffled-user" draws from
 class Recommender:
     """The recommender of a run folder and its baselines, trained on first use."""
 
-    def __init__(self, config: LmConfig, folder: Path, config_hash: str, data: LmData) -> None:
-        self.config = config
+    def __init__(self, folder: Path, config_hash: str, data: LmData) -> None:
+        self.config = data.config
         self.folder = folder
         self.hash = config_hash
         self.data = data
-        self.settings = config.recommender or LmRecommenderConfig()
-        self.history = recommendation_of(trained_task(config)).history
+        self.settings = data.config.recommender or LmRecommenderConfig()
+        self.history = recommendation_of(trained_task(data.config)).history
 
     @cached_property
     def net(self) -> SASRec:

@@ -108,10 +108,7 @@ class RobustnessConfig(StudyConfig):
     on_bad_sample: OnBadSample = "error"
     download: bool = False
 
-    @staticmethod
-    def from_earlier(values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Read the key `report: risk`."""
-        return risk_of_report(values)
+    from_earlier = staticmethod(risk_of_report)
 
 
 def check(config: RobustnessConfig) -> None:

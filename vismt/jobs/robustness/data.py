@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor
 
 from vismt.base import console
 from vismt.base.errors import UserError, near
+from vismt.data.batching import InOrder
 from vismt.data.images import ImageSet, open_images
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.models import Classifier
-
-
-class Batches:
-    """Fixed batches (images, labels, ids) of some images in a seeded order; can be iterated again."""
-
-    def __init__(self, pixels: Pixels, labels: Tensor, order: Tensor, batch: int) -> None:
-        self.pixels = pixels
-        self.labels = labels
-        self.parts = order.split(batch)
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
-        part = self.parts[number]
-        return self.pixels[part], self.labels[part], [self.pixels.ids[index] for index in part.tolist()]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-        return (self[number] for number in range(len(self)))
 
 
 class Cards:
@@ -54,11 +33,11 @@ class Cards:
             )
         return self._sets[name]
 
-    def batches(self, name: str, classifier: Classifier) -> Batches:
+    def batches(self, name: str, classifier: Classifier) -> InOrder:
         """Return the drawn images of a set at a classifier's size, with the labels of its outputs."""
         return self._batches(name, classifier, 0, self.config.evaluate.images)
 
-    def for_thresholds(self, name: str, classifier: Classifier) -> Batches:
+    def for_thresholds(self, name: str, classifier: Classifier) -> InOrder:
         """Return the images of a set after the drawn ones, for thresholds."""
         settings = self.config.evaluate
         start = settings.images or 0
@@ -70,7 +49,7 @@ class Cards:
             )
         return self._batches(name, classifier, start, settings.threshold_images)
 
-    def _batches(self, name: str, classifier: Classifier, start: int, count: int | None) -> Batches:
+    def _batches(self, name: str, classifier: Classifier, start: int, count: int | None) -> InOrder:
         images = self.images(name)
         settings = self.config.evaluate
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.config.seed))
@@ -81,7 +60,7 @@ class Cards:
         key = (name, classifier.size)
         if key not in self._pixels:
             self._pixels[key] = Pixels(images, classifier.size)
-        return Batches(self._pixels[key], outputs[images.labels], order, settings.batch)
+        return InOrder(self._pixels[key], settings.batch, order, outputs[images.labels])
 
     def outputs(self, name: str, classifier: Classifier) -> list[int]:
         """Return the output index of each class of a set, by name where the outputs have names, else in the card's order.

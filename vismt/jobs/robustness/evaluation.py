@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from vismt.data.batching import InOrder
 from vismt.data.set_entries import row_name
 from vismt.engine.log import record_stem
 from vismt.jobs.image_scores import ACCURACY, image_scores
 from vismt.jobs.output_conditions import fitted_once
 from vismt.jobs.risk import Thresholds, fit_thresholds
-from vismt.jobs.robustness.data import Batches
 from vismt.jobs.robustness.models import Classifier
 from vismt.metatune.functional import answers
 from vismt.report.results import Score
@@ -34,13 +34,13 @@ def records_path(folder: Path, data: str) -> Path:
 
 def score_set(
     classifier: Classifier,
-    batches: Batches,
+    batches: InOrder,
     specs: Sequence[DirectPerturbation],
     *,
     folder: Path,
     data: str,
     arm: str,
-    for_thresholds: Batches | None = None,
+    for_thresholds: InOrder | None = None,
     smoothing: Smoothing | None = None,
 ) -> list[Score]:
     """Return the scores on one set, clean and under each spec; images on record are not evaluated again.

@@ -18,8 +18,9 @@ from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import corruption_errors, records_path, score_set
 from vismt.jobs.robustness.models import Classifier, TrainedArm, check_exists, load
 from vismt.jobs.robustness.report import BROKEN, MASKING, sections
+from vismt.jobs.task_sections import check_risk_split
 from vismt.report.panels import to_bytes, write_panel
-from vismt.report.results import Result, Score
+from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DirectPerturbation
 from vismt.robustness.evaluate import batch_keys
@@ -47,7 +48,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
     @property
     def split(self) -> str:
         splits = {card_and_split(name)[1] for name in self.config.data}
-        splits |= {arm.split for arm in self.trained.values()}
+        splits |= {arm.job.split for arm in self.trained.values()}
         return splits.pop() if len(splits) == 1 else "several"
 
     def classifier_of(self, arm: str) -> Classifier:
@@ -69,20 +70,26 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         for trained in self.trained.values():
-            trained.check(*self._chosen(attacks), risk=self.config.evaluate.risk)
+            if self.config.evaluate.risk:
+                check_risk_split(trained.job.split)
+                trained.job.check_risk()
+            trained.job.conditions_of(*self._chosen(attacks))
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         chosen, corruptions = self._chosen(attacks)
         folder = records_folder(training.folder, attacks)
+        risk = self.config.evaluate.risk
         if training.arm in self.trained:
-            return self.trained[training.arm].scores(chosen, corruptions, folder, risk=self.config.evaluate.risk)
+            arm, records = self.trained[training.arm], folder / RECORDS
+            under = arm.job.conditions_of(chosen, corruptions)
+            return arm.job.evaluation.scores(arm.net, arm.training, arm.job.split, under, records, risk=risk)
         classifier = self.classifier_of(training.arm)
         specs: list[DirectPerturbation] = [attack.spec(self.config.seed) for attack in chosen]
         specs += [spec for corruption in corruptions for spec in corruption.specs()]
         scores = []
         for data in self.config.data:
             batches = self.cards.batches(data, classifier)
-            for_thresholds = self.cards.for_thresholds(data, classifier) if self.config.evaluate.risk else None
+            for_thresholds = self.cards.for_thresholds(data, classifier) if risk else None
             scores += score_set(
                 classifier,
                 batches,
@@ -96,7 +103,6 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
         return scores
 
     def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
-        """Return the mean corruption error by arm."""
         return corruption_errors(scores)
 
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:

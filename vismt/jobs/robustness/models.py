@@ -5,7 +5,7 @@ A run folder without cards (TrainedArm) is evaluated by its own job on its own i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -19,9 +19,7 @@ from vismt.engine import runtime
 from vismt.jobs import open_run
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.robustness.config import ClassifierConfig
-from vismt.jobs.task_sections import check_risk_split
 from vismt.jobs.training_job import TrainingJob
-from vismt.report.results import RECORDS, Score
 from vismt.robustness.classifier import (
     ROBUSTBENCH,
     checkpoint_file,
@@ -30,7 +28,6 @@ from vismt.robustness.classifier import (
     load_classifier,
     load_robustbench,
 )
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig
 from vismt.robustness.quantisation import quantise
 
 
@@ -51,7 +48,6 @@ class Classifier:
     task: str | None = None
 
     def fingerprint(self) -> str:
-        """Return a digest of the weights."""
         return weights_digest(self.net)
 
 
@@ -116,30 +112,6 @@ class TrainedArm:
         self.training = run.job.study.find(config.arm)
         self.scheme = config.quantise
         self.net = cache(self._load)  # kept, as the classifiers of cards are
-
-    @property
-    def split(self) -> str:
-        """The split that the run evaluates."""
-        return self.job.split
-
-    def check(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], *, risk: bool) -> None:
-        """Raise UserError for attacks, corruptions and measures of risk that the run's job does not have."""
-        if risk:
-            check_risk_split(self.split)
-            self.job.check_risk()
-        self.job.check_conditions(attacks, corruptions)
-
-    def scores(
-        self,
-        attacks: Sequence[AttackConfig],
-        corruptions: Sequence[CorruptionConfig],
-        folder: Path,
-        *,
-        risk: bool,
-    ) -> list[Score]:
-        """Return the scores on the run's own images, clean and under each attack and corruption; folder: for records."""
-        split, records = self.split, folder / RECORDS
-        return self.job.scores_under(self.net, self.training, split, attacks, corruptions, records, risk=risk)
 
     def _load(self) -> nn.Module:
         net = self.job.final(self.training)

@@ -92,8 +92,7 @@ def _masking(folder: Path) -> list[tuple[Table, str]]:
 def broken_figure(panel: Path, path: Path) -> Path:
     """Draw a column for each image: clean with its answer, attacked with its answer, and the change enlarged."""
     arrays = read_panel(panel, "broken")
-    clean = arrays["images"]
-    attacked = arrays["attacked"]
+    clean, attacked = arrays["images"], arrays["attacked"]
     change = attacked.astype(int) - clean.astype(int)
     gain = max(1, 127 // max(1, int(np.abs(change).max())))
     rows = [
@@ -110,15 +109,8 @@ def broken_figure(panel: Path, path: Path) -> Path:
             x = left + pitch * column
             show_image(axes_at(figure, x, top, side, side), image)
             if row == 0:
-                write(
-                    figure,
-                    x,
-                    top - 0.06,
-                    short(str(arrays["truth"][column]), 16),
-                    va="bottom",
-                    weight="bold",
-                    fontsize=8.5,
-                )
+                truth = short(str(arrays["truth"][column]), 16)
+                write(figure, x, top - 0.06, truth, va="bottom", weight="bold", fontsize=8.5)
             if answers is not None:
                 right = answers[column] == arrays["truth"][column]
                 color = RIGHT if right else WRONG
