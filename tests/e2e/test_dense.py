@@ -29,7 +29,7 @@ from vismt.jobs.dense.config import check
 from vismt.jobs.dense.job import DenseJob
 from vismt.jobs.dense.predict import VALUES, most_pixels
 from vismt.methods import schedules
-from vismt.multitask.emtal.method import routes
+from vismt.multitask.emtal.ffn import MoEfiedMlp
 from vismt.multitask.heads import resize_logits
 from vismt.multitask.tasks.base import DARK
 from vismt.report.panels import read_panel
@@ -537,10 +537,11 @@ def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> Non
     losses = objective({"image": torch.rand(2, 3, 32, 48), "semseg": labels})
     losses["loss"].backward()
     objective.step()
-    assert bool(objective.retain.bank.any()) and routes(net)
+    routers = [wrapper for wrapper in net.modules() if isinstance(wrapper, MoEfiedMlp)]
+    assert bool(objective.retain.bank.any()) and routers and all(wrapper.fade_value == 0 for wrapper in routers)
     (fade,) = schedules(objective, torch.optim.SGD(net.parameters()), config.train.steps, config)
     fade.on_step(config.train.steps)
-    assert float(fade.alpha) == 1 and routes(net) is False
+    assert float(fade.alpha) == 1 and all(wrapper.fade_value == 1 for wrapper in routers)
     trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
     assert all(net.get_parameter(name).grad is not None for name in trained)
     assert not any(name.endswith("norm.weight") for name in trained)
