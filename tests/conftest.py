@@ -110,13 +110,6 @@ def drawn(monkeypatch):
         figure.canvas.draw()
         return plotting.save(figure, path)
 
-    for module in (
-        classification_figures,
-        dense_figures,
-        fewshot_figures,
-        figures,
-        routers,
-        arm_figures,
-    ):
+    for module in (classification_figures, dense_figures, fewshot_figures, figures, routers, arm_figures):
         monkeypatch.setattr(module, "save", keep)
     return saved

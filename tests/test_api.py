@@ -233,10 +233,7 @@ def test_user_errors(folder: Path, tmp_path: Path) -> None:
             lambda: vismt.evaluate_fewshot("vit_tiny_patch16_22", folder),
             "'vit_tiny_patch16_22' is neither an asset nor",
         ),
-        (
-            lambda: vismt.evaluate_fewshot(Features(), tmp_path / "none", img_size=16),
-            "none': no such file or folder",
-        ),
+        (lambda: vismt.evaluate_fewshot(Features(), tmp_path / "none", img_size=16), "none': no such file or folder"),
         (lambda: vismt.evaluate_fewshot(Features(), folder, attacks="pgd", img_size=16), "attacks: 'pgd' is a text"),
         (lambda: vismt.audit(Features(), folder, img_size=16), "has 6 outputs, .* has 3 classes"),
         (lambda: vismt.audit(nn.Conv2d(3, 4, 3), folder, img_size=16), "Conv2d gives no class scores"),

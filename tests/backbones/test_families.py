@@ -15,8 +15,7 @@ def test_the_page_has_a_line_for_every_family() -> None:
 
 
 @pytest.mark.parametrize(
-    "family",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in backbones.FAMILIES],
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in backbones.FAMILIES]
 )
 def test_a_line_is_what_runs(family: str) -> None:
     assert backbones.row(family) in LINES

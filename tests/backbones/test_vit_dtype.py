@@ -16,14 +16,7 @@ from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.jobs.training_job import check_trained_dtype
 
-OWN = {
-    "lora": {},
-    "pissa": {},
-    "polar": {},
-    "amt": {},
-    "emtal": {"n_experts": 4},
-    "s2ft": {"ratio": 0.25},
-}
+OWN = {"lora": {}, "pissa": {}, "polar": {}, "amt": {}, "emtal": {"n_experts": 4}, "s2ft": {"ratio": 0.25}}
 
 
 class Casts(TorchDispatchMode):

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from helpers.tiny import DIGITS, images, shake, snapshot, tiny_vit
+from helpers.tiny_runs import run_config, written
 from torch import Tensor, nn
 
 import vismt
@@ -214,14 +214,8 @@ def test_peft_reads_the_export_and_combine_refuses(tmp_path: Path) -> None:
 
 def test_vismt_run(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    config = {
-        **DIGITS,
-        "adapt": {"method": "output_scale", "targets": TARGETS, "options": {"strength": 1.0}},
-    }
-    path = tmp_path / "toy.yaml"
-    path.write_text(yaml.safe_dump(config))
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    folder = next((tmp_path / "runs").iterdir())
+    config = {**DIGITS, "adapt": {"method": "output_scale", "targets": TARGETS, "options": {"strength": 1.0}}}
+    folder = run_config(written(tmp_path / "toy.yaml", config))
     merge = next(folder.rglob("merge.json"))
     assert json.loads(merge.read_text())["different_predictions"] == 0
     log = next(folder.rglob("metrics.jsonl"))

@@ -79,11 +79,7 @@ def test_card_by_file_and_by_folder(write_card):
             "'../../x.npz' must be a relative path",
         ),
         (META, "", "no split 'tset'. Near: 'test'"),
-        (
-            META.replace("tset", "test").replace("9", "-1"),
-            "",
-            "classes_per_split.test is -1; it lies from 0",
-        ),
+        (META.replace("tset", "test").replace("9", "-1"), "", "classes_per_split.test is -1; it lies from 0"),
         (
             META.replace("tset", "test").replace("9}", "9}, hierarchy: node"),
             "",

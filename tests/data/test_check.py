@@ -121,12 +121,6 @@ def test_empty_class_is_a_report_not_a_crash(home, recorded):
     assert not report.ok and "train/dog" in str(report) and "holds no image" in report.problem
 
 
-def test_absent_set(home):
-    report = check("cifar100")
-    assert not report.ok and report.where is None and report.splits[0].state == "missing"
-    assert "`vismt data prepare cifar100` downloads it" in str(report)
-
-
 def test_prepare_checks_what_cannot_be_downloaded_but_is_here(recorded):
     assert prepare(recorded).ok
 
@@ -145,13 +139,6 @@ def test_decoding_finds_what_counts_do_not(home, pets, content):
     assert not report.ok and [(row.group, row.state) for row in report.damaged] == [("train/cat/b.png", "damaged")]
     assert "5 of 5 images found" in str(report) and "damaged 'train/cat/b.png'" in str(report)
     assert check(pets, decode=False).ok
-
-
-def test_the_command_decodes_unless_told(home, pets, capsys):
-    assert main(["data", "check", str(pets)]) == 0
-    (home / "data" / "pets" / "train" / "cat" / "b.png").write_bytes(b"")
-    assert main(["data", "check", str(pets)]) == 1 and "damaged 'train/cat/b.png'" in capsys.readouterr().out
-    assert main(["data", "check", str(pets), "--no-decode"]) == 0
 
 
 class Downloaded:

@@ -9,7 +9,6 @@ import pytest
 from vismt.base.errors import UserError
 from vismt.config.sections import read_yaml
 from vismt.data.cards import load_card
-from vismt.data.check import check, prepare
 from vismt.data.images import open_images
 from vismt.storage.paths import shipped
 
@@ -31,20 +30,6 @@ def test_published_counts(name):
     card = load_card(name)
     assert (card.classes, card.sources[-1].splits) == COUNTS[name]
     assert card.images == sum(COUNTS[name][1].values())
-
-
-@pytest.mark.parametrize("name", ["cub200", "resisc45", "diabetic_retinopathy"])
-def test_absent_set_says_how_to_get_it(home, name):
-    report = check(name)
-    steps = " ".join(load_card(name).how_to_get.split())
-    assert (
-        not report.ok
-        and str(report).endswith(f"How to get it: {steps}")
-        and "$VISMT_DATA" in steps
-        and "https://" in steps
-    )
-    with pytest.raises(UserError, match="cannot be downloaded by vismt"):
-        prepare(name)
 
 
 def test_birds_in_their_own_layout(home, paint):

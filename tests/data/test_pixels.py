@@ -174,14 +174,6 @@ def test_a_store_that_is_damaged_while_it_is_in_use_is_written_again(home, pets,
     assert file.read_bytes() == whole and torch.equal(store.raw(torch.arange(5)), expected)
 
 
-def test_a_pipe_in_the_place_of_a_store_is_not_waited_for(home, pets):
-    expected = Pixels(open_images(pets), 8).raw(torch.arange(5))
-    (file,) = (home / "cache" / "pixels").iterdir()
-    file.unlink()
-    os.mkfifo(file)
-    assert torch.equal(Pixels(open_images(pets), 8).raw(torch.arange(5)), expected) and file.is_file()
-
-
 def test_a_store_is_on_the_disk_before_it_has_its_name(home, pets, monkeypatch):
     synced, replaced = [], []
     sync, replace = os.fsync, os.replace

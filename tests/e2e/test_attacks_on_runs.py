@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers.own_images import write_folder
+from helpers.tiny_runs import CONFIGS, VIT, run_config, written
 
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -33,14 +34,7 @@ NORMALS, CONTRAST = "PGD-2 linf 4/255 on normals", "contrast 5"
 PGD = {"name": "pgd", "epsilon": "4/255", "steps": 2}
 CORRUPTIONS = [{"name": "contrast", "severities": [5]}]
 DENSE = {
-    "task": "dense",
-    "model": {"name": "test_vit", "pretrained": False},
-    "adapt": {"method": "lora", "rank": 2},
-    "data": {"train": ["motorcycle:train"], "test": ["motorcycle:test"]},
-    "tasks": ["depth", "normals"],
-    "size": [32, 48],
-    "head": {"name": "linear"},
-    "augment": {"strength": 0},
+    **CONFIGS["dense"],
     "batch": 3,
     "arms": {"lora": {}, "heads": {"adapt": None}, "depth": {"adapt": None, "only": ["depth"]}},
     "baseline": "heads",
@@ -53,7 +47,7 @@ DENSE = {
 }
 MULTITASK = {
     "task": "multitask",
-    "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+    "model": VIT,
     "adapt": {"method": "lora", "rank": 2},
     "tasks": [
         {"name": "digits", "train": ["digits"], "test_share": 0.02, "limit": 40},
@@ -66,10 +60,7 @@ MULTITASK = {
 
 
 def run(folder: Path, name: str, config: dict) -> Path:
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    assert main(["run", str(path), "--out", str(folder / name), "--quiet"]) == 0
-    return next((folder / name).iterdir())
+    return run_config(written(folder / f"{name}.yaml", config))
 
 
 def values(folder: Path, arm: str) -> dict[tuple[str, str, str], float]:
@@ -221,17 +212,17 @@ def test_merged_and_unmerged_are_attacked_alike(multitask: Path) -> None:
     merge(job.stock(merged))
     assert torch.equal(job.final(training).stock.head.weight, merged.stock.head.weight)
     part = job.data.part(1, "test")
-    images = part[torch.arange(40)]
+    images = part[torch.arange(16)]
     labels = plain(images).argmax(1)
     # Steps along the gradient itself: signs of entries near zero may differ.
     spec = AttackSpec("pgd", 0.05, norm="l2", steps=4)
-    keys = [(0, i) for i in range(40)]
+    keys = [(0, i) for i in range(16)]
     pair = [spec.perturb(net, images, labels, num_classes=28, keys=keys, exhaust=True) for net in (plain, merged)]
     assert (
         float((pair[0] - pair[1]).abs().max()) < 1e-5 and float((pair[0] - images).flatten(1).norm(dim=1).min()) > 0.04
     )
     robust = [robust_accuracy(net, images, labels, [spec], num_classes=28) for net in (plain, merged)]
-    assert torch.equal(*robust) and 0 < int(robust[0].sum()) < 40
+    assert torch.equal(*robust) and 0 < int(robust[0].sum()) < 16
 
 
 def test_a_card_of_a_run_with_equal_names_of_classes_is_its_own_task(tmp_path: Path, capsys) -> None:

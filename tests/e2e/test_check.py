@@ -27,16 +27,18 @@ CONFIG = {
     "arms": {"relu": {}, "gelu": {"activation": "gelu"}},
     "seeds": [0, 1, 2, 3],
 }
+OTHERS = "seeds=[4, 5, 6, 7]"
 
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the toy's configuration, and its rows for seeds 0 to 3 in rows/."""
+    """Return a folder with the toy's configuration, its rows for seeds 0 to 3 in rows/, and a run of others in others/."""
     folder = tmp_path_factory.mktemp("committed")
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(vismt.jobs.JOBS, "toy", "helpers.toy_job")
         (folder / "toy.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False))
         write_study(folder / "rows" / "toy.jsonl", study_of(run(folder / "toy.yaml", folder)))
+        run(folder / "toy.yaml", folder / "others", OTHERS)
     return folder
 
 
@@ -48,7 +50,7 @@ def run(config: Path, folder: Path, *overrides: str) -> Path:
 
 @pytest.fixture
 def toy(committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Return a function that runs the toy study with overrides, once; the rows are in tmp_path / "rows"."""
+    """Return a function that runs the toy study with overrides; the rows are in tmp_path / "rows"."""
     monkeypatch.setitem(vismt.jobs.JOBS, "toy", "helpers.toy_job")
     shutil.copytree(committed / "rows", tmp_path / "rows")
     for module in (study_rows, claims):
@@ -56,21 +58,26 @@ def toy(committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     return lambda *overrides: run(committed / "toy.yaml", tmp_path, *overrides)
 
 
-def test_other_seeds_are_inside_whose_rows_are_found(toy, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = toy("seeds=[4, 5, 6, 7]")
-    assert main(["check", str(folder)]) == 0
+@pytest.fixture
+def rerun(committed: Path, toy: Callable[..., Path]) -> Path:
+    """Return the run with other seeds."""
+    return next((committed / "others" / "runs").iterdir())
+
+
+def test_other_seeds_are_inside_whose_rows_are_found(rerun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(rerun)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("check   all numbers: ") and "condition clean" in lines[0]
     assert lines[1].split()[-5:] == ["toy", "predicted", "this", "run", "verdict"]
     assert lines[-1].startswith("check   16 of 16 numbers inside; ") and "gelu − relu" in "".join(lines)
-    assert main(["check", str(folder), "toy", "--quiet"]) == 0
+    assert main(["check", str(rerun), "toy", "--quiet"]) == 0
 
 
 def test_swapped_labels_in_the_training_are_outside(toy, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = job.pairs
     monkeypatch.setattr(job, "pairs", lambda seed, count: (pairs(seed, count)[0], 1 - pairs(seed, count)[1]))
     monkeypatch.setattr(job.ToyJob, "score", score_with(pairs))
-    folder = toy("seeds=[4, 5, 6, 7]")
+    folder = toy(OTHERS)
     assert main(["check", str(folder)]) == 1
     printed = capsys.readouterr().out
     assert "outside" in printed.splitlines()[2] and "of 16 numbers inside" in printed
@@ -92,7 +99,7 @@ def score_with(pairs: Callable) -> Callable:
 
 def test_a_training_that_learns_nothing_is_outside(toy, monkeypatch) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
-    assert main(["check", str(toy("seeds=[4, 5, 6, 7]")), "--quiet"]) == 1
+    assert main(["check", str(toy(OTHERS)), "--quiet"]) == 1
 
 
 def test_a_number_that_the_run_does_not_have_is_missing(
@@ -111,7 +118,7 @@ def test_what_is_no_committed_run_is_one_line(
 ) -> None:
     other = toy("train.lr=0.01")
     unfinished = tmp_path / "unfinished"
-    assert main(["train", str(committed / "toy.yaml"), "--out", str(unfinished), "--quiet"]) == 0
+    assert main(["train", str(committed / "toy.yaml"), "seeds=[0]", "--out", str(unfinished), "--quiet"]) == 0
     capsys.readouterr()
     nearest = "has no committed rows; the nearest are those of another one, 'toy': train.lr is 0.01, there 0.03."
     for words, text in (
@@ -156,15 +163,14 @@ def test_the_cheapest_quick_starts_reproduce_their_committed_rows(name: str, tmp
 
 @pytest.mark.parametrize("above,code,verdict", [(-1000, 0, "holds"), (1000, 1, "does not hold")])
 def test_a_claim_that_the_run_contradicts_fails(
-    toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], above: int, code: int, verdict: str
+    rerun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], above: int, code: int, verdict: str
 ) -> None:
     row = read_study(tmp_path / "rows" / "toy.jsonl").rows[0]
     shown = {"study": "toy", "data": row.data, "metric": row.metric, "arm": "gelu", "minus": "relu", "above": above}
     stated = [{"claim": "A smooth activation is better.", "shown": [{**shown, "verdict": "holds"}]}]
     paper = {"toy": {"title": "Toy", "page": "toy.md", "source": "https://example.org", "claims": stated}}
     (tmp_path / "rows" / "claims.yaml").write_text(yaml.safe_dump(paper))
-    folder = toy("seeds=[4, 5, 6, 7]")
-    assert main(["check", str(folder)]) == code
+    assert main(["check", str(rerun)]) == code
     printed = capsys.readouterr().out
     assert f"holds  {verdict}\n" in printed
     assert f"{1 - code} of 1 verdicts are not contradicted" in printed

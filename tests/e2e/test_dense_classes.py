@@ -112,8 +112,7 @@ def study(room: Path, tmp_path_factory) -> Path:
                 arms={"both": {}, "semseg": {"only": ["semseg"]}, "classify": {"only": ["classify"], "retain": None}},
             ),
         )
-        assert main(["run", str(path), "--out", str(folder / "runs"), "--quiet"]) == 0
-    return next((folder / "runs").iterdir())
+        return run_config(path)
 
 
 def rows_of_arms(results: list[Result]) -> dict[tuple[str, str], Result]:
@@ -247,8 +246,7 @@ def test_a_class_is_learned_beside_maps(room: Path, tmp_path: Path) -> None:
     path = write(
         tmp_path, **on_room(room, adapt=None, fade=None, train=train, augment={"strength": 0, "scales": [1.0, 1.0]})
     )
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    results = read_results(next((tmp_path / "runs").iterdir()) / "results.jsonl")
+    results = read_results(run_config(path) / "results.jsonl")
     assert rows_of_arms(results)["adapted", "classify"].value == 1.0
 
 

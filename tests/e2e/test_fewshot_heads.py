@@ -125,11 +125,11 @@ def test_heads_of_frozen_and_adapted_models_over_two_seeds(tmp_path: Path) -> No
 
 def test_the_quality_of_probabilities_is_reported_and_the_same_when_resumed(tmp_path: Path) -> None:
     models = [f"frozen{head}" for head in ("", "+ridge", "+logistic", "+vbll", "+finetune")]
-    settings = {"models": models, "data": ["digits"], "ways_of": {}, "probabilities": True}
+    settings = {"models": models, "data": ["digits"], "ways_of": {}, "probabilities": True, "attacks": []}
     folder = run(tmp_path, adapt=None, train=None, finetune={"steps": 1}, evaluate=settings)
     rows = read_lines(folder / "results.jsonl")
     quality = {(row["arm"], row["metric"]): row for row in rows if row["metric"] != "accuracy"}
-    assert set(quality) == {(arm, metric) for arm in models for metric in QUALITY} and len(rows) == 5 * (2 + 3)
+    assert set(quality) == {(arm, metric) for arm in models for metric in QUALITY} and len(rows) == 5 * (1 + 3)
     for row in quality.values():
         assert (row["condition"], row["better"], row["unit"], row["n"]) == ("clean", "lower", "episodes", 3)
         assert (
@@ -309,11 +309,7 @@ def test_the_foundation_table_has_every_vision_asset_and_four_families_of_the_hu
             "arms.a: unknown key 'model.blok'. Near: 'block'",
         ),
         (
-            {
-                "train": None,
-                "arms": {"a": {}},
-                "evaluate": {"models": ["frozen"], "attacks": [{"source": "a"}]},
-            },
+            {"train": None, "arms": {"a": {}}, "evaluate": {"models": ["frozen"], "attacks": [{"source": "a"}]}},
             "'a' needs a training, and this configuration trains nothing; take 'frozen'",
         ),
     ],

@@ -12,6 +12,7 @@ from helpers.fsdp_ranks import REFUSED
 from helpers.lm_parts import changed, ranked_task, save_interactions, save_lm, save_texts, sentiment_task
 from helpers.ranks import of_two
 from helpers.tiny import tiny_vit
+from helpers.tiny_runs import CONFIGS
 from torch import Tensor, nn
 
 import vismt
@@ -58,15 +59,9 @@ def configurations(folder: Path) -> dict[str, dict]:
         "lisa": {"adapt": lisa},
     }
     dense = {
-        "task": "dense",
-        "model": {"name": "test_vit", "pretrained": False},
+        **CONFIGS["dense"],
         "adapt": {"method": "emtal", "rank": 3, "options": {"n_experts": 4, "cluster": False}},
         "fade": {"start": 0.0, "end": 0.5},
-        "data": {"train": ["motorcycle:train"], "test": ["motorcycle:test"]},
-        "tasks": ["depth", "normals"],
-        "size": [32, 48],
-        "head": {"name": "linear"},
-        "augment": {"strength": 0},
         "balancing": {"method": "uncertainty"},
         "batch": 3,
         "arms": {"emtal": {}, "full": {"adapt": None, "fade": None, "full": True}},

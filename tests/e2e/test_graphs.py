@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers.tiny_runs import run_config, write_config
+from helpers.tiny_runs import write_config
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
@@ -24,7 +24,18 @@ JOBS = ("dense", "fewshot", "lm", "multitask")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    return {job: run_config(write_config(job, tmp_path_factory.mktemp(job))) for job in JOBS}
+    """A trained run of each job."""
+    found = {}
+    for job in JOBS:
+        path = write_config(job, tmp_path_factory.mktemp(job))
+        assert main(["train", str(path), "--out", str(path.parent / "runs"), "--quiet"]) == 0
+        (found[job],) = (path.parent / "runs").iterdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def classifier(runs: dict[str, Path]) -> Path:
+    return exported(runs["multitask"], "torch")
 
 
 def exported(run: Path, form: str) -> Path:
@@ -47,11 +58,13 @@ def answers(folder: Path, *inputs: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("form", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_graphs_of_image_jobs_take_pixels_and_batches_of_any_size(runs: dict[str, Path], form: str) -> None:
+def test_graphs_of_image_jobs_take_pixels_and_batches_of_any_size(
+    runs: dict[str, Path], classifier: Path, form: str
+) -> None:
     if form == "onnx":
         pytest.importorskip("onnxscript")
     images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(7))
-    (logits,) = answers(exported(runs["multitask"], form), images)
+    (logits,) = answers(classifier if form == "torch" else exported(runs["multitask"], form), images)
     assert main(["export", str(runs["multitask"]), "--quiet"]) == 0
     folder = runs["multitask"] / "export-timm-adapted-seed-0"
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -92,10 +105,11 @@ def test_the_graph_of_a_language_model_is_transformers(runs: dict[str, Path], ca
 
 
 def test_the_folder_of_a_graph_is_not_overwritten_by_another_model(
-    runs: dict[str, Path], tmp_path: Path, capsys
+    runs: dict[str, Path], classifier: Path, capsys
 ) -> None:
-    for job, code in (("multitask", 0), ("fewshot", 2)):
-        assert main(["export", str(runs[job]), "--format", "torch", "--to", str(tmp_path), "--quiet"]) == code
+    before = (classifier / NAMES["torch"]).read_bytes()
+    assert main(["export", str(runs["fewshot"]), "--format", "torch", "--to", str(classifier), "--quiet"]) == 2
+    assert (classifier / NAMES["torch"]).read_bytes() == before
     assert "holds a model of adapted-seed-0 of the run multitask" in capsys.readouterr().err
 
 

@@ -52,10 +52,7 @@ def test_few_shot_runs_calibrate_on_named_sets(tmp_path: Path) -> None:
     assert (folder / "results.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    ["activation", pytest.param("random", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("strategy", ["activation", pytest.param("random", marks=pytest.mark.slow)])
 def test_s2ft_scores_its_units_by_images(strategy: str, tmp_path: Path) -> None:
     options = {"strategy": strategy, "ratio": 0.2}
     folder = run_config(

@@ -95,12 +95,7 @@ def test_maps_of_void_alone_and_rows_without_a_label(tmp_path: Path, capsys) -> 
 
 def test_texts(tmp_path: Path) -> None:
     assert main(["init", "lm", "--to", str(tmp_path), "--quiet"]) == 0
-    rows = run(
-        tmp_path,
-        "lm",
-        f"model={{name: {save_lm(tmp_path / 'lm')}, first_block: 0}}",
-        "train.steps=2",
-    )
+    rows = run(tmp_path, "lm", f"model={{name: {save_lm(tmp_path / 'lm')}, first_block: 0}}", "train.steps=2")
     assert {(row.task, row.data) for row in rows} == {("sentiment", "texts")} and {row.arm for row in rows} >= {
         "frozen"
     }

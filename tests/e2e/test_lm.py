@@ -170,8 +170,7 @@ def test_laplace_takes_the_bias_of_an_output_embedding(home, tmp_path: Path, mon
     rows = LmNet.answer_rows
     monkeypatch.setattr(LmNet, "answer_rows", lambda net, tokens: (rows(net, tokens)[0], torch.ones(len(tokens))))
     config = settings(home, evaluate={"batch": 4, "laplace": True, "frozen": False})
-    assert main(["run", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    results = read_results(next((tmp_path / "runs").iterdir()) / "results.jsonl")
+    results = read_results(run_config(write(tmp_path, config)) / "results.jsonl")
     assert any(row.condition == "Laplace" for row in results)
 
 

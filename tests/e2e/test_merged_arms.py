@@ -26,13 +26,7 @@ SMALL = {
     "head": "separate",
     "tasks": [
         {"name": "digits", "train": ["digits"], "test_share": 0.05, "validation_share": 0.03, "limit": 40},
-        {
-            "name": "photos",
-            "train": ["photo_crops:train"],
-            "validation_share": 0.1,
-            "test_share": 0.1,
-            "limit": 36,
-        },
+        {"name": "photos", "train": ["photo_crops:train"], "validation_share": 0.1, "test_share": 0.1, "limit": 36},
     ],
     "batch": 16,
     "seeds": [0, 1],

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
-from helpers.tiny_runs import run_config, written
+from helpers.tiny_runs import CONFIGS, VIT, run_config, written
 
 from vismt.cli import main
 from vismt.report.results import read_results
@@ -19,7 +18,7 @@ pytest.importorskip("torchmetrics")
 
 POLAR = {"method": "polar", "rank": 2, "options": {"split_qkv": True}}
 FEWSHOT = {
-    "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 4},
+    "model": {**VIT, "block": 4},
     "adapt": POLAR,
     "source": {"data": ["photo_crops:train"], "ways": 3, "shots": 2, "queries": 2, "augment": False},
     "train": {"steps": 4, "lr": 1e-3, "checkpoint_every": 2},
@@ -27,7 +26,7 @@ FEWSHOT = {
 }
 MULTITASK = {
     "task": "multitask",
-    "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+    "model": VIT,
     "adapt": POLAR,
     "tasks": [
         {"name": "digits", "train": ["digits"], "test_share": 0.05, "limit": 40},
@@ -41,18 +40,7 @@ MULTITASK = {
     },
     "train": {"steps": 4, "lr": 1e-2, "weight_decay": 0.05, "accumulate": 2},
 }
-DENSE = {
-    "task": "dense",
-    "model": {"name": "test_vit", "pretrained": False},
-    "adapt": POLAR,
-    "data": {"train": ["motorcycle:train"], "test": ["motorcycle:test"]},
-    "tasks": ["depth", "normals"],
-    "size": [32, 48],
-    "head": {"name": "linear"},
-    "augment": {"strength": 0},
-    "batch": 3,
-    "train": {"steps": 3, "lr": 3.0e-3},
-}
+DENSE = {**CONFIGS["dense"], "adapt": POLAR, "batch": 3, "train": {"steps": 3, "lr": 3.0e-3}}
 
 
 def test_fewshot(tmp_path: Path) -> None:
@@ -83,11 +71,3 @@ def test_dense(tmp_path: Path) -> None:
     folder = run_config(written(tmp_path / "polar.yaml", DENSE))
     assert all(1 <= row["stable_rank"] <= 2 for row in read_lines(next(folder.glob("arms/*/lr-*/metrics.jsonl"))))
     assert {(row.task, row.metric) for row in read_results(folder / "results.jsonl")} >= {("depth", "RMSE in m")}
-
-
-def test_a_constraint_that_does_not_exist_is_one_line(tmp_path: Path, capsys) -> None:
-    path = tmp_path / "polar.yaml"
-    path.write_text(yaml.safe_dump({**FEWSHOT, "adapt": {**POLAR, "options": {"constraint": "landng"}}}))
-    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: adapt.constraint: 'landng'") and message.count("\n") == 1

@@ -124,8 +124,7 @@ def test_experts_of_separate_runs_make_the_same_pool(pool_run: Path, tmp_path: P
     assert "0.5, 4" in capsys.readouterr().out
     evaluated = section("evaluate", models=["merged", "expert:4"])
     path = write(tmp_path, "joined", pool={"folder": str(tmp_path / "both")}, train=None, evaluate=evaluated)
-    assert main(["run", str(path), "--out", str(tmp_path / "joined"), "--quiet"]) == 0
-    joined = scores_of(next((tmp_path / "joined").iterdir()))
+    joined = scores_of(run_config(path))
     before = {row["arm"]: row["value"] for row in scores_of(pool_run)}
     assert [row["value"] for row in joined] == [before["merged"], before["expert:4"]]
     assert main(["pool", "assemble", str(tmp_path), "--to", str(tmp_path / "none")]) == 2
@@ -280,8 +279,7 @@ def sources_run(tmp_path_factory) -> Path:
         },
         evaluate=section("evaluate", models=models, attacks=[{"name": "pgd", "epsilon": "4.5/255", "steps": 1}]),
     )
-    assert main(["run", str(path), "--out", str(folder / "runs"), "--quiet"]) == 0
-    return next((folder / "runs").iterdir())
+    return run_config(path)
 
 
 def test_experts_of_two_sources_and_four_threats_are_trained_and_compared(sources_run: Path) -> None:

@@ -181,14 +181,8 @@ def test_a_tuned_run_keeps_half_of_the_classified_images_for_thresholds(room: Pa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            {"tasks": MAPS, "evaluate": {"risk": True}},
-            "evaluate.risk: no task is of whole images",
-        ),
-        (
-            {"tasks": MAPS, "evaluate": {"ood": ["digits"]}},
-            "evaluate.ood: no task is of whole images",
-        ),
+        ({"tasks": MAPS, "evaluate": {"risk": True}}, "evaluate.risk: no task is of whole images"),
+        ({"tasks": MAPS, "evaluate": {"ood": ["digits"]}}, "evaluate.ood: no task is of whole images"),
         ({"evaluate": {"risk": True, "split": "validation"}}, "set evaluate.split to test"),
         ({"evaluate": {"ood": ["tones:test"]}}, "shares examples with data"),
         ({"validation": []}, "data: nothing to validate on"),

@@ -341,16 +341,23 @@ def test_every_baseline_answers_by_its_own_scores(judged: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folds(home, tmp_path_factory) -> Path:
-    """The configuration of the gates' study, on a tiny LM and two steps."""
+    """The configuration of the gates' study with three folds, on a tiny LM and two steps."""
     config = yaml.safe_load((ROOT / "configs/lm/ilora_gates.yaml").read_text())
     (task,), walks = config["tasks"], home["walks"]
     options = {**task["options"], "candidates": 4, "negatives": 2, "history": 3, "shown": 1, "length": 96}
     options["question"] = " and {candidate} is"
-    task |= {"options": options, "prompt": "the {history}", "train": [f"{walks}:train"], "limit": 20}
+    task |= {
+        "options": options,
+        "prompt": "the {history}",
+        "train": [f"{walks}:train"],
+        "limit": 20,
+        "test_share": 1 / 3,
+    }
     targets = ["q_proj"]
     config["arms"]["lora"]["adapt"]["targets"] = config["adapt"]["targets"] = targets
     config |= {
         "model": {"name": home["lm"], "first_block": 1},
+        "seeds": [0, 1, 2],
         "recommender": {**config["recommender"], "width": 8, "steps": 20, "batch": 20},
         "train": {**config["train"], "steps": 2, "warmup": 0},
         "batch": 4,
@@ -367,7 +374,7 @@ def test_every_user_is_tested_once_by_trainings_that_did_not_see_it(folds: Path)
             part: {row["user"] for sets in named.values() for texts in sets for row in texts.rows}
             for part, named in data._sets["held-out"].items()
         }
-        assert len(users["test"]) == 6 and not users["test"] & users["train"] and len(users["train"]) == 24
+        assert len(users["test"]) == 10 and not users["test"] & users["train"] and len(users["train"]) == 20
         tested.append(users["test"])
         for arm in job.study.arms:
             records = next((folds / "arms" / arm).glob(f"*-seed-{seed}/records/*.jsonl"))
@@ -385,7 +392,7 @@ def test_folds_are_one_score_over_all_users(folds: Path) -> None:
         lines = read_lines(folds / RECORDS / f"{row.stem}.jsonl")
         assert len({line[EXAMPLE] for line in lines}) == 30, arm
         assert math.fsum(line["clean"] for line in lines) / 30 == pytest.approx(row.value)
-    assert {row.protocol for row in rows} == {"the next of 4 items, each judged by a question, test rows of 5 folds"}
+    assert {row.protocol for row in rows} == {"the next of 4 items, each judged by a question, test rows of 3 folds"}
 
 
 @pytest.mark.parametrize(("changes", "words"), [

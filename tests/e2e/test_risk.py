@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.lm_parts import save_lm, save_texts, sentiment_task
-from helpers.tiny_runs import TRAIN, VIT
+from helpers.tiny_runs import TRAIN, VIT, run_config, written
 
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -39,10 +39,7 @@ DIGITS = {
 
 
 def run(folder: Path, name: str, config: dict[str, object]) -> Path:
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    assert main(["run", str(path), "--out", str(folder / name), "--quiet"]) == 0
-    return next((folder / name).iterdir())
+    return run_config(written(folder / f"{name}.yaml", config))
 
 
 def refused(folder: Path, config: dict[str, object], capsys: pytest.CaptureFixture) -> str:

@@ -9,9 +9,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-import yaml
 from helpers.results import scores_of
-from helpers.tiny_runs import written
+from helpers.tiny_runs import run_config, written
 
 from vismt.cli import main
 from vismt.storage.lines import read_lines
@@ -138,14 +137,10 @@ def test_an_arm_of_a_run_folder_is_a_classifier(models: Path, tmp_path: Path, mo
         "batch": 8,
         "train": {"steps": 2},
     }
-    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tasks))
-    assert main(["run", str(tmp_path / "tasks.yaml"), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    trained = next((tmp_path / "runs").iterdir())
+    trained = run_config(written(tmp_path / "tasks.yaml", tasks))
     monkeypatch.chdir(models)
     arms = {"ours": {"classifier.run": str(trained), "classifier.arm": "adapted"}}
-    path = write(tmp_path, arms=arms, evaluate={"images": 12})
-    assert main(["run", str(path), "--out", str(tmp_path / "robust"), "--quiet"]) == 0
-    (row,) = scores_of(next((tmp_path / "robust").iterdir()))
+    (row,) = scores_of(run_config(write(tmp_path, arms=arms, evaluate={"images": 12})))
     assert row["arm"] == "ours" and row["n"] == 12 and row["chance"] == 0.1
 
 

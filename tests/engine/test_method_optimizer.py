@@ -36,11 +36,7 @@ def batches(number: int) -> dict[str, Tensor]:
 
 
 def run(
-    folder: Path,
-    objective: Classify,
-    stop_after: int | None = None,
-    sections: object = None,
-    **settings: object,
+    folder: Path, objective: Classify, stop_after: int | None = None, sections: object = None, **settings: object
 ) -> Classify:
     config = TrainConfig(**{"steps": 6, "lr": 0.02, "warmup": 2, "checkpoint_every": 2, **settings})
 

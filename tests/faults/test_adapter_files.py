@@ -167,10 +167,7 @@ SITES = {
     "layer as list": (site(layer=["low_rank"]), "layer: expected str or null"),
     "no layer": (lambda d: d["sites"].append(5), "expected mapping of str to Any, got 5"),
     "twice": (lambda d: d["sites"].append(d["sites"][0]), "a path is given twice"),
-    "both": (
-        lambda d: d.update(also_train=[f"{d['sites'][0]['path']}.weight"]),
-        "is adapted",
-    ),
+    "both": (lambda d: d.update(also_train=[f"{d['sites'][0]['path']}.weight"]), "is adapted"),
 }
 
 
@@ -366,7 +363,7 @@ CASES = {
 }
 
 
-@cases(quick=80, campaign=700)
+@cases(quick=40, campaign=700)
 def test_damaged_adapters_do_no_harm(cases: int, folders: Folders, stock: nn.Module, tmp_path: Path) -> None:
     @many(cases)
     @given(**CASES)

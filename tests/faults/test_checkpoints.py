@@ -80,7 +80,7 @@ def trial(folder: Path, random: Random, flip_only: bool = False) -> str:
     return tried(body)
 
 
-@cases(quick=60, campaign=150)
+@cases(quick=30, campaign=150)
 def test_damaged_checkpoints(tmp_path: Path, cases: int) -> None:
     @many(cases)
     @given(st.randoms(use_true_random=False))

@@ -67,7 +67,7 @@ def damaged(draw: st.DrawFn, base: bytes) -> bytes:
     return bytes(data)
 
 
-@cases(quick=70, campaign=600)
+@cases(quick=40, campaign=600)
 def test_damaged_files(cases: int) -> None:
     @many(cases)
     @given(st.sampled_from(BASES).flatmap(damaged))

@@ -179,7 +179,7 @@ CASES = {
 }
 
 
-@cases(quick=80, campaign=700)
+@cases(quick=40, campaign=700)
 def test_damaged_folders_do_no_harm(cases: int, folders: dict[str, Path], stock: nn.Module, tmp_path: Path) -> None:
     @many(cases)
     @given(**CASES)

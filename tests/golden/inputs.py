@@ -21,37 +21,11 @@ from torch import Tensor, nn
 
 SIDE = 32  # of the classified images
 ROOM = (32, 48)  # height and width of the images with maps
-WORDS = [
-    "a",
-    "bad",
-    "good",
-    "film",
-    "plot",
-    "was",
-    "very",
-    "dull",
-    "bright",
-    "and",
-    "the",
-    "of",
-    "it",
-    "Review",
-    ":",
-    "Sentiment",
-    "negative",
-    "positive",
-    "Answer",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "sky",
-    "blue",
-]
+TEXT = (
+    "a bad good film plot was very dull bright and the of it Review : Sentiment negative positive Answer one two "
+    "three four five six seven eight sky blue"
+)
+WORDS = TEXT.split()
 LM_SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,

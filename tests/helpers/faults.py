@@ -61,8 +61,8 @@ def refused_or_harmless(what: Any) -> Iterator[None]:
         raise AssertionError(f"{type(error).__name__} ({error}) instead of a UserError for {what!r}") from error
 
 
-# What became of a trial. "silent": other numbers, and no word about it. "changed": refused, and the model is another one.
-OUTCOMES = ("refused", "harmless", "traceback", "hang", "silent", "changed")
+# Outcomes of a trial that are right. The others: "traceback", "hang", "silent" (other numbers, and no word about it) and
+# "changed" (refused, and the model is another one).
 SOUND = ("refused", "harmless")
 
 

@@ -83,6 +83,17 @@ def padded(lengths: tuple[int, ...] = (8, 5, 3), seed: int = 1) -> dict[str, Ten
     return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
 
 
+def stock(kind: str) -> nn.Module:
+    """Return a tiny ViT ("vit") or LM."""
+    return tiny_vit() if kind == "vit" else tiny_lm(kind)
+
+
+def run(model: nn.Module, kind: str) -> Tensor:
+    """Return the logits of a model of a kind of `stock`."""
+    with torch.no_grad():
+        return model(images()) if kind == "vit" else model(tokens()).logits
+
+
 def outputs(model: nn.Module, seed: int = 0) -> Tensor:
     """Return the logits of two small inputs."""
     if hasattr(model, "config"):

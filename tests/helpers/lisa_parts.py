@@ -1,4 +1,4 @@
-"""Four tiny models of four layers, their other parameters, and a training loop driven by LISA."""
+"""Three tiny models of four layers, their other parameters, and a training loop driven by LISA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from helpers.tiny import images, tiny_vit
 from vismt.llm import LISA
 
-FAMILIES = ("llama", "qwen2", "gpt2", "vit")
+FAMILIES = ("llama", "gpt2", "vit")
 DEPTH, VOCABULARY = 4, 30
 
 

@@ -76,8 +76,7 @@ def losses(run) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("method", "options"),
-    [("lora", {"rank": 2}), ("lisa", {"active": 1, "interval": 2}), ("polar", {"rank": 2})],
+    ("method", "options"), [("lora", {"rank": 2}), ("lisa", {"active": 1, "interval": 2}), ("polar", {"rank": 2})]
 )
 def test_a_checkpoint_has_the_adapter_alone_and_is_resumed(folder: Path, tmp_path: Path, method: str, options) -> None:
     whole = trainer(folder, tmp_path / "a", method, **options)

@@ -19,7 +19,7 @@ from vismt.storage.files import sealed
 # ---- mixtures of a pool
 
 
-@pytest.mark.parametrize(("sets", "experts"), [(1, 2), (10, 4), (3, 12)])
+@pytest.mark.parametrize(("sets", "experts"), [(10, 4), (3, 12)])
 def test_mixture_bars(drawn, tmp_path, sets, experts):
     keys = [(f"set {i} of a name that does not end", "variable way and shot, n = 600") for i in range(sets)]
     panel = {key: [1 / experts] * experts for key in keys}

@@ -211,9 +211,6 @@ def test_a_pool_of_the_run_has_no_arms(model: str) -> None:
     with pytest.raises(UserError, match="move the pool section into the arms"):
         check(
             replace(
-                arms_of(lora={}),
-                pool=PoolConfig(levels=[2.0]),
-                tune=None,
-                evaluate=EvaluateConfig(["digits"], [model]),
+                arms_of(lora={}), pool=PoolConfig(levels=[2.0]), tune=None, evaluate=EvaluateConfig(["digits"], [model])
             )
         )

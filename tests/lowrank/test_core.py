@@ -14,8 +14,6 @@ import vismt
 from scripts.bench.accounting import saved_activation_bytes
 from vismt.base.errors import UserError
 from vismt.lowrank.files.save_load import DESCRIPTION
-from vismt.lowrank.layers.base import adapter_layers
-from vismt.lowrank.model.record import count_parameters
 
 THETAS = ["full", "diagonal"]
 
@@ -107,32 +105,12 @@ def test_dropout_acts_on_the_update_alone(theta: str) -> None:
     assert layer.lora_C.grad.abs().sum() > 0
 
 
-def test_a_convolution_with_a_core_is_its_merged_self() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, padding_mode="reflect")).double()
-    vismt.adapt(model, "polar", targets=["0"], rank=3)
-    x = torch.randn(2, 3, 9, 9, dtype=torch.double)
-    before = shake(model)(x)
-    assert not torch.allclose(before, vismt.unadapt(model)(x))
-    vismt.adapt(model, "polar", targets=["0"], rank=3)
-    assert torch.allclose(vismt.merge(shake(model))(x), before, atol=1e-12)
-
-
 def test_a_core_costs_no_tensor_as_long_as_the_tokens() -> None:
     model = nn.Sequential(nn.Linear(64, 128, bias=False))
     vismt.adapt(model, "polar", rank=4)
     x = torch.randn(1000, 64, requires_grad=True)
     # x (1000 x 64), x A^T (1000 x 4) and B C (128 x 4, made and once more by the concatenation of blocks), fp32
     assert saved_activation_bytes(model, lambda: model(x).sum()) <= 4 * (1000 * 64 + 1000 * 4 + 2 * 128 * 4)
-
-
-def test_report_counts_the_cores() -> None:
-    model = tiny_vit()
-    report = vismt.adapt(model, "polar", rank=2, split_qkv=True)
-    assert report.trainable == sum(spec.parameters for spec in report.sites) == count_parameters(model)[0]
-    diagonal = vismt.adapt(tiny_vit(), "polar", rank=2, split_qkv=True, theta="diagonal")
-    # 2 blocks of 6 updates: 4 numbers or 2
-    assert report.trainable - diagonal.trainable == 2 * 6 * (4 - 2)
 
 
 @pytest.mark.parametrize("theta", THETAS)
@@ -168,13 +146,3 @@ def test_a_layer_without_a_core_is_what_it_was(tmp_path) -> None:
     assert all("core" not in spec for spec in json.loads((tmp_path / DESCRIPTION).read_text())["sites"])
     with pytest.raises(UserError, match="'lora' has no option 'core'"):
         vismt.adapt(tiny_vit(), "lora", core="full")
-
-
-def test_combine_takes_the_core_along() -> None:
-    model = tiny_vit()
-    vismt.adapt(model, "polar", rank=2)
-    layers = list(adapter_layers(shake(model)).values())
-    first, second = layers[0].low_rank(), layers[4].low_rank()
-    expected = 0.5 * first.delta() - 2 * second.delta()
-    for method in ("cat", "svd"):
-        assert torch.allclose(vismt.lowrank.combine([first, second], [0.5, -2.0], method).delta(), expected, atol=1e-6)

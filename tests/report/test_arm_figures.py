@@ -9,16 +9,7 @@ from helpers.readable import assert_readable, visible_texts
 from vismt.base.errors import UserError
 from vismt.report.arm_figures import SeedsPanel, curves_figure, seeds_figure
 
-ARMS = [
-    "linear-probe",
-    "lora-4",
-    "emtal",
-    "emtal-no-retain",
-    "emtal-one-expert",
-    "a_name_that_does_not_end_soon",
-    "b",
-    "c",
-]
+ARMS = ["linear-probe", "lora-4", "emtal", "emtal-no-retain", "emtal-1", "a_name_that_does_not_end_soon", "b", "c"]
 TASKS = ["cub", "flowers", "dogs-of-a-name-that-is-long", "cars", "aircraft", "digits", "average"]
 TITLES = {"ce": "Training cross-entropy", "accuracy": "Training accuracy (%)", "fade": "Router fade"}
 
@@ -30,7 +21,7 @@ def texts(figure):
 # ---- seeds
 
 
-@pytest.mark.parametrize(("arms", "panels", "seeds"), [(1, 1, 1), (2, 7, 3), (3, 3, 3), (5, 5, 3), (8, 7, 5)])
+@pytest.mark.parametrize(("arms", "panels", "seeds"), [(1, 1, 1), (2, 7, 3), (8, 7, 5)])
 def test_seeds_can_be_read(drawn, tmp_path, arms, panels, seeds):
     values = np.random.default_rng(0).uniform(50, 100, (panels, arms, seeds))
     shown = [

@@ -9,14 +9,7 @@ from helpers.run_folder import make_folder
 from vismt.base.errors import UserError
 from vismt.engine.log import record_stem
 from vismt.jobs.fewshot.config import HEADS, POOLED
-from vismt.report.results import (
-    Score,
-    ValuesByExample,
-    read_results,
-    result_of,
-    write_results,
-    write_values,
-)
+from vismt.report.results import Score, ValuesByExample, read_results, result_of, write_results, write_values
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import CLEAN, Condition, averaged
 
@@ -88,10 +81,7 @@ def test_values_of_other_conditions_stay(tmp_path):
     write_values(tmp_path, [(rows["pgd"], attacked.measure)])
     path = tmp_path / "records" / f"{rows['clean'].stem}.jsonl"
     lines = read_lines(path)
-    assert lines == [
-        {"example": "0", "clean": 0.1, PGD.label: 0.0},
-        {"example": "1", "clean": 0.3, PGD.label: 0.2},
-    ]
+    assert lines == [{"example": "0", "clean": 0.1, PGD.label: 0.0}, {"example": "1", "clean": 0.3, PGD.label: 0.2}]
     values = ValuesByExample(tmp_path)
     assert values.of(rows["clean"]) == {"0": 0.1, "1": 0.3} and values.of(rows["pgd"]) == {"0": 0.0, "1": 0.2}
     # an evaluation again replaces its own column

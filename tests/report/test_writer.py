@@ -173,19 +173,6 @@ def test_a_width_of_zero_is_explained(folder, reported):
     assert "A width of 0.0 means" in (folder / "report.md").read_text()
 
 
-def test_a_row_that_is_not_paired_is_marked(folder):
-    for path in (folder / "records").iterdir():
-        path.unlink()
-    assert "clean (unpaired)" in written(folder).read_text()
-
-
-def test_where_lower_is_better_the_table_says_it(folder):
-    score = Score("depth", "rooms", "test", measure([1.0, 2.0], "RMSE in m", scale="number", better="lower"), CLEAN)
-    add(folder, score, "adapted")
-    text = written(folder).read_text()
-    assert "depth: test, RMSE in m, lower is better" in text and "few-shot: 5-way 1-shot, accuracy in %" in text
-
-
 def test_seeds_are_those_of_training_and_evaluation(folder):
     about = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(sealed({**about, "seeds": [3, 5]}))

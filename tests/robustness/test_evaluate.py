@@ -61,14 +61,6 @@ def batches(n=60, size=20, ids=True):
     return [(images[p], labels[p], names[p]) if ids else (images[p], labels[p]) for p in parts]
 
 
-def test_wilson_by_hand():
-    # 8 of 10: z = 1.959964, centre (0.8 + z^2 / 20) / (1 + z^2 / 10) = 0.716740,
-    # half z / (1 + z^2 / 10) sqrt(0.8 * 0.2 / 10 + z^2 / 400) = 0.226575
-    low, high = wilson(8, 10)
-    assert (low, high) == pytest.approx((0.490165, 0.943315), abs=2e-5)
-    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
-
-
 class Fixed(nn.Module):
     """Logits that do not depend on the images."""
 

@@ -13,15 +13,7 @@ import safetensors.torch
 import torch
 
 from vismt.base.errors import UserError
-from vismt.storage.files import (
-    PARTIAL,
-    atomic_write,
-    file_digest,
-    read_sealed,
-    remove_partial,
-    sealed,
-    write_tensors,
-)
+from vismt.storage.files import PARTIAL, atomic_write, file_digest, read_sealed, remove_partial, sealed, write_tensors
 
 
 def test_tensors_are_read_back_by_safetensors(tmp_path: Path) -> None:

@@ -21,9 +21,8 @@ import safetensors.torch
 import timm
 import torch
 import transformers
-from helpers.language_models import SHAPE, outputs, tiny_lm
+from helpers.language_models import SHAPE, outputs, stock
 from helpers.readers import reader as model_with_experts
-from helpers.tiny import tiny_vit
 from helpers.verified_folders import edit_config
 from helpers.verified_folders import edit_tensors as edit_file
 from torch import Tensor, nn
@@ -42,10 +41,6 @@ TARGETS = {
     "vit": ["qkv", "fc1"],
 }
 Q0 = "layers.0.self_attn.q_proj"
-
-
-def stock(kind: str) -> nn.Module:
-    return tiny_vit() if kind == "vit" else tiny_lm(kind)
 
 
 @functools.cache

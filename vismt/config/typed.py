@@ -173,7 +173,7 @@ def build(cls: type[T], values: object, source: str, key: str = "", /, **given: 
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name not in given}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
     unknown = next((name for name in values if name not in fields), None)
     if unknown is not None:
         raise unknown_key(cls, str(unknown), source, _join(key, unknown), fields)

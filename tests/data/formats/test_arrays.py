@@ -73,17 +73,11 @@ def test_packed_rows_of_another_width(store, write_card):
         open_images(write_card(ALL % ""))
 
 
-def test_corrupt_and_absent_file(home, store, write_card):
+def test_cut_and_absent_file(home, write_card):
     path = home / "data" / "n" / "n.npz"
     path.parent.mkdir()
     path.write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(UserError, match=r"\$VISMT_DATA/n/n.npz: cannot be read as npz"):
-        open_images(write_card(SPLITS))
-    store(**GREY, **TEST)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 255
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=r"cannot be read as npz|is "):
         open_images(write_card(SPLITS))
     path.rename(path.with_name("other.npz"))
     with pytest.raises(UserError, match=r"no file '\$VISMT_DATA/n/n.npz'"):

@@ -56,14 +56,6 @@ def test_splits_labels_and_images(birds):
     }
 
 
-def test_other_labels_are_other_content(birds):
-    card, base = birds
-    first = open_images(card, "test").content()
-    path = base / "labels.txt"
-    path.write_text(path.read_text().replace("5 3", "5 2"))
-    assert open_images(card, "test").content() != first
-
-
 @pytest.mark.parametrize("name", ["paths.txt", "labels.txt", "training.txt", "names.txt"])
 def test_a_missing_list_is_named(birds, name):
     card, base = birds
@@ -73,16 +65,6 @@ def test_a_missing_list_is_named(birds, name):
     ):
         open_images(card, "train")
     assert not check(card).ok
-
-
-def test_a_missing_image_is_named(birds):
-    card, base = birds
-    (base / "images" / "003.Auklet" / "b c.png").unlink()
-    with pytest.raises(
-        UserError, match=r"1 of 2 images of split 'test' found under .*missing 'images/003.Auklet/b c.png'"
-    ):
-        open_images(card, "test")
-    assert len(open_images(card, "train")) == 3
 
 
 @pytest.mark.parametrize(

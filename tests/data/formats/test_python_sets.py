@@ -114,10 +114,7 @@ def test_hugging_face_data_sets_and_their_folders(tmp_path) -> None:
     import datasets
 
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(Pictures.classes))})
-    columns = {
-        "img": [image for image, _ in Pictures().examples],
-        "label": [label for _, label in Pictures().examples],
-    }
+    columns = {"img": [image for image, _ in Pictures().examples], "label": [label for _, label in Pictures().examples]}
     dataset = datasets.Dataset.from_dict(columns, features=features)
     images = opened(dataset)
     assert tuple(images.classes) == Pictures.classes and torch.equal(images.read(5), opened(Pictures()).read(5))

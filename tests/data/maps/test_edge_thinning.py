@@ -19,9 +19,7 @@ def test_a_bar_is_thinned_to_its_middle_and_a_line_stays() -> None:
 
 
 @pytest.mark.parametrize("size", [(23, 31), (40, 130), (16, 64)])  # a part of a word, several words, one whole word
-def test_thinning_is_that_of_skimage_for_all_maps(
-    size: tuple[int, int],
-) -> None:
+def test_thinning_is_that_of_skimage_for_all_maps(size: tuple[int, int]) -> None:
     skimage = pytest.importorskip("skimage.morphology")
     maps = np.stack([blobs(*size, sigma, seed) > 0.5 for seed, sigma in enumerate(np.linspace(0.4, 5, 24))])
     before = maps.copy()

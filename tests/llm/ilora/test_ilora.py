@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers.adapter_folders import write_description
-from helpers.language_models import LMS, padded, relative, tiny_lm, tokens
+from helpers.language_models import LMS, padded, relative, stock, tiny_lm, tokens
 from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,10 +25,6 @@ from vismt.lowrank.layers.forms import LowRankConv, LowRankLinear
 
 KINDS = (*LMS, "vit")
 WIDTH = 6
-
-
-def stock(kind: str) -> nn.Module:
-    return tiny_vit() if kind == "vit" else tiny_lm(kind)
 
 
 def adapted(kind: str, **options: object) -> nn.Module:
@@ -410,22 +406,6 @@ def test_i9_merging_rounds_once() -> None:
     assert ((merged.double() - exact).abs() <= half * (1 + 1e-4)).all()
     twice = layer.weight + delta.to(torch.bfloat16)
     assert ((twice.double() - exact).abs() > half * (1 + 1e-4)).any()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_i9_peft_reads_one_users_model(kind: str, tmp_path) -> None:
-    peft = pytest.importorskip("peft")
-    model, x, gates = adapted(kind).float(), samples(kind), some_gates().float()
-    x = x.float() if kind == "vit" else x
-    with instance_gates(gates):
-        together = run(model, x)
-    with instance_gates(gates[1]):
-        vismt.export_peft(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(stock(kind), str(tmp_path)).eval()
-    assert torch.allclose(run(theirs, x)[1], together[1], atol=2e-4)
-    assert not torch.allclose(run(theirs, x)[0], together[0], atol=1e-2)
-    ours = vismt.import_peft(stock(kind), tmp_path)
-    assert torch.allclose(run(ours, x)[1], together[1], atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""LISA on four model families: trained layers, optimiser state, the schedule, resuming, and memory."""
+"""LISA on three model families: trained layers, optimiser state, the schedule, resuming, and memory."""
 
 from __future__ import annotations
 
@@ -246,12 +246,12 @@ def test_micro_batches_of_one_step_are_never_split_by_a_switch() -> None:
 def test_marginals_are_uniform_and_no_draw_holds_a_layer_twice(cover: bool) -> None:
     lisa = schedule(8, active=3, interval=1, seed=0, cover=cover)
     counts = np.zeros(8)
-    for step in range(20_000):
+    for step in range(5_000):
         drawn = lisa.layers_at(step)
         assert len(set(drawn)) == 3
         counts[drawn] += 1
-    # three of eight layers a draw; the standard deviation of a share is sqrt(.375 * .625 / 20000) = .0034
-    assert np.abs(counts / 20_000 - 3 / 8).max() < 0.01
+    # three of eight layers a draw; the standard deviation of a share is sqrt(.375 * .625 / 5000) = .0068
+    assert np.abs(counts / 5_000 - 3 / 8).max() < 0.02
 
 
 @pytest.mark.parametrize("count,active", [(8, 2), (8, 3), (5, 4), (3, 3), (7, 1)])
@@ -324,9 +324,9 @@ def test_the_rate_is_the_global_schedule_whatever_is_active() -> None:
 # ---- 8: resuming ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer_made", ["before", "later"])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("cut", [1, 3, 7])  # within an interval, at a switch, within a later interval
+# within an interval, at a switch, within a later interval
+@pytest.mark.parametrize(("cut", "optimizer_made"), [(1, "before"), (3, "before"), (7, "before"), (3, "later")])
 def test_resumed_at_any_step_is_the_uninterrupted_run_bit_for_bit(policy: str, cut: int, optimizer_made: str) -> None:
     options = {"active": 2, "interval": 3, "seed": 4, "state_policy": policy}
     whole, first = case("llama"), case("llama")

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from helpers.language_models import tiny_lm, tokens
+from helpers.language_models import run, stock, tokens
 from helpers.tiny import DIGITS, images, shake, snapshot, tiny_vit
-from torch import Tensor, nn
+from helpers.tiny_runs import run_config, written
+from torch import nn
 
 import vismt
 from vismt.base.errors import UserError
@@ -49,15 +49,6 @@ OURS: dict[str, dict[str, Any]] = {
 TARGETS = {"vit": ["attn.qkv", "mlp.fc2"], "llama": ["q_proj", "down_proj"]}
 KIND = {"dora": "LORA"}
 CASES = [(tuner, kind) for tuner in TUNERS for kind in TARGETS]
-
-
-def stock(kind: str) -> nn.Module:
-    return tiny_vit() if kind == "vit" else tiny_lm(kind)
-
-
-def run(model: nn.Module, kind: str) -> Tensor:
-    with torch.no_grad():
-        return model(images()) if kind == "vit" else model(tokens()).logits
 
 
 def options(tuner: str, kind: str) -> dict[str, Any]:
@@ -218,7 +209,7 @@ def test_without_peft(monkeypatch) -> None:
         vismt.adapt(tiny_vit(), "peft:dora")
 
 
-def test_a_run_tunes_a_hosted_arm_beside_ours(tmp_path: Path, capsys) -> None:
+def test_a_run_tunes_a_hosted_arm_beside_ours(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     config = {
         **DIGITS,
@@ -226,13 +217,9 @@ def test_a_run_tunes_a_hosted_arm_beside_ours(tmp_path: Path, capsys) -> None:
         "arms": {"lora": {}, "dora": {"adapt.method": "peft:dora", "adapt.options": {"lora_dropout": 0.1}}},
         "tune": {"rates": [1.0e-3, 1.0e-2]},
     }
-    path = tmp_path / "toy.yaml"
-    path.write_text(yaml.safe_dump(config))
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0, capsys.readouterr()
-    folder = next((tmp_path / "runs").iterdir())
+    folder = run_config(written(tmp_path / "toy.yaml", config))
     merges = [json.loads(file.read_text())["different_predictions"] for file in folder.rglob("merge.json")]
     assert merges == [0, 0] and (folder / "report.html").exists()
     assert main(["export", str(folder), "--format", "peft", "--arm", "dora", "--quiet"]) == 0
-    written = next(folder.rglob("adapter_config.json"))
-    assert json.loads(written.read_text())["use_dora"] is True
+    assert json.loads(next(folder.rglob("adapter_config.json")).read_text())["use_dora"] is True
     assert main(["merge", str(folder), "--arm", "dora", "--quiet"]) == 0

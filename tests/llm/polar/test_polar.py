@@ -78,26 +78,19 @@ def test_language_models(make, theta: str, tmp_path) -> None:
     assert list(model.state_dict()) == list(make().state_dict())
 
 
-@pytest.mark.parametrize("make,split", [(llama, False), (gpt2, False), (tiny_vit, False), (tiny_vit, True)])
-@pytest.mark.parametrize("compact", [False, True])
-def test_peft_computes_what_we_compute(make, split: bool, compact: bool, tmp_path) -> None:
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_peft_computes_what_we_compute(make, tmp_path) -> None:
     peft = pytest.importorskip("peft")
     model = make()
-    options = {"rslora": True, "alpha": 5.0, "rank_pattern": {"mlp.fc1": 4}} if make is tiny_vit else {"alpha": 7.0}
-    vismt.adapt(model, "polar", rank=3, split_qkv=split, **options)
-    shake(model, 0.1)
-
-    def outputs(model: nn.Module) -> torch.Tensor:
-        return model(images()) if make is tiny_vit else model(TOKENS).logits
-
-    expected = outputs(model).detach()
-    assert (expected - outputs(make())).abs().max() > 1e-2
-    vismt.export_peft(model, tmp_path, compact=compact)
+    vismt.adapt(model, "polar", rank=3, alpha=7.0)
+    expected = shake(model, 0.1)(TOKENS).logits.detach()
+    assert (expected - make()(TOKENS).logits).abs().max() > 1e-2
+    vismt.export_peft(model, tmp_path, compact=True)
     theirs = peft.PeftModel.from_pretrained(make(), str(tmp_path)).eval()
-    assert torch.allclose(outputs(theirs), expected, atol=1e-5)
-    assert torch.allclose(outputs(theirs.merge_and_unload()), expected, atol=1e-5)
+    assert torch.allclose(theirs(TOKENS).logits, expected, atol=1e-5)
+    assert torch.allclose(theirs.merge_and_unload()(TOKENS).logits, expected, atol=1e-5)
     ours = vismt.import_peft(make(), tmp_path)
-    assert torch.allclose(outputs(ours), expected, atol=1e-5)
+    assert torch.allclose(ours(TOKENS).logits, expected, atol=1e-5)
     assert all(host.lora_C is None for host in adapter_layers(ours).values())
 
 

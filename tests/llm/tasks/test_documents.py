@@ -36,14 +36,7 @@ SHAPE: dict[str, Any] = {
 }
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 MAMBA = {"mamba_chunk_size": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
-PLAIN = {
-    "llama": {},
-    "qwen2": {},
-    "mistral": {"sliding_window": None},
-    "falcon": {},
-    "gpt_neox": {},
-    "phi3": {},
-}
+PLAIN = {"llama": {}, "qwen2": {}, "mistral": {"sliding_window": None}, "falcon": {}, "gpt_neox": {}, "phi3": {}}
 WINDOWED = {  # by 24 tokens
     "mistral": {"sliding_window": 24},
     "qwen2": {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 0},

@@ -1,19 +1,16 @@
-"""Defects measured in peft's PiSSA and CorDA, one test each: vismt has none of them, for either start."""
+"""Defects measured in peft's PiSSA and CorDA that the tests of the methods do not show: vismt has none of them."""
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
 import torch
-from helpers.language_models import padded, relative, tiny_lm, tokens
+from helpers.language_models import padded, relative, tiny_lm
 from helpers.tiny import images, shake, tiny_vit
-from safetensors.torch import load_file
 from torch import nn
 
 import vismt
-from vismt.base.errors import UserError
 from vismt.llm import collect_covariance
 from vismt.lowrank.layers.base import adapter_layers
 
@@ -48,25 +45,6 @@ def test_scale_outside_the_root(name: str) -> None:
 
 
 @started
-def test_base_is_mutated(name: str) -> None:
-    """disable, unload and a second adapter must see the original base; a second adapter on top is refused."""
-    model = start(tiny_lm("llama"), name)
-    for key, value in tiny_lm("llama").state_dict().items():
-        assert torch.equal(model.state_dict()[key], value)
-    with pytest.raises(UserError, match="already carries"):
-        vismt.adapt(model, "pissa", rank=2)
-
-
-@started
-def test_start_is_recomputed_on_loading(name: str, tmp_path) -> None:
-    """A trained adapter must give the same outputs after loading for any random state, also with CorDA and on meta-free bases."""
-    model = shake(start(tiny_lm("qwen2"), name))
-    vismt.save_adapter(model, tmp_path)
-    torch.manual_seed(123)
-    assert torch.equal(vismt.load_adapter(tiny_lm("qwen2"), tmp_path)(tokens()).logits, model(tokens()).logits)
-
-
-@started
 def test_export_asks_for_the_start_again(name: str, tmp_path) -> None:
     """init_lora_weights must be true, the rank doubled with its scale, per-module ranks written out."""
     model = shake(
@@ -82,99 +60,6 @@ def test_export_asks_for_the_start_again(name: str, tmp_path) -> None:
     assert config["rank_pattern"] == config["alpha_pattern"] == {"head": 10}
     theirs = pytest.importorskip("peft").PeftModel.from_pretrained(tiny_vit(num_classes=5), str(tmp_path)).eval()
     assert torch.allclose(theirs(images()), model(images()), atol=1e-5)
-
-
-@started
-def test_rank_larger_than_the_matrix(name: str, tmp_path) -> None:
-    """The rank is clamped and recorded, or refused; no factor has fewer rows than its rank."""
-    with pytest.raises(UserError, match="clamp_rank"):
-        start(tiny_vit(), name, targets=["head"], rank=16)
-    model = start(tiny_vit(), name, targets=["head"], rank=16, alpha=32, clamp_rank=True)
-    assert (model.head.rank, model.head.scale, tuple(model.head.lora_A.shape)) == (5, 6.4, (5, 32))
-    vismt.save_adapter(model, tmp_path)
-    assert torch.equal(vismt.load_adapter(tiny_vit(), tmp_path)(images()), model(images()))
-
-
-@started
-def test_dropout_is_taken(name: str) -> None:
-    with pytest.raises(UserError, match="dropout"):
-        start(tiny_vit(), name, dropout=0.5)
-
-
-@started
-def test_global_random_state(name: str) -> None:
-    model = tiny_vit()
-    before = torch.get_rng_state()
-    start(model, name)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@started
-def test_conv1d_is_not_transposed(name: str) -> None:
-    model = start(tiny_lm("gpt2"), name)
-    assert tuple(model.transformer.h[0].attn.c_attn.lora_A.shape) == (4, 32)
-    assert tuple(model.transformer.h[0].attn.c_attn.lora_B.shape) == (96, 4)
-    assert torch.allclose(model(tokens()).logits, tiny_lm("gpt2")(tokens()).logits, atol=1e-5)
-
-
-@started
-def test_tied_weights_are_written_twice(name: str) -> None:
-    with pytest.raises(UserError, match=r"'lm_head' shares its weight with 'transformer.wte.weight'"):
-        vismt.adapt(tiny_lm("gpt2"), name.split()[0], ["lm_head"], rank=4)
-
-
-@started
-def test_convolutions_are_unknown(name: str) -> None:
-    model = start(tiny_vit(), name, targets=["patch_embed.proj"])
-    assert torch.allclose(model(images()), tiny_vit()(images()), atol=1e-6)
-
-
-@started
-def test_trained_head_is_dropped(name: str, tmp_path) -> None:
-    model = shake(start(tiny_vit(), name, also_train=["head"]))
-    vismt.export_peft(model, tmp_path)
-    assert torch.equal(
-        load_file(tmp_path / "adapter_model.safetensors")["base_model.model.head.weight"], model.head.weight
-    )
-
-
-@started
-def test_biases_are_trained(name: str) -> None:
-    model = start(tiny_lm("qwen2"), name)
-    assert not any(parameter.requires_grad for key, parameter in model.named_parameters() if key.endswith("bias"))
-
-
-@started
-def test_packed_weights_are_decomposed(name: str) -> None:
-    model = nn.Sequential(nn.Linear(8, 8))
-    model[0].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(UserError, match="quantised"):
-        vismt.adapt(model, name.split()[0], ["0"], rank=2)
-
-
-@started
-def test_factors_are_rounded_after_the_residual(name: str) -> None:
-    model = tiny_lm("llama").to(torch.bfloat16)
-    original = copy.deepcopy(model.state_dict())
-    vismt.merge(start(model, name, alpha=8, dtype="bfloat16"))
-    assert all(torch.equal(value, original[key]) for key, value in model.state_dict().items())
-
-
-def test_one_sample_at_a_time() -> None:
-    """For any batch and padding the start is that of single samples."""
-    batch = padded((30, 20, 12))
-    singles = [{"input_ids": ids[mask.bool()][None]} for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
-    whole, by_sample = (collect_covariance(tiny_lm("llama"), batches) for batches in ([batch], singles))
-    assert all(relative(whole[path], by_sample[path]) < 1e-5 for path in whole)
-
-
-def test_calibration_leaves_traces() -> None:
-    """Train mode is restored, and no hook or attribute is left on a module."""
-    model = tiny_lm("llama").train()
-    names = {path: set(vars(module)) for path, module in model.named_modules()}
-    collect_covariance(model, [padded()])
-    assert model.training and not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-    assert names == {path: set(vars(module)) for path, module in model.named_modules()}
 
 
 @pytest.mark.parametrize("name", [name for name in STARTS if name.startswith("corda")])

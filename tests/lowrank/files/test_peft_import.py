@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers.language_models import tiny_lm, tokens
+from helpers.language_models import run, stock, tiny_lm
 from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 
@@ -19,15 +19,6 @@ from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import adapter_layers
 
 peft = pytest.importorskip("peft")
-
-
-def stock(kind: str) -> nn.Module:
-    return tiny_vit() if kind == "vit" else tiny_lm(kind)
-
-
-def run(model: nn.Module, kind: str) -> Tensor:
-    with torch.no_grad():
-        return model(images()) if kind == "vit" else model(tokens()).logits
 
 
 def written(folder: Path, kind: str, **options: Any) -> tuple[nn.Module, Path]:
@@ -173,10 +164,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda c, t: c.update(target_modules="(q_proj"),
         r"target_modules: '\(q_proj' is not a regular expression",
     ),
-    "bad layers": (
-        lambda c, t: c.update(layers_to_transform=["0"]),
-        r"layers_to_transform\[0\]: expected int",
-    ),
+    "bad layers": (lambda c, t: c.update(layers_to_transform=["0"]), r"layers_to_transform\[0\]: expected int"),
     "pissa by iteration": (lambda c, t: c.update(init_lora_weights="pissa_niter_4"), "pissa_niter_4' changed the base"),
     "corda": (lambda c, t: c.update(init_lora_weights="corda"), "cannot be replayed; convert it"),
     "olora": (lambda c, t: c.update(init_lora_weights="olora"), "cannot be replayed"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.amt_parts import backbone, saved
-from helpers.language_models import LMS, tiny_lm, tokens
+from helpers.language_models import LMS, run, stock, tiny_lm, tokens
 from helpers.tiny import images, shake, tiny_vit
 from torch import Tensor, nn
 
@@ -37,15 +37,6 @@ METHODS = {
     "s2ft": {"ratio": 0.25},
     "emtal": {"n_experts": 4},
 }
-
-
-def stock(kind: str) -> nn.Module:
-    return tiny_vit() if kind == "vit" else tiny_lm(kind)
-
-
-def run(model: nn.Module, kind: str) -> Tensor:
-    with torch.no_grad():
-        return model(images()) if kind == "vit" else model(tokens()).logits
 
 
 def trained(name: str, kind: str, **more: object) -> nn.Module:

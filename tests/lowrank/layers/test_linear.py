@@ -154,27 +154,6 @@ def test_another_holder_of_the_stock_module_is_left_alone() -> None:
     assert torch.equal(other(torch.ones(1, 4)), before)
 
 
-def test_conv1d_of_gpt2() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8)
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    tokens = torch.arange(6)[None]
-    original = model(tokens).logits
-    report = vismt.adapt(model, "pissa", rank=2)
-    assert {spec.kind for spec in report.sites} == {"conv1d"}
-    assert {spec.shape for spec in report.sites} == {(48, 16), (16, 16), (64, 16), (16, 64)}
-    assert torch.allclose(model(tokens).logits, original, atol=1e-5)
-    with torch.no_grad():
-        for layer in adapter_layers(model).values():
-            layer.lora_B.add_(0.05)
-    moved = model(tokens).logits
-    assert not torch.allclose(moved, original, atol=1e-3)
-    vismt.merge(model)
-    assert torch.allclose(model(tokens).logits, moved, atol=1e-5)
-    assert not [type(m).__name__ for m in model.modules() if type(m).__name__ == "LowRankLinear"]
-
-
 @pytest.mark.slow
 def test_inductor_where_a_compiler_exists() -> None:
     import shutil

@@ -316,8 +316,7 @@ def test_one_shot_is_perfectly_compact_unless_augmented(pool: ExpertPool) -> Non
     assert torch.allclose(augmented.prototypes, prototypes(merged(support).detach(), labels), atol=1e-5)
     assert torch.equal(net.cosines(support, labels), net.cosines(support, labels))
     assert not torch.equal(
-        net.cosines(support, labels),
-        PoolNet(pool, MergeSettings(augment=True)).cosines(support, labels),
+        net.cosines(support, labels), PoolNet(pool, MergeSettings(augment=True)).cosines(support, labels)
     )
 
 

@@ -548,11 +548,7 @@ def test_any_resolution_goes_through_the_routers() -> None:
         (lambda: tiny_vit(mlp_layer=SwiGLU), {}, r"'blocks\.0\.mlp' is a gated FFN"),
         (lambda: tiny_vit(mlp_layer=GluMlp), {}, r"'blocks\.0\.mlp' is a gated FFN"),
         (lambda: tiny_vit(scale_mlp_norm=True), {}, "normalises its hidden units"),
-        (
-            lambda: tiny_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
-            {},
-            "without an FFN",
-        ),
+        (lambda: tiny_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock), {}, "without an FFN"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), {}, "Sequential has no blocks; it needs a timm ViT"),
         (
             tiny_vit,

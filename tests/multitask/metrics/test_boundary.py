@@ -256,10 +256,7 @@ MAP = torch.full((1, 2, 2), 2.0)
         (lambda: BoundaryF(scores="logit"), "Near: 'logits'"),
         (lambda: BoundaryF(scores="probabilities").update(MAP, MAP * 0), r"range over \[2, 2\]; if they are logits"),
         (lambda: BoundaryF().update(MAP, MAP), "target holds 2; it must be 0 or 1, or ignore_index"),
-        (
-            lambda: BoundaryF().update(MAP.long(), MAP * 0),
-            "thresholds need scores, not a map of torch.int64",
-        ),
+        (lambda: BoundaryF().update(MAP.long(), MAP * 0), "thresholds need scores, not a map of torch.int64"),
         (lambda: BoundaryF().update(torch.ones(1, 3, 2, 2), MAP * 0), r"prediction must be .* is \(1, 3, 2, 2\)"),
         (lambda: MaxF(beta_squared=0), "it must be positive"),
         (lambda: MaxF(ignore_index=None).update(MAP, 255 * MAP.bool().byte()), "target holds 255"),

@@ -269,10 +269,7 @@ ONE = torch.ones(1, 2, 2)
             r"logits \(b, 3, h, w\), these are \(1, 2, 2, 2\)",
         ),
         (lambda: MeanIoU(3).update(ONE.long(), ONE), "integer labels, is torch.float32"),
-        (
-            lambda: MeanIoU(3).update(ONE.long(), 3 * ONE.long()),
-            "label 3; classes are 0 to 2; ignore_index is 255",
-        ),
+        (lambda: MeanIoU(3).update(ONE.long(), 3 * ONE.long()), "label 3; classes are 0 to 2; ignore_index is 255"),
         (lambda: MeanIoU(3).update(-ONE.long(), ONE.long()), "predicted class -1; classes are"),
         (lambda: MeanIoU(3).update(ONE.long(), torch.ones(2, 2, dtype=torch.long)), r"target must be .* is \(2, 2\)"),
         (lambda: DepthErrors(valid_range=(3, 1)), r"valid_range \(3, 1\) is empty"),
