@@ -118,7 +118,7 @@ def test_no_is_said_clearly(tmp_path: Path) -> None:
     for options, message in (
         ({"targets": ["fc1"]}, "'lisa' trains whole layers and has no targets"),
         ({"alpha": 2.0}, "no targets or alpha"),
-        ({"active": 3}, "at most 2"),
+        ({"active": 3}, "from 0 to 2"),
         ({"layer": "blocks"}, "'lisa' has no option 'layer'.*'layers'"),
     ):
         with pytest.raises(UserError, match=message):
