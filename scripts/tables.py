@@ -16,8 +16,8 @@ The table `claims` is that of docs/claims.md, from claims.yaml beside it (script
 
 A cell is the one row of its study that has all values of `where`, of its column and of its row, where seed is null and minus
 "" unless they are named. A row can have values for one column alone, under its name. Further keys: `show` (interval, value,
-seeds, count) and `label`, a text before the number. A row that is a list has typed cells, whose numbers no rows prove. ‡ marks a
-number whose interval covers new episodes of the same images alone, or has no kind, beside others that cover new images.
+seeds, count) and `label`, a text before the number. ‡ marks a number whose interval covers new episodes of the same images alone,
+or has no kind, beside others that cover new images.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ from vismt.uncertainty.intervals import interval_kind_text
 SPECS = CHECKOUT / ROWS / "tables.yaml"
 MARKED = re.compile(r"^((?:# )?)<!-- rows: ([\w-]+) -->\n(.*?)^\1<!-- end -->$", re.M | re.S)
 OPENED = re.compile(r"<!-- rows: ")
-TYPED = "Typed, not checked"
 SHOWN = ("interval", "value", "seeds", "count")
 SEPARATOR = " | "
 
@@ -70,14 +69,11 @@ def study(name: str) -> StudyRows:
 
 
 def selections(name: str) -> Iterator[tuple[str, str, dict[str, Any] | str]]:
-    """Yield row, column and selection of every cell of a table; of typed cells the text."""
+    """Yield row, column and selection of every cell of a table; of a cell without a number its text."""
     spec = specs()[name]
     for label, row in spec["rows"].items():
-        for number, (column, values) in enumerate(spec["columns"].items()):
-            if isinstance(row, list):
-                yield label, column, row[number]
-                continue
-            own = {key: value for key, value in row.items() if key not in spec["columns"]}
+        own = {key: value for key, value in row.items() if key not in spec["columns"]}
+        for column, values in spec["columns"].items():
             more = row.get(column, {})
             yield label, column, more if isinstance(more, str) else {**spec.get("where", {}), **values, **own, **more}
 
@@ -144,10 +140,9 @@ def table(name: str, as_comment: bool) -> str:
     mixed = len({is_weak(row) for _, row in used}) > 1
     for label, text, weak in cells:
         rows.setdefault(label, []).append(f"{text} ‡" if mixed and weak else text)
-    typed = {label for label, row in specs()[name]["rows"].items() if isinstance(row, list)}
     heads = [*specs()[name].get("heads", [""]), *specs()[name]["columns"]]
-    lines = [[*(label + " †" * (label in typed)).split(SEPARATOR), *cells] for label, cells in rows.items()]
-    note = " ".join([*provenance(used), f"† {TYPED}: the rows of these numbers were not kept." * bool(typed)]).strip()
+    lines = [[*label.split(SEPARATOR), *cells] for label, cells in rows.items()]
+    note = provenance(used)
     if as_comment:
         return "".join(f"#   {line}\n" for line in [*console.aligned(heads, lines).splitlines(), *wrap(note, 126)])
     head, *rest = (f"| {SEPARATOR.join(texts)} |" for texts in (heads, *lines))
@@ -159,7 +154,7 @@ def is_weak(row: StudyRow) -> bool:
     return row.interval.removesuffix("+seeds") in ("", "sampler")
 
 
-def provenance(used: Sequence[tuple[StudyRows, StudyRow]]) -> list[str]:
+def provenance(used: Sequence[tuple[StudyRows, StudyRow]]) -> str:
     """Return sentences on what the intervals of a table cover, and on the run where all numbers are of one."""
     mixed = len({is_weak(row) for _, row in used}) > 1
     kinds = dict.fromkeys("‡ " * (mixed and is_weak(row)) + interval_kind_text(row.interval) for _, row in used)
@@ -173,7 +168,7 @@ def provenance(used: Sequence[tuple[StudyRows, StudyRow]]) -> list[str]:
         kind, seconds = ("wall", about.wall_time_s) if about.cpu_time_s is None else ("CPU", about.cpu_time_s)
         spent = f"{seconds / 60:.1f} {kind} minutes"
         sentences.append(f"Config {about.config_hash}, {about.hardware}, {spent}, {about.finished.partition('T')[0]}.")
-    return sentences
+    return " ".join(sentences)
 
 
 def fresh(page: Path) -> tuple[str, str, int]:
