@@ -57,12 +57,13 @@ def ilora(
     The adapted model runs under `with instance_gates(gates):` only.
     """
     refuse_adapted(model)
-    InstanceGate.check(PATH, getattr(model, PATH, None), GateSettings(gate, n_experts, user_width))
+    about = GateSettings(gate, n_experts, user_width)
+    InstanceGate.check(PATH, getattr(model, PATH, None), about)
     settings = {"experts": n_experts}
     report = inject(model, "ilora", kaiming, offset=False, settings=settings, seed=seed, **options)
     gate_seed = int(torch.randint(2**62, (), generator=site_generator(seed, PATH)))
     instance_gate = InstanceGate(gate, n_experts, user_width, gate_seed)
-    attach(model, {PATH: instance_gate})
+    attach(model, {PATH: instance_gate}, {PATH: about})
     trainable, total = count_parameters(model)
     size = sum(parameter.numel() for parameter in instance_gate.parameters())
     extras = [f"{gate} gate, {user_width} to {n_experts} rank groups   {size:,}"] if gate else []
@@ -103,7 +104,7 @@ class InstanceGate(AdapterModule):
 
     def __init__(self, kind: str | None, rank_groups: int, user_width: int, seed: int = 0) -> None:
         super().__init__()
-        self.kind, self.rank_groups, self.user_width = kind, rank_groups, user_width
+        self.rank_groups, self.user_width = rank_groups, user_width
         with torch.random.fork_rng(devices=[]):  # torch's initial values, from the given seed
             torch.default_generator.manual_seed(seed)
             self.network = network(kind, rank_groups, user_width)
@@ -140,9 +141,6 @@ class InstanceGate(AdapterModule):
     @classmethod
     def build(cls, base: Any, spec: LayerSpec, **how: Any) -> InstanceGate:
         return cls(spec.settings.kind, spec.settings.n_experts, spec.settings.user_width)
-
-    def settings(self) -> GateSettings:
-        return GateSettings(self.kind, self.rank_groups, self.user_width)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the parameters and the running statistics of batch norms, which the gates depend on."""

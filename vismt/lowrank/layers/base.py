@@ -95,10 +95,6 @@ class AdapterModule(nn.Module):
         """
         return None
 
-    def settings(self) -> Any:
-        """Return the instance of `Settings` that `build` needs; for modules other than layers, whose specs are made from them."""
-        raise NotImplementedError
-
     @classmethod
     def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors that an adapter file must hold for `spec`, by name, where it fixes them."""

@@ -198,9 +198,9 @@ def train_along(model: nn.Module, names: Sequence[str]) -> None:
     )
 
 
-def attach(model: nn.Module, modules: Mapping[str, AdapterModule]) -> None:
-    """Put adapter modules other than layers in their places of an adapted model, and note them in its record."""
-    specs = [LayerSpec(path, "", (), type(module), module.settings()) for path, module in modules.items()]
+def attach(model: nn.Module, modules: Mapping[str, AdapterModule], settings: Mapping[str, Any]) -> None:
+    """Put adapter modules other than layers in their places of an adapted model, and note them with their settings, by path."""
+    specs = [LayerSpec(path, "", (), type(module), settings[path]) for path, module in modules.items()]
     need_record(model, "attach").specs.extend(specs)
     attach_all(model, modules)
 

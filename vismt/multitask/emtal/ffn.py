@@ -272,9 +272,6 @@ class MoEfiedMlp(AdapterModule):
     def build(cls, base: Any, spec: LayerSpec, **how: Any) -> MoEfiedMlp:
         return cls(base, None, spec.settings.n_experts, spec.settings.temperature)
 
-    def settings(self) -> RouterSettings:
-        return RouterSettings(self.n_experts, self.temperature)
-
     def tensors(self) -> dict[str, Tensor]:
         return {"lora_router.weight": self.lora_router.weight, "labels": self.labels, "fade": self.get_extra_state()}
 

@@ -89,7 +89,7 @@ def emtal(
     for path in mlps:
         router_seed = int(torch.randint(2**62, (), generator=site_generator(seed, path)))
         wrappers[path] = MoEfiedMlp(model.get_submodule(path), None, n_experts, temperature, init, router_seed)
-    attach(model, wrappers)
+    attach(model, wrappers, dict.fromkeys(wrappers, settings))
     for number, wrapper in enumerate(wrappers.values()):
         wrapper.fade = fade
         if labels is not None:

@@ -245,6 +245,3 @@ class TaskBlock(AdapterModule):
     @classmethod
     def build(cls, base: Any, spec: LayerSpec, **how: Any) -> TaskBlock:
         return cls(base, spec.settings)
-
-    def settings(self) -> BlockSettings:
-        return self.about

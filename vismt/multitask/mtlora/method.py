@@ -94,7 +94,7 @@ def mtlora(
     if missing:
         raise UserError(f"mtlora: targets leave out '{min(missing)}', which carries pairs of tasks; name it as well.")
     settings = {path: BlockSettings(tuple(tasks), path == every[-1]) for path in paths}
-    attach(model, {path: TaskBlock(model.get_submodule(path), settings[path]) for path in paths})
+    attach(model, {path: TaskBlock(model.get_submodule(path), settings[path]) for path in paths}, settings)
     return replace(report, extras=[f"pairs of {len(tasks)} tasks in {', '.join(paths)}"])
 
 
