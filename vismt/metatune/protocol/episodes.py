@@ -222,12 +222,22 @@ class EpisodeSampler(LabelledSet):
     """
 
     def __init__(
-        self, labels: Tensor, *, ways: int = 5, shots: int = 1, queries: int = 15, parts: int = 0, **of_set: Any
+        self,
+        labels: Tensor,
+        *,
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 15,
+        seed: int = 0,
+        superclass: Tensor | None = None,
+        classes: Sequence[int] | Tensor | None = None,
+        names: Sequence[str] | None = None,
+        parts: int = 0,
     ) -> None:
         for field, value, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
             if value < least:
                 raise UserError(f"episodes: {field} is {value}: it must be at least {least}.")
-        super().__init__(labels, **of_set)
+        super().__init__(labels, seed=seed, superclass=superclass, classes=classes, names=names)
         self.ways = self.min_ways = self.max_ways = ways
         self.shots, self.queries = shots, queries
         need = shots + queries
@@ -339,18 +349,21 @@ class VariableSampler(LabelledSet):
         max_support: int = 500,
         max_contribution: int = 100,
         max_leaves: int = 392,
-        **of_set: Any,
+        seed: int = 0,
+        superclass: Tensor | None = None,
+        classes: Sequence[int] | Tensor | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         if not 2 <= min_ways <= max_ways <= max_support or max_queries < 1 or max_contribution < 1:
             raise UserError(
                 f"episodes: ways {min_ways} to {max_ways}, support {max_support}, queries {max_queries}, contribution "
                 f"{max_contribution}: need 2 <= min_ways <= max_ways <= max_support, the others at least 1."
             )
-        if nodes is not None and of_set.get("superclass") is not None:
+        if nodes is not None and superclass is not None:
             raise UserError(
                 "episodes: superclass and nodes both given: a data set has one hierarchy, pass one of them."
             )
-        super().__init__(labels, **of_set)
+        super().__init__(labels, seed=seed, superclass=superclass, classes=classes, names=names)
         self.min_ways, self.max_ways, self.max_queries, self.nodes = min_ways, max_ways, max_queries, nodes
         self.max_support, self.max_contribution, self.max_leaves = max_support, max_contribution, max_leaves
         single = [self.name(c) for c in self.classes.tolist() if self.counts[c] < 2]
