@@ -22,6 +22,7 @@ from scripts.bench.accounting import saved_activation_bytes
 from vismt import UserError
 from vismt.integrations.method_driver import MethodDriver
 from vismt.multitask.emtal.fading import FadeConfig, FadeState, RouterFade
+from vismt.multitask.emtal.ffn import RouterSettings
 from vismt.multitask.emtal.method import MoEfiedMlp, schedule, set_fade
 from vismt.multitask.emtal.routing import expert_weights, gate
 
@@ -593,13 +594,15 @@ def test_refusals_of_one_ffn_and_of_set_fade() -> None:
             build()
 
 
-def test_an_mlp_with_a_forward_of_its_own_is_refused() -> None:
+def test_an_mlp_with_a_forward_of_its_own_and_none_are_refused() -> None:
     class Other(Mlp):
         def forward(self, x: Tensor) -> Tensor:
             return x + super().forward(x)
 
     with pytest.raises(UserError, match="'mlp' is a Other, needed timm's Mlp"):
         MoEfiedMlp(Other(6, 24), 2, 3)
+    with pytest.raises(UserError, match=r"^emtal: this model has no 'blocks\.9\.mlp' to put a router in"):
+        MoEfiedMlp.check("blocks.9.mlp", None, RouterSettings(4, 1.0))
 
 
 def test_the_earlier_name_of_the_method_is_read(tmp_path) -> None:
