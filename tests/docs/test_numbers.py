@@ -26,14 +26,12 @@ TABLE = re.compile(r"^((?:\|.*\n)+|```\n(?:.*\n)*?```\n)(?:\n(.*))?", re.M)
 # become fewer.
 TYPED = {
     "docs/results/emtal_small.md": 1,
-    "docs/results/forgetting.md": 2,
     "docs/results/ilora_lastfm.md": 3,
     "docs/results/sentiment.md": 3,
 }
 PICTURES = {"ilora_lastfm"}  # whose rows were not kept
 LOOSE = {
     "docs/results/emtal_small.md": 1,
-    "docs/results/forgetting.md": 1,
     "docs/results/ilora_lastfm.md": 7,
     "docs/runs.md": 1,
 }
