@@ -25,8 +25,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Return a checkout with the rows of a study of one training, and of one with two trainings."""
     monkeypatch.setattr(figures, "CHECKOUT", tmp_path)
     monkeypatch.setattr(tables, "CHECKOUT", tmp_path)
-    for module in (figures, tables):
-        monkeypatch.setattr(module, "studies", lambda: {path.stem: path for path in (tmp_path / ROWS).glob("*.jsonl")})
+    monkeypatch.setattr(tables, "studies", lambda: {path.stem: path for path in (tmp_path / ROWS).glob("*.jsonl")})
     (tmp_path / "docs").mkdir()
     study = study_of(make_folder(tmp_path))
     write_study(tmp_path / ROWS / "study.jsonl", study)
@@ -98,6 +97,7 @@ def test_seeds_are_those_of_the_trainings(checkout: Path, monkeypatch) -> None:
         ({"kind": "seeds"}, "picture 'a': 'study' has no rows by seed; give it kind: bars"),
         ({"note": "a"}, "picture 'a': has study, kind, where, note; give study"),
         ({"where": {"arn": "a"}}, "picture 'a': rows have no field 'arn'. Near: 'arm'"),
+        ({"study": "studi"}, "tables: no rows of a study 'studi' in docs/results/rows. Near: 'study'"),
         ({"where": {"arm": "frosen"}}, "picture 'a': no row of 'study' has arm 'frosen'. Near: 'frozen'"),
     ],
 )
@@ -105,11 +105,6 @@ def test_what_cannot_be_drawn_is_one_line(checkout: Path, capsys, change: dict, 
     assert run(checkout, {"a": BARS | change}) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
-
-
-def test_a_picture_waits_for_its_rows(checkout: Path, capsys) -> None:
-    assert run(checkout, {"a": BARS | {"study": "later"}}, "--check") == 0
-    assert "docs/a.svg waits for the rows of 'later'" in capsys.readouterr().out
 
 
 def test_updates_by_depth_are_rows_and_a_picture(checkout: Path, tmp_path_factory) -> None:
