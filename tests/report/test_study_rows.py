@@ -75,10 +75,10 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     assert read_study(tmp_path / "rows.jsonl") == study
 
 
-def test_a_command_names_no_folder_of_the_machine(tmp_path: Path) -> None:
+def test_a_command_names_neither_folder_nor_workers_of_the_machine(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
-    for command in ("vismt run quickstart --out /home/me/runs seed=1", "vismt run quickstart --out=/home/me seed=1"):
-        changed(folder, command=command)
+    for options in ("--out /home/me/runs", "--out=/home/me --workers 2"):
+        changed(folder, command=f"vismt run quickstart {options} seed=1")
         assert study_of(folder).about.command == "vismt run quickstart seed=1"
 
 

@@ -61,7 +61,7 @@ class About:
 
     Args:
         title: of the configuration.
-        command: that made the run, without the folder of its output.
+        command: that made the run, without the folder of its output and the number of workers.
         config_hash: of the configuration.
         settings: the whole configuration, defaults included.
         differences: pairs of arms; the number of the second is subtracted from that of the first.
@@ -154,7 +154,7 @@ def study_of(folder: Path, differences: Sequence[tuple[str, str]] = ()) -> Study
         if arm not in arms:
             raise UserError(f"run '{folder}': no arm '{arm}', which a difference names.{near(arm, arms)}")
     kept = {item.name: facts[item.name] for item in fields(About) if item.name in facts}
-    kept["command"] = re.sub(r" --out[ =]\S+", "", str(facts.get("command", "")))
+    kept["command"] = re.sub(r" --(out|workers)[ =]\S+", "", str(facts.get("command", "")))
     kept |= {"settings": read_yaml(folder / RESOLVED), "differences": [list(pair) for pair in pairs]}
     kept["costs"] = {arm: cost for arm in arms if (cost := training_cost(folder, arm))}
     about = build(About, kept, f"run '{folder}'")
