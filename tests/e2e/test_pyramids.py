@@ -59,7 +59,7 @@ def multitask(request, tmp_path_factory) -> Run:
 
 def test_a_classifier_is_merged_exported_and_attacked(multitask: Run, tmp_path: Path) -> None:
     merged = json.loads(next(multitask.folder.rglob("merge.json")).read_text())
-    assert merged["n"] == 90 and merged["largest_difference"] <= MOST * merged["largest_logit"]
+    assert merged["n"] == 64 and merged["largest_difference"] <= MOST * merged["largest_logit"]
     check_export(multitask, tmp_path / "timm")
     arms = {"folder": {"classifier.name": str(tmp_path / "timm")}, "run": {"classifier.run": str(multitask.folder)}}
     attacked = {"images": 6, "attacks": [{"name": "pgd", "epsilon": 0.01, "steps": 1}]}

@@ -44,8 +44,8 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
         something is not on record. records: the folder of records. risk: whether the measures of `evaluate.risk` are among them.
         """
 
-    def outputs(self, merged: Net, plain: Net, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
-        return self.evaluation.outputs(merged, plain, label)
+    def outputs(self, merged: Net, plain: Net) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
+        return self.evaluation.outputs(merged, plain)
 
     def step(self, objective: nn.Module, number: int) -> None:
         if isinstance(objective, TaskObjective):

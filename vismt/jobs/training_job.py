@@ -81,8 +81,8 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
     def step(self, objective: nn.Module, number: int) -> None:
         """Run after optimiser step `number`; by default do nothing."""
 
-    def outputs(self, merged: Net, plain: Net, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
-        """Yield, batch by batch, (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer).
+    def outputs(self, merged: Net, plain: Net) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
+        """Yield (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer) of some evaluated rows.
 
         Of processes that share the evaluation each one yields its own batches (`ranks.my_share`).
         """
@@ -279,8 +279,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         merge(self.stock(merged))
         merged = merged.to(device)
         plain = self.loaded(training).to(device)
-        outputs = self.outputs(merged, plain, f"{training}, merged and not")
-        self.write_merge_check(training, outputs, self.stock(plain), self.stock(merged))
+        self.write_merge_check(training, self.outputs(merged, plain), self.stock(plain), self.stock(merged))
 
     def write_merge_check(
         self,

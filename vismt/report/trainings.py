@@ -23,7 +23,7 @@ RATE_NOTE = (
     "its best rate for all seeds; test examples take no part. A best rate at an end of the grid may not be the optimum."
 )
 MERGE_NOTE = (
-    "The merged stock model against the unmerged one on test examples: the number of answers that differ, and the largest "
+    "The merged stock model against the unmerged one on some test examples of each set: answers that differ, and the largest "
     "difference of an output relative to the largest output."
 )
 TRAINING_CAPTION = "First seed of each arm. Thin: logged values. Thick: running mean over a twentieth of the run."

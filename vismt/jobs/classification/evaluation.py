@@ -294,14 +294,12 @@ class Evaluation:
         return scores
 
     @torch.no_grad()
-    def outputs(self, merged: PixelNet, plain: PixelNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
-        """Yield the logits of both nets on the evaluated images of every task."""
-        device = runtime.processes().device
-        for number, task in enumerate(self.data.union.tasks):
-            batches = InOrder(self.data.part(number, self.config.evaluate.split), self.config.evaluate.batch)
-            for place in console.track(ranks.my_share(range(len(batches))), "merge", f"{task} {label}"):
-                images = batches[place][0]
-                yield "logits", merged(images.to(device)), plain(images.to(device)), True
+    def outputs(self, merged: PixelNet, plain: PixelNet) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
+        """Yield the logits of both nets on the first batch of evaluated images of every task."""
+        device, settings = runtime.processes().device, self.config.evaluate
+        for number in ranks.my_share(range(len(self.data.union.tasks))):
+            images = InOrder(self.data.part(number, settings.split), settings.batch)[0][0].to(device)
+            yield "logits", merged(images), plain(images), True
 
 
 def best_tau(tasks: Outputs, counts: Sequence[int]) -> float:

@@ -37,6 +37,8 @@ from vismt.uncertainty.last_layers import laplace_head, laplace_structure
 # Changes where rows get other scores than in earlier versions, whose records are then not used.
 SCORING, SCORING_WRITTEN = "2", "3"
 MEANS = Condition("means of the head", "variant", "means")
+CHECKED_ROWS = 4
+"""Rows of each set on which the merged LM is compared with the unmerged one, both without the cached states of frozen blocks."""
 
 
 class Evaluation:
@@ -208,12 +210,12 @@ class Evaluation:
 
     @torch.no_grad()
     def outputs(self, net: LmNet, merged: nn.Module) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
-        """Yield the logits of each row's last token from the merged and the unmerged LM, for a batch of each set."""
+        """Yield the logits of each row's last token from the merged and the unmerged LM, for the first rows of each set."""
         merged_net = LmNet(merged, first=net.first)
         split = self.config.evaluate.split
         sets = [(task, name) for task in self.data.tasks for name in self.data.names(task, split)]
         for task, name in ranks.my_share(sets):
-            batch = self.batch(self.data.rows(task, split, name)[: self.config.evaluate.batch], net)
+            batch = self.batch(self.data.rows(task, split, name)[:CHECKED_ROWS], net)
             batch.pop("lower", None)  # the merged LM runs without cached states, as its users run it
             yield "logits", _last_logits(merged_net, batch), _last_logits(net, batch), True
 
