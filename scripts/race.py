@@ -3,25 +3,37 @@
     python -m scripts.tables add RUN race_transfer          take the rows of a finished run of configs/race/transfer.yaml
     python -m scripts.tables add RUN race_transfer+NAME     beside them, those of a run with other arms and the same tasks
     python -m scripts.race                                  write the page; --check: exit code 1 where it is stale
+    python -m scripts.race --memory race_transfer           before it, measure the memory of a training step of every arm
 
 docs/results/rows/race.yaml names for each study the columns, each by values of its rows (data is the average over sets where
 there is one). An arm is best where its number is; another one ties with it where the 95 % interval of their difference, paired on
 the same examples and seeds where one run has both, contains 0.
+
+Memory is the largest allocation in the second training step, weights and optimiser included (scripts/bench/accounting.py), the
+same on every machine; docs/results/rows/race_memory.json keeps it, in bytes, by study and arm.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from scripts import tables
+from scripts.bench.accounting import peak_bytes, weight_bytes
 from vismt.base import console
 from vismt.base.errors import UserError
+from vismt.config.sections import find_config
 from vismt.config.yaml_text import read_yaml
+from vismt.engine import loop, runtime
+from vismt.jobs import load_config, make_job
+from vismt.jobs.training_job import TrainingJob
 from vismt.report.arm_figures import Point, pareto_figure
 from vismt.report.comparison import AVERAGE
 from vismt.report.study_rows import ROWS, StudyRow, StudyRows, studies, study_of
@@ -30,6 +42,7 @@ from vismt.storage.paths import CHECKOUT
 from vismt.uncertainty.intervals import LOWER, SHARE, Estimate, interval_kind_text
 
 SPECS = CHECKOUT / ROWS / "race.yaml"
+MEMORY = CHECKOUT / ROWS / "race_memory.json"
 PAGE = CHECKOUT / "docs" / "race.md"
 ENTRANT = "+"  # between a study's name and that of a file with further arms
 HEADER = """# The race
@@ -100,6 +113,25 @@ def ties(best: Entry, other: Entry) -> bool:
     return low <= 0 <= high
 
 
+def step_memory(config: str) -> dict[str, int]:
+    """Return the bytes at the peak of the second training step of every arm of a configuration."""
+    settings = load_config(find_config(config), [])
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(settings, Path(folder))
+        assert isinstance(job, TrainingJob)
+        for arm, of_arm in job.study.arms.items():
+            net, _, balanced = job.prepared(of_arm)
+            objective = job.objective(of_arm, net, balanced)
+            accelerator = runtime.accelerator(of_arm.training.precision)
+            training = loop._Training(
+                objective, job.batches(of_arm), of_arm.training, Path(folder) / arm, "", accelerator, of_arm
+            )
+            found[arm] = weight_bytes(objective) + peak_bytes(map(training._step, count(1)).__next__)
+            console.stage("memory", f"{arm}   {found[arm] / 2**20:,.0f} MiB")
+    return found
+
+
 def section(name: str, draw: bool) -> str:
     """Return the part of the page about one study; draw: also write its picture."""
     spec, of = specs()[name], files(name)
@@ -108,13 +140,15 @@ def section(name: str, draw: bool) -> str:
     if absent:
         raise UserError(f"race: study '{name}' has no row for the columns {absent}; see {ROWS}/race.yaml.")
     costs = {arm: cost for study in reversed(of) for arm, cost in study.about.costs.items()}
-    lines = [f"| {' | '.join(('Arm', *columns, 'trained', 'ms a step'))} |", "|" + "---|" * (len(columns) + 3)]
+    memory = json.loads(MEMORY.read_text()).get(name, {}) if MEMORY.exists() else {}
+    lines = [f"| {' | '.join(('Arm', *columns, 'trained', 'MiB', 'ms a step'))} |", "|" + "---|" * (len(columns) + 4)]
     for arm in dict.fromkeys(arm for entries in columns.values() for arm in entries):
         cells = [_cell(arm, entries) for entries in columns.values()]
         cost = costs.get(arm, {})
         trained = f"{cost['trained']:,.0f}" if "trained" in cost else "–"
         step = f"{1000 * cost['seconds_a_step']:.0f}" if "seconds_a_step" in cost else "–"
-        lines.append(f"| {' | '.join((arm, *cells, trained, step))} |")
+        peak = f"{memory[arm] / 2**20:,.0f}" if arm in memory else "–"
+        lines.append(f"| {' | '.join((arm, *cells, trained, peak, step))} |")
     entry = next(iter(next(iter(columns.values())).values()))
     kinds = dict.fromkeys(
         interval_kind_text(entry.row.interval) for arms in columns.values() for entry in arms.values()
@@ -192,8 +226,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the page; return 1 where --check finds another one."""
     parser = argparse.ArgumentParser(prog="python -m scripts.race", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where it is stale")
+    parser.add_argument("--memory", metavar="STUDY", choices=specs(), help="first measure the memory of its arms")
     options = parser.parse_args(arguments)
     try:
+        if options.memory:
+            measured = json.loads(MEMORY.read_text()) if MEMORY.exists() else {}
+            measured |= {options.memory: step_memory(specs()[options.memory]["config"])}
+            atomic_write(MEMORY, json.dumps(measured, indent=1) + "\n")
         text = page(draw=not options.check)
     except UserError as error:
         console.error(str(error))

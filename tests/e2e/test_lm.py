@@ -556,6 +556,8 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
         assert not any(f".layers.{low}." in name or "embed" in name for name in moved for low in (0, 1)), arm
     rows = [row for row in read_results(run / "results.jsonl") if row.metric == "perplexity"]
     assert [row.arm for row in rows] == ["frozen", "s2ft", "lisa"] and len({row.value for row in rows}) == 3
+    # the list of models tells arms of one method apart
+    assert "adapt.options.active 1, adapt.options.interval 1" in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("changes", "words"), [

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.results import result
+from helpers.tiny_runs import CONFIGS, written
 
 from scripts import race, tables
 from vismt.report.arm_figures import Point, frontier
@@ -39,6 +40,7 @@ def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None
         monkeypatch.setattr(race, "studies", lambda: by_name)
         monkeypatch.setattr(tables, "study", by_name.__getitem__)
         monkeypatch.setattr(race, "PAGE", tmp_path / "race.md")
+        monkeypatch.setattr(race, "MEMORY", tmp_path / "memory.json")
         monkeypatch.setattr(race, "CHECKOUT", tmp_path)
 
     return put
@@ -58,11 +60,12 @@ def test_without_rows_there_is_no_page(known, capsys: pytest.CaptureFixture[str]
 
 def test_best_ties_and_costs(known) -> None:
     known(race_a=study(row("lora", 0.60), row("full", 0.61), row("ia3", 0.5), *NLL, lora=1000, full=9000))
+    race.MEMORY.write_text('{"race_a": {"lora": 2097152}}')
     assert race.main([]) == 0 and race.main(["--check"]) == 0
     text = race.PAGE.read_text()
-    assert "| lora | 60.0 ± 2.0 ≈ | 1.200 ± 0.020 | 1,000 | 250 |" in text
-    assert "| full | **61.0 ± 2.0** ★ | **1.000 ± 0.020** ★ | 9,000 | 250 |" in text
-    assert "| ia3 | 50.0 ± 2.0 | – | – | – |" in text
+    assert "| lora | 60.0 ± 2.0 ≈ | 1.200 ± 0.020 | 1,000 | 2 | 250 |" in text
+    assert "| full | **61.0 ± 2.0** ★ | **1.000 ± 0.020** ★ | 9,000 | – | 250 |" in text
+    assert "| ia3 | 50.0 ± 2.0 | – | – | – | – |" in text
     assert (race.PAGE.with_name("race_a.svg")).exists() and "(race_a.svg)" in text
     race.PAGE.with_name("race_a.svg").unlink()
     race.PAGE.write_text(text.replace("60.0", "60.1"))
@@ -80,7 +83,7 @@ def test_an_arm_of_another_run_stands_in_the_same_table(known) -> None:
     mine = study(row("mine", 0.7), row("lora", 0.1), mine=10)
     known(race_a=study(row("lora", 0.60), row("full", 0.61), *NLL), race_a__mine=mine)
     text = race.page(draw=False)
-    assert "| mine | **70.0 ± 2.0** ★ | – | 10 | 250 |" in text and "| lora | 60.0 ± 2.0 |" in text
+    assert "| mine | **70.0 ± 2.0** ★ | – | 10 | – | 250 |" in text and "| lora | 60.0 ± 2.0 |" in text
 
 
 def test_a_column_without_rows_is_one_line(known, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +97,21 @@ def test_differences_to_the_best_arm_of_each_column_are_kept(known, monkeypatch:
     monkeypatch.setattr(race, "study_of", lambda run: study(row("lora", 0.62), row("full", 0.61), *NLL))
     assert race.pairs(Path("run"), "race_a+mine") == [("lora", "full"), ("full", "lora")]
     assert race.pairs(Path("run"), "emtal_small") == []
+
+
+@pytest.mark.parametrize("job", ["multitask", "fewshot"])
+def test_memory_of_a_step_grows_with_what_is_trained(job: str, tmp_path: Path) -> None:
+    arms = {
+        "lora": {"adapt": {"method": "lora", "rank": 2}},
+        "wide": {"adapt": {"method": "lora", "rank": 16}},
+        "full": {"adapt": {"method": "lisa", "options": {"active": 2, "interval": 100}}},
+    }
+    config = {key: value for key, value in CONFIGS[job].items() if key not in ("adapt", "fade", "tune", "select")}
+    found = race.step_memory(
+        str(written(tmp_path / "race.yaml", {**config, "adapt": arms["lora"]["adapt"], "arms": arms}))
+    )
+    assert 0 < found["lora"] < found["wide"] < found["full"]
+    assert found == race.step_memory(str(tmp_path / "race.yaml"))
 
 
 def test_the_frontier_is_what_no_arm_beats_in_both() -> None:

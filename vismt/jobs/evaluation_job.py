@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -311,9 +311,17 @@ class EvaluationJob(ABC, Generic[Config]):
         return write_report(self.folder, heading, results, comparisons, sections, formats)
 
 
-def settings_text(settings: Mapping[str, Any]) -> str:
-    """Return the settings in which an arm differs as one text."""
-    return ", ".join(f"{key} {'null' if value is None else value}" for key, value in settings.items() if value != {})
+def settings_text(settings: Mapping[str, Any], without: Collection[str] = ()) -> str:
+    """Return the settings in which an arm differs as one text, by dotted keys; those in `without` are left out."""
+
+    def leaves(key: str, value: Any) -> Iterator[str]:
+        if isinstance(value, Mapping):
+            for name, inner in value.items():
+                yield from leaves(f"{key}.{name}", inner)
+        elif key not in without:
+            yield f"{key} {'null' if value is None else value}"
+
+    return ", ".join(text for key, value in settings.items() for text in leaves(key, value))
 
 
 def records_folder(folder: Path, attacks: Sequence[AttackConfig] | None) -> Path:

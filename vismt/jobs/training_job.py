@@ -214,8 +214,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         trained, total = about.get("trainable", 0), about.get("total", 0)
         share = f"{trained:,} of {total:,} parameters trained" if total else "trained"
         data = self.trained_on(self.study.arms[arm])
-        named = ("adapt", "adapt.method", "adapt.rank")
-        settings = settings_text({k: v for k, v in self.config.arms.get(arm, {}).items() if k not in named})
+        settings = settings_text(self.config.arms.get(arm, {}), without=("adapt", "adapt.method", "adapt.rank"))
         return "; ".join(filter(None, [method, share + (f" on {data}" if data else ""), settings]))
 
     def check(self) -> None:
