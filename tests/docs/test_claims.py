@@ -18,7 +18,7 @@ PAPERS = read_claims()
 EVIDENCE = [evidence for paper in PAPERS for claim in paper.claims for evidence in claim.shown]
 STUDIED = [evidence for evidence in EVIDENCE if evidence.study]
 # Verdicts of published tables whose rows were not kept, and of studies that were not run. Both may only become fewer.
-ROWS_NOT_KEPT, NOT_RUN = 4, 21
+ROWS_NOT_KEPT, NOT_RUN = 0, 21
 
 
 def test_every_claim_has_evidence_and_is_stated_once() -> None:
