@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from scripts import tables
 from vismt.base.errors import UserError
 from vismt.report.claims import CLAIMS, NOT_HERE, Claim, Evidence, Paper, read_claims
@@ -63,7 +61,7 @@ def _cells(evidence: Evidence, row: StudyRow | None) -> tuple[str, str, str]:
     parts = (f"{_link(evidence)}: {metric}{condition}, {evidence.data}, {arms}", evidence.note, needed(evidence))
     tested = "; ".join(filter(None, parts))
     if row is None:
-        return tested, "", f"**{evidence.verdict}** ({_missing(evidence)})"
+        return tested, "", f"**{evidence.verdict}** (not run: `vismt run {evidence.config}`)"
     seeds = len(tables.study(evidence.study).trainings(row)) or 1
     return tested, f"{tables.interval_text(row)}, n = {row.n:,} {row.unit}, seeds: {seeds}", f"**{evidence.verdict}**"
 
@@ -75,18 +73,6 @@ def needed(evidence: Evidence) -> str:
     return text if evidence.claimed is None else f"{text}, paper {typographic(f'{evidence.claimed:+g}')}"
 
 
-def page_of(evidence: Evidence) -> Path:
-    """Return the page of a study, which does not exist where the study was not published."""
-    return CHECKOUT / "docs/results" / f"{evidence.page or evidence.study}.md"
-
-
 def _link(evidence: Evidence) -> str:
-    page = page_of(evidence)
+    page = CHECKOUT / "docs/results" / f"{evidence.page or evidence.study}.md"
     return f"[{evidence.study}](results/{page.name})" if page.exists() else evidence.study
-
-
-def _missing(evidence: Evidence) -> str:
-    """Return why a claim has no number: the rows of a published study were not kept, or the study was not run."""
-    if page_of(evidence).exists():
-        return f"rows not kept: study {evidence.study}"
-    return f"not run: `vismt run {evidence.config}`"

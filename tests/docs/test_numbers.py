@@ -26,7 +26,6 @@ TABLE = re.compile(r"^((?:\|.*\n)+|```\n(?:.*\n)*?```\n)(?:\n(.*))?", re.M)
 TYPED = {
     "docs/results/emtal_small.md": 1,
     "docs/results/ilora_lastfm.md": 1,
-    "docs/results/sentiment.md": 3,
 }
 LOOSE = {
     "docs/results/emtal_small.md": 1,
