@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from helpers.checkpoints import saved_tensors
 from helpers.tiny_runs import run_config, run_on_two, written
 
 from vismt.cli import main
+from vismt.data.images import open_images
 from vismt.engine.study import Study
 from vismt.jobs import load_config, open_run
 from vismt.jobs.classification.evaluation import FITTED, best_tau
@@ -365,6 +367,33 @@ def test_a_rate_that_diverges_is_reported_and_not_chosen(tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
+def test_neighbours_in_the_features_show_what_is_kept(tmp_path: Path) -> None:
+    arms = {"head": {"adapt": None, "fade": None, "retain": None}, "full": {"adapt": {"method": "lisa"}, "fade": None}}
+    changes = {"arms": arms, "tune": None, "evaluate": {"neighbours": ["photo_crops:test"]}}
+    path = write(tmp_path, tasks=TASKS[:1], train={"steps": 4, "lr": 3.0e-2}, **changes)
+    folder = run_config(path)
+    rows = [row for row in read_results(folder / "results.jsonl") if row.metric == "k-NN accuracy"]
+    assert {row.data for row in rows} == {"photo_crops"} and {row.n for row in rows} == {
+        len(open_images("photo_crops", "test"))
+    }
+    by_arm = {arm: {row.seed: row.value for row in rows if row.arm == arm} for arm in arms}
+    assert by_arm["head"][0] == by_arm["head"][1] != by_arm["full"][0], "a frozen backbone keeps all"
+    job = open_run(folder).job
+    images = job.data.outside("photo_crops:test")
+    with torch.no_grad():
+        features = F.normalize(
+            job.final(job.study.trainings("head")[0]).features(images[torch.arange(len(images))]), dim=1
+        )
+    right = 0
+    for i, cosines in enumerate(features @ features.T):
+        near = sorted((j for j in range(len(images)) if j != i), key=lambda j: -float(cosines[j]))[:20]
+        votes = [0.0] * 18
+        for j in near:
+            votes[int(images.labels[j])] += math.exp(float(cosines[j]) / 0.07)
+        right += votes.index(max(votes)) == int(images.labels[i])
+    assert by_arm["head"][0] == pytest.approx(right / len(images))
+
+
 def test_separate_heads_balanced_tasks_and_validation(tmp_path: Path) -> None:
     path = write(
         tmp_path,
@@ -448,6 +477,7 @@ def test_overrides_of_an_arm_are_typed_and_its_trainings_are_found_by_name(tmp_p
         ({"batch": 77}, "batch: 77, with 76 training images"),
         ({"augment": {"crop": 0}}, "augment.crop is 0.0; it must be above 0"),
         ({"evaluate": {"split": "train"}}, "evaluate.split: 'train'"),
+        ({"evaluate": {"neighbours": ["digits"]}}, "evaluate.neighbours 'digits' shares examples with tasks: digits"),
         ({"evaluate": {"attacks": [{"name": "pgd", "source": "frozen"}]}}, "source 'frozen'"),
         ({"arms": {"a b": {}}}, "'a b' cannot be a name; use up to 100 letters, digits"),
         ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),

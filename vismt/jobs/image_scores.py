@@ -6,11 +6,13 @@ again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base import console, ranks
@@ -27,6 +29,7 @@ from vismt.uncertainty.intervals import LOWER, NUMBER, Condition, Measure
 from vismt.uncertainty.probability_metrics import binned_gaps, detection_values, quality_measures
 
 ACCURACY = "accuracy"
+NEIGHBOURS, WIDTH = 20, 0.07
 
 
 def image_scores(
@@ -128,6 +131,46 @@ def confidences(
             for row in rows:
                 log.add(row)
     return {name: log[name]["confidence"] for name in names}
+
+
+def neighbour_classes(features: Tensor, labels: Tensor) -> Tensor:
+    """Return the class (n,) of each image by its nearest others, from features (n, d) and labels (n,).
+
+        argmax_c sum of exp(cosine / 0.07) over those of the 20 nearest other images that have class c
+
+    This is the k-NN evaluation of DINO (arXiv 2104.14294), of each image against the others of its set.
+    """
+    unit, one_hot = F.normalize(features.float(), dim=1), F.one_hot(labels).float()
+    found = []
+    for rows in torch.arange(len(unit)).split(1024):
+        cosines = unit[rows] @ unit.T
+        cosines[torch.arange(len(rows)), rows] = -math.inf
+        near, places = cosines.topk(min(NEIGHBOURS, len(unit) - 1), dim=1)
+        found.append(torch.einsum("bs,bsk->bk", (near / WIDTH).exp(), one_hot[places]).argmax(1))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def neighbour_answers(
+    features: Callable[[Tensor], Tensor], batches: InOrder, path: Path, settings: dict[str, object], label: str
+) -> dict[str, float]:
+    """Return by id 1 where the neighbours of an image have its class, else 0; a set on record is not evaluated again.
+
+    features: images -> (b, d). settings: what the records in `path` depend on. label: of the progress bar.
+    """
+    log, names = Records(path, settings, {"right": SHARE}, key="id"), batches.images.ids
+
+    def run(number: int) -> Tensor:
+        return features(batches[number][0].to(runtime.processes().device)).cpu()
+
+    with log:
+        if not all(name in log for name in names):
+            parts = ranks.share(range(len(batches)), run)
+            rows = torch.cat(list(console.track(parts, "eval", label, len(batches))))
+            right = (neighbour_classes(rows, batches.labels) == batches.labels).double().tolist()
+            for name, value in zip(names, right, strict=True):
+                log.add({"id": name, "right": value})
+    return {name: log[name]["right"] for name in names}
 
 
 def detection_score(

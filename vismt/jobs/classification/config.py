@@ -74,6 +74,8 @@ class MultitaskEvaluateConfig:
             examples choose the rates and the other half give the thresholds.
         ood: sets of images of other classes, cards or folders: how well the largest probability tells them from the
             evaluated images, as AUROC.
+        neighbours: sets of images of other classes, which show how much of the frozen model is kept: their k-NN accuracy in the
+            net's features.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
         certify: certified accuracy by randomised smoothing, {sigma, samples, alpha}; null for none.
@@ -86,6 +88,7 @@ class MultitaskEvaluateConfig:
     adjust_logits: bool = False
     risk: bool = False
     ood: list[str] = field(default_factory=list)
+    neighbours: list[str] = field(default_factory=list)
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
     certify: Smoothing | None = None
@@ -236,8 +239,10 @@ def _check_arm(config: MultitaskConfig) -> None:
             f"evaluate.risk: task '{unchecked}' has no validation images for thresholds; give it validation_share."
         )
     inside = {f"tasks: {task.name}": (*task.train, *task.validation, *task.test) for task in config.tasks}
-    check_row_names(config.evaluate.ood, "evaluate.ood")
-    check_apart(inside, {"evaluate.ood": config.evaluate.ood})
+    outside = {"evaluate.ood": config.evaluate.ood, "evaluate.neighbours": config.evaluate.neighbours}
+    for key, names in outside.items():
+        check_row_names(names, key)
+        check_apart(inside, {key: names})
     if not config.arms:
         check_calibration(config.calibration, config.adapt)
     if config.evaluate.laplace and (config.head_section.labels != "union" or config.evaluate.split == "validation"):

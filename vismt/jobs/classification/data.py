@@ -77,9 +77,9 @@ class TaskData:
         return self._gathered[task, part]
 
     def outside(self, *names: str) -> Gathered:
-        """Return the images of sets that are not of any task; their labels are 0."""
+        """Return the images of sets that are not of any task, with the labels of each set."""
         sets = [self._open(name) for name in names]
-        return Gathered([(Pixels(images, self.size), torch.zeros(len(images), dtype=torch.long)) for images in sets])
+        return Gathered([(Pixels(images, self.size), images.labels) for images in sets])
 
     def _numbers(self, tasks: Sequence[str]) -> list[int]:
         return [number for number, name in enumerate(self.union.tasks) if not tasks or name in tasks]

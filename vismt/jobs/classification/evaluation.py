@@ -10,8 +10,9 @@ calibration.json in the training's folder has both; a report that is written aga
 earlier version keeps its one T for all tasks. The same scores of a Laplace approximation around the trained head
 (vismt/uncertainty/laplace.py) are on clean images.
 
-Sets of other classes: how well the confidence of a net tells them from the test images of each task. The confidences of the
-task's images are those of its records; those of the other set have a record file of their own.
+Sets of other classes: how well the confidence of a net tells them from the test images of each task, and what its features still
+tell of them, by their nearest neighbours. The confidences of the task's images are those of its records; those of the other set
+have a record file of their own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from vismt.engine.study import Study, Training
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet, replace_head, stored
-from vismt.jobs.image_scores import confidences, detection_score, image_scores
+from vismt.jobs.image_scores import confidences, detection_score, image_scores, neighbour_answers
 from vismt.jobs.output_conditions import ADJUSTED, LAPLACE, TAUS, TEMPERED, fitted_once
 from vismt.jobs.predictions import Softmax
 from vismt.jobs.risk import Thresholds, fit_thresholds, halves, thresholds_file, validation_parts
@@ -45,7 +46,7 @@ from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.evaluate import Form
 from vismt.robustness.smoothing import Smoothing
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import CLEAN, Condition
+from vismt.uncertainty.intervals import CLEAN, Condition, Measure
 from vismt.uncertainty.laplace import STRUCTURES
 from vismt.uncertainty.last_layers import laplace_head
 from vismt.uncertainty.temperature import block_tempered, fit_block_temperatures
@@ -291,6 +292,22 @@ class Evaluation:
                     )
                 protocol = f"{settings.split} images, detection"
                 scores.append(detection_score(inside, outside, row_name(name), (TASK, task, protocol)))
+        return scores
+
+    @torch.no_grad()
+    def neighbours(self, net: PixelNet, training: Training, records: Path) -> list[Score]:
+        """Return the k-NN accuracy of every set of evaluate.neighbours in the features of a net."""
+        scores = []
+        for name in self.config.evaluate.neighbours:
+            with stored(self.data.outside(name)) as images:
+                right = neighbour_answers(
+                    net.features,
+                    InOrder(images, self.config.evaluate.batch),
+                    records / f"{record_stem('neighbours', row_name(name), training.arm)}.jsonl",
+                    {"data": name, "fingerprint": net.fingerprint()},
+                    f"neighbours in {row_name(name)}, {training.arm} seed {training.seed}",
+                )
+            scores.append(Score(TASK, row_name(name), "features", Measure("k-NN accuracy", right, counts=True), CLEAN))
         return scores
 
     @torch.no_grad()

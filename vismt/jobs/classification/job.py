@@ -107,7 +107,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         for task in range(len(self.data.union.tasks)):
             self.data.check_part(task, self.split)
             settings = self.config.evaluate
-            for name in settings.ood:
+            for name in (*settings.ood, *settings.neighbours):
                 self.data.outside(name)
             if (
                 self.config.tune is not None
@@ -187,6 +187,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         scores = self.evaluation.scores(lambda: net, training, split, specs, records, forms, risk, certify)
         if forms is not None and attacks is None:
             scores += self.evaluation.detection(net, training, records)
+            scores += self.evaluation.neighbours(net, training, records)
             if self.config.evaluate.laplace:
                 tasks = self.study.arms[training.arm].trained_tasks
                 scores += self.evaluation.laplace(net, training, records, tasks)
