@@ -50,8 +50,8 @@ HEADER = """# The race
 Adapters of language models and of vision transformers on the same images: every arm has the same steps, batches, seeds and grid
 of rates, chosen on validation images. The models are small ViTs on CPUs: compare within a table. ★ is the best number of a
 column, ≈ ties with it: the 95 % interval of their difference contains 0. MiB is the peak memory of a training step. k-NN accuracy
-on a set that no arm is trained on shows what is kept of the frozen model, that of `head`. [Extending](extending.md#an-arm-in-the-race)
-has how to add an arm.
+on a set that no arm is trained on shows what is kept of the frozen model, that of `head`.
+[Extending](extending.md#an-arm-in-the-race) has how to add an arm.
 """
 
 

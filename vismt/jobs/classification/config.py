@@ -240,9 +240,9 @@ def _check_arm(config: MultitaskConfig) -> None:
         )
     inside = {f"tasks: {task.name}": (*task.train, *task.validation, *task.test) for task in config.tasks}
     outside = {"evaluate.ood": config.evaluate.ood, "evaluate.neighbours": config.evaluate.neighbours}
-    for key, names in outside.items():
-        check_row_names(names, key)
-        check_apart(inside, {key: names})
+    for key, sets in outside.items():
+        check_row_names(sets, key)
+        check_apart(inside, {key: sets})
     if not config.arms:
         check_calibration(config.calibration, config.adapt)
     if config.evaluate.laplace and (config.head_section.labels != "union" or config.evaluate.split == "validation"):
