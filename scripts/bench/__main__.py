@@ -40,7 +40,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--rounds", type=int, default=9, help="interleaved rounds of each timing (9; amt and study take 3 at most)"
     )
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
-    parser.add_argument("--model", help="for memory: 88M, 158M or the name of a language model (a random Llama of 27M)")
+    parser.add_argument(
+        "--model", help="for memory: 88M, 158M, all sizes, or the name of a language model (a random Llama of 27M)"
+    )
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="for memory: predict a training step of a dense configuration"
     )

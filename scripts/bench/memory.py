@@ -1,7 +1,7 @@
 """`scripts.bench memory`: the memory of a training step, measured and by formula, for several methods on the same model.
 
-A random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048 (27 M parameters), a larger one for ratios by size
-(`--model 88M`, `--model 158M`), or a language model by its name; batch 4 x 256 tokens,
+A random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048 (27 M parameters), a larger one (`--model 88M`,
+`--model 158M`; `--model all` for the three, ratios by size), or a language model by its name; batch 4 x 256 tokens,
 fp32, AdamW, no checkpointing: full fine-tuning, LoRA r=16 on all seven linears (vismt's and peft's), iLoRA with the same
 factors under fixed gates, LISA with 2 layers, with and without the parameters outside the layers, and S2FT on O and D with
 LoRA's number of parameters. A ratio holds for these sizes only: with longer batches activations dominate, with
@@ -122,9 +122,13 @@ class Variant:
 def run(rounds: int = 9, device: str = "cpu", name: str | None = None) -> list[MemoryResult]:
     """Measure every variant on the same model and batch.
 
-    name: of LARGER, or of a language model (see create_lm); None for the smallest random Llama.
+    name: of LARGER, or of a language model (see create_lm); None for the smallest random Llama, "all" for every random one.
     """
-    where = torch.device(device)
+    names = (None, *LARGER) if name == "all" else (name,)
+    return [_measured(rounds, torch.device(device), each) for each in names]
+
+
+def _measured(rounds: int, where: torch.device, name: str | None) -> MemoryResult:
     shape = (SIZES, DEPTH) if name is None else LARGER.get(name)
     model = (llama(where, *shape) if shape else _named(str(name)).to(where)).train()
     sizes, depth = _sizes(model.config), model.config.num_hidden_layers
@@ -138,7 +142,7 @@ def run(rounds: int = 9, device: str = "cpu", name: str | None = None) -> list[M
         steps[label] = _step(variant, tokens)
     title = f"{name or 'Llama'} {sizes.hidden} x {depth}"
     timing = interleave(steps, rounds, label="memory", device=where)
-    return [MemoryResult(title, trainable, measured, predicted, timing)]
+    return MemoryResult(title, trainable, measured, predicted, timing)
 
 
 def _measure(variant: Variant, tokens: Tensor) -> Costs:

@@ -44,6 +44,11 @@ def test_every_size_but_the_peak_is_the_formula_to_the_byte(result) -> None:
         assert 0.99 * predicted.peak <= measured.peak < 1.1 * predicted.peak, name
 
 
+def test_all_random_models_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_measured", lambda rounds, where, name: name)
+    assert memory.run(name="all") == [None, "88M", "158M"] and memory.run(name="88M") == ["88M"]
+
+
 def test_the_order_of_the_variants(result) -> None:
     full, measured = result.measured[memory.FULL], result.measured
     assert measured["vismt lora r=2"].activations == measured["peft lora r=2"].activations < full.activations
