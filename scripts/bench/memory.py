@@ -15,6 +15,7 @@ cross-entropy's gradient); temporaries of a block's backward pass are left out.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -124,8 +125,11 @@ def run(rounds: int = 9, device: str = "cpu", name: str | None = None) -> list[M
 
     name: of LARGER, or of a language model (see create_lm); None for the smallest random Llama, "all" for every random one.
     """
-    names = (None, *LARGER) if name == "all" else (name,)
-    return [_measured(rounds, torch.device(device), each) for each in names]
+    results = []
+    for each in (None, *LARGER) if name == "all" else (name,):
+        results.append(_measured(rounds, torch.device(device), each))
+        gc.collect()  # the copies of a model are in cycles, and those of two sizes do not fit
+    return results
 
 
 def _measured(rounds: int, where: torch.device, name: str | None) -> MemoryResult:

@@ -28,7 +28,7 @@ from vismt.llm.net import LmNet
 from vismt.llm.s2ft.selection import select_units
 from vismt.llm.tasks.base import gather
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.report.results import RECORDS, read_results
+from vismt.report.results import RECORDS, Result, read_results
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import CLEAN
 
@@ -539,6 +539,51 @@ def test_errors_of_a_calibration(home, tmp_path: Path, capsys, changes, words) -
     assert words in " ".join(capsys.readouterr().err.split())
 
 
+def test_several_passes_are_averaged_and_other_texts_detected(home, tmp_path: Path) -> None:
+    other, arms = home["other"], {"lora": {}, "dropped": {"adapt.options.dropout": 0.5}}
+    evaluate = {"batch": 4, "temperature": True, "passes": 3, "ensembles": ["lora"], "ood": [other]}
+    config = settings(home, seeds=[0, 1], arms=arms, evaluate=evaluate)
+    config["tasks"] = config["tasks"][:1]
+    run = run_config(write(tmp_path, config))
+    rows = read_results(run / "results.jsonl")
+    inside = next(row.data for row in rows if row.data.endswith("films:test"))
+
+    def row(arm: str, metric: str, condition: str = "clean", seed: int | None = None) -> Result:
+        (found,) = [
+            row
+            for row in rows
+            if (row.arm, row.metric, row.condition, row.seed, row.data) == (arm, metric, condition, seed, inside)
+        ]
+        return found
+
+    folders = [path / "records" for path in sorted((run / "arms" / "lora").glob("lr-*"))]
+    by_seed = [read_lines(next(folder.glob("test-*films-test.jsonl")))[1:] for folder in folders]
+    p = torch.tensor([[line["log_p"] for line in lines] for lines in by_seed], dtype=torch.float64).exp()
+    labels = torch.tensor([line["label"] for line in by_seed[0]])
+    together = row("lora:ensemble", "NLL in nats")
+    assert together.value == pytest.approx(float(-p.mean(0).log()[torch.arange(len(labels)), labels].mean()))
+    assert together.value < (row("lora", "NLL in nats", seed=0).value + row("lora", "NLL in nats", seed=1).value) / 2
+    assert {found.seed for found in rows if found.arm == "lora:ensemble"} == {None}
+    assert row("lora:ensemble", "NLL in nats", "temperature of validation").value > 0
+
+    passes = {found.arm for found in rows if found.condition == "3 passes with dropout"}
+    assert passes == {"dropped"}
+    assert row("dropped", "NLL in nats", "3 passes with dropout").value != row("dropped", "NLL in nats").value
+
+    outside = read_lines(next(folders[0].glob(f"test-*{Path(other).stem}*.jsonl")))[1:]
+    sure = [torch.tensor([max(line["log_p"]) for line in lines]) for lines in (by_seed[0], outside)]
+    larger = (sure[0][:, None] > sure[1]).double() + 0.5 * (sure[0][:, None] == sure[1]).double()
+    (found,) = [row for row in rows if (row.arm, row.seed) == ("lora", 0) and row.condition.startswith("against ")]
+    assert found.data == inside and found.value == pytest.approx(float(larger.mean()))
+    report = (run / "report.html").read_text()
+    assert "the mean probability of 2 trainings of lora; 2 passes for an answer" in report
+    dropout = next(path for path in (run / "arms" / "dropped").rglob("*films-test-dropout.jsonl"))
+    before = dropout.read_bytes()
+    assert main(["evaluate", str(run), "--quiet"]) == 0 and dropout.read_bytes() == before
+    dropout.unlink()
+    assert main(["evaluate", str(run), "--quiet"]) == 0 and dropout.read_bytes() == before, "passes draw the same masks"
+
+
 def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_path: Path) -> None:
     arms = {
         "s2ft": {"adapt": {"method": "s2ft", "options": {"ratio": 0.25}}},
@@ -569,6 +614,9 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
     ({"model.dtype": "fp8"}, "got 'fp8'"),
     ({"model.first_block": 3}, "model.first_block: 3; LlamaForCausalLM has blocks 0 to 2"),
     ({"evaluate.limit": 1}, "evaluate.limit is 1; it must be at least 2"),
+    ({"evaluate.ensembles": ["lorra"], "arms": {"lora": {}}}, "evaluate.ensembles: 'lorra'. Near: 'lora'"),
+    ({"evaluate.ensembles": ["lora"], "arms": {"lora": {}}}, "name two seeds or more"),
+    ({"evaluate.ood": ["elsewhere"]}, "evaluate.ood: 'elsewhere'."),
     ({"arms": {"frozen": {}}}, "'frozen' is the model before training"),
     ({"batch": 17}, "batch: 17, with 16 training rows"),
     ({"calibration": {"rows": 3}}, "calibration.data: names no set of texts"),

@@ -49,6 +49,8 @@ class EvaluationJob(ABC, Generic[Config]):
     names_tasks = False
     # Names of models that no arm trains, evaluated beside the arms.
     references: Sequence[str] = ()
+    # Those of them that are made of trained arms.
+    composed: Collection[str] = ()
     # The options of `vismt predict` that the job takes.
     predict_options: Collection[str] = ()
     # The attack of `vismt attack RUN` where none is named.
@@ -209,7 +211,7 @@ class EvaluationJob(ABC, Generic[Config]):
     def evaluate_references(self) -> None:
         """Score what no arm trains before the trainings, so that first numbers are soon there; `evaluate` reads the records."""
         self.check_evaluation(None)
-        for arm in self.references:
+        for arm in (arm for arm in self.references if arm not in self.composed):
             trainings = self.trainings(arm)
             self._print(arm, mean_scores([self.evaluate_one(training) for training in trainings]), len(trainings))
 

@@ -21,6 +21,7 @@ FROZEN = "frozen"  # name of the model before training
 RECOMMENDER = "sasrec"  # name of the recommender
 GRU = "gru4rec"
 BASELINES = (*ITEM_BASELINES, GRU)  # of the recommender
+ENSEMBLE = ":ensemble"  # ends the name of a model that averages the trainings of an arm
 RECOMMENDERS = (RECOMMENDER, *BASELINES)
 REFERENCES = (FROZEN, *RECOMMENDERS)  # models that no arm trains
 KIND = "recommendation"
@@ -186,6 +187,10 @@ class LmEvaluateConfig:
         temperature: also evaluate with the temperature that minimises the NLL on validation rows.
         laplace: also evaluate with a Laplace approximation around the trained head; it is Kronecker-factored, and the
             condition is named accordingly, where a linear head has more than 4,096 weights.
+        passes: also evaluate the mean probability of this many passes with the adapter's dropout, of arms that have one.
+        ensembles: arms whose trainings' mean probability is evaluated as a model of its own, "ARM:ensemble".
+        ood: evaluated sets of the trained task that come from elsewhere: how well the largest probability tells them from its
+            other sets, as AUROC.
         risk: also evaluate conformal sets and selective prediction (vismt.jobs.risk). With tune, half of the validation
             examples choose the rates and the other half give the thresholds.
         samples: without effect, as Bayesian heads answer without draws; run folders of earlier versions have it.
@@ -197,6 +202,9 @@ class LmEvaluateConfig:
     frozen: bool = True
     temperature: bool = False
     laplace: bool = False
+    passes: Annotated[int, within(0)] = 0
+    ensembles: list[str] = field(default_factory=list)
+    ood: list[str] = field(default_factory=list)
     risk: bool = False
     samples: int = 20
 

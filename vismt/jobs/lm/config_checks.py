@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, require_known
 from vismt.engine.parts import check_parts
 from vismt.engine.study import check_arms, resolve_arms
 from vismt.jobs.lm.config import (
@@ -41,6 +41,7 @@ def check(config: LmConfig) -> None:
             raise UserError(
                 f"arms.{arm_name}: {changed} must be the same for all arms: they share the recommender; leave it out."
             )
+    _check_probabilities(config)
     for task in config.tasks:
         if config.evaluate.split == "validation" and not (task.validation or task.validation_share):
             raise UserError(
@@ -100,6 +101,20 @@ def _check_trained_task(config: LmConfig) -> None:
         )
     if config.adapt is None and not task_of(trained).head:
         raise UserError(f"adapt: is null, and '{trained.kind}' has no head: nothing would be trained; name a method.")
+
+
+def _check_probabilities(config: LmConfig) -> None:
+    """Raise UserError for evaluations of probabilities that no task has, and names that they do not know."""
+    evaluate, trained = config.evaluate, trained_task(config)
+    for key in ("passes", "ensembles", "ood"):
+        if getattr(evaluate, key) and not task_of(trained).head:
+            raise UserError(
+                f"evaluate.{key}: needs the class probabilities of a head, and '{trained.kind}' has none; leave it out."
+            )
+    require_known("evaluate.ensembles:", evaluate.ensembles, list(resolve_arms(config)))
+    if evaluate.ensembles and len(config.seeds) < 2:
+        raise UserError("evaluate.ensembles: an ensemble is of several trainings; name two seeds or more.")
+    require_known("evaluate.ood:", evaluate.ood, trained.test)
 
 
 def _check_recommendation(config: LmConfig) -> None:

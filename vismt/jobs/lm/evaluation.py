@@ -17,18 +17,21 @@ from torch import Tensor, nn
 
 from vismt.base import console, ranks
 from vismt.base.errors import UserError
+from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
-from vismt.jobs.lm.config import FROZEN, RECOMMENDERS, REFERENCES, LmConfig, trained_task
+from vismt.jobs.image_scores import detection_score
+from vismt.jobs.lm.config import ENSEMBLE, FROZEN, RECOMMENDERS, REFERENCES, LmConfig, trained_task
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
 from vismt.jobs.output_conditions import LAPLACE, TEMPERED
 from vismt.jobs.risk import Thresholds, choice_measures, fit_thresholds, validation_parts
 from vismt.llm.net import LmNet
-from vismt.llm.tasks.base import Item, LmTask, Record, choices, gather, temperature_of, tempered
+from vismt.llm.tasks.base import Item, LmTask, Record, averaged_records, choices, gather, temperature_of, tempered
 from vismt.llm.tasks.recommendation import Recommendation
+from vismt.lowrank.layers.base import AdapterModule
 from vismt.report.results import Score
 from vismt.storage.lines import read_lines, write_lines
 from vismt.uncertainty.intervals import CLEAN, Condition
@@ -37,6 +40,7 @@ from vismt.uncertainty.last_layers import laplace_head, laplace_structure
 # Changes where rows get other scores than in earlier versions, whose records are then not used.
 SCORING, SCORING_WRITTEN = "2", "3"
 MEANS = Condition("means of the head", "variant", "means")
+DROPOUT = "dropout"  # the variant of records that are the mean of passes with dropout
 CHECKED_ROWS = 4
 """Rows of each set on which the merged LM is compared with the unmerged one, both without the cached states of frozen blocks."""
 
@@ -74,7 +78,28 @@ class Evaluation:
                         rows = f"{split} rows of {folds} folds"
                     unit = "users" if users else "rows"
                     scores.append(Score(task_name, name, f"{task.about}, {rows}", measure, condition, unit))
-        return scores
+        return scores + self._detection(training, split)
+
+    def _detection(self, training: Training, split: str) -> list[Score]:
+        """Return the AUROC of every set of evaluate.ood against every other set of the trained task."""
+        if split == "validation" or not self.config.evaluate.ood:
+            return []
+        task, outside = self.data.trained, [row_name(name) for name in self.config.evaluate.ood]
+        sure = {
+            name: {str(row["id"]): math.exp(max(row["log_p"])) for row in self._records(training, task, split, name)}
+            for name in self.data.names(task, split)
+        }
+        protocol = f"{self.data.tasks[task].about}, detection"
+        return [
+            detection_score(sure[name], sure[other], other, (task, name, protocol))
+            for other in outside
+            for name in sure
+            if name not in outside
+        ]
+
+    def members(self, arm: str) -> list[Training]:
+        """Return the trainings whose probabilities an ensemble averages; [] for another model."""
+        return self.study.trainings(arm.removesuffix(ENSEMBLE)) if arm.endswith(ENSEMBLE) else []
 
     def quality(self, training: Training) -> float:
         """Return the trained task's quality on the validation rows that choose rates."""
@@ -111,9 +136,15 @@ class Evaluation:
             return
         if self.config.evaluate.temperature:
             yield TEMPERED, tempered(records, self.temperature(training))
-        if self.config.evaluate.laplace and self.data.tasks[task].head and training.arm != FROZEN:
+        arm, passes = self.study.arms.get(training.arm), self.config.evaluate.passes
+        if arm is None:
+            return
+        if passes and arm.adapt is not None and arm.adapt.options.get("dropout"):
+            condition = Condition(f"{passes} passes with dropout", "variant", DROPOUT)
+            yield condition, self._records(training, task, split, name, DROPOUT)
+        if self.config.evaluate.laplace and self.data.tasks[task].head:
             classes = len(self.data.classes.tokens(self.models.tokenizer))
-            structure = laplace_structure(self.study.arms[training.arm].head.name, classes, self.models.width)
+            structure = laplace_structure(arm.head.name, classes, self.models.width)
             yield LAPLACE[structure], self._records(training, task, split, name, structure)
 
     def temperature(self, training: Training) -> float:
@@ -125,14 +156,17 @@ class Evaluation:
         names = self.data.names(task, "validation")
         return [record for name in names for record in self._records(training, task, "validation", name)]
 
-    def _records(self, training: Training, task: str, split: str, name: str, laplace: str = "") -> list[Record]:
+    def _records(self, training: Training, task: str, split: str, name: str, variant: str = "") -> list[Record]:
         """Return a record for each row, read from the training's folder where it was evaluated before.
 
-        laplace: structure of the Laplace approximation around the head, "" for the head itself.
+        variant: structure of a Laplace approximation around the head, DROPOUT, or "" for the net as it is.
         """
-        stem = record_stem(split, task, name) + ("-laplace" if laplace else "")
+        members = self.members(training.arm)
+        if members:
+            return averaged_records([self._records(member, task, split, name, variant) for member in members])
+        stem = record_stem(split, task, name) + ({"": "", DROPOUT: "-dropout"}.get(variant, "-laplace"))
         path = training.folder / "records" / f"{stem}.jsonl"
-        key = self._fingerprint(training, task, split, name, laplace)
+        key = self._fingerprint(training, task, split, name, variant)
         lines = ranks.on_first(lambda: read_lines(path, whole=True))
         if lines and lines[0].get("fingerprint") == key:
             _check_records(path, lines[1:])
@@ -141,21 +175,24 @@ class Evaluation:
         if training.arm in RECOMMENDERS:
             records = self._recommender().records(training.arm, items)
         else:
-            net = self._laplace(training) if laplace else self.net(training)
-            records = self._scored(net, self.data.tasks[task], items, f"{name} {training.arm} seed {training.seed}")
+            net = self._laplace(training) if variant not in ("", DROPOUT) else self.net(training)
+            score = self._dropped if variant == DROPOUT else self._scored
+            records = score(net, self.data.tasks[task], items, f"{name} {training.arm} seed {training.seed}")
         order = {item.id: place for place, item in enumerate(items)}
         records.sort(key=lambda record: order[record["id"]])
         path.parent.mkdir(parents=True, exist_ok=True)
         ranks.on_first(lambda: write_lines(path, [{"fingerprint": key}, *records]))
         return records
 
-    def _fingerprint(self, training: Training, task: str, split: str, name: str, laplace: str) -> list[str | int]:
+    def _fingerprint(self, training: Training, task: str, split: str, name: str, variant: str) -> list[str | int]:
         """Return the digests of the rows and weights that records belong to, and the way of scoring."""
         weights = "" if training.arm in REFERENCES else fingerprint(training)
         if training.arm in RECOMMENDERS:
             weights = self._recommender().fingerprint(training.arm)
         # An earlier Laplace approximation around VBLL dropped its noise as well; records of it name no structure.
-        around = f"{self.data.training_fingerprint()} {laplace}" if laplace else ""
+        around = f"{self.data.training_fingerprint()} {variant}" if variant else ""
+        if variant == DROPOUT:
+            around = f"{self.config.evaluate.passes} passes"
         scoring = SCORING if self.data.tasks[task].reads else SCORING_WRITTEN
         return [self.data.fingerprint(task, split, name), weights, scoring, around]
 
@@ -171,6 +208,18 @@ class Evaluation:
         chunks = self._chunks(shown)
         parts = ranks.share(chunks, lambda chunk: task.score(net, self.batch(chunk, net), chunk))
         return [record for part in console.track(parts, "eval", label, len(chunks)) for record in part]
+
+    def _dropped(self, net: LmNet, task: LmTask, items: Sequence[Item], label: str) -> list[Record]:
+        """Return records of the mean probability over `evaluate.passes` passes with dropout in the adapter."""
+        layers, parts = [module for module in net.lm.modules() if isinstance(module, AdapterModule)], []
+        with torch.random.fork_rng():
+            for number in range(self.config.evaluate.passes):
+                torch.manual_seed(number)
+                for layer in layers:
+                    layer.train()
+                parts.append(self._scored(net, task, items, f"{label}, pass {number + 1}"))
+        net.eval()
+        return averaged_records(parts)
 
     def _laplace(self, training: Training) -> LmNet:
         """Return the net of a training with the Laplace approximation in place of its head."""

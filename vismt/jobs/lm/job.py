@@ -25,7 +25,16 @@ from vismt.engine.study import Training
 from vismt.jobs.calibration import Calibrations
 from vismt.jobs.graphs import Graph, text_graph
 from vismt.jobs.lm import models as lm_models
-from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends, task_of, trained_task
+from vismt.jobs.lm.config import (
+    ENSEMBLE,
+    FROZEN,
+    RECOMMENDER,
+    LmCalibrationConfig,
+    LmConfig,
+    recommends,
+    task_of,
+    trained_task,
+)
 from vismt.jobs.lm.config_checks import check
 from vismt.jobs.lm.data import ItemBatches, LmData
 from vismt.jobs.lm.evaluation import Evaluation
@@ -80,7 +89,8 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         if recommends(config):
             baselines = [] if config.recommender is None else config.recommender.baselines
             references += [RECOMMENDER, *dict.fromkeys(baselines)]
-        self.references = references
+        self.composed = [f"{arm}{ENSEMBLE}" for arm in config.evaluate.ensembles]
+        self.references = [*references, *self.composed]
         self.calibrations = Calibrations(folder)
         self._folds: dict[int, Fold] = {}
 
@@ -120,6 +130,12 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         if arm not in self.references or trained_task(self.config).folds == 1:
             return found
         return [replace(found[0], seed=seed, folder=found[0].folder / f"seed-{seed}") for seed in self.study.seeds]
+
+    def described(self, arm: str) -> str:
+        if arm.endswith(ENSEMBLE):
+            count, of = len(self.study.seeds), arm.removesuffix(ENSEMBLE)
+            return f"the mean probability of {count} trainings of {of}; {count} passes for an answer"
+        return super().described(arm)
 
     @property
     def predict_options(self) -> set[str]:  # type: ignore[override]  # the other jobs have a constant

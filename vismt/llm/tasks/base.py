@@ -290,6 +290,21 @@ def temperature_of(records: Sequence[Record]) -> float:
     return fit_temperature(logs.clamp_min(ABSENT), labels)
 
 
+def averaged_records(parts: Sequence[Sequence[Record]]) -> list[Record]:
+    """Return records with the mean probability of several passes or models over the same rows."""
+    return [
+        {
+            **{key: value for key, value in rows[0].items() if key != "mean_log_p"},
+            "log_p": (
+                torch.tensor([row["log_p"] for row in rows], dtype=torch.float64).logsumexp(0) - math.log(len(rows))
+            )
+            .clamp_max(0)
+            .tolist(),
+        }
+        for rows in zip(*parts, strict=True)
+    ]
+
+
 def tempered(records: Sequence[Record], temperature: float) -> list[Record]:
     """Return the records with log-probabilities of softmax(log_p / T)."""
     return [
