@@ -47,14 +47,14 @@ def saved_activation_bytes(model: nn.Module, forward: Callable[[], object]) -> i
     sizes: dict[tuple[str, int], int] = {}
     alive: list[Tensor] = []
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
         key = _storage(tensor)
         if key not in of_model and key not in sizes:
             sizes[key] = tensor.untyped_storage().nbytes()
             alive.append(tensor.detach())
-        return tensor
+        # Not the tensor: an output that its own node saves would keep the graph and the model alive for ever.
 
-    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda nothing: nothing):
         output = forward()
     del output
     return sum(sizes.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -269,3 +270,14 @@ def test_a_compiled_model_is_refused() -> None:
     model.blocks[0].compile(backend="eager")
     with pytest.raises(UserError, match=r"torch\.compile recomputes"), vismt.recompute(model):
         pass
+
+
+def test_a_forward_pass_without_a_backward_pass_frees_its_graph() -> None:
+    """Softmax and sigmoid save their outputs; kept with their graph these would be in a cycle that nothing collects."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Softmax(1), nn.Linear(4, 2), nn.Sigmoid())
+    weight = weakref.ref(model[0].weight)
+    with vismt.recompute(model):
+        loss = model(torch.rand(3, 4)).sum()
+    del model, loss
+    gc.collect()
+    assert weight() is None

@@ -153,7 +153,8 @@ class _Calls(TorchFunctionMode):
         storage = _storage(tensor)
         view = self._computed(storage, tensor)
         if view is None or self._is_kept(storage):
-            return self._keep(storage, _Kept(tensor))
+            # Without its graph: an output that its own node saves would otherwise keep the graph alive for ever.
+            return self._keep(storage, _Kept(tensor.detach()))
         for part in view.call.use():
             self._keep(_storage(part.tensor), part)
         return view

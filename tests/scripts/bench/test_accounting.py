@@ -1,5 +1,9 @@
 """Counts against sums by hand: weights, gradients, saved activations, optimiser state, peak."""
 
+import gc
+import weakref
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -164,3 +168,12 @@ def test_peak_sees_the_backward_pass_and_the_state_of_the_first_step():
 def test_unknown_kind():
     with pytest.raises(UserError, match=r"no kind 'adamW'\. Near: .*'adamw'"):
         optimizer_bytes_formula([], "adamW")
+
+
+def test_what_was_counted_is_freed():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Softmax(1))
+    weight = weakref.ref(model[0].weight)
+    saved_activation_bytes(model, partial(model, torch.rand(3, 4)))
+    del model
+    gc.collect()
+    assert weight() is None
