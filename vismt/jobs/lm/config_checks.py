@@ -111,10 +111,15 @@ def _check_probabilities(config: LmConfig) -> None:
             raise UserError(
                 f"evaluate.{key}: needs the class probabilities of a head, and '{trained.kind}' has none; leave it out."
             )
-    require_known("evaluate.ensembles:", evaluate.ensembles, list(resolve_arms(config)))
+    arms = resolve_arms(config)
+    if evaluate.passes and not any(arm.adapt and arm.adapt.options.get("dropout") for arm in arms.values()):
+        raise UserError("evaluate.passes: no arm has dropout; set adapt.options.dropout in one.")
+    require_known("evaluate.ensembles:", evaluate.ensembles, list(arms))
     if evaluate.ensembles and len(config.seeds) < 2:
         raise UserError("evaluate.ensembles: an ensemble is of several trainings; name two seeds or more.")
     require_known("evaluate.ood:", evaluate.ood, trained.test)
+    if evaluate.ood and not trained.test_share and not set(trained.test) - set(evaluate.ood):
+        raise UserError(f"evaluate.ood: names every test set of '{trained.name}'; leave out the one from here.")
 
 
 def _check_recommendation(config: LmConfig) -> None:

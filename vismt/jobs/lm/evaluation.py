@@ -211,12 +211,12 @@ class Evaluation:
 
     def _dropped(self, net: LmNet, task: LmTask, items: Sequence[Item], label: str) -> list[Record]:
         """Return records of the mean probability over `evaluate.passes` passes with dropout in the adapter."""
-        layers, parts = [module for module in net.lm.modules() if isinstance(module, AdapterModule)], []
+        for module in net.lm.modules():
+            module.train(isinstance(module, AdapterModule))
+        parts = []
         with torch.random.fork_rng():
             for number in range(self.config.evaluate.passes):
                 torch.manual_seed(number)
-                for layer in layers:
-                    layer.train()
                 parts.append(self._scored(net, task, items, f"{label}, pass {number + 1}"))
         net.eval()
         return averaged_records(parts)
