@@ -17,7 +17,7 @@ from vismt.report.study_rows import read_study, studies
 PAPERS = read_claims()
 EVIDENCE = [evidence for paper in PAPERS for claim in paper.claims for evidence in claim.shown]
 STUDIED = [evidence for evidence in EVIDENCE if evidence.study]
-NOT_RUN = 18  # verdicts of studies that were not run, which may only become fewer
+NOT_RUN = 16  # verdicts of studies that were not run, which may only become fewer
 
 
 def test_every_claim_has_evidence_and_is_stated_once() -> None:
@@ -61,4 +61,5 @@ def test_differences_of_claims_are_kept_with_a_study(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tables, "study_of", lambda run, pairs: asked.extend(pairs) or rows)
     monkeypatch.setattr(tables, "write_study", lambda path, study: None)
     tables.add(Path("run"), "polar_rank")
-    assert asked == [(evidence.arm, evidence.minus) for _, evidence in of_study(PAPERS, "polar_rank")] and asked
+    claimed = {(evidence.arm, evidence.minus) for _, evidence in of_study(PAPERS, "polar_rank")}
+    assert claimed and claimed <= set(asked)
