@@ -584,6 +584,21 @@ def test_several_passes_are_averaged_and_other_texts_detected(home, tmp_path: Pa
     assert main(["evaluate", str(run), "--quiet"]) == 0 and dropout.read_bytes() == before, "passes draw the same masks"
 
 
+def test_evaluations_of_probabilities_need_them(home, tmp_path: Path, capsys) -> None:
+    config = settings(home)
+    everything = {**config, "evaluate": {"ood": config["tasks"][0]["test"]}}
+    causal = {**config["tasks"][1], "train": [home["stories"]], "test": [], "test_share": 0.5}
+    for case, words in (
+        (everything, "evaluate.ood: names every test set of"),
+        (
+            {**config, "tasks": [causal], "evaluate": {"passes": 4}},
+            "evaluate.passes: needs the class probabilities of a head",
+        ),
+    ):
+        assert main(["train", str(write(tmp_path, case)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
 def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_path: Path) -> None:
     arms = {
         "s2ft": {"adapt": {"method": "s2ft", "options": {"ratio": 0.25}}},

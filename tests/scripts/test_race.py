@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,15 @@ def test_differences_to_the_best_arm_of_each_column_are_kept(known, monkeypatch:
     monkeypatch.setattr(race, "study_of", lambda run: study(row("lora", 0.62), row("full", 0.61), *NLL))
     assert race.pairs(Path("run"), "race_a+mine") == [("lora", "full"), ("full", "lora")]
     assert race.pairs(Path("run"), "emtal_small") == []
+
+
+def test_measured_memory_is_kept_beside_that_of_other_studies(known, monkeypatch: pytest.MonkeyPatch) -> None:
+    known(race_a=study(row("lora", 0.6), row("full", 0.61), *NLL))
+    race.MEMORY.write_text('{"race_b": {"lora": 1}}')
+    monkeypatch.setattr(race, "step_memory", lambda config: {"lora": 3 * 2**20, config: 0})
+    assert race.main(["--memory", "race_a"]) == 0
+    assert json.loads(race.MEMORY.read_text()) == {"race_b": {"lora": 1}, "race_a": {"lora": 3 * 2**20, "race/a": 0}}
+    assert "| lora | 60.0 ± 2.0 ≈ | 1.200 ± 0.020 | – | 3 | – |" in race.PAGE.read_text()
 
 
 @pytest.mark.parametrize("job", ["multitask", "fewshot"])

@@ -150,29 +150,6 @@ def neighbour_classes(features: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-@torch.no_grad()
-def neighbour_answers(
-    features: Callable[[Tensor], Tensor], batches: InOrder, path: Path, settings: dict[str, object], label: str
-) -> dict[str, float]:
-    """Return by id 1 where the neighbours of an image have its class, else 0; a set on record is not evaluated again.
-
-    features: images -> (b, d). settings: what the records in `path` depend on. label: of the progress bar.
-    """
-    log, names = Records(path, settings, {"right": SHARE}, key="id"), batches.images.ids
-
-    def run(number: int) -> Tensor:
-        return features(batches[number][0].to(runtime.processes().device)).cpu()
-
-    with log:
-        if not all(name in log for name in names):
-            parts = ranks.share(range(len(batches)), run)
-            rows = torch.cat(list(console.track(parts, "eval", label, len(batches))))
-            right = (neighbour_classes(rows, batches.labels) == batches.labels).double().tolist()
-            for name, value in zip(names, right, strict=True):
-                log.add({"id": name, "right": value})
-    return {name: log[name]["right"] for name in names}
-
-
 def detection_score(
     inside: Mapping[str, float], outside: Mapping[str, float], name: str, names: tuple[str, str, str]
 ) -> Score:

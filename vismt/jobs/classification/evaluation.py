@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from vismt.engine.study import Study, Training
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet, replace_head, stored
-from vismt.jobs.image_scores import confidences, detection_score, image_scores, neighbour_answers
+from vismt.jobs.image_scores import confidences, detection_score, image_scores, neighbour_classes
 from vismt.jobs.output_conditions import ADJUSTED, LAPLACE, TAUS, TEMPERED, fitted_once
 from vismt.jobs.predictions import Softmax
 from vismt.jobs.risk import Thresholds, fit_thresholds, halves, thresholds_file, validation_parts
@@ -66,6 +67,13 @@ class FittedOutputs:
     temperature: list[float] | float
     tau: float
     n: int
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """1 for each image, by id, whose neighbours have its class, 0 for the others."""
+
+    right: dict[str, float]
 
 
 class Evaluation:
@@ -255,18 +263,11 @@ class Evaluation:
     @torch.no_grad()
     def _laplace_net(self, net: PixelNet, label: str, trained_tasks: Sequence[str]) -> PixelNet:
         """Return a copy of a net with the approximation, fitted to its training images and tuned on validation images."""
-        device = runtime.processes().device
-
-        def features(images: Gathered, what: str) -> list[Tensor]:
-            with stored(images) as marked:
-                batches = InOrder(marked, self.config.evaluate.batch)
-                tracked = console.track(batches, "eval", f"{what} for Laplace of {label}", len(batches))
-                return [net.features(part.to(device)) for part, _, _ in tracked]
-
+        device, what = runtime.processes().device, f"images for Laplace of {label}"
         parts = [self.data.part(number, "validation") for number in range(len(self.data.union.tasks))]
-        validation = torch.cat([rows for part in parts for rows in features(part, "validation images")])
+        validation = torch.cat([rows for part in parts for rows in self._features(net, part, f"validation {what}")])
         labels = torch.cat([part.labels for part in parts]).to(device)
-        training = features(self.data.training(trained_tasks), "training images")
+        training = self._features(net, self.data.training(trained_tasks), f"training {what}")
         posterior = copy.deepcopy(net)
         replace_head(posterior.stock, laplace_head(net.head, training, (validation, labels)))
         return posterior.eval().to(device)
@@ -298,17 +299,27 @@ class Evaluation:
     def neighbours(self, net: PixelNet, training: Training, records: Path) -> list[Score]:
         """Return the k-NN accuracy of every set of evaluate.neighbours in the features of a net."""
         scores = []
-        for name in self.config.evaluate.neighbours:
-            with stored(self.data.outside(name)) as images:
-                right = neighbour_answers(
-                    net.features,
-                    InOrder(images, self.config.evaluate.batch),
-                    records / f"{record_stem('neighbours', row_name(name), training.arm)}.jsonl",
-                    {"data": name, "fingerprint": net.fingerprint()},
-                    f"neighbours in {row_name(name)}, {training.arm} seed {training.seed}",
-                )
-            scores.append(Score(TASK, row_name(name), "features", Measure("k-NN accuracy", right, counts=True), CLEAN))
+        for entry in self.config.evaluate.neighbours:
+            name = row_name(entry)
+            path = records / f"{record_stem('neighbours', name, training.arm)}.json"
+            fit = partial(self._neighbours, net, entry, f"neighbours in {name}, {training.arm} seed {training.seed}")
+            right = fitted_once(path, Neighbours, f"{net.fingerprint()} {entry}", fit).right
+            scores.append(Score(TASK, name, "features", Measure("k-NN accuracy", right, counts=True), CLEAN))
         return scores
+
+    def _neighbours(self, net: PixelNet, entry: str, label: str) -> Neighbours:
+        images = self.data.outside(entry)
+        features = torch.cat(self._features(net, images, label)).cpu()
+        right = neighbour_classes(features, images.labels) == images.labels
+        return Neighbours(dict(zip(images.ids, right.double().tolist(), strict=True)))
+
+    def _features(self, net: PixelNet, images: Gathered, label: str) -> list[Tensor]:
+        """Return the features (b, d) of each batch of images, on the device of this process."""
+        device = runtime.processes().device
+        with stored(images) as marked:
+            batches = InOrder(marked, self.config.evaluate.batch)
+            tracked = console.track(batches, "eval", label, len(batches))
+            return [net.features(part.to(device)) for part, _, _ in tracked]
 
     @torch.no_grad()
     def outputs(self, merged: PixelNet, plain: PixelNet) -> Iterable[tuple[str, Tensor, Tensor, bool]]:

@@ -292,17 +292,9 @@ def temperature_of(records: Sequence[Record]) -> float:
 
 def averaged_records(parts: Sequence[Sequence[Record]]) -> list[Record]:
     """Return records with the mean probability of several passes or models over the same rows."""
-    return [
-        {
-            **{key: value for key, value in rows[0].items() if key != "mean_log_p"},
-            "log_p": (
-                torch.tensor([row["log_p"] for row in rows], dtype=torch.float64).logsumexp(0) - math.log(len(rows))
-            )
-            .clamp_max(0)
-            .tolist(),
-        }
-        for rows in zip(*parts, strict=True)
-    ]
+    logs = torch.tensor([[row["log_p"] for row in part] for part in parts], dtype=torch.float64)
+    means = (logs.logsumexp(0) - math.log(len(parts))).clamp_max(0).tolist()
+    return [{"id": row["id"], "label": row["label"], "log_p": mean} for row, mean in zip(parts[0], means)]
 
 
 def tempered(records: Sequence[Record], temperature: float) -> list[Record]:

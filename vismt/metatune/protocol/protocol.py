@@ -133,13 +133,14 @@ def run_protocol(
         "conditions": ["clean", *conditions],
         "attacks": [dict(attack.settings()) for attack in attacks],
     }
-    # Records without them do not name them.
-    settings |= {"probabilities": True} if probabilities else {}
-    settings |= {} if temperature is None else {"temperature": temperature}
-    settings |= {"ood": list(outside)} if outside else {}
-    certified = [] if smoothing is None else [*smoothing.levels()]
-    settings |= {} if smoothing is None else smoothing.settings()
-    abstained = [] if smoothing is None else [smoothing.label]
+    further = {"probabilities": probabilities or None, "temperature": temperature, "ood": list(outside) or None}
+    settings |= {
+        name: value for name, value in further.items() if value is not None
+    }  # records without them do not name them
+    certified, abstained = [], []
+    if smoothing is not None:
+        settings |= smoothing.settings()
+        certified, abstained = [*smoothing.levels()], [smoothing.label]
     shares = ["clean", *conditions, *worst, *outside, *certified, *abstained]
     columns = {**dict.fromkeys(shares, SHARE), **quality_fields(forms)}
     lost = {name: lost_field(name) for name in conditions}
