@@ -373,7 +373,7 @@ def test_neighbours_in_the_features_show_what_is_kept(tmp_path: Path) -> None:
     path = write(tmp_path, tasks=TASKS[:1], train={"steps": 4, "lr": 3.0e-2}, **changes)
     folder = run_config(path)
     rows = [row for row in read_results(folder / "results.jsonl") if row.metric == "k-NN accuracy"]
-    assert {row.data for row in rows} == {"photo_crops"} and {row.n for row in rows} == {
+    assert {row.data for row in rows} == {"photo_crops:test"} and {row.n for row in rows} == {
         len(open_images("photo_crops", "test"))
     }
     by_arm = {arm: {row.seed: row.value for row in rows if row.arm == arm} for arm in arms}

@@ -95,7 +95,7 @@ class Identity:
             self._put("again", self._seen[id(value)][0])
         elif id(value) not in self._skip:
             self._seen[id(value)] = len(self._seen), value
-            next(add for kinds, add in ADDERS if isinstance(value, kinds))(self, value)
+            _adder(type(value))(self, value)
 
     # ---- values -------------------------------------------------------------------------------------------------------
 
@@ -122,7 +122,8 @@ class Identity:
         for name, value in settings.items():
             if callable(value) and callable(getattr(type(module), name, None)):
                 self.foreign = self.foreign or f"{type(module).__name__}.{name}"
-        hooks = [list(state[name].values()) for name in HOOKS]  # without the numbers by which torch finds them
+        # Without the numbers by which torch finds them.
+        hooks = {name: list(state[name].values()) for name in HOOKS if state[name]}
         self._each("module", type(module), settings, hooks)
         for kind in ("_parameters", "_buffers", "_modules"):
             self._each(kind, *(part for pair in state[kind].items() for part in pair))
@@ -145,13 +146,14 @@ class Identity:
         if hasattr(value, "tobytes") and (hasattr(value, "dtype") or hasattr(value, "getexif")):
             self._array(value)
             return
+        state: dict[str, Any] = {}
         if type(value) not in CONTAINERS:
             self._add(type(value))
-        state = dict(getattr(value, "__dict__", {}))
-        for base in type(value).__mro__:
-            slots = base.__dict__.get("__slots__", ())
-            names = (slots,) if isinstance(slots, str) else slots
-            state |= {name: getattr(value, name) for name in names if name != "__dict__" and hasattr(value, name)}
+            state |= getattr(value, "__dict__", {})
+            for base in type(value).__mro__:
+                slots = base.__dict__.get("__slots__", ())
+                names = (slots,) if isinstance(slots, str) else slots
+                state |= {name: getattr(value, name) for name in names if name != "__dict__" and hasattr(value, name)}
         if isinstance(value, Mapping):
             self._each("items", *(part for pair in value.items() for part in pair))
         elif isinstance(value, AbstractSet):
@@ -254,6 +256,11 @@ ADDERS: tuple[tuple[Any, Any], ...] = (
     (NO_CONTENT, lambda self, value: self._put(type(value).__name__)),
     (object, Identity._object),
 )
+
+
+@functools.cache
+def _adder(kind: type) -> Any:
+    return next(add for kinds, add in ADDERS if issubclass(kind, kinds))
 
 
 def weights_digest(module: nn.Module) -> str:
