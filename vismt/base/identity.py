@@ -95,7 +95,7 @@ class Identity:
             self._put("again", self._seen[id(value)][0])
         elif id(value) not in self._skip:
             self._seen[id(value)] = len(self._seen), value
-            _adder(type(value))(self, value)
+            _adder(value.__class__)(self, value)
 
     # ---- values -------------------------------------------------------------------------------------------------------
 
