@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from helpers.amt_parts import adapted, episode
 from helpers.language_models import random_lm, tokens
 from helpers.tiny import images, shake, tiny_vit
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vismt
 from scripts.bench.accounting import kept_bytes
 from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.config.sections import TrainConfig
-from vismt.engine import blocks, loop
+from vismt.engine import blocks, loop, runtime
 from vismt.engine.blocks import find_blocks, running_blocks
 from vismt.metatune.amt.objective import AdversarialObjective, Adversary
 from vismt.metatune.maml import LinearLearner, MamlObjective, MamlSettings
@@ -78,8 +79,9 @@ def trained(folder: Path, name: str, **options: object) -> dict[str, Tensor]:
     make, batches = OBJECTIVES[name]
     objective = make()
     config = TrainConfig(steps=2, lr=1e-2, accumulate=2, log_every=1, **options)
-    loop.train(objective, batches, config, folder, "hash", Accelerator(cpu=True), seed=3)
-    assert not any("forward" in module.__dict__ or module._compiled_call_impl for module in objective.modules())
+    loop.train(objective, batches, config, folder, "hash", runtime.accelerator(config.precision), seed=3)
+    parts = list(objective.modules())[1:]  # accelerate replaces the objective's own forward under bf16
+    assert not any("forward" in module.__dict__ or module._compiled_call_impl for module in parts)
     return {name: p.detach() for name, p in objective.named_parameters() if p.requires_grad}
 
 
@@ -97,6 +99,48 @@ def test_checkpointed_blocks_keep_their_inputs_alone() -> None:
     with running_blocks(model, TrainConfig(checkpointing=True)):
         assert kept_bytes(lambda: model(0)["loss"]) < plain / 3
     assert kept_bytes(lambda: model(0)["loss"]) == plain
+
+
+class Operations(TorchDispatchMode):
+    """Lists the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels of a CPU")
+def test_short_attention_in_bf16_is_computed_by_its_products() -> None:
+    q, k, v = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
+    long = torch.randn(1, 1, blocks.SHORT + 1, 8, requires_grad=True)
+
+    def fused(*parts: Tensor, **options: object) -> tuple[bool, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16), Operations() as seen:
+            out = scaled_dot_product_attention(*parts, **options)
+        return any("attention" in name for name in seen.names), out
+
+    everywhere, expected = fused(q, k, v)
+    with running_blocks(nn.Linear(2, 2), TrainConfig(precision="bf16")):
+        by_kernel, out = fused(q, k, v)
+        assert everywhere and not by_kernel and out.dtype == expected.dtype == torch.bfloat16
+        assert fused(long, long, long)[0] and fused(q, k, v, is_causal=True)[0]
+        with torch.no_grad():
+            assert fused(q, k, v)[0]
+    with running_blocks(nn.Linear(2, 2), TrainConfig()):
+        assert fused(q, k, v)[0]
+    gradients = [torch.autograd.grad(each.square().sum(), (q, k, v)) for each in (out, expected)]
+    for found, known in zip((out, *gradients[0]), (expected, *gradients[1]), strict=True):
+        torch.testing.assert_close(found, known, atol=4 * torch.finfo(torch.bfloat16).eps, rtol=0.05)
+
+
+def test_checkpointed_blocks_in_bf16_train_as_plain_ones(tmp_path: Path) -> None:
+    plain = trained(tmp_path / "plain", "weight attack", precision="bf16")
+    saved = trained(tmp_path / "saved", "weight attack", precision="bf16", **SAVING["both"])
+    assert all(torch.equal(value, saved[key]) for key, value in plain.items())
 
 
 @pytest.mark.slow
