@@ -142,14 +142,16 @@ def section(name: str, draw: bool) -> str:
         raise UserError(f"race: study '{name}' has no row for the columns {absent}; see {ROWS}/race.yaml.")
     costs = {arm: cost for study in reversed(of) for arm, cost in study.about.costs.items()}
     memory = json.loads(MEMORY.read_text()).get(name, {}) if MEMORY.exists() else {}
-    lines = [f"| {' | '.join(('Arm', *columns, 'trained', 'MiB', 'ms a step'))} |", "|" + "---|" * (len(columns) + 4)]
+    heads = ("Arm", *columns, "rate", "trained", "MiB", "ms a step")
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for arm in dict.fromkeys(arm for entries in columns.values() for arm in entries):
         cells = [_cell(arm, entries) for entries in columns.values()]
         cost = costs.get(arm, {})
+        rate = f"{cost['lr']:g}" if "lr" in cost else "–"
         trained = f"{cost['trained']:,.0f}" if "trained" in cost else "–"
         step = f"{1000 * cost['seconds_a_step']:.0f}" if "seconds_a_step" in cost else "–"
         peak = f"{memory[arm] / 2**20:,.0f}" if arm in memory else "–"
-        lines.append(f"| {' | '.join((arm, *cells, trained, peak, step))} |")
+        lines.append(f"| {' | '.join((arm, *cells, rate, trained, peak, step))} |")
     entry = next(iter(next(iter(columns.values())).values()))
     kinds = dict.fromkeys(
         interval_kind_text(entry.row.interval) for arms in columns.values() for entry in arms.values()

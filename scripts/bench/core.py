@@ -1,9 +1,10 @@
 """`scripts.bench core`: forward and backward of a LoRA r=16 on every linear, against peft, full fine-tuning and the floor.
 
-Two random models: timm vit_small_patch16_224, batch 8 x 3 x 224 x 224, and a Llama of hidden 512, 8 layers, ffn 1376,
-vocabulary 2048, batch 4 x 128 tokens. Saved activations are the storages that a forward pass creates and keeps for the
+Random models: timm vit_small_patch16_224, batch 8 x 3 x 224 x 224 and 32 x 3 x 48 x 48, and a Llama of hidden 512, 8 layers,
+ffn 1376, vocabulary 2048, batch 4 x 128 tokens. Saved activations are the storages that a forward pass creates and keeps for the
 backward pass. The floor trains the head alone. recompute: under `vismt.recompute`. compile: blocks under torch.compile.
-bf16: frozen weights in bfloat16, factors (peft's by its default, autocast_adapter_dtype) and the head in float32.
+bf16: frozen weights in bfloat16, factors (peft's by its default, autocast_adapter_dtype) and the head in float32, ours under
+`running_blocks`, as runs train.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from scripts.bench.accounting import kept_bytes, saved_activation_bytes
 from scripts.bench.activations import Decoder
 from scripts.bench.timing import SAVED, Ratios, interleave
 from vismt.base.errors import UserError
-from vismt.engine.blocks import check_compile, compile_blocks, find_blocks
+from vismt.config.sections import TrainConfig
+from vismt.engine.blocks import check_compile, compile_blocks, find_blocks, running_blocks
 from vismt.lowrank.recompute import recompute
 from vismt.methods import adapt
 
@@ -37,10 +39,11 @@ Step = Callable[[], Tensor]
 
 
 def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
-    """Measure both models."""
+    """Measure all models."""
     where = torch.device(device)
     return [
-        compare("timm ViT-S/16, 8 x 224 px", *_vit(where), rounds, where, (0.95, 0.65)),
+        compare("timm ViT-S/16, 8 x 224 px", *_vit(where, 8, 224), rounds, where, (0.95, 0.65)),
+        compare("timm ViT-S/16, 32 x 48 px", *_vit(where, 32, 48), rounds, where, (0.95, 0.65)),
         compare("Llama 512 x 8, 4 x 128 tokens", *_llama(where), rounds, where, (0.97, 0.70)),
     ]
 
@@ -61,6 +64,7 @@ def compare(
     check_compile(model)
     variants = _variants(model, head)
     losses = {name: _recomputed(loss) if name.endswith("recompute") else loss for name in variants}
+    losses |= {name: _as_trained(losses[name]) for name in (HALF, HALF_RECOMPUTE)}
     saved = {name: kept_bytes(partial(losses[name], variants[name])) for name in variants}
     compiled = copy.deepcopy(variants[LORA])
     compile_blocks(find_blocks(compiled))
@@ -86,6 +90,14 @@ def _recomputed(loss: Loss) -> Loss:
             return loss(model)
 
     return recomputed
+
+
+def _as_trained(loss: Loss) -> Loss:
+    def trained(model: nn.Module) -> Tensor:
+        with running_blocks(model, TrainConfig(precision="bf16")):
+            return loss(model)
+
+    return trained
 
 
 def _variants(model: nn.Module, head: str) -> dict[str, nn.Module]:
@@ -142,12 +154,13 @@ def _in_float(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ..
     return tuple(value.float() for value in inputs)
 
 
-def _vit(device: torch.device) -> tuple[nn.Module, Loss, str]:
+def _vit(device: torch.device, batch: int, size: int) -> tuple[nn.Module, Loss, str]:
     import timm
 
     torch.manual_seed(0)
-    model = timm.create_model("vit_small_patch16_224").to(device).train()
-    images, labels = torch.randn(8, 3, 224, 224, device=device), torch.randint(0, 1000, (8,), device=device)
+    model = timm.create_model("vit_small_patch16_224", img_size=size).to(device).train()
+    images = torch.randn(batch, 3, size, size, device=device)
+    labels = torch.randint(0, 1000, (batch,), device=device)
 
     def loss(variant: Any) -> Tensor:
         return nn.functional.cross_entropy(variant(images.to(variant.patch_embed.proj.weight.dtype)), labels)

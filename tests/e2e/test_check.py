@@ -64,6 +64,12 @@ def rerun(committed: Path, toy: Callable[..., Path]) -> Path:
     return next((committed / "others" / "runs").iterdir())
 
 
+def test_rows_have_what_a_training_took(committed: Path) -> None:
+    costs = read_study(committed / "rows" / "toy.jsonl").about.costs
+    assert list(costs) == ["relu", "gelu"] and {cost["lr"] for cost in costs.values()} == {0.03}
+    assert all(cost["trained"] > 0 for cost in costs.values())
+
+
 def test_other_seeds_are_inside_whose_rows_are_found(rerun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(rerun)]) == 0
     lines = capsys.readouterr().out.splitlines()

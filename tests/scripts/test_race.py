@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from helpers.results import result
 from helpers.tiny_runs import CONFIGS, written
 
 from scripts import race, tables
+from vismt.cli import main
 from vismt.report.arm_figures import Point, frontier
-from vismt.report.study_rows import About, StudyRow, StudyRows
+from vismt.report.reproduction import verdicts
+from vismt.report.study_rows import About, StudyRow, StudyRows, study_of
 
 SPEC = {
     "race_a": {"title": "A", "config": "race/a", "columns": {"acc %": {"metric": "accuracy"}, "NLL": {"metric": "NLL"}}}
@@ -27,7 +30,7 @@ def row(arm: str, value: float, half: float = 0.02, **changes: Any) -> StudyRow:
 
 
 def study(*rows: StudyRow, **costs: float) -> StudyRows:
-    made = {arm: {"trained": trained, "seconds_a_step": 0.25} for arm, trained in costs.items()}
+    made = {arm: {"trained": trained, "seconds_a_step": 0.25, "lr": 1e-3} for arm, trained in costs.items()}
     return StudyRows(About("t", "c", "hash", {}, [], "", "CPU", {}, "", "", 1.0, costs=made), list(rows))
 
 
@@ -64,9 +67,9 @@ def test_best_ties_and_costs(known) -> None:
     race.MEMORY.write_text('{"race_a": {"lora": 2097152}}')
     assert race.main([]) == 0 and race.main(["--check"]) == 0
     text = race.PAGE.read_text()
-    assert "| lora | 60.0 ± 2.0 ≈ | 1.200 ± 0.020 | 1,000 | 2 | 250 |" in text
-    assert "| full | **61.0 ± 2.0** ★ | **1.000 ± 0.020** ★ | 9,000 | – | 250 |" in text
-    assert "| ia3 | 50.0 ± 2.0 | – | – | – | – |" in text
+    assert "| lora | 60.0 ± 2.0 ≈ | 1.200 ± 0.020 | 0.001 | 1,000 | 2 | 250 |" in text
+    assert "| full | **61.0 ± 2.0** ★ | **1.000 ± 0.020** ★ | 0.001 | 9,000 | – | 250 |" in text
+    assert "| ia3 | 50.0 ± 2.0 | – | – | – | – | – |" in text
     assert (race.PAGE.with_name("race_a.svg")).exists() and "(race_a.svg)" in text
     race.PAGE.with_name("race_a.svg").unlink()
     race.PAGE.write_text(text.replace("60.0", "60.1"))
@@ -84,7 +87,7 @@ def test_an_arm_of_another_run_stands_in_the_same_table(known) -> None:
     mine = study(row("mine", 0.7), row("lora", 0.1), mine=10)
     known(race_a=study(row("lora", 0.60), row("full", 0.61), *NLL), race_a__mine=mine)
     text = race.page(draw=False)
-    assert "| mine | **70.0 ± 2.0** ★ | – | 10 | – | 250 |" in text and "| lora | 60.0 ± 2.0 |" in text
+    assert "| mine | **70.0 ± 2.0** ★ | – | 0.001 | 10 | – | 250 |" in text and "| lora | 60.0 ± 2.0 |" in text
 
 
 def test_a_column_without_rows_is_one_line(known, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +109,7 @@ def test_measured_memory_is_kept_beside_that_of_other_studies(known, monkeypatch
     monkeypatch.setattr(race, "step_memory", lambda config: {"lora": 3 * 2**20, config: 0})
     assert race.main(["--memory", "race_a"]) == 0
     assert json.loads(race.MEMORY.read_text()) == {"race_b": {"lora": 1}, "race_a": {"lora": 3 * 2**20, "race/a": 0}}
-    assert "| lora | 60.0 ± 2.0 ≈ | 1.200 ± 0.020 | – | 3 | – |" in race.PAGE.read_text()
+    assert "| lora | 60.0 ± 2.0 ≈ | 1.200 ± 0.020 | – | – | 3 | – |" in race.PAGE.read_text()
 
 
 @pytest.mark.parametrize("job", ["multitask", "fewshot"])
@@ -130,6 +133,23 @@ def test_the_frontier_is_what_no_arm_beats_in_both() -> None:
     ]
     assert [point.arm for point in frontier(points)] == ["a", "c"]
     assert [point.arm for point in frontier(points, lower=True)] == ["a", "b"]
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+def test_the_cheapest_rows_are_reproduced(tmp_path: Path) -> None:
+    """One training of each, at the committed rate, within the prediction interval of its numbers."""
+    committed = tables.study("race_transfer")
+    costs, settings = committed.about.costs, committed.about.settings
+    cheapest = sorted(costs, key=lambda arm: costs[arm]["seconds_a_step"])[:3]
+    arms = {arm: {**settings["arms"][arm], "train.lr": costs[arm]["lr"]} for arm in cheapest}
+    changes = [f"arms={json.dumps(arms)}", "seeds=[0]", "tune=null", "evaluate.neighbours=[]"]
+    assert main(["run", "race/transfer", *changes, "--out", str(tmp_path), "--quiet"]) == 0
+    run = study_of(next(tmp_path.iterdir()))
+    rows = [row for row in committed.rows if row.arm in cheapest and not row.minus and row.metric == "accuracy"]
+    found = verdicts(replace(committed, rows=rows), run)
+    assert {verdict.row.arm for verdict in found} == set(cheapest)
+    assert all(verdict.word == "inside" for verdict in found)
 
 
 def test_the_committed_page_is_that_of_its_rows() -> None:

@@ -74,7 +74,8 @@ class About:
         finished: end of the last evaluation.
         wall_time_s: seconds, summed over the sessions of the run.
         cpu_time_s: CPU seconds of all threads; None where an earlier version did not record them.
-        costs: by arm the number of trained parameters and the median seconds_a_step of its first training.
+        costs: by arm the rate lr (absent in files of earlier versions), the number of trained parameters and the median
+            seconds_a_step of its first training.
     """
 
     title: str

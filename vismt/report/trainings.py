@@ -42,11 +42,14 @@ def training_sections(
 
 
 def training_cost(folder: Path, arm: str) -> dict[str, float]:
-    """Return the number of trained parameters and the median seconds of a step of an arm's first training; {} without one."""
+    """Return rate, number of trained parameters and median seconds of a step of an arm's first training; {} without one."""
     trained = next((path for path in chosen_trainings(folder, arm).values() if (path / DONE).exists()), None)
     if trained is None:
         return {}
-    cost = {"trained": float(read_sealed(trained / DONE, f"run '{folder}'", ("trainable",))["trainable"])}
+    cost = {
+        "lr": read_choice(folder, arm).lr,
+        "trained": float(read_sealed(trained / DONE, f"run '{folder}'", ("trainable",))["trainable"]),
+    }
     logged = read_lines(trained / METRICS, ("step", "elapsed_s"))
     times = [(b["elapsed_s"] - a["elapsed_s"]) / (b["step"] - a["step"]) for a, b in pairwise(logged)]
     return cost | ({"seconds_a_step": median(times)} if times else {})
