@@ -128,6 +128,7 @@ def test_short_attention_in_bf16_is_computed_by_its_products() -> None:
         by_kernel, out = fused(q, k, v)
         assert everywhere and not by_kernel and out.dtype == expected.dtype == torch.bfloat16
         assert fused(long, long, long)[0] and fused(q, k, v, is_causal=True)[0]
+        assert fused(q, k, v, attn_mask=torch.zeros(5, 5), dropout_p=0.0)[0]
         with torch.no_grad():
             assert fused(q, k, v)[0]
     with running_blocks(nn.Linear(2, 2), TrainConfig()):

@@ -78,9 +78,10 @@ class _AttentionByProducts(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
-        if function is F.scaled_dot_product_attention and len(args) == 3 and not any(options.values()):
+        if function is F.scaled_dot_product_attention and len(args) == 3:
             q, k, v = args
-            if torch.is_grad_enabled() and k.shape[-2] <= SHORT:
+            plain = options.get("attn_mask") is None and not any(options.values())
+            if plain and torch.is_grad_enabled() and k.shape[-2] <= SHORT:
                 weights = (q * q.shape[-1] ** -0.5) @ k.mT
                 return weights.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
         return function(*args, **options)
