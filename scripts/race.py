@@ -32,6 +32,7 @@ from vismt.base.errors import UserError
 from vismt.config.sections import find_config
 from vismt.config.yaml_text import read_yaml
 from vismt.engine import loop, runtime
+from vismt.engine.blocks import running_blocks
 from vismt.jobs import load_config, make_job
 from vismt.jobs.training_job import TrainingJob
 from vismt.report.arm_figures import Point, pareto_figure
@@ -128,7 +129,8 @@ def step_memory(config: str) -> dict[str, int]:
             training = loop._Training(
                 objective, job.batches(of_arm), of_arm.training, Path(folder) / arm, "", accelerator, of_arm
             )
-            found[arm] = weight_bytes(objective) + peak_bytes(map(training._step, count(1)).__next__)
+            with running_blocks(objective, of_arm.training):
+                found[arm] = weight_bytes(objective) + peak_bytes(map(training._step, count(1)).__next__)
             console.stage("memory", f"{arm}   {found[arm] / 2**20:,.0f} MiB")
     return found
 
@@ -157,8 +159,9 @@ def section(name: str, draw: bool) -> str:
         interval_kind_text(entry.row.interval) for arms in columns.values() for entry in arms.values()
     )
     about = entry.study.about
+    seeds = max(len(entry.scores) for arms in columns.values() for entry in arms.values())  # references have none
     note = (
-        f"*Intervals: {'; '.join(kinds)}. n = {entry.row.n:,} {entry.row.unit}, seeds: {len(entry.scores) or 1}. Config "
+        f"*Intervals: {'; '.join(kinds)}. n = {entry.row.n:,} {entry.row.unit}, seeds: {seeds or 1}. Config "
         f"{about.config_hash}, {about.hardware}. Times are those of a shared machine.*"
     )
     return "\n".join(

@@ -21,7 +21,8 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.engine import checkpoint, runtime
 from vismt.jobs import open_run
-from vismt.jobs.lm.evaluation import MEANS
+from vismt.jobs.lm.evaluation import MEANS, Evaluation
+from vismt.jobs.units import _evaluations
 from vismt.llm.corda import covariance
 from vismt.llm.corda.files import load_covariances
 from vismt.llm.net import LmNet
@@ -539,7 +540,7 @@ def test_errors_of_a_calibration(home, tmp_path: Path, capsys, changes, words) -
     assert words in " ".join(capsys.readouterr().err.split())
 
 
-def test_several_passes_are_averaged_and_other_texts_detected(home, tmp_path: Path) -> None:
+def test_several_passes_are_averaged_and_other_texts_detected(home, tmp_path: Path, monkeypatch, capsys) -> None:
     other, arms = home["other"], {"lora": {}, "dropped": {"adapt.options.dropout": 0.5}}
     evaluate = {"batch": 4, "temperature": True, "passes": 3, "ensembles": ["lora"], "ood": [other]}
     config = settings(home, seeds=[0, 1], arms=arms, evaluate=evaluate)
@@ -574,14 +575,26 @@ def test_several_passes_are_averaged_and_other_texts_detected(home, tmp_path: Pa
     sure = [torch.tensor([max(line["log_p"]) for line in lines]) for lines in (by_seed[0], outside)]
     larger = (sure[0][:, None] > sure[1]).double() + 0.5 * (sure[0][:, None] == sure[1]).double()
     (found,) = [row for row in rows if (row.arm, row.seed) == ("lora", 0) and row.condition.startswith("against ")]
-    assert found.data == inside and found.value == pytest.approx(float(larger.mean()))
+    assert found.data == inside and found.value == pytest.approx(float(larger.mean())) and found.unit == "rows"
+    units = {training.arm for training in _evaluations(open_run(run).job)}
+    assert units == {"frozen", "lora", "dropped"}, "an ensemble is read from the records of its members"
     report = (run / "report.html").read_text()
     assert "the mean probability of 2 trainings of lora; 2 passes for an answer" in report
     dropout = next(path for path in (run / "arms" / "dropped").rglob("*films-test-dropout.jsonl"))
     before = dropout.read_bytes()
     assert main(["evaluate", str(run), "--quiet"]) == 0 and dropout.read_bytes() == before
     dropout.unlink()
-    assert main(["evaluate", str(run), "--quiet"]) == 0 and dropout.read_bytes() == before, "passes draw the same masks"
+    chunks = Evaluation._chunks
+    monkeypatch.setattr(Evaluation, "_chunks", lambda self, items: chunks(self, items)[::-1])
+    assert main(["evaluate", str(run), "--quiet"]) == 0
+    assert dropout.read_bytes() == before, "a batch has the same masks whatever came before it, in any process"
+    adapter = next(dropout.parents[1].glob("adapter/*.safetensors"))
+    content = bytearray(adapter.read_bytes())
+    content[-1] ^= 1
+    adapter.unlink()
+    adapter.write_bytes(content)
+    assert main(["evaluate", str(run), "--quiet"]) == 2, "all is on record, and the weights were changed"
+    assert "adapter" in capsys.readouterr().err
 
 
 def test_evaluations_of_probabilities_need_them(home, tmp_path: Path, capsys) -> None:
@@ -590,6 +603,10 @@ def test_evaluations_of_probabilities_need_them(home, tmp_path: Path, capsys) ->
     causal = {**config["tasks"][1], "train": [home["stories"]], "test": [], "test_share": 0.5}
     for case, words in (
         (everything, "evaluate.ood: names every test set of"),
+        (
+            {**everything, "tasks": config["tasks"][:1], "evaluate": {**everything["evaluate"], "split": "validation"}},
+            "evaluate.ood: its sets are test sets",
+        ),
         (
             {**config, "tasks": [causal], "evaluate": {"passes": 4}},
             "evaluate.passes: needs the class probabilities of a head",

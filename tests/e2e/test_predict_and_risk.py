@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -52,7 +53,7 @@ def rows_of(folder: Path, arm: str) -> dict[tuple[str, str, str], Result]:
 def test_risk_of_a_class_beside_maps_is_what_its_records_and_thresholds_say(mixed: Path) -> None:
     job = open_run(mixed).job
     (training,) = job.study.trainings("both")
-    thresholds = read_sealed(training.folder / "risk-classify.json", "risk")
+    thresholds = read_sealed(training.folder / "records" / "risk-classify.json", "risk")
     assert thresholds["n"] == 24  # the validation images with a class, not the scenes
     clean, changed = {}, {}
     for path in (training.folder / "records").glob("test*.jsonl"):
@@ -93,7 +94,7 @@ def test_risk_of_a_class_beside_maps_is_what_its_records_and_thresholds_say(mixe
     assert {metric for task, _, metric in rows_of(mixed, "semseg")} == {"mIoU"}
 
 
-def test_the_probabilities_are_those_of_the_net(mixed: Path) -> None:
+def test_the_probabilities_are_those_of_the_net(mixed: Path, tmp_path: Path) -> None:
     """The answers on record against the net itself, and thresholds against its validation images one by one."""
     job = open_run(mixed).job
     (training,) = job.study.trainings("both")
@@ -110,8 +111,14 @@ def test_the_probabilities_are_those_of_the_net(mixed: Path) -> None:
                 if part == "validation":
                     nlls.append(-float(log_p[rows.ids[i]][0][label]))
     assert len(nlls) == 24
-    quantile = read_sealed(training.folder / "risk-classify.json", "risk")["quantile"]
+    quantile = read_sealed(training.folder / "records" / "risk-classify.json", "risk")["quantile"]
     assert quantile == pytest.approx(sorted(nlls)[math.ceil(25 * 0.9) - 1], abs=1e-5)
+    # Another version of the net, such as a quantised one, has thresholds of its own beside its records.
+    other = copy.deepcopy(net)
+    for parameter in other.parameters():
+        parameter.data *= 1.5
+    fitted = job.evaluation.thresholds(lambda: other, training, tmp_path)["classify"]
+    assert fitted.quantile != quantile and (tmp_path / "risk-classify.json").exists()
     answers = job.scored(training, "test")["classify"].answers
     for name, row in answers.items():
         values, label = log_p[name]
@@ -169,7 +176,7 @@ def test_a_tuned_run_keeps_half_of_the_classified_images_for_thresholds(room: Pa
     config["data"] = {part: names[1:] for part, names in config["data"].items()}
     job = open_run(run_config(written(tmp_path / "tuned.yaml", config))).job
     (training,) = job.study.trainings("adapted")
-    assert read_sealed(training.folder / "risk-classify.json", "risk")["n"] == 12
+    assert read_sealed(training.folder / "records" / "risk-classify.json", "risk")["n"] == 12
     answers = job.scored(training, "validation")["classify"].answers
     right = {name: row["clean"] == row["label"] for name, row in answers.items()}
     # The first half of each class, in its order, chooses.

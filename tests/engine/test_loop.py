@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.checkpoints import saved_tensors
 from helpers.error_ranks import rows_of, weighed
 from torch import Tensor, nn
@@ -80,6 +81,24 @@ def test_dropout_follows_the_seed_and_leaves_the_random_state_alone(tmp_path: Pa
     state = torch.get_rng_state()
     loop.train(toy, batches, TrainConfig(steps=2), tmp_path / "d", "hash", runtime.accelerator(), seed=3)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_resumed_processes_draw_numbers_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+
+    def stop(_: nn.Module, step: int) -> None:
+        states.append((step, torch.get_rng_state()))
+        raise KeyboardInterrupt
+
+    config = TrainConfig(steps=8, lr=0.05, warmup=2, checkpoint_every=3)
+    for index in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / str(index), stop_after=5)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Accelerator, "process_index", property(lambda self, index=index: index))
+            accelerator = runtime.accelerator()
+            loop.train(Toy(), batches, config, tmp_path / str(index), "hash", accelerator, seed=1, after_step=stop)
+    assert [step for step, _ in states] == [4, 4] and not torch.equal(states[0][1], states[1][1])
 
 
 def test_buffers_and_extra_state_are_resumed_frozen_tensors_are_not_kept(tmp_path: Path) -> None:

@@ -25,16 +25,26 @@ def condition(name="autoattack", epsilon=8 / 255, norm="linf", **options):
 
 @pytest.fixture
 def run(tmp_path):
-    """run(values): a run folder with two arms and accuracies by (arm, condition)."""
+    """run(values, seed=0): a run folder with two arms and accuracies by (arm, condition), Brier scores beside clean ones."""
     arms = {"vit": {"classifier.name": "vit_tiny_patch16_224"}, "file": {"classifier.name": "model.pt"}}
-    config = RobustnessConfig(classifier=ClassifierConfig("unused"), arms=arms, data=["cifar10:test"])
 
-    def write(values) -> Path:
+    def write(values, seed=0) -> Path:
+        config = RobustnessConfig(classifier=ClassifierConfig("unused"), arms=arms, data=["cifar10:test"], seed=seed)
         (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
         (tmp_path / "run.json").write_text(sealed({"config_hash": config_hash(config)}))
         rows = [
-            result("cifar10:test", arm, kind, value, task="robustness", unit="images", config_hash=config_hash(config))
+            result(
+                "cifar10:test",
+                arm,
+                kind,
+                number,
+                task="robustness",
+                unit="images",
+                config_hash=config_hash(config),
+                metric=metric,
+            )
             for (arm, kind), value in values.items()
+            for metric, number in (("accuracy", value), *((("Brier", 0.12),) if kind == CLEAN else ()))
         ]
         write_results(tmp_path, rows)
         return tmp_path
@@ -68,6 +78,11 @@ def test_an_autoattack_result_is_a_file_in_the_format_of_robustbench(run):
     assert set(info) == unknown | set(known)
     other = json.loads((folder / files[0]).read_text())
     assert (other["eps"], other["architecture"], other["autoattack_acc"]) == ("0.5", None, "25.00")
+
+
+def test_the_attack_has_the_seed_of_the_run(run):
+    folder = run({("vit", CLEAN): 0.9, ("vit", condition(seed=1)): 0.5}, seed=1)
+    assert cli.main(["report", str(folder), "--format", "robustbench"]) == 0
 
 
 def test_several_radii_have_several_files(run):

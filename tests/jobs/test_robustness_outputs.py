@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from vismt.base.errors import UserError
+from vismt.data.batching import InOrder
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import score_set
@@ -60,12 +62,66 @@ def test_thresholds_are_of_the_answers_that_are_evaluated(tmp_path):
     """Pixels are float32; a net that takes bfloat16 alone gets that, for its thresholds as for its scores."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3, 3)).to(torch.bfloat16)
-    pixels, labels = torch.rand(60, 3, 1, 1), torch.arange(60) % 3
-    batches = [(pixels[part], labels[part], [str(i) for i in part.tolist()]) for part in torch.arange(60).split(30)]
+    images = Drawn(60)
+    batches, for_thresholds = InOrder(images, 30, torch.arange(30)), InOrder(images, 30)
     scores = score_set(
-        Classifier(net, 3, 1), batches[:1], [], folder=tmp_path, data="x", arm="a", for_thresholds=batches
+        Classifier(net, 3, 1), batches, [], folder=tmp_path, data="x", arm="a", for_thresholds=for_thresholds
     )
     assert any(score.measure.metric != "accuracy" for score in scores)
+
+
+class Drawn:
+    """Random images of three classes."""
+
+    def __init__(self, count: int) -> None:
+        self.pixels, self.labels = torch.rand(count, 3, 1, 1), torch.arange(count) % 3
+        self.ids = [str(number) for number in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        return self.pixels[index]
+
+
+class Signed(nn.Module):
+    """A net of which a test changes the code, not the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Linear(3, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.weights(images.flatten(1))
+
+
+def test_records_are_of_the_code_of_a_net_and_thresholds_of_their_images(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net, images = Signed(), Drawn(60)
+
+    def scores() -> dict[str, float]:
+        found = score_set(
+            Classifier(net, 3, 1),
+            InOrder(images, 30),
+            [],
+            folder=tmp_path,
+            data="x",
+            arm="a",
+            for_thresholds=InOrder(images, 30),
+        )
+        return {score.measure.metric: score.measure.score for score in found}
+
+    first = scores()
+    assert scores() == first
+    thresholds = (tmp_path / "risk-x-images.json").read_text()
+    monkeypatch.setattr(Signed, "forward", lambda self, images: -self.weights(images.flatten(1)))
+    with pytest.raises(UserError, match="another"):  # records of other weights or code are refused, not read
+        scores()
+    monkeypatch.undo()
+    images.labels = images.labels.flip(0)
+    with contextlib.suppress(UserError):
+        scores()
+    assert (tmp_path / "risk-x-images.json").read_text() != thresholds
 
 
 def test_two_tasks_with_one_card_are_ambiguous():

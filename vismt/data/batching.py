@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.base.identity import Identity
 from vismt.base.seeds import mix_seed
 from vismt.data.pixels import Pixels
 
@@ -67,6 +68,11 @@ class Gathered:
             in_store = stores == number
             images[in_store] = self._stores[number][rows[in_store]]
         return images if self._mark is None else self._mark(images, index)
+
+
+def names_digest(images: Images) -> str:
+    """Return a digest of the ids and labels of images, to which values that are fitted on them belong."""
+    return str(Identity(images.ids, images.labels))
 
 
 class Passes:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from vismt.base import console
 from vismt.base.errors import UserError
+from vismt.base.seeds import mix_seed
 from vismt.config.sections import TrainConfig
 from vismt.engine import checkpoint, runtime
 from vismt.engine.blocks import running_blocks
@@ -98,7 +99,10 @@ class _Training:
         self.kept = self._make_optimizer(objective)
 
         # Where training starts: 1. the run folder's newest sound checkpoint, 2. the start values.
+        own_seed = torch.initial_seed()
         self.finished, updates = checkpoint.load(folder, objective, self.kept, accelerator.scaler, self.config_hash)
+        if self.finished and accelerator.process_index:  # a checkpoint has the random state of the first process
+            torch.manual_seed(mix_seed(own_seed, "resumed", self.finished))
         self.shards: Shards | None = None
         self.running, optimizer = objective, self.kept
         if runtime.sharded():

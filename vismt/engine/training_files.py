@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.engine.checkpoint import is_checkpoint
 from vismt.engine.study import Training
+from vismt.lowrank.files.description import read_adapter
 from vismt.lowrank.files.save_load import DESCRIPTION, check_tensors, load_adapter, save_adapter
 from vismt.lowrank.model.merge import merge
 from vismt.lowrank.model.modules import is_mergeable
@@ -69,6 +70,13 @@ def check_finished(training: Training) -> str:
         raise UserError(f"{what}: the training is not finished; `vismt train` goes on with it.")
     check_files(training.folder)
     return what
+
+
+def check_weights(training: Training) -> None:
+    """Raise UserError as `check_finished` does, and for an adapter whose tensors are not those that were saved."""
+    check_finished(training)
+    if has_adapter(training):
+        read_adapter(training.folder / ADAPTER)
 
 
 def restore(model: nn.Module, training: Training) -> str:

@@ -32,8 +32,10 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
         """Raise UserError where there cannot be the measures of `evaluate.risk`."""
 
     @abstractmethod
-    def conditions_of(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> Sequence[Any]:
-        """Return the conditions that `evaluation` takes. Raises UserError for those that the job does not have."""
+    def conditions_of(
+        self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0
+    ) -> Sequence[Any]:
+        """Return the conditions that `evaluation` takes; seed: of attacks. Raises UserError for those the job does not have."""
 
     @property
     @abstractmethod

@@ -102,7 +102,7 @@ def form_measures(rows: Sequence[Mapping], condition: Condition) -> list[Measure
 
     right = (column(name) == column("label")).double()
     if condition == ADJUSTED:
-        return [Measure(ACCURACY, dict(zip(ids, right.tolist(), strict=True)))]
+        return [Measure(ACCURACY, dict(zip(ids, right.tolist(), strict=True)), counts=True)]
     gaps = binned_gaps(column(f"{name} confidence"), right)
     return quality_measures(ids, gaps, column(f"{name} nll"), column(f"{name} brier"))
 
@@ -151,16 +151,20 @@ def neighbour_classes(features: Tensor, labels: Tensor) -> Tensor:
 
 
 def detection_score(
-    inside: Mapping[str, float], outside: Mapping[str, float], name: str, names: tuple[str, str, str]
+    inside: Mapping[str, float],
+    outside: Mapping[str, float],
+    name: str,
+    names: tuple[str, str, str],
+    unit: str = "images",
 ) -> Score:
-    """Return the AUROC with which a confidence tells evaluated images x from the images x' of a set of other classes.
+    """Return the AUROC with which a confidence tells evaluated examples x from the examples x' of a set of other classes.
 
         AUROC = P(max_c p_c(x) > max_c p_c(x')) + 1/2 P(equal)
 
     The confidence is the maximum softmax probability (Hendrycks and Gimpel, ICLR 2017, arXiv 1610.02136). inside, outside: by
-    id. name: of the other set in rows of results. names: task, data and protocol of the score.
+    id. name: of the other set in rows of results. names: task, data and protocol of the score. unit: of the examples.
     """
     values = detection_values(*(-torch.tensor(list(part.values())) for part in (inside, outside)))
     ids = [*inside, *(f"ood {image}" for image in outside)]
     measure = Measure("AUROC", dict(zip(ids, values.tolist(), strict=True)), NUMBER, chance=0.5)
-    return Score(*names, measure, against(name))
+    return Score(*names, measure, against(name), unit)

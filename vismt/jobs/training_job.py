@@ -23,7 +23,6 @@ from vismt.engine.study import StudyConfig, Training
 from vismt.jobs.evaluation_job import EvaluationJob, settings_text
 from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
 from vismt.jobs.weight_changes import weight_changes
-from vismt.lowrank.files.description import read_adapter
 from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.merge import erased_by_rounding, merge
 from vismt.lowrank.model.modules import is_mergeable
@@ -266,9 +265,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     def check_merge(self, training: Training) -> None:
         """Write merge.json, how far the merged net is from the unmerged one, and what training changed, unless it exists."""
-        training_files.check_finished(training)  # records alone would not show a change of the weights
-        if training_files.has_adapter(training):
-            read_adapter(training.folder / training_files.ADAPTER)
+        training_files.check_weights(training)  # records alone would not show a change of the weights
         if not ranks.on_first(lambda: training_files.needs_merge_check(training)):
             return
         merged = self.loaded(training)

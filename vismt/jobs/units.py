@@ -109,9 +109,9 @@ def _train(job: EvaluationJob[Any], share: Share) -> None:
 
 
 def _evaluations(job: EvaluationJob[Any]) -> list[Training]:
-    """Return what is evaluated, each by a unit."""
+    """Return what is evaluated, each by a unit; what is composed of others has no records of its own."""
     job.check_evaluation(None)
-    return [training for arm in job.evaluated() for training in job.trainings(arm)]
+    return [training for arm in job.evaluated() if arm not in job.composed for training in job.trainings(arm)]
 
 
 def _place(folder: Path, part: int, parts: int) -> Path:

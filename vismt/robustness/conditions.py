@@ -143,14 +143,14 @@ class AttackConfig:
         epsilon = fraction(self.epsilon, "attack.epsilon")
         return AttackSpec(self.name, epsilon, step, self.steps, self.norm, self.restarts, seed, self.random_start)
 
-    def dense(self, known: Sequence[str]) -> DenseAttack:
+    def dense(self, known: Sequence[str], seed: int = 0) -> DenseAttack:
         """Return the attack of a dense net; known: the tasks of its run."""
         if self.source is not None:
             raise UserError("evaluate.attacks: source: attacks from another model are for few-shot runs; leave it out.")
         for name in self.tasks:
             if name not in known:
                 raise UserError(f"evaluate.attacks: tasks: no task '{name}'.{near(name, known)}")
-        return DenseAttack(replace(self, tasks=[]).spec(), tuple(name for name in known if name in self.tasks))
+        return DenseAttack(replace(self, tasks=[]).spec(seed), tuple(name for name in known if name in self.tasks))
 
 
 @dataclass
@@ -187,13 +187,16 @@ class CorruptionConfig:
 
 @overload
 def conditions(
-    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]
+    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], source: None = None, seed: int = 0
 ) -> Sequence[DirectPerturbation]: ...
 
 
 @overload
 def conditions(
-    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], source: Callable[[str], TransferSource]
+    attacks: Sequence[AttackConfig],
+    corruptions: Sequence[CorruptionConfig],
+    source: Callable[[str], TransferSource],
+    seed: int = 0,
 ) -> Sequence[Perturbation]: ...
 
 
@@ -201,16 +204,17 @@ def conditions(
     attacks: Sequence[AttackConfig],
     corruptions: Sequence[CorruptionConfig],
     source: Callable[[str], TransferSource] | None = None,
+    seed: int = 0,
 ) -> Sequence[Perturbation]:
     """Return the attacks in their order, then the corruptions.
 
-    source: returns the model of an attack's source by name; needed where an attack has one.
+    source: returns the model of an attack's source by name; needed where an attack has one. seed: of the attacks.
     """
     specs: list[Perturbation] = []
     sources: dict[str, TransferSource] = {}
     for attack in attacks:
         if attack.source is None:
-            specs.append(attack.spec())
+            specs.append(attack.spec(seed))
             continue
         if attack.source not in sources:  # shared, so that an episode's classifier is built once for all attacks
             if source is None:
@@ -218,7 +222,7 @@ def conditions(
                     f"evaluate.attacks: source: '{attack.source}': attacks on another model are not available."
                 )
             sources[attack.source] = source(attack.source)
-        specs.append(Transfer(attack.spec(), sources[attack.source]))
+        specs.append(Transfer(attack.spec(seed), sources[attack.source]))
     return [*specs, *(spec for corruption in corruptions for spec in corruption.specs())]
 
 
@@ -236,13 +240,13 @@ def check_conditions(attacks: Sequence[AttackConfig], corruptions: Sequence[Corr
 
 
 def dense_conditions(
-    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], tasks: Sequence[str]
+    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], tasks: Sequence[str], seed: int = 0
 ) -> list[DensePerturbation]:
-    """Return the attacks and corruptions of a dense run with these tasks, in their order.
+    """Return the attacks and corruptions of a dense run with these tasks, in their order; seed: of the attacks.
 
     Raises UserError for values that do not fit, and for two conditions with the same label.
     """
-    specs: list[DensePerturbation] = [attack.dense(tasks) for attack in attacks]
+    specs: list[DensePerturbation] = [attack.dense(tasks, seed) for attack in attacks]
     specs += [spec for corruption in corruptions for spec in corruption.specs(of_maps=True)]
     _check_labels([spec.label for spec in specs])
     return specs

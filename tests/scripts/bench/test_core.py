@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scripts.bench import core
 from scripts.bench.__main__ import main
-from scripts.bench.core import COMPILE, HALF, LORA, PEFT, RECOMPUTE
+from scripts.bench.core import COMPILE, HALF, IN_RUN, LORA, PEFT, RECOMPUTE
 from scripts.bench.timing import SAVED, Ratios
 from vismt.engine import blocks
 
@@ -55,7 +55,8 @@ def test_results_as_json(result: Ratios, tmp_path: Path, monkeypatch: pytest.Mon
     (entry,) = content["results"]
     assert entry["sizes"][SAVED] == result.sizes[SAVED] and entry["text"] == str(result)
     assert content["command"] == "python -m scripts.bench core --rounds 2 --device cpu" and len(content["date"]) == 10
-    assert [comparison["name"] for comparison in entry["comparisons"]] == [LORA, RECOMPUTE, HALF, HALF, RECOMPUTE]
+    names = [comparison["name"] for comparison in entry["comparisons"]]
+    assert names == [LORA, RECOMPUTE, HALF, HALF, IN_RUN, RECOMPUTE]
     assert entry["comparisons"][0] | {"ratio": 0, "low": 0, "high": 0} == {
         "what": "time",
         "name": LORA,

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from vismt.base import console, ranks
-from vismt.data.batching import Gathered, InOrder
+from vismt.data.batching import Gathered, InOrder, names_digest
 from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
@@ -173,7 +173,12 @@ class Evaluation:
             temperatures = fit_block_temperatures(logits, labels, self.data.union.task_of_class())
             return FittedOutputs(temperatures, best_tau(tasks, self.data.class_counts()), len(labels))
 
-        return fitted_once(training.folder / FITTED, FittedOutputs, net.fingerprint(), fit)
+        return fitted_once(training.folder / FITTED, FittedOutputs, self._fitted_on(net), fit)
+
+    def _fitted_on(self, net: PixelNet) -> str:
+        """Return a digest of what is fitted on validation images: the net and all these images."""
+        tasks = range(len(self.data.union.tasks))
+        return " ".join((net.fingerprint(), *(names_digest(self.data.part(task, "validation")) for task in tasks)))
 
     def temperature_of_class(self, fitted: FittedOutputs) -> Tensor:
         """Return the temperature (C,) by which logits are divided where a class has the largest one."""
@@ -196,7 +201,7 @@ class Evaluation:
 
         path = training.folder / thresholds_file(self.data.union.tasks[number])
         ending = " half" if halves(self.config.evaluate.risk, self.config.tune) else ""
-        return fitted_once(path, Thresholds, net.fingerprint() + ending, fit)
+        return fitted_once(path, Thresholds, self._fitted_on(net) + ending, fit)
 
     def validation_accuracy(self, net: PixelNet, training: Training) -> float:
         """Return the mean accuracy over the tasks on the validation images that choose rates."""
@@ -280,7 +285,8 @@ class Evaluation:
         settings, union = self.config.evaluate, self.data.union
         scores = []
         for number, task in enumerate(union.tasks):
-            lines = read_lines(records / f"{settings.split}-{task}.jsonl") if settings.ood else []
+            path = records / f"{settings.split}-{task}.jsonl"
+            lines = ranks.on_first(partial(read_lines, path)) if settings.ood else []  # which has written all of it
             inside = {row["id"]: row["clean confidence"] for row in lines if "id" in row}
             for name in settings.ood:
                 with stored(self.data.outside(name)) as images:
@@ -302,13 +308,13 @@ class Evaluation:
         for entry in self.config.evaluate.neighbours:
             name = row_name(entry)
             path = records / f"{record_stem('neighbours', name, training.arm)}.json"
-            fit = partial(self._neighbours, net, entry, f"neighbours in {name}, {training.arm} seed {training.seed}")
-            right = fitted_once(path, Neighbours, f"{net.fingerprint()} {entry}", fit).right
+            images = self.data.outside(entry)
+            fit = partial(self._neighbours, net, images, f"neighbours in {name}, {training.arm} seed {training.seed}")
+            right = fitted_once(path, Neighbours, f"{net.fingerprint()} {names_digest(images)}", fit).right
             scores.append(Score(TASK, name, "features", Measure("k-NN accuracy", right, counts=True), CLEAN))
         return scores
 
-    def _neighbours(self, net: PixelNet, entry: str, label: str) -> Neighbours:
-        images = self.data.outside(entry)
+    def _neighbours(self, net: PixelNet, images: Gathered, label: str) -> Neighbours:
         features = torch.cat(self._features(net, images, label)).cpu()
         right = neighbour_classes(features, images.labels) == images.labels
         return Neighbours(dict(zip(images.ids, right.double().tolist(), strict=True)))

@@ -214,9 +214,11 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         fitted = self.evaluation.fitted(self.final(training), training)
         return None if fitted is None else self.evaluation.temperature_of_class(fitted).tolist()
 
-    def conditions_of(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> Sequence[Any]:
+    def conditions_of(
+        self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0
+    ) -> Sequence[Any]:
         check_attacks(attacks, corruptions)
-        return conditions(attacks, corruptions)
+        return conditions(attacks, corruptions, seed=seed)
 
     def check_risk(self) -> None:
         check_unused(self.config.evaluate.risk, self.config.tune, self.folder)

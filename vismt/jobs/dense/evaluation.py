@@ -140,7 +140,7 @@ class Evaluation:
         risk: whether the measures of `evaluate.risk` of tasks of whole images and the quality of their probabilities are among
         them.
         """
-        thresholds = self.thresholds(net, training) if risk else {}
+        thresholds = self.thresholds(net, training, records) if risk else {}
         quantiles = {task: fitted.quantile for task, fitted in thresholds.items()}
         clean = self.task_scores(net, training, split, records / f"{split}.jsonl", quantiles=quantiles)
         scores, found = self.as_scores(clean, split), [clean]
@@ -163,8 +163,11 @@ class Evaluation:
             scores += [self._score(task, split, measure, condition) for condition, measure in measures]
         return scores
 
-    def thresholds(self, net: Callable[[], DenseNet], training: Training) -> dict[str, Thresholds]:
-        """Return the thresholds of a training's tasks of whole images, fitted on their validation images."""
+    def thresholds(self, net: Callable[[], DenseNet], training: Training, records: Path) -> dict[str, Thresholds]:
+        """Return the thresholds of a training's tasks of whole images, fitted on their validation images.
+
+        They stand beside the records, as the evaluated net may be another version of the trained one.
+        """
 
         def fit(task: Task) -> Thresholds:
             pools = self._pooled(net(), [task], "validation", {task.name: (task.name, 0.0)}, f"{training}   thresholds")
@@ -179,7 +182,7 @@ class Evaluation:
         weights = fingerprint(training) + (" half" if halves(self.config.evaluate.risk, self.config.tune) else "")
         return {
             task.name: fitted_once(
-                training.folder / thresholds_file(task.name), Thresholds, weights, partial(fit, task), shared=True
+                records / thresholds_file(task.name), Thresholds, weights, partial(fit, task), shared=True
             )
             for task in image_tasks(self._trained(training))
         }

@@ -185,8 +185,10 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         for task in image_tasks(all_tasks(self.config)):
             check_thresholds(self.data.classes("validation", task), self.config.tune)
 
-    def conditions_of(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> Sequence[Any]:
-        return dense_conditions(attacks, corruptions, [task.name for task in all_tasks(self.config)])
+    def conditions_of(
+        self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0
+    ) -> Sequence[Any]:
+        return dense_conditions(attacks, corruptions, [task.name for task in all_tasks(self.config)], seed)
 
     def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
         raise UserError(
@@ -242,7 +244,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         quantiles = {}
         # The thresholds hold for images that are predicted as the validation images were.
         if self.config.evaluate.risk and not (options.own_size or options.flip):
-            thresholds = self.evaluation.thresholds(lambda: self.final(training), training)
+            thresholds = self.evaluation.thresholds(lambda: self.final(training), training, training.folder / RECORDS)
             quantiles = {task: fitted.quantile for task, fitted in thresholds.items()}
         return predict_images(config, net, str(training), images, target, options, quantiles)
 

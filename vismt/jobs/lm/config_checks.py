@@ -117,6 +117,8 @@ def _check_probabilities(config: LmConfig) -> None:
     require_known("evaluate.ensembles:", evaluate.ensembles, list(arms))
     if evaluate.ensembles and len(config.seeds) < 2:
         raise UserError("evaluate.ensembles: an ensemble is of several trainings; name two seeds or more.")
+    if evaluate.ood and evaluate.split == "validation":
+        raise UserError("evaluate.ood: its sets are test sets; leave it out, or evaluate.split: validation.")
     require_known("evaluate.ood:", evaluate.ood, trained.test)
     if evaluate.ood and not trained.test_share and not set(trained.test) - set(evaluate.ood):
         raise UserError(f"evaluate.ood: names every test set of '{trained.name}'; leave out the one from here.")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vismt.base import console, ranks
 from vismt.base.errors import UserError
+from vismt.base.seeds import mix_seed
 from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
@@ -91,7 +92,7 @@ class Evaluation:
         }
         protocol = f"{self.data.tasks[task].about}, detection"
         return [
-            detection_score(sure[name], sure[other], other, (task, name, protocol))
+            detection_score(sure[name], sure[other], other, (task, name, protocol), "rows")
             for other in outside
             for name in sure
             if name not in outside
@@ -132,17 +133,15 @@ class Evaluation:
             return
         if "mean_log_p" in records[0]:
             yield MEANS, [{**record, "log_p": record["mean_log_p"]} for record in records]
+        arm, passes = self.study.arms.get(training.arm), self.config.evaluate.passes
+        if passes and arm is not None and arm.adapt is not None and arm.adapt.options.get("dropout"):
+            condition = Condition(f"{passes} passes with dropout", "variant", DROPOUT)
+            yield condition, self._records(training, task, split, name, DROPOUT)
         if split == "validation":  # the rows that the others are fitted on
             return
         if self.config.evaluate.temperature:
             yield TEMPERED, tempered(records, self.temperature(training))
-        arm, passes = self.study.arms.get(training.arm), self.config.evaluate.passes
-        if arm is None:
-            return
-        if passes and arm.adapt is not None and arm.adapt.options.get("dropout"):
-            condition = Condition(f"{passes} passes with dropout", "variant", DROPOUT)
-            yield condition, self._records(training, task, split, name, DROPOUT)
-        if self.config.evaluate.laplace and self.data.tasks[task].head:
+        if self.config.evaluate.laplace and arm is not None and self.data.tasks[task].head:
             classes = len(self.data.classes.tokens(self.models.tokenizer))
             structure = laplace_structure(arm.head.name, classes, self.models.width)
             yield LAPLACE[structure], self._records(training, task, split, name, structure)
@@ -190,9 +189,12 @@ class Evaluation:
         if training.arm in RECOMMENDERS:
             weights = self._recommender().fingerprint(training.arm)
         # An earlier Laplace approximation around VBLL dropped its noise as well; records of it name no structure.
-        around = f"{self.data.training_fingerprint()} {variant}" if variant else ""
+        around = ""
         if variant == DROPOUT:
             around = f"{self.config.evaluate.passes} passes"
+        elif variant:
+            fitted_on = [self.data.fingerprint(task, "validation", of) for of in self.data.names(task, "validation")]
+            around = " ".join((self.data.training_fingerprint(), *fitted_on, variant))
         scoring = SCORING if self.data.tasks[task].reads else SCORING_WRITTEN
         return [self.data.fingerprint(task, split, name), weights, scoring, around]
 
@@ -201,12 +203,21 @@ class Evaluation:
         return self.recommender
 
     @torch.no_grad()
-    def _scored(self, net: LmNet, task: LmTask, items: Sequence[Item], label: str) -> list[Record]:
+    def _scored(
+        self, net: LmNet, task: LmTask, items: Sequence[Item], label: str, seed: int | None = None
+    ) -> list[Record]:
+        """Return records of all rows; seed: of a pass with dropout, whose numbers are a function of it and the batch."""
         shown = task.shown(net, items)
         if task.reads:
             self.data.cache(shown, net, label)
         chunks = self._chunks(shown)
-        parts = ranks.share(chunks, lambda chunk: task.score(net, self.batch(chunk, net), chunk))
+
+        def records(chunk: list[Item]) -> list[Record]:
+            if seed is not None:
+                torch.manual_seed(mix_seed(seed, "dropout", chunk[0].id))
+            return task.score(net, self.batch(chunk, net), chunk)
+
+        parts = ranks.share(chunks, records)
         return [record for part in console.track(parts, "eval", label, len(chunks)) for record in part]
 
     def _dropped(self, net: LmNet, task: LmTask, items: Sequence[Item], label: str) -> list[Record]:
@@ -216,8 +227,7 @@ class Evaluation:
         parts = []
         with torch.random.fork_rng():
             for number in range(self.config.evaluate.passes):
-                torch.manual_seed(number)
-                parts.append(self._scored(net, task, items, f"{label}, pass {number + 1}"))
+                parts.append(self._scored(net, task, items, f"{label}, pass {number + 1}", number))
         net.eval()
         return averaged_records(parts)
 

@@ -257,6 +257,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
 
     def check_merge(self, training: Training) -> None:
         """Compare the unmerged LM with a merged copy, since all nets share the LM; write what `write_merge_check` does, once."""
+        training_files.check_weights(training)  # records alone would not show a change of the weights
         if not ranks.on_first(lambda: training_files.needs_merge_check(training)):
             return
         evaluation = self.fold(training.seed).evaluation

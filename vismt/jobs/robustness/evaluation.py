@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vismt.data.batching import InOrder
+from vismt.data.batching import InOrder, names_digest
 from vismt.data.set_entries import row_name
 from vismt.engine.log import record_stem
 from vismt.jobs.image_scores import ACCURACY, image_scores
@@ -62,7 +62,8 @@ def score_set(
     name, fingerprint, thresholds = row_name(data), classifier.fingerprint(), None
     if for_thresholds is not None:
         path = folder / f"{record_stem('risk', name, 'images')}.json"
-        thresholds = fitted_once(path, Thresholds, fingerprint, fit)
+        fitted_on = f"{fingerprint} {names_digest(for_thresholds.images)}"
+        thresholds = fitted_once(path, Thresholds, fitted_on, fit)
     return image_scores(
         classifier.net,
         batches,

@@ -22,7 +22,7 @@ from vismt.jobs.task_sections import check_risk_split
 from vismt.report.panels import to_bytes, write_panel
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DirectPerturbation
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
 from vismt.robustness.evaluate import batch_keys
 from vismt.robustness.masking import check_masking
 from vismt.storage.lines import read_lines, write_lines
@@ -81,11 +81,10 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
         risk = self.config.evaluate.risk
         if training.arm in self.trained:
             arm, records = self.trained[training.arm], folder / RECORDS
-            under = arm.job.conditions_of(chosen, corruptions)
+            under = arm.job.conditions_of(chosen, corruptions, self.config.seed)
             return arm.job.evaluation.scores(arm.net, arm.training, arm.job.split, under, records, risk=risk)
         classifier = self.classifier_of(training.arm)
-        specs: list[DirectPerturbation] = [attack.spec(self.config.seed) for attack in chosen]
-        specs += [spec for corruption in corruptions for spec in corruption.specs()]
+        specs = conditions(chosen, corruptions, seed=self.config.seed)
         scores = []
         for data in self.config.data:
             batches = self.cards.batches(data, classifier)

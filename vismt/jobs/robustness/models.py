@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from vismt.base.errors import UserError
-from vismt.base.identity import weights_digest
+from vismt.base.identity import Identity, weights_digest
 from vismt.base.objects import object_named
 from vismt.engine import runtime
 from vismt.jobs import open_run
@@ -48,7 +48,9 @@ class Classifier:
     task: str | None = None
 
     def fingerprint(self) -> str:
-        return weights_digest(self.net)
+        """Return a digest of the weights; of a net with code of its own, which may change, of that, too."""
+        identity = Identity(self.net)
+        return str(identity) if identity.foreign and not identity.unknown else weights_digest(self.net)
 
 
 def check_exists(config: ClassifierConfig) -> None:

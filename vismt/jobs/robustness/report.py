@@ -130,12 +130,14 @@ def write_model_info(folder: Path, config: RobustnessConfig, run_hash: str) -> l
     """
     results = read_results(folder / RESULTS, run_hash)
     arms = Study(config, folder).arms
-    clean = {(row.data, row.arm): row for row in results if row.kind == "clean"}
+    clean = {(row.data, row.arm): row for row in results if row.kind == "clean" and row.metric == ACCURACY}
     found: list[tuple[Result, str]] = []
     for row in results:
         norm = row.family.removeprefix("AutoAttack ")
         if row.kind == "attack" and norm in THREATS and row.level is not None and row.seed is None:
-            standard = AttackSpec("autoattack", row.level, norm=norm).label  # with the default settings
+            standard = AttackSpec(
+                "autoattack", row.level, norm=norm, seed=config.seed
+            ).label  # with the default settings
             if row.condition == standard and row.metric == ACCURACY:
                 found.append((row, norm))
     if not found:
