@@ -97,7 +97,7 @@ def methods() -> dict[str, Any]:
         stateful = importlib.import_module("torchjd").Stateful
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"balancing: the methods of torchjd need torchjd 0.18 ({error}): pip install torchjd."
+            f'balancing: the methods of torchjd need torchjd 0.18 ({error}): pip install "vismt[torchjd]".'
         ) from error
     bases = (aggregation.WeightedAggregator, aggregation.GramianWeightedAggregator, scalarization.Scalarizer)
     found = {}
