@@ -82,8 +82,15 @@ def test_counts_files_names_and_content_are_those_of_every_format(home: Path, to
     assert [row.group for row in check(toy).damaged] == ["2.png"]
 
 
-def test_superclasses_that_are_no_mapping(toy: Path) -> None:
-    (toy.parent / "names.json").write_text("[1]")
-    toy.write_text(toy.read_text() + "superclasses: names.json\n")
-    with pytest.raises(UserError, match=r"names.json: must map class to superclass"):
+@pytest.mark.parametrize(("key", "content", "message"), [
+    ("superclasses", "[1]", r"must map class to superclass \(str\), holds \[1\]"),
+    ("superclasses", '{"cat": "pet", "dog": ["pet"]}', r"must map class to superclass \(str\), holds {'dog': \['pet'\]}"),
+    ("superclasses", '{"cat": 1, "dog": "pet"}', r"must map class to superclass \(str\), holds {'cat': 1}"),
+    ("groups", '{"1.png": [1]}', r"must map images to groups \(str or int\), holds {'1.png': \[1\]}"),
+    ("groups", '{"1.png": true}', r"must map images to groups \(str or int\), holds {'1.png': True}"),
+])  # fmt: skip
+def test_files_beside_the_card_with_other_values(toy: Path, key: str, content: str, message: str) -> None:
+    (toy.parent / "j.json").write_text(content)
+    toy.write_text(toy.read_text() + f"{key}: j.json\n")
+    with pytest.raises(UserError, match=f"j.json: {message}"):
         open_images(toy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -55,17 +56,18 @@ def load_card(name_or_path: str | Path) -> Card:
 def _locate(name: str | Path) -> tuple[Path, str]:
     """Return the card's file and how messages name its folder."""
     text = str(name)
+    # os.path answers where Path raises: for names that are too long and folders that cannot be entered.
     in_package = shipped("datasets") / text / "card.yaml"
-    if CARD_NAME.fullmatch(text) and in_package.is_file():
+    if CARD_NAME.fullmatch(text) and os.path.isfile(in_package):
         return in_package, f"datasets/{text}"
     path = Path(name).expanduser()
-    if path.is_dir() and (path / "card.yaml").is_file():
+    if os.path.isfile(path / "card.yaml"):
         path = path / "card.yaml"
-    if path.is_file() and path.suffix in CARDS:
+    if os.path.isfile(path) and path.suffix in CARDS:
         return path.resolve(), str(path.parent)
-    if path.is_dir() or (path.is_file() and path.suffix in FILES):
+    if os.path.isdir(path) or (os.path.isfile(path) and path.suffix in FILES):
         return path.resolve(), str(path)
-    if path.name != text and not path.exists():
+    if path.name != text and not os.path.exists(path):
         raise UserError(f"data '{text}': no such file or folder.")
     raise UserError(
         f"data '{text}': no card of that name and no card, folder or table at that path.{near(text, list_cards())}"

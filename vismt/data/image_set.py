@@ -145,7 +145,7 @@ class ImageSource(DataSource):
         return ImageSet(
             name=card.name,
             split=split,
-            classes=_readable_names(card, found.classes),
+            classes=readable_names(card, found.classes),
             labels=torch.tensor(labels, dtype=torch.int64),
             ids=ids,
             read=lambda i: read(images[i]),
@@ -158,7 +158,8 @@ class ImageSource(DataSource):
         )
 
 
-def _readable_names(card: Card, classes: list[str]) -> list[str]:
+def readable_names(card: Card, classes: list[str]) -> list[str]:
+    """Return the names that the card has for the classes, by default those given."""
     if card.names is None:
         return classes
     names = card.read_json(card.names)
@@ -175,9 +176,7 @@ def _superclasses(card: Card, found: Listing) -> tuple[Tensor | None, list[str]]
     if card.superclasses == "prefix":
         superclass_of = {name: name.rpartition("/")[0] for name in found.classes}
     elif card.superclasses is not None:
-        superclass_of = card.read_json(card.superclasses)
-        if not isinstance(superclass_of, dict):
-            raise UserError(f"{card.shown}/{card.superclasses}: must map class to superclass.")
+        superclass_of = card.read_mapping(card.superclasses, "class to superclass", str)
     elif found.above:
         superclass_of = dict(zip(found.classes, found.above, strict=True))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from itertools import combinations, product
 from pathlib import Path
@@ -18,7 +19,7 @@ FILES = (*DELIMITERS, ".jsonl", *CARDS)  # of cards and of sets in one file
 
 def card_and_split(entry: str) -> tuple[str, str]:
     """Return the card and the split of an entry; "all" where it names no split."""
-    if is_object(entry) or Path(entry).exists():
+    if is_object(entry) or os.path.exists(entry):
         return entry, "all"
     card, colon, split = entry.rpartition(":")
     return (card, split or "all") if colon else (entry, "all")
@@ -36,7 +37,7 @@ def overlap(first: str, second: str) -> bool:
     if places[0] == places[1]:
         return first_split == second_split or "all" in (first_split, second_split)
     pairs = ((places, first_split), (places[::-1], second_split))
-    return any(outer in inner.parents and outer.is_dir() and split == "all" for (outer, inner), split in pairs)
+    return any(outer in inner.parents and os.path.isdir(outer) and split == "all" for (outer, inner), split in pairs)
 
 
 def _place(card: str) -> Path:
@@ -44,8 +45,8 @@ def _place(card: str) -> Path:
     if is_object(card):
         return Path(card.rpartition(" ")[2])
     found = shipped("datasets") / card if len(Path(card).parts) == 1 else Path(card)
-    path = found if found.exists() else Path(card).expanduser()
-    return (path / "card.yaml" if (path / "card.yaml").is_file() else path).resolve()
+    path = found if os.path.exists(found) else Path(card).expanduser()
+    return (path / "card.yaml" if os.path.isfile(path / "card.yaml") else path).resolve()
 
 
 def row_name(entry: str) -> str:
@@ -56,8 +57,8 @@ def row_name(entry: str) -> str:
     path = Path(card)
     if len(path.parts) < 2 and path.suffix not in FILES:
         return entry
-    file = path / "card.yaml" if (path / "card.yaml").is_file() else path
-    if file.is_file() and file.suffix in CARDS:
+    file = path / "card.yaml" if os.path.isfile(path / "card.yaml") else path
+    if os.path.isfile(file) and file.suffix in CARDS:
         name = str(read_yaml(file, card).get("name", file.stem))
     else:  # also a set that is on another machine
         name = path.stem if path.suffix in FILES else path.name

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 from vismt.base import console
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, require_known
 from vismt.base.registry import Registry
-from vismt.config.typed import RelativePath, relative_path, within
+from vismt.config.typed import RelativePath, relative_path, shown, within
 from vismt.storage.files import parse_json
 from vismt.storage.paths import cache_root, data_roots, package_folder, regular_file, shipped
 
@@ -167,6 +167,13 @@ class RootedSource(DataSource):
 class PackagedSource(DataSource):
     """A source inside an installed Python package."""
 
+    fixed_splits: ClassVar[tuple[str, ...]] = ()  # of the set; empty where the card chooses them
+
+    def check(self, where: str) -> None:
+        super().check(where)
+        if self.fixed_splits:
+            require_known(f"{where}: {self.kind} has no split", self.splits, self.fixed_splits)
+
     def candidates(self, card: Card) -> list[Path]:
         folder = package_folder(self.package) if self.package else None
         return [folder] if folder else []
@@ -239,10 +246,18 @@ class Card:
         name = default if self.groups is None else self.groups
         if name in (NEAR_DUPLICATES, NONE):
             return {} if name == NONE else None
-        groups = self.read_json(name)
-        if not isinstance(groups, dict):
-            raise UserError(f"{self.shown}/{name}: must map images to groups.")
-        return groups
+        return self.read_mapping(name, "images to groups", str, int)
+
+    def read_mapping(self, name: str, what: str, *kinds: type) -> dict[str, Any]:
+        """Return the object in a JSON file beside the card, whose values are of `kinds`; what: "key to value", for the error."""
+        values = self.read_json(name)
+        wrong = [values]
+        if isinstance(values, dict):
+            wrong = [{key: value} for key, value in values.items() if type(value) not in kinds]
+        if wrong:
+            types = " or ".join(kind.__name__ for kind in kinds)
+            raise UserError(f"{self.shown}/{name}: must map {what} ({types}), holds {shown(wrong[0])}.")
+        return values
 
     def read_json(self, name: str) -> Any:
         path = self.folder / relative_path(name, f"{self.shown}/card.yaml")

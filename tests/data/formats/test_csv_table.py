@@ -75,6 +75,11 @@ def test_one_hot_columns(skin):
         (["a,1,1", "b,0,1"], "image,MEL,NV", r"t.csv: line 2: 2 of the columns \['MEL', 'NV'\] are not 0, must be one"),
         (["a,0,0"], "image,MEL,NV", "line 2: 0 of the columns"),
         (["a,yes,0"], "image,MEL,NV", "line 2: the columns .* must hold 0 or 1"),
+        (
+            ["a,1,0", "b,0,1", "b,0,1", "./a,0,1"],
+            "image,MEL,NV",
+            "line 5: './a.png' is 'NV', above 'MEL'; give each image one",
+        ),
         (["a,1,0", "b,1"], "image,MEL,NV", "line 3: has no 'NV', as it has fewer columns than the first line"),
         (["a,1,0"], "image,MEL,NY", "no column 'NV'. Near: 'NY'"),
         (["../../secret,1,0"], "image,MEL,NV", r"line 2: '../../secret.png' must be a relative path"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -250,6 +252,8 @@ DENSE = (
     (DENSE % ", derive: {normals: depth}", "camera {} must give fx, fy, cx, cy in pixels"),
     (DENSE % ", axes: [1, 2, 1]", r"axes \[1, 2, 1\] must be three signs"),
     ((DENSE % "").replace('"{split}/rgb"', "rgb"), "image 'rgb' has no {split}: name one split 'all', or give 'listed'"),
+    ((DENSE % ", listed: l.txt").replace('"{split}/rgb"', "rgb"), "image 'rgb' has no {split}: .* or give 'listed' with {split}"),
+    (DENSE % ", edge_above: -0.1", "edge_above is -0.1; it must be at least 0"),
     ((DENSE % "").replace("{split}/rgb", "{splt}/rgb"), "'{splt}/rgb' may hold {split} and {group}, and {id} once"),
     ((DENSE % "").replace("{split}/depth", "{id}/depth"), "'{id}/depth' may hold"),
     ((DENSE % "").replace("maps: {", 'maps: {depth_m: "x", '), r"become \['depth', 'depth'\]; each target once"),
@@ -275,7 +279,33 @@ def test_derived_targets_and_wrong_names(write_card, home):
     assert data.edges == "depth" and "edge" not in data.stored(0)
     nearer = data.read(0, lambda sample: {**sample, "depth": sample["depth"].index_fill(1, torch.tensor([3]), 1.0)})
     assert nearer["edge"].tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0]] * 9
-    path.with_name("names.json").write_text('["one"]')
-    path.write_text(path.read_text().replace("title:", "names: names.json\ntitle:"))
-    with pytest.raises(UserError, match=r"names.json: names 1 classes, the card says 2"):
-        open_dense(path)
+
+
+@pytest.mark.parametrize(("classes", "options", "content", "message"), [
+    (255, "", None, None),
+    (256, "", None, "256 classes; a label map may have 255, as 255 marks pixels without a label"),
+    (255, "edge_above: 1, ", None, "edge/x.png: edge_above 1 is a share of the largest value of an image; give one below 1"),
+    (2, "", ["one"], "j.json: must map class to name, or list 2 names"),
+    (2, "", 5, "j.json: must map class to name, or list 2 names"),
+    (2, "", "ab", "j.json: must map class to name, or list 2 names"),
+    (2, "normal_classes: j.json, ", [1], r"j.json: must map class to number \(int\), holds \[1\]"),
+    (2, "normal_classes: j.json, ", {"a": 1, "b": 1.5}, r"j.json: must map class to number \(int\), holds {'b': 1.5}"),
+])  # fmt: skip
+def test_classes_and_names_that_maps_cannot_have(write_card, home, classes, options, content, message):
+    base = home / "data" / "d"
+    put(base / "rgb" / "x.png", np.zeros((H, W, 3), np.uint8))
+    put(base / "label" / "x.npy", np.full((H, W), classes - 1))
+    put(base / "edge" / "x.png", np.full((H, W), 255, np.uint8))
+    names = "names: j.json" if content and not options else ""
+    path = write_card(
+        f"  - {{kind: dense, root: d, image: rgb, {options}maps: {{label: label, edge: edge}}}}",
+        classes=classes,
+        extra=names,
+    )
+    path.with_name("j.json").write_text(json.dumps(content))
+    if message is None:
+        sample = open_dense(path).read(0)
+        assert (sample["semseg"] == 254).all() and sample["edge"].all()
+    else:
+        with pytest.raises(UserError, match=message):
+            open_dense(path).read(0)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from vismt.base.errors import UserError
 from vismt.data import source_types
+from vismt.data.cards import load_card
 from vismt.data.check import check
 from vismt.data.formats.embedded import crop_boxes
 from vismt.data.images import open_images
@@ -62,6 +63,17 @@ def test_photo_crops_sets():
     again = open_images("photo_crops", "train")
     assert torch.equal(again.read(700), train.read(700))
     assert len({tuple(box) for box in crop_boxes(300, 451, "train", 40)}) == 40
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ("kind: digits, splits: {train: null}", "digits has no split 'train'. Known: 'all'"),
+    ("kind: python_topics, splits: {dev: null}", "python_topics has no split 'dev'. Known: 'test', 'train'"),
+    ("kind: photo_crops, photographs: {a: a.png}, crops_per_half: 1", "photo_crops has no split 'all'. Known: 'test', 'train'"),
+])  # fmt: skip
+def test_splits_are_those_of_the_set(tmp_path, source, message):
+    (tmp_path / "card.yaml").write_text(f"name: mine\nsources: [{{{source}}}]\n")
+    with pytest.raises(UserError, match=message):
+        load_card(tmp_path)
 
 
 def test_package_that_is_not_installed(monkeypatch):

@@ -101,6 +101,9 @@ def test_what_is_no_set(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(UserError, match="no card of that name and no card, folder or table"):
         open_images(tmp_path / "a.txt")
+    (tmp_path / "a.csv").write_text("path,label\n")
+    with pytest.raises(UserError, match=r"a\.csv': has no rows; write the names of the columns, then a line for each"):
+        open_images(tmp_path / "a.csv")
     (tmp_path / "set" / "empty").mkdir(parents=True)
     write_folder(tmp_path / "set" / "more", 1)
     with pytest.raises(UserError, match=r"holds no image.*remove the folder"):
@@ -117,6 +120,14 @@ def test_the_least_card_with_an_absolute_root(tmp_path: Path) -> None:
     card.write_text("name: mine\nsources: [{kind: folder, root: ../far/pictures}]\n")
     with pytest.raises(UserError, match=r"root: '\.\./far/pictures' must be a relative path"):
         open_images(card)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, f"../{'x' * 300}", f"{'x' * 300}:train"])
+def test_names_longer_than_a_file_may_have(name: str) -> None:
+    for door in (open_images, open_texts):
+        with pytest.raises(UserError, match=f"data '{name}': no "):
+            door(name)
+    assert row_name(name).rpartition("/")[2] == name.rpartition("/")[2] and not overlap(name, "digits")
 
 
 def test_several_folders_of_data(tmp_path: Path, monkeypatch) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import sys
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers.own_images import Pictures
+from helpers.own_images import Pictures, write_folder
+from torchvision.datasets import VisionDataset
 
 from vismt.base.errors import UserError
 from vismt.base.objects import name_of, named, registered
+from vismt.data.formats.python_sets import images_of
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split
@@ -68,8 +73,18 @@ def test_rows_of_text() -> None:
     assert texts.rows[1] == {"text": "b", "label": 1} and texts.ids == ["all:0", "all:1"]
     other = opened(Table([{"text": "a", "label": 0}, {"text": "c", "label": 1}]), door=open_texts)
     assert texts.content() != other.content()
-    with pytest.raises(UserError, match="Pictures has no rows with named fields"):
-        opened(Pictures(), door=open_texts)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (Pictures(), r"row 0 has no fields named by text \(\[<class 'tuple'>\]\); give texts as columns"),
+    ([{"text": "a"}, "b"], r"row 1 has no fields named by text \(\[<class 'str'>\]\)"),
+    ([{"text": "a", 1: 2}], r"row 0 has no fields named by text \(\['text', 1\]\)"),
+    ([], "the data set is empty"),
+    (iter([{"text": "a"}]), "list_iterator has no length or no index; give a map-style data set of rows"),
+])  # fmt: skip
+def test_what_has_no_rows_of_text(given, message) -> None:
+    with registered({"<mine 00000000>": given}), pytest.raises(UserError, match=f"data 'mine': {message}"):
+        open_texts("<mine 00000000>")
 
 
 def test_stored_labels_are_used_where_they_agree() -> None:
@@ -89,7 +104,62 @@ def test_stored_labels_are_used_where_they_agree() -> None:
     name_of(dataset, {})
     Stored.reads = 0
     assert opened(dataset).labels.tolist() == right and Stored.reads < 24 + 16
-    assert opened(Stored([0] * 24)).labels.tolist() == right  # a target_transform: the examples count
+    assert opened(Stored([0] * 24)).labels.tolist() == right  # the examples count
+    texts = Stored(right)
+    texts.examples = [(image, f"c{label}") for image, label in texts.examples]
+    with pytest.raises(UserError, match="label 'c0'; a label must be a whole number from 0"):
+        opened(texts)
+
+
+@pytest.mark.parametrize(("arguments", "labels", "most"), [
+    ({"transform": torch.nn.Identity()}, [0, 1, 2, 0], 17),
+    ({"target_transform": [0, 1, 1].__getitem__}, [0, 1, 1, 0], 40),
+    ({"transforms": lambda image, label: (image, [0, 1, 1][label])}, [0, 1, 1, 0], 40),
+])  # fmt: skip
+def test_labels_that_a_transform_changes_are_not_the_stored_ones(arguments, labels, most) -> None:
+    reads = []
+
+    class Own(VisionDataset):
+        targets: ClassVar = [0, 1, 2, 0] * 10  # the ends stay as they are
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, i):
+            reads.append(i)
+            return self.transforms(torch.zeros(3, 2, 2), self.targets[i])
+
+    assert images_of(Own("", **arguments), "mine", "all").labels.tolist() == labels * 10 and len(reads) <= most
+
+
+def test_labels_of_the_middle_are_compared_too() -> None:
+    class Relabelled(Pictures):
+        targets: ClassVar = [0] * 24
+
+        def __getitem__(self, i):
+            return super().__getitem__(i)[0], int(i in (8, 9))
+
+    assert opened(Relabelled()).labels.tolist() == [0] * 8 + [1, 1] + [0] * 14
+
+
+def test_a_file_of_the_name_does_not_make_a_saved_data_set(tmp_path) -> None:
+    folder = write_folder(tmp_path / "pictures", 1)
+    (folder / "state.json").write_text("{}")
+    (folder / "dataset_dict.json").write_text("no JSON")
+    assert len(open_images(folder)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("state.json", {"_data_files": []}), ("dataset_dict.json", {"splits": []})]
+)
+def test_a_damaged_saved_data_set(tmp_path, monkeypatch, name, content) -> None:
+    def load_from_disk(path):
+        raise FileNotFoundError(f"no {path}/x.arrow")
+
+    (tmp_path / name).write_text(json.dumps(content))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_from_disk=load_from_disk))
+    with pytest.raises(UserError, match=r"the saved data set cannot be loaded: no .*x\.arrow"):
+        open_images(tmp_path)
 
 
 def test_decoded_objects_are_not_kept_for_other_runs(tmp_path, monkeypatch) -> None:

@@ -136,6 +136,9 @@ def test_too_many_candidates(count, message):
 @pytest.mark.parametrize(("files", "message"), [
     ({"e_csv": "user,item,time\n"}, "e.csv: has no column 'timestamp'"),
     ({"e_csv": "user,item,timestamp\n1,a,x\n"}, "line 2: time 'x' is not a number"),
+    ({"e_csv": "user,item,timestamp\n1,a,nan\n"}, "line 2: time 'nan' is not a number"),
+    ({"e_csv": "user,item,timestamp\n1,a,-inf\n"}, "line 2: time '-inf' is not a number"),
+    ({"e_csv": 'user,item,timestamp\n1,a,"' + "9" * 140_000}, "e.csv: line 2: cannot be read as a table: field larger than"),
     ({"e_csv": "user,item,timestamp\n1,z,3\n"}, "item 'z' has no title"),
     ({"e_csv": "user,item,timestamp\n1,a\n"}, "line 2: has 2 fields, the first line names 3"),
     ({"e_csv": "user,item,timestamp\n1,a,1\n1,b,2\n1,c,3\n"}, "1 of 2 rows found under .VISMT_DATA/t"),

@@ -79,6 +79,7 @@ class TableSource(RootedSource, ImageSource):
         only = self.only.get(split, {})
         columns = [self.column, *([self.label] if self.label else self.keep), *only]
         rows, kept = [], set(self.keep)
+        label_of: dict[Path, str] = {}
         try:
             with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
                 table = csv.DictReader(file, delimiter=DELIMITERS.get(path.suffix, ","))
@@ -97,6 +98,10 @@ class TableSource(RootedSource, ImageSource):
                     if label in kept:
                         if not label:  # of a table without a card, whose labels are all kept
                             raise UserError(f"{where}: '{name}' has no label; give it one, or leave the row out.")
+                        if (other := label_of.setdefault(Path(name), label)) != label:
+                            raise UserError(
+                                f"{where}: '{name}' is '{label}', above '{other}'; give each image one label."
+                            )
                         rows.append((name, label))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{card.shown}: table '{shown}' cannot be read: {error}. {fix(card)}") from error

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from vismt.base.errors import UserError, near
-from vismt.config.typed import RelativePath
+from vismt.config.typed import RelativePath, within
 from vismt.data.copies import fix, shown_path, verify_counts
 from vismt.data.decode import SUFFIXES
 from vismt.data.formats.pascal_context import PARTS
+from vismt.data.image_set import readable_names
 from vismt.data.maps.dense_maps import MAP_FORMS, MapSettings, read_maps
-from vismt.data.maps.dense_sample import MAPS
+from vismt.data.maps.dense_sample import IGNORE, MAPS
 from vismt.data.maps.dense_set import DenseSet, DenseSource, check_camera
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 from vismt.storage.paths import regular_file
@@ -37,7 +39,7 @@ class DenseFilesSource(RootedSource, DenseSource):
         first: label of class 0.
         listed: text file with one id a line, or one group a line where `image` has {group}.
         partial: whether a sample may lack targets whose file is missing; else that is an error.
-        edge_above: share of the largest value from which a pixel is an edge.
+        edge_above: share of the largest value from which a pixel is an edge; in npy files, the value.
         axes: signs that turn stored normals to x right, y up, z towards the camera.
         derive: maps a target that the set lacks to the one it is computed from ({edge: semseg}): edges at the size they are
             used in, normals at that of the stored maps.
@@ -51,7 +53,7 @@ class DenseFilesSource(RootedSource, DenseSource):
     first: int = 0
     listed: RelativePath | None = None
     partial: bool = False
-    edge_above: float = 0.5
+    edge_above: Annotated[float, within(0)] = 0.5
     axes: list[int] = field(default_factory=lambda: [1, 1, 1])
     derive: dict[str, str] = field(default_factory=dict)
     camera: dict[str, float] = field(default_factory=dict)
@@ -81,8 +83,10 @@ class DenseFilesSource(RootedSource, DenseSource):
                 raise UserError(
                     f"{where}: '{path}' may hold {{split}} and {{group}}, and {{id}} once, in the file name."
                 )
-        if len(self.splits) > 1 and "{split}" not in self.image and self.listed is None:
-            raise UserError(f"{where}: image '{self.image}' has no {{split}}: name one split 'all', or give 'listed'.")
+        if len(self.splits) > 1 and "{split}" not in self.image + (self.listed or ""):
+            raise UserError(
+                f"{where}: image '{self.image}' has no {{split}}: name one split 'all', or give 'listed' with {{split}}."
+            )
 
     def _check_derived(self, targets: list[str], where: str) -> None:
         for target, origin in self.derive.items():
@@ -121,10 +125,12 @@ class DenseFilesSource(RootedSource, DenseSource):
         if not paths:
             raise UserError(f"{card.shown}: no image of split '{split}' found under {shown_path(base)}.")
         count = self.classes or card.classes
-        classes = [str(name) for name in (card.read_json(card.names) if card.names else range(count))]
-        if len(classes) != count:
-            raise UserError(f"{card.shown}/{card.names}: names {len(classes)} classes, the card says {count}.")
-        normal_classes = card.read_json(self.normal_classes) if self.normal_classes else {}
+        if "label" in self.maps and count > IGNORE:
+            raise UserError(
+                f"{card.shown}: {count} classes; a label map may have {IGNORE}, as {IGNORE} marks pixels without a label."
+            )
+        classes = readable_names(card, [str(label) for label in range(count)])
+        normal_classes = card.read_mapping(self.normal_classes, "class to number", int) if self.normal_classes else {}
         camera = self.camera if "normals" in self.derive else {}
         settings = MapSettings(len(classes), self.void, self.first, self.edge_above, self.axes, normal_classes, camera)
         targets = {MAP_FORMS[name].target for pair in paths for name in pair if name != "image"}

@@ -54,6 +54,7 @@ class DigitsSource(PackagedSource, ImageSource):
     """The 1,797 handwritten digits (8 x 8, 17 grey levels) that scikit-learn ships."""
 
     package: ClassVar[str | None] = "sklearn"
+    fixed_splits: ClassVar[tuple[str, ...]] = ("all",)
 
     def list_files(self, base: Path) -> Files:
         return {"digits": file_groups(base, [DIGITS])[DIGITS]}
@@ -85,6 +86,7 @@ class PhotoCropsSource(PackagedSource, ImageSource):
     photographs: dict[str, RelativePath]
     crops_per_half: Annotated[int, within(1)]
     package: ClassVar[str | None] = "skimage"
+    fixed_splits: ClassVar[tuple[str, ...]] = HALVES
 
     def list_files(self, base: Path) -> Files:
         """Return the photographs, each as a group with the name of its class."""
@@ -133,6 +135,7 @@ class PythonTopicsSource(PackagedSource, TextSource):
     """
 
     package: ClassVar[str | None] = "pydoc_data"
+    fixed_splits: ClassVar[tuple[str, ...]] = HALVES
 
     def list_files(self, base: Path) -> Files:
         return file_groups(base, ["topics.py"])

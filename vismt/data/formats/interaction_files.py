@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import math
 import os
 import re
 import tempfile
@@ -181,8 +182,10 @@ class InteractionsSource(RootedSource, TextSource):
         for where, (user, item, time) in _table(text, self.separator, self.columns, shown_path(path)):
             try:
                 when = float(time)
-            except ValueError as error:
-                raise UserError(f"{where}: time {time!r} is not a number.") from error
+            except ValueError:
+                when = math.nan
+            if not math.isfinite(when):
+                raise UserError(f"{where}: time {time!r} is not a number.")
             events.setdefault(user, []).append((when, _number_of(item, numbers, where)))
         ordered = {user: sorted(pairs, key=lambda pair: pair[0]) for user, pairs in events.items()}
         return {user: list(dict.fromkeys(item for _, item in pairs)) for user, pairs in ordered.items()}
@@ -217,17 +220,20 @@ def _table(text: str, separator: str, columns: Sequence[str], shown: str) -> Ite
         delimiter=separator,
         quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE,
     )
-    head = next(reader, [])
-    for column in columns:
-        if column not in head:
-            raise UserError(f"{shown}: has no column '{column}'.{near(column, head)}")
-    places = [head.index(column) for column in columns]
-    for row in reader:
-        where = f"{shown}: line {reader.line_num}"
-        if row and len(row) <= max(places):
-            raise UserError(f"{where}: has {len(row)} fields, the first line names {len(head)}.")
-        if row:
-            yield where, [row[place] for place in places]
+    try:
+        head = next(reader, [])
+        for column in columns:
+            if column not in head:
+                raise UserError(f"{shown}: has no column '{column}'.{near(column, head)}")
+        places = [head.index(column) for column in columns]
+        for row in reader:
+            where = f"{shown}: line {reader.line_num}"
+            if row and len(row) <= max(places):
+                raise UserError(f"{where}: has {len(row)} fields, the first line names {len(head)}.")
+            if row:
+                yield where, [row[place] for place in places]
+    except csv.Error as error:
+        raise UserError(f"{shown}: line {reader.line_num}: cannot be read as a table: {error}.") from error
 
 
 def _leave_last_out(users: Mapping[str, list[int]]) -> dict[str, list[Row]]:

@@ -75,9 +75,14 @@ def read_list(card: Card, base: Path, split: str) -> ImageList:
         raw = parse_json(path.read_text(encoding="utf8"))
         names = [str(name) for name in raw["label_names"]]
         images = [str(name) for name in raw["image_names"]]
-        labels = [int(label) for label in raw["image_labels"]]
-    except (OSError, ArithmeticError, ValueError, KeyError, TypeError) as error:
+        labels = list(raw["image_labels"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{shown}: must be JSON with the lists {', '.join(KEYS)} ({error!r}). {fix(card)}") from error
+    wrong = [label for label in labels if type(label) is not int]
+    if wrong:
+        raise UserError(
+            f"{shown}: label {wrong[0]!r}; a label must be a whole number, the place of its class in label_names."
+        )
     if len(images) != len(labels) or len(set(names)) != len(names):
         raise UserError(
             f"{shown}: {len(images)} images, {len(labels)} labels; there must be as many, and no class twice."

@@ -70,6 +70,8 @@ def _of_table(path: Path) -> list[DataSource]:
             rows = list(table)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"'{path}' cannot be read as a table: {error}.") from error
+    if not rows:
+        raise UserError(f"'{path}': has no rows; write the names of the columns, then a line for each example.")
     texts = _source("text", root=str(path.parent), files={"all": path.name}, form="csv")
     column, label = (next((name for name in columns if name.lower() in names), None) for names in (PATHS, LABELS))
     if column is None or label is None:

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from vismt.base.errors import UserError, near
 from vismt.base.objects import object_named, title_of
 from vismt.data.decode import decoding, to_rgb
 from vismt.data.image_set import ImageSet
+from vismt.storage.files import parse_json
+from vismt.storage.paths import regular_file
 from vismt.storage.wheels import one_line
 
 HUB = "hf/"  # start of the name of a data set on the hub
-SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes
+SAVED = {"dataset_dict.json": "splits", "state.json": "_data_files"}  # a file that `save_to_disk` writes -> a key in it
 IMAGES = ("image", "img", "images", "pixel_values")
 LABELS = ("label", "labels", "class", "target", "fine_label", "category")
 
@@ -37,19 +40,28 @@ def python_object(card: str, split: str) -> Any:
     Code in a repository of the hub is never run.
     """
     given = object_named(card)
-    if given is None and card.startswith(HUB):
-        load = _function("load_dataset", card)
+    hub = card.startswith(HUB)
+    if given is None and (hub or _is_saved(Path(card))):
+        load = _function("load_dataset" if hub else "load_from_disk", card)
         try:
             given = load(card.removeprefix(HUB))
         except Exception as error:  # of the builders: no network, no access, unknown formats, several configurations
-            raise UserError(f"data '{card}': the hub's data set cannot be loaded: {one_line(str(error))}") from error
-    elif given is None and any((Path(card) / name).is_file() for name in SAVED):
-        given = _function("load_from_disk", card)(card)
+            what = "the hub's" if hub else "the saved"
+            raise UserError(f"data '{card}': {what} data set cannot be loaded: {one_line(str(error))}") from error
     if isinstance(given, Mapping):  # a DatasetDict
         if split not in given:
             raise UserError(f"data '{title_of(card)}': no split '{split}'.{near(split, list(given))}")
         return given[split]
     return given
+
+
+def _is_saved(folder: Path) -> bool:
+    """Return whether `save_to_disk` wrote a folder; one of class folders may hold a file of such a name, too."""
+    for name, key in SAVED.items():
+        with suppress(OSError, ValueError, TypeError):  # no such file, or another one
+            if key in parse_json(regular_file(folder / name).read_text(encoding="utf8")):
+                return True
+    return False
 
 
 def _function(name: str, card: str) -> Any:
@@ -69,12 +81,7 @@ def images_of(given: Any, title: str, split: str) -> ImageSet:
     a label is a whole number from 0. Class names are those of the data set, else the numbers. Its content is not known before
     every image is read, so `content` is the title.
     """
-    if not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
-        raise UserError(
-            f"data '{title}': {type(given).__name__} has no length or no index; give a map-style data set of (image, label)."
-        )
-    if not len(given):
-        raise UserError(f"data '{title}': the data set is empty.")
+    _check_indexed(given, title, "(image, label)")
     image, label = _columns(given, title)
     labels = _labels(given, label, title)
     classes = _classes(given, label, max(labels) + 1)
@@ -98,13 +105,28 @@ def images_of(given: Any, title: str, split: str) -> ImageSet:
 
 def texts_of(given: Any, title: str) -> tuple[list[dict[str, Any]], str]:
     """Return the rows of a Hugging Face data set or a table of pandas, and a digest of them."""
+    _check_indexed(given, title, "rows")
     if hasattr(given, "to_dict") and hasattr(given, "iloc"):
         rows = given.to_dict("records")
     else:
         rows = [dict(given[i]) if isinstance(given[i], Mapping) else given[i] for i in range(len(given))]
-    if not rows or not isinstance(rows[0], dict):
-        raise UserError(f"data '{title}': {type(given).__name__} has no rows with named fields; give texts as columns.")
+    for number, row in enumerate(rows):
+        names = list(row) if isinstance(row, dict) else [type(row)]
+        if not all(isinstance(name, str) for name in names):
+            raise UserError(
+                f"data '{title}': row {number} has no fields named by text ({names}); give texts as columns."
+            )
     return rows, hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _check_indexed(given: Any, title: str, of: str) -> None:
+    """Raise UserError for an object that is empty or has no length or index, as a streamed data set."""
+    if not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
+        raise UserError(
+            f"data '{title}': {type(given).__name__} has no length or no index; give a map-style data set of {of}."
+        )
+    if not len(given):
+        raise UserError(f"data '{title}': the data set is empty.")
 
 
 def _columns(given: Any, title: str) -> tuple[Any, Any]:
@@ -146,16 +168,20 @@ def _labels(given: Any, label: Any, title: str) -> list[int]:
 
 
 def _stored_labels(given: Any) -> list[Any] | None:
-    """Return the labels that a data set has as a list, where they agree with its first and last example."""
+    """Return the labels that a data set has as a list, where nothing transforms them and about 16 examples agree."""
+    both = getattr(given, "transforms", None)  # of image and label: one function, or torchvision's pair of two
+    changes = getattr(given, "target_transform", None), getattr(both, "target_transform", both)
+    if changes != (None, None):
+        return None
+    lists: list[Any] = [getattr(given, name, None) for name in ("targets", "labels", "_labels")]
     if isinstance(given, torch.utils.data.Subset):
         inner = _stored_labels(given.dataset)
-        return None if inner is None else [inner[i] for i in given.indices]
-    for name in ("targets", "labels", "_labels"):
-        values = getattr(given, name, None)
-        if values is None or len(values) != len(given):
-            continue
-        if all(int(values[i]) == int(given[i][1]) for i in (0, len(given) - 1)):
-            return list(values)
+        lists = [inner and [inner[i] for i in given.indices]]
+    for values in lists:
+        with suppress(TypeError, ValueError, RuntimeError):  # no list, or labels that are not numbers
+            places = {*range(0, len(values), -(-len(values) // 16)), len(values) - 1}
+            if len(values) == len(given) and all(int(values[i]) == int(given[i][1]) for i in places):
+                return list(values)
     return None
 
 

@@ -48,7 +48,7 @@ class MapSettings:
         classes: number of classes of label maps.
         void: label of pixels without a class.
         first: label of class 0.
-        edge_above: share of the largest value from which a pixel is an edge.
+        edge_above: share of the largest value from which a pixel is an edge; in npy files, the value.
         axes: signs that turn stored normals to x right, y up, z towards the camera.
         normal_classes: PASCAL-Context classes on which distilled normals count, name -> number; empty for all.
         camera: fx, fy, cx, cy in stored pixels, for normals that are derived from depth; empty to derive none.
@@ -172,7 +172,10 @@ def read_binary(name: str, path: Path, settings: MapSettings) -> Sample:
     above, article = (settings.edge_above, "an") if name == "edge" else (0.5, "a")
     values = _plane(path, f"{article} {name} map must be one channel", "buif")
     largest = 1
-    if values.dtype.kind in "ui" and path.suffix.lower() != ".npy":
+    whole = values.dtype.kind != "f" and path.suffix.lower() != ".npy"
+    if whole and above >= 1:
+        raise UserError(f"{path}: edge_above {above:g} is a share of the largest value of an image; give one below 1.")
+    if whole and values.dtype != bool:
         # Pillow opens some 16-bit images as 32-bit.
         largest = 65535 if values.dtype == np.int32 else np.iinfo(values.dtype).max
     return {name: torch.from_numpy((values > above * largest).astype(np.int64))}
