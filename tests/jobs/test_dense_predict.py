@@ -96,6 +96,19 @@ def test_pictures_of_any_number_of_pixels_have_a_range() -> None:
     assert make_task("depth").caption(values[0]) == "near 9.00 to far 989.00"
 
 
+@pytest.mark.parametrize("names", [{"n01": "apple", "n02": "pear"}, ["apple", "pear"]])
+def test_classes_of_images_have_the_readable_names(names: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(sources=[object()], names="names.json", read_json=lambda _: names)
+    monkeypatch.setattr(dense_predict, "load_card", lambda _: card)
+    monkeypatch.setattr(dense_predict, "open_samples", lambda *_: SimpleNamespace(image_classes=["apple", "pear"]))
+    data = {"train": ["fruit:train"], "test": ["fruit:test"]}
+    config = typed(
+        {"tasks": [{"name": "classify", "classes": 2}], "size": list(CANVAS), "data": data}, DenseConfig, "made"
+    )
+    tasks = {"classify": make_task({"name": "classify", "classes": 2})}
+    assert dense_predict.class_names(config, tasks) == {"classify": ["apple", "pear"]}
+
+
 def test_parts_are_called_by_their_names(answers, tmp_path: Path) -> None:
     config = typed({"tasks": ["parts"], "size": list(CANVAS)}, DenseConfig, "made")
     tasks = {"parts": make_task("parts")}

@@ -27,6 +27,7 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.data.cards import load_card
 from vismt.data.decode import decode_file
+from vismt.data.image_set import readable_names
 from vismt.data.maps.dense_set import DenseSource, open_samples
 from vismt.data.maps.dense_transforms import fitting, resize
 from vismt.data.set_entries import card_and_split
@@ -193,7 +194,10 @@ def class_names(config: DenseConfig, tasks: Mapping[str, Task]) -> dict[str, lis
     for task, entry in entries:
         card = load_card(card_and_split(entry)[0])
         maps = isinstance(card.sources[0], DenseSource)
-        names = [str(name) for name in card.read_json(card.names)] if card.names else []
+        given = card.read_json(card.names) if card.names else []
+        # An object names the classes of images by their folders, which are read with the images.
+        listed = maps or isinstance(given, list)
+        names = readable_names(card, [str(label) for label in range(len(given))]) if given and listed else []
         if not names and not maps:
             with suppress(UserError):  # the images may be on another machine
                 names = open_samples(*card_and_split(entry)).image_classes
