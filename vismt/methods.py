@@ -112,7 +112,10 @@ class Method:
         return names
 
     def present(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return options by their present names."""
+        """Return options by their present names. Raises UserError for an option under its old and its new name."""
+        for old, new in self.renamed.items():
+            if old in options and new in options:
+                raise UserError(f"adapt: {old} is the earlier name of {new}; give one of them.")
         return {self.renamed.get(name, name): value for name, value in options.items()}
 
 

@@ -54,6 +54,14 @@ def test_another_model_of_equal_weights_reads_equal_bits(cache: Path, monkeypatc
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(expected, first, second))
 
 
+def test_a_forward_of_an_instance_stays() -> None:
+    model = net()
+    upper = blocks(model.lm)[1]
+    upper.forward = own = upper.forward  # as hooks of other libraries set one
+    model.lower_states(pieces())
+    assert vars(upper)["forward"] is own
+
+
 @pytest.mark.parametrize("changed", ["weights", "embeddings", "texts", "depth", "settings"])
 def test_whatever_decides_a_state_has_a_file_of_its_own(cache: Path, changed: str) -> None:
     stored_lower_states(net(2), pieces())

@@ -319,10 +319,15 @@ def blocks(lm: nn.Module) -> nn.ModuleList:
 @contextmanager
 def _forward_replaced(replaced: Iterable[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
     """Within the block, `forward` takes the place of the modules' own."""
-    for module in replaced:
+    modules = list(replaced)
+    own = [vars(module).get("forward") for module in modules]  # of an instance, as hooks of other libraries set one
+    for module in modules:
         module.forward = forward
     try:
         yield
     finally:
-        for module in replaced:
-            del module.forward
+        for module, former in zip(modules, own, strict=True):
+            if former is None:
+                del module.forward
+            else:
+                module.forward = former

@@ -16,6 +16,7 @@ from torch import nn
 import vismt
 from vismt.base.errors import UserError
 from vismt.lowrank.files import save_load
+from vismt.lowrank.layers.base import adapter_layers
 from vismt.storage import files
 
 
@@ -61,6 +62,18 @@ def test_loading_over_another_adapter_is_refused(saved, method) -> None:
     model = tiny_vit()
     vismt.adapt(model, method, rank=2)
     check_refused(folder, f"already carries another '{method}'", model)
+
+
+def test_a_file_without_a_start_leaves_none_of_another_adapter(tmp_path) -> None:
+    plain, started = tiny_vit(), tiny_vit()
+    for model in (plain, started):
+        vismt.adapt(model, "lora", rank=2)
+        shake(model, seed=1)
+    vismt.save_adapter(plain, tmp_path)
+    for layer in adapter_layers(started).values():
+        layer.lora_A0, layer.lora_B0 = torch.rand_like(layer.lora_A), torch.rand_like(layer.lora_B)
+    assert not torch.allclose(started(images()), plain(images()), atol=1e-3)
+    assert torch.equal(vismt.load_adapter(started, tmp_path)(images()), plain(images()))
 
 
 def test_damaged_foreign_and_missing_files(saved, tmp_path) -> None:

@@ -19,6 +19,7 @@ from vismt.llm import collect_covariance, instance_gates
 from vismt.lowrank import combine, read_updates
 from vismt.lowrank.files import save_load
 from vismt.lowrank.layers.base import adapter_layers
+from vismt.multitask.emtal.method import set_fade
 
 LAYERS = ["attn.qkv", "mlp.fc1"]
 ADAPTERS = {
@@ -147,6 +148,17 @@ def test_what_is_combined_is_saved_exported_and_undone(tmp_path: Path) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     vismt.unadapt(model)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in snapshot(tiny_vit()).items())
+
+
+def test_parameters_that_train_along_are_read_in_stock_order(tmp_path: Path) -> None:
+    model = tiny_vit()
+    vismt.adapt(model, "emtal", n_experts=4, also_train=[r"blocks\.0\.mlp\.fc1\.bias"])
+    shake(model)
+    set_fade(model, 1.0)
+    vismt.save_adapter(model, tmp_path)
+    of_model, of_folder = read_updates(model).also_train, read_updates(tmp_path).also_train
+    assert of_model.keys() == of_folder.keys() == {"blocks.0.mlp.fc1.bias"}
+    assert all(torch.equal(value, of_folder[name]) for name, value in of_model.items())
 
 
 def test_what_was_read_does_not_follow_the_model() -> None:

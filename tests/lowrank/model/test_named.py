@@ -67,6 +67,32 @@ def test_errors_leave_the_model_as_it_was(call, line: str) -> None:
     assert not torch.equal(vismt.activate(model, "digits")(images()), out)
 
 
+REORDERING = {
+    "lora": {"rank": 2},
+    "s2ft": {"ratio": 0.3},
+    "emtal": {"n_experts": 4},
+}
+
+
+@pytest.mark.parametrize("method", REORDERING)
+def test_parameters_that_train_along_come_back_in_their_order(method: str, tmp_path: Path) -> None:
+    """Methods that reorder units reorder these parameters, too, and the shelf holds them in stock order."""
+    model = tiny_vit()
+    vismt.adapt(model, method, also_train=[r"blocks\.0\.mlp\.fc1\.bias"], **REORDERING[method])
+    shake(model)
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    out = model(images())
+    vismt.save_adapter(model, tmp_path)
+    vismt.activate(model, None)
+    vismt.activate(model, "default")
+    assert torch.allclose(model(images()), out, atol=1e-6)
+    assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters() if p.requires_grad)
+    with vismt.disabled(model):
+        pass
+    assert torch.allclose(vismt.load_adapter(tiny_vit(), tmp_path)(images()), out, atol=1e-6)
+    assert torch.allclose(model(images()), out, atol=1e-6)
+
+
 def test_what_needs_one_active_adapter() -> None:
     model = two()
     for names in (None, ["digits", "signs"]):

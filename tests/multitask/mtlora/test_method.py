@@ -291,6 +291,13 @@ def test_the_published_numbers_of_trained_parameters() -> None:
             vismt.unadapt(model)
 
 
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"rank": 3}])
+def test_without_alpha_the_scale_does_not_depend_on_the_rank(options: dict) -> None:
+    model = tiny_vit()
+    vismt.adapt(model, "mtlora", tasks=TASKS, **{"rank": 2, **options})
+    assert {layer.scale for layer in adapter_layers(model).values()} == {4.0}
+
+
 def test_ranks_and_scales_by_stage() -> None:
     model = swin()
     vismt.adapt(

@@ -159,7 +159,7 @@ def _of_model(model: nn.Module, what: str) -> Updates:
     with stock_order(model):
         updates = {path: _copied(layer.low_rank()) for path, layer in layers.items()}
         samples = base_samples(model, updates)
-    also_train = {key: model.get_parameter(key).detach().cpu().clone() for key in record.also_train}
+        also_train = {key: model.get_parameter(key).detach().cpu().clone() for key in record.also_train}
     return Updates(updates, also_train, samples, name=name)
 
 

@@ -252,8 +252,10 @@ class LowRankLayer(AdapterLayer):
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy factors in; starts that the layer lacks are created."""
+        """Copy factors in; starts that the layer lacks are created, and its own are dropped where none come with the factors."""
         own = self.tensors()
+        if "lora_A" in tensors and "lora_A0" not in tensors:
+            self._buffers["lora_A0"] = self._buffers["lora_B0"] = None
         for name, value in tensors.items():
             if name in ("lora_A0", "lora_B0"):
                 like = self.lora_A if name == "lora_A0" else self.lora_B

@@ -167,6 +167,12 @@ def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[st
         name: [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
         for name, _ in model.named_parameters()
     }
+    for name, parameter in model.named_parameters(
+        remove_duplicate=False
+    ):  # of tied parameters the others have no entry
+        if name not in owners and any(matches(p, name) or matches(p, name.rpartition(".")[0]) for p in patterns):
+            first = next(other for other, value in model.named_parameters() if value is parameter)
+            raise UserError(f"adapt.also_train: '{name}' is tied to '{first}'; name that one.")
     check_patterns("adapt.also_train", patterns, sorted({path for paths in owners.values() for path in paths}))
     names = [name for name, paths in owners.items() if any(matches(p, path) for p in patterns for path in paths)]
     for name in names:

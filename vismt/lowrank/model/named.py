@@ -25,7 +25,7 @@ from vismt.lowrank.layers.base import AdapterModule, LayerSpec, adapter_modules
 from vismt.lowrank.layers.gates import unwatch_expansion
 from vismt.lowrank.layers.parameter_modules import to_modules, to_parameters
 from vismt.lowrank.model.merge import freeze, undo, unfreeze, unwatch_saving, watch_saving
-from vismt.lowrank.model.modules import detach_all, from_stock, place, prepare
+from vismt.lowrank.model.modules import detach_all, from_stock, place, prepare, to_stock
 from vismt.lowrank.model.record import RECORD, SHELF, AdaptRecord, names_of, need_record, record_of, refuse_offloaded
 
 
@@ -290,6 +290,7 @@ def shelve(model: nn.Module) -> None:
     record = need_record(model, "shelve")
     shelf = model._modules.pop(SHELF, None)  # undoing is not to see it
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    to_stock(model)  # `restore` copies the values back before it orders them again
     also_train = {name: model.get_parameter(name).detach().clone() for name in record.also_train}
     modules = adapter_modules(model)
     undo(model)

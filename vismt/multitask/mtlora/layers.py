@@ -88,7 +88,7 @@ class TaskLinear(LowRankLinear):
         Without alpha the scale is `SCALE`.
         """
         spec = LowRankLayer.plan(path, module, rank, alpha, **options)
-        settings = spec.settings if alpha is not None else replace(spec.settings, scale=SCALE * spec.settings.scale)
+        settings = spec.settings if alpha is not None else replace(spec.settings, scale=SCALE)
         own = (of_tasks or {}).get(path)
         if own is None:
             return replace(spec, settings=settings)
