@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from helpers.lm_parts import save_lm
 from helpers.own_images import write_folder
 from PIL import Image
@@ -87,10 +88,11 @@ def test_maps_of_void_alone_and_rows_without_a_label(tmp_path: Path, capsys) -> 
         Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / "maps" / name / "a.png")
     assert main(["init", "dense", "--images", str(tmp_path / "maps"), "--to", str(tmp_path / "dense")]) == 2
     assert "no map in 'label' has a label but 255" in capsys.readouterr().err
-    texts = tmp_path / "texts.jsonl"
+    texts = tmp_path / 'a: "b" #c.jsonl'  # no plain YAML
     texts.write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n{"text": "c"}\n')
     assert main(["init", "lm", "--texts", str(texts), "--to", str(tmp_path / "lm"), "--quiet"]) == 0
-    assert '{"x": " A", "y": " B"}' in (tmp_path / "lm" / "lm.yaml").read_text()
+    text = (tmp_path / "lm" / "lm.yaml").read_text()
+    assert '{"x": " A", "y": " B"}' in text and yaml.safe_load(text)["title"] == f"Fine-tuning on {texts.name}"
 
 
 def test_texts(tmp_path: Path) -> None:

@@ -296,6 +296,8 @@ def test_a_repository_of_an_adapter(folder: Path, tmp_path: Path, monkeypatch) -
     with pytest.raises(UserError, match=r"'me/repo' cannot be written .*; the folder '.*' is complete, upload it with"):
         push_to_hub(model, "me/repo", tmp_path / "pushed", base="me/tiny")
     assert (tmp_path / "pushed" / "README.md").exists()
+    with pytest.raises(UserError, match=r"'me/a repo' cannot be written \(.*; the folder '.*' is complete"):
+        push_to_hub(model, "me/a repo", tmp_path / "again", base="me/tiny")
 
 
 def test_pushing_uploads_the_folder(tmp_path: Path, monkeypatch) -> None:

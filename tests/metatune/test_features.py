@@ -368,17 +368,20 @@ def test_the_file_used_longest_ago_makes_room(cache, monkeypatch):
     run(frozen())
     (old,) = cache.iterdir()
     size = old.stat().st_size
+    theirs = cache / "my_features.safetensors"
+    theirs.write_bytes(b"theirs")
+    os.utime(theirs, (0, 0))
     os.utime(old, (1, 1))
     run(frozen(), pixels=Pixels("second"))
-    (second,) = set(cache.iterdir()) - {old}
+    (second,) = set(cache.iterdir()) - {old, theirs}
     os.utime(second, (2, 2))
     run(frozen())  # used now
     monkeypatch.setattr(files, "LIMIT", int(2.5 * size))
     run(frozen(), pixels=Pixels("third"))
-    assert old.exists() and not second.exists() and len(list(cache.iterdir())) == 2
+    assert old.exists() and not second.exists() and theirs.exists() and len(list(cache.iterdir())) == 3
     monkeypatch.setattr(files, "LIMIT", size - 1)
     run(frozen(), pixels=Pixels("fourth"))
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.iterdir())) == 3
 
 
 def test_another_word_is_refused():

@@ -13,7 +13,16 @@ import safetensors.torch
 import torch
 
 from vismt.base.errors import UserError
-from vismt.storage.files import PARTIAL, atomic_write, file_digest, read_sealed, remove_partial, sealed, write_tensors
+from vismt.storage.files import (
+    PARTIAL,
+    atomic_write,
+    file_digest,
+    read_sealed,
+    read_tensors,
+    remove_partial,
+    sealed,
+    write_tensors,
+)
 
 
 def test_tensors_are_read_back_by_safetensors(tmp_path: Path) -> None:
@@ -50,6 +59,12 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
             with pytest.raises(UserError, match=f"cannot write '{path}': No space left on device"):
                 atomic_write(path, "new")
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pipe_in_the_place_of_tensors_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"adapter: '.*a\.safetensors' is damaged .*it is a named pipe"):
+        read_tensors(tmp_path / "a.safetensors", "adapter")
 
 
 def test_unfinished_files_are_removed(tmp_path: Path) -> None:

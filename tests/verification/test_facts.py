@@ -12,8 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 from helpers.damage import damage_json
+from helpers.every_method import adapted_vit, small_vit
 from helpers.tiny import shake, tiny_vit
-from helpers.verified_folders import CONFIG, TENSORS, Folders, edit_config, edit_tensors, made
+from helpers.verified_folders import CONFIG, TENSORS, Folders, edit_config, edit_tensors, made, write_model
 
 import vismt
 from vismt.base.errors import UserError
@@ -46,6 +47,41 @@ def test_a_vismt_folder_and_a_checkpoint(clean: Folders, tmp_path: Path) -> None
     found = read_facts(clean.base)
     assert found.kind == "checkpoint" and found.config["model_type"] == "llama"
     assert found.stored.read("model.norm.weight").shape == (32,)  # type: ignore[union-attr]
+
+
+def test_tensors_of_another_save_are_a_reason(tmp_path: Path) -> None:
+    folder = vismt.save_adapter(adapted_vit("lora"), tmp_path)
+    assert vismt.verify(folder).status == "ok"
+    (file,) = folder.glob("*.safetensors")
+    edit_tensors(file, lambda tensors: [tensors[name].mul_(3) for name in tensors if "lora_B" in name])
+    verdict = vismt.verify(folder)
+    assert verdict.codes == {"malformed"} and "is not the file that adapter.json describes" in verdict.findings[0].text
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "code"),
+    [
+        ("s2ft", {"ratio": 0.25}, "merged-twice"),
+        ("emtal", {"pairs": "expert", "n_experts": 4, "cluster": False}, "merged-twice"),
+        ("lora", {"quantize": "nf4"}, "not-compared"),
+        ("peft:loha", {}, "not-compared"),
+    ],
+)
+def test_twice_the_update_is_never_ok(method: str, options: dict[str, object], code: str, tmp_path: Path) -> None:
+    """Updates with whole numbers in them are compared; those that their files do not determine are named."""
+    base = write_model(small_vit(), tmp_path / "base")
+    vismt.adapt(model := small_vit(), method, rank=8, **options)
+    vismt.save_adapter(shake(model), tmp_path / "adapter")
+    for module in model.modules():
+        if hasattr(module, "fade"):
+            module.fade = 1.0
+    merged = write_model(vismt.merge(model), tmp_path / "merged")
+
+    fits = {module.fit for module in vismt.verify(tmp_path / "adapter", base=base, merged=merged).modules}
+    assert fits == ({None} if code == "not-compared" else {"right"})
+    stock = small_vit().state_dict()
+    edit_tensors(merged / "model.safetensors", lambda t: [t[name].mul_(2).sub_(stock[name]) for name in t])
+    assert code in vismt.verify(tmp_path / "adapter", base=base, merged=merged).codes
 
 
 def test_no_adapter_is_said_to_be_none(tmp_path: Path) -> None:

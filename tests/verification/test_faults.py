@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.verified_folders import ADAPTERS, FAULTS, TARGETS, Folders, clean_folders, faults, made
+from helpers.verified_folders import ADAPTERS, FAULTS, TARGETS, TUNERS, Folders, clean_folders, faults, made
 
 import vismt
 
@@ -70,6 +70,9 @@ def test_clean_folders_are_ok(tmp_path: Path) -> None:
     for name, folders in clean_folders(tmp_path):
         merged = None if folders.merged == folders.base else folders.merged
         verdict = vismt.verify(folders.adapter, base=folders.base, merged=merged)
-        assert verdict.status == "ok", (name, verdict.findings)
+        if name.removeprefix("peft ") in TUNERS:  # whose updates are no pairs of factors
+            assert verdict.codes == {"not-compared"}, (name, verdict.findings)
+        else:
+            assert verdict.status == "ok", (name, verdict.findings)
         count += 1
     assert count >= 30

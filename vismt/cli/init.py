@@ -182,7 +182,8 @@ def _lm(folder: Path, texts: Path | None) -> Files:
     rows = open_texts(texts).rows
     learned, task = _text_task(texts, rows)
     keys = "\n    ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in task.items())
-    values = {"about": texts.name, "learned": learned, "task": keys, "data": _place(texts, folder)}
+    title = _quoted(f"Fine-tuning on {texts.name}")
+    values = {"about": texts.name, "title": title, "learned": learned, "task": keys, "data": _place(texts, folder)}
     return _config("lm", templates.OWN_TEXTS, share=0.1 if len(rows) >= MANY else 0.3, **values)
 
 

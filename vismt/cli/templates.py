@@ -108,7 +108,7 @@ OWN_TEXTS = Template("""\
 #
 #   vismt run $config          and then: vismt predict RUN prompts.jsonl
 task: lm
-title: Fine-tuning on $about
+title: $title
 seed: 0
 model: {name: smollm2-135m-instruct, dtype: bfloat16}    # or a folder, or a name on the hub
 tasks:

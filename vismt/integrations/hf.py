@@ -176,14 +176,14 @@ def push_to_hub(
             written then.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     written = write_repository(model, folder, base=base, results=results, title=title)
     hub = HfApi(token=token)
     try:
         address = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=written, commit_message="Adapter of vismt")
-    except (OSError, HfHubHTTPError, LocalTokenNotFoundError) as error:
+    except (OSError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"push_to_hub: '{repository}' cannot be written ({reason}); the folder '{written}' is complete, upload it with "

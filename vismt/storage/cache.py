@@ -81,12 +81,12 @@ def _inside(path: Path, root: Path) -> bool:
 
 
 def make_room(path: Path, size: int, limit: int) -> None:
-    """Delete the files used longest ago from the folder of `path` until it can have `size` bytes within `limit` in all.
+    """Delete vismt's files used longest ago from the folder of `path` until they can have `size` bytes within `limit` in all.
 
-    Files that are being written have another suffix and are left alone.
+    Files that are being written have another suffix and are left alone, as are those of the user's.
     """
     files = []
-    for other in path.parent.glob(f"*{path.suffix}"):
+    for other in path.parent.glob(next(name for name in STORES[path.parent.name][1] if name.endswith(path.suffix))):
         try:
             about = other.stat()
         except FileNotFoundError:  # deleted by another process

@@ -94,7 +94,7 @@ def read_tensors(path: Path, what: str) -> tuple[bytes, dict[str, Tensor]]:
     import safetensors.torch
 
     try:
-        payload = path.read_bytes()
+        payload = regular_file(path).read_bytes()
         return payload, safetensors.torch.load(payload)
     except FileNotFoundError as error:
         raise UserError(f"{what}: no file '{path}'.") from error

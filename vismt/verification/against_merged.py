@@ -25,7 +25,7 @@ LOST = 0.5  # share of an update that rounding may take before it is a fault
 def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[str, ModuleRow]) -> Iterable[Finding]:
     """Yield how a merged checkpoint differs from the base and the update of the adapter."""
     fits: dict[str, Fit] = {}
-    still: dict[str, bool] = {}  # of other tuners: whether the weight is the base's
+    still: dict[str, bool] = {}  # of modules that cannot be compared: whether the weight is the base's
     rslora = bool(facts.settings is not None and facts.settings.use_rslora)
     for path in console.track([path for path in base.names if path in merged.names], "verify", "merged"):
         module = facts.modules[path]
@@ -56,6 +56,10 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
     if still and all(still.values()):
         text = f"no weight of the {len(still)} adapted modules differs from the base: nothing was merged"
         yield Finding("broken", "unmerged", text, "merge the adapter into the base", tuple(still))
+    elif still:
+        text = f"{names_of([*still])}: not compared, as the files do not determine the update or the weight"
+        fix = "compare the answers of adapter and checkpoint on a probe"
+        yield Finding("suspicious", "not-compared", text, fix, tuple(still))
     yield from _updates(facts, base, merged, fits, another)
     yield from _rounding(fits)
     yield from _heads(facts, merged)

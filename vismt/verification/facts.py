@@ -18,6 +18,7 @@ from vismt.lowrank.files.peft_adapter import PREFIX, TENSORS, part_of
 from vismt.lowrank.files.peft_layouts import added, names_stack, stock_path
 from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, texts, typed_settings
 from vismt.lowrank.layers.base import LayerSpec
+from vismt.storage.files import file_digest
 from vismt.verification.stored import LEGACY, Stored, StoredTensors, read_bounded_json, read_stored
 
 Kind = Literal["vismt", "peft", "checkpoint", "none"]
@@ -210,7 +211,10 @@ def _read_vismt(facts: Facts) -> None:
             facts.reasons.append(str(error))
         return
     facts.tuner, facts.specs = description.method, {spec.path: spec for spec in specs}
-    facts.stored.add(facts.folder / description.tensors)
+    file = facts.folder / description.tensors
+    facts.stored.add(file)
+    if not facts.stored.reasons and file_digest(file) != description.tensors_sha256:
+        facts.reasons.append(f"'{file.name}' is not the file that {DESCRIPTION} describes; save the adapter again")
     trained = set(description.also_train)
     for name, stored in facts.tensors.items():
         path, _, leaf = name.rpartition(".")

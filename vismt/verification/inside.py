@@ -22,21 +22,23 @@ SAVE_AGAIN = "save the adapter again from a run whose values are finite"
 def update_of(facts: Facts, module: ModuleFacts) -> Update | None:
     """Return the update of a module; None where it is not a pair of factors, or the file does not determine it."""
     values = {role: facts.stored.read(tensor.name) for role, tensor in module.tensors.items()}
-    known = {role: value for role, value in values.items() if value is not None and value.dtype in FLOATING}
+    known = {role: value for role, value in values.items() if value is not None}
     if len(known) < len(values) or not all(fits(value) for value in known.values()):
         return None
     try:
         if facts.kind == "vismt":
             spec = facts.specs[module.path]
             leaves = {tensor.name.rpartition(".")[2]: known[role] for role, tensor in module.tensors.items()}
+            spec.layer.check_tensors("verify", spec, leaves)
             return Update(spec.layer.low_rank_of("verify", spec, leaves))
         return _of_peft(known, module.scale)
-    except (UserError, RuntimeError, LookupError, AttributeError):  # a factor is missing, or its shape does not fit
+    except (UserError, RuntimeError, LookupError, AttributeError):  # a tensor is missing, or does not fit
         return None
 
 
 def _of_peft(known: dict[str, Tensor], scale: float | None) -> Update | None:
-    if scale is None or not known.keys() <= {"A", "B", "embedding_A", "embedding_B", "magnitude", "bias"}:
+    roles = {"A", "B", "embedding_A", "embedding_B", "magnitude", "bias"}
+    if scale is None or not known.keys() <= roles or any(value.dtype not in FLOATING for value in known.values()):
         return None
     table = "embedding_A" in known
     B, A = (known["embedding_A"].T, known["embedding_B"].T) if table else (known["B"], known["A"])
