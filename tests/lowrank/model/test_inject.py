@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.every_method import OPTIONS, small_vit
 from helpers.tiny import snapshot, tiny_vit
 from torch import nn
 
@@ -255,3 +256,13 @@ def test_a_model_adapted_on_the_meta_device_gets_its_start_after_its_weights(met
     assert list(state) == list(other) and all(torch.equal(state[name], other[name]) for name in state)
     with pytest.raises(UserError, match="fill_starts: the model was adapted with values"):
         vismt.lowrank.fill_starts(expected)
+
+
+@pytest.mark.parametrize("method", ["emtal", "ilora", "mtlora", "corda", "s2ft"])
+def test_starts_that_need_more_than_weights_are_refused_in_one_line(method: str) -> None:
+    with torch.device("meta"):
+        model = small_vit()
+    vismt.adapt(model, method, rank=2, **OPTIONS.get(method, {}))
+    with pytest.raises(UserError, match=f"'{method}' .*; load the weights, then adapt"):
+        model.to_empty(device="cpu")
+        vismt.lowrank.fill_starts(model)

@@ -104,7 +104,7 @@ def corda(
 
 def _start(
     path: str,
-    covariance: Tensor,
+    covariance: Tensor | None,
     weight: Tensor,
     rank: int,
     scale: float,
@@ -114,6 +114,8 @@ def _start(
     dead: list[str],
     **how: Any,
 ) -> tuple[Tensor, Tensor]:
+    if covariance is None:
+        raise UserError("fill_starts: 'corda' starts from covariances, which are not kept; load the weights, then adapt.")
     if orientation == "none":
         covariance = torch.eye(len(covariance))
     elif orientation == "activations":
