@@ -165,6 +165,8 @@ def adapt(
         UserError: for an unknown method or option, a pattern without a match, a rank that does not fit, and a name that the
             model carries already; the model is then unchanged.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"adapt: the model is a {type(model).__name__}; it must be a torch.nn.Module.")
     known = known_method(method, options)
     options = known.present(options)
     if not isinstance(seed, int) or seed.bit_length() > 64:

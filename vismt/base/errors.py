@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -35,6 +35,18 @@ def need_whole(what: str, value: Any, least: int = 1, most: int | None = None) -
         limits = f", at least {least}" if most is None else f" from {least} to {most:,}"
         raise UserError(f"{what} {value!r}; it must be a whole number{limits}.")
     return value
+
+
+def need_names(what: str, value: Any, also: type = str) -> list[Any]:
+    """Return a name, or a list of names, as a list; UserError, which begins with `what`, for anything else.
+
+    also: a class whose objects are taken beside names.
+    """
+    items = [value] if isinstance(value, (str, also)) else value
+    if not isinstance(items, Sequence) or not all(isinstance(item, (str, also)) for item in items):
+        others = "" if also is str else f", or of {also.__name__}s"
+        raise UserError(f"{what} {value!r}; give a name or a list of names{others}.")
+    return list(items)
 
 
 def near(name: str, choices: Iterable[str], limit: int = 3) -> str:

@@ -112,7 +112,7 @@ class Registry(Mapping[str, T]):
         return self._families
 
     def __getitem__(self, name: str) -> T:
-        name = self._aliases.get(name, name)
+        name = self._aliases.get(str(name), name)
         prefix, colon, rest = str(name).partition(":")
         if colon and prefix in self.families:
             return self.families[prefix](rest)

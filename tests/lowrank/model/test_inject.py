@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.every_method import OPTIONS, small_vit
 from helpers.tiny import snapshot, tiny_vit
 from torch import nn
 
@@ -76,6 +77,36 @@ def test_a_wrong_target_is_one_clear_line_and_changes_nothing(targets, options, 
     assert list(model.state_dict()) == list(before) and all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("corda", {"exclude": None}, "adapt.exclude: None; give a name or a list of names"),
+        ("corda", {"targets": 5}, "adapt.targets: 5; give a name or a list of names"),
+        ("corda", {"rank": 0}, "adapt.rank: 0; it must be a whole number"),
+        ("s2ft", {"exclude": None}, "exclude: None; give a name or a list of names, or of UnitSelections"),
+        ("s2ft", {"exclude": [3]}, r"exclude: \[3\]; give a name or a list of names"),
+        ("s2ft", {"parts": 3}, "parts: 3; give a name or a list of names"),
+        ("s2ft", {"selection": {"v": [0]}}, r"selection: \{'v': \[0\]\}; give what vismt.llm.select_units returns"),
+        ("lisa", {"exclude": None}, "LISA.exclude: None; give a name or a list of names"),
+        ("lisa", {"layers": 3}, "LISA.layers: 3; give a name or a list of names, or of Modules"),
+        ("emtal", {"cluster": None}, r"cluster holds 0 entries \(NoneType\), needed labels"),
+        ("mtlora", {"tasks": 5}, "tasks 5; give a name or a list of names"),
+        ("mtlora", {"tasks": [1, 2]}, r"tasks \[1, 2\]; give a name or a list of names"),
+        ("mtlora", {"tasks": "a", "task_blocks": 3}, "task_blocks 3; give a name or a list of names"),
+        ("mtlora", {"tasks": "a", "task_blocks": "norm"}, "'norm' is a LayerNorm"),
+        ("mtlora", {"tasks": "a", "task_scale": float("inf")}, "is inf; it must be a positive, finite number"),
+        ("lora", {"rank": 10**400}, "adapt.rank: 1000"),
+        ("lora", {"alpha": 10**400}, "adapt.alpha: 1000"),
+        (["lora"], {}, "adapt: no method \"\\['lora'\\]\""),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named(method: object, options: dict[str, object], words: str) -> None:
+    model = tiny_vit()
+    with pytest.raises(UserError, match=words):
+        vismt.adapt(model, method, **options)
+    assert list(model.state_dict()) == list(tiny_vit().state_dict())
+
+
 def test_unknown_method_and_option_name_the_near_ones() -> None:
     with pytest.raises(UserError, match=r"'lroa'.*'lora'"):
         vismt.adapt(tiny_vit(), "lroa")
@@ -85,6 +116,8 @@ def test_unknown_method_and_option_name_the_near_ones() -> None:
         vismt.adapt(tiny_vit(), "pissa", solver="svd")
     with pytest.raises(UserError, match="dropout"):
         vismt.adapt(tiny_vit(), "pissa", dropout=0.1)
+    with pytest.raises(UserError, match=r"the model is a NoneType; it must be a torch\.nn\.Module"):
+        vismt.adapt(None, "lora")
     assert vismt.adapt(tiny_vit(), "pissa", rank=2, solver="randomized").method == "pissa"
     assert vismt.adapt(tiny_vit(), method="lora", rank=2).method == "lora"
 
@@ -255,3 +288,13 @@ def test_a_model_adapted_on_the_meta_device_gets_its_start_after_its_weights(met
     assert list(state) == list(other) and all(torch.equal(state[name], other[name]) for name in state)
     with pytest.raises(UserError, match="fill_starts: the model was adapted with values"):
         vismt.lowrank.fill_starts(expected)
+
+
+@pytest.mark.parametrize("method", ["emtal", "ilora", "mtlora", "corda", "s2ft"])
+def test_starts_that_need_more_than_weights_are_refused_in_one_line(method: str) -> None:
+    with torch.device("meta"):
+        model = small_vit()
+    vismt.adapt(model, method, rank=2, **OPTIONS.get(method, {}))
+    with pytest.raises(UserError, match=f"'{method}' .*; load the weights, then adapt"):
+        model.to_empty(device="cpu")
+        vismt.lowrank.fill_starts(model)

@@ -368,9 +368,8 @@ def test_files_copies_and_undoing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, r"tasks \(\); give a list of different names"),
+        ({}, r"tasks \[\]; give a list of different names"),
         ({"tasks": ["a", "a"]}, "give a list of different names"),
-        ({"tasks": "depth"}, "tasks 'depth'; give a list"),
         ({"tasks": TASKS, "targets": ["qkv", "attn.proj", "fc1"]}, "targets leave out 'blocks.0.mlp.fc2'"),
         ({"tasks": TASKS, "task_rank": 0}, "task_rank of 'blocks.0' is 0; it must be a whole number"),
         ({"tasks": TASKS, "task_rank": 33}, "task_rank 33 for 'blocks.0.attn.proj' .32 x 32. is larger than 32"),

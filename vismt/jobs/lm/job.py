@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base import console, ranks
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, need_names
 from vismt.base.seeds import mix_seed
 from vismt.config.sections import AdaptConfig
 from vismt.data.texts.text_set import open_texts
@@ -201,9 +201,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             block_list = blocks(net.lm)
             path = next(name for name, module in net.lm.named_modules() if module is block_list)
             below = rf"{re.escape(path)}\.(?:{'|'.join(str(number) for number in range(net.first))})\..*"
-            excluded = options.get("exclude", [])
-            if isinstance(excluded, str):
-                excluded = [excluded]
+            excluded = need_names("adapt.options.exclude:", options.get("exclude", []))
             options = {**options, "exclude": [*excluded, below]}
         if texts is None:
             return options

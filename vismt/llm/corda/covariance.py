@@ -72,9 +72,7 @@ def collect_covariance(
         raise UserError(f"covariance: save_every is {save_every}; it must be at least 1.")
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise UserError(f"covariance: batches is one {type(batches).__name__}; give a list of batches.")
-    target_modules, _ = find_targets(
-        model, targets, [exclude] if isinstance(exclude, str) else exclude, prequantized=True
-    )
+    target_modules, _ = find_targets(model, targets, exclude, prequantized=True)
     for path, module in target_modules.items():
         in_groups = getattr(module, "groups", 1) > 1
         if kind_of(module) not in (*LINEAR, "conv2d") or in_groups:

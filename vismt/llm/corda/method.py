@@ -40,7 +40,7 @@ from vismt.llm.pissa.method import SOLVERS, refuse_dropout
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.stock_modules import matrix_shape
-from vismt.lowrank.model.inject import inject
+from vismt.lowrank.model.inject import check_options, inject
 from vismt.lowrank.model.record import AdaptReport
 from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.methods import Calibration, Method, register_method
@@ -53,6 +53,7 @@ def corda(
     model: nn.Module,
     *,
     targets: Targets,
+    seed: int,
     mode: str = "ipm",
     orientation: str = "covariance",
     covariances: Mapping[str, Tensor] | str | Path | None = None,
@@ -76,8 +77,8 @@ def corda(
         raise UserError(
             f"adapt.solver: 'randomized' finds the largest components, {mode} needs the smallest; use 'exact'."
         )
-    exclude = options.get("exclude", ())
-    modules, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude, prequantized=True)
+    settings = check_options({**options, "targets": targets})
+    modules, _ = find_targets(model, settings["targets"], settings["exclude"], prequantized=True)
     by_path: Mapping[str, Any]
     if all(module.weight.is_meta for module in modules.values()):
         by_path = dict.fromkeys(modules)  # nothing is computed on the meta device
@@ -89,7 +90,7 @@ def corda(
     start = partial(_start, orientation=orientation, smallest=mode != "ipm", balanced=even, solver=solver, dead=dead)
     starts = {path: partial(start, path, by_path[path]) for path in modules}
     with threadpool_limits(1, user_api="blas"):  # scipy's; as with torch, one thread for each module is fastest
-        report = inject(model, "corda", starts, offset=True, targets=targets, **options)
+        report = inject(model, "corda", starts, offset=True, targets=targets, seed=seed, **options)
     if mode == "cut":
         for layer in adapter_layers(model).values():
             layer.lora_B.data.zero_()
@@ -104,7 +105,7 @@ def corda(
 
 def _start(
     path: str,
-    covariance: Tensor,
+    covariance: Tensor | None,
     weight: Tensor,
     rank: int,
     scale: float,
@@ -114,6 +115,8 @@ def _start(
     dead: list[str],
     **how: Any,
 ) -> tuple[Tensor, Tensor]:
+    if covariance is None:
+        raise UserError("fill_starts: 'corda' needs covariances, which are not kept; load the weights, then adapt.")
     if orientation == "none":
         covariance = torch.eye(len(covariance))
     elif orientation == "activations":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, need_names
 from vismt.lowrank.layers.base import AdapterModule
 from vismt.lowrank.model.record import count_parameters
 from vismt.lowrank.model.targets import check_patterns, head_paths, matches
@@ -42,7 +42,7 @@ class Shares:
 def find_shares(model: nn.Module, layers: Layers, train_embeddings: bool, exclude: str | Sequence[str]) -> Shares:
     """Sort the parameters that LISA may train; one shared between a layer and another module is always trained."""
     paths = find_layers(model, layers)
-    patterns = [exclude] if isinstance(exclude, str) else exclude
+    patterns = need_names("LISA.exclude:", exclude)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     aliases: dict[str, list[str]] = {name: [] for name in first.values()}  # a tied parameter has several names
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -80,9 +80,11 @@ def find_layers(model: nn.Module, layers: Layers) -> list[str]:
             layers = list(model.get_submodule(layers).children())
         except AttributeError as error:
             raise UserError(f"LISA.layers: no module '{layers}'.{near(layers, path_of.values())}") from error
+    elif isinstance(layers, nn.Module):
+        layers = list(layers.children())
     module_paths = set(path_of.values())
     paths: list[str] = []
-    for layer in layers:
+    for layer in need_names("LISA.layers:", layers, nn.Module):
         path = layer if isinstance(layer, str) else path_of.get(id(layer))
         if path is None or path not in module_paths:
             name = f"'{layer}'" if isinstance(layer, str) else f"a {type(layer).__name__}"

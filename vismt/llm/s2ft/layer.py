@@ -257,9 +257,12 @@ class SliceLinear(AdapterLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> SliceLinear:
         """Keep the dtype of a master, which is finer than its weight, where the weight stays coarser: model.to(bfloat16)."""
         p = self.slice_values
+        counted = self.weight.is_meta
         fine = p.dtype.itemsize > self.weight.dtype.itemsize and not p.is_meta
         values, grad = p.detach(), None if p.grad is None else p.grad.detach()
         super()._apply(fn, recurse)
+        if counted and not self.weight.is_meta:
+            raise UserError("to_empty: 's2ft' on the meta device has chosen no units; load the weights, then adapt.")
         p = self.slice_values
         if fine and p.dtype != values.dtype and self.weight.dtype.itemsize < values.dtype.itemsize:
             p.grad = None  # it has the cast's dtype

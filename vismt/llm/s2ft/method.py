@@ -75,6 +75,8 @@ def s2ft(
     settings |= {"largest": largest, "exclude": exclude, "calibration": calibration}
     if selection is None:
         selection = select_units(model, seed=seed, **settings)
+    elif not isinstance(selection, UnitSelection):
+        raise UserError(f"adapt.selection: {selection!r}; give what vismt.llm.select_units returns.")
     else:
         defaults = inspect.signature(s2ft).parameters
         extra = [name for name, value in settings.items() if value is not None and value != defaults[name].default]

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, need_names, require_known
 from vismt.llm.s2ft.scores import SCORES, Slot, unit_scores
 from vismt.llm.s2ft.structures import PARTS, UnitBlock, structures
 from vismt.lowrank.model.record import refuse_adapted
@@ -87,7 +87,7 @@ def select_units(
     require_known("select_units.strategy: no", [strategy], STRATEGIES)
     require_known("select_units.budget: no", [budget], BUDGETS)
     ratios = _ratios(ratio, parts)
-    excluded = [exclude] if isinstance(exclude, str | UnitSelection) else list(exclude)
+    excluded = need_names("select_units.exclude:", exclude, UnitSelection)
     blocks = _wanted_blocks(model, ratios, [entry for entry in excluded if isinstance(entry, str)])
     earlier = [entry.units for entry in excluded if isinstance(entry, UnitSelection)]
     taken = {slot: {u for units in earlier for u in units.get(slot[0], {}).get(slot[1], ())} for slot in blocks}
@@ -127,9 +127,7 @@ def select_units(
 
 def _ratios(ratio: float | Mapping[str, float], parts: Sequence[str] | None) -> dict[str, float]:
     """Return {part: ratio} of every wanted part; raise UserError where a mapping and explicit parts do not agree."""
-    wanted = ["o", "d"]
-    if parts is not None:
-        wanted = [parts] if isinstance(parts, str) else list(parts)
+    wanted = ["o", "d"] if parts is None else need_names("select_units.parts:", parts)
     require_known("select_units.parts: no", wanted, PARTS)
     ratios = dict(ratio) if isinstance(ratio, Mapping) else dict.fromkeys(wanted, ratio)
     require_known("select_units.ratio: no part", ratios, PARTS)

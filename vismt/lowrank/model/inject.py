@@ -6,7 +6,7 @@ model as a whole or, on a UserError, not at all. What a user passes is checked o
 
 from __future__ import annotations
 
-import math
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near, require_known
+from vismt.base.errors import UserError, near, need_names, require_known
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.parameter_modules import to_modules
@@ -216,7 +216,7 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     require_known("adapt: no option", options, ["targets", "rank", "alpha", *COMMON])
     result = COMMON | dict(options)
     for name in ("exclude", "also_train"):
-        result[name] = _patterns(name, result[name])
+        result[name] = need_names(f"adapt.{name}:", result[name])
     for name in ("rslora", "clamp_rank", "split_qkv"):
         if not isinstance(result[name], bool):
             raise UserError(f"adapt.{name}: {result[name]!r}; it must be true or false.")
@@ -231,19 +231,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"adapt.dropout: {dropout!r}; it must be a number in [0, 1).")
     result["dtype"] = _dtype(result["dtype"])
     if result["targets"] is not None and not isinstance(result["targets"], str):
-        result["targets"] = _patterns("targets", result["targets"])
+        result["targets"] = need_names("adapt.targets:", result["targets"])
     return result
-
-
-def _patterns(name: str, value: Any) -> list[str]:
-    """Return the patterns as a list: a string is one pattern."""
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
-        raise UserError(
-            f"adapt.{name}: {value!r}; give module paths, suffixes or regular expressions as a list of texts."
-        )
-    return list(value)
 
 
 def _table(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -254,7 +243,7 @@ def _table(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max  # false for NaN
 
 
 def _rank(name: str, value: Any) -> int:

@@ -77,9 +77,15 @@ def fill_starts(model: nn.Module) -> nn.Module:
         The model: as if it had been adapted with its weights.
 
     Raises:
-        UserError: for a model that was adapted with values, or still lies on the meta device.
+        UserError: for a model that was adapted with values, or still lies on the meta device, and for a method that needs more
+            than the weights, or places more than factors.
     """
     record = need_record(model, "fill_starts")
+    part = next((spec.path for spec in record.specs if not spec.has_weight), None)
+    if part is not None:
+        raise UserError(
+            f"fill_starts: '{record.method}' also starts '{part}', which is not a pair of factors; load the weights, then adapt."
+        )
     layers = adapter_layers(model)
     if record.start is None or any(layer.weight.is_meta for layer in layers.values()):
         where = "was adapted with values" if record.start is None else "lies on the meta device"

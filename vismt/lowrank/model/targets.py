@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, need_names
 from vismt.lowrank.layers.parameter_modules import (
     ATTENTION,
     ParameterModule,
@@ -160,7 +160,7 @@ def refusals(
 def find_targets(
     model: nn.Module,
     targets: Targets,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     prequantized: bool = False,
     *,
     readable: bool = False,
@@ -170,7 +170,7 @@ def find_targets(
     exclude: full-path regular expressions or suffixes. prequantized, readable: as for `refusals`. Raises UserError for a pattern
     that matches nothing and for a named module that cannot carry an update.
     """
-    named = candidates(model)
+    named, exclude = candidates(model), need_names("adapt.exclude:", exclude)
     pattern = targets if targets is not None else "all-linear"
     sets = _members(model, named)
     everything = isinstance(pattern, str) and pattern in SETS
@@ -179,7 +179,7 @@ def find_targets(
     elif isinstance(pattern, str):
         chosen = _select_regex(pattern, named)
     else:
-        chosen = set().union(*(_select_suffix(entry, named) for entry in pattern))
+        chosen = set().union(*(_select_suffix(entry, named) for entry in need_names("adapt.targets:", pattern)))
     check_patterns("adapt.exclude", exclude, list(named))
     excluded = {path for path in named if any(matches(entry, path) for entry in exclude)}
     chosen -= excluded

@@ -14,7 +14,7 @@ Left out: gated FFNs (a unit has two pre-activations there), models other than V
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -168,9 +168,10 @@ def _labels(
         seeds = [int(torch.randint(2**62, (), generator=site_generator(seed, f"{path}.permute"))) for path in mlps]
         return [random_neurons(len(weight), n_experts, own) for weight, own in zip(weights, seeds)]
     if not isinstance(cluster, bool):
-        labels = list(cluster)
+        labels = list(cluster) if isinstance(cluster, Iterable) else []
         if len(labels) != len(mlps) or not all(isinstance(label, Tensor) for label in labels):
-            raise UserError(f"emtal: cluster holds {len(labels)} entries, needed labels (tensors) of {len(mlps)} FFNs.")
+            seen = f"{len(labels)} entries ({type(cluster).__name__})"
+            raise UserError(f"emtal: cluster holds {seen}, needed labels (tensors) of {len(mlps)} FFNs.")
         for weight, label in zip(weights, labels):
             check_labels(label, len(weight), n_experts)
         return labels

@@ -27,6 +27,7 @@ The shared pair of fc2 in the last block reaches no head; its numbers are counte
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,7 +35,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, need_names
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.stock_modules import kind_of
@@ -69,10 +70,12 @@ def mtlora(
     None means the last block of each stage, in a plain ViT four evenly spaced ones. Further options: those of `inject`.
     """
     refuse_adapted(model)
-    if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
+    tasks = need_names("mtlora: tasks", tasks)
+    if not tasks or len(set(tasks)) < len(tasks):
         raise UserError(f"mtlora: tasks {tasks!r}; give a list of different names, tasks=['semseg', 'depth'].")
     every = [path for path, _ in model.named_modules() if BLOCK.fullmatch(path)]
-    paths = _stage_ends(every) if task_blocks is None else list(dict.fromkeys(task_blocks))
+    chosen = _stage_ends(every) if task_blocks is None else need_names("mtlora: task_blocks", task_blocks)
+    paths = list(dict.fromkeys(chosen))
     modules = dict(model.named_modules())
     if not every:
         raise UserError(f"mtlora: {type(model).__name__} has no blocks; it needs a ViT or a Swin of timm.")
@@ -115,8 +118,8 @@ def _by_block(name: str, value: Any, paths: Sequence[str]) -> dict[str, Any]:
     values = {path: pattern_value(path, table, None) for path in paths}
     for path, number in values.items():
         kinds = int if name == "task_rank" else (int, float)
-        if isinstance(number, bool) or not isinstance(number, kinds) or not number > 0:
-            kind = "whole number, at least 1" if kinds is int else "positive number"
+        if isinstance(number, bool) or not isinstance(number, kinds) or not 0 < number <= sys.float_info.max:
+            kind = "whole number, at least 1" if kinds is int else "positive, finite number"
             raise UserError(f"mtlora: {name} of '{path}' is {number!r}; it must be a {kind}.")
     return values
 
