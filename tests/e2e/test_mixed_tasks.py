@@ -77,7 +77,7 @@ def test_every_task_has_a_score_over_its_own_images(study: Path) -> None:
     assert all(job.described("all").count(f"{name}:train") == 1 for name in ("scenes", "tones", "reds"))
     (training,) = job.study.trainings("all")
     for task in ("tones", "reds"):
-        assert read_sealed(training.folder / f"risk-{task}.json", "risk")["n"] == 24
+        assert read_sealed(training.folder / "records" / f"risk-{task}.json", "risk")["n"] == 24
         answers = job.scored(training, "test")[task].answers
         assert len(answers) == 12 and all(name.startswith(f"{task}:test") for name in answers)
 
