@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.dense_copies import valid
 from PIL import Image
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from vismt.base.errors import UserError
 from vismt.data.check import check
 from vismt.data.division import divide
 from vismt.data.images import open_images
-from vismt.data.maps.dense_sample import size_of, valid
+from vismt.data.maps.dense_sample import size_of
 from vismt.data.maps.dense_set import open_dense
 from vismt.data.maps.derived_maps import normals_from_depth
 from vismt.data.near_duplicates import groups_of

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy.io import savemat
+from torch import Tensor
 
 from helpers.blobs import blobs
+from vismt.data.maps.dense_sample import IGNORE, LABELS, NO_CLASS, is_class
 
 SPLITS = ("train", "val")
 
@@ -133,3 +135,15 @@ def write_copy(data: Path, card: str, counts: tuple[int, int], size: tuple[int, 
             write(base, split, 100 * part + number, size)
     (base / "subset.yaml").write_text(f"train: {counts[0]}\nval: {counts[1]}\n")
     return base
+
+
+def valid(target: str, values: Tensor) -> Tensor:
+    """Return bool (..., h, w), where a map of `target` has a value.
+
+    values: (..., h, w), for normals (..., 3, h, w), for classes (...), which give bool (...).
+    """
+    if is_class(target):
+        return values != NO_CLASS
+    if target in LABELS:
+        return values != IGNORE
+    return values > 0 if target == "depth" else (values != 0).any(dim=-3)

@@ -14,7 +14,6 @@ from helpers.tiny_runs import CONFIGS, written
 
 from scripts import race, tables
 from vismt.cli import main
-from vismt.report.arm_figures import Point, frontier
 from vismt.report.reproduction import verdicts
 from vismt.report.study_rows import About, StudyRow, StudyRows, study_of
 
@@ -129,10 +128,11 @@ def test_memory_of_a_step_grows_with_what_is_trained(job: str, tmp_path: Path) -
 
 def test_the_frontier_is_what_no_arm_beats_in_both() -> None:
     points = [
-        Point(name, cost, score, 0, 0) for name, cost, score in (("a", 1, 5), ("b", 2, 4), ("c", 2, 7), ("d", 9, 7))
+        race.Point(name, cost, score, 0, 0)
+        for name, cost, score in (("a", 1, 5), ("b", 2, 4), ("c", 2, 7), ("d", 9, 7))
     ]
-    assert [point.arm for point in frontier(points)] == ["a", "c"]
-    assert [point.arm for point in frontier(points, lower=True)] == ["a", "b"]
+    assert [point.arm for point in race.frontier(points)] == ["a", "c"]
+    assert [point.arm for point in race.frontier(points, lower=True)] == ["a", "b"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Strict reading of YAML and JSON into dataclasses: run configurations, data and asset cards, the files of adapters.
 
-`read_yaml` (yaml_text.py) and `read_json` (json_text.py) read the mapping of a file, `build` turns a mapping into a dataclass
+`read_yaml` (yaml_text.py) and `read_json` (storage/files.py) read the mapping of a file, `build` turns a mapping into a dataclass
 with typed, possibly nested fields. Every mistake is a UserError that names the file, the dotted key
 (`evaluate.attacks[0].epsilon`), the expected type, the value and, for an unknown key, the near ones. Numbers are finite, whole
 numbers fit 64 bits, text can be written as UTF-8.

@@ -105,51 +105,6 @@ def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
     axes.locator_params(axis="y", nbins=5)
 
 
-@dataclass(frozen=True)
-class Point:
-    """An arm with a cost and a score with its interval, as drawn."""
-
-    arm: str
-    cost: float
-    score: float
-    low: float
-    high: float
-
-
-def frontier(points: Sequence[Point], lower: bool = False) -> list[Point]:
-    """Return the points that no other one beats in cost and score, by cost; lower: whether a lower score is better."""
-    kept: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.cost, p.score if lower else -p.score)):
-        if not kept or (point.score < kept[-1].score if lower else point.score > kept[-1].score):
-            kept.append(point)
-    return kept
-
-
-def pareto_figure(points: Sequence[Point], cost: str, score: str, path: Path, *, lower: bool = False) -> Path:
-    """Draw scores with their intervals against costs on a logarithmic axis, and the frontier as a line; return `path`.
-
-    cost, score: titles of the axes. lower: whether a lower score is better.
-    """
-    figure = new_figure(6.4, 4.0)
-    axes = axes_at(figure, 0.7, 0.45, 5.4, 2.95)
-    dress(axes, score, grid="y")
-    best = frontier(points, lower)
-    axes.plot(
-        [p.cost for p in best], [p.score for p in best], color=MUTED, linewidth=1.0, drawstyle="steps-post", zorder=1
-    )
-    for point in points:
-        color = INK if point in best else MUTED
-        axes.plot([point.cost] * 2, [point.low, point.high], color=color, alpha=0.4, linewidth=1.2, zorder=2)
-        axes.plot(point.cost, point.score, "o", color=color, markersize=4.5, zorder=3)
-        axes.annotate(
-            short(point.arm, 18), (point.cost, point.score), (5, 3), textcoords="offset points", fontsize=8, color=color
-        )
-    axes.set_xscale("log")
-    axes.margins(x=0.12)
-    axes.set_xlabel(cost, color=MUTED, fontsize=9)
-    return save(figure, path)
-
-
 def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str], path: Path) -> Path:
     """Draw what was logged against the step: a panel for each of `titles` that was logged, a line for each arm.
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import reprlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -42,10 +44,16 @@ DTYPES = {
 }
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Return the content of JSON text. Raises ValueError, also for what is nested too deep or holds half a surrogate pair."""
+def parse_json(text: str | bytes, strict: bool = False) -> Any:
+    """Return the content of JSON text. Raises ValueError, also for what is nested too deep or holds half a surrogate pair.
+
+    strict: also for a key given twice, a number that is not finite, and whole numbers of more than 64 bits.
+    """
+    hooks: dict[str, Any] = {}
+    if strict:
+        hooks = {"object_pairs_hook": _unique, "parse_int": _whole, "parse_float": _finite, "parse_constant": _finite}
     try:
-        content = json.loads(text)
+        content = json.loads(text, **hooks)
         if "\\ud" in str(text).lower():  # an escape as json.dumps writes a pair, or half of one, which no file can hold
             json.dumps(content, ensure_ascii=False).encode()
         return content
@@ -53,10 +61,32 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deep") from error
 
 
-def read_json(path: Path, what: str) -> Any:
-    """Return the content of a JSON file; a UserError names the file where it cannot be read."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return result
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value.bit_length() > 64:
+        raise ValueError(f"a whole number of {value.bit_length()} bits; at most 64 are read")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{reprlib.repr(text)} is not a finite number")
+    return value
+
+
+def read_json(path: Path, what: str, strict: bool = False) -> Any:
+    """Return the content of a JSON file; a UserError names the file where it cannot be read. strict: as for `parse_json`."""
     try:
-        return parse_json(regular_file(path).read_text(encoding="utf8"))
+        return parse_json(regular_file(path).read_text(encoding="utf8"), strict)
     except FileNotFoundError as error:
         raise UserError(f"{what}: no file '{path}'.") from error
     except (OSError, ValueError) as error:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from vismt.backbones.weights import read_checkpoint
 from vismt.base.errors import UserError
-from vismt.config.json_text import read_json
 from vismt.lowrank.files.peft_adapter import read_legacy
-from vismt.storage.files import DTYPES
+from vismt.storage.files import DTYPES, read_json
 from vismt.storage.paths import regular_file, stays_inside
 
 LARGEST_HEADER = 2**24  # bytes, and of a JSON file; 100,000 tensors have a header of this size
@@ -99,7 +98,7 @@ def read_bounded_json(path: Path, what: str) -> Any:
     """Return the content of a JSON file of at most LARGEST_HEADER bytes; UserError for others."""
     if path.is_file() and path.stat().st_size > LARGEST_HEADER:
         raise UserError(f"{what}: '{path}' has {path.stat().st_size:,} bytes, at most {LARGEST_HEADER:,} are read.")
-    return read_json(path, what)
+    return read_json(path, what, strict=True)
 
 
 def read_stored(path: Path) -> StoredTensors:

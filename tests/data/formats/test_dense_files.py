@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.dense_copies import part_annotation, put
+from helpers.dense_copies import part_annotation, put, valid
 from scipy.io import savemat
 
 from vismt.base.errors import UserError
 from vismt.data.check import check
 from vismt.data.formats.pascal_context import read_context
-from vismt.data.maps.dense_sample import size_of, valid
+from vismt.data.maps.dense_sample import size_of
 from vismt.data.maps.dense_set import open_dense
 from vismt.storage.paths import shipped
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.dense_copies import valid
 from PIL import Image
 
 from vismt.base.errors import UserError
@@ -13,7 +14,7 @@ from vismt.data.cards import load_card
 from vismt.data.check import check
 from vismt.data.formats.stereo import read_pair, tiles
 from vismt.data.images import open_images
-from vismt.data.maps.dense_sample import size_of, valid
+from vismt.data.maps.dense_sample import size_of
 from vismt.data.maps.dense_set import open_dense
 
 pytest.importorskip("skimage")

@@ -7,12 +7,13 @@ import io
 import numpy as np
 import pytest
 import torch
+from helpers.dense_copies import valid
 from PIL import Image, ImageOps
 
 from vismt.base.errors import UserError
 from vismt.data.images import open_images
 from vismt.data.maps.dense_maps import MapSettings, read_maps
-from vismt.data.maps.dense_sample import collate, size_of, valid
+from vismt.data.maps.dense_sample import collate, size_of
 from vismt.data.maps.dense_set import classified, open_dense, open_samples
 from vismt.data.maps.derived_maps import normals_from_depth
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.dense_copies import valid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vismt.base.errors import UserError
-from vismt.data.maps.dense_sample import LABELS, MAPS, NO_CLASS, blank, collate, size_of, valid
+from vismt.data.maps.dense_sample import LABELS, MAPS, NO_CLASS, blank, collate, size_of
 from vismt.data.maps.dense_transforms import augment, crop, flip, pad, photometric, random_crop, resize, scale
 
 QUICK = settings(max_examples=20, deadline=None)

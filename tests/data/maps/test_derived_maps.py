@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.blobs import blobs
+from helpers.dense_copies import valid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vismt.data.maps.dense_sample import valid
 from vismt.data.maps.dense_transforms import flip
 from vismt.data.maps.derived_maps import edges_from_depth, edges_from_labels, normals_from_depth
 

@@ -13,7 +13,7 @@ from helpers.balancing_parts import CASES, TASKS, Net, batch_of, direction, matr
 
 from vismt.base.errors import UserError
 from vismt.multitask.balancing import torchjd_methods
-from vismt.multitask.balancing.base import BALANCERS, REMOVED, make_balancer
+from vismt.multitask.balancing.base import BALANCERS, make_balancer
 from vismt.multitask.balancing.gradients import GradientBalancer, gram_matrix, min_norm_weights
 
 HOSTED = tuple(f"torchjd:{name}" for name in ("AlignedMTL", "GeometricMean", "Random")) if find_spec("torchjd") else ()
@@ -549,7 +549,6 @@ def test_last_alpha_by_name():
         ("uncertainty", {"init": math.inf}, "balancing.init: inf"),
         ("fairgrad", {"alpha": 0.0}, "balancing.alpha: 0.0"),
         ("fairgrad", {"alpha": 11.0}, "balancing.alpha: 11.0"),
-        ("upgrad", {}, "'upgrad' was removed; take torchjd:UPGrad."),
         ("famo", {"lr": 0.0}, "balancing.lr: 0.0"),
         ("famo", {"gamma": -1.0}, "balancing.gamma: -1.0"),
         ("famo", {"least": {"edge": 0.0}}, "balancing.least: no task 'edge'. Near: 'edges'"),
@@ -561,15 +560,6 @@ def test_errors_of_names_and_options(name, options, message):
     with pytest.raises(UserError) as caught:
         make(name, **options)
     assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_every_removed_method_says_what_to_take():
-    known = {f"torchjd:{name}" for name in torchjd_methods.methods()} if HOSTED else set()
-    for name, advice in REMOVED.items():
-        with pytest.raises(UserError, match=f"'{name}' was removed; take"):
-            make(name)
-        taken = advice.split()[1].strip(",")
-        assert taken in BALANCERS and (taken in known or ":" not in taken or not HOSTED)
 
 
 def test_errors_of_tasks_losses_and_parameters():

@@ -41,18 +41,6 @@ def blank(target: str, height: int, width: int) -> Tensor:
     return torch.zeros((3, height, width) if target == "normals" else (height, width))
 
 
-def valid(target: str, values: Tensor) -> Tensor:
-    """Return bool (..., h, w), where a map of `target` has a value.
-
-    values: (..., h, w), for normals (..., 3, h, w), for classes (...), which give bool (...).
-    """
-    if is_class(target):
-        return values != NO_CLASS
-    if target in LABELS:
-        return values != IGNORE
-    return values > 0 if target == "depth" else (values != 0).any(dim=-3)
-
-
 def size_of(sample: Sample) -> tuple[int, int]:
     """Return (h, w) of a sample. Raises UserError for an unknown target, and a map of another size than the image."""
     if "image" not in sample:

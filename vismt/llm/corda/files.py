@@ -16,10 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.config.json_text import read_json
 from vismt.config.typed import JsonFile, build
 from vismt.lowrank.files.save_load import check_tensors
-from vismt.storage.files import DIGEST, atomic_write, file_digest, is_sealed, sealed, write_tensors
+from vismt.storage.files import DIGEST, atomic_write, file_digest, is_sealed, read_json, sealed, write_tensors
 from vismt.storage.paths import regular_file
 
 FORMAT = 1
@@ -204,7 +203,7 @@ def _by_path(saved: CovarianceFile, by_leader: Mapping[str, Tensor]) -> dict[str
 
 def _read(folder: Path) -> CovarianceFile:
     what = f"covariances '{folder}'"
-    description = read_json(folder / DESCRIPTION, what)
+    description = read_json(folder / DESCRIPTION, what, strict=True)
     try:
         saved = build(
             CovarianceFile, description, JsonFile(f"{what}: {DESCRIPTION} is not what this version of vismt writes")

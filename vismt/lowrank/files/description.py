@@ -17,11 +17,10 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.base.registry import PLACES
-from vismt.config.json_text import read_json
 from vismt.config.typed import JsonFile, build
 from vismt.lowrank.layers.base import MODULES, AdapterLayer, LayerSpec
 from vismt.lowrank.tensors import check_finite
-from vismt.storage.files import is_sealed, read_tensors
+from vismt.storage.files import is_sealed, read_json, read_tensors
 
 FORMAT = 1
 DESCRIPTION = "adapter.json"
@@ -144,7 +143,7 @@ def compared(specs: Iterable[LayerSpec], unchanged: Iterable[str]) -> list[str]:
 def read_description(folder: Path, what: str = "") -> tuple[Description, list[LayerSpec]]:
     """Return the content of adapter.json and its specs; UserError for a damaged or foreign file. what: its name."""
     what = what or f"adapter '{folder}'"
-    content = read_json(folder / DESCRIPTION, what)
+    content = read_json(folder / DESCRIPTION, what, strict=True)
     written = content.get("format", FORMAT) if isinstance(content, dict) else FORMAT
     if written != FORMAT:
         raise UserError(f"{what}: format {written!r}, this version reads {FORMAT}; use a matching vismt.")

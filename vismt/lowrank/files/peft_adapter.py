@@ -19,7 +19,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.config.json_text import read_json
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.peft_layouts import (
     added,
@@ -35,7 +34,7 @@ from vismt.lowrank.layers.parameter_modules import ParameterModule, module_at
 from vismt.lowrank.layers.stock_modules import LINEAR, kind_of
 from vismt.lowrank.model.targets import candidates
 from vismt.lowrank.tensors import check_factor, check_finite, check_parameter
-from vismt.storage.files import read_tensors
+from vismt.storage.files import read_json, read_tensors
 from vismt.storage.paths import regular_file
 
 TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
@@ -152,7 +151,7 @@ def read_peft(folder: Path) -> PeftAdapter:
     Raises UserError for damaged files, a variant that is not a plain LoRA, and a start that cannot be replayed.
     """
     what = f"peft adapter '{folder}'"
-    config = read_json(folder / CONFIG, what)
+    config = read_json(folder / CONFIG, what, strict=True)
     if not isinstance(config, dict):
         raise UserError(f"{what}: {CONFIG} does not hold an object with settings; {AGAIN}.")
     settings = read_settings(what, config)

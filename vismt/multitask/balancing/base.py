@@ -32,33 +32,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, require_known
 from vismt.base.registry import Registry
 
-# Methods of earlier versions, and what to take for them.
-REMOVED = {
-    "aligned": "take torchjd:AlignedMTL, which divides by the number of tasks",
-    "dbmtl": "take nash, which does not depend on the sizes of gradients either",
-    "gls": "take torchjd:GeometricMean",
-    "imtl": "take torchjd:IMTLG",
-    "imtl_g": "take torchjd:IMTLG",
-    "imtl_l": "take uncertainty, which is half of it, with -s for s",
-    "rlw": "take torchjd:Random",
-    "stch": "take torchjd:STCH, which has no warm-up",
-    "upgrad": "take torchjd:UPGrad",
-}
-
-
-class Balancers(Registry["type[Balancer]"]):
-    """The balancing methods by name; looking up a removed one is a UserError that says what to take."""
-
-    def __getitem__(self, name: str) -> type[Balancer]:
-        if name in REMOVED:
-            raise UserError(f"balancing: '{name}' was removed; {REMOVED[name]}.")
-        return super().__getitem__(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in REMOVED or super().__contains__(name)  # so that a configuration with one gets that error
-
-
-BALANCERS = Balancers(
+BALANCERS: Registry[type[Balancer]] = Registry(
     "balancing: no method",
     dict.fromkeys(("dwa", "ew", "famo", "uncertainty"), "vismt.multitask.balancing.losses")
     | dict.fromkeys(("cagrad", "fairgrad", "gradvac", "mgda", "nash", "pcgrad"), "vismt.multitask.balancing.gradients")
