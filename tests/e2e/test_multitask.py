@@ -465,7 +465,6 @@ def test_overrides_of_an_arm_are_typed_and_its_trainings_are_found_by_name(tmp_p
         ({"retain": {"mode": "fifo"}}, "mode 'fifo'"),
         ({"retain": {"temperature": 0}}, "temperature 0"),
         ({"balancing": {"method": "pcgrat"}}, "balancing.method: 'pcgrat' is not known. Near: 'pcgrad'"),
-        ({"balancing": {"method": "gls"}}, "balancing: no method 'gls'"),
         ({"balancing": {"method": "torchjd:UpGrad"}}, "torchjd"),
         ({"adapt": {"method": "lora"}}, "fade: 'lora' has no schedule with this section; set adapt.method to emtal"),
         ({"fade": {"end": 1.5}}, "need 0 <= start <= end <= 1"),
