@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, require_known
 from vismt.config.yaml_text import read_yaml
 from vismt.data.decode import read_bytes
 from vismt.data.set_entries import CARDS
@@ -29,8 +29,7 @@ def sources_for(card: Card, family: type[S], split: str) -> list[S]:
     if not sources:
         other = card.sources[0]
         raise UserError(f"{card.shown}: is a set of {other.family} (kind {other.kind}); open it with {other.opener}.")
-    if split != "all" and split not in card.splits:
-        raise UserError(f"{card.shown}: no split '{split}'.{near(split, dict.fromkeys([*card.splits, 'all']))}")
+    require_known(f"{card.shown}: no split", [split], dict.fromkeys([*card.splits, "all"]))
     return [source for source in sources if split == "all" or split in source.splits]
 
 

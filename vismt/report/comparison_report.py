@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.config.sections import RESOLVED, flat
 from vismt.config.typed import shown
 from vismt.config.yaml_text import read_yaml
@@ -57,9 +57,7 @@ def join(folders: Sequence[Path], arms: Sequence[str] = ()) -> Joined:
         if not rows:
             raise UserError(f"compare: no results in '{folder}'; make them with `vismt evaluate {folder}`.")
     names = [arm for rows in by_run.values() for arm in dict.fromkeys(row.arm for row in rows)]
-    for arm in arms:
-        if arm not in names:
-            raise UserError(f"compare: no run has an arm '{arm}'.{near(arm, dict.fromkeys(names))}")
+    require_known("compare: no run has an arm", arms, dict.fromkeys(names))
     runs = _run_names(folders)
     repeated = {arm for arm, count in Counter(names).items() if count > 1}
     results: list[Result] = []

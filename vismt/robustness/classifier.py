@@ -19,7 +19,7 @@ from vismt.backbones.any_module import UNKNOWN
 from vismt.backbones.pyramid import size_of
 from vismt.backbones.timm_models import timm_model
 from vismt.backbones.weights import read_checkpoint
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, require_known
 from vismt.base.registry import first_line, import_own, working_folder_on_path
 from vismt.storage.files import parse_json
 from vismt.storage.paths import cache_root
@@ -289,8 +289,7 @@ def load_robustbench(name: str) -> tuple[nn.Module, int, int]:
         ("threat", threat, zoo.get(dataset, {})),
         ("model", model, zoo.get(dataset, {}).get(threat, ())),
     ):
-        if value not in known:
-            raise UserError(f"model '{name}': RobustBench has no {what} '{value}'.{near(value, known)}")
+        require_known(f"model '{name}': RobustBench has no {what}", [value], known)
     if dataset not in ZOO_SETS:
         raise UserError(f"model '{name}': data set '{dataset}' is not supported.{near(dataset, ZOO_SETS)}")
     try:

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.base.norm_balls import NORMS, PIXELS
 from vismt.config.sections import Count, fraction
 from vismt.config.typed import Names, within
@@ -147,9 +147,7 @@ class AttackConfig:
         """Return the attack of a dense net; known: the tasks of its run."""
         if self.source is not None:
             raise UserError("evaluate.attacks: source: attacks from another model are for few-shot runs; leave it out.")
-        for name in self.tasks:
-            if name not in known:
-                raise UserError(f"evaluate.attacks: tasks: no task '{name}'.{near(name, known)}")
+        require_known("evaluate.attacks: tasks: no task", self.tasks, known)
         return DenseAttack(replace(self, tasks=[]).spec(seed), tuple(name for name in known if name in self.tasks))
 
 

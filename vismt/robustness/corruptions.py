@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.config.typed import Checked, Names, within
 
 # {corruption: {severity: error in [0, 1]}}
@@ -354,8 +354,7 @@ def mean_corruption_error(errors: CorruptionErrors, baseline: CorruptionErrors |
 
 
 def _baseline_total(baseline: CorruptionErrors, corruption: str, severities: Mapping[int, float]) -> float:
-    if corruption not in baseline:
-        raise UserError(f"mean corruption error: the baseline has no '{corruption}'.{near(corruption, baseline)}")
+    require_known("mean corruption error: the baseline has no", [corruption], baseline)
     missing = sorted(set(severities) - set(baseline[corruption]))
     if missing:
         raise UserError(f"mean corruption error: the baseline has no '{corruption}' at severity {missing[0]}.")

@@ -24,7 +24,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.uncertainty.predictive import GaussianHead, full_precision
 
 LARGEST = 4096  # k d of a full matrix, without biases: 128 MB in fp64, and half a minute of eigh
@@ -225,8 +225,7 @@ def fit_laplace(
     Raises:
         UserError: unknown structure, a head too large for "full", or features or noise that do not fit.
     """
-    if structure not in STRUCTURES:
-        raise UserError(f"laplace: no structure '{structure}'.{near(str(structure), STRUCTURES)}")
+    require_known("laplace: no structure", [structure], STRUCTURES)
     if weight.ndim != 2:
         raise UserError(f"laplace: the weight is {tuple(weight.shape)}, needed (k, d).")
     if structure == "full" and weight.numel() > LARGEST:

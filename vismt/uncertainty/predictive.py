@@ -27,7 +27,7 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 
 METHODS = ("sample", "probit")
 PAIRS = 2**25  # numbers of a temporary (b, k, k) of the probit
@@ -83,8 +83,7 @@ class GaussianHead(nn.Module, ABC):
             UserError: features that do not fit, `samples` below 1, or an unknown method.
         """
         method = method or ("probit" if samples is None else "sample")
-        if method not in METHODS:
-            raise UserError(f"predict: no method '{method}'.{near(str(method), METHODS)}")
+        require_known("predict: no method", [method], METHODS)
         mean, root = self.mean_and_root(features)
         if method == "probit":
             return probit(mean, root)

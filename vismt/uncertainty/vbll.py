@@ -35,7 +35,7 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near, need_whole
+from vismt.base.errors import UserError, need_whole, require_known
 from vismt.uncertainty.predictive import GaussianHead, full_precision
 
 
@@ -152,10 +152,7 @@ class VBLLOptions:
 
     def make_covariance(self, rows: int, width: int, device: Any) -> Covariance:
         """Return the covariance of that name; raise UserError for an unknown name or an impossible rank."""
-        if self.covariance not in COVARIANCES:
-            raise UserError(
-                f"VBLLClassifier: no covariance '{self.covariance}'.{near(str(self.covariance), COVARIANCES)}"
-            )
+        require_known("VBLLClassifier: no covariance", [self.covariance], COVARIANCES)
         if self.covariance == "lowrank":
             rank = 3 if self.covariance_rank is None else self.covariance_rank
             if not 1 <= rank <= width:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
-from vismt.base.errors import UserError, near, require_known
+from vismt.base.errors import UserError, require_known
 from vismt.config.typed import RelativePath, relative_path
 from vismt.data.copies import fix, listed, shown_path
 from vismt.data.image_set import ImageRow, ImageSource, Listing
@@ -83,9 +83,7 @@ class TableSource(RootedSource, ImageSource):
         try:
             with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
                 table = csv.DictReader(file, delimiter=DELIMITERS.get(path.suffix, ","))
-                absent = next((name for name in columns if name not in (table.fieldnames or ())), None)
-                if absent is not None:
-                    raise UserError(f"{shown}: no column '{absent}'.{near(absent, table.fieldnames or ())}")
+                require_known(f"{shown}: no column", columns, table.fieldnames or ())
                 for row in table:
                     where = f"{shown}: line {table.line_num}"
                     short = next((name for name in columns if row[name] is None), None)

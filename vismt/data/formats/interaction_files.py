@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar
 
-from vismt.base.errors import UserError, near, require_known
+from vismt.base.errors import UserError, require_known
 from vismt.config.typed import RelativePath, within
 from vismt.data.copies import digest, fix, read_manifest, read_text, shown_path
 from vismt.data.source_types import Card, Files, RootedSource, cached_folder, file_groups, source_kind
@@ -222,9 +222,7 @@ def _table(text: str, separator: str, columns: Sequence[str], shown: str) -> Ite
     )
     try:
         head = next(reader, [])
-        for column in columns:
-            if column not in head:
-                raise UserError(f"{shown}: has no column '{column}'.{near(column, head)}")
+        require_known(f"{shown}: has no column", columns, head)
         places = [head.index(column) for column in columns]
         for row in reader:
             where = f"{shown}: line {reader.line_num}"

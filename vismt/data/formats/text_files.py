@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.config.typed import Names, RelativePath
 from vismt.data.copies import digest, fix, read_text, shown_path
 from vismt.data.set_entries import DELIMITERS
@@ -112,9 +112,7 @@ class TextFilesSource(RootedSource, TextSource):
         rows = []
         try:
             columns = list(table.fieldnames or ())
-            absent = next((name for name in self.fields if name not in columns), None)
-            if absent is not None:
-                raise UserError(f"{shown}: no column '{absent}'.{near(absent, columns)}")
+            require_known(f"{shown}: no column", self.fields, columns)
             for row in table:
                 where = f"{shown}: line {table.line_num}"
                 if None in row or None in row.values():

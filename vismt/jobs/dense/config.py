@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, require_known
 from vismt.config.sections import SCHEDULED, UNHASHED_OPTIONS, Count, Jitter, ModelConfig, typed
 from vismt.config.typed import Names, within
 from vismt.data.set_entries import check_apart, check_row_names
@@ -253,9 +253,7 @@ def _check_values(config: DenseConfig) -> None:
     check_tasks(config, tasks)
     make_configured_balancer(config.balancing, trained)
     check_sections(config, None if config.adapt is None else config.adapt.method)
-    for name in config.only:
-        if name not in tasks:
-            raise UserError(f"only: no task '{name}'.{near(name, tasks)}")
+    require_known("only: no task", config.only, tasks)
     model = config.model
     if model.block is not None or model.pool is not None or model.img_size is not None:
         raise UserError("model: img_size, block and pool must be null; give size: [h, w] and blocks instead.")

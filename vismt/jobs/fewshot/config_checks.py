@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, require_known
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.study import check_arms
 from vismt.jobs.calibration import check_calibration
@@ -137,9 +137,7 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
     experts = [] if assembled else [f"{EXPERT}{label}" for label in planned]
     known = [*SINGLE, *config.arms] if pool is None else [*POOLED, *experts]
     labels = [*planned, CLEAN]
-    for label in pool.rates if pool is not None else ():
-        if label not in labels:
-            raise UserError(f"pool.rates: no expert '{label}'.{near(label, labels)}")
+    require_known("pool.rates: no expert", pool.rates if pool is not None else (), labels)
     sources = [attack.source for attack in config.evaluate.attacks if attack.source is not None]
     ending = "" if config.head.name == PROTOTYPES else f"+{config.head.name}"
     for model in config.evaluate.models:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vismt.base import console
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.data.batching import InOrder
 from vismt.data.images import ImageSet, open_images
 from vismt.data.pixels import Pixels
@@ -98,6 +98,5 @@ class Cards:
             card = row_name(card_and_split(name)[0])
             return [task for task, cards in classifier.cards.items() if card in cards]
         known = dict.fromkeys(label.partition("/")[0] for label in classifier.labels or () if "/" in label)
-        if classifier.task not in known:
-            raise UserError(f"classifier.task: no task '{classifier.task}'.{near(classifier.task, known)}")
+        require_known("classifier.task: no task", [classifier.task], known)
         return [classifier.task]

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.base.norm_balls import column, size, steepest
 
 Levels = Sequence[tuple[int | None, float]]
@@ -170,8 +170,7 @@ def _check(
         raise UserError(
             f"pyramid attack: images are {images.dtype} {tuple(images.shape)}, needed floating (m, c, h, w)."
         )
-    if norm not in NORMS:
-        raise UserError(f"pyramid attack: norm '{norm}'.{near(norm, NORMS)}")
+    require_known("pyramid attack: norm", [norm], NORMS)
     if norm == "l2" and tuple(map(tuple, levels)) != PLAIN:
         raise UserError(f"pyramid attack: levels {levels} with norm l2, which has the level {PLAIN} alone.")
     fits = 0 <= epsilon < float("inf") and (epsilon <= 1 or norm == "l2")
@@ -186,7 +185,6 @@ def _check(
             f"pyramid attack: levels {levels} on {images.shape[-2]} x {images.shape[-1]} images: give (cells a side, "
             "multiplier > 0) with cells from 1 to the smaller side, or None for a cell per pixel."
         )
-    if init not in STARTS:
-        raise UserError(f"pyramid attack: init '{init}'.{near(init, STARTS)}")
+    require_known("pyramid attack: init", [init], STARTS)
     if (mean is None) != (std is None):
         raise UserError("pyramid attack: give mean and std together, or neither for pixels in [0, 1].")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 
 FORMS = ("normalised", "plain")
 SCALE = 1024.0
@@ -45,8 +45,7 @@ def weight_perturbation(
     Raises:
         UserError: A negative gamma, an unknown form, or a loss that is not a scalar.
     """
-    if form not in FORMS:
-        raise UserError(f"weight attack: form '{form}'.{near(form, FORMS)}")
+    require_known("weight attack: form", [form], FORMS)
     if not 0 <= gamma < float("inf") or loss.ndim:
         raise UserError(
             f"weight attack: gamma {gamma}, loss of shape {tuple(loss.shape)}: need gamma >= 0 and a scalar loss."

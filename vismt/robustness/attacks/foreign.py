@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.base.norm_balls import column, rounding, size
 from vismt.robustness.attacks.active_set import Wave, restart_seed
 from vismt.robustness.attacks.victim import Victim
@@ -88,6 +88,5 @@ def attack_class(name: str) -> Any:
             f'attacks named {PREFIX}NAME need torchattacks: pip install "vismt[attacks]"; the others need nothing.'
         ) from error
     names = [key for key, value in vars(torchattacks).items() if inspect.isclass(value)]
-    if name not in names:
-        raise UserError(f"attack {PREFIX}{name}: torchattacks has no '{name}'.{near(name, names)}")
+    require_known(f"attack {PREFIX}{name}: torchattacks has no", [name], names)
     return getattr(torchattacks, name)
