@@ -13,7 +13,7 @@ from vismt.robustness.conditions import (
     TransferSource,
     check_conditions,
     condition_of,
-    conditions,
+    few_shot_conditions,
     worst_cases,
 )
 from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec
@@ -41,7 +41,7 @@ def test_attacks_come_first_and_share_their_sources():
         AttackConfig("fgsm", source="frozen"),
         AttackConfig(source="clean"),
     ]
-    specs = conditions(attacks, [CorruptionConfig("snow", [2])], source)
+    specs = few_shot_conditions(attacks, [CorruptionConfig("snow", [2])], source)
     assert [spec.describe(5) for spec in specs] == [
         PGD,
         f"{PGD} from frozen",
@@ -66,7 +66,7 @@ def test_attacks_come_first_and_share_their_sources():
 )
 def test_refused(attacks, corruptions, words):
     with pytest.raises(UserError) as caught:
-        check_conditions(attacks, corruptions, 3)
+        check_conditions(attacks, corruptions, 3, sources=True)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

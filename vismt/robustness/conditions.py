@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal, overload
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -145,8 +145,7 @@ class AttackConfig:
 
     def dense(self, known: Sequence[str], seed: int = 0) -> DenseAttack:
         """Return the attack of a dense net; known: the tasks of its run."""
-        if self.source is not None:
-            raise UserError("evaluate.attacks: source: attacks from another model are for few-shot runs; leave it out.")
+        _refuse_sources([self])
         require_known("evaluate.attacks: tasks: no task", self.tasks, known)
         return DenseAttack(replace(self, tasks=[]).spec(seed), tuple(name for name in known if name in self.tasks))
 
@@ -183,58 +182,58 @@ class CorruptionConfig:
         return [CorruptionSpec(name, severity) for name in names for severity in self.severities]
 
 
-@overload
 def conditions(
-    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], source: None = None, seed: int = 0
-) -> Sequence[DirectPerturbation]: ...
+    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0
+) -> list[DirectPerturbation]:
+    """Return the attacks in their order, then the corruptions; seed: of the attacks.
+
+    Raises UserError for attacks on another model.
+    """
+    _refuse_sources(attacks)
+    return [*(attack.spec(seed) for attack in attacks), *_specs(corruptions)]
 
 
-@overload
-def conditions(
+def few_shot_conditions(
     attacks: Sequence[AttackConfig],
     corruptions: Sequence[CorruptionConfig],
     source: Callable[[str], TransferSource],
-    seed: int = 0,
-) -> Sequence[Perturbation]: ...
+) -> list[Perturbation]:
+    """Return the same, also of attacks on another model; source: returns that model by name."""
+    names = dict.fromkeys(attack.source for attack in attacks if attack.source is not None)
+    sources = {
+        name: source(name) for name in names
+    }  # shared, so that an episode's classifier is built once for all attacks
+    of_attacks = [
+        attack.spec() if attack.source is None else Transfer(attack.spec(), sources[attack.source])
+        for attack in attacks
+    ]
+    return [*of_attacks, *_specs(corruptions)]
 
 
-def conditions(
-    attacks: Sequence[AttackConfig],
-    corruptions: Sequence[CorruptionConfig],
-    source: Callable[[str], TransferSource] | None = None,
-    seed: int = 0,
-) -> Sequence[Perturbation]:
-    """Return the attacks in their order, then the corruptions.
-
-    source: returns the model of an attack's source by name; needed where an attack has one. seed: of the attacks.
-    """
-    specs: list[Perturbation] = []
-    sources: dict[str, TransferSource] = {}
-    for attack in attacks:
-        if attack.source is None:
-            specs.append(attack.spec(seed))
-            continue
-        if attack.source not in sources:  # shared, so that an episode's classifier is built once for all attacks
-            if source is None:
-                raise UserError(
-                    f"evaluate.attacks: source: '{attack.source}': attacks on another model are not available."
-                )
-            sources[attack.source] = source(attack.source)
-        specs.append(Transfer(attack.spec(seed), sources[attack.source]))
-    return [*specs, *(spec for corruption in corruptions for spec in corruption.specs())]
-
-
-def check_conditions(attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], ways: int) -> None:
+def check_conditions(
+    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], ways: int, *, sources: bool = False
+) -> None:
     """Raise UserError for values that do not fit and for two conditions with the same label, before a model is built.
 
-    ways: the least number of classes in an episode.
+    ways: the least number of classes in an episode. sources: whether there are attacks on another model.
     """
+    if not sources:
+        _refuse_sources(attacks)
     for attack in attacks:
         attack.spec().check_classes(ways)
     labels = [
         f"{attack.spec().label} from {attack.source}" if attack.source else attack.spec().label for attack in attacks
     ]
-    _check_labels([*labels, *(spec.label for corruption in corruptions for spec in corruption.specs())])
+    _check_labels([*labels, *(spec.label for spec in _specs(corruptions))])
+
+
+def _refuse_sources(attacks: Sequence[AttackConfig]) -> None:
+    if any(attack.source is not None for attack in attacks):
+        raise UserError("evaluate.attacks: source: attacks from another model are for few-shot runs; leave it out.")
+
+
+def _specs(corruptions: Sequence[CorruptionConfig]) -> list[CorruptionSpec]:
+    return [spec for corruption in corruptions for spec in corruption.specs()]
 
 
 def dense_conditions(

@@ -250,7 +250,7 @@ def _check_arm(config: MultitaskConfig) -> None:
             "evaluate.laplace: it is around one softmax over all classes, its prior chosen on validation images; set the head's "
             "labels to union and evaluate.split to test, or laplace to false."
         )
-    check_attacks(config.evaluate.attacks, config.evaluate.corruptions)
+    check_conditions(config.evaluate.attacks, config.evaluate.corruptions, 4)
     require_known("trained_tasks:", config.trained_tasks, names)
 
 
@@ -296,16 +296,6 @@ def _check_head(config: MultitaskConfig) -> None:
         raise UserError(
             "head: vbll is trained on a bound of the cross-entropy; leave class_weights, logit_adjustment and focal out."
         )
-
-
-def check_attacks(attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
-    """Raise UserError for attacks and corruptions that a multi-task run does not have."""
-    source = next((attack.source for attack in attacks if attack.source is not None), None)
-    if source is not None:
-        raise UserError(
-            f"evaluate.attacks: source '{source}': attacks from another model are for few-shot runs; leave it out."
-        )
-    check_conditions(attacks, corruptions, 4)
 
 
 CONFIG = MultitaskConfig

@@ -23,7 +23,7 @@ from vismt.data.transforms import augment
 from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.jobs.calibration import Calibrations
-from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
+from vismt.jobs.classification.config import MultitaskConfig, check, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.figures import EXAMPLES, examples, sections
@@ -42,7 +42,7 @@ from vismt.multitask.objectives import UnionObjective, VariationalUnionObjective
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions, conditions
 from vismt.uncertainty.intervals import CLEAN
 from vismt.uncertainty.last_layers import is_variational
 from vismt.uncertainty.predictive import GaussianHead
@@ -217,8 +217,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def conditions_of(
         self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0
     ) -> Sequence[Any]:
-        check_attacks(attacks, corruptions)
-        return conditions(attacks, corruptions, seed=seed)
+        check_conditions(attacks, corruptions, 4)
+        return conditions(attacks, corruptions, seed)
 
     def check_risk(self) -> None:
         check_unused(self.config.evaluate.risk, self.config.tune, self.folder)

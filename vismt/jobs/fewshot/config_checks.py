@@ -114,7 +114,7 @@ def _check_evaluation(config: FewShotConfig) -> None:
         )
     _check_ways(config)
     least = min(map(settings.ways_in, settings.data)) if settings.rule == "uniform" else settings.min_ways
-    check_conditions(settings.attacks, settings.corruptions, least)
+    check_conditions(settings.attacks, settings.corruptions, least, sources=True)
     if config.select is not None and config.select.attack is not None and config.select.attack.source is not None:
         raise UserError("select.attack: the choice attacks the evaluated model; leave source out.")
 

@@ -41,7 +41,7 @@ from vismt.robustness.conditions import (
     Perturbation,
     TransferSource,
     condition_of,
-    conditions,
+    few_shot_conditions,
     worst_cases,
 )
 from vismt.robustness.masking import check_episodes
@@ -175,7 +175,7 @@ class Evaluation:
             return TransferSource(model, models.task(model, data), models.fingerprint(model, data))
 
         corruptions = self.config.evaluate.corruptions if with_corruptions else []
-        return conditions(attacks, corruptions, source)
+        return few_shot_conditions(attacks, corruptions, source)
 
     def masking_lines(self, models: Models, arm: str, config_hash: str) -> list[dict[str, Any]]:
         """Return the gradient-masking check of a model on every set, with the set's first protocol."""

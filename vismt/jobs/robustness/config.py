@@ -116,8 +116,6 @@ def check(config: RobustnessConfig) -> None:
     settings = config.evaluate
     if config.adapt is not None or config.train is not None or config.seeds or config.tune is not None:
         raise UserError("robustness: nothing is trained; leave adapt, train, seeds and tune out.")
-    if any(attack.source is not None for attack in settings.attacks):
-        raise UserError("evaluate.attacks: source: attacks from another model are for few-shot runs; leave it out.")
     if settings.masking and not settings.attacks:
         raise UserError("evaluate.masking: checks the first attack of evaluate.attacks, which is empty; add one.")
     if settings.baseline is not None and settings.baseline not in config.arms:

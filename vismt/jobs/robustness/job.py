@@ -84,7 +84,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
             under = arm.job.conditions_of(chosen, corruptions, self.config.seed)
             return arm.job.evaluation.scores(arm.net, arm.training, arm.job.split, under, records, risk=risk)
         classifier = self.classifier_of(training.arm)
-        specs = conditions(chosen, corruptions, seed=self.config.seed)
+        specs = conditions(chosen, corruptions, self.config.seed)
         scores = []
         for data in self.config.data:
             batches = self.cards.batches(data, classifier)
