@@ -477,7 +477,10 @@ def test_overrides_of_an_arm_are_typed_and_its_trainings_are_found_by_name(tmp_p
         ({"augment": {"crop": 0}}, "augment.crop is 0.0; it must be above 0"),
         ({"evaluate": {"split": "train"}}, "evaluate.split: 'train'"),
         ({"evaluate": {"neighbours": ["digits"]}}, "evaluate.neighbours 'digits' shares examples with tasks: digits"),
-        ({"evaluate": {"attacks": [{"name": "pgd", "source": "frozen"}]}}, "attacks from another model are for few-shot runs"),
+        (
+            {"evaluate": {"attacks": [{"name": "pgd", "source": "frozen"}]}},
+            "attacks from another model are for few-shot runs",
+        ),
         ({"arms": {"a b": {}}}, "'a b' cannot be a name; use up to 100 letters, digits"),
         ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),
         ({"arms": {"a": {"train.lrr": 1}}}, "unknown key"),

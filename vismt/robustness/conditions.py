@@ -80,23 +80,13 @@ class Transfer:
         """Return the attack's fields, the source and its fingerprint, for a protocol's hash."""
         return {**self.spec.settings(), "source": self.source.name, "source_fingerprint": self.source.fingerprint}
 
-    def prepare(self, support: Tensor, labels: Tensor) -> _OnSource:
-        """Return the attack of one episode from its support (s, 3, h, w) in [0, 1] and labels (s,)."""
-        return _OnSource(self.spec, self.source.classifier(support, labels))
+    def prepare(self, support: Tensor, labels: Tensor) -> Callable[..., Tensor]:
+        """Return the attack of one episode from its support (s, 3, h, w) in [0, 1] and labels (s,).
 
-
-@dataclass(frozen=True)
-class _OnSource:
-    """An attack with a fixed source classifier."""
-
-    spec: AttackSpec
-    classifier: nn.Module
-
-    def perturb(
-        self, model: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, keys: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """Return the images computed on the source, all to the end; `model`, which is evaluated on them, is not used."""
-        return self.spec.perturb(self.classifier, images, labels, num_classes=num_classes, keys=keys, exhaust=True)
+        Its images are computed on the source, all to the end, whatever model is evaluated on them.
+        """
+        source = self.source.classifier(support, labels)
+        return lambda model, images, truth, **options: self.spec.perturb(source, images, truth, **options, exhaust=True)
 
 
 # Computed on the evaluated model or on no model.

@@ -388,7 +388,7 @@ class Prepared(Darken):
 
     def prepare(self, support, labels):
         self.prepared.append((support, labels))
-        return Darken(float(support.mean()))
+        return Darken(float(support.mean())).perturb
 
     def perturb(self, *arguments, **options):
         raise AssertionError("the result of prepare must perturb")

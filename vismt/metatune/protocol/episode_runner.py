@@ -46,8 +46,12 @@ class Sampler(Protocol):
     def describe(self) -> Mapping[str, object]: ...
 
 
-class Condition(Protocol):
-    """What a protocol records of a change of the query images: its seed, its text and its settings."""
+class QueryPerturbation(Protocol):
+    """A change of the query images, an attack or a corruption of `vismt.robustness`, and what a protocol records of it.
+
+    It has perturb(classifier, images, labels, *, num_classes, keys) -> images, or prepare(support, labels), which is called once
+    an episode and returns such a function (`vismt.robustness.Transfer`).
+    """
 
     @property
     def seed(self) -> int: ...
@@ -55,27 +59,6 @@ class Condition(Protocol):
     def describe(self, num_classes: int | None = None) -> str: ...
 
     def settings(self) -> Mapping[str, object]: ...
-
-
-class Perturbs(Protocol):
-    """An object that changes images (b, 3, h, w) in [0, 1] with labels (b,)."""
-
-    def perturb(
-        self, model: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, keys: Sequence[tuple[int, int]]
-    ) -> Tensor: ...
-
-
-class QueryPerturbation(Condition, Perturbs, Protocol):
-    """A change of the query images: an attack or a corruption of `vismt.robustness`."""
-
-
-class PreparedPerturbation(Condition, Protocol):
-    """A change of the query images that needs the episode's support (`vismt.robustness.Transfer`).
-
-    `prepare` is called once an episode and returns the object that perturbs the images.
-    """
-
-    def prepare(self, support: Tensor, labels: Tensor) -> Perturbs: ...
 
 
 class Certifies(Protocol):
@@ -129,7 +112,7 @@ class EpisodeRunner:
     pixels: PixelStore
     sampler: Sampler
     device: torch.device | str
-    attacks: Mapping[str, QueryPerturbation | PreparedPerturbation] = field(default_factory=dict)
+    attacks: Mapping[str, QueryPerturbation] = field(default_factory=dict)
     worst: Mapping[str, Sequence[str]] = field(default_factory=dict)
     outside: Mapping[str, OutsidePixels] = field(default_factory=dict)
     stores: Mapping[str, FeatureStore] = field(default_factory=dict)
@@ -181,7 +164,7 @@ class EpisodeRunner:
         )
         return _Task(index, classifier, outcome)
 
-    def _groups(self, tasks: Sequence[_Task], attack: QueryPerturbation | PreparedPerturbation) -> list[list[_Task]]:
+    def _groups(self, tasks: Sequence[_Task], attack: QueryPerturbation) -> list[list[_Task]]:
         """Return the tasks in groups that one run of the attack perturbs together."""
         groups: list[list[_Task]] = []
         for task in tasks:
@@ -194,13 +177,14 @@ class EpisodeRunner:
                 groups.append([task])
         return groups
 
-    def _perturb(self, group: Sequence[_Task], name: str, attack: QueryPerturbation | PreparedPerturbation) -> None:
+    def _perturb(self, group: Sequence[_Task], name: str, attack: Any) -> None:
         """Add the predictions under one condition to the tasks of a group."""
         first, outcomes = group[0], [task.outcome for task in group]
-        run: Perturbs = attack  # type: ignore[assignment]
         if hasattr(attack, "prepare"):
             labels = first.outcome.episode.support_labels
-            run = attack.prepare(first.outcome.support.to(self.device), labels.to(self.device))
+            perturb = attack.prepare(first.outcome.support.to(self.device), labels.to(self.device))
+        else:  # `search` of an attack on this classifier also tells what it counts as broken
+            perturb = getattr(attack, "search", attack.perturb)
         counts = [len(outcome.query) for outcome in outcomes]
         classifier = first.classifier
         if len(group) > 1:
@@ -213,8 +197,6 @@ class EpisodeRunner:
             (task.index, *divmod(place, self.batch)) for task in group for place in range(len(task.outcome.query))
         ]
         keys = [(mix_seed(attack.seed, index, part), position) for index, part, position in places]
-        # `search` of an attack on this classifier also tells what it counts as broken.
-        perturb: Any = getattr(run, "search", run.perturb)
         changed, found = [], []
         for start in range(0, len(images), self.batch):
             part = slice(start, start + self.batch)
@@ -227,7 +209,7 @@ class EpisodeRunner:
             task.outcome.predictions[name] = logits[-1].argmax(1)
             if task.outcome.adversarial is None:
                 task.outcome.adversarial = adversarial
-        if hasattr(run, "search"):
+        if hasattr(attack, "search"):
             parts = torch.cat(logits).split(self.batch)
             lost = torch.cat([outcome.lost(part, name).cpu() for outcome, part in zip(found, parts, strict=True)])
             for outcome, own in zip(outcomes, lost.split(counts), strict=True):

@@ -39,7 +39,6 @@ from vismt.metatune.protocol.episode_runner import (
     FewShotModel,
     OutsidePixels,
     PixelStore,
-    PreparedPerturbation,
     QueryPerturbation,
     Sampler,
 )
@@ -55,7 +54,7 @@ def run_protocol(
     sampler: Sampler,
     *,
     episodes: int,
-    attacks: Sequence[QueryPerturbation | PreparedPerturbation] = (),
+    attacks: Sequence[QueryPerturbation] = (),
     records: Path | None = None,
     panel: Path | None = None,
     device: torch.device | str | None = None,
