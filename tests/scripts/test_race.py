@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ from helpers.results import result
 from helpers.tiny_runs import CONFIGS, written
 
 from scripts import race, tables
-from vismt.cli import main
-from vismt.report.reproduction import verdicts
-from vismt.report.study_rows import About, StudyRow, StudyRows, study_of
+from vismt.report.study_rows import About, StudyRow, StudyRows
 
 SPEC = {
     "race_a": {"title": "A", "config": "race/a", "columns": {"acc %": {"metric": "accuracy"}, "NLL": {"metric": "NLL"}}}
@@ -133,23 +130,6 @@ def test_the_frontier_is_what_no_arm_beats_in_both() -> None:
     ]
     assert [point.arm for point in race.frontier(points)] == ["a", "c"]
     assert [point.arm for point in race.frontier(points, lower=True)] == ["a", "b"]
-
-
-@pytest.mark.slow
-@pytest.mark.realdata
-def test_the_cheapest_rows_are_reproduced(tmp_path: Path) -> None:
-    """One training of each, at the committed rate, within the prediction interval of its numbers."""
-    committed = tables.study("race_transfer")
-    costs, settings = committed.about.costs, committed.about.settings
-    cheapest = sorted(costs, key=lambda arm: costs[arm]["seconds_a_step"])[:3]
-    arms = {arm: {**settings["arms"][arm], "train.lr": costs[arm]["lr"]} for arm in cheapest}
-    changes = [f"arms={json.dumps(arms)}", "seeds=[0]", "tune=null", "evaluate.neighbours=[]"]
-    assert main(["run", "race/transfer", *changes, "--out", str(tmp_path), "--quiet"]) == 0
-    run = study_of(next(tmp_path.iterdir()))
-    rows = [row for row in committed.rows if row.arm in cheapest and not row.minus and row.metric == "accuracy"]
-    found = verdicts(replace(committed, rows=rows), run)
-    assert {verdict.row.arm for verdict in found} == set(cheapest)
-    assert all(verdict.word == "inside" for verdict in found)
 
 
 def test_the_committed_page_is_that_of_its_rows() -> None:
