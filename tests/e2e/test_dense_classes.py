@@ -387,4 +387,4 @@ def test_camvid_and_textures(tmp_path: Path) -> None:
     counts = {(row.task, row.metric): row.n for row in read_results(folder / "results.jsonl")}
     assert counts == {("semseg", "mIoU"): 37, ("classify", "accuracy"): 100}
     check = json.loads(next(folder.rglob("merge.json")).read_text())
-    assert check["n"] == 137 and check["outputs"]["classify"]["different"] == 0
+    assert check["n"] == 8 and check["outputs"]["classify"]["different"] == 0
