@@ -377,9 +377,7 @@ def test_neighbours_in_the_features_show_what_is_kept(tmp_path: Path) -> None:
         len(open_images("photo_crops", "test"))
     }
     by_arm = {arm: {row.seed: row.value for row in rows if row.arm == arm} for arm in arms}
-    assert by_arm["head"][0] != by_arm["full"][0], (
-        "a head alone leaves the features, which are random here, as they are"
-    )
+    assert by_arm["head"][0] != by_arm["full"][0]
     job = open_run(folder).job
     images = job.data.outside("photo_crops:test")
     with torch.no_grad():

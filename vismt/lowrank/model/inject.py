@@ -167,9 +167,8 @@ def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[st
         name: [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
         for name, _ in model.named_parameters()
     }
-    for name, parameter in model.named_parameters(
-        remove_duplicate=False
-    ):  # of tied parameters the others have no entry
+    # Of tied parameters all but the first have no entry.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in owners and any(matches(p, name) or matches(p, name.rpartition(".")[0]) for p in patterns):
             first = next(other for other, value in model.named_parameters() if value is parameter)
             raise UserError(f"adapt.also_train: '{name}' is tied to '{first}'; name that one.")
