@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ from helpers.results import result
 from helpers.tiny_runs import CONFIGS, written
 
 from scripts import race, tables
-from vismt.report.study_rows import About, StudyRow, StudyRows
+from vismt.cli import main
+from vismt.config.yaml_text import read_yaml
+from vismt.report.reproduction import verdicts
+from vismt.report.study_rows import About, StudyRow, StudyRows, study_of
+from vismt.storage.paths import CHECKOUT
 
 SPEC = {
     "race_a": {"title": "A", "config": "race/a", "columns": {"acc %": {"metric": "accuracy"}, "NLL": {"metric": "NLL"}}}
@@ -134,3 +139,30 @@ def test_the_frontier_is_what_no_arm_beats_in_both() -> None:
 
 def test_the_committed_page_is_that_of_its_rows() -> None:
     assert race.main(["--check"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+def test_the_cheapest_rows_are_reproduced(tmp_path: Path) -> None:
+    """The three arms with the shortest steps, trained with another seed at their rates, are within the prediction intervals."""
+    committed = tables.study("race_transfer")
+    config = CHECKOUT / "configs" / "race" / "transfer.yaml"
+    settings, costs = read_yaml(config, str(config)), committed.about.costs
+    root = os.environ.get("VISMT_DATA")
+    if root is None or not all((Path(root) / task["name"]).is_dir() for task in settings["tasks"]):
+        pytest.skip("the sets of the race are not under VISMT_DATA")
+    cheapest = sorted(costs, key=lambda arm: costs[arm]["seconds_a_step"])[:3]
+    arms = {arm: {**settings["arms"][arm], "train.lr": costs[arm]["lr"]} for arm in cheapest}
+    changes = [
+        f"arms={json.dumps(arms)}",
+        "seeds=[7]",
+        "tune=null",
+        "evaluate.corruptions=[]",
+        "evaluate.neighbours=[]",
+    ]
+    assert main(["run", str(config), *changes, "--out", str(tmp_path), "--quiet"]) == 0
+    rows = [
+        r for r in committed.rows if r.arm in arms and not r.minus and (r.metric, r.condition) == ("accuracy", "clean")
+    ]
+    found = verdicts(StudyRows(committed.about, rows), study_of(next(tmp_path.iterdir())))
+    assert len(found) == 3 * (1 + len(settings["tasks"])) and {verdict.word for verdict in found} == {"inside"}, found
