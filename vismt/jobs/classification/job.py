@@ -209,7 +209,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return sum(values) / len(values)
 
     def temperature(self, training: Training) -> Sequence[float] | None:
-        if not self.config.evaluate.temperature:
+        # Merged weights have the means of a Bayesian head, and what is fitted is for its probabilities.
+        if not self.config.evaluate.temperature or is_variational(self.study.config_of(training).head_section.name):
             return None
         fitted = self.evaluation.fitted(self.final(training), training)
         return None if fitted is None else self.evaluation.temperature_of_class(fitted).tolist()
