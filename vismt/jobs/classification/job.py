@@ -130,7 +130,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         """Adapt the backbone with the options that the method computes from images; return the method's name."""
         section = config.calibration
         if config.adapt is not None and section is not None:
-            images = self.data.outside(*section.data) if section.data else self.data.training()
+            images = self.data.outside(*section.data) if section.data else self.data.training(config.trained_tasks)
             settings = self.calibrations.on_images(net.backbone, config.adapt, section, images)
             config = replace(config, adapt=settings)
         return super().prepare(net, config)
