@@ -10,7 +10,7 @@ from vismt.base.errors import UserError, require_known
 from vismt.config.sections import SCHEDULED, UNHASHED, Count, Jitter, ModelConfig, OnBadSample
 from vismt.config.typed import Names, within
 from vismt.data.set_entries import check_apart, check_row_names
-from vismt.engine.parts import PartsConfig, check_parts
+from vismt.engine.parts import PartsConfig, check_parts, shares
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.jobs.calibration import ImageCalibrationConfig, check_calibration
 from vismt.jobs.task_sections import (
@@ -65,8 +65,8 @@ class MultitaskEvaluateConfig:
     Args:
         split: test, or validation while settings are chosen.
         batch: images in one forward pass.
-        temperature: writes the temperature that fits the validation images beside exported weights; reports have it
-            wherever there are validation images.
+        temperature: writes the temperature that fits the validation images beside exported weights, not those of vbll;
+            reports have it wherever there are validation images.
         laplace: also evaluate with a Laplace approximation around the trained head; it is Kronecker-factored, and the
             condition is named accordingly, where a linear head has more than 4,096 weights.
         adjust_logits: whether logits minus tau log prior are evaluated, too, with tau chosen on validation.
@@ -214,6 +214,8 @@ def _check_arm(config: MultitaskConfig) -> None:
     for task in config.tasks:
         if not task.train:
             raise UserError(f"tasks: {task.name}: train names no set.")
+        if shares(task):
+            check_row_names(task.train, f"tasks: {task.name}: train")
     calibration = config.calibration.data if config.calibration is not None else ()
     check_parts({f"tasks: {task.name}": task for task in config.tasks}, calibration)
     names = [task.name for task in config.tasks]
