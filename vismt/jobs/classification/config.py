@@ -13,6 +13,7 @@ from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts, shares
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.jobs.calibration import ImageCalibrationConfig, check_calibration
+from vismt.jobs.risk import halves
 from vismt.jobs.task_sections import (
     BalancingConfig,
     RetainConfig,
@@ -284,6 +285,11 @@ def _check_merges(config: MultitaskConfig) -> None:
         if len(arm.merge.weights) > 1 and any(not (task.validation or task.validation_share) for task in config.tasks):
             raise UserError(
                 f"arms.{name}: merge.weights: are chosen on validation images; give each task validation_share."
+            )
+        if len(arm.merge.weights) > 1 and config.evaluate.risk and not halves(True, config.tune):
+            raise UserError(
+                f"arms.{name}: merge.weights: are chosen on the validation images, of which none are left for the thresholds of "
+                "evaluate.risk; name one weight, or give tune, with which half of them choose."
             )
 
 
