@@ -179,7 +179,9 @@ def test_an_undefined_score_is_a_row_that_gives_the_reason(evaluated, tmp_path) 
 
 def test_a_record_of_other_images_is_not_taken(evaluated, tmp_path) -> None:
     samples = [{"image": torch.full((3, 8, 8), value), "depth": torch.ones(8, 8)} for value in (1.0, 2.0, 4.0)]
-    evaluation = Evaluation(Study(config := DenseConfig(tasks=["depth"], size=[8, 8]), tmp_path), Samples(samples, config))
+    evaluation = Evaluation(
+        Study(config := DenseConfig(tasks=["depth"], size=[8, 8]), tmp_path), Samples(samples, config)
+    )
     path, training = tmp_path / "test.jsonl", Training(ALONE, 1e-3, 0, tmp_path)
     scored = evaluation.task_scores(lambda: None, training, "test", path)
     evaluation.data.rows.entries.pop()

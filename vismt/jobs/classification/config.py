@@ -212,13 +212,7 @@ def check(config: MultitaskConfig) -> None:
 
 
 def _check_arm(config: MultitaskConfig) -> None:
-    for task in config.tasks:
-        if not task.train:
-            raise UserError(f"tasks: {task.name}: train names no set.")
-        if shares(task):
-            check_row_names(task.train, f"tasks: {task.name}: train")
-    calibration = config.calibration.data if config.calibration is not None else ()
-    check_parts({f"tasks: {task.name}": task for task in config.tasks}, calibration)
+    _check_sets(config)
     names = [task.name for task in config.tasks]
     check_tasks(config, names)
     make_configured_balancer(config.balancing, names)
@@ -255,6 +249,17 @@ def _check_arm(config: MultitaskConfig) -> None:
         )
     check_conditions(config.evaluate.attacks, config.evaluate.corruptions, 4)
     require_known("trained_tasks:", config.trained_tasks, names)
+
+
+def _check_sets(config: MultitaskConfig) -> None:
+    """Raise UserError for sets that the parts of a run share, and for tasks without sets."""
+    for task in config.tasks:
+        if not task.train:
+            raise UserError(f"tasks: {task.name}: train names no set.")
+        if shares(task):
+            check_row_names(task.train, f"tasks: {task.name}: train")
+    calibration = config.calibration.data if config.calibration is not None else ()
+    check_parts({f"tasks: {task.name}": task for task in config.tasks}, calibration)
 
 
 def _check_merges(config: MultitaskConfig) -> None:
