@@ -130,7 +130,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         """Adapt the backbone with the options that the method computes from images; return the method's name."""
         section = config.calibration
         if config.adapt is not None and section is not None:
-            images = self.data.outside(*section.data) if section.data else self.data.training()
+            images = self.data.outside(*section.data) if section.data else self.data.training(config.trained_tasks)
             settings = self.calibrations.on_images(net.backbone, config.adapt, section, images)
             config = replace(config, adapt=settings)
         return super().prepare(net, config)
@@ -209,7 +209,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return sum(values) / len(values)
 
     def temperature(self, training: Training) -> Sequence[float] | None:
-        if not self.config.evaluate.temperature:
+        # Merged weights have the means of a Bayesian head, and what is fitted is for its probabilities.
+        if not self.config.evaluate.temperature or is_variational(self.study.config_of(training).head_section.name):
             return None
         fitted = self.evaluation.fitted(self.final(training), training)
         return None if fitted is None else self.evaluation.temperature_of_class(fitted).tolist()

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from vismt.base import console, ranks
+from vismt.base.identity import Identity
 from vismt.base.seeds import digest, mix_seed
 from vismt.data.batching import InOrder
 from vismt.data.maps.dense_sample import Sample, collate, size_of
@@ -221,13 +222,13 @@ class Evaluation:
 
         quantiles: largest -log p of a class in a conformal set, by task. Other arguments as for `scores`.
         """
-        scored = self.recorded_scores(path, training)
+        scored = self.recorded_scores(path, training, split)
         if scored is None:
             tasks = self._trained(training)
             plain = {task.name: (task.name, 0.0) for task in tasks}
             label = str(training) if spec is None else f"{training}   {spec.label}"
             pools = self._pooled(net(), tasks, split, plain, label, spec, quantiles)
-            scored = self._written(pools, training, path, spec)
+            scored = self._written(pools, training, split, path, spec)
         return scored
 
     def adjusted_scores(
@@ -238,13 +239,13 @@ class Evaluation:
         Arguments as for `scores`.
         """
         path = records / f"{split}-adjusted.jsonl"
-        scored = self.recorded_scores(path, training)
+        scored = self.recorded_scores(path, training, split)
         tasks = [task for task in self._trained(training) if isinstance(task, ClassLoss)]
         if scored is None and tasks:
             taus = self._taus(net(), training, tasks)
             variants = {name: (name, tau) for name, tau in taus.items()}
             pools = self._pooled(net(), tasks, split, variants, f"{training}   {ADJUSTED.label}")
-            scored = self._written(pools, training, path)
+            scored = self._written(pools, training, split, path)
         return self.as_scores(scored or {}, split, ADJUSTED)
 
     def _taus(self, net: DenseNet, training: Training, tasks: Sequence[Task]) -> dict[str, float]:
@@ -312,6 +313,7 @@ class Evaluation:
         self,
         pools: Mapping[str, PooledScore],
         training: Training,
+        split: str,
         path: Path,
         spec: DensePerturbation | None = None,
     ) -> dict[str, Scored]:
@@ -323,7 +325,7 @@ class Evaluation:
             except Undefined as error:
                 undefined[name] = str(error)
                 console.stage("eval", f"{training}   {error}")
-        row: dict[str, Any] = {"fingerprint": fingerprint(training)}
+        row: dict[str, Any] = self._scored_on(training, split)
         if spec is not None:
             row["condition"] = spec.settings()
         absent = self._absent(pools)
@@ -335,15 +337,21 @@ class Evaluation:
         ranks.on_first(lambda: write_lines(path, [row]))
         return scored
 
-    def recorded_scores(self, path: Path, training: Training) -> dict[str, Scored] | None:
-        """Return the scores of these weights that are on record, None where there are none."""
+    def recorded_scores(self, path: Path, training: Training, split: str) -> dict[str, Scored] | None:
+        """Return the scores of these weights and images that are on record, None where there are none."""
         lines = ranks.on_first(lambda: read_lines(path, ("fingerprint", "tasks"), whole=True))
-        if not lines or lines[0]["fingerprint"] != fingerprint(training):
+        scored_on = self._scored_on(training, split)
+        # A record of an earlier version does not tell its images.
+        if not lines or any(lines[0].get(name, value) != value for name, value in scored_on.items()):
             return None
         tasks = [*lines[0]["tasks"], *lines[0].get(UNDEFINED, ())]
         if lines[0].get("absent", {}) != self._absent(tasks):
             return None  # scored before the option was changed
         return {task: read_scored(values, f"'{path}': {task}") for task, values in lines[0]["tasks"].items()}
+
+    def _scored_on(self, training: Training, split: str) -> dict[str, str]:
+        """Return what a record of scores belongs to: weights, and images by their names."""
+        return {"fingerprint": fingerprint(training), "images": str(Identity(self.data.part(split).ids))}
 
     def _absent(self, names: Iterable[str]) -> dict[str, str]:
         """Return how tasks count classes that do not occur, where it is not by zero; names: of tasks."""

@@ -44,7 +44,7 @@ from vismt.jobs.task_sections import make_configured_balancer
 from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.objectives import DenseObjective
-from vismt.multitask.tasks import MapTask
+from vismt.multitask.tasks.classes import Classification
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
@@ -256,7 +256,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         classes = class_names(config, tasks)
         outputs = {
             name: {
-                "shape": ["batch", task.channels, *(size if isinstance(task, MapTask) else [])],
+                "shape": ["batch", *([task.outputs] if isinstance(task, Classification) else [task.channels, *size])],
                 "task": type(task).__name__,
                 **({"label_names": classes[name]} if name in classes else {}),
             }
