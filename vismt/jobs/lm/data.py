@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -167,6 +168,10 @@ class LmData:
         chosen = limited(torch.zeros(len(rows)), [row_id for row_id, _ in rows], settings.rows)
         texts = [fill(settings.text, rows[i][1], "calibration: text") for i in chosen.tolist()]
         pieces = [piece(context_tokens(self.tokenizer, text), [], settings.length) for text in texts]
+        if not all(part.ids for part in pieces):
+            raise UserError(
+                f"calibration: text '{settings.text}' gives rows without a token; leave them out, or add to the text."
+            )
         batches = [collate(pieces[start : start + settings.batch]) for start in range(0, len(pieces), settings.batch)]
         arguments = [
             {"input_ids": b["ids"], "attention_mask": b["mask"].long(), "position_ids": b["positions"]} for b in batches
@@ -228,6 +233,15 @@ class LmData:
         for part in ("validation", "test"):
             for name in getattr(task, part):
                 parts[part][row_name(name)] = [self._open(name)]
+        for part, named_sets in parts.items():
+            sets = named_sets.get(joined, [])
+            names = Counter(f"{texts.name}:{i}" for texts in sets for i in texts.ids) if len(sets) > 1 else {}
+            twice = next((name for name, count in names.items() if count > 1), None)
+            if twice is not None:
+                raise UserError(
+                    f"tasks: {task.name}: two rows of {part} '{joined}' are called '{twice}', as two of its sets have one "
+                    "name, or rows in common; rename a file, or name each row once."
+                )
         for name in (*task.train, *task.validation, *task.test):
             if task.kind == KIND and not isinstance(self._open(name), InteractionSet):
                 raise UserError(f"tasks: {task.name}: '{name}' has no items; '{KIND}' needs sets of kind interactions.")
