@@ -462,7 +462,7 @@ def test_a_prompt_without_a_token_is_one_error(kind: str, options: dict[str, Any
     task = make_task(kind, "{text}", options)
     row = {"text": "", "label": "0", "answer": "a"}
     for encode in (task.encode, task.ask):
-        with pytest.raises(UserError, match="row 'empty' has a prompt (or an answer )?without a token"):
+        with pytest.raises(UserError, match=r"row 'empty' has a prompt (or an answer )?without a token"):
             encode("empty", row, tokenizer())
     assert make_task(kind, "{text}", options).encode("begun", row, tokenizer(bos=True)).pieces
 

@@ -87,9 +87,7 @@ def _check_task(section: LmTaskConfig) -> None:
 def _check_trained_task(config: LmConfig) -> None:
     trained = trained_task(config)
     if config.evaluate.risk and not task_of(trained).head:
-        raise UserError(
-            f"evaluate.risk: '{trained.kind}' has no class probabilities; leave it out, or take 'classes'."
-        )
+        raise UserError(f"evaluate.risk: '{trained.kind}' has no class probabilities; leave it out, or take 'classes'.")
     evaluate = config.evaluate
     validates = config.tune is not None or evaluate.temperature or evaluate.laplace or evaluate.risk
     if trained.rotate and config.tune is not None:

@@ -142,7 +142,9 @@ class LmTask(ABC):
     def asked(self, name: str, ids: Sequence[int]) -> Item:
         """Return the last tokens of a prompt as a row without counted tokens; raise UserError where there are none."""
         if not ids:
-            raise UserError(f"tasks: row '{name}' has a prompt without a token; leave the row out, or add to the prompt.")
+            raise UserError(
+                f"tasks: row '{name}' has a prompt without a token; leave the row out, or add to the prompt."
+            )
         return Item(name, [piece(ids, [], self.length)])
 
     def prompt_end(self, tokenizer: Any) -> str:
