@@ -262,7 +262,7 @@ def _check_names(task: str, parts: Mapping[str, Mapping[str, Sequence[TextSet]]]
     """Raise UserError where two rows of joined sets have one name, by which records are kept."""
     for part, named_sets in parts.items():
         for title, sets in named_sets.items():
-            names = Counter(f"{texts.name}:{i}" for texts in sets for i in texts.ids) if len(sets) > 1 else {}
+            names = Counter(f"{texts.name}:{i}" for texts in sets for i in texts.ids)
             twice = next((name for name, count in names.items() if count > 1), None)
             if twice is not None:
                 raise UserError(

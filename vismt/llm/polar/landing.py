@@ -194,7 +194,7 @@ def orthonormalize_(model: nn.Module) -> nn.Module:
     For the end of a training: the moments of an optimiser are not changed.
     """
     for layer in polar_layers(model):
-        factors = (layer.lora_B.detach(), layer.lora_C.detach(), layer.lora_A.detach())
+        factors = [factor.detach() for factor in (layer.lora_B, layer.lora_C, layer.lora_A)]
         gathered = [whole(factor) for factor in factors]
         for update in blocks(layer, *gathered):
             for tensor, new in zip(update, stiefel.orthonormalize(*update)):
