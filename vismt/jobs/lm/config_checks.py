@@ -18,6 +18,7 @@ from vismt.jobs.lm.config import (
 )
 from vismt.jobs.task_sections import check_tasks
 from vismt.llm.ilora.hybrid import DRAWN
+from vismt.llm.tasks.causal import Causal
 from vismt.methods import needs
 
 
@@ -86,9 +87,7 @@ def _check_task(section: LmTaskConfig) -> None:
 def _check_trained_task(config: LmConfig) -> None:
     trained = trained_task(config)
     if config.evaluate.risk and not task_of(trained).head:
-        raise UserError(
-            f"evaluate.risk: '{trained.kind}' has no class probabilities; leave it out, or take 'classify'."
-        )
+        raise UserError(f"evaluate.risk: '{trained.kind}' has no class probabilities; leave it out, or take 'classes'.")
     evaluate = config.evaluate
     validates = config.tune is not None or evaluate.temperature or evaluate.laplace or evaluate.risk
     if trained.rotate and config.tune is not None:
@@ -106,8 +105,11 @@ def _check_trained_task(config: LmConfig) -> None:
 def _check_probabilities(config: LmConfig) -> None:
     """Raise UserError for evaluations of probabilities that no task has, and names that they do not know."""
     evaluate, trained = config.evaluate, trained_task(config)
-    for key in ("passes", "ensembles", "ood"):
-        if getattr(evaluate, key) and not task_of(trained).head:
+    task = task_of(trained)
+    if evaluate.temperature and (isinstance(task, Causal) or not task.reads):
+        raise UserError(f"evaluate.temperature: '{trained.kind}' has no probabilities of choices; leave it out.")
+    for key in ("laplace", "passes", "ensembles", "ood"):
+        if getattr(evaluate, key) and not task.head:
             raise UserError(
                 f"evaluate.{key}: needs the class probabilities of a head, and '{trained.kind}' has none; leave it out."
             )

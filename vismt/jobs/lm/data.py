@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -167,6 +168,10 @@ class LmData:
         chosen = limited(torch.zeros(len(rows)), [row_id for row_id, _ in rows], settings.rows)
         texts = [fill(settings.text, rows[i][1], "calibration: text") for i in chosen.tolist()]
         pieces = [piece(context_tokens(self.tokenizer, text), [], settings.length) for text in texts]
+        if not all(part.ids for part in pieces):
+            raise UserError(
+                f"calibration: text '{settings.text}' gives rows without a token; leave them out, or add to the text."
+            )
         batches = [collate(pieces[start : start + settings.batch]) for start in range(0, len(pieces), settings.batch)]
         arguments = [
             {"input_ids": b["ids"], "attention_mask": b["mask"].long(), "position_ids": b["positions"]} for b in batches
@@ -228,6 +233,7 @@ class LmData:
         for part in ("validation", "test"):
             for name in getattr(task, part):
                 parts[part][row_name(name)] = [self._open(name)]
+        _check_names(task.name, parts)
         for name in (*task.train, *task.validation, *task.test):
             if task.kind == KIND and not isinstance(self._open(name), InteractionSet):
                 raise UserError(f"tasks: {task.name}: '{name}' has no items; '{KIND}' needs sets of kind interactions.")
@@ -250,6 +256,19 @@ def lm_of(net: LmNet) -> PreTrainedModel:
 def _named_rows(sets: Sequence[TextSet]) -> list[tuple[str, Mapping[str, Any]]]:
     """Return (name, row) of all rows of some sets in order."""
     return [(f"{texts.name}:{i}", row) for texts in sets for i, row in zip(texts.ids, texts.rows)]
+
+
+def _check_names(task: str, parts: Mapping[str, Mapping[str, Sequence[TextSet]]]) -> None:
+    """Raise UserError where two rows of joined sets have one name, by which records are kept."""
+    for part, named_sets in parts.items():
+        for title, sets in named_sets.items():
+            names = Counter(f"{texts.name}:{i}" for texts in sets for i in texts.ids)
+            twice = next((name for name, count in names.items() if count > 1), None)
+            if twice is not None:
+                raise UserError(
+                    f"tasks: {task}: two rows of {part} '{title}' are called '{twice}', as two of its sets have one name, or "
+                    "rows in common; rename a file, or name each row once."
+                )
 
 
 def _divided(texts: TextSet, split_shares: Mapping[str, float], name: str, task: LmTask) -> dict[str, TextSet]:

@@ -100,8 +100,8 @@ class Answers(LmTask):
             raise UserError(f"tasks: row '{name}' has the answers {list(templates)}; needed two at least.")
         texts = [fill(text, row, "tasks: answers") for text in templates.values()]
         answers = [answer_tokens(tokenizer, text, before) for text in texts]
-        if not all(answers):
-            raise UserError(f"tasks: row '{name}' has an answer without a token.")
+        if not context or not all(answers):
+            raise UserError(f"tasks: row '{name}' has a prompt or an answer without a token.")
         sizes = [max(1, len(text.strip())) for text in texts]
         return Item(name, [tree(context, answers, self.length)], sizes=sizes)
 

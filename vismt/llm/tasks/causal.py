@@ -87,7 +87,7 @@ class Causal(LmTask):
             context = self.context(row, tokenizer)[0]
         else:
             context = context_tokens(tokenizer, fill(self.answer, row, "tasks: answer"))
-        return Item(name, [piece(context, [], self.length)])
+        return self.asked(name, context)
 
     def reply(
         self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing

@@ -32,7 +32,6 @@ from vismt.llm.tasks.base import (
     fill,
     probability_measures,
 )
-from vismt.llm.tasks.pieces import IGNORE, Piece
 from vismt.uncertainty.intervals import Measure
 from vismt.uncertainty.last_layers import log_predictive
 from vismt.uncertainty.predictive import GaussianHead
@@ -93,8 +92,7 @@ class Classes(LmTask):
         return replace(self.ask(name, row, tokenizer), label=list(self.answers).index(label))
 
     def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        ids = self.context(row, tokenizer)[0][-self.length :]
-        return Item(name, [Piece(tuple(ids), (IGNORE,) * len(ids))])
+        return self.asked(name, self.context(row, tokenizer)[0])
 
     def reply(
         self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
