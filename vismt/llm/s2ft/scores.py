@@ -85,7 +85,7 @@ def _activations(model: nn.Module, blocks: Blocks, batches: Sequence[Any]) -> Sc
             units = blocks[slot].units
             norms = z.reshape(*z.shape[:-1], units, -1).norm(dim=-1)
             norms = norms[mask] if mask is not None and mask.shape == z.shape[:-1] else norms.reshape(-1, units)
-            sums[slot] += norms.sum(0).double().cpu()
+            sums[slot] += norms.sum(0).cpu().double()
             tokens[slot] += len(norms)
 
         return observe

@@ -110,7 +110,7 @@ class Causal(LmTask):
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         rows = batch["row"].cpu()
         nats, tokens = (
-            torch.zeros(len(items), dtype=torch.float64).index_add(0, rows, by_piece.double().cpu())
+            torch.zeros(len(items), dtype=torch.float64).index_add(0, rows, by_piece.cpu().double())
             for by_piece in net.token_nll(batch)
         )
         return [

@@ -97,7 +97,7 @@ class Classes(LmTask):
     def reply(
         self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
     ) -> list[Reply]:
-        log_p = log_predictive(net.head, net.features(batch)).double().cpu()
+        log_p = log_predictive(net.head, net.features(batch)).cpu().double()
         return [Reply(choices=list(self.answers), log_p=values) for values in log_p]
 
     def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ class Classes(LmTask):
         log_p = log_predictive(net.head, features).tolist()
         records = [{"id": item.id, "label": item.label, "log_p": values} for item, values in zip(items, log_p)]
         if isinstance(net.head, GaussianHead):
-            means = net.head(features).double().log_softmax(1).cpu().tolist()
+            means = net.head(features).cpu().double().log_softmax(1).tolist()
             records = [{**record, "mean_log_p": values} for record, values in zip(records, means)]
         return records
 
