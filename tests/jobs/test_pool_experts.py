@@ -124,6 +124,7 @@ def test_the_strategy_of_a_model() -> None:
         ([ExpertSpec(norm="corruption", level=8)], "severity, 1 to 5"),
         ([ExpertSpec(level=8, label="a b")], "'a b' cannot be a name"),
         ([ExpertSpec(level=8, label="clean")], "'clean' is clean meta-tuning on source.data"),
+        ([ExpertSpec(level=8, label="average")], "'average' is the mean of all experts"),
         ([ExpertSpec(source="x", norm="clean", label="clean")], "'clean' is clean meta-tuning on source.data"),
         ([ExpertSpec(level=8, label="a"), ExpertSpec(level=2, label="a")], r"\[1\]: two different experts .* 'a'"),
         ([ExpertSpec(level=[])], "no budget"),
@@ -143,6 +144,17 @@ def test_a_pool_has_levels_or_experts_and_a_known_rule() -> None:
         UserError, match=r"merging.strategy: the names in evaluate.models .*pool.select the rule of merged"
     ):
         check(replace(configured(*FIVE), merging=MergeSettings("tsv")))
+    with pytest.raises(UserError, match=r"merging.shares: no expert 'l3'"):
+        check(replace(configured(*FIVE), merging=MergeSettings(shares={"l3": 1.0})))
+    for section, values, words in (
+        ("select", {"beta": [-1.0]}, r"select.beta\[0\] is -1.0"),
+        ("select", {"balance": [1.5]}, r"select.balance\[0\] is 1.5"),
+        ("select", {"trim": [{"fc1": 2.0}]}, r"select.trim\[0\].fc1 is 2.0"),
+        ("select", {"lr": [-1.0]}, r"select.lr\[0\] is -1.0"),
+        ("pool", {"rates": {"8": -1.0}}, r"pool.rates.8 is -1.0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            typed({section: values}, FewShotConfig, "a.yaml")
     for model, close in (
         ("merged:papre", "merged:paper"),
         ("merged:tvs", "merged:tsv"),
