@@ -10,7 +10,14 @@ import torch
 from vismt.base.errors import UserError
 from vismt.config.sections import AdaptConfig, TrainConfig, config_hash, typed
 from vismt.engine.study import TuneConfig
-from vismt.jobs.fewshot.arms import evaluated_models, planned_experts, pool_members, resolve_experts, strategy_of
+from vismt.jobs.fewshot.arms import (
+    evaluated_models,
+    merged_text,
+    planned_experts,
+    pool_members,
+    resolve_experts,
+    strategy_of,
+)
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SelectConfig, SourceConfig
 from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import draw_corruption
@@ -216,6 +223,11 @@ def test_an_arm_with_a_pool_section_is_trained_as_its_expert_and_evaluated_like_
 def test_an_arm_of_several_experts_is_refused(pool: dict) -> None:
     with pytest.raises(UserError, match=r"arms\.lora: pool: an arm is trained as one expert"):
         check(arms_of(lora={"pool": pool}))
+
+
+def test_an_arm_with_the_name_of_a_rule_is_no_mixture() -> None:
+    assert merged_text(configured(*FIVE), "average") == "the equal mean of the experts"
+    assert merged_text(arms_of(average={}), "average") == ""
 
 
 @pytest.mark.parametrize("model", ["frozen", "expert:2"])

@@ -39,7 +39,8 @@ class Classifier:
 
     net: images (b, 3, h, w) -> logits (b, k), in eval mode. size: of the decoded images in pixels. labels: names of the k
     outputs, "task/class" of a multi-task run; None where only their number is known. cards: of each task, by the name in rows of
-    results. task: the one whose outputs are meant; None where the card decides. separate: whether each task has a softmax of its own.
+    results. task: the one whose outputs are meant; None where the card decides. separate: whether each task has a softmax of its
+    own.
     """
 
     net: nn.Module
