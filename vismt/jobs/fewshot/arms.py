@@ -104,7 +104,7 @@ def trained_on(config: FewShotConfig) -> str:
 
 def merged_text(config: FewShotConfig, stem: str) -> str:
     """Return what a model that is made of several experts is; "" for another model."""
-    return MERGING.get(strategy_of(config, stem), "")
+    return "" if config.pool is None else MERGING.get(strategy_of(config, stem), "")
 
 
 def untrained_arms(config: FewShotConfig) -> dict[str, FewShotConfig]:

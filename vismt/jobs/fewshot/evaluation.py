@@ -27,6 +27,7 @@ from torch import Tensor
 from vismt.base import console
 from vismt.base.seeds import digest
 from vismt.data.set_entries import row_name, shown_name
+from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
 from vismt.jobs.fewshot.data import FewShotData
@@ -147,7 +148,7 @@ class Evaluation:
     def validation_scores(self, models: Models, training: Training) -> list[Score]:
         """Return the accuracy of a training on the episodes of select.data, clean and under select.attack."""
         select = self.config.selection
-        net = models.trained(training, merged=True)
+        net = models.trained(training, merged=True).to(runtime.processes().device)
         specs = [] if select.attack is None else [select.attack.spec()]
         scores = []
         for name in select.data:

@@ -33,6 +33,7 @@ from vismt.report.tables import Table
 from vismt.storage.files import DIGEST, atomic_write, read_sealed, sealed
 
 SELECTION, VALIDATION = "selection.json", "validation.json"
+POOL = ":pool"  # entry with the identity of the experts; no set has a ':' in its name
 Chosen = tuple[MergeSettings, FineTuneSettings]
 
 
@@ -56,8 +57,11 @@ class PoolSettings:
         if key not in self._chosen:
             path = self.folder / SELECTION
             saved = read_sealed(path, f"run '{self.folder}'", (DIGEST,)) if path.exists() else {}
-            if key not in saved:
-                saved[key] = self._choose(select.data if key == "all" else [key], key)
+            experts = str(self._pool().identity())
+            # pool.folder may hold other experts now; entries of earlier versions do not say on which they were chosen.
+            if key not in saved or saved[key].get(POOL, experts) != experts:
+                chosen = self._choose(select.data if key == "all" else [key], key)
+                saved[key] = {**chosen, POOL: experts}
                 atomic_write(path, sealed(saved, indent=1))
             self._chosen[key] = (
                 replace(config.merging, **saved[key]["merging"]),
@@ -113,8 +117,12 @@ class PoolSettings:
         key = shown_name(data) if select.class_share else "all"
         path = self.folder / VALIDATION
         saved = read_sealed(path, f"run '{self.folder}'", (DIGEST,)) if path.exists() else {}
+        experts = str(self._pool().identity())
+        if saved.get(POOL, experts) != experts:
+            saved = {}
         if set(saved.get(key, ())) == set(labels):
             return
+        saved[POOL] = experts
         pool, tasks, judge = self._validation([data] if select.class_share else select.data)
         nets = [PoolNet(pool, replace(self.config.merging, strategy="expert", expert=label)) for label in labels]
         values = judge_all(nets, tasks, judge, "experts")

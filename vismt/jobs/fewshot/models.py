@@ -131,8 +131,7 @@ def _describe(model: FewShotModel) -> str:
     if isinstance(model, PoolNet):
         pool = model.pool
         shares = dict(model.settings.shares) or ""
-        updates = [(path, part.B, part.A) for update in pool.updates for path, part in update.low_rank.items()]
-        return f"{pool.labels} {pool.scale} {model.settings} {Identity(updates)}{shares}"
+        return f"{pool.labels} {pool.scale} {model.settings} {pool.identity()}{shares}"
     if isinstance(model, MamlNet):
         return f"{model.settings} {weights_digest(model.learner)} {Identity(sorted(model.own_tensors().items()))}"
     if isinstance(model, ProtoNet):

@@ -103,6 +103,8 @@ def plan_experts(
         plain_name(label, f"{where}.label")
         if label == CLEAN and (adversary is not None or sources != tuple(default)):
             raise UserError(f"{where}.label: 'clean' is clean meta-tuning on source.data; give another label.")
+        if label == "average":
+            raise UserError(f"{where}.label: 'average' is the mean of all experts; give another label.")
         copy = earlier.count((sources, adversary))
         earlier.append((sources, adversary))
         if label in experts and copy:

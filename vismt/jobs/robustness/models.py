@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from vismt.jobs.robustness.config import ClassifierConfig
 from vismt.jobs.training_job import TrainingJob
 from vismt.robustness.classifier import (
     ROBUSTBENCH,
+    checkpoint_config,
     checkpoint_file,
     classifier_from_function,
     classifier_of,
@@ -37,7 +39,8 @@ class Classifier:
 
     net: images (b, 3, h, w) -> logits (b, k), in eval mode. size: of the decoded images in pixels. labels: names of the k
     outputs, "task/class" of a multi-task run; None where only their number is known. cards: of each task, by the name in rows of
-    results. task: the one whose outputs are meant; None where the card decides.
+    results. task: the one whose outputs are meant; None where the card decides. separate: whether each task has a softmax of its
+    own.
     """
 
     net: nn.Module
@@ -46,6 +49,7 @@ class Classifier:
     labels: list[str] | None = None
     cards: Mapping[str, Collection[str]] = field(default_factory=dict)
     task: str | None = None
+    separate: bool = False
 
     def fingerprint(self) -> str:
         """Return a digest of the weights; of a net with code of its own, which may change, of that, too."""
@@ -79,7 +83,8 @@ def _load(config: ClassifierConfig) -> Classifier:
     if config.run is not None:
         job = open_run(Path(config.run)).job
         net, labels, size = job.classifier(config.arm)
-        return Classifier(net.eval().to(device), len(labels), config.size or size, labels, job.cards_of_tasks())
+        net, size, separate = net.eval().to(device), config.size or size, _separate(job.about(config.arm))
+        return Classifier(net, len(labels), size, labels, job.cards_of_tasks(), separate=separate)
     if config.function is not None:
         net, classes = classifier_from_function(config.function)
         return Classifier(net.to(device), classes, config.size or 0)
@@ -92,7 +97,15 @@ def _load(config: ClassifierConfig) -> Classifier:
         pretrained=config.pretrained,
         img_size=config.img_size,
     )
-    return Classifier(timm.to(device), timm.num_classes, config.size or max(timm.size), timm.labels)
+    path = checkpoint_file(config.name or "")
+    separate = path is not None and _separate(checkpoint_config(path))
+    size = config.size or max(timm.size)
+    return Classifier(timm.to(device), timm.num_classes, size, timm.labels, separate=separate)
+
+
+def _separate(about: Mapping[str, Any]) -> bool:
+    """Return whether the config.json of merged weights says that each task has a softmax of its own."""
+    return about.get("label_space") == "separate"
 
 
 class TrainedArm:
