@@ -128,6 +128,7 @@ def test_the_strategy_of_a_model() -> None:
         ([ExpertSpec(norm="l2")], "norm l2 needs a budget in 1/255"),
         ([ExpertSpec(level=300)], r"\[300.0\]; a level is a budget in 1/255, from 0 to 255"),
         ([ExpertSpec(norm="l2", level=-1)], "not negative"),
+        ([ExpertSpec(norm="gaussian", level=[0, 64])], r"\[0\]: \[0.0, 64.0\]; noise of level 0 is none"),
         ([ExpertSpec(norm="corruption", level=8)], "severity, 1 to 5"),
         ([ExpertSpec(level=8, label="a b")], "'a b' cannot be a name"),
         ([ExpertSpec(level=8, label="clean")], "'clean' is clean meta-tuning on source.data"),

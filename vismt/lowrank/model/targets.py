@@ -48,14 +48,20 @@ READ_BY_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")  # of a state-space m
 Targets = str | Sequence[str] | None
 
 
+def heads_of(model: nn.Module, getter: str) -> list[nn.Module]:
+    """Return the modules that `get_classifier` or `get_output_embeddings` returns: one, several or none."""
+    function = getattr(model, getter, None)
+    try:
+        found: Any = function() if callable(function) else None
+    except AttributeError:  # EfficientViT of MSRA looks for it in the head that it has not
+        return []
+    return [head for head in (found if isinstance(found, tuple) else [found]) if isinstance(head, nn.Module)]
+
+
 def head_paths(model: nn.Module) -> set[str]:
     """Return the paths of the task head, see the header."""
-    heads: list[Any] = []
-    for getter in ("get_classifier", "get_output_embeddings"):
-        function = getattr(model, getter, None)
-        head = function() if callable(function) else None
-        heads.extend(head if isinstance(head, tuple) else [head])
-    inside = {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
+    heads = [head for getter in ("get_classifier", "get_output_embeddings") for head in heads_of(model, getter)]
+    inside = {id(module) for head in heads for module in head.modules()}
     return {path for path, module in model.named_modules() if id(module) in inside or path.split(".")[0] in HEAD_NAMES}
 
 
