@@ -252,7 +252,6 @@ def _check_arm(config: MultitaskConfig) -> None:
 
 
 def _check_sets(config: MultitaskConfig) -> None:
-    """Raise UserError for sets that the parts of a run share, and for tasks without sets."""
     for task in config.tasks:
         if not task.train:
             raise UserError(f"tasks: {task.name}: train names no set.")
@@ -263,7 +262,6 @@ def _check_sets(config: MultitaskConfig) -> None:
 
 
 def _check_merges(config: MultitaskConfig) -> None:
-    """Raise UserError for arms that cannot be merged."""
     if config.merge is not None:
         raise UserError("merge: it makes an arm from other arms; give it as arms.NAME: {merge: {...}}.")
     earlier: dict[str, MultitaskConfig] = {}
@@ -299,7 +297,6 @@ def _check_merges(config: MultitaskConfig) -> None:
 
 
 def _check_head(config: MultitaskConfig) -> None:
-    """Raise UserError for what the variational bound of a Bayesian head does not cover."""
     head = config.head_section
     if not is_variational(head.name):
         return

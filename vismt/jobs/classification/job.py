@@ -135,9 +135,6 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             config = replace(config, adapt=settings)
         return super().prepare(net, config)
 
-    def heads(self, net: PixelNet) -> nn.Module:
-        return net.heads
-
     def objective(self, config: MultitaskConfig, net: PixelNet, balanced: Sequence[Tensor]) -> UnionObjective:
         union = self.data.union
         retain = None
@@ -230,7 +227,6 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         self.write_router_maps(self.loaded, self._mapped_images)
 
     def _mapped_images(self) -> Tensor:
-        """Return four evaluated images, evenly over the tasks."""
         tasks = len(self.data.union.tasks)
         wanted = (torch.arange(MAPPED_IMAGES) * tasks // MAPPED_IMAGES).tolist()
         parts = [(self.data.part(task, self.split), wanted.count(task)) for task in sorted(set(wanted))]

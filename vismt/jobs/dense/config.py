@@ -271,7 +271,6 @@ def _check_values(config: DenseConfig) -> None:
 
 
 def _check_parts(config: DenseConfig) -> None:
-    """Raise UserError for sets that the parts of a run share, and for tasks without sets."""
     own = own_parts(config)
     for task in all_tasks(config):
         named = isinstance(task, Classification) and task.name != Classification.name
@@ -314,7 +313,6 @@ def window_of(config: DenseConfig) -> tuple[int, int]:
 
 
 def _check_baseline(config: DenseConfig) -> None:
-    """Raise UserError for a task whose baseline is not an arm that trains it."""
     if config.baseline is None:
         return
     tasks = [task.name for task in all_tasks(config)]

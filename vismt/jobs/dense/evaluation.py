@@ -105,7 +105,6 @@ class Evaluation:
         return validation_parts(labels, self.config.evaluate.risk, self.config.tune)
 
     def _protocol(self, split: str) -> str:
-        """Return split, image size, windows and mirroring as text."""
         settings = self.config.evaluate
         height, width = window_of(self.config)
         text = f"{split} images at {self.data.size[0]} x {self.data.size[1]}"
@@ -317,7 +316,6 @@ class Evaluation:
         path: Path,
         spec: DensePerturbation | None = None,
     ) -> dict[str, Scored]:
-        """Return the scores of pools by name, and write them to `path`."""
         scored, undefined = {}, {}
         for name, pool in pools.items():
             try:
@@ -350,7 +348,6 @@ class Evaluation:
         return {task: read_scored(values, f"'{path}': {task}") for task, values in lines[0]["tasks"].items()}
 
     def _scored_on(self, training: Training, split: str) -> dict[str, str]:
-        """Return what a record of scores belongs to: weights, and images by their names."""
         return {"fingerprint": fingerprint(training), "images": str(Identity(self.data.part(split).ids))}
 
     def _absent(self, names: Iterable[str]) -> dict[str, str]:
@@ -385,7 +382,6 @@ class Evaluation:
         ).cpu()
 
     def _starts(self, split: str) -> range:
-        """Return the number of the first image of each batch of a split."""
         return range(0, len(self.data.part(split)), self.config.evaluate.batch)
 
     def _batch(self, split: str, start: int) -> tuple[list[str], list[Sample], Sample]:

@@ -111,9 +111,6 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
     def fresh(self, config: DenseConfig) -> DenseNet:
         return models.fresh(config)
 
-    def heads(self, net: DenseNet) -> nn.Module:
-        return net.heads
-
     def prepare(self, net: DenseNet, config: DenseConfig) -> str:
         """Adapt the timm model, or make everything in it that runs trainable; return the method's name."""
         if config.adapt is not None:

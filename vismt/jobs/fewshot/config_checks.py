@@ -138,7 +138,6 @@ def _check_ways(config: FewShotConfig) -> None:
 
 
 def _check_models(config: FewShotConfig, trains: bool, arms: Collection[str]) -> None:
-    """Raise UserError for a model of evaluate.models that this configuration cannot build. arms: of the run, by name."""
     pool = config.pool
     assembled = pool is not None and bool(pool.folder)
     planned = planned_experts(config)
@@ -181,7 +180,6 @@ def _check_model(config: FewShotConfig, where: str, model: str, known: list[str]
 
 
 def _check_selection(config: FewShotConfig) -> None:
-    """Raise UserError where the choice has no tasks, or one that can be a test task."""
     select = config.select
     if select is None:
         return

@@ -182,7 +182,6 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return about
 
     def _assemble_pools(self) -> None:
-        """Copy the trained experts of each seed, in the order of the configuration, into the folder of its pool."""
         for seed in self.study.seeds:
             experts = []
             for label in pool_members(self.config, self.study.arms):
@@ -211,7 +210,6 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return self._models[seed, arm]
 
     def _data(self, name: str) -> FewShotData:
-        """Return the sets at the resolution of the model `name`."""
         arm = self.untrained.get(split_head(name)[0])
         return self.data if arm is None else self.data.variant(arm)
 

@@ -88,7 +88,6 @@ class PoolSettings:
         return sorted((order[:kept] if part == "validation" else order[kept:]).tolist())
 
     def _choose(self, names: list[str], key: str) -> dict[str, Any]:
-        """Return the entry of selection.json for a key: the choice on the validation tasks of the sets `names`."""
         config = self.config
         select = config.selection
         pool, tasks, judge = self._validation(names)
@@ -132,7 +131,6 @@ class PoolSettings:
         atomic_write(path, sealed(saved, indent=1))
 
     def _validation(self, names: Sequence[str]) -> tuple[ExpertPool, list[LabelledTask], Judge]:
-        """Return the pool, the validation tasks of the sets `names`, and the judge of a classifier on one of them."""
         select = self.config.selection
         device = runtime.processes().device
         pool = self._pool().requires_grad_(False).eval().to(device)

@@ -112,7 +112,6 @@ class Models:
         return net
 
     def _single(self, stem: str) -> ProtoNet | MamlNet:
-        """Return the frozen model, or that of an arm."""
         if stem == FROZEN or stem in untrained_arms(self.study.config):
             return make_net(self.data.backbone(), replace(self.config, meta=None))
         arm = stem if stem in self.study.arms else ALONE

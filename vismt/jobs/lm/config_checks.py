@@ -103,7 +103,6 @@ def _check_trained_task(config: LmConfig) -> None:
 
 
 def _check_probabilities(config: LmConfig) -> None:
-    """Raise UserError for evaluations of probabilities that no task has, and names that they do not know."""
     evaluate, trained = config.evaluate, trained_task(config)
     task = task_of(trained)
     if evaluate.temperature and (isinstance(task, Causal) or not task.reads):
@@ -127,7 +126,6 @@ def _check_probabilities(config: LmConfig) -> None:
 
 
 def _check_recommendation(config: LmConfig) -> None:
-    """Raise UserError for sections that need a recommendation where none is trained."""
     if recommends(config):
         _check_histories(config)
     else:
@@ -141,7 +139,6 @@ def _check_recommendation(config: LmConfig) -> None:
 
 
 def _check_histories(config: LmConfig) -> None:
-    """Raise UserError for tasks whose item vectors or histories the trained recommendation does not cover."""
     trained = recommendation_of(trained_task(config))
     for section in config.tasks:
         if section.kind != KIND:
@@ -159,7 +156,6 @@ def _check_histories(config: LmConfig) -> None:
 
 
 def _check_gated_method(config: LmConfig) -> None:
-    """Raise UserError where the method has gates and the tasks or the source of the gates do not fit, and vice versa."""
     method, gated, random_gates = None, False, False
     if config.adapt is not None:
         method = config.adapt.method

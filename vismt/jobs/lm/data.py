@@ -88,8 +88,11 @@ class LmData:
             self._items[key] = items
         return self._items[key]
 
+    def all_rows(self, part: str) -> list[Item]:
+        """Return the rows of all sets of a part of the trained task."""
+        return [item for name in self.names(self.trained, part) for item in self.rows(self.trained, part, name)]
+
     def _limit(self, task: str, part: str) -> int | None:
-        """Return the largest number of rows of a part, None for all."""
         section = self._sections[task]
         if part == "train":
             return section.limit
@@ -102,10 +105,7 @@ class LmData:
         """Return the items to train on, packed where the task packs."""
         key = (self.trained, "train", "")
         if key not in self._items:
-            rows = [
-                item for name in self.names(self.trained, "train") for item in self.rows(self.trained, "train", name)
-            ]
-            self._items[key] = self.tasks[self.trained].training(rows)
+            self._items[key] = self.tasks[self.trained].training(self.all_rows("train"))
         return self._items[key]
 
     def forms(self) -> list[Item]:
@@ -143,7 +143,7 @@ class LmData:
     @property
     def num_train(self) -> int:
         """The number of training rows."""
-        return sum(len(self.rows(self.trained, "train", name)) for name in self.names(self.trained, "train"))
+        return len(self.all_rows("train"))
 
     def fingerprint(self, task: str, part: str, name: str) -> str:
         """Return a digest of the rows of a set and of the task that is set on them."""
@@ -242,7 +242,6 @@ class LmData:
         return parts
 
     def _open(self, name: str) -> TextSet:
-        """Return the set 'card' or 'card:split', opened once."""
         if name not in self._opened:
             self._opened[name] = open_texts(*card_and_split(name))
         return self._opened[name]
@@ -254,7 +253,6 @@ def lm_of(net: LmNet) -> PreTrainedModel:
 
 
 def _named_rows(sets: Sequence[TextSet]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return (name, row) of all rows of some sets in order."""
     return [(f"{texts.name}:{i}", row) for texts in sets for i, row in zip(texts.ids, texts.rows)]
 
 
@@ -272,7 +270,6 @@ def _check_names(task: str, parts: Mapping[str, Mapping[str, Sequence[TextSet]]]
 
 
 def _divided(texts: TextSet, split_shares: Mapping[str, float], name: str, task: LmTask) -> dict[str, TextSet]:
-    """Return the parts of a set: the last rows of each class, or all rows of the last users."""
     if isinstance(texts, InteractionSet):
         users = torch.tensor(texts.users)
         parts = divide(torch.zeros(int(users.max()) + 1, dtype=torch.int64), split_shares, name)

@@ -29,12 +29,10 @@ class Cards:
     def images(self, name: str) -> ImageSet:
         """Return the set 'card' or 'card:split'."""
         if name not in self._sets:
-            self._sets[name] = open_images(
+            images = self._sets[name] = open_images(
                 *card_and_split(name), on_bad_sample=self.config.on_bad_sample, download=self.config.download
             )
-            console.stage(
-                "data", f"{row_name(name)}   {len(self._sets[name].classes)} classes   {len(self._sets[name]):,} images"
-            )
+            console.stage("data", f"{row_name(name)}   {len(images.classes)} classes   {len(images):,} images")
         return self._sets[name]
 
     def classifier(self, name: str, given: Classifier) -> Classifier:

@@ -106,17 +106,8 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
 
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
         super().evaluate(attacks)
-        if self.config.evaluate.masking and attacks is None:
-            self._check_masking()
-
-    def write_panels(self) -> None:
-        if self.config.evaluate.attacks:
-            for arm in self.study.arms:
-                for data in self.config.data:
-                    self._write_broken(arm, data)
-
-    def _check_masking(self) -> None:
-        """Check the first attack of every arm on every set; write masking.jsonl."""
+        if not self.config.evaluate.masking or attacks is not None:
+            return
         lines: list[dict[str, Any]] = []
         spec = self.config.evaluate.attacks[0].spec(self.config.seed)
         for arm in self.study.arms:
@@ -124,10 +115,15 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
                 classifier = self.classifier_of(arm, data)
                 batches = self.cards.batches(data, classifier)
                 result = check_masking(classifier.net, batches, spec, num_classes=classifier.num_classes)
-                fields = {**vars(result), "epsilons": list(result.epsilons), "accuracies": list(result.accuracies)}
-                lines.append({"arm": arm, "data": row_name(data), **fields, "verdict": result.verdict()})
+                lines.append({"arm": arm, "data": row_name(data), **vars(result), "verdict": result.verdict()})
                 console.stage("masking", f"{arm}   {row_name(data)}   {result.verdict()}")
         ranks.on_first(lambda: write_lines(self.folder / MASKING, lines))
+
+    def write_panels(self) -> None:
+        if self.config.evaluate.attacks:
+            for arm in self.study.arms:
+                for data in self.config.data:
+                    self._write_broken(arm, data)
 
     def _write_broken(self, arm: str, data: str) -> None:
         """Write the first images that are right when clean and wrong under the first attack, and the attacked images."""

@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -83,7 +82,8 @@ def _load(config: ClassifierConfig) -> Classifier:
     if config.run is not None:
         job = open_run(Path(config.run)).job
         net, labels, size = job.classifier(config.arm)
-        net, size, separate = net.eval().to(device), config.size or size, _separate(job.about(config.arm))
+        separate = job.about(config.arm).get("label_space") == "separate"
+        net, size = net.eval().to(device), config.size or size
         return Classifier(net, len(labels), size, labels, job.cards_of_tasks(), separate=separate)
     if config.function is not None:
         net, classes = classifier_from_function(config.function)
@@ -92,20 +92,12 @@ def _load(config: ClassifierConfig) -> Classifier:
         net, classes, size = load_robustbench(config.name)
         return Classifier(net.to(device), classes, config.size or size)
     timm = load_classifier(
-        config.name or "",
-        architecture=config.architecture,
-        pretrained=config.pretrained,
-        img_size=config.img_size,
+        config.name or "", architecture=config.architecture, pretrained=config.pretrained, img_size=config.img_size
     )
     path = checkpoint_file(config.name or "")
-    separate = path is not None and _separate(checkpoint_config(path))
+    separate = path is not None and checkpoint_config(path).get("label_space") == "separate"
     size = config.size or max(timm.size)
     return Classifier(timm.to(device), timm.num_classes, size, timm.labels, separate=separate)
-
-
-def _separate(about: Mapping[str, Any]) -> bool:
-    """Return whether the config.json of merged weights says that each task has a softmax of its own."""
-    return about.get("label_space") == "separate"
 
 
 class TrainedArm:

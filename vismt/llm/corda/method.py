@@ -133,7 +133,6 @@ def _start(
 
 
 def _checked(modules: Mapping[str, nn.Module], covariances: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-    """Return the covariances; UserError unless each exists, has its layer's width, and is finite and symmetric."""
     if not isinstance(covariances, Mapping):
         raise UserError(
             f"adapt.covariances: {type(covariances).__name__} for 'corda'; give what vismt.llm.collect_covariance returns, "

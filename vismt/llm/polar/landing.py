@@ -139,7 +139,6 @@ class Landing(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _return(self, began: Sequence[Tensor]) -> None:
-        """Do what follows the step: a retraction, or the decoupled pull."""
         if not began:
             return
         with self._live(written=0) as rows:
@@ -173,7 +172,6 @@ class Landing(torch.optim.Optimizer):
             write_whole(target, value)
 
     def _optimized(self) -> set[int]:
-        """Return the ids of the parameters of the wrapped optimiser."""
         return {id(parameter) for group in self.param_groups for parameter in group["params"]}
 
     @torch.no_grad()

@@ -212,7 +212,6 @@ def assemble(experts: Sequence[Expert], folder: Path) -> Path:
 
 
 def _load_updates(vit: nn.Module, expert: Expert) -> Updates:
-    """Return the updates of an expert on this model, which is restored."""
     load_adapter(vit, expert.folder)
     try:
         return read_updates(vit, what=f"expert '{expert.label}'")

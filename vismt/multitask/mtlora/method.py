@@ -113,7 +113,6 @@ def _stage_ends(blocks: Sequence[str]) -> list[str]:
 
 
 def _by_block(name: str, value: Any, paths: Sequence[str]) -> dict[str, Any]:
-    """Return the value of each task block; UserError for numbers out of range, and a pattern or a block without a match."""
     table = value if isinstance(value, Mapping) else {path: value for path in paths}
     check_patterns(f"mtlora: {name}", table, paths)
     values = {path: pattern_value(path, table, None) for path in paths}
