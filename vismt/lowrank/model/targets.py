@@ -67,15 +67,13 @@ def head_paths(model: nn.Module) -> set[str]:
 
 def read_directly(owner: nn.Module, name: str) -> bool:
     """Return whether a module uses its child's weight without calling the child: timm's BEiT, EVA and Swin v2 with a q_bias."""
-    return (
-        name == "qkv" and getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
-    )
+    adds_bias = getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
+    return name == "qkv" and adds_bias
 
 
 def _refusal(
     path: str, module: nn.Module, owner: nn.Module, owners: Mapping[int, list[str]], prequantized: bool, readable: bool
 ) -> str | None:
-    """Return why this module cannot carry an update, or None."""
     weight = getattr(module, "weight", None)
     format_name = weight_format(module)
     reason = _bypass(path, module, owner, readable)
