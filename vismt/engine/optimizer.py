@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from vismt.base.errors import UserError, near
 from vismt.config.sections import TrainConfig
@@ -34,17 +35,12 @@ def make_optimizer(
     expression or matches no name.
     """
     groups: dict[tuple[float, bool], list[Tensor]] = {}
-    matched = set()
+    matched = {name: next((key for key in config.rates if _search(key, name)), "") for name in parameters}
     for name, parameter in parameters.items():
-        pattern = next((pattern for pattern in config.rates if _search(pattern, name)), None)
-        factor = 1.0
-        if pattern is not None:
-            matched.add(pattern)
-            factor = config.rates[pattern]
         decays = parameter.ndim > 1 and name not in undecayed
-        groups.setdefault((factor, decays), []).append(parameter)
+        groups.setdefault((config.rates.get(matched[name], 1.0), decays), []).append(parameter)
     for pattern in config.rates:
-        if pattern not in matched:
+        if pattern not in matched.values():
             raise UserError(f"train.rates: '{pattern}' is found in no trained parameter.{near(pattern, parameters)}")
     settings = [
         {"params": group, "lr": config.lr * factor, "weight_decay": config.weight_decay if decays else 0.0}
@@ -62,13 +58,11 @@ def _search(pattern: str, name: str) -> bool:
         raise UserError(f"train.rates: '{pattern}' is not a regular expression ({error}).") from error
 
 
-def make_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int
-) -> torch.optim.lr_scheduler.LambdaLR:
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> LambdaLR:
     """Return the schedule of the rate after a number of updates."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config) / config.lr, updates - 1)
+    return LambdaLR(optimizer, lambda step: rate(step, config) / config.lr, updates - 1)
 
 
 def rate(step: int, config: TrainConfig) -> float:
