@@ -112,9 +112,8 @@ def _bars(axes: Axes, chosen: Mapping[str, Comparison], colors: Mapping[str, str
 
 def _heading(axes: Axes, chosen: Mapping[str, Comparison], condition: str) -> None:
     row = next(iter(chosen.values())).row
-    counts = sorted(
-        {cell.n for name, c in chosen.items() if name != AVERAGE or len(chosen) == 1 for cell in c.cells.values()}
-    )
+    counted = [c for name, c in chosen.items() if name != AVERAGE or len(chosen) == 1]
+    counts = sorted({cell.n for c in counted for cell in c.cells.values()})
     several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     share = ", per cent" if row.scale == SHARE else ""
     title = condition[:1].upper() + condition[1:]
