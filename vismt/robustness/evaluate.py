@@ -209,7 +209,6 @@ class _Questions:
         return fields
 
     def records(self, model: nn.Module, images: Tensor, labels: Tensor, ids: Sequence[str], number: int) -> list[dict]:
-        """Return the records of batch `number`."""
         classes = self.num_classes
 
         def with_sets(name: str, logits: Tensor) -> dict[str, list]:
@@ -278,10 +277,7 @@ def certified_accuracies(rows: Sequence[Mapping], smoothing: Smoothing) -> list[
     def certified(row: Mapping, radius: float | None) -> float:
         return float(row[smoothing.label] == row["label"] and row[f"{smoothing.label} radius"] >= (radius or 0.0))
 
-    return [
-        (condition, {row["id"]: certified(row, condition.level) for row in rows})
-        for condition in smoothing.conditions()
-    ]
+    return [(at, {row["id"]: certified(row, at.level) for row in rows}) for at in smoothing.conditions()]
 
 
 def _check_batch(images: Tensor, labels: Tensor, ids: Sequence[str], num_classes: int) -> None:
