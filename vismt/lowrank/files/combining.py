@@ -192,11 +192,11 @@ def _by_rule(
 
 def _by_path(adapters: Sequence[Updates]) -> dict[str, dict[int, LowRank]]:
     """Return the updates of each weight by the position of their adapter."""
-    paths = dict.fromkeys(path for adapter in adapters for path in adapter.low_rank)
-    return {
-        path: {j: adapter.low_rank[path] for j, adapter in enumerate(adapters) if path in adapter.low_rank}
-        for path in paths
-    }
+    found: dict[str, dict[int, LowRank]] = {}
+    for position, adapter in enumerate(adapters):
+        for path, update in adapter.low_rank.items():
+            found.setdefault(path, {})[position] = update
+    return found
 
 
 def _with_zeros(present: Mapping[int, LowRank], count: int) -> list[LowRank]:

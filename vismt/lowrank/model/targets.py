@@ -152,8 +152,8 @@ def refusals(
     """
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():  # a module that has two names comes once, so two owners are two modules
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+        for name, parameter in module.named_parameters(path, recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
     reasons = {}
     for path in paths:
         owner = model.get_submodule(path.rpartition(".")[0])
