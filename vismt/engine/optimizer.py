@@ -6,8 +6,8 @@ import math
 import re
 from collections.abc import Collection, Mapping
 
-import torch
 from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from vismt.base.errors import UserError, near
@@ -18,17 +18,11 @@ OPTIMIZERS = ("adamw", "sgd")
 
 def with_own_prior(objective: nn.Module) -> set[str]:
     """Return the names of parameters in modules with `own_prior`: their loss has a prior, and weight decay would add a second."""
-    return {
-        f"{path}.{name}" if path else name
-        for path, module in objective.named_modules()
-        if getattr(module, "own_prior", False)
-        for name, _ in module.named_parameters()
-    }
+    modules = [(path, module) for path, module in objective.named_modules() if getattr(module, "own_prior", False)]
+    return {name for path, module in modules for name, _ in module.named_parameters(path)}
 
 
-def make_optimizer(
-    parameters: Mapping[str, Tensor], config: TrainConfig, undecayed: Collection[str] = ()
-) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig, undecayed: Collection[str] = ()) -> Optimizer:
     """Return AdamW, or SGD with momentum, with a group for each learning rate, with and without weight decay.
 
     undecayed: names of matrices without weight decay. Raises UserError for a pattern of train.rates that is not a regular
@@ -47,8 +41,8 @@ def make_optimizer(
         for (factor, decays), group in groups.items()
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(settings, lr=config.lr)
+        return SGD(settings, lr=config.lr, momentum=config.momentum)
+    return AdamW(settings, lr=config.lr)
 
 
 def _search(pattern: str, name: str) -> bool:
@@ -58,7 +52,7 @@ def _search(pattern: str, name: str) -> bool:
         raise UserError(f"train.rates: '{pattern}' is not a regular expression ({error}).") from error
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> LambdaLR:
+def make_schedule(optimizer: Optimizer, config: TrainConfig, updates: int) -> LambdaLR:
     """Return the schedule of the rate after a number of updates."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
