@@ -233,9 +233,8 @@ def certified_figure(comparisons: Sequence[Comparison], path: Path) -> Path:
             values = [100 * value for value, _, _ in line.values()]
             widths = [[100 * (value - low) for value, low, _ in line.values()]]
             widths += [[100 * (high - value) for value, _, high in line.values()]]
-            axes.errorbar(
-                list(line), values, widths, color=color, marker="o", ls="-" if proved else DASHES, markersize=3.2
-            )
+            style = "-" if proved else DASHES
+            axes.errorbar(list(line), values, widths, color=color, marker="o", ls=style, markersize=3.2)
             if proved:
                 axes.fill_between(list(line), values, color=color, alpha=0.15, linewidth=0)
         dress(axes, short(arm, 26), grid="y")

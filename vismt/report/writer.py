@@ -261,9 +261,8 @@ def _citation(source: str, comparisons: Sequence[Comparison]) -> list[str]:
 def _sentence(c: Comparison, where: str, with_task: bool) -> str:
     row = c.row
     percent = " %" if row.scale == SHARE else ""
-    values = [
-        f"{arm} {interval_text(cell.value, cell.low, cell.high, row.scale)}{percent}" for arm, cell in c.cells.items()
-    ]
+    numbers = {arm: interval_text(cell.value, cell.low, cell.high, row.scale) for arm, cell in c.cells.items()}
+    values = [f"{arm} {number}{percent}" for arm, number in numbers.items()]
     differences = [f"{arm} − {c.base} {difference_text(c, arm)}" for arm in c.differences]
     paired = f"; paired differences {', '.join(differences)}" if differences else ""
     task = f"{row.task}, " if with_task else ""
