@@ -263,9 +263,7 @@ def accuracies(
         answers = [row[label] for label in (*labels, *(["clean"] if strict else []))]
         return float(all(answer == row["label"] for answer in answers))
 
-    return [
-        (condition, {row["id"]: right(row, labels, strict) for row in rows}) for condition, strict, labels in conditions
-    ]
+    return [(at, {row["id"]: right(row, labels, strict) for row in rows}) for at, strict, labels in conditions]
 
 
 def certified_accuracies(rows: Sequence[Mapping], smoothing: Smoothing) -> list[tuple[Condition, dict[str, float]]]:
