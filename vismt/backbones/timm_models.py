@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,7 @@ def create(
         origin = f"the weights of '{pretrained}'"
         load_weights(vit, read_checkpoint(pretrained), position, origin, own_head=True, new_head=new_head)
     elif pretrained and not by_timm:
-        state: Mapping[str, Tensor] = (
-            from_hub(architecture).state_dict() if card is None else read_checkpoint(get_asset(name))
-        )
+        state = from_hub(architecture).state_dict() if card is None else read_checkpoint(get_asset(name))
         load_weights(vit, state, position, f"the weights of '{name}'", new_head=new_head)
     if dtype != "float32":
         vit.to(getattr(torch, dtype))

@@ -218,12 +218,10 @@ class Backbone(TappedBackbone):
         Raises:
             UserError: a size that does not fit the patches, and a model that cannot change its size.
         """
-        change = getattr(self.vit, "set_input_size", None)
+        change, name = getattr(self.vit, "set_input_size", None), type(self.vit).__name__
         if change is None:
-            raise UserError(
-                f"{type(self.vit).__name__} cannot change its input size; create it with img_size {size} instead."
-            )
-        check_size(size, self.vit, type(self.vit).__name__)
+            raise UserError(f"{name} cannot change its input size; create it with img_size {size} instead.")
+        check_size(size, self.vit, name)
         change(img_size=tuple(size))
         if table is not None:
             with torch.no_grad():

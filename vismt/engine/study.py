@@ -131,9 +131,8 @@ class Study(Generic[Config]):
         rates, factor = arm.training.rates, arm.training.lr / training.lr
         if self.config.tune is not None and arm.adapt is not None:
             fixed = self.config.tune.fixed
-            rates = {pattern: factor * rates.get(pattern, 1.0) for pattern in fixed} | {
-                pattern: value for pattern, value in rates.items() if pattern not in fixed
-            }
+            others = {pattern: value for pattern, value in rates.items() if pattern not in fixed}
+            rates = {pattern: factor * rates.get(pattern, 1.0) for pattern in fixed} | others
         return replace(arm, seed=training.seed, train=replace(arm.training, lr=training.lr, rates=rates))
 
     def training(self, arm: str, lr: float, seed: int) -> Training:

@@ -92,9 +92,9 @@ class Evidence:
             line, size = self.above or 0.0, self.claimed
         beyond = ends[0] > line
         reaches = ends[1] > line if size is None else ends[1] >= size
-        return {(True, True): HOLDS, (True, False): WEAKER, (False, True): UNDECIDED, (False, False): FAILS}[
-            beyond, reaches
-        ]
+        if beyond:
+            return HOLDS if reaches else WEAKER
+        return UNDECIDED if reaches else FAILS
 
 
 @dataclass(frozen=True)

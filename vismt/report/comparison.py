@@ -197,10 +197,8 @@ def compare(
     evidence = Evidence(results, values)
     comparisons: list[Comparison] = []
     for _, table in groupby(sorted(rows, key=order), key=block):
-        groups = [
-            sorted(group, key=lambda row: row.arm != FROZEN)
-            for _, group in groupby(table, key=lambda row: (row.data, row.condition))
-        ]
+        by_place = groupby(table, key=lambda row: (row.data, row.condition))
+        groups = [sorted(group, key=lambda row: row.arm != FROZEN) for _, group in by_place]
         columns: list[tuple[str, Sequence[Result], Sequence[Sequence[Result]]]]
         columns = [(group[0].data, group, [[row] for row in group]) for group in groups]
         if all(group[0].data != AVERAGE for group in groups):

@@ -185,6 +185,7 @@ def _changes(
                 values = {seed: value - others[seed] for seed, value in values.items() if seed in others}
             if len(values) < 2:
                 continue
+            found = Estimate(fmean(values.values()), (), "seeds").with_seeds(list(values.values()))
             row = StudyRow(
                 task="update",
                 data=data,
@@ -198,16 +199,15 @@ def _changes(
                 condition="clean",
                 arm=first,
                 seed=None,
-                value=fmean(values.values()),
-                low=0.0,
-                high=0.0,
+                value=found.mean,
+                low=found.bounds[0],
+                high=found.bounds[1],
                 n=counts.get(data, len(lines)),
                 config_hash=config_hash,
                 interval="seeds",
                 minus=second,
             )
-            found = Estimate(row.value, (), "seeds").with_seeds(list(values.values()))
-            yield replace(row, low=found.bounds[0], high=found.bounds[1])
+            yield row
             for seed, value in () if second else values.items():
                 yield replace(row, seed=seed, value=value, low=value, high=value)
 

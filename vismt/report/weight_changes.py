@@ -10,17 +10,7 @@ from typing import Any
 
 from vismt.engine.study import chosen_trainings
 from vismt.engine.training_files import CHANGES
-from vismt.report.plotting import (
-    MUTED,
-    axes_at,
-    color_of,
-    dress,
-    legend,
-    legend_rows,
-    new_figure,
-    save,
-    short,
-)
+from vismt.report.plotting import MUTED, axes_at, color_of, dress, legend, legend_rows, new_figure, save, short
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.lines import read_lines
 

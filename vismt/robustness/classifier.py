@@ -239,10 +239,8 @@ def classifier_from_function(name: str) -> tuple[nn.Module, int]:
         module = import_own(module_name, f"model '{name}'")
         function = getattr(module, function_name, None)
         if not hasattr(module, function_name):
-            public = [key for key in vars(module) if not key.startswith("_")]
-            raise UserError(
-                f"model '{name}': module '{module_name}' has no '{function_name}'.{near(function_name, public)}"
-            )
+            hint = near(function_name, [key for key in vars(module) if not key.startswith("_")])
+            raise UserError(f"model '{name}': module '{module_name}' has no '{function_name}'.{hint}")
         if not callable(function):
             raise UserError(f"model '{name}': '{function_name}' is {type(function).__name__}, not a function.")
         try:
@@ -293,9 +291,7 @@ def load_robustbench(name: str) -> tuple[nn.Module, int, int]:
             f"model '{name}': the package robustbench is not installed: pip install "
             "git+https://github.com/RobustBench/robustbench.git"
         ) from error
-    zoo = {
-        _text(key): {_text(kind): list(models) for kind, models in kinds.items()} for key, kinds in model_dicts.items()
-    }
+    zoo = {_text(key): {_text(kind): list(nets) for kind, nets in kinds.items()} for key, kinds in model_dicts.items()}
     for what, value, known in (
         ("data set", dataset, zoo),
         ("threat", threat, zoo.get(dataset, {})),

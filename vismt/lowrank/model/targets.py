@@ -67,15 +67,13 @@ def head_paths(model: nn.Module) -> set[str]:
 
 def read_directly(owner: nn.Module, name: str) -> bool:
     """Return whether a module uses its child's weight without calling the child: timm's BEiT, EVA and Swin v2 with a q_bias."""
-    return (
-        name == "qkv" and getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
-    )
+    adds_bias = getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
+    return name == "qkv" and adds_bias
 
 
 def _refusal(
     path: str, module: nn.Module, owner: nn.Module, owners: Mapping[int, list[str]], prequantized: bool, readable: bool
 ) -> str | None:
-    """Return why this module cannot carry an update, or None."""
     weight = getattr(module, "weight", None)
     format_name = weight_format(module)
     reason = _bypass(path, module, owner, readable)
@@ -154,8 +152,8 @@ def refusals(
     """
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():  # a module that has two names comes once, so two owners are two modules
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+        for name, parameter in module.named_parameters(path, recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
     reasons = {}
     for path in paths:
         owner = model.get_submodule(path.rpartition(".")[0])
