@@ -43,7 +43,7 @@ def test_names_are_printed_as_they_are(capsys, monkeypatch):
 
 def test_a_terminal_without_a_character_shows_a_question_mark(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
-    monkeypatch.setattr(console._console, "file", out)
+    monkeypatch.setattr(console, "_console", Console(file=out, highlight=False, soft_wrap=True, emoji=False))
     console.stage("eval", "1.0 ± 2.0 ≈")
     out.seek(0)
     assert out.read() == "eval    1.0 ± 2.0 ?\n"
