@@ -172,7 +172,7 @@ class LowRankLayer(AdapterLayer):
     def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
         settings, (rows, columns) = spec.settings, spec.shape
         shapes = {"lora_A": (len(settings.blocks) * settings.rank, columns), "lora_B": (rows, settings.rank)}
-        return {**shapes, "lora_C": settings.core_shape} if settings.core else shapes
+        return shapes | ({"lora_C": settings.core_shape} if settings.core else {})
 
     @classmethod
     def optional_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
