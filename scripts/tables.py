@@ -219,7 +219,7 @@ def add(run: Path, name: str) -> Path:
     from scripts import race  # it uses this module
 
     pairs += race.pairs(run, name)
-    made = study_of(run, pairs)
+    made = race.without_sets(study_of(run, pairs), name)
     for row in made.rows:
         if row.seed is None and (not row.interval or (made.trainings(row) and "seeds" not in row.interval)):
             raise UserError(

@@ -41,7 +41,7 @@ class Evidence:
 
     Args:
         study: name of the study.
-        page: of the study in docs/results, where its name differs.
+        page: of the study in docs/, where it is not results/STUDY.
         config: name of the configuration of a study that has no page yet.
         task: of the row, as data, protocol, condition, metric, arm and minus; null where the others name the row.
         above: line that the effect has to exceed.
