@@ -3,14 +3,15 @@
     python -m scripts.backbones            takes some minutes
 
 A method is listed where the contract of vismt.testing holds: the function at the start, which parameters get a gradient, merged
-equals unmerged. Methods of UNITS may refuse a family by a UserError; any other error is a defect.
+equals unmerged. Methods of UNITS may refuse a family by a UserError; any other error is a defect. A job is listed where its net
+runs with an adapter and learns; few-shot and dense runs build models without classes, as here.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -20,13 +21,18 @@ import torch
 from torch import Tensor, nn
 
 import vismt
+from vismt.backbones.pyramid import Pyramid
 from vismt.backbones.timm_models import as_backbone
+from vismt.backbones.vit import Backbone
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.llm import collect_covariance, instance_gates
+from vismt.metatune.protonet import cosine_logits, prototypes
 from vismt.methods import METHODS
+from vismt.multitask import task_features
 from vismt.multitask.heads import HEADS
 from vismt.multitask.nets import default_blocks
+from vismt.robustness import classifier_of
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
 from vismt.testing.method_contract import (
@@ -43,7 +49,7 @@ from vismt.testing.method_contract import (
 
 PAGE = CHECKOUT / "docs/methods/backbones.md"
 TABLE = re.compile(r"(?<=<!-- backbones -->\n).*?(?=<!-- end -->)", re.S)
-COLUMNS = ("Family", "Class", "Linears", "Convolutions", "Methods", "Maps at strides")
+COLUMNS = ("Family", "Class", "Linears", "Convolutions", "Methods", "`mtlora`", "Jobs", "Maps at strides")
 TARGETS = "all-linear+conv"
 UNITS = ("s2ft", "emtal", "lisa")  # methods that choose what they train, and may refuse a family
 CHECKS: tuple[Check, ...] = (check_start, check_gradient, check_merge)
@@ -109,10 +115,10 @@ FAMILIES = {
 
 
 @cache
-def _built(family: str) -> nn.Module:
+def _built(family: str, num_classes: int) -> nn.Module:
     made = FAMILIES[family]
     torch.manual_seed(0)
-    model = timm.create_model(made.name, pretrained=False, num_classes=3, **made.options).eval()
+    model = timm.create_model(made.name, pretrained=False, num_classes=num_classes, **made.options).eval()
     for path, module in [*model.named_modules()] if made.first else ():
         if path.endswith("blocks") and isinstance(module, nn.Sequential):
             model.set_submodule(path, module[: made.first])
@@ -121,9 +127,9 @@ def _built(family: str) -> nn.Module:
     return shake(model)  # heads and layer scales that start near zero would hide what comes before
 
 
-def stock(family: str, **_: Any) -> nn.Module:
+def stock(family: str, num_classes: int = 3, **_: Any) -> nn.Module:
     """Return the tiny model of a family with random weights, in eval mode."""
-    return copy.deepcopy(_built(family))
+    return copy.deepcopy(_built(family, num_classes))
 
 
 def images(family: str) -> Tensor:
@@ -158,7 +164,7 @@ def refusing(family: str) -> list[str]:
     """Return the methods that refuse a family."""
     refused = []
     for method, declared in METHODS.items():
-        if declared.layers and not declared.exports:  # its pairs belong to the tasks of a dense run
+        if declared.layers and not declared.exports:  # mtlora, whose pairs belong to tasks: see `takes_tasks`
             continue
         try:
             check(family, method)
@@ -169,19 +175,90 @@ def refusing(family: str) -> list[str]:
     return refused
 
 
-def strides(family: str) -> list[int]:
-    """Return the strides of the maps that dense heads read by default; fail where a head or another job cannot run."""
-    made, x = FAMILIES[family], images(family).requires_grad_()
-    backbone = as_backbone(stock(family), made.size, block=None, pool=None, name=made.name)
-    features, logits = backbone(x), backbone.logits(x)
-    features.square().sum().backward()
-    if features.shape != (2, backbone.width) or logits.shape != (2, 3) or x.grad is None or not x.grad.any():
-        raise RuntimeError(
-            f"{family}: features {tuple(features.shape)}, class scores {tuple(logits.shape)}, or no gradient"
-        )
-    maps = backbone.maps(x, default_blocks(backbone.depth))
+def takes_tasks(family: str) -> bool:
+    """Return whether `mtlora` takes a family; its tasks then start at the model's own features."""
+    model, x = stock(family, 0), images(family)
+    wanted = model(x)
+    try:
+        vismt.adapt(model, "mtlora", rank=1, tasks=["a", "b"])
+    except UserError:
+        return False
+    with task_features(["b", "a"], per_sample=True):
+        torch.testing.assert_close(model(x), wanted, atol=5e-6 * float(wanted.detach().abs().max()), rtol=0)
+    return True
+
+
+def adapted(family: str, num_classes: int) -> Backbone | Pyramid:
+    """Return the tiny model of a family with a LoRA away from its start, as a backbone."""
+    made, model = FAMILIES[family], stock(family, num_classes)
+    vismt.adapt(model, "lora", TARGETS, rank=1, exclude=made.exclude)
+    return as_backbone(shake(model), made.size, block=None, pool=None, name=made.name)
+
+
+def learn(outputs: Tensor, shape: tuple[int, ...], of: nn.Module) -> None:
+    """Fail unless outputs have a shape, and a finite gradient that reaches the parameters of a net."""
+    outputs.square().mean().backward()
+    grads = [value.grad for value in of.parameters() if value.grad is not None]
+    if outputs.shape != shape or not all(grad.isfinite().all() for grad in grads) or not any(map(torch.any, grads)):
+        raise RuntimeError(f"outputs {tuple(outputs.shape)} for {shape}, or no gradient")
+
+
+def _few_shot(family: str) -> None:
+    backbone = adapted(family, 0)
+    features = backbone(images(family))
+    learn(cosine_logits(features, prototypes(features.flip(0), torch.tensor([0, 1]))), (2, 2), backbone)
+    if features.shape != (2, backbone.width):
+        raise RuntimeError(f"features {tuple(features.shape)}, width {backbone.width}")
+
+
+def _classification(family: str) -> None:
+    backbone = adapted(family, 3)
+    learn(backbone.logits(images(family)), (2, 3), backbone)
+
+
+def _dense(family: str) -> None:
+    backbone = adapted(family, 0)
+    if not backbone.depth:
+        raise UserError("no maps of its stages")
     for name in HEADS:
-        HEADS[name]([value.shape[1] for value in maps], 2)(maps)
+        maps = backbone.maps(images(family), default_blocks(backbone.depth))
+        logits = HEADS[name]([value.shape[1] for value in maps], 2)(maps)
+        learn(logits, (2, 2, *logits.shape[2:]), backbone)
+
+
+def _robustness(family: str) -> None:
+    classifier, x = classifier_of(stock(family), FAMILIES[family].size), images(family).requires_grad_()
+    learn(classifier(x), (2, 3), classifier)
+    if x.grad is None or not x.grad.any():
+        raise RuntimeError("no gradient at the pixels")
+
+
+JOBS: dict[str, Callable[[str], None]] = {
+    "few-shot": _few_shot,
+    "classification": _classification,
+    "dense": _dense,
+    "robustness": _robustness,
+}
+
+
+def jobs(family: str) -> str:
+    """Return the jobs that a family has; a job may refuse it by a UserError."""
+    refused = []
+    for job, function in JOBS.items():
+        try:
+            function(family)
+        except UserError:
+            refused.append(job)
+        except Exception as error:
+            raise RuntimeError(f"{job} on {family}: {error}") from error
+    return "all" + (f" but {', '.join(refused)}" if refused else "")
+
+
+def strides(family: str) -> list[int]:
+    """Return the strides of the maps that dense heads read by default."""
+    made = FAMILIES[family]
+    backbone = as_backbone(stock(family, 0), made.size, block=None, pool=None, name=made.name)
+    maps = backbone.maps(images(family), default_blocks(backbone.depth)) if backbone.depth else []
     return sorted({made.size // value.shape[-1] for value in maps})
 
 
@@ -193,7 +270,8 @@ def row(family: str) -> str:
     linears += " but `qkv`" * any("is never called" in text for text in report.skipped)
     convolutions = "all" + " but those in groups" * any("in groups" in text for text in report.skipped)
     methods = "all" + (f" but {', '.join(f'`{name}`' for name in refused)}" if refused else "")
-    cells = (family, type(model).__name__, linears, convolutions, methods, ", ".join(map(str, strides(family))))
+    tasks, maps = "yes" if takes_tasks(family) else "no", ", ".join(map(str, strides(family)))
+    cells = (family, type(model).__name__, linears, convolutions, methods, tasks, jobs(family), maps)
     return f"| {' | '.join(cells)} |"
 
 

@@ -74,5 +74,5 @@ def needed(evidence: Evidence) -> str:
 
 
 def _link(evidence: Evidence) -> str:
-    page = CHECKOUT / "docs/results" / f"{evidence.page or evidence.study}.md"
-    return f"[{evidence.study}](results/{page.name})" if page.exists() else evidence.study
+    page = f"{evidence.page or f'results/{evidence.study}'}.md"
+    return f"[{evidence.study}]({page})" if (CHECKOUT / "docs" / page).exists() else evidence.study

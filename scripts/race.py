@@ -3,14 +3,15 @@
     python -m scripts.tables add RUN race_transfer          take the rows of a finished run of configs/race/transfer.yaml
     python -m scripts.tables add RUN race_transfer+NAME     beside them, those of a run with other arms and the same tasks
     python -m scripts.race                                  write the page; --check: exit code 1 where it is stale
-    python -m scripts.race --memory race_transfer           before it, measure the memory of a training step of every arm
+    python -m scripts.race --costs race_transfer            before it, measure memory and time of a training step of every arm
 
 docs/results/rows/race.yaml names for each study the columns, each by values of its rows (data is the average over sets where
 there is one). An arm is best where its number is; another one ties with it where the 95 % interval of their difference, paired on
 the same examples and seeds where one run has both, contains 0.
 
 Memory is the largest allocation in the second training step, weights and optimiser included (scripts/bench/accounting.py), the
-same on every machine; docs/results/rows/race_memory.json keeps it, in bytes, by study and arm.
+same on every machine. The time is the median CPU time of the next steps on one thread, all arms in one process: wall times of a
+study are those of a busy machine. docs/results/rows/race_costs.json keeps both by study and arm, in bytes and seconds.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
+from statistics import median
+from time import process_time
 from typing import Any
+
+import torch
 
 from scripts import tables
 from scripts.bench.accounting import peak_bytes, weight_bytes
@@ -38,21 +43,22 @@ from vismt.jobs import load_config, make_job
 from vismt.jobs.training_job import TrainingJob
 from vismt.report.comparison import AVERAGE
 from vismt.report.plotting import INK, MUTED, axes_at, dress, new_figure, save, short
-from vismt.report.study_rows import ROWS, StudyRow, StudyRows, studies, study_of
+from vismt.report.study_rows import MATRICES, ROWS, StudyRow, StudyRows, studies, study_of
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
 from vismt.uncertainty.intervals import LOWER, SHARE, Estimate, interval_kind_text
 
 SPECS = CHECKOUT / ROWS / "race.yaml"
-MEMORY = CHECKOUT / ROWS / "race_memory.json"
+COSTS = CHECKOUT / ROWS / "race_costs.json"
 PAGE = CHECKOUT / "docs" / "race.md"
+TIMED = 5  # steps whose time is taken
 ENTRANT = "+"  # between a study's name and that of a file with further arms
 HEADER = """# The race
 
 Adapters of language models and of vision transformers on the same images: every arm has the same steps, batches, seeds and grid
 of rates, chosen on validation images. The models are small ViTs on CPUs: compare within a table. ★ is the best number of a
-column, ≈ ties with it: the 95 % interval of their difference contains 0. MiB is the peak memory of a training step. k-NN accuracy
-on a set that no arm is trained on shows what is kept of the frozen model, that of `head`.
+column, ≈ ties with it: the 95 % interval of their difference contains 0. MiB is the peak memory of a training step, ms its CPU
+time on one thread. k-NN accuracy on a set that no arm is trained on shows what is kept of the frozen model, that of `head`.
 [Extending](extending.md#an-arm-in-the-race) has how to add an arm.
 """
 
@@ -116,10 +122,11 @@ def ties(best: Entry, other: Entry) -> bool:
     return low <= 0 <= high
 
 
-def step_memory(config: str) -> dict[str, int]:
-    """Return the bytes at the peak of the second training step of every arm of a configuration."""
+def step_costs(config: str) -> dict[str, dict[str, float]]:
+    """Return the bytes at the peak of a training step of every arm of a configuration, and its seconds of CPU time."""
     settings = load_config(find_config(config), [])
     found = {}
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(settings, Path(folder))
         assert isinstance(job, TrainingJob)
@@ -130,9 +137,16 @@ def step_memory(config: str) -> dict[str, int]:
             training = loop._Training(
                 objective, job.batches(of_arm), of_arm.training, Path(folder) / arm, "", accelerator, of_arm
             )
+            steps = map(training._step, count(1))
             with running_blocks(objective, of_arm.training):
-                found[arm] = weight_bytes(objective) + peak_bytes(map(training._step, count(1)).__next__)
-            console.stage("memory", f"{arm}   {found[arm] / 2**20:,.0f} MiB")
+                peak = weight_bytes(objective) + peak_bytes(steps.__next__)
+                times = [process_time()]
+                for _ in range(TIMED):
+                    next(steps)
+                    times.append(process_time())
+            seconds = median(after - before for before, after in pairwise(times))
+            found[arm] = {"bytes": peak, "seconds": round(seconds, 4)}
+            console.stage("costs", f"{arm}   {peak / 2**20:,.0f} MiB   {1000 * seconds:.0f} ms")
     return found
 
 
@@ -144,17 +158,17 @@ def section(name: str, draw: bool) -> str:
     if absent:
         raise UserError(f"race: study '{name}' has no row for the columns {absent}; see {ROWS}/race.yaml.")
     costs = {arm: cost for study in reversed(of) for arm, cost in study.about.costs.items()}
-    memory = json.loads(MEMORY.read_text()).get(name, {}) if MEMORY.exists() else {}
-    heads = ("Arm", *columns, "rate", "trained", "MiB", "ms a step")
+    steps = json.loads(COSTS.read_text()).get(name, {}) if COSTS.exists() else {}
+    heads = ("Arm", *columns, "rate", "trained", "MiB", "ms")
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for arm in dict.fromkeys(arm for entries in columns.values() for arm in entries):
         cells = [_cell(arm, entries) for entries in columns.values()]
         cost = costs.get(arm, {})
         rate = f"{cost['lr']:g}" if "lr" in cost else "–"
         trained = f"{cost['trained']:,.0f}" if "trained" in cost else "–"
-        step = f"{1000 * cost['seconds_a_step']:.0f}" if "seconds_a_step" in cost else "–"
-        peak = f"{memory[arm] / 2**20:,.0f}" if arm in memory else "–"
-        lines.append(f"| {' | '.join((arm, *cells, rate, trained, peak, step))} |")
+        peak = f"{steps[arm]['bytes'] / 2**20:,.0f}" if arm in steps else "–"
+        time = f"{1000 * steps[arm]['seconds']:.0f}" if arm in steps else "–"
+        lines.append(f"| {' | '.join((arm, *cells, rate, trained, peak, time))} |")
     entry = next(iter(next(iter(columns.values())).values()))
     kinds = dict.fromkeys(
         interval_kind_text(entry.row.interval) for arms in columns.values() for entry in arms.values()
@@ -163,7 +177,7 @@ def section(name: str, draw: bool) -> str:
     seeds = max(len(entry.scores) for arms in columns.values() for entry in arms.values())  # references have none
     note = (
         f"*Intervals: {'; '.join(kinds)}. n = {entry.row.n:,} {entry.row.unit}, seeds: {seeds or 1}. Config "
-        f"{about.config_hash}, {about.hardware}. Times are those of a shared machine.*"
+        f"{about.config_hash}, {about.hardware}.*"
     )
     return "\n".join(
         [
@@ -229,6 +243,26 @@ def frontier(points: Sequence[Point], lower: bool = False) -> list[Point]:
     return kept
 
 
+def neighbours(points: Sequence[Point]) -> list[list[Point]]:
+    """Return the points by cost, in groups within which a point costs less than 1.6 times the one before it."""
+    groups: list[list[Point]] = []
+    for point in sorted(points, key=lambda point: point.cost):
+        if groups and point.cost < 1.6 * groups[-1][-1].cost:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return groups
+
+
+def apart(values: Sequence[float], gap: float) -> list[float]:
+    """Return ascending places with the gap between them at least, around the mean of the ascending values."""
+    places: list[float] = []
+    for value in values:
+        places.append(max(value, places[-1] + gap) if places else value)
+    shift = (sum(values) - sum(places)) / len(values)
+    return [place + shift for place in places]
+
+
 def pareto_figure(points: Sequence[Point], cost: str, score: str, path: Path, *, lower: bool = False) -> Path:
     """Draw scores with their intervals against costs on a logarithmic axis, and the frontier as a line; return `path`.
 
@@ -245,11 +279,24 @@ def pareto_figure(points: Sequence[Point], cost: str, score: str, path: Path, *,
         color = INK if point in best else MUTED
         axes.plot([point.cost] * 2, [point.low, point.high], color=color, alpha=0.4, linewidth=1.2, zorder=2)
         axes.plot(point.cost, point.score, "o", color=color, markersize=4.5, zorder=3)
-        axes.annotate(
-            short(point.arm, 18), (point.cost, point.score), (5, 3), textcoords="offset points", fontsize=8, color=color
-        )
     axes.set_xscale("log")
     axes.margins(x=0.12)
+    axes.set_xlim(right=axes.get_xlim()[1] * 1.5)
+    height = (axes.get_ylim()[1] - axes.get_ylim()[0]) / 18  # of a label
+    for group in neighbours(points):
+        right = 1.12 * group[-1].cost
+        places = apart([point.score for point in sorted(group, key=lambda point: point.score)], height)
+        for point, place in zip(sorted(group, key=lambda point: point.score), places, strict=True):
+            line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 0}
+            axes.annotate(
+                short(point.arm, 18),
+                (point.cost, point.score),
+                (right, place),
+                va="center",
+                fontsize=8,
+                color=INK if point in best else MUTED,
+                arrowprops=line,
+            )
     axes.set_xlabel(cost, color=MUTED, fontsize=9)
     return save(figure, path)
 
@@ -268,6 +315,17 @@ def pairs(run: Path, name: str) -> list[tuple[str, str]]:
     return list(found)
 
 
+def without_sets(study: StudyRows, name: str) -> StudyRows:
+    """Return a study of the race without the differences on single sets, which are half of its rows and stand nowhere."""
+    several = any(row.data == AVERAGE for row in study.rows)
+    if not several or name.partition(ENTRANT)[0] not in specs():
+        return study
+    kept = [
+        row for row in study.rows if not row.minus or row.data in (AVERAGE, MATRICES) or row.data.startswith("block ")
+    ]
+    return StudyRows(study.about, kept)
+
+
 def page(draw: bool) -> str:
     """Return the page, "" where no study has rows; draw: also write its pictures."""
     sections = [section(name, draw) for name in specs() if files(name)]
@@ -278,13 +336,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the page; return 1 where --check finds another one."""
     parser = argparse.ArgumentParser(prog="python -m scripts.race", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where it is stale")
-    parser.add_argument("--memory", metavar="STUDY", choices=specs(), help="first measure the memory of its arms")
+    parser.add_argument("--costs", metavar="STUDY", choices=specs(), help="first measure the steps of its arms")
     options = parser.parse_args(arguments)
     try:
-        if options.memory:
-            measured = json.loads(MEMORY.read_text()) if MEMORY.exists() else {}
-            measured |= {options.memory: step_memory(specs()[options.memory]["config"])}
-            atomic_write(MEMORY, json.dumps(measured, indent=1) + "\n")
+        if options.costs:
+            measured = json.loads(COSTS.read_text()) if COSTS.exists() else {}
+            measured |= {options.costs: step_costs(specs()[options.costs]["config"])}
+            atomic_write(COSTS, json.dumps(measured, indent=1) + "\n")
         text = page(draw=not options.check)
     except UserError as error:
         console.error(str(error))

@@ -16,8 +16,8 @@ The table `claims` is that of docs/claims.md, from claims.yaml beside it (script
 
 A cell is the one row of its study that has all values of `where`, of its column and of its row, where seed is null and minus
 "" unless they are named. A row can have values for one column alone, under its name. Further keys: `show` (interval, value,
-seeds, count) and `label`, a text before the number. ‡ marks a number whose interval covers new episodes of the same images alone,
-or has no kind, beside others that cover new images.
+seeds, count, or domains: the average with its interval over new domains) and `label`, a text before the number. ‡ marks a number
+whose interval covers new episodes of the same images alone, or has no kind, beside others that cover new images.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from textwrap import wrap
@@ -35,16 +36,17 @@ from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.config.yaml_text import read_yaml
 from vismt.report.claims import of_study, read_claims
+from vismt.report.comparison import AVERAGE
 from vismt.report.study_rows import ROWS, SELECTED, StudyRow, StudyRows, read_study, studies, study_of, write_study
 from vismt.report.tables import number_text
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
-from vismt.uncertainty.intervals import interval_kind_text
+from vismt.uncertainty.intervals import FEWEST_DOMAINS, interval_kind_text, over_domains
 
 SPECS = CHECKOUT / ROWS / "tables.yaml"
 MARKED = re.compile(r"^((?:# )?)<!-- rows: ([\w-]+) -->\n(.*?)^\1<!-- end -->$", re.M | re.S)
 OPENED = re.compile(r"<!-- rows: ")
-SHOWN = ("interval", "value", "seeds", "count")
+SHOWN = ("interval", "value", "seeds", "count", "domains")
 SEPARATOR = " | "
 
 
@@ -87,7 +89,23 @@ def found(selection: Mapping[str, Any], where: str) -> tuple[StudyRows, StudyRow
             f"{where}: {', '.join(unknown) or 'show or study'} is not what a cell can have; see scripts/tables.py."
         )
     of = study(selection["study"])
-    return of, of.find(wanted, f"{where}: study '{selection['study']}'")
+    row = of.find(wanted, f"{where}: study '{selection['study']}'")
+    return of, over_sets(of, row, where) if selection.get("show") == "domains" else row
+
+
+def over_sets(of: StudyRows, row: StudyRow, where: str) -> StudyRow:
+    """Return the row of an average with the interval over its sets as a sample of domains."""
+    keys = [key for key in SELECTED if key != "data"]
+    alike = [
+        one for one in of.rows if one.data != AVERAGE and all(getattr(one, key) == getattr(row, key) for key in keys)
+    ]
+    sample = over_domains([one.value for one in alike])
+    if row.data != AVERAGE or sample is None:
+        raise UserError(
+            f"{where}: show domains needs data average and {FEWEST_DOMAINS} sets or more, not {len(alike)}."
+        )
+    low, high = sample.bounds
+    return replace(row, low=low, high=high, interval=sample.covers)
 
 
 def cell(selection: Mapping[str, Any] | str, where: str) -> str:
@@ -201,7 +219,7 @@ def add(run: Path, name: str) -> Path:
     from scripts import race  # it uses this module
 
     pairs += race.pairs(run, name)
-    made = study_of(run, pairs)
+    made = race.without_sets(study_of(run, pairs), name)
     for row in made.rows:
         if row.seed is None and (not row.interval or (made.trainings(row) and "seeds" not in row.interval)):
             raise UserError(

@@ -67,11 +67,18 @@ def test_module_and_version() -> None:
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("vismt ru", {"run "}), ("vismt run quick", {"quickstart "}), ("vismt report --fo", {"--format "})],
+    [
+        ("vismt ru", {"run "}),
+        ("vismt run quick", {"quickstart "}),
+        ("vismt run {folder}/min", {"{folder}/mine.yaml "}),
+        ("vismt report --fo", {"--format "}),
+    ],
 )
 def test_shell_completion(line: str, expected: set[str], tmp_path: Path) -> None:
     pytest.importorskip("argcomplete")
     completions = tmp_path / "completions"
+    (tmp_path / "mine.yaml").touch()
+    line, expected = line.format(folder=tmp_path), {text.format(folder=tmp_path) for text in expected}
     environment = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
     environment |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(completions), "PYTHONPATH": str(ROOT)}
     call = [sys.executable, "-m", "vismt"]

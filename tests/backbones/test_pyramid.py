@@ -122,6 +122,24 @@ def test_a_size_that_no_stage_divides(size: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "fits"), [("test_maxvit", 80, "64 x 64 or 96 x 96"), ("test_convnext", 16, "32 x 32")]
+)
+def test_a_size_that_no_stage_of_an_object_divides(name: str, size: int, fits: str) -> None:
+    model = timm.create_model(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=rf"img_size {size} x {size} does not fit the stages of \w+: use {fits}\.$"):
+        backbone_of(model, size)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert backbone_of(model, 96)(pixels(96, 96)).isfinite().all()
+
+
+def test_a_model_without_classes_has_no_classifier() -> None:
+    model = stock("efficientvit_m0", num_classes=0)
+    assert not classifiers(model)
+    assert vismt.adapt(model, "lora", "all-conv", rank=1).specs
+
+
 def test_sizes_of_any_shape() -> None:
     for name, size in (("test_resnet", (40, 72)), ("tiny_swin", (32, 72))):
         backbone = create(name, size)

@@ -1,5 +1,9 @@
 """Console output: what is hidden, and what stands in a file."""
 
+import io
+
+from rich.console import Console
+
 from vismt.base import console
 
 
@@ -24,3 +28,22 @@ def test_outside_a_terminal_short_work_has_no_line_and_long_work_some(capsys, mo
         bar.advance()
         bar.advance()
     assert capsys.readouterr().out.splitlines() == ["eval    digits (4/5)", "eval    digits (5/5)"]
+
+
+def test_names_are_printed_as_they_are(capsys, monkeypatch):
+    """Also those that rich takes for emoji, markup or fields."""
+    console.stage("eval", "expert:cat:1 [red]")
+    assert capsys.readouterr().out == "eval    expert:cat:1 [red]\n"
+    out = io.StringIO()
+    monkeypatch.setattr(console, "_console", Console(file=out, force_terminal=True, width=80))
+    with console.bar("eval", "set {b} [red] :cat:", 2):
+        pass
+    assert "set {b} [red] :cat:" in out.getvalue()
+
+
+def test_a_terminal_without_a_character_shows_a_question_mark(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(console, "_console", Console(file=out, highlight=False, soft_wrap=True, emoji=False))
+    console.stage("eval", "1.0 ± 2.0 ≈")
+    out.seek(0)
+    assert out.read() == "eval    1.0 ± 2.0 ?\n"

@@ -167,6 +167,13 @@ def test_the_cheapest_quick_starts_reproduce_their_committed_rows(name: str, tmp
     assert main(["check", str(next(tmp_path.iterdir())), "--quiet"]) == 0
 
 
+@pytest.mark.slow
+def test_a_quick_start_whose_optimiser_does_nothing_is_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    assert main(["run", "multitask/quickstart", "--out", str(tmp_path), "--quiet"]) == 0
+    assert main(["check", str(next(tmp_path.iterdir())), "--quiet"]) == 1
+
+
 @pytest.mark.parametrize("above,code,verdict", [(-1000, 0, "holds"), (1000, 1, "does not hold")])
 def test_a_claim_that_the_run_contradicts_fails(
     rerun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], above: int, code: int, verdict: str

@@ -288,6 +288,8 @@ def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) 
         (["run", "{config}", "train.trackers=[nothing]"], ["train.trackers"]),
         (["run", "{config}", "model.name=resnet18"], ["ResNet", "adapt.targets=all-conv"]),
         (["attack", "{run}", "--images", "3"], ["--images", "--model"]),
+        (["attack", "{run}", "--seed", "3"], ["--seed", "--model"]),
+        (["attack", "{run}", "--batch", "3"], ["--batch", "--model"]),
         (["attack", "--model", "test_vit", "--random-weights", "--data", "digits", "--images", "0"], ["images is 0"]),
         (["evaluate", "nowhere"], ["nowhere", "no such folder"]),
         (["attack"], ["run folder or --model"]),

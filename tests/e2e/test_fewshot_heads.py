@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,8 @@ def test_episodes_do_not_depend_on_the_image_size() -> None:
 def test_only_models_of_the_arms_are_evaluated_where_nothing_is_trained() -> None:
     models = ["frozen", "adapted", "frozen+ridge", "wide+logistic"]
     config = configuration(train=None, arms={"small": {}, "wide": {}}, evaluate={"models": models})
+    check(config)
+    check(replace(config, evaluate=replace(config.evaluate, models=["wide+logistic"])))
     assert evaluated_models(config, []) == ["small", "small+ridge", "wide", "wide+ridge", "wide+logistic"]
 
 

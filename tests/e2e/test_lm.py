@@ -611,6 +611,14 @@ def test_evaluations_of_probabilities_need_them(home, tmp_path: Path, capsys) ->
             {**config, "tasks": [causal], "evaluate": {"passes": 4}},
             "evaluate.passes: needs the class probabilities of a head",
         ),
+        (
+            {**config, "tasks": [{**causal, "validation_share": 0.2}], "evaluate": {"laplace": True}},
+            "evaluate.laplace: needs the class probabilities of a head, and 'causal' has none",
+        ),
+        (
+            {**config, "tasks": [{**causal, "validation_share": 0.2}], "evaluate": {"temperature": True}},
+            "evaluate.temperature: 'causal' has no probabilities of choices",
+        ),
     ):
         assert main(["train", str(write(tmp_path, case)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
         assert words in " ".join(capsys.readouterr().err.split())

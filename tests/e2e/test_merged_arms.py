@@ -111,6 +111,11 @@ def test_rows_and_interference_are_reported(run: Path) -> None:
             "both alone; name two or more",
         ),
         ({"arms": {"a": {"trained_tasks": ["digit"]}}}, "trained_tasks: 'digit'"),
+        ({"evaluate": {"risk": True}}, "arms.sum: merge.weights: are chosen on the validation images, of which none"),
+        (
+            {"tasks": [{"name": "digits", "train": ["a/b", "c/b"], "test_share": 0.1}], "arms": {}},
+            "tasks: digits: train: 'a/b' and 'c/b' are both called 'b' in results",
+        ),
         ({"arms": {**SMALL["arms"], "photos": {"trained_tasks": ["photos"], "adapt": None}}}, "has no adapter"),
     ],
 )

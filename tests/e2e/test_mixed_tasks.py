@@ -160,6 +160,8 @@ def test_a_mix_is_merged_exactly(study: Path) -> None:
         about = json.loads(file.metadata()["heads"])
     assert about["labels"] == "union" and about["tasks"] == {"semseg": 3, "tones": 2, "reds": 2}
     assert about["pooled"] == ["tones", "reds"]
+    shapes = {name: output["shape"] for name, output in open_run(study).job.graph("all", "torch").outputs.items()}
+    assert shapes["tones"] == shapes["reds"] == ["batch", 4] and shapes["semseg"][:2] == ["batch", 3]
 
 
 @pytest.mark.parametrize(

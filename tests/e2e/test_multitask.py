@@ -18,8 +18,9 @@ from helpers.tiny_runs import run_config, run_on_two, written
 
 from vismt.cli import main
 from vismt.data.images import open_images
+from vismt.engine.optimizer import make_optimizer
 from vismt.engine.study import Study
-from vismt.jobs import load_config, open_run
+from vismt.jobs import load_config, make_job, open_run
 from vismt.jobs.classification.evaluation import FITTED, best_tau
 from vismt.jobs.output_conditions import ADJUSTED, TEMPERED
 from vismt.multitask.class_loss import adjusted
@@ -431,6 +432,22 @@ def test_overrides_of_an_arm_are_typed_and_its_trainings_are_found_by_name(tmp_p
     assert training.folder == tmp_path / "arms" / "lora" / "lr-0.003-seed-1"
     config = study.config_of(training)
     assert config.seed == 1 and config.train.lr == 3e-3 and config.adapt.method == "lora"
+
+
+def test_fixed_parameters_keep_their_rate_while_those_of_an_adapter_are_tried(tmp_path: Path) -> None:
+    train = {"steps": 2, "lr": 0.01, "rates": {"lora_A": 0.5, "head": 2.0}}
+    path = write(tmp_path, train=train, tune={"rates": [1e-3, 1e-1], "fixed": ["head"]})
+    job = make_job(load_config(path, []), tmp_path / "run")
+    for rate in (1e-3, 1e-1):
+        config = job.study.config_of(job.study.training("lora", rate, 0))
+        net = job.prepared(config)[0]
+        groups = make_optimizer(dict(net.named_parameters()), config.training).param_groups
+        rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+        found = {name: rates[id(p)] for name, p in net.named_parameters() if "head" in name or "lora_" in name}
+        expected = {name: 0.02 if "head" in name else rate / (1 + ("lora_A" in name)) for name in found}
+        assert len(set(expected.values())) == 3 and found == pytest.approx(expected)
+        alone = job.study.config_of(job.study.training("head", rate, 0))
+        assert alone.training.rates == train["rates"]  # of the only trained parameters the rates are tried
 
 
 @pytest.mark.parametrize(

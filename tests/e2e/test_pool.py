@@ -90,6 +90,12 @@ def test_one_expert_or_the_average_can_be_merged_and_exported(pool_run: Path, tm
     for expert in ("0.5", "4", "average"):
         assert main(["export", str(pool_run), "--arm", expert, "--to", str(tmp_path / expert), "--quiet"]) == 0
         states[expert] = safetensors.torch.load_file(tmp_path / expert / "model.safetensors")
+    job = open_run(pool_run).job
+    for model in ("clean", "expert:4"):  # clean meta-tuning has a scale of its own
+        evaluated = job.models(0).task(model, None)
+        scale = evaluated.scale if model == "clean" else evaluated.pool.scale
+        assert job.about(model)["features"]["scale"] == float(scale)
+    assert job.about("clean") != job.about("average")
     key = "blocks.0.mlp.fc1.weight"
     torch.testing.assert_close(states["average"][key], (states["0.5"][key] + states["4"][key]) / 2)
     assert (

@@ -23,7 +23,9 @@ from vismt.config.sections import ModelConfig
 from vismt.jobs import open_run
 from vismt.jobs.dense import models
 from vismt.jobs.dense.job import DenseJob
+from vismt.jobs.risk import COLUMNS
 from vismt.jobs.run import Run
+from vismt.report.results import read_results
 from vismt.report.routers import ROUTERS
 
 pytest.importorskip("sklearn")
@@ -68,6 +70,15 @@ def test_a_classifier_is_merged_exported_and_attacked(multitask: Run, tmp_path: 
     value = {(row["arm"], row["condition"]): row["value"] for row in rows}
     assert len(value) == 4
     assert all(value["folder", condition] == value["run", condition] for _, condition in value)
+
+
+def test_risk_and_certified_radii(tmp_path: Path) -> None:
+    tasks = [{"name": "digits", "train": ["digits"], "test_share": 0.01, "validation_share": 0.03, "limit": 20}]
+    evaluate = {"risk": True, "certify": {"sigma": 0.5, "samples": 20, "alpha": 0.05}}
+    settings = config("multitask", "test_convnext", adapt=None, tasks=tasks, evaluate=evaluate)
+    rows = read_results(run_config(written(tmp_path / "run.yaml", settings)) / "results.jsonl")
+    assert {row.level for row in rows if (row.kind, row.metric) == ("certified", "accuracy")} == {0.0, 0.25, 0.5}
+    assert {"abstentions", *COLUMNS} <= {row.metric for row in rows}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -121,12 +132,16 @@ def test_one_frozen_dinov3_serves_all_tasks_in_one_pass(tmp_path: Path) -> None:
     settings = yaml.safe_load((ROOT / "configs/dense/dinov3.yaml").read_text())
     settings |= {key: CONFIGS["dense"][key] for key in ("data", "size", "batch", "train", "augment")}
     settings |= {"model": {"name": "tiny_dinov3", "pretrained": False}, "tasks": ["depth", "normals"], "tune": None}
-    settings |= {"arms": {"depth": {"only": ["depth"]}, "heads": {"adapt": None}}, "baseline": None, "seeds": [0]}
+    pairs = {"adapt": {"method": "mtlora", "rank": 2, "options": {"task_rank": 1}}}
+    settings |= {"arms": {"depth": {"only": ["depth"]}, "heads": {"adapt": None}, "pairs": pairs}}
+    settings |= {"baseline": None, "seeds": [0]}
     run = open_run(run_config(written(tmp_path / "run.yaml", settings)))
     assert {(row["arm"], row["task"]) for row in scores_of(run.folder)} == {
         ("depth", "depth"),
         ("heads", "depth"),
         ("heads", "normals"),
+        ("pairs", "depth"),
+        ("pairs", "normals"),
     }
     net = run.job.final(run.job.study.find("heads"))
     passes = []

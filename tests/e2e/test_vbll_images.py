@@ -64,7 +64,9 @@ def test_the_head_is_trained_and_evaluated_by_its_predictive(run_folder: Path) -
 def test_merged_weights_are_those_of_a_stock_model_with_the_means(run_folder: Path) -> None:
     assert main(["merge", str(run_folder)]) == 0
     model = timm.create_model("test_vit", img_size=32, num_classes=10)
-    state = safetensors.torch.load_file(next(run_folder.glob("merged*/model.safetensors")))
+    (folder,) = run_folder.glob("merged*")
+    assert not (folder / "temperature.json").exists()  # what is fitted is for the probabilities of the Bayesian head
+    state = safetensors.torch.load_file(folder / "model.safetensors")
     model.load_state_dict(state)
     net = open_run(run_folder).job.final(open_run(run_folder).job.study.trainings("adapted")[0])
     images = torch.rand(4, 3, 32, 32)

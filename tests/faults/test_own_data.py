@@ -194,7 +194,8 @@ def test_a_table_of_as_many_classes_as_rows_takes_linear_time(tmp_path: Path) ->
         assert len(open_images(path).classes) == rows
         return time.process_time() - start
 
-    assert seconds(4_000) < 8 * max(seconds(1_000), 0.02)
+    # Quadratic time is 16 times as long; the least of three is hardly disturbed by other processes.
+    assert min(seconds(4_000) for _ in range(3)) < 10 * max(min(seconds(1_000) for _ in range(3)), 0.02)
 
 
 @pytest.mark.parametrize("line", ['{"text": ' + "[" * 100_000, "[" * 100_000 + "]" * 100_000, '{"a":' * 100_000])

@@ -35,17 +35,30 @@ class Module(pl.LightningModule):
         self.losses.append(float(loss))
         return loss
 
+    def test_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        self.losses.append(float(F.cross_entropy(self.vit(batch[0]), batch[1])))
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
 
-def fit(module: Module, folder: Path, callback: VismtCallback | None, steps: int = 4, checkpoint: Path | None = None):
-    data = torch.utils.data.TensorDataset(
-        torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 5
-    )
+def batches() -> torch.utils.data.DataLoader:
+    images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(8) % 5), 4)
+
+
+def fit(
+    module: Module,
+    folder: Path,
+    callback: VismtCallback | None,
+    steps: int = 4,
+    checkpoint: Path | None = None,
+    **limits,
+):
     saves = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
     trainer = pl.Trainer(
         max_steps=steps,
+        **limits,
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
@@ -53,7 +66,7 @@ def fit(module: Module, folder: Path, callback: VismtCallback | None, steps: int
         default_root_dir=folder,
         callbacks=[saves, *([callback] if callback else [])],
     )
-    trainer.fit(module, torch.utils.data.DataLoader(data, 4), ckpt_path=checkpoint)
+    trainer.fit(module, batches(), ckpt_path=checkpoint)
     return module
 
 
@@ -102,3 +115,27 @@ def test_routers_fade(tmp_path: Path) -> None:
 def test_a_module_without_an_adapted_part(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Module is not adapted; call vismt\.adapt"):
         fit(Module(""), tmp_path, VismtCallback())
+
+
+def test_a_checkpoint_is_tested_without_a_training_before_it(tmp_path: Path) -> None:
+    fit(Module(rank=2), tmp_path, VismtCallback(), 2)
+
+    def test(module: Module) -> list[float]:
+        options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+        trainer = pl.Trainer(callbacks=[VismtCallback()], default_root_dir=tmp_path, **options)
+        trainer.test(module, batches(), ckpt_path=tmp_path / "step=2.ckpt", verbose=False)
+        return module.losses
+
+    fresh = Module(rank=2)
+    untrained = [float(F.cross_entropy(fresh.vit(images), labels)) for images, labels in batches()]
+    assert test(fresh) != pytest.approx(untrained)
+    with pytest.raises(UserError, match="resume: the checkpoint is of an adapter with another"):
+        test(Module(rank=2, alpha=32))
+
+
+def test_a_training_that_time_limits(tmp_path: Path) -> None:
+    limits = {"max_epochs": -1, "max_time": {"seconds": 1}}
+    fit(Module(rank=2), tmp_path, VismtCallback(), -1, **limits)
+    callback = VismtCallback(fade=FadeConfig(0.0, 1.0))
+    with pytest.raises(UserError, match="VismtCallback: fade is a schedule over all steps"):
+        fit(Module("emtal", rank=2, n_experts=4, cluster=False), tmp_path, callback, -1, **limits)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from helpers.results import PGD, result, write_lines
 
+from vismt.jobs.fewshot import merge_settings
 from vismt.jobs.fewshot.choice_report import choice_tables, spread_text
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SelectConfig
+from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.report.tables import bounds_text, interval_text
 from vismt.storage.files import sealed
 from vismt.uncertainty.intervals import mean_interval
@@ -149,3 +154,27 @@ def test_nothing_without_records_experts_or_merged(tmp_path: Path) -> None:
     assert choice_tables(tmp_path, CONFIG, [3], [result(arm="expert:a", n=4)]) == []
     alone = FewShotConfig(pool=PoolConfig(), evaluate=EvaluateConfig(models=["merged", "expert:a"]))
     assert choice_tables(tmp_path, alone, [3], rows()) == []
+
+
+def test_what_was_chosen_on_other_experts_is_chosen_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of an assembled pool may hold other experts than when the run began."""
+    entry = {"merging": {"beta": 4.0}, "lr": 0.1}
+    experts, choices = ["first"], []
+    pool = SimpleNamespace(identity=lambda: experts[-1])
+    monkeypatch.setattr(merge_settings, "PoolNet", lambda *given: given)
+    monkeypatch.setattr(merge_settings, "judge_all", lambda nets, *given: [[float(len(experts))] for _ in nets])
+    monkeypatch.setattr(PoolSettings, "_validation", lambda *given: (pool, [None], None))
+    monkeypatch.setattr(PoolSettings, "_choose", lambda self, names, key: choices.append(key) or entry)
+
+    def asked() -> tuple[int, dict]:
+        settings = PoolSettings(SimpleNamespace(config=CONFIG, open=None), tmp_path, lambda: pool)
+        assert settings.chosen("digits")[0].beta == 4.0
+        settings.validate_experts("digits", ["a", "b"])
+        return len(choices), json.loads((tmp_path / "validation.json").read_text())["all"]
+
+    (tmp_path / "selection.json").write_text(sealed({"all": entry}))  # of an earlier version
+    assert asked() == asked() == (0, {"a": 1.0, "b": 1.0})
+    (tmp_path / "selection.json").unlink()
+    assert asked() == asked() == (1, {"a": 1.0, "b": 1.0})
+    experts.append("second")
+    assert asked() == asked() == (2, {"a": 2.0, "b": 2.0})

@@ -78,3 +78,17 @@ def test_a_posterior_counts_the_images_that_its_arm_is_trained_on(tmp_path: Path
     for arm, net in nets.items():
         job.evaluation._laplace_net(net.eval(), arm, job.study.arms[arm].trained_tasks)
     assert counted == [30, 66]
+
+
+def test_an_arm_is_calibrated_on_the_images_that_it_is_trained_on(tmp_path: Path, monkeypatch) -> None:
+    job = ClassificationJob(config(calibration={"examples": 4}), tmp_path, "hash")
+    counted = []
+
+    def on_images(backbone: Any, adapt: Any, section: Any, images: Any) -> Any:
+        counted.append(len(images))
+        return adapt
+
+    monkeypatch.setattr(job.calibrations, "on_images", on_images)
+    for arm in job.study.arms.values():
+        job.prepare(job.fresh(arm), arm)
+    assert counted == [30, 66]

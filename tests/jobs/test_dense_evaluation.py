@@ -20,7 +20,7 @@ from vismt.multitask.tasks import Task
 from vismt.report.results import Score
 from vismt.robustness.corruptions import CorruptionSpec
 from vismt.storage.files import read_sealed
-from vismt.storage.lines import read_lines
+from vismt.storage.lines import read_lines, write_lines
 
 pytest.importorskip("torchmetrics")
 
@@ -61,7 +61,7 @@ def evaluated(tmp_path, monkeypatch):
         path = folder / "records" / "validation.jsonl"
         scored = evaluation.task_scores(lambda: None, training, "validation", path)
         (result,) = evaluation.as_scores(scored, "validation")
-        assert evaluation.recorded_scores(path, training) == scored
+        assert evaluation.recorded_scores(path, training, "validation") == scored
         # one task: the quality is its score, 1 / score where lower is better
         expected = 1 / result.measure.score if result.measure.better == "lower" else result.measure.score
         assert evaluation.quality([result]) == pytest.approx(expected)
@@ -168,10 +168,26 @@ def test_an_undefined_score_is_a_row_that_gives_the_reason(evaluated, tmp_path) 
     assert evaluation.quality(scores, 1) == pytest.approx(math.sqrt(defined * 1e-6))
     skipping = DenseConfig(tasks=[{**tasks[0], "absent": "skip"}, "depth"], size=[8, 8])
     changed = Evaluation(Study(skipping, tmp_path), Samples(samples, skipping))
-    assert changed.recorded_scores(folder / "records" / "test.jsonl", training) is None  # of another setting
+    assert changed.recorded_scores(folder / "records" / "test.jsonl", training, "test") is None  # of another setting
     section = sections(tmp_path)[0]
     ((table, _),) = section.tables
     assert table.rows[0][:3] == [f"{ALONE}/lr-0.001-seed-0", "test", "semseg"] and "semseg is nan" in table.rows[0][3]
     other = Score("depth", "made", "", scores[0].measure, scores[0].condition)
     semseg = Score("semseg", "made", "", scores[0].measure, scores[0].condition)
     assert mean_scores([[other, semseg], [other]]) == mean_scores([[other], [other]])  # no mean over some of the seeds
+
+
+def test_a_record_of_other_images_is_not_taken(evaluated, tmp_path) -> None:
+    samples = [{"image": torch.full((3, 8, 8), value), "depth": torch.ones(8, 8)} for value in (1.0, 2.0, 4.0)]
+    evaluation = Evaluation(
+        Study(config := DenseConfig(tasks=["depth"], size=[8, 8]), tmp_path), Samples(samples, config)
+    )
+    path, training = tmp_path / "test.jsonl", Training(ALONE, 1e-3, 0, tmp_path)
+    scored = evaluation.task_scores(lambda: None, training, "test", path)
+    evaluation.data.rows.entries.pop()
+    fewer = evaluation.task_scores(lambda: None, training, "test", path)
+    assert len(scored["depth"].images) == 3 and len(fewer["depth"].images) == 2
+    (line,) = read_lines(path)
+    line.pop("images")
+    write_lines(path, [line])
+    assert evaluation.recorded_scores(path, training, "test") == fewer  # an earlier version did not write it

@@ -60,6 +60,24 @@ def test_a_set_that_is_tested_on_is_not_trained_on(case: str, tmp_path: Path, ca
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": {"mine": {}, "other": {"source.queries": 200}}}, "1 shots + 200 queries take 201 images of a class"),
+        (
+            {"tune": {"rates": [1e-3, 1e-2]}, "select": {"data": ["photo_crops:test"], "shots": 90}},
+            "90 shots + 5 queries take 95 images of a class",
+        ),
+    ],
+)
+def test_episodes_that_sets_cannot_give_are_named_before_the_first_step(
+    changes: dict, words: str, tmp_path: Path, capsys
+) -> None:
+    assert main(["run", str(write(tmp_path, changes)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/*/arms/*"))
+
+
 def test_a_run_that_trains_nothing_has_no_source_and_a_finished_one_is_opened(tmp_path: Path) -> None:
     path = write(tmp_path, {"train": None, "source.data": ["digits"], "evaluate.models": ["frozen"]})
     with started(path, [], tmp_path / "runs") as run:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vismt.base.errors import UserError
 from vismt.config.sections import typed
-from vismt.jobs.dense.config import DenseConfig
+from vismt.jobs.dense.config import DenseConfig, check
 from vismt.jobs.dense.data import DenseData
 
 SIZE = (8, 12)
@@ -77,3 +77,10 @@ def test_one_class_of_maps_has_one_name(make_card) -> None:
     for cards in ((road, same), (road, silent), (silent, silent, swapped)):
         joined(*cards, tasks=[SEMSEG])
     joined(road, swapped, tasks=["depth"])
+
+
+def test_parts_of_two_sets_of_one_name_are_refused() -> None:
+    """Their records are by the name of the set: an image would take the place of the other's."""
+    values = {"data": {"train": ["a/rooms", "b/rooms"], "test_share": 0.5}, "tasks": [SEMSEG], "size": list(SIZE)}
+    with pytest.raises(UserError, match="data: train: 'a/rooms' and 'b/rooms' are both called 'rooms' in results"):
+        check(typed({**values, "train": {"steps": 1, "lr": 1e-3}}, DenseConfig, "made"))

@@ -12,7 +12,7 @@ from helpers.lm_parts import sentiment_task, tokenizer
 from vismt.base.errors import UserError
 from vismt.config.sections import typed
 from vismt.data.division import divide
-from vismt.jobs.lm.config import LmConfig
+from vismt.jobs.lm.config import LmCalibrationConfig, LmConfig
 from vismt.jobs.lm.data import LmData
 
 ANSWERS = {"0": " negative", "1": " positive"}
@@ -82,6 +82,26 @@ def test_a_part_of_one_label_is_noted(tmp_path: Path, capsys: pytest.CaptureFixt
     opened(table(train, "0011"), test=[table(tmp_path, rows)])
     text = "every row of test 'films' has the label '1'; scores say nothing of the others"
     assert (text in capsys.readouterr().out) == noted
+
+
+def test_rows_of_two_training_sets_have_different_names(tmp_path: Path) -> None:
+    """Records are kept by the name of a row: of two rows of one name only one would be scored."""
+    films = []
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        films.append(table(tmp_path / folder, "01" * 6))
+    with pytest.raises(UserError, match=r"rows of train 'films\+films' are called 'films:all:0', as two of its sets"):
+        opened(films[0], train=films, test_share=0.25)
+    with pytest.raises(UserError, match="are called 'films:all:0'"):
+        opened(films[0], train=[films[0]] * 2, test_share=0.25)
+
+
+def test_calibration_texts_without_a_token_are_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a film", "", "the plot")))
+    data = opened(table(tmp_path, "01" * 4), test_share=0.25)
+    with pytest.raises(UserError, match=r"calibration: text '\{text\}' gives rows without a token"):
+        data.calibration(LmCalibrationConfig(data=[str(path)]))
 
 
 def test_users_are_divided_as_before() -> None:

@@ -10,7 +10,14 @@ import torch
 from vismt.base.errors import UserError
 from vismt.config.sections import AdaptConfig, TrainConfig, config_hash, typed
 from vismt.engine.study import TuneConfig
-from vismt.jobs.fewshot.arms import evaluated_models, planned_experts, pool_members, resolve_experts, strategy_of
+from vismt.jobs.fewshot.arms import (
+    evaluated_models,
+    merged_text,
+    planned_experts,
+    pool_members,
+    resolve_experts,
+    strategy_of,
+)
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SelectConfig, SourceConfig
 from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import draw_corruption
@@ -121,9 +128,11 @@ def test_the_strategy_of_a_model() -> None:
         ([ExpertSpec(norm="l2")], "norm l2 needs a budget in 1/255"),
         ([ExpertSpec(level=300)], r"\[300.0\]; a level is a budget in 1/255, from 0 to 255"),
         ([ExpertSpec(norm="l2", level=-1)], "not negative"),
+        ([ExpertSpec(norm="gaussian", level=[0, 64])], r"\[0\]: \[0.0, 64.0\]; noise of level 0 is none"),
         ([ExpertSpec(norm="corruption", level=8)], "severity, 1 to 5"),
         ([ExpertSpec(level=8, label="a b")], "'a b' cannot be a name"),
         ([ExpertSpec(level=8, label="clean")], "'clean' is clean meta-tuning on source.data"),
+        ([ExpertSpec(level=8, label="average")], "'average' is the mean of all experts"),
         ([ExpertSpec(source="x", norm="clean", label="clean")], "'clean' is clean meta-tuning on source.data"),
         ([ExpertSpec(level=8, label="a"), ExpertSpec(level=2, label="a")], r"\[1\]: two different experts .* 'a'"),
         ([ExpertSpec(level=[])], "no budget"),
@@ -143,6 +152,17 @@ def test_a_pool_has_levels_or_experts_and_a_known_rule() -> None:
         UserError, match=r"merging.strategy: the names in evaluate.models .*pool.select the rule of merged"
     ):
         check(replace(configured(*FIVE), merging=MergeSettings("tsv")))
+    with pytest.raises(UserError, match=r"merging.shares: no expert 'l3'"):
+        check(replace(configured(*FIVE), merging=MergeSettings(shares={"l3": 1.0})))
+    for section, values, words in (
+        ("select", {"beta": [-1.0]}, r"select.beta\[0\] is -1.0"),
+        ("select", {"balance": [1.5]}, r"select.balance\[0\] is 1.5"),
+        ("select", {"trim": [{"fc1": 2.0}]}, r"select.trim\[0\].fc1 is 2.0"),
+        ("select", {"lr": [-1.0]}, r"select.lr\[0\] is -1.0"),
+        ("pool", {"rates": {"8": -1.0}}, r"pool.rates.8 is -1.0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            typed({section: values}, FewShotConfig, "a.yaml")
     for model, close in (
         ("merged:papre", "merged:paper"),
         ("merged:tvs", "merged:tsv"),
@@ -204,6 +224,11 @@ def test_an_arm_with_a_pool_section_is_trained_as_its_expert_and_evaluated_like_
 def test_an_arm_of_several_experts_is_refused(pool: dict) -> None:
     with pytest.raises(UserError, match=r"arms\.lora: pool: an arm is trained as one expert"):
         check(arms_of(lora={"pool": pool}))
+
+
+def test_an_arm_with_the_name_of_a_rule_is_no_mixture() -> None:
+    assert merged_text(configured(*FIVE), "average") == "the equal mean of the experts"
+    assert merged_text(arms_of(average={}), "average") == ""
 
 
 @pytest.mark.parametrize("model", ["frozen", "expert:2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +123,22 @@ def test_records_are_of_the_code_of_a_net_and_thresholds_of_their_images(tmp_pat
     with contextlib.suppress(UserError):
         scores()
     assert (tmp_path / "risk-x-images.json").read_text() != thresholds
+
+
+def test_a_softmax_for_each_task_answers_among_the_classes_of_the_task_of_the_card(tmp_path):
+    cards, net = Cards(RobustnessConfig()), nn.Sequential(nn.Flatten(), nn.Linear(3, 4))
+    with torch.no_grad():
+        net[1].bias[:2] += 9  # the other task always wins over all classes
+    given = Classifier(net, 4, 1, LABELS[:4], {"first": {"mnist"}, "second": {"digits"}}, separate=True)
+    cards._sets |= {"digits": SimpleNamespace(classes=["0", "1"]), "usps": SimpleNamespace(classes=["0", "1"])}
+    classifier, images = cards.classifier("digits", given), Drawn(12)
+    images.labels = images.labels % 2 + 2
+    right = (net(images.pixels)[:, 2:].argmax(1) + 2 == images.labels).double().mean()
+    (score, *_) = score_set(classifier, InOrder(images, 6), [], folder=tmp_path, data="digits", arm="a")
+    assert score.measure.score == float(right) and score.protocol == "task known"
+    with pytest.raises(UserError, match=r"in the tasks first, second; name one as classifier\.task"):
+        cards.classifier("usps", given)
+    assert cards.classifier("digits", replace(given, separate=False)).net is net
 
 
 def test_two_tasks_with_one_card_are_ambiguous():

@@ -90,3 +90,10 @@ def test_the_section_has_the_chosen_rate_alone(tmp_path: Path) -> None:
     assert section.tables[0][0].rows == [["lora", "2", "5", "0.28", "2", "4"]]
     assert section.pictures[0].path.read_text().count("<svg")
     assert not changes_section(tmp_path, ["untrained"]).tables
+
+
+def test_trainings_without_a_skew_are_left_out_of_its_mean(tmp_path: Path) -> None:
+    for seed, lines in enumerate((LINES, LINES[:2], LINES)):  # as where LISA drew one block alone
+        write_lines(tmp_path / ARMS / "lisa" / f"lr-0.1-seed-{seed}" / CHANGES, lines)
+    write_choice(tmp_path / ARMS / "lisa" / "chosen.json", "lisa", [0.1], {})
+    assert changes_section(tmp_path, ["lisa"]).tables[0][0].rows[0][-1] == "4"

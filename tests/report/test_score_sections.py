@@ -117,7 +117,7 @@ def test_pairs_are_shown_under_attacks_too(tmp_path):
     names = [f"{data}: accuracy in % ↑, n = {n}" for data, n in (("digits", 2), ("crops", 2), ("average", 4))]
     assert table.heads == ["Models", "Condition", *names] and table.texts == 2
     assert table.rows[:2] == [
-        ["robust − plain", "clean", *["0.0 [0.0, 0.0]"] * 3],
+        ["robust − plain", "clean", *["0.0 [−65.8, +65.8]"] * 2, "0.0 [−46.5, +46.5]"],
         ["robust − plain", PGD.label, *["+30.0 [+30.0, +30.0]"] * 3],
     ]
     assert {row[0] for row in table.rows} == {"robust − plain", "clean model − plain", "clean model − robust"}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from vismt.base.errors import UserError
 from vismt.robustness.attacks.attacks import AttackSpec, attack
-from vismt.robustness.classifier import classifier_from_function, load_classifier
+from vismt.robustness.classifier import classifier_from_function, classifier_of, load_classifier
 
 NAME = "test_vit"
 
@@ -110,6 +110,17 @@ def test_a_head_of_another_size_is_refused(monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: real(name, **options))
     with pytest.raises(UserError, match="its weights have 1000 classes, not 10"):
         load_classifier(NAME, 10)
+
+
+def test_a_size_that_does_not_fit_names_those_that_do():
+    for make, message in (
+        (lambda: classifier_of(timm.create_model("test_maxvit"), 80), "MaxxVit: use 160 x 160"),
+        (lambda: classifier_of(timm.create_model("test_convnext"), 16), "ConvNeXt: use 32 x 32"),
+        (lambda: classifier_of(fresh(), 40), "VisionTransformer: use 32 x 32 or 64 x 64"),
+        (lambda: load_classifier("test_maxvit", pretrained=False, img_size=80), "test_maxvit: use 64 x 64 or 96 x 96"),
+    ):
+        with pytest.raises(UserError, match=rf"does not fit the stages of {message}\.$"):
+            make()
 
 
 FUNCTIONS = """

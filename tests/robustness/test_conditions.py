@@ -84,6 +84,16 @@ def config(evaluate, **sections):
         ({"attacks": [{"source": "adapted"}], "models": ["frozen"]}, {"train": None}, "'adapted' needs a training"),
         ({"masking_episodes": 1}, {}, "evaluate.masking_episodes is 1"),
         ({}, {"pool": {}, "select": {"class_share": 0.5, "attack": {"source": "frozen"}}}, "select.attack"),
+        (
+            {"ways": 3},
+            {"pool": {}, "select": {"class_share": 0.5, "attack": {"name": "apgd_t"}}},
+            "needs 4 classes, here are 3",
+        ),
+        (
+            {"attacks": [{"source": "adapted"}]},
+            {"arms": {"a": {}, "b": {}}},
+            "stands for all arms of this run; name one of a, b",
+        ),
     ],
 )
 def test_sources_are_models_that_the_run_will_have(evaluate, sections, words):
@@ -97,6 +107,7 @@ def test_sources_are_models_that_the_run_will_have(evaluate, sections, words):
 def test_a_source_needs_not_be_evaluated():
     check(config({"models": ["frozen"], "attacks": [{"source": "merged+finetune"}]}, pool={}))
     check(config({"models": ["frozen"], "attacks": [{"source": "frozen"}]}, train=None))
+    check(config({"models": ["frozen", "a"], "attacks": [{"source": "b"}]}, arms={"a": {}, "b": {"adapt.rank": 2}}))
 
 
 def test_conditions_know_their_label_and_kind():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ from helpers.results import result
 from helpers.tiny_runs import CONFIGS, written
 
 from scripts import race, tables
-from vismt.report.study_rows import About, StudyRow, StudyRows
+from vismt.cli import main
+from vismt.config.yaml_text import read_yaml
+from vismt.report.reproduction import verdicts
+from vismt.report.study_rows import About, StudyRow, StudyRows, study_of
+from vismt.storage.paths import CHECKOUT
 
 SPEC = {
     "race_a": {"title": "A", "config": "race/a", "columns": {"acc %": {"metric": "accuracy"}, "NLL": {"metric": "NLL"}}}
@@ -40,7 +45,7 @@ def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None
         monkeypatch.setattr(race, "studies", lambda: by_name)
         monkeypatch.setattr(tables, "study", by_name.__getitem__)
         monkeypatch.setattr(race, "PAGE", tmp_path / "race.md")
-        monkeypatch.setattr(race, "MEMORY", tmp_path / "memory.json")
+        monkeypatch.setattr(race, "COSTS", tmp_path / "costs.json")
         monkeypatch.setattr(race, "CHECKOUT", tmp_path)
 
     return put
@@ -60,11 +65,11 @@ def test_without_rows_there_is_no_page(known, capsys: pytest.CaptureFixture[str]
 
 def test_best_ties_and_costs(known) -> None:
     known(race_a=study(row("lora", 0.60), row("full", 0.61), row("ia3", 0.5), *NLL, lora=1000, full=9000))
-    race.MEMORY.write_text('{"race_a": {"lora": 2097152}}')
+    race.COSTS.write_text('{"race_a": {"lora": {"bytes": 2097152, "seconds": 0.25}}}')
     assert race.main([]) == 0 and race.main(["--check"]) == 0
     text = race.PAGE.read_text()
     assert "| lora | 60.0 ± 2.0 ≈ | 1.200 ± 0.020 | 0.001 | 1,000 | 2 | 250 |" in text
-    assert "| full | **61.0 ± 2.0** ★ | **1.000 ± 0.020** ★ | 0.001 | 9,000 | – | 250 |" in text
+    assert "| full | **61.0 ± 2.0** ★ | **1.000 ± 0.020** ★ | 0.001 | 9,000 | – | – |" in text
     assert "| ia3 | 50.0 ± 2.0 | – | – | – | – | – |" in text
     assert (race.PAGE.with_name("race_a.svg")).exists() and "(race_a.svg)" in text
     race.PAGE.with_name("race_a.svg").unlink()
@@ -83,7 +88,7 @@ def test_an_arm_of_another_run_stands_in_the_same_table(known) -> None:
     mine = study(row("mine", 0.7), row("lora", 0.1), mine=10)
     known(race_a=study(row("lora", 0.60), row("full", 0.61), *NLL), race_a__mine=mine)
     text = race.page(draw=False)
-    assert "| mine | **70.0 ± 2.0** ★ | – | 0.001 | 10 | – | 250 |" in text and "| lora | 60.0 ± 2.0 |" in text
+    assert "| mine | **70.0 ± 2.0** ★ | – | 0.001 | 10 | – | – |" in text and "| lora | 60.0 ± 2.0 |" in text
 
 
 def test_a_column_without_rows_is_one_line(known, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,13 +104,22 @@ def test_differences_to_the_best_arm_of_each_column_are_kept(known, monkeypatch:
     assert race.pairs(Path("run"), "emtal_small") == []
 
 
-def test_measured_memory_is_kept_beside_that_of_other_studies(known, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differences_on_single_sets_are_left_out_where_there_is_an_average(known) -> None:
+    known()
+    rows = [row("lora", 0.6), row("lora", 0.1, minus="full"), row("lora", 0.1, minus="full", data="digits")]
+    assert race.without_sets(study(*rows), "race_a+mine").rows == rows[:2]
+    assert race.without_sets(study(*rows), "emtal_small").rows == rows
+    assert race.without_sets(study(rows[2]), "race_a").rows == rows[2:]
+
+
+def test_measured_costs_are_kept_beside_those_of_other_studies(known, monkeypatch: pytest.MonkeyPatch) -> None:
     known(race_a=study(row("lora", 0.6), row("full", 0.61), *NLL))
-    race.MEMORY.write_text('{"race_b": {"lora": 1}}')
-    monkeypatch.setattr(race, "step_memory", lambda config: {"lora": 3 * 2**20, config: 0})
-    assert race.main(["--memory", "race_a"]) == 0
-    assert json.loads(race.MEMORY.read_text()) == {"race_b": {"lora": 1}, "race_a": {"lora": 3 * 2**20, "race/a": 0}}
-    assert "| lora | 60.0 ± 2.0 ≈ | 1.200 ± 0.020 | – | – | 3 | – |" in race.PAGE.read_text()
+    race.COSTS.write_text('{"race_b": {}}')
+    found = {"lora": {"bytes": 3 * 2**20, "seconds": 0.2}}
+    monkeypatch.setattr(race, "step_costs", lambda config: found | {config: {}})
+    assert race.main(["--costs", "race_a"]) == 0
+    assert json.loads(race.COSTS.read_text()) == {"race_b": {}, "race_a": found | {"race/a": {}}}
+    assert "| lora | 60.0 ± 2.0 ≈ | 1.200 ± 0.020 | – | – | 3 | 200 |" in race.PAGE.read_text()
 
 
 @pytest.mark.parametrize("job", ["multitask", "fewshot"])
@@ -116,11 +130,12 @@ def test_memory_of_a_step_grows_with_what_is_trained(job: str, tmp_path: Path) -
         "full": {"adapt": {"method": "lisa", "options": {"active": 2, "interval": 100}}},
     }
     config = {key: value for key, value in CONFIGS[job].items() if key not in ("adapt", "fade", "tune", "select")}
-    found = race.step_memory(
-        str(written(tmp_path / "race.yaml", {**config, "adapt": arms["lora"]["adapt"], "arms": arms}))
-    )
-    assert 0 < found["lora"] < found["wide"] < found["full"]
-    assert found == race.step_memory(str(tmp_path / "race.yaml"))
+    config |= {"train": {**config["train"], "steps": 2 + race.TIMED, "checkpoint_every": 10}}
+    path = str(written(tmp_path / "race.yaml", {**config, "adapt": arms["lora"]["adapt"], "arms": arms}))
+    costs = race.step_costs(path)
+    peaks = {arm: cost["bytes"] for arm, cost in costs.items()}
+    assert 0 < peaks["lora"] < peaks["wide"] < peaks["full"] and all(cost["seconds"] > 0 for cost in costs.values())
+    assert peaks == {arm: cost["bytes"] for arm, cost in race.step_costs(path).items()}
 
 
 def test_the_frontier_is_what_no_arm_beats_in_both() -> None:
@@ -132,5 +147,38 @@ def test_the_frontier_is_what_no_arm_beats_in_both() -> None:
     assert [point.arm for point in race.frontier(points, lower=True)] == ["a", "b"]
 
 
+def test_labels_of_points_beside_each_other_stand_apart() -> None:
+    points = [race.Point(str(cost), cost, 0, 0, 0) for cost in (10, 15, 20, 40)]
+    assert [[point.cost for point in group] for group in race.neighbours(points)] == [[10, 15, 20], [40]]
+    assert race.apart([1.0, 1.1, 5.0], 0.5) == pytest.approx([0.8667, 1.3667, 4.8667], abs=1e-3)
+
+
 def test_the_committed_page_is_that_of_its_rows() -> None:
     assert race.main(["--check"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+def test_the_cheapest_rows_are_reproduced(tmp_path: Path) -> None:
+    """The three arms with the shortest steps, trained with another seed at their rates, are within the prediction intervals."""
+    committed = tables.study("race_transfer")
+    config = CHECKOUT / "configs" / "race" / "transfer.yaml"
+    settings, costs = read_yaml(config, str(config)), committed.about.costs
+    root = os.environ.get("VISMT_DATA")
+    if root is None or not all((Path(root) / task["name"]).is_dir() for task in settings["tasks"]):
+        pytest.skip("the sets of the race are not under VISMT_DATA")
+    cheapest = sorted(costs, key=lambda arm: costs[arm]["seconds_a_step"])[:3]
+    arms = {arm: {**settings["arms"][arm], "train.lr": costs[arm]["lr"]} for arm in cheapest}
+    changes = [
+        f"arms={json.dumps(arms)}",
+        "seeds=[7]",
+        "tune=null",
+        "evaluate.corruptions=[]",
+        "evaluate.neighbours=[]",
+    ]
+    assert main(["run", str(config), *changes, "--out", str(tmp_path), "--quiet"]) == 0
+    rows = [
+        r for r in committed.rows if r.arm in arms and not r.minus and (r.metric, r.condition) == ("accuracy", "clean")
+    ]
+    found = verdicts(StudyRows(committed.about, rows), study_of(next(tmp_path.iterdir())))
+    assert len(found) == 3 * (1 + len(settings["tasks"])) and {verdict.word for verdict in found} == {"inside"}, found

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 import yaml
@@ -173,6 +174,7 @@ def test_add_refuses_rows_whose_intervals_lack_their_kind_or_the_seeds(
         ),
         (lambda spec: spec["where"].update(arn="a"), "arn is not what a cell can have"),
         (lambda spec: spec["columns"]["n"].update(show="all"), "show or study is not what a cell can have"),
+        (lambda spec: spec["columns"]["n"].update(show="domains"), "needs data average and 5 sets or more, not 2"),
         (lambda spec: spec["where"].pop("data"), "study 'study': 3 rows have"),
         (
             lambda spec: spec["rows"]["clean | frozen"].update(arm="frosen"),
@@ -206,3 +208,13 @@ def test_add_takes_a_finished_run(checkout: Path, capsys: pytest.CaptureFixture[
     error = capsys.readouterr().err
     assert "its evaluation has not ended" in error and "give add RUN STUDY" in error
     assert ("adapted", "frozen") in read_study(checkout / ROWS / "study.jsonl").about.differences
+
+
+def test_the_interval_over_domains_is_that_of_the_sets_as_a_sample() -> None:
+    clean = {"study": "amt_small", "metric": "accuracy", "condition": "clean", "data": "average", "arm": "clean"}
+    of, images = tables.found(clean, "here")
+    _, domains = tables.found({**clean, "show": "domains"}, "here")
+    values = [r.value for r in of.rows if r.key == replace(images, data=r.data).key and r.data != "average"]
+    half = 2.570582 * stdev(values) / 6**0.5
+    assert len(values) == 6 and (domains.value, domains.interval) == (images.value, "domains")
+    assert (domains.low, domains.high) == pytest.approx((images.value - half, images.value + half))

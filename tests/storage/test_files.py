@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from vismt.base.errors import UserError
+from vismt.storage.cache import note_use
 from vismt.storage.files import (
     PARTIAL,
     atomic_write,
@@ -91,3 +92,13 @@ def test_a_changed_json_file_is_refused(tmp_path: Path) -> None:
     path.write_text("[" * 100_000)
     with pytest.raises(UserError, match="cannot be read as JSON"):
         read_sealed(path, "run")
+
+
+def test_a_file_that_was_deleted_meanwhile_is_not_made_anew(tmp_path: Path) -> None:
+    """By `make_room` of another process, after it was read: an empty one would be damaged."""
+    note_use(tmp_path / "gone.safetensors")
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "there").touch()
+    os.utime(tmp_path / "there", (0, 0))
+    note_use(tmp_path / "there")
+    assert (tmp_path / "there").stat().st_mtime > 0

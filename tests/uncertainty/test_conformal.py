@@ -13,6 +13,7 @@ from vismt.base.errors import UserError
 from vismt.engine.study import TuneConfig
 from vismt.jobs.risk import validation_parts
 from vismt.uncertainty.conformal import conformal_quantile, least_examples, set_sizes
+from vismt.uncertainty.intervals import wilson
 from vismt.uncertainty.selective import (
     accepting_threshold,
     risk_coverage_interval,
@@ -82,6 +83,8 @@ def test_the_area_under_the_risk_coverage_curve_is_the_mean_of_its_values() -> N
     assert float(risk_coverage_values(confidences, wrong).mean()) == pytest.approx(1 / 3)
     low, high = risk_coverage_interval(confidences, wrong)
     assert low < 1 / 3 < high
+    # all wrong: no draw differs, but the next answer can be right
+    assert risk_coverage_interval(confidences, torch.ones(4)) == wilson(4, 4) != (1.0, 1.0)
     # without an order the area is the error, whatever the order in memory
     for order in ([1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]):
         assert float(risk_coverage_values(torch.ones(4), torch.tensor(order)).mean()) == pytest.approx(0.25)

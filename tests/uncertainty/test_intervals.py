@@ -81,7 +81,7 @@ def test_shares_stay_in_their_range_and_are_never_certain():
     assert replace(few, scale="number").interval()[1] > 1.0
     for value in (0.0, 1.0):
         all_equal = Measure("accuracy", {str(i): value for i in range(20)})
-        assert all_equal.interval() == wilson(20 * int(value), 20)
+        assert all_equal.interval() == pytest.approx(wilson(20 * int(value), 20))
         again = averaged([all_equal, all_equal, all_equal]).interval()
         assert again == pytest.approx(all_equal.interval())
     assert Measure("accuracy", dict.fromkeys("abcd", 0.5)).interval() == (0.5, 0.5)

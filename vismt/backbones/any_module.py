@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
-from vismt.backbones.pyramid import size_of
-from vismt.backbones.timm_models import as_backbone
+from vismt.backbones.pyramid import Pyramid, size_of
+from vismt.backbones.timm_models import as_backbone, check_stages, forward_runs
 from vismt.backbones.vit import PixelBackbone
 from vismt.base.errors import UserError
 
@@ -41,8 +43,25 @@ def backbone_of(
     if hasattr(model, "forward_head"):
         backbone = as_backbone(model, None, block=block, pool=pool, name=type(model).__name__)
         if img_size is not None and backbone.img_size != (img_size, img_size):
+            own = backbone.img_size
             backbone.set_input_size((img_size, img_size))
+            if isinstance(backbone, Pyramid):
+                check_stages(backbone.img_size, type(model).__name__, partial(_runs_at, backbone), own)
         return backbone
     if block is not None or pool is not None:
         raise UserError(f"model: block and pool are for ViTs of timm; {type(model).__name__} gives its own features.")
     return ModuleBackbone(model, img_size or size_of(model)[-1])
+
+
+def _runs_at(backbone: Pyramid, size: tuple[int, int]) -> bool:
+    """Return whether a copy of a hierarchical model takes an image of `size`."""
+    trial = copy.deepcopy(backbone).to(next(backbone.parameters()).device).eval()
+    image = trial.mean.new_zeros(1, trial.mean.shape[1], *size)
+
+    def run() -> None:
+        if trial.img_size != size:
+            trial.set_input_size(size)
+        trial(image)
+
+    with torch.no_grad():
+        return forward_runs(run)

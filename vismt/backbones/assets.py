@@ -144,12 +144,8 @@ def _keep(card: AssetCard, source: WeightsSource, raw: Path, scratch: Path) -> P
     except convert.NotConvertible as error:
         raise SourceFailed(str(error)) from error
     record = scratch / RECORD
-    content = {
-        "asset": card.name,
-        "source": str(source),
-        "source_sha256": source.sha256,
-        "sha256": file_digest(finished),
-    }
+    sha256 = file_digest(finished)
+    content = {"asset": card.name, "source": str(source), "source_sha256": source.sha256, "sha256": sha256}
     record.write_text(json.dumps(content, indent=1), encoding="utf8")
     kept = card.kept
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +155,6 @@ def _keep(card: AssetCard, source: WeightsSource, raw: Path, scratch: Path) -> P
 
 
 def _problem(card: AssetCard) -> str | None:
-    """Return why the cached file cannot be used, or None when it can."""
     kept = card.kept
     if not kept.is_file():
         return "empty"

@@ -123,11 +123,8 @@ def _position_table(arrays: dict[str, np.ndarray], width: int) -> np.ndarray:
     """Return (1, 1 + g*g, width); the export stores the class row and the grid separately."""
     anonymous = [value for name, value in arrays.items() if name.startswith("onnx::") and value.ndim == 3]
     rows = [value for value in anonymous if value.shape == (1, 1, width)]
-    grids = [
-        value
-        for value in anonymous
-        if value.shape[::2] == (1, width) and value.shape[1] > 1 and math.isqrt(value.shape[1]) ** 2 == value.shape[1]
-    ]
+    squares = [value for value in anonymous if value.shape[1] > 1 and math.isqrt(value.shape[1]) ** 2 == value.shape[1]]
+    grids = [value for value in squares if value.shape[::2] == (1, width)]
     if len(rows) != 1 or len(grids) != 1:
         raise NotConvertible(
             f"found {len(grids)} position grids and {len(rows)} class rows of width {width}, one each is needed"

@@ -18,6 +18,7 @@ are smooth and differ less. None of them changes the table when the grid is the 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +33,8 @@ POSITIONS = ("timm", "dino", "onnx")
 def check_position(position: str) -> None:
     """Raise UserError for a name that is not in POSITIONS."""
     if position not in POSITIONS:
-        raise UserError(
-            f"position '{position}' is unknown, it must be one of {', '.join(POSITIONS)}.{near(position, POSITIONS)}"
-        )
+        known = ", ".join(POSITIONS)
+        raise UserError(f"position '{position}' is unknown, it must be one of {known}.{near(position, POSITIONS)}")
 
 
 def resample(table: Tensor, grid: tuple[int, int], position: str, prefix: int = 1) -> Tensor:
@@ -66,11 +66,10 @@ def resample(table: Tensor, grid: tuple[int, int], position: str, prefix: int = 
 
         return resample_abs_pos_embed(table, list(grid), num_prefix_tokens=prefix)
     cells = rearrange(table[:, prefix:].float(), "b (h w) d -> b d h w", h=side)
+    bicubic = partial(F.interpolate, mode="bicubic", align_corners=False)
     if position == "onnx":
-        cells = F.interpolate(cells, size=grid, mode="bicubic", align_corners=False)
+        cells = bicubic(cells, size=grid)
     else:
         scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
-        cells = F.interpolate(
-            cells, scale_factor=scale, mode="bicubic", align_corners=False, recompute_scale_factor=False
-        )
+        cells = bicubic(cells, scale_factor=scale, recompute_scale_factor=False)
     return torch.cat([table[:, :prefix], rearrange(cells, "b d h w -> b (h w) d").to(table.dtype)], dim=1)

@@ -92,9 +92,8 @@ class Pyramid(TappedBackbone):
             try:
                 change(img_size=tuple(size), **({} if windows is None else {"window_size": windows}))
             except (AssertionError, RuntimeError, ValueError) as error:
-                raise UserError(
-                    f"img_size {size} does not fit {type(self.vit).__name__} ({one_line(str(error), 160)})."
-                ) from error
+                reason = one_line(str(error), 160)
+                raise UserError(f"img_size {size} does not fit {type(self.vit).__name__} ({reason}).") from error
         elif takes_size(self.vit):
             raise UserError(
                 f"{type(self.vit).__name__} takes images of the size that it is created for alone; create it with img_size "

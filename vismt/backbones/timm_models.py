@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +72,12 @@ def create(
             vit.reset_classifier(num_classes)
     backbone = as_backbone(vit, img_size, block=block, pool=pool, name=name)
     if img_size is not None and isinstance(backbone, Pyramid):
-        _check_stages(architecture, backbone.img_size, name)
+        check_stages(backbone.img_size, name, partial(runs_at, architecture))
     if isinstance(pretrained, str | Path):
         origin = f"the weights of '{pretrained}'"
         load_weights(vit, read_checkpoint(pretrained), position, origin, own_head=True, new_head=new_head)
     elif pretrained and not by_timm:
-        state: Mapping[str, Tensor] = (
-            from_hub(architecture).state_dict() if card is None else read_checkpoint(get_asset(name))
-        )
+        state = from_hub(architecture).state_dict() if card is None else read_checkpoint(get_asset(name))
         load_weights(vit, state, position, f"the weights of '{name}'", new_head=new_head)
     if dtype != "float32":
         vit.to(getattr(torch, dtype))
@@ -180,27 +178,42 @@ def from_hub(architecture: str, **options: Any) -> nn.Module:
         ) from error
 
 
-def _check_stages(architecture: str, size: tuple[int, int], name: str) -> None:
-    """Raise UserError for a size that the windows or stages of a hierarchical model cannot divide."""
-    if _runs_at(architecture, size):
+def check_stages(
+    size: tuple[int, int], name: str, takes: Callable[[tuple[int, int]], bool], own: tuple[int, int] | None = None
+) -> None:
+    """Raise UserError for a size that the windows or stages of a hierarchical model cannot divide, with the next ones that fit.
+
+    name: of the model. takes: whether it takes images of a size. own: the size that it has.
+    """
+    if takes(size):
         return
     low, high = (((size[0] + up) // STRIDE * STRIDE, (size[1] + up) // STRIDE * STRIDE) for up in (0, STRIDE - 1))
-    fits = [f"{h} x {w}" for h, w in (low, high) if (h, w) != size and h and w and _runs_at(architecture, (h, w))]
+    near_by = [(h, w) for h, w in (low, high) if (h, w) != size and h and w and takes((h, w))]
+    fits = [f"{h} x {w}" for h, w in near_by or ([own] if own else [])]
     fix = f"use {' or '.join(fits)}" if fits else "leave it out"
     raise UserError(f"img_size {size[0]} x {size[1]} does not fit the stages of {name}: {fix}.")
 
 
-@cache
-def _runs_at(architecture: str, size: tuple[int, int]) -> bool:
-    """Return whether a hierarchical model takes images of `size`, by a forward pass of shapes without values."""
-    with torch.device("meta"), torch.no_grad():
-        try:
-            model: Any = timm_model(architecture, num_classes=0, img_size=size).eval()
-            channels, *own = model.pretrained_cfg["input_size"]
-            if tuple(own) != size:
-                model.forward_features(torch.empty(1, channels, *size))
-        except NotImplementedError:  # an operation that needs values
-            return True
-        except (AssertionError, RuntimeError, ValueError, ZeroDivisionError):
-            return False
+def forward_runs(call: Callable[[], object]) -> bool:
+    """Return whether a forward pass ends without an error of its shapes."""
+    try:
+        call()
+    except NotImplementedError:  # an operation that needs values, which tensors of shapes alone have not
+        return True
+    except (AssertionError, RuntimeError, ValueError, ZeroDivisionError):
+        return False
     return True
+
+
+@cache
+def runs_at(architecture: str, size: tuple[int, int]) -> bool:
+    """Return whether a hierarchical model takes images of `size`, by a forward pass of shapes without values."""
+
+    def run() -> None:
+        model: Any = timm_model(architecture, num_classes=0, img_size=size).eval()
+        channels, *own = model.pretrained_cfg["input_size"]
+        if tuple(own) != size:
+            model.forward_features(torch.empty(1, channels, *size))
+
+    with torch.device("meta"), torch.no_grad():
+        return forward_runs(run)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vismt.base.errors import UserError
+from vismt.lowrank.model.targets import heads_of
 
 POOLS = ("token", "avg", None)
 NEEDED = ("blocks", "patch_embed", "forward_intermediates", "forward_head", "num_prefix_tokens", "num_features")
@@ -217,12 +218,10 @@ class Backbone(TappedBackbone):
         Raises:
             UserError: a size that does not fit the patches, and a model that cannot change its size.
         """
-        change = getattr(self.vit, "set_input_size", None)
+        change, name = getattr(self.vit, "set_input_size", None), type(self.vit).__name__
         if change is None:
-            raise UserError(
-                f"{type(self.vit).__name__} cannot change its input size; create it with img_size {size} instead."
-            )
-        check_size(size, self.vit, type(self.vit).__name__)
+            raise UserError(f"{name} cannot change its input size; create it with img_size {size} instead.")
+        check_size(size, self.vit, name)
         change(img_size=tuple(size))
         if table is not None:
             with torch.no_grad():
@@ -258,11 +257,7 @@ def widened(features: Tensor) -> Tensor:
 
 def classifiers(model: nn.Module) -> list[nn.Module]:
     """Return the layers of a timm model that map features to class scores: one, two of a distilled model, none without."""
-    try:
-        found: Any = getattr(model, "get_classifier", tuple)()
-    except AttributeError:  # EfficientViT of MSRA looks for it in the head that it has not
-        return []
-    return list(found) if isinstance(found, tuple) else [found]
+    return heads_of(model, "get_classifier")
 
 
 def classifier_paths(model: nn.Module) -> list[str]:

@@ -112,21 +112,15 @@ def load_weights(
 
 
 def _check(
-    model_state: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    fresh: set[str],
-    heads: list[str],
-    origin: str,
-    model: str,
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], fresh: set[str], heads: list[str], origin: str, model: str
 ) -> None:
-    """Raise UserError unless `state` has the keys and shapes of the model, except for those in `fresh`."""
-    missing = [key for key in model_state if key not in state and key not in fresh]
-    unexpected = [key for key in state if key not in model_state and key not in fresh]
-    shared = [key for key in model_state if key in state and key not in fresh]
-    wrong = [key for key in shared if state[key].shape != model_state[key].shape]
+    """Raise UserError unless `state` has the keys and shapes of the model's `own`, except for those in `fresh`."""
+    missing = [key for key in own if key not in state and key not in fresh]
+    unexpected = [key for key in state if key not in own and key not in fresh]
+    wrong = [key for key in own if key in state and key not in fresh and state[key].shape != own[key].shape]
     if wrong:
         key = wrong[0]
-        shape, needed = tuple(state[key].shape), tuple(model_state[key].shape)
+        shape, needed = tuple(state[key].shape), tuple(own[key].shape)
         hint = f" (num_classes {shape[0]})" if key in heads else ""
         raise UserError(
             f"{origin} do not fit {model}: '{key}' is {shape}{hint}, needed {needed} ({len(wrong)} such keys)."

@@ -15,7 +15,7 @@ from vismt.base.errors import UserError
 
 T = TypeVar("T")
 
-_console = Console(highlight=False, soft_wrap=True)
+_console = Console(highlight=False, soft_wrap=True, emoji=False)
 _quiet = False
 LINE_SECONDS = 20.0  # between the lines of a bar outside a terminal
 
@@ -45,12 +45,12 @@ def stage(name: str, text: str) -> None:
 def block(text: str) -> None:
     """Print a text of several lines without a stage name."""
     if not _quiet:
-        _console.print(printable(text), markup=False)
+        _console.print(printable(text, _console.encoding), markup=False)
 
 
-def printable(text: str) -> str:
-    """Return text with question marks for what is not UTF-8, which names of files can hold."""
-    return text.encode("utf8", "replace").decode()
+def printable(text: str, encoding: str = "utf8") -> str:
+    """Return text with question marks for what an encoding lacks; UTF-8 lacks bytes that names of files can hold."""
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -78,7 +78,7 @@ def _cell(value: object) -> str:
 def ask(question: str) -> bool:
     """Return whether the user answers yes. Raises UserError without a terminal."""
     try:
-        return input(printable(f"{question} [y/N] ")).strip().lower() in ("y", "yes")
+        return input(printable(f"{question} [y/N] ", _console.encoding)).strip().lower() in ("y", "yes")
     except EOFError as error:
         raise UserError(f"{question} It needs a terminal for the answer; give --yes.") from error
 
@@ -123,7 +123,7 @@ def bar(name: str, text: str, total: int, done: int = 0) -> Iterator[Bar]:
         return
     columns = (
         TextColumn(f"{name:<7}"),
-        TextColumn(text),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),

@@ -21,6 +21,8 @@ MODEL_OPTIONS = {
     "architecture": None,
     "out": None,
     "img_size": None,
+    "batch": 32,
+    "seed": 0,
     "random_weights": False,
     "masking": False,
 }
@@ -38,7 +40,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--random-weights", action="store_true", help="a timm name without its weights")
     parser.add_argument("--data", help="card or card:split for --model")
     parser.add_argument("--images", type=int, help="number of images (all)")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, help="images in a batch, with --model (32)")
     parser.add_argument(
         "--attack",
         action="append",
@@ -51,9 +53,10 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--restarts", type=int, help="number of restarts (the attack's default)")
     parser.add_argument("--norm", default="linf", help="linf, l2 or l1")
     parser.add_argument("--task", action="append", help="of a dense run, whose loss is raised (all tasks)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn images and the attack, with --model")
+    parser.add_argument("--seed", type=int, help="of the drawn images and the attack, with --model")
     parser.add_argument("--masking", action="store_true", help="also check the accuracy at growing radii")
     parser.add_argument("--out", type=Path, help="run folder to make with --model (runs/attack-...)")
+    parser.set_defaults(**MODEL_OPTIONS)
 
 
 def _attack(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from glob import escape, glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,9 @@ def _completions(prefix: str, **_: object) -> list[str]:
     """Return the configurations and folders that begin with `prefix`."""
     from vismt.config.sections import list_configs
 
-    files = [path for path in Path().glob(f"{prefix}*") if path.is_dir() or path.suffix in (".yaml", ".yml")]
+    files = [
+        path for path in map(Path, glob(f"{escape(prefix)}*")) if path.is_dir() or path.suffix in (".yaml", ".yml")
+    ]
     return [*list_configs(), *(f"{path}/" if path.is_dir() else str(path) for path in files)]
 
 

@@ -53,7 +53,6 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _put(new: Path, base: Path) -> None:
-    """Move the folder `new` to `base`, or its files into it."""
     if not base.exists():
         os.replace(new, base)
         return

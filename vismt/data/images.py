@@ -71,7 +71,6 @@ def open_images(
 
 
 def _open_copy(card: Card, split: str, download: bool) -> ImageSet:
-    """Return the images of the first copy that is on this machine; with `download` a copy is fetched where there is none."""
     sources = sources_for(card, ImageSource, split)
     copy = first_copy(card, sources)
     if copy is None:

@@ -145,13 +145,11 @@ class Pixels:
 
     @cached_property
     def _path(self) -> Path:
-        """The file of the store."""
         made_by = [version(maker) for maker in MAKERS]
         identity = Identity(RECIPE, self.size, self.images.content(), "\n".join(self.ids), *made_by)
         return cache_root() / "pixels" / f"{self.name}-{self.split}-{self.size}-{identity}.npy"
 
     def _on_disk(self) -> np.ndarray | OnDemand:
-        """Return the store as a file, written where it is missing or damaged."""
         self._digests = None
         shape = (len(self), 3, self.size, self.size)
         found = _opened(self._path, shape)

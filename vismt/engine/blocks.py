@@ -28,6 +28,7 @@ from vismt.base.errors import UserError
 from vismt.config.sections import TrainConfig
 from vismt.engine import runtime
 from vismt.llm.lisa.shares import stacks
+from vismt.lowrank.contexts import Repeatable
 from vismt.lowrank.layers.gates import recompute_gates
 from vismt.methods import freezes
 
@@ -119,32 +120,16 @@ class _Checkpointed(nn.Module):
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """Return the contexts of the block's forward pass and of its repetition."""
-        return nullcontext(), _AsBefore(self.products)
+        """Return the contexts of the forward pass, and of its repetition: gates and attention kernels as they are now."""
+        outside, gates = recompute_gates()
+        kernels = [kernel for kernel, enabled in KERNELS.items() if enabled()]
 
+        def as_now() -> list[AbstractContextManager]:
+            # torch runs a backward pass outside the modes around it.
+            products = _AttentionByProducts() if self.products else nullcontext()
+            return [gates, sdpa_kernel(kernels), products]
 
-class _AsBefore:
-    """Gates and kinds of attention kernels as they are when this is made; it may be entered more than once.
-
-    products: whether short attention is computed by its products; torch runs a backward pass outside the modes around it.
-    """
-
-    def __init__(self, products: bool) -> None:
-        self.products = products
-        self.gates = recompute_gates()[1]
-        self.kernels = [kernel for kernel, enabled in KERNELS.items() if enabled()]
-        self._entered: list[ExitStack] = []
-
-    def __enter__(self) -> None:
-        entered = ExitStack()
-        entered.enter_context(self.gates)
-        entered.enter_context(sdpa_kernel(self.kernels))
-        if self.products:
-            entered.enter_context(_AttentionByProducts())
-        self._entered.append(entered)
-
-    def __exit__(self, *error: object) -> None:
-        self._entered.pop().close()
+        return outside, Repeatable(as_now)
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import safetensors
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from vismt.base import console
 from vismt.base.errors import UserError
@@ -56,13 +57,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def save(
-    folder: Path,
-    step: int,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    updates: int,
-    scaler: Any,
-    config_hash: str,
+    folder: Path, step: int, module: nn.Module, optimizer: Optimizer, updates: int, scaler: Any, config_hash: str
 ) -> None:
     """Write the checkpoint after `step` finished steps and delete all but the one before it.
 
@@ -80,27 +75,25 @@ def save(
     _delete_others(folder / path.name.format(digest=digest[:12]))
 
 
-def load(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, config_hash: str
-) -> tuple[int, int]:
+def load(folder: Path, module: nn.Module, optimizer: Optimizer, scaler: Any, config_hash: str) -> tuple[int, int]:
     """Restore the newest sound checkpoint of a folder, and return the finished steps and the optimiser's updates, 0 without one.
 
     Damaged ones are named on the console. Raises UserError, before anything is changed, for damaged checkpoints only, and for a
     checkpoint that is not one of this training.
     """
     paths = checkpoints(folder)
+    if not paths:
+        return 0, 0
     odd = next((path for path in paths if not path.is_file()), None)
     if odd is not None:
         raise UserError(f"checkpoint '{odd}' is not a file; remove it.")
     damaged = [path for path in paths if not _is_sound(path)]
     sound = next((path for path in paths if path not in damaged), None)
-    if sound is None and damaged:
+    if sound is None:
         names = " and ".join(f"'{path}'" for path in damaged)
         raise UserError(f"checkpoint {names}: damaged; delete to train from the start.")
-    for path in damaged if sound is not None else ():
+    for path in damaged:
         console.stage("resume", f"checkpoint '{path}' is damaged; an older one is used")
-    if sound is None:
-        return 0, 0
     progress = _restore(sound, module, optimizer, scaler, config_hash)
     _delete_others(sound)
     return progress
@@ -128,9 +121,7 @@ def _is_sound(path: Path) -> bool:
         return False
 
 
-def _restore(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, config_hash: str
-) -> tuple[int, int]:
+def _restore(path: Path, module: nn.Module, optimizer: Optimizer, scaler: Any, config_hash: str) -> tuple[int, int]:
     """Check everything in a checkpoint, then put it into random state, module, optimiser and scaler."""
     what = f"checkpoint '{path}'"
     try:
@@ -163,10 +154,9 @@ def _restore(
     _check_finite(what, {name: tensors[name] for name in [*like, *(state.keys() & trained)]})  # buffers may be infinite
     counters = [keys[key] for keys in optimised.values() for key, field in fields.items() if field.ndim == 0]
     for name in counters:
-        if not 0 <= float(tensors[name]) <= updates:
-            raise UserError(
-                f"{what}: {name} is {float(tensors[name]):g} after {updates} updates; delete the checkpoint."
-            )
+        count = float(tensors[name])
+        if not 0 <= count <= updates:
+            raise UserError(f"{what}: {name} is {count:g} after {updates} updates; delete the checkpoint.")
     _set_random_state(what, {name: tensors[name] for name in random})
     module.load_state_dict({name.removeprefix("model."): tensors[name] for name in state}, strict=False)
     for parameter, keys in optimised.items():
@@ -181,11 +171,9 @@ def _checked(what: str, numbers: Any, step: int, scaler: Any, config_hash: str) 
     refusal = UserError(f"{what} has numbers that no training writes: {numbers}; delete it to train from the start.")
     if not isinstance(numbers, dict) or set(numbers) != {"step", "updates", "config_hash", "scaler"}:
         raise refusal
-    if numbers["config_hash"] != config_hash:
-        raise UserError(
-            f"{what} is of configuration {numbers['config_hash']}, this is {config_hash}; use another run folder."
-        )
-    updates = numbers["updates"]
+    other, updates = numbers["config_hash"], numbers["updates"]
+    if other != config_hash:
+        raise UserError(f"{what} is of configuration {other}, this is {config_hash}; use another run folder.")
     whole = type(updates) is int and type(numbers["step"]) is int
     if not whole or numbers["step"] != step or not 0 <= updates <= step or (scaler is None and updates != step):
         raise refusal
@@ -201,7 +189,6 @@ def _checked(what: str, numbers: Any, step: int, scaler: Any, config_hash: str) 
 
 
 def _check_tensors(what: str, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """Raise UserError for a missing or unexpected tensor, another shape or another dtype."""
     check_tensors(what, {name: tuple(value.shape) for name, value in like.items()}, dict(tensors))
     for name, value in like.items():
         if tensors[name].dtype != value.dtype:
@@ -214,13 +201,12 @@ def _check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
             raise UserError(f"{what}: {name} is not finite; delete the checkpoint to train from the start.")
 
 
-def _names(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, str]:
-    """Return the optimiser's parameters with their names in `module`."""
+def _names(module: nn.Module, optimizer: Optimizer) -> dict[nn.Parameter, str]:
     optimised = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     return {parameter: name for name, parameter in module.named_parameters() if parameter in optimised}
 
 
-def _fields(optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:
+def _fields(optimizer: Optimizer) -> Mapping[str, Tensor]:
     """Return the state that an optimiser keeps for one matrix, by key, found by a step of a copy on a matrix of zeros."""
     inner = optimizer
     while hasattr(inner, "optimizer"):  # a method's optimiser is around another one

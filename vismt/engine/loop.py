@@ -138,7 +138,6 @@ class _Training:
         return method_optimizer(make_optimizer(trained, self.config, with_own_prior(objective)), objective)
 
     def run(self, after_step: Callable[[nn.Module, int], None] | None) -> dict[str, float]:
-        """Train to the last step and return the last logged metrics."""
         config = self.config
         last: dict[str, float] = {}
         with console.bar("train", "steps", config.steps, self.finished) as progress:
@@ -160,7 +159,6 @@ class _Training:
         return last
 
     def _save(self, step: int) -> None:
-        """Write a checkpoint; the first process writes it."""
         if self.shards:
             self.shards.gather()
         if self.accelerator.is_main_process:
@@ -223,11 +221,9 @@ class _Training:
         worst = int(accelerator.gather(self.first_bad.reshape(1)).max())
         if worst:
             paths = checkpoint.checkpoints(self.folder)
-            kept = (
-                f"the last good checkpoint is kept in {paths[0]}." if paths else "no checkpoint had been written yet."
-            )
+            kept = f"the last good checkpoint is kept in {paths[0]}" if paths else "no checkpoint had been written yet"
             raise Diverged(
-                f"train: the loss or its gradient is not finite at step {worst}; {kept} "
+                f"train: the loss or its gradient is not finite at step {worst}; {kept}. "
                 "Lower train.lr, raise train.warmup or set train.clip."
             )
         means = {name: float(accelerator.reduce(value, "mean")) for name, value in logged.items()}
@@ -239,6 +235,5 @@ class _Training:
 
 
 def _metrics(measured: Iterable[Any]) -> dict[str, float]:
-    """Return the metrics of the optimisers and schedules that have metrics()."""
     values = [source.metrics() for source in measured if hasattr(source, "metrics")]
     return {name: float(value) for metrics in values for name, value in metrics.items()}

@@ -6,8 +6,9 @@ import math
 import re
 from collections.abc import Collection, Mapping
 
-import torch
 from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from vismt.base.errors import UserError, near
 from vismt.config.sections import TrainConfig
@@ -17,42 +18,31 @@ OPTIMIZERS = ("adamw", "sgd")
 
 def with_own_prior(objective: nn.Module) -> set[str]:
     """Return the names of parameters in modules with `own_prior`: their loss has a prior, and weight decay would add a second."""
-    return {
-        f"{path}.{name}" if path else name
-        for path, module in objective.named_modules()
-        if getattr(module, "own_prior", False)
-        for name, _ in module.named_parameters()
-    }
+    modules = [(path, module) for path, module in objective.named_modules() if getattr(module, "own_prior", False)]
+    return {name for path, module in modules for name, _ in module.named_parameters(path)}
 
 
-def make_optimizer(
-    parameters: Mapping[str, Tensor], config: TrainConfig, undecayed: Collection[str] = ()
-) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig, undecayed: Collection[str] = ()) -> Optimizer:
     """Return AdamW, or SGD with momentum, with a group for each learning rate, with and without weight decay.
 
     undecayed: names of matrices without weight decay. Raises UserError for a pattern of train.rates that is not a regular
     expression or matches no name.
     """
     groups: dict[tuple[float, bool], list[Tensor]] = {}
-    matched = set()
+    matched = {name: next((key for key in config.rates if _search(key, name)), "") for name in parameters}
     for name, parameter in parameters.items():
-        pattern = next((pattern for pattern in config.rates if _search(pattern, name)), None)
-        factor = 1.0
-        if pattern is not None:
-            matched.add(pattern)
-            factor = config.rates[pattern]
         decays = parameter.ndim > 1 and name not in undecayed
-        groups.setdefault((factor, decays), []).append(parameter)
+        groups.setdefault((config.rates.get(matched[name], 1.0), decays), []).append(parameter)
     for pattern in config.rates:
-        if pattern not in matched:
+        if pattern not in matched.values():
             raise UserError(f"train.rates: '{pattern}' is found in no trained parameter.{near(pattern, parameters)}")
     settings = [
         {"params": group, "lr": config.lr * factor, "weight_decay": config.weight_decay if decays else 0.0}
         for (factor, decays), group in groups.items()
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(settings, lr=config.lr)
+        return SGD(settings, lr=config.lr, momentum=config.momentum)
+    return AdamW(settings, lr=config.lr)
 
 
 def _search(pattern: str, name: str) -> bool:
@@ -62,13 +52,11 @@ def _search(pattern: str, name: str) -> bool:
         raise UserError(f"train.rates: '{pattern}' is not a regular expression ({error}).") from error
 
 
-def make_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int
-) -> torch.optim.lr_scheduler.LambdaLR:
+def make_schedule(optimizer: Optimizer, config: TrainConfig, updates: int) -> LambdaLR:
     """Return the schedule of the rate after a number of updates."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config) / config.lr, updates - 1)
+    return LambdaLR(optimizer, lambda step: rate(step, config) / config.lr, updates - 1)
 
 
 def rate(step: int, config: TrainConfig) -> float:

@@ -64,6 +64,5 @@ def check_parts(sections: Mapping[str, PartsConfig], calibration: Iterable[str] 
 
 def shares(parts: PartsConfig) -> dict[str, float]:
     """Return {part: share} for the parts that are split off the training sets."""
-    return {
-        part: share for part, share in (("test", parts.test_share), ("validation", parts.validation_share)) if share
-    }
+    given = {"test": parts.test_share, "validation": parts.validation_share}
+    return {part: share for part, share in given.items() if share}

@@ -8,6 +8,7 @@ import gc
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -106,12 +107,10 @@ def leave() -> None:
 
 def hardware() -> str:
     """Return one line about processor or GPU, threads and processes."""
-    state = processes()
-    if state.device.type == "cuda":
-        return f"{state.num_processes} x {torch.cuda.get_device_name(state.device)}"
-    return (
-        f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {state.num_processes} process(es)"
-    )
+    device, count = processes().device, processes().num_processes
+    if device.type == "cuda":
+        return f"{count} x {torch.cuda.get_device_name(device)}"
+    return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {count} process(es)"
 
 
 def versions() -> dict[str, str]:
@@ -147,10 +146,8 @@ def _cpu_only() -> bool:
 
 
 def _processor() -> str:
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        return platform.processor() or platform.machine()
     return platform.processor() or platform.machine()

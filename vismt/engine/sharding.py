@@ -38,15 +38,11 @@ def check_sharded(objective: nn.Module, config: TrainConfig) -> None:
 class Shards:
     """The sharded copy of an objective that is whole on the CPU, and its optimiser on the device of this process.
 
-    optimizer: that of the objective, with the state to start from; it takes no step.
+    optimizer: that of the objective, with the state to start from; it takes no step. make: returns one of another module.
     """
 
     def __init__(
-        self,
-        objective: nn.Module,
-        optimizer: Optimizer,
-        make_optimizer: Callable[[nn.Module], Optimizer],
-        device: torch.device,
+        self, objective: nn.Module, optimizer: Optimizer, make: Callable[[nn.Module], Optimizer], device: torch.device
     ) -> None:
         self.objective = objective
         self.kept = optimizer
@@ -55,7 +51,7 @@ class Shards:
             torch.distributed.broadcast(sent, 0)
             value.copy_(sent)
         self.module = _sharded_copy(objective, device)
-        self.optimizer = make_optimizer(self.module)
+        self.optimizer = make(self.module)
         for kept, parameter in self._pairs():
             for key, value in optimizer.state.get(kept, {}).items():
                 self.optimizer.state[parameter][key] = part_like(value, parameter) if value.ndim else value

@@ -35,9 +35,12 @@ class TuneConfig:
     Args:
         rates: values of train.lr; each arm tries them with the first seed and keeps the best on validation examples.
             The smaller one wins a tie.
+        fixed: patterns, as those of train.rates, of parameters that keep the rate they have at train.lr in arms with an
+            adapter: [head] gives the heads of all arms one rate, so that the grid tries the rates of the adapters alone.
     """
 
     rates: list[Annotated[float, within(above=0)]] = field(default_factory=list)
+    fixed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # Folders name a rate by six digits.
@@ -125,7 +128,12 @@ class Study(Generic[Config]):
 
     def config_of(self, training: Training) -> Config:
         arm = self.arms[training.arm]
-        return replace(arm, seed=training.seed, train=replace(arm.training, lr=training.lr))
+        rates, factor = arm.training.rates, arm.training.lr / training.lr
+        if self.config.tune is not None and arm.adapt is not None:
+            fixed = self.config.tune.fixed
+            others = {pattern: value for pattern, value in rates.items() if pattern not in fixed}
+            rates = {pattern: factor * rates.get(pattern, 1.0) for pattern in fixed} | others
+        return replace(arm, seed=training.seed, train=replace(arm.training, lr=training.lr, rates=rates))
 
     def training(self, arm: str, lr: float, seed: int) -> Training:
         return Training(arm, lr, seed, self.folder / ARMS / arm / f"lr-{lr:g}-seed-{seed}")

@@ -38,19 +38,17 @@ def finish(model: nn.Module, folder: Path, with_adapter: bool, about: dict[str, 
 
 def read_done(training: Training) -> dict[str, Any] | None:
     """Return the content of a finished training's done.json, None for an unfinished training."""
-    about = _read(training.folder)
-    return None if about is None else {name: value for name, value in about.items() if name != FILES}
-
-
-def _read(folder: Path) -> dict[str, Any] | None:
-    path = folder / DONE
-    return read_sealed(path, f"run '{folder}'") if path.exists() else None
+    path = training.folder / DONE
+    if not path.exists():
+        return None
+    about = read_sealed(path, f"run '{training.folder}'")
+    return {name: value for name, value in about.items() if name != FILES}
 
 
 def check_files(folder: Path) -> None:
     """Raise UserError where files of a finished training are not those that its done.json names."""
-    about = _read(folder)
-    for name, digest in ({} if about is None else about[FILES]).items():
+    about = read_sealed(folder / DONE, f"run '{folder}'") if (folder / DONE).exists() else {FILES: {}}
+    for name, digest in about[FILES].items():
         path = folder / name
         if not path.is_file() or file_digest(path) != digest:
             raise UserError(

@@ -61,7 +61,6 @@ class Workers(ABC):
             )
 
     def _attempt(self, units: Mapping[str, Call]) -> dict[str, str]:
-        """Run every unit once; return the errors by name."""
         errors = {}
         with console.bar("workers", f"{self.count} at a time", len(units)) as progress:
             names = {self.submit(function, *arguments): name for name, (function, arguments) in units.items()}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.integrations.method_driver import DriverCallback
+from vismt.methods import adapted_models
 
 try:
     from lightning.pytorch import Callback
@@ -36,8 +38,8 @@ class VismtCallback(DriverCallback, Callback):
     _finished = 0
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
-        """Let checkpoints lack the frozen tensors."""
-        if stage == "fit":
+        """Let checkpoints lack the frozen tensors, also in a test or prediction without a training before it."""
+        if stage == "fit" or (self._driver is None and adapted_models(pl_module)):
             self.drive(pl_module)
             module: Any = pl_module
             module.strict_loading = False
@@ -49,7 +51,12 @@ class VismtCallback(DriverCallback, Callback):
         else:
             trainer.strategy.optimizers = [driver.wrap(optimizer) for optimizer in trainer.strategy.optimizers]
         self._finished = trainer.global_step
-        driver.start(trainer.strategy.optimizers[0], int(trainer.estimated_stepping_batches), self._finished)
+        steps = trainer.estimated_stepping_batches
+        if math.isinf(steps):  # limited by time alone
+            for name in vars(driver.sections):
+                raise UserError(f"VismtCallback: {name} is a schedule over all steps; give the Trainer max_steps.")
+            steps = 0
+        driver.start(trainer.strategy.optimizers[0], int(steps), self._finished)
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step != self._finished:

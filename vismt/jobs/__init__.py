@@ -55,7 +55,6 @@ def job_config(task: str, source: str = "config") -> type[RunConfig]:
 
 
 def _part(task: str, file: str, name: str) -> Any:
-    """Return CONFIG or JOB of a task. Raises UserError where a package of others does not have it."""
     module = import_own(f"{JOBS[task]}.{file}", f"task '{task}'")
     if not hasattr(module, name):
         raise UserError(f"task '{task}': '{module.__name__}' has no {name}.")

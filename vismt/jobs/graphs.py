@@ -211,10 +211,7 @@ def _captured(net: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _largest_difference(graph: Graph, forward: Forward) -> float:
-    """Return the largest difference of a graph's outputs from the model's, as a share of the largest output.
-
-    Raises UserError for one above CLOSE.
-    """
+    """Return the largest difference of a graph's outputs from the model's, as a share of the largest output."""
     worst = 0.0
     for batch in (1, 3):
         inputs = graph.example(batch, batch)

@@ -164,7 +164,7 @@ def detection_score(
     The confidence is the maximum softmax probability (Hendrycks and Gimpel, ICLR 2017, arXiv 1610.02136). inside, outside: by
     id. name: of the other set in rows of results. names: task, data and protocol of the score. unit: of the examples.
     """
-    values = detection_values(*(-torch.tensor(list(part.values())) for part in (inside, outside)))
+    values = detection_values(*(-torch.tensor(list(part.values()), dtype=torch.float64) for part in (inside, outside)))
     ids = [*inside, *(f"ood {image}" for image in outside)]
     measure = Measure("AUROC", dict(zip(ids, values.tolist(), strict=True)), NUMBER, chance=0.5)
     return Score(*names, measure, against(name), unit)

@@ -162,7 +162,7 @@ def predict_classes(
     for start in console.track(starts, "predict", label, len(starts)):
         part = files[start : start + batch]
         pixels = torch.stack([square(decode_file(path), size) for path in part])
-        logits = net(pixels.to(device, torch.float32) / 255).double().cpu()
+        logits = net(pixels.to(device, torch.float32) / 255).cpu().double()
         log_p = [logits[:, group.span].log_softmax(1) for group in groups]
         for place, path in enumerate(part):
             for group, values in zip(groups, log_p):

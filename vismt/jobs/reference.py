@@ -91,14 +91,15 @@ def _keys(cls: type, prefix: str) -> Iterator[Key]:
     for field in dataclasses.fields(cls):
         hint, path = hints[field.name], f"{prefix}{field.name}"
         inner = _section(hint)
-        yield Key(path, _type_text(hint), _default_text(field), texts[field.name], _names(hint), inner is not None)
+        text = describe(hint) if inner is None else describe(hint).replace(inner.__name__, "section")
+        kind = ", ".join([text, *(str(mark) for mark in _marks(hint) if isinstance(mark, Range))])
+        yield Key(path, kind, _default_text(field), texts[field.name], _names(hint), inner is not None)
         if inner is not None:
             listed = any(typing.get_origin(member) is list for member in _members(hint))
             yield from _keys(inner, f"{path}[]." if listed else f"{path}.")
 
 
 def _plain(hint: Any) -> Any:
-    """Return a type without its annotations."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
@@ -128,20 +129,12 @@ def _marks(hint: Any) -> Iterator[Any]:
 
 
 def _names(hint: Any) -> list[str]:
-    """Return the known names of a key: those of Names in its type, or the choices of a Literal."""
     names = [str(name) for mark in _marks(hint) if isinstance(mark, Names) for name in mark]
     literals = [member for member in _members(hint) if typing.get_origin(member) is Literal]
     return list(dict.fromkeys(names + [str(choice) for literal in literals for choice in typing.get_args(literal)]))
 
 
-def _type_text(hint: Any) -> str:
-    inner = _section(hint)
-    text = describe(hint) if inner is None else describe(hint).replace(inner.__name__, "section")
-    return ", ".join([text, *(str(mark) for mark in _marks(hint) if isinstance(mark, Range))])
-
-
 def _default(field: dataclasses.Field[Any]) -> Any:
-    """Return the default of a field as a plain value, or MISSING."""
     value = default_of(field)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
@@ -204,7 +197,6 @@ def schema() -> dict[str, Any]:
 
 
 def _reference(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return the reference to the definition of a dataclass, which is added to `definitions`."""
     if cls.__name__ not in definitions:
         definitions[cls.__name__] = {}  # its place, so that the order is that of first use
         hints = typing.get_type_hints(cls, include_extras=True)
@@ -223,7 +215,6 @@ def _reference(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schema_of(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON schema of a type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         inner = _schema_of(arguments[0], definitions)

@@ -206,7 +206,6 @@ def risk_section(results: Sequence[Result]) -> Section:
 
 
 def _cell(rows: Sequence[Result]) -> str:
-    """Return the number of a row with its interval, or the range of several."""
     if not rows:
         return "–"
     if len(rows) == 1:

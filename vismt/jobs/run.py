@@ -163,7 +163,6 @@ class Run:
         return self._write(model, self._target(f"export-{form}", target, arm), arm)
 
     def _target(self, kind: str, target: Path | None, arm: str | None) -> Path:
-        """Return the folder of an export. Raises UserError where it holds another one."""
         folder = target or self.folder / f"{kind}-{self.job.name_of(arm)}"
         note = folder / EXPORTED
         held = read_json(note, f"export '{folder}'") if note.exists() else None
@@ -174,7 +173,6 @@ class Run:
         return folder
 
     def _exported(self, arm: str | None) -> dict[str, str]:
-        """Return the note beside an export: what it is of."""
         return {"run": self.folder.name, "config_hash": self.hash, "model": self.job.name_of(arm)}
 
     def predict(self, inputs: Sequence[Path], target: Path | None, options: Options) -> Predictions:
@@ -183,7 +181,6 @@ class Run:
         return self.job.predict(inputs, target or self.folder / "predictions", options)
 
     def _write(self, model: Any, target: Path, arm: str | None) -> Path:
-        """Write a merged timm or transformers model and the job's files beside it."""
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(target)
             return self._write_beside(target, arm)
@@ -192,7 +189,6 @@ class Run:
         return self._write_beside(target, arm)
 
     def _model_config(self, model: Any, arm: str | None) -> dict[str, Any]:
-        """Return the config.json of a merged timm model."""
         about: dict[str, Any] = {
             "architecture": self.config.model.name,
             "img_size": getattr(self.config.model, "img_size", None),
@@ -214,7 +210,6 @@ class Run:
         return about
 
     def _write_beside(self, target: Path, arm: str | None, is_graph: bool = False) -> Path:
-        """Write the job's files and the note of what it is of beside an export, and verify its weights."""
         atomic_write(target / EXPORTED, json.dumps(self._exported(arm), indent=1))
         for name, content in self.job.files_beside(arm).items():
             atomic_write(target / name, content)
@@ -254,7 +249,6 @@ def _cpu_seconds() -> float:
 
 
 def _command() -> str:
-    """Return the command of this process as a shell takes it."""
     program = Path(sys.argv[0]).name
     start = ["python", "-m", "vismt"] if program == "__main__.py" else [program]
     return shlex.join([*start, *sys.argv[1:]])

@@ -228,12 +228,9 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             check_adaptation(self.skeleton(config), *arguments)
 
     def _each_arm(self, check: Callable[[Config], None]) -> None:
-        """Call `check` with the configuration of every arm; its errors name the arm.
-
-        Arms with a chosen rate have been built before and are skipped.
-        """
+        """Call `check` with the configuration of every arm; its errors name the arm."""
         for arm, config in self.study.arms.items():
-            if self.study.is_chosen(arm):
+            if self.study.is_chosen(arm):  # built before
                 continue
             first = self.study.training(arm, config.training.lr, self.study.seeds[0])
             try:
@@ -346,7 +343,6 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
 
 def _compared(outputs: Iterable[tuple[str, Tensor, Tensor, bool]]) -> dict[str, dict[str, float]]:
-    """Return counts and largest differences by name of the output."""
     names: dict[str, dict[str, float]] = {}
     for name, folded, other, answers in outputs:
         sums = {
@@ -361,7 +357,6 @@ def _compared(outputs: Iterable[tuple[str, Tensor, Tensor, bool]]) -> dict[str, 
 
 
 def _add(total: dict[str, float], sums: Mapping[str, float]) -> None:
-    """Add counts to a total, and keep the largest difference and the largest output."""
     for key, value in sums.items():
         before = total.get(key, 0)
         total[key] = before + value if key in ("n", "different") else max(value, before)  # first a float

@@ -115,15 +115,11 @@ def _evaluations(job: EvaluationJob[Any]) -> list[Training]:
 
 
 def _place(folder: Path, part: int, parts: int) -> Path:
-    """Return the folder with the lock of a part."""
     return folder / PARTS / f"{part}-of-{parts}"
 
 
 def _wait(folder: Path, parts: int, owing: Callable[[], list[int]], what: str) -> None:
-    """Wait until no part owes anything, and name those that do not run.
-
-    owing: returns the number of a part for each thing that is missing. Raises UserError where no part of them ran for ABSENT_S.
-    """
+    """Wait until no part owes anything. owing: returns the number of a part for each thing that is missing."""
     shown, seen = None, time.monotonic()
     while owed := owing():
         absent = [part for part in sorted(set(owed)) if not is_locked(_place(folder, part, parts))]

@@ -40,7 +40,6 @@ def weight_changes(adapted: nn.Module, merged: nn.Module) -> list[dict[str, Any]
 
 
 def _line(name: str, weight: Tensor, values: Tensor) -> dict[str, Any]:
-    """Return the line of a matrix from the singular values of its change."""
     norm = float(values.square().sum().sqrt())
     stable = float((values / values.max()).square().sum()) if norm else 0.0
     return {"weight": name, "norm": float(weight.float().norm()), "change": norm, "stable_rank": stable}

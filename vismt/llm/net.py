@@ -318,7 +318,6 @@ def blocks(lm: nn.Module) -> nn.ModuleList:
 
 @contextmanager
 def _forward_replaced(replaced: Iterable[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Within the block, `forward` takes the place of the modules' own."""
     modules = list(replaced)
     own = [vars(module).get("forward") for module in modules]  # of an instance, as hooks of other libraries set one
     for module in modules:

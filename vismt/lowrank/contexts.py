@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
@@ -35,6 +35,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+class Repeatable:
+    """Enters the contexts that `make` returns; unlike most contexts it may be entered more than once."""
+
+    def __init__(self, make: Callable[[], Iterable[AbstractContextManager]]) -> None:
+        self.make = make
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as entered:  # left again where one of them fails
+            for context in self.make():
+                entered.enter_context(context)
+            self._entered.append(entered.pop_all())
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.pop().close()
 
 
 def each(work: Callable[[T], R], items: Sequence[T]) -> list[R]:

@@ -5,8 +5,8 @@
 Q_B holds the left singular vectors of [D_1 ... D_T] and Q_A the right ones of [D_1; ...; D_T]. They follow from the D_t alone,
 not from how these are factored (the core space of Panariello et al., arXiv 2509.17786, takes the singular vectors of the stacked
 factors, which do), and inner products of the D_t are those of the M_t. p and q are at most the sum of the ranks, and no (o, i)
-matrix is formed. Each rule is a function of the cores and returns an update of rank at most min(p, q), KnOTS and RegMean of
-rank at most p:
+matrix is formed; RegMean alone works with (i, i) matrices, the covariances. Each rule is a function of the cores and returns an
+update of rank at most min(p, q), KnOTS and RegMean of rank at most p:
 
     core_ties   TIES (Yadav et al., arXiv 2306.01708) on M_t: of each task the share `keep` of the largest entries is kept; the
                 sign of their sum is elected, and the entries of that sign are averaged

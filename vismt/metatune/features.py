@@ -168,7 +168,6 @@ class _Table:
 
 
 def _stored_rows(path: Path, device: torch.device) -> dict[int, Tensor]:
-    """Return the features of a file by row."""
     stored = read_stored(path)
     return {} if stored is None else dict(zip(stored["rows"].tolist(), stored["features"].to(device).unbind()))
 

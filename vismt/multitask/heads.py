@@ -246,7 +246,6 @@ def make_pooled_head(widths: Sequence[int], channels: int, *, seed: int = 0) -> 
 
 
 def _initialised(head: Callable[..., HeadType], widths: Sequence[int], channels: int, seed: int) -> HeadType:
-    """Construct a head with start values drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return head(widths, channels)

@@ -76,7 +76,6 @@ def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
 def _at_own_scale(
     net: DenseNet, tasks: Mapping[str, Task], images: Tensor, overlap: float, flip: bool
 ) -> dict[str, Tensor]:
-    """Return the predictions for images at their own scale."""
     size = net.backbone.img_size
     height, width = images.shape[-2:]
     below, right = max(0, size[0] - height), max(0, size[1] - width)

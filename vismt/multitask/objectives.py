@@ -182,24 +182,20 @@ class UnionObjective(TaskObjective):
     def outputs(self, images: Tensor, labels: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (b, C), the loss of each image (b,), and whether it is classified correctly (b,)."""
         logits = self.net(images).float()
-        return logits, *self._per_sample(logits, labels, tasks)
-
-    def _by_task(self, entropies: Tensor, tasks: Tensor) -> dict[str, Tensor]:
-        """Return the mean cross-entropy of every task with a sample. entropies, tasks: (b,)."""
-        present = {name: entropies[tasks == number] for number, name in enumerate(self.union.tasks)}
-        return {name: values.mean() for name, values in present.items() if len(values)}
-
-    def _per_sample(self, logits: Tensor, labels: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy of each sample (b,), and whether it is classified correctly (b,)."""
         if self.head == "union":
-            return self.class_loss.entropies(logits, labels, self.label_smoothing), logits.argmax(1) == labels
+            return logits, self.class_loss.entropies(logits, labels, self.label_smoothing), logits.argmax(1) == labels
         entropies, correct = torch.zeros_like(logits[:, 0]), torch.zeros_like(labels, dtype=torch.bool)
         for number in range(len(self.union.tasks)):
             rows, span = tasks == number, self.union.span(number)
             task_logits, truth = logits[rows, span], labels[rows] - span.start
             entropies[rows] = self.task_losses[number].entropies(task_logits, truth, self.label_smoothing)
             correct[rows] = task_logits.argmax(1) == truth
-        return entropies, correct
+        return logits, entropies, correct
+
+    def _by_task(self, entropies: Tensor, tasks: Tensor) -> dict[str, Tensor]:
+        """Return the mean cross-entropy of every task with a sample. entropies, tasks: (b,)."""
+        present = {name: entropies[tasks == number] for number, name in enumerate(self.union.tasks)}
+        return {name: values.mean() for name, values in present.items() if len(values)}
 
 
 class VariationalUnionObjective(UnionObjective):

@@ -74,21 +74,18 @@ def seeds_figure(panels: Sequence[SeedsPanel], arms: Sequence[str], path: Path) 
 
 def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
     table = panel.values
-    seeds = list(dict.fromkeys(seed for _, seed in table))
+    seeds, colors = list(dict.fromkeys(seed for _, seed in table)), [color_of(arm, arms) for arm in arms]
     for place, seed in enumerate(seeds):
         shift = 0.3 * ((place + 0.5) / len(seeds) - 0.5)  # so that equal dots do not hide one another
         values = [table.get((arm, seed), math.nan) for arm in arms]
         at = [number + shift for number in range(len(arms))]
         axes.plot(at, values, color=MUTED, alpha=0.45, linewidth=0.8, zorder=1)
-        axes.scatter(
-            at, values, color=[color_of(arm, arms) for arm in arms], s=16, zorder=3, edgecolor="white", linewidth=0.5
-        )
-    for number, arm in enumerate(arms):
+        axes.scatter(at, values, color=colors, s=16, zorder=3, edgecolor="white", linewidth=0.5)
+    for number, (arm, color) in enumerate(zip(arms, colors, strict=True)):
         of_arm = [value for (name, _), value in table.items() if name == arm]
         if of_arm:
             mean = math.fsum(of_arm) / len(of_arm)
-            ends, color = [number - 0.32, number + 0.32], color_of(arm, arms)
-            axes.plot(ends, [mean] * 2, color=color, linewidth=2.4, alpha=0.75, zorder=2)
+            axes.plot([number - 0.32, number + 0.32], [mean] * 2, color=color, linewidth=2.4, alpha=0.75, zorder=2)
             axes.annotate(
                 typographic(format(mean, ".1f" if panel.scale == SHARE else ".3g")),
                 (number, 1),

@@ -41,7 +41,7 @@ class Evidence:
 
     Args:
         study: name of the study.
-        page: of the study in docs/results, where its name differs.
+        page: of the study in docs/, where it is not results/STUDY.
         config: name of the configuration of a study that has no page yet.
         task: of the row, as data, protocol, condition, metric, arm and minus; null where the others name the row.
         above: line that the effect has to exceed.
@@ -92,9 +92,9 @@ class Evidence:
             line, size = self.above or 0.0, self.claimed
         beyond = ends[0] > line
         reaches = ends[1] > line if size is None else ends[1] >= size
-        return {(True, True): HOLDS, (True, False): WEAKER, (False, True): UNDECIDED, (False, False): FAILS}[
-            beyond, reaches
-        ]
+        if beyond:
+            return HOLDS if reaches else WEAKER
+        return UNDECIDED if reaches else FAILS
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from vismt.uncertainty.intervals import (
     estimate,
     interval_of,
     student_quantile,
+    with_least_error,
     without_seeds_kind,
 )
 
@@ -76,7 +77,8 @@ class Evidence:
         values = self._of(row)
         covers = without_seeds_kind(row.interval)
         if values is not None and len(values) > 1:
-            return estimate(list(values.values()), parts=row.parts, covers=covers)
+            found = estimate(list(values.values()), parts=row.parts, covers=covers)
+            return with_least_error(found, row.scale, len(values))
         return Estimate(row.value, (over_examples_alone(row, self._trainings.get(row.key, {}).values()),), covers)
 
     def difference(self, first: Sequence[Result], second: Sequence[Result]) -> Estimate | None:
@@ -91,7 +93,8 @@ class Evidence:
             if left_of.keys() != right_of.keys() or len(left_of) < 2 or a.parts != b.parts:
                 return None
             steps = [value - right_of[name] for name, value in left_of.items()]
-            differences.append(estimate(steps, parts=a.parts, covers=without_seeds_kind(a.interval)))
+            found = estimate(steps, parts=a.parts, covers=without_seeds_kind(a.interval))
+            differences.append(with_least_error(found, a.scale, len(steps)))
         left, right = self.seeds(first), self.seeds(second)
         if left.keys() == right.keys():
             return average_of(differences).with_seeds([left[seed] - right[seed] for seed in left])
@@ -194,10 +197,8 @@ def compare(
     evidence = Evidence(results, values)
     comparisons: list[Comparison] = []
     for _, table in groupby(sorted(rows, key=order), key=block):
-        groups = [
-            sorted(group, key=lambda row: row.arm != FROZEN)
-            for _, group in groupby(table, key=lambda row: (row.data, row.condition))
-        ]
+        by_place = groupby(table, key=lambda row: (row.data, row.condition))
+        groups = [sorted(group, key=lambda row: row.arm != FROZEN) for _, group in by_place]
         columns: list[tuple[str, Sequence[Result], Sequence[Sequence[Result]]]]
         columns = [(group[0].data, group, [[row] for row in group]) for group in groups]
         if all(group[0].data != AVERAGE for group in groups):

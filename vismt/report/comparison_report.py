@@ -47,9 +47,8 @@ def join(folders: Sequence[Path], arms: Sequence[str] = ()) -> Joined:
     Raises UserError for fewer than two folders, a folder twice or without results, and an arm that no run has.
     """
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
-        raise UserError(
-            f"compare: {', '.join(map(str, folders)) or 'nothing'}; name two or more run folders, each once."
-        )
+        given = ", ".join(map(str, folders)) or "nothing"
+        raise UserError(f"compare: {given}; name two or more run folders, each once.")
     by_run = {folder: read_results(folder / RESULTS) for folder in folders}
     for folder, rows in by_run.items():
         if not folder.exists():

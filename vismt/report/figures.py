@@ -112,9 +112,8 @@ def _bars(axes: Axes, chosen: Mapping[str, Comparison], colors: Mapping[str, str
 
 def _heading(axes: Axes, chosen: Mapping[str, Comparison], condition: str) -> None:
     row = next(iter(chosen.values())).row
-    counts = sorted(
-        {cell.n for name, c in chosen.items() if name != AVERAGE or len(chosen) == 1 for cell in c.cells.values()}
-    )
+    counted = [c for name, c in chosen.items() if name != AVERAGE or len(chosen) == 1]
+    counts = sorted({cell.n for c in counted for cell in c.cells.values()})
     several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     share = ", per cent" if row.scale == SHARE else ""
     title = condition[:1].upper() + condition[1:]
@@ -234,9 +233,8 @@ def certified_figure(comparisons: Sequence[Comparison], path: Path) -> Path:
             values = [100 * value for value, _, _ in line.values()]
             widths = [[100 * (value - low) for value, low, _ in line.values()]]
             widths += [[100 * (high - value) for value, _, high in line.values()]]
-            axes.errorbar(
-                list(line), values, widths, color=color, marker="o", ls="-" if proved else DASHES, markersize=3.2
-            )
+            style = "-" if proved else DASHES
+            axes.errorbar(list(line), values, widths, color=color, marker="o", ls=style, markersize=3.2)
             if proved:
                 axes.fill_between(list(line), values, color=color, alpha=0.15, linewidth=0)
         dress(axes, short(arm, 26), grid="y")

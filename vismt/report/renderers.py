@@ -124,12 +124,8 @@ def render_markdown(report: Report, folder: Path) -> str:
     if report.answer:
         lines += [_markdown_text(report.answer), ""]
     for key in report.keys:
-        lines += [
-            "; ".join(f"{_markdown_text(arm)} **{_markdown_text(text)}**" for arm, text in key.numbers),
-            "",
-            _markdown_text(key.about),
-            "",
-        ]
+        numbers = "; ".join(f"{_markdown_text(arm)} **{_markdown_text(text)}**" for arm, text in key.numbers)
+        lines += [numbers, "", _markdown_text(key.about), ""]
     if report.models:
         lines += ["## Models", "", *_markdown_list(report.models)]
     for section in report.sections:
@@ -163,9 +159,8 @@ def _html_part(table: Table) -> str:
     for column in range(len(table.heads)):
         words = "text long" if is_long(table, column) else "text"
         kinds.append(words if is_text(table, column) else "number")
-    heads = "".join(
-        f'<th class="{kind}">{_breakable(head)}</th>' for kind, head in zip(kinds, table.heads, strict=True)
-    )
+    columns = zip(kinds, table.heads, strict=True)
+    heads = "".join(f'<th class="{kind}">{_breakable(head)}</th>' for kind, head in columns)
     rows = []
     for number, row in enumerate(table.rows):
         again = table.texts > 1 and number > 0 and table.rows[number - 1][0] == row[0]
@@ -219,15 +214,10 @@ def _markdown_part(table: Table) -> list[str]:
         return "| " + " | ".join(texts) + " |"
 
     rules = ["---" if i < table.texts else "---:" for i in range(len(table.heads))]
-    rows = [
-        line(
-            [
-                f"**{_markdown_text(text)}**" if (number, i) in table.best else _markdown_text(text)
-                for i, text in enumerate(row)
-            ]
-        )
-        for number, row in enumerate(table.rows)
-    ]
+    rows = []
+    for number, row in enumerate(table.rows):
+        bold = ["**" if (number, i) in table.best else "" for i in range(len(row))]
+        rows.append(line([f"{mark}{_markdown_text(text)}{mark}" for mark, text in zip(bold, row, strict=True)]))
     return [line([_markdown_text(head) for head in table.heads]), line(rules), *rows]
 
 
@@ -262,9 +252,8 @@ def _latex_table(table: Table, note: str) -> str:
                 cells[0] = ""
             else:
                 rows.append(r"    \midrule")
-        rows.append(
-            line([rf"\textbf{{{cell}}}" if (number, i) in table.best else cell for i, cell in enumerate(cells)])
-        )
+        shown = [rf"\textbf{{{cell}}}" if (number, i) in table.best else cell for i, cell in enumerate(cells)]
+        rows.append(line(shown))
     kinds = "l" * table.texts + "r" * (len(table.heads) - table.texts)
     return "\n".join(
         [

@@ -166,18 +166,12 @@ def write_values(folder: Path, rows: Sequence[tuple[Result, Measure]]) -> None:
         known = {line[EXAMPLE]: line for line in read_lines(path, (EXAMPLE,), whole=True)}
         if list(known) != names:
             known = {}
+        lines = []
+        for name in names:
+            fresh = {label: values[name] for label, values in by_condition.items() if name in values}
+            lines.append({EXAMPLE: name, **known.get(name, {}), **fresh})
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_lines(
-            path,
-            [
-                {
-                    EXAMPLE: name,
-                    **known.get(name, {}),
-                    **{label: values[name] for label, values in by_condition.items() if name in values},
-                }
-                for name in names
-            ],
-        )
+        write_lines(path, lines)
 
 
 class ValuesByExample:
@@ -190,9 +184,8 @@ class ValuesByExample:
     def of(self, result: Result) -> dict[str, float] | None:
         """Return a row's values by example; None unless the records reproduce its value and n."""
         if result.stem not in self._lines:
-            self._lines[result.stem] = read_lines(
-                self.folder / RECORDS / f"{result.stem}.jsonl", (EXAMPLE,), whole=True
-            )
+            path = self.folder / RECORDS / f"{result.stem}.jsonl"
+            self._lines[result.stem] = read_lines(path, (EXAMPLE,), whole=True)
         lines = self._lines[result.stem]
         values = {line[EXAMPLE]: line[result.condition] for line in lines if result.condition in line}
         if len(values) != result.n or not all(isinstance(value, int | float) for value in values.values()):

@@ -7,17 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vismt.report.panels import read_panel
-from vismt.report.plotting import (
-    MUTED,
-    axes_at,
-    color_of,
-    legend,
-    legend_rows,
-    new_figure,
-    save,
-    show_image,
-    write,
-)
+from vismt.report.plotting import MUTED, axes_at, color_of, legend, legend_rows, new_figure, save, show_image, write
 from vismt.report.tables import Picture
 
 ROUTERS = "routers"  # the folder of the files

@@ -161,7 +161,6 @@ def _arm_score(data: str, rows: Sequence[Result], others: Sequence[Result], name
 
 
 def _bars(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
-    """Draw bars by set for every metric of a task."""
     arms = list(dict.fromkeys(arm for c in comparisons for arm in c.cells))
     shown = split_corruptions(comparisons)[0]
     tasks = {c.row.task for c in shown}
@@ -269,7 +268,6 @@ def _by_seed(scores: Sequence[ArmScore], baselines: Mapping[str, str]) -> list[t
 
 
 def _over_seeds(values: Sequence[float], scale: str, sign: bool = False) -> str:
-    """Return the mean of one value for each seed, with its interval."""
     mean, half = mean_interval(values)
     return interval_text(mean, mean - half, mean + half, scale, sign)
 

@@ -7,7 +7,6 @@ compares a run with them.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,7 +17,7 @@ from typing import Any
 from vismt.base.errors import UserError, near
 from vismt.config.sections import RESOLVED, read_yaml
 from vismt.config.typed import build
-from vismt.report.comparison import AVERAGE, Evidence, block, over_examples_alone
+from vismt.report.comparison import AVERAGE, Evidence, block
 from vismt.report.results import FACTS, RESULTS, Result, ValuesByExample, fault_of, read_results
 from vismt.report.trainings import training_cost
 from vismt.report.weight_changes import CHANGE, Lines, by_depth, measures, of_blocks, read_changes
@@ -186,6 +185,7 @@ def _changes(
                 values = {seed: value - others[seed] for seed, value in values.items() if seed in others}
             if len(values) < 2:
                 continue
+            found = Estimate(fmean(values.values()), (), "seeds").with_seeds(list(values.values()))
             row = StudyRow(
                 task="update",
                 data=data,
@@ -199,16 +199,15 @@ def _changes(
                 condition="clean",
                 arm=first,
                 seed=None,
-                value=fmean(values.values()),
-                low=0.0,
-                high=0.0,
+                value=found.mean,
+                low=found.bounds[0],
+                high=found.bounds[1],
                 n=counts.get(data, len(lines)),
                 config_hash=config_hash,
                 interval="seeds",
                 minus=second,
             )
-            found = Estimate(row.value, (), "seeds").with_seeds(list(values.values()))
-            yield replace(row, low=found.bounds[0], high=found.bounds[1])
+            yield row
             for seed, value in () if second else values.items():
                 yield replace(row, seed=seed, value=value, low=value, high=value)
 
@@ -243,14 +242,8 @@ def _derived(results: Sequence[Result], pairs: Sequence[tuple[str, str]], eviden
 
 
 def _row(found: Estimate, bounds: tuple[float, float], *arms: Sequence[Result], **changes: Any) -> StudyRow:
-    """Return the row of an estimate from the rows of one arm, or of two.
-
-    Values that are all the same have no spread, but are not certain: their variance follows from the intervals of the rows.
-    """
+    """Return the row of an estimate from the rows of one arm, or of two."""
     error, freedom = found.sources[0]
-    if error == 0:
-        alone = [over_examples_alone(row, ()) for rows in arms for row in rows]
-        error = math.fsum(variance for variance, _ in alone) / len(arms[0]) ** 2
     changes |= {"value": found.mean, "low": bounds[0], "high": bounds[1], "interval": found.covers}
     changes |= {"n": sum(row.n for row in arms[0]), "variance": error, "freedom": min(freedom, KNOWN)}
     return StudyRow(**{**asdict(arms[0][0]), **changes})

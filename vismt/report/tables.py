@@ -118,8 +118,7 @@ def difference_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, st
         bases = {c.row.task: c.base for c in group}
         names = ", ".join(set(bases.values()) if len(set(bases.values())) == 1 else map(": ".join, bases.items()))
         title = f"Difference to {names}: {_title(group, comparisons)}"
-        note = f"[ ]: {kinds_text(group)}, on the same examples."
-        note += _over_domains(group, differences=True)
+        note = f"[ ]: {kinds_text(group)}, on the same examples.{_over_domains(group, differences=True)}"
         tables.append((_arms_down(title, group, differences=True), note))
     return tables
 
@@ -143,13 +142,9 @@ def strongest_attack(comparisons: Sequence[Comparison]) -> str:
     attacks = [c for c in comparisons if c.row.kind == "attack"]
     if not attacks:
         return ""
-    column = (attacks[0].block, attacks[0].data)
+    column = [c for c in attacks if (c.block, c.data) == (attacks[0].block, attacks[0].data)]
     sign = -1 if attacks[0].row.better == LOWER else 1
-    left = {
-        c.condition: max(sign * cell.value for cell in c.cells.values())
-        for c in reversed(attacks)
-        if (c.block, c.data) == column
-    }
+    left = {c.condition: max(sign * cell.value for cell in c.cells.values()) for c in reversed(column)}
     return min(left, key=left.__getitem__)
 
 
@@ -160,7 +155,6 @@ def paper_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, str]]:
 
 
 def _note(group: Sequence[Comparison]) -> str:
-    """Return what the intervals of a table of results cover."""
     return f"± and [ ]: {kinds_text(group)}.{_over_domains(group)}"
 
 
@@ -287,9 +281,8 @@ def _heads(
     heads = []
     for of_column, name, count in zip(columns, names, counts, strict=True):
         unpaired = any(not c.paired and len(c.cells) > 1 for c in of_column)
-        heads.append(
-            name + ("" if same else f", n = {count}") + (" (unpaired)" if unpaired and not differences else "")
-        )
+        mark = " (unpaired)" if unpaired and not differences else ""
+        heads.append(name + ("" if same else f", n = {count}") + mark)
     return heads, same
 
 

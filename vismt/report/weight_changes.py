@@ -10,17 +10,7 @@ from typing import Any
 
 from vismt.engine.study import chosen_trainings
 from vismt.engine.training_files import CHANGES
-from vismt.report.plotting import (
-    MUTED,
-    axes_at,
-    color_of,
-    dress,
-    legend,
-    legend_rows,
-    new_figure,
-    save,
-    short,
-)
+from vismt.report.plotting import MUTED, axes_at, color_of, dress, legend, legend_rows, new_figure, save, short
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.lines import read_lines
 
@@ -84,9 +74,9 @@ def changes_section(folder: Path, arms: Sequence[str]) -> Section:
     rows = []
     for arm, trainings in changes.items():
         numbers = [measures(lines) for lines in trainings.values()]
-        means = [fmean(of[name] for of in numbers) if name in numbers[0] else None for name in (CHANGE, STABLE, SKEW)]
+        columns = [[of[name] for of in numbers if name in of] for name in (CHANGE, STABLE, SKEW)]
         count = len(next(iter(trainings.values())))
-        rows.append([arm, str(len(trainings)), str(count), *("–" if mean is None else f"{mean:.3g}" for mean in means)])
+        rows.append([arm, str(len(trainings)), str(count), *(f"{fmean(of):.3g}" if of else "–" for of in columns)])
     heads = ["Arm", "trainings", "matrices", CHANGE, STABLE, SKEW]
     depths = {arm: [by_depth(lines) for lines in trainings.values()] for arm, trainings in changes.items()}
     drawn = {

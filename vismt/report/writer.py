@@ -148,9 +148,8 @@ def answer(comparisons: Sequence[Comparison]) -> str:
     elif attacked and metric == "accuracy":
         text = f"{arm} withstands {size} points {'more' if better else 'less'} than {c.base}{under} {ends}"
     else:
-        text = (
-            f"{arm} {'improves on' if better else 'falls behind'} {c.base} by {size} {unit} in {metric}{under} {ends}"
-        )
+        verb = "improves on" if better else "falls behind"
+        text = f"{arm} {verb} {c.base} by {size} {unit} in {metric}{under} {ends}"
     clean = keys[1] if attacked and len(keys) > 1 and arm in keys[1].differences else None
     if clean is not None:
         gains, size, ends = _change(clean, arm)
@@ -215,7 +214,6 @@ def headline(comparisons: Sequence[Comparison]) -> str:
 
 
 def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what a reader needs to judge and repeat the numbers."""
     versions = "  ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items())
     ends = (str(about[name]) for name in ("started", "finished") if about.get(name))
     pairs = [
@@ -261,12 +259,10 @@ def _citation(source: str, comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _sentence(c: Comparison, where: str, with_task: bool) -> str:
-    """Return the numbers of all arms under one condition as a sentence."""
     row = c.row
     percent = " %" if row.scale == SHARE else ""
-    values = [
-        f"{arm} {interval_text(cell.value, cell.low, cell.high, row.scale)}{percent}" for arm, cell in c.cells.items()
-    ]
+    numbers = {arm: interval_text(cell.value, cell.low, cell.high, row.scale) for arm, cell in c.cells.items()}
+    values = [f"{arm} {number}{percent}" for arm, number in numbers.items()]
     differences = [f"{arm} − {c.base} {difference_text(c, arm)}" for arm in c.differences]
     paired = f"; paired differences {', '.join(differences)}" if differences else ""
     task = f"{row.task}, " if with_task else ""

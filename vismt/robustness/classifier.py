@@ -8,6 +8,7 @@ its order. Weights are kept under the cache folder.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from vismt.backbones.any_module import UNKNOWN
 from vismt.backbones.pyramid import size_of
-from vismt.backbones.timm_models import timm_model
+from vismt.backbones.timm_models import check_stages, forward_runs, runs_at, timm_model
 from vismt.backbones.weights import read_checkpoint
 from vismt.base.errors import UserError, near, require_known
 from vismt.base.registry import first_line, import_own, working_folder_on_path
@@ -97,8 +98,10 @@ def load_classifier(
         about = {**about, "model_args": {**about.get("model_args", {}), **asked}}
         net = _from_file(path, about, architecture, num_classes)
     else:
-        name = str(name_or_checkpoint)
-        net = _create(name, num_classes, pretrained, **asked)
+        architecture = str(name_or_checkpoint)
+        net = _create(architecture, num_classes, pretrained, **asked)
+    if img_size:
+        check_stages((img_size, img_size), str(name_or_checkpoint), partial(runs_at, architecture or ""))
     stock: Any = net.pretrained_cfg
     config = {**stock, **about.get("pretrained_cfg", {})}
     pixels = (img_size, img_size) if img_size else config["input_size"][-2:]
@@ -138,6 +141,8 @@ def classifier_of(model: nn.Module, img_size: int | None = None) -> PixelClassif
         return model
     size = img_size or size_of(model)[-1]
     settings = getattr(model, "pretrained_cfg", None) or {}
+    if "input_size" in settings and size_of(model) != (size, size):
+        check_stages((size, size), type(model).__name__, partial(_takes, model), size_of(model))
     mean, std = (settings.get(name, values) for name, values in zip(("mean", "std"), UNKNOWN))
     classes = getattr(model, "num_classes", None)
     if not isinstance(classes, int):
@@ -150,6 +155,13 @@ def classifier_of(model: nn.Module, img_size: int | None = None) -> PixelClassif
             f"model: {type(model).__name__} gives no class scores; need a module from images in [0, 1] to logits (b, classes)."
         )
     return PixelClassifier(model, (size, size), mean, std, num_classes=classes)
+
+
+@torch.no_grad()
+def _takes(model: nn.Module, size: tuple[int, int]) -> bool:
+    """Return whether a model runs on an image (1, 3, h, w) as it is."""
+    weight = next(model.parameters())
+    return forward_runs(lambda: model(weight.new_zeros(1, 3, *size)))
 
 
 def _create(name: str, num_classes: int | None, pretrained: bool, **options: Any) -> nn.Module:
@@ -227,10 +239,8 @@ def classifier_from_function(name: str) -> tuple[nn.Module, int]:
         module = import_own(module_name, f"model '{name}'")
         function = getattr(module, function_name, None)
         if not hasattr(module, function_name):
-            public = [key for key in vars(module) if not key.startswith("_")]
-            raise UserError(
-                f"model '{name}': module '{module_name}' has no '{function_name}'.{near(function_name, public)}"
-            )
+            hint = near(function_name, [key for key in vars(module) if not key.startswith("_")])
+            raise UserError(f"model '{name}': module '{module_name}' has no '{function_name}'.{hint}")
         if not callable(function):
             raise UserError(f"model '{name}': '{function_name}' is {type(function).__name__}, not a function.")
         try:
@@ -281,9 +291,7 @@ def load_robustbench(name: str) -> tuple[nn.Module, int, int]:
             f"model '{name}': the package robustbench is not installed: pip install "
             "git+https://github.com/RobustBench/robustbench.git"
         ) from error
-    zoo = {
-        _text(key): {_text(kind): list(models) for kind, models in kinds.items()} for key, kinds in model_dicts.items()
-    }
+    zoo = {_text(key): {_text(kind): list(nets) for kind, nets in kinds.items()} for key, kinds in model_dicts.items()}
     for what, value, known in (
         ("data set", dataset, zoo),
         ("threat", threat, zoo.get(dataset, {})),

@@ -184,15 +184,11 @@ def conditions(
 
 
 def few_shot_conditions(
-    attacks: Sequence[AttackConfig],
-    corruptions: Sequence[CorruptionConfig],
-    source: Callable[[str], TransferSource],
+    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], source: Callable[[str], TransferSource]
 ) -> list[Perturbation]:
     """Return the same, also of attacks on another model; source: returns that model by name."""
     names = dict.fromkeys(attack.source for attack in attacks if attack.source is not None)
-    sources = {
-        name: source(name) for name in names
-    }  # shared, so that an episode's classifier is built once for all attacks
+    sources = {name: source(name) for name in names}  # shared: an episode's classifier is built once for all attacks
     of_attacks = [
         attack.spec() if attack.source is None else Transfer(attack.spec(), sources[attack.source])
         for attack in attacks
@@ -211,9 +207,7 @@ def check_conditions(
         _refuse_sources(attacks)
     for attack in attacks:
         attack.spec().check_classes(ways)
-    labels = [
-        f"{attack.spec().label} from {attack.source}" if attack.source else attack.spec().label for attack in attacks
-    ]
+    labels = [attack.spec().label + (f" from {attack.source}" if attack.source else "") for attack in attacks]
     _check_labels([*labels, *(spec.label for spec in _specs(corruptions))])
 
 

@@ -92,10 +92,9 @@ def _corrupt(images: Tensor, spec: CorruptionSpec, keys: Sequence[tuple[int, int
     name = spec.name
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise UserError(f"corruption {name}: images {tuple(images.shape)}: need (b, 3, h, w).")
-    if not (float(images.min()) >= 0 and float(images.max()) <= 1):
-        raise UserError(
-            f"corruption {name}: pixels {float(images.min()):.4g} to {float(images.max()):.4g}, need [0, 1]."
-        )
+    least, most = float(images.min()), float(images.max())
+    if not (least >= 0 and most <= 1):
+        raise UserError(f"corruption {name}: pixels {least:.4g} to {most:.4g}, need [0, 1].")
     scale = min(images.shape[-2:]) / 224
     arrays = images.detach().cpu().double().permute(0, 2, 3, 1).numpy()
     changed = [
@@ -268,12 +267,8 @@ def elastic_transform(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.n
     # Rows of `back` take a point of the moved image to the original: moved @ back = corners.
     back = np.linalg.solve(lifted, corners) if abs(np.linalg.det(lifted)) > 1e-6 else np.eye(3)[:, :2]
     drift = rng.uniform(-1, 1, (2, height, width))
-    drift = (
-        scipy.ndimage.gaussian_filter(drift, (0, sigma * unit, sigma * unit), mode="reflect", truncate=3)
-        * strength
-        * unit
-    )
-    points = np.stack(np.mgrid[:height, :width] + drift, axis=-1)
+    drift = scipy.ndimage.gaussian_filter(drift, (0, sigma * unit, sigma * unit), mode="reflect", truncate=3)
+    points = np.stack(np.mgrid[:height, :width] + drift * strength * unit, axis=-1)
     source = np.moveaxis(points @ back[:2] + back[2], -1, 0)
     channels = [scipy.ndimage.map_coordinates(x[..., c], source, order=1, mode="mirror") for c in range(3)]
     return np.stack(channels, axis=-1)
@@ -298,26 +293,12 @@ def jpeg_compression(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.nd
     return np.asarray(Image.open(file, formats=["JPEG"])) / 255
 
 
-CORRUPTIONS: dict[str, Corruption] = {
-    function.__name__: function
-    for function in (
-        gaussian_noise,
-        shot_noise,
-        impulse_noise,
-        defocus_blur,
-        glass_blur,
-        motion_blur,
-        zoom_blur,
-        snow,
-        frost,
-        fog,
-        brightness,
-        contrast,
-        elastic_transform,
-        pixelate,
-        jpeg_compression,
-    )
-}
+# The paper's four groups.
+NOISE: tuple[Corruption, ...] = (gaussian_noise, shot_noise, impulse_noise)
+BLUR: tuple[Corruption, ...] = (defocus_blur, glass_blur, motion_blur, zoom_blur)
+WEATHER: tuple[Corruption, ...] = (snow, frost, fog, brightness)
+DIGITAL: tuple[Corruption, ...] = (contrast, elastic_transform, pixelate, jpeg_compression)
+CORRUPTIONS = {function.__name__: function for function in (*NOISE, *BLUR, *WEATHER, *DIGITAL)}
 
 # Corruptions after which the content of a pixel is elsewhere. At 224 px, severities 1 to 5, elastic_transform moves it by 19.2,
 # 40.5, 4.0, 4.2 and 4.6 px in the mean of 100 draws. Blurs keep the sharp image as a part, with its labels; the mean place of

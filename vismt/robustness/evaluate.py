@@ -209,7 +209,6 @@ class _Questions:
         return fields
 
     def records(self, model: nn.Module, images: Tensor, labels: Tensor, ids: Sequence[str], number: int) -> list[dict]:
-        """Return the records of batch `number`."""
         classes = self.num_classes
 
         def with_sets(name: str, logits: Tensor) -> dict[str, list]:
@@ -264,9 +263,7 @@ def accuracies(
         answers = [row[label] for label in (*labels, *(["clean"] if strict else []))]
         return float(all(answer == row["label"] for answer in answers))
 
-    return [
-        (condition, {row["id"]: right(row, labels, strict) for row in rows}) for condition, strict, labels in conditions
-    ]
+    return [(at, {row["id"]: right(row, labels, strict) for row in rows}) for at, strict, labels in conditions]
 
 
 def certified_accuracies(rows: Sequence[Mapping], smoothing: Smoothing) -> list[tuple[Condition, dict[str, float]]]:
@@ -278,10 +275,7 @@ def certified_accuracies(rows: Sequence[Mapping], smoothing: Smoothing) -> list[
     def certified(row: Mapping, radius: float | None) -> float:
         return float(row[smoothing.label] == row["label"] and row[f"{smoothing.label} radius"] >= (radius or 0.0))
 
-    return [
-        (condition, {row["id"]: certified(row, condition.level) for row in rows})
-        for condition in smoothing.conditions()
-    ]
+    return [(at, {row["id"]: certified(row, at.level) for row in rows}) for at in smoothing.conditions()]
 
 
 def _check_batch(images: Tensor, labels: Tensor, ids: Sequence[str], num_classes: int) -> None:

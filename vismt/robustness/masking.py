@@ -150,16 +150,14 @@ def check_episodes(
     """
     spec = AttackSpec()
     attacks = {radius: replace(spec, epsilon=radius) for radius in sorted(set(radii) - {0.0} | {spec.epsilon})}
-    strong = _strong(spec)
+    strong, ways = _strong(spec), sampler.min_ways
     options = {"episodes": 10, **options, "attacks": [*attacks.values(), strong]}
     accuracies = run_protocol(proto, pixels, sampler, **options)
     curve = {0.0: accuracies["clean"]}
-    curve |= {
-        radius: accuracies[attack.describe(sampler.min_ways)] for radius, attack in attacks.items() if radius in radii
-    }
+    curve |= {radius: accuracies[attack.describe(ways)] for radius, attack in attacks.items() if radius in radii}
     count = len(accuracies["clean"])
     chance = math.fsum(1 / sampler[index].ways for index in range(count)) / count
-    pgd, stronger = (accuracies[attack.describe(sampler.min_ways)] for attack in (attacks[spec.epsilon], strong))
+    pgd, stronger = (accuracies[attack.describe(ways)] for attack in (attacks[spec.epsilon], strong))
     gap = float((pgd - stronger).mean())
     return replace(judge_curve(curve, chance), reach=_reach(spec), gap=gap, gap_at=spec.epsilon)
 

@@ -7,8 +7,11 @@ FIRST draws choose the class c. Of n further draws k are answered c. With p the 
     p = Beta^-1(alpha; k, n - k + 1),    p > 1/2:  g is c within the l2 distance sigma Phi^-1(p) of x;    else g abstains.
 
 The certificate of an image fails with a probability of at most alpha. It is about g, in l2, at the size in pixels at which f
-gets its images, and says nothing about f itself. Few-shot: the support is not perturbed, and the prototypes and weights that
-follow from it are constants of f. Where no class has more than 40 % of the first draws, g abstains without the others.
+gets its images, and says nothing about f itself. Where no class has more than 40 % of the first draws, g abstains without the
+others. Few-shot: the support is not perturbed, and the prototypes and weights that follow from it are constants of f; the votes
+are over noisy predictions. Pautov et al. ("Smoothed Embeddings for Certified Few-Shot Learning", 2022, arXiv 2202.01186) smooth
+the embedding instead, h(x) = E phi(x + e) with |phi| = 1, and take their radius from its margin to the prototypes and its
+Lipschitz constant sqrt(2 / pi) / sigma.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -102,11 +103,9 @@ def make_room(path: Path, size: int, limit: int) -> None:
 
 
 def note_use(path: Path) -> None:
-    """Make a file the one used last, where its folder can be written."""
-    try:
-        path.touch()
-    except OSError:
-        return
+    """Make a file the one used last, where it is still there and can be written."""
+    with suppress(OSError):
+        os.utime(path)
 
 
 def note_no_room(folder: Path, what: str, error: Exception) -> None:

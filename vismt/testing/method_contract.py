@@ -171,10 +171,8 @@ def check_merge(case: Case) -> None:
 def check_unadapt(case: Case) -> None:
     """The update changes the function, and `unadapt` gives back every bit."""
     model, original = case.trained(), case.make()
-    _need(
-        not torch.equal(model(case.inputs()), original(case.inputs())),
-        "the trained update does not change the function",
-    )
+    same = torch.equal(model(case.inputs()), original(case.inputs()))
+    _need(not same, "the trained update does not change the function")
     vismt.unadapt(model)
     state, wanted = model.state_dict(), original.state_dict()
     _need(list(state) == list(wanted), "the state dict has other names after unadapt")
@@ -315,9 +313,7 @@ def applies(check: Check, method: Method, layout: str) -> bool:
 def _start_values(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of the tensors of all adapter layers, by name."""
     layers = adapter_layers(model).items()
-    return {
-        f"{path}.{name}": value.detach().clone() for path, layer in layers for name, value in layer.tensors().items()
-    }
+    return {f"{path}.{name}": v.detach().clone() for path, layer in layers for name, v in layer.tensors().items()}
 
 
 def _need(holds: bool, text: str) -> None:
@@ -326,6 +322,5 @@ def _need(holds: bool, text: str) -> None:
 
 
 def _need_near(what: str, seen: Any, wanted: Tensor, tolerance: float) -> None:
-    """Raise AssertionError where two tensors differ by more than `tolerance` anywhere."""
     difference = float((seen.detach() - wanted.detach()).abs().max())
     _need(difference <= tolerance, f"{what}: differs by {difference:.2g}; at most {tolerance:.2g} is allowed")

@@ -197,18 +197,25 @@ def over_domains(means: Sequence[float]) -> Estimate | None:
     return estimate(means, covers="domains") if len(means) >= FEWEST_DOMAINS else None
 
 
+def with_least_error(found: Estimate, scale: Scale, n: int) -> Estimate:
+    """Return an estimate over n examples; one of shares that are all 0 or all 1, or of their differences, gets Wilson's error.
+
+    Such values have no spread, but are not certain: another example differs from them with a probability of up to
+    3.84 / (n + 3.84), the end of Wilson's interval for 0 of n.
+    """
+    if scale != SHARE or found.variance > 0 or found.mean not in (-1.0, 0.0, 1.0):
+        return found
+    return replace(found, sources=(((wilson(0, n)[1] / student_quantile(0.975, math.inf)) ** 2, math.inf),))
+
+
 def interval_of(found: Estimate, scale: Scale, n: int) -> tuple[float, float]:
     """Return the 95 % interval of a score over n examples.
 
     That of a share ends at 0 and 1: the score is in [0, 1], so that cutting off the rest loses no coverage, while an interval on
-    a logit scale would fit no paired difference. Shares that are all 0 or all 1 have no spread, but are not certain: their
-    interval is Wilson's for n examples, 0 to 3.84 / (n + 3.84) for 0.
+    a logit scale would fit no paired difference.
     """
-    if scale != SHARE:
-        return found.bounds
-    if found.variance == 0 and found.mean in (0.0, 1.0):
-        return wilson(round(found.mean * n), n)
-    return max(0.0, found.bounds[0]), min(1.0, found.bounds[1])
+    low, high = with_least_error(found, scale, n).bounds
+    return (max(0.0, low), min(1.0, high)) if scale == SHARE else (low, high)
 
 
 def mean_interval(values: Tensor | Sequence[float]) -> tuple[float, float]:

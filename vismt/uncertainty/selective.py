@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.uncertainty.intervals import wilson
 
 
 def accepting_threshold(confidences: Tensor, share: float) -> float:
@@ -66,8 +67,13 @@ def risk_coverage_values(confidences: Tensor, wrong: Tensor) -> Tensor:
 def risk_coverage_interval(
     confidences: Tensor, wrong: Tensor, *, resamples: int = 500, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap's 95 % interval of the AURC over the examples. Arguments as in `risk_coverage_values`."""
-    n = len(confidences)
+    """Return the percentile bootstrap's 95 % interval of the AURC over the examples. Arguments as in `risk_coverage_values`.
+
+    Where all answers are wrong, or all right, no draw differs: the interval is then Wilson's for the errors.
+    """
+    n, errors = len(confidences), int(wrong.sum())
+    if errors in (0, n):
+        return wilson(errors, n)
     order = wrong.argsort(stable=True)  # the draws then do not depend on the order of the file
     order = order[confidences[order].argsort(descending=True, stable=True)]
     confidences, wrong = confidences[order], wrong[order]

@@ -26,7 +26,7 @@ def against_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> 
     """Yield what values and vocabularies show of another base, and fill the ratio of each row in."""
     yield from _same_base(facts, base, rows)
     yield from _saved(facts, base.facts)
-    yield from tokenizers(facts, base.facts, "the adapter", "the base")
+    yield from tokenizers(facts, base.facts, "the adapter")
 
 
 def _same_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> Iterable[Finding]:
@@ -104,28 +104,28 @@ def _saved(facts: Facts, base: Facts) -> Iterable[Finding]:
 
 
 # ---- tokenizers
-def tokenizers(one: Facts, other: Facts, name: str, than: str) -> Iterable[Finding]:
-    """Yield differences of the tokenizers and chat templates of two folders. name, than: of the two, in messages."""
+def tokenizers(one: Facts, base: Facts, name: str) -> Iterable[Finding]:
+    """Yield differences of the tokenizers and chat templates of a folder and of the base. name: of the first, in messages."""
     for file in ("tokenizer.json", "vocab.json", "chat_template.jinja"):
-        paths = [facts.folder / file for facts in (one, other)]
+        paths = [facts.folder / file for facts in (one, base)]
         if not all(path.is_file() for path in paths) or file_digest(paths[0]) == file_digest(paths[1]):
             continue
         if file == "chat_template.jinja":
-            text = f"the chat template of {name} differs from that of {than}"
+            text = f"the chat template of {name} differs from that of the base"
             yield Finding("note", "chat-template", text, "serve with the adapter's template")
             continue
         ours, theirs = map(_ids, paths)
         if ours is None or theirs is None:
-            text = f"'{file}' of {name} or of {than} cannot be read"
+            text = f"'{file}' of {name} or of the base cannot be read"
             yield Finding("suspicious", "tokenizer", text, "copy the tokenizer again")
             continue
         moved = sum(ours.get(token) != number for token, number in theirs.items())
         if moved > 0.01 * len(theirs):
-            text = f"'{file}' of {name}: {moved:,} of {len(theirs):,} tokens have another id than in {than}"
+            text = f"'{file}' of {name}: {moved:,} of {len(theirs):,} tokens have another id than in the base"
             yield Finding("broken", "tokenizer", text, "use the tokenizer of the base it was trained on")
         elif ours != theirs:
             added = len(ours.keys() - theirs.keys())
-            yield Finding("note", "tokenizer", f"'{file}' of {name} has {added} tokens that {than} has not")
+            yield Finding("note", "tokenizer", f"'{file}' of {name} has {added} tokens that the base has not")
 
 
 def _ids(path: Path) -> dict[str, int] | None:

@@ -63,7 +63,7 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
     yield from _updates(facts, base, merged, fits, another)
     yield from _rounding(fits)
     yield from _heads(facts, merged)
-    yield from tokenizers(merged.facts, base.facts, "the checkpoint", "the base")
+    yield from tokenizers(merged.facts, base.facts, "the checkpoint")
 
 
 def _updates(facts: Facts, base: Located, merged: Located, fits: Mapping[str, Fit], another: bool) -> Iterable[Finding]:

@@ -125,12 +125,11 @@ def read_facts(folder: str | Path, *, as_checkpoint: bool = False) -> Facts:
         except OSError as error:
             raise UserError(f"verify: '{path}' cannot be read ({error.strerror}).") from error
         facts.model_config = _json(facts, MODEL_CONFIG) if MODEL_CONFIG in facts.files else {}
-        weights = any(Path(name).suffix in (".safetensors", *LEGACY) for name in facts.files)
         if {CONFIG, TENSORS, LEGACY_TENSORS} & set(facts.files) and not as_checkpoint:
             _read_peft(facts)
         elif DESCRIPTION in facts.files and not as_checkpoint:
             _read_vismt(facts)
-        elif weights:
+        elif any(Path(name).suffix in (".safetensors", *LEGACY) for name in facts.files):
             facts.kind, facts.config, facts.stored = "checkpoint", facts.model_config, read_stored(path)
     if facts.kind == "checkpoint" and not facts.tensors and not facts.stored.reasons:
         facts.kind = "none"
@@ -191,10 +190,8 @@ def _read_settings(facts: Facts) -> None:
 
 def _scale_of_peft(settings: PeftSettings | None, module: ModuleFacts) -> None:
     factor = module.tensors.get("A") or module.tensors.get("embedding_A")
-    stacked = (
-        settings and names_stack(settings.target_parameters or [], module.key) and not settings.names(module.named)
-    )
-    if factor is not None and factor.shape and not stacked:
+    stack = settings and names_stack(settings.target_parameters or [], module.key) and not settings.names(module.named)
+    if factor is not None and factor.shape and not stack:
         module.rank = factor.shape[0]  # of experts in one parameter, whose number the file does not hold, it is e r
     if settings is not None:
         module.declared, scale = settings.scale(module.named)

@@ -162,14 +162,7 @@ def _chunks(W: Tensor) -> list[slice]:
 
 
 def _sums(
-    W: Tensor,
-    M: Tensor,
-    update: Update,
-    merge: Merge,
-    chunks: Sequence[slice],
-    ways: Sequence[Rounded],
-    *,
-    wide: bool = True,
+    W: Tensor, M: Tensor, update: Update, merge: Merge, chunks: list[slice], ways: Sequence[Rounded], wide: bool = True
 ) -> _Sums:
     """Return the sums over rows for a merge. wide: multiply in fp64, which the residual of an fp32 merge needs."""
     sums = _Sums()

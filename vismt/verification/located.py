@@ -123,16 +123,11 @@ def unheld(facts: Facts, base: Located) -> list[str]:
     """Return the linears of the base that the settings name, like adapted ones of other layers, and the file does not hold."""
     if facts.settings is None or base.change or len(base.names) < len(facts.modules):
         return []
-    names = base.facts.tensors.items()
-    paths = {
-        name.removesuffix(".weight") for name, stored in names if name.endswith(".weight") and len(stored.shape) > 1
-    }
+    matrices = [name for name, stored in base.facts.tensors.items() if len(stored.shape) > 1]
+    paths = {name.removesuffix(".weight") for name in matrices if name.endswith(".weight")}
     stems = {re.sub(r"\d+", "*", path) for path in facts.modules}
-    return sorted(
-        path
-        for path in paths - facts.modules.keys()
-        if facts.settings.names(path) and re.sub(r"\d+", "*", path) in stems
-    )
+    alike = (path for path in paths - facts.modules.keys() if re.sub(r"\d+", "*", path) in stems)
+    return sorted(path for path in alike if facts.settings.names(path))
 
 
 def shape_of(module: ModuleFacts) -> tuple[int, int] | None:

@@ -137,7 +137,6 @@ def _row(model: str, measure: str, values: Sequence[float]) -> Row:
 
 
 def _changes(differences: list[float], moved: list[float], texts: bool) -> list[Finding]:
-    """Return what the adapter does to the base."""
     if not all(torch.tensor(values).isfinite().all() for values in (differences, moved)):
         return [Finding("broken", "collapses", "the model with the adapter answers with NaN or infinite values")]
     if max(moved) < UNCHANGED:

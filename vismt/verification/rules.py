@@ -146,7 +146,6 @@ def _tensors(test: Callable[[Case, Stored], object]) -> Condition:
 
 
 def _modules(test: Callable[[Case, ModuleFacts], object]) -> Condition:
-    """Return a condition of adapted modules."""
     return lambda case: of_modules(module for module in case.facts.modules.values() if test(case, module))
 
 
@@ -166,11 +165,9 @@ def _start(*names: str) -> Condition:
     return lambda case: case.lora and str(case.facts.config.get("init_lora_weights", True)).lower().startswith(names)
 
 
-def _role(role: str, flag: str, value: bool) -> Condition:
+def _role(role: str, flag: str, on: bool) -> Condition:
     """Return the condition of tensors of a role where a setting is on, or off."""
-    return _tensors(
-        lambda case, tensor: tensor.role == role and case.lora and bool(case.facts.config.get(flag)) is value
-    )
+    return _tensors(lambda case, tensor: tensor.role == role and case.lora and bool(case.facts.config.get(flag)) is on)
 
 
 def _names(pattern: str) -> Condition:
@@ -217,7 +214,6 @@ def _transposed(case: Case, module: ModuleFacts) -> bool:
 
 
 def _no_target(case: Case) -> bool:
-    """Return whether the settings name no module of the base."""
     settings = case.facts.settings
     if settings is None or settings.everywhere or settings.target_parameters or case.base is None:
         return False
@@ -272,7 +268,6 @@ def _saved(*kinds: str) -> Condition:
 
 
 def _not_saved(case: Case) -> list[str]:
-    """Return the modules_to_save that the file does not hold."""
     held = [tensor.path for tensor in case.facts.with_role("saved")]
     listed = texts(case.facts.settings.modules_to_save) if case.facts.settings else []
     return [name for name in listed if not any(f"{name}." in path for path in held)]

@@ -76,18 +76,17 @@ def checked(folder: Path) -> Verdict:
     """Return the verdict on a folder that was just written, and print it; UserError where it is broken."""
     verdict = verify(folder)
     if verdict.status == "broken":
-        raise UserError(
-            f"'{folder}' was written, but is broken: {verdict.findings[0].text}; see `vismt verify {folder}`."
-        )
+        worst = verdict.findings[0].text
+        raise UserError(f"'{folder}' was written, but is broken: {worst}; see `vismt verify {folder}`.")
     console.stage("verify", f"{verdict.status}   {verdict.answer}".rstrip())
     return verdict
 
 
 def _about(facts: Facts) -> dict[str, str]:
-    """Return what the folder is, in words."""
     ranks = sorted({module.rank for module in facts.modules.values() if module.rank})
     scales = sorted({module.scale for module in facts.modules.values() if module.scale is not None})
     settings = facts.settings
+    divisor = "sqrt(r) (rsLoRA)" if settings and settings.use_rslora else "r"
     saved = [tensor.path for tensor in facts.with_role("saved")]
     dtypes = sorted({tensor.dtype for tensor in facts.tensors.values()})
     about = {
@@ -96,9 +95,7 @@ def _about(facts: Facts) -> dict[str, str]:
         "modules": f"{len(facts.modules):,}" if facts.modules else "",
         "targets": ", ".join(sorted({path.rpartition(".")[2] for path in facts.modules})),
         "rank": _range(ranks),
-        "alpha": f"{settings.lora_alpha:g}, divided by {'sqrt(r) (rsLoRA)' if settings.use_rslora else 'r'}"
-        if settings
-        else "",
+        "alpha": f"{settings.lora_alpha:g}, divided by {divisor}" if settings else "",
         "scale": _range(scales),
         "whole parameters": ", ".join(saved[:4]) + (f" and {len(saved) - 4} more" if len(saved) > 4 else ""),
         "dtype": ", ".join(dtypes),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
 import pytest
 import torch
 from helpers.language_models import LMS, relative, tiny_lm, tokens
@@ -11,6 +15,7 @@ from torch import nn
 import vismt
 from vismt.base.errors import UserError
 from vismt.llm import collect_covariance, save_covariances
+from vismt.llm.corda import method as corda_method
 from vismt.llm.corda.start import corda_factors, damped, last_left
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.svd import principal
@@ -249,6 +254,32 @@ def test_given_covariances_are_not_replaced_by_those_of_a_calibration(tmp_path) 
     options = {"covariances": str(tmp_path)}
     calibration = Calibration(lambda labels=False: [{"input_ids": tokens()}], tmp_path)
     assert METHODS["corda"].calibrate(tiny_lm("llama"), calibration, targets=None, options=options) == {}
+
+
+def test_processes_that_share_a_run_folder_collect_one_after_the_other(tmp_path, monkeypatch, capsys) -> None:
+    """As the parts of a study do; together they would remove each other's sums, and mark what is finished as unfinished."""
+    running, together, started = [], [], Event()
+
+    def collect(*args: object, **options: object) -> dict:
+        together.append(len(running))
+        running.append(1)
+        started.set()
+        time.sleep(0.2)
+        running.pop()
+        return {}
+
+    monkeypatch.setattr(corda_method, "collect_covariance", collect)
+
+    def calibrate() -> dict:
+        calibration = Calibration(lambda labels=False: [{"input_ids": tokens()}], tmp_path)
+        return METHODS["corda"].calibrate(tiny_lm("llama"), calibration, targets=None, options={})
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(calibrate)
+        started.wait()
+        assert pool.submit(calibrate).result() == first.result() == {"covariances": {}}
+    assert together == [0, 0]
+    assert "another process collects the covariances" in capsys.readouterr().out
 
 
 def test_a_folder_of_covariances_and_the_variants_of_a_vit(tmp_path) -> None:

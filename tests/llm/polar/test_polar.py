@@ -10,6 +10,7 @@ from torch import nn
 import vismt
 from vismt.base.errors import UserError
 from vismt.llm import Landing, orthonormalize_
+from vismt.llm.polar import landing
 from vismt.llm.polar.landing import updates
 from vismt.llm.polar.stiefel import infeasibility
 from vismt.lowrank.layers.base import adapter_layers
@@ -118,6 +119,18 @@ def test_orthonormalize_changes_the_gauge_and_not_the_function(theta: str, split
             whole = torch.linalg.svdvals(x @ (torch.diag(core) if theta == "diagonal" else core) @ y.T)
             ratio = float(values.square().sum() / values[0] ** 2)
             assert ratio == pytest.approx(float(whole.square().sum() / whole[0] ** 2)) and 1 <= ratio <= 4
+
+
+def test_orthonormalize_writes_into_sharded_factors(monkeypatch) -> None:
+    """Of a sharded factor `whole` returns a gathered copy, which `write_whole` spreads again."""
+    model = tiny_vit().double()
+    vismt.adapt(model, "polar", rank=4)
+    shake(model, 0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(landing, "whole", torch.clone)
+        patch.setattr(landing, "write_whole", lambda target, value: target.copy_(value))
+        orthonormalize_(model)
+    assert all(infeasibility(z) < 1e-20 for host in adapter_layers(model).values() for z in next(updates(host))[::2])
 
 
 def test_logged_metrics_are_those_of_the_updates() -> None:

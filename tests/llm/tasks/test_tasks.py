@@ -444,9 +444,27 @@ def test_generated_answers_are_read_and_compared():
     assert normalised("1,250.00") == normalised("$1250.") == "1250" and normalised("100") == "100"
     assert normalised("The  Sky, is Blue!") == "sky is blue" and normalised("nan") == "nan"
     assert [normalised(text) for text in ("1e9999999", "1e99999", "2e3")] == ["1e9999999", "1e99999", "2000"]
+    assert [normalised(text) for text in ("0.00", "-1.50", "1e-3", "7" * 30)] == ["0", "-1.5", "0.001", "7" * 30]
     item = task.encode("x", {"q": "Question", "a": ["one", "two"]}, tokenizer())
     assert item.gold == ["one", "two"]
     assert task.measures([{"id": "a", "right": True}, {"id": "b", "right": False}])["exact-match accuracy"].score == 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("classes", SENTIMENT),
+        ("answers", {"answers": {"a": " one", "b": " two"}}),
+        ("generation", {"answer": " {answer}", "gold": "answer"}),
+    ],
+)
+def test_a_prompt_without_a_token_is_one_error(kind: str, options: dict[str, Any]) -> None:
+    task = make_task(kind, "{text}", options)
+    row = {"text": "", "label": "0", "answer": "a"}
+    for encode in (task.encode, task.ask):
+        with pytest.raises(UserError, match=r"row 'empty' has a prompt (or an answer )?without a token"):
+            encode("empty", row, tokenizer())
+    assert make_task(kind, "{text}", options).encode("begun", row, tokenizer(bos=True)).pieces
 
 
 # ---- cached lower blocks ---------------------------------------------------------------------------------------------------

@@ -45,6 +45,30 @@ def swin() -> nn.Module:
     return timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **shape).eval()
 
 
+def dinov3(**options: object) -> nn.Module:
+    """Return a DINOv3 of two blocks for images of 32 pixels, its layer scales of the size of a trained one."""
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 0.5, "num_classes": 3}
+    return timm.create_model("vit_small_patch16_dinov3", head_init_scale=5.0, **shape, **options).eval()
+
+
+def dinov3_plus() -> nn.Module:
+    """Return one with a SwiGLU, as the larger ones have it."""
+    return dinov3(swiglu_mlp=True, swiglu_align_to=8)
+
+
+MAKES = [tiny_vit, swin, dinov3, dinov3_plus]
+
+
+def product(layer: TaskLinear, x: Tensor) -> Tensor:
+    return x @ layer.weight.T + layer.bias
+
+
+def plus(layer: TaskLinear, x: Tensor, task: int | None = None) -> Tensor:
+    A, B = (layer.lora_A, layer.lora_B) if task is None else (layer.task_A[task], layer.task_B[task])
+    return 4.0 * x @ A.T @ B.T
+
+
 @torch.no_grad()
 def of(model: nn.Module, x: Tensor, *tasks: str) -> dict[str, Tensor]:
     """Return the features of each task block for each task, by "path task"."""
@@ -64,14 +88,6 @@ def test_a_block_computes_the_equations_of_the_paper() -> None:
     with task_features(TASKS) as features:
         shared = block(x)
     own = features.own[block].chunk(2)
-
-    def product(layer: TaskLinear, x: Tensor) -> Tensor:
-        return x @ layer.weight.T + layer.bias
-
-    def plus(layer: TaskLinear, x: Tensor, task: int | None = None) -> Tensor:
-        A, B = (layer.lora_A, layer.lora_B) if task is None else (layer.task_A[task], layer.task_B[task])
-        return 4.0 * x @ A.T @ B.T
-
     proj, fc1, fc2 = block.attn.proj, block.mlp.fc1, block.mlp.fc2
     normed = block.norm1(x)
     q, k, v = block.attn.qkv(normed).view(2, 5, 3, 4, 8).permute(2, 0, 3, 1, 4)
@@ -89,6 +105,37 @@ def test_a_block_computes_the_equations_of_the_paper() -> None:
         for first, more in ((product(fc1, block.norm2(h_t)), 0.0), (frozen, plus(fc1, block.norm2(h)))):
             other = F.gelu(first + plus(fc1, block.norm2(h_t), task) + more)
             assert not torch.allclose(own[task], h_t + product(fc2, u) + plus(fc2, other, task), rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_block_of_dinov3_computes_them_with_rotary_positions_and_a_gate() -> None:
+    model = dinov3_plus().double()
+    vismt.adapt(model, "mtlora", rank=2, tasks=TASKS, task_rank=3)
+    shake(model, 0.2)
+    block, calls = model.blocks[1], []
+    hook = block.register_forward_pre_hook(
+        lambda _, inputs, options: calls.append((*inputs, options)), with_kwargs=True
+    )
+    with task_features(TASKS) as features:
+        model(images(size=32).double())
+    hook.remove()
+    (x, options), own = calls[0], features.own[block].chunk(2)
+    assert options["rope"] is not None
+    attend = copy.deepcopy(block.attn)
+    attend.proj = nn.Identity()
+    o, proj, mlp = attend(block.norm1(x), **options), block.attn.proj, block.mlp
+    h = x + block.gamma_1 * (product(proj, o) + plus(proj, o))
+    n = block.norm2(h)
+    gate, value = (product(layer, n) + plus(layer, n) for layer in (mlp.fc1_g, mlp.fc1_x))
+    u = F.silu(gate) * value
+    y = h + block.gamma_2 * (product(mlp.fc2, u) + plus(mlp.fc2, u))
+    assert torch.allclose(block(x, **options), y, rtol=0, atol=1e-12)
+    assert not torch.allclose(block(x), y, rtol=0, atol=1e-3)  # without positions
+    for task in range(2):
+        h_t = x + block.gamma_1 * (product(proj, o) + plus(proj, o, task))
+        gate, value = (product(f, n) + plus(f, block.norm2(h_t), task) for f in (mlp.fc1_g, mlp.fc1_x))
+        y_t = h_t + block.gamma_2 * (product(mlp.fc2, u) + plus(mlp.fc2, F.silu(gate) * value, task))
+        assert torch.allclose(own[task], y_t, rtol=0, atol=1e-12)
 
 
 def test_a_task_of_a_shifted_window_block_keeps_its_tokens_in_place() -> None:
@@ -131,7 +178,7 @@ def test_a_swin_with_pairs_of_tasks_is_converted_and_resized_like_the_stock_one(
     assert all(torch.equal(rows, resized[name]) for name, rows in of(model, images(size=64), *TASKS).items())
 
 
-@pytest.mark.parametrize("make", [tiny_vit, swin])
+@pytest.mark.parametrize("make", MAKES)
 def test_at_the_start_every_task_has_the_features_of_the_stock_model(make) -> None:
     model, x = make(), images(size=16 if make is tiny_vit else 32)
     expected = model(x)
@@ -155,7 +202,7 @@ def test_a_pair_of_a_task_changes_the_features_of_this_task_alone() -> None:
     assert torch.equal(model(images()), shared)
 
 
-@pytest.mark.parametrize("make", [tiny_vit, swin])
+@pytest.mark.parametrize("make", MAKES)
 def test_a_mixed_batch_is_its_samples_each_with_a_model_of_its_task_alone(make) -> None:
     x = images(4, size=16 if make is tiny_vit else 32)
     model = make()
@@ -314,7 +361,7 @@ def test_ranks_and_scales_by_stage() -> None:
     assert [(f.rank, f.scale, len(f.task_A[0]), f.task_scale) for f in seen] == [(2, 4.0, 1, 0.5), (3, 2.0, 5, 2.0)]
 
 
-@pytest.mark.parametrize("make", [tiny_vit, swin])
+@pytest.mark.parametrize("make", MAKES)
 def test_merge_shared_keeps_the_features_of_all_tasks(make) -> None:
     model, x = make(), images(size=16 if make is tiny_vit else 32)
     vismt.adapt(model, "mtlora", rank=2, tasks=TASKS)
@@ -322,10 +369,12 @@ def test_merge_shared_keeps_the_features_of_all_tasks(make) -> None:
     shared, before = model(x), of(model, x, *TASKS)
     with pytest.raises(UserError, match=r"merge: '.*attn.proj' has a pair for each task.*merge_shared"):
         vismt.merge(model)
+    with pytest.raises(UserError, match=r"activate: .*task_features\(names, per_sample=True\)"):
+        vismt.activate(model, ["default"])
     wrong = copy.deepcopy(model)
     merge_shared(model)
     kept = [path for path, module in model.named_modules() if isinstance(module, TaskLinear)]
-    assert list(adapter_layers(model)) == kept and len(kept) == 6
+    assert list(adapter_layers(model)) == kept and len(kept) == (8 if make is dinov3_plus else 6)
     assert torch.allclose(model(x), shared, atol=1e-5)
     after = of(model, x, *TASKS)
     assert all(
@@ -362,6 +411,13 @@ def test_files_copies_and_undoing(tmp_path: Path) -> None:
     vismt.unadapt(model)
     state, stock = model.state_dict(), tiny_vit().state_dict()
     assert list(state) == list(stock) and all(torch.equal(state[name], stock[name]) for name in stock)
+    eva, stock = dinov3(), dinov3().state_dict()  # whose blocks have parameters of their own
+    vismt.adapt(eva, "mtlora", tasks=TASKS)
+    assert {name for name in stock if "gamma" in name} <= set(eva.state_dict())
+    vismt.activate(eva, None)
+    assert not [name for name in eva.state_dict() if "gamma" in name and name not in stock]
+    vismt.unadapt(eva)
+    assert list(eva.state_dict()) == list(stock)
     assert not any(isinstance(module, TaskBlock) for module in model.modules())
 
 
@@ -408,5 +464,5 @@ def test_errors_of_tasks_in_a_call() -> None:
     with pytest.raises(UserError, match="ResNet has no blocks; it needs a ViT or a Swin"):
         vismt.adapt(timm.create_model("test_resnet"), "mtlora", tasks=TASKS)
     other = tiny_vit(block_fn=ResPostBlock)
-    with pytest.raises(UserError, match=r"'blocks\.0' is a ResPostBlock, needed a Block of timm's ViT"):
+    with pytest.raises(UserError, match=r"'blocks\.0' is a ResPostBlock, needed a Block of timm's ViT, an EvaBlock or"):
         vismt.adapt(other, "mtlora", tasks=TASKS)

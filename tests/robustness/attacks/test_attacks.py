@@ -400,7 +400,7 @@ def test_defaults():
         (AttackSpec("pgd", 0.5, norm="l2"), "PGD-10 l2 0.5"),
         (AttackSpec("pgd", 8 / 255, 2 / 255, 20, restarts=1), "PGD-20 linf 8/255 step 2/255 1 restart"),
         (AttackSpec("pgd", 8 / 255, 1 / 255, 20), "PGD-20 linf 8/255"),  # the default step by another name
-        (AttackSpec("fgsm", 0.01 / 255), "FGSM linf 0.01/255"),
+        (AttackSpec("fgsm", 0.01 / 255, steps=20), "FGSM linf 0.01/255"),  # a single step is run
         (AttackSpec("autoattack", 4 / 255), "AutoAttack linf 4/255"),
         (AttackSpec("apgd_ce", 4 / 255, steps=20, restarts=5), "APGD-CE-20 linf 4/255 5 restarts"),
         (AttackSpec("square", 4 / 255, steps=100, seed=2), "Square-100 linf 4/255 seed 2"),

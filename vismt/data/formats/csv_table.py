@@ -106,7 +106,6 @@ class TableSource(RootedSource, ImageSource):
         return rows
 
     def _find(self, card: Card, base: Path, names: list[str]) -> list[Path]:
-        """Return the file of each name in the first of the folders that has it."""
         # Not Path.glob, which raises for some patterns (a**b), others in every version of Python.
         found = (base / name for text in self.folders for name in glob(text, root_dir=base, recursive=True))
         folders = [path for path in found if path.is_dir()]
@@ -121,7 +120,6 @@ class TableSource(RootedSource, ImageSource):
 
 
 def _inside(name: str, base: Path) -> str:
-    """Return an absolute path inside `base` relative to it, and any other name as it is."""
     path = Path(name)
     return path.relative_to(base).as_posix() if path.is_absolute() and path.is_relative_to(base) else name
 

@@ -192,7 +192,6 @@ class DenseFilesSource(RootedSource, DenseSource):
         return (self.listed or "").replace("{split}", split)
 
     def _groups(self, base: Path) -> list[str]:
-        """Return the folders that {group} stands for."""
         return sorted(path.name for path in base.iterdir() if path.is_dir()) if "{group}" in self.image else [""]
 
 

@@ -49,7 +49,6 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _groups(folders: ClassFolders, base: Path) -> dict[str, list[Path]]:
-    """Return the image files by class folder, named relative to `base`."""
     return {
         folder.relative_to(base).as_posix(): paths for classes in folders.values() for folder, paths in classes.items()
     }

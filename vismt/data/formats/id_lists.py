@@ -80,7 +80,6 @@ def read_list(card: Card, path: Path) -> dict[str, str]:
 
 
 def _check_same_ids(card: Card, first: tuple[Path, dict[str, str]], second: tuple[Path, dict[str, str]]) -> None:
-    """Raise UserError for an id that is in one of two lists (file, values) only."""
     for (path, ids), (other_path, other_ids) in ((first, second), (second, first)):
         missing = [key for key in ids if key not in other_ids]
         if missing:

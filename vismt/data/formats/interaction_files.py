@@ -33,7 +33,6 @@ Row = tuple[str, str, list[int], int]  # name, user, history, next
 
 
 def _check_pattern(pattern: str, where: str) -> None:
-    """Raise UserError unless the regular expression has one group."""
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
@@ -235,7 +234,6 @@ def _table(text: str, separator: str, columns: Sequence[str], shown: str) -> Ite
 
 
 def _leave_last_out(users: Mapping[str, list[int]]) -> dict[str, list[Row]]:
-    """Return the rows of each split from the items of all users."""
     parts: dict[str, list[Row]] = {name: [] for name in SPLITS}
     for user, items in users.items():
         last = len(items) - 1

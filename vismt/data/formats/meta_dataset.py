@@ -182,7 +182,6 @@ class MetaDatasetSource(RootedSource, ImageSource):
 
 
 def _read_record(path: Path, position: int, number: int, label: int) -> Tensor:
-    """Return the image of a record, whose label must be that of its file."""
     features = read_example(path, position, number)
     shown = f"{shown_path(path)}: record {number}"
     for name, kind in (("image", bytes), ("label", int)):

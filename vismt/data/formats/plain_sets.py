@@ -40,7 +40,6 @@ def plain_card(path: Path) -> Card | None:
 
 
 def _of_folder(path: Path) -> list[DataSource]:
-    """Return the source of a folder, [] for one without folders."""
     folders = _folders(path)
     by_split = bool(folders) and all(folder.name.lower() in SPLITS for folder in folders)
     classes = [inner for folder in folders for inner in _folders(folder)] if by_split else folders

@@ -120,7 +120,6 @@ def texts_of(given: Any, title: str) -> tuple[list[dict[str, Any]], str]:
 
 
 def _check_indexed(given: Any, title: str, of: str) -> None:
-    """Raise UserError for an object that is empty or has no length or index, as a streamed data set."""
     if not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
         raise UserError(
             f"data '{title}': {type(given).__name__} has no length or no index; give a map-style data set of {of}."
@@ -130,7 +129,6 @@ def _check_indexed(given: Any, title: str, of: str) -> None:
 
 
 def _columns(given: Any, title: str) -> tuple[Any, Any]:
-    """Return the indices of image and label in an example."""
     names = getattr(given, "column_names", None)
     if not isinstance(names, Sequence):
         return 0, 1
@@ -186,7 +184,6 @@ def _stored_labels(given: Any) -> list[Any] | None:
 
 
 def _classes(given: Any, label: Any, count: int) -> list[str]:
-    """Return the names of the classes, their numbers where the data set has no names."""
     names: Any = None
     if isinstance(label, str):
         names = getattr(getattr(given, "features", {}).get(label), "names", None)

@@ -84,7 +84,6 @@ class StereoTilesSource(PackagedSource, DenseSource):
 
         @functools.cache
         def columns_of(name: str) -> Sample:
-            """The columns of a split with their normals."""
             start, end = self.columns[name]
             image, depth = pair()["image"][..., start:end], pair()["depth"][..., start:end]
             camera = {**self.camera, "cx": self.camera["cx"] - start}

@@ -140,7 +140,6 @@ class TextFilesSource(RootedSource, TextSource):
         return {name: _unquoted(value) for name, value in zip(self.fields, values, strict=True)}
 
     def _extracted(self, row: dict[str, Any], where: str) -> dict[str, Any]:
-        """Return the row with the groups of `extract` as further fields."""
         for name, pattern in self.extract.items():
             match = re.fullmatch(pattern, str(row[name]))
             if match is None:

@@ -37,7 +37,6 @@ FILL = 0.5  # value of the image in padding
 
 
 def _maps(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
-    """Return the sample with its image and maps changed and its class unchanged."""
     return {name: values if is_class(name) else change(values) for name, values in sample.items()}
 
 

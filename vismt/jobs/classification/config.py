@@ -10,9 +10,10 @@ from vismt.base.errors import UserError, require_known
 from vismt.config.sections import SCHEDULED, UNHASHED, Count, Jitter, ModelConfig, OnBadSample
 from vismt.config.typed import Names, within
 from vismt.data.set_entries import check_apart, check_row_names
-from vismt.engine.parts import PartsConfig, check_parts
+from vismt.engine.parts import PartsConfig, check_parts, shares
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.jobs.calibration import ImageCalibrationConfig, check_calibration
+from vismt.jobs.risk import halves
 from vismt.jobs.task_sections import (
     BalancingConfig,
     RetainConfig,
@@ -65,8 +66,8 @@ class MultitaskEvaluateConfig:
     Args:
         split: test, or validation while settings are chosen.
         batch: images in one forward pass.
-        temperature: writes the temperature that fits the validation images beside exported weights; reports have it
-            wherever there are validation images.
+        temperature: writes the temperature that fits the validation images beside exported weights, not those of vbll;
+            reports have it wherever there are validation images.
         laplace: also evaluate with a Laplace approximation around the trained head; it is Kronecker-factored, and the
             condition is named accordingly, where a linear head has more than 4,096 weights.
         adjust_logits: whether logits minus tau log prior are evaluated, too, with tau chosen on validation.
@@ -211,11 +212,7 @@ def check(config: MultitaskConfig) -> None:
 
 
 def _check_arm(config: MultitaskConfig) -> None:
-    for task in config.tasks:
-        if not task.train:
-            raise UserError(f"tasks: {task.name}: train names no set.")
-    calibration = config.calibration.data if config.calibration is not None else ()
-    check_parts({f"tasks: {task.name}": task for task in config.tasks}, calibration)
+    _check_sets(config)
     names = [task.name for task in config.tasks]
     check_tasks(config, names)
     make_configured_balancer(config.balancing, names)
@@ -254,8 +251,17 @@ def _check_arm(config: MultitaskConfig) -> None:
     require_known("trained_tasks:", config.trained_tasks, names)
 
 
+def _check_sets(config: MultitaskConfig) -> None:
+    for task in config.tasks:
+        if not task.train:
+            raise UserError(f"tasks: {task.name}: train names no set.")
+        if shares(task):
+            check_row_names(task.train, f"tasks: {task.name}: train")
+    calibration = config.calibration.data if config.calibration is not None else ()
+    check_parts({f"tasks: {task.name}": task for task in config.tasks}, calibration)
+
+
 def _check_merges(config: MultitaskConfig) -> None:
-    """Raise UserError for arms that cannot be merged."""
     if config.merge is not None:
         raise UserError("merge: it makes an arm from other arms; give it as arms.NAME: {merge: {...}}.")
     earlier: dict[str, MultitaskConfig] = {}
@@ -283,10 +289,14 @@ def _check_merges(config: MultitaskConfig) -> None:
             raise UserError(
                 f"arms.{name}: merge.weights: are chosen on validation images; give each task validation_share."
             )
+        if len(arm.merge.weights) > 1 and config.evaluate.risk and not halves(True, config.tune):
+            raise UserError(
+                f"arms.{name}: merge.weights: are chosen on the validation images, of which none are left for the thresholds of "
+                "evaluate.risk; name one weight, or give tune, with which half of them choose."
+            )
 
 
 def _check_head(config: MultitaskConfig) -> None:
-    """Raise UserError for what the variational bound of a Bayesian head does not cover."""
     head = config.head_section
     if not is_variational(head.name):
         return

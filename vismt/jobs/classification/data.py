@@ -120,7 +120,6 @@ class TaskData:
         return self._sets[name]
 
     def _chosen(self, task: TaskConfig, images: ImageSet, classes: Sequence[str]) -> Chosen:
-        """Return images with their labels within the task, matched by the names of the classes."""
         places = {name: number for number, name in enumerate(classes)}
         numbers = torch.tensor([places.get(name, -1) for name in images.classes])
         labels = numbers[images.labels]

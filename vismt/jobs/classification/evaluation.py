@@ -176,7 +176,6 @@ class Evaluation:
         return fitted_once(training.folder / FITTED, FittedOutputs, self._fitted_on(net), fit)
 
     def _fitted_on(self, net: PixelNet) -> str:
-        """Return a digest of what is fitted on validation images: the net and all these images."""
         tasks = range(len(self.data.union.tasks))
         return " ".join((net.fingerprint(), *(names_digest(self.data.part(task, "validation")) for task in tasks)))
 

@@ -130,13 +130,10 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         """Adapt the backbone with the options that the method computes from images; return the method's name."""
         section = config.calibration
         if config.adapt is not None and section is not None:
-            images = self.data.outside(*section.data) if section.data else self.data.training()
+            images = self.data.outside(*section.data) if section.data else self.data.training(config.trained_tasks)
             settings = self.calibrations.on_images(net.backbone, config.adapt, section, images)
             config = replace(config, adapt=settings)
         return super().prepare(net, config)
-
-    def heads(self, net: PixelNet) -> nn.Module:
-        return net.heads
 
     def objective(self, config: MultitaskConfig, net: PixelNet, balanced: Sequence[Tensor]) -> UnionObjective:
         union = self.data.union
@@ -209,7 +206,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return sum(values) / len(values)
 
     def temperature(self, training: Training) -> Sequence[float] | None:
-        if not self.config.evaluate.temperature:
+        # Merged weights have the means of a Bayesian head, and what is fitted is for its probabilities.
+        if not self.config.evaluate.temperature or is_variational(self.study.config_of(training).head_section.name):
             return None
         fitted = self.evaluation.fitted(self.final(training), training)
         return None if fitted is None else self.evaluation.temperature_of_class(fitted).tolist()
@@ -229,7 +227,6 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         self.write_router_maps(self.loaded, self._mapped_images)
 
     def _mapped_images(self) -> Tensor:
-        """Return four evaluated images, evenly over the tasks."""
         tasks = len(self.data.union.tasks)
         wanted = (torch.arange(MAPPED_IMAGES) * tasks // MAPPED_IMAGES).tolist()
         parts = [(self.data.part(task, self.split), wanted.count(task)) for task in sorted(set(wanted))]

@@ -10,7 +10,7 @@ from vismt.base.errors import UserError, near, require_known
 from vismt.config.sections import SCHEDULED, UNHASHED_OPTIONS, Count, Jitter, ModelConfig, typed
 from vismt.config.typed import Names, within
 from vismt.data.set_entries import check_apart, check_row_names
-from vismt.engine.parts import PartsConfig, check_parts
+from vismt.engine.parts import PartsConfig, check_parts, shares
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.jobs.task_sections import (
     BalancingConfig,
@@ -271,7 +271,6 @@ def _check_values(config: DenseConfig) -> None:
 
 
 def _check_parts(config: DenseConfig) -> None:
-    """Raise UserError for sets that the parts of a run share, and for tasks without sets."""
     own = own_parts(config)
     for task in all_tasks(config):
         named = isinstance(task, Classification) and task.name != Classification.name
@@ -286,6 +285,8 @@ def _check_parts(config: DenseConfig) -> None:
     for where, parts in sections.items():
         if not parts.train:
             raise UserError(f"{where}.train: names no set." if where == "data" else f"{where}: train names no set.")
+        if shares(parts):
+            check_row_names(parts.train, f"{where}: train")
     check_parts(sections)
     check_row_names(config.evaluate.ood, "evaluate.ood")
     used = {where: (*parts.train, *parts.validation, *parts.test) for where, parts in sections.items()}
@@ -312,7 +313,6 @@ def window_of(config: DenseConfig) -> tuple[int, int]:
 
 
 def _check_baseline(config: DenseConfig) -> None:
-    """Raise UserError for a task whose baseline is not an arm that trains it."""
     if config.baseline is None:
         return
     tasks = [task.name for task in all_tasks(config)]

@@ -172,7 +172,6 @@ class DenseBatches:
         self.kept = ("image", *(task.key for task in trained_tasks(config)))
 
     def __call__(self, number: int) -> Sample:
-        """Return batch `number`, collated."""
         rows = self._passes(number).tolist()
         return collate(
             [self._sample(row, mix_seed(self.config.seed, "augment", number, place)) for place, row in enumerate(rows)]
@@ -199,7 +198,6 @@ class DenseBatches:
 
 
 def _open(name: str, key: str = CLASS) -> DenseSet:
-    """Return the samples of a card; those of classified images have their class as `key`."""
     images = open_samples(*card_and_split(name), key)
     if key != CLASS and images.labels is None:
         raise UserError(f"tasks: {key.partition(':')[2]}: '{images.name}' has maps; name it in data.")
@@ -207,7 +205,6 @@ def _open(name: str, key: str = CLASS) -> DenseSet:
 
 
 def _divided(parts: PartsConfig, key: str) -> dict[str, list[tuple[DenseSet, int]]]:
-    """Return the samples of each part; key: of the class of classified images."""
     found: dict[str, list[tuple[DenseSet, int]]] = {part: [] for part in ("train", "validation", "test")}
     for name in parts.train:
         images = _open(name, key)
@@ -226,7 +223,6 @@ def _divided(parts: PartsConfig, key: str) -> dict[str, list[tuple[DenseSet, int
 
 
 def _check_set(images: DenseSet, tasks: Sequence[Task]) -> None:
-    """Raise UserError unless a task has a target in the set, and tasks have as many classes as the set."""
     if not any(task.key in images.targets for task in tasks):
         targets, names = ", ".join(images.targets), ", ".join(task.name for task in tasks)
         raise UserError(
@@ -255,7 +251,6 @@ def _numbered(classes: Sequence[str]) -> bool:
 
 
 def _inverse(sets: Sequence[DenseSet]) -> bool:
-    """Return whether the depth of the sets is inverse; UserError when that of some is."""
     inverse = [images for images in sets if Depth.key in images.targets and images.inverse_depth]
     metric = [images for images in sets if Depth.key in images.targets and not images.inverse_depth]
     if inverse and metric:

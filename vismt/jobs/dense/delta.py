@@ -46,7 +46,6 @@ def _of_arms(by_arm: Mapping[str, Mapping[str, Score]], baselines: Mapping[str, 
 
 
 def _of_one(scores: Mapping[str, Score], base: Mapping[str, Score], arms: Iterable[str]) -> Score:
-    """Return delta_m of one arm over the baselines of its tasks, with values by image."""
     lower = {task: score.measure.better == LOWER for task, score in scores.items()}
     value = delta_m(
         {task: score.measure.score for task, score in scores.items()},

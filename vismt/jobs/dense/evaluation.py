@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from vismt.base import console, ranks
+from vismt.base.identity import Identity
 from vismt.base.seeds import digest, mix_seed
 from vismt.data.batching import InOrder
 from vismt.data.maps.dense_sample import Sample, collate, size_of
@@ -104,7 +105,6 @@ class Evaluation:
         return validation_parts(labels, self.config.evaluate.risk, self.config.tune)
 
     def _protocol(self, split: str) -> str:
-        """Return split, image size, windows and mirroring as text."""
         settings = self.config.evaluate
         height, width = window_of(self.config)
         text = f"{split} images at {self.data.size[0]} x {self.data.size[1]}"
@@ -221,13 +221,13 @@ class Evaluation:
 
         quantiles: largest -log p of a class in a conformal set, by task. Other arguments as for `scores`.
         """
-        scored = self.recorded_scores(path, training)
+        scored = self.recorded_scores(path, training, split)
         if scored is None:
             tasks = self._trained(training)
             plain = {task.name: (task.name, 0.0) for task in tasks}
             label = str(training) if spec is None else f"{training}   {spec.label}"
             pools = self._pooled(net(), tasks, split, plain, label, spec, quantiles)
-            scored = self._written(pools, training, path, spec)
+            scored = self._written(pools, training, split, path, spec)
         return scored
 
     def adjusted_scores(
@@ -238,13 +238,13 @@ class Evaluation:
         Arguments as for `scores`.
         """
         path = records / f"{split}-adjusted.jsonl"
-        scored = self.recorded_scores(path, training)
+        scored = self.recorded_scores(path, training, split)
         tasks = [task for task in self._trained(training) if isinstance(task, ClassLoss)]
         if scored is None and tasks:
             taus = self._taus(net(), training, tasks)
             variants = {name: (name, tau) for name, tau in taus.items()}
             pools = self._pooled(net(), tasks, split, variants, f"{training}   {ADJUSTED.label}")
-            scored = self._written(pools, training, path)
+            scored = self._written(pools, training, split, path)
         return self.as_scores(scored or {}, split, ADJUSTED)
 
     def _taus(self, net: DenseNet, training: Training, tasks: Sequence[Task]) -> dict[str, float]:
@@ -312,10 +312,10 @@ class Evaluation:
         self,
         pools: Mapping[str, PooledScore],
         training: Training,
+        split: str,
         path: Path,
         spec: DensePerturbation | None = None,
     ) -> dict[str, Scored]:
-        """Return the scores of pools by name, and write them to `path`."""
         scored, undefined = {}, {}
         for name, pool in pools.items():
             try:
@@ -323,7 +323,7 @@ class Evaluation:
             except Undefined as error:
                 undefined[name] = str(error)
                 console.stage("eval", f"{training}   {error}")
-        row: dict[str, Any] = {"fingerprint": fingerprint(training)}
+        row: dict[str, Any] = self._scored_on(training, split)
         if spec is not None:
             row["condition"] = spec.settings()
         absent = self._absent(pools)
@@ -335,15 +335,20 @@ class Evaluation:
         ranks.on_first(lambda: write_lines(path, [row]))
         return scored
 
-    def recorded_scores(self, path: Path, training: Training) -> dict[str, Scored] | None:
-        """Return the scores of these weights that are on record, None where there are none."""
+    def recorded_scores(self, path: Path, training: Training, split: str) -> dict[str, Scored] | None:
+        """Return the scores of these weights and images that are on record, None where there are none."""
         lines = ranks.on_first(lambda: read_lines(path, ("fingerprint", "tasks"), whole=True))
-        if not lines or lines[0]["fingerprint"] != fingerprint(training):
+        scored_on = self._scored_on(training, split)
+        # A record of an earlier version does not tell its images.
+        if not lines or any(lines[0].get(name, value) != value for name, value in scored_on.items()):
             return None
         tasks = [*lines[0]["tasks"], *lines[0].get(UNDEFINED, ())]
         if lines[0].get("absent", {}) != self._absent(tasks):
             return None  # scored before the option was changed
         return {task: read_scored(values, f"'{path}': {task}") for task, values in lines[0]["tasks"].items()}
+
+    def _scored_on(self, training: Training, split: str) -> dict[str, str]:
+        return {"fingerprint": fingerprint(training), "images": str(Identity(self.data.part(split).ids))}
 
     def _absent(self, names: Iterable[str]) -> dict[str, str]:
         """Return how tasks count classes that do not occur, where it is not by zero; names: of tasks."""
@@ -377,7 +382,6 @@ class Evaluation:
         ).cpu()
 
     def _starts(self, split: str) -> range:
-        """Return the number of the first image of each batch of a split."""
         return range(0, len(self.data.part(split)), self.config.evaluate.batch)
 
     def _batch(self, split: str, start: int) -> tuple[list[str], list[Sample], Sample]:

@@ -104,13 +104,11 @@ def write_predictions(
 
 
 def _alone(scored: Scored | None, name: str) -> float:
-    """Return the score of an image alone, NaN for none."""
     score = None if scored is None else scored.alone.get(name)
     return math.nan if score is None else score
 
 
 def _known(path: Path, about: dict[str, np.ndarray]) -> bool:
-    """Return whether the file is there, sound, and of these images, arms and trainings."""
     try:
         arrays = read_panel(path, "maps")
     except UserError:

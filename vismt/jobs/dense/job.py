@@ -44,7 +44,7 @@ from vismt.jobs.task_sections import make_configured_balancer
 from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.objectives import DenseObjective
-from vismt.multitask.tasks import MapTask
+from vismt.multitask.tasks.classes import Classification
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
@@ -110,9 +110,6 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     def fresh(self, config: DenseConfig) -> DenseNet:
         return models.fresh(config)
-
-    def heads(self, net: DenseNet) -> nn.Module:
-        return net.heads
 
     def prepare(self, net: DenseNet, config: DenseConfig) -> str:
         """Adapt the timm model, or make everything in it that runs trainable; return the method's name."""
@@ -256,7 +253,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         classes = class_names(config, tasks)
         outputs = {
             name: {
-                "shape": ["batch", task.channels, *(size if isinstance(task, MapTask) else [])],
+                "shape": ["batch", *([task.outputs] if isinstance(task, Classification) else [task.channels, *size])],
                 "task": type(task).__name__,
                 **({"label_names": classes[name]} if name in classes else {}),
             }

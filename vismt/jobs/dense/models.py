@@ -42,7 +42,6 @@ def fresh(config: DenseConfig) -> DenseNet:
 
 
 def _head(config: DenseConfig, task: Task, widths: list[int]) -> Head:
-    """Return the configured head; tasks of whole images have a single kind of head."""
     seed = mix_seed(config.seed, "head", task.name)
     if isinstance(task, MapTask):
         return make_head(config.head.name, widths, task.channels, seed=seed, **config.head.options)

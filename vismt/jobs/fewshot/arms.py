@@ -42,7 +42,6 @@ def resolve_experts(config: FewShotConfig) -> dict[str, FewShotConfig]:
 
 
 def _expert_config(config: FewShotConfig, expert: PlannedExpert, lr: float | None = None) -> ExpertConfig:
-    """Return the configuration of one expert. lr: its rate, None for that of the train section."""
     values = {item.name: getattr(config, item.name) for item in fields(FewShotConfig)}
     values |= {"arms": {}, "seeds": [], "tune": None, "source": replace(config.source, data=list(expert.sources))}
     values["train"] = config.training if lr is None else replace(config.training, lr=lr)
@@ -50,7 +49,6 @@ def _expert_config(config: FewShotConfig, expert: PlannedExpert, lr: float | Non
 
 
 def _only_expert(arm: FewShotConfig, name: str) -> PlannedExpert:
-    """Return the expert that an arm is trained as; raise UserError where its pool section is more than one expert."""
     planned = list(planned_experts(arm).values())
     pool = arm.pool
     if pool is not None and (pool.folder or pool.clean or pool.rates or len(planned) != 1):
@@ -104,7 +102,7 @@ def trained_on(config: FewShotConfig) -> str:
 
 def merged_text(config: FewShotConfig, stem: str) -> str:
     """Return what a model that is made of several experts is; "" for another model."""
-    return MERGING.get(strategy_of(config, stem), "")
+    return "" if config.pool is None else MERGING.get(strategy_of(config, stem), "")
 
 
 def untrained_arms(config: FewShotConfig) -> dict[str, FewShotConfig]:
@@ -132,7 +130,6 @@ def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
 
 
 def _listed_models(config: FewShotConfig, arms: list[str]) -> list[str]:
-    """Return the evaluated models as evaluate.models names them."""
     untrained = untrained_arms(config)
     if untrained:
         named = [(model, split_head(model)[0]) for model in config.evaluate.models]

@@ -84,7 +84,6 @@ def choice_tables(
 def _of_seed(
     folder: Path, config: FewShotConfig, seed: int, row: Result, models: Sequence[str], experts: Sequence[str]
 ) -> Values:
-    """Return the values of every model and choice of one training seed; {} where records are missing."""
     values = {}
     answers: list[list[str | None]] = []
     queries = 0
@@ -151,7 +150,6 @@ def _with_averages(
 
 
 def _rules(protocol: str, cases: Mapping[Case, Values], counts: Mapping[Case, int]) -> Table:
-    """Return the table of the accuracy of each way to choose."""
     rows: list[list[str]] = []
     for data, condition, by_set, n in _with_averages(cases, counts):
         for name in by_set[0]:
@@ -167,7 +165,6 @@ def _rules(protocol: str, cases: Mapping[Case, Values], counts: Mapping[Case, in
 
 
 def _worth(protocol: str, cases: Mapping[Case, Values], counts: Mapping[Case, int]) -> Table:
-    """Return the table of what a choice by task is worth."""
     rows: list[list[str]] = []
     for data, condition, by_set, n in _with_averages(cases, counts):
         gain, half = _interval([values["halves"] - values["fixed"] for values in by_set])

@@ -81,7 +81,7 @@ class PoolConfig(AdversaryForm):
     levels: list[float | list[float]] = field(default_factory=lambda: list(LEVELS))
     pyramid: list[tuple[int | None, float]] = field(default_factory=lambda: list(PYRAMID))
     clean: bool = False
-    rates: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, Annotated[float, within(above=0)]] = field(default_factory=dict)
     folder: str | None = None
     experts: list[ExpertSpec] = field(default_factory=list)
     select: Annotated[str, Names(tuple(SELECT), only=True)] = "paper"
@@ -218,10 +218,10 @@ class SelectConfig:
     shots: int = 5
     queries: int = 5
     seed: Seed = 2
-    beta: list[float] = field(default_factory=lambda: [1.0, 4.0, 12.0])
-    balance: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6, 0.9])
-    trim: list[dict[str, float]] = field(default_factory=list)
-    lr: list[float] = field(default_factory=list)
+    beta: list[Annotated[float, within(0)]] = field(default_factory=lambda: [1.0, 4.0, 12.0])
+    balance: list[Annotated[float, within(0, 1)]] = field(default_factory=lambda: [0.0, 0.3, 0.6, 0.9])
+    trim: list[dict[str, Annotated[float, within(above=0, most=1)]]] = field(default_factory=list)
+    lr: list[Annotated[float, within(0, 1)]] = field(default_factory=list)
     attack: AttackConfig | None = None
 
 

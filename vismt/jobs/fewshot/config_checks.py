@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from vismt.base.errors import UserError, near, require_known
 from vismt.data.set_entries import check_apart, check_row_names
-from vismt.engine.study import check_arms
+from vismt.engine.study import ALONE, check_arms
 from vismt.jobs.calibration import check_calibration
 from vismt.jobs.fewshot.arms import evaluated_models, planned_experts, resolve_experts, split_head, untrained_arms
 from vismt.jobs.fewshot.config import DEFAULT, EXPERT, FROZEN, POOLED, PROTOTYPES, SINGLE, FewShotConfig
@@ -23,12 +24,17 @@ def check(config: FewShotConfig) -> None:
             "expert each."
         )
     trains = config.train is not None and config.adapt is not None
-    _check_arm(config)
+    _check_arm(config, config.arms)
+    if not trains and not evaluated_models(config, []):
+        raise UserError(
+            f"evaluate.models: {config.evaluate.models} without an adapt and a train section; add them, name a pool.folder, "
+            "or evaluate 'frozen'."
+        )
     _check_selection(config)
     # Models that are evaluated know an arm without the pool section that it is trained by.
     check_arms(
         config,
-        lambda arm: _check_arm(replace(arm, pool=None)),
+        lambda arm: _check_arm(replace(arm, pool=None), config.arms),
         ("select", "merging", "finetune", "head", "on_bad_sample", "download"),
         () if trains else ("model",),
     )
@@ -51,11 +57,11 @@ def check_sets(config: FewShotConfig) -> None:
     check_apart(trained, others)
 
 
-def _check_arm(config: FewShotConfig) -> None:
+def _check_arm(config: FewShotConfig, arms: Collection[str]) -> None:
     trains = config.train is not None and config.adapt is not None
     _check_values(config, trains)
     _check_evaluation(config)
-    _check_models(config, trains)
+    _check_models(config, trains, arms)
     if trains and not config.arms:
         check_calibration(config.calibration, config.adapt)
 
@@ -115,8 +121,10 @@ def _check_evaluation(config: FewShotConfig) -> None:
     _check_ways(config)
     least = min(map(settings.ways_in, settings.data)) if settings.rule == "uniform" else settings.min_ways
     check_conditions(settings.attacks, settings.corruptions, least, sources=True)
-    if config.select is not None and config.select.attack is not None and config.select.attack.source is not None:
-        raise UserError("select.attack: the choice attacks the evaluated model; leave source out.")
+    if config.select is not None and config.select.attack is not None:
+        if config.select.attack.source is not None:
+            raise UserError("select.attack: the choice attacks the evaluated model; leave source out.")
+        check_conditions([config.select.attack], [], min(map(settings.ways_in, config.select.data or settings.data)))
 
 
 def _check_ways(config: FewShotConfig) -> None:
@@ -129,15 +137,16 @@ def _check_ways(config: FewShotConfig) -> None:
         raise UserError("evaluate.ways_of: needs evaluate.rule uniform and no meta section; leave it out.")
 
 
-def _check_models(config: FewShotConfig, trains: bool) -> None:
-    """Raise UserError for a model of evaluate.models that this configuration cannot build."""
+def _check_models(config: FewShotConfig, trains: bool, arms: Collection[str]) -> None:
     pool = config.pool
     assembled = pool is not None and bool(pool.folder)
     planned = planned_experts(config)
     experts = [] if assembled else [f"{EXPERT}{label}" for label in planned]
-    known = [*SINGLE, *config.arms] if pool is None else [*POOLED, *experts]
+    known = [*SINGLE, *arms] if pool is None else [*POOLED, *experts]
     labels = [*planned, CLEAN]
     require_known("pool.rates: no expert", pool.rates if pool is not None else (), labels)
+    if experts:
+        require_known("merging.shares: no expert", config.merging.shares, planned)
     sources = [attack.source for attack in config.evaluate.attacks if attack.source is not None]
     ending = "" if config.head.name == PROTOTYPES else f"+{config.head.name}"
     for model in config.evaluate.models:
@@ -145,15 +154,14 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
         _check_model(config, where, model if split_head(model)[1] else f"{model}{ending}", known, trains)
     for model in sources:
         _check_model(config, "evaluate.attacks: source", model, known, trains)
+        if trains and arms and split_head(model)[0] == ALONE:
+            raise UserError(
+                f"evaluate.attacks: source: '{model}' stands for all arms of this run; name one of {', '.join(arms)}."
+            )
         if split_head(model)[0] != FROZEN and not trains and not assembled:
             raise UserError(
                 f"evaluate.attacks: source: '{model}' needs a training, and this configuration trains nothing; take 'frozen'."
             )
-    if not trains and not evaluated_models(config, []):
-        raise UserError(
-            f"evaluate.models: {config.evaluate.models} without an adapt and a train section; add them, name a pool.folder, "
-            "or evaluate 'frozen'."
-        )
 
 
 def _check_model(config: FewShotConfig, where: str, model: str, known: list[str], trains: bool) -> None:
@@ -172,7 +180,6 @@ def _check_model(config: FewShotConfig, where: str, model: str, known: list[str]
 
 
 def _check_selection(config: FewShotConfig) -> None:
-    """Raise UserError where the choice has no tasks, or one that can be a test task."""
     select = config.select
     if select is None:
         return

@@ -27,6 +27,7 @@ from torch import Tensor
 from vismt.base import console
 from vismt.base.seeds import digest
 from vismt.data.set_entries import row_name, shown_name
+from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
 from vismt.jobs.fewshot.data import FewShotData
@@ -100,7 +101,6 @@ class Evaluation:
         ending: str,
         with_panel: bool,
     ) -> list[Score]:
-        """Run the protocol on one set; return the scores of clean episodes and of each perturbation."""
         shown, protocol, settings = shown_name(name), str(sampler), self.config.evaluate
         panel = self.folder / "panels" / f"{shown}-{protocol.replace(' ', '-')}.npz" if with_panel else None
         records = episodes_file(self.folder, models.seed, shown, protocol, f"{arm}{ending}")
@@ -147,7 +147,7 @@ class Evaluation:
     def validation_scores(self, models: Models, training: Training) -> list[Score]:
         """Return the accuracy of a training on the episodes of select.data, clean and under select.attack."""
         select = self.config.selection
-        net = models.trained(training, merged=True)
+        net = models.trained(training, merged=True).to(runtime.processes().device)
         specs = [] if select.attack is None else [select.attack.spec()]
         scores = []
         for name in select.data:
@@ -194,8 +194,7 @@ class Evaluation:
                 label=f"{shown} {protocol} {arm} by radius",
             )
             about = {"data": shown, "protocol": protocol, "model": arm, "config_hash": config_hash}
-            fields = {**vars(result), "epsilons": list(result.epsilons), "accuracies": list(result.accuracies)}
-            lines.append({**about, **fields, "passed": result.passed, "verdict": result.verdict()})
+            lines.append({**about, **vars(result), "passed": result.passed, "verdict": result.verdict()})
         console.stage("masking", masking_summary(lines))
         return lines
 
@@ -211,7 +210,6 @@ def masking_summary(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def _settings(specs: Sequence[Perturbation]) -> str:
-    """Return all settings of some conditions as one text."""
     settings: list[Mapping[str, object]] = [dict(spec.settings()) for spec in specs]
     return json.dumps(settings, sort_keys=True)
 

@@ -125,7 +125,6 @@ def episode_grid(panel: Mapping[str, np.ndarray], path: Path) -> Path:
 
 
 def _cell(figure: Figure, box: tuple[float, float, float], panel: Mapping, kind: str, at: int, gain: float) -> None:
-    """Draw one image, and under a query or an attacked query the predicted class."""
     if kind == "change":
         change = panel["adversarial"][at].astype(float) - panel["query"][at].astype(float)
         image = np.clip(128 + gain * change, 0, 255).astype(np.uint8)

@@ -30,7 +30,7 @@ from vismt.jobs.fewshot.arms import (
     trained_on,
     untrained_arms,
 )
-from vismt.jobs.fewshot.config import EXPERT, FROZEN, MERGED, ExpertConfig, FewShotConfig
+from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, MERGED, ExpertConfig, FewShotConfig
 from vismt.jobs.fewshot.config_checks import check, check_sets
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption
 from vismt.jobs.fewshot.evaluation import MASKING, Evaluation
@@ -107,8 +107,8 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
             self.data.samplers(name, settings.classes(name, "test"))
         for name in self.config.evaluate.ood:
             self.data.open(name)
-        if self.config.evaluate.probabilities and self.config.select is not None:
-            for name in self.config.select.data:
+        if self.config.select is not None:
+            for name in self.config.select.data or self.config.evaluate.data:
                 settings.sampler(name)
 
     def skeleton(self, config: FewShotConfig) -> nn.Module:
@@ -135,8 +135,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return make_net(backbone, config)
 
     def check_arm(self, config: FewShotConfig) -> None:
-        for name in config.source.data:
-            self.data.open(name)
+        self.data.batches(config)  # opens the sets
         if self.config.pool is None:  # the experts of a pool are built alike
             super().check_arm(config)
 
@@ -183,7 +182,6 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return about
 
     def _assemble_pools(self) -> None:
-        """Copy the trained experts of each seed, in the order of the configuration, into the folder of its pool."""
         for seed in self.study.seeds:
             experts = []
             for label in pool_members(self.config, self.study.arms):
@@ -212,7 +210,6 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return self._models[seed, arm]
 
     def _data(self, name: str) -> FewShotData:
-        """Return the sets at the resolution of the model `name`."""
         arm = self.untrained.get(split_head(name)[0])
         return self.data if arm is None else self.data.variant(arm)
 
@@ -364,11 +361,11 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def about(self, arm: str | None = None) -> dict[str, Any]:
         """Return where the features are taken and the scale of their cosines, for config.json beside merged weights."""
         features: dict[str, Any] = {"block": self.config.model.block, "pool": self.config.model.pool}
-        arm = self._arm_of(arm)
-        if self.config.pool is not None:
+        name, arm = split_head(arm or "")[0].partition(":")[0], self._arm_of(arm)
+        if self.config.pool is not None and not (name == CLEAN and CLEAN in self.study.arms):
             features["scale"] = self._averaged_pool(arm).scale
             return {"features": features}
-        training = self.study.find(arm)
+        training = self.study.find(arm)  # clean meta-tuning is no expert, and has a scale of its own
         if self.study.arms[training.arm].meta is None:
             features["scale"] = read_scale(training.folder)
         return {"features": features}

@@ -33,6 +33,7 @@ from vismt.report.tables import Table
 from vismt.storage.files import DIGEST, atomic_write, read_sealed, sealed
 
 SELECTION, VALIDATION = "selection.json", "validation.json"
+POOL = ":pool"  # entry with the identity of the experts; no set has a ':' in its name
 Chosen = tuple[MergeSettings, FineTuneSettings]
 
 
@@ -56,8 +57,11 @@ class PoolSettings:
         if key not in self._chosen:
             path = self.folder / SELECTION
             saved = read_sealed(path, f"run '{self.folder}'", (DIGEST,)) if path.exists() else {}
-            if key not in saved:
-                saved[key] = self._choose(select.data if key == "all" else [key], key)
+            experts = str(self._pool().identity())
+            # pool.folder may hold other experts now; entries of earlier versions do not say on which they were chosen.
+            if key not in saved or saved[key].get(POOL, experts) != experts:
+                chosen = self._choose(select.data if key == "all" else [key], key)
+                saved[key] = {**chosen, POOL: experts}
                 atomic_write(path, sealed(saved, indent=1))
             self._chosen[key] = (
                 replace(config.merging, **saved[key]["merging"]),
@@ -84,7 +88,6 @@ class PoolSettings:
         return sorted((order[:kept] if part == "validation" else order[kept:]).tolist())
 
     def _choose(self, names: list[str], key: str) -> dict[str, Any]:
-        """Return the entry of selection.json for a key: the choice on the validation tasks of the sets `names`."""
         config = self.config
         select = config.selection
         pool, tasks, judge = self._validation(names)
@@ -113,8 +116,12 @@ class PoolSettings:
         key = shown_name(data) if select.class_share else "all"
         path = self.folder / VALIDATION
         saved = read_sealed(path, f"run '{self.folder}'", (DIGEST,)) if path.exists() else {}
+        experts = str(self._pool().identity())
+        if saved.get(POOL, experts) != experts:
+            saved = {}
         if set(saved.get(key, ())) == set(labels):
             return
+        saved[POOL] = experts
         pool, tasks, judge = self._validation([data] if select.class_share else select.data)
         nets = [PoolNet(pool, replace(self.config.merging, strategy="expert", expert=label)) for label in labels]
         values = judge_all(nets, tasks, judge, "experts")
@@ -124,7 +131,6 @@ class PoolSettings:
         atomic_write(path, sealed(saved, indent=1))
 
     def _validation(self, names: Sequence[str]) -> tuple[ExpertPool, list[LabelledTask], Judge]:
-        """Return the pool, the validation tasks of the sets `names`, and the judge of a classifier on one of them."""
         select = self.config.selection
         device = runtime.processes().device
         pool = self._pool().requires_grad_(False).eval().to(device)

@@ -112,7 +112,6 @@ class Models:
         return net
 
     def _single(self, stem: str) -> ProtoNet | MamlNet:
-        """Return the frozen model, or that of an arm."""
         if stem == FROZEN or stem in untrained_arms(self.study.config):
             return make_net(self.data.backbone(), replace(self.config, meta=None))
         arm = stem if stem in self.study.arms else ALONE
@@ -131,8 +130,7 @@ def _describe(model: FewShotModel) -> str:
     if isinstance(model, PoolNet):
         pool = model.pool
         shares = dict(model.settings.shares) or ""
-        updates = [(path, part.B, part.A) for update in pool.updates for path, part in update.low_rank.items()]
-        return f"{pool.labels} {pool.scale} {model.settings} {Identity(updates)}{shares}"
+        return f"{pool.labels} {pool.scale} {model.settings} {pool.identity()}{shares}"
     if isinstance(model, MamlNet):
         return f"{model.settings} {weights_digest(model.learner)} {Identity(sorted(model.own_tensors().items()))}"
     if isinstance(model, ProtoNet):

@@ -12,7 +12,7 @@ from typing import Annotated
 from vismt.base.errors import UserError, near
 from vismt.config.typed import Names, plain_name
 from vismt.data.set_entries import shown_name
-from vismt.metatune.amt.objective import CORRUPTION, THREATS, Adversary, AdversaryForm
+from vismt.metatune.amt.objective import CORRUPTION, GAUSSIAN, THREATS, Adversary, AdversaryForm
 
 CLEAN = "clean"
 NORMS = (*THREATS, CLEAN)
@@ -56,6 +56,8 @@ class ExpertSpec:
         if any(not 0 <= value <= highest or value == float("inf") for value in values):
             ends = "from 0 to 255" if self.norm == "linf" else "not negative"
             raise UserError(f"{where}: {values}; a level is a budget in 1/255, {ends}.")
+        if self.norm == GAUSSIAN and 0 in values:
+            raise UserError(f"{where}: {values}; noise of level 0 is none: give a level above 0, or norm clean.")
         return values
 
     def default_label(self, sources: Sequence[str], levels: Sequence[float]) -> str:
@@ -103,6 +105,8 @@ def plan_experts(
         plain_name(label, f"{where}.label")
         if label == CLEAN and (adversary is not None or sources != tuple(default)):
             raise UserError(f"{where}.label: 'clean' is clean meta-tuning on source.data; give another label.")
+        if label == "average":
+            raise UserError(f"{where}.label: 'average' is the mean of all experts; give another label.")
         copy = earlier.count((sources, adversary))
         earlier.append((sources, adversary))
         if label in experts and copy:

@@ -41,10 +41,7 @@ def sections(
         Section("Gradient masking", masking_tables(folder)),
         Section(
             "Pool",
-            [
-                *choice_tables(folder, config, study.seeds, results),
-                *chosen_settings(folder / "pool" / f"seed-{seed}"),
-            ],
+            [*choice_tables(folder, config, study.seeds, results), *chosen_settings(folder / "pool" / f"seed-{seed}")],
             _mixtures(folder, config, study, results),
         ),
         Section("Episodes", pictures=_panels(folder), folded=True),
@@ -52,7 +49,6 @@ def sections(
 
 
 def _left_out(config: FewShotConfig, results: Sequence[Result]) -> list[tuple[Table, str]]:
-    """Return the untrained arms without a result."""
     scored = {split_head(row.arm)[0] for row in results}
     arms = {arm: changed.model.name for arm, changed in untrained_arms(config).items() if arm not in scored}
     if not arms:

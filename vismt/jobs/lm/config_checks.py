@@ -18,6 +18,7 @@ from vismt.jobs.lm.config import (
 )
 from vismt.jobs.task_sections import check_tasks
 from vismt.llm.ilora.hybrid import DRAWN
+from vismt.llm.tasks.causal import Causal
 from vismt.methods import needs
 
 
@@ -86,9 +87,7 @@ def _check_task(section: LmTaskConfig) -> None:
 def _check_trained_task(config: LmConfig) -> None:
     trained = trained_task(config)
     if config.evaluate.risk and not task_of(trained).head:
-        raise UserError(
-            f"evaluate.risk: '{trained.kind}' has no class probabilities; leave it out, or take 'classify'."
-        )
+        raise UserError(f"evaluate.risk: '{trained.kind}' has no class probabilities; leave it out, or take 'classes'.")
     evaluate = config.evaluate
     validates = config.tune is not None or evaluate.temperature or evaluate.laplace or evaluate.risk
     if trained.rotate and config.tune is not None:
@@ -104,10 +103,12 @@ def _check_trained_task(config: LmConfig) -> None:
 
 
 def _check_probabilities(config: LmConfig) -> None:
-    """Raise UserError for evaluations of probabilities that no task has, and names that they do not know."""
     evaluate, trained = config.evaluate, trained_task(config)
-    for key in ("passes", "ensembles", "ood"):
-        if getattr(evaluate, key) and not task_of(trained).head:
+    task = task_of(trained)
+    if evaluate.temperature and (isinstance(task, Causal) or not task.reads):
+        raise UserError(f"evaluate.temperature: '{trained.kind}' has no probabilities of choices; leave it out.")
+    for key in ("laplace", "passes", "ensembles", "ood"):
+        if getattr(evaluate, key) and not task.head:
             raise UserError(
                 f"evaluate.{key}: needs the class probabilities of a head, and '{trained.kind}' has none; leave it out."
             )
@@ -125,7 +126,6 @@ def _check_probabilities(config: LmConfig) -> None:
 
 
 def _check_recommendation(config: LmConfig) -> None:
-    """Raise UserError for sections that need a recommendation where none is trained."""
     if recommends(config):
         _check_histories(config)
     else:
@@ -139,7 +139,6 @@ def _check_recommendation(config: LmConfig) -> None:
 
 
 def _check_histories(config: LmConfig) -> None:
-    """Raise UserError for tasks whose item vectors or histories the trained recommendation does not cover."""
     trained = recommendation_of(trained_task(config))
     for section in config.tasks:
         if section.kind != KIND:
@@ -157,7 +156,6 @@ def _check_histories(config: LmConfig) -> None:
 
 
 def _check_gated_method(config: LmConfig) -> None:
-    """Raise UserError where the method has gates and the tasks or the source of the gates do not fit, and vice versa."""
     method, gated, random_gates = None, False, False
     if config.adapt is not None:
         method = config.adapt.method

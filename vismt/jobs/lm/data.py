@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -87,8 +88,11 @@ class LmData:
             self._items[key] = items
         return self._items[key]
 
+    def all_rows(self, part: str) -> list[Item]:
+        """Return the rows of all sets of a part of the trained task."""
+        return [item for name in self.names(self.trained, part) for item in self.rows(self.trained, part, name)]
+
     def _limit(self, task: str, part: str) -> int | None:
-        """Return the largest number of rows of a part, None for all."""
         section = self._sections[task]
         if part == "train":
             return section.limit
@@ -101,10 +105,7 @@ class LmData:
         """Return the items to train on, packed where the task packs."""
         key = (self.trained, "train", "")
         if key not in self._items:
-            rows = [
-                item for name in self.names(self.trained, "train") for item in self.rows(self.trained, "train", name)
-            ]
-            self._items[key] = self.tasks[self.trained].training(rows)
+            self._items[key] = self.tasks[self.trained].training(self.all_rows("train"))
         return self._items[key]
 
     def forms(self) -> list[Item]:
@@ -142,7 +143,7 @@ class LmData:
     @property
     def num_train(self) -> int:
         """The number of training rows."""
-        return sum(len(self.rows(self.trained, "train", name)) for name in self.names(self.trained, "train"))
+        return len(self.all_rows("train"))
 
     def fingerprint(self, task: str, part: str, name: str) -> str:
         """Return a digest of the rows of a set and of the task that is set on them."""
@@ -167,6 +168,10 @@ class LmData:
         chosen = limited(torch.zeros(len(rows)), [row_id for row_id, _ in rows], settings.rows)
         texts = [fill(settings.text, rows[i][1], "calibration: text") for i in chosen.tolist()]
         pieces = [piece(context_tokens(self.tokenizer, text), [], settings.length) for text in texts]
+        if not all(part.ids for part in pieces):
+            raise UserError(
+                f"calibration: text '{settings.text}' gives rows without a token; leave them out, or add to the text."
+            )
         batches = [collate(pieces[start : start + settings.batch]) for start in range(0, len(pieces), settings.batch)]
         arguments = [
             {"input_ids": b["ids"], "attention_mask": b["mask"].long(), "position_ids": b["positions"]} for b in batches
@@ -228,6 +233,7 @@ class LmData:
         for part in ("validation", "test"):
             for name in getattr(task, part):
                 parts[part][row_name(name)] = [self._open(name)]
+        _check_names(task.name, parts)
         for name in (*task.train, *task.validation, *task.test):
             if task.kind == KIND and not isinstance(self._open(name), InteractionSet):
                 raise UserError(f"tasks: {task.name}: '{name}' has no items; '{KIND}' needs sets of kind interactions.")
@@ -236,7 +242,6 @@ class LmData:
         return parts
 
     def _open(self, name: str) -> TextSet:
-        """Return the set 'card' or 'card:split', opened once."""
         if name not in self._opened:
             self._opened[name] = open_texts(*card_and_split(name))
         return self._opened[name]
@@ -248,12 +253,23 @@ def lm_of(net: LmNet) -> PreTrainedModel:
 
 
 def _named_rows(sets: Sequence[TextSet]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return (name, row) of all rows of some sets in order."""
     return [(f"{texts.name}:{i}", row) for texts in sets for i, row in zip(texts.ids, texts.rows)]
 
 
+def _check_names(task: str, parts: Mapping[str, Mapping[str, Sequence[TextSet]]]) -> None:
+    """Raise UserError where two rows of joined sets have one name, by which records are kept."""
+    for part, named_sets in parts.items():
+        for title, sets in named_sets.items():
+            names = Counter(f"{texts.name}:{i}" for texts in sets for i in texts.ids)
+            twice = next((name for name, count in names.items() if count > 1), None)
+            if twice is not None:
+                raise UserError(
+                    f"tasks: {task}: two rows of {part} '{title}' are called '{twice}', as two of its sets have one name, or "
+                    "rows in common; rename a file, or name each row once."
+                )
+
+
 def _divided(texts: TextSet, split_shares: Mapping[str, float], name: str, task: LmTask) -> dict[str, TextSet]:
-    """Return the parts of a set: the last rows of each class, or all rows of the last users."""
     if isinstance(texts, InteractionSet):
         users = torch.tensor(texts.users)
         parts = divide(torch.zeros(int(users.max()) + 1, dtype=torch.int64), split_shares, name)

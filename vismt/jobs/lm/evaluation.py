@@ -82,7 +82,6 @@ class Evaluation:
         return scores + self._detection(training, split)
 
     def _detection(self, training: Training, split: str) -> list[Score]:
-        """Return the AUROC of every set of evaluate.ood against every other set of the trained task."""
         if split == "validation" or not self.config.evaluate.ood:
             return []
         task, outside = self.data.trained, [row_name(name) for name in self.config.evaluate.ood]
@@ -126,7 +125,6 @@ class Evaluation:
     def _conditions(
         self, training: Training, task: str, split: str, name: str
     ) -> Iterator[tuple[Condition, list[Record]]]:
-        """Yield the records of a set and, where the task gives probabilities, the configured variants."""
         records = self._records(training, task, split, name)
         yield CLEAN, records
         if task != self.data.trained or "log_p" not in records[0]:
@@ -184,7 +182,6 @@ class Evaluation:
         return records
 
     def _fingerprint(self, training: Training, task: str, split: str, name: str, variant: str) -> list[str | int]:
-        """Return the digests of the rows and weights that records belong to, and the way of scoring."""
         weights = "" if training.arm in REFERENCES else fingerprint(training)
         if training.arm in RECOMMENDERS:
             weights = self._recommender().fingerprint(training.arm)
@@ -221,7 +218,6 @@ class Evaluation:
         return [record for part in console.track(parts, "eval", label, len(chunks)) for record in part]
 
     def _dropped(self, net: LmNet, task: LmTask, items: Sequence[Item], label: str) -> list[Record]:
-        """Return records of the mean probability over `evaluate.passes` passes with dropout in the adapter."""
         for module in net.lm.modules():
             module.train(isinstance(module, AdapterModule))
         parts = []
@@ -232,12 +228,9 @@ class Evaluation:
         return averaged_records(parts)
 
     def _laplace(self, training: Training) -> LmNet:
-        """Return the net of a training with the Laplace approximation in place of its head."""
         net = self.net(training)
         if self._posterior[:2] != (training, self.models.generation):
-            names = self.data.names(self.data.trained, "validation")
-            rows = [row for name in names for row in self.data.rows(self.data.trained, "validation", name)]
-            validation = self._features(net, rows)
+            validation = self._features(net, self.data.all_rows("validation"))
             features = list(self._features(net, self.data.training())[0].split(256))
             head = laplace_head(net.head, features, validation)
             self._posterior = (training, self.models.generation, head.to(validation[0].device))
@@ -292,7 +285,6 @@ class Evaluation:
 
 
 def _check_records(path: Path, records: Sequence[Record]) -> None:
-    """Raise UserError for a row that comes twice, and for values that no task records."""
     seen: set[str] = set()
     for number, record in enumerate(records, 2):
         name = record.get("id")
@@ -302,7 +294,6 @@ def _check_records(path: Path, records: Sequence[Record]) -> None:
 
 
 def _is_sound(record: Record) -> bool:
-    """Return whether numbers are finite, log-probabilities at most 0 and counts at least 0, and the label is a choice."""
     values = [v for value in record.values() for v in (value if isinstance(value, list) else [value])]
     log_p = [v for key in ("log_p", "mean_log_p") for v in record.get(key, ())]
     label = record.get("label", 0)

@@ -10,18 +10,7 @@ from pathlib import Path
 
 from vismt.engine.study import Study
 from vismt.jobs.lm.config import FROZEN, REFERENCES, LmConfig, trained_task
-from vismt.report.plotting import (
-    INK,
-    MUTED,
-    axes_at,
-    color_of,
-    dress,
-    legend,
-    legend_rows,
-    new_figure,
-    save,
-    short,
-)
+from vismt.report.plotting import INK, MUTED, axes_at, color_of, dress, legend, legend_rows, new_figure, save, short
 from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, scale_text
 from vismt.uncertainty.intervals import SHARE

@@ -154,9 +154,8 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
                 for name in self.data.names(task, split):
                     self.data.rows(task, split, name)
         if self.config.evaluate.risk:
-            names = self.data.names(self.data.trained, "validation")
-            rows = [row for name in names for row in self.data.rows(self.data.trained, "validation", name)]
-            check_thresholds(torch.tensor([row.label for row in rows]), self.config.tune)
+            labels = torch.tensor([row.label for row in self.data.all_rows("validation")])
+            check_thresholds(labels, self.config.tune)
         for config in self.study.arms.values():
             self.batches(config)
 

@@ -77,9 +77,8 @@ class Recommender:
         return self._trained(GRU, GRU4Rec(len(self.data.catalogue), settings.width, settings.dropout, self.config.seed))
 
     def _trained(self, name: str, net: Net) -> Net:
-        """Return a net with its weights in the run folder, trained where there are none."""
         folder, file = (self.folder / FILES[name][0], FILES[name][1])
-        trained = (folder / file).exists()
+        trained = ranks.on_first((folder / file).exists)  # another process in the folder may write it at any time
         if not trained:  # of several processes in one run folder, the first one trains it
             with ExitStack() as held:
                 if is_locked(folder):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 import torch
 
 from vismt.base import console
@@ -12,6 +15,7 @@ from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.models import Classifier
+from vismt.multitask.nets import TaskClassifier, Union
 
 
 class Cards:
@@ -25,13 +29,26 @@ class Cards:
     def images(self, name: str) -> ImageSet:
         """Return the set 'card' or 'card:split'."""
         if name not in self._sets:
-            self._sets[name] = open_images(
+            images = self._sets[name] = open_images(
                 *card_and_split(name), on_bad_sample=self.config.on_bad_sample, download=self.config.download
             )
-            console.stage(
-                "data", f"{row_name(name)}   {len(self._sets[name].classes)} classes   {len(self._sets[name]):,} images"
-            )
+            console.stage("data", f"{row_name(name)}   {len(images.classes)} classes   {len(images):,} images")
         return self._sets[name]
+
+    def classifier(self, name: str, given: Classifier) -> Classifier:
+        """Return a classifier as it answers on a set: where each task has a softmax of its own, by that of the set's task."""
+        if not given.separate:
+            return given
+        tasks = [label.partition("/")[0] for label in given.labels or ()]
+        meant = list(dict.fromkeys(tasks[output] for output in self.outputs(name, given)))
+        if len(meant) > 1:
+            raise UserError(
+                f"data: the classes of '{name}' are in the tasks {', '.join(meant)}, each with a softmax of its own; name one as "
+                "classifier.task."
+            )
+        union = Union(tuple(dict.fromkeys(tasks)), tuple(Counter(tasks).values()))
+        net = TaskClassifier(given.net, union, union.tasks.index(meant[0]), task_aware=True).eval()
+        return replace(given, net=net)
 
     def batches(self, name: str, classifier: Classifier) -> InOrder:
         """Return the drawn images of a set at a classifier's size, with the labels of its outputs."""

@@ -68,7 +68,7 @@ def score_set(
         classifier.net,
         batches,
         specs,
-        names=(TASK, name, f"one of {classifier.num_classes} classes"),
+        names=(TASK, name, "task known" if classifier.separate else f"one of {classifier.num_classes} classes"),
         num_classes=classifier.num_classes,
         records=records_path(folder, data),
         forms={CLEAN: lambda logits: logits},

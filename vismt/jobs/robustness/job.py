@@ -51,11 +51,11 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
         splits |= {arm.job.split for arm in self.trained.values()}
         return splits.pop() if len(splits) == 1 else "several"
 
-    def classifier_of(self, arm: str) -> Classifier:
-        """Return an arm's classifier, kept once loaded."""
+    def classifier_of(self, arm: str, data: str) -> Classifier:
+        """Return an arm's classifier for a card, kept once loaded."""
         if arm not in self._classifiers:
             self._classifiers[arm] = load(self.study.arms[arm].classifier)
-        return self._classifiers[arm]
+        return self.cards.classifier(data, self._classifiers[arm])
 
     def trainings(self, arm: str) -> list[Training]:
         return [Training(arm, 0.0, self.config.seed, self.folder / "classifiers" / arm)]
@@ -83,10 +83,10 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
             arm, records = self.trained[training.arm], folder / RECORDS
             under = arm.job.conditions_of(chosen, corruptions, self.config.seed)
             return arm.job.evaluation.scores(arm.net, arm.training, arm.job.split, under, records, risk=risk)
-        classifier = self.classifier_of(training.arm)
         specs = conditions(chosen, corruptions, self.config.seed)
         scores = []
         for data in self.config.data:
+            classifier = self.classifier_of(training.arm, data)
             batches = self.cards.batches(data, classifier)
             for_thresholds = self.cards.for_thresholds(data, classifier) if risk else None
             scores += score_set(
@@ -106,8 +106,18 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
 
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
         super().evaluate(attacks)
-        if self.config.evaluate.masking and attacks is None:
-            self._check_masking()
+        if not self.config.evaluate.masking or attacks is not None:
+            return
+        lines: list[dict[str, Any]] = []
+        spec = self.config.evaluate.attacks[0].spec(self.config.seed)
+        for arm in self.study.arms:
+            for data in self.config.data:
+                classifier = self.classifier_of(arm, data)
+                batches = self.cards.batches(data, classifier)
+                result = check_masking(classifier.net, batches, spec, num_classes=classifier.num_classes)
+                lines.append({"arm": arm, "data": row_name(data), **vars(result), "verdict": result.verdict()})
+                console.stage("masking", f"{arm}   {row_name(data)}   {result.verdict()}")
+        ranks.on_first(lambda: write_lines(self.folder / MASKING, lines))
 
     def write_panels(self) -> None:
         if self.config.evaluate.attacks:
@@ -115,23 +125,9 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
                 for data in self.config.data:
                     self._write_broken(arm, data)
 
-    def _check_masking(self) -> None:
-        """Check the first attack of every arm on every set; write masking.jsonl."""
-        lines: list[dict[str, Any]] = []
-        spec = self.config.evaluate.attacks[0].spec(self.config.seed)
-        for arm in self.study.arms:
-            classifier = self.classifier_of(arm)
-            for data in self.config.data:
-                batches = self.cards.batches(data, classifier)
-                result = check_masking(classifier.net, batches, spec, num_classes=classifier.num_classes)
-                fields = {**vars(result), "epsilons": list(result.epsilons), "accuracies": list(result.accuracies)}
-                lines.append({"arm": arm, "data": row_name(data), **fields, "verdict": result.verdict()})
-                console.stage("masking", f"{arm}   {row_name(data)}   {result.verdict()}")
-        ranks.on_first(lambda: write_lines(self.folder / MASKING, lines))
-
     def _write_broken(self, arm: str, data: str) -> None:
         """Write the first images that are right when clean and wrong under the first attack, and the attacked images."""
-        classifier = self.classifier_of(arm)
+        classifier = self.classifier_of(arm, data)
         spec = self.config.evaluate.attacks[0].spec(self.config.seed)
         label = spec.describe(classifier.num_classes)
         rows = {row["id"]: row for row in read_lines(records_path(self.trainings(arm)[0].folder, data)) if "id" in row}

@@ -22,6 +22,7 @@ from vismt.jobs.robustness.config import ClassifierConfig
 from vismt.jobs.training_job import TrainingJob
 from vismt.robustness.classifier import (
     ROBUSTBENCH,
+    checkpoint_config,
     checkpoint_file,
     classifier_from_function,
     classifier_of,
@@ -37,7 +38,8 @@ class Classifier:
 
     net: images (b, 3, h, w) -> logits (b, k), in eval mode. size: of the decoded images in pixels. labels: names of the k
     outputs, "task/class" of a multi-task run; None where only their number is known. cards: of each task, by the name in rows of
-    results. task: the one whose outputs are meant; None where the card decides.
+    results. task: the one whose outputs are meant; None where the card decides. separate: whether each task has a softmax of its
+    own.
     """
 
     net: nn.Module
@@ -46,6 +48,7 @@ class Classifier:
     labels: list[str] | None = None
     cards: Mapping[str, Collection[str]] = field(default_factory=dict)
     task: str | None = None
+    separate: bool = False
 
     def fingerprint(self) -> str:
         """Return a digest of the weights; of a net with code of its own, which may change, of that, too."""
@@ -79,7 +82,9 @@ def _load(config: ClassifierConfig) -> Classifier:
     if config.run is not None:
         job = open_run(Path(config.run)).job
         net, labels, size = job.classifier(config.arm)
-        return Classifier(net.eval().to(device), len(labels), config.size or size, labels, job.cards_of_tasks())
+        separate = job.about(config.arm).get("label_space") == "separate"
+        net, size = net.eval().to(device), config.size or size
+        return Classifier(net, len(labels), size, labels, job.cards_of_tasks(), separate=separate)
     if config.function is not None:
         net, classes = classifier_from_function(config.function)
         return Classifier(net.to(device), classes, config.size or 0)
@@ -87,12 +92,12 @@ def _load(config: ClassifierConfig) -> Classifier:
         net, classes, size = load_robustbench(config.name)
         return Classifier(net.to(device), classes, config.size or size)
     timm = load_classifier(
-        config.name or "",
-        architecture=config.architecture,
-        pretrained=config.pretrained,
-        img_size=config.img_size,
+        config.name or "", architecture=config.architecture, pretrained=config.pretrained, img_size=config.img_size
     )
-    return Classifier(timm.to(device), timm.num_classes, config.size or max(timm.size), timm.labels)
+    path = checkpoint_file(config.name or "")
+    separate = path is not None and checkpoint_config(path).get("label_space") == "separate"
+    size = config.size or max(timm.size)
+    return Classifier(timm.to(device), timm.num_classes, size, timm.labels, separate=separate)
 
 
 class TrainedArm:

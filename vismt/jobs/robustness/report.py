@@ -55,7 +55,6 @@ def sections(folder: Path, config: RobustnessConfig, results: Sequence[Result]) 
 
 
 def _normalised(config: RobustnessConfig, results: Sequence[Result]) -> list[tuple[Table, str]]:
-    """Return mCE of every arm and set over the configuration's baseline."""
     baseline = config.evaluate.baseline
     errors: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for row in results:

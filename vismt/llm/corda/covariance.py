@@ -118,7 +118,6 @@ def _run_pass(
     save_every: int,
     advance: Callable[[], None],
 ) -> None:
-    """Sum the inputs of the leaders over all batches, from where the store left off."""
     device = next(model.parameters()).device
     sums = store.unfinished
     for path in leaders:
@@ -136,7 +135,6 @@ def _run_pass(
 
 
 def _report_short_samples(tokens: Mapping[str, int], widths: Mapping[str, int]) -> None:
-    """Print one line where a covariance cannot have full rank because it saw fewer tokens than its width."""
     short = {path: (tokens[path], widths[path]) for path in tokens if tokens[path] < widths[path]}
     if short:
         path, (count, width) = min(short.items(), key=lambda item: item[1][0] / item[1][1])

@@ -196,7 +196,6 @@ class CovarianceStore:
 
 
 def _by_path(saved: CovarianceFile, by_leader: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensor of each path, which is that of the leader of its group."""
     leader_of = {path: leader for leader, paths in saved.groups.items() for path in paths}
     return {path: by_leader[leader_of[path]] for path in saved.widths}
 
@@ -216,10 +215,7 @@ def _read(folder: Path) -> CovarianceFile:
 
 
 def _mapped(folder: Path, name: str, leaders: Sequence[str], saved: CovarianceFile) -> dict[str, Tensor]:
-    """Return the tensors (i, i) of the leaders from a safetensors file, memory-mapped where the platform allows it.
-
-    Raises UserError for a file that is missing or damaged, has other tensors, or was changed after it was written.
-    """
+    """Return the tensors (i, i) of the leaders from a safetensors file, memory-mapped where the platform allows it."""
     try:
         with safe_open(regular_file(folder / name), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping

@@ -31,6 +31,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
+from vismt.base import console
 from vismt.base.errors import UserError, near, require_known
 from vismt.base.identity import Identity
 from vismt.llm.corda.covariance import collect_covariance
@@ -44,6 +45,7 @@ from vismt.lowrank.model.inject import check_options, inject
 from vismt.lowrank.model.record import AdaptReport
 from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.methods import Calibration, Method, register_method
+from vismt.storage.locks import is_locked, locked
 
 MODES = ("ipm", "kpm", "cut")
 ORIENTATIONS = ("covariance", "activations", "none")
@@ -131,7 +133,6 @@ def _start(
 
 
 def _checked(modules: Mapping[str, nn.Module], covariances: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-    """Return the covariances; UserError unless each exists, has its layer's width, and is finite and symmetric."""
     if not isinstance(covariances, Mapping):
         raise UserError(
             f"adapt.covariances: {type(covariances).__name__} for 'corda'; give what vismt.llm.collect_covariance returns, "
@@ -172,15 +173,19 @@ def calibrate(
     excluded, budget, batches = options.get("exclude", ()), calibration.memory_budget, calibration.batches()
     key = str(Identity(targets, excluded, budget, list(batches)))[:16]
     if key not in calibration.results:
-        calibration.results[key] = collect_covariance(
-            model,
-            batches,
-            targets,
-            exclude=excluded,
-            folder=calibration.folder / key,
-            memory_budget=budget,
-            save_every=min(64, max(1, len(batches) // 4)),
-        )
+        folder = calibration.folder / key
+        if is_locked(folder):
+            console.stage("wait", "corda   another process collects the covariances")
+        with locked(folder, wait_s=-1):  # of several processes in one run folder, the first one collects
+            calibration.results[key] = collect_covariance(
+                model,
+                batches,
+                targets,
+                exclude=excluded,
+                folder=folder,
+                memory_budget=budget,
+                save_every=min(64, max(1, len(batches) // 4)),
+            )
     return {"covariances": calibration.results[key]}
 
 

@@ -175,10 +175,7 @@ def _normalised(path: str, module: nn.Module, x: Tensor, mask: Tensor | None, co
 
 
 def _observe(model: nn.Module, inputs: Mapping[str, Any], paths: Iterable[str], observer: Observer) -> None:
-    """Run one forward pass in eval mode, with `observer(path, module, input)` before each call of a module at `paths`.
-
-    The pass ends early where the observer raises _PassComplete. Hooks are removed also after an exception.
-    """
+    """Run one forward pass in eval mode, `observer` before each call of a module at `paths`; _PassComplete ends it early."""
 
     def hook(path: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         observer(path, module, inputs[0])

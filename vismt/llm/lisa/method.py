@@ -167,7 +167,6 @@ class LISA:
                 )
 
     def _show(self, active: list[int]) -> None:
-        """Let exactly these layers have gradients from here on."""
         self._active = active
         self._awake = {parameter for layer in active for parameter in self._layers[layer]}
         for layer in self._layers.values():
@@ -264,7 +263,6 @@ def _add_parameters(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tens
 
 
 def _kind(name: str) -> str:
-    """Return a name without its layer's number."""
     return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
 
 

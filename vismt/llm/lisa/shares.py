@@ -111,7 +111,6 @@ def stacks(model: nn.Module) -> dict[str, int]:
 
 
 def _kind(child: nn.Module) -> type[nn.Module]:
-    """Return the class of a module, of what an adapter module stands around."""
     shell = child.shell if isinstance(child, AdapterModule) else None
     return type(shell if shell is not None else child)
 
@@ -138,7 +137,6 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _is_embedding(model: nn.Module, name: str, heads: set[str]) -> bool:
-    """Return whether the parameter `name` belongs to the input embeddings."""
     owner = name.rpartition(".")[0]
     return owner not in heads and (
         isinstance(model.get_submodule(owner), nn.Embedding) or EMBEDDING.fullmatch(name) is not None

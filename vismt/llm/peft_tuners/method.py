@@ -86,7 +86,6 @@ def _sizes(fields: Mapping[str, Any], rank: int, alpha: float | None) -> dict[st
 
 
 def _fields(kind: str) -> dict[str, Any]:
-    """Return the options of a type of peft with their defaults, None for computed ones."""
     configuration = importlib.import_module("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     decided = DECIDED.union(item.name for item in dataclasses.fields(importlib.import_module("peft").PeftConfig))
     fields = [item for item in dataclasses.fields(configuration) if item.name not in decided]

@@ -139,7 +139,6 @@ class Landing(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _return(self, began: Sequence[Tensor]) -> None:
-        """Do what follows the step: a retraction, or the decoupled pull."""
         if not began:
             return
         with self._live(written=0) as rows:
@@ -173,7 +172,6 @@ class Landing(torch.optim.Optimizer):
             write_whole(target, value)
 
     def _optimized(self) -> set[int]:
-        """Return the ids of the parameters of the wrapped optimiser."""
         return {id(parameter) for group in self.param_groups for parameter in group["params"]}
 
     @torch.no_grad()
@@ -194,9 +192,13 @@ def orthonormalize_(model: nn.Module) -> nn.Module:
     For the end of a training: the moments of an optimiser are not changed.
     """
     for layer in polar_layers(model):
-        for update in updates(layer):
+        factors = [factor.detach() for factor in (layer.lora_B, layer.lora_C, layer.lora_A)]
+        gathered = [whole(factor) for factor in factors]
+        for update in blocks(layer, *gathered):
             for tensor, new in zip(update, stiefel.orthonormalize(*update)):
                 tensor.copy_(new)
+        for factor, value in zip(factors, gathered):
+            write_whole(factor, value)
     return model
 
 
@@ -224,7 +226,11 @@ def right(layer: LowRankLayer, tensor: Tensor) -> list[Tensor]:
 
 def updates(layer: LowRankLayer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Return the views X (o_j, r), Theta (r, r) or (r,), Y (i, r), one triple for each block; of sharded ones gathered copies."""
-    x, theta, y = (whole(factor.detach()) for factor in (layer.lora_B, layer.lora_C, layer.lora_A))
+    return blocks(layer, *(whole(factor.detach()) for factor in (layer.lora_B, layer.lora_C, layer.lora_A)))
+
+
+def blocks(layer: LowRankLayer, x: Tensor, theta: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Return the views of `updates` of given lora_B, lora_C and lora_A."""
     return zip(left(layer, x), theta.chunk(len(layer.blocks)), right(layer, y))
 
 

@@ -141,7 +141,6 @@ def _root(z: Tensor) -> Tensor:
 
 
 def _excess(z: Tensor) -> Tensor:
-    """Return Z^T Z - I."""
     return z.mT @ z - torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
 
 

@@ -139,10 +139,7 @@ def checked_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
 def _features(
     model: nn.Module, containers: Mapping[str, Structure], selection: UnitSelection
 ) -> dict[str, tuple[int, torch.Tensor]]:
-    """Return {module: (dim, features (k,) in stock order)} in model order.
-
-    Raises UserError for a selection that does not fit the model, or that is another one in other processes.
-    """
+    """Return {module: (dim, features (k,) in stock order)} in model order."""
     require_known("s2ft.selection: the model has no heads or channels", selection.units, containers)
     chosen: dict[str, tuple[int, torch.Tensor]] = {}
     for path, parts in selection.units.items():

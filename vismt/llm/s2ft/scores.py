@@ -48,7 +48,6 @@ def unit_scores(model: nn.Module, strategy: str, blocks: Blocks, calibration: It
 
 
 def _batches(strategy: str, calibration: Iterable[Any] | None) -> list[Any]:
-    """Return the calibration batches as a list; raise UserError where they are missing or have the wrong type."""
     if isinstance(calibration, (Mapping, Tensor)):
         calibration = [calibration]
     batches = [] if calibration is None else list(calibration)
@@ -73,7 +72,6 @@ def _norms(matrix: Tensor, block: UnitBlock) -> Tensor:
 
 
 def _activations(model: nn.Module, blocks: Blocks, batches: Sequence[Any]) -> Scores:
-    """Return the mean norm of each unit's activations over the calibration tokens."""
     containers = structures(model)
     sums = {slot: torch.zeros(block.units, dtype=torch.float64) for slot, block in blocks.items()}
     tokens = dict.fromkeys(blocks, 0)
@@ -85,7 +83,7 @@ def _activations(model: nn.Module, blocks: Blocks, batches: Sequence[Any]) -> Sc
             units = blocks[slot].units
             norms = z.reshape(*z.shape[:-1], units, -1).norm(dim=-1)
             norms = norms[mask] if mask is not None and mask.shape == z.shape[:-1] else norms.reshape(-1, units)
-            sums[slot] += norms.sum(0).double().cpu()
+            sums[slot] += norms.sum(0).cpu().double()
             tokens[slot] += len(norms)
 
         return observe
@@ -147,18 +145,13 @@ def _gradients(model: nn.Module, blocks: Blocks, batches: Sequence[Any]) -> Scor
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
-    """Run the model on a batch, without its labels where it is a pair."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss of a batch, a scalar; it is not finite where every label is ignored.
-
-    The loss of (inputs, labels) is the cross-entropy of logits (b, c) or (b, c, ...), or that of the next token for logits
-    (b, n, c); for other batches it is the output's own.
-    """
+    """Return the loss of a batch, a scalar; it is not finite where every label is ignored. See the header."""
     out = _call(model, batch)
     if not isinstance(batch, (tuple, list)):
         loss = getattr(out, "loss", None)

@@ -126,7 +126,6 @@ def select_units(
 
 
 def _ratios(ratio: float | Mapping[str, float], parts: Sequence[str] | None) -> dict[str, float]:
-    """Return {part: ratio} of every wanted part; raise UserError where a mapping and explicit parts do not agree."""
     wanted = ["o", "d"] if parts is None else need_names("select_units.parts:", parts)
     require_known("select_units.parts: no", wanted, PARTS)
     ratios = dict(ratio) if isinstance(ratio, Mapping) else dict.fromkeys(wanted, ratio)
@@ -147,10 +146,7 @@ def _ratios(ratio: float | Mapping[str, float], parts: Sequence[str] | None) -> 
 
 
 def _wanted_blocks(model: nn.Module, ratios: Mapping[str, float], excluded: Sequence[str]) -> dict[Slot, UnitBlock]:
-    """Return the rows or columns of all wanted parts outside the excluded containers, part by part in the order of PARTS.
-
-    Raises UserError for a part that the model has nowhere.
-    """
+    """Return the rows or columns of all wanted parts outside the excluded containers, part by part in the order of PARTS."""
     containers = structures(model)
     check_patterns("select_units.exclude", excluded, list(containers))
     blocks = {}

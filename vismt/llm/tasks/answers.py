@@ -100,15 +100,15 @@ class Answers(LmTask):
             raise UserError(f"tasks: row '{name}' has the answers {list(templates)}; needed two at least.")
         texts = [fill(text, row, "tasks: answers") for text in templates.values()]
         answers = [answer_tokens(tokenizer, text, before) for text in texts]
-        if not all(answers):
-            raise UserError(f"tasks: row '{name}' has an answer without a token.")
+        if not context or not all(answers):
+            raise UserError(f"tasks: row '{name}' has a prompt or an answer without a token.")
         sizes = [max(1, len(text.strip())) for text in texts]
         return Item(name, [tree(context, answers, self.length)], sizes=sizes)
 
     def reply(
         self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
     ) -> list[Reply]:
-        log_p = answer_scores(net, batch, self.normalise).double().log_softmax(1).cpu()
+        log_p = answer_scores(net, batch, self.normalise).cpu().double().log_softmax(1)
         choices = [list(self.choices_of(row)) for row in rows]
         return [Reply(choices=names, log_p=values[: len(names)]) for names, values in zip(choices, log_p)]
 
@@ -134,7 +134,7 @@ def answer_scores(net: LmNet, batch: Batch, normalise: str) -> Tensor:
 
 def choice_records(items: Sequence[Item], scores: Tensor) -> list[Record]:
     """Return a record for each row, with its user where it has one, from the scores (b, most choices) of its answers."""
-    log_p = scores.double().log_softmax(1).cpu().tolist()
+    log_p = scores.cpu().double().log_softmax(1).tolist()
     return [
         {**names_of(item), "label": item.label, "log_p": values[: len(item.sizes)]}
         for item, values in zip(items, log_p)

@@ -25,7 +25,7 @@ from vismt.base.errors import UserError, near
 from vismt.base.seeds import mix_seed
 from vismt.llm.ilora.recommenders import padded
 from vismt.llm.net import Batch, LmNet
-from vismt.llm.tasks.pieces import Piece, collate
+from vismt.llm.tasks.pieces import Piece, collate, piece
 from vismt.uncertainty.intervals import NUMBER, Measure
 from vismt.uncertainty.probability_metrics import binned_gaps, quality_measures, scores
 from vismt.uncertainty.temperature import fit_temperature
@@ -138,6 +138,14 @@ class LmTask(ABC):
             text = chat_text(tokenizer, [{"role": "user", "content": text}])
             return list(tokenizer(text, add_special_tokens=False)["input_ids"]), text
         return context_tokens(tokenizer, text), text
+
+    def asked(self, name: str, ids: Sequence[int]) -> Item:
+        """Return the last tokens of a prompt as a row without counted tokens; raise UserError where there are none."""
+        if not ids:
+            raise UserError(
+                f"tasks: row '{name}' has a prompt without a token; leave the row out, or add to the prompt."
+            )
+        return Item(name, [piece(ids, [], self.length)])
 
     def prompt_end(self, tokenizer: Any) -> str:
         """Return the end of every prompt; any letter where it is a field."""

@@ -87,7 +87,7 @@ class Causal(LmTask):
             context = self.context(row, tokenizer)[0]
         else:
             context = context_tokens(tokenizer, fill(self.answer, row, "tasks: answer"))
-        return Item(name, [piece(context, [], self.length)])
+        return self.asked(name, context)
 
     def reply(
         self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
@@ -110,7 +110,7 @@ class Causal(LmTask):
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         rows = batch["row"].cpu()
         nats, tokens = (
-            torch.zeros(len(items), dtype=torch.float64).index_add(0, rows, by_piece.double().cpu())
+            torch.zeros(len(items), dtype=torch.float64).index_add(0, rows, by_piece.cpu().double())
             for by_piece in net.token_nll(batch)
         )
         return [

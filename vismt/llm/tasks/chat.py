@@ -88,5 +88,4 @@ class Chat(Causal):
         turns = self.turns(name, row)
         if turns[-1]["role"] == ASSISTANT:  # the answer that a training row has
             turns = turns[:-1]
-        ids = tokenizer(chat_text(tokenizer, turns), add_special_tokens=False)["input_ids"][-self.length :]
-        return Item(name, [Piece(tuple(ids), (IGNORE,) * len(ids))])
+        return self.asked(name, tokenizer(chat_text(tokenizer, turns), add_special_tokens=False)["input_ids"])

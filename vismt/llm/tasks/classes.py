@@ -32,7 +32,6 @@ from vismt.llm.tasks.base import (
     fill,
     probability_measures,
 )
-from vismt.llm.tasks.pieces import IGNORE, Piece
 from vismt.uncertainty.intervals import Measure
 from vismt.uncertainty.last_layers import log_predictive
 from vismt.uncertainty.predictive import GaussianHead
@@ -93,13 +92,12 @@ class Classes(LmTask):
         return replace(self.ask(name, row, tokenizer), label=list(self.answers).index(label))
 
     def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        ids = self.context(row, tokenizer)[0][-self.length :]
-        return Item(name, [Piece(tuple(ids), (IGNORE,) * len(ids))])
+        return self.asked(name, self.context(row, tokenizer)[0])
 
     def reply(
         self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
     ) -> list[Reply]:
-        log_p = log_predictive(net.head, net.features(batch)).double().cpu()
+        log_p = log_predictive(net.head, net.features(batch)).cpu().double()
         return [Reply(choices=list(self.answers), log_p=values) for values in log_p]
 
     def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
@@ -110,7 +108,7 @@ class Classes(LmTask):
         log_p = log_predictive(net.head, features).tolist()
         records = [{"id": item.id, "label": item.label, "log_p": values} for item, values in zip(items, log_p)]
         if isinstance(net.head, GaussianHead):
-            means = net.head(features).double().log_softmax(1).cpu().tolist()
+            means = net.head(features).cpu().double().log_softmax(1).tolist()
             records = [{**record, "mean_log_p": values} for record, values in zip(records, means)]
         return records
 

@@ -127,6 +127,7 @@ def normalised(text: str) -> str:
     except InvalidOperation:  # text, not a number
         number = Decimal("NaN")
     if number.is_finite() and abs(number.adjusted()) < 100:  # others would be texts of as many digits
-        return f"{number.normalize():f}"
+        digits = f"{number:f}"  # Decimal.normalize would round to 28 digits
+        return digits.rstrip("0").rstrip(".") if "." in digits else digits
     words = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", words).split())

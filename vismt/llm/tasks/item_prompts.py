@@ -110,5 +110,4 @@ def read_answer(text: str, titles: Sequence[str], label: int) -> dict[str, bool]
 
 
 def _plain(text: str) -> str:
-    """Return the text in lower case with single spaces."""
     return " ".join(text.casefold().split())

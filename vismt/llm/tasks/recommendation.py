@@ -185,7 +185,6 @@ class Recommendation(LmTask):
         return trained
 
     def _answered(self, item: Item) -> Item:
-        """Return the item with the answers that the loss needs: the right one, and negatives where it is judged."""
         if self.answer != "judge":
             pieces = [stem(piece, item.label) if piece.shared else piece for piece in item.pieces]
             return replace(item, pieces=pieces, hybrid=None)
@@ -229,7 +228,6 @@ class Recommendation(LmTask):
         return super().examples(batch) if self.answer == "judge" else counted_tokens(batch)
 
     def _judgements(self, net: LmNet, batch: Batch) -> Tensor:
-        """Return the scores (b, k) of the candidates."""
         verdicts = [single_token(self._tokenizer, "the answer", text) for text in (" yes", " no")]
         with conditioned(net, batch) as given:
             logits = net.branch_logits(given, verdicts)

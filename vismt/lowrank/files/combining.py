@@ -170,7 +170,6 @@ def _sum(
 
 
 def _check_factors(update: LowRank) -> None:
-    """Raise UserError for a sum with NaN or infinite factors."""
     factors = (update.B, update.A) if update.core is None else (update.B, update.A, update.core)
     if not all(fits(factor) for factor in factors):
         raise UserError("combine: the weighted factors are NaN or infinite; give finite adapters and smaller weights.")
@@ -193,11 +192,11 @@ def _by_rule(
 
 def _by_path(adapters: Sequence[Updates]) -> dict[str, dict[int, LowRank]]:
     """Return the updates of each weight by the position of their adapter."""
-    paths = dict.fromkeys(path for adapter in adapters for path in adapter.low_rank)
-    return {
-        path: {j: adapter.low_rank[path] for j, adapter in enumerate(adapters) if path in adapter.low_rank}
-        for path in paths
-    }
+    found: dict[str, dict[int, LowRank]] = {}
+    for position, adapter in enumerate(adapters):
+        for path, update in adapter.low_rank.items():
+            found.setdefault(path, {})[position] = update
+    return found
 
 
 def _with_zeros(present: Mapping[int, LowRank], count: int) -> list[LowRank]:
@@ -264,7 +263,6 @@ def _concatenate(adapters: Sequence[LowRank], weights: Sequence[float]) -> LowRa
 
 
 def _covariances_at(path: str, covariances: Sequence[Mapping[str, Tensor]], width: int) -> list[Tensor]:
-    """Return the covariances of the inputs of one weight; UserError where one is missing or does not fit."""
     for position, of_task in enumerate(covariances):
         if not isinstance(of_task, Mapping) or path not in of_task:
             raise UserError(f"combine: covariances: those of adapter {position} have none of '{path}'.")
@@ -283,7 +281,6 @@ def _check_covariances(covariances: Sequence[Any], width: int, where: str = "") 
 
 
 def _check_settings(count: int, method: str, keep: float, drop: float, covariances: Any) -> None:
-    """Raise UserError for options of rules that are out of range, and for covariances where they are not wanted or missing."""
     if not 0 < keep <= 1:
         raise UserError(f"combine: keep is {keep}, give a share in (0, 1].")
     if not 0 <= drop < 1:
@@ -320,7 +317,6 @@ def _check_call(
 
 
 def _check_weights(weights: Sequence[float]) -> None:
-    """Raise UserError unless each weight and their sum are finite numbers."""
     for position, weight in enumerate(weights):
         if not isinstance(weight, Real) or not _finite(weight):
             raise UserError(f"combine: weight {position} is {weight!r}, give a finite number.")
@@ -336,7 +332,6 @@ def _finite(value: Any) -> bool:
 
 
 def _check_shapes(adapters: dict[int, LowRank], where: str = "") -> None:
-    """Raise UserError unless the adapters, by position, have one shape."""
     first, *others = adapters
     for position in others:
         if adapters[position].shape != adapters[first].shape:

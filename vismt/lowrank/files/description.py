@@ -98,7 +98,6 @@ def parts_of(specs: Iterable[LayerSpec]) -> dict[str, dict[str, Any]]:
 
 
 def _spec(entry: Mapping[str, Any], source: JsonFile, key: str) -> LayerSpec:
-    """Return the spec of an entry of adapter.json; UserError for one that is malformed."""
     common = {name: value for name, value in entry.items() if name in _Site.__dataclass_fields__}
     settings = {name: value for name, value in entry.items() if name not in common}
     site = build(_Site, common, source, key)
@@ -115,7 +114,6 @@ def _spec(entry: Mapping[str, Any], source: JsonFile, key: str) -> LayerSpec:
 
 
 def _part(path: str, entry: _Part, source: JsonFile) -> LayerSpec:
-    """Return the spec of an adapter module other than a layer."""
     kind, key = _module(entry.type, source), f"parts['{path}']"
     if issubclass(kind, AdapterLayer):
         raise UserError(
@@ -185,11 +183,10 @@ def read_adapter(folder: Path) -> tuple[Description, list[LayerSpec], dict[str, 
     """
     what = f"adapter '{folder}'"
     description, specs = read_description(folder)
-    payload, tensors = read_tensors(folder / description.tensors, what)
+    name = description.tensors
+    payload, tensors = read_tensors(folder / name, what)
     if hashlib.sha256(payload).hexdigest() != description.tensors_sha256:
-        raise UserError(
-            f"{what}: '{description.tensors}' is not the file that {DESCRIPTION} describes; save the adapter again."
-        )
+        raise UserError(f"{what}: '{name}' is not the file that {DESCRIPTION} describes; save the adapter again.")
     for spec in specs:
         if spec.has_weight:  # others may need a model
             shapes = layer_shapes([spec], tensors)

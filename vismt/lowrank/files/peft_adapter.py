@@ -62,73 +62,62 @@ class PeftAdapter:
 
     def targets(self, model: nn.Module) -> set[str]:
         """Return the paths of the linears and convolutions that the settings name."""
-        paths = {
-            path for path, module in model.named_modules() if path and kind_of(module) and self.settings.names(path)
-        }
+        named = {path: module for path, module in model.named_modules() if path and self.settings.names(path)}
         if self.settings.everywhere:
             # Only the head of a transformers model is left out, not that of a timm model.
             getter = getattr(model, "get_output_embeddings", None)
             head = getter() if callable(getter) else None
-            modules = {path: model.get_submodule(path) for path in paths}
-            paths = {path for path in paths if kind_of(modules[path]) in LINEAR and modules[path] is not head}
-            return paths
-        named = {path for path, _ in model.named_modules() if path and self.settings.names(path)}
+            return {path for path, module in named.items() if kind_of(module) in LINEAR and module is not head}
+        paths = {path for path, module in named.items() if kind_of(module)}
         return paths.union(*(attention_paths(model, path) for path in named))
 
     def need_the_same_modules(self, model: nn.Module) -> None:
         """Raise UserError where the modules that the settings name are not those of the file."""
-        named, saved = self.targets(model), set(self.low_rank)
+        what, named, saved = self.what, self.targets(model), set(self.low_rank)
         known = candidates(model)
-        refuse_passed_by(self.what, dict(model.named_modules()), saved)
+        refuse_passed_by(what, dict(model.named_modules()), saved)
         for path in sorted(saved - named):
             if path not in known:
-                raise UserError(
-                    f"{self.what}: no linear or convolution '{path}' in this {type(model).__name__}; {BASE}."
-                )
+                raise UserError(f"{what}: no linear or convolution '{path}' in this {type(model).__name__}; {BASE}.")
             raise UserError(
-                f"{self.what}: the file holds factors of '{path}', which the settings do not name; name it in target_modules."
+                f"{what}: the file holds factors of '{path}', which the settings do not name; name it in target_modules."
             )
         for path in sorted(named - saved):
             more = f" ({len(named - saved)} such modules)" if len(named - saved) > 1 else ""
-            raise UserError(
-                f"{self.what}: the settings name '{path}', but the file holds no factors of it{more}; {AGAIN}."
-            )
+            raise UserError(f"{what}: the settings name '{path}', but the file holds no factors of it{more}; {AGAIN}.")
 
     def kept(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the whole parameters of the file under the names that the model has for them."""
         parameters, promised = dict(model.named_parameters(remove_duplicate=False)), self._promised(model)
-        tensors = {**parameters, **dict(model.named_buffers())}
+        what, tensors = self.what, {**parameters, **dict(model.named_buffers())}
         sharing: dict[int, list[str]] = {}
         for name, parameter in parameters.items():
             sharing.setdefault(id(parameter), []).append(name)
         for name in sorted(promised - set(self.extras)):
             why = f"bias '{self.settings.bias}', modules_to_save {self.settings.modules_to_save}"
-            raise UserError(f"{self.what}: '{name}' is missing, which the settings promise ({why}); {AGAIN}.")
+            raise UserError(f"{what}: '{name}' is missing, which the settings promise ({why}); {AGAIN}.")
         kept: dict[str, Tensor] = {}
         for name, value in self.extras.items():
             if name not in tensors:
-                raise UserError(
-                    f"{self.what}: '{PREFIX}{name}' belongs to no parameter of {type(model).__name__}; {BASE}."
-                )
-            if value.shape != tensors[name].shape:
-                raise UserError(
-                    f"{self.what}: {name}: saved {tuple(value.shape)}, needed {tuple(tensors[name].shape)}; {BASE}."
-                )
-            check_parameter(f"{self.what}: {name}", value, tensors[name])
+                raise UserError(f"{what}: '{PREFIX}{name}' belongs to no parameter of {type(model).__name__}; {BASE}.")
+            needed = tuple(tensors[name].shape)
+            if value.shape != needed:
+                raise UserError(f"{what}: {name}: saved {tuple(value.shape)}, needed {needed}; {BASE}.")
+            check_parameter(f"{what}: {name}", value, tensors[name])
             names = sharing.get(id(tensors[name]), [])
             if promised.isdisjoint(names):  # peft saves the embeddings along when one of them is adapted
                 saved, present = value.detach().cpu(), tensors[name].detach().cpu()
                 same = torch.equal(saved, present.to(saved.dtype)) or torch.equal(saved.to(present.dtype), present)
                 if not same:  # nor one a cast of the other
                     raise UserError(
-                        f"{self.what}: the file holds other values of '{name}', which the settings do not name; {BASE}."
+                        f"{what}: the file holds other values of '{name}', which the settings do not name; {BASE}."
                     )
                 continue
             # peft trains a copy of one of two tied weights, which unties them.
             if any(alias not in self.extras or not torch.equal(self.extras[alias], value) for alias in names):
                 alias = next(alias for alias in names if alias != name)
                 raise UserError(
-                    f"{self.what}: '{name}' was trained apart from '{alias}', whose weight it shares here; untie them first."
+                    f"{what}: '{name}' was trained apart from '{alias}', whose weight it shares here; untie them first."
                 )
             kept[names[0]] = value
         return kept
@@ -155,15 +144,17 @@ def read_peft(folder: Path) -> PeftAdapter:
     if not isinstance(config, dict):
         raise UserError(f"{what}: {CONFIG} does not hold an object with settings; {AGAIN}.")
     settings = read_settings(what, config)
-    pairs, extras = _sort(what, _load(folder, what))
+    legacy = folder / "adapter_model.bin"
+    if legacy.exists() and not (folder / TENSORS).exists():
+        tensors = read_legacy(legacy, what)
+    else:
+        tensors = read_tensors(folder / TENSORS, what)[1]
+    pairs, extras = _sort(what, tensors)
     for name, value in extras.items():
         check_finite(f"{what}: {name}", value)
     parameters = settings.target_parameters or []
-    stacks = {
-        key
-        for key in pairs
-        if names_stack(parameters, key) and (settings.everywhere or not selects(settings.targets, key))
-    }
+    unselected = [key for key in pairs if settings.everywhere or not selects(settings.targets, key)]
+    stacks = {key for key in unselected if names_stack(parameters, key)}
     low_rank = {}
     for key in pairs.keys() - stacks:
         path, named = stock_path(key, pairs.keys())
@@ -171,13 +162,6 @@ def read_peft(folder: Path) -> PeftAdapter:
         times = 1 if named == path else added(path, settings.peft_version)
         low_rank[path] = replace(update, scale=update.scale * times)
     return PeftAdapter(what, settings, dict(sorted(low_rank.items())), extras, {key: pairs[key] for key in stacks})
-
-
-def _load(folder: Path, what: str) -> dict[str, Tensor]:
-    legacy = folder / "adapter_model.bin"
-    if not (folder / TENSORS).exists() and legacy.exists():
-        return read_legacy(legacy, what)
-    return read_tensors(folder / TENSORS, what)[1]
 
 
 def read_legacy(path: Path, what: str) -> dict[str, Tensor]:
@@ -196,10 +180,10 @@ def read_legacy(path: Path, what: str) -> dict[str, Tensor]:
 
 def _plain(name: Any, value: Any) -> bool:
     """Return whether an entry of an older file is a name and a dense tensor that holds as many values as its shape says."""
-    dense = (
-        isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
-    )
-    return dense and value.device.type == "cpu" and value.untyped_storage().nbytes() >= value.numel() * value.itemsize
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return False
+    dense = value.layout is torch.strided and not value.is_quantized and value.device.type == "cpu"
+    return dense and value.untyped_storage().nbytes() >= value.numel() * value.itemsize
 
 
 def part_of(name: str) -> tuple[str, str, str]:
@@ -231,13 +215,12 @@ def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str,
         if not key.startswith(PREFIX):
             raise UserError(f"{what}: key '{key}' lacks the prefix '{PREFIX}'; the file was not written by peft.")
         path, role, adapter = part_of(key[len(PREFIX) :])
-        if role in ("A", "B") and adapter in ("", "default"):
+        own = adapter in ("", "default")
+        if role in ("A", "B") and own:
             pairs.setdefault(path, {})[role] = value
-        elif (
-            role.startswith("embedding_") and adapter in ("", "default") and value.ndim == 2
-        ):  # peft transposes the table
+        elif role.startswith("embedding_") and own and value.ndim == 2:  # peft transposes the table
             pairs.setdefault(path, {})["BA"[role[-1] == "B"]] = value.t()
-        elif role == "saved" and adapter in ("", "default"):
+        elif role == "saved" and own:
             extras[path] = value
         elif role != "stock":
             raise UserError(f"{what}: '{key}' belongs to a variant that is not a plain LoRA; merge it with peft.")
@@ -268,12 +251,7 @@ def _low_rank(what: str, settings: PeftSettings, path: str, named: str, pair: Ma
 def stacks_on(adapter: PeftAdapter, model: nn.Module) -> dict[str, tuple[LowRankSettings, Tensor, Tensor]]:
     """Return the settings, A (e*r, i) and B (e*o, r) of each adapted parameter of the model, by path; UserError for others."""
     what, wanted = adapter.what, adapter.settings.target_parameters or []
-    paths = [
-        name
-        for name, _ in model.named_parameters()
-        if any(name == text or name.endswith(f".{text}") for text in wanted)
-    ]
-    keys = stack_keys(model, paths)
+    keys = stack_keys(model, [name for name, _ in model.named_parameters() if selects(wanted, name)])
     if set(keys.values()) != set(adapter.stacks):
         differing = min(set(keys.values()) ^ set(adapter.stacks))
         raise UserError(

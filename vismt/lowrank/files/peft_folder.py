@@ -114,12 +114,10 @@ def _settings(model: nn.Module, record: AdaptRecord, ranks: dict[str, int]) -> d
     common = max(ranks.values())
     paths = [path for path, module in model.named_modules() if path and (path in ranks or kind_of(module))]
     # peft also takes a path for a suffix: where another module has this suffix, the pattern is anchored.
-    anchored = {path: any(longer.endswith(f".{path}") for longer in paths) for path in ranks}
-    pattern = {
-        ("^" if anchored[path] else "") + re.escape(path): rank for path, rank in ranks.items() if rank != common
-    }
+    anchors = {path: "^" if any(longer.endswith(f".{path}") for longer in paths) else "" for path in ranks}
+    pattern = {anchors[path] + re.escape(path): rank for path, rank in ranks.items() if rank != common}
     named = sorted(ranks.keys() - set(parameters))
-    targets = "|".join(re.escape(path) for path in named) if any(anchored.values()) else named
+    targets = "|".join(re.escape(path) for path in named) if any(anchors.values()) else named
     generates = getattr(model, "can_generate", None)
     causal = callable(generates) and generates() and not model.config.is_encoder_decoder
     config = {
@@ -221,24 +219,21 @@ def import_peft(model: nn.Module, folder: str | Path, *, name: str = "default") 
 
 def _replayed(model: nn.Module, adapter: PeftAdapter) -> dict[str, Tensor]:
     """Return the principal factors that peft took out of each weight, by adapter key."""
+    what = adapter.what
     starts: dict[str, Tensor] = {}
     for path, update in adapter.low_rank.items():
         module = model.get_submodule(path)
         if update.shape != matrix_shape(module) or kind_of(module) not in LINEAR or update.rank > min(update.shape):
-            raise UserError(
-                f"{adapter.what}: '{path}' is not a linear that a start of rank {update.rank} can be replayed on."
-            )
+            raise UserError(f"{what}: '{path}' is not a linear that a start of rank {update.rank} can be replayed on.")
         weight = module.weight.detach().t() if kind_of(module) == "conv1d" else dense_weight(module)
         next_rank = min(update.rank + 1, *update.shape)  # shows whether the start is unique
         if not fits(weight) or not update.scale:
-            raise UserError(
-                f"{adapter.what}: the start cannot be replayed: '{path}' is not finite, or lora_alpha is 0."
-            )
+            raise UserError(f"{what}: the start cannot be replayed: '{path}' is not finite, or lora_alpha is 0.")
         A, B = principal(weight, next_rank, update.scale, generator=torch.Generator())
         values = A.square().sum(1)
         if next_rank > update.rank and not values[-2] - values[-1] > 1e-5 * values[0]:
             raise UserError(
-                f"{adapter.what}: the start cannot be replayed: the singular values {update.rank} and {next_rank} of '{path}' "
+                f"{what}: the start cannot be replayed: the singular values {update.rank} and {next_rank} of '{path}' "
                 "are equal; convert it to a plain LoRA with peft first."
             )
         starts |= {f"{path}.lora_A0": A[: update.rank], f"{path}.lora_B0": B[:, : update.rank].contiguous()}

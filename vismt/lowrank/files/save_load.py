@@ -85,11 +85,8 @@ def save_adapter(
 def report_lost(model: nn.Module, what: str, strict: bool) -> None:
     """Warn of parameters that were trained and that no file of the adapter holds; with `strict` raise UserError."""
     record = need_record(model, what)
-    of_adapter = {
-        f"{path}.{name}" if path else name
-        for path, module in adapter_modules(model).items()
-        for name, _ in module.named_parameters()
-    }
+    modules = adapter_modules(model)
+    of_adapter = {name for path, module in modules.items() for name, _ in module.named_parameters(path)}
     lost = []
     for name, value in model.named_parameters():
         known = name in record.frozen

@@ -119,7 +119,6 @@ def put_on(
 
 
 def _check_parameters(what: str, model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Raise UserError for whole parameters that the model has not, or that it cannot take."""
     parameters = dict(model.named_parameters())
     for name, value in values.items():
         if name not in parameters:
@@ -190,11 +189,8 @@ def _of_folder(folder: Path, what: str) -> Updates:
     needed = layer_shapes(layers, tensors)
     also_train = {key: value for key, value in tensors.items() if key in description.also_train}
     wrapped = tuple(f"{spec.path}." for spec in others)
-    factors = {
-        key: value
-        for key, value in tensors.items()
-        if key not in also_train and (key in needed or not key.startswith(wrapped))
-    }
+    rest = {key: value for key, value in tensors.items() if key not in also_train}
+    factors = {key: value for key, value in rest.items() if key in needed or not key.startswith(wrapped)}
     check_tensors(name, needed, factors)
     updates = {spec.path: spec.layer.low_rank_of(what, spec, _below(spec.path, factors)) for spec in layers}
     return Updates(updates, also_train, description.base_samples, name=name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from typing import Any, ClassVar, TypeVar
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
+from vismt.lowrank.contexts import Repeatable
 
 S = TypeVar("S", bound="PerSample")
 EXPAND = "_expand_inputs_for_generation"  # of transformers' generate
@@ -132,27 +133,11 @@ def recompute_gates() -> tuple[AbstractContextManager, AbstractContextManager]:
     Blocks that are recomputed in the backward pass see the gates and adapters of their forward pass, on whatever thread it runs
     and after the `with` block has ended.
     """
-    return nullcontext(), _Again()
-
-
-class _Again:
-    """The contexts that are in force when this is made; it may be entered more than once."""
-
-    def __init__(self) -> None:
-        scopes = [kind.scope() for kind in PerSample.__subclasses__()]
-        self.scopes = [copy.copy(scope) for scope in scopes if scope is not None]
-        for scope in self.scopes:
-            scope._before = []
-        self._entered: list[ExitStack] = []
-
-    def __enter__(self) -> None:
-        entered = ExitStack()
-        for scope in self.scopes:
-            entered.enter_context(scope)
-        self._entered.append(entered)
-
-    def __exit__(self, *error: object) -> None:
-        self._entered.pop().close()
+    in_force = [kind.scope() for kind in PerSample.__subclasses__()]
+    scopes = [copy.copy(scope) for scope in in_force if scope is not None]
+    for scope in scopes:
+        scope._before = []
+    return nullcontext(), Repeatable(lambda: scopes)
 
 
 class Expansion:

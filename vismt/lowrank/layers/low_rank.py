@@ -170,12 +170,9 @@ class LowRankLayer(AdapterLayer):
 
     @classmethod
     def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
-        settings = spec.settings
-        shapes: dict[str, tuple[int, ...]] = {
-            "lora_A": (len(settings.blocks) * settings.rank, spec.shape[1]),
-            "lora_B": (spec.shape[0], settings.rank),
-        }
-        return {**shapes, "lora_C": settings.core_shape} if settings.core else shapes
+        settings, (rows, columns) = spec.settings, spec.shape
+        shapes = {"lora_A": (len(settings.blocks) * settings.rank, columns), "lora_B": (rows, settings.rank)}
+        return shapes | ({"lora_C": settings.core_shape} if settings.core else {})
 
     @classmethod
     def optional_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
@@ -311,21 +308,17 @@ class LowRankLayer(AdapterLayer):
             A, B = (self.lora_A0, self.lora_B0) if start else (self.right(), self.left_with_gates())
             if A is None:
                 continue
-            blocks = zip(
-                total.split(self.blocks, 0), B.to(dtype).split(self.blocks, 0), A.to(dtype).chunk(len(self.blocks))
-            )
-            for rows, b, a in blocks:
+            left, right = B.to(dtype).split(self.blocks, 0), A.to(dtype).chunk(len(self.blocks))
+            for rows, b, a in zip(total.split(self.blocks, 0), left, right):
                 rows.addmm_(b, a, alpha=-self.scale if start else self.scale)
         weight = torch.empty_like(self.weight)
         weight.copy_(self.stored(total))
         return self.stock(nn.Parameter(weight, requires_grad=self.weight.requires_grad))
 
     def extra_repr(self) -> str:
-        out_features, in_features = self.lora_B.shape[0], self.lora_A.shape[1]
+        stock = f"{type(self.shell).__name__}({self.lora_A.shape[1]}, {self.lora_B.shape[0]})"
         start = ", start kept" if self.lora_A0 is not None else ""
-        return (
-            f"{type(self.shell).__name__}({in_features}, {out_features}), rank={self.rank}, scale={self.scale:g}{start}"
-        )
+        return f"{stock}, rank={self.rank}, scale={self.scale:g}{start}"
 
 
 def output_blocks(path: str, module: nn.Module, split_qkv: bool) -> tuple[int, ...]:

@@ -91,17 +91,11 @@ def inject(
     check_patterns("adapt.rank_pattern", options["rank_pattern"], list(modules))
     check_patterns("adapt.alpha_pattern", options["alpha_pattern"], list(modules))
     flags = {name: options[name] for name in ("rslora", "clamp_rank", "split_qkv")}
-    specs = [
-        layer.plan(
-            path,
-            module,
-            pattern_value(path, options["rank_pattern"], options["rank"]),
-            pattern_value(path, options["alpha_pattern"], options["alpha"]),
-            **flags,
-            **(settings or {}),
-        )
-        for path, module in modules.items()
-    ]
+    specs = []
+    for path, module in modules.items():
+        own_rank = pattern_value(path, options["rank_pattern"], options["rank"])
+        own_alpha = pattern_value(path, options["alpha_pattern"], options["alpha"])
+        specs.append(layer.plan(path, module, own_rank, own_alpha, **flags, **(settings or {})))
     names = also_trained(model, options["also_train"], list(modules))
     recorded = {"dropout": options["dropout"], "seed": seed}
     layers: Any = install(model, method, specs, recorded, names, dtype=options["dtype"])
@@ -163,14 +157,12 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
 def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[str]) -> list[str]:
     """Return the names of the parameters that `patterns` keep trainable; UserError for a pattern without a match."""
-    owners = {
-        name: [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
-        for name, _ in model.named_parameters()
-    }
+    parameters = dict(model.named_parameters())
+    owners = {name: [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] for name in parameters}
     # Of tied parameters all but the first have no entry.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in owners and any(matches(p, name) or matches(p, name.rpartition(".")[0]) for p in patterns):
-            first = next(other for other, value in model.named_parameters() if value is parameter)
+            first = next(other for other, value in parameters.items() if value is parameter)
             raise UserError(f"adapt.also_train: '{name}' is tied to '{first}'; name that one.")
     check_patterns("adapt.also_train", patterns, sorted({path for paths in owners.values() for path in paths}))
     names = [name for name, paths in owners.items() if any(matches(p, path) for p in patterns for path in paths)]
@@ -198,9 +190,8 @@ def warn_of_rounding(what: str, trained: Mapping[str, Tensor]) -> None:
 
 def train_along(model: nn.Module, names: Sequence[str]) -> None:
     """Add parameters of an adapted model to `also_train`, so that they are saved and exported; undoing leaves them."""
-    need_record(model, "train_along").also_train.update(
-        {name: model.get_parameter(name).detach().clone() for name in names}
-    )
+    record = need_record(model, "train_along")
+    record.also_train.update({name: model.get_parameter(name).detach().clone() for name in names})
 
 
 def attach(model: nn.Module, modules: Mapping[str, AdapterModule], settings: Mapping[str, Any]) -> None:
@@ -219,10 +210,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("rslora", "clamp_rank", "split_qkv"):
         if not isinstance(result[name], bool):
             raise UserError(f"adapt.{name}: {result[name]!r}; it must be true or false.")
-    result["rank_pattern"] = {p: _rank(f"rank_pattern['{p}']", v) for p, v in _table("rank_pattern", result).items()}
-    result["alpha_pattern"] = {
-        p: _alpha(f"alpha_pattern['{p}']", v) for p, v in _table("alpha_pattern", result).items()
-    }
+    for name, checked in (("rank_pattern", _rank), ("alpha_pattern", _alpha)):
+        result[name] = {key: checked(f"{name}['{key}']", value) for key, value in _table(name, result).items()}
     result["rank"] = _rank("rank", result["rank"])
     result["alpha"] = None if result["alpha"] is None else _alpha("alpha", result["alpha"])
     dropout = result["dropout"]

@@ -62,9 +62,8 @@ def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
     check_mergeable(model, "merge")
     layers = adapter_layers(model)
     if not force:
-        need_finite(
-            "merge", {f"{path}.{name}": v for path, layer in layers.items() for name, v in layer.tensors().items()}
-        )
+        tensors = {f"{path}.{name}": v for path, layer in layers.items() for name, v in layer.tensors().items()}
+        need_finite("merge", tensors)
     to_stock(model)
     try:
         merged = {path: layer.merged() for path, layer in layers.items()}

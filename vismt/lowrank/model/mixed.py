@@ -192,9 +192,8 @@ def _add_whole(model: nn.Module, adapter: str, name: str, original: Tensor, upda
     module, parameter = model.get_submodule(path), model.get_parameter(name)
     uses = [p for _, p in model.named_parameters(remove_duplicate=False) if p is parameter]
     linear = kind_of(module) in ("linear", "conv1d")
-    if len(uses) > 1 or not (
-        (linear and leaf == "weight") or ((linear or isinstance(module, AdapterLayer)) and leaf == "bias")
-    ):
+    of_linear = leaf in ("weight", "bias") if linear else leaf == "bias" and isinstance(module, AdapterLayer)
+    if len(uses) > 1 or not of_linear:
         raise UserError(
             f"activate: '{adapter}' cannot be mixed: it trained '{name}' whole, which only a linear of its own can; activate it "
             "alone, by its name."
@@ -324,7 +323,6 @@ class adapters_per_sample(PerSample):
 
 
 def _weights(entry: Any) -> dict[str, float]:
-    """Return an entry as weights by name."""
     if entry is None or isinstance(entry, str):
         return {} if entry is None else {entry: 1.0}
     numbers = isinstance(entry, Mapping) and all(isinstance(w, Real) and math.isfinite(w) for w in entry.values())
@@ -336,7 +334,6 @@ def _weights(entry: Any) -> dict[str, float]:
 
 
 def _choice(groups: Sequence[Mapping[str, float]], names: tuple[str, ...]) -> RowChoice:
-    """Return the entries of groups of samples as numbers and weights."""
     if list(groups) == [{name: 1.0} for name in names]:
         return RowChoice(None, None)
     most = max(1, *map(len, groups))

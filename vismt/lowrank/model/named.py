@@ -13,7 +13,7 @@ names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -241,11 +241,7 @@ class ShelvedAdapter(nn.Module):
     """
 
     def __init__(
-        self,
-        record: AdaptRecord,
-        modules: dict[str, AdapterModule],
-        also_train: Mapping[str, Tensor],
-        trained: set[str],
+        self, record: AdaptRecord, modules: dict[str, AdapterModule], also_train: dict[str, Tensor], trained: set[str]
     ) -> None:
         super().__init__()
         self.record, self.adapter_modules, self.trained = record, modules, trained

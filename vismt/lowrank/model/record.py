@@ -213,12 +213,10 @@ def backup_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     finally:
         if path is not None:
             os.unlink(path)
-    return {
-        name: mapped[starts[name] : starts[name] + sizes[name]].view(value.dtype).view(value.shape)
-        if name in sizes
-        else value.detach().clone()
-        for name, value in tensors.items()
-    }
+    copies = {name: value.detach().clone() for name, value in tensors.items() if name not in sizes}
+    for name, start in starts.items():
+        copies[name] = mapped[start : start + sizes[name]].view(tensors[name].dtype).view(tensors[name].shape)
+    return {name: copies[name] for name in tensors}
 
 
 def unchanged_tensors(copies: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:

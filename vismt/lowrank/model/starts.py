@@ -54,10 +54,8 @@ def initialise(layer: LowRankLayer, spec: LayerSpec, init: Initialiser, seed: in
         return
     generator, settings = site_generator(seed, spec.path), spec.settings
     try:
-        pairs = [
-            init(rows, settings.rank, settings.scale, generator)
-            for rows in layer.matrix(layer.stock_weight()).split(settings.blocks, 0)
-        ]
+        blocks = layer.matrix(layer.stock_weight()).split(settings.blocks, 0)
+        pairs = [init(rows, settings.rank, settings.scale, generator) for rows in blocks]
         finite = all(bool(factor.isfinite().all()) for pair in pairs for factor in pair)
     except torch.linalg.LinAlgError:
         finite = False

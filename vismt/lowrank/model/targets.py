@@ -48,28 +48,32 @@ READ_BY_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")  # of a state-space m
 Targets = str | Sequence[str] | None
 
 
+def heads_of(model: nn.Module, getter: str) -> list[nn.Module]:
+    """Return the modules that `get_classifier` or `get_output_embeddings` returns: one, several or none."""
+    function = getattr(model, getter, None)
+    try:
+        found: Any = function() if callable(function) else None
+    except AttributeError:  # EfficientViT of MSRA looks for it in the head that it has not
+        return []
+    return [head for head in (found if isinstance(found, tuple) else [found]) if isinstance(head, nn.Module)]
+
+
 def head_paths(model: nn.Module) -> set[str]:
     """Return the paths of the task head, see the header."""
-    heads: list[Any] = []
-    for getter in ("get_classifier", "get_output_embeddings"):
-        function = getattr(model, getter, None)
-        head = function() if callable(function) else None
-        heads.extend(head if isinstance(head, tuple) else [head])
-    inside = {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
+    heads = [head for getter in ("get_classifier", "get_output_embeddings") for head in heads_of(model, getter)]
+    inside = {id(module) for head in heads for module in head.modules()}
     return {path for path, module in model.named_modules() if id(module) in inside or path.split(".")[0] in HEAD_NAMES}
 
 
 def read_directly(owner: nn.Module, name: str) -> bool:
     """Return whether a module uses its child's weight without calling the child: timm's BEiT, EVA and Swin v2 with a q_bias."""
-    return (
-        name == "qkv" and getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
-    )
+    adds_bias = getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
+    return name == "qkv" and adds_bias
 
 
 def _refusal(
     path: str, module: nn.Module, owner: nn.Module, owners: Mapping[int, list[str]], prequantized: bool, readable: bool
 ) -> str | None:
-    """Return why this module cannot carry an update, or None."""
     weight = getattr(module, "weight", None)
     format_name = weight_format(module)
     reason = _bypass(path, module, owner, readable)
@@ -148,8 +152,8 @@ def refusals(
     """
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():  # a module that has two names comes once, so two owners are two modules
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+        for name, parameter in module.named_parameters(path, recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
     reasons = {}
     for path in paths:
         owner = model.get_submodule(path.rpartition(".")[0])

@@ -250,7 +250,6 @@ class AdversarialObjective(nn.Module):
         return cosine_logits(features, centres, self.proto.scale)
 
     def _value(self, clean: Tensor, adversarial: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss and its KL term; gradients reach both branches."""
         return trades(clean, adversarial, labels, self.adversary.weight, self.adversary.kl)
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
+from vismt.base.identity import Identity
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.combining import combine
 from vismt.lowrank.files.description import DESCRIPTION, read_description
@@ -131,6 +132,10 @@ class ExpertPool(nn.Module):
             raise UserError(f"pool: no expert '{label}'; the pool has {', '.join(self.labels)}.")
         return self.labels.index(label)
 
+    def identity(self) -> Identity:
+        """Return the identity of the experts' updates."""
+        return Identity([(path, part.B, part.A) for update in self.updates for path, part in update.low_rank.items()])
+
     def _device(self) -> torch.device:
         return next(self.backbone.parameters()).device
 
@@ -207,7 +212,6 @@ def assemble(experts: Sequence[Expert], folder: Path) -> Path:
 
 
 def _load_updates(vit: nn.Module, expert: Expert) -> Updates:
-    """Return the updates of an expert on this model, which is restored."""
     load_adapter(vit, expert.folder)
     try:
         return read_updates(vit, what=f"expert '{expert.label}'")

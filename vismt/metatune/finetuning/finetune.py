@@ -289,10 +289,7 @@ def _tune(
     settings: FineTuneSettings,
     augmented: Callable[[Tensor, torch.Generator], Tensor],
 ) -> None:
-    """Take the steps of the fine-tuning on one support set, in place, in the leaves of `tuned`.
-
-    run: (images, tuned weights) -> features. augmented: (images, generator) -> images.
-    """
+    """Take the steps of the fine-tuning on one support set, in place, in the leaves of `tuned`."""
     generator = torch.Generator().manual_seed(mix_seed(settings.seed, "fine-tuning"))
     optimiser = torch.optim.Adam(tuned.leaves, lr=float(settings.lr))
     for step in range(settings.steps):

@@ -138,7 +138,6 @@ def write_panel(path: Path, outcome: EpisodeOutcome, model: str, names: Sequence
 
 
 def _first_of_each(labels: Tensor) -> Tensor:
-    """Return the positions of the first PER_CLASS entries of each label, ascending."""
     rank = (labels[:, None] == labels[None, :]).tril(-1).sum(1)
     return (rank < PER_CLASS).nonzero().flatten()
 

@@ -93,8 +93,6 @@ class OutsidePixels(PixelStore, Protocol):
 
 @dataclass
 class _Task:
-    """One episode under way: its number, its classifier on the device, and what was found so far."""
-
     index: int
     classifier: nn.Module
     outcome: EpisodeOutcome
@@ -139,7 +137,6 @@ class EpisodeRunner:
         return {task.index: task.outcome for task in tasks}
 
     def _task(self, index: int) -> _Task:
-        """Return an episode with its classifier and the answers to its clean queries and to the images outside."""
         episode = self.sampler[index]
         support = self.pixels[episode.support]
         query = self.pixels[episode.query]
@@ -165,7 +162,6 @@ class EpisodeRunner:
         return _Task(index, classifier, outcome)
 
     def _groups(self, tasks: Sequence[_Task], attack: QueryPerturbation) -> list[list[_Task]]:
-        """Return the tasks in groups that one run of the attack perturbs together."""
         groups: list[list[_Task]] = []
         for task in tasks:
             key = pack_key(task.classifier) if getattr(attack, "packs", False) else None
@@ -178,7 +174,6 @@ class EpisodeRunner:
         return groups
 
     def _perturb(self, group: Sequence[_Task], name: str, attack: Any) -> None:
-        """Add the predictions under one condition to the tasks of a group."""
         first, outcomes = group[0], [task.outcome for task in group]
         if hasattr(attack, "prepare"):
             labels = first.outcome.episode.support_labels

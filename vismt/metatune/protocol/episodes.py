@@ -407,7 +407,6 @@ class VariableSampler(LabelledSet):
         return self.state(rule="meta-dataset", nodes=nodes, **{field: getattr(self, field) for field in fields})
 
 
-def _shorten(items: Sequence[str], limit: int = 5) -> str:
-    """Return the first items of a list for a message, and how many more there are."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+def _shorten(items: Sequence[str]) -> str:
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return ", ".join(items[:5]) + more

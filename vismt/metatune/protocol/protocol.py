@@ -174,10 +174,7 @@ def _run_missing(
     write: Callable[[EpisodeOutcome], None] | None,
     label: str,
 ) -> None:
-    """Run the episodes that are not on record, block by block under a bar with `label`, and add them to the records.
-
-    forms: as in `EpisodeOutcome.record`. write: writes the panel of episode 0.
-    """
+    """Add the episodes that are not on record to the records. forms: as in `EpisodeOutcome.record`. write: of the panel."""
     done = sum(index in log for index in range(episodes))
     if 0 < done < episodes:
         console.stage("resume", f"{label}: {done} of {episodes} are on record")

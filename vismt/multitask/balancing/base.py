@@ -183,7 +183,6 @@ class Balancer(nn.Module):
         return loss
 
     def _number(self, task: str, where: str) -> int:
-        """Return the number of a task; raise UserError for an unknown one."""
         require_known(f"balancing.{where}: no task", [task], self.tasks)
         return self.tasks.index(task)
 
@@ -198,7 +197,6 @@ class Balancer(nn.Module):
         return dict(sorted(checked.items()))
 
     def _gather(self, losses: dict[int, Tensor], like: Tensor) -> TaskLosses:
-        """Average the losses over the processes."""
         # Not the losses' dtype: it must be equal on a process without any task.
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         totals = torch.zeros(

@@ -169,7 +169,6 @@ class Famo(Balancer):
         return torch.where(present, (distance + LEAST).log(), 0.0)
 
     def _move(self, logs: Tensor, present: Tensor) -> None:
-        """Take a step of Adam on xi."""
         before = self.before.cpu().double()
         both = present & ~before.isnan()
         if not both.any():

@@ -206,7 +206,6 @@ def assign(cost: np.ndarray, prices: np.ndarray | None = None) -> np.ndarray:
     mover = np.zeros((clusters, clusters), np.int64)
 
     def refresh(source: int) -> None:
-        """Update the cheapest moves out of a cluster."""
         members = np.flatnonzero(labels == source)
         cheapest[source] = UNREACHABLE
         if len(members):

@@ -149,7 +149,6 @@ def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, 
 
 
 def _explained(weights: Sequence[Tensor], labels: Sequence[Tensor] | None, n_experts: int) -> list[str]:
-    """Return the line of the report on what the experts explain, none where the units keep their order."""
     if labels is None or weights[0].is_meta or not 1 < n_experts < len(weights[0]):
         return []
     shares = [100 * explained_variance(weight, own, n_experts) for weight, own in zip(weights, labels)]
@@ -162,7 +161,6 @@ def _explained(weights: Sequence[Tensor], labels: Sequence[Tensor] | None, n_exp
 def _labels(
     mlps: Mapping[str, nn.Module], cluster: bool | Sequence[Tensor], permute: str, n_experts: int, seed: int
 ) -> Sequence[Tensor] | None:
-    """Return the labels of each FFN; None where the units keep their order."""
     weights = [cast(Tensor, mlp.fc1.weight) for mlp in mlps.values()]
     if permute == "random":
         seeds = [int(torch.randint(2**62, (), generator=site_generator(seed, f"{path}.permute"))) for path in mlps]

@@ -47,6 +47,7 @@ from torch.nn import functional as F
 
 from vismt.base.errors import UserError, require_known
 from vismt.data.maps.dense_sample import IGNORE
+from vismt.multitask.balancing.base import processes
 
 MODES = ("fifo2", "ema")
 REDUCTIONS = ("mean", "sum")
@@ -175,7 +176,7 @@ class QualityRetaining(nn.Module):
         member = F.one_hot(self.task_of_class[labels], len(self.ema)).T.float()
         # A scatter adds in undefined order on a GPU, and a matrix product may round to TF32.
         sums = (member[:, :, None] * rows).sum(1)
-        if _distributed():
+        if processes() > 1:
             dist.all_reduce(sums)
         total, count = sums.unbind(1)
         mean = total / count.clamp_min(1)
@@ -223,13 +224,9 @@ def _check_tasks(tasks: Tensor, num_classes: int) -> None:
         raise UserError(f"quality retaining: task_of_class: {problem}; number the tasks 0, 1, 2, ... without a gap.")
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _from_all(rows: Tensor) -> Tensor:
     """Concatenate the rows of all processes in rank order; their numbers may differ."""
-    if not _distributed():
+    if processes() == 1:
         return rows
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))

@@ -66,7 +66,6 @@ def router_maps(net: Any, images: Tensor) -> dict[str, np.ndarray]:
 
 
 def _block(path: str) -> int:
-    """Return the index of the block in a module's path."""
     match = re.search(r"blocks\.(\d+)", path)
     if match is None:
         raise UserError(f"routers: '{path}' is not in a block of the model.")

@@ -15,8 +15,9 @@ Agiza et al., CVPR 2024, arXiv 2403.20320, mode "matrix" of the released code; s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from vismt.lowrank.model.starts import Initialiser
 from vismt.multitask.streams import task_features
 
 SCALE = 4.0  # of both kinds of pairs in every released configuration, whatever the rank
-SITES = ("attn.proj", "mlp.fc1", "mlp.fc2")  # in a block
+SITES = ("attn.proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")  # in a block; a SwiGLU has two fc1
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ class TaskLinear(LowRankLinear):
     def check_mergeable(self, what: str, path: str) -> None:
         raise UserError(
             f"{what}: '{path}' has a pair for each task, which one weight cannot hold; "
-            "vismt.multitask.merge_shared(model) merges the shared pairs of all other layers."
+            "vismt.multitask.merge_shared(model) merges the shared pairs of all other layers, and "
+            "task_features(names, per_sample=True) takes a task for each sample of a batch."
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ class BlockSettings:
 
 @register_module("task_block")
 class TaskBlock(AdapterModule):
-    """A timm block (of a ViT or a Swin) whose projection, fc1 and fc2 are `TaskLinear`s.
+    """A timm block (of a ViT, an EVA or a Swin) whose projection, fc1 and fc2 are `TaskLinear`s.
 
     forward: x (b, ..., d) -> the shared features of the same shape. Inside `task_features` those of tasks, (t b) rows, are put
     into its `own`; with `per_sample` the model's last block returns them, one row for each sample.
@@ -193,10 +195,15 @@ class TaskBlock(AdapterModule):
 
     def adopt(self, base: nn.Module | None) -> None:
         super().adopt(base)
-        # The forward of the shell runs on the present children, and its mask of windows follows conversions of this module.
+        # The forward of the shell runs on the present children; its mask of windows and its layer scales are this module's too.
         self.shell._modules = self._modules
-        for table in ("_buffers", "_non_persistent_buffers_set"):
+        for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[table] = getattr(self.shell, table)
+
+    def detach(self, model: nn.Module) -> nn.Module | None:
+        stock = super().detach(model)
+        self._parameters, self._buffers, self._non_persistent_buffers_set = {}, {}, set()
+        return stock
 
     def __getattr__(self, name: str) -> Any:
         """Return what the block has besides: timm changes the input size of a model block by block."""
@@ -212,7 +219,7 @@ class TaskBlock(AdapterModule):
         scope.check(self.about.tasks, len(x))
         parts: Any = block
         attend = getattr(block, "_attn", parts.attn)  # a Swin's cuts windows around it
-        first, second = (getattr(block, name, nn.Identity()) for name in ("ls1", "ls2"))
+        first, second = (_layer_scale(block, branch) for branch in (1, 2))
         h = parts.drop_path1(first(attend(parts.norm1(x), **options)))
         h = (x + h.unflatten(0, (-1, len(x)))).flatten(0, 1)
         y = h + parts.drop_path2(second(parts.mlp(parts.norm2(h))))
@@ -229,13 +236,16 @@ class TaskBlock(AdapterModule):
     @classmethod
     def check(cls, path: str, base: nn.Module | None) -> None:
         """Raise UserError unless a module is a block whose forward is known."""
+        from timm.models.eva import EvaBlock
         from timm.models.swin_transformer import SwinTransformerBlock
         from timm.models.vision_transformer import Block
 
-        known = [kind.forward for kind in (Block, SwinTransformerBlock)]
+        known = [kind.forward for kind in (Block, EvaBlock, SwinTransformerBlock)]
         if not isinstance(base, cls) and (base is None or type(base).forward not in known):
             seen = "no such module" if base is None else f"a {type(base).__name__}"
-            raise UserError(f"mtlora: '{path}' is {seen}, needed a Block of timm's ViT or a SwinTransformerBlock.")
+            raise UserError(
+                f"mtlora: '{path}' is {seen}, needed a Block of timm's ViT, an EvaBlock or a SwinTransformerBlock."
+            )
 
     @classmethod
     def shapes_on(cls, base: nn.Module | None, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
@@ -245,3 +255,9 @@ class TaskBlock(AdapterModule):
     @classmethod
     def build(cls, base: Any, spec: LayerSpec, **how: Any) -> TaskBlock:
         return cls(base, spec.settings)
+
+
+def _layer_scale(block: Any, branch: int) -> Callable[[Tensor], Tensor]:
+    """Return the layer scale of a branch: a module of a ViT's block, a parameter of an EVA's."""
+    gamma = getattr(block, f"gamma_{branch}", None)
+    return getattr(block, f"ls{branch}", nn.Identity()) if gamma is None else partial(torch.mul, gamma)

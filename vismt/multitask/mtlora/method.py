@@ -50,7 +50,7 @@ from vismt.multitask.mtlora.layers import SCALE, SITES, BlockSettings, TaskBlock
 from vismt.multitask.nets import default_blocks
 
 BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
-LINEARS = re.compile(rf"{BLOCK.pattern}\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])")
+LINEARS = re.compile(rf"{BLOCK.pattern}\.(?:attn\.(?:qkv|[qkv]_proj|proj)|mlp\.fc(?:1|1_g|1_x|2))")
 
 
 def mtlora(
@@ -88,6 +88,7 @@ def mtlora(
         f"{path}.{leaf}": {"tasks": tuple(tasks), "task_rank": ranks[path], "task_scale": scales[path]}
         for path in paths
         for leaf in SITES
+        if f"{path}.{leaf}" in modules
     }
     if targets is None:
         targets = [path for path, module in modules.items() if LINEARS.fullmatch(path) and kind_of(module) == "linear"]
@@ -112,7 +113,6 @@ def _stage_ends(blocks: Sequence[str]) -> list[str]:
 
 
 def _by_block(name: str, value: Any, paths: Sequence[str]) -> dict[str, Any]:
-    """Return the value of each task block; UserError for numbers out of range, and a pattern or a block without a match."""
     table = value if isinstance(value, Mapping) else {path: value for path in paths}
     check_patterns(f"mtlora: {name}", table, paths)
     values = {path: pattern_value(path, table, None) for path in paths}

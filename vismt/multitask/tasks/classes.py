@@ -252,7 +252,6 @@ def class_colors(classes: int) -> list[tuple[int, int, int]]:
 
 
 def _is_color(color: object) -> bool:
-    """Return whether `color` is (r, g, b) with levels in 0..255."""
     if not isinstance(color, Sequence) or len(color) != 3:
         return False
     return all(isinstance(level, int) and 0 <= level <= 255 for level in color)

@@ -84,7 +84,7 @@ class AttackSpec(Checked):
 
     name: pgd, pgd_paper (step epsilon / 10 and one restart, the protocol of the few-shot papers), fgsm, apgd_ce, apgd_dlr,
     apgd_t, fab, square, autoattack, strong, torchattacks:NAME. epsilon: radius in pixel units of [0, 1]. step_size: None =
-    2.5 epsilon / steps; only PGD and torchattacks use it. steps: None = 10 (FGSM 1, APGD and FAB 100, Square 5000 queries,
+    2.5 epsilon / steps; only PGD and torchattacks use it. steps: None = 10 (FGSM always 1, APGD and FAB 100, Square 5000 queries,
     strong 20). norm: "linf", "l2" or "l1". restarts: None = 1 (pgd 2). random_start: PGD only. Raises UserError for an
     unknown name or norm, a norm that the attack does not have, a negative radius, a step of zero.
     """
@@ -111,7 +111,7 @@ class AttackSpec(Checked):
                 f"attack {self.name}: no {self.norm} form, it has {' and '.join(self._kind.norms)}; change the norm, or "
                 "take apgd_ce, apgd_t, fab or strong."
             )
-        if self.steps is None:
+        if self.steps is None or self.name == "fgsm":  # which is a single step, whatever the length of the others
             object.__setattr__(self, "steps", self._kind.steps)
         if self.restarts is None:
             object.__setattr__(self, "restarts", self._kind.restarts)
