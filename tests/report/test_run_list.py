@@ -57,7 +57,9 @@ def test_every_run_has_a_line(runs, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["run", "title", "job", "result", "state"] and len(lines) == 5
     line = next(line for line in lines if line.startswith("run-4f2a"))
-    assert "Digits" in line and "fewshot" in line and "accuracy in % 56.2 ± 21.3 (adapted)" in line
+    assert (
+        "Digits" in line and "fewshot" in line and "accuracy in % 56.2 ± 21.3 (adapted; 95 % over new examples)" in line
+    )
 
 
 def test_a_run_that_is_running_or_damaged_is_said_to_be(runs):

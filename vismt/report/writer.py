@@ -31,7 +31,7 @@ from vismt.report.tables import (
 )
 from vismt.storage.files import atomic_write, read_sealed
 from vismt.storage.paths import regular_file
-from vismt.uncertainty.intervals import LOWER, SHARE
+from vismt.uncertainty.intervals import LOWER, SHARE, interval_kind_text
 
 LEGEND = (
     "★ best of the models, ≈ statistical tie with the best: the 95 % interval of the paired difference contains zero, or, where "
@@ -206,10 +206,11 @@ def _best(c: Comparison) -> str:
 
 
 def headline(comparisons: Sequence[Comparison]) -> str:
-    """Return the first score of the best arm in short, "accuracy in % 66.4 ± 3.7 (adapted)"; "" without results."""
+    """Return the first score of the best arm with what its interval covers; "" without results."""
     for c in _firsts(comparisons)[:1]:
-        text = cell_text(replace(c.cells[_best(c)], mark=""), c.row)
-        return f"{scale_text(c.row.metric, c.row.scale)} {text} ({_best(c)})"
+        cell = replace(c.cells[_best(c)], mark="")
+        kind = interval_kind_text(cell.covers)
+        return f"{scale_text(c.row.metric, c.row.scale)} {cell_text(cell, c.row)} ({_best(c)}; {kind})"
     return ""
 
 
