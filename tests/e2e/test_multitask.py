@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from helpers.checkpoints import saved_tensors
 from helpers.tiny_runs import run_config, run_on_two, written
 
+from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.images import open_images
 from vismt.engine.optimizer import make_optimizer
@@ -448,6 +449,10 @@ def test_fixed_parameters_keep_their_rate_while_those_of_an_adapter_are_tried(tm
         assert len(set(expected.values())) == 3 and found == pytest.approx(expected)
         alone = job.study.config_of(job.study.training("head", rate, 0))
         assert alone.training.rates == train["rates"]  # of the only trained parameters the rates are tried
+    path = write(tmp_path, train=train, tune={"rates": [1e-3, 1e-1], "fixed": ["hed"]})
+    study = make_job(load_config(path, []), tmp_path / "other").study
+    with pytest.raises(UserError, match=r"tune\.fixed: 'hed' is found in no trained parameter"):
+        make_optimizer({"head.weight": torch.ones(2, 2)}, study.config_of(study.training("lora", 1e-3, 0)).training)
 
 
 @pytest.mark.parametrize(

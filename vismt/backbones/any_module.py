@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from vismt.backbones.pyramid import Pyramid, size_of
@@ -63,5 +62,4 @@ def _runs_at(backbone: Pyramid, size: tuple[int, int]) -> bool:
             trial.set_input_size(size)
         trial(image)
 
-    with torch.no_grad():
-        return forward_runs(run)
+    return forward_runs(run)

@@ -194,8 +194,9 @@ def check_stages(
     raise UserError(f"img_size {size[0]} x {size[1]} does not fit the stages of {name}: {fix}.")
 
 
+@torch.no_grad()
 def forward_runs(call: Callable[[], object]) -> bool:
-    """Return whether a forward pass ends without an error of its shapes."""
+    """Return whether a forward pass, without gradients, ends without an error of its shapes."""
     try:
         call()
     except NotImplementedError:  # an operation that needs values, which tensors of shapes alone have not
@@ -215,5 +216,5 @@ def runs_at(architecture: str, size: tuple[int, int]) -> bool:
         if tuple(own) != size:
             model.forward_features(torch.empty(1, channels, *size))
 
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         return forward_runs(run)

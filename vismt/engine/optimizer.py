@@ -35,7 +35,8 @@ def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig, undeca
         groups.setdefault((config.rates.get(matched[name], 1.0), decays), []).append(parameter)
     for pattern in config.rates:
         if pattern not in matched.values():
-            raise UserError(f"train.rates: '{pattern}' is found in no trained parameter.{near(pattern, parameters)}")
+            near_names = near(pattern, parameters)
+            raise UserError(f"train.rates or tune.fixed: '{pattern}' is found in no trained parameter.{near_names}")
     settings = [
         {"params": group, "lr": config.lr * factor, "weight_decay": config.weight_decay if decays else 0.0}
         for (factor, decays), group in groups.items()

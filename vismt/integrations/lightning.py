@@ -53,8 +53,9 @@ class VismtCallback(DriverCallback, Callback):
         self._finished = trainer.global_step
         steps = trainer.estimated_stepping_batches
         if math.isinf(steps):  # limited by time alone
-            for name in vars(driver.sections):
-                raise UserError(f"VismtCallback: {name} is a schedule over all steps; give the Trainer max_steps.")
+            if vars(driver.sections):
+                names = ", ".join(vars(driver.sections))
+                raise UserError(f"VismtCallback: {names} is a schedule over all steps; give the Trainer max_steps.")
             steps = 0
         driver.start(trainer.strategy.optimizers[0], int(steps), self._finished)
 

@@ -142,7 +142,10 @@ def classifier_of(model: nn.Module, img_size: int | None = None) -> PixelClassif
     size = img_size or size_of(model)[-1]
     settings = getattr(model, "pretrained_cfg", None) or {}
     if "input_size" in settings and size_of(model) != (size, size):
-        check_stages((size, size), type(model).__name__, partial(_takes, model), size_of(model))
+        zeros = next(model.parameters()).new_zeros
+        check_stages(
+            (size, size), type(model).__name__, lambda at: forward_runs(lambda: model(zeros(1, 3, *at))), size_of(model)
+        )
     mean, std = (settings.get(name, values) for name, values in zip(("mean", "std"), UNKNOWN))
     classes = getattr(model, "num_classes", None)
     if not isinstance(classes, int):
@@ -155,13 +158,6 @@ def classifier_of(model: nn.Module, img_size: int | None = None) -> PixelClassif
             f"model: {type(model).__name__} gives no class scores; need a module from images in [0, 1] to logits (b, classes)."
         )
     return PixelClassifier(model, (size, size), mean, std, num_classes=classes)
-
-
-@torch.no_grad()
-def _takes(model: nn.Module, size: tuple[int, int]) -> bool:
-    """Return whether a model runs on an image (1, 3, h, w) as it is."""
-    weight = next(model.parameters())
-    return forward_runs(lambda: model(weight.new_zeros(1, 3, *size)))
 
 
 def _create(name: str, num_classes: int | None, pretrained: bool, **options: Any) -> nn.Module:

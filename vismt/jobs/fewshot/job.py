@@ -365,7 +365,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         if self.config.pool is not None and not (name == CLEAN and CLEAN in self.study.arms):
             features["scale"] = self._averaged_pool(arm).scale
             return {"features": features}
-        training = self.study.find(arm)  # clean meta-tuning is no expert, and has a scale of its own
+        training = self.study.find(arm)  # clean meta-tuning has a scale of its own
         if self.study.arms[training.arm].meta is None:
             features["scale"] = read_scale(training.folder)
         return {"features": features}
