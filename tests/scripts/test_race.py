@@ -31,7 +31,7 @@ def row(arm: str, value: float, half: float = 0.02, **changes: Any) -> StudyRow:
 
 
 def study(*rows: StudyRow, **costs: float) -> StudyRows:
-    made = {arm: {"trained": trained, "seconds_a_step": 0.25, "lr": 1e-3} for arm, trained in costs.items()}
+    made = {arm: {"trained": trained, "lr": 1e-3} for arm, trained in costs.items()}
     return StudyRows(About("t", "c", "hash", {}, [], "", "CPU", {}, "", "", 1.0, costs=made), list(rows))
 
 

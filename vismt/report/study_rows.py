@@ -73,8 +73,8 @@ class About:
         finished: end of the last evaluation.
         wall_time_s: seconds, summed over the sessions of the run.
         cpu_time_s: CPU seconds of all threads; None where an earlier version did not record them.
-        costs: by arm the rate lr (absent in files of earlier versions), the number of trained parameters and the median
-            seconds_a_step of its first training.
+        costs: by arm the rate lr and the number of trained parameters of its first training; files of earlier versions lack lr,
+            and have seconds of a step on the busy machine that ran.
     """
 
     title: str

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from vismt.engine.log import METRICS
@@ -42,17 +40,14 @@ def training_sections(
 
 
 def training_cost(folder: Path, arm: str) -> dict[str, float]:
-    """Return rate, number of trained parameters and median seconds of a step of an arm's first training; {} without one."""
+    """Return rate and number of trained parameters of an arm's first training; {} without one."""
     trained = next((path for path in chosen_trainings(folder, arm).values() if (path / DONE).exists()), None)
     if trained is None:
         return {}
-    cost = {
+    return {
         "lr": read_choice(folder, arm).lr,
         "trained": float(read_sealed(trained / DONE, f"run '{folder}'", ("trainable",))["trainable"]),
     }
-    logged = read_lines(trained / METRICS, ("step", "elapsed_s"))
-    times = [(b["elapsed_s"] - a["elapsed_s"]) / (b["step"] - a["step"]) for a, b in pairwise(logged)]
-    return cost | ({"seconds_a_step": median(times)} if times else {})
 
 
 def _rates(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
