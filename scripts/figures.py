@@ -7,7 +7,8 @@ docs/results/rows/figures.yaml has what each of them shows; docs/NAME.svg ends w
 
     NAME:
       study: STUDY
-      kind: bars                       # by set, with intervals; seeds: a dot for each training; depth: updates by block
+      kind: bars                       # by set, with intervals; seeds: a dot for each training; depth: updates by block;
+                                       # certified: accuracy over l2 radii, proved and under attack
       where: {metric: accuracy, condition: [clean, strong linf 4.5/255], arm: [frozen, clean]}
 
 A row is drawn where every field of `where` has the value, or one of the values, whose order is that of the picture.
@@ -32,14 +33,14 @@ from vismt.base.seeds import digest
 from vismt.config.yaml_text import read_yaml
 from vismt.report.arm_figures import seeds_figure
 from vismt.report.comparison import AVERAGE, compare
-from vismt.report.figures import domain_bars
+from vismt.report.figures import certified_figure, domain_bars
 from vismt.report.results import ValuesByExample
 from vismt.report.score_sections import arm_scores, seeds_panel
 from vismt.report.study_rows import ROWS, SELECTED, StudyRow
 from vismt.report.weight_changes import depth_figure
 from vismt.storage.paths import CHECKOUT
 
-KINDS = ("bars", "seeds", "depth")
+KINDS = ("bars", "certified", "seeds", "depth")
 DIGEST = re.compile(r"<!-- rows: (\w+) -->\n$")
 
 
@@ -62,9 +63,10 @@ def chosen(spec: Mapping[str, Any], where: str) -> list[StudyRow]:
 
 def draw(spec: Mapping[str, Any], rows: list[StudyRow], path: Path) -> None:
     """Draw rows as the picture that a specification describes."""
-    if spec["kind"] == "bars":
+    if spec["kind"] in ("bars", "certified"):
+        figure = domain_bars if spec["kind"] == "bars" else certified_figure
         shown = sorted((row for row in rows if row.seed is None), key=lambda row: row.data == AVERAGE)
-        domain_bars(compare(shown, ValuesByExample(CHECKOUT / ROWS)), path)  # which has no values by example
+        figure(compare(shown, ValuesByExample(CHECKOUT / ROWS)), path)  # which has no values by example
     elif spec["kind"] == "depth":
         depths: dict[str, dict[int, float]] = {}
         for row in rows:

@@ -1,8 +1,8 @@
 """`scripts.bench tasks`: four tasks on one frozen backbone of random weights, 224 px, against a model for each task.
 
-"forward", what four tasks take of an image, on a ViT-S/16 and a Swin-T: a pass through a merged model for each task; a mixed
-batch, the image four times with a LoRA adapter for each row; and MTLoRA's one pass, its shared pairs merged where they can be.
-All ranks are 16, those of MTLoRA's tasks 4. Heads are left out: every way has the same.
+"forward", what four tasks take of an image, on DINOv3's ViT-S/16 and a Swin-T: a pass through a merged model for each task; a
+mixed batch, the image four times with a LoRA adapter for each row; and MTLoRA's one pass, its shared pairs merged where they can
+be. All ranks are 16, those of MTLoRA's tasks 4. Heads are left out: every way has the same.
 
 "step", a training step of the Swin-T with linear heads on the last block of each stage, AdamW. "separate": a model for each
 task, whole, one after the other; its peak is that of one. "as LibMTL": one whole backbone for all tasks, one backward pass of
@@ -33,7 +33,7 @@ from vismt.multitask.mtlora.method import merge_shared
 from vismt.multitask.streams import task_features
 from vismt.testing.method_contract import shake
 
-VIT, SWIN = "vit_small_patch16_224", "swin_tiny_patch4_window7_224"
+VIT, SWIN = "vit_small_patch16_dinov3", "swin_tiny_patch4_window7_224"
 SIZE, BATCH, RANK, TASK_RANK, OUTPUTS = 224, 2, 16, 4, 8
 TASKS = ("semseg", "parts", "saliency", "normals")
 MTLORA, MIXED, PASSES = "vismt mtlora", "vismt mixed batch", f"{len(TASKS)} passes"
@@ -80,7 +80,14 @@ def forward(title: str, model: nn.Module, x: Tensor, rounds: int) -> Ratios:
     }
     timing = interleave(ways, rounds, label="forward", device=x.device)
     targets = [(MTLORA, PASSES, 0.40), (MIXED, PASSES, 1.15)]
-    return Ratios(f"{title}, {len(x)} x {x.shape[-1]} px, {len(TASKS)} tasks, forward", timing, targets)
+    weights = {MTLORA: weight_bytes(shared), MIXED: weight_bytes(mixed), PASSES: len(TASKS) * weight_bytes(model)}
+    return Ratios(
+        f"{title}, {len(x)} x {x.shape[-1]} px, {len(TASKS)} tasks, forward",
+        timing,
+        targets,
+        sizes={WEIGHTS: weights},
+        size_targets=[(WEIGHTS, MTLORA, PASSES, 0.30)],
+    )
 
 
 def step(title: str, model: nn.Module, x: Tensor, rounds: int) -> Ratios:

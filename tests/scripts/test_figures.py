@@ -93,7 +93,7 @@ def test_seeds_are_those_of_the_trainings(checkout: Path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kind": "bar"}, "picture 'a': has study, kind, where; give study, where and kind: bars or seeds"),
+        ({"kind": "bar"}, "picture 'a': has study, kind, where; give study, where and kind: bars or certified"),
         ({"kind": "seeds"}, "picture 'a': 'study' has no rows by seed; give it kind: bars"),
         ({"note": "a"}, "picture 'a': has study, kind, where, note; give study"),
         ({"where": {"arn": "a"}}, "picture 'a': rows have no field 'arn'. Near: 'arm'"),
