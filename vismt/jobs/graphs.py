@@ -191,7 +191,8 @@ def _onnx(graph: Graph) -> tuple[bytes, Forward | None]:
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
 
     def forward(inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        answers = session.run(list(graph.outputs), {name: value.numpy() for name, value in inputs.items()})
+        with _captured(graph.net):  # a batch of another size than the traced one may not run
+            answers = session.run(list(graph.outputs), {name: value.numpy() for name, value in inputs.items()})
         return [torch.from_numpy(value) for value in answers]
 
     return data, forward
