@@ -8,7 +8,7 @@ from helpers.tiny_runs import run_config, written
 
 from vismt.base.errors import UserError
 from vismt.engine.training_files import ADAPTER
-from vismt.jobs import load_config, open_run
+from vismt.jobs import load_config, make_job, open_run
 from vismt.jobs.classification.config import check
 from vismt.jobs.classification.merging import FILE, KEYS
 from vismt.lowrank import combine, read_updates
@@ -123,3 +123,33 @@ def test_one_line_errors(tmp_path: Path, changes: dict, text: str) -> None:
     with pytest.raises(UserError, match=text) as error:
         check(load_config(written(tmp_path / "tasks.yaml", {**SMALL, **changes})))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"adapt": {"method": "lisa"}}, "arms.mean: merge.arms: 'digits': .*no low-rank factors"),
+        (
+            {"adapt": {"method": "emtal", "rank": 2, "options": {"n_experts": 4, "cluster": False}}},
+            "arms.mean: merge.arms: 'digits': .*still routes",
+        ),
+        (
+            {"adapt": {"method": "lora", "rank": 2, "options": {"also_train": [".*norm.*"]}}},
+            "arms.mean: merge.arms: 'digits' trains 'blocks.0.norm1.weight' whole, which no rule merges",
+        ),
+        (
+            {
+                "model": {"name": "test_convnext", "img_size": 32, "pretrained": False},
+                "adapt": {"method": "lora", "rank": 2, "targets": ["fc1", "conv_dw"]},
+            },
+            "arms.mean: covariance: 'stages.0.blocks.0.conv_dw' is a Conv2d in groups",
+        ),
+        ({"model": {"name": "levit_128s", "pretrained": False}}, "rows of the NormLinear of levit_128s do not stand"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_before_the_training(tmp_path: Path, changes: dict, text: str) -> None:
+    arms = {**{name: {"trained_tasks": [name]} for name in OF}, "mean": {"merge": {"arms": OF}}}
+    config = load_config(written(tmp_path / "tasks.yaml", {**SMALL, "arms": arms, **changes}))
+    job = make_job(config, tmp_path / "run")
+    with pytest.raises(UserError, match=text):
+        job.check_training()

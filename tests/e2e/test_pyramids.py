@@ -25,6 +25,7 @@ from vismt.jobs.dense import models
 from vismt.jobs.dense.job import DenseJob
 from vismt.jobs.risk import COLUMNS
 from vismt.jobs.run import Run
+from vismt.multitask.inference import predict
 from vismt.report.results import read_results
 from vismt.report.routers import ROUTERS
 
@@ -148,6 +149,12 @@ def test_one_frozen_dinov3_serves_all_tasks_in_one_pass(tmp_path: Path) -> None:
     net.stock.patch_embed.register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
         assert set(net(torch.rand(2, 3, 32, 48))) == {"depth", "normals"}
+    pairs = run.job.final(run.job.study.find("pairs"))
+    graph, images = run.job.graph("pairs", "torch"), torch.rand(1, 3, 32, 48)
+    with torch.no_grad():
+        answers = dict(zip(graph.outputs, graph.net(images), strict=True))
+        for task, wanted in predict(pairs, run.job.data.tasks, images).items():
+            assert torch.allclose(answers[task], wanted, atol=1e-5)
     untrained = models.fresh(run.config).stock.state_dict()
     assert passes == [1] and all(torch.equal(value, untrained[name]) for name, value in net.stock.state_dict().items())
 

@@ -124,6 +124,17 @@ def test_records_and_accuracies():
     assert all(a >= b for a, b in zip(found[0.0], found[0.25]))
 
 
+def test_the_size_of_batches_changes_no_certificate():
+    images, labels, names = torch.rand(4, *SHAPE) - 0.45, torch.ones(4, dtype=torch.long), ["a", "b", "c", "d"]
+
+    def rows(size: int) -> list[dict]:
+        parts = [slice(start, start + size) for start in range(0, 4, size)]
+        batches = [(images[part], labels[part], names[part]) for part in parts]
+        return evaluate_examples(Halfspace(), batches, [], num_classes=2, smoothing=Smoothing(samples=100))
+
+    assert rows(4) == rows(2) and len({row["smoothed 0.25 radius"] for row in rows(4)}) > 1
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -135,6 +135,10 @@ def write_graph(graph: Graph, form: str, target: Path) -> None:
     graph.net.eval().requires_grad_(False)
     if form == "onnx":
         graph.net.float()
+        # ONNX has the fused attention of timm for four axes alone, and Hiera's has five.
+        attention: list[Any] = [module for module in graph.net.modules() if hasattr(module, "fused_attn")]
+        for module in attention:
+            module.fused_attn = False
     data, forward = (_onnx if form == "onnx" else _torch)(graph)
     checked = None if forward is None else _largest_difference(graph, forward)
     about = {**graph.about, "outputs": dict(graph.outputs), "file": NAMES[form], "largest_difference": checked}
@@ -191,7 +195,8 @@ def _onnx(graph: Graph) -> tuple[bytes, Forward | None]:
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
 
     def forward(inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        answers = session.run(list(graph.outputs), {name: value.numpy() for name, value in inputs.items()})
+        with _captured(graph.net):  # a batch of another size than the traced one may not run
+            answers = session.run(list(graph.outputs), {name: value.numpy() for name, value in inputs.items()})
         return [torch.from_numpy(value) for value in answers]
 
     return data, forward
@@ -205,8 +210,13 @@ def _captured(net: nn.Module) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # exporters have no common error, and each points into their own code
-        reason = one_line(str(error) or type(error).__name__, 200)
-        raise UserError(f"export: torch cannot capture {type(net).__name__} as a graph ({reason}).") from error
+        cause: BaseException = error  # what the exporter of ONNX met stands last in a chain
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = one_line(str(cause) or type(cause).__name__, 200)
+        raise UserError(
+            f"export: torch cannot capture {type(net).__name__} as a graph ({reason}); try the other format."
+        ) from error
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ class DenseNet(nn.Module):
             shared = self.backbone.maps(images, self.blocks)
         read = dict(zip(self.blocks, map(self.stock.get_submodule, self.read_blocks))) if features.own else {}
         own = {
-            number: self.backbone.as_maps(features.own[block]).chunk(len(self.heads))
+            number: self.backbone.as_maps(features.own[block]).unflatten(0, (len(self.heads), -1))
             for number, block in read.items()
             if block in features.own
         }

@@ -239,9 +239,8 @@ class _Questions:
             columns[f"{condition} linf"] = change.abs().amax(1).tolist()
             columns[f"{condition} l2"] = change.norm(dim=1).tolist()
         if self.smoothing is not None:
-            keys = [(number, position) for position in range(len(images))]
             logits_of = partial(_logits, model, num_classes=classes)
-            found, radii = self.smoothing.certify(logits_of, images, keys)
+            found, radii = self.smoothing.certify(logits_of, images, [(name,) for name in ids])
             columns |= {self.smoothing.label: found.tolist(), f"{self.smoothing.label} radius": radii.tolist()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

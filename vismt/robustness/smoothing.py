@@ -97,7 +97,7 @@ class Smoothing(Checked):
 
     @torch.no_grad()
     def certify(
-        self, logits: Callable[[Tensor], Tensor], images: Tensor, keys: Sequence[tuple[int, int]]
+        self, logits: Callable[[Tensor], Tensor], images: Tensor, keys: Sequence[tuple[int | str, ...]]
     ) -> tuple[Tensor, Tensor]:
         """Return the answers of g, int64 (b,), ABSTAINED for an abstention, and their radii, float64 (b,).
 

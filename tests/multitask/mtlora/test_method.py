@@ -392,6 +392,20 @@ def test_merge_shared_keeps_the_features_of_all_tasks(make) -> None:
         merge_shared(model)
 
 
+@torch.no_grad()
+def test_a_graph_takes_any_batch() -> None:
+    backbone = Pyramid(swin())
+    net = DenseNet(backbone, {task: make_head("linear", backbone.widths, 2) for task in TASKS}, [0, 1])
+    vismt.adapt(net.stock, "mtlora", rank=2, tasks=TASKS)
+    merge_shared(shake(net.stock, 0.2))
+    net.eval().requires_grad_(False)
+    batch = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
+    graph = torch.export.export(net, (torch.rand(2, 3, 32, 32),), dynamic_shapes=batch).module()
+    for count in (1, 3):
+        x = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
+        assert all(torch.allclose(graph(x)[task], wanted, atol=1e-5) for task, wanted in net(x).items())
+
+
 def test_files_copies_and_undoing(tmp_path: Path) -> None:
     model, x = adapted(also_train=["head"]), images()
 

@@ -27,7 +27,7 @@ from vismt.jobs.classification.config import MultitaskConfig, check, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.figures import EXAMPLES, examples, sections
-from vismt.jobs.classification.merging import merge_section, merged_net, write_interference
+from vismt.jobs.classification.merging import check_arms, merge_section, merged_net, write_interference
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, stored, with_linear_head
 from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.graphs import Graph, Named, image_graph
@@ -79,6 +79,11 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             return ""
         chosen = config.trained_tasks or [task.name for task in config.tasks]
         return ", ".join(name for task in config.tasks if task.name in chosen for name in task.train)
+
+    def check_arm(self, config: MultitaskConfig) -> None:
+        super().check_arm(config)
+        if config.merge is not None:
+            check_arms(self, self.data, config)
 
     def train_one(self, training: Training) -> None:
         config = self.study.config_of(training)

@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.engine import runtime
 from vismt.engine.study import Training
 from vismt.engine.training_files import ADAPTER
@@ -29,10 +30,12 @@ from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.models import PixelNet
 from vismt.jobs.training_job import TrainingJob
-from vismt.llm.corda.covariance import collect_covariance
+from vismt.llm.corda.covariance import collect_covariance, observed_modules
 from vismt.lowrank.files.combining import combine, interference
 from vismt.lowrank.files.updates import Updates, read_updates
 from vismt.lowrank.model.merge import merge
+from vismt.multitask.emtal.ffn import MoEfiedMlp
+from vismt.multitask.emtal.method import set_fade
 from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, write
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.files import atomic_write, read_sealed, sealed
@@ -48,6 +51,27 @@ CAPTION = (
     "Left: cosine of the updates of two arms, by layer. Then for each merged arm the relative error of its update on the inputs "
     "of each arm's own tasks, by layer. First seed."
 )
+
+
+def check_arms(job: Job, data: TaskData, config: MultitaskConfig) -> None:
+    """Raise UserError, before any training, for arms whose adapters or heads cannot be merged; config: of a merged arm."""
+    section: Any = config.merge
+    for name in section.arms:
+        arm = job.study.arms[name]
+        net = job.prepared(arm)[0]
+        if arm.fade is not None and any(isinstance(module, MoEfiedMlp) for module in net.stock.modules()):
+            set_fade(net.stock, 1.0)  # as it is after the training
+        updates = read_updates(net.stock, what=f"merge.arms: '{name}'")
+        if updates.also_train:
+            raise UserError(
+                f"merge.arms: '{name}' trains '{next(iter(updates.also_train))}' whole, which no rule merges; leave "
+                "adapt.options.also_train out."
+            )
+        observed_modules(job.fresh(arm).stock, [*updates.low_rank])
+        if any(len(value) != data.union.num_classes for value in net.heads.parameters()):
+            raise UserError(
+                f"merge.arms: rows of the {type(net.head).__name__} of {arm.model.name} do not stand alone; take another model."
+            )
 
 
 def merged_net(job: Job, data: TaskData, evaluation: Evaluation, training: Training) -> tuple[PixelNet, dict[str, Any]]:

@@ -41,7 +41,9 @@ from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
 from vismt.jobs.predictions import Options, Predictions, image_files
 from vismt.jobs.risk import check_thresholds, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
+from vismt.methods import needs
 from vismt.multitask.emtal.retain import DenseRetaining
+from vismt.multitask.mtlora.method import merge_shared
 from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.objectives import DenseObjective
 from vismt.multitask.tasks.classes import Classification
@@ -246,7 +248,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return predict_images(config, net, str(training), images, target, options, quantiles)
 
     def graph(self, arm: str | None, form: str) -> Graph:
-        """Return the merged net, with the maps of all tasks at the size of the images."""
+        """Return the merged net, with the maps of all tasks at the size of the images; pairs of tasks stay beside the weights."""
         training = self.study.find(arm)
         config, size = self.study.config_of(training), window_of(self.config)
         tasks = named_tasks(config)
@@ -259,8 +261,13 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             }
             for name, task in tasks.items()
         }
-        net = Named(self.merged_net(training), tasks)
-        return image_graph(net, size, outputs, FITTED.format(*size))
+        adapt = config.adapt
+        if adapt is not None and "tasks" in needs(adapt.method, adapt.options):
+            net = self.loaded(training)
+            merge_shared(net.stock)
+        else:
+            net = self.merged_net(training)
+        return image_graph(Named(net, tasks), size, outputs, FITTED.format(*size))
 
     def beside(self, training: Training) -> dict[str, bytes]:
         return {models.HEADS: models.heads_file(self.loaded(training), self.study.config_of(training))}

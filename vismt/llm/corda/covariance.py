@@ -72,14 +72,7 @@ def collect_covariance(
         raise UserError(f"covariance: save_every is {save_every}; it must be at least 1.")
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise UserError(f"covariance: batches is one {type(batches).__name__}; give a list of batches.")
-    target_modules, _ = find_targets(model, targets, exclude, prequantized=True)
-    for path, module in target_modules.items():
-        in_groups = getattr(module, "groups", 1) > 1
-        if kind_of(module) not in (*LINEAR, "conv2d") or in_groups:
-            raise UserError(
-                f"covariance: '{path}' is a {type(module).__name__}{' in groups' if in_groups else ''}; give linears and "
-                "nn.Conv2d without groups, or exclude it."
-            )
+    target_modules = observed_modules(model, targets, exclude)
     iterator = iter(batches)
     first = next(iterator, None)
     if first is None:
@@ -107,6 +100,19 @@ def collect_covariance(
             _run_pass(model, groups, passes[number], source, store, save_every, bar.advance)
     _report_short_samples(store.state.tokens, widths)
     return store.covariances()
+
+
+def observed_modules(model: nn.Module, targets: Targets, exclude: Sequence[str] | str = ()) -> dict[str, nn.Module]:
+    """Return the target layers by path; UserError for one whose inputs have no covariance."""
+    found, _ = find_targets(model, targets, exclude, prequantized=True)
+    for path, module in found.items():
+        in_groups = getattr(module, "groups", 1) > 1
+        if kind_of(module) not in (*LINEAR, "conv2d") or in_groups:
+            raise UserError(
+                f"covariance: '{path}' is a {type(module).__name__}{' in groups' if in_groups else ''}; give linears and "
+                "nn.Conv2d without groups, or exclude it."
+            )
+    return found
 
 
 def _run_pass(

@@ -72,7 +72,7 @@ class Certifies(Protocol):
     def levels(self) -> Mapping[str, float]: ...
 
     def certify(
-        self, logits: Callable[[Tensor], Tensor], images: Tensor, keys: Sequence[tuple[int, int]]
+        self, logits: Callable[[Tensor], Tensor], images: Tensor, keys: Sequence[tuple[int | str, ...]]
     ) -> tuple[Tensor, Tensor]: ...
 
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
@@ -149,20 +148,22 @@ class TaskLinear(LowRankLinear):
         if scope is None:
             return super().forward(x)
         x = in_autocast(x)
-        shared = x if self.opens else x[: len(x) // (1 + scope.streams)]
+        # Sizes by `shape`, not by `len`: an exported graph keeps the batch free.
+        shared = x if self.opens else x[: x.shape[0] // (1 + scope.streams)]
+        rows = shared.shape[0]
         base = F.linear(shared, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         dropped = F.dropout(shared, self.dropout, self.training)
         # Groups of rows with one task: a stream, or a sample of a mixed batch.
         groups = [self.tasks.index(task) for task in scope.tasks]
-        own = repeat(dropped, "b ... -> (t b) ...", t=scope.streams) if self.opens else x[len(shared) :]
+        own = torch.cat([dropped] * scope.streams) if self.opens else x[rows:]
         A = torch.stack([self.task_A[task] for task in groups]).to(x.dtype)
         B = torch.stack([self.task_B[task] for task in groups]).to(x.dtype)
         out = torch.cat([base] * (1 + scope.streams))  # a copy, which `expand` is not: it is added to in place
         width = x.shape[-1]
         hidden = dropped.reshape(-1, width) @ self.lora_A.to(x.dtype).t()
-        out[: len(base)].view(len(hidden), -1).addmm_(hidden, self.lora_B.to(x.dtype).t(), alpha=self.scale)
+        out[:rows].view(-1, out.shape[-1]).addmm_(hidden, self.lora_B.to(x.dtype).t(), alpha=self.scale)
         hidden = own.reshape(len(groups), -1, width) @ A.mT
-        out[len(base) :].view(*hidden.shape[:2], -1).baddbmm_(hidden, B.mT, alpha=self.task_scale)
+        out[rows:].view(len(groups), -1, out.shape[-1]).baddbmm_(hidden, B.mT, alpha=self.task_scale)
         return out
 
 
@@ -216,14 +217,15 @@ class TaskBlock(AdapterModule):
         scope, block = task_features.scope(), self.shell
         if scope is None:
             return block.forward(x, **options)
-        scope.check(self.about.tasks, len(x))
+        batch = x.shape[0]
+        scope.check(self.about.tasks, batch)
         parts: Any = block
         attend = getattr(block, "_attn", parts.attn)  # a Swin's cuts windows around it
         first, second = (_layer_scale(block, branch) for branch in (1, 2))
         h = parts.drop_path1(first(attend(parts.norm1(x), **options)))
-        h = (x + h.unflatten(0, (-1, len(x)))).flatten(0, 1)
+        h = (x + h.unflatten(0, (1 + scope.streams, batch))).flatten(0, 1)
         y = h + parts.drop_path2(second(parts.mlp(parts.norm2(h))))
-        shared, own = y[: len(x)], y[len(x) :]
+        shared, own = y[:batch], y[batch:]
         if self.about.last:
             # Nothing reads the shared output: a term of no elements keeps its pair in the graph, where several processes wait.
             own = own + shared[:0].sum()
