@@ -121,7 +121,7 @@ def test_a_number_that_the_run_does_not_have_is_missing(
 
 
 def test_another_task_is_named_once(toy, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'toy': task is fewshot, there toy[.]$"):
+    with pytest.raises(UserError, match=r"'toy': task is fewshot, there toy\.$"):
         _committed(tmp_path, FewShotConfig(), None)
 
 
