@@ -234,7 +234,7 @@ def certified_figure(comparisons: Sequence[Comparison], path: Path) -> Path:
             widths = [[100 * (value - low) for value, low, _ in line.values()]]
             widths += [[100 * (high - value) for value, _, high in line.values()]]
             # Between two radii what holds at the larger one is proved, and no more.
-            style = {"ls": "-", "drawstyle": "steps-pre"} if proved else {"ls": DASHES}
+            style: dict[str, Any] = {"ls": "-", "drawstyle": "steps-pre"} if proved else {"ls": DASHES}
             axes.errorbar(list(line), values, widths, color=color, marker="o", markersize=3.2, **style)
             if proved:
                 axes.fill_between(list(line), values, step="pre", color=color, alpha=0.15, linewidth=0)
