@@ -12,8 +12,9 @@ import yaml
 from helpers.toy_job import job
 
 import vismt.jobs
+from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.cli.check import _differing
+from vismt.cli.check import _committed, _differing
 from vismt.config.sections import with_earlier
 from vismt.jobs import typed_config
 from vismt.jobs.fewshot.config import FewShotConfig
@@ -117,6 +118,11 @@ def test_a_number_that_the_run_does_not_have_is_missing(
     write_study(path, study_rows.StudyRows(study.about, [*study.rows, other]))
     assert main(["check", str(next((committed / "runs").iterdir()))]) == 1
     assert "missing" in capsys.readouterr().out.splitlines()[2]
+
+
+def test_another_task_is_named_once(toy, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'toy': task is fewshot, there toy\.$"):
+        _committed(tmp_path, FewShotConfig(), None)
 
 
 def test_what_is_no_committed_run_is_one_line(

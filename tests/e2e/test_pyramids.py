@@ -194,6 +194,16 @@ def test_one_line_for_each_limit(tmp_path: Path, capsys: pytest.CaptureFixture[s
             ),
             "leave evaluate.mode at slide",
         ),
+        (
+            config(
+                "dense",
+                "tiny_swin",
+                model={"name": "tiny_swin", "pretrained": False},
+                size=[64, 64],
+                adapt={"method": "mtlora", "options": {"task_blocks": ["layers.0.blocks.0", "layers.3.blocks.0"]}},
+            ),
+            "task_blocks: no head reads 'layers.0.blocks.0'; name blocks of layers.0.blocks.1",
+        ),
         (config("multitask", "tiny_hiera", model={"name": "tiny_hiera", "img_size": 48}), "use 32 x 32 or 64 x 64"),
     ]
     for number, (settings, message) in enumerate(mistakes):

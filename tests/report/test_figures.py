@@ -119,6 +119,19 @@ def test_an_arm_has_the_colour_of_its_place_among_all(drawn, tmp_path):
         assert drawn[-1].legends[0].get_patches()[0].get_facecolor() == bar.get_facecolor()
 
 
+def test_between_two_radii_the_larger_one_is_proved(drawn, tmp_path):
+    rows = [
+        comparison("digits", {"adapted": cell(value, 0.02, 60)}, Condition(f"smoothed {r}", "certified", "smoothed", r))
+        for r, value in ((0.0, 0.8), (0.25, 0.6), (0.5, 0.1))
+    ]
+    figures.certified_figure(rows, tmp_path / "a.svg")
+    axes = drawn[0].axes[0]
+    assert axes.lines[0].get_drawstyle() == "steps-pre"
+    (shaded,) = [part for part in axes.collections if part.get_facecolor().size and part.get_alpha() == 0.15]
+    corners = {(round(float(x), 6), round(float(y), 6)) for x, y in shaded.get_paths()[0].vertices}
+    assert {(0.0, 60.0), (0.25, 60.0), (0.25, 10.0), (0.5, 10.0)} <= corners
+
+
 def test_running_mean_by_hand():
     # 40 values: memory 2, keep = 1 - 2/3 = 1/3. First 0; second (0/3 + 1) / (1/3 + 1) = 3/4;
     # third ((0/3 + 1)/3 + 1) / ((1/3 + 1)/3 + 1) = (4/3) / (13/9) = 12/13

@@ -92,8 +92,9 @@ def _committed(folder: Path, config: RunConfig, given: str | None) -> tuple[str,
         differing = _differing(config, study, path)
         if not differing:
             return path.stem, study
-        more = [f"{len(differing) - SHOWN} more"] * (len(differing) > SHOWN)
-        nearest = min(filter(None, (nearest, (len(differing), path.stem, "; ".join([*differing[:SHOWN], *more])))))
+        texts = list(dict.fromkeys(differing))
+        more = [f"{len(texts) - SHOWN} more"] * (len(texts) > SHOWN)
+        nearest = min(filter(None, (nearest, (len(differing), path.stem, "; ".join([*texts[:SHOWN], *more])))))
     if nearest is None:
         raise UserError("check: this installation has no committed rows; name a file of rows.")
     what = f"'{given}' has the rows" if given else "this configuration has no committed rows; the nearest are those"

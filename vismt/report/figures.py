@@ -233,10 +233,11 @@ def certified_figure(comparisons: Sequence[Comparison], path: Path) -> Path:
             values = [100 * value for value, _, _ in line.values()]
             widths = [[100 * (value - low) for value, low, _ in line.values()]]
             widths += [[100 * (high - value) for value, _, high in line.values()]]
-            style = "-" if proved else DASHES
-            axes.errorbar(list(line), values, widths, color=color, marker="o", ls=style, markersize=3.2)
+            # Between two radii what holds at the larger one is proved, and no more.
+            style: dict[str, Any] = {"ls": "-", "drawstyle": "steps-pre"} if proved else {"ls": DASHES}
+            axes.errorbar(list(line), values, widths, color=color, marker="o", markersize=3.2, **style)
             if proved:
-                axes.fill_between(list(line), values, color=color, alpha=0.15, linewidth=0)
+                axes.fill_between(list(line), values, step="pre", color=color, alpha=0.15, linewidth=0)
         dress(axes, short(arm, 26), grid="y")
         axes.set_ylim(0, 100)
         axes.set_xlabel("l2 radius", color=MUTED, fontsize=9)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.backbones import timm_models
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, need_names
 from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.jobs.dense import models
@@ -117,7 +117,13 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         """Adapt the timm model, or make everything in it that runs trainable; return the method's name."""
         if config.adapt is not None:
             of_tasks = {"tasks": list(net.heads), "task_blocks": net.read_blocks}
-            return self.adapt(net.stock, config.adapt, config.seed, of_tasks)
+            method = self.adapt(net.stock, config.adapt, config.seed, of_tasks)
+            given = need_names("adapt.options.task_blocks:", config.adapt.options.get("task_blocks") or ())
+            for unread in sorted(set(given) - set(net.read_blocks)):
+                raise UserError(
+                    f"adapt.options.task_blocks: no head reads '{unread}'; name blocks of {', '.join(net.read_blocks)}."
+                )
+            return method
         if not config.full:
             return super().prepare(net, config)
         # Several processes wait for the gradient of every trained parameter, so what the taps do not depend on stays frozen.
