@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vismt.report.comparison import AVERAGE
 from vismt.report.results import Result
-from vismt.report.tables import KeyFigure, Picture, Report, Section, Table, fitted, is_long, is_text
+from vismt.report.tables import KeyFigure, Picture, Report, Section, Table, fitted, is_long
 
 PIXELS = 96 / 72  # of a point of a figure, so that its letters have the size of those around it
 LEAST = 0.7  # to which a figure shrinks on a narrow screen before it scrolls
@@ -157,8 +157,8 @@ def _html_table(table: Table) -> str:
 def _html_part(table: Table) -> str:
     kinds = []  # the classes of the cells of each column
     for column in range(len(table.heads)):
-        words = "text long" if is_long(table, column) else "text"
-        kinds.append(words if is_text(table, column) else "number")
+        words = "text" if column < table.texts else "number"
+        kinds.append("text long" if is_long(table, column) else words)
     columns = zip(kinds, table.heads, strict=True)
     heads = "".join(f'<th class="{kind}">{_breakable(head)}</th>' for kind, head in columns)
     rows = []
