@@ -131,7 +131,8 @@ def render_markdown(report: Report, folder: Path) -> str:
     for section in report.sections:
         lines += ["", f"## {_markdown_text(section.title)}"]
         for table, note in section.tables:
-            lines += [*_markdown_table(table), "", note]
+            parts = [line for part in fitted(table) for line in ("", *_markdown_part(part))]
+            lines += ["", f"### {_markdown_text(table.title)}", *parts, "", note]
         for picture in section.pictures:
             if picture.title != section.title:
                 lines += ["", f"### {_markdown_text(picture.title)}"]
@@ -200,13 +201,6 @@ def _figure(picture: Picture) -> str:
         f'<figure><div class="figure"><img alt="{escape(picture.title)}"{size} src="data:image/svg+xml;base64,{data}"></div>'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
-
-
-def _markdown_table(table: Table) -> list[str]:
-    lines = ["", f"### {_markdown_text(table.title)}"]
-    for part in fitted(table):
-        lines += ["", *_markdown_part(part)]
-    return lines
 
 
 def _markdown_part(table: Table) -> list[str]:
