@@ -35,6 +35,9 @@ from vismt.jobs.dense.job import DenseJob
 from vismt.lowrank.recompute import recompute
 from vismt.multitask.tasks import MapTask, Task
 
+DATA = SimpleNamespace(class_counts=lambda task: [1] * task.channels)  # a label of each class
+DATA.counted = partial(DenseData.counted, cast(DenseData, DATA))
+
 WAYS = {
     "as it is": {"recompute": "none", "checkpointing": False},
     "recompute: cheap": {"recompute": "cheap", "checkpointing": False},
@@ -88,8 +91,7 @@ def run(path: Path, device: str = "cpu") -> list[ConfigMemory]:
     with tempfile.TemporaryDirectory() as folder:
         job = cast(DenseJob, make_job(config, Path(folder)))
     arm, settings = list(job.study.arms.items())[-1]
-    data = SimpleNamespace(class_counts=lambda task: [1] * task.channels)  # a label of each class
-    job.__dict__["data"] = SimpleNamespace(counted=partial(DenseData.counted, data))
+    job.__dict__["data"] = DATA
     net, method, balanced = job.prepared(settings)
     objective = job.objective(settings, net, balanced).to(device).train()
     batches = [made_batch(trained_tasks(settings), count, settings.size, device) for count in (1, 2)]
