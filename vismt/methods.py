@@ -35,6 +35,15 @@ class Schedule(Protocol):
         """Get ready for the next step; `step` is the number of finished ones."""
 
 
+class MakeSchedule(Protocol):
+    """Return the schedule of an adapted model, or None where there is nothing to schedule.
+
+    steps: optimiser steps of the whole training. settings: the section `Method.section` of the run's configuration.
+    """
+
+    def __call__(self, model: nn.Module, optimizer: Optimizer, *, steps: int, settings: Any) -> Schedule | None: ...
+
+
 @dataclass
 class Calibration:
     """Data that a job offers to a method before it adapts the model.
@@ -49,6 +58,14 @@ class Calibration:
     results: dict[str, Any] = field(default_factory=dict)
 
 
+class Calibrate(Protocol):
+    """Return options of the method that are computed from data. targets, options: as `adapt` gets them."""
+
+    def __call__(
+        self, model: nn.Module, calibration: Calibration, *, targets: Any, options: Mapping[str, Any]
+    ) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Method:
     """The declaration of a method.
@@ -60,11 +77,10 @@ class Method:
         layers: classes of the adapter layers and wrappers that it places; () for a method that trains the weights.
         optimizer: `optimizer(optimizer, model) -> optimizer` returns the optimiser that an adapted model is trained with.
             It may have `metrics() -> {name: scalar}`, which the loop logs.
-        schedule: `schedule(model, optimizer, *, steps, settings)` returns the schedule of an adapted model, or None where there
-            is nothing to schedule. steps: of the whole training. settings: the configuration's `section`.
+        schedule: returns the schedule of an adapted model, see `MakeSchedule`.
         section: name of the section of a run's configuration with the schedule's settings.
         freezes: whether the schedule freezes parameters in turn.
-        calibrate: `calibrate(model, calibration, *, targets, options)` returns options that are computed from data.
+        calibrate: computes options from data, see `Calibrate`.
         needs: what a job has to provide under given options, with the reason: "calibration" (data for `calibrate`), "users" (a
             vector for each sample, its width the option `user_width`), or "tasks" (heads that read features of their own,
             streams.py).
@@ -77,10 +93,10 @@ class Method:
     adapt: Callable[..., AdaptReport]
     layers: tuple[type[nn.Module], ...]
     optimizer: Callable[[Optimizer, nn.Module], Optimizer] | None = None
-    schedule: Callable[..., Schedule | None] | None = None
+    schedule: MakeSchedule | None = None
     section: str | None = None
     freezes: bool = False
-    calibrate: Callable[..., dict[str, Any]] | None = None
+    calibrate: Calibrate | None = None
     needs: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda options: {}
     merges: bool = True
     exports: bool = True

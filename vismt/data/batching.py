@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -116,7 +116,7 @@ class ShuffledBatches:
         return {"images": images, "labels": self.images.labels[index]}
 
 
-class InOrder(Sequence[tuple[Tensor, Tensor, list[str]]]):
+class InOrder:
     """A sequence of the batches (images (b, 3, h, w), labels (b,), ids) of images in their order.
 
     order: int64 indices of the images to take, in place of all. labels: of all images, in place of their own.
@@ -131,8 +131,11 @@ class InOrder(Sequence[tuple[Tensor, Tensor, list[str]]]):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:  # type: ignore[override]  # no slices
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
         if not 0 <= number < len(self):
             raise IndexError(number)
         index = self.parts[number]
         return self.images[index], self.labels[index], [self.images.ids[i] for i in index.tolist()]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        return (self[number] for number in range(len(self)))

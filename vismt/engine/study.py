@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, near
@@ -104,6 +104,16 @@ class Choice:
     validation: dict[str, float | None]
 
 
+class Trainer(Protocol):
+    """The methods of a job that a study calls."""
+
+    def train_one(self, training: Training) -> None:
+        """Train, unless the training is finished."""
+
+    def validate(self, training: Training) -> float:
+        """Return a score on the validation examples; higher is better."""
+
+
 class Study(Generic[Config]):
     """The arms of a configuration, each with its resolved configuration, and their trainings, in the run folder `folder`.
 
@@ -154,8 +164,8 @@ class Study(Generic[Config]):
             raise UserError(f"run '{self.folder}': arm '{arm}' has no seed '{seed}'; take one of {seeds}.")
         return match
 
-    def train(self, job: Any) -> None:
-        """Train every arm of a `TrainingJob`, the tried rates before the seeds; finished trainings are kept."""
+    def train(self, job: Trainer) -> None:
+        """Train every arm, the tried rates before the seeds; finished trainings are kept."""
         for arm in self.arms:
             attempted = [] if self.is_chosen(arm) else self.tried(arm)
             for training in attempted:
@@ -180,7 +190,7 @@ class Study(Generic[Config]):
         seeds = self.seeds if len(rates) == 1 else self.seeds[:1]
         return [self.training(arm, lr, seed) for lr in rates for seed in seeds]
 
-    def attempt(self, job: Any, training: Training) -> None:
+    def attempt(self, job: Trainer, training: Training) -> None:
         """Train; a training that diverges is marked as diverged where its arm tries other rates, and an error otherwise."""
         if has_diverged(training):
             return
@@ -193,7 +203,7 @@ class Study(Generic[Config]):
             content = sealed({"error": str(error)})
             ranks.on_first(lambda: atomic_write(training.folder / DIVERGED, content))
 
-    def choose(self, job: Any, arm: str) -> None:
+    def choose(self, job: Trainer, arm: str) -> None:
         """Choose the rate of an arm by the validation scores of the tried ones, unless it is chosen."""
         if ranks.on_first(lambda: self.is_chosen(arm)):
             return

@@ -22,7 +22,7 @@ from vismt.jobs.output_conditions import ADJUSTED, against
 from vismt.jobs.risk import Thresholds, image_measures
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
-from vismt.robustness.evaluate import Batch, Form, accuracies, certified_accuracies, evaluate_examples
+from vismt.robustness.evaluate import Form, RepeatableBatches, accuracies, certified_accuracies, evaluate_examples
 from vismt.robustness.smoothing import ABSTAINED, Smoothing
 from vismt.storage.records import SHARE, Records, recorded_settings
 from vismt.uncertainty.intervals import LOWER, NUMBER, Condition, Measure
@@ -34,7 +34,7 @@ NEIGHBOURS, WIDTH = 20, 0.07
 
 def image_scores(
     net: nn.Module,
-    batches: Sequence[Batch],
+    batches: RepeatableBatches,
     specs: Sequence[DirectPerturbation],
     *,
     names: tuple[str, str, str],

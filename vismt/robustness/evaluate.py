@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,14 @@ from vismt.uncertainty.probability_metrics import proper_scores
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[str]]
 Form = Callable[[Tensor], Tensor]  # logits float64 (b, k) on the CPU to logits of the same shape
+
+
+class RepeatableBatches(Protocol):
+    """Batches that can be iterated several times: a list, or `vismt.data.batching.InOrder`."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)

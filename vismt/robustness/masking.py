@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.norm_balls import size_of_all
-from vismt.metatune.protocol.episode_runner import FewShotModel, PixelStore
-from vismt.metatune.protocol.episodes import Sampler
+from vismt.metatune.protocol.episode_runner import FewShotModel, PixelStore, Sampler
 from vismt.metatune.protocol.protocol import run_protocol
 from vismt.robustness.attacks.attacks import AttackSpec, radius_text
-from vismt.robustness.evaluate import Batch, ConditionAccuracy, evaluate_classifier
+from vismt.robustness.evaluate import ConditionAccuracy, RepeatableBatches, evaluate_classifier
 from vismt.uncertainty.intervals import mean_interval
 
 LARGEST = 64 / 255  # change of every pixel
@@ -85,7 +84,7 @@ class MaskingCheck:
 
 def check_masking(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: RepeatableBatches,
     spec: AttackSpec,
     *,
     num_classes: int,
@@ -142,12 +141,7 @@ def _reach(spec: AttackSpec) -> float | None:
 
 
 def check_episodes(
-    proto: FewShotModel,
-    pixels: PixelStore,
-    sampler: Sampler,
-    *,
-    radii: Sequence[float] = RADII,
-    **options: Any,
+    proto: FewShotModel, pixels: PixelStore, sampler: Sampler, *, radii: Sequence[float] = RADII, **options: Any
 ) -> MaskingCheck:
     """Run PGD-10 at `radii`, and `strong` at the default radius, on the first `episodes` (10) of the protocol.
 

@@ -22,7 +22,7 @@ from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.jobs.fewshot.config import FewShotConfig
-from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler, Sampler, VariableSampler
+from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler, VariableSampler
 from vismt.metatune.protonet import EpisodeBatches
 from vismt.robustness.corruptions import CORRUPTIONS, corrupt
 
@@ -110,7 +110,7 @@ class FewShotData:
         pairs = [(pixels.__getitem__, sampler.__getitem__) for pixels, sampler in zip(sets, samplers)]
         return EpisodeBatches(pairs, seed=seed, augment=change)
 
-    def samplers(self, name: str, classes: list[int] | None) -> list[Sampler]:
+    def samplers(self, name: str, classes: list[int] | None) -> list[EpisodeSampler | VariableSampler]:
         """Return the test episodes of a set, a sampler for each number of shots; classes: their ids, None for all."""
         settings = self.config.evaluate
         pixels = self.open(name)

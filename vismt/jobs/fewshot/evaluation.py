@@ -34,7 +34,7 @@ from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
 from vismt.jobs.output_conditions import TEMPERED, against, fitted_once
 from vismt.metatune.protocol.episode_outcome import BRIER, GAPS, NLL, SCALED, UNSCALED
-from vismt.metatune.protocol.episodes import EpisodeSampler, Sampler
+from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.protocol.protocol import clean_logits, run_protocol
 from vismt.report.results import Score
 from vismt.robustness.conditions import (
@@ -96,7 +96,7 @@ class Evaluation:
         models: Models,
         arm: str,
         name: str,
-        sampler: Sampler,
+        sampler: EpisodeSampler | VariableSampler,
         specs: Sequence[Perturbation],
         ending: str,
         with_panel: bool,
@@ -214,7 +214,7 @@ def _settings(specs: Sequence[Perturbation]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def over_episodes(measure: Measure, sampler: Sampler) -> Measure:
+def over_episodes(measure: Measure, sampler: EpisodeSampler | VariableSampler) -> Measure:
     """Return a measure whose interval is over the episodes of a sampler."""
     return replace(measure, covers=sampler.covers, parts=sampler.parts)
 

@@ -5,12 +5,12 @@ several tasks into one classifier, and they fill the batches of the backbone tha
 
     logits of row q = s_t cos(f(x_q), p_t),    t the task of q
 
-The protocols at the top say what the episodes ask of models, images and conditions.
+The protocols at the top say what the episodes ask of models, samplers, images and conditions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from vismt.base.seeds import mix_seed
 from vismt.metatune.features import FeatureStore, number
 from vismt.metatune.functional import WithWeights, answers
 from vismt.metatune.protocol.episode_outcome import EpisodeOutcome
-from vismt.metatune.protocol.episodes import Sampler
+from vismt.metatune.protocol.episodes import Episode
 from vismt.metatune.protonet import PrototypeClassifier
 from vismt.storage.records import Records
 
@@ -34,6 +34,16 @@ class FewShotModel(Protocol):
     """A model that turns a support set into a classifier of query images (ProtoNet, a pool with merging, ...)."""
 
     def classifier(self, support_images: Tensor, support_labels: Tensor) -> nn.Module: ...
+
+
+class Sampler(Protocol):
+    """Episodes by number, the least number of ways in an episode, and a JSON-able description of the rules."""
+
+    min_ways: int
+
+    def __getitem__(self, index: int) -> Episode: ...
+
+    def describe(self) -> Mapping[str, object]: ...
 
 
 class QueryPerturbation(Protocol):
@@ -51,15 +61,34 @@ class QueryPerturbation(Protocol):
     def settings(self) -> Mapping[str, object]: ...
 
 
+class Certifies(Protocol):
+    """Certificates of query images (`vismt.robustness.smoothing.Smoothing`)."""
+
+    @property
+    def label(self) -> str: ...
+
+    def settings(self) -> Mapping[str, object]: ...
+
+    def levels(self) -> Mapping[str, float]: ...
+
+    def certify(
+        self, logits: Callable[[Tensor], Tensor], images: Tensor, keys: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 class PixelStore(Protocol):
     """Images float (b, 3, h, w) in [0, 1] by int64 index (b,).
 
     One with a text `key`, which differs for any other images, lets features be kept from run to run.
     """
 
-    def __len__(self) -> int: ...
-
     def __getitem__(self, index: Tensor) -> Tensor: ...
+
+
+class OutsidePixels(PixelStore, Protocol):
+    """A pixel store of a set of other classes, from which each episode draws."""
+
+    def __len__(self) -> int: ...
 
 
 @dataclass
@@ -74,8 +103,7 @@ class EpisodeRunner:
     """Runs blocks of episodes: the classifier of each support, and the predictions on its queries under every condition.
 
     outside: sets of images of other classes, by condition. stores: of the features of `pixels` and of the outside sets, by
-    condition, "" for `pixels`; a set without one has its features computed in every episode. smoothing: a
-    `vismt.robustness.smoothing.Smoothing` that certifies the queries, or None.
+    condition, "" for `pixels`; a set without one has its features computed in every episode. smoothing: certifies the queries.
     """
 
     proto: FewShotModel
@@ -84,10 +112,10 @@ class EpisodeRunner:
     device: torch.device | str
     attacks: Mapping[str, QueryPerturbation] = field(default_factory=dict)
     worst: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    outside: Mapping[str, PixelStore] = field(default_factory=dict)
+    outside: Mapping[str, OutsidePixels] = field(default_factory=dict)
     stores: Mapping[str, FeatureStore] = field(default_factory=dict)
     batch: int = 256
-    smoothing: Any = None
+    smoothing: Certifies | None = None
 
     def blocks(self, episodes: int) -> list[range]:
         """Return the numbers of the episodes that run together; single ones where no attack packs."""

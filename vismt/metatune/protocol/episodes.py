@@ -407,9 +407,6 @@ class VariableSampler(LabelledSet):
         return self.state(rule="meta-dataset", nodes=nodes, **{field: getattr(self, field) for field in fields})
 
 
-Sampler = EpisodeSampler | VariableSampler
-
-
 def _shorten(items: Sequence[str]) -> str:
     more = f" and {len(items) - 5} more" if len(items) > 5 else ""
     return ", ".join(items[:5]) + more

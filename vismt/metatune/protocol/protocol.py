@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,15 @@ from vismt.metatune.protocol.episode_outcome import (
     right_field,
     write_panel,
 )
-from vismt.metatune.protocol.episode_runner import EpisodeRunner, FewShotModel, PixelStore, QueryPerturbation
-from vismt.metatune.protocol.episodes import Sampler
+from vismt.metatune.protocol.episode_runner import (
+    Certifies,
+    EpisodeRunner,
+    FewShotModel,
+    OutsidePixels,
+    PixelStore,
+    QueryPerturbation,
+    Sampler,
+)
 from vismt.storage.records import SHARE, Field, Records, recorded_settings
 
 BATCH = 256  # query images in one forward pass
@@ -60,8 +67,8 @@ def run_protocol(
     features: Literal["auto", "off"] = "auto",
     probabilities: bool = False,
     temperature: float | None = None,
-    ood: Mapping[str, PixelStore] | None = None,
-    smoothing: Any = None,
+    ood: Mapping[str, OutsidePixels] | None = None,
+    smoothing: Certifies | None = None,
 ) -> dict[str, Tensor]:
     """Evaluate a few-shot model on episodes, clean and under attack.
 
@@ -90,7 +97,7 @@ def run_protocol(
         temperature: Also record that of the softmax of the clean logits divided by it.
         ood: {text of a condition: images of other classes}. Each episode draws as many of them as it has queries, the same
             for every model, and records the AUROC with which the largest probability tells its queries from them.
-        smoothing: A `Smoothing` that certifies the queries; the support is not perturbed.
+        smoothing: Certifies the queries; the support is not perturbed.
 
     Returns:
         Query accuracy in [0, 1] of every episode, float64 (episodes,), by condition: "clean", each attack's text, then each
