@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from vismt.backbones.vit import Backbone
 from vismt.base.seeds import mix_seed
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.metatune.amt.objective import Adversary
 from vismt.metatune.amt.pool import ExpertPool
 from vismt.metatune.amt.selection_rules import MergeSettings
@@ -98,7 +97,12 @@ def released_net(net: ProtoNet) -> ProtoNet:
     """Return a copy of an adapted `net` with layers in the release's layout; factors and scale alone are trainable."""
     twin = copy.deepcopy(net)
     for path, layer in adapter_layers(twin.backbone).items():
-        _replace(twin.backbone, path, _released_linear(layer))
+        residual = layer.matrix(layer.weight).detach()
+        if layer.lora_A0 is not None:
+            pairs = zip(layer.lora_B0.split(layer.blocks, 0), layer.lora_A0.chunk(len(layer.blocks)))
+            residual = residual - layer.scale * torch.cat([B @ A for B, A in pairs])
+        released = ReleasedLinear(residual, layer.bias, layer.lora_A, layer.lora_B, layer.scale, len(layer.blocks))
+        _replace(twin.backbone, path, released)
     return twin
 
 
@@ -239,14 +243,6 @@ def task(pool: ReleasedPool, support: Tensor, labels: Tensor, settings: MergeSet
         layer.merge(experts.tolist(), gates)
     zeta = torch.zeros_like(weights).index_copy(0, experts, gates)
     return zeta, prototypes(net(support), labels)
-
-
-def _released_linear(layer: LowRankLayer) -> ReleasedLinear:
-    residual = layer.matrix(layer.weight).detach()
-    if layer.lora_A0 is not None:
-        pairs = zip(layer.lora_B0.split(layer.blocks, 0), layer.lora_A0.chunk(len(layer.blocks)))
-        residual = residual - layer.scale * torch.cat([B @ A for B, A in pairs])
-    return ReleasedLinear(residual, layer.bias, layer.lora_A, layer.lora_B, layer.scale, len(layer.blocks))
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

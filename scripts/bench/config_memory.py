@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,10 +30,13 @@ from vismt.data.maps.dense_sample import Sample
 from vismt.engine.blocks import running_blocks
 from vismt.jobs import load_config, make_job
 from vismt.jobs.dense.config import DenseConfig, trained_tasks
+from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.job import DenseJob
 from vismt.lowrank.recompute import recompute
-from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.tasks import MapTask, Task
+
+DATA = SimpleNamespace(class_counts=lambda task: [1] * task.channels)  # a label of each class
+DATA.counted = partial(DenseData.counted, cast(DenseData, DATA))
 
 WAYS = {
     "as it is": {"recompute": "none", "checkpointing": False},
@@ -87,7 +91,7 @@ def run(path: Path, device: str = "cpu") -> list[ConfigMemory]:
     with tempfile.TemporaryDirectory() as folder:
         job = cast(DenseJob, make_job(config, Path(folder)))
     arm, settings = list(job.study.arms.items())[-1]
-    job.__dict__["data"] = SimpleNamespace(counted=_counted)
+    job.__dict__["data"] = DATA
     net, method, balanced = job.prepared(settings)
     objective = job.objective(settings, net, balanced).to(device).train()
     batches = [made_batch(trained_tasks(settings), count, settings.size, device) for count in (1, 2)]
@@ -133,16 +137,6 @@ def _target(task: Task, shape: tuple[int, ...], generator: torch.Generator) -> T
     if classes is None:
         return 1 + torch.rand(shape, generator=generator)
     return torch.randint(classes, shape if isinstance(task, MapTask) else shape[:1], generator=generator)
-
-
-def _counted(tasks: Sequence[Task]) -> list[Task]:
-    """Return the tasks with a label of each class where the loss needs counts."""
-    return [
-        replace(cast(Any, task), class_counts=[1] * task.channels)
-        if isinstance(task, ClassLoss) and task.needs_counts
-        else task
-        for task in tasks
-    ]
 
 
 def _gib(size: int) -> str:

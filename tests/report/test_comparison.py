@@ -132,8 +132,6 @@ def test_average_over_sets(folder):
     # differences: .1 without spread, and .025 with std sqrt(4 * .075^2 / 3) = .0866: half t(3) * .0866 / 2 / 2 = .06890
     assert difference(average) == pytest.approx((0.0625, 0.0625 - 0.0689, 0.0625 + 0.0689), abs=1e-4)
     assert average.cells["frozen"].mark == "tie"
-    p = average.differences["adapted"].p
-    assert p == pytest.approx(2 * student.sf(0.0625 / (0.0866 / 4), 3), abs=1e-4) and 0.05 < p < 0.07
 
 
 @pytest.mark.parametrize("records", [True, False])

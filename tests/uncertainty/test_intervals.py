@@ -166,16 +166,6 @@ def test_the_half_width_over_examples_and_seeds_by_hand():
     assert wide[1] - 0.5 > HALF
 
 
-def test_p_is_the_level_at_which_the_interval_ends_at_zero():
-    plain = Estimate(0.3, ((0.01, 4.0),))
-    assert plain.p == pytest.approx(2 * student.sf(3.0, 4))
-    half = student.ppf(0.975, 1) * 0.01 / 0.02 + student.ppf(0.975, 4) * 0.01 / 0.02
-    at_the_end = Estimate(half * math.sqrt(0.02), ((0.01, 4.0), (0.01, 1.0)))
-    assert at_the_end.p == pytest.approx(0.05) and at_the_end.bounds[0] == pytest.approx(0.0)
-    assert Estimate(0.0, ((0.0, 4.0),)).p == 1.0 and Estimate(0.2, ((0.0, 4.0),)).p == 0.0
-    assert Estimate(50.0, ((0.01, 400.0),)).p <= 1e-12
-
-
 def test_parts_by_hand():
     # two parts, of means .2 and .6: sd .28284, over the root of 2: .2; t at one degree of freedom
     assert estimate([0.1, 0.7, 0.3, 0.5], parts=2).half == pytest.approx(12.706205 * 0.2)

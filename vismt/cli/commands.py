@@ -29,11 +29,10 @@ Runner = Callable[[argparse.Namespace], int | None]
 
 
 class Commands:
-    """Subcommands of `parser`; each is in EXAMPLES. names: of those added so far."""
+    """Subcommands of `parser`; each is in EXAMPLES."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self._subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
-        self.names: list[str] = []
         self._common = argparse.ArgumentParser(add_help=False)
         self._common.add_argument("--quiet", action="store_true", help="print errors only")
         self._common.add_argument("--verbose", action="store_true", help="show the warnings of dependencies")
@@ -41,7 +40,6 @@ class Commands:
 
     def add(self, name: str, runner: Runner, text: str) -> argparse.ArgumentParser:
         """Add the command `name` with its help text and return its parser; `runner` returns the exit code, None for 0."""
-        self.names.append(name)
         parser = self._subparsers.add_parser(
             name, help=text, description=text, epilog=f"Example: {EXAMPLES[name]}", parents=[self._common]
         )

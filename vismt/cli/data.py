@@ -143,7 +143,14 @@ def _assets(options: argparse.Namespace) -> None:
 
 def _list(options: argparse.Namespace) -> None:
     if options.what == "runs":
-        _list_runs(options.runs)
+        from vismt.report.run_list import list_runs
+
+        rows = [(row.folder.name, row.title, row.job, row.headline, row.state) for row in list_runs(options.runs)]
+        if not rows:
+            raise UserError(
+                f"list runs: no run folder in '{options.runs}'; `vismt run` makes one, --runs names another folder."
+            )
+        console.table(("run", "title", "job", "result", "state"), rows)
         return
     if options.what == "methods":
         _list_methods()
@@ -151,18 +158,6 @@ def _list(options: argparse.Namespace) -> None:
     for what, names in LISTED.items():
         if options.what in (None, what):
             console.stage(what, ", ".join(names))
-
-
-def _list_runs(parent: Path) -> None:
-    from vismt.report.run_list import list_runs
-
-    rows = list_runs(parent)
-    if not rows:
-        raise UserError(f"list runs: no run folder in '{parent}'; `vismt run` makes one, --runs names another folder.")
-    console.table(
-        ("run", "title", "job", "result", "state"),
-        [(row.folder.name, row.title, row.job, row.headline, row.state) for row in rows],
-    )
 
 
 def _list_methods() -> None:

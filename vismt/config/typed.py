@@ -236,12 +236,15 @@ class _WrongType(Exception):
 
     def __init__(self, key: str, hint: Any, value: object) -> None:
         self.key = key
+        members = (
+            [member for member in typing.get_args(hint) if member is not types.NoneType] if is_union(hint) else [hint]
+        )
         if value is None:
             text = f"{key} is null; it needs a value."
-        elif dataclasses.is_dataclass(_not_null(hint)):
+        elif [dataclasses.is_dataclass(member) for member in members] == [True]:
             text = f"{key} is {shown(value)}, not a section."
         else:
-            quotes = "; text needs quotes here" if isinstance(value, NUMBERS) and _takes_text(hint) else ""
+            quotes = "; text needs quotes here" if isinstance(value, NUMBERS) and str in members else ""
             text = f"{key}: expected {describe(hint)}, got {shown(value)} ({type(value).__name__}){quotes}."
         super().__init__(text)
 
@@ -255,16 +258,6 @@ def shown(value: object) -> str:
 def _join(key: str, name: object) -> str:
     text = str(name) if str(name).isprintable() else shown(name)
     return f"{key}.{text}" if key else text
-
-
-def _not_null(hint: Any) -> Any:
-    """Return X for the hint X | None, and any other hint unchanged."""
-    members = [member for member in typing.get_args(hint) if member is not types.NoneType]
-    return members[0] if is_union(hint) and len(members) == 1 else hint
-
-
-def _takes_text(hint: Any) -> bool:
-    return hint is str or (is_union(hint) and str in typing.get_args(hint))
 
 
 def is_union(hint: Any) -> bool:

@@ -11,14 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from vismt.base import console
 from vismt.base.errors import UserError, require_known
 from vismt.base.registry import Registry
 from vismt.config.typed import RelativePath, relative_path, shown, within
 from vismt.storage.files import parse_json
-from vismt.storage.paths import cache_root, data_roots, package_folder, regular_file, shipped
+from vismt.storage.paths import data_roots, package_folder, regular_file, shipped
 
 Files = Mapping[str, Sequence[tuple[str, Path]]]  # group of a manifest -> (name inside the set, file)
 S = TypeVar("S", bound="DataSource")
@@ -64,13 +64,6 @@ def check_names(names: Iterable[str]) -> None:
     bad = next((name for name in names if name != console.printable(name)), None)
     if bad is not None:
         raise UserError(f"'{console.printable(bad)}': the name of the file or folder is not UTF-8; rename it.")
-
-
-class LoadedSplit(Protocol):
-    """What every family of sources loads."""
-
-    @property
-    def ids(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +115,8 @@ class DataSource(ABC):
         return {}
 
     @abstractmethod
-    def load(self, card: Card, base: Path, split: str) -> LoadedSplit:
-        """Return `split` ("all" for every split) of the copy in the folder `base`."""
+    def load(self, card: Card, base: Path, split: str) -> Any:
+        """Return `split` ("all" for every split) of the copy in the folder `base`, with `ids`."""
 
     def count_images(self, base: Path, split: str) -> int:
         """Return how many images of `split` a copy has that cannot be loaded, 0 when that cannot be known."""
@@ -177,11 +170,6 @@ class PackagedSource(DataSource):
     def candidates(self, card: Card) -> list[Path]:
         folder = package_folder(self.package) if self.package else None
         return [folder] if folder else []
-
-
-def cached_folder(name: str, root: str) -> Path:
-    """Return the folder below the cache into which sources are downloaded."""
-    return cache_root() / name / root
 
 
 def file_groups(base: Path, names: Iterable[str]) -> Files:

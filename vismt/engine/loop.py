@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +145,8 @@ class _Training:
                 logged, norm, lr = self._step(step)
                 due = step % config.checkpoint_every == 0 or step == config.steps
                 logs = due or step % config.log_every == 0
-                metrics = _metrics(self.measured) if logs else {}  # before the schedules advance
+                measured = [source.metrics() for source in self.measured if logs and hasattr(source, "metrics")]
+                metrics = {name: float(value) for values in measured for name, value in values.items()}
                 for schedule in self.method_schedules:
                     schedule.on_step(step)
                 if after_step is not None:
@@ -232,8 +233,3 @@ class _Training:
         if self.config.trackers:
             accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
         return line
-
-
-def _metrics(measured: Iterable[Any]) -> dict[str, float]:
-    values = [source.metrics() for source in measured if hasattr(source, "metrics")]
-    return {name: float(value) for metrics in values for name, value in metrics.items()}

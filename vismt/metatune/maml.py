@@ -108,7 +108,12 @@ class MamlNet(nn.Module):
 
     def __init__(self, learner: nn.Module, settings: MamlSettings) -> None:
         super().__init__()
-        _refuse_compiled(learner)
+        for path, module in learner.named_modules():
+            if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+                raise UserError(
+                    f"maml: '{path or type(learner).__name__}' is compiled: torch.compile has no second derivative and its "
+                    "modules cannot be cloned; pass the learner before torch.compile."
+                )
         if settings.engine == "learn2learn":
             _learn2learn()
         trainable = {name: value for name, value in learner.named_parameters() if value.requires_grad}
@@ -237,15 +242,6 @@ class MamlObjective(EpisodeObjective):
 
     def __init__(self, learner: nn.Module, settings: MamlSettings) -> None:
         super().__init__(MamlNet(learner, settings))
-
-
-def _refuse_compiled(learner: nn.Module) -> None:
-    for path, module in learner.named_modules():
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
-            raise UserError(
-                f"maml: '{path or type(learner).__name__}' is compiled: torch.compile has no second derivative and its "
-                "modules cannot be cloned; pass the learner before torch.compile."
-            )
 
 
 def _learn2learn() -> ModuleType:

@@ -258,7 +258,13 @@ class DenseObjective(TaskObjective):
             # The sum of no elements: zero whatever the logits are, and in the graph of the head.
             loss = loss + logits[name].flatten()[:0].sum()
         if self.retain is not None:
-            pull = self._retain(logits[SEGMENTATION], batch)
+            # Every process asks for it, also without a labelled image; 0 without a valid pixel.
+            classes, target = logits[SEGMENTATION], batch.get(SEGMENTATION)
+            if target is None:
+                height, width = batch["image"].shape[-2:]
+                target = blank(SEGMENTATION, height, width).to(classes.device).expand(len(classes), -1, -1)
+            pull = self.retain.loss(classes, target)
+            self.remember(classes, target)
             loss = loss + pull
             scalars["retain"] = pull.detach()
         return {"loss": loss, **scalars, **self.logged()}
@@ -281,13 +287,3 @@ class DenseObjective(TaskObjective):
 
     def _weighted(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.tasks[name].loss_weight * loss for name, loss in losses.items()}
-
-    def _retain(self, logits: Tensor, batch: Sample) -> Tensor:
-        """Return L_QR, 0 without a valid pixel; every process must call it, also without a labelled image."""
-        target = batch.get(SEGMENTATION)
-        if target is None:
-            height, width = batch["image"].shape[-2:]
-            target = blank(SEGMENTATION, height, width).to(logits.device).expand(len(logits), -1, -1)
-        pull = self.retain.loss(logits, target)
-        self.remember(logits, target)
-        return pull

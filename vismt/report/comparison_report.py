@@ -88,20 +88,17 @@ def compare_runs(
     comparisons = compare(joined.results, joined)
     names = _run_names(folders)
     headings = {names[folder]: run_heading(folder) for folder in folders}
-    labels = list(joined.sources)
-    settings = Section("Settings", _settings({names[folder]: folder / RESOLVED for folder in folders}))
-    with figure_formats(formats):
-        sections = [settings, *score_sections(target, joined.results, comparisons, joined, labels)]
-    return write_report(target, _heading(headings), joined.results, comparisons, sections, formats)
-
-
-def _heading(headings: Mapping[str, Heading]) -> Heading:
     facts = []
     for name, heading in headings.items():
         kept = [f"{fact}: {value}" for fact, value in heading.facts if fact in SHOWN_FACTS]
         facts.append((name, "; ".join([heading.title, *kept])))
     source = "; ".join(f"{name}: {heading.source}" for name, heading in headings.items())
-    return Heading(f"Comparison of {', '.join(headings)}", facts, source)
+    title = Heading(f"Comparison of {', '.join(headings)}", facts, source)
+    labels = list(joined.sources)
+    settings = Section("Settings", _settings({names[folder]: folder / RESOLVED for folder in folders}))
+    with figure_formats(formats):
+        sections = [settings, *score_sections(target, joined.results, comparisons, joined, labels)]
+    return write_report(target, title, joined.results, comparisons, sections, formats)
 
 
 def _settings(configs: Mapping[str, Path]) -> list[tuple[Table, str]]:

@@ -147,9 +147,9 @@ def axes_at(figure: Figure, left: float, top: float, width: float, height: float
     return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
 
 
-def show_image(axes: Axes, image: np.ndarray) -> None:
-    """Show an image uint8 (3, h, w) in a thin frame; small images keep their pixels."""
-    axes.imshow(np.moveaxis(image, 0, -1), interpolation="nearest" if image.shape[-1] < 96 else "antialiased")
+def show_image(axes: Axes, image: np.ndarray, small: int = 96) -> None:
+    """Show an image uint8 (3, h, w) in a thin frame; images less wide than `small` keep their pixels."""
+    axes.imshow(np.moveaxis(image, 0, -1), interpolation="nearest" if image.shape[-1] < small else "antialiased")
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_color(GRID)

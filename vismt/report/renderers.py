@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vismt.report.comparison import AVERAGE
 from vismt.report.results import Result
-from vismt.report.tables import KeyFigure, Picture, Report, Section, Table, fitted, is_long, is_text
+from vismt.report.tables import KeyFigure, Picture, Report, Section, Table, fitted, is_long
 
 PIXELS = 96 / 72  # of a point of a figure, so that its letters have the size of those around it
 LEAST = 0.7  # to which a figure shrinks on a narrow screen before it scrolls
@@ -131,7 +131,8 @@ def render_markdown(report: Report, folder: Path) -> str:
     for section in report.sections:
         lines += ["", f"## {_markdown_text(section.title)}"]
         for table, note in section.tables:
-            lines += [*_markdown_table(table), "", note]
+            parts = [line for part in fitted(table) for line in ("", *_markdown_part(part))]
+            lines += ["", f"### {_markdown_text(table.title)}", *parts, "", note]
         for picture in section.pictures:
             if picture.title != section.title:
                 lines += ["", f"### {_markdown_text(picture.title)}"]
@@ -157,8 +158,8 @@ def _html_table(table: Table) -> str:
 def _html_part(table: Table) -> str:
     kinds = []  # the classes of the cells of each column
     for column in range(len(table.heads)):
-        words = "text long" if is_long(table, column) else "text"
-        kinds.append(words if is_text(table, column) else "number")
+        words = "text" if column < table.texts else "number"
+        kinds.append("text long" if is_long(table, column) else words)
     columns = zip(kinds, table.heads, strict=True)
     heads = "".join(f'<th class="{kind}">{_breakable(head)}</th>' for kind, head in columns)
     rows = []
@@ -200,13 +201,6 @@ def _figure(picture: Picture) -> str:
         f'<figure><div class="figure"><img alt="{escape(picture.title)}"{size} src="data:image/svg+xml;base64,{data}"></div>'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
-
-
-def _markdown_table(table: Table) -> list[str]:
-    lines = ["", f"### {_markdown_text(table.title)}"]
-    for part in fitted(table):
-        lines += ["", *_markdown_part(part)]
-    return lines
 
 
 def _markdown_part(table: Table) -> list[str]:

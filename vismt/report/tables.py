@@ -328,11 +328,6 @@ def _width(table: Table, column: int) -> int:
     return APART + max(words, TEXT if is_long(table, column) else longest)
 
 
-def is_text(table: Table, column: int) -> bool:
-    """Return whether a column holds words and not numbers."""
-    return column < table.texts or is_long(table, column)
-
-
 def is_long(table: Table, column: int) -> bool:
     """Return whether a column holds texts that may be broken between lines."""
     most = TEXT if column < table.texts else 2 * TEXT

@@ -105,7 +105,14 @@ class Records:
         """Open the file for more rows and return those that it has."""
         protocol = digest(json.dumps(settings, sort_keys=True).encode())
         header, *rows = read_lines(path) or [{"protocol": protocol, "settings": settings}]
-        _check_header(path, header, settings)
+        recorded = header.get("settings")
+        if recorded != settings:
+            known = recorded if isinstance(recorded, dict) else {}
+            different = [key for key in settings if key not in known or known[key] != settings[key]]
+            raise UserError(
+                f"records '{path}' are of another run (different: {', '.join(different) or 'settings'}): "
+                "choose another run folder, or move the file away to start again."
+            )
         for number, row in enumerate(rows, start=2):
             fault = self._fault(row)
             if fault is not None:
@@ -137,13 +144,3 @@ def recorded_settings(path: Path | None) -> Mapping[str, object] | None:
     """Return the settings of the records in a file, None where there are none."""
     lines = ranks.on_first(lambda: read_lines(path)[:1]) if path is not None else []
     return lines[0].get("settings", {}) if lines else None
-
-
-def _check_header(path: Path, header: Mapping[str, object], settings: Mapping[str, object]) -> None:
-    recorded = header.get("settings")
-    if recorded != settings:
-        differences = [key for key in settings if not isinstance(recorded, dict) or recorded.get(key) != settings[key]]
-        raise UserError(
-            f"records '{path}' are of another run (different: {', '.join(differences) or 'settings'}): "
-            "choose another run folder, or move the file away to start again."
-        )

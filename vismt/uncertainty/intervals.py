@@ -103,19 +103,6 @@ class Estimate:
         """The 95 % interval."""
         return self.mean - self.half, self.mean + self.half
 
-    @property
-    def p(self) -> float:
-        """Two-sided p of a mean of 0: the level at which the interval ends there."""
-        from scipy.optimize import brentq
-
-        if self.variance == 0 or self.mean == 0:
-            return float(self.mean == 0)
-        distance = abs(self.mean) / math.sqrt(self.variance)
-        least = 1e-12
-        if self._quantile(1 - least / 2) <= distance:
-            return least
-        return float(brentq(lambda level: self._quantile(1 - level / 2) - distance, least, 1.0))
-
     def _quantile(self, level: float) -> float:
         sources = [(variance, freedom) for variance, freedom in self.sources if variance > 0]
         if not sources:

@@ -103,7 +103,7 @@ def ranked(findings: Sequence[Finding]) -> list[Finding]:
     return sorted(dict.fromkeys(findings), key=lambda finding: LEVELS.index(finding.level))
 
 
-def names_of(modules: Sequence[str], most: int = 3) -> str:
-    """Return the first of these names and the number of the others, for a sentence."""
-    rest = len(modules) - most
-    return ", ".join(f"'{name}'" for name in modules[:most]) + (f" and {rest} more" if rest > 0 else "")
+def names_of(modules: Sequence[str]) -> str:
+    """Return the first three of these names and the number of the others, for a sentence."""
+    rest = len(modules) - 3
+    return ", ".join(f"'{name}'" for name in modules[:3]) + (f" and {rest} more" if rest > 0 else "")

@@ -122,7 +122,7 @@ def test_nyud_of_invpt_and_mti(small, suffix):
     with pytest.raises(UserError, match=r"gt_sets/val.txt is empty"):
         open_dense(card, "val")
     (base / "gt_sets" / "val.txt").unlink()
-    with pytest.raises(UserError, match=r"the list .*gt_sets/val.txt cannot be read"):
+    with pytest.raises(UserError, match=r"missing list .*gt_sets/val.txt"):
         open_dense(card, "val")
 
 

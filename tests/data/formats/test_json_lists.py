@@ -55,7 +55,7 @@ def test_one_list_is_enough_for_its_split(birds):
     card, base = birds
     (base / "base.json").unlink()
     assert open_images(card, "novel").labels.tolist() == [3, 3, 3]
-    with pytest.raises(UserError, match=r"missing list '\$VISMT_DATA/filelists/birds/base.json' of split 'base'"):
+    with pytest.raises(UserError, match=r"missing list '\$VISMT_DATA/filelists/birds/base.json'"):
         open_images(card, "base")
 
 

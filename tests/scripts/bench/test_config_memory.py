@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> Path:
 def test_the_prediction_is_the_peak_of_a_step(path: Path, tmp_path: Path) -> None:
     (predicted,) = config_memory.run(path)
     job = make_job(load_config(path, ["model.pretrained=false"]), tmp_path / "run")
-    vars(job)["data"] = type("Data", (), {"counted": staticmethod(config_memory._counted)})
+    vars(job)["data"] = config_memory.DATA
     settings = job.study.arms["emtal+qr"]
     net, _, balanced = job.prepared(settings)
     objective = job.objective(settings, net, balanced).train()

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import RelativePath, within
-from vismt.data.copies import fix, shown_path, verify_counts
+from vismt.data.copies import fix, read_text, shown_path, verify_counts
 from vismt.data.decode import SUFFIXES
 from vismt.data.formats.pascal_context import PARTS
 from vismt.data.image_set import readable_names
@@ -17,7 +17,6 @@ from vismt.data.maps.dense_maps import MAP_FORMS, MapSettings, read_maps
 from vismt.data.maps.dense_sample import IGNORE, MAPS
 from vismt.data.maps.dense_set import DenseSet, DenseSource, check_camera
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
-from vismt.storage.paths import regular_file
 
 READABLE = SUFFIXES | {".npy", ".mat"}
 PLACEHOLDERS = ("split", "group", "id")
@@ -232,13 +231,8 @@ def _find(base: Path, value: str | list[str], split: str, group: str) -> dict[st
 
 
 def _lines(card: Card, base: Path, name: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in regular_file(base / name).read_text(encoding="utf8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{card.shown}: the list {shown_path(base / name)} cannot be read: {error}. {fix(card)}"
-        ) from error
-    entries = [line for line in lines if line]
+    lines = read_text(card, base / name, "utf8", what="list").splitlines()
+    entries = [line.strip() for line in lines if line.strip()]
     if not entries:
         raise UserError(f"{card.shown}: the list {shown_path(base / name)} is empty. {fix(card)}")
     return entries

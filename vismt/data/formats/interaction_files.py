@@ -22,9 +22,10 @@ from typing import Annotated, Any, ClassVar
 from vismt.base.errors import UserError, require_known
 from vismt.config.typed import RelativePath, within
 from vismt.data.copies import digest, fix, read_manifest, read_text, shown_path
-from vismt.data.source_types import Card, Files, RootedSource, cached_folder, file_groups, source_kind
+from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 from vismt.data.texts.interactions import Catalogue, InteractionSet
 from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSet, TextSource, check_encoding, json_lines
+from vismt.storage.paths import cache_root
 from vismt.storage.wheels import SourceFailed, download_wheel, member_of
 
 SPLITS = ("train", "validation", "test")  # of a table of events
@@ -109,7 +110,7 @@ class InteractionsSource(RootedSource, TextSource):
 
     def candidates(self, card: Card) -> list[Path]:
         folders = super().candidates(card)
-        return [*folders, cached_folder("wheels", self.root)] if self.wheel else folders
+        return [*folders, cache_root() / "wheels" / self.root] if self.wheel else folders
 
     def list_files(self, base: Path) -> Files:
         return file_groups(base, [self.items, *self.files.values(), *([self.events] if self.events else [])])

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from vismt.base.errors import UserError, require_known
 from vismt.config.typed import relative_path, within
-from vismt.data.copies import fix, shown_path
+from vismt.data.copies import fix, read_text, shown_path
 from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import MOST_CLASSES, Card, Files, RootedSource, file_groups, source_kind
 from vismt.storage.files import parse_json
@@ -69,14 +69,13 @@ def read_list(card: Card, base: Path, split: str) -> ImageList:
     """Return the lists of one split. Raises UserError when the file is missing, has another shape or labels without a name."""
     path = base / f"{split}.json"
     shown = shown_path(path)
-    if not path.is_file():
-        raise UserError(f"{card.shown}: missing list '{shown}' of split '{split}'. {fix(card)}")
+    text = read_text(card, path, "utf8", what="list")
     try:
-        raw = parse_json(path.read_text(encoding="utf8"))
+        raw = parse_json(text)
         names = [str(name) for name in raw["label_names"]]
         images = [str(name) for name in raw["image_names"]]
         labels = list(raw["image_labels"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{shown}: must be JSON with the lists {', '.join(KEYS)} ({error!r}). {fix(card)}") from error
     wrong = [label for label in labels if type(label) is not int]
     if wrong:

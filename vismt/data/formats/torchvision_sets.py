@@ -17,7 +17,8 @@ from vismt.config.typed import Names, RelativePath
 from vismt.data.copies import fix, shown_path
 from vismt.data.decode import decoding, to_rgb
 from vismt.data.image_set import ImageRow, ImageSource, Listing
-from vismt.data.source_types import Card, cached_folder, source_kind
+from vismt.data.source_types import Card, source_kind
+from vismt.storage.paths import cache_root
 
 REFUSED = (RuntimeError, OSError, ValueError, ImportError, EOFError, tarfile.TarError, zipfile.BadZipFile)
 
@@ -96,7 +97,7 @@ class TorchvisionSource(ImageSource):
         require_known(f"{where}: {self.dataset} has no split", self.splits, LAYOUTS[self.dataset].splits)
 
     def candidates(self, card: Card) -> list[Path]:
-        return [cached_folder("torchvision", self.root)]
+        return [cache_root() / "torchvision" / self.root]
 
     @property
     def downloadable(self) -> bool:

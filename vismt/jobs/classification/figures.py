@@ -53,19 +53,13 @@ def examples(
 def write_examples(
     path: Path, images: np.ndarray, truth: Sequence[str], tasks: Sequence[str], predictions: Mapping[str, Sequence[str]]
 ) -> Path:
-    """Write images uint8 (n, 3, h, w), the names "task/class" of their classes, and by arm those of its answers; return `path`.
-
-    Raises UserError for arms with different numbers of answers.
-    """
+    """Write images uint8 (n, 3, h, w), the names "task/class" of their classes, and by arm its answers; return `path`."""
     arrays = {
         "images": images,
         "truth": np.array(list(truth), dtype=str),
         "tasks": np.array(list(tasks), dtype=str),
         "arms": np.array(list(predictions), dtype=str),
     }
-    lengths = {arm: len(answers) for arm, answers in predictions.items()}
-    if len(set(lengths.values())) > 1:
-        raise UserError(f"examples: {lengths} answers; give every arm the same number.")
     answers = np.array([list(names) for names in predictions.values()], dtype=str)
     return write_panel(path, "examples", {**arrays, "predictions": answers})
 

@@ -109,18 +109,13 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return self.config.evaluate.split
 
     def check_data(self) -> None:
+        settings = self.config.evaluate
+        tuned = settings.temperature or settings.adjust_logits or settings.laplace or settings.risk
         for task in range(len(self.data.union.tasks)):
             self.data.check_part(task, self.split)
-            settings = self.config.evaluate
             for name in (*settings.ood, *settings.neighbours):
                 self.data.outside(name)
-            if (
-                self.config.tune is not None
-                or settings.temperature
-                or settings.adjust_logits
-                or settings.laplace
-                or settings.risk
-            ):
+            if self.config.tune is not None or tuned:
                 self.data.check_part(task, "validation")
             if settings.risk:
                 check_thresholds(self.data.part(task, "validation").labels, self.config.tune)

@@ -190,16 +190,10 @@ def sections(folder: Path) -> list[Section]:
         path = predictions_figure(folder / PANELS, folder / "figures" / "predictions.svg")
         pictures.append(Picture(path, "Predictions", CAPTION))
     images = Section("Images", pictures=[*pictures, *router_pictures(folder)], folded=True)
-    rows = _undefined(folder)
-    table = Table("Scores that are undefined", ["Training", "Evaluation", "Task", "Reason"], rows, set(), texts=4)
-    return [Section("Undefined scores", [(table, UNDEFINED_NOTE)]), images] if rows else [images]
-
-
-def _undefined(folder: Path) -> list[list[str]]:
-    """Return (training, evaluation, task, reason) of every score that is not a number."""
     rows = []
     for path in sorted((folder / ARMS).glob(f"*/*/{RECORDS}/*.jsonl")):
         training = path.parent.parent.relative_to(folder / ARMS)
         for line in read_lines(path):
             rows += [[str(training), path.stem, task, reason] for task, reason in line.get(UNDEFINED, {}).items()]
-    return rows
+    table = Table("Scores that are undefined", ["Training", "Evaluation", "Task", "Reason"], rows, set(), texts=4)
+    return [Section("Undefined scores", [(table, UNDEFINED_NOTE)]), images] if rows else [images]

@@ -39,7 +39,7 @@ from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.classes import Classification, UnionClassification
 from vismt.multitask.tasks.maps import Depth, InverseDepth
-from vismt.report.plotting import GRID, INK, MUTED, axes_at, new_figure, save, short, write
+from vismt.report.plotting import INK, MUTED, axes_at, new_figure, save, short, show_image, write
 from vismt.storage.files import atomic_write
 
 THIN = 16  # a picture's height is in proportion to that of the image: at 1 x 300 pixels it took 4 GB
@@ -262,12 +262,7 @@ def _draw(figure: Figure, panel: Panel, left: float, top: float, tall: float) ->
     """Draw a panel of WIDTH x tall inches, with its texts above and its legend below."""
     write(figure, left, top - 0.08, panel.name, weight="bold")
     write(figure, left + WIDTH, top - 0.08, short(panel.caption, 34), color=MUTED, fontsize=8, ha="right")
-    axes = axes_at(figure, left, top, WIDTH, tall)
-    interpolation = "nearest" if panel.pixels.shape[-1] < 384 else "antialiased"
-    axes.imshow(panel.pixels.movedim(0, -1).numpy(), interpolation=interpolation)
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set_color(GRID)
+    show_image(axes_at(figure, left, top, WIDTH, tall), panel.pixels.numpy(), small=384)
     for number, (text, color) in enumerate(panel.legend):
         row, side = divmod(number, 2)
         x, y = left + side * WIDTH / 2, top + tall + LINE * (row + 0.8)

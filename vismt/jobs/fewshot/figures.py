@@ -23,6 +23,7 @@ from vismt.report.plotting import (
     new_figure,
     save,
     short,
+    show_image,
     write,
 )
 
@@ -132,17 +133,14 @@ def _cell(figure: Figure, box: tuple[float, float, float], panel: Mapping, kind:
         image = panel[kind][at]
     left, offset, side = box
     axes = axes_at(figure, left, offset, side, side)
-    axes.imshow(np.moveaxis(image, 0, -1), interpolation="nearest" if image.shape[-1] < 96 else "antialiased")
-    axes.set(xticks=[], yticks=[])
+    show_image(axes, image)
     guesses = {"query": "predictions", "adversarial": "adversarial_predictions"}.get(kind)
-    color = GRID
-    width = 1.0
+    color, width = GRID, 1.0
     if guesses is not None:
         counted = panel[guesses][at] == panel["query_labels"][at]
         if kind == "adversarial" and "adversarial_right" in panel:
             counted = panel["adversarial_right"][at]
-        color = RIGHT if counted else WRONG
-        width = 2.2
+        color, width = RIGHT if counted else WRONG, 2.2
     for spine in axes.spines.values():
         spine.set(color=color, linewidth=width)
     if guesses is not None:

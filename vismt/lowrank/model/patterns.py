@@ -217,7 +217,11 @@ class _Parser:
         if character == "(":
             return self._group(depth)
         if character == "[":
-            return self._class()
+            match = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]", re.DOTALL).match(self.text, self.at)
+            if match is None:
+                raise PatternError(f"unterminated character set at {self.at}")
+            self.at = match.end()
+            return _Character(match[0])
         if character == "\\":
             return self._escape()
         self.at += 1
@@ -242,13 +246,6 @@ class _Parser:
         look = GROUPS.get(kind[0])
         # A sequence of its own, so that its text does not run into what stands beside it.
         return _Sequence([inner]) if look is None else _Look(inner, *look)
-
-    def _class(self) -> _Part:
-        match = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]", re.DOTALL).match(self.text, self.at)
-        if match is None:
-            raise PatternError(f"unterminated character set at {self.at}")
-        self.at = match.end()
-        return _Character(match[0])
 
     def _escape(self) -> _Part:
         name = self.text[self.at : self.at + 2]

@@ -133,7 +133,12 @@ class EpisodeRunner:
                 self._perturb(group, name, attack)
         if self.smoothing is not None:
             for task in tasks:
-                self._certify(task, self.smoothing)
+                query = task.outcome.query.to(self.device)
+                keys = [(task.index, place) for place in range(len(query))]
+                answers, radii = self.smoothing.certify(partial(self._logits, task.classifier), query, keys)
+                for name, radius in self.smoothing.levels().items():
+                    task.outcome.predictions[name] = torch.where(radii >= radius, answers, -1)
+                task.outcome.abstentions[self.smoothing.label] = float((answers < 0).double().mean())
         return {task.index: task.outcome for task in tasks}
 
     def _task(self, index: int) -> _Task:
@@ -209,15 +214,6 @@ class EpisodeRunner:
             lost = torch.cat([outcome.lost(part, name).cpu() for outcome, part in zip(found, parts, strict=True)])
             for outcome, own in zip(outcomes, lost.split(counts), strict=True):
                 outcome.lost[name] = int(own.sum())
-
-    def _certify(self, task: _Task, smoothing: Certifies) -> None:
-        """Add the answers of the smoothed classifier that are certified at each radius, -1 for none, to a task."""
-        query = task.outcome.query.to(self.device)
-        keys = [(task.index, place) for place in range(len(query))]
-        answers, radii = smoothing.certify(partial(self._logits, task.classifier), query, keys)
-        for name, radius in smoothing.levels().items():
-            task.outcome.predictions[name] = torch.where(radii >= radius, answers, -1)
-        task.outcome.abstentions[smoothing.label] = float((answers < 0).double().mean())
 
     @torch.no_grad()
     def _logits(

@@ -277,7 +277,12 @@ class DenseRetaining(QualityRetaining):
         self._check(rows, labels)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         self.ema.copy_(self._next_ema(rows, labels))
-        self._store(*self._samples(rows, labels, image))
+        key = image * self.num_classes + labels
+        present, counts = key.unique(return_counts=True)
+        parts = rows[key.argsort(stable=True)].split(counts.tolist())
+        # The mean of every class in every image, sorted by image; a scatter would add in undefined order on a GPU.
+        means = [part.mean(0) for part in parts]
+        self._store(torch.stack(means) if means else rows, present % self.num_classes)
 
     def _pixels(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (p, C), labels (p,) and image numbers (p,) of the valid pixels, sorted by image."""
@@ -294,15 +299,6 @@ class DenseRetaining(QualityRetaining):
         valid = target != IGNORE
         image = torch.arange(len(target), device=target.device)[:, None, None].expand_as(target)
         return logits.movedim(1, -1)[valid], target[valid], image[valid]
-
-    def _samples(self, rows: Tensor, labels: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean logits (s, C) and class (s,) of every class in every image, sorted by image."""
-        key = image * self.num_classes + labels
-        present, counts = key.unique(return_counts=True)
-        parts = rows[key.argsort(stable=True)].split(counts.tolist())
-        # A scatter would add in undefined order on a GPU.
-        means = [part.mean(0) for part in parts]
-        return torch.stack(means) if means else rows, present % self.num_classes
 
     def _check(self, logits: Tensor, labels: Tensor) -> None:
         if len(labels):

@@ -66,7 +66,8 @@ class NormalErrors(Sums):
                 raise UserError(f"NormalErrors: the {what} must be (b, 3, h, w), is {tuple(values.shape)}.")
         check_same_size("NormalErrors", pred, target)
         target = target.to(pred.device)
-        valid = apply_mask("NormalErrors", self._valid(target), mask)
+        known = (target != MARK).any(1) if self.convention == "pooled" else target.sum(1) != 0
+        valid = apply_mask("NormalErrors", known & target.isfinite().all(1) & (target != 0).any(1), mask)
         p = _unit(require_numbers("NormalErrors", pred.movedim(1, -1)[valid]))
         g = _unit(target.movedim(1, -1)[valid])
         degrees = 2 * torch.atan2((p - g).norm(dim=-1), (p + g).norm(dim=-1)).rad2deg()
@@ -95,10 +96,6 @@ class NormalErrors(Sums):
         shares = {f"within_{limit:g}": int(count) / pixels for limit, count in zip(LIMITS, self.within)}
         median = float(steps.double().mean()) / STEPS
         return {"mean": mean, "median": median, "rmse": square**0.5, **shares, "pixels": pixels}
-
-    def _valid(self, target: Tensor) -> Tensor:
-        direction = target.isfinite().all(1) & (target != 0).any(1)
-        return direction & ((target != MARK).any(1) if self.convention == "pooled" else target.sum(1) != 0)
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -66,9 +66,13 @@ def boundary_step(points: Tensor, w: Tensor, rise: Tensor, norm: str) -> Tensor:
     room = torch.where(direction > 0, 1 - points, points)
     slope = w.abs()
     needed = rise.abs()[:, None]
-    if norm == "l1":
-        return direction * _fill_largest(slope, room, needed)
-    return direction * _fill_evenly(slope, room, needed, norm)
+    if norm != "l1":
+        return direction * _fill_evenly(slope, room, needed, norm)
+    order = slope.argsort(1, descending=True)  # the room of the largest slopes is used first
+    gains = (slope * room).gather(1, order)
+    before = gains.cumsum(1) - gains
+    left = ((needed - before) / slope.gather(1, order).clamp_min(TINY)).clamp_min(0)
+    return direction * torch.zeros_like(slope).scatter(1, order, torch.minimum(left, room.gather(1, order)))
 
 
 def _fill_evenly(slope: Tensor, room: Tensor, needed: Tensor, norm: str) -> Tensor:
@@ -87,12 +91,3 @@ def _fill_evenly(slope: Tensor, room: Tensor, needed: Tensor, norm: str) -> Tens
         if bool((t - before <= NEWTON_TOLERANCE * t).all()):
             break
     return torch.minimum(last, t) if norm == "linf" else torch.minimum(last, t) * slope
-
-
-def _fill_largest(slope: Tensor, room: Tensor, needed: Tensor) -> Tensor:
-    """Return the changes that use the room of the largest slopes first, until their product with `slope` is `needed`."""
-    order = slope.argsort(1, descending=True)
-    gains = (slope * room).gather(1, order)
-    before = gains.cumsum(1) - gains
-    left = ((needed - before) / slope.gather(1, order).clamp_min(TINY)).clamp_min(0)
-    return torch.zeros_like(slope).scatter(1, order, torch.minimum(left, room.gather(1, order)))

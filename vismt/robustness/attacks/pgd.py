@@ -132,19 +132,16 @@ def _move(wave: Wave, state: _State, epsilon: float, norm: str, *, first: bool) 
     """Return the next images (m, 3, h, w)."""
     images, step = state.images, column(state.step.to(state.images.dtype))
     if norm == "l1":
-        return project(wave.clean, images + step * _sparse(state), epsilon, norm)
+        # The signs of the largest entries of the gradient, `density` of them, with l1 norm 1.
+        size = state.gradient.abs().flatten(1)
+        kept = (state.density * size.shape[1]).long().clamp(1, size.shape[1])
+        least = size.sort(1, descending=True).values.gather(1, kept[:, None] - 1)[:, 0]
+        signs = state.gradient.sign() * (state.gradient.abs() >= column(least))
+        sparse = signs / column(signs.abs().flatten(1).sum(1).clamp_min(1))
+        return project(wave.clean, images + step * sparse, epsilon, norm)
     target = project(wave.clean, images + steepest(state.gradient, images, step, norm), epsilon, norm)
     a = 1.0 if first else MOMENTUM
     return project(wave.clean, images + a * (target - images) + (1 - a) * (images - state.previous), epsilon, norm)
-
-
-def _sparse(state: _State) -> Tensor:
-    """Return the signs of the largest entries of the gradient, `density` of them, with l1 norm 1."""
-    size = state.gradient.abs().flatten(1)
-    kept = (state.density * size.shape[1]).long().clamp(1, size.shape[1])
-    least = size.sort(1, descending=True).values.gather(1, kept[:, None] - 1)[:, 0]
-    direction = state.gradient.sign() * (state.gradient.abs() >= column(least))
-    return direction / column(direction.abs().flatten(1).sum(1).clamp_min(1))
 
 
 def _evaluate(victim: Victim, wave: Wave, state: _State, loss: Loss, *, last: bool) -> None:

@@ -160,20 +160,15 @@ def _propose_l2(clean: Tensor, images: Tensor, epsilon: float, moves: _Moves) ->
     into, out = (_windows(corner, moves.side, images) for corner in (moves.corner, moves.source))
     budget = (epsilon**2 - change.square().flatten(1).sum(1)).clamp_min(0)[:, None, None, None] / clean.shape[1]
     budget = budget + (change * (into | out)).square().sum((2, 3), keepdim=True)
-    new = _unit(moves.signs * _placed_bumps(moves, clean) + _unit(change * into)) * budget.sqrt()
+    placed = clean.new_zeros(len(clean), 1, *clean.shape[-2:])  # the bump of each window in an empty image
+    bumps = {side: _bump(side).to(clean) for side in set(moves.side.tolist())}
+    listed = zip(moves.side.tolist(), moves.corner.tolist(), moves.turned.tolist(), strict=True)
+    for image, (side, (top, left), turned) in zip(placed[:, 0], listed, strict=True):
+        image[top : top + side, left : left + side] = bumps[side].T if turned else bumps[side]
+    new = _unit(moves.signs * placed + _unit(change * into)) * budget.sqrt()
     return _on_sphere(clean, torch.where(into, new, change.masked_fill(out, 0)), epsilon)
 
 
 def _unit(change: Tensor) -> Tensor:
     """Return changes (m, c, h, w) scaled to a norm of 1 in each channel."""
     return change / change.square().sum((2, 3), keepdim=True).sqrt().clamp_min(TINY)
-
-
-def _placed_bumps(moves: _Moves, images: Tensor) -> Tensor:
-    """Return the bump of each window in an empty image, (m, 1, h, w)."""
-    placed = images.new_zeros(len(images), 1, *images.shape[-2:])
-    bumps = {side: _bump(side).to(images) for side in set(moves.side.tolist())}
-    listed = zip(moves.side.tolist(), moves.corner.tolist(), moves.turned.tolist(), strict=True)
-    for image, (side, (top, left), turned) in zip(placed[:, 0], listed, strict=True):
-        image[top : top + side, left : left + side] = bumps[side].T if turned else bumps[side]
-    return placed
