@@ -25,10 +25,6 @@ from vismt.robustness.attacks.attacks import AttackSpec, robust_accuracy
 from vismt.robustness.evaluate import evaluate_classifier
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-pytest.importorskip("torchmetrics")
-
 ALL, DEPTH = "PGD-2 linf 4/255 on all tasks", "PGD-2 linf 4/255 on depth"
 NORMALS, CONTRAST = "PGD-2 linf 4/255 on normals", "contrast 5"
 PGD = {"name": "pgd", "epsilon": "4/255", "steps": 2}

@@ -19,9 +19,6 @@ from helpers.tiny_runs import run_config, run_on_two, written
 from vismt.cli import main
 from vismt.storage.lines import read_lines, write_lines
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 TRAINING, EPISODES = "arms/adapted/lr-0.001-seed-0", "episodes/seed-0"
 SMALL = {
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 4},

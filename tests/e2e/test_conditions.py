@@ -13,8 +13,6 @@ from vismt.cli import main
 from vismt.robustness.attacks import attacks
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("sklearn")
-
 BASE = {
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3},
     "adapt": {"method": "lora", "rank": 2},

@@ -24,8 +24,6 @@ from vismt.storage.lines import read_lines
 from vismt.storage.paths import data_roots
 from vismt.uncertainty.intervals import estimate, interval_of
 
-pytest.importorskip("torchmetrics")
-
 CARD = "name: {name}\ntitle: Made\nsource: tests\nlicence: none\nclasses: {classes}\nsources:\n  - {source}\n"
 SCENES = (
     '{kind: dense, root: scenes, image: "{split}/rgb", maps: {label: "{split}/label"}, splits: {train: 6, test: 3}}'

@@ -19,8 +19,6 @@ from vismt.report.panels import read_panel
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("torchmetrics")
-
 CARD = """name: rooms
 title: Rooms
 source: tests

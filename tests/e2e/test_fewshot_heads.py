@@ -28,9 +28,6 @@ from vismt.jobs.fewshot.job import FewShotJob
 from vismt.storage.lines import read_lines
 from vismt.storage.paths import shipped
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 MODEL = {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3}
 SMALL: dict[str, Any] = {
     "model": MODEL,

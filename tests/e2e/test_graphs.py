@@ -17,8 +17,6 @@ from vismt.jobs import graphs, open_run
 from vismt.jobs.dense.config import trained_tasks
 from vismt.jobs.graphs import NAMES, PREPROCESSING, Named, image_graph, write_graph
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
 JOBS = ("dense", "fewshot", "lm", "multitask")
 
 

@@ -15,9 +15,6 @@ from vismt.lowrank import combine, read_updates
 from vismt.report.results import read_results
 from vismt.storage.files import read_sealed
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 OF = ["digits", "photos"]
 SMALL = {
     "task": "multitask",

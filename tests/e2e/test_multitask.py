@@ -30,9 +30,6 @@ from vismt.storage.files import read_sealed, sealed
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.temperature import fit_block_temperatures
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 TASKS = [
     {"name": "digits", "train": ["digits"], "test_share": 0.05, "validation_share": 0.03, "limit": 40},
     {

@@ -18,8 +18,6 @@ from vismt.cli import main
 from vismt.jobs import open_run
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("sklearn")
-
 TRAINING = "lr-0.01-seed-0"
 POOL = {
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3},

@@ -20,8 +20,6 @@ from vismt.report.results import Result, read_results
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("sklearn")
-
 PGD = "PGD-2 linf 2/255"
 CONDITIONS = {
     "attacks": [{"name": "pgd", "epsilon": "2/255", "steps": 2}],

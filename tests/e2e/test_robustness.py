@@ -15,8 +15,6 @@ from helpers.tiny_runs import run_config, written
 from vismt.cli import main
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("sklearn")
-
 RADII = (2 / 255, 8 / 255)
 FUNCTION = """
 import torch

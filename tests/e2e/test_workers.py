@@ -28,9 +28,6 @@ from vismt.jobs.fewshot.job import FewShotJob
 from vismt.report.results import RESULTS
 from vismt.storage.locks import locked
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 CONFIG = {
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3},
     "adapt": {"method": "lora", "rank": 2},

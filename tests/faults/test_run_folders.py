@@ -22,9 +22,6 @@ from hypothesis import strategies as st
 from vismt.cli import main
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 # What an evaluation writes. Without it the next one reads the adapters, heads and choices.
 EVALUATED = ("results.jsonl", "records/*", "arms/*/*/records/*", "arms/*/*/merge.json", "episodes/*/*", "*/records/*")
 

@@ -11,14 +11,9 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
-
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-pytest.importorskip("torchmetrics")
-
 from golden.inputs import golden_model, logits_of, write_world
 from golden.merged import ARMS, merged_logits
+from torch import Tensor
 
 import vismt
 from vismt.base.errors import UserError

@@ -17,8 +17,6 @@ from vismt.lowrank import fill_starts
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.parameter_modules import ParameterModule
 
-pytest.importorskip("transformers")
-pytest.importorskip("torchvision")
 KINDS = list(TARGETS)
 METHODS = ("lora", "pissa", "polar", "amt")
 FUSED = pytest.mark.parametrize("need_grad", [False, True], ids=["no_grad", "grad"])

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-
 from helpers.lm_parts import save_lm, tokenizer
 
 from scripts.bench import memory
