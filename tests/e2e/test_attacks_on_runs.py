@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers.own_images import write_folder
-from helpers.tiny_runs import CONFIGS, VIT, run_config, written
+from helpers.tiny_runs import CONFIGS, SHORT, run_config, written
 
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -43,7 +43,7 @@ DENSE = {
 }
 MULTITASK = {
     "task": "multitask",
-    "model": VIT,
+    "model": SHORT,
     "adapt": {"method": "lora", "rank": 2},
     "tasks": [
         {"name": "digits", "train": ["digits"], "test_share": 0.02, "limit": 40},

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from helpers.own_images import write_folder
 from helpers.results import scores_of
-from helpers.tiny_runs import run_config, written
+from helpers.tiny_runs import SHORT, run_config, written
 
 import vismt
 from vismt.backbones.timm_models import create
@@ -20,7 +20,7 @@ from vismt.storage.lines import read_lines
 
 TRAINING = "lr-0.01-seed-0"
 POOL = {
-    "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3},
+    "model": {**SHORT, "block": 0},
     "adapt": {"method": "amt", "rank": 2},
     "source": {"data": ["photo_crops:train"], "ways": 3, "shots": 1, "queries": 2, "augment": False},
     "train": {"steps": 3, "lr": 1e-2, "checkpoint_every": 2},
@@ -113,7 +113,7 @@ def test_one_expert_or_the_average_can_be_merged_and_exported(pool_run: Path, tm
         "--quiet",
     ]
     assert main(average) == 0
-    model = vismt.merge(vismt.import_peft(create("test_vit", 32, False).vit, tmp_path / "mixed"))
+    model = vismt.merge(vismt.import_peft(create("short_vit", 32, False).vit, tmp_path / "mixed"))
     assert all(torch.allclose(value, states["average"][name], atol=1e-6) for name, value in model.state_dict().items())
 
 

@@ -56,5 +56,13 @@ def tiny_dinov3(pretrained: bool = False, **options: Any) -> nn.Module:
 @register_model
 def short_vit(pretrained: bool = False, **options: Any) -> nn.Module:
     """Return two blocks of timm's test_vit, which has six."""
-    shape = {"patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_ratio": 3, "dynamic_img_size": True}
+    shape = {
+        "img_size": 64,
+        "patch_size": 16,
+        "embed_dim": 64,
+        "depth": 2,
+        "num_heads": 2,
+        "mlp_ratio": 3,
+        "dynamic_img_size": True,
+    }
     return build_model_with_cfg(VisionTransformer, "short_vit", pretrained, **{**shape, **options})
