@@ -31,6 +31,7 @@ PGD = {"name": "pgd", "epsilon": "4/255", "steps": 2}
 CORRUPTIONS = [{"name": "contrast", "severities": [5]}]
 DENSE = {
     **CONFIGS["dense"],
+    "model": {"name": "short_vit", "pretrained": False},
     "batch": 3,
     "arms": {"lora": {}, "heads": {"adapt": None}, "depth": {"adapt": None, "only": ["depth"]}},
     "baseline": "heads",

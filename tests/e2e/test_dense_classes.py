@@ -32,7 +32,7 @@ TONES = '{kind: folder, root: ROOT, layout: "{split}/{class}", splits: {train: 6
 CLASSIFY = {"name": "classify", "classes": 2}
 SMALL = {
     "task": "dense",
-    "model": {"name": "test_vit", "pretrained": False},
+    "model": {"name": "short_vit", "pretrained": False},
     "adapt": {"method": "emtal", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
     "fade": {"start": 0.0, "end": 0.5},
     "size": [32, 48],
