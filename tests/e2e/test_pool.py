@@ -96,23 +96,10 @@ def test_one_expert_or_the_average_can_be_merged_and_exported(pool_run: Path, tm
     assert job.about("clean") != job.about("average")
     key = "blocks.0.mlp.fc1.weight"
     torch.testing.assert_close(states["average"][key], (states["0.5"][key] + states["4"][key]) / 2)
-    assert (
-        main(["export", str(pool_run), "--format", "peft", "--arm", "4", "--to", str(tmp_path / "peft"), "--quiet"])
-        == 0
-    )
+    for expert, name in (("4", "peft"), ("average", "mixed")):
+        where = ["--arm", expert, "--to", str(tmp_path / name)]
+        assert main(["export", str(pool_run), "--format", "peft", *where, "--quiet"]) == 0
     assert (tmp_path / "peft" / "adapter_config.json").exists()
-    average = [
-        "export",
-        str(pool_run),
-        "--format",
-        "peft",
-        "--arm",
-        "average",
-        "--to",
-        str(tmp_path / "mixed"),
-        "--quiet",
-    ]
-    assert main(average) == 0
     model = vismt.merge(vismt.import_peft(create("short_vit", 32, False).vit, tmp_path / "mixed"))
     assert all(torch.allclose(value, states["average"][name], atol=1e-6) for name, value in model.state_dict().items())
 

@@ -227,18 +227,7 @@ def test_a_local_ray_writes_the_files_of_one_process(config: Path, expected: dic
 @pytest.mark.campaign
 def test_a_study_on_ray_survives_a_killed_worker(config: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    call = [
-        sys.executable,
-        "-m",
-        "vismt.cli",
-        "run",
-        str(config),
-        "--out",
-        str(tmp_path),
-        "--quiet",
-        "--workers",
-        "ray",
-    ]
+    call = [sys.executable, "-m", "vismt.cli", *f"run {config} --out {tmp_path} --quiet --workers ray".split()]
     study = subprocess.Popen(call)
     killed = False
     while study.poll() is None:
