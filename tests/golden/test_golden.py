@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from golden.inputs import golden_model, logits_of, write_world
 from golden.merged import ARMS, merged_logits
+from helpers.blank import empty_figures
 from torch import Tensor
 
 import vismt
@@ -41,6 +42,7 @@ def copied(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     """Return a function that copies a golden run by name; its relative paths are resolved in `world`, now the current folder."""
     monkeypatch.chdir(world)
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
+    empty_figures(monkeypatch)
     return lambda name: Path(shutil.copytree(GOLDEN / "runs" / name, tmp_path / name))
 
 
