@@ -72,7 +72,6 @@ def test_a_targeted_attack_on_three_ways_says_what_to_take(tmp_path: Path, capsy
 
 @pytest.mark.slow
 def test_transfer_corruptions_and_masking_reach_the_report(tmp_path: Path, capsys) -> None:
-    pytest.importorskip("skimage")
     pgd = {"name": "pgd", "epsilon": "8/255", "steps": 2}
     folder = run(
         tmp_path,

@@ -342,8 +342,6 @@ def test_errors_are_one_line(room: Path, tmp_path: Path, capsys, changes: dict, 
 @pytest.mark.slow
 def test_depth_of_the_motorcycle_and_digits(tmp_path: Path) -> None:
     """Real images that travel with scikit-image and scikit-learn: metric depth from one set, ten classes from the other."""
-    pytest.importorskip("skimage")
-    pytest.importorskip("sklearn")
     path = write(
         tmp_path,
         tasks=["depth", {"name": "classify", "classes": 10, "label_smoothing": 0.1}],

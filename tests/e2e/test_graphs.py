@@ -62,8 +62,6 @@ def answers(folder: Path, *inputs: Tensor) -> list[Tensor]:
 def test_graphs_of_image_jobs_take_pixels_and_batches_of_any_size(
     runs: dict[str, Path], classifier: Path, form: str
 ) -> None:
-    if form == "onnx":
-        pytest.importorskip("onnxscript")
     images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(7))
     (logits,) = answers(classifier if form == "torch" else exported(runs["multitask"], form), images)
     assert main(["export", str(runs["multitask"]), "--quiet"]) == 0
@@ -136,7 +134,6 @@ def test_a_graph_that_would_answer_differently_is_not_written(net: nn.Module, me
 
 
 def test_what_onnx_needs_is_named(tmp_path: Path, monkeypatch, capsys) -> None:
-    pytest.importorskip("onnxscript")
     graph = image_graph(Named(nn.Sequential(nn.Flatten(), nn.Linear(192, 2))), (8, 8), {"logits": {}})
     with monkeypatch.context() as patch:
         patch.setattr(graphs, "ONNX_BYTES", 100)

@@ -47,7 +47,6 @@ def section(name: str, **changes: object) -> dict:
 
 @pytest.fixture(scope="module")
 def pool_run(tmp_path_factory) -> Path:
-    pytest.importorskip("skimage")
     folder = tmp_path_factory.mktemp("pool")
     return run_config(write(folder))
 
@@ -196,7 +195,6 @@ def test_every_error_of_these_sections_is_one_line(
 
 
 def test_a_collapsed_expert_is_said(tmp_path: Path, capsys) -> None:
-    pytest.importorskip("skimage")
     strong = section("pool", levels=[8], clean=False, weight=1e4, warmup=0)
     path = write(
         tmp_path,
@@ -211,7 +209,6 @@ def test_a_collapsed_expert_is_said(tmp_path: Path, capsys) -> None:
 
 @pytest.mark.parametrize("algorithm", ["maml", "metasgd"])
 def test_maml_runs_through_the_same_job(tmp_path: Path, algorithm: str) -> None:
-    pytest.importorskip("skimage")
     evaluated = section("evaluate", models=["frozen", "adapted"])
     meta = {"algorithm": algorithm, "inner_steps": 2}
     path = write(tmp_path, pool=None, adapt={"method": "lora", "rank": 2}, meta=meta, evaluate=evaluated)
@@ -222,7 +219,6 @@ def test_maml_runs_through_the_same_job(tmp_path: Path, algorithm: str) -> None:
 
 
 def test_an_inner_loop_can_be_one_arm_of_several(tmp_path: Path) -> None:
-    pytest.importorskip("skimage")
     arms = {"inner": {"meta": {"algorithm": "maml", "inner_steps": 1}}, "outer": {}}
     evaluated = section("evaluate", models=["adapted"])
     run = run_config(write(tmp_path, pool=None, adapt={"method": "lora", "rank": 2}, arms=arms, evaluate=evaluated))
@@ -247,7 +243,6 @@ RULES = ["merged", "merged:paper", "merged:core_ties", "merged:average", "merged
 
 @pytest.fixture(scope="module")
 def sources_run(tmp_path_factory) -> Path:
-    pytest.importorskip("skimage")
     folder = tmp_path_factory.mktemp("sources")
     experts = [{"level": 8}, {"source": "photo_crops:test", "level": 8}, {"norm": "l2", "level": 128}]
     pool = {"experts": [*experts, {"norm": "corruption"}, {"norm": "clean"}], "select": "min_ce", "gamma": 1e-2}
@@ -314,7 +309,6 @@ def test_a_clean_expert_of_the_pool_is_assembled_with_the_others(sources_run: Pa
 
 
 def test_an_unknown_source_is_named_before_any_training(tmp_path: Path, capsys) -> None:
-    pytest.importorskip("skimage")
     pool = {"experts": [{"level": 8}, {"source": "foto_crops", "level": 8}]}
     path = write(tmp_path, pool=pool, evaluate=section("evaluate", models=["merged"]))
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2

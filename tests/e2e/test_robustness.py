@@ -162,7 +162,6 @@ def test_an_arm_of_a_run_folder_is_a_classifier(models: Path, tmp_path: Path, mo
     ],
 )
 def test_errors_are_one_line(models: Path, tmp_path: Path, monkeypatch, capsys, changes: dict, words: str) -> None:
-    pytest.importorskip("skimage")
     monkeypatch.chdir(models)
     path = write(models, **{"evaluate": {"images": 12}, **changes})
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2

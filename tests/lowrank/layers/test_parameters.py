@@ -247,7 +247,6 @@ def test_meta_device_takes_stock_keys(kind: str) -> None:
     ],
 )
 def test_other_methods_refuse_by_name_and_leave_out_of_all_linear(method: str, options: dict, kind: str) -> None:
-    pytest.importorskip("peft")
     model, stock = reader(kind), snapshot(reader(kind))
     named = TARGETS[kind][0]
     with pytest.raises(UserError, match=rf"{named}'.* reads.*only plain factors can be added to it, without dropout"):
