@@ -7,14 +7,13 @@ import shutil
 import sys
 
 import pytest
-import torch
 from helpers.installed import clone_in, environment_in, pip
 
 from vismt.base import console
 from vismt.storage.paths import cache_root
 
-torch.set_num_threads(1)
-# For the processes that tests start. Without compiled files each of them would compile vismt again.
+# Torch is imported when the files of tests are: the process that hands them out does without it. Without compiled files each
+# process that tests start would compile vismt again.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
@@ -25,12 +24,20 @@ PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQV
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """Leave what the collection makes out of later garbage collections, which else walk over it during the tests."""
+    """Leave what the collection makes out of later garbage collections, and have few of those: each walks over all objects."""
     gc.disable()
     collected = yield
     gc.enable()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
     return collected
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,6 +57,22 @@ def painting():
 
     paint, Figure.savefig = Figure.savefig, save
     return paint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def grouped():
+    """Find the near-duplicates of the digits and crops once: every run that divides them compares all of their images."""
+    from vismt.data import near_duplicates
+
+    def once(read, labels, name):
+        if name not in ("digits", "photo_crops"):
+            return find(read, labels, name)
+        key = name, bytes(labels.numpy()), bytes(read(0).numpy())
+        if key not in found:
+            found[key] = find(read, labels, name)
+        return found[key].clone()
+
+    find, near_duplicates.near_duplicates, found = near_duplicates.near_duplicates, once, {}
 
 
 @pytest.fixture(scope="session")

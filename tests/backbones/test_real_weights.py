@@ -77,7 +77,6 @@ def test_the_kept_file_is_what_timm_takes(fetched) -> None:
 
 @pytest.fixture
 def smollm2():
-    pytest.importorskip("transformers")
     try:
         get_asset("smollm2-135m-instruct")
     except UserError as error:

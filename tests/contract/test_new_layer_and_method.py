@@ -213,7 +213,6 @@ def test_peft_reads_the_export_and_combine_refuses(tmp_path: Path) -> None:
 
 
 def test_vismt_run(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     config = {**DIGITS, "adapt": {"method": "output_scale", "targets": TARGETS, "options": {"strength": 1.0}}}
     folder = run_config(written(tmp_path / "toy.yaml", config))
     merge = next(folder.rglob("merge.json"))

@@ -9,7 +9,7 @@ import pytest
 from helpers.pages import FENCE, README, ROOT, name, read
 
 from scripts import figures, tables
-from vismt.report.study_rows import read_study, studies
+from vismt.report.study_rows import studies
 
 RESULTS = [
     page for page in sorted((ROOT / "docs/results").glob("*.md")) if page.stem != "paper_scale"
@@ -75,7 +75,7 @@ def test_a_table_without_rows_is_marked() -> None:
 
 
 def test_an_interval_in_a_text_is_that_of_a_table_or_of_a_row() -> None:
-    known = {plain(text) for path in studies().values() for row in read_study(path).rows for text in tables.texts(row)}
+    known = {plain(text) for study in studies() for row in tables.study(study).rows for text in tables.texts(row)}
     for page in RESULTS:
         known |= {plain(found) for table in TABLE.findall(read(page)) for found in INTERVAL.findall(table[0])}
     loose = {}

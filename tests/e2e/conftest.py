@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from helpers.blank import empty_figures
 from helpers.room import made_room
 
 
@@ -16,3 +17,10 @@ def room(tmp_path_factory) -> Path:
 def in_room(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read data sets from the room."""
     monkeypatch.setenv("VISMT_DATA", str(room / "data"))
+
+
+@pytest.fixture(autouse=True)
+def blank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures of a run within a test empty: axes take half of a report's time. Runs of modules have theirs."""
+    if not {"painted", "drawn"} & {*request.fixturenames}:
+        empty_figures(monkeypatch)

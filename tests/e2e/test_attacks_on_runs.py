@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers.own_images import write_folder
-from helpers.tiny_runs import CONFIGS, VIT, run_config, written
+from helpers.tiny_runs import CONFIGS, SHORT, run_config, written
 
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -25,16 +25,13 @@ from vismt.robustness.attacks.attacks import AttackSpec, robust_accuracy
 from vismt.robustness.evaluate import evaluate_classifier
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-pytest.importorskip("torchmetrics")
-
 ALL, DEPTH = "PGD-2 linf 4/255 on all tasks", "PGD-2 linf 4/255 on depth"
 NORMALS, CONTRAST = "PGD-2 linf 4/255 on normals", "contrast 5"
 PGD = {"name": "pgd", "epsilon": "4/255", "steps": 2}
 CORRUPTIONS = [{"name": "contrast", "severities": [5]}]
 DENSE = {
     **CONFIGS["dense"],
+    "model": {"name": "short_vit", "pretrained": False},
     "batch": 3,
     "arms": {"lora": {}, "heads": {"adapt": None}, "depth": {"adapt": None, "only": ["depth"]}},
     "baseline": "heads",
@@ -47,7 +44,7 @@ DENSE = {
 }
 MULTITASK = {
     "task": "multitask",
-    "model": VIT,
+    "model": SHORT,
     "adapt": {"method": "lora", "rank": 2},
     "tasks": [
         {"name": "digits", "train": ["digits"], "test_share": 0.02, "limit": 40},

@@ -10,9 +10,6 @@ from vismt.jobs import load_config
 from vismt.jobs.robustness.config import check
 from vismt.report.results import read_results
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 CERTIFY = {"sigma": 0.5, "samples": 20, "alpha": 0.05}  # reaches 0.5 Phi^-1(0.05^(1/20)) = 0.54
 ROBUSTNESS = {
     "task": "robustness",

@@ -16,10 +16,12 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.cli.check import _committed, _differing
 from vismt.config.sections import with_earlier
+from vismt.config.typed import build
 from vismt.jobs import typed_config
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.report import claims, study_rows
-from vismt.report.study_rows import read_study, studies, study_of, write_study
+from vismt.report.study_rows import About, StudyRows, read_study, studies, study_of, write_study
+from vismt.storage.lines import read_lines
 
 CONFIG = {
     "task": "toy",
@@ -197,7 +199,8 @@ def test_a_claim_that_the_run_contradicts_fails(
 
 @pytest.mark.parametrize("path", study_rows.studies().values(), ids=lambda path: path.stem)
 def test_a_run_of_the_configuration_of_committed_rows_is_checked_against_them(path: Path) -> None:
-    study = read_study(path)
+    about, *_ = read_lines(path, whole=True)
+    study = StudyRows(build(About, about, str(path)), [])  # of the rows themselves the pages are made, and checked
     name = study.about.command.split()[-1].removeprefix("configs/").removesuffix(".yaml")
     config = vismt.jobs.load_config(study_rows.shipped("configs") / f"{name}.yaml")
     assert _differing(config, study, path) == []

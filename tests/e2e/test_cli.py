@@ -19,9 +19,6 @@ from helpers.tiny_runs import run_config, run_on_two, written
 from vismt.cli import main
 from vismt.storage.lines import read_lines, write_lines
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 TRAINING, EPISODES = "arms/adapted/lr-0.001-seed-0", "episodes/seed-0"
 SMALL = {
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 4},
@@ -238,20 +235,8 @@ def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) 
     model = timm.create_model("test_vit", img_size=32, num_classes=10)
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "img_size": 32, "num_classes": 10}))
-    command = [
-        "attack",
-        "--model",
-        str(tmp_path / "model.safetensors"),
-        "--data",
-        "digits",
-        "--images",
-        "12",
-        "--steps",
-        "2",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    code = main(command)
+    where = ["--model", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "out")]
+    code = main(["attack", *where, "--data", "digits", "--images", "12", "--steps", "2"])
     captured = capsys.readouterr()
     assert code == 0, captured.err
     assert captured.out.count("(n = 12 images; 95 % over new examples)") == 1 and "report.html" in captured.out

@@ -13,8 +13,6 @@ from vismt.cli import main
 from vismt.robustness.attacks import attacks
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("sklearn")
-
 BASE = {
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3},
     "adapt": {"method": "lora", "rank": 2},
@@ -74,7 +72,6 @@ def test_a_targeted_attack_on_three_ways_says_what_to_take(tmp_path: Path, capsy
 
 @pytest.mark.slow
 def test_transfer_corruptions_and_masking_reach_the_report(tmp_path: Path, capsys) -> None:
-    pytest.importorskip("skimage")
     pgd = {"name": "pgd", "epsilon": "8/255", "steps": 2}
     folder = run(
         tmp_path,

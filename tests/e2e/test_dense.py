@@ -37,9 +37,6 @@ from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 from vismt.storage.lines import read_lines, write_lines
 from vismt.uncertainty.intervals import estimate
 
-pytest.importorskip("skimage")
-pytest.importorskip("torchmetrics")
-
 TASKS = ["depth", "normals", {"name": "edge", "thresholds": 3, "max_dist": 0.03}]
 ALONE = {"adapt": None, "fade": None}
 SMALL = {

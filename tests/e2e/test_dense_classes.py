@@ -24,8 +24,6 @@ from vismt.storage.lines import read_lines
 from vismt.storage.paths import data_roots
 from vismt.uncertainty.intervals import estimate, interval_of
 
-pytest.importorskip("torchmetrics")
-
 CARD = "name: {name}\ntitle: Made\nsource: tests\nlicence: none\nclasses: {classes}\nsources:\n  - {source}\n"
 SCENES = (
     '{kind: dense, root: scenes, image: "{split}/rgb", maps: {label: "{split}/label"}, splits: {train: 6, test: 3}}'
@@ -34,7 +32,7 @@ TONES = '{kind: folder, root: ROOT, layout: "{split}/{class}", splits: {train: 6
 CLASSIFY = {"name": "classify", "classes": 2}
 SMALL = {
     "task": "dense",
-    "model": {"name": "test_vit", "pretrained": False},
+    "model": {"name": "short_vit", "pretrained": False},
     "adapt": {"method": "emtal", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
     "fade": {"start": 0.0, "end": 0.5},
     "size": [32, 48],
@@ -344,8 +342,6 @@ def test_errors_are_one_line(room: Path, tmp_path: Path, capsys, changes: dict, 
 @pytest.mark.slow
 def test_depth_of_the_motorcycle_and_digits(tmp_path: Path) -> None:
     """Real images that travel with scikit-image and scikit-learn: metric depth from one set, ten classes from the other."""
-    pytest.importorskip("skimage")
-    pytest.importorskip("sklearn")
     path = write(
         tmp_path,
         tasks=["depth", {"name": "classify", "classes": 10, "label_smoothing": 0.1}],

@@ -18,10 +18,6 @@ from helpers.ranks import of_two
 from vismt.cli import main
 from vismt.report.results import RECORDS, RESULTS
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-pytest.importorskip("torchmetrics")
-
 VIT = {"name": "test_vit", "pretrained": False}
 ATTACK = {"name": "pgd", "epsilon": 8 / 255, "steps": 2}  # with a random start, a function of the batch's number
 FOG = {"name": "fog", "severities": [2]}

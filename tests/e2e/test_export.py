@@ -15,8 +15,6 @@ from vismt.cli import main
 from vismt.jobs import open_run
 from vismt.jobs.run import Run
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
 peft = pytest.importorskip("peft")
 
 FADED = {"start": 0.0, "end": 0.5}

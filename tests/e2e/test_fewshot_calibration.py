@@ -21,9 +21,6 @@ from vismt.report.results import read_results
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 QUALITY = {"ECE-15", "NLL in nats", "Brier"}
 TEMPERED, OUTSIDE = "temperature of validation", "against photo_crops:train"
 EVALUATE = {**FEWSHOT["evaluate"], "models": ["frozen", "frozen+vbll"], "episodes": 4, "probabilities": True}

@@ -14,6 +14,7 @@ import timm
 import torch
 import yaml
 from helpers.results import scores_of
+from helpers.tiny_runs import SHORT
 
 from vismt.backbones.assets import list_assets, load_asset_card
 from vismt.base.errors import UserError
@@ -28,10 +29,7 @@ from vismt.jobs.fewshot.job import FewShotJob
 from vismt.storage.lines import read_lines
 from vismt.storage.paths import shipped
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
-MODEL = {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3}
+MODEL = {**SHORT, "block": 0}
 SMALL: dict[str, Any] = {
     "model": MODEL,
     "adapt": {"method": "lora", "rank": 2},
@@ -49,7 +47,7 @@ SMALL: dict[str, Any] = {
 }
 QUALITY = ("ECE-15", "NLL in nats", "Brier")
 ARMS = {
-    "small": {"model": {"name": "test_vit", "img_size": 32, "pretrained": False}},
+    "small": {"model": SHORT},
     "wide": {"model.name": "test_vit2", "model.img_size": 64, "model.block": None},
     "gone": {"model": {"name": "vit_tiny_patch16_224.augreg_in21k", "img_size": 32}},
     "hidden": {"model": {"name": "test_vit3.r160_in1k", "img_size": 32}},
@@ -362,7 +360,7 @@ def test_a_head_alone_can_be_evaluated_and_the_size_of_images_is_asked_for_once(
     assert evaluated_models(config, []) == ["frozen+ridge"]
     data, made, backbone = FewShotData(config), [], FewShotData.backbone
     monkeypatch.setattr(FewShotData, "backbone", lambda self: made.append(1) or backbone(self))
-    assert data.open("digits") is data.open("digits") and data.open("digits").size == 160 and made == [1]
+    assert data.open("digits") is data.open("digits") and data.open("digits").size == 64 and made == [1]
 
 
 def test_a_head_of_the_configuration_is_that_of_every_model_without_one(tmp_path: Path) -> None:

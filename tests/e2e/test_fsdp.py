@@ -24,9 +24,6 @@ from vismt.engine.sharding import check_sharded
 from vismt.metatune.protonet import ProtoNet
 from vismt.multitask.balancing.base import make_balancer
 
-pytest.importorskip("skimage")
-pytest.importorskip("torchmetrics")
-
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 # Adam divides a gradient by its own size, so that rounding is felt where a gradient is almost zero.
 TOLERANCE = 1e-4

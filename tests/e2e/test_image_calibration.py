@@ -15,9 +15,6 @@ from vismt.jobs import open_run
 from vismt.llm.corda.covariance import collect_covariance
 from vismt.llm.corda.files import load_covariances
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 CORDA = {"method": "corda", "rank": 2, "targets": ["qkv"]}
 TASK = {"name": "digits", "train": ["digits"], "test_share": 0.05, "limit": 40}
 MULTITASK = {

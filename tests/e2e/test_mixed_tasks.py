@@ -25,7 +25,6 @@ from vismt.multitask.tasks.classes import unite
 from vismt.report.results import Result, read_results
 from vismt.storage.files import read_sealed
 
-pytest.importorskip("torchmetrics")
 pytestmark = pytest.mark.usefixtures("in_room")
 
 PGD = "PGD-2 linf 8/255 on all tasks"

@@ -12,10 +12,6 @@ from vismt.cli import main
 from vismt.report.results import read_results
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-pytest.importorskip("torchmetrics")
-
 POLAR = {"method": "polar", "rank": 2, "options": {"split_qkv": True}}
 FEWSHOT = {
     "model": {**VIT, "block": 4},

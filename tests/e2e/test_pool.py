@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from helpers.own_images import write_folder
 from helpers.results import scores_of
-from helpers.tiny_runs import run_config, written
+from helpers.tiny_runs import SHORT, run_config, written
 
 import vismt
 from vismt.backbones.timm_models import create
@@ -18,11 +18,9 @@ from vismt.cli import main
 from vismt.jobs import open_run
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("sklearn")
-
 TRAINING = "lr-0.01-seed-0"
 POOL = {
-    "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3},
+    "model": {**SHORT, "block": 0},
     "adapt": {"method": "amt", "rank": 2},
     "source": {"data": ["photo_crops:train"], "ways": 3, "shots": 1, "queries": 2, "augment": False},
     "train": {"steps": 3, "lr": 1e-2, "checkpoint_every": 2},
@@ -49,7 +47,6 @@ def section(name: str, **changes: object) -> dict:
 
 @pytest.fixture(scope="module")
 def pool_run(tmp_path_factory) -> Path:
-    pytest.importorskip("skimage")
     folder = tmp_path_factory.mktemp("pool")
     return run_config(write(folder))
 
@@ -98,24 +95,11 @@ def test_one_expert_or_the_average_can_be_merged_and_exported(pool_run: Path, tm
     assert job.about("clean") != job.about("average")
     key = "blocks.0.mlp.fc1.weight"
     torch.testing.assert_close(states["average"][key], (states["0.5"][key] + states["4"][key]) / 2)
-    assert (
-        main(["export", str(pool_run), "--format", "peft", "--arm", "4", "--to", str(tmp_path / "peft"), "--quiet"])
-        == 0
-    )
+    for expert, name in (("4", "peft"), ("average", "mixed")):
+        where = ["--arm", expert, "--to", str(tmp_path / name)]
+        assert main(["export", str(pool_run), "--format", "peft", *where, "--quiet"]) == 0
     assert (tmp_path / "peft" / "adapter_config.json").exists()
-    average = [
-        "export",
-        str(pool_run),
-        "--format",
-        "peft",
-        "--arm",
-        "average",
-        "--to",
-        str(tmp_path / "mixed"),
-        "--quiet",
-    ]
-    assert main(average) == 0
-    model = vismt.merge(vismt.import_peft(create("test_vit", 32, False).vit, tmp_path / "mixed"))
+    model = vismt.merge(vismt.import_peft(create("short_vit", 32, False).vit, tmp_path / "mixed"))
     assert all(torch.allclose(value, states["average"][name], atol=1e-6) for name, value in model.state_dict().items())
 
 
@@ -211,7 +195,6 @@ def test_every_error_of_these_sections_is_one_line(
 
 
 def test_a_collapsed_expert_is_said(tmp_path: Path, capsys) -> None:
-    pytest.importorskip("skimage")
     strong = section("pool", levels=[8], clean=False, weight=1e4, warmup=0)
     path = write(
         tmp_path,
@@ -226,7 +209,6 @@ def test_a_collapsed_expert_is_said(tmp_path: Path, capsys) -> None:
 
 @pytest.mark.parametrize("algorithm", ["maml", "metasgd"])
 def test_maml_runs_through_the_same_job(tmp_path: Path, algorithm: str) -> None:
-    pytest.importorskip("skimage")
     evaluated = section("evaluate", models=["frozen", "adapted"])
     meta = {"algorithm": algorithm, "inner_steps": 2}
     path = write(tmp_path, pool=None, adapt={"method": "lora", "rank": 2}, meta=meta, evaluate=evaluated)
@@ -237,7 +219,6 @@ def test_maml_runs_through_the_same_job(tmp_path: Path, algorithm: str) -> None:
 
 
 def test_an_inner_loop_can_be_one_arm_of_several(tmp_path: Path) -> None:
-    pytest.importorskip("skimage")
     arms = {"inner": {"meta": {"algorithm": "maml", "inner_steps": 1}}, "outer": {}}
     evaluated = section("evaluate", models=["adapted"])
     run = run_config(write(tmp_path, pool=None, adapt={"method": "lora", "rank": 2}, arms=arms, evaluate=evaluated))
@@ -262,7 +243,6 @@ RULES = ["merged", "merged:paper", "merged:core_ties", "merged:average", "merged
 
 @pytest.fixture(scope="module")
 def sources_run(tmp_path_factory) -> Path:
-    pytest.importorskip("skimage")
     folder = tmp_path_factory.mktemp("sources")
     experts = [{"level": 8}, {"source": "photo_crops:test", "level": 8}, {"norm": "l2", "level": 128}]
     pool = {"experts": [*experts, {"norm": "corruption"}, {"norm": "clean"}], "select": "min_ce", "gamma": 1e-2}
@@ -329,7 +309,6 @@ def test_a_clean_expert_of_the_pool_is_assembled_with_the_others(sources_run: Pa
 
 
 def test_an_unknown_source_is_named_before_any_training(tmp_path: Path, capsys) -> None:
-    pytest.importorskip("skimage")
     pool = {"experts": [{"level": 8}, {"source": "foto_crops", "level": 8}]}
     path = write(tmp_path, pool=pool, evaluate=section("evaluate", models=["merged"]))
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2

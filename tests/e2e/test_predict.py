@@ -19,9 +19,6 @@ from vismt.data.images import open_images
 from vismt.jobs import open_run, predictions
 from vismt.jobs.predictions import SHEET, TABLE, contact_sheet
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:

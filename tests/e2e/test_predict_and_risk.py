@@ -22,7 +22,6 @@ from vismt.report.results import Result, read_results
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("torchmetrics")
 pytestmark = pytest.mark.usefixtures("in_room")
 
 PGD = "PGD-2 linf 2/255 on all tasks"

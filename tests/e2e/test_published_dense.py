@@ -14,8 +14,6 @@ from vismt.jobs import open_run
 from vismt.report.results import read_results
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("torchmetrics")
-
 SIZE = (64, 96)
 SMALL = [
     "model={name: test_vit, pretrained: false}",

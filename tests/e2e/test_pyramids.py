@@ -29,9 +29,6 @@ from vismt.multitask.inference import predict
 from vismt.report.results import read_results
 from vismt.report.routers import ROUTERS
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 MODELS = {"tiny_swin": None, "test_convnext": None, "test_resnet": "all-conv"}
 MOST = 1e-4  # difference of outputs, as a share of the largest
 

@@ -13,13 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from helpers.tiny_runs import run_config, written
-
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-
 from helpers.lm_parts import changed, ranked_task, save_interactions, save_lm, save_texts
 from helpers.pages import ROOT
+from helpers.tiny_runs import run_config, written
 
 from vismt.base import ranks
 from vismt.base.errors import UserError

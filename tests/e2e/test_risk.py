@@ -20,8 +20,6 @@ from vismt.report.results import Result, read_results
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("sklearn")
-
 PGD = "PGD-2 linf 2/255"
 CONDITIONS = {
     "attacks": [{"name": "pgd", "epsilon": "2/255", "steps": 2}],
@@ -200,7 +198,6 @@ def test_reports_that_cannot_be_made_are_refused(changes, text, tmp_path: Path, 
 
 
 def test_sets_of_other_classes_are_told_by_their_confidence(tmp_path: Path, capsys) -> None:
-    pytest.importorskip("skimage")
     config = {**DIGITS, "evaluate": {"batch": 64, "ood": ["photo_crops:test"]}}
     folder = run(tmp_path, "ood", config)
     records = next((folder / "arms" / "adapted").glob("lr-*")) / "records"

@@ -15,8 +15,6 @@ from helpers.tiny_runs import run_config, written
 from vismt.cli import main
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("sklearn")
-
 RADII = (2 / 255, 8 / 255)
 FUNCTION = """
 import torch
@@ -164,7 +162,6 @@ def test_an_arm_of_a_run_folder_is_a_classifier(models: Path, tmp_path: Path, mo
     ],
 )
 def test_errors_are_one_line(models: Path, tmp_path: Path, monkeypatch, capsys, changes: dict, words: str) -> None:
-    pytest.importorskip("skimage")
     monkeypatch.chdir(models)
     path = write(models, **{"evaluate": {"images": 12}, **changes})
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2

@@ -82,7 +82,6 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path,
 
 
 def test_a_run_from_its_configuration_to_merged_weights(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     peft = pytest.importorskip("peft")
     path = tmp_path / "slices.yaml"
     path.write_text(

@@ -15,8 +15,6 @@ from vismt.jobs import open_run
 from vismt.report.results import read_results
 from vismt.uncertainty.vbll import VBLLClassifier
 
-pytest.importorskip("sklearn")
-
 CONFIG = {
     "task": "multitask",
     "model": VIT,

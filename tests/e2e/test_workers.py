@@ -28,9 +28,6 @@ from vismt.jobs.fewshot.job import FewShotJob
 from vismt.report.results import RESULTS
 from vismt.storage.locks import locked
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 CONFIG = {
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3},
     "adapt": {"method": "lora", "rank": 2},
@@ -230,18 +227,7 @@ def test_a_local_ray_writes_the_files_of_one_process(config: Path, expected: dic
 @pytest.mark.campaign
 def test_a_study_on_ray_survives_a_killed_worker(config: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    call = [
-        sys.executable,
-        "-m",
-        "vismt.cli",
-        "run",
-        str(config),
-        "--out",
-        str(tmp_path),
-        "--quiet",
-        "--workers",
-        "ray",
-    ]
+    call = [sys.executable, "-m", "vismt.cli", *f"run {config} --out {tmp_path} --quiet --workers ray".split()]
     study = subprocess.Popen(call)
     killed = False
     while study.poll() is None:

@@ -16,9 +16,6 @@ from helpers.tiny_runs import CONFIGS, outcome, write_config
 
 from vismt.storage.lines import read_lines
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 
 @cache
 def undisturbed(job: str) -> tuple[Path, float, Any]:

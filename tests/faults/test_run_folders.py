@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+from helpers.blank import empty_figures
 from helpers.damage import copied, damage_bytes, damage_json, damage_tensors
 from helpers.faults import SOUND, cases, many, tried
 from helpers.tiny_runs import CONFIGS, files, write_config
@@ -21,9 +22,6 @@ from hypothesis import strategies as st
 
 from vismt.cli import main
 from vismt.storage.lines import read_lines
-
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
 
 # What an evaluation writes. Without it the next one reads the adapters, heads and choices.
 EVALUATED = ("results.jsonl", "records/*", "arms/*/*/records/*", "arms/*/*/merge.json", "episodes/*/*", "*/records/*")
@@ -102,7 +100,7 @@ def trial(place: Path, random: Random, jobs: Sequence[str] = tuple(CONFIGS)) -> 
         if random.random() < 0.5 and (folder / "run.json").is_file():
             (folder / "run.json").unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("matplotlib.figure.Figure.savefig", lambda *arguments, **options: None)  # half of the time
+        empty_figures(patch)
         return tried(lambda: start(config, out) == 0 and numbers(out) == expected), f"{job}: {name}"
 
 

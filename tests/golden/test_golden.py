@@ -11,14 +11,10 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
-
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-pytest.importorskip("torchmetrics")
-
 from golden.inputs import golden_model, logits_of, write_world
 from golden.merged import ARMS, merged_logits
+from helpers.blank import empty_figures
+from torch import Tensor
 
 import vismt
 from vismt.base.errors import UserError
@@ -46,6 +42,7 @@ def copied(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     """Return a function that copies a golden run by name; its relative paths are resolved in `world`, now the current folder."""
     monkeypatch.chdir(world)
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
+    empty_figures(monkeypatch)
     return lambda name: Path(shutil.copytree(GOLDEN / "runs" / name, tmp_path / name))
 
 

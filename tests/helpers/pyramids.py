@@ -1,11 +1,18 @@
-"""A tiny Swin, Hiera and DINOv3 under names of timm, for configurations; test_convnext and test_resnet are timm's own."""
+"""A short ViT and a tiny Swin, Hiera and DINOv3 under names of timm, for configurations; test_* are timm's own."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import timm
-from timm.models import Hiera, SwinTransformer, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    Hiera,
+    SwinTransformer,
+    VisionTransformer,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+)
 from torch import nn
 
 ABOUT = {
@@ -16,7 +23,13 @@ ABOUT = {
     "first_conv": "patch_embed.proj",
     "classifier": "head.fc",
 }
-default_cfgs = generate_default_cfgs({"tiny_swin.untrained": ABOUT, "tiny_hiera.untrained": ABOUT})
+default_cfgs = generate_default_cfgs(
+    {
+        "tiny_swin.untrained": ABOUT,
+        "tiny_hiera.untrained": ABOUT,
+        "short_vit.untrained": {**ABOUT, "fixed_input_size": False, "classifier": "head"},
+    }
+)
 
 
 @register_model
@@ -38,3 +51,18 @@ def tiny_dinov3(pretrained: bool = False, **options: Any) -> nn.Module:
     """Return four blocks of width 48 on patches of 16 x 16 pixels, with four register tokens and rotary positions."""
     shape = {"embed_dim": 48, "depth": 4, "num_heads": 3}
     return timm.create_model("vit_small_patch16_dinov3", pretrained=pretrained, **{**shape, **options})
+
+
+@register_model
+def short_vit(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return two blocks of timm's test_vit, which has six."""
+    shape = {
+        "img_size": 64,
+        "patch_size": 16,
+        "embed_dim": 64,
+        "depth": 2,
+        "num_heads": 2,
+        "mlp_ratio": 3,
+        "dynamic_img_size": True,
+    }
+    return build_model_with_cfg(VisionTransformer, "short_vit", pretrained, **{**shape, **options})

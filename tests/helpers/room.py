@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from helpers.tiny_runs import TRAIN
+from helpers.tiny_runs import TRAIN  # and short_vit
 
 CARD = "name: {name}\ntitle: Made\nsource: tests\nlicence: none\nclasses: {classes}\nsources:\n  - {source}\n"
 SCENES = '{kind: dense, root: scenes, image: "{split}/rgb", maps: {label: "{split}/label"}, splits: {train: 4, val: 2, test: 2}}'
@@ -54,7 +54,7 @@ def dense(room: Path, **changes: Any) -> dict[str, Any]:
     """Return a configuration of maps of scenes and classes of grey images, with changes."""
     return {
         "task": "dense",
-        "model": {"name": "test_vit", "pretrained": False},
+        "model": {"name": "short_vit", "pretrained": False},
         "adapt": {"method": "lora", "rank": 2},
         "data": parts(room, "scenes", "tones"),
         "tasks": [*MAPS, {"name": "classify", "classes": 2}],

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from helpers import pyramids  # noqa: F401  registers short_vit
 from helpers.lm_parts import save_lm, save_texts
 from vismt.cli import main
 from vismt.storage.files import PARTIAL
@@ -16,6 +17,7 @@ from vismt.storage.lines import read_lines
 from vismt.storage.locks import HOLDER, LOCK
 
 VIT = {"name": "test_vit", "img_size": 32, "pretrained": False}
+SHORT = {**VIT, "name": "short_vit"}  # for runs within this process alone, in which it is registered
 TRAIN = {"steps": 3, "lr": 1.0e-2, "checkpoint_every": 2}
 FEWSHOT: dict[str, Any] = {
     "model": {**VIT, "block": 2},

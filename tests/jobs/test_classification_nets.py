@@ -17,9 +17,6 @@ from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.job import ClassificationJob
 from vismt.jobs.classification.models import fresh, save_head, with_linear_head
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 
 def config(name: str = "test_vit", **changes: Any) -> MultitaskConfig:
     values = {

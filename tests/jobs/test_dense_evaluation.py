@@ -22,8 +22,6 @@ from vismt.robustness.corruptions import CorruptionSpec
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines, write_lines
 
-pytest.importorskip("torchmetrics")
-
 
 class Samples:
     """Samples as DenseData holds them, on the canvas of the configuration."""

@@ -11,9 +11,6 @@ from helpers.tiny_runs import FEWSHOT
 from vismt.cli import main
 from vismt.jobs import open_run, started
 
-pytest.importorskip("sklearn")
-pytest.importorskip("skimage")
-
 CORDA = {"method": "corda", "rank": 2, "targets": ["qkv"]}
 CASES = {
     "source": ({"source.data": ["digits"]}, "evaluate.data 'digits' shares examples with source.data 'digits'"),

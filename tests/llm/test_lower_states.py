@@ -6,10 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-
 from helpers.lm_parts import tiny_lm
 
 from vismt.llm.net import LmNet, blocks, stored_lower_states

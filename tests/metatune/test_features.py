@@ -67,7 +67,7 @@ def run(
 ) -> dict[str, Tensor]:
     sampler = EpisodeSampler(LABELS, ways=3, shots=shots, queries=4, seed=1)
     pixels = options.pop("pixels", None) or Pixels()
-    episodes = options.pop("episodes", 12)
+    episodes = options.pop("episodes", 3)
     return run_protocol(net, pixels, sampler, episodes=episodes, records=records, features=mode, **options)
 
 
@@ -105,7 +105,7 @@ def test_records_are_those_of_every_episode(name, shots, pool, cache, tmp_path):
             return task
 
         net.classifier = watched
-        run(net, "off" if mode == "off" else "auto", path, shots, episodes=3)
+        run(net, "off" if mode == "off" else "auto", path, shots)
         logits[mode] = seen
     assert paths["auto"].read_text() == paths["off"].read_text() == paths["again"].read_text()
     assert len(logits["off"]) == len(logits["again"]) == 3
@@ -115,15 +115,15 @@ def test_records_are_those_of_every_episode(name, shots, pool, cache, tmp_path):
 
 
 def test_each_image_is_computed_once_and_never_by_the_next_run(cache, computed):
-    run(frozen(), "off")
+    run(frozen(), "off", episodes=12)
     each = 12 * 3 * (2 + 4)
     assert sum(computed) == each
     computed.clear()
-    run(frozen())
+    run(frozen(), episodes=12)
     probe = 3 * 2 // 2 + 1  # half of the first support, compared in another batch
     assert sum(computed) <= len(LABELS) + probe + computed.count(2)  # an image that is missing alone is doubled
     computed.clear()
-    run(frozen())
+    run(frozen(), episodes=12)
     assert computed == []
 
 
@@ -167,9 +167,9 @@ class Blocked(nn.Module):
 def test_features_are_kept_where_the_size_of_a_batch_decides_the_order_of_sums(computed):
     """Kept as they come, a feature would depend on the episode that computed it first."""
     net = ProtoNet(Blocked()).requires_grad_(False).eval()
-    expected = run(net, "off")["clean"]
+    expected = run(net, "off", episodes=12)["clean"]
     computed.clear()
-    assert torch.allclose(run(net)["clean"], expected)
+    assert torch.allclose(run(net, episodes=12)["clean"], expected)
     assert sum(computed) < 3 * len(LABELS)  # 12 episodes of 18 images without the store
     tables = []
     for order in (torch.arange(len(LABELS)), torch.arange(len(LABELS)).flip(0)):
@@ -349,10 +349,10 @@ def test_an_interrupted_evaluation_keeps_what_it_computed(cache, computed, tmp_p
             return super().__getitem__(index)
 
     with pytest.raises(KeyboardInterrupt):
-        run(frozen(), pixels=Interrupted())
+        run(frozen(), pixels=Interrupted(), episodes=12)
     assert len(list(cache.iterdir())) == 1
     first = sum(computed)
-    run(frozen())
+    run(frozen(), episodes=12)
     assert sum(computed) - first < len(LABELS) and sum(computed) <= len(LABELS) + 2 * 4 + computed.count(2)
 
 

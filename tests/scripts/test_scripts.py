@@ -71,7 +71,6 @@ def test_bench_fewshot_flags(tmp_path: Path, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_train_dense_runs_to_its_report(tmp_path: Path) -> None:
-    pytest.importorskip("skimage")
     command = [sys.executable, str(SCRIPTS / "train_dense.py"), *COMMON, "--random-weights", "--tasks", "depth"]
     command += ["--head", "linear", "--steps", "2", "--batch", "3", "--out", str(tmp_path)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=240)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -107,7 +108,8 @@ class StudyRows:
         Raises UserError, with `where`, for no row or several.
         """
         values = {"seed": None, "minus": "", **wanted}
-        rows = [row for row in self.rows if all(getattr(row, key) == value for key, value in values.items())]
+        chosen, wanted_values = attrgetter(*values), tuple(values.values())
+        rows = [row for row in self.rows if chosen(row) == wanted_values]
         if len(rows) != 1:
             differ = [item.name for item in fields(StudyRow) if len({getattr(row, item.name) for row in rows}) > 1]
             named = [name for name in differ if name in SELECTED]
@@ -130,8 +132,9 @@ class StudyRows:
 
     def _trainings(self, row: StudyRow, arm: str) -> dict[int, float]:
         by_seed: dict[int, list[float]] = {}
+        wanted, kind = (row.condition, arm, ""), block(row)
         for other in self.rows:
-            alike = (block(other), other.condition, other.arm, other.minus) == (block(row), row.condition, arm, "")
+            alike = (other.condition, other.arm, other.minus) == wanted and block(other) == kind
             if alike and other.seed is not None and row.data in (AVERAGE, other.data):
                 by_seed.setdefault(other.seed, []).append(other.value)
         sets = max(map(len, by_seed.values()), default=0)

@@ -21,7 +21,6 @@ from vismt.data.texts.text_set import open_texts
 
 
 def test_digits():
-    pytest.importorskip("sklearn")
     digits = open_images("digits")
     assert len(digits) == 1797 and digits.classes == list("0123456789")
     # Published class counts of this set.
@@ -53,7 +52,6 @@ def test_halves_share_no_pixel(height, width, count):
 
 
 def test_photo_crops_sets():
-    pytest.importorskip("skimage")
     train, test = open_images("photo_crops", "train"), open_images("photo_crops", "test")
     assert len(train) == len(test) == 720 and len(train.classes) == 18 and train.classes == test.classes
     assert torch.bincount(train.labels).tolist() == [40] * 18
@@ -84,7 +82,6 @@ def test_package_that_is_not_installed(monkeypatch):
 
 
 def test_opening_photographs_downloads_and_imports_nothing():
-    pytest.importorskip("skimage")
     code = (
         "import socket, sys\n"
         "def refuse(*a, **k): raise AssertionError('network')\n"

@@ -17,8 +17,6 @@ from vismt.data.images import open_images
 from vismt.data.maps.dense_sample import size_of
 from vismt.data.maps.dense_set import open_dense
 
-pytest.importorskip("skimage")
-
 
 def test_tiles_of_the_motorcycle():
     data = open_dense("motorcycle", "test")

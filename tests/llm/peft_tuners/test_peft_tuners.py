@@ -210,7 +210,6 @@ def test_without_peft(monkeypatch) -> None:
 
 
 def test_a_run_tunes_a_hosted_arm_beside_ours(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     config = {
         **DIGITS,
         "adapt": {"method": "lora", "targets": ["attn.qkv"], "rank": 2},

@@ -7,13 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-
 import transformers
 from helpers.lm_parts import tiny_lm
+from torch import nn
 
 from vismt.base import console
 from vismt.base.errors import UserError

@@ -6,10 +6,6 @@ import math
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-
 from helpers.lm_parts import CATALOGUE, ROWS, TITLES, encoded, small_hybrid, tiny_lm, tokenizer
 from torch import nn
 

@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-
 import transformers
 from helpers.lm_parts import tiny_lm, tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors

@@ -123,7 +123,6 @@ def test_saving_an_adapted_model_writes_what_it_computes(method: str, tmp_path: 
     model = tiny_lm("llama")
     options: dict = {"s2ft": {"ratio": 0.4}, "lisa": {"active": 1}}.get(method, {"rank": 2})
     if method == "peft:ia3":
-        pytest.importorskip("peft")
         options = {"targets": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
     vismt.adapt(model, method, **options)
     expected, before = shake(model)(tokens()).logits, snapshot(model)

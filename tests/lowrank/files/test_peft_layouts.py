@@ -17,8 +17,6 @@ from vismt.lowrank import combine
 from vismt.lowrank.layers.low_rank import LowRankLayer
 
 peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
-pytest.importorskip("torchvision")
 PEFT_TARGETS = {
     **{kind: {"target_modules": ["q_proj"], "target_parameters": TARGETS[kind][:2]} for kind in LMS},
     "vit": {"target_modules": ["self_attention", "mlp.0"]},

@@ -17,8 +17,6 @@ from vismt.lowrank import fill_starts
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.parameter_modules import ParameterModule
 
-pytest.importorskip("transformers")
-pytest.importorskip("torchvision")
 KINDS = list(TARGETS)
 METHODS = ("lora", "pissa", "polar", "amt")
 FUSED = pytest.mark.parametrize("need_grad", [False, True], ids=["no_grad", "grad"])
@@ -249,7 +247,6 @@ def test_meta_device_takes_stock_keys(kind: str) -> None:
     ],
 )
 def test_other_methods_refuse_by_name_and_leave_out_of_all_linear(method: str, options: dict, kind: str) -> None:
-    pytest.importorskip("peft")
     model, stock = reader(kind), snapshot(reader(kind))
     named = TARGETS[kind][0]
     with pytest.raises(UserError, match=rf"{named}'.* reads.*only plain factors can be added to it, without dropout"):

@@ -422,7 +422,6 @@ def test_merged_is_the_faded_model_in_stock_classes(dtype: torch.dtype, toleranc
 
 
 def test_merged_and_exported_updates_are_of_rank_r_in_stock_order(tmp_path) -> None:
-    pytest.importorskip("peft")
     model, stock = adapted(), tiny_vit()
     set_fade(model, 1.0)
     expected = model(images())

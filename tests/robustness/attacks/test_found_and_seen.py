@@ -41,8 +41,6 @@ def pixel_net(dtype):
 
 
 def case(name, norm, dtype):
-    if name.startswith("torchattacks:"):
-        pytest.importorskip("torchattacks")
     restarts = 2 if name in ("pgd", "square", "fab", "torchattacks:PGD") else None
     epsilon = BUDGETS[norm] * (3 if name in WEAK else 1)
     spec = AttackSpec(name, epsilon, norm=norm, steps=LENGTHS.get(name, 4), restarts=restarts)
@@ -176,7 +174,6 @@ def test_every_restart_of_an_attack_with_draws_for_a_whole_batch_draws_anew(name
     ],
 )
 def test_a_hosted_attack_is_filed_under_the_norm_of_its_radius(name, norm, words):
-    pytest.importorskip("torchattacks")
     _, net, images, labels = case("pgd", "linf", torch.float32)
     with pytest.raises(UserError, match=words):
         module.attack(net, images, labels, AttackSpec(name, 0.5, norm=norm), num_classes=CLASSES)

@@ -19,7 +19,6 @@ from vismt.engine import blocks
 
 @pytest.fixture(scope="module")
 def result() -> Ratios:
-    pytest.importorskip("peft")
     torch.compiler.reset()
 
     def loss(model: nn.Module) -> Tensor:

@@ -13,8 +13,6 @@ from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.metatune.protocol.protocol import run_protocol
 
-pytest.importorskip("sklearn")
-
 
 @pytest.fixture
 def bench() -> fewshot.FewShotBench:

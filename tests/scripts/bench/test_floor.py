@@ -17,7 +17,6 @@ def loss(model: nn.Module) -> Tensor:
 
 
 def test_products_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peft")
     monkeypatch.setattr(core, "RANK", 2)
     variants = core._variants(tiny_vit().train(), "head")
     products = floor._products(variants[LORA], loss)

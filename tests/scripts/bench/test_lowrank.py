@@ -60,7 +60,6 @@ def test_what_is_timed_beside_ours_gives_the_same_values(monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_the_whole_benchmark_runs() -> None:
-    pytest.importorskip("peft")
     pytest.importorskip("attr")
     text = "\n".join(str(result) for result in lowrank.run(rounds=1))
     rows = ("vismt exact / peft pissa", "energy missed", "vismt corda kpm / peft corda", "vismt svd / peft svd")

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-
 from helpers.lm_parts import save_lm, tokenizer
 
 from scripts.bench import memory
@@ -19,7 +15,6 @@ VARIANTS = ("vismt lora r=2", "peft lora r=2", "vismt ilora r=2", "LISA 2 of 8",
 
 @pytest.fixture(scope="module")
 def result():
-    pytest.importorskip("peft")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "SIZES", Decoder(hidden=32, ffn=48, heads=4, kv_heads=2, head_dim=8, vocabulary=40))
         patch.setattr(memory, "LENGTH", 16)
@@ -83,7 +78,6 @@ def test_the_table_shows_each_variant_and_below_it_the_formula(result) -> None:
 def test_a_model_by_its_name(tmp_path, monkeypatch) -> None:
     """Grouped queries and a tied head, whose tensor is trained and stepped once; the same formula, to the byte."""
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("peft")
     monkeypatch.setattr(memory, "LENGTH", 8)
     monkeypatch.setattr(memory, "RANK", 2)
     monkeypatch.setattr(memory, "EXPERTS", 2)
@@ -121,7 +115,6 @@ def test_models_that_the_formula_does_not_describe(tmp_path, capsys) -> None:
 
 @pytest.mark.slow
 def test_the_real_sizes() -> None:
-    pytest.importorskip("peft")
     result = memory.run(rounds=1)[0]
     measured, full = result.measured, result.measured[memory.FULL]
     shares = {name: (costs.activations / full.activations, costs.peak / full.peak) for name, costs in measured.items()}

@@ -9,7 +9,6 @@ from helpers.language_models import random_lm
 from scripts.bench import serve
 from vismt.base.errors import UserError
 
-pytest.importorskip("peft")
 CPU = torch.device("cpu")
 
 

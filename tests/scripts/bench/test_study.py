@@ -11,8 +11,6 @@ import yaml
 from scripts.bench import study
 from vismt.base.errors import UserError
 
-pytest.importorskip("sklearn")
-
 
 @pytest.mark.slow
 def test_workers_and_one_process_have_equal_results(tmp_path: Path) -> None:

@@ -44,7 +44,6 @@ def test_the_table_gives_medians_ratios_sizes_and_targets() -> None:
 
 @pytest.mark.slow
 def test_core_bench_measures_every_variant() -> None:
-    pytest.importorskip("peft")
     results = core.run(rounds=1)
     for result in results:
         saved, saved_by_peft = result.sizes[timing.SAVED]["vismt lora"], result.sizes[timing.SAVED]["peft lora"]
