@@ -85,6 +85,9 @@ def test_the_area_under_the_risk_coverage_curve_is_the_mean_of_its_values() -> N
     assert low < 1 / 3 < high
     # all wrong: no draw differs, but the next answer can be right
     assert risk_coverage_interval(confidences, torch.ones(4)) == wilson(4, 4) != (1.0, 1.0)
+    # draws without the right answer: their area is 1, and not the next number
+    one_right = (torch.arange(26) != 13).double()
+    assert risk_coverage_interval(torch.linspace(0.1, 0.9, 26).double(), one_right)[1] == 1
     # without an order the area is the error, whatever the order in memory
     for order in ([1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]):
         assert float(risk_coverage_values(torch.ones(4), torch.tensor(order)).mean()) == pytest.approx(0.25)

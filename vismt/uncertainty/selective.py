@@ -82,5 +82,6 @@ def risk_coverage_interval(
     for _ in range(resamples):
         drawn = torch.randint(n, (n,), generator=generator)
         areas.append(risk_coverage_values(confidences[drawn], wrong[drawn]).mean())
-    low, high = torch.stack(areas).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    ends = torch.stack(areas).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    low, high = ends.clamp(max=1).tolist()  # the sum of a draw without a right answer is rounded
     return low, high
