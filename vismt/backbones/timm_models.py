@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vismt.backbones.asset_cards import AssetCard
 from vismt.backbones.assets import get_asset, list_assets, load_asset_card
@@ -104,20 +103,8 @@ def as_backbone(
 
 def skeleton(name: str, img_size: int | tuple[int, int] | None = None, *, num_classes: int = 0) -> nn.Module:
     """Return timm's model of a backbone on the meta device: its modules and shapes without values, made in no time."""
-    with torch.device("meta"), Undrawn():
+    with torch.device("meta"):
         return create(name, img_size, num_classes=num_classes).vit
-
-
-class Undrawn(TorchFunctionMode):
-    """Leave out the start values of parameters, which torch on the meta device draws six times slower than real ones."""
-
-    NAMES = frozenset({"normal_", "uniform_", "erfinv_", "clamp_", "mul_", "add_", "fill_", "zero_"})
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return args[0] if function.__name__ in self.NAMES else function(*args, **kwargs)
 
 
 def widen_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
