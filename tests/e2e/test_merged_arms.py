@@ -9,6 +9,7 @@ from helpers.tiny_runs import SHORT, run_config, written
 from vismt.base.errors import UserError
 from vismt.engine.training_files import ADAPTER
 from vismt.jobs import load_config, make_job, open_run
+from vismt.jobs.classification import job as classification_job
 from vismt.jobs.classification.config import check
 from vismt.jobs.classification.merging import FILE, KEYS
 from vismt.lowrank import combine, read_updates
@@ -150,3 +151,10 @@ def test_what_cannot_be_merged_is_refused_before_the_training(tmp_path: Path, ch
     job = make_job(config, tmp_path / "run")
     with pytest.raises(UserError, match=text):
         job.check_training()
+
+
+def test_arms_of_several_rules_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr(classification_job, "check_arms", lambda job, data, config: checked.extend(config.merge.arms))
+    make_job(load_config(written(tmp_path / "tasks.yaml", SMALL)), tmp_path / "run").check_training()
+    assert checked == OF

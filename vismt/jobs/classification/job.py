@@ -82,7 +82,9 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
 
     def check_arm(self, config: MultitaskConfig) -> None:
         super().check_arm(config)
-        if config.merge is not None:
+        merges = [arm.merge for arm in self.study.arms.values() if arm.merge is not None]
+        # Where several rules merge the same arms, with the first of them.
+        if config.merge is not None and config.merge == next(m for m in merges if m.arms == config.merge.arms):
             check_arms(self, self.data, config)
 
     def train_one(self, training: Training) -> None:
