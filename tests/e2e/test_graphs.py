@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -161,3 +162,15 @@ def test_what_onnx_needs_is_named(tmp_path: Path, monkeypatch, capsys) -> None:
     for name in ("onnx", "torch"):
         write_graph(graph, name, tmp_path)
         assert str(Path(graphs.__file__).parent).encode() not in (tmp_path / NAMES[name]).read_bytes()
+
+
+def test_a_graph_that_onnxruntime_does_not_run_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object) -> None:
+        raise RuntimeError("INVALID_ARGUMENT:\nanother batch")
+
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: SimpleNamespace(run=run))
+    graph = image_graph(Named(nn.Sequential(nn.Flatten(), nn.Linear(192, 2))), (8, 8), {"logits": {}})
+    with pytest.raises(UserError, match=r"INVALID_ARGUMENT: another batch.*other format") as error:
+        write_graph(graph, "onnx", tmp_path)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
