@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from helpers.tiny_runs import SHORT, run_config, written
 import vismt
 from vismt.backbones.timm_models import create
 from vismt.cli import main
+from vismt.data.images import open_images
 from vismt.jobs import open_run
 from vismt.storage.lines import read_lines
 
@@ -179,6 +181,18 @@ def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_
         ({"evaluate": section("evaluate", models=["clean"]), "pool": {"levels": [1]}}, "pool.clean"),
         ({"evaluate": section("evaluate", models=["merged"]), "pool": {"folder": "nowhere"}, "train": None}, "nowhere"),
         ({"merging": {"balance": 2}}, "balance"),
+        (
+            {"source": section("source", labels="set"), "pool": section("pool", weight_attack="paper")},
+            "source.labels of '0.5': set with pool.weight_attack paper",
+        ),
+        (
+            {
+                "source": section("source", labels="set"),
+                "pool": {"experts": [{"source": ["photo_crops:train", "mnist"], "level": 8}]},
+                "evaluate": section("evaluate", models=["merged"]),
+            },
+            "set with the sets photo_crops:train, mnist",
+        ),
         ({"merging": {"trim": {"attn.qvk": 0.5}}}, "merging.trim: no module matches 'attn.qvk'"),
         ({"meta": {"algorithm": "maml"}}, "no pool section"),
         ({"meta": {"algorithm": "mamml"}, "pool": None, "evaluate": section("evaluate", models=["adapted"])}, "maml"),
@@ -205,6 +219,17 @@ def test_a_collapsed_expert_is_said(tmp_path: Path, capsys) -> None:
     assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
     error = capsys.readouterr().err
     assert "collapsed to the uniform prediction" in error or "not finite" in error
+
+
+def test_an_arm_on_class_labels_starts_at_the_means_of_its_classes(tmp_path: Path) -> None:
+    source = section("source", labels="set", scale=20)
+    evaluated = section("evaluate", models=["classes"])
+    attack = {"levels": [0.5], "weight_attack": "none", "weight": 0}
+    run = run_config(write(tmp_path, pool=None, source=source, arms={"classes": {"pool": attack}}, evaluate=evaluated))
+    first = read_lines(run / "arms" / "classes" / TRAINING / "metrics.jsonl")[0]
+    classes = len(open_images("photo_crops", "train").classes)
+    assert 0 < first["loss"] < math.log(classes)  # what vectors without a start would have
+    assert "photo\\_crops:train by class labels under linf 0.5/255" in (run / "report.md").read_text()
 
 
 @pytest.mark.parametrize("algorithm", ["maml", "metasgd"])

@@ -9,6 +9,8 @@ from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.metatune import ProtoNet, cosine_logits, prototypes
+from vismt.metatune.protocol.episodes import EpisodeSampler
+from vismt.metatune.protonet import EpisodeBatches, EpisodeObjective
 
 
 def rand(*shape, seed=0):
@@ -121,3 +123,25 @@ def test_the_task_classifier_is_frozen():
     with torch.no_grad():
         net.scale.mul_(3)
     assert torch.equal(classifier(query), before)
+
+
+def test_labels_of_the_set_are_learned_by_a_vector_for_each_class():
+    images, labels = torch.rand(30, 3, 8, 8), torch.arange(30) % 6
+    sampler = EpisodeSampler(labels, ways=3, shots=1, queries=2)
+    sources = [(images.__getitem__, sampler.__getitem__)]
+    batch, episode = EpisodeBatches(sources, seed=0, augment=None, classes=True)(4), sampler[4]
+    drawn = torch.cat([episode.support, episode.query])
+    assert torch.equal(batch["query"], images[drawn]) and torch.equal(batch["query_labels"], labels[drawn])
+    assert len(batch["support"]) == len(batch["support_labels"]) == 0
+    # The plain form has the ways 0 to 2 of the support and the queries.
+    assert EpisodeBatches(sources, seed=0, augment=None)(4)["query_labels"].tolist() == [0, 0, 1, 1, 2, 2]
+    net, backbone = ProtoNet(Backbone(), 5.0), Backbone()
+    net.vectors = nn.Parameter(rand(6, 6, seed=1))
+    loss = EpisodeObjective(net)(batch)["loss"]
+    loss.backward()
+    vectors = net.vectors.detach().clone().requires_grad_()
+    logits = 5 * F.normalize(backbone(images[drawn])) @ F.normalize(vectors).T
+    F.cross_entropy(logits, labels[drawn]).backward()
+    assert torch.allclose(net.vectors.grad, vectors.grad, atol=1e-6) and vectors.grad.abs().max() > 1e-3
+    assert torch.allclose(net.backbone.conv.weight.grad, backbone.conv.weight.grad, atol=1e-6)
+    assert set(net.own_tensors()) == {"scale"}

@@ -2,7 +2,8 @@
 
 Snell et al., arXiv 1703.05175, with the cosine classifier of Hu et al. (P>M>F), arXiv 2204.07305, as AMT uses it:
 features are averaged without normalisation and normalised only inside the cosine. The additive bias of the released
-classifier shifts every logit equally and is left out.
+classifier shifts every logit equally and is left out. Training on class labels takes a learned vector of each class in place
+of p_c.
 """
 
 from __future__ import annotations
@@ -83,8 +84,11 @@ class ProtoNet(nn.Module):
     """A backbone, images (b, 3, h, w) in [0, 1] -> features (b, d), with a cosine prototype classifier on top.
 
     `scale` is a trainable Parameter, shape (), init 10 (the authors train it with the adapters). Queries never enter
-    the prototypes, so a query's logits do not depend on the other queries.
+    the prototypes, so a query's logits do not depend on the other queries. `vectors`, None or a Parameter (C, d) that no run
+    saves, replaces the prototypes in training.
     """
+
+    vectors: nn.Parameter | None
 
     not_sharded = "few-shot training calls parts of the backbone on whole weights; take torchrun"
 
@@ -95,11 +99,16 @@ class ProtoNet(nn.Module):
         reference = next(backbone.parameters(), None)
         device = reference.device if reference is not None else None
         self.scale = nn.Parameter(torch.empty((), device=device))
+        self.register_parameter("vectors", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set the scale to its initial value."""
         nn.init.constant_(self.scale, self.initial_scale)
+
+    def centres(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the prototypes of support features (s, d) and labels (s,), or the learned vectors."""
+        return prototypes(features, labels) if self.vectors is None else self.vectors
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that a run saves with the adapter."""
@@ -114,7 +123,7 @@ class ProtoNet(nn.Module):
     def forward(self, support_images: Tensor, support_labels: Tensor, query_images: Tensor) -> Tensor:
         """Return query logits (M, N) from (s, 3, h, w), (s,), (M, 3, h, w); gradients reach both image sets and the scale."""
         support, query = self.features(support_images, query_images)
-        return cosine_logits(query, prototypes(support, support_labels), self.scale)
+        return cosine_logits(query, self.centres(support, support_labels), self.scale)
 
     def features(self, *images: Tensor) -> tuple[Tensor, ...]:
         """Return the features (b, d) of each batch of images, from one pass: a CPU multiplies few rows slowly."""
@@ -151,7 +160,7 @@ class EpisodeBatches:
     """batches(k) -> the k-th training episode as image tensors.
 
     sources: (pixels by index, episode by number) of each source set; a batch draws one of them uniformly. augment: (images,
-    seed) -> images.
+    seed) -> images. classes: whether all images of an episode are queries, labelled by their class in the set.
     """
 
     def __init__(
@@ -160,8 +169,9 @@ class EpisodeBatches:
         *,
         seed: int,
         augment: Augmentation | None,
+        classes: bool = False,
     ) -> None:
-        self.sources, self.seed, self.augment = sources, seed, augment
+        self.sources, self.seed, self.augment, self.classes = sources, seed, augment, classes
 
     def __call__(self, number: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, "source", number))
@@ -170,11 +180,14 @@ class EpisodeBatches:
         images = pixels(torch.cat([episode.support, episode.query]))
         if self.augment is not None:
             images = self.augment(images, mix_seed(self.seed, "augment", number))
-        support, query = images.split([len(episode.support), len(episode.query)])
+        first, last = episode.support_labels, episode.query_labels
+        if self.classes:
+            first, last = first[:0], episode.classes[torch.cat([first, last])]
+        support, query = images.split([len(first), len(last)])
         return {
             "support": support,
-            "support_labels": episode.support_labels,
+            "support_labels": first,
             "query": query,
-            "query_labels": episode.query_labels,
+            "query_labels": last,
             "number": torch.tensor(number),
         }

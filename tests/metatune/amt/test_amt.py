@@ -168,6 +168,23 @@ def test_every_form_equals_copies_of_the_model(attacks: list[dict], weight: str,
     assert changed == set(gradients)
 
 
+@pytest.mark.parametrize("weight", ["none", "joint"])
+def test_on_class_labels_it_is_trades_with_a_vector_for_each_class(attacks: list[dict], weight: str) -> None:
+    proto, batch = adapted(), episode(7)
+    batch |= {"query": torch.cat([batch["support"], batch["query"]]), "support": batch["support"][:0]}
+    batch |= {"query_labels": torch.arange(18) % 10, "support_labels": batch["support_labels"][:0]}
+    proto.vectors = nn.Parameter(torch.randn(10, 32, generator=torch.Generator().manual_seed(3)))
+    adversary = Adversary(epsilons=(0.5 / 255,), weight_attack=weight, gamma=1e-6)
+    AdversarialObjective(proto, adversary)(batch)["loss"].backward()
+    vectors = proto.vectors.detach().clone().requires_grad_()
+    clean, attacked = (
+        proto.scale.detach() * F.normalize(proto.backbone(images).detach()) @ F.normalize(vectors).T
+        for images in (batch["query"], attacks[-1]["adversarial"])
+    )
+    trades(clean, attacked, batch["query_labels"], adversary.weight)[0].backward()
+    assert close(proto.vectors.grad, vectors.grad, 1e-3) and len(attacks[-1]["images"]) == 18
+
+
 def test_the_forms_are_different_functions(attacks: list[dict]) -> None:
     """The gradients of the forms differ by far more than the tolerance of the test above."""
     gradients = {}

@@ -90,7 +90,7 @@ def strategy_of(config: FewShotConfig, stem: str) -> str:
 
 def trained_on(config: FewShotConfig) -> str:
     """Return the sets of an arm's training episodes, and the attack on an expert's."""
-    sets = ", ".join(config.source.data)
+    sets = ", ".join(config.source.data) + (" by class labels" if config.source.labels == "set" else "")
     if not isinstance(config, ExpertConfig):
         return sets
     adversary = config.adversary

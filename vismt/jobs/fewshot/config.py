@@ -48,6 +48,8 @@ class SourceConfig:
         flip: whether images are mirrored at random.
         hierarchy: draw the ways within one superclass.
         scale: of the cosine classifier's logits at the start; it is trained.
+        labels: episode classifies queries by the prototypes of their episode; set classifies all images of an episode by
+            a learned vector for each class of the one set in data, which no evaluation uses.
     """
 
     data: list[str] = field(default_factory=list)
@@ -60,6 +62,7 @@ class SourceConfig:
     flip: bool = True
     hierarchy: bool = False
     scale: Annotated[float, within(above=0)] = 10.0
+    labels: Annotated[str, Names(("episode", "set"), only=True)] = "episode"
 
 
 @dataclass(frozen=True)

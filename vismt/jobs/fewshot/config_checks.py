@@ -10,7 +10,7 @@ from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.study import ALONE, check_arms
 from vismt.jobs.calibration import check_calibration
 from vismt.jobs.fewshot.arms import evaluated_models, planned_experts, resolve_experts, split_head, untrained_arms
-from vismt.jobs.fewshot.config import DEFAULT, EXPERT, FROZEN, POOLED, PROTOTYPES, SINGLE, FewShotConfig
+from vismt.jobs.fewshot.config import DEFAULT, EXPERT, FROZEN, POOLED, PROTOTYPES, SINGLE, ExpertConfig, FewShotConfig
 from vismt.jobs.fewshot.pool_experts import CLEAN
 from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.robustness.conditions import check_conditions
@@ -39,7 +39,8 @@ def check(config: FewShotConfig) -> None:
         () if trains else ("model",),
     )
     _check_arm_keys(config)
-    resolve_experts(config)  # raises for an arm that is not one expert
+    for name, arm in resolve_experts(config).items():  # raises for an arm that is not one expert
+        _check_labels(arm, "" if name == ALONE else f" of '{name}'")
     if config.tune is not None and not (config.select is not None and config.select.data):
         raise UserError("tune: the rates are judged on validation tasks; name their sets in select.data.")
 
@@ -97,6 +98,18 @@ def _check_values(config: FewShotConfig, trains: bool) -> None:
     if repeated:
         name = min(repeated)
         raise UserError(f"adapt.options: '{name}' is not an option but the key adapt.{name} (seed: at the top).")
+
+
+def _check_labels(arm: FewShotConfig, of: str) -> None:
+    if arm.source.labels == "episode":
+        return
+    wrong = "a meta section" if arm.meta is not None else ""
+    if len(arm.source.data) > 1:
+        wrong = f"the sets {', '.join(arm.source.data)}"
+    elif isinstance(arm, ExpertConfig) and arm.adversary is not None and arm.adversary.weight_attack == "paper":
+        wrong = "pool.weight_attack paper"
+    if wrong:
+        raise UserError(f"source.labels{of}: set with {wrong}; take labels episode, or one set of data, without that.")
 
 
 def _check_evaluation(config: FewShotConfig) -> None:

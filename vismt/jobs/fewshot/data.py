@@ -108,7 +108,7 @@ class FewShotData:
                 return augment(images, number, crop=(source.crop, 1.0), jitter=source.jitter, flip=source.flip)
 
         pairs = [(pixels.__getitem__, sampler.__getitem__) for pixels, sampler in zip(sets, samplers)]
-        return EpisodeBatches(pairs, seed=seed, augment=change)
+        return EpisodeBatches(pairs, seed=seed, augment=change, classes=source.labels == "set")
 
     def samplers(self, name: str, classes: list[int] | None) -> list[EpisodeSampler | VariableSampler]:
         """Return the test episodes of a set, a sampler for each number of shots; classes: their ids, None for all."""

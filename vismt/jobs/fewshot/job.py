@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from vismt.backbones import timm_models
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, WeightsUnavailable, near
 from vismt.base.objects import object_named
+from vismt.engine import runtime
 from vismt.engine.stream import Batches
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
@@ -48,7 +50,7 @@ from vismt.lowrank.model.targets import check_patterns
 from vismt.metatune.amt.objective import AdversarialObjective
 from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.maml import MamlNet
-from vismt.metatune.protonet import EpisodeObjective, ProtoNet
+from vismt.metatune.protonet import EpisodeObjective, ProtoNet, prototypes
 from vismt.report.results import Result, Score
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
@@ -57,6 +59,7 @@ from vismt.storage.lines import write_lines
 
 Net = ProtoNet | MamlNet
 AVERAGE = "average"
+FIRST = 10
 
 
 class FewShotJob(TrainingJob[FewShotConfig, Any]):
@@ -158,11 +161,22 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def objective(
         self, config: FewShotConfig, net: Net, balanced: Sequence[Tensor]
     ) -> EpisodeObjective | AdversarialObjective:
+        if isinstance(net, ProtoNet) and config.source.labels == "set":
+            net.vectors = nn.Parameter(self._class_means(net, config.source.data[0]))
         if isinstance(config, ExpertConfig) and config.adversary is not None:
             if not isinstance(net, ProtoNet):
                 raise UserError("pool: experts classify by prototypes; leave meta out.")
             return AdversarialObjective(net, replace(config.adversary, seed=config.training_seed), draw_corruption)
         return EpisodeObjective(net)
+
+    @torch.no_grad()
+    def _class_means(self, net: ProtoNet, name: str) -> Tensor:
+        """Return the prototype of every class of a set from FIRST images of each, a start near a solution."""
+        pixels, device = self.data.open(name), runtime.net_device()
+        net.to(device).eval()
+        images = [(pixels.labels == label).nonzero().flatten()[:FIRST] for label in range(len(pixels.classes))]
+        found = torch.cat([net.backbone(pixels[part].to(device)) for part in torch.cat(images).split(100)])
+        return prototypes(found, pixels.labels[torch.cat(images)].to(device))
 
     def step(self, objective: nn.Module, number: int) -> None:
         if number % 10 == 0 and isinstance(objective, AdversarialObjective):

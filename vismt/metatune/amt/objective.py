@@ -10,8 +10,8 @@ Paper and code differ; the default is the code's form, and the paper's form is a
 prints the reverse); nu normalised per tensor and for A and B at once (paper: plain gradient of the adversarial
 cross-entropy, A's update with A alone moved, B's with B alone). The code leaves the prototypes at theta (support="clean");
 the default here recomputes them at theta + nu, so that ascent and descent use the same function. The cosine's scale is
-trained, as in the release. Left out: the classifier's additive bias, which changes no loss. Pool and merging: pool.py,
-merging.py.
+trained, as in the release. Left out: the classifier's additive bias, which changes no loss. With learned vectors of classes
+in place of prototypes (protonet.py) the loss is TRADES on class labels. Pool and merging: pool.py, merging.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vismt.config.typed import Checked, Names, within
 from vismt.lowrank.model.merge import merged_copy
 from vismt.metatune.amt.input_attack import NORMS, PLAIN, PYRAMID, STARTS, Levels, pyramid_attack
 from vismt.metatune.amt.weight_attack import weight_perturbation
-from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
+from vismt.metatune.protonet import ProtoNet, cosine_logits
 
 CORRUPTION, GAUSSIAN = "corruption", "gaussian"
 THREATS = (*NORMS, CORRUPTION, GAUSSIAN)
@@ -120,7 +120,7 @@ class AdversarialObjective(nn.Module):
             of_support, features = self.proto.backbone(support), self.proto.backbone(query)
         else:
             of_support, features = self.proto.features(support, query)
-        centres = prototypes(of_support, truth)
+        centres = self.proto.centres(of_support, truth)
         clean = self._score(features, centres)
         attacked = self._attack_input(query, clean, centres, number, strength)
         adversarial = clean
@@ -172,7 +172,7 @@ class AdversarialObjective(nn.Module):
             moved = {name: p + nu[name] if name in nu and name.endswith(kind) else p for name, p in live.items()}
             classes: tuple[Tensor | None, Tensor, Tensor | None] = (None, truth, support)
             if self.adversary.support == "clean":
-                centres = prototypes(functional_call(self.proto.backbone, live, (support,)), truth)
+                centres = self.proto.centres(functional_call(self.proto.backbone, live, (support,)), truth)
                 classes = (centres, truth, None)
             scale = self.proto.scale if kind == "lora_A" else self.proto.scale.detach()
             passes.append(self._moved(moved, classes, images, labels, scale))
@@ -241,7 +241,7 @@ class AdversarialObjective(nn.Module):
             [len(part) for part in parts]
         )
         if support is not None:
-            centres, features = prototypes(features[0], truth), features[1:]
+            centres, features = self.proto.centres(features[0], truth), features[1:]
         return self._value(
             cosine_logits(features[0], centres, scale), cosine_logits(features[-1], centres, scale), labels
         )
