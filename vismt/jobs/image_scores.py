@@ -22,7 +22,7 @@ from vismt.jobs.output_conditions import ADJUSTED, against
 from vismt.jobs.risk import Thresholds, image_measures
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
-from vismt.robustness.evaluate import Form, RepeatableBatches, accuracies, certified_accuracies, evaluate_examples
+from vismt.robustness.evaluate import Form, accuracies, certified_accuracies, evaluate_examples
 from vismt.robustness.smoothing import ABSTAINED, Smoothing
 from vismt.storage.records import SHARE, Records, recorded_settings
 from vismt.uncertainty.intervals import LOWER, NUMBER, Condition, Measure
@@ -34,7 +34,7 @@ NEIGHBOURS, WIDTH = 20, 0.07
 
 def image_scores(
     net: nn.Module,
-    batches: RepeatableBatches,
+    batches: InOrder,
     specs: Sequence[DirectPerturbation],
     *,
     names: tuple[str, str, str],
@@ -52,7 +52,7 @@ def image_scores(
 
     Args:
         names: task, data and protocol of the scores.
-        records: the file of the records.
+        records: the file of the records. The scores are of the images with which it has begun.
         forms: forms of the clean logits whose probabilities have scores, by condition; of the adjusted form the accuracy. Records
             that have begun without any go on without.
         thresholds: of conformal sets and selective prediction, which are then evaluated, too (risk.py).
@@ -61,9 +61,11 @@ def image_scores(
         about: data, fingerprint and label, as for `evaluate_examples`.
     """
     records.parent.mkdir(parents=True, exist_ok=True)
+    examples = batches.images.content
     begun = recorded_settings(records)
-    if begun is not None and "forms" not in begun:
-        forms = {}
+    if begun is not None:
+        examples = str(begun.get("examples", ""))
+        forms = forms if "forms" in begun else {}
     by_label = {condition.label: form for condition, form in (forms or {}).items()}
     quantile = None if thresholds is None else thresholds.quantile
     rows = evaluate_examples(
@@ -75,6 +77,7 @@ def image_scores(
         quantile=quantile,
         smoothing=smoothing,
         records=records,
+        examples=examples,
         **about,
     )
     measures: list[tuple[Condition, Measure]] = []
@@ -90,7 +93,7 @@ def image_scores(
         measures.append((smoothing.abstention, Measure("abstentions", abstained, counts=True, better=LOWER)))
     if thresholds is not None:
         measures += image_measures(rows, specs, num_classes, thresholds)
-    return [Score(*names, measure, condition) for condition, measure in measures]
+    return [Score(*names, measure, condition, examples=examples) for condition, measure in measures]
 
 
 def form_measures(rows: Sequence[Mapping], condition: Condition) -> list[Measure]:

@@ -310,7 +310,8 @@ class Evaluation:
             images = self.data.outside(entry)
             fit = partial(self._neighbours, net, images, f"neighbours in {name}, {training.arm} seed {training.seed}")
             right = fitted_once(path, Neighbours, f"{net.fingerprint()} {names_digest(images)}", fit).right
-            scores.append(Score(TASK, name, "features", Measure("k-NN accuracy", right, counts=True), CLEAN))
+            measure = Measure("k-NN accuracy", right, counts=True)
+            scores.append(Score(TASK, name, "features", measure, CLEAN, examples=images.content))
         return scores
 
     def _neighbours(self, net: PixelNet, images: Gathered, label: str) -> Neighbours:

@@ -78,7 +78,8 @@ class Evaluation:
                     if folds > 1:  # which have other numbers of rows, and one score
                         rows = f"{split} rows of {folds} folds"
                     unit = "users" if users else "rows"
-                    scores.append(Score(task_name, name, f"{task.about}, {rows}", measure, condition, unit))
+                    examples = self.data.content(task_name, split, name)
+                    scores.append(Score(task_name, name, f"{task.about}, {rows}", measure, condition, unit, examples))
         return scores + self._detection(training, split)
 
     def _detection(self, training: Training, split: str) -> list[Score]:
