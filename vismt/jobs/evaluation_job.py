@@ -35,6 +35,7 @@ from vismt.report.tables import Section, row_text
 from vismt.report.trainings import training_sections
 from vismt.report.writer import DEFAULT_FORMATS, run_heading, write_report
 from vismt.robustness.conditions import AttackConfig
+from vismt.storage.paths import file_name
 from vismt.uncertainty.intervals import averaged, interval_kind_text, over_seeds
 
 Config = TypeVar("Config", bound=StudyConfig)
@@ -126,6 +127,16 @@ class EvaluationJob(ABC, Generic[Config]):
 
     def check(self) -> None:
         """Raise UserError for what a configuration names, before data is decoded and a run folder is made."""
+
+    def check_names(self) -> None:
+        """Raise UserError where two models would have the same files of records."""
+        seen: dict[str, str] = {}
+        for arm in self.evaluated():
+            other = seen.setdefault(file_name(arm), arm)
+            if other != arm:
+                raise UserError(
+                    f"arms: '{other}' and '{arm}' are both '{file_name(arm)}' in names of files; rename one."
+                )
 
     # ---- a job that trains nothing ----------------------------------------------------------------------------------------
 
