@@ -98,9 +98,9 @@ def test_edges_are_one_line(tmp_path: Path, name: str, change: str, message: str
 def test_models_whose_files_would_have_one_name_are_refused(tmp_path: Path, arms: str) -> None:
     path, changes = CONFIGS / "fewshot" / "cross_domain.yaml", [f"arms={arms}", "head.name=prototypes"]
     changes.append("evaluate.models=[frozen, adapted, adapted+ridge]")
-    with pytest.raises(UserError, match=r"arms: '.*' and '.*' are both '.*' in names of files; rename one"):
-        with started_config(load_config(path, changes), tmp_path / "run"):
-            pass
+    message = r"arms: '.*' and '.*' are both '.*' in names of files; rename one"
+    with pytest.raises(UserError, match=message), started_config(load_config(path, changes), tmp_path / "run"):
+        pass
     assert not (tmp_path / "run").exists()
 
 

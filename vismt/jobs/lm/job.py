@@ -31,6 +31,7 @@ from vismt.jobs.lm.config import (
     RECOMMENDER,
     LmCalibrationConfig,
     LmConfig,
+    LmEvaluateConfig,
     recommends,
     task_of,
     trained_task,
@@ -146,6 +147,14 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
     @property
     def split(self) -> str:
         return self.config.evaluate.split
+
+    def check(self) -> None:
+        samples = self.config.evaluate.samples
+        if samples != LmEvaluateConfig.samples:  # not in `check` of the configuration: earlier folders are opened
+            raise UserError(
+                f"evaluate.samples: {samples} has no effect, as Bayesian heads answer without draws; leave it out."
+            )
+        super().check()
 
     def check_data(self) -> None:
         for task in self.data.tasks:
