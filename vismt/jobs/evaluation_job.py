@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -63,6 +63,7 @@ class EvaluationJob(ABC, Generic[Config]):
         self.hash = config_hash
         self.study: Study[Config] = self.make_study()
         self._printed: set[str] = set()  # the lines of scores that this process has printed
+        self.part_done: Callable[[], object] = lambda: None  # called with each checkpoint and evaluated model
 
     def make_study(self) -> Study[Config]:
         """Return the study of the configuration."""
@@ -200,6 +201,7 @@ class EvaluationJob(ABC, Generic[Config]):
             try:
                 trainings = self.trainings(arm)
                 scores[arm] = {training.seed: self.evaluate_one(training, attacks) for training in trainings}
+                self.part_done()
             except UserError as error:
                 if ranks.count() > 1:  # other processes may wait for a part of this arm
                     raise
