@@ -187,8 +187,8 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         once = [
             path
             for path, module in net.lm.named_modules()
-            if module in lower or (net.first and isinstance(module, nn.Embedding))
-        ]
+            if module in lower or (net.first and (isinstance(module, nn.Embedding) or path.endswith("project_in")))
+        ]  # OPT projects narrow embeddings
         method = super().prepare(net, config)
         for path in once:
             for name, parameter in net.lm.get_submodule(path).named_parameters():
