@@ -76,7 +76,7 @@ def test_thresholds_are_of_the_answers_that_are_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["pixels", "labels"])
-def test_scores_tell_their_images_from_others_of_the_same_names(tmp_path, monkeypatch, other):
+def test_scores_tell_their_images_from_others_of_the_same_names(tmp_path, monkeypatch, capsys, other):
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
 
     def scores(run, size=SIZE):
@@ -92,8 +92,10 @@ def test_scores_tell_their_images_from_others_of_the_same_names(tmp_path, monkey
     else:
         (tmp_path / "data" / "red" / "00.png").rename(tmp_path / "data" / "blue" / "09.png")
     assert scores("second").examples not in (first.examples, "")
+    assert "other images" not in capsys.readouterr().out
     if other == "pixels":
         assert scores("first") == first  # whose answers are on record
+        assert "is of other images than are there now; move it away" in capsys.readouterr().out
         path = next((tmp_path / "first").rglob("answers*.jsonl"))
         header, *rows = read_lines(path)
         del header["settings"]["examples"]

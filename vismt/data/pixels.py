@@ -146,8 +146,8 @@ class Pixels:
 
     @property
     def content(self) -> str:
-        """A digest of the images as they are stored, whatever `size` is; "" for a set too large to store."""
-        known = self.images.cached and len(self) * 3 * self.size**2 <= STORE_BYTES
+        """A digest of the images as they are in any copy, whatever `size` is; "" where that is not known without reading all."""
+        known = self.images.cached and not self.images.timed and len(self) * 3 * self.size**2 <= STORE_BYTES
         return digest(self.images.content().encode()) if known else ""
 
     @cached_property

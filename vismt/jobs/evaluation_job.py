@@ -129,7 +129,7 @@ class EvaluationJob(ABC, Generic[Config]):
     def check(self) -> None:
         """Raise UserError for what a configuration names, before data is decoded and a run folder is made."""
 
-    def check_names(self) -> None:
+    def check_model_names(self) -> None:
         """Raise UserError where two models would have the same files of records."""
         seen: dict[str, str] = {}
         for arm in self.evaluated():

@@ -24,7 +24,7 @@ from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.evaluate import Form, accuracies, certified_accuracies, evaluate_examples
 from vismt.robustness.smoothing import ABSTAINED, Smoothing
-from vismt.storage.records import SHARE, Records, recorded_settings
+from vismt.storage.records import SHARE, Records, begun_on, recorded_settings
 from vismt.uncertainty.intervals import LOWER, NUMBER, Condition, Measure
 from vismt.uncertainty.probability_metrics import binned_gaps, detection_values, quality_measures
 
@@ -52,7 +52,7 @@ def image_scores(
 
     Args:
         names: task, data and protocol of the scores.
-        records: the file of the records. The scores are of the images with which it has begun.
+        records: the file of the records.
         forms: forms of the clean logits whose probabilities have scores, by condition; of the adjusted form the accuracy. Records
             that have begun without any go on without.
         thresholds: of conformal sets and selective prediction, which are then evaluated, too (risk.py).
@@ -61,11 +61,10 @@ def image_scores(
         about: data, fingerprint and label, as for `evaluate_examples`.
     """
     records.parent.mkdir(parents=True, exist_ok=True)
-    examples = batches.images.content
+    examples = begun_on(records, batches.images.content)
     begun = recorded_settings(records)
-    if begun is not None:
-        examples = str(begun.get("examples", ""))
-        forms = forms if "forms" in begun else {}
+    if begun is not None and "forms" not in begun:
+        forms = {}
     by_label = {condition.label: form for condition, form in (forms or {}).items()}
     quantile = None if thresholds is None else thresholds.quantile
     rows = evaluate_examples(

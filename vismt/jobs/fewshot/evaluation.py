@@ -46,7 +46,7 @@ from vismt.robustness.conditions import (
     worst_cases,
 )
 from vismt.robustness.masking import check_episodes
-from vismt.storage.records import recorded_settings
+from vismt.storage.records import begun_on
 from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure
 from vismt.uncertainty.probability_metrics import quality_measures
 from vismt.uncertainty.temperature import fit_temperature
@@ -108,8 +108,7 @@ class Evaluation:
         tempered = settings.probabilities and self.config.select is not None
         outside = {against(row_name(entry)): self.data.open(entry) for entry in settings.ood}
         smoothing = None if ending else settings.certify
-        begun = recorded_settings(records)
-        examples = self.data.open(name).content if begun is None else str(begun.get("examples", ""))
+        examples = begun_on(records, self.data.open(name).content)
         worst = worst_cases(specs, sampler.min_ways)
         results = run_protocol(
             models.task(arm, name),
