@@ -158,15 +158,17 @@ def detection_score(
     name: str,
     names: tuple[str, str, str],
     unit: str = "images",
+    contents: Sequence[str] = (),
 ) -> Score:
     """Return the AUROC with which a confidence tells evaluated examples x from the examples x' of a set of other classes.
 
         AUROC = P(max_c p_c(x) > max_c p_c(x')) + 1/2 P(equal)
 
     The confidence is the maximum softmax probability (Hendrycks and Gimpel, ICLR 2017, arXiv 1610.02136). inside, outside: by
-    id. name: of the other set in rows of results. names: task, data and protocol of the score. unit: of the examples.
+    id. name: of the other set in rows of results. names: task, data and protocol of the score. unit: of the examples. contents:
+    what tells the examples of the two sets from others, "" where that is not known.
     """
     values = detection_values(*(-torch.tensor(list(part.values()), dtype=torch.float64) for part in (inside, outside)))
     ids = [*inside, *(f"ood {image}" for image in outside)]
     measure = Measure("AUROC", dict(zip(ids, values.tolist(), strict=True)), NUMBER, chance=0.5)
-    return Score(*names, measure, against(name), unit)
+    return Score(*names, measure, against(name), unit, " ".join(contents) if all(contents) else "")

@@ -297,7 +297,11 @@ class Evaluation:
                         f"{row_name(name)} against {task}, {training.arm} seed {training.seed}",
                     )
                 protocol = f"{settings.split} images, detection"
-                scores.append(detection_score(inside, outside, row_name(name), (TASK, task, protocol)))
+                about, contents = (
+                    (TASK, task, protocol),
+                    [self.data.part(number, settings.split).content, images.content],
+                )
+                scores.append(detection_score(inside, outside, row_name(name), about, contents=contents))
         return scores
 
     @torch.no_grad()

@@ -90,8 +90,11 @@ class Evaluation:
             for name in self.data.names(task, split)
         }
         protocol = f"{self.data.tasks[task].about}, detection"
+        contents = {name: self.data.content(task, split, name) for name in sure}
         return [
-            detection_score(sure[name], sure[other], other, (task, name, protocol), "rows")
+            detection_score(
+                sure[name], sure[other], other, (task, name, protocol), "rows", [contents[name], contents[other]]
+            )
             for other in outside
             for name in sure
             if name not in outside
