@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.own_images import ByColour, Pictures, write_folder, write_table
+from helpers.own_images import ByColour, Pictures, picture, write_folder, write_table
 from helpers.tiny import tiny_vit
 from torch import nn
 from torchvision.datasets import ImageFolder
@@ -68,6 +68,16 @@ def test_fewshot_is_the_protocol_on_the_stock_model(folder: Path) -> None:
     assert {(row.data, row.arm, row.n, row.unit) for row in results} == {
         ("pictures", "VisionTransformer", 4, "episodes")
     }
+
+
+def test_episodes_of_other_images_with_the_same_labels_are_others(folder: Path, tmp_path: Path) -> None:
+    def examples(images: Path, size: int = 16) -> str:
+        return next(iter(vismt.evaluate_fewshot(Features(), images, **EPISODES, img_size=size))).examples
+
+    other = write_folder(tmp_path / folder.name)
+    assert examples(other) == examples(folder) == examples(folder, 8)
+    picture((0, 0, 0), 7).save(other / "red" / "00.png")
+    assert examples(other) != examples(folder)
 
 
 def test_fewshot_has_probabilities_and_sets_of_other_classes(folder: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.toy_job.job import ToyJob
 
 import vismt.jobs
 from vismt.cli import main
@@ -43,6 +46,22 @@ def test_a_toy_job_runs_reports_merges_and_goes_on(tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert main(command) == 0
     assert "done before" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_keeps_the_time_of_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(job: ToyJob, objective: object, number: int) -> None:
+        if number in (1, 16):  # the checkpoint is after step 15
+            times.append(json.loads((job.folder / "run.json").read_text())["wall_time_s"])
+        if number == 16:
+            raise KeyboardInterrupt
+        time.sleep(0.01)
+
+    times: list[float] = []
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    monkeypatch.setattr(ToyJob, "step", stop)
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 130
+    assert times[1] - times[0] > 0.15
 
 
 @pytest.mark.parametrize(

@@ -658,6 +658,7 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
     ({"evaluate.ensembles": ["lora"], "arms": {"lora": {}}}, "name two seeds or more"),
     ({"evaluate.ood": ["elsewhere"]}, "evaluate.ood: 'elsewhere'."),
     ({"evaluate.passes": 4}, "evaluate.passes: no arm has dropout"),
+    ({"evaluate.samples": 4}, "evaluate.samples: 4 has no effect"),
     ({"arms": {"frozen": {}}}, "'frozen' is the model before training"),
     ({"batch": 17}, "batch: 17, with 16 training rows"),
     ({"calibration": {"rows": 3}}, "calibration.data: names no set of texts"),
@@ -682,6 +683,19 @@ def test_positions_below_the_first_block_are_not_trained(home, tmp_path: Path, c
     config = changed(settings(home, adapt=adapt), {"model.name": str(save_lm(tmp_path / "gpt2", "gpt2"))})
     assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
     assert "trains 'transformer.wpe.weight' below model.first_block 1" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_projection_of_narrow_embeddings_is_not_trained_below_the_first_block(home, tmp_path: Path, capsys) -> None:
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 8, "ffn_dim": 32, "num_hidden_layers": 2}
+    opt = transformers.OPTConfig(vocab_size=256, num_attention_heads=2, max_position_embeddings=128, **sizes)
+    transformers.OPTForCausalLM(opt).save_pretrained(save_lm(tmp_path / "opt"))  # beside the tokenizer
+    config = changed(settings(home, adapt={"method": "lora", "rank": 2}), {"model.name": str(tmp_path / "opt")})
+    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    seen = " ".join(capsys.readouterr().err.split())
+    assert "trains 'model.decoder.project_in.lora_A' below model.first_block 1" in seen
+    config["adapt"]["options"] = {"exclude": ["project_in"]}
+    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    assert open_run(next((tmp_path / "runs").iterdir())).job.models.width == 8
 
 
 def test_an_lm_without_a_first_block_is_one_error(home, tmp_path: Path, capsys) -> None:

@@ -17,6 +17,7 @@ from vismt.report.results import read_results
 from vismt.storage.files import read_sealed
 
 OF = ["digits", "photos"]
+EMTAL = {"method": "emtal", "rank": 2, "options": {"n_experts": 4, "cluster": False}}
 SMALL = {
     "task": "multitask",
     "model": SHORT,
@@ -127,8 +128,9 @@ def test_one_line_errors(tmp_path: Path, changes: dict, text: str) -> None:
     ("changes", "text"),
     [
         ({"adapt": {"method": "lisa"}}, "arms.mean: merge.arms: 'digits': .*no low-rank factors"),
+        ({"adapt": EMTAL}, "arms.mean: merge.arms: 'digits': .*still routes"),
         (
-            {"adapt": {"method": "emtal", "rank": 2, "options": {"n_experts": 4, "cluster": False}}},
+            {"adapt": EMTAL, "fade": {}, "train": {"steps": 0, "lr": 1.0e-2}},
             "arms.mean: merge.arms: 'digits': .*still routes",
         ),
         (
@@ -151,6 +153,12 @@ def test_what_cannot_be_merged_is_refused_before_the_training(tmp_path: Path, ch
     job = make_job(config, tmp_path / "run")
     with pytest.raises(UserError, match=text):
         job.check_training()
+
+
+def test_arms_whose_routers_fade_can_be_merged(tmp_path: Path) -> None:
+    arms = {**{name: {"trained_tasks": [name]} for name in OF}, "mean": {"merge": {"arms": OF}}}
+    values = {**SMALL, "arms": arms, "adapt": EMTAL, "fade": {"start": 0.5, "end": 1.0}}
+    make_job(load_config(written(tmp_path / "tasks.yaml", values)), tmp_path / "run").check_training()
 
 
 def test_arms_of_several_rules_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

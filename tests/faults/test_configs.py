@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vismt.base.errors import UserError
 from vismt.config.sections import config_hash, override, resolved
 from vismt.config.yaml_text import parse_yaml
-from vismt.jobs import load_config, make_job
+from vismt.jobs import load_config, make_job, started_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = [
@@ -92,6 +92,16 @@ def test_edges_are_one_line(tmp_path: Path, name: str, change: str, message: str
     with pytest.raises(UserError, match=message) as error:
         make_job(load_config(CONFIGS / name, [change]), tmp_path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("arms", ["{a+b: {}, a-b: {}}", "{adapted-ridge: {}, adapted: {}}"])
+def test_models_whose_files_would_have_one_name_are_refused(tmp_path: Path, arms: str) -> None:
+    path, changes = CONFIGS / "fewshot" / "cross_domain.yaml", [f"arms={arms}", "head.name=prototypes"]
+    changes.append("evaluate.models=[frozen, adapted, adapted+ridge]")
+    message = r"arms: '.*' and '.*' are both '.*' in names of files; rename one"
+    with pytest.raises(UserError, match=message), started_config(load_config(path, changes), tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("size", [1, 0, -14, 15])

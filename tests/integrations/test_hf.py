@@ -268,6 +268,19 @@ def test_routers_of_a_timm_model_fade(tmp_path: Path) -> None:
         vismt.merge(routed.vit)
 
 
+def test_a_head_that_a_resumed_training_would_tie_is_refused(tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(save_lm(tmp_path / "lm"))
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    vismt.adapt(model, "lora", rank=2, targets=["q_proj"], also_train=["lm_head"])
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(UserError, match=r"set model\.config\.tie_word_embeddings = False"):
+        transformers.Trainer(model=model, args=arguments, callbacks=[VismtCallback()])
+    model.config.tie_word_embeddings = False
+    transformers.Trainer(model=model, args=arguments, callbacks=[VismtCallback()])
+
+
 def test_a_folder_in_the_place_of_a_package(folder: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "datasets").mkdir()
     monkeypatch.setattr("transformers.trainer.is_datasets_available", lambda: True)

@@ -182,10 +182,15 @@ def test_a_record_of_other_images_is_not_taken(evaluated, tmp_path) -> None:
     )
     path, training = tmp_path / "test.jsonl", Training(ALONE, 1e-3, 0, tmp_path)
     scored = evaluation.task_scores(lambda: None, training, "test", path)
-    evaluation.data.rows.entries.pop()
+    evaluation.data = Samples(samples[:2], config)
     fewer = evaluation.task_scores(lambda: None, training, "test", path)
     assert len(scored["depth"].images) == 3 and len(fewer["depth"].images) == 2
+    (digest,) = {score.examples for score in evaluation.as_scores(fewer, "test")}
+    evaluation.data = Samples(samples[1:], config)  # others of the same names
+    others = evaluation.task_scores(lambda: None, training, "test", tmp_path / "others.jsonl")
+    assert evaluation.as_scores(others, "test")[0].examples not in (digest, "")
     (line,) = read_lines(path)
+    evaluation.data = Samples(samples[:2], config)
     line.pop("images")
     write_lines(path, [line])
     assert evaluation.recorded_scores(path, training, "test") == fewer  # an earlier version did not write it

@@ -57,6 +57,17 @@ def test_a_table_sorted_by_label_is_divided_within_each_label(tmp_path: Path, ch
     ]
 
 
+def test_what_rows_are_does_not_depend_on_what_is_asked_of_them(tmp_path: Path) -> None:
+    def content(name: str, rows: str, **changes: object) -> str:
+        (tmp_path / name).mkdir()
+        data = opened(table(tmp_path / name, rows), **SHARES, **changes)
+        return data.content("sentiment", "test", *data.names("sentiment", "test"))
+
+    first = content("first", "0" * 12 + "1" * 8)
+    assert content("again", "0" * 12 + "1" * 8, prompt="{text}. Good?") == first
+    assert content("other", "0" * 12 + "1" * 7 + "0") != first
+
+
 def test_choices_of_a_row_of_its_own_are_no_classes(tmp_path: Path) -> None:
     """Here the label is a place in the row's list: the last rows are the test, as of rows without labels."""
     options = {"answers": {"0": " {text}", "1": " {other}"}, "label": "{label}"}

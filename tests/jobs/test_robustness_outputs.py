@@ -8,14 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.own_images import SIZE, ByColour, picture, write_folder
 from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.data.batching import InOrder
+from vismt.data.images import open_images
+from vismt.data.pixels import Pixels
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import score_set
 from vismt.jobs.robustness.models import Classifier
+from vismt.storage.lines import read_lines, write_lines
 
 LABELS = ["first/0", "first/1", "second/0", "second/1", "scenes/a/abbey", "scenes/a/alley", "scenes/b/alley"]
 CARDS = {"first": {"mnist"}, "second": {"digits"}, "scenes": {"grocery"}}
@@ -71,8 +75,38 @@ def test_thresholds_are_of_the_answers_that_are_evaluated(tmp_path):
     assert any(score.measure.metric != "accuracy" for score in scores)
 
 
+@pytest.mark.parametrize("other", ["pixels", "labels"])
+def test_scores_tell_their_images_from_others_of_the_same_names(tmp_path, monkeypatch, capsys, other):
+    monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
+
+    def scores(run, size=SIZE):
+        batches = InOrder(Pixels(open_images(tmp_path / "data"), size), 30)
+        folder = tmp_path / run
+        return score_set(Classifier(ByColour(), 3, size), batches, [], folder=folder, data="data", arm="a")[0]
+
+    write_folder(tmp_path / "data", 4)
+    first = scores("first")
+    assert first.examples and scores("at another size", 8).examples == first.examples
+    if other == "pixels":
+        picture((0, 0, 0), 7).save(tmp_path / "data" / "red" / "00.png")
+    else:
+        (tmp_path / "data" / "red" / "00.png").rename(tmp_path / "data" / "blue" / "09.png")
+    assert scores("second").examples not in (first.examples, "")
+    assert "other images" not in capsys.readouterr().out
+    if other == "pixels":
+        assert scores("first") == first  # whose answers are on record
+        assert "is of other images than are there now; move it away" in capsys.readouterr().out
+        path = next((tmp_path / "first").rglob("answers*.jsonl"))
+        header, *rows = read_lines(path)
+        del header["settings"]["examples"]
+        write_lines(path, [header, *rows])
+        assert scores("first").examples == ""  # an earlier version did not write it
+
+
 class Drawn:
     """Random images of three classes."""
+
+    content = ""
 
     def __init__(self, count: int) -> None:
         self.pixels, self.labels = torch.rand(count, 3, 1, 1), torch.arange(count) % 3

@@ -15,7 +15,7 @@ from vismt.storage.files import sealed
 from vismt.uncertainty.intervals import CLEAN
 
 
-def run(parent, name, arms, examples="", config="seed: 0\n"):
+def run(parent, name, arms, examples="drawn", config="seed: 0\n"):
     """A run folder with one set; arms: values of four episodes by arm."""
     folder = parent / name
     for arm, values in arms.items():
@@ -51,10 +51,11 @@ def test_episodes_of_another_seed_have_the_same_numbers_and_are_not_paired(tmp_p
     assert clean([a, same]).differences["pissa"].bounds == pytest.approx((0.1, 0.1))
 
 
-def test_rows_of_an_earlier_version_are_paired_within_their_run_only(tmp_path):
+@pytest.mark.parametrize("examples", [None, ""])
+def test_rows_of_unknown_examples_are_paired_within_their_run_only(tmp_path, examples):
     arms = {"lora": FROZEN, "pissa": [v + 0.1 for v in FROZEN]}
-    a, b = run(tmp_path, "a", arms, None), run(tmp_path, "b", {"polar": FROZEN}, None)
-    assert read_results(a / "results.jsonl")[0].examples is None
+    a, b = run(tmp_path, "a", arms, examples), run(tmp_path, "b", {"polar": FROZEN}, examples)
+    assert read_results(a / "results.jsonl")[0].examples == examples
     assert not clean([a, b]).paired and clean([a, b], ["lora", "pissa"]).paired
 
 

@@ -449,6 +449,17 @@ def test_kinds_of_folders(root: Path, tmp_path: Path) -> None:
     assert {one.state for one in readings(read_facts(tmp_path))} == {"refused"}
 
 
+@pytest.mark.parametrize(
+    ("name", "of_peft", "of_timm"),
+    [("lora", "write it in peft's", "merge it"), ("lisa", "load it", "merge it"), ("mtlora", "load it", "load it")],
+)
+def test_what_to_do_with_an_adapter_of_vismt_is_not_refused(name: str, of_peft: str, of_timm: str) -> None:
+    """LISA has no low-rank update to export, MTLoRA's tasks have one each and no merged weight."""
+    folder = Path(__file__).resolve().parents[1] / "golden" / "adapters" / name
+    fixes = {one.reader: one.remarks[0].fix for one in readings(read_facts(folder), None, ["peft", "timm"])}
+    assert fixes["peft"].startswith(of_peft) and fixes["timm"].startswith(of_timm)
+
+
 def test_adapter_beside_a_merged_model(tmp_path: Path, root: Path) -> None:
     """transformers takes the merged weights for the base and applies the adapter again."""
     meant, folder = written("plain", root)

@@ -17,10 +17,16 @@ from vismt.data.pixels import Pixels
 
 
 class Images(Protocol):
-    """Images with labels int64 (n,): `images[index]` is float32 (b, 3, h, w) in [0, 1] for an int64 index (b,)."""
+    """Images with labels int64 (n,): `images[index]` is float32 (b, 3, h, w) in [0, 1] for an int64 index (b,).
+
+    `content` differs for images of the same ids that are stored otherwise, "" where that is not known.
+    """
 
     labels: Tensor
     ids: list[str]
+
+    @property
+    def content(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -59,6 +65,11 @@ class Gathered:
     def key(self) -> str | None:
         keys = [pixels.key for pixels in self._stores]
         return None if None in keys else " ".join(map(str, keys))
+
+    @property
+    def content(self) -> str:
+        contents = [pixels.content for pixels in self._stores]
+        return " ".join(contents) if all(contents) else ""
 
     def __getitem__(self, index: Tensor) -> Tensor:
         size = self._stores[0].size

@@ -42,6 +42,7 @@ class ImageSet:
         groups: the group of each image by its id, which a division keeps in one part; images without an entry are alone. None:
             near-duplicates are to be found.
         cached: whether `content` tells these images from all others, so that decoded ones may be kept for later runs.
+        timed: whether `content` is of the times of files, which a copy of the same images does not have.
     """
 
     name: str
@@ -58,6 +59,7 @@ class ImageSet:
     nodes: list[list[int]] | None = None
     groups: Mapping[str, Any] | None = field(default_factory=dict)
     cached: bool = True
+    timed: bool = False
 
     def __post_init__(self) -> None:
         check_names((*self.classes, *self.ids))
@@ -106,6 +108,7 @@ class Listing:
         files: number of files in each group of the manifest, which the error for a short copy names.
         above: superclass of each class; empty where the copy does not say.
         nodes: class ids below each node of a hierarchy; empty where the copy does not say.
+        timed: as of an ImageSet.
     """
 
     classes: list[str]
@@ -116,6 +119,7 @@ class Listing:
     files: dict[str, int] = field(default_factory=dict)
     above: list[str] = field(default_factory=list)
     nodes: list[list[int]] = field(default_factory=list)
+    timed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +158,7 @@ class ImageSource(DataSource):
             superclass_names=superclass_names,
             where=shown_path(base),
             nodes=found.nodes or None,
+            timed=found.timed,
             groups=card.read_groups(NEAR_DUPLICATES if len(ids) <= DECODED else NONE),
         )
 

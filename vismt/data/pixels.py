@@ -22,6 +22,7 @@ from torch import Tensor
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.base.identity import Identity, version
+from vismt.base.seeds import digest
 from vismt.data.images import ImageSet
 from vismt.storage.cache import make_room, note_no_room, note_use
 from vismt.storage.files import new_file
@@ -106,7 +107,7 @@ class Pixels:
         rows = self.store[places]
         if self._digests is not None:
             expected = [self._digests[DIGEST * i : DIGEST * (i + 1)] for i in (places % len(self)).tolist()]
-            if any(xxhash.xxh3_128_digest(row) != digest for row, digest in zip(rows, expected)):
+            if any(xxhash.xxh3_128_digest(row) != one for row, one in zip(rows, expected)):
                 console.stage("cache", f"{self._path.name} is damaged; its images are decoded again")
                 with suppress(OSError):
                     self._path.unlink()
@@ -142,6 +143,12 @@ class Pixels:
             return None  # reading all files would take longer than any use
         digests = self._digests if self._digests is not None else b"".join(map(xxhash.xxh3_128_digest, self.store))
         return str(Identity("pixels", self.size, digests))
+
+    @property
+    def content(self) -> str:
+        """A digest of the images as they are in any copy, whatever `size` is; "" where that is not known without reading all."""
+        known = self.images.cached and not self.images.timed and len(self) * 3 * self.size**2 <= STORE_BYTES
+        return digest(self.images.content().encode()) if known else ""
 
     @cached_property
     def _path(self) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from vismt.base.errors import UserError
 from vismt.base.objects import is_object, title_of
 from vismt.config.yaml_text import read_yaml
-from vismt.storage.paths import shipped
+from vismt.storage.paths import file_name, shipped
 
 CARDS = (".yaml", ".yml")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}  # suffix of a table -> what is between its columns
@@ -71,13 +71,14 @@ def shown_name(entry: str) -> str:
 
 
 def check_row_names(entries: Iterable[str], key: str) -> None:
-    """Raise UserError where two different entries have one name in rows of results; key: of the entries."""
+    """Raise UserError where two different entries have one name in rows of results or their files; key: of the entries."""
     seen: dict[str, str] = {}
     for entry in entries:
-        other = seen.setdefault(row_name(entry), entry)
+        name = file_name(row_name(entry))
+        other = seen.setdefault(name, entry)
         if other != entry:
             raise UserError(
-                f"{key}: '{other}' and '{entry}' are both called '{row_name(entry)}' in results; rename one, or give objects as "
+                f"{key}: '{other}' and '{entry}' are both called '{name}' in results; rename one, or give objects as "
                 "{name: object}."
             )
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 from vismt.base import console
 from vismt.storage.lines import LineFile, read_lines
+from vismt.storage.paths import file_name
 
 METRICS = "metrics.jsonl"
 
@@ -43,5 +43,5 @@ class MetricsLog:
 
 
 def record_stem(data: str, protocol: str, model: str) -> str:
-    """Return the stem of the file with a model's records: letters, digits, dots, hyphens and underscores."""
-    return re.sub(r"[^\w.-]", "-", "-".join((data, protocol, model)))
+    """Return the stem of the file with a model's records."""
+    return file_name("-".join((data, protocol, model)))

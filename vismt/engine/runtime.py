@@ -124,8 +124,9 @@ def versions() -> dict[str, str]:
     return installed
 
 
+@cache
 def git_revision() -> str:
-    """Return the commit of the checkout, with '+' when tracked files differ; "" outside a checkout."""
+    """Return the commit of the checkout at the first call, with '+' when tracked files differ; "" outside a checkout."""
     try:
         revision = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")

@@ -61,6 +61,7 @@ class VismtCallback(DriverCallback, TrainerCallback):
                 "install datasets, or start in another folder."
             )
         self.drive(given["model"])
+        _check_tied(given["model"])
         self._ignored = getattr(given["model"], IGNORED, None)
         self._ignore_frozen()
 
@@ -106,6 +107,18 @@ class VismtCallback(DriverCallback, TrainerCallback):
         if hasattr(driver.model, "save_pretrained"):
             names = {*(names or ()), *(driver.model.state_dict().keys() - driver.moving().keys())}
         setattr(driver.model, IGNORED, names)
+
+
+def _check_tied(model: Any) -> None:
+    """Raise UserError where the head was untied and the configuration ties it, as the Trainer does when it resumes."""
+    ties = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if ties and getattr(model, "_tied_weights_keys", None):
+        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is not None and head.weight is not table.weight:
+            raise UserError(
+                "Trainer: the head has a weight of its own, and a resumed training would tie it to the embeddings; set "
+                "model.config.tie_word_embeddings = False."
+            )
 
 
 def write_repository(

@@ -105,6 +105,7 @@ def started_config(config: RunConfig, folder: Path) -> Iterator[Run]:
         refuse_other_run(folder, config)
     run = Run(folder, config)
     run.job.check()
+    run.job.check_model_names()
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     atomic_write(folder / RESOLVED, yaml.safe_dump(resolved(config), sort_keys=False))
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -35,6 +35,7 @@ from vismt.report.tables import Section, row_text
 from vismt.report.trainings import training_sections
 from vismt.report.writer import DEFAULT_FORMATS, run_heading, write_report
 from vismt.robustness.conditions import AttackConfig
+from vismt.storage.paths import file_name
 from vismt.uncertainty.intervals import averaged, interval_kind_text, over_seeds
 
 Config = TypeVar("Config", bound=StudyConfig)
@@ -62,6 +63,7 @@ class EvaluationJob(ABC, Generic[Config]):
         self.hash = config_hash
         self.study: Study[Config] = self.make_study()
         self._printed: set[str] = set()  # the lines of scores that this process has printed
+        self.part_done: Callable[[], object] = lambda: None  # called with each checkpoint and evaluated model
 
     def make_study(self) -> Study[Config]:
         """Return the study of the configuration."""
@@ -127,6 +129,16 @@ class EvaluationJob(ABC, Generic[Config]):
     def check(self) -> None:
         """Raise UserError for what a configuration names, before data is decoded and a run folder is made."""
 
+    def check_model_names(self) -> None:
+        """Raise UserError where two models would have the same files of records."""
+        seen: dict[str, str] = {}
+        for arm in self.evaluated():
+            other = seen.setdefault(file_name(arm), arm)
+            if other != arm:
+                raise UserError(
+                    f"arms: '{other}' and '{arm}' are both '{file_name(arm)}' in names of files; rename one."
+                )
+
     # ---- a job that trains nothing ----------------------------------------------------------------------------------------
 
     @property
@@ -189,6 +201,7 @@ class EvaluationJob(ABC, Generic[Config]):
             try:
                 trainings = self.trainings(arm)
                 scores[arm] = {training.seed: self.evaluate_one(training, attacks) for training in trainings}
+                self.part_done()
             except UserError as error:
                 if ranks.count() > 1:  # other processes may wait for a part of this arm
                     raise

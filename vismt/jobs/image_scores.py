@@ -22,9 +22,9 @@ from vismt.jobs.output_conditions import ADJUSTED, against
 from vismt.jobs.risk import Thresholds, image_measures
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
-from vismt.robustness.evaluate import Form, RepeatableBatches, accuracies, certified_accuracies, evaluate_examples
+from vismt.robustness.evaluate import Form, accuracies, certified_accuracies, evaluate_examples
 from vismt.robustness.smoothing import ABSTAINED, Smoothing
-from vismt.storage.records import SHARE, Records, recorded_settings
+from vismt.storage.records import SHARE, Records, begun_on, recorded_settings
 from vismt.uncertainty.intervals import LOWER, NUMBER, Condition, Measure
 from vismt.uncertainty.probability_metrics import binned_gaps, detection_values, quality_measures
 
@@ -34,7 +34,7 @@ NEIGHBOURS, WIDTH = 20, 0.07
 
 def image_scores(
     net: nn.Module,
-    batches: RepeatableBatches,
+    batches: InOrder,
     specs: Sequence[DirectPerturbation],
     *,
     names: tuple[str, str, str],
@@ -61,6 +61,7 @@ def image_scores(
         about: data, fingerprint and label, as for `evaluate_examples`.
     """
     records.parent.mkdir(parents=True, exist_ok=True)
+    examples = begun_on(records, batches.images.content)
     begun = recorded_settings(records)
     if begun is not None and "forms" not in begun:
         forms = {}
@@ -75,6 +76,7 @@ def image_scores(
         quantile=quantile,
         smoothing=smoothing,
         records=records,
+        examples=examples,
         **about,
     )
     measures: list[tuple[Condition, Measure]] = []
@@ -90,7 +92,7 @@ def image_scores(
         measures.append((smoothing.abstention, Measure("abstentions", abstained, counts=True, better=LOWER)))
     if thresholds is not None:
         measures += image_measures(rows, specs, num_classes, thresholds)
-    return [Score(*names, measure, condition) for condition, measure in measures]
+    return [Score(*names, measure, condition, examples=examples) for condition, measure in measures]
 
 
 def form_measures(rows: Sequence[Mapping], condition: Condition) -> list[Measure]:
@@ -156,15 +158,17 @@ def detection_score(
     name: str,
     names: tuple[str, str, str],
     unit: str = "images",
+    contents: Sequence[str] = (),
 ) -> Score:
     """Return the AUROC with which a confidence tells evaluated examples x from the examples x' of a set of other classes.
 
         AUROC = P(max_c p_c(x) > max_c p_c(x')) + 1/2 P(equal)
 
     The confidence is the maximum softmax probability (Hendrycks and Gimpel, ICLR 2017, arXiv 1610.02136). inside, outside: by
-    id. name: of the other set in rows of results. names: task, data and protocol of the score. unit: of the examples.
+    id. name: of the other set in rows of results. names: task, data and protocol of the score. unit: of the examples. contents:
+    what tells the examples of the two sets from others, "" where that is not known.
     """
     values = detection_values(*(-torch.tensor(list(part.values()), dtype=torch.float64) for part in (inside, outside)))
     ids = [*inside, *(f"ood {image}" for image in outside)]
     measure = Measure("AUROC", dict(zip(ids, values.tolist(), strict=True)), NUMBER, chance=0.5)
-    return Score(*names, measure, against(name), unit)
+    return Score(*names, measure, against(name), unit, " ".join(contents) if all(contents) else "")

@@ -56,6 +56,7 @@ class Run:
         runtime.processes().wait_for_everyone()  # what the others write at the start is not finished, nor to be removed
         with ExitStack() as held, ranks.shared():
             ranks.on_first(lambda: self._claim(held))
+            self.job.part_done = self._note  # a run that is killed keeps the time of its finished parts
             yield self
 
     def _claim(self, held: ExitStack) -> None:

@@ -37,8 +37,7 @@ class Joined:
         found = values.of(replace(result, arm=arm))
         if found is None:
             return None
-        prefix = f"of {values.folder}" if result.examples is None else result.examples
-        return {f"{prefix} {name}": value for name, value in found.items()}
+        return {f"{result.examples or values.folder} {name}": value for name, value in found.items()}
 
 
 def join(folders: Sequence[Path], arms: Sequence[str] = ()) -> Joined:

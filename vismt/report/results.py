@@ -50,7 +50,7 @@ class Result:
         family: what conditions of different levels have in common, "gaussian_noise".
         level: radius of an attack or severity of a corruption, None without one.
         examples: what tells the examples from those of another run beside their names, such as a digest of how episodes
-            were drawn; "" where names are enough, None in rows of an earlier version, which did not record it.
+            were drawn or of the files; "" or None where it is not known, as in rows of an earlier version.
         interval: what the interval covers (`vismt.uncertainty.intervals.interval_kind_text`), "images+seeds"; "" in rows of
             an earlier version.
         parts: number of parts of the examples that share nothing (`vismt.uncertainty.intervals.estimate`), 0 without parts.

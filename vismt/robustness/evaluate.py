@@ -94,6 +94,7 @@ def evaluate_examples(
     records: Path | None = None,
     data: str = "data",
     fingerprint: str = "",
+    examples: str = "",
     label: str = "robustness",
 ) -> list[dict]:
     """Return a record for every example, clean and under every condition of `specs`.
@@ -111,6 +112,7 @@ def evaluate_examples(
         records: A line file, written batch by batch. An interrupted run continues with the batches that are missing.
         data: The caller's name for the images. A file of other images is refused.
         fingerprint: The caller's name for the weights. A file of other weights is refused.
+        examples: What tells the images from others of their names. A file of other images is refused.
         label: Text of the progress bar.
 
     Returns:
@@ -133,6 +135,7 @@ def evaluate_examples(
         "fingerprint": fingerprint,
         "num_classes": num_classes,
         "attacks": [dict(spec.settings()) for spec in specs],
+        **({"examples": examples} if examples else {}),
         **({"forms": list(forms)} if forms else {}),
         **({} if quantile is None else {"quantile": quantile}),
         **({} if smoothing is None else smoothing.settings()),

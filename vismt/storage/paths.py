@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import re
 import stat
 from pathlib import Path, PurePosixPath
 
@@ -56,6 +57,11 @@ def stays_inside(path: str) -> bool:
     pure = PurePosixPath(path)
     plain = not any(character in path for character in "\\\0:")
     return bool(path) and plain and not pure.is_absolute() and ".." not in pure.parts
+
+
+def file_name(text: str) -> str:
+    """Return a text as it stands in names of files: letters, digits, dots, hyphens and underscores."""
+    return re.sub(r"[^\w.-]", "-", text)
 
 
 def regular_file(path: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vismt.base import ranks
+from vismt.base import console, ranks
 from vismt.base.errors import UserError
 from vismt.base.seeds import digest
 from vismt.storage.lines import LineFile, read_lines
@@ -138,6 +138,18 @@ class Records:
             elif not values.fits(row[field]):
                 return f"'{field}' is {row[field]!r}, which it cannot be"
         return None
+
+
+def begun_on(path: Path | None, content: str) -> str:
+    """Return which images the records in a file have begun with, and say where these are not those of `content`.
+
+    content: of the present images, as of `vismt.data.batching.Images`. Records of an earlier version do not tell: "".
+    """
+    begun = recorded_settings(path)
+    examples = content if begun is None else str(begun.get("examples", ""))
+    if examples and content not in ("", examples):
+        console.stage("eval", f"'{path}' is of other images than are there now; move it away to evaluate these")
+    return examples
 
 
 def recorded_settings(path: Path | None) -> Mapping[str, object] | None:

@@ -70,6 +70,16 @@ class Case:
         return self.facts.kind == "peft" and self.facts.tuner in ("LORA", "")
 
     @property
+    def peculiar(self) -> bool:
+        """Whether it is an adapter of vismt with layers that are more than a low-rank update of one weight."""
+        return any(spec.has_weight and spec.layer.export_refusal for spec in self.facts.specs.values())
+
+    @property
+    def exports(self) -> bool:
+        """Whether it is an adapter of vismt that export_peft takes."""
+        return self.facts.kind == "vismt" and bool(self.facts.modules) and not self.peculiar
+
+    @property
     def configs(self) -> list[dict[str, Any]]:
         """Return config.json of the folder and of the base."""
         return [self.facts.model_config, self.base.facts.model_config if self.base else {}]
@@ -276,6 +286,7 @@ def _not_saved(case: Case) -> list[str]:
 PLAIN = "load it with vismt.import_peft and write it with vismt.export_peft(..., uniform=True)"
 CONVERT = "write a plain LoRA with peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
 MERGE = "merge it into its base"
+LOAD = "load it with vismt.load_adapter"
 AGAIN = "save the adapter again"
 BASE = "give the base it was trained on"
 REFUSED = {"peft": "refused", "transformers": "refused"}
@@ -289,9 +300,11 @@ RULES = (
     # files and settings
     Rule(lambda case: case.facts.kind == "none", "the folder holds no adapter and no checkpoint",
          REFUSED | UNSERVED | {"timm": "refused"}, "give the folder with adapter_config.json or adapter.json", "no-adapter"),
-    Rule(lambda case: case.facts.kind == "vismt", "it is in the format of vismt", REFUSED | UNSERVED,
+    Rule(lambda case: case.exports, "it is in the format of vismt", REFUSED | UNSERVED,
          "write it in peft's: vismt export RUN --format peft, or vismt.export_peft"),
-    Rule(lambda case: case.facts.is_adapter, "timm reads no adapters", {"timm": "refused"}, MERGE),
+    Rule(lambda case: case.facts.kind == "vismt" and not case.exports, "it is in the format of vismt", REFUSED | UNSERVED, LOAD),
+    Rule(lambda case: case.facts.is_adapter and not case.peculiar, "timm reads no adapters", {"timm": "refused"}, MERGE),
+    Rule(lambda case: case.peculiar, "timm reads no adapters", {"timm": "refused"}, LOAD),
     Rule(lambda case: case.facts.kind == "peft" and not case.facts.tensors, "it has no tensors that can be read",
          REFUSED | UNSERVED, AGAIN),
     Rule(_lacks("peft_type"), "adapter_config.json has no peft_type", REFUSED, "add the peft_type"),

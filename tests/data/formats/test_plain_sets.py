@@ -156,3 +156,5 @@ def test_names_in_results(tmp_path: Path) -> None:
     assert overlap(str(folder), f"{folder}:train") and not overlap("digits:train", "digits:test")
     with pytest.raises(UserError, match="'a/x' and 'b/x' are both called 'x' in results; rename one"):
         check_row_names(["a/x", "b/x"], "evaluate.data")
+    with pytest.raises(UserError, match="'mine:test' and 'mine-test' are both called 'mine-test' in results"):
+        check_row_names(["mine:test", "mine-test"], "evaluate.data")  # in the names of files

@@ -150,7 +150,7 @@ class MetaDatasetSource(RootedSource, ImageSource):
             return hashlib.sha256(text.encode()).hexdigest()
 
         nodes = [node for split in splits for node in spec.nodes.get(split, [])]
-        return Listing(spec.names, rows, read, content, above=spec.above, nodes=nodes)
+        return Listing(spec.names, rows, read, content, above=spec.above, nodes=nodes, timed=True)
 
     def _read_spec(self, card: Card, base: Path) -> DomainSpec:
         """Return the domain's spec, or the card's numbers when the copy has none and needs no hierarchy."""

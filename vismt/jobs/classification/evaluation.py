@@ -297,7 +297,11 @@ class Evaluation:
                         f"{row_name(name)} against {task}, {training.arm} seed {training.seed}",
                     )
                 protocol = f"{settings.split} images, detection"
-                scores.append(detection_score(inside, outside, row_name(name), (TASK, task, protocol)))
+                about, contents = (
+                    (TASK, task, protocol),
+                    [self.data.part(number, settings.split).content, images.content],
+                )
+                scores.append(detection_score(inside, outside, row_name(name), about, contents=contents))
         return scores
 
     @torch.no_grad()
@@ -310,7 +314,8 @@ class Evaluation:
             images = self.data.outside(entry)
             fit = partial(self._neighbours, net, images, f"neighbours in {name}, {training.arm} seed {training.seed}")
             right = fitted_once(path, Neighbours, f"{net.fingerprint()} {names_digest(images)}", fit).right
-            scores.append(Score(TASK, name, "features", Measure("k-NN accuracy", right, counts=True), CLEAN))
+            measure = Measure("k-NN accuracy", right, counts=True)
+            scores.append(Score(TASK, name, "features", measure, CLEAN, examples=images.content))
         return scores
 
     def _neighbours(self, net: PixelNet, images: Gathered, label: str) -> Neighbours:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vismt.base import console
@@ -34,8 +35,7 @@ from vismt.llm.corda.covariance import collect_covariance, observed_modules
 from vismt.lowrank.files.combining import combine, interference
 from vismt.lowrank.files.updates import Updates, read_updates
 from vismt.lowrank.model.merge import merge
-from vismt.multitask.emtal.ffn import MoEfiedMlp
-from vismt.multitask.emtal.method import set_fade
+from vismt.methods import schedules
 from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, write
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.files import atomic_write, read_sealed, sealed
@@ -59,8 +59,9 @@ def check_arms(job: Job, data: TaskData, config: MultitaskConfig) -> None:
     for name in section.arms:
         arm = job.study.arms[name]
         net = job.prepared(arm)[0]
-        if arm.fade is not None and any(isinstance(module, MoEfiedMlp) for module in net.stock.modules()):
-            set_fade(net.stock, 1.0)  # as it is after the training
+        steps = arm.training.steps
+        for schedule in schedules(net.stock, torch.optim.SGD(net.parameters()), steps, arm):
+            schedule.on_step(steps)  # as it is after the training
         updates = read_updates(net.stock, what=f"merge.arms: '{name}'")
         if updates.also_train:
             raise UserError(

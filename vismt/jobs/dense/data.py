@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.base.seeds import mix_seed
+from vismt.base.identity import Identity
+from vismt.base.seeds import digest, mix_seed
 from vismt.data.batching import Passes
 from vismt.data.division import divide
 from vismt.data.maps import dense_transforms as transforms
@@ -46,6 +47,12 @@ class Rows:
     def name(self) -> str:
         """The sets' names, joined by +."""
         return "+".join(dict.fromkeys(images.name for images, _ in self.entries))
+
+    @cached_property
+    def content(self) -> str:
+        """A digest of the samples in their own sizes."""
+        entries = console.track(self.entries, "data", f"{self.name}: what the samples are", len(self))
+        return digest(" ".join(str(Identity(images.stored(i))) for images, i in entries).encode())
 
     def fitted(self, number: int, size: tuple[int, int]) -> Sample:
         """Return a sample fitted into `size` and padded, so that training and evaluation see the same camera."""
@@ -147,6 +154,8 @@ class DenseData:
 
 class FittedImages:
     """The images of some samples, fitted and padded: `images[index]` as of `vismt.data.batching.Gathered`, without classes."""
+
+    content = ""
 
     def __init__(self, rows: Rows, size: tuple[int, int]) -> None:
         self.rows, self.size, self.ids = rows, size, rows.ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from vismt.base import console
 from vismt.base.errors import UserError
@@ -65,4 +66,4 @@ def _of_one(scores: Mapping[str, Score], base: Mapping[str, Score], arms: Iterab
     values = {name: value + change for name, change in effect.items()}
     row = next(iter(scores.values()))
     metric = f"over {'+'.join(dict.fromkeys(arms))} in per cent"
-    return Score(DELTA, row.data, row.protocol, Measure(metric, values, NUMBER), row.condition)
+    return replace(row, task=DELTA, measure=Measure(metric, values, NUMBER))

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress, product
 from pathlib import Path
@@ -93,11 +93,13 @@ class Evaluation:
             if split == "validation" and task_score.answers:
                 chooses, _ = self._halves(task_score.answers)
                 values = dict(compress(values.items(), chooses.tolist()))
-            scores.append(self._score(name, split, Measure(metric_name(task), values, scale, better), condition))
+            measure = Measure(metric_name(task), values, scale, better)
+            scores.append(self._score(name, split, measure, condition, task_score.examples))
         return scores
 
-    def _score(self, task: str, split: str, measure: Measure, condition: Condition) -> Score:
-        return Score(task, self.data.part(split).name, self._protocol(split), measure, condition)
+    def _score(self, task: str, split: str, measure: Measure, condition: Condition, examples: str) -> Score:
+        names = (task, self.data.part(split).name, self._protocol(split))
+        return Score(*names, measure, condition, examples=examples)
 
     def _halves(self, answers: Mapping[str, Mapping[str, float]]) -> tuple[Tensor, Tensor]:
         """Return masks of the labelled validation images: those that choose rates and those that give thresholds."""
@@ -160,7 +162,8 @@ class Evaluation:
             ]
             measures = image_measures(rows, touching, self.tasks[task].channels, fitted)
             measures += [(CLEAN, measure) for measure in form_measures(rows, CLEAN)]
-            scores += [self._score(task, split, measure, condition) for condition, measure in measures]
+            examples = clean[task].examples
+            scores += [self._score(task, split, measure, condition, examples) for condition, measure in measures]
         return scores
 
     def thresholds(self, net: Callable[[], DenseNet], training: Training, records: Path) -> dict[str, Thresholds]:
@@ -317,9 +320,10 @@ class Evaluation:
         spec: DensePerturbation | None = None,
     ) -> dict[str, Scored]:
         scored, undefined = {}, {}
+        examples = ranks.on_first(lambda: self.data.part(split).content)
         for name, pool in pools.items():
             try:
-                scored[name] = pool.result()
+                scored[name] = replace(pool.result(), examples=examples)
             except Undefined as error:
                 undefined[name] = str(error)
                 console.stage("eval", f"{training}   {error}")

@@ -49,6 +49,7 @@ class Scored:
         images: psi by image.
         alone: score of each image as if it were the whole set, None where it has none.
         answers: of a task of whole images, class, label and probabilities by image, as `probability_columns` names them.
+        examples: as in `vismt.report.results.Result`.
     """
 
     value: float
@@ -56,10 +57,11 @@ class Scored:
     images: dict[str, float]
     alone: dict[str, float | None]
     answers: dict[str, dict[str, float]] = field(default_factory=dict)
+    examples: str = ""
 
     def record(self) -> dict[str, Any]:
         """Return the fields as they are recorded; tasks of maps have no answers."""
-        return {name: value for name, value in asdict(self).items() if name != "answers" or value}
+        return {name: value for name, value in asdict(self).items() if name not in ("answers", "examples") or value}
 
 
 def read_scored(values: Any, what: str) -> Scored:

@@ -46,6 +46,7 @@ from vismt.robustness.conditions import (
     worst_cases,
 )
 from vismt.robustness.masking import check_episodes
+from vismt.storage.records import begun_on
 from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure
 from vismt.uncertainty.probability_metrics import quality_measures
 from vismt.uncertainty.temperature import fit_temperature
@@ -107,6 +108,7 @@ class Evaluation:
         tempered = settings.probabilities and self.config.select is not None
         outside = {against(row_name(entry)): self.data.open(entry) for entry in settings.ood}
         smoothing = None if ending else settings.certify
+        examples = begun_on(records, self.data.open(name).content)
         worst = worst_cases(specs, sampler.min_ways)
         results = run_protocol(
             models.task(arm, name),
@@ -118,6 +120,7 @@ class Evaluation:
             panel=panel,
             data=name,
             fingerprint=models.fingerprint(arm, name),
+            examples=examples,
             label=f"{shown} {protocol} {arm}",
             model=arm,
             worst={case.condition.label: case.attacks for case in worst},
@@ -128,7 +131,7 @@ class Evaluation:
         )
         labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs), *(case.condition for case in worst)]
         chance = 1 / sampler.ways if isinstance(sampler, EpisodeSampler) else None
-        drawn = digest(json.dumps(sampler.describe(), sort_keys=True).encode())[:16]
+        drawn = digest(f"{json.dumps(sampler.describe(), sort_keys=True)}{examples}".encode())
         measures = [(label, accuracy(results[label.label], chance)) for label in labels]
         for form, label in FORMS.items():
             if f"{form} {NLL}" in results:

@@ -193,7 +193,7 @@ class LmEvaluateConfig:
             other sets, as AUROC.
         risk: also evaluate conformal sets and selective prediction (vismt.jobs.risk). With tune, half of the validation
             examples choose the rates and the other half give the thresholds.
-        samples: without effect, as Bayesian heads answer without draws; run folders of earlier versions have it.
+        samples: of earlier versions, whose run folders have it. Bayesian heads answer without draws; leave it out.
     """
 
     split: Split = "test"

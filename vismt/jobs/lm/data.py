@@ -159,6 +159,10 @@ class LmData:
         )
         return digest(repr((contents, settings, self.tokenizer.name_or_path)).encode())
 
+    def content(self, task: str, part: str, name: str) -> str:
+        """Return a digest of the rows of a set, whatever is asked of them."""
+        return digest(" ".join(texts.content() for texts in self._sets[task][part][name]).encode())
+
     def calibration(self, settings: LmCalibrationConfig, labels: bool = False) -> list[dict[str, Tensor]]:
         """Return arguments of the LM's forward pass, one dict for each batch of the texts that a section names.
 

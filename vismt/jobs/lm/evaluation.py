@@ -63,7 +63,7 @@ class Evaluation:
         scores = []
         folds = trained_task(self.config).folds
         for task_name, name in self._sets(training, split):
-            task = self.data.tasks[task_name]
+            task, examples = self.data.tasks[task_name], self.data.content(task_name, split, name)
             risk = self.config.evaluate.risk and task_name == self.data.trained and split != "validation"
             for condition, records in self._conditions(training, task_name, split, name):
                 tokens = sum(record.get("tokens", 0) for record in records)
@@ -78,7 +78,7 @@ class Evaluation:
                     if folds > 1:  # which have other numbers of rows, and one score
                         rows = f"{split} rows of {folds} folds"
                     unit = "users" if users else "rows"
-                    scores.append(Score(task_name, name, f"{task.about}, {rows}", measure, condition, unit))
+                    scores.append(Score(task_name, name, f"{task.about}, {rows}", measure, condition, unit, examples))
         return scores + self._detection(training, split)
 
     def _detection(self, training: Training, split: str) -> list[Score]:
@@ -90,8 +90,11 @@ class Evaluation:
             for name in self.data.names(task, split)
         }
         protocol = f"{self.data.tasks[task].about}, detection"
+        contents = {name: self.data.content(task, split, name) for name in sure}
         return [
-            detection_score(sure[name], sure[other], other, (task, name, protocol), "rows")
+            detection_score(
+                sure[name], sure[other], other, (task, name, protocol), "rows", [contents[name], contents[other]]
+            )
             for other in outside
             for name in sure
             if name not in outside

@@ -31,6 +31,7 @@ from vismt.jobs.lm.config import (
     RECOMMENDER,
     LmCalibrationConfig,
     LmConfig,
+    LmEvaluateConfig,
     recommends,
     task_of,
     trained_task,
@@ -147,6 +148,14 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
     def split(self) -> str:
         return self.config.evaluate.split
 
+    def check(self) -> None:
+        samples = self.config.evaluate.samples
+        if samples != LmEvaluateConfig.samples:  # not in `check` of the configuration: earlier folders are opened
+            raise UserError(
+                f"evaluate.samples: {samples} has no effect, as Bayesian heads answer without draws; leave it out."
+            )
+        super().check()
+
     def check_data(self) -> None:
         for task in self.data.tasks:
             validates = task == self.data.trained and self.config.tune is not None
@@ -178,8 +187,8 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         once = [
             path
             for path, module in net.lm.named_modules()
-            if module in lower or (net.first and isinstance(module, nn.Embedding))
-        ]
+            if module in lower or (net.first and (isinstance(module, nn.Embedding) or path.endswith("project_in")))
+        ]  # OPT projects narrow embeddings
         method = super().prepare(net, config)
         for path in once:
             for name, parameter in net.lm.get_submodule(path).named_parameters():

@@ -59,7 +59,7 @@ class LmModels:
 
     @property
     def width(self) -> int:
-        return int(self._load().config.hidden_size)
+        return int(self._load().get_input_embeddings().get_parameter("weight").shape[1])  # OPT's blocks may be wider
 
     def stock(self) -> PreTrainedModel:
         """Return the LM without adapter, in evaluation mode."""

@@ -60,6 +60,7 @@ def run_protocol(
     device: torch.device | str | None = None,
     data: str = "data",
     fingerprint: str = "",
+    examples: str = "",
     label: str | None = None,
     model: str = "",
     batch: int = BATCH,
@@ -87,6 +88,7 @@ def run_protocol(
         device: Where the classifiers run; by default the device of `proto`.
         data: The data set's name, part of the protocol's hash.
         fingerprint: The caller's name for the weights, part of the protocol's hash.
+        examples: What tells the images from others of the same labels, part of the protocol's hash.
         label: Text of the progress bar.
         model: Name of the model in the panel.
         batch: Query images in one forward pass.
@@ -132,7 +134,12 @@ def run_protocol(
         "conditions": ["clean", *conditions],
         "attacks": [dict(attack.settings()) for attack in attacks],
     }
-    further = {"probabilities": probabilities or None, "temperature": temperature, "ood": list(outside) or None}
+    further = {
+        "examples": examples or None,
+        "probabilities": probabilities or None,
+        "temperature": temperature,
+        "ood": list(outside) or None,
+    }
     settings |= {
         name: value for name, value in further.items() if value is not None
     }  # records without them do not name them
