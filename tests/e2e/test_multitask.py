@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from helpers.checkpoints import saved_tensors
 from helpers.tiny_runs import SHORT, VIT, run_config, run_on_two, written
 
-from vismt.base.errors import UserError
+from vismt.base.errors import Diverged, UserError
 from vismt.cli import main
 from vismt.data.images import open_images
 from vismt.engine.optimizer import make_optimizer
@@ -349,7 +349,7 @@ def test_a_rate_that_diverges_is_reported_and_not_chosen(tmp_path: Path, monkeyp
 
     def explodes(objective, batches, config, *rest, **named):
         if config.lr > bound:
-            raise loop.Diverged("train: the loss is not finite")
+            raise Diverged("train: the loss is not finite")
         return whole(objective, batches, config, *rest, **named)
 
     monkeypatch.setattr(loop, "train", explodes)

@@ -18,9 +18,8 @@ import pytest
 import yaml
 from helpers.units import die, mark, sleep
 
-from vismt.base.errors import UserError
+from vismt.base.errors import Diverged, UserError
 from vismt.cli import main
-from vismt.engine.loop import Diverged
 from vismt.engine.study import Training
 from vismt.engine.workers import LocalWorkers, _start, make_workers
 from vismt.jobs import units

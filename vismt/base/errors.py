@@ -16,6 +16,10 @@ class UserError(ValueError):
     elsewhere = False  # whether another process had the error and prints it (ranks.py)
 
 
+class Diverged(UserError):
+    """A training without a result: a loss or gradient that is not finite, or the same answer for every example."""
+
+
 class WeightsUnavailable(UserError):
     """Weights that no source delivers now: the network cannot be reached, or access is not granted."""
 

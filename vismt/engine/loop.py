@@ -25,7 +25,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from vismt.base import console
-from vismt.base.errors import UserError
+from vismt.base.errors import Diverged, UserError
 from vismt.base.seeds import mix_seed
 from vismt.config.sections import TrainConfig
 from vismt.engine import checkpoint, runtime
@@ -37,10 +37,6 @@ from vismt.engine.stream import Batches, stream_batches
 from vismt.lowrank.recompute import recompute
 from vismt.lowrank.tensors import whole
 from vismt.methods import freezes, method_optimizer, schedules
-
-
-class Diverged(UserError):
-    """A loss or gradient that is not finite."""
 
 
 def train(

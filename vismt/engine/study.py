@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 from vismt.base import console, ranks
-from vismt.base.errors import UserError, near
+from vismt.base.errors import Diverged, UserError, near
 from vismt.config.sections import RunConfig, Seed, TrainConfig, with_values
 from vismt.config.typed import plain_name, within
-from vismt.engine.loop import Diverged
 from vismt.storage.files import atomic_write, read_sealed, sealed
 
 ARMS = "arms"
@@ -215,7 +214,7 @@ class Study(Generic[Config]):
 
 
 def has_diverged(training: Training) -> bool:
-    """Return whether a tried training ended with a loss that is not finite."""
+    """Return whether a tried training ended without a result."""
     return (training.folder / DIVERGED).exists()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import vismt
 from vismt import adapt
-from vismt.base.errors import UserError
+from vismt.base.errors import Diverged, UserError
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.metatune.amt import objective as amt
 from vismt.metatune.amt.objective import AdversarialObjective, Adversary, trades
@@ -460,7 +460,7 @@ def test_a_collapse_is_said_after_ten_flat_episodes_in_a_row() -> None:
     objective.collapsed(19)
     run(1, 0.0)
     with pytest.raises(
-        UserError, match=r"collapsed to the uniform prediction \(seen at step 20, 10 episodes in a row\)"
+        Diverged, match=r"collapsed to the uniform prediction \(seen at step 20, 10 episodes in a row\)"
     ):
         objective.collapsed(20)
     assert "flat" not in objective.state_dict()

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vismt.base.errors import UserError
+from vismt.base.errors import Diverged, UserError
 from vismt.base.seeds import mix_seed
 from vismt.config.typed import Checked, Names, within
 from vismt.lowrank.model.merge import merged_copy
@@ -180,9 +180,9 @@ class AdversarialObjective(nn.Module):
         return loss + second - second.detach(), kl
 
     def collapsed(self, step: int) -> None:
-        """Raise UserError when the last episodes all had a flat prediction; synchronises with the device."""
+        """Raise Diverged when the last episodes all had a flat prediction; synchronises with the device."""
         if int(self.flat) >= PATIENCE:
-            raise UserError(
+            raise Diverged(
                 f"train: collapsed to the uniform prediction (seen at step {step}, {int(self.flat)} episodes in a row): the "
                 "adversary is too strong for so short a training. Lower train.lr, pool.weight or this level, or raise "
                 "pool.warmup and train.warmup."
