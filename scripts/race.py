@@ -56,11 +56,11 @@ ENTRANT = "+"  # between a study's name and that of a file with further arms
 HEADER = """# The race
 
 Adapters of language models and of vision transformers on the same images: every arm has the same steps, batches, seeds and grid
-of rates, chosen on validation images with the first seed. The models are small ViTs on CPUs: compare within a table. ★ is the best
-number of a column, ≈ ties with it: the 95 % interval of their difference contains 0, which is "not shown to differ", not "equal".
-Nothing is corrected for the number of arms, and the best of many is best by luck in part. MiB is the peak memory of a training
-step, ms its CPU time on one thread; `trained` counts the head. k-NN accuracy on a set that no arm is trained on shows what is kept
-of the frozen model, that of `head`. [Extending](extending.md#an-arm-in-the-race) has how to add an arm.
+of rates, chosen on validation images with the first seed. The models are small ViTs on CPUs: compare within a table. ★ is the
+best number of a column, ≈ ties with it: the 95 % interval of their difference contains 0, which is "not shown to differ", not
+"equal". Nothing is corrected for the number of arms, and the best of many is best by luck in part. MiB is the peak memory of a
+training step, ms its CPU time on one thread; `trained` counts the head. k-NN accuracy on a set that no arm is trained on shows
+what is kept of the frozen model, that of `head`. [Extending](extending.md#an-arm-in-the-race) has how to add an arm.
 """
 
 
