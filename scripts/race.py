@@ -56,10 +56,11 @@ ENTRANT = "+"  # between a study's name and that of a file with further arms
 HEADER = """# The race
 
 Adapters of language models and of vision transformers on the same images: every arm has the same steps, batches, seeds and grid
-of rates, chosen on validation images. The models are small ViTs on CPUs: compare within a table. ★ is the best number of a
-column, ≈ ties with it: the 95 % interval of their difference contains 0. MiB is the peak memory of a training step, ms its CPU
-time on one thread. k-NN accuracy on a set that no arm is trained on shows what is kept of the frozen model, that of `head`.
-[Extending](extending.md#an-arm-in-the-race) has how to add an arm.
+of rates, chosen on validation images with the first seed. The models are small ViTs on CPUs: compare within a table. ★ is the
+best number of a column, ≈ ties with it: the 95 % interval of their difference contains 0, which is "not shown to differ", not
+"equal". Nothing is corrected for the number of arms, and the best of many is best by luck in part. MiB is the peak memory of a
+training step, ms its CPU time on one thread; `trained` counts the head. k-NN accuracy on a set that no arm is trained on shows
+what is kept of the frozen model, that of `head`. [Extending](extending.md#an-arm-in-the-race) has how to add an arm.
 """
 
 
@@ -174,9 +175,12 @@ def section(name: str, draw: bool) -> str:
         interval_kind_text(entry.row.interval) for arms in columns.values() for entry in arms.values()
     )
     about = entry.study.about
+    sizes = {head: next(iter(arms.values())).row.n for head, arms in columns.items()}
+    others = [f"{head} {n:,}" for head, n in sizes.items() if n != entry.row.n]
+    more = f" ({'; '.join(others)})" if others else ""
     seeds = max(len(entry.scores) for arms in columns.values() for entry in arms.values())  # references have none
     note = (
-        f"*Intervals: {'; '.join(kinds)}. n = {entry.row.n:,} {entry.row.unit}, seeds: {seeds or 1}. Config "
+        f"*Intervals: {'; '.join(kinds)}. n = {entry.row.n:,} {entry.row.unit}{more}, seeds: {seeds or 1}. Config "
         f"{about.config_hash}, {about.hardware}.*"
     )
     return "\n".join(

@@ -160,6 +160,10 @@ def table(name: str, as_comment: bool) -> str:
         rows.setdefault(label, []).append(f"{text} ‡" if mixed and weak else text)
     heads = [*specs()[name].get("heads", [""]), *specs()[name]["columns"]]
     lines = [[*label.split(SEPARATOR), *cells] for label, cells in rows.items()]
+    if uneven := [label for label, line in zip(rows, lines, strict=True) if len(line) != len(heads)]:
+        raise UserError(
+            f"table '{name}': row '{uneven[0]}' has other parts than `heads`; separate them by '{SEPARATOR}'."
+        )
     note = provenance(used)
     if as_comment:
         return "".join(f"#   {line}\n" for line in [*console.aligned(heads, lines).splitlines(), *wrap(note, 126)])

@@ -238,7 +238,9 @@ def test_the_answer_is_the_difference_that_matters():
 def test_the_answer_takes_the_arm_that_is_best():
     c = comparison("digits", {"a": CELLS["frozen"], "b": CELLS["frozen"], "c": CELLS["robust"]}, PGD)
     found = {"b": estimated(-0.1, -0.2, 0.0), "c": estimated(0.1, 0.05, 0.15)}
-    assert answer([replace(c, base="a", differences=found)]).startswith("c withstands 10.0 points more than a under")
+    text = answer([replace(c, base="a", differences=found)])
+    assert text.startswith("c withstands 10.0 points more than a under")
+    assert text.endswith("; the best of 2 arms by these examples).")
 
 
 def test_models_have_a_line_and_no_name_of_a_condition(tmp_path):

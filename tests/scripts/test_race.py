@@ -91,6 +91,12 @@ def test_an_arm_of_another_run_stands_in_the_same_table(known) -> None:
     assert "| mine | **70.0 ± 2.0** ★ | – | 0.001 | 10 | – | – |" in text and "| lora | 60.0 ± 2.0 |" in text
 
 
+def test_a_column_of_other_examples_has_its_own_number(known) -> None:
+    few = [row("lora", 0.6, metric="NLL", n=77)]
+    known(race_a=study(row("lora", 0.60, n=1234), *few))
+    assert "n = 1,234 episodes (NLL 77), seeds" in race.page(draw=False)
+
+
 def test_a_column_without_rows_is_one_line(known, capsys: pytest.CaptureFixture[str]) -> None:
     known(race_a=study(row("lora", 0.6)))
     assert race.main([]) == 2

@@ -12,8 +12,8 @@ and with the row's 95 % interval:
     wholly beyond the line  holds                       holds weaker
     not wholly              undecided                   does not hold
 
-So a claim fails where its effect is excluded, not where it is merely not shown. What no row can show has a test that does, or
-the reason why it cannot be tested here.
+So a claim fails where its effect, or the claimed size of it, is excluded, not where it is merely not shown. What no row can show
+has a test that does, or the reason why it cannot be tested here.
 """
 
 from __future__ import annotations

@@ -130,7 +130,8 @@ def write_report(
 def answer(comparisons: Sequence[Comparison]) -> str:
     """Return the difference that matters as a sentence: of the first measure, under its strongest attack, else clean.
 
-    It is the difference to the baseline of the arm that is best under this condition; "" where nothing is paired.
+    It is the difference to the baseline of the arm that is best under this condition, whose interval does not cover this choice;
+    "" where nothing is paired.
     """
     keys = key_comparisons(comparisons)
     if not keys or not keys[0].differences:
@@ -158,7 +159,9 @@ def answer(comparisons: Sequence[Comparison]) -> str:
             text += f", and {again}{'gains' if gains else 'loses'} {size} clean {ends}"
         else:
             text += f", {'nor' if better is None else 'and does not differ measurably'} clean: {difference_text(clean, arm)}"
-    return f"{text} ({_about(c, without=[c.condition] if attacked else ())})."
+    many = len(c.differences)
+    chosen = f"; the best of {many} arms by these examples" if many > 1 else ""
+    return f"{text} ({_about(c, without=[c.condition] if attacked else ())}{chosen})."
 
 
 def _change(c: Comparison, arm: str) -> tuple[bool | None, str, str]:
