@@ -59,7 +59,7 @@ from vismt.storage.lines import write_lines
 
 Net = ProtoNet | MamlNet
 AVERAGE = "average"
-FIRST = 10
+FIRST = 10  # images of a class, whose mean starts its vector
 
 
 class FewShotJob(TrainingJob[FewShotConfig, Any]):
@@ -171,7 +171,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
 
     @torch.no_grad()
     def _class_means(self, net: ProtoNet, name: str) -> Tensor:
-        """Return the prototype of every class of a set from FIRST images of each, a start near a solution."""
+        """Return the mean feature (C, d) of the first images of every class of a set."""
         pixels, device = self.data.open(name), runtime.net_device()
         net.to(device).eval()
         images = [(pixels.labels == label).nonzero().flatten()[:FIRST] for label in range(len(pixels.classes))]
