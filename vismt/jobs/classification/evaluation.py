@@ -297,10 +297,8 @@ class Evaluation:
                         f"{row_name(name)} against {task}, {training.arm} seed {training.seed}",
                     )
                 protocol = f"{settings.split} images, detection"
-                about, contents = (
-                    (TASK, task, protocol),
-                    [self.data.part(number, settings.split).content, images.content],
-                )
+                contents = [self.data.part(number, settings.split).content, images.content]
+                about = (TASK, task, protocol)
                 scores.append(detection_score(inside, outside, row_name(name), about, contents=contents))
         return scores
 

@@ -162,21 +162,18 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         self, config: FewShotConfig, net: Net, balanced: Sequence[Tensor]
     ) -> EpisodeObjective | AdversarialObjective:
         if isinstance(net, ProtoNet) and config.source.labels == "set":
-            net.vectors = nn.Parameter(self._class_means(net, config.source.data[0]))
+            pixels, device = self.data.open(config.source.data[0]), runtime.net_device()
+            first = [(pixels.labels == label).nonzero()[:FIRST, 0] for label in range(len(pixels.classes))]
+            net.to(device).eval()
+            with torch.no_grad():
+                found = [net.backbone(pixels[part].to(device)) for part in torch.cat(first).split(100)]
+                means = prototypes(torch.cat(found), pixels.labels[torch.cat(first)].to(device))
+            net.vectors = nn.Parameter(means)
         if isinstance(config, ExpertConfig) and config.adversary is not None:
             if not isinstance(net, ProtoNet):
                 raise UserError("pool: experts classify by prototypes; leave meta out.")
             return AdversarialObjective(net, replace(config.adversary, seed=config.training_seed), draw_corruption)
         return EpisodeObjective(net)
-
-    @torch.no_grad()
-    def _class_means(self, net: ProtoNet, name: str) -> Tensor:
-        """Return the mean feature (C, d) of the first images of every class of a set."""
-        pixels, device = self.data.open(name), runtime.net_device()
-        net.to(device).eval()
-        images = [(pixels.labels == label).nonzero().flatten()[:FIRST] for label in range(len(pixels.classes))]
-        found = torch.cat([net.backbone(pixels[part].to(device)) for part in torch.cat(images).split(100)])
-        return prototypes(found, pixels.labels[torch.cat(images)].to(device))
 
     def step(self, objective: nn.Module, number: int) -> None:
         if number % 10 == 0 and isinstance(objective, AdversarialObjective):
