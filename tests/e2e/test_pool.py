@@ -193,6 +193,15 @@ def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_
             },
             "set with the sets photo_crops:train, mnist",
         ),
+        (
+            {
+                "source": section("source", labels="set"),
+                "pool": None,
+                "meta": {"algorithm": "maml"},
+                "evaluate": section("evaluate", models=["adapted"]),
+            },
+            "source.labels: set with a meta section",
+        ),
         ({"merging": {"trim": {"attn.qvk": 0.5}}}, "merging.trim: no module matches 'attn.qvk'"),
         ({"meta": {"algorithm": "maml"}}, "no pool section"),
         ({"meta": {"algorithm": "mamml"}, "pool": None, "evaluate": section("evaluate", models=["adapted"])}, "maml"),
