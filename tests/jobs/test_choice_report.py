@@ -12,12 +12,13 @@ import torch
 from helpers.results import PGD, result, write_lines
 
 from vismt.jobs.fewshot import merge_settings
-from vismt.jobs.fewshot.choice_report import choice_tables, spread_text
+from vismt.jobs.fewshot.choice_report import GAIN, choice_gains, choice_tables, spread_text
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SelectConfig
 from vismt.jobs.fewshot.merge_settings import PoolSettings
-from vismt.report.tables import bounds_text, interval_text
+from vismt.report.results import Score
+from vismt.report.tables import interval_text
 from vismt.storage.files import sealed
-from vismt.uncertainty.intervals import mean_interval
+from vismt.uncertainty.intervals import CLEAN, Measure, mean_interval
 from vismt.uncertainty.split_halves import choice
 
 MODELS = ["frozen", "expert:a", "expert:b", "merged", "merged:tsv", "average", "merged+finetune"]
@@ -78,9 +79,8 @@ def test_the_tables_have_the_rules_and_the_best_experts(tmp_path: Path) -> None:
     assert cells[best[0]][0].startswith("43.8 [") and "“best expert of each task”" in note
     found = choice(bits(A, B), torch.tensor([0, 0, 1, 1]).expand(4, 4))
     assert cells[best[1]][0].startswith(f"{100 * float(found.halves.mean()):.1f} ")
-    ((data, condition, gain, bracket, spread, n),) = worth.rows
+    ((data, condition, bracket, spread, n),) = worth.rows
     assert (data, condition, n) == ("digits", "clean", "4")
-    assert gain.startswith(f"{100 * float((found.halves - found.fixed).mean()):+.1f} [".replace("-", "−"))
     assert bracket == f"[{100 * float(found.folds.mean()):.1f}, {100 * float(found.optimistic.mean()):.1f}]"
     assert spread.startswith("not resolved, at most ") and "does" not in spread and "chance in the support" in meaning
     # The best expert on validation is that of the file, not of the test episodes.
@@ -99,12 +99,38 @@ def test_episodes_in_parts_are_averaged_by_part(tmp_path: Path) -> None:
     wanted = [result("digits", arm, n=6, parts=3) for arm in ("merged", "expert:a", "expert:b")]
     (table, _), (worth, _) = choice_tables(tmp_path, CONFIG, [3], wanted)
     found = choice(bits(first, second), torch.tensor([0, 0, 1, 1]).expand(6, 4), torch.arange(6) % 3)
-    gains = found.halves - found.fixed
-    middle, half = mean_interval(gains)
-    assert len(gains) == 3 and worth.rows[0][2] == bounds_text(middle, middle - half, middle + half, "share", sign=True)
+    assert len(found.folds) == 3
+    assert worth.rows[0][2] == f"[{100 * float(found.folds.mean()):.1f}, {100 * float(found.optimistic.mean()):.1f}]"
     merged = [float(bits(A + A[:2]).double().mean(2)[0, part::3].mean()) for part in range(3)]
     mean, half = mean_interval(merged)
     assert table.rows[0][3] == interval_text(mean, mean - half, mean + half, "share")
+
+
+def test_the_gain_of_a_choice_is_a_score_of_merged(tmp_path: Path) -> None:
+    """By set and seed, with an interval over the parts; missing where an expert lacks the answers."""
+    first, second = A + B[:2], B + A[:2]
+    for seed, (a, b) in {3: (first, second), 5: (second, [*first[:5], "1111"])}.items():
+        for arm, answers in (("expert:a", a), ("expert:b", b), ("merged", A + A[:2])):
+            records(tmp_path, arm, answers, seed=seed)
+    values = dict.fromkeys(map(str, range(6)), 0.5)
+    accuracy = Measure("accuracy", values, chance=0.2, covers="images", parts=3)
+    scores = {
+        arm: [Score("few-shot", "digits", "5-way 1-shot", measure, CLEAN, "episodes") for measure in measures]
+        for arm, measures in (("merged", [accuracy, replace(accuracy, metric="Brier")]), ("expert:a", [accuracy]))
+    }
+    by_seed = [choice_gains(tmp_path, CONFIG, [seed], scores)["merged"] for seed in (3, 5)]
+    (gain,) = choice_gains(tmp_path, CONFIG, [3, 5], scores)["merged"]
+    measure = gain.measure
+    assert (measure.metric, measure.scale, measure.chance, measure.covers) == (GAIN, "number", None, "images")
+    found = choice(bits(first, second), torch.tensor([0, 0, 1, 1]).expand(6, 4), torch.arange(6) % 3)
+    assert by_seed[0][0].measure.score == pytest.approx(100 * float((found.halves - found.fixed).mean()))
+    assert by_seed[0][0].measure.score != pytest.approx(by_seed[1][0].measure.score)
+    assert measure.score == pytest.approx(sum(of.measure.score for (of,) in by_seed) / 2)
+    middle, half = mean_interval(found.halves - found.fixed)
+    assert by_seed[0][0].measure.interval() == pytest.approx((100 * (middle - half), 100 * (middle + half)))
+    assert choice_gains(tmp_path, CONFIG, [3], {"expert:a": scores["expert:a"]}) == {}
+    records(tmp_path, "expert:b", second, texts=False)
+    assert choice_gains(tmp_path, CONFIG, [3, 5], scores) == {} != choice_gains(tmp_path, CONFIG, [5], scores)
 
 
 def test_the_spread_is_a_root_or_not_resolved() -> None:

@@ -87,8 +87,8 @@ class EvaluationJob(ABC, Generic[Config]):
         """The split that is evaluated."""
         return "test"
 
-    def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
-        """Return further scores by arm, computed from the scores of several arms or conditions."""
+    def derived(self, scores: Mapping[str, Sequence[Score]], seeds: Sequence[int]) -> dict[str, list[Score]]:
+        """Return further scores by arm, computed from the scores of several arms or conditions, means over `seeds`."""
         return {}
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
@@ -252,7 +252,9 @@ class EvaluationJob(ABC, Generic[Config]):
                 for arm, by_seed in trained.items()
                 if seed in by_seed
             }
-        derived = {seed: self.derived(by_arm) for seed, by_arm in groups.items()}
+        derived = {
+            seed: self.derived(by_arm, self.study.seeds if seed is None else [seed]) for seed, by_arm in groups.items()
+        }
         if not all(derived.values()):
             derived = {}  # a score that lacks one of its seeds cannot be compared by seed
         averages = derived.get(None, {})

@@ -206,7 +206,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         tasks = trained_tasks(self.study.config_of(training))
         return self.evaluation.quality(scores, len(tasks) - len(scores))
 
-    def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
+    def derived(self, scores: Mapping[str, Sequence[Score]], seeds: Sequence[int]) -> dict[str, list[Score]]:
         metrics = {name: metric_name(task) for name, task in self.data.tasks.items()}
         of_tasks = {
             arm: [score for score in arm_scores if score.measure.metric == metrics[score.task]]

@@ -2,14 +2,17 @@
 
 The latter is estimated from split halves of each task's queries, and so is the spread of the tasks' true differences
 (vismt/uncertainty/split_halves.py); both follow from the records, without a model. Where episodes lie in parts that share no
-image, all values are means by part. Several training seeds are averaged, and their spread is in the intervals.
+image, all values are means by part. Several training seeds are averaged, and their spread is in the intervals. What the choice
+gains is also a score of the run, GAIN.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +23,14 @@ from vismt.jobs.fewshot.evaluation import episodes_file
 from vismt.jobs.fewshot.merge_settings import VALIDATION
 from vismt.metatune.protocol.episode_outcome import right_field
 from vismt.report.comparison import AVERAGE, MANY_CORRUPTIONS
-from vismt.report.results import Result
+from vismt.report.results import Result, Score
 from vismt.report.tables import Table, bounds_text, interval_text, number_text
 from vismt.storage.files import DIGEST, read_sealed
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import SHARE, average_of, estimate, interval_kind_text, weakest_kind
+from vismt.uncertainty.intervals import NUMBER, SHARE, average_of, estimate, interval_kind_text, weakest_kind
 from vismt.uncertainty.split_halves import DIVISIONS, FOLDS, ChoiceValues, choice
 
+GAIN = "gain of a choice by task in points"
 VALIDATED = "best expert on validation"
 FIXED = "best expert of the other tasks"
 HALVES = "best expert of each task"
@@ -36,12 +40,12 @@ RULES_NOTE = (
     "“merged:average” average all experts. Differences to “merged” are paired by episode."
 )
 WORTH_NOTE = (
-    f"Gain: “{HALVES}” minus “{FIXED}”. Where its interval contains 0, the labels of half of the queries do not show that "
-    f"choosing by task helps. Bracket of the accuracy of each task's truly best expert: an expert that is chosen by "
-    f"{FOLDS - 1} of {FOLDS} parts of the queries lies below it, one that is chosen by the scored queries above it. The spread "
-    "is the standard deviation over tasks of the true difference of two experts (root mean square over the pairs), without the "
-    "noise of the queries; it includes the chance in the support images. It is not resolved where the interval of its square "
-    "contains 0."
+    f"The score “{GAIN}” of “{MERGED}” is “{HALVES}” minus “{FIXED}”. Where its interval contains 0, the labels of half of "
+    "the queries do not show that choosing by task helps. Bracket of the accuracy of each task's truly best expert: an expert "
+    f"that is chosen by {FOLDS - 1} of {FOLDS} parts of the queries lies below it, one that is chosen by the scored queries "
+    "above it. The spread is the standard deviation over tasks of the true difference of two experts (root mean square over "
+    "the pairs), without the noise of the queries; it includes the chance in the support images. It is not resolved where the "
+    "interval of its square contains 0."
 )
 SHOWN = {"fixed": FIXED, "halves": HALVES}  # fields of `ChoiceValues` that stand beside the models
 # Accuracies (g,) by episode or part, or (seeds, g), by model; and the fields of `ChoiceValues`.
@@ -85,20 +89,13 @@ def _of_seed(
     folder: Path, config: FewShotConfig, seed: int, row: Result, models: Sequence[str], experts: Sequence[str]
 ) -> Values:
     values = {}
-    answers: list[list[str | None]] = []
-    queries = 0
     for arm in (*models, *experts):
-        header, *lines = read_lines(episodes_file(folder, seed, row.data, row.protocol, arm)) or [{}]
-        found = {line["episode"]: line for line in lines if {"episode", row.condition} <= set(line)}
+        _, found = _episodes(folder, seed, row.data, row.protocol, row.condition, arm)
         if len(found) != row.n:
             return {}
-        ordered = [found[number] for number in sorted(found)]
-        values[arm] = torch.tensor([line[row.condition] for line in ordered], dtype=torch.float64)
-        if arm in experts:
-            answers.append([line.get(right_field(row.condition)) for line in ordered])
-            queries = header.get("settings", {}).get("sampler", {}).get("queries", 0)
+        values[arm] = torch.tensor([line[row.condition] for line in found], dtype=torch.float64)
     groups = torch.arange(row.n) % (row.parts or row.n)
-    chosen = _choice(answers, queries, groups)
+    chosen = _choice(folder, seed, row.data, row.protocol, row.condition, experts, groups)
     shown = {arm: values[arm] for arm in models}
     path = folder / "pool" / f"seed-{seed}" / VALIDATION
     validated = read_sealed(path, f"run '{folder}'", (DIGEST,)) if path.exists() else {}
@@ -112,14 +109,53 @@ def _of_seed(
     return shown
 
 
-def _choice(answers: Sequence[Sequence[str | None]], queries: int, groups: Tensor) -> ChoiceValues | None:
-    """Return what a choice by task is worth; None for too few tasks and records of an earlier version, without answers.
+def choice_gains(
+    folder: Path, config: FewShotConfig, seeds: Sequence[int], scores: Mapping[str, Sequence[Score]]
+) -> dict[str, list[Score]]:
+    """Return GAIN, `ChoiceValues.halves` - fixed, for each accuracy of "merged"; {} unless it and two experts were scored.
 
-    answers: by expert and episode, a text with 1 for each right query. queries: of each class, which follow each other; 0 where
-    episodes differ in them, which are then divided as if of one class.
+    seeds: the trainings whose mean the scores are.
     """
-    texts = [[text or "" for text in of_expert] for of_expert in answers]
-    if len(groups.unique()) < 3 or any(len(text) < 2 for of_expert in texts for text in of_expert):
+    experts = [f"{EXPERT}{label}" for label in evaluated_experts(config)]
+    accuracies = [score for score in scores.get(MERGED, ()) if score.measure.metric == "accuracy" and len(experts) > 1]
+    gains = []
+    for score in accuracies:
+        measure, n = score.measure, len(score.measure.values)
+        groups = torch.arange(n) % (measure.parts or n)
+        case = (score.data, score.protocol, score.condition.label)
+        chosen = [_choice(folder, seed, *case, experts, groups) for seed in seeds]
+        by_group = [100 * (of.halves - of.fixed) for of in chosen if of is not None]
+        if len(by_group) == len(seeds):
+            values = torch.stack(by_group).mean(0)[groups].tolist()
+            gain = dict(zip(measure.values, values, strict=True))
+            gains.append(replace(score, measure=replace(measure, metric=GAIN, values=gain, scale=NUMBER, chance=None)))
+    return {MERGED: gains} if gains else {}
+
+
+def _episodes(
+    folder: Path, seed: int, data: str, protocol: str, condition: str, arm: str
+) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+    """Return the header of a model's records and the lines that have a condition, in the order of the episodes."""
+    header, *lines = read_lines(episodes_file(folder, seed, data, protocol, arm)) or [{}]
+    found = {line["episode"]: line for line in lines if {"episode", condition} <= set(line)}
+    return header, [found[number] for number in sorted(found)]
+
+
+def _choice(
+    folder: Path, seed: int, data: str, protocol: str, condition: str, experts: Sequence[str], groups: Tensor
+) -> ChoiceValues | None:
+    """Return what a choice by task is worth; None for too few tasks and records that lack an episode or the answers.
+
+    The queries of each class follow each other in the answers; where episodes differ in their number, they are divided as if of
+    one class.
+    """
+    queries, texts = 0, []
+    for arm in experts:
+        header, lines = _episodes(folder, seed, data, protocol, condition, arm)
+        texts.append([line.get(right_field(condition)) or "" for line in lines])
+        queries = header.get("settings", {}).get("sampler", {}).get("queries", 0)
+    complete = all(len(of_expert) == len(groups) and min(map(len, of_expert)) > 1 for of_expert in texts)
+    if not complete or len(groups.unique()) < 3:
         return None
     most = max(map(len, texts[0]))
     right = torch.tensor([[[bit == "1" for bit in text.ljust(most, "0")] for text in of_expert] for of_expert in texts])
@@ -167,13 +203,11 @@ def _rules(protocol: str, cases: Mapping[Case, Values], counts: Mapping[Case, in
 def _worth(protocol: str, cases: Mapping[Case, Values], counts: Mapping[Case, int]) -> Table:
     rows: list[list[str]] = []
     for data, condition, by_set, n in _with_averages(cases, counts):
-        gain, half = _interval([values["halves"] - values["fixed"] for values in by_set])
         low, high = (_interval([values[end] for values in by_set])[0] for end in ("folds", "optimistic"))
         bracket = f"[{number_text(low, SHARE)}, {number_text(high, SHARE)}]"
         spread = spread_text(*_interval([values["variance"] for values in by_set]))
-        gained = bounds_text(gain, gain - half, gain + half, SHARE, sign=True)
-        rows.append([data, condition, gained, bracket, spread, f"{n:,}"])
-    heads = ["Data", "Condition", "Gain in points", "Best of each task in %", "Spread in points", "n (episodes)"]
+        rows.append([data, condition, bracket, spread, f"{n:,}"])
+    heads = ["Data", "Condition", "Best of each task in %", "Spread in points", "n (episodes)"]
     return Table(f"What a choice by task is worth, {protocol}", heads, rows, set(), texts=2, folded=len(rows) > 30)
 
 

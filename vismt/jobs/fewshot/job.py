@@ -32,6 +32,7 @@ from vismt.jobs.fewshot.arms import (
     trained_on,
     untrained_arms,
 )
+from vismt.jobs.fewshot.choice_report import choice_gains
 from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, MERGED, ExpertConfig, FewShotConfig
 from vismt.jobs.fewshot.config_checks import check, check_sets
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption
@@ -271,6 +272,9 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
 
     def check_merge(self, training: Training) -> None:
         """Do nothing: every evaluated model except MAML's is merged already."""
+
+    def derived(self, scores: Mapping[str, Sequence[Score]], seeds: Sequence[int]) -> dict[str, list[Score]]:
+        return choice_gains(self.folder, self.config, seeds, scores)
 
     def sections(self, results: Sequence[Result]) -> list[Section]:
         return sections(self.folder, self.config, self.study, results)

@@ -101,7 +101,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
             )
         return scores
 
-    def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
+    def derived(self, scores: Mapping[str, Sequence[Score]], seeds: Sequence[int]) -> dict[str, list[Score]]:
         return corruption_errors(scores)
 
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
