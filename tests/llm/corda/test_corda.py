@@ -186,9 +186,8 @@ def test_peft_starts_at_the_same_product(kind: str, mode: str) -> None:
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
-    sample = {
-        "input_ids": tokens(1, 250)
-    }  # more tokens than the widest input, or the error of peft's fp32 inverse dominates
+    # More tokens than the widest input, or the error of peft's fp32 inverse dominates.
+    sample = {"input_ids": tokens(1, 250)}
     ours = tiny_lm(kind)
     # One sample: the divisor of peft (the signed maximum) cancels in B A.
     covariances = collect_covariance(ours, [sample])
@@ -230,9 +229,8 @@ def test_language_models_start_unchanged_and_reach_peft(kind: str, options: dict
     theirs = peft.PeftModel.from_pretrained(stock, str(tmp_path)).eval()
     assert (theirs(ids).logits - trained).abs().max() <= 1e-5 * trained.abs().max()
     vismt.save_adapter(model, tmp_path / "own")
-    again = vismt.load_adapter(
-        tiny_lm(kind), tmp_path / "own"
-    )  # peft cannot load a trained CorDA adapter that it saved
+    # peft cannot load a trained CorDA adapter that it saved.
+    again = vismt.load_adapter(tiny_lm(kind), tmp_path / "own")
     assert torch.equal(again(ids).logits, trained)
     vismt.unadapt(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -400,9 +400,8 @@ def test_i9_merging_rounds_once() -> None:
     delta = 2.0 * (layer.lora_B * gates.repeat_interleave(2)) @ layer.lora_A
     with instance_gates(gates):
         merged, exact = layer.merged().weight, layer.weight.double() + delta.double()
-    half = 2.0 ** (
-        exact.abs().log2().floor() - 8
-    )  # half a unit in the last place of bf16; fp32 sums differ in their last place at most
+    # Half a unit in the last place of bf16; fp32 sums differ in their last place at most.
+    half = 2.0 ** (exact.abs().log2().floor() - 8)
     assert ((merged.double() - exact).abs() <= half * (1 + 1e-4)).all()
     twice = layer.weight + delta.to(torch.bfloat16)
     assert ((twice.double() - exact).abs() > half * (1 + 1e-4)).any()

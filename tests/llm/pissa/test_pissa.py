@@ -195,9 +195,8 @@ def test_quantised_base_under_its_update_is_nearer_to_the_weights(kind: str, opt
         weight = stock.get_submodule(path).weight.detach()
         matrix = host.matrix(weight)
         assert host.lora_A0 is None
-        assert torch.equal(
-            nf4(host.matrix(host.weight).contiguous()), host.matrix(host.weight)
-        )  # representable in 4 bits
+        # Representable in 4 bits.
+        assert torch.equal(nf4(host.matrix(host.weight).contiguous()), host.matrix(host.weight))
         assert not torch.equal(host.weight, weight)
         merged_matrix = host.matrix(start.get_submodule(path).weight)
         assert relative(merged_matrix, matrix) < 0.9 * relative(nf4(matrix.contiguous()), matrix)
@@ -206,15 +205,13 @@ def test_quantised_base_under_its_update_is_nearer_to_the_weights(kind: str, opt
     wanted = answer(model, x)
     vismt.save_adapter(model, tmp_path)
     assert torch.equal(answer(model, x), wanted)  # saving reads the original weights
-    again = vismt.load_adapter(
-        make(), tmp_path
-    )  # on the original weights, which are quantised to the same values again
+    # On the original weights, which are quantised to the same values again.
+    again = vismt.load_adapter(make(), tmp_path)
     assert torch.equal(answer(again, x), wanted)
     assert torch.equal(answer(vismt.load_adapter(plain, tmp_path), x), wanted)
     vismt.adapt(other := make(), "pissa", rank=8, quantize="nf4", seed=5, solver="randomized", **options)
-    assert torch.equal(
-        answer(vismt.load_adapter(other, tmp_path), x), wanted
-    )  # into a model that was adapted in the same way
+    # Into a model that was adapted in the same way.
+    assert torch.equal(answer(vismt.load_adapter(other, tmp_path), x), wanted)
     before = stock.state_dict()
     for restored in (vismt.unadapt(model), vismt.unadapt(again)):
         assert list(restored.state_dict()) == list(before) and all(

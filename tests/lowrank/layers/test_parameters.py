@@ -209,9 +209,8 @@ def test_named_adapters(kind: str) -> None:
     for name in ("a", "b", "a"):
         assert torch.equal(run(vismt.activate(model, name), kind), outputs[name])
     with vismt.disabled(model):
-        assert torch.allclose(
-            run(model, kind), expected, atol=1e-5
-        )  # without gradients torch takes its fused attention
+        # Without gradients torch takes its fused attention.
+        assert torch.allclose(run(model, kind), expected, atol=1e-5)
     with pytest.raises(UserError, match="cannot be mixed"):
         vismt.activate(model, ["a", "b"])
     assert torch.equal(run(model, kind), outputs["a"])

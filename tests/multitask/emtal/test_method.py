@@ -150,9 +150,8 @@ def test_backward_keeps_no_tensor_of_the_hidden_width_for_the_router() -> None:
     routed = saved_activation_bytes(module, lambda: module(x))
     module.fade = 1.0
     faded = saved_activation_bytes(module, lambda: module(x))
-    assert (
-        routed - faded <= 4 * 8 * 50 * 4 < 4 * 8 * 50 * 64
-    )  # logits (b, n, e) in fp32; a plain product saves (b, n, H)
+    # Logits (b, n, e) in fp32; a plain product saves (b, n, H).
+    assert routed - faded <= 4 * 8 * 50 * 4 < 4 * 8 * 50 * 64
 
 
 # ---- the start
