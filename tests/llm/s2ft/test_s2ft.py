@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers.language_models import MODELS, moved_lm, outputs, tokens
-from helpers.tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import holds, images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -381,7 +381,7 @@ def test_a_state_dict_right_after_a_step_holds_it_in_the_weight_too(mode: str, d
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
     after = snapshot(model)
     outputs(model)  # writes the pending step into the weight
-    assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+    assert holds(model, after)
     changed = {
         path: not torch.equal(after[f"{path}.weight"], before[f"{path}.weight"]) for path in adapter_layers(model)
     }
@@ -533,7 +533,7 @@ def test_trained_biases_move_with_their_units_and_come_back(tmp_path: Path) -> N
     loaded = vismt.load_adapter(tiny_vit(), tmp_path)
     assert torch.equal(outputs(loaded), outputs(model))
     vismt.unadapt(model)
-    assert all(torch.equal(value, tiny_vit().state_dict()[name]) for name, value in model.state_dict().items())
+    assert holds(model, tiny_vit().state_dict())
 
 
 def test_units_that_cannot_be_reordered_are_refused_and_index_mode_takes_them() -> None:
@@ -634,7 +634,7 @@ def test_files_of_several_broken_groups_are_exact(tmp_path: Path) -> None:
         elif name.endswith(("q_proj.weight", "k_proj.weight", "gate_proj.weight")):
             assert not changed, name
     vismt.unadapt(model)
-    assert all(torch.equal(value, stock[name]) for name, value in model.state_dict().items())
+    assert holds(model, stock)
 
 
 @pytest.mark.parametrize(

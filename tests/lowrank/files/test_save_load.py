@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers.adapter_folders import write_description
-from helpers.tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import holds, images, shake, snapshot, tiny_vit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -33,8 +33,7 @@ def check_refused(folder, match: str, model: nn.Module | None = None) -> None:
     before = snapshot(model)
     with pytest.raises(UserError, match=match):
         vismt.load_adapter(model, folder)
-    after = model.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert holds(model, before)
 
 
 def test_adapter_of_another_model_says_both_shapes(saved) -> None:
