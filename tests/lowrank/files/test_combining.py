@@ -7,26 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowrank.test_factors import dense, draw
 
 import vismt.lowrank
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.combining import combine
-
-
-def draw(seed, out, inp, rank, core="none", scale=1.0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"none": None, "diagonal": (rank,), "matrix": (rank, rank)}
-    left, right = torch.randn(out, rank, generator=generator), torch.randn(rank, inp, generator=generator)
-    middle = None if core == "none" else torch.randn(shapes[core], generator=generator).to(dtype)
-    return LowRank(left.to(dtype), right.to(dtype), middle, scale)
-
-
-def dense(a):
-    core = torch.eye(a.rank, dtype=a.B.dtype) if a.core is None else a.core
-    core = torch.diag(core) if core.ndim == 1 else core
-    return a.scale * torch.einsum("ok,kj,ji->oi", a.B, core, a.A)
-
 
 CORES, SCALES = ["none", "diagonal", "matrix"], [1.0, 0.25, -3.0]
 
