@@ -9,16 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowrank.test_factors import dense, draw
 
-import vismt.lowrank
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.combining import combine
 
 CORES, SCALES = ["none", "diagonal", "matrix"], [1.0, 0.25, -3.0]
-
-
-def test_name():
-    assert vismt.lowrank.combine is combine
 
 
 def test_by_hand():
