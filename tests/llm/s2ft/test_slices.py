@@ -140,11 +140,10 @@ def test_a_second_adapter_takes_the_place_of_the_first_in_training(tmp_path: Pat
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     _, folder = saved("vit", tmp_path, 1)
     slices = read_slices(folder)
-    before = snapshot(tiny_vit(embed_dim=64))
     model = tiny_vit(embed_dim=64)
     with pytest.raises(UserError, match="another model"):
         switch(model, slices)
-    assert holds(model, before)
+    assert holds(model, tiny_vit(embed_dim=64).state_dict())
     with pytest.raises(UserError, match="has no linear 'blocks"):
         switch(nn.Linear(2, 2), slices)
     with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv: its weight was \(96, 32\), here it is \(192, 64\)"):
