@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -63,8 +64,8 @@ def compare(
     """
     check_compile(model)
     variants = _variants(model, head)
-    losses = {name: _recomputed(loss) if name.endswith("recompute") else loss for name in variants}
-    losses[IN_RUN] = _in_run(loss)
+    losses = {name: _within(recompute, loss) if name.endswith("recompute") else loss for name in variants}
+    losses[IN_RUN] = _within(lambda model: running_blocks(model, TrainConfig(precision="bf16")), loss)
     saved = {name: kept_bytes(partial(losses[name], variants[name])) for name in variants}
     compiled = copy.deepcopy(variants[LORA])
     compile_blocks(find_blocks(compiled))
@@ -84,20 +85,12 @@ def compare(
     return Ratios(title, timing, times, sizes={SAVED: saved}, size_targets=[(SAVED, RECOMPUTE, PEFT, saved_target)])
 
 
-def _recomputed(loss: Loss) -> Loss:
-    def recomputed(model: nn.Module) -> Tensor:
-        with recompute(model):
+def _within(context: Callable[[nn.Module], AbstractContextManager[object]], loss: Loss) -> Loss:
+    def within(model: nn.Module) -> Tensor:
+        with context(model):
             return loss(model)
 
-    return recomputed
-
-
-def _in_run(loss: Loss) -> Loss:
-    def run(model: nn.Module) -> Tensor:
-        with running_blocks(model, TrainConfig(precision="bf16")):
-            return loss(model)
-
-    return run
+    return within
 
 
 def _variants(model: nn.Module, head: str) -> dict[str, nn.Module]:

@@ -64,7 +64,8 @@ def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
     """Measure both models in float32 and in bfloat16."""
     where = torch.device(device)
     results = []
-    for title, make in (("timm ViT-S/16, 8 x 224 px", core._vit), ("Llama 512 x 8, 4 x 128 tokens", core._llama)):
+    vit = partial(core._vit, batch=8, size=224)
+    for title, make in (("timm ViT-S/16, 8 x 224 px", vit), ("Llama 512 x 8, 4 x 128 tokens", core._llama)):
         model, loss, head = make(where)
         variants = core._variants(model, head)
         for kind, (lora, peft) in {"": (LORA, PEFT), ", bf16": (HALF, PEFT_HALF)}.items():

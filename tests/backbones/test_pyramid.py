@@ -9,7 +9,7 @@ import safetensors.torch
 import timm
 import torch
 from helpers import pyramids  # noqa: F401  registers tiny_swin
-from helpers.tiny import shake
+from helpers.tiny import holds, shake
 from timm.models import metaformer
 from torch import Tensor, nn
 
@@ -130,7 +130,7 @@ def test_a_size_that_no_stage_of_an_object_divides(name: str, size: int, fits: s
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(UserError, match=rf"img_size {size} x {size} does not fit the stages of \w+: use {fits}\.$"):
         backbone_of(model, size)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert holds(model, before)
     assert backbone_of(model, 96)(pixels(96, 96)).isfinite().all()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -77,3 +78,29 @@ def torchattacks_survivors(name: str, **options: object) -> Tensor:
     result = getattr(torchattacks, name)(net, **options)(images, labels)
     with torch.no_grad():
         return (net(result).argmax(1) == labels) & (net(images).argmax(1) == labels)
+
+
+class Channels(nn.Module):
+    """Weighted mean of each channel: an attack cannot use a channel of weight zero."""
+
+    def __init__(self, weights: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weights))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3)) * self.weight - 0.5 * self.weight
+
+
+class Colours:
+    """Twelve images of each of five colours, with noise."""
+
+    labels = torch.arange(5).repeat_interleave(12)
+
+    def __init__(self, noise: float, side: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        colours = torch.rand(5, 3, 1, 1, generator=generator)
+        drawn = torch.randn(60, 3, side, side, generator=generator)
+        self.images = (colours[self.labels] + noise * drawn).clamp(0, 1)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.images[index]

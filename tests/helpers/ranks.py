@@ -1,4 +1,4 @@
-"""Run a script as two processes over gloo, with the environment of torchrun."""
+"""Run a command as two processes over gloo, with the environment of torchrun."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ from torch import Tensor
 HELPERS = Path(__file__).resolve().parent
 
 
-def of_two(script: str, folder: Path, **variables: str) -> list[dict[str, Tensor]]:
-    """Run `python tests/helpers/SCRIPT FOLDER` as ranks 0 and 1; return the equal results that they wrote to FOLDER/RANK.pt.
-
-    variables: further ones of the environment.
-    """
+def run_two(*call: object, **variables: str) -> None:
+    """Run `python CALL` as ranks 0 and 1. variables: further ones of the environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -26,9 +23,14 @@ def of_two(script: str, folder: Path, **variables: str) -> list[dict[str, Tensor
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     common.update(variables)
     common["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HELPERS.parent), os.environ.get("PYTHONPATH"))))
-    call = [sys.executable, HELPERS / script, folder]
-    ranks = [subprocess.Popen(call, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    command = [sys.executable, *map(str, call)]
+    ranks = [subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     assert [rank.wait(900) for rank in ranks] == [0, 0]
+
+
+def of_two(script: str, folder: Path, **variables: str) -> list[dict[str, Tensor]]:
+    """Run `python tests/helpers/SCRIPT FOLDER` twice; return the equal results that the ranks wrote to FOLDER/RANK.pt."""
+    run_two(HELPERS / script, folder, **variables)
     results = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     assert set(results[0]) == set(results[1]) and all(
         torch.equal(results[0][name], results[1][name]) for name in results[0]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from vismt.testing.method_contract import images, shake, small_vit
 
-__all__ = ["DIGITS", "built_once", "images", "shake", "snapshot", "tiny_vit"]
+__all__ = ["DIGITS", "built_once", "holds", "images", "shake", "snapshot", "tiny_vit"]
 
 # A multi-task run on digits without its adapt section.
 DIGITS = {
@@ -45,3 +45,9 @@ def tiny_vit(seed: int = 0, num_classes: int = 5, **options: object) -> nn.Modul
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of the state dict."""
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def holds(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Return whether the state dict of a model has the names of `state`, in order, and all of its bits."""
+    own = model.state_dict()
+    return list(own) == list(state) and all(torch.equal(own[name], value) for name, value in state.items())

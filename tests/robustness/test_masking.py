@@ -2,48 +2,27 @@
 
 import pytest
 import torch
-from torch import nn
+from helpers.attack_parts import Channels, Colours
 
 from vismt.metatune import EpisodeSampler, ProtoNet
 from vismt.metatune.protocol.episodes import DisjointSampler
 from vismt.robustness.masking import RADII, check_episodes, judge_curve
 
-LABELS = torch.arange(5).repeat_interleave(12)
 
-
-class Mean(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(3))
-
-    def forward(self, images):
-        return (images.mean((2, 3)) - 0.5) * self.gain
-
-
-class Misleading(Mean):
+class Misleading(Channels):
     """The same function of a few grey values, with a small smooth term whose gradient points back to the class."""
 
     def forward(self, images):
         return super().forward((images * 4).round() / 4) - 1e-3 * super().forward(images)
 
 
-class Pixels:
-    def __init__(self):
-        generator = torch.Generator().manual_seed(0)
-        colours = torch.rand(5, 3, 1, 1, generator=generator)
-        self.images = (colours[LABELS] + 0.1 * torch.randn(60, 3, 8, 8, generator=generator)).clamp(0, 1)
-
-    def __getitem__(self, index):
-        return self.images[index]
-
-
 def check(backbone, **options):
-    sampler = EpisodeSampler(LABELS, ways=5, shots=2, queries=5, seed=1)
-    return check_episodes(ProtoNet(backbone), Pixels(), sampler, episodes=4, **options)
+    sampler = EpisodeSampler(Colours.labels, ways=5, shots=2, queries=5, seed=1)
+    return check_episodes(ProtoNet(backbone), Colours(0.1, 8), sampler, episodes=4, **options)
 
 
 def test_an_honest_model_passes():
-    result = check(Mean())
+    result = check(Channels())
     assert result.epsilons == RADII and result.n == 4 and result.chance == pytest.approx(0.2)
     assert result.accuracies[0] > 0.7 and result.accuracies[-1] <= 0.2 and result.passed
     assert result.reach == pytest.approx(2.5) and result.gap >= 0
@@ -58,16 +37,16 @@ def test_masked_gradients_fail_although_the_function_is_nearly_the_same():
 
 
 def test_a_sampler_that_ends_has_fewer_episodes_than_asked_for():
-    sampler = DisjointSampler(LABELS, ways=5, shots=1, queries=3, seed=1)
-    result = check_episodes(ProtoNet(Mean()), Pixels(), sampler, episodes=10, radii=(0.0, 64 / 255))
+    sampler = DisjointSampler(Colours.labels, ways=5, shots=1, queries=3, seed=1)
+    result = check_episodes(ProtoNet(Channels()), Colours(0.1, 8), sampler, episodes=10, radii=(0.0, 64 / 255))
     assert result.n == len(sampler) == 3 and result.chance == pytest.approx(0.2)
 
 
 def test_it_resumes(tmp_path):
     records = tmp_path / "masking" / "a.jsonl"
-    first = check(Mean(), records=records)
+    first = check(Channels(), records=records)
     written = records.read_text()
-    assert check(Mean(), records=records) == first and records.read_text() == written
+    assert check(Channels(), records=records) == first and records.read_text() == written
 
 
 def curve(*columns):

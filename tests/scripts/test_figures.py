@@ -123,6 +123,5 @@ def test_updates_by_depth_are_rows_and_a_picture(checkout: Path, tmp_path_factor
     write_study(checkout / ROWS / "depths.jsonl", study)
     spec = {"study": "depths", "kind": "depth", "where": {"metric": CHANGE}}
     assert run(checkout, {"depth": spec}) == 0 and "<svg" in (checkout / "docs/depth.svg").read_text()
-    assert (
-        run(checkout, {"depth": spec | {"study": "study", "where": {"condition": "clean"}}}) == 2
-    )  # no changed weights
+    # No changed weights.
+    assert run(checkout, {"depth": spec | {"study": "study", "where": {"condition": "clean"}}}) == 2

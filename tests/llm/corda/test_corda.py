@@ -9,7 +9,7 @@ from threading import Event
 import pytest
 import torch
 from helpers.language_models import LMS, relative, tiny_lm, tokens
-from helpers.tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import holds, images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
@@ -186,9 +186,8 @@ def test_peft_starts_at_the_same_product(kind: str, mode: str) -> None:
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
-    sample = {
-        "input_ids": tokens(1, 250)
-    }  # more tokens than the widest input, or the error of peft's fp32 inverse dominates
+    # More tokens than the widest input, or the error of peft's fp32 inverse dominates.
+    sample = {"input_ids": tokens(1, 250)}
     ours = tiny_lm(kind)
     # One sample: the divisor of peft (the signed maximum) cancels in B A.
     covariances = collect_covariance(ours, [sample])
@@ -230,12 +229,11 @@ def test_language_models_start_unchanged_and_reach_peft(kind: str, options: dict
     theirs = peft.PeftModel.from_pretrained(stock, str(tmp_path)).eval()
     assert (theirs(ids).logits - trained).abs().max() <= 1e-5 * trained.abs().max()
     vismt.save_adapter(model, tmp_path / "own")
-    again = vismt.load_adapter(
-        tiny_lm(kind), tmp_path / "own"
-    )  # peft cannot load a trained CorDA adapter that it saved
+    # peft cannot load a trained CorDA adapter that it saved.
+    again = vismt.load_adapter(tiny_lm(kind), tmp_path / "own")
     assert torch.equal(again(ids).logits, trained)
     vismt.unadapt(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert holds(model, before)
 
 
 def test_kpm_is_balanced_by_default_and_ipm_is_not() -> None:
@@ -300,7 +298,7 @@ def test_a_half_precision_base_starts_where_it_was() -> None:
     before = snapshot(model)
     vismt.adapt(model, "corda", rank=4, covariances=covariances)
     vismt.merge(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert holds(model, before)
 
 
 def test_vanishing_components_are_reported() -> None:
@@ -341,9 +339,7 @@ def test_mistakes_are_one_clear_line_and_change_nothing(options: dict, words: st
     with pytest.raises(UserError, match=words) as error:
         vismt.adapt(model, "corda", ["qkv"], rank=2, **options)
     assert "\n" not in str(error.value)
-    state = model.state_dict()
-    assert list(state) == list(before) and all(torch.equal(state[name], before[name]) for name in before)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert holds(model, before) and all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (12, 12)])

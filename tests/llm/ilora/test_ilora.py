@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.adapter_folders import write_description
 from helpers.language_models import LMS, padded, relative, stock, tiny_lm, tokens
-from helpers.tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import holds, images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -370,9 +370,7 @@ def test_i9_merging_without_one_users_gates_is_refused_and_changes_nothing(what:
         merging()
     with instance_gates(some_gates(1, 4)), pytest.raises(UserError, match="this model has 2 experts"):
         merging()
-    assert snapshot(model).keys() == before.keys() and all(
-        torch.equal(model.state_dict()[k], v) for k, v in before.items()
-    )
+    assert holds(model, before)
     assert adapter_layers(model) and not list(tmp_path.iterdir())
 
 
@@ -400,9 +398,8 @@ def test_i9_merging_rounds_once() -> None:
     delta = 2.0 * (layer.lora_B * gates.repeat_interleave(2)) @ layer.lora_A
     with instance_gates(gates):
         merged, exact = layer.merged().weight, layer.weight.double() + delta.double()
-    half = 2.0 ** (
-        exact.abs().log2().floor() - 8
-    )  # half a unit in the last place of bf16; fp32 sums differ in their last place at most
+    # Half a unit in the last place of bf16; fp32 sums differ in their last place at most.
+    half = 2.0 ** (exact.abs().log2().floor() - 8)
     assert ((merged.double() - exact).abs() <= half * (1 + 1e-4)).all()
     twice = layer.weight + delta.to(torch.bfloat16)
     assert ((twice.double() - exact).abs() > half * (1 + 1e-4)).any()
@@ -411,10 +408,7 @@ def test_i9_merging_rounds_once() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_unadapt_gives_back_every_bit_and_every_attribute(kind: str) -> None:
     original, model = stock(kind).double(), adapted(kind, gate="cnn")
-    vismt.unadapt(model)
-    state = model.state_dict()
-    assert list(state) == list(original.state_dict())
-    assert all(torch.equal(state[name], value) for name, value in original.state_dict().items())
+    assert holds(vismt.unadapt(model), original.state_dict())
     assert set(model.__dict__) == set(original.__dict__) and set(model._modules) == set(original._modules)
     vismt.adapt(model, "ilora", rank=4, user_width=WIDTH)  # and again
 

@@ -1,11 +1,18 @@
-"""What a recommender is compared with: popularity, cosines by hand, and GRU4Rec."""
+"""The recommenders, and what they are compared with: popularity, and cosines by hand."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
+from helpers.tiny import holds
+from torch import nn
 
-from vismt.llm.ilora.recommenders import GRU4Rec, NextItem, cosine_scores, padded, popularity_scores
+from vismt.llm.ilora.recommenders import GRU4Rec, NextItem, SASRec, cosine_scores, padded, popularity_scores
+
+NETS = pytest.mark.parametrize("make", [partial(GRU4Rec, 12), partial(SASRec, 12, 6)], ids=["gru4rec", "sasrec"])
 
 
 def test_popularity_counts_next_items():
@@ -26,19 +33,23 @@ def test_cosines_with_the_last_item_and_with_the_mean():
     assert torch.allclose(mean, expected)
 
 
-def test_gru4rec_reads_the_order_and_no_padding():
-    net = GRU4Rec(12, width=8, seed=3).eval()
+@NETS
+def test_the_order_counts_and_padding_does_not(make: Callable[..., nn.Module]) -> None:
+    net = make(width=8, seed=3).eval()
     alone = net(torch.tensor([[3, 1, 4]]))
     assert torch.allclose(net(torch.tensor([[3, 1, 4, -1, -1]])), alone, atol=1e-6)
-    assert (net(torch.tensor([[1, 3, 4]])) - alone).abs().max() > 1e-4
+    for other in ([1, 3, 4], [3, 1]):
+        assert (net(torch.tensor([other])) - alone).abs().max() > 1e-4
+    assert net.scores(alone).shape == (1, 12)
     assert torch.allclose(net.scores(alone, torch.tensor([[5, 2]])), net.scores(alone)[:, [5, 2]])
     state = torch.random.get_rng_state()
-    assert torch.equal(GRU4Rec(12, seed=3).user.weight, GRU4Rec(12, seed=3).user.weight)
+    assert holds(make(seed=3), make(seed=3).state_dict())
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_gru4rec_learns_what_follows():
-    net = GRU4Rec(12, width=16, dropout=0.0)
+@NETS
+def test_what_follows_is_learned(make: Callable[..., nn.Module]) -> None:
+    net = make(width=16, dropout=0.0)
     rows = [[(start + step) % 12 for step in range(3)] for start in range(12)]
     batch = {"history": padded(rows), "next": torch.tensor([(row[-1] + 1) % 12 for row in rows])}
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)

@@ -11,7 +11,7 @@ import torch
 from helpers.checkpoints import saved_tensors
 from helpers.lisa_parts import DEPTH, FAMILIES, Objective, adamw, case, steps, tokens, train
 from helpers.ranks import of_two
-from helpers.tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import holds, images, shake, snapshot, tiny_vit
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
@@ -32,17 +32,13 @@ def lisa_of(model: nn.Module) -> LISA:
     return lisa
 
 
-def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
-
-
 # ---- adapt, merge, unadapt -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapted_trained_merged_and_undone(family: str, tmp_path: Path) -> None:
     setup = case(family)
-    original, keys = snapshot(setup.model), list(setup.model.state_dict())
+    original = snapshot(setup.model)
     flags = {name: p.requires_grad for name, p in setup.model.named_parameters()}
     report = vismt.adapt(setup.model, "lisa", active=1, interval=2, seed=1)
     parameters = list(setup.model.parameters())
@@ -54,12 +50,12 @@ def test_adapted_trained_merged_and_undone(family: str, tmp_path: Path) -> None:
     assert losses == train(by_hand, LISA(by_hand.model, adamw(by_hand.model), active=1, interval=2, seed=1), range(6))
     trained = snapshot(setup.model)
     twin = copy.deepcopy(setup.model)
-    assert vismt.merge(setup.model) is setup.model and equal(setup.model.state_dict(), trained)
+    assert vismt.merge(setup.model) is setup.model and holds(setup.model, trained)
     assert record_of(setup.model) is None and flags == {
         name: p.requires_grad for name, p in setup.model.named_parameters()
     }
     vismt.unadapt(twin)
-    assert equal(twin.state_dict(), original) and list(twin.state_dict()) == keys
+    assert holds(twin, original)
     assert flags == {name: p.requires_grad for name, p in twin.named_parameters()}
 
 
@@ -75,7 +71,7 @@ def test_originals_outlive_any_change_copies_and_pickles(monkeypatch, where: str
     shake(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
         assert not torch.equal(twin.head.weight, original["head.weight"])
-        assert equal(vismt.unadapt(twin).state_dict(), original)
+        assert holds(vismt.unadapt(twin), original)
 
 
 def test_large_originals_lie_in_a_file_that_is_gone_when_they_are(monkeypatch, tmp_path: Path) -> None:
@@ -123,7 +119,7 @@ def test_no_is_said_clearly(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             vismt.adapt(model, "lisa", **options)
-        assert record_of(model) is None and equal(model.state_dict(), before)
+        assert record_of(model) is None and holds(model, before)
     vismt.adapt(model, "lisa", active=1)
     with pytest.raises(UserError, match="already carries 'lisa'"):
         vismt.adapt(model, "lora")
@@ -147,7 +143,7 @@ def test_the_file_holds_what_changed_and_nothing_else(family: str, tmp_path: Pat
     assert set(safetensors.torch.load_file(file)) == {*setup.before, *setup.after, *setup.names(lisa.active_layers[0])}
     stock = case(family)
     vismt.load_adapter(stock.model, tmp_path / "a")
-    assert equal(stock.model.state_dict(), setup.model.state_dict())
+    assert holds(stock.model, setup.model.state_dict())
     # The schedule is loaded too, so training can continue.
     again = lisa_of(stock.model)
     assert again.state_dict() == lisa.state_dict()
@@ -156,9 +152,9 @@ def test_the_file_holds_what_changed_and_nothing_else(family: str, tmp_path: Pat
     vismt.adapt(other.model, "lisa", active=2)
     shake(other.model)
     vismt.load_adapter(other.model, tmp_path / "a")
-    assert equal(other.model.state_dict(), setup.model.state_dict())
+    assert holds(other.model, setup.model.state_dict())
     for model in (stock.model, other.model):
-        assert equal(vismt.unadapt(model).state_dict(), case(family).model.state_dict())
+        assert holds(vismt.unadapt(model), case(family).model.state_dict())
 
 
 def test_another_base_or_a_damaged_description_is_refused(tmp_path: Path) -> None:
@@ -170,7 +166,7 @@ def test_another_base_or_a_damaged_description_is_refused(tmp_path: Path) -> Non
     before = snapshot(other)
     with pytest.raises(UserError, match="Load the base it was trained on"):
         vismt.load_adapter(other, tmp_path)
-    assert record_of(other) is None and equal(other.state_dict(), before)
+    assert record_of(other) is None and holds(other, before)
     shallow = case("vit").model
     del shallow.blocks[3]
     with pytest.raises(UserError, match=r"this model has no parameter 'blocks\.3\."):
@@ -208,7 +204,7 @@ def test_the_loop_drives_the_schedule_and_resumes_bit_for_bit(tmp_path: Path, po
     saved = saved_tensors(tmp_path / "cut")
     assert set(saved) >= {f"model.{name}" for name, _ in whole.named_parameters()}  # frozen layers have moved before
     resumed = run(tmp_path / "cut", state_policy=policy)
-    assert equal(resumed.state_dict(), whole.state_dict())
+    assert holds(resumed, whole.state_dict())
 
 
 def test_the_loop_is_the_usual_loop_with_on_step(tmp_path: Path) -> None:
@@ -226,7 +222,7 @@ def test_the_loop_is_the_usual_loop_with_on_step(tmp_path: Path) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    assert equal(trained.state_dict(), model.state_dict())
+    assert holds(trained, model.state_dict())
     plain = case("gpt2").model
     loop.train(
         Objective(plain),
@@ -237,7 +233,7 @@ def test_the_loop_is_the_usual_loop_with_on_step(tmp_path: Path) -> None:
         runtime.accelerator(),
         seed=1,
     )
-    assert not equal(trained.state_dict(), plain.state_dict())
+    assert not holds(trained, plain.state_dict())
 
 
 def test_an_adapted_part_of_an_objective_is_found(tmp_path: Path) -> None:

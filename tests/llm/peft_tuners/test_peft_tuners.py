@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.language_models import run, stock, tokens
-from helpers.tiny import DIGITS, images, shake, snapshot, tiny_vit
+from helpers.tiny import DIGITS, holds, images, shake, snapshot, tiny_vit
 from helpers.tiny_runs import run_config, written
 from torch import nn
 
@@ -111,8 +111,7 @@ def test_a_step_a_file_and_a_merge_are_those_of_peft(tuner: str, kind: str, tmp_
         return
     merged, reference = vismt.merge(ours), theirs.merge_and_unload()
     assert [type(m) for m in merged.modules()] == [type(m) for m in stock(kind).modules()]
-    state, other = merged.state_dict(), reference.state_dict()
-    assert list(state) == list(other) and all(torch.equal(state[name], other[name]) for name in state)
+    assert holds(merged, reference.state_dict())
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
@@ -139,9 +138,7 @@ def test_the_contract_of_every_method(tuner: str) -> None:
     fresh = hosted(tuner, also_train=["head"], seed=SEED if tuner in ("shira", "fourierft") else 8)
     fresh.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(fresh(images()), expected)
-    vismt.unadapt(model)
-    after = model.state_dict()
-    assert list(after) == list(original) and all(torch.equal(after[name], original[name]) for name in original)
+    assert holds(vismt.unadapt(model), original)
     assert all(parameter.requires_grad for parameter in model.parameters()) and not hasattr(model, "peft_config")
 
 
@@ -193,8 +190,7 @@ def test_one_clear_line_and_the_model_unchanged() -> None:
     ):
         with pytest.raises(UserError, match=words):
             vismt.adapt(model, name, **given)
-        state = model.state_dict()
-        assert list(state) == list(original) and all(torch.equal(state[key], original[key]) for key in original)
+        assert holds(model, original)
         assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(UserError, match="'peft:miss' is a tuner of peft, not a pair of factors"):
         vismt.lowrank.combine([hosted("miss")], [1.0])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.adapter_folders import write_description
 from helpers.language_models import LMS, relative, tiny_lm, tokens
-from helpers.tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import holds, images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 
 import vismt
@@ -47,7 +47,7 @@ def test_language_models_start_unchanged_and_reach_peft(kind: str, options: dict
     with theirs.disable_adapter():
         assert torch.equal(theirs(ids).logits, wanted)
     vismt.unadapt(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert holds(model, before)
 
 
 @pytest.mark.parametrize("alpha,rslora", [(4.0, False), (8.0, False), (16.0, False), (6.0, True)])
@@ -96,7 +96,7 @@ def test_half_precision_loses_one_rounding_of_the_residual_and_ours_none(dtype: 
         vismt.adapt(model, "pissa", rank=4, alpha=8, dtype=factors)
         assert model.model.layers[0].mlp.up_proj.lora_A.dtype == (factors or torch.float32)
         vismt.merge(model)
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert holds(model, before)
 
 
 def test_randomised_start_is_seeded_and_survives_a_file(tmp_path) -> None:
@@ -166,8 +166,7 @@ def test_lora_on_a_quantised_base_starts_at_nf4_of_the_weights_and_loses_more_th
     assert torch.equal(vismt.load_adapter(tiny_lm(kind), tmp_path)(tokens()).logits, answers)
     with pytest.raises(UserError, match="quantised weights"):
         vismt.export_peft(model, tmp_path / "peft")
-    before = snapshot(stock)
-    assert all(torch.equal(value, before[name]) for name, value in vismt.unadapt(model).state_dict().items())
+    assert holds(vismt.unadapt(model), stock.state_dict())
 
 
 def test_the_best_round_is_kept(monkeypatch) -> None:
@@ -195,9 +194,8 @@ def test_quantised_base_under_its_update_is_nearer_to_the_weights(kind: str, opt
         weight = stock.get_submodule(path).weight.detach()
         matrix = host.matrix(weight)
         assert host.lora_A0 is None
-        assert torch.equal(
-            nf4(host.matrix(host.weight).contiguous()), host.matrix(host.weight)
-        )  # representable in 4 bits
+        # Representable in 4 bits.
+        assert torch.equal(nf4(host.matrix(host.weight).contiguous()), host.matrix(host.weight))
         assert not torch.equal(host.weight, weight)
         merged_matrix = host.matrix(start.get_submodule(path).weight)
         assert relative(merged_matrix, matrix) < 0.9 * relative(nf4(matrix.contiguous()), matrix)
@@ -206,20 +204,15 @@ def test_quantised_base_under_its_update_is_nearer_to_the_weights(kind: str, opt
     wanted = answer(model, x)
     vismt.save_adapter(model, tmp_path)
     assert torch.equal(answer(model, x), wanted)  # saving reads the original weights
-    again = vismt.load_adapter(
-        make(), tmp_path
-    )  # on the original weights, which are quantised to the same values again
+    # On the original weights, which are quantised to the same values again.
+    again = vismt.load_adapter(make(), tmp_path)
     assert torch.equal(answer(again, x), wanted)
     assert torch.equal(answer(vismt.load_adapter(plain, tmp_path), x), wanted)
     vismt.adapt(other := make(), "pissa", rank=8, quantize="nf4", seed=5, solver="randomized", **options)
-    assert torch.equal(
-        answer(vismt.load_adapter(other, tmp_path), x), wanted
-    )  # into a model that was adapted in the same way
-    before = stock.state_dict()
+    # Into a model that was adapted in the same way.
+    assert torch.equal(answer(vismt.load_adapter(other, tmp_path), x), wanted)
     for restored in (vismt.unadapt(model), vismt.unadapt(again)):
-        assert list(restored.state_dict()) == list(before) and all(
-            torch.equal(v, before[k]) for k, v in restored.state_dict().items()
-        )
+        assert holds(restored, stock.state_dict())
         assert all(parameter.requires_grad for parameter in restored.parameters())
     merged = vismt.merge(plain)
     assert (answer(merged, x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
@@ -244,7 +237,7 @@ def test_models_on_quantised_weights_are_copied_cast_and_trained_like_others() -
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(answer(copied, x), wanted)
         shake(copied)
-        assert all(torch.equal(value, before[name]) for name, value in vismt.unadapt(copied).state_dict().items())
+        assert holds(vismt.unadapt(copied), before)
     fresh = quantized_vit(split_qkv=True, also_train=["head"], seed=3)
     fresh.load_state_dict(copy.deepcopy(model.state_dict()), strict=True)
     assert torch.equal(answer(fresh, x), wanted)
@@ -262,8 +255,7 @@ def test_a_cast_is_the_function_that_its_file_gives_on_the_cast_weights(dtype: t
     vismt.save_adapter(model, tmp_path)
     assert torch.equal(answer(model, x), wanted)
     assert torch.equal(answer(vismt.load_adapter(tiny_vit().to(dtype), tmp_path).to(dtype), x), wanted)
-    before = tiny_vit().to(dtype).state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in vismt.unadapt(model).state_dict().items())
+    assert holds(vismt.unadapt(model), tiny_vit().to(dtype).state_dict())
 
 
 def test_updates_of_quantised_weights_are_merged_and_not_exported(tmp_path) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.ranks import run_two
 from helpers.tiny import images, shake, tiny_vit
 from torch import Tensor, nn
 
@@ -373,9 +371,10 @@ WORKER = """
 import sys
 import torch
 import torch.distributed as dist
-rank, file = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + file + ".store", rank=rank, world_size=2)
+file, tests = sys.argv[1:]
+sys.path.append(tests)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
 from test_landing import Landing, adapted, loss_of, trained
 from vismt.engine.runtime import leave
 model = adapted()
@@ -394,19 +393,8 @@ leave()
 @pytest.mark.slow
 def test_two_processes_turn_the_mean_gradient(tmp_path: Path) -> None:
     """With half a batch each, both ranks use the field of the whole batch; that of one half would differ."""
-    file, folder = str(tmp_path / "end"), Path(__file__).resolve().parent
-    path = os.pathsep.join([str(folder), str(folder.parent), str(folder.parents[1]), os.environ.get("PYTHONPATH", "")])
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), file],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        assert worker.wait(timeout=120) == 0, worker.stderr.read()[-2000:]
+    file = tmp_path / "end"
+    run_two("-c", WORKER, file, Path(__file__).parent)
     model = adapted()
     landing = Landing(torch.optim.SGD(trained(model), lr=0.1), model, 0.5)
     for step in range(3):

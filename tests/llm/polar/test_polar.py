@@ -1,4 +1,4 @@
-"""PoLAR as a method: its start, language models, export to peft, and the exact change of gauge."""
+"""PoLAR as a method: its start, language models, and the exact change of gauge."""
 
 from __future__ import annotations
 
@@ -77,22 +77,6 @@ def test_language_models(make, theta: str, tmp_path) -> None:
     vismt.merge(model)
     assert torch.allclose(model(TOKENS).logits, moved, atol=1e-5)
     assert list(model.state_dict()) == list(make().state_dict())
-
-
-@pytest.mark.parametrize("make", [llama, gpt2])
-def test_peft_computes_what_we_compute(make, tmp_path) -> None:
-    peft = pytest.importorskip("peft")
-    model = make()
-    vismt.adapt(model, "polar", rank=3, alpha=7.0)
-    expected = shake(model, 0.1)(TOKENS).logits.detach()
-    assert (expected - make()(TOKENS).logits).abs().max() > 1e-2
-    vismt.export_peft(model, tmp_path, compact=True)
-    theirs = peft.PeftModel.from_pretrained(make(), str(tmp_path)).eval()
-    assert torch.allclose(theirs(TOKENS).logits, expected, atol=1e-5)
-    assert torch.allclose(theirs.merge_and_unload()(TOKENS).logits, expected, atol=1e-5)
-    ours = vismt.import_peft(make(), tmp_path)
-    assert torch.allclose(ours(TOKENS).logits, expected, atol=1e-5)
-    assert all(host.lora_C is None for host in adapter_layers(ours).values())
 
 
 @pytest.mark.parametrize("theta", THETAS)

@@ -141,9 +141,8 @@ def test_retractions():
 def test_cayley_equals_its_n_by_n_definition(rank):
     z, grad = torch.linalg.qr(normal(3, 10, rank))[0], normal(4, 10, rank)
     skew, eye = grad @ z.T - z @ grad.T, torch.eye(10, dtype=z.dtype)
-    expected = torch.linalg.solve(
-        eye + 0.15 * skew, (eye - 0.15 * skew) @ z
-    )  # (I + eta/2 A)^-1 (I - eta/2 A) Z, eta = 0.3
+    # (I + eta/2 A)^-1 (I - eta/2 A) Z, eta = 0.3
+    expected = torch.linalg.solve(eye + 0.15 * skew, (eye - 0.15 * skew) @ z)
     assert torch.allclose(cayley_retraction(z, -0.3 * landing_field(z, grad, 0.0)), expected, atol=1e-12)
     # of any other step it follows the tangent part: Z S with symmetric S points off the manifold and moves nothing
     away = z @ (lambda s: s + s.T)(normal(5, rank, rank))

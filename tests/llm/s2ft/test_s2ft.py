@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers.language_models import MODELS, moved_lm, outputs, tokens
-from helpers.tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import holds, images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -219,26 +219,6 @@ def test_only_a_copy_of_the_slice_is_kept() -> None:
         assert saved_activation_bytes(holder, partial(holder.mlp.fc1, torch.randn(2, 32, 4))) == 1024
 
 
-def test_activations_of_a_model_follow_the_formula() -> None:
-    """A frozen block saves 6 h + 3 I per token and the slices, full fine-tuning 10 h + 4 I.
-
-    With D alone nothing is saved below the first slice; a view would break both numbers.
-    """
-    ids, h, i, n = torch.randint(48, (2, 32)), 64, 172, 64
-    sizes = {"hidden_size": h, "intermediate_size": i, "vocab_size": 48, "num_key_value_heads": 8}
-    floats = {}
-    for parts, layers in ((None, 2), (None, 3), ("od", 2), ("od", 3), ("d", 3)):
-        model = moved_lm("llama", num_hidden_layers=layers, **sizes).train()
-        if parts:
-            vismt.adapt(model, "s2ft", parts=list(parts), ratio={part: 0.1 for part in parts})
-        saved = saved_activation_bytes(model, partial(model, ids, use_cache=False))
-        floats[parts, layers] = saved / 4 / n
-    # In addition: 8 log-sum-exps of attention and 2 scales of norms. One head of 8 inputs and 17 channels are saved.
-    assert floats[None, 3] - floats[None, 2] == 10 * h + 4 * i + 10
-    assert floats["od", 3] - floats["od", 2] == 6 * h + 3 * i + 8 + 17 + 10
-    assert floats["d", 3] < floats["od", 3] - 4 * h
-
-
 @pytest.mark.slow
 def test_published_budget_on_the_meta_device() -> None:
     """Llama-2-7B with o 0.052 and d 0.02 of all layers: 53 heads and 7,045 channels, 56.6 million."""
@@ -381,7 +361,7 @@ def test_a_state_dict_right_after_a_step_holds_it_in_the_weight_too(mode: str, d
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
     after = snapshot(model)
     outputs(model)  # writes the pending step into the weight
-    assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+    assert holds(model, after)
     changed = {
         path: not torch.equal(after[f"{path}.weight"], before[f"{path}.weight"]) for path in adapter_layers(model)
     }
@@ -533,7 +513,7 @@ def test_trained_biases_move_with_their_units_and_come_back(tmp_path: Path) -> N
     loaded = vismt.load_adapter(tiny_vit(), tmp_path)
     assert torch.equal(outputs(loaded), outputs(model))
     vismt.unadapt(model)
-    assert all(torch.equal(value, tiny_vit().state_dict()[name]) for name, value in model.state_dict().items())
+    assert holds(model, tiny_vit().state_dict())
 
 
 def test_units_that_cannot_be_reordered_are_refused_and_index_mode_takes_them() -> None:
@@ -634,7 +614,7 @@ def test_files_of_several_broken_groups_are_exact(tmp_path: Path) -> None:
         elif name.endswith(("q_proj.weight", "k_proj.weight", "gate_proj.weight")):
             assert not changed, name
     vismt.unadapt(model)
-    assert all(torch.equal(value, stock[name]) for name, value in model.state_dict().items())
+    assert holds(model, stock)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.language_models import MODELS, outputs
-from helpers.tiny import shake, snapshot, tiny_vit
+from helpers.tiny import holds, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
@@ -62,9 +62,9 @@ def test_switching_leaves_no_trace(tmp_path: Path) -> None:
         assert not torch.equal(model.get_submodule(path).weight, stock[f"{path}.weight"])
         switch(model, second)
         switch(alone, second)
-        assert all(torch.equal(value, alone.state_dict()[name]) for name, value in model.state_dict().items())
+        assert holds(model, alone.state_dict())
         switch(model, None)
-        assert all(torch.equal(value, stock[name]) for name, value in model.state_dict().items())
+        assert holds(model, stock)
 
 
 def test_slices_of_another_base_are_refused_and_nothing_is_changed(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_slices_of_another_base_are_refused_and_nothing_is_changed(tmp_path: Pat
     )
     with pytest.raises(UserError, match=message + r".*pass on_other_base='warn'"):
         switch(other, slices)
-    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    assert holds(other, before)
     with pytest.warns(UserWarning, match=message):
         switch(other, slices, on_other_base="warn")
     assert not torch.equal(other.blocks[0].mlp.fc2.weight, before["blocks.0.mlp.fc2.weight"])
@@ -88,9 +88,7 @@ def test_slices_of_another_base_are_refused_and_nothing_is_changed(tmp_path: Pat
         for path, change in read_slices(second).items()
     }
     switch(switch(model, large), slices)
-    assert all(
-        torch.equal(v, w) for v, w in zip(model.state_dict().values(), switch(tiny_vit(), slices).state_dict().values())
-    )
+    assert holds(model, switch(tiny_vit(), slices).state_dict())
     switch(model, large)
     switched = snapshot(model)
     wrong = {
@@ -99,9 +97,9 @@ def test_slices_of_another_base_are_refused_and_nothing_is_changed(tmp_path: Pat
     }
     with pytest.raises(UserError, match="made for other weights"):
         switch(model, wrong)
-    assert all(torch.equal(value, switched[name]) for name, value in model.state_dict().items())
+    assert holds(model, switched)
     switch(model, None)
-    assert all(torch.equal(v, w) for v, w in zip(model.state_dict().values(), tiny_vit().state_dict().values()))
+    assert holds(model, tiny_vit().state_dict())
     switch(tiny_vit().to(torch.bfloat16), slices)
     unknown = {path: Slice(change.dim, change.index, change.delta) for path, change in slices.items()}
     assert torch.equal(outputs(switch(tiny_vit(), unknown)), outputs(switch(tiny_vit(), slices)))
@@ -136,17 +134,16 @@ def test_a_second_adapter_takes_the_place_of_the_first_in_training(tmp_path: Pat
     vismt.load_adapter(model, folder)
     assert torch.equal(outputs(model), outputs(trained))
     vismt.unadapt(model)
-    assert all(torch.equal(value, tiny_vit().state_dict()[name]) for name, value in model.state_dict().items())
+    assert holds(model, tiny_vit().state_dict())
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     _, folder = saved("vit", tmp_path, 1)
     slices = read_slices(folder)
-    before = snapshot(tiny_vit(embed_dim=64))
     model = tiny_vit(embed_dim=64)
     with pytest.raises(UserError, match="another model"):
         switch(model, slices)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert holds(model, tiny_vit(embed_dim=64).state_dict())
     with pytest.raises(UserError, match="has no linear 'blocks"):
         switch(nn.Linear(2, 2), slices)
     with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv: its weight was \(96, 32\), here it is \(192, 64\)"):

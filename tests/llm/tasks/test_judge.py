@@ -91,9 +91,8 @@ def test_prompts_have_titles_slots_or_both():
     (slots,) = encoded(task(join=" ", titles=False), ROWS[:1])
     piece = slots.hybrid.pieces[0]
     assert [number for number in piece.items if number >= 0] == [0, 1, 2, *slots.listed.candidates]
-    assert "two" not in words.decode(piece.ids) and "two three" in words.decode(
-        slots.pieces[0].ids
-    )  # the text form has them
+    # The text form has them.
+    assert "two" not in words.decode(piece.ids) and "two three" in words.decode(slots.pieces[0].ids)
     (both,) = encoded(task(join=" "), ROWS[:1])
     assert len(both.hybrid.pieces[0].ids) == len(item.pieces[0].ids) + 3 + 4
 
@@ -119,9 +118,8 @@ def test_the_right_candidate_can_be_learnt():
         optimizer.zero_grad()
     shown = judge.shown(net.eval(), encoded(judge))
     with torch.no_grad():
-        assert (
-            judge.quality(judge.score(net, gather(shown), shown)) > 0.5
-        )  # one of four, two of which were never negatives
+        # One of four, two of which were never negatives.
+        assert judge.quality(judge.score(net, gather(shown), shown)) > 0.5
 
 
 def test_texts_that_are_alike_run_once(tmp_path, monkeypatch):

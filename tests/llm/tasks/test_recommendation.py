@@ -1,4 +1,4 @@
-"""Recommendation on tiny LMs: prompts and loss mask, trees against a loop, vectors and gates, SASRec, measures."""
+"""Recommendation on tiny LMs: prompts and loss mask, trees against a loop, vectors and gates, measures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vismt.base.errors import UserError
 from vismt.data.texts.interactions import Catalogue
 from vismt.llm.ilora.hybrid import GROUPS, random_gates
 from vismt.llm.ilora.method import gate_of, gate_part
-from vismt.llm.ilora.recommenders import NextItem, SASRec, padded
+from vismt.llm.ilora.recommenders import SASRec, padded
 from vismt.llm.net import LmNet
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import gather
@@ -335,32 +335,6 @@ def test_a_prompt_of_the_last_items_leaves_the_gates_the_history():
     for shown in (0, 4):
         with pytest.raises(UserError, match=f"shown {shown} of a history of 3; needed 1 to 3, or null for all"):
             task(shown=shown)
-
-
-def test_sasrec_sees_the_past_alone_and_padding_changes_nothing():
-    net = SASRec(12, 6, width=8, blocks=2, heads=2, seed=3).eval()
-    history = torch.tensor([[3, 1, 4, -1, -1]])
-    alone = net(history[:, :3])
-    assert torch.allclose(net(history), alone, atol=1e-6) and net.scores(alone).shape == (1, 12)
-    assert torch.allclose(net.scores(alone, torch.tensor([[5, 2]])), net.scores(alone)[:, [5, 2]])
-    assert (net(torch.tensor([[1, 3, 4]])) - alone).abs().max() > 1e-4  # the order counts
-    assert (net(torch.tensor([[3, 1]])) - net(torch.tensor([[3, 1, 4]]))).abs().max() > 1e-4
-    state = torch.random.get_rng_state()
-    assert torch.equal(SASRec(12, 6, seed=3).item.weight, SASRec(12, 6, seed=3).item.weight)
-    assert torch.equal(state, torch.random.get_rng_state())
-
-
-def test_sasrec_learns_what_follows():
-    net = SASRec(12, 3, width=16, dropout=0.0)
-    rows = [[(start + step) % 12 for step in range(3)] for start in range(12)]
-    batch = {"history": padded(rows), "next": torch.tensor([(row[-1] + 1) % 12 for row in rows])}
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    for _ in range(150):
-        loss = NextItem(net)(batch)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert float(NextItem(net.eval())(batch)["first"]) == 1
 
 
 # ---- measures (I12) ---------------------------------------------------------------------------------------------------------

@@ -79,9 +79,8 @@ def test_the_answer_alone_is_counted():
         == "Question: what is one\nAnswer:"
     )
     with_bos = task.encode("a", {"question": "what is one", "answer": "two"}, tokenizer(bos=True)).pieces[0]
-    assert (
-        with_bos.ids[0] == 1 and with_bos.ids.count(1) == 1 and with_bos.labels[0] == IGNORE
-    )  # none before the answer
+    # None before the answer.
+    assert with_bos.ids[0] == 1 and with_bos.ids.count(1) == 1 and with_bos.labels[0] == IGNORE
 
 
 def test_too_long_rows_lose_the_beginning_of_the_prompt():
@@ -219,9 +218,8 @@ def test_logits_of_a_training_step_are_computed_in_chunks_with_equal_gradients(m
         loss = net.token_nll(batch)[0].sum()
         gradients.append((loss.detach(), *torch.autograd.grad(loss, [weight, *list(lm.parameters())[2:4]])))
     handle.remove()
-    assert (
-        max(seen[:-1]) == 5 and seen[-1] == 32 and sum(seen) == 3 * 32
-    )  # each chunk a second time in its backward pass
+    # Each chunk a second time in its backward pass.
+    assert max(seen[:-1]) == 5 and seen[-1] == 32 and sum(seen) == 3 * 32
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
 
 
@@ -365,9 +363,8 @@ def test_answers_are_scored_list_wise(lm, normalise):
         assert record["log_p"] == pytest.approx(scores.log_softmax(0).tolist(), abs=1e-3)
     embedding = net.lm.get_input_embeddings().weight.requires_grad_(True)
     loss = task.loss(net, gather(items))["loss"]
-    assert (
-        torch.autograd.grad(loss, embedding)[0].isfinite().all()
-    )  # the choice that the first row lacks does not divide by zero
+    # The choice that the first row lacks does not divide by zero.
+    assert torch.autograd.grad(loss, embedding)[0].isfinite().all()
     embedding.requires_grad_(False)
     mean = -sum(record["log_p"][item.label] for record, item in zip(records, items)) / 2
     assert float(loss.detach()) == pytest.approx(mean, rel=1e-3)
@@ -674,8 +671,7 @@ def test_an_objective_gives_the_loss_of_its_task():
     items = [task.encode(row["q"], row, tokenizer()) for row in rows]
     each = [naive(lm, item.pieces[0]) for item in items]
     loss = LmObjective(LmNet(lm), task)(gather(items))["loss"]
-    assert float(loss) == pytest.approx(
-        sum(map(sum, each)) / sum(map(len, each)), rel=1e-4
-    )  # a mean over tokens, not rows
+    # A mean over tokens, not rows.
+    assert float(loss) == pytest.approx(sum(map(sum, each)) / sum(map(len, each)), rel=1e-4)
     packed = task.training(items)
     assert len(packed) == 2 and len(make_task("causal", "{q}", {"answer": " {a}", "pack": True}).training(items)) == 1

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.language_models import LMS, tiny_lm, tokens
-from helpers.tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import holds, images, shake, snapshot, tiny_vit
 from safetensors.torch import load_file, save_file
 
 import vismt
@@ -33,9 +33,7 @@ def test_transformers_loads_a_merged_folder(kind: str, method: str, dtype: torch
     vismt.merge(model).save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
     assert type(again) is type(tiny_lm(kind)) and again.dtype == dtype
-    state, before = again.state_dict(), tiny_lm(kind).to(dtype).state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert not all(torch.equal(value, state[key]) for key, value in before.items())
+    assert holds(model, again.state_dict()) and not holds(again, tiny_lm(kind).to(dtype).state_dict())
     assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == (kind == "gpt2")
     if dtype == torch.float32:  # a cast also rounds the rotary angles of the model
         assert torch.allclose(again(tokens()).logits, adapted, atol=2e-5)
@@ -136,7 +134,7 @@ def test_saving_an_adapted_model_writes_what_it_computes(method: str, tmp_path: 
         assert torch.allclose(again(tokens()).logits, expected, atol=2e-5), folder
         assert set(load_file(tmp_path / folder / "model.safetensors")) <= set(tiny_lm("llama").state_dict())
     assert torch.equal(model(tokens()).logits, expected) and "save_pretrained" in vars(copy.deepcopy(model))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert holds(model, before)
     model.save_pretrained(tmp_path / "checkpoint-3", state_dict=None)  # a Trainer continues from it
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert set(load_file(tmp_path / "checkpoint-3" / "model.safetensors")) >= trained

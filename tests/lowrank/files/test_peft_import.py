@@ -158,7 +158,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda c, t: t.update({Q.format("A"): torch.zeros(2, 30)}),
         r"q_proj'.*\(32, 30\) weight, here it is",
     ),
+    "an unknown module": (
+        lambda c, t: t.update({f"base_model.model.nobody.lora_{side}.weight": torch.zeros(2, 2) for side in "AB"}),
+        "no linear or convolution 'nobody'",
+    ),
     "r zero": (lambda c, t: c.update(r=0), "cannot be read"),
+    "no r": (lambda c, t: c.update(r=None), "cannot be read"),
+    "a list of patterns": (lambda c, t: c.update(rank_pattern=[3]), "cannot be read"),
+    "another tuner": (lambda c, t: c.update(peft_type="LOHA"), "peft_type 'LOHA'"),
     "no targets": (lambda c, t: c.update(target_modules=None), "name no module"),
     "bad regex": (
         lambda c, t: c.update(target_modules="(q_proj"),

@@ -162,10 +162,11 @@ def test_whole_modules_and_biases_go_to_peft_and_back(
     assert set(ours.vismt_record.also_train) == set(model.vismt_record.also_train)
 
 
-def test_a_parameter_that_peft_cannot_save_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["cls_token", "head.bias"])
+def test_a_parameter_that_peft_cannot_save_is_named(name: str, tmp_path: Path) -> None:
     model = tiny_vit()
-    vismt.adapt(model, "lora", ["qkv"], rank=2, also_train=["cls_token"])
-    with pytest.raises(UserError, match=r"'cls_token' is trained without the rest of its module"):
+    vismt.adapt(model, "lora", ["qkv"], rank=2, also_train=[name])
+    with pytest.raises(UserError, match=f"'{name}' is trained without the rest of its module"):
         vismt.export_peft(model, tmp_path)
 
 

@@ -1,14 +1,13 @@
-"""Adapters on disk: strict, atomic, tied to their base; and the peft layout, read as strictly."""
+"""Adapters on disk: strict, atomic, tied to their base."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-import safetensors.torch
 import torch
 from helpers.adapter_folders import write_description
-from helpers.tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import holds, images, shake, snapshot, tiny_vit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -33,8 +32,7 @@ def check_refused(folder, match: str, model: nn.Module | None = None) -> None:
     before = snapshot(model)
     with pytest.raises(UserError, match=match):
         vismt.load_adapter(model, folder)
-    after = model.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert holds(model, before)
 
 
 def test_adapter_of_another_model_says_both_shapes(saved) -> None:
@@ -157,101 +155,3 @@ def test_merge_unadapt_save_load_for_any_shape(tmp_path, shape, alpha, rslora, m
     assert torch.allclose(again["layer"](x), moved, rtol=1e-12, atol=1e-12)
     vismt.unadapt(stock)
     assert torch.equal(stock["layer"].weight, weight) and type(stock["layer"]) is type(layer)
-
-
-# ---- the peft layout ---------------------------------------------------------------------------------------------------
-
-
-def peft_folder(tmp_path, **options: object):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["qkv", "fc1"], init_lora_weights=False, **options)
-    model = peft.get_peft_model(tiny_vit(), config).eval()
-    model.save_pretrained(str(tmp_path / "peft"))
-    return model, tmp_path / "peft"
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"fc1": 3}, "alpha_pattern": {"fc1": 1}}]
-)
-def test_what_peft_wrote_is_read_to_the_same_logits(tmp_path, options) -> None:
-    theirs, folder = peft_folder(tmp_path, **options)
-    ours = vismt.import_peft(tiny_vit(), folder)
-    assert torch.allclose(ours(images()), theirs(images()), atol=1e-6)
-    assert not torch.allclose(ours(images()), tiny_vit()(images()), atol=1e-3)
-
-
-def test_a_trained_head_goes_both_ways(tmp_path) -> None:
-    theirs, folder = peft_folder(tmp_path, modules_to_save=["head"])
-    with torch.no_grad():
-        for parameter in theirs.base_model.model.head.modules_to_save.default.parameters():
-            parameter.add_(0.3)
-    theirs.save_pretrained(str(folder))
-    ours = vismt.import_peft(tiny_vit(), folder)
-    assert torch.allclose(ours(images()), theirs(images()), atol=1e-6)
-    assert set(ours.vismt_record.also_train) == {"head.weight", "head.bias"}
-
-
-@pytest.mark.parametrize(
-    "change,match",
-    [
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias 'all'"),
-        ({"r": None}, "cannot be read"),
-        ({"rank_pattern": [3]}, "cannot be read"),
-        ({"r": 5}, r"saved \(2, 32\), needed \(5, 32\)"),
-    ],
-)
-def test_what_cannot_be_replayed_is_refused(tmp_path, change, match) -> None:
-    _, folder = peft_folder(tmp_path)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(UserError, match=match):
-        vismt.import_peft(tiny_vit(), folder)
-
-
-def test_peft_only_warns_where_we_refuse(tmp_path) -> None:
-    _, folder = peft_folder(tmp_path)
-    path = folder / "adapter_model.safetensors"
-    tensors = safetensors.torch.load_file(path)
-    key = next(iter(tensors))
-    for change, match in (
-        ({key.removeprefix("base_model.model."): tensors[key].clone()}, "lacks the prefix"),
-        ({"base_model.model.blocks.0.attn.qkv.lora_A.weight": None}, "not its partner"),
-        ({f"base_model.model.nobody.lora_{side}.weight": torch.zeros(2, 2) for side in "AB"}, "'nobody'"),
-    ):
-        changed = {name: value for name, value in {**tensors, **change}.items() if value is not None}
-        safetensors.torch.save_file(changed, path)
-        with pytest.raises(UserError, match=match):
-            vismt.import_peft(tiny_vit(), folder)
-
-
-def test_half_a_module_cannot_be_exported(tmp_path) -> None:
-    model = tiny_vit()
-    vismt.adapt(model, "lora", rank=2, also_train=["head.bias"])
-    with pytest.raises(UserError, match=r"'head\.bias' is trained without the rest"):
-        vismt.export_peft(model, tmp_path)
-
-
-@pytest.mark.parametrize("method", ANYWHERE)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_language_models_go_to_peft_and_back(tmp_path, method, family) -> None:
-    from helpers.language_models import random_lm  # skips the test where transformers is missing
-
-    peft = pytest.importorskip("peft")
-    tokens = torch.arange(6)[None]
-    model = random_lm(family)
-    vismt.adapt(model, method, rank=2, alpha=5, rank_pattern={"mlp.c_proj" if family == "gpt2" else "v_proj": 3})
-    shake(model)
-    expected = model(tokens).logits
-    vismt.export_peft(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(random_lm(family), str(tmp_path)).eval()
-    assert torch.allclose(theirs(tokens).logits, expected, atol=1e-5)
-    ours = vismt.import_peft(random_lm(family), tmp_path)
-    assert torch.allclose(ours(tokens).logits, expected, atol=1e-5)
-    stock = random_lm(family)
-    assert not torch.allclose(stock(tokens).logits, expected, atol=1e-3)
-    vismt.merge(model)
-    stock.load_state_dict(model.state_dict(), strict=True)
-    assert torch.allclose(stock(tokens).logits, expected, atol=1e-5)

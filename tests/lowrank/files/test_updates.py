@@ -191,9 +191,8 @@ def test_transposed_weights_of_a_language_model(tmp_path: Path) -> None:
     weights = [vismt.merge(model).state_dict() for model in models]
     stock = tiny_lm("gpt2").state_dict()
     by_hand = tiny_lm("gpt2")
-    by_hand.load_state_dict(
-        {key: 2 * weights[0][key] - weights[1][key] for key in stock}
-    )  # W + 2 (W_0 - W) - (W_1 - W)
+    # W + 2 (W_0 - W) - (W_1 - W)
+    by_hand.load_state_dict({key: 2 * weights[0][key] - weights[1][key] for key in stock})
     assert torch.allclose(put(tokens()).logits, by_hand(tokens()).logits, atol=2e-5)
     assert not torch.allclose(put(tokens()).logits, tiny_lm("gpt2")(tokens()).logits, atol=1e-2)
 

@@ -19,6 +19,15 @@ from vismt.base.errors import UserError
 from vismt.llm import collect_covariance
 from vismt.lowrank import combine
 from vismt.lowrank.layers.base import adapter_layers
+from vismt.testing.method_contract import (
+    Case,
+    Check,
+    check_files,
+    check_gradient,
+    check_merge,
+    check_start,
+    check_unadapt,
+)
 
 
 class Net(nn.Module):
@@ -90,23 +99,14 @@ def test_a_model_without_the_named_kind_names_the_other_set() -> None:
         vismt.adapt(net(), "lora", "all-conv", exclude=["stem", "last"])
 
 
+@pytest.mark.parametrize("check", [check_start, check_gradient, check_merge, check_unadapt, check_files])
 @pytest.mark.parametrize("method", ["lora", "pissa", "polar", "amt", "corda", "ilora"])
-def test_a_method_with_factors_is_its_merged_self(method: str, tmp_path: Path) -> None:
-    model, x = net(), pixels()
+def test_contract(method: str, check: Check) -> None:
     options: dict[str, Any] = {"ilora": {"n_experts": 2, "gate": None}}.get(method, {})
     if method == "corda":
-        options["covariances"] = collect_covariance(model, [x], "all-linear+conv")
+        options["covariances"] = collect_covariance(net(), [pixels()], "all-linear+conv")
     with vismt.llm.instance_gates(torch.tensor([0.3, 0.7])):
-        vismt.adapt(model, method, "all-linear+conv", rank=2, **options)
-        assert torch.allclose(model(x), net()(x), atol=1e-5)
-        shake(model)(x).square().sum().backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
-        expected = model(x)
-        vismt.save_adapter(model, tmp_path)
-        loaded = vismt.load_adapter(net(), tmp_path)
-        assert torch.equal(loaded(x), expected) and not torch.allclose(expected, net()(x), atol=1e-3)
-        assert torch.allclose(vismt.merge(model)(x), expected, atol=1e-5)
-    assert [type(m) for m in model.modules()] == [type(m) for m in net().modules()]
+        check(Case(method, {"targets": "all-linear+conv", **options}, net, pixels))
 
 
 def test_covariances_need_inputs_that_they_can_unfold() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.every_method import OPTIONS, small_vit
-from helpers.tiny import snapshot, tiny_vit
+from helpers.tiny import holds, snapshot, tiny_vit
 from torch import nn
 
 import vismt
@@ -284,8 +284,7 @@ def test_a_model_adapted_on_the_meta_device_gets_its_start_after_its_weights(met
     model.to_empty(device="cpu")
     model.load_state_dict(tiny_vit().state_dict(), strict=False)
     vismt.lowrank.fill_starts(model)
-    state, other = model.state_dict(), expected.state_dict()
-    assert list(state) == list(other) and all(torch.equal(state[name], other[name]) for name in state)
+    assert holds(model, expected.state_dict())
     with pytest.raises(UserError, match="fill_starts: the model was adapted with values"):
         vismt.lowrank.fill_starts(expected)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import holds, images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
@@ -62,8 +62,7 @@ def test_errors_leave_the_model_as_it_was(call, line: str) -> None:
         call(model)
     assert line in str(error.value) and "\n" not in str(error.value)
     assert torch.equal(model(images()), out) and [p.requires_grad for p in model.parameters()] == flags
-    state = model.state_dict()
-    assert state.keys() == before.keys() and all(torch.equal(state[name], value) for name, value in before.items())
+    assert holds(model, before)
     assert not torch.equal(vismt.activate(model, "digits")(images()), out)
 
 

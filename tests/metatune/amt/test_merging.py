@@ -20,7 +20,7 @@ from vismt.metatune.amt.selection_rules import MergeSettings, expert_scores, mix
 from vismt.metatune.finetuning.diffaugment import diff_augment
 from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings
 from vismt.metatune.functional import WithWeights
-from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
+from vismt.metatune.protonet import cosine_logits, prototypes
 
 CLEAN = Adversary(epsilons=(0.0,), weight_attack="none")
 
@@ -282,13 +282,6 @@ def test_a_pool_of_one(tmp_path: Path) -> None:
     for strategy in ("paper", "min_ce", "average"):
         classifier, _ = task(single, strategy=strategy)
         assert classifier.mixture.tolist() == [1.0]
-
-
-def test_an_untuned_pool_is_the_frozen_model(tmp_path: Path) -> None:
-    untuned = ExpertPool(backbone(), saved(tmp_path, (None, None)))
-    classifier, batch = task(untuned)
-    frozen = ProtoNet(backbone(), 10.5).classifier(batch["support"], batch["support_labels"])
-    assert torch.allclose(classifier(batch["query"]), frozen(batch["query"]), atol=1e-4) and untuned.scale == 10.5
 
 
 def test_one_shot_is_perfectly_compact_unless_augmented(pool: ExpertPool) -> None:

@@ -172,19 +172,6 @@ def test_nothing_is_changed_in_place(tmp_path: Path) -> None:
     assert not any(factor.requires_grad for factor in factors.values())
 
 
-def test_every_site_has_the_same_zeta_and_the_function_follows(tmp_path: Path) -> None:
-    experts, batch = saved(tmp_path), episode(0)["query"]
-    net, singles = backbone(), [merged(expert) for expert in experts]
-    mixed = WithWeights(net, spread(ExpertPool(net, experts), 0.1, 0.6, 0.3))
-    by_hand = backbone()
-    with torch.no_grad():
-        for name, p in by_hand.named_parameters():
-            if name in singles[0]:
-                p.copy_(0.1 * singles[0][name] + 0.6 * singles[1][name] + 0.3 * singles[2][name])
-        assert torch.allclose(mixed(batch), by_hand(batch), atol=1e-4)
-        assert not torch.allclose(mixed(batch), net(batch), atol=1e-2)
-
-
 def test_kept_weights_follow_a_conversion(tmp_path: Path) -> None:
     pool = ExpertPool(backbone(), saved(tmp_path))
     single = pool.expert_weights(1)

@@ -60,9 +60,8 @@ def test_the_maths_in_normalised_space_by_hand():
 
 
 def test_brightness_is_in_units_of_the_normalised_image():
-    grey = (
-        torch.tensor(MEAN).view(1, 3, 1, 1).expand(3000, 3, 2, 2)
-    )  # normalised: zero, blind to saturation and contrast
+    # Normalised: zero, blind to saturation and contrast.
+    grey = torch.tensor(MEAN).view(1, 3, 1, 1).expand(3000, 3, 2, 2)
     moved = always(grey, types=("color",), mean=MEAN, std=STD) - grey
     reach = moved.abs().amax((0, 2, 3))
     assert torch.allclose(reach, 0.5 * torch.tensor(STD), atol=2e-3)

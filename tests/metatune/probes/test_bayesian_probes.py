@@ -82,9 +82,8 @@ def test_answers_are_smooth_in_the_image_and_the_same_in_any_batch() -> None:
     net = backbone().requires_grad_(False)
     probe = LaplaceProbe(ProtoNet(net))
     classifier = probe.classifier(drawn(support, 1), support).eval()
-    fitted = ones(
-        probe.inputs(net(drawn(support, 1)), support)[0]
-    )  # what the head is fitted to is what it is asked about
+    # What the head is fitted to is what it is asked about.
+    fitted = ones(probe.inputs(net(drawn(support, 1)), support)[0])
     assert torch.allclose(inputs(classifier, drawn(support, 1)).double(), fitted, atol=1e-4)
     queries = drawn(torch.arange(3).repeat(4), 2).requires_grad_()
     logs = classifier(queries)

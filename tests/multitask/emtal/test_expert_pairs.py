@@ -41,9 +41,8 @@ def by_hand(mlp: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("fade", [0.0, 0.5, 1.0])
 def test_forward_and_gradients_are_the_loop_over_experts(fade: float) -> None:
     mlp = adapted(fade=fade).blocks[1].mlp
-    assert (
-        not torch.equal(mlp.labels, mlp.labels.sort().values) and mlp.fc1.expert.diff().min() == 0
-    )  # sorted by expert
+    # Sorted by expert.
+    assert not torch.equal(mlp.labels, mlp.labels.sort().values) and mlp.fc1.expert.diff().min() == 0
     x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     trained = [x, *(parameter for parameter in mlp.parameters() if parameter.requires_grad)]
     ours, theirs = mlp(x), by_hand(mlp, x)

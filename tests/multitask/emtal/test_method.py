@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers.adapter_folders import described, edit_text, write_description
-from helpers.tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import holds, images, shake, snapshot, tiny_vit
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
@@ -150,9 +150,8 @@ def test_backward_keeps_no_tensor_of_the_hidden_width_for_the_router() -> None:
     routed = saved_activation_bytes(module, lambda: module(x))
     module.fade = 1.0
     faded = saved_activation_bytes(module, lambda: module(x))
-    assert (
-        routed - faded <= 4 * 8 * 50 * 4 < 4 * 8 * 50 * 64
-    )  # logits (b, n, e) in fp32; a plain product saves (b, n, H)
+    # Logits (b, n, e) in fp32; a plain product saves (b, n, H).
+    assert routed - faded <= 4 * 8 * 50 * 4 < 4 * 8 * 50 * 64
 
 
 # ---- the start
@@ -280,8 +279,7 @@ def test_the_state_dict_carries_fade_and_order() -> None:
     assert not torch.equal(fresh.blocks[0].mlp.labels, model.blocks[0].mlp.labels)
     fresh.load_state_dict(model.state_dict(), strict=True)
     assert fresh.blocks[1].mlp.fade == 0.3 and torch.equal(fresh(images()), model(images()))
-    original = snapshot(tiny_vit())
-    assert all(torch.equal(value, original[name]) for name, value in vismt.unadapt(fresh).state_dict().items())
+    assert holds(vismt.unadapt(fresh), tiny_vit().state_dict())
 
 
 @pytest.mark.slow
@@ -359,8 +357,7 @@ def test_unadapt_undoes_the_order_bit_for_bit(dtype: torch.dtype) -> None:
         parameter, original["blocks.0.mlp.fc1.weight"]
     )
     vismt.unadapt(shake(stock))
-    assert list(stock.state_dict()) == list(original)
-    assert all(torch.equal(value, original[name]) for name, value in stock.state_dict().items())
+    assert holds(stock, original)
     assert type(stock.blocks[0].mlp) is Mlp and stock.blocks[0].mlp.fc1.weight is parameter
 
 
@@ -456,8 +453,7 @@ def test_files_carry_router_fade_and_order(tmp_path, also: tuple[str, ...]) -> N
                 and block.mlp.temperature == 2.5
                 and torch.equal(block.mlp.labels, saved.mlp.labels)
             )
-        original = snapshot(tiny_vit())
-        assert all(torch.equal(value, original[name]) for name, value in vismt.unadapt(target).state_dict().items())
+        assert holds(vismt.unadapt(target), tiny_vit().state_dict())
 
 
 def test_random_experts_are_the_control_of_clusters() -> None:
@@ -468,8 +464,7 @@ def test_random_experts_are_the_control_of_clusters() -> None:
     assert not torch.equal(other.blocks[0].mlp.labels, labels[0]) and not torch.equal(labels[0], labels[1])
     clustered = adapted(permute="clusters")
     assert not torch.equal(clustered.blocks[0].mlp.labels, labels[0])
-    vismt.unadapt(model)
-    assert all(torch.equal(value, snapshot(stock)[name]) for name, value in model.state_dict().items())
+    assert holds(vismt.unadapt(model), stock.state_dict())
 
 
 def test_the_report_has_the_share_that_experts_explain() -> None:
@@ -506,7 +501,7 @@ def test_loading_is_strict_and_leaves_the_model(tmp_path) -> None:
         before = snapshot(model)
         with pytest.raises(UserError, match=message):
             vismt.load_adapter(model, tmp_path)
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert holds(model, before)
     description = json.loads(text)
     del description["parts"]
     write_description(tmp_path, description)
@@ -575,8 +570,7 @@ def test_refusals_leave_the_model_as_it_was(make: Callable[[], nn.Module], optio
     before = snapshot(model)
     with pytest.raises(UserError, match=message):
         vismt.adapt(model, "emtal", **{"rank": 2, "n_experts": 4, **options})
-    assert list(before) == list(model.state_dict())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert holds(model, before)
 
 
 def test_refusals_of_one_ffn_and_of_set_fade() -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.ranks import run_two
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -227,10 +225,10 @@ import sys
 import torch
 import torch.distributed as dist
 from vismt.multitask.emtal.retain import QualityRetaining
-rank, file = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + file + ".store", rank=rank, world_size=2)
-retain = QualityRetaining(6, [0, 0, 0, 1, 1, 1], mode=sys.argv[3])
+file, mode = sys.argv[1:]
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+retain = QualityRetaining(6, [0, 0, 0, 1, 1, 1], mode=mode)
 losses = []
 for logits, labels in torch.load(file, weights_only=True):
     cut = slice(0, 4) if rank == 0 else slice(4, None)
@@ -248,17 +246,7 @@ def test_two_processes_hold_the_state_of_one(tmp_path: Path, mode: str) -> None:
     steps = [batch(7, seed=seed) for seed in range(4)]
     file = tmp_path / "steps.pt"
     torch.save(steps, file)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(file), mode],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        assert worker.wait(timeout=120) == 0, worker.stderr.read()[-2000:]
+    run_two("-c", WORKER, file, mode)
     single, losses = QualityRetaining(6, TASKS, mode=mode), []
     for logits, labels in steps:
         losses.append(single.loss(logits, labels))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.ranks import run_two
 from torch import Tensor
 
 from vismt.base.errors import UserError
@@ -216,9 +214,9 @@ import sys
 import torch
 import torch.distributed as dist
 from vismt.multitask.emtal.retain import DenseRetaining
-rank, file = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + file + ".store", rank=rank, world_size=2)
+file = sys.argv[1]
+dist.init_process_group("gloo")
+rank = dist.get_rank()
 retain = DenseRetaining(3)
 for logits, target in torch.load(file, weights_only=True):
     cut = slice(0, 2) if rank == 0 else slice(2, None)
@@ -236,14 +234,7 @@ def test_a_process_without_labels_keeps_up_with_the_others(tmp_path: Path) -> No
     steps[1][1][2] = IGNORE
     file = tmp_path / "steps.pt"
     torch.save(steps, file)
-    command = [sys.executable, "-c", WORKER]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([*command, str(rank), str(file)], stderr=subprocess.PIPE, text=True, env=environment)
-        for rank in range(2)
-    ]
-    for worker in workers:
-        assert worker.wait(timeout=120) == 0, worker.stderr.read()[-2000:]
+    run_two("-c", WORKER, file)
     single = DenseRetaining(3)
     for logits, target in steps:
         single.update(logits, target)

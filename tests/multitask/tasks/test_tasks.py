@@ -272,9 +272,8 @@ def test_depth_colours_follow_the_range_of_the_target() -> None:
     assert truth[:, 0].sum() > truth[:, 1].sum() > truth[:, 2].sum()  # near is bright
     prediction = torch.tensor([[[3.0, 9.0, -1.0, 2.0]]])
     drawn = task.picture(prediction, like=target).int()[:, 0]
-    assert torch.equal(
-        drawn[:, [0, 1, 2, 3]], truth[:, [2, 2, 0, 1]]
-    )  # values beyond the range take the colours of its ends
+    # Values beyond the range take the colours of its ends.
+    assert torch.equal(drawn[:, [0, 1, 2, 3]], truth[:, [2, 2, 0, 1]])
     assert not torch.equal(task.picture(prediction).int()[:, 0], drawn)
     for constant in (torch.full((2, 3), 2.0), torch.zeros(2, 3), torch.full((1, 2, 3), -1.0)):
         assert len(task.picture(constant).flatten(1).unique(dim=1).T) == 1
@@ -301,9 +300,8 @@ def test_inverse_depth_is_bright_where_it_is_large() -> None:
     target = torch.tensor([[1.0, 2.0, 4.0, 0.0]])
     assert torch.equal(inverse.picture(1 / target)[:, 0, [0, 2]], depth.picture(target)[:, 0, [0, 2]])  # near, far
     drawn = inverse.picture(torch.tensor([[[0.25, 9.0, -1.0]]]), like=1 / target.where(target > 0, torch.inf))[:, 0]
-    assert torch.equal(
-        drawn, depth.picture(target)[:, 0, [2, 0, 2]]
-    )  # values beyond the range take the colours of its ends
+    # Values beyond the range take the colours of its ends.
+    assert torch.equal(drawn, depth.picture(target)[:, 0, [2, 0, 2]])
     assert (inverse.picture(target)[:, 0, 3] == 64).all()
 
 

@@ -188,9 +188,8 @@ def test_trials_of_one_image_in_one_batch_leave_the_highest():
     outcome = Outcome(clean, labels, [0] * 3, heights=torch.full((3,), -torch.inf), broken=labels > 0, **start)
     rows = torch.tensor([0, 1, 0, 1, 0, 2])
     images = torch.arange(1.0, 7.0).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
-    others = torch.tensor(
-        [0.5, 2.0, 3.0, 2.0, 1.5, 1.0]
-    )  # against 1 of the label: the last is a tie, which argmax gets right
+    # Against 1 of the label: the last is a tie, which argmax gets right.
+    others = torch.tensor([0.5, 2.0, 3.0, 2.0, 1.5, 1.0])
     outcome.keep(rows, images, torch.stack([torch.ones(6), others], 1))
     assert outcome.adversarial[:, 0, 0, 0].tolist() == [3, 2, 6] and outcome.broken.tolist() == [True, True, False]
     outcome.keep(rows, images + 10, torch.stack([torch.ones(6), others], 1))  # no higher than before

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.attack_parts import Channels, Colours
 from torch import nn
 
 from vismt.base.errors import UserError
@@ -9,29 +10,7 @@ from vismt.metatune import EpisodeSampler, ProtoNet, run_protocol
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.conditions import Transfer, TransferSource
 
-LABELS = torch.arange(5).repeat_interleave(12)
 SPEC = AttackSpec(epsilon=64 / 255, step_size=16 / 255, steps=6)
-
-
-class Channels(nn.Module):
-    """Weighted mean of each channel: an attack cannot use a channel of weight zero."""
-
-    def __init__(self, weights):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(weights))
-
-    def forward(self, images):
-        return images.mean((2, 3)) * self.weight - 0.5 * self.weight
-
-
-class Pixels:
-    def __init__(self):
-        generator = torch.Generator().manual_seed(0)
-        colours = torch.rand(5, 3, 1, 1, generator=generator)
-        self.images = (colours[LABELS] + 0.05 * torch.randn(60, 3, 6, 6, generator=generator)).clamp(0, 1)
-
-    def __getitem__(self, index):
-        return self.images[index]
 
 
 class Counted:
@@ -46,19 +25,19 @@ class Counted:
 
 
 def run(net, attacks, **options):
-    sampler = EpisodeSampler(LABELS, ways=5, shots=2, queries=5, seed=1)
-    return run_protocol(net, Pixels(), sampler, episodes=4, attacks=attacks, **options)
+    sampler = EpisodeSampler(Colours.labels, ways=5, shots=2, queries=5, seed=1)
+    return run_protocol(net, Colours(0.05, 6), sampler, episodes=4, attacks=attacks, **options)
 
 
 def test_from_itself_is_the_white_box_attack():
-    net = ProtoNet(Channels([1.0, 1.0, 1.0]))
+    net = ProtoNet(Channels())
     accuracies = run(net, [SPEC, Transfer(SPEC, TransferSource("frozen", net, "a"))])
     white, transferred = accuracies[str(SPEC)], accuracies[f"{SPEC} from frozen"]
     assert torch.equal(white, transferred) and white.mean() < accuracies["clean"].mean() - 0.2
 
 
 def test_the_source_decides_the_images_not_the_evaluated_model():
-    evaluated = ProtoNet(Channels([1.0, 1.0, 1.0]))
+    evaluated = ProtoNet(Channels())
     blind = TransferSource("blind", ProtoNet(Channels([0.0, 0.0, 0.0])), "b")
     start = AttackSpec(epsilon=64 / 255, step_size=16 / 255, steps=6, random_start=False)
     with pytest.raises(UserError, match="gradients of zero on every image"):
@@ -71,13 +50,13 @@ def test_the_source_decides_the_images_not_the_evaluated_model():
 
 
 def test_one_classifier_an_episode_from_its_own_support():
-    net = ProtoNet(Channels([1.0, 1.0, 1.0]))
+    net = ProtoNet(Channels())
     task = Counted(net)
     source = TransferSource("frozen", task, "a")
     weak = AttackSpec(epsilon=2 / 255, steps=2)
     run(net, [Transfer(SPEC, source), Transfer(weak, source)], batch=7)
     assert len(task.supports) == 4  # two attacks, four pieces, four episodes
-    sampler, pixels = EpisodeSampler(LABELS, ways=5, shots=2, queries=5, seed=1), Pixels()
+    sampler, pixels = EpisodeSampler(Colours.labels, ways=5, shots=2, queries=5, seed=1), Colours(0.05, 6)
     for index, (support, labels) in enumerate(task.supports):
         assert torch.equal(support, pixels[sampler[index].support]) and torch.equal(
             labels, sampler[index].support_labels
@@ -86,10 +65,10 @@ def test_one_classifier_an_episode_from_its_own_support():
 
 def test_the_source_is_built_in_eval_mode_and_once_for_each_support():
     torch.manual_seed(0)
-    net = ProtoNet(nn.Sequential(Channels([1.0, 1.0, 1.0]), nn.Dropout(0.5))).train()
+    net = ProtoNet(nn.Sequential(Channels(), nn.Dropout(0.5))).train()
     task = Counted(net)
     source = TransferSource("frozen", task, "a")
-    images, labels = Pixels().images, LABELS
+    images, labels = Colours(0.05, 6).images, Colours.labels
     assert source.classifier(images, labels) is source.classifier(images.clone(), labels) and len(task.supports) == 1
     found = TransferSource("frozen", net, "a").classifier(images, labels).prototypes
     assert net.training and all(module.training for module in net.modules())
@@ -97,7 +76,7 @@ def test_the_source_is_built_in_eval_mode_and_once_for_each_support():
 
 
 def test_records_of_another_source_or_of_other_weights_are_not_continued(tmp_path):
-    net = ProtoNet(Channels([1.0, 1.0, 1.0]))
+    net = ProtoNet(Channels())
     records = tmp_path / "a.jsonl"
     run(net, [Transfer(SPEC, TransferSource("frozen", net, "a"))], records=records)
     assert '"source": "frozen"' in records.read_text() and '"source_fingerprint": "a"' in records.read_text()

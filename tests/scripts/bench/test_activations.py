@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.language_models import random_lm
 from torch import nn
 
 import vismt
@@ -17,20 +18,8 @@ TRAINED, FROZEN = BlockTraining("trained"), BlockTraining("frozen")
 
 
 def decoder(family: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    options = {
-        "hidden_size": 16,
-        "num_hidden_layers": DEPTH,
-        "intermediate_size": 24,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 30,
-        "tie_word_embeddings": False,
-    }
-    if family == "llama":
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)).train()
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**options)).train()
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": DEPTH, "vocab_size": 30}
+    return random_lm(family, **shape, tie_word_embeddings=False).train()
 
 
 def measured(model: nn.Module) -> int:
@@ -78,34 +67,10 @@ def test_full_lisa_and_lora_to_the_byte(family: str) -> None:
         assert measured(model) == formula([BlockTraining("lora", rank)] * DEPTH, False, False, False)
 
 
-class Slice(torch.autograd.Function):
-    """The least that a trained slice of inputs has to keep: a copy of those inputs."""
-
-    @staticmethod
-    def forward(ctx, x, weight, piece):
-        ctx.save_for_backward(x[..., : piece.shape[1]].clone(), weight)
-        return x @ weight.t()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise NotImplementedError
-
-
-class Sliced(nn.Module):
-    def __init__(self, base: nn.Linear, width: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", base.weight.detach())
-        self.piece = nn.Parameter(self.weight[:, :width])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return Slice.apply(x, self.weight, self.piece)
-
-
 @pytest.mark.parametrize("attention,ffn", [(4, 5), (0, 5)])
 def test_slices_of_o_and_d_to_the_byte(attention: int, ffn: int) -> None:
-    model = decoder("llama").requires_grad_(False)
-    for layer in model.model.layers:
-        if attention:
-            layer.self_attn.o_proj = Sliced(layer.self_attn.o_proj, attention)
-        layer.mlp.down_proj = Sliced(layer.mlp.down_proj, ffn)
+    model = decoder("llama")
+    shares = {"o": attention / 16, "d": ffn / 24}
+    parts = [part for part in shares if shares[part]]
+    vismt.adapt(model, "s2ft", parts=parts, ratio={part: shares[part] for part in parts})
     assert measured(model) == formula([BlockTraining("sliced", sliced=(attention, ffn))] * DEPTH, False, False, False)

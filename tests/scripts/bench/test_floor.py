@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import create_autospec
+
 import pytest
 import torch
 from helpers.tiny import images, tiny_vit
@@ -29,3 +31,13 @@ def test_products_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     result = floor.compare("tiny", variants[LORA], variants[PEFT], loss, "head", 1, torch.device("cpu"))
     assert [c.name for c in result.comparisons()] == [LORA, floor.FLOOR, floor.FROZEN, floor.THIN]
     assert all(c.ratio > 0 and c.target is None for c in result.comparisons())
+
+
+def test_both_models_are_measured_in_both_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = tiny_vit().train(), loss, "head"
+    monkeypatch.setattr(core, "RANK", 2)
+    monkeypatch.setattr(core, "_llama", lambda device: net)
+    monkeypatch.setattr(core, "_vit", create_autospec(core._vit, return_value=net))
+    monkeypatch.setattr(floor, "compare", lambda title, *others: title)
+    vit, llama = "timm ViT-S/16, 8 x 224 px", "Llama 512 x 8, 4 x 128 tokens"
+    assert floor.run(1) == [vit, f"{vit}, bf16", llama, f"{llama}, bf16"]

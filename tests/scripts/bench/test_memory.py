@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers.language_models import random_lm
 from helpers.lm_parts import save_lm, tokenizer
 
 from scripts.bench import memory
@@ -77,20 +78,11 @@ def test_the_table_shows_each_variant_and_below_it_the_formula(result) -> None:
 
 def test_a_model_by_its_name(tmp_path, monkeypatch) -> None:
     """Grouped queries and a tied head, whose tensor is trained and stepped once; the same formula, to the byte."""
-    transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(memory, "LENGTH", 8)
     monkeypatch.setattr(memory, "RANK", 2)
     monkeypatch.setattr(memory, "EXPERTS", 2)
-    shape = transformers.Qwen2Config(
-        hidden_size=32,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-        tie_word_embeddings=True,
-    )
-    transformers.Qwen2ForCausalLM(shape).save_pretrained(tmp_path)
+    shape = {"intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 50, "tie_word_embeddings": True}
+    random_lm("qwen2", **shape).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     result = memory.run(1, "cpu", str(tmp_path))[0]
     assert str(result).splitlines()[0].startswith(f"{tmp_path} 32 x 3, 4 x 8 tokens")

@@ -156,7 +156,8 @@ def _of_model(model: nn.Module, what: str) -> Updates:
     if any(layer.weight.is_meta for layer in layers.values()):
         raise UserError(f"{name}: the model is on the meta device, which holds no values.")
     with stock_order(model):
-        updates = {path: _copied(layer.low_rank()) for path, layer in layers.items()}
+        moved = {path: layer.low_rank().to(device="cpu") for path, layer in layers.items()}
+        updates = {path: replace(update, B=update.B.clone(), A=update.A.clone()) for path, update in moved.items()}
         samples = base_samples(model, updates)
         also_train = {key: model.get_parameter(key).detach().cpu().clone() for key in record.also_train}
     return Updates(updates, also_train, samples, name=name)
@@ -209,8 +210,3 @@ def check_combinable(what: str, method: str, specs: Iterable[LayerSpec]) -> None
     for spec in specs:
         if spec.layer.combine_refusal:
             raise UserError(f"{what}: '{method}' {spec.layer.combine_refusal}.")
-
-
-def _copied(update: LowRank) -> LowRank:
-    moved = update.to(device="cpu")
-    return replace(moved, B=moved.B.clone(), A=moved.A.clone())

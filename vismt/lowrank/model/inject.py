@@ -211,7 +211,10 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(result[name], bool):
             raise UserError(f"adapt.{name}: {result[name]!r}; it must be true or false.")
     for name, checked in (("rank_pattern", _rank), ("alpha_pattern", _alpha)):
-        result[name] = {key: checked(f"{name}['{key}']", value) for key, value in _table(name, result).items()}
+        table = result[name] or {}
+        if not isinstance(table, Mapping) or not all(isinstance(key, str) for key in table):
+            raise UserError(f"adapt.{name}: {table!r}; give a mapping from pattern to value.")
+        result[name] = {key: checked(f"{name}['{key}']", value) for key, value in table.items()}
     result["rank"] = _rank("rank", result["rank"])
     result["alpha"] = None if result["alpha"] is None else _alpha("alpha", result["alpha"])
     dropout = result["dropout"]
@@ -221,13 +224,6 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     if result["targets"] is not None and not isinstance(result["targets"], str):
         result["targets"] = need_names("adapt.targets:", result["targets"])
     return result
-
-
-def _table(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    value = options[name] or {}
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"adapt.{name}: {value!r}; give a mapping from pattern to value.")
-    return value
 
 
 def _number(value: Any) -> bool:

@@ -140,9 +140,8 @@ def run_protocol(
         "temperature": temperature,
         "ood": list(outside) or None,
     }
-    settings |= {
-        name: value for name, value in further.items() if value is not None
-    }  # records without them do not name them
+    # Records without them do not name them.
+    settings |= {name: value for name, value in further.items() if value is not None}
     certified, abstained = [], []
     if smoothing is not None:
         settings |= smoothing.settings()

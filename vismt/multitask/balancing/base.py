@@ -199,9 +199,8 @@ class Balancer(nn.Module):
     def _gather(self, losses: dict[int, Tensor], like: Tensor) -> TaskLosses:
         # Not the losses' dtype: it must be equal on a process without any task.
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        totals = torch.zeros(
-            2, len(self.tasks), dtype=dtype, device=like.device
-        )  # sums of losses, numbers of processes
+        # Sums of losses, numbers of processes.
+        totals = torch.zeros(2, len(self.tasks), dtype=dtype, device=like.device)
         for number, loss in losses.items():
             totals[0, number] = loss.detach()
             totals[1, number] = 1

@@ -141,9 +141,8 @@ class Famo(Balancer):
         self.register_buffer("xi", torch.zeros(len(self.tasks)))
         self.register_buffer("moments", torch.zeros(2, len(self.tasks)))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-        self.register_buffer(
-            "before", torch.full((len(self.tasks),), torch.nan)
-        )  # log D of the last call, NaN for none
+        # log D of the last call, NaN for none.
+        self.register_buffer("before", torch.full((len(self.tasks),), torch.nan))
 
     def weigh(self, batch: TaskLosses) -> Tensor:
         logs = self._log_distance(batch.host(), batch.present)
