@@ -10,6 +10,7 @@ import copy
 from dataclasses import dataclass
 
 import pytest
+import safetensors.torch
 import torch
 from helpers.tiny import snapshot, tiny_vit
 from torch import Tensor, nn
@@ -153,6 +154,13 @@ def test_running_losses_are_ordered_like_the_noise(runs: dict[str, Run]) -> None
 def test_retaining_holds_training_back(runs: dict[str, Run]) -> None:
     with_, without = runs["emtal"].ema, runs["free"].ema
     assert (with_ > 1.3 * without).all(), (with_, without)
+
+
+def test_the_merged_file_is_a_stock_file(runs: dict[str, Run]) -> None:
+    merged, plain = vismt.merge(copy.deepcopy(runs["emtal"].model)).state_dict(), stock().state_dict()
+    ours, theirs = ([(name, value.shape, value.dtype) for name, value in state.items()] for state in (merged, plain))
+    assert ours == theirs
+    assert len(safetensors.torch.save(merged)) == len(safetensors.torch.save(plain))
 
 
 # ---- first steps
