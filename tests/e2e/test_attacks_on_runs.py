@@ -13,7 +13,8 @@ from helpers.tiny_runs import CONFIGS, SHORT, run_config, written
 
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.config.sections import config_hash, typed
+from vismt.config.sections import config_hash
+from vismt.config.typed import build
 from vismt.jobs import load_config, open_run, started_config
 from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.fewshot.config import FewShotConfig
@@ -334,7 +335,7 @@ def test_errors_of_runs_as_arms(
 
 
 def test_a_job_without_images_of_its_own_says_so(tmp_path: Path) -> None:
-    config = typed({"evaluate": {"data": ["digits"]}, "source": {"data": ["photo_crops:train"]}}, FewShotConfig, "a")
+    config = build(FewShotConfig, {"evaluate": {"data": ["digits"]}, "source": {"data": ["photo_crops:train"]}}, "a")
     with started_config(config, tmp_path / "a") as run:
         folder = run.folder
     with pytest.raises(UserError, match="'fewshot' has no images of its own"):
@@ -344,6 +345,6 @@ def test_a_job_without_images_of_its_own_says_so(tmp_path: Path) -> None:
 def test_runs_without_attacks_keep_their_hash(tmp_path: Path) -> None:
     plain = {**DENSE, "evaluate": {"batch": 4}}
     explicit = {**DENSE, "evaluate": {"batch": 4, "attacks": [], "corruptions": []}}
-    assert config_hash(typed(plain, DenseConfig, "a")) == config_hash(typed(explicit, DenseConfig, "a"))
+    assert config_hash(build(DenseConfig, plain, "a")) == config_hash(build(DenseConfig, explicit, "a"))
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(DENSE))
-    assert config_hash(load_config(tmp_path / "a.yaml", [])) != config_hash(typed(plain, DenseConfig, "a"))
+    assert config_hash(load_config(tmp_path / "a.yaml", [])) != config_hash(build(DenseConfig, plain, "a"))

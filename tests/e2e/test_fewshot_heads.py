@@ -19,7 +19,7 @@ from helpers.tiny_runs import SHORT
 from vismt.backbones.assets import list_assets, load_asset_card
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.config.sections import typed
+from vismt.config.typed import build
 from vismt.jobs import load_config, open_run
 from vismt.jobs.fewshot.arms import evaluated_models, split_head, untrained_arms
 from vismt.jobs.fewshot.config import FewShotConfig
@@ -69,7 +69,7 @@ def merged(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def configuration(**changes: Any) -> FewShotConfig:
-    return typed(merged(changes), FewShotConfig, "heads.yaml")
+    return build(FewShotConfig, merged(changes), "heads.yaml")
 
 
 @pytest.fixture
@@ -365,7 +365,7 @@ def test_a_head_alone_can_be_evaluated_and_the_size_of_images_is_asked_for_once(
 
 def test_a_head_of_the_configuration_is_that_of_every_model_without_one(tmp_path: Path) -> None:
     changes = {"head": {"name": "vbll", "options": {"prior_scale": 4.0}}, "train": None, "adapt": None}
-    config = typed(merged({**changes, "evaluate": {"models": ["frozen", "frozen+ridge"]}}), FewShotConfig, "heads")
+    config = build(FewShotConfig, merged({**changes, "evaluate": {"models": ["frozen", "frozen+ridge"]}}), "heads")
     assert evaluated_models(config, []) == ["frozen+vbll", "frozen+ridge"]
     evaluate = {"models": ["frozen"], "data": ["digits"], "ways_of": {}}
     folder = run(tmp_path, **changes, evaluate=evaluate)
@@ -377,4 +377,4 @@ def test_a_head_of_the_configuration_is_that_of_every_model_without_one(tmp_path
         ({"name": "vbll", "options": {"prior": 1.0}}, "prior_scale"),
     ):
         with pytest.raises(UserError, match=text):
-            check(typed(merged({"head": head}), FewShotConfig, "heads"))
+            check(build(FewShotConfig, merged({"head": head}), "heads"))

@@ -12,7 +12,8 @@ from helpers.error_ranks import rows_of, weighed
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.config.sections import RunConfig, TrainConfig, typed
+from vismt.config.sections import RunConfig, TrainConfig
+from vismt.config.typed import build
 from vismt.engine import loop, runtime
 from vismt.engine.log import MetricsLog
 from vismt.engine.optimizer import make_optimizer, rate
@@ -263,7 +264,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_checkpoint(tm
 )
 def test_impossible_settings_are_named(settings: dict, match: str) -> None:
     with pytest.raises(UserError, match=match):
-        typed({"train": settings}, RunConfig, "f.yaml")
+        build(RunConfig, {"train": settings}, "f.yaml")
 
 
 def test_precision_that_the_machine_lacks_is_named() -> None:
@@ -285,7 +286,7 @@ def test_log_drops_a_torn_line_and_what_came_after_the_checkpoint(tmp_path: Path
     write_lines(path, [{"step": step, "elapsed_s": 2.0 * step} for step in (1, 2, 3)])
     path.write_text(path.read_text() + '{"step": 4, "el')
     log = MetricsLog(tmp_path, 2, True)
-    assert [row["step"] for row in read_lines(path)] == [1, 2] and log.elapsed() == 4.0
+    assert [row["step"] for row in read_lines(path)] == [1, 2] and log.elapsed_s == 4.0
     log.add({"step": 3, "loss": float("inf")})
     log.sync()
     assert read_lines(path)[-1] == {"step": 3, "loss": None}

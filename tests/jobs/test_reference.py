@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ import yaml
 
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.config.sections import Count, RunConfig, resolved, with_values
+from vismt.config.sections import Count, RunConfig, with_values
 from vismt.config.typed import Names, within
 from vismt.jobs import JOBS, job_config, load_config, reference
 from vismt.jobs.fewshot.config import FewShotConfig
@@ -58,7 +58,7 @@ def test_every_entry_of_a_docstring_is_a_key(job: str) -> None:
 @pytest.mark.parametrize("job", JOBS)
 def test_the_keys_are_those_that_a_run_resolves(job: str) -> None:
     known = {key.path for key in reference.keys(job)}
-    assert {path for path in paths(resolved(job_config(job)())) if "options" not in path} <= known
+    assert {path for path in paths(asdict(job_config(job)())) if "options" not in path} <= known
 
 
 def test_pages_and_schema_are_made_for_every_job(capsys: pytest.CaptureFixture[str]) -> None:

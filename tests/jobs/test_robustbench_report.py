@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from helpers.results import result
 
 from vismt import cli
-from vismt.config.sections import config_hash, resolved
+from vismt.config.sections import config_hash
 from vismt.jobs.robustness.config import ClassifierConfig, RobustnessConfig
 from vismt.report.results import write_results
 from vismt.robustness.attacks.attacks import AttackSpec
@@ -30,7 +31,7 @@ def run(tmp_path):
 
     def write(values, seed=0) -> Path:
         config = RobustnessConfig(classifier=ClassifierConfig("unused"), arms=arms, data=["cifar10:test"], seed=seed)
-        (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
+        (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
         (tmp_path / "run.json").write_text(sealed({"config_hash": config_hash(config)}))
         rows = [
             result(

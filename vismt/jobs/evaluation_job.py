@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,6 +14,7 @@ from torch import nn
 from vismt.base import console, ranks
 from vismt.base.errors import UserError
 from vismt.base.seeds import digest
+from vismt.config.sections import flat
 from vismt.engine.study import Study, StudyConfig, Training
 from vismt.jobs.graphs import Graph
 from vismt.jobs.predictions import Options, Predictions
@@ -84,8 +85,8 @@ class EvaluationJob(ABC, Generic[Config]):
 
     @property
     def split(self) -> str:
-        """The split that is evaluated."""
-        return "test"
+        """The split that is evaluated: `evaluate.split`, in jobs that have the key."""
+        return getattr(getattr(self.config, "evaluate", None), "split", "test")
 
     def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
         """Return further scores by arm, computed from the scores of several arms or conditions."""
@@ -328,15 +329,8 @@ class EvaluationJob(ABC, Generic[Config]):
 
 def settings_text(settings: Mapping[str, Any], without: Collection[str] = ()) -> str:
     """Return the settings in which an arm differs as one text, by dotted keys; those in `without` are left out."""
-
-    def leaves(key: str, value: Any) -> Iterator[str]:
-        if isinstance(value, Mapping):
-            for name, inner in value.items():
-                yield from leaves(f"{key}.{name}", inner)
-        elif key not in without:
-            yield f"{key} {'null' if value is None else value}"
-
-    return ", ".join(text for key, value in settings.items() for text in leaves(key, value))
+    shown = {key: value for key, value in flat(settings).items() if key not in without and value != {}}
+    return ", ".join(f"{key} {'null' if value is None else value}" for key, value in shown.items())
 
 
 def records_folder(folder: Path, attacks: Sequence[AttackConfig] | None) -> Path:

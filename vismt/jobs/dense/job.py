@@ -82,10 +82,6 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         sections = (config.data, *own_parts(config).values())
         return ", ".join(name for parts in sections for name in parts.train)
 
-    @property
-    def split(self) -> str:
-        return self.config.evaluate.split
-
     def check_data(self) -> None:
         settings = self.config.evaluate
         validates = self.config.tune is not None or settings.adjust_logits or settings.risk

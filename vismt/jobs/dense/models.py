@@ -64,7 +64,7 @@ def make_backbone(config: DenseConfig, size: tuple[int, int]) -> Backbone | Pyra
 def save(net: DenseNet, config: DenseConfig, folder: Path) -> None:
     """Write heads.safetensors, and backbone.safetensors where the backbone is trained."""
     if config.full:
-        atomic_write(folder / BACKBONE, safetensors.torch.save(training_files.state(net.stock)))
+        training_files.write_state(net.stock, folder / BACKBONE)
     atomic_write(folder / HEADS, heads_file(net, config))
 
 
