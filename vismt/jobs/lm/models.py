@@ -93,7 +93,8 @@ class LmModels:
         net = LmNet(lm, first=config.model.first_block)
         if isinstance(task, Classes):
             rows, bias = net.answer_rows(task.tokens(self.tokenizer))
-            net.head = make_head(config.head.name, rows, bias, data.num_train, config.seed, config.head.options)
+            count = len(data.all_rows("train"))
+            net.head = make_head(config.head.name, rows, bias, count, config.seed, config.head.options)
         if isinstance(task, Recommendation):
             titles = data.catalogue.titles
             texts = title_vectors(lm, self.tokenizer, titles) if config.gates == "text" else None
