@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -32,7 +33,7 @@ from vismt.report.results import (
     write_values,
 )
 from vismt.report.score_sections import score_sections
-from vismt.report.tables import Section, row_text
+from vismt.report.tables import Section, number_text, row_text
 from vismt.report.trainings import training_sections
 from vismt.report.writer import DEFAULT_FORMATS, run_heading, write_report
 from vismt.robustness.conditions import AttackConfig
@@ -287,15 +288,14 @@ class EvaluationJob(ABC, Generic[Config]):
         for task, data, protocol in dict.fromkeys((score.task, score.data, score.protocol) for score in scores):
             chosen = [score for score in scores if (score.task, score.data, score.protocol) == (task, data, protocol)]
             first = chosen[0]
-            shown = [score for score in chosen if score.condition.kind != "corruption"]
-            if len(chosen) - len(shown) <= 3:
-                shown = chosen
+            corrupted = [score for score in chosen if score.condition.kind == "corruption"]
+            many = len(corrupted) > 3
+            shown = [score for score in chosen if not many or score.condition.kind != "corruption"]
             texts = [score_text(score) for score in shown]
-            if shown is not chosen:
-                scores_of = [score for score in chosen if score.condition.kind == "corruption"]
-                corrupted = [score for score in scores_of if score.measure.metric == first.measure.metric]
-                mean = sum(score.measure.score for score in corrupted) / len(corrupted)
-                texts.append(f"mean of {len(corrupted)} corruptions {100 * mean:.1f}")
+            if many:
+                values = [of.measure.score for of in corrupted if of.measure.metric == first.measure.metric]
+                mean = number_text(fmean(values), first.measure.scale)
+                texts.append(f"mean of {len(values)} corruptions {mean}")
             count = f"n = {len(first.measure.values):,} {first.unit}"
             if trainings > 1:
                 count += f", {trainings} seeds"
