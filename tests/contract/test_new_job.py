@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.tiny_runs import refused
 from helpers.toy_job.job import ToyJob
 
 import vismt.jobs
@@ -77,9 +78,7 @@ def test_a_run_that_is_stopped_keeps_the_time_of_its_parts(tmp_path: Path, monke
 def test_what_the_sections_of_a_toy_job_refuse(tmp_path: Path, capsys, changes: dict, words: str) -> None:
     path = tmp_path / "toy.yaml"
     path.write_text(yaml.safe_dump(CONFIG | changes))
-    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
+    assert words in refused(capsys, "run", path, "--out", tmp_path / "runs") and not (tmp_path / "runs").exists()
 
 
 def test_a_toy_job_has_a_reference(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from helpers.tiny_runs import run_config, written
+from helpers.tiny_runs import refused, run_config, written
 from PIL import Image
 
 from vismt.base.errors import UserError
@@ -334,9 +334,7 @@ def test_errors_are_one_line(room: Path, tmp_path: Path, capsys, changes: dict, 
     if "tasks" in changes:
         config["tasks"] = [{"name": "semseg", "classes": 3} if task == "semseg" else task for task in changes["tasks"]]
     config |= {key: value for key, value in changes.items() if key in ("head", "batch")}
-    assert main(["run", str(write(tmp_path, **config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    message = capsys.readouterr().err
-    assert words in message and message.startswith("error: ") and message.count("\n") == 1
+    assert words in refused(capsys, "run", write(tmp_path, **config), "--out", tmp_path / "runs", "--quiet")
 
 
 @pytest.mark.slow

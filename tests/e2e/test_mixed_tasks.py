@@ -11,7 +11,7 @@ import safetensors
 import torch
 from helpers.room import MAPS, dense, parts
 from helpers.tiny import tiny_vit
-from helpers.tiny_runs import run_config, written
+from helpers.tiny_runs import refused, run_config, written
 
 from vismt.backbones.vit import Backbone
 from vismt.cli import main
@@ -195,6 +195,4 @@ def test_errors_are_one_line(room: Path, tmp_path: Path, capsys, task: dict, cha
         task = {**task, "train": [f"{room}/{name}" for name in task["train"]]}
     entry = {key: value for key, value in {**config["tasks"][2], **task}.items() if value is not None}
     path = written(tmp_path / "bad.yaml", {**config, "tasks": [*config["tasks"][:2], entry]})
-    assert main(["run", str(path), "--out", str(tmp_path), "--quiet"]) == 2
-    message = capsys.readouterr().err
-    assert words in message and message.startswith("error: ") and message.count("\n") == 1
+    assert words in refused(capsys, "run", path, "--out", tmp_path, "--quiet")

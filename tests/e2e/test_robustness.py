@@ -10,7 +10,7 @@ import safetensors.torch
 import timm
 import torch
 from helpers.results import scores_of
-from helpers.tiny_runs import run_config, written
+from helpers.tiny_runs import refused, run_config, written
 
 from vismt.cli import main
 from vismt.storage.lines import read_lines
@@ -164,9 +164,7 @@ def test_an_arm_of_a_run_folder_is_a_classifier(models: Path, tmp_path: Path, mo
 def test_errors_are_one_line(models: Path, tmp_path: Path, monkeypatch, capsys, changes: dict, words: str) -> None:
     monkeypatch.chdir(models)
     path = write(models, **{"evaluate": {"images": 12}, **changes})
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1 and error.startswith("error: "), error
+    assert words in refused(capsys, "run", path, "--out", tmp_path / "runs", "--quiet")
 
 
 def test_a_robustness_run_has_nothing_to_merge(run_folder: Path, capsys) -> None:

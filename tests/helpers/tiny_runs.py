@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from helpers import pyramids  # noqa: F401  registers short_vit
@@ -94,6 +95,14 @@ def run_config(path: Path, *words: str) -> Path:
     assert main(["run", str(path), "--out", str(out), "--quiet", *words]) == 0
     folders = {*out.iterdir()}
     return next(iter(folders - before or folders))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run a command that is refused in one line; return the line."""
+    assert main([*map(str, words)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
 
 
 def write_config(job: str, folder: Path) -> Path:
