@@ -158,8 +158,7 @@ def test_a_multitask_run_has_rows_under_attack_and_corruption(multitask: Path, c
     for task in ("digits", "photos"):
         clean, attacked, _ = (rows["classification", task, name] for name in conditions)
         assert attacked < clean
-    assert main(["attack", str(multitask), "--task", "digits"]) == 2
-    assert "for dense runs" in capsys.readouterr().err
+    assert "for dense runs" in refused(capsys, "attack", multitask, "--task", "digits")
 
 
 def test_the_robustness_job_has_the_runs_own_numbers(compared: Path, dense: Path, multitask: Path) -> None:
@@ -244,8 +243,7 @@ def test_a_card_of_a_run_with_equal_names_of_classes_is_its_own_task(tmp_path: P
     (path,) = (folder / "classifiers" / "card" / "records").iterdir()
     here = {row["id"]: (row["label"], row["clean"]) for row in read_lines(path) if "id" in row}
     assert own.items() <= here.items() and own
-    path = tmp_path / "ambiguous.yaml"
-    path.write_text(yaml.safe_dump({**config, "arms": {"merged": {"classifier.name": str(merged)}}}))
+    path = written(tmp_path / "ambiguous.yaml", {**config, "arms": {"merged": {"classifier.name": str(merged)}}})
     assert "is in the tasks first, second; name one as classifier.task" in refused(
         capsys, "run", path, "--out", tmp_path / "ambiguous", "--quiet"
     )
@@ -278,10 +276,9 @@ def test_merged_and_exported_folders_are_the_run(multitask: Path, dense: Path, t
     assert classifier.labels == open_run(multitask).job.data.label_names
     assert main(["merge", str(dense), "--arm", "lora", "--quiet"]) == 0
     capsys.readouterr()
-    path = tmp_path / "backbone.yaml"
-    path.write_text(yaml.safe_dump({**config, "arms": {"a": {"classifier.name": str(next(dense.glob("merged-*")))}}}))
-    assert main(["run", str(path), "--out", str(tmp_path / "none"), "--quiet"]) == 2
-    assert "a backbone without a classifier" in capsys.readouterr().err
+    arms = {"a": {"classifier.name": str(next(dense.glob("merged-*")))}}
+    path = written(tmp_path / "backbone.yaml", {**config, "arms": arms})
+    assert "a backbone without a classifier" in refused(capsys, "run", path, "--out", tmp_path / "none", "--quiet")
 
 
 @pytest.mark.parametrize(

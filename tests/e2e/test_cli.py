@@ -14,7 +14,7 @@ import timm
 import torch
 import yaml
 from helpers.results import scores_of
-from helpers.tiny_runs import refused, run_config, run_on_two, written
+from helpers.tiny_runs import interrupted, refused, run_config, run_on_two, save_classifier, written
 
 from vismt.cli import main
 from vismt.storage.lines import read_lines, write_lines
@@ -180,28 +180,16 @@ def test_merging_before_training_says_what_to_do(tmp_path: Path, capsys) -> None
     path = write(tmp_path, adapt=None, train=None, source={})
     folder = run_config(path)
     for command in (["merge", str(folder)], ["export", str(folder), "--format", "peft"]):
-        assert main(command) == 2
-        assert "no trained adapter" in capsys.readouterr().err
+        assert "no trained adapter" in refused(capsys, *command)
 
 
 def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, capsys) -> None:
-    from vismt.engine import checkpoint
     from vismt.metatune.protocol import episode_runner
     from vismt.metatune.protocol.episode_runner import EpisodeRunner
 
     path = write(tmp_path)
     out = tmp_path / "runs"
-    save = checkpoint.save
-    saves = []
-
-    def interrupted(*arguments: object) -> None:
-        save(*arguments)
-        saves.append(arguments)
-        if len(saves) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", interrupted)
-    assert main(["run", str(path), "--out", str(out)]) == 130
+    interrupted(monkeypatch, 2, "run", path, "--out", out)
     assert "continue from here" in capsys.readouterr().err
     calls = []
     run_episode = EpisodeRunner.__call__
@@ -229,10 +217,7 @@ def test_evaluation_of_frozen_features_needs_no_training(tmp_path: Path) -> None
 
 
 def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) -> None:
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", img_size=32, num_classes=10)
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "img_size": 32, "num_classes": 10}))
+    save_classifier(tmp_path)
     where = ["--model", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "out")]
     code = main(["attack", *where, "--data", "digits", "--images", "12", "--steps", "2"])
     captured = capsys.readouterr()
@@ -308,8 +293,7 @@ def test_a_list_and_a_wrong_run_folder_are_answered_without_heavy_imports() -> N
 
 def test_a_divergent_run_is_reported_and_keeps_its_folder(tmp_path: Path, capsys) -> None:
     path = write(tmp_path, train={"steps": 6, "lr": 1e30, "checkpoint_every": 1, "clip": None, "optimizer": "sgd"})
-    assert main(["train", str(path), "--out", str(tmp_path / "runs")]) == 2
-    assert "not finite at step" in capsys.readouterr().err
+    assert "not finite at step" in refused(capsys, "train", path, "--out", tmp_path / "runs")
 
 
 @pytest.fixture
@@ -339,8 +323,7 @@ def test_a_file_that_is_no_image_stops_the_run_or_is_counted(card_path: Path, tm
     out = capsys.readouterr().out
     assert "15 images" in out and "9.png" in out
     (card_path.parent / "images" / "d").mkdir()
-    assert main(command) == 2
-    assert "images/d' holds no image" in capsys.readouterr().err
+    assert "images/d' holds no image" in refused(capsys, *command)
 
 
 def test_bf16_trains_beside_a_full_precision_run(tmp_path: Path) -> None:
@@ -357,8 +340,7 @@ def test_bf16_trains_beside_a_full_precision_run(tmp_path: Path) -> None:
 
 def test_an_unwritable_run_folder_is_code_2(tmp_path: Path, capsys) -> None:
     (tmp_path / "runs").write_text("a file")
-    assert main(["run", str(write(tmp_path)), "--out", str(tmp_path / "runs")]) == 2
-    assert "cannot write" in capsys.readouterr().err
+    assert "cannot write" in refused(capsys, "run", write(tmp_path), "--out", tmp_path / "runs")
 
 
 def test_lists(capsys) -> None:
@@ -413,8 +395,8 @@ def test_a_run_that_is_refused_before_anything_was_done_leaves_no_folder(
     tmp_path: Path, capsys, overrides: list[str], options: list[str], words: str
 ) -> None:
     command = ["run", str(write(tmp_path)), *overrides, "--out", str(tmp_path / "all" / "runs"), *options]
-    assert main(command) == 2
-    assert words in capsys.readouterr().err and not (tmp_path / "all").exists()
+    assert words in refused(capsys, *command)
+    assert not (tmp_path / "all").exists()
 
 
 def test_a_refused_run_keeps_what_was_there(run_folder: Path, tmp_path: Path, capsys) -> None:

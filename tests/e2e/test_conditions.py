@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.results import scores_of
-from helpers.tiny_runs import refused
+from helpers.tiny_runs import refused, written
 
 from vismt.cli import main
 from vismt.robustness.attacks import attacks
@@ -34,8 +34,8 @@ THREE_WAYS = [EVERY[at] for at in (1, 4, 6, 7)]  # what autoattack is made of th
 
 
 def run(folder: Path, *overrides: str, **evaluate: object) -> Path:
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump({**BASE, "evaluate": {"data": ["digits"], "shots": [1], "queries": 1, **evaluate}}))
+    evaluate = {"data": ["digits"], "shots": [1], "queries": 1, **evaluate}
+    path = written(folder / "small.yaml", {**BASE, "evaluate": evaluate})
     assert main(["run", str(path), "--out", str(folder / "runs"), *overrides]) == 0
     return next((folder / "runs").iterdir())
 

@@ -14,7 +14,7 @@ import timm
 import torch
 import yaml
 from helpers.results import scores_of
-from helpers.tiny_runs import SHORT
+from helpers.tiny_runs import SHORT, refused, written
 
 from vismt.backbones.assets import list_assets, load_asset_card
 from vismt.base.errors import UserError
@@ -55,8 +55,7 @@ ARMS = {
 
 
 def run(folder: Path, **changes: Any) -> Path:
-    path = folder / "heads.yaml"
-    path.write_text(yaml.safe_dump(merged(changes)))
+    path = written(folder / "heads.yaml", merged(changes))
     assert main(["run", str(path), "--out", str(folder / "runs")]) == 0
     return next((folder / "runs").iterdir())
 
@@ -188,8 +187,8 @@ def test_a_run_without_any_backbone_is_an_error(tmp_path: Path, offline, capsys)
     path.write_text(
         yaml.safe_dump(merged({"adapt": None, "train": None, "arms": arms, "evaluate": {"models": ["frozen"]}}))
     )
-    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
-    assert "the weights of no arm can be had: the weights of 'test_vit3" in capsys.readouterr().err
+    error = refused(capsys, "run", path, "--out", tmp_path / "runs")
+    assert "the weights of no arm can be had: the weights of 'test_vit3" in error
 
 
 def test_an_unknown_backbone_of_an_arm_is_named_before_anything_is_evaluated(tmp_path: Path, offline, capsys) -> None:
@@ -207,8 +206,7 @@ def test_an_arm_that_cannot_be_merged_is_refused_before_the_first_step(tmp_path:
     path, router = tmp_path / "heads.yaml", {"n_experts": 4, "cluster": False}
     arms = {"lora": {}, "moe": {"adapt.method": "emtal", "adapt.options": router}}
     path.write_text(yaml.safe_dump(merged({"arms": arms})))
-    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
-    error = capsys.readouterr().err
+    error = refused(capsys, "run", path, "--out", tmp_path / "runs")
     assert "arms.moe: adapt: the router of" in error and "a router takes adapt.options.fade: 1." in error
     assert not list(tmp_path.glob("runs/*/arms/*"))
     faded = {"moe": {"adapt.method": "emtal", "adapt.options": {**router, "fade": 1.0}}}
@@ -218,8 +216,7 @@ def test_an_arm_that_cannot_be_merged_is_refused_before_the_first_step(tmp_path:
 def test_an_arm_that_cannot_be_evaluated_does_not_stop_the_others(tmp_path: Path, capsys) -> None:
     arms = {name: {"adapt.rank": rank} for name, rank in (("a", 1), ("b", 2))}
     settings = {"data": ["digits"], "ways_of": {}, "attacks": []}
-    path = tmp_path / "heads.yaml"
-    path.write_text(yaml.safe_dump(merged({"arms": arms, "evaluate": settings})))
+    path = written(tmp_path / "heads.yaml", merged({"arms": arms, "evaluate": settings}))
     assert main(["train", str(path), "--out", str(tmp_path / "runs")]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     kept = [(path, path.read_bytes()) for path in folder.glob("arms/a/**/adapter.json")]
@@ -322,10 +319,8 @@ def test_refused(changes: dict[str, Any], words: str) -> None:
 
 
 def test_a_set_with_too_few_classes_names_the_key(tmp_path: Path, capsys) -> None:
-    path = tmp_path / "heads.yaml"
-    path.write_text(yaml.safe_dump(merged({"adapt": None, "train": None, "evaluate": {"ways": 11, "ways_of": {}}})))
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    error = capsys.readouterr().err
+    config = merged({"adapt": None, "train": None, "evaluate": {"ways": 11, "ways_of": {}}})
+    error = refused(capsys, "run", written(tmp_path / "heads.yaml", config), "--out", tmp_path / "runs", "--quiet")
     assert (
         "evaluate.ways: 'digits' has 10 classes, too few for 11-way episodes" in error
         and "evaluate.ways_of: {digits: 10}" in error

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
-from helpers.tiny_runs import refused
+from helpers.tiny_runs import refused, written
 from helpers.units import die, mark, sleep
 
 from vismt.base.errors import Diverged, UserError
@@ -43,9 +42,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("study") / "study.yaml"
-    path.write_text(yaml.safe_dump(CONFIG))
-    return path
+    return written(tmp_path_factory.mktemp("study") / "study.yaml", CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from helpers.checkpoints import saved_tensors
 from helpers.error_ranks import rows_of, weighed
+from helpers.toy_training import logged, train
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
@@ -43,18 +44,9 @@ def batches(number: int) -> dict[str, Tensor]:
     return {"x": x, "y": x.sum(1, keepdim=True)}
 
 
-def run(
-    folder: Path, objective: Toy | None = None, stop_after: int | None = None, seed: int = 1, **settings: object
-) -> Toy:
-    objective = objective or Toy()
-    config = TrainConfig(**{"steps": 8, "lr": 0.05, "warmup": 2, "checkpoint_every": 3, **settings})
-
-    def after(_: nn.Module, step: int) -> None:
-        if step == stop_after:
-            raise KeyboardInterrupt
-
-    loop.train(objective, batches, config, folder, "hash", runtime.accelerator(), seed=seed, after_step=after)
-    return objective
+def run(folder: Path, objective: Toy | None = None, **settings: object) -> Toy:
+    settings = {"steps": 8, "lr": 0.05, "warmup": 2, "checkpoint_every": 3, **settings}
+    return train(objective or Toy(), batches, folder, **settings)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -68,9 +60,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, optimi
     assert cut.calls == 8 - 3
     for one, two in zip(whole.parameters(), cut.parameters()):
         assert torch.equal(one, two)
-    rows = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
-    for row in rows[0] + rows[1]:
-        del row["elapsed_s"]
+    rows = [logged(tmp_path / name) for name in ("whole", "cut")]
     assert rows[0] == rows[1] and [row["step"] for row in rows[1]] == list(range(1, 9))
     assert set(rows[0][0]) == {"step", "loss", "size", "lr", "grad_norm"}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.tiny_runs import FEWSHOT, refused
+from helpers.tiny_runs import FEWSHOT, refused, written
 
 from vismt.cli import main
 from vismt.jobs import open_run, started
@@ -42,9 +42,7 @@ def write(folder: Path, changes: dict) -> Path:
             config[section][name] = value
         else:
             config[key] = value
-    path = folder / "sets.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    return path
+    return written(folder / "sets.yaml", config)
 
 
 @pytest.mark.parametrize("case", CASES)
