@@ -210,9 +210,7 @@ def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, 
 
 
 def test_evaluation_of_frozen_features_needs_no_training(tmp_path: Path) -> None:
-    path = write(tmp_path, adapt=None, train=None, source={})
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    rows = read_lines(next((tmp_path / "runs").iterdir()) / "results.jsonl")
+    rows = read_lines(run_config(write(tmp_path, adapt=None, train=None, source={})) / "results.jsonl")
     assert {row["arm"] for row in rows} == {"frozen"}
 
 

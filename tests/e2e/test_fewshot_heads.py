@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import yaml
 from helpers.results import scores_of
 from helpers.tiny_runs import SHORT, refused, written
 
@@ -182,30 +181,24 @@ def test_backbones_as_arms_and_those_out_of_reach_left_out(tmp_path: Path, offli
 
 
 def test_a_run_without_any_backbone_is_an_error(tmp_path: Path, offline, capsys) -> None:
-    path = tmp_path / "heads.yaml"
     arms = {"hidden": ARMS["hidden"]}
-    path.write_text(
-        yaml.safe_dump(merged({"adapt": None, "train": None, "arms": arms, "evaluate": {"models": ["frozen"]}}))
-    )
-    error = refused(capsys, "run", path, "--out", tmp_path / "runs")
+    config = merged({"adapt": None, "train": None, "arms": arms, "evaluate": {"models": ["frozen"]}})
+    error = refused(capsys, "run", written(tmp_path / "heads.yaml", config), "--out", tmp_path / "runs")
     assert "the weights of no arm can be had: the weights of 'test_vit3" in error
 
 
 def test_an_unknown_backbone_of_an_arm_is_named_before_anything_is_evaluated(tmp_path: Path, offline, capsys) -> None:
-    path = tmp_path / "heads.yaml"
     arms = {"small": ARMS["small"], "odd": {"model.name": "tset_vit"}}
-    path.write_text(
-        yaml.safe_dump(merged({"adapt": None, "train": None, "arms": arms, "evaluate": {"models": ["frozen"]}}))
-    )
-    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
+    config = merged({"adapt": None, "train": None, "arms": arms, "evaluate": {"models": ["frozen"]}})
+    assert main(["run", str(written(tmp_path / "heads.yaml", config)), "--out", str(tmp_path / "runs")]) == 2
     output = capsys.readouterr()
     assert "arms.odd: backbone 'tset_vit'" in output.err and "eval" not in output.out
 
 
 def test_an_arm_that_cannot_be_merged_is_refused_before_the_first_step(tmp_path: Path, capsys) -> None:
-    path, router = tmp_path / "heads.yaml", {"n_experts": 4, "cluster": False}
+    router = {"n_experts": 4, "cluster": False}
     arms = {"lora": {}, "moe": {"adapt.method": "emtal", "adapt.options": router}}
-    path.write_text(yaml.safe_dump(merged({"arms": arms})))
+    path = written(tmp_path / "heads.yaml", merged({"arms": arms}))
     error = refused(capsys, "run", path, "--out", tmp_path / "runs")
     assert "arms.moe: adapt: the router of" in error and "a router takes adapt.options.fade: 1." in error
     assert not list(tmp_path.glob("runs/*/arms/*"))
