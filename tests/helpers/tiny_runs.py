@@ -112,6 +112,7 @@ def run_config(path: Path, *words: str) -> Path:
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     """Run a command that is refused in one line; return the line."""
+    capsys.readouterr()  # what came before
     assert main([*map(str, words)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
