@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from vismt.base.errors import UserError
-from vismt.config.sections import config_hash, fraction, override, read_yaml, resolved, typed
+from vismt.config.sections import config_hash, fraction, override, read_yaml
+from vismt.config.typed import build
 from vismt.jobs import load_config, make_job
 from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.fewshot.job import FewShotConfig
@@ -79,7 +81,7 @@ def test_overrides_reach_items_of_a_list_by_name(tmp_path: Path) -> None:
 
 def test_resolved_round_trips_and_the_hash_moves_with_values_only(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "seed: 4\nevaluate: {attacks: [{epsilon: 8/255}]}"), [])
-    again = typed(resolved(config), FewShotConfig, "x")
+    again = build(FewShotConfig, asdict(config), "x")
     assert again == config and config_hash(again) == config_hash(config)
     assert config_hash(load_config(write(tmp_path, "seed: 5"), [])) != config_hash(
         load_config(write(tmp_path, "seed: 4"), [])
@@ -92,7 +94,7 @@ def test_resolved_round_trips_and_the_hash_moves_with_values_only(tmp_path: Path
     plain, memory, rows = (config_hash(load_config(path, change)) for change in changes)
     assert plain == memory != rows  # a memory limit changes no result
     tasks = [[{"name": "semseg", "classes": 3, **change}] for change in ({}, {"absent": "skip"}, {"dice": 1.0})]
-    plain, absent, dice = (config_hash(typed({"tasks": task}, DenseConfig, "x")) for task in tasks)
+    plain, absent, dice = (config_hash(build(DenseConfig, {"tasks": task}, "x")) for task in tasks)
     assert plain == absent != dice  # how a score is read changes no training
 
 
@@ -121,6 +123,6 @@ def test_every_shipped_config_is_valid(path: Path, tmp_path: Path) -> None:
 
 def test_what_is_read_twice_is_not_shared() -> None:
     raw = {"adapt": {"options": {"temperature": 2.0}}}
-    first, second = (typed(raw, FewShotConfig, "x") for _ in range(2))
+    first, second = (build(FewShotConfig, raw, "x") for _ in range(2))
     first.adapt.options["temperature"] = first.train.lr = 9.0
-    assert second.adapt.options == {"temperature": 2.0} and typed(raw, FewShotConfig, "x") == second
+    assert second.adapt.options == {"temperature": 2.0} and build(FewShotConfig, raw, "x") == second

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
+from helpers.tiny_runs import refused, written
 from helpers.toy_job.job import ToyJob
 
 import vismt.jobs
@@ -30,8 +30,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_toy_job_runs_reports_merges_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "toy.yaml"
-    path.write_text(yaml.safe_dump(CONFIG))
+    path = written(tmp_path / "toy.yaml", CONFIG)
     command = ["run", str(path), "--out", str(tmp_path / "runs")]
     assert main(command) == 0
     (folder,) = (tmp_path / "runs").iterdir()
@@ -57,8 +56,7 @@ def test_a_run_that_is_stopped_keeps_the_time_of_its_parts(tmp_path: Path, monke
         time.sleep(0.01)
 
     times: list[float] = []
-    path = tmp_path / "toy.yaml"
-    path.write_text(yaml.safe_dump(CONFIG))
+    path = written(tmp_path / "toy.yaml", CONFIG)
     monkeypatch.setattr(ToyJob, "step", stop)
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 130
     assert times[1] - times[0] > 0.15
@@ -75,11 +73,8 @@ def test_a_run_that_is_stopped_keeps_the_time_of_its_parts(tmp_path: Path, monke
     ],
 )
 def test_what_the_sections_of_a_toy_job_refuse(tmp_path: Path, capsys, changes: dict, words: str) -> None:
-    path = tmp_path / "toy.yaml"
-    path.write_text(yaml.safe_dump(CONFIG | changes))
-    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
+    path = written(tmp_path / "toy.yaml", CONFIG | changes)
+    assert words in refused(capsys, "run", path, "--out", tmp_path / "runs") and not (tmp_path / "runs").exists()
 
 
 def test_a_toy_job_has_a_reference(capsys: pytest.CaptureFixture[str]) -> None:

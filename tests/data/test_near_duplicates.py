@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.config.sections import typed
+from vismt.config.typed import build
 from vismt.data import image_set
 from vismt.data.images import open_images
 from vismt.data.near_duplicates import MARGIN, TILE, near_duplicates
@@ -94,7 +94,7 @@ def objects(ids: list[str]) -> set[tuple[str, int]]:
 def parts(card: Path | str, **shares: float) -> dict[str, set[tuple[str, int]]]:
     """Return the objects of each part of a classification."""
     task = {"name": "frames", "train": [str(card)], "test_share": 0.4, **shares}
-    data = TaskData(typed({"tasks": [task]}, MultitaskConfig, "made"), 32)
+    data = TaskData(build(MultitaskConfig, {"tasks": [task]}, "made"), 32)
     gathered = {name: data.part(0, name) for name in ("validation", "test") if data.has_part(0, name)}
     return {name: objects(part.ids) for name, part in {"train": data.training(), **gathered}.items()}
 
@@ -118,7 +118,7 @@ def test_neighbours_are_parts_where_the_card_has_no_groups(frames) -> None:
 
 def test_frames_of_one_object_are_in_one_part_of_a_dense_set(frames) -> None:
     raw = {"data": {"train": [str(frames())], "test_share": 0.4}, "tasks": [{"name": "classify", "classes": 2}]}
-    data = DenseData(typed({**raw, "size": [32, 32]}, DenseConfig, "made"))
+    data = DenseData(build(DenseConfig, {**raw, "size": [32, 32]}, "made"))
     train, test = objects(data.parts["train"].ids), objects(data.parts["test"].ids)
     assert not train & test and [len(train), len(test)] == [6, 4]
 

@@ -14,7 +14,7 @@ import timm
 import torch
 import yaml
 from helpers.results import scores_of
-from helpers.tiny_runs import run_config, run_on_two, written
+from helpers.tiny_runs import interrupted, refused, run_config, run_on_two, save_classifier, written
 
 from vismt.cli import main
 from vismt.storage.lines import read_lines, write_lines
@@ -172,9 +172,7 @@ def test_damaged_run_folders_are_named(run_folder: Path, tmp_path: Path, capsys)
         folder = tmp_path / "copy"
         shutil.copytree(run_folder, folder)
         (folder / name).write_text(text)
-        assert main(["evaluate", str(folder)]) == 2, name
-        error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1, error
+        assert words in refused(capsys, "evaluate", folder)
         shutil.rmtree(folder)
 
 
@@ -182,28 +180,16 @@ def test_merging_before_training_says_what_to_do(tmp_path: Path, capsys) -> None
     path = write(tmp_path, adapt=None, train=None, source={})
     folder = run_config(path)
     for command in (["merge", str(folder)], ["export", str(folder), "--format", "peft"]):
-        assert main(command) == 2
-        assert "no trained adapter" in capsys.readouterr().err
+        assert "no trained adapter" in refused(capsys, *command)
 
 
 def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, capsys) -> None:
-    from vismt.engine import checkpoint
     from vismt.metatune.protocol import episode_runner
     from vismt.metatune.protocol.episode_runner import EpisodeRunner
 
     path = write(tmp_path)
     out = tmp_path / "runs"
-    save = checkpoint.save
-    saves = []
-
-    def interrupted(*arguments: object) -> None:
-        save(*arguments)
-        saves.append(arguments)
-        if len(saves) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", interrupted)
-    assert main(["run", str(path), "--out", str(out)]) == 130
+    interrupted(monkeypatch, 2, "run", path, "--out", out)
     assert "continue from here" in capsys.readouterr().err
     calls = []
     run_episode = EpisodeRunner.__call__
@@ -224,17 +210,12 @@ def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, 
 
 
 def test_evaluation_of_frozen_features_needs_no_training(tmp_path: Path) -> None:
-    path = write(tmp_path, adapt=None, train=None, source={})
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    rows = read_lines(next((tmp_path / "runs").iterdir()) / "results.jsonl")
+    rows = read_lines(run_config(write(tmp_path, adapt=None, train=None, source={})) / "results.jsonl")
     assert {row["arm"] for row in rows} == {"frozen"}
 
 
 def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) -> None:
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", img_size=32, num_classes=10)
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "img_size": 32, "num_classes": 10}))
+    save_classifier(tmp_path)
     where = ["--model", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "out")]
     code = main(["attack", *where, "--data", "digits", "--images", "12", "--steps", "2"])
     captured = capsys.readouterr()
@@ -292,9 +273,8 @@ def test_user_errors_are_one_line_and_code_2(command, words, run_folder: Path, t
     filled = [part.format(config=path, run=run_folder) for part in command]
     if command[0] == "run":
         filled += ["--out", str(tmp_path / "runs")]
-    assert main(filled) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
+    error = refused(capsys, *filled)
+    assert all(word in error for word in words)
 
 
 def test_a_list_and_a_wrong_run_folder_are_answered_without_heavy_imports() -> None:
@@ -311,8 +291,7 @@ def test_a_list_and_a_wrong_run_folder_are_answered_without_heavy_imports() -> N
 
 def test_a_divergent_run_is_reported_and_keeps_its_folder(tmp_path: Path, capsys) -> None:
     path = write(tmp_path, train={"steps": 6, "lr": 1e30, "checkpoint_every": 1, "clip": None, "optimizer": "sgd"})
-    assert main(["train", str(path), "--out", str(tmp_path / "runs")]) == 2
-    assert "not finite at step" in capsys.readouterr().err
+    assert "not finite at step" in refused(capsys, "train", path, "--out", tmp_path / "runs")
 
 
 @pytest.fixture
@@ -337,15 +316,12 @@ def test_a_file_that_is_no_image_stops_the_run_or_is_counted(card_path: Path, tm
     evaluate = {**SMALL["evaluate"], "data": [str(card_path)], "attacks": []}
     path = write(tmp_path, adapt=None, train=None, source={}, evaluate=evaluate)
     command = ["run", str(path), "--out", str(tmp_path / "runs")]
-    assert main(command) == 2
-    error = capsys.readouterr().err
-    assert "9.png" in error and error.count("\n") == 1
+    assert "9.png" in refused(capsys, *command)
     assert main([*command, "on_bad_sample=skip"]) == 0
     out = capsys.readouterr().out
     assert "15 images" in out and "9.png" in out
     (card_path.parent / "images" / "d").mkdir()
-    assert main(command) == 2
-    assert "images/d' holds no image" in capsys.readouterr().err
+    assert "images/d' holds no image" in refused(capsys, *command)
 
 
 def test_bf16_trains_beside_a_full_precision_run(tmp_path: Path) -> None:
@@ -362,8 +338,7 @@ def test_bf16_trains_beside_a_full_precision_run(tmp_path: Path) -> None:
 
 def test_an_unwritable_run_folder_is_code_2(tmp_path: Path, capsys) -> None:
     (tmp_path / "runs").write_text("a file")
-    assert main(["run", str(write(tmp_path)), "--out", str(tmp_path / "runs")]) == 2
-    assert "cannot write" in capsys.readouterr().err
+    assert "cannot write" in refused(capsys, "run", write(tmp_path), "--out", tmp_path / "runs")
 
 
 def test_lists(capsys) -> None:
@@ -398,9 +373,10 @@ def test_a_configuration_that_names_what_is_missing_leaves_no_folder(
     tmp_path, capsys, monkeypatch, changes, words
 ) -> None:
     monkeypatch.setattr("vismt.jobs.fewshot.data.open_images", None)  # no data is read either
-    assert main(["run", str(write(tmp_path, **changes)), "--out", str(tmp_path / "runs")]) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
+    assert (
+        words in refused(capsys, "run", write(tmp_path, **changes), "--out", tmp_path / "runs")
+        and not (tmp_path / "runs").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -417,8 +393,8 @@ def test_a_run_that_is_refused_before_anything_was_done_leaves_no_folder(
     tmp_path: Path, capsys, overrides: list[str], options: list[str], words: str
 ) -> None:
     command = ["run", str(write(tmp_path)), *overrides, "--out", str(tmp_path / "all" / "runs"), *options]
-    assert main(command) == 2
-    assert words in capsys.readouterr().err and not (tmp_path / "all").exists()
+    assert words in refused(capsys, *command)
+    assert not (tmp_path / "all").exists()
 
 
 def test_a_refused_run_keeps_what_was_there(run_folder: Path, tmp_path: Path, capsys) -> None:
@@ -441,6 +417,4 @@ def test_a_run_folder_in_use_is_refused(run_folder: Path, capsys) -> None:
     with locks.FileLock(run_folder / LOCK):
         (run_folder / ".lock-holder").write_text(json.dumps({"host": "node7", "pid": os.getpid()}))
         for command in ("evaluate", "report", "merge"):
-            assert main([command, str(run_folder)]) == 2
-            error = capsys.readouterr().err
-            assert f"is in use by process {os.getpid()} on node7" in error and error.count("\n") == 1
+            assert f"is in use by process {os.getpid()} on node7" in refused(capsys, command, run_folder)

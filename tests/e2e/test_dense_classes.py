@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from helpers.tiny_runs import run_config, written
+from helpers.room import save, write_cards
+from helpers.tiny_runs import refused, run_config, written
 from PIL import Image
 
 from vismt.base.errors import UserError
@@ -24,11 +25,10 @@ from vismt.storage.lines import read_lines
 from vismt.storage.paths import data_roots
 from vismt.uncertainty.intervals import estimate, interval_of
 
-CARD = "name: {name}\ntitle: Made\nsource: tests\nlicence: none\nclasses: {classes}\nsources:\n  - {source}\n"
 SCENES = (
     '{kind: dense, root: scenes, image: "{split}/rgb", maps: {label: "{split}/label"}, splits: {train: 6, test: 3}}'
 )
-TONES = '{kind: folder, root: ROOT, layout: "{split}/{class}", splits: {train: 6, test: 4}}'
+TONES = '{kind: folder, root: NAME, layout: "{split}/{class}", splits: {train: 6, test: 4}}'
 CLASSIFY = {"name": "classify", "classes": 2}
 SMALL = {
     "task": "dense",
@@ -48,11 +48,6 @@ def room(tmp_path_factory) -> Path:
     """Two sets and their cards: scenes of three label bands, 20 x 30, and dark or bright images of two sizes."""
     home = tmp_path_factory.mktemp("sets")
     data, generator = home / "data", np.random.default_rng(0)
-
-    def save(path: Path, values: np.ndarray) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(values.astype(np.uint8)).save(path)
-
     for split, count in (("train", 6), ("test", 3)):
         for number in range(count):
             label = np.sort(generator.integers(0, 3, (20, 30)), axis=0)
@@ -67,10 +62,7 @@ def room(tmp_path_factory) -> Path:
                     size = (16, 16) if number % 2 else (40, 10)
                     grey = generator.integers(200, 256, size) if name == "bright" else generator.integers(0, 50, size)
                     save(data / root / split / name / f"{number}.png", np.stack([grey] * 3, axis=-1))
-    for name, classes, source in (("scenes", 3, SCENES), ("tones", 2, TONES), ("others", 2, TONES)):
-        (home / name).mkdir()
-        text = CARD.format(name=name, classes=classes, source=source.replace("ROOT", name))
-        (home / name / "card.yaml").write_text(text)
+    write_cards(home, ("scenes", SCENES, 3), ("tones", TONES, 2), ("others", TONES, 2))
     return home
 
 
@@ -334,9 +326,7 @@ def test_errors_are_one_line(room: Path, tmp_path: Path, capsys, changes: dict, 
     if "tasks" in changes:
         config["tasks"] = [{"name": "semseg", "classes": 3} if task == "semseg" else task for task in changes["tasks"]]
     config |= {key: value for key, value in changes.items() if key in ("head", "batch")}
-    assert main(["run", str(write(tmp_path, **config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    message = capsys.readouterr().err
-    assert words in message and message.startswith("error: ") and message.count("\n") == 1
+    assert words in refused(capsys, "run", write(tmp_path, **config), "--out", tmp_path / "runs", "--quiet")
 
 
 @pytest.mark.slow

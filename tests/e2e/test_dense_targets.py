@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from helpers import pyramids  # noqa: F401  registers short_vit
+from helpers.tiny_runs import written
 from PIL import Image
 
 from vismt.cli import main
@@ -71,8 +71,7 @@ def run(folder: Path, **changes: object) -> int:
         "train": {"steps": 12, "lr": 3e-2, "checkpoint_every": 12},
         **changes,
     }
-    path = folder / "rooms.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    path = written(folder / "rooms.yaml", config)
     return main(["run", str(path), "--out", str(folder / "runs")])
 
 

@@ -7,13 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import safetensors.torch
-import timm
-import torch
 import yaml
 from helpers.evaluation_ranks import evaluate
 from helpers.lm_parts import save_lm, save_texts, sentiment_task
 from helpers.ranks import of_two
+from helpers.tiny_runs import save_classifier
 
 from vismt.cli import main
 from vismt.report.results import RECORDS, RESULTS
@@ -26,10 +24,7 @@ LORA = {"method": "lora", "rank": 2}
 
 def configs(folder: Path) -> dict[str, dict]:
     """Return a small configuration of every job."""
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", img_size=32, num_classes=10)
-    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"architecture": "test_vit", "img_size": 32, "num_classes": 10}))
+    save_classifier(folder)
     films = save_texts(folder)["films"]
     return {
         "multitask": {

@@ -12,7 +12,8 @@ from helpers.tiny_runs import FEWSHOT, run_config, written
 
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.config.sections import config_hash, typed
+from vismt.config.sections import config_hash
+from vismt.config.typed import build
 from vismt.jobs import open_run
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.config_checks import check
@@ -138,7 +139,7 @@ def test_an_attack_follows_the_laplace_head(tmp_path: Path) -> None:
 )
 def test_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError) as caught:
-        check(typed({**CONFIG, **changes}, FewShotConfig, "calibration.yaml"))
+        check(build(FewShotConfig, {**CONFIG, **changes}, "calibration.yaml"))
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -146,5 +147,5 @@ def test_keys_that_are_not_set_leave_the_hash_of_a_configuration() -> None:
     plain = {**CONFIG, "head": {"name": "prototypes"}, "evaluate": FEWSHOT["evaluate"]}
     same = {**plain, "evaluate": {**FEWSHOT["evaluate"], "ood": [], "probabilities": False}}
     other = {**plain, "evaluate": {**FEWSHOT["evaluate"], "ood": ["mnist"]}}
-    hashes = [config_hash(typed(config, FewShotConfig, "x")) for config in (plain, same, other)]
+    hashes = [config_hash(build(FewShotConfig, config, "x")) for config in (plain, same, other)]
     assert hashes[0] == hashes[1] != hashes[2]

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-import yaml
 from helpers.results import scores_of
-from helpers.tiny_runs import SHORT
+from helpers.tiny_runs import SHORT, refused, written
 
 from vismt.backbones.assets import list_assets, load_asset_card
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.config.sections import typed
+from vismt.config.typed import build
 from vismt.jobs import load_config, open_run
 from vismt.jobs.fewshot.arms import evaluated_models, split_head, untrained_arms
 from vismt.jobs.fewshot.config import FewShotConfig
@@ -55,8 +54,7 @@ ARMS = {
 
 
 def run(folder: Path, **changes: Any) -> Path:
-    path = folder / "heads.yaml"
-    path.write_text(yaml.safe_dump(merged(changes)))
+    path = written(folder / "heads.yaml", merged(changes))
     assert main(["run", str(path), "--out", str(folder / "runs")]) == 0
     return next((folder / "runs").iterdir())
 
@@ -69,7 +67,7 @@ def merged(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def configuration(**changes: Any) -> FewShotConfig:
-    return typed(merged(changes), FewShotConfig, "heads.yaml")
+    return build(FewShotConfig, merged(changes), "heads.yaml")
 
 
 @pytest.fixture
@@ -183,32 +181,25 @@ def test_backbones_as_arms_and_those_out_of_reach_left_out(tmp_path: Path, offli
 
 
 def test_a_run_without_any_backbone_is_an_error(tmp_path: Path, offline, capsys) -> None:
-    path = tmp_path / "heads.yaml"
     arms = {"hidden": ARMS["hidden"]}
-    path.write_text(
-        yaml.safe_dump(merged({"adapt": None, "train": None, "arms": arms, "evaluate": {"models": ["frozen"]}}))
-    )
-    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
-    assert "the weights of no arm can be had: the weights of 'test_vit3" in capsys.readouterr().err
+    config = merged({"adapt": None, "train": None, "arms": arms, "evaluate": {"models": ["frozen"]}})
+    error = refused(capsys, "run", written(tmp_path / "heads.yaml", config), "--out", tmp_path / "runs")
+    assert "the weights of no arm can be had: the weights of 'test_vit3" in error
 
 
 def test_an_unknown_backbone_of_an_arm_is_named_before_anything_is_evaluated(tmp_path: Path, offline, capsys) -> None:
-    path = tmp_path / "heads.yaml"
     arms = {"small": ARMS["small"], "odd": {"model.name": "tset_vit"}}
-    path.write_text(
-        yaml.safe_dump(merged({"adapt": None, "train": None, "arms": arms, "evaluate": {"models": ["frozen"]}}))
-    )
-    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
+    config = merged({"adapt": None, "train": None, "arms": arms, "evaluate": {"models": ["frozen"]}})
+    assert main(["run", str(written(tmp_path / "heads.yaml", config)), "--out", str(tmp_path / "runs")]) == 2
     output = capsys.readouterr()
     assert "arms.odd: backbone 'tset_vit'" in output.err and "eval" not in output.out
 
 
 def test_an_arm_that_cannot_be_merged_is_refused_before_the_first_step(tmp_path: Path, capsys) -> None:
-    path, router = tmp_path / "heads.yaml", {"n_experts": 4, "cluster": False}
+    router = {"n_experts": 4, "cluster": False}
     arms = {"lora": {}, "moe": {"adapt.method": "emtal", "adapt.options": router}}
-    path.write_text(yaml.safe_dump(merged({"arms": arms})))
-    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
-    error = capsys.readouterr().err
+    path = written(tmp_path / "heads.yaml", merged({"arms": arms}))
+    error = refused(capsys, "run", path, "--out", tmp_path / "runs")
     assert "arms.moe: adapt: the router of" in error and "a router takes adapt.options.fade: 1." in error
     assert not list(tmp_path.glob("runs/*/arms/*"))
     faded = {"moe": {"adapt.method": "emtal", "adapt.options": {**router, "fade": 1.0}}}
@@ -218,8 +209,7 @@ def test_an_arm_that_cannot_be_merged_is_refused_before_the_first_step(tmp_path:
 def test_an_arm_that_cannot_be_evaluated_does_not_stop_the_others(tmp_path: Path, capsys) -> None:
     arms = {name: {"adapt.rank": rank} for name, rank in (("a", 1), ("b", 2))}
     settings = {"data": ["digits"], "ways_of": {}, "attacks": []}
-    path = tmp_path / "heads.yaml"
-    path.write_text(yaml.safe_dump(merged({"arms": arms, "evaluate": settings})))
+    path = written(tmp_path / "heads.yaml", merged({"arms": arms, "evaluate": settings}))
     assert main(["train", str(path), "--out", str(tmp_path / "runs")]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     kept = [(path, path.read_bytes()) for path in folder.glob("arms/a/**/adapter.json")]
@@ -322,10 +312,8 @@ def test_refused(changes: dict[str, Any], words: str) -> None:
 
 
 def test_a_set_with_too_few_classes_names_the_key(tmp_path: Path, capsys) -> None:
-    path = tmp_path / "heads.yaml"
-    path.write_text(yaml.safe_dump(merged({"adapt": None, "train": None, "evaluate": {"ways": 11, "ways_of": {}}})))
-    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    error = capsys.readouterr().err
+    config = merged({"adapt": None, "train": None, "evaluate": {"ways": 11, "ways_of": {}}})
+    error = refused(capsys, "run", written(tmp_path / "heads.yaml", config), "--out", tmp_path / "runs", "--quiet")
     assert (
         "evaluate.ways: 'digits' has 10 classes, too few for 11-way episodes" in error
         and "evaluate.ways_of: {digits: 10}" in error
@@ -365,7 +353,7 @@ def test_a_head_alone_can_be_evaluated_and_the_size_of_images_is_asked_for_once(
 
 def test_a_head_of_the_configuration_is_that_of_every_model_without_one(tmp_path: Path) -> None:
     changes = {"head": {"name": "vbll", "options": {"prior_scale": 4.0}}, "train": None, "adapt": None}
-    config = typed(merged({**changes, "evaluate": {"models": ["frozen", "frozen+ridge"]}}), FewShotConfig, "heads")
+    config = build(FewShotConfig, merged({**changes, "evaluate": {"models": ["frozen", "frozen+ridge"]}}), "heads")
     assert evaluated_models(config, []) == ["frozen+vbll", "frozen+ridge"]
     evaluate = {"models": ["frozen"], "data": ["digits"], "ways_of": {}}
     folder = run(tmp_path, **changes, evaluate=evaluate)
@@ -377,4 +365,4 @@ def test_a_head_of_the_configuration_is_that_of_every_model_without_one(tmp_path
         ({"name": "vbll", "options": {"prior": 1.0}}, "prior_scale"),
     ):
         with pytest.raises(UserError, match=text):
-            check(typed(merged({"head": head}), FewShotConfig, "heads"))
+            check(build(FewShotConfig, merged({"head": head}), "heads"))

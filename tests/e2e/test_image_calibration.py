@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from helpers.tiny_runs import FEWSHOT, TRAIN, VIT, run_config, written
+from helpers.tiny_runs import FEWSHOT, TRAIN, VIT, refused, run_config, written
 
 from vismt.backbones import timm_models
-from vismt.cli import main
 from vismt.jobs import open_run
 from vismt.llm.corda.covariance import collect_covariance
 from vismt.llm.corda.files import load_covariances
@@ -71,7 +69,5 @@ def test_s2ft_scores_its_units_by_images(strategy: str, tmp_path: Path) -> None:
     ],
 )
 def test_missing_images_are_an_error_before_any_work(config, text, tmp_path: Path, capsys) -> None:
-    path = tmp_path / "corda.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
-    assert text in capsys.readouterr().err
+    path = written(tmp_path / "corda.yaml", config)
+    assert text in refused(capsys, "run", path, "--out", tmp_path / "runs")

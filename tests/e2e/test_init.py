@@ -9,6 +9,7 @@ import pytest
 import yaml
 from helpers.lm_parts import save_lm
 from helpers.own_images import write_folder
+from helpers.tiny_runs import refused
 from PIL import Image
 
 from vismt.cli import main
@@ -38,8 +39,7 @@ def test_own_images(job: str, tmp_path: Path, monkeypatch, capsys) -> None:
     rows = run(where, job, *(short[:2] if job == "robustness" else [*TINY, *cut[job]]))
     assert {row.data for row in rows} == {"2024"}
     before = (where / f"{job}.yaml").read_text()
-    assert main(["init", job, "--images", str(images), "--to", str(where)]) == 2
-    assert "exists; name another folder with --to" in capsys.readouterr().err
+    assert "exists; name another folder with --to" in refused(capsys, "init", job, "--images", images, "--to", where)
     assert (where / f"{job}.yaml").read_text() == before
 
 
@@ -86,8 +86,8 @@ def test_maps_of_void_alone_and_rows_without_a_label(tmp_path: Path, capsys) -> 
     for name, value in (("images", 0), ("label", 255)):
         (tmp_path / "maps" / name).mkdir(parents=True)
         Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / "maps" / name / "a.png")
-    assert main(["init", "dense", "--images", str(tmp_path / "maps"), "--to", str(tmp_path / "dense")]) == 2
-    assert "no map in 'label' has a label but 255" in capsys.readouterr().err
+    error = refused(capsys, "init", "dense", "--images", tmp_path / "maps", "--to", tmp_path / "dense")
+    assert "no map in 'label' has a label but 255" in error
     texts = tmp_path / 'a: "b" #c.jsonl'  # no plain YAML
     texts.write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n{"text": "c"}\n')
     assert main(["init", "lm", "--texts", str(texts), "--to", str(tmp_path / "lm"), "--quiet"]) == 0
@@ -129,5 +129,5 @@ def test_without_images(job: str, tmp_path: Path, monkeypatch) -> None:
 )
 def test_user_errors(arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["init", *arguments]) == 2
-    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert message in refused(capsys, "init", *arguments)
+    assert not list(tmp_path.iterdir())

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from helpers.results import rows_by_task
 from helpers.room import MAPS, dense, parts
 from helpers.tiny import tiny_vit
-from helpers.tiny_runs import run_config, written
+from helpers.tiny_runs import refused, run_config, written
 
 from vismt.backbones.vit import Backbone
 from vismt.cli import main
@@ -22,7 +23,6 @@ from vismt.multitask.nets import DenseNet
 from vismt.multitask.objectives import DenseObjective
 from vismt.multitask.tasks import make_task
 from vismt.multitask.tasks.classes import unite
-from vismt.report.results import Result, read_results
 from vismt.storage.files import read_sealed
 
 pytestmark = pytest.mark.usefixtures("in_room")
@@ -59,19 +59,14 @@ def study(room: Path, tmp_path_factory) -> Path:
         return run_config(written(folder / "mixed.yaml", config))
 
 
-def rows_of(folder: Path, arm: str) -> dict[tuple[str, str, str], Result]:
-    rows = read_results(folder / "results.jsonl")
-    return {(row.task, row.condition, row.metric): row for row in rows if row.arm == arm and row.seed is None}
-
-
 def test_every_task_has_a_score_over_its_own_images(study: Path) -> None:
-    found = rows_of(study, "all")
+    found = rows_by_task(study, "all")
     for condition in ("clean", PGD):
         assert found["semseg", condition, "mIoU"].n == 2
         for task in ("tones", "reds"):
             assert found[task, condition, "accuracy"].n == 12
             assert found[task, condition, "coverage of sets"].n == 12
-    assert {task for task, _, _ in rows_of(study, "tones")} == {"tones"}
+    assert {task for task, _, _ in rows_by_task(study, "tones")} == {"tones"}
     job = open_run(study).job
     assert all(job.described("all").count(f"{name}:train") == 1 for name in ("scenes", "tones", "reds"))
     (training,) = job.study.trainings("all")
@@ -137,7 +132,7 @@ def test_the_loss_of_a_union_is_over_the_classes_of_all_tasks() -> None:
 def test_both_tasks_are_learned(room: Path, tmp_path: Path, labels: str) -> None:
     """Classes of the two tasks have opposite orders: a head or a label of the other task would answer wrongly."""
     folder = run_config(written(tmp_path / "alone.yaml", alone(room, labels)))
-    found = rows_of(folder, "adapted")
+    found = rows_by_task(folder, "adapted")
     assert [found[task, "clean", "accuracy"].value for task in ("tones", "reds")] == [1.0, 1.0]
     images = [str(room / "data" / place) for place in ("tones/test/dark", "reds/test/shine")]
     assert main(["predict", str(folder), *images, "--to", str(tmp_path), "--quiet"]) == 0
@@ -195,6 +190,4 @@ def test_errors_are_one_line(room: Path, tmp_path: Path, capsys, task: dict, cha
         task = {**task, "train": [f"{room}/{name}" for name in task["train"]]}
     entry = {key: value for key, value in {**config["tasks"][2], **task}.items() if value is not None}
     path = written(tmp_path / "bad.yaml", {**config, "tasks": [*config["tasks"][:2], entry]})
-    assert main(["run", str(path), "--out", str(tmp_path), "--quiet"]) == 2
-    message = capsys.readouterr().err
-    assert words in message and message.startswith("error: ") and message.count("\n") == 1
+    assert words in refused(capsys, "run", path, "--out", tmp_path, "--quiet")

@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers.checkpoints import saved_tensors
-from helpers.tiny_runs import SHORT, VIT, run_config, run_on_two, written
+from helpers.tiny_runs import SHORT, VIT, interrupted, refused, run_config, run_on_two, written
 
 from vismt.base.errors import Diverged, UserError
 from vismt.cli import main
@@ -233,13 +233,13 @@ def test_an_export_does_not_overwrite_another(study: Path, tmp_path: Path, capsy
     assert main([*command, "lora:0"]) == 0
     first = (tmp_path / "one" / "model.safetensors").read_bytes()
     assert main([*command, "lora:0"]) == 0  # the same again
-    assert main([*command, "emtal:0"]) == 2
-    assert f"holds a model of lora-seed-0 of the run {study.name}; name another folder" in capsys.readouterr().err
+    error = refused(capsys, *command, "emtal:0")
+    assert f"holds a model of lora-seed-0 of the run {study.name}; name another folder" in error
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == first
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "model.safetensors").write_bytes(b"mine")
-    assert main(["export", str(study), "--to", str(tmp_path / "own"), "--arm", "lora"]) == 2
-    assert "holds a model that is not an export of vismt" in capsys.readouterr().err
+    error = refused(capsys, "export", study, "--to", tmp_path / "own", "--arm", "lora")
+    assert "holds a model that is not an export of vismt" in error
 
 
 def test_merge_and_export_are_timm_classifiers(study: Path, tmp_path: Path, capsys) -> None:
@@ -271,8 +271,7 @@ def test_merge_and_export_are_timm_classifiers(study: Path, tmp_path: Path, caps
         (["merge", str(study), "--arm", "emtal:7"], "no seed '7'"),
         (["export", str(study), "--format", "peft", "--arm", "head"], "has no adapter"),
     ):
-        assert main(command) == 2
-        assert words in capsys.readouterr().err
+        assert words in refused(capsys, *command)
 
 
 def test_the_same_command_again_trains_and_evaluates_nothing(study: Path, capsys, monkeypatch) -> None:
@@ -304,20 +303,9 @@ def test_an_attack_on_the_run_adds_rows(study: Path, tmp_path: Path) -> None:
 
 def test_an_interrupted_study_goes_on_bit_for_bit(tmp_path: Path, monkeypatch, capsys) -> None:
     """The bank, the running cross-entropies and the fade are part of the checkpoint."""
-    from vismt.engine import checkpoint
-
     path = write(tmp_path, arms={}, seeds=[], tune=None, train={**SMALL["train"], "steps": 6, "lr": 1e-2})
     assert main(["train", str(path), "--out", str(tmp_path / "whole"), "--quiet"]) == 0
-    save, interruptions = checkpoint.save, []
-
-    def interrupted(folder: Path, step: int, *rest: object) -> None:
-        save(folder, step, *rest)
-        if step == 4 and not interruptions:
-            interruptions.append(step)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", interrupted)
-    assert main(["train", str(path), "--out", str(tmp_path / "cut")]) == 130
+    interrupted(monkeypatch, 4, "train", path, "--out", tmp_path / "cut")
     assert main(["train", str(path), "--out", str(tmp_path / "cut")]) == 0
     assert "at step 4 of 6" in capsys.readouterr().out
     paths = [next((tmp_path / name).rglob("metrics.jsonl")).parent for name in ("whole", "cut")]
@@ -337,8 +325,7 @@ def test_a_router_that_does_not_fade_is_evaluated_unmerged_and_not_merged(tmp_pa
     folder = run_config(path)
     assert [(row.arm, row.seed) for row in accuracies(folder / "results.jsonl")] == [("adapted", None)] * 2
     assert not list(folder.rglob("merge.json"))
-    assert main(["merge", str(folder)]) == 2
-    assert "still routes" in capsys.readouterr().err
+    assert "still routes" in refused(capsys, "merge", folder)
 
 
 @pytest.mark.slow
@@ -361,8 +348,8 @@ def test_a_rate_that_diverges_is_reported_and_not_chosen(tmp_path: Path, monkeyp
     assert chosen["lr"] == 3e-3 and chosen["validation"]["0.01"] is None and chosen["validation"]["0.003"] >= 0
     assert "diverged" in (folder / "report.md").read_text() and "lr 0.01   train: the loss" in capsys.readouterr().out
     bound = 0.0
-    assert main(["train", str(path), "--out", str(tmp_path / "none")]) == 2
-    assert "diverged at every rate of tune.rates (0.003 to 0.01)" in capsys.readouterr().err
+    error = refused(capsys, "train", path, "--out", tmp_path / "none")
+    assert "diverged at every rate of tune.rates (0.003 to 0.01)" in error
 
 
 @pytest.mark.slow
@@ -514,9 +501,7 @@ def test_fixed_parameters_keep_their_rate_while_those_of_an_adapter_are_tried(tm
     ],
 )
 def test_every_error_of_these_sections_is_one_line(tmp_path: Path, capsys, changes: dict, words: str) -> None:
-    assert main(["run", str(write(tmp_path, **changes)), "--out", str(tmp_path / "runs")]) == 2
-    message = capsys.readouterr().err
-    assert words in message and message.startswith("error: ") and message.count("\n") == 1
+    assert words in refused(capsys, "run", write(tmp_path, **changes), "--out", tmp_path / "runs")
     assert not list((tmp_path / "runs").rglob("checkpoint-*"))  # nothing was trained before
 
 

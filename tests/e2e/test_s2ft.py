@@ -14,12 +14,11 @@ from helpers.ranks import of_two
 from helpers.s2ft_parts import MODES, sliced, steps
 from helpers.tiny import images, snapshot, tiny_vit
 from helpers.tiny_runs import run_config
+from helpers.toy_training import train
 from torch import Tensor, nn
 
 import vismt
 from vismt.base.errors import UserError
-from vismt.config.sections import TrainConfig
-from vismt.engine import loop, runtime
 from vismt.jobs import open_run
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.model.modules import to_stock
@@ -42,30 +41,18 @@ class Objective(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, torch.arange(3))}
 
 
+def batches(number: int) -> Tensor:
+    return images(3, seed=number)
+
+
 @pytest.mark.parametrize(
     "mode,dtype",
     [("permute", torch.float32), ("index", torch.float32), ("delta", torch.float32), ("permute", torch.bfloat16)],
 )
 def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, mode: str, dtype: torch.dtype) -> None:
     def run(name: str, stop_after: int | None = None) -> Objective:
-        objective = Objective(mode, dtype)
-        config = TrainConfig(steps=6, lr=0.01, checkpoint_every=2, weight_decay=0.1)
-
-        def after(_: nn.Module, step: int) -> None:
-            if step == stop_after:
-                raise KeyboardInterrupt
-
-        loop.train(
-            objective,
-            lambda number: images(3, seed=number),
-            config,
-            tmp_path / name,
-            "hash",
-            runtime.accelerator(),
-            seed=1,
-            after_step=after,
-        )
-        return objective
+        settings = {"steps": 6, "lr": 0.01, "checkpoint_every": 2, "weight_decay": 0.1}
+        return train(Objective(mode, dtype), batches, tmp_path / name, stop_after, **settings)
 
     whole = run("whole")
     with pytest.raises(KeyboardInterrupt):
@@ -141,28 +128,16 @@ def test_an_optimiser_without_the_slices_that_the_weights_follow_is_refused(mode
 
 
 def test_the_loop_ties_what_was_detached_and_refuses_what_is_not_in_place(tmp_path: Path) -> None:
-    def run(objective: Objective, name: str) -> None:
-        config = TrainConfig(steps=3, lr=0.01)
-        loop.train(
-            objective,
-            lambda number: images(3, seed=number),
-            config,
-            tmp_path / name,
-            "hash",
-            runtime.accelerator(),
-            seed=1,
-        )
-
     plain, detached, lifted = (Objective("permute", torch.float32) for _ in range(3))
     for module in adapter_layers(detached.vit).values():
         module.slice_values.data = module.slice_values.detach().clone()
-    run(plain, "plain")
-    run(detached, "detached")
+    for name, objective in (("plain", plain), ("detached", detached)):
+        train(objective, batches, tmp_path / name, steps=3, lr=0.01)
     states = zip(plain.state_dict().values(), detached.state_dict().values(), strict=True)
     assert all(torch.equal(value, tied) for value, tied in states)
     to_stock(lifted.vit)
     with pytest.raises(UserError, match=r"'blocks\.0\.attn\.qkv' is not in its weight: a save or merge was cut short"):
-        run(lifted, "lifted")
+        train(lifted, batches, tmp_path / "lifted", steps=3, lr=0.01)
 
 
 @pytest.mark.slow

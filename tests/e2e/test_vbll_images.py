@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers.tiny_runs import VIT, run_config, written
+from helpers.tiny_runs import VIT, refused, run_config, written
 
 from vismt.cli import main
 from vismt.jobs import open_run
@@ -93,8 +93,7 @@ def test_a_section_with_a_linear_head_is_the_plain_head(tmp_path: Path) -> None:
     ],
 )
 def test_heads_that_cannot_be_trained_are_refused(changes, text, tmp_path: Path, capsys) -> None:
-    assert main(["run", str(write(tmp_path, **changes)), "--out", str(tmp_path / "runs")]) == 2
-    error = capsys.readouterr().err
+    error = refused(capsys, "run", write(tmp_path, **changes), "--out", tmp_path / "runs")
     assert text in error and "Traceback" not in error
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
+from helpers.tiny_runs import refused, written
 from helpers.units import die, mark, sleep
 
 from vismt.base.errors import Diverged, UserError
@@ -42,9 +42,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("study") / "study.yaml"
-    path.write_text(yaml.safe_dump(CONFIG))
-    return path
+    return written(tmp_path_factory.mktemp("study") / "study.yaml", CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -205,9 +203,7 @@ def test_a_part_waits_for_one_that_runs(tmp_path: Path, monkeypatch: pytest.Monk
 def test_wrong_numbers_are_one_line(
     options: list[str], message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", str(config), "--out", str(tmp_path), *options]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in refused(capsys, "run", config, "--out", tmp_path, *options)
 
 
 def test_a_ray_cluster_that_does_not_answer_is_named() -> None:

@@ -9,10 +9,12 @@ import torch
 from accelerate import Accelerator
 from helpers.checkpoints import saved_tensors
 from helpers.error_ranks import rows_of, weighed
+from helpers.toy_training import logged, train
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.config.sections import RunConfig, TrainConfig, typed
+from vismt.config.sections import RunConfig, TrainConfig
+from vismt.config.typed import build
 from vismt.engine import loop, runtime
 from vismt.engine.log import MetricsLog
 from vismt.engine.optimizer import make_optimizer, rate
@@ -42,18 +44,9 @@ def batches(number: int) -> dict[str, Tensor]:
     return {"x": x, "y": x.sum(1, keepdim=True)}
 
 
-def run(
-    folder: Path, objective: Toy | None = None, stop_after: int | None = None, seed: int = 1, **settings: object
-) -> Toy:
-    objective = objective or Toy()
-    config = TrainConfig(**{"steps": 8, "lr": 0.05, "warmup": 2, "checkpoint_every": 3, **settings})
-
-    def after(_: nn.Module, step: int) -> None:
-        if step == stop_after:
-            raise KeyboardInterrupt
-
-    loop.train(objective, batches, config, folder, "hash", runtime.accelerator(), seed=seed, after_step=after)
-    return objective
+def run(folder: Path, objective: Toy | None = None, **settings: object) -> Toy:
+    settings = {"steps": 8, "lr": 0.05, "warmup": 2, "checkpoint_every": 3, **settings}
+    return train(objective or Toy(), batches, folder, **settings)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -67,9 +60,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, optimi
     assert cut.calls == 8 - 3
     for one, two in zip(whole.parameters(), cut.parameters()):
         assert torch.equal(one, two)
-    rows = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
-    for row in rows[0] + rows[1]:
-        del row["elapsed_s"]
+    rows = [logged(tmp_path / name) for name in ("whole", "cut")]
     assert rows[0] == rows[1] and [row["step"] for row in rows[1]] == list(range(1, 9))
     assert set(rows[0][0]) == {"step", "loss", "size", "lr", "grad_norm"}
 
@@ -263,7 +254,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_checkpoint(tm
 )
 def test_impossible_settings_are_named(settings: dict, match: str) -> None:
     with pytest.raises(UserError, match=match):
-        typed({"train": settings}, RunConfig, "f.yaml")
+        build(RunConfig, {"train": settings}, "f.yaml")
 
 
 def test_precision_that_the_machine_lacks_is_named() -> None:
@@ -285,7 +276,7 @@ def test_log_drops_a_torn_line_and_what_came_after_the_checkpoint(tmp_path: Path
     write_lines(path, [{"step": step, "elapsed_s": 2.0 * step} for step in (1, 2, 3)])
     path.write_text(path.read_text() + '{"step": 4, "el')
     log = MetricsLog(tmp_path, 2, True)
-    assert [row["step"] for row in read_lines(path)] == [1, 2] and log.elapsed() == 4.0
+    assert [row["step"] for row in read_lines(path)] == [1, 2] and log.elapsed_s == 4.0
     log.add({"step": 3, "loss": float("inf")})
     log.sync()
     assert read_lines(path)[-1] == {"step": 3, "loss": None}

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.tiny import images, tiny_vit
+from helpers.toy_training import logged, train
 from torch import Tensor, nn
 
 import vismt
-from vismt.config.sections import TrainConfig
-from vismt.engine import loop, runtime
 from vismt.llm import Landing
 from vismt.multitask.emtal.fading import FadeConfig
 from vismt.multitask.emtal.ffn import MoEfiedMlp
@@ -35,18 +34,9 @@ def batches(number: int) -> dict[str, Tensor]:
     return {"x": images(4, seed=number), "y": torch.arange(4)}
 
 
-def run(
-    folder: Path, objective: Classify, stop_after: int | None = None, sections: object = None, **settings: object
-) -> Classify:
-    config = TrainConfig(**{"steps": 6, "lr": 0.02, "warmup": 2, "checkpoint_every": 2, **settings})
-
-    def after(_: nn.Module, step: int) -> None:
-        if step == stop_after:
-            raise KeyboardInterrupt
-
-    accelerator = runtime.accelerator()
-    loop.train(objective, batches, config, folder, "hash", accelerator, seed=1, after_step=after, sections=sections)
-    return objective
+def run(folder: Path, objective: Classify, **settings: object) -> Classify:
+    settings = {"steps": 6, "lr": 0.02, "warmup": 2, "checkpoint_every": 2, **settings}
+    return train(objective, batches, folder, **settings)
 
 
 @pytest.mark.parametrize("optimizer,constraint", [("adamw", "landing"), ("sgd", "landing"), ("adamw", "cayley")])
@@ -58,9 +48,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, optimi
     cut = run(tmp_path / "cut", Classify(constraint=constraint), **settings)
     for (name, parameter), twin in zip(whole.named_parameters(), cut.parameters()):
         assert torch.equal(parameter, twin), name
-    rows = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
-    for row in rows[0] + rows[1]:
-        del row["elapsed_s"]
+    rows = [logged(tmp_path / name) for name in ("whole", "cut")]
     assert rows[0] == rows[1] and len(rows[0]) == 6
     assert set(rows[0][0]) == {"step", "loss", "lr", "grad_norm", "infeasibility", "stable_rank"}
     # The first step, at Theta = 0, has a pull of rounding alone, which Adam scales up.

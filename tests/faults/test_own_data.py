@@ -17,6 +17,7 @@ import pytest
 from helpers.faults import cases, no_hang, refused_or_harmless
 from helpers.own_images import write_folder
 from helpers.run_folder import make_folder
+from helpers.tiny_runs import refused
 
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -40,15 +41,6 @@ def imported() -> None:
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VISMT_DATA", raising=False)
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
-
-
-def one_line(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    """Return the error of a command, after checks of its exit code and its one line."""
-    with no_hang(arguments):
-        assert main(arguments) == code
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("error: ")
-    return error
 
 
 def header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
@@ -238,7 +230,8 @@ def test_names_of_files_that_are_not_utf8(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(UserError, match="not UTF-8"):
         open_images(folder)
     argument = os.fsdecode(os.fsencode(folder) + b"/r\xe9d")
-    assert "not UTF-8" in one_line(["data", "check", argument], capsys)
+    with no_hang(argument):
+        assert "not UTF-8" in refused(capsys, "data", "check", argument)
 
 
 @pytest.mark.parametrize("encoding", ["rot13", "undefined", "base64", "hex", "nothing", "utf-8\\x00", "x" * 3000])
@@ -277,6 +270,6 @@ def test_compare_where_a_file_of_a_run_is_a_folder(
     runs = [make_folder(tmp_path / name) for name in "ab"]
     (runs[0] / place).unlink(missing_ok=True)
     (runs[0] / place).mkdir()
-    error = one_line(["compare", *map(str, runs), "--out", str(tmp_path / "out")], capsys)
-    assert place in error
-    assert str(runs[0] / "nothing") in one_line(["compare", str(runs[0] / "nothing"), str(runs[1])], capsys)
+    with no_hang(place):
+        assert place in refused(capsys, "compare", *runs, "--out", tmp_path / "out")
+    assert str(runs[0] / "nothing") in refused(capsys, "compare", runs[0] / "nothing", runs[1])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vismt.report.comparison import Cell, Comparison
-from vismt.report.results import Result, result_of, write_values
+from vismt.report.results import Result, read_results, result_of, write_values
 from vismt.report.results import Score as Score
 from vismt.storage import lines
 from vismt.uncertainty.intervals import CLEAN, Condition, Covers, Estimate, Measure, student_quantile
@@ -71,6 +71,12 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]], mode: str = "w") 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The rows of results.jsonl."""
     return lines.read_lines(folder / "results.jsonl")
+
+
+def rows_by_task(folder: Path, arm: str) -> dict[tuple[str, str, str], Result]:
+    """The rows of an arm over its trainings by task, condition and metric."""
+    rows = read_results(folder / "results.jsonl")
+    return {(row.task, row.condition, row.metric): row for row in rows if row.arm == arm and row.seed is None}
 
 
 def scores_of(folder: Path) -> list[dict[str, Any]]:

@@ -18,14 +18,23 @@ MAPS = [{"name": "semseg", "classes": 3}]
 TONES_OF = {"tones": ([1, 1, 1], {"bright": 100, "dark": 0}), "reds": ([1, 0, 0], {"gloom": 0, "shine": 100})}
 
 
+def save(path: Path, values: np.ndarray) -> None:
+    """Write an image of bytes and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values.astype(np.uint8)).save(path)
+
+
+def write_cards(home: Path, *cards: tuple[str, str, int]) -> None:
+    """Write cards of a name, a source whose folder is the name, and a number of classes."""
+    for name, source, classes in cards:
+        (home / name).mkdir()
+        text = CARD.format(name=name, classes=classes, source=source.replace("NAME", name))
+        (home / name / "card.yaml").write_text(text)
+
+
 def made_room(home: Path) -> Path:
     """Write scenes of three label bands, grey and red images of two tones, each with its card; return `home`."""
     data, generator = home / "data", np.random.default_rng(0)
-
-    def save(path: Path, values: np.ndarray) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(values.astype(np.uint8)).save(path)
-
     for split, count in (("train", 4), ("val", 2), ("test", 2)):
         for number in range(count):
             label = np.sort(generator.integers(0, 3, (20, 30)), axis=0)
@@ -37,10 +46,7 @@ def made_room(home: Path) -> Path:
                 for number in range(count):
                     grey = generator.integers(0, 150, (20, 16, 1)) + level
                     save(data / root / split / name / f"{name}{number}.png", grey * color)
-    for name, source, classes in (("scenes", SCENES, 3), ("tones", TONES, 2), ("reds", TONES, 2)):
-        (home / name).mkdir()
-        text = CARD.format(name=name, classes=classes, source=source.replace("NAME", name))
-        (home / name / "card.yaml").write_text(text)
+    write_cards(home, ("scenes", SCENES, 3), ("tones", TONES, 2), ("reds", TONES, 2))
     return home
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+import safetensors.torch
+import timm
+import torch
 import yaml
 
 from helpers import pyramids  # noqa: F401  registers short_vit
 from helpers.lm_parts import save_lm, save_texts
+from helpers.toy_training import logged
 from vismt.cli import main
+from vismt.engine import checkpoint
 from vismt.storage.files import PARTIAL
-from vismt.storage.lines import read_lines
 from vismt.storage.locks import HOLDER, LOCK
 
 VIT = {"name": "test_vit", "img_size": 32, "pretrained": False}
@@ -77,6 +83,14 @@ def written(path: Path, config: dict[str, Any]) -> Path:
     return path
 
 
+def save_classifier(folder: Path) -> None:
+    """Write the weights of a classifier of ten classes from elsewhere, and its description."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32, num_classes=10)
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "test_vit", "img_size": 32, "num_classes": 10}))
+
+
 def run_on_two(path: Path) -> tuple[Path, str]:
     """Run a configuration beside its file under torchrun with two processes; return the run folder and what was printed."""
     out = path.parent / "runs"
@@ -94,6 +108,29 @@ def run_config(path: Path, *words: str) -> Path:
     assert main(["run", str(path), "--out", str(out), "--quiet", *words]) == 0
     folders = {*out.iterdir()}
     return next(iter(folders - before or folders))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run a command that is refused in one line; return the line."""
+    capsys.readouterr()  # what came before
+    assert main([*map(str, words)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, step: int, *words: object, inside: str = "/") -> None:
+    """Interrupt a command once its checkpoint of a step is written, in a folder below one of a name."""
+    save = checkpoint.save
+
+    def stop(folder: Path, saved: int, *rest: object) -> None:
+        save(folder, saved, *rest)
+        if saved == step and inside in folder.parts:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", stop)
+        assert main([*map(str, words)]) == 130
 
 
 def write_config(job: str, folder: Path) -> Path:
@@ -119,7 +156,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         name = path.relative_to(folder).as_posix()
         assert PARTIAL not in name, name
         if path.name == "metrics.jsonl":
-            found[name] = [{key: row[key] for key in row if key != "elapsed_s"} for row in read_lines(path)]
+            found[name] = logged(path.parent)
         elif name != "run.json" and not name.startswith(("report.", "figures/")):
             found[name] = path.read_bytes()
     return found

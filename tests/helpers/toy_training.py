@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import safetensors.torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from vismt.config.sections import TrainConfig
 from vismt.engine import checkpoint, loop, runtime
+from vismt.storage.lines import read_lines
+
+Objective = TypeVar("Objective", bound=nn.Module)
 
 
 class Toy(nn.Module):
@@ -36,16 +40,35 @@ def batches(number: int) -> Tensor:
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(number))
 
 
-def run(folder: Path, stop_after: int | None = None, **settings: Any) -> Toy:
-    objective = Toy()
-    config = TrainConfig(**{"steps": 8, "lr": 0.05, "warmup": 2, "checkpoint_every": 3, **settings})
+def train(
+    objective: Objective,
+    batch: Callable[[int], Any],
+    folder: Path,
+    stop_after: int | None = None,
+    *,
+    seed: int = 1,
+    sections: Any = None,
+    **settings: Any,
+) -> Objective:
+    """Train an objective, which is returned, or interrupt it after a step; settings: of `train`."""
 
     def after(_: nn.Module, step: int) -> None:
         if step == stop_after:
             raise KeyboardInterrupt
 
-    loop.train(objective, batches, config, folder, "hash", runtime.accelerator(), seed=1, after_step=after)
+    config, accelerator = TrainConfig(**settings), runtime.accelerator()
+    loop.train(objective, batch, config, folder, "hash", accelerator, seed=seed, after_step=after, sections=sections)
     return objective
+
+
+def run(folder: Path, stop_after: int | None = None, **settings: Any) -> Toy:
+    settings = {"steps": 8, "lr": 0.05, "warmup": 2, "checkpoint_every": 3, **settings}
+    return train(Toy(), batches, folder, stop_after, **settings)
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a training's log without their times."""
+    return [{name: row[name] for name in row if name != "elapsed_s"} for row in read_lines(folder / "metrics.jsonl")]
 
 
 def stopped(folder: Path, **settings: Any) -> list[Path]:

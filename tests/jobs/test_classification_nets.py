@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from vismt.base.errors import UserError
-from vismt.config.sections import typed
+from vismt.config.typed import build
 from vismt.engine.study import Training
-from vismt.engine.training_files import finish
+from vismt.engine.training_files import finish, write_state
 from vismt.jobs.classification import evaluation
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.job import ClassificationJob
-from vismt.jobs.classification.models import fresh, save_head, with_linear_head
+from vismt.jobs.classification.models import HEAD, fresh, with_linear_head
 
 
 def config(name: str = "test_vit", **changes: Any) -> MultitaskConfig:
@@ -31,7 +31,7 @@ def config(name: str = "test_vit", **changes: Any) -> MultitaskConfig:
         "train": {"steps": 1, "lr": 1.0e-3},
         **changes,
     }
-    return typed(values, MultitaskConfig, "made")
+    return build(MultitaskConfig, values, "made")
 
 
 def test_both_classifiers_of_a_distilled_vit_are_trained_and_saved(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_both_classifiers_of_a_distilled_vit_are_trained_and_saved(tmp_path: Pat
         for parameter in parameters:
             parameter.normal_()
     training = Training("both", 1e-3, 0, tmp_path / "both")
-    save_head(net, training.folder)
+    write_state(net.heads, training.folder / HEAD)
     finish(net.stock, training.folder, False, {})
     job.fresh = lambda config: fresh(distilled, 4, 9)  # type: ignore[method-assign]
     images = torch.rand(2, 3, 32, 32)

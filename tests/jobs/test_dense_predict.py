@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vismt.base.errors import UserError
-from vismt.config.sections import typed
+from vismt.config.typed import build
 from vismt.jobs.dense import predict as dense_predict
 from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.predictions import Options
@@ -47,7 +47,7 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         card.mkdir(exist_ok=True)
         (card / "card.yaml").write_text(CARD.replace("{MAPS}", maps))
         raw = {"data": {"train": [str(card)], "test_share": 0.5}, "tasks": ["depth"], "size": list(CANVAS)}
-        config = typed({**raw, "evaluate": evaluate or {}}, DenseConfig, "made")
+        config = build(DenseConfig, {**raw, "evaluate": evaluate or {}}, "made")
         images = []
         for number, (height, width) in enumerate(sizes):
             images.append(tmp_path / f"{number}.png")
@@ -102,15 +102,15 @@ def test_classes_of_images_have_the_readable_names(names: object, monkeypatch: p
     monkeypatch.setattr(dense_predict, "load_card", lambda _: card)
     monkeypatch.setattr(dense_predict, "open_samples", lambda *_: SimpleNamespace(image_classes=["apple", "pear"]))
     data = {"train": ["fruit:train"], "test": ["fruit:test"]}
-    config = typed(
-        {"tasks": [{"name": "classify", "classes": 2}], "size": list(CANVAS), "data": data}, DenseConfig, "made"
+    config = build(
+        DenseConfig, {"tasks": [{"name": "classify", "classes": 2}], "size": list(CANVAS), "data": data}, "made"
     )
     tasks = {"classify": make_task({"name": "classify", "classes": 2})}
     assert dense_predict.class_names(config, tasks) == {"classify": ["apple", "pear"]}
 
 
 def test_parts_are_called_by_their_names(answers, tmp_path: Path) -> None:
-    config = typed({"tasks": ["parts"], "size": list(CANVAS)}, DenseConfig, "made")
+    config = build(DenseConfig, {"tasks": ["parts"], "size": list(CANVAS)}, "made")
     tasks = {"parts": make_task("parts")}
     names = dense_predict.class_names(config, tasks)
     torso = torch.eye(7)[2].reshape(7, 1, 1).expand(7, *CANVAS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.tiny_runs import FEWSHOT
+from helpers.tiny_runs import FEWSHOT, refused, written
 
 from vismt.cli import main
 from vismt.jobs import open_run, started
@@ -42,18 +42,14 @@ def write(folder: Path, changes: dict) -> Path:
             config[section][name] = value
         else:
             config[key] = value
-    path = folder / "sets.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    return path
+    return written(folder / "sets.yaml", config)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_set_that_is_tested_on_is_not_trained_on(case: str, tmp_path: Path, capsys, monkeypatch) -> None:
     changes, words = CASES[case]
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
-    assert main(["run", str(write(tmp_path, changes)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1
+    assert words in refused(capsys, "run", write(tmp_path, changes), "--out", tmp_path / "runs", "--quiet")
     assert not (tmp_path / "runs").exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vismt.base.errors import UserError
-from vismt.config.sections import typed
+from vismt.config.typed import build
 from vismt.jobs.dense.config import DenseConfig, check
 from vismt.jobs.dense.data import DenseData
 
@@ -46,7 +46,7 @@ def make_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def joined(*cards: Path, tasks: list) -> DenseData:
     *train, test = (str(card) for card in cards)
     return DenseData(
-        typed({"data": {"train": train, "test": [test]}, "tasks": tasks, "size": list(SIZE)}, DenseConfig, "made")
+        build(DenseConfig, {"data": {"train": train, "test": [test]}, "tasks": tasks, "size": list(SIZE)}, "made")
     )
 
 
@@ -83,4 +83,4 @@ def test_parts_of_two_sets_of_one_name_are_refused() -> None:
     """Their records are by the name of the set: an image would take the place of the other's."""
     values = {"data": {"train": ["a/rooms", "b/rooms"], "test_share": 0.5}, "tasks": [SEMSEG], "size": list(SIZE)}
     with pytest.raises(UserError, match="data: train: 'a/rooms' and 'b/rooms' are both called 'rooms' in results"):
-        check(typed({**values, "train": {"steps": 1, "lr": 1e-3}}, DenseConfig, "made"))
+        check(build(DenseConfig, {**values, "train": {"steps": 1, "lr": 1e-3}}, "made"))

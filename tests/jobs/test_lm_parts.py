@@ -10,7 +10,7 @@ import torch
 from helpers.lm_parts import sentiment_task, tokenizer
 
 from vismt.base.errors import UserError
-from vismt.config.sections import typed
+from vismt.config.typed import build
 from vismt.data.division import divide
 from vismt.jobs.lm.config import LmCalibrationConfig, LmConfig
 from vismt.jobs.lm.data import LmData
@@ -28,7 +28,7 @@ def table(folder: Path, labels: str) -> str:
 
 def opened(films: str, **changes: object) -> LmData:
     task = sentiment_task(films, **{"train": [films], "test": [], **changes})
-    return LmData(typed({"tasks": [task]}, LmConfig, "made"), tokenizer())
+    return LmData(build(LmConfig, {"tasks": [task]}, "made"), tokenizer())
 
 
 def labels(data: LmData, part: str) -> list[str]:

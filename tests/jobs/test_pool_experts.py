@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from vismt.base.errors import UserError
-from vismt.config.sections import AdaptConfig, TrainConfig, config_hash, typed
+from vismt.config.sections import AdaptConfig, TrainConfig, config_hash
+from vismt.config.typed import build
 from vismt.engine.study import TuneConfig
 from vismt.jobs.fewshot.arms import (
     evaluated_models,
@@ -147,7 +148,7 @@ def test_a_pool_has_levels_or_experts_and_a_known_rule() -> None:
     with pytest.raises(UserError, match=r"pool: levels \[8\] and experts; give one of them"):
         PoolConfig(levels=[8], experts=FIVE)
     with pytest.raises(UserError, match=r"pool.select: 'core_tie' is not known. Near: 'core_ties'"):
-        typed({"pool": {"select": "core_tie"}}, FewShotConfig, "a.yaml")
+        build(FewShotConfig, {"pool": {"select": "core_tie"}}, "a.yaml")
     with pytest.raises(
         UserError, match=r"merging.strategy: the names in evaluate.models .*pool.select the rule of merged"
     ):
@@ -162,7 +163,7 @@ def test_a_pool_has_levels_or_experts_and_a_known_rule() -> None:
         ("pool", {"rates": {"8": -1.0}}, r"pool.rates.8 is -1.0"),
     ):
         with pytest.raises(UserError, match=words):
-            typed({section: values}, FewShotConfig, "a.yaml")
+            build(FewShotConfig, {section: values}, "a.yaml")
     for model, close in (
         ("merged:papre", "merged:paper"),
         ("merged:tvs", "merged:tsv"),

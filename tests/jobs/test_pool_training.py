@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers.amt_parts import adapted, episode, saved
+from helpers.toy_training import logged
 from torch import Tensor
 
 from vismt.base.errors import UserError
@@ -115,9 +116,7 @@ def test_an_interrupted_pool_goes_on_inside_the_expert_it_was_at(tmp_path: Path)
         folders = [training(tmp_path / name, expert.label) for name in ("whole", "cut")]
         assert files(folders[0]) == files(folders[1]) and len(files(folders[0])) == 4  # two checkpoints
     for label in ("clean", "0.1", "1"):
-        rows = [read_lines(training(tmp_path / name, label) / "metrics.jsonl") for name in ("whole", "cut")]
-        for row in rows[0] + rows[1]:
-            del row["elapsed_s"]
+        rows = [logged(training(tmp_path / name, label)) for name in ("whole", "cut")]
         assert rows[0] == rows[1] and len(rows[0]) == 5
     # What is done stays done, its checkpoint deleted or not.
     again.clear()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers.results import result
+from helpers.tiny_runs import refused
 
 from vismt import cli
-from vismt.config.sections import config_hash, resolved
+from vismt.config.sections import config_hash
 from vismt.jobs.robustness.config import ClassifierConfig, RobustnessConfig
 from vismt.report.results import write_results
 from vismt.robustness.attacks.attacks import AttackSpec
@@ -30,7 +32,7 @@ def run(tmp_path):
 
     def write(values, seed=0) -> Path:
         config = RobustnessConfig(classifier=ClassifierConfig("unused"), arms=arms, data=["cifar10:test"], seed=seed)
-        (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
+        (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
         (tmp_path / "run.json").write_text(sealed({"config_hash": config_hash(config)}))
         rows = [
             result(
@@ -98,8 +100,7 @@ def test_several_radii_have_several_files(run):
 @pytest.mark.parametrize("other", [condition("apgd_ce"), condition(steps=20), condition(restarts=2)])
 def test_a_run_without_the_standard_autoattack_is_an_error(run, other, capsys):
     folder = run({("vit", CLEAN): 0.9, ("vit", other): 0.5})
-    assert cli.main(["report", str(folder), "--format", "robustbench"]) == 2
-    error = capsys.readouterr().err
+    error = refused(capsys, "report", folder, "--format", "robustbench")
     assert f"no result of AutoAttack at its standard lengths in linf or l2 (attacks: {other.label})" in error
     assert "vismt attack" in error and "--attack autoattack" in error
 
@@ -112,5 +113,4 @@ def test_the_page_is_written_again(run):
 
 def test_another_job_has_no_such_format(tmp_path, capsys):
     (tmp_path / "config.resolved.yaml").write_text("task: fewshot\ntrain: null\nevaluate: {data: [digits]}\n")
-    assert cli.main(["report", str(tmp_path), "--format", "robustbench"]) == 2
-    assert "need task robustness" in capsys.readouterr().err
+    assert "need task robustness" in refused(capsys, "report", tmp_path, "--format", "robustbench")

@@ -15,11 +15,15 @@ from vismt.base.errors import UserError
 from vismt.data.batching import InOrder
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
+from vismt.jobs.evaluation_job import EvaluationJob
+from vismt.jobs.image_scores import confidences
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import score_set
 from vismt.jobs.robustness.models import Classifier
+from vismt.report.results import Score
 from vismt.storage.lines import read_lines, write_lines
+from vismt.uncertainty.intervals import CLEAN, NUMBER, SHARE, Condition, Measure
 
 LABELS = ["first/0", "first/1", "second/0", "second/1", "scenes/a/abbey", "scenes/a/alley", "scenes/b/alley"]
 CARDS = {"first": {"mnist"}, "second": {"digits"}, "scenes": {"grocery"}}
@@ -101,6 +105,27 @@ def test_scores_tell_their_images_from_others_of_the_same_names(tmp_path, monkey
         del header["settings"]["examples"]
         write_lines(path, [header, *rows])
         assert scores("first").examples == ""  # an earlier version did not write it
+
+
+def test_confidences_of_other_images_of_the_same_names_are_noticed(tmp_path, capsys):
+    images = Drawn(4)
+    images.content = "first"
+
+    def found():
+        return confidences(nn.Flatten(), InOrder(images, 2), tmp_path / "ood.jsonl", {"data": "x"}, "x")
+
+    first = found()
+    images.content, images.pixels = "second", 1 - images.pixels
+    assert found() == first and "is of other images than are there now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("metric", "scale", "text"), [("accuracy", SHARE, "45.0"), ("RMSE in m", NUMBER, "0.45")])
+def test_the_mean_of_corruptions_has_the_scale_of_its_score(capsys, metric, scale, text):
+    conditions = [CLEAN, *(Condition(f"fog {level}", "corruption", "fog", level) for level in range(1, 5))]
+    measures = [Measure(metric, {"a": level / 10, "b": level / 5}, scale) for level in (1, 1, 2, 4, 5)]
+    scores = [Score("t", "x", "all", measure, of) for measure, of in zip(measures, conditions, strict=True)]
+    EvaluationJob._print(SimpleNamespace(names_tasks=False, _printed=set()), "arm", scores, 1)
+    assert f"mean of 4 corruptions {text}   (n = 2 images" in capsys.readouterr().out
 
 
 class Drawn:

@@ -12,7 +12,7 @@ from torch import nn
 import vismt
 from vismt.engine.study import ARMS, write_choice
 from vismt.engine.training_files import CHANGES
-from vismt.jobs.weight_changes import weight_changes
+from vismt.jobs.training_job import weight_changes
 from vismt.report.weight_changes import CHANGE, SKEW, STABLE, by_depth, changes_section, measures
 from vismt.storage.lines import write_lines
 

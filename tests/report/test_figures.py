@@ -82,19 +82,12 @@ def number(data, cells, metric, protocol, unit, **changes):
     )
 
 
-def test_values_that_are_not_shares(drawn, tmp_path):
-    cells = {"frozen": cell(3.5, 0.5, 10), "adapted": cell(2.0, 0.25, 10)}
+@pytest.mark.parametrize(("value", "half"), [(3.5, 0.5), (0.75, 0.25)])  # a largest value of one is no share either
+def test_values_that_are_not_shares(drawn, tmp_path, value, half):
+    cells = {"frozen": cell(value, half, 10), "adapted": cell(0.5, 0.25, 10)}
     figures.domain_bars([number("text", cells, "loss", "validation", "documents")], tmp_path / "a.svg")
-    # not multiplied by 100, axis to 1.1 * (3.5 + 0.5)
-    assert [bar.get_width() for bar in drawn[0].axes[0].patches][:2] == [3.5, 2.0]
-    assert drawn[0].axes[0].get_xlim()[1] == pytest.approx(4.4)
-
-
-def test_a_largest_value_of_one_is_not_taken_for_a_share(drawn, tmp_path):
-    cells = {"frozen": cell(0.75, 0.25, 10), "adapted": cell(0.5, 0.25, 10)}
-    figures.domain_bars([number("text", cells, "loss", "validation", "documents")], tmp_path / "a.svg")
-    assert [bar.get_width() for bar in drawn[0].axes[0].patches][:2] == [0.75, 0.5]
-    assert drawn[0].axes[0].get_xlim()[1] == pytest.approx(1.1)
+    assert [bar.get_width() for bar in drawn[0].axes[0].patches][:2] == [value, 0.5]  # not multiplied by 100
+    assert drawn[0].axes[0].get_xlim()[1] == pytest.approx(1.1 * (value + half))
 
 
 def test_a_bar_below_zero_is_not_cut_off(drawn, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from vismt.base.errors import UserError
-from vismt.config.sections import typed
+from vismt.config.typed import build
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.config_checks import check
 from vismt.robustness.conditions import (
@@ -72,7 +72,7 @@ def test_refused(attacks, corruptions, words):
 
 def config(evaluate, **sections):
     raw = {"source": {"data": ["photo_crops:train"]}, "evaluate": {"data": ["digits"], **evaluate}, **sections}
-    return typed(raw, FewShotConfig, "test.yaml")
+    return build(FewShotConfig, raw, "test.yaml")
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,8 @@ import yaml
 
 from vismt.base.errors import UserError, near
 from vismt.base.registry import PLACES, import_own
-from vismt.config import typed as typed_yaml
 from vismt.config import yaml_text
-from vismt.config.typed import Names, within
+from vismt.config.typed import Names, build, within
 from vismt.storage.paths import shipped
 
 # Metadata of a field that changes how a run is computed, but not its numbers.
@@ -258,20 +257,15 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     return raw
 
 
-def typed(raw: Mapping[str, Any], kind: type[T], source: str) -> T:
-    """Return an instance of the dataclass `kind` from plain values; `source` names the file in errors."""
-    return typed_yaml.build(kind, raw, source)
-
-
 def with_values(config: T, changes: Mapping[str, Any], source: str) -> T:
     """Return a copy of a configuration with values replaced along dotted paths, typed and checked as a whole.
 
     Raises UserError for an unknown key, a path through a value, and a value of another type; `source` names the place.
     """
-    raw = resolved(config)
+    raw: dict[str, Any] = dataclasses.asdict(config)  # type: ignore[call-overload]  # a dataclass
     for key, value in changes.items():
         raw = _replaced(raw, key.split("."), value, source, "")
-    return typed(raw, type(config), source)
+    return build(type(config), raw, source)
 
 
 def _replaced(node: Any, path: Sequence[str], value: Any, source: str, prefix: str) -> Any:
@@ -296,11 +290,6 @@ def _replaced_item(items: list[Any], path: Sequence[str], value: Any, source: st
     place = names.index(name)
     item = items[place] if isinstance(items[place], dict) else {"name": name}
     return [*items[:place], _replaced(item, rest, value, source, f"{prefix}{name}."), *items[place + 1 :]]
-
-
-def resolved(config: Any) -> dict[str, Any]:
-    """Return the whole configuration as plain values, defaults included."""
-    return dataclasses.asdict(config)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -188,13 +188,11 @@ class FileGroup:
 
 def digest(files: Iterable[tuple[str, Path]]) -> FileGroup:
     """Return the FileGroup of (name, path) pairs, independent of their order."""
-    total, count = hashlib.sha256(), 0
-    files = sorted(files)
-    check_names(name for name, _ in files)
-    for name, path in files:
+    total, ordered = hashlib.sha256(), sorted(files)
+    check_names(name for name, _ in ordered)
+    for name, path in ordered:
         total.update(f"{name}\t{hashlib.sha256(read_bytes(path)).hexdigest()}\n".encode())
-        count += 1
-    return FileGroup(count, total.hexdigest())
+    return FileGroup(len(ordered), total.hexdigest())
 
 
 def read_manifest(card: Card, source: DataSource) -> dict[str, FileGroup]:

@@ -13,11 +13,14 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Append rows to metrics.jsonl; when a run resumes, rows after its checkpoint are dropped."""
+    """Append rows to metrics.jsonl; when a run resumes, rows after its checkpoint are dropped.
+
+    elapsed_s: seconds of training that earlier sessions of the run have logged.
+    """
 
     def __init__(self, folder: Path, finished_steps: int, enabled: bool) -> None:
         self._lines: LineFile | None = None
-        self._elapsed = 0.0
+        self.elapsed_s = 0.0
         if enabled:
             rows = read_lines(folder / METRICS, ("step", "elapsed_s"))
             kept = [row for row in rows if row["step"] <= finished_steps]
@@ -25,11 +28,7 @@ class MetricsLog:
                 # Every step with a checkpoint has a row, and it is on the disk before the checkpoint.
                 console.stage("resume", f"'{folder / METRICS}' lacks rows before step {finished_steps + 1}")
             self._lines = LineFile(folder / METRICS, kept)
-            self._elapsed = float(kept[-1]["elapsed_s"]) if kept else 0.0
-
-    def elapsed(self) -> float:
-        """Return the seconds of training that earlier sessions of this run have logged."""
-        return self._elapsed
+            self.elapsed_s = float(kept[-1]["elapsed_s"]) if kept else 0.0
 
     def add(self, row: dict[str, float]) -> None:
         """Write one line; values that are not finite are written as null."""

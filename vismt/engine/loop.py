@@ -111,7 +111,7 @@ class _Training:
         self.log = MetricsLog(folder, self.finished, accelerator.is_main_process)
         if self.finished:
             console.stage("resume", f"{folder} at step {self.finished} of {config.steps}")
-        self.started = time.monotonic() - self.log.elapsed()
+        self.started = time.monotonic() - self.log.elapsed_s
         if freezes(objective):  # DDP wraps every parameter that may train, and not all of them do in every step
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         if self.shards:

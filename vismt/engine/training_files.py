@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
@@ -101,8 +102,13 @@ def state(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
 
 
+def write_state(module: nn.Module, path: Path) -> None:
+    """Write the `state` of a module, for `load_state`."""
+    atomic_write(path, safetensors.torch.save(state(module)))
+
+
 def load_state(module: nn.Module, path: Path, what: str) -> None:
-    """Load a file of `state` into a module.
+    """Load a file of `write_state` into a module.
 
     Raises UserError for a missing or damaged file and for tensors that do not fit; `what` names the training.
     """

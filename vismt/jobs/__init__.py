@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,9 @@ from vismt.config.sections import (
     from_working_folder,
     override,
     read_yaml,
-    resolved,
-    typed,
     with_earlier,
 )
+from vismt.config.typed import build
 from vismt.storage.files import atomic_write
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _part(task: str, file: str, name: str) -> Any:
 
 def typed_config(raw: Mapping[str, Any], source: str) -> RunConfig:
     """Return the typed configuration of plain values; `source` names the file in errors."""
-    return typed(raw, job_config(str(raw.get("task", RunConfig.task)), source), source)
+    return build(job_config(str(raw.get("task", RunConfig.task)), source), raw, source)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -107,7 +107,7 @@ def started_config(config: RunConfig, folder: Path) -> Iterator[Run]:
     run.job.check()
     run.job.check_model_names()
     new = [path for path in (folder, *folder.parents) if not path.exists()]
-    atomic_write(folder / RESOLVED, yaml.safe_dump(resolved(config), sort_keys=False))
+    atomic_write(folder / RESOLVED, yaml.safe_dump(asdict(config), sort_keys=False))
     try:
         yield run
     except UserError:

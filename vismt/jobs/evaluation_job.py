@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from vismt.base import console, ranks
 from vismt.base.errors import UserError
 from vismt.base.seeds import digest
+from vismt.config.sections import flat
 from vismt.engine.study import Study, StudyConfig, Training
 from vismt.jobs.graphs import Graph
 from vismt.jobs.predictions import Options, Predictions
@@ -31,7 +33,7 @@ from vismt.report.results import (
     write_values,
 )
 from vismt.report.score_sections import score_sections
-from vismt.report.tables import Section, row_text
+from vismt.report.tables import Section, number_text, row_text
 from vismt.report.trainings import training_sections
 from vismt.report.writer import DEFAULT_FORMATS, run_heading, write_report
 from vismt.robustness.conditions import AttackConfig
@@ -84,8 +86,8 @@ class EvaluationJob(ABC, Generic[Config]):
 
     @property
     def split(self) -> str:
-        """The split that is evaluated."""
-        return "test"
+        """The split that is evaluated: `evaluate.split`, in jobs that have the key."""
+        return getattr(getattr(self.config, "evaluate", None), "split", "test")
 
     def derived(self, scores: Mapping[str, Sequence[Score]], seeds: Sequence[int]) -> dict[str, list[Score]]:
         """Return further scores by arm, computed from the scores of several arms or conditions, means over `seeds`."""
@@ -288,15 +290,14 @@ class EvaluationJob(ABC, Generic[Config]):
         for task, data, protocol in dict.fromkeys((score.task, score.data, score.protocol) for score in scores):
             chosen = [score for score in scores if (score.task, score.data, score.protocol) == (task, data, protocol)]
             first = chosen[0]
-            shown = [score for score in chosen if score.condition.kind != "corruption"]
-            if len(chosen) - len(shown) <= 3:
-                shown = chosen
+            corrupted = [score for score in chosen if score.condition.kind == "corruption"]
+            many = len(corrupted) > 3
+            shown = [score for score in chosen if not many or score.condition.kind != "corruption"]
             texts = [score_text(score) for score in shown]
-            if shown is not chosen:
-                scores_of = [score for score in chosen if score.condition.kind == "corruption"]
-                corrupted = [score for score in scores_of if score.measure.metric == first.measure.metric]
-                mean = sum(score.measure.score for score in corrupted) / len(corrupted)
-                texts.append(f"mean of {len(corrupted)} corruptions {100 * mean:.1f}")
+            if many:
+                values = [of.measure.score for of in corrupted if of.measure.metric == first.measure.metric]
+                mean = number_text(fmean(values), first.measure.scale)
+                texts.append(f"mean of {len(values)} corruptions {mean}")
             count = f"n = {len(first.measure.values):,} {first.unit}"
             if trainings > 1:
                 count += f", {trainings} seeds"
@@ -330,15 +331,8 @@ class EvaluationJob(ABC, Generic[Config]):
 
 def settings_text(settings: Mapping[str, Any], without: Collection[str] = ()) -> str:
     """Return the settings in which an arm differs as one text, by dotted keys; those in `without` are left out."""
-
-    def leaves(key: str, value: Any) -> Iterator[str]:
-        if isinstance(value, Mapping):
-            for name, inner in value.items():
-                yield from leaves(f"{key}.{name}", inner)
-        elif key not in without:
-            yield f"{key} {'null' if value is None else value}"
-
-    return ", ".join(text for key, value in settings.items() for text in leaves(key, value))
+    shown = {key: value for key, value in flat(settings).items() if key not in without and value != {}}
+    return ", ".join(f"{key} {'null' if value is None else value}" for key, value in shown.items())
 
 
 def records_folder(folder: Path, attacks: Sequence[AttackConfig] | None) -> Path:

@@ -46,9 +46,6 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
         something is not on record. records: the folder of records. risk: whether the measures of `evaluate.risk` are among them.
         """
 
-    def heads(self, net: Net) -> nn.Module:
-        return net.get_submodule("heads")
-
     def outputs(self, merged: Net, plain: Net) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         return self.evaluation.outputs(merged, plain)
 

@@ -117,7 +117,8 @@ def confidences(
 
     net: images -> logits. settings: what the records in `path` depend on. label: of the progress bar.
     """
-    log = Records(path, settings, {"confidence": SHARE}, key="id")
+    examples = begun_on(path, batches.images.content)
+    log = Records(path, settings | ({"examples": examples} if examples else {}), {"confidence": SHARE}, key="id")
     names = batches.images.ids
 
     def run(number: int) -> list[dict]:

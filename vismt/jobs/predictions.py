@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vismt.base.errors import UserError
 from vismt.data.decode import SUFFIXES, decode_file
 from vismt.data.pixels import square
 from vismt.engine import runtime
+from vismt.report.panels import write_arrays
 from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
 from vismt.storage.files import atomic_write
 
@@ -203,14 +204,6 @@ def choice_row(log_p: Tensor, names: Sequence[str], quantile: float | None, top:
     if quantile is not None:
         row["set"] = json.dumps([names[label] for label in order if -log_p[label] <= quantile], ensure_ascii=False)
     return row
-
-
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
-    """Write arrays as a compressed .npz file and return its path."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    atomic_write(path, buffer.getvalue())
-    return path
 
 
 def write_rows(rows: Sequence[Row], target: Path) -> Path:

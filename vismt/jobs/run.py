@@ -55,13 +55,10 @@ class Run:
         """
         runtime.processes().wait_for_everyone()  # what the others write at the start is not finished, nor to be removed
         with ExitStack() as held, ranks.shared():
-            ranks.on_first(lambda: self._claim(held))
+            ranks.on_first(lambda: held.enter_context(locked(self.folder)))
+            ranks.on_first(lambda: remove_partial(self.folder))
             self.job.part_done = self._note  # a run that is killed keeps the time of its finished parts
             yield self
-
-    def _claim(self, held: ExitStack) -> None:
-        held.enter_context(locked(self.folder))
-        remove_partial(self.folder)
 
     def _recorded(self) -> dict[str, Any]:
         path = self.folder / FACTS

@@ -67,9 +67,9 @@ def check_adjusted(adjusts: bool, split: str) -> None:
         raise UserError("evaluate.adjust_logits: tau is chosen on the validation images; set evaluate.split to test.")
 
 
-def check_risk_split(split: str) -> None:
-    """Raise UserError where the thresholds would come from the evaluated examples."""
-    if split == "validation":
+def check_risk_split(risk: bool, split: str) -> None:
+    """Raise UserError where the thresholds of `evaluate.risk` would come from the evaluated examples."""
+    if risk and split == "validation":
         raise UserError("evaluate.risk: its thresholds come from the validation examples; set evaluate.split to test.")
 
 

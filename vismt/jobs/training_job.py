@@ -9,8 +9,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from vismt.base import console, ranks
@@ -22,10 +23,9 @@ from vismt.engine.stream import Batches
 from vismt.engine.study import StudyConfig, Training
 from vismt.jobs.evaluation_job import EvaluationJob, settings_text
 from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
-from vismt.jobs.weight_changes import weight_changes
-from vismt.lowrank.layers.base import factor_rank
-from vismt.lowrank.model.merge import erased_by_rounding, merge
-from vismt.lowrank.model.modules import is_mergeable
+from vismt.lowrank.layers.base import adapter_layers, factor_rank
+from vismt.lowrank.model.merge import erased_by_rounding, merge, undo
+from vismt.lowrank.model.modules import is_mergeable, stock_order
 from vismt.lowrank.model.record import count_parameters, record_of
 from vismt.methods import METHODS, adapt, check_adaptation, needs
 from vismt.report.comparison import FROZEN
@@ -75,7 +75,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     def heads(self, net: Net) -> nn.Module:
         """Return the part of a net that is always trained."""
-        return nn.Module()
+        return net.get_submodule("heads")
 
     def step(self, objective: nn.Module, number: int) -> None:
         """Run after optimiser step `number`; by default do nothing."""
@@ -366,6 +366,39 @@ def _add(total: dict[str, float], sums: Mapping[str, float]) -> None:
     for key, value in sums.items():
         before = total.get(key, 0)
         total[key] = before + value if key in ("n", "different") else max(value, before)  # first a float
+
+
+def weight_changes(adapted: nn.Module, merged: nn.Module) -> list[dict[str, Any]]:
+    """Return a line for every matrix in which a trained model, `merged`, differs from the stock one, `adapted` afterwards.
+
+        change = |DeltaW|_F      norm = |W|_F      stable rank = |DeltaW|_F^2 / |DeltaW|_2^2
+
+    DeltaW of a layer with factors comes from its factors, so that no rounding of a half-precision weight is counted; of weights
+    that are trained in place, and of tuners without factors, it is the merged weight minus the stock one.
+    """
+    lines = []
+    with torch.no_grad(), stock_order(adapted):
+        for path, layer in adapter_layers(adapted).items():
+            if layer.has_factors:
+                values = cast(Tensor, layer.low_rank().svd().core)  # singular values
+                lines.append(_line(f"{path}.weight", layer.matrix(layer.weight), values))
+    undo(adapted)
+    measured = {line["weight"] for line in lines}
+    after = dict(merged.named_parameters())
+    for name, parameter in adapted.named_parameters():
+        stock, now = parameter.detach(), after[name].detach()
+        if name not in measured and stock.ndim > 1 and not torch.equal(stock, now):
+            change = (now.double() - stock.double()).flatten(1)
+            wide = change if change.shape[0] <= change.shape[1] else change.T
+            squares = torch.linalg.eigvalsh(wide @ wide.T)  # of the singular values, for less than an SVD
+            lines.append(_line(name, stock, squares.clamp_min(0).sqrt()))
+    return lines
+
+
+def _line(name: str, weight: Tensor, values: Tensor) -> dict[str, Any]:
+    norm = float(values.square().sum().sqrt())
+    stable = float((values / values.max()).square().sum()) if norm else 0.0
+    return {"weight": name, "norm": float(weight.float().norm()), "change": norm, "stable_rank": stable}
 
 
 def check_trained_dtype(net: nn.Module) -> None:

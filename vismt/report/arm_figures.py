@@ -20,6 +20,7 @@ from vismt.report.plotting import (
     legend,
     legend_rows,
     new_figure,
+    note,
     running_mean,
     save,
     short,
@@ -86,17 +87,9 @@ def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
         if of_arm:
             mean = math.fsum(of_arm) / len(of_arm)
             axes.plot([number - 0.32, number + 0.32], [mean] * 2, color=color, linewidth=2.4, alpha=0.75, zorder=2)
-            axes.annotate(
-                typographic(format(mean, ".1f" if panel.scale == SHARE else ".3g")),
-                (number, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(0, 6),
-                textcoords="offset points",
-                ha="center",
-                color=INK,
-                fontsize=8,
-                fontweight="bold",
-            )
+            text = typographic(format(mean, ".1f" if panel.scale == SHARE else ".3g"))
+            style = {"ha": "center", "fontsize": 8, "fontweight": "bold"}
+            note(axes, text, (number, 1), (0, 6), ("data", "axes fraction"), **style)
     dress(axes, "", grid="y")
     axes.set(xlim=(-0.5, len(arms) - 0.5), ymargin=0.09)
     axes.locator_params(axis="y", nbins=5)

@@ -20,6 +20,7 @@ from vismt.report.plotting import (
     legend,
     legend_rows,
     new_figure,
+    note,
     save,
     short,
 )
@@ -83,18 +84,10 @@ def _bars(axes: Axes, chosen: Mapping[str, Comparison], colors: Mapping[str, str
                 capsize=2.2,
                 capthick=1.1,
             )
-            axes.annotate(
-                number_text(cell.value, scale, half=(cell.high - cell.low) / 2),
-                (factor * cell.high, y),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7.5,
-                color=INK,
-                annotation_clip=False,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
-                zorder=4,
-            )
+            text = number_text(cell.value, scale, half=(cell.high - cell.low) / 2)
+            style = {"va": "center", "fontsize": 7.5, "zorder": 4, "annotation_clip": False}
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+            note(axes, text, (factor * cell.high, y), (4, 0), bbox=box, **style)
     cells = [cell for comparison in chosen.values() for cell in comparison.cells.values()]
     least = min((cell.low for cell in cells), default=0.0)  # below 0 only where values may be negative
     low = 0.0 if scale == SHARE else min(0.0, least)
@@ -117,26 +110,11 @@ def _heading(axes: Axes, chosen: Mapping[str, Comparison], condition: str) -> No
     several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     share = ", per cent" if row.scale == SHARE else ""
     title = condition[:1].upper() + condition[1:]
-    axes.annotate(
-        short(title, 42),
-        (0, 1),
-        xytext=(0, 20),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        fontsize=10.5 if len(title) <= 34 else 8.5,
-        fontweight="bold",
-        color=INK,
-    )
+    style = {"fontsize": 10.5 if len(title) <= 34 else 8.5, "fontweight": "bold"}
+    note(axes, short(title, 42), (0, 1), (0, 20), "axes fraction", **style)
     count = f", n = {several} {row.unit}{share}"
-    axes.annotate(
-        short(row.protocol, 54 - len(count)) + count,  # the table has the whole protocol
-        (0, 1),
-        xytext=(0, 7),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        fontsize=8.5,
-        color=MUTED,
-    )
+    text = short(row.protocol, 54 - len(count)) + count  # the table has the whole protocol
+    note(axes, text, (0, 1), (0, 7), "axes fraction", fontsize=8.5, color=MUTED)
 
 
 def _chance(comparison: Comparison) -> float | None:

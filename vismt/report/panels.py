@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,17 @@ def read_panel(path: Path, kind: str) -> dict[str, np.ndarray]:
 
 def write_panel(path: Path, kind: str, arrays: dict[str, np.ndarray]) -> Path:
     """Write the arrays of a panel; return `path`. Raises UserError for arrays that do not fit the layout; nothing is written."""
-    buffer = io.BytesIO()
     try:
-        np.savez_compressed(buffer, **_checked(arrays, kind))
+        checked = _checked(arrays, kind)
     except ValueError as error:
         raise UserError(f"{kind}: {error}; nothing is written to '{path}'.") from error
+    return write_arrays(path, checked)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
+    """Write arrays as a compressed .npz file and return its path."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
     atomic_write(path, buffer.getvalue())
     return path
 

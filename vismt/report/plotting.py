@@ -57,6 +57,14 @@ def write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
     figure.text(x / width, 1 - y / height, text, **{"fontsize": 9, "color": INK, **style})
 
 
+def note(
+    axes: Axes, text: str, at: tuple[float, float], shift: tuple[float, float], coords: Any = "data", **style: Any
+) -> None:
+    """Write text at points from a place of axes."""
+    settings = {"textcoords": "offset points", "color": INK, **style}
+    axes.annotate(text, at, shift, coords, **settings)
+
+
 def short(text: str, most: int) -> str:
     """Return `text` for a label: at most `most` characters, and `$` escaped so that it does not start a formula."""
     return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")

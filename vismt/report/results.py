@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -179,14 +180,11 @@ class ValuesByExample:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lines: dict[str, list[dict[str, Any]]] = {}
+        self._lines = cache(lambda stem: read_lines(folder / RECORDS / f"{stem}.jsonl", (EXAMPLE,), whole=True))
 
     def of(self, result: Result) -> dict[str, float] | None:
         """Return a row's values by example; None unless the records reproduce its value and n."""
-        if result.stem not in self._lines:
-            path = self.folder / RECORDS / f"{result.stem}.jsonl"
-            self._lines[result.stem] = read_lines(path, (EXAMPLE,), whole=True)
-        lines = self._lines[result.stem]
+        lines = self._lines(result.stem)
         values = {line[EXAMPLE]: line[result.condition] for line in lines if result.condition in line}
         if len(values) != result.n or not all(isinstance(value, int | float) for value in values.values()):
             return None

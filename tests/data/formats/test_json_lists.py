@@ -65,24 +65,6 @@ def test_names_relative_to_the_folder(birds):
     assert open_images(card, "novel").ids[2] == "source/004.Bunting/2.png"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../secret.png",
-        "/etc/secret.png",
-        f"{WRITTEN}/../../../secret.png",
-        "source/../../secret.png",
-        "/filelists/other/x.png",
-    ],
-)
-def test_a_name_that_leads_outside_is_refused(birds, name):
-    card, base = birds
-    write_list(base, "novel", [3], [name])
-    with pytest.raises(UserError, match=r"novel.json: '.*secret.png'|novel.json: '/filelists/other") as caught:
-        open_images(card, "novel")
-    assert "\n" not in str(caught.value)
-
-
 def test_local_name_cuts_at_the_first_marker():
     assert local_name("/a/filelists/cub/source/x.jpg", "filelists/cub/", "l") == "source/x.jpg"
     with pytest.raises(UserError, match="what follows 'filelists/cub/' counts"):
@@ -109,6 +91,12 @@ def test_local_name_cuts_at_the_first_marker():
             r"1 of 3 images of split 'novel' .*missing 'a.png'",
         ),
         ([3], ["source/004.Bunting/0.png"], BIRDS, r"1 of 3 images found .*split 'novel'"),
+        # Names that lead outside of the folder.
+        ([3], ["../secret.png"], BIRDS, "novel.json: '.*secret.png'"),
+        ([3], ["/etc/secret.png"], BIRDS, "novel.json: '.*secret.png'"),
+        ([3], [f"{WRITTEN}/../../../secret.png"], BIRDS, "novel.json: '.*secret.png'"),
+        ([3], ["source/../../secret.png"], BIRDS, "novel.json: '.*secret.png'"),
+        ([3], ["/filelists/other/x.png"], BIRDS, "novel.json: '/filelists/other"),
     ],
 )
 def test_a_bad_list_is_one_line(birds, labels, names, classes, message):

@@ -10,10 +10,8 @@ from vismt.base.errors import UserError
 from vismt.data.check import check
 from vismt.data.images import open_images
 from vismt.data.texts.text_set import open_texts
-from vismt.storage.paths import data_roots
 
 LINES = '{kind: text, root: t, files: {all: a.txt}, fields: [text, label], form: lines, separators: ["\\t"], splits: {all: %s}%s}'
-ROOT = next(iter(data_roots()), None)
 REAL = {  # name: (split, rows, {field: values})
     "gsm8k": ("test", 1319, {}),
     "arc_easy": ("train", 2000, {"answer": {f"answer{i}" for i in range(1, 6)}}),

@@ -9,7 +9,7 @@ from helpers.tiny import snapshot
 from torch import nn
 
 from vismt.base.errors import UserError
-from vismt.config.sections import typed
+from vismt.config.typed import build
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.metatune import FineTuned, FineTuneSettings, ProtoNet
 from vismt.metatune.finetuning.finetune import RATES, VIEWS, LossNotFinite, choose_rate, finetune, held_out
@@ -134,9 +134,9 @@ def test_every_task_gets_its_own_rate():
 
 
 def test_lr_is_a_number_or_auto():
-    assert typed({"finetune": {"lr": "auto"}}, FewShotConfig, "a").finetune.lr == "auto"
-    assert typed({"finetune": {"lr": "1e-4"}}, FewShotConfig, "a").finetune.lr == 1e-4
+    assert build(FewShotConfig, {"finetune": {"lr": "auto"}}, "a").finetune.lr == "auto"
+    assert build(FewShotConfig, {"finetune": {"lr": "1e-4"}}, "a").finetune.lr == 1e-4
     with pytest.raises(UserError, match=r"finetune.lr: expected float or 'auto', got 'fast'"):
-        typed({"finetune": {"lr": "fast"}}, FewShotConfig, "a")
+        build(FewShotConfig, {"finetune": {"lr": "fast"}}, "a")
     with pytest.raises(UserError, match=r"finetune.lr: 'fast'; it must be a number from 0 to 1, or auto"):
         FineTuneSettings(lr="fast")

@@ -42,16 +42,10 @@ UNIT_LENGTH = (0.5, 1.5)  # what an 8-bit or interpolated unit vector may have b
 
 @dataclass(frozen=True)
 class MapSettings:
-    """What a card says about the values of its map files.
+    """What a card says about the values of its map files, as of `DenseFilesSource`.
 
-    Attributes:
-        classes: number of classes of label maps.
-        void: label of pixels without a class.
-        first: label of class 0.
-        edge_above: share of the largest value from which a pixel is an edge; in npy files, the value.
-        axes: signs that turn stored normals to x right, y up, z towards the camera.
-        normal_classes: PASCAL-Context classes on which distilled normals count, name -> number; empty for all.
-        camera: fx, fy, cx, cy in stored pixels, for normals that are derived from depth; empty to derive none.
+    classes: number of classes of label maps. normal_classes: PASCAL-Context classes on which distilled normals count, name ->
+    number; empty for all. camera: in stored pixels; empty to derive no normals.
     """
 
     classes: int

@@ -96,8 +96,7 @@ class MultitaskEvaluateConfig:
 
     def __post_init__(self) -> None:
         check_adjusted(self.adjust_logits, self.split)
-        if self.risk:
-            check_risk_split(self.split)
+        check_risk_split(self.risk, self.split)
 
 
 @dataclass

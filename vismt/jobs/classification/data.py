@@ -41,7 +41,9 @@ class TaskData:
             classes, parts = self._open_task(task)
             self.classes.append(classes)
             self._parts.append(parts)
-            counts = "   ".join(f"{part} {sum(map(_count, chosen)):,}" for part, chosen in parts.items() if chosen)
+            counts = "   ".join(
+                f"{part} {sum(len(y) for _, y in chosen):,}" for part, chosen in parts.items() if chosen
+            )
             console.stage("data", f"{task.name}   {len(classes)} classes   {counts}")
         self.union = Union(tuple(task.name for task in config.tasks), tuple(len(names) for names in self.classes))
 
@@ -131,16 +133,12 @@ class TaskData:
         return images, labels
 
 
-def _count(chosen: Chosen) -> int:
-    return len(chosen[1])
-
-
 def _limit(parts: Sequence[Chosen], limit: int) -> list[Chosen]:
     """Keep `limit` images before any is decoded, so that a limit of a thousand reads a thousand images."""
     labels = torch.cat([labels for _, labels in parts])
     kept = torch.zeros(len(labels), dtype=torch.bool)
     kept[limited(labels, [f"{images.name}:{name}" for images, _ in parts for name in images.ids], limit)] = True
-    indices = [mask.nonzero().flatten() for mask in kept.split([_count(part) for part in parts])]
+    indices = [mask.nonzero().flatten() for mask in kept.split([len(images) for images, _ in parts])]
     return [
         (images.take(index.tolist()), labels[index]) for (images, labels), index in zip(parts, indices) if len(index)
     ]

@@ -6,13 +6,9 @@ validation images of a training:
     p = softmax(z / T_b), T_b of the task of the largest logit                (vismt/uncertainty/temperature.py)
     z - tau log pi, tau of TAUS with the best mean accuracy over the tasks    (vismt/multitask/class_loss.py)
 
-calibration.json in the training's folder has both; a report that is written again does not fit again, and a folder of an
-earlier version keeps its one T for all tasks. The same scores of a Laplace approximation around the trained head
-(vismt/uncertainty/laplace.py) are on clean images.
-
-Sets of other classes: how well the confidence of a net tells them from the test images of each task, and what its features still
-tell of them, by their nearest neighbours. The confidences of the task's images are those of its records; those of the other set
-have a record file of their own.
+calibration.json in the training's folder has both. The same scores of a Laplace approximation around the trained head
+(vismt/uncertainty/laplace.py) are on clean images. Of sets of other classes there is how well the confidence of a net tells them
+from the test images of each task, and what its features still tell of them, by their nearest neighbours.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.figures import EXAMPLES, examples, sections
 from vismt.jobs.classification.merging import check_arms, merge_section, merged_net, write_interference
-from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, stored, with_linear_head
+from vismt.jobs.classification.models import HEAD, PixelNet, fresh, load_head, stored, with_linear_head
 from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
@@ -106,10 +106,6 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         }
         self.finish(net, config, training, facts)
 
-    @property
-    def split(self) -> str:
-        return self.config.evaluate.split
-
     def check_data(self) -> None:
         settings = self.config.evaluate
         tuned = settings.temperature or settings.adjust_logits or settings.laplace or settings.risk
@@ -168,7 +164,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return ShuffledBatches(images, config.batch, seed=config.seed, augment=change)
 
     def save(self, net: PixelNet, config: MultitaskConfig, folder: Path) -> None:
-        save_head(net, folder)
+        training_files.write_state(net.heads, folder / HEAD)
         self._features.close()
 
     def loaded(self, training: Training) -> PixelNet:

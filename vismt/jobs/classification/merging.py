@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from math import fsum, isfinite
+from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -157,17 +158,14 @@ def merge_section(folder: Path, trainings: Sequence[Training]) -> list[Section]:
     arms = list(dict.fromkeys(arm for about in found.values() for arm in about["arms"]))
     rows = []
     for name, about in found.items():
-        errors = {arm: [line[place] for line in about["error"]] for place, arm in enumerate(about["arms"])}
-        means = [_mean([value for value in errors.get(arm, ()) if value is not None]) for arm in arms]
+        columns = dict(zip(about["arms"], zip(*about["error"])))
+        errors = {arm: [value for value in column if value is not None] for arm, column in columns.items()}
+        means = [f"{fmean(errors[arm]):.2f}" if errors.get(arm) else "–" for arm in arms]
         weight = "of the method" if about["weight"] is None else f"{about['weight']:g}"
         rows.append([name, weight, str(about["rank"]), *means])
     table = Table("Merged arms", ["Arm", "Weight", "Rank", *arms], rows, set(), texts=2)
     picture = Picture(interference_figure(found, folder / "figures" / "interference.svg"), "Interference", CAPTION)
     return [Section("Merged arms", [(table, NOTE)], [picture])]
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{fsum(values) / len(values):.2f}" if values else "–"
 
 
 def interference_figure(found: dict[str, dict[str, Any]], path: Path) -> Path:

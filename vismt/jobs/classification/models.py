@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +18,6 @@ from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.metatune.features import FeatureStore, features, number
-from vismt.storage.files import atomic_write
 from vismt.uncertainty.last_layers import is_variational, make_head
 from vismt.uncertainty.predictive import GaussianHead
 
@@ -138,11 +135,6 @@ def with_linear_head(model: nn.Module) -> nn.Module:
         linear.register_forward_pre_hook(timm_models.widen_inputs)
         replace_head(model, linear)
     return model
-
-
-def save_head(net: PixelNet, folder: Path) -> None:
-    """Write head.safetensors."""
-    atomic_write(folder / HEAD, safetensors.torch.save(training_files.state(net.heads)))
 
 
 def load_head(net: PixelNet, training: Training) -> PixelNet:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
 from vismt.base.errors import UserError, near, require_known
-from vismt.config.sections import SCHEDULED, UNHASHED_OPTIONS, Count, Jitter, ModelConfig, typed
-from vismt.config.typed import Names, within
+from vismt.config.sections import SCHEDULED, UNHASHED_OPTIONS, Count, Jitter, ModelConfig
+from vismt.config.typed import Names, build, within
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts, shares
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
@@ -129,8 +129,7 @@ class DenseEvaluateConfig:
 
     def __post_init__(self) -> None:
         check_adjusted(self.adjust_logits, self.split)
-        if self.risk:
-            check_risk_split(self.split)
+        check_risk_split(self.risk, self.split)
         check_scales(self.scales)
 
 
@@ -192,8 +191,8 @@ def all_tasks(config: DenseConfig) -> list[Task]:
 def own_parts(config: DenseConfig) -> dict[str, PartsConfig]:
     """Return the sets of each task of whole images that has its own, by its name."""
     return {
-        str(spec["name"]): typed(
-            {key: spec[key] for key in PARTS if key in spec}, PartsConfig, f"tasks: {spec['name']}"
+        str(spec["name"]): build(
+            PartsConfig, {key: spec[key] for key in PARTS if key in spec}, f"tasks: {spec['name']}"
         )
         for spec in config.tasks
         if not isinstance(spec, str) and "name" in spec and any(key in spec for key in PARTS)

@@ -5,15 +5,12 @@ pseudo-values (pooled_score.py), which for accuracy are 1 and 0; the interval of
 Under an attack the arms and their baselines are each attacked on their own losses.
 
 An image without a valid pixel of a task is left out of the task's score, n, records and interval, and has no effect on delta_m
-through that task; the n of delta_m counts the images with a value of any task. Fewer than two images with a value are an error.
-The option `absent` of a task sets the value of a class that no image has; with "nan" the score is undefined: the task has no
-number then, and the report says why.
+through that task; the n of delta_m counts the images with a value of any task. A score that is undefined (`absent: nan`) is no
+number, and the report says why.
 
 Tasks of whole images have a record of the probabilities of every image, from which `evaluate.risk` (jobs/risk.py) and
-`evaluate.ood` (jobs/image_scores.py) are computed.
-
-With evaluate.adjust_logits the tasks with classes are also scored with z - tau log pi (class_loss.py), by the tau with the best
-score on the validation images; adjustment.json in the training's folder has it.
+`evaluate.ood` (jobs/image_scores.py) are computed. With evaluate.adjust_logits the tasks with classes are also scored with
+z - tau log pi (class_loss.py), by the tau with the best score on the validation images.
 """
 
 from __future__ import annotations

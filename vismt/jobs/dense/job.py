@@ -51,6 +51,7 @@ from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
+from vismt.storage.files import atomic_write
 
 FITTED = (
     "fit into {} x {} pixels without changing the shape (bilinear, antialiased), then pad below and right with grey"
@@ -81,10 +82,6 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
     def trained_on(self, config: DenseConfig) -> str:
         sections = (config.data, *own_parts(config).values())
         return ", ".join(name for parts in sections for name in parts.train)
-
-    @property
-    def split(self) -> str:
-        return self.config.evaluate.split
 
     def check_data(self) -> None:
         settings = self.config.evaluate
@@ -152,7 +149,9 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return DenseBatches(self.data.parts["train"], self.data.size, config)
 
     def save(self, net: DenseNet, config: DenseConfig, folder: Path) -> None:
-        models.save(net, config, folder)
+        if config.full:
+            training_files.write_state(net.stock, folder / models.BACKBONE)
+        atomic_write(folder / models.HEADS, models.heads_file(net, config))
 
     def loaded(self, training: Training) -> DenseNet:
         return models.loaded(self.study.config_of(training), training, window_of(self.config))

@@ -7,7 +7,6 @@ tensors "<task>.<parameter>"; and done.json, written last, which marks the train
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -25,7 +24,7 @@ from vismt.multitask.heads import Head, make_head, make_pooled_head
 from vismt.multitask.nets import DenseNet, check_blocks, default_blocks
 from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.classes import UnionClassification
-from vismt.storage.files import atomic_write, read_tensors
+from vismt.storage.files import read_tensors
 
 BACKBONE = "backbone.safetensors"
 HEADS = "heads.safetensors"
@@ -59,13 +58,6 @@ def make_backbone(config: DenseConfig, size: tuple[int, int]) -> Backbone | Pyra
             f"model: timm's {model.name} gives no maps of its stages, which heads read; take another model."
         )
     return backbone
-
-
-def save(net: DenseNet, config: DenseConfig, folder: Path) -> None:
-    """Write heads.safetensors, and backbone.safetensors where the backbone is trained."""
-    if config.full:
-        atomic_write(folder / BACKBONE, safetensors.torch.save(training_files.state(net.stock)))
-    atomic_write(folder / HEADS, heads_file(net, config))
 
 
 def heads_file(net: DenseNet, config: DenseConfig) -> bytes:

@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
@@ -120,7 +119,7 @@ class PooledScore:
     def value(self) -> float:
         """Return the score of all images without more; -1 where it is not finite."""
         score = self.task.score(self._compute(self._total)) if self._states else math.nan
-        return score if _finite(score) else -1.0
+        return score if math.isfinite(score) else -1.0
 
     def result(self) -> Scored:
         """Return the score. Raises Undefined for one that is not finite, UserError for one that rests on less than two images."""
@@ -137,7 +136,7 @@ class PooledScore:
                 raise UserError(f"evaluate: {self.task.name} rests on image '{name}' alone ({error}).") from error
             without[name] = self.task.score(rest)
             alone[name] = self._alone(states)
-        if not all(map(_finite, (value, *without.values()))):
+        if not all(map(math.isfinite, (value, *without.values()))):
             raise Undefined(
                 f"evaluate: the score of {self.task.name} is {value}, or is not finite without one image. With absent 'nan' a "
                 "class that is nowhere takes the whole mean along; use 'zero' or 'skip'."
@@ -162,11 +161,7 @@ class PooledScore:
             score = self.task.score(self._compute({**self._total, **states}))
         except UserError:
             return None
-        return score if _finite(score) else None
-
-
-def _finite(value: float) -> bool:
-    return bool(torch.isfinite(torch.tensor(value)))
+        return score if math.isfinite(score) else None
 
 
 def _writable(number: Any) -> Any:

@@ -33,12 +33,13 @@ from vismt.data.maps.dense_transforms import fitting, resize
 from vismt.data.set_entries import card_and_split
 from vismt.engine import runtime
 from vismt.jobs.dense.config import DenseConfig, canvas_of, own_parts, trained_tasks
-from vismt.jobs.predictions import Options, Predictions, Row, class_row, write_arrays, write_rows
+from vismt.jobs.predictions import Options, Predictions, Row, class_row, write_rows
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.classes import Classification, UnionClassification
 from vismt.multitask.tasks.maps import Depth, InverseDepth
+from vismt.report.panels import write_arrays
 from vismt.report.plotting import INK, MUTED, axes_at, new_figure, save, short, show_image, write
 from vismt.storage.files import atomic_write
 

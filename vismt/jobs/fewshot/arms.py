@@ -123,27 +123,20 @@ def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
 
     Models without a head of their own get that of the configuration.
     """
-    models = _listed_models(config, arms)
-    if config.head.name == PROTOTYPES:
-        return models
-    return list(dict.fromkeys(m if split_head(m)[1] else f"{m}+{config.head.name}" for m in models))
-
-
-def _listed_models(config: FewShotConfig, arms: list[str]) -> list[str]:
-    untrained = untrained_arms(config)
-    if untrained:
-        named = [(model, split_head(model)[0]) for model in config.evaluate.models]
-        return [
-            f"{arm}{model.removeprefix(stem)}" for arm in untrained for model, stem in named if stem in (FROZEN, arm)
-        ]
-    models: list[str] = []
-    for model in config.evaluate.models:
-        stem = split_head(model)[0]
+    named = [(model, split_head(model)[0]) for model in config.evaluate.models]
+    models = [
+        f"{arm}{model.removeprefix(stem)}"
+        for arm in untrained_arms(config)
+        for model, stem in named
+        if stem in (FROZEN, arm)
+    ]
+    for model, stem in named if not models else ():
         if stem == ALONE and config.arms:
             models += [f"{arm}{model.removeprefix(stem)}" for arm in arms]
         elif stem == FROZEN or arms or (config.pool is not None and config.pool.folder):
             models.append(model)
-    return list(dict.fromkeys(models))
+    ending = "" if config.head.name == PROTOTYPES else f"+{config.head.name}"
+    return list(dict.fromkeys(model if split_head(model)[1] else f"{model}{ending}" for model in models))
 
 
 def evaluated_experts(config: FewShotConfig) -> list[str]:

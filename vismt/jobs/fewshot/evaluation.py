@@ -1,15 +1,11 @@
 """Evaluation of few-shot models on episodes of every set, clean and under each condition, with a record for each episode.
 
 The probabilities of a model on the clean queries have ECE, NLL and Brier score: the softmax of the logits at the scale that the
-model has, the queries of all episodes pooled. With evaluate.probabilities and a select section they are also scored with a
-temperature, p = softmax(z / T), T > 0 with the smallest NLL (vismt/uncertainty/temperature.py): one T for all its episodes,
-fitted on the clean queries of validation episodes. These are the episodes of select.data, one T for all evaluated sets, or with
-select.class_share those of the classes of each evaluated set that its test episodes never draw, one T for each. All their
-queries weigh the same, whatever their ways. Every model has a T: z are the logits of `Models.task`, with the weights that the
-model takes for a task's support (pools, fine-tuning), or the log-probabilities of a posterior. The settings of merged are
-chosen on the same episodes as its T. T belongs to the ways and shots of the validation episodes. It changes no answer, so
-accuracies have no row. A file beside the model's records has T; it is fitted again when the weights, the settings or the
-episodes change.
+model has, the queries of all episodes pooled. With evaluate.probabilities they are also scored as p = softmax(z / T), T > 0 with
+the smallest NLL on the clean queries of validation episodes (vismt/uncertainty/temperature.py), which all weigh the same. z are
+the logits of `Models.task`, with the weights that the model takes for a task's support (pools, fine-tuning), or the
+log-probabilities of a posterior. T belongs to the ways and shots of the validation episodes. A file beside the model's records
+has T; it is fitted again when the weights, the settings or the episodes change.
 """
 
 from __future__ import annotations

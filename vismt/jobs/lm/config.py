@@ -209,8 +209,7 @@ class LmEvaluateConfig:
     samples: int = 20
 
     def __post_init__(self) -> None:
-        if self.risk:
-            check_risk_split(self.split)
+        check_risk_split(self.risk, self.split)
 
 
 @dataclass

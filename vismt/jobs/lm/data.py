@@ -140,11 +140,6 @@ class LmData:
         named_sets = self._sets[self.trained][part].values()
         return [(row["history"], row["next"]) for sets in named_sets for texts in sets for row in texts.rows]
 
-    @property
-    def num_train(self) -> int:
-        """The number of training rows."""
-        return len(self.all_rows("train"))
-
     def fingerprint(self, task: str, part: str, name: str) -> str:
         """Return a digest of the rows of a set and of the task that is set on them."""
         contents = [texts.content() for texts in self._sets[task][part][name]]

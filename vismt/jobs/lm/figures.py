@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vismt.engine.study import Study
 from vismt.jobs.lm.config import FROZEN, REFERENCES, LmConfig, trained_task
-from vismt.report.plotting import INK, MUTED, axes_at, color_of, dress, legend, legend_rows, new_figure, save, short
+from vismt.report.plotting import MUTED, axes_at, color_of, dress, legend, legend_rows, new_figure, note, save, short
 from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, scale_text
 from vismt.uncertainty.intervals import SHARE
@@ -53,16 +53,8 @@ def forgetting_figure(
             score_mean = math.fsum(point.score for point in at_rate) / len(at_rate)
             perplexity_mean = math.fsum(point.perplexity for point in at_rate) / len(at_rate)
             means.append((score_mean, perplexity_mean))
-            axes.annotate(
-                f"{lr:g}",
-                means[-1],
-                xytext=(5, 4),
-                textcoords="offset points",
-                color=INK,
-                fontsize=7.5,
-                zorder=4,
-                bbox={"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
-            )
+            box = {"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
+            note(axes, f"{lr:g}", means[-1], (5, 4), fontsize=7.5, zorder=4, bbox=box)
         axes.plot(*zip(*means, strict=True), color=color, linewidth=1.6, marker="s", markersize=4, zorder=2)
     axes.margins(0.09)
     if frozen is not None:

@@ -144,10 +144,6 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         writes = isinstance(task_of(trained_task(self.config)), Causal)
         return {"arm", "temperature", "new_tokens", "seed"} if writes else {"arm", "top"}
 
-    @property
-    def split(self) -> str:
-        return self.config.evaluate.split
-
     def check(self) -> None:
         samples = self.config.evaluate.samples
         if samples != LmEvaluateConfig.samples:  # not in `check` of the configuration: earlier folders are opened
@@ -243,7 +239,8 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         return ItemBatches(data.training(), config.batch, task, total, seed=config.seed)
 
     def save(self, net: LmNet, config: LmConfig, folder: Path) -> None:
-        lm_models.save_head(net, folder)
+        if any(True for _ in net.head.parameters()):
+            training_files.write_state(net.head, folder / lm_models.HEAD)
 
     def loaded(self, training: Training) -> LmNet:
         return lm_models.load_trained(self.fresh(self.study.config_of(training)), training)

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -29,7 +27,6 @@ from vismt.llm.tasks.recommendation import Recommendation
 from vismt.lowrank.files.save_load import DESCRIPTION
 from vismt.lowrank.model.named import unadapt
 from vismt.lowrank.model.record import record_of
-from vismt.storage.files import atomic_write
 from vismt.uncertainty.last_layers import make_head
 
 if TYPE_CHECKING:
@@ -96,7 +93,8 @@ class LmModels:
         net = LmNet(lm, first=config.model.first_block)
         if isinstance(task, Classes):
             rows, bias = net.answer_rows(task.tokens(self.tokenizer))
-            net.head = make_head(config.head.name, rows, bias, data.num_train, config.seed, config.head.options)
+            count = len(data.all_rows("train"))
+            net.head = make_head(config.head.name, rows, bias, count, config.seed, config.head.options)
         if isinstance(task, Recommendation):
             titles = data.catalogue.titles
             texts = title_vectors(lm, self.tokenizer, titles) if config.gates == "text" else None
@@ -120,12 +118,6 @@ def load_trained(net: LmNet, training: Training) -> LmNet:
     if any(True for _ in net.head.parameters()):
         training_files.load_state(net.head, training.folder / HEAD, what)
     return net.requires_grad_(False).eval()
-
-
-def save_head(net: LmNet, folder: Path) -> None:
-    """Write head.safetensors where the net has a head."""
-    if any(True for _ in net.head.parameters()):
-        atomic_write(folder / HEAD, safetensors.torch.save(training_files.state(net.head)))
 
 
 def fingerprint(training: Training) -> str:

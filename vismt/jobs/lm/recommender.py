@@ -43,7 +43,6 @@ from vismt.llm.ilora.recommenders import (
 from vismt.llm.tasks.answers import choice_records
 from vismt.llm.tasks.base import Item, Record
 from vismt.llm.tasks.recommendation import listed_of
-from vismt.storage.files import atomic_write
 from vismt.storage.locks import is_locked, locked
 
 # Folder and file of each trained recommender.
@@ -149,7 +148,7 @@ class Recommender:
         )
 
         def finish() -> None:
-            atomic_write(folder / file, safetensors.torch.save(training_files.state(net)))
+            training_files.write_state(net, folder / file)
             training_files.finish(net, folder, False, {})
 
         ranks.on_first(finish)

@@ -50,10 +50,6 @@ class Cards:
         net = TaskClassifier(given.net, union, union.tasks.index(meant[0]), task_aware=True).eval()
         return replace(given, net=net)
 
-    def batches(self, name: str, classifier: Classifier) -> InOrder:
-        """Return the drawn images of a set at a classifier's size, with the labels of its outputs."""
-        return self._batches(name, classifier, 0, self.config.evaluate.images)
-
     def for_thresholds(self, name: str, classifier: Classifier) -> InOrder:
         """Return the images of a set after the drawn ones, for thresholds."""
         settings = self.config.evaluate
@@ -64,13 +60,16 @@ class Cards:
                 f"evaluate.threshold_images: '{name}' has {max(0, available)} images besides the {start} evaluated ones, not "
                 f"{settings.threshold_images}; lower evaluate.images or evaluate.threshold_images."
             )
-        return self._batches(name, classifier, start, settings.threshold_images)
+        return self.batches(name, classifier, start, settings.threshold_images)
 
-    def _batches(self, name: str, classifier: Classifier, start: int, count: int | None) -> InOrder:
-        images = self.images(name)
-        settings = self.config.evaluate
+    def batches(self, name: str, classifier: Classifier, start: int = 0, count: int | None = None) -> InOrder:
+        """Return images of a set in their drawn order at a classifier's size, with the labels of its outputs.
+
+        count: of the images from `start` on; None for evaluate.images.
+        """
+        images, settings = self.images(name), self.config.evaluate
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.config.seed))
-        order = order[start:][: count or len(images)]
+        order = order[start:][: count or settings.images or len(images)]
         if len(order) < 2:
             raise UserError(f"data: '{name}' has {len(order)} image(s); an interval needs two or more.")
         outputs = torch.tensor(self.outputs(name, classifier))

@@ -70,8 +70,8 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         for trained in self.trained.values():
+            check_risk_split(self.config.evaluate.risk, trained.job.split)
             if self.config.evaluate.risk:
-                check_risk_split(trained.job.split)
                 trained.job.check_risk()
             trained.job.conditions_of(*self._chosen(attacks))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +23,11 @@ from vismt.storage.files import atomic_write
 from vismt.storage.lines import read_lines
 
 THREATS = {"linf": "Linf", "l2": "L2"}  # folders of RobustBench
+# Keys of a file of RobustBench, in its order.
+MODEL_INFO = (
+    *("link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture", "eps"),
+    *("clean_acc", "reported", "autoattack_acc", "unreliable"),
+)
 MASKING = "masking.jsonl"  # a file of the run folder
 BROKEN = "broken"  # a folder of the run folder
 MCE_NOTE = (
@@ -156,27 +160,10 @@ def write_model_info(folder: Path, config: RobustnessConfig, run_hash: str) -> l
         timm = classifier.name or ""
         known = classifier.architecture is not None or timm.startswith(ROBUSTBENCH) or Path(timm).suffix in SUFFIXES
         architecture = classifier.architecture if known else classifier.name
-        info = model_info(row, clean[row.data, row.arm], radius, dataset, architecture)
+        accuracies = {"clean_acc": clean[row.data, row.arm].value, "autoattack_acc": row.value}
+        info = dict.fromkeys(MODEL_INFO) | {"dataset": dataset, "architecture": architecture, "eps": radius}
+        info |= {key: f"{100 * value:.2f}" for key, value in accuracies.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(info, indent=2) + "\n")
         paths.append(path)
     return paths
-
-
-def model_info(row: Result, clean: Result, radius: str, dataset: str, architecture: str | None) -> dict[str, Any]:
-    """Return the entries of one file, in the order of RobustBench's files."""
-    return {
-        "link": None,
-        "name": None,
-        "authors": None,
-        "additional_data": None,
-        "number_forward_passes": None,
-        "dataset": dataset,
-        "venue": None,
-        "architecture": architecture,
-        "eps": radius,
-        "clean_acc": f"{100 * clean.value:.2f}",
-        "reported": None,
-        "autoattack_acc": f"{100 * row.value:.2f}",
-        "unreliable": None,
-    }
