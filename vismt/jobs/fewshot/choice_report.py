@@ -88,25 +88,24 @@ def choice_tables(
 def _of_seed(
     folder: Path, config: FewShotConfig, seed: int, row: Result, models: Sequence[str], experts: Sequence[str]
 ) -> Values:
-    values = {}
-    for arm in (*models, *experts):
-        _, found = _episodes(folder, seed, row.data, row.protocol, row.condition, arm)
-        if len(found) != row.n:
-            return {}
-        values[arm] = torch.tensor([line[row.condition] for line in found], dtype=torch.float64)
-    groups = torch.arange(row.n) % (row.parts or row.n)
-    chosen = _choice(folder, seed, row.data, row.protocol, row.condition, experts, groups)
-    shown = {arm: values[arm] for arm in models}
+    case = (row.data, row.protocol, row.condition)
     path = folder / "pool" / f"seed-{seed}" / VALIDATION
     validated = read_sealed(path, f"run '{folder}'", (DIGEST,)) if path.exists() else {}
     share = config.select.class_share if config.select is not None else 0.0
     judged: dict[str, float] = validated.get(row.data if share else "all", {})
+    sources = {arm: arm for arm in models}
     if judged:
-        shown[VALIDATED] = values[EXPERT + max(judged, key=judged.__getitem__)]
-    shown = {name: torch.stack([of[groups == group].mean() for group in groups.unique()]) for name, of in shown.items()}
-    if chosen is not None:
-        shown |= vars(chosen)
-    return shown
+        sources[VALIDATED] = EXPERT + max(judged, key=judged.__getitem__)
+    groups = torch.arange(row.n) % (row.parts or row.n)
+    shown = {}
+    for name, arm in sources.items():
+        _, found = _episodes(folder, seed, *case, arm)
+        if len(found) != row.n:
+            return {}
+        values = torch.tensor([line[row.condition] for line in found], dtype=torch.float64)
+        shown[name] = torch.stack([values[groups == group].mean() for group in groups.unique()])
+    chosen = _choice(folder, seed, *case, experts, groups)
+    return shown if chosen is None else shown | vars(chosen)
 
 
 def choice_gains(
