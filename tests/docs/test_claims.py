@@ -17,7 +17,7 @@ from vismt.report.study_rows import read_study, studies
 PAPERS = read_claims()
 EVIDENCE = [evidence for paper in PAPERS for claim in paper.claims for evidence in claim.shown]
 STUDIED = [evidence for evidence in EVIDENCE if evidence.study]
-NOT_RUN = 1  # verdicts of studies that were not run, which may only become fewer
+NOT_RUN = 0  # verdicts of studies that were not run, which may only become fewer
 
 
 def test_every_claim_has_evidence_and_is_stated_once() -> None:
