@@ -168,8 +168,8 @@ def test_rows_without_a_key_have_its_earlier_value() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dense/quickstart", "lm/quickstart", "multitask/quickstart"])
-def test_the_cheapest_quick_starts_reproduce_their_committed_rows(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["quickstart", "dense/quickstart", "lm/quickstart", "multitask/quickstart"])
+def test_quick_starts_reproduce_their_committed_rows_and_verdicts(name: str, tmp_path: Path) -> None:
     assert main(["run", name, "--out", str(tmp_path), "--quiet"]) == 0
     assert main(["check", str(next(tmp_path.iterdir())), "--quiet"]) == 0
 
