@@ -60,8 +60,8 @@ of rates, chosen on validation images with the first seed. The models are small 
 best number of a column, ≈ ties with it: the 95 % interval of their difference contains 0, which is "not shown to differ", not
 "equal". Nothing is corrected for the number of arms, and the best of many is best by luck in part. MiB is the peak memory of a
 training step, ms its CPU time on one thread; `trained` counts the head. k-NN accuracy on a set that no arm is trained on shows
-what is kept of the frozen model, that of `head`. Attacks are in one race and corruptions in another to save time. BOFT, by far the
-slowest, is in none, DoRA and RandLoRA are not under attack, and EMTAL, whose router cannot be merged for few shots, is in
+what is kept of the frozen model, that of `head`. Attacks are in one race and corruptions in another to save time. BOFT, by far
+the slowest, is in none, DoRA and RandLoRA are not under attack, and EMTAL, whose router cannot be merged for few shots, is in
 transfer alone. `race/calibration` and `race/dense` were not run.
 [Extending](extending.md#an-arm-in-the-race) has how to add an arm.
 """
