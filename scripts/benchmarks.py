@@ -23,8 +23,8 @@ Each table compares vismt with another library or with a plain loop. A ratio bel
 memory; "reached" says whether an aim that was set before the measurement is met.
 
 A ratio is the median over the rounds, with the smallest and the largest beside it. The candidates of a round run one after the
-other in rotating order. On a CPU, times are CPU seconds on one thread unless a bench says otherwise. What each bench measures
-stands at the top of its file in `scripts/bench/`. `python scripts/benchmarks.py` made this page from the files in `benchmarks/`;
+other in rotating order. On a CPU, times are CPU seconds on one thread. What each bench measures stands at the top of its
+file in `scripts/bench/`. `python scripts/benchmarks.py` made this page from the files in `benchmarks/`;
 benches without a section here were [measured earlier](benchmarks/earlier.md).
 """
 COLUMNS = ("", "ratio of", "", "min", "max", "aim", "reached")
@@ -70,9 +70,8 @@ def cells(title: str, comparison: dict[str, Any]) -> list[str]:
     what = f"{comparison['what']}: {comparison['name']} / {comparison['base']}"
     if comparison["target"] is None:
         return [title, what, ratio, low, high, "", ""]
-    least = f"{comparison['least']:.2f} to " if comparison["least"] else "at most "
-    reached = comparison["least"] <= comparison["ratio"] <= comparison["target"]
-    return [title, what, ratio, low, high, f"{least}{comparison['target']:.2f}", "yes" if reached else "no"]
+    reached = comparison["ratio"] <= comparison["target"]
+    return [title, what, ratio, low, high, f"at most {comparison['target']:.2f}", "yes" if reached else "no"]
 
 
 def _row(values: Any) -> str:

@@ -28,7 +28,7 @@ from typing import Any
 
 from scripts.tables import renew, study
 from vismt.base import console
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.base.seeds import digest
 from vismt.config.yaml_text import read_yaml
 from vismt.report.arm_figures import seeds_figure
@@ -47,14 +47,11 @@ DIGEST = re.compile(r"<!-- rows: (\w+) -->\n$")
 def chosen(spec: Mapping[str, Any], where: str) -> list[StudyRow]:
     """Return the rows that a picture shows; raise UserError for a value that no row has."""
     rows = [row for row in study(spec["study"]).rows if not row.minus]
+    require_known(f"{where}: rows have no field", spec["where"], SELECTED)
     for key, values in spec["where"].items():
-        if key not in SELECTED:
-            raise UserError(f"{where}: rows have no field '{key}'.{near(key, SELECTED)}")
-        known = list(dict.fromkeys(getattr(row, key) for row in rows))
         wanted = values if isinstance(values, list) else [values]
-        for value in wanted:
-            if value not in known:
-                raise UserError(f"{where}: no row of '{spec['study']}' has {key} '{value}'.{near(str(value), known)}")
+        known = dict.fromkeys(getattr(row, key) for row in rows)
+        require_known(f"{where}: no row of '{spec['study']}' has {key}", wanted, known)
         rows = sorted(
             (row for row in rows if getattr(row, key) in wanted), key=lambda row: wanted.index(getattr(row, key))
         )

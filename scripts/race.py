@@ -292,8 +292,8 @@ def pareto_figure(points: Sequence[Point], cost: str, score: str, path: Path, *,
     height = (axes.get_ylim()[1] - axes.get_ylim()[0]) / 18  # of a label
     for group in neighbours(points):
         right = 1.12 * group[-1].cost
-        places = apart([point.score for point in sorted(group, key=lambda point: point.score)], height)
-        for point, place in zip(sorted(group, key=lambda point: point.score), places, strict=True):
+        ascending = sorted(group, key=lambda point: point.score)
+        for point, place in zip(ascending, apart([point.score for point in ascending], height), strict=True):
             line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 0}
             axes.annotate(
                 short(point.arm, 18),
@@ -355,12 +355,10 @@ def main(arguments: list[str] | None = None) -> int:
         console.error(str(error))
         return 2
     stands = PAGE.read_text(encoding="utf8") if PAGE.exists() else ""
-    if text and not options.check:
-        atomic_write(PAGE, text)
-        console.stage("race", str(PAGE.relative_to(CHECKOUT)))
-    elif not text:
+    if not text:
         console.stage("race", "no rows of a race, so no page")
-    return int(options.check and text != stands)
+        return int(options.check and bool(stands))
+    return tables.renew("race", [(PAGE, stands, text, 1)], options.check)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from textwrap import wrap
 from typing import Any
 
 from vismt.base import console
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, require_known
 from vismt.config.yaml_text import read_yaml
 from vismt.report.claims import of_study, read_claims
 from vismt.report.comparison import AVERAGE
@@ -144,8 +144,7 @@ def table(name: str, as_comment: bool) -> str:
         from scripts.claims import sections  # it uses this module
 
         return sections()
-    if name not in specs():
-        raise UserError(f"tables: {SPECS} has no table '{name}'.{near(name, specs())}")
+    require_known(f"tables: {SPECS} has no table", [name], specs())
     rows: dict[str, list[str]] = {}
     cells, used = [], []
     for label, column, selection in selections(name):

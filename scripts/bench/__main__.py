@@ -16,29 +16,15 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.storage.files import atomic_write
 
-BENCHES = (
-    "core",
-    "floor",
-    "lowrank",
-    "amt",
-    "emtal",
-    "attacks",
-    "memory",
-    "fewshot",
-    "study",
-    "multitask",
-    "serve",
-    "tasks",
-)  # a file of the name for each
+# A file of the name for each.
+BENCHES = ("core", "floor", "lowrank", "attacks", "memory", "fewshot", "multitask", "serve", "tasks")
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of a command line, that of the process where `words` is None."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench", description=__doc__)
     parser.add_argument("what", choices=BENCHES)
-    parser.add_argument(
-        "--rounds", type=int, default=9, help="interleaved rounds of each timing (9; amt and study take 3 at most)"
-    )
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds of each timing (9)")
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument(
         "--model", help="for memory: 88M, 158M, all sizes, or the name of a language model (a random Llama of 27M)"

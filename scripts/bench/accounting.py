@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import require_known
 
 STATE_COPIES = {"adamw": 2, "adam": 2, "sgd_momentum": 1, "sgd": 0}
 
@@ -83,8 +83,7 @@ def optimizer_bytes_formula(parameters: Iterable[Tensor], kind: str) -> int:
 
     Step counters (4 bytes for each tensor with AdamW) are left out.
     """
-    if kind not in STATE_COPIES:
-        raise UserError(f"optimiser account: no kind '{kind}'.{near(kind, STATE_COPIES)}")
+    require_known("optimiser account: no kind", [kind], STATE_COPIES)
     return STATE_COPIES[kind] * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 

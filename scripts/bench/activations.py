@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-INT64 = 8  # bytes of a token id or label
+FP32, INT64 = 4, 8  # bytes of a number, and of a token id or label
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ def decoder_activation_bytes(
     embeddings: bool,
     norm: bool,
     head: bool,
-    size: int = 4,
 ) -> int:
     """Return the bytes that one forward pass with its cross-entropy over `batch` x `length` tokens keeps.
 
@@ -62,7 +61,6 @@ def decoder_activation_bytes(
         length: tokens of each.
         blocks: how each block trains, from the first to the last.
         embeddings, norm, head: whether the input embeddings, the final norm and the head are trained.
-        size: bytes of a number.
     """
     h, tokens = model.hidden, batch * length
     flows, rotary, numbers = embeddings, False, 0  # numbers: kept for each token
@@ -74,12 +72,8 @@ def decoder_activation_bytes(
     numbers += flows * (h + 1) + norm * h + head * h
     trains = flows or norm or head
     numbers += trains * model.vocabulary
-    scalars = trains * size  # the loss's divisor
-    return (
-        tokens * (size * numbers + INT64 * (embeddings + trains))
-        + rotary * 2 * length * model.head_dim * size
-        + scalars
-    )
+    together = tokens * numbers + rotary * 2 * length * model.head_dim + trains  # the last is the loss's divisor
+    return FP32 * together + INT64 * tokens * (embeddings + trains)
 
 
 def _block(model: Decoder, block: BlockTraining, flows: bool) -> int:

@@ -130,9 +130,9 @@ def imported_peft(bench: str) -> Any:
     return peft
 
 
-def training_step(model: nn.Module, loss: Callable[[], Tensor], lr: float = 1e-4, **options: Any) -> Step:
+def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
     """Return a step of AdamW on the trainable parameters of a model; the step returns the loss, ()."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, **options)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
 
     def step() -> Tensor:
         value = loss()

@@ -24,7 +24,7 @@ class Comparison:
     """A ratio that a benchmark is run for: of `name` to `base`, below 1 where `name` takes less.
 
     what: "time", or the kind of bytes that were counted. ratio, low, high: median, smallest and largest of the rounds; equal
-    where bytes are counted once. target: the largest ratio to reach, None without one; least: the smallest.
+    where bytes are counted once. target: the largest ratio to reach, None without one.
     """
 
     what: str
@@ -34,12 +34,9 @@ class Comparison:
     low: float
     high: float
     target: float | None = None
-    least: float = 0.0
 
     def __str__(self) -> str:
         aim = "" if self.target is None else f", target at most {self.target:.2f}"
-        if self.target is not None and self.least:
-            aim = f", target {self.least:.2f} to {self.target:.2f}"
         return f"{self.what} of {self.name} / {self.base}: {self.ratio:.3f} ({self.low:.3f}..{self.high:.3f}){aim}"
 
 
@@ -55,8 +52,8 @@ class Timing:
 
     seconds: dict[str, list[float]]
 
-    def compare(self, name: str, base: str, target: float | None = None, least: float = 0.0) -> Comparison:
-        return Comparison("time", name, base, *self.ratio(name, base), target, least)
+    def compare(self, name: str, base: str, target: float | None = None) -> Comparison:
+        return Comparison("time", name, base, *self.ratio(name, base), target)
 
     def ratio(self, name: str, base: str) -> tuple[float, float, float]:
         """Return the median, smallest and largest ratio of `name` to `base` over the rounds."""
@@ -68,21 +65,20 @@ class Timing:
 class Ratios:
     """What a bench finds: the timing of several candidates and, by kind, the bytes that each takes; `str` gives the table.
 
-    targets: (candidate, base, largest ratio of times to reach or None, and where there is one the smallest).
+    targets: (candidate, base, largest ratio of times to reach or None).
     sizes: bytes by candidate, by kind. size_targets: (kind, candidate, base, largest ratio to reach).
     """
 
     title: str
     timing: Timing
-    targets: Sequence[tuple[str, str, float | None] | tuple[str, str, float, float]]
-    unit: str = "CPU seconds"
+    targets: Sequence[tuple[str, str, float | None]]
     sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     size_targets: Sequence[tuple[str, str, str, float]] = ()
 
     def __str__(self) -> str:
         width = max(map(len, self.timing.seconds)) + 2
         bases = list(dict.fromkeys(target[1] for target in self.targets))
-        heads = [self.unit, *(f"vs {base}" for base in bases), *(f"{kind}, MB" for kind in self.sizes)]
+        heads = ["CPU seconds", *(f"vs {base}" for base in bases), *(f"{kind}, MB" for kind in self.sizes)]
         lines = [self.title, f"{'':<{width}}" + "".join(f"{head:>{len(head) + 2}}" for head in heads)]
         for name, seconds in self.timing.seconds.items():
             cells = [f"{statistics.median(seconds):.4f}"]
@@ -104,31 +100,27 @@ def interleave(
     label: str,
     device: torch.device | None = None,
     warmup: int = 1,
-    wall: bool = False,
 ) -> Timing:
-    """Time every candidate `rounds` times after `warmup` rounds that are not counted.
-
-    wall: by the wall clock on a CPU, too, for candidates that run in other processes.
-    """
+    """Time every candidate `rounds` times after `warmup` rounds that are not counted."""
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with one_thread():
         for turn in console.track(range(warmup + rounds), "bench", label):
             first = turn % len(names)
             for name in [*names[first:], *names[:first]]:
-                elapsed = _clock(candidates[name], device, time.perf_counter if wall else time.process_time)
+                elapsed = _clock(candidates[name], device)
                 if turn >= warmup:
                     seconds[name].append(elapsed)
     return Timing(seconds)
 
 
-def _clock(call: Callable[[], object], device: torch.device | None, clock: Callable[[], float]) -> float:
+def _clock(call: Callable[[], object], device: torch.device | None) -> float:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
         start = time.perf_counter()
         call()
         torch.cuda.synchronize(device)
         return time.perf_counter() - start
-    start = clock()
+    start = time.process_time()
     call()
-    return clock() - start
+    return time.process_time() - start

@@ -46,7 +46,7 @@ def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None
         monkeypatch.setattr(tables, "study", by_name.__getitem__)
         monkeypatch.setattr(race, "PAGE", tmp_path / "race.md")
         monkeypatch.setattr(race, "COSTS", tmp_path / "costs.json")
-        monkeypatch.setattr(race, "CHECKOUT", tmp_path)
+        monkeypatch.setattr(tables, "CHECKOUT", tmp_path)
 
     return put
 

@@ -29,7 +29,7 @@ from vismt.lowrank.contexts import evaluating
 from vismt.storage.stored_tensors import has_hooks, machine, path_of, read_stored, write_stored
 
 Batch = Mapping[str, Tensor]
-TRAINED_AT_ONCE = 1024  # tokens whose logits a training step holds at a time
+TRAINED_AT_ONCE, SCORED_AT_ONCE = 1024, 4096  # tokens whose logits a step of training, or of scoring, holds at a time
 
 
 class LmNet(nn.Module):
@@ -86,19 +86,18 @@ class LmNet(nn.Module):
         """Return the hidden states (b, d) fp32 of the last token of each row."""
         return self.hidden(batch)[:, -1].float()
 
-    def token_nll(self, batch: Batch, at_once: int = 4096) -> tuple[Tensor, Tensor]:
+    def token_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the NLL (b,) in nats, summed over the tokens with a label, and the number (b,) of these tokens.
 
-        A label stands at its token, which the token before predicts. at_once: number of tokens whose logits are computed
-        together.
+        A label stands at its token, which the token before predicts.
         """
         targets = batch["labels"][:, 1:]
         chosen = targets != IGNORE
-        nll = self._nll(self.hidden(batch)[:, :-1][chosen], targets[chosen], at_once)
+        nll = self._nll(self.hidden(batch)[:, :-1][chosen], targets[chosen])
         rows = chosen.nonzero()[:, 0]
         return torch.zeros(len(chosen), device=rows.device).index_add(0, rows, nll), chosen.sum(1)
 
-    def branch_nll(self, batch: Batch, at_once: int = 4096) -> tuple[Tensor, Tensor]:
+    def branch_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the NLL in nats and the number of tokens of each answer of trees, both (b, k).
 
         Where a row has fewer than k answers, the numbers of the absent ones are 0.
@@ -108,7 +107,7 @@ class LmNet(nn.Module):
         count = int(batch["branch"].max())
         answers = rows * count + batch["branch"][rows, columns] - 1
         zeros = torch.zeros(len(batch["labels"]) * count, device=rows.device)
-        nats = zeros.index_add(0, answers, self._nll(states, batch["labels"][rows, columns], at_once))
+        nats = zeros.index_add(0, answers, self._nll(states, batch["labels"][rows, columns]))
         tokens = zeros.index_add(0, answers, torch.ones_like(answers, dtype=zeros.dtype))
         return nats.view(-1, count), tokens.view(-1, count)
 
@@ -159,9 +158,9 @@ class LmNet(nn.Module):
             lm.generation_config = own
         return written[:, batch["ids"].shape[1] :]
 
-    def _nll(self, states: Tensor, targets: Tensor, at_once: int) -> Tensor:
+    def _nll(self, states: Tensor, targets: Tensor) -> Tensor:
         """Return the NLL (m,) in nats of the tokens `targets` (m,) given the states (m, d) before them."""
-        output = self.lm.get_output_embeddings()
+        output, at_once = self.lm.get_output_embeddings(), SCORED_AT_ONCE
 
         def nll(states: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(output(states).float(), targets, reduction="none")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers import language_models
 from helpers.lm_parts import tiny_lm
 from torch import nn
 
@@ -17,19 +18,7 @@ from vismt.llm.net import LmNet, check_first_block
 from vismt.llm.tasks import documents
 from vismt.llm.tasks.pieces import Piece, collate, pack, piece, stem, tree
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
+SHAPE = language_models.SHAPE | {"vocab_size": 96, "num_hidden_layers": 3, "pad_token_id": 0, "initializer_range": 0.2}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 MAMBA = {"mamba_chunk_size": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
 PLAIN = {"llama": {}, "qwen2": {}, "mistral": {"sliding_window": None}, "falcon": {}, "gpt_neox": {}, "phi3": {}}

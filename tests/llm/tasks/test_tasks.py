@@ -253,8 +253,9 @@ def test_a_packed_piece_has_the_nll_of_its_documents(lm):
 # ---- padding and log-likelihood -------------------------------------------------------------------------------------------
 
 
-def test_log_likelihood_is_that_of_a_loop_over_tokens(lm):
-    nats, tokens = LmNet(lm).token_nll(collate(PIECES), at_once=3)
+def test_log_likelihood_is_that_of_a_loop_over_tokens(lm, monkeypatch):
+    monkeypatch.setattr(net_file, "SCORED_AT_ONCE", 3)
+    nats, tokens = LmNet(lm).token_nll(collate(PIECES))
     assert tokens.tolist() == [2, 5, 1]
     for value, part in zip(nats.tolist(), PIECES):
         assert value == pytest.approx(sum(naive(lm, part)), rel=1e-4)

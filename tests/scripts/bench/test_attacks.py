@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from scripts.bench import attacks
-from scripts.bench.__main__ import main
 from vismt.metatune.protocol.episodes import EpisodeSampler
 from vismt.metatune.protocol.protocol import run_protocol
 from vismt.robustness.attacks import attacks as engine
@@ -59,9 +58,3 @@ def test_both_protocols_find_the_same_accuracy_when_clean(monkeypatch):
     assert [float(clean.double().mean()) for clean, _ in theirs] == ours["clean"].tolist()
     attacked = torch.stack([under.double().mean() for _, under in theirs])
     assert attacked.mean() < ours["clean"].mean() and (attacked - ours[str(spec)]).abs().max() <= 0.1
-
-
-def test_the_command_names_the_bench(monkeypatch, capsys):
-    monkeypatch.setattr(attacks, "run", lambda *options: [f"a table of {options}"])
-    assert not main(["attacks", "--rounds", "3"])
-    assert "a table of (3, 'cpu')" in "".join(capsys.readouterr())

@@ -64,7 +64,6 @@ def test_results_as_json(result: Ratios, tmp_path: Path, monkeypatch: pytest.Mon
         "low": 0,
         "high": 0,
         "target": 0.95,
-        "least": 0.0,
     }
     median, low, high = entry["timing"]["ratios"][HALF][PEFT]
     assert low <= median <= high and median == result.timing.ratio(HALF, PEFT)[0]
@@ -77,7 +76,6 @@ def test_a_folder_that_does_not_exist_is_named_before_the_measurement(
     assert "none does not exist; make it first" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["core", "amt", "emtal"])
-def test_a_bench_without_rounds_is_refused(what: str, capsys) -> None:
-    assert main([what, "--rounds", "0"]) == 2
+def test_a_bench_without_rounds_is_refused(capsys: pytest.CaptureFixture) -> None:
+    assert main(["core", "--rounds", "0"]) == 2
     assert capsys.readouterr().err == "error: bench: --rounds 0; it must be at least 1.\n"

@@ -10,7 +10,6 @@ from helpers.tiny import images, tiny_vit
 
 import vismt
 from scripts.bench import lowrank, updates
-from scripts.bench.timing import Ratios, Timing
 
 
 def test_copies_share_values_but_not_modules_or_parameters() -> None:
@@ -36,12 +35,6 @@ def test_energies_are_shares_of_the_optimum(monkeypatch) -> None:
         and all(a < b for a, b in zip(missed, missed_by_peft))
     )
     assert "target: vismt randomized misses at most 1e-3" in str(result)
-
-
-def test_the_table_names_ratio_and_target() -> None:
-    ratios = Ratios("title", Timing({"a": [1.0, 3.0], "b": [2.0, 4.0]}), [("a", "b", 0.6)])
-    # by round 0.5 and 0.75
-    assert "a / b: 0.625 (0.500..0.750), target at most 0.60" in str(ratios)
 
 
 def test_what_is_timed_beside_ours_gives_the_same_values(monkeypatch) -> None:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near, need_whole
+from vismt.base.errors import UserError, need_whole, require_known
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec, register_module
 from vismt.lowrank.layers.gates import instance_gates, recompute_gates, unwatch_expansion, watch_expansion
 from vismt.lowrank.layers.low_rank import LowRankLayer
@@ -121,8 +121,7 @@ class InstanceGate(AdapterModule):
             raise UserError(f"ilora: the gate network of a model lies at '{PATH}', not at '{path}'.")
         if base is not None and not isinstance(base, InstanceGate):
             raise UserError(f"ilora: the model already has a '{path}', a {type(base).__name__}; rename it.")
-        if kind is not None and kind not in KINDS:
-            raise UserError(f"adapt.gate: {kind!r}.{near(str(kind), KINDS)}")
+        require_known("adapt.gate:", [] if kind is None else [kind], KINDS)
         for name, value in (("n_experts", rank_groups), ("user_width", user_width)):
             need_whole(f"adapt.{name}:", value, 1, LARGEST)
         with torch.device("meta"):

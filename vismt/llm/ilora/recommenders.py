@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from vismt.base.errors import UserError
 
@@ -185,10 +186,7 @@ class NextItem(nn.Module):
 
 def padded(histories: list[list[int]]) -> Tensor:
     """Return histories as int64 (b, longest), -1 after the last item of each."""
-    rows = torch.full((len(histories), max(map(len, histories))), -1)
-    for row, history in zip(rows, histories):
-        row[: len(history)] = torch.tensor(history, dtype=torch.int64)
-    return rows
+    return pad_sequence([torch.tensor(history, dtype=torch.int64) for history in histories], True, -1)
 
 
 def popularity_scores(next_items: Sequence[int], candidates: Tensor, items: int) -> Tensor:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near, need_whole
+from vismt.base.errors import UserError, need_whole, require_known
 from vismt.config.typed import JsonFile, build
 from vismt.llm.lisa.shares import Layers, find_shares
 from vismt.lowrank.model.inject import install, warn_of_rounding
@@ -241,8 +241,7 @@ def check_settings(count: int, active: int, interval: int, seed: int, state_poli
     need_whole(f"LISA.active (of {count} layers that have parameters to train):", active, 0, count)
     need_whole("LISA.interval:", interval)
     need_whole("LISA.seed:", seed, 0)
-    if state_policy not in POLICIES:
-        raise UserError(f"LISA.state_policy: '{state_policy}'.{near(str(state_policy), POLICIES)}")
+    require_known("LISA.state_policy:", [state_policy], POLICIES)
 
 
 def _freeze(parameter: Tensor) -> None:

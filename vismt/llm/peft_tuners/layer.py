@@ -135,7 +135,7 @@ class HostedLayer(AdapterLayer):
             settings.trained.update(shapes[0])
             settings.fixed.update(shapes[1])
         elif (settings.trained, settings.fixed) != shapes:
-            version = _peft().__version__
+            version = installed("peft").__version__
             raise UserError(
                 f"'{spec.path}': peft {version} makes other tensors of {settings.tuner} than the file has; install the peft that "
                 "wrote it."
@@ -207,7 +207,7 @@ def configuration(settings: HostedSettings, paths: Iterable[str], saved: Sequenc
 
     Raises UserError for a tuner or options that the installed peft does not have, and a start that moves the base weights.
     """
-    peft = _peft()
+    peft = installed("peft")
     known = {
         kind.value: cls for kind, cls in importlib.import_module("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING.items()
     }
@@ -248,7 +248,7 @@ def as_peft(model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str] =
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(settings.seed)
-                hosted = _peft().get_peft_model(model, config)
+                hosted = installed("peft").get_peft_model(model, config)
         except Exception as error:  # peft raises what the tuner's code raises
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"adapt: peft cannot build {config.peft_type.value} here: {reason}") from error
@@ -262,8 +262,9 @@ def as_peft(model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str] =
             delattr(model, name)
 
 
-def _peft() -> Any:
+def installed(module: str) -> Any:
+    """Return a module of peft; UserError where it is not installed."""
     try:
-        return importlib.import_module("peft")
+        return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"adapt: a tuner of peft needs peft ({error}): pip install peft.") from error
+        raise UserError(f"adapt: the tuners of peft need peft ({error}): pip install peft.") from error

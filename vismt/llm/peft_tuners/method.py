@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import nn
 
-from vismt.base.errors import UserError, require_known
-from vismt.llm.peft_tuners.layer import HostedLayer, HostedSettings
+from vismt.base.errors import require_known
+from vismt.llm.peft_tuners.layer import HostedLayer, HostedSettings, installed
 from vismt.llm.s2ft.structures import structures
 from vismt.lowrank.layers.base import spec_of
 from vismt.lowrank.model.inject import also_trained, check_options, install
@@ -94,11 +94,7 @@ def _fields(kind: str) -> dict[str, Any]:
 
 def tuners() -> list[str]:
     """Return the names of the tuners of the installed peft that can be hosted. Raises UserError without peft."""
-    try:
-        mapping = importlib.import_module("peft.mapping")
-        base = importlib.import_module("peft.tuners.tuners_utils").BaseTuner
-    except ImportError as error:
-        raise UserError(f"adapt: the tuners of peft need peft ({error}): pip install peft.") from error
+    mapping, base = installed("peft.mapping"), installed("peft.tuners.tuners_utils").BaseTuner
     kinds = {
         str(kind.value)
         for kind, tuner in mapping.PEFT_TYPE_TO_TUNER_MAPPING.items()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import require_known
 from vismt.llm.polar import stiefel
 from vismt.llm.polar.landing import Landing, check_constraint
 from vismt.lowrank.layers.low_rank import LowRankLayer
@@ -38,8 +38,7 @@ def polar(
 
     theta: "full" or "diagonal". attraction, constraint: arguments of `Landing`. Further options: those of `inject`.
     """
-    if theta not in THETAS:
-        raise UserError(f"adapt.theta: '{theta}'.{near(str(theta), THETAS)}")
+    require_known("adapt.theta:", [theta], THETAS)
     check_constraint("adapt", attraction, constraint)
 
     def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

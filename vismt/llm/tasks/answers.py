@@ -17,7 +17,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.base import (
@@ -59,8 +59,7 @@ class Answers(LmTask):
         self, prompt: str, answers: dict[str, str], label: str = "{answer}", normalise: str = "token", length: int = 512
     ) -> None:
         super().__init__(prompt, length)
-        if normalise not in LENGTHS:
-            raise UserError(f"tasks: normalise '{normalise}'.{near(str(normalise), LENGTHS)}")
+        require_known("tasks: normalise", [normalise], LENGTHS)
         if not prompt or len(answers) < 2:
             raise UserError(f"tasks: 'answers' needs a prompt and two answers at least, has {len(answers)}.")
         self.answers = {str(key): text for key, text in answers.items()}

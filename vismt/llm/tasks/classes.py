@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.base import (
@@ -87,8 +87,7 @@ class Classes(LmTask):
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         label = self.class_of(row)
-        if label not in self.answers:
-            raise UserError(f"tasks: row '{name}' has label '{label}'.{near(label, self.answers)}")
+        require_known(f"tasks: row '{name}' has label", [label], self.answers)
         return replace(self.ask(name, row, tokenizer), label=list(self.answers).index(label))
 
     def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:

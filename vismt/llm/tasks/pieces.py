@@ -8,12 +8,13 @@ so that the prompt runs once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vismt.base.errors import UserError
 
@@ -152,17 +153,15 @@ def collate(pieces: Sequence[Piece], lower: Sequence[Tensor] | None = None) -> d
         with cached states; "items" int64 (b, n), -1 for none, where a piece has items; where a piece is a tree, "branch" int64
         (b, n), 0 before the first answer, and "previous", the column that predicts each token.
     """
-    width = max(len(piece.ids) for piece in pieces)
-    shape = (len(pieces), width)
-    ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
-    mask, documents = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.int64)
-    for row, piece in enumerate(pieces):
-        start = width - len(piece.ids)
-        ids[row, start:], labels[row, start:] = torch.tensor(piece.ids), torch.tensor(piece.labels)
-        labels[row, start] = IGNORE  # no token predicts it, although padding precedes it
-        mask[row, start:] = True
-        if piece.documents is not None:
-            documents[row, start:] = torch.tensor(piece.documents)
+
+    def padded(rows: Iterable[Sequence[int]], value: int = 0) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], True, value, padding_side="left")
+
+    ids = padded(piece.ids for piece in pieces)
+    labels = padded(((IGNORE, *piece.labels[1:]) for piece in pieces), IGNORE)  # no token predicts the first one
+    mask = padded([1] * len(piece.ids) for piece in pieces).bool()
+    documents = padded(piece.documents or [0] * len(piece.ids) for piece in pieces)
+    width = ids.shape[1]
     columns = torch.arange(width)
     shared = torch.tensor([piece.shared for piece in pieces])[:, None]
     changes = (documents[:, 1:] != documents[:, :-1]) | ~mask[:, :-1]
@@ -183,12 +182,7 @@ def collate(pieces: Sequence[Piece], lower: Sequence[Tensor] | None = None) -> d
         batch["branch"] = documents
         batch["previous"] = torch.where(begins & (documents > 0), first_column + shared, columns) - 1
     if any(piece.items is not None for piece in pieces):
-        batch["items"] = torch.full(shape, -1)
-        for row, piece in enumerate(pieces):
-            if piece.items is not None:
-                batch["items"][row, width - len(piece.ids) :] = torch.tensor(piece.items)
+        batch["items"] = padded((piece.items or [-1] * len(piece.ids) for piece in pieces), -1)
     if lower is not None:
-        batch["lower"] = torch.stack(
-            [torch.cat([states.new_zeros(width - len(states), states.shape[1]), states]) for states in lower]
-        )
+        batch["lower"] = pad_sequence(list(lower), True, padding_side="left")
     return batch

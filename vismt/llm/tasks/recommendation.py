@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.base.seeds import mix_seed
 from vismt.data.texts.interactions import draw_candidates
 from vismt.llm.ilora.hybrid import Hybrid, conditioned
@@ -106,10 +106,9 @@ class Recommendation(LmTask):
         length: int = 768,
     ) -> None:
         super().__init__(prompt, length)
-        known = (("answer", answer, ANSWERS), ("normalise", normalise, LENGTHS), ("sample", sample, SAMPLES))
-        for name, value, choices in known:
-            if value not in choices:
-                raise UserError(f"tasks: {name} '{value}'.{near(value, choices)}")
+        require_known("tasks: answer", [answer], ANSWERS)
+        require_known("tasks: normalise", [normalise], LENGTHS)
+        require_known("tasks: sample", [sample], SAMPLES)
         if candidates < 2 or history < 1 or new_tokens < 1 or not 0 <= curriculum <= 1:
             raise UserError(
                 f"tasks: candidates {candidates}, history {history}, new_tokens {new_tokens}, curriculum {curriculum:g}; "
