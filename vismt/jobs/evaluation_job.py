@@ -320,7 +320,7 @@ class EvaluationJob(ABC, Generic[Config]):
         with figure_formats(formats):
             sections = [
                 *score_sections(self.folder, results, comparisons, values, compared),
-                *training_sections(self.folder, results, list(self.study.arms), self.logged),
+                *training_sections(self.folder, list(self.study.arms), self.study.seeds[0], self.logged),
                 risk_section(results),
                 *self.sections(results),
             ]
