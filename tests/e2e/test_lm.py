@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers.lm_parts import changed, save_lm, save_texts, sentiment_task
+from helpers.lm_parts import changed, save_lm, save_opt, save_texts, sentiment_task
 from helpers.tiny_runs import interrupted, refused, run_config, written
 from helpers.toy_training import logged
 
@@ -673,10 +673,9 @@ def test_positions_below_the_first_block_are_not_trained(home, tmp_path: Path, c
 
 
 def test_the_projection_of_narrow_embeddings_is_not_trained_below_the_first_block(home, tmp_path: Path, capsys) -> None:
-    sizes = {"hidden_size": 16, "word_embed_proj_dim": 8, "ffn_dim": 32, "num_hidden_layers": 2}
-    opt = transformers.OPTConfig(vocab_size=256, num_attention_heads=2, max_position_embeddings=128, **sizes)
-    transformers.OPTForCausalLM(opt).save_pretrained(save_lm(tmp_path / "opt"))  # beside the tokenizer
-    config = changed(settings(home, adapt={"method": "lora", "rank": 2}), {"model.name": str(tmp_path / "opt")})
+    config = changed(
+        settings(home, adapt={"method": "lora", "rank": 2}), {"model.name": str(save_opt(tmp_path / "opt"))}
+    )
     seen = refused(capsys, "train", write(tmp_path, config), "--out", tmp_path / "runs", "--quiet")
     assert "trains 'model.decoder.project_in.lora_A' below model.first_block 1" in seen
     config["adapt"]["options"] = {"exclude": ["project_in"]}
