@@ -681,6 +681,8 @@ def test_the_projection_of_narrow_embeddings_is_not_trained_below_the_first_bloc
     config["adapt"]["options"] = {"exclude": ["project_in"]}
     assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     assert open_run(next((tmp_path / "runs").iterdir())).job.models.width == 8
+    config["adapt"] = {"method": "s2ft", "options": {"mode": "index"}}  # its units are those of the whole block
+    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "s2ft"), "--quiet"]) == 0
 
 
 def test_an_lm_without_a_first_block_is_one_error(home, tmp_path: Path, capsys) -> None:
