@@ -256,6 +256,15 @@ def test_blocks_below_the_first_are_not_adapted(study: Path) -> None:
     assert "lower" in gather(job.data.training())
 
 
+def test_a_run_that_is_killed_keeps_the_time_of_every_evaluated_training(study: Path) -> None:
+    run, noted = open_run(study), []
+    run.job.part_done = lambda: noted.append(1)
+    run.job.evaluate_references()
+    assert len(noted) == 1  # the LM before training
+    run.job.evaluate()
+    assert len(noted) == 2 + 3 * 2  # arms, seeds
+
+
 def test_evaluating_again_computes_nothing(study: Path, monkeypatch) -> None:
     before = (study / "results.jsonl").read_bytes()
     monkeypatch.setattr("vismt.llm.net.LmNet.hidden", lambda *_: pytest.fail("a row was evaluated again"))
