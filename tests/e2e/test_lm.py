@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers.lm_parts import changed, save_lm, save_texts, sentiment_task
+from helpers.lm_parts import changed, save_lm, save_opt, save_texts, sentiment_task
 from helpers.tiny_runs import interrupted, refused, run_config, written
 from helpers.toy_training import logged
 
@@ -254,6 +254,15 @@ def test_blocks_below_the_first_are_not_adapted(study: Path) -> None:
     assert "lower" not in gather(job.data.training())
     job.data.cache(job.data.training(), net, "rows")
     assert "lower" in gather(job.data.training())
+
+
+def test_a_run_that_is_killed_keeps_the_time_of_every_evaluated_training(study: Path) -> None:
+    run, noted = open_run(study), []
+    run.job.part_done = lambda: noted.append(1)
+    run.job.evaluate_references()
+    assert len(noted) == 1  # the LM before training
+    run.job.evaluate()
+    assert len(noted) == 2 + 3 * 2  # arms, seeds
 
 
 def test_evaluating_again_computes_nothing(study: Path, monkeypatch) -> None:
@@ -673,15 +682,16 @@ def test_positions_below_the_first_block_are_not_trained(home, tmp_path: Path, c
 
 
 def test_the_projection_of_narrow_embeddings_is_not_trained_below_the_first_block(home, tmp_path: Path, capsys) -> None:
-    sizes = {"hidden_size": 16, "word_embed_proj_dim": 8, "ffn_dim": 32, "num_hidden_layers": 2}
-    opt = transformers.OPTConfig(vocab_size=256, num_attention_heads=2, max_position_embeddings=128, **sizes)
-    transformers.OPTForCausalLM(opt).save_pretrained(save_lm(tmp_path / "opt"))  # beside the tokenizer
-    config = changed(settings(home, adapt={"method": "lora", "rank": 2}), {"model.name": str(tmp_path / "opt")})
+    config = changed(
+        settings(home, adapt={"method": "lora", "rank": 2}), {"model.name": str(save_opt(tmp_path / "opt"))}
+    )
     seen = refused(capsys, "train", write(tmp_path, config), "--out", tmp_path / "runs", "--quiet")
     assert "trains 'model.decoder.project_in.lora_A' below model.first_block 1" in seen
     config["adapt"]["options"] = {"exclude": ["project_in"]}
     assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     assert open_run(next((tmp_path / "runs").iterdir())).job.models.width == 8
+    config["adapt"] = {"method": "s2ft", "options": {"mode": "index"}}  # its units are those of the whole block
+    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "s2ft"), "--quiet"]) == 0
 
 
 def test_an_lm_without_a_first_block_is_one_error(home, tmp_path: Path, capsys) -> None:

@@ -366,6 +366,8 @@ def test_neighbours_in_the_features_show_what_is_kept(tmp_path: Path) -> None:
     assert by_arm["head"][0] != by_arm["full"][0]
     job = open_run(folder).job
     images = job.data.outside("photo_crops:test")
+    kept = [json.loads(path.read_text())["fingerprint"] for path in folder.rglob("neighbours-*.json")]
+    assert len(kept) == 4 and all(text.endswith(images.content) for text in kept) and images.content
     with torch.no_grad():
         features = F.normalize(
             job.final(job.study.trainings("head")[0]).features(images[torch.arange(len(images))]), dim=1

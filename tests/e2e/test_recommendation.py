@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from helpers.lm_parts import changed, ranked_task, save_interactions, save_lm, save_texts
+from helpers.lm_parts import changed, ranked_task, save_interactions, save_lm, save_opt, save_texts
 from helpers.pages import ROOT
 from helpers.tiny_runs import interrupted, refused, run_config, written
 
@@ -204,6 +204,14 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home, tmp_path: Path, monkeypatc
 def test_user_errors(home, tmp_path: Path, capsys, changes, words) -> None:
     path = write(tmp_path, changed(settings(home), changes))
     assert words in refused(capsys, "train", path, "--out", tmp_path / "runs", "--quiet")
+
+
+def test_item_vectors_as_wide_as_narrow_embeddings_need_the_first_block(home, tmp_path: Path, capsys) -> None:
+    config = changed(settings(home), {"model.name": str(save_opt(tmp_path / "opt"))})
+    error = refused(capsys, "train", write(tmp_path, config), "--out", tmp_path / "runs", "--quiet")
+    assert "model.first_block: 1; the embeddings of OPTForCausalLM are 8 wide and its blocks 16" in error
+    config["model"]["first_block"] = 0
+    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
 
 
 def test_tasks_that_do_not_go_together(home, tmp_path: Path, capsys) -> None:

@@ -77,6 +77,21 @@ def save_lm(folder: Path, kind: str = "llama") -> Path:
     return folder
 
 
+def save_opt(folder: Path) -> Path:
+    """Write a folder with an OPT whose blocks are wider than its embeddings, and with norms after the blocks, as OPT-350m."""
+    sizes = {
+        "hidden_size": 16,
+        "word_embed_proj_dim": 8,
+        "ffn_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = transformers.OPTConfig(vocab_size=256, max_position_embeddings=128, do_layer_norm_before=False, **sizes)
+    transformers.OPTForCausalLM(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def save_texts(folder: Path) -> dict[str, Path]:
     """Write cards and return them by name: films (train 24, dev 8, test 10), other (all 6), sums (all 12), stories (all 4)."""
     adjectives = {"0": ["bad", "dull"], "1": ["good", "bright"]}

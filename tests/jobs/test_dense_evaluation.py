@@ -10,7 +10,7 @@ import torch
 from vismt.data.maps.dense_set import DenseSet
 from vismt.engine.study import ALONE, Study, Training
 from vismt.jobs.dense import evaluation as dense_evaluation
-from vismt.jobs.dense.config import DenseConfig, all_tasks
+from vismt.jobs.dense.config import DenseConfig, DenseEvaluateConfig, all_tasks
 from vismt.jobs.dense.data import Rows
 from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.figures import sections
@@ -26,9 +26,15 @@ from vismt.storage.lines import read_lines, write_lines
 class Samples:
     """Samples as DenseData holds them, on the canvas of the configuration."""
 
-    def __init__(self, samples: list[dict[str, torch.Tensor]], config: DenseConfig) -> None:
+    def __init__(self, samples: list[dict[str, torch.Tensor]], config: DenseConfig, files: str = "") -> None:
         targets = [name for name in samples[0] if name != "image"]
-        images = DenseSet("made", "all", [], targets, [str(i) for i in range(len(samples))], samples.__getitem__)
+        ids, self.decoded = [str(i) for i in range(len(samples))], []
+
+        def stored(i: int) -> dict[str, torch.Tensor]:
+            self.decoded.append(i)
+            return samples[i]
+
+        images = DenseSet("made", "all", [], targets, ids, stored, lambda i: files and f"{files}{i}")
         self.size, self.tasks = tuple(config.size), {task.name: task for task in all_tasks(config)}
         self.rows = Rows([(images, i) for i in range(len(samples))])
 
@@ -189,8 +195,27 @@ def test_a_record_of_other_images_is_not_taken(evaluated, tmp_path) -> None:
     evaluation.data = Samples(samples[1:], config)  # others of the same names
     others = evaluation.task_scores(lambda: None, training, "test", tmp_path / "others.jsonl")
     assert evaluation.as_scores(others, "test")[0].examples not in (digest, "")
+    assert evaluation.data.decoded == [0, 1]  # once, also for the digest
     (line,) = read_lines(path)
     evaluation.data = Samples(samples[:2], config)
     line.pop("images")
     write_lines(path, [line])
     assert evaluation.recorded_scores(path, training, "test") == fewer  # an earlier version did not write it
+
+
+def test_records_and_thresholds_of_changed_files_are_not_taken(evaluated, tmp_path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(80, 3, 8, 8, generator=generator)
+    tasks = [{"name": "classify", "classes": 2}]
+    config = DenseConfig(tasks=tasks, size=[8, 8], evaluate=DenseEvaluateConfig(risk=True, batch=80))
+    training = Training(ALONE, 1e-3, 0, tmp_path)
+
+    def scores(images: torch.Tensor, files: str, net=lambda: None) -> list[Score]:
+        samples = [{"image": image, "class": torch.tensor(i % 2)} for i, image in enumerate(images)]
+        evaluation = Evaluation(Study(config, tmp_path), Samples(samples, config, files))
+        return evaluation.scores(net, training, "test", [], tmp_path, risk=True)
+
+    first = scores(images, "first")
+    assert scores(images, "first", pytest.fail) == first
+    second = scores(3 * images, "second")  # surer, and as often right
+    assert second != first and scores(images, "first") == first

@@ -119,6 +119,21 @@ def test_confidences_of_other_images_of_the_same_names_are_noticed(tmp_path, cap
     assert found() == first and "is of other images than are there now" in capsys.readouterr().out
 
 
+def test_thresholds_of_other_images_of_the_same_names_are_noticed(tmp_path, capsys):
+    images, classifier = Drawn(60), Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3, 3)), 3, 1)
+
+    def scores(content):
+        images.content = content
+        batches = InOrder(images, 30)
+        about = {"folder": tmp_path, "data": "x", "arm": "a", "for_thresholds": batches}
+        return score_set(classifier, InOrder(Drawn(60), 30), [], **about)
+
+    first = scores("first")
+    assert scores("first") == scores("") == first and "other" not in capsys.readouterr().out
+    images.pixels = 1 - images.pixels
+    assert scores("second") == first and "is of other validation images than are there now" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("metric", "scale", "text"), [("accuracy", SHARE, "45.0"), ("RMSE in m", NUMBER, "0.45")])
 def test_the_mean_of_corruptions_has_the_scale_of_its_score(capsys, metric, scale, text):
     conditions = [CLEAN, *(Condition(f"fog {level}", "corruption", "fog", level) for level in range(1, 5))]

@@ -43,7 +43,7 @@ def written(folder, *more, formats=("html", "md")):
     with figure_formats(formats):
         sections = [
             *score_sections(folder, results, comparisons, values, ["adapted"]),
-            *training_sections(folder, results, ["adapted"], LOGGED),
+            *training_sections(folder, ["adapted"], 0, LOGGED),
             *more,
         ]
     return write_report(folder, run_heading(folder), results, comparisons, sections, formats)[-1]

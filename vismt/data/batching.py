@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -31,6 +31,12 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Tensor) -> Tensor: ...
+
+
+def joint_content(sets: Iterable[Images]) -> str:
+    """Return the content of several sets, "" where that of one is not known."""
+    contents = [images.content for images in sets]
+    return " ".join(contents) if all(contents) else ""
 
 
 class Gathered:
@@ -68,8 +74,7 @@ class Gathered:
 
     @property
     def content(self) -> str:
-        contents = [pixels.content for pixels in self._stores]
-        return " ".join(contents) if all(contents) else ""
+        return joint_content(self._stores)
 
     def __getitem__(self, index: Tensor) -> Tensor:
         size = self._stores[0].size

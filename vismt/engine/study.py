@@ -273,8 +273,9 @@ def chosen_trainings(folder: Path, arm: str) -> dict[int, Path]:
     if not (folder / ARMS / arm / CHOSEN).exists():
         return {}
     stem = f"lr-{read_choice(folder, arm).lr:g}-seed-"
-    paths = sorted((folder / ARMS / arm).glob(f"{stem}*"))
-    return {int(seed): path for path in paths if (seed := path.name.removeprefix(stem)).isdecimal()}
+    paths = (folder / ARMS / arm).glob(f"{stem}*")
+    found = {int(seed): path for path in paths if (seed := path.name.removeprefix(stem)).isdecimal()}
+    return dict(sorted(found.items()))
 
 
 def read_choice(folder: Path, arm: str) -> Choice:

@@ -65,7 +65,7 @@ class EvaluationJob(ABC, Generic[Config]):
         self.hash = config_hash
         self.study: Study[Config] = self.make_study()
         self._printed: set[str] = set()  # the lines of scores that this process has printed
-        self.part_done: Callable[[], object] = lambda: None  # called with each checkpoint and evaluated model
+        self.part_done: Callable[[], object] = lambda: None  # called with each checkpoint and evaluated training
 
     def make_study(self) -> Study[Config]:
         """Return the study of the configuration."""
@@ -203,7 +203,6 @@ class EvaluationJob(ABC, Generic[Config]):
             try:
                 trainings = self.trainings(arm)
                 scores[arm] = {training.seed: self.evaluate_one(training, attacks) for training in trainings}
-                self.part_done()
             except UserError as error:
                 if ranks.count() > 1:  # other processes may wait for a part of this arm
                     raise
@@ -235,6 +234,7 @@ class EvaluationJob(ABC, Generic[Config]):
         scores = self.score(training, self.split, attacks)
         if attacks is None and training.arm in self.study.arms:
             self.finished(training)
+        self.part_done()
         return scores
 
     def evaluated(self) -> list[str]:
@@ -320,7 +320,7 @@ class EvaluationJob(ABC, Generic[Config]):
         with figure_formats(formats):
             sections = [
                 *score_sections(self.folder, results, comparisons, values, compared),
-                *training_sections(self.folder, results, list(self.study.arms), self.logged),
+                *training_sections(self.folder, list(self.study.arms), self.study.seeds[0], self.logged),
                 risk_section(results),
                 *self.sections(results),
             ]

@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TypeVar
 
-from vismt.base import ranks
+from vismt.base import console, ranks
 from vismt.storage.files import atomic_write, read_sealed, sealed
 from vismt.uncertainty.intervals import Condition
 
@@ -45,21 +45,35 @@ Fitted = TypeVar("Fitted")
 
 
 def fitted_once(
-    path: Path, kind: type[Fitted], fingerprint: str, fit: Callable[[], Fitted], *, shared: bool = False
+    path: Path,
+    kind: type[Fitted],
+    fingerprint: str,
+    fit: Callable[[], Fitted],
+    *,
+    examples: str = "",
+    shared: bool = False,
 ) -> Fitted:
     """Return what a JSON file holds for what has this fingerprint (weights, and what else the values need), or fit and write it.
 
-    shared: whether the processes of an evaluation share the work of `fit`; by default the first one does it alone.
+    examples: what tells the validation examples from others of their names, "" where that is not known. Values that were fitted
+    to others are said and kept, as are the records that were made with them. shared: whether the processes of an evaluation share
+    the work of `fit`; by default the first one does it alone.
     """
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass
 
     def known() -> Fitted | None:
         found = read_sealed(path, f"'{path}'", ("fingerprint", *names)) if path.exists() else {}
-        return kind(**{name: found[name] for name in names}) if found.get("fingerprint") == fingerprint else None
+        if found.get("fingerprint") != fingerprint:
+            return None
+        begun = found.get("examples", "")  # a file of an earlier version does not tell
+        if begun and examples not in ("", begun):
+            what = "is of other validation images than are there now"
+            console.stage("eval", f"'{path}' {what}; move it and the records of the model away to fit it to these")
+        return kind(**{name: found[name] for name in names})
 
     values = ranks.on_first(known)
     if values is None:
         values = fit() if shared else ranks.on_first(fit)
-        content = {"fingerprint": fingerprint, **asdict(values)}  # type: ignore[call-overload]  # a dataclass
+        content = {"fingerprint": fingerprint, "examples": examples, **asdict(values)}  # type: ignore[call-overload]  # a dataclass
         ranks.on_first(lambda: atomic_write(path, sealed(content)))
     return values

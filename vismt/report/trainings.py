@@ -10,7 +10,6 @@ from vismt.engine.log import METRICS
 from vismt.engine.study import ARMS, CHOSEN, chosen_trainings, read_choice
 from vismt.engine.training_files import DONE, MERGE
 from vismt.report import arm_figures
-from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, Table
 from vismt.report.weight_changes import changes_section
 from vismt.storage.files import read_sealed
@@ -27,13 +26,13 @@ MERGE_NOTE = (
 TRAINING_CAPTION = "First seed of each arm. Thin: logged values. Thick: running mean over a twentieth of the run."
 
 
-def training_sections(
-    folder: Path, results: Sequence[Result], arms: Sequence[str], logged: Mapping[str, str]
-) -> list[Section]:
-    """Return the sections about the trainings of a run, as far as the run left the files. logged: titles of the drawn columns."""
-    seeds = list(dict.fromkeys(row.seed for row in results if row.seed is not None))  # of several trainings
+def training_sections(folder: Path, arms: Sequence[str], seed: int, logged: Mapping[str, str]) -> list[Section]:
+    """Return the sections about the trainings of a run, as far as the run left the files.
+
+    seed: of the trainings whose curves are drawn. logged: titles of the drawn columns.
+    """
     return [
-        Section("Training", _rates(folder, arms), _curves(folder, arms, logged, seeds)),
+        Section("Training", _rates(folder, arms), _curves(folder, arms, seed, logged)),
         Section("Merging", _merging(folder, arms)),
         changes_section(folder, arms),
     ]
@@ -65,12 +64,11 @@ def _rates(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
     return [(Table("Choice of the rate", ["Arm", *rates, "chosen"], rows, best, texts=1), RATE_NOTE)]
 
 
-def _curves(folder: Path, arms: Sequence[str], logged: Mapping[str, str], seeds: Sequence[int]) -> list[Picture]:
-    """Draw what the first seed of each arm has logged at the chosen rate; arms without a choice are left out."""
+def _curves(folder: Path, arms: Sequence[str], seed: int, logged: Mapping[str, str]) -> list[Picture]:
+    """Draw what a seed of each arm has logged at the chosen rate; arms without a choice are left out."""
     logs: dict[str, list[dict[str, Any]]] = {}
     for arm in arms:
-        found = chosen_trainings(folder, arm)
-        first = found.get(seeds[0]) if seeds else next(iter(found.values()), None)
+        first = chosen_trainings(folder, arm).get(seed)
         rows = read_lines(first / METRICS, ("step",)) if first is not None else []
         if rows:
             logs[arm] = rows

@@ -279,6 +279,10 @@ def test_derived_targets_and_wrong_names(write_card, home):
     assert data.edges == "depth" and "edge" not in data.stored(0)
     nearer = data.read(0, lambda sample: {**sample, "depth": sample["depth"].index_fill(1, torch.tensor([3]), 1.0)})
     assert nearer["edge"].tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0]] * 9
+    before = data.content(0)
+    assert before == open_dense(path).content(0)
+    put(base / "depth" / "x.png", np.full((9, 9), 2001, np.uint16))
+    assert data.content(0) not in (before, "")
 
 
 @pytest.mark.parametrize(("classes", "options", "content", "message"), [

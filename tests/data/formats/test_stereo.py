@@ -92,6 +92,9 @@ def test_made_pair(package, write_card):
     assert data.ids == ["train/000_000", "train/000_002", "train/004_000", "train/004_002", "test/000_006"]
     depth = data.read(0)["depth"]
     assert depth[0, 0] == 0 and torch.allclose(depth[1:], torch.tensor(0.3))  # 9 * .1 / (2 + 1)
+    before = data.content(0)
+    Image.new("RGB", (12, 8), "red").save(package / "l.png")
+    assert open_dense(write_card(TILES)).content(0) not in (before, "")
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [

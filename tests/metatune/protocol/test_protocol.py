@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.metatune import EpisodeSampler, ProtoNet, features, run_protocol
+from vismt.metatune.functional import WithWeights
+from vismt.metatune.protonet import PrototypeClassifier, prototypes
 from vismt.storage.lines import read_lines, write_lines
 
 LABELS = torch.arange(6).repeat_interleave(20)
@@ -402,6 +405,33 @@ def test_an_attack_may_be_prepared_with_the_support_once_an_episode():
         assert torch.equal(support, Pixels()[sampler[index].support]) and torch.equal(
             labels, sampler[index].support_labels
         )
+
+
+class Unpacked(PrototypeClassifier):
+    """A kind of classifier that no attack packs, as that of MAML."""
+
+
+class Tuned:
+    """A model with weights of its own for each task, as after fine-tuning; `most` counts the tasks that are kept at a time."""
+
+    def __init__(self, kind):
+        self.kind, self.backbone, self.kept, self.most = kind, Plain().eval(), WeakSet(), 0
+
+    def classifier(self, support, labels):
+        net = WithWeights(self.backbone, {"weight": support.mean((0, 2, 3)).clone()})
+        self.kept.add(net)
+        self.most = max(self.most, len(self.kept))
+        return self.kind(net, prototypes(net(support), labels), torch.tensor(5.0))
+
+
+@pytest.mark.parametrize("kind", [PrototypeClassifier, Unpacked])
+def test_weights_of_a_task_are_dropped_where_no_attack_packs_it(kind):
+    attacks, net = [Darken(), Darken(0.5, name="dusk")], Tuned(kind)
+    alone = run(net=net, episodes=9, attacks=attacks)
+    for attack in attacks:
+        attack.packs = True  # so that episodes are run in blocks
+    block = run(net=net, episodes=9, attacks=attacks)
+    assert net.most == 2 and all(torch.equal(block[name], alone[name]) for name in alone)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import RelativePath, within
-from vismt.data.copies import fix, read_text, shown_path, verify_counts
+from vismt.data.copies import digest, fix, read_text, shown_path, verify_counts
 from vismt.data.decode import SUFFIXES
 from vismt.data.formats.pascal_context import PARTS
 from vismt.data.image_set import readable_names
@@ -135,6 +135,10 @@ class DenseFilesSource(RootedSource, DenseSource):
         targets = {MAP_FORMS[name].target for pair in paths for name in pair if name != "image"}
         targets |= {target for target, origin in self.derive.items() if origin in targets}
 
+        def content(i: int) -> str:
+            files = [(path.relative_to(base).as_posix(), path) for path in paths[i].values()]
+            return f"{digest(files).sha256}:{settings}:{self.derive}"
+
         return DenseSet(
             name=card.name,
             split=split,
@@ -142,6 +146,7 @@ class DenseFilesSource(RootedSource, DenseSource):
             targets=[target for target in MAPS if target in targets],
             ids=[pair["image"].relative_to(base).as_posix() for pair in paths],
             stored=lambda i: read_maps(paths[i], settings),
+            content=content,
             parts=list(PARTS) if "parts" in targets else [],
             inverse_depth=self.inverse_depth,
             where=shown_path(base),

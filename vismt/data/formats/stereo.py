@@ -18,7 +18,7 @@ import torch
 
 from vismt.base.errors import UserError
 from vismt.config.typed import RelativePath
-from vismt.data.copies import fix, shown_path, verify_counts
+from vismt.data.copies import digest, fix, shown_path, verify_counts
 from vismt.data.decode import decode_file, decoding, read_bytes
 from vismt.data.maps.dense_sample import Sample
 from vismt.data.maps.dense_set import DenseSet, DenseSource, check_camera
@@ -79,6 +79,12 @@ class StereoTilesSource(PackagedSource, DenseSource):
             raise UserError(f"{card.shown}: the installed scikit-image has no '{absent}'. {fix(card)}")
 
         @functools.cache
+        def content() -> str:
+            files = {name: base / "data" / name for name in (self.image, self.disparity)}
+            about = (self.camera, self.baseline, self.offset, self.tile, self.columns, self.grid)
+            return f"{digest(files.items()).sha256}:{about}"
+
+        @functools.cache
         def pair() -> Sample:
             return read_pair(self, base)
 
@@ -107,7 +113,10 @@ class StereoTilesSource(PackagedSource, DenseSource):
             return {key: values[..., top : top + tall, left : left + wide].contiguous() for key, values in maps}
 
         ids = [f"{name}/{top:03d}_{left:03d}" for name, top, left in entries]
-        return DenseSet(card.name, split, [], list(TARGETS), ids, stored, where=shown_path(base), edges="depth")
+        where = shown_path(base)
+        return DenseSet(
+            card.name, split, [], list(TARGETS), ids, stored, lambda i: content(), where=where, edges="depth"
+        )
 
 
 def read_pair(source: StereoTilesSource, base: Path) -> Sample:

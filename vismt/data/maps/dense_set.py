@@ -17,6 +17,7 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.data.cards import Card, load_card
 from vismt.data.copies import found_copy
+from vismt.data.image_set import DECODED
 from vismt.data.images import ImageSet, open_images
 from vismt.data.maps.dense_sample import CLASS, Sample
 from vismt.data.maps.derived_maps import edges_from_depth, edges_from_labels
@@ -39,6 +40,8 @@ class DenseSet:
         where: the folder of the copy, as messages name it.
         image_classes: names of the values of class.
         labels: int64 (n,), the class of every image; None where images have none.
+        content: a text for image i that differs for any other content of the files that it is read from, or for another set; ""
+            where that is not known.
         edges: the target that edges are derived from, "semseg" or "depth"; None when `stored` has all targets.
         groups: as of an ImageSet.
     """
@@ -49,6 +52,7 @@ class DenseSet:
     targets: list[str]
     ids: list[str]
     stored: Callable[[int], Sample]
+    content: Callable[[int], str] = lambda i: ""
     parts: list[str] = field(default_factory=list)
     inverse_depth: bool = False
     where: str = ""
@@ -127,6 +131,7 @@ def classified(images: ImageSet, key: str = CLASS) -> DenseSet:
         [key],
         images.ids,
         stored,
+        lambda i: images.content() if images.cached and not images.timed and len(images) <= DECODED else "",
         where=images.where,
         image_classes=images.classes,
         labels=images.labels,

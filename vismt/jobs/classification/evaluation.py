@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vismt.base import console, ranks
-from vismt.data.batching import Gathered, InOrder, names_digest
+from vismt.data.batching import Gathered, InOrder, joint_content, names_digest
 from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
@@ -33,7 +33,7 @@ from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet, replace_head, stored
 from vismt.jobs.image_scores import confidences, detection_score, image_scores, neighbour_classes
-from vismt.jobs.output_conditions import ADJUSTED, LAPLACE, TAUS, TEMPERED, fitted_once
+from vismt.jobs.output_conditions import ADJUSTED, LAPLACE, TAUS, TEMPERED, Fitted, fitted_once
 from vismt.jobs.predictions import Softmax
 from vismt.jobs.risk import Thresholds, fit_thresholds, halves, thresholds_file, validation_parts
 from vismt.multitask.class_loss import adjusted
@@ -169,11 +169,14 @@ class Evaluation:
             temperatures = fit_block_temperatures(logits, labels, self.data.union.task_of_class())
             return FittedOutputs(temperatures, best_tau(tasks, self.data.class_counts()), len(labels))
 
-        return fitted_once(training.folder / FITTED, FittedOutputs, self._fitted_on(net), fit)
+        return self._fitted_once(training.folder / FITTED, FittedOutputs, net, fit)
 
-    def _fitted_on(self, net: PixelNet) -> str:
-        tasks = range(len(self.data.union.tasks))
-        return " ".join((net.fingerprint(), *(names_digest(self.data.part(task, "validation")) for task in tasks)))
+    def _fitted_once(
+        self, path: Path, kind: type[Fitted], net: PixelNet, fit: Callable[[], Fitted], ending: str = ""
+    ) -> Fitted:
+        parts = [self.data.part(task, "validation") for task in range(len(self.data.union.tasks))]
+        fingerprint = " ".join((net.fingerprint(), *map(names_digest, parts))) + ending
+        return fitted_once(path, kind, fingerprint, fit, examples=joint_content(parts))
 
     def temperature_of_class(self, fitted: FittedOutputs) -> Tensor:
         """Return the temperature (C,) by which logits are divided where a class has the largest one."""
@@ -196,7 +199,7 @@ class Evaluation:
 
         path = training.folder / thresholds_file(self.data.union.tasks[number])
         ending = " half" if halves(self.config.evaluate.risk, self.config.tune) else ""
-        return fitted_once(path, Thresholds, self._fitted_on(net) + ending, fit)
+        return self._fitted_once(path, Thresholds, net, fit, ending)
 
     def validation_accuracy(self, net: PixelNet, training: Training) -> float:
         """Return the mean accuracy over the tasks on the validation images that choose rates."""
@@ -307,7 +310,8 @@ class Evaluation:
             path = records / f"{record_stem('neighbours', name, training.arm)}.json"
             images = self.data.outside(entry)
             fit = partial(self._neighbours, net, images, f"neighbours in {name}, {training.arm} seed {training.seed}")
-            right = fitted_once(path, Neighbours, f"{net.fingerprint()} {names_digest(images)}", fit).right
+            evaluated = " ".join(filter(None, (net.fingerprint(), names_digest(images), images.content)))
+            right = fitted_once(path, Neighbours, evaluated, fit).right
             measure = Measure("k-NN accuracy", right, counts=True)
             scores.append(Score(TASK, name, "features", measure, CLEAN, examples=images.content))
         return scores

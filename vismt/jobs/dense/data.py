@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ class Rows:
     """Samples of several sets behind one running index, in their sets' order and own sizes."""
 
     entries: list[tuple[DenseSet, int]]
+    _digests: dict[int, str] = field(default_factory=dict)  # of the samples that were read
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -50,9 +51,22 @@ class Rows:
 
     @cached_property
     def content(self) -> str:
-        """A digest of the samples in their own sizes."""
-        entries = console.track(self.entries, "data", f"{self.name}: what the samples are", len(self))
-        return digest(" ".join(str(Identity(images.stored(i))) for images, i in entries).encode())
+        """A digest of the samples in their own sizes; those that were not read yet are read for it."""
+        missing = [number for number in range(len(self)) if number not in self._digests]
+        for number in console.track(missing, "data", f"{self.name}: what the samples are", len(missing)):
+            images, i = self.entries[number]
+            self._note(number, images.stored(i))
+        return digest(" ".join(self._digests[number] for number in range(len(self))).encode())
+
+    @cached_property
+    def files(self) -> str:
+        """A digest of the files that the samples are read from, "" where that is not known."""
+        contents = dict.fromkeys(images.content(i) for images, i in self.entries)
+        return digest(" ".join(contents).encode()) if all(contents) else ""
+
+    def _note(self, number: int, sample: Sample) -> None:
+        if number not in self._digests:
+            self._digests[number] = str(Identity(sample))
 
     def fitted(self, number: int, size: tuple[int, int]) -> Sample:
         """Return a sample fitted into `size` and padded, so that training and evaluation see the same camera."""
@@ -61,7 +75,12 @@ class Rows:
     def unpadded(self, number: int, size: tuple[int, int]) -> Sample:
         """Return a fitted sample before padding, which must not enter a score."""
         images, i = self.entries[number]
-        return images.read(i, lambda sample: transforms.fit(sample, size))
+
+        def fitted(sample: Sample) -> Sample:
+            self._note(number, sample)
+            return transforms.fit(sample, size)
+
+        return images.read(i, fitted)
 
 
 class DenseData:
@@ -155,11 +174,13 @@ class DenseData:
 class FittedImages:
     """The images of some samples, fitted and padded: `images[index]` as of `vismt.data.batching.Gathered`, without classes."""
 
-    content = ""
-
     def __init__(self, rows: Rows, size: tuple[int, int]) -> None:
         self.rows, self.size, self.ids = rows, size, rows.ids
         self.labels = torch.zeros(len(rows), dtype=torch.int64)
+
+    @property
+    def content(self) -> str:
+        return self.rows.files
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -179,10 +179,10 @@ class Evaluation:
             )
             return thresholds_of(nlls, confidences)
 
-        weights = fingerprint(training) + (" half" if halves(self.config.evaluate.risk, self.config.tune) else "")
+        fitted_on = self._fitted_on(training) + (" half" if halves(self.config.evaluate.risk, self.config.tune) else "")
         return {
             task.name: fitted_once(
-                records / thresholds_file(task.name), Thresholds, weights, partial(fit, task), shared=True
+                records / thresholds_file(task.name), Thresholds, fitted_on, partial(fit, task), shared=True
             )
             for task in image_tasks(self._trained(training))
         }
@@ -221,13 +221,14 @@ class Evaluation:
 
         quantiles: largest -log p of a class in a conformal set, by task. Other arguments as for `scores`.
         """
-        scored = self.recorded_scores(path, training, split)
+        about = {"quantiles": dict(quantiles)} if quantiles else {}
+        scored = self.recorded_scores(path, training, split, about)
         if scored is None:
             tasks = self._trained(training)
             plain = {task.name: (task.name, 0.0) for task in tasks}
             label = str(training) if spec is None else f"{training}   {spec.label}"
             pools = self._pooled(net(), tasks, split, plain, label, spec, quantiles)
-            scored = self._written(pools, training, split, path, spec)
+            scored = self._written(pools, training, split, path, about, spec)
         return scored
 
     def adjusted_scores(
@@ -237,14 +238,14 @@ class Evaluation:
 
         Arguments as for `scores`.
         """
-        path = records / f"{split}-adjusted.jsonl"
-        scored = self.recorded_scores(path, training, split)
+        path, about = records / f"{split}-adjusted.jsonl", {"fitted_on": self._fitted_on(training)}
+        scored = self.recorded_scores(path, training, split, about)
         tasks = [task for task in self._trained(training) if isinstance(task, ClassLoss)]
         if scored is None and tasks:
             taus = self._taus(net(), training, tasks)
             variants = {name: (name, tau) for name, tau in taus.items()}
             pools = self._pooled(net(), tasks, split, variants, f"{training}   {ADJUSTED.label}")
-            scored = self._written(pools, training, split, path)
+            scored = self._written(pools, training, split, path, about)
         return self.as_scores(scored or {}, split, ADJUSTED)
 
     def _taus(self, net: DenseNet, training: Training, tasks: Sequence[Task]) -> dict[str, float]:
@@ -257,7 +258,8 @@ class Evaluation:
             taus = {task.name: max(TAUS, key=lambda tau: values[f"{task.name} {tau:g}"]) for task in tasks}
             return Adjustment(taus, values)
 
-        return fitted_once(training.folder / ADJUSTMENT, Adjustment, fingerprint(training), fit, shared=True).taus
+        path = training.folder / ADJUSTMENT
+        return fitted_once(path, Adjustment, self._fitted_on(training), fit, shared=True).taus
 
     def _pooled(
         self,
@@ -314,6 +316,7 @@ class Evaluation:
         training: Training,
         split: str,
         path: Path,
+        about: Mapping[str, Any],
         spec: DensePerturbation | None = None,
     ) -> dict[str, Scored]:
         scored, undefined = {}, {}
@@ -324,7 +327,7 @@ class Evaluation:
             except Undefined as error:
                 undefined[name] = str(error)
                 console.stage("eval", f"{training}   {error}")
-        row: dict[str, Any] = self._scored_on(training, split)
+        row: dict[str, Any] = {**self._scored_on(training, split), **about}
         if spec is not None:
             row["condition"] = spec.settings()
         absent = self._absent(pools)
@@ -336,11 +339,16 @@ class Evaluation:
         ranks.on_first(lambda: write_lines(path, [row]))
         return scored
 
-    def recorded_scores(self, path: Path, training: Training, split: str) -> dict[str, Scored] | None:
-        """Return the scores of these weights and images that are on record, None where there are none."""
+    def recorded_scores(
+        self, path: Path, training: Training, split: str, about: Mapping[str, Any] | None = None
+    ) -> dict[str, Scored] | None:
+        """Return the scores of these weights and images that are on record, None where there are none.
+
+        about: what else the scores depend on.
+        """
         lines = ranks.on_first(lambda: read_lines(path, ("fingerprint", "tasks"), whole=True))
-        scored_on = self._scored_on(training, split)
-        # A record of an earlier version does not tell its images.
+        scored_on = {**self._scored_on(training, split), **(about or {})}
+        # A record of an earlier version does not tell all of it.
         if not lines or any(lines[0].get(name, value) != value for name, value in scored_on.items()):
             return None
         tasks = [*lines[0]["tasks"], *lines[0].get(UNDEFINED, ())]
@@ -349,7 +357,13 @@ class Evaluation:
         return {task: read_scored(values, f"'{path}': {task}") for task, values in lines[0]["tasks"].items()}
 
     def _scored_on(self, training: Training, split: str) -> dict[str, str]:
-        return {"fingerprint": fingerprint(training), "images": str(Identity(self.data.part(split).ids))}
+        part = self.data.part(split)
+        files = ranks.on_first(lambda: part.files)
+        known = {"files": files} if files else {}
+        return {"fingerprint": fingerprint(training), "images": str(Identity(part.ids)), **known}
+
+    def _fitted_on(self, training: Training) -> str:
+        return " ".join(self._scored_on(training, "validation").values())
 
     def _absent(self, names: Iterable[str]) -> dict[str, str]:
         """Return how tasks count classes that do not occur, where it is not by zero; names: of tasks."""

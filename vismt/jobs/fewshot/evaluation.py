@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vismt.base import console
 from vismt.base.seeds import digest
+from vismt.data.batching import joint_content
 from vismt.data.set_entries import row_name, shown_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
@@ -151,13 +152,15 @@ class Evaluation:
         scores = []
         for name in select.data:
             sampler = models.settings.sampler(name)
+            path, pixels = training.folder / "records" / f"validation-{shown_name(name)}.jsonl", self.data.open(name)
             accuracies = run_protocol(
                 net,
-                self.data.open(name),
+                pixels,
                 sampler,
                 episodes=select.episodes,
                 attacks=specs,
-                records=training.folder / "records" / f"validation-{shown_name(name)}.jsonl",
+                records=path,
+                examples=begun_on(path, pixels.content),
                 data=name,
                 fingerprint=models.fingerprint_of(net),
                 label=f"{shown_name(name)} {training}",
@@ -182,12 +185,14 @@ class Evaluation:
         for name in self.config.evaluate.data:
             sampler = self.data.samplers(name, models.settings.classes(name, "test"))[0]
             shown, protocol = shown_name(name), str(sampler)
+            path, pixels = self.folder / "masking" / f"{record_stem(shown, protocol, arm)}.jsonl", self.data.open(name)
             result = check_episodes(
                 models.task(arm, name),
-                self.data.open(name),
+                pixels,
                 sampler,
                 episodes=self.config.evaluate.masking_episodes,
-                records=self.folder / "masking" / f"{record_stem(shown, protocol, arm)}.jsonl",
+                records=path,
+                examples=begun_on(path, pixels.content),
                 data=name,
                 fingerprint=models.fingerprint(arm, name),
                 label=f"{shown} {protocol} {arm} by radius",
@@ -264,7 +269,8 @@ def temperature(folder: Path, models: Models, arm: str, data: str) -> float:
     text = json.dumps([models.fingerprint(arm, data), episodes], sort_keys=True)
     fingerprint = digest(text.encode())
     path = temperature_file(folder, models.seed, "all" if select.data else shown_name(data), arm)
-    return fitted_once(path, Temperature, fingerprint, fit).temperature
+    examples = joint_content(models.data.open(name) for name in names)
+    return fitted_once(path, Temperature, fingerprint, fit, examples=examples).temperature
 
 
 def episodes_file(folder: Path, seed: int, data: str, protocol: str, arm: str) -> Path:

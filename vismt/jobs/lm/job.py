@@ -191,7 +191,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
                 if parameter.requires_grad:
                     raise UserError(
                         f"adapt: '{method}' trains '{path}.{name}' below model.first_block {net.first}, whose input is computed "
-                        "once; leave it out (of lisa: train_embeddings: false), or set first_block to 0."
+                        "once; leave it out by options.exclude (of lisa also train_embeddings: false), or set first_block to 0."
                     )
         return method
 
@@ -204,7 +204,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         if net.first:
             block_list = blocks(net.lm)
             path = next(name for name, module in net.lm.named_modules() if module is block_list)
-            below = rf"{re.escape(path)}\.(?:{'|'.join(str(number) for number in range(net.first))})\..*"
+            below = rf"{re.escape(path)}\.(?:{'|'.join(str(number) for number in range(net.first))})(?:\..*)?"
             excluded = need_names("adapt.options.exclude:", options.get("exclude", []))
             options = {**options, "exclude": [*excluded, below]}
         if texts is None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vismt.backbones.lm import create_lm
+from vismt.base.errors import UserError
 from vismt.base.seeds import digest
 from vismt.engine import training_files
 from vismt.engine.study import Training
@@ -96,6 +97,12 @@ class LmModels:
             count = len(data.all_rows("train"))
             net.head = make_head(config.head.name, rows, bias, count, config.seed, config.head.options)
         if isinstance(task, Recommendation):
+            inner = lm.config.hidden_size
+            if task.items and net.first and self.width != inner:
+                raise UserError(
+                    f"model.first_block: {net.first}; the embeddings of {type(lm).__name__} are {self.width} wide and its blocks "
+                    f"{inner}, so that item vectors do not fit between blocks; set it to 0, or options.items to false."
+                )
             titles = data.catalogue.titles
             texts = title_vectors(lm, self.tokenizer, titles) if config.gates == "text" else None
             net.head = self._recommender(data.fold).head(self.width, config, texts)

@@ -63,7 +63,7 @@ def score_set(
     if for_thresholds is not None:
         path = folder / f"{record_stem('risk', name, 'images')}.json"
         fitted_on = f"{fingerprint} {names_digest(for_thresholds.images)}"
-        thresholds = fitted_once(path, Thresholds, fitted_on, fit)
+        thresholds = fitted_once(path, Thresholds, fitted_on, fit, examples=for_thresholds.images.content)
     return image_scores(
         classifier.net,
         batches,

@@ -127,7 +127,21 @@ class EpisodeRunner:
         return [block for block in self.blocks(episodes) if any(index not in log for index in block)]
 
     def __call__(self, block: range) -> dict[int, EpisodeOutcome]:
-        tasks = [self._task(index) for index in block]
+        outcomes: dict[int, EpisodeOutcome] = {}
+        together: list[_Task] = []  # may be packed; other tasks do not wait, as each may have weights of its own
+        for index in block:
+            task = self._task(index)
+            key = pack_key(task.classifier)
+            if together and (key is None or key != pack_key(together[0].classifier)):
+                self._finish(together)
+                together = []
+            together.append(task)
+            outcomes[index] = task.outcome
+        self._finish(together)
+        return outcomes
+
+    def _finish(self, tasks: Sequence[_Task]) -> None:
+        """Add the predictions under attacks and the certificates to the outcomes of tasks."""
         for name, attack in self.attacks.items():
             for group in self._groups(tasks, attack):
                 self._perturb(group, name, attack)
@@ -139,7 +153,6 @@ class EpisodeRunner:
                 for name, radius in self.smoothing.levels().items():
                     task.outcome.predictions[name] = torch.where(radii >= radius, answers, -1)
                 task.outcome.abstentions[self.smoothing.label] = float((answers < 0).double().mean())
-        return {task.index: task.outcome for task in tasks}
 
     def _task(self, index: int) -> _Task:
         episode = self.sampler[index]
