@@ -111,7 +111,8 @@ def _servers(model: nn.Module) -> dict[str, Callable[[Call], Tensor]]:
         shake(one, 0.02, seed)
     with tempfile.TemporaryDirectory() as folder:
         folders = [export_peft(one, Path(folder) / name, name=name) for name in names]
-        peft = imported_peft("serve").PeftModel.from_pretrained(model, folders[0], adapter_name=names[0]).eval()
+        plain = copy.deepcopy(model)  # peft replaces its linears
+        peft = imported_peft("serve").PeftModel.from_pretrained(plain, folders[0], adapter_name=names[0]).eval()
         for name, saved in zip(names[1:], folders[1:]):
             peft.load_adapter(saved, adapter_name=name)
     mixed = activate(copy.deepcopy(one), names)

@@ -15,7 +15,10 @@ CPU = torch.device("cpu")
 def test_rows_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "RANK", 2)
     monkeypatch.setattr(serve, "WRITTEN", 2)
-    results = serve.serve(random_lm("llama"), 2, CPU, (3, 5))
+    model = random_lm("llama")
+    classes = [type(module) for module in model.modules()]
+    results = serve.serve(model, 2, CPU, (3, 5))
+    assert [type(module) for module in model.modules()] == classes  # peft's layers are in a copy
     assert [result.title.split(", ")[2] for result in results] == ["16 tokens", "40 tokens"]
     for result in results:
         assert list(result.timing.seconds) == [serve.ONE, serve.MIXED, serve.PEFT_ONE, serve.PEFT]
