@@ -56,8 +56,8 @@ def fitted_once(
     """Return what a JSON file holds for what has this fingerprint (weights, and what else the values need), or fit and write it.
 
     examples: what tells the validation examples from others of their names, "" where that is not known. Values that were fitted
-    to others are kept, like the records that were made with them, and a message names the file. shared: whether the processes of an evaluation share
-    the work of `fit`; by default the first one does it alone.
+    to others are kept, like the records that were made with them, and a message names the file. shared: whether the processes
+    of an evaluation share the work of `fit`; by default the first one does it alone.
     """
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass
 
