@@ -1,8 +1,8 @@
 """`scripts.bench memory`: the memory of a training step, measured and by formula, for several methods on the same model.
 
 A random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048 (27 M parameters), a larger one (`--model 88M`,
-`--model 158M` or `346M`; `--model all` for the four, ratios by size), or a language model by its name; batch 4 x 256
-tokens, fp32, AdamW, no checkpointing: full fine-tuning, LoRA r=16 on all seven linears (vismt's and peft's), iLoRA with the same
+`--model 158M`; `--model all` for the three, ratios by size), or a language model by its name; batch 4 x 256 tokens,
+fp32, AdamW, no checkpointing: full fine-tuning, LoRA r=16 on all seven linears (vismt's and peft's), iLoRA with the same
 factors under fixed gates, LISA with 2 layers, with and without the parameters outside the layers, and S2FT on O and D with
 LoRA's number of parameters. A ratio holds for these sizes only: with longer batches activations dominate, with
 checkpointing they vanish.
@@ -45,7 +45,6 @@ RANK, ACTIVE, DEPTH, BATCH, LENGTH = 16, 2, 8, 4, 256
 LARGER = {
     "88M": (Decoder(hidden=768, ffn=2048, heads=12, kv_heads=12, head_dim=64, vocabulary=2048), 12),
     "158M": (Decoder(hidden=1024, ffn=2816, heads=16, kv_heads=16, head_dim=64, vocabulary=2048), 12),
-    "346M": (Decoder(hidden=1536, ffn=4096, heads=24, kv_heads=24, head_dim=64, vocabulary=2048), 12),
 }  # random Llamas by their number of parameters
 LIKE = ("llama", "qwen2")  # the formula describes blocks of these types
 FULL, PLAIN, GATED, SLICED = "full fine-tuning", "vismt lora", "vismt ilora", "S2FT O and D"
