@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 
 if TYPE_CHECKING:
     from onnx import GraphProto
@@ -61,8 +61,7 @@ def check(name: str | None) -> None:
     """Raise UserError for an unknown converter or a missing library, before anything is downloaded."""
     if name is None:
         return
-    if name not in CONVERTERS:
-        raise UserError(f"asset card: no converter is called '{name}'.{near(name, CONVERTERS)}")
+    require_known("asset card: no converter is called", [name], CONVERTERS)
     if importlib.util.find_spec("onnx") is None:
         raise UserError('reading ONNX weights needs the package onnx: pip install "vismt[quickstart]"')
 

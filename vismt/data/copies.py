@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vismt.base.errors import UserError, near, require_known
+from vismt.base.errors import UserError, require_known
 from vismt.config.yaml_text import read_yaml
 from vismt.data.decode import read_bytes
 from vismt.data.set_entries import CARDS
@@ -55,8 +55,7 @@ def _as_stated(card: Card, source: S, base: Path) -> S:
     where = f"{card.shown}: '{shown_path(path)}'"
     stated = read_yaml(path, where)
     for split, count in stated.items():
-        if split not in source.splits:
-            raise UserError(f"{where}: no split '{split}'.{near(str(split), source.splits)}")
+        require_known(f"{where}: no split", [split], source.splits)
         whole = source.splits[split]
         if type(count) is not int or not 1 <= count <= (count if whole is None else whole):
             most = "" if whole is None else f" and at most {whole:,}"

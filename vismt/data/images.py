@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from vismt.base import console
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.data.cards import Card, load_card
 from vismt.data.copies import first_copy, listed, not_found, sources_for
 from vismt.data.fetching import fetch
@@ -58,8 +58,7 @@ def open_images(
         UserError: an unknown card or split, a set that is not on this machine, an empty class folder, and another number of
             images or classes than the card says.
     """
-    if on_bad_sample not in ("error", "skip"):
-        raise UserError(f"on_bad_sample is '{on_bad_sample}'.{near(str(on_bad_sample), ['error', 'skip'])}")
+    require_known("on_bad_sample is", [on_bad_sample], ("error", "skip"))
     given = None if isinstance(card, Card) else python_object(str(card), split)
     if isinstance(given, ImageSet):
         images = given

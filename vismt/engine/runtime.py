@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 
 import vismt
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.storage.paths import CHECKOUT
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -68,8 +68,7 @@ def accelerator(precision: str = "no", trackers: list[str] | None = None, folder
 
     Raises UserError for an unknown precision, fp16 without a GPU, and trackers that are not installed.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"train.precision: '{precision}'.{near(precision, PRECISIONS)}")
+    require_known("train.precision:", [precision], PRECISIONS)
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU.")
     processes()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vismt.base import console, ranks
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.config.sections import EARLIER_HASH_DIGITS, RESOLVED, RunConfig, config_hash
 from vismt.engine import runtime
 from vismt.jobs import make_job
@@ -138,8 +138,7 @@ class Run:
         target: by default export-FORMAT-ARM-seed-SEED in the run folder. Raises UserError for another format, one that does not
         fit the model, a run without an adapter, and a folder with the export of another model. uniform: see export_peft.
         """
-        if form not in FORMATS:
-            raise UserError(f"export: format '{form}'.{near(form, FORMATS)}")
+        require_known("export: format", [form], FORMATS)
         if uniform and form != "peft":
             raise UserError(f"export: --uniform is of --format peft; leave it out with {form}.")
         self._need_adapter()

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from vismt.base import console
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.base.objects import object_named, title_of
 from vismt.data.decode import decoding, to_rgb
 from vismt.data.image_set import ImageSet
@@ -49,8 +49,7 @@ def python_object(card: str, split: str) -> Any:
             what = "the hub's" if hub else "the saved"
             raise UserError(f"data '{card}': {what} data set cannot be loaded: {one_line(str(error))}") from error
     if isinstance(given, Mapping):  # a DatasetDict
-        if split not in given:
-            raise UserError(f"data '{title_of(card)}': no split '{split}'.{near(split, list(given))}")
+        require_known(f"data '{title_of(card)}': no split", [split], given)
         return given[split]
     return given
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.config.typed import Names, plain_name
 from vismt.data.set_entries import shown_name
 from vismt.metatune.amt.objective import CORRUPTION, GAUSSIAN, THREATS, Adversary, AdversaryForm
@@ -39,8 +39,7 @@ class ExpertSpec:
 
     def levels(self, where: str) -> list[float]:
         """Return the level's values, [] for a clean expert; `where` is the key in errors."""
-        if self.norm not in NORMS:
-            raise UserError(f"{where}.norm: '{self.norm}'.{near(self.norm, NORMS)}")
+        require_known(f"{where}.norm:", [self.norm], NORMS)
         if self.norm == CLEAN:
             if self.level is not None:
                 raise UserError(f"{where}: level {self.level} with norm clean, which has no attack; leave level out.")

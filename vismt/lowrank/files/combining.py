@@ -18,7 +18,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.base.seeds import mix_seed
 from vismt.lowrank.cores import RULES, Interference, RuleSettings, interference_of, joint_cores
 from vismt.lowrank.factors import LowRank, times_core
@@ -298,8 +298,7 @@ def _check_settings(count: int, method: str, keep: float, drop: float, covarianc
 def _check_call(
     adapters: Sequence[LowRank | Adapter], weights: Sequence[float] | None, method: str, rank: int | None
 ) -> None:
-    if method not in METHODS:
-        raise UserError(f"combine: no method '{method}'.{near(str(method), METHODS)}")
+    require_known("combine: no method", [method], METHODS)
     for name, value in (("adapters", adapters), ("weights", () if weights is None else weights)):
         array = name == "weights" and getattr(value, "ndim", 0) == 1
         if isinstance(value, str) or not (array or isinstance(value, Sequence)):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, near, need_names, require_known
+from vismt.base.errors import UserError, need_names, require_known
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.parameter_modules import to_modules
@@ -244,8 +244,7 @@ def _alpha(name: str, value: Any) -> float:
 
 def _dtype(value: Any) -> torch.dtype | None:
     if isinstance(value, str):
-        if value not in DTYPES:
-            raise UserError(f"adapt.dtype: '{value}'.{near(value, DTYPES)}")
+        require_known("adapt.dtype:", [value], DTYPES)
         return DTYPES[value]
     if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
         raise UserError(f"adapt.dtype: {value!r}; give a floating dtype, one of {', '.join(DTYPES)}.")

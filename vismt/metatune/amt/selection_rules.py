@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.config.typed import Checked, Names, within
 from vismt.lowrank.cores import RULES as CORE_RULES
 
@@ -123,7 +123,6 @@ class MergeSettings(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "strategy", ALIASES.get(self.strategy, self.strategy))
-        if self.strategy not in STRATEGIES:
-            raise UserError(f"merging.strategy: '{self.strategy}'.{near(self.strategy, STRATEGIES)}")
+        require_known("merging.strategy:", [self.strategy], STRATEGIES)
         if self.shares and not abs(sum(self.shares.values()) - 1) < 1e-6:
             raise UserError(f"merging.shares: {dict(self.shares)} sum to {sum(self.shares.values()):g}; need 1.")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 
 TYPES = ("color", "translation")
 
@@ -95,8 +95,7 @@ def _check(images: Tensor, types: Sequence[str], probability: float, mean: objec
     if isinstance(types, str):
         raise UserError(f"augmentation: types is the text '{types}': give a sequence of {', '.join(TYPES)}.")
     for name in types:
-        if name not in TYPES:
-            raise UserError(f"augmentation: type '{name}'.{near(str(name), TYPES)}")
+        require_known("augmentation: type", [name], TYPES)
     if not 0 <= probability <= 1:
         raise UserError(f"augmentation: probability {probability}: need 0 to 1.")
     if (mean is None) != (std is None):

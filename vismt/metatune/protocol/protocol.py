@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base import console, ranks
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, require_known
 from vismt.lowrank.contexts import evaluating
 from vismt.metatune.features import FeatureStore
 from vismt.metatune.functional import report_lost
@@ -115,8 +115,7 @@ def run_protocol(
     if len({"clean", *texts}) <= len(texts):
         raise UserError(f"evaluate {data}: two conditions have the same text in {texts}: leave one out.")
     conditions = dict(zip(texts, attacks, strict=True))
-    if features not in FEATURES:
-        raise UserError(f"evaluate {data}: features '{features}'.{near(str(features), FEATURES)}")
+    require_known(f"evaluate {data}: features", [features], FEATURES)
     if isinstance(sampler, Sized):
         episodes = min(episodes, len(sampler))
     if episodes < 2:
