@@ -35,7 +35,7 @@ class Module(pl.LightningModule):
         self.losses.append(float(loss))
         return loss
 
-    def test_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         self.losses.append(float(F.cross_entropy(self.vit(batch[0]), batch[1])))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -123,7 +123,7 @@ def test_a_checkpoint_is_tested_without_a_training_before_it(tmp_path: Path) -> 
     def test(module: Module) -> list[float]:
         options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
         trainer = pl.Trainer(callbacks=[VismtCallback()], default_root_dir=tmp_path, **options)
-        trainer.test(module, batches(), ckpt_path=tmp_path / "step=2.ckpt", verbose=False)
+        trainer.validate(module, batches(), ckpt_path=tmp_path / "step=2.ckpt", verbose=False)
         return module.losses
 
     fresh = Module(rank=2)
