@@ -113,7 +113,8 @@ def test_the_gain_of_a_choice_is_a_score_of_merged(tmp_path: Path) -> None:
         for arm, answers in (("expert:a", a), ("expert:b", b), ("merged", A + A[:2])):
             records(tmp_path, arm, answers, seed=seed)
     values = dict.fromkeys(map(str, range(6)), 0.5)
-    accuracy = Measure("accuracy", values, chance=0.2, covers="images", parts=3)
+    parts = {name: str(int(name) % 3) for name in values}
+    accuracy = Measure("accuracy", values, chance=0.2, covers="images", groups=parts)
     scores = {
         arm: [Score("few-shot", "digits", "5-way 1-shot", measure, CLEAN, "episodes") for measure in measures]
         for arm, measures in (("merged", [accuracy, replace(accuracy, metric="Brier")]), ("expert:a", [accuracy]))

@@ -15,7 +15,7 @@ from vismt.report.study_rows import About, StudyRow, StudyRows
 
 
 def row(variance: float = 0.0004, freedom: float = 1e9, **changes: Any) -> StudyRow:
-    return StudyRow(**vars(result(**{"scale": "number", **changes})), variance=variance, freedom=freedom)
+    return StudyRow(**vars(result(**{"scale": "number", "variance": variance, "freedom": freedom, **changes})))
 
 
 def study(*rows: StudyRow) -> StudyRows:

@@ -11,7 +11,7 @@ from vismt.engine.log import record_stem
 from vismt.jobs.fewshot.config import HEADS, POOLED
 from vismt.report.results import Score, ValuesByExample, read_results, result_of, write_results, write_values
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import CLEAN, Condition, averaged
+from vismt.uncertainty.intervals import CLEAN, Condition, Estimate, averaged
 
 RIGHT = {0: [1.0, 1.0, 0.0, 1.0], 1: [1.0, 0.0, 0.0, 1.0]}  # 3 and 2 of 4, by seed
 
@@ -63,7 +63,9 @@ def test_rows_by_seed_and_the_row_of_their_mean():
 
 
 def test_the_longer_half_counts_where_an_interval_is_not_symmetric():
-    assert result_of(score([0.5, 0.5], bounds=(0.4, 0.8)), "a", None, "test", HASH).half == pytest.approx(0.3)
+    assert result_of(
+        score([0.5, 0.5], error=Estimate.within(0.5, (0.4, 0.8))), "a", None, "test", HASH
+    ).half == pytest.approx(0.3)
 
 
 def test_rows_of_other_conditions_stay(tmp_path):

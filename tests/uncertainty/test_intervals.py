@@ -38,16 +38,17 @@ def test_a_measure_is_the_mean_of_its_values():
     assert (measure.scale, measure.better, measure.chance) == ("share", "higher", None)
 
 
-def test_bounds_take_the_place_of_the_interval():
-    measure = Measure("ECE-15", VALUES, bounds=(0.1, 0.7))
-    assert measure.interval() == (0.1, 0.7)
+def test_an_error_of_its_own_takes_the_place_of_that_of_a_mean():
+    measure = Measure("ECE-15", VALUES, error=Estimate.within(0.5, (0.1, 0.7)))
+    assert measure.interval() == pytest.approx((0.1, 0.7))
+    assert measure.estimate().bias == pytest.approx((0.1, 0.1)) and measure.estimate().mean == 0.5
 
 
 def test_an_interval_needs_two_values():
     with pytest.raises(UserError, match="interval over 1 values"):
         Measure("accuracy", {"a": 1.0}).interval()
     for values in ([], [0.5, math.nan]):
-        with pytest.raises(UserError, match="need 2 or more, all finite"):
+        with pytest.raises(UserError, match="need two or more, all finite"):
             mean_interval(values)
     with pytest.raises(UserError, match="none given"):
         average_of([])
@@ -114,14 +115,56 @@ def test_equal_seeds_have_the_interval_of_the_examples():
     assert averaged([first, first, first]).interval() == pytest.approx(first.interval())
 
 
-def test_the_spread_of_seeds_enters_bounds_too():
-    first = Measure("ECE-15", {"a": 0.1, "b": 0.1}, "number", bounds=(0.0, 0.2))
-    second = Measure("ECE-15", {"a": 0.3, "b": 0.3}, "number", bounds=(0.1, 0.6))
-    mean = averaged([first, second])
-    assert mean.score == pytest.approx(0.2)
-    # (0.1 + 0.25) / 2 over the examples, of error .0893; of the seeds .1; t of two seeds
-    half = (1.959964 * 0.0893**2 + 12.7062 * 0.1**2) / math.hypot(0.0893, 0.1)
-    assert mean.bounds == pytest.approx((0.2 - half, 0.2 + half), abs=1e-2)
+def biased(score, variance=0.01, bias=(0.06, 0.02), freedom=20.0):
+    values = {"a": score - 0.1, "b": score + 0.1}
+    error = Estimate(score, ((variance, freedom),), bias=bias)
+    return Measure("ECE-15", values, "number", "lower", error=error, paired=False)
+
+
+def test_the_spread_of_seeds_enters_a_biased_score_too():
+    mean = averaged([biased(0.1), biased(0.3, 0.03, (0.04, 0.0))])
+    found = mean.estimate()
+    # Trainings share the examples: the mean variance is .02. The trainings' scores .1 and .3 have the variance .01 of their mean.
+    assert found.mean == mean.score == pytest.approx(0.2) and found.covers == mean.covers == "examples+seeds"
+    assert found.bias == pytest.approx((0.05, 0.01)) and found.sources == (
+        (pytest.approx(0.02), 20),
+        (pytest.approx(0.01), 1),
+    )
+    half = (2.085963 * 0.02 + 12.706205 * 0.01) / math.sqrt(0.03)
+    assert mean.interval() == pytest.approx((0.2 - 0.05 - half, 0.2 - 0.01 + half), abs=1e-5)
+
+
+def test_an_average_over_sets_has_the_mean_bias_and_a_part_of_the_variance():
+    found = average_of([biased(0.1).estimate(), biased(0.3).estimate(), biased(0.2).estimate()])
+    assert found.mean == pytest.approx(0.2) and found.bias == pytest.approx((0.06, 0.02))
+    assert found.variance == pytest.approx(0.01 / 3) and found.sources[0][1] == pytest.approx(60)
+
+
+def test_the_mean_of_intervals_that_begin_at_zero_begins_at_zero():
+    """Three trainings whose calibration errors are not shown to differ from 0: their mean is not shown to either."""
+    measures = [replace(biased(score, 0.0002, (score, 0.02)), scale="share") for score in (0.0716, 0.0918, 0.0934)]
+    assert all(measure.interval()[0] == 0 for measure in measures) and averaged(measures).interval()[0] == 0
+
+
+def test_folds_of_a_biased_score_are_independent():
+    first, second = biased(0.1), biased(0.3)
+    joined = averaged([first, replace(second, values={"c": 0.2, "d": 0.4})])
+    assert joined.covers == "examples" and joined.score == pytest.approx(0.2)
+    assert joined.estimate().variance == pytest.approx(0.005) and joined.estimate().bias == pytest.approx((0.06, 0.02))
+
+
+def test_groups_of_examples_are_the_unit():
+    """Four signs of one, two or three images: counts of images are not independent, so that Wilson's interval is too narrow."""
+    right = {"a1": 1.0, "a2": 1.0, "b1": 0.0, "b2": 0.0, "b3": 0.0, "c1": 1.0, "d1": 0.0, "d2": 1.0}
+    measure = Measure("accuracy", right, counts=True, groups={name: name[0] for name in right}, grouped_by="signs")
+    # mean .5; sums of the deviations by sign 1, -1.5, .5, 0; 4 / 3 * (1 + 2.25 + .25) / 64
+    assert measure.units == 4 and measure.estimate().variance == pytest.approx(4 / 3 * 3.5 / 64)
+    assert measure.estimate().sources[0][1] == 3 and measure.interval() == (0.0, 1.0)
+    assert measure.interval() != replace(measure, groups={}).interval() == wilson(4, 8)
+    all_right = replace(measure, values=dict.fromkeys(right, 1.0))
+    assert all_right.interval() == pytest.approx(wilson(4, 4))  # four signs, not eight images
+    mean = averaged([measure, measure])
+    assert mean.groups == measure.groups and mean.estimate().variance == pytest.approx(measure.estimate().variance)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.3])
@@ -166,25 +209,25 @@ def test_the_half_width_over_examples_and_seeds_by_hand():
     assert wide[1] - 0.5 > HALF
 
 
-def test_parts_by_hand():
+def test_groups_by_hand():
     # two parts, of means .2 and .6: sd .28284, over the root of 2: .2; t at one degree of freedom
-    assert estimate([0.1, 0.7, 0.3, 0.5], parts=2).half == pytest.approx(12.706205 * 0.2)
+    assert estimate([0.1, 0.7, 0.3, 0.5], groups="abab").half == pytest.approx(12.706205 * 0.2)
     # equal part means: the values differ only within the parts
-    assert estimate([0.1, 0.3, 0.5, 0.3], parts=2).half == pytest.approx(0.0)
+    assert estimate([0.1, 0.3, 0.5, 0.3], groups="abab").half == pytest.approx(0.0)
     # parts of three and two values: shares .6 and .4, mean .44, 2 / 1 (.36 (.4 - .44)^2 + .16 (.5 - .44)^2)
-    found = estimate([0.3, 0.4, 0.4, 0.6, 0.5], parts=2)
+    found = estimate([0.3, 0.4, 0.4, 0.6, 0.5], groups="ababa")
     assert found.variance == pytest.approx(2 * (0.36 * 0.04**2 + 0.16 * 0.06**2)) and found.mean == pytest.approx(0.44)
-    with pytest.raises(UserError, match="need 5 or more"):
-        estimate([0.1] * 4, parts=5)
+    with pytest.raises(UserError, match="interval over 4 values in 1 groups: need two or more"):
+        estimate([0.1] * 4, groups="aaaa")
 
 
 def test_what_changes_nothing():
     values = torch.rand(30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for parts in (0, 5):
-        found, moved = estimate(values, parts=parts), estimate(values + 3, parts=parts)
+    for groups in (None, [number % 5 for number in range(30)]):
+        found, moved = estimate(values, groups=groups), estimate(values + 3, groups=groups)
         assert moved.half == pytest.approx(found.half) and moved.mean == pytest.approx(found.mean + 3)
-        assert estimate(values - values, parts=parts).bounds == (0.0, 0.0)
-        low, high = estimate(-values, parts=parts).bounds
+        assert estimate(values - values, groups=groups).bounds == (0.0, 0.0)
+        low, high = estimate(-values, groups=groups).bounds
         assert (-high, -low) == pytest.approx(found.bounds)
 
 

@@ -30,7 +30,7 @@ from vismt.report.tables import Section, Table, number_text, row_text
 from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.conditions import Perturbation, condition_of
 from vismt.uncertainty.conformal import conformal_quantile, least_examples, set_sizes
-from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Condition, Measure, interval_kind_text, wilson
+from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Condition, Estimate, Measure, interval_kind_text, wilson
 from vismt.uncertainty.selective import (
     accepting_threshold,
     risk_coverage_interval,
@@ -130,17 +130,17 @@ def risk_measures(
 
     accepted = (confidences >= thresholds.confidence).double()
     measures = [
-        Measure(COVERED, by_id(covered), counts=True, bounds=wilson(int(covered.sum()), len(ids))),
+        Measure(COVERED, by_id(covered), counts=True),
         Measure(SIZE, by_id(sizes), NUMBER, LOWER),
-        Measure(ACCEPTED, by_id(accepted), counts=True, bounds=wilson(int(accepted.sum()), len(ids))),
+        Measure(ACCEPTED, by_id(accepted), counts=True),
     ]
     risk = selective_risk(confidences, wrong, thresholds.confidence)
     if risk is not None:
         bounds = wilson(int((accepted * wrong).sum()), int(accepted.sum()))
-        measures.append(Measure(RISK, by_id(risk), better=LOWER, bounds=bounds))
+        measures.append(Measure(RISK, by_id(risk), better=LOWER, error=Estimate.within(float(risk.mean()), bounds)))
     area = risk_coverage_values(confidences, wrong)
-    bounds = risk_coverage_interval(confidences, wrong)
-    return [*measures, Measure(AURC, by_id(area), better=LOWER, bounds=bounds, paired=False)]
+    error = Estimate.within(float(area.mean()), risk_coverage_interval(confidences, wrong))
+    return [*measures, Measure(AURC, by_id(area), better=LOWER, error=error, paired=False)]
 
 
 def image_measures(

@@ -12,7 +12,7 @@ sets as a fixed list; tables add the interval of five or more that takes them as
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -23,11 +23,9 @@ from vismt.uncertainty.intervals import (
     LOWER,
     Covers,
     Estimate,
+    Measure,
     average_of,
-    estimate,
     interval_of,
-    student_quantile,
-    with_least_error,
     without_seeds_kind,
 )
 
@@ -44,12 +42,15 @@ class ExampleValues(Protocol):
     def of(self, result: Result) -> Values | None:
         """Return a row's values by example; None where there are none."""
 
+    def groups(self, result: Result) -> Mapping[str, str]:
+        """Return the group of each example of a row, {} if its examples are independent."""
+
 
 class Evidence:
     """What the intervals of rows without a seed follow from: values by example, and the rows of the single trainings."""
 
     def __init__(self, results: Sequence[Result], values: ExampleValues) -> None:
-        self._of = cache(values.of)
+        self._of, self._groups = cache(values.of), cache(values.groups)
         self._trainings: dict[tuple[Any, ...], dict[int, Result]] = {}
         for row in results:
             if row.seed is not None:
@@ -73,43 +74,28 @@ class Evidence:
         return average_of([self._over_examples(row) for row in rows]).with_seeds(list(self.seeds(rows).values()))
 
     def _over_examples(self, row: Result) -> Estimate:
-        """Return a row's score with its error over the examples alone, from the intervals where values by example are missing."""
-        values = self._of(row)
-        covers = without_seeds_kind(row.interval)
-        if values is not None and len(values) > 1:
-            found = estimate(list(values.values()), parts=row.parts, covers=covers)
-            return with_least_error(found, row.scale, len(values))
-        return Estimate(row.value, (over_examples_alone(row, self._trainings.get(row.key, {}).values()),), covers)
+        """Return a row's score with its error over the examples alone."""
+        return Estimate(row.value, ((row.variance, row.freedom),), without_seeds_kind(row.interval), row.bias)
 
     def difference(self, first: Sequence[Result], second: Sequence[Result]) -> Estimate | None:
         """Return the mean over sets of first - second on the same examples; None when a set has none.
 
-        The error has that over the examples, part by part where the rows have parts, and that over the seeds: of the differences
-        of trainings with the same seed where both arms have the same seeds, else of both arms.
+        The error has that over the examples, group by group if the examples have groups, and that over the seeds: of the
+        differences of trainings with the same seed where both arms have the same seeds, else of both arms.
         """
         differences = []
         for a, b in zip(first, second, strict=True):
             left_of, right_of = self._of(a) or {}, self._of(b) or {}
-            if left_of.keys() != right_of.keys() or len(left_of) < 2 or a.parts != b.parts:
+            groups = self._groups(a)
+            if left_of.keys() != right_of.keys() or len(left_of) < 2 or groups != self._groups(b):
                 return None
-            steps = [value - right_of[name] for name, value in left_of.items()]
-            found = estimate(steps, parts=a.parts, covers=without_seeds_kind(a.interval))
-            differences.append(with_least_error(found, a.scale, len(steps)))
+            steps = {name: value - right_of[name] for name, value in left_of.items()}
+            step = Measure(a.metric, steps, a.scale, covers=without_seeds_kind(a.interval), groups=groups)
+            differences.append(step.estimate())
         left, right = self.seeds(first), self.seeds(second)
         if left.keys() == right.keys():
             return average_of(differences).with_seeds([left[seed] - right[seed] for seed in left])
         return average_of(differences).with_seeds(list(left.values()), list(right.values()))
-
-
-def over_examples_alone(row: Result, trainings: Collection[Result]) -> tuple[float, float]:
-    """Return the variance and degrees of freedom of a row over its examples, by the rows of its trainings where it has them.
-
-    The variance of a mean over trainings is at most that of one of them on average.
-    """
-    rows = list(trainings) or [row]
-    freedom = (row.parts or row.n) - 1.0
-    quantile = student_quantile(0.975, max(freedom, 1.0))
-    return math.fsum((one.half / quantile) ** 2 for one in rows) / len(rows), freedom
 
 
 @dataclass(frozen=True)
@@ -223,16 +209,21 @@ def _with_corruption_means(results: Sequence[Result], values: ExampleValues) -> 
         if row.kind == "corruption":
             groups.setdefault((*block(row), row.data, row.arm, row.seed), []).append(row)
     parts: dict[tuple[Any, ...], list[Result]] = {}
-    means = []
+    means, joined = [], _WithMeans(values, parts)
     for rows in groups.values():
         if len(rows) >= MANY_CORRUPTIONS:
-            numbers = zip(*((row.value, row.low, row.high) for row in rows), strict=True)
-            value, low, high = (math.fsum(column) / len(rows) for column in numbers)
             condition = f"mean of {len(rows)} corruptions"
             row = replace(rows[0], condition=condition, kind=CORRUPTIONS, family=CORRUPTIONS, level=None)
-            means.append(replace(row, value=value, low=low, high=high))
             parts[row.key] = rows
-    return [*results, *means], _WithMeans(values, parts)
+            # Without values by example the mean has the mean variance of its rows, which is the largest that it can have.
+            numbers = zip(*((one.value, one.low, one.high, one.variance) for one in rows), strict=True)
+            value, low, high, error = (math.fsum(column) / len(rows) for column in numbers)
+            by_example = joined.of(row)
+            if by_example is not None and len(by_example) > 1:
+                measure = Measure(row.metric, by_example, row.scale, groups=joined.groups(row))
+                error = measure.estimate().variance
+            means.append(replace(row, value=value, low=low, high=high, variance=error))
+    return [*results, *means], joined
 
 
 @dataclass(frozen=True)
@@ -248,6 +239,9 @@ class _WithMeans:
         if len(columns) < len(found):
             return None
         return {name: math.fsum(column[name] for column in columns) / len(columns) for name in columns[0]}
+
+    def groups(self, result: Result) -> Mapping[str, str]:
+        return self.values.groups(self.parts.get(result.key, [result])[0])
 
 
 def _averages(groups: Sequence[Sequence[Result]]) -> Iterable[tuple[Sequence[Result], list[Sequence[Result]]]]:

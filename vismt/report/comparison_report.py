@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from vismt.base.errors import UserError, require_known
 from vismt.config.sections import RESOLVED, flat
@@ -18,6 +19,7 @@ from vismt.report.score_sections import score_sections
 from vismt.report.tables import Section, Table
 from vismt.report.writer import DEFAULT_FORMATS, Heading, run_heading, write_report
 
+T = TypeVar("T")
 SHOWN_FACTS = ("Command", "Git revision", "Config hash", "Hardware", "Seeds")
 SETTINGS_NOTE = (
     "Keys of config.resolved.yaml whose values differ; – where a run has no such key. Titles and arms are left out."
@@ -35,9 +37,16 @@ class Joined:
         """Return a row's values by example, under names that are equal where two runs have the same example."""
         values, arm = self.sources[result.arm]
         found = values.of(replace(result, arm=arm))
-        if found is None:
-            return None
-        return {f"{result.examples or values.folder} {name}": value for name, value in found.items()}
+        return None if found is None else self._named(result, found)
+
+    def groups(self, result: Result) -> dict[str, str]:
+        """Return the group of each example of a row under the names of `of`, {} if its examples are independent."""
+        values, arm = self.sources[result.arm]
+        return self._named(result, values.groups(replace(result, arm=arm)))
+
+    def _named(self, result: Result, by_example: Mapping[str, T]) -> dict[str, T]:
+        values, _ = self.sources[result.arm]
+        return {f"{result.examples or values.folder} {name}": value for name, value in by_example.items()}
 
 
 def join(folders: Sequence[Path], arms: Sequence[str] = ()) -> Joined:

@@ -22,7 +22,8 @@ from vismt.uncertainty.intervals import SHARE, Better, Condition, Covers, Measur
 FACTS = "run.json"
 RESULTS, RECORDS = "results.jsonl", "records"
 ROUNDING = 1e-9  # of a mean of pseudo-values, which is the score
-EXAMPLE = "example"  # key of an example's name in a line of records
+EXAMPLE, GROUP = "example", "group"  # keys of an example's name and of its group's in a line of records
+KNOWN = 1e9  # degrees of freedom of a variance that is known; JSON has no infinity
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,12 @@ class Result:
             were drawn or of the files; "" or None where it is not known, as in rows of an earlier version.
         interval: what the interval covers (`vismt.uncertainty.intervals.interval_kind_text`), "images+seeds"; "" in rows of
             an earlier version.
-        parts: number of parts of the examples that share nothing (`vismt.uncertainty.intervals.estimate`), 0 without parts.
+        parts: number of groups of examples that depend on each other (`vismt.uncertainty.intervals.estimate`), 0 if the
+            examples are independent.
+        grouped_by: what the groups are, in the plural, "signs".
+        bias: largest and smallest bias of the value that the examples allow (`vismt.uncertainty.intervals.Estimate`).
+        variance: of the value over the examples alone, without the training seeds.
+        freedom: degrees of freedom of the variance, at most KNOWN.
     """
 
     task: str
@@ -80,6 +86,10 @@ class Result:
     examples: str | None = None
     interval: Covers = ""
     parts: int = 0
+    grouped_by: str = ""
+    bias: tuple[float, float] = (0.0, 0.0)
+    variance: float = 0.0
+    freedom: float = 0.0
 
     @property
     def half(self) -> float:
@@ -124,6 +134,8 @@ def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash:
     """Return the row of a score."""
     measure, condition = score.measure, score.condition
     low, high = measure.interval()
+    found = measure.estimate()
+    variance, freedom = found.sources[0]
     return Result(
         task=score.task,
         data=score.data,
@@ -147,20 +159,27 @@ def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash:
         level=condition.level,
         examples=score.examples,
         interval=measure.covers,
-        parts=measure.parts,
+        parts=measure.units if measure.groups else 0,
+        grouped_by=measure.grouped_by,
+        bias=found.bias,
+        variance=variance,
+        freedom=min(freedom, KNOWN),
     )
 
 
 def write_values(folder: Path, rows: Sequence[tuple[Result, Measure]]) -> None:
     """Add the values by example of rows to records/ of a run folder, each as a column named by the row's condition.
 
-    Columns of other conditions stay where the examples are the same as before. A measure that is not paired has no column; an
-    example that a condition does not have (an image of one of several outside sets) has no value there.
+    A line has the example's group if the examples are not independent. Columns of other conditions stay if the examples are the
+    same as before. A measure that is not paired has no column. An example that a condition does not have (an image of one of
+    several outside sets) has no value there.
     """
     columns: dict[str, dict[str, Mapping[str, float]]] = {}
+    groups: dict[str, dict[str, str]] = {}
     for result, measure in rows:
         if measure.paired:
             columns.setdefault(result.stem, {})[result.condition] = measure.values
+            groups.setdefault(result.stem, {}).update(measure.groups)
     for stem, by_condition in columns.items():
         path = folder / RECORDS / f"{stem}.jsonl"
         names = list(dict.fromkeys(name for values in by_condition.values() for name in values))
@@ -170,7 +189,8 @@ def write_values(folder: Path, rows: Sequence[tuple[Result, Measure]]) -> None:
         lines = []
         for name in names:
             fresh = {label: values[name] for label, values in by_condition.items() if name in values}
-            lines.append({EXAMPLE: name, **known.get(name, {}), **fresh})
+            group = {GROUP: groups[stem][name]} if name in groups[stem] else {}
+            lines.append({EXAMPLE: name, **known.get(name, {}), **group, **fresh})
         path.parent.mkdir(parents=True, exist_ok=True)
         write_lines(path, lines)
 
@@ -190,6 +210,11 @@ class ValuesByExample:
             return None
         same = abs(math.fsum(values.values()) / result.n - result.value) <= 1e-6 * max(1.0, abs(result.value))
         return values if same else None
+
+    def groups(self, result: Result) -> dict[str, str]:
+        """Return the group of each example of a row, {} if its examples are independent."""
+        lines = self._lines(result.stem)
+        return {line[EXAMPLE]: line[GROUP] for line in lines if GROUP in line and result.condition in line}
 
 
 def write_results(folder: Path, results: Sequence[Result]) -> None:

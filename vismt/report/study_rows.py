@@ -19,7 +19,7 @@ from vismt.base.errors import UserError, near
 from vismt.config.sections import RESOLVED, read_yaml
 from vismt.config.typed import build
 from vismt.report.comparison import AVERAGE, Evidence, block
-from vismt.report.results import FACTS, RESULTS, Result, ValuesByExample, fault_of, read_results
+from vismt.report.results import FACTS, KNOWN, RESULTS, Result, ValuesByExample, fault_of, read_results
 from vismt.report.trainings import training_cost
 from vismt.report.weight_changes import CHANGE, Lines, by_depth, measures, of_blocks, read_changes
 from vismt.storage.files import read_sealed
@@ -31,7 +31,6 @@ from vismt.uncertainty.intervals import NUMBER, Estimate
 ROWS = "docs/results/rows"
 SELECTED = ("task", "data", "protocol", "condition", "metric", "arm", "seed", "minus")  # what names one number
 MATRICES = "matrices"  # what rows about all changed weights have as data
-KNOWN = 1e9  # degrees of freedom of a variance that is known; JSON has no infinity
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,9 @@ class StudyRow(Result):
     Args:
         data: the set, "average" for the mean over sets.
         minus: the arm whose number is subtracted, "" for none.
-        variance: of the number over the examples alone, without the training seeds; 0 in rows of one of several trainings.
-        freedom: degrees of freedom of the variance.
     """
 
     minus: str = ""
-    variance: float = 0.0
-    freedom: float = 0.0
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -248,7 +243,12 @@ def _row(found: Estimate, bounds: tuple[float, float], *arms: Sequence[Result], 
     """Return the row of an estimate from the rows of one arm, or of two."""
     error, freedom = found.sources[0]
     changes |= {"value": found.mean, "low": bounds[0], "high": bounds[1], "interval": found.covers}
-    changes |= {"n": sum(row.n for row in arms[0]), "variance": error, "freedom": min(freedom, KNOWN)}
+    changes |= {
+        "n": sum(row.n for row in arms[0]),
+        "variance": error,
+        "freedom": min(freedom, KNOWN),
+        "bias": found.bias,
+    }
     return StudyRow(**{**asdict(arms[0][0]), **changes})
 
 

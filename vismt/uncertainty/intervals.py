@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist, variance
 from typing import Literal, cast
 
@@ -67,22 +67,33 @@ def without_seeds_kind(kind: Covers) -> Covers:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with the independent sources of its error.
+    """A score with its bias and the independent sources of its error.
 
-    The half width of the interval is q sqrt(V), V = sum_k V_k, with q = t(0.975, df) and the df of Welch and Satterthwaite,
+    The interval is [mean - b_1 - h, mean - b_2 + h] with the bias b_1 at its lower end and b_2 at its upper end. Both are 0 for a
+    mean of values. An average of estimates has their mean bias, while its variance falls with their number. The half width h is
+    q sqrt(V), V = sum_k V_k, with q = t(0.975, df) and the df of Welch and Satterthwaite,
     V^2 / sum_k V_k^2 / df_k. Where a source of one degree of freedom (two seeds) stands beside others, that interval covers
     too little (simulated: 87 to 89 % where two seeds dominate), and so does one that takes t(0.975, 1) only where the estimated
     V_k of the seeds is the largest (90 %); q is then Cochran's sum_k V_k t(0.975, df_k) / V (94 to 98 %).
 
     Args:
-        mean: the estimate.
-        sources: variance of the mean and degrees of freedom of each source.
-        covers: what the interval covers.
+        mean: The score.
+        sources: Variance of the mean and degrees of freedom of each source, the examples first.
+        covers: What the interval covers.
+        bias: Largest and smallest bias that the examples allow (b_1, b_2).
     """
 
     mean: float
     sources: tuple[tuple[float, float], ...]
     covers: Covers = "examples"
+    bias: tuple[float, float] = (0.0, 0.0)
+
+    @classmethod
+    def within(cls, mean: float, bounds: tuple[float, float]) -> Estimate:
+        """Return the estimate over the examples with a given 95 % interval, whose centre is the mean less its bias."""
+        low, high = bounds
+        error = (high - low) / 2 / student_quantile(0.975, math.inf)
+        return cls(mean, ((error**2, math.inf),), bias=(mean - (low + high) / 2,) * 2)
 
     @property
     def variance(self) -> float:
@@ -101,7 +112,7 @@ class Estimate:
     @property
     def bounds(self) -> tuple[float, float]:
         """The 95 % interval."""
-        return self.mean - self.half, self.mean + self.half
+        return self.mean - self.bias[0] - self.half, self.mean - self.bias[1] + self.half
 
     def _quantile(self, level: float) -> float:
         sources = [(variance, freedom) for variance, freedom in self.sources if variance > 0]
@@ -141,33 +152,44 @@ def satterthwaite(sources: Sequence[tuple[float, float]]) -> float:
     return math.fsum(variance for variance, _ in sources) ** 2 / inverse if inverse > 0 else math.inf
 
 
-def estimate(values: Tensor | Sequence[float], *, parts: int = 0, covers: Covers = "examples") -> Estimate:
+def estimate(
+    values: Tensor | Sequence[float], *, groups: Sequence[Hashable] | None = None, covers: Covers = "examples"
+) -> Estimate:
     """Return the mean of values (n,) with its error.
 
-    Without parts the values are independent: V = s^2 / n, n - 1 degrees of freedom. With g parts, values i, i + g, i + 2 g, ...
-    depend on each other, and the parts are independent: with m_k the mean and w_k the share of the values of part k,
+    Without groups the values are independent: V = s^2 / n, n - 1 degrees of freedom. With g groups (n names, one for each value),
+    values of one group depend on each other, and the groups are independent: with m_k the mean and w_k the share of the values of
+    group k,
 
-        V = g / (g - 1) sum_k w_k^2 (m_k - m)^2,    s^2 / g of the part means where the parts are equally large,
+        V = g / (g - 1) sum_k w_k^2 (m_k - m)^2,    s^2 / g of the group means if the groups are equally large,
 
     with g - 1 degrees of freedom.
 
-    Raises UserError for fewer than two values or parts with values, or a value that is not finite.
+    Raises UserError for fewer than two values or groups, or a value that is not finite.
     """
     sample = torch.as_tensor(values, dtype=torch.float64).flatten()
-    n = len(sample)
-    if n < max(2, parts) or not bool(sample.isfinite().all()):
-        raise UserError(f"interval over {n} values: need {max(2, parts)} or more, all finite; run more episodes.")
-    groups = parts or n
+    n, index = len(sample), group_index(groups or range(len(sample)))
+    count = int(index.max()) + 1 if n else 0
+    if count < 2 or not bool(sample.isfinite().all()):
+        raise UserError(
+            f"interval over {n} values{f' in {count} groups' * bool(groups)}: need two or more, all finite; run more episodes."
+        )
     mean = math.fsum(sample.tolist()) / n
-    sums = torch.zeros(groups, dtype=torch.float64).index_add_(0, torch.arange(n) % groups, sample - mean)
-    error = groups / (groups - 1) * float((sums / n).square().sum())
-    return Estimate(mean, ((error, groups - 1.0),), covers)
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, index, sample - mean)
+    error = count / (count - 1) * float((sums / n).square().sum())
+    return Estimate(mean, ((error, count - 1.0),), covers)
+
+
+def group_index(groups: Sequence[Hashable]) -> Tensor:
+    """Return the number of each value's group, int64 (n,), in the order in which the groups appear."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups], dtype=torch.int64)
 
 
 def average_of(estimates: Sequence[Estimate]) -> Estimate:
-    """Return the mean over a fixed list of independent sets, each weighing the same; errors are those within the sets.
+    """Return the mean over a fixed list of independent sets, each weighing the same, with the errors within the sets.
 
-    Their variances sum to one source, sum_d V_d / D^2 with Satterthwaite's degrees of freedom.
+    The variances sum to one source, sum_d V_d / D^2 with Satterthwaite's degrees of freedom. The bias is the mean bias.
     """
     if not estimates:
         raise UserError("average over domains: none given.")
@@ -176,7 +198,12 @@ def average_of(estimates: Sequence[Estimate]) -> Estimate:
     total = math.fsum(variance for variance, _ in sources)
     covers = weakest_kind([one.covers for one in estimates])
     mean = math.fsum(one.mean for one in estimates) / count
-    return Estimate(mean, ((total, satterthwaite(sources)),), covers)
+    return Estimate(mean, ((total, satterthwaite(sources)),), covers, _mean_bias(estimates))
+
+
+def _mean_bias(estimates: Sequence[Estimate]) -> tuple[float, float]:
+    low, high = (math.fsum(one.bias[end] for one in estimates) / len(estimates) for end in (0, 1))
+    return low, high
 
 
 def over_domains(means: Sequence[float]) -> Estimate | None:
@@ -240,16 +267,17 @@ class Measure:
     A score that is not a mean (mIoU, perplexity, ECE) enters with the jackknife's pseudo-values, centred on the score.
 
     Args:
-        metric: name of the score with its unit, "accuracy" or "RMSE in m".
-        values: value by example.
+        metric: Name of the score with its unit, "accuracy" or "RMSE in m".
+        values: Value by example.
         scale: "share" for scores in [0, 1], which are shown in per cent, else "number".
         better: "higher" or "lower".
-        counts: whether every value is 0 or 1, so that the interval of one training is Wilson's.
-        bounds: 95 % interval where another is wanted.
-        paired: whether two models may be compared by the differences of their values.
-        chance: score of a guess, None where there is none.
-        covers: what the interval covers.
-        parts: number of parts of the examples, as for `estimate`; 0 where the examples are independent.
+        counts: Whether every value is 0 or 1, so that the interval of one training is Wilson's.
+        error: Score with its error over the examples if this is not the error of a mean of the values.
+        paired: Whether two models may be compared by the differences of their values.
+        chance: Score of a guess, None if there is none.
+        covers: What the interval covers.
+        groups: Group by example. Examples of one group depend on each other. Empty if the examples are independent.
+        grouped_by: What the groups are, in the plural: "signs", "blocks of frames".
     """
 
     metric: str
@@ -257,39 +285,44 @@ class Measure:
     scale: Scale = SHARE
     better: Better = HIGHER
     counts: bool = False
-    bounds: tuple[float, float] | None = None
+    error: Estimate | None = None
     paired: bool = True
     chance: float | None = None
     covers: Covers = "examples"
-    parts: int = 0
+    groups: Mapping[str, str] = field(default_factory=dict)
+    grouped_by: str = ""
 
     @property
     def score(self) -> float:
         """The mean of the values."""
         return math.fsum(self.values.values()) / len(self.values)
 
+    @property
+    def units(self) -> int:
+        """Number of independent units: of the groups of the values, or of the values."""
+        return len({self.groups[name] for name in self.values}) if self.groups else len(self.values)
+
     def estimate(self) -> Estimate:
-        """Return the score with its error over the examples."""
-        if self.bounds is None:
-            return estimate(list(self.values.values()), parts=self.parts, covers=self.covers)
-        freedom = self.parts - 1.0 if self.parts else math.inf
-        error = (self.bounds[1] - self.bounds[0]) / 2 / student_quantile(0.975, freedom)
-        return Estimate(self.score, ((error**2, freedom),), self.covers)
+        """Return the score with its error over the examples, and over the seeds of `over_seeds`."""
+        if self.error is not None:
+            return replace(self.error, covers=self.covers)
+        groups = [self.groups[name] for name in self.values] if self.groups else None
+        found = estimate(list(self.values.values()), groups=groups, covers=self.covers)
+        return with_least_error(found, self.scale, self.units)
 
     def interval(self) -> tuple[float, float]:
-        """Return the 95 % interval of the score: `bounds` where they are given, Wilson's for counts, else Student's."""
-        if self.bounds is not None:
-            return self.bounds
-        if self.counts:
+        """Return the 95 % interval of the score, Wilson's for counts of independent examples."""
+        if self.counts and self.error is None and not self.groups:
             return wilson(round(math.fsum(self.values.values())), len(self.values))
-        return interval_of(self.estimate(), self.scale, len(self.values))
+        return interval_of(self.estimate(), self.scale, self.units)
 
 
 def averaged(measures: Sequence[Measure]) -> Measure:
     """Return the mean of one measure over several trainings, example by example, with the interval of `over_seeds`.
 
-    The interval over the examples alone is that of the mean values; for a measure with bounds it has their mean width. Trainings
-    with examples of their own, as folds have them, are joined: scores of different examples say nothing of the trainings' spread.
+    The error over the examples is the error of the mean values. A measure with an error of its own gets the trainings' mean
+    variance and mean bias: trainings share the examples, so that neither falls with the number of trainings. Trainings with
+    examples of their own, as folds have them, are joined: scores of different examples say nothing of the trainings' spread.
     """
     first, n = measures[0], len(measures)
     if n == 1:
@@ -299,13 +332,17 @@ def averaged(measures: Sequence[Measure]) -> Measure:
         for name, value in measure.values.items():
             found.setdefault(name, []).append(value)
     values = {name: math.fsum(by_training) / len(by_training) for name, by_training in found.items()}
-    if len(values) > len(first.values):
-        return replace(first, values=values, counts=first.counts and set(values.values()) <= {0.0, 1.0}, bounds=None)
-    mean = replace(first, values=values, counts=False, bounds=None)
-    if first.bounds is not None:
-        half = math.fsum(high - low for low, high in (measure.interval() for measure in measures)) / n / 2
-        mean = replace(mean, bounds=(mean.score - half, mean.score + half))
-    return over_seeds(mean, [measure.score for measure in measures])
+    groups = {name: group for measure in measures for name, group in measure.groups.items()}
+    folds = len(values) > len(first.values)
+    counts = folds and first.counts and set(values.values()) <= {0.0, 1.0}
+    mean = replace(first, values=values, groups=groups, counts=counts, error=None)
+    if first.error is not None:
+        total = average_of([measure.estimate() for measure in measures])
+        # Folds have examples of their own. Other trainings share the examples, so that their mean has the error of one of them.
+        variance, freedom = total.sources[0]
+        source = (variance, freedom) if folds else (n * variance, first.error.sources[0][1])
+        mean = replace(mean, error=replace(total, mean=mean.score, sources=(source,)))
+    return mean if folds else over_seeds(mean, [measure.score for measure in measures])
 
 
 def over_seeds(measure: Measure, scores: Sequence[float]) -> Measure:
@@ -313,7 +350,7 @@ def over_seeds(measure: Measure, scores: Sequence[float]) -> Measure:
     if len(scores) < 2:
         return measure
     found = measure.estimate().with_seeds(scores)
-    return replace(measure, bounds=interval_of(found, measure.scale, len(measure.values)), covers=found.covers)
+    return replace(measure, error=found, covers=found.covers)
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:

@@ -10,17 +10,16 @@ AUROC to first order: with V_i the share of examples of the other label that exa
 number of examples with the label of i, the values AUROC + (n / n_i) (V_i - AUROC) have the AUROC as their mean and DeLong's
 variance (Biometrics 44, 1988).
 
-ECE is not a mean, and |.| biases it upwards: a calibrated model has about 0.04 at n = 300. A resample adds that bias a second
-time, so percentile intervals can miss the true value altogether. Here the gaps g of the bins (n g_b = |B_b| (acc_b - conf_b))
-and their bootstrap errors e are separated: ECE(t) = sum_b |t g_b + e_b| would be observed if the true gaps were t g, and the
-interval contains the t sum_b |g_b| for which the observed ECE lies within the middle 95 % of ECE(t). In simulations (n of 100
-to 1000, true ECE 0 to 0.2) it contained the true value in 84 to 98 % of sets, the basic bootstrap interval in 70 % of
-calibrated ones. For the difference of two models the paired bootstrap is worse still (0 to 83 %: the bias differs between the
-models and the pairing makes it look certain): compare the paired NLL or Brier values of two models instead.
+ECE is not a mean, and |.| biases it upwards: a calibrated model has about 0.04 at n = 300. With g_b the mean gap of bin b and C
+the covariance of the errors e of these means, ECE(t) = sum_b |t g_b + e_b| would be observed if the true gaps were t g. If the
+errors are normal, it has the mean m(t) and the variance V(t) of folded normal variables,
 
-Rows in a few parts, within which they depend on each other (few-shot episodes), cannot be resampled. Their interval is Student's
-t of the parts' mean values, and its lower end is lower by the bias that the jackknife finds, (g - 1) (mean_k ECE_-k - ECE),
-where ECE_-k leaves out part k of g. docs/guides/intervals.md has its coverage.
+    m(t) = sum_b E|t g_b + e_b|,    V(t) = sum_b Var|t g_b + e_b| + sum_{b != c} w_b w_c C_bc,    w_b = E sign(t g_b + e_b).
+
+The ends of the interval are the t sum_b |g_b| with m(t) ± q sqrt(V(t)) = ECE. The bias at an end is m(t) - t sum_b |g_b|. A score
+keeps both biases and one variance, V(t) at the upper end, where it is largest. Averages over seeds and sets average the biases,
+and average or divide the variance (vismt.uncertainty.intervals.Estimate). docs/guides/intervals.md has the coverage. The
+difference of two models has no such interval, as the bias differs between the models. Compare their paired NLL or Brier values.
 
 NLL and Brier score are proper: their expectation is smallest for the true probabilities (Good, J. R. Stat. Soc. B 14, 1952;
 Brier, Monthly Weather Review 78, 1950). torchmetrics is imported where a score is computed.
@@ -30,14 +29,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.uncertainty.intervals import LOWER, NUMBER, Estimate, Measure, estimate
+from vismt.uncertainty.intervals import LOWER, NUMBER, SHARE, Estimate, Measure, Scale, group_index, student_quantile
 
 BINS = 15
 
@@ -131,77 +131,79 @@ def binned_gaps(confidences: Tensor, correct: Tensor, bins: int = BINS) -> Tenso
     return gaps.scatter_(1, column[:, None], (correct.to(confidences.dtype) - confidences)[:, None])
 
 
-def gap_values(gaps: Tensor, resamples: int = 500, seed: int = 0, parts: int = 0) -> tuple[Tensor, tuple[float, float]]:
-    """Return values by row (n,) whose mean is the ECE (its first-order effects), and its 95 % interval.
+def gap_values(gaps: Tensor, groups: Sequence[Hashable] | None = None) -> tuple[Tensor, Estimate]:
+    """Return values by row (n,) whose mean is the ECE (its first-order effects), and the ECE with its error.
 
     Args:
-        gaps: (n, bins) fp64: rows of `binned_gaps`, or for groups of dependent examples the mean of each group's rows. Groups
-            weigh the same, and are resampled as wholes.
-        resamples: number of bootstrap resamples of the rows.
-        seed: of the resamples.
-        parts: number of parts of the rows, as for `vismt.uncertainty.intervals.estimate`; 0 where rows are independent.
+        gaps: (n, bins) fp64: rows of `binned_gaps`, or for examples that share a row (the queries of an episode) their mean row.
+        groups: Group of each row, as for `vismt.uncertainty.intervals.estimate`. None if the rows are independent.
+
+    Raises UserError for fewer than two rows or groups.
     """
-    if resamples < 1:
-        raise UserError(f"bootstrap: {resamples} resamples; at least 1.")
     gap, n = gaps.mean(0), len(gaps)
-    values = (gaps * gaps.sum(0).sign()).sum(1)
-    if parts:
-        return values, _bounds_of_parts(gaps, estimate(values, parts=parts), parts)
-    generator = torch.Generator().manual_seed(seed)
-    chunk = max(1, 4_000_000 // n)
-    means = []
-    for start in range(0, resamples, chunk):
-        drawn = torch.randint(n, (min(chunk, resamples - start), n), generator=generator)
-        counts = torch.zeros(drawn.shape, dtype=torch.float64)
-        means.append(counts.scatter_add_(1, drawn, torch.ones_like(counts)) @ gaps / n)
-    errors = torch.cat(means) - gap
-    observed = float(gap.abs().sum())
+    observed, signs = float(gap.abs().sum()), gap.sign()
+    index = group_index(groups or range(n))
+    count = int(index.max()) + 1 if n else 0
+    if count < 2:
+        raise UserError(f"ECE of {n} rows in {count} groups: an interval needs two or more.")
+    sums = gaps.new_zeros(count, gaps.shape[1]).index_add_(0, index, gaps - gap)
+    covariance = count / (count - 1) * (sums.T @ sums) / n**2
+    deviations = covariance.diag().sqrt()
+    between = (covariance - covariance.diag().diag()) * signs.outer(signs)
+    normal = torch.distributions.Normal(0.0, 1.0)
 
-    def quantile(t: float, level: float) -> float:
-        return float(torch.quantile((t * gap + errors).abs().sum(1), level))
+    def moments(t: float) -> tuple[float, float]:
+        """Return the mean and the variance of the ECE that is observed if the true gaps are t times the observed gaps."""
+        means = t * gap.abs()
+        ratios = means / deviations.clamp_min(torch.finfo(gaps.dtype).tiny)
+        weights = 2 * normal.cdf(ratios) - 1
+        folded = 2 * deviations * normal.log_prob(ratios).exp() + means * weights
+        variance = (means**2 + deviations**2 - folded**2).clamp_min(0).sum() + weights @ between @ weights
+        return float(folded.sum()), max(float(variance), 0.0)
 
-    def scale(level: float) -> float:
-        """Return the t >= 0 at which the quantile equals the observed ECE; 0 where it is larger already at t = 0."""
-        low, high = 0.0, 1.0
-        if quantile(0.0, level) >= observed:
+    quantile = student_quantile(0.975, count - 1)
+
+    def scale(side: int) -> float:
+        """Return the t >= 0 with m(t) + side q sqrt(V(t)) = ECE, 0 if m(0) is beyond it already."""
+        from scipy.optimize import brentq
+
+        def excess(t: float) -> float:
+            mean, variance = moments(t)
+            return mean + side * quantile * math.sqrt(variance) - observed
+
+        if observed == 0 or excess(0.0) >= 0:
             return 0.0
-        while quantile(high, level) < observed:
-            high *= 2
-        for _ in range(20):
-            middle = (low + high) / 2
-            if quantile(middle, level) >= observed:
-                high = middle
-            else:
-                low = middle
-        return (low + high) / 2
+        # m(t) >= t ECE, so that the excess is positive at this t.
+        return float(brentq(excess, 0.0, 2 + quantile * math.sqrt(float(covariance.abs().sum())) / observed))
 
-    return values, (scale(0.975) * observed, scale(0.025) * observed)
+    lower, upper = scale(1), scale(-1)
+    bias = (moments(lower)[0] - lower * observed, moments(upper)[0] - upper * observed)
+    values = (gaps * signs).sum(1)
+    return values, Estimate(observed, ((moments(upper)[1], count - 1.0),), bias=bias)
 
 
-def _bounds_of_parts(gaps: Tensor, found: Estimate, parts: int) -> tuple[float, float]:
-    """Return the 95 % interval of the ECE `found` of rows (n, bins) in parts, with room for its bias."""
-    part = torch.arange(len(gaps)) % parts
-    sums = gaps.new_zeros(parts, gaps.shape[1]).index_add_(0, part, gaps)
-    without = (sums.sum(0) - sums).abs().sum(1) / (len(gaps) - part.bincount())
-    bias = max(0.0, (parts - 1) * (float(without.mean()) - found.mean))
-    return max(0.0, found.mean - bias - found.half), min(1.0, found.mean + found.half)
-
-
-def quality_measures(ids: Sequence[str], gaps: Tensor, nlls: Tensor, briers: Tensor, parts: int = 0) -> list[Measure]:
+def quality_measures(
+    ids: Sequence[str], gaps: Tensor, nlls: Tensor, briers: Tensor, groups: Mapping[str, str] | None = None
+) -> list[Measure]:
     """Return ECE, NLL and Brier score as measures.
 
     Args:
-        ids: names of n examples, or of groups of them that weigh the same.
+        ids: Names of n examples, or of groups of them that weigh the same.
         gaps: (n, bins) fp64, as for `gap_values`.
         nlls: (n,) in nats.
         briers: (n,).
-        parts: as for `gap_values`.
+        groups: Group by name, as in `Measure`. None if the examples are independent.
     """
-    effects, bounds = gap_values(gaps, parts=parts)
+    effects, error = gap_values(gaps, [groups[name] for name in ids] if groups else None)
+
+    def measure(metric: str, values: Tensor, scale: Scale = NUMBER, **changes: Any) -> Measure:
+        by_id = dict(zip(ids, values.tolist(), strict=True))
+        return Measure(metric, by_id, scale, LOWER, groups=groups or {}, **changes)
+
     return [
-        Measure("ECE-15", dict(zip(ids, effects.tolist(), strict=True)), better=LOWER, bounds=bounds, paired=False),
-        Measure("NLL in nats", dict(zip(ids, nlls.tolist(), strict=True)), NUMBER, LOWER),
-        Measure("Brier", dict(zip(ids, briers.tolist(), strict=True)), NUMBER, LOWER),
+        measure("ECE-15", effects, SHARE, error=error, paired=False),
+        measure("NLL in nats", nlls),
+        measure("Brier", briers),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,10 +59,10 @@ def test_the_calibration_error_pools_episodes_before_it_takes_absolute_values() 
     results: dict[str, Tensor] = {
         name: torch.tensor([row[name] for row in rows]).double() for name in (NLL, BRIER, GAPS)
     }
-    ece, nll, brier = probability_measures(results, "clean")
+    ece, nll, brier = probability_measures(results, "clean", SimpleNamespace(parts=0))
     # Bin 7: (-0.25 + 0.5) / 2 = 0.125, bin 10: 0.15 / 2 = 0.075. The mean of the episodes' own errors would be 0.45, and
     # pooled queries would have (|-0.5 + 0.5| + 0.3) / 3 = 0.1.
-    assert ece.score == pytest.approx(0.2, abs=1e-6) and ece.bounds is not None and not ece.paired
+    assert ece.score == pytest.approx(0.2, abs=1e-6) and ece.error is not None and not ece.paired
     # The accuracies, 0.5 and 1, are averaged in the same way: episodes weigh the same, whatever their number of queries.
     assert nll.score == pytest.approx(((-math.log(0.7) - math.log(0.2)) / 2 - math.log(0.5)) / 2, abs=1e-6)
     assert brier.score == pytest.approx((0.56 + 0.38) / 2, abs=1e-6)  # 0.5^2 + 0.3^2 + 0.2^2 = 0.38

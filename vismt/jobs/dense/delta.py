@@ -66,4 +66,6 @@ def _of_one(scores: Mapping[str, Score], base: Mapping[str, Score], arms: Iterab
     values = {name: value + change for name, change in effect.items()}
     row = next(iter(scores.values()))
     metric = f"over {'+'.join(dict.fromkeys(arms))} in per cent"
-    return replace(row, task=DELTA, measure=Measure(metric, values, NUMBER))
+    groups = {name: group for score in scores.values() for name, group in score.measure.groups.items()}
+    measure = Measure(metric, values, NUMBER, groups=groups, grouped_by=row.measure.grouped_by)
+    return replace(row, task=DELTA, measure=measure)

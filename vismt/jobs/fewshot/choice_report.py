@@ -27,7 +27,15 @@ from vismt.report.results import Result, Score
 from vismt.report.tables import Table, bounds_text, interval_text, number_text
 from vismt.storage.files import DIGEST, read_sealed
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import NUMBER, SHARE, average_of, estimate, interval_kind_text, weakest_kind
+from vismt.uncertainty.intervals import (
+    NUMBER,
+    SHARE,
+    average_of,
+    estimate,
+    group_index,
+    interval_kind_text,
+    weakest_kind,
+)
 from vismt.uncertainty.split_halves import DIVISIONS, FOLDS, ChoiceValues, choice
 
 GAIN = "gain of a choice by task in points"
@@ -119,8 +127,8 @@ def choice_gains(
     accuracies = [score for score in scores.get(MERGED, ()) if score.measure.metric == "accuracy" and len(experts) > 1]
     gains = []
     for score in accuracies:
-        measure, n = score.measure, len(score.measure.values)
-        groups = torch.arange(n) % (measure.parts or n)
+        measure = score.measure
+        groups = group_index([measure.groups.get(name, name) for name in measure.values])
         case = (score.data, score.protocol, score.condition.label)
         chosen = [_choice(folder, seed, *case, experts, groups) for seed in seeds]
         by_group = [100 * (of.halves - of.fixed) for of in chosen if of is not None]

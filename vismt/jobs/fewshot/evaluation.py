@@ -11,7 +11,7 @@ has T; it is fitted again when the weights, the settings or the episodes change.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ class Evaluation:
         measures = [(label, accuracy(results[label.label], chance)) for label in labels]
         for form, label in FORMS.items():
             if f"{form} {NLL}" in results:
-                measures += [(label, measure) for measure in probability_measures(results, form, sampler.parts)]
+                measures += [(label, measure) for measure in probability_measures(results, form, sampler)]
         if smoothing is not None:
             measures += [(label, accuracy(results[label.label], None)) for label in smoothing.conditions()]
             abstained = Measure("abstentions", _by_episode(results[smoothing.label]), better=LOWER)
@@ -220,7 +220,12 @@ def _settings(specs: Sequence[Perturbation]) -> str:
 
 def over_episodes(measure: Measure, sampler: EpisodeSampler | VariableSampler) -> Measure:
     """Return a measure whose interval is over the episodes of a sampler."""
-    return replace(measure, covers=sampler.covers, parts=sampler.parts)
+    return replace(measure, covers=sampler.covers, groups=parts_of(measure.values, sampler), grouped_by="parts")
+
+
+def parts_of(episodes: Iterable[str], sampler: EpisodeSampler | VariableSampler) -> dict[str, str]:
+    """Return the part of each episode by its number, {} if the sampler has no parts."""
+    return {number: str(int(number) % sampler.parts) for number in episodes} if sampler.parts else {}
 
 
 def accuracy(values: Tensor, chance: float | None) -> Measure:
@@ -228,13 +233,16 @@ def accuracy(values: Tensor, chance: float | None) -> Measure:
     return Measure("accuracy", _by_episode(values), chance=chance)
 
 
-def probability_measures(results: Mapping[str, Tensor], form: str, parts: int = 0) -> list[Measure]:
+def probability_measures(
+    results: Mapping[str, Tensor], form: str, sampler: EpisodeSampler | VariableSampler
+) -> list[Measure]:
     """Return the quality of the probabilities of a form of the clean logits from the results of `run_protocol`.
 
-    All episodes weigh the same. parts: of the episodes.
+    All episodes weigh the same.
     """
     gaps, nlls, briers = (results[f"{form} {name}"] for name in (GAPS, NLL, BRIER))
-    return quality_measures([str(number) for number in range(len(nlls))], gaps, nlls, briers, parts)
+    names = [str(number) for number in range(len(nlls))]
+    return quality_measures(names, gaps, nlls, briers, parts_of(names, sampler))
 
 
 def _by_episode(values: Tensor) -> dict[str, float]:

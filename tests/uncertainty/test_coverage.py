@@ -1,0 +1,125 @@
+"""How often the 95 % intervals of a report contain the truth: every score, one to five trainings, one and four sets.
+
+Images are logits of ten classes, labels are drawn from their probabilities, and a training adds noise to the logits and scales
+them. So the true accuracy, NLL, Brier score and calibration error of all trainings are known from many images.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from scipy.stats import binom
+from torch import Tensor
+
+from vismt.uncertainty.intervals import NUMBER, Estimate, Measure, average_of, averaged, interval_of
+from vismt.uncertainty.probability_metrics import (
+    binned_gaps,
+    detection_auroc,
+    detection_values,
+    proper_scores,
+    quality_measures,
+)
+from vismt.uncertainty.selective import risk_coverage_interval, risk_coverage_values
+
+IMAGES, DRAWS = 300, 200
+NOISE = 0.3  # of a training, in logits
+# Intervals of a score of one training, and of averages over sets and seeds, by binomial error around 95 %. A calibration error
+# may be covered more often: near 0 its bias is not known, and the interval has room for the largest.
+LEAST = binom.ppf(0.001, DRAWS, 0.95) / DRAWS
+MOST = binom.ppf(0.999, DRAWS, 0.975) / DRAWS
+SCORES = ("accuracy", "NLL", "Brier", "ECE", "AUROC", "AURC")
+
+
+def drawn(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the logits of images (n, 10), their labels (n,), and the logits of as many images of no class."""
+    logits = 2 * torch.randn(count, 10, generator=generator, dtype=torch.float64)
+    outside = torch.randn(count, 10, generator=generator, dtype=torch.float64)
+    return logits, torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0], outside
+
+
+def answered(logits: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    """Return the log-probabilities that a training gives."""
+    noise = NOISE * torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+    return (scale * (logits + noise)).log_softmax(1)
+
+
+def measures(log_p: Tensor, labels: Tensor, outside: Tensor) -> dict[str, Measure]:
+    """Return the scores of one training as a report has them."""
+    ids = [str(number) for number in range(len(labels))]
+    confidences, answers = log_p.exp().max(1)
+    right = (answers == labels).double()
+    ece, nll, brier = quality_measures(ids, binned_gaps(confidences, right), *proper_scores(log_p, labels))
+    values = detection_values(-confidences, -outside.exp().amax(1))
+    auroc = Measure("AUROC", dict(zip([*ids, *(f"ood {name}" for name in ids)], values.tolist())), NUMBER)
+    area = risk_coverage_values(confidences, 1 - right)
+    bounds = risk_coverage_interval(confidences, 1 - right, resamples=200)
+    aurc = Measure(
+        "AURC", dict(zip(ids, area.tolist())), error=Estimate.within(float(area.mean()), bounds), paired=False
+    )
+    accuracy = Measure("accuracy", dict(zip(ids, right.tolist())), counts=True)
+    return dict(zip(SCORES, (accuracy, nll, brier, ece, auroc, aurc)))
+
+
+@cache
+def truths(scale: float) -> dict[str, float]:
+    """Return the scores of a training over all images."""
+    generator = torch.Generator().manual_seed(99)
+    logits, _, outside = drawn(200_000, generator)
+    log_p, true = answered(logits, scale, generator), logits.softmax(1)
+    confidences, answers = log_p.exp().max(1)
+    right = true.gather(1, answers[:, None])[:, 0]
+    against = answered(outside, scale, generator).exp().amax(1)
+    briers = log_p.exp().square().sum(1) - 2 * (true * log_p.exp()).sum(1) + 1
+    return {
+        "accuracy": float(right.mean()),
+        "NLL": -float((true * log_p).sum(1).mean()),
+        "Brier": float(briers.mean()),
+        "ECE": float(binned_gaps(confidences, right).mean(0).abs().sum()),
+        "AUROC": detection_auroc(-confidences, -against),
+        "AURC": float(risk_coverage_values(confidences, 1 - right).mean()),
+    }
+
+
+def coverages(scale: float, sets: int, seeds: int, draws: int = DRAWS) -> dict[str, float]:
+    """Return the share of drawn studies whose interval contains the truth, by score."""
+    generator = torch.Generator().manual_seed(0)
+    inside = dict.fromkeys(SCORES, 0)
+    for _ in range(draws):
+        by_set = []
+        for _ in range(sets):
+            logits, labels, outside = drawn(IMAGES, generator)
+            by_set.append(
+                [
+                    measures(answered(logits, scale, generator), labels, answered(outside, scale, generator))
+                    for _ in range(seeds)
+                ]
+            )
+        for name in SCORES:
+            low, high = interval([[of[name] for of in trainings] for trainings in by_set])
+            inside[name] += low <= truths(scale)[name] <= high
+    return {name: count / draws for name, count in inside.items()}
+
+
+def interval(by_set: list[list[Measure]]) -> tuple[float, float]:
+    """Return the interval of the mean over sets and trainings, as a comparison makes it."""
+    if len(by_set) == 1:
+        return averaged(by_set[0]).interval()
+    alone = []
+    for trainings in by_set:
+        found = averaged(trainings).estimate()
+        alone.append(Estimate(found.mean, found.sources[:1], bias=found.bias))
+    scores = [math.fsum(of.score for of in trainings) / len(trainings) for trainings in zip(*by_set)]
+    return interval_of(average_of(alone).with_seeds(scores), by_set[0][0].scale, IMAGES * len(by_set))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1.0, 1.15, 1.6])  # calibration errors of about 1, 6 and 15 %
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+@pytest.mark.parametrize("sets", [1, 4])
+def test_the_intervals_of_reports_contain_the_truth(sets: int, seeds: int, scale: float) -> None:
+    found = coverages(scale, sets, seeds, DRAWS if sets == 1 else DRAWS // 2)
+    for name, share in found.items():
+        assert share >= LEAST and (share <= MOST or name == "ECE" or seeds == 2), (name, share, truths(scale)[name])
