@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.language_models import LMS, tiny_lm, tokens
+from helpers.language_models import LMS, relative, tiny_lm, tokens
 from helpers.tiny import holds, images, shake, snapshot, tiny_vit
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,7 @@ import vismt
 from vismt.base.errors import UserError
 from vismt.lowrank import erased_by_rounding
 from vismt.lowrank.layers.base import adapter_layers
+from vismt.lowrank.model.merge import Watch
 from vismt.lowrank.model.modules import stock_order
 
 transformers = pytest.importorskip("transformers")
@@ -225,3 +227,29 @@ def test_a_state_dict_of_an_adapted_model_is_refused_by_a_stock_one() -> None:
         vismt.adapt(model, method, **options)
         with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict"):
             tiny_lm("llama").load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("end", ["unadapt", "merge", "dropped"])
+def test_transformers_has_its_own_save_pretrained_again_when_no_model_is_adapted(end: str, tmp_path: Path) -> None:
+    gc.collect()
+    others, watched = Watch.alive, transformers.PreTrainedModel.save_pretrained  # of models that other tests keep
+    stock = watched.__wrapped__ if others else watched
+    models = [tiny_lm("llama"), tiny_lm("llama")]
+    for model in models:
+        vismt.adapt(model.model, "lora", rank=2)  # the model around it is not adapted itself
+        shake(model)
+    models.append(copy.deepcopy(models[0]))
+    while models:
+        assert transformers.PreTrainedModel.save_pretrained is not stock
+        model = models.pop()
+        expected = model(tokens()).logits
+        model.save_pretrained(tmp_path / str(len(models)))
+        saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(len(models)))
+        assert relative(saved(tokens()).logits, expected) < 1e-5
+        if end != "dropped":
+            getattr(vismt, end)(model.model)
+        assert "save_pretrained" not in vars(model)
+        del model, expected
+        gc.collect()
+    assert Watch.alive == others
+    assert transformers.PreTrainedModel.save_pretrained is (watched if others else stock)

@@ -53,6 +53,25 @@ def test_peft_computes_the_same_mixed_batch(kind: str, tmp_path: Path) -> None:
     assert relative(expected[0], logits(tiny_lm(kind), ids)[0]) > 1e-2
 
 
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_a_wrong_number_of_entries_is_refused_where_only_layers_on_windows_are_adapted(count: int) -> None:
+    """The layers see 4 windows of each image, so that 1, 2 and 8 entries divide their batch."""
+    timm = pytest.importorskip("timm")
+    small = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
+    model, x = timm.create_model("swin_tiny_patch4_window7_224", **small).eval(), torch.rand(4, 3, 32, 32)
+    for seed, name in enumerate("ab"):
+        vismt.adapt(model, "lora", r".*attn\.qkv", rank=2, seed=seed, name=name)
+        shake(model, 0.1, seed)
+    vismt.activate(model, ["a", "b"])
+    for mixed in (model, copy.deepcopy(model)):
+        with vismt.adapters_per_sample((["a", "b"] * 4)[:count]), pytest.raises(UserError, match="the batch has 4"):
+            mixed(x)
+    with vismt.adapters_per_sample(["a", "b", "a", "b"]):
+        model(x=x)
+    vismt.activate(copied := copy.deepcopy(model), None)
+    assert not copied._forward_pre_hooks and not copied._forward_pre_hooks_with_kwargs
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_generation_gives_each_prompt_what_its_adapter_gives(options: dict) -> None:
     model, ids = carrying(tiny_lm("llama")), tokens(len(NAMES))

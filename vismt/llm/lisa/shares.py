@@ -11,7 +11,7 @@ from torch import nn
 from vismt.base.errors import UserError, near, need_names
 from vismt.lowrank.layers.base import AdapterModule
 from vismt.lowrank.model.record import count_parameters
-from vismt.lowrank.model.targets import check_patterns, head_paths, matches
+from vismt.lowrank.model.targets import check_patterns, containers, head_paths, matches
 
 # Parameters before the first layer, in addition to those of an nn.Embedding.
 EMBEDDING = re.compile(r"(?:.*\.)?(?:[^.]*embed[^.]*|cls_token|reg_token|dist_token|norm_pre)(?:\..*)?")
@@ -48,10 +48,7 @@ def find_shares(model: nn.Module, layers: Layers, train_embeddings: bool, exclud
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases[first[id(parameter)]].append(name)
     # The names of a parameter, and the paths of the modules that contain it.
-    ends = {
-        name: [alias.rsplit(".", depth)[0] for alias in names for depth in range(alias.count(".") + 1)]
-        for name, names in aliases.items()
-    }
+    ends = {name: [end for alias in names for end in containers(alias)] for name, names in aliases.items()}
     check_patterns("LISA.exclude", patterns, sorted({end for name in aliases for end in ends[name]}))
     heads = head_paths(model)
     shares = Shares({path: [] for path in paths}, [])
@@ -61,8 +58,8 @@ def find_shares(model: nn.Module, layers: Layers, train_embeddings: bool, exclud
         dtype = model.get_parameter(name).dtype
         if not dtype.is_floating_point:
             raise UserError(f"LISA: '{name}' is quantised ({dtype}); load the model in a floating dtype.")
-        owners = {next((path for path in paths if alias.startswith(f"{path}.")), None) for alias in names}
-        if None not in owners:
+        owners = {next((end for end in reversed(containers(alias)) if end in shares.layers), "") for alias in names}
+        if "" not in owners:
             for path in owners:
                 shares.layers[path].append(name)
         elif train_embeddings or not any(_is_embedding(model, alias, heads) for alias in names):

@@ -143,8 +143,10 @@ def _children(module: nn.Module, layouts: tuple) -> tuple[list[str], str] | None
     children = dict(module.named_children())
     for inputs, outputs in layouts:
         last = next((name for name in outputs if name in children), None)
+        if last is None:
+            continue
         kinds = {kind_of(children.get(name)) for name in (*inputs, last)}  # None also where a name is missing
-        if last is not None and kinds <= {"linear", "conv1d"}:
+        if kinds <= {"linear", "conv1d"}:
             return list(inputs), last
     return None
 
@@ -327,8 +329,9 @@ def movable(model: nn.Module, dims: Mapping[str, int]) -> list[Structure]:
                 raise UserError(
                     f"s2ft: '{block.path}' is trained on dim {dims[block.path]}; its units lie on dim {block.dim}."
                 )
-        linears = {block.path for block in structure.blocks if kind_of(model.get_submodule(block.path)) is not None}
-        find_targets(model, sorted(linears))  # their weights are moved, so they have to be plain linears
+    blocks = [block.path for structure in matches for block in structure.blocks]
+    linears = {path for path in blocks if kind_of(model.get_submodule(path)) is not None}
+    find_targets(model, sorted(linears))  # their weights are moved, so they have to be plain linears
     return matches
 
 

@@ -152,9 +152,9 @@ def read_peft(folder: Path) -> PeftAdapter:
     pairs, extras = _sort(what, tensors)
     for name, value in extras.items():
         check_finite(f"{what}: {name}", value)
-    parameters = settings.target_parameters or []
+    owners = {parameter.rpartition(".")[0] for parameter in settings.target_parameters or ()}
     unselected = [key for key in pairs if settings.everywhere or not selects(settings.targets, key)]
-    stacks = {key for key in unselected if names_stack(parameters, key)}
+    stacks = {key for key in unselected if names_stack(owners, key)}
     low_rank = {}
     for key in pairs.keys() - stacks:
         path, named = stock_path(key, pairs.keys())
@@ -250,12 +250,12 @@ def _low_rank(what: str, settings: PeftSettings, path: str, named: str, pair: Ma
 
 def stacks_on(adapter: PeftAdapter, model: nn.Module) -> dict[str, tuple[LowRankSettings, Tensor, Tensor]]:
     """Return the settings, A (e*r, i) and B (e*o, r) of each adapted parameter of the model, by path; UserError for others."""
-    what, wanted = adapter.what, adapter.settings.target_parameters or []
-    keys = stack_keys(model, [name for name, _ in model.named_parameters() if selects(wanted, name)])
+    what, wanted = adapter.what, dict.fromkeys(adapter.settings.target_parameters or ())
+    keys = stack_keys(model, dict.fromkeys(name for name, _ in model.named_parameters() if selects(wanted, name)))
     if set(keys.values()) != set(adapter.stacks):
         differing = min(set(keys.values()) ^ set(adapter.stacks))
         raise UserError(
-            f"{what}: the factors at '{differing}' are not those of the parameters that {wanted} name in this "
+            f"{what}: the factors at '{differing}' are not those of the parameters that {list(wanted)} name in this "
             f"{type(model).__name__}; {BASE}."
         )
     return {path: _stack(adapter, path, module_at(model, path), adapter.stacks[key]) for path, key in keys.items()}

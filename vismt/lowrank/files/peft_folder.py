@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.lowrank.files.peft_adapter import PREFIX, TENSORS, PeftAdapter, read_peft
 from vismt.lowrank.files.peft_layouts import padded, stack_keys, stack_tensors, with_partners
-from vismt.lowrank.files.peft_settings import CONFIG, holds
+from vismt.lowrank.files.peft_settings import CONFIG
 from vismt.lowrank.files.save_load import adapter_tensors, report_lost
 from vismt.lowrank.files.updates import of_peft, put_on
 from vismt.lowrank.layers.base import adapter_layers
@@ -31,8 +31,8 @@ from vismt.lowrank.layers.forms import LowRankParameter
 from vismt.lowrank.layers.stock_modules import LINEAR, dense_weight, kind_of, matrix_shape
 from vismt.lowrank.model.modules import check_mergeable, stock_order
 from vismt.lowrank.model.named import active_adapter, new_adapter
-from vismt.lowrank.model.patterns import Pattern
 from vismt.lowrank.model.record import AdaptRecord, need_record, refuse_adapted, refuse_offloaded
+from vismt.lowrank.model.targets import containers, suffixes
 from vismt.lowrank.svd import principal
 from vismt.lowrank.tensors import fits, need_finite
 from vismt.storage.files import atomic_write
@@ -84,7 +84,7 @@ def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force:
             raise UserError(f"export_peft: '{record.method}' {spec.layer.export_refusal}.")
     saved = _whole_modules(model, record)
     _refuse_suffixes(model, saved)
-    saved_names = {name for path in saved for name in _below(model, path)}
+    saved_names = _below(model, saved)
     bias = _bias_setting(model, set(record.also_train), saved_names)
     if compact or not force:
         need_finite("export_peft", adapter_tensors(model))
@@ -110,11 +110,13 @@ def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force:
 
 def _settings(model: nn.Module, record: AdaptRecord, ranks: dict[str, int]) -> dict[str, Any]:
     """Return the settings of a plain LoRA. ranks: by the path that peft is to be given."""
-    parameters = [path for path in ranks if isinstance(adapter_layers(model).get(path), LowRankParameter)]
+    layers = adapter_layers(model)
+    parameters = [path for path in ranks if isinstance(layers.get(path), LowRankParameter)]
     common = max(ranks.values())
     paths = [path for path, module in model.named_modules() if path and (path in ranks or kind_of(module))]
     # peft also takes a path for a suffix: where another module has this suffix, the pattern is anchored.
-    anchors = {path: "^" if any(longer.endswith(f".{path}") for longer in paths) else "" for path in ranks}
+    inner = {suffix for path in paths for suffix in suffixes(path)[1:]}
+    anchors = {path: "^" if path in inner else "" for path in ranks}
     pattern = {anchors[path] + re.escape(path): rank for path, rank in ranks.items() if rank != common}
     named = sorted(ranks.keys() - set(parameters))
     targets = "|".join(re.escape(path) for path in named) if any(anchors.values()) else named
@@ -245,31 +247,35 @@ def _whole_modules(model: nn.Module, record: AdaptRecord) -> list[str]:
     trained = {id(model.get_parameter(name)) for name in record.also_train}
     paths: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
-        candidate = bool(module._parameters) and not path.startswith(tuple(f"{outer}." for outer in paths))
-        if path and candidate and all(id(parameter) in trained for parameter in module.parameters()):
+        inside = bool(paths) and path.startswith(f"{paths[-1]}.")  # the modules in a module follow it
+        candidate = bool(path and module._parameters) and not inside
+        if candidate and all(id(parameter) in trained for parameter in module.parameters()):
             paths.append(path)
     return sorted(paths)
 
 
 def _refuse_suffixes(model: nn.Module, saved: list[str]) -> None:
     """Raise UserError where peft, which takes names of whole modules for endings of paths, would not adapt a module."""
+    whole = set(_ending(model, saved))
     for path in adapter_layers(model):
-        for name in saved:
-            inside = any(f"{path}.".startswith(f"{outer}.") for outer in _ending(model, name))
-            if inside or holds(Pattern(re.escape(name)), path):
-                raise UserError(
-                    f"export_peft: peft cannot save '{name}' whole and adapt '{path}', whose path it takes for the same; merge "
-                    "the model and save it whole."
-                )
+        outer = next((outer for outer in containers(path) if outer in whole), None)
+        if outer is not None:
+            name = next(name for name in saved if outer.endswith(name))
+            raise UserError(
+                f"export_peft: peft cannot save '{name}' whole and adapt '{path}', whose path it takes for the same; merge "
+                "the model and save it whole."
+            )
 
 
-def _ending(model: nn.Module, name: str) -> list[str]:
-    return [path for path, _ in model.named_modules(remove_duplicate=False) if path.endswith(name)]
+def _ending(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the paths that end with one of `names`: the modules that peft saves whole."""
+    endings = tuple(names)
+    return [path for path, _ in model.named_modules(remove_duplicate=False) if path and path.endswith(endings)]
 
 
-def _below(model: nn.Module, name: str) -> set[str]:
-    """Return the names of the parameters of all modules whose path ends with `name`: peft saves them all."""
-    paths = [path for path in _ending(model, name) if path]
+def _below(model: nn.Module, names: Sequence[str]) -> set[str]:
+    """Return the names of the parameters that peft saves whole."""
+    paths = _ending(model, names)
     return {f"{path}.{key}" for path in paths for key, _ in model.get_submodule(path).named_parameters()}
 
 

@@ -12,7 +12,7 @@ is written, which a later peft would read as half of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.parameter_modules import declared, is_attention
+from vismt.lowrank.model.targets import suffixes
 
 IN, OUT = "in_proj_weight", "out_proj"
 
@@ -51,11 +52,9 @@ def padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
 
 
-def names_stack(parameters: Iterable[str], key: str) -> bool:
-    """Return whether the factors at `key` are of one of `parameters`, target_parameters of peft."""
-    owner = key.replace(".base_layer", "")
-    owners = [parameter.rpartition(".")[0] for parameter in parameters]
-    return any(not end or owner == end or owner.endswith(f".{end}") for end in owners)
+def names_stack(owners: Collection[str], key: str) -> bool:
+    """Return whether the factors at `key` are of a parameter of one of `owners`, modules that target_parameters name."""
+    return "" in owners or any(end in owners for end in suffixes(key.replace(".base_layer", "")))
 
 
 # ---- attention

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from vismt.base.errors import UserError
 from vismt.config.typed import JsonFile, build
 from vismt.lowrank.model.patterns import Pattern, PatternError
+from vismt.lowrank.model.targets import PATH, containers, suffixes
 
 CONFIG = "adapter_config.json"
 # Starts that leave the base as it is; every other one moved a part of it into the factors.
@@ -64,28 +65,28 @@ class PeftSettings:
 
     # A text is an expression of the whole path, a list holds paths and suffixes.
     @cached_property
-    def targets(self) -> Pattern | list[str]:
+    def targets(self) -> Pattern | frozenset[str]:
         return _paths("target_modules", self.target_modules)
 
     @cached_property
-    def excluded(self) -> Pattern | list[str]:
+    def excluded(self) -> Pattern | frozenset[str]:
         return _paths("exclude_modules", self.exclude_modules)
 
     @cached_property
-    def saved(self) -> list[Pattern]:
-        return [_pattern("modules_to_save", text) for text in texts(self.modules_to_save)]
+    def saved(self) -> PatternTable:
+        return PatternTable("modules_to_save", dict.fromkeys(texts(self.modules_to_save), 0))
 
     @cached_property
     def layer_names(self) -> list[Pattern]:
         return [_pattern("layers_pattern", text) for text in texts(self.layers_pattern)]
 
     @cached_property
-    def ranks(self) -> list[tuple[Pattern, int]]:
-        return [(_pattern("rank_pattern", key), rank) for key, rank in (self.rank_pattern or {}).items()]
+    def ranks(self) -> PatternTable:
+        return PatternTable("rank_pattern", self.rank_pattern or {})
 
     @cached_property
-    def alphas(self) -> list[tuple[Pattern, float]]:
-        return [(_pattern("alpha_pattern", key), alpha) for key, alpha in (self.alpha_pattern or {}).items()]
+    def alphas(self) -> PatternTable:
+        return PatternTable("alpha_pattern", self.alpha_pattern or {})
 
     @property
     def everywhere(self) -> bool:
@@ -94,7 +95,7 @@ class PeftSettings:
 
     def names(self, path: str) -> bool:
         """Return whether peft adapts the module at `path` where its kind can be adapted."""
-        if selects(self.excluded, path) or any(holds(name, path) for name in self.saved):
+        if selects(self.excluded, path) or self.saved.holds(path):
             return False
         if self.everywhere:
             return True
@@ -118,8 +119,8 @@ class PeftSettings:
 
     def scale(self, path: str) -> tuple[int, float]:
         """Return the rank and the factor of the update at `path`."""
-        rank: int = _value(self.ranks, path, self.r)
-        alpha: float = _value(self.alphas, path, self.lora_alpha)
+        rank: int = self.ranks.value(path, self.r)
+        alpha: float = self.alphas.value(path, self.lora_alpha)
         return rank, alpha / (rank**0.5 if self.use_rslora else rank)
 
 
@@ -152,16 +153,42 @@ def typed_settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
     return build(PeftSettings, known, JsonFile(f"{what}: {CONFIG} cannot be read"))
 
 
-def _value(table: Iterable[tuple[Pattern, Any]], path: str, default: Any) -> Any:
-    """Return the value of the first expression that matches the end of the path after a dot, as in peft."""
-    for pattern, value in table:
-        if any(len(path) in pattern.ends(path, start) for start in starts(path)):
-            return value
-    return default
+class PatternTable:
+    """Values by expression. Expressions that are paths are looked up: a table may name every module of a deep model."""
+
+    def __init__(self, key: str, table: Mapping[str, float]) -> None:
+        self.paths: dict[str, tuple[int, float]] = {}  # value and place in the table
+        self.patterns: list[tuple[int, float, Pattern]] = []
+        for place, (text, value) in enumerate(table.items()):
+            pattern = _pattern(key, text)
+            exact = {text} if PATH.fullmatch(text) else pattern.exact
+            if exact is None:
+                self.patterns.append((place, value, pattern))
+            for path in exact or ():
+                self.paths.setdefault(path, (place, value))
+
+    def value(self, path: str, default: Any) -> Any:
+        """Return the value of the first expression that matches the end of the path after a dot, as in peft."""
+        found = [self.paths[end] for end in suffixes(path) if end in self.paths]
+        for place, value, pattern in self.patterns:
+            if any(len(path) in pattern.ends(path, start) for start in starts(path)):
+                found.append((place, value))
+                break
+        return min(found)[1] if found else default
+
+    def holds(self, path: str) -> bool:
+        """Return whether some names in a row in the path match an expression."""
+        runs = (run for end in containers(path) for run in suffixes(end))
+        return any(run in self.paths for run in runs) or any(
+            path[end:][:1] in ("", ".")
+            for _, _, pattern in self.patterns
+            for start in starts(path)
+            for end in pattern.ends(path, start)
+        )
 
 
-def _paths(key: str, value: str | list[str] | None) -> Pattern | list[str]:
-    return _pattern(key, value) if isinstance(value, str) else value or []
+def _paths(key: str, value: str | list[str] | None) -> Pattern | frozenset[str]:
+    return _pattern(key, value) if isinstance(value, str) else frozenset(value or ())
 
 
 def _pattern(key: str, text: str) -> Pattern:
@@ -178,16 +205,11 @@ def starts(path: str) -> list[int]:
     return [0, *(dot.end() for dot in re.finditer(r"\.", path))]
 
 
-def selects(modules: Pattern | list[str], path: str) -> bool:
-    """Return whether an expression matches the path, or a list holds it or a suffix of it after a dot."""
+def selects(modules: Pattern | Collection[str], path: str) -> bool:
+    """Return whether an expression matches the path, or a set holds it or a suffix of it after a dot."""
     if isinstance(modules, Pattern):
         return modules.matches(path)
-    return any(path == suffix or path.endswith(f".{suffix}") for suffix in modules)
-
-
-def holds(name: Pattern, path: str) -> bool:
-    """Return whether some names in a row in the path match."""
-    return any(path[end:][:1] in ("", ".") for start in starts(path) for end in name.ends(path, start))
+    return any(suffix in modules for suffix in suffixes(path))
 
 
 def texts(value: str | list[str] | None) -> list[str]:

@@ -193,13 +193,12 @@ def _of_folder(folder: Path, what: str) -> Updates:
     rest = {key: value for key, value in tensors.items() if key not in also_train}
     factors = {key: value for key, value in rest.items() if key in needed or not key.startswith(wrapped)}
     check_tensors(name, needed, factors)
-    updates = {spec.path: spec.layer.low_rank_of(what, spec, _below(spec.path, factors)) for spec in layers}
+    below: dict[str, dict[str, Tensor]] = {}  # by module, then by name
+    for key, value in factors.items():
+        path, _, leaf = key.rpartition(".")
+        below.setdefault(path, {})[leaf] = value
+    updates = {spec.path: spec.layer.low_rank_of(what, spec, below.get(spec.path, {})) for spec in layers}
     return Updates(updates, also_train, description.base_samples, name=name)
-
-
-def _below(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of the module at `path`, by name below it."""
-    return {key.rpartition(".")[2]: value for key, value in tensors.items() if key.rpartition(".")[0] == path}
 
 
 def check_combinable(what: str, method: str, specs: Iterable[LayerSpec]) -> None:

@@ -89,7 +89,6 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 def to_modules(model: nn.Module, paths: Iterable[str]) -> None:
     """Make the parameters among `paths` modules, and let owners that read weights themselves read those that layers adapt."""
-    paths = list(paths)
     owners = {}
     modules = {path: module_at(model, path) for path in paths}
     for path, module in modules.items():
@@ -104,9 +103,9 @@ def to_modules(model: nn.Module, paths: Iterable[str]) -> None:
         owner.register_forward_pre_hook(_read)
         owner.register_forward_hook(_drop, always_call=True)
         owner.register_load_state_dict_pre_hook(_accept_stock_keys)
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        if isinstance(module, ENCODERS) and any(inner.startswith(prefix) for inner in paths):
+    adapted = {id(module) for module in modules.values()}
+    for module in model.modules():
+        if isinstance(module, ENCODERS) and any(id(inner) in adapted for inner in module.modules()):
             module.register_forward_pre_hook(_without_kernel)
             module.register_forward_hook(_with_kernel, always_call=True)
 

@@ -36,7 +36,7 @@ from vismt.lowrank.model.record import (
     sample,
 )
 from vismt.lowrank.model.starts import Initialiser, start_layers
-from vismt.lowrank.model.targets import Targets, check_patterns, find_targets, matches, pattern_value
+from vismt.lowrank.model.targets import Targets, check_patterns, containers, find_targets, matches, pattern_value
 
 # The options of `inject` that users give, whatever the method, with their defaults.
 COMMON: dict[str, Any] = {"exclude": (), "also_train": (), "rank_pattern": {}, "alpha_pattern": {}}
@@ -158,7 +158,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[str]) -> list[str]:
     """Return the names of the parameters that `patterns` keep trainable; UserError for a pattern without a match."""
     parameters = dict(model.named_parameters())
-    owners = {name: [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] for name in parameters}
+    owners = {name: containers(name) for name in parameters}
     # Of tied parameters all but the first have no entry.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in owners and any(matches(p, name) or matches(p, name.rpartition(".")[0]) for p in patterns):
@@ -166,8 +166,9 @@ def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[st
             raise UserError(f"adapt.also_train: '{name}' is tied to '{first}'; name that one.")
     check_patterns("adapt.also_train", patterns, sorted({path for paths in owners.values() for path in paths}))
     names = [name for name, paths in owners.items() if any(matches(p, path) for p in patterns for path in paths)]
+    taken = {*adapted, *(f"{path}.weight" for path in adapted)}
     for name in names:
-        if name in adapted or name in {f"{path}.weight" for path in adapted}:
+        if name in taken:
             raise UserError(f"adapt.also_train: '{name}' is adapted; train the update or the weight, not both.")
         if is_prequantized(model.get_parameter(name)):
             raise UserError(

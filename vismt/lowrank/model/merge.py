@@ -13,9 +13,10 @@ import copy
 import functools
 import re
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -38,7 +39,6 @@ from vismt.lowrank.model.record import (
 from vismt.lowrank.tensors import need_finite
 
 SAVE = "save_pretrained"  # of transformers' models
-WATCHED = "vismt_watched"
 TRAIN = "train"  # of a module
 
 
@@ -128,8 +128,9 @@ class MergedSave:
     of a Trainer, which continues from them on an adapted model, keep these names.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, stock: Callable[..., Any] | None = None) -> None:
         self.module = module
+        self.stock = stock  # the function of the class; None where the model has this one as its own
 
     def __call__(self, save_directory: str | Path, *args: Any, **options: Any) -> Any:
         module: Any = self.module
@@ -138,7 +139,8 @@ class MergedSave:
         to_resume = "state_dict" in options and re.fullmatch(r"checkpoint-\d+", Path(save_directory).name)
         has_others = any(SHELF in part._modules for part in adapted)
         if to_resume or not (has_others or any(isinstance(part, AdapterModule) for part in module.modules())):
-            return type(module).save_pretrained(module, save_directory, *args, **options)  # all is in the weights
+            stock = self.stock or type(module).save_pretrained
+            return stock(module, save_directory, *args, **options)  # all is in the weights
         merged: Any = copy.deepcopy(module)
         state = options.pop("state_dict", None)
         try:
@@ -165,9 +167,39 @@ def watch_saving(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(type(module), SAVE):
             setattr(module, SAVE, MergedSave(module))
-    library = sys.modules.get("transformers.modeling_utils")
-    if library is not None and not hasattr(library.PreTrainedModel.save_pretrained, WATCHED):
-        library.PreTrainedModel.save_pretrained = _watched(library.PreTrainedModel.save_pretrained)
+    record = record_of(model)
+    if record is not None:
+        record.watch = Watch()
+
+
+class Watch:
+    """What the record of an adapted model holds: while one exists, models of transformers around adapted parts are watched.
+
+    The class `PreTrainedModel` has its own `save_pretrained` again when the last one is gone.
+    """
+
+    alive: ClassVar[int] = 0
+    watched: ClassVar[Callable[..., Any] | None] = None  # the function that the class has meanwhile
+
+    def __init__(self) -> None:
+        Watch.alive += 1
+        weakref.finalize(self, Watch._leave).atexit = False
+        library = sys.modules.get("transformers.modeling_utils")
+        if library is not None and Watch.watched is None:
+            Watch.watched = library.PreTrainedModel.save_pretrained = _watched(library.PreTrainedModel.save_pretrained)
+
+    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
+        return Watch, ()  # a copy of a record is one of another model
+
+    @staticmethod
+    def _leave() -> None:
+        Watch.alive -= 1
+        if Watch.alive or Watch.watched is None:
+            return
+        owner = sys.modules["transformers.modeling_utils"].PreTrainedModel
+        if owner.save_pretrained is Watch.watched:  # else another library has wrapped it
+            owner.save_pretrained = owner.save_pretrained.__wrapped__
+        Watch.watched = None
 
 
 def _watched(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,10 +209,8 @@ def _watched(stock: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self: nn.Module, *args: Any, **options: Any) -> Any:
         if SAVE in vars(self) or not any(names_of(part) for part in self.modules()):
             return stock(self, *args, **options)
-        setattr(self, SAVE, MergedSave(self))
-        return vars(self)[SAVE](*args, **options)
+        return MergedSave(self, stock)(*args, **options)
 
-    setattr(save_pretrained, WATCHED, True)
     return save_pretrained
 
 

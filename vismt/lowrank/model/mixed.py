@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, adapter_layers, in_autocast
-from vismt.lowrank.layers.gates import PerSample, watch_expansion
-from vismt.lowrank.layers.parameter_modules import is_attention, to_modules
+from vismt.lowrank.layers.gates import PerSample, unwatch_expansion, watch_expansion
+from vismt.lowrank.layers.parameter_modules import is_attention, to_modules, to_parameters
 from vismt.lowrank.layers.stock_modules import is_conv1d, kind_of, weight_format
-from vismt.lowrank.model.modules import attach_all, check_mergeable, stock_order
+from vismt.lowrank.model.modules import attach_all, check_mergeable, detach_all, stock_order
 from vismt.lowrank.model.record import need_record
 
 
@@ -143,15 +143,35 @@ class MixedConv2d(MixedLinear):
 
 def mix(model: nn.Module, names: Sequence[str], updates: Sequence[Mapping[str, Update]]) -> None:
     """Put mixed layers with the updates of each adapter, by path, into a stock model."""
-    active, layers = ActiveSet(names), dict[str, AdapterModule]()
+    active, layers, windows = ActiveSet(names), dict[str, AdapterModule](), []
     for path in dict.fromkeys(path for by_path in updates for path in by_path):
         stock = model.get_submodule(path)
         layer = MixedConv2d if kind_of(stock) == "conv2d" else MixedLinear
-        windows = hasattr(model.get_submodule(path.rpartition(".")[0]), "window_size")
-        layers[path] = layer(stock, active, [by_path.get(path, Update()) for by_path in updates], windows)
+        windows.append(hasattr(model.get_submodule(path.rpartition(".")[0]), "window_size"))
+        layers[path] = layer(stock, active, [by_path.get(path, Update()) for by_path in updates], windows[-1])
     to_modules(model, layers)
     attach_all(model, layers)
     watch_expansion(model)
+    if any(windows):
+        model.register_forward_pre_hook(_check_batch, with_kwargs=True)
+
+
+def unmix(model: nn.Module) -> None:
+    """Take the mixed layers out: the inverse of `mix`."""
+    detach_all(model)
+    to_parameters(model)
+    unwatch_expansion(model)
+    # Known by its function: copies and pickles of a model keep no handle.
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _check_batch]:
+        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+
+
+def _check_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a batch of the model with another number of samples, which layers that compute on windows cannot know."""
+    scope = adapters_per_sample.scope()
+    batches = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+    if scope is not None and batches and not any(scope.fits(batch) for batch in batches):
+        scope.refuse(batches[0])
 
 
 def updates_of(model: nn.Module, name: str) -> dict[str, Update]:
@@ -314,12 +334,20 @@ class adapters_per_sample(PerSample):
             raise UserError(
                 f"forward: adapters_per_sample does not name the active adapters {', '.join(names)}; activate before the block."
             )
-        if batch not in (self.samples, self.samples * self.repeats) and not (windows and batch % self.samples == 0):
-            raise UserError(
-                f"forward: adapters_per_sample names adapters for {self.samples} samples, the batch has {batch}; give one entry "
-                "for each sample, in its order."
-            )
+        if not self.fits(batch) and not (windows and batch % self.samples == 0):
+            self.refuse(batch)
         return self.choices[names]
+
+    def fits(self, batch: int) -> bool:
+        """Return whether there is an entry for each sample of a batch."""
+        return batch in (self.samples, self.samples * self.repeats)
+
+    def refuse(self, batch: int) -> NoReturn:
+        """Raise UserError for a batch of another number of samples."""
+        raise UserError(
+            f"forward: adapters_per_sample names adapters for {self.samples} samples, the batch has {batch}; give one entry for "
+            "each sample, in its order."
+        )
 
 
 def _weights(entry: Any) -> dict[str, float]:

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError, require_known
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec, adapter_modules
-from vismt.lowrank.layers.gates import unwatch_expansion
-from vismt.lowrank.layers.parameter_modules import to_modules, to_parameters
+from vismt.lowrank.layers.parameter_modules import to_modules
 from vismt.lowrank.model.merge import freeze, undo, unfreeze, unwatch_saving, watch_saving
-from vismt.lowrank.model.modules import detach_all, from_stock, place, prepare, to_stock
+from vismt.lowrank.model.modules import from_stock, place, prepare, to_stock
 from vismt.lowrank.model.record import RECORD, SHELF, AdaptRecord, names_of, need_record, record_of, refuse_offloaded
 
 
@@ -205,10 +204,10 @@ def _deactivate(model: nn.Module) -> None:
     if record_of(model) is not None:
         shelve(model)
     elif mixed_names(model):
-        detach_all(model)
-        to_parameters(model)
+        from vismt.lowrank.model.mixed import unmix
+
+        unmix(model)
         model._modules[SHELF].mixed = ()
-        unwatch_expansion(model)
         unwatch_saving(model)
 
 

@@ -41,8 +41,8 @@ class Pattern:
         choices = self._root.parts if isinstance(self._root, _Choice) else [self._root]
         texts = [choice.text for choice in choices if isinstance(choice, _Text)]
         # The exact paths that it expands to: an exported adapter may name hundreds.
-        self._exact = frozenset(texts) if len(texts) == len(choices) else None
-        if self._exact is None and parser.parts > MOST_PARTS:
+        self.exact = frozenset(texts) if len(texts) == len(choices) else None
+        if self.exact is None and parser.parts > MOST_PARTS:
             raise PatternError(f"it has {parser.parts} parts; at most {MOST_PARTS} are matched")
 
     def ends(self, path: str, start: int = 0) -> list[int]:
@@ -52,8 +52,8 @@ class Pattern:
 
     def matches(self, path: str) -> bool:
         """Return whether the expression matches the whole path, as `re.fullmatch` does."""
-        if self._exact is not None:
-            return path in self._exact
+        if self.exact is not None:
+            return path in self.exact
         return bool(_Run(path).step(self._root, 1) >> len(path))
 
 

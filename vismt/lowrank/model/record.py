@@ -41,6 +41,9 @@ class AdaptRecord:
     frozen: dict[str, Tensor] = field(default_factory=dict)
     name: str = "default"
     start: tuple[Any, int, bool] | None = None
+    watch: Any = field(
+        default=None, repr=False, compare=False
+    )  # of the library's saving, while the record exists (merge.py)
 
     @property
     def layers(self) -> list[LayerSpec]:

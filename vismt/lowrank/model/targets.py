@@ -45,6 +45,8 @@ READ_DIRECTLY = (
 READ_ONLY_PLAIN = "only plain factors can be added to it, without dropout or gates for samples"
 READ_BY_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")  # of a state-space mixer, which has an A_log
 
+PATH = re.compile(r"\w+(\.\w+)*")  # a pattern that names one path, and needs no matching
+
 Targets = str | Sequence[str] | None
 
 
@@ -179,11 +181,11 @@ def find_targets(
     sets = _members(model, named)
     everything = isinstance(pattern, str) and pattern in SETS
     if everything:
-        chosen = set(sets[str(pattern)])
+        wanted, chosen = set(named), set(sets[str(pattern)])
     elif isinstance(pattern, str):
-        chosen = _select_regex(pattern, named)
+        wanted, chosen = _select_regex(pattern, named)
     else:
-        chosen = set().union(*(_select_suffix(entry, named) for entry in need_names("adapt.targets:", pattern)))
+        wanted, chosen = _select_suffixes(need_names("adapt.targets:", pattern), named)
     check_patterns("adapt.exclude", exclude, list(named))
     excluded = {path for path in named if any(matches(entry, path) for entry in exclude)}
     chosen -= excluded
@@ -191,15 +193,15 @@ def find_targets(
     if reasons and not everything:
         raise UserError(f"adapt.targets: {next(iter(reasons.values()))}.")
     chosen -= set(reasons)
-    patterns = [pattern] if isinstance(pattern, str) else pattern
-    missed = [p for p in named if p not in chosen | excluded and (everything or any(matches(e, p) for e in patterns))]
+    left = wanted - chosen - excluded
+    missed = [path for path in named if path in left]
     remarks = [*reasons.values(), *_experts({path: named[path] for path in missed}, readable)]
     in_groups = [path for path in missed if everything and pattern != "all-linear" and _has_groups(named[path])]
     if in_groups:
         more = f" and {len(in_groups) - 1} more" if len(in_groups) > 1 else ""
         remarks.append(f"'{in_groups[0]}'{more}: convolutions in groups; to adapt them, name them in targets")
     if not chosen:
-        left = " after exclude" if exclude else ""
+        after = " after exclude" if exclude else ""
         why = f" Left out: {'; '.join(_grouped(remarks))}." if remarks else _nearest(pattern, named)
         others = [name for name, members in sets.items() if members]
         if everything and others and not remarks and not excluded:
@@ -207,7 +209,7 @@ def find_targets(
             raise UserError(
                 f"adapt.targets: {type(model).__name__} has no {kind} outside of its head; give adapt.targets={others[0]}."
             )
-        raise UserError(f"adapt.targets: nothing to adapt for {pattern!r}{left}.{why}")
+        raise UserError(f"adapt.targets: nothing to adapt for {pattern!r}{after}.{why}")
     return {path: module for path, module in named.items() if path in chosen}, remarks
 
 
@@ -270,7 +272,7 @@ def matches(pattern: str, path: str) -> bool:
     """Return whether `pattern` is a regular expression of the full path, the path itself, or a suffix of it after a dot."""
     if path == pattern or path.endswith(f".{pattern}"):
         return True
-    return expression("adapt", pattern).matches(path)
+    return PATH.fullmatch(pattern) is None and expression("adapt", pattern).matches(path)
 
 
 def expression(name: str, pattern: str) -> Pattern:
@@ -283,7 +285,8 @@ def expression(name: str, pattern: str) -> Pattern:
         raise UserError(f"{name}: '{pattern}' is not a regular expression: {error}.") from error
 
 
-def _select_regex(pattern: str, candidates: Mapping[str, nn.Module]) -> set[str]:
+def _select_regex(pattern: str, candidates: Mapping[str, nn.Module]) -> tuple[set[str], set[str]]:
+    """Return the paths that an expression matches, and those of them to adapt."""
     wanted = expression("adapt.targets", pattern)
     paths = {path for path in candidates if wanted.matches(path)}
     if not paths:
@@ -291,15 +294,36 @@ def _select_regex(pattern: str, candidates: Mapping[str, nn.Module]) -> set[str]
         hint = f" A string must match the full path; as a suffix write ['{pattern}']." if suffixed else ""
         raise UserError(f"adapt.targets: no module matches '{pattern}'.{hint or _nearest(pattern, candidates)}")
     apart = {path for path in paths if kind_of(candidates[path]) == "embedding" or _is_stack(path, candidates[path])}
-    return paths - apart or paths
+    return paths, paths - apart or paths
 
 
-def _select_suffix(entry: str, candidates: Mapping[str, nn.Module]) -> set[str]:
-    paths = {path for path in candidates if path == entry or path.endswith(f".{entry}")}
-    linears = {path for path in paths if path == entry or _is_linear(path, candidates[path])}
-    if not paths:
-        raise UserError(f"adapt.targets: no module matches '{entry}'.{_nearest(entry, candidates)}")
-    return linears or paths
+def _select_suffixes(entries: Sequence[str], candidates: Mapping[str, nn.Module]) -> tuple[set[str], set[str]]:
+    """Return the paths that have one of `entries` as a suffix, and those of them to adapt."""
+    ending: dict[str, list[str]] = {}  # entries may name every module of a deep model: each is looked up once
+    for path in candidates:
+        for suffix in suffixes(path):
+            ending.setdefault(suffix, []).append(path)
+    wanted, chosen = set[str](), set[str]()
+    for entry in entries:
+        paths = ending.get(entry, [])
+        if not paths:
+            raise UserError(f"adapt.targets: no module matches '{entry}'.{_nearest(entry, candidates)}")
+        linears = [path for path in paths if path == entry or _is_linear(path, candidates[path])]
+        wanted.update(paths)
+        chosen.update(linears or paths)
+    return wanted, chosen
+
+
+def suffixes(path: str) -> list[str]:
+    """Return a path and what follows each of its dots, the longest first."""
+    names = path.split(".")
+    return [".".join(names[start:]) for start in range(len(names))]
+
+
+def containers(path: str) -> list[str]:
+    """Return a path and the paths of the modules around it, the longest first."""
+    names = path.split(".")
+    return [".".join(names[:end]) for end in range(len(names), 0, -1)]
 
 
 def _nearest(pattern: object, candidates: Iterable[str]) -> str:
@@ -318,6 +342,7 @@ def pattern_value(path: str, table: Mapping[str, float], default: float | None) 
 
 def check_patterns(name: str, table: Mapping[str, object] | Sequence[str], paths: Sequence[str]) -> None:
     """Raise UserError unless every pattern matches one of `paths`."""
+    named = {suffix for path in paths for suffix in suffixes(path)} if table else ()
     for pattern in table:
-        if not any(matches(pattern, path) for path in paths):
+        if pattern not in named and not any(matches(pattern, path) for path in paths):
             raise UserError(f"{name}: no module matches '{pattern}'.{_nearest(pattern, paths)}")

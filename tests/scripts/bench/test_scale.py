@@ -1,0 +1,38 @@
+"""Nothing that is done with an adapter grows faster than the number of layers, for any method; and the benchmark's table."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+
+import vismt
+from scripts.bench import scale
+from vismt.methods import list_methods
+
+DEPTHS = (2, 4, 8)
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_no_operation_grows_faster_than_the_number_of_layers(method: str) -> None:
+    """Of a quadratic share the growth is 2: the limit finds one that makes a hundredth of the calls at 4 layers."""
+    depths = (DEPTHS[0], *DEPTHS)  # what is imported when it is first used comes before
+    _, *counts = [scale.count_calls(lambda run, depth=depth: scale.operate(method, depth, run)) for depth in depths]
+    rates = {name: scale.growth(DEPTHS, [count[name] for count in counts]) for name in counts[0]}
+    assert {"adapt", "save", "load", "verify"} <= rates.keys()
+    assert {name: rate for name, rate in rates.items() if rate > scale.FASTEST} == {}
+
+
+def test_a_peft_folder_with_a_rank_and_a_whole_norm_for_each_layer_is_read_in_linear_time(tmp_path: Path) -> None:
+    def read(depth: int) -> int:
+        stock, folder = scale.model_of("lora", depth), tmp_path / str(depth)
+        ranks = {f"layers.{layer}.self_attn.q_proj": 1 + layer % 3 for layer in range(depth)}
+        model = copy.deepcopy(stock)
+        vismt.adapt(model, "lora", targets=["q_proj"], rank_pattern=ranks, also_train=["input_layernorm"])
+        vismt.export_peft(model, folder)
+        counts = scale.count_calls(lambda run: run("import", lambda: vismt.import_peft(stock, folder)))
+        return counts["import"]
+
+    _, *counts = [read(depth) for depth in (DEPTHS[0], *DEPTHS)]
+    assert scale.growth(DEPTHS, counts) < scale.FASTEST
