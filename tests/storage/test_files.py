@@ -18,6 +18,7 @@ from vismt.storage.files import (
     PARTIAL,
     atomic_write,
     file_digest,
+    new_files,
     read_sealed,
     read_tensors,
     remove_partial,
@@ -73,8 +74,29 @@ def test_unfinished_files_are_removed(tmp_path: Path) -> None:
     left.parent.mkdir()
     for path in (left, left.parent / ".a.tmp", left.parent / "a"):
         path.write_text("")
+    (left.parent / f".new{PARTIAL}" / "deeper").mkdir(parents=True)
     remove_partial(tmp_path)
     assert {path.name for path in left.parent.iterdir()} == {".a.tmp", "a"}
+
+
+def test_several_files_take_their_places_together(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    with pytest.raises(UserError, match="refused"), new_files(folder, "note") as scratch:
+        (scratch / "a").write_text("new")
+        raise UserError("refused")
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "own").write_text("of the user")
+    (folder / f".new{PARTIAL}").mkdir()
+    (folder / f".new{PARTIAL}" / "half").write_text("of a killed process")
+    with new_files(folder, "note") as scratch:
+        for name in ("a", "deep/b", "note"):
+            atomic_write(scratch / name, "new")
+        assert not (folder / "a").exists()
+    found = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert found == {"a": "new", "deep/b": "new", "note": "new", "own": "of the user"}
+    with pytest.raises(UserError, match=r"cannot write .*own': "), new_files(folder / "own", "note"):
+        pass
 
 
 def test_a_changed_json_file_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import reprlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -220,6 +221,32 @@ def new_file(path: Path, name_of: Callable[[str], str] = str) -> Iterator[Binary
             os.unlink(temporary)
 
 
+@contextmanager
+def new_files(folder: Path, first: str) -> Iterator[Path]:
+    """Yield an empty folder to fill, whose files take their places in `folder` at the end of the block; not after an error.
+
+    They move when all are complete, the file `first` before the others. Raises UserError where they cannot be written.
+    """
+    scratch = folder / f".new{PARTIAL}"
+    added = not folder.exists()
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)  # of a killed process
+        scratch.mkdir(parents=True)
+        yield scratch
+        names = sorted(path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file())
+        for name in sorted(names, key=lambda name: name != Path(first)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(scratch / name, folder / name)
+        sync_folder(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if added:
+            with suppress(OSError):  # it has files
+                folder.rmdir()
+
+
 def sync_folder(folder: Path) -> None:
     """Sync the names in a folder to the disk, where the system can."""
     with suppress(OSError):  # Windows opens no folder
@@ -237,6 +264,9 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete the files that killed processes have not finished, in a folder and below it; hold its lock."""
-    for path in folder.rglob(f".*{PARTIAL}"):
-        path.unlink(missing_ok=True)
+    """Delete the files and folders that killed processes have not finished, in a folder and below it; hold its lock."""
+    for path in list(folder.rglob(f".*{PARTIAL}")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
