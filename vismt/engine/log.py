@@ -22,7 +22,7 @@ class MetricsLog:
         self._lines: LineFile | None = None
         self.elapsed_s = 0.0
         if enabled:
-            rows = read_lines(folder / METRICS, ("step", "elapsed_s"))
+            rows = read_lines(folder / METRICS, {"step": int, "elapsed_s": float})
             kept = [row for row in rows if row["step"] <= finished_steps]
             if finished_steps and (not kept or kept[-1]["step"] != finished_steps):
                 # Every step with a checkpoint has a row, and it is on the disk before the checkpoint.

@@ -26,7 +26,8 @@ from vismt.jobs.graphs import NAMES, write_graph
 from vismt.jobs.predictions import Options, Predictions
 from vismt.lowrank.files.peft_folder import export_peft
 from vismt.report.results import FACTS
-from vismt.storage.files import atomic_write, new_files, read_json, read_sealed, remove_partial, sealed, write_tensors
+from vismt.report.writer import read_facts
+from vismt.storage.files import atomic_write, new_files, read_json, remove_partial, sealed, write_tensors
 from vismt.storage.locks import locked
 from vismt.verification.verify import checked
 
@@ -41,7 +42,7 @@ class Run:
         self.folder = folder
         self.config = config
         self.hash = config_hash(config)
-        recorded = self._recorded().get("config_hash", self.hash)
+        recorded = read_facts(folder).get("config_hash", self.hash)
         if len(recorded) == EARLIER_HASH_DIGITS:  # of an earlier version: its rows and checkpoints have this hash, too
             self.hash = recorded
         self.job = make_job(config, folder, self.hash)
@@ -60,22 +61,10 @@ class Run:
             self.job.part_done = self._note  # a run that is killed keeps the time of its finished parts
             yield self
 
-    def _recorded(self) -> dict[str, Any]:
-        path = self.folder / FACTS
-        facts = read_sealed(path, f"run '{self.folder}'") if path.exists() else {}
-        times = (facts.get(name, 0.0) for name in ("wall_time_s", "cpu_time_s"))
-        if not all(isinstance(seconds, int | float) for seconds in times) or not isinstance(
-            facts.get("config_hash", ""), str
-        ):
-            raise UserError(
-                f"run '{self.folder}': {FACTS} does not have the content that a run writes; the file was changed by hand."
-            )
-        return facts
-
     @property
     def facts(self) -> dict[str, Any]:
         """The content of run.json, empty before the first stage."""
-        facts = self._recorded()
+        facts = read_facts(self.folder)
         if facts.get("config_hash", self.hash) != self.hash:
             raise UserError(f"run '{self.folder}': {RESOLVED} was changed after the run; start a new run instead.")
         return facts
