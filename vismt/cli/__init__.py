@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.error(str(error))
         return 2
     except KeyboardInterrupt:
-        console.error("interrupted; run the same command again to continue from here.")
+        console.error("interrupted; the same command continues from what is on the disk.")
         return 130
 
 

@@ -1,7 +1,8 @@
 """A run folder: the stages of its job, run.json with the facts of the run, merged weights and exports.
 
 The folder is named by the configuration and its hash, so the same command on the same configuration continues where it
-stopped: training at its checkpoint, evaluation at the first example that is not on record.
+stopped: training at its checkpoint, evaluation at the first example that is not on record. Evaluations of language models and
+dense maps have records of whole sets.
 """
 
 from __future__ import annotations

@@ -140,12 +140,6 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         if settings.trackers:
             name = f"{self.folder.name} {training}"
             accelerator.init_trackers("vismt", init_kwargs={"wandb": {"dir": str(training.folder), "name": name}})
-
-        def after_step(running: nn.Module, step: int) -> None:
-            self.step(running, step)
-            if step % settings.checkpoint_every == 0:
-                self.part_done()
-
         loop.train(
             objective,
             self.batches(config),
@@ -154,7 +148,8 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             self.hash,
             accelerator,
             seed=config.training_seed,
-            after_step=after_step,
+            after_step=self.step,
+            after_save=self.part_done,
             sections=config,
         )
         about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
