@@ -15,6 +15,7 @@ from helpers.toy_training import Toy, batches, logged, run, train
 
 from vismt.cli import main
 from vismt.engine import checkpoint, loop
+from vismt.storage.files import read_sealed, sealed
 
 
 def interrupted(folder: Path, stop_after: int, number: int, **settings: Any) -> None:
@@ -106,6 +107,29 @@ def test_an_interrupted_run_says_what_is_true_and_goes_on(
     assert main(["run", *options, "--out", str(tmp_path / "cut")]) == 0
     assert "at step 2 of 3" in capsys.readouterr().out
     assert outcome(next((tmp_path / "cut").iterdir())) == outcome(next((tmp_path / "whole").iterdir()))
+
+
+def test_trainings_that_two_processes_began_are_not_continued_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step takes a batch of each process: the arms would be trained on different numbers of images."""
+    command = ["run", str(write_config("fewshot", tmp_path)), "--out", str(tmp_path / "runs"), "--quiet"]
+    assert main(["train", *command[1:]]) == 0
+    folder = next((tmp_path / "runs").iterdir())
+    record = folder / "arms" / "processes.json"
+    assert read_sealed(record, "run") == {"processes": 1}
+    record.write_text(sealed({"processes": 2}))
+    assert main(command) == 0  # the trainings are finished
+    (folder / "run.json").unlink()
+    next(folder.glob("arms/*/*/done.json")).unlink()
+    assert main(command) == 2
+    message = "2 process(es) began its trainings, and this launch has 1. A step takes the batches of all processes."
+    assert message in capsys.readouterr().err
+    assert main([*command, "--workers", "2"]) == 2 and message in capsys.readouterr().err
+    record.write_text(sealed({"processes": "2"}))
+    assert main(command) == 2 and "'processes' is '2'" in capsys.readouterr().err
+    record.unlink()  # of an earlier version
+    assert main(command) == 0
 
 
 @pytest.mark.slow

@@ -60,6 +60,7 @@ FACT_TYPES = {
     "wall_time_s": float,
     "cpu_time_s": float,
     "adapt": dict,
+    "processes": int,
 }
 
 
@@ -242,12 +243,14 @@ def headline(comparisons: Sequence[Comparison]) -> str:
 
 def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     versions = "  ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items())
+    processes = about.get("processes", 1)
     ends = (str(about[name]) for name in ("started", "finished") if about.get(name))
     pairs = [
         ("Command", about.get("command")),
         ("Git revision", about.get("git_revision")),
         ("Config hash", about["config_hash"]),
         ("Hardware", about.get("hardware")),
+        ("Processes of a training", processes if processes > 1 else None),
         ("Seeds", _seeds(about)),
         ("Wall time", _duration(about.get("wall_time_s"))),
         ("Run", " to ".join(end.replace("T", " ").replace("+00:00", " UTC") for end in ends)),
