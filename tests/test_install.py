@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from typing import Any
 
 import pytest
 from helpers.installed import ROOT, clone_in, environment_in, pip, started
+from helpers.lm_parts import save_lm
 
 import vismt
+from vismt.config.sections import find_config, flat, list_configs, read_yaml
 
 HEAVY = ("torch", "timm", "transformers", "numpy", "matplotlib")
 
@@ -160,20 +163,55 @@ def test_an_editable_install_from_the_folder_of_the_clone_and_its_removal(clone:
     assert sorted((tmp_path / "env").rglob("*")) == before
 
 
+VIT = ("model.name=test_vit", "model.pretrained=false", "model.position=timm")
+SHORT = ("arms={}", "train.steps=1", "train.warmup=0")
+# Quick start -> what makes it small; nothing is fetched.
+QUICK = {
+    "quickstart": (
+        *VIT,
+        *("model.img_size=32", "model.block=null", "train.steps=1", "train.warmup=0", "pool=null", "adapt.rank=2"),
+        *("source.queries=1", "evaluate.episodes=2", "evaluate.queries=1", "evaluate.attacks=[]"),
+        "evaluate.models=[frozen, adapted]",
+    ),
+    "multitask/quickstart": (
+        *(*VIT, *SHORT, "model.img_size=32", "adapt.options={n_experts: 4, cluster: false}"),
+        *("tasks.digits.limit=20", "tasks.photo_crops.limit=20"),
+    ),
+    "dense/quickstart": (*VIT, *SHORT, "adapt.options={n_experts: 4, cluster: false}", "batch=1", "baseline=null"),
+    "lm/quickstart": (*SHORT, "model.name={lm}", "model.first_block=1", "tasks.topics.options.length=17"),
+    "robustness/quickstart": (
+        "evaluate.images=8",
+        "evaluate.attacks=[]",
+        "evaluate.corruptions=[]",
+        "evaluate.masking=false",
+    ),
+}
+
+
+def test_configurations_name_no_code_that_a_wheel_lacks() -> None:
+    assert {name for name in list_configs() if Path(name).name == "quickstart"} == set(QUICK)
+    for name in list_configs():
+        texts = [str(value) for value in flat(read_yaml(find_config(name))).values()]
+        named = {match[1] for text in texts for match in re.finditer(r"\b(\w+)(?:\.\w+)*:[a-z]\w*\b", text)}
+        assert not named & {path.name for path in ROOT.iterdir()} - {"vismt"}, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_an_installed_wheel_runs_its_quick_starts_from_an_empty_folder(
+    name: str, program: Path, tmp_path: Path
+) -> None:
+    lm = save_lm(tmp_path / "lm")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    started(
+        program, "run", name, *(word.format(lm=lm) if "{lm}" in word else word for word in QUICK[name]), folder=folder
+    )
+    assert len(list(folder.glob("runs/quickstart-*/report.html"))) == 1
+
+
 @pytest.mark.slow
 def test_a_wheel_has_its_configurations_and_cards(wheel: Path, program: Path, tmp_path: Path) -> None:
-    small = [
-        "model.name=test_vit",
-        "model.img_size=32",
-        "model.pretrained=false",
-        "model.block=null",
-        "train.steps=1",
-        "train.warmup=0",
-    ]
-    small += ["source.queries=1", "evaluate.episodes=2", "evaluate.queries=1", "evaluate.attacks=[]", "pool=null"]
-    small += ["evaluate.models=[frozen, adapted]", "adapt.rank=2"]
-    started(program, "run", "quickstart", *small, "--out", tmp_path / "runs", folder=tmp_path)
-    assert len(list((tmp_path / "runs").glob("quickstart-*/report.html"))) == 1
     # `pip install --target`: no environment of its own
     pip("install", "--target", tmp_path / "target", wheel)
     names = {path.name for path in (tmp_path / "target").iterdir() if path.suffix != ".dist-info"}

@@ -190,7 +190,7 @@ def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, 
     path = write(tmp_path)
     out = tmp_path / "runs"
     interrupted(monkeypatch, 2, "run", path, "--out", out)
-    assert "continue from here" in capsys.readouterr().err
+    assert "the same command continues from what is on the disk" in capsys.readouterr().err
     calls = []
     run_episode = EpisodeRunner.__call__
 
@@ -350,12 +350,18 @@ def test_lists(capsys) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model(tmp_path: Path) -> None:
+def test_two_processes_train_one_model_that_one_process_does_not_continue(tmp_path: Path, capsys) -> None:
     """torchrun on two CPU processes: each draws its own episodes, gradients are averaged, one adapter is written."""
     path = write(tmp_path, evaluate={**SMALL["evaluate"], "attacks": []})
     folder, printed = run_on_two(path)
     assert len(read_lines(folder / TRAINING / "metrics.jsonl")) == 4 and (folder / "report.html").exists()
     assert printed.count("report  ") == 1
+    assert "| Processes of a training | 2 |" in (folder / "report.md").read_text()
+    (folder / TRAINING / "done.json").unlink()
+    (folder / "run.json").unlink()
+    assert "2 process(es) began its trainings, and this launch has 1" in refused(
+        capsys, "run", path, "--out", folder.parent
+    )
 
 
 @pytest.mark.parametrize(

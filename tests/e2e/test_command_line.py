@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import timm
+from helpers.installed import ROOT
 from helpers.own_images import write_folder
 from helpers.tiny_runs import refused
 from safetensors.torch import save_file
 
 from vismt.cli import commands, main, parse
 from vismt.data import check
+from vismt.engine.study import resolve_arms
+from vismt.jobs import load_config
 
 
 @pytest.mark.parametrize("command", commands.EXAMPLES)  # `Commands.add` takes no other
@@ -48,6 +54,48 @@ def test_attacking_a_checkpoint_of_another_size(tmp_path: Path, capsys) -> None:
     command[2] = str(tmp_path / "resnet.safetensors")
     command[4] = "test_resnet"
     assert main([*command, str(tmp_path / "c"), "--img-size", "48"]) == 0
+
+
+OWN = """
+from torch import nn
+
+
+def fn():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3)), 3
+"""
+
+
+def test_a_function_of_one_s_own_is_attacked(tmp_path: Path, monkeypatch, capsys) -> None:
+    """As the first lines of the guide on robustness promise."""
+    images = write_folder(tmp_path / "pictures", 2)
+    (tmp_path / "my_own_module.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    command = ["attack", "--model", "my_own_module:fn", "--data", str(images), "--attack", "fgsm"]
+    message = refused(capsys, *command)
+    assert "--model my_own_module:fn is a function: give --img-size, and no --architecture" in message
+    assert "--architecture" in refused(capsys, *command, "--img-size", "8", "--architecture", "test_vit")
+    assert main([*command, "--img-size", "8"]) == 0
+    assert "pictures  one of 3 classes  my_own_module-fn" in capsys.readouterr().out
+    assert "no 'other'" in refused(
+        capsys, "attack", "--model", "my_own_module:other", "--data", images, "--img-size", "8"
+    )
+
+
+@pytest.mark.parametrize("words", [["-m", "vismt"], ["-m", "vismt.cli"]])
+def test_without_a_command_the_commands_are_listed(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2 and not done.stderr
+    assert all(f"    {command}" in done.stdout for command in commands.EXAMPLES)
+
+
+def test_the_check_before_submitting_a_study_loads_as_printed() -> None:
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    before = page[page.index("Before you submit it") :]
+    path = re.search(r"configs/\S+\.yaml", before)
+    printed = re.search(r"`(train\.steps=[^`]*)`", before)
+    assert path is not None and printed is not None
+    config = load_config(ROOT / path[0], shlex.split(printed[1]))
+    assert all(arm.training.steps == 2 for arm in resolve_arms(config).values())
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
+from helpers.kills import stop_before
 
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -77,3 +83,42 @@ def test_exports_answer_as_the_run(run: Run, arm: str, tmp_path: Path) -> None:
             model = peft.PeftModel.from_pretrained(other, str(tmp_path / form)).eval()
         with torch.no_grad():
             assert torch.allclose(model(x), wanted, atol=1e-5), form
+
+
+def _killed(command: Callable[[], object], number: int) -> bool:
+    """Run a command in another process that is killed before it puts file `number` in place; return whether it was."""
+
+    def child() -> None:
+        stop_before("replace", number, signal.SIGKILL)
+        command()
+        os._exit(0)
+
+    process = get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    return process.exitcode != 0
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("form", ["merged", "timm", "peft"])
+def test_a_killed_export_or_merge_is_done_again_by_the_same_command(run: Run, form: str) -> None:
+    def command() -> Path:
+        return run.merge("rslora") if form == "merged" else run.export(form, None, "rslora")
+
+    folder = command()
+    whole = _files(folder)
+    shutil.rmtree(folder)
+    kills = 0
+    while _killed(command, kills + 1):
+        kills += 1
+        with run.owned():
+            assert command() == folder and _files(folder) == whole
+        shutil.rmtree(folder)
+    assert kills > len(whole)
+    assert _files(command()) == whole
+    assert _killed(command, kills)  # over a finished export
+    with run.owned():
+        assert _files(command()) == whole

@@ -31,6 +31,7 @@ from vismt.llm.s2ft.selection import select_units
 from vismt.llm.tasks.base import gather
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.report.results import RECORDS, Result, read_results
+from vismt.report.weight_changes import CHANGE_TYPES
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import CLEAN
 
@@ -91,7 +92,7 @@ def study(home, tmp_path_factory) -> Path:
 
 def test_what_a_training_changed_is_on_record_and_the_answers_are_those_of_the_trained_net(study: Path) -> None:
     for arm in ("lora", "polar-vbll"):
-        lines = read_lines(next((study / "arms" / arm).glob("*/changes.jsonl")), ("weight", "change", "stable_rank"))
+        lines = read_lines(next((study / "arms" / arm).glob("*/changes.jsonl")), CHANGE_TYPES)
         assert lines and all(0 < line["change"] < line["norm"] and 1 <= line["stable_rank"] < 4.001 for line in lines)
     assert not list((study / "arms" / "head").glob("*/changes.jsonl"))
     results = read_results(study / "results.jsonl", open_run(study).hash)

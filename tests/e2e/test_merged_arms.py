@@ -11,7 +11,7 @@ from vismt.engine.training_files import ADAPTER
 from vismt.jobs import load_config, make_job, open_run
 from vismt.jobs.classification import job as classification_job
 from vismt.jobs.classification.config import check
-from vismt.jobs.classification.merging import FILE, KEYS
+from vismt.jobs.classification.merging import FILE, TYPES
 from vismt.lowrank import combine, read_updates
 from vismt.report.results import read_results
 from vismt.storage.files import read_sealed
@@ -64,10 +64,10 @@ def test_a_merged_arm_is_its_adapters_and_their_heads(run: Path) -> None:
 
 def test_the_weight_is_chosen_on_validation_images(run: Path) -> None:
     job = open_run(run).job
-    about = read_sealed(job.study.trainings("sum")[0].folder / FILE, "sum", KEYS)
+    about = read_sealed(job.study.trainings("sum")[0].folder / FILE, "sum", TYPES)
     values = about["validation"]
     assert set(values) == {"0.5", "1"} and values[f"{about['weight']:g}"] == max(values.values())
-    assert read_sealed(job.study.trainings("mean")[0].folder / FILE, "mean", KEYS)["weight"] is None
+    assert read_sealed(job.study.trainings("mean")[0].folder / FILE, "mean", TYPES)["weight"] is None
 
 
 def test_rows_and_interference_are_reported(run: Path) -> None:
@@ -79,12 +79,12 @@ def test_rows_and_interference_are_reported(run: Path) -> None:
     job = open_run(run).job
     errors = {}
     for arm in ("mean", "regmean"):
-        about = read_sealed(job.study.trainings(arm)[0].folder / FILE, arm, KEYS)
+        about = read_sealed(job.study.trainings(arm)[0].folder / FILE, arm, TYPES)
         assert len(about["error"]) == len(about["layers"]) == 8
         errors[arm] = torch.tensor(about["error"]).mean()
     assert errors["regmean"] < errors["mean"]  # it minimises the errors on these inputs
     # By the other seeds, which the report does not show, only RegMean needs the inputs.
-    later = {arm: read_sealed(job.study.trainings(arm)[1].folder / FILE, arm, KEYS) for arm in ("mean", "regmean")}
+    later = {arm: read_sealed(job.study.trainings(arm)[1].folder / FILE, arm, TYPES) for arm in ("mean", "regmean")}
     assert later["mean"]["layers"] == later["mean"]["error"] == [] and len(later["regmean"]["error"]) == 8
 
 

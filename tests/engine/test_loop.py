@@ -275,7 +275,7 @@ def test_log_drops_a_torn_line_and_what_came_after_the_checkpoint(tmp_path: Path
     path = tmp_path / "metrics.jsonl"
     write_lines(path, [{"step": step, "elapsed_s": 2.0 * step} for step in (1, 2, 3)])
     path.write_text(path.read_text() + '{"step": 4, "el')
-    log = MetricsLog(tmp_path, 2, True)
+    log = MetricsLog(tmp_path, 2, 2, True)
     assert [row["step"] for row in read_lines(path)] == [1, 2] and log.elapsed_s == 4.0
     log.add({"step": 3, "loss": float("inf")})
     log.sync()

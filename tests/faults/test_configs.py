@@ -131,7 +131,7 @@ def test_a_size_that_fits_no_patch(size: int) -> None:
         ),
         ("a: &a [*a]", "inside its own anchor"),
         ("a: [" + "1," * 12_000 + "]", "more than 10,000 values"),
-        ("a: '" + "x" * 2**20 + "'", "YAML of up to 1,048,576"),
+        ("a: '" + "x" * 2**20 + "'", "at most 1,048,576 are read"),
         ("a: !!python/object/apply:os.getcwd []", "the tag .* is not read"),
         ("a: !!set {b}", "the tag .* is not read"),
         ("seed: 1\ntitle: x\nseed: 1", "key 'seed' is given twice"),

@@ -38,11 +38,11 @@ def killed(config: Path, out: Path, random: Random, seconds: float) -> bool:
 
 def _child(config: Path, out: Path, operation: str | None, number: int, stop: int) -> None:
     if operation is not None:
-        _stop_before(operation, number, stop)
+        stop_before(operation, number, stop)
     raise SystemExit(run(config, out))
 
 
-def _stop_before(operation: str, number: int, stop: int) -> None:
+def stop_before(operation: str, number: int, stop: int) -> None:
     """Replace an operation of `os`, which sends the signal to this process before call `number`."""
     real: Callable[..., Any] = getattr(os, operation)
     calls = 0

@@ -1,5 +1,6 @@
 """What a report shows of a few-shot run: mixtures of a pool, chosen settings, and episodes with their attack."""
 
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -237,6 +238,18 @@ def test_a_broken_episode_is_named(tmp_path, write):
     with pytest.raises(UserError, match=r"x.npz' is not a panel of an episode") as caught:
         shown(tmp_path, [])
     assert "\n" not in str(caught.value) and f"vismt evaluate {tmp_path}" in str(caught.value)
+
+
+def test_a_full_disk_is_not_a_broken_episode(tmp_path, monkeypatch):
+    (tmp_path / "panels").mkdir()
+    np.savez(tmp_path / "panels" / "digits.npz", **episode_arrays())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=r"^cannot write '.*episode-digits.svg': No space left on device"):
+        shown(tmp_path, [])
 
 
 def test_a_run_without_files_has_no_sections(tmp_path):

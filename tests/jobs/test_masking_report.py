@@ -44,8 +44,8 @@ def test_the_masking_check_is_a_table(tmp_path, lines):
     ("change", "words"),
     [
         ({"accuracies": [0.5]}, "other radii"),
-        ({"accuracies": ["a", "b", "c"]}, "is not what an evaluation writes"),
-        ({"epsilons": 3}, "is not what an evaluation writes"),
+        ({"accuracies": ["a", "b", "c"]}, "does not have the content that a run writes"),
+        ({"epsilons": 3}, "does not have the content that a run writes"),
     ],
 )
 def test_broken_masking_lines_are_named(tmp_path, lines, change, words):

@@ -46,6 +46,20 @@ def runs(tmp_path, monkeypatch):
     return parent
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["results.jsonl", "run.json", "config.resolved.yaml", "records"])
+def test_a_run_folder_with_files_that_have_no_end_leaves_the_other_runs_listed(runs, name, kind):
+    folder = runs / "run-4f2a"
+    path = next((folder / "records").iterdir()) if name == "records" else folder / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with no_hang(name):
+        states = {row.folder.name: row.state for row in list_runs(runs)}
+    assert states.keys() == {"run-4f2a", "trained", "interrupted", "stub"} and states["trained"] == "trained"
+    # A run that has results is not opened further.
+    assert "a named pipe" in states["run-4f2a"] or "a device" in states["run-4f2a"] or name == "run.json"
+
+
 def test_every_run_has_a_line(runs, capsys):
     states = {row.folder.name: row.state for row in list_runs(runs)}
     assert states == {

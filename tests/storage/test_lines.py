@@ -104,8 +104,10 @@ def test_other_refusals_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"'{path}' line 1 was changed or damaged"):
         read_lines(path)
     write_lines(path, ROWS)
-    with pytest.raises(UserError, match=f"'{path}' line 2 lacks step"):
-        read_lines(path, ("step",))
+    with pytest.raises(
+        UserError, match=f"'{path}' line 2 does not have the content that a run writes: it lacks 'step'"
+    ):
+        read_lines(path, {"step": int})
     with pytest.raises(UserError, match=f"'{tmp_path}' cannot be read"):
         read_lines(tmp_path)
     (tmp_path / "folder").mkdir()

@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: a check failed. 2: a user error. 130: interrupted. Of verify 3: suspicious, 4: broken.
     """
     options = parse(arguments)
+    if options.command is None:
+        return 2  # `parse` has printed the commands
     console.set_quiet(options.quiet or int(os.environ.get("RANK", "0")) > 0)
     if not options.verbose:
         # The warnings of dependencies are for developers; a user cannot act on them.
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.error(str(error))
         return 2
     except KeyboardInterrupt:
-        console.error("interrupted; run the same command again to continue from here.")
+        console.error("interrupted; the same command continues from what is on the disk.")
         return 130
 
 
@@ -58,6 +60,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
         argcomplete.autocomplete(parser)
     options, rest = parser.parse_known_args(arguments)
+    if options.command is None and not rest:
+        parser.print_help()
     # argparse takes no positional after an option: `run CONFIG --out runs train.steps=2` leaves the override in `rest`.
     takes_overrides = hasattr(options, "overrides")
     overrides = [word for word in rest if takes_overrides and "=" in word and not word.startswith("-")]

@@ -6,7 +6,7 @@ import argparse
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vismt.base.errors import UserError
 from vismt.cli.commands import Commands
@@ -14,6 +14,7 @@ from vismt.cli.commands import Commands
 if TYPE_CHECKING:
     from vismt.robustness.conditions import AttackConfig
 
+FUNCTION = re.compile(r"(?!robustbench:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # Options that need --model, with their defaults.
 MODEL_OPTIONS = {
     "data": None,
@@ -32,10 +33,12 @@ def add_commands(commands: Commands) -> None:
     """Add the command of this file."""
     parser = commands.add("attack", _attack, "attack a run folder, or any timm classifier with --model and --data")
     parser.add_argument("run", type=Path, nargs="?", help="a run folder")
-    parser.add_argument("--model", help="a timm name or a checkpoint file instead of a run")
+    parser.add_argument("--model", help="a timm name, a checkpoint file or your own module:function instead of a run")
     parser.add_argument("--architecture", help="timm architecture of a checkpoint without config.json")
     parser.add_argument(
-        "--img-size", type=int, help="pixels of the model's images (those of its config.json, or timm's)"
+        "--img-size",
+        type=int,
+        help="pixels of the model's images (those of its config.json, or timm's); a function needs it",
     )
     parser.add_argument("--random-weights", action="store_true", help="a timm name without its weights")
     parser.add_argument("--data", help="card or card:split for --model")
@@ -99,16 +102,23 @@ def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> N
     if not options.data:
         raise UserError("attack: --model needs --data, a card such as cifar10:test; `vismt data list` shows them.")
     arm = re.sub(r"[^\w.+-]+", "-", Path(options.model).stem)
+    classifier: dict[str, Any] = {
+        "name": options.model,
+        "architecture": options.architecture,
+        "pretrained": not options.random_weights,
+        "img_size": options.img_size,
+    }
+    if FUNCTION.fullmatch(options.model) and not Path(options.model).exists():
+        if options.architecture or options.random_weights or options.img_size is None:
+            raise UserError(
+                f"attack: --model {options.model} is a function: give --img-size, and no --architecture and --random-weights."
+            )
+        classifier = {"function": options.model, "size": options.img_size}
     raw = {
         "task": "robustness",
         "title": f"{options.model} on {options.data}",
         "seed": options.seed,
-        "classifier": {
-            "name": options.model,
-            "architecture": options.architecture,
-            "pretrained": not options.random_weights,
-            "img_size": options.img_size,
-        },
+        "classifier": classifier,
         "arms": {arm: {}},
         "data": [options.data],
         "evaluate": {

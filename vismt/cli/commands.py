@@ -32,7 +32,7 @@ class Commands:
     """Subcommands of `parser`; each is in EXAMPLES."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+        self._subparsers = parser.add_subparsers(dest="command", metavar="command")
         self._common = argparse.ArgumentParser(add_help=False)
         self._common.add_argument("--quiet", action="store_true", help="print errors only")
         self._common.add_argument("--verbose", action="store_true", help="show the warnings of dependencies")

@@ -162,7 +162,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.warmup + self.cooldown > self.steps:
             raise UserError(
-                f"train: warmup {self.warmup} and cooldown {self.cooldown} do not fit into {self.steps} steps."
+                f"train: warmup {self.warmup} and cooldown {self.cooldown} do not fit into {self.steps} steps; lower them too "
+                "(train.warmup=0 train.cooldown=0)."
             )
         if self.compile and (self.checkpointing or self.recompute != "none"):
             other = "checkpointing" if self.checkpointing else "recompute"

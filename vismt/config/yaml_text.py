@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from vismt.base.errors import UserError
-from vismt.storage.paths import regular_file
+from vismt.storage.paths import read_bytes
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 50
@@ -108,10 +108,7 @@ def read_yaml(path: Path, source: str) -> dict[str, Any]:
     Raises UserError for a file that cannot be read, is not YAML within the bounds, repeats a key or holds something else.
     """
     try:
-        data = regular_file(path).read_bytes()
-        if len(data) > MAX_BYTES:
-            raise UserError(f"{source}: has {len(data):,} bytes; YAML of up to {MAX_BYTES:,} is read.")
-        loaded = parse_yaml(data.decode("utf8"))
+        loaded = parse_yaml(read_bytes(path, MAX_BYTES).decode("utf8"))
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not readable as YAML: {' '.join(str(error).split())}.") from error
     except (OSError, UnicodeDecodeError) as error:

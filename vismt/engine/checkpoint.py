@@ -57,12 +57,19 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def save(
-    folder: Path, step: int, module: nn.Module, optimizer: Optimizer, updates: int, scaler: Any, config_hash: str
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: Optimizer,
+    updates: int,
+    scaler: Any,
+    config_hash: str,
+    every: int = 1,
 ) -> None:
     """Write the checkpoint after `step` finished steps and delete all but the one before it.
 
     updates: of the optimiser, fewer than `step` where fp16 skipped some. scaler: fp16's gradient scaler, None in other
-    precisions.
+    precisions. every: Steps between two checkpoints. An earlier one of another step, written when a signal came, is deleted.
     """
     trained = _names(module, optimizer)
     tensors = {f"model.{name}": value for name, value in moving_state(module, trained).items()}
@@ -72,7 +79,7 @@ def save(
     numbers = {"step": step, "updates": updates, "config_hash": config_hash, "scaler": _scale(scaler)}
     path = folder / f"checkpoint-{step}-{{digest}}.safetensors"
     digest = write_tensors(path, {**tensors, **_random_state()}, {STATE: json.dumps(numbers)})
-    _delete_others(folder / path.name.format(digest=digest[:12]))
+    _delete_others(folder / path.name.format(digest=digest[:12]), every)
 
 
 def load(folder: Path, module: nn.Module, optimizer: Optimizer, scaler: Any, config_hash: str) -> tuple[int, int]:
@@ -99,10 +106,10 @@ def load(folder: Path, module: nn.Module, optimizer: Optimizer, scaler: Any, con
     return progress
 
 
-def _delete_others(newest: Path) -> None:
-    """Delete all checkpoints of a folder but `newest` and the one before it."""
+def _delete_others(newest: Path, every: int = 1) -> None:
+    """Delete all checkpoints of a folder but `newest` and the one before it whose step is a multiple of `every`."""
     paths = checkpoints(newest.parent)
-    before = [path for path in paths if _step_of(path) < _step_of(newest)]
+    before = [path for path in paths if _step_of(path) < _step_of(newest) and _step_of(path) % every == 0]
     for path in set(paths) - {newest, *before[: KEPT - 1]}:
         path.unlink(missing_ok=True)
 

@@ -15,18 +15,18 @@ METRICS = "metrics.jsonl"
 class MetricsLog:
     """Append rows to metrics.jsonl; when a run resumes, rows after its checkpoint are dropped.
 
-    elapsed_s: seconds of training that earlier sessions of the run have logged.
+    logged: last step up to the checkpoint that has a row. elapsed_s: seconds of training that earlier sessions have logged.
     """
 
-    def __init__(self, folder: Path, finished_steps: int, enabled: bool) -> None:
+    def __init__(self, folder: Path, finished_steps: int, logged: int, enabled: bool) -> None:
         self._lines: LineFile | None = None
         self.elapsed_s = 0.0
         if enabled:
-            rows = read_lines(folder / METRICS, ("step", "elapsed_s"))
+            rows = read_lines(folder / METRICS, {"step": int, "elapsed_s": float})
             kept = [row for row in rows if row["step"] <= finished_steps]
-            if finished_steps and (not kept or kept[-1]["step"] != finished_steps):
-                # Every step with a checkpoint has a row, and it is on the disk before the checkpoint.
-                console.stage("resume", f"'{folder / METRICS}' lacks rows before step {finished_steps + 1}")
+            if logged and (not kept or kept[-1]["step"] != logged):
+                # The rows are on the disk before the checkpoint.
+                console.stage("resume", f"'{folder / METRICS}' lacks rows before step {logged + 1}")
             self._lines = LineFile(folder / METRICS, kept)
             self.elapsed_s = float(kept[-1]["elapsed_s"]) if kept else 0.0
 

@@ -33,6 +33,7 @@ from vismt.engine.blocks import running_blocks
 from vismt.engine.log import MetricsLog
 from vismt.engine.optimizer import make_optimizer, make_schedule, rate, with_own_prior
 from vismt.engine.sharding import Shards, check_sharded
+from vismt.engine.stopping import StopRequest
 from vismt.engine.stream import Batches, stream_batches
 from vismt.lowrank.recompute import recompute
 from vismt.lowrank.tensors import whole
@@ -49,9 +50,12 @@ def train(
     *,
     seed: int,
     after_step: Callable[[nn.Module, int], None] | None = None,
+    after_save: Callable[[], object] | None = None,
     sections: Any = None,
 ) -> dict[str, float]:
     """Train the objective's parameters that require a gradient, from the run folder's checkpoint where there is one.
+
+    Ctrl-C and SIGTERM finish the step and write its checkpoint before they have their usual effect.
 
     Args:
         objective: objective(batch) -> {"loss": scalar, ...other scalars to log}, and examples(batch) where it differs.
@@ -62,6 +66,7 @@ def train(
         accelerator: see engine/runtime.py.
         seed: of dropout and other random draws, one stream for each process; the outer random state is restored.
         after_step: called with the objective that runs and the number of finished steps after every optimiser step.
+        after_save: called after every checkpoint.
         sections: the run's configuration, for schedules of methods.
 
     Returns:
@@ -74,7 +79,9 @@ def train(
         check_sharded(objective, config)
     with torch.random.fork_rng(), running_blocks(objective, config):
         torch.manual_seed(seed + accelerator.process_index)
-        return _Training(objective, batches, config, folder, config_hash, accelerator, sections).run(after_step)
+        return _Training(objective, batches, config, folder, config_hash, accelerator, sections).run(
+            after_step, after_save
+        )
 
 
 @dataclass(eq=False)
@@ -108,7 +115,8 @@ class _Training:
         clipped = getattr(self.running, "clipped", None)
         self.clipped = self.parameters if clipped is None else [p for p in clipped if p.requires_grad]
         self.schedule = make_schedule(optimizer, config, updates)
-        self.log = MetricsLog(folder, self.finished, accelerator.is_main_process)
+        logged = max(self.finished - self.finished % every for every in (config.log_every, config.checkpoint_every))
+        self.log = MetricsLog(folder, self.finished, logged, accelerator.is_main_process)
         if self.finished:
             console.stage("resume", f"{folder} at step {self.finished} of {config.steps}")
         self.started = time.monotonic() - self.log.elapsed_s
@@ -133,10 +141,15 @@ class _Training:
             raise UserError("train: nothing is trainable; name a method in the adapt section.")
         return method_optimizer(make_optimizer(trained, self.config, with_own_prior(objective)), objective)
 
-    def run(self, after_step: Callable[[nn.Module, int], None] | None) -> dict[str, float]:
+    def run(
+        self, after_step: Callable[[nn.Module, int], None] | None, after_save: Callable[[], object] | None
+    ) -> dict[str, float]:
         config = self.config
         last: dict[str, float] = {}
-        with console.bar("train", "steps", config.steps, self.finished) as progress:
+        with (
+            StopRequest(self.accelerator) as stop,
+            console.bar("train", "steps", config.steps, self.finished) as progress,
+        ):
             for step in range(self.finished + 1, config.steps + 1):
                 logged, norm, lr = self._step(step)
                 due = step % config.checkpoint_every == 0 or step == config.steps
@@ -150,9 +163,19 @@ class _Training:
                 if logs:
                     last = self._write_log(step, logged, {"lr": lr, "grad_norm": float(norm), **metrics})
                     progress.note("  ".join(f"{name} {last[name]:.3g}" for name in logged))
-                if due:  # after _write_log has checked that it is finite
+                stopping = stop.agreed()
+                if stopping and not logs:
+                    self._need_finite()
+                if due or stopping:  # it is finite
                     self._save(step)
+                    if after_save is not None:
+                        after_save()
                 progress.advance()
+                if stopping:
+                    console.stage(
+                        "train", f"stopped after step {step} of {config.steps}, which is saved in {self.folder}"
+                    )
+                    break
         return last
 
     def _save(self, step: int) -> None:
@@ -161,7 +184,8 @@ class _Training:
         if self.accelerator.is_main_process:
             self.log.sync()
             updates, scaler = self.schedule.last_epoch, self.accelerator.scaler
-            checkpoint.save(self.folder, step, self.objective, self.kept, updates, scaler, self.config_hash)
+            every = self.config.checkpoint_every
+            checkpoint.save(self.folder, step, self.objective, self.kept, updates, scaler, self.config_hash, every)
 
     def _step(self, step: int) -> tuple[dict[str, Tensor], Tensor, float]:
         """Run optimiser step `step`; return the mean metrics, the gradient norm before clipping, and the rate."""
@@ -215,7 +239,17 @@ class _Training:
     def _write_log(self, step: int, logged: Mapping[str, Tensor], further: Mapping[str, float]) -> dict[str, float]:
         """Write a line of metrics averaged over the processes; raise Diverged where a step was not finite."""
         accelerator = self.accelerator
-        worst = int(accelerator.gather(self.first_bad.reshape(1)).max())
+        self._need_finite()
+        means = {name: float(accelerator.reduce(value, "mean")) for name, value in logged.items()}
+        line = {"step": step, **means, **further, "elapsed_s": time.monotonic() - self.started}
+        self.log.add(line)
+        if self.config.trackers:
+            accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
+        return line
+
+    def _need_finite(self) -> None:
+        """Raise Diverged where a step of any process was not finite."""
+        worst = int(self.accelerator.gather(self.first_bad.reshape(1)).max())
         if worst:
             paths = checkpoint.checkpoints(self.folder)
             kept = f"the last good checkpoint is kept in {paths[0]}" if paths else "no checkpoint had been written yet"
@@ -223,9 +257,3 @@ class _Training:
                 f"train: the loss or its gradient is not finite at step {worst}; {kept}. "
                 "Lower train.lr, raise train.warmup or set train.clip."
             )
-        means = {name: float(accelerator.reduce(value, "mean")) for name, value in logged.items()}
-        line = {"step": step, **means, **further, "elapsed_s": time.monotonic() - self.started}
-        self.log.add(line)
-        if self.config.trackers:
-            accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
-        return line

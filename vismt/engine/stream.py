@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,9 +37,19 @@ def stream_batches(batches: Batches, config: TrainConfig, finished: int, acceler
     # The loader draws a seed when it starts; from the global generator this would move the state that a resumed run restored.
     generator = torch.Generator().manual_seed(0)
     loader = DataLoader(
-        _Numbered(batches), batch_size=None, sampler=numbers, num_workers=config.workers, generator=generator
+        _Numbered(batches),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=config.workers,
+        generator=generator,
+        worker_init_fn=_ignore_ctrl_c,
     )
     return (_to(batch, accelerator.device) for batch in loader)
+
+
+def _ignore_ctrl_c(worker: int) -> None:
+    """Leave Ctrl-C to the training, which finishes its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def prepared_ahead(batches: Batches, numbers: Sequence[int]) -> Iterator[Any]:

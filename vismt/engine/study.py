@@ -283,9 +283,5 @@ def read_choice(folder: Path, arm: str) -> Choice:
     path = folder / ARMS / arm / CHOSEN
     if not path.exists():
         raise UserError(f"run '{folder}': arm '{arm}' is not trained yet; `vismt train` goes on with it.")
-    content = read_sealed(path, f"run '{folder}'", ("lr", "validation"))
-    if not isinstance(content["lr"], float) or not isinstance(content["validation"], dict):
-        raise UserError(
-            f"run '{folder}': {path} does not have the content that a run writes; delete it to choose again."
-        )
+    content = read_sealed(path, f"run '{folder}'", {"lr": float, "validation": dict[str, float | None]})
     return Choice(content["lr"], content["validation"])

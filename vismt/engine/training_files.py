@@ -24,6 +24,7 @@ ADAPTER = "adapter"
 DONE = "done.json"
 MERGE = "merge.json"
 CHANGES = "changes.jsonl"  # of the weights, matrix by matrix
+DONE_TYPES = {"method": str, "rank": int, "trainable": int, "total": int}
 FILES = "files"  # the key of done.json with the digest of each file by its path in the folder
 
 
@@ -42,13 +43,15 @@ def read_done(training: Training) -> dict[str, Any] | None:
     path = training.folder / DONE
     if not path.exists():
         return None
-    about = read_sealed(path, f"run '{training.folder}'")
+    about = read_sealed(path, f"run '{training.folder}'", may=DONE_TYPES)
     return {name: value for name, value in about.items() if name != FILES}
 
 
 def check_files(folder: Path) -> None:
     """Raise UserError where files of a finished training are not those that its done.json names."""
-    about = read_sealed(folder / DONE, f"run '{folder}'") if (folder / DONE).exists() else {FILES: {}}
+    if not (folder / DONE).exists():
+        return
+    about = read_sealed(folder / DONE, f"run '{folder}'", {FILES: dict[str, str]})
     for name, digest in about[FILES].items():
         path = folder / name
         if not path.is_file() or file_digest(path) != digest:

@@ -10,8 +10,10 @@ import logging
 import multiprocessing
 import os
 import queue
+import signal
 import socket
 import threading
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -27,6 +29,7 @@ from vismt.base.errors import UserError
 
 Call = tuple[Callable[..., None], tuple[Any, ...]]
 RAY = "ray"
+STEP_END_S = 10  # less than WORKERS_END_S of storage/locks.py
 
 
 class Workers(ABC):
@@ -175,8 +178,13 @@ def _start(threads: int, gpu: int | None) -> None:
 
 
 def _end_with(parent: BaseProcess) -> None:
-    """End this process as soon as its parent has ended, however that ended; an unfinished unit goes on from its files."""
+    """End this process as soon as its parent has ended, however that ended; an unfinished unit goes on from its files.
+
+    A training has some seconds to finish and save its step.
+    """
     parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STEP_END_S)
     os._exit(1)
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 from vismt.base import console, ranks
 from vismt.storage.files import atomic_write, read_sealed, sealed
@@ -59,17 +59,19 @@ def fitted_once(
     to others are kept, like the records that were made with them, and a message names the file. shared: whether the processes
     of an evaluation share the work of `fit`; by default the first one does it alone.
     """
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass
+    types = get_type_hints(kind)
 
     def known() -> Fitted | None:
-        found = read_sealed(path, f"'{path}'", ("fingerprint", *names)) if path.exists() else {}
+        found = (
+            read_sealed(path, f"'{path}'", {"fingerprint": str, **types}, {"examples": str}) if path.exists() else {}
+        )
         if found.get("fingerprint") != fingerprint:
             return None
         begun = found.get("examples", "")  # a file of an earlier version does not tell
         if begun and examples not in ("", begun):
             what = "is of other validation images than are there now"
             console.stage("eval", f"'{path}' {what}; move it and the records of the model away to fit it to these")
-        return kind(**{name: found[name] for name in names})
+        return kind(**{name: found[name] for name in types})
 
     values = ranks.on_first(known)
     if values is None:

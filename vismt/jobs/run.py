@@ -1,7 +1,8 @@
 """A run folder: the stages of its job, run.json with the facts of the run, merged weights and exports.
 
 The folder is named by the configuration and its hash, so the same command on the same configuration continues where it
-stopped: training at its checkpoint, evaluation at the first example that is not on record.
+stopped: training at its checkpoint, evaluation at the first example that is not on record. Evaluations of language models and
+dense maps have records of whole sets.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from vismt.jobs.graphs import NAMES, write_graph
 from vismt.jobs.predictions import Options, Predictions
 from vismt.lowrank.files.peft_folder import export_peft
 from vismt.report.results import FACTS
-from vismt.storage.files import atomic_write, read_json, read_sealed, remove_partial, sealed, write_tensors
+from vismt.report.writer import read_facts
+from vismt.storage.files import atomic_write, new_files, read_json, remove_partial, sealed, write_tensors
 from vismt.storage.locks import locked
 from vismt.verification.verify import checked
 
@@ -41,7 +43,7 @@ class Run:
         self.folder = folder
         self.config = config
         self.hash = config_hash(config)
-        recorded = self._recorded().get("config_hash", self.hash)
+        recorded = read_facts(folder).get("config_hash", self.hash)
         if len(recorded) == EARLIER_HASH_DIGITS:  # of an earlier version: its rows and checkpoints have this hash, too
             self.hash = recorded
         self.job = make_job(config, folder, self.hash)
@@ -60,22 +62,10 @@ class Run:
             self.job.part_done = self._note  # a run that is killed keeps the time of its finished parts
             yield self
 
-    def _recorded(self) -> dict[str, Any]:
-        path = self.folder / FACTS
-        facts = read_sealed(path, f"run '{self.folder}'") if path.exists() else {}
-        times = (facts.get(name, 0.0) for name in ("wall_time_s", "cpu_time_s"))
-        if not all(isinstance(seconds, int | float) for seconds in times) or not isinstance(
-            facts.get("config_hash", ""), str
-        ):
-            raise UserError(
-                f"run '{self.folder}': {FACTS} does not have the content that a run writes; the file was changed by hand."
-            )
-        return facts
-
     @property
     def facts(self) -> dict[str, Any]:
         """The content of run.json, empty before the first stage."""
-        facts = self._recorded()
+        facts = read_facts(self.folder)
         if facts.get("config_hash", self.hash) != self.hash:
             raise UserError(f"run '{self.folder}': {RESOLVED} was changed after the run; start a new run instead.")
         return facts
@@ -130,7 +120,7 @@ class Run:
         """Write the stock state dict with merged weights to merged-ARM-seed-SEED/model.safetensors; return the folder."""
         self._need_adapter()
         model = self.job.merged(arm)
-        return self._write(model, self._target("merged", None, arm), arm)
+        return self._write(self._target("merged", None, arm), arm, lambda folder: self._write_model(model, folder, arm))
 
     def export(self, form: str, target: Path | None, arm: str | None = None, *, uniform: bool = False) -> Path:
         """Write one arm as timm (model.safetensors, config.json), transformers (save_pretrained), peft (adapter folder) or graph.
@@ -145,19 +135,18 @@ class Run:
         if form == "peft":
             adapted = self.job.adapted(arm)
             target = self._target("export-peft", target, arm)
-            export_peft(adapted, target, uniform=uniform)
-            return self._write_beside(target, arm)
+            return self._write(target, arm, lambda folder: export_peft(adapted, folder, uniform=uniform))
         if form in NAMES:
             graph = self.job.graph(arm, form)
             target = self._target(f"export-{form}", target, arm)
-            write_graph(graph, form, target)
-            return self._write_beside(target, arm, is_graph=True)
+            return self._write(target, arm, lambda folder: write_graph(graph, form, folder), is_graph=True)
         model = self.job.merged(arm)
         is_transformers = hasattr(model, "save_pretrained")
         if is_transformers != (form == "transformers"):
             fitting = "transformers" if is_transformers else "timm"
             raise UserError(f"export: {type(model).__name__} is not a {form} model; use --format {fitting} or peft.")
-        return self._write(model, self._target(f"export-{form}", target, arm), arm)
+        target = self._target(f"export-{form}", target, arm)
+        return self._write(target, arm, lambda folder: self._write_model(model, folder, arm))
 
     def _target(self, kind: str, target: Path | None, arm: str | None) -> Path:
         folder = target or self.folder / f"{kind}-{self.job.name_of(arm)}"
@@ -165,7 +154,11 @@ class Run:
         held = read_json(note, f"export '{folder}'") if note.exists() else None
         weights = [*folder.glob("*.safetensors"), *folder.glob("model.*")]
         if held != self._exported(arm) and weights:
-            what = f"of {held.get('model')} of the run {held.get('run')}" if held else "that is not an export of vismt"
+            what = (
+                f"of {held.get('model')} of the run {held.get('run')}"
+                if isinstance(held, dict)
+                else "that is not an export of vismt"
+            )
             raise UserError(f"export: '{folder}' holds a model {what}; name another folder with --to, or remove it.")
         return folder
 
@@ -177,13 +170,23 @@ class Run:
         options.check(self.job.predict_options, f"a run of {self.config.task}")
         return self.job.predict(inputs, target or self.folder / "predictions", options)
 
-    def _write(self, model: Any, target: Path, arm: str | None) -> Path:
+    def _write(self, target: Path, arm: str | None, write: Callable[[Path], object], is_graph: bool = False) -> Path:
+        """Let `write` fill the folder of an export, with the files that go beside it. A killed export leaves nothing there."""
+        with new_files(target, first=EXPORTED) as folder:
+            write(folder)
+            atomic_write(folder / EXPORTED, json.dumps(self._exported(arm), indent=1))
+            for name, content in self.job.files_beside(arm).items():
+                atomic_write(folder / name, content)
+        if not is_graph:
+            checked(target)
+        return target
+
+    def _write_model(self, model: Any, folder: Path, arm: str | None) -> None:
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(target)
-            return self._write_beside(target, arm)
-        write_tensors(target / "model.safetensors", model.state_dict(), {"format": "pt"})
-        atomic_write(target / "config.json", json.dumps(self._model_config(model, arm), indent=1))
-        return self._write_beside(target, arm)
+            model.save_pretrained(folder)
+            return
+        write_tensors(folder / "model.safetensors", model.state_dict(), {"format": "pt"})
+        atomic_write(folder / "config.json", json.dumps(self._model_config(model, arm), indent=1))
 
     def _model_config(self, model: Any, arm: str | None) -> dict[str, Any]:
         about: dict[str, Any] = {
@@ -205,14 +208,6 @@ class Run:
             kept = [name for name in ("mean", "std", "interpolation") if name in pretrained]
             about["pretrained_cfg"] = {**{name: pretrained[name] for name in kept}, "input_size": [3, *size]}
         return about
-
-    def _write_beside(self, target: Path, arm: str | None, is_graph: bool = False) -> Path:
-        atomic_write(target / EXPORTED, json.dumps(self._exported(arm), indent=1))
-        for name, content in self.job.files_beside(arm).items():
-            atomic_write(target / name, content)
-        if not is_graph:
-            checked(target)
-        return target
 
     def _note(self, **changes: Any) -> None:
         """Update run.json; wall and CPU time add up over the sessions of a run."""

@@ -20,7 +20,7 @@ from vismt.config.sections import AdaptConfig
 from vismt.engine import loop, runtime, training_files
 from vismt.engine.optimizer import make_optimizer
 from vismt.engine.stream import Batches
-from vismt.engine.study import StudyConfig, Training
+from vismt.engine.study import ARMS, StudyConfig, Training
 from vismt.jobs.evaluation_job import EvaluationJob, settings_text
 from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
 from vismt.lowrank.layers.base import adapter_layers, factor_rank
@@ -29,8 +29,10 @@ from vismt.lowrank.model.modules import is_mergeable, stock_order
 from vismt.lowrank.model.record import count_parameters, record_of
 from vismt.methods import METHODS, adapt, check_adaptation, needs
 from vismt.report.comparison import FROZEN
-from vismt.storage.files import atomic_write, sealed
+from vismt.storage.files import atomic_write, read_sealed, sealed
 from vismt.storage.lines import write_lines
+
+PROCESSES = "processes.json"  # of the run's trainings; beside the folders of the arms
 
 Config = TypeVar("Config", bound=StudyConfig)
 Net = TypeVar("Net", bound=nn.Module)
@@ -96,7 +98,8 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         return None
 
     def facts(self) -> dict[str, Any]:
-        return {"seeds": self.study.seeds if self.trains else []}
+        processes = recorded_processes(self.folder)
+        return {"seeds": self.study.seeds if self.trains else [], **({"processes": processes} if processes else {})}
 
     # ---- training -----------------------------------------------------------------------------------------------------
 
@@ -119,12 +122,29 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         """Raise UserError, before any training, for data and arms that cannot be trained or evaluated."""
         self.check_data()
         self._each_arm(self.check_arm)
+        ranks.on_first(self.check_processes)
+
+    def check_processes(self, begins: bool = False) -> None:
+        """Raise UserError where another number of processes began the trainings of this run: a step takes a batch of each.
+
+        begins: whether a training begins now, with which the number is recorded.
+        """
+        path, count = self.folder / ARMS / PROCESSES, runtime.processes().num_processes
+        recorded = recorded_processes(self.folder)
+        if recorded not in (None, count):
+            raise UserError(
+                f"run '{self.folder}': {recorded} process(es) began its trainings, and this launch has {count}. A step takes the "
+                f"batches of all processes. Continue the run with {recorded}, or give another --out."
+            )
+        if begins and recorded is None:
+            atomic_write(path, sealed({"processes": count}))
 
     def train_one(self, training: Training) -> None:
         """Train one arm at one rate and seed, unless its folder has done.json."""
         if training_files.read_done(training) is not None:
             console.stage("train", f"{training}: done before")
             return
+        ranks.on_first(lambda: self.check_processes(begins=True))
         config = self.study.config_of(training)
         net, method, balanced = self.prepared(config)
         trainable, total = count_parameters(net)
@@ -140,12 +160,6 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         if settings.trackers:
             name = f"{self.folder.name} {training}"
             accelerator.init_trackers("vismt", init_kwargs={"wandb": {"dir": str(training.folder), "name": name}})
-
-        def after_step(running: nn.Module, step: int) -> None:
-            self.step(running, step)
-            if step % settings.checkpoint_every == 0:
-                self.part_done()
-
         loop.train(
             objective,
             self.batches(config),
@@ -154,7 +168,8 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             self.hash,
             accelerator,
             seed=config.training_seed,
-            after_step=after_step,
+            after_step=self.step,
+            after_save=self.part_done,
             sections=config,
         )
         about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
@@ -399,6 +414,12 @@ def _line(name: str, weight: Tensor, values: Tensor) -> dict[str, Any]:
     norm = float(values.square().sum().sqrt())
     stable = float((values / values.max()).square().sum()) if norm else 0.0
     return {"weight": name, "norm": float(weight.float().norm()), "change": norm, "stable_rank": stable}
+
+
+def recorded_processes(folder: Path) -> int | None:
+    """Return how many processes began the trainings of a run folder, None where it has no record."""
+    path = folder / ARMS / PROCESSES
+    return int(read_sealed(path, f"run '{folder}'", {"processes": int})["processes"]) if path.exists() else None
 
 
 def check_trained_dtype(net: nn.Module) -> None:

@@ -20,7 +20,7 @@ from vismt.report.tables import Section, Table
 from vismt.report.writer import DEFAULT_FORMATS, Heading, run_heading, write_report
 
 T = TypeVar("T")
-SHOWN_FACTS = ("Command", "Git revision", "Config hash", "Hardware", "Seeds")
+SHOWN_FACTS = ("Command", "Git revision", "Config hash", "Hardware", "Processes of a training", "Seeds")
 SETTINGS_NOTE = (
     "Keys of config.resolved.yaml whose values differ; – where a run has no such key. Titles and arms are left out."
 )

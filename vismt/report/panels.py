@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.storage.files import atomic_write
+from vismt.storage.paths import MOST_BYTES, read_bytes
 
 # Kind of panel -> array -> type and axes; an axis has one length in all arrays of a file, "3" is three. "?": may be NaN.
 LAYOUTS = {
@@ -55,22 +56,35 @@ LAYOUTS = {
 }
 
 
+# What reading a damaged file of arrays raises.
+DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    OSError,
+    MemoryError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz file by name. Raises one of DAMAGE."""
+    with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
+        size = sum(part.file_size for part in file.zip.infolist())
+        if size > MOST_BYTES:  # a kilobyte of a zip can stand for a megabyte
+            raise ValueError(f"its arrays have {size:,} bytes, at most {MOST_BYTES:,} are read")
+        return {name: file[name] for name in file.files}
+
+
 def read_panel(path: Path, kind: str) -> dict[str, np.ndarray]:
     """Return the arrays of a panel of LAYOUTS. Raises UserError for a file that is missing, damaged or of another kind."""
     try:
-        with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as file:
-            return _checked({name: file[name] for name in LAYOUTS[kind]}, kind)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        OSError,
-        NotImplementedError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+        return _checked(read_arrays(path), kind)
+    except DAMAGE as error:
         raise UserError(
             f"report: '{path}' is not a panel of {kind} ({error}); delete it and evaluate the run again."
         ) from error

@@ -183,7 +183,7 @@ def write_values(folder: Path, rows: Sequence[tuple[Result, Measure]]) -> None:
     for stem, by_condition in columns.items():
         path = folder / RECORDS / f"{stem}.jsonl"
         names = list(dict.fromkeys(name for values in by_condition.values() for name in values))
-        known = {line[EXAMPLE]: line for line in read_lines(path, (EXAMPLE,), whole=True)}
+        known = {line[EXAMPLE]: line for line in read_lines(path, {EXAMPLE: str | int}, whole=True)}
         if list(known) != names:
             known = {}
         lines = []
@@ -200,7 +200,9 @@ class ValuesByExample:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lines = cache(lambda stem: read_lines(folder / RECORDS / f"{stem}.jsonl", (EXAMPLE,), whole=True))
+        self._lines = cache(
+            lambda stem: read_lines(folder / RECORDS / f"{stem}.jsonl", {EXAMPLE: str | int}, whole=True)
+        )
 
     def of(self, result: Result) -> dict[str, float] | None:
         """Return a row's values by example; None unless the records reproduce its value and n."""

@@ -9,9 +9,8 @@ from vismt.base.errors import UserError
 from vismt.config.sections import RESOLVED, read_yaml
 from vismt.report.comparison import compare
 from vismt.report.results import FACTS, RESULTS, ValuesByExample, read_results
-from vismt.report.writer import headline
+from vismt.report.writer import headline, read_facts
 from vismt.storage.cache import Deletable
-from vismt.storage.files import read_sealed
 from vismt.storage.locks import HOLDER, LOCK, is_locked
 
 STUB = "nothing done"
@@ -33,7 +32,7 @@ class RunRow:
 def list_runs(parent: Path) -> list[RunRow]:
     """Return the run folders in a folder, the newest first."""
     folders = [path.parent for path in parent.glob(f"*/{RESOLVED}")]
-    return [_row(folder) for folder in sorted(folders, key=lambda path: -(path / RESOLVED).stat().st_mtime)]
+    return [_row(folder) for folder in sorted(folders, key=lambda path: -(path / RESOLVED).lstat().st_mtime)]
 
 
 def _row(folder: Path) -> RunRow:
@@ -54,7 +53,7 @@ def _state(folder: Path, evaluated: bool) -> str:
         return "running"
     if evaluated:
         return "evaluated"
-    facts = read_sealed(folder / FACTS, f"run '{folder}'") if (folder / FACTS).exists() else {}
+    facts = read_facts(folder)
     if "adapt" in facts:
         return "trained"
     return STUB if stub(folder) else "interrupted"
@@ -68,7 +67,7 @@ def stub(folder: Path) -> Deletable | None:
         if not {RESOLVED} <= names <= BARE or not all(path.is_file() and not path.is_symlink() for path in paths):
             return None
         ours = "task" in read_yaml(folder / RESOLVED)
-        facts = read_sealed(folder / FACTS, f"run '{folder}'") if FACTS in names else {}
+        facts = read_facts(folder)
     except (OSError, UserError):
         return None
     if not ours or (facts and not facts.keys() >= NOTED) or "adapt" in facts or is_locked(folder):

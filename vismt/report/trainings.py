@@ -23,6 +23,8 @@ MERGE_NOTE = (
     "The merged stock model against the unmerged one on some test examples of each set: answers that differ, and the largest "
     "difference of an output relative to the largest output."
 )
+MERGE_TYPES = {"n": int, "different_predictions": int, "largest_difference": float, "largest_logit": float}
+MERGE_MAY = {"outputs": dict[str, dict[str, float]]}  # files of an earlier version have none
 TRAINING_CAPTION = "First seed of each arm. Thin: logged values. Thick: running mean over a twentieth of the run."
 
 
@@ -45,7 +47,7 @@ def training_cost(folder: Path, arm: str) -> dict[str, float]:
         return {}
     return {
         "lr": read_choice(folder, arm).lr,
-        "trained": float(read_sealed(trained / DONE, f"run '{folder}'", ("trainable",))["trainable"]),
+        "trained": float(read_sealed(trained / DONE, f"run '{folder}'", {"trainable": int})["trainable"]),
     }
 
 
@@ -69,7 +71,8 @@ def _curves(folder: Path, arms: Sequence[str], seed: int, logged: Mapping[str, s
     logs: dict[str, list[dict[str, Any]]] = {}
     for arm in arms:
         first = chosen_trainings(folder, arm).get(seed)
-        rows = read_lines(first / METRICS, ("step",)) if first is not None else []
+        values = dict.fromkeys(logged, float | None)
+        rows = read_lines(first / METRICS, {"step": int}, values) if first is not None else []
         if rows:
             logs[arm] = rows
     drawn = [name for name in logged if name != "fade"]
@@ -84,8 +87,7 @@ def _merging(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
     rows = []
     for arm in arms:
         paths = sorted((folder / ARMS / arm).glob(f"*/{MERGE}"))
-        needed = ("n", "different_predictions", "largest_difference", "largest_logit")
-        checks = [read_sealed(path, f"run '{folder}'", needed) for path in paths]
+        checks = [read_sealed(path, f"run '{folder}'", MERGE_TYPES, MERGE_MAY) for path in paths]
         if checks:
             ratio = max(check["largest_difference"] / max(check["largest_logit"], 1e-12) for check in checks)
             n = sum(check["n"] for check in checks)

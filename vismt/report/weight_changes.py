@@ -21,6 +21,7 @@ NOTE = (
     "most, divided by that of the median block. For weights trained in place, ΔW is the difference of the weights."
 )
 CAPTION = "Mean relative norm of the update of the matrices of each block, over the trainings."
+CHANGE_TYPES = {"weight": str, "norm": float, "change": float, "stable_rank": float}
 Lines = Sequence[Mapping[str, Any]]
 
 
@@ -32,7 +33,7 @@ def read_changes(folder: Path, arms: Sequence[str]) -> dict[str, dict[int, Lines
     found: dict[str, dict[int, Lines]] = {}
     for arm in arms:
         for seed, training in chosen_trainings(folder, arm).items():
-            rows = read_lines(training / CHANGES, ("weight", "norm", "change", "stable_rank"))
+            rows = read_lines(training / CHANGES, CHANGE_TYPES)
             lines = [line for line in rows if line["norm"]]
             if lines:
                 found.setdefault(arm, {})[seed] = lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from vismt.report.tables import (
     strongest_attack,
 )
 from vismt.storage.files import atomic_write, read_sealed
-from vismt.storage.paths import regular_file
+from vismt.storage.paths import read_bytes
 from vismt.uncertainty.intervals import LOWER, SHARE, interval_kind_text
 
 LEGEND = (
@@ -43,6 +44,24 @@ ZERO_WIDTH_NOTE = " A width of 0.0 means that all n gave the same value, not tha
 FORMATS = {"html": "html", "md": "md", "csv": "csv", "latex": "tex"}
 DEFAULT_FORMATS = ("html", "md")
 MOST_KEYS = 4  # models in a key figure
+# The types of what the report reads of run.json; an earlier version, or a run that has just begun, may lack any of them.
+FACT_TYPES = {
+    "title": str,
+    "command": str,
+    "git_revision": str,
+    "config_hash": str,
+    "hardware": str,
+    "versions": dict[str, str],
+    "seed": int | None,
+    "seeds": list[int],
+    "evaluation_seed": int | None,
+    "started": str,
+    "finished": str,
+    "wall_time_s": float,
+    "cpu_time_s": float,
+    "adapt": dict,
+    "processes": int,
+}
 
 
 @dataclass(frozen=True)
@@ -60,19 +79,24 @@ class Heading:
     models: Mapping[str, str] = field(default_factory=dict)
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return the content of run.json of a run folder, {} where there is none. Raises UserError for other content than a run's."""
+    path = folder / FACTS
+    return read_sealed(path, f"run '{folder}'", may=FACT_TYPES) if path.exists() else {}
+
+
 def run_heading(folder: Path, models: Mapping[str, str] | None = None) -> Heading:
     """Return the heading of a run folder, with a line about each evaluated model by its name; raise where run.json is broken."""
-    path = folder / FACTS
-    if not path.exists():
+    if not (folder / FACTS).exists():
         raise UserError(f"report: no run.json in '{folder}'; give a run folder, `vismt run CONFIG` makes one.")
-    about = read_sealed(path, "report")
+    about = read_facts(folder)
     if not about.get("config_hash"):
-        raise UserError(f"report: '{path}' has no config_hash; `vismt evaluate {folder}` writes it again.")
+        raise UserError(f"report: '{folder / FACTS}' has no config_hash; `vismt evaluate {folder}` writes it again.")
     config = folder / RESOLVED
     revision = f", git revision {about['git_revision']}" if about.get("git_revision") else ""
     seeds = f", seeds {text}" if (text := _seeds(about)) else ""
     try:
-        content = regular_file(config).read_text(encoding="utf8", errors="replace") if config.exists() else ""
+        content = read_bytes(config).decode(errors="replace") if config.exists() else ""
     except OSError as error:
         raise UserError(f"run '{folder}': {RESOLVED} cannot be read: {error.strerror}.") from error
     return Heading(
@@ -219,12 +243,14 @@ def headline(comparisons: Sequence[Comparison]) -> str:
 
 def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     versions = "  ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items())
+    processes = about.get("processes", 1)
     ends = (str(about[name]) for name in ("started", "finished") if about.get(name))
     pairs = [
         ("Command", about.get("command")),
         ("Git revision", about.get("git_revision")),
         ("Config hash", about["config_hash"]),
         ("Hardware", about.get("hardware")),
+        ("Processes of a training", processes if processes > 1 else None),
         ("Seeds", _seeds(about)),
         ("Wall time", _duration(about.get("wall_time_s"))),
         ("Run", " to ".join(end.replace("T", " ").replace("+00:00", " UTC") for end in ends)),
@@ -275,7 +301,7 @@ def _sentence(c: Comparison, where: str, with_task: bool) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    if not seconds:
+    if seconds is None or not 0 < seconds < math.inf:
         return ""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -11,21 +11,26 @@ import json
 import math
 import os
 import reprlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from types import UnionType
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args, get_origin
 
 from safetensors import SafetensorError
 
 from vismt.base.errors import UserError
-from vismt.storage.paths import regular_file
+from vismt.storage.paths import read_bytes, regular_file
 
 if TYPE_CHECKING:  # reading JSON, as `vismt list` does, does not need torch
     from torch import Tensor
 
+MOST_JSON = 2**26  # bytes of a JSON file
 PARTIAL = ".vismt-partial"
+Types = Mapping[str, Any]  # the type of the value of each key of a JSON object
+NO_TYPES: Types = {}
 DIGEST = "sha256"  # the key of a JSON file with the digest of all other keys
 # The name in safetensors of each dtype of torch.
 DTYPES = {
@@ -86,7 +91,7 @@ def _finite(text: str) -> float:
 def read_json(path: Path, what: str, strict: bool = False) -> Any:
     """Return the content of a JSON file; a UserError names the file where it cannot be read. strict: as for `parse_json`."""
     try:
-        return parse_json(regular_file(path).read_text(encoding="utf8"), strict)
+        return parse_json(read_bytes(path, MOST_JSON).decode(), strict)
     except FileNotFoundError as error:
         raise UserError(f"{what}: no file '{path}'.") from error
     except (OSError, ValueError) as error:
@@ -103,15 +108,49 @@ def is_sealed(content: Mapping[str, Any]) -> bool:
     return content.get(DIGEST) == _digest_of(content)
 
 
-def read_sealed(path: Path, what: str, needed: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_sealed(path: Path, what: str, needed: Types = NO_TYPES, may: Types = NO_TYPES) -> dict[str, Any]:
     """Return the content of a JSON file that was written as `sealed`, without its digest.
 
-    Raises UserError for a file that cannot be read, one that was changed after it was written, and one without a `needed` key.
+    needed, may: as for `misfit`. Raises UserError for a file that cannot be read, one that was changed after it was written, and
+    one with other content than a run writes.
     """
     content = read_json(path, what)
-    if not isinstance(content, dict) or not is_sealed(content) or not set(needed) <= set(content):
+    if not isinstance(content, dict) or not is_sealed(content):
         raise UserError(f"{what}: '{path}' was changed or damaged after it was written; delete it to make it again.")
+    fault = misfit(content, needed, may)
+    if fault is not None:
+        raise UserError(
+            f"{what}: '{path}' does not have the content that a run writes: {fault}; delete it to make it again."
+        )
     return {name: value for name, value in content.items() if name != DIGEST}
+
+
+def misfit(content: Mapping[str, Any], needed: Types, may: Types = NO_TYPES) -> str | None:
+    """Return what is wrong with an object of JSON, None for nothing.
+
+    needed: Type of each key that it must have: float (also a whole number), int, str, bool, None, dict[str, T], list[T] or a
+    union of these. may: Type of each key that may be missing.
+    """
+    for name, hint in {**needed, **may}.items():
+        if name not in content:
+            if name in needed:
+                return f"it lacks '{name}'"
+        elif not _fits(content[name], hint):
+            return f"'{name}' is {reprlib.repr(content[name])}"
+    return None
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return any(_fits(value, member) for member in arguments)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, arguments[1]) for item in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if type(value) is int:
+        return hint in (int, float) and value.bit_length() < 64
+    return type(value) is hint
 
 
 def _digest_of(content: Mapping[str, Any]) -> str:
@@ -220,6 +259,32 @@ def new_file(path: Path, name_of: Callable[[str], str] = str) -> Iterator[Binary
             os.unlink(temporary)
 
 
+@contextmanager
+def new_files(folder: Path, first: str) -> Iterator[Path]:
+    """Yield an empty folder to fill, whose files take their places in `folder` at the end of the block; not after an error.
+
+    They move when all are complete, the file `first` before the others. Raises UserError where they cannot be written.
+    """
+    scratch = folder / f".new{PARTIAL}"
+    added = not folder.exists()
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)  # of a killed process
+        scratch.mkdir(parents=True)
+        yield scratch
+        names = sorted(path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file())
+        for name in sorted(names, key=lambda name: name != Path(first)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(scratch / name, folder / name)
+        sync_folder(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if added:
+            with suppress(OSError):  # it has files
+                folder.rmdir()
+
+
 def sync_folder(folder: Path) -> None:
     """Sync the names in a folder to the disk, where the system can."""
     with suppress(OSError):  # Windows opens no folder
@@ -237,6 +302,9 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete the files that killed processes have not finished, in a folder and below it; hold its lock."""
-    for path in folder.rglob(f".*{PARTIAL}"):
-        path.unlink(missing_ok=True)
+    """Delete the files and folders that killed processes have not finished, in a folder and below it; hold its lock."""
+    for path in list(folder.rglob(f".*{PARTIAL}")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -19,20 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from vismt.base.errors import UserError
-from vismt.storage.files import atomic_write, cannot_write, parse_json
+from vismt.storage.files import NO_TYPES, Types, atomic_write, cannot_write, misfit, parse_json
+from vismt.storage.paths import read_bytes
 
 LINE = re.compile(rb'(\{.*?)(?:, )?"checksum": "([0-9a-f]{8})"(, "last": true)?\}', re.DOTALL)
 LAST = b', "last": true'
 
 
-def read_lines(path: Path, needed: tuple[str, ...] = (), whole: bool = False) -> list[dict[str, Any]]:
+def read_lines(
+    path: Path, needed: Types = NO_TYPES, may: Types = NO_TYPES, *, whole: bool = False
+) -> list[dict[str, Any]]:
     """Return the rows of a line file; a missing file has none. whole: whether it was written whole, by `write_lines`.
 
-    Raises UserError for a file that cannot be read, a line that is not as it was written, a row without a `needed` key, and a
-    `whole` file that was cut.
+    needed, may: as for `misfit`. Raises UserError for a file that cannot be read, a line that is not as it was written, a row
+    with other content than a run writes, and a `whole` file that was cut.
     """
     try:
-        *lines, _ = path.read_bytes().split(b"\n")
+        *lines, _ = read_bytes(path).split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -48,9 +51,12 @@ def read_lines(path: Path, needed: tuple[str, ...] = (), whole: bool = False) ->
                 row = parse_json(match[1] + b"}")
         if row is None:
             raise UserError(f"'{path}' line {number} was changed or damaged; move the file away and make it again.")
-        missing = sorted(set(needed) - set(row))
-        if missing:
-            raise UserError(f"'{path}' line {number} lacks {', '.join(missing)}; move the file away and make it again.")
+        fault = misfit(row, needed, may)
+        if fault is not None:
+            raise UserError(
+                f"'{path}' line {number} does not have the content that a run writes: {fault}; move the file away and make it "
+                "again."
+            )
         rows.append(row)
     if whole and matches and not (matches[-1] and matches[-1][3]):
         raise UserError(f"'{path}' was cut after line {len(rows)}; move the file away and make it again.")

@@ -17,7 +17,7 @@ from shutil import rmtree
 from typing import Any
 
 from vismt.base.errors import UserError
-from vismt.storage.files import cannot_write, parse_json
+from vismt.storage.files import atomic_write, cannot_write, read_json
 
 LOCK, HOLDER = ".lock", ".lock-holder"
 # Seconds in which the worker processes of a killed process end, and with them its lock.
@@ -59,7 +59,7 @@ def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
             if holder.get("host") != me["host"] or _lives(holder.get("pid")):
                 raise
             lock.acquire(timeout=WORKERS_END_S)
-        (folder / HOLDER).write_text(json.dumps(me), encoding="utf8")
+        atomic_write(folder / HOLDER, json.dumps(me))
     except Timeout as error:
         holder = _holder(folder)
         who = f"process {holder['pid']} on {holder['host']}" if {"pid", "host"} <= set(holder) else "another process"
@@ -76,8 +76,8 @@ def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
 def _holder(folder: Path) -> dict[str, Any]:
     """Return the recorded holder of a folder's lock, {} where the record is missing or incomplete."""
     try:
-        holder = parse_json((folder / HOLDER).read_text(encoding="utf8"))
-    except (OSError, ValueError):
+        holder = read_json(folder / HOLDER, "holder")
+    except UserError:
         return {}
     return holder if isinstance(holder, dict) else {}
 

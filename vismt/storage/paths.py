@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from vismt.base.errors import UserError
 
+MOST_BYTES = 2**30  # of a file that is read whole
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -72,3 +74,11 @@ def regular_file(path: Path) -> Path:
         kind = next((text for test, text in kinds.items() if test(mode)), "a device")
         raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
     return path
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """Return the content of a file. Raises OSError as `regular_file` does, and for a file of more than `most` bytes."""
+    size = regular_file(path).stat().st_size
+    if size > most:
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, at most {most:,} are read", str(path))
+    return path.read_bytes()

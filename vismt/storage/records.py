@@ -149,4 +149,5 @@ def begun_on(path: Path | None, content: str) -> str:
 def recorded_settings(path: Path | None) -> Mapping[str, object] | None:
     """Return the settings of the records in a file, None where there are none."""
     lines = ranks.on_first(lambda: read_lines(path)[:1]) if path is not None else []
-    return lines[0].get("settings", {}) if lines else None
+    settings = lines[0].get("settings") if lines else None
+    return settings if isinstance(settings, dict) or not lines else {}

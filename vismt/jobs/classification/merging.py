@@ -43,7 +43,15 @@ from vismt.storage.files import atomic_write, read_sealed, sealed
 
 Job = TrainingJob[MultitaskConfig, PixelNet]
 FILE = "interference.json"  # in the folder of a merged arm's training
-KEYS = ("arms", "layers", "cosine", "error", "weight", "rank", "validation")
+TYPES = {
+    "arms": list[str],
+    "layers": list[str],
+    "cosine": list[list[list[float]]],
+    "error": list[list[float | None]],
+    "weight": float | None,
+    "rank": int,
+    "validation": dict[str, float],
+}
 NOTE = (
     "Relative error of a layer's update on the inputs of an arm's own tasks, mean over the layers: 0 where the arm's update is "
     "kept, 1 where it is lost. Weight: of each adapter, chosen on validation images where several were tried. First seed."
@@ -149,7 +157,7 @@ def write_interference(about: dict[str, Any], training: Training) -> None:
 def merge_section(folder: Path, trainings: Sequence[Training]) -> list[Section]:
     """Return the section on merged arms; trainings: of the first seed, of which the merged ones have a file."""
     found = {
-        one.arm: read_sealed(one.folder / FILE, f"run '{folder}'", KEYS)
+        one.arm: read_sealed(one.folder / FILE, f"run '{folder}'", TYPES)
         for one in trainings
         if (one.folder / FILE).exists()
     }

@@ -346,7 +346,9 @@ class Evaluation:
 
         about: what else the scores depend on.
         """
-        lines = ranks.on_first(lambda: read_lines(path, ("fingerprint", "tasks"), whole=True))
+        lines = ranks.on_first(
+            lambda: read_lines(path, {"fingerprint": str, "tasks": dict}, {UNDEFINED: dict}, whole=True)
+        )
         scored_on = {**self._scored_on(training, split), **(about or {})}
         # A record of an earlier version does not tell all of it.
         if not lines or any(lines[0].get(name, value) != value for name, value in scored_on.items()):

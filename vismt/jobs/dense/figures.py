@@ -193,7 +193,7 @@ def sections(folder: Path) -> list[Section]:
     rows = []
     for path in sorted((folder / ARMS).glob(f"*/*/{RECORDS}/*.jsonl")):
         training = path.parent.parent.relative_to(folder / ARMS)
-        for line in read_lines(path):
+        for line in read_lines(path, may={UNDEFINED: dict[str, str]}):
             rows += [[str(training), path.stem, task, reason] for task, reason in line.get(UNDEFINED, {}).items()]
     table = Table("Scores that are undefined", ["Training", "Evaluation", "Task", "Reason"], rows, set(), texts=4)
     return [Section("Undefined scores", [(table, UNDEFINED_NOTE)]), images] if rows else [images]

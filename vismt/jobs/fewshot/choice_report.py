@@ -25,7 +25,7 @@ from vismt.metatune.protocol.episode_outcome import right_field
 from vismt.report.comparison import AVERAGE, MANY_CORRUPTIONS
 from vismt.report.results import Result, Score
 from vismt.report.tables import Table, bounds_text, interval_text, number_text
-from vismt.storage.files import DIGEST, read_sealed
+from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import (
     NUMBER,
@@ -98,7 +98,7 @@ def _of_seed(
 ) -> Values:
     case = (row.data, row.protocol, row.condition)
     path = folder / "pool" / f"seed-{seed}" / VALIDATION
-    validated = read_sealed(path, f"run '{folder}'", (DIGEST,)) if path.exists() else {}
+    validated = read_sealed(path, f"run '{folder}'") if path.exists() else {}
     share = config.select.class_share if config.select is not None else 0.0
     judged: dict[str, float] = validated.get(row.data if share else "all", {})
     sources = {arm: arm for arm in models}

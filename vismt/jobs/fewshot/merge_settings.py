@@ -30,7 +30,7 @@ from vismt.metatune.amt.settings_search import Judge, LabelledTask, SearchGrid, 
 from vismt.metatune.finetuning.finetune import FineTuneSettings
 from vismt.metatune.protocol.episodes import EpisodeSampler
 from vismt.report.tables import Table
-from vismt.storage.files import DIGEST, atomic_write, read_sealed, sealed
+from vismt.storage.files import atomic_write, read_sealed, sealed
 
 SELECTION, VALIDATION = "selection.json", "validation.json"
 POOL = ":pool"  # entry with the identity of the experts; no set has a ':' in its name
@@ -56,7 +56,7 @@ class PoolSettings:
             return config.merging, config.finetune
         if key not in self._chosen:
             path = self.folder / SELECTION
-            saved = read_sealed(path, f"run '{self.folder}'", (DIGEST,)) if path.exists() else {}
+            saved = read_sealed(path, f"run '{self.folder}'") if path.exists() else {}
             experts = str(self._pool().identity())
             # pool.folder may hold other experts now; entries of earlier versions do not say on which they were chosen.
             if key not in saved or saved[key].get(POOL, experts) != experts:
@@ -115,7 +115,7 @@ class PoolSettings:
         select = self.config.selection
         key = shown_name(data) if select.class_share else "all"
         path = self.folder / VALIDATION
-        saved = read_sealed(path, f"run '{self.folder}'", (DIGEST,)) if path.exists() else {}
+        saved = read_sealed(path, f"run '{self.folder}'") if path.exists() else {}
         experts = str(self._pool().identity())
         if saved.get(POOL, experts) != experts:
             saved = {}
@@ -182,7 +182,7 @@ def chosen_settings(folder: Path) -> list[tuple[Table, str]]:
     rows: list[list[str]] = []
     best: set[tuple[int, int]] = set()
     validation = []
-    for data, choice in read_sealed(path, f"run '{folder}'", (DIGEST,)).items():
+    for data, choice in read_sealed(path, f"run '{folder}'").items():
         on = choice["on"] if isinstance(choice["on"], str) else ", ".join(choice["on"])
         validation.append(f"{data}: {on}; {choice['criterion']}")
         for candidate in choice["tried"]:

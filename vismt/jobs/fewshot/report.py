@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +18,21 @@ from vismt.jobs.fewshot.figures import episode_grid, mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings
 from vismt.metatune.amt.pool import read_pool
 from vismt.report.comparison import shown_name
+from vismt.report.panels import DAMAGE, read_arrays
 from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.lines import read_lines
 
+MASKING_TYPES = {
+    "model": str,
+    "data": str,
+    "protocol": str,
+    "epsilons": list[float],
+    "accuracies": list[float],
+    "chance": float,
+    "n": int,
+    "verdict": str,
+}
 MASKING_NOTE = (
     "PGD-10 at growing radii on the first episodes of each set. With honest gradients the accuracy does not rise with the "
     "radius and ends at or below chance at 64/255, both within the 95 % interval over the episodes. Where it fails, the "
@@ -59,23 +69,16 @@ def _left_out(config: FewShotConfig, results: Sequence[Result]) -> list[tuple[Ta
 
 def masking_tables(folder: Path) -> list[tuple[Table, str]]:
     """Return a table with a row for each model and set; [] for a run without the check."""
-    needed = ("model", "data", "protocol", "epsilons", "accuracies", "chance", "n", "verdict")
-    lines = read_lines(folder / MASKING, needed, whole=True)
+    lines = read_lines(folder / MASKING, MASKING_TYPES, whole=True)
     if not lines:
         return []
     models = list(dict.fromkeys(row["model"] for row in lines))
-    try:
-        radii = [float(radius) for radius in lines[0]["epsilons"]]
-        rows = []
-        for row in sorted(lines, key=lambda row: models.index(row["model"])):
-            values = [f"{100 * value:.1f}" for value in (*row["accuracies"], row["chance"])]
-            where = f"{row['data']}, {row['protocol']}"
-            rows.append([shown_name(str(row["model"]), ["clean"]), where, *values, str(row["n"]), str(row["verdict"])])
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"report: '{folder / MASKING}' is not what an evaluation writes ({error}); delete it."
-        ) from error
-    columns = [f"{255 * radius:.3g}/255" if radius else "clean" for radius in radii]
+    rows = []
+    for row in sorted(lines, key=lambda row: models.index(row["model"])):
+        values = [f"{100 * value:.1f}" for value in (*row["accuracies"], row["chance"])]
+        where = f"{row['data']}, {row['protocol']}"
+        rows.append([shown_name(row["model"], ["clean"]), where, *values, str(row["n"]), row["verdict"]])
+    columns = [f"{255 * radius:.3g}/255" if radius else "clean" for radius in lines[0]["epsilons"]]
     heads = ["Model", "Data", *columns, "chance", "n (episodes)", "Verdict"]
     if any(len(row) != len(heads) for row in rows):
         raise UserError(
@@ -88,10 +91,11 @@ def _panels(folder: Path) -> list[Picture]:
     pictures = []
     for path in sorted((folder / "panels").glob("*.npz")):
         try:
-            with np.load(path, allow_pickle=False) as file:
-                panel = {name: file[name] for name in file.files}
+            panel = read_arrays(path)
             drawn = episode_grid(panel, folder / "figures" / f"episode-{path.stem}.svg")
-        except (ValueError, KeyError, IndexError, EOFError, OSError, zipfile.BadZipFile) as error:
+        except UserError:  # the figure cannot be written
+            raise
+        except (*DAMAGE, IndexError) as error:
             raise UserError(
                 f"report: '{path}' is not a panel of an episode ({error}); delete it and run `vismt evaluate {folder}`."
             ) from error

@@ -34,6 +34,15 @@ MCE_NOTE = (
     "Error over severities of each corruption divided by that of the baseline, averaged over the corruptions (Hendrycks and "
     "Dietterich, arXiv 1903.12261); below 100 is more robust than the baseline."
 )
+MASKING_TYPES = {
+    "arm": str,
+    "data": str,
+    "epsilons": list[float],
+    "accuracies": list[float],
+    "chance": float,
+    "n": int,
+    "verdict": str,
+}
 MASKING_NOTE = (
     "The first attack at growing radii. With honest gradients the accuracy does not rise with the radius and ends at chance. "
     "Where it fails, or where the attack's steps cannot cross the ball, the accuracies under attack do not measure "
@@ -76,8 +85,7 @@ def _normalised(config: RobustnessConfig, results: Sequence[Result]) -> list[tup
 
 
 def _masking(folder: Path) -> list[tuple[Table, str]]:
-    needed = ("arm", "data", "epsilons", "accuracies", "chance", "n", "verdict")
-    lines = read_lines(folder / MASKING, needed, whole=True)
+    lines = read_lines(folder / MASKING, MASKING_TYPES, {"norm": str}, whole=True)
     if not lines:
         return []
     tables: dict[str, Table] = {}  # by their radii, which in l2 and l1 depend on the size of the images
