@@ -39,7 +39,9 @@ def test_own_images(job: str, tmp_path: Path, monkeypatch, capsys) -> None:
     rows = run(where, job, *(short[:2] if job == "robustness" else [*TINY, *cut[job]]))
     assert {row.data for row in rows} == {"2024"}
     before = (where / f"{job}.yaml").read_text()
-    assert "exists; name another folder with --to" in refused(capsys, "init", job, "--images", images, "--to", where)
+    assert "exists and would be overwritten; give another --to" in refused(
+        capsys, "init", job, "--images", images, "--to", where
+    )
     assert (where / f"{job}.yaml").read_text() == before
 
 

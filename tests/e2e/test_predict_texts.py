@@ -60,7 +60,9 @@ def test_text_is_that_of_the_merged_model_greedy_or_drawn(tmp_path: Path) -> Non
                 ids = torch.cat([ids, lm(ids).logits[:, -1:].argmax(-1)], 1)
         new = ids[0, -6:].tolist()
         new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
-        assert row["text"] == tokenizer.decode(new, skip_special_tokens=True) and row["question"].endswith("plus one")
+        assert row["predicted_text"] == tokenizer.decode(new, skip_special_tokens=True) and row["question"].endswith(
+            "plus one"
+        )
 
     drawn = [
         vismt.predict(run, asked, to=tmp_path / "p", new_tokens=6, temperature=9.0, seed=s).rows for s in (1, 1, 2)
@@ -72,11 +74,19 @@ def test_text_is_that_of_the_merged_model_greedy_or_drawn(tmp_path: Path) -> Non
         vismt.predict(run, rows_of(tmp_path / "other.jsonl", [{"text": "two"}]))
 
 
-def test_classes_have_probabilities_and_sets(tmp_path: Path) -> None:
+def test_classes_have_probabilities_and_sets_beside_the_fields_of_a_row(tmp_path: Path) -> None:
     films = save_texts(tmp_path)["films"]
     run = make_run(tmp_path, sentiment_task(films, train=[f"{films}:dev"], validation=[f"{films}:train"]), risk=True)
-    asked = rows_of(tmp_path / "asked.jsonl", [{"text": "the film was dull"}, {"text": "the sky was very bright"}])
+    given = [{"text": "the film was dull", "label": "gold"}, {"text": "the sky was very bright", "set": 1}]
+    asked = rows_of(tmp_path / "asked.jsonl", given)
     rows = vismt.predict(run, asked).rows
+    assert [{name: row[name] for name in own} for own, row in zip(given, rows)] == given
+    with pytest.raises(UserError, match=r"row 'predictions:all:0' has the field 'predicted_label'.*rename the field"):
+        vismt.predict(run, run / "predictions/predictions.jsonl", to=tmp_path / "again")
+    before = asked.rename(tmp_path / "predictions.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"predictions.jsonl' is an input and would be replaced by an output"):
+        vismt.predict(run, tmp_path / "predictions.jsonl", to=tmp_path)
+    assert (tmp_path / "predictions.jsonl").read_bytes() == before
     job = open_run(run).job
     (training,) = job.study.trainings("adapted")
     net, task = job.fold(0).evaluation.net(training), job.data.tasks["sentiment"]
@@ -84,9 +94,11 @@ def test_classes_have_probabilities_and_sets(tmp_path: Path) -> None:
         with torch.no_grad():
             item = task.encode("a", {**row, "label": "0"}, job.models.tokenizer)
             p = net.head(net.features(job.fold(0).evaluation.batch([item], net)))[0].double().softmax(0)
-        assert row["label"] == str(int(p.argmax())) and row["probability"] == pytest.approx(float(p.max()), abs=1e-5)
+        assert row["predicted_label"] == str(int(p.argmax())) and row["predicted_probability"] == pytest.approx(
+            float(p.max()), abs=1e-5
+        )
         quantile = job.fold(0).evaluation.thresholds(training).quantile
-        assert len(json.loads(row["set"])) == int((-p.log() <= quantile).sum())
+        assert len(json.loads(row["predicted_set"])) == int((-p.log() <= quantile).sum())
 
 
 def test_choices_of_a_row_are_named_as_the_row_has_them(tmp_path: Path) -> None:
@@ -102,8 +114,9 @@ def test_choices_of_a_row_are_named_as_the_row_has_them(tmp_path: Path) -> None:
         ],
     )
     rows = vismt.predict(run, asked, top=3).rows
-    assert {rows[0]["label"], rows[0]["label_2"]} == {"one", "three"} and "label_3" not in rows[0]
-    assert sum(rows[1][f"probability{ending}"] for ending in ("", "_2", "_3")) == pytest.approx(1)
+    labels = {rows[0]["predicted_label"], rows[0]["predicted_label_2"]}
+    assert labels == {"one", "three"} and "predicted_label_3" not in rows[0]
+    assert sum(rows[1][f"predicted_probability{ending}"] for ending in ("", "_2", "_3")) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

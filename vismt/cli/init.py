@@ -49,6 +49,7 @@ def add_commands(commands: Commands) -> None:
 
 def _init(options: argparse.Namespace) -> None:
     from vismt.storage.files import atomic_write
+    from vismt.storage.outputs import check_outputs
 
     if options.images is not None and not options.images.is_dir():
         raise UserError(f"init: --images {options.images}: no such folder.")
@@ -60,9 +61,7 @@ def _init(options: argparse.Namespace) -> None:
             raise UserError(f"init: --texts {options.texts}: no such file.")
         given = options.texts
     files = WRITERS[options.job](folder, given and given.resolve())
-    existing = next((name for name in files if (folder / name).exists()), None)
-    if existing is not None:
-        raise UserError(f"init: '{options.to / existing}' exists; name another folder with --to, or remove it.")
+    check_outputs("init", [(options.to / name, "") for name in files])
     for name, content in files.items():
         atomic_write(folder / name, content)
         console.stage("init", str(options.to / name))

@@ -115,8 +115,13 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _pool(options: argparse.Namespace) -> None:
     from vismt.jobs.fewshot.models import find_experts
-    from vismt.metatune.amt.pool import assemble
+    from vismt.metatune.amt.pool import INDEX, assemble, check_experts
+    from vismt.storage.outputs import check_folder, note
 
     experts = [expert for folder in options.experts for expert in find_experts(folder)]
+    check_experts(experts)
+    if not (options.to / INDEX).exists():
+        check_folder("pool", options.to)
+        note("pool", options.to)
     folder = assemble(experts, options.to)
     console.stage("pool", f"{folder}   {', '.join(expert.label for expert in experts)}")

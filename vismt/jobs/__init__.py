@@ -28,6 +28,7 @@ from vismt.config.sections import (
 )
 from vismt.config.typed import build
 from vismt.storage.files import atomic_write
+from vismt.storage.outputs import check_folder
 
 if TYPE_CHECKING:
     from vismt.jobs.evaluation_job import EvaluationJob
@@ -94,8 +95,8 @@ def started(path: Path, overrides: Sequence[str], out: Path) -> Iterator[Run]:
 def started_config(config: RunConfig, folder: Path) -> Iterator[Run]:
     """Give the block the run of a configuration in a folder, which is made where it is missing.
 
-    Raises UserError for what the configuration names and does not exist, and for a folder with another run. A new folder is
-    removed where a UserError ends the block before anything was done.
+    Raises UserError for what the configuration names and does not exist, and for a folder with anything else than this run. A
+    new folder is removed where a UserError ends the block before anything was done.
     """
     from vismt.base import ranks
     from vismt.jobs.run import Run
@@ -103,6 +104,8 @@ def started_config(config: RunConfig, folder: Path) -> Iterator[Run]:
 
     if (folder / RESOLVED).exists():
         refuse_other_run(folder, config)
+    else:
+        check_folder("run", folder, "--out")
     run = Run(folder, config)
     run.job.check()
     run.job.check_model_names()
