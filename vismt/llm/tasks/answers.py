@@ -93,12 +93,12 @@ class Answers(LmTask):
         }
 
     def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        context, before = self.context(row, tokenizer)
+        context, before, spaces = self.context(row, tokenizer)
         templates = self.choices_of(row)
         if len(templates) < 2:
             raise UserError(f"tasks: row '{name}' has the answers {list(templates)}; needed two at least.")
         texts = [fill(text, row, "tasks: answers") for text in templates.values()]
-        answers = [answer_tokens(tokenizer, text, before) for text in texts]
+        answers = [answer_tokens(tokenizer, spaces + text, before) for text in texts]
         if not context or not all(answers):
             raise UserError(f"tasks: row '{name}' has a prompt or an answer without a token.")
         sizes = [max(1, len(text.strip())) for text in texts]
