@@ -29,7 +29,7 @@ def add_commands(commands: Commands) -> None:
         "inputs",
         type=Path,
         nargs="+",
-        help="image files of any size, folders of them, or a .jsonl or .csv of rows of text",
+        help="image files of any size, folders of them, or a .jsonl, .json or .csv of rows of text",
     )
     predict.add_argument("--to", type=Path, help="target folder (RUN/predictions)")
     _add_arm(predict)

@@ -250,8 +250,9 @@ def write_rows(rows: Sequence[Row], target: Path) -> Path:
     text = io.StringIO()
     # Python before 3.13 does not quote a carriage return, at which readers would begin another row.
     returns = any("\r" in value for row in rows for value in row.values() if isinstance(value, str))
-    quoting = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
-    table = csv.DictWriter(text, list(columns), lineterminator="\n", quoting=quoting)
+    table = csv.DictWriter(
+        text, list(columns), lineterminator="\n", quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
+    )
     table.writeheader()
     table.writerows(rows)
     atomic_write(target / TABLE, text.getvalue())

@@ -145,8 +145,10 @@ class LmData:
         contents = [texts.content() for texts in self._sets[task][part][name]]
         section = self._sections[task]
         # Records of versions with other tokens, which had these settings, too, are not taken for these.
-        marks = ("chat", "end of turn") if section.chat else ()
-        marks += ("spaces",) if section.prompt.endswith(" ") else ()
+        marks = [
+            *(["chat", "end of turn"] if section.chat else []),
+            *(["spaces"] if section.prompt.endswith(" ") else []),
+        ]
         settings = (
             section.kind,
             section.prompt,

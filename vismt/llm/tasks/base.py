@@ -225,6 +225,19 @@ def split_spaces(text: str) -> tuple[str, str]:
     return kept, text[len(kept) :]
 
 
+def has_fields(template: str, row: Mapping[str, Any], what: str) -> bool:
+    """Return whether a row has all fields of a template, and the places in lists that it names, none of them null."""
+    if any(row.get(field) is None for field in fields_of(template, what)):
+        return False
+    try:
+        template.format_map(row)
+    except IndexError:
+        return False
+    except (KeyError, ValueError, AttributeError, TypeError):
+        return True  # `fill` says what is wrong
+    return True
+
+
 def fields_of(template: str, what: str) -> list[str]:
     """Return the names of the fields of a template, without their indices and attributes."""
     try:
