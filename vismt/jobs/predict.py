@@ -43,6 +43,13 @@ def predict_checkpoint(path: Path, inputs: Sequence[Path], target: Path, options
     """Write what a checkpoint of a timm model predicts."""
     about, taken = checkpoint_config(path), CLASSES - {"arm"}
     if about.get("num_classes") == 0:
+        if "merged_from" in about and "features" not in about:
+            run = path.resolve().parent.parent
+            what = f"'{run}'" if (run / RESOLVED).exists() else f"the folder of the run '{about['merged_from']}'"
+            raise UserError(
+                f"predict: '{path.parent}' has the merged backbone of a run, and the heads of its tasks predict in the run; name "
+                f"{what}."
+            )
         options.check(taken | {"support"}, "a backbone")
         images = images_for(inputs, target, options)
         settings = about.get("features") or {}
