@@ -274,7 +274,7 @@ def predict(
     Args:
         source: a run folder, what a study from Python returned, a folder of `vismt merge` or `vismt export`, or a checkpoint
             of a timm model with a config.json beside it.
-        inputs: image files, folders of them, or a .jsonl or .csv file of rows of text.
+        inputs: image files, folders of them, or a .jsonl, .json or .csv file of rows of text.
         to: the folder to write to; by default `predictions` in the run folder.
         support: of a few-shot run or a backbone without classes, a folder with a folder of example images for each class.
         options: the other fields of `vismt.jobs.predictions.Options`: arm, top, sheet, maps, own_size, flip, temperature,

@@ -80,3 +80,12 @@ def test_what_the_sections_of_a_toy_job_refuse(tmp_path: Path, capsys, changes: 
 def test_a_toy_job_has_a_reference(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "toy", "evaluate"]) == 0
     assert "evaluate.examples   int, at least 2   default: 40" in capsys.readouterr().out
+
+
+def test_a_toy_job_has_a_template_of_its_own(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "toy", "--to", str(tmp_path)]) == 0
+    assert "vismt run toy.yaml" in capsys.readouterr().out
+    assert vismt.jobs.load_config(tmp_path / "toy.yaml").batch == 16
+    assert "toy takes --texts, not --images" in refused(capsys, "init", "toy", "--images", tmp_path)
+    monkeypatch.setitem(vismt.jobs.JOBS, "bare", "helpers")
+    assert "the job 'bare' has no template; write a configuration" in refused(capsys, "init", "bare", "--to", tmp_path)

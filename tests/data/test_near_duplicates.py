@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_runs import refused
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
@@ -164,6 +165,11 @@ def test_check_lists_near_duplicates_and_writes_a_sheet_and_a_file_of_groups(
     assert first.std() > 10 and abs(first.astype(float) - second).mean() > 10  # another object in the next row
     written = json.loads((home / "frames-groups.json").read_text())
     assert len(written) == 40 and written["a/01.png"] == written["a/16.png"] != written["a/02.png"]
+    (home / "frames-near-duplicates.png").unlink()
+    (home / "frames-groups.json").write_text("corrected by hand")
+    error = refused(capsys, "data", "check", card, "--duplicates")
+    assert "frames-groups.json' exists and would be overwritten; give another working folder" in error
+    assert (home / "frames-groups.json").read_text() == "corrected by hand"
 
 
 def test_check_counts_the_groups_across_splits(home: Path, paint, write_card, capsys, monkeypatch) -> None:

@@ -18,11 +18,10 @@ from helpers.tiny import images, shake, tiny_vit
 import vismt
 from vismt import methods
 from vismt.cli import parse
-from vismt.cli.init import WRITERS
 from vismt.config.sections import find_config
 from vismt.config.yaml_text import read_yaml
 from vismt.data.cards import load_card
-from vismt.jobs import load_config, make_job
+from vismt.jobs import JOBS, load_config, make_job
 
 ASSERTED = {
     "README.md",
@@ -33,7 +32,7 @@ ASSERTED = {
 }  # each in a test of its own
 SLOW = {"docs/guides/python.md"}  # runs studies
 FOREIGN = {"cluster_name", "compute_environment"}  # files of Ray and accelerate
-INITIAL = {f"{job}.yaml" for job in (*WRITERS, "shop")}
+INITIAL = {f"{job}.yaml" for job in (*JOBS, "shop")}
 LANGUAGES = {"python", "bash", "yaml", ""}  # "": output, equations, logs
 
 

@@ -289,6 +289,20 @@ def test_exports_have_their_heads_beside_them(study: Path, tmp_path: Path) -> No
         assert torch.equal(heads["edge.predict.bias"], net.heads["edge"].predict.bias)
 
 
+def test_the_merged_folder_of_a_dense_run_names_the_run(study: Path, tmp_path: Path, capsys) -> None:
+    assert main(["merge", str(study), "--arm", "depth", "--quiet"]) == 0
+    merged = study / "merged-depth-seed-0"
+    for folder, run in ((merged, f"name '{study}'"), (tmp_path / "away", f"name the folder of the run '{study.name}'")):
+        if folder != merged:
+            shutil.copytree(merged, folder)
+        for words in ([], ["--support", tmp_path]):
+            error = refused(capsys, "predict", folder, tmp_path, *words)
+            assert (
+                "has the merged backbone of a run, and the heads of its tasks predict in the run" in error
+                and run in error
+            )
+
+
 def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys, painted) -> None:
     from torchvision.io import ImageReadMode, decode_image, write_png
 

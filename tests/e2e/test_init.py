@@ -13,6 +13,9 @@ from helpers.tiny_runs import refused
 from PIL import Image
 
 from vismt.cli import main
+from vismt.data.cards import load_card
+from vismt.data.images import open_images
+from vismt.jobs import load_config, make_job
 from vismt.report.results import read_results
 from vismt.robustness.attacks import attacks
 
@@ -39,8 +42,37 @@ def test_own_images(job: str, tmp_path: Path, monkeypatch, capsys) -> None:
     rows = run(where, job, *(short[:2] if job == "robustness" else [*TINY, *cut[job]]))
     assert {row.data for row in rows} == {"2024"}
     before = (where / f"{job}.yaml").read_text()
-    assert "exists; name another folder with --to" in refused(capsys, "init", job, "--images", images, "--to", where)
+    assert "exists and would be overwritten; give another --to" in refused(
+        capsys, "init", job, "--images", images, "--to", where
+    )
     assert (where / f"{job}.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["$x", "#c", ".hid", "-dash", "{a}", "'q", "a\nseed: 7", "é", "???", "a: b", "x.y"])
+def test_a_folder_of_any_name_has_a_configuration_that_is_read(name: str, tmp_path: Path) -> None:
+    images = write_folder(tmp_path / name, 2)
+    for job in (*JOBS, "dense"):
+        given = images
+        if job == "dense":
+            given = tmp_path / "maps" / name
+            for form in ("images", "normal"):
+                write_folder(given / form, 1)
+        where = tmp_path / "to" / job
+        assert main(["init", job, f"--images={given}", "--to", str(where), "--quiet"]) == 0
+        config = load_config(where / f"{job}.yaml")
+        assert config.seed == 0 and "\n" not in config.title
+        assert load_card(where / "card.yaml").sources
+        if job == "multitask":
+            make_job(config, tmp_path / "run").check()
+    assert len(open_images(str(tmp_path / "to" / "multitask" / "card.yaml"))) > 0
+
+
+def test_a_line_end_in_the_name_of_a_file_of_texts_is_no_line_of_the_configuration(tmp_path: Path) -> None:
+    texts = tmp_path / "a\nseed: 7.jsonl"
+    texts.write_text('{"text": "a", "b\\nseed: 8": 1}\n' * 3)
+    assert main(["init", "lm", "--texts", str(texts), "--to", str(tmp_path), "--quiet"]) == 0
+    config = load_config(tmp_path / "lm.yaml")
+    assert config.seed == 0 and Path(config.tasks[0].train[0]).resolve() == texts
 
 
 def test_a_study_can_be_moved(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -82,14 +114,14 @@ def test_own_maps(tmp_path: Path) -> None:
     assert {row.task for row in rows} == {"semseg", "depth"} and {row.n for row in rows} == {2}
 
 
-def test_maps_of_void_alone_and_rows_without_a_label(tmp_path: Path, capsys) -> None:
+def test_maps_of_void_alone_and_texts_of_any_name(tmp_path: Path, capsys) -> None:
     for name, value in (("images", 0), ("label", 255)):
         (tmp_path / "maps" / name).mkdir(parents=True)
         Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / "maps" / name / "a.png")
     error = refused(capsys, "init", "dense", "--images", tmp_path / "maps", "--to", tmp_path / "dense")
     assert "no map in 'label' has a label but 255" in error
     texts = tmp_path / 'a: "b" #c.jsonl'  # no plain YAML
-    texts.write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n{"text": "c"}\n')
+    texts.write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n')
     assert main(["init", "lm", "--texts", str(texts), "--to", str(tmp_path / "lm"), "--quiet"]) == 0
     text = (tmp_path / "lm" / "lm.yaml").read_text()
     assert '{"x": " A", "y": " B"}' in text and yaml.safe_load(text)["title"] == f"Fine-tuning on {texts.name}"
@@ -124,7 +156,10 @@ def test_without_images(job: str, tmp_path: Path, monkeypatch) -> None:
         (["fewshot", "--images", "nowhere"], "--images nowhere: no such folder"),
         (["fewshot", "--images", "."], "no folder of images in it; need one for each class"),
         (["dense", "--images", "."], "for dense it needs a folder 'images' and folders of maps beside it"),
-        (["lm", "--images", "."], "a language model learns from texts"),
+        (["lm", "--images", "."], "init: lm takes --texts, not --images."),
+        (["dense", "--texts", "a.jsonl"], "init: dense takes --images, not --texts."),
+        (["lm", "--texts", "a.jsonl"], "--texts a.jsonl: no such file"),
+        (["multitusk"], "init: no job 'multitusk'. Near: 'multitask'"),
     ],
 )
 def test_user_errors(arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -117,6 +117,9 @@ def test_experts_of_separate_runs_make_the_same_pool(pool_run: Path, tmp_path: P
     before = {row["arm"]: row["value"] for row in scores_of(pool_run)}
     assert [row["value"] for row in joined] == [before["merged"], before["expert:4"]]
     assert "holds no trained expert" in refused(capsys, "pool", "assemble", tmp_path, "--to", tmp_path / "none")
+    (tmp_path / "mine" / "expert-0").mkdir(parents=True)
+    error = refused(capsys, "pool", "assemble", *parts, "--to", tmp_path / "mine")
+    assert "mine/expert-0' exists and would be overwritten" in error
 
 
 def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`vismt predict` of language models: what is written, greedily or drawn, and the choices; configurations for own rows."""
+"""`vismt predict` of language models: what is written, greedily or drawn, and the choices."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.lm_parts import save_lm, save_texts, sentiment_task
-from helpers.tiny_runs import TRAIN, refused, run_config, written
+from helpers.tiny_runs import TRAIN, run_config, written
 
 import vismt
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.jobs import load_config, open_run
-from vismt.jobs.lm.config import task_of
+from vismt.jobs import open_run
 
 transformers = pytest.importorskip("transformers")
 SUMS = {"name": "sums", "kind": "causal", "prompt": "{question} =", "options": {"answer": " {answer}", "length": 32}}
@@ -60,7 +59,9 @@ def test_text_is_that_of_the_merged_model_greedy_or_drawn(tmp_path: Path) -> Non
                 ids = torch.cat([ids, lm(ids).logits[:, -1:].argmax(-1)], 1)
         new = ids[0, -6:].tolist()
         new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
-        assert row["text"] == tokenizer.decode(new, skip_special_tokens=True) and row["question"].endswith("plus one")
+        assert row["predicted_text"] == tokenizer.decode(new, skip_special_tokens=True) and row["question"].endswith(
+            "plus one"
+        )
 
     drawn = [
         vismt.predict(run, asked, to=tmp_path / "p", new_tokens=6, temperature=9.0, seed=s).rows for s in (1, 1, 2)
@@ -72,11 +73,19 @@ def test_text_is_that_of_the_merged_model_greedy_or_drawn(tmp_path: Path) -> Non
         vismt.predict(run, rows_of(tmp_path / "other.jsonl", [{"text": "two"}]))
 
 
-def test_classes_have_probabilities_and_sets(tmp_path: Path) -> None:
+def test_classes_have_probabilities_and_sets_beside_the_fields_of_a_row(tmp_path: Path) -> None:
     films = save_texts(tmp_path)["films"]
     run = make_run(tmp_path, sentiment_task(films, train=[f"{films}:dev"], validation=[f"{films}:train"]), risk=True)
-    asked = rows_of(tmp_path / "asked.jsonl", [{"text": "the film was dull"}, {"text": "the sky was very bright"}])
+    given = [{"text": "the film was dull", "label": "gold"}, {"text": "the sky was very bright", "set": 1}]
+    asked = rows_of(tmp_path / "asked.jsonl", given)
     rows = vismt.predict(run, asked).rows
+    assert [{name: row[name] for name in own} for own, row in zip(given, rows)] == given
+    with pytest.raises(UserError, match=r"row 'predictions:all:0' has the field 'predicted_label'.*rename the field"):
+        vismt.predict(run, run / "predictions/predictions.jsonl", to=tmp_path / "again")
+    before = asked.rename(tmp_path / "predictions.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"predictions.jsonl' is an input and would be replaced by an output"):
+        vismt.predict(run, tmp_path / "predictions.jsonl", to=tmp_path)
+    assert (tmp_path / "predictions.jsonl").read_bytes() == before
     job = open_run(run).job
     (training,) = job.study.trainings("adapted")
     net, task = job.fold(0).evaluation.net(training), job.data.tasks["sentiment"]
@@ -84,9 +93,11 @@ def test_classes_have_probabilities_and_sets(tmp_path: Path) -> None:
         with torch.no_grad():
             item = task.encode("a", {**row, "label": "0"}, job.models.tokenizer)
             p = net.head(net.features(job.fold(0).evaluation.batch([item], net)))[0].double().softmax(0)
-        assert row["label"] == str(int(p.argmax())) and row["probability"] == pytest.approx(float(p.max()), abs=1e-5)
+        assert row["predicted_label"] == str(int(p.argmax())) and row["predicted_probability"] == pytest.approx(
+            float(p.max()), abs=1e-5
+        )
         quantile = job.fold(0).evaluation.thresholds(training).quantile
-        assert len(json.loads(row["set"])) == int((-p.log() <= quantile).sum())
+        assert len(json.loads(row["predicted_set"])) == int((-p.log() <= quantile).sum())
 
 
 def test_choices_of_a_row_are_named_as_the_row_has_them(tmp_path: Path) -> None:
@@ -102,49 +113,6 @@ def test_choices_of_a_row_are_named_as_the_row_has_them(tmp_path: Path) -> None:
         ],
     )
     rows = vismt.predict(run, asked, top=3).rows
-    assert {rows[0]["label"], rows[0]["label_2"]} == {"one", "three"} and "label_3" not in rows[0]
-    assert sum(rows[1][f"probability{ending}"] for ending in ("", "_2", "_3")) == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("row", "kind", "answer"),
-    [
-        ({"question": "one plus one", "response": "two"}, "causal", "two"),
-        ({"messages": [{"role": "user", "content": "sky"}, {"role": "assistant", "content": "blue"}]}, "chat", None),
-        ({"text": "the sky {was} blue"}, "causal", None),
-        ({"sentence": "the sky was blue", "label": "a{b}"}, "classes", " A"),
-    ],
-)
-def test_init_writes_the_task_of_each_form_of_rows(row: dict, kind: str, answer: str | None, tmp_path: Path) -> None:
-    rows = [row, {**row, "label": "c"} if "label" in row else row]
-    path = rows_of(tmp_path / "mine.jsonl", rows * 3)
-    assert main(["init", "lm", "--texts", str(path), "--to", str(tmp_path), "--quiet"]) == 0
-    config = load_config(tmp_path / "lm.yaml")
-    task = task_of(config.tasks[0])
-    assert config.tasks[0].kind == kind and config.tasks[0].test_share == 0.3
-    assert [Path(name).resolve() for name in config.tasks[0].train] == [path]
-    assert config.tasks[0].chat == (kind == "causal" and answer is not None)
-    if kind == "classes":
-        assert task.answers == {"a{b}": " A", "c": " B"}
-        assert task.prompt.format_map(row) == "the sky was blue\n(A) a{b}\n(B) c\nAnswer:"
-    if kind == "causal":
-        assert task.answer.format_map(row) == (answer or row["text"])
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["lm", "--texts", "a.jsonl"], "no such file"),
-        (
-            ["lm", "--texts", "mine.jsonl"],
-            "the columns are x; needed are prompt and answer, messages, text, or text and label",
-        ),
-        (["lm", "--texts", "labels.jsonl"], "30 labels in the column 'label'; needed are 2 to 26"),
-        (["dense", "--texts", "mine.jsonl"], "--texts is for lm; dense takes --images"),
-    ],
-)
-def test_rows_that_init_cannot_use(words: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    rows_of(tmp_path / "mine.jsonl", [{"x": 1}])
-    rows_of(tmp_path / "labels.jsonl", [{"text": "a", "label": i} for i in range(30)])
-    assert message in refused(capsys, "init", *words, "--quiet") and not (tmp_path / "lm.yaml").exists()
+    labels = {rows[0]["predicted_label"], rows[0]["predicted_label_2"]}
+    assert labels == {"one", "three"} and "predicted_label_3" not in rows[0]
+    assert sum(rows[1][f"predicted_probability{ending}"] for ending in ("", "_2", "_3")) == pytest.approx(1)

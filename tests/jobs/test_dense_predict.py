@@ -142,14 +142,21 @@ def test_maps_are_pictures_alone_and_over_the_image(answers, tmp_path: Path) -> 
     assert (over == np.round(alone / 2)).all() and alone.any()  # the image is black
 
 
-def test_images_of_one_name_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_the_names_of_all_files_are_known_before_anything_is_written() -> None:
+    tasks = {"depth": make_task("depth"), "classify": make_task({"name": "classify", "classes": 2})}
+    images = [Path("a.png"), Path("b/..png")]
+    names = [name for name, _ in dense_predict.output_names(images, tasks, maps=True)]
+    maps = [f"{stem}{ending}" for stem in ("a", ".") for ending in (".png", ".npz", "-depth.png", "-depth-overlay.png")]
+    assert names == [*maps, "predictions.csv"]
+    assert [name for name, _ in dense_predict.output_names(images, tasks, maps=False)] == ["a.png", "..png", names[-1]]
+
+
+def test_images_that_cannot_be_drawn_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     paths = [tmp_path / folder / "0.png" for folder in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)
-    dense_predict.check_images(paths[:1])
-    with pytest.raises(UserError, match=r"would both become 0.png; give one of them another --to"):
-        dense_predict.check_images(paths)
+    dense_predict.check_images(paths)
     assert dense_predict.check_images(paths[:1], 16) is None
     with pytest.raises(UserError, match=r"4 x 4 pixels; .* of up to 15 pixels"):
         dense_predict.check_images(paths[:1], 15)

@@ -112,5 +112,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("runs/compare-run-4f2a-other/report.html")
     assert main(["compare", str(a), str(b), "--format", "pdf", "--out", str(tmp_path / "vectors")]) == 0
     assert list((tmp_path / "vectors" / "figures").glob("*.pdf")) and (tmp_path / "vectors" / "report.html").exists()
+    assert main(["compare", str(a), str(b), "--out", str(tmp_path / "vectors"), "--quiet"]) == 0  # its own report
+    (a / "report.md").write_text("mine")
+    error = refused(capsys, "compare", a, b, "--out", a)
+    assert "exists and would be overwritten; give another --out" in error and (a / "report.md").read_text() == "mine"
     assert "--format has no 'htlm'. Near: 'html'" in refused(capsys, "compare", a, b, "--format", "htlm")
     assert main(["compare", str(a)]) == 2

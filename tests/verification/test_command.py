@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from helpers.tiny import shake
+from helpers.tiny_runs import refused
 from helpers.verified_folders import FAULTS, TENSORS, Folders, edit_tensors, made, write_model
 from PIL import Image
 
@@ -48,6 +49,16 @@ def test_exit_codes_and_json(llama: Folders, tmp_path: Path, capsys: pytest.Capt
     assert content.keys() == KEYS and content["status"] == "ok" and content["modules"][0]["fit"] == "right"
     page = (tmp_path / "v.html").read_text()
     assert "Verdict on adapter: ok" in page and "data:image/svg+xml" in page and "How to cite" not in page
+    # An earlier verdict may be replaced, also in the folder itself, and no file that is verified.
+    for _ in range(2):
+        inside = [str(folders.adapter / name) for name in ("v.json", "v.html")]
+        assert main([*words, "--json", inside[0], "--html", inside[1]]) == 0
+    before = (folders.adapter / "adapter_config.json").read_bytes()
+    error = refused(capsys, *words, "--json", folders.adapter / "adapter_config.json")
+    assert "adapter_config.json' is an input and would be replaced by an output" in error
+    assert (folders.adapter / "adapter_config.json").read_bytes() == before
+    for name in ("v.json", "v.html"):
+        (folders.adapter / name).unlink()
     FAULTS["merged with half scale"][0](folders)
     capsys.readouterr()
     assert main(words) == 4

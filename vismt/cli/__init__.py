@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import warnings
@@ -15,6 +16,7 @@ from vismt.cli import attack, check, data, folders, init, models, runs, verify
 from vismt.cli.commands import Commands
 
 GROUPS = (runs, folders, check, verify, init, attack, models, data)  # in the order of `vismt --help`
+SHOWN = 100  # characters of a path that is too long
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if not error.elsewhere:
             console.error(str(error))
+        return 2
+    except OSError as error:
+        if options.debug or error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename)
+        console.error(f"'{name[:SHOWN]}...' has {len(name):,} characters, too many for a path; give a shorter one.")
         return 2
     except KeyboardInterrupt:
         console.error("interrupted; the same command continues from what is on the disk.")

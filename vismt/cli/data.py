@@ -105,9 +105,14 @@ def _data(options: argparse.Namespace) -> int:
 
 def _list_duplicates(name: str) -> None:
     """List the groups of near-duplicates of a set, the largest first, and write a contact sheet of the same rows."""
+    from vismt.data.cards import load_card
     from vismt.data.near_duplicates import contact_sheet, find_duplicates
     from vismt.storage.files import atomic_write
+    from vismt.storage.outputs import check_outputs
 
+    card = load_card(name).name
+    sheet, named = Path(f"{card}-near-duplicates.png"), Path(f"{card}-groups.json")
+    check_outputs("data check", [(sheet, ""), (named, "")], option="working folder")
     found = find_duplicates(name)
     if not found.groups:
         console.stage("check", f"{found.name}: no near-duplicates among {found.total:,} images")
@@ -118,7 +123,6 @@ def _list_duplicates(name: str) -> None:
     for number, group in enumerate(found.groups[:ROWS], 1):
         more = f" and {len(group) - COLUMNS} more" if len(group) > COLUMNS else ""
         console.block(f"{number:>4}  {', '.join(images.ids[i] for images, i in group[:COLUMNS])}{more}")
-    sheet, named = Path(f"{found.name}-near-duplicates.png"), Path(f"{found.name}-groups.json")
     shown = [group[:COLUMNS] for group in found.groups[:ROWS]]
     atomic_write(sheet, contact_sheet(shown))
     console.stage("check", f"{sheet}: a row for each of these {len(shown)} groups, the largest first")

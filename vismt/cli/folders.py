@@ -55,10 +55,13 @@ def _compare(options: argparse.Namespace) -> None:
     for folder in options.runs:
         resolved_path(folder)  # before the import: a wrong folder is answered at once
     from vismt.report.comparison_report import compare_runs
+    from vismt.storage.outputs import check_folder
 
     first, last = (folder.resolve().name for folder in (options.runs[0], options.runs[-1]))
-    target = options.out or Path("runs") / f"compare-{first}-{last}"
-    for path in compare_runs(options.runs, target, options.arm, formats_of(options)):
+    target, formats = options.out or Path("runs") / f"compare-{first}-{last}", formats_of(options)
+    if options.out is not None:
+        check_folder("compare", target, "--out")
+    for path in compare_runs(options.runs, target, options.arm, formats):
         console.stage("report", str(path))
 
 

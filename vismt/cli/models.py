@@ -29,7 +29,7 @@ def add_commands(commands: Commands) -> None:
         "inputs",
         type=Path,
         nargs="+",
-        help="image files of any size, folders of them, or a .jsonl or .csv of rows of text",
+        help="image files of any size, folders of them, or a .jsonl, .json or .csv of rows of text",
     )
     predict.add_argument("--to", type=Path, help="target folder (RUN/predictions)")
     _add_arm(predict)
@@ -115,8 +115,13 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _pool(options: argparse.Namespace) -> None:
     from vismt.jobs.fewshot.models import find_experts
-    from vismt.metatune.amt.pool import assemble
+    from vismt.metatune.amt.pool import INDEX, assemble, check_experts
+    from vismt.storage.outputs import check_folder, note
 
     experts = [expert for folder in options.experts for expert in find_experts(folder)]
+    check_experts(experts)
+    if not (options.to / INDEX).exists():
+        check_folder("pool", options.to)
+        note("pool", options.to)
     folder = assemble(experts, options.to)
     console.stage("pool", f"{folder}   {', '.join(expert.label for expert in experts)}")

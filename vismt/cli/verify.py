@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.cli.commands import Commands
 
 LABELS = {"broken": "broken", "suspicious": "suspect", "note": "note"}
@@ -42,6 +44,7 @@ def _verify(options: argparse.Namespace) -> int:
     from vismt.verification.page import write_page
     from vismt.verification.verify import verify
 
+    _check_pages(options)
     verdict = verify(
         options.folder, base=options.base, merged=options.merged, probe=options.probe, readers=options.reader
     )
@@ -65,6 +68,22 @@ def _verify(options: argparse.Namespace) -> int:
     if options.html:
         console.stage("page", str(write_page(verdict, options.html)))
     return verdict.exit_code
+
+
+def _check_pages(options: argparse.Namespace) -> None:
+    """Raise UserError if the verdict would replace a file that is verified; an earlier verdict may be replaced."""
+    from vismt.storage.files import read_json
+    from vismt.storage.outputs import check_outputs
+
+    pages = [(path, name) for path, name in ((options.json, "--json"), (options.html, "--html")) if path is not None]
+    given = [Path(name) for name in (options.folder, options.base, options.merged, options.probe) if name is not None]
+    read = {file for path in given if pages for file in (path.rglob("*") if path.is_dir() else [path])}
+    read -= {options.html}
+    if options.json in read:
+        with suppress(UserError):
+            held = read_json(options.json, "verify")
+            read -= {options.json} if isinstance(held, dict) and "findings" in held else set()
+    check_outputs("verify", pages, read, own=[path for path, _ in pages], option="FILE")
 
 
 def _number(value: object) -> object:

@@ -47,7 +47,9 @@ def load_card(name_or_path: str | Path) -> Card:
     sources = [_read_source(entry, where, f"sources[{index}]") for index, entry in enumerate(entries)]
     card = build(Card, raw, where, sources=sources, path=path, shown=shown)
     if not CARD_NAME.fullmatch(card.name):
-        raise UserError(f"{where}: name '{card.name}' must be letters, digits, '_', '-' or '.'.")
+        raise UserError(
+            f"{where}: name '{card.name}' must begin with a letter or digit of ASCII, and have these, '_', '-' and '.' alone."
+        )
     if card.groups is not None and all(source.unit == "rows" for source in sources):
         raise UserError(f"{where}: 'groups' is for images; leave it out.")
     return card

@@ -14,7 +14,7 @@ from vismt.storage.paths import file_name, shipped
 
 CARDS = (".yaml", ".yml")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}  # suffix of a table -> what is between its columns
-FILES = (*DELIMITERS, ".jsonl", *CARDS)  # of cards and of sets in one file
+FILES = (*DELIMITERS, ".jsonl", ".json", *CARDS)  # of cards and of sets in one file
 
 
 def card_and_split(entry: str) -> tuple[str, str]:

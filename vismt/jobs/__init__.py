@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, require_known
 from vismt.base.registry import import_own, with_entry_points
 from vismt.config.sections import (
     EARLIER_HASH_DIGITS,
@@ -28,13 +29,15 @@ from vismt.config.sections import (
 )
 from vismt.config.typed import build
 from vismt.storage.files import atomic_write
+from vismt.storage.outputs import check_folder
 
 if TYPE_CHECKING:
     from vismt.jobs.evaluation_job import EvaluationJob
+    from vismt.jobs.init_files import Init
     from vismt.jobs.run import Run
 
-# task -> package with a dataclass CONFIG (a StudyConfig) in config.py and a class JOB (an EvaluationJob) in job.py; installed
-# packages add theirs by entry points of the group "vismt.jobs".
+# task -> package with a dataclass CONFIG (a StudyConfig) in config.py, a class JOB (an EvaluationJob) in job.py and, for
+# `vismt init`, INIT in init.py; installed packages add theirs by entry points of the group "vismt.jobs".
 JOBS = with_entry_points(
     "vismt.jobs",
     {
@@ -52,6 +55,17 @@ def job_config(task: str, source: str = "config") -> type[RunConfig]:
     if task not in JOBS:
         raise UserError(f"{source}: task '{task}' is not known.{near(task, JOBS)}")
     return _part(task, "config", "CONFIG")
+
+
+def job_init(task: str) -> Init:
+    """Return how `vismt init` begins a job. Raises UserError for an unknown job, and for one without a template."""
+    require_known("init: no job", [task], JOBS)
+    with suppress(ModuleNotFoundError):  # the package is missing, which `_part` says
+        if find_spec(f"{JOBS[task]}.init") is None:
+            raise UserError(
+                f"init: the job '{task}' has no template; write a configuration with the keys of `vismt config {task}`."
+            )
+    return _part(task, "init", "INIT")
 
 
 def _part(task: str, file: str, name: str) -> Any:
@@ -94,8 +108,8 @@ def started(path: Path, overrides: Sequence[str], out: Path) -> Iterator[Run]:
 def started_config(config: RunConfig, folder: Path) -> Iterator[Run]:
     """Give the block the run of a configuration in a folder, which is made where it is missing.
 
-    Raises UserError for what the configuration names and does not exist, and for a folder with another run. A new folder is
-    removed where a UserError ends the block before anything was done.
+    Raises UserError for what the configuration names and does not exist, and for a folder with anything else than this run. A
+    new folder is removed where a UserError ends the block before anything was done.
     """
     from vismt.base import ranks
     from vismt.jobs.run import Run
@@ -103,6 +117,8 @@ def started_config(config: RunConfig, folder: Path) -> Iterator[Run]:
 
     if (folder / RESOLVED).exists():
         refuse_other_run(folder, config)
+    else:
+        check_folder("run", folder, "--out")
     run = Run(folder, config)
     run.job.check()
     run.job.check_model_names()

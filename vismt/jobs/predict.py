@@ -19,7 +19,7 @@ from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split
 from vismt.engine import runtime
 from vismt.jobs import RESOLVED, open_run
-from vismt.jobs.predictions import CLASSES, Options, Predictions, Softmax, predict_classes
+from vismt.jobs.predictions import CLASSES, FOLDER, Options, Predictions, Softmax, images_for, predict_classes
 from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import ProtoNet
 from vismt.robustness.classifier import SUFFIXES, checkpoint_config, load_classifier
@@ -36,14 +36,22 @@ def predict(source: Path, inputs: Sequence[Path], target: Path | None, options: 
     if (source / RESOLVED).exists() or not (checkpoint.is_file() and checkpoint.suffix in SUFFIXES):
         with open_run(source).owned() as run:
             return run.predict(inputs, target, options)
-    return predict_checkpoint(checkpoint, inputs, target or checkpoint.parent / "predictions", options)
+    return predict_checkpoint(checkpoint, inputs, target or checkpoint.parent / FOLDER, options)
 
 
 def predict_checkpoint(path: Path, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
     """Write what a checkpoint of a timm model predicts."""
     about, taken = checkpoint_config(path), CLASSES - {"arm"}
     if about.get("num_classes") == 0:
+        if "merged_from" in about and "features" not in about:
+            run = path.resolve().parent.parent
+            what = f"'{run}'" if (run / RESOLVED).exists() else f"the folder of the run '{about['merged_from']}'"
+            raise UserError(
+                f"predict: '{path.parent}' has the merged backbone of a run, and the heads of its tasks predict in the run; name "
+                f"{what}."
+            )
         options.check(taken | {"support"}, "a backbone")
+        images = images_for(inputs, target, options)
         settings = about.get("features") or {}
         size = (about.get("model_args") or {}).get("img_size") or about.get("img_size")
         backbone = timm_models.create(
@@ -55,13 +63,14 @@ def predict_checkpoint(path: Path, inputs: Sequence[Path], target: Path, options
         )
         proto = ProtoNet(backbone, settings.get("scale", 10.0)).eval().to(runtime.processes().device)
         net, classes = fitted(proto, options.support, backbone.img_size[0], f"'{path.parent}'")
-        return predict_classes(net, backbone.img_size[0], [classes], inputs, target, options, label=str(path))
+        return predict_classes(net, backbone.img_size[0], [classes], images, target, options, label=str(path))
     options.check(taken, "a classifier")
+    images = images_for(inputs, target, options)
     classifier = load_classifier(path)
     names = classifier.labels or [f"class {label}" for label in range(classifier.num_classes)]
     net = classifier.to(runtime.processes().device)
     groups = _softmaxes(names, path.parent.name, separate=about.get("label_space") == "separate")
-    return predict_classes(net, max(net.size), groups, inputs, target, options, label=str(path))
+    return predict_classes(net, max(net.size), groups, images, target, options, label=str(path))
 
 
 def _softmaxes(names: Sequence[str], otherwise: str, *, separate: bool) -> list[Softmax]:

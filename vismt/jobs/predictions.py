@@ -20,14 +20,17 @@ from torch import Tensor, nn
 
 from vismt.base import console
 from vismt.base.errors import UserError
+from vismt.config.sections import RESOLVED
 from vismt.data.decode import SUFFIXES, decode_file
 from vismt.data.pixels import square
 from vismt.engine import runtime
 from vismt.report.panels import write_arrays
 from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
 from vismt.storage.files import atomic_write
+from vismt.storage.outputs import check_files, check_outputs, note
 
-TABLE, SHEET = "predictions.csv", "predictions.png"
+FOLDER = "predictions"  # of a run
+TABLE, SHEET, ARRAYS = "predictions.csv", "predictions.png", "predictions.npz"
 BATCH = 32  # images at a time where no configuration says it
 MOST_SHOWN, COLUMNS, CELL = 96, 8, 1.1  # of a contact sheet: images, images in a row, inches of one
 Row = dict[str, Any]
@@ -117,7 +120,7 @@ class Softmax:
 def image_files(paths: Sequence[Path]) -> list[Path]:
     """Return the files of `paths`, of a folder the image files in it, sorted by name.
 
-    Raises UserError for a folder without one.
+    Raises UserError for a folder without one, and for a name that a table cannot hold.
     """
     files: list[Path] = []
     for path in paths:
@@ -129,7 +132,40 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
                 f"predict: '{path}' has no image file ({', '.join(sorted(SUFFIXES))}); name another folder."
             )
         files += found
+    bad = next((str(file) for file in files if console.printable(str(file)) != str(file)), None)
+    if bad is not None:
+        raise UserError(f"predict: the name of '{console.printable(bad)}' is not UTF-8; rename the file.")
     return files
+
+
+def check_target(target: Path, outputs: Iterable[tuple[str, str]], inputs: Iterable[Path]) -> None:
+    """Raise UserError unless a prediction may write its outputs, given by name and image, into `target`."""
+    if _of_run(target):
+        paths = [(target / name, source) for name, source in outputs]
+        check_outputs("predict", paths, inputs, own={path for path, _ in paths})
+    else:
+        check_files("predict", target, outputs, inputs)
+
+
+def note_target(target: Path, names: Iterable[str]) -> None:
+    """Note the outputs of a prediction in `target`, unless it is the folder of predictions of a run."""
+    if not _of_run(target):
+        note("predict", target, names)
+
+
+def _of_run(target: Path) -> bool:
+    return target.name == FOLDER and (target.parent / RESOLVED).exists()
+
+
+def images_for(inputs: Sequence[Path], target: Path, options: Options) -> list[Path]:
+    """Return the images whose classes are to be predicted into a folder, after a check of what will be written there."""
+    files = image_files(inputs)
+    check_target(target, [(name, "") for name in _class_outputs(options)], files)
+    return files
+
+
+def _class_outputs(options: Options) -> list[str]:
+    return [TABLE, *([ARRAYS] if options.maps else []), *([SHEET] if options.sheet else [])]
 
 
 @torch.no_grad()
@@ -137,14 +173,14 @@ def predict_classes(
     net: nn.Module,
     size: int,
     groups: Sequence[Softmax],
-    images: Sequence[Path],
+    files: Sequence[Path],
     target: Path,
     options: Options,
     *,
     label: str,
     batch: int = BATCH,
 ) -> Predictions:
-    """Write the classes of images, and of those in folders, to <target>/predictions.csv.
+    """Write the classes of images to <target>/predictions.csv.
 
     `options.maps` adds the probabilities of all classes in predictions.npz, `options.sheet` the contact sheet. Of the images
     one batch at a time is in memory.
@@ -153,9 +189,10 @@ def predict_classes(
         net: images (b, 3, size, size) in [0, 1] -> logits (b, k), on the device of this process.
         size: of the images in pixels; others are resized by their shorter side and cropped to the centre, as in evaluation.
         groups: the softmaxes, together all k outputs in their order; a row for each.
+        files: Images, as `images_for` returns them.
         label: names the model in the progress bar.
     """
-    files, device = image_files(images), runtime.processes().device
+    device = runtime.processes().device
     rows: list[Row] = []
     probabilities: list[Tensor] = []
     shown: list[np.ndarray] = []
@@ -172,12 +209,13 @@ def predict_classes(
         if options.maps:
             probabilities.append(torch.cat(log_p, 1).exp())
         shown += [*pixels[: MOST_SHOWN - len(shown)].numpy()] if options.sheet else []
+    note_target(target, _class_outputs(options))
     written = [write_rows(rows, target)]
     if options.maps:
         names = {"images": [str(path) for path in files], "labels": [name for group in groups for name in group.names]}
         arrays = {name: np.array(texts) for name, texts in names.items()}
         arrays["probabilities"] = torch.cat(probabilities).float().numpy()
-        written.append(write_arrays(target / "predictions.npz", arrays))
+        written.append(write_arrays(target / ARRAYS, arrays))
     if options.sheet:
         answers = [rows[place : place + len(groups)] for place in range(0, len(rows), len(groups))]
         written.append(contact_sheet(shown, answers, target / SHEET))
@@ -210,7 +248,11 @@ def write_rows(rows: Sequence[Row], target: Path) -> Path:
     """Write the rows of all images to <target>/predictions.csv and return its path."""
     columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
     text = io.StringIO()
-    table = csv.DictWriter(text, list(columns), lineterminator="\n")
+    # Python before 3.13 does not quote a carriage return, at which readers would begin another row.
+    returns = any("\r" in value for row in rows for value in row.values() if isinstance(value, str))
+    table = csv.DictWriter(
+        text, list(columns), lineterminator="\n", quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
+    )
     table.writeheader()
     table.writerows(rows)
     atomic_write(target / TABLE, text.getvalue())

@@ -24,12 +24,13 @@ from vismt.config.sections import EARLIER_HASH_DIGITS, RESOLVED, RunConfig, conf
 from vismt.engine import runtime
 from vismt.jobs import make_job
 from vismt.jobs.graphs import NAMES, write_graph
-from vismt.jobs.predictions import Options, Predictions
+from vismt.jobs.predictions import FOLDER, Options, Predictions
 from vismt.lowrank.files.peft_folder import export_peft
 from vismt.report.results import FACTS
 from vismt.report.writer import read_facts
 from vismt.storage.files import atomic_write, new_files, read_json, remove_partial, sealed, write_tensors
 from vismt.storage.locks import locked
+from vismt.storage.outputs import check_folder
 from vismt.verification.verify import checked
 
 EXPORTED = "vismt.json"  # in the folder of an export: run, configuration, arm and seed
@@ -152,14 +153,13 @@ class Run:
         folder = target or self.folder / f"{kind}-{self.job.name_of(arm)}"
         note = folder / EXPORTED
         held = read_json(note, f"export '{folder}'") if note.exists() else None
-        weights = [*folder.glob("*.safetensors"), *folder.glob("model.*")]
-        if held != self._exported(arm) and weights:
-            what = (
-                f"of {held.get('model')} of the run {held.get('run')}"
-                if isinstance(held, dict)
-                else "that is not an export of vismt"
-            )
-            raise UserError(f"export: '{folder}' holds a model {what}; name another folder with --to, or remove it.")
+        if held != self._exported(arm):
+            if isinstance(held, dict) and "model" in held:
+                what = f"of {held['model']} of the run {held.get('run')}"
+                raise UserError(
+                    f"export: '{folder}' holds a model {what}; name another folder with --to, or remove it."
+                )
+            check_folder("export", folder)
         return folder
 
     def _exported(self, arm: str | None) -> dict[str, str]:
@@ -168,7 +168,7 @@ class Run:
     def predict(self, inputs: Sequence[Path], target: Path | None, options: Options) -> Predictions:
         """Write predictions on images or rows of text, by default under RUN/predictions, and return them."""
         options.check(self.job.predict_options, f"a run of {self.config.task}")
-        return self.job.predict(inputs, target or self.folder / "predictions", options)
+        return self.job.predict(inputs, target or self.folder / FOLDER, options)
 
     def _write(self, target: Path, arm: str | None, write: Callable[[Path], object], is_graph: bool = False) -> Path:
         """Let `write` fill the folder of an export, with the files that go beside it. A killed export leaves nothing there."""

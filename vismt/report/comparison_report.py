@@ -18,6 +18,7 @@ from vismt.report.results import RESULTS, Result, ValuesByExample, read_results
 from vismt.report.score_sections import score_sections
 from vismt.report.tables import Section, Table
 from vismt.report.writer import DEFAULT_FORMATS, Heading, run_heading, write_report
+from vismt.storage.outputs import note
 
 T = TypeVar("T")
 SHOWN_FACTS = ("Command", "Git revision", "Config hash", "Hardware", "Processes of a training", "Seeds")
@@ -104,6 +105,7 @@ def compare_runs(
     title = Heading(f"Comparison of {', '.join(headings)}", facts, source)
     labels = list(joined.sources)
     settings = Section("Settings", _settings({names[folder]: folder / RESOLVED for folder in folders}))
+    note("compare", target)
     with figure_formats(formats):
         sections = [settings, *score_sections(target, joined.results, comparisons, joined, labels)]
     return write_report(target, title, joined.results, comparisons, sections, formats)

@@ -38,6 +38,18 @@ def test_every_turn_of_the_assistant_is_counted_and_nothing_else() -> None:
     assert shown == [" blue</s>", " green one</s>"]  # with the end of each turn, which the model has to write
 
 
+def test_turns_of_sharegpt_are_turns_of_messages() -> None:
+    made, row = words(), turns("sky", "blue")
+    named = {"user": "human", "assistant": "gpt"}
+    shared = [{"from": named[turn["role"]], "value": turn["content"], "weight": 1} for turn in row["messages"]]
+    task = make_task("chat", "", {"messages": "conversations"})
+    assert task.encode("a", {"conversations": shared}, made) == make_task("chat", "", {}).encode("a", row, made)
+    system = {"from": "system", "value": "one"}
+    assert made.decode(task.ask("a", {"conversations": [system, *shared]}, made).pieces[0].ids).startswith(
+        "<s>s one</s>"
+    )
+
+
 def test_a_long_chat_keeps_its_end() -> None:
     made = words()
     (part,) = make_task("chat", "", {"length": 4}).encode("a", turns("sky", "blue", "grass", "green one"), made).pieces

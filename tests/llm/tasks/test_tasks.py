@@ -143,6 +143,28 @@ def test_a_chat_template_writes_the_turns_around_the_prompt():
     ]
 
 
+@pytest.mark.parametrize(
+    ("turn", "end"),
+    [("{{ m.content }}<turn>\n", "<turn>"), ("{{ m.content | trim }} </s>\n", " </s>"), ("{{ m.content }}\n", "</s>")],
+)
+def test_an_answer_in_a_chat_ends_as_the_template_ends_a_turn(turn, end, monkeypatch):
+    """Gemma writes <end_of_turn> and a line end, where its tokenizer's end of text is another token."""
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    start = "{% if add_generation_prompt %}a{% endif %}"
+    words.chat_template = f"{{% for m in messages %}}{{{{ m.role[0] }}}} {turn}{{% endfor %}}{start}"
+    task = task_of(LmTaskConfig(name="a", prompt="{text}", chat=True, options={"answer": " {text}"}))
+    (part,) = task.encode("a", {"text": "green"}, words).pieces
+    counted = [label for label in part.labels if label != IGNORE]
+    assert words.decode(counted) == f" green{end}"
+    assert task.ask("a", {"text": "green \n\n"}, words) == task.ask("a", {"text": "green"}, words)
+    stops: list[list[int]] = []
+    monkeypatch.setattr("vismt.llm.tasks.causal.written", lambda *given: stops.append(given[-1]) or [""])
+    for kind in (task, make_task("chat", "", {})):
+        kind.reply(None, {}, [{"text": "green"}], words, None)
+    assert stops == [counted[-1:] if end in turn else []] * 2
+
+
 def sentencepiece(kind: str) -> Any:
     """Return a tokenizer that begins a text with "▁": any text, as Llama 2 ("normalizer"), or one without a space there."""
     words = ["▁", "▁▁", *"abcdefghijklmnopqrstuvwxyz:!\nQ", "▁blue", "blue", "▁green", "▁sky", "▁yes", "▁no", "▁Q"]
@@ -196,8 +218,40 @@ def test_the_turns_of_a_chat_have_the_tokens_that_they_have_in_the_whole_text(ki
 def test_where_a_token_reaches_over_the_border_the_answer_keeps_its_letters():
     for kind in ("normalizer", "metaspace"):
         words = sentencepiece(kind)
-        (part,) = make_task("causal", "Q: ", {"answer": "{a}", "end": False}).encode("a", {"a": "blue"}, words).pieces
-        assert words.convert_ids_to_tokens(part.ids) == ["<s>", "▁Q", ":", "▁", "blue"]
+        (part,) = make_task("causal", "Q:b", {"answer": "{a}", "end": False}).encode("a", {"a": "lue"}, words).pieces
+        assert words.convert_ids_to_tokens(part.ids) == ["<s>", "▁Q", ":", "b", "l", "u", "e"]
+
+
+@pytest.mark.parametrize("words", [tokenizer(), sentencepiece("normalizer"), sentencepiece("metaspace")])
+def test_a_prompt_that_ends_in_a_space_has_the_tokens_of_one_whose_answer_begins_with_it(words):
+    """As in lm-eval-harness, which moves the space: an answer is " blue", not a space and "blue"."""
+    row = {"q": "sky", "sky_": "sky ", "a": "blue", "b": "green"}
+    kinds = {
+        "causal": [{"answer": f"{start}{{a}}"} for start in ("", " ")],
+        "answers": [{"answers": {"0": f"{start}{{a}}", "1": f"{start}{{b}}"}, "label": "0"} for start in ("", " ")],
+    }
+    for kind, (bare, spaced) in kinds.items():
+        wanted = make_task(kind, "Q {q}", spaced).encode("a", row, words)
+        for prompt in ("Q {q} ", "Q {sky_}"):  # the space of the prompt, or of the row
+            found = make_task(kind, prompt, bare).encode("a", row, words)
+            assert found.pieces == wanted.pieces and found.sizes == wanted.sizes
+    named = [{"answers": {"0": f"{start}blue", "1": f"{start}green"}} for start in ("", " ")]
+    found, wanted = make_task("classes", "Q {q}: ", named[0]), make_task("classes", "Q {q}:", named[1])
+    assert found.tokens(words) == wanted.tokens(words)
+    assert found.ask("a", row, words).pieces == wanted.ask("a", row, words).pieces
+    with pytest.raises(UserError, match="begin it with one space, which may be the end of the prompt"):
+        make_task("classes", "Q: ", named[1]).tokens(words)
+
+
+def test_a_written_answer_does_not_repeat_the_space_of_its_prompt(monkeypatch):
+    monkeypatch.setattr("vismt.llm.tasks.causal.written", lambda *_: [" blue", "blue"])
+    task = make_task("causal", "Q {q}: ", {"answer": "{a}"})
+    replies = task.reply(None, {}, [{"q": "sky"}] * 2, tokenizer(), None)
+    assert [reply.text for reply in replies] == ["blue", "blue"]
+    assert (
+        make_task("causal", "", {"answer": "{a}"}).reply(None, {}, [{"a": "sky "}] * 2, tokenizer(), None)[0].text
+        == " blue"
+    )
 
 
 def chat_task() -> Any:

@@ -1,4 +1,4 @@
-"""Sets without a card: a folder of class folders, a table of paths and labels, rows of text in a csv or jsonl file."""
+"""Sets without a card: a folder of class folders, a table of paths and labels, rows of text in a csv, jsonl or json file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPLIT = "split"  # the column with the split of a row
 
 
 def plain_card(path: Path) -> Card | None:
-    """Return the card of a folder of class folders or of a csv, tsv or jsonl file; None for any other path.
+    """Return the card of a folder of class folders or of a csv, tsv, jsonl or json file; None for any other path.
 
     Folders with the names of splits hold the class folders of each. Raises UserError for a folder or table that cannot be read.
     """
@@ -33,7 +33,7 @@ def plain_card(path: Path) -> Card | None:
             raise UserError(f"data '{path}': the folder cannot be read: {error.strerror}.") from error
     elif path.is_file() and path.suffix in DELIMITERS:
         sources = _of_table(path.resolve())
-    elif path.is_file() and path.suffix == ".jsonl":
+    elif path.is_file() and path.suffix in (".jsonl", ".json"):
         sources = [_source("text", root=str(path.resolve().parent), files={"all": path.name})]
     name = re.sub(r"[^\w.-]", "-", path.resolve().name if path.is_dir() else path.stem)
     return Card(name, sources, path=path.resolve(), shown=str(path)) if sources else None

@@ -20,7 +20,7 @@ from vismt.config.typed import Names, RelativePath
 from vismt.data.copies import digest, fix, read_text, shown_path
 from vismt.data.set_entries import DELIMITERS
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
-from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSource, check_encoding, json_lines
+from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSource, check_encoding, json_lines, json_list
 
 FORMS = ("jsonl", "csv", "lines", "documents")
 NAMED = ("jsonl", "csv")  # whose files name the fields
@@ -34,10 +34,10 @@ class TextFilesSource(RootedSource, TextSource):
     Attributes:
         files: maps each split to its file.
         fields: names of the fields of a row; [], where the files name them, for all.
-        form: "jsonl": an object a line, which must have the `fields`. "csv": a table with the names of its columns in the first
-            line, tabs between them in a .tsv file. "lines": the `fields` of a line with the `separators`
-            between them; quotes around a whole field are removed. "documents": the one field holds all from one match of the
-            regular expression `starts` to the next.
+        form: "jsonl": an object a line, or in a .json file a list of objects, which must have the `fields`. "csv": a table with
+            the names of its columns in the first line, tabs between them in a .tsv file. "lines": the `fields` of a line with
+            the `separators` between them; quotes around a whole field are removed. "documents": the one field holds all from
+            one match of the regular expression `starts` to the next.
         separators: one fewer than `fields`, applied in turn from the left.
         extract: maps a field to a regular expression that must match all of its text; the named groups are fields, too, where
             they take part in the match.
@@ -99,7 +99,7 @@ class TextFilesSource(RootedSource, TextSource):
             return self._parse_table(text, path, shown)
         if self.form == "jsonl":
             parsed = []
-            for where, values in json_lines(text, shown):
+            for where, values in (json_list if path.suffix == ".json" else json_lines)(text, shown):
                 if not values or not set(self.fields) <= set(values):
                     raise UserError(f"{where}: is not an object with {', '.join(self.fields) or 'a field'}.")
                 parsed.append(self._extracted({name: values[name] for name in self.fields or values}, where))

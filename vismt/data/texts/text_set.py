@@ -109,11 +109,25 @@ def json_lines(text: str, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, values if isinstance(values, dict) else {}
 
 
+def json_list(text: str, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, fields) of each entry of a JSON list; fields is empty for an entry other than an object."""
+    try:
+        entries = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{shown}: is not JSON ({error}).") from error
+    if not isinstance(entries, list):
+        raise UserError(
+            f"{shown}: is not a list of objects; put them between square brackets, or one a line in a .jsonl file."
+        )
+    for number, values in enumerate(entries, 1):
+        yield f"{shown}: entry {number}", values if isinstance(values, dict) else {}
+
+
 def open_texts(card: Card | str | Path, split: str = "all") -> TextSet:
     """Return the rows of `split`, from the first of the card's sources that is on this machine and has that split.
 
     Args:
-        card: a card, its name, its file or its folder; a csv or jsonl file; the name of a Python object.
+        card: a card, its name, its file or its folder; a csv, jsonl or json file; the name of a Python object.
         split: name of a split, or "all" for every split.
 
     Raises:

@@ -35,10 +35,12 @@ from vismt.uncertainty.last_layers import check_head, is_variational
 
 @dataclass
 class TaskConfig(PartsConfig):
-    """One task. Shares are taken of each class, and a limit is spread over the classes.
+    """One task. Shares are taken of each class.
 
     Args:
         name: name of the task.
+        limit: largest number of training images of the task in all, the same number of each class as far as it has so many. It
+            counts what the shares leave of `train`; null for all.
     """
 
     name: str = ""

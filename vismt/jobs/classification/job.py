@@ -32,7 +32,7 @@ from vismt.jobs.classification.models import HEAD, PixelNet, fresh, load_head, s
 from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
-from vismt.jobs.predictions import CLASSES, Options, Predictions, predict_classes
+from vismt.jobs.predictions import CLASSES, Options, Predictions, images_for, predict_classes
 from vismt.jobs.risk import check_thresholds, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.lowrank.model.inject import train_along
@@ -259,9 +259,10 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
 
     def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
         training = self.study.find(options.arm)
+        images = images_for(inputs, target, options)
         net, size, batch = self.final(training), self.data.size, self.config.evaluate.batch
         groups = self.evaluation.softmaxes(net, training)
-        return predict_classes(net, size, groups, inputs, target, options, label=str(training), batch=batch)
+        return predict_classes(net, size, groups, images, target, options, label=str(training), batch=batch)
 
     def cards_of_tasks(self) -> dict[str, set[str]]:
         parts = {task.name: (*task.train, *task.validation, *task.test) for task in self.config.tasks}

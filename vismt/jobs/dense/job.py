@@ -35,10 +35,10 @@ from vismt.jobs.dense.delta import deltas
 from vismt.jobs.dense.evaluation import Evaluation, metric_name
 from vismt.jobs.dense.figures import sections, write_predictions
 from vismt.jobs.dense.pooled_score import Scored
-from vismt.jobs.dense.predict import check_images, class_names, most_pixels, named_tasks, predict_images
+from vismt.jobs.dense.predict import check_images, class_names, most_pixels, named_tasks, output_names, predict_images
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
-from vismt.jobs.predictions import Options, Predictions, image_files
+from vismt.jobs.predictions import Options, Predictions, check_target, image_files
 from vismt.jobs.risk import check_thresholds, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.methods import needs
@@ -242,6 +242,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         training = self.study.find(options.arm)
         config = self.study.config_of(training)
         check_images(images, most_pixels(config) if options.own_size else None)
+        check_target(target, output_names(images, named_tasks(config), options.maps), images)
         size = (config.size[0], config.size[1]) if options.own_size else window_of(self.config)
         net = models.loaded(config, training, size)
         training_files.fold(net.stock, training)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from vismt.data.maps.dense_transforms import fitting, resize
 from vismt.data.set_entries import card_and_split
 from vismt.engine import runtime
 from vismt.jobs.dense.config import DenseConfig, canvas_of, own_parts, trained_tasks
-from vismt.jobs.predictions import Options, Predictions, Row, class_row, write_rows
+from vismt.jobs.predictions import TABLE, Options, Predictions, Row, class_row, note_target, write_rows
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.tasks import MapTask, Task
@@ -68,15 +68,28 @@ def most_pixels(config: DenseConfig) -> int:
     return int(VALUES / channels / max(1, *config.evaluate.scales) ** 2)
 
 
-def check_images(images: Sequence[Path], most: int | None = None) -> None:
-    """Raise UserError for files that cannot be read, two images of one name, thin images, and more than `most` pixels."""
-    names: dict[str, Path] = {}
+def output_names(images: Sequence[Path], tasks: Mapping[str, Task], maps: bool) -> Iterator[tuple[str, str]]:
+    """Yield the name of each file that a prediction writes, with the image that it is made of.
+
+    maps: whether the maps are written, too.
+    """
     for path in images:
-        other = names.setdefault(path.stem, path)
-        if other is not path:
-            raise UserError(
-                f"predict: '{other}' and '{path}' would both become {path.stem}.png; give one of them another --to."
-            )
+        endings = [".png"]
+        if maps:
+            endings += [".npz", *(ending for name, task in tasks.items() for ending in _map_endings(name, task))]
+        yield from ((f"{path.stem}{ending}", str(path)) for ending in endings)
+    if any(isinstance(task, Classification) for task in tasks.values()):
+        yield TABLE, "the classes of all images"
+
+
+def _map_endings(name: str, task: Task) -> list[str]:
+    """Return what follows an image's stem in the names of the pictures of its map; a task of whole images has none."""
+    return [f"-{name}.png", f"-{name}-overlay.png"] if isinstance(task, MapTask) else []
+
+
+def check_images(images: Sequence[Path], most: int | None = None) -> None:
+    """Raise UserError for files that cannot be read, thin images, and more than `most` pixels."""
+    for path in images:
         height, width = decode_file(path).shape[-2:]
         if max(height, width) > THIN * min(height, width):
             raise UserError(
@@ -116,6 +129,7 @@ def predict_images(
     classes, flip = class_names(config, tasks), options.flip or settings.flip
     written: list[Path] = []
     rows: list[Row] = []
+    note_target(target, (name for name, _ in output_names(images, tasks, options.maps)))
     for path in console.track(images, "predict", label):
         image = decode_file(path).to(torch.float32) / 255
         size = (int(image.shape[-2]), int(image.shape[-1]))
@@ -138,7 +152,7 @@ def predict_images(
         shown = image[:, :height, :width]
         written.append(picture(shown, outputs, tasks, classes, target / f"{path.stem}.png"))
         if options.maps:
-            _write_maps(shown, outputs, tasks, target / path.stem)
+            _write_maps(shown, outputs, tasks, target, path.stem)
     return Predictions(rows, [write_rows(rows, target), *written] if rows else written)
 
 
@@ -169,19 +183,21 @@ def _class_rows(
     return rows
 
 
-def _write_maps(image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str, Task], stem: Path) -> None:
+def _write_maps(
+    image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str, Task], target: Path, stem: str
+) -> None:
     """Write the answers of an image (3, h, w) as arrays, and the pictures of its maps alone and over the image."""
     answers = {name: tasks[name].answer(value).numpy() for name, value in outputs.items()}
-    write_arrays(stem.with_name(f"{stem.name}.npz"), answers)
+    write_arrays(target / f"{stem}.npz", answers)
     for name, value in outputs.items():
         task = tasks[name]
         if isinstance(task, MapTask):
             colors = task.picture(value)
             mixed = (0.5 * (colors + 255 * image)).round().to(torch.uint8)
-            for ending, pixels in ((name, colors), (f"{name}-overlay", mixed)):
+            for ending, pixels in zip(_map_endings(name, task), (colors, mixed)):
                 buffer = io.BytesIO()
                 Image.fromarray(pixels.movedim(0, -1).numpy()).save(buffer, "PNG")
-                atomic_write(stem.with_name(f"{stem.name}-{ending}.png"), buffer.getvalue())
+                atomic_write(target / f"{stem}{ending}", buffer.getvalue())
 
 
 def class_names(config: DenseConfig, tasks: Mapping[str, Task]) -> dict[str, list[str]]:

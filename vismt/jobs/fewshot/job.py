@@ -41,7 +41,7 @@ from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net, read_scale
 from vismt.jobs.fewshot.report import sections
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.predict import fitted
-from vismt.jobs.predictions import CLASSES, Options, Predictions, predict_classes
+from vismt.jobs.predictions import CLASSES, Options, Predictions, images_for, predict_classes
 from vismt.jobs.training_job import TrainingJob
 from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.model.merge import merge
@@ -348,9 +348,10 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         """Write the classes of images among those of `options.support`, by the evaluated model that `options.arm` names."""
         name, seed = self._evaluated(options.arm)
         what = f"model '{name}' of the run '{self.folder}'"
+        images = images_for(inputs, target, options)
         model, size = self.models(seed, name).task(name, None), self._data(name).size
         net, classes = fitted(model, options.support, size, what)
-        return predict_classes(net, size, [classes], inputs, target, options, label=name)
+        return predict_classes(net, size, [classes], images, target, options, label=name)
 
     def _evaluated(self, text: str | None) -> tuple[str, int]:
         """Return the evaluated model and the seed that "model" or "model:seed" names; None for the only one that is trained."""

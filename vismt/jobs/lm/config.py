@@ -51,7 +51,7 @@ class LmModelConfig(ModelSection):
 
 @dataclass
 class LmTaskConfig(PartsConfig):
-    """A task. Exactly one has sets to train on; the others are only evaluated, on `limit` rows of each set.
+    """A task. Exactly one has sets to train on; the others are only evaluated.
 
     Each set in `test` is reported separately. Shares are the last rows of each training set, within each class where rows have
     one (kind classes, and answers that are the same for all rows); of sets of interactions, all rows of the last users.
@@ -59,7 +59,10 @@ class LmTaskConfig(PartsConfig):
     Args:
         name: name of the task.
         kind: kind of the task (vismt.llm.tasks).
-        prompt: template of the prompt.
+        prompt: template of the prompt. A space at its end becomes the beginning of the answer.
+        limit: largest number of rows, the same number of each class as far as it has so many, of recommendations the same
+            number of each user: of the training rows that the shares leave, and in a task that is only evaluated of each set.
+            null for all.
         chat: whether the prompt is the user's turn in the chat template of the model, and the answer the assistant's.
         options: further arguments of the kind.
         rotate: of sets of interactions: the training of seed s is tested on the s-th share of the users in place of the last, so

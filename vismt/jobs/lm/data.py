@@ -144,13 +144,17 @@ class LmData:
         """Return a digest of the rows of a set and of the task that is set on them."""
         contents = [texts.content() for texts in self._sets[task][part][name]]
         section = self._sections[task]
-        chat = ("chat",) if section.chat else ()
+        # Records of versions with other tokens, which had these settings, too, are not taken for these.
+        marks = [
+            *(["chat", "end of turn"] if section.chat else []),
+            *(["spaces"] if section.prompt.endswith(" ") else []),
+        ]
         settings = (
             section.kind,
             section.prompt,
             sorted(section.options.items(), key=str),
             self._limit(task, "test"),
-            *chat,
+            *marks,
         )
         return digest(repr((contents, settings, self.tokenizer.name_or_path)).encode())
 

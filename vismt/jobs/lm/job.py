@@ -42,7 +42,7 @@ from vismt.jobs.lm.evaluation import Evaluation
 from vismt.jobs.lm.figures import sections
 from vismt.jobs.lm.models import LmModels
 from vismt.jobs.lm.recommender import Recommender
-from vismt.jobs.predictions import Options, Predictions, Row, choice_row
+from vismt.jobs.predictions import Options, Predictions, Row, check_target, choice_row, note_target
 from vismt.jobs.risk import check_thresholds
 from vismt.jobs.training_job import TrainingJob
 from vismt.llm.ilora.hybrid import Hybrid
@@ -60,6 +60,7 @@ from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import atomic_write
 
 PREDICTED = "predictions.jsonl"
+ANSWER = "predicted_"  # begins the name of each field that a prediction adds to a row
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,15 +280,25 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         return model
 
     def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
-        """Write what an arm answers to rows of text to <target>/predictions.jsonl, the fields of each row with it.
+        """Write what an arm answers to rows of text to <target>/predictions.jsonl, after the fields of each row.
 
-        Text is written after the prompt of the trained task; of tasks with choices the row has the likeliest ones, their
-        probabilities and, with `evaluate.risk`, the conformal set.
+        Text is written after the prompt of the trained task (predicted_text). Tasks with choices add the likeliest choices
+        (predicted_label, predicted_label_2), their probabilities and, with `evaluate.risk`, the conformal set.
+
+        Raises UserError for a row that has such a field already.
         """
         task, training = self.data.tasks[self.data.trained], self.study.find(options.arm)
         sets = [open_texts(path) for path in inputs]
         rows = [(f"{texts.name}:{name}", row) for texts in sets for name, row in zip(texts.ids, texts.rows)]
+        for name, row in rows:
+            taken = next((field for field in row if field.startswith(ANSWER)), None)
+            if taken is not None:
+                raise UserError(
+                    f"predict: row '{name}' has the field '{taken}', and the names of answers begin with {ANSWER}; rename the "
+                    "field."
+                )
         items = [task.ask(name, row, self.models.tokenizer) for name, row in rows]
+        check_target(target, [(PREDICTED, "")], inputs)
         evaluation = self.fold(training.seed).evaluation
         quantile = evaluation.thresholds(training).quantile if self.config.evaluate.risk else None
         net, step = evaluation.net(training), self.config.evaluate.batch
@@ -302,8 +313,9 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
                 answer: Row = {"text": reply.text}
                 if reply.log_p is not None:
                     answer = choice_row(reply.log_p, reply.choices, quantile, options.top)
-                found.append({**row, **answer})
+                found.append({**row, **{f"{ANSWER}{name}": value for name, value in answer.items()}})
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        note_target(target, [PREDICTED])
         atomic_write(target / PREDICTED, lines)
         return Predictions(found, [target / PREDICTED])
 

@@ -29,6 +29,7 @@ from vismt.llm.tasks.base import (
     answer_tokens,
     fields_of,
     fill,
+    has_fields,
     names_of,
     probability_measures,
 )
@@ -44,7 +45,8 @@ class Answers(LmTask):
 
     Args:
         prompt: template of the prompt.
-        answers: {label: template}; an answer with a field that a row lacks, or that is null, is not a choice of that row.
+        answers: {label: template}; an answer with a field that a row lacks, or that is null, is not a choice of that row. A
+            field may be a place in a list, such as {choices[0]}.
         label: template of the label of the right answer.
         normalise: "token", "character" or "none".
         length: largest number of tokens of prompt and answer.
@@ -86,19 +88,15 @@ class Answers(LmTask):
 
     def choices_of(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Return the templates of the answers that are choices of a row, by label."""
-        return {
-            key: text
-            for key, text in self.answers.items()
-            if all(row.get(field) is not None for field in fields_of(text, "tasks: answers"))
-        }
+        return {key: text for key, text in self.answers.items() if has_fields(text, row, "tasks: answers")}
 
     def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        context, before = self.context(row, tokenizer)
+        context, before, spaces = self.context(row, tokenizer)
         templates = self.choices_of(row)
         if len(templates) < 2:
             raise UserError(f"tasks: row '{name}' has the answers {list(templates)}; needed two at least.")
         texts = [fill(text, row, "tasks: answers") for text in templates.values()]
-        answers = [answer_tokens(tokenizer, text, before) for text in texts]
+        answers = [answer_tokens(tokenizer, spaces + text, before) for text in texts]
         if not context or not all(answers):
             raise UserError(f"tasks: row '{name}' has a prompt or an answer without a token.")
         sizes = [max(1, len(text.strip())) for text in texts]

@@ -31,6 +31,7 @@ from vismt.uncertainty.probability_metrics import binned_gaps, quality_measures,
 from vismt.uncertainty.temperature import fit_temperature
 
 Record = dict[str, Any]
+REPLY = "reply"  # stands for an answer where the text after it is wanted
 BEFORE = 64  # letters before a text that decide how it is tokenised
 ABSENT = -1e6  # log-probability of an absent choice for the fit of a temperature, negligible at any T
 CARD_ALONE = "predict: the trained task ranks the items of its card, and takes no rows of text."
@@ -131,13 +132,18 @@ class LmTask(ABC):
         """Return the class of a row, of which every part of a divided set needs examples; "" where rows have no classes."""
         return ""
 
-    def context(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], str]:
-        """Return the tokens of the prompt of a row, and the text that an answer follows."""
+    def context(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], str, str]:
+        """Return the tokens of the prompt of a row, the text that an answer follows, and the spaces that begin the answer.
+
+        The spaces at the end of a prompt begin the answer, as in lm-eval-harness: an LM knows " word" as one token. In a chat
+        the template sets what stands between the turns, and blanks at the end of the prompt are left out.
+        """
         text = fill(self.prompt, row, "tasks: prompt")
         if self.chat:
-            text = chat_text(tokenizer, [{"role": "user", "content": text}])
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"]), text
-        return context_tokens(tokenizer, text), text
+            text = chat_text(tokenizer, [{"role": "user", "content": text.rstrip()}])
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"]), text, ""
+        text, spaces = split_spaces(text)
+        return context_tokens(tokenizer, text), text, spaces
 
     def asked(self, name: str, ids: Sequence[int]) -> Item:
         """Return the last tokens of a prompt as a row without counted tokens; raise UserError where there are none."""
@@ -213,6 +219,25 @@ def fill(template: str, row: Mapping[str, Any], what: str) -> str:
         raise UserError(f"{what} '{template}': {reason}") from error
 
 
+def split_spaces(text: str) -> tuple[str, str]:
+    """Return a text without the spaces at its end, and these spaces."""
+    kept = text.rstrip(" ")
+    return kept, text[len(kept) :]
+
+
+def has_fields(template: str, row: Mapping[str, Any], what: str) -> bool:
+    """Return whether a row has all fields of a template, and the places in lists that it names, none of them null."""
+    if any(row.get(field) is None for field in fields_of(template, what)):
+        return False
+    try:
+        template.format_map(row)
+    except IndexError:
+        return False
+    except (KeyError, ValueError, AttributeError, TypeError):
+        return True  # `fill` says what is wrong
+    return True
+
+
 def fields_of(template: str, what: str) -> list[str]:
     """Return the names of the fields of a template, without their indices and attributes."""
     try:
@@ -243,6 +268,16 @@ def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, str]], *, prompt: boo
     except Exception as error:  # templates raise errors of their own
         roles = ", ".join(turn["role"] for turn in turns)
         raise UserError(f"tasks: the chat template refuses the turns {roles} ({error}).") from error
+
+
+def turn_end(tokenizer: Any) -> list[int]:
+    """Return the tokens by which the chat template ends the assistant's turn, up to a special token; [] for no such token."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": REPLY}]
+    end = chat_text(tokenizer, turns, prompt=False).rpartition(REPLY)[2]
+    ids = answer_tokens(tokenizer, end, REPLY)
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    place = next((place for place, token in enumerate(ids) if token in special), -1)
+    return ids[: place + 1]
 
 
 def answer_tokens(tokenizer: Any, text: str, after: str = "a") -> list[int]:

@@ -19,7 +19,19 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.llm.net import Batch, LmNet, counted_tokens
 from vismt.llm.tasks import TASKS
-from vismt.llm.tasks.base import Item, LmTask, Record, Reply, Writing, answer_tokens, by_row, context_tokens, fill
+from vismt.llm.tasks.base import (
+    Item,
+    LmTask,
+    Record,
+    Reply,
+    Writing,
+    answer_tokens,
+    by_row,
+    context_tokens,
+    fill,
+    split_spaces,
+    turn_end,
+)
 from vismt.llm.tasks.pieces import pack, piece, windows
 from vismt.uncertainty.intervals import LOWER, NUMBER, Measure
 
@@ -32,7 +44,7 @@ class Causal(LmTask):
         prompt: template of the prompt; empty for whole texts.
         answer: template of the answer or text.
         length: largest number of tokens of a piece.
-        end: whether an end-of-text token follows the answer and is counted.
+        end: whether the end of the assistant's turn (in a chat) or of the text follows the answer and is counted.
         pack: whether several rows share a training piece.
         windows: with an empty prompt, the largest number of windows of a text, counted from its start; None for all.
 
@@ -66,12 +78,10 @@ class Causal(LmTask):
         return f"{counted}, context {self.length}"
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        context, before = self.context(row, tokenizer)
-        answer = answer_tokens(tokenizer, fill(self.answer, row, "tasks: answer"), before)
+        context, before, spaces = self.context(row, tokenizer)
+        answer = answer_tokens(tokenizer, spaces + fill(self.answer, row, "tasks: answer"), before)
         if self.end:
-            if tokenizer.eos_token_id is None:
-                raise UserError("tasks: end: the tokenizer has no end-of-text token; set the option end to false.")
-            answer.append(tokenizer.eos_token_id)
+            answer += self._end(tokenizer)
         pieces = (
             [piece(context, answer, self.length)]
             if self.prompt
@@ -80,6 +90,17 @@ class Causal(LmTask):
         if not sum(part.counted for part in pieces):
             raise UserError(f"tasks: row '{name}' has no token that is counted.")
         return Item(name, pieces)
+
+    def _end(self, tokenizer: Any) -> list[int]:
+        """Return the tokens after an answer: the end of the turn in a chat whose template writes one, else the end of text."""
+        ids = turn_end(tokenizer) if self.chat else []
+        if not ids and tokenizer.eos_token_id is None:
+            raise UserError("tasks: end: the tokenizer has no end-of-text token; set the option end to false.")
+        return ids or [tokenizer.eos_token_id]
+
+    def stops(self, tokenizer: Any) -> list[int]:
+        """Return the token that ends an answer in a chat, where the end of the text does not."""
+        return turn_end(tokenizer)[-1:] if self.chat else []
 
     def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         """Return the prompt of a row, or the text that is to be continued."""
@@ -92,7 +113,12 @@ class Causal(LmTask):
     def reply(
         self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
     ) -> list[Reply]:
-        return [Reply(text) for text in written(net, batch, tokenizer, how)]
+        texts = written(net, batch, tokenizer, how, self.stops(tokenizer))
+        if self.chat:
+            return [Reply(text) for text in texts]
+        # The prompt has the spaces already.
+        spaces = [split_spaces(fill(self.prompt, row, "tasks: prompt"))[1] for row in rows]
+        return [Reply(text.removeprefix(begin)) for text, begin in zip(texts, spaces, strict=True)]
 
     def training(self, items: Sequence[Item]) -> list[Item]:
         pieces = [part for item in items for part in item.pieces if part.counted]

@@ -1,6 +1,7 @@
 """Chats of several turns, as the tokenizer's chat template writes them; the loss counts the assistant's turns only.
 
     row: {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
+    or   {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}, as of ShareGPT
 
 The tokens of an assistant's turn are what the template adds after the prompt for it, its end-of-turn token included. A template
 that rewrites earlier turns later (one that drops the reasoning of all but the last, for example) has no such tokens and is
@@ -14,11 +15,12 @@ from typing import Any
 
 from vismt.base.errors import UserError
 from vismt.llm.tasks import TASKS
-from vismt.llm.tasks.base import Item, answer_tokens, chat_text
+from vismt.llm.tasks.base import Item, answer_tokens, chat_text, turn_end
 from vismt.llm.tasks.causal import Causal
 from vismt.llm.tasks.pieces import IGNORE, Piece
 
 ASSISTANT = "assistant"
+SHAREGPT = {"human": "user", "gpt": ASSISTANT}  # its names of roles; others are the same
 
 
 @TASKS.register("chat")
@@ -74,6 +76,8 @@ class Chat(Causal):
     def turns(self, name: str, row: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
         """Return the turns of a row. Raises UserError for what is not a list of turns with role and content."""
         turns = row.get(self.messages)
+        if isinstance(turns, list):
+            turns = [_with_role(turn) for turn in turns]
         if not isinstance(turns, list) or not all(
             isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
             for turn in turns or [None]
@@ -84,8 +88,18 @@ class Chat(Causal):
             )
         return turns
 
+    def stops(self, tokenizer: Any) -> list[int]:
+        return turn_end(tokenizer)[-1:]
+
     def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         turns = self.turns(name, row)
         if turns[-1]["role"] == ASSISTANT:  # the answer that a training row has
             turns = turns[:-1]
         return self.asked(name, tokenizer(chat_text(tokenizer, turns), add_special_tokens=False)["input_ids"])
+
+
+def _with_role(turn: Any) -> Any:
+    """Return a turn of ShareGPT as one of messages, and any other as it is."""
+    if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+        return turn
+    return {"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn["value"]}

@@ -31,6 +31,7 @@ from vismt.llm.tasks.base import (
     answer_tokens,
     fill,
     probability_measures,
+    split_spaces,
 )
 from vismt.uncertainty.intervals import Measure
 from vismt.uncertainty.last_layers import log_predictive
@@ -70,12 +71,15 @@ class Classes(LmTask):
     def tokens(self, tokenizer: Any) -> list[int]:
         """Return the token of each answer; raise UserError for an answer of several tokens and for equal tokens."""
         tokens: list[int] = []
-        for text in self.answers.values():
-            ids = answer_tokens(tokenizer, text, self.prompt_end(tokenizer))
+        end = self.prompt_end(tokenizer)
+        before, spaces = (end, "") if self.chat else split_spaces(end)
+        for answer in self.answers.values():
+            text = spaces + answer
+            ids = answer_tokens(tokenizer, text, before or "a")
             if len(ids) != 1:
                 raise UserError(
-                    f"tasks: answer '{text}' is {tokenizer.convert_ids_to_tokens(ids)}, needed one token; begin it with a "
-                    "space or choose another."
+                    f"tasks: answer '{text}' is {tokenizer.convert_ids_to_tokens(ids)}, needed one token; begin it with one "
+                    "space, which may be the end of the prompt, or choose another."
                 )
             tokens += ids
         if len(set(tokens)) < len(tokens):

@@ -85,7 +85,8 @@ class Generation(Causal):
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         records = []
-        texts = written(net, prompts_of(net, items), self._tokenizer, Writing(self.new_tokens))
+        stops = self.stops(self._tokenizer)
+        texts = written(net, prompts_of(net, items), self._tokenizer, Writing(self.new_tokens), stops)
         for item, text in zip(items, texts):
             right = normalised(self.read(text)) in {normalised(gold) for gold in item.gold}
             records.append({"id": item.id, "right": right, "text": text})

@@ -1,0 +1,134 @@
+"""Files of the user: no prediction, export or report takes the place of one, whatever it is called."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.tiny_runs import SHORT, refused, write_config
+from PIL import Image
+
+from vismt.cli import main
+from vismt.jobs.predictions import TABLE
+from vismt.storage.outputs import NOTE
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """A trained run of the dense and of the multi-task job."""
+    found = {}
+    for job in ("dense", "multitask"):
+        path = write_config(job, tmp_path_factory.mktemp(job))
+        words = [f"model.name={SHORT['name']}", "--out", str(path.parent / "runs"), "--quiet"]
+        assert main(["train", str(path), *words]) == 0
+        (found[job],) = (path.parent / "runs").iterdir()
+    return found
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of two photos."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, value in (("a.png", 50), ("a-depth.png", 90)):
+        Image.fromarray(np.full((40, 50, 3), value, np.uint8)).save(folder / name)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_prediction_never_replaces_the_photo_that_it_is_made_of(
+    runs: dict[str, Path], photos: Path, monkeypatch, capsys
+) -> None:
+    before, run = contents(photos), runs["dense"]
+    monkeypatch.chdir(photos)
+    for words in ((photos, "--to", photos), ("a.png", "--to", "."), (photos / "a.png", "--to", photos / "../photos")):
+        assert "is an input and would be replaced by an output" in refused(capsys, "predict", run, *words)
+    assert contents(photos) == before
+    # Nor another photo beside it.
+    (photos / "a.png").rename(photos / "b.jpg")
+    (photos / "b.png").write_bytes(b"mine")
+    before = contents(photos)
+    error = refused(capsys, "predict", run, "b.jpg", "--to", ".")
+    assert "'b.png' exists and would be overwritten; give another --to" in error and contents(photos) == before
+
+
+def test_the_maps_of_one_photo_never_replace_those_of_another(
+    runs: dict[str, Path], photos: Path, tmp_path: Path, capsys
+) -> None:
+    command = ("predict", runs["dense"], photos, "--to", tmp_path / "maps")
+    error = refused(capsys, *command, "--maps")
+    assert f"'{photos / 'a-depth.png'}' and '{photos / 'a.png'}' would both become a-depth.png" in error
+    assert not (tmp_path / "maps").exists()
+    for _ in range(2):  # what vismt wrote it may write again
+        assert main([*map(str, command), "--quiet"]) == 0
+    assert set(contents(tmp_path / "maps")) == {"a.png", "a-depth.png", NOTE}
+
+
+def test_a_photo_of_two_dots_stays_in_the_folder(runs: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    (photos / "a.png").rename(photos / "..png")
+    (photos / "a-depth.png").unlink()
+    target = tmp_path / "to" / "maps"
+    assert main(["predict", str(runs["dense"]), str(photos / "..png"), "--to", str(target), "--maps", "--quiet"]) == 0
+    assert set(contents(tmp_path / "to")) >= {"maps/..png", "maps/..npz", "maps/.-depth.png"}
+    assert all(name.startswith("maps/") for name in contents(tmp_path / "to"))
+
+
+def test_names_of_photos_are_rows_of_a_table_or_refused(
+    runs: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (photos / "a.png").rename(photos / "a\rb,\n.png")
+    command = ["predict", str(runs["multitask"]), str(photos), "--to", str(tmp_path / "to"), "--quiet"]
+    assert main(command) == 0
+    with (tmp_path / "to" / TABLE).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted({row["image"] for row in rows}) == sorted(map(str, photos.iterdir()))
+
+    odd = os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png")
+    Image.new("RGB", (40, 50)).save(odd)
+    monkeypatch.setattr("vismt.jobs.predictions.decode_file", lambda path: pytest.fail("the images are read"))
+    before = contents(tmp_path / "to")
+    assert "caf?.png' is not UTF-8; rename the file" in refused(capsys, *command)
+    assert contents(tmp_path / "to") == before
+
+
+def test_a_table_of_the_user_is_kept(runs: dict[str, Path], photos: Path, capsys) -> None:
+    (photos / TABLE).write_text("mine")
+    assert "predictions.csv' exists and would be overwritten" in refused(
+        capsys, "predict", runs["multitask"], photos, "--to", photos
+    )
+    assert (photos / TABLE).read_text() == "mine" and not (photos / NOTE).exists()
+
+
+@pytest.mark.parametrize("form", ["torch", "timm", "peft"])
+def test_an_export_leaves_a_folder_of_the_user_alone(
+    runs: dict[str, Path], form: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "preprocessing.json").write_text("mine")
+    monkeypatch.setattr("vismt.jobs.classification.job.ClassificationJob.graph", lambda *_: None)
+    error = refused(capsys, "export", runs["multitask"], "--format", form, "--to", tmp_path)
+    assert "preprocessing.json' exists and would be overwritten; give another --to" in error
+    assert contents(tmp_path) == {"preprocessing.json": b"mine"}
+
+
+def test_a_run_folder_is_no_folder_of_the_user(tmp_path: Path, capsys) -> None:
+    (tmp_path / "report.md").write_text("mine")
+    words = ["--model", "test_resnet", "--random-weights", "--data", "digits", "--images", "2", "--img-size", "32"]
+    error = refused(capsys, "attack", *words, "--attack", "fgsm", "--out", tmp_path)
+    assert "report.md' exists and would be overwritten; give another --out" in error
+    assert contents(tmp_path) == {"report.md": b"mine"}
+
+
+@pytest.mark.parametrize("words", ["predict RUN LONG", "check RUN LONG", "attack --model LONG --data digits"])
+def test_a_path_that_is_too_long_is_one_message(
+    runs: dict[str, Path], words: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = {"RUN": str(runs["multitask"]), "LONG": "x" * 5000}
+    error = refused(capsys, *[named.get(word, word) for word in words.split()])
+    assert "too many for a path; give a shorter one" in error and len(error) < 400

@@ -1,0 +1,95 @@
+"""What a command may write: no file of the user, none of its own inputs, and no file twice.
+
+Commands ask `check_outputs` before their work begins. In a folder that the user names a command notes its files, in NOTE,
+before it writes the first of them. The same command may replace these files later, also after it was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from vismt.base.errors import UserError
+from vismt.storage.files import atomic_write, read_json
+
+NOTE = "vismt.json"
+
+
+def check_outputs(
+    command: str,
+    outputs: Iterable[tuple[Path, str]],
+    inputs: Iterable[Path] = (),
+    own: Collection[Path] = (),
+    option: str = "--to",
+) -> None:
+    """Raise UserError for an output that is another output or an input, and for one that exists and is not vismt's own.
+
+    Args:
+        command: Name of the command, for the message.
+        outputs: Each file that is to be written, with what it is made of ("" if the name says it).
+        inputs: Files that the command reads.
+        own: Files that vismt wrote before and may replace.
+        option: What names another place for the outputs.
+    """
+    read = set(filter(None, map(_identity, inputs)))
+    sources: dict[str, str] = {}
+    for path, source in outputs:
+        key = os.path.normcase(path)
+        if key in sources:
+            raise UserError(
+                f"{command}: '{sources[key]}' and '{source}' would both become {path.name}; give one of them another {option}."
+            )
+        sources[key] = source
+        if read and _identity(path) in read:
+            raise UserError(
+                f"{command}: '{path}' is an input and would be replaced by an output; give another {option}."
+            )
+        if path not in own and os.path.lexists(path):
+            raise UserError(
+                f"{command}: '{path}' exists and would be overwritten; give another {option}, or move the file away."
+            )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return the device and number of a file, which are the same under each of its names; None where there is no file."""
+    with suppress(OSError):
+        about = path.stat()
+        return about.st_dev, about.st_ino
+    return None
+
+
+def check_files(command: str, folder: Path, outputs: Iterable[tuple[str, str]], inputs: Iterable[Path] = ()) -> None:
+    """Check the outputs of a command in a folder, given by name as for `check_outputs`; it may replace those of its note."""
+    own = {folder / name for name in _names(noted(folder), command)}
+    check_outputs(command, [(folder / name, source) for name, source in outputs], inputs, own)
+
+
+def check_folder(command: str, folder: Path, option: str = "--to") -> None:
+    """Raise UserError for a folder with files that this command did not write, unless they are hidden."""
+    if command not in noted(folder):
+        found = [path for path in sorted(folder.glob("*")) if not path.name.startswith(".")]
+        check_outputs(command, [(path, "") for path in found], option=option)
+
+
+def note(command: str, folder: Path, names: Iterable[str] = ()) -> None:
+    """Note in a folder, before the first of them is written, the files of a command; no names stand for the whole folder."""
+    held = noted(folder)
+    content = {**held, command: sorted({*_names(held, command), *names})}
+    atomic_write(folder / NOTE, json.dumps(content, indent=1) + "\n")
+
+
+def noted(folder: Path) -> dict[str, object]:
+    """Return the note of a folder, empty if it has none."""
+    path = folder / NOTE
+    held = read_json(path, f"folder '{folder}'") if os.path.lexists(path) else {}
+    if not isinstance(held, dict):
+        raise UserError(f"folder '{folder}': {NOTE} is not what vismt writes there; name another folder.")
+    return held
+
+
+def _names(held: dict[str, object], command: str) -> list[str]:
+    names = held.get(command)
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
