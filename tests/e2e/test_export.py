@@ -15,7 +15,9 @@ import timm
 import torch
 import yaml
 from helpers.kills import stop_before
+from torchvision.transforms.v2.functional import to_pil_image
 
+import vismt
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.jobs import open_run
@@ -56,6 +58,23 @@ def run(tmp_path_factory) -> Run:
     )
     assert main(["train", str(folder / "arms.yaml"), "--out", str(folder / "runs"), "--quiet"]) == 0
     return open_run(next((folder / "runs").iterdir()))
+
+
+def test_timm_prepares_images_as_the_run_does(run: Run, tmp_path: Path) -> None:
+    run.export("timm", tmp_path / "timm", "rslora")
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    names = json.loads((tmp_path / "timm" / "config.json").read_text())["label_names"]
+    for seed, size in enumerate(((32, 32), (80, 80), (20, 20), (96, 64), (64, 160))):
+        coarse = torch.rand(1, 3, 7, 9, generator=torch.Generator().manual_seed(seed))
+        image = to_pil_image(torch.nn.functional.interpolate(coarse, size[::-1], mode="bicubic")[0].clamp(0, 1))
+        image.save(tmp_path / f"{seed}.png")
+        (row,) = vismt.predict(run.folder, [tmp_path / f"{seed}.png"], arm="rslora").rows
+        with torch.no_grad():
+            answer = model(transform(image)[None])[0].softmax(0)
+        assert row["label"] == names[int(answer.argmax())], size
+        # Pillow and torch round up to a tenth of the values otherwise, by 1 of 255.
+        assert row["probability"] == pytest.approx(float(answer.max()), abs=1e-3), size
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.results import scores_of
-from helpers.tiny_runs import refused, run_config, save_classifier, written
+from helpers.tiny_runs import refused, run_config, save_classifier, write_config, written
 
 from vismt.cli import main
 from vismt.storage.lines import read_lines
@@ -133,6 +133,20 @@ def test_an_arm_of_a_run_folder_is_a_classifier(models: Path, tmp_path: Path, mo
     arms = {"ours": {"classifier.run": str(trained), "classifier.arm": "adapted"}}
     (row,) = scores_of(run_config(write(tmp_path, arms=arms, evaluate={"images": 12})))
     assert row["arm"] == "ours" and row["n"] == 12 and row["chance"] == 0.1
+
+
+def test_a_run_is_not_scored_on_the_images_that_it_trained_or_chose_on(tmp_path: Path, capsys) -> None:
+    own = run_config(write_config("multitask", tmp_path))
+    expected = {row["data"]: row for row in scores_of(own) if row["metric"] == "accuracy"}
+    save_classifier(tmp_path)
+    arms = {"ours": {"classifier.run": str(own)}, "other": {"classifier.name": str(tmp_path / "model.safetensors")}}
+    scored = run_config(write(tmp_path, arms=arms, data=["digits"], evaluate={}))
+    rows = {row["arm"]: row for row in scores_of(scored) if row["metric"] == "accuracy"}
+    assert rows["ours"]["value"] == expected["digits"]["value"]
+    assert rows["ours"]["n"] == rows["other"]["n"] == expected["digits"]["n"] < 1797
+    arms = {"ours": {"classifier.run": str(own)}}
+    path = write(tmp_path, arms=arms, data=["photo_crops:train"], evaluate={})
+    assert "'photo_crops:train' shares examples with the training of the run" in refused(capsys, "run", path, "--quiet")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ MEMORY_BYTES = 512 * 2**20
 STORE_BYTES = 32 * 2**30  # of all stores together
 CHUNK = 64
 DIGEST = 16  # bytes
+FOR_TIMM = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}  # `square` in the words of timm
 MAKERS = ("PIL", "numpy", "torch", "torchvision", "vismt.data")  # whose versions decide the pixels
 
 

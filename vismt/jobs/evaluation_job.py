@@ -128,6 +128,13 @@ class EvaluationJob(ABC, Generic[Config]):
         """Return by task the cards of a classifier whose outputs are named "task/class", as rows of results name them."""
         return {}
 
+    def test_ids(self, entry: str) -> set[str] | None:
+        """Return the ids of a set's images that the run tests on; None for a set that it neither trained nor chose on.
+
+        entry: 'card' or 'card:split'.
+        """
+        return None
+
     def check(self) -> None:
         """Raise UserError for what a configuration names, before data is decoded and a run folder is made."""
 

@@ -199,14 +199,16 @@ class Run:
         pretrained = getattr(model, "pretrained_cfg", None)
         if pretrained:  # what timm needs to build the model from the folder alone ("local-dir:...")
             from vismt.backbones.pyramid import size_of, takes_size
+            from vismt.data.pixels import FOR_TIMM
 
             size = list(size_of(model))
             about["architecture"] = pretrained.get("architecture", about["architecture"])
             about["model_args"] = {"img_size": size} if takes_size(model) else {}
             if isinstance(getattr(model, "global_pool", None), str):
                 about["model_args"]["global_pool"] = model.global_pool
-            kept = [name for name in ("mean", "std", "interpolation") if name in pretrained]
-            about["pretrained_cfg"] = {**{name: pretrained[name] for name in kept}, "input_size": [3, *size]}
+            normalisation = {name: pretrained[name] for name in ("mean", "std") if name in pretrained}
+            resizing = {**FOR_TIMM, **about.get("pretrained_cfg", {})}
+            about["pretrained_cfg"] = {**normalisation, "input_size": [3, *size], **resizing}
         return about
 
     def _note(self, **changes: Any) -> None:

@@ -5,6 +5,10 @@ Episodes draw the same images again and again. `number` marks a batch with the r
 augmented) is another tensor without a mark, so it is computed; the same holds under gradients and for the weights of a single
 task (`WithWeights.lasting`).
 
+A store computes the identity of a backbone, which takes longer than a small forward pass, once, and again after a change that
+can be seen without reading the weights: another version or place of a tensor, another attribute of a module. What is changed
+through `.data` or on a class while a store is open is not seen. Another store sees it.
+
 On a CPU a stored feature has the same bits in every run: the first batch of every backbone is computed in two ways and
 compared. Where the order of sums depends on the batch's size (some CPUs with several threads), stored features are computed
 in batches of EQUAL images, and differ by rounding from those that are not stored. A feature that depends on the other images
@@ -13,6 +17,7 @@ is not stored. On a GPU kernels depend on the batch's shape, and features may di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +34,7 @@ MARK = "_vismt_rows"
 ROUNDING = 1e-3  # largest difference between two orders of sums, as a share of the largest feature
 EQUAL = 8  # images of a batch where the size decides the order of sums
 IMAGES = 256  # in one forward pass
+STATES = 256  # of backbones of one store
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class FeatureStore:
     def __init__(self, data: str | None = None) -> None:
         self.data = data
         self._tables: dict[str, _Table] = {}
+        self._watched: dict[int, _Watched] = {}  # by the id of a module, which it keeps
+        self._states: dict[tuple[object, ...], tuple[_Table | None, _Watched, list[Tensor]]] = {}
 
     def __enter__(self) -> FeatureStore:
         return self
@@ -87,22 +95,62 @@ class FeatureStore:
         if isinstance(backbone, WithWeights) and not backbone.lasting:
             return None
         module, weights = (backbone.module, backbone.weights) if isinstance(backbone, WithWeights) else (backbone, {})
-        # What maps features to classes does not run for the features.
-        heads = classifiers(module.vit) if isinstance(module, PixelBackbone) else []
-        unused = {part for head in heads for part in head.modules()}
-        parts = set(module.modules()) - unused
-        if any(part.training for part in parts) or has_hooks(parts):
+        device = next((tensor.device for tensor in weights.values() or module.parameters()), torch.device("cpu"))
+        where, given = machine(device), [*weights.values()]
+        watched = self._watched.get(id(module)) or _Watched(module)
+        if has_hooks(watched.parts):
             return None
-        model = Identity(module, weights, skip=unused)
+        state = (where, *watched.state(), *_versions(given))
+        if state not in self._states or 0 in state:
+            watched = self._watched[id(module)] = _Watched(module)
+            if any(part.training for part in watched.parts) or has_hooks(watched.parts):
+                return None
+            state = (where, *watched.state(), *_versions(given))
+            if len(self._states) == STATES:
+                self._states.clear()
+            table = self._table_of(Identity(module, weights, skip=watched.unused), where, device)
+            self._states[state] = table, watched, given
+        table = self._states[state][0]
+        return table if table is not None and table.usable else None
+
+    def _table_of(self, model: Identity, where: str, device: torch.device) -> _Table | None:
         if model.unknown:
             return None
-        device = next((tensor.device for tensor in weights.values() or module.parameters()), torch.device("cpu"))
-        key = f"{model} {machine(device)}"
+        key = f"{model} {where}"
         if key not in self._tables:
-            path = path_of(self.data, model, machine(device)) if self.data is not None else None
+            path = path_of(self.data, model, where) if self.data is not None else None
             self._tables[key] = _Table(path, device)
-        table = self._tables[key]
-        return table if table.usable else None
+        return self._tables[key]
+
+
+class _Watched:
+    """The modules of a backbone that run for features, and what is found in them. No other object gets the id of a kept one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # What maps features to classes does not run for the features.
+        heads = classifiers(module.vit) if isinstance(module, PixelBackbone) else []
+        self.unused = {part for head in heads for part in head.modules()}
+        self.parts = [part for part in module.modules() if part not in self.unused]
+        self._found = self._objects()
+        own = [value for part in self.parts for kind in (part._parameters, part._buffers) for value in kind.values()]
+        self._tensors = [value for value in own if value is not None]
+
+    def _objects(self) -> list[object]:
+        return [
+            value
+            for part in self.parts
+            for kind in (part.__dict__, part._parameters, part._buffers, part._modules)
+            for value in kind.values()
+        ]
+
+    def state(self) -> list[int]:
+        """Return what changes where a module, an attribute or a tensor is replaced, or a tensor is changed in place."""
+        return [*map(id, self._objects()), *_versions(self._tensors)]
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the places in memory of tensors, 0 for one without memory of its own, and the versions that autograd counts."""
+    return [tensor.data_ptr() for tensor in tensors] + [-1 - tensor._version for tensor in tensors]
 
 
 class _Table:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.base.identity import HOOKS, Identity, version
+from vismt.base.identity import Identity, version
 from vismt.storage.cache import make_room, note_no_room, note_use
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import cache_root, regular_file
@@ -40,11 +41,10 @@ def path_of(data: str, model: Identity, machine: str) -> Path | None:
 
 def has_hooks(modules: Iterable[nn.Module]) -> bool:
     """Return whether a forward pass calls hooks: they may do more than change its result."""
-    every = vars(nn.modules.module)
-    names = [name for name in HOOKS if "forward" in name]
-    return any(every[f"_global{name}"] for name in names if f"_global{name}" in every) or any(
-        vars(part)[name] for part in modules for name in names
-    )
+    every: Any = nn.modules.module
+    if every._global_forward_hooks or every._global_forward_pre_hooks:
+        return True
+    return any(part._forward_hooks or part._forward_pre_hooks for part in modules)
 
 
 def machine(device: torch.device) -> str:

@@ -305,6 +305,17 @@ def test_inverse_depth_is_bright_where_it_is_large() -> None:
     assert (inverse.picture(target)[:, 0, 3] == 64).all()
 
 
+@pytest.mark.parametrize("convention", ["pooled", "libmtl"])
+def test_written_depths_have_the_scored_error(convention: str) -> None:
+    task = make_task({"name": "depth", "convention": convention, "measure": "rmse"})
+    prediction, target = torch.tensor([[[[-2.0, 0.5, 3.0]]]]), torch.tensor([[[1.0, 1.0, 2.0]]])
+    metric = task.metric()
+    task.count(metric, prediction, target)
+    error = (task.answer(prediction[0]) - target).square().mean().sqrt()
+    assert float(metric.compute()["rmse"]) == pytest.approx(float(error), rel=1e-6)
+    assert task.caption(prediction[0]) == "near 0.00 to far 3.00"
+
+
 def test_captions_and_legends() -> None:
     logits = torch.eye(3).log()[[2, 0, 2]].movedim(-1, 0)[:, None]  # classes 2, 0, 2
     task = make_task({"name": "semseg", "classes": 3, "colors": [[1, 2, 3], [4, 5, 6], [255, 0, 16]]})

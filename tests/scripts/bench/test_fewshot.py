@@ -21,7 +21,7 @@ def bench() -> fewshot.FewShotBench:
 
 def test_clean_accuracies_are_equal(bench):
     before = os.environ["VISMT_CACHE"]
-    result = bench.clean(3, 1)
+    result = bench.clean(3, 1, 1.0)
     assert "accuracies equal" in str(result) and set(result.timing.seconds) == {
         "vismt",
         "vismt, next run",
@@ -31,7 +31,7 @@ def test_clean_accuracies_are_equal(bench):
     plain = bench.plain
     bench.plain = lambda episodes, attack: ((~clean, clean) for clean, _ in plain(episodes, attack=attack))
     with pytest.raises(UserError, match="have other accuracies"):
-        bench.clean(3, 1)
+        bench.clean(3, 1, 1.0)
 
 
 def test_the_attack_is_that_of_the_protocol(bench):

@@ -14,7 +14,7 @@ from vismt.data.division import divide, limited
 from vismt.data.images import ImageSet, open_images
 from vismt.data.near_duplicates import groups_of
 from vismt.data.pixels import Pixels
-from vismt.data.set_entries import card_and_split
+from vismt.data.set_entries import card_and_split, overlap
 from vismt.engine.parts import shares
 from vismt.jobs.classification.config import MultitaskConfig, TaskConfig
 from vismt.multitask.nets import Union
@@ -77,6 +77,16 @@ class TaskData:
         if (task, part) not in self._gathered:
             self._gathered[task, part] = Gathered(self._pixels(task, part))
         return self._gathered[task, part]
+
+    def test_ids(self, entry: str) -> set[str]:
+        """Return the ids of the images of the "test" parts that are of a set, 'card' or 'card:split'."""
+        return {
+            name
+            for task, parts in zip(self._config.tasks, self._parts)
+            for other, (images, _) in zip(task.test or task.train, parts["test"])
+            if overlap(entry, other)
+            for name in images.ids
+        }
 
     def outside(self, *names: str) -> Gathered:
         """Return the images of sets that are not of any task, with the labels of each set."""

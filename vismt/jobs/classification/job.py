@@ -18,7 +18,7 @@ from vismt.backbones import timm_models
 from vismt.backbones.vit import classifier_paths
 from vismt.base import console, ranks
 from vismt.data.batching import ShuffledBatches
-from vismt.data.set_entries import card_and_split, row_name
+from vismt.data.set_entries import card_and_split, overlap, row_name
 from vismt.data.transforms import augment
 from vismt.engine import training_files
 from vismt.engine.study import Training
@@ -267,6 +267,11 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def cards_of_tasks(self) -> dict[str, set[str]]:
         parts = {task.name: (*task.train, *task.validation, *task.test) for task in self.config.tasks}
         return {name: {row_name(card_and_split(entry)[0]) for entry in entries} for name, entries in parts.items()}
+
+    def test_ids(self, entry: str) -> set[str] | None:
+        used = [name for task in self.config.tasks for name in (*task.train, *task.validation)]
+        used += [name for arm in self.study.arms.values() if arm.calibration for name in arm.calibration.data]
+        return self.data.test_ids(entry) if any(overlap(entry, name) for name in used) else None
 
     def about(self, arm: str | None = None) -> dict[str, Any]:
         """Return the classes for config.json beside merged weights, with timm's keys."""

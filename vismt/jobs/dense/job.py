@@ -279,7 +279,9 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return {models.HEADS: models.heads_file(self.loaded(training), self.study.config_of(training))}
 
     def about(self, arm: str | None = None) -> dict[str, Any]:
-        return {"num_classes": 0, "img_size": list(window_of(self.config))}
+        # The whole image is seen, and padded to the size.
+        whole = {"pretrained_cfg": {"crop_mode": "border"}}
+        return {"num_classes": 0, "img_size": list(window_of(self.config)), **whole}
 
 
 JOB = DenseJob

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -13,25 +15,37 @@ from vismt.data.batching import InOrder
 from vismt.data.images import ImageSet, open_images
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split, row_name
+from vismt.jobs import open_run
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.models import Classifier
 from vismt.multitask.nets import TaskClassifier, Union
 
 
 class Cards:
-    """The cards of a run, opened once."""
+    """The cards of a run, opened once.
 
-    def __init__(self, config: RobustnessConfig) -> None:
+    runs: Run folders of the classifiers. Of a card that one of them trained or chose on, only the images of the test part of
+    that run are taken, for all classifiers.
+    """
+
+    def __init__(self, config: RobustnessConfig, runs: Iterable[str] = ()) -> None:
         self.config = config
+        self.runs = tuple(dict.fromkeys(runs))
         self._sets: dict[str, ImageSet] = {}
         self._pixels: dict[tuple[str, int], Pixels] = {}
 
     def images(self, name: str) -> ImageSet:
-        """Return the set 'card' or 'card:split'."""
+        """Return the set 'card' or 'card:split'.
+
+        Raises UserError for a set of which a run has seen all images.
+        """
         if name not in self._sets:
-            images = self._sets[name] = open_images(
+            images = open_images(
                 *card_and_split(name), on_bad_sample=self.config.on_bad_sample, download=self.config.download
             )
+            for run in self.runs:
+                images = _unseen(images, name, run)
+            self._sets[name] = images
             console.stage("data", f"{row_name(name)}   {len(images.classes)} classes   {len(images):,} images")
         return self._sets[name]
 
@@ -116,3 +130,18 @@ class Cards:
         known = dict.fromkeys(label.partition("/")[0] for label in classifier.labels or () if "/" in label)
         require_known("classifier.task: no task", [classifier.task], known)
         return [classifier.task]
+
+
+def _unseen(images: ImageSet, name: str, run: str) -> ImageSet:
+    """Return the images of a set that are in the test part of a run; all of them if the run neither trained nor chose on it."""
+    tested = open_run(Path(run)).job.test_ids(name)
+    if tested is None:
+        return images
+    kept = [number for number, image in enumerate(images.ids) if image in tested]
+    if not kept:
+        raise UserError(
+            f"data: '{name}' shares examples with the training of the run '{run}', whose test part has no image of it; name "
+            "another set or split, or leave data out, and the run is evaluated on its own test images."
+        )
+    console.stage("data", f"{row_name(name)}   {len(kept):,} of {len(images):,} images: the test part of {run}")
+    return images.take(kept)

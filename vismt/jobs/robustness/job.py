@@ -36,7 +36,8 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
     def __init__(self, config: RobustnessConfig, folder: Path, config_hash: str) -> None:
         check(config)
         super().__init__(config, folder, config_hash)
-        self.cards = Cards(config)
+        classifiers = [arm.classifier for arm in self.study.arms.values()]
+        self.cards = Cards(config, [classifier.run for classifier in classifiers if classifier.run is not None])
         self.names_tasks = not config.data
         self._classifiers: dict[str, Classifier] = {}
 
@@ -74,6 +75,8 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
             if self.config.evaluate.risk:
                 trained.job.check_risk()
             trained.job.conditions_of(*self._chosen(attacks))
+        for name in self.config.data:
+            self.cards.images(name)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         chosen, corruptions = self._chosen(attacks)

@@ -159,7 +159,9 @@ class EpisodeRunner:
         support = self.pixels[episode.support]
         query = self.pixels[episode.query]
         placed = number(support.to(self.device), self.stores.get(""), episode.support)
-        classifier = self.proto.classifier(placed, episode.support_labels.to(self.device)).eval()
+        classifier = self.proto.classifier(placed, episode.support_labels.to(self.device))
+        if classifier.training:  # setting the mode of a large model that has it already takes time
+            classifier.eval()
         clean = self._logits(classifier, query, self.stores.get(""), episode.query)
         outside = {}
         for name, images in self.outside.items():

@@ -28,9 +28,9 @@ from vismt.multitask.metrics.inputs import (
     require_numbers,
     to_fp64,
 )
+from vismt.multitask.tasks.maps import LEAST
 
 CONVENTIONS = ("pooled", "libmtl")
-LEAST = 1e-9  # a depth of 0 has no logarithm
 POWERS = 3
 
 

@@ -20,7 +20,7 @@ Depth: L = mean over valid pixels of |p - g| in metres (InvPT; LibMTL, arXiv 220
 0 < g < max_depth. TaskPrompter takes max_depth = 80, the others no bound. The score is `measure`, pooled over the data set:
 "rmse" (InvPT and TaskPrompter), "abs_err" or "abs_rel" (both of LibMTL) or "log_rmse". All are smooth functions of the sums
 over pixels, so the jackknife's interval holds. `convention`, "pooled" (InvPT, TaskPrompter) or "libmtl", decides how the metric
-treats predictions that are not positive: vismt/multitask/metrics/depth.py.
+treats predictions that are not positive: vismt/multitask/metrics/depth.py. What a run writes and draws is what is scored.
 
 Normals: the head's vector p is scaled to unit length, n = p / |p|, and compared with the true normal g by `convention`:
 
@@ -59,6 +59,7 @@ DEPTH_LABELS = {
     "abs_rel": "mean relative error",
     "log_rmse": "RMSE of the log",
 }
+LEAST = 1e-9  # smallest predicted depth: a depth of 0 has no logarithm
 LENGTHS = ("rmse", "abs_err")  # measures in the unit of the target
 RAMP = (
     (0.99, 0.91, 0.15),
@@ -227,7 +228,8 @@ class Depth(MapTask):
         return (prediction[:, 0] - target).abs().mean()
 
     def answer(self, prediction: Tensor) -> Tensor:
-        return prediction[0]
+        """Return the depths that the score is of."""
+        return prediction[0] if self.convention == "libmtl" else prediction[0].clamp_min(LEAST)
 
     def metric(self) -> Metric:
         from vismt.multitask.metrics import DepthErrors
@@ -245,8 +247,8 @@ class Depth(MapTask):
         return prediction / s if self.inverse else prediction * s
 
     def caption(self, prediction: Tensor, class_names: Sequence[str] = ()) -> str:
-        """Return the range of depths."""
-        nearest, farthest = self.ends(self.answer(prediction).float())
+        """Return the range of depths, of which none is negative."""
+        nearest, farthest = self.ends(self.answer(prediction).float().clamp_min(0))
         return f"near {float(nearest):.2f} to far {float(farthest):.2f}"
 
     def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
