@@ -30,6 +30,8 @@ def test_shipped_card_is_complete(name):
     card = load_card(name)
     assert card.name == name
     assert card.citation and card.how_to_get and card.notes and card.tasks
+    if card.same_images_as is not None:  # all name one card
+        assert load_card(card.same_images_as).same_images_as is None
     # How many images a set has may be unknown only where its copies differ, and then no split states a number.
     assert card.images or all(count is None for source in card.sources for count in source.splits.values())
     for source in card.sources:

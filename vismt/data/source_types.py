@@ -191,6 +191,8 @@ class Card:
         groups: what a division into shares keeps in one part: a JSON file beside the card, image -> group; "near-duplicates",
             for which every image is decoded (near_duplicates.py); "none". By default near-duplicates in sets of images with
             classes of up to 20,000 images.
+        same_images_as: name of the card of another publication of the same images, or of a larger set that has these; a run
+            does not train on one of these sets and test on another.
         path: the card's file. shown: how messages name its folder.
     """
 
@@ -208,6 +210,7 @@ class Card:
     names: RelativePath | None = None
     superclasses: RelativePath | None = None
     groups: str | None = None
+    same_images_as: str | None = None
     path: Path = Path()
     shown: str = ""
 

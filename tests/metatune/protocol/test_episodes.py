@@ -284,8 +284,8 @@ def test_episodes_without_replacement_use_no_image_twice():
     sampler = DisjointSampler(labels, ways=3, shots=1, queries=2, seed=1)
     episodes = [sampler[i] for i in range(len(sampler))]
     assert sum(len(indices(episode)) for episode in episodes) == len(set().union(*map(indices, episodes)))
-    # three episodes of each of four classes, three classes an episode: four, or three where one class is left with too many
-    assert len(episodes) in (3, 4) and sampler.covers == "images" and sampler.parts == 0
+    # three episodes of each of four classes, three classes an episode
+    assert len(episodes) == 4 and sampler.covers == "images" and sampler.parts == 0
     for episode in episodes:
         assert torch.equal(labels[episode.support], episode.classes[episode.support_labels])
         assert torch.equal(labels[episode.query], episode.classes[episode.query_labels])
@@ -295,3 +295,29 @@ def test_episodes_without_replacement_use_no_image_twice():
     )
     with pytest.raises(UserError, match="enough for 1 episode"):
         DisjointSampler(labels, ways=3, shots=2, queries=4)
+
+
+def test_episodes_without_replacement_have_every_class_and_superclass_equally_often():
+    labels = torch.arange(6).repeat_interleave(torch.tensor([9, 60, 12, 30, 17, 90]))
+    episodes = list(DisjointSampler(labels, ways=2, shots=1, queries=2, seed=3))
+    assert len(episodes) == 9 and torch.cat([e.classes for e in episodes]).bincount().tolist() == [3] * 6
+    # which classes meet, and in which order, is random
+    samplers = [DisjointSampler(labels, ways=2, shots=1, queries=2, seed=seed) for seed in range(9)]
+    assert len({tuple(torch.cat([e.classes for e in sampler]).tolist()) for sampler in samplers}) == 9
+    superclass = torch.tensor([0, 0, 1, 1, 1, 1])
+    episodes = list(DisjointSampler(labels, ways=2, shots=1, queries=2, superclass=superclass))
+    assert torch.stack([superclass[e.classes[0]] for e in episodes]).bincount().tolist() == [3, 3]
+    assert all(len(superclass[e.classes].unique()) == 1 for e in episodes)
+
+
+def test_episodes_without_replacement_have_the_mean_of_those_with_it():
+    # An episode's score is the share of images in small classes, which are half of the classes and a tenth of the images.
+    labels = torch.arange(8).repeat_interleave(torch.tensor([10, 90] * 4))
+    means = torch.tensor(
+        [
+            [float((e.classes % 2 == 0).double().mean()) for e in DisjointSampler(labels, ways=3, queries=4, seed=seed)]
+            for seed in range(200)
+        ]
+    ).mean(1)
+    # three episodes of three classes in a run: a standard error of at most sqrt(1 / 4 / 9 / 200) = 0.012
+    assert abs(float(means.mean()) - 0.5) < 0.05

@@ -284,9 +284,11 @@ class EpisodeSampler(LabelledSet):
 
 
 class DisjointSampler(EpisodeSampler):
-    """Uniform episodes without a shared image, until fewer than N classes have K + Q images left; there are len(sampler).
+    """Uniform episodes without a shared image; there are len(sampler) of them.
 
-    Arguments as for EpisodeSampler, without parts. Raises UserError also where there are fewer than two episodes.
+    Every class is in the same number of episodes, which the smallest class limits, and so is every superclass where episodes
+    stay within one. Otherwise large classes would weigh more than in episodes that reuse images, and the mean be another one.
+    Arguments as for EpisodeSampler, without parts. Raises UserError also if there are fewer than two episodes.
     """
 
     covers: Covers = "images"
@@ -303,20 +305,21 @@ class DisjointSampler(EpisodeSampler):
     def _drawn(self) -> list[Episode]:
         generator, need = self.generator(0), self.shots + self.queries
         left = {}
-        for class_id in self.classes.tolist():
+        for class_id in torch.cat(self._groups).tolist():
             members = self.members(class_id)
-            left[class_id] = members[torch.randperm(len(members), generator=generator)]
-        episodes: list[Episode] = []
-        while True:
-            usable = [group[[len(left[c]) >= need for c in group.tolist()]] for group in self._groups]
-            usable = [group for group in usable if len(group) >= self.ways]
-            if not usable:
-                return episodes
-            group = self.draw_group(usable, generator)
-            drawn = group[torch.randperm(len(group), generator=generator)[: self.ways]]
-            picked = [left[c][:need] for c in drawn.tolist()]
-            left |= {c: left[c][need:] for c in drawn.tolist()}
-            episodes.append(self.episode(drawn, picked, [self.shots] * self.ways, self.queries))
+            left[class_id] = list(members[torch.randperm(len(members), generator=generator)].split(need))
+        turns = min(int(self.counts[c]) for c in left) // need
+        left = {class_id: images[:turns] for class_id, images in left.items()}
+        rounds = min(len(group) * turns // self.ways for group in self._groups)
+        episodes = []
+        for number in range(rounds * len(self._groups)):
+            group = self._groups[number % len(self._groups)]
+            shuffled = group[torch.randperm(len(group), generator=generator)].tolist()
+            # Those with the most turns left, so that no class is left over with several.
+            drawn = sorted(shuffled, key=lambda c: -len(left[c]))[: self.ways]
+            picked = [left[c].pop() for c in drawn]
+            episodes.append(self.episode(torch.tensor(drawn), picked, [self.shots] * self.ways, self.queries))
+        return episodes
 
     def __len__(self) -> int:
         return len(self._episodes)
