@@ -344,8 +344,16 @@ def test_a_group_is_in_one_part_and_in_one_of_support_and_queries():
     # the same parts for other shots; another description than without groups, and the same where all are alone
     assert torch.equal(EpisodeSampler(GROUPED, **settings | {"shots": 1}).part(2, 3), sampler.part(2, 3))
     plain, alone = (EpisodeSampler(GROUPED, **settings | {"groups": g}) for g in (None, torch.arange(360)))
-    assert plain.describe() == alone.describe() and same(plain[7], alone[7]) and torch.equal(plain.part(0, 1), alone.part(0, 1))
-    assert plain.describe() != sampler.describe() != EpisodeSampler(GROUPED, **settings | {"groups": TRIPLES // 6}).describe()
+    assert (
+        plain.describe() == alone.describe()
+        and same(plain[7], alone[7])
+        and torch.equal(plain.part(0, 1), alone.part(0, 1))
+    )
+    assert (
+        plain.describe()
+        != sampler.describe()
+        != EpisodeSampler(GROUPED, **settings | {"groups": TRIPLES // 6}).describe()
+    )
 
 
 def test_a_group_of_several_classes_is_in_one_part_and_in_one_of_support_and_queries():
@@ -364,7 +372,9 @@ def test_a_group_of_several_classes_is_in_one_part_and_in_one_of_support_and_que
 def test_parts_with_too_few_groups_are_parts_of_the_classes_or_none():
     def covers(size: int, classes: int = 3) -> str:
         labels = torch.arange(classes).repeat_interleave(60)
-        return EpisodeSampler(labels, ways=3, shots=5, queries=5, parts=5, groups=torch.arange(len(labels)) // size).covers
+        return EpisodeSampler(
+            labels, ways=3, shots=5, queries=5, parts=5, groups=torch.arange(len(labels)) // size
+        ).covers
 
     # Five of 15 images in each of four parts: the others are five in the pairs without them, and none in triples.
     assert [covers(size) for size in (1, 2, 3, 6)] == ["images", "images", "sampler", "sampler"]

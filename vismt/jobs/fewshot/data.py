@@ -86,6 +86,12 @@ class FewShotData:
             console.stage("data", f"{row_name(name)}   {len(images.classes)} classes   {len(images):,} images")
         return self._pixels[name, size]
 
+    def outside(self, name: str) -> Pixels:
+        """Return a set of other classes, whose `groups` say which images are not independent."""
+        pixels = self.open(name)
+        pixels.groups = self.groups(name)
+        return pixels
+
     def groups(self, name: str) -> Tensor | None:
         """Return the group of each image of a set, int64 (n,); None where all are independent."""
         if name not in self._groups:

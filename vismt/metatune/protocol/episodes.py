@@ -63,8 +63,8 @@ class LabelledSet:
     """The images of each class of a labelled set, from which episodes are drawn.
 
     labels (n,) integers >= 0; superclass (n_classes,) or None; classes: ids to draw from, by default all that occur;
-    names: class names for messages. groups (n,): integers, equal for images that are not independent of each other, None where all
-    are. Raises UserError for labels, superclass, classes or groups that do not fit each other.
+    names: class names for messages. groups (n,): integers, equal for images that are not independent of each other, None if all
+    are independent. Raises UserError for labels, superclass, classes or groups that do not fit each other.
 
     parts: number of parts that share no image, of which episode i draws from part i % parts; 0 where it draws from all.
     covers: what an interval over the episodes covers.
@@ -227,6 +227,13 @@ class LabelledSet:
         if self.group_of is not None:
             rules["groups"] = digest(self.group_of.numpy().tobytes())
         return {**rules, "seed": self.seed, "labels": digest(content)}
+
+
+def image_parts(count: int, parts: int, seed: int, groups: Tensor | None = None) -> list[Tensor]:
+    """Return the indices of the images of disjoint parts of `count` images, drawn at random; groups: as of `LabelledSet`."""
+    images = LabelledSet(torch.zeros(count), seed=seed, groups=groups)
+    images.parts, images._parts_by_group = parts, images.divided_by_group(parts)
+    return [images.part(0, part) for part in range(parts)]
 
 
 def query_size(counts: Tensor, limit: int = 10) -> int:
