@@ -48,8 +48,11 @@ def load_card(name_or_path: str | Path) -> Card:
     card = build(Card, raw, where, sources=sources, path=path, shown=shown)
     if not CARD_NAME.fullmatch(card.name):
         raise UserError(f"{where}: name '{card.name}' must be letters, digits, '_', '-' or '.'.")
-    if card.groups is not None and all(source.unit == "rows" for source in sources):
-        raise UserError(f"{where}: 'groups' is for images; leave it out.")
+    given = [key for key in ("groups", "frames") if getattr(card, key) is not None]
+    if given and all(source.unit == "rows" for source in sources):
+        raise UserError(f"{where}: '{given[0]}' is for images; leave it out.")
+    if len(given) > 1:
+        raise UserError(f"{where}: 'groups' and 'frames' both say which images belong together; leave one out.")
     return card
 
 

@@ -41,6 +41,7 @@ class ImageSet:
         nodes: class ids below each node of a hierarchy, or None.
         groups: the group of each image by its id, which a division keeps in one part; images without an entry are alone. None:
             near-duplicates are to be found.
+        group_unit: what a group is, in the plural.
         cached: whether `content` tells these images from all others, so that decoded ones may be kept for later runs.
         timed: whether `content` is of the times of files, which a copy of the same images does not have.
     """
@@ -58,6 +59,7 @@ class ImageSet:
     where: str = ""
     nodes: list[list[int]] | None = None
     groups: Mapping[str, Any] | None = field(default_factory=dict)
+    group_unit: str = "groups"
     cached: bool = True
     timed: bool = False
 
@@ -159,7 +161,8 @@ class ImageSource(DataSource):
             where=shown_path(base),
             nodes=found.nodes or None,
             timed=found.timed,
-            groups=card.read_groups(NEAR_DUPLICATES if len(ids) <= DECODED else NONE),
+            groups=card.read_groups(NEAR_DUPLICATES if len(ids) <= DECODED else NONE, ids),
+            group_unit=card.group_unit,
         )
 
 

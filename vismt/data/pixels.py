@@ -70,9 +70,9 @@ class Pixels:
     is not stored: each image is decoded whenever it is drawn. Where the folder cannot be written, one notice is given and the
     store is kept in memory; one of more than 512 MiB is decoded as it is drawn.
 
-    `key` is a text that differs for any other pixels; None for a set too large to store. `groups`, int64 (n,), are equal for images
-    that are not independent, if the owner of the set has found them. cache: with False the store is kept in memory, whatever its
-    size. Raises UserError for a damaged image.
+    `key` is a text that differs for any other pixels; None for a set too large to store. `groups`, int64 (n,), are equal for
+    images that are not independent, if the owner of the set has found them. cache: with False the store is kept in memory,
+    whatever its size. Raises UserError for a damaged image.
     """
 
     def __init__(self, images: ImageSet, size: int, *, cache: bool = True) -> None:
