@@ -83,6 +83,22 @@ class ImageSet:
         )
 
 
+def named_groups(names: Sequence[str], entries: Sequence[tuple[Any, int]]) -> tuple[dict[str, str], str]:
+    """Return the group of each image by its name, and what the groups are, in the plural; {} and "" if all are alone.
+
+    names: of the images. entries: for each of them its set, whose near-duplicates are found, and its number there.
+    """
+    groups, units = {}, set()
+    for name, (images, i) in zip(names, entries, strict=True):
+        own = (images.groups or {}).get(images.ids[i])
+        groups[name] = name if own is None else f"{images.name} {own}"
+        if own is not None:
+            units.add(images.group_unit)
+    if len(set(groups.values())) == len(groups):
+        return {}, ""
+    return groups, units.pop() if len(units) == 1 else "groups"
+
+
 class ImageRow(NamedTuple):
     """One image of a copy.
 

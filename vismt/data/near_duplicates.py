@@ -15,9 +15,10 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ from vismt.data.images import ImageSet
 from vismt.data.maps.dense_set import DenseSet, open_samples
 from vismt.data.pixels import square
 from vismt.data.texts.interactions import numbered
+
+S = TypeVar("S", ImageSet, DenseSet)
 
 SIDE = 16
 CORRELATION = 0.9
@@ -50,6 +53,18 @@ def groups_of(images: ImageSet | DenseSet, labels: Tensor, read: Callable[[int],
     first: dict[Any, int] = {}
     named = [(images.groups[name],) if name in images.groups else name for name in images.ids]
     return torch.tensor([first.setdefault(group, i) for i, group in enumerate(named)], dtype=torch.int64)
+
+
+def with_groups(images: S) -> S:
+    """Return a set of which near-duplicates are found, if its card does not name its groups; then every image is decoded."""
+    if images.groups is not None:
+        return images
+    if isinstance(images, ImageSet):
+        found = groups_of(images, images.labels, images.read)
+    else:
+        labels = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
+        found = groups_of(images, labels, partial(picture, images))
+    return replace(images, groups={name: images.ids[first] for name, first in zip(images.ids, found.tolist())})
 
 
 def near_duplicates(read: Callable[[int], Tensor], labels: Tensor, name: str) -> Tensor:

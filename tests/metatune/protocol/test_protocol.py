@@ -218,10 +218,10 @@ def test_outside_images_are_the_same_for_every_model_and_resume(tmp_path):
 
 def test_episodes_of_different_parts_share_no_outside_image_and_no_group_of_them():
     other, grouped = Outside(), Outside()
-    grouped.groups = torch.arange(120) // 4
+    grouped.group_of = torch.arange(120) // 4
     sampler = EpisodeSampler(LABELS, ways=4, shots=1, queries=3, seed=1, parts=5)
     assert sampler.parts == 5
-    for images, unit in ((other, torch.arange(120)), (grouped, grouped.groups)):
+    for images, unit in ((other, torch.arange(120)), (grouped, grouped.group_of)):
         run(net=ProtoNet(Backbone()), sampler=sampler, episodes=20, attacks=[], ood={"against other": images})
         seen = [set(unit[torch.cat(images.read[part::5])].tolist()) for part in range(5)]
         assert len(images.read) == 20 and all(len(rows) == 12 for rows in images.read)

@@ -87,9 +87,9 @@ class FewShotData:
         return self._pixels[name, size]
 
     def outside(self, name: str) -> Pixels:
-        """Return a set of other classes, whose `groups` say which images are not independent."""
+        """Return a set of other classes, whose `group_of` says which images are not independent."""
         pixels = self.open(name)
-        pixels.groups = self.groups(name)
+        pixels.group_of = self.groups(name)
         return pixels
 
     def groups(self, name: str) -> Tensor | None:

@@ -88,7 +88,7 @@ class PixelStore(Protocol):
 class OutsidePixels(PixelStore, Protocol):
     """A pixel store of a set of other classes, from which each episode draws.
 
-    One with `groups` (n,), integers equal for images that are not independent of each other, is divided by them.
+    One with `group_of` (n,), integers equal for images that are not independent of each other, is divided by them.
     """
 
     def __len__(self) -> int: ...
@@ -196,7 +196,7 @@ class EpisodeRunner:
         if not parts:
             return torch.arange(len(images))
         if name not in self._divided:
-            groups = getattr(images, "groups", None)
+            groups = getattr(images, "group_of", None)
             self._divided[name] = image_parts(len(images), parts, mix_seed(0, "outside", name), groups)
         return self._divided[name][index % parts]
 
