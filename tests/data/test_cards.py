@@ -8,6 +8,7 @@ from vismt.base.errors import UserError
 from vismt.data.cards import list_cards, load_card
 from vismt.data.formats.folder import FolderSource
 from vismt.data.formats.torchvision_sets import TorchvisionSource
+from vismt.data.source_types import blocks_of_frames
 from vismt.storage.paths import shipped
 
 META = "  - {kind: meta_dataset, root: x, splits: {test: null}, classes_per_split: {tset: 9}}"
@@ -30,6 +31,8 @@ def test_shipped_card_is_complete(name):
     card = load_card(name)
     assert card.name == name
     assert card.citation and card.how_to_get and card.notes and card.tasks
+    if card.same_images_as is not None:  # all name one card
+        assert load_card(card.same_images_as).same_images_as is None
     # How many images a set has may be unknown only where its copies differ, and then no split states a number.
     assert card.images or all(count is None for source in card.sources for count in source.splits.values())
     for source in card.sources:
@@ -133,3 +136,27 @@ def test_manifest_that_is_no_json_names_the_file(write_card):
     (path.parent / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest.json: cannot be read"):
         load_card(path).read_json("manifest.json")
+
+
+def test_frames_of_a_video_are_in_blocks_of_neighbours():
+    names = [f"test/image/drive{video}_{30 * i}.jpg" for video, frames in (("A", 13), ("B7", 3)) for i in range(frames)]
+    blocks = blocks_of_frames([*names, "test/image/cover.jpg"], 5)
+    sizes = [list(blocks.values()).count(block) for block in dict.fromkeys(blocks.values())]
+    assert sizes == [5, 5, 3, 3, 1]  # three of five are a block; the video is told by its name, not by its digits
+    assert (
+        blocks["test/image/driveA_90.jpg"] == blocks["test/image/driveA_120.jpg"] != blocks["test/image/driveA_150.jpg"]
+    )
+    # two left over belong to the block before
+    assert [*blocks_of_frames([f"{i}.png" for i in range(12)], 5).values()].count(" 1") == 7
+
+
+def test_blocks_of_frames_of_a_card(write_card):
+    with pytest.raises(UserError, match="'groups' and 'frames' both say which images belong together"):
+        load_card(write_card(FOLDER, extra="groups: none\nframes: 5"))
+    with pytest.raises(UserError, match="frames is 1; it must be at least 2"):
+        load_card(write_card(FOLDER, extra="frames: 1"))
+    card = load_card(write_card(FOLDER, extra="frames: 5"))
+    assert card.group_unit == "blocks of frames" and card.read_groups("none", ["1.png", "2.png"]) == {
+        "1.png": " 0",
+        "2.png": " 0",
+    }

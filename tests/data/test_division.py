@@ -47,6 +47,29 @@ def test_a_group_of_most_of_a_class_leaves_no_part_empty(place: int) -> None:
     assert sum(bool((groups[index] == place).any()) for index in parts.values()) == 1
 
 
+def test_a_group_of_several_classes_is_in_one_part_and_every_part_has_every_class() -> None:
+    # Ten patients have images of three classes each, as neighbours in the order of the set.
+    patients, labels = torch.arange(10).repeat_interleave(6), torch.arange(3).repeat(20)
+    parts = divide(labels, {"test": 0.2, "validation": 0.2}, "patients", patients)
+    seen = {part: set(patients[index].tolist()) for part, index in parts.items()}
+    assert {part: len(found) for part, found in seen.items()} == {"train": 6, "test": 2, "validation": 2}
+    assert len(set().union(*seen.values())) == 10
+    assert all(labels[index].unique().tolist() == [0, 1, 2] for index in parts.values())
+    # One picture under two names moves no other example.
+    groups = torch.arange(20)
+    groups[13] = 0
+    parts = divide(torch.arange(20) // 10, {"test": 0.4}, "twice", groups)
+    assert parts["test"].tolist() == [6, 7, 8, 9, 16, 17, 18, 19] and {0, 13} <= set(parts["train"].tolist())
+
+
+def test_a_class_whose_groups_lie_in_too_few_parts() -> None:
+    # Every group of class 1 has an example of class 0, which has put most of them into training.
+    labels = torch.tensor([0] * 3 + [1] * 3 + [2] * 9)
+    groups = torch.tensor([0, 1, 2, 0, 0, 1, *range(6, 15)])
+    with pytest.raises(UserError, match="'made': class 1 has 3 examples in 2 groups of near-duplicates"):
+        divide(labels, {"test": 0.3, "validation": 0.3}, "made", groups)
+
+
 def test_a_class_with_fewer_groups_than_parts() -> None:
     with pytest.raises(
         UserError,

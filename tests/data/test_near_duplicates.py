@@ -17,6 +17,7 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.config.typed import build
 from vismt.data import image_set
+from vismt.data.division import divide
 from vismt.data.images import open_images
 from vismt.data.near_duplicates import MARGIN, TILE, near_duplicates
 from vismt.jobs.classification.config import MultitaskConfig
@@ -50,26 +51,40 @@ def test_another_exposure_size_or_a_little_noise_is_a_near_duplicate_and_another
 
 
 def chain() -> list[Tensor]:
-    """Return nine images, of which neighbours are near-duplicates and the ends are not, in another order."""
+    """Return six images, of which neighbours are near-duplicates and the ends are not, in another order."""
     first, last = picture(0).float(), picture(1).float()
-    drawn = [first.lerp(last, share).to(torch.uint8) for share in torch.linspace(0, 1, 9)]
-    assert groups([drawn[0], drawn[8], picture(2)]) == [0, 1, 2]
-    return [drawn[i] for i in (4, 0, 8, 2, 6, 1, 7, 3, 5)]
+    drawn = [first.lerp(last, share).to(torch.uint8) for share in torch.linspace(0, 1, 6)]
+    assert groups([drawn[0], drawn[5], picture(2)]) == [0, 1, 2]
+    return [drawn[i] for i in (4, 0, 5, 2, 1, 3)]
 
 
 def test_a_chain_is_one_group_and_classes_stay_apart() -> None:
     others = [picture(seed) for seed in range(2, 12)]
-    assert groups(chain() + others) == [0] * 9 + list(range(9, 19))
+    assert groups(chain() + others) == [0] * 6 + list(range(6, 16))
     assert groups(chain()[:2] + others, [0, 1] * 6) == list(range(12))
-    copies = [picture(0)] * 2 + others
-    assert groups(copies) == [0, 0, *range(2, 12)] and groups(copies, [0, 1] * 6) == list(range(12))
+    assert groups([picture(0)] * 2 + others) == [0, 0, *range(2, 12)]
 
 
 def test_a_class_that_is_one_chain_has_no_groups(capsys: pytest.CaptureFixture) -> None:
-    assert groups(chain()) == list(range(9))
+    assert groups(chain()) == list(range(6))
     assert "made: the images of 1 classes are too alike to tell near-duplicates" in capsys.readouterr().out
     other = [picture(2), picture(3), picture(2), picture(4)]
-    assert groups(chain() + other, [0] * 9 + [1] * 4) == [*range(9), 9, 10, 9, 12]
+    assert groups(chain() + other, [0] * 6 + [1] * 4) == [*range(6), 6, 7, 6, 9]
+
+
+def test_copies_are_a_group_also_if_they_are_most_of_a_class() -> None:
+    copies = [picture(seed) for seed in range(4)] + [picture(4)] * 6
+    assert groups(copies) == [0, 1, 2, 3, *[4] * 6]
+    index = divide(torch.zeros(10, dtype=torch.int64), {"test": 0.4}, "made", torch.tensor(groups(copies)))
+    assert index["train"].tolist() == [0, 1, 2, 3] and index["test"].tolist() == [4, 5, 6, 7, 8, 9]
+
+
+def test_one_picture_under_two_classes_is_a_group_and_another_colour_is_not() -> None:
+    others = [picture(seed) for seed in range(1, 9)]
+    assert groups([picture(0), *others, picture(0)], [0] * 5 + [1] * 5) == [0, *range(1, 9), 0]
+    assert groups([picture(0), *others, picture(0).flip(0)], [0] * 5 + [1] * 5) == list(range(10))
+    blank = [torch.full((3, 9, 9), 7 * number, dtype=torch.uint8) for number in range(4)]
+    assert groups(blank, [0, 0, 1, 1]) == list(range(4))
 
 
 @pytest.fixture
@@ -182,3 +197,16 @@ def test_check_counts_the_groups_across_splits(home: Path, paint, write_card, ca
     assert main(["data", "check", str(card), "--duplicates"]) == 0
     text = "two: 2 of 10 images are near-duplicates, in 1 groups; 1 groups lie in several splits"
     assert text in capsys.readouterr().out
+
+
+def test_check_lists_one_picture_under_two_classes(home: Path, paint, write_card, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(home)
+    for label, seeds in (("a", range(5)), ("b", range(4, 9))):
+        for seed in seeds:
+            path = paint(home / "data" / "noisy" / label / f"{seed}.png")
+            Image.fromarray(picture(seed).permute(1, 2, 0).numpy()).save(path)
+    card = write_card('  - {kind: folder, root: noisy, layout: "{class}", splits: {all: 10}}', "noisy", 2)
+    assert main(["data", "check", str(card), "--duplicates"]) == 0
+    shown = capsys.readouterr().out
+    assert "noisy: 2 of 10 images are near-duplicates, in 1 groups; 1 groups lie in several classes" in shown
+    assert "   1  a/4.png, b/4.png" in shown

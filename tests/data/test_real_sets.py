@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -40,6 +41,16 @@ DENSE = {"camvid": (367, 101, 233), "rgbd_7scenes": (170, 56)}
 def need(name: str) -> None:
     if ROOT is None or not (ROOT / name).is_dir():
         pytest.skip(f"'{name}' is not under VISMT_DATA")
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("name", "blocks"), [("camvid", 12), ("rgbd_7scenes", 7)])
+def test_neighbouring_frames_are_in_one_block(name, blocks):
+    need(name)
+    images = open_dense(name, "test")
+    assert images.group_unit == "blocks of frames" and images.groups is not None
+    groups = [images.groups[frame] for frame in images.ids]
+    assert len(set(groups)) == blocks == 1 + sum(a != b for a, b in pairwise(groups))
 
 
 @pytest.mark.realdata

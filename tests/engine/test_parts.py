@@ -101,6 +101,9 @@ def test_a_set_is_the_same_by_its_name_and_by_any_path(tmp_path: Path, monkeypat
         ("images", "images/test"),  # a folder of the other
         ("images:test", "images"),
         ("<birds 12ab34cd>", "<others 12ab34cd>"),  # one object under two titles
+        ("md_omniglot:train", "omniglot:evaluation"),  # other splits of the same drawings
+        ("md_cub:train", "fg_cub:novel"),
+        ("dtd10", "dtd"),
     ):
         assert overlap(first, second) and overlap(second, first), (first, second)
     for first, second in (
@@ -109,6 +112,8 @@ def test_a_set_is_the_same_by_its_name_and_by_any_path(tmp_path: Path, monkeypat
         ("images/train", "images/test"),
         ("images:train", "images/test"),
         ("own", "images"),
+        ("md_omniglot:train", "md_omniglot:test"),
+        ("md_omniglot:train", "md_cub:test"),
         ("nowhere", "elsewhere"),
         ("<birds 12ab34cd>", "<birds 12ab34ce>"),
     ):

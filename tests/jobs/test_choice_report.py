@@ -194,7 +194,7 @@ def test_what_was_chosen_on_other_experts_is_chosen_again(tmp_path: Path, monkey
     monkeypatch.setattr(PoolSettings, "_choose", lambda self, names, key: choices.append(key) or entry)
 
     def asked() -> tuple[int, dict]:
-        settings = PoolSettings(SimpleNamespace(config=CONFIG, open=None), tmp_path, lambda: pool)
+        settings = PoolSettings(SimpleNamespace(config=CONFIG, open=None, groups=None), tmp_path, lambda: pool)
         assert settings.chosen("digits")[0].beta == 4.0
         settings.validate_experts("digits", ["a", "b"])
         return len(choices), json.loads((tmp_path / "validation.json").read_text())["all"]

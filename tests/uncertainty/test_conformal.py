@@ -148,3 +148,16 @@ def test_the_halves_of_validation_have_every_class_in_both() -> None:
     assert chooses.nonzero().flatten().tolist() == [0, 1, 3, 4, 9] and bool((chooses ^ gives).all())
     for report, rates in ((None, tune), ("risk", None), ("risk", TuneConfig([1.0]))):
         assert all(bool(mask.all()) for mask in validation_parts(labels, report, rates))
+
+
+def test_the_halves_of_validation_share_no_group() -> None:
+    labels = torch.tensor([0] * 8 + [1] * 6 + [2] * 5)
+    tune = TuneConfig([1.0, 2.0])
+    # pairs that lie apart, a group over the cut, and a person with images of two classes
+    groups = list("abcdabcd") + list("efffgg") + list("hijka")
+    chooses, gives = validation_parts(labels, True, tune, groups)
+    sides = [{groups[i] for i in mask.nonzero().flatten().tolist()} for mask in (chooses, gives)]
+    assert not sides[0] & sides[1] and bool((chooses ^ gives).all())
+    assert [sorted(side) for side in sides] == [list("abefh"), list("cdgijk")]
+    alone = validation_parts(labels, True, tune, [str(i) for i in range(19)])
+    assert torch.equal(alone[0], validation_parts(labels, True, tune)[0])

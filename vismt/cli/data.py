@@ -119,7 +119,9 @@ def _list_duplicates(name: str) -> None:
         return
     count = sum(map(len, found.groups))
     text = f"{found.name}: {count:,} of {found.total:,} images are near-duplicates, in {len(found.groups):,} groups"
-    console.stage("check", f"{text}; {found.leaking:,} groups lie in several splits" if found.leaking else text)
+    kinds = {"splits": found.leaking, "classes": found.mixed}
+    further = [f"; {number:,} groups lie in several {kind}" for kind, number in kinds.items() if number]
+    console.stage("check", text + "".join(further))
     for number, group in enumerate(found.groups[:ROWS], 1):
         more = f" and {len(group) - COLUMNS} more" if len(group) > COLUMNS else ""
         console.block(f"{number:>4}  {', '.join(images.ids[i] for images, i in group[:COLUMNS])}{more}")

@@ -13,13 +13,15 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.base.identity import Identity
 from vismt.base.seeds import mix_seed
+from vismt.data.image_set import named_groups
 from vismt.data.pixels import Pixels
 
 
 class Images(Protocol):
     """Images with labels int64 (n,): `images[index]` is float32 (b, 3, h, w) in [0, 1] for an int64 index (b,).
 
-    `content` differs for images of the same ids that are stored otherwise, "" where that is not known.
+    `content` differs for images of the same ids that are stored otherwise, "" where that is not known. `groups(index)` are the
+    groups of images as `vismt.data.image_set.named_groups` returns them.
     """
 
     labels: Tensor
@@ -31,6 +33,8 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Tensor) -> Tensor: ...
+
+    def groups(self, index: Tensor) -> tuple[dict[str, str], str]: ...
 
 
 def joint_content(sets: Iterable[Images]) -> str:
@@ -75,6 +79,13 @@ class Gathered:
     @property
     def content(self) -> str:
         return joint_content(self._stores)
+
+    def groups(self, index: Tensor) -> tuple[dict[str, str], str]:
+        """Return the group of each image by its id, as `named_groups` does."""
+        places = zip(self._store[index].tolist(), self._row[index].tolist())
+        return named_groups(
+            [self.ids[i] for i in index.tolist()], [(self._stores[store].images, row) for store, row in places]
+        )
 
     def __getitem__(self, index: Tensor) -> Tensor:
         size = self._stores[0].size
@@ -152,6 +163,11 @@ class InOrder:
             raise IndexError(number)
         index = self.parts[number]
         return self.images[index], self.labels[index], [self.images.ids[i] for i in index.tolist()]
+
+    @property
+    def groups(self) -> tuple[dict[str, str], str]:
+        """The group of each image by its id, as of `named_groups`."""
+        return self.images.groups(torch.cat(list(self.parts)))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         return (self[number] for number in range(len(self)))

@@ -50,8 +50,11 @@ def load_card(name_or_path: str | Path) -> Card:
         raise UserError(
             f"{where}: name '{card.name}' must begin with a letter or digit of ASCII, and have these, '_', '-' and '.' alone."
         )
-    if card.groups is not None and all(source.unit == "rows" for source in sources):
-        raise UserError(f"{where}: 'groups' is for images; leave it out.")
+    given = [key for key in ("groups", "frames") if getattr(card, key) is not None]
+    if given and all(source.unit == "rows" for source in sources):
+        raise UserError(f"{where}: '{given[0]}' is for images; leave it out.")
+    if len(given) > 1:
+        raise UserError(f"{where}: 'groups' and 'frames' both say which images belong together; leave one out.")
     return card
 
 

@@ -1,14 +1,16 @@
 """Division of a set into training, validation and test examples, and choice of a smaller training set.
 
 A part consists of neighbours in the order of the set, within each class: neighbours are often frames of one object, which
-should not be in two parts. Where the caller knows groups of examples, each group is in one part. Nothing is random, so that
-every run and seed has the same parts.
+should not be in two parts. If the caller knows groups of examples, each group is in one part, also a group with examples of
+several classes. Nothing is random, so that every run and seed has the same parts.
 """
 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,8 +27,8 @@ def divide(
         labels: int64 (n,).
         shares: {part: share of every class}; groups of several examples make it an approximate one.
         name: of the set, for messages.
-        groups: int64 (n,), equal for examples of a class that belong in one part, ascending with the first example of each;
-            None for no such examples.
+        groups: int64 (n,), equal for examples that belong in one part, ascending with the first example of each; None for no
+            such examples.
         classes: their names, for messages.
 
     Returns:
@@ -40,28 +42,53 @@ def divide(
         listed = ", ".join(f"{part} {share:g}" for part, share in shares.items())
         raise UserError(f"'{name}': shares {listed}; each must be between 0 and 1, and their sum below 1.")
     groups = torch.arange(len(labels)) if groups is None else groups
-    parts = ("train", *shares)
-    chosen = torch.zeros_like(labels)
-    for label in labels.unique().tolist():
-        members = (labels == label).nonzero().flatten()
-        ids, place, sizes = groups[members].unique(return_inverse=True, return_counts=True)
-        counts = [max(1, round(share * len(members))) for share in shares.values()]
-        if len(members) - sum(counts) < 1 or len(ids) < len(parts):
+    part_of: dict[int, int] = {}
+    by_class = [(labels == label).nonzero().flatten() for label in labels.unique()]
+    # A class with few groups has the least choice, if other classes share them.
+    for members in sorted(by_class, key=lambda members: len(groups[members].unique())):
+        wanted = [max(1, round(share * len(members))) for share in shares.values()]
+        wanted.insert(0, len(members) - sum(wanted))
+        if wanted[0] < 1 or not _place(groups[members], wanted, part_of):
+            label = int(labels[members[0]])
             shown = f"'{classes[label]}'" if classes else label
-            grouped = len(ids) < len(members)
-            apart = f" in {len(ids)} groups of near-duplicates" if grouped else ""
+            count = len(groups[members].unique())
+            grouped = count < len(members)
+            apart = f" in {count} groups of near-duplicates" if grouped else ""
+            apart += " that other classes share" if grouped and count >= len(wanted) <= len(members) else ""
             fix = "take fewer parts, or a card with `groups: none`" if grouped else "lower the shares"
             raise UserError(
-                f"'{name}': class {shown} has {len(members)} examples{apart}, too few for {len(parts)} parts; {fix}."
+                f"'{name}': class {shown} has {len(members)} examples{apart}, too few for {len(wanted)} parts; {fix}."
             )
-        ends = torch.tensor([len(members) - sum(counts), *counts]).cumsum(0)
+    chosen = torch.tensor([part_of[group] for group in groups.tolist()])
+    return {part: (chosen == number).nonzero().flatten() for number, part in enumerate(("train", *shares))}
+
+
+def _place(groups: Tensor, wanted: Sequence[int], part_of: dict[int, int]) -> bool:
+    """Add the groups of the examples of a class to `part_of`, the part by group; return whether every part has an example.
+
+    groups: int64 (n,). wanted: number of examples of each part.
+    """
+    ids, sizes = (values.tolist() for values in groups.unique(return_counts=True))
+    left = list(wanted)
+    for group, size in zip(ids, sizes):
+        if group in part_of:
+            left[part_of[group]] -= size
+    empty = {part for part, count in enumerate(wanted) if left[part] == count}
+    free = [(group, size) for group, size in zip(ids, sizes) if group not in part_of]
+    if len(free) < len(empty):
+        return False
+    open_parts = [part for part in range(len(left)) if part in empty or left[part] > 0]
+    if len(free) < len(open_parts):
+        open_parts = sorted(empty) or [max(open_parts, key=left.__getitem__)]
+    ends = list(accumulate(max(1, left[part]) for part in open_parts))
+    number, before = -1, 0
+    for place, (group, size) in enumerate(free):
         # A group is in the part that its middle falls into, unless that left a part empty.
-        wanted = torch.bucketize(sizes.cumsum(0) - sizes / 2, ends, right=True).tolist()
-        numbers = [-1]
-        for left, part in zip(range(len(ids), 0, -1), wanted):
-            numbers.append(min(max(part, len(parts) - left), numbers[-1] + 1))
-        chosen[members] = torch.tensor(numbers[1:])[place]
-    return {part: (chosen == number).nonzero().flatten() for number, part in enumerate(parts)}
+        middle = max(bisect_right(ends, before + size / 2), len(open_parts) - len(free) + place)
+        number = min(middle, number + 1, len(open_parts) - 1)
+        part_of[group] = open_parts[number]
+        before += size
+    return True
 
 
 def limited(labels: Tensor, ids: Sequence[str], limit: int) -> Tensor:

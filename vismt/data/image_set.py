@@ -41,6 +41,7 @@ class ImageSet:
         nodes: class ids below each node of a hierarchy, or None.
         groups: the group of each image by its id, which a division keeps in one part; images without an entry are alone. None:
             near-duplicates are to be found.
+        group_unit: what a group is, in the plural.
         cached: whether `content` tells these images from all others, so that decoded ones may be kept for later runs.
         timed: whether `content` is of the times of files, which a copy of the same images does not have.
     """
@@ -58,6 +59,7 @@ class ImageSet:
     where: str = ""
     nodes: list[list[int]] | None = None
     groups: Mapping[str, Any] | None = field(default_factory=dict)
+    group_unit: str = "groups"
     cached: bool = True
     timed: bool = False
 
@@ -79,6 +81,22 @@ class ImageSet:
             content=lambda: f"{self.content()}:{content}",
             skipped=list(skipped),
         )
+
+
+def named_groups(names: Sequence[str], entries: Sequence[tuple[Any, int]]) -> tuple[dict[str, str], str]:
+    """Return the group of each image by its name, and what the groups are, in the plural; {} and "" if all are alone.
+
+    names: of the images. entries: for each of them its set, whose near-duplicates are found, and its number there.
+    """
+    groups, units = {}, set()
+    for name, (images, i) in zip(names, entries, strict=True):
+        own = (images.groups or {}).get(images.ids[i])
+        groups[name] = name if own is None else f"{images.name} {own}"
+        if own is not None:
+            units.add(images.group_unit)
+    if len(set(groups.values())) == len(groups):
+        return {}, ""
+    return groups, units.pop() if len(units) == 1 else "groups"
 
 
 class ImageRow(NamedTuple):
@@ -159,7 +177,8 @@ class ImageSource(DataSource):
             where=shown_path(base),
             nodes=found.nodes or None,
             timed=found.timed,
-            groups=card.read_groups(NEAR_DUPLICATES if len(ids) <= DECODED else NONE),
+            groups=card.read_groups(NEAR_DUPLICATES if len(ids) <= DECODED else NONE, ids),
+            group_unit=card.group_unit,
         )
 
 

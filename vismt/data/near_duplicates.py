@@ -1,9 +1,12 @@
 """Groups of images that a division keeps in one part: frames of one object, or one picture twice.
 
 A card names them in a file, or they are found here. The patch of an image is its grey values, averaged over 16 x 16 boxes,
-shifted to mean 0 and scaled to length 1. Two images of a class are near-duplicates where the inner product of their patches, a
+shifted to mean 0 and scaled to length 1. Two images of a class are near-duplicates if the inner product of their patches, a
 correlation, is above 0.9, and a group is what a chain of near-duplicates connects. Frames that differ in scale or by motion
 correlate less and are not found. Another decoder of images can move a pair that lies at the threshold; a file cannot.
+
+Two images of any classes are copies of one picture if their patches of grey and colour values together correlate by more than
+0.99. A chain of copies is always one group.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +33,12 @@ from vismt.data.maps.dense_set import DenseSet, open_samples
 from vismt.data.pixels import square
 from vismt.data.texts.interactions import numbered
 
+S = TypeVar("S", ImageSet, DenseSet)
+
 SIDE = 16
 CORRELATION = 0.9
+COPY = 0.99  # with colours, as two classes may differ in their colour alone
+PLAIN = 1e-3  # a patch of less contrast has no correlations
 CHUNK = 1024
 TILE, MARGIN = 64, 28  # pixels of an image of a contact sheet, and of the number of its row
 
@@ -47,37 +55,89 @@ def groups_of(images: ImageSet | DenseSet, labels: Tensor, read: Callable[[int],
     return torch.tensor([first.setdefault(group, i) for i, group in enumerate(named)], dtype=torch.int64)
 
 
+def with_groups(images: S) -> S:
+    """Return a set of which near-duplicates are found, if its card does not name its groups; then every image is decoded."""
+    if images.groups is not None:
+        return images
+    if isinstance(images, ImageSet):
+        found = groups_of(images, images.labels, images.read)
+    else:
+        labels = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
+        found = groups_of(images, labels, partial(picture, images))
+    return replace(images, groups={name: images.ids[first] for name, first in zip(images.ids, found.tolist())})
+
+
 def near_duplicates(read: Callable[[int], Tensor], labels: Tensor, name: str) -> Tensor:
     """Return the group of near-duplicates of each image as `groups_of` does; name: of the set, for the console.
 
     Images of a class are compared each with each. A class that is one chain for the most part looks alike without being frames
-    of one object, and has no groups.
+    of one object, and only its copies are in groups. Copies are also found in different classes.
     """
     from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-    def patch(i: int) -> Tensor:
-        grey = F.adaptive_avg_pool2d(rgb_to_grayscale(read(i).to(torch.float32)), SIDE).flatten()
-        return F.normalize(grey - grey.mean(), dim=0)
+    def patches(i: int) -> tuple[Tensor, Tensor]:
+        image = read(i).to(torch.float32)
+        least = PLAIN * float(image.max())  # the rounding errors of a plain surface are like those of another one
+        pooled = [F.adaptive_avg_pool2d(values, SIDE).flatten() for values in (rgb_to_grayscale(image), image)]
+        grey, colour = (F.normalize(values - values.mean(), dim=0, eps=least) for values in pooled)
+        return grey, torch.cat([grey, colour]) / 2**0.5
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(patch, range(len(labels)))
-        patches = torch.stack(list(console.track(found, "data", f"{name}: near-duplicates", len(labels))))
+        found = pool.map(patches, range(len(labels)))
+        pairs = list(console.track(found, "data", f"{name}: near-duplicates", len(labels)))
+    grey, colour = (torch.stack(values) for values in zip(*pairs))
     groups = torch.arange(len(labels))
     alike = 0
     for label in labels.unique():
-        members = rest = (labels == label).nonzero().flatten()
-        while len(rest):
-            first, fresh, rest = rest[0], rest[:1], rest[1:]
-            while len(fresh):
-                near = (patches[rest] @ patches[fresh[:CHUNK]].T > CORRELATION).any(1)
-                fresh, rest = torch.cat([fresh[CHUNK:], rest[near]]), rest[~near]
-                groups[fresh] = first
-        if 2 * int(groups[members].bincount().max()) > len(members) > 2:
-            groups[members] = members
+        members = (labels == label).nonzero().flatten()
+        chained = _chains(grey, members, CORRELATION)
+        if 2 * int(chained.bincount().max()) > len(members) > 2:
             alike += 1
+        else:
+            groups[members] = chained
     if alike:
         console.stage("data", f"{name}: the images of {alike} classes are too alike to tell near-duplicates")
-    return groups
+    copies = torch.arange(len(labels))
+    likely = _with_copies(grey)
+    copies[likely] = _chains(colour, likely, COPY)
+    return _joined(groups, copies)
+
+
+def _chains(patches: Tensor, members: Tensor, cut: float) -> Tensor:
+    """Return the first image of the chain of each of `members`, ascending: chains of correlations above `cut`."""
+    first_of = members.new_empty(len(patches))
+    rest = members
+    while len(rest):
+        first, fresh, rest = rest[0], rest[:1], rest[1:]
+        first_of[fresh] = first
+        while len(fresh):
+            near = (patches[rest] @ patches[fresh[:CHUNK]].T > cut).any(1)
+            fresh, rest = torch.cat([fresh[CHUNK:], rest[near]]), rest[~near]
+            first_of[fresh] = first
+    return first_of[members]
+
+
+def _with_copies(patches: Tensor) -> Tensor:
+    """Return the images, ascending, that have a patch like that of another image."""
+    found = torch.zeros(len(patches), dtype=torch.bool)
+    for start in range(0, len(patches), CHUNK):
+        near = patches[start : start + CHUNK] @ patches[start:].T > COPY
+        near.fill_diagonal_(False)
+        found[start : start + CHUNK] |= near.any(1)
+        found[start:] |= near.any(0)
+    return found.nonzero().flatten()
+
+
+def _joined(groups: Tensor, others: Tensor) -> Tensor:
+    """Return the first image of what two divisions into groups connect."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n = len(groups)
+    links = coo_array((torch.ones(n).numpy(), (groups.numpy(), others.numpy())), shape=(n, n))
+    numbers = connected_components(links, directed=False)[1][groups.numpy()].tolist()
+    first: dict[int, int] = {}
+    return torch.tensor([first.setdefault(number, i) for i, number in enumerate(numbers)], dtype=torch.int64)
 
 
 def picture(images: DenseSet, i: int) -> Tensor:
@@ -98,6 +158,15 @@ class Duplicates:
         """The number of groups with images of several splits."""
         return sum(len({images.split for images, _ in group}) > 1 for group in self.groups)
 
+    @property
+    def mixed(self) -> int:
+        """The number of groups with images of several classes."""
+        return sum(len({_class_of(*entry) for entry in group}) > 1 for group in self.groups)
+
+
+def _class_of(images: DenseSet, i: int) -> str:
+    return images.image_classes[images.labels[i]] if images.labels is not None else ""
+
 
 def find_duplicates(name: str | Path) -> Duplicates:
     """Return the near-duplicates of the first copy of a set, across its splits. Raises UserError as `open_samples` does."""
@@ -105,8 +174,7 @@ def find_duplicates(name: str | Path) -> Duplicates:
     copy = first_copy(card, card.sources)
     sets = [open_samples(name, split) for split in (copy[0].splits if copy is not None else ["all"])]
     entries = [(images, i) for images in sets for i in range(len(images))]
-    classes = [images.image_classes[images.labels[i]] if images.labels is not None else "" for images, i in entries]
-    labels = torch.tensor(numbered(classes))
+    labels = torch.tensor(numbered([_class_of(*entry) for entry in entries]))
     found: dict[int, list[tuple[DenseSet, int]]] = {}
     for entry, group in zip(entries, near_duplicates(lambda i: picture(*entries[i]), labels, card.name).tolist()):
         found.setdefault(group, []).append(entry)

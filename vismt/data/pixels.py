@@ -23,6 +23,7 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.base.identity import Identity, version
 from vismt.base.seeds import digest
+from vismt.data.image_set import named_groups
 from vismt.data.images import ImageSet
 from vismt.storage.cache import make_room, note_no_room, note_use
 from vismt.storage.files import new_file
@@ -71,8 +72,9 @@ class Pixels:
     is not stored: each image is decoded whenever it is drawn. Where the folder cannot be written, one notice is given and the
     store is kept in memory; one of more than 512 MiB is decoded as it is drawn.
 
-    `key` is a text that differs for any other pixels; None for a set too large to store. cache: with False the store is kept in
-    memory, whatever its size. Raises UserError for a damaged image.
+    `key` is a text that differs for any other pixels; None for a set too large to store. `group_of`, int64 (n,), is equal for
+    images that are not independent, if the owner of the set has found them. cache: with False the store is kept in memory,
+    whatever its size. Raises UserError for a damaged image.
     """
 
     def __init__(self, images: ImageSet, size: int, *, cache: bool = True) -> None:
@@ -81,6 +83,7 @@ class Pixels:
         self.images, self.size = images, size
         self.name, self.split, self.classes = images.name, images.split, images.classes
         self.labels, self.ids = images.labels, images.ids
+        self.group_of: Tensor | None = None
         needed = len(images) * 3 * size * size if cache else 0
         self.store: np.ndarray | OnDemand
         self._digests: bytes | None = None  # of the images of a store on disk
@@ -99,6 +102,11 @@ class Pixels:
 
     def __getitem__(self, index: Tensor) -> Tensor:
         return self.raw(index).to(torch.float32).div_(255)
+
+    def groups(self, index: Tensor) -> tuple[dict[str, str], str]:
+        """Return the group of each image by its id, as `named_groups` does."""
+        rows = index.tolist()
+        return named_groups([self.ids[i] for i in rows], [(self.images, i) for i in rows])
 
     def raw(self, index: Tensor) -> Tensor:
         """Return the same images as stored: uint8 (b, 3, size, size)."""

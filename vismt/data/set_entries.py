@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from itertools import combinations, product
 from pathlib import Path
 
@@ -29,13 +30,15 @@ def overlap(first: str, second: str) -> bool:
     """Return whether two sets, 'card' or 'card:split', have examples in common.
 
     A card is the same by its name and by any path to it, an object by its digest. A folder without a card contains the folders
-    below it.
+    below it. A card whose `same_images_as` names another one has its images, in splits that do not correspond.
     """
     first_card, first_split = card_and_split(first)
     second_card, second_split = card_and_split(second)
     places = _place(first_card), _place(second_card)
     if places[0] == places[1]:
         return first_split == second_split or "all" in (first_split, second_split)
+    if _published_as(places[0]) == _published_as(places[1]):
+        return True
     pairs = ((places, first_split), (places[::-1], second_split))
     return any(outer in inner.parents and os.path.isdir(outer) and split == "all" for (outer, inner), split in pairs)
 
@@ -47,6 +50,15 @@ def _place(card: str) -> Path:
     found = shipped("datasets") / card if len(Path(card).parts) == 1 else Path(card)
     path = found if os.path.exists(found) else Path(card).expanduser()
     return (path / "card.yaml" if os.path.isfile(path / "card.yaml") else path).resolve()
+
+
+@lru_cache
+def _published_as(place: Path) -> Path:
+    """Return the place of the card with the same images that `same_images_as` of a card names, else `place`."""
+    if place.suffix not in CARDS or not os.path.isfile(place):
+        return place
+    named = read_yaml(place, str(place)).get("same_images_as")
+    return _place(named) if isinstance(named, str) else place
 
 
 def row_name(entry: str) -> str:

@@ -6,6 +6,7 @@ its own values, lists its own files and loads its own splits. `@source_kind("nam
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ S = TypeVar("S", bound="DataSource")
 PACKAGES = {"sklearn": "scikit-learn", "skimage": "scikit-image"}  # module -> package with images inside
 MOST_CLASSES = 1_000_000  # of a card
 NEAR_DUPLICATES, NONE = "near-duplicates", "none"  # values of `groups` of a card that do not name a file
+LAST_NUMBER = re.compile(r"^(.*?)([0-9]{1,18})[^0-9]*$")
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 KINDS: Registry[type[DataSource]] = Registry(
     "sources: no kind",
@@ -177,6 +179,24 @@ def file_groups(base: Path, names: Iterable[str]) -> Files:
     return {name: [(name, base / name)] if (base / name).is_file() else [] for name in dict.fromkeys(names)}
 
 
+def blocks_of_frames(ids: Sequence[str], size: int) -> dict[str, str]:
+    """Return the block of each frame: `size` neighbours of one video; the rest of a video is a block of its own from size / 2 on.
+
+    The names of the frames of a video are equal up to their last number, by which they are in order.
+    """
+    videos: dict[str, list[tuple[int, str]]] = {}
+    for name in ids:
+        found = LAST_NUMBER.search(Path(name).with_suffix("").as_posix())
+        video, number = (found[1], int(found[2])) if found else (name, 0)
+        videos.setdefault(video, []).append((number, name))
+    blocks = {}
+    for video, frames in videos.items():
+        last = max(0, math.floor(len(frames) / size + 0.5) - 1)
+        for place, (_, name) in enumerate(sorted(frames)):
+            blocks[name] = f"{video} {min(place // size, last)}"
+    return blocks
+
+
 @dataclass(frozen=True)
 class Card:
     """A data set: what it is, under which terms, and its sources.
@@ -191,6 +211,11 @@ class Card:
         groups: what a division into shares keeps in one part: a JSON file beside the card, image -> group; "near-duplicates",
             for which every image is decoded (near_duplicates.py); "none". By default near-duplicates in sets of images with
             classes of up to 20,000 images.
+        frames: for frames of videos, whose names are equal up to their last number, in place of `groups`: number of neighbours
+            that are a group, as one frame tells what the next one shows.
+        unit: what a group is, in the plural, as reports name it: "signs".
+        same_images_as: name of the card of another publication of the same images, or of a larger set that has these; a run
+            does not train on one of these sets and test on another.
         path: the card's file. shown: how messages name its folder.
     """
 
@@ -208,6 +233,9 @@ class Card:
     names: RelativePath | None = None
     superclasses: RelativePath | None = None
     groups: str | None = None
+    frames: Annotated[int, within(2)] | None = None
+    unit: str = ""
+    same_images_as: str | None = None
     path: Path = Path()
     shown: str = ""
 
@@ -229,12 +257,22 @@ class Card:
         """Return the sources of a family such as ImageSource, in order."""
         return [source for source in self.sources if isinstance(source, family)]
 
-    def read_groups(self, default: str) -> dict[str, Any] | None:
-        """Return {image: group}, {} for no groups, None where near-duplicates are to be found; default: without a key."""
+    def read_groups(self, default: str, ids: Sequence[str]) -> dict[str, Any] | None:
+        """Return {image: group}, {} for no groups, None where near-duplicates are to be found.
+
+        default: value of `groups` of a card without the key. ids: names of the images.
+        """
+        if self.frames is not None:
+            return blocks_of_frames(ids, self.frames)
         name = default if self.groups is None else self.groups
         if name in (NEAR_DUPLICATES, NONE):
             return {} if name == NONE else None
         return self.read_mapping(name, "images to groups", str, int)
+
+    @property
+    def group_unit(self) -> str:
+        """What a group is, in the plural."""
+        return self.unit or ("groups" if self.frames is None else "blocks of frames")
 
     def read_mapping(self, name: str, what: str, *kinds: type) -> dict[str, Any]:
         """Return the object in a JSON file beside the card, whose values are of `kinds`; what: "key to value", for the error."""

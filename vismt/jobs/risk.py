@@ -16,7 +16,8 @@ chooses the rates and the other half gives the thresholds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,27 +69,41 @@ def thresholds_file(task: str) -> str:
     return f"risk-{task}.json"
 
 
-def validation_parts(labels: Tensor, risk: bool, tune: TuneConfig | None) -> tuple[Tensor, Tensor]:
+def validation_parts(
+    labels: Tensor, risk: bool, tune: TuneConfig | None, groups: Sequence[str] = ()
+) -> tuple[Tensor, Tensor]:
     """Return masks (n,) of the validation examples that choose rates, and of those that give the thresholds.
 
-    They are the halves of every class, each of neighbours as in vismt.data.division, where there are rates to choose and
-    thresholds to give, else all examples. labels: int64 (n,); risk and tune: of the configuration.
+    They are the halves of every class, each of neighbours as in vismt.data.division, if there are rates to choose and
+    thresholds to give, else all examples. No group is in both halves.
+
+    Args:
+        labels: int64 (n,).
+        risk, tune: of the configuration.
+        groups: group of each example; () for independent examples.
     """
     if not halves(risk, tune):
         return torch.ones_like(labels, dtype=torch.bool), torch.ones_like(labels, dtype=torch.bool)
-    chooses = torch.zeros_like(labels, dtype=torch.bool)
+    named: Sequence[Hashable] = groups or range(len(labels))
+    chooses: dict[Hashable, bool] = {}
     before = 0
     for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
+        members = (labels == label).nonzero().flatten().tolist()
         count = (before + len(members)) // 2 - before // 2  # so that half of all choose where classes are odd
-        chooses[members[:count]] = True
         before += len(members)
-    return chooses, ~chooses
+        sizes = Counter(named[i] for i in members)
+        count -= sum(size for group, size in sizes.items() if chooses.get(group))  # with an earlier class
+        done = 0
+        for group in [group for group in sizes if group not in chooses]:
+            chooses[group] = done + sizes[group] / 2 < count
+            done += sizes[group]
+    mask = torch.tensor([chooses[group] for group in named], dtype=torch.bool)
+    return mask, ~mask
 
 
-def check_thresholds(labels: Tensor, tune: TuneConfig | None) -> None:
+def check_thresholds(labels: Tensor, tune: TuneConfig | None, groups: Sequence[str] = ()) -> None:
     """Raise UserError where the thresholds would come from too few validation examples; arguments as of `validation_parts`."""
-    _need_examples(int(validation_parts(labels, True, tune)[1].sum()))
+    _need_examples(int(validation_parts(labels, True, tune, groups)[1].sum()))
 
 
 def _need_examples(count: int) -> None:

@@ -284,8 +284,8 @@ def test_episodes_without_replacement_use_no_image_twice():
     sampler = DisjointSampler(labels, ways=3, shots=1, queries=2, seed=1)
     episodes = [sampler[i] for i in range(len(sampler))]
     assert sum(len(indices(episode)) for episode in episodes) == len(set().union(*map(indices, episodes)))
-    # three episodes of each of four classes, three classes an episode: four, or three where one class is left with too many
-    assert len(episodes) in (3, 4) and sampler.covers == "images" and sampler.parts == 0
+    # three episodes of each of four classes, three classes an episode
+    assert len(episodes) == 4 and sampler.covers == "images" and sampler.parts == 0
     for episode in episodes:
         assert torch.equal(labels[episode.support], episode.classes[episode.support_labels])
         assert torch.equal(labels[episode.query], episode.classes[episode.query_labels])
@@ -295,3 +295,109 @@ def test_episodes_without_replacement_use_no_image_twice():
     )
     with pytest.raises(UserError, match="enough for 1 episode"):
         DisjointSampler(labels, ways=3, shots=2, queries=4)
+
+
+def test_episodes_without_replacement_have_every_class_and_superclass_equally_often():
+    labels = torch.arange(6).repeat_interleave(torch.tensor([9, 60, 12, 30, 17, 90]))
+    episodes = list(DisjointSampler(labels, ways=2, shots=1, queries=2, seed=3))
+    assert len(episodes) == 9 and torch.cat([e.classes for e in episodes]).bincount().tolist() == [3] * 6
+    # which classes meet, and in which order, is random
+    samplers = [DisjointSampler(labels, ways=2, shots=1, queries=2, seed=seed) for seed in range(9)]
+    assert len({tuple(torch.cat([e.classes for e in sampler]).tolist()) for sampler in samplers}) == 9
+    superclass = torch.tensor([0, 0, 1, 1, 1, 1])
+    episodes = list(DisjointSampler(labels, ways=2, shots=1, queries=2, superclass=superclass))
+    assert torch.stack([superclass[e.classes[0]] for e in episodes]).bincount().tolist() == [3, 3]
+    assert all(len(superclass[e.classes].unique()) == 1 for e in episodes)
+
+
+def test_episodes_without_replacement_have_the_mean_of_those_with_it():
+    # An episode's score is the share of images in small classes, which are half of the classes and a tenth of the images.
+    labels = torch.arange(8).repeat_interleave(torch.tensor([10, 90] * 4))
+    means = torch.tensor(
+        [
+            [float((e.classes % 2 == 0).double().mean()) for e in DisjointSampler(labels, ways=3, queries=4, seed=seed)]
+            for seed in range(200)
+        ]
+    ).mean(1)
+    # three episodes of three classes in a run: a standard error of at most sqrt(1 / 4 / 9 / 200) = 0.012
+    assert abs(float(means.mean()) - 0.5) < 0.05
+
+
+GROUPED = torch.arange(3).repeat_interleave(120)
+TRIPLES = torch.arange(360) // 3 * 3  # the index of the first image of each
+
+
+def test_a_group_is_in_one_part_and_in_one_of_support_and_queries():
+    settings = {"ways": 3, "shots": 2, "queries": 6, "seed": 4, "parts": 5, "groups": TRIPLES}
+    sampler = EpisodeSampler(GROUPED, **settings)
+    assert (sampler.parts, sampler.covers) == (5, "images")
+    drawn: list[set[int]] = [set() for _ in range(5)]
+    for number in range(100):
+        episode = sampler[number]
+        support, query = (set(TRIPLES[images].tolist()) for images in (episode.support, episode.query))
+        assert not support & query
+        assert torch.equal(GROUPED[episode.query], episode.classes[episode.query_labels])
+        drawn[number % 5] |= support | query
+    assert sum(map(len, drawn)) == len(set().union(*drawn)) == 120
+    for class_id in range(3):
+        assert [len(sampler.part(class_id, part)) for part in range(5)] == [24] * 5
+    # the same parts for other shots; another description than without groups, and the same where all are alone
+    assert torch.equal(EpisodeSampler(GROUPED, **settings | {"shots": 1}).part(2, 3), sampler.part(2, 3))
+    plain, alone = (EpisodeSampler(GROUPED, **settings | {"groups": g}) for g in (None, torch.arange(360)))
+    assert (
+        plain.describe() == alone.describe()
+        and same(plain[7], alone[7])
+        and torch.equal(plain.part(0, 1), alone.part(0, 1))
+    )
+    assert (
+        plain.describe()
+        != sampler.describe()
+        != EpisodeSampler(GROUPED, **settings | {"groups": TRIPLES // 6}).describe()
+    )
+
+
+def test_a_group_of_several_classes_is_in_one_part_and_in_one_of_support_and_queries():
+    people = torch.arange(360) % 40  # with three images of each class
+    sampler = EpisodeSampler(GROUPED, ways=3, shots=1, queries=6, seed=4, parts=5, groups=people)
+    assert sampler.parts == 5
+    seen: list[set[int]] = [set() for _ in range(5)]
+    for number in range(60):
+        episode = sampler[number]
+        support, query = (set(people[images].tolist()) for images in (episode.support, episode.query))
+        assert not support & query
+        seen[number % 5] |= support | query
+    assert sum(map(len, seen)) == len(set().union(*seen)) == 40
+
+
+def test_parts_with_too_few_groups_are_parts_of_the_classes_or_none():
+    def covers(size: int, classes: int = 3) -> str:
+        labels = torch.arange(classes).repeat_interleave(60)
+        return EpisodeSampler(
+            labels, ways=3, shots=5, queries=5, parts=5, groups=torch.arange(len(labels)) // size
+        ).covers
+
+    # Five of 15 images in each of four parts: the others are five in the pairs without them, and none in triples.
+    assert [covers(size) for size in (1, 2, 3, 6)] == ["images", "images", "sampler", "sampler"]
+    assert [covers(size, 15) for size in (1, 6)] == ["images", "classes"]
+
+
+def test_a_few_pairs_leave_parts_of_the_images():
+    groups = torch.arange(300)
+    groups[torch.arange(0, 300, 30) + 1] = torch.arange(0, 300, 30)  # three pairs in 100 images of a class
+    labels = torch.arange(3).repeat_interleave(100)
+    sampler = EpisodeSampler(labels, ways=3, shots=5, queries=15, parts=5, groups=groups)
+    assert (sampler.parts, sampler.covers) == (5, "images")
+
+
+def test_episodes_without_replacement_use_no_group_twice():
+    sampler = DisjointSampler(GROUPED, ways=3, shots=2, queries=6, seed=1, groups=TRIPLES)
+    episodes = list(sampler)
+    groups = [set(TRIPLES[torch.cat([episode.support, episode.query])].tolist()) for episode in episodes]
+    assert len(episodes) > 2 and sum(map(len, groups)) == len(set().union(*groups))
+    for episode in episodes:
+        assert not set(TRIPLES[episode.support].tolist()) & set(TRIPLES[episode.query].tolist())
+
+
+def test_groups_of_other_images():
+    with pytest.raises(UserError, match="7 groups for 360 images"):
+        EpisodeSampler(GROUPED, ways=3, groups=torch.arange(7))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from scipy.stats import binom
 from torch import Tensor
 
-from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler
+from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler, image_parts
 from vismt.uncertainty.intervals import Estimate, estimate
 from vismt.uncertainty.probability_metrics import binned_gaps, gap_values
 
@@ -153,6 +153,84 @@ def test_parts_of_classes_cover_new_classes_by_many_episodes() -> None:
     found = coverages_of_classes(600)
     for kind in ("single", "paired"):
         assert LEAST <= found["parts", kind][0] <= MOST and found["free", kind][0] < 0.8, found
+
+
+def coverages_of_groups(size: int, draws: int = DRAWS) -> dict[tuple[str, str], tuple[float, float]]:
+    """Return the same as `coverages` of ten classes of 80 groups of `size` images, which share nine tenths of their variance.
+
+    By parts of groups, and by parts of images as if all were independent; each has the mean over all draws as its truth.
+    """
+    labels = torch.arange(CLASSES).repeat_interleave(80 * size)
+    groups = torch.arange(len(labels)) // size
+    generator = torch.Generator().manual_seed(0)
+    means = 0.55 * torch.randn(CLASSES, SIZE, generator=generator)
+
+    def noise() -> Tensor:
+        shared, own = (torch.randn(count, SIZE, generator=generator) for count in (len(labels) // size, len(labels)))
+        return 0.9**0.5 * shared[groups] + 0.1**0.5 * own if size > 1 else own
+
+    found: dict[tuple[str, str], list[Estimate]] = {}
+    for seed in range(8):
+        samplers = {
+            "groups": EpisodeSampler(labels, parts=5, groups=groups, **SETTINGS | {"seed": seed}),
+            "images": EpisodeSampler(labels, parts=5, **SETTINGS | {"seed": seed}),
+        }
+        assert all((sampler.parts, sampler.covers) == (5, "images") for sampler in samplers.values())
+        plans = {name: Episodes(sampler, 80) for name, sampler in samplers.items()}
+        for _ in range(draws // 8):
+            images = means[labels] + noise()
+            models = images, images + 0.7 * noise()
+            for name, plan in plans.items():
+                a, b = map(plan.accuracies, models)
+                found.setdefault((name, "single"), []).append(plan.estimate(a))
+                found.setdefault((name, "paired"), []).append(plan.estimate(a - b))
+    truth = {key: math.fsum(one.mean for one in estimates) / len(estimates) for key, estimates in found.items()}
+    return {
+        key: (
+            sum(abs(one.mean - truth[key]) <= one.half for one in estimates) / len(estimates),
+            math.fsum(one.half for one in estimates) / len(estimates),
+        )
+        for key, estimates in found.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_parts_of_groups_cover_new_groups(size: int) -> None:
+    found = coverages_of_groups(size)
+    assert all(LEAST <= found["groups", kind][0] <= MOST for kind in ("single", "paired")), found
+    if size == 6:  # as if all images were independent
+        assert found["images", "single"][0] < 0.92 and found["images", "single"][1] < 0.7 * found["groups", "single"][1]
+
+
+def detection_coverage(outside: int, count: int, divided: bool, draws: int = 600) -> float:
+    """Return how often the interval of an AUROC of 0.76 covers it: normal scores, of as many outside images as queries.
+
+    divided: whether the outside images are in as many parts as the others.
+    """
+    labels = torch.arange(CLASSES).repeat_interleave(60)
+    sampler = EpisodeSampler(labels, ways=5, shots=5, queries=5, parts=5)
+    query = torch.stack([sampler[number].query for number in range(count)])
+    parts = image_parts(outside, 5, seed=5) if divided else [torch.arange(outside)]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [parts[number % len(parts)] for number in range(count)]
+    rows = torch.stack([part[torch.randperm(len(part), generator=generator)[:20]] for part in drawn])
+    truth, inside = float(torch.special.ndtr(torch.tensor(0.5**0.5))), 0
+    for _ in range(draws):
+        ours = 1 + torch.randn(len(labels), generator=generator)
+        others = torch.randn(outside, generator=generator)
+        values = (ours[query][:, :, None] > others[rows][:, None, :]).double().mean((1, 2))
+        found = estimate(values, parts=5)
+        inside += abs(found.mean - truth) <= found.half
+    return inside / draws
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("outside", "count"), [(100, 100), (300, 600)])
+def test_parts_cover_the_detection_of_new_outside_images(outside: int, count: int) -> None:
+    # 0.93 to 0.98 is two standard errors and more of 600 draws around 0.95
+    assert 0.93 <= detection_coverage(outside, count, divided=True) <= 0.98
+    assert detection_coverage(outside, count, divided=False) < 0.9
 
 
 def ece_coverages(count: int, scale: float, sets: int, draws: int) -> tuple[float, float, float]:

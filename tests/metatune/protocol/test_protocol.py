@@ -216,6 +216,31 @@ def test_outside_images_are_the_same_for_every_model_and_resume(tmp_path):
             run(records, **options, **changes)
 
 
+def test_episodes_of_different_parts_share_no_outside_image_and_no_group_of_them():
+    other, grouped = Outside(), Outside()
+    grouped.group_of = torch.arange(120) // 4
+    sampler = EpisodeSampler(LABELS, ways=4, shots=1, queries=3, seed=1, parts=5)
+    assert sampler.parts == 5
+    for images, unit in ((other, torch.arange(120)), (grouped, grouped.group_of)):
+        run(net=ProtoNet(Backbone()), sampler=sampler, episodes=20, attacks=[], ood={"against other": images})
+        seen = [set(unit[torch.cat(images.read[part::5])].tolist()) for part in range(5)]
+        assert len(images.read) == 20 and all(len(rows) == 12 for rows in images.read)
+        assert sum(map(len, seen)) == len(set().union(*seen)) > 5
+    with pytest.raises(UserError, match="4 images against few, for episodes in 5 parts"):
+        run(net=ProtoNet(Backbone()), sampler=sampler, attacks=[], ood={"against few": Outside(4)})
+
+
+def test_records_of_undivided_outside_sets_are_not_continued(tmp_path):
+    sampler = EpisodeSampler(LABELS, ways=4, shots=1, queries=3, seed=1, parts=5)
+    settings = {"sampler": sampler, "attacks": [], "ood": {"against other": Outside()}}
+    run(tmp_path / "fake.jsonl", **settings)
+    header, *rows = read_lines(tmp_path / "fake.jsonl")
+    assert header["settings"].pop("ood in parts") == 5
+    write_lines(tmp_path / "fake.jsonl", [{**header, "protocol": "another"}, *rows])
+    with pytest.raises(UserError, match=r"of another run.*\(different: ood in parts\)"):
+        run(tmp_path / "fake.jsonl", **settings)
+
+
 def test_features_of_outside_images_are_stored(monkeypatch):
     sampler = EpisodeSampler(LABELS, ways=4, shots=2, queries=5, seed=1)
     net, plain = ProtoNet(Plain()), ProtoNet(Backbone())

@@ -43,7 +43,7 @@ class DenseSet:
         content: a text for image i that differs for any other content of the files that it is read from, or for another set; ""
             where that is not known.
         edges: the target that edges are derived from, "semseg" or "depth"; None when `stored` has all targets.
-        groups: as of an ImageSet.
+        groups, group_unit: as of an ImageSet.
     """
 
     name: str
@@ -60,6 +60,7 @@ class DenseSet:
     labels: Tensor | None = None
     edges: str | None = None
     groups: Mapping[str, Any] | None = field(default_factory=dict)
+    group_unit: str = "groups"
 
     def __post_init__(self) -> None:
         check_names(self.ids)
@@ -115,7 +116,8 @@ def open_dense(card: Card | str | Path, split: str = "all") -> DenseSet:
     """
     card = card if isinstance(card, Card) else load_card(card)
     source, base = found_copy(card, DenseSource, split)
-    return replace(source.load(card, base, split), groups=card.read_groups(NONE))
+    opened = source.load(card, base, split)
+    return replace(opened, groups=card.read_groups(NONE, opened.ids), group_unit=card.group_unit)
 
 
 def classified(images: ImageSet, key: str = CLASS) -> DenseSet:
@@ -136,6 +138,7 @@ def classified(images: ImageSet, key: str = CLASS) -> DenseSet:
         image_classes=images.classes,
         labels=images.labels,
         groups=images.groups,
+        group_unit=images.group_unit,
     )
 
 

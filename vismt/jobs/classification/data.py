@@ -12,7 +12,7 @@ from vismt.base.errors import UserError
 from vismt.data.batching import Gathered
 from vismt.data.division import divide, limited
 from vismt.data.images import ImageSet, open_images
-from vismt.data.near_duplicates import groups_of
+from vismt.data.near_duplicates import groups_of, with_groups
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split, overlap
 from vismt.engine.parts import shares
@@ -88,9 +88,14 @@ class TaskData:
             for name in images.ids
         }
 
+    def validation_groups(self, task: int) -> list[str]:
+        """Return the group of each validation image of a task, [] for independent images."""
+        part = self.part(task, "validation")
+        return list(part.groups(torch.arange(len(part)))[0].values())
+
     def outside(self, *names: str) -> Gathered:
         """Return the images of sets that are not of any task, with the labels of each set."""
-        sets = [self._open(name) for name in names]
+        sets = [self._open(name, grouped=True) for name in names]
         return Gathered([(Pixels(images, self.size), images.labels) for images in sets])
 
     def _numbers(self, tasks: Sequence[str]) -> list[int]:
@@ -101,7 +106,8 @@ class TaskData:
         return [(Pixels(images, self.size), labels + offset) for images, labels in self._parts[task][part]]
 
     def _open_task(self, task: TaskConfig) -> tuple[list[str], dict[str, list[Chosen]]]:
-        sets = [self._open(name) for name in task.train]
+        kept = shares(task)
+        sets = [self._open(name, grouped=bool(kept)) for name in task.train]
         for images in sets:
             repeated = next((name for name in images.classes if images.classes.count(name) > 1), None)
             if repeated is not None:
@@ -109,14 +115,14 @@ class TaskData:
                     f"tasks: {task.name}: '{images.name}' has two classes named '{repeated}'; give them different names."
                 )
         classes = list(dict.fromkeys(name for images in sets for name in images.classes))
-        kept = shares(task)
         parts: dict[str, list[Chosen]] = {"train": [], "validation": [], "test": []}
         for images in sets:
             groups = groups_of(images, images.labels, images.read) if kept else None
             for part, index in divide(images.labels, kept, images.name, groups, images.classes).items():
                 parts[part].append(self._chosen(task, images.take(index.tolist()) if kept else images, classes))
         for part in ("validation", "test"):
-            parts[part] += [self._chosen(task, self._open(name), classes) for name in getattr(task, part)]
+            named = [self._open(name, grouped=True) for name in getattr(task, part)]
+            parts[part] += [self._chosen(task, images, classes) for images in named]
         if task.limit is not None:
             parts["train"] = _limit(parts["train"], task.limit)
         missing = set(range(len(classes))) - {label for _, labels in parts["train"] for label in labels.tolist()}
@@ -124,11 +130,14 @@ class TaskData:
             raise UserError(f"tasks: {task.name}: no training image of class '{classes[min(missing)]}'; raise limit.")
         return classes, parts
 
-    def _open(self, name: str) -> ImageSet:
+    def _open(self, name: str, grouped: bool = False) -> ImageSet:
+        """Return a set; grouped: with the groups of its images."""
         if name not in self._sets:
             self._sets[name] = open_images(
                 *card_and_split(name), on_bad_sample=self._config.on_bad_sample, download=self._config.download
             )
+        if grouped:
+            self._sets[name] = with_groups(self._sets[name])
         return self._sets[name]
 
     def _chosen(self, task: TaskConfig, images: ImageSet, classes: Sequence[str]) -> Chosen:

@@ -185,9 +185,8 @@ class Evaluation:
 
     def parts(self, number: int) -> tuple[Tensor, Tensor]:
         """Return masks of a task's validation images: those that choose rates and those that give thresholds."""
-        return validation_parts(
-            self.data.part(number, "validation").labels, self.config.evaluate.risk, self.config.tune
-        )
+        labels, groups = self.data.part(number, "validation").labels, self.data.validation_groups(number)
+        return validation_parts(labels, self.config.evaluate.risk, self.config.tune, groups)
 
     def thresholds(self, net: PixelNet, training: Training, number: int) -> Thresholds:
         """Return the thresholds of a task, fitted on its validation images."""

@@ -116,7 +116,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             if self.config.tune is not None or tuned:
                 self.data.check_part(task, "validation")
             if settings.risk:
-                check_thresholds(self.data.part(task, "validation").labels, self.config.tune)
+                labels, groups = self.data.part(task, "validation").labels, self.data.validation_groups(task)
+                check_thresholds(labels, self.config.tune, groups)
 
     def skeleton(self, config: MultitaskConfig) -> nn.Module:
         return timm_models.skeleton(config.model.name, config.model.img_size, num_classes=1)

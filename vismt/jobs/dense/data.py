@@ -16,10 +16,11 @@ from vismt.base.identity import Identity
 from vismt.base.seeds import digest, mix_seed
 from vismt.data.batching import Passes
 from vismt.data.division import divide
+from vismt.data.image_set import named_groups
 from vismt.data.maps import dense_transforms as transforms
 from vismt.data.maps.dense_sample import CLASS, Sample, collate
 from vismt.data.maps.dense_set import DenseSet, open_samples
-from vismt.data.near_duplicates import groups_of, picture
+from vismt.data.near_duplicates import groups_of, picture, with_groups
 from vismt.data.set_entries import card_and_split
 from vismt.engine.parts import PartsConfig, shares
 from vismt.jobs.dense.config import DenseConfig, all_tasks, canvas_of, image_tasks, own_parts, trained_tasks
@@ -43,6 +44,12 @@ class Rows:
     def ids(self) -> list[str]:
         """The samples' names, "set:id"."""
         return [f"{images.name}:{images.ids[i]}" for images, i in self.entries]
+
+    def groups(self, index: Tensor | None = None) -> tuple[dict[str, str], str]:
+        """Return the group of each sample by its name, as `named_groups` does; index: of the samples, None for all."""
+        rows = range(len(self)) if index is None else index.tolist()
+        ids = self.ids
+        return named_groups([ids[i] for i in rows], [self.entries[i] for i in rows])
 
     @property
     def name(self) -> str:
@@ -126,13 +133,22 @@ class DenseData:
 
     def outside(self, name: str) -> FittedImages:
         """Return the images of a set that is not of the run."""
-        images = _open(name)
+        images = with_groups(_open(name))
         return FittedImages(Rows([(images, i) for i in range(len(images))]), self.size)
 
     def classes(self, part: str, task: Task) -> Tensor:
         """Return the classes (n,) of the images of a part that have one of a task of whole images."""
-        entries = [(images.labels, i) for images, i in self.part(part).entries if task.key in images.targets]
-        return torch.tensor([int(labels[i]) for labels, i in entries if labels is not None], dtype=torch.int64)
+        entries = self._labelled(part, task).entries
+        classes = [int(labels[i]) for images, i in entries if (labels := images.labels) is not None]
+        return torch.tensor(classes, dtype=torch.int64)
+
+    def class_groups(self, part: str, task: Task) -> list[str]:
+        """Return the group of each of these images, [] for independent images."""
+        return list(self._labelled(part, task).groups()[0].values())
+
+    def _labelled(self, part: str, task: Task) -> Rows:
+        entries = self.part(part).entries
+        return Rows([(images, i) for images, i in entries if task.key in images.targets and images.labels is not None])
 
     def counted(self, tasks: Sequence[Task]) -> list[Task]:
         """Return the tasks, with their training labels counted where the loss needs them."""
@@ -175,7 +191,7 @@ class FittedImages:
     """The images of some samples, fitted and padded: `images[index]` as of `vismt.data.batching.Gathered`, without classes."""
 
     def __init__(self, rows: Rows, size: tuple[int, int]) -> None:
-        self.rows, self.size, self.ids = rows, size, rows.ids
+        self.rows, self.size, self.ids, self.groups = rows, size, rows.ids, rows.groups
         self.labels = torch.zeros(len(rows), dtype=torch.int64)
 
     @property
@@ -237,13 +253,13 @@ def _open(name: str, key: str = CLASS) -> DenseSet:
 def _divided(parts: PartsConfig, key: str) -> dict[str, list[tuple[DenseSet, int]]]:
     found: dict[str, list[tuple[DenseSet, int]]] = {part: [] for part in ("train", "validation", "test")}
     for name in parts.train:
-        images = _open(name, key)
+        images = with_groups(_open(name, key)) if shares(parts) else _open(name, key)
         strata = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
         groups = groups_of(images, strata, partial(picture, images)) if shares(parts) else None
         for part, index in divide(strata, shares(parts), images.name, groups, images.image_classes).items():
             found[part] += [(images, i) for i in index.tolist()]
     for part in ("validation", "test"):
-        for images in [_open(name, key) for name in getattr(parts, part)]:
+        for images in [with_groups(_open(name, key)) for name in getattr(parts, part)]:
             found[part] += [(images, i) for i in range(len(images))]
     if parts.limit is not None:
         every = found["train"]

@@ -101,7 +101,9 @@ class Evaluation:
     def _halves(self, answers: Mapping[str, Mapping[str, float]]) -> tuple[Tensor, Tensor]:
         """Return masks of the labelled validation images: those that choose rates and those that give thresholds."""
         labels = torch.tensor([int(row["label"]) for row in answers.values()])
-        return validation_parts(labels, self.config.evaluate.risk, self.config.tune)
+        of_image, _ = self.data.part("validation").groups()
+        groups = [of_image[image] for image in answers] if of_image else []
+        return validation_parts(labels, self.config.evaluate.risk, self.config.tune, groups)
 
     def _protocol(self, split: str) -> str:
         settings = self.config.evaluate

@@ -187,7 +187,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     def _check_thresholds(self) -> None:
         for task in image_tasks(all_tasks(self.config)):
-            check_thresholds(self.data.classes("validation", task), self.config.tune)
+            labels, groups = self.data.classes("validation", task), self.data.class_groups("validation", task)
+            check_thresholds(labels, self.config.tune, groups)
 
     def conditions_of(
         self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0

@@ -151,8 +151,8 @@ class EvaluateConfig:
             from part i % 5 of the classes, so that they cover new classes, too; a set with fewer than four times as many
             classes as an episode has is sampled with_replacement. with_replacement: all images in each episode; intervals
             cover new episodes alone.
-            without_replacement: no image twice, and no more episodes than that allows. The variable rule takes shots from
-            class sizes, and is always with_replacement.
+            without_replacement: no image twice, every class equally often, and no more episodes than the smallest class
+            allows. The variable rule takes shots from class sizes, and is always with_replacement.
     """
 
     data: list[str] = field(default_factory=list)

@@ -18,6 +18,7 @@ from vismt.base import console
 from vismt.base.objects import object_named
 from vismt.data.batching import Gathered
 from vismt.data.images import ImageSet, open_images
+from vismt.data.near_duplicates import groups_of
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
@@ -35,11 +36,12 @@ class FewShotData:
     def __init__(self, config: FewShotConfig) -> None:
         self.config = config
         self._pixels: dict[tuple[str, int], Pixels] = {}
+        self._groups: dict[str, Tensor | None] = {}
 
     def variant(self, config: FewShotConfig) -> FewShotData:
         """Return the same sets for an arm with another backbone; sets of one image size are shared."""
         other = FewShotData(config)
-        other._pixels = self._pixels
+        other._pixels, other._groups = self._pixels, self._groups
         return other
 
     @cached_property
@@ -84,6 +86,19 @@ class FewShotData:
             console.stage("data", f"{row_name(name)}   {len(images.classes)} classes   {len(images):,} images")
         return self._pixels[name, size]
 
+    def outside(self, name: str) -> Pixels:
+        """Return a set of other classes, whose `group_of` says which images are not independent."""
+        pixels = self.open(name)
+        pixels.group_of = self.groups(name)
+        return pixels
+
+    def groups(self, name: str) -> Tensor | None:
+        """Return the group of each image of a set, int64 (n,); None where all are independent."""
+        if name not in self._groups:
+            images = self.open(name).images
+            self._groups[name] = None if images.groups == {} else groups_of(images, images.labels, images.read)
+        return self._groups[name]
+
     def batches(self, config: FewShotConfig) -> EpisodeBatches:
         """Return the training episodes of an arm, by number."""
         source = config.source
@@ -119,6 +134,7 @@ class FewShotData:
             "names": pixels.classes,
             "superclass": pixels.images.superclass if settings.hierarchy else None,
             "classes": classes,
+            "groups": self.groups(name),
         }
         if settings.rule == "variable":
             nodes = pixels.images.nodes if settings.hierarchy else None

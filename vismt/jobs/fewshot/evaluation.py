@@ -103,7 +103,7 @@ class Evaluation:
         panel = self.folder / "panels" / f"{shown}-{protocol.replace(' ', '-')}.npz" if with_panel else None
         records = episodes_file(self.folder, models.seed, shown, protocol, f"{arm}{ending}")
         tempered = settings.probabilities and self.config.select is not None
-        outside = {against(row_name(entry)): self.data.open(entry) for entry in settings.ood}
+        outside = {against(row_name(entry)): self.data.outside(entry) for entry in settings.ood}
         smoothing = None if ending else settings.certify
         examples = begun_on(records, self.data.open(name).content)
         worst = worst_cases(specs, sampler.min_ways)

@@ -44,7 +44,7 @@ class PoolSettings:
         self.config = data.config
         self.folder = folder
         self._pool = pool
-        self._open = data.open
+        self._open, self._groups = data.open, data.groups
         self._chosen: dict[str, Chosen] = {}
 
     def chosen(self, data: str | None) -> Chosen:
@@ -168,6 +168,7 @@ class PoolSettings:
             seed=select.seed,
             classes=classes,
             names=pixels.classes,
+            groups=self._groups(data),
         )
 
 

@@ -115,7 +115,8 @@ class Evaluation:
     def _parts(self, records: list[Record]) -> tuple[list[Record], list[Record]]:
         """Return the validation records that choose rates, and those that give the thresholds of `evaluate.risk`."""
         labels = torch.tensor([record.get("label", 0) for record in records])
-        chooses, thresholds = validation_parts(labels, self.config.evaluate.risk, self.config.tune)
+        users = [str(record.get("user", record["id"])) for record in records]
+        chooses, thresholds = validation_parts(labels, self.config.evaluate.risk, self.config.tune, users)
         return list(compress(records, chooses.tolist())), list(compress(records, thresholds.tolist()))
 
     def _sets(self, training: Training, split: str) -> list[tuple[str, str]]:

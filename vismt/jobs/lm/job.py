@@ -47,7 +47,7 @@ from vismt.jobs.risk import check_thresholds
 from vismt.jobs.training_job import TrainingJob
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
-from vismt.llm.tasks.base import LmObjective, Writing
+from vismt.llm.tasks.base import LmObjective, Writing, names_of
 from vismt.llm.tasks.causal import Causal
 from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.recommendation import Recommendation
@@ -160,8 +160,9 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
                 for name in self.data.names(task, split):
                     self.data.rows(task, split, name)
         if self.config.evaluate.risk:
-            labels = torch.tensor([row.label for row in self.data.all_rows("validation")])
-            check_thresholds(labels, self.config.tune)
+            rows = self.data.all_rows("validation")
+            users = [str(names_of(row).get("user", row.id)) for row in rows]
+            check_thresholds(torch.tensor([row.label for row in rows]), self.config.tune, users)
         for config in self.study.arms.values():
             self.batches(config)
 

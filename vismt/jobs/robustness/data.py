@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vismt.base import console
 from vismt.base.errors import UserError, require_known
 from vismt.data.batching import InOrder
+from vismt.data.image_set import named_groups
 from vismt.data.images import ImageSet, open_images
+from vismt.data.near_duplicates import with_groups
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.jobs import open_run
@@ -45,7 +48,7 @@ class Cards:
             )
             for run in self.runs:
                 images = _unseen(images, name, run)
-            self._sets[name] = images
+            images = self._sets[name] = with_groups(images)
             console.stage("data", f"{row_name(name)}   {len(images.classes)} classes   {len(images):,} images")
         return self._sets[name]
 
@@ -65,25 +68,31 @@ class Cards:
         return replace(given, net=net)
 
     def for_thresholds(self, name: str, classifier: Classifier) -> InOrder:
-        """Return the images of a set after the drawn ones, for thresholds."""
-        settings = self.config.evaluate
+        """Return the images of a set after the drawn ones, for thresholds; none is in a group with a drawn one."""
+        settings, images, order = self.config.evaluate, self.images(name), self._order(name)
         start = settings.images or 0
-        available = len(self.images(name)) - start
-        if available < settings.threshold_images:
+        groups, _ = named_groups(images.ids, [(images, i) for i in range(len(images))])
+        group_of = [groups.get(image, image) for image in images.ids]
+        drawn = {group_of[i] for i in order[:start].tolist()}
+        order = order[[i for i in range(start, len(order)) if group_of[int(order[i])] not in drawn]]
+        if len(order) < settings.threshold_images:
+            apart = " in other groups" if groups else ""
             raise UserError(
-                f"evaluate.threshold_images: '{name}' has {max(0, available)} images besides the {start} evaluated ones, not "
+                f"evaluate.threshold_images: '{name}' has {len(order)} images besides the {start} evaluated ones{apart}, not "
                 f"{settings.threshold_images}; lower evaluate.images or evaluate.threshold_images."
             )
-        return self.batches(name, classifier, start, settings.threshold_images)
+        return self._batches(name, classifier, order[: settings.threshold_images])
 
-    def batches(self, name: str, classifier: Classifier, start: int = 0, count: int | None = None) -> InOrder:
-        """Return images of a set in their drawn order at a classifier's size, with the labels of its outputs.
+    def _order(self, name: str) -> Tensor:
+        """Return the numbers of the images of a set in their drawn order."""
+        return torch.randperm(len(self.images(name)), generator=torch.Generator().manual_seed(self.config.seed))
 
-        count: of the images from `start` on; None for evaluate.images.
-        """
+    def batches(self, name: str, classifier: Classifier) -> InOrder:
+        """Return the drawn images of a set at a classifier's size, with the labels of its outputs."""
+        return self._batches(name, classifier, self._order(name)[: self.config.evaluate.images or None])
+
+    def _batches(self, name: str, classifier: Classifier, order: Tensor) -> InOrder:
         images, settings = self.images(name), self.config.evaluate
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.config.seed))
-        order = order[start:][: count or settings.images or len(images)]
         if len(order) < 2:
             raise UserError(f"data: '{name}' has {len(order)} image(s); an interval needs two or more.")
         outputs = torch.tensor(self.outputs(name, classifier))

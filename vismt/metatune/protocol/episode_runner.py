@@ -23,7 +23,7 @@ from vismt.base.seeds import mix_seed
 from vismt.metatune.features import FeatureStore, number
 from vismt.metatune.functional import WithWeights, answers
 from vismt.metatune.protocol.episode_outcome import EpisodeOutcome
-from vismt.metatune.protocol.episodes import Episode
+from vismt.metatune.protocol.episodes import Episode, image_parts
 from vismt.metatune.protonet import PrototypeClassifier
 from vismt.storage.records import Records
 
@@ -86,9 +86,17 @@ class PixelStore(Protocol):
 
 
 class OutsidePixels(PixelStore, Protocol):
-    """A pixel store of a set of other classes, from which each episode draws."""
+    """A pixel store of a set of other classes, from which each episode draws.
+
+    One with `group_of` (n,), integers equal for images that are not independent of each other, is divided by them.
+    """
 
     def __len__(self) -> int: ...
+
+
+def parts_of(sampler: Sampler) -> int:
+    """Return the number of parts of a sampler that share no image, 0 for one without."""
+    return getattr(sampler, "parts", 0)
 
 
 @dataclass
@@ -102,8 +110,9 @@ class _Task:
 class EpisodeRunner:
     """Runs blocks of episodes: the classifier of each support, and the predictions on its queries under every condition.
 
-    outside: sets of images of other classes, by condition. stores: of the features of `pixels` and of the outside sets, by
-    condition, "" for `pixels`; a set without one has its features computed in every episode. smoothing: certifies the queries.
+    outside: sets of images of other classes, by condition, each divided into as many parts as the sampler has. stores: of the
+    features of `pixels` and of the outside sets, by condition, "" for `pixels`; a set without one has its features computed in
+    every episode. smoothing: certifies the queries.
     """
 
     proto: FewShotModel
@@ -116,6 +125,7 @@ class EpisodeRunner:
     stores: Mapping[str, FeatureStore] = field(default_factory=dict)
     batch: int = 256
     smoothing: Certifies | None = None
+    _divided: dict[str, list[Tensor]] = field(default_factory=dict)  # parts of the outside sets
 
     def blocks(self, episodes: int) -> list[range]:
         """Return the numbers of the episodes that run together; single ones where no attack packs."""
@@ -166,7 +176,8 @@ class EpisodeRunner:
         outside = {}
         for name, images in self.outside.items():
             generator = torch.Generator().manual_seed(mix_seed(index, "outside", name))
-            rows = torch.randperm(len(images), generator=generator)[: len(query)]
+            part = self._outside_part(name, index)
+            rows = part[torch.randperm(len(part), generator=generator)[: len(query)]]
             outside[name] = self._logits(classifier, images[rows], self.stores.get(name), rows)
         outcome = EpisodeOutcome(
             episode,
@@ -180,6 +191,16 @@ class EpisodeRunner:
             outside=outside,
         )
         return _Task(index, classifier, outcome)
+
+    def _outside_part(self, name: str, index: int) -> Tensor:
+        """Return the indices of the outside images from which an episode draws, which no episode of another part draws."""
+        images, parts = self.outside[name], parts_of(self.sampler)
+        if not parts:
+            return torch.arange(len(images))
+        if name not in self._divided:
+            groups = getattr(images, "group_of", None)
+            self._divided[name] = image_parts(len(images), parts, mix_seed(0, "outside", name), groups)
+        return self._divided[name][index % parts]
 
     def _groups(self, tasks: Sequence[_Task], attack: QueryPerturbation) -> list[list[_Task]]:
         groups: list[list[_Task]] = []

@@ -41,6 +41,7 @@ from vismt.metatune.protocol.episode_runner import (
     PixelStore,
     QueryPerturbation,
     Sampler,
+    parts_of,
 )
 from vismt.storage.records import SHARE, Field, Records, recorded_settings
 
@@ -98,7 +99,8 @@ def run_protocol(
         probabilities: Also record the quality of the softmax of the clean logits, except in a file that has begun without.
         temperature: Also record that of the softmax of the clean logits divided by it.
         ood: {text of a condition: images of other classes}. Each episode draws as many of them as it has queries, the same
-            for every model, and records the AUROC with which the largest probability tells its queries from them.
+            for every model, and records the AUROC with which the largest probability tells its queries from them. A sampler
+            with parts divides them, too, so that episodes of two parts share none.
         smoothing: Certifies the queries; the support is not perturbed.
 
     Returns:
@@ -121,6 +123,11 @@ def run_protocol(
     if episodes < 2:
         raise UserError(f"evaluate {data}: {episodes} episodes have no confidence interval: use 2 or more.")
     worst, outside = worst or {}, ood or {}
+    few = next((name for name, images in outside.items() if len(images) < max(1, parts_of(sampler))), None)
+    if few is not None:
+        raise UserError(
+            f"evaluate {data}: {len(outside[few])} images {few}, for episodes in {parts_of(sampler)} parts: add images."
+        )
     begun = recorded_settings(records)
     probabilities = probabilities and (begun is None or "probabilities" in begun)
     forms = {UNSCALED: 1.0} if probabilities else {}
@@ -138,6 +145,7 @@ def run_protocol(
         "probabilities": probabilities or None,
         "temperature": temperature,
         "ood": list(outside) or None,
+        "ood in parts": (bool(outside) and parts_of(sampler)) or None,
     }
     # Records without them do not name them.
     settings |= {name: value for name, value in further.items() if value is not None}
