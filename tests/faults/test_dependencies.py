@@ -1,4 +1,4 @@
-"""The base install leaves a user's environment current, and its lower bounds leave out versions that run what they read."""
+"""An install leaves a user's environment current, and its lower bounds leave out versions that run what they read."""
 
 from __future__ import annotations
 
@@ -36,15 +36,29 @@ def test_packages_that_pin_others_are_extras() -> None:
     assert not {"torchattacks", "learn2learn", "requests", "urllib3", "idna", "chardet"} & {
         name.lower() for name in BASE
     }
-    assert any(re.match("torchattacks", text) for text in PROJECT["optional-dependencies"]["attacks"])
+
+
+def test_no_extra_holds_a_package_at_a_vulnerable_version() -> None:
+    for extra, texts in PROJECT["optional-dependencies"].items():
+        named = {requirement.name.lower(): requirement for requirement in map(Requirement, texts)}
+        assert "torchattacks" not in named, extra  # it pins requests 2.25.1 and with it idna 2
+        for name in VULNERABLE.keys() & named.keys():
+            assert "1000" in named[name].specifier, f"{extra}: {named[name]}"
+
+
+def test_the_checks_install_torchattacks_without_its_dependencies() -> None:
+    for file in (".ci/run", ".github/workflows/ci.yml", "CONTRIBUTING.md", "docs/install.md"):
+        text = (ROOT / file).read_text(encoding="utf8")
+        assert re.findall("pip install .*torchattacks", text) == ["pip install --no-deps torchattacks"], file
 
 
 @pytest.mark.campaign
-def test_the_base_install_downgrades_nothing(tmp_path: Path) -> None:
-    """Resolve the base install in an empty environment; nothing is installed."""
+@pytest.mark.parametrize("extras", ["", "[test]", "[dev,docs]", "[all]"])
+def test_an_install_downgrades_nothing(tmp_path: Path, extras: str) -> None:
+    """Resolve an install in an empty environment; nothing is installed."""
     report = tmp_path / "report.json"
     options = ["--dry-run", "--ignore-installed", "--quiet", "--no-input", "--report", str(report)]
-    packages = [text for text in PROJECT["dependencies"]] + ["requests"]
+    packages = [f"{ROOT}{extras}", "requests"]
     done = subprocess.run([sys.executable, "-m", "pip", "install", *options, *packages], capture_output=True, text=True)
     if done.returncode and re.search("connection|resolve host|No matching distribution|timed out", done.stderr, re.I):
         pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")

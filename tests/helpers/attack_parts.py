@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,8 +73,7 @@ class Float(nn.Module):
 
 def torchattacks_survivors(name: str, **options: object) -> Tensor:
     """Return which of the images withstand a class of torchattacks, bool (COUNT,)."""
-    import torchattacks
-
+    torchattacks = pytest.importorskip("torchattacks")
     net, images, labels = Float().eval(), *victim_case()[1:]
     result = getattr(torchattacks, name)(net, **options)(images, labels)
     with torch.no_grad():

@@ -7,10 +7,12 @@ pixel after the other), fog's fractal sums random grids by octaves, blurs are co
 not rounded to 8 bit. As in the original (hendrycks/robustness, make_imagenet_c.py), elastic severities 1-2 and 3-5 differ in
 kind, and their lengths are multiples of 244, not of 224, pixels.
 
-The mean corruption error (section 4.2 of the paper, which prints 100 * mCE) sums over severities s, of the model's errors
-E and a baseline's errors B (AlexNet in the paper):
+The error under corruptions sums over severities s, of the model's errors E and, for the relative error, a baseline's errors B:
 
-    CE_c = sum_s E_{s,c} / sum_s B_{s,c},    mCE = mean_c CE_c
+    CE_c = sum_s E_{s,c} / sum_s B_{s,c},    error = mean_c CE_c
+
+This is the formula of section 4.2 of the paper. Its name there, mean corruption error (mCE), is not used here: that number is for
+ImageNet-C's own images, all 15 corruptions at 5 severities, and AlexNet as the baseline.
 """
 
 from __future__ import annotations
@@ -306,16 +308,16 @@ CORRUPTIONS = {function.__name__: function for function in (*NOISE, *BLUR, *WEAT
 MOVING = ("elastic_transform",)
 
 
-def mean_corruption_error(errors: CorruptionErrors, baseline: CorruptionErrors | None = None) -> float:
-    """Return the mean corruption error of a model; every corruption has the same weight.
+def error_under_corruptions(errors: CorruptionErrors, baseline: CorruptionErrors | None = None) -> float:
+    """Return the error of a model under corruptions; every corruption has the same weight.
 
     Args:
         errors: Error in [0, 1] by corruption and severity.
         baseline: Errors of the baseline for at least the same corruptions and severities; others are ignored.
 
     Returns:
-        With a baseline mCE, which is 1 for a model like the baseline; without one the mean over corruptions of the mean
-        error over severities, in [0, 1].
+        Without a baseline the mean over corruptions of the mean error over severities, in [0, 1]. With a baseline the
+        relative error, which is 1 for a model like the baseline.
 
     Raises:
         UserError: No corruption, a corruption without severities, a baseline without one of them or without any error.
@@ -323,7 +325,7 @@ def mean_corruption_error(errors: CorruptionErrors, baseline: CorruptionErrors |
     if not errors or not all(errors.values()):
         empty = next((corruption for corruption, by_severity in errors.items() if not by_severity), None)
         reason = f"'{empty}' has no severities" if errors else "no corruptions"
-        raise UserError(f"mean corruption error: {reason}: evaluate one corruption and severity or more.")
+        raise UserError(f"error under corruptions: {reason}: evaluate one corruption and severity or more.")
     per_corruption = []
     for corruption, by_severity in errors.items():
         total = math.fsum(by_severity.values())
@@ -335,13 +337,13 @@ def mean_corruption_error(errors: CorruptionErrors, baseline: CorruptionErrors |
 
 
 def _baseline_total(baseline: CorruptionErrors, corruption: str, severities: Mapping[int, float]) -> float:
-    require_known("mean corruption error: the baseline has no", [corruption], baseline)
+    require_known("error under corruptions: the baseline has no", [corruption], baseline)
     missing = sorted(set(severities) - set(baseline[corruption]))
     if missing:
-        raise UserError(f"mean corruption error: the baseline has no '{corruption}' at severity {missing[0]}.")
+        raise UserError(f"error under corruptions: the baseline has no '{corruption}' at severity {missing[0]}.")
     total = math.fsum(baseline[corruption][severity] for severity in severities)
     if not total > 0:
         raise UserError(
-            f"mean corruption error: the baseline makes no error under '{corruption}': take another baseline."
+            f"error under corruptions: the baseline makes no error under '{corruption}': take another baseline."
         )
     return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from vismt.metatune import EpisodeSampler, ProtoNet, run_protocol
 from vismt.robustness.attacks import attacks as module
 from vismt.robustness.attacks import square
 from vismt.robustness.attacks.attacks import KINDS, AttackSpec, robust_accuracy
+from vismt.robustness.attacks.foreign import PREFIX
 from vismt.robustness.classifier import PixelClassifier
 from vismt.robustness.conditions import Transfer, TransferSource
 from vismt.robustness.evaluate import evaluate_examples
@@ -23,7 +25,8 @@ FEW = slice(0, 12)
 BUDGETS = {"linf": 0.07, "l2": 0.95, "l1": 9.0}
 WEAK = ("fgsm", "pgd_paper", "square")  # get three times the budget
 HOSTED = {"torchattacks:PGD": "linf", "torchattacks:PGDL2": "l2", "torchattacks:DeepFool": "l2"}
-ATTACKS = [(name, norm) for name in sorted(KINDS) for norm in KINDS[name].norms] + list(HOSTED.items())
+ATTACKS = [(name, norm) for name in sorted(KINDS) for norm in KINDS[name].norms]
+ATTACKS += list(HOSTED.items()) if find_spec("torchattacks") else []
 LENGTHS = {"fgsm": 1, "square": 40}
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -146,6 +149,8 @@ def test_a_model_that_answers_differently_from_call_to_call_is_an_error():
 @pytest.mark.parametrize("name", ["square", "torchattacks:PGD"])
 def test_every_restart_of_an_attack_with_draws_for_a_whole_batch_draws_anew(name, monkeypatch):
     """With the draws of the first restart, another one would search the same points."""
+    if name.startswith(PREFIX):
+        pytest.importorskip("torchattacks")
     spec, net, images, labels = case(name, "linf", torch.float32)
     drawn = []
 
@@ -174,6 +179,7 @@ def test_every_restart_of_an_attack_with_draws_for_a_whole_batch_draws_anew(name
     ],
 )
 def test_a_hosted_attack_is_filed_under_the_norm_of_its_radius(name, norm, words):
+    pytest.importorskip("torchattacks")
     _, net, images, labels = case("pgd", "linf", torch.float32)
     with pytest.raises(UserError, match=words):
         module.attack(net, images, labels, AttackSpec(name, 0.5, norm=norm), num_classes=CLASSES)

@@ -27,6 +27,7 @@ def short(monkeypatch):
 
 @pytest.mark.slow
 def test_all_three_autoattacks_leave_the_same_images(case, short):
+    pytest.importorskip("torchattacks")
     net, images, labels = case
     spec = AttackSpec("autoattack", 1.6 / 255, steps=5)
     ours = robust_accuracy(net, images, labels, [spec], num_classes=attacks.CLASSES)

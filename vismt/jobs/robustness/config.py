@@ -60,7 +60,7 @@ class RobustnessEvaluateConfig:
         corruptions: evaluated corruptions.
         certify: certified accuracy by randomised smoothing on cards, {sigma, samples, alpha}; null for none.
         masking: also run the first attack at growing radii, on cards.
-        baseline: the mean corruption error is relative to this arm; null for none.
+        baseline: the error under corruptions is also given relative to this arm; null for none.
     """
 
     images: Annotated[int, within(2)] | None = None

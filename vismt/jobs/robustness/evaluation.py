@@ -1,4 +1,4 @@
-"""Evaluation of a robustness run: a record for every image, scores with Wilson's intervals, mean corruption errors."""
+"""Evaluation of a robustness run: a record for every image, scores with Wilson's intervals, errors under corruptions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vismt.jobs.robustness.models import Classifier
 from vismt.metatune.functional import answers
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
-from vismt.robustness.corruptions import mean_corruption_error
+from vismt.robustness.corruptions import error_under_corruptions
 from vismt.robustness.smoothing import Smoothing
 from vismt.uncertainty.intervals import CLEAN, LOWER, Condition, Measure
 
 TASK = "robustness"
-CORRUPTION_ERROR = "mean corruption error"
+CORRUPTION_ERROR = "mean error under corruptions"
 ALL_CORRUPTIONS = Condition("all corruptions", "variant", "corruptions")
 
 
@@ -82,7 +82,7 @@ def score_set(
 
 
 def corruption_errors(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
-    """Return by arm the mean corruption error on each set, image by image; every corruption has the same weight."""
+    """Return by arm the mean error under corruptions on each set, image by image; every corruption has the same weight."""
     errors: dict[str, list[Score]] = {}
     for arm, arm_scores in scores.items():
         groups: dict[tuple[str, str, str], list[Score]] = {}
@@ -96,7 +96,7 @@ def corruption_errors(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[S
                 for score in corrupted:
                     by_severity = wrong.setdefault(score.condition.family, {})
                     by_severity[int(score.condition.level or 0)] = 1 - score.measure.values[name]
-                values[name] = mean_corruption_error(wrong)
+                values[name] = error_under_corruptions(wrong)
             measure = Measure(CORRUPTION_ERROR, values, better=LOWER)
             errors.setdefault(arm, []).append(replace(corrupted[0], measure=measure, condition=ALL_CORRUPTIONS))
     return errors

@@ -18,7 +18,7 @@ from vismt.report.results import RESULTS, Result, read_results
 from vismt.report.tables import Picture, Section, Table
 from vismt.robustness.attacks.attacks import AttackSpec, radius_text
 from vismt.robustness.classifier import ROBUSTBENCH, SUFFIXES
-from vismt.robustness.corruptions import mean_corruption_error
+from vismt.robustness.corruptions import error_under_corruptions
 from vismt.storage.files import atomic_write
 from vismt.storage.lines import read_lines
 
@@ -30,9 +30,10 @@ MODEL_INFO = (
 )
 MASKING = "masking.jsonl"  # a file of the run folder
 BROKEN = "broken"  # a folder of the run folder
-MCE_NOTE = (
-    "Error over severities of each corruption divided by that of the baseline, averaged over the corruptions (Hendrycks and "
-    "Dietterich, arXiv 1903.12261); below 100 is more robust than the baseline."
+CORRUPTION_NOTE = (
+    "Error over severities of each corruption divided by the error of the baseline, averaged over the corruptions. Below 100 is "
+    "more robust than the baseline. It is not the mCE of ImageNet-C: the corruptions have other constants, and the baseline is "
+    "an arm of this run."
 )
 MASKING_TYPES = {
     "arm": str,
@@ -61,7 +62,7 @@ def sections(folder: Path, config: RobustnessConfig, results: Sequence[Result]) 
         drawn = broken_figure(path, folder / "figures" / f"broken-{path.stem}.svg")
         pictures.append(Picture(drawn, path.stem, BROKEN_CAPTION))
     return [
-        Section("Mean corruption error", _normalised(config, results)),
+        Section("Error under corruptions", _normalised(config, results)),
         Section("Gradient masking", _masking(folder)),
         Section("Images that broke", pictures=pictures, folded=True),
     ]
@@ -77,11 +78,16 @@ def _normalised(config: RobustnessConfig, results: Sequence[Result]) -> list[tup
     if baseline is None or not errors:
         return []
     rows = [
-        [data, arm, f"{100 * mean_corruption_error(arm_errors, errors[data, baseline]):.1f}", str(len(arm_errors))]
+        [data, arm, f"{100 * error_under_corruptions(arm_errors, errors[data, baseline]):.1f}", str(len(arm_errors))]
         for (data, arm), arm_errors in errors.items()
         if (data, baseline) in errors
     ]
-    return [(Table(f"Over {baseline}, in %", ["Data", "Arm", "mCE", "corruptions"], rows, set()), MCE_NOTE)]
+    return [
+        (
+            Table(f"Over {baseline}, in %", ["Data", "Arm", "relative error", "corruptions"], rows, set()),
+            CORRUPTION_NOTE,
+        )
+    ]
 
 
 def _masking(folder: Path) -> list[tuple[Table, str]]:

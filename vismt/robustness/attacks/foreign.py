@@ -85,7 +85,8 @@ def attack_class(name: str) -> Any:
         import torchattacks
     except ImportError as error:
         raise UserError(
-            f'attacks named {PREFIX}NAME need torchattacks: pip install "vismt[attacks]"; the others need nothing.'
+            f"attacks named {PREFIX}NAME need torchattacks: pip install --no-deps torchattacks (without its pin of an old "
+            "requests, which it never imports); the other attacks need nothing."
         ) from error
     names = [key for key, value in vars(torchattacks).items() if inspect.isclass(value)]
     require_known(f"attack {PREFIX}{name}: torchattacks has no", [name], names)
