@@ -99,7 +99,7 @@ def write_panel(path: Path, kind: str, arrays: dict[str, np.ndarray]) -> Path:
     return write_arrays(path, checked)
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> Path:
     """Write arrays as a compressed .npz file and return its path."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)

@@ -198,7 +198,7 @@ class Watch:
             return
         owner = sys.modules["transformers.modeling_utils"].PreTrainedModel
         if owner.save_pretrained is Watch.watched:  # else another library has wrapped it
-            owner.save_pretrained = owner.save_pretrained.__wrapped__
+            owner.save_pretrained = vars(Watch.watched)["__wrapped__"]
         Watch.watched = None
 
 
