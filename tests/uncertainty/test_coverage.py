@@ -6,8 +6,10 @@ them. So the true accuracy, NLL, Brier score and calibration error of all traini
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import cache
+from statistics import fmean
 
 import pytest
 import torch
@@ -26,10 +28,9 @@ from vismt.uncertainty.selective import risk_coverage_interval, risk_coverage_va
 
 IMAGES, DRAWS = 300, 200
 NOISE = 0.3  # of a training, in logits
-# Intervals of a score of one training, and of averages over sets and seeds, by binomial error around 95 %. A calibration error
-# may be covered more often: near 0 its bias is not known, and the interval has room for the largest.
-LEAST = binom.ppf(0.001, DRAWS, 0.95) / DRAWS
-MOST = binom.ppf(0.999, DRAWS, 0.975) / DRAWS
+# What a coverage of 93 % can look like in so many draws.
+LEAST = binom.ppf(0.002, DRAWS, 0.93) / DRAWS
+SETS, SEEDS = (1, 4), (1, 2, 3, 5)
 SCORES = ("accuracy", "NLL", "Brier", "ECE", "AUROC", "AURC")
 
 
@@ -83,24 +84,20 @@ def truths(scale: float) -> dict[str, float]:
     }
 
 
-def coverages(scale: float, sets: int, seeds: int, draws: int = DRAWS) -> dict[str, float]:
-    """Return the share of drawn studies whose interval contains the truth, by score."""
+def coverages(scale: float, draws: int = DRAWS) -> dict[tuple[str, int, int], float]:
+    """Return the share of drawn studies whose interval contains the truth, by score, number of sets and number of trainings."""
     generator = torch.Generator().manual_seed(0)
-    inside = dict.fromkeys(SCORES, 0)
+    inside = dict.fromkeys(itertools.product(SCORES, SETS, SEEDS), 0)
     for _ in range(draws):
         by_set = []
-        for _ in range(sets):
+        for _ in range(max(SETS)):
             logits, labels, outside = drawn(IMAGES, generator)
-            by_set.append(
-                [
-                    measures(answered(logits, scale, generator), labels, answered(outside, scale, generator))
-                    for _ in range(seeds)
-                ]
-            )
-        for name in SCORES:
-            low, high = interval([[of[name] for of in trainings] for trainings in by_set])
-            inside[name] += low <= truths(scale)[name] <= high
-    return {name: count / draws for name, count in inside.items()}
+            pairs = [[answered(of, scale, generator) for of in (logits, outside)] for _ in range(max(SEEDS))]
+            by_set.append([measures(log_p, labels, against) for log_p, against in pairs])
+        for name, sets, seeds in inside:
+            low, high = interval([[of[name] for of in trainings[:seeds]] for trainings in by_set[:sets]])
+            inside[name, sets, seeds] += low <= truths(scale)[name] <= high
+    return {key: count / draws for key, count in inside.items()}
 
 
 def interval(by_set: list[list[Measure]]) -> tuple[float, float]:
@@ -116,10 +113,12 @@ def interval(by_set: list[list[Measure]]) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", [1.0, 1.15, 1.6])  # calibration errors of about 1, 6 and 15 %
-@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
-@pytest.mark.parametrize("sets", [1, 4])
-def test_the_intervals_of_reports_contain_the_truth(sets: int, seeds: int, scale: float) -> None:
-    found = coverages(scale, sets, seeds, DRAWS if sets == 1 else DRAWS // 2)
-    for name, share in found.items():
-        assert share >= LEAST and (share <= MOST or name == "ECE" or seeds == 2), (name, share, truths(scale)[name])
+@pytest.mark.parametrize("scale", [1.0, 1.15, 1.6])  # calibration errors of 1.4, 6 and 16 %
+def test_the_intervals_of_reports_contain_the_truth(scale: float) -> None:
+    found = coverages(scale)
+    for key, share in found.items():
+        assert share >= LEAST, (key, share, truths(scale))
+    for name in SCORES:
+        # Cochran's quantile of two seeds is conservative, and so is a calibration error: near 0 its bias is not known.
+        shares = [share for (of, _, seeds), share in found.items() if of == name and seeds != 2]
+        assert fmean(shares) <= 0.98 or name == "ECE", (name, shares)

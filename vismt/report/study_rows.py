@@ -253,8 +253,10 @@ def _row(found: Estimate, bounds: tuple[float, float], *arms: Sequence[Result], 
 
 
 def write_study(path: Path, study: StudyRows) -> None:
-    """Write a file of rows, atomically."""
-    write_lines(path, [asdict(study.about), *(asdict(row) for row in study.rows)])
+    """Write a file of rows, atomically. A row has the fields that differ from their defaults."""
+    defaults = {item.name: item.default for item in fields(StudyRow)}
+    rows = [{name: value for name, value in asdict(row).items() if value != defaults[name]} for row in study.rows]
+    write_lines(path, [asdict(study.about), *rows])
 
 
 def read_study(path: Path) -> StudyRows:
