@@ -13,6 +13,7 @@ from helpers.own_images import COLOURS, SIZE, ByColour, write_folder
 from helpers.tiny_runs import written
 from torch import nn
 
+from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.batching import InOrder
 from vismt.data.images import open_images
@@ -24,6 +25,8 @@ from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.pooled_score import Scored
 from vismt.jobs.image_scores import detection_score, form_measures
 from vismt.jobs.risk import Thresholds, image_measures
+from vismt.jobs.robustness.config import RobustnessConfig, RobustnessEvaluateConfig
+from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import corruption_errors, score_set
 from vismt.jobs.robustness.models import Classifier
 from vismt.multitask.tasks.maps import Depth
@@ -65,7 +68,7 @@ def test_every_measure_of_images_has_their_groups(tmp_path: Path, monkeypatch: p
     net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 3))
     scores = score_set(Classifier(net, 3, SIZE), InOrder(pixels, 30), [CorruptionSpec("fog", 1)], **about)
     scores += corruption_errors({"a": scores})["a"]
-    assert {"accuracy", "ECE-15", "AURC", "coverage of sets", "mean corruption error"} <= {
+    assert {"accuracy", "ECE-15", "AURC", "coverage of sets", "mean error under corruptions"} <= {
         s.measure.metric for s in scores
     }
     for score in scores:
@@ -81,6 +84,23 @@ def test_every_measure_of_images_has_their_groups(tmp_path: Path, monkeypatch: p
     others = InOrder(pixels, 30, torch.arange(0, 24, 2))
     alone = score_set(Classifier(ByColour(), 3, SIZE), others, [], folder=tmp_path / "b", data="data", arm="a")
     assert all(not score.measure.groups for score in alone)
+
+
+def test_images_for_thresholds_are_in_other_groups_than_the_evaluated_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
+    pixels = grouped_pixels(tmp_path / "data")
+    cards = Cards(RobustnessConfig(evaluate=RobustnessEvaluateConfig(images=8, threshold_images=8)))
+    cards._sets["toys"] = pixels.images
+    classifier = Classifier(ByColour(), 3, SIZE)
+    parts = [cards.batches("toys", classifier), cards.for_thresholds("toys", classifier)]
+    ids = [[pixels.ids[i] for i in torch.cat(list(part.parts)).tolist()] for part in parts]
+    groups = [{pixels.images.groups[name] for name in names} for names in ids]
+    assert [len(names) for names in ids] == [8, 8] and not groups[0] & groups[1]
+    cards.config = replace(cards.config, evaluate=replace(cards.config.evaluate, threshold_images=16))
+    with pytest.raises(UserError, match=r"images besides the 8 evaluated ones in other groups, not 16"):
+        cards.for_thresholds("toys", classifier)
 
 
 def test_detection_has_the_groups_of_both_sets() -> None:
