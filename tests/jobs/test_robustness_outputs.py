@@ -158,6 +158,9 @@ class Drawn:
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
         return self.pixels[index]
 
+    def groups(self, index: torch.Tensor) -> tuple[dict[str, str], str]:
+        return {}, ""
+
 
 class Signed(nn.Module):
     """A net of which a test changes the code, not the weights."""

@@ -308,7 +308,8 @@ class EvaluationJob(ABC, Generic[Config]):
             count = f"n = {len(first.measure.values):,} {first.unit}"
             if trainings > 1:
                 count += f", {trainings} seeds"
-            count += f"; {' / '.join(dict.fromkeys(interval_kind_text(score.measure.covers) for score in shown))}"
+            kinds = dict.fromkeys(interval_kind_text(of.measure.covers, of.measure.units_text) for of in shown)
+            count += f"; {' / '.join(kinds)}"
             arm = shown_name(arm, [score.condition.label for score in chosen])
             name = f"{data}  {task}" if self.names_tasks else data
             line = f"{name}  {protocol}  {arm}   {'   '.join(texts)}   ({count})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,24 +80,35 @@ def image_scores(
         examples=examples,
         **about,
     )
+    groups, unit = batches.groups
     measures: list[tuple[Condition, Measure]] = []
     for condition, values in accuracies(rows, specs, num_classes):
         measure = Measure(ACCURACY, values, counts=True, chance=None if trained else 1 / num_classes)
         measures.append((condition, measure))
     for condition in forms or ():
-        measures += [(condition, measure) for measure in form_measures(rows, condition)]
+        measures += [(condition, measure) for measure in form_measures(rows, condition, groups)]
     if smoothing is not None:
         certified = certified_accuracies(rows, smoothing)
         measures += [(condition, Measure(ACCURACY, values, counts=True)) for condition, values in certified]
         abstained = {row["id"]: float(row[smoothing.label] == ABSTAINED) for row in rows}
         measures.append((smoothing.abstention, Measure("abstentions", abstained, counts=True, better=LOWER)))
     if thresholds is not None:
-        measures += image_measures(rows, specs, num_classes, thresholds)
-    return [Score(*names, measure, condition, examples=examples) for condition, measure in measures]
+        measures += image_measures(rows, specs, num_classes, thresholds, groups)
+    return [
+        Score(*names, in_groups(measure, groups, unit), condition, examples=examples) for condition, measure in measures
+    ]
 
 
-def form_measures(rows: Sequence[Mapping], condition: Condition) -> list[Measure]:
-    """Return the accuracy of the adjusted form of the logits, the quality of the probabilities of another, from records."""
+def in_groups(measure: Measure, groups: Mapping[str, str], unit: str) -> Measure:
+    """Return a measure of examples in groups, by id; unit: what the groups are, in the plural. {} for independent examples."""
+    return replace(measure, groups=groups, grouped_by=unit) if groups else measure
+
+
+def form_measures(rows: Sequence[Mapping], condition: Condition, groups: Mapping[str, str]) -> list[Measure]:
+    """Return the accuracy of the adjusted form of the logits, the quality of the probabilities of another, from records.
+
+    groups: by id, or {}.
+    """
     name, ids = condition.label, [row["id"] for row in rows]
 
     def column(key: str) -> Tensor:
@@ -106,7 +118,7 @@ def form_measures(rows: Sequence[Mapping], condition: Condition) -> list[Measure
     if condition == ADJUSTED:
         return [Measure(ACCURACY, dict(zip(ids, right.tolist(), strict=True)), counts=True)]
     gaps = binned_gaps(column(f"{name} confidence"), right)
-    return quality_measures(ids, gaps, column(f"{name} nll"), column(f"{name} brier"))
+    return quality_measures(ids, gaps, column(f"{name} nll"), column(f"{name} brier"), groups)
 
 
 @torch.no_grad()
@@ -160,6 +172,7 @@ def detection_score(
     names: tuple[str, str, str],
     unit: str = "images",
     contents: Sequence[str] = (),
+    groups: Sequence[tuple[Mapping[str, str], str]] = (),
 ) -> Score:
     """Return the AUROC with which a confidence tells evaluated examples x from the examples x' of a set of other classes.
 
@@ -167,9 +180,16 @@ def detection_score(
 
     The confidence is the maximum softmax probability (Hendrycks and Gimpel, ICLR 2017, arXiv 1610.02136). inside, outside: by
     id. name: of the other set in rows of results. names: task, data and protocol of the score. unit: of the examples. contents:
-    what tells the examples of the two sets from others, "" where that is not known.
+    what tells the examples of the two sets from others, "" where that is not known. groups: of the two sets by id, with what they
+    are, as `named_groups` returns them; () for independent examples.
     """
     values = detection_values(*(-torch.tensor(list(part.values()), dtype=torch.float64) for part in (inside, outside)))
     ids = [*inside, *(f"ood {image}" for image in outside)]
     measure = Measure("AUROC", dict(zip(ids, values.tolist(), strict=True)), NUMBER, chance=0.5)
+    if any(by_id for by_id, _ in groups):
+        (first, of_first), (second, of_second) = groups
+        joined = {image: first.get(image, image) for image in inside}
+        joined |= {f"ood {image}": f"ood {second.get(image, image)}" for image in outside}
+        units = {of_first, of_second} - {""}
+        measure = in_groups(measure, joined, units.pop() if len(units) == 1 else "groups")
     return Score(*names, measure, against(name), unit, " ".join(contents) if all(contents) else "")

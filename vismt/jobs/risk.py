@@ -31,7 +31,17 @@ from vismt.report.tables import Section, Table, number_text, row_text
 from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.conditions import Perturbation, condition_of
 from vismt.uncertainty.conformal import conformal_quantile, least_examples, set_sizes
-from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Condition, Estimate, Measure, interval_kind_text, wilson
+from vismt.uncertainty.intervals import (
+    CLEAN,
+    LOWER,
+    NUMBER,
+    Condition,
+    Estimate,
+    Measure,
+    group_index,
+    interval_kind_text,
+    wilson,
+)
 from vismt.uncertainty.selective import (
     accepting_threshold,
     risk_coverage_interval,
@@ -136,9 +146,15 @@ def thresholds_of(nlls: Tensor, confidences: Tensor) -> Thresholds:
 
 
 def risk_measures(
-    ids: Sequence[str], covered: Tensor, sizes: Tensor, confidences: Tensor, wrong: Tensor, thresholds: Thresholds
+    ids: Sequence[str],
+    covered: Tensor,
+    sizes: Tensor,
+    confidences: Tensor,
+    wrong: Tensor,
+    thresholds: Thresholds,
+    groups: Mapping[str, str],
 ) -> list[Measure]:
-    """Return the measures of one condition from values by example (n,) fp64, covered and wrong 0 or 1."""
+    """Return the measures of one condition from values by example (n,) fp64, covered and wrong 0 or 1; groups: by id, or {}."""
 
     def by_id(values: Tensor) -> dict[str, float]:
         return dict(zip(ids, values.tolist(), strict=True))
@@ -152,16 +168,25 @@ def risk_measures(
     risk = selective_risk(confidences, wrong, thresholds.confidence)
     if risk is not None:
         bounds = wilson(int((accepted * wrong).sum()), int(accepted.sum()))
-        measures.append(Measure(RISK, by_id(risk), better=LOWER, error=Estimate.within(float(risk.mean()), bounds)))
+        error = None if groups else Estimate.within(float(risk.mean()), bounds)
+        measures.append(Measure(RISK, by_id(risk), better=LOWER, error=error))
     area = risk_coverage_values(confidences, wrong)
-    error = Estimate.within(float(area.mean()), risk_coverage_interval(confidences, wrong))
+    index = group_index([groups[name] for name in ids]) if groups else None
+    error = Estimate.within(float(area.mean()), risk_coverage_interval(confidences, wrong, index))
     return [*measures, Measure(AURC, by_id(area), better=LOWER, error=error, paired=False)]
 
 
 def image_measures(
-    rows: Sequence[Mapping], specs: Sequence[Perturbation | DenseAttack], num_classes: int, thresholds: Thresholds
+    rows: Sequence[Mapping],
+    specs: Sequence[Perturbation | DenseAttack],
+    num_classes: int,
+    thresholds: Thresholds,
+    groups: Mapping[str, str],
 ) -> list[tuple[Condition, Measure]]:
-    """Return the measures of clean images and of each spec, from records of `evaluate_examples` with a quantile."""
+    """Return the measures of clean images and of each spec, from records of `evaluate_examples` with a quantile.
+
+    groups: by id, or {}.
+    """
 
     def column(name: str) -> Tensor:
         return torch.tensor([row[name] for row in rows], dtype=torch.float64)
@@ -176,14 +201,22 @@ def image_measures(
         if strict:
             covered, right = covered & clean[0], right & clean[1]
         found = risk_measures(
-            ids, covered.double(), column(f"{name} set"), column(f"{name} confidence"), (~right).double(), thresholds
+            ids,
+            covered.double(),
+            column(f"{name} set"),
+            column(f"{name} confidence"),
+            (~right).double(),
+            thresholds,
+            groups,
         )
         measures += [(condition, measure) for measure in found]
     return measures
 
 
-def choice_measures(log_p: Tensor, labels: Tensor, ids: Sequence[str], thresholds: Thresholds) -> list[Measure]:
-    """Return the measures of examples from all log-probabilities (n, k)."""
+def choice_measures(
+    log_p: Tensor, labels: Tensor, ids: Sequence[str], thresholds: Thresholds, groups: Mapping[str, str]
+) -> list[Measure]:
+    """Return the measures of examples from all log-probabilities (n, k); groups: by id, or {}."""
     chosen = log_p.gather(1, labels[:, None]).squeeze(1)
     confidences, answers = log_p.exp().max(1)
     return risk_measures(
@@ -193,6 +226,7 @@ def choice_measures(log_p: Tensor, labels: Tensor, ids: Sequence[str], threshold
         confidences.double(),
         (answers != labels).double(),
         thresholds,
+        groups,
     )
 
 
@@ -211,7 +245,7 @@ def risk_section(results: Sequence[Result]) -> Section:
     ]
     heads = ["Data", "Arm", "Condition", *(f"{name}, %" if name != SIZE else name for name in COLUMNS), "n"]
     kinds = dict.fromkeys(
-        interval_kind_text(row.interval)
+        interval_kind_text(row.interval, row.units)
         for by_metric in groups.values()
         for found in by_metric.values()
         for row in found

@@ -92,6 +92,11 @@ class Result:
     freedom: float = 0.0
 
     @property
+    def units(self) -> str:
+        """The independent units of the examples, "379 signs"; "" where the examples are independent."""
+        return f"{self.parts:,} {self.grouped_by}" if self.grouped_by else ""
+
+    @property
     def half(self) -> float:
         """Half the width of the interval, the longer half where it is not symmetric."""
         return max(self.value - self.low, self.high - self.value)

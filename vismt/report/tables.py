@@ -376,15 +376,20 @@ def row_text(row: Result) -> str:
 
 
 def kinds_text(comparisons: Sequence[Comparison]) -> str:
-    """Return what the intervals of some comparisons cover, with the models where it differs between them."""
+    """Return what the intervals of some comparisons cover, with the models where it differs between them, and their units."""
     models: dict[str, dict[str, None]] = {}
+    units = {c.data: cell.units for c in comparisons for cell in c.cells.values() if c.data != AVERAGE}
     for c in comparisons:
         for arm, cell in c.cells.items():
             seeds = f" ({cell.seeds} seeds)" if cell.seeds else ""
             models.setdefault(interval_kind_text(cell.covers) + seeds, {})[arm] = None
-    if len(models) == 1:
-        return next(iter(models))
-    return "; ".join(f"{', '.join(arms)}: {kind}" for kind, arms in models.items())
+    alone = len(models) == 1
+    text = next(iter(models)) if alone else "; ".join(f"{', '.join(arms)}: {kind}" for kind, arms in models.items())
+    if len(set(units.values())) == 1:
+        counted = next(iter(units.values()))
+    else:
+        counted = ", ".join(f"{data} {of}" for data, of in units.items() if of)
+    return f"{text}, {counted}" if counted else text
 
 
 def number_text(value: float, scale: str, sign: bool = False, half: float = 0.0) -> str:

@@ -236,7 +236,7 @@ def headline(comparisons: Sequence[Comparison]) -> str:
     """Return the first score of the best arm with what its interval covers; "" without results."""
     for c in _firsts(comparisons)[:1]:
         cell = replace(c.cells[_best(c)], mark="")
-        kind = interval_kind_text(cell.covers)
+        kind = interval_kind_text(cell.covers, cell.units)
         return f"{scale_text(c.row.metric, c.row.scale)} {cell_text(cell, c.row)} ({_best(c)}; {kind})"
     return ""
 

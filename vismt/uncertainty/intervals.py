@@ -45,11 +45,15 @@ COVERED: dict[str, str] = {
 }
 
 
-def interval_kind_text(kind: Covers) -> str:
-    """Return what an interval covers as a phrase, "95 % over new images of these classes and training seeds"."""
+def interval_kind_text(kind: Covers, units: str = "") -> str:
+    """Return what an interval covers as a phrase, "95 % over new images of these classes and training seeds".
+
+    units: the independent units of the examples, "379 signs"; "" for the examples.
+    """
     if not kind:
         return "95 %; an earlier version did not record what it covers"
-    return f"95 % over {' and '.join(COVERED[part] for part in kind.split('+'))}"
+    counted = f", {units}" if units else ""
+    return f"95 % over {' and '.join(COVERED[part] for part in kind.split('+'))}{counted}"
 
 
 def weakest_kind(kinds: Sequence[Covers]) -> Covers:
@@ -301,6 +305,11 @@ class Measure:
     def units(self) -> int:
         """Number of independent units: of the groups of the values, or of the values."""
         return len({self.groups[name] for name in self.values}) if self.groups else len(self.values)
+
+    @property
+    def units_text(self) -> str:
+        """The independent units, "379 signs"; "" where the examples are independent."""
+        return f"{self.units:,} {self.grouped_by}" if self.groups else ""
 
     def estimate(self) -> Estimate:
         """Return the score with its error over the examples, and over the seeds of `over_seeds`."""

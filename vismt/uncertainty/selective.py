@@ -11,7 +11,7 @@ answers right; one without use of confidence equals the error.
 
 Both scores have values by example whose mean is the score: risk + a_i (e_i - risk) / accepted, of which the variance is that of
 the ratio to first order, and e_i sum_{k >= rank of i} 1/k. The ranks of the latter depend on all examples, so its interval is
-a bootstrap's.
+a bootstrap's. Groups of examples that depend on each other are drawn as wholes.
 """
 
 from __future__ import annotations
@@ -65,22 +65,33 @@ def risk_coverage_values(confidences: Tensor, wrong: Tensor) -> Tensor:
 
 
 def risk_coverage_interval(
-    confidences: Tensor, wrong: Tensor, *, resamples: int = 500, seed: int = 0
+    confidences: Tensor, wrong: Tensor, groups: Tensor | None = None, *, resamples: int = 500, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap's 95 % interval of the AURC over the examples. Arguments as in `risk_coverage_values`.
+    """Return the percentile bootstrap's 95 % interval of the AURC over the examples.
 
-    Where all answers are wrong, or all right, no draw differs: the interval is then Wilson's for the errors.
+    If all answers are wrong, or all right, no draw differs: the interval is then Wilson's for the errors, of as many examples as
+    there are groups.
+
+    Args:
+        confidences, wrong: as in `risk_coverage_values`.
+        groups: int64 (n,) from 0, the group of each example; None for independent examples.
+        resamples: number of draws.
+        seed: of the draws.
     """
     n, errors = len(confidences), int(wrong.sum())
+    units = n if groups is None else int(groups.max()) + 1
     if errors in (0, n):
-        return wilson(errors, n)
+        return wilson(units if errors else 0, units)
     order = wrong.argsort(stable=True)  # the draws then do not depend on the order of the file
     order = order[confidences[order].argsort(descending=True, stable=True)]
     confidences, wrong = confidences[order], wrong[order]
+    places = None if groups is None else groups[order].argsort(stable=True).split(groups.bincount().tolist())
     generator = torch.Generator().manual_seed(seed)
     areas = []
     for _ in range(resamples):
-        drawn = torch.randint(n, (n,), generator=generator)
+        drawn = torch.randint(units, (units,), generator=generator)
+        if places is not None:
+            drawn = torch.cat([places[group] for group in drawn.tolist()])
         areas.append(risk_coverage_values(confidences[drawn], wrong[drawn]).mean())
     ends = torch.stack(areas).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     low, high = ends.clamp(max=1).tolist()  # the sum of a draw without a right answer is rounded

@@ -32,7 +32,7 @@ from vismt.engine.study import Study, Training
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet, replace_head, stored
-from vismt.jobs.image_scores import confidences, detection_score, image_scores, neighbour_classes
+from vismt.jobs.image_scores import confidences, detection_score, image_scores, in_groups, neighbour_classes
 from vismt.jobs.output_conditions import ADJUSTED, LAPLACE, TAUS, TEMPERED, Fitted, fitted_once
 from vismt.jobs.predictions import Softmax
 from vismt.jobs.risk import Thresholds, fit_thresholds, halves, thresholds_file, validation_parts
@@ -287,17 +287,19 @@ class Evaluation:
             inside = {row["id"]: row["clean confidence"] for row in lines if "id" in row}
             for name in settings.ood:
                 with stored(self.data.outside(name)) as images:
+                    others = InOrder(images, settings.batch)
                     outside = confidences(
                         self._classifier(net, training, number),
-                        InOrder(images, settings.batch),
+                        others,
                         records / f"{record_stem('ood', task, row_name(name))}.jsonl",
                         {"data": name, "task": task, "fingerprint": net.fingerprint()},
                         f"{row_name(name)} against {task}, {training.arm} seed {training.seed}",
                     )
                 protocol = f"{settings.split} images, detection"
-                contents = [self.data.part(number, settings.split).content, images.content]
+                evaluated = InOrder(self.data.part(number, settings.split), settings.batch)
+                contents, groups = [evaluated.images.content, images.content], [evaluated.groups, others.groups]
                 about = (TASK, task, protocol)
-                scores.append(detection_score(inside, outside, row_name(name), about, contents=contents))
+                scores.append(detection_score(inside, outside, row_name(name), about, contents=contents, groups=groups))
         return scores
 
     @torch.no_grad()
@@ -311,7 +313,8 @@ class Evaluation:
             fit = partial(self._neighbours, net, images, f"neighbours in {name}, {training.arm} seed {training.seed}")
             evaluated = " ".join(filter(None, (net.fingerprint(), names_digest(images), images.content)))
             right = fitted_once(path, Neighbours, evaluated, fit).right
-            measure = Measure("k-NN accuracy", right, counts=True)
+            groups = InOrder(images, self.config.evaluate.batch).groups
+            measure = in_groups(Measure("k-NN accuracy", right, counts=True), *groups)
             scores.append(Score(TASK, name, "features", measure, CLEAN, examples=images.content))
         return scores
 

@@ -41,7 +41,7 @@ from vismt.jobs.dense.config import DenseConfig, image_tasks, trained_tasks, win
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, Undefined, read_scored
-from vismt.jobs.image_scores import confidences, detection_score, form_measures
+from vismt.jobs.image_scores import confidences, detection_score, form_measures, in_groups
 from vismt.jobs.output_conditions import ADJUSTED, TAUS, fitted_once
 from vismt.jobs.risk import Thresholds, halves, image_measures, thresholds_file, thresholds_of, validation_parts
 from vismt.multitask.class_loss import ClassLoss, adjusted
@@ -95,8 +95,9 @@ class Evaluation:
         return scores
 
     def _score(self, task: str, split: str, measure: Measure, condition: Condition, examples: str) -> Score:
-        names = (task, self.data.part(split).name, self._protocol(split))
-        return Score(*names, measure, condition, examples=examples)
+        part = self.data.part(split)
+        grouped = in_groups(measure, *part.groups())
+        return Score(task, part.name, self._protocol(split), grouped, condition, examples=examples)
 
     def _halves(self, answers: Mapping[str, Mapping[str, float]]) -> tuple[Tensor, Tensor]:
         """Return masks of the labelled validation images: those that choose rates and those that give thresholds."""
@@ -159,8 +160,9 @@ class Evaluation:
                 }
                 for image in clean[task].answers
             ]
-            measures = image_measures(rows, touching, self.tasks[task].channels, fitted)
-            measures += [(CLEAN, measure) for measure in form_measures(rows, CLEAN)]
+            groups, _ = self.data.part(split).groups()
+            measures = image_measures(rows, touching, self.tasks[task].channels, fitted, groups)
+            measures += [(CLEAN, measure) for measure in form_measures(rows, CLEAN, groups)]
             examples = clean[task].examples
             scores += [self._score(task, split, measure, condition, examples) for condition, measure in measures]
         return scores
@@ -199,15 +201,17 @@ class Evaluation:
         scored = self.task_scores(net, training, split, records / f"{split}.jsonl") if tasks else {}
         for task, name in product([task.name for task in tasks], settings.ood):
             inside = {image: row["clean confidence"] for image, row in scored[task].answers.items()}
+            others = InOrder(self.data.outside(name), settings.batch)
             outside = confidences(
                 partial(self._answers, net, task),
-                InOrder(self.data.outside(name), settings.batch),
+                others,
                 records / f"{record_stem('ood', task, row_name(name))}.jsonl",
                 {"data": name, "task": task, "fingerprint": fingerprint(training)},
                 f"{row_name(name)} against {task}, {training}",
             )
             about = (task, self.data.part(split).name, f"{self._protocol(split)}, detection")
-            scores.append(detection_score(inside, outside, row_name(name), about))
+            groups = [self.data.part(split).groups(), others.groups]
+            scores.append(detection_score(inside, outside, row_name(name), about, groups=groups))
         return scores
 
     def task_scores(

@@ -22,7 +22,7 @@ from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
-from vismt.jobs.image_scores import detection_score
+from vismt.jobs.image_scores import detection_score, in_groups
 from vismt.jobs.lm.config import ENSEMBLE, FROZEN, RECOMMENDERS, REFERENCES, LmConfig, trained_task
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
@@ -30,7 +30,17 @@ from vismt.jobs.lm.recommender import Recommender
 from vismt.jobs.output_conditions import LAPLACE, TEMPERED
 from vismt.jobs.risk import Thresholds, choice_measures, fit_thresholds, validation_parts
 from vismt.llm.net import LmNet
-from vismt.llm.tasks.base import Item, LmTask, Record, averaged_records, choices, gather, temperature_of, tempered
+from vismt.llm.tasks.base import (
+    Item,
+    LmTask,
+    Record,
+    averaged_records,
+    choices,
+    gather,
+    temperature_of,
+    tempered,
+    users_of,
+)
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.lowrank.layers.base import AdapterModule
 from vismt.report.results import Score
@@ -70,8 +80,9 @@ class Evaluation:
                 counted = f", {tokens:,} tokens" if tokens else ""
                 measures = list(task.measures(records).values())
                 if risk and condition == CLEAN:
-                    names = [str(row["id"]) for row in records]
-                    measures += choice_measures(*choices(records), names, self.thresholds(training))
+                    names, groups = [str(row["id"]) for row in records], users_of(records)
+                    found = choice_measures(*choices(records), names, self.thresholds(training), groups)
+                    measures += [in_groups(measure, groups, "users") for measure in found]
                 for measure in measures:
                     users = len(measure.values) < len(records)  # and not rows, which are several of a user
                     rows = f"{len(records):,} {split} rows" if users else f"{split} rows{counted}"
@@ -85,15 +96,19 @@ class Evaluation:
         if split == "validation" or not self.config.evaluate.ood:
             return []
         task, outside = self.data.trained, [row_name(name) for name in self.config.evaluate.ood]
-        sure = {
-            name: {str(row["id"]): math.exp(max(row["log_p"])) for row in self._records(training, task, split, name)}
-            for name in self.data.names(task, split)
-        }
+        records = {name: self._records(training, task, split, name) for name in self.data.names(task, split)}
+        sure = {name: {str(row["id"]): math.exp(max(row["log_p"])) for row in rows} for name, rows in records.items()}
         protocol = f"{self.data.tasks[task].about}, detection"
         contents = {name: self.data.content(task, split, name) for name in sure}
         return [
             detection_score(
-                sure[name], sure[other], other, (task, name, protocol), "rows", [contents[name], contents[other]]
+                sure[name],
+                sure[other],
+                other,
+                (task, name, protocol),
+                "rows",
+                [contents[name], contents[other]],
+                [(users_of(records[of]), "users") for of in (name, other)],
             )
             for other in outside
             for name in sure
@@ -115,7 +130,7 @@ class Evaluation:
     def _parts(self, records: list[Record]) -> tuple[list[Record], list[Record]]:
         """Return the validation records that choose rates, and those that give the thresholds of `evaluate.risk`."""
         labels = torch.tensor([record.get("label", 0) for record in records])
-        users = [str(record.get("user", record["id"])) for record in records]
+        users = list(users_of(records).values())
         chooses, thresholds = validation_parts(labels, self.config.evaluate.risk, self.config.tune, users)
         return list(compress(records, chooses.tolist())), list(compress(records, thresholds.tolist()))
 

@@ -11,7 +11,7 @@ import torch
 from vismt.data.batching import InOrder, names_digest
 from vismt.data.set_entries import row_name
 from vismt.engine.log import record_stem
-from vismt.jobs.image_scores import ACCURACY, image_scores
+from vismt.jobs.image_scores import ACCURACY, image_scores, in_groups
 from vismt.jobs.output_conditions import fitted_once
 from vismt.jobs.risk import Thresholds, fit_thresholds
 from vismt.jobs.robustness.models import Classifier
@@ -97,6 +97,7 @@ def corruption_errors(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[S
                     by_severity = wrong.setdefault(score.condition.family, {})
                     by_severity[int(score.condition.level or 0)] = 1 - score.measure.values[name]
                 values[name] = error_under_corruptions(wrong)
-            measure = Measure(CORRUPTION_ERROR, values, better=LOWER)
+            first = corrupted[0].measure
+            measure = in_groups(Measure(CORRUPTION_ERROR, values, better=LOWER), first.groups, first.grouped_by)
             errors.setdefault(arm, []).append(replace(corrupted[0], measure=measure, condition=ALL_CORRUPTIONS))
     return errors

@@ -315,6 +315,12 @@ def names_of(item: Item) -> Record:
     return {"id": item.id} if item.listed is None else {"id": item.id, "user": item.listed.user}
 
 
+def users_of(records: Sequence[Record]) -> dict[str, str]:
+    """Return the user of each row by its id, {} if no user has two rows."""
+    users = {str(record["id"]): str(record.get("user", record["id"])) for record in records}
+    return users if len(set(users.values())) < len(users) else {}
+
+
 def by_row(records: Sequence[Record], values: Sequence[float]) -> dict[str, float]:
     """Return the value of each record by its id."""
     return {str(record["id"]): value for record, value in zip(records, values, strict=True)}
