@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vismt"
 # What a package may import besides itself: everything on a floor before its own.
@@ -193,3 +195,35 @@ def test_no_file_but_its_own_names_a_method() -> None:
     places = [path for package in ("engine", "report", "jobs") for path in (PACKAGE / package).rglob("*.py")]
     for path in places:
         assert not strings(path) & set(METHODS), path
+
+
+# A configuration is read without what it configures: the most modules of vismt that its file may load.
+MOST_OF_A_CONFIG = {"fewshot": 50, "classification": 52, "dense": 56, "lm": 40, "robustness": 40}
+
+
+def loaded_by(code: str) -> set[str]:
+    """Return the modules of vismt that are loaded after some code in a new process."""
+    code += "\nimport sys; print(*(name for name in sys.modules if name.startswith('vismt.')))"
+    return {
+        *subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout.split()
+    }
+
+
+@pytest.mark.parametrize("job", MOST_OF_A_CONFIG)
+def test_a_configuration_does_not_load_what_it_configures(job: str) -> None:
+    loaded = loaded_by(f"import vismt.jobs.{job}.config")
+    assert len(loaded) <= MOST_OF_A_CONFIG[job], sorted(loaded)
+    rooms = (
+        "vismt.verification",
+        "vismt.robustness.attacks",
+        "vismt.report",
+        "vismt.metatune.protocol",
+        "vismt.methods",
+    )
+    assert not [name for name in loaded if name.startswith(rooms)]
+
+
+def test_opening_a_run_does_not_load_verification() -> None:
+    assert not [name for name in loaded_by("import vismt.jobs.run") if name.startswith("vismt.verification")]

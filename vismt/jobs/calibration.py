@@ -6,18 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vismt.backbones.vit import PixelBackbone
 from vismt.base.errors import UserError
 from vismt.config.sections import UNHASHED, AdaptConfig, Count
-from vismt.data.batching import Gathered
-from vismt.data.division import limited
-from vismt.engine import runtime
-from vismt.methods import METHODS, Calibration, needs
+
+if TYPE_CHECKING:  # configurations import this file for its section
+    from vismt.backbones.vit import PixelBackbone
+    from vismt.data.batching import Gathered
 
 CALIBRATION = "calibration"  # the folder of covariances within a run folder
 
@@ -44,6 +43,8 @@ class ImageCalibrationConfig:
 
 def check_calibration(section: ImageCalibrationConfig | None, adapt: AdaptConfig | None) -> None:
     """Raise UserError for a method that needs images and has none."""
+    from vismt.methods import needs
+
     if section is not None:
         return
     reason = None if adapt is None else needs(adapt.method, adapt.options).get("calibration")
@@ -66,6 +67,9 @@ class Calibrations:
         batches: batches(labels=False) returns batches of inputs of the stock model. memory_mb: memory for sums in progress in
         MB, None for no bound.
         """
+        from vismt.engine import runtime
+        from vismt.methods import METHODS, Calibration
+
         method = METHODS[adapt.method]
         if method.calibrate is None:
             return adapt
@@ -87,6 +91,8 @@ def image_batches(
     backbone: PixelBackbone, images: Gathered, section: ImageCalibrationConfig, labels: bool = False
 ) -> list[Tensor]:
     """Return the chosen images as the stock model takes them. Raises UserError for a method that asks for labels."""
+    from vismt.data.division import limited
+
     if labels:
         raise UserError(
             "calibration: images have no labels that the stock model's loss takes; choose units by activations, not by gradients."

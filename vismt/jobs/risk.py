@@ -26,6 +26,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.engine.study import TuneConfig
+from vismt.jobs.task_sections import halves
 from vismt.report.results import Result
 from vismt.report.tables import Section, Table, number_text, row_text
 from vismt.robustness.attacks.dense_attack import DenseAttack
@@ -67,11 +68,6 @@ class Thresholds:
     quantile: float
     confidence: float
     n: int
-
-
-def halves(risk: bool, tune: TuneConfig | None) -> bool:
-    """Return whether one half of the validation examples chooses rates and the other half gives thresholds."""
-    return risk and tune is not None and len(tune.rates) > 1
 
 
 def thresholds_file(task: str) -> str:

@@ -31,7 +31,6 @@ from vismt.report.writer import read_facts
 from vismt.storage.files import atomic_write, new_files, read_json, remove_partial, sealed, write_tensors
 from vismt.storage.locks import locked
 from vismt.storage.outputs import check_folder
-from vismt.verification.verify import checked
 
 EXPORTED = "vismt.json"  # in the folder of an export: run, configuration, arm and seed
 FORMATS = ("timm", "transformers", "peft", "onnx", "torch")
@@ -178,6 +177,8 @@ class Run:
             for name, content in self.job.files_beside(arm).items():
                 atomic_write(folder / name, content)
         if not is_graph:
+            from vismt.verification.verify import checked
+
             checked(target)
         return target
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from vismt.base.errors import UserError
 from vismt.config.typed import Names, arguments, plain_name, shown
-from vismt.engine.study import StudyConfig
+from vismt.engine.study import StudyConfig, TuneConfig
 from vismt.multitask.balancing.base import BALANCERS, Balancer, make_balancer
 
 SPLITS = ("test", "validation")
@@ -71,6 +71,11 @@ def check_risk_split(risk: bool, split: str) -> None:
     """Raise UserError where the thresholds of `evaluate.risk` would come from the evaluated examples."""
     if risk and split == "validation":
         raise UserError("evaluate.risk: its thresholds come from the validation examples; set evaluate.split to test.")
+
+
+def halves(risk: bool, tune: TuneConfig | None) -> bool:
+    """Return whether one half of the validation examples chooses rates and the other half gives thresholds."""
+    return risk and tune is not None and len(tune.rates) > 1
 
 
 def risk_of_report(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -18,12 +18,10 @@ if TYPE_CHECKING:
     from vismt.metatune.amt.selection_rules import mixture_weights as mixture_weights
     from vismt.metatune.amt.weight_attack import weight_perturbation as weight_perturbation
     from vismt.metatune.finetuning.finetune import FineTuned as FineTuned
-    from vismt.metatune.finetuning.finetune import FineTuneSettings as FineTuneSettings
     from vismt.metatune.finetuning.finetune import finetune as finetune
     from vismt.metatune.maml import LinearLearner as LinearLearner
     from vismt.metatune.maml import MamlNet as MamlNet
     from vismt.metatune.maml import MamlObjective as MamlObjective
-    from vismt.metatune.maml import MamlSettings as MamlSettings
     from vismt.metatune.probes.linear import LogisticProbe as LogisticProbe
     from vismt.metatune.probes.linear import RidgeProbe as RidgeProbe
     from vismt.metatune.protocol.episodes import Episode as Episode
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
     from vismt.metatune.protonet import ProtoNet as ProtoNet
     from vismt.metatune.protonet import cosine_logits as cosine_logits
     from vismt.metatune.protonet import prototypes as prototypes
+    from vismt.metatune.settings import FineTuneSettings as FineTuneSettings
+    from vismt.metatune.settings import MamlSettings as MamlSettings
     from vismt.uncertainty.intervals import mean_interval as mean_interval
 
 __getattr__, __dir__ = exports(__name__)

@@ -18,10 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stderr
-from dataclasses import dataclass
 from io import StringIO
 from types import ModuleType
-from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,35 +29,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import skip_init
 
 from vismt.base.errors import UserError
-from vismt.config.typed import Checked, Names, within
 from vismt.lowrank.files.save_load import adapter_tensors, check_tensors
 from vismt.lowrank.model.record import record_of
 from vismt.metatune.functional import WithWeights
 from vismt.metatune.protonet import EpisodeObjective
+from vismt.metatune.settings import MamlSettings
 
-ALGORITHMS = ("maml", "fomaml", "metasgd")
-ENGINES = ("func", "learn2learn")
 Tensors = dict[str, Tensor]
 # (module, tensors that replace the module's) -> loss of the support set
 Loss = Callable[[nn.Module, Tensors], Tensor]
-
-
-@dataclass(frozen=True)
-class MamlSettings(Checked):
-    """Settings of the inner loop.
-
-    Args:
-        algorithm: the algorithm.
-        inner_lr: rate of the inner loop, its start in metasgd.
-        inner_steps: steps of the inner loop.
-        engine: func (torch.func) or learn2learn.
-    """
-
-    KEY: ClassVar = "meta"
-    algorithm: Annotated[str, Names(ALGORITHMS, only=True)] = "maml"
-    inner_lr: Annotated[float, within(above=0)] = 0.01
-    inner_steps: Annotated[int, within(1)] = 5
-    engine: Annotated[str, Names(ENGINES, only=True)] = "func"
 
 
 class LinearLearner(nn.Module):

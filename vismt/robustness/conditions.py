@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,13 @@ from vismt.base.norm_balls import NORMS, PIXELS
 from vismt.config.sections import Count, fraction
 from vismt.config.typed import Names, within
 from vismt.lowrank.contexts import evaluating
-from vismt.metatune.protocol.episode_runner import FewShotModel
-from vismt.robustness.attacks.attacks import AttackSpec, budget_text
-from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.corruptions import CORRUPTIONS, MOVING, CorruptionSpec, Severity
 from vismt.uncertainty.intervals import Condition
+
+if TYPE_CHECKING:  # attacks are loaded when one is made: every configuration imports this file
+    from vismt.metatune.protocol.episode_runner import FewShotModel
+    from vismt.robustness.attacks.attacks import AttackSpec
+    from vismt.robustness.attacks.dense_attack import DenseAttack
 
 SEVERITIES = (1, 2, 3, 4, 5)
 CORRUPTION_NAMES = ("all", *CORRUPTIONS)
@@ -90,10 +92,10 @@ class Transfer:
 
 
 # Computed on the evaluated model or on no model.
-DirectPerturbation = AttackSpec | CorruptionSpec
-Perturbation = DirectPerturbation | Transfer
+DirectPerturbation: TypeAlias = "AttackSpec | CorruptionSpec"
+Perturbation: TypeAlias = "AttackSpec | CorruptionSpec | Transfer"
 # Of the images of a dense run.
-DensePerturbation = DenseAttack | CorruptionSpec
+DensePerturbation: TypeAlias = "DenseAttack | CorruptionSpec"
 
 
 @dataclass
@@ -125,6 +127,8 @@ class AttackConfig:
 
     def spec(self, seed: int = 0) -> AttackSpec:
         """Return the attack of a classifier with its numbers, whatever its source."""
+        from vismt.robustness.attacks.attacks import AttackSpec
+
         if self.tasks:
             raise UserError(
                 f"evaluate.attacks: tasks: {self.tasks}: the losses of single tasks are for dense runs; leave it out."
@@ -135,6 +139,8 @@ class AttackConfig:
 
     def dense(self, known: Sequence[str], seed: int = 0) -> DenseAttack:
         """Return the attack of a dense net; known: the tasks of its run."""
+        from vismt.robustness.attacks.dense_attack import DenseAttack
+
         _refuse_sources([self])
         require_known("evaluate.attacks: tasks: no task", self.tasks, known)
         return DenseAttack(replace(self, tasks=[]).spec(seed), tuple(name for name in known if name in self.tasks))
@@ -243,6 +249,8 @@ def _check_labels(labels: Sequence[str]) -> None:
 
 def condition_of(spec: Perturbation | DenseAttack, num_classes: int | None = None) -> Condition:
     """Return what a score under a perturbation is filed under."""
+    from vismt.robustness.attacks.attacks import AttackSpec
+
     label = spec.describe(num_classes)
     if isinstance(spec, CorruptionSpec):
         return Condition(label, "corruption", spec.name, float(spec.severity))
@@ -261,6 +269,8 @@ class WorstCase:
 
 def worst_cases(specs: Sequence[Perturbation], num_classes: int | None = None) -> list[WorstCase]:
     """Return a worst case for each norm and radius with two white-box attacks or more, in the order of the attacks."""
+    from vismt.robustness.attacks.attacks import AttackSpec, budget_text
+
     by_budget: dict[tuple[str, float], list[str]] = {}
     for spec in specs:
         if isinstance(spec, AttackSpec) and spec.name != "pgd_paper":

@@ -13,7 +13,6 @@ from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts, shares
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.jobs.calibration import ImageCalibrationConfig, check_calibration
-from vismt.jobs.risk import halves
 from vismt.jobs.task_sections import (
     BalancingConfig,
     RetainConfig,
@@ -21,10 +20,10 @@ from vismt.jobs.task_sections import (
     check_adjusted,
     check_risk_split,
     check_tasks,
+    halves,
     make_configured_balancer,
     risk_of_report,
 )
-from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.fading import FadeConfig
 from vismt.multitask.emtal.retain import QualityRetaining
@@ -217,6 +216,8 @@ def _check_arm(config: MultitaskConfig) -> None:
     names = [task.name for task in config.tasks]
     check_tasks(config, names)
     make_configured_balancer(config.balancing, names)
+    from vismt.methods import check_sections
+
     check_sections(config, None if config.adapt is None else config.adapt.method)
     model = config.model
     if model.block is not None or model.pool is not None:

@@ -35,7 +35,8 @@ from vismt.jobs.classification.models import PixelNet, replace_head, stored
 from vismt.jobs.image_scores import confidences, detection_score, image_scores, in_groups, neighbour_classes
 from vismt.jobs.output_conditions import ADJUSTED, LAPLACE, TAUS, TEMPERED, Fitted, fitted_once
 from vismt.jobs.predictions import Softmax
-from vismt.jobs.risk import Thresholds, fit_thresholds, halves, thresholds_file, validation_parts
+from vismt.jobs.risk import Thresholds, fit_thresholds, thresholds_file, validation_parts
+from vismt.jobs.task_sections import halves
 from vismt.multitask.class_loss import adjusted
 from vismt.multitask.nets import TaskClassifier
 from vismt.report.results import Score

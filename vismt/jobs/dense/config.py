@@ -21,13 +21,10 @@ from vismt.jobs.task_sections import (
     check_tasks,
     make_configured_balancer,
 )
-from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.fading import FadeConfig
 from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.heads import check_head
-from vismt.multitask.inference import check_scales
-from vismt.multitask.nets import SEGMENTATION
 from vismt.multitask.tasks import TASKS, MapTask, Task, loss_options, make_task
 from vismt.multitask.tasks.classes import Classification, unite
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
@@ -131,6 +128,8 @@ class DenseEvaluateConfig:
     corruptions: list[CorruptionConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        from vismt.multitask.inference import check_scales
+
         check_adjusted(self.adjust_logits, self.split)
         check_risk_split(self.risk, self.split)
         check_scales(self.scales)
@@ -254,6 +253,8 @@ def _check_values(config: DenseConfig) -> None:
     trained = [task.name for task in trained_tasks(config)]
     check_tasks(config, tasks)
     make_configured_balancer(config.balancing, trained)
+    from vismt.methods import check_sections
+
     check_sections(config, None if config.adapt is None else config.adapt.method)
     require_known("only: no task", config.only, tasks)
     model = config.model
@@ -266,6 +267,8 @@ def _check_values(config: DenseConfig) -> None:
         )
     _check_parts(config)
     if config.retain is not None:
+        from vismt.multitask.nets import SEGMENTATION
+
         classes = next((task.channels for task in trained_tasks(config) if task.name == SEGMENTATION), None)
         if classes is None:
             raise UserError(f"retain: compares class logits and needs the task {SEGMENTATION}; set retain to null.")

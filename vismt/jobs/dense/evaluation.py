@@ -43,7 +43,8 @@ from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, Undefined, read_scored
 from vismt.jobs.image_scores import confidences, detection_score, form_measures, in_groups
 from vismt.jobs.output_conditions import ADJUSTED, TAUS, fitted_once
-from vismt.jobs.risk import Thresholds, halves, image_measures, thresholds_file, thresholds_of, validation_parts
+from vismt.jobs.risk import Thresholds, image_measures, thresholds_file, thresholds_of, validation_parts
+from vismt.jobs.task_sections import halves
 from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import DenseNet

@@ -9,8 +9,8 @@ from vismt.base.errors import UserError
 from vismt.engine.study import ALONE, resolve_arms
 from vismt.jobs.fewshot.config import DEFAULT, EXPERT, FROZEN, HEADS, MERGED, PROTOTYPES, ExpertConfig, FewShotConfig
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec, PlannedExpert, level_text, plan_experts
-from vismt.metatune.amt.objective import AdversaryForm
 from vismt.metatune.amt.selection_rules import ALIASES, COMBINED
+from vismt.metatune.settings import AdversaryForm
 from vismt.robustness.attacks.attacks import radius_text
 
 # What a model that is made of a pool is, by its strategy.

@@ -12,10 +12,8 @@ from vismt.engine.study import ALONE, StudyConfig
 from vismt.jobs.calibration import ImageCalibrationConfig
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec
 from vismt.metatune.amt.input_attack import PYRAMID
-from vismt.metatune.amt.objective import Adversary, AdversaryForm
 from vismt.metatune.amt.selection_rules import SELECT, MergeSettings
-from vismt.metatune.finetuning.finetune import FineTuneSettings
-from vismt.metatune.maml import MamlSettings
+from vismt.metatune.settings import Adversary, AdversaryForm, FineTuneSettings, MamlSettings
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
 from vismt.robustness.smoothing import Smoothing
 from vismt.uncertainty.last_layers import check_head, is_variational

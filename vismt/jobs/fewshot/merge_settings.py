@@ -27,8 +27,8 @@ from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import ExpertPool
 from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.metatune.amt.settings_search import Judge, LabelledTask, SearchGrid, judge_all, search_settings
-from vismt.metatune.finetuning.finetune import FineTuneSettings
 from vismt.metatune.protocol.episodes import EpisodeSampler
+from vismt.metatune.settings import FineTuneSettings
 from vismt.report.tables import Table
 from vismt.storage.files import atomic_write, read_sealed, sealed
 

@@ -12,7 +12,7 @@ from typing import Annotated
 from vismt.base.errors import UserError, require_known
 from vismt.config.typed import Names, plain_name
 from vismt.data.set_entries import shown_name
-from vismt.metatune.amt.objective import CORRUPTION, GAUSSIAN, THREATS, Adversary, AdversaryForm
+from vismt.metatune.settings import CORRUPTION, GAUSSIAN, THREATS, Adversary, AdversaryForm
 
 CLEAN = "clean"
 NORMS = (*THREATS, CLEAN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from vismt.base.errors import UserError
 from vismt.config.sections import UNHASHED, Count, Dtype, ModelSection
@@ -13,9 +13,11 @@ from vismt.engine.study import StudyConfig
 from vismt.jobs.task_sections import Split, check_risk_split, risk_of_report
 from vismt.llm.ilora.recommenders import ITEM_BASELINES
 from vismt.llm.tasks import make_task
-from vismt.llm.tasks.base import LmTask
-from vismt.llm.tasks.recommendation import Recommendation
 from vismt.uncertainty.last_layers import check_head
+
+if TYPE_CHECKING:  # tasks are loaded when one is made
+    from vismt.llm.tasks.base import LmTask
+    from vismt.llm.tasks.recommendation import Recommendation
 
 FROZEN = "frozen"  # name of the model before training
 RECOMMENDER = "sasrec"  # name of the recommender
@@ -256,6 +258,8 @@ def task_of(config: LmTaskConfig) -> LmTask:
 
 def recommendation_of(config: LmTaskConfig) -> Recommendation:
     """Return the recommendation that a section describes; raise UserError for a section of another kind."""
+    from vismt.llm.tasks.recommendation import Recommendation
+
     task = task_of(config)
     if not isinstance(task, Recommendation):
         raise UserError(f"tasks: {config.name}: is of kind '{config.kind}', needed '{KIND}'.")

@@ -17,8 +17,6 @@ in place of prototypes (protonet.py) the loss is TRADES on class labels. Pool an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,67 +25,16 @@ from torch.func import functional_call
 
 from vismt.base.errors import Diverged, UserError
 from vismt.base.seeds import mix_seed
-from vismt.config.typed import Checked, Names, within
 from vismt.lowrank.model.merge import merged_copy
-from vismt.metatune.amt.input_attack import NORMS, PLAIN, PYRAMID, STARTS, Levels, pyramid_attack
+from vismt.metatune.amt.input_attack import PLAIN, pyramid_attack
 from vismt.metatune.amt.weight_attack import weight_perturbation
 from vismt.metatune.protonet import ProtoNet, cosine_logits
+from vismt.metatune.settings import CORRUPTION, GAUSSIAN, Adversary
 
-CORRUPTION, GAUSSIAN = "corruption", "gaussian"
-THREATS = (*NORMS, CORRUPTION, GAUSSIAN)
 # images (m, 3, h, w) in [0, 1], severity 1 to 5, seed -> the images under a corruption that the seed draws
 Corrupt = Callable[[Tensor, int, int], Tensor]
 PATIENCE = 10  # episodes in a row with a flat prediction that count as collapsed
 FLAT = 0.01  # the surest prediction of an episode exceeds 1/k by no more
-
-
-@dataclass(frozen=True)
-class AdversaryForm(Checked):
-    """The settings of both attacks without a budget.
-
-    Args:
-        steps: steps of the input attack (`pyramid_attack`).
-        step_ratio: its step as a multiple of the budget.
-        pyramid: its levels, each [cells a side (null for single pixels), multiplier of its change].
-        init: its start.
-        weight: lambda of the loss.
-        kl: order of the divergence in the loss (header).
-        weight_attack: form of the weight attack nu (header).
-        gamma: size of nu.
-        support: whether prototypes are of perturbed or clean support images.
-        warmup: episodes over which budget and gamma grow linearly to their full size.
-    """
-
-    KEY: ClassVar = "pool"
-    steps: Annotated[int, within(1)] = 2
-    step_ratio: Annotated[float, within(above=0)] = 0.5
-    pyramid: Levels = PYRAMID
-    init: Annotated[str, Names(STARTS, only=True)] = "uniform"
-    weight: Annotated[float, within(0)] = 6.0
-    kl: Annotated[str, Names(("clean_adv", "adv_clean"), only=True)] = "clean_adv"
-    weight_attack: Annotated[str, Names(("joint", "paper", "none"), only=True)] = "joint"
-    gamma: Annotated[float, within(0)] = 1e-4
-    support: Annotated[str, Names(("perturbed", "clean"), only=True)] = "perturbed"
-    warmup: Annotated[int, within(0)] = 0
-
-
-@dataclass(frozen=True)
-class Adversary(AdversaryForm):
-    """The attacks on one expert.
-
-    epsilons: budgets in pixel units of [0, 1] (for a corruption severities, for noise standard deviations), of which each
-    episode draws one; (0.0,) leaves the input attack out. norm: one of THREATS; l2 attacks single pixels whatever `pyramid`
-    is. seed: of the draws and the attack's random start.
-    """
-
-    epsilons: tuple[float, ...] = (8 / 255,)
-    seed: int = 0
-    norm: Annotated[str, Names(THREATS, only=True)] = "linf"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.epsilons:
-            raise UserError("pool.levels: an expert has no budget; give one or more, 0 for no input attack.")
 
 
 class AdversarialObjective(nn.Module):

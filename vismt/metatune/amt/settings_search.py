@@ -20,7 +20,8 @@ from vismt.base import console
 from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import ExpertPool
 from vismt.metatune.amt.selection_rules import RULES, MergeSettings
-from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings
+from vismt.metatune.finetuning.finetune import FineTuned
+from vismt.metatune.settings import FineTuneSettings
 from vismt.uncertainty.intervals import mean_interval
 
 # support (s, 3, h, w), its labels (s,), query (m, 3, h, w), its labels (m,)

@@ -35,7 +35,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +42,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vismt.base.errors import UserError
-from vismt.base.norm_balls import PIXELS, clip, steepest
+from vismt.base.norm_balls import clip, steepest
 from vismt.base.seeds import mix_seed
-from vismt.config.typed import Checked, Names, within
 from vismt.data.transforms import augment
 from vismt.lowrank.contexts import evaluating
 from vismt.lowrank.layers.forms import LowRankLinear
@@ -54,9 +52,8 @@ from vismt.metatune.finetuning.diffaugment import diff_augment
 from vismt.metatune.functional import WithWeights, check_weights
 from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
+from vismt.metatune.settings import AUTO, FineTuneSettings
 
-PARAMETERS = ("all", "attention_scale")
-AUTO = "auto"
 RATES = (0.0, 1e-4, 1e-3, 1e-2)  # of which auto chooses
 VIEWS = 4  # random crops of a single image, on which a rate is judged
 # images -> features
@@ -65,37 +62,6 @@ Features = Callable[[Tensor], Tensor]
 
 class LossNotFinite(UserError):
     """A fine-tuning whose loss became infinite or not a number."""
-
-
-@dataclass(frozen=True)
-class FineTuneSettings(Checked):
-    """Settings of the fine-tuning on a task.
-
-    Args:
-        lr: Adam's; 0 skips the tuning, auto chooses one for each task.
-        steps: number of steps.
-        parameters: all of the backbone, frozen or not, or attention_scale.
-        probability: of the augmentation of a step.
-        adversarial: whether the augmented support is attacked.
-        epsilon: budget of that attack in pixel units of [0, 1].
-        attack_steps: steps of that attack.
-        seed: of the augmentation, the same for every task.
-    """
-
-    KEY: ClassVar = "finetune"
-    lr: Annotated[float, within(0, 1)] | Literal["auto"] = 1e-3
-    steps: Annotated[int, within(0)] = 40
-    parameters: Annotated[str, Names(PARAMETERS, only=True)] = "all"
-    probability: Annotated[float, within(0, 1)] = 0.9
-    adversarial: bool = False
-    epsilon: Annotated[float, within(0, 1, unit=PIXELS)] = 4.5 / 255
-    attack_steps: Annotated[int, within(1)] = 3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.lr, str) and self.lr != AUTO:
-            raise UserError(f"finetune.lr: '{self.lr}'; it must be a number from 0 to 1, or {AUTO}.")
 
 
 def finetune(
