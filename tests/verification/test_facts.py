@@ -149,7 +149,7 @@ def test_malformed_settings_are_a_reason(name: str, clean: Folders, tmp_path: Pa
 
 def test_an_index_that_points_outside_is_a_reason(clean: Folders, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(b"")
     assert "weight_map" in read_facts(tmp_path).stored.reasons[0]
 
 

@@ -29,9 +29,11 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.verification.facts import CONFIG, PREFIX, TENSORS, read_facts
-from vismt.verification.located import locate
+from vismt.verification.facts import CONFIG, PREFIX, TENSORS, Facts, read_facts
+from vismt.verification.library import translated
+from vismt.verification.located import Located, locate
 from vismt.verification.readers import Reading, readings
+from vismt.verification.rules import Case
 
 Change = Callable[[Path], object]
 TARGETS = {
@@ -102,6 +104,10 @@ def turned(held: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def narrow(held: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value[:, :16] if "lora_A" in name else value for name, value in held.items()}
+
+
+def empty(held: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value[:0] if "lora_A" in name else value[:, :0] for name, value in held.items()}
 
 
 def unchanged(folder: Path) -> None:
@@ -187,6 +193,24 @@ CONDITIONS = {
     "CorDA": Condition(setting(init_lora_weights="corda"), "differs", "differs"),
     "LoftQ": Condition(setting(init_lora_weights="loftq", loftq_config={}), "differs", "differs"),
     "EVA": Condition(setting(init_lora_weights="eva", eva_config=None)),
+    # values that do not fit
+    "bias: x": Condition(setting(bias="x"), *NO),
+    "init_lora_weights: x": Condition(setting(init_lora_weights="x")),
+    "task_type: x": Condition(setting(task_type="x")),
+    "rank_pattern: null": Condition(setting(rank_pattern=None)),
+    "alpha_pattern: null": Condition(setting(alpha_pattern=None)),
+    "four dimensions": Condition(
+        tensors(lambda held: {n: v[..., None, None] for n, v in held.items()}), "differs", "refused"
+    ),
+    "rank 0": Condition(tensors(empty), "differs", "differs"),
+    "whole numbers": Condition(tensors(lambda held: {n: (10 * v).to(torch.int8) for n, v in held.items()})),
+    "biases not in the file": Condition(without("bias"), "refused", options={"bias": "lora_only"}, kind="qwen2"),
+    "wrapped": Condition(renamed(PREFIX, f"{PREFIX}_orig_mod."), *NO),
+    "fsdp": Condition(renamed("layers.1.", "layers.1._fsdp_wrapped_module."), *NO),
+    "token rows": Condition(unchanged, *NO, {"trainable_token_indices": [*range(40)]}),
+    "token rows not in the file": Condition(
+        without("token_adapter"), options={"trainable_token_indices": [*range(40)]}
+    ),
 }
 
 
@@ -216,9 +240,13 @@ def written(name: str, root: Path) -> tuple[nn.Module, Path]:
     return model, folder
 
 
+def located(facts: Facts, kind: str, root: Path) -> Located:
+    return locate(facts, translated(read_facts(base_folder(kind, root)), facts))
+
+
 def reading(reader: str, folder: Path, kind: str, root: Path) -> Reading:
     facts = read_facts(folder)
-    (found,) = readings(facts, locate(facts, read_facts(base_folder(kind, root))), [reader])
+    (found,) = readings(Case(facts, located(facts, kind, root)), [reader])
     return found
 
 
@@ -301,7 +329,7 @@ def test_scales_of_servers(root: Path) -> None:
 def test_answer_in_one_line(root: Path) -> None:
     _, folder = written("half of the layers", root)
     facts = read_facts(folder)
-    lines = [one.line for one in readings(facts, locate(facts, read_facts(base_folder("llama", root))))]
+    lines = [one.line for one in readings(Case(facts, located(facts, "llama", root)))]
     assert lines == [f"{name}: 3 of 6, served model differs" for name in ("peft", "transformers", "vLLM", "llama.cpp")]
     _, folder = written("no prefix", root)
     assert reading("peft", folder, "llama", root).line == "peft: 0 of 6, serves the base"
@@ -324,7 +352,7 @@ def test_table_by_group(root: Path) -> None:
 def test_unknown_reader(root: Path) -> None:
     _, folder = written("plain", root)
     with pytest.raises(UserError, match=r"no reader 'vlm'.*vllm"):
-        readings(read_facts(folder), None, ["vlm"])
+        readings(Case(read_facts(folder)), ["vlm"])
 
 
 def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,7 +371,7 @@ def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_without_a_base_nothing_is_compared_with_it(root: Path) -> None:
     _, folder = written("shifted layers", root)
-    assert {one.state for one in readings(read_facts(folder))} == {"applied"}
+    assert {one.state for one in readings(Case(read_facts(folder)))} == {"applied"}
 
 
 @pytest.mark.parametrize("reader", ["peft", "transformers"])
@@ -381,7 +409,7 @@ def test_fused_experts(reader: str, rslora: bool, tmp_path: Path) -> None:
             model.load_adapter(str(tmp_path))
     ids = torch.arange(3, 10)[None]
     same = torch.allclose(model(ids).logits, meant(ids).logits, rtol=1e-4, atol=1e-5)
-    (found,) = readings(read_facts(tmp_path), None, [reader])
+    (found,) = readings(Case(read_facts(tmp_path)), [reader])
     assert found.state == ("applied" if same else "differs") == ("differs" if rslora else "applied")
 
 
@@ -428,25 +456,25 @@ def test_checkpoints(name: str, reader: str, tmp_path: Path) -> None:
         state = "applied" if torch.allclose(outputs(model), outputs(meant), atol=1e-5) else "differs"
     except RuntimeError:
         state = "refused"
-    (found,) = readings(read_facts(folder), None, [reader])
+    (found,) = readings(Case(read_facts(folder)), [reader])
     assert found.state == state
 
 
 def test_kinds_of_folders(root: Path, tmp_path: Path) -> None:
     """A timm checkpoint is for timm, another for the others; peft reads neither, timm no adapter."""
     states = {
-        one.reader: one.state for one in readings(read_facts(base_folder("vit", root)), None, ["peft", "vllm", "timm"])
+        one.reader: one.state for one in readings(Case(read_facts(base_folder("vit", root))), ["peft", "vllm", "timm"])
     }
     assert states == {"peft": "refused", "vllm": "refused", "timm": "applied"}
     states = {
         one.reader: one.state
-        for one in readings(read_facts(base_folder("llama", root)), None, ["peft", "vllm", "timm"])
+        for one in readings(Case(read_facts(base_folder("llama", root))), ["peft", "vllm", "timm"])
     }
     assert states == {"peft": "refused", "vllm": "applied", "timm": "refused"}
     _, folder = written("timm", root)
-    assert [one.line for one in readings(read_facts(folder))] == ["peft: applied, 4 of 4", "timm: refused"]
+    assert [one.line for one in readings(Case(read_facts(folder)))] == ["peft: applied, 4 of 4", "timm: refused"]
     (tmp_path / "notes.txt").write_text("no weights")
-    assert {one.state for one in readings(read_facts(tmp_path))} == {"refused"}
+    assert {one.state for one in readings(Case(read_facts(tmp_path)))} == {"refused"}
 
 
 @pytest.mark.parametrize(
@@ -456,7 +484,7 @@ def test_kinds_of_folders(root: Path, tmp_path: Path) -> None:
 def test_what_to_do_with_an_adapter_of_vismt_is_not_refused(name: str, of_peft: str, of_timm: str) -> None:
     """LISA has no low-rank update to export, MTLoRA's tasks have one each and no merged weight."""
     folder = Path(__file__).resolve().parents[1] / "golden" / "adapters" / name
-    fixes = {one.reader: one.remarks[0].fix for one in readings(read_facts(folder), None, ["peft", "timm"])}
+    fixes = {one.reader: one.remarks[0].fix for one in readings(Case(read_facts(folder)), ["peft", "timm"])}
     assert fixes["peft"].startswith(of_peft) and fixes["timm"].startswith(of_timm)
 
 
@@ -469,5 +497,5 @@ def test_adapter_beside_a_merged_model(tmp_path: Path, root: Path) -> None:
     merged.save_pretrained(tmp_path / "both")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both").eval()
     assert not torch.allclose(outputs(model), outputs(meant), atol=1e-2)
-    (found,) = readings(read_facts(tmp_path / "both"), None, ["transformers"])
+    (found,) = readings(Case(read_facts(tmp_path / "both")), ["transformers"])
     assert "twice" in found.remarks[0].text and SHAPE["num_hidden_layers"] == 2

@@ -16,15 +16,20 @@ from vismt.verification.facts import Facts
 from vismt.verification.fit import Update
 from vismt.verification.inside import update_of
 from vismt.verification.located import Located, equal, find_parameter
-from vismt.verification.verdict import Finding, ModuleRow
+from vismt.verification.verdict import Finding, ModuleRow, names_of
 
 LARGEST_VOCABULARY = 2**26  # bytes of a tokenizer.json that is read
+LARGEST = 3.0  # of |D| / |W|
 GIVE_BASE = "give the base it was trained on"
 
 
 def against_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> Iterable[Finding]:
     """Yield what values and vocabularies show of another base, and fill the ratio of each row in."""
     yield from _same_base(facts, base, rows)
+    large = [path for path, row in rows.items() if (row.ratio or 0.0) > LARGEST]
+    if large:
+        text = f"{names_of(large)}: the update is more than {LARGEST:g} times as large as the weight"
+        yield Finding("suspicious", "size", text, "look at lora_alpha and at the values of the factors", tuple(large))
     yield from _saved(facts, base.facts)
     yield from tokenizers(facts, base.facts, "the adapter")
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vismt.base import console
+from vismt.lowrank.files.peft_layouts import names_stack
 from vismt.lowrank.files.peft_settings import texts
 from vismt.verification.against_base import tokenizers
-from vismt.verification.facts import Facts
+from vismt.verification.facts import TABLES, Facts
 from vismt.verification.fit import Fit, Update, fit
 from vismt.verification.inside import update_of
 from vismt.verification.located import Located, equal, find_parameter, same_parameter, shape_of
@@ -42,9 +43,14 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
             text = f"'{path}': the merged weight has NaN or infinite values"
             yield Finding("broken", "merged-not-finite", text, "merge in bf16 or fp32", (path,))
     absent = [path for path in base.names if path not in merged.names]
-    if absent:
+    if absent and merged.knows(facts):
         text = f"the checkpoint has no weight of {names_of(absent)}"
         yield Finding("broken", "not-in-merged", text, "merge into the same base", tuple(absent))
+    still |= {path: False for path in facts.modules if path not in base.names or path in absent}
+    lost = _lost(base, merged)
+    if lost:
+        text = f"the checkpoint lacks weights of the base: {names_of(lost)}"
+        yield Finding("broken", "lacking", text, "save the whole model", tuple(lost[:20]))
     apart, another = _unadapted(facts, base, merged)
     if another:
         text = f"{names_of(apart)}: weights that the adapter does not touch differ from the base: it was merged into another one"
@@ -62,7 +68,7 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
         yield Finding("suspicious", "not-compared", text, fix, tuple(still))
     yield from _updates(facts, base, merged, fits, another)
     yield from _rounding(fits)
-    yield from _heads(facts, merged)
+    yield from _heads(facts, base, merged)
     yield from tokenizers(merged.facts, base.facts, "the checkpoint")
 
 
@@ -143,23 +149,53 @@ def _rounding(fits: Mapping[str, Fit]) -> Iterable[Finding]:
         yield Finding("note", "resolution", text)
 
 
-def _unadapted(facts: Facts, base: Located, merged: Located) -> tuple[list[str], bool]:
-    """Return the names of weights outside the adapter that differ from the base, and whether most matrices are among them."""
-    adapted = set(base.names.values())
+def _lost(base: Located, merged: Located) -> list[str]:
+    """Return the weights of the base that a merged checkpoint lacks, where no library says what it needs."""
+    if merged.library is not None:
+        return []
+    shared = locate_all(base.facts, merged.facts)
+    tables = any(name.endswith(TABLES) for name in merged.facts.tensors)  # a head may be tied to them
+    return [
+        name
+        for name in base.facts.tensors.keys() - shared.keys()
+        if not name.endswith("num_batches_tracked") and not (tables and name.endswith(TABLES))
+    ]
+
+
+def _trained(facts: Facts, base: Located) -> Callable[[str], bool]:
+    """Return whether an adapter may change a weight of its base, by the name of the weight."""
+    adapted = {*base.names.values()}
+    adapted |= {name for name, parts in base.checkpoint.parts.items() if adapted & {*parts}}
     named = {tensor.path for tensor in facts.with_role("saved", "shared")}
     named |= {f"{tensor.path}.bias" for tensor in facts.with_role("bias")}
-    promised = texts(facts.settings.modules_to_save) if facts.settings is not None else []
-    biases = facts.settings is not None and facts.settings.bias != "none"
-    tied = any(name.endswith(("lm_head.weight", "wte.weight", "embed_tokens.weight")) for name in adapted | named)
+    named |= {f"{tensor.path}.weight" for tensor in facts.with_role("tokens")}
+    settings = facts.settings
+    promised = texts(settings.modules_to_save) if settings is not None else []
+    stacks = (settings.target_parameters if settings is not None else None) or []
+    tied = any(name.endswith(TABLES) for name in adapted | named)
+
+    def trained(name: str) -> bool:
+        path = name.removesuffix(".weight")
+        return (
+            name in adapted
+            or any(same_parameter(path, name) for path in named)
+            or any(f".{module}." in f".{name}" for module in promised)
+            or (settings is not None and (settings.names(path) or (settings.bias != "none" and name.endswith("bias"))))
+            or (tied and name.endswith(TABLES))
+            or (base.library is None and any(names_stack([f"{stack}.x"], path) for stack in stacks))
+        )
+
+    return trained
+
+
+def _unadapted(facts: Facts, base: Located, merged: Located) -> tuple[list[str], bool]:
+    """Return the names of weights outside the adapter that differ from the base, and whether most matrices are among them."""
+    trained = _trained(facts, base)
     shared = locate_all(base.facts, merged.facts)
+    made = {part for parts in base.checkpoint.parts.values() for part in parts}
     apart, compared, matrices = [], 0, 0
     for name, theirs in shared.items():
-        trained = any(same_parameter(path, name) for path in named)
-        trained |= any(f".{module}." in f".{name}" for module in promised)
-        trained |= facts.settings is not None and facts.settings.names(name.removesuffix(".weight"))
-        if name in adapted or trained or (biases and name.endswith("bias")):
-            continue
-        if tied and name.endswith(("lm_head.weight", "wte.weight", "embed_tokens.weight")):
+        if name in made or trained(name):
             continue
         plain = len(base.facts.tensors[name].shape) < 2  # norms and biases start equal in every model
         compared += not plain
@@ -188,14 +224,32 @@ def _same_values(base: Facts, name: str, merged: Facts, other: str) -> bool:
     return W.shape == M.shape and equal(W, M)
 
 
-def _heads(facts: Facts, merged: Located) -> Iterable[Finding]:
-    """Yield whole parameters of the adapter that the checkpoint does not hold."""
-    for tensor in facts.with_role("saved"):
+def _heads(facts: Facts, base: Located, merged: Located) -> Iterable[Finding]:
+    """Yield whole parameters of the adapter, and rows of embeddings, that the checkpoint does not hold."""
+    for tensor in facts.with_role("saved", "tokens"):
         if tensor.name.endswith(".base_layer.weight"):  # peft's copy of an embedding
             continue
-        name, value = find_parameter(tensor.path, merged.facts), facts.stored.read(tensor.name)
-        M = merged.facts.stored.read(name) if name is not None else None
+        rows = tensor.role == "tokens"
+        name = find_parameter(f"{tensor.path}.weight" if rows else tensor.path, merged.facts)
+        value, M = facts.stored.read(tensor.name), merged.facts.stored.read(name) if name is not None else None
+        if rows and M is not None and name is not None:
+            chosen = _tokens(facts, tensor.path, len(M))
+            rest = [row for row in range(len(M)) if row not in set(chosen)]
+            W = base.facts.stored.read(name) if name in base.facts.tensors else None
+            if W is not None and W.shape == M.shape and not equal(W[rest], M[rest]):
+                text = f"'{name}': rows that were not trained differ from the base"
+                yield Finding("suspicious", "foreign-change", text, "merge again", (name,))
+            M = M[chosen]
         if value is not None and (M is None or M.shape != value.shape or not equal(value, M)):
             what = "is not in the checkpoint" if M is None else "has other values in the checkpoint"
             text = f"'{tensor.path}', which was trained whole, {what}"
             yield Finding("broken", "head-not-merged", text, "merge again", (tensor.path,))
+
+
+def _tokens(facts: Facts, path: str, count: int) -> list[int]:
+    """Return the rows of an embedding of `count` rows that were trained."""
+    chosen = facts.config.get("trainable_token_indices")
+    if isinstance(chosen, dict):
+        chosen = next((rows for name, rows in chosen.items() if f".{path}".endswith(f".{name}")), [])
+    rows = chosen if isinstance(chosen, list) else []
+    return [row for row in rows if isinstance(row, int) and 0 <= row < count]

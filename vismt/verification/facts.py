@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vismt.base.errors import UserError
-from vismt.lowrank.files.description import DESCRIPTION, read_description
+from vismt.lowrank.files.description import DESCRIPTION, layer_shapes, read_description
 from vismt.lowrank.files.peft_adapter import PREFIX, TENSORS, part_of
 from vismt.lowrank.files.peft_layouts import added, names_stack, stock_path
 from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, texts, typed_settings
 from vismt.lowrank.layers.base import LayerSpec
 from vismt.storage.files import file_digest
 from vismt.verification.stored import LEGACY, Stored, StoredTensors, read_bounded_json, read_stored
+from vismt.verification.verdict import names_of
 
 Kind = Literal["vismt", "peft", "checkpoint", "none"]
 MODEL_CONFIG = "config.json"
@@ -27,7 +28,7 @@ LEGACY_TENSORS = "adapter_model.bin"
 TOKENIZER = {"added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model"}
 TOKENIZER |= {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"}
 TABLES = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "embed_out.weight")  # which peft saves along
-WHOLE = ("saved", "stock", "shared")  # roles of tensors that do not belong to one adapted module
+WHOLE = ("saved", "stock", "shared", "tokens")  # roles of tensors that do not belong to one adapted module
 
 
 @dataclass
@@ -36,6 +37,7 @@ class ModuleFacts:
 
     path: of the module in the model. key: as the file spells it, without the prefix. named: as the settings name it. tensors: by
     role. rank: of the tensors. declared, scale: rank and factor of the update by the settings; None where there are none.
+    experts: number of the experts in one tensor that have a pair of factors each.
     """
 
     path: str
@@ -45,6 +47,7 @@ class ModuleFacts:
     rank: int | None = None
     declared: int | None = None
     scale: float | None = None
+    experts: int = 1
 
     @property
     def unpaired(self) -> bool:
@@ -104,7 +107,6 @@ class Facts:
             for tensor in self.with_role("saved")
             if not any(name in tensor.path for name in promised)
             and not (tensor.path.endswith("bias") and self.settings.bias != "none")
-            and "trainable_tokens" not in tensor.name
         ]
 
 
@@ -166,6 +168,8 @@ def _read_peft(facts: Facts) -> None:
     for key, stored in facts.tensors.items():
         part = key.removeprefix(PREFIX)
         place, role, adapter = _tuner_part(part, own) if own else part_of(part)
+        if ".token_adapter." in part:  # rows of an embedding, at the path of its module
+            place, role = part.partition(".token_adapter.")[0], "tokens"
         facts.tensors[key] = replace(stored, path=place, role=role, adapter=adapter)
     parts: dict[str, dict[str, Stored]] = {}
     for tensor in facts.tensors.values():
@@ -191,16 +195,20 @@ def _read_settings(facts: Facts) -> None:
 def _scale_of_peft(settings: PeftSettings | None, module: ModuleFacts) -> None:
     factor = module.tensors.get("A") or module.tensors.get("embedding_A")
     stack = settings and names_stack(settings.target_parameters or [], module.key) and not settings.names(module.named)
-    if factor is not None and factor.shape and not stack:
-        module.rank = factor.shape[0]  # of experts in one parameter, whose number the file does not hold, it is e r
     if settings is not None:
         module.declared, scale = settings.scale(module.named)
         module.scale = scale * (1 if module.named == module.path else added(module.path, settings.peft_version))
+    if factor is not None and factor.shape:
+        module.rank = factor.shape[0]
+        if stack and module.declared and not module.rank % module.declared:  # of experts in one parameter it is e r
+            module.experts, module.rank = max(1, module.rank // module.declared), module.declared
 
 
 def _read_vismt(facts: Facts) -> None:
     facts.kind, facts.config = "vismt", _json(facts, DESCRIPTION)
     facts.tuner = _text(facts.config.get("method")) or ""
+    if facts.reasons:
+        return
     try:
         description, specs = read_description(facts.folder, "the adapter")
     except UserError as error:
@@ -213,6 +221,14 @@ def _read_vismt(facts: Facts) -> None:
     if not facts.stored.reasons and file_digest(file) != description.tensors_sha256:
         facts.reasons.append(f"'{file.name}' is not the file that {DESCRIPTION} describes; save the adapter again")
     trained = set(description.also_train)
+    needed = layer_shapes([spec for spec in specs if spec.has_weight], facts.tensors)
+    lacking = sorted((needed.keys() | trained - set(description.unchanged)) - facts.tensors.keys())
+    if lacking and not facts.stored.reasons:
+        facts.reasons.append(f"'{file.name}' lacks {names_of(lacking)}")
+    held = {name: stored.shape for name, stored in facts.tensors.items()}
+    facts.reasons += [
+        f"'{name}' is {held[name]}, needed {shape}" for name, shape in needed.items() if held.get(name, shape) != shape
+    ][:3]
     for name, stored in facts.tensors.items():
         path, _, leaf = name.rpartition(".")
         role = "saved" if name in trained else leaf.removeprefix("lora_") if path in facts.specs else "other"

@@ -12,9 +12,9 @@ An update is a pair of factors, D = s B A, or that of DoRA (arXiv 2402.09353), m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,19 +30,30 @@ Kind = Literal["right", "factor", "other", "unresolved", "none"]
 
 @dataclass(frozen=True)
 class Update:
-    """The update of one weight as a matrix. magnitude: m (o,) of DoRA."""
+    """The update of one weight as a matrix. magnitude: m (o,) of DoRA. others: of further experts, whose rows follow."""
 
     low_rank: LowRank
     magnitude: Tensor | None = None
+    others: tuple[LowRank, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[LowRank, ...]:
+        return self.low_rank, *self.others
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.low_rank.shape
+        return sum(block.shape[0] for block in self.blocks), self.low_rank.shape[1]
 
     def delta(self, rows: slice) -> Tensor:
         """Return rows of s B A in fp32, or fp64 for fp64 factors."""
         dtype = torch.promote_types(self.low_rank.B.dtype, torch.float32)
-        return self.low_rank.scale * (self.low_rank.B[rows].to(dtype) @ self.low_rank.A.to(dtype))
+        parts, end = [], 0
+        for block in self.blocks:
+            start, end = end, end + block.shape[0]
+            if start < rows.stop and rows.start < end:
+                B = block.B[max(rows.start - start, 0) : rows.stop - start]
+                parts.append(block.scale * (B.to(dtype) @ block.A.to(dtype)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def step(self, W: Tensor, rows: slice, factor: float) -> Tensor:
         """Return what a merge with `factor` times the pair of factors adds to rows W (n, i)."""
@@ -53,15 +64,30 @@ class Update:
         lengths = total.norm(dim=1, keepdim=True).clamp_min(1e-30)
         return total * (self.magnitude[rows, None].to(W.dtype) / lengths) - W
 
+    def half(self, W: Tensor, rows: slice, factor: float, dtype: torch.dtype) -> Tensor:
+        """Return rows of a merge of DoRA in a model of 16 bits, whose magnitudes and lengths are rounded, too."""
+        block = self.low_rank
+        product = block.B[rows].to(dtype).float() @ block.A.to(dtype).float()
+        total = W.to(dtype) + (factor * block.scale * product).to(dtype)
+        magnitude: Any = self.magnitude
+        lengths = total.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        return (magnitude[rows, None].to(dtype) / lengths) * total
+
     def norm(self) -> float:
         """Return |s B A|_F from the factors, in fp64."""
-        B, A = self.low_rank.B.double(), self.low_rank.A.double()
-        return abs(self.low_rank.scale) * float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+        squares = 0.0
+        for block in self.blocks:
+            B, A = block.B.double(), block.A.double()
+            squares += block.scale**2 * float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0))
+        return squares**0.5
 
     def product(self, E: Tensor) -> float:
         """Return <E, s B A> without forming the matrix."""
-        B, A = self.low_rank.B.to(E.dtype), self.low_rank.A.to(E.dtype)
-        return self.low_rank.scale * float((B * (E @ A.T)).sum(dtype=torch.float64))
+        rows = E.split([block.shape[0] for block in self.blocks])
+        return sum(
+            block.scale * float((block.B.to(E.dtype) * (part @ block.A.to(E.dtype).T)).sum(dtype=torch.float64))
+            for block, part in zip(self.blocks, rows, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +120,7 @@ class Fit:
 
 
 Rounded = Callable[[Tensor, Tensor, torch.dtype], Tensor]
-# What merges do: add and round once, round D first, round W first.
+# What merges do: add and round once, round D first, round W first; DoRA has `Update.half`, too.
 ROUNDED: tuple[Rounded, ...] = (
     lambda W, D, t: (W + D).to(t),
     lambda W, D, t: (W + D.to(t).to(W.dtype)).to(t),
@@ -111,9 +137,9 @@ class _Sums:
     dd: float = 0.0
     ee: float = 0.0
     mm: float = 0.0
-    lost: float = 0.0
     moved: int = 0
 
+    lost: list[float] = field(default_factory=list)
     pd: list[float] = field(default_factory=list)
     pp: list[float] = field(default_factory=list)
     distance: list[float] = field(default_factory=list)
@@ -121,11 +147,11 @@ class _Sums:
 
 def fit(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool = False) -> Fit:
     """Return how the matrices W and M (o, i) stand to an update. rank, rslora: its settings, for rules of wrong factors."""
-    sums = _sums(W, M, update, Merge(), _chunks(W), ROUNDED[:1], wide=False)
+    sums = _sums(W, M, update, Merge(), _chunks(W), 1, wide=False)
     if sums.dd == 0:
         return Fit("none")
     if sums.distance[0]:
-        sums = _sums(W, M, update, Merge(), _chunks(W), _ways(M.dtype))
+        sums = _sums(W, M, update, Merge(), _chunks(W), _ways(M.dtype, update))
     best = min(range(len(sums.distance)), key=lambda way: sums.distance[way])
     scale, expected = sums.ed / sums.dd, sums.pd[best] / sums.dd
     error = 0.425 * 2.0 ** -BITS[M.dtype] * (sums.mm / sums.dd / sums.n) ** 0.5
@@ -139,7 +165,7 @@ def fit(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool = False) -
         "residual": residual / max(sums.mm, 1e-300) ** 0.5,
         "cosine": cosine,
         "norm": sums.dd**0.5,
-        "lost": sums.lost**0.5,
+        "lost": sums.lost[best] ** 0.5,
     }
     if sums.moved < FEWEST and sums.distance[best] <= sums.pp[best] + sums.dd:
         return Fit("unresolved", **found)
@@ -162,11 +188,14 @@ def _chunks(W: Tensor) -> list[slice]:
 
 
 def _sums(
-    W: Tensor, M: Tensor, update: Update, merge: Merge, chunks: list[slice], ways: Sequence[Rounded], wide: bool = True
+    W: Tensor, M: Tensor, update: Update, merge: Merge, chunks: list[slice], ways: int, wide: bool = True
 ) -> _Sums:
-    """Return the sums over rows for a merge. wide: multiply in fp64, which the residual of an fp32 merge needs."""
+    """Return the sums over rows for a merge.
+
+    ways: number of ways to round. wide: multiply in fp64, which the residual of an fp32 merge needs.
+    """
     sums = _Sums()
-    sums.pd, sums.pp, sums.distance = ([0.0] * len(ways) for _ in range(3))
+    sums.pd, sums.pp, sums.distance, sums.lost = ([0.0] * ways for _ in range(4))
     dtype = torch.float64 if torch.float64 in (W.dtype, M.dtype) else torch.float32
 
     def dot(one: Tensor, two: Tensor) -> float:
@@ -185,17 +214,22 @@ def _sums(
         sums.dd += dot(D, D)
         sums.ee += dot(E, E)
         sums.mm += dot(m, m)
-        for way, rounded in enumerate(ways):
-            P = rounded(w, first * bool(merge.times), M.dtype)
-            for _ in range(merge.times - 1):
-                P = rounded(P.to(dtype), update.step(P.to(dtype), rows, merge.factor), M.dtype)
+        for way in range(ways):
+            P = w.to(M.dtype) if not merge.times else w
+            for _ in range(merge.times):
+                wide_P = P.to(dtype)
+                if way < len(ROUNDED):
+                    step = update.step(wide_P, rows, merge.factor) if P is not w else first
+                    P = ROUNDED[way](wide_P, step, M.dtype)
+                else:
+                    P = update.half(wide_P, rows, merge.factor, M.dtype)
             step = P.to(dtype) - w
             away, lost = E - step, step - D
             sums.distance[way] += dot(away, away)
             sums.pd[way] += dot(step, D)
             sums.pp[way] += dot(step, step)
+            sums.lost[way] += dot(lost, lost)
             if not way:
-                sums.lost += dot(lost, lost)
                 sums.moved += int((w.to(M.dtype) != P).sum())
     return sums
 
@@ -223,7 +257,7 @@ def _named(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool) -> tup
     chosen = chunks[:: max(1, len(chunks) * CHUNK // SAMPLE)]
 
     def at(merge: Merge) -> _Sums:
-        return _sums(W, M, update, merge, chosen, _ways(M.dtype))
+        return _sums(W, M, update, merge, chosen, _ways(M.dtype, update))
 
     present = at(Merge())
     trials = {name: (merge, at(merge)) for name, merge in rules(update, rank, rslora).items()}
@@ -240,5 +274,5 @@ def _named(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool) -> tup
     return k, " or ".join(alike)
 
 
-def _ways(dtype: torch.dtype) -> tuple[Rounded, ...]:
-    return ROUNDED if dtype.itemsize == 2 else ROUNDED[:1]
+def _ways(dtype: torch.dtype, update: Update) -> int:
+    return 1 if dtype.itemsize > 2 else len(ROUNDED) + (update.magnitude is not None)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vismt.base.errors import UserError
-from vismt.verification.facts import Facts, ModuleFacts, read_facts
+from vismt.lowrank.files.peft_layouts import stack_keys
+from vismt.lowrank.files.peft_settings import selects
+from vismt.lowrank.layers.parameter_modules import module_at
+from vismt.verification.facts import Facts, ModuleFacts
 from vismt.verification.fit import BITS
+from vismt.verification.library import Library, Translated
 
 INNER = "language_model."  # the part that text-only and multimodal classes name differently
+EARLIER = "under the names of an earlier transformers"  # a change of names
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types whose linears are transposed
 
 
@@ -22,18 +25,36 @@ CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model typ
 class Located:
     """The weights of adapted modules in a checkpoint.
 
-    names: of their tensors, by path. change: what the paths had to be changed by. transposed: whether square ones are (i, o).
+    checkpoint: under the names of its library. names: of their tensors, by path. change: what the paths had to be changed by.
+    transposed: whether square ones are (i, o). stacks: whether the matrices of a stack of experts are, by path.
     """
 
-    facts: Facts
+    checkpoint: Translated
     names: dict[str, str] = field(default_factory=dict)
     change: str = ""
     transposed: bool = False
+    stacks: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> Facts:
+        return self.checkpoint.facts
+
+    @property
+    def library(self) -> Library | None:
+        return self.checkpoint.library
+
+    def knows(self, facts: Facts) -> bool:
+        """Return whether the names of the modules are understood, so that a module that is not found is not there."""
+        return self.library is not None or 2 * len(self.names) >= len(facts.modules)
 
     def misfits(self, module: ModuleFacts) -> bool:
         """Return whether the factors of a module do not fit its weight here."""
-        shape, stored = shape_of(module), self.shape(module.path)
-        return shape is not None and len(stored) == 2 and stored not in (shape, shape[::-1])
+        shape, stored, A = shape_of(module), self.shape(module.path), module.tensors.get("A")
+        if shape is None or not stored or module.path in self.stacks:
+            return False
+        flat = (stored[0], int(torch.Size(stored[1:]).numel()))
+        turned = len(stored) == 2 and stored[::-1] == shape
+        return (flat != shape and not turned) or (A is not None and len(A.shape) != len(stored) > 1)
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Return the stored shape of a module's weight; () where the checkpoint has none."""
@@ -41,60 +62,35 @@ class Located:
 
     def matrix(self, path: str, shape: tuple[int, int]) -> Tensor | None:
         """Return the weight (o, i) of a module; None where it is missing, has another shape, or is not of a float type."""
-        stored = self.facts.tensors[self.names[path]]
-        turned = stored.shape == shape[::-1] and (shape[0] != shape[1] or self.transposed)
-        flat = (stored.shape[0], int(torch.Size(stored.shape[1:]).numel())) if stored.shape else ()
-        if not turned and flat != shape:
-            return None
-        value = self.facts.stored.read(stored.name)
+        stored = self.shape(path)
+        value = self.facts.stored.read(self.names[path]) if stored else None
         if value is None or value.dtype not in BITS:
             return None
-        return value.T if turned else value.flatten(1)
+        if path in self.stacks:
+            value = (value.mT if self.stacks[path] else value).flatten(0, 1)
+        elif stored == shape[::-1] and (shape[0] != shape[1] or self.transposed):
+            value = value.T
+        return value.flatten(1) if value.flatten(1).shape == shape else None
 
 
-def open_checkpoint(place: str | Path, what: str) -> Facts:
-    """Return the facts of a checkpoint: a folder or file, the name of an asset, or a model on the hub."""
-    path = Path(place).expanduser()
-    if not path.exists():
-        from vismt.backbones.assets import get_asset, list_assets
-
-        path = get_asset(str(place)) if str(place) in list_assets() else _from_hub(str(place), what)
-    facts = read_facts(path)
-    if facts.is_adapter and facts.model_config:  # a merged model with the adapter's files beside it
-        facts = read_facts(path, as_checkpoint=True)
-    if facts.kind != "checkpoint":
-        raise UserError(f"verify: {what} '{place}' is not a checkpoint ({facts.kind}); give a folder with its weights.")
-    return facts
-
-
-def _from_hub(name: str, what: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"verify: {what} '{name}' is not a folder, a file or an asset, and the hub does not give it ({reason})."
-        ) from error
-
-
-def locate(facts: Facts, checkpoint: Facts) -> Located:
+def locate(facts: Facts, checkpoint: Translated) -> Located:
     """Find the weights of the adapted modules, under the change of names that finds the most of them."""
-    names = checkpoint.tensors
+    names = checkpoint.facts.tensors
     paths = list(facts.modules)
+    stacks = _stacks(facts, checkpoint.library)
 
     def hits(change: Callable[[str], str]) -> dict[str, str]:
-        found = {}
+        found = {path: name for path, (name, _) in stacks.items() if name in names}
         for path in paths:
             name = change(path)
             weight = next((known for known in (f"{name}.weight", name) if known in names), None)
-            if weight is not None:
+            if weight is not None and path not in stacks:
                 found[path] = weight
         return found
 
     changes: dict[str, Callable[[str], str]] = {"": lambda path: path}
+    if checkpoint.library is not None:
+        changes[EARLIER] = lambda path: path if f"{path}.weight" in names else checkpoint.renamed(path)
     changes[f"without '{INNER}'"] = lambda path: path.replace(INNER, "", 1)
     inner = {
         name.replace(INNER, "", 1).removesuffix(".weight"): name.removesuffix(".weight")
@@ -112,11 +108,24 @@ def locate(facts: Facts, checkpoint: Facts) -> Located:
     found = {label: hits(change) for label, change in changes.items()}
     best = max(found, key=lambda label: (len(found[label]), not label))
     located = Located(checkpoint, found[best], best if found[best] else "")
+    located.stacks = {path: turned for path, (_, turned) in stacks.items() if path in located.names}
     shapes = [(shape_of(facts.modules[path]), located.shape(path)) for path in located.names]
     known = [(shape, stored) for shape, stored in shapes if shape and len(stored) == 2 and shape[0] != shape[1]]
     turned = sum(stored == shape[::-1] for shape, stored in known)
-    located.transposed = turned > 0.5 * len(known) if known else checkpoint.config.get("model_type") in CONV1D
+    kind = checkpoint.facts.config.get("model_type")
+    located.transposed = turned > 0.5 * len(known) if known else kind in CONV1D
     return located
+
+
+def _stacks(facts: Facts, library: Library | None) -> dict[str, tuple[str, bool]]:
+    """Return the name of each stack of experts that is adapted, and whether its matrices are (i, o), by path."""
+    wanted = (facts.settings and facts.settings.target_parameters) or []
+    if library is None or not wanted:
+        return {}
+    chosen = [name for name, value in library.model.named_parameters() if value.ndim == 3 and selects(wanted, name)]
+    keys = stack_keys(library.model, [name for name in chosen if "." in name])
+    turned = {name: bool(getattr(module_at(library.model, name), "transposed", False)) for name in keys}
+    return {key: (name, turned[name]) for name, key in keys.items() if key in facts.modules}
 
 
 def unheld(facts: Facts, base: Located) -> list[str]:
@@ -134,7 +143,7 @@ def shape_of(module: ModuleFacts) -> tuple[int, int] | None:
     """Return (o, i) of the update by the shapes of its factors; None where it has none."""
     A, B = (module.tensors.get(role) for role in ("A", "B"))
     if A is not None and B is not None and len(A.shape) >= 2 and len(B.shape) >= 2 and A.shape[0] == B.shape[1]:
-        return B.shape[0], int(torch.Size(A.shape[1:]).numel())
+        return B.shape[0] * module.experts, int(torch.Size(A.shape[1:]).numel())
     A, B = (module.tensors.get(role) for role in ("embedding_A", "embedding_B"))
     if A is not None and B is not None and len(A.shape) == len(B.shape) == 2:
         return A.shape[1], B.shape[0]

@@ -12,8 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vismt.base.errors import require_known
-from vismt.verification.facts import Facts
-from vismt.verification.located import Located
 from vismt.verification.rules import Case, Met, met_rules, of_modules
 from vismt.verification.verdict import Finding, Level
 
@@ -25,7 +23,7 @@ NAMES = {"vllm": "vLLM"}
 RUN = ("peft", "transformers", "timm")
 GROUPS = dict.fromkeys(("A", "B", "C", "A0", "B0", "tuner", "shared"), "factors")
 GROUPS |= {"embedding_A": "embeddings", "embedding_B": "embeddings", "magnitude": "magnitudes"}
-GROUPS |= {"bias": "biases", "saved": "parameters", "": "weights"}
+GROUPS |= {"bias": "biases", "saved": "parameters", "tokens": "embeddings", "": "weights"}
 
 
 @dataclass(frozen=True)
@@ -105,20 +103,18 @@ class Reading:
         return [Finding(level, f"reader-{self.state}", f"{name}: {remark.text}", remark.fix) for remark in causes]
 
 
-def readings(facts: Facts, base: Located | None = None, readers: Sequence[str] = ()) -> list[Reading]:
+def readings(case: Case, readers: Sequence[str] = ()) -> list[Reading]:
     """Return what readers will do with a folder.
 
     Args:
-        facts: of the folder.
-        base: where its modules are in the checkpoint it was made for; without it, names and shapes are not compared.
+        case: the folder; without its base, names and shapes are not compared.
         readers: of VERSIONS; none for those that are made for the model.
 
     Raises:
         UserError: for the name of another reader.
     """
     require_known("verify: no reader", readers, VERSIONS)
-    case = Case(facts, base)
-    met = list(met_rules(case))
+    facts, met = case.facts, list(met_rules(case))
     if not readers:  # those that are made for a kind of model and of folder
         readers = ("timm",) if case.timm else ("transformers", "vllm", "llama.cpp")
         readers = readers if facts.kind == "checkpoint" else ("peft", *readers)

@@ -21,16 +21,19 @@ from itertools import product
 from typing import Any
 
 from vismt.lowrank.files.peft_layouts import names_stack
-from vismt.lowrank.files.peft_settings import PeftSettings, texts
+from vismt.lowrank.files.peft_settings import BIASES, STARTS, PeftSettings, texts
+from vismt.storage.files import DTYPES
 from vismt.verification.facts import PREFIX, TABLES, TENSORS, Facts, ModuleFacts
-from vismt.verification.located import Located, shape_of, unheld
-from vismt.verification.stored import Stored
+from vismt.verification.library import Translated
+from vismt.verification.located import EARLIER, Located, shape_of, unheld
+from vismt.verification.stored import INDEX, LEGACY_WEIGHTS, WEIGHTS, Stored
 from vismt.verification.verdict import Finding, Level, names_of
 
 # Tuners that transformers' load_adapter cannot put into a model: of prompts, and with tensors that their layers share.
 OF_PEFT_MODELS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"}
 OF_PEFT_MODELS |= {"CARTRIDGE", "SHADOW", "VERA", "PVERA", "VBLORA", "TINYLORA", "UNILORA", "FROD"}
 # transformers leaves the name of the bare model out, or adds it inside a class with a head.
+WHOLE_NUMBERS = ("I8", "I16", "I32", "I64", "U8", "BOOL")
 BARE = {f"without '{name}.'" for name in ("model", "transformer", "base_model", "vit", "bert", "gpt_neox")}
 # The factor of the update by readers that compute their own from the settings and the rank of the file.
 SCALES: dict[str, Callable[[PeftSettings, int], float]] = {
@@ -59,10 +62,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Case:
-    """A folder, and the places of its modules in its base where that is known."""
+    """A folder, the places of its modules in its base where that is known, and of a checkpoint what its library makes of it."""
 
     facts: Facts
     base: Located | None = None
+    whole: Translated | None = None
 
     @property
     def lora(self) -> bool:
@@ -171,6 +175,11 @@ def _lacks(*keys: str) -> Condition:
     return lambda case: case.facts.kind == "peft" and any(key not in case.facts.config for key in keys)
 
 
+def _odd(key: str, known: Collection[Any]) -> Condition:
+    """Return the condition of a setting of a LoRA that has another value than the known ones."""
+    return lambda case: case.lora and key in case.facts.config and case.facts.config[key] not in known
+
+
 def _start(*names: str) -> Condition:
     return lambda case: case.lora and str(case.facts.config.get("init_lora_weights", True)).lower().startswith(names)
 
@@ -194,7 +203,7 @@ def _old(case: Case, module: ModuleFacts) -> bool:
 
 def _absent(case: Case, module: ModuleFacts) -> bool:
     """Return whether the base lacks a module; experts and tied heads have other names in files than in models."""
-    if case.base is None or module.path in case.base.names:
+    if case.base is None or module.path in case.base.names or not case.base.knows(case.facts):
         return False
     return not re.search(r"\.experts\b|(^|\.)lm_head$", module.path)
 
@@ -210,8 +219,8 @@ def _outside(case: Case, module: ModuleFacts) -> bool:
 def _other_rank(case: Case, module: ModuleFacts) -> bool:
     """Return whether the rank of the factors is not that of the settings; peft stacks the factors of experts."""
     stacks = (case.facts.settings and case.facts.settings.target_parameters) or []
-    differs = module.rank and module.declared and module.rank != module.declared
-    return bool(differs) and not names_stack(stacks, module.key)
+    differs = None not in (module.rank, module.declared) and module.rank != module.declared
+    return differs and not names_stack(stacks, module.key)
 
 
 def _transposed(case: Case, module: ModuleFacts) -> bool:
@@ -273,16 +282,64 @@ def _saved(*kinds: str) -> Condition:
         return "norm" if "_layernorm" in tensor.name or ".norm" in tensor.name else "other"
 
     return lambda case: [
-        tensor.name for tensor in case.facts.with_role("saved") if case.facts.kind == "peft" and kind(tensor) in kinds
+        tensor.name
+        for tensor in case.facts.with_role("saved", "tokens")
+        if case.facts.kind == "peft" and kind(tensor) in kinds
     ]
 
 
+def _biases_lost(case: Case) -> list[str]:
+    """Return the biases of the base that the settings save, where the file has none."""
+    kind = case.facts.config.get("bias", "none")
+    if (
+        case.base is None
+        or not case.lora
+        or any(tensor.path.endswith("bias") for tensor in case.facts.with_role("saved"))
+    ):
+        return []
+    own = {f"{path}.bias" for path in case.facts.modules}
+    biases = [name for name in case.base.facts.tensors if name.endswith(".bias")]
+    return [name for name in biases if kind == "all" or (kind == "lora_only" and name in own)]
+
+
 def _not_saved(case: Case) -> list[str]:
+    """Return the modules that the settings save and the file lacks; peft names heads of all its models where one is meant."""
     held = [tensor.path for tensor in case.facts.with_role("saved")]
     listed = texts(case.facts.settings.modules_to_save) if case.facts.settings else []
-    return [name for name in listed if not any(f"{name}." in path for path in held)]
+    lost = [name for name in listed if not any(f"{name}." in path for path in held)]
+    library = case.base.library if case.base else None
+    if library is not None:
+        return [name for name in lost if any(f".{name}." in f".{weight}" for weight in library.shapes)]
+    heads = HEADS if {*HEADS} <= {*listed} and not {*HEADS} <= {*lost} else ()
+    return [name for name in lost if name not in heads]
 
 
+# ---- checkpoints
+def _whole(names: Callable[[Translated], list[str]]) -> Condition:
+    return lambda case: names(case.whole) if case.whole is not None else []
+
+
+def _unused(whole: Translated) -> list[str]:
+    """Return the weights of the file like those of the model's layers that the model does not have."""
+    stems = {re.sub(r"\d+", "*", name) for name in (whole.library.shapes if whole.library else ())}
+    return [name for name in whole.unknown if re.sub(r"\d+", "*", name) in stems]
+
+
+def _wrapped(case: Case) -> list[str]:
+    """Return the tensors with the names that wrappers of training give; timm takes those at the start out."""
+    if not case.facts.is_adapter and (case.timm or not case.facts.model_config):
+        return []
+    names = {name: name.removeprefix(PREFIX) if case.facts.is_adapter else name for name in case.facts.tensors}
+    return [name for name, inner in names.items() if re.search(WRAPPERS, inner)]
+
+
+FACTORS = {"A", "B", "embedding_A", "embedding_B", "magnitude", "bias"}
+# What peft takes: the beginnings of starts, and tasks.
+INITIAL = (*STARTS, "pissa", "corda", "olora", "loftq", "lora_ga", "true", "false", "none")
+TASKS = (None, "", "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+TOKENS = "trainable_token_indices"
+HEADS = ("classifier", "score")
+WRAPPERS = r"^(module|base_model\.model)\.|(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 PLAIN = "load it with vismt.import_peft and write it with vismt.export_peft(..., uniform=True)"
 CONVERT = "write a plain LoRA with peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
 MERGE = "merge it into its base"
@@ -310,6 +367,13 @@ RULES = (
     Rule(_lacks("peft_type"), "adapter_config.json has no peft_type", REFUSED, "add the peft_type"),
     Rule(_lacks("r", "lora_alpha", "target_modules"), "its settings lack r, lora_alpha or target_modules", {"vllm": "refused"}),
     Rule(_lacks("lora_alpha"), "its settings lack lora_alpha", {"llama.cpp": "refused"}, "add it; 8 is what peft takes"),
+    Rule(_odd("bias", BIASES), "bias is none of " + ", ".join(BIASES), REFUSED | {"llama.cpp": "refused?"},
+         "set it to that of the training", "setting"),
+    Rule(_odd("task_type", TASKS), "peft knows no such task_type", REFUSED, "set task_type to null", "setting"),
+    Rule(lambda case: case.lora and not str(case.facts.config.get("init_lora_weights", True)).lower().startswith(INITIAL),
+         "peft knows no such init_lora_weights", REFUSED, "set init_lora_weights to true", "setting"),
+    Rule(lambda case: case.lora and any(case.facts.config.get(key, {}) is None for key in ("rank_pattern", "alpha_pattern")),
+         "rank_pattern or alpha_pattern is null", REFUSED, "set it to {}", "setting"),
     Rule(lambda case: case.facts.kind == "peft" and TENSORS not in case.facts.files,
          "its tensors are not in a safetensors file",
          {"transformers": "note"}, "load_adapter(..., use_safetensors=False)"),
@@ -338,11 +402,21 @@ RULES = (
          "the names hold the name of an adapter", UNSERVED | IGNORED, "take the name out", "adapter-name"),
     Rule(_modules(_old), "the names have '.model' of an old peft",
          IGNORED | {"vllm": "refused?", "llama.cpp": "refused?"}, "write '.lora_' for '.model.lora_'"),
+    Rule(_wrapped, "the names have the prefix of a wrapper of training (torch.compile, DDP, FSDP, peft)",
+         IGNORED | {"vllm": "refused?", "llama.cpp": "refused?"}, "take the prefix out of the names", "wrapped"),
     # transformers finds a model by its type where the paths only lack, or have, the name of the bare model
-    Rule(_modules(lambda case, module: case.base and case.base.change and module.path in case.base.names
+    Rule(_modules(lambda case, module: case.base and case.base.change == EARLIER and module.path in case.base.names
+                  and f"{module.path}.weight" not in case.base.facts.tensors),
+         "an earlier transformers named the modules so; the present one finds them in some models only",
+         {"peft": "ignored?"}, "load it with the transformers it was trained with", "earlier-names", "suspicious"),
+    Rule(_modules(lambda case, module: case.base and case.base.change and case.base.change != EARLIER
+                  and module.path in case.base.names
                   and not (case.base.change in BARE and case.base.facts.config.get("model_type"))),
          "the base has these modules only {case.base.change} in their paths (as in vllm#34186)",
          IGNORED | {"vllm": "ignored?", "llama.cpp": "refused?"}, "rename the adapter's tensors in this way", "prefix"),
+    Rule(_modules(lambda case, module: case.base and not case.base.knows(case.facts) and module.path not in case.base.names),
+         "the base has other names, and it is not known what they become in its model", {"peft": "ignored?"},
+         "give a folder with config.json", "not-compared", "suspicious"),
     Rule(_modules(_absent), "the base has no such modules", IGNORED | {"vllm": "ignored?", "llama.cpp": "refused"}, BASE,
          "not-in-base"),
     # modules and shapes
@@ -367,6 +441,10 @@ RULES = (
          "the rank is over the default limit of 16", {"vllm": "note"}, "start the server with --max-lora-rank"),
     Rule(_modules(lambda case, module: (module.rank or 0) > 512),
          "the rank is over the largest limit, 512", {"vllm": "refused"}, MERGE),
+    Rule(_tensors(lambda case, tensor: tensor.role in FACTORS and tensor.dtype in WHOLE_NUMBERS),
+         "the factors are whole numbers, which are read without their scale", MISREAD, AGAIN, "dtype"),
+    Rule(_tensors(lambda case, tensor: tensor.role in FACTORS and tensor.dtype not in {*WHOLE_NUMBERS, *DTYPES.values()}),
+         "no reader takes factors of this type as they are", {"peft": "misread?", "transformers": "misread?"}, AGAIN, "dtype"),
     # variants
     Rule(_role("magnitude", "use_dora", True), "load_adapter renames no magnitudes of DoRA: they keep their first values",
          {"transformers": "ignored"}, "load it with peft.PeftModel"),
@@ -390,6 +468,13 @@ RULES = (
     Rule(_saved("norm"), "it has norms that are saved whole", {"llama.cpp": "ignored"}, MERGE),
     Rule(_not_saved, "modules_to_save names them, and the file does not hold them",
          {"peft": "refused", "transformers": "ignored", "llama.cpp": "ignored"}, AGAIN, "head-lost"),
+    Rule(_biases_lost, "the settings save biases, and the file holds none: they stay the base's", MISREAD, AGAIN, "head-lost"),
+    Rule(lambda case: case.base is None and case.lora and case.facts.config.get("bias", "none") != "none"
+         and not any(tensor.path.endswith("bias") for tensor in case.facts.with_role("saved")),
+         "the settings save biases, and the file holds none; --base shows whether the model has any", code="gap", level="note"),
+    Rule(lambda case: [TOKENS] * (case.lora and bool(case.facts.config.get(TOKENS)) and not case.facts.with_role("tokens")),
+         "trainable_token_indices names rows of an embedding, and the file does not hold them",
+         {"peft": "refused", "transformers": "ignored"}, AGAIN, "head-lost"),
     Rule(_saved("copy"), "it has copies of embeddings", {"vllm": "note", "llama.cpp": "note"},
          "needed where the vocabulary was resized"),
     Rule(lambda case: [tensor.name for tensor in case.facts.unnamed() if not tensor.path.endswith(TABLES)],
@@ -425,8 +510,22 @@ RULES = (
     Rule(lambda case: case.facts.kind == "checkpoint" and bool(case.facts.model_config) and not case.timm,
          "it is not a model of timm", {"timm": "refused"}),
     Rule(_names(r"\.base_layer\.|\.lora_|\.modules_to_save\."), "the update was not merged: the file has the modules of peft",
-         UNMAPPED | {"timm": "refused"}, "call merge_and_unload before saving"),
+         UNMAPPED | {"timm": "refused"}, "call merge_and_unload before saving", "unmerged"),
     Rule(_names(r"^base_model\."), "the names have the prefix of peft", UNMAPPED | {"timm": "refused"}, f"take '{PREFIX}' out"),
-    Rule(_names(r"^module\."), "the names have the prefix of a parallel wrapper", UNMAPPED, "take 'module.' out of the names"),
+    Rule(_whole(lambda whole: whole.lacking), "the model has these weights and the file does not: they are initialised at random",
+         UNMAPPED, "save the whole model under the names of its library", "lacking"),
+    Rule(_whole(lambda whole: whole.misfits), "config.json says another shape", REFUSED, "take config.json from the base",
+         "shape"),
+    Rule(_whole(_unused), "the model of config.json has no such layers: they are left out", {"transformers": "ignored"},
+         "take config.json from the base", "config"),
+    Rule(lambda case: case.facts.kind == "checkpoint" and "model_type" in case.facts.model_config
+         and not {WEIGHTS, *INDEX, *LEGACY_WEIGHTS} & {*case.facts.files},
+         f"it has no '{WEIGHTS}' and no index of shards, which transformers looks for", REFUSED, "save the model again",
+         "file-names", "suspicious"),
+    Rule(lambda case: case.facts.kind == "checkpoint" and {*INDEX} & {*case.facts.files} and WEIGHTS in case.facts.files,
+         f"'{WEIGHTS}' is beside the shards of an index: transformers takes it and leaves the shards", {"transformers": "note"},
+         "remove the one that is not meant", "two-sets", "suspicious"),
+    Rule(_tensors(lambda case, tensor: tensor.name in case.facts.stored.twice), "the tensor is in two files",
+         code="two-sets", level="suspicious"),
 )
 # fmt: on

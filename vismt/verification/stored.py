@@ -5,6 +5,7 @@ A malformed file becomes a reason, never an error: `vismt verify` gives a verdic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from vismt.storage.paths import regular_file, stays_inside
 
 LARGEST_HEADER = 2**24  # bytes, and of a JSON file; 100,000 tensors have a header of this size
 REOPENED = 2**28  # bytes read through one memory map, which count as memory of the process
+COMPUTED = {*DTYPES.values(), "C64"}
+WEIGHTS = "model.safetensors"
 INDEX = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
+LEGACY_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 LEGACY = (".bin", ".pt", ".pth")
 
 
@@ -45,10 +49,16 @@ class Stored:
 
 @dataclass
 class StoredTensors:
-    """Tensors by name, of one file or of several. reasons: why files or values cannot be read."""
+    """Tensors by name, of one file or of several.
+
+    reasons: why files or values cannot be read. twice: names in two files, of which the later counts. made: functions that
+    return the values of weights that are made of several tensors (library.py).
+    """
 
     tensors: dict[str, Stored] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
+    twice: set[str] = field(default_factory=set)
+    made: dict[str, Callable[[], Tensor | None]] = field(default_factory=dict)
     _held: dict[str, Tensor] = field(default_factory=dict)
     _open: Any = None
     _read: int = 0
@@ -57,7 +67,7 @@ class StoredTensors:
         """Take the tensors of a file in. adapter: of a .bin file that peft wrote."""
         try:
             if path.suffix in LEGACY:
-                held = read_legacy(path, f"'{path.name}'") if adapter else read_checkpoint(path)
+                held = read_legacy(path, f"'{path.name}'") if adapter else _held(path)
                 self._held |= held
                 for name, value in held.items():
                     dtype = str(value.dtype)
@@ -71,7 +81,7 @@ class StoredTensors:
                 for name in opened.keys():  # noqa: SIM118 - not a mapping
                     part = opened.get_slice(name)
                     if name in self.tensors:
-                        self.reasons.append(f"'{name}' is in '{self.tensors[name].file.name}' and in '{path.name}'")
+                        self.twice.add(name)
                     self.tensors[name] = Stored(name, tuple(part.get_shape()), part.get_dtype(), path)
         except UserError as error:
             self.reasons.append(str(error))
@@ -79,10 +89,15 @@ class StoredTensors:
             self.reasons.append(f"'{path.name}' cannot be read as safetensors ({error})")
 
     def read(self, name: str) -> Tensor | None:
-        """Return the values of a tensor; None, with a reason, where they cannot be read."""
+        """Return the values of a tensor; None for a type that torch cannot compute with, and with a reason for a damaged file."""
+        if name in self.made:
+            return self.made[name]()
+        stored = self.tensors[name]
+        path, name = stored.file, stored.name  # its name in the file
+        if stored.dtype not in COMPUTED:
+            return None
         if name in self._held:
             return self._held[name]
-        path = self.tensors[name].file
         try:
             if self._open is None or self._open[0] != path or self._read > REOPENED:
                 self._open, self._read = (path, safe_open(path, framework="pt")), 0
@@ -102,10 +117,11 @@ def read_bounded_json(path: Path, what: str) -> Any:
 
 
 def read_stored(path: Path) -> StoredTensors:
-    """Return the tensors of a checkpoint: a file, or the files in a folder that an index names, or all in it."""
+    """Return the tensors of a checkpoint: a file, or of a folder the one of a whole model, those that an index names, or all."""
     stored = StoredTensors()
-    if path.is_file():
-        stored.add(path)
+    single = path / WEIGHTS
+    if path.is_file() or single.is_file():  # which transformers takes first
+        stored.add(path if path.is_file() else single)
         return stored
     index = next((path / name for name in INDEX if (path / name).exists()), None)
     if index is None:
@@ -126,3 +142,11 @@ def read_stored(path: Path) -> StoredTensors:
     for name in names:
         stored.add(path / name)
     return stored
+
+
+def _held(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of an older checkpoint under their own names, or of one that holds them under another key."""
+    try:
+        return read_legacy(path, f"'{path.name}'")
+    except UserError:
+        return read_checkpoint(path)

@@ -9,9 +9,11 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.verification.against_base import against_base
 from vismt.verification.against_merged import against_merged
-from vismt.verification.facts import Facts, read_facts
+from vismt.verification.checkpoints import configurations, named_base, of_checkpoint, open_checkpoint
+from vismt.verification.facts import WHOLE, Facts, read_facts
 from vismt.verification.inside import examine
-from vismt.verification.located import locate, open_checkpoint
+from vismt.verification.library import translated
+from vismt.verification.located import Located, locate
 from vismt.verification.readers import readings
 from vismt.verification.rules import Case, findings
 from vismt.verification.verdict import Finding, ModuleRow, Verdict, ranked
@@ -46,23 +48,30 @@ def verify(
     facts = read_facts(folder)
     rows = {path: ModuleRow(path, module.rank, module.scale) for path, module in facts.modules.items()}
     verdict = Verdict(str(folder), facts.kind, _about(facts), modules=list(rows.values()))
-    stock = locate(facts, open_checkpoint(base, "base")) if base is not None and facts.is_adapter else None
+    unseen = ["names, shapes and the size of the update: needs --base"] * (base is None)
+    unseen += ["scale and merge: needs --merged"] * (merged is None)
+    if facts.is_adapter and unseen:
+        verdict.about["not checked"] = "; ".join(unseen)
     found: list[Finding] = []
+    stock, whole = None, None if facts.is_adapter else translated(facts)
+    if base is not None and facts.is_adapter:
+        held, found = of_checkpoint(open_checkpoint(base, "base"), "the base", facts)
+        stock = locate(facts, held)
     if facts.modules or not facts.is_adapter:
-        found += [*findings(Case(facts, stock)), *examine(facts, rows)]
-    elif not facts.reasons and not facts.with_role("saved"):
+        found += [*findings(Case(facts, stock, whole)), *examine(facts, rows)]
+    elif not facts.reasons and not facts.with_role(*WHOLE):
         found.append(Finding("broken", "empty", "the file holds no tensor of an adapter"))
     if stock is not None:
-        found += against_base(facts, stock, rows)
+        found += [*named_base(facts, str(base), stock.facts), *against_base(facts, stock, rows)]
         if merged is not None:
-            found += against_merged(facts, stock, locate(facts, open_checkpoint(merged, "merged")), rows)
+            found += _merged(facts, stock, str(merged), rows)
         if probe is not None:
             from vismt.verification.probe import probe as measure  # transformers and timm
 
             verdict.probe, more = measure(facts, str(base), None if merged is None else str(merged), str(probe))
             found += more
     found = [Finding("broken", "malformed", reason) for reason in facts.reasons + facts.stored.reasons] + found
-    read = readings(facts, stock, readers)
+    read = readings(Case(facts, stock, whole), readers)
     verdict.readers = [reading.row for reading in read]
     verdict.answer = "; ".join(reading.line for reading in read)
     # The reader of this format counts where nothing else explains what it does.
@@ -70,6 +79,14 @@ def verify(
     found += [finding for reading in read if readers or reading.reader == own for finding in reading.findings]
     verdict.findings = ranked(found)
     return verdict
+
+
+def _merged(facts: Facts, base: Located, merged: str, rows: dict[str, ModuleRow]) -> list[Finding]:
+    """Return what a merged checkpoint lacks and holds otherwise than the base with the adapter."""
+    held = open_checkpoint(merged, "merged")
+    own, found = of_checkpoint(held, "the merged checkpoint")
+    found += configurations(base.checkpoint, own)
+    return [*found, *against_merged(facts, base, locate(facts, translated(held, facts)), rows)]
 
 
 def checked(folder: Path) -> Verdict:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -198,8 +198,11 @@ def read_adapter(folder: Path) -> tuple[Description, list[LayerSpec], dict[str, 
     return description, specs, tensors
 
 
-def layer_shapes(specs: Iterable[LayerSpec], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors that a file must hold for these specs, optional ones where it has any of them."""
+def layer_shapes(specs: Iterable[LayerSpec], tensors: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that a file must hold for these specs, optional ones if it has any of them.
+
+    tensors: names of what it has.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for spec in specs:
         shapes.update({f"{spec.path}.{name}": shape for name, shape in spec.layer.tensor_shapes(spec).items()})

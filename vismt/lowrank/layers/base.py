@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vismt.base.errors import UserError
 from vismt.base.registry import PLACES, Registry
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.stock_modules import kind_of, matrix_shape
@@ -242,6 +243,8 @@ class AdapterLayer(AdapterModule):
 
         what: start of error messages. Raises UserError where the update is not determined by the tensors alone.
         """
+        for name in cls.tensor_shapes(spec).keys() - tensors.keys():
+            raise UserError(f"{what}: '{spec.path}.{name}' is missing.")
         weight = nn.Linear(spec.shape[1], spec.shape[0], bias=False, device="meta")
         layer: Any = cls.build(weight, replace(spec, kind="linear"))
         layer.check_mergeable(what, spec.path)
