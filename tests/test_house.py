@@ -193,3 +193,9 @@ def test_no_file_but_its_own_names_a_method() -> None:
     places = [path for package in ("engine", "report", "jobs") for path in (PACKAGE / package).rglob("*.py")]
     for path in places:
         assert not strings(path) & set(METHODS), path
+
+
+def test_messages_cut_the_values_that_they_show() -> None:
+    """A value may be a whole model: `shown_value` cuts what stands in a message, and no message has `!r` in its place."""
+    files = [path for path in PACKAGE.rglob("*.py") if "!r}" in path.read_text()]
+    assert files == []

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vismt.base.errors import UserError, near, need_names
+from vismt.base.errors import UserError, near, need_names, shown_value
 from vismt.lowrank.layers.parameter_modules import (
     ATTENTION,
     ParameterModule,
@@ -209,7 +209,7 @@ def find_targets(
             raise UserError(
                 f"adapt.targets: {type(model).__name__} has no {kind} outside of its head; give adapt.targets={others[0]}."
             )
-        raise UserError(f"adapt.targets: nothing to adapt for {pattern!r}{after}.{why}")
+        raise UserError(f"adapt.targets: nothing to adapt for {shown_value(pattern)}{after}.{why}")
     return {path: module for path, module in named.items() if path in chosen}, remarks
 
 
