@@ -227,3 +227,9 @@ def test_a_configuration_does_not_load_what_it_configures(job: str) -> None:
 
 def test_opening_a_run_does_not_load_verification() -> None:
     assert not [name for name in loaded_by("import vismt.jobs.run") if name.startswith("vismt.verification")]
+
+
+def test_messages_cut_the_values_that_they_show() -> None:
+    """A value may be a whole model: `shown_value` cuts what stands in a message, and no message has `!r` in its place."""
+    files = [path for path in PACKAGE.rglob("*.py") if "!r}" in path.read_text()]
+    assert files == []

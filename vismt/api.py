@@ -20,7 +20,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.base.objects import name_of, named, registered, title_of
 from vismt.jobs.study_results import StudyResults
 
@@ -305,8 +305,8 @@ def _models(model: Any, objects: dict[str, Any], key: str) -> dict[str, dict[str
     for title, given in several.items():
         if not isinstance(given, str | Path) and not callable(given):
             raise UserError(
-                f"model: {title or 'the argument'} is {given!r}; give a model, the name of one, or a mapping from names to "
-                "models."
+                f"model: {title or 'the argument'} is {shown_value(given)}; give a model, the name of one, or a mapping from "
+                "names to models."
             )
         name = str(given) if isinstance(given, str | Path) else name_of(given, objects, title)
         arms[re.sub(r"[^\w.+-]+", "-", title or Path(title_of(name)).name)] = {key: name}

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.base.registry import PLACES, Registry, with_entry_points
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.stock_modules import matrix_shape
@@ -170,7 +170,7 @@ def adapt(
     known = known_method(method, options)
     options = known.present(options)
     if not isinstance(seed, int) or seed.bit_length() > 64:
-        raise UserError(f"adapt.seed: {seed!r}; it must be a whole number of at most 64 bits.")
+        raise UserError(f"adapt.seed: {shown_value(seed)}; it must be a whole number of at most 64 bits.")
     with new_adapter(model, name, "adapt"):
         return known.adapt(model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
 

@@ -161,6 +161,18 @@ def test_windows_keep_their_size_when_the_images_change() -> None:
         Pyramid(stock("hiera_tiny_224"), (64, 64)).set_input_size((96, 96))
 
 
+def test_a_model_whose_tensors_do_not_depend_on_the_size_takes_another_one() -> None:
+    """Its constructor has img_size, which only some blocks of the family read: tables of BoTNet's attention depend on it."""
+    vit = timm.create_model("mobilevitv2_050", num_classes=0, img_size=128).eval()
+    backbone, images = Pyramid(vit, (128, 128)), torch.rand(1, 3, 64, 96)
+    backbone.set_input_size((64, 96))
+    again = timm.create_model("mobilevitv2_050", num_classes=0, img_size=(64, 96)).eval()
+    again.load_state_dict(vit.state_dict())
+    assert torch.equal(backbone(images), Pyramid(again, (64, 96))(images))
+    with pytest.raises(UserError, match="ByobNet takes images of the size that it is created for alone"):
+        Pyramid(timm.create_model("botnet26t_256", num_classes=0)).set_input_size((128, 128))
+
+
 def test_weights_of_another_head_keep_the_norm_before_it(tmp_path) -> None:
     """Only the classifier is drawn anew: in a ConvNeXt the norm under `head.` is of the features."""
     state = create("test_convnext", num_classes=7, seed=1).vit.state_dict()

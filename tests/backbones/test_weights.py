@@ -8,6 +8,7 @@ from vismt.backbones.position import resample
 from vismt.backbones.timm_models import create
 from vismt.backbones.weights import read_checkpoint
 from vismt.base.errors import UserError
+from vismt.robustness.classifier import load_classifier
 
 NAME = "test_vit"
 
@@ -116,3 +117,19 @@ def test_a_new_head_is_drawn_from_the_seed_whatever_the_weights_have(tmp_path, s
     assert torch.equal(first.vit.head.weight, untrained.vit.head.weight)
     assert not torch.equal(first.vit.head.weight, other.vit.head.weight)
     assert torch.equal(first.vit.norm.weight, state["norm.weight"]) and "fresh head" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
+def test_batch_counts_that_a_checkpoint_lacks_are_filled_in_and_said(tmp_path, capsys, name) -> None:
+    state = {
+        key: value.clone() for key, value in create("test_resnet", 64, num_classes=7, seed=3).vit.state_dict().items()
+    }
+    counts = [key for key in state if key.endswith("num_batches_tracked")]
+    path = saved(tmp_path, {key: value for key, value in state.items() if key not in counts}, name)
+    loaded = create("test_resnet", 64, pretrained=path, num_classes=7).vit.state_dict()
+    assert loaded.keys() == state.keys() and all(torch.equal(value, state[key]) for key, value in loaded.items())
+    assert f"{len(counts)} batch norms have no num_batches_tracked, which is set to 0" in capsys.readouterr().out
+    assert load_classifier(path, architecture="test_resnet").num_classes == 7
+    del state["bn1.running_mean"], state["bn1.num_batches_tracked"]
+    with pytest.raises(UserError, match=r"2 keys missing \(first 'bn1.running_mean'\)"):
+        create("test_resnet", 64, pretrained=saved(tmp_path, state, name), num_classes=7)

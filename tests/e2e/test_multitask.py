@@ -239,7 +239,7 @@ def test_an_export_does_not_overwrite_another(study: Path, tmp_path: Path, capsy
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "model.safetensors").write_bytes(b"mine")
     error = refused(capsys, "export", study, "--to", tmp_path / "own", "--arm", "lora")
-    assert "holds a model that is not an export of vismt" in error
+    assert "model.safetensors' exists and would be overwritten; give another --to" in error
 
 
 def test_merge_and_export_are_timm_classifiers(study: Path, tmp_path: Path, capsys) -> None:

@@ -27,7 +27,7 @@ SPEC = {
 def row(arm: str, value: float, half: float = 0.02, **changes: Any) -> StudyRow:
     given = {"arm": arm, "value": value, "low": value - half, "high": value + half, "data": "average", **changes}
     minus = given.pop("minus", "")
-    return StudyRow(**vars(result(**given)), minus=minus, variance=(half / 1.96) ** 2, freedom=1e9)
+    return StudyRow(**vars(result(**given, variance=(half / 1.96) ** 2, freedom=1e9)), minus=minus)
 
 
 def study(*rows: StudyRow, **costs: float) -> StudyRows:

@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 from vismt.backbones.weight_sources import PLACES, WeightsSource
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, shown_value
 from vismt.config.typed import Names, RelativePath, build
 from vismt.config.yaml_text import read_yaml
 from vismt.storage.paths import cache_root
@@ -114,5 +114,5 @@ def load_asset_card(name: str | Path) -> AssetCard:
 def _read_source(entry: object, where: str, key: str) -> WeightsSource:
     place = next((place for place in PLACES if isinstance(entry, dict) and place in entry), None)
     if place is None:
-        raise UserError(f"{where}: {key} {entry!r} names none of {', '.join(PLACES)}.")
+        raise UserError(f"{where}: {key} {shown_value(entry)} names none of {', '.join(PLACES)}.")
     return build(PLACES[place], entry, where, key)

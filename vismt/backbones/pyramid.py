@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -94,7 +95,7 @@ class Pyramid(TappedBackbone):
             except (AssertionError, RuntimeError, ValueError) as error:
                 reason = one_line(str(error), 160)
                 raise UserError(f"img_size {size} does not fit {type(self.vit).__name__} ({reason}).") from error
-        elif takes_size(self.vit):
+        elif takes_size(self.vit) and not same_at(self.vit, size):
             raise UserError(
                 f"{type(self.vit).__name__} takes images of the size that it is created for alone; create it with img_size "
                 f"{size} instead, and in a dense run leave evaluate.mode at slide."
@@ -121,3 +122,17 @@ def size_of(model: nn.Module) -> tuple[int, int]:
 def takes_size(model: nn.Module) -> bool:
     """Return whether the constructor of a timm model has img_size; other models take images of any size."""
     return any("img_size" in inspect.signature(kind).parameters for kind in type(model).__mro__ if kind is not object)
+
+
+def same_at(model: nn.Module, size: Sequence[int]) -> bool:
+    """Return whether timm builds a model with the same tensors for images of `size`, though its constructor has img_size."""
+    import timm
+
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    try:
+        with torch.device("meta"):
+            built = timm.create_model(str(name), img_size=tuple(size))
+    except (AssertionError, RuntimeError, ValueError, TypeError):
+        return False
+    shapes, own = ({key: value.shape for key, value in net.state_dict().items()} for net in (built, model))
+    return all(own[key] == shapes[key] for key in own.keys() & shapes.keys() if not key.startswith("head."))

@@ -97,6 +97,7 @@ def load_weights(
         except (AttributeError, KeyError, RuntimeError, IndexError, ValueError) as error:
             raise UserError(f"{origin} do not fit {name}: {one_line(str(error), 160)}") from error
     model_state = vit.state_dict()
+    state = with_counts(state, model_state, origin)
     paths = classifier_paths(vit)
     heads = [key for key in model_state if key.startswith(tuple(f"{path}." for path in paths))]
     fresh = {key for key in heads if new_head or key not in state}
@@ -109,6 +110,21 @@ def load_weights(
     if fresh and not new_head:
         console.stage("model", f"{name}   fresh head for {vit.num_classes} classes: {origin} have none that fits")
     vit.load_state_dict({**state, **{key: model_state[key] for key in fresh}})
+
+
+def with_counts(state: Mapping[str, Tensor], own: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """Return a state dict with the batch counts of the batch norms that it lacks, 0 as in torch, which prints a line.
+
+    Checkpoints of old versions of torch and of converters have the statistics without `num_batches_tracked`. own: of the model.
+    """
+    ending = "num_batches_tracked"
+    norms = [key.removesuffix(ending) for key in own if key.endswith(ending) and key not in state]
+    added = {
+        f"{norm}{ending}": torch.zeros_like(own[f"{norm}{ending}"]) for norm in norms if f"{norm}running_mean" in state
+    }
+    if added:
+        console.stage("model", f"{origin}: {len(added)} batch norms have no {ending}, which is set to 0")
+    return {**state, **added}
 
 
 def _check(

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+SHOWN = 200  # characters of a value in an error
+QUOTED = re.compile(r"(?<!\w)'([^']*)'(?!\w)")
 
 
 class UserError(ValueError):
     """An error that the user can fix. The message names the thing, what was seen and the fix.
 
-    The command line prints it as one line and exits with code 2.
+    The command line prints it as one line and exits with code 2. Quoted names in the message are cut as values are.
     """
 
     elsewhere = False  # whether another process had the error and prints it (ranks.py)
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(QUOTED.sub(lambda quoted: f"'{_cut(quoted[1])}'", str(message)))
 
 
 class Diverged(UserError):
@@ -24,20 +31,30 @@ class WeightsUnavailable(UserError):
     """Weights that no source delivers now: the network cannot be reached, or access is not granted."""
 
 
+def shown_value(value: object) -> str:
+    """Return a value as messages show it: `repr` on one line, cut after 200 characters."""
+    text = repr(value)
+    return _cut(" ".join(text.split()) if "\n" in text else text)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
+
+
 def require_known(prefix: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Raise UserError for the first name that is not known: `prefix` ("adapt: no method"), the name and the near ones."""
     choices = list(known)
     for name in names:
         if name not in choices:
             hint = near(str(name), choices) if choices else " It has none."
-            raise UserError(f"{prefix} {str(name)!r}.{hint}")
+            raise UserError(f"{prefix} {shown_value(str(name))}.{hint}")
 
 
 def need_whole(what: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """Return `value`; UserError, which begins with `what`, unless it is a whole number from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
         limits = f", at least {least}" if most is None else f" from {least} to {most:,}"
-        raise UserError(f"{what} {value!r}; it must be a whole number{limits}.")
+        raise UserError(f"{what} {shown_value(value)}; it must be a whole number{limits}.")
     return value
 
 
@@ -49,7 +66,7 @@ def need_names(what: str, value: Any, also: type = str) -> list[Any]:
     items = [value] if isinstance(value, (str, also)) else value
     if not isinstance(items, Sequence) or not all(isinstance(item, (str, also)) for item in items):
         others = "" if also is str else f", or of {also.__name__}s"
-        raise UserError(f"{what} {value!r}; give a name or a list of names{others}.")
+        raise UserError(f"{what} {shown_value(value)}; give a name or a list of names{others}.")
     return list(items)
 
 
@@ -59,7 +76,7 @@ def near(name: str, choices: Iterable[str], limit: int = 3) -> str:
     When none is close, " Known: ..." with all of them where they are at most 12, else an empty string.
     """
     allowed = [str(choice) for choice in choices]
-    close = difflib.get_close_matches(name, allowed, n=limit, cutoff=0.5)
+    close = difflib.get_close_matches(name[:SHOWN], allowed, n=limit, cutoff=0.5)
     if close:
         return " Near: " + ", ".join(repr(choice) for choice in close) + "."
     if allowed and len(allowed) <= 12:

@@ -31,7 +31,7 @@ def exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]
 
     def getattr_(name: str) -> Any:
         if name not in places:
-            raise AttributeError(f"module '{package}' has no attribute {name!r}")
+            raise AttributeError(f"module '{package}' has no attribute '{name}'")
         if places[name] == package:
             return importlib.import_module(f"{package}.{name}")
         value = getattr(importlib.import_module(places[name]), name)

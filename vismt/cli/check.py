@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vismt.base import console
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 from vismt.cli.commands import Commands
 
 if TYPE_CHECKING:
@@ -106,7 +106,6 @@ def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
     from dataclasses import asdict
 
     from vismt.config.sections import RunConfig, differences, flat, with_earlier
-    from vismt.config.typed import shown
     from vismt.jobs import typed_config
 
     settings = study.about.settings
@@ -119,7 +118,7 @@ def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
     # `differences` takes a field with an earlier value for changed where both have its present one.
     keys = [key for key in hashed if values[0].get(key) != values[1].get(key)]
     keys = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]  # a mapping, empty in one
-    texts = {key: [shown(of[key]) if key in of else "not set" for of in values] for key in keys}
+    texts = {key: [shown_value(of[key]) if key in of else "not set" for of in values] for key in keys}
     return [
         f"{key} is {here}, there {there}" for key, (here, there) in texts.items() if key.split(".")[-1] not in SEEDS
     ]

@@ -21,7 +21,7 @@ from functools import cache
 from numbers import Real
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import SHOWN, UserError, near, shown_value
 from vismt.storage.paths import stays_inside
 
 T = TypeVar("T")
@@ -29,7 +29,6 @@ EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")  # YA
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 PLAIN_NAME = re.compile(r"(?!\.+$)[\w.+-]{1,100}")
 LONGEST_NAME = 255  # bytes, on the usual file systems
-SHOWN = 200  # characters of a value in an error
 SCALARS = (bool, int, float, str)
 NUMBERS = (int, float)
 MAPPINGS = (dict, Mapping)
@@ -137,7 +136,7 @@ def _check(value: Any, hint: Any, where: str) -> None:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         if (arguments[0] is int and isinstance(value, float)) or (arguments[0] is str and not isinstance(value, str)):
-            raise UserError(f"{where}: expected {describe(hint)}, got {shown(value)} ({type(value).__name__}).")
+            raise UserError(f"{where}: expected {describe(hint)}, got {shown_value(value)} ({type(value).__name__}).")
         for check in arguments[1:]:
             check(value, where)
     elif is_union(hint):
@@ -167,7 +166,7 @@ def build(cls: type[T], values: object, source: str, key: str = "", /, **given: 
         UserError: an unknown or missing key, a value of another type, or one that a check or `cls` itself refuses.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{source}: {key or 'the file'} is {shown(values)}, not a section.")
+        raise UserError(f"{source}: {key or 'the file'} is {shown_value(values)}, not a section.")
     try:
         values = getattr(cls, "from_earlier", dict)(values)
     except UserError as error:
@@ -242,21 +241,15 @@ class _WrongType(Exception):
         if value is None:
             text = f"{key} is null; it needs a value."
         elif [dataclasses.is_dataclass(member) for member in members] == [True]:
-            text = f"{key} is {shown(value)}, not a section."
+            text = f"{key} is {shown_value(value)}, not a section."
         else:
             quotes = "; text needs quotes here" if isinstance(value, NUMBERS) and str in members else ""
-            text = f"{key}: expected {describe(hint)}, got {shown(value)} ({type(value).__name__}){quotes}."
+            text = f"{key}: expected {describe(hint)}, got {shown_value(value)} ({type(value).__name__}){quotes}."
         super().__init__(text)
 
 
-def shown(value: object) -> str:
-    """Return a value as errors show it: one line, cut after 200 characters."""
-    text = repr(value)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
-
-
 def _join(key: str, name: object) -> str:
-    text = str(name) if str(name).isprintable() else shown(name)
+    text = str(name) if str(name).isprintable() else shown_value(name)
     return f"{key}.{text}" if key else text
 
 
@@ -323,7 +316,7 @@ def _convert_container(value: Any, hint: Any, source: str, key: str) -> Any:
             raise _WrongType(key, hint, value)
         for name in value:
             if not isinstance(name, arguments[0]):
-                raise UserError(f"{source}: {key}: the key {name!r} is not text; write it in quotes.")
+                raise UserError(f"{source}: {key}: the key {shown_value(name)} is not text; write it in quotes.")
             _check_scalar(name, key)
         return {name: _convert(item, arguments[1], source, _join(key, name)) for name, item in value.items()}
     if not isinstance(value, (list, tuple)):
@@ -375,7 +368,9 @@ def _check_scalar(value: object, key: str) -> None:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise _OutOfRange(f"{key} is {value}; a whole number must fit 64 bits.")
     if isinstance(value, str) and UNWRITABLE.search(value):
-        raise _OutOfRange(f"{key} is {shown(value)}; text must not hold a null character or half of a surrogate pair.")
+        raise _OutOfRange(
+            f"{key} is {shown_value(value)}; text must not hold a null character or half of a surrogate pair."
+        )
 
 
 def _number_in(text: str) -> int | float | str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 from vismt.storage.paths import read_bytes
 
 MAX_BYTES = 2**20
@@ -78,7 +78,7 @@ class _Loader(yaml.SafeLoader):
         types = {type(key) for key in mapping}
         if types - {str, int} or len(types) > 1:  # keys of several types have no order, and null is a slip: `: 3`
             key = next(key for key in mapping if type(key) is not str)
-            raise self.refusal(f"the key {key!r} is not text; write it in quotes", node)
+            raise self.refusal(f"the key {shown_value(key)} is not text; write it in quotes", node)
         return mapping
 
     def refusal(self, problem: str, at: Any) -> yaml.YAMLError:

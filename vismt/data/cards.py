@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, shown_value
 from vismt.config.typed import build
 from vismt.config.yaml_text import read_yaml
 from vismt.data.formats.plain_sets import plain_card
@@ -81,11 +81,11 @@ def _locate(name: str | Path) -> tuple[Path, str]:
 
 def _read_source(entry: object, where: str, key: str) -> DataSource:
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: {key} is {entry!r}, not a section.")
+        raise UserError(f"{where}: {key} is {shown_value(entry)}, not a section.")
     values = dict(entry)
     kind = values.pop("kind", None)
     if kind not in KINDS:
-        raise UserError(f"{where}: {key}: kind {kind!r} is not known.{near(str(kind), KINDS)}")
+        raise UserError(f"{where}: {key}: kind {shown_value(kind)} is not known.{near(str(kind), KINDS)}")
     source = build(KINDS[kind], values, where, key)
     source.check(f"{where}: {key}")
     return source

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.yaml_text import read_yaml
 from vismt.data.decode import read_bytes
 from vismt.data.set_entries import CARDS
@@ -59,7 +59,9 @@ def _as_stated(card: Card, source: S, base: Path) -> S:
         whole = source.splits[split]
         if type(count) is not int or not 1 <= count <= (count if whole is None else whole):
             most = "" if whole is None else f" and at most {whole:,}"
-            raise UserError(f"{where}: {split}: {count!r}; give the number of {source.unit}, at least 1{most}.")
+            raise UserError(
+                f"{where}: {split}: {shown_value(count)}; give the number of {source.unit}, at least 1{most}."
+            )
     return replace(source, splits={**source.splits, **stated}, manifest=None)
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from vismt.base import console
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.base.registry import Registry
-from vismt.config.typed import RelativePath, relative_path, shown, within
+from vismt.config.typed import RelativePath, relative_path, within
 from vismt.storage.files import parse_json
 from vismt.storage.paths import data_roots, package_folder, regular_file, shipped
 
@@ -282,7 +282,7 @@ class Card:
             wrong = [{key: value} for key, value in values.items() if type(value) not in kinds]
         if wrong:
             types = " or ".join(kind.__name__ for kind in kinds)
-            raise UserError(f"{self.shown}/{name}: must map {what} ({types}), holds {shown(wrong[0])}.")
+            raise UserError(f"{self.shown}/{name}: must map {what} ({types}), holds {shown_value(wrong[0])}.")
         return values
 
     def read_json(self, name: str) -> Any:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from vismt.base.errors import UserError
-from vismt.config.typed import Names, arguments, plain_name, shown
+from vismt.base.errors import UserError, shown_value
+from vismt.config.typed import Names, arguments, plain_name
 from vismt.engine.study import StudyConfig, TuneConfig
 from vismt.multitask.balancing.base import BALANCERS, Balancer, make_balancer
 
@@ -85,7 +85,9 @@ def risk_of_report(values: Mapping[str, Any]) -> Mapping[str, Any]:
     others = {key: value for key, value in values.items() if key != "report"}
     report, evaluate = values["report"], values.get("evaluate", {})
     if report not in (None, "risk"):
-        raise UserError(f"report: {shown(report)} is not known; the key was risk or null, and is evaluate.risk now.")
+        raise UserError(
+            f"report: {shown_value(report)} is not known; the key was risk or null, and is evaluate.risk now."
+        )
     if report is None or not isinstance(evaluate, Mapping):
         return others
     return {**others, "evaluate": {"risk": True, **evaluate}}

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, shown_value
 
 CLASS_WEIGHTS = ("sqrt", "inverse", "effective")
 
@@ -142,18 +142,18 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def check_factor(where: str, option: str, value: object) -> None:
     """Raise UserError unless `value` is a number, 0 or more."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise UserError(f"{where}: {option} {value!r}; it must be a number, 0 or more.")
+        raise UserError(f"{where}: {option} {shown_value(value)}; it must be a number, 0 or more.")
 
 
 def check_counts(where: str, counts: Sequence[int], classes: int) -> None:
     """Raise UserError unless `counts` has a whole number above 0 for each class."""
     if isinstance(counts, str) or not isinstance(counts, Sequence) or len(counts) != classes:
         raise UserError(
-            f"{where}: class_counts {counts!r}; give the number of training labels of each of {classes} classes."
+            f"{where}: class_counts {shown_value(counts)}; give the number of training labels of each of {classes} classes."
         )
     bad = next((c for c, n in enumerate(counts) if isinstance(n, bool) or not isinstance(n, int) or n < 1), None)
     if bad is not None:
         raise UserError(
-            f"{where}: class {bad} has {counts[bad]!r} training labels; class_weights and logit_adjustment need at least one of "
-            "every class. Train on images that have the class, or leave them out."
+            f"{where}: class {bad} has {shown_value(counts[bad])} training labels; class_weights and logit_adjustment need "
+            "at least one of every class. Train on images that have the class, or leave them out."
         )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.lowrank.layers.gates import PerSample
 
 
@@ -35,7 +35,7 @@ class task_features(PerSample):
         texts = not isinstance(tasks, str) and all(isinstance(task, str) for task in tasks)
         if not texts or not tasks or not (per_sample or len(set(tasks)) == len(tasks)):
             rule = "one name for each sample" if per_sample else "different names"
-            raise UserError(f"task_features: tasks {tasks!r}; give a list of {rule}.")
+            raise UserError(f"task_features: tasks {shown_value(tasks)}; give a list of {rule}.")
         super().__init__()
         self.tasks, self.per_sample = tuple(tasks), per_sample
         self.streams = 1 if per_sample else len(tasks)  # rows for tasks of each sample

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.sections import RESOLVED, flat
-from vismt.config.typed import shown
 from vismt.config.yaml_text import read_yaml
 from vismt.report.comparison import Values, compare
 from vismt.report.plotting import figure_formats
@@ -117,7 +116,7 @@ def _settings(configs: Mapping[str, Path]) -> list[tuple[Table, str]]:
     keys = dict.fromkeys(key for values in by_run.values() for key in values)
     rows = []
     for key in keys:
-        texts = [shown(values[key]) if key in values else "–" for values in by_run.values()]
+        texts = [shown_value(values[key]) if key in values else "–" for values in by_run.values()]
         if len(set(texts)) > 1 and key.partition(".")[0] not in ("title", "arms"):
             rows.append([key, *texts])
     table = Table("Settings that differ", ["Key", *by_run], rows, set(), texts=1 + len(by_run))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from vismt.backbones.any_module import UNKNOWN
 from vismt.backbones.pyramid import size_of
 from vismt.backbones.timm_models import check_stages, forward_runs, runs_at, timm_model
-from vismt.backbones.weights import read_checkpoint
-from vismt.base.errors import UserError, near, require_known
+from vismt.backbones.weights import read_checkpoint, with_counts
+from vismt.base.errors import UserError, near, require_known, shown_value
 from vismt.base.registry import first_line, import_own, working_folder_on_path
 from vismt.storage.files import parse_json
 from vismt.storage.paths import cache_root
@@ -206,7 +206,7 @@ def _from_file(path: Path, config: dict[str, Any], architecture: str | None, num
     classes = len(head) if head is not None else num_classes
     net = _create(architecture, classes, pretrained=False, **options)
     try:
-        net.load_state_dict(state, strict=True)
+        net.load_state_dict(with_counts(state, net.state_dict(), f"checkpoint '{path}'"), strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"checkpoint '{path}' does not fit {architecture}: {reason}") from error
@@ -258,8 +258,8 @@ def _checked_classifier(name: str, result: object) -> tuple[nn.Module, int]:
     classifier, classes = pair
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
         raise UserError(
-            f"model '{name}': {type(classifier).__name__} came with {classes!r} as its number of classes; need an integer of "
-            "2 or more, returned beside it or as its num_classes."
+            f"model '{name}': {type(classifier).__name__} came with {shown_value(classes)} as its number of classes; "
+            "need an integer of 2 or more, returned beside it or as its num_classes."
         )
     return classifier.eval(), classes
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args, get_origin
 
 from safetensors import SafetensorError
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 from vismt.storage.paths import read_bytes, regular_file
 
 if TYPE_CHECKING:  # reading JSON, as `vismt list` does, does not need torch
@@ -70,7 +70,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+        raise ValueError(f"key {shown_value(next(name for name in names if names.count(name) > 1))} is given twice")
     return result
 
 

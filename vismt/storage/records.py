@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vismt.base import console, ranks
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 from vismt.base.seeds import digest
 from vismt.storage.lines import LineFile, read_lines
 
@@ -119,9 +119,9 @@ class Records:
         """Return what is wrong with a row that is not among the rows yet, None for a sound one."""
         name = row.get(self.key)
         if type(name) not in (int, str):
-            return f"{self.key} is {name!r}"
+            return f"{self.key} is {shown_value(name)}"
         if name in self._rows:
-            return f"{self.key} {name!r} comes twice"
+            return f"{self.key} {shown_value(name)} comes twice"
         unknown = sorted(row.keys() - self._fields.keys() - {self.key})
         if unknown:
             return f"'{unknown[0]}' is not a field of these records"
@@ -130,7 +130,7 @@ class Records:
                 if not values.optional:
                     return f"'{field}' is missing"
             elif not values.fits(row[field]):
-                return f"'{field}' is {row[field]!r}, which it cannot be"
+                return f"'{field}' is {shown_value(row[field])}, which it cannot be"
         return None
 
 

@@ -27,7 +27,7 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 
 METHODS = ("sample", "probit")
 PAIRS = 2**25  # numbers of a temporary (b, k, k) of the probit
@@ -152,7 +152,9 @@ def draw_logits(mean: Tensor, root: Tensor, samples: int, generator: torch.Gener
     device, None for the global generator of the logits' device; exactly s b k normal numbers are drawn.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise UserError(f"predict: samples {samples!r}; it must be a whole number, at least 1, or None for the probit.")
+        raise UserError(
+            f"predict: samples {shown_value(samples)}; it must be a whole number, at least 1, or None for the probit."
+        )
     device = generator.device if generator is not None else mean.device
     noise = torch.randn(samples, *mean.shape, generator=generator, device=device, dtype=mean.dtype).to(mean.device)
     return mean + (noise * root if root.ndim == 2 else einsum(root, noise, "b k j, s b j -> s b k"))

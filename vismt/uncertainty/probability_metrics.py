@@ -131,21 +131,21 @@ def binned_gaps(confidences: Tensor, correct: Tensor, bins: int = BINS) -> Tenso
     return gaps.scatter_(1, column[:, None], (correct.to(confidences.dtype) - confidences)[:, None])
 
 
-def gap_values(gaps: Tensor, groups: Sequence[Hashable] | None = None) -> tuple[Tensor, Estimate]:
+def gap_values(gaps: Tensor, groups: Sequence[Hashable] | None = None) -> tuple[Tensor, Estimate | None]:
     """Return values by row (n,) whose mean is the ECE (its first-order effects), and the ECE with its error.
+
+    Fewer than two rows or groups have no error: the estimate is then None.
 
     Args:
         gaps: (n, bins) fp64: rows of `binned_gaps`, or for examples that share a row (the queries of an episode) their mean row.
         groups: Group of each row, as for `vismt.uncertainty.intervals.estimate`. None if the rows are independent.
-
-    Raises UserError for fewer than two rows or groups.
     """
     gap, n = gaps.mean(0), len(gaps)
     observed, signs = float(gap.abs().sum()), gap.sign()
-    index = group_index(groups or range(n))
-    count = int(index.max()) + 1 if n else 0
+    values, index = (gaps * signs).sum(1), group_index(groups or range(n))
+    count = int(index.max()) + 1
     if count < 2:
-        raise UserError(f"ECE of {n} rows in {count} groups: an interval needs two or more.")
+        return values, None
     sums = gaps.new_zeros(count, gaps.shape[1]).index_add_(0, index, gaps - gap)
     covariance = count / (count - 1) * (sums.T @ sums) / n**2
     deviations = covariance.diag().sqrt()
@@ -178,7 +178,6 @@ def gap_values(gaps: Tensor, groups: Sequence[Hashable] | None = None) -> tuple[
 
     lower, upper = scale(1), scale(-1)
     bias = (moments(lower)[0] - lower * observed, moments(upper)[0] - upper * observed)
-    values = (gaps * signs).sum(1)
     return values, Estimate(observed, ((moments(upper)[1], count - 1.0),), bias=bias)
 
 

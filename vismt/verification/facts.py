@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 from vismt.lowrank.files.description import DESCRIPTION, layer_shapes, read_description
 from vismt.lowrank.files.peft_adapter import PREFIX, TENSORS, part_of
 from vismt.lowrank.files.peft_layouts import added, names_stack, stock_path
@@ -189,7 +189,7 @@ def _read_settings(facts: Facts) -> None:
             facts.reasons.append(str(error))
     elif facts.config and facts.tuner not in _prefixes():
         known = ", ".join(sorted(_prefixes())) or "none, as peft is not installed"
-        facts.reasons.append(f"peft_type is {facts.config.get('peft_type')!r}; known tuners: {known}")
+        facts.reasons.append(f"peft_type is {shown_value(facts.config.get('peft_type'))}; known tuners: {known}")
 
 
 def _scale_of_peft(settings: PeftSettings | None, module: ModuleFacts) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,15 @@ def test_no_second_tensor_of_the_size_of_the_output(layout: torch.memory_format)
     assert len(made.kept) == 1 and out.is_contiguous(memory_format=layout)
     assert torch.allclose(out, vismt.merge(model)(x), atol=1e-5)
     assert torch.allclose(model(x[0]), out[0], atol=1e-5)
+
+
+def test_a_set_that_leaves_most_of_the_weights_out_says_so() -> None:
+    """Weight standardisation has zero mean in each row, so no weight has the sum of a standardised one and an update."""
+    model = timm.create_model("test_nfnet", num_classes=0)
+    with pytest.warns(UserWarning, match=r"'all-linear\+conv' of NormFreeNet adapts \d % .* ScaledStdConv2d .*more\)"):
+        report = vismt.adapt(model, "lora", "all-linear+conv", rank=2)
+    assert {spec.path.rpartition(".")[2] for spec in report.specs} == {"fc1", "fc2"}  # of squeeze and excite
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vismt.adapt(timm.create_model("test_nfnet", num_classes=0), "lora", ["attn_last.fc1"], rank=2)
+        vismt.adapt(timm.create_model("test_resnet", num_classes=0), "lora", "all-linear+conv", rank=2)

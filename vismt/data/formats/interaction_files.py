@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.typed import RelativePath, within
 from vismt.data.copies import digest, fix, read_manifest, read_text, shown_path
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
@@ -102,7 +102,9 @@ class InteractionsSource(RootedSource, TextSource):
         )
         for key, text, of_table in separators:
             if not text or (of_table and len(text) != 1):
-                raise UserError(f"{where}: {key} {text!r} must be {'one character' if of_table else 'some text'}.")
+                raise UserError(
+                    f"{where}: {key} {shown_value(text)} must be {'one character' if of_table else 'some text'}."
+                )
         if self.wheel is not None and (not WHEEL.fullmatch(self.wheel) or self.manifest is None):
             raise UserError(
                 f"{where}: wheel '{self.wheel}' must be 'package==version', with a 'manifest' of the files' hashes."
@@ -171,7 +173,7 @@ class InteractionsSource(RootedSource, TextSource):
             if name in titles:
                 raise UserError(f"{where}: item '{name}' twice; {rule}.")
             if not name or not title:
-                raise UserError(f"{where}: no id and title ({text[:40]!r} of '{name}'); {rule}.")
+                raise UserError(f"{where}: no id and title ({shown_value(text[:40])} of '{name}'); {rule}.")
             titles[name] = title
         return Catalogue(tuple(titles), tuple(titles.values()))
 
@@ -185,7 +187,7 @@ class InteractionsSource(RootedSource, TextSource):
             except ValueError:
                 when = math.nan
             if not math.isfinite(when):
-                raise UserError(f"{where}: time {time!r} is not a number.")
+                raise UserError(f"{where}: time {shown_value(time)} is not a number.")
             events.setdefault(user, []).append((when, _number_of(item, numbers, where)))
         ordered = {user: sorted(pairs, key=lambda pair: pair[0]) for user, pairs in events.items()}
         return {user: list(dict.fromkeys(item for _, item in pairs)) for user, pairs in ordered.items()}

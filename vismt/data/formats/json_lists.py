@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.typed import relative_path, within
 from vismt.data.copies import fix, read_text, shown_path
 from vismt.data.image_set import ImageRow, ImageSource, Listing
@@ -76,11 +76,13 @@ def read_list(card: Card, base: Path, split: str) -> ImageList:
         images = [str(name) for name in raw["image_names"]]
         labels = list(raw["image_labels"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{shown}: must be JSON with the lists {', '.join(KEYS)} ({error!r}). {fix(card)}") from error
+        raise UserError(
+            f"{shown}: must be JSON with the lists {', '.join(KEYS)} ({shown_value(error)}). {fix(card)}"
+        ) from error
     wrong = [label for label in labels if type(label) is not int]
     if wrong:
         raise UserError(
-            f"{shown}: label {wrong[0]!r}; a label must be a whole number, the place of its class in label_names."
+            f"{shown}: label {shown_value(wrong[0])}; a label must be a whole number, the place of its class in label_names."
         )
     if len(images) != len(labels) or len(set(names)) != len(names):
         raise UserError(

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.typed import Names, within
 from vismt.data.copies import fix, shown_path
 from vismt.data.decode import decode_bytes
@@ -167,7 +167,7 @@ class MetaDatasetSource(RootedSource, ImageSource):
             spec = _parse(parse_json(path.read_text(encoding="utf8")))
         except (OSError, *MALFORMED) as error:
             raise UserError(
-                f"{shown_path(path)}: not a dataset_spec of Meta-Dataset ({error!r}). {fix(card)}"
+                f"{shown_path(path)}: not a dataset_spec of Meta-Dataset ({shown_value(error)}). {fix(card)}"
             ) from error
         stated = {split: len(ids) for split, ids in spec.ranges.items() if ids}
         if stated != {split: count for split, count in self.classes_per_split.items() if count}:
@@ -191,6 +191,6 @@ def _read_record(path: Path, position: int, number: int, label: int) -> Tensor:
             raise UserError(f"{shown}: needs one '{name}' of type {kind.__name__}; its features are {held}.")
     if features["label"] != [label]:
         raise UserError(
-            f"{shown}: has label {features['label'][0]!r}, its file is that of class {label}. Convert it again."
+            f"{shown}: has label {shown_value(features['label'][0])}, its file is that of class {label}. Convert it again."
         )
     return decode_bytes(bytes(features["image"][0]), shown)

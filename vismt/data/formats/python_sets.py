@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from vismt.base import console
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.base.objects import object_named, title_of
 from vismt.data.decode import decoding, to_rgb
 from vismt.data.image_set import ImageSet
@@ -156,7 +156,7 @@ def _labels(given: Any, label: Any, title: str) -> list[int]:
     whole = all(value.numel() == 1 and not value.is_floating_point() for value in tensors)
     if not whole or not all(isinstance(value, (int, np.integer)) for value in others):
         raise UserError(
-            f"data '{title}': label {values[0]!r}; a label must be a whole number from 0 (encode texts first)."
+            f"data '{title}': label {shown_value(values[0])}; a label must be a whole number from 0 (encode texts first)."
         )
     labels = [int(value) for value in values]
     if min(labels) < 0:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.typed import Names, RelativePath
 from vismt.data.copies import digest, fix, read_text, shown_path
 from vismt.data.set_entries import DELIMITERS
@@ -131,7 +131,7 @@ class TextFilesSource(RootedSource, TextSource):
             value, separated, rest = rest.partition(separator)
             if not separated:
                 raise UserError(
-                    f"{where}: has no {separator!r} after '{value[:40]}'; it must hold {', '.join(self.fields)}."
+                    f"{where}: has no {shown_value(separator)} after '{value[:40]}'; it must hold {', '.join(self.fields)}."
                 )
             values.append(value)
         values.append(rest)
@@ -144,7 +144,7 @@ class TextFilesSource(RootedSource, TextSource):
             match = re.fullmatch(pattern, str(row[name]))
             if match is None:
                 raise UserError(
-                    f"{where}: '{name}' ({str(row[name])[:60]!r}) does not fit the card's pattern '{pattern}'."
+                    f"{where}: '{name}' ({shown_value(str(row[name])[:60])}) does not fit the card's pattern '{pattern}'."
                 )
             row = {**row, **{group: value for group, value in match.groupdict().items() if value is not None}}
         return row

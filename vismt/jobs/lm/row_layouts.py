@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 from vismt.storage.wheels import one_line
 
 CHATS = ("messages", "conversations")
@@ -189,7 +189,7 @@ def _label(table: Table) -> Layout | None:
         other = alike.setdefault(" ".join(name.split()), name)
         if other != name:
             raise UserError(
-                f"{table.what}: the labels {other!r} and {name!r} in the column '{label}' differ in blanks alone; write one of "
+                f"{table.what}: the labels {shown_value(other)} and {shown_value(name)} in the column '{label}' differ in blanks alone; write one of "
                 "them."
             )
     if not 2 <= len(labels) <= len(ascii_uppercase):

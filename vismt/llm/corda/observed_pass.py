@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 from vismt.llm.corda.files import CovarianceSums
 from vismt.lowrank.contexts import evaluating
 
@@ -151,7 +151,7 @@ def _normalised(path: str, module: nn.Module, x: Tensor, mask: Tensor | None, co
     if isinstance(module, nn.Conv2d):
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
             raise UserError(
-                f"covariance: '{path}' pads by '{module.padding_mode}', {module.padding!r}; only zeros, in pixels."
+                f"covariance: '{path}' pads by '{module.padding_mode}', {shown_value(module.padding)}; only zeros, in pixels."
             )
         patches = F.unfold(x.float(), module.kernel_size, module.dilation, module.padding, module.stride)
         x = patches.transpose(1, 2)

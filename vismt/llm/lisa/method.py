@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, need_whole, require_known
+from vismt.base.errors import UserError, need_whole, require_known, shown_value
 from vismt.config.typed import JsonFile, build
 from vismt.llm.lisa.shares import Layers, find_shares
 from vismt.lowrank.model.inject import install, warn_of_rounding
@@ -131,7 +131,7 @@ class LISA:
         a run that resumes loads its optimiser state and calls on_step with the number of finished steps.
         """
         if not isinstance(step, Integral) or step < 0:
-            raise UserError(f"LISA.on_step: {step!r}; it takes the number of finished optimiser steps.")
+            raise UserError(f"LISA.on_step: {shown_value(step)}; it takes the number of finished optimiser steps.")
         if self.optimizer is None:
             raise UserError("LISA.on_step: the optimiser is missing; set lisa.optimizer first.")
         if self.state_policy == "reset_all" and step % self.interval == 0:
@@ -163,7 +163,8 @@ class LISA:
         for name, value in self.state_dict().items():
             if state.get(name) != value:
                 raise UserError(
-                    f"LISA: the checkpoint's {name} is {state.get(name)!r}, this schedule's {value!r}; use the same."
+                    f"LISA: the checkpoint's {name} is {shown_value(state.get(name))}, this schedule's {shown_value(value)}; use "
+                    "the same."
                 )
 
     def _show(self, active: list[int]) -> None:

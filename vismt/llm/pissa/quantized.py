@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.base import LayerSpec, register_module
 from vismt.lowrank.layers.forms import LowRankConv, LowRankLinear
@@ -51,7 +51,7 @@ class QuantizedSettings(LowRankSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.grid not in GRIDS:
-            raise ValueError(f"grid {self.grid!r}")
+            raise ValueError(f"grid {shown_value(self.grid)}")
 
 
 @register_module("quantized")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.llm.polar import stiefel
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
@@ -249,4 +249,6 @@ def check_constraint(where: str, attraction: Any, constraint: Any) -> None:
     require_known(f"{where}.constraint:", [constraint], CONSTRAINTS)
     number = isinstance(attraction, Real) and not isinstance(attraction, bool) and math.isfinite(attraction)
     if not number or attraction < 0 or (constraint == "decoupled" and attraction > 1):
-        raise UserError(f"{where}.attraction: {attraction!r}; it must be a number >= 0, for 'decoupled' at most 1.")
+        raise UserError(
+            f"{where}.attraction: {shown_value(attraction)}; it must be a number >= 0, for 'decoupled' at most 1."
+        )

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 from vismt.llm.s2ft.structures import Coupling, Structure, UnitBlock, couple, expand, movable
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.base import AdapterLayer, Finish, LayerSpec, in_autocast, register_module
@@ -64,7 +64,7 @@ class SliceSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))  # a list in a file
         if self.dim not in (0, 1) or self.mode not in MODES:
-            raise ValueError(f"dim {self.dim!r}, mode {self.mode!r}")
+            raise ValueError(f"dim {shown_value(self.dim)}, mode {shown_value(self.mode)}")
 
 
 @register_module("slice")

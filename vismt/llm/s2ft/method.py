@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.llm.s2ft.layer import MODES, SliceLinear, SliceSettings
 from vismt.llm.s2ft.scores import SCORES
 from vismt.llm.s2ft.selection import UnitSelection, select_units
@@ -66,7 +66,7 @@ def s2ft(
     for name, value in (("targets", targets), ("alpha", alpha)):
         if value is not None:
             raise UserError(
-                f"adapt.{name}: {value!r} with 's2ft', which takes units: set parts and ratio, leave {name} out."
+                f"adapt.{name}: {shown_value(value)} with 's2ft', which takes units: set parts and ratio, leave {name} out."
             )
     require_known("adapt.mode: no", [mode], MODES)
     options = check_options({"targets": None, "rank": 1, "alpha": None, "also_train": also_train, "dtype": dtype})
@@ -76,7 +76,7 @@ def s2ft(
     if selection is None:
         selection = select_units(model, seed=seed, **settings)
     elif not isinstance(selection, UnitSelection):
-        raise UserError(f"adapt.selection: {selection!r}; give what vismt.llm.select_units returns.")
+        raise UserError(f"adapt.selection: {shown_value(selection)}; give what vismt.llm.select_units returns.")
     else:
         defaults = inspect.signature(s2ft).parameters
         extra = [name for name, value in settings.items() if value is not None and value != defaults[name].default]

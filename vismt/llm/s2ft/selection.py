@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from vismt.base.errors import UserError, need_names, require_known
+from vismt.base.errors import UserError, need_names, require_known, shown_value
 from vismt.llm.s2ft.scores import SCORES, Slot, unit_scores
 from vismt.llm.s2ft.structures import PARTS, UnitBlock, structures
 from vismt.lowrank.model.record import refuse_adapted
@@ -132,7 +132,7 @@ def _ratios(ratio: float | Mapping[str, float], parts: Sequence[str] | None) -> 
     require_known("select_units.ratio: no part", ratios, PARTS)
     for part, value in ratios.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise UserError(f"select_units.ratio: {value!r} for '{part}'; it must be a number from 0 to 1.")
+            raise UserError(f"select_units.ratio: {shown_value(value)} for '{part}'; it must be a number from 0 to 1.")
     for part in () if parts is None else PARTS:
         if ratios.get(part) and part not in wanted:
             raise UserError(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from vismt.base.errors import UserError, near
+from vismt.base.errors import UserError, near, shown_value
 from vismt.base.seeds import mix_seed
 from vismt.llm.ilora.recommenders import padded
 from vismt.llm.net import Batch, LmNet
@@ -215,7 +215,11 @@ def fill(template: str, row: Mapping[str, Any], what: str) -> str:
         return template.format_map(row)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         missing = [field for field in fields if field and field not in row]
-        reason = f"no field '{missing[0]}'.{near(missing[0], row)}" if missing else f"it cannot be filled ({error!r})."
+        reason = (
+            f"no field '{missing[0]}'.{near(missing[0], row)}"
+            if missing
+            else f"it cannot be filled ({shown_value(error)})."
+        )
         raise UserError(f"{what} '{template}': {reason}") from error
 
 

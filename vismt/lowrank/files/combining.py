@@ -18,7 +18,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.base.seeds import mix_seed
 from vismt.lowrank.cores import RULES, Interference, RuleSettings, interference_of, joint_cores
 from vismt.lowrank.factors import LowRank, times_core
@@ -310,7 +310,7 @@ def _check_call(
             raise UserError(f"combine: {len(adapters)} adapters but {len(weights)} weights, give one weight each.")
         _check_weights(weights)
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral)):
-        raise UserError(f"combine: rank is {rank!r}, give a whole number or None.")
+        raise UserError(f"combine: rank is {shown_value(rank)}, give a whole number or None.")
     if rank is not None and method == "cat":
         raise UserError(f"combine: rank={rank} needs method='svd'; 'cat' keeps the sum of all ranks.")
 
@@ -318,7 +318,7 @@ def _check_call(
 def _check_weights(weights: Sequence[float]) -> None:
     for position, weight in enumerate(weights):
         if not isinstance(weight, Real) or not _finite(weight):
-            raise UserError(f"combine: weight {position} is {weight!r}, give a finite number.")
+            raise UserError(f"combine: weight {position} is {shown_value(weight)}, give a finite number.")
     if not math.isfinite(sum((float(weight) for weight in weights), 0.0)):
         raise UserError("combine: the sum of the weights is not finite; give smaller weights.")
 

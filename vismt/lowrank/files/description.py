@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 from vismt.base.registry import PLACES
 from vismt.config.typed import JsonFile, build
 from vismt.lowrank.layers.base import MODULES, AdapterLayer, LayerSpec
@@ -59,7 +59,7 @@ class Description:
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", PLACES["renamed methods"].get(self.method, self.method))
         if not re.fullmatch(r"adapter-[0-9a-f]{12}\.safetensors", self.tensors):
-            raise ValueError(f"tensors: {self.tensors!r} is not the name of a file of tensors")
+            raise ValueError(f"tensors: {shown_value(self.tensors)} is not the name of a file of tensors")
         for key in ("also_train", "unchanged"):
             if len(set(getattr(self, key))) < len(getattr(self, key)):
                 raise ValueError(f"{key}: a name is given twice")
@@ -67,7 +67,7 @@ class Description:
             raise ValueError("unchanged: it names a parameter that also_train does not")
         dropout = self.options.get("dropout", 0.0)
         if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-            raise ValueError(f"options['dropout']: {dropout!r}; it must be a number in [0, 1)")
+            raise ValueError(f"options['dropout']: {shown_value(dropout)}; it must be a number in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class _Site:
 
     def __post_init__(self) -> None:
         if not self.path or min(self.shape) < 1:
-            raise ValueError(f"path {self.path!r}, shape {self.shape}")
+            raise ValueError(f"path {shown_value(self.path)}, shape {self.shape}")
 
 
 def entry_of(spec: LayerSpec) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def read_description(folder: Path, what: str = "") -> tuple[Description, list[La
     content = read_json(folder / DESCRIPTION, what, strict=True)
     written = content.get("format", FORMAT) if isinstance(content, dict) else FORMAT
     if written != FORMAT:
-        raise UserError(f"{what}: format {written!r}, this version reads {FORMAT}; use a matching vismt.")
+        raise UserError(f"{what}: format {shown_value(written)}, this version reads {FORMAT}; use a matching vismt.")
     source = JsonFile(f"{what}: {NOT_OURS}")
     description = build(Description, content, source)
     specs = [_spec(entry, source, f"sites[{number}]") for number, entry in enumerate(description.sites)]

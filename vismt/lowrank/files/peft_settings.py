@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 from vismt.config.typed import JsonFile, build
 from vismt.lowrank.model.patterns import Pattern, PatternError
 from vismt.lowrank.model.targets import PATH, containers, suffixes
@@ -127,7 +127,7 @@ class PeftSettings:
 def read_settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
     """Return the settings; UserError for another tuner, a variant, and values that cannot be read."""
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{what}: peft_type {config.get('peft_type')!r}; only LORA can be read.")
+        raise UserError(f"{what}: peft_type {shown_value(config.get('peft_type'))}; only LORA can be read.")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in (*STARTS, "pissa"):
         raise UserError(
@@ -140,9 +140,9 @@ def read_settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
             raise UserError(f"{what}: '{key}' is set; that variant is not a plain LoRA and cannot be read.")
     settings = typed_settings(what, config)
     if settings.bias not in BIASES:
-        raise UserError(f"{what}: bias {settings.bias!r}; it must be one of {', '.join(BIASES)}.")
+        raise UserError(f"{what}: bias {shown_value(settings.bias)}; it must be one of {', '.join(BIASES)}.")
     if not texts(settings.target_modules) and not settings.target_parameters:
-        raise UserError(f"{what}: {CONFIG}: target_modules {settings.target_modules!r} name no module.")
+        raise UserError(f"{what}: {CONFIG}: target_modules {shown_value(settings.target_modules)} name no module.")
     return settings
 
 

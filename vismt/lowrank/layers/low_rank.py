@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 from vismt.base.registry import Registry
 from vismt.lowrank.factors import LowRank, times_core
 from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, register_module, spec_of
@@ -57,9 +57,9 @@ class LowRankSettings:
         if self.rank < 1 or min(self.blocks, default=0) < 1:
             raise ValueError(f"rank {self.rank}, blocks {self.blocks}")
         if self.core not in CORES:
-            raise ValueError(f"core {self.core!r}")
+            raise ValueError(f"core {shown_value(self.core)}")
         if self.experts is not None and not (self.experts > 0 and self.rank % self.experts == 0):
-            raise ValueError(f"{self.experts!r} experts for rank {self.rank}")
+            raise ValueError(f"{shown_value(self.experts)} experts for rank {self.rank}")
 
     @property
     def core_shape(self) -> tuple[int, ...]:

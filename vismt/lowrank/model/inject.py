@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, need_names, require_known
+from vismt.base.errors import UserError, need_names, require_known, shown_value
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.parameter_modules import to_modules
@@ -210,17 +210,17 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         result[name] = need_names(f"adapt.{name}:", result[name])
     for name in ("rslora", "clamp_rank", "split_qkv"):
         if not isinstance(result[name], bool):
-            raise UserError(f"adapt.{name}: {result[name]!r}; it must be true or false.")
+            raise UserError(f"adapt.{name}: {shown_value(result[name])}; it must be true or false.")
     for name, checked in (("rank_pattern", _rank), ("alpha_pattern", _alpha)):
         table = result[name] or {}
         if not isinstance(table, Mapping) or not all(isinstance(key, str) for key in table):
-            raise UserError(f"adapt.{name}: {table!r}; give a mapping from pattern to value.")
+            raise UserError(f"adapt.{name}: {shown_value(table)}; give a mapping from pattern to value.")
         result[name] = {key: checked(f"{name}['{key}']", value) for key, value in table.items()}
     result["rank"] = _rank("rank", result["rank"])
     result["alpha"] = None if result["alpha"] is None else _alpha("alpha", result["alpha"])
     dropout = result["dropout"]
     if not _number(dropout) or not 0 <= dropout < 1:
-        raise UserError(f"adapt.dropout: {dropout!r}; it must be a number in [0, 1).")
+        raise UserError(f"adapt.dropout: {shown_value(dropout)}; it must be a number in [0, 1).")
     result["dtype"] = _dtype(result["dtype"])
     if result["targets"] is not None and not isinstance(result["targets"], str):
         result["targets"] = need_names("adapt.targets:", result["targets"])
@@ -233,13 +233,13 @@ def _number(value: Any) -> bool:
 
 def _rank(name: str, value: Any) -> int:
     if not _number(value) or value != int(value) or value < 1:
-        raise UserError(f"adapt.{name}: {value!r}; it must be a whole number, at least 1.")
+        raise UserError(f"adapt.{name}: {shown_value(value)}; it must be a whole number, at least 1.")
     return int(value)
 
 
 def _alpha(name: str, value: Any) -> float:
     if not _number(value) or value <= 0:
-        raise UserError(f"adapt.{name}: {value!r}; it must be a positive number.")
+        raise UserError(f"adapt.{name}: {shown_value(value)}; it must be a positive number.")
     return float(value)
 
 
@@ -248,5 +248,5 @@ def _dtype(value: Any) -> torch.dtype | None:
         require_known("adapt.dtype:", [value], DTYPES)
         return DTYPES[value]
     if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
-        raise UserError(f"adapt.dtype: {value!r}; give a floating dtype, one of {', '.join(DTYPES)}.")
+        raise UserError(f"adapt.dtype: {shown_value(value)}; give a floating dtype, one of {', '.join(DTYPES)}.")
     return value

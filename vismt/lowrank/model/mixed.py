@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, adapter_layers, in_autocast
 from vismt.lowrank.layers.gates import PerSample, unwatch_expansion, watch_expansion
@@ -280,7 +280,7 @@ class adapters_per_sample(PerSample):
 
     def __init__(self, names: Sequence[str | Mapping[str, float] | None]) -> None:
         if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-            raise UserError(f"adapters_per_sample: {names!r}; give a list with one entry for each sample.")
+            raise UserError(f"adapters_per_sample: {shown_value(names)}; give a list with one entry for each sample.")
         super().__init__()
         entries = [_weights(entry) for entry in names]
         self.samples = len(entries)
@@ -356,7 +356,7 @@ def _weights(entry: Any) -> dict[str, float]:
     numbers = isinstance(entry, Mapping) and all(isinstance(w, Real) and math.isfinite(w) for w in entry.values())
     if not numbers:
         raise UserError(
-            f"adapters_per_sample: {entry!r}; give a name, None, or a mapping from names to finite weights."
+            f"adapters_per_sample: {shown_value(entry)}; give a name, None, or a mapping from names to finite weights."
         )
     return {name: float(weight) for name, weight in entry.items() if weight}
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec, adapter_modules
 from vismt.lowrank.layers.parameter_modules import to_modules
 from vismt.lowrank.model.merge import freeze, undo, unfreeze, unwatch_saving, watch_saving
@@ -169,7 +169,7 @@ def new_adapter(model: nn.Module, name: str, what: str) -> Iterator[None]:
     """Let the block place a new adapter, `name`, on the stock model; on an error the model is as it was before."""
     names, before = names_of(model), active(model)
     if not isinstance(name, str) or not name:
-        raise UserError(f"{what}.name: {name!r}; give a text.")
+        raise UserError(f"{what}.name: {shown_value(name)}; give a text.")
     same = next((other for other in names if key(other) == key(name)), None)
     if same is not None:
         record = need_record(model, what) if before == same else shelved(model)[same].record

@@ -17,6 +17,7 @@ head, fc, classifier, score or lm_head.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vismt.base.errors import UserError, near, need_names
+from vismt.base.errors import UserError, near, need_names, shown_value
 from vismt.lowrank.layers.parameter_modules import (
     ATTENTION,
     ParameterModule,
@@ -209,8 +210,24 @@ def find_targets(
             raise UserError(
                 f"adapt.targets: {type(model).__name__} has no {kind} outside of its head; give adapt.targets={others[0]}."
             )
-        raise UserError(f"adapt.targets: nothing to adapt for {pattern!r}{after}.{why}")
+        raise UserError(f"adapt.targets: nothing to adapt for {shown_value(pattern)}{after}.{why}")
+    if everything:
+        _warn_of_rest(f"adapt.targets: '{pattern}' of {type(model).__name__}", named, chosen, reasons)
     return {path: module for path, module in named.items() if path in chosen}, remarks
+
+
+def _warn_of_rest(
+    what: str, candidates: Mapping[str, nn.Module], chosen: Iterable[str], reasons: Mapping[str, str]
+) -> None:
+    """Warn where the modules that cannot be adapted hold most of the weights of a set, as the convolutions of an NFNet do."""
+    adapted, left = (
+        sum(parameter.numel() for path in paths for parameter in candidates[path].parameters())
+        for paths in (chosen, reasons)
+    )
+    if left > adapted:
+        why = "; ".join(_grouped(list(reasons.values())))
+        share = 100 * adapted / (adapted + left)
+        warnings.warn(f"{what} adapts {share:.0f} % of the weights alone. Left out: {why}.", stacklevel=5)
 
 
 def _grouped(remarks: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 from vismt.base.identity import Identity
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.combining import combine
@@ -176,7 +176,7 @@ def read_pool(folder: Path) -> list[Expert]:
         listed = index["experts"] if form == FORMAT else ()
         entries = [(str(entry["label"]), str(entry["folder"]), float(entry["scale"])) for entry in listed]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{what}: {INDEX} is not what `vismt pool assemble` writes ({error!r}).") from error
+        raise UserError(f"{what}: {INDEX} is not what `vismt pool assemble` writes ({shown_value(error)}).") from error
     if form != FORMAT:
         raise UserError(f"{what}: format {form}, this version reads {FORMAT}; use a matching vismt.")
     for _, name, _ in entries:

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.base.registry import Registry
 
 BALANCERS: Registry[type[Balancer]] = Registry(
@@ -101,7 +101,7 @@ class Balancer(nn.Module):
         super().__init__()
         self.tasks = tuple(tasks)
         if not self.tasks or len(set(self.tasks)) < len(self.tasks) or isinstance(tasks, str):
-            raise UserError(f"balancing: tasks {tasks!r}; need one or more different names.")
+            raise UserError(f"balancing: tasks {shown_value(tasks)}; need one or more different names.")
         for task, weight in (weights or {}).items():
             self._number(task, "weights")
             check_range(f"weights.{task}", weight, 0 < weight < math.inf, "positive")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 from vismt.lowrank.layers.base import LayerSpec, register_module, spec_of
 from vismt.lowrank.layers.forms import LowRankLinear
 from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
@@ -40,7 +40,7 @@ class ExpertSettings(LowRankSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.side not in SIDES.values() or self.n_experts < 1 or self.rank % self.n_experts or len(self.blocks) > 1:
-            raise ValueError(f"{self.n_experts} experts of side {self.side!r} for rank {self.rank}")
+            raise ValueError(f"{self.n_experts} experts of side {shown_value(self.side)} for rank {self.rank}")
 
 
 @register_module("expert_pairs")

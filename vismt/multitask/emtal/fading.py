@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, shown_value
 
 
 @dataclass
@@ -98,7 +98,9 @@ class RouterFade(FadeState):
     def __init__(self, total_steps: int, start: float = 0.0, end: float = 0.5) -> None:
         super().__init__()
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise UserError(f"fade: total_steps {total_steps!r}, needed the number of optimiser steps of the training.")
+            raise UserError(
+                f"fade: total_steps {shown_value(total_steps)}, needed the number of optimiser steps of the training."
+            )
         check_range(start, end)
         self.total_steps, self.start, self.end = total_steps, float(start), float(end)
         self.taken = 0

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError, need_whole, require_known
+from vismt.base.errors import UserError, need_whole, require_known, shown_value
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec, register_module
 from vismt.lowrank.layers.forms import LowRankLinear
 from vismt.lowrank.layers.low_rank import LowRankLayer
@@ -62,7 +62,9 @@ def checked_fade(fade: float | Fade) -> float | Fade:
     """Return a number in [0, 1] as float, or an object with a `value` unchanged; raise UserError for others."""
     is_number = isinstance(fade, Real) and not isinstance(fade, bool)
     if not (hasattr(fade, "value") or (is_number and 0 <= fade <= 1)):
-        raise UserError(f"emtal: fade {fade!r}; it must be a number from 0 (routed) to 1 (faded), or a FadeState.")
+        raise UserError(
+            f"emtal: fade {shown_value(fade)}; it must be a number from 0 (routed) to 1 (faded), or a FadeState."
+        )
     return float(fade) if is_number else fade
 
 
@@ -246,7 +248,7 @@ class MoEfiedMlp(AdapterModule):
             raise UserError(f"emtal: this model has no '{path}' to put a router in.")
         need_whole("emtal: n_experts", n_experts)
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-            raise UserError(f"emtal: temperature {temperature!r}; it must be a positive number.")
+            raise UserError(f"emtal: temperature {shown_value(temperature)}; it must be a positive number.")
         adapted = any(isinstance(getattr(base, name, None), LowRankLayer) for name in ("fc1", "fc2"))
         if not adapted and not isinstance(base, cls):
             plain_mlp(base, f"'{path}'")

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vismt.base.errors import UserError, need_names
+from vismt.base.errors import UserError, need_names, shown_value
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.stock_modules import kind_of
@@ -72,7 +72,9 @@ def mtlora(
     refuse_adapted(model)
     tasks = need_names("mtlora: tasks", tasks)
     if not tasks or len(set(tasks)) < len(tasks):
-        raise UserError(f"mtlora: tasks {tasks!r}; give a list of different names, tasks=['semseg', 'depth'].")
+        raise UserError(
+            f"mtlora: tasks {shown_value(tasks)}; give a list of different names, tasks=['semseg', 'depth']."
+        )
     every = [path for path, _ in model.named_modules() if BLOCK.fullmatch(path)]
     chosen = _stage_ends(every) if task_blocks is None else need_names("mtlora: task_blocks", task_blocks)
     paths = list(dict.fromkeys(chosen))
@@ -120,7 +122,7 @@ def _by_block(name: str, value: Any, paths: Sequence[str]) -> dict[str, Any]:
         kinds = int if name == "task_rank" else (int, float)
         if isinstance(number, bool) or not isinstance(number, kinds) or not 0 < number <= sys.float_info.max:
             kind = "whole number, at least 1" if kinds is int else "positive, finite number"
-            raise UserError(f"mtlora: {name} of '{path}' is {number!r}; it must be a {kind}.")
+            raise UserError(f"mtlora: {name} of '{path}' is {shown_value(number)}; it must be a {kind}.")
     return values
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, require_known, shown_value
 from vismt.base.registry import Registry
 from vismt.data.maps.dense_sample import IGNORE
 from vismt.multitask.heads import resize_logits
@@ -278,7 +278,7 @@ def check_labels(task: str, target: Tensor, classes: int, ignore: int) -> None:
 def check_number(task: str, option: str, value: Any, low: float, high: float) -> None:
     """Raise UserError unless low < value < high."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
-        raise UserError(f"{task}: {option} {value!r}; it must be a number above {low:g} and below {high:g}.")
+        raise UserError(f"{task}: {option} {shown_value(value)}; it must be a number above {low:g} and below {high:g}.")
 
 
 def make_task(spec: str | Mapping[str, Any]) -> Task:
@@ -292,7 +292,7 @@ def make_task(spec: str | Mapping[str, Any]) -> Task:
         UserError: for an unknown name or option, a missing option, and values out of range.
     """
     if not isinstance(spec, str | Mapping):
-        raise UserError(f"task: {spec!r}; give its name, or its options with the name as 'name'.")
+        raise UserError(f"task: {shown_value(spec)}; give its name, or its options with the name as 'name'.")
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     kind = str(options.pop("kind", options.get("name")))
     task, name = TASKS[kind], options.pop("name", kind)

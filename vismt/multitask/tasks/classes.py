@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vismt.base.errors import UserError, need_whole, require_known
+from vismt.base.errors import UserError, need_whole, require_known, shown_value
 from vismt.data.formats.pascal_context import PARTS
 from vismt.data.maps.dense_sample import CLASS, NO_CLASS
 from vismt.multitask.class_loss import ClassLoss, check_factor, dice_loss
@@ -146,7 +146,9 @@ class Classification(Task, ClassLoss):
         self.check_options(self.name, self.classes)
         smoothing = self.label_smoothing
         if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
-            raise UserError(f"{self.name}: label_smoothing {smoothing!r}; it must be a number from 0 and below 1.")
+            raise UserError(
+                f"{self.name}: label_smoothing {shown_value(smoothing)}; it must be a number from 0 and below 1."
+            )
 
     @property
     def channels(self) -> int:

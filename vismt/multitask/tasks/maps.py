@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.base.errors import UserError, need_whole, require_known
+from vismt.base.errors import UserError, need_whole, require_known, shown_value
 from vismt.multitask.tasks.base import IGNORE, NYUD_WEIGHTS, PASCAL_WEIGHTS, TASKS, LabelTask, MapTask, check_number
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Saliency(BinaryTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.channels not in (1, 2):
-            raise UserError(f"{self.name}: channels {self.channels!r}; 2 (background, salient) or 1.")
+            raise UserError(f"{self.name}: channels {shown_value(self.channels)}; 2 (background, salient) or 1.")
         require_known(f"{self.name}: measure", [self.measure], SALIENCY_LABELS)
 
     @property
