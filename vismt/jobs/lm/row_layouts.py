@@ -189,8 +189,8 @@ def _label(table: Table) -> Layout | None:
         other = alike.setdefault(" ".join(name.split()), name)
         if other != name:
             raise UserError(
-                f"{table.what}: the labels {shown_value(other)} and {shown_value(name)} in the column '{label}' differ in blanks alone; write one of "
-                "them."
+                f"{table.what}: the labels {shown_value(other)} and {shown_value(name)} in the column '{label}' differ in "
+                "blanks alone; write one of them."
             )
     if not 2 <= len(labels) <= len(ascii_uppercase):
         raise UserError(f"{table.what}: {len(labels)} labels in the column '{label}'; needed are 2 to 26.")
