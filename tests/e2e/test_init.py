@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from helpers.lm_parts import save_lm
+from helpers.lm_parts import save_lm, tokenizer
 from helpers.own_images import write_folder
 from helpers.tiny_runs import refused
 from PIL import Image
@@ -133,6 +134,25 @@ def test_texts(tmp_path: Path) -> None:
     assert {(row.task, row.data) for row in rows} == {("sentiment", "texts")} and {row.arm for row in rows} >= {
         "frozen"
     }
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "what colour", "input": "", "output": "blue", "id": 1},
+        {"conversations": [{"from": "human", "value": "sky"}, {"from": "gpt", "value": "blue"}]},
+        {"question": "what colour", "choices": ["blue", "green"], "answer": 1},
+    ],
+    ids=["alpaca", "sharegpt", "choices"],
+)
+def test_rows_of_a_known_layout_train_as_written(row: dict, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps([row] * 20))
+    words = tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}</s>{% endfor %}"
+    words.save_pretrained(save_lm(tmp_path / "lm"))
+    assert main(["init", "lm", "--texts", str(tmp_path / "mine.json"), "--to", str(tmp_path), "--quiet"]) == 0
+    rows = run(tmp_path, "lm", f"model={{name: {tmp_path / 'lm'}}}", "train.steps=2", "train.warmup=0")
+    assert {(row.task, row.n) for row in rows} == {("own", 6)}
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from vismt.base.errors import UserError
-from vismt.storage.outputs import NOTE, check_files, check_folder, check_outputs, note, noted
+from vismt.storage.files import atomic_write
+from vismt.storage.outputs import LONGEST, NOTE, check_files, check_folder, check_outputs, note, noted
 
 
 def test_an_output_that_is_an_input_is_refused_under_each_of_its_names(tmp_path: Path) -> None:
@@ -27,6 +28,17 @@ def test_two_outputs_of_one_name_are_refused(tmp_path: Path) -> None:
     outputs = [(tmp_path / "a-depth.png", "a.png"), (tmp_path / "a-depth.png", "a-depth.png")]
     with pytest.raises(UserError, match=r"'a.png' and 'a-depth.png' would both become a-depth.png"):
         check_outputs("predict", outputs)
+
+
+def test_an_output_that_could_not_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    longest = tmp_path / ("é" * ((LONGEST - 4) // 2) + ".png")
+    check_outputs("predict", [(longest, "a.png")])
+    atomic_write(longest, "")
+    with pytest.raises(UserError, match=r"needs a shorter name; rename 'a.png'"):
+        check_outputs("predict", [(longest.with_suffix(".longer"), "a.png")])
+    for check in (lambda folder: check_files("predict", folder, []), lambda folder: check_folder("compare", folder)):
+        with pytest.raises(UserError, match="is a file; name a folder"):
+            check(longest)
 
 
 def test_a_command_replaces_what_it_noted_and_nothing_else(tmp_path: Path) -> None:

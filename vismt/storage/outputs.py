@@ -13,9 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from vismt.base.errors import UserError
-from vismt.storage.files import atomic_write, read_json
+from vismt.storage.files import PARTIAL, atomic_write, read_json
 
 NOTE = "vismt.json"
+LONGEST = 255 - len(f"..12345678{PARTIAL}")  # bytes of a file's name, which is longer until the file is whole
 
 
 def check_outputs(
@@ -25,7 +26,9 @@ def check_outputs(
     own: Collection[Path] = (),
     option: str = "--to",
 ) -> None:
-    """Raise UserError for an output that is another output or an input, and for one that exists and is not vismt's own.
+    """Raise UserError for an output that is another output or an input, or that exists and is not vismt's own.
+
+    An output whose name is too long for a file is an error, too.
 
     Args:
         command: Name of the command, for the message.
@@ -50,6 +53,10 @@ def check_outputs(
         if path not in own and os.path.lexists(path):
             raise UserError(
                 f"{command}: '{path}' exists and would be overwritten; give another {option}, or move the file away."
+            )
+        if len(os.fsencode(path.name)) > LONGEST:
+            raise UserError(
+                f"{command}: the output '{path.name}' needs a shorter name; rename '{source or path.parent}'."
             )
 
 
@@ -84,6 +91,8 @@ def note(command: str, folder: Path, names: Iterable[str] = ()) -> None:
 def noted(folder: Path) -> dict[str, object]:
     """Return the note of a folder, empty if it has none."""
     path = folder / NOTE
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file; name a folder.")
     held = read_json(path, f"folder '{folder}'") if os.path.lexists(path) else {}
     if not isinstance(held, dict):
         raise UserError(f"folder '{folder}': {NOTE} is not what vismt writes there; name another folder.")
