@@ -75,7 +75,10 @@ class Evidence:
 
     def _over_examples(self, row: Result) -> Estimate:
         """Return a row's score with its error over the examples alone."""
-        return Estimate(row.value, ((row.variance, row.freedom),), without_seeds_kind(row.interval), row.bias)
+        covers = without_seeds_kind(row.interval)
+        if not row.freedom:  # rows of an earlier version have an interval alone
+            return replace(Estimate.within(row.value, (row.low, row.high)), covers=covers)
+        return Estimate(row.value, ((row.variance, row.freedom),), covers, row.bias)
 
     def difference(self, first: Sequence[Result], second: Sequence[Result]) -> Estimate | None:
         """Return the mean over sets of first - second on the same examples; None when a set has none.
