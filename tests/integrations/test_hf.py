@@ -143,6 +143,10 @@ def nudged(model: nn.Module) -> None:
         (None, "pissa", {}, r"another method \(lora, this model has pissa\)"),
         (None, "lora", {"alpha": 32}, r"another layers scale \(\d+.\d+, this model has 16.0\)"),
         (None, "lora", {"dropout": 0.5}, "another options dropout"),
+        (None, "polar", {}, r"another method or other settings \('.*lora_C' is not in it\)"),
+        (None, "s2ft", {}, r"another method or other settings \('.*slice_values' is not in it\)"),
+        (None, "lisa", {"active": 1}, r"another method or other settings \('.*' is not in it\)"),
+        (None, "lora", {"rank": 4}, r"another method or other settings \('.*lora_A' is \(2, 32\), here \(4, 32\)\)"),
     ],
 )
 def test_a_checkpoint_of_another_base_method_or_setting_is_refused(
@@ -153,7 +157,8 @@ def test_a_checkpoint_of_another_base_method_or_setting_is_refused(
         with torch.no_grad():
             change(other)
     other.save_pretrained(tmp_path / "other")
-    again = trainer(tmp_path / "other", tmp_path / "out", method, rank=2, **options)
+    rank = {} if method in ("s2ft", "lisa") else {"rank": 2}
+    again = trainer(tmp_path / "other", tmp_path / "out", method, **{**rank, **options})
     with pytest.raises(UserError, match=f"resume: the checkpoint is .*{message}"):
         again.train(resume_from_checkpoint=str(checkpoint))
 

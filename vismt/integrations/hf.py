@@ -51,6 +51,7 @@ class VismtCallback(DriverCallback, TrainerCallback):
     """
 
     _ignored: Any = None
+    _resuming: Any = None  # the handle of the check of a checkpoint's tensors
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let the Trainer save and load the trained tensors alone."""
@@ -64,9 +65,11 @@ class VismtCallback(DriverCallback, TrainerCallback):
         _check_tied(given["model"])
         self._ignored = getattr(given["model"], IGNORED, None)
         self._ignore_frozen()
+        self._resuming = given["model"].register_load_state_dict_pre_hook(self._check_tensors)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         driver, optimizer = self.driver, given["optimizer"]
+        self._resuming.remove()
         states = getattr(state, "stateful_callbacks", {})
         driver.check_resumed(states.get(BELONGS, self.belongs), self.belongs)
         states[BELONGS] = self.belongs  # written into every checkpoint
@@ -100,6 +103,16 @@ class VismtCallback(DriverCallback, TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Give the model's `save_pretrained` its usual keys back."""
         setattr(given["model"], IGNORED, self._ignored)
+
+    def _check_tensors(self, model: nn.Module, state: dict[str, Any], *_: Any) -> None:
+        """Refuse the tensors of another adapter: the Trainer loads them, and the optimiser's state, before training begins."""
+        for name, value in model.named_parameters():
+            if value.requires_grad and (name not in state or state[name].shape != value.shape):
+                seen = f"is {tuple(state[name].shape)}, here {tuple(value.shape)}" if name in state else "is not in it"
+                raise UserError(
+                    f"resume: the checkpoint is of an adapter with another method or other settings ('{name}' {seen}); adapt "
+                    "the model as for that training, or start without a checkpoint."
+                )
 
     def _ignore_frozen(self) -> None:
         driver = self.driver
