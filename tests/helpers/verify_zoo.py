@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import vismt
 from helpers.tiny import built_once
 from helpers.verified_folders import CONFIG, PREFIX, TENSORS, Folders, edit_config, edit_tensors, modules_of, trained
+from vismt.llm.pissa.quantized import nf4
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEXT: dict[str, Any] = {
@@ -727,6 +728,8 @@ FAULTS: dict[str, tuple[str, str, Change]] = {
     "base of 4 bits, bf16": ("llama bf16", MERGED, stock_weights(lambda W: grid(W, 4))),
     "base of 8 bits": ("deep", MERGED, stock_weights(lambda W: grid(W, 8))),
     "base of 8 bits, bf16": ("llama bf16", MERGED, stock_weights(lambda W: grid(W, 8))),
+    "base of NF4": ("deep", MERGED, stock_weights(nf4)),
+    "base of NF4, bf16": ("llama bf16", MERGED, stock_weights(nf4)),
     "8 bits after the merge": ("deep", MERGED, updates(lambda name, W, D: grid(W + D, 8) - W)),
     "DoRA merged as LoRA": ("llama DoRA", MERGED, without_magnitudes),
     "magnitudes exchanged": (

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from random import Random
 
 import pytest
+from helpers.damage import damage_json
 from helpers.verify_zoo import ALONE, BASE, FAULTS, HEALTHY, JUNK, healthy
 
 import vismt
 from vismt.cli import main
+from vismt.verification import library
 
+# The finding that has to be there, where another would mislead.
+EXPLAINED = {
+    **dict.fromkeys(
+        [fault for fault in FAULTS if ("bits" in fault and "factors" not in fault) or "NF4" in fault], "quantized"
+    ),
+    "DoRA merged as LoRA": "dora",
+    "rank 0": "rank",
+    "whole numbers": "dtype",
+    "a base of another name": "base-name",
+    "a stale file beside the shards": "two-sets",
+    "another rope": "config",
+    "a layer more in config.json": "config",
+    "merged without norms": "lacking",
+    "merged under DDP": "wrapped",
+    "mixtral: experts not merged": "unmerged",
+    "token rows not merged": "head-not-merged",
+}
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "verify.md"
 
 
@@ -45,6 +66,7 @@ def test_a_fault_is_found(fault: str, root: Path, tmp_path: Path) -> None:
         options["merged"] = folders.merged
     verdict = vismt.verify(folders.adapter, **options)
     assert verdict.status != "ok", verdict.findings
+    assert fault not in EXPLAINED or EXPLAINED[fault] in verdict.codes, verdict.findings
     json.dumps(verdict.as_json())
 
 
@@ -68,3 +90,43 @@ def test_the_zoo_is_as_large_as_the_guide_says() -> None:
     text = GUIDE.read_text(encoding="utf8")
     assert f"{len(HEALTHY)} folders without a fault" in text and f"{len(FAULTS)} faults" in text
     assert len(HEALTHY) >= 123 and len(FAULTS) >= 112
+
+
+def test_a_config_json_of_any_size_and_kind_is_read_in_a_short_time(root: Path, tmp_path: Path) -> None:
+    """Counts of layers and labels that would take all memory, values of other types, and keys that fetch files."""
+    folders = healthy("vit", root).copied(tmp_path)
+    path = folders.base / "config.json"
+    config = json.loads(path.read_text())
+    odd = [{"num_hidden_layers": 2**40}, {"num_labels": 2**40}, {"hidden_size": 2**40}, {"num_attention_heads": 2**40}]
+    odd += [
+        {"num_hidden_layers": "x"},
+        {"model_type": []},
+        {"architectures": [3, "os", "AutoModel"]},
+        {"backbone": "a/b"},
+    ]
+    odd += [{"id2label": {str(number): "x" for number in range(9)}, "layer_types": ["x"] * 10**5}]
+    for values in odd:
+        path.write_text(json.dumps({**config, **values}))
+        assert vismt.verify(folders.adapter, base=folders.base).status in ("ok", "suspicious", "broken"), values
+    for seed in range(60):
+        path.write_text(json.dumps(damage_json(config, Random(seed))))
+        vismt.verify(folders.adapter, base=folders.base)
+
+
+def test_names_that_no_library_knows_are_not_compared(root: Path, tmp_path: Path) -> None:
+    """A type of model that the installed transformers does not know, and an earlier transformers without conversions."""
+    folders = healthy("vit", root).copied(tmp_path)
+    path = folders.base / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "of_another_year"}))
+    verdict = vismt.verify(folders.adapter, base=folders.base, merged=folders.merged)
+    assert (verdict.status, verdict.codes) == ("suspicious", {"not-compared"})
+
+
+def test_an_earlier_transformers_leaves_names_as_they_are(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, llama = healthy("vit", root), healthy("llama", root)
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    library._built.cache_clear()
+    verdict = vismt.verify(vit.adapter, base=vit.base, merged=vit.merged)
+    assert (verdict.status, verdict.codes) == ("suspicious", {"not-compared"})
+    assert vismt.verify(llama.adapter, base=llama.base, merged=llama.merged).status == "ok"
+    library._built.cache_clear()

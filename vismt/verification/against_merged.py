@@ -20,6 +20,7 @@ from vismt.verification.located import Located, equal, find_parameter, same_para
 from vismt.verification.verdict import Finding, ModuleRow, names_of
 
 FUSED = ("qkv", "c_attn", "in_proj", "Wqkv", "qkv_proj", "query_key_value")
+GRID_ROWS = 64  # that show on which grid values lie
 LOST = 0.5  # share of an update that rounding may take before it is a fault
 
 
@@ -42,16 +43,18 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
         if not bool(torch.isfinite(M).all()):
             text = f"'{path}': the merged weight has NaN or infinite values"
             yield Finding("broken", "merged-not-finite", text, "merge in bf16 or fp32", (path,))
-    absent = [path for path in base.names if path not in merged.names]
-    if absent and merged.knows(facts):
+    absent = [path for path in base.names if merged.lacks(path)]
+    if absent:
         text = f"the checkpoint has no weight of {names_of(absent)}"
         yield Finding("broken", "not-in-merged", text, "merge into the same base", tuple(absent))
-    still |= {path: False for path in facts.modules if path not in base.names or path in absent}
+    both = {*base.names} & {*merged.names}
+    still |= {path: False for path in facts.modules if path not in both and path not in absent and not base.lacks(path)}
     lost = _lost(base, merged)
     if lost:
         text = f"the checkpoint lacks weights of the base: {names_of(lost)}"
         yield Finding("broken", "lacking", text, "save the whole model", tuple(lost[:20]))
-    apart, another = _unadapted(facts, base, merged)
+    # Names that are not understood may be those of adapted modules.
+    apart, another = _unadapted(facts, base, merged) if base.knows(facts) and merged.knows(facts) else ([], False)
     if another:
         text = f"{names_of(apart)}: weights that the adapter does not touch differ from the base: it was merged into another one"
         yield Finding("broken", "other-base", text, "give the base it was merged into", tuple(apart[:20]))
@@ -114,8 +117,15 @@ def _explained(facts: Facts, base: Located, merged: Located, path: str, found: F
     own = abs(found.cosine)
     if update.shape[0] == update.shape[1] and _cosine(update, E.T) > max(0.3, 3 * own):
         return "transposed", "the update was added transposed"
-    if update.magnitude is not None and _cosine(update, E) > max(0.5, 2 * own):
+    rows = slice(0, min(GRID_ROWS, len(E)))
+    wide, few = E.dtype, E[rows]
+    D = update.step(W[rows].to(wide), rows, 1.0)
+    if update.magnitude is not None and (few - update.delta(rows).to(wide)).norm() < 0.5 * (few - D).norm():
         return "dora", "the magnitudes of DoRA were left out"
+    for values, what in ((M[rows].to(wide), "the merged weight"), (M[rows].to(wide) - D, "the base")):
+        bits = _bits(values)
+        if bits and not _bits(W[rows].to(wide)):
+            return "quantized", f"{what} was rounded to {bits} bits and back"
     others = [module for other, module in facts.modules.items() if other != path and shape_of(module) == update.shape]
     alike = (update_of(facts, module) for module in others)
     if own < 0.3 and any(other is not None and _cosine(other, E) > 0.5 for other in alike):
@@ -128,6 +138,18 @@ def _explained(facts: Facts, base: Located, merged: Located, path: str, found: F
     if found.cosine > 0.3:
         return "another-update", "there is more than the update of this adapter (another base, adapter or training)"
     return "not-this-adapter", "the difference from the base is not the update of this adapter"
+
+
+def _bits(values: Tensor) -> int:
+    """Return 8 or 4 for rows on the grid of as many bits, or on the grid of NF4; 0 for others."""
+    most = values.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    for bits in (4, 8):
+        places = values / most * (2 ** (bits - 1) - 1)
+        if float((places - places.round()).abs().mean()) < 0.1:  # 0.25 by chance
+            return bits
+    from vismt.llm.pissa.quantized import nf4
+
+    return 4 if float((nf4(values) - values).norm()) < 0.03 * float(values.norm()) else 0  # 0.09 by chance
 
 
 def _cosine(update: Update, E: Tensor) -> float:

@@ -27,12 +27,10 @@ LEFT_OUT = re.compile(
     r"implementation|kernel|quantization_config|auto_map|dtype|^transformers_weights$|^_name_or_path$"
 )
 FETCHING = re.compile(r"^use_(timm|pretrained)_backbone$|^backbone$")
-COUNTS = re.compile(r"layer|depth|block|expert|stage|branch")  # of modules in a list
-MOST, MOST_LABELS, LONGEST = (
-    1024,
-    10**6,
-    500,
-)  # of such modules, of labels, and of the characters of a name that is converted
+# Keys that say how many modules there are, and keys with such words that say how large they are.
+COUNTS = re.compile(r"layer|depth|block|expert|stage|branch|codebook|^(num|n)_")
+SIZES = re.compile(r"size|dim|width|vocab|position|ctx|emb|inner|token|patch|feature|class|norm|channel")
+MOST, MOST_LABELS, LONGEST = 1024, 10**5, 500  # modules of a kind, labels, characters of a name that is converted
 OF_TASKS = {
     "CAUSAL_LM": "CAUSAL_LM",
     "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
@@ -204,13 +202,13 @@ def _plain(config: Any, key: str = "") -> Any:
         parts = {name: _plain(value, name) for name, value in config.items() if not LEFT_OUT.search(name)}
         lost = any(parts[name] is None and config[name] is not None for name in parts)
         return None if lost else parts
+    counted = COUNTS.search(key) is not None and SIZES.search(key) is None
+    most = MOST_LABELS if key == "num_labels" else MOST
     if isinstance(config, list):
         parts_of_list = [_plain(value, key) for value in config]
-        return None if None in parts_of_list and None not in config else parts_of_list
-    most = MOST_LABELS if key == "num_labels" else MOST
-    if isinstance(config, int) and config > most and (key == "num_labels" or COUNTS.search(key)):
-        return None
-    return config
+        count = sum(value for value in config if isinstance(value, int)) if counted else 0
+        return None if parts_of_list != config or max(count, len(config)) > 4 * most else parts_of_list
+    return None if counted and isinstance(config, int) and config > most else config
 
 
 def _transforms(library: Library) -> tuple[list[Any], list[Any]]:

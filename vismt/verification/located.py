@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,9 +44,19 @@ class Located:
     def library(self) -> Library | None:
         return self.checkpoint.library
 
+    @cached_property
+    def stems(self) -> set[str]:
+        """Return the paths of the weights, with a star for each number."""
+        return {re.sub(r"\d+", "*", name.removesuffix(".weight")) for name in self.facts.tensors}
+
+    def lacks(self, path: str) -> bool:
+        """Return whether there is no such module. Without a library, the names of other layers have to show it."""
+        known = self.library is not None or re.sub(r"\d+", "*", path) in self.stems
+        return path not in self.names and known
+
     def knows(self, facts: Facts) -> bool:
-        """Return whether the names of the modules are understood, so that a module that is not found is not there."""
-        return self.library is not None or 2 * len(self.names) >= len(facts.modules)
+        """Return whether each module is found or known to be absent."""
+        return all(path in self.names or self.lacks(path) for path in facts.modules)
 
     def misfits(self, module: ModuleFacts) -> bool:
         """Return whether the factors of a module do not fit its weight here."""

@@ -203,7 +203,7 @@ def _old(case: Case, module: ModuleFacts) -> bool:
 
 def _absent(case: Case, module: ModuleFacts) -> bool:
     """Return whether the base lacks a module; experts and tied heads have other names in files than in models."""
-    if case.base is None or module.path in case.base.names or not case.base.knows(case.facts):
+    if case.base is None or not case.base.lacks(module.path):
         return False
     return not re.search(r"\.experts\b|(^|\.)lm_head$", module.path)
 
@@ -234,7 +234,9 @@ def _transposed(case: Case, module: ModuleFacts) -> bool:
 
 def _no_target(case: Case) -> bool:
     settings = case.facts.settings
-    if settings is None or settings.everywhere or settings.target_parameters or case.base is None:
+    if settings is None or settings.everywhere or settings.target_parameters:
+        return False
+    if case.base is None or not case.base.knows(case.facts):
         return False
     pieces = [name.split(".") for name in case.base.facts.tensors]
     owners = {".".join(parts[:end]) for parts in pieces for end in range(1, len(parts))}
@@ -414,9 +416,9 @@ RULES = (
                   and not (case.base.change in BARE and case.base.facts.config.get("model_type"))),
          "the base has these modules only {case.base.change} in their paths (as in vllm#34186)",
          IGNORED | {"vllm": "ignored?", "llama.cpp": "refused?"}, "rename the adapter's tensors in this way", "prefix"),
-    Rule(_modules(lambda case, module: case.base and not case.base.knows(case.facts) and module.path not in case.base.names),
-         "the base has other names, and it is not known what they become in its model", {"peft": "ignored?"},
-         "give a folder with config.json", "not-compared", "suspicious"),
+    Rule(_modules(lambda case, module: case.base and module.path not in case.base.names and not case.base.lacks(module.path)),
+         "the base has other names, and it is not known what they become in its model",
+         fix="give a folder with config.json", code="not-compared", level="suspicious"),
     Rule(_modules(_absent), "the base has no such modules", IGNORED | {"vllm": "ignored?", "llama.cpp": "refused"}, BASE,
          "not-in-base"),
     # modules and shapes
