@@ -204,7 +204,7 @@ def _trained(facts: Facts, base: Located) -> Callable[[str], bool]:
             or any(f".{module}." in f".{name}" for module in promised)
             or (settings is not None and (settings.names(path) or (settings.bias != "none" and name.endswith("bias"))))
             or (tied and name.endswith(TABLES))
-            or (base.library is None and any(names_stack([f"{stack}.x"], path) for stack in stacks))
+            or (base.library is None and names_stack(stacks, path))
         )
 
     return trained

@@ -194,7 +194,7 @@ def _read_settings(facts: Facts) -> None:
 
 def _scale_of_peft(settings: PeftSettings | None, module: ModuleFacts) -> None:
     factor = module.tensors.get("A") or module.tensors.get("embedding_A")
-    stack = settings and names_stack(settings.target_parameters or [], module.key) and not settings.names(module.named)
+    stack = settings and names_stack(settings.stack_owners, module.key) and not settings.names(module.named)
     if settings is not None:
         module.declared, scale = settings.scale(module.named)
         module.scale = scale * (1 if module.named == module.path else added(module.path, settings.peft_version))

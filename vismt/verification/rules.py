@@ -213,12 +213,12 @@ def _outside(case: Case, module: ModuleFacts) -> bool:
     settings = case.facts.settings
     if settings is None or settings.names(module.named) or _old(case, module):
         return False
-    return not names_stack(settings.target_parameters or [], module.key)
+    return not names_stack(settings.stack_owners, module.key)
 
 
 def _other_rank(case: Case, module: ModuleFacts) -> bool:
     """Return whether the rank of the factors is not that of the settings; peft stacks the factors of experts."""
-    stacks = (case.facts.settings and case.facts.settings.target_parameters) or []
+    stacks = case.facts.settings.stack_owners if case.facts.settings else ()
     differs = None not in (module.rank, module.declared) and module.rank != module.declared
     return differs and not names_stack(stacks, module.key)
 

@@ -125,7 +125,7 @@ def test_the_least_card_with_an_absolute_root(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x" * 300, f"../{'x' * 300}", f"{'x' * 300}:train"])
 def test_names_longer_than_a_file_may_have(name: str) -> None:
     for door in (open_images, open_texts):
-        with pytest.raises(UserError, match=f"data '{name}': no "):
+        with pytest.raises(UserError, match=f"data '{name[:190]}.*': no "):
             door(name)
     assert row_name(name).rpartition("/")[2] == name.rpartition("/")[2] and not overlap(name, "digits")
 

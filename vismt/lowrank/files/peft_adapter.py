@@ -152,9 +152,8 @@ def read_peft(folder: Path) -> PeftAdapter:
     pairs, extras = _sort(what, tensors)
     for name, value in extras.items():
         check_finite(f"{what}: {name}", value)
-    owners = {parameter.rpartition(".")[0] for parameter in settings.target_parameters or ()}
     unselected = [key for key in pairs if settings.everywhere or not selects(settings.targets, key)]
-    stacks = {key for key in unselected if names_stack(owners, key)}
+    stacks = {key for key in unselected if names_stack(settings.stack_owners, key)}
     low_rank = {}
     for key in pairs.keys() - stacks:
         path, named = stock_path(key, pairs.keys())

@@ -88,6 +88,11 @@ class PeftSettings:
     def alphas(self) -> PatternTable:
         return PatternTable("alpha_pattern", self.alpha_pattern or {})
 
+    @cached_property
+    def stack_owners(self) -> frozenset[str]:
+        """Paths of the modules whose parameters target_parameters names, for `names_stack`."""
+        return frozenset(parameter.rpartition(".")[0] for parameter in self.target_parameters or ())
+
     @property
     def everywhere(self) -> bool:
         """Whether all linears are named."""
