@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -36,11 +37,12 @@ GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "verify.md"
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    return tmp_path_factory.mktemp("zoo")
+    yield tmp_path_factory.mktemp("zoo")
+    transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.mark.parametrize("case", HEALTHY)
