@@ -61,6 +61,17 @@ def section(content: dict[str, Any]) -> str:
     ]
     for result in content["results"]:
         lines += [_row(cells(result["title"], comparison)) for comparison in result["comparisons"]]
+    for result in content["results"]:
+        if "table" in result:
+            heads, *rows = result["table"]
+            lines += [
+                "",
+                f"{result['title']}. {result['note']}",
+                "",
+                _row(heads),
+                _row("---" for _ in heads),
+                *map(_row, rows),
+            ]
     return "\n".join([*lines, ""])
 
 

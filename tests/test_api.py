@@ -82,9 +82,7 @@ def test_episodes_of_other_images_with_the_same_labels_are_others(folder: Path, 
 
 def test_fewshot_has_probabilities_and_sets_of_other_classes(folder: Path) -> None:
     other = {"noise": Pictures(count=9)}
-    results = vismt.evaluate_fewshot(
-        Features(), folder, **EPISODES, head="laplace", probabilities=True, ood=other, img_size=16
-    )
+    results = vismt.evaluate_fewshot(Features(), folder, **EPISODES, head="laplace", ood=other, img_size=16)
     rows = {(row.condition, row.metric): row for row in results}
     quality = {("clean", metric) for metric in ("accuracy", "ECE-15", "NLL in nats", "Brier")}
     assert set(rows) == {*quality, ("against noise", "AUROC")}

@@ -71,7 +71,6 @@ def evaluate_fewshot(
     corruptions: Sequence[Any] = (),
     epsilon: float | str = EPSILON,
     head: str = "prototypes",
-    probabilities: bool = False,
     ood: Any = (),
     img_size: int | None = None,
     seed: int = 1,
@@ -92,7 +91,6 @@ def evaluate_fewshot(
         corruptions: names, with all severities, or mappings {"name": ..., "severities": [...]}.
         epsilon: linf radius, in pixel units of [0, 1], of attacks given by name.
         head: what classifies on the features: cosine prototypes, or ridge, logistic, vbll, laplace or finetune.
-        probabilities: accepted from earlier programs; ECE, NLL and Brier score of the clean probabilities are always reported.
         ood: data sets of other classes: how well the largest probability tells their images from the queries, as AUROC.
         img_size: pixels; needed for a module that timm did not make.
         seed: of the episodes.
@@ -122,7 +120,6 @@ def evaluate_fewshot(
             "queries": queries,
             "episodes": episodes,
             "seed": seed,
-            "probabilities": probabilities,
             "ood": _sets(ood, objects),
             **_conditions(attacks, corruptions, epsilon),
         },

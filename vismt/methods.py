@@ -26,6 +26,8 @@ from vismt.lowrank.model.record import AdaptReport, record_of
 from vismt.lowrank.model.targets import find_targets, pattern_value
 
 GIVEN = {"model", "targets", "rank", "alpha", "seed"}  # what every method takes
+RANK = 8
+DEFAULTS = {"targets": None, "rank": RANK, "alpha": None}  # of `adapt`
 
 
 class Schedule(Protocol):
@@ -87,6 +89,7 @@ class Method:
         merges: whether the trained model can be merged into stock weights.
         exports: whether the update can be exported as a plain LoRA.
         renamed: {earlier name: present name} of options; configurations with earlier names are read.
+        unread: those of targets, rank and alpha that it does not read, each with what it does instead and what to set.
     """
 
     name: str
@@ -101,6 +104,15 @@ class Method:
     merges: bool = True
     exports: bool = True
     renamed: Mapping[str, str] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict)
+
+    def check_read(self, **arguments: Any) -> None:
+        """Raise UserError for one of targets, rank and alpha that is given, with another value than its default, and not read."""
+        for name, value in arguments.items():
+            if name in self.unread and value != DEFAULTS[name]:
+                raise UserError(
+                    f"adapt.{name}: {shown_value(value)} with '{self.name}', which {self.unread[name]}, leave {name} out."
+                )
 
     @property
     def options(self) -> list[str]:
@@ -138,7 +150,7 @@ def adapt(
     model: nn.Module,
     method: str,
     targets: Any = None,
-    rank: int = 8,
+    rank: int = RANK,
     alpha: float | None = None,
     seed: int = 0,
     name: str = "default",
@@ -162,8 +174,8 @@ def adapt(
         What was adapted; printing it gives a table.
 
     Raises:
-        UserError: for an unknown method or option, a pattern without a match, a rank that does not fit, and a name that the
-            model carries already; the model is then unchanged.
+        UserError: for an unknown method or option, a pattern without a match, a rank that does not fit, an argument that the
+            method does not read (rank with 's2ft'), and a name that the model carries already; the model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"adapt: the model is a {type(model).__name__}; it must be a torch.nn.Module.")
@@ -171,6 +183,7 @@ def adapt(
     options = known.present(options)
     if not isinstance(seed, int) or seed.bit_length() > 64:
         raise UserError(f"adapt.seed: {shown_value(seed)}; it must be a whole number of at most 64 bits.")
+    known.check_read(targets=targets, rank=rank, alpha=alpha)
     with new_adapter(model, name, "adapt"):
         return known.adapt(model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
 
@@ -190,6 +203,7 @@ def check_adaptation(
     What a method checks beyond that is left to `adapt`.
     """
     method = known_method(name, options)
+    method.check_read(targets=targets, rank=rank, alpha=alpha)
     common = {option: options[option] for option in COMMON if option in options}
     settings = check_options({"targets": targets, "rank": rank, "alpha": alpha, **common})
     if not any(issubclass(layer, LowRankLayer) for layer in method.layers):

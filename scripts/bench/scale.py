@@ -17,7 +17,7 @@ import cProfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Cost:
 class Scale:
     """The costs of operations at several sizes; `str` gives the table.
 
-    unit: what a size counts. costs: by row of the table, then by operation, one for each size.
+    unit: what a size counts. costs: by row of the table, then by operation, one for each size. table: its rows, the heads first.
     """
 
     title: str
@@ -68,16 +68,16 @@ class Scale:
     sizes: tuple[int, ...]
     costs: dict[str, dict[str, list[Cost]]]
     targets: tuple[Comparison, ...] = ()
+    note: str = "Seconds and thousands of calls at the largest size, and the growth of calls per unit (1: linear)."
+    table: list[list[str]] = field(default_factory=list)
 
-    @property
-    def table(self) -> list[list[str]]:
-        """The rows of the table, the heads first."""
+    def __post_init__(self) -> None:
         operations = list(dict.fromkeys(name for row in self.costs.values() for name in row))
         rows = [["", *operations]]
         for name, row in self.costs.items():
             cells = [_cell(self.sizes, row[operation]) if operation in row else "" for operation in operations]
             rows.append([name, *cells])
-        return rows
+        object.__setattr__(self, "table", rows)
 
     def __str__(self) -> str:
         return "\n".join([self.title, console.aligned(self.table[0], self.table[1:]), *map(str, self.comparisons())])
@@ -190,6 +190,6 @@ def model_of(method: str, depth: int) -> nn.Module:
 
 
 def _cell(sizes: Sequence[int], costs: Sequence[Cost]) -> str:
-    """Return "0.12 s, 4,321 calls, growth 1.00" of the largest size."""
+    """Return "0.12 s, 432 k, 1.00": seconds and calls at the largest size, and the growth."""
     rate = growth(sizes, [cost.calls for cost in costs])
-    return f"{costs[-1].seconds:.3g} s, {costs[-1].calls:,} calls, growth {rate:.2f}"
+    return f"{costs[-1].seconds:.3g} s, {costs[-1].calls / 1000:,.0f} k, {rate:.2f}"

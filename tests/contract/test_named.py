@@ -15,6 +15,7 @@ from torch import nn
 
 import vismt
 from vismt.base.errors import UserError
+from vismt.methods import METHODS
 from vismt.testing.method_contract import faded
 
 # Every layer as it is and everything at once, as of one adapter; of slices one variant of each kind.
@@ -23,7 +24,8 @@ EVERY = [(method, variant) for method, variant in GRAPHS if variant not in ("ind
 
 def put(model: nn.Module, method: str, variant: str, name: str, seed: int) -> torch.Tensor:
     """Put a faded adapter with noise on the model and return the outputs that a model has with it alone."""
-    vismt.adapt(model, method, rank=2, name=name, seed=seed, **OWN.get(method, {}), **VARIANTS[variant])
+    rank = {} if "rank" in METHODS[method].unread else {"rank": 2}
+    vismt.adapt(model, method, **rank, name=name, seed=seed, **OWN.get(method, {}), **VARIANTS[variant])
     faded(shake(model, seed=seed))
     alone = faded(shake(adapted(method, variant, seed=seed), seed=seed))
     return alone(images())

@@ -273,7 +273,7 @@ def test_a_merge_beyond_the_range_of_the_weights_changes_nothing() -> None:
     for method in ("lora", "s2ft"):
         options = {"mode": "delta"} if method == "s2ft" else {}
         model = small_vit().half()
-        vismt.adapt(model, method, rank=2, **({"ratio": 0.25, **options} if method == "s2ft" else {}))
+        vismt.adapt(model, method, **({"ratio": 0.25, **options} if method == "s2ft" else {"rank": 2}))
         last = [p for p in model.parameters() if p.requires_grad][-1]
         with torch.no_grad():
             last.fill_(1e5)

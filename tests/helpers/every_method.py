@@ -10,6 +10,7 @@ from torch import nn
 import vismt
 from helpers.tiny import images, shake, tiny_vit
 from vismt.llm import collect_covariance
+from vismt.methods import METHODS
 
 # What a method needs beside a rank. A new method is covered by being registered.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -33,7 +34,8 @@ def adapted_vit(method: str, **more: object) -> nn.Module:
     options = dict(OPTIONS.get(method, {}))
     if method == "corda":
         options = {"mode": "kpm", "covariances": collect_covariance(model, [images()], LAYERS)}
-    vismt.adapt(model, method, rank=2, **options, **more)
+    rank = {} if "rank" in METHODS[method].unread else {"rank": 2}
+    vismt.adapt(model, method, **rank, **options, **more)
     if method == "lisa":  # only what changed is saved
         with torch.no_grad():
             model.blocks[0].mlp.fc1.weight.add_(0.1)

@@ -33,14 +33,14 @@ METHODS = {
 def vit(method: str | None = "lora", **options: object) -> nn.Module:
     model = tiny_vit(**options).train()
     if method is not None:
-        vismt.adapt(model, method, rank=2, **METHODS[method])
+        vismt.adapt(model, method, **({} if method == "s2ft" else {"rank": 2}), **METHODS[method])
     return shake(model)
 
 
 def llama(method: str | None = "lora", **changes: object) -> nn.Module:
     model = random_lm("llama", **changes).train()
     if method is not None:
-        vismt.adapt(model, method, rank=2, **METHODS[method])
+        vismt.adapt(model, method, **({} if method == "s2ft" else {"rank": 2}), **METHODS[method])
     return shake(model)
 
 

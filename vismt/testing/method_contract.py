@@ -24,7 +24,7 @@ from vismt.base.registry import import_own
 from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.record import count_parameters, need_record
-from vismt.methods import Method, known_method
+from vismt.methods import METHODS, Method, known_method
 
 # Options that change the layout of factors; a method with low-rank layers keeps the contract under each.
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -123,7 +123,8 @@ class Case:
     def adapted(self, seed: int = 0, dtype: torch.dtype = torch.float32, **shape: Any) -> nn.Module:
         """Return the stock model adapted by the method."""
         model = self.make(**shape).to(dtype)
-        vismt.adapt(model, self.method, **{"rank": 2, "seed": seed, **self.options})
+        rank = {} if "rank" in METHODS[self.method].unread else {"rank": 2}
+        vismt.adapt(model, self.method, **{**rank, "seed": seed, **self.options})
         return model
 
     def trained(self, **more: Any) -> nn.Module:

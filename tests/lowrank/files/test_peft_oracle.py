@@ -229,3 +229,30 @@ def test_rates_are_lora_plus() -> None:
         return {of[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
     assert rates(ours, model) == rates(other, theirs) and set(rates(ours, model).values()) == {1e-3, 16e-3}
+
+
+class Shared(nn.Module):
+    """Two linears, of which one, or a block around one, is called at two places."""
+
+    def __init__(self, block: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Linear(8, 8)) if block else nn.Linear(8, 8)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_a_layer_at_two_places_is_not_exported_as_peft_would_adapt_the_first_alone(tmp_path: Path) -> None:
+    peft, x = pytest.importorskip("peft"), torch.rand(3, 8)
+    model = Shared(block=False)
+    vismt.adapt(model, "lora", rank=2)
+    with pytest.raises(UserError, match="export_peft: 'first' and 'second' are one module"):
+        vismt.export_peft(shake(model), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    model = Shared(block=True)  # a block that is shared is one place
+    vismt.adapt(model, "lora", rank=2)
+    vismt.export_peft(shake(model), tmp_path / "block")
+    theirs = peft.PeftModel.from_pretrained(Shared(block=True), str(tmp_path / "block"))
+    assert torch.allclose(theirs(x), model(x), atol=1e-6)

@@ -294,7 +294,7 @@ def test_a_model_adapted_on_the_meta_device_gets_its_start_after_its_weights(met
 def test_starts_that_need_more_than_weights_are_refused_in_one_line(method: str) -> None:
     with torch.device("meta"):
         model = small_vit()
-    vismt.adapt(model, method, rank=2, **OPTIONS.get(method, {}))
+    vismt.adapt(model, method, **({} if method == "s2ft" else {"rank": 2}), **OPTIONS.get(method, {}))
     with pytest.raises(UserError, match=f"'{method}' .*; load the weights, then adapt"):
         model.to_empty(device="cpu")
         vismt.lowrank.fill_starts(model)
@@ -304,3 +304,17 @@ def test_a_pattern_that_is_a_path_names_that_path_alone() -> None:
     """No character stands for another: the dots of a path are dots."""
     assert matches("layers.1.q", "model.layers.1.q") and matches("layers.1.q", "layers.1.q")
     assert not matches("layers.1.q", "layersx1.q") and matches("layers.1..", "layers.1.q")
+
+
+@pytest.mark.parametrize("method", ["s2ft", "lisa", "peft:ia3"])
+@pytest.mark.parametrize("argument", [{"rank": 2}, {"rank": 64}, {"alpha": 4.0}])
+def test_an_argument_that_the_method_does_not_read_is_an_error_that_names_what_to_set(method: str, argument) -> None:
+    if method.startswith("peft:"):
+        pytest.importorskip("peft")
+    model, (name,) = tiny_vit(), argument
+    message = rf"adapt.{name}: .* with '{method}', which .*: set .*, leave {name} out"
+    with pytest.raises(UserError, match=message):
+        vismt.adapt(model, method, **argument)
+    with pytest.raises(UserError, match=message):  # of a configuration
+        check_adaptation(model, method, None, argument.get("rank", 8), argument.get("alpha"), {})
+    assert vismt.adapt(model, method, rank=8).trainable  # the default, which configurations pass

@@ -215,16 +215,12 @@ def lisa(
     cover: bool = False,
     exclude: str | Sequence[str] = (),
 ) -> AdaptReport:
-    """Train layers in turn, embeddings, head and norm always; no factors (rank is not read). Options: those of `LISA`.
+    """Train layers in turn, embeddings, head and norm always; no factors. Options: those of `LISA`.
 
     Everything that may train is marked trainable; a training loop gives the schedule its optimiser (the engine's does). The
     original weights are kept, large ones in a temporary file, for unadapt and for saving only what changed.
     """
     refuse_adapted(model)
-    if targets is not None or alpha is not None:
-        raise UserError(
-            "adapt: 'lisa' trains whole layers and has no targets or alpha; name its layers with layers=, exclude=."
-        )
     shares = find_shares(model, layers, train_embeddings, exclude)
     count = len(shares.drawn)
     check_settings(count, active, interval, seed, state_policy)
@@ -266,4 +262,5 @@ def _kind(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
 
 
-register_method(Method("lisa", lisa, layers=(), schedule=schedule, freezes=True, exports=False))
+WHOLE = dict.fromkeys(("targets", "rank", "alpha"), "trains whole layers: set layers, active and exclude")
+register_method(Method("lisa", lisa, layers=(), schedule=schedule, freezes=True, exports=False, unread=WHOLE))

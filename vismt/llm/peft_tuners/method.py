@@ -76,13 +76,24 @@ def host(
 
 def _sizes(fields: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
     """Return r and alpha as options; without a default of r, another option sets the size."""
-    if not fields.get("r"):
+    if "rank" in _unread(fields):
         return {}
     sizes: dict[str, Any] = {"r": rank}
     for name, value in fields.items():
-        if (name == "alpha" or name.endswith("_alpha")) and isinstance(value, (int, float)):
+        if _is_alpha(name, value):
             sizes[name] = rank * value / fields["r"] if alpha is None else alpha
     return sizes
+
+
+def _unread(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a tuner with these fields does not read, and why: without a default of r, another option sets the size."""
+    own = "takes its size from options of its own: set these"
+    alphas = [name for name, value in fields.items() if _is_alpha(name, value)]
+    return {name: own for name in ("rank", "alpha") if not fields.get("r") or (name == "alpha" and not alphas)}
+
+
+def _is_alpha(name: str, value: Any) -> bool:
+    return (name == "alpha" or name.endswith("_alpha")) and isinstance(value, (int, float))
 
 
 def _fields(kind: str) -> dict[str, Any]:
@@ -113,7 +124,7 @@ def hosted(tuner: str) -> Method:
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in sorted(names)]
     adapt.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     adapt.__doc__ = f"Put peft's tuner {tuner} on the targets."
-    return Method(f"{PREFIX}:{tuner}", adapt, layers=(HostedLayer,), exports=False)
+    return Method(f"{PREFIX}:{tuner}", adapt, layers=(HostedLayer,), exports=False, unread=_unread(_fields(kind)))
 
 
 METHODS.family(PREFIX, hosted)

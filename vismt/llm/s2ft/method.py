@@ -61,13 +61,8 @@ def s2ft(
     mode: 'permute' puts the units together and trains a part of the weight's storage; 'index' keeps the order and writes the
     trained values into the weight at each forward; 'delta' trains the difference in a separate tensor, for FSDP.
     also_train: as for 'lora'. dtype: of the trained values; None means fp32 for half-precision weights, else the weight's.
-    rank is not read; targets and alpha are refused.
+    targets, rank and alpha are not read.
     """
-    for name, value in (("targets", targets), ("alpha", alpha)):
-        if value is not None:
-            raise UserError(
-                f"adapt.{name}: {shown_value(value)} with 's2ft', which takes units: set parts and ratio, leave {name} out."
-            )
     require_known("adapt.mode: no", [mode], MODES)
     options = check_options({"targets": None, "rank": 1, "alpha": None, "also_train": also_train, "dtype": dtype})
     refuse_adapted(model)
@@ -188,5 +183,13 @@ def needs(options: Mapping[str, Any]) -> dict[str, str]:
 
 
 register_method(
-    Method("s2ft", s2ft, layers=(SliceLinear,), optimizer=checked_optimizer, calibrate=calibrate, needs=needs)
+    Method(
+        "s2ft",
+        s2ft,
+        layers=(SliceLinear,),
+        optimizer=checked_optimizer,
+        calibrate=calibrate,
+        needs=needs,
+        unread=dict.fromkeys(("targets", "rank", "alpha"), "takes units: set parts and ratio"),
+    )
 )

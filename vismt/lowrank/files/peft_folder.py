@@ -26,7 +26,7 @@ from vismt.lowrank.files.peft_layouts import padded, stack_keys, stack_tensors, 
 from vismt.lowrank.files.peft_settings import CONFIG
 from vismt.lowrank.files.save_load import adapter_tensors, report_lost
 from vismt.lowrank.files.updates import of_peft, put_on
-from vismt.lowrank.layers.base import adapter_layers
+from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
 from vismt.lowrank.layers.forms import LowRankParameter
 from vismt.lowrank.layers.stock_modules import LINEAR, dense_weight, kind_of, matrix_shape
 from vismt.lowrank.model.modules import check_mergeable, stock_order
@@ -84,6 +84,7 @@ def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force:
             raise UserError(f"export_peft: '{record.method}' {spec.layer.export_refusal}.")
     saved = _whole_modules(model, record)
     _refuse_suffixes(model, saved)
+    _refuse_shared(model)
     saved_names = _below(model, saved)
     bias = _bias_setting(model, set(record.also_train), saved_names)
     if compact or not force:
@@ -265,6 +266,21 @@ def _refuse_suffixes(model: nn.Module, saved: list[str]) -> None:
                 f"export_peft: peft cannot save '{name}' whole and adapt '{path}', whose path it takes for the same; merge "
                 "the model and save it whole."
             )
+
+
+def _refuse_shared(model: nn.Module) -> None:
+    """Raise UserError for a layer at several places, of which peft would adapt the first alone. A shared owner is one place."""
+    places: dict[int, tuple[int, str, str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, AdapterLayer):
+            parent, _, leaf = path.rpartition(".")
+            owner = id(model.get_submodule(parent))
+            first = places.setdefault(id(module), (owner, leaf, path))
+            if first[:2] != (owner, leaf):
+                raise UserError(
+                    f"export_peft: '{first[2]}' and '{path}' are one module, of which peft would adapt the first alone; merge "
+                    "the model and save it whole."
+                )
 
 
 def _ending(model: nn.Module, names: Sequence[str]) -> list[str]:
