@@ -1,36 +1,49 @@
-"""What depends on the device, on the CPU and on a GPU where there is one (`pytest -m gpu`)."""
+"""What depends on the device: on the CPU, on a simulated GPU, and on a GPU where there is one (`pytest -m gpu`)."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from helpers.every_method import LAYERS
 from helpers.language_models import tokens
 from helpers.lm_parts import tiny_lm
+from helpers.simulated_gpu import simulated_gpu
 from helpers.tiny import DIGITS, images, tiny_vit
+from helpers.tiny_runs import CONFIGS, run_config, write_config
 from torch import Tensor, nn
 
 import vismt
+from vismt.llm import collect_covariance
 from vismt.lowrank.recompute import recompute
-from vismt.robustness.attacks.attacks import AttackSpec, attack
+from vismt.robustness.attacks.attacks import ENSEMBLES, KINDS, AttackSpec, attack
 from vismt.storage.lines import read_lines
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-METHODS = ("lora", "pissa", "polar", "s2ft", "lisa", "emtal")
+OPTIONS = {
+    **{"emtal": {"n_experts": 4}, "s2ft": {"ratio": 0.25}, "lisa": {"active": 1}},
+    **{name: {"rank": 2} for name in ("lora", "pissa", "corda", "polar", "amt")},
+}
 # GPUs multiply float32 matrices in TF32 where a user allows it; by default the sums differ in their order alone.
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(params=["cpu", GPU])
-def device(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["cpu", "simulated", GPU])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU, a simulated GPU (helpers/simulated_gpu.py), or a GPU."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    return request.param
+    with simulated_gpu() if request.param == "simulated" else nullcontext():
+        yield "cpu" if request.param == "cpu" else "cuda"
 
 
 def trained(model: nn.Module, x: Tensor, steps: int = 3) -> nn.Module:
@@ -48,19 +61,26 @@ def near(seen: Tensor, wanted: Tensor) -> bool:
     return bool((seen.cpu() - wanted.cpu()).abs().max() <= TOLERANCE * wanted.abs().max().cpu())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_model_trains_and_merges_where_it_lies(method: str, device: str) -> None:
+@pytest.mark.parametrize("method", OPTIONS)
+def test_a_model_trains_saves_loads_and_merges_where_it_lies(method: str, device: str, tmp_path: Path) -> None:
     model, x = tiny_vit().to(device), images().to(device)
-    stock = model(x)
-    vismt.adapt(model, method, **({"n_experts": 4} if method == "emtal" else {}))
+    stock = model(x).detach()
+    options = dict(OPTIONS[method])
+    if method == "corda":
+        options |= {"mode": "kpm", "covariances": collect_covariance(model, [x], LAYERS)}
+    vismt.adapt(model, method, **options)
     assert all(parameter.device.type == device for parameter in model.parameters())
     if method == "emtal":
         vismt.multitask.set_fade(model, vismt.multitask.RouterFade(total_steps=1, start=0.0, end=0.0))
     trained(model, x)
-    after = model(x)
-    assert not near(after, stock)
-    vismt.merge(model)
-    assert near(model(x), after) and near(model.cpu()(x.cpu()), after)
+    with torch.no_grad():
+        after = model(x)
+        assert not near(after, stock)
+        loaded = vismt.load_adapter(tiny_vit().to(device), vismt.save_adapter(model, tmp_path))
+        assert near(loaded(x), after)
+        assert all(value.device.type == device for value in (*loaded.parameters(), *loaded.buffers()))
+        vismt.merge(model)
+        assert near(model(x), after) and near(model.cpu()(x.cpu()), after)
 
 
 def test_a_step_in_bf16_moves_towards_the_labels(device: str) -> None:
@@ -105,20 +125,59 @@ def test_a_mixed_batch_is_each_adapter_alone(device: str) -> None:
     assert near(mixed, torch.stack([alone[0][0], alone[1][1], alone[0][2]])) and not near(alone[0], alone[1])
 
 
-def test_an_attacked_image_is_what_the_model_sees_again(device: str) -> None:
+def test_gates_of_samples_are_where_the_model_lies(device: str) -> None:
+    model, x = tiny_vit().to(device), images().to(device)
+    vismt.adapt(model, "ilora", n_experts=2, gate=None)
+    with vismt.llm.instance_gates(torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.5, 0.5]]).to(device)):
+        trained(model, x)
+        with torch.no_grad():
+            together, alone = model(x), []
+    for row, gates in enumerate(([0.9, 0.1], [0.1, 0.9])):
+        with vismt.llm.instance_gates(torch.tensor([gates]).to(device)), torch.no_grad():
+            alone.append(model(x[row : row + 1]))
+    assert near(together[:2], torch.cat(alone))
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ENSEMBLES])
+def test_an_attacked_image_is_what_the_model_sees_again(name: str, device: str) -> None:
     model, x = tiny_vit().to(device), images(8).to(device)
     labels = model(x).argmax(1)
-    moved = attack(model, x, labels, AttackSpec(epsilon=0.1, steps=10), num_classes=5)
+    moved = attack(model, x, labels, AttackSpec(name, 0.1, steps=3), num_classes=5)
     assert moved.device.type == device and (moved - x).abs().max() <= 0.1 + 1e-6
-    answers = model(moved).argmax(1)
-    assert (answers != labels).any() and torch.equal(model(moved.clone()).argmax(1), answers)
+    assert torch.equal(model(moved.clone()).argmax(1), model(moved).argmax(1))
+
+
+@pytest.mark.parametrize("job", CONFIGS)
+def test_a_run_of_each_job(job: str, device: str, tmp_path: Path) -> None:
+    if device == "cpu":
+        pytest.skip("tests/e2e has it")
+    folder = run_config(write_config(job, tmp_path), *(["train.precision=bf16"] if job == "multitask" else []))
+    assert json.loads((folder / "run.json").read_text())["hardware"].startswith("1 x ")
+    assert (folder / "results.jsonl").stat().st_size and (folder / "report.html").exists()
+
+
+def test_the_simulated_gpu_refuses_what_a_gpu_refuses() -> None:
+    with simulated_gpu():
+        here, there = torch.ones(3, requires_grad=True), torch.ones(3).to("cuda")
+        for mistake in (lambda: here + there, lambda: torch.cat([here, there]), lambda: torch.ones(3)[there.long()]):
+            with pytest.raises(RuntimeError, match="same device"):
+                mistake()
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.rand(3, device="cuda", generator=torch.Generator())
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
+        assert torch.ones(3).device.type == "cpu" and F.one_hot(there.long()).device == there.device
+        assert there[torch.tensor([0])].is_cuda and (there + torch.tensor(1)).tolist() == [2, 2, 2]
+        (here.to("cuda") * there).sum().cpu().backward()
+        assert here.grad is not None and here.grad.device.type == "cpu"
+    assert not torch.cuda.is_available() or torch.cuda.get_device_name() != "simulated"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", ["torchrun", "fsdp"])
 def test_two_processes_train_one_model(launch: str, device: str, tmp_path: Path) -> None:
     if device == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("one CUDA device")
+        pytest.skip("one CUDA device, or a simulated one")
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump({**DIGITS, "adapt": {"method": "lora", "rank": 2}}))
     sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}

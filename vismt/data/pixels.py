@@ -29,7 +29,7 @@ from vismt.storage.cache import make_room, note_no_room, note_use
 from vismt.storage.files import new_file
 from vismt.storage.paths import cache_root, regular_file
 
-RECIPE = "bilinear-antialias-shorter-side-centre-crop-1"
+RECIPE = "bilinear-antialias-shorter-side-centre-crop-2"
 MEMORY_BYTES = 512 * 2**20
 STORE_BYTES = 32 * 2**30  # of all stores together
 CHUNK = 64
@@ -39,16 +39,15 @@ MAKERS = ("PIL", "numpy", "torch", "torchvision", "vismt.data")  # whose version
 
 
 def square(image: Tensor, size: int) -> Tensor:
-    """Return uint8 (3, size, size) of uint8 (3, h, w): the shorter side resized (bilinear, antialiased), then the centre."""
+    """Return uint8 (3, size, size) of uint8 (3, h, w): the shorter side resized (bilinear, antialiased), then the centre.
+
+    The longer side is rounded as torchvision and timm do.
+    """
     if tuple(image.shape[-2:]) == (size, size):
         return image
     from torchvision.transforms.v2 import functional as vision
 
-    height, width = image.shape[-2:]
-    # The longer side is rounded, not cut down as torchvision would: no side becomes 0 and thin images keep their shape.
-    scale = size / min(height, width)
-    resized = vision.resize(image, [max(size, round(height * scale)), max(size, round(width * scale))], antialias=True)
-    return vision.center_crop(resized, [size, size])
+    return vision.center_crop(vision.resize(image, [size], antialias=True), [size, size])
 
 
 class OnDemand:
