@@ -243,7 +243,7 @@ def _card(title: str, base: str, facts: Iterable[tuple[str, str]], in_peft: bool
         from vismt.report.tables import row_text, scale_text
         from vismt.uncertainty.intervals import interval_kind_text
 
-        kinds = dict.fromkeys(interval_kind_text(row.interval) for row in rows)
+        kinds = dict.fromkeys(interval_kind_text(row.interval, row.units) for row in rows)
         lines += ["", "## Results", "", f"± and [ ]: {'; '.join(kinds)}.", ""]
         lines += ["| data | protocol | condition | model | measure | value | n |", "|---|---|---|---|---|---|---|"]
         lines += [
