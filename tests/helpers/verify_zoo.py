@@ -260,6 +260,11 @@ HEALTHY: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{kind} biases": (kind, {"bias": "all"}) for kind in ("qwen2", "gpt2", "bert classes", "vit")},
     **{f"{kind} own biases": (kind, {"bias": "lora_only"}) for kind in ("qwen2", "opt", "swin")},
     **{f"{kind} embedding": (kind, {"target_modules": ["q_proj", "embed_tokens"]}) for kind in ("llama", "qwen2")},
+    "tied table, both saved": ("tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "vismt lora experts": (
+        "mixtral",
+        {"method": "lora", "rank": 2, "target_modules": ["experts.gate_up_proj", "experts.down_proj", "q_proj"]},
+    ),
     "rslora": ("llama", {"use_rslora": True}),
     "rslora DoRA": ("deep", {"use_rslora": True, **DORA}),
     "patterns": ("deep", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}),
@@ -799,6 +804,11 @@ FAULTS: dict[str, tuple[str, str, Change]] = {
         "mixtral gate",
         MERGED,
         updates(lambda name, W, D: D * ("gate.weight" not in name)),
+    ),
+    "vismt's experts not merged": (
+        "vismt lora experts",
+        MERGED,
+        updates(lambda name, W, D: D * ("experts" not in name)),
     ),
     "token rows not merged": ("llama tokens trained", MERGED, updates(lambda name, W, D: D * ("embed" not in name))),
     "other token rows": (

@@ -72,6 +72,18 @@ def test_a_fault_is_found(fault: str, root: Path, tmp_path: Path) -> None:
     json.dumps(verdict.as_json())
 
 
+def test_a_tied_table_is_adapted_with_its_head_and_merged_twice_by_peft(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """peft 0.21 applies what it saves for both names, and merge_and_unload adds the update to the one weight twice."""
+    options = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
+    monkeypatch.setitem(HEALTHY, "tied table, adapted", ("tied", options))
+    folders = healthy("tied table, adapted", root)
+    assert vismt.verify(folders.adapter).status == vismt.verify(folders.adapter, base=folders.base).status == "ok"
+    verdict = vismt.verify(folders.adapter, base=folders.base, merged=folders.merged)
+    assert verdict.codes == {"merged-twice"}
+
+
 @pytest.mark.parametrize("damage", JUNK)
 @pytest.mark.parametrize("which", ["adapter", "base", "merged"])
 def test_a_damaged_file_is_broken_with_an_exit_code_and_json(

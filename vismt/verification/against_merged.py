@@ -252,7 +252,9 @@ def _heads(facts: Facts, base: Located, merged: Located) -> Iterable[Finding]:
         if tensor.name.endswith(".base_layer.weight"):  # peft's copy of an embedding
             continue
         rows = tensor.role == "tokens"
-        name = find_parameter(f"{tensor.path}.weight" if rows else tensor.path, merged.facts)
+        path = f"{tensor.path}.weight" if rows else tensor.path
+        tied = {path}.union(*(group for group in (merged.library.tied if merged.library else ()) if path in group))
+        name = next((name for name in tied if name in merged.facts.tensors), find_parameter(path, merged.facts))
         value, M = facts.stored.read(tensor.name), merged.facts.stored.read(name) if name is not None else None
         if rows and M is not None and name is not None:
             chosen = _tokens(facts, tensor.path, len(M))

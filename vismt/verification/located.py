@@ -131,8 +131,11 @@ def locate(facts: Facts, checkpoint: Translated) -> Located:
 def _stacks(facts: Facts, library: Library | None) -> dict[str, tuple[str, bool]]:
     """Return the name of each stack of experts that is adapted, and whether its matrices are (i, o), by path."""
     wanted = (facts.settings and facts.settings.target_parameters) or []
-    if library is None or not wanted:
+    if library is None:
         return {}
+    own = [path for path in facts.specs if len(library.shapes.get(path, ())) == 3]
+    if own or not wanted:
+        return {path: (path, bool(getattr(module_at(library.model, path), "transposed", False))) for path in own}
     chosen = [name for name, value in library.model.named_parameters() if value.ndim == 3 and selects(wanted, name)]
     keys = stack_keys(library.model, [name for name in chosen if "." in name])
     turned = {name: bool(getattr(module_at(library.model, name), "transposed", False)) for name in keys}

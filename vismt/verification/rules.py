@@ -213,6 +213,8 @@ def _outside(case: Case, module: ModuleFacts) -> bool:
     settings = case.facts.settings
     if settings is None or settings.names(module.named) or _old(case, module):
         return False
+    if case.facts.config.get("ensure_weight_tying") and f".{module.path}.weight".endswith(TABLES):
+        return False  # peft adapts what is tied to a target
     return not names_stack(settings.stack_owners, module.key)
 
 
