@@ -1,7 +1,7 @@
 """Few-shot benchmark of one frozen backbone on any data cards, clean and under PGD.
 
     python scripts/bench_fewshot.py --model vit_small_patch14_imgfocus --block 10 --position onnx --size 70 \
-        --data flowers102 dtd10 --shots 1 5 --episodes 200 --epsilon 4.5/255
+        --data flowers102-2843 dtd10 --shots 1 5 --episodes 200 --epsilon 4.5/255
 
 Runs the same job as `vismt run` with `train: null`; records, tables and report are in the run folder.
 """

@@ -30,7 +30,7 @@ from vismt.data.images import open_images
 from vismt.data.pixels import square
 from vismt.multitask.emtal.clusters import cluster_neurons, random_neurons
 
-TASKS = ("mnist", "fashion_mnist", "cifar10")
+TASKS = ("mnist-4000", "fashion_mnist-6000", "cifar10-6000")
 CLASSES, SIZE, BATCH, RATE = 10, 64, 128, 2e-3
 SHARED = 0.7  # of a row's variance at the start, the part along its group's direction
 

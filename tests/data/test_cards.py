@@ -43,8 +43,19 @@ def test_shipped_card_is_complete(name):
         assert sum(last.splits.values()) == card.images
 
 
+def test_a_reduced_copy_has_not_the_name_of_the_whole_set():
+    """Every copy of a card has as many images, so that no command fetches other images under the name of a study."""
+    for name in list_cards():
+        totals = {
+            sum(source.splits.values()) for source in load_card(name).sources if None not in source.splits.values()
+        }
+        assert len(totals) <= 1, name
+
+
 def test_every_required_set_has_a_card():
     wanted = {"cifar10", "cifar100", "grocery", "flowers102", "dtd10", "gtsrb", "blood_cells", "fashion_mnist", "mnist"}
+    wanted |= {"cifar10-6000", "cifar100-8000", "flowers102-2843", "gtsrb-2140", "omniglot-4840", "mnist-4000"}
+    wanted |= {"fashion_mnist-6000"}
     wanted |= {"omniglot", "camvid", "rgbd_7scenes", "digits", "photo_crops", "eurosat", "fgvc_aircraft", "svhn"}
     wanted |= {"food101", "stanford_cars", "pcam", "dtd"}
     assert wanted <= set(list_cards())

@@ -244,7 +244,7 @@ class MineSource(FolderSource):
 def test_listing_has_a_row_per_card(home):
     rows = {row.name: row for row in listing()}
     assert sorted(rows) == list_cards()
-    assert rows["cifar100"].where == "-" and rows["cifar100"].images == 8000 and rows["cifar100"].classes == 100
+    assert rows["cifar100"].where == "-" and rows["cifar100"].images == 60000 and rows["cifar100"].classes == 100
     assert rows["pcam"].kind == "torchvision" and rows["pcam"].images == 262144 + 2 * 32768
 
 

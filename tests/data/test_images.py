@@ -60,7 +60,7 @@ def test_absent_set_says_where_it_looked_and_how_to_get_it(home, monkeypatch):
     with pytest.raises(UserError) as caught:
         open_images("cifar100")
     assert str(caught.value) == (
-        "datasets/cifar100: nothing found under $VISMT_DATA/cifar100 or $VISMT_CACHE/torchvision/cifar100."
+        "datasets/cifar100: nothing found under $VISMT_CACHE/torchvision/cifar100."
         " `vismt data prepare cifar100` downloads it, or see datasets/cifar100/card.yaml."
     )
     monkeypatch.setenv("VISMT_DATA", str(home / "nowhere"))

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.base.seeds import digest
 from vismt.data.check import check
 from vismt.data.division import divide
 from vismt.data.images import open_images
@@ -20,26 +21,26 @@ from vismt.data.maps.dense_sample import size_of
 from vismt.data.maps.dense_set import open_dense
 from vismt.data.maps.derived_maps import normals_from_depth
 from vismt.data.near_duplicates import groups_of
-from vismt.storage.paths import data_roots
+from vismt.storage.paths import data_roots, shipped
 
 ROOT = next(iter(data_roots()), None)
 LABELLED = {  # name: (split, images, classes)
-    "cifar10": ("test", 1000, 10),
-    "cifar100": ("all", 8000, 100),
+    "cifar10-6000": ("test", 1000, 10),
+    "cifar100-8000": ("all", 8000, 100),
     "grocery": ("all", 5421, 81),
-    "flowers102": ("all", 2843, 89),
+    "flowers102-2843": ("all", 2843, 89),
     "dtd10": ("all", 1000, 10),
-    "gtsrb": ("all", 2140, 43),
+    "gtsrb-2140": ("all", 2140, 43),
     "blood_cells": ("all", 1200, 12),
-    "fashion_mnist": ("all", 6000, 10),
-    "mnist": ("train", 3000, 10),
-    "omniglot": ("all", 4840, 242),
+    "fashion_mnist-6000": ("all", 6000, 10),
+    "mnist-4000": ("train", 3000, 10),
+    "omniglot-4840": ("all", 4840, 242),
 }
 DENSE = {"camvid": (367, 101, 233), "rgbd_7scenes": (170, 56)}
 
 
 def need(name: str) -> None:
-    if ROOT is None or not (ROOT / name).is_dir():
+    if ROOT is None or not (ROOT / name.partition("-")[0]).is_dir():
         pytest.skip(f"'{name}' is not under VISMT_DATA")
 
 
@@ -86,15 +87,29 @@ def test_check_passes_on_embedded_sets(name):
 
 
 @pytest.mark.realdata
-def test_a_split_that_the_copy_lacks(monkeypatch, tmp_path):
-    need("flowers102")
+def test_a_reduced_copy_is_not_taken_for_the_whole_set(monkeypatch, tmp_path):
+    need("flowers102-2843")
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path))
     with pytest.raises(UserError) as caught:
         open_images("flowers102", "test")
     assert str(caught.value) == (
-        "datasets/flowers102: 2,843 of 8,189 images found under $VISMT_DATA/flowers102; missing split file 'test'."
+        "datasets/flowers102: nothing found under $VISMT_CACHE/torchvision/flowers102."
         " `vismt data prepare flowers102` downloads it, or see datasets/flowers102/card.yaml."
     )
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("name", ["cifar100-8000", "fashion_mnist-6000", "mnist-4000"])
+def test_members_are_the_pixels_of_the_copy(name):
+    need(name)
+    members = json.loads((shipped("datasets") / name / "members.json").read_text())
+    for split, digests in members.items():
+        images = open_images(name, split)
+        assert list(digests) == images.ids
+        for i in range(0, len(images), 97):
+            pixels = images.read(i).permute(1, 2, 0).numpy()
+            stored = pixels if name.startswith("cifar") else pixels[..., 0]
+            assert digest(stored.tobytes()) == digests[images.ids[i]]
 
 
 @pytest.mark.realdata
@@ -110,12 +125,12 @@ def test_grocery_superclasses_are_the_publisher_s():
 
 @pytest.mark.realdata
 def test_cifar100_and_omniglot_hierarchies():
-    need("cifar100")
-    need("omniglot")
-    cifar = open_images("cifar100")
+    need("cifar100-8000")
+    need("omniglot-4840")
+    cifar = open_images("cifar100-8000")
     assert torch.bincount(cifar.superclass).tolist() == [5] * 20
     assert cifar.superclass_names[cifar.superclass[cifar.classes.index("maple_tree")]] == "trees"
-    omniglot = open_images("omniglot")
+    omniglot = open_images("omniglot-4840")
     alphabet = omniglot.superclass_names[omniglot.superclass[0]]
     assert omniglot.classes[0].startswith(alphabet + "/")
     # Published drawings are black ink on white paper: most of an image is 255.
@@ -163,8 +178,8 @@ def test_rgbd_maps():
 @pytest.mark.realdata
 def test_frames_of_a_traffic_sign_are_in_one_part() -> None:
     """By the numbers of the files, and by Pillow's own reduction to 16 x 16, beside a division without groups."""
-    need("gtsrb")
-    images = open_images("gtsrb")
+    need("gtsrb-2140")
+    images = open_images("gtsrb-2140")
     small = [
         np.asarray(Image.fromarray(images.read(i).permute(1, 2, 0).numpy()).convert("L").resize((16, 16), Image.BOX))
         for i in range(len(images))
@@ -174,7 +189,7 @@ def test_frames_of_a_traffic_sign_are_in_one_part() -> None:
     alike = (patches @ patches.T > 0.9) & (images.labels[:, None] == images.labels)
 
     def leaks(groups: Tensor | None) -> int:
-        parts = divide(images.labels, {"test": 0.4, "validation": 0.15}, "gtsrb", groups)
+        parts = divide(images.labels, {"test": 0.4, "validation": 0.15}, "gtsrb-2140", groups)
         others = [~torch.isin(torch.arange(len(images)), index) for index in parts.values()]
         return sum(int(alike[index][:, other].any(1).sum()) for index, other in zip(parts.values(), others))
 

@@ -55,6 +55,17 @@ def test_a_verdict_that_no_longer_follows_is_an_error(monkeypatch: pytest.Monkey
         claims.sections()
 
 
+def test_a_comparison_that_cannot_tell_is_not_evidence_whatever_its_interval() -> None:
+    """Weights of a file of four bits are on a grid before an arm rounds them."""
+    quantized = [evidence for evidence in STUDIED if evidence.study == "quantized"]
+    assert quantized and {evidence.verdict for evidence in quantized} == {"not evidence"}
+    for evidence in quantized:
+        row = tables.study("quantized").find(evidence.row, "here")
+        assert evidence.follows(row) == "not evidence" and "4-bit grid" in evidence.note + quantized[0].note
+    with pytest.raises(UserError, match="say in `note` why it is not evidence"):
+        Evidence(study="quantized", arm="qpissa", below=0, verdict="not evidence")
+
+
 def test_differences_of_claims_are_kept_with_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
     rows = read_study(studies()["quickstart"])

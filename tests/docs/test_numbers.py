@@ -66,6 +66,26 @@ def test_pictures_are_those_of_the_committed_rows(capsys: pytest.CaptureFixture[
     assert not shown - drawn
 
 
+def test_pages_and_rows_of_weights_from_a_file_of_four_bits_say_so() -> None:
+    for study in studies():
+        settings = tables.study(study).about.settings
+        if (settings.get("model") or {}).get("name") == "smollm2-135m-instruct":
+            assert "Q4_1" in tables.study(study).about.title, study
+    for path in [*RESULTS, *(ROOT / "docs/methods").glob("*.md")]:
+        measured = read(path).replace("HuggingFaceTB/SmolLM2-135M", "")
+        assert "SmolLM2" not in measured or "Q4_1" in measured, path
+
+
+def test_a_part_of_a_public_set_has_not_the_name_of_the_whole() -> None:
+    """In rows, and among the sets of the configurations whose numbers they are."""
+    whole = {"cifar10", "cifar100", "flowers102", "gtsrb", "omniglot", "mnist", "fashion_mnist"}
+    for study in studies():
+        of = tables.study(study)
+        named = set(re.findall(r"[\w-]+", f"{of.about.settings}"))
+        named |= {row.data.partition(":")[0].removesuffix("-test") for row in of.rows}
+        assert not named & whole, study
+
+
 def test_a_table_without_rows_is_marked() -> None:
     typed = {}
     for page in RESULTS:

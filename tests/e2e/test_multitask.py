@@ -544,7 +544,12 @@ def test_the_small_study_runs_on_the_real_sets(tmp_path: Path) -> None:
     ]
     assert main(["run", str(config), *changes, "--out", str(tmp_path), "--quiet"]) == 0
     rows = accuracies(next(tmp_path.iterdir()) / "results.jsonl")
-    assert {row.data: row.n for row in rows} == {"grocery": 393, "flowers102": 444, "dtd10": 150, "gtsrb": 338}
+    assert {row.data: row.n for row in rows} == {
+        "grocery": 393,
+        "flowers102-2843": 444,
+        "dtd10": 150,
+        "gtsrb-2140": 338,
+    }
     assert {row.protocol for row in rows} == {"validation images, one of 223 classes"}
 
 

@@ -13,7 +13,8 @@ and with the row's 95 % interval:
     not wholly              undecided                   does not hold
 
 So a claim fails where its effect, or the claimed size of it, is excluded, not where it is merely not shown. What no row can show
-has a test that does, or the reason why it cannot be tested here.
+has a test that does, or the reason why it cannot be tested here. A row whose protocol cannot tell is "not evidence" whatever its
+interval, and its note says why.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from vismt.uncertainty.intervals import SHARE
 
 HOLDS, WEAKER, FAILS, UNDECIDED = "holds", "holds weaker", "does not hold", "undecided"
 NOT_HERE = "not testable here"
-VERDICTS = (HOLDS, WEAKER, FAILS, UNDECIDED)
+NO_EVIDENCE = "not evidence"
+VERDICTS = (HOLDS, WEAKER, FAILS, UNDECIDED, NO_EVIDENCE)
 CLAIMS = "claims.yaml"
 
 
@@ -47,7 +49,7 @@ class Evidence:
         above: line that the effect has to exceed.
         below: line that it has to stay under.
         claimed: the size of the effect in the paper.
-        verdict: what follows.
+        verdict: what follows; "not evidence" where the protocol cannot tell, for the reason in `note`.
         test: path::name of a test that shows the claim.
         why: why it is not testable here.
         note: a remark on the protocol.
@@ -76,6 +78,8 @@ class Evidence:
             raise UserError("claims: evidence has one of study, test and why.")
         if self.study and (not self.arm or (self.above is None) == (self.below is None)):
             raise UserError(f"claims: study '{self.study}': name the arm, and one of above and below.")
+        if self.verdict == NO_EVIDENCE and not self.note:
+            raise UserError(f"claims: study '{self.study}': say in `note` why it is {NO_EVIDENCE}.")
 
     @property
     def row(self) -> dict[str, str]:
@@ -84,6 +88,9 @@ class Evidence:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def follows(self, row: StudyRow) -> str:
+        """Return the verdict that follows from a row."""
+        if self.verdict == NO_EVIDENCE:
+            return NO_EVIDENCE
         factor = 100 if row.scale == SHARE else 1
         ends = sorted((factor * row.low, factor * row.high))
         if self.below is not None:  # the same rule on the mirrored line

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import ClassVar
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torchvision
 from PIL import Image
 
 from vismt.base.errors import UserError
+from vismt.base.seeds import digest
 from vismt.data.check import check, prepare
 from vismt.data.formats.torchvision_sets import LAYOUTS
 from vismt.data.images import open_images
@@ -34,6 +37,7 @@ class FakeCifar:
         if not marker.exists():
             raise RuntimeError("Dataset not found or corrupted. You can use download=True to download it")
         self.targets = [1, 0, 1] if train else [0, 1]
+        self.data = np.stack([np.full((4, 4, 3), value, np.uint8) for value in ((1, 2, 3) if train else (4, 5))])
 
     def __getitem__(self, i):
         return Image.new("RGB", (4, 4), (10 * i, 0, 0)), self.targets[i]
@@ -83,6 +87,27 @@ def test_folder_first_torchvision_for_the_split_it_lacks(home, paint, monkeypatc
         open_images(path, "test")
     prepare(path)
     assert len(open_images(path, "test")) == 2 and open_images(path, "all").ids == ["cat/1.png", "dog/1.png"]
+
+
+def test_a_part_of_a_published_set_is_found_by_the_pixels_of_its_members(home, monkeypatch, write_card):
+    """The set is downloaded whole; the images of the part have the names, the order and the splits that its card lists."""
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", FakeCifar)
+    part = "  - {kind: torchvision, dataset: CIFAR10, root: c, splits: {small: 2, other: 1}, members: members.json}"
+    path = write_card(part)
+    digests = [digest(np.full((4, 4, 3), value, np.uint8).tobytes()) for value in range(6)]
+    members = {"small": {"dog/b": digests[3], "cat/a": digests[4]}, "other": {"x": digests[2]}}
+    (path.parent / "members.json").write_text(json.dumps(members))
+    report = prepare(path)
+    assert report.ok and report.images == 3
+    small = open_images(path, "small")
+    assert small.ids == ["dog/b", "cat/a"] and small.labels.tolist() == [1, 0] and small.classes == ["cat", "dog"]
+    assert small.read(0)[0, 0, 0] == 20 and small.read(1)[0, 0, 0] == 0
+    assert open_images(path).ids == ["dog/b", "cat/a", "x"] and small.content() != open_images(path, "other").content()
+    (path.parent / "members.json").write_text(json.dumps({**members, "other": {"x": "0" * 16}}))
+    with pytest.raises(UserError, match=r"1 of 1 members of split 'other' are not in the copy of CIFAR10 .* first 'x'"):
+        open_images(path, "other")
+    with pytest.raises(UserError, match=r"'members' is for sets that are arrays; no 'GTSRB'"):
+        open_images(write_card(part.replace("CIFAR10", "GTSRB")), "small")
 
 
 def test_download_that_fails_says_why(home, cifar, monkeypatch):

@@ -38,7 +38,7 @@ def oracle():
     weights = data_roots()[0] / "attack_oracle" / "cnn3.safetensors"
     net = Net()
     net.load_state_dict(load_file(weights))
-    card = open_images("fashion_mnist", "test")
+    card = open_images("fashion_mnist-6000", "test")
     chosen = (card.labels < CLASSES).nonzero().flatten()
     chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(1))[:COUNT]]
     return net.eval(), Pixels(card, 32)[chosen], card.labels[chosen]

