@@ -70,7 +70,7 @@ class Scale:
     unit: str
     sizes: tuple[int, ...]
     costs: dict[str, dict[str, list[Cost]]]
-    targets: tuple[Comparison, ...] = ()
+    targets: list[Comparison] = field(default_factory=list)
     note: str = "Seconds and thousands of calls at the largest size, and the growth of calls per unit (1: linear)."
     table: list[list[str]] = field(default_factory=list)
 
@@ -119,11 +119,11 @@ def layers(rounds: int, sizes: Sequence[int], methods: Sequence[str]) -> Scale:
         for size in sizes:
             for operation, cost in measure(lambda run, m=method, n=size: operate(m, n, run), rounds).items():
                 rows.setdefault(operation, []).append(cost)
-    targets = ()
+    targets = []
     if {"s2ft", "lora"} <= costs.keys():
         s2ft, lora = (costs[method]["adapt"][-1].seconds for method in ("s2ft", "lora"))
         ratio = s2ft / lora
-        targets = (Comparison(f"time to adapt {sizes[-1]} layers", "s2ft", "lora", ratio, ratio, ratio, SLOWEST_S2FT),)
+        targets = [Comparison(f"time to adapt {sizes[-1]} layers", "s2ft", "lora", ratio, ratio, ratio, SLOWEST_S2FT)]
     return Scale(f"Cost against the number of layers, {sizes[0]} to {sizes[-1]}", "layer", tuple(sizes), costs, targets)
 
 
