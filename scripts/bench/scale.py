@@ -2,8 +2,8 @@
 
 Layers: adapt, save, load, merge, export and verify for every method, on a random Llama of width 32 with 8 to 64 layers. A method
 that needs a ViT gets one of the same width. `verify` gets the base weights, too.
-Examples: a robustness run of two classifiers, whose images are 100 to 100,000 random ones of 8 pixels: evaluating it, reading the
-evaluation again, its report, and its comparison with a second run.
+Examples: a robustness run of two linear classifiers on 100 to 100,000 random images of 8 x 8 pixels: evaluating it, evaluating it
+again with every answer on record, its report, and its comparison with a second run.
 
 "calls" are calls of functions of Python and of C, as cProfile counts them: they do not depend on the machine. "growth" is the
 number of calls that the last step of the sizes adds, over what the step before adds, each per layer or example: 1 where calls
@@ -23,17 +23,20 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import vismt
 from scripts.bench.timing import Comparison
 from vismt.base import console
+from vismt.cli import main
 from vismt.llm import collect_covariance, instance_gates
 from vismt.lowrank.contexts import one_thread
 from vismt.methods import METHODS, list_methods
 from vismt.testing.method_contract import faded, shake
 
 LAYERS = (8, 16, 32, 64)
+EXAMPLES = (100, 1_000, 10_000, 100_000)
 # What a method needs beside a rank, and the methods that route or adapt the blocks of a ViT.
 OPTIONS: dict[str, dict[str, Any]] = {
     "emtal": {"n_experts": 4},
@@ -67,7 +70,7 @@ class Scale:
     unit: str
     sizes: tuple[int, ...]
     costs: dict[str, dict[str, list[Cost]]]
-    targets: tuple[Comparison, ...] = ()
+    targets: list[Comparison] = field(default_factory=list)
     note: str = "Seconds and thousands of calls at the largest size, and the growth of calls per unit (1: linear)."
     table: list[list[str]] = field(default_factory=list)
 
@@ -105,7 +108,7 @@ def growth(sizes: Sequence[int], counts: Sequence[int]) -> float:
 def run(rounds: int = 9, device: str = "cpu") -> list[Scale]:
     """Measure against layers and examples. device: only the CPU is measured."""
     with one_thread():
-        return [layers(rounds, LAYERS, list_methods())]
+        return [layers(rounds, LAYERS, list_methods()), examples(rounds, EXAMPLES)]
 
 
 def layers(rounds: int, sizes: Sequence[int], methods: Sequence[str]) -> Scale:
@@ -116,12 +119,59 @@ def layers(rounds: int, sizes: Sequence[int], methods: Sequence[str]) -> Scale:
         for size in sizes:
             for operation, cost in measure(lambda run, m=method, n=size: operate(m, n, run), rounds).items():
                 rows.setdefault(operation, []).append(cost)
-    targets = ()
+    targets = []
     if {"s2ft", "lora"} <= costs.keys():
         s2ft, lora = (costs[method]["adapt"][-1].seconds for method in ("s2ft", "lora"))
         ratio = s2ft / lora
-        targets = (Comparison(f"time to adapt {sizes[-1]} layers", "s2ft", "lora", ratio, ratio, ratio, SLOWEST_S2FT),)
+        targets = [Comparison(f"time to adapt {sizes[-1]} layers", "s2ft", "lora", ratio, ratio, ratio, SLOWEST_S2FT)]
     return Scale(f"Cost against the number of layers, {sizes[0]} to {sizes[-1]}", "layer", tuple(sizes), costs, targets)
+
+
+def examples(rounds: int, sizes: Sequence[int]) -> Scale:
+    """Measure a run and its reports on images."""
+    costs: dict[str, list[Cost]] = {}
+    count_calls(lambda run: evaluate(sizes[0], run))  # imports what is imported when it is first used
+    for size in sizes:
+        for operation, cost in measure(lambda run, n=size: evaluate(n, run), rounds).items():
+            costs.setdefault(operation, []).append(cost)
+    title = f"Cost against the number of examples, {sizes[0]:,} to {sizes[-1]:,}"
+    return Scale(title, "example", tuple(sizes), {"two classifiers": costs})
+
+
+def evaluate(count: int, run: Run) -> None:
+    """Evaluate, report and compare runs on `count` images."""
+    classifiers = {name: nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10)) for name in ("a", "b")}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def audit(place: str, seed: int) -> object:
+            settings = {"attacks": (), "img_size": 8, "batch": 500, "seed": seed, "folder": folder / place}
+            return vismt.audit(classifiers, {"noise": Noise(count)}, **settings)
+
+        run("evaluate", lambda: audit("first", 0))
+        run("evaluate again", lambda: audit("first", 0))
+        audit("second", 1)
+        run("report", lambda: main(["report", str(folder / "first")]))
+        run(
+            "compare",
+            lambda: main(["compare", str(folder / "first"), str(folder / "second"), "--out", str(folder / "c")]),
+        )
+
+
+class Noise(Dataset):
+    """Random images of ten classes."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randint(0, 256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index] / 255, index % len(self.classes)
 
 
 def measure(work: Callable[[Run], None], rounds: int) -> dict[str, Cost]:

@@ -112,8 +112,8 @@ def test_no_is_said_clearly(tmp_path: Path) -> None:
     model = tiny_vit()
     before = snapshot(model)
     for options, message in (
-        ({"targets": ["fc1"]}, "'lisa' trains whole layers and has no targets"),
-        ({"alpha": 2.0}, "no targets or alpha"),
+        ({"targets": ["fc1"]}, "'lisa', which trains whole layers: set layers"),
+        ({"alpha": 2.0}, "leave alpha out"),
         ({"active": 3}, "from 0 to 2"),
         ({"layer": "blocks"}, "'lisa' has no option 'layer'.*'layers'"),
     ):

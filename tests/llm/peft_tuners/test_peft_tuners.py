@@ -20,6 +20,7 @@ import vismt
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.llm.peft_tuners.layer import HostedLayer
+from vismt.methods import METHODS
 
 peft = pytest.importorskip("peft")
 
@@ -57,7 +58,8 @@ def options(tuner: str, kind: str) -> dict[str, Any]:
     own = OURS.get(tuner, {})
     if tuner == "ia3":
         own = {"feedforward_modules": [TARGETS[kind][1]]}
-    return {"targets": TARGETS[kind], "rank": RANK, "seed": SEED, **given, **own}
+    rank = {} if "rank" in METHODS[f"peft:{tuner}"].unread else {"rank": RANK}
+    return {"targets": TARGETS[kind], **rank, "seed": SEED, **given, **own}
 
 
 def hosted(tuner: str, kind: str = "vit", **more: Any) -> nn.Module:

@@ -9,6 +9,7 @@ import pytest
 
 import vismt
 from scripts.bench import scale
+from scripts.benchmarks import section
 from vismt.methods import list_methods
 
 DEPTHS = (2, 4, 8)
@@ -36,3 +37,24 @@ def test_a_peft_folder_with_a_rank_and_a_whole_norm_for_each_layer_is_read_in_li
 
     _, *counts = [read(depth) for depth in (DEPTHS[0], *DEPTHS)]
     assert scale.growth(DEPTHS, counts) < scale.FASTEST
+
+
+@pytest.mark.slow
+def test_evaluating_reporting_and_comparing_grow_with_the_number_of_examples() -> None:
+    """The calls for each example; what is done once for a run is in the first size."""
+    sizes = (50, 200, 800)
+    result = scale.examples(1, sizes)
+    (costs,) = result.costs.values()
+    assert list(costs) == ["evaluate", "evaluate again", "report", "compare"]
+    assert all(scale.growth(sizes, [cost.calls for cost in of]) <= 1.2 for of in costs.values())
+    assert result.table[0] == ["", *costs] and "growth of calls per example of report" in str(result)
+
+
+def test_the_page_has_the_table_of_every_method() -> None:
+    costs = {"lora": [scale.Cost(0.1, 1000), scale.Cost(0.2, 2000), scale.Cost(0.4, 6000)]}
+    result = scale.Scale("Cost", "layer", (1, 2, 4), {"lora": {"adapt": costs["lora"]}})
+    (growth,) = result.comparisons()
+    assert (growth.what, growth.name, growth.base, growth.ratio) == ("growth of calls per layer", "adapt", "lora", 2.0)
+    entry = {"title": result.title, "note": result.note, "table": result.table, "comparisons": []}
+    about = {"bench": "scale", "rounds": 1, "command": "", "date": "", "hardware": "", "versions": {}}
+    assert "| lora | 0.4 s, 6 k, 2.00 |" in section({**about, "results": [entry]}).splitlines()
