@@ -38,6 +38,13 @@ def test_packages_that_pin_others_are_extras() -> None:
     }
 
 
+def test_every_dependency_has_a_lower_bound_which_the_hosted_checks_install() -> None:
+    texts = [*PROJECT["dependencies"], *(text for extra in PROJECT["optional-dependencies"].values() for text in extra)]
+    named = [requirement for requirement in map(Requirement, texts) if requirement.name != "vismt"]
+    assert [str(one) for one in named if not {"==", ">="} & {part.operator for part in one.specifier}] == []
+    assert "--resolution lowest-direct" in (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf8")
+
+
 def test_no_extra_holds_a_package_at_a_vulnerable_version() -> None:
     for extra, texts in PROJECT["optional-dependencies"].items():
         named = {requirement.name.lower(): requirement for requirement in map(Requirement, texts)}

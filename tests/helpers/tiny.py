@@ -28,7 +28,7 @@ BUILT: dict[str, tuple[nn.Module, Tensor]] = {}
 
 def built_once(build: Callable[..., nn.Module], seed: int, *args: object, **options: object) -> nn.Module:
     """Return a copy of what `build` makes with the random state of `seed`, and leave the random state that it left."""
-    key = repr((build, seed, args, options, torch.get_default_dtype(), torch.get_default_device()))
+    key = repr((build, seed, args, options, torch.get_default_dtype(), torch.empty(0).device))
     if key not in BUILT:
         torch.manual_seed(seed)
         BUILT[key] = build(*args, **options).eval(), torch.get_rng_state()

@@ -139,7 +139,7 @@ def test_a_gated_mlp_keeps_two_of_four() -> None:
     assert before - after >= saved
     # In bf16 each RMSNorm also keeps its input in fp32, which is recomputed from the bf16 one.
     half_before, half_after = kept(llama("lora").bfloat16(), llama_loss)
-    assert half_after < 0.75 * half_before
+    assert half_before - half_after > saved // 2
 
 
 def test_kept_bytes_counts_what_autograd_saves() -> None:

@@ -134,7 +134,9 @@ def _joined(groups: Tensor, others: Tensor) -> Tensor:
     from scipy.sparse.csgraph import connected_components
 
     n = len(groups)
-    links = coo_array((torch.ones(n).numpy(), (groups.numpy(), others.numpy())), shape=(n, n))
+    # scipy 1.11 ignores the error of its own search for indices of 64 bits, and connects everything.
+    places = groups.int().numpy(), others.int().numpy()
+    links = coo_array((torch.ones(n).numpy(), places), shape=(n, n))
     numbers = connected_components(links, directed=False)[1][groups.numpy()].tolist()
     first: dict[int, int] = {}
     return torch.tensor([first.setdefault(number, i) for i, number in enumerate(numbers)], dtype=torch.int64)

@@ -71,7 +71,7 @@ def test_what_peft_wrote_gives_its_logits(case: str, tmp_path: Path) -> None:
     theirs, folder = written(tmp_path, kind, **options)
     ours = vismt.import_peft(stock(kind), folder)
     difference = (run(ours, kind) - run(theirs, kind)).abs().max()
-    assert difference < 1e-5 * max(1.0, float(run(theirs, kind).abs().max()))
+    assert difference < 3e-5 * max(1.0, float(run(theirs, kind).abs().max()))  # the SVD of a start is computed again
     assert not torch.allclose(run(ours, kind), run(stock(kind), kind), atol=1e-2)
     layers = sum(name.endswith("lora_A.default") for name, _ in theirs.named_modules())
     assert len(adapter_layers(ours)) == layers

@@ -97,6 +97,8 @@ def test_a_principal_start_is_that_of_each_expert() -> None:
 @pytest.mark.parametrize("kind", LMS)
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_every_implementation_of_the_experts_reads_the_update(kind: str, implementation: str) -> None:
+    if implementation == "grouped_mm" and not hasattr(torch, "_grouped_mm"):
+        pytest.skip("grouped_mm of transformers needs torch 2.9")
     model = shake(adapted(kind), 0.1)
     model.set_experts_implementation(implementation)
     merged = vismt.merge(copy.deepcopy(model))

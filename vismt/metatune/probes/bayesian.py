@@ -29,8 +29,8 @@ factors of H, whose eigenvectors take a small part of the time. R is linear in p
 
 On digits and cifar10-6000:test (as above) the Laplace probe has 56.7 and 33.2 % accuracy at 1 shot, W* alone 56.6 and 33.2. As C
 was chosen for W*, the answers are too uncertain (mean largest probability at 5 shots 0.39 and 0.31, accuracy 78.6 and 47.4 %):
-give them a temperature. They tell other images: against fashion_mnist-6000, AUROC 0.762 +- 0.029 and 0.673 +- 0.031 at 5 shots, the
-logistic probe 0.557 +- 0.036 and 0.626 +- 0.032 (n = 60).
+give them a temperature. They tell other images: against fashion_mnist-6000, AUROC 0.762 +- 0.029 and 0.673 +- 0.031 at 5 shots,
+the logistic probe 0.557 +- 0.036 and 0.626 +- 0.032 (n = 60).
 """
 
 from __future__ import annotations
