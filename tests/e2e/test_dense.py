@@ -15,7 +15,7 @@ import safetensors.torch
 import timm
 import torch
 from helpers.checkpoints import saved_tensors
-from helpers.tiny_runs import interrupted, refused, run_config, run_on_two, written
+from helpers.tiny_runs import interrupted, refused, run_config, run_on_two, write_config, written
 from PIL import Image
 from timm.layers import resample_abs_pos_embed
 
@@ -303,6 +303,21 @@ def test_the_merged_folder_of_a_dense_run_names_the_run(study: Path, tmp_path: P
             )
 
 
+@pytest.mark.parametrize("head", ["linear", "conv", "dpt"])
+def test_a_depth_head_starts_at_the_mean_depth_of_training(head: str, tmp_path: Path) -> None:
+    """At 0 m a short training ends farther from the truth than a constant."""
+    config = load_config(write_config("dense", tmp_path), [f"head.name={head}"])
+    job = DenseJob(config, tmp_path / "run", "hash")
+    net = job.fresh(config)
+    job.prepare(net, config)
+    task = job.data.tasks["depth"]
+    depths = [images.read(i)["depth"] for images, i in job.data.part("train").entries]
+    mean = float(torch.cat([depth[task.valid(depth)] for depth in depths]).mean())
+    *_, bias = net.heads["depth"].predict.parameters()
+    assert bias.tolist() == pytest.approx([mean], rel=1e-5)
+    assert not any(parameter.tolist() == [mean] for parameter in net.heads["normals"].parameters())
+
+
 def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys, painted) -> None:
     from torchvision.io import ImageReadMode, decode_image, write_png
 
@@ -510,9 +525,9 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, monkeypatch
 
 
 def test_a_rate_is_chosen_on_validation_images(tmp_path: Path) -> None:
-    """A rate of next to nothing leaves the depth at its start, far from the truth."""
+    """A rate of next to nothing leaves the normals at their random start, far from the truth."""
     data = {**SMALL["data"], "validation_share": 0.1}
-    path = write(tmp_path, **{**SINGLE, **ALONE}, tasks=["depth"], data=data, tune={"rates": [1e-6, 3e-2]})
+    path = write(tmp_path, **{**SINGLE, **ALONE}, tasks=["normals"], data=data, tune={"rates": [1e-6, 3e-2]})
     folder = run_config(path)
     chosen = json.loads(next(folder.rglob("chosen.json")).read_text())
     assert chosen["lr"] == 3e-2 and set(chosen["validation"]) == {"1e-06", "0.03"}
@@ -525,7 +540,7 @@ def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> Non
     tasks = [{"name": "semseg", "classes": 4}, "depth"]
     config = load_config(write(tmp_path, **SINGLE, tasks=tasks, retain={"temperature": 3.0}), [])
     job = DenseJob(config, tmp_path, "hash")
-    vars(job)["data"] = SimpleNamespace(counted=list)  # the set has no classes; the batch below has
+    vars(job)["data"] = SimpleNamespace(counted=list, mean_depth=2.0)  # the set has no classes; the batch below has
     net = job.fresh(config).requires_grad_(False)
     assert job.prepare(net, config) == "emtal"
     job.heads(net).requires_grad_(True)

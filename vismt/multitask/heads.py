@@ -52,6 +52,8 @@ class Head(nn.Module, ABC):
         channels: number of channels of the output.
     """
 
+    predict: nn.Module
+
     def __init__(self, widths: Sequence[int], channels: int) -> None:
         super().__init__()
         self.widths, self.channels = tuple(widths), channels
@@ -84,6 +86,11 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def decode(self, taps: list[Tensor]) -> Tensor:
         """Return the logits of taps whose shapes were checked."""
+
+    def start_at(self, value: float) -> None:
+        """Set the bias of the last layer, so that an untrained head gives values around this one."""
+        *_, bias = self.predict.parameters()
+        nn.init.constant_(bias, value)
 
 
 HEADS: Registry[type[Head]] = Registry("head: no head")

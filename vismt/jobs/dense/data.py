@@ -28,6 +28,9 @@ from vismt.multitask.class_loss import ClassLoss, check_counts
 from vismt.multitask.nets import SEGMENTATION
 from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.maps import Depth, InverseDepth
+from vismt.report.panels import spread
+
+DEPTHS = 256  # samples that the mean depth is of
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,15 @@ class DenseData:
             self._counts[task.key] = counts.tolist()
         check_counts(f"tasks: {task.name}", self._counts[task.key], task.channels)
         return self._counts[task.key]
+
+    @cached_property
+    def mean_depth(self) -> float:
+        """The mean depth of the valid pixels of training samples, of at most DEPTHS evenly over their order."""
+        task = self.tasks[Depth.name]
+        entries = [entry for entry in self.parts["train"].entries if task.key in entry[0].targets]
+        maps = [entries[i][0].read(entries[i][1]).get(task.key) for i in spread(len(entries), DEPTHS).tolist()]
+        values = [map[task.valid(map[None])[0]].double() for map in maps if map is not None]
+        return float(torch.cat(values).mean()) if any(map(len, values)) else 0.0
 
     def _check_targets(self, part: str, tasks: Sequence[Task]) -> None:
         entries = self.parts[part].entries

@@ -47,6 +47,7 @@ from vismt.multitask.mtlora.method import merge_shared
 from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.objectives import DenseObjective
 from vismt.multitask.tasks.classes import Classification
+from vismt.multitask.tasks.maps import Depth
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
@@ -111,7 +112,13 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return models.fresh(config)
 
     def prepare(self, net: DenseNet, config: DenseConfig) -> str:
-        """Adapt the timm model, or make everything in it that runs trainable; return the method's name."""
+        """Adapt the timm model, or make everything in it that runs trainable; return the method's name.
+
+        A head of depth starts at the mean of the training depths.
+        """
+        if Depth.name in net.heads:
+            head: Any = net.heads[Depth.name]
+            head.start_at(self.data.mean_depth)
         if config.adapt is not None:
             of_tasks = {"tasks": list(net.heads), "task_blocks": net.read_blocks}
             method = self.adapt(net.stock, config.adapt, config.seed, of_tasks)
