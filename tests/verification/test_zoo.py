@@ -136,6 +136,23 @@ def test_names_that_no_library_knows_are_not_compared(root: Path, tmp_path: Path
     assert (verdict.status, verdict.codes) == ("suspicious", {"not-compared"})
 
 
+@pytest.mark.parametrize("which", ["base", "merged"])
+def test_the_config_json_of_base_or_merged_checkpoint_serves_both(which: str, root: Path, tmp_path: Path) -> None:
+    folders = healthy("llava", root).copied(tmp_path)
+    (getattr(folders, which) / "config.json").unlink()
+    assert vismt.verify(folders.adapter, base=folders.base, merged=folders.merged).status == "ok"
+
+
+def test_a_checkpoint_without_architectures_is_of_the_adapters_class(root: Path, tmp_path: Path) -> None:
+    folders = healthy("llama", root).copied(tmp_path)
+    for folder in (folders.base, folders.merged):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    assert vismt.verify(folders.adapter, base=folders.base, merged=folders.merged).status == "ok"
+    FAULTS["merged without norms"][2](folders)
+    assert vismt.verify(folders.adapter, base=folders.base, merged=folders.merged).codes == {"lacking"}
+
+
 def test_an_earlier_transformers_leaves_names_as_they_are(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vit, llama = healthy("vit", root), healthy("llama", root)
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)

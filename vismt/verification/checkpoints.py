@@ -55,17 +55,26 @@ def _from_hub(name: str, what: str) -> Path:
         ) from error
 
 
-def of_checkpoint(facts: Facts, what: str, adapter: Facts | None = None) -> tuple[Translated, list[Finding]]:
-    """Return a checkpoint under the names of its library, and what is wrong with it alone.
-
-    what: its name in messages. adapter: for the base of an adapter, whose class of model and whole parameters count.
-    """
+def of_base(facts: Facts, adapter: Facts) -> tuple[Translated, list[Finding]]:
+    """Return the base of an adapter in the class that was adapted, and what is wrong with it without its whole parameters."""
     whole = translated(facts, adapter)
-    if adapter is not None:
-        held = [tensor.path for tensor in adapter.with_role("saved")]
-        whole.lacking = [name for name in whole.lacking if not any(same_parameter(path, name) for path in held)]
-    found = [replace(one, text=f"{what}: {one.text}") for one in findings(Case(facts, whole=whole))]
-    return whole, [*(Finding("broken", "malformed", f"{what}: {why}") for why in facts.stored.reasons), *found]
+    held = [tensor.path for tensor in adapter.with_role("saved")]
+    whole.lacking = [name for name in whole.lacking if not any(same_parameter(path, name) for path in held)]
+    return whole, of_checkpoint(whole, "the base")
+
+
+def of_merged(facts: Facts, adapter: Facts, base: Translated) -> tuple[Translated, list[Finding]]:
+    """Return a merged checkpoint in the class that was adapted, and what is wrong with it in its own class."""
+    whole, own = translated(facts, adapter), translated(facts)
+    own = own if own.library else whole
+    return whole, [*of_checkpoint(own, "the merged checkpoint"), *configurations(base, own)]
+
+
+def of_checkpoint(whole: Translated, what: str) -> list[Finding]:
+    """Return what is wrong with a checkpoint alone. what: its name in messages."""
+    reasons = [Finding("broken", "malformed", f"{what}: {reason}") for reason in whole.raw.stored.reasons]
+    found = findings(Case(whole.raw, whole=whole))
+    return [*reasons, *(replace(one, text=f"{what}: {one.text}") for one in found)]
 
 
 def configurations(base: Translated, merged: Translated) -> Iterable[Finding]:

@@ -139,7 +139,7 @@ def findings(case: Case) -> Iterable[Finding]:
     tensors, modules = case.facts.tensors, case.facts.modules
     for met in met_rules(case):
         code, level, fix = met.rule.code, met.rule.level, met.rule.fix
-        paths = tuple(dict.fromkeys(tensors[name].path if name in tensors else name for name in met.names))
+        paths = tuple(dict.fromkeys((name in tensors and tensors[name].path) or name for name in met.names))
         if code and met.whole:
             yield Finding(level, code, met.why, fix)
         elif code:
@@ -522,7 +522,8 @@ RULES = (
          "shape"),
     Rule(_whole(_unused), "the model of config.json has no such layers: they are left out", {"transformers": "ignored"},
          "take config.json from the base", "config"),
-    Rule(lambda case: case.facts.kind == "checkpoint" and "model_type" in case.facts.model_config
+    Rule(lambda case: case.facts.kind == "checkpoint" and "config.json" in case.facts.files
+         and "model_type" in case.facts.model_config
          and not {WEIGHTS, *INDEX, *LEGACY_WEIGHTS} & {*case.facts.files},
          f"it has no '{WEIGHTS}' and no index of shards, which transformers looks for", REFUSED, "save the model again",
          "file-names", "suspicious"),

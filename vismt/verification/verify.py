@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.verification.against_base import against_base
 from vismt.verification.against_merged import against_merged
-from vismt.verification.checkpoints import configurations, named_base, of_checkpoint, open_checkpoint
+from vismt.verification.checkpoints import named_base, of_base, of_merged, open_checkpoint
 from vismt.verification.facts import WHOLE, Facts, read_facts
 from vismt.verification.inside import examine
 from vismt.verification.library import translated
-from vismt.verification.located import Located, locate
+from vismt.verification.located import locate
 from vismt.verification.readers import readings
 from vismt.verification.rules import Case, findings
 from vismt.verification.verdict import Finding, ModuleRow, Verdict, ranked
@@ -55,7 +56,12 @@ def verify(
     found: list[Finding] = []
     stock, whole = None, None if facts.is_adapter else translated(facts)
     if base is not None and facts.is_adapter:
-        held, found = of_checkpoint(open_checkpoint(base, "base"), "the base", facts)
+        opened = [
+            open_checkpoint(place, what) for place, what in ((base, "base"), (merged, "merged")) if place is not None
+        ]
+        config = next((one.model_config for one in opened if one.model_config), {})  # that of the other for one without
+        opened = [replace(one, model_config=one.model_config or config) for one in opened]
+        held, found = of_base(opened[0], facts)
         stock = locate(facts, held)
     if facts.modules or not facts.is_adapter:
         found += [*findings(Case(facts, stock, whole)), *examine(facts, rows)]
@@ -64,7 +70,8 @@ def verify(
     if stock is not None:
         found += [*named_base(facts, str(base), stock.facts), *against_base(facts, stock, rows)]
         if merged is not None:
-            found += _merged(facts, stock, str(merged), rows)
+            held, more = of_merged(opened[1], facts, stock.checkpoint)
+            found += [*more, *against_merged(facts, stock, locate(facts, held), rows)]
         if probe is not None:
             from vismt.verification.probe import probe as measure  # transformers and timm
 
@@ -79,14 +86,6 @@ def verify(
     found += [finding for reading in read if readers or reading.reader == own for finding in reading.findings]
     verdict.findings = ranked(found)
     return verdict
-
-
-def _merged(facts: Facts, base: Located, merged: str, rows: dict[str, ModuleRow]) -> list[Finding]:
-    """Return what a merged checkpoint lacks and holds otherwise than the base with the adapter."""
-    held = open_checkpoint(merged, "merged")
-    own, found = of_checkpoint(held, "the merged checkpoint")
-    found += configurations(base.checkpoint, own)
-    return [*found, *against_merged(facts, base, locate(facts, translated(held, facts)), rows)]
 
 
 def checked(folder: Path) -> Verdict:
