@@ -27,7 +27,7 @@ from vismt.lowrank.model.targets import find_targets, pattern_value
 
 GIVEN = {"model", "targets", "rank", "alpha", "seed"}  # what every method takes
 RANK = 8
-DEFAULTS = {"targets": None, "rank": RANK, "alpha": None}  # of `adapt`
+DEFAULTS: dict[str, Any] = {"targets": None, "rank": RANK, "alpha": None}  # of `adapt`
 
 
 class Schedule(Protocol):

@@ -223,7 +223,18 @@ def resolve_arms(config: Config) -> dict[str, Config]:
     plain = replace(config, arms={}, seeds=[], tune=None)
     if not config.arms:
         return {ALONE: plain}
-    return {name: with_values(plain, changes, f"arms.{name}") for name, changes in config.arms.items()}
+    return {name: _arm(plain, changes, f"arms.{name}") for name, changes in config.arms.items()}
+
+
+def _arm(plain: Config, changes: Mapping[str, Any], source: str) -> Config:
+    """Return the configuration of an arm. What another method of the arm does not read is not taken from `plain`."""
+    arm = with_values(plain, changes, source)
+    if arm.adapt is None or "adapt.method" not in changes:
+        return arm
+    from vismt.methods import DEFAULTS, METHODS
+
+    unread = [name for name in METHODS[arm.adapt.method].unread if f"adapt.{name}" not in changes]
+    return replace(arm, adapt=replace(arm.adapt, **{name: DEFAULTS[name] for name in unread}))
 
 
 def check_arms(

@@ -235,7 +235,7 @@ def test_adapters_that_are_activated_inside_the_block_are_refused() -> None:
             "trained 'model.norm.weight' whole, which only a linear of its own can",
         ),
         ("pissa", {"quantize": "nf4"}, "cannot be mixed: 'pissa' lies on quantised weights"),
-        ("lisa", {"targets": None}, "trained 'model.embed_tokens.weight' whole"),
+        ("lisa", {"targets": None, "rank": 8}, "trained 'model.embed_tokens.weight' whole"),
         ("ilora", {"rank": 4, "n_experts": 2}, "no gates are given"),
     ],
 )

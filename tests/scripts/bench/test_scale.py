@@ -17,7 +17,7 @@ DEPTHS = (2, 4, 8)
 
 @pytest.mark.parametrize("method", list_methods())
 def test_no_operation_grows_faster_than_the_number_of_layers(method: str) -> None:
-    """Of a quadratic share the growth is 2: the limit finds one that makes a hundredth of the calls at 4 layers."""
+    """Of a quadratic share the growth is 2: the limit finds one that makes a thirtieth of the calls at 4 layers."""
     depths = (DEPTHS[0], *DEPTHS)  # what is imported when it is first used comes before
     _, *counts = [scale.count_calls(lambda run, depth=depth: scale.operate(method, depth, run)) for depth in depths]
     rates = {name: scale.growth(DEPTHS, [count[name] for count in counts]) for name in counts[0]}
