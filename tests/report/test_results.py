@@ -189,3 +189,11 @@ def test_two_models_of_a_run_have_two_files_of_records() -> None:
     assert len(set(stems)) == len(models) and stems[models.index("merged:tsv+ridge")] == (
         "cub-test-5-way-1-shot-merged-tsv-ridge"
     )
+
+
+def test_groups_are_named_where_examples_have_them():
+    groups = {"0": "a", "1": "a", "2": "b"}
+    grouped = result_of(score([0.1, 0.2, 0.3], groups=groups, grouped_by="signs"), "a", None, "test", HASH)
+    assert (grouped.parts, grouped.grouped_by, grouped.units) == (2, "signs", "2 signs")
+    alone = result_of(score([0.1, 0.2, 0.3], grouped_by="parts"), "a", None, "test", HASH)
+    assert (alone.parts, alone.grouped_by, alone.units) == (0, "", "")

@@ -165,7 +165,7 @@ def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash:
         examples=score.examples,
         interval=measure.covers,
         parts=measure.units if measure.groups else 0,
-        grouped_by=measure.grouped_by,
+        grouped_by=measure.grouped_by if measure.groups else "",
         bias=found.bias,
         variance=variance,
         freedom=min(freedom, KNOWN),
