@@ -35,7 +35,7 @@ from vismt.jobs.dense.job import DenseJob
 from vismt.lowrank.recompute import recompute
 from vismt.multitask.tasks import MapTask, Task
 
-DATA = SimpleNamespace(class_counts=lambda task: [1] * task.channels)  # a label of each class
+DATA = SimpleNamespace(class_counts=lambda task: [1] * task.channels, mean_depth=1.0)  # a label of each class
 DATA.counted = partial(DenseData.counted, cast(DenseData, DATA))
 
 WAYS = {

@@ -120,7 +120,7 @@ def test_what_the_stages_do_not_depend_on_stays_frozen(tmp_path: Path) -> None:
     settings = config("dense", "tiny_swin", model=model, size=[64, 64], adapt=None, full=True)
     run = open_run(run_config(written(tmp_path / "run.yaml", settings), "train.steps=1"))
     net = models.fresh(run.config)
-    DenseJob.prepare(SimpleNamespace(), net, run.config)
+    DenseJob.prepare(SimpleNamespace(data=SimpleNamespace(mean_depth=1.0)), net, run.config)
     frozen = {name for name, parameter in net.stock.named_parameters() if not parameter.requires_grad}
     assert frozen == {"norm.weight", "norm.bias"}
 
