@@ -42,7 +42,8 @@ NO_CONTENT = (logging.Logger, type(threading.Lock()), type(threading.RLock()))  
 WRAPPERS = (staticmethod, classmethod, property, functools.cached_property, type(functools.cache(str)))
 INSIDE = ("__func__", "fget", "fset", "func", "__wrapped__")
 OF_MODULE = frozenset(vars(nn.Module()))
-NO_NUMBER = OF_MODULE | {"save_pretrained"}  # `training` is the caller's choice; adapted models write merged files
+SAVE = "save_pretrained"  # adapted models write merged files, by a function of the model and one of its library's class
+NO_NUMBER = OF_MODULE | {SAVE}  # `training` is the caller's choice
 HOOKS = tuple(name for name in sorted(OF_MODULE) if name.endswith("_hooks"))
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = tuple(
@@ -177,7 +178,7 @@ class Identity:
         for base in given.__bases__ if given is not object else ():
             self._add(base)
         for name, member in vars(given).items():
-            described = name == "_abc_impl" or (name.startswith("__") and not isinstance(member, (*CODE, *WRAPPERS)))
+            described = name in ("_abc_impl", SAVE) or (name.startswith("__") and not isinstance(member, (*CODE, *WRAPPERS)))
             if not described:  # by Python itself
                 self._put(name)
                 self._referred(member, (), own, inside=True)
