@@ -49,7 +49,9 @@ def test_own_images(job: str, tmp_path: Path, monkeypatch, capsys) -> None:
     assert (where / f"{job}.yaml").read_text() == before
 
 
-@pytest.mark.parametrize("name", ["$x", "#c", ".hid", "-dash", "{a}", "'q", "a\nseed: 7", "é", "???", "a: b", "x.y"])
+@pytest.mark.parametrize(
+    "name", ["$x", "#c", ".hid", "-dash", "{a}", "'q", "a\nseed: 7", "a\x85b", "é", "???", "a: b", "x.y"]
+)
 def test_a_folder_of_any_name_has_a_configuration_that_is_read(name: str, tmp_path: Path) -> None:
     images = write_folder(tmp_path / name, 2)
     for job in (*JOBS, "dense"):

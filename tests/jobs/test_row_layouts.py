@@ -162,6 +162,7 @@ LATE = [{"id": 1, "text": "a", "note": ""}, *[{"text": "b", "label": one} for on
             "the labels 'pos' and 'pos ' in the column 'label' differ",
         ),
         ([{"text": "a", "label": ["x"]}], "row 1 has a list as 'label'; needed is a text"),
+        ([{"text": "a", "label": one} for one in ("pos", " ", "neg")], "row 2 has an empty 'label'; leave the row out"),
         (
             [{"prompt": "a", "answer": "b"}, {"prompt": "a", "answer": ["b", "c"]}],
             "row 2 has a list as 'answer'; needed is a text",

@@ -78,7 +78,8 @@ def place(path: Path, folder: Path) -> str:
 
 def quoted(value: object) -> str:
     """Return a text as YAML takes it, whatever is in it."""
-    return json.dumps(str(value), ensure_ascii=False)
+    # YAML takes U+0085 as a line end, and no other control character.
+    return re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(str(value), ensure_ascii=False))
 
 
 def config(job: str, template: Template, *, about: str, title: str, **values: object) -> Files:

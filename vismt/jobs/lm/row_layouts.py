@@ -183,6 +183,9 @@ def _label(table: Table) -> Layout | None:
     title, text, label = table.one(*TITLES), table.one(*TEXTS), table.one(*LABELS)
     if text is None or label is None:
         return None
+    blank = table.empty(label)
+    if blank:
+        raise table.refuse(blank[0], f"has an empty '{label}'; leave the row out")
     labels = sorted({str(value) for value in table.values(label)})
     alike: dict[str, str] = {}
     for name in labels:
