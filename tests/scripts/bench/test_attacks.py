@@ -51,6 +51,7 @@ def test_in_turn_runs_every_trial_to_its_end(case, short):
 
 
 def test_both_protocols_find_the_same_accuracy_when_clean(monkeypatch):
+    pytest.importorskip("torchattacks")
     monkeypatch.setattr(attacks, "EPISODES", 3)
     net, (images, labels) = attacks.prototypes(CPU), attacks.patterns(200, 2)
     sampler, spec = EpisodeSampler(labels, ways=5, shots=5, queries=4, seed=0), AttackSpec("pgd_paper", 4 / 255)
