@@ -146,6 +146,7 @@ def nudged(model: nn.Module) -> None:
         (None, "polar", {}, r"another method or other settings \('.*lora_C' is not in it\)"),
         (None, "s2ft", {}, r"another method or other settings \('.*slice_values' is not in it\)"),
         (None, "lisa", {"active": 1}, r"another method or other settings \('.*' is not in it\)"),
+        (None, "lora", {"targets": ["q_proj"]}, r"another method or other settings \('.*lora_A' is in it alone\)"),
         (None, "lora", {"rank": 4}, r"another method or other settings \('.*lora_A' is \(2, 32\), here \(4, 32\)\)"),
     ],
 )

@@ -106,13 +106,19 @@ class VismtCallback(DriverCallback, TrainerCallback):
 
     def _check_tensors(self, model: nn.Module, state: dict[str, Any], *_: Any) -> None:
         """Refuse the tensors of another adapter: the Trainer loads them, and the optimiser's state, before training begins."""
+        held = model.state_dict()
+        seen = {name: "is in it alone" for name in state if name not in held}
         for name, value in model.named_parameters():
-            if value.requires_grad and (name not in state or state[name].shape != value.shape):
-                seen = f"is {tuple(state[name].shape)}, here {tuple(value.shape)}" if name in state else "is not in it"
-                raise UserError(
-                    f"resume: the checkpoint is of an adapter with another method or other settings ('{name}' {seen}); adapt "
-                    "the model as for that training, or start without a checkpoint."
-                )
+            if value.requires_grad and name not in state:
+                seen[name] = "is not in it"
+            elif value.requires_grad and state[name].shape != value.shape:
+                seen[name] = f"is {tuple(state[name].shape)}, here {tuple(value.shape)}"
+        if seen:
+            name = next((name for name in seen if name in held), next(iter(seen)))
+            raise UserError(
+                f"resume: the checkpoint is of an adapter with another method or other settings ('{name}' {seen[name]}); adapt "
+                "the model as for that training, or start without a checkpoint."
+            )
 
     def _ignore_frozen(self) -> None:
         driver = self.driver
