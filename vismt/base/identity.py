@@ -178,7 +178,9 @@ class Identity:
         for base in given.__bases__ if given is not object else ():
             self._add(base)
         for name, member in vars(given).items():
-            described = name in ("_abc_impl", SAVE) or (name.startswith("__") and not isinstance(member, (*CODE, *WRAPPERS)))
+            described = name in ("_abc_impl", SAVE) or (
+                name.startswith("__") and not isinstance(member, (*CODE, *WRAPPERS))
+            )
             if not described:  # by Python itself
                 self._put(name)
                 self._referred(member, (), own, inside=True)
