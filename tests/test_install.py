@@ -177,7 +177,14 @@ QUICK = {
         *(*VIT, *SHORT, "model.img_size=32", "adapt.options={n_experts: 4, cluster: false}"),
         *("tasks.digits.limit=20", "tasks.photo_crops.limit=20"),
     ),
-    "dense/quickstart": (*VIT, *SHORT, "adapt.options={n_experts: 4, cluster: false}", "batch=1", "baseline=null"),
+    "dense/quickstart": (
+        *VIT,
+        *SHORT,
+        "size=[144, 112]",
+        "adapt.options={n_experts: 4, cluster: false}",
+        "batch=1",
+        "baseline=null",
+    ),
     "lm/quickstart": (*SHORT, "model.name={lm}", "model.first_block=1", "tasks.topics.options.length=17"),
     "robustness/quickstart": (
         "evaluate.images=8",

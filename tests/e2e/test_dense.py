@@ -439,7 +439,7 @@ def test_every_adapter_trains_dense_tasks_and_merges(tmp_path: Path, capsys) -> 
     """pissa and polar in factors, s2ft and lisa in the weights themselves; one study, merged as exactly as LoRA."""
     settings = {"pissa": {}, "polar": {}, "s2ft": {"ratio": 0.25}, "lisa": {"active": 1, "interval": 1}}
     arms = {
-        name: {"adapt": {"method": name, "rank": 2, "options": options}, "fade": None}
+        name: {"adapt": {"method": name, **({} if options else {"rank": 2}), "options": options}, "fade": None}
         for name, options in settings.items()
     }
     path = write(tmp_path, **{**SINGLE, "arms": arms}, tasks=["depth", "normals"], train={**SMALL["train"], "steps": 3})
