@@ -120,7 +120,8 @@ def test_an_evaluator_of_robustness(program: Path, tmp_path: Path) -> None:
     write_folder(tmp_path / "my_images", 4)
     model = timm.create_model("test_vit", img_size=32, num_classes=3)
     save_file(model.state_dict(), tmp_path / "my_model.safetensors")
-    (tmp_path / "my_module.py").write_text("def my_function(images):\n    return images.mean((2, 3))\n")
+    code = "from torch.nn import AdaptiveAvgPool2d, Flatten, Sequential\n\n\ndef my_function():\n"
+    (tmp_path / "my_module.py").write_text(f"{code}    return Sequential(AdaptiveAvgPool2d(1), Flatten()), 3\n")
     less = ["evaluate.images=4", "evaluate.masking=false", "evaluate.attacks=[{name: fgsm, epsilon: 4/255}]"]
     more = {"attack": ["--attack", "fgsm", "--img-size", "32"], "run": less}
     page = "guides/robustness.md"
