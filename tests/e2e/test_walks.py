@@ -128,7 +128,7 @@ def test_an_evaluator_of_robustness(program: Path, tmp_path: Path) -> None:
     walk(page, "Your own model and images", program, tmp_path, more, vit_small_patch16_224="test_vit")
     attacked = [row for path in tmp_path.glob("runs/*/results.jsonl") for row in read_results(path)]
     assert {row.data for row in attacked} == {"my_images"} and {row.n for row in attacked} >= {12, 4}
-    assert len([*tmp_path.glob("runs/*/report.html")]) == 2
+    assert len([*tmp_path.glob("runs/*/report.html")]) == 3
 
 
 def test_a_fine_tuner_of_language_models(program: Path, tmp_path: Path) -> None:
