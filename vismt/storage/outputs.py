@@ -61,7 +61,7 @@ def check_outputs(
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return the device and number of a file, which are the same under each of its names; None where there is no file."""
+    """Return the device and the inode of a file, which are the same under each of its names. None if there is no file."""
     with suppress(OSError):
         about = path.stat()
         return about.st_dev, about.st_ino

@@ -2,8 +2,8 @@
 
 The names in a file are not always those of the modules: transformers renames, stacks, splits and turns weights while it loads
 them, by the type of the model. The model is built without values, and its own conversion is applied to the names of the file.
-Nothing is fetched, no code of the folder is run, and sizes that would take long to build are refused. Where the installed
-transformers has no such conversion, or does not know the type, there is no library model, and nothing is said about names.
+Nothing is fetched, no code of the folder is run, and sizes that would take long to build are refused. If the installed
+transformers has no such conversion or does not know the type, no model is built, and names are not judged.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ class Library:
 class Translated:
     """A checkpoint under the names of the model that reads it.
 
-    facts: with these names; what the model does not know keeps its own. raw: with those of the file. library: None where there
-    is no model. lacking: what the model has and the file does not. misfits: of other shapes. unknown: names of the file that
-    the model does not use. parts: what a weight is made of, by its name; they are in `facts`, too.
+    facts: Facts under the names of the model. A name that the model does not know stays as it is. raw: Facts under the names of
+    the file. library: The model, None if it cannot be built. lacking: Names that the model has and the file lacks. misfits: Names
+    with other shapes. unknown: Names of the file that the model does not use. parts: Names of the tensors that a weight is made
+    of, by its name. These tensors are in `facts`, too.
     """
 
     facts: Facts
