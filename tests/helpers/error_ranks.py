@@ -54,7 +54,7 @@ def printed(call: Callable[[], object]) -> list[str]:
     """Return the exit code of `vismt` around a call, and the lines that it prints as errors."""
     error = io.StringIO()
     parse, cli.parse = cli.parse, lambda arguments: options
-    options = SimpleNamespace(quiet=True, verbose=True, debug=False, runner=lambda _: call() and None)
+    options = SimpleNamespace(command="run", quiet=True, verbose=True, debug=False, runner=lambda _: call() and None)
     with redirect_stderr(error):
         code = cli.main([])
     cli.parse = parse
