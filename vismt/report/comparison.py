@@ -18,6 +18,9 @@ from functools import cache
 from itertools import groupby
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from vismt.report.results import Result
 from vismt.uncertainty.intervals import (
     LOWER,
@@ -25,6 +28,7 @@ from vismt.uncertainty.intervals import (
     Estimate,
     Measure,
     average_of,
+    group_index,
     interval_of,
     without_seeds_kind,
 )
@@ -99,6 +103,18 @@ class Evidence:
         if left.keys() == right.keys():
             return average_of(differences).with_seeds([left[seed] - right[seed] for seed in left])
         return average_of(differences).with_seeds(list(left.values()), list(right.values()))
+
+    def unit_differences(self, first: Sequence[Result], second: Sequence[Result]) -> Tensor:
+        """Return the share of each independent unit, an example or a group, in the mean over sets of first - second, (units,)."""
+        shares = []
+        for a, b in zip(first, second, strict=True):
+            left, right, groups = self._of(a) or {}, self._of(b) or {}, self._groups(a)
+            steps = (
+                torch.tensor([left[name] - right[name] for name in left], dtype=torch.float64) / len(left) / len(first)
+            )
+            index = group_index([groups[name] for name in left] if groups else range(len(left)))
+            shares.append(steps.new_zeros(int(index.max()) + 1).index_add_(0, index, steps))
+        return torch.cat(shares)
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,48 @@
-"""One report over separate runs: their arms side by side, with paired differences where the examples are the same."""
+"""One report over separate runs and tables of other programs, with paired differences where the examples are the same."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from vismt.base import console
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.sections import RESOLVED, flat
 from vismt.config.yaml_text import read_yaml
-from vismt.report.comparison import Values, compare
+from vismt.report.comparison import ExampleValues, Values, compare
+from vismt.report.paired import GivenScores, PairedDifference, match, paired_differences
 from vismt.report.plotting import figure_formats
-from vismt.report.results import RESULTS, Result, ValuesByExample, read_results
+from vismt.report.results import FACTS, RESULTS, Result, ValuesByExample, read_results
 from vismt.report.score_sections import score_sections
+from vismt.report.score_tables import (
+    NO_COLUMNS,
+    Columns,
+    Training,
+    columns_of_object,
+    is_table,
+    read_path,
+    read_table,
+)
 from vismt.report.tables import Section, Table
 from vismt.report.writer import DEFAULT_FORMATS, Heading, run_heading, write_report
 from vismt.storage.outputs import note
+from vismt.uncertainty.intervals import CLEAN
 
 T = TypeVar("T")
 SHOWN_FACTS = ("Command", "Git revision", "Config hash", "Hardware", "Processes of a training", "Seeds")
 SETTINGS_NOTE = (
     "Keys of config.resolved.yaml whose values differ; – where a run has no such key. Titles and arms are left out."
+)
+
+
+PAIRS_NOTE = (
+    "± is the 95 % interval. A difference that cannot be seen is one that this comparison finds in fewer than 80 % of cases. "
+    "p is by sign flips of the examples or groups for one training of each model, and by the interval for several. Holm's method "
+    "corrects p over the pairs of one set and metric."
 )
 
 
@@ -79,35 +99,123 @@ def join(folders: Sequence[Path], arms: Sequence[str] = ()) -> Joined:
     return Joined(results, sources)
 
 
+def gather(
+    inputs: Mapping[str, Any], columns: Columns = NO_COLUMNS, common: bool = False, arms: Sequence[str] = ()
+) -> tuple[list[Result], ExampleValues]:
+    """Return the rows of run folders, tables and samples of lm-evaluation-harness, and the values by example of each row.
+
+    Args:
+        inputs: Paths, lists of mappings and frames of pandas by name.
+        columns: Names of the columns of tables.
+        common: Keep the examples that all tables have.
+        arms: Arms of runs to keep. Empty for all.
+
+    Raises:
+        UserError: as of `join`, `vismt.report.score_tables.read_path` and `vismt.report.paired.match`.
+    """
+    paths = {name: Path(given) for name, given in inputs.items() if isinstance(given, str | Path)}
+    runs = [path for path in paths.values() if not is_table(path)]
+    if len(runs) == len(inputs):
+        joined = join(runs, arms)
+        return joined.results, joined
+    say = partial(console.stage, "compare")
+    trainings = []
+    for name, given in inputs.items():
+        path = paths.get(name)
+        if path is None:
+            trainings += read_table(columns_of_object(given, name), name, name, columns, say)
+        elif path in runs:
+            trainings += _trainings_of_run(path, arms)
+        else:
+            trainings += read_path(path, name, columns, say)
+    if len({one.model for one in trainings}) < 2:
+        raise UserError(f"compare: one model, '{trainings[0].model}'; give two or more inputs.")
+    scores = GivenScores(match(trainings, common, say))
+    return scores.results, scores
+
+
+def _trainings_of_run(folder: Path, arms: Sequence[str]) -> list[Training]:
+    """Return the clean values by example of the arms of a run, those of an arm's trainings averaged."""
+    rows = [row for row in read_results(folder / RESULTS) if row.seed is None and row.condition == CLEAN.label]
+    if not rows:
+        raise UserError(f"compare: no results in '{folder}'; make them with `vismt evaluate {folder}`.")
+    values, found = ValuesByExample(folder), []
+    for row in rows:
+        by_example = values.of(row)
+        if by_example and (not arms or row.arm in arms):
+            groups = values.groups(row)
+            listed = [groups[name] for name in by_example] if groups else []
+            of_metric = {row.metric: list(by_example.values())}
+            found.append(Training(str(folder), row.arm, row.data, "", list(by_example), of_metric, groups=listed))
+    return found
+
+
 def _run_names(folders: Sequence[Path]) -> dict[Path, str]:
     """Return the folders' names, with those above where two have one name."""
     names = [folder.resolve().name for folder in folders]
     return {folder: str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names, strict=True)}
 
 
-def compare_runs(
-    folders: Sequence[Path], target: Path, arms: Sequence[str] = (), formats: Sequence[str] = DEFAULT_FORMATS
-) -> list[Path]:
-    """Write one report over separate runs into the folder `target`; return its files.
+def input_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each input: its folder's or file's, with the folder above where two have one name."""
+    names = [path.resolve().name if path.is_dir() else path.stem for path in paths]
+    return [
+        str(path.with_suffix("")) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)
+    ]
 
-    arms and UserErrors: as of `join`. formats: as of `vismt.report.writer.write_report`.
+
+def compare_inputs(
+    inputs: Sequence[Path],
+    target: Path,
+    arms: Sequence[str] = (),
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    columns: Columns = NO_COLUMNS,
+    common: bool = False,
+    baseline: str | None = None,
+) -> tuple[list[Path], list[PairedDifference]]:
+    """Write one report over run folders and tables of other programs into the folder `target`.
+
+    Args:
+        inputs: Run folders, tables, folders of tables, and folders of lm-evaluation-harness.
+        target: Folder of the report.
+        arms: Arms of runs to keep. Empty for all.
+        formats: As of `vismt.report.writer.write_report`.
+        columns: Names of the columns of tables.
+        common: Keep the examples that all tables have.
+        baseline: Arm that all others are compared with. None for all pairs.
+
+    Returns:
+        The files of the report, and the difference of each pair. UserErrors are those of `gather`.
     """
-    joined = join(folders, arms)
-    comparisons = compare(joined.results, joined)
-    names = _run_names(folders)
-    headings = {names[folder]: run_heading(folder) for folder in folders}
+    named = dict(zip(input_names(inputs), inputs, strict=True))
+    results, values = gather(named, columns, common, arms)
+    arms_found = list(dict.fromkeys(row.arm for row in results))
+    require_known("compare: no model", [baseline] if baseline else [], arms_found)
+    pairs = paired_differences(results, values, baseline)
+    baselines = {row.task: baseline for row in results} if baseline else None
+    comparisons = compare(results, values, baselines)
+    headings = {name: run_heading(path) for name, path in named.items() if (path / FACTS).exists()}
     facts = []
-    for name, heading in headings.items():
-        kept = [f"{fact}: {value}" for fact, value in heading.facts if fact in SHOWN_FACTS]
-        facts.append((name, "; ".join([heading.title, *kept])))
-    source = "; ".join(f"{name}: {heading.source}" for name, heading in headings.items())
-    title = Heading(f"Comparison of {', '.join(headings)}", facts, source)
-    labels = list(joined.sources)
-    settings = Section("Settings", _settings({names[folder]: folder / RESOLVED for folder in folders}))
+    for name, path in named.items():
+        heading = headings.get(name)
+        kept = [f"{fact}: {value}" for fact, value in heading.facts if fact in SHOWN_FACTS] if heading else [str(path)]
+        facts.append((name, "; ".join([heading.title, *kept] if heading else kept)))
+    sources = {name: headings[name].source if name in headings else str(path) for name, path in named.items()}
+    title = Heading(
+        f"Comparison of {', '.join(named)}", facts, "; ".join(f"{name}: {of}" for name, of in sources.items())
+    )
+    settings = Section("Settings", _settings({name: path / RESOLVED for name, path in named.items()}))
     note("compare", target)
     with figure_formats(formats):
-        sections = [settings, *score_sections(target, joined.results, comparisons, joined, labels)]
-    return write_report(target, title, joined.results, comparisons, sections, formats)
+        sections = [_pairs_section(pairs), settings, *score_sections(target, results, comparisons, values, arms_found)]
+    return write_report(target, title, results, comparisons, sections, formats), pairs
+
+
+def _pairs_section(pairs: Sequence[PairedDifference]) -> Section:
+    """Return the table of all pairs, a sentence for each."""
+    rows = [[pair.set, pair.metric, str(pair), f"{pair.p:.2g}", f"{pair.p_holm:.2g}"] for pair in pairs]
+    table = Table("Pairs", ["Set", "Metric", "Difference", "p", "p, Holm"], rows, set(), texts=3)
+    return Section("Pairs", [(table, PAIRS_NOTE)] if rows else [])
 
 
 def _settings(configs: Mapping[str, Path]) -> list[tuple[Table, str]]:
