@@ -14,6 +14,7 @@ from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.sections import RESOLVED, flat
 from vismt.config.yaml_text import read_yaml
 from vismt.report.comparison import ExampleValues, Values, compare
+from vismt.report.conclusion import conclude
 from vismt.report.paired import GivenScores, PairedDifference, match, paired_differences
 from vismt.report.plotting import figure_formats
 from vismt.report.results import FACTS, RESULTS, Result, ValuesByExample, read_results
@@ -28,7 +29,8 @@ from vismt.report.score_tables import (
     read_table,
 )
 from vismt.report.tables import Section, Table
-from vismt.report.writer import DEFAULT_FORMATS, Heading, run_heading, write_report
+from vismt.report.trainings import Cost, cost_section, read_costs
+from vismt.report.writer import DEFAULT_FORMATS, Heading, result_sections, run_heading, write_report
 from vismt.storage.outputs import note
 from vismt.uncertainty.intervals import CLEAN
 
@@ -204,11 +206,22 @@ def compare_inputs(
     title = Heading(
         f"Comparison of {', '.join(named)}", facts, "; ".join(f"{name}: {of}" for name, of in sources.items())
     )
-    settings = Section("Settings", _settings({name: path / RESOLVED for name, path in named.items()}))
+    costs: dict[str, Cost] = {}
+    for label, (of_run, arm) in (values.sources if isinstance(values, Joined) else {}).items():
+        if cost := read_costs(of_run.folder, [arm]).get(arm):
+            costs[label] = cost
+    conclusion = conclude(comparisons, {label: cost.trained for label, cost in costs.items()})
     note("compare", target)
     with figure_formats(formats):
-        sections = [_pairs_section(pairs), settings, *score_sections(target, results, comparisons, values, arms_found)]
-    return write_report(target, title, results, comparisons, sections, formats), pairs
+        sections = [
+            cost_section(target, comparisons, costs),
+            _pairs_section(pairs),
+            *result_sections(comparisons),
+            Section("Settings", _settings({name: path / RESOLVED for name, path in named.items()})),
+            *score_sections(target, results, comparisons, values, arms_found),
+        ]
+    console.stage("answer", conclusion.text)
+    return write_report(target, title, results, comparisons, conclusion, sections, formats), pairs
 
 
 def _pairs_section(pairs: Sequence[PairedDifference]) -> Section:
