@@ -193,8 +193,9 @@ def test_no_file_but_its_own_names_a_method() -> None:
     from vismt.methods import METHODS
 
     places = [path for package in ("engine", "report", "jobs") for path in (PACKAGE / package).rglob("*.py")]
+    words = {"full", "head"}  # also a structure of curvature, and a section
     for path in places:
-        assert not strings(path) & set(METHODS), path
+        assert not strings(path) & (set(METHODS) - words), path
 
 
 # A configuration is read without what it configures: the most modules of vismt that its file may load.

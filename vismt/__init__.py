@@ -60,6 +60,8 @@ PLACES["methods"] = {
     "amt": "vismt.metatune.amt.method",
     "corda": "vismt.llm.corda.method",
     "emtal": "vismt.multitask.emtal.method",
+    "full": "vismt.llm.plain_tuning",
+    "head": "vismt.llm.plain_tuning",
     "ilora": "vismt.llm.ilora.method",
     "lisa": "vismt.llm.lisa.method",
     "lora": "vismt.llm.lora",

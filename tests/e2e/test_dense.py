@@ -52,7 +52,7 @@ SMALL = {
     "batch": 3,
     "arms": {
         "emtal": {},
-        "full": {**ALONE, "full": True},
+        "full": {"adapt.method": "full", "adapt.options": {}, "fade": None},
         "depth": {**ALONE, "only": ["depth"]},
         "others": {**ALONE, "only": ["normals", "edge"]},
     },
@@ -272,7 +272,14 @@ def test_merged_is_the_stock_backbone_with_heads_beside(study: Path, capsys) -> 
     capsys.readouterr()
     for command, words in (
         (["merge", str(study)], "several arms; name one of them"),
-        (["export", str(study), "--format", "peft", "--arm", "full"], "arm 'full' has no adapter"),
+        (
+            ["export", str(study), "--format", "peft", "--arm", "full"],
+            "'full' has no low-rank factors; merge the model",
+        ),
+        (
+            ["export", str(study), "--format", "peft", "--arm", "depth"],
+            "arm 'depth' has no adapter: it trains only the heads",
+        ),
         (["attack", str(study), "--attack", "fgsm", "--epsilon", "8/255"], "dense runs have pgd"),
     ):
         assert words in refused(capsys, *command)
@@ -375,7 +382,7 @@ def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys, p
 @pytest.mark.slow
 def test_a_canvas_larger_than_the_trained_size(tmp_path: Path) -> None:
     """Crops of the size in training; windows or the whole canvas in evaluation, which have different protocols."""
-    arms = {"emtal": {}, "full": {**ALONE, "full": True}}
+    arms = {"emtal": {}, "full": {"adapt.method": "full", "adapt.options": {}, "fade": None}}
     path = write(tmp_path, **{**SINGLE, "arms": arms}, canvas=[64, 80], tasks=["depth", "normals"])
     job = DenseJob(load_config(path, []), tmp_path, "hash")
     assert job.batches(job.config)(0)["image"].shape == (3, 3, 32, 48) and job.data.size == (64, 80)
@@ -561,7 +568,7 @@ def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> Non
 
 
 def test_full_training_reaches_every_parameter_that_is_run(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, **{**SINGLE, **ALONE}, full=True), [])
+    config = load_config(write(tmp_path, **{**SINGLE, "adapt": {"method": "full"}, "fade": None}), [])
     job = DenseJob(config, tmp_path, "hash")
     net = job.fresh(config).requires_grad_(False)
     assert job.prepare(net, config) == "full"
@@ -584,7 +591,7 @@ def test_full_training_reaches_every_parameter_that_is_run(tmp_path: Path) -> No
         ({"size": [32]}, "size: [32]"),
         ({"head": {"name": "cnov"}}, "head.name: 'cnov' is not known"),
         ({"head": {"name": "linear", "options": {"hidden": 8}}}, "no option 'hidden'"),
-        ({"full": True}, "leaves nothing to adapt"),
+        ({"full": True}, "full: is a method now; write adapt: {method: full}"),
         ({"batch": 0}, "batch is 0"),
         ({"canvas": [32, 40]}, "canvas: [32, 40]; give [height, width], neither below that of size [32, 48]"),
         ({"canvas": [64]}, "canvas: [64]"),

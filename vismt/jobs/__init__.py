@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from vismt.base import console
 from vismt.base.errors import UserError, near, require_known
 from vismt.base.registry import import_own, with_entry_points
 from vismt.config.sections import (
@@ -28,6 +29,7 @@ from vismt.config.sections import (
     with_earlier,
 )
 from vismt.config.typed import build
+from vismt.engine.study import StudyConfig, ignored, settled
 from vismt.storage.files import atomic_write
 from vismt.storage.outputs import check_folder
 
@@ -93,7 +95,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def make_job(config: RunConfig, folder: Path, run_hash: str | None = None) -> EvaluationJob[Any]:
     """Return the job of a configuration in a run folder; run_hash: of the folder, by default that of the configuration."""
     job = _part(config.task, "job", "JOB")
-    return job(config, folder, run_hash or config_hash(config))
+    alone = isinstance(config, StudyConfig) and not config.arms
+    return job(settled(config) if alone else config, folder, run_hash or config_hash(config))
 
 
 @contextmanager
@@ -122,6 +125,8 @@ def started_config(config: RunConfig, folder: Path) -> Iterator[Run]:
     run = Run(folder, config)
     run.job.check()
     run.job.check_model_names()
+    for line in ignored(config) if isinstance(config, StudyConfig) else ():
+        console.stage("adapt", line)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     atomic_write(folder / RESOLVED, yaml.safe_dump(asdict(config), sort_keys=False))
     try:

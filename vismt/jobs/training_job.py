@@ -351,9 +351,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         """Return the stock model of one arm with its adapter. Raises UserError for an arm without an adapter."""
         training = self.study.find(arm)
         if not training_files.has_adapter(training):
-            raise UserError(
-                f"run '{self.folder}': arm '{training.arm}' has no adapter: it trains only the heads, or everything."
-            )
+            raise UserError(f"run '{self.folder}': arm '{training.arm}' has no adapter: it trains only the heads.")
         return self.stock(self.loaded(training))
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:

@@ -173,7 +173,7 @@ def test_another_base_or_a_damaged_description_is_refused(tmp_path: Path) -> Non
         vismt.load_adapter(shallow, tmp_path)
     text = (tmp_path / "adapter.json").read_text()
     (tmp_path / "adapter.json").write_text(text.replace('"unchanged": [', '"unchanged": ["blocks", '))
-    with pytest.raises(UserError, match=r"not what vismt\.save_adapter writes"):
+    with pytest.raises(UserError, match="was changed after it was written"):
         vismt.load_adapter(case("vit").model, tmp_path)
 
 
