@@ -14,10 +14,14 @@ from vismt.cli.commands import Commands
 if TYPE_CHECKING:
     from vismt.jobs.run import Run
 
+ADAPTERS = ("adapter.json", "adapter_config.json")  # of the folders of vismt and peft
+
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
-    merge = commands.add("merge", _merge, "write the merged stock model of a run folder, or of an adapter folder and --base")
+    merge = commands.add(
+        "merge", _merge, "write the merged stock model of a run folder, or of an adapter folder and --base"
+    )
     merge.add_argument("run", type=Path, help="a run folder, or an adapter folder that vismt or peft wrote")
     merge.add_argument(
         "--base",
@@ -98,14 +102,14 @@ def _open(options: argparse.Namespace) -> Run:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from vismt.verification.merging import is_adapter, merge_adapter
-
-    if is_adapter(options.run):
+    if any((options.run / name).is_file() for name in ADAPTERS):
         if options.base is None or options.to is None or options.arm is not None:
             raise UserError(
                 f"merge: '{options.run}' is an adapter folder; give the model that it was trained on with --base MODEL and the "
                 "folder to write with --to OUT, and no --arm."
             )
+        from vismt.verification.merging import merge_adapter
+
         verdict = merge_adapter(options.run, options.base, options.to)
         for check in verdict.checks:
             if check.done:
@@ -115,7 +119,7 @@ def _merge(options: argparse.Namespace) -> None:
         return
     if options.base is not None or options.to is not None:
         raise UserError(
-            f"merge: --base and --to are for adapter folders, and '{options.run}' has no adapter.json or adapter_config.json; "
+            f"merge: --base and --to are for adapter folders, and '{options.run}' has neither {' nor '.join(ADAPTERS)}; "
             "for a run folder leave both out."
         )
     with _open(options).owned() as run:

@@ -68,4 +68,3 @@ def _check_pages(options: argparse.Namespace) -> None:
             held = read_json(options.json, "verify")
             read -= {options.json} if isinstance(held, dict) and "findings" in held else set()
     check_outputs("verify", pages, read, own=[path for path, _ in pages], option="FILE")
-

@@ -206,8 +206,9 @@ class Run:
         from vismt.backbones.pyramid import size_of, takes_size
 
         name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", section.name)
-        size = f", img_size={size_of(model)}" if takes_size(model) else ""
-        return f"timm.create_model({json.dumps(name)}, pretrained={section.pretrained is True}, num_classes={model.num_classes}{size})"
+        options = f"pretrained={section.pretrained is True}, num_classes={model.num_classes}"
+        options += f", img_size={size_of(model)}" if takes_size(model) else ""
+        return f"timm.create_model({json.dumps(name)}, {options})"
 
     def _model_config(self, model: Any, arm: str | None) -> dict[str, Any]:
         about: dict[str, Any] = {

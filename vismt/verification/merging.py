@@ -17,6 +17,8 @@ from typing import Any
 from torch import nn
 
 from vismt.backbones import timm_models
+from vismt.backbones.assets import list_assets, load_asset_card
+from vismt.backbones.lm import quiet_transformers
 from vismt.backbones.vit import classifier_paths
 from vismt.base.errors import UserError
 from vismt.lowrank.files.peft_folder import import_peft
@@ -37,11 +39,6 @@ BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*
 BESIDE += ("preprocessor_config.json", "processor_config.json", "*.tiktoken")
 
 
-def is_adapter(folder: Path) -> bool:
-    """Return whether a folder is an adapter of vismt or peft."""
-    return any((folder / name).is_file() for name in ("adapter.json", "adapter_config.json"))
-
-
 def merge_adapter(folder: Path, base: str, target: Path) -> Verdict:
     """Write the base with an adapter merged into its weights to a folder.
 
@@ -60,7 +57,7 @@ def merge_adapter(folder: Path, base: str, target: Path) -> Verdict:
     check_folder(COMMAND, target)
     with TemporaryDirectory(prefix="vismt-") as scratch:
         facts = read_facts(folder)
-        place = _timm_base(base, facts, Path(scratch)) or base
+        place = _timm_base(base, facts, Path(scratch)) or base.removesuffix(f"/{WEIGHTS}")
         _need_sound(verify(folder, base=place), f"'{folder}' on '{base}'")
         held = open_checkpoint(place, "base")
         if "architecture" in held.model_config:
@@ -84,20 +81,22 @@ def _need_sound(verdict: Verdict, what: str) -> None:
 
 
 def _timm_base(name: str, adapter: Facts, folder: Path) -> Path | None:
-    """Write the weights of a timm name to a folder; None for any other base. A saved head replaces that of the weights."""
-    if Path(name).exists() or not _is_timm(name):
-        return None
-    model: Any = timm_models.skeleton(name)
-    classes = _saved_classes(model, adapter) or model.pretrained_cfg.get("num_classes", 0)
-    stock: Any = timm_models.create(name, pretrained=True, num_classes=classes).vit
-    _write_timm(stock, {"architecture": name, "num_classes": classes, "pretrained_cfg": _preprocessing(stock)}, folder)
-    return folder
+    """Write the weights of a timm model, by its name or that of an asset, to a folder; None for any other base.
 
-
-def _is_timm(name: str) -> bool:
+    A head that the adapter saves replaces that of the weights.
+    """
     import timm
 
-    return "/" not in name and timm.is_model(name.partition(".")[0])
+    card = load_asset_card(name) if name in list_assets() else None
+    architecture = name if card is None else card.architecture
+    if architecture is None or "/" in architecture or not timm.is_model(architecture.partition(".")[0]):
+        return None
+    model: Any = timm_models.skeleton(name)
+    classes = _saved_classes(model, adapter) or (model.pretrained_cfg.get("num_classes", 0) if card is None else 0)
+    stock: Any = timm_models.create(name, pretrained=True, num_classes=classes).vit
+    about = {"architecture": architecture, "num_classes": classes, "pretrained_cfg": _preprocessing(stock)}
+    _write_timm(stock, about, folder)
+    return folder
 
 
 def _preprocessing(model: Any) -> dict[str, Any]:
@@ -120,26 +119,29 @@ def _timm_model(base: Facts, adapter: Facts) -> nn.Module:
     name = str(about["architecture"])
     heads = [f"{path}.weight" for path in classifier_paths(timm_models.skeleton(name))]
     rows = [base.tensors[head].shape[0] for head in heads if head in base.tensors]
-    classes = _saved_classes(timm_models.skeleton(name), adapter) or (rows[0] if rows else 0)
-    file = base.folder / WEIGHTS if base.folder.is_dir() else base.folder
-    return timm_models.create(name, size, file, num_classes=classes).vit
+    saved = _saved_classes(timm_models.skeleton(name), adapter)
+    classes = saved or (rows[0] if rows else 0)
+    return timm_models.create(name, size, base.folder / WEIGHTS, num_classes=classes, new_head=bool(saved)).vit
 
 
 def _transformers_model(base: Facts, adapter: Facts) -> Any:
     held = translated(base, adapter)
     if held.library is None:
         raise UserError(
-            f"merge: '{base.folder}': the installed transformers does not know the model of its {ABOUT}, and timm's has a key "
-            "architecture; load the model yourself and use vismt.import_peft and vismt.merge."
+            f"merge: '{base.folder}' is no folder of a model that the installed transformers knows, and its {ABOUT} names no "
+            "architecture of timm; load the model in Python and use vismt.import_peft and vismt.merge."
         )
     heads = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
     rows = [tensor.shape[0] for tensor in adapter.with_role("saved") if tensor.path.endswith(heads)]
     options = {"num_labels": rows[0]} if rows else {}
     kind = type(held.library.model)
+    import transformers
+
     try:
-        model = kind.from_pretrained(
-            base.folder, dtype="auto", local_files_only=True, ignore_mismatched_sizes=bool(rows), **options
-        )
+        with quiet_transformers(transformers):
+            model = kind.from_pretrained(
+                base.folder, dtype="auto", local_files_only=True, ignore_mismatched_sizes=bool(rows), **options
+            )
     except Exception as error:  # transformers raises whatever a file leads to
         raise UserError(
             f"merge: {kind.__name__} does not read '{base.folder}' ({one_line(str(error), 200)})."
@@ -170,9 +172,17 @@ def _write(model: Any, base: Facts, adapter: Facts, folder: Path) -> None:
         about = dict(base.model_config)
         if about.get("num_classes") != model.num_classes:
             about.pop("label_names", None)
-        _write_timm(model, {**about, "num_classes": model.num_classes}, folder)
+        # timm reads the folder of a model only with these two.
+        needed = {
+            "pretrained_cfg": _preprocessing(model),
+            "model_args": {"img_size": about["img_size"]} if about.get("img_size") else {},
+        }
+        _write_timm(model, {**needed, **about, "num_classes": model.num_classes}, folder)
         return
-    model.save_pretrained(folder)
+    import transformers
+
+    with quiet_transformers(transformers):
+        model.save_pretrained(folder)
     source = adapter.folder if adapter.tokenizer else base.folder
     for path in source.iterdir() if source.is_dir() else ():
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in BESIDE):

@@ -105,7 +105,9 @@ def _checks(
         return
     settings = sum(row.rank is not None for row in verdict.modules)
     yield Check("settings", True, f"against the tensors, ranks of {settings:,} of {len(verdict.modules):,} modules")
-    found = f"{len(base.names):,} of {len(facts.modules):,} modules are in the base" if base is not None else "needs --base"
+    found = (
+        f"{len(base.names):,} of {len(facts.modules):,} modules are in the base" if base is not None else "needs --base"
+    )
     yield Check("names and shapes", base is not None, found)
     sizes = [row.ratio for row in verdict.modules if row.ratio is not None]
     text = f"|ΔW| / |W| is {_range(sorted(round(size, 4) for size in sizes))}" if sizes else "no update was determined"
