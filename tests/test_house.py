@@ -154,9 +154,10 @@ def test_no_init_in_datasets_nor_pickle_nor_paths_of_a_machine() -> None:
     for path in files():
         text = path.read_text(encoding="utf8")
         assert "allow_pickle=True" not in text and "weights_only=False" not in text, path
-        assert not any(line.strip().startswith("print(") for line in text.splitlines()) or path.name == "console.py", (
+        prints = any(line.strip().startswith("print(") for line in text.splitlines())
+        assert not prints or path.name in ("console.py", "export_readme.py"), (
             path
-        )
+        )  # the latter has code for others to run
 
 
 def strings(path: Path) -> set[str]:

@@ -271,7 +271,7 @@ def test_merged_is_the_stock_backbone_with_heads_beside(study: Path, capsys) -> 
         assert torch.allclose(depth, net(images)["depth"], atol=1e-5)
     capsys.readouterr()
     for command, words in (
-        (["merge", str(study)], "several arms; name one of them"),
+        (["merge", str(study)], "no validation score tells its arms apart; name one with --arm"),
         (
             ["export", str(study), "--format", "peft", "--arm", "full"],
             "'full' has no low-rank factors; merge the model",
@@ -366,7 +366,7 @@ def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys, p
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "wide.jpg").write_bytes((tmp_path / "wide.png").read_bytes())
     for arguments, words in (
-        ([paths[0]], "several arms; name one of them"),
+        ([paths[0]], "no validation score tells its arms apart; name one with --arm"),
         ([str(tmp_path / "none.png"), "--arm", "full"], "none.png: cannot be read"),
         ([str(tmp_path / "text.png"), "--arm", "full"], "text.png: cannot be decoded"),
         ([str(tmp_path / "thin.png"), "--arm", "full", "--own-size"], "1 x 300 pixels; one side may be 16 times"),

@@ -266,7 +266,6 @@ def test_merge_and_export_are_timm_classifiers(study: Path, tmp_path: Path, caps
         ]
     capsys.readouterr()
     for command, words in (
-        (["merge", str(study)], "several arms; name one of them, as NAME or NAME:SEED: head, lora, emtal"),
         (["merge", str(study), "--arm", "emtl"], "no arm 'emtl'"),
         (["merge", str(study), "--arm", "emtal:7"], "no seed '7'"),
         (["export", str(study), "--format", "peft", "--arm", "head"], "has no adapter"),

@@ -8,16 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.cli.commands import Commands
 
 if TYPE_CHECKING:
     from vismt.jobs.run import Run
 
+ADAPTERS = ("adapter.json", "adapter_config.json")  # of the folders of vismt and peft
+
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
-    merge = commands.add("merge", _merge, "write the merged stock model of a run folder")
-    merge.add_argument("run", type=Path, help="a run folder")
+    merge = commands.add(
+        "merge", _merge, "write the merged stock model of a run folder, or of an adapter folder and --base"
+    )
+    merge.add_argument("run", type=Path, help="a run folder, or an adapter folder that vismt or peft wrote")
+    merge.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="of an adapter folder: the model it was trained on, a folder, file, asset, or a name of timm or of the hub",
+    )
+    merge.add_argument("--to", type=Path, metavar="OUT", help="of an adapter folder: the folder of the merged model")
     _add_arm(merge)
     predict = commands.add(
         "predict", _predict, "predict the classes or maps of your own images, or what a language model writes"
@@ -91,6 +102,26 @@ def _open(options: argparse.Namespace) -> Run:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    if any((options.run / name).is_file() for name in ADAPTERS):
+        if options.base is None or options.to is None or options.arm is not None:
+            raise UserError(
+                f"merge: '{options.run}' is an adapter folder; give the model that it was trained on with --base MODEL and the "
+                "folder to write with --to OUT, and no --arm."
+            )
+        from vismt.verification.merging import merge_adapter
+
+        verdict = merge_adapter(options.run, options.base, options.to)
+        for check in verdict.checks:
+            if check.done:
+                console.stage("verify", f"{check.name}: {check.text}")
+        console.stage("verify", verdict.status)
+        console.stage("merged", str(options.to))
+        return
+    if options.base is not None or options.to is not None:
+        raise UserError(
+            f"merge: --base and --to are for adapter folders, and '{options.run}' has neither {' nor '.join(ADAPTERS)}; "
+            "for a run folder leave both out."
+        )
     with _open(options).owned() as run:
         console.stage("merged", str(run.merge(options.arm)))
 

@@ -23,6 +23,7 @@ ARMS = "arms"
 CHOSEN = "chosen.json"
 DIVERGED = "diverged.json"
 ALONE = "adapted"  # the arm of a configuration that names none
+BEST = "best"  # stands for the arm that is best on validation, unless an arm has this name
 # Sections that are the same for every arm of a study, whatever the job.
 SHARED = ("arms", "seeds", "seed", "tune", "tasks", "evaluate", "report", "model", "task")
 

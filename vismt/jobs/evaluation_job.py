@@ -190,6 +190,10 @@ class EvaluationJob(ABC, Generic[Config]):
             "run of another job, or a checkpoint."
         )
 
+    def chosen_arm(self, name: str | None) -> str | None:
+        """Return the arm that `--arm` names. None and "best" stand for the arm that is best on validation, if the job trains."""
+        return name
+
     def name_of(self, arm: str | None = None) -> str:
         """Return the arm and seed that a name stands for, as they stand in the name of a folder."""
         training = self.study.find(arm)

@@ -205,6 +205,9 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             "own images."
         )
 
+    def validated_tasks(self, config: DenseConfig) -> list[str]:
+        return [task.name for task in trained_tasks(config)]
+
     def validate(self, training: Training) -> float:
         scores = self.score(training, "validation", [])
         tasks = trained_tasks(self.study.config_of(training))

@@ -321,6 +321,10 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         experts = [] if self.config.pool is None else pool_members(self.config, self.study.arms)
         return experts[0] if len(experts) == 1 else None
 
+    def chosen_arm(self, name: str | None) -> str | None:
+        # The experts of a pool meet other attacks each, and no validation score compares them.
+        return name if self.config.pool is not None else super().chosen_arm(name)
+
     def name_of(self, arm: str | None = None) -> str:
         arm = self._arm_of(arm)
         name = (arm or "").partition(":")[0]
@@ -371,6 +375,8 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         name, _, seed = text.rpartition(":")
         if text in models or int(seed if seed.isdecimal() else -1) not in self.study.seeds:
             name, seed = text, str(self.study.seeds[0])
+        with_head = [model for model in models if split_head(model)[0] == name]
+        name = with_head[0] if len(with_head) == 1 else name
         if name not in models:
             raise UserError(f"run '{self.folder}': no evaluated model '{text}'.{near(text, models)}")
         return name, int(seed)
