@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = str(error.filename)
         console.error(f"'{name[:SHOWN]}...' has {len(name):,} characters, too many for a path; give a shorter one.")
         return 2
-    except KeyboardInterrupt:
-        console.error("interrupted; the same command continues from what is on the disk.")
+    except KeyboardInterrupt as interrupt:
+        console.error(f"interrupted. Run the same command again: {str(interrupt) or 'it keeps what is finished'}.")
         return 130
 
 

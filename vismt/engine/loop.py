@@ -147,8 +147,8 @@ class _Training:
         config = self.config
         last: dict[str, float] = {}
         with (
-            StopRequest(self.accelerator) as stop,
-            console.bar("train", "steps", config.steps, self.finished) as progress,
+            StopRequest(self.accelerator, self.folder, config.steps, self.finished) as stop,
+            console.bar("train", "step", config.steps, self.finished) as progress,
         ):
             for step in range(self.finished + 1, config.steps + 1):
                 logged, norm, lr = self._step(step)
@@ -168,13 +168,11 @@ class _Training:
                     self._need_finite()
                 if due or stopping:  # it is finite
                     self._save(step)
+                    stop.saved = step
                     if after_save is not None:
                         after_save()
                 progress.advance()
                 if stopping:
-                    console.stage(
-                        "train", f"stopped after step {step} of {config.steps}, which is saved in {self.folder}"
-                    )
                     break
         return last
 
