@@ -214,8 +214,10 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
                 raise UserError(f"adapt: {reason}: {fix}.")
             options = {**of_tasks, **options}
         report = adapt(model, settings.method, settings.targets, settings.rank, settings.alpha, seed, **options)
-        for remark in [*report.extras, *(f"left out: {skipped}" for skipped in report.skipped)]:
+        remarks = [*report.extras, *(f"left out: {skipped}" for skipped in report.skipped)]
+        for remark in [remark for remark in remarks if remark not in self._printed]:
             console.stage("adapt", remark)
+            self._printed.add(remark)
         return settings.method
 
     def trained_on(self, config: Config) -> str:
