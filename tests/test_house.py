@@ -48,6 +48,7 @@ LAZY = (
     "onnxruntime",
     "timm",
     "torchvision",
+    "scipy.linalg",
     "scipy.ndimage",
 )
 LIGHT = (

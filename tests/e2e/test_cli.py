@@ -190,7 +190,7 @@ def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, 
     path = write(tmp_path)
     out = tmp_path / "runs"
     interrupted(monkeypatch, 2, "run", path, "--out", out)
-    assert "the same command continues from what is on the disk" in capsys.readouterr().err
+    assert "interrupted. Run the same command again: " in capsys.readouterr().err
     calls = []
     run_episode = EpisodeRunner.__call__
 

@@ -64,10 +64,10 @@ def net_device() -> torch.device:
     return torch.device("cpu") if sharded() else processes().device
 
 
-def accelerator(precision: str = "no", trackers: list[str] | None = None, folder: Path | None = None) -> Accelerator:
+def accelerator(precision: str = "no") -> Accelerator:
     """Return the accelerator for a CPU, one GPU or several processes (torchrun, accelerate launch), as the environment sets.
 
-    Raises UserError for an unknown precision, fp16 without a GPU, and trackers that are not installed.
+    Raises UserError for an unknown precision, and fp16 without a GPU.
     """
     require_known("train.precision:", [precision], PRECISIONS)
     if precision == "fp16" and not torch.cuda.is_available():
@@ -75,18 +75,7 @@ def accelerator(precision: str = "no", trackers: list[str] | None = None, folder
     processes()
     # accelerate keeps the first precision for the life of the process; a second run may want another.
     AcceleratorState._reset_state()
-    try:
-        created = Accelerator(
-            cpu=_cpu_only(),
-            mixed_precision=precision,
-            log_with=list(trackers) if trackers else None,
-            project_dir=str(folder) if folder else None,
-        )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"train.trackers: {trackers}: {' '.join(str(error).split())}") from error
-    if trackers and len(created.log_with) < len(trackers):
-        raise UserError(f'train.trackers: {trackers}: not all are installed; pip install "vismt[log]".')
-    return created
+    return Accelerator(cpu=_cpu_only(), mixed_precision=precision)
 
 
 @cache

@@ -191,17 +191,24 @@ class Study(Generic[Config]):
         return [self.training(arm, lr, seed) for lr in rates for seed in seeds]
 
     def attempt(self, job: Trainer, training: Training) -> None:
-        """Train; a training that diverges is marked as diverged where its arm tries other rates, and an error otherwise."""
+        """Train, and print the validation score where the arm tries several rates: its records make their choice quick.
+
+        A training that diverges is marked as diverged where its arm tries other rates, and an error otherwise.
+        """
         if has_diverged(training):
             return
+        tries = len(self.rates(training.arm)) > 1 and not self.is_chosen(training.arm)
         try:
             job.train_one(training)
         except Diverged as error:
-            if len(self.rates(training.arm)) == 1 or self.is_chosen(training.arm):
+            if not tries:
                 raise
             console.stage("tune", f"{training.arm}   lr {training.lr:g}   {error}")
             content = sealed({"error": str(error)})
             ranks.on_first(lambda: atomic_write(training.folder / DIVERGED, content))
+            return
+        if tries:
+            console.stage("tune", f"{training}   validation score {job.validate(training):.4g}")
 
     def choose(self, job: Trainer, arm: str) -> None:
         """Choose the rate of an arm by the validation scores of the tried ones, unless it is chosen."""

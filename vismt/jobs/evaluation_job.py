@@ -69,7 +69,7 @@ class EvaluationJob(ABC, Generic[Config]):
         self.folder = folder
         self.hash = config_hash
         self.study: Study[Config] = self.make_study()
-        self._printed: set[str] = set()  # the lines of scores that this process has printed
+        self._printed: set[str] = set()  # lines that this process has printed: scores, remarks on adapters
         self.part_done: Callable[[], object] = lambda: None  # called with each checkpoint and evaluated training
 
     def make_study(self) -> Study[Config]:

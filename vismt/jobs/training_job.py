@@ -21,6 +21,7 @@ from vismt.engine import loop, runtime, training_files
 from vismt.engine.optimizer import make_optimizer
 from vismt.engine.stream import Batches
 from vismt.engine.study import ARMS, BEST, StudyConfig, Training, read_choice
+from vismt.engine.trackers import check_trackers
 from vismt.jobs.evaluation_job import EvaluationJob, settings_text
 from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
 from vismt.lowrank.layers.base import adapter_layers, factor_rank
@@ -156,26 +157,21 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         console.stage("train", f"{training}")
         objective = self.objective(config, net, balanced)
         settings = config.training
-        accelerator = runtime.accelerator(settings.precision, settings.trackers, training.folder)
-        if settings.trackers:
-            name = f"{self.folder.name} {training}"
-            accelerator.init_trackers("vismt", init_kwargs={"wandb": {"dir": str(training.folder), "name": name}})
         loop.train(
             objective,
             self.batches(config),
             settings,
             training.folder,
             self.hash,
-            accelerator,
+            runtime.accelerator(settings.precision),
             seed=config.training_seed,
             after_step=self.step,
             after_save=self.part_done,
             sections=config,
+            name=" ".join(f"{self.folder.name} {training}".split()),
         )
         about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
         ranks.on_first(lambda: self.finish(net, config, training, about))
-        if settings.trackers:
-            accelerator.end_training()
 
     def finish(self, net: Net, config: Config, training: Training, about: dict[str, Any]) -> None:
         """Write the files of a finished training."""
@@ -218,8 +214,10 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
                 raise UserError(f"adapt: {reason}: {fix}.")
             options = {**of_tasks, **options}
         report = adapt(model, settings.method, settings.targets, settings.rank, settings.alpha, seed, **options)
-        for remark in [*report.extras, *(f"left out: {skipped}" for skipped in report.skipped)]:
+        remarks = [*report.extras, *(f"left out: {skipped}" for skipped in report.skipped)]
+        for remark in [remark for remark in remarks if remark not in self._printed]:
             console.stage("adapt", remark)
+            self._printed.add(remark)
         return settings.method
 
     def trained_on(self, config: Config) -> str:
@@ -242,7 +240,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     def _check_names(self, config: Config) -> None:
         """Check the train section of an arm, its method and options, and its targets and rank on the bare modules."""
-        _ = config.training  # raises where there is none
+        check_trackers(config.training.trackers)
         if config.adapt is not None:
             settings = config.adapt
             arguments = (settings.method, settings.targets, settings.rank, settings.alpha, settings.options)

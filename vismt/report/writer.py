@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.config.sections import RESOLVED
 from vismt.report.comparison import AVERAGE, Comparison
@@ -194,7 +194,7 @@ def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Hardware", about.get("hardware")),
         ("Processes of a training", processes if processes > 1 else None),
         ("Seeds", _seeds(about)),
-        ("Wall time", _duration(about.get("wall_time_s"))),
+        ("Wall time", console.duration(about.get("wall_time_s"))),
         ("Run", " to ".join(end.replace("T", " ").replace("+00:00", " UTC") for end in ends)),
         ("Versions", versions),
     ]
@@ -240,13 +240,3 @@ def _sentence(c: Comparison, where: str, with_task: bool) -> str:
     task = f"{row.task}, " if with_task else ""
     about = f"n = {counts_text([c])} {row.unit}; {kinds_text([c])}"
     return f"{task}{row.protocol}, {c.condition}, {row.metric} {where}: {', '.join(values)}{paired} ({about})."
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None or not 0 < seconds < math.inf:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
