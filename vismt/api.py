@@ -27,7 +27,7 @@ from vismt.jobs.study_results import StudyResults
 
 if TYPE_CHECKING:
     from vismt.jobs.predictions import Predictions
-    from vismt.report.paired import PairedDifference
+    from vismt.report.compare.pairs import PairedDifference
 
 EPSILON = "4.5/255"
 
@@ -100,9 +100,9 @@ def compare(
         UserError: fewer than two models, a file that cannot be read, a missing column, a value that is not a number, and examples
             that are not the same in all inputs.
     """
-    from vismt.report.comparison_report import gather, input_names
-    from vismt.report.paired import paired_differences
-    from vismt.report.score_tables import Columns
+    from vismt.report.compare.pairs import paired_differences
+    from vismt.report.compare.report import gather, input_names
+    from vismt.report.compare.score_tables import Columns
 
     named: dict[str, Any] = {}
     for number, given in enumerate(inputs, 1):

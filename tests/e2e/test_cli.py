@@ -422,5 +422,5 @@ def test_a_run_folder_in_use_is_refused(run_folder: Path, capsys) -> None:
     locks = pytest.importorskip("filelock")
     with locks.FileLock(run_folder / LOCK):
         (run_folder / ".lock-holder").write_text(json.dumps({"host": "node7", "pid": os.getpid()}))
-        for command in ("evaluate", "report", "merge"):
+        for command in ("evaluate", "merge"):
             assert f"is in use by process {os.getpid()} on node7" in refused(capsys, command, run_folder)

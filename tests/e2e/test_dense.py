@@ -249,7 +249,7 @@ def test_merged_is_the_stock_backbone_with_heads_beside(study: Path, capsys) -> 
         check = json.loads(path.read_text())
         assert check["n"] == 6 and check["largest_difference"] < 1e-5 * check["largest_logit"]
         assert set(check["outputs"]) == {"depth", "normals", "edge"}
-    assert {path.parts[-3] for path in study.rglob("merge.json")} == {"emtal"}
+    assert {path.parts[-3] for path in study.rglob("merge.json")} == {"emtal", "full"}
     assert main(["merge", str(study), "--arm", "emtal:1"]) == 0
     stock = timm.create_model("test_vit", img_size=(32, 48), num_classes=0).eval()
     stock.load_state_dict(safetensors.torch.load_file(study / "merged-emtal-seed-1" / "model.safetensors"))

@@ -49,7 +49,8 @@ def test_an_object_gets_every_logged_step_of_every_training_and_the_run_stays_th
         begun, *rows = [next(calls) for _ in range(steps + 1)]
         assert begun[:3] == ("start", f"run {arm} lr 0.01 seed 0", folder) and begun[3]["train"]["steps"] == steps
         assert [{"step": step, **values} for step, values in rows] == [
-            row | {"elapsed_s": values["elapsed_s"]} for row, (_, values) in zip(logged(folder), rows)
+            row | {key: values[key] for key in ("elapsed_s", "memory_mb") if key in values}
+            for row, (_, values) in zip(logged(folder), rows)
         ]
         assert next(calls) == "finish"
     assert not list(calls)

@@ -74,14 +74,14 @@ def formats_of(options: argparse.Namespace, *more: str) -> list[str]:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from vismt.report.score_tables import Columns, is_table
+    from vismt.report.compare.score_tables import Columns, is_table
 
     for path in options.inputs:
         if not is_table(path):  # before the import: a wrong folder is answered at once
             from vismt.jobs import resolved_path
 
             resolved_path(path)
-    from vismt.report.comparison_report import compare_inputs, input_names
+    from vismt.report.compare.report import compare_inputs, input_names
     from vismt.storage.outputs import check_folder
 
     names = input_names(options.inputs)

@@ -29,7 +29,6 @@ from vismt.config.sections import (
     with_earlier,
 )
 from vismt.config.typed import build
-from vismt.engine.study import StudyConfig, ignored, settled
 from vismt.storage.files import atomic_write
 from vismt.storage.outputs import check_folder
 
@@ -95,6 +94,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def make_job(config: RunConfig, folder: Path, run_hash: str | None = None) -> EvaluationJob[Any]:
     """Return the job of a configuration in a run folder; run_hash: of the folder, by default that of the configuration."""
     job = _part(config.task, "job", "JOB")
+    from vismt.engine.study import StudyConfig, settled
+
     alone = isinstance(config, StudyConfig) and not config.arms
     return job(settled(config) if alone else config, folder, run_hash or config_hash(config))
 
@@ -125,6 +126,8 @@ def started_config(config: RunConfig, folder: Path) -> Iterator[Run]:
     run = Run(folder, config)
     run.job.check()
     run.job.check_model_names()
+    from vismt.engine.study import StudyConfig, ignored
+
     for line in ignored(config) if isinstance(config, StudyConfig) else ():
         console.stage("adapt", line)
     new = [path for path in (folder, *folder.parents) if not path.exists()]

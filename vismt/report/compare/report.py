@@ -13,13 +13,8 @@ from vismt.base import console
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.sections import RESOLVED, flat
 from vismt.config.yaml_text import read_yaml
-from vismt.report.comparison import ExampleValues, Values, compare
-from vismt.report.conclusion import conclude
-from vismt.report.paired import GivenScores, PairedDifference, match, paired_differences
-from vismt.report.plotting import figure_formats
-from vismt.report.results import FACTS, RESULTS, Result, ValuesByExample, read_results
-from vismt.report.score_sections import score_sections
-from vismt.report.score_tables import (
+from vismt.report.compare.pairs import GivenScores, PairedDifference, match, paired_differences
+from vismt.report.compare.score_tables import (
     NO_COLUMNS,
     Columns,
     Training,
@@ -28,6 +23,11 @@ from vismt.report.score_tables import (
     read_path,
     read_table,
 )
+from vismt.report.comparison import ExampleValues, Values, compare
+from vismt.report.conclusion import conclude
+from vismt.report.plotting import figure_formats
+from vismt.report.results import FACTS, RESULTS, Result, ValuesByExample, read_results
+from vismt.report.score_sections import score_sections
 from vismt.report.tables import Section, Table
 from vismt.report.trainings import Cost, cost_section, read_costs
 from vismt.report.writer import DEFAULT_FORMATS, Heading, result_sections, run_heading, write_report
@@ -113,7 +113,7 @@ def gather(
         arms: Arms of runs to keep. Empty for all.
 
     Raises:
-        UserError: as of `join`, `vismt.report.score_tables.read_path` and `vismt.report.paired.match`.
+        UserError: as of `join`, `vismt.report.compare.score_tables.read_path` and `vismt.report.compare.pairs.match`.
     """
     paths = {name: Path(given) for name, given in inputs.items() if isinstance(given, str | Path)}
     runs = [path for path in paths.values() if not is_table(path)]

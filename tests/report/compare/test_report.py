@@ -9,8 +9,8 @@ from helpers.tiny_runs import refused
 
 from vismt.base.errors import UserError
 from vismt.cli import main
+from vismt.report.compare.report import compare_inputs, join
 from vismt.report.comparison import compare
-from vismt.report.comparison_report import compare_inputs, join
 from vismt.report.results import Score, read_results
 from vismt.storage.files import sealed
 from vismt.uncertainty.intervals import CLEAN

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 
 from vismt.base.errors import UserError
+from vismt.report.compare.score_tables import Say, Training
 from vismt.report.comparison import AVERAGE, Evidence, ExampleValues, Values, block
 from vismt.report.results import Result, Score, result_of
-from vismt.report.score_tables import Say, Training
 from vismt.report.tables import interval_text, number_text
 from vismt.uncertainty.intervals import (
     CLEAN,

@@ -271,7 +271,7 @@ def test_bad_input_is_one_message(tmp_path, capsys, text, more, message):
 )
 def test_damaged_json_is_one_message(tmp_path, capsys, monkeypatch, name, text, message):
     if "more than" in message:
-        monkeypatch.setattr("vismt.report.score_tables.MOST_CHARACTERS", 50)
+        monkeypatch.setattr("vismt.report.compare.score_tables.MOST_CHARACTERS", 50)
     assert main(bad(tmp_path, text, name=name)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and len(error) < 600
@@ -289,6 +289,7 @@ def test_a_run_is_compared_with_a_table_of_its_examples(tmp_path):
         Score("few-shot", "digits", "5-way 1-shot", measure(values), CLEAN, "episodes", "drawn"),
         "lora",
     )
+    (tmp_path / "run" / "config.resolved.yaml").write_text("task: fewshot\n")
     names = list(measure(values).values)
     table = [{"example": name, "accuracy": value + 0.1} for name, value in zip(names, values, strict=True)]
     (pair,) = vismt.compare(tmp_path / "run", {"mine": table})

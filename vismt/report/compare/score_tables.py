@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vismt.base.errors import UserError, require_known, shown_value
-from vismt.report.results import RESULTS
+from vismt.config.sections import RESOLVED
 from vismt.storage.files import parse_json
 from vismt.storage.paths import regular_file
 
@@ -98,7 +98,7 @@ class Training:
 def is_table(path: Path) -> bool:
     """Return whether `path` is a table, or a folder with tables or with samples of the harness, and no run folder."""
     if path.is_dir():
-        return not (path / RESULTS).exists() and bool(_tables(path) or _samples(path))
+        return not (path / RESOLVED).exists() and bool(_tables(path) or _samples(path))
     return path.suffix.lower() in ENDINGS
 
 

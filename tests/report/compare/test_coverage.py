@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vismt.report.paired import GivenScores, paired_differences
-from vismt.report.score_tables import Training
+from vismt.report.compare.pairs import GivenScores, paired_differences
+from vismt.report.compare.score_tables import Training
 
 pytestmark = pytest.mark.slow
 DRAWS = 300
