@@ -40,7 +40,7 @@ def add_commands(commands: Commands) -> None:
             parser.add_argument("--part", metavar="i/n", help="one share of n, for job arrays; then `vismt report RUN`")
     parser = commands.add("evaluate", _evaluate, "evaluate a run folder and write its report")
     parser.add_argument("run", type=Path, help="a run folder")
-    parser = commands.add("report", _report, "write the report of an evaluated run folder again")
+    parser = commands.add("report", _report, "write the report of a run folder, also of one that is not finished")
     parser.add_argument("run", type=Path, help="a run folder")
     add_format(parser, ", robustbench (model_info of a robustness run)")
 
@@ -127,12 +127,16 @@ def _report(options: argparse.Namespace) -> None:
     run = open_run(options.run)
     from vismt.jobs.units import PARTS
     from vismt.report.results import RESULTS
+    from vismt.storage.locks import is_locked
 
     formats = formats_of(options, ROBUSTBENCH)
     if ROBUSTBENCH in formats:
         _robustbench(run)
         formats.remove(ROBUSTBENCH)
     if not formats:
+        return
+    if is_locked(options.run):  # a process works in it: the report shows how far it is
+        run.report(formats)
         return
     with run.owned():
         if (options.run / PARTS).is_dir() and not (options.run / RESULTS).exists():

@@ -120,6 +120,7 @@ class _Training:
         if self.finished:
             console.stage("resume", f"{folder} at step {self.finished} of {config.steps}")
         self.started = time.monotonic() - self.log.elapsed_s
+        runtime.reset_peak_memory()
         if freezes(objective):  # DDP wraps every parameter that may train, and not all of them do in every step
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         if self.shards:
@@ -242,6 +243,7 @@ class _Training:
         self._need_finite()
         means = {name: float(accelerator.reduce(value, "mean")) for name, value in logged.items()}
         line = {"step": step, **means, **further, "elapsed_s": time.monotonic() - self.started}
+        line |= runtime.peak_memory()
         self.log.add(line)
         if self.config.trackers:
             accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)

@@ -7,6 +7,7 @@ import datetime
 import gc
 import os
 import platform
+import re
 import subprocess
 from contextlib import suppress
 from functools import cache
@@ -110,6 +111,25 @@ def hardware() -> str:
     if device.type == "cuda":
         return f"{count} x {torch.cuda.get_device_name(device)}"
     return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {count} process(es)"
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` measure from now on."""
+    if processes().device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> dict[str, float]:
+    """Return {"memory_mb": largest allocation of the GPU, or on Linux the largest resident memory of the process}, else {}."""
+    if processes().device.type == "cuda":
+        return {"memory_mb": torch.cuda.max_memory_allocated() / 2**20}
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return {"memory_mb": int(found[1]) / 2**10} if found else {}
+    return {}
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +21,9 @@ from vismt.engine.study import Study, StudyConfig, Training
 from vismt.jobs.graphs import Graph
 from vismt.jobs.predictions import Options, Predictions
 from vismt.jobs.risk import risk_section
-from vismt.report.comparison import compare, shown_name
+from vismt.report.comparison import FROZEN, compare, shown_name
+from vismt.report.conclusion import conclude
+from vismt.report.confusion import class_section
 from vismt.report.plotting import figure_formats
 from vismt.report.results import (
     RESULTS,
@@ -34,8 +37,8 @@ from vismt.report.results import (
 )
 from vismt.report.score_sections import score_sections
 from vismt.report.tables import Section, number_text, row_text
-from vismt.report.trainings import training_sections
-from vismt.report.writer import DEFAULT_FORMATS, run_heading, write_report
+from vismt.report.trainings import cost_section, progress_section, read_costs, training_sections
+from vismt.report.writer import DEFAULT_FORMATS, result_sections, run_heading, write_report
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.paths import file_name
 from vismt.uncertainty.intervals import averaged, interval_kind_text, over_seeds
@@ -56,6 +59,8 @@ class EvaluationJob(ABC, Generic[Config]):
     composed: Collection[str] = ()
     # The options of `vismt predict` that the job takes.
     predict_options: Collection[str] = ()
+    # Commands of `vismt` to paste after a report, with the places {run} and {arm}.
+    next_steps: Sequence[str] = ()
     # The attack of `vismt attack RUN` where none is named.
     default_attack = "strong"
 
@@ -319,22 +324,51 @@ class EvaluationJob(ABC, Generic[Config]):
 
     def report(self, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
         """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.FIGURES; return its files."""
-        results = read_results(self.folder / RESULTS, self.hash)
-        if not results:
+        results, values = read_results(self.folder / RESULTS, self.hash), ValuesByExample(self.folder)
+        steps = {arm: config.train.steps for arm, config in self.study.arms.items() if config.train is not None}
+        progress = progress_section(self.folder, {} if results else steps)
+        if not results and not progress.filled:
             raise UserError(f"report: no results in '{self.folder}'; make them with `vismt evaluate {self.folder}`.")
-        values = ValuesByExample(self.folder)
         comparisons = compare(results, values, self.baselines(), self.references)
+        # Models have names of their own in a report.
+        conditions = {c.condition for c in comparisons}
+        arms = {shown_name(row.arm, conditions): row.arm for row in results}
+        of_arms = read_costs(self.folder, [*self.study.arms])
+        costs = {name: of_arms[self.arm_of(arm)] for name, arm in arms.items() if self.arm_of(arm) in of_arms}
+        conclusion = conclude(comparisons, {FROZEN: 0, **{name: cost.trained for name, cost in costs.items()}})
+        taken = arms[conclusion.model] if conclusion else ""
         compared = [arm for arm in self.evaluated() if arm not in self.references]
         with figure_formats(formats):
+            training, *trainings = training_sections(
+                self.folder, list(self.study.arms), self.study.seeds[0], self.logged
+            )
             sections = [
+                progress,
+                cost_section(self.folder, comparisons, costs),
+                class_section(self.folder, taken),
+                training,
+                Section("What to do next", commands=self.commands(taken) if conclusion else []),
+                Section("Models", pairs=[(name, text) for name, arm in arms.items() if (text := self.described(arm))]),
+                *result_sections(comparisons),
                 *score_sections(self.folder, results, comparisons, values, compared),
-                *training_sections(self.folder, list(self.study.arms), self.study.seeds[0], self.logged),
+                *trainings,
                 risk_section(results),
                 *self.sections(results),
             ]
-        shown = dict.fromkeys(row.arm for row in results)
-        heading = run_heading(self.folder, {arm: text for arm in shown if (text := self.described(arm))})
-        return write_report(self.folder, heading, results, comparisons, sections, formats)
+        if conclusion is not None:
+            console.stage("answer", conclusion.text)
+        return write_report(self.folder, run_heading(self.folder), results, comparisons, conclusion, sections, formats)
+
+    def commands(self, model: str) -> list[str]:
+        """Return commands to paste after a report that takes a model."""
+        run = shlex.quote(str(self.folder))
+        arm = shlex.quote(self.arm_of(model))
+        steps = [step.format(run=run, arm=arm) for step in self.next_steps] if self.arm_of(model) else []
+        return [f"vismt {step}" for step in (*steps, f"compare {run} ANOTHER_RUN")]
+
+    def arm_of(self, model: str) -> str:
+        """Return the arm that `--arm` takes for an evaluated model, "" if it has none."""
+        return model if model in self.study.arms else ""
 
 
 def settings_text(settings: Mapping[str, Any], without: Collection[str] = ()) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vismt.base.errors import UserError
+from vismt.report.comparison import Comparison
 from vismt.report.plotting import (
     INK,
     MUTED,
+    NARROW,
     axes_at,
     color_of,
     dress,
@@ -88,11 +91,67 @@ def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
             mean = math.fsum(of_arm) / len(of_arm)
             axes.plot([number - 0.32, number + 0.32], [mean] * 2, color=color, linewidth=2.4, alpha=0.75, zorder=2)
             text = typographic(format(mean, ".1f" if panel.scale == SHARE else ".3g"))
-            style = {"ha": "center", "fontsize": 8, "fontweight": "bold"}
+            style = {"ha": "center", "fontsize": 8.5, "fontweight": "bold"}
             note(axes, text, (number, 1), (0, 6), ("data", "axes fraction"), **style)
     dress(axes, "", grid="y")
     axes.set(xlim=(-0.5, len(arms) - 0.5), ymargin=0.09)
     axes.locator_params(axis="y", nbins=5)
+
+
+def cost_figure(c: Comparison, costs: Mapping[str, float], names: tuple[str, str], path: Path) -> Path:
+    """Draw a dot for each model at its cost and its score with the 95 % interval. names: of the score and of the cost."""
+    from matplotlib.transforms import ScaledTranslation
+
+    arms, left, width = list(costs), 0.55, NARROW
+    offset = 0.12 + 0.22 * legend_rows(arms, width - left)
+    figure = new_figure(width, offset + 2.35)
+    legend(figure, [short(arm, 24) for arm in arms], [color_of(arm, arms) for arm in arms], left)
+    axes = axes_at(figure, left, offset + 0.3, width - left - 0.2, 1.55)
+    factor = 100 if c.row.scale == SHARE else 1
+    alike = Counter(costs.values())
+    for number, (arm, cost) in enumerate(costs.items()):
+        cell = c.cells[arm]
+        # Models of the same cost stand side by side.
+        shift = 7 * (number - (len(arms) - 1) / 2) / 72 if alike[cost] > 1 else 0.0
+        reach = [[factor * max(0.0, cell.value - cell.low)], [factor * max(0.0, cell.high - cell.value)]]
+        style = {"fmt": "o", "markersize": 6, "elinewidth": 1.2, "capsize": 2.5, "color": color_of(arm, arms)}
+        place = axes.transData + ScaledTranslation(shift, 0, figure.dpi_scale_trans)
+        axes.errorbar(cost, factor * cell.value, yerr=reach, transform=place, **style)
+    ends = [factor * end for arm in arms for end in (c.cells[arm].low, c.cells[arm].high)]
+    space = 0.1 * (max(ends) - min(ends)) or 1.0
+    axes.set_ylim(min(ends) - space, max(ends) + space)
+    dress(axes, short(names[0], 33), grid="y")
+    low, high = min(costs.values()), max(costs.values())
+    if low > 0 and high > 20 * low:
+        axes.set(xscale="log", xlim=(low / 3, high * 3))
+        axes.minorticks_off()
+    else:
+        reach = 0.15 * (high - low) or 0.5 * high or 1.0
+        axes.set_xlim(max(0.0, low - reach) if low > reach else -0.05 * high, high + reach)
+        axes.locator_params(axis="x", nbins=3)
+        if high >= 1000:
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel(names[1], color=MUTED, fontsize=9)
+    return save(figure, path)
+
+
+def rates_figure(scores: Mapping[str, Mapping[float, float]], path: Path) -> Path:
+    """Draw a line for each arm through its validation scores by learning rate. scores: score by arm and rate."""
+    arms, left, width = list(scores), 0.75, NARROW
+    offset = 0.12 + 0.22 * legend_rows(arms, width - left)
+    figure = new_figure(width, offset + 2.35)
+    legend(figure, [short(arm, 24) for arm in arms], [color_of(arm, arms) for arm in arms], left)
+    axes = axes_at(figure, left, offset + 0.3, width - left - 0.2, 1.55)
+    for arm, by_rate in scores.items():
+        rates = sorted(by_rate)
+        axes.plot(rates, [by_rate[rate] for rate in rates], color=color_of(arm, arms), marker="o", markersize=4)
+    dress(axes, "Validation score", grid="y")
+    axes.set_xscale("log")
+    axes.minorticks_off()
+    shown = sorted({rate for by_rate in scores.values() for rate in by_rate})
+    axes.set_xticks(shown[:: max(1, len(shown) // 4)], [f"{rate:g}" for rate in shown[:: max(1, len(shown) // 4)]])
+    axes.set_xlabel("learning rate", color=MUTED, fontsize=9)
+    return save(figure, path)
 
 
 def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str], path: Path) -> Path:
@@ -111,7 +170,7 @@ def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
     shown = [name for name in titles if series[name]]
     if not set(shown) - {"fade"}:
         raise UserError(f"training curves: none of {', '.join(logs)} has logged a loss or an accuracy.")
-    arms, left, width = list(logs), 0.6, 5.2
+    arms, left, width = list(logs), 0.6, NARROW
     heights = [0.6 if name == "fade" else 1.9 if len(shown) < 5 else 1.4 for name in shown]
     offset = 0.12 + 0.22 * legend_rows(arms, width - left)
     figure = new_figure(width, offset + sum(heights) + 0.45 * len(shown) + 0.4)

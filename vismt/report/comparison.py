@@ -12,8 +12,8 @@ sets as a fixed list; tables add the interval of five or more that takes them as
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
 from typing import Any, Protocol
@@ -127,6 +127,7 @@ class Comparison:
     base: the arm that differences are taken to, "" for none.
     differences: by arm, arm - base on the same examples; arms without records of them are left out.
     paired: whether all marks come from paired differences.
+    pair: returns the difference of two arms, first - second on the same examples; None without records of them.
     """
 
     row: Result
@@ -135,6 +136,7 @@ class Comparison:
     base: str
     differences: dict[str, Estimate]
     paired: bool
+    pair: Callable[[str, str], Estimate | None] = field(default=lambda *_: None, repr=False, compare=False)
 
     @property
     def condition(self) -> str:
@@ -201,10 +203,14 @@ def compare(
 
 
 def _with_shown_names(c: Comparison, conditions: Sequence[str]) -> Comparison:
-    def shown(by_arm: Mapping[str, Any]) -> dict[str, Any]:
-        return {shown_name(arm, conditions): value for arm, value in by_arm.items()}
-
-    return replace(c, cells=shown(c.cells), base=shown_name(c.base, conditions), differences=shown(c.differences))
+    arms = {shown_name(arm, conditions): arm for arm in c.cells}
+    return replace(
+        c,
+        cells={name: c.cells[arm] for name, arm in arms.items()},
+        base=shown_name(c.base, conditions),
+        differences={shown_name(arm, conditions): value for arm, value in c.differences.items()},
+        pair=lambda first, second: c.pair(arms[first], arms[second]),
+    )
 
 
 def _with_corruption_means(results: Sequence[Result], values: ExampleValues) -> tuple[list[Result], ExampleValues]:
@@ -273,8 +279,9 @@ def _compare(
     intervals = [evidence.interval(rows) for rows in columns]
     choose = min if columns[0][0].better == LOWER else max
     best = choose(range(len(values)), key=values.__getitem__)
-    several = len(columns) > 1
-    paired = several
+    # Of a value outside its own interval, which is corrected for a bias, nobody can say that it is the best.
+    several = len(columns) > 1 and intervals[best][0] <= values[best] <= intervals[best][1]
+    paired = len(columns) > 1
     cells = {}
     for number, rows in enumerate(columns):
         low, high, covers = intervals[number]
@@ -284,11 +291,15 @@ def _compare(
             paired = paired and pair is not None
             overlap = low <= intervals[best][1] and intervals[best][0] <= high
             tied = overlap if pair is None else pair.bounds[0] <= 0 <= pair.bounds[1]
-            mark = "tie" if tied else ""
+            mark = "tie" if tied and several else ""
         n, seeds = sum(row.n for row in rows), len(evidence.seeds(rows))
         units = rows[0].units if len(rows) == 1 else ""
         cells[rows[0].arm] = Cell(values[number], low, high, n, mark, seeds, covers, units)
     by_arm = {rows[0].arm: rows for rows in columns}
     found = {arm: evidence.difference(by_arm[arm], by_arm[base]) for arm in compared}
     differences = {arm: difference for arm, difference in found.items() if difference is not None}
-    return Comparison(columns[0][0], data, cells, base, differences, paired)
+
+    def pair(first: str, second: str) -> Estimate | None:
+        return evidence.difference(by_arm[first], by_arm[second])
+
+    return Comparison(columns[0][0], data, cells, base, differences, paired, pair)

@@ -8,15 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from vismt.base import console
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.sections import RESOLVED, flat
 from vismt.config.yaml_text import read_yaml
 from vismt.report.comparison import Values, compare
+from vismt.report.conclusion import conclude
 from vismt.report.plotting import figure_formats
 from vismt.report.results import RESULTS, Result, ValuesByExample, read_results
 from vismt.report.score_sections import score_sections
 from vismt.report.tables import Section, Table
-from vismt.report.writer import DEFAULT_FORMATS, Heading, run_heading, write_report
+from vismt.report.trainings import Cost, cost_section, read_costs
+from vismt.report.writer import DEFAULT_FORMATS, Heading, result_sections, run_heading, write_report
 from vismt.storage.outputs import note
 
 T = TypeVar("T")
@@ -102,12 +105,22 @@ def compare_runs(
         facts.append((name, "; ".join([heading.title, *kept])))
     source = "; ".join(f"{name}: {heading.source}" for name, heading in headings.items())
     title = Heading(f"Comparison of {', '.join(headings)}", facts, source)
-    labels = list(joined.sources)
-    settings = Section("Settings", _settings({names[folder]: folder / RESOLVED for folder in folders}))
+    costs: dict[str, Cost] = {}
+    for label, (values, arm) in joined.sources.items():
+        if cost := read_costs(values.folder, [arm]).get(arm):
+            costs[label] = cost
+    conclusion = conclude(comparisons, {label: cost.trained for label, cost in costs.items()})
     note("compare", target)
     with figure_formats(formats):
-        sections = [settings, *score_sections(target, joined.results, comparisons, joined, labels)]
-    return write_report(target, title, joined.results, comparisons, sections, formats)
+        sections = [
+            cost_section(target, comparisons, costs),
+            *result_sections(comparisons),
+            Section("Settings", _settings({names[folder]: folder / RESOLVED for folder in folders})),
+            *score_sections(target, joined.results, comparisons, joined, list(joined.sources)),
+        ]
+    if conclusion is not None:
+        console.stage("answer", conclusion.text)
+    return write_report(target, title, joined.results, comparisons, conclusion, sections, formats)
 
 
 def _settings(configs: Mapping[str, Path]) -> list[tuple[Table, str]]:

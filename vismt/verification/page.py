@@ -19,17 +19,9 @@ def write_page(verdict: Verdict, path: Path) -> Path:
     """Write the page of a verdict; return its path. Raises UserError without matplotlib."""
     with tempfile.TemporaryDirectory() as folder:
         sections = [_findings(verdict), _readers(verdict), _probe(verdict), _layers(verdict, Path(folder))]
-        report = Report(
-            title=f"Verdict on {Path(verdict.folder).name}: {verdict.status}",
-            answer=verdict.answer,
-            keys=[],
-            models=[],
-            sections=[section for section in sections if section.tables or section.pictures],
-            citation=[],
-            facts=[("folder", verdict.folder), *verdict.about.items()],
-            config="",
-        )
-        page = render_html(report)
+        facts = Section("Provenance", pairs=[("folder", verdict.folder), *verdict.about.items()])
+        title = f"Verdict on {Path(verdict.folder).name}: {verdict.status}"
+        page = render_html(Report(title, verdict.answer, sections=[*sections, facts]))
     atomic_write(path, page)
     return path
 

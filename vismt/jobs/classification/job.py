@@ -26,7 +26,7 @@ from vismt.jobs.calibration import Calibrations
 from vismt.jobs.classification.config import MultitaskConfig, check, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
-from vismt.jobs.classification.figures import EXAMPLES, examples, sections
+from vismt.jobs.classification.figures import EXAMPLES, examples, sections, write_confusions
 from vismt.jobs.classification.merging import check_arms, merge_section, merged_net, write_interference
 from vismt.jobs.classification.models import HEAD, PixelNet, fresh, load_head, stored, with_linear_head
 from vismt.jobs.evaluation_job import records_folder
@@ -52,6 +52,11 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     """A ViT with a head over the classes of all tasks in place of timm's head."""
 
     predict_options = CLASSES
+    next_steps = (
+        "predict {run} my_images --arm {arm}",
+        "export {run} --arm {arm} --format timm",
+        "merge {run} --arm {arm}",
+    )
     logged: Mapping[str, str] = {
         "ce": "Training cross-entropy",
         "accuracy": "Training accuracy (%)",
@@ -223,6 +228,9 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def write_panels(self) -> None:
         first = [self.study.trainings(arm)[0] for arm in self.study.arms]
         examples(self.folder, self.data, self.split, first, self.folder / EXAMPLES)
+        write_confusions(
+            self.folder, self.data, self.split, {arm: self.study.trainings(arm) for arm in self.study.arms}
+        )
         self.write_router_maps(self.loaded, self._mapped_images)
 
     def _mapped_images(self) -> Tensor:

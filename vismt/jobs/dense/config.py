@@ -32,7 +32,7 @@ from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_co
 MODES = ("slide", "whole")
 SHARED = ("data", "size", "canvas", "baseline")  # sections that all arms share, besides those in engine/study.py
 DELTA = "delta_m"  # the name of a score
-TAKEN = (DELTA, "loss", "retain", "fade", "step", "elapsed_s", "lr", "grad_norm")  # in logs and results
+TAKEN = (DELTA, "loss", "retain", "fade", "step", "elapsed_s", "memory_mb", "lr", "grad_norm")  # in logs and results
 PARTS = tuple(field.name for field in fields(PartsConfig))  # keys of an entry of `tasks`
 PANELS = "dense_panels.npz"  # a file of a run folder
 

@@ -167,7 +167,7 @@ def _block(
         if row == 0:
             show_image(axes_at(figure, left, y, width, height), arrays["images"][number])
             name = arrays["ids"][number].rpartition("/")[2]
-            write(figure, left, y + height + 0.04, short(name, most), va="top", color=MUTED, fontsize=8)
+            write(figure, left, y + height + 0.04, short(name, most), va="top", color=MUTED, fontsize=8.5)
         show_image(axes_at(figure, left + pitch, y, width, height), arrays["truth"][row, number])
         for place in (at for at in range(len(arms)) if arrays["trained"][at, row]):
             x, score = left + (2 + place) * pitch, float(arrays["scores"][place, row, number])

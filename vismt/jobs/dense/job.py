@@ -64,6 +64,11 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     names_tasks = True
     predict_options = frozenset({"arm", "top", "maps", "own_size", "flip"})
+    next_steps = (
+        "predict {run} my_images --arm {arm} --maps",
+        "export {run} --arm {arm} --format onnx",
+        "merge {run} --arm {arm}",
+    )
     default_attack = "pgd"
 
     def __init__(self, config: DenseConfig, folder: Path, config_hash: str) -> None:

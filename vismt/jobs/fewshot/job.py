@@ -67,6 +67,11 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     """Arms are adapters of one backbone, or the experts of a pool; models built from them are evaluated seed by seed."""
 
     predict_options = CLASSES | {"support"}
+    next_steps = (
+        "predict {run} my_images --support my_examples --arm {arm}",
+        "export {run} --arm {arm} --format timm",
+        "merge {run} --arm {arm}",
+    )
     logged: Mapping[str, str] = {
         "loss": "Training loss",
         "accuracy": "Training accuracy (%)",
@@ -305,6 +310,9 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
             )
         folder = assembled[name] if pool.folder else self.study.find(arm).folder / ADAPTER
         return load_adapter(self.data.backbone().vit, folder)
+
+    def arm_of(self, model: str) -> str:
+        return super().arm_of(model.removeprefix(EXPERT))
 
     def _arm_of(self, model: str | None) -> str | None:
         """Return the arm of an evaluated model's name ("expert:LABEL", with or without a head); of None the only expert."""

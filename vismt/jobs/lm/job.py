@@ -76,6 +76,11 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
     """A causal LM, with a head on the last token where the trained task has one."""
 
     names_tasks = True
+    next_steps = (
+        "predict {run} my_texts.jsonl --arm {arm}",
+        "export {run} --arm {arm} --format transformers",
+        "merge {run} --arm {arm}",
+    )
     logged: Mapping[str, str] = {
         "loss": "Training loss",
         "hits": "HitRatio@1 of training batches",
