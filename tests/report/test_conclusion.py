@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,23 +39,22 @@ def compared(
 
 
 def text(*comparisons: Comparison, **sizes: float) -> str:
-    found = conclude(comparisons, sizes)
-    return "" if found is None else found.text
+    return conclude(comparisons, sizes).text
 
 
 def test_without_a_difference_it_takes_the_smallest_within_one_standard_error() -> None:
     c = compared({"head": 0.70, "lora": 0.79, "full": 0.80}, 0.05)
     assert text(c, head=10, lora=1000, full=100_000).startswith(
-        "No model is shown to be better than another in accuracy. Take lora, the smallest model within one standard error of "
-        "the best score (1,000 trained parameters). About "
+        "Take lora. No model is shown to be better than another in accuracy. lora is the smallest model within one standard "
+        "error of the best score (1,000 trained parameters). About "
     )
     # head is two standard errors behind, though that is not shown
     assert "Take head" in text(compared({"head": 0.76, "lora": 0.79, "full": 0.80}, 0.05), head=10, lora=1000, full=1e5)
     # of two that are equally small, the better one
     assert "Take full" in text(compared({"lora": 0.79, "full": 0.80}, 0.05), lora=1000, full=1000)
     assert "nothing is trained" in text(compared({"frozen": 0.79, "lora": 0.80}, 0.05), frozen=0, lora=1000)
-    assert "Take full, which has the best score of them; that may be chance." in text(c, lora=1000)
-    assert "Take lora, which has the best score by more than one standard error (5 trained parameters)." in text(
+    assert "full has the best score, which may be chance." in text(c, lora=1000)
+    assert "Only lora lies within one standard error of the best score (5 trained parameters)." in text(
         compared({"head": 0.7, "lora": 0.8}, 0.06), head=1, lora=5
     )
 
@@ -63,15 +63,15 @@ def test_a_difference_that_is_shown() -> None:
     c = compared({"head": 0.5, "lora": 0.6, "full": 0.8}, 0.02)
     half = 100 * 0.02 * student_quantile((1 + JOINT ** (1 / 3)) / 2, 99)
     assert text(c, head=1, lora=2, full=3) == (
-        f"full is shown to be better than every other model in accuracy: +20.0 [+{20 - half:.1f}, +{20 + half:.1f}] points "
-        "against lora, the next. Take full."
+        "Take full. full is shown to be better than every other model in accuracy: "
+        f"+20.0 [+{20 - half:.1f}, +{20 + half:.1f}] points against lora, the next."
     )
     some = text(compared({"head": 0.5, "lora": 0.79, "full": 0.8}, 0.02), head=1, lora=2, full=3)
     assert some.startswith(
-        "head is shown to be worse than full in accuracy. The others are not. Take lora, the smallest"
+        "Take lora. head is shown to be worse than full in accuracy. The others are not. lora is the"
     )
     # without records of the same examples, intervals that do not overlap show a difference
-    assert text(compared({"a": 0.5, "b": 0.8}, None)) == "b is shown to be better than a in accuracy. Take b."
+    assert text(compared({"a": 0.5, "b": 0.8}, None)) == "Take b. b is shown to be better than a in accuracy."
     assert "a and b are not shown to differ in accuracy" in text(compared({"a": 0.5, "b": 0.55}, None))
 
 
@@ -86,7 +86,7 @@ def test_several_models_need_a_larger_difference() -> None:
 def test_lower_is_better_where_the_measure_says_so() -> None:
     depth = {"metric": "RMSE in m", "scale": "number", "better": "lower", "task": "depth"}
     assert text(compared({"a": 2.0, "b": 1.0}, 0.1, **depth)).startswith(
-        "b is shown to be better than a in RMSE: −1.00 [−1.20, −0.80] m. Take b."
+        "Take b. b is shown to be better than a in RMSE: −1.00 [−1.20, −0.80] m."
     )
 
 
@@ -95,23 +95,33 @@ def test_every_task_and_the_strongest_attack_count() -> None:
     worse = compared({"a": 0.8, "b": 0.6}, 0.02)
     told = text(worse, attacked)
     assert f"b is shown to be better than a in accuracy under {PGD.label}: " in told
-    assert told.endswith("No model is among the best in all of these: take b for the first.")
+    assert told.startswith(f"Take b for accuracy under {PGD.label}: no model is among the best in everything.")
     alike = compared({"a": 0.61, "b": 0.6}, 0.02)
-    assert text(alike, attacked).endswith("a and b are not shown to differ in clean accuracy. Take b.")
+    assert text(alike, attacked).endswith("a and b are not shown to differ in clean accuracy.")
     depth = compared({"a": 2.0, "b": 1.0}, 0.6, metric="RMSE in m", scale="number", better="lower", task="depth")
     assert text(alike, depth).startswith(
-        "a and b are not shown to differ in accuracy of few-shot or in RMSE of depth. Take b, which"
+        "Take b. a and b are not shown to differ in accuracy of few-shot or in RMSE of depth. b has"
     )
 
 
 def test_tasks_without_a_common_model_leave_the_first_task() -> None:
     depth = compared({"c": 2.0}, 1.0, metric="RMSE in m", scale="number", better="lower", task="depth")
-    assert text(compared({"a": 0.1, "b": 0.5}, 0.02), depth).startswith("b is shown to be better than a in accuracy: ")
+    assert text(compared({"a": 0.1, "b": 0.5}, 0.02), depth).startswith("Take b. b is shown to be better")
 
 
-def test_one_model_or_none() -> None:
-    assert text(compared({"lora": 0.5}, 0.1)) == "There is one model, lora: accuracy in % 50.0 ± 5.0."
-    assert conclude([], {}) is None
+def test_of_several_sets_the_one_with_the_most_models_counts() -> None:
+    """In a comparison of runs an average may have the models of one run alone."""
+    average = replace(compared({"a": 0.1}, 0.02), data="average")
+    sets = [compared({"a": 0.1}, 0.02), compared({"a": 0.1, "b": 0.5}, 0.02)]
+    assert text(*sets, average).startswith("Take b.")
+    average = replace(compared({"a": 0.7, "b": 0.5}, 0.02), data="average")
+    assert text(*sets, average).startswith("Take a.")
+
+
+def test_a_single_model() -> None:
+    assert text(compared({"lora": 0.5}, 0.1)) == "There is one model. lora: accuracy in % 50.0 ± 5.0."
+    other = compared({"head": 0.5}, 0.1, protocol="another")
+    assert text(compared({"lora": 0.5}, 0.1), other).startswith("The models have no measure in common. lora: ")
 
 
 def test_the_sentence_on_the_examples() -> None:

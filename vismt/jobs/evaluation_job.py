@@ -21,8 +21,8 @@ from vismt.engine.study import Study, StudyConfig, Training
 from vismt.jobs.graphs import Graph
 from vismt.jobs.predictions import Options, Predictions
 from vismt.jobs.risk import risk_section
-from vismt.report.comparison import FROZEN, compare, shown_name
-from vismt.report.conclusion import conclude
+from vismt.report.comparison import FROZEN, Comparison, compare, shown_name
+from vismt.report.conclusion import Conclusion, conclude
 from vismt.report.confusion import class_section
 from vismt.report.plotting import figure_formats
 from vismt.report.results import (
@@ -323,41 +323,58 @@ class EvaluationJob(ABC, Generic[Config]):
             self._printed.add(line)
 
     def report(self, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
-        """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.FIGURES; return its files."""
+        """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.FIGURES; return its files.
+
+        The report of a run without results shows how far its trainings are.
+        """
         results, values = read_results(self.folder / RESULTS, self.hash), ValuesByExample(self.folder)
-        steps = {arm: config.train.steps for arm, config in self.study.arms.items() if config.train is not None}
-        progress = progress_section(self.folder, {} if results else steps)
-        if not results and not progress.filled:
-            raise UserError(f"report: no results in '{self.folder}'; make them with `vismt evaluate {self.folder}`.")
         comparisons = compare(results, values, self.baselines(), self.references)
-        # Models have names of their own in a report.
+        with figure_formats(formats):
+            training = training_sections(self.folder, list(self.study.arms), self.study.seeds[0], self.logged)
+            if results:
+                conclusion, sections = self._sections(results, values, comparisons, training)
+                console.stage("answer", conclusion.text)
+            else:
+                steps = {arm: config.train.steps for arm, config in self.study.arms.items() if config.train}
+                conclusion, sections = None, [progress_section(self.folder, steps), training[0]]
+                if not sections[0].filled:
+                    raise UserError(
+                        f"report: no results in '{self.folder}'; make them with `vismt evaluate {self.folder}`."
+                    )
+        return write_report(self.folder, run_heading(self.folder), results, comparisons, conclusion, sections, formats)
+
+    def _sections(
+        self,
+        results: Sequence[Result],
+        values: ValuesByExample,
+        comparisons: Sequence[Comparison],
+        training: Sequence[Section],
+    ) -> tuple[Conclusion, list[Section]]:
+        """Return the answer and the sections of a run with results. training: sections about its trainings, the curves first."""
         conditions = {c.condition for c in comparisons}
         arms = {shown_name(row.arm, conditions): row.arm for row in results}
-        of_arms = read_costs(self.folder, [*self.study.arms])
-        costs = {name: of_arms[self.arm_of(arm)] for name, arm in arms.items() if self.arm_of(arm) in of_arms}
+        known = read_costs(self.folder, [*self.study.arms])
+        costs = {name: known[self.arm_of(arm)] for name, arm in arms.items() if self.arm_of(arm) in known}
         conclusion = conclude(comparisons, {FROZEN: 0, **{name: cost.trained for name, cost in costs.items()}})
-        taken = arms[conclusion.model] if conclusion else ""
-        compared = [arm for arm in self.evaluated() if arm not in self.references]
-        with figure_formats(formats):
-            training, *trainings = training_sections(
-                self.folder, list(self.study.arms), self.study.seeds[0], self.logged
-            )
-            sections = [
-                progress,
-                cost_section(self.folder, comparisons, costs),
-                class_section(self.folder, taken),
-                training,
-                Section("What to do next", commands=self.commands(taken) if conclusion else []),
-                Section("Models", pairs=[(name, text) for name, arm in arms.items() if (text := self.described(arm))]),
-                *result_sections(comparisons),
-                *score_sections(self.folder, results, comparisons, values, compared),
-                *trainings,
-                risk_section(results),
-                *self.sections(results),
-            ]
-        if conclusion is not None:
-            console.stage("answer", conclusion.text)
-        return write_report(self.folder, run_heading(self.folder), results, comparisons, conclusion, sections, formats)
+        taken = arms[conclusion.model]
+        return conclusion, [
+            cost_section(self.folder, comparisons, costs),
+            class_section(self.folder, taken),
+            training[0],
+            Section("What to do next", commands=self.commands(taken)),
+            Section("Models", pairs=[(name, text) for name, arm in arms.items() if (text := self.described(arm))]),
+            *result_sections(comparisons),
+            *score_sections(
+                self.folder,
+                results,
+                comparisons,
+                values,
+                [arm for arm in self.evaluated() if arm not in self.references],
+            ),
+            *training[1:],
+            risk_section(results),
+            *self.sections(results),
+        ]
 
     def commands(self, model: str) -> list[str]:
         """Return commands to paste after a report that takes a model."""

@@ -118,8 +118,7 @@ def compare_runs(
             Section("Settings", _settings({names[folder]: folder / RESOLVED for folder in folders})),
             *score_sections(target, joined.results, comparisons, joined, list(joined.sources)),
         ]
-    if conclusion is not None:
-        console.stage("answer", conclusion.text)
+    console.stage("answer", conclusion.text)
     return write_report(target, title, joined.results, comparisons, conclusion, sections, formats)
 
 

@@ -57,13 +57,13 @@ def key_comparisons(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def first_of_tasks(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return the first score of each task, on average over the sets where there are several."""
-    firsts: dict[str, Comparison] = {}
+    """Return the first score of each task: of the sets and their average the one with the most models, and then the average."""
+    firsts: dict[str, list[Comparison]] = {}
     for c in comparisons:
-        first = firsts.setdefault(c.row.task, c)
-        if c.data == AVERAGE and (c.block, c.condition) == (first.block, first.condition):
-            firsts[c.row.task] = c
-    return list(firsts.values())
+        of_task = firsts.setdefault(c.row.task, [c])
+        if (c.block, c.condition) == (of_task[0].block, of_task[0].condition):
+            of_task.append(c)
+    return [max(of_task, key=lambda c: (len(c.cells), c.data == AVERAGE)) for of_task in firsts.values()]
 
 
 def about(c: Comparison) -> str:
@@ -78,43 +78,40 @@ def best_model(c: Comparison) -> str:
     return (min if c.row.better == LOWER else max)(c.cells, key=lambda name: c.cells[name].value)
 
 
-def conclude(comparisons: Sequence[Comparison], sizes: Mapping[str, float]) -> Conclusion | None:
-    """Return the answer that follows from the key comparisons, None without results.
+def conclude(comparisons: Sequence[Comparison], sizes: Mapping[str, float]) -> Conclusion:
+    """Return the answer that follows from the key comparisons, of which there is one or more.
 
     sizes: Number of trained parameters by model, as far as it is known.
     """
     criteria = key_comparisons(comparisons)
-    shared = [name for name in criteria[0].cells if all(name in c.cells for c in criteria)] if criteria else []
-    if len(shared) < 2:  # each task has models of its own
-        criteria, shared = criteria[:1], list(criteria[0].cells) if criteria else []
-    if not criteria:
-        return None
     first = criteria[0]
+    shared = [name for name in first.cells if all(name in c.cells for c in criteria)]
+    if len(shared) < 2:  # each task has models of its own
+        criteria, shared = criteria[:1], list(first.cells)
     if len(shared) == 1:
         (model,) = shared
         score = f"{scale_text(first.row.metric, first.row.scale)} {cell_text(first.cells[model], first.row)}"
-        return Conclusion(model, f"There is one model, {model}: {score}.", "")
+        several = len({name for c in comparisons for name in c.cells}) > 1
+        start = "The models have no measure in common." if several else "There is one model."
+        return Conclusion(model, f"{start} {model}: {score}.", "")
     pairs = len(criteria) * len(shared) * (len(shared) - 1) // 2
     ranked = [_Ranking.of(c, shared, JOINT ** (1 / pairs)) for c in criteria]
     good = [name for name in shared if not any(name in ranking.worse for ranking in ranked)]
-    texts = [ranking.text(name) for ranking, name in zip(ranked, _names(criteria), strict=True) if ranking.worse]
-    alike = [name for ranking, name in zip(ranked, _names(criteria), strict=True) if not ranking.worse]
+    names = _names(criteria)
+    evidence = [ranking.text(name) for ranking, name in zip(ranked, names, strict=True) if ranking.worse]
+    alike = [name for ranking, name in zip(ranked, names, strict=True) if not ranking.worse]
     if alike:
         start = "No model is shown to be better than another in"
         if len(shared) == 2:
             start = f"{' and '.join(shared)} are not shown to differ in"
-        texts.append(f"{start} {' or in '.join(alike)}.")
-    if not good:
-        model = ranked[0].best
-        texts.append(f"No model is among the best in all of these: take {model} for the first.")
-    else:
-        model, reason = _taken(good, ranked, sizes)
-        texts.append(f"Take {model}{reason}.")
-        texts.append(_needed_text(model, good, ranked))
+        evidence.append(f"{start} {' or in '.join(alike)}.")
+    model, reason = _taken(good, ranked, sizes) if good else (ranked[0].best, "")
+    more = _needed_text(model, good, ranked)
+    take = f"Take {model}." if good else f"Take {model} for {names[0]}: no model is among the best in everything."
     basis = f"Differences are paired by example, with joint 95 % intervals of {pairs} differences (Šidák)."
-    if texts[-1].startswith("About "):
-        basis += f" The {first.row.unit} are those for a power of 80 %."
-    return Conclusion(model, " ".join(filter(None, texts)), basis)
+    if more.startswith("About "):
+        basis += f" That many {first.row.unit} have a power of 80 %."
+    return Conclusion(model, " ".join(filter(None, [take, *evidence, reason, more])), basis)
 
 
 def _names(criteria: Sequence[Comparison]) -> list[str]:
@@ -200,11 +197,12 @@ def _taken(good: Sequence[str], ranked: Sequence[_Ranking], sizes: Mapping[str, 
     known = all(name in sizes for name in near)
     model = min(near, key=lambda name: (sizes[name] if known else 0, -sign * c.cells[name].value))
     if not known:
-        return model, ", which has the best score of them; that may be chance"
+        return model, f"{model} has the best score, which may be chance."
+    scores = "score" if len(ranked) == 1 else "score in each of these"
     size = f"{sizes[model]:,.0f} trained parameters" if sizes[model] else "nothing is trained"
     if len(near) == 1:
-        return model, f", which has the best score by more than one standard error ({size})"
-    return model, f", the smallest model within one standard error of the best score ({size})"
+        return model, f"Only {model} lies within one standard error of the best {scores} ({size})."
+    return model, f"{model} is the smallest model within one standard error of the best {scores} ({size})."
 
 
 def _needed_text(model: str, good: Sequence[str], ranked: Sequence[_Ranking]) -> str:

@@ -355,7 +355,7 @@ def _width(table: Table, column: int) -> int:
 
 def is_long(table: Table, column: int) -> bool:
     """Return whether a column holds texts that may be broken between lines."""
-    most = TEXT if column < table.texts else 2 * TEXT
+    most = TEXT if column < table.texts else TEXT + 6  # a difference with its interval is shorter
     return any(len(row[column]) > most for row in table.rows)
 
 
