@@ -112,7 +112,7 @@ def test_scores_stand_beside_the_costs(folder: Path, drawn: list[Any]) -> None:
     assert table.rows[1][-4:] == ["1,234,567", "2.03", "2,048", "0.01 (highest of its grid)"]
     assert table.rows[0][-4:] == ["12", "0.0167", "–", "0.1"]
     assert "clean accuracy in % ↑" in table.heads and (1, table.heads.index("clean accuracy in % ↑")) in table.best
-    # a figure needs two models
+    # a figure needs two models that differ
     assert [picture.title for picture in section.pictures] == ["Score by trained parameters", "Score by time in h"]
     axes = drawn[0].axes[0]
     assert axes.get_xscale() == "log" and len(axes.containers) == 2

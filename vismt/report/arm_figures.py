@@ -24,6 +24,7 @@ from vismt.report.plotting import (
     legend_rows,
     new_figure,
     note,
+    one_panel,
     running_mean,
     save,
     short,
@@ -100,34 +101,27 @@ def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
 
 def cost_figure(c: Comparison, costs: Mapping[str, float], names: tuple[str, str], path: Path) -> Path:
     """Draw a dot for each model at its cost and its score with the 95 % interval. names: of the score and of the cost."""
-    from matplotlib.transforms import ScaledTranslation
-
-    arms, left, width = list(costs), 0.55, NARROW
-    offset = 0.12 + 0.22 * legend_rows(arms, width - left)
-    figure = new_figure(width, offset + 2.35)
-    legend(figure, [short(arm, 24) for arm in arms], [color_of(arm, arms) for arm in arms], left)
-    axes = axes_at(figure, left, offset + 0.3, width - left - 0.2, 1.55)
-    factor = 100 if c.row.scale == SHARE else 1
-    alike = Counter(costs.values())
+    figure, axes = one_panel(list(costs), [color_of(arm, list(c.cells)) for arm in costs], short(names[0], 33))
+    factor, alike = 100 if c.row.scale == SHARE else 1, Counter(costs.values())
+    low, high = min(costs.values()), max(costs.values())
+    wide = low > 0 and high > 20 * low
     for number, (arm, cost) in enumerate(costs.items()):
         cell = c.cells[arm]
-        # Models of the same cost stand side by side.
-        shift = 7 * (number - (len(arms) - 1) / 2) / 72 if alike[cost] > 1 else 0.0
-        reach = [[factor * max(0.0, cell.value - cell.low)], [factor * max(0.0, cell.high - cell.value)]]
-        style = {"fmt": "o", "markersize": 6, "elinewidth": 1.2, "capsize": 2.5, "color": color_of(arm, arms)}
-        place = axes.transData + ScaledTranslation(shift, 0, figure.dpi_scale_trans)
-        axes.errorbar(cost, factor * cell.value, yerr=reach, transform=place, **style)
-    ends = [factor * end for arm in arms for end in (c.cells[arm].low, c.cells[arm].high)]
-    space = 0.1 * (max(ends) - min(ends)) or 1.0
-    axes.set_ylim(min(ends) - space, max(ends) + space)
-    dress(axes, short(names[0], 33), grid="y")
-    low, high = min(costs.values()), max(costs.values())
-    if low > 0 and high > 20 * low:
-        axes.set(xscale="log", xlim=(low / 3, high * 3))
+        place = number - (len(costs) - 1) / 2 if alike[cost] > 1 else 0.0  # models of the same cost stand side by side
+        axes.errorbar(
+            cost * 1.2**place if wide else cost + 0.04 * place * (high - low),
+            factor * cell.value,
+            yerr=[[factor * max(0.0, cell.value - cell.low)], [factor * max(0.0, cell.high - cell.value)]],
+            color=color_of(arm, list(c.cells)),
+            fmt="o",
+            elinewidth=1.2,
+            capsize=2.5,
+        )
+    axes.margins(x=0.15)
+    if wide:
+        axes.set_xscale("log")
         axes.minorticks_off()
     else:
-        reach = 0.15 * (high - low) or 0.5 * high or 1.0
-        axes.set_xlim(max(0.0, low - reach) if low > reach else -0.05 * high, high + reach)
         axes.locator_params(axis="x", nbins=3)
         if high >= 1000:
             axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -137,19 +131,16 @@ def cost_figure(c: Comparison, costs: Mapping[str, float], names: tuple[str, str
 
 def rates_figure(scores: Mapping[str, Mapping[float, float]], path: Path) -> Path:
     """Draw a line for each arm through its validation scores by learning rate. scores: score by arm and rate."""
-    arms, left, width = list(scores), 0.75, NARROW
-    offset = 0.12 + 0.22 * legend_rows(arms, width - left)
-    figure = new_figure(width, offset + 2.35)
-    legend(figure, [short(arm, 24) for arm in arms], [color_of(arm, arms) for arm in arms], left)
-    axes = axes_at(figure, left, offset + 0.3, width - left - 0.2, 1.55)
+    arms = list(scores)
+    figure, axes = one_panel(arms, [color_of(arm, arms) for arm in arms], "Validation score")
     for arm, by_rate in scores.items():
         rates = sorted(by_rate)
         axes.plot(rates, [by_rate[rate] for rate in rates], color=color_of(arm, arms), marker="o", markersize=4)
-    dress(axes, "Validation score", grid="y")
     axes.set_xscale("log")
     axes.minorticks_off()
     shown = sorted({rate for by_rate in scores.values() for rate in by_rate})
-    axes.set_xticks(shown[:: max(1, len(shown) // 4)], [f"{rate:g}" for rate in shown[:: max(1, len(shown) // 4)]])
+    shown = shown[:: math.ceil(len(shown) / 4)]
+    axes.set_xticks(shown, [f"{rate:g}" for rate in shown])
     axes.set_xlabel("learning rate", color=MUTED, fontsize=9)
     return save(figure, path)
 

@@ -303,10 +303,10 @@ def _compare(
         low, high, covers = intervals[number]
         mark = "best" if several else ""
         if number != best:
-            pair = evidence.difference(columns[best], rows)
-            paired = paired and pair is not None
+            lead = evidence.difference(columns[best], rows)
+            paired = paired and lead is not None
             overlap = low <= intervals[best][1] and intervals[best][0] <= high
-            tied = overlap if pair is None else pair.bounds[0] <= 0 <= pair.bounds[1]
+            tied = overlap if lead is None else lead.bounds[0] <= 0 <= lead.bounds[1]
             mark = "tie" if tied and several else ""
         n, seeds = sum(row.n for row in rows), len(evidence.seeds(rows))
         units = rows[0].units if len(rows) == 1 else ""

@@ -161,7 +161,8 @@ class _Ranking:
         """Return the sentence about the models that are shown to be worse."""
         others = [name for name in self.names if name != self.best]
         if len(self.worse) < len(others):
-            return f"{_listed(self.worse)} shown to be worse than {self.best} in {measure}. The others are not."
+            rest = _listed([name for name in others if name not in self.worse])
+            return f"{_listed(self.worse)} shown to be worse than {self.best} in {measure}, {rest} not."
         sign = -1 if self.c.row.better == LOWER else 1
         runner = max(others, key=lambda name: sign * self.c.cells[name].value)
         than = runner if len(others) == 1 else "every other model"

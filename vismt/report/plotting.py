@@ -157,6 +157,17 @@ def axes_at(figure: Figure, left: float, top: float, width: float, height: float
     return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
 
 
+def one_panel(names: Sequence[str], colors: Sequence[str], title: str) -> tuple[Figure, Axes]:
+    """Return a figure that a telephone has room for, with names by colour above its axes."""
+    left = 0.6
+    offset = 0.12 + 0.22 * legend_rows(names, NARROW - left)
+    figure = new_figure(NARROW, offset + 2.35)
+    legend(figure, [short(name, 36) for name in names], colors, left)
+    axes = axes_at(figure, left, offset + 0.3, NARROW - left - 0.2, 1.55)
+    dress(axes, title, grid="y")
+    return figure, axes
+
+
 def show_image(axes: Axes, image: np.ndarray, small: int = 96) -> None:
     """Show an image uint8 (3, h, w) in a thin frame; images less wide than `small` keep their pixels."""
     axes.imshow(np.moveaxis(image, 0, -1), interpolation="nearest" if image.shape[-1] < small else "antialiased")

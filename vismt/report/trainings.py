@@ -126,7 +126,7 @@ def cost_section(folder: Path, comparisons: Sequence[Comparison], costs: Mapping
     pictures = []
     for number, (name, values) in enumerate(columns.items()):
         drawn = {arm: value for arm, value in values.items() if arm in keys[0].cells}
-        if len(drawn) > 1:
+        if len({*drawn.values()}) > 1:
             path = arm_figures.cost_figure(keys[0], drawn, (heads[0], name), folder / "figures" / f"cost-{number}.svg")
             pictures.append(Picture(path, f"Score by {name}", COST_CAPTION))
     return Section("Scores and costs", [(table, COST_NOTE)], pictures)

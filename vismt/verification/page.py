@@ -6,7 +6,20 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from vismt.report.plotting import GRID, MUTED, PALETTE, RIGHT, WRONG, axes_at, dress, legend, new_figure, save, short
+from vismt.report.plotting import (
+    GRID,
+    MUTED,
+    PALETTE,
+    RIGHT,
+    SMALL,
+    WRONG,
+    axes_at,
+    dress,
+    legend,
+    new_figure,
+    save,
+    short,
+)
 from vismt.report.renderers import render_html
 from vismt.report.tables import Picture, Report, Section, Table
 from vismt.storage.files import atomic_write
@@ -78,6 +91,7 @@ def _layers(verdict: Verdict, folder: Path) -> Section:
     axes.set_yticks(range(len(names)), [short(name, 18) for name in names])
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.tick_params(which="both", colors=MUTED, labelsize=SMALL, length=0)
     what = "|ΔW| / |W|" if relative else "|ΔW|"
     axes.set_xlabel(f"{what} (Frobenius norms)", color=MUTED, fontsize=9)
     kinds = {"right": "merged as it is", "factor": "merged with another factor", "other": "other changes"}
