@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -193,12 +195,18 @@ def run(folder: Path, stop_after: int | None = None, **options: object) -> nn.Mo
     return model
 
 
+@cache
+def undisturbed(policy: str) -> nn.Module:
+    with TemporaryDirectory() as folder:
+        return run(Path(folder), state_policy=policy)
+
+
 @pytest.mark.parametrize("policy", ["drop", "keep", "reset_all"])
 @pytest.mark.parametrize(
     "cut", [3, 5, 8]
 )  # resumes after steps 2, 4 and 6: within an interval, after a switch, at a switch
 def test_the_loop_drives_the_schedule_and_resumes_bit_for_bit(tmp_path: Path, policy: str, cut: int) -> None:
-    whole = run(tmp_path / "whole", state_policy=policy)
+    whole = undisturbed(policy)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", stop_after=cut, state_policy=policy)
     saved = saved_tensors(tmp_path / "cut")
