@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vismt.base import console
-from vismt.cli.commands import Commands
+from vismt.cli.commands import Commands, answer
 
 if TYPE_CHECKING:
     from vismt.storage.cache import Deletable
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
     compare = commands.add(
-        "compare", _compare, "write one report on separate runs, for example `vismt compare runs/a runs/b`"
+        "compare",
+        _compare,
+        "write one report on separate runs, for example `vismt compare runs/a runs/b`",
+        answers=True,
     )
     compare.add_argument("runs", type=Path, nargs="+", help="run folders")
     compare.add_argument("--arm", action="append", default=[], help="keep this arm only; may be repeated (all)")
@@ -61,8 +64,10 @@ def _compare(options: argparse.Namespace) -> None:
     target, formats = options.out or Path("runs") / f"compare-{first}-{last}", formats_of(options)
     if options.out is not None:
         check_folder("compare", target, "--out")
-    for path in compare_runs(options.runs, target, options.arm, formats):
+    files = compare_runs(options.runs, target, options.arm, formats)
+    for path in files:
         console.stage("report", str(path))
+    answer(options, {"folder": target, "files": files})
 
 
 def _clean(options: argparse.Namespace) -> None:
