@@ -235,15 +235,14 @@ def option_texts(method: Method) -> dict[str, tuple[str, str]]:
     """
     from vismt.lowrank.model.inject import COMMON
 
-    documented: list[Any] = [method.adapt]
-    for name in re.findall(r"`(\w+)`", method.adapt.__doc__ or ""):
-        documented += filter(None, [method.adapt.__globals__.get(name)])
+    named = sorted(re.findall(r"`(\w+)`", method.adapt.__doc__ or ""), key="inject".__eq__)
+    documented = [*filter(None, map(method.adapt.__globals__.get, named)), method.adapt]  # the last text counts
     label = "(?:" + "|".join(map(re.escape, (*method.options, *GIVEN))) + ")"
     pattern = re.compile(
         rf"(?:^|(?<=[.;:] )|(?<=Args: ))({label}(?:, {label})*): (.*?)(?= {label}(?:, {label})*: |{LAST}|$)"
     )
     texts: dict[str, str] = {}
-    for item in reversed(documented):  # the method's own text counts
+    for item in documented:
         for names, text in pattern.findall(" ".join((item.__doc__ or "").split())):
             texts |= dict.fromkeys(names.split(", "), text.strip())
     defaults = COMMON | {name: p.default for name, p in inspect.signature(method.adapt).parameters.items()}
