@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vismt.base import console
-from vismt.cli.commands import Commands
+from vismt.cli.commands import Commands, answer
 
 if TYPE_CHECKING:
     from vismt.storage.cache import Deletable
@@ -20,7 +18,10 @@ if TYPE_CHECKING:
 def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
     compare = commands.add(
-        "compare", _compare, "compare runs, or tables of predictions, example by example: `vismt compare a.csv b.csv`"
+        "compare",
+        _compare,
+        "compare runs, or tables of predictions, example by example: `vismt compare a.csv b.csv`",
+        answers=True,
     )
     compare.add_argument(
         "inputs",
@@ -41,7 +42,6 @@ def add_commands(commands: Commands) -> None:
         compare.add_argument(f"--{name}", metavar="COLUMN", help=f"column of a table: {text}")
     compare.add_argument("--baseline", metavar="MODEL", help="compare all others with this one (all pairs)")
     compare.add_argument("--common", action="store_true", help="compare the examples that all tables have")
-    compare.add_argument("--json", action="store_true", help="print the difference of each pair as JSON")
     compare.add_argument(
         "--arm", action="append", default=[], help="keep this arm of a run only; may be repeated (all)"
     )
@@ -89,17 +89,14 @@ def _compare(options: argparse.Namespace) -> None:
     if options.out is not None:
         check_folder("compare", target, "--out")
     columns = Columns(**{item.name: getattr(options, item.name) for item in fields(Columns)})
-    with console.quiet() if options.json else nullcontext():
-        files, pairs = compare_inputs(
-            options.inputs, target, options.arm, formats, columns, options.common, options.baseline
-        )
-        for path in files:
-            console.stage("report", str(path))
-    if options.json:
-        console.block(json.dumps([pair.as_json() for pair in pairs], indent=1))
-    else:
-        for pair in pairs:
-            console.stage("compare", f"{pair.set}   {pair.metric}   {pair}")
+    files, pairs = compare_inputs(
+        options.inputs, target, options.arm, formats, columns, options.common, options.baseline
+    )
+    for path in files:
+        console.stage("report", str(path))
+    for pair in pairs:
+        console.stage("compare", f"{pair.set}   {pair.metric}   {pair}")
+    answer(options, [pair.as_json() for pair in pairs])
 
 
 def _clean(options: argparse.Namespace) -> None:

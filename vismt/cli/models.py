@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.cli.commands import Commands
+from vismt.cli.commands import Commands, answer
 
 if TYPE_CHECKING:
     from vismt.jobs.run import Run
@@ -31,7 +31,10 @@ def add_commands(commands: Commands) -> None:
     merge.add_argument("--to", type=Path, metavar="OUT", help="of an adapter folder: the folder of the merged model")
     _add_arm(merge)
     predict = commands.add(
-        "predict", _predict, "predict the classes or maps of your own images, or what a language model writes"
+        "predict",
+        _predict,
+        "predict the classes or maps of your own images, or what a language model writes",
+        answers=True,
     )
     predict.add_argument(
         "run", type=Path, help="a run folder, a merged or exported one, or a checkpoint of a timm model"
@@ -91,7 +94,8 @@ def _add_arm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arm",
         metavar="NAME[:SEED]",
-        help="the arm of a study and its training seed; of a pool, the label of one expert, or average",
+        help="the arm of a study and its training seed, best for the arm that is best on validation (best); of a pool, the label "
+        "of one expert, or average",
     )
 
 
@@ -140,8 +144,10 @@ def _predict(options: argparse.Namespace) -> None:
     from vismt.jobs.predictions import Options
 
     settings = Options(**{item.name: getattr(options, item.name) for item in fields(Options)})
-    for path in predict(options.run, options.inputs, options.to, settings).files:
+    found = predict(options.run, options.inputs, options.to, settings)
+    for path in found.files:
         console.stage("predict", str(path))
+    answer(options, asdict(found))
 
 
 def _pool(options: argparse.Namespace) -> None:

@@ -91,7 +91,7 @@ class Run:
             with ranks.shared():
                 self.job.evaluate_references()
 
-    def on_main(self, stage: Callable[[], None]) -> None:
+    def on_main(self, stage: Callable[[], object]) -> None:
         """Run a stage on the first process only; the others wait for it."""
         with ranks.shared():
             ranks.on_first(stage)
@@ -107,11 +107,12 @@ class Run:
             self.job.evaluate(attacks)
             self._note(finished=_now())
 
-    def report(self, formats: Sequence[str] | None = None) -> None:
-        """Write the report, by default as report.md and report.html, and print the page's place, or that of every file."""
+    def report(self, formats: Sequence[str] | None = None) -> list[Path]:
+        """Write the report and return its files, by default report.html of report.md and report.html; print their places."""
         paths = self.job.report()[-1:] if formats is None else self.job.report(formats)
         for path in paths:
             console.stage("report", str(path))
+        return paths
 
     def _need_adapter(self) -> None:
         if not any((self.folder / place).is_dir() for place in ("pool", "arms")):
