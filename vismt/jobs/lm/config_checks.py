@@ -44,7 +44,8 @@ def check(config: LmConfig) -> None:
             )
     _check_probabilities(config)
     for task in config.tasks:
-        if config.evaluate.split == "validation" and not (task.validation or task.validation_share):
+        validated = task.validation or task.validation_share or task_of(task).own
+        if config.evaluate.split == "validation" and not validated:
             raise UserError(
                 f"tasks: {task.name}: nothing to validate on; name a set in validation, or give validation_share."
             )
@@ -58,7 +59,7 @@ def _check_values(config: LmConfig) -> None:
     for section in config.tasks:
         _check_task(section)
     calibration = config.calibration.data if config.calibration is not None else ()
-    check_parts({f"tasks: {task.name}": task for task in config.tasks}, calibration)
+    check_parts({f"tasks: {task.name}": task for task in config.tasks if not task_of(task).own}, calibration)
     _check_trained_task(config)
     _check_recommendation(config)
 
@@ -67,6 +68,10 @@ def _check_task(section: LmTaskConfig) -> None:
     task = task_of(section)
     if section.chat and (section.kind == KIND or not section.prompt):
         raise UserError(f"tasks: {section.name}: chat is for a prompt of texts; leave it out.")
+    if task.own and (section.train or section.validation or section.test or section.chat):
+        raise UserError(
+            f"tasks: {section.name}: '{section.kind}' has rows and prompts of its own; leave sets and chat out."
+        )
     if not section.train and (section.test_share or section.validation_share):
         raise UserError(
             f"tasks: {section.name}: it has no training set to take a share of; name the sets in test and validation."

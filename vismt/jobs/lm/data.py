@@ -221,6 +221,12 @@ class LmData:
 
     def _open_task(self, task: LmTaskConfig) -> dict[str, dict[str, list[TextSet]]]:
         """Open the sets of a task and return {part: {reported name: sets}}."""
+        if self.tasks[task.name].own:
+            own = self.tasks[task.name].own_rows()
+            return {"train": {}, "validation": {}, "test": {own.name: [own]}}
+        return self._open_sets(task)
+
+    def _open_sets(self, task: LmTaskConfig) -> dict[str, dict[str, list[TextSet]]]:
         split_shares = shares(task)
         joined = "+".join(map(row_name, task.train))
         parts: dict[str, dict[str, list[TextSet]]] = {"train": {}, "validation": {}, "test": {}}

@@ -13,8 +13,11 @@ from vismt.config.typed import arguments
 TASKS: Registry[type] = Registry(
     "tasks: no kind",
     {
-        name: f"vismt.llm.tasks.{name}"
-        for name in ("answers", "causal", "chat", "classes", "generation", "recommendation")
+        **{
+            name: f"vismt.llm.tasks.{name}"
+            for name in ("answers", "causal", "chat", "classes", "generation", "recommendation")
+        },
+        "lm_eval:": "vismt.llm.tasks.harness",
     },
 )
 
@@ -31,7 +34,8 @@ def make_task(kind: str, prompt: str, options: dict[str, Any], where: str = "tas
     Raises:
         UserError: unknown kind or option, a required option that is missing, or options of the wrong type.
     """
-    require_known(f"{where}: no kind", [kind], TASKS)
+    if kind not in TASKS:  # which knows the members of a family
+        require_known(f"{where}: no kind", [kind], TASKS)
     parameters = inspect.signature(TASKS[kind]).parameters
     require_known(f"{where}: '{kind}' has no option", options, [name for name in parameters if name != "prompt"])
     missing = [

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vismt.base.errors import UserError, near, shown_value
 from vismt.base.seeds import mix_seed
+from vismt.data.texts.text_set import TextSet
 from vismt.llm.ilora.recommenders import padded
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.pieces import Piece, collate, piece
@@ -111,6 +112,7 @@ class LmTask(ABC):
     labelled = True  # whether a limit on the rows is spread over the labels
     chat = False  # whether the prompt is the user's turn in the tokenizer's chat template
     documents = False  # whether rows hold several documents, trees or packs (documents.py)
+    own = False  # whether the task has rows of its own, and takes no sets
     by_user = False  # whether a limit on the rows is spread over users, and batches draw users
 
     def __init__(self, prompt: str, length: int = 512) -> None:
@@ -131,6 +133,10 @@ class LmTask(ABC):
     def class_of(self, row: Mapping[str, Any]) -> str:
         """Return the class of a row, of which every part of a divided set needs examples; "" where rows have no classes."""
         return ""
+
+    def own_rows(self) -> TextSet:
+        """Return the rows of a task that has rows of its own."""
+        raise NotImplementedError
 
     def context(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], str, str]:
         """Return the tokens of the prompt of a row, the text that an answer follows, and the spaces that begin the answer.
