@@ -132,6 +132,12 @@ def test_the_sentence_on_the_examples() -> None:
     assert many.endswith("These 100 episodes would have shown a difference of 3 points between a and b.")
 
 
+def test_too_few_seeds_are_named() -> None:
+    c = compared({"a": 0.50, "b": 0.55}, 0.001, seeds=3, of_seeds=0.03)
+    # of (0.05 / 2.8)^2 = 0.000319 the seeds may take half: 3 * 0.0009 / 0.000159 = 17
+    assert "episodes and 17 training seeds would show a difference of 5 points between b and a" in text(c)
+
+
 @pytest.mark.parametrize("seeds", [0, 4])
 def test_so_many_examples_show_the_difference_with_a_power_of_80_percent(seeds: int) -> None:
     """Simulated: pairs of right and wrong answers whose true difference is known, and seeds whose differences vary."""

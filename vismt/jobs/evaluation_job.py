@@ -383,12 +383,12 @@ class EvaluationJob(ABC, Generic[Config]):
     def commands(self, model: str) -> list[str]:
         """Return commands to paste after a report that takes a model."""
         run = shlex.quote(str(self.folder))
-        arm = shlex.quote(self.arm_of(model))
-        steps = [step.format(run=run, arm=arm) for step in self.next_steps] if self.arm_of(model) else []
+        steps = self.next_steps if self.arm_of(model) else ()
+        steps = [step.format(run=run, arm=shlex.quote(model)) for step in steps]
         return [f"vismt {step}" for step in (*steps, f"compare {run} ANOTHER_RUN")]
 
     def arm_of(self, model: str) -> str:
-        """Return the arm that `--arm` takes for an evaluated model, "" if it has none."""
+        """Return the arm whose training made an evaluated model, "" for a model that no single training made."""
         return model if model in self.study.arms else ""
 
 

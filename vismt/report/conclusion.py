@@ -18,8 +18,9 @@ doi:10.2307/2283989), so that all of them hold together with a probability of at
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 
 from vismt.report.comparison import AVERAGE, Cell, Comparison
@@ -73,9 +74,10 @@ def about(c: Comparison) -> str:
     return f"{', '.join(words)}; n = {counts_text([c])} {row.unit}; {kinds_text([c])}"
 
 
-def best_model(c: Comparison) -> str:
-    """Return the model with the best score."""
-    return (min if c.row.better == LOWER else max)(c.cells, key=lambda name: c.cells[name].value)
+def by_score(c: Comparison, names: Iterable[str]) -> list[str]:
+    """Return models in the order of their scores, the best one first."""
+    sign = 1 if c.row.better == LOWER else -1
+    return sorted(names, key=lambda name: sign * c.cells[name].value)
 
 
 def conclude(comparisons: Sequence[Comparison], sizes: Mapping[str, float]) -> Conclusion:
@@ -95,7 +97,7 @@ def conclude(comparisons: Sequence[Comparison], sizes: Mapping[str, float]) -> C
         start = "The models have no measure in common." if several else "There is one model."
         return Conclusion(model, f"{start} {model}: {score}.", "")
     pairs = len(criteria) * len(shared) * (len(shared) - 1) // 2
-    ranked = [_Ranking.of(c, shared, JOINT ** (1 / pairs)) for c in criteria]
+    ranked = [_Ranking(c, by_score(c, shared), JOINT ** (1 / pairs)) for c in criteria]
     good = [name for name in shared if not any(name in ranking.worse for ranking in ranked)]
     names = _names(criteria)
     evidence = [ranking.text(name) for ranking, name in zip(ranked, names, strict=True) if ranking.worse]
@@ -128,22 +130,23 @@ def _names(criteria: Sequence[Comparison]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Ranking:
-    """The models under one criterion. worse: Those that are shown to be worse than the best one."""
+    """The models under one criterion, the best one first. level: Of the interval of each difference."""
 
     c: Comparison
     names: Sequence[str]
     level: float
-    best: str
-    worse: Sequence[str]
 
-    @classmethod
-    def of(cls, c: Comparison, names: Sequence[str], level: float) -> _Ranking:
-        best = (min if c.row.better == LOWER else max)(names, key=lambda name: c.cells[name].value)
-        found = cls(c, names, level, best, ())
-        return cls(c, names, level, best, [name for name in names if name != best and found.is_worse(name)])
+    @property
+    def best(self) -> str:
+        """The model with the best score."""
+        return self.names[0]
 
-    def is_worse(self, name: str) -> bool:
-        """Return whether a model is shown to be worse than the best one."""
+    @cached_property
+    def worse(self) -> list[str]:
+        """The models that are shown to be worse than the best one."""
+        return [name for name in self.names[1:] if self._is_worse(name)]
+
+    def _is_worse(self, name: str) -> bool:
         found = self.c.pair(self.best, name)
         if found is None:  # no records of the same examples: two separate intervals
             one, other = self.c.cells[self.best], self.c.cells[name]
@@ -153,20 +156,16 @@ class _Ranking:
     def is_near(self, name: str) -> bool:
         """Return whether a model lies within one standard error of the best one."""
         found = self.c.pair(self.best, name)
-        if found is None:
-            return self.c.cells[name].value == self.c.cells[self.best].value
-        return abs(found.mean) <= math.sqrt(found.variance)
+        return name == self.best or (found is not None and abs(found.mean) <= math.sqrt(found.variance))
 
     def text(self, measure: str) -> str:
         """Return the sentence about the models that are shown to be worse."""
-        others = [name for name in self.names if name != self.best]
+        best, *others = self.names
         if len(self.worse) < len(others):
             rest = _listed([name for name in others if name not in self.worse])
-            return f"{_listed(self.worse)} shown to be worse than {self.best} in {measure}, {rest} not."
-        sign = -1 if self.c.row.better == LOWER else 1
-        runner = max(others, key=lambda name: sign * self.c.cells[name].value)
-        than = runner if len(others) == 1 else "every other model"
-        return f"{self.best} is shown to be better than {than} in {measure}{self._lead(runner, len(others) > 1)}."
+            return f"{_listed(self.worse)} shown to be worse than {best} in {measure}, {rest} not."
+        than = others[0] if len(others) == 1 else "every other model"
+        return f"{best} is shown to be better than {than} in {measure}{self._lead(others[0], len(others) > 1)}."
 
     def _lead(self, runner: str, named: bool) -> str:
         found = self.c.pair(self.best, runner)
@@ -192,13 +191,10 @@ def _taken(good: Sequence[str], ranked: Sequence[_Ranking], sizes: Mapping[str, 
     """Return the model to take of those that are not shown to be worse, and the reason."""
     if len(good) == 1:
         return good[0], ""
-    c = ranked[0].c
-    sign = -1 if c.row.better == LOWER else 1
-    near = [name for name in good if all(name == ranking.best or ranking.is_near(name) for ranking in ranked)] or good
-    known = all(name in sizes for name in near)
-    model = min(near, key=lambda name: (sizes[name] if known else 0, -sign * c.cells[name].value))
-    if not known:
-        return model, f"{model} has the best score, which may be chance."
+    near = by_score(ranked[0].c, [name for name in good if all(ranking.is_near(name) for ranking in ranked)] or good)
+    if not all(name in sizes for name in near):
+        return near[0], f"{near[0]} has the best score, which may be chance."
+    model = min(near, key=sizes.__getitem__)
     scores = "score" if len(ranked) == 1 else "score in each of these"
     size = f"{sizes[model]:,.0f} trained parameters" if sizes[model] else "nothing is trained"
     if len(near) == 1:
@@ -209,8 +205,7 @@ def _taken(good: Sequence[str], ranked: Sequence[_Ranking], sizes: Mapping[str, 
 def _needed_text(model: str, good: Sequence[str], ranked: Sequence[_Ranking]) -> str:
     """Return how many examples would show the difference of the taken model to its rival, "" if that is not known."""
     ranking = ranked[0]
-    c, sign = ranking.c, -1 if ranking.c.row.better == LOWER else 1
-    rivals = sorted((name for name in good if name != model), key=lambda name: -sign * c.cells[name].value)
+    c, rivals = ranking.c, [name for name in ranking.names if name in good and name != model]
     found = c.pair(model, rivals[0]) if rivals else None
     if found is None or found.variance == 0:
         return ""
@@ -219,7 +214,7 @@ def _needed_text(model: str, good: Sequence[str], ranked: Sequence[_Ranking]) ->
     examples, trainings = needed(found, cell, difference, ranking.level)
     size = f"{number_text(difference, c.row.scale, half=difference).removesuffix('.0')} {unit_of(c)}".strip()
     between = f" between {model} and {rivals[0]}"
-    if examples <= cell.n:
+    if examples <= cell.n and trainings <= cell.seeds:
         return f"These {cell.n:,} {c.row.unit} would have shown a difference of {size}{between}."
     seeds = f" and {trainings} training seeds" if trainings > cell.seeds else ""
     seen = ", the one seen here" if difference == abs(found.mean) else ""

@@ -11,7 +11,7 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.config.sections import RESOLVED
 from vismt.report.comparison import AVERAGE, Comparison
-from vismt.report.conclusion import Conclusion, about, best_model, first_of_tasks, key_comparisons
+from vismt.report.conclusion import Conclusion, about, by_score, first_of_tasks, key_comparisons
 from vismt.report.renderers import render_csv, render_html, render_latex, render_markdown
 from vismt.report.results import FACTS, Result
 from vismt.report.tables import (
@@ -168,7 +168,7 @@ def write_report(
 
 def _key_figure(c: Comparison) -> KeyFigure:
     arms = list(c.cells)
-    shown = arms if len(arms) <= MOST_KEYS else dict.fromkeys([arms[0], best_model(c)])
+    shown = arms if len(arms) <= MOST_KEYS else dict.fromkeys([arms[0], by_score(c, c.cells)[0]])
     unit = " %" if c.row.scale == SHARE else ""
     return KeyFigure([(arm, cell_text(replace(c.cells[arm], mark=""), c.row) + unit) for arm in shown], about(c))
 
@@ -176,7 +176,7 @@ def _key_figure(c: Comparison) -> KeyFigure:
 def headline(comparisons: Sequence[Comparison]) -> str:
     """Return the first score of the best arm with what its interval covers; "" without results."""
     for c in first_of_tasks(comparisons)[:1]:
-        arm = best_model(c)
+        arm = by_score(c, c.cells)[0]
         cell = replace(c.cells[arm], mark="")
         kind = interval_kind_text(cell.covers, cell.units)
         return f"{scale_text(c.row.metric, c.row.scale)} {cell_text(cell, c.row)} ({arm}; {kind})"
