@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 JOBS = with_entry_points(
     "vismt.jobs",
     {
+        "classification": "vismt.jobs.classification",
         "dense": "vismt.jobs.dense",
         "fewshot": "vismt.jobs.fewshot",
         "lm": "vismt.jobs.lm",
