@@ -248,7 +248,10 @@ def settled(config: Config, changes: Mapping[str, Any] | None = None, where: str
     given = [key.removeprefix("adapt.") for key in flat(changes or {})]
     method = METHODS[config.adapt.method]
     method.check_read(where, **{name: getattr(config.adapt, name) for name in method.unread if name in given})
-    return replace(config, adapt=None if method.head_only else replace(config.adapt, **method.unread_of(config.adapt)))
+    reset = method.unread_of(config.adapt)
+    if method.head_only or reset:
+        return replace(config, adapt=None if method.head_only else replace(config.adapt, **reset))
+    return config
 
 
 def ignored(config: StudyConfig) -> list[str]:
