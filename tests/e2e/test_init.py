@@ -103,6 +103,15 @@ def test_what_stands_in_comments_can_be_used(job: str, tmp_path: Path) -> None:
     config = load_config(path)
     assert {*config.arms} >= {"lora", "full"} and len(config.tune.rates) == 3
     make_job(config, tmp_path / "run")
+    if job == "dense":  # whose arms need no further key
+        words = ["size=[32, 48]", "tune=null", "train.warmup=0", *(word for word in TINY if "img_size" not in word)]
+        assert main(["train", str(path), *words, "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+        done = {path.parts[-3]: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/arms/*/*/done.json")}
+        assert {arm: about["method"] for arm, about in done.items()} == {
+            "lora": "lora",
+            "head": "heads",
+            "full": "full",
+        }
 
 
 # What a job cannot give a method; the file is not at fault.
