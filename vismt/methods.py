@@ -169,7 +169,7 @@ def adapt(
 
     Args:
         model: any module with linears or convolutions; changed in place.
-        method: one of `list_methods()`.
+        method: one of `list_methods()`. "full" trains every weight, "head" the classifier alone.
         targets: 'all-linear' (None), 'all-conv', 'all-linear+conv', a full-path regex, or a list of paths and suffixes.
         rank: of each pair of factors.
         alpha: numerator of the scale alpha / rank; None means alpha = rank.
