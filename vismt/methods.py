@@ -169,7 +169,7 @@ def adapt(
 
     Args:
         model: any module with linears or convolutions; changed in place.
-        method: one of `list_methods()`.
+        method: one of `list_methods()`. "full" trains every weight, "head" the classifier alone.
         targets: 'all-linear' (None), 'all-conv', 'all-linear+conv', a full-path regex, or a list of paths and suffixes.
         rank: of each pair of factors.
         alpha: numerator of the scale alpha / rank; None means alpha = rank.
@@ -197,7 +197,12 @@ def adapt(
 
 def known_method(name: Any, options: Collection[str]) -> Method:
     """Return a method by name. Raises UserError for an unknown one, and for options that it does not have."""
+    from vismt.config.sections import AdaptConfig
+
     method = METHODS[name]
+    for option in options:
+        if option in AdaptConfig.ELSEWHERE and option not in method.options:
+            raise UserError(f"adapt: '{name}' has no option '{option}'. {AdaptConfig.ELSEWHERE[option]}")
     require_known(f"adapt: '{name}' has no option", [method.renamed.get(o, o) for o in options], method.options)
     return method
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import yaml
 from helpers.results import scores_of
 from helpers.tiny_runs import interrupted, refused, run_config, run_on_two, save_classifier, written
 
+from vismt import cli
 from vismt.cli import main
 from vismt.storage.lines import read_lines, write_lines
 
@@ -424,3 +427,17 @@ def test_a_run_folder_in_use_is_refused(run_folder: Path, capsys) -> None:
         (run_folder / ".lock-holder").write_text(json.dumps({"host": "node7", "pid": os.getpid()}))
         for command in ("evaluate", "merge"):
             assert f"is in use by process {os.getpid()} on node7" in refused(capsys, command, run_folder)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_dependencies_log_is_shown_with_verbose_only(verbose: bool, monkeypatch, caplog) -> None:
+    def runner(_: object) -> None:
+        logging.getLogger("torch.utils._pytree").warning("an Enum subclass")
+        logging.getLogger("a.library").error("it failed")
+
+    options = SimpleNamespace(command="list", quiet=True, verbose=verbose, debug=False, runner=runner)
+    monkeypatch.setattr(cli, "parse", lambda arguments: options)
+    assert cli.main([]) == 0
+    assert [record.message for record in caplog.records] == ["an Enum subclass"] * verbose + ["it failed"]
+    logging.getLogger("a.library").warning("later")
+    assert caplog.records[-1].message == "later"  # the caller of `main` has its own logs again

@@ -54,10 +54,10 @@ def test_the_first_hour(tmp_path: Path) -> None:
 
     # own images, in two runs that are compared, from the folder that holds the clone
     write_folder(tmp_path / "my photos", 12)
-    command(interpreter, "init", "multitask", "--images", "my photos", "--to", "study", folder=tmp_path)
+    command(interpreter, "init", "classification", "--images", "my photos", "--to", "study", folder=tmp_path)
     for rate in ("0.001", "0.003"):
-        overrides = [*TINY[:3], "train.steps=2", "train.warmup=0", f"train.lr={rate}"]
-        command(interpreter, "run", "study/multitask.yaml", *overrides, "--out", "runs", folder=tmp_path)
+        overrides = [*TINY[:3], "train.steps=2", "train.warmup=0", "tune=null", f"train.lr={rate}"]
+        command(interpreter, "run", "study/classification.yaml", *overrides, "--out", "runs", folder=tmp_path)
     runs = sorted((tmp_path / "runs").iterdir())
     assert len(runs) == 2
     command(interpreter, "compare", *runs, "--out", "compared", "--format", "html,md,csv,latex", folder=tmp_path)

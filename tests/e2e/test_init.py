@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from helpers.own_images import write_folder
 from helpers.tiny_runs import refused
 from PIL import Image
 
+import vismt
 from vismt.cli import main
 from vismt.data.cards import load_card
 from vismt.data.images import open_images
@@ -21,7 +23,7 @@ from vismt.report.results import read_results
 from vismt.robustness.attacks import attacks
 
 TINY = ["model.name=test_vit", "model.pretrained=false", "model.img_size=32", "model.position=timm", "train.steps=2"]
-JOBS = ("fewshot", "multitask", "robustness")
+JOBS = ("classification", "fewshot", "multitask", "robustness")
 
 
 def run(folder: Path, job: str, *overrides: str):
@@ -38,9 +40,8 @@ def test_own_images(job: str, tmp_path: Path, monkeypatch, capsys) -> None:
     assert f"cd '{where}' && vismt run {job}.yaml" in capsys.readouterr().out.replace("\n", "")
     monkeypatch.chdir(where)  # where classifier.py is found
     monkeypatch.setitem(attacks.QUERIES, "strong", 20)
-    cut = {"fewshot": ["evaluate.episodes=2", "train.warmup=0"], "multitask": ["train.warmup=0"]}
-    short = ["evaluate.images=4", "evaluate.masking=false", "arms.mine.'classifier.size'=32"]
-    rows = run(where, job, *(short[:2] if job == "robustness" else [*TINY, *cut[job]]))
+    cut = {"fewshot": ["evaluate.episodes=2"], "robustness": ["evaluate.images=4", "evaluate.masking=false"]}
+    rows = run(where, job, *cut.get(job, ["tune=null"]), *([] if job == "robustness" else [*TINY, "train.warmup=0"]))
     assert {row.data for row in rows} == {"2024"}
     before = (where / f"{job}.yaml").read_text()
     assert "exists and would be overwritten; give another --to" in refused(
@@ -65,9 +66,97 @@ def test_a_folder_of_any_name_has_a_configuration_that_is_read(name: str, tmp_pa
         config = load_config(where / f"{job}.yaml")
         assert config.seed == 0 and "\n" not in config.title
         assert load_card(where / "card.yaml").sources
-        if job == "multitask":
+        if job == "classification":
             make_job(config, tmp_path / "run").check()
-    assert len(open_images(str(tmp_path / "to" / "multitask" / "card.yaml"))) > 0
+    assert len(open_images(str(tmp_path / "to" / "classification" / "card.yaml"))) > 0
+
+
+def test_classes_of_one_set_are_named_alone(tmp_path: Path, monkeypatch) -> None:
+    """In predictions, exports and pictures; and an attack on the run finds the classes of its set by these names."""
+    images = write_folder(tmp_path / "fruit", 12)
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "classification", "--images", str(images), "--quiet"]) == 0
+    run(tmp_path, "classification", *TINY, "train.warmup=0", "tune=null", "arms={full: {adapt.method: full}}")
+    folder = next((tmp_path / "runs").iterdir())
+    classes = sorted(path.name for path in images.iterdir())
+    assert main(["export", str(folder), "--format", "timm", "--to", "timm", "--quiet"]) == 0
+    about = json.loads((tmp_path / "timm" / "config.json").read_text())
+    assert about["label_names"] == classes and "label_space" not in about
+    files = [next((images / name).iterdir()) for name in classes]
+    labels = {row["label"] for row in vismt.predict(folder, files).rows}
+    assert labels <= set(classes)
+    answers = np.load(folder / "examples.npz")
+    assert {*answers["truth"].tolist(), *answers["predictions"].flat} <= set(classes)
+    attack = ["attack", str(folder), "--attack", "fgsm", "--epsilon", "8/255"]
+    assert main([*attack, "--quiet"]) == 0
+
+
+COMMENTED = re.compile(r"^# ?(?=(?:arms|tune|select|calibration|  \w+): ?)", re.M)
+
+
+@pytest.mark.parametrize("job", ["dense", "fewshot", "lm"])
+def test_what_stands_in_comments_can_be_used(job: str, tmp_path: Path) -> None:
+    assert main(["init", job, "--to", str(tmp_path), "--quiet"]) == 0
+    path = tmp_path / f"{job}.yaml"
+    text = COMMENTED.sub("", path.read_text()).replace("OTHER_IMAGES", "cifar10:test")
+    path.write_text(text.replace("train: [motorcycle:train],", "train: [motorcycle:train], validation_share: 0.1,"))
+    config = load_config(path)
+    assert {*config.arms} >= {"lora", "full"} and len(config.tune.rates) == 3
+    make_job(config, tmp_path / "run")
+    if job == "dense":  # whose arms need no further key
+        words = ["size=[32, 48]", "tune=null", "train.warmup=0", *(word for word in TINY if "img_size" not in word)]
+        assert main(["train", str(path), *words, "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+        done = {path.parts[-3]: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/arms/*/*/done.json")}
+        assert {arm: about["method"] for arm, about in done.items()} == {
+            "lora": "lora",
+            "head": "heads",
+            "full": "full",
+        }
+
+
+# What a job cannot give a method; the file is not at fault.
+CANNOT = {
+    ("classification", "ilora"): "gates",
+    ("classification", "mtlora"): "those of a run of task: dense",
+    ("fewshot", "emtal"): "a router takes adapt.options.fade: 1",
+    ("fewshot", "ilora"): "gates",
+    ("fewshot", "mtlora"): "those of a run of task: dense",
+    ("dense", "corda"): "adapt.covariances: NoneType for 'corda'",
+    ("dense", "ilora"): "gates",
+    ("lm", "corda"): "calibration: 'corda' needs covariances",
+    ("lm", "emtal"): "it needs a timm ViT",
+    ("lm", "ilora"): "is gated by a user's history",
+    ("lm", "mtlora"): "those of a run of task: dense",
+    ("lm", "head"): "has no head",
+}
+METHODS = [*vismt.list_methods(), "peft:dora"]
+CHANGED = [(job, method) for job in ("classification", "fewshot", "dense", "lm") for method in METHODS]
+
+
+@pytest.mark.parametrize(("job", "method"), CHANGED)
+def test_the_method_is_changed_alone(job: str, method: str, tmp_path: Path, capsys) -> None:
+    given, words = [], [*TINY]
+    if job == "classification":
+        words += ["arms={}", "tune=null"]
+    if job == "dense":
+        words = ["size=[32, 48]", *(word for word in TINY if "img_size" not in word)]
+    if job == "lm":
+        (tmp_path / "mine.jsonl").write_text((json.dumps({"prompt": "a b", "completion": "b a"}) + "\n") * 20)
+        reader = tokenizer()
+        reader.chat_template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}</s>{% endfor %}"
+        reader.save_pretrained(save_lm(tmp_path / "lm"))
+        given, words = ["--texts", str(tmp_path / "mine.jsonl")], [f"model.name={tmp_path / 'lm'}", "train.steps=2"]
+    assert main(["init", job, *given, "--to", str(tmp_path), "--quiet"]) == 0
+    command = ["train", tmp_path / f"{job}.yaml", *words, "train.warmup=0", f"adapt.method={method}"]
+    command += ["--out", tmp_path / "runs"]
+    capsys.readouterr()
+    if (job, method) in CANNOT:
+        assert CANNOT[job, method] in refused(capsys, *command)
+        return
+    assert main([str(word) for word in command]) == 0
+    reset = {"dense": "without rank 4: ", "lm": "without rank 16, alpha 32.0: "}.get(job, "without")
+    expected = job in ("dense", "lm") and method in ("s2ft", "lisa", "full")
+    assert (reset in capsys.readouterr().out) == expected
 
 
 def test_a_line_end_in_the_name_of_a_file_of_texts_is_no_line_of_the_configuration(tmp_path: Path) -> None:
@@ -83,12 +172,22 @@ def test_a_study_can_be_moved(tmp_path: Path, monkeypatch, capsys) -> None:
     home = tmp_path / "here"
     write_folder(home / "study" / "photos", 12)
     assert (
-        main(["init", "multitask", "--images", str(home / "study" / "photos"), "--to", str(home / "study"), "--quiet"])
+        main(
+            [
+                "init",
+                "classification",
+                "--images",
+                str(home / "study" / "photos"),
+                "--to",
+                str(home / "study"),
+                "--quiet",
+            ]
+        )
         == 0
     )
-    written = [(home / "study" / name).read_text() for name in ("multitask.yaml", "card.yaml")]
+    written = [(home / "study" / name).read_text() for name in ("classification.yaml", "card.yaml")]
     assert not any(str(tmp_path) in text for text in written) and "train: [./card.yaml]" in written[0]
-    command = ["run", "multitask.yaml", *TINY, "train.warmup=0"]
+    command = ["run", "classification.yaml", *TINY, "train.warmup=0", "tune=null"]
     monkeypatch.chdir(home / "study")
     assert main(command) == 0
     home.rename(tmp_path / "there")
@@ -97,7 +196,7 @@ def test_a_study_can_be_moved(tmp_path: Path, monkeypatch, capsys) -> None:
     assert main(command) == 0 and len(list(Path("runs").iterdir())) == 1
     assert "done before" in capsys.readouterr().out
     monkeypatch.chdir(tmp_path)
-    assert main(["run", "there/study/multitask.yaml", *TINY, "train.warmup=0", "--quiet"]) == 0
+    assert main(["run", "there/study/classification.yaml", *TINY, "train.warmup=0", "tune=null", "--quiet"]) == 0
 
 
 def test_own_maps(tmp_path: Path) -> None:
@@ -165,7 +264,8 @@ def test_without_images(job: str, tmp_path: Path, monkeypatch) -> None:
     tiny = [*TINY, "train.warmup=0"]
     cut = {
         "fewshot": [*tiny, "evaluate.episodes=2"],
-        "multitask": tiny,
+        "multitask": [*tiny, "tune.rates=[0.001, 0.01]"],
+        "classification": tiny,
         "robustness": ["evaluate.images=20"],
         "dense": [override for override in tiny if "img_size" not in override] + ["size=[32, 48]"],
     }

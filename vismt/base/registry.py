@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError, near, shown_value
 
 T = TypeVar("T")
 # What registries of the core find in packages above it, by kind: vismt/__init__.py writes them down, since it runs first.
@@ -103,6 +103,16 @@ class Registry(Mapping[str, T]):
         """Register objects named "prefix:rest", made by `make(rest)` when one is asked for; iterating leaves them out."""
         self._families[prefix] = make
 
+    def hint(self, name: str) -> str:
+        """Return a hint for an unknown name: the family that has it, else the near names."""
+        for prefix, make in self.families.items():
+            try:
+                make(name)
+            except UserError:
+                continue
+            return f" It is '{prefix}:{name}'."
+        return near(name, self)
+
     @property
     def families(self) -> dict[str, Callable[[str], T]]:
         """What makes the objects of each family, by prefix."""
@@ -116,7 +126,8 @@ class Registry(Mapping[str, T]):
         prefix, colon, rest = str(name).partition(":")
         if colon and prefix in self.families:
             return self.families[prefix](rest)
-        require_known(self._unknown, [name], self)
+        if name not in self:
+            raise UserError(f"{self._unknown} {shown_value(str(name))}.{self.hint(str(name))}")
         if name not in self._items:
             module = import_own(self._places[name], f"{self._unknown} '{name}'")
             if name not in self._items:

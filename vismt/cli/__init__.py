@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import gc
+import logging
 import os
 import sys
 import warnings
@@ -30,10 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         return 2  # `parse` has printed the commands
     console.set_quiet(options.quiet or getattr(options, "answers", False) or int(os.environ.get("RANK", "0")) > 0)
+    disabled = logging.root.manager.disable
     if not options.verbose:
-        # The warnings of dependencies are for developers; a user cannot act on them.
+        # The warnings and bars of dependencies are for developers; a user cannot act on them.
         warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # of bars that their caller does not set, as those of GGUF files
     try:
         bad = next((word for word in arguments or sys.argv[1:] if word != console.printable(word)), None)
         if bad is not None:  # reports and run.json hold the command and the names of files
@@ -54,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         console.error(f"interrupted. Run the same command again: {str(interrupt) or 'it keeps what is finished'}.")
         return 130
+    finally:
+        logging.disable(disabled)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -76,7 +76,7 @@ def _config(options: argparse.Namespace) -> None:
         return
     if options.job is None:
         for job in JOBS:
-            console.stage("config", f"{job:<12}{(job_config(job).__doc__ or '').splitlines()[0]}")
+            console.stage("config", f"{job:<16}{(job_config(job).__doc__ or '').splitlines()[0]}")
         return
     found = keys(options.job) if options.key is None else find_keys(options.job, options.key)
     for key in found:

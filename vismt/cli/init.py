@@ -46,7 +46,7 @@ def _init(options: argparse.Namespace) -> None:
         if path is not None and not exists(path):
             raise UserError(f"init: --{name} {path}: no such {what}.")
     folder, given = options.to.resolve(), getattr(options, init.takes)
-    files = init.files(folder, given and given.resolve())
+    files = init.files(options.job, folder, given and given.resolve())
     check_outputs("init", [(options.to / name, "") for name in files])
     for name, content in files.items():
         atomic_write(folder / name, content)

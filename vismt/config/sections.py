@@ -99,6 +99,23 @@ class AdaptConfig:
         options: further arguments of the method, which `vismt list methods` shows.
     """
 
+    # peft's words, in Python and in configurations.
+    ELSEWHERE: ClassVar[dict[str, str]] = {
+        "r": "It is rank here.",
+        "target_modules": "It is targets here.",
+        "lora_alpha": "It is alpha here.",
+        "exclude_modules": "It is exclude here (in a configuration adapt.options.exclude).",
+        "modules_to_save": "It is also_train here (in a configuration adapt.options.also_train).",
+        "lora_dropout": "It is dropout here (in a configuration adapt.options.dropout).",
+        "use_rslora": "It is rslora here (in a configuration adapt.options.rslora).",
+        "use_dora": "Take the method 'peft:dora'.",
+        "dora": "Take the method 'peft:dora'.",
+        "layers_to_transform": "Name the layers in targets, by a regular expression of the full path.",
+        "init_lora_weights": "A start is a method here: lora, pissa, corda, polar or another one of `vismt list methods`.",
+        "bias": "Name biases in also_train (in a configuration adapt.options.also_train).",
+        "task_type": "It is not needed; leave it out.",
+    }
+
     module: Annotated[str, import_own] | None = field(default=None, metadata=UNHASHED)
     method: Annotated[str, Names("vismt.methods:METHODS", only=True)] = "lora"
     targets: str | list[str] | None = None

@@ -61,7 +61,8 @@ class Names:
         known = self._known()
         for name in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(name, str) and name not in known:
-                hint = near(name, known) or f" Known: {', '.join(map(repr, known))}."
+                own = getattr(known, "hint", None)
+                hint = (own(name) if own else near(name, known)) or f" Known: {', '.join(map(repr, known))}."
                 raise UserError(f"{where}: '{name[:SHOWN]}' is not known.{hint}")
 
     @property

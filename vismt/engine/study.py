@@ -248,7 +248,10 @@ def settled(config: Config, changes: Mapping[str, Any] | None = None, where: str
     given = [key.removeprefix("adapt.") for key in flat(changes or {})]
     method = METHODS[config.adapt.method]
     method.check_read(where, **{name: getattr(config.adapt, name) for name in method.unread if name in given})
-    return replace(config, adapt=None if method.head_only else replace(config.adapt, **method.unread_of(config.adapt)))
+    reset = method.unread_of(config.adapt)
+    if method.head_only or reset:
+        return replace(config, adapt=None if method.head_only else replace(config.adapt, **reset))
+    return config
 
 
 def ignored(config: StudyConfig) -> list[str]:
@@ -258,11 +261,11 @@ def ignored(config: StudyConfig) -> list[str]:
     lines = []
     for name, changes in (config.arms or {ALONE: {}}).items():
         arm = with_values(replace(config, arms={}), changes, f"arms.{name}").adapt
-        if arm is not None:
-            method = METHODS[arm.method]
+        method = None if arm is None else METHODS[arm.method]
+        if method is not None and not method.head_only:
             values = [f"{key} {getattr(arm, key)}" for key in method.unread_of(arm)]
             reason = next(iter(method.unread.values()), "")
-            lines += [f"{name}   without {', '.join(values)}: '{arm.method}' {reason}"] if values else []
+            lines += [f"{name}   without {', '.join(values)}: '{method.name}' {reason}"] if values else []
     return lines
 
 
@@ -303,8 +306,10 @@ def write_choice(path: Path, arm: str, rates: list[float], validation: Mapping[f
     best = max(finished, key=finished.__getitem__)
     texts = {lr: "diverged" if score is None else f"{score:.4g}" for lr, score in validation.items()}
     scores = "   ".join(f"{lr:g} {text}" for lr, text in texts.items())
-    edge = "   (at an end of the grid)" if best in (rates[0], rates[-1]) and len(rates) > 2 else ""
-    console.stage("tune", f"{arm}   validation score by rate: {scores}   chosen {best:g}{edge}")
+    console.stage("tune", f"{arm}   validation score by rate: {scores}   chosen {best:g}")
+    if best in (rates[0], rates[-1]) and len(rates) > 2:
+        end, beyond = ("smallest", "smaller") if best == rates[0] else ("largest", "larger")
+        console.stage("tune", f"{arm}   {best:g} is the {end} of tune.rates; a {beyond} one may be better, add some")
     atomic_write(path, sealed({"lr": best, "validation": {f"{lr:g}": score for lr, score in validation.items()}}))
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 JOBS = with_entry_points(
     "vismt.jobs",
     {
+        "classification": "vismt.jobs.classification",
         "dense": "vismt.jobs.dense",
         "fewshot": "vismt.jobs.fewshot",
         "lm": "vismt.jobs.lm",
@@ -96,8 +97,10 @@ def make_job(config: RunConfig, folder: Path, run_hash: str | None = None) -> Ev
     job = _part(config.task, "job", "JOB")
     from vismt.engine.study import StudyConfig, settled
 
-    alone = isinstance(config, StudyConfig) and not config.arms
-    return job(settled(config) if alone else config, folder, run_hash or config_hash(config))
+    run_hash = run_hash or config_hash(config)
+    if isinstance(config, StudyConfig) and not config.arms:
+        config = settled(config)
+    return job(config, folder, run_hash)
 
 
 @contextmanager

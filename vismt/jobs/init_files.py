@@ -40,12 +40,12 @@ class Init:
     """How `vismt init` begins a job.
 
     Args:
-        files: Function of the folder to write to and the user's data (None for none). It returns the content of each file by
-            name and writes nothing.
+        files: Function of the job's name, the folder to write to and the user's data (None for none). It returns the content
+            of each file by name and writes nothing.
         takes: Option that names the user's data: "images", a folder, or "texts", a file.
     """
 
-    files: Callable[[Path, Path | None], Files]
+    files: Callable[[str, Path, Path | None], Files]
     takes: str = "images"
 
 
@@ -85,4 +85,4 @@ def quoted(value: object) -> str:
 def config(job: str, template: Template, *, about: str, title: str, **values: object) -> Files:
     """Return the configuration of a job. about: What it is about, for the comment in its first line."""
     name = f"{job}.yaml"
-    return {name: template.substitute(config=name, about=one_line(about), title=quoted(title), **values)}
+    return {name: template.substitute(job=job, config=name, about=one_line(about), title=quoted(title), **values)}

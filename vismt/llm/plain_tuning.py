@@ -27,7 +27,10 @@ def full(
     seed: int,
     exclude: str | Sequence[str] = (),
 ) -> AdaptReport:
-    """Train every weight: full fine-tuning. exclude: parameters and modules that stay frozen, names or patterns."""
+    """Train every weight: full fine-tuning.
+
+    exclude: parameters and modules that stay frozen, names or patterns.
+    """
     refuse_adapted(model)
     frozen = set(matched_parameters(model, "adapt.exclude", need_names("adapt.exclude:", exclude)))
     return _train(model, "full", [name for name, _ in model.named_parameters() if name not in frozen])
@@ -42,10 +45,11 @@ def head(
     seed: int,
     also_train: str | Sequence[str] = (),
 ) -> AdaptReport:
-    """Train the classifier alone: a linear probe. also_train: what is trained beside it, or a head that is not found.
+    """Train the classifier alone: a linear probe.
 
     The classifier is what `get_classifier` or `get_output_embeddings` returns, or else the module head, fc, classifier, score or
-    lm_head. A model without one is frozen as a whole, for a head of your own behind it.
+    lm_head. A model without one is frozen as a whole, for a head of your own behind it. also_train: what is trained beside the
+    classifier, or a head that is not found.
     """
     refuse_adapted(model)
     chosen = matched_parameters(model, "adapt.also_train", need_names("adapt.also_train:", also_train))

@@ -1,4 +1,4 @@
-"""The sections of a multi-task classification configuration (task: multitask)."""
+"""The sections of a classification configuration of one or more tasks (task: classification, or multitask)."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class MergeConfig:
 
 @dataclass
 class MultitaskConfig(StudyConfig):
-    """Several classification tasks on one backbone.
+    """Classification of images, of one or several tasks on one backbone.
 
     Args:
         model: the backbone.

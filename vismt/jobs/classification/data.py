@@ -49,7 +49,9 @@ class TaskData:
 
     @property
     def label_names(self) -> list[str]:
-        """The name "task/class" of every label of the union."""
+        """The name of every label of the union: that of the class for a single task, else "task/class"."""
+        if len(self.classes) == 1:
+            return self.classes[0]
         return [f"{task}/{name}" for task, names in zip(self.union.tasks, self.classes) for name in names]
 
     def training(self, tasks: Sequence[str] = ()) -> Gathered:

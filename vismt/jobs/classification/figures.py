@@ -76,7 +76,7 @@ def write_confusions(folder: Path, data: TaskData, split: str, trainings: Mappin
 def write_examples(
     path: Path, images: np.ndarray, truth: Sequence[str], tasks: Sequence[str], predictions: Mapping[str, Sequence[str]]
 ) -> Path:
-    """Write images uint8 (n, 3, h, w), the names "task/class" of their classes, and by arm its answers; return `path`."""
+    """Write images uint8 (n, 3, h, w), the names of their classes, and by arm its answers; return `path`."""
     arrays = {
         "images": images,
         "truth": np.array(list(truth), dtype=str),

@@ -297,6 +297,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
                 yield found_copy(load_card(card), ImageSource, split)[1]
 
     def cards_of_tasks(self) -> dict[str, set[str]]:
+        if len(self.config.tasks) == 1:  # the outputs of a single task are named by class alone
+            return {}
         parts = {task.name: (*task.train, *task.validation, *task.test) for task in self.config.tasks}
         return {name: {row_name(card_and_split(entry)[0]) for entry in entries} for name, entries in parts.items()}
 
@@ -307,7 +309,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
 
     def about(self, arm: str | None = None) -> dict[str, Any]:
         """Return the classes for config.json beside merged weights, with timm's keys."""
-        space = {"label_space": "separate"} if self.evaluation.separate(self.study.find(arm)) else {}
+        several = len(self.config.tasks) > 1
+        space = {"label_space": "separate"} if several and self.evaluation.separate(self.study.find(arm)) else {}
         return {"num_classes": self.data.union.num_classes, "label_names": self.data.label_names, **space}
 
 

@@ -19,35 +19,20 @@ sources:
     maps: {$maps}            # {form: folder}; forms: label (PNG, class numbers), depth_mm, depth_m, normal, edge, saliency
     splits: {all: null}
 $void$classes""")
-FEWSHOT = Template("""\
-# Few-shot episodes on $about: a frozen backbone beside one that is meta-tuned on other images.
-#
-#   vismt run $config
-task: fewshot
-title: Few-shot, $about
-seed: 0
-model: {name: vit_small_patch14_imgfocus, img_size: 42, position: onnx}   # or any model of timm
-adapt: {method: lora, rank: 8}                    # null: evaluate the frozen backbone only
-source: {data: [$source], ways: $ways, shots: 1, queries: 5}   # the images of the training episodes
-train: {steps: 40, lr: 3.0e-4, warmup: 4}
-evaluate:
-  data: [$data]
-  models: [frozen, adapted]                       # each also with +finetune, +ridge or +logistic
-  ways: $ways
-  shots: [$shots]
-  queries: $queries
-  episodes: 20                                    # 600 for a table
-  attacks: [{name: pgd, epsilon: 4.5/255}]        # strong is stronger, and slower
-""")
 TEMPLATE = Template("""\
 # Dense prediction on $about.
 #
 #   vismt run $config
-task: dense
+task: $job
 title: $title
 seed: 0
 model: {name: vit_small_patch14_imgfocus, position: onnx}
-adapt: {method: lora, rank: 4}
+adapt: {method: lora, rank: 4}                    # `vismt list methods` has the names
+# arms:                                           # compared with each other on the same images
+#   lora: {adapt.method: lora}
+#   head: {adapt.method: head}                    # the heads alone
+#   full: {adapt.method: full, train.rates: {heads: 1, ".": 0.03}}   # all weights, at 0.03 of each rate
+# tune: {rates: [3.0e-4, 1.0e-3, 3.0e-3]}         # every arm keeps its best rate; needs data.validation_share: 0.1
 data: $data
 size: $size                                       # height and width, multiples of the patches
 tasks: $tasks
@@ -58,19 +43,19 @@ evaluate: {split: test, batch: 2}
 """)
 
 
-def _files(folder: Path, images: Path | None) -> Files:
+def _files(job: str, folder: Path, images: Path | None) -> Files:
     if images is None:
         data = "{train: [motorcycle:train], test: [motorcycle:test]}"
-        return _config("tiles of one photograph", data, "[depth, normals]", "[140, 112]")
+        return _config(job, "tiles of one photograph", data, "[depth, normals]", "[140, 112]")
     maps, tasks, more = _maps(images)
     name = set_name(images)
     card = MAPS_CARD.substitute(name=quoted(name), root=place(images, folder), image="images", maps=maps, **more)
-    return {CARD: card} | _config(name, f"{{train: [{OWN_CARD}], test_share: 0.2}}", tasks, "[112, 112]")
+    return {CARD: card} | _config(job, name, f"{{train: [{OWN_CARD}], test_share: 0.2}}", tasks, "[112, 112]")
 
 
-def _config(about: str, data: str, tasks: str, size: str) -> Files:
+def _config(job: str, about: str, data: str, tasks: str, size: str) -> Files:
     title = f"Dense prediction, {about}"
-    return config("dense", TEMPLATE, about=about, title=title, data=data, tasks=tasks, size=size)
+    return config(job, TEMPLATE, about=about, title=title, data=data, tasks=tasks, size=size)
 
 
 def _maps(images: Path) -> tuple[str, str, dict[str, str]]:

@@ -150,7 +150,10 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
 
     def prepared(self, config: FewShotConfig) -> tuple[Net, str, list[Tensor]]:
         if config.adapt is None:
-            raise UserError("adapt: is null; an arm of a few-shot run needs a method.")
+            raise UserError(
+                "adapt: trains nothing; an arm of a few-shot run needs a method that trains the backbone. A linear probe is "
+                "'frozen+logistic' in evaluate.models."
+            )
         net = self.fresh(config)
         if config.meta is None:
             try:

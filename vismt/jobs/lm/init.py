@@ -15,10 +15,10 @@ TEMPLATE = Template("""\
 # A language model that learns to classify the rows of $about.
 #
 #   vismt run $config
-task: lm
+task: $job
 title: $title
 seed: 0
-model: {name: smollm2-135m-instruct, dtype: bfloat16, first_block: 22}    # or a folder, or a name on the hub
+model: {name: smollm2-135m-instruct, dtype: float32, first_block: 22}    # or a folder, or a name on the hub
 tasks:
   - name: sentiment
     kind: classes
@@ -27,7 +27,11 @@ tasks:
     train: [$data]                              # a .csv, .tsv or .jsonl file, or a card
     validation_share: 0.2
     test_share: 0.2
-adapt: {method: lora, rank: 8, targets: [q_proj, v_proj]}
+adapt: {method: lora, rank: 8, targets: [q_proj, v_proj]}   # `vismt list methods` has the names
+# arms:                                           # compared with each other on the same rows
+#   lora: {adapt.method: lora}
+#   full: {adapt.method: full, train.rates: {head: 1, ".": 0.1}}   # all weights, at a tenth of each rate
+# tune: {rates: [1.0e-4, 3.0e-4, 1.0e-3]}         # every arm keeps the rate that is best on validation rows
 head: {name: linear}                              # vbll: a Bayesian last layer
 batch: 4
 train: {steps: 20, lr: 3.0e-4}
@@ -36,16 +40,21 @@ OWN_TEXTS = Template("""\
 # A language model that learns from the rows of $about.
 #
 #   vismt run $config          and then: vismt predict RUN prompts.jsonl
-${unused}task: lm
+${unused}task: $job
 title: $title
 seed: 0
-model: {name: smollm2-135m-instruct, dtype: bfloat16}    # or a folder, or a name on the hub
+model: {name: smollm2-135m-instruct, dtype: float32}    # or a folder, or a name on the hub
 tasks:
   - name: own                                     # learns $learned
     $task
     train: [$data]
     test_share: $share
-adapt: {method: lora, rank: 16, alpha: 32}       # every linear layer
+adapt: {method: lora, rank: 16, alpha: 32}       # every linear layer; `vismt list methods` has the names
+# arms:                                           # compared with each other on the same rows
+#   lora: {adapt.method: lora}
+#   full: {adapt.method: full, train.rates: {".": 0.1}}   # all weights, at a tenth of each rate
+# tune: {rates: [1.0e-4, 3.0e-4, 1.0e-3]}         # every arm keeps its best rate; needs validation_share: 0.1 in the task
+# calibration: {data: [OTHER.jsonl], text: "{COLUMN}"}   # texts that corda reads first
 batch: 4
 train: {steps: 100, lr: 2.0e-4, warmup: 10}      # at least one pass: rows / batch
 """)
@@ -58,10 +67,10 @@ TEXTS = "text,label\n" + "".join(
 )
 
 
-def _files(folder: Path, texts: Path | None) -> Files:
+def _files(job: str, folder: Path, texts: Path | None) -> Files:
     if texts is None:
         about, title = "a table of texts", "Classification of texts"
-        return {"texts.csv": TEXTS} | config("lm", TEMPLATE, about=about, title=title, data="./texts.csv")
+        return {"texts.csv": TEXTS} | config(job, TEMPLATE, about=about, title=title, data="./texts.csv")
     from vismt.data.texts.text_set import open_texts
     from vismt.jobs.lm.row_layouts import layout_of
 
@@ -75,7 +84,7 @@ def _files(folder: Path, texts: Path | None) -> Files:
     values = {"learned": layout.learned, "task": task, "data": place(texts, folder), "unused": unused}
     share = 0.1 if len(rows) >= MANY else 0.3
     title = f"Fine-tuning on {texts.name}"
-    return config("lm", OWN_TEXTS, about=texts.name, title=title, share=share, **values)
+    return config(job, OWN_TEXTS, about=texts.name, title=title, share=share, **values)
 
 
 INIT = Init(_files, takes="texts")

@@ -11,7 +11,7 @@ TEMPLATE = Template("""\
 # The classifier of classifier.py on $about: clean, under attacks, under corruptions.
 #
 #   vismt run $config          (in this folder, where classifier.py is found)
-task: robustness
+task: $job
 title: $title
 seed: 0
 arms:                                             # compared on the same images
@@ -39,14 +39,14 @@ def load() -> tuple[nn.Module, int]:
 ''')
 
 
-def _files(folder: Path, images: Path | None) -> Files:
+def _files(job: str, folder: Path, images: Path | None) -> Files:
     files: Files = {}
     about, data, classes = "handwritten digits", "digits", 10
     if images is not None:
         opened, about, files = images_card(folder, images)
         data, classes = OWN_CARD, len(opened.classes)
     files["classifier.py"] = CLASSIFIER.substitute(config="robustness.yaml", classes=classes)
-    return files | config("robustness", TEMPLATE, about=about, title=f"Robustness on {about}", data=data)
+    return files | config(job, TEMPLATE, about=about, title=f"Robustness on {about}", data=data)
 
 
 INIT = Init(_files)
