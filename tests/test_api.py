@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -226,6 +229,36 @@ def test_results_are_a_table_and_a_report(folder: Path, tmp_path: Path) -> None:
         vismt.evaluate_fewshot(Features(1), folder, **EPISODES, img_size=16).report(tmp_path / "report")
 
 
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import vismt
+from helpers.own_images import ByColour
+results = vismt.audit(ByColour(), {data!r}, attacks=["fgsm"], images=6, img_size=16)
+print("page", results.report())
+"""
+
+
+def test_a_printed_path_is_there_when_the_script_has_ended(folder: Path, tmp_path: Path) -> None:
+    script = SCRIPT.format(tests=str(Path(__file__).parent), data=str(folder))
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    (page,) = re.findall(r"^page (.*)$", run.stdout, re.M)
+    assert re.fullmatch(r"runs/robustness-[0-9a-f]{10}/report\.html", page) and (tmp_path / page).is_file()
+    for path in re.findall(r"[\w./-]+/[\w./-]+\.(?:html|md|csv|jsonl|svg)\b", run.stdout):
+        assert (tmp_path / path).exists(), path
+
+
+def test_the_predictions_of_a_temporary_run_stay(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = vismt.evaluate_fewshot(Features(), folder, **EPISODES, img_size=16)
+    files = vismt.predict(results, folder / "red", support=folder).files
+    page = results.report()
+    assert vismt.predict(results, folder / "red", support=folder).files == files  # the folder is the run's
+    del results
+    gc.collect()
+    assert page.is_file() and files[0].is_file() and files[0].parent.parent == page.parent
+
+
 def test_results_as_a_table_of_pandas(folder: Path) -> None:
     pandas = pytest.importorskip("pandas")
     results = vismt.evaluate_fewshot(Features(), folder, **EPISODES, img_size=16)
@@ -250,10 +283,39 @@ def test_user_errors(folder: Path, tmp_path: Path) -> None:
         (lambda: vismt.evaluate_fewshot(Features(), Scaled(), **EPISODES, img_size=16), "values from .* needed .0, 1"),
         (lambda: vismt.evaluate_fewshot(Features(), Named(), **EPISODES, img_size=16), "must be a whole number from 0"),
         (lambda: vismt.evaluate_fewshot(Features(), iter([]), img_size=16), "has no length or no index"),
+        (
+            lambda: vismt.evaluate_fewshot(Features(), folder, n_way=5),
+            "^evaluate_fewshot: no argument 'n_way'. Near: 'ways'.$",
+        ),
+        (lambda: vismt.meta_tune("vit", folder, folder, learning_rate=1), "no argument 'learning_rate'. Near: 'lr'.$"),
+        (
+            lambda: vismt.audit(Features(), folder, zzz=1),
+            "no argument 'zzz'. Known: 'attacks', 'batch', .*, 'seed'.$",
+        ),
+        (lambda: vismt.train({}, foldr="x"), "train: no argument 'foldr'. Near: 'folder'"),
     ]
     for call, message in cases:
         with pytest.raises(UserError, match=message):
             call()
+
+
+def test_a_null_character_in_a_path_is_a_user_error(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {**EPISODES, "img_size": 16}
+    results = vismt.evaluate_fewshot(Features(), folder, **given)
+    model = tiny_vit()
+    vismt.adapt(model, "lora", targets=["qkv"], rank=2)
+    for call in (
+        lambda: vismt.evaluate_fewshot(Features(), folder, **given, folder="a\0b"),
+        lambda: results.report("a\0b"),
+        lambda: vismt.predict(results, folder / "red", support=folder, to="a\0b"),
+        lambda: vismt.predict(results, "a\0b", support=folder),
+        lambda: vismt.save_adapter(model, "a\0b"),
+        lambda: vismt.export_peft(model, "a\0b"),
+    ):
+        with pytest.raises(UserError, match="null"):
+            call()
+    assert {path.name for path in tmp_path.iterdir()} <= {"runs"}
 
 
 class Scaled(Pictures):

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib
 import os
+import pydoc
 import re
 import runpy
 import subprocess
@@ -40,12 +41,22 @@ def test_import_and_help_load_no_library(code: str) -> None:
 
 
 def test_public_names_are_there_when_used() -> None:
-    assert {type(getattr(vismt, name)).__name__ for name in vismt.__all__} == {"function", "module", "type"}
-    assert set(vismt.__all__) <= set(dir(vismt))
+    assert {type(getattr(vismt, name)).__name__ for name in vismt.__all__} == {"function", "module"}
+    assert {*dir(vismt)} - {*vismt.__all__} == {"StudyResults", "UserError", "Verdict"}
     with pytest.raises(AttributeError, match="module 'vismt' has no attribute 'adpat'"):
         _ = vismt.adpat
     with pytest.raises(ImportError):
         exec("from vismt import adpat")
+
+
+def test_help_begins_with_an_example_and_shows_no_special_method() -> None:
+    text = pydoc.render_doc(vismt, renderer=pydoc.plaintext)
+    lines = [line for line in text.partition("DESCRIPTION")[2].splitlines() if line.strip()]
+    assert lines[0].strip() == "import timm, vismt" and "NAME\n    vismt - Low-rank adaptation methods" in text
+    contents, _, described = text.partition("FUNCTIONS")
+    assert not re.search(r"__\w+__\(|annotations|TYPE_CHECKING|PLACES", text) and "CLASSES" not in contents
+    functions = {name for name in vismt.__all__ if isinstance(getattr(vismt, name), types.FunctionType)}
+    assert {*re.findall(r"^    (\w+)\(", described, re.M)} == functions
 
 
 def test_names_for_type_checkers_are_those_at_run_time() -> None:
@@ -53,7 +64,10 @@ def test_names_for_type_checkers_are_those_at_run_time() -> None:
         tree = ast.parse(Path(str(package.__file__)).read_text(encoding="utf8"))
         block = next(node for node in tree.body if isinstance(node, ast.If))
         imports = {alias.name: node.module for node in block.body for alias in node.names}
-        assert imports.keys() == set(package.__all__) <= set(dir(package))
+        assert sorted(imports) == dir(package)
+        assert {*imports} - {*package.__all__} <= (
+            {"StudyResults", "UserError", "Verdict"} if package is vismt else set()
+        )
         for name, module in imports.items():
             # Importing a file of this name would put the file in the place of the object.
             assert module == package.__name__ or not (Path(str(package.__file__)).parent / f"{name}.py").exists(), name

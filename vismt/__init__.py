@@ -1,6 +1,17 @@
-"""vismt: low-rank adaptation methods for any timm ViT and any Hugging Face causal LM.
+"""Low-rank adaptation methods for any timm model and any Hugging Face causal LM.
 
-Public names are imported when they are first used, so that `import vismt` loads no library.
+    import timm, vismt
+
+    model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+    report = vismt.adapt(model, "lora", targets=["qkv"], rank=8, also_train=["head"])   # in place
+    ...                                       # your training loop
+    vismt.save_adapter(model, "adapter")
+    vismt.merge(model)                        # stock classes and keys again
+
+`adapt`, `merge`, `unadapt`, `save_adapter`, `load_adapter`, `export_peft` and `import_peft` change a model of yours.
+`evaluate_fewshot`, `audit`, `meta_tune` and `train` run whole studies and return a `StudyResults`: printing it gives a table, and
+`.report()` writes a page. `predict` uses their models. `verify` returns a `Verdict` on an adapter folder or a checkpoint. What a
+user can fix is a `UserError`. Public names are imported when they are first used, so that `import vismt` loads no library.
 """
 
 from __future__ import annotations
@@ -74,4 +85,4 @@ PLACES["methods"] = {
 # The present names of methods that earlier adapters and configurations call otherwise.
 PLACES["renamed methods"] = {"moe_lora": "emtal"}
 
-__getattr__, __dir__ = exports(__name__)
+__getattr__, __dir__ = exports(__name__, classes=False)

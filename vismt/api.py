@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vismt.base import console
-from vismt.base.errors import UserError, require_known, shown_value
+from vismt.base.errors import UserError, named_arguments, require_known, shown_value
 from vismt.base.objects import name_of, named, registered, title_of
 from vismt.jobs.study_results import StudyResults
 
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 EPSILON = "4.5/255"
 
 
+@named_arguments
 def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyResults:
     """Run a study: train what the configuration trains, and evaluate it.
 
     Args:
         config: the content of a configuration file (`configs/` has examples), in which data sets and models may be objects.
-        folder: of the run; the same call continues an interrupted run there. None for a temporary one.
+        folder: of the run; the same call continues an interrupted run there. None for a temporary one, of which `.report()` and
+            `vismt.predict` keep a copy in ./runs.
 
     Returns:
         The numbers, from which the report is written.
@@ -61,6 +63,7 @@ def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyR
     return StudyResults(path, read_results(path / RESULTS, run.hash), objects, temporary)
 
 
+@named_arguments
 def compare(
     *inputs: Any,
     id: str | None = None,
@@ -120,6 +123,7 @@ def compare(
     return paired_differences(results, values, baseline)
 
 
+@named_arguments
 def evaluate_fewshot(
     model: Any,
     data: Any,
@@ -141,7 +145,8 @@ def evaluate_fewshot(
 
     Args:
         model: a model, or a mapping from names in the results to models, which are compared on the same episodes.
-        data: data sets, see the module.
+        data: Data sets. Each is a card ("cifar10:test"), a folder of class folders, a .csv of paths and labels, or a data set
+            of torch or Hugging Face. Several are a list, or a mapping from names in the results to data sets.
         ways: classes in an episode.
         shots: support images of each class; several are evaluated in turn.
         episodes: of each set and number of shots, at least 2. They are drawn in five disjoint parts of the images where classes
@@ -188,6 +193,7 @@ def evaluate_fewshot(
     return _with_objects(config, objects, folder)
 
 
+@named_arguments
 def audit(
     model: Any,
     data: Any,
@@ -207,7 +213,7 @@ def audit(
     Args:
         model: a classifier, or a mapping from names in the results to classifiers, whose outputs are the classes of the data in
             their order. A name may also be a checkpoint file.
-        data: data sets, see the module.
+        data: Data sets, as for `evaluate_fewshot`.
         attacks: as for `evaluate_fewshot`.
         corruptions: as for `evaluate_fewshot`.
         epsilon: as for `evaluate_fewshot`.
@@ -243,6 +249,7 @@ def audit(
     return _with_objects(config, objects, folder)
 
 
+@named_arguments
 def meta_tune(
     model: Any,
     data: Any,
@@ -268,8 +275,8 @@ def meta_tune(
 
     Args:
         model: a model; a module is copied, not changed.
-        data: the data sets of the training episodes, see the module.
-        test: the data sets that are tested on.
+        data: The data sets of the training episodes, as for `evaluate_fewshot`.
+        test: The data sets that are tested on.
         method: of the adapter, see `vismt.list_methods`.
         adapt: further keys of the section `adapt` of a configuration, {"targets": ..., "alpha": ..., "options": {...}}; they
             come before `method` and `rank`.
@@ -350,7 +357,7 @@ def predict(
     require_known("predict: no option", options, [item.name for item in fields(Options) if item.name != "support"])
     settings = Options(support=None if support is None else Path(support), **options)
     objects = source.objects if isinstance(source, StudyResults) else {}
-    folder = source.folder if isinstance(source, StudyResults) else Path(source)
+    folder = source.kept_folder() if isinstance(source, StudyResults) else Path(source)
     paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
     with registered(objects):
         return jobs.predict(folder, paths, None if to is None else Path(to), settings)

@@ -175,7 +175,7 @@ def adapt(
         alpha: numerator of the scale alpha / rank; None means alpha = rank.
         seed: the start values depend on it and on each module's path alone.
         name: of the adapter on this model.
-        options: see the method's signature.
+        options: of the method; `vismt list methods` shows each with its default and meaning.
 
     Returns:
         What was adapted; printing it gives a table.

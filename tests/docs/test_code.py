@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,13 @@ def run(page: str, *changes: tuple[str, str], **names: Any) -> dict[str, Any]:
             code = code.replace(old, new)
         exec(compile(code, page, "exec"), names)
     return names
+
+
+def test_the_example_of_help_runs(tiny_models: list[Any]) -> None:
+    example = textwrap.dedent(str(vismt.__doc__).partition("\n\n")[2].partition("\n\n`adapt`")[0])
+    assert example.startswith("import timm, vismt\n")
+    exec(example, names := {})
+    assert Path("adapter", "adapter.json").is_file() and "qkv" in str(names["report"]) and len(tiny_models) == 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=pages.name)

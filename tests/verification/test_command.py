@@ -12,7 +12,7 @@ import timm
 import torch
 from helpers.tiny import shake
 from helpers.tiny_runs import refused
-from helpers.verified_folders import FAULTS, TENSORS, Folders, edit_tensors, made, write_model
+from helpers.verified_folders import FAULTS, TENSORS, Folders, edit_config, edit_tensors, made, stock, write_model
 from PIL import Image
 
 import vismt
@@ -93,6 +93,20 @@ def test_what_was_not_checked_is_said_everywhere(llama: Folders, tmp_path: Path,
     verdict = vismt.verify(folders.adapter, base=folders.base, merged=folders.merged)
     assert "scale and merge: 0 of 6 modules are merged as the settings say; 6 factor 0.5" in str(verdict)
     assert "names and shapes: against LlamaForCausalLM" in str(vismt.verify(folders.base))
+
+
+@pytest.mark.parametrize(("tuner", "answer"), [("XLORA", "peft: refused"), ("LOHA", "peft: 0 of 6, serves the base")])
+def test_a_lora_under_the_name_of_another_tuner_is_broken(
+    tuner: str, answer: str, llama: Folders, tmp_path: Path
+) -> None:
+    peft, folders = pytest.importorskip("peft"), llama.copied(tmp_path)
+    edit_config(folders.adapter, lambda config: config.update(peft_type=tuner))
+    for base in (None, folders.base):
+        verdict = vismt.verify(folders.adapter, base=base)
+        assert verdict.status == "broken" and "tuner" in verdict.codes and verdict.answer.startswith(answer)
+    if tuner == "XLORA":
+        with pytest.raises(ValueError, match="use_cache"):
+            peft.PeftModel.from_pretrained(stock("llama"), str(folders.adapter))
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 SHOWN = 200  # characters of a value in an error
 QUOTED = re.compile(r"(?<!\w)'([^']*)'(?!\w)")
@@ -50,6 +55,21 @@ def require_known(prefix: str, names: Iterable[str], known: Iterable[str]) -> No
             raise UserError(f"{prefix} {shown_value(str(name))}.{hint}")
 
 
+def named_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function for which an argument that it does not have is a UserError with the near names."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        unknown = next((name for name in kwargs if name not in known), None)
+        if unknown is not None:
+            hint = near(unknown, known) or f" Known: {', '.join(known)}."
+            raise UserError(f"{function.__name__}: no argument '{unknown}'.{hint}")
+        return function(*args, **kwargs)
+
+    return checked
+
+
 def need_whole(what: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """Return `value`; UserError, which begins with `what`, unless it is a whole number from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
@@ -77,8 +97,15 @@ def near(name: str, choices: Iterable[str], limit: int = 3) -> str:
     """
     allowed = [str(choice) for choice in choices]
     close = difflib.get_close_matches(name[:SHOWN], allowed, n=limit, cutoff=0.5)
+    close = close or [choice for choice in allowed if choice == _initials(name) or _initials(choice) == name]
     if close:
         return " Near: " + ", ".join(repr(choice) for choice in close) + "."
     if allowed and len(allowed) <= 12:
         return " Known: " + ", ".join(repr(choice) for choice in sorted(allowed)) + "."
     return ""
+
+
+def _initials(name: str) -> str:
+    """Return "lr" of "learning_rate", "" of one word."""
+    words = name.rpartition(".")[2].split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else ""

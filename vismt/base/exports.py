@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 
-def exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` of a package for the names that it imports under `if TYPE_CHECKING:`."""
+def exports(package: str, *, classes: bool = True) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` of a package for the names that it imports under `if TYPE_CHECKING:`.
+
+    classes: whether `__all__` has the classes, of which `help` of the package shows every special method.
+    """
     module = sys.modules[package]
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf8"))
     imports = [
@@ -27,7 +30,7 @@ def exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]
         if isinstance(node, ast.ImportFrom)
     ]
     places = {alias.name: str(node.module) for node in imports for alias in node.names}
-    setattr(module, "__all__", sorted(places))  # noqa: B010 - of a module, which has no such attribute for a type checker
+    setattr(module, "__all__", sorted(name for name in places if classes or not name[0].isupper()))  # noqa: B010 - of a module, which has no such attribute for a type checker
 
     def getattr_(name: str) -> Any:
         if name not in places:
@@ -38,4 +41,4 @@ def exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]
         setattr(module, name, value)
         return value
 
-    return getattr_, lambda: sorted({*vars(module), *places})
+    return getattr_, lambda: sorted(places)

@@ -99,5 +99,5 @@ def read_bytes(path: Path) -> bytes:
     """Return the bytes of a file. Raises UserError, with the file, when it cannot be read or is not a regular file."""
     try:
         return regular_file(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    except (OSError, ValueError) as error:  # the latter for a null character in the name
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error

@@ -201,7 +201,7 @@ class Run:
 
     def _base(self, model: Any) -> str:
         """Return the expression that builds the model that was adapted, without its weights if timm does not have them."""
-        section = self.config.model
+        section: Any = self.config.model
         if hasattr(model, "save_pretrained"):
             return f"transformers.AutoModelForCausalLM.from_pretrained({json.dumps(section.name)})"
         from vismt.backbones.pyramid import size_of, takes_size

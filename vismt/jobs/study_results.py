@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.base.objects import registered
+from vismt.storage.files import cannot_write, check_name
 from vismt.storage.locks import HOLDER, LOCK
 
 if TYPE_CHECKING:
@@ -80,22 +81,39 @@ class StudyResults:
         """Write report.html, report.md and figures; return the path of report.html.
 
         Args:
-            folder: also gets the run's files; None for the run folder.
+            folder: also gets the run's files. None for the run folder, of a temporary run for a copy of it in ./runs.
 
         Raises:
             UserError: a folder that holds another run, and where matplotlib is not installed.
         """
-        from vismt.jobs import RESOLVED, open_run, read_resolved, refuse_other_run
+        from vismt.jobs import open_run
         from vismt.report.plotting import need_matplotlib
 
         need_matplotlib()
-        target = self.folder
-        if folder is not None and Path(folder).resolve() != target.resolve():
-            target = Path(folder)
+        return open_run(self.kept_folder() if folder is None else self._copied(Path(folder))).job.report()[-1]
+
+    def kept_folder(self) -> Path:
+        """Return the run folder; of a temporary run a copy in ./runs, which stays."""
+        from vismt.jobs import read_resolved, run_folder
+
+        if self._temporary is None:
+            return self.folder
+        config = read_resolved(self.folder)
+        return self._copied(run_folder(config, config.task, Path("runs")))
+
+    def _copied(self, target: Path) -> Path:
+        """Return another folder with the run's files. Raises UserError for a folder that holds another run."""
+        from vismt.jobs import RESOLVED, read_resolved, refuse_other_run
+
+        check_name(target)
+        if target.resolve() != self.folder.resolve():
             if (target / RESOLVED).exists():
                 refuse_other_run(target, read_resolved(self.folder))
-            shutil.copytree(self.folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK, HOLDER))
-        return open_run(target).job.report()[-1]
+            try:
+                shutil.copytree(self.folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK, HOLDER))
+            except OSError as error:
+                raise cannot_write(target, error) from error
+        return target
 
     def model(self, arm: str | None = None) -> nn.Module:
         """Return a trained stock model with merged weights.

@@ -242,6 +242,7 @@ def new_file(path: Path, name_of: Callable[[str], str] = str) -> Iterator[Binary
 
     name_of: makes the file's name of that of `path`, at the end.
     """
+    check_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
     try:
@@ -265,6 +266,7 @@ def new_files(folder: Path, first: str) -> Iterator[Path]:
 
     They move when all are complete, the file `first` before the others. Raises UserError where they cannot be written.
     """
+    check_name(folder)
     scratch = folder / f".new{PARTIAL}"
     added = not folder.exists()
     try:
@@ -293,6 +295,13 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def check_name(path: Path) -> None:
+    """Raise UserError for a path with a null character, which no file can have."""
+    if "\0" in str(path):
+        shown = str(path).replace("\0", "\\0")
+        raise UserError(f"'{shown}' has a null character, and no name of a file can have it; give another name.")
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:

@@ -17,7 +17,7 @@ from shutil import rmtree
 from typing import Any
 
 from vismt.base.errors import UserError
-from vismt.storage.files import atomic_write, cannot_write, read_json
+from vismt.storage.files import atomic_write, cannot_write, check_name, read_json
 
 LOCK, HOLDER = ".lock", ".lock-holder"
 # Seconds in which the worker processes of a killed process end, and with them its lock.
@@ -48,6 +48,7 @@ def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    check_name(folder)
     me = {"host": platform.node(), "pid": os.getpid()}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from vismt.base.errors import UserError
-from vismt.storage.files import PARTIAL, atomic_write, read_json
+from vismt.storage.files import PARTIAL, atomic_write, check_name, read_json
 
 NOTE = "vismt.json"
 LONGEST = 255 - len(f"..12345678{PARTIAL}")  # bytes of a file's name, which is longer until the file is whole
@@ -40,6 +40,7 @@ def check_outputs(
     read = set(filter(None, map(_identity, inputs)))
     sources: dict[str, str] = {}
     for path, source in outputs:
+        check_name(path)
         key = os.path.normcase(path)
         if key in sources:
             raise UserError(
@@ -62,7 +63,7 @@ def check_outputs(
 
 def _identity(path: Path) -> tuple[int, int] | None:
     """Return the device and the inode of a file, which are the same under each of its names. None if there is no file."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # the latter for a null character
         about = path.stat()
         return about.st_dev, about.st_ino
     return None

@@ -164,7 +164,7 @@ def _read_peft(facts: Facts) -> None:
         facts.reasons.append(f"neither '{TENSORS}' nor '{LEGACY_TENSORS}' is in the folder")
         return
     facts.stored.add(facts.folder / name, adapter=True)
-    own = "" if facts.tuner in ("", "LORA") else _prefixes().get(facts.tuner, "")
+    own = "" if facts.tuner in ("", "LORA") else tuner_prefixes().get(facts.tuner, "")
     for key, stored in facts.tensors.items():
         part = key.removeprefix(PREFIX)
         place, role, adapter = _tuner_part(part, own) if own else part_of(part)
@@ -187,8 +187,8 @@ def _read_settings(facts: Facts) -> None:
             facts.settings = typed_settings("the adapter", facts.config)
         except UserError as error:
             facts.reasons.append(str(error))
-    elif facts.config and facts.tuner not in _prefixes():
-        known = ", ".join(sorted(_prefixes())) or "none, as peft is not installed"
+    elif facts.config and facts.tuner not in tuner_prefixes():
+        known = ", ".join(sorted(tuner_prefixes())) or "none, as peft is not installed"
         facts.reasons.append(f"peft_type is {shown_value(facts.config.get('peft_type'))}; known tuners: {known}")
 
 
@@ -254,7 +254,7 @@ def _tuner_part(name: str, own: str) -> tuple[str, str, str]:
     return path, "shared" if path in ("", "base_model") else "tuner", ""
 
 
-def _prefixes() -> Mapping[str, str]:
+def tuner_prefixes() -> Mapping[str, str]:
     """Return the beginnings of tensor names by tuner, of the installed peft; none without it."""
     try:
         table = importlib.import_module("peft.mapping").PEFT_TYPE_TO_PREFIX_MAPPING

@@ -35,7 +35,14 @@ from vismt.verification.verify import verify
 
 COMMAND, WEIGHTS, ABOUT = "merge", "model.safetensors", "config.json"
 # Files beside the weights of a language model that are not of its weights.
-BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+BESIDE: tuple[str, ...] = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
 BESIDE += ("preprocessor_config.json", "processor_config.json", "*.tiktoken")
 
 

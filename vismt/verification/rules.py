@@ -23,7 +23,7 @@ from typing import Any
 from vismt.lowrank.files.peft_layouts import names_stack
 from vismt.lowrank.files.peft_settings import BIASES, STARTS, PeftSettings, texts
 from vismt.storage.files import DTYPES
-from vismt.verification.facts import PREFIX, TABLES, TENSORS, Facts, ModuleFacts
+from vismt.verification.facts import PREFIX, TABLES, TENSORS, Facts, ModuleFacts, tuner_prefixes
 from vismt.verification.library import Translated
 from vismt.verification.located import EARLIER, Located, shape_of, unheld
 from vismt.verification.stored import INDEX, LEGACY_WEIGHTS, WEIGHTS, Stored
@@ -178,6 +178,12 @@ def _lacks(*keys: str) -> Condition:
 def _odd(key: str, known: Collection[Any]) -> Condition:
     """Return the condition of a setting of a LoRA that has another value than the known ones."""
     return lambda case: case.lora and key in case.facts.config and case.facts.config[key] not in known
+
+
+def _other_tuner(case: Case) -> bool:
+    """Return whether the tensors are a LoRA's, and the settings name a tuner with tensors of other names."""
+    own, names = tuner_prefixes().get(case.facts.tuner, "lora_"), list(case.facts.tensors)
+    return own != "lora_" and any(".lora_A" in name for name in names) and not any(own in name for name in names)
 
 
 def _start(*names: str) -> Condition:
@@ -369,6 +375,10 @@ RULES = (
     Rule(lambda case: case.facts.kind == "peft" and not case.facts.tensors, "it has no tensors that can be read",
          REFUSED | UNSERVED, AGAIN),
     Rule(_lacks("peft_type"), "adapter_config.json has no peft_type", REFUSED, "add the peft_type"),
+    Rule(_other_tuner, "peft_type names another tuner: the tensors are a LoRA's, and that tuner reads none of them", IGNORED,
+         "set peft_type to that of the training", "tuner"),
+    Rule(lambda case: case.facts.tuner == "XLORA" and not case.facts.config.get("adapters"),
+         "an X-LoRA mixes the adapters that its settings name, and they name none", REFUSED, "add the adapters", "setting"),
     Rule(_lacks("r", "lora_alpha", "target_modules"), "its settings lack r, lora_alpha or target_modules", {"vllm": "refused"}),
     Rule(_lacks("lora_alpha"), "its settings lack lora_alpha", {"llama.cpp": "refused"}, "add it; 8 is what peft takes"),
     Rule(_odd("bias", BIASES), "bias is none of " + ", ".join(BIASES), REFUSED | {"llama.cpp": "refused?"},

@@ -76,10 +76,10 @@ class MixedLinear(AdapterLayer):
 
     def factors(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return A (g, r, i), B (g, r, o) and, where there is one, the bias (g, 1, o) of the groups of x (b, ...)."""
-        scope = adapters_per_sample.scope()
+        scope = AdaptersPerSample.scope()
         if scope is None:
             if not torch.compiler.is_compiling():
-                adapters_per_sample.refuse_lost(self.active.names, self.chosen)
+                AdaptersPerSample.refuse_lost(self.active.names, self.chosen)
             return self._pick(None, x)
         self.chosen = True
         choice = scope.choice(self.active.names, len(x), self.windows)
@@ -168,7 +168,7 @@ def unmix(model: nn.Module) -> None:
 
 def _check_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse a batch of the model with another number of samples, which layers that compute on windows cannot know."""
-    scope = adapters_per_sample.scope()
+    scope = AdaptersPerSample.scope()
     batches = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
     if scope is not None and batches and not any(scope.fits(batch) for batch in batches):
         scope.refuse(batches[0])
@@ -261,7 +261,7 @@ class RowChoice:
         return picked * weight.view(*weight.shape, *[1] * (picked.ndim - 2))
 
 
-class adapters_per_sample(PerSample):
+def adapters_per_sample(names: Sequence[str | Mapping[str, float] | None]) -> AdaptersPerSample:
     """Use the named adapters for each sample of a batch inside the block: `with vismt.adapters_per_sample(names):`.
 
     Args:
@@ -277,6 +277,11 @@ class adapters_per_sample(PerSample):
         UserError: for entries of another kind, names that no model has active together, and, in the forward pass, a batch of
             another number of samples.
     """
+    return AdaptersPerSample(names)
+
+
+class AdaptersPerSample(PerSample):
+    """The context of `adapters_per_sample`."""
 
     def __init__(self, names: Sequence[str | Mapping[str, float] | None]) -> None:
         if isinstance(names, str) or not isinstance(names, Sequence) or not names:
@@ -289,9 +294,9 @@ class adapters_per_sample(PerSample):
         self.choices: dict[tuple[str, ...], RowChoice] = {}
         self.kept: WeakKeyDictionary[nn.Module, tuple[Tensor, ...]] = WeakKeyDictionary()
 
-    opened: ClassVar[dict[int, adapters_per_sample]] = {}  # blocks that run, of all threads
+    opened: ClassVar[dict[int, AdaptersPerSample]] = {}  # blocks that run, of all threads
 
-    def __enter__(self) -> adapters_per_sample:
+    def __enter__(self) -> AdaptersPerSample:
         used = {name: None for group in self.groups for name in group}
         alive = {active.names for active in ActiveSet.alive}
         self.choices = {names: _choice(self.groups, names) for names in alive if used.keys() <= set(names)}
