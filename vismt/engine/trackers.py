@@ -129,7 +129,9 @@ def check_trackers(names: Collection[str]) -> None:
         raise UserError(f'train.trackers: not installed: {absent}; pip install "vismt[log]".')
     for name in filter(is_object, names):
         if not isinstance(object_named(name), Tracker):
-            raise UserError(f"train.trackers: '{title_of(name)}' is no vismt.engine.trackers.Tracker; derive its class.")
+            raise UserError(
+                f"train.trackers: '{title_of(name)}' is no vismt.engine.trackers.Tracker; derive its class."
+            )
 
 
 class Trackers:
