@@ -504,7 +504,7 @@ def test_fixed_parameters_keep_their_rate_while_those_of_an_adapter_are_tried(tm
         ({"tune": {"rates": [0.0]}}, "tune.rates[0] is 0.0; it must be above 0"),
         (
             {"train": {"steps": 4, "warmup": 3, "cooldown": 2}, "tune": None},
-            r"do not fit into 4 steps; lower them too \(train.warmup=0 train.cooldown=0\)",
+            "do not fit into 4 steps; lower them too (train.warmup=0 train.cooldown=0)",
         ),
     ],
 )
