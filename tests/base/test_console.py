@@ -50,6 +50,11 @@ def test_lines_of_a_bar_hold_its_note_and_the_time_left(capsys, monkeypatch):
         clock += 1  # too soon for a line
         bar.advance(10)
     assert capsys.readouterr().out == "train   step 1,512 of 1,512   loss 0.25   1 min 31 s passed\n"
+    with console.bar("train", "step", 1) as bar:
+        bar.note("loss 0.5")
+        clock += 30
+        bar.advance()
+    assert capsys.readouterr().out.count("\n") == 1  # and not the same line once more at the end
     with console.quiet(), console.bar("train", "step", 2) as bar:
         bar.note("loss 0.5")
     assert capsys.readouterr().out == ""

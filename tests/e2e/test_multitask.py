@@ -503,7 +503,10 @@ def test_fixed_parameters_keep_their_rate_while_those_of_an_adapter_are_tried(tm
         ({"tune": {"rates": []}}, "tune.rates: []"),
         ({"tune": {"rates": [1e-3, 1.0000001e-3]}}, "name positive rates, each once"),
         ({"tune": {"rates": [0.0]}}, "tune.rates[0] is 0.0; it must be above 0"),
-        ({"train": {"steps": 4, "warmup": 3, "cooldown": 2}, "tune": None}, "do not fit into 4 steps"),
+        (
+            {"train": {"steps": 4, "warmup": 3, "cooldown": 2}, "tune": None},
+            "do not fit into 4 steps; lower them too (train.warmup=0 train.cooldown=0)",
+        ),
     ],
 )
 def test_every_error_of_these_sections_is_one_line(tmp_path: Path, capsys, changes: dict, words: str) -> None:

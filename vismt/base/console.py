@@ -114,7 +114,7 @@ class Bar:
     def __init__(self, label: str, total: int, done: int, progress: Progress | None) -> None:
         self._label = label
         self._total = total
-        self._begun = self._done = done
+        self._begun = self._done = self._shown = done  # shown: of the last line
         self._progress = progress
         self._task = None if progress is None else progress.add_task(label, total=total, completed=done, note="")
         self._note = ""
@@ -135,10 +135,11 @@ class Bar:
             self._progress.update(self._task, note=text)
 
     def finish(self) -> None:
-        if self._progress is None and self._note:
+        if self._progress is None and self._note and self._shown < self._done:
             self._line()
 
     def _line(self) -> None:
+        self._shown = self._done
         passed = time.monotonic() - self._started
         left = passed * (self._total - self._done) / max(self._done - self._begun, 1)
         times = f"{duration(passed)} passed" + (f", {duration(left)} left" if left > 0 else "")

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line for each logged step, readable with `cat`; accelerate's trackers are used as well where configured."""
+"""metrics.jsonl: one line for each logged step, readable with `cat`; trackers (trackers.py) get the same values."""
 
 from __future__ import annotations
 

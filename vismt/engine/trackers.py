@@ -123,18 +123,15 @@ class Mlflow(Tracker):
 
 def check_trackers(names: Collection[str]) -> None:
     """Raise UserError for a tracker whose package is absent, and for an object that is no Tracker."""
-    absent = [package for package in (getattr(TRACKERS[name], "package", "") for name in names) if not _found(package)]
+    packages = [getattr(TRACKERS[name], "package", "") for name in names]
+    absent = ", ".join(package for package in packages if package and find_spec(package) is None)
     if absent:
-        raise UserError(f'train.trackers: not installed: {", ".join(absent)}; pip install "vismt[log]".')
+        raise UserError(f'train.trackers: not installed: {absent}; pip install "vismt[log]".')
     for name in filter(is_object, names):
         if not isinstance(object_named(name), Tracker):
             raise UserError(
                 f"train.trackers: '{title_of(name)}' is no vismt.engine.trackers.Tracker; derive its class."
             )
-
-
-def _found(package: str) -> bool:
-    return not package or find_spec(package) is not None
 
 
 class Trackers:

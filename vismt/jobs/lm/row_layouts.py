@@ -81,7 +81,7 @@ class Table:
                 reason = f"has no '{name}', which other rows have; leave the row out, or write an empty text"
                 raise self.refuse(reason, number)
             if not isinstance(value, kind):
-                kinds = {list: "a list", dict: "an object"}
+                kinds: dict[type, str] = {list: "a list", dict: "an object"}
                 seen = kinds.get(type(value)) or one_line(repr(value), 60)
                 raise self.refuse(f"has {seen} as '{name}'; needed is {needed}", number)
         return [row[name] for row in self.rows]

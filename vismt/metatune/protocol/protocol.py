@@ -200,9 +200,10 @@ def _run_missing(
 
     with console.bar("eval", label, episodes, done) as progress:
         for rows in ranks.share(run.missing(log, episodes), rows_of):
+            new = sum(row["episode"] not in log for row in rows)
             for row in rows:
-                progress.advance(row["episode"] not in log)
                 log.add(row)
+            progress.advance(new)
 
 
 def clean_logits(
