@@ -24,11 +24,13 @@ from vismt.report.tables import (
     difference_text,
     interval_text,
     kinds_text,
+    measure_tables,
     paper_tables,
     result_tables,
     scale_text,
     split_corruptions,
     strongest_attack,
+    without_further,
 )
 from vismt.storage.files import atomic_write, read_sealed
 from vismt.storage.paths import read_bytes
@@ -123,10 +125,12 @@ def write_report(
     """
     flat = any(cell.low == cell.high for c in comparisons for cell in c.cells.values())
     conditions = {c.condition for c in comparisons}
+    of_measures, comparisons = measure_tables(comparisons), without_further(comparisons)
     tables = result_tables(comparisons)
     table, note = tables[-1]
     tables[-1] = (table, f"{note} {LEGEND}{ZERO_WIDTH_NOTE if flat else ''}")
-    shown = [Section("Results", tables), Section("Differences", difference_tables(comparisons)), *sections]
+    shown = [Section("Results", tables), Section("Differences", difference_tables(comparisons))]
+    shown += [Section("All measures", of_measures), *sections]
     report = Report(
         title=heading.title,
         answer=answer(comparisons),
@@ -140,7 +144,7 @@ def write_report(
     writers: dict[str, Callable[[], str]] = {
         "md": lambda: render_markdown(report, folder),
         "csv": lambda: render_csv(results),
-        "latex": lambda: render_latex(paper_tables(comparisons)),
+        "latex": lambda: render_latex([*paper_tables(comparisons), *of_measures]),
         "html": lambda: render_html(report),
     }
     paths = []

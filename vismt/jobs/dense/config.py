@@ -164,7 +164,7 @@ class DenseConfig(StudyConfig):
     task: str = "dense"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DenseDataConfig = field(default_factory=DenseDataConfig)
-    tasks: Annotated[list[str | dict[str, Any]], Names("vismt.multitask.tasks:TASKS")] = field(
+    tasks: Annotated[list[str | dict[str, Any]], Names("vismt.multitask.tasks:TASKS", options=True)] = field(
         default_factory=list, metadata={UNHASHED_OPTIONS: ("absent",)}
     )
     only: list[str] = field(default_factory=list)

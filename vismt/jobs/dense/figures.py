@@ -18,7 +18,7 @@ from vismt.data.maps.dense_sample import Sample, collate
 from vismt.engine.study import ARMS, Training
 from vismt.jobs.dense.config import PANELS
 from vismt.jobs.dense.data import DenseData
-from vismt.jobs.dense.evaluation import UNDEFINED, metric_name
+from vismt.jobs.dense.evaluation import UNDEFINED
 from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import Scored
 from vismt.multitask.tasks import MapTask
@@ -92,9 +92,9 @@ def write_predictions(
             **about,
             "images": to_bytes(sample["image"]),
             "tasks": np.array([task.name for task in tasks], dtype=str),
-            "metrics": np.array([metric_name(task) for task in tasks], dtype=str),
-            "shares": np.array([task.share for task in tasks]),
-            "lower_is_better": np.array([task.lower_is_better for task in tasks]),
+            "metrics": np.array([task.headline.name for task in tasks], dtype=str),
+            "shares": np.array([task.headline.share for task in tasks]),
+            "lower_is_better": np.array([task.headline.lower_is_better for task in tasks]),
             "truth": np.stack([_pictures(task, sample.get(task.key), sample["image"]) for task in tasks]),
             "trained": np.array(trained),
             "predictions": np.stack(predictions),

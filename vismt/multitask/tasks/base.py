@@ -48,6 +48,28 @@ LOSS_OPTIONS = (
 )
 
 
+@dataclass(frozen=True)
+class Number:
+    """How reports show a number of a metric.
+
+    Args:
+        label: Display name, such as "mIoU".
+        unit: Unit, such as "m", or "" for a number without a unit.
+        share: Whether the number is a fraction in [0, 1], which reports show in per cent.
+        lower_is_better: Direction of the number.
+    """
+
+    label: str
+    unit: str = ""
+    share: bool = False
+    lower_is_better: bool = False
+
+    @property
+    def name(self) -> str:
+        """The label with its unit."""
+        return f"{self.label} in {self.unit}" if self.unit else self.label
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task(ABC):
     """Base class of all tasks, including those that predict one value for the whole image.
@@ -56,12 +78,10 @@ class Task(ABC):
         loss_weight: factor of the loss, > 0.
 
     Attributes:
-        lower_is_better: direction of the score.
         vector: whether the target has a dimension of 3 channels.
         predicts_classes: whether the answer is the class with the largest logit, of each pixel or of the image.
     """
 
-    lower_is_better: ClassVar[bool] = False
     vector: ClassVar[bool] = False
     predicts_classes: ClassVar[bool] = False
     loss_weight: float = 1.0
@@ -88,18 +108,16 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def label(self) -> str:
-        """Display name of the score, such as "mIoU"."""
+    def numbers(self) -> Mapping[str, Number]:
+        """What reports show of the metric's `compute()`, by its entries: the score and further numbers.
+
+        Each is a smooth function of sums over pixels, so that the jackknife's interval holds.
+        """
 
     @property
-    def unit(self) -> str:
-        """Unit of the score: "m", "degrees", or "" for a number without a unit."""
-        return ""
-
-    @property
-    def share(self) -> bool:
-        """Whether the score is a fraction in [0, 1], which reports show in per cent."""
-        return False
+    def headline(self) -> Number:
+        """How reports show the score."""
+        return self.numbers[self.measure]
 
     @property
     def default_class_names(self) -> Sequence[str]:
@@ -147,9 +165,20 @@ class Task(ABC):
         """
         return prediction
 
-    def score(self, computed: dict[str, Any]) -> float:
+    def values(self, computed: Mapping[str, Any]) -> dict[str, float]:
+        """Return the values of `numbers` from the metric's `compute()`, NaN for one that is undefined."""
+        return {key: float(computed[key]) for key in self.numbers}
+
+    def score(self, computed: Mapping[str, Any]) -> float:
         """Return the score, the number that enters Delta_m, from the metric's `compute()`."""
-        return float(computed[self.measure])
+        return self.values(computed)[self.measure]
+
+    def constant(self, values: Tensor) -> Tensor:
+        """Return the best prediction (channels,) that is the same everywhere, here the mean.
+
+        values: the targets of p > 0 valid pixels or images of the training part, (p,) or (p, 3).
+        """
+        return values.double().mean(0).reshape(self.channels).float()
 
     def resized(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         """Resize the logits of a head to the size (h, w) of the targets; logits of whole images stay unchanged."""
@@ -264,6 +293,15 @@ class LabelTask(MapTask):
     def check_labels(self, target: Tensor) -> None:
         """Raise UserError unless all labels are in 0 to classes - 1 or 255."""
         check_labels(self.name, target, self.classes, IGNORE)
+
+    def constant(self, values: Tensor) -> Tensor:
+        return log_frequencies(values, self.channels)
+
+
+def log_frequencies(labels: Tensor, classes: int) -> Tensor:
+    """Return log((n_c + 1) / (n + classes)), float (classes,), so that no class has probability 0."""
+    counts = labels.bincount(minlength=classes) + 1
+    return (counts.double() / counts.sum()).log().float()
 
 
 def check_labels(task: str, target: Tensor, classes: int, ignore: int) -> None:
