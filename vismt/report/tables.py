@@ -13,6 +13,10 @@ from vismt.report.results import ROUNDING, Result
 from vismt.uncertainty.intervals import LOWER, SHARE, interval_kind_text, over_domains
 
 MARKS = {"best": "★", "tie": "≈", "": ""}
+SAMPLER_NOTE = (
+    "The interval over episodes is the usual one in papers. It is smaller because it takes the episodes as independent, although "
+    "they share their images: it leaves out that other images of the classes give another accuracy."
+)
 SCORE = " (score)"  # behind the measure of a task that is compared, among all its measures
 MANY_ARMS = 5  # from so many arms on, arms are rows
 MANY_ROWS = 40  # longer tables of measures are shown on request
@@ -120,7 +124,14 @@ def measure_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, str]]
         group = [c for c in comparisons if (c.row.task, c.row.protocol, c.row.unit) == key]
         group = split_corruptions(group)[0]
         table = _arms_across(_title(group, comparisons, ", all measures"), group, folded=False)
-        tables.append((replace(table, folded=len(table.rows) > MANY_ROWS), _note(group)))
+        kinds: dict[str, dict[str, None]] = {}
+        for c in group:
+            kinds.setdefault(kinds_text([c]), {})[c.row.metric] = None
+        note = _note(group)
+        if len({cell.covers for c in group for cell in c.cells.values()}) > 1:
+            note = "; ".join(f"{', '.join(metrics)}: {kind}" for kind, metrics in kinds.items())
+            note = f"± and [ ]: {note}. {SAMPLER_NOTE * any(c.row.interval == 'sampler' for c in group)}".rstrip()
+        tables.append((replace(table, folded=len(table.rows) > MANY_ROWS), note))
     return tables
 
 
@@ -235,7 +246,7 @@ def _arms_across(title: str, group: Sequence[Comparison], folded: bool) -> Table
     first = len(measures) + len(names) + len(conditions)
     rows, best = [], set()
     for number, c in enumerate(group):
-        measure = scale_text(c.row.metric, c.row.scale, c.row.better) + ("" if c.row.further else SCORE)
+        measure = scale_text(c.row.metric, c.row.scale, c.row.better) + (SCORE if c.block == group[0].block else "")
         texts = [*([measure] if measures else []), *([c.data] if names else []), *([c.condition] if conditions else [])]
         texts[-1] += "" if c.paired or len(c.cells) < 2 else " (unpaired)"
         texts += [cell_text(c.cells.get(arm), c.row) for arm in arms]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError, require_known, shown_value
-from vismt.base.registry import Registry
+from vismt.base.registry import Registry, import_own
 from vismt.data.maps.dense_sample import IGNORE
 from vismt.multitask.heads import resize_logits
 
@@ -324,7 +324,7 @@ def make_task(spec: str | Mapping[str, Any]) -> Task:
 
     Args:
         spec: the name of the task, or {"name": ..., option: value, ...} with the options of its class. A task of whole images
-            may have another name, with kind: classify.
+            may have another name, with kind: classify. A task of your own may name the module that registers it, with module.
 
     Raises:
         UserError: for an unknown name or option, a missing option, and values out of range.
@@ -332,6 +332,8 @@ def make_task(spec: str | Mapping[str, Any]) -> Task:
     if not isinstance(spec, str | Mapping):
         raise UserError(f"task: {shown_value(spec)}; give its name, or its options with the name as 'name'.")
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    if (module := options.pop("module", None)) is not None:
+        import_own(str(module), "task: module")
     kind = str(options.pop("kind", options.get("name")))
     task, name = TASKS[kind], options.pop("name", kind)
     if name != kind:
