@@ -50,6 +50,7 @@ from vismt.multitask.inference import predict
 from vismt.multitask.nets import DenseNet
 from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.classes import unite
+from vismt.report.comparison import CONSTANT
 from vismt.report.results import RECORDS, Score
 from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.conditions import DensePerturbation, condition_of
@@ -59,7 +60,6 @@ from vismt.uncertainty.intervals import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Con
 
 UNDEFINED = "undefined"  # key of a record: reasons by task
 ADJUSTMENT = "adjustment.json"
-CONSTANT = "constant"  # name of the best constant predictions among the evaluated models
 LEAST = 1e-6  # lower bound of a score before its logarithm
 
 
@@ -177,7 +177,8 @@ class Evaluation:
         path = training.folder / RECORDS / f"{split}.jsonl"
         scored = self.recorded_scores(path, training, split)
         if scored is None:
-            tasks = list(self.tasks.values())
+            trained = {task.name for arm in self.study.arms.values() for task in trained_tasks(arm)}
+            tasks = [task for name, task in self.tasks.items() if name in trained]
             if self.config.head.labels == "union":
                 tasks = unite(tasks)
             constants = self.data.constants(tasks)

@@ -32,7 +32,7 @@ from vismt.jobs.dense.config import (
 )
 from vismt.jobs.dense.data import DenseBatches, DenseData
 from vismt.jobs.dense.delta import deltas
-from vismt.jobs.dense.evaluation import CONSTANT, Evaluation
+from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.figures import sections, write_predictions
 from vismt.jobs.dense.pooled_score import Scored
 from vismt.jobs.dense.predict import check_images, class_names, most_pixels, named_tasks, output_names, predict_images
@@ -48,6 +48,7 @@ from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.objectives import DenseObjective
 from vismt.multitask.tasks.classes import Classification
 from vismt.multitask.tasks.maps import Depth
+from vismt.report.comparison import CONSTANT
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
