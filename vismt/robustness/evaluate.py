@@ -244,8 +244,8 @@ class _Questions:
             if isinstance(spec, AttackSpec):
                 columns[f"{condition} lost"] = outcome.lost(attacked, condition).int().tolist()
                 if self.keep is not None:
-                    found = {"labels": labels, "clean": images, "attacked": perturbed, "answers": attacked.argmax(1)}
-                    arrays = {name: values.cpu().numpy() for name, values in found.items()}
+                    kept = {"labels": labels, "clean": images, "attacked": perturbed, "answers": attacked.argmax(1)}
+                    arrays = {name: values.cpu().numpy() for name, values in kept.items()}
                     self.keep(condition, number, {"ids": np.array(ids, dtype=str), **arrays})
             columns[condition] = attacked.argmax(1).tolist()
             columns |= with_sets(condition, attacked)

@@ -49,7 +49,7 @@ from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import DenseNet
 from vismt.multitask.tasks import MapTask, Task
-from vismt.multitask.tasks.classes import unite
+from vismt.multitask.tasks.classes import Segmentation, unite
 from vismt.report.comparison import CONSTANT
 from vismt.report.results import RECORDS, Score
 from vismt.robustness.attacks.dense_attack import DenseAttack
@@ -58,7 +58,7 @@ from vismt.robustness.corruptions import CorruptionSpec, corrupt
 from vismt.storage.lines import read_lines, write_lines
 from vismt.uncertainty.intervals import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure
 
-UNDEFINED = "undefined"  # key of a record: reasons by task
+UNDEFINED, CLASS_NAMES = "undefined", "class_names"  # keys of a record, each by task
 ADJUSTMENT = "adjustment.json"
 LEAST = 1e-6  # lower bound of a score before its logarithm
 
@@ -364,6 +364,10 @@ class Evaluation:
             row["absent"] = absent
         if undefined:
             row[UNDEFINED] = undefined
+        of_classes = {name: self.tasks[pool.task.name] for name, pool in pools.items()}
+        names = {name: task.shown_names for name, task in of_classes.items() if isinstance(task, Segmentation)}
+        if names:
+            row[CLASS_NAMES] = names
         row["tasks"] = {name: score.record() for name, score in scored.items()}
         ranks.on_first(lambda: write_lines(path, [row]))
         return scored

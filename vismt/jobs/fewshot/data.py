@@ -46,6 +46,9 @@ class Vectors:
     def __getitem__(self, index: Tensor) -> Tensor:
         return self.values[index]
 
+    def groups(self, index: Tensor) -> tuple[dict[str, str], str]:
+        return {}, ""
+
 
 PARTS = 5  # more of them are smaller, and a few episodes in each vary more
 
@@ -92,7 +95,7 @@ class FewShotData:
 
     def gathered(self, names: Sequence[str]) -> Gathered:
         """Return the images of several sets; their labels are 0."""
-        sets = [self.open(name) for name in names]
+        sets = [pixels for name in names if isinstance(pixels := self.open(name), Pixels)]
         return Gathered([(pixels, torch.zeros(len(pixels), dtype=torch.long)) for pixels in sets])
 
     def open(self, name: str) -> Pixels | Vectors:
@@ -129,6 +132,8 @@ class FewShotData:
             raise UserError(
                 f"data '{name}': it has features and no pixels; leave attacks, corruptions and certificates out."
             )
+        if self.config.train is not None:
+            raise UserError(f"data '{name}': it has features, and training needs images; set train to null.")
         try:
             with torch.no_grad():
                 found = self._stock(values[:2]) if isinstance(self._stock, ModuleBackbone) else None

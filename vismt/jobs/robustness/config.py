@@ -142,11 +142,11 @@ def _check_data(config: RobustnessConfig) -> None:
     check_row_names(config.data, "data")
     if config.data:
         check_conditions(settings.attacks, settings.corruptions, 4)
-    else:
-        names = ("images", "masking", "certify", "keep_images")
-        given = [f"evaluate.{name}" for name in names if getattr(settings, name) not in (None, False)]
-        if given:
-            raise UserError(f"data: [] takes all images of the runs' own; {', '.join(given)}: for cards alone.")
+    elif any((settings.images is not None, settings.keep_images, settings.masking, settings.certify is not None)):
+        raise UserError(
+            "data: [] takes all images of the runs' own; evaluate.images, evaluate.keep_images, evaluate.masking and "
+            "evaluate.certify are for cards."
+        )
 
 
 def _check_classifier(config: RobustnessConfig) -> None:

@@ -98,19 +98,19 @@ class Segmentation(LabelTask, ClassLoss):
 
     @property
     def numbers(self) -> Mapping[str, Number]:
-        of_classes = {
-            f"iou {label}": Number(f"IoU of {self.class_name(label)}", share=True) for label in range(self.classes)
-        }
+        names = enumerate(self.shown_names)
+        of_classes = {f"iou {label}": Number(f"IoU of {name}", share=True) for label, name in names}
         return {**CLASS_NUMBERS, **of_classes}
 
     def values(self, computed: Mapping[str, Any]) -> dict[str, float]:
         of_classes = {f"iou {label}": iou for label, iou in enumerate(computed["iou"])}
         return super().values({**computed, **of_classes})
 
-    def class_name(self, label: int) -> str:
-        """Return the name of a class, "class 4" without names."""
+    @property
+    def shown_names(self) -> list[str]:
+        """The name of each class, "class 4" without names."""
         names = self.class_names or self.default_class_names
-        return str(names[label]) if names else f"class {label}"
+        return list(map(str, names)) or [f"class {label}" for label in range(self.classes)]
 
     def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         loss = self.entropies(prediction, target).mean()
@@ -132,7 +132,8 @@ class Segmentation(LabelTask, ClassLoss):
         counts = torch.bincount(self.answer(prediction).flatten(), minlength=self.classes)
         order = [label for label in counts.argsort(descending=True, stable=True).tolist() if counts[label] > 0]
         colors = ["#" + "".join(f"{level:02x}" for level in color) for color in self.palette()]
-        return [(class_names[label] if class_names else self.class_name(label), colors[label]) for label in order]
+        names = class_names or self.shown_names
+        return [(names[label], colors[label]) for label in order]
 
     def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
         """Draw each class in its colour of `palette`."""
