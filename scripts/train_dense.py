@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help=tasks)
     parser.add_argument("--size", type=int, nargs=2, required=True, help="height and width, multiples of the patch")
     parser.add_argument("--head", default="segformer", help="linear, conv, segformer or dpt (segformer)")
-    parser.add_argument("--method", default="lora", help="see `vismt list`; full: whole backbone, none: heads alone")
+    parser.add_argument("--method", default="lora", help="see `vismt list`; full: whole backbone, head: heads alone")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--balancing", help="balancing of the task losses, for example pcgrad (the weighted sum)")
     parser.add_argument("--steps", type=int, default=1000)
@@ -50,8 +50,7 @@ def config(options: argparse.Namespace) -> dict[str, Any]:
         "title": f"{options.model}, {options.method}, {' '.join(options.tasks)}",
         "seed": options.seed,
         "model": {"name": options.model, "position": options.position, "pretrained": not options.random_weights},
-        "adapt": None if options.method in ("none", "full") else {"method": options.method, "rank": options.rank},
-        "full": options.method == "full",
+        "adapt": {"method": options.method, "rank": options.rank},
         "fade": {} if options.method == "emtal" else None,
         "data": {part: [f"{name}:{split}" for name in options.data] for part, split in splits.items()},
         "tasks": [task(text) for text in options.tasks],

@@ -48,6 +48,7 @@ LAZY = (
     "onnxruntime",
     "timm",
     "torchvision",
+    "scipy.linalg",
     "scipy.ndimage",
 )
 LIGHT = (
@@ -154,9 +155,10 @@ def test_no_init_in_datasets_nor_pickle_nor_paths_of_a_machine() -> None:
     for path in files():
         text = path.read_text(encoding="utf8")
         assert "allow_pickle=True" not in text and "weights_only=False" not in text, path
-        assert not any(line.strip().startswith("print(") for line in text.splitlines()) or path.name == "console.py", (
+        prints = any(line.strip().startswith("print(") for line in text.splitlines())
+        assert not prints or path.name in ("console.py", "export_readme.py"), (
             path
-        )
+        )  # the latter has code for others to run
 
 
 def strings(path: Path) -> set[str]:
@@ -193,8 +195,9 @@ def test_no_file_but_its_own_names_a_method() -> None:
     from vismt.methods import METHODS
 
     places = [path for package in ("engine", "report", "jobs") for path in (PACKAGE / package).rglob("*.py")]
+    words = {"full", "head"}  # also a structure of curvature, and a section
     for path in places:
-        assert not strings(path) & set(METHODS), path
+        assert not strings(path) & (set(METHODS) - words), path
 
 
 # A configuration is read without what it configures: the most modules of vismt that its file may load.

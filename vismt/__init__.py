@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vismt import multitask as multitask
     from vismt import robustness as robustness
     from vismt.api import audit as audit
+    from vismt.api import compare as compare
     from vismt.api import evaluate_fewshot as evaluate_fewshot
     from vismt.api import meta_tune as meta_tune
     from vismt.api import predict as predict
@@ -59,6 +60,8 @@ PLACES["methods"] = {
     "amt": "vismt.metatune.amt.method",
     "corda": "vismt.llm.corda.method",
     "emtal": "vismt.multitask.emtal.method",
+    "full": "vismt.llm.plain_tuning",
+    "head": "vismt.llm.plain_tuning",
     "ilora": "vismt.llm.ilora.method",
     "lisa": "vismt.llm.lisa.method",
     "lora": "vismt.llm.lora",

@@ -20,12 +20,14 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vismt.base import console
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.base.objects import name_of, named, registered, title_of
 from vismt.jobs.study_results import StudyResults
 
 if TYPE_CHECKING:
     from vismt.jobs.predictions import Predictions
+    from vismt.report.compare.pairs import PairedDifference
 
 EPSILON = "4.5/255"
 
@@ -57,6 +59,65 @@ def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyR
             run.train()
         run.evaluate()
     return StudyResults(path, read_results(path / RESULTS, run.hash), objects, temporary)
+
+
+def compare(
+    *inputs: Any,
+    id: str | None = None,
+    score: str | None = None,
+    label: str | None = None,
+    answer: str | None = None,
+    probability: str | None = None,
+    group: str | None = None,
+    seed: str | None = None,
+    set: str | None = None,
+    baseline: str | None = None,
+    common: bool = False,
+) -> list[PairedDifference]:
+    """Compare models example by example, from predictions that any program wrote.
+
+        pairs = vismt.compare({"a": frame_a, "b": frame_b}, id="image", score="correct", group="patient")
+        pairs[0]    # b is better than a by 1.8 ± 0.9 points (n = 1,243 in 379 groups); a difference under ...
+
+    Args:
+        inputs: Run folders, tables (CSV, JSONL, JSON, Parquet), folders of a table for each seed, output folders of
+            lm-evaluation-harness, frames of pandas, and lists of mappings. A mapping gives names to several.
+        id: Column with the name of the example. A column that is not named is found by its usual names.
+        score: Column with a number for each example: 1 and 0 for right and wrong, a loss, a Dice score.
+        label: Column with the right answer.
+        answer: Column with the answer of the model.
+        probability: Column with the probability of the answer, or with a `*` in the place of a class that of each class.
+        group: Column of examples that depend on each other, for example a patient.
+        seed: Column of the training.
+        set: Column of the data set.
+        baseline: Name of the input that all others are compared with. None for all pairs.
+        common: Compare the examples that all inputs have. Otherwise an example that one input lacks is an error.
+
+    Returns:
+        The difference b - a of each pair, for each metric and set, in the unit of the metric.
+
+    Raises:
+        UserError: fewer than two models, a file that cannot be read, a missing column, a value that is not a number, and examples
+            that are not the same in all inputs.
+    """
+    from vismt.report.compare.pairs import paired_differences
+    from vismt.report.compare.report import gather, input_names
+    from vismt.report.compare.score_tables import Columns
+
+    named: dict[str, Any] = {}
+    for number, given in enumerate(inputs, 1):
+        if isinstance(given, Mapping):
+            named |= given
+        else:
+            named[str(number)] = given
+    paths = {name: Path(given) for name, given in named.items() if isinstance(given, str | Path) and name.isdecimal()}
+    names = dict(zip(paths, input_names(list(paths.values())), strict=True))
+    columns = Columns(id, score, label, answer, probability, group, seed, set)
+    with console.quiet():
+        results, values = gather({names.get(name, name): given for name, given in named.items()}, columns, common)
+    arms = list(dict.fromkeys(row.arm for row in results))
+    require_known("compare: no model", [baseline] if baseline else [], arms)
+    return paired_differences(results, values, baseline)
 
 
 def evaluate_fewshot(

@@ -82,6 +82,8 @@ class Method:
         schedule: returns the schedule of an adapted model, see `MakeSchedule`.
         section: name of the section of a run's configuration with the schedule's settings.
         freezes: whether the schedule freezes parameters in turn.
+        head_only: whether it trains the model's own classifier and nothing below. Jobs have heads of their own, so a
+            configuration with such a method is one with adapt: null.
         calibrate: computes options from data, see `Calibrate`.
         needs: what a job has to provide under given options, with the reason: "calibration" (data for `calibrate`), "users" (a
             vector for each sample, its width the option `user_width`), or "tasks" (heads that read features of their own,
@@ -99,6 +101,7 @@ class Method:
     schedule: MakeSchedule | None = None
     section: str | None = None
     freezes: bool = False
+    head_only: bool = False
     calibrate: Calibrate | None = None
     needs: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda options: {}
     merges: bool = True
@@ -106,13 +109,17 @@ class Method:
     renamed: Mapping[str, str] = field(default_factory=dict)
     unread: Mapping[str, str] = field(default_factory=dict)
 
-    def check_read(self, **arguments: Any) -> None:
+    def check_read(self, where: str = "", **arguments: Any) -> None:
         """Raise UserError for one of targets, rank and alpha that is given, with another value than its default, and not read."""
         for name, value in arguments.items():
             if name in self.unread and value != DEFAULTS[name]:
                 raise UserError(
-                    f"adapt.{name}: {shown_value(value)} with '{self.name}', which {self.unread[name]}, leave {name} out."
+                    f"{where}adapt.{name}: {shown_value(value)} with '{self.name}', which {self.unread[name]}, leave {name} out."
                 )
+
+    def unread_of(self, settings: Any) -> dict[str, Any]:
+        """Return the defaults of those of targets, rank and alpha that it does not read and `settings` changes."""
+        return {name: DEFAULTS[name] for name in self.unread if getattr(settings, name) != DEFAULTS[name]}
 
     @property
     def options(self) -> list[str]:

@@ -393,7 +393,7 @@ def test_shipped_cards() -> None:
     for name in list_assets():
         card = load_asset_card(name)
         assert card.name == name and card.licence != "unknown" and card.about and card.parameters
-        if card.kind == "vit":
+        if card.kind == "timm":
             assert timm.is_model(card.architecture.partition(".")[0])
         for source in card.sources:
             assert source.megabytes and (isinstance(source, weight_sources.HubSource) or len(source.sha256) == 64)
@@ -416,7 +416,7 @@ def test_describe_says_what_is_cached(tmp_path, pip, capsys) -> None:
     [
         ({"licnce": "MIT"}, "unknown key 'licnce'. Near: 'licence'"),
         ({"kind": "gan"}, "kind: 'gan' is not known"),
-        ({"kind": "vit"}, "needs `architecture`"),
+        ({"kind": "timm"}, "need `architecture`"),
         ({"name": "../up"}, "name: '../up' must be a relative path"),
         ({"file": "a/b"}, "file 'a/b' must be a plain name"),
         ({"sources": []}, "sources must be a list"),

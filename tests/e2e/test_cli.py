@@ -190,7 +190,7 @@ def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, 
     path = write(tmp_path)
     out = tmp_path / "runs"
     interrupted(monkeypatch, 2, "run", path, "--out", out)
-    assert "the same command continues from what is on the disk" in capsys.readouterr().err
+    assert "interrupted. Run the same command again: " in capsys.readouterr().err
     calls = []
     run_episode = EpisodeRunner.__call__
 
@@ -422,5 +422,5 @@ def test_a_run_folder_in_use_is_refused(run_folder: Path, capsys) -> None:
     locks = pytest.importorskip("filelock")
     with locks.FileLock(run_folder / LOCK):
         (run_folder / ".lock-holder").write_text(json.dumps({"host": "node7", "pid": os.getpid()}))
-        for command in ("evaluate", "report", "merge"):
+        for command in ("evaluate", "merge"):
             assert f"is in use by process {os.getpid()} on node7" in refused(capsys, command, run_folder)

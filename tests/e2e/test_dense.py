@@ -52,7 +52,7 @@ SMALL = {
     "batch": 3,
     "arms": {
         "emtal": {},
-        "full": {**ALONE, "full": True},
+        "full": {"adapt.method": "full", "adapt.options": {}, "fade": None},
         "depth": {**ALONE, "only": ["depth"]},
         "others": {**ALONE, "only": ["normals", "edge"]},
     },
@@ -255,7 +255,7 @@ def test_merged_is_the_stock_backbone_with_heads_beside(study: Path, capsys) -> 
         check = json.loads(path.read_text())
         assert check["n"] == 6 and check["largest_difference"] < 1e-5 * check["largest_logit"]
         assert set(check["outputs"]) == {"depth", "normals", "edge"}
-    assert {path.parts[-3] for path in study.rglob("merge.json")} == {"emtal"}
+    assert {path.parts[-3] for path in study.rglob("merge.json")} == {"emtal", "full"}
     assert main(["merge", str(study), "--arm", "emtal:1"]) == 0
     stock = timm.create_model("test_vit", img_size=(32, 48), num_classes=0).eval()
     stock.load_state_dict(safetensors.torch.load_file(study / "merged-emtal-seed-1" / "model.safetensors"))
@@ -277,8 +277,15 @@ def test_merged_is_the_stock_backbone_with_heads_beside(study: Path, capsys) -> 
         assert torch.allclose(depth, net(images)["depth"], atol=1e-5)
     capsys.readouterr()
     for command, words in (
-        (["merge", str(study)], "several arms; name one of them"),
-        (["export", str(study), "--format", "peft", "--arm", "full"], "arm 'full' has no adapter"),
+        (["merge", str(study)], "no validation score tells its arms apart; name one with --arm"),
+        (
+            ["export", str(study), "--format", "peft", "--arm", "full"],
+            "'full' has no low-rank factors; merge the model",
+        ),
+        (
+            ["export", str(study), "--format", "peft", "--arm", "depth"],
+            "arm 'depth' has no adapter: it trains only the heads",
+        ),
         (["attack", str(study), "--attack", "fgsm", "--epsilon", "8/255"], "dense runs have pgd"),
     ):
         assert words in refused(capsys, *command)
@@ -365,7 +372,7 @@ def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys, p
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "wide.jpg").write_bytes((tmp_path / "wide.png").read_bytes())
     for arguments, words in (
-        ([paths[0]], "several arms; name one of them"),
+        ([paths[0]], "no validation score tells its arms apart; name one with --arm"),
         ([str(tmp_path / "none.png"), "--arm", "full"], "none.png: cannot be read"),
         ([str(tmp_path / "text.png"), "--arm", "full"], "text.png: cannot be decoded"),
         ([str(tmp_path / "thin.png"), "--arm", "full", "--own-size"], "1 x 300 pixels; one side may be 16 times"),
@@ -381,7 +388,7 @@ def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys, p
 @pytest.mark.slow
 def test_a_canvas_larger_than_the_trained_size(tmp_path: Path) -> None:
     """Crops of the size in training; windows or the whole canvas in evaluation, which have different protocols."""
-    arms = {"emtal": {}, "full": {**ALONE, "full": True}}
+    arms = {"emtal": {}, "full": {"adapt.method": "full", "adapt.options": {}, "fade": None}}
     path = write(tmp_path, **{**SINGLE, "arms": arms}, canvas=[64, 80], tasks=["depth", "normals"])
     job = DenseJob(load_config(path, []), tmp_path, "hash")
     assert job.batches(job.config)(0)["image"].shape == (3, 3, 32, 48) and job.data.size == (64, 80)
@@ -567,7 +574,7 @@ def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> Non
 
 
 def test_full_training_reaches_every_parameter_that_is_run(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, **{**SINGLE, **ALONE}, full=True), [])
+    config = load_config(write(tmp_path, **{**SINGLE, "adapt": {"method": "full"}, "fade": None}), [])
     job = DenseJob(config, tmp_path, "hash")
     net = job.fresh(config).requires_grad_(False)
     assert job.prepare(net, config) == "full"
@@ -590,7 +597,7 @@ def test_full_training_reaches_every_parameter_that_is_run(tmp_path: Path) -> No
         ({"size": [32]}, "size: [32]"),
         ({"head": {"name": "cnov"}}, "head.name: 'cnov' is not known"),
         ({"head": {"name": "linear", "options": {"hidden": 8}}}, "no option 'hidden'"),
-        ({"full": True}, "leaves nothing to adapt"),
+        ({"full": True}, "full: is a method now; write adapt: {method: full}"),
         ({"batch": 0}, "batch is 0"),
         ({"canvas": [32, 40]}, "canvas: [32, 40]; give [height, width], neither below that of size [32, 48]"),
         ({"canvas": [64]}, "canvas: [64]"),

@@ -661,7 +661,6 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
     ({"batch": 17}, "batch: 17, with 16 training rows"),
     ({"calibration": {"rows": 3}}, "calibration.data: names no set of texts"),
     ({"adapt.method": "lorra"}, "adapt.method: 'lorra' is not known. Near: 'lora'"),
-    ({"adapt": {"method": "lisa", "options": {"active": 1}}}, "trains 'model.embed_tokens.weight' below model.first_block 1"),
     ({"adapt.options": {"also_train": ["layers.0.mlp.up_proj"]}}, "below model.first_block 1"),
     ({"model.dtype": "bfloat16", "adapt.options": {"also_train": ["norm"]}}, "model.dtype: bfloat16 is for frozen weights"),
     ({"model": {"name": "", "dtype": "bfloat16"}, "adapt": {"method": "lisa"}}, "'lm.model.embed_tokens.weight' is trained"),

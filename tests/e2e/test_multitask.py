@@ -110,6 +110,10 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path) -> None:
         "depth",
         "examples",
         "routers-emtal",
+        "rates",
+        "cost-0",
+        "cost-1",
+        *(f"confusion-digits-{number}" for number in range(3)),
     }
     assert all(f"\n| {arm} | " in report for arm in ("head", "lora", "emtal"))  # the legend of the models
 
@@ -266,7 +270,6 @@ def test_merge_and_export_are_timm_classifiers(study: Path, tmp_path: Path, caps
         ]
     capsys.readouterr()
     for command, words in (
-        (["merge", str(study)], "several arms; name one of them, as NAME or NAME:SEED: head, lora, emtal"),
         (["merge", str(study), "--arm", "emtl"], "no arm 'emtl'"),
         (["merge", str(study), "--arm", "emtal:7"], "no seed '7'"),
         (["export", str(study), "--format", "peft", "--arm", "head"], "has no adapter"),

@@ -22,7 +22,6 @@ from vismt.cli import main
 from vismt.config.sections import ModelConfig
 from vismt.jobs import open_run
 from vismt.jobs.dense import models
-from vismt.jobs.dense.job import DenseJob
 from vismt.jobs.risk import COLUMNS
 from vismt.jobs.run import Run
 from vismt.multitask.inference import predict
@@ -117,10 +116,10 @@ def test_a_whole_canvas_keeps_the_windows(tmp_path: Path) -> None:
 def test_what_the_stages_do_not_depend_on_stays_frozen(tmp_path: Path) -> None:
     """Several processes wait for the gradient of every trained parameter: here a head and the final norm have none."""
     model = {"name": "tiny_swin", "pretrained": False}
-    settings = config("dense", "tiny_swin", model=model, size=[64, 64], adapt=None, full=True)
+    settings = config("dense", "tiny_swin", model=model, size=[64, 64], adapt={"method": "full"})
     run = open_run(run_config(written(tmp_path / "run.yaml", settings), "train.steps=1"))
     net = models.fresh(run.config)
-    DenseJob.prepare(SimpleNamespace(data=SimpleNamespace(mean_depth=1.0)), net, run.config)
+    run.job.prepare(net, run.config)
     frozen = {name for name, parameter in net.stock.named_parameters() if not parameter.requires_grad}
     assert frozen == {"norm.weight", "norm.bias"}
 

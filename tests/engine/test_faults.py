@@ -61,7 +61,9 @@ def outcome(folder: Path) -> dict[str, Any]:
             files[str(path.relative_to(folder))] = path.read_bytes()
         elif path.suffix == ".jsonl":
             rows = read_lines(path)
-            files[str(path.relative_to(folder))] = [{k: v for k, v in row.items() if k != "elapsed_s"} for row in rows]
+            files[str(path.relative_to(folder))] = [
+                {k: v for k, v in row.items() if k not in ("elapsed_s", "memory_mb")} for row in rows
+            ]
     return files
 
 

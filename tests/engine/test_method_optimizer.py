@@ -83,7 +83,14 @@ def test_the_loop_is_the_optimiser_by_hand(tmp_path: Path) -> None:
 
 def test_other_methods_train_as_before(tmp_path: Path) -> None:
     run(tmp_path, Classify("lora"), steps=2)
-    assert set(read_lines(tmp_path / "metrics.jsonl")[0]) == {"step", "loss", "lr", "grad_norm", "elapsed_s"}
+    assert set(read_lines(tmp_path / "metrics.jsonl")[0]) == {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "elapsed_s",
+        "memory_mb",
+    }
 
 
 def test_routers_fade_by_the_section_of_the_configuration_and_resume_bit_for_bit(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import HELPERS, run_two
-from helpers.tiny_runs import outcome, write_config
+from helpers.tiny_runs import CONFIGS, outcome, write_config
 from helpers.toy_training import Toy, batches, logged, run, train
 
+from vismt.base import console
 from vismt.cli import main
 from vismt.engine import checkpoint, loop
 from vismt.storage.files import read_sealed, sealed
@@ -48,9 +49,11 @@ def test_a_signal_in_a_training_saves_its_step_and_the_rest_is_the_same(
     process.join(60)
     assert process.exitcode == (1 if number == signal.SIGINT else -number)
     output = capfd.readouterr()
-    assert ("KeyboardInterrupt" in output.err) == (number == signal.SIGINT)
     step = int(checkpoint.checkpoints(tmp_path / "cut")[0].name.split("-")[1])
-    assert stop_after <= step <= stop_after + 2 and f"stopped after step {step} of 8, which is saved in" in output.out
+    line = f"training '{tmp_path / 'cut'}' continues after step {step} of 8"
+    assert stop_after <= step <= stop_after + 2
+    assert (f"KeyboardInterrupt: {line}" in output.err) == (number == signal.SIGINT)
+    assert (f"train   stopped: {line}" in output.out) == (number == signal.SIGTERM)
     cut = run(tmp_path / "cut", **settings)
     output = capfd.readouterr().out
     assert f"at step {step} of 8" in output and "lacks rows" not in output
@@ -59,20 +62,21 @@ def test_a_signal_in_a_training_saves_its_step_and_the_rest_is_the_same(
 
 
 class Impatient(Toy):
-    """Gets Ctrl-C twice in its third step."""
+    """Gets Ctrl-C twice in its fourth step."""
 
     def forward(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         self.steps = getattr(self, "steps", 0) + 1
-        for _ in range(2 if self.steps == 3 else 0):
+        for _ in range(2 if self.steps == 4 else 0):
             signal.raise_signal(signal.SIGINT)
         return super().forward(batch)
 
 
-def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every, place", [(50, "at its first step"), (2, "after step 2 of 8")])
+def test_a_second_signal_acts_at_once_and_names_the_last_checkpoint(tmp_path: Path, every: int, place: str) -> None:
     usual = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        train(Impatient(), batches, tmp_path, steps=8)
-    assert signal.getsignal(signal.SIGINT) is usual and not checkpoint.checkpoints(tmp_path)
+    with pytest.raises(KeyboardInterrupt, match=f"continues {place}$"):
+        train(Impatient(), batches, tmp_path, steps=8, checkpoint_every=every)
+    assert signal.getsignal(signal.SIGINT) is usual and len(checkpoint.checkpoints(tmp_path)) == (every == 2)
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
@@ -85,27 +89,40 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     assert trained(tmp_path / "cut") == trained(tmp_path / "whole")
 
 
-def test_an_interrupted_run_says_what_is_true_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "job", [job if job == "multitask" else pytest.param(job, marks=pytest.mark.slow) for job in CONFIGS]
+)
+def test_ctrl_c_in_a_training_and_in_an_evaluation_says_what_is_true_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], job: str
 ) -> None:
-    config = write_config("multitask", tmp_path)
-    options = [str(config), "train.checkpoint_every=50"]
+    options = [str(write_config(job, tmp_path)), "train.checkpoint_every=50"]
     assert main(["run", *options, "--out", str(tmp_path / "whole"), "--quiet"]) == 0
-    step = loop._Training._step
+    step, advance = loop._Training._step, console.Bar.advance
 
     def stopping(self: loop._Training, number: int) -> Any:
         if number == 2:
             signal.raise_signal(signal.SIGINT)
         return step(self, number)
 
+    def interrupted(self: console.Bar, steps: int = 1) -> None:
+        advance(self, steps)
+        if self._label.startswith("eval"):
+            signal.raise_signal(signal.SIGINT)
+
+    command = ["run", *options, "--out", str(tmp_path / "cut")]
     with monkeypatch.context() as patch:
         patch.setattr(loop._Training, "_step", stopping)
-        assert main(["run", *options, "--out", str(tmp_path / "cut")]) == 130
+        assert main(command) == 130
+    *_, error = capsys.readouterr().err.splitlines()  # after what a library prints
+    assert error.startswith("error: interrupted. Run the same command again: training '")
+    assert error.endswith("' continues after step 2 of 3.")
+    with monkeypatch.context() as patch:
+        patch.setattr(console.Bar, "advance", interrupted)
+        assert main(command) == 130
     output = capsys.readouterr()
-    assert "stopped after step 2 of 3, which is saved in" in output.out
-    assert "interrupted; the same command continues from what is on the disk." in output.err
-    assert main(["run", *options, "--out", str(tmp_path / "cut")]) == 0
-    assert "at step 2 of 3" in capsys.readouterr().out
+    assert "at step 2 of 3" in output.out
+    assert output.err.endswith("error: interrupted. Run the same command again: it keeps what is finished.\n")
+    assert main(command) == 0
     assert outcome(next((tmp_path / "cut").iterdir())) == outcome(next((tmp_path / "whole").iterdir()))
 
 

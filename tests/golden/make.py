@@ -1,4 +1,6 @@
-"""Write the golden files; no test runs this file. Commit 1ff998e wrote the adapters but mtlora, commit 74a8bd4 the run folders.
+"""Write the golden files; no test runs this file.
+
+Commit 1ff998e wrote the adapters but mtlora, full and head, commit 74a8bd4 the run folders.
 
     PYTHONPATH=<that vismt>:tests python tests/golden/make.py TARGET
 
@@ -53,6 +55,8 @@ ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "s2ft_index": ("llama", "s2ft", {"ratio": 0.25, "parts": ["v", "o", "u", "d"], "mode": "index"}),
     "s2ft_delta": ("vit", "s2ft", {"ratio": 0.25, "parts": ["o", "d"], "mode": "delta"}),
     "lisa": ("vit", "lisa", {"active": 1}),
+    "full": ("vit", "full", {"exclude": ["blocks.0"]}),
+    "head": ("vit", "head", {}),
     "mtlora": ("vit", "mtlora", {"rank": 2, "tasks": ["depth", "normals"]}),
 }
 

@@ -14,6 +14,9 @@ class Blank:
     def __getitem__(self, key: object) -> Blank:
         return self
 
+    def __add__(self, other: object) -> Blank:
+        return self
+
     def __call__(self, *arguments: object, **options: object) -> Blank:
         return self
 

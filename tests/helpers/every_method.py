@@ -36,7 +36,7 @@ def adapted_vit(method: str, **more: object) -> nn.Module:
         options = {"mode": "kpm", "covariances": collect_covariance(model, [images()], LAYERS)}
     rank = {} if "rank" in METHODS[method].unread else {"rank": 2}
     vismt.adapt(model, method, **rank, **options, **more)
-    if method == "lisa":  # only what changed is saved
+    if method in ("lisa", "full"):  # only what changed is saved
         with torch.no_grad():
             model.blocks[0].mlp.fc1.weight.add_(0.1)
         return model

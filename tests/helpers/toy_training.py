@@ -68,7 +68,10 @@ def run(folder: Path, stop_after: int | None = None, **settings: Any) -> Toy:
 
 def logged(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a training's log without their times."""
-    return [{name: row[name] for name in row if name != "elapsed_s"} for row in read_lines(folder / "metrics.jsonl")]
+    return [
+        {name: row[name] for name in row if name not in ("elapsed_s", "memory_mb")}
+        for row in read_lines(folder / "metrics.jsonl")
+    ]
 
 
 def stopped(folder: Path, **settings: Any) -> list[Path]:

@@ -109,6 +109,51 @@ def test_choices_are_answers(right: list[Any], keys: str, way: str, tmp_path: Pa
         assert task.encode("a", row, words).label == keys.index(str(answer))
 
 
+LABELLED = {"text": ["blue", "green"], "label": ["A", "B"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "texts", "way"),
+    [
+        (
+            {"question_stem": "what", "choices": LABELLED, "answerKey": "B"},
+            "what",
+            {"A": "blue", "B": "green"},
+            "from A",
+        ),
+        ({"question": "what", "A": "blue", "B": "green", "answer": "B"}, "what", {"A": "blue", "B": "green"}, "from A"),
+        ({"goal": "what", "sol1": "blue", "sol2": "green", "label": 1}, "what", {"0": "blue", "1": "green"}, "from 0"),
+        (
+            {"option2": "green", "sentence": "what", "option1": "blue", "answer": "2"},
+            "what",
+            {"1": "blue", "2": "green"},
+            "from 1",
+        ),
+        ({"ctx": "what", "endings": ["blue", "green"], "label": "1"}, "what", {"0": "blue", "1": "green"}, "from 0"),
+    ],
+)
+def test_choices_with_labels_and_choices_in_columns(
+    row: Row, prompt: str, texts: dict[str, str], way: str, tmp_path: Path, capsys
+) -> None:
+    """As the published files of common sets have them."""
+    section = begun(tmp_path, [row | {"id": 1}] * 3)
+    task = task_of(section)
+    shown = capsys.readouterr().out
+    assert section.kind == "answers" and f"counts the choices {way}" in shown and "not used: id\n" in shown
+    assert task.prompt.format_map(row) == f"{prompt}\nAnswer:"
+    assert {key: text.format_map(row) for key, text in task.answers.items()} == {
+        k: f" {text}" for k, text in texts.items()
+    }
+    assert task.encode("a", row, tokenizer()).label == 1
+
+
+@pytest.mark.parametrize("columns", [{"a": "x", "b": "y"}, {"A": "x", "C": "y"}, {"B": "x", "C": "y"}, {"A": "x"}])
+def test_columns_without_the_answer_or_with_a_gap_are_no_choices(columns: Row, tmp_path: Path, capsys) -> None:
+    answer = "b is y" if "b" in columns else "A"
+    section = begun(tmp_path, [{"question": "what", **columns, "answer": answer}] * 3)
+    assert section.kind == "causal" and f"not used: {', '.join(columns)}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("row", "kind", "text"),
     [
@@ -187,8 +232,23 @@ LATE = [{"id": 1, "text": "a", "note": ""}, *[{"text": "b", "label": one} for on
             "row 2 has '7' as",
         ),
         (
-            [{"question": "a", "choices": {"text": ["b"]}, "answer": 0}],
-            "row 1 has an object as 'choices'; needed is a list of texts",
+            [{"question": "a", "choices": {"text": ["b", "c"]}, "answer": 0}],
+            "row 1 has {'text': ['b', 'c']} as 'choices'; needed are 2 to 26 texts",
+        ),
+        (
+            [{"question": "a", "choices": "b, c", "answer": 0}],
+            "row 1 has 'b, c' as 'choices'; needed is a list of texts",
+        ),
+        (
+            [
+                {"question": "a", "choices": {"text": ["b", "c"], "label": list(two)}, "answerKey": two[0]}
+                for two in ("AB", "BA")
+            ],
+            "row 2 has 'B' as 'answerKey'; needed is the number or the letter",
+        ),
+        (
+            [{"conversations": SHAREGPT}, {"conversations": []}],
+            "mine.jsonl: row '2': 'conversations' is not a list of turns",
         ),
         ([{"question": "a", "choices": ["b"], "answer": 0}], "row 1 has ['b'] as 'choices'; needed are 2 to 26 texts"),
     ],

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -329,3 +330,40 @@ def test_an_average_of_rows_without_a_variance_has_the_errors_of_their_intervals
     rows = [result(data, value=0.5, half=0.1) for data in ("digits", "crops")]
     average = next(c for c in compare(rows, ValuesByExample(Path("nowhere"))) if c.data == "average")
     assert half(average.cells["frozen"]) == pytest.approx(0.1 / math.sqrt(2))
+
+
+def test_a_value_outside_its_interval_has_its_reason_and_no_star(tmp_path):
+    """A calibration error of 7 % with a bias of 4 to 5 points: its interval ends below it."""
+    rows = []
+    for arm, value in (("a", 0.07), ("b", 0.09)):
+        error = Estimate(value, ((0.005**2, 99.0),), bias=(0.05, 0.04))
+        score = Score(
+            "c", "digits", "test", measure([value] * 100, "ECE-15", better="lower", error=error, paired=False), CLEAN
+        )
+        rows.append(add(tmp_path, score, arm))
+    (c,) = compare(rows, ValuesByExample(tmp_path))
+    assert c.cells["a"].value > c.cells["a"].high and {cell.mark for cell in c.cells.values()} == {""}
+    ((table, note),) = result_tables([c])
+    assert (
+        table.rows == [["digits (unpaired)", "7.0, bias-corrected [1.0, 4.0]", "9.0, bias-corrected [3.0, 6.0]"]]
+        and not table.best
+    )
+    assert "Bias-corrected: " in note
+    # inside its interval it has its star, and no word
+    rows = [replace(row, low=0.0) for row in rows]
+    (c,) = compare([replace(row, high=0.2) for row in rows], ValuesByExample(tmp_path))
+    assert [cell.mark for cell in c.cells.values()] == ["best", "tie"]
+    assert "orrected" not in str(result_tables([c]))
+
+
+def test_the_difference_of_any_two_arms_is_at_hand(folder):
+    for arm in ("clean", "frozen:late"):
+        add_arm(folder, "digits", arm, [value + 0.3 for value in FROZEN], FROZEN)
+    c = comparisons(folder)["digits", "clean"]
+    assert c.pair("adapted", "frozen").mean == pytest.approx(0.1) and c.pair(
+        "frozen", "clean model"
+    ).mean == pytest.approx(-0.3)
+    for path in (folder / "records").glob("*adapted*"):
+        path.unlink()
+    c = comparisons(folder)["digits", "clean"]
+    assert c.pair("adapted", "frozen") is None

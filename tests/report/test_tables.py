@@ -41,7 +41,7 @@ def attack(label):
 
 
 def report(tables):
-    return Report("a title", "", [], [], [Section("Results", tables)], [], [], "")
+    return Report("a title", sections=[Section("Results", tables)])
 
 
 def shown(comparisons):

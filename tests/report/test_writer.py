@@ -1,21 +1,21 @@
 """The report of a hand-made run folder: its texts, refusals, and a page that stands alone."""
 
 import json
-from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from helpers.results import HASH, PGD, add, cell, comparison, corruption, estimated, measure, write_lines
+from helpers.results import HASH, PGD, add, corruption, measure, write_lines
 from helpers.run_folder import FROZEN, add_arm, make_folder
 
 from vismt.base.errors import UserError
 from vismt.report.comparison import compare
+from vismt.report.conclusion import conclude
 from vismt.report.plotting import figure_formats
 from vismt.report.results import Score, ValuesByExample, read_results
 from vismt.report.score_sections import score_sections
 from vismt.report.tables import Picture, Section, Table
 from vismt.report.trainings import training_sections
-from vismt.report.writer import answer, run_heading, write_report
+from vismt.report.writer import result_sections, run_heading, write_report
 from vismt.storage.files import sealed
 from vismt.uncertainty.intervals import CLEAN, Condition
 
@@ -42,11 +42,13 @@ def written(folder, *more, formats=("html", "md")):
     comparisons = compare(results, values)
     with figure_formats(formats):
         sections = [
+            *result_sections(comparisons),
             *score_sections(folder, results, comparisons, values, ["adapted"]),
             *training_sections(folder, ["adapted"], 0, LOGGED),
             *more,
         ]
-    return write_report(folder, run_heading(folder), results, comparisons, sections, formats)[-1]
+    conclusion = conclude(comparisons, {"frozen": 0, "adapted": 250})
+    return write_report(folder, run_heading(folder), results, comparisons, conclusion, sections, formats)[-1]
 
 
 @pytest.fixture
@@ -106,7 +108,8 @@ def test_markdown(reported):
 def test_page_stands_alone(reported):
     html = (reported / "report.html").read_text(encoding="utf8")
     page = Page(html)
-    assert page.tags.count("img") == 2 and all(load.startswith("data:image/svg+xml;base64,") for load in page.loads)
+    assert page.tags.count("img") == 2
+    assert all(load.startswith(("data:image/svg+xml;base64,", "#")) for load in page.loads)
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "http" not in html.split("base64", 1)[0] and "url(" not in html and "@import" not in html
     assert "prefers-color-scheme: dark" in html
@@ -197,52 +200,6 @@ def test_what_the_intervals_cover_is_told_by_model(folder):
     assert "frozen 50.0 ± 22.3 %, adapted 56.2 " in cited
 
 
-CELLS = {"frozen": cell(0.1, 0.1, 8, covers="images"), "robust": cell(0.5, 0.1, 8, covers="images")}
-
-
-def told(attacked=None, clean=None, **changes):
-    """The sentence on differences (robust - frozen) under an attack and on clean images."""
-    rows = []
-    for condition, difference in ((CLEAN, clean), (PGD, attacked)):
-        if difference is not None:
-            c = comparison("digits", CELLS, condition, **changes)
-            rows.append(replace(c, base="frozen", differences={"robust": estimated(*difference)}))
-    return answer(rows)
-
-
-def test_the_answer_is_the_difference_that_matters():
-    about = "few-shot, digits, 5-way 1-shot; n = 8 episodes; 95 % over new images of these classes)."
-    attack = f"under {PGD.label}"
-    assert told((0.41, 0.381, 0.439), (-0.08, -0.12, -0.04)) == (
-        f"robust withstands 41.0 points more than frozen {attack} [38.1, 43.9], and loses 8.0 clean [4.0, 12.0] "
-        f"(accuracy in %, {about}"
-    )
-    assert f"robust withstands 4.0 points less than frozen {attack} [1.0, 7.0], and gains 2.0 clean [1.0, 3.0]" in told(
-        (-0.04, -0.07, -0.01), (0.02, 0.01, 0.03)
-    )
-    # an interval with 0 is no difference, in either part
-    assert told((0.01, -0.02, 0.04), (0.0, -0.03, 0.03)).startswith(
-        f"robust and frozen do not differ measurably in accuracy {attack}: +1.0 [−2.0, +4.0], nor clean: 0.0 [−3.0, +3.0] ("
-    )
-    assert "[1.0, 7.0], and does not differ measurably clean: " in told((0.04, 0.01, 0.07), (0.0, -0.03, 0.03))
-    assert ", and robust gains 2.0 clean [1.0, 3.0]" in told((0.01, -0.02, 0.04), (0.02, 0.01, 0.03))
-    # without an attack it is the clean one; lower may be better, and the unit is the metric's
-    error = {"metric": "RMSE in m", "scale": "number", "better": "lower", "task": "depth"}
-    assert told(None, (-0.5, -0.6, -0.4), **error).startswith(
-        "robust improves on frozen by 0.50 m in RMSE [0.40, 0.60] (RMSE in m, depth, digits, 5-way 1-shot, clean; n = 8"
-    )
-    assert "robust falls behind frozen by 0.50 m in RMSE [0.40, 0.60]" in told(None, (0.5, 0.4, 0.6), **error)
-    assert answer([comparison("digits", CELLS)]) == "" == answer([])
-
-
-def test_the_answer_takes_the_arm_that_is_best():
-    c = comparison("digits", {"a": CELLS["frozen"], "b": CELLS["frozen"], "c": CELLS["robust"]}, PGD)
-    found = {"b": estimated(-0.1, -0.2, 0.0), "c": estimated(0.1, 0.05, 0.15)}
-    text = answer([replace(c, base="a", differences=found)])
-    assert text.startswith("c withstands 10.0 points more than a under")
-    assert text.endswith("; the best of 2 arms by these examples).")
-
-
 def test_models_have_a_line_and_no_name_of_a_condition(tmp_path):
     folder = tmp_path / "run"
     for arm, shift in (("clean", 0.0), ("robust", 0.1)):
@@ -250,16 +207,24 @@ def test_models_have_a_line_and_no_name_of_a_condition(tmp_path):
         add_arm(folder, "digits", arm, values, values)
     (folder / "run.json").write_text(sealed({"config_hash": HASH}))
     results, values = read_results(folder / "results.jsonl"), ValuesByExample(folder)
-    heading = run_heading(folder, {"clean": "amt of rank 8", "robust": "amt under attack"})
     comparisons = compare(results, values)
     assert list(comparisons[0].cells) == ["clean model", "robust"] and comparisons[0].base == "clean model"
-    sections = score_sections(folder, results, comparisons, values, ["clean", "robust"])
-    write_report(folder, heading, results, comparisons, sections)
+    conclusion = conclude(comparisons, {"clean model": 10, "robust": 10})
+    assert (
+        conclusion.model == "robust" and "robust is shown to be better than clean model in accuracy" in conclusion.text
+    )
+    sections = [
+        Section("Models", pairs=[("clean model", "amt of rank 8")]),
+        *result_sections(comparisons),
+        *score_sections(folder, results, comparisons, values, ["clean", "robust"]),
+    ]
+    write_report(folder, run_heading(folder), results, comparisons, conclusion, sections)
     text = (folder / "report.md").read_text()
-    assert "| clean model | amt of rank 8 |" in text and "robust withstands 10.0 points more than clean model" in text
+    assert "| clean model | amt of rank 8 |" in text and conclusion.text.replace("[", "\\[").replace("]", "\\]") in text
     assert "Difference to clean model" in text and "| Condition | clean model | robust |" in text
-    page = Page((folder / "report.html").read_text()).text
-    assert page.index("Models") < page.index("Results") < page.index("Differences") < page.index("Provenance")
+    page = Page((folder / "report.html").read_text())
+    headings = [title for title in ("Models", "Results", "Differences", "Provenance") if title in page.text]
+    assert sorted(headings, key=page.text.rindex) == ["Models", "Results", "Differences", "Provenance"]
 
 
 def test_every_block_is_cited_once(folder):
@@ -309,13 +274,13 @@ def test_key_figures_come_first(folder):
         depth = Score("depth", "rooms", "test", measure([1.0, 2.0], "RMSE in m", scale="number", better="lower"), CLEAN)
         add(folder, depth, arm)
     page = written(folder).read_text()
-    keys = page[: page.index("<h2>")].split('<div class="headline">')[1:]
+    keys = page[: page.index("<h2")].split('<div class="headline">')[1:]
     assert len(keys) == 3
     assert PGD.label in keys[0] and "weak" not in keys[0] and "RMSE in m, depth, rooms" in keys[2]
-    assert "<strong>50.0 ± 22.3</strong>frozen" in keys[1] and "<strong>56.2 ± 21.3</strong>adapted" in keys[1]
+    assert "<strong>50.0 ± 22.3 %</strong>frozen" in keys[1] and "<strong>56.2 ± 21.3 %</strong>adapted" in keys[1]
     assert "average, 5-way 1-shot, clean; n = 8 episodes; 95 % over new examples" in keys[1]
     text = (folder / "report.md").read_text()
-    assert text.index("adapted **56.2 ± 21.3**") < text.index("## Results") < text.index("| Command |")
+    assert text.index("adapted **56.2 ± 21.3 %**") < text.index("## Results") < text.index("| Command |")
 
 
 def test_of_many_arms_the_key_figure_has_the_first_and_the_best(tmp_path):

@@ -39,9 +39,8 @@ def test_train_dense_flags(tmp_path: Path, monkeypatch) -> None:
     assert raw["adapt"] == {"method": "emtal", "rank": 8} and raw["fade"] == {}
     assert raw["balancing"] == {"method": "dwa"}
     assert raw["data"] == {"train": ["motorcycle:train"], "test": ["motorcycle:test"]}
-    for method, full in (("full", True), ("none", False)):
-        raw = settings("train_dense.py", [*COMMON, "--tasks", "depth", "--method", method], tmp_path, monkeypatch)
-        assert raw["adapt"] is None and raw["fade"] is None and raw["full"] is full
+    raw = settings("train_dense.py", [*COMMON, "--tasks", "depth", "--method", "full"], tmp_path, monkeypatch)
+    assert raw["adapt"] == {"method": "full", "rank": 8} and raw["fade"] is None
 
 
 def test_a_task_of_train_dense_has_a_number_of_classes(tmp_path: Path, monkeypatch, capsys) -> None:

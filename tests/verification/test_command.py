@@ -28,6 +28,7 @@ KEYS = {
     "folder",
     "kind",
     "about",
+    "checks",
     "findings",
     "modules",
     "readers",
@@ -65,6 +66,33 @@ def test_exit_codes_and_json(llama: Folders, tmp_path: Path, capsys: pytest.Capt
     assert "0.5 times the update in all modules" in capsys.readouterr().out
     edit_tensors(folders.adapter / TENSORS, lambda t: t.update({n: t[n].half().fill_(65504) for n in list(t)[:1]}))
     assert main(["verify", str(folders.adapter)]) == 3
+
+
+def test_what_was_not_checked_is_said_everywhere(llama: Folders, tmp_path: Path, capsys) -> None:
+    folders = llama.copied(tmp_path)
+    needs = {
+        "": {"names and shapes": "--base", "size of the update": "--base", "scale and merge": "--merged"},
+        "base": {"scale and merge": "--merged"},
+        "merged": {},
+    }
+    given: dict[str, Path] = {}
+    for name, missing in needs.items():
+        given |= {name: getattr(folders, name)} if name else {}
+        verdict = vismt.verify(folders.adapter, **given)  # type: ignore[arg-type]
+        lacking = {check.name: check.text for check in verdict.checks if not check.done}
+        assert lacking == {check: f"needs {option}" for check, option in {**missing, "answers": "--probe"}.items()}
+        words = [word for option, path in given.items() for word in (f"--{option}", str(path))]
+        assert main(["verify", str(folders.adapter), *words, "--json", str(tmp_path / "v.json")]) == 0
+        assert capsys.readouterr().out == f"{verdict}\n"
+        for check, option in missing.items():
+            assert f"\nnot checked  {check}: needs {option}" in str(verdict)
+        checks = json.loads((tmp_path / "v.json").read_text())["checks"]
+        assert [one["name"] for one in checks if not one["done"]] == [*missing, "answers"]
+    assert "\nchecked      scale and merge: 6 of 6 modules are merged as the settings say\n" in str(verdict)
+    FAULTS["merged with half scale"][0](folders)
+    verdict = vismt.verify(folders.adapter, base=folders.base, merged=folders.merged)
+    assert "scale and merge: 0 of 6 modules are merged as the settings say; 6 factor 0.5" in str(verdict)
+    assert "names and shapes: against LlamaForCausalLM" in str(vismt.verify(folders.base))
 
 
 @pytest.mark.parametrize(

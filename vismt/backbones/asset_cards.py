@@ -3,10 +3,10 @@
 A card is YAML in `vismt/backbones/cards/`, or any YAML file of the user's:
 
     name: my_vit                       # also the name of its folder in the cache
-    kind: vit                          # vit | lm
+    kind: timm                         # timm | lm
     about: a description
     licence: MIT
-    architecture: vit_small_patch16_224    # the timm model that the weights fit (vit only)
+    architecture: vit_small_patch16_224    # the timm model that the weights fit (kind timm only)
     file: model.safetensors            # the file that is kept
     sources:                           # tried in this order
       - file: weights/my_vit.safetensors   # beside the card, or an absolute path
@@ -34,7 +34,7 @@ from vismt.config.yaml_text import read_yaml
 from vismt.storage.paths import cache_root
 
 SHIPPED = Path(__file__).parent / "cards"
-KINDS = ("vit", "lm")
+KINDS = ("timm", "lm")
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class AssetCard:
 
     Attributes:
         name: also the name of its folder in the cache.
-        kind: "vit" or "lm".
+        kind: "timm" or "lm".
         file: the file that is kept.
         sources: places to get it from, in order.
         path: the card's file.
         parameters: number of parameters.
-        architecture: the timm model that the weights fit (kind "vit").
+        architecture: the timm model that the weights fit (kind "timm").
     """
 
     name: RelativePath
@@ -103,8 +103,8 @@ def load_asset_card(name: str | Path) -> AssetCard:
         raise UserError(f"{where}: sources must be a list of hub, wheel or file entries.")
     sources = tuple(_read_source(entry, where, f"sources[{index}]") for index, entry in enumerate(entries))
     card = build(AssetCard, values, where, sources=sources, path=path)
-    if card.kind == "vit" and not card.architecture:
-        raise UserError(f"{where}: a vit needs `architecture`, the timm model its weights fit.")
+    if card.kind == "timm" and not card.architecture:
+        raise UserError(f"{where}: weights of timm need `architecture`, the model that they fit.")
     for key, text in (("name", card.name), ("file", card.file)):
         if len(PurePosixPath(text).parts) != 1:
             raise UserError(f"{where}: {key} '{text}' must be a plain name without folders.")

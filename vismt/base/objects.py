@@ -49,14 +49,20 @@ def named(value: Any, objects: dict[str, Any]) -> Any:
 def name_of(given: Any, objects: dict[str, Any], title: str | None = None) -> str:
     """Put an object into `objects` under a name, and return the name; title: in reports, by default the type's name."""
     title = re.sub(r"[^\w.+-]+", "-", title or type(given).__name__)
-    identity = _identity(given, title)
-    digits = str(identity)[:8]
-    if identity.unknown:
-        console.stage("study", f"{title} has no readable content ({identity.unknown}): its folder cannot be continued")
-        digits = secrets.token_hex(4)
-    name = f"<{title} {digits}>"
+    name = f"<{title} {_digits(given, title, len(objects))}>"
     objects[name] = given
     return name
+
+
+def _digits(given: Any, title: str, number: int) -> str:
+    """Return eight digits of the identity of an object, or `number` of one that changes no number of a run."""
+    if not getattr(given, "changes_numbers", True):
+        return f"{number:08x}"
+    identity = _identity(given, title)
+    if not identity.unknown:
+        return str(identity)[:8]
+    console.stage("study", f"{title} has no readable content ({identity.unknown}): its folder cannot be continued")
+    return secrets.token_hex(4)
 
 
 @contextmanager

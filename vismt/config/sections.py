@@ -136,7 +136,7 @@ class TrainConfig:
         workers: processes that load data; 0 for the training's own.
         log_every: steps between two lines of metrics.jsonl.
         checkpoint_every: steps between two checkpoints, from which a run resumes.
-        trackers: further logs through accelerate.
+        trackers: what gets the content of metrics.jsonl as well.
     """
 
     steps: Annotated[int, within(0)] = 100
@@ -157,7 +157,9 @@ class TrainConfig:
     workers: Annotated[int, within(0)] = 0
     log_every: Count = 1
     checkpoint_every: Count = 50
-    trackers: Annotated[list[str], Names(("tensorboard", "wandb"), only=True)] = field(default_factory=list)
+    trackers: Annotated[list[str], Names("vismt.engine.trackers:TRACKERS", only=True)] = field(
+        default_factory=list, metadata=UNHASHED
+    )
 
     def __post_init__(self) -> None:
         if self.warmup + self.cooldown > self.steps:

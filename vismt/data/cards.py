@@ -74,6 +74,8 @@ def _locate(name: str | Path) -> tuple[Path, str]:
         return path.resolve(), str(path)
     if path.name != text and not os.path.exists(path):
         raise UserError(f"data '{text}': no such file or folder.")
+    if os.path.isfile(path):
+        raise UserError(f"data '{text}': this is no {', '.join(FILES)} file; write its rows as one.")
     raise UserError(
         f"data '{text}': no card of that name and no card, folder or table at that path.{near(text, list_cards())}"
     )

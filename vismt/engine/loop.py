@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from vismt.engine.optimizer import make_optimizer, make_schedule, rate, with_own
 from vismt.engine.sharding import Shards, check_sharded
 from vismt.engine.stopping import StopRequest
 from vismt.engine.stream import Batches, stream_batches
+from vismt.engine.trackers import Trackers
 from vismt.lowrank.recompute import recompute
 from vismt.lowrank.tensors import whole
 from vismt.methods import freezes, method_optimizer, schedules
@@ -52,6 +53,7 @@ def train(
     after_step: Callable[[nn.Module, int], None] | None = None,
     after_save: Callable[[], object] | None = None,
     sections: Any = None,
+    name: str = "",
 ) -> dict[str, float]:
     """Train the objective's parameters that require a gradient, from the run folder's checkpoint where there is one.
 
@@ -67,7 +69,8 @@ def train(
         seed: of dropout and other random draws, one stream for each process; the outer random state is restored.
         after_step: called with the objective that runs and the number of finished steps after every optimiser step.
         after_save: called after every checkpoint.
-        sections: the run's configuration, for schedules of methods.
+        sections: the run's configuration, for schedules of methods and for trackers.
+        name: of the training, for trackers.
 
     Returns:
         The last logged metrics.
@@ -79,9 +82,10 @@ def train(
         check_sharded(objective, config)
     with torch.random.fork_rng(), running_blocks(objective, config):
         torch.manual_seed(seed + accelerator.process_index)
-        return _Training(objective, batches, config, folder, config_hash, accelerator, sections).run(
-            after_step, after_save
-        )
+        training = _Training(objective, batches, config, folder, config_hash, accelerator, sections)
+        names = config.trackers if accelerator.is_main_process else ()
+        with closing(Trackers(names, name, folder, asdict(sections) if names else {})) as trackers:
+            return training.run(after_step, after_save, trackers)
 
 
 @dataclass(eq=False)
@@ -120,6 +124,7 @@ class _Training:
         if self.finished:
             console.stage("resume", f"{folder} at step {self.finished} of {config.steps}")
         self.started = time.monotonic() - self.log.elapsed_s
+        runtime.reset_peak_memory()
         if freezes(objective):  # DDP wraps every parameter that may train, and not all of them do in every step
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         if self.shards:
@@ -142,13 +147,16 @@ class _Training:
         return method_optimizer(make_optimizer(trained, self.config, with_own_prior(objective)), objective)
 
     def run(
-        self, after_step: Callable[[nn.Module, int], None] | None, after_save: Callable[[], object] | None
+        self,
+        after_step: Callable[[nn.Module, int], None] | None,
+        after_save: Callable[[], object] | None,
+        trackers: Trackers,
     ) -> dict[str, float]:
         config = self.config
         last: dict[str, float] = {}
         with (
-            StopRequest(self.accelerator) as stop,
-            console.bar("train", "steps", config.steps, self.finished) as progress,
+            StopRequest(self.accelerator, self.folder, config.steps, self.finished) as stop,
+            console.bar("train", "step", config.steps, self.finished) as progress,
         ):
             for step in range(self.finished + 1, config.steps + 1):
                 logged, norm, lr = self._step(step)
@@ -162,19 +170,18 @@ class _Training:
                     after_step(self.running, step)
                 if logs:
                     last = self._write_log(step, logged, {"lr": lr, "grad_norm": float(norm), **metrics})
+                    trackers.log(step, {name: value for name, value in last.items() if name != "step"})
                     progress.note("  ".join(f"{name} {last[name]:.3g}" for name in logged))
                 stopping = stop.agreed()
                 if stopping and not logs:
                     self._need_finite()
                 if due or stopping:  # it is finite
                     self._save(step)
+                    stop.saved = step
                     if after_save is not None:
                         after_save()
                 progress.advance()
                 if stopping:
-                    console.stage(
-                        "train", f"stopped after step {step} of {config.steps}, which is saved in {self.folder}"
-                    )
                     break
         return last
 
@@ -242,9 +249,8 @@ class _Training:
         self._need_finite()
         means = {name: float(accelerator.reduce(value, "mean")) for name, value in logged.items()}
         line = {"step": step, **means, **further, "elapsed_s": time.monotonic() - self.started}
+        line |= runtime.peak_memory()
         self.log.add(line)
-        if self.config.trackers:
-            accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
         return line
 
     def _need_finite(self) -> None:

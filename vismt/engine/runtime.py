@@ -7,6 +7,7 @@ import datetime
 import gc
 import os
 import platform
+import re
 import subprocess
 from contextlib import suppress
 from functools import cache
@@ -63,10 +64,10 @@ def net_device() -> torch.device:
     return torch.device("cpu") if sharded() else processes().device
 
 
-def accelerator(precision: str = "no", trackers: list[str] | None = None, folder: Path | None = None) -> Accelerator:
+def accelerator(precision: str = "no") -> Accelerator:
     """Return the accelerator for a CPU, one GPU or several processes (torchrun, accelerate launch), as the environment sets.
 
-    Raises UserError for an unknown precision, fp16 without a GPU, and trackers that are not installed.
+    Raises UserError for an unknown precision, and fp16 without a GPU.
     """
     require_known("train.precision:", [precision], PRECISIONS)
     if precision == "fp16" and not torch.cuda.is_available():
@@ -74,18 +75,7 @@ def accelerator(precision: str = "no", trackers: list[str] | None = None, folder
     processes()
     # accelerate keeps the first precision for the life of the process; a second run may want another.
     AcceleratorState._reset_state()
-    try:
-        created = Accelerator(
-            cpu=_cpu_only(),
-            mixed_precision=precision,
-            log_with=list(trackers) if trackers else None,
-            project_dir=str(folder) if folder else None,
-        )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"train.trackers: {trackers}: {' '.join(str(error).split())}") from error
-    if trackers and len(created.log_with) < len(trackers):
-        raise UserError(f'train.trackers: {trackers}: not all are installed; pip install "vismt[log]".')
-    return created
+    return Accelerator(cpu=_cpu_only(), mixed_precision=precision)
 
 
 @cache
@@ -110,6 +100,25 @@ def hardware() -> str:
     if device.type == "cuda":
         return f"{count} x {torch.cuda.get_device_name(device)}"
     return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {count} process(es)"
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` measure from now on."""
+    if processes().device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> dict[str, float]:
+    """Return {"memory_mb": largest allocation of the GPU, or on Linux the largest resident memory of the process}, else {}."""
+    if processes().device.type == "cuda":
+        return {"memory_mb": torch.cuda.max_memory_allocated() / 2**20}
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return {"memory_mb": int(found[1]) / 2**10} if found else {}
+    return {}
 
 
 def versions() -> dict[str, str]:

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from vismt.base import console
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Notes the first of SIGNALS inside the block, and raises it again at the end of the block; a second one acts at once."""
+    """Notes the first of SIGNALS inside the block, and raises it again at the end of the block; a second one acts at once.
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    Before SIGTERM acts, and in the KeyboardInterrupt of Ctrl-C, a line says where the training continues.
+
+    Args:
+        accelerator: Of the training.
+        folder: Folder of the training's checkpoints.
+        steps: Number of steps of the whole training.
+        saved: Last step with a checkpoint, 0 for none. The training sets it again after each checkpoint.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, steps: int, saved: int) -> None:
+        self.saved = saved
+        self._folder = folder
+        self._steps = steps
         self._accelerator = accelerator
         self._number: int | None = None
         self._usual: dict[int, Any] = {}
@@ -34,8 +49,16 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
-        if self._number is not None:
+        if self._number is None:
+            return
+        place = f"after step {self.saved:,} of {self._steps:,}" if self.saved else "at its first step"
+        line = f"training '{self._folder}' continues {place}"
+        if self._number != signal.SIGINT:
+            console.stage("train", f"stopped: {line}")
+        try:
             signal.raise_signal(self._number)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(line) from interrupt
 
     def agreed(self) -> bool:
         """Return whether training stops now. Processes that train together call it after each step and agree, one step later."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 from vismt.base import console, ranks
 from vismt.base.errors import Diverged, UserError, near
-from vismt.config.sections import RunConfig, Seed, TrainConfig, with_values
+from vismt.config.sections import RunConfig, Seed, TrainConfig, flat, with_values
 from vismt.config.typed import plain_name, within
 from vismt.storage.files import atomic_write, read_sealed, sealed
 
@@ -23,6 +23,7 @@ ARMS = "arms"
 CHOSEN = "chosen.json"
 DIVERGED = "diverged.json"
 ALONE = "adapted"  # the arm of a configuration that names none
+BEST = "best"  # stands for the arm that is best on validation, unless an arm has this name
 # Sections that are the same for every arm of a study, whatever the job.
 SHARED = ("arms", "seeds", "seed", "tune", "tasks", "evaluate", "report", "model", "task")
 
@@ -190,17 +191,24 @@ class Study(Generic[Config]):
         return [self.training(arm, lr, seed) for lr in rates for seed in seeds]
 
     def attempt(self, job: Trainer, training: Training) -> None:
-        """Train; a training that diverges is marked as diverged where its arm tries other rates, and an error otherwise."""
+        """Train, and print the validation score where the arm tries several rates: its records make their choice quick.
+
+        A training that diverges is marked as diverged where its arm tries other rates, and an error otherwise.
+        """
         if has_diverged(training):
             return
+        tries = len(self.rates(training.arm)) > 1 and not self.is_chosen(training.arm)
         try:
             job.train_one(training)
         except Diverged as error:
-            if len(self.rates(training.arm)) == 1 or self.is_chosen(training.arm):
+            if not tries:
                 raise
             console.stage("tune", f"{training.arm}   lr {training.lr:g}   {error}")
             content = sealed({"error": str(error)})
             ranks.on_first(lambda: atomic_write(training.folder / DIVERGED, content))
+            return
+        if tries:
+            console.stage("tune", f"{training}   validation score {job.validate(training):.4g}")
 
     def choose(self, job: Trainer, arm: str) -> None:
         """Choose the rate of an arm by the validation scores of the tried ones, unless it is chosen."""
@@ -222,19 +230,40 @@ def resolve_arms(config: Config) -> dict[str, Config]:
     """Return the configuration of every arm, each without arms; one arm "adapted" where the configuration names none."""
     plain = replace(config, arms={}, seeds=[], tune=None)
     if not config.arms:
-        return {ALONE: plain}
-    return {name: _arm(plain, changes, f"arms.{name}") for name, changes in config.arms.items()}
+        return {ALONE: settled(plain)}
+    arms = {name: with_values(plain, changes, f"arms.{name}") for name, changes in config.arms.items()}
+    return {name: settled(arm, config.arms[name], f"arms.{name}: ") for name, arm in arms.items()}
 
 
-def _arm(plain: Config, changes: Mapping[str, Any], source: str) -> Config:
-    """Return the configuration of an arm. What another method of the arm does not read is not taken from `plain`."""
-    arm = with_values(plain, changes, source)
-    if arm.adapt is None or "adapt.method" not in changes:
-        return arm
-    from vismt.methods import DEFAULTS, METHODS
+def settled(config: Config, changes: Mapping[str, Any] | None = None, where: str = "") -> Config:
+    """Return a configuration without those of targets, rank and alpha that its method does not read.
 
-    unread = [name for name in METHODS[arm.adapt.method].unread if f"adapt.{name}" not in changes]
-    return replace(arm, adapt=replace(arm.adapt, **{name: DEFAULTS[name] for name in unread}))
+    So a change of the method alone is enough. A method that trains a head alone is none, as a job has heads of its own.
+    changes: those of an arm. Raises UserError, which begins with `where`, for one that the method does not read.
+    """
+    if config.adapt is None:
+        return config
+    from vismt.methods import METHODS
+
+    given = [key.removeprefix("adapt.") for key in flat(changes or {})]
+    method = METHODS[config.adapt.method]
+    method.check_read(where, **{name: getattr(config.adapt, name) for name in method.unread if name in given})
+    return replace(config, adapt=None if method.head_only else replace(config.adapt, **method.unread_of(config.adapt)))
+
+
+def ignored(config: StudyConfig) -> list[str]:
+    """Return a line for each arm whose method does not read targets, rank or alpha of the adapt section."""
+    from vismt.methods import METHODS
+
+    lines = []
+    for name, changes in (config.arms or {ALONE: {}}).items():
+        arm = with_values(replace(config, arms={}), changes, f"arms.{name}").adapt
+        if arm is not None:
+            method = METHODS[arm.method]
+            values = [f"{key} {getattr(arm, key)}" for key in method.unread_of(arm)]
+            reason = next(iter(method.unread.values()), "")
+            lines += [f"{name}   without {', '.join(values)}: '{arm.method}' {reason}"] if values else []
+    return lines
 
 
 def check_arms(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from vismt.base import console
 from vismt.base.errors import UserError, near, require_known
 from vismt.base.registry import import_own, with_entry_points
 from vismt.config.sections import (
@@ -93,7 +94,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def make_job(config: RunConfig, folder: Path, run_hash: str | None = None) -> EvaluationJob[Any]:
     """Return the job of a configuration in a run folder; run_hash: of the folder, by default that of the configuration."""
     job = _part(config.task, "job", "JOB")
-    return job(config, folder, run_hash or config_hash(config))
+    from vismt.engine.study import StudyConfig, settled
+
+    alone = isinstance(config, StudyConfig) and not config.arms
+    return job(settled(config) if alone else config, folder, run_hash or config_hash(config))
 
 
 @contextmanager
@@ -122,6 +126,10 @@ def started_config(config: RunConfig, folder: Path) -> Iterator[Run]:
     run = Run(folder, config)
     run.job.check()
     run.job.check_model_names()
+    from vismt.engine.study import StudyConfig, ignored
+
+    for line in ignored(config) if isinstance(config, StudyConfig) else ():
+        console.stage("adapt", line)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     atomic_write(folder / RESOLVED, yaml.safe_dump(asdict(config), sort_keys=False))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +21,9 @@ from vismt.engine.study import Study, StudyConfig, Training
 from vismt.jobs.graphs import Graph
 from vismt.jobs.predictions import Options, Predictions
 from vismt.jobs.risk import risk_section
-from vismt.report.comparison import Comparison, compare, shown_name
+from vismt.report.comparison import FROZEN, Comparison, compare, shown_name
+from vismt.report.conclusion import Conclusion, conclude
+from vismt.report.confusion import class_section
 from vismt.report.plotting import figure_formats
 from vismt.report.results import (
     RESULTS,
@@ -42,8 +45,8 @@ from vismt.report.tables import (
     row_text,
     without_further,
 )
-from vismt.report.trainings import training_sections
-from vismt.report.writer import DEFAULT_FORMATS, run_heading, write_report
+from vismt.report.trainings import cost_section, progress_section, read_costs, training_sections
+from vismt.report.writer import DEFAULT_FORMATS, result_sections, run_heading, write_report
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.paths import file_name
 from vismt.uncertainty.intervals import averaged, interval_kind_text, over_seeds
@@ -64,6 +67,8 @@ class EvaluationJob(ABC, Generic[Config]):
     composed: Collection[str] = ()
     # The options of `vismt predict` that the job takes.
     predict_options: Collection[str] = ()
+    # Commands of `vismt` to paste after a report, with the places {run} and {arm}.
+    next_steps: Sequence[str] = ()
     # The attack of `vismt attack RUN` where none is named.
     default_attack = "strong"
 
@@ -72,7 +77,7 @@ class EvaluationJob(ABC, Generic[Config]):
         self.folder = folder
         self.hash = config_hash
         self.study: Study[Config] = self.make_study()
-        self._printed: set[str] = set()  # the lines of scores that this process has printed
+        self._printed: set[str] = set()  # lines that this process has printed: scores, remarks on adapters
         self.part_done: Callable[[], object] = lambda: None  # called with each checkpoint and evaluated training
 
     def make_study(self) -> Study[Config]:
@@ -192,6 +197,10 @@ class EvaluationJob(ABC, Generic[Config]):
             f"predict: run '{self.folder}' has the job '{self.config.task}', which trains no model to predict with; name a "
             "run of another job, or a checkpoint."
         )
+
+    def chosen_arm(self, name: str | None) -> str | None:
+        """Return the arm that `--arm` names. None and "best" stand for the arm that is best on validation, if the job trains."""
+        return name
 
     def name_of(self, arm: str | None = None) -> str:
         """Return the arm and seed that a name stands for, as they stand in the name of a folder."""
@@ -345,21 +354,68 @@ class EvaluationJob(ABC, Generic[Config]):
         return results, compare(results, values, self.baselines(), self.references), values
 
     def report(self, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
-        """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.FIGURES; return its files."""
+        """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.FIGURES; return its files.
+
+        The report of a run without results shows how far its trainings are.
+        """
         results, comparisons, values = self._compared()
-        if not results:
-            raise UserError(f"report: no results in '{self.folder}'; make them with `vismt evaluate {self.folder}`.")
-        compared = [arm for arm in self.evaluated() if arm not in self.references]
         with figure_formats(formats):
-            sections = [
-                *score_sections(self.folder, results, comparisons, values, compared),
-                *training_sections(self.folder, list(self.study.arms), self.study.seeds[0], self.logged),
-                risk_section(results),
-                *self.sections(results),
-            ]
-        shown = dict.fromkeys(row.arm for row in results)
-        heading = run_heading(self.folder, {arm: text for arm in shown if (text := self.described(arm))})
-        return write_report(self.folder, heading, results, comparisons, sections, formats)
+            training = training_sections(self.folder, list(self.study.arms), self.study.seeds[0], self.logged)
+            if results:
+                conclusion, sections = self._sections(results, values, comparisons, training)
+                console.stage("answer", conclusion.text)
+            else:
+                steps = {arm: config.train.steps for arm, config in self.study.arms.items() if config.train}
+                conclusion, sections = None, [progress_section(self.folder, steps), training[0]]
+                if not sections[0].filled:
+                    raise UserError(
+                        f"report: no results in '{self.folder}'; make them with `vismt evaluate {self.folder}`."
+                    )
+        return write_report(self.folder, run_heading(self.folder), results, comparisons, conclusion, sections, formats)
+
+    def _sections(
+        self,
+        results: Sequence[Result],
+        values: ValuesByExample,
+        comparisons: Sequence[Comparison],
+        training: Sequence[Section],
+    ) -> tuple[Conclusion, list[Section]]:
+        """Return the answer and the sections of a run with results. training: sections about its trainings, the curves first."""
+        conditions = {c.condition for c in comparisons}
+        arms = {shown_name(row.arm, conditions): row.arm for row in results}
+        known = read_costs(self.folder, [*self.study.arms])
+        costs = {name: known[self.arm_of(arm)] for name, arm in arms.items() if self.arm_of(arm) in known}
+        conclusion = conclude(comparisons, {FROZEN: 0, **{name: cost.trained for name, cost in costs.items()}})
+        taken = arms[conclusion.model]
+        return conclusion, [
+            cost_section(self.folder, comparisons, costs),
+            class_section(self.folder, taken),
+            training[0],
+            Section("What to do next", commands=self.commands(taken)),
+            Section("Models", pairs=[(name, text) for name, arm in arms.items() if (text := self.described(arm))]),
+            *result_sections(comparisons),
+            *score_sections(
+                self.folder,
+                results,
+                comparisons,
+                values,
+                [arm for arm in self.evaluated() if arm not in self.references],
+            ),
+            *training[1:],
+            risk_section(results),
+            *self.sections(results),
+        ]
+
+    def commands(self, model: str) -> list[str]:
+        """Return commands to paste after a report that takes a model."""
+        run = shlex.quote(str(self.folder))
+        arm = shlex.quote(self.arm_of(model))
+        steps = [step.format(run=run, arm=arm) for step in self.next_steps] if self.arm_of(model) else []
+        return [f"vismt {step}" for step in (*steps, f"compare {run} ANOTHER_RUN")]
+
+    def arm_of(self, model: str) -> str:
+        """Return the arm that `--arm` takes for an evaluated model, "" if it has none."""
+        return model if model in self.study.arms else ""
 
 
 def settings_text(settings: Mapping[str, Any], without: Collection[str] = ()) -> str:

@@ -1,7 +1,8 @@
 """What `vismt predict` takes and writes in every job: image files, predictions.csv with classes of images, a contact sheet.
 
 A row of predictions.csv is the answer of one softmax for one image: the likeliest class, the next ones, their probabilities,
-and, where the run has the thresholds of `evaluate.risk`, the conformal set as a JSON list.
+and, where the run has the thresholds of `evaluate.risk`, the conformal set as a JSON list. An image of a folder of class folders
+also has its true class, and the accuracy of all of them is printed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base import console
-from vismt.base.errors import UserError
+from vismt.base.errors import UserError, near
 from vismt.config.sections import RESOLVED
-from vismt.data.decode import SUFFIXES, decode_file
+from vismt.data.decode import SUFFIXES, decode_file, is_image_name
 from vismt.data.pixels import square
 from vismt.engine import runtime
 from vismt.report.panels import write_arrays
 from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
+from vismt.report.tables import interval_text
 from vismt.storage.files import atomic_write
 from vismt.storage.outputs import check_files, check_outputs, note
+from vismt.uncertainty.intervals import SHARE, Measure, interval_kind_text
 
 FOLDER = "predictions"  # of a run
 TABLE, SHEET, ARRAYS = "predictions.csv", "predictions.png", "predictions.npz"
@@ -94,10 +97,18 @@ USED_BY = {
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was predicted. rows: answers by image (or row of text), as in the table; files: what was written."""
+    """What was predicted.
+
+    Attributes:
+        rows: Answers by image (or row of text), as in the table.
+        files: What was written.
+        accuracy: Share of images of class folders that are classified right, with its 95 % interval and the number of images:
+            the keys value, low, high and n. None if the images are in no class folders.
+    """
 
     rows: list[Row]
     files: list[Path]
+    accuracy: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,16 +128,17 @@ class Softmax:
     quantile: float | None = None
 
 
-def image_files(paths: Sequence[Path]) -> list[Path]:
+def image_files(paths: Sequence[Path], deep: bool = False) -> list[Path]:
     """Return the files of `paths`, of a folder the image files in it, sorted by name.
 
-    Raises UserError for a folder without one, and for a name that a table cannot hold.
+    deep: whether a folder without image files stands for those in the folders below it. Raises UserError for a folder without
+    an image, and for a name that a table cannot hold.
     """
     files: list[Path] = []
     for path in paths:
         found = [path]
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+            found = _images_of(path, "*") or (_images_of(path, "**/*") if deep else [])
         if not found:
             raise UserError(
                 f"predict: '{path}' has no image file ({', '.join(sorted(SUFFIXES))}); name another folder."
@@ -136,6 +148,12 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     if bad is not None:
         raise UserError(f"predict: the name of '{console.printable(bad)}' is not UTF-8; rename the file.")
     return files
+
+
+def _images_of(folder: Path, pattern: str) -> list[Path]:
+    files = [file for file in folder.glob(pattern) if is_image_name(file.name) and file.is_file()]
+    hidden = (".", "__")
+    return sorted(file for file in files if not any(part.startswith(hidden) for part in file.relative_to(folder).parts))
 
 
 def check_target(target: Path, outputs: Iterable[tuple[str, str]], inputs: Iterable[Path]) -> None:
@@ -157,11 +175,15 @@ def _of_run(target: Path) -> bool:
     return target.name == FOLDER and (target.parent / RESOLVED).exists()
 
 
-def images_for(inputs: Sequence[Path], target: Path, options: Options) -> list[Path]:
-    """Return the images whose classes are to be predicted into a folder, after a check of what will be written there."""
-    files = image_files(inputs)
+def images_for(inputs: Sequence[Path], target: Path, options: Options) -> dict[Path, str]:
+    """Return the images whose classes are to be predicted into a folder, after a check of what will be written there.
+
+    Each image has the name of its class folder, "" if it lies in a folder that was named itself.
+    """
+    named = {path if path.is_dir() else path.parent for path in inputs}
+    files = image_files(inputs, deep=True)
     check_target(target, [(name, "") for name in _class_outputs(options)], files)
-    return files
+    return {path: "" if path.parent in named else path.parent.name for path in files}
 
 
 def _class_outputs(options: Options) -> list[str]:
@@ -173,7 +195,7 @@ def predict_classes(
     net: nn.Module,
     size: int,
     groups: Sequence[Softmax],
-    files: Sequence[Path],
+    images: Mapping[Path, str],
     target: Path,
     options: Options,
     *,
@@ -189,11 +211,12 @@ def predict_classes(
         net: images (b, 3, size, size) in [0, 1] -> logits (b, k), on the device of this process.
         size: of the images in pixels; others are resized by their shorter side and cropped to the centre, as in evaluation.
         groups: the softmaxes, together all k outputs in their order; a row for each.
-        files: Images, as `images_for` returns them.
+        images: Class folder by image, as `images_for` returns them.
         label: names the model in the progress bar.
     """
-    device = runtime.processes().device
+    device, files = runtime.processes().device, list(images)
     rows: list[Row] = []
+    right: dict[str, float] = {}
     probabilities: list[Tensor] = []
     shown: list[np.ndarray] = []
     starts = range(0, len(files), batch)
@@ -205,7 +228,11 @@ def predict_classes(
         for place, path in enumerate(part):
             for group, values in zip(groups, log_p):
                 task = group.tasks[int(values[place].argmax())]
-                rows.append(class_row(path, task, values[place], group.names, group.quantile, options.top))
+                row = class_row(path, task, values[place], group.names, group.quantile, options.top)
+                true = [name for name in group.names if images[path] and images[path] in (name, name.partition("/")[2])]
+                if true:
+                    right[f"{path} {group.span.start}"] = float(row["label"] in true)
+                rows.append({**row, "true_label": true[0]} if true else row)
         if options.maps:
             probabilities.append(torch.cat(log_p, 1).exp())
         shown += [*pixels[: MOST_SHOWN - len(shown)].numpy()] if options.sheet else []
@@ -219,7 +246,27 @@ def predict_classes(
     if options.sheet:
         answers = [rows[place : place + len(groups)] for place in range(0, len(rows), len(groups))]
         written.append(contact_sheet(shown, answers, target / SHEET))
-    return Predictions(rows, written)
+    return Predictions(rows, written, _accuracy(right, images, [name for group in groups for name in group.names]))
+
+
+def _accuracy(right: Mapping[str, float], images: Mapping[Path, str], labels: Sequence[str]) -> dict[str, float] | None:
+    """Print and return the accuracy of images in class folders, and print which folders are no class. right: 1 or 0 by answer."""
+    classes = {name for label in labels for name in (label, label.partition("/")[2])}
+    others = [folder for folder in images.values() if folder and folder not in classes]
+    found = None
+    if right:
+        measure = Measure("accuracy", right, counts=True)
+        low, high = measure.interval()
+        found = {"value": measure.score, "low": low, "high": high, "n": len(right)}
+        text = interval_text(measure.score, low, high, SHARE)
+        console.stage(
+            "predict", f"accuracy {text} %   (n = {len(right):,} images; {interval_kind_text(measure.covers)})"
+        )
+    if others:
+        first = others[0]
+        text = f"{len(others):,} images are not counted: the model has no class '{first}'.{near(first, classes)}"
+        console.stage("predict", text)
+    return found
 
 
 def class_row(

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vismt.base.errors import UserError, require_known
 from vismt.config.sections import EARLIER_HASH_DIGITS, RESOLVED, RunConfig, config_hash
 from vismt.engine import runtime
 from vismt.jobs import make_job
+from vismt.jobs.export_readme import readme
 from vismt.jobs.graphs import NAMES, write_graph
 from vismt.jobs.predictions import FOLDER, Options, Predictions
 from vismt.lowrank.files.peft_folder import export_peft
@@ -32,6 +34,7 @@ from vismt.storage.files import atomic_write, new_files, read_json, remove_parti
 from vismt.storage.locks import locked
 from vismt.storage.outputs import check_folder
 
+README = "README.md"
 EXPORTED = "vismt.json"  # in the folder of an export: run, configuration, arm and seed
 FORMATS = ("timm", "transformers", "peft", "onnx", "torch")
 
@@ -88,7 +91,7 @@ class Run:
             with ranks.shared():
                 self.job.evaluate_references()
 
-    def on_main(self, stage: Callable[[], None]) -> None:
+    def on_main(self, stage: Callable[[], object]) -> None:
         """Run a stage on the first process only; the others wait for it."""
         with ranks.shared():
             ranks.on_first(stage)
@@ -104,11 +107,12 @@ class Run:
             self.job.evaluate(attacks)
             self._note(finished=_now())
 
-    def report(self, formats: Sequence[str] | None = None) -> None:
-        """Write the report, by default as report.md and report.html, and print the page's place, or that of every file."""
+    def report(self, formats: Sequence[str] | None = None) -> list[Path]:
+        """Write the report and return its files, by default report.html of report.md and report.html; print their places."""
         paths = self.job.report()[-1:] if formats is None else self.job.report(formats)
         for path in paths:
             console.stage("report", str(path))
+        return paths
 
     def _need_adapter(self) -> None:
         if not any((self.folder / place).is_dir() for place in ("pool", "arms")):
@@ -119,8 +123,10 @@ class Run:
     def merge(self, arm: str | None = None) -> Path:
         """Write the stock state dict with merged weights to merged-ARM-seed-SEED/model.safetensors; return the folder."""
         self._need_adapter()
+        arm = self.job.chosen_arm(arm)
         model = self.job.merged(arm)
-        return self._write(self._target("merged", None, arm), arm, lambda folder: self._write_model(model, folder, arm))
+        form = "transformers" if hasattr(model, "save_pretrained") else "timm"
+        return self._write(self._target("merged", None, arm), arm, form, model)
 
     def export(self, form: str, target: Path | None, arm: str | None = None, *, uniform: bool = False) -> Path:
         """Write one arm as timm (model.safetensors, config.json), transformers (save_pretrained), peft (adapter folder) or graph.
@@ -132,21 +138,20 @@ class Run:
         if uniform and form != "peft":
             raise UserError(f"export: --uniform is of --format peft; leave it out with {form}.")
         self._need_adapter()
+        arm = self.job.chosen_arm(arm)
         if form == "peft":
-            adapted = self.job.adapted(arm)
-            target = self._target("export-peft", target, arm)
-            return self._write(target, arm, lambda folder: export_peft(adapted, folder, uniform=uniform))
-        if form in NAMES:
-            graph = self.job.graph(arm, form)
-            target = self._target(f"export-{form}", target, arm)
-            return self._write(target, arm, lambda folder: write_graph(graph, form, folder), is_graph=True)
-        model = self.job.merged(arm)
-        is_transformers = hasattr(model, "save_pretrained")
-        if is_transformers != (form == "transformers"):
-            fitting = "transformers" if is_transformers else "timm"
-            raise UserError(f"export: {type(model).__name__} is not a {form} model; use --format {fitting} or peft.")
-        target = self._target(f"export-{form}", target, arm)
-        return self._write(target, arm, lambda folder: self._write_model(model, folder, arm))
+            model: Any = self.job.adapted(arm)
+        elif form in NAMES:
+            model = self.job.graph(arm, form)
+        else:
+            model = self.job.merged(arm)
+            is_transformers = hasattr(model, "save_pretrained")
+            if is_transformers != (form == "transformers"):
+                fitting = "transformers" if is_transformers else "timm"
+                raise UserError(
+                    f"export: {type(model).__name__} is not a {form} model; use --format {fitting} or peft."
+                )
+        return self._write(self._target(f"export-{form}", target, arm), arm, form, model, uniform)
 
     def _target(self, kind: str, target: Path | None, arm: str | None) -> Path:
         folder = target or self.folder / f"{kind}-{self.job.name_of(arm)}"
@@ -167,27 +172,44 @@ class Run:
     def predict(self, inputs: Sequence[Path], target: Path | None, options: Options) -> Predictions:
         """Write predictions on images or rows of text, by default under RUN/predictions, and return them."""
         options.check(self.job.predict_options, f"a run of {self.config.task}")
+        options = replace(options, arm=self.job.chosen_arm(options.arm))
         return self.job.predict(inputs, target or self.folder / FOLDER, options)
 
-    def _write(self, target: Path, arm: str | None, write: Callable[[Path], object], is_graph: bool = False) -> Path:
-        """Let `write` fill the folder of an export, with the files that go beside it. A killed export leaves nothing there."""
+    def _write(self, target: Path, arm: str | None, form: str, model: Any, uniform: bool = False) -> Path:
+        """Fill the folder of an export, with the files that go beside it. A killed export leaves nothing there."""
         with new_files(target, first=EXPORTED) as folder:
-            write(folder)
+            base = "" if form in NAMES else self._base(model)
+            if form in NAMES:
+                write_graph(model, form, folder)
+            elif form == "peft":
+                export_peft(model, folder, uniform=uniform)
+            elif form == "transformers":
+                model.save_pretrained(folder)
+            else:
+                write_tensors(folder / "model.safetensors", model.state_dict(), {"format": "pt"})
+                atomic_write(folder / "config.json", json.dumps(self._model_config(model, arm), indent=1))
             atomic_write(folder / EXPORTED, json.dumps(self._exported(arm), indent=1))
             for name, content in self.job.files_beside(arm).items():
                 atomic_write(folder / name, content)
-        if not is_graph:
+            title = f"{self.job.name_of(arm)} of {self.folder.name}"
+            atomic_write(folder / README, readme(folder, form, title, base, self.config.model.name))
+        if form not in NAMES:
             from vismt.verification.verify import checked
 
             checked(target)
         return target
 
-    def _write_model(self, model: Any, folder: Path, arm: str | None) -> None:
+    def _base(self, model: Any) -> str:
+        """Return the expression that builds the model that was adapted, without its weights if timm does not have them."""
+        section = self.config.model
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(folder)
-            return
-        write_tensors(folder / "model.safetensors", model.state_dict(), {"format": "pt"})
-        atomic_write(folder / "config.json", json.dumps(self._model_config(model, arm), indent=1))
+            return f"transformers.AutoModelForCausalLM.from_pretrained({json.dumps(section.name)})"
+        from vismt.backbones.pyramid import size_of, takes_size
+
+        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", section.name)
+        options = f"pretrained={section.pretrained is True}, num_classes={model.num_classes}"
+        options += f", img_size={size_of(model)}" if takes_size(model) else ""
+        return f"timm.create_model({json.dumps(name)}, {options})"
 
     def _model_config(self, model: Any, arm: str | None) -> dict[str, Any]:
         about: dict[str, Any] = {

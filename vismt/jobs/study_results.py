@@ -101,7 +101,8 @@ class StudyResults:
         """Return a trained stock model with merged weights.
 
         Args:
-            arm: a name of the printed table or of an arm, also "arm:seed"; None for the only one.
+            arm: a name of the printed table or of an arm, also "arm:seed". None and "best" stand for the arm that is best on
+                validation.
 
         Raises:
             UserError: a run that trains nothing, an unknown arm, and a model that is merged anew for every task.
@@ -109,4 +110,5 @@ class StudyResults:
         from vismt.jobs import open_run
 
         with registered(self.objects):
-            return open_run(self.folder).job.merged(arm)
+            job = open_run(self.folder).job
+            return job.merged(job.chosen_arm(arm))

@@ -7,7 +7,7 @@ the report in evaluation_job.py.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -20,7 +20,8 @@ from vismt.config.sections import AdaptConfig
 from vismt.engine import loop, runtime, training_files
 from vismt.engine.optimizer import make_optimizer
 from vismt.engine.stream import Batches
-from vismt.engine.study import ARMS, StudyConfig, Training
+from vismt.engine.study import ARMS, BEST, StudyConfig, Training, read_choice
+from vismt.engine.trackers import check_trackers
 from vismt.jobs.evaluation_job import EvaluationJob, settings_text
 from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
 from vismt.lowrank.layers.base import adapter_layers, factor_rank
@@ -156,26 +157,21 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         console.stage("train", f"{training}")
         objective = self.objective(config, net, balanced)
         settings = config.training
-        accelerator = runtime.accelerator(settings.precision, settings.trackers, training.folder)
-        if settings.trackers:
-            name = f"{self.folder.name} {training}"
-            accelerator.init_trackers("vismt", init_kwargs={"wandb": {"dir": str(training.folder), "name": name}})
         loop.train(
             objective,
             self.batches(config),
             settings,
             training.folder,
             self.hash,
-            accelerator,
+            runtime.accelerator(settings.precision),
             seed=config.training_seed,
             after_step=self.step,
             after_save=self.part_done,
             sections=config,
+            name=" ".join(f"{self.folder.name} {training}".split()),
         )
         about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
         ranks.on_first(lambda: self.finish(net, config, training, about))
-        if settings.trackers:
-            accelerator.end_training()
 
     def finish(self, net: Net, config: Config, training: Training, about: dict[str, Any]) -> None:
         """Write the files of a finished training."""
@@ -218,8 +214,10 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
                 raise UserError(f"adapt: {reason}: {fix}.")
             options = {**of_tasks, **options}
         report = adapt(model, settings.method, settings.targets, settings.rank, settings.alpha, seed, **options)
-        for remark in [*report.extras, *(f"left out: {skipped}" for skipped in report.skipped)]:
+        remarks = [*report.extras, *(f"left out: {skipped}" for skipped in report.skipped)]
+        for remark in [remark for remark in remarks if remark not in self._printed]:
             console.stage("adapt", remark)
+            self._printed.add(remark)
         return settings.method
 
     def trained_on(self, config: Config) -> str:
@@ -242,7 +240,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     def _check_names(self, config: Config) -> None:
         """Check the train section of an arm, its method and options, and its targets and rank on the bare modules."""
-        _ = config.training  # raises where there is none
+        check_trackers(config.training.trackers)
         if config.adapt is not None:
             settings = config.adapt
             arguments = (settings.method, settings.targets, settings.rank, settings.alpha, settings.options)
@@ -271,6 +269,48 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         """Return one number for a training on the validation split, higher is better: by default the mean of its scores."""
         scores = self.score(training, "validation", [])
         return sum(score.measure.score for score in scores) / len(scores)
+
+    def validated_tasks(self, config: Config) -> Collection[str]:
+        """Return the tasks over which `validate` scores an arm, empty if they are the same for every arm."""
+        return ()
+
+    def chosen_arm(self, name: str | None) -> str | None:
+        """Return the arm that `--arm` names; None and "best" stand for the arm that is best on validation.
+
+        "best:SEED" takes another seed of the arm. The console says which arm was taken, and the score of each. Raises UserError,
+        with the names of the arms, if no validation score tells them apart.
+        """
+        stem, colon, seed = (name or BEST).partition(":")
+        arms = self.study.arms
+        if stem != BEST or BEST in arms or len(arms) < (2 if name is None else 1):
+            return name
+        tasks = {arm: {*self.validated_tasks(config)} for arm, config in arms.items()}
+        every = set[str]().union(*tasks.values())
+        compared = [arm for arm in arms if tasks[arm] == every]
+        names = f"name one with --arm, as NAME or NAME:SEED: {', '.join(arms)}"
+        if not compared:
+            raise UserError(f"run '{self.folder}': its arms are trained on different tasks, so none is best; {names}.")
+        scores = {}
+        if len(compared) > 1:
+            try:
+                scores = {arm: self._validation_score(arm) for arm in compared}
+            except UserError as error:
+                raise UserError(
+                    f"run '{self.folder}': no validation score tells its arms apart; {names}. ({error})"
+                ) from error
+        best = max(compared, key=lambda arm: scores.get(arm, 0.0))
+        shown = "   ".join(f"{arm} {score:.4g}" for arm, score in scores.items())
+        tied = [arm for arm in compared if scores and scores[arm] == scores[best]]
+        why = f"the first of {len(tied)} that are equally good" if len(tied) > 1 else "the best"
+        reason = f"{why} on validation   {shown}" if scores else "the only one that is trained on every task"
+        console.stage("arm", f"{best}   {reason}")
+        return f"{best}{colon}{seed}"
+
+    def _validation_score(self, arm: str) -> float:
+        """Return the score that chose the rate of an arm, or that of its first training if it tried one rate."""
+        choice = read_choice(self.folder, arm)
+        score = choice.validation.get(f"{choice.lr:g}")
+        return self.validate(self.study.trainings(arm)[0]) if score is None else score
 
     def trainings(self, arm: str) -> list[Training]:
         """Return an arm's trainings at its chosen rate; for a reference, one placeholder."""
@@ -351,9 +391,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         """Return the stock model of one arm with its adapter. Raises UserError for an arm without an adapter."""
         training = self.study.find(arm)
         if not training_files.has_adapter(training):
-            raise UserError(
-                f"run '{self.folder}': arm '{training.arm}' has no adapter: it trains only the heads, or everything."
-            )
+            raise UserError(f"run '{self.folder}': arm '{training.arm}' has no adapter: it trains only the heads.")
         return self.stock(self.loaded(training))
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:

@@ -83,12 +83,8 @@ def evaluate_unit(folder: Path, training: Training) -> None:
 
 
 def _attempt(job: EvaluationJob[Any], training: Training) -> None:
-    """Train, and validate where the arm tries several rates: the records make the choice of the rate quick."""
-    if not isinstance(job, TrainingJob):
-        return
-    job.study.attempt(job, training)
-    if len(job.study.rates(training.arm)) > 1 and not has_diverged(training):
-        job.validate(training)
+    if isinstance(job, TrainingJob):
+        job.study.attempt(job, training)
 
 
 def _train(job: EvaluationJob[Any], share: Share) -> None:

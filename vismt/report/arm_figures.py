@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vismt.base.errors import UserError
+from vismt.report.comparison import Comparison
 from vismt.report.plotting import (
     INK,
     MUTED,
+    NARROW,
     axes_at,
     color_of,
     dress,
@@ -21,6 +24,7 @@ from vismt.report.plotting import (
     legend_rows,
     new_figure,
     note,
+    one_panel,
     running_mean,
     save,
     short,
@@ -88,11 +92,57 @@ def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
             mean = math.fsum(of_arm) / len(of_arm)
             axes.plot([number - 0.32, number + 0.32], [mean] * 2, color=color, linewidth=2.4, alpha=0.75, zorder=2)
             text = typographic(format(mean, ".1f" if panel.scale == SHARE else ".3g"))
-            style = {"ha": "center", "fontsize": 8, "fontweight": "bold"}
+            style = {"ha": "center", "fontsize": 8.5, "fontweight": "bold"}
             note(axes, text, (number, 1), (0, 6), ("data", "axes fraction"), **style)
     dress(axes, "", grid="y")
     axes.set(xlim=(-0.5, len(arms) - 0.5), ymargin=0.09)
     axes.locator_params(axis="y", nbins=5)
+
+
+def cost_figure(c: Comparison, costs: Mapping[str, float], names: tuple[str, str], path: Path) -> Path:
+    """Draw a dot for each model at its cost and its score with the 95 % interval. names: of the score and of the cost."""
+    figure, axes = one_panel(list(costs), [color_of(arm, list(c.cells)) for arm in costs], short(names[0], 33))
+    factor, alike = 100 if c.row.scale == SHARE else 1, Counter(costs.values())
+    low, high = min(costs.values()), max(costs.values())
+    wide = low > 0 and high > 20 * low
+    for number, (arm, cost) in enumerate(costs.items()):
+        cell = c.cells[arm]
+        place = number - (len(costs) - 1) / 2 if alike[cost] > 1 else 0.0  # models of the same cost stand side by side
+        axes.errorbar(
+            cost * 1.2**place if wide else cost + 0.04 * place * (high - low),
+            factor * cell.value,
+            yerr=[[factor * max(0.0, cell.value - cell.low)], [factor * max(0.0, cell.high - cell.value)]],
+            color=color_of(arm, list(c.cells)),
+            fmt="o",
+            elinewidth=1.2,
+            capsize=2.5,
+        )
+    axes.margins(x=0.15)
+    if wide:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    else:
+        axes.locator_params(axis="x", nbins=3)
+        if high >= 1000:
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel(names[1], color=MUTED, fontsize=9)
+    return save(figure, path)
+
+
+def rates_figure(scores: Mapping[str, Mapping[float, float]], path: Path) -> Path:
+    """Draw a line for each arm through its validation scores by learning rate. scores: score by arm and rate."""
+    arms = list(scores)
+    figure, axes = one_panel(arms, [color_of(arm, arms) for arm in arms], "Validation score")
+    for arm, by_rate in scores.items():
+        rates = sorted(by_rate)
+        axes.plot(rates, [by_rate[rate] for rate in rates], color=color_of(arm, arms), marker="o", markersize=4)
+    axes.set_xscale("log")
+    axes.minorticks_off()
+    shown = sorted({rate for by_rate in scores.values() for rate in by_rate})
+    shown = shown[:: math.ceil(len(shown) / 4)]
+    axes.set_xticks(shown, [f"{rate:g}" for rate in shown])
+    axes.set_xlabel("learning rate", color=MUTED, fontsize=9)
+    return save(figure, path)
 
 
 def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str], path: Path) -> Path:
@@ -111,7 +161,7 @@ def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
     shown = [name for name in titles if series[name]]
     if not set(shown) - {"fade"}:
         raise UserError(f"training curves: none of {', '.join(logs)} has logged a loss or an accuracy.")
-    arms, left, width = list(logs), 0.6, 5.2
+    arms, left, width = list(logs), 0.6, NARROW
     heights = [0.6 if name == "fade" else 1.9 if len(shown) < 5 else 1.4 for name in shown]
     offset = 0.12 + 0.22 * legend_rows(arms, width - left)
     figure = new_figure(width, offset + sum(heights) + 0.45 * len(shown) + 0.4)

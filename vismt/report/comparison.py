@@ -12,11 +12,14 @@ sets as a fixed list; tables add the interval of five or more that takes them as
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from vismt.report.results import Result
 from vismt.uncertainty.intervals import (
@@ -25,6 +28,7 @@ from vismt.uncertainty.intervals import (
     Estimate,
     Measure,
     average_of,
+    group_index,
     interval_of,
     without_seeds_kind,
 )
@@ -101,6 +105,18 @@ class Evidence:
             return average_of(differences).with_seeds([left[seed] - right[seed] for seed in left])
         return average_of(differences).with_seeds(list(left.values()), list(right.values()))
 
+    def unit_differences(self, first: Sequence[Result], second: Sequence[Result]) -> Tensor:
+        """Return the share of each independent unit, an example or a group, in the mean over sets of first - second, (units,)."""
+        shares = []
+        for a, b in zip(first, second, strict=True):
+            left, right, groups = self._of(a) or {}, self._of(b) or {}, self._groups(a)
+            steps = (
+                torch.tensor([left[name] - right[name] for name in left], dtype=torch.float64) / len(left) / len(first)
+            )
+            index = group_index([groups[name] for name in left] if groups else range(len(left)))
+            shares.append(steps.new_zeros(int(index.max()) + 1).index_add_(0, index, steps))
+        return torch.cat(shares)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -128,6 +144,7 @@ class Comparison:
     base: the arm that differences are taken to, "" for none.
     differences: by arm, arm - base on the same examples; arms without records of them are left out.
     paired: whether all marks come from paired differences.
+    pair: returns the difference of two arms, first - second on the same examples; None without records of them.
     """
 
     row: Result
@@ -136,6 +153,7 @@ class Comparison:
     base: str
     differences: dict[str, Estimate]
     paired: bool
+    pair: Callable[[str, str], Estimate | None] = field(default=lambda *_: None, repr=False, compare=False)
 
     @property
     def condition(self) -> str:
@@ -202,10 +220,14 @@ def compare(
 
 
 def _with_shown_names(c: Comparison, conditions: Sequence[str]) -> Comparison:
-    def shown(by_arm: Mapping[str, Any]) -> dict[str, Any]:
-        return {shown_name(arm, conditions): value for arm, value in by_arm.items()}
-
-    return replace(c, cells=shown(c.cells), base=shown_name(c.base, conditions), differences=shown(c.differences))
+    arms = {shown_name(arm, conditions): arm for arm in c.cells}
+    return replace(
+        c,
+        cells={name: c.cells[arm] for name, arm in arms.items()},
+        base=shown_name(c.base, conditions),
+        differences={shown_name(arm, conditions): value for arm, value in c.differences.items()},
+        pair=lambda first, second: c.pair(arms[first], arms[second]),
+    )
 
 
 def _with_corruption_means(results: Sequence[Result], values: ExampleValues) -> tuple[list[Result], ExampleValues]:
@@ -274,22 +296,27 @@ def _compare(
     intervals = [evidence.interval(rows) for rows in columns]
     choose = min if columns[0][0].better == LOWER else max
     best = choose(range(len(values)), key=values.__getitem__)
-    several = len(columns) > 1
-    paired = several
+    # Of a value outside its own interval, which is corrected for a bias, nobody can say that it is the best.
+    several = len(columns) > 1 and intervals[best][0] <= values[best] <= intervals[best][1]
+    paired = len(columns) > 1
     cells = {}
     for number, rows in enumerate(columns):
         low, high, covers = intervals[number]
         mark = "best" if several else ""
         if number != best:
-            pair = evidence.difference(columns[best], rows)
-            paired = paired and pair is not None
+            lead = evidence.difference(columns[best], rows)
+            paired = paired and lead is not None
             overlap = low <= intervals[best][1] and intervals[best][0] <= high
-            tied = overlap if pair is None else pair.bounds[0] <= 0 <= pair.bounds[1]
-            mark = "tie" if tied else ""
+            tied = overlap if lead is None else lead.bounds[0] <= 0 <= lead.bounds[1]
+            mark = "tie" if tied and several else ""
         n, seeds = sum(row.n for row in rows), len(evidence.seeds(rows))
         units = rows[0].units if len(rows) == 1 else ""
         cells[rows[0].arm] = Cell(values[number], low, high, n, mark, seeds, covers, units)
     by_arm = {rows[0].arm: rows for rows in columns}
     found = {arm: evidence.difference(by_arm[arm], by_arm[base]) for arm in compared}
     differences = {arm: difference for arm, difference in found.items() if difference is not None}
-    return Comparison(columns[0][0], data, cells, base, differences, paired)
+
+    def pair(first: str, second: str) -> Estimate | None:
+        return evidence.difference(by_arm[first], by_arm[second])
+
+    return Comparison(columns[0][0], data, cells, base, differences, paired, pair)

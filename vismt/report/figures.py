@@ -85,7 +85,7 @@ def _bars(axes: Axes, chosen: Mapping[str, Comparison], colors: Mapping[str, str
                 capthick=1.1,
             )
             text = number_text(cell.value, scale, half=(cell.high - cell.low) / 2)
-            style = {"va": "center", "fontsize": 7.5, "zorder": 4, "annotation_clip": False}
+            style = {"va": "center", "fontsize": 8.5, "zorder": 4, "annotation_clip": False}
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
             note(axes, text, (factor * cell.high, y), (4, 0), bbox=box, **style)
     cells = [cell for comparison in chosen.values() for cell in comparison.cells.values()]

@@ -17,7 +17,7 @@ from vismt.base.errors import UserError
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import MOST_BYTES, read_bytes
 
-# Kind of panel -> array -> type and axes; an axis has one length in all arrays of a file, "3" is three. "?": may be NaN.
+# Kind of panel -> array -> type and axes; an axis has one length in all arrays of a file, "3" is three, "1" one. "?": may be NaN.
 LAYOUTS = {
     "examples": {
         "images": ("uint8", "n3hw"),
@@ -31,6 +31,13 @@ LAYOUTS = {
         "omega": ("float16", "bnerc"),
         "blocks": ("int64", "b"),
         "depth": ("int64", ""),
+    },
+    "confusion": {
+        "classes": ("str", "k"),
+        "answers": ("str", "c"),
+        "arms": ("str", "a"),
+        "counts": ("int64", "akc"),
+        "name": ("str", "1"),
     },
     "broken": {
         "images": ("uint8", "n3hw"),
@@ -120,7 +127,7 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 def _checked(arrays: dict[str, Any], kind: str) -> dict[str, Any]:
     """Return the arrays; raise ValueError with the name of one that does not fit the layout."""
-    lengths: dict[str, int] = {"3": 3}
+    lengths: dict[str, int] = {"3": 3, "1": 1}
     for name, (kind_of_values, axes) in LAYOUTS[kind].items():
         array, dtype = arrays[name], kind_of_values.rstrip("?")
         fits = array.dtype.kind == "U" if dtype == "str" else array.dtype == dtype

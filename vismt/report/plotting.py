@@ -27,6 +27,8 @@ INK, MUTED, GRID = "#1b1f24", "#667080", "#e6e9ee"
 PALETTE = ("#9aa4b2", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#f0e442", "#8c510a", "#5e4fa2")
 RIGHT, WRONG = PALETTE[1], PALETTE[2]
 DASHES = (0, (3, 3))
+SMALL = 8.5  # points: of the smallest letters of a figure, 11.3 px on a page
+NARROW = 3.4  # inches: of a figure that fits the screen of a telephone
 FIGURE_DPI = 150
 FIGURES = ("svg", "pdf", "png")
 # Fonts inside the file: TrueType in PDF, which publishers ask for, and outlines in SVG. Two runs give the same bytes.
@@ -47,7 +49,7 @@ def dress(axes: Axes, title: str, grid: Literal["x", "y", "both"] | None = None)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
-    axes.tick_params(colors=MUTED, labelsize=8.5, length=0)
+    axes.tick_params(colors=MUTED, labelsize=SMALL, length=0)
     axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
 
 
@@ -153,6 +155,17 @@ def axes_at(figure: Figure, left: float, top: float, width: float, height: float
     """Add axes at inches from the upper left corner."""
     across, down = figure.get_size_inches()
     return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
+
+
+def one_panel(names: Sequence[str], colors: Sequence[str], title: str) -> tuple[Figure, Axes]:
+    """Return a figure that a telephone has room for, with names by colour above its axes."""
+    left = 0.6
+    offset = 0.12 + 0.22 * legend_rows(names, NARROW - left)
+    figure = new_figure(NARROW, offset + 2.35)
+    legend(figure, [short(name, 36) for name in names], colors, left)
+    axes = axes_at(figure, left, offset + 0.3, NARROW - left - 0.2, 1.55)
+    dress(axes, title, grid="y")
+    return figure, axes
 
 
 def show_image(axes: Axes, image: np.ndarray, small: int = 96) -> None:

@@ -59,7 +59,7 @@ def routers_figure(panel: Path, path: Path) -> Path:
     bar = figure.colorbar(drawn, cax=axes_at(figure, width - 0.6, top, 0.12, down), format="%.2f")
     bar.set_ticks(np.linspace(1.0, highest, 3).tolist())
     bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=MUTED, labelsize=8, length=0)
+    bar.ax.tick_params(colors=MUTED, labelsize=8.5, length=0)
     return save(figure, path)
 
 

@@ -20,7 +20,7 @@ from vismt.config.sections import RESOLVED, read_yaml
 from vismt.config.typed import build
 from vismt.report.comparison import AVERAGE, CONSTANT, Evidence, block
 from vismt.report.results import FACTS, KNOWN, RESULTS, Result, ValuesByExample, fault_of, read_results
-from vismt.report.trainings import training_cost
+from vismt.report.trainings import read_costs
 from vismt.report.weight_changes import CHANGE, Lines, by_depth, measures, of_blocks, read_changes
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines, write_lines
@@ -154,7 +154,8 @@ def study_of(folder: Path, differences: Sequence[tuple[str, str]] = ()) -> Study
     kept = {item.name: facts[item.name] for item in fields(About) if item.name in facts}
     kept["command"] = re.sub(r" --(out|workers)[ =]\S+", "", str(facts.get("command", "")))
     kept |= {"settings": read_yaml(folder / RESOLVED), "differences": [list(pair) for pair in pairs]}
-    kept["costs"] = {arm: cost for arm in arms if (cost := training_cost(folder, arm))}
+    costs = read_costs(folder, arms)
+    kept["costs"] = {arm: {"lr": cost.lr, "trained": float(cost.trained)} for arm, cost in costs.items()}
     about = build(About, kept, f"run '{folder}'")
     derived = _derived(results, pairs, Evidence(results, ValuesByExample(folder)))
     trainings = [StudyRow(**asdict(row)) for row in results if row.seed is not None]

@@ -18,6 +18,10 @@ SAMPLER_NOTE = (
     "they share their images: it leaves out that other images of the classes give another accuracy."
 )
 SCORE = " (score)"  # behind the measure of a task that is compared, among all its measures
+BIAS_NOTE = (
+    " Bias-corrected: few examples make a calibration error too large. The interval is corrected for it, the value is not, and "
+    "lies outside. It is not marked as the best."
+)
 MANY_ARMS = 5  # from so many arms on, arms are rows
 MANY_ROWS = 40  # longer tables of measures are shown on request
 # Characters that a page has room for, those that the space between two columns takes, and those of a text that may be broken.
@@ -50,19 +54,32 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report.
+    """A part of a report, whose parts are shown in this order.
 
     Args:
-        title: its heading.
-        tables: each with the note below it.
-        pictures: shown after the tables.
-        folded: whether the pictures after the first are shown on request only.
+        title: Its heading.
+        pairs: Names with a line about each.
+        commands: Lines to paste into a shell.
+        quotations: Sentences to cite.
+        tables: Each with the note below it.
+        pictures: Side by side where there is room.
+        folded: Whether the pictures after the first are shown on request only.
+        files: Names and contents of files, which the page shows on request.
     """
 
     title: str
     tables: list[tuple[Table, str]] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     folded: bool = False
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    quotations: list[str] = field(default_factory=list)
+    files: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def filled(self) -> bool:
+        """Whether the section shows anything."""
+        return any((self.tables, self.pictures, self.pairs, self.commands, self.quotations))
 
 
 @dataclass(frozen=True)
@@ -77,17 +94,22 @@ class KeyFigure:
 class Report:
     """Everything that all formats show, as plain texts that are not yet escaped, in the order of a page.
 
-    answer: the difference that matters, as a sentence; "" without one. models: names with a line about each.
+    Args:
+        title: The heading.
+        answer: What follows from the numbers, "" without an answer.
+        basis: What the answer follows from.
+        keys: The most important numbers.
+        sections: The parts. Empty ones are left out.
     """
 
     title: str
-    answer: str
-    keys: list[KeyFigure]
-    models: list[tuple[str, str]]
-    sections: list[Section]
-    citation: list[str]
-    facts: list[tuple[str, str]]
-    config: str
+    answer: str = ""
+    basis: str = ""
+    keys: Sequence[KeyFigure] = ()
+    sections: Sequence[Section] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sections", [section for section in self.sections if section.filled])
 
 
 def split_corruptions(comparisons: Sequence[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
@@ -184,7 +206,10 @@ def without_further(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _note(group: Sequence[Comparison]) -> str:
-    return f"± and [ ]: {kinds_text(group)}.{_over_domains(group)}"
+    outside = any(
+        not cell.low - ROUNDING <= cell.value <= cell.high + ROUNDING for c in group for cell in c.cells.values()
+    )
+    return f"± and [ ]: {kinds_text(group)}.{_over_domains(group)}{BIAS_NOTE if outside else ''}"
 
 
 def _over_domains(group: Sequence[Comparison], differences: bool = False) -> str:
@@ -361,7 +386,7 @@ def _width(table: Table, column: int) -> int:
 
 def is_long(table: Table, column: int) -> bool:
     """Return whether a column holds texts that may be broken between lines."""
-    most = TEXT if column < table.texts else 2 * TEXT
+    most = TEXT if column < table.texts else TEXT + 6  # a difference with its interval is shorter
     return any(len(row[column]) > most for row in table.rows)
 
 
@@ -391,9 +416,14 @@ def bounds_text(value: float, low: float, high: float, scale: str, sign: bool = 
 
 
 def interval_text(value: float, low: float, high: float, scale: str, sign: bool = False) -> str:
-    """Return "82.5 ± 8.6", or where the two half widths differ when rounded the text of `bounds_text`, "0.0 [0.0, 16.1]"."""
+    """Return "82.5 ± 8.6", or where the two half widths differ when rounded the text of `bounds_text`, "0.0 [0.0, 16.1]".
+
+    A value outside its interval has the reason beside it: "7.0, bias-corrected [0.0, 6.7]".
+    """
     if scale == SHARE:
         low, high = max(low, -1.0 if sign else 0.0), min(high, 1.0)
+    if not low - ROUNDING <= value <= high + ROUNDING:
+        return bounds_text(value, low, high, scale, sign).replace(" [", ", bias-corrected [", 1)
     half = (high - low) / 2
     below, above = (number_text(width, scale, half=half) for width in (value - low, high - value))
     if below == above or math.isclose(value - low, half, rel_tol=1e-6):

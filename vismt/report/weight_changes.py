@@ -10,7 +10,7 @@ from typing import Any
 
 from vismt.engine.study import chosen_trainings
 from vismt.engine.training_files import CHANGES
-from vismt.report.plotting import MUTED, axes_at, color_of, dress, legend, legend_rows, new_figure, save, short
+from vismt.report.plotting import MUTED, color_of, one_panel, save
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.lines import read_lines
 
@@ -91,12 +91,8 @@ def changes_section(folder: Path, arms: Sequence[str]) -> Section:
 
 def depth_figure(depths: Mapping[str, Mapping[int, float]], path: Path) -> Path:
     """Draw a line for each arm over the blocks of the model. depths: relative norm by arm and block, more than one block each."""
-    arms, left, width = list(depths), 0.75, 5.2
-    offset = 0.12 + 0.22 * legend_rows(arms, width - left)
-    figure = new_figure(width, offset + 3.1)
-    legend(figure, [short(arm, 40) for arm in arms], [color_of(arm, arms) for arm in arms], left)
-    axes = axes_at(figure, left, offset + 0.4, width - left - 0.2, 2.1)
-    dress(axes, "Relative norm of the update in per cent", grid="y")
+    arms = list(depths)
+    figure, axes = one_panel(arms, [color_of(arm, arms) for arm in arms], "Relative norm of the update, %")
     for arm, values in depths.items():
         norms = [100 * value for value in values.values()]
         axes.plot(list(values), norms, color=color_of(arm, arms), marker="o", markersize=3, linewidth=1.6)

@@ -34,6 +34,9 @@ HIGHER: Better = "higher"
 LOWER: Better = "lower"
 SHARE: Scale = "share"
 NUMBER: Scale = "number"
+TINY = 1e-12  # smallest p of one side
+NEARLY_NORMAL = 500  # degrees of freedom of a t that is taken as normal
+EXACT_FLIPS, DRAWN_FLIPS, MOST_UNITS = 12, 10_000, 1_000  # of `sign_flip_p`
 FEWEST_DOMAINS = 5  # that are taken as a sample of domains
 COVERED: dict[str, str] = {
     "sampler": "new episodes of the same images",
@@ -126,6 +129,32 @@ class Estimate:
             quantiles = [variance * student_quantile(level, freedom) for variance, freedom in sources]
             return math.fsum(quantiles) / self.variance
         return student_quantile(level, satterthwaite(sources))
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided p of a mean of 0: 1 less the level of the interval that ends at 0."""
+        from scipy.optimize import brentq
+
+        if self.variance == 0:
+            return float(self.mean == 0)
+        reach = abs(self.mean) / math.sqrt(self.variance)
+        if self._quantile(1 - TINY) <= reach:
+            return 2 * TINY
+        return 2 * (1 - float(brentq(lambda level: self._quantile(level) - reach, 0.5, 1 - TINY)))
+
+    def detectable(self, power: float = 0.8) -> float:
+        """Return the smallest true mean whose 95 % interval leaves out 0 with probability `power`.
+
+        delta sqrt(V), with delta the shift of a noncentral t beyond q(0.975) with probability `power`. Its degrees of freedom are
+        those whose t(0.975) is q.
+        """
+        from scipy.special import nctdtrinc, stdtridf
+
+        q = self._quantile(0.975)
+        freedom = float(stdtridf(0.975, q)) if q > student_quantile(0.975, NEARLY_NORMAL) else math.inf
+        if freedom > NEARLY_NORMAL:
+            return (q + student_quantile(power, math.inf)) * math.sqrt(self.variance)
+        return float(nctdtrinc(freedom, 1 - power, q)) * math.sqrt(self.variance)
 
     def with_seeds(self, *groups: Sequence[float]) -> Estimate:
         """Return the estimate with the spread of training seeds as a further source.
@@ -362,6 +391,41 @@ def over_seeds(measure: Measure, scores: Sequence[float]) -> Measure:
         return measure
     found = measure.estimate().with_seeds(scores)
     return replace(measure, error=found, covers=found.covers)
+
+
+def sign_flip_p(sums: Tensor) -> float:
+    """Return the two-sided p of the hypothesis that each unit's difference is as likely as its negative.
+
+    It is the share of sign patterns whose sum is farther from 0 than the sum seen, and half of the share whose sum is as far (the
+    mid-p, which is uniform also for values that are right or wrong): of all patterns for up to EXACT_FLIPS units, of DRAWN_FLIPS
+    drawn patterns and the seen one for up to MOST_UNITS, and of the normal limit for more.
+
+    Args:
+        sums: Sum of the differences of each independent unit (an example or a group), float64 (n,).
+    """
+    units = sums[sums != 0]
+    n, seen = len(units), float(units.sum().abs())
+    if seen == 0:
+        return 1.0
+    if n > MOST_UNITS:
+        return math.erfc(seen / math.sqrt(2 * float(units.square().sum())))
+    if n <= EXACT_FLIPS:
+        signs = 1 - 2 * (torch.arange(2**n)[:, None] >> torch.arange(n) & 1)
+    else:
+        signs = 1 - 2 * torch.randint(2, (DRAWN_FLIPS, n), generator=torch.Generator().manual_seed(0))
+    ratios, drawn = (signs.double() @ units).abs() / seen, n > EXACT_FLIPS
+    farther, equal = int((ratios > 1 + 1e-9).sum()), int(((ratios - 1).abs() <= 1e-9).sum())
+    return (farther + (equal + drawn) / 2) / (len(signs) + drawn)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p values corrected by Holm's method, in their order: the chance of one false finding among all is below each."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:

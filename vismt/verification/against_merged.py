@@ -17,7 +17,7 @@ from vismt.verification.facts import TABLES, Facts
 from vismt.verification.fit import Fit, Update, fit
 from vismt.verification.inside import update_of
 from vismt.verification.located import Located, equal, find_parameter, same_parameter, shape_of
-from vismt.verification.verdict import Finding, ModuleRow, names_of
+from vismt.verification.verdict import MERGE_COMMAND, Finding, ModuleRow, names_of
 
 FUSED = ("qkv", "c_attn", "in_proj", "Wqkv", "qkv_proj", "query_key_value")
 GRID_ROWS = 64  # that show on which grid values lie
@@ -64,7 +64,7 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
         yield Finding("suspicious", "foreign-change", text, fix, tuple(apart))
     if still and all(still.values()):
         text = f"no weight of the {len(still)} adapted modules differs from the base: nothing was merged"
-        yield Finding("broken", "unmerged", text, "merge the adapter into the base", tuple(still))
+        yield Finding("broken", "unmerged", text, f"merge the adapter into the base: {MERGE_COMMAND}", tuple(still))
     elif still:
         text = f"{names_of([*still])}: not compared, as the files do not determine the update or the weight"
         fix = "compare the answers of adapter and checkpoint on a probe"
@@ -93,7 +93,7 @@ def _judged(facts: Facts, base: Located, merged: Located, path: str, found: Fit)
         factor = round(found.factor, 2)
         code = "unmerged" if factor == 0 else "merged-twice" if "merged twice" in found.rule else "scale"
         text = f"{found.rule or 'no known mistake'}: the checkpoint holds {factor:g} times the update"
-        fix = "merge the adapter into the base once, with the scale of its settings"
+        fix = f"merge the adapter into the base once: {MERGE_COMMAND}, with the scale of its settings"
         if facts.settings is not None:
             kind = ", rsLoRA" if facts.settings.use_rslora else ""
             fix += f" (alpha {facts.settings.lora_alpha:g}, rank {facts.settings.r}{kind})"
@@ -103,7 +103,7 @@ def _judged(facts: Facts, base: Located, merged: Located, path: str, found: Fit)
         return Finding("note", "unresolved", text, "merge in a wider dtype")
     if found.kind == "other":
         code, text = _explained(facts, base, merged, path, found)
-        return Finding("broken", code, text, "merge this adapter into this base again")
+        return Finding("broken", code, text, f"merge this adapter into this base again: {MERGE_COMMAND}")
     return None
 
 

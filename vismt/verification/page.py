@@ -6,7 +6,20 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from vismt.report.plotting import GRID, MUTED, PALETTE, RIGHT, WRONG, axes_at, dress, legend, new_figure, save, short
+from vismt.report.plotting import (
+    GRID,
+    MUTED,
+    PALETTE,
+    RIGHT,
+    SMALL,
+    WRONG,
+    axes_at,
+    dress,
+    legend,
+    new_figure,
+    save,
+    short,
+)
 from vismt.report.renderers import render_html
 from vismt.report.tables import Picture, Report, Section, Table
 from vismt.storage.files import atomic_write
@@ -19,17 +32,9 @@ def write_page(verdict: Verdict, path: Path) -> Path:
     """Write the page of a verdict; return its path. Raises UserError without matplotlib."""
     with tempfile.TemporaryDirectory() as folder:
         sections = [_findings(verdict), _readers(verdict), _probe(verdict), _layers(verdict, Path(folder))]
-        report = Report(
-            title=f"Verdict on {Path(verdict.folder).name}: {verdict.status}",
-            answer=verdict.answer,
-            keys=[],
-            models=[],
-            sections=[section for section in sections if section.tables or section.pictures],
-            citation=[],
-            facts=[("folder", verdict.folder), *verdict.about.items()],
-            config="",
-        )
-        page = render_html(report)
+        facts = Section("Provenance", pairs=[("folder", verdict.folder), *verdict.about.items()])
+        title = f"Verdict on {Path(verdict.folder).name}: {verdict.status}"
+        page = render_html(Report(title, verdict.answer, sections=[*sections, facts]))
     atomic_write(path, page)
     return path
 
@@ -86,6 +91,7 @@ def _layers(verdict: Verdict, folder: Path) -> Section:
     axes.set_yticks(range(len(names)), [short(name, 18) for name in names])
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.tick_params(which="both", colors=MUTED, labelsize=SMALL, length=0)
     what = "|ΔW| / |W|" if relative else "|ΔW|"
     axes.set_xlabel(f"{what} (Frobenius norms)", color=MUTED, fontsize=9)
     kinds = {"right": "merged as it is", "factor": "merged with another factor", "other": "other changes"}

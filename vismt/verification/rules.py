@@ -27,7 +27,7 @@ from vismt.verification.facts import PREFIX, TABLES, TENSORS, Facts, ModuleFacts
 from vismt.verification.library import Translated
 from vismt.verification.located import EARLIER, Located, shape_of, unheld
 from vismt.verification.stored import INDEX, LEGACY_WEIGHTS, WEIGHTS, Stored
-from vismt.verification.verdict import Finding, Level, names_of
+from vismt.verification.verdict import MERGE_COMMAND, Finding, Level, names_of
 
 # Tuners that transformers' load_adapter cannot put into a model: of prompts, and with tensors that their layers share.
 OF_PEFT_MODELS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"}
@@ -346,7 +346,7 @@ HEADS = ("classifier", "score")
 WRAPPERS = r"^(module|base_model\.model)\.|(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 PLAIN = "load it with vismt.import_peft and write it with vismt.export_peft(..., uniform=True)"
 CONVERT = "write a plain LoRA with peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-MERGE = "merge it into its base"
+MERGE = f"merge it into its base: {MERGE_COMMAND}"
 LOAD = "load it with vismt.load_adapter"
 AGAIN = "save the adapter again"
 BASE = "give the base it was trained on"

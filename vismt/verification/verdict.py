@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from vismt import __version__
+from vismt.base import console
 
 Level = Literal["broken", "suspicious", "note"]
 LEVELS: tuple[Level, ...] = ("broken", "suspicious", "note")
 EXIT_CODES = {"ok": 0, "suspicious": 3, "broken": 4}
 FORMAT = 1
+MERGE_COMMAND = "vismt merge ADAPTER --base MODEL --to OUT"
+UNSEEN = "not checked"  # of `about`, and of lines of checks
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,30 @@ class ModuleRow:
     erased: float | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
+class Check:
+    """Something that `vismt verify` looks at.
+
+    Attributes:
+        name: What is looked at, "scale and merge".
+        done: Whether it was looked at.
+        text: What was compared and how it stands; if it was not looked at, what it needs.
+    """
+
+    name: str
+    done: bool
+    text: str
+
+
+@dataclass(repr=False)
 class Verdict:
-    """What `vismt verify` says about a folder.
+    """What `vismt verify` says about a folder. Printing it gives a table.
 
     Attributes:
         folder: that was examined.
         kind: vismt, peft, checkpoint or none.
         about: facts of the folder in words, by name.
+        checks: what was looked at and what was not, with what it needs.
         findings: the most serious ones first.
         modules: a row for each adapted module.
         readers: what each reader will do, one row for each reader and group of tensors.
@@ -70,11 +89,31 @@ class Verdict:
     folder: str
     kind: str
     about: dict[str, str] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     modules: list[ModuleRow] = field(default_factory=list)
     readers: list[dict[str, Any]] = field(default_factory=list)
     answer: str = ""
     probe: list[dict[str, Any]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Return the verdict, its reasons and what it could not see as a table."""
+        rows = [("verdict", f"{self.status}: {self.folder}"), ("readers", self.answer)]
+        rows += [
+            ("", f"{row['line'].partition(':')[0]} ({row['source']}): {remark}")
+            for row in self.readers
+            for remark in row["remarks"]
+        ]
+        rows += [(name, text) for name, text in self.about.items() if name != UNSEEN]
+        rows += [("checked" if check.done else UNSEEN, f"{check.name}: {check.text}") for check in self.checks]
+        for finding in self.findings:
+            rows += [(finding.level, finding.text), ("", finding.fix and f"fix: {finding.fix}")]
+        width = max(len(name) for name, _ in rows) + 2
+        lines = [f"{name:<{width}}{text}" for name, text in rows if text]
+        if self.probe:
+            heads = ("model", "measure", "value", "low", "high", "n")
+            lines.append(console.aligned(heads, [[_shown(row[head]) for head in heads] for row in self.probe]))
+        return "\n".join(lines)
 
     @property
     def status(self) -> str:
@@ -101,6 +140,10 @@ class Verdict:
 def ranked(findings: Sequence[Finding]) -> list[Finding]:
     """Return the findings, the most serious first, each once."""
     return sorted(dict.fromkeys(findings), key=lambda finding: LEVELS.index(finding.level))
+
+
+def _shown(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def names_of(modules: Sequence[str]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,11 @@ from vismt.verification.against_merged import against_merged
 from vismt.verification.checkpoints import named_base, of_base, of_merged, open_checkpoint
 from vismt.verification.facts import WHOLE, Facts, read_facts
 from vismt.verification.inside import examine
-from vismt.verification.library import translated
-from vismt.verification.located import locate
+from vismt.verification.library import Translated, translated
+from vismt.verification.located import Located, locate
 from vismt.verification.readers import readings
 from vismt.verification.rules import Case, findings
-from vismt.verification.verdict import Finding, ModuleRow, Verdict, ranked
+from vismt.verification.verdict import UNSEEN, Check, Finding, ModuleRow, Verdict, ranked
 
 
 def verify(
@@ -49,10 +50,6 @@ def verify(
     facts = read_facts(folder)
     rows = {path: ModuleRow(path, module.rank, module.scale) for path, module in facts.modules.items()}
     verdict = Verdict(str(folder), facts.kind, _about(facts), modules=list(rows.values()))
-    unseen = ["names, shapes and the size of the update: needs --base"] * (base is None)
-    unseen += ["scale and merge: needs --merged"] * (merged is None)
-    if facts.is_adapter and unseen:
-        verdict.about["not checked"] = "; ".join(unseen)
     found: list[Finding] = []
     stock, whole = None, None if facts.is_adapter else translated(facts)
     if base is not None and facts.is_adapter:
@@ -77,6 +74,9 @@ def verify(
 
             verdict.probe, more = measure(facts, str(base), None if merged is None else str(merged), str(probe))
             found += more
+    verdict.checks = list(_checks(facts, stock, whole, verdict, merged is not None))
+    unseen = "; ".join(f"{check.name}: {check.text}" for check in verdict.checks if not check.done)
+    verdict.about |= {UNSEEN: unseen} if unseen else {}
     found = [Finding("broken", "malformed", reason) for reason in facts.reasons + facts.stored.reasons] + found
     read = readings(Case(facts, stock, whole), readers)
     verdict.readers = [reading.row for reading in read]
@@ -86,6 +86,41 @@ def verify(
     found += [finding for reading in read if readers or reading.reader == own for finding in reading.findings]
     verdict.findings = ranked(found)
     return verdict
+
+
+def _checks(
+    facts: Facts, base: Located | None, whole: Translated | None, verdict: Verdict, merged: bool
+) -> Iterable[Check]:
+    """Yield what was looked at, and what was not with what it needs. merged: whether a merged checkpoint was given."""
+    if facts.kind == "none":
+        return
+    tensors = f"{len(facts.tensors):,} tensors"
+    yield Check("values", True, f"{tensors}, for NaN, infinities and zeros")
+    if not facts.is_adapter:
+        model = whole.library.model if whole is not None and whole.library else None
+        known = "needs the config.json of a model that the installed transformers knows; timm has no such file"
+        yield Check(
+            "names and shapes", model is not None, known if model is None else f"against {type(model).__name__}"
+        )
+        return
+    settings = sum(row.rank is not None for row in verdict.modules)
+    yield Check("settings", True, f"against the tensors, ranks of {settings:,} of {len(verdict.modules):,} modules")
+    found = (
+        f"{len(base.names):,} of {len(facts.modules):,} modules are in the base" if base is not None else "needs --base"
+    )
+    yield Check("names and shapes", base is not None, found)
+    sizes = [row.ratio for row in verdict.modules if row.ratio is not None]
+    text = f"|ΔW| / |W| is {_range(sorted(round(size, 4) for size in sizes))}" if sizes else "no update was determined"
+    yield Check("size of the update", bool(sizes), text if base is not None else "needs --base")
+    fits = [row for row in verdict.modules if row.fit is not None]
+    right = sum(row.fit == "right" for row in fits)
+    kinds = Counter(f"{row.fit} {row.factor:.3g}" if row.fit == "factor" else str(row.fit) for row in fits)
+    others = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if kind != "right")
+    compared = f"{right} of {len(facts.modules)} modules are merged as the settings say{'; ' * bool(others)}{others}"
+    missing = "no module could be compared" if merged else "needs --merged"
+    yield Check("scale and merge", bool(fits), compared if fits else missing)
+    rows = verdict.probe
+    yield Check("answers", bool(rows), f"{rows[0]['n']:,} examples" if rows else "needs --probe")
 
 
 def checked(folder: Path) -> Verdict:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -173,7 +175,7 @@ def test_another_base_or_a_damaged_description_is_refused(tmp_path: Path) -> Non
         vismt.load_adapter(shallow, tmp_path)
     text = (tmp_path / "adapter.json").read_text()
     (tmp_path / "adapter.json").write_text(text.replace('"unchanged": [', '"unchanged": ["blocks", '))
-    with pytest.raises(UserError, match=r"not what vismt\.save_adapter writes"):
+    with pytest.raises(UserError, match="was changed after it was written"):
         vismt.load_adapter(case("vit").model, tmp_path)
 
 
@@ -193,12 +195,18 @@ def run(folder: Path, stop_after: int | None = None, **options: object) -> nn.Mo
     return model
 
 
+@cache
+def undisturbed(policy: str) -> nn.Module:
+    with TemporaryDirectory() as folder:
+        return run(Path(folder), state_policy=policy)
+
+
 @pytest.mark.parametrize("policy", ["drop", "keep", "reset_all"])
 @pytest.mark.parametrize(
     "cut", [3, 5, 8]
 )  # resumes after steps 2, 4 and 6: within an interval, after a switch, at a switch
 def test_the_loop_drives_the_schedule_and_resumes_bit_for_bit(tmp_path: Path, policy: str, cut: int) -> None:
-    whole = run(tmp_path / "whole", state_policy=policy)
+    whole = undisturbed(policy)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", stop_after=cut, state_policy=policy)
     saved = saved_tensors(tmp_path / "cut")

@@ -16,6 +16,7 @@ import vismt
 from vismt.base.errors import UserError
 from vismt.lowrank.files import save_load
 from vismt.lowrank.layers.base import adapter_layers
+from vismt.methods import METHODS
 from vismt.storage import files
 
 
@@ -118,10 +119,12 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(saved, monkeypatch) -> N
     assert len(list(folder.glob("*.safetensors"))) == 1
 
 
-# A router needs the FFNs of a ViT, MTLoRA its blocks, LISA layers, S2FT heads or channels, CorDA covariances, iLoRA gates and a
-# rank that its experts share; the others take any linear.
+# A router needs the FFNs of a ViT, MTLoRA its blocks, S2FT heads or channels, CorDA covariances, iLoRA gates and a rank that its
+# experts share; the others with layers take any linear.
 ANYWHERE = [
-    method for method in vismt.list_methods() if method not in ("emtal", "mtlora", "lisa", "s2ft", "corda", "ilora")
+    name
+    for name, method in METHODS.items()
+    if method.layers and name not in ("emtal", "mtlora", "s2ft", "corda", "ilora")
 ]
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,15 @@ def merged(model: nn.Module) -> dict[str, Tensor]:
     return snapshot(vismt.merge(model))
 
 
+@cache
+def merged_alone(name: str, seed: int) -> dict[str, Tensor]:
+    return merged(adapter(name, seed))
+
+
 def added(names: list[str], weights: list[float]) -> dict[str, Tensor]:
     """W + sum_j w_j (W_j - W) with W_j the weights of each adapter merged alone."""
     stock = snapshot(tiny_vit())
-    states = [merged(adapter(name, seed)) for seed, name in enumerate(names)]
+    states = [merged_alone(name, seed) for seed, name in enumerate(names)]
     return {
         key: value + sum(w * (state[key] - value) for w, state in zip(weights, states)) for key, value in stock.items()
     }

@@ -70,7 +70,7 @@ def test_first_and_second_derivatives(method: str, split: bool, train_base: bool
         return torch.func.functional_call(model, dict(zip(names, values)), (x,)).sin()
 
     assert torch.autograd.gradcheck(call, (x, *values))
-    assert torch.autograd.gradgradcheck(call, (x, *values))
+    assert torch.autograd.gradgradcheck(call, (x, *values), fast_mode=True)  # in random directions
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch.func falls back to a loop for addmm_

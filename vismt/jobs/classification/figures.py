@@ -16,8 +16,10 @@ from vismt.base.errors import UserError
 from vismt.engine.study import Training
 from vismt.jobs.classification.data import TaskData
 from vismt.report.arm_figures import LETTER
+from vismt.report.confusion import write_confusion
 from vismt.report.panels import read_panel, spread, to_bytes, write_panel
 from vismt.report.plotting import MUTED, RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
+from vismt.report.results import RECORDS
 from vismt.report.routers import router_pictures
 from vismt.report.tables import Picture, Section
 from vismt.storage.lines import read_lines
@@ -48,6 +50,27 @@ def examples(
         for training in trainings:
             answers[training.arm] += _answers(folder, training, f"{split}-{task}", ids, names)
     return write_examples(path, to_bytes(torch.cat(images)), truth, tasks, answers)
+
+
+def write_confusions(folder: Path, data: TaskData, split: str, trainings: Mapping[str, Sequence[Training]]) -> None:
+    """Write the answers to the images of each task, class by class, for every arm over its trainings, from the records."""
+    for number, task in enumerate(data.union.tasks):
+        names, offset = list(data.classes[number]), data.union.offset(number)
+        span = range(offset, offset + len(names))
+        tables = {}
+        for arm, several in trainings.items():
+            table = np.zeros((len(span), len(span) + 1), dtype=np.int64)
+            for training in several:
+                for row in read_lines(training.folder / RECORDS / f"{split}-{task}.jsonl"):
+                    if row.get("label") in span and "clean" in row:
+                        answer = span.index(row["clean"]) if row["clean"] in span else len(span)
+                        table[span.index(row["label"]), answer] += 1
+            if table.any():
+                tables[arm] = table
+        others = any(table[:, -1].any() for table in tables.values())
+        if tables:
+            kept = {arm: table if others else table[:, :-1] for arm, table in tables.items()}
+            write_confusion(folder, task, names, [*names, *(["another task"] if others else [])], kept)
 
 
 def write_examples(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import compress
@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from vismt.backbones import timm_models
 from vismt.backbones.vit import classifier_paths
 from vismt.base import console, ranks
+from vismt.base.errors import UserError
 from vismt.data.batching import ShuffledBatches
+from vismt.data.cards import load_card
+from vismt.data.copies import found_copy
+from vismt.data.image_set import ImageSource
 from vismt.data.set_entries import card_and_split, overlap, row_name
 from vismt.data.transforms import augment
 from vismt.engine import training_files
@@ -26,7 +30,7 @@ from vismt.jobs.calibration import Calibrations
 from vismt.jobs.classification.config import MultitaskConfig, check, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
-from vismt.jobs.classification.figures import EXAMPLES, examples, sections
+from vismt.jobs.classification.figures import EXAMPLES, examples, sections, write_confusions
 from vismt.jobs.classification.merging import check_arms, merge_section, merged_net, write_interference
 from vismt.jobs.classification.models import HEAD, PixelNet, fresh, load_head, stored, with_linear_head
 from vismt.jobs.evaluation_job import records_folder
@@ -52,6 +56,11 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     """A ViT with a head over the classes of all tasks in place of timm's head."""
 
     predict_options = CLASSES
+    next_steps = (
+        "predict {run} my_images --arm {arm}",
+        "export {run} --arm {arm} --format timm",
+        "merge {run} --arm {arm}",
+    )
     logged: Mapping[str, str] = {
         "ce": "Training cross-entropy",
         "accuracy": "Training accuracy (%)",
@@ -189,10 +198,13 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
                 scores += self.evaluation.laplace(net, training, records, tasks)
         return scores
 
+    def validated_tasks(self, config: MultitaskConfig) -> Sequence[str]:
+        return config.trained_tasks or [task.name for task in config.tasks]
+
     def validate(self, training: Training) -> float:
         """Return the mean accuracy over the tasks that the arm is trained on, on the images that choose rates."""
         values = []
-        chosen = self.study.arms[training.arm].trained_tasks or self.data.union.tasks
+        chosen = self.validated_tasks(self.study.arms[training.arm])
         records = training.folder / RECORDS
         if self.split == "validation":  # where the evaluation keeps its records, under attacks
             records /= "tune"
@@ -223,6 +235,9 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def write_panels(self) -> None:
         first = [self.study.trainings(arm)[0] for arm in self.study.arms]
         examples(self.folder, self.data, self.split, first, self.folder / EXAMPLES)
+        write_confusions(
+            self.folder, self.data, self.split, {arm: self.study.trainings(arm) for arm in self.study.arms}
+        )
         self.write_router_maps(self.loaded, self._mapped_images)
 
     def _mapped_images(self) -> Tensor:
@@ -263,7 +278,23 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         images = images_for(inputs, target, options)
         net, size, batch = self.final(training), self.data.size, self.config.evaluate.batch
         groups = self.evaluation.softmaxes(net, training)
-        return predict_classes(net, size, groups, images, target, options, label=str(training), batch=batch)
+        found = predict_classes(net, size, groups, images, target, options, label=str(training), batch=batch)
+        own = next(
+            (folder for folder in self._training_folders() if any(_below(path, folder) for path in images)), None
+        )
+        if found.accuracy is not None and own is not None:
+            text = (
+                f"'{own}' has images that the run was trained on, and they count; the report has the test images alone"
+            )
+            console.stage("", text)
+        return found
+
+    def _training_folders(self) -> Iterator[Path]:
+        """Yield the folders of the copies that the run is trained on."""
+        entries = {entry for task in self.config.tasks for entry in (*task.train, *task.validation)}
+        for card, split in map(card_and_split, sorted(entries)):
+            with suppress(UserError):  # a Python object has no folder
+                yield found_copy(load_card(card), ImageSource, split)[1]
 
     def cards_of_tasks(self) -> dict[str, set[str]]:
         parts = {task.name: (*task.train, *task.validation, *task.test) for task in self.config.tasks}
@@ -278,6 +309,10 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         """Return the classes for config.json beside merged weights, with timm's keys."""
         space = {"label_space": "separate"} if self.evaluation.separate(self.study.find(arm)) else {}
         return {"num_classes": self.data.union.num_classes, "label_names": self.data.label_names, **space}
+
+
+def _below(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 JOB = ClassificationJob

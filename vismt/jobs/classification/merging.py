@@ -186,7 +186,7 @@ def interference_figure(found: dict[str, dict[str, Any]], path: Path) -> Path:
     maps = [("cosine", cosines, names)]
     maps += [(arm, dict(zip(about["layers"], about["error"])), about["arms"]) for arm, about in found.items()]
     letters = max(len(short(name, 24)) for _, _, columns in maps for name in columns)
-    cell, line, top, left, gap = 0.22, 0.13, 0.45 + 0.06 * letters, 1.9, 0.35
+    cell, line, top, left, gap = 0.22, 0.17, 0.45 + 0.078 * letters, 2.5, 0.35
     height = line * len(layers)
     figure = new_figure(left + sum(cell * len(columns) + gap for _, _, columns in maps) + 0.9, top + height + 0.2)
     errors = [error for _, by_layer, _ in maps[1:] for row in by_layer.values() for error in row if error is not None]
@@ -197,13 +197,13 @@ def interference_figure(found: dict[str, dict[str, Any]], path: Path) -> Path:
         axes = axes_at(figure, x, top, cell * len(columns), height)
         drawn = axes.imshow(values, colors, aspect="auto", interpolation="nearest", vmin=lowest, vmax=highest)
         texts = [short(name, 24) for name in columns]
-        axes.set_xticks(range(len(columns)), texts, rotation=90, fontsize=6.5, color=MUTED)
+        axes.set_xticks(range(len(columns)), texts, rotation=90, fontsize=8.5, color=MUTED)
         axes.xaxis.tick_top()
-        axes.set_yticks(range(len(layers)), layers if x == left else [""] * len(layers), fontsize=6)
+        axes.set_yticks(range(len(layers)), layers if x == left else [""] * len(layers), fontsize=8.5)
         axes.tick_params(colors=MUTED, length=0)
         write(figure, x, 0.2, short(title, 16), weight="bold", fontsize=8.5)
         x += cell * len(columns) + gap
     bar = figure.colorbar(drawn, cax=axes_at(figure, x, top, 0.12, min(height, 1.5)), format="%.1f")
     bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=MUTED, labelsize=7, length=0)
+    bar.ax.tick_params(colors=MUTED, labelsize=8.5, length=0)
     return save(figure, path)

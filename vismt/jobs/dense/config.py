@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
@@ -32,7 +32,7 @@ from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_co
 MODES = ("slide", "whole")
 SHARED = ("data", "size", "canvas", "baseline")  # sections that all arms share, besides those in engine/study.py
 DELTA = "delta_m"  # the name of a score
-TAKEN = (DELTA, "loss", "retain", "fade", "step", "elapsed_s", "lr", "grad_norm")  # in logs and results
+TAKEN = (DELTA, "loss", "retain", "fade", "step", "elapsed_s", "memory_mb", "lr", "grad_norm")  # in logs and results
 PARTS = tuple(field.name for field in fields(PartsConfig))  # keys of an entry of `tasks`
 PANELS = "dense_panels.npz"  # a file of a run folder
 
@@ -152,7 +152,6 @@ class DenseConfig(StudyConfig):
             size.
         head: the heads of tasks of maps.
         blocks: numbers of the blocks, or stages, that the heads read; null for four evenly spread.
-        full: train the whole backbone, with adapt null; adapt null and full false train the heads only.
         batch: images of a training batch.
         augment: augmentation of training images and maps.
         fade: the fading of routers; null leaves them at their start value.
@@ -173,7 +172,6 @@ class DenseConfig(StudyConfig):
     canvas: list[int] | None = None
     head: DenseHeadConfig = field(default_factory=DenseHeadConfig)
     blocks: list[int] | None = None
-    full: bool = False
     batch: Count = 8
     augment: DenseAugmentConfig = field(default_factory=DenseAugmentConfig)
     fade: FadeConfig | None = field(default=None, metadata=SCHEDULED)
@@ -181,6 +179,15 @@ class DenseConfig(StudyConfig):
     balancing: BalancingConfig | None = None
     baseline: str | dict[str, str] | None = None
     evaluate: DenseEvaluateConfig = field(default_factory=DenseEvaluateConfig)
+
+    @staticmethod
+    def from_earlier(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the values without the key `full`, which earlier versions had for the method of that name."""
+        if values.get("full"):
+            raise UserError(
+                "full: is a method now; write adapt: {method: full} (in an arm adapt.method: full) in its place."
+            )
+        return {key: value for key, value in values.items() if key != "full"}
 
 
 def all_tasks(config: DenseConfig) -> list[Task]:
@@ -262,10 +269,6 @@ def _check_values(config: DenseConfig) -> None:
     if model.block is not None or model.pool is not None or model.img_size is not None:
         raise UserError("model: img_size, block and pool must be null; give size: [h, w] and blocks instead.")
     _check_sizes(config)
-    if config.full and config.adapt is not None:
-        raise UserError(
-            "full: trains the whole backbone, which leaves nothing to adapt; set adapt to null, or full to false."
-        )
     _check_parts(config)
     if config.retain is not None:
         from vismt.multitask.nets import SEGMENTATION

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import Sample, collate
+from vismt.engine.log import record_stem
 from vismt.engine.study import ARMS, Training
 from vismt.jobs.dense.config import PANELS
 from vismt.jobs.dense.data import DenseData
-from vismt.jobs.dense.evaluation import UNDEFINED
+from vismt.jobs.dense.evaluation import CLASS_NAMES, UNDEFINED
 from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import Scored
 from vismt.multitask.tasks import MapTask
 from vismt.multitask.tasks.base import DARK
 from vismt.report.arm_figures import LETTER
+from vismt.report.confusion import confusion_figure
 from vismt.report.panels import read_panel, spread, to_bytes, write_panel
 from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
 from vismt.report.results import RECORDS
@@ -32,6 +34,10 @@ from vismt.report.tables import Picture, Section, Table, number_text, scale_text
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE
 
+MOST_CLASSES = 40  # of a matrix that is drawn
+CONFUSION_CAPTION = (
+    "Rows: true class. Columns: answer. Each number is the share of the pixels of the class in %, first seed."
+)
 UNDEFINED_NOTE = "A score without a number has no row in the tables of results, and its arm has no delta_m."
 
 if TYPE_CHECKING:
@@ -167,7 +173,7 @@ def _block(
         if row == 0:
             show_image(axes_at(figure, left, y, width, height), arrays["images"][number])
             name = arrays["ids"][number].rpartition("/")[2]
-            write(figure, left, y + height + 0.04, short(name, most), va="top", color=MUTED, fontsize=8)
+            write(figure, left, y + height + 0.04, short(name, most), va="top", color=MUTED, fontsize=8.5)
         show_image(axes_at(figure, left + pitch, y, width, height), arrays["truth"][row, number])
         for place in (at for at in range(len(arms)) if arrays["trained"][at, row]):
             x, score = left + (2 + place) * pitch, float(arrays["scores"][place, row, number])
@@ -181,6 +187,20 @@ CAPTION = (
     "image alone stands below each prediction, – where it has none. Depth has the colours of its target. Dark grey: no value. "
     "An empty place: the arm does not train the task."
 )
+
+
+def confusions(folder: Path, trainings: Sequence[Training], split: str) -> Section:
+    """Return the section of the confusion matrices of pixels, one for each training and task with classes."""
+    pictures = []
+    for training in trainings:
+        for line in read_lines(training.folder / RECORDS / f"{split}.jsonl", may={CLASS_NAMES: dict[str, list[str]]}):
+            for task, names in line.get(CLASS_NAMES, {}).items():
+                matrix = line["tasks"].get(task, {}).get("numbers", {}).get("confusion")
+                if matrix is not None and len(names) <= MOST_CLASSES:
+                    path = folder / "figures" / f"{record_stem('confusion', task, training.arm)}.svg"
+                    drawn = confusion_figure(np.array(matrix), names, names, path)
+                    pictures.append(Picture(drawn, f"{task}, answers of {training.arm}", CONFUSION_CAPTION))
+    return Section("Confusion of pixels", pictures=pictures, folded=True)
 
 
 def sections(folder: Path) -> list[Section]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from vismt.jobs.dense.config import (
 from vismt.jobs.dense.data import DenseBatches, DenseData
 from vismt.jobs.dense.delta import deltas
 from vismt.jobs.dense.evaluation import Evaluation
-from vismt.jobs.dense.figures import sections, write_predictions
+from vismt.jobs.dense.figures import confusions, sections, write_predictions
 from vismt.jobs.dense.pooled_score import Scored
 from vismt.jobs.dense.predict import check_images, class_names, most_pixels, named_tasks, output_names, predict_images
 from vismt.jobs.graphs import Graph, Named, image_graph
@@ -41,7 +42,7 @@ from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
 from vismt.jobs.predictions import Options, Predictions, check_target, image_files
 from vismt.jobs.risk import check_thresholds, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
-from vismt.methods import needs
+from vismt.methods import METHODS, needs
 from vismt.multitask.emtal.retain import DenseRetaining
 from vismt.multitask.mtlora.method import merge_shared
 from vismt.multitask.nets import SEGMENTATION, DenseNet
@@ -65,6 +66,11 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     names_tasks = True
     predict_options = frozenset({"arm", "top", "maps", "own_size", "flip"})
+    next_steps = (
+        "predict {run} my_images --arm {arm} --maps",
+        "export {run} --arm {arm} --format onnx",
+        "merge {run} --arm {arm}",
+    )
     default_attack = "pgd"
 
     def __init__(self, config: DenseConfig, folder: Path, config_hash: str) -> None:
@@ -114,31 +120,24 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return models.fresh(config)
 
     def prepare(self, net: DenseNet, config: DenseConfig) -> str:
-        """Adapt the timm model, or make everything in it that runs trainable; return the method's name.
-
-        A head of depth starts at the mean of the training depths.
-        """
+        """Adapt the timm model and return the method's name. A head of depth starts at the mean of the training depths."""
         if Depth.name in net.heads:
             head: Any = net.heads[Depth.name]
             head.start_at(self.data.mean_depth)
-        if config.adapt is not None:
-            of_tasks = {"tasks": list(net.heads), "task_blocks": net.read_blocks}
-            method = self.adapt(net.stock, config.adapt, config.seed, of_tasks)
-            given = need_names("adapt.options.task_blocks:", config.adapt.options.get("task_blocks") or ())
-            for unread in sorted(set(given) - set(net.read_blocks)):
-                raise UserError(
-                    f"adapt.options.task_blocks: no head reads '{unread}'; name blocks of {', '.join(net.read_blocks)}."
-                )
-            return method
-        if not config.full:
+        if config.adapt is None:
             return super().prepare(net, config)
-        # Several processes wait for the gradient of every trained parameter, so what the taps do not depend on stays frozen.
-        shapes = copy.deepcopy(net.backbone).to("meta").requires_grad_(True)
-        taps = shapes.maps(torch.empty(1, 3, *shapes.img_size, device="meta"), net.blocks)
-        gradients = torch.autograd.grad([tap.sum() for tap in taps], list(shapes.vit.parameters()), allow_unused=True)
-        for parameter, gradient in zip(net.stock.parameters(), gradients, strict=True):
-            parameter.requires_grad_(gradient is not None)
-        return "full"
+        settings = config.adapt
+        if not METHODS[settings.method].layers:
+            excluded = need_names("adapt.options.exclude:", settings.options.get("exclude", ()))
+            settings = replace(settings, options={**settings.options, "exclude": [*excluded, *_unread(net)]})
+        of_tasks = {"tasks": list(net.heads), "task_blocks": net.read_blocks}
+        method = self.adapt(net.stock, settings, config.seed, of_tasks)
+        given = need_names("adapt.options.task_blocks:", settings.options.get("task_blocks") or ())
+        for unread in sorted(set(given) - set(net.read_blocks)):
+            raise UserError(
+                f"adapt.options.task_blocks: no head reads '{unread}'; name blocks of {', '.join(net.read_blocks)}."
+            )
+        return method
 
     def objective(self, config: DenseConfig, net: DenseNet, balanced: Sequence[Tensor]) -> DenseObjective:
         tasks = self.data.counted(trained_tasks(config))
@@ -158,8 +157,6 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return DenseBatches(self.data.parts["train"], self.data.size, config)
 
     def save(self, net: DenseNet, config: DenseConfig, folder: Path) -> None:
-        if config.full:
-            training_files.write_state(net.stock, folder / models.BACKBONE)
         atomic_write(folder / models.HEADS, models.heads_file(net, config))
 
     def loaded(self, training: Training) -> DenseNet:
@@ -220,6 +217,9 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             "own images."
         )
 
+    def validated_tasks(self, config: DenseConfig) -> list[str]:
+        return [task.name for task in trained_tasks(config)]
+
     def validate(self, training: Training) -> float:
         scores = self.score(training, "validation", [])
         tasks = trained_tasks(self.study.config_of(training))
@@ -251,7 +251,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         )
 
     def sections(self, results: Sequence[Result]) -> list[Section]:
-        return sections(self.folder)
+        firsts = [self.study.trainings(arm)[0] for arm in self.study.arms if self.study.is_chosen(arm)]
+        return [confusions(self.folder, firsts, self.split), *sections(self.folder)]
 
     def baselines(self) -> dict[str, str]:
         """Return {task: the arm that others are compared with}; delta_m is a difference and has none."""
@@ -303,6 +304,15 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         # The whole image is seen, and padded to the size.
         whole = {"pretrained_cfg": {"crop_mode": "border"}}
         return {"num_classes": 0, "img_size": list(window_of(self.config)), **whole}
+
+
+def _unread(net: DenseNet) -> list[str]:
+    """Return patterns of the parameters that no head depends on: several processes wait for the gradient of each trained one."""
+    shapes = copy.deepcopy(net.backbone).to("meta").requires_grad_(True)
+    taps = shapes.maps(torch.empty(1, 3, *shapes.img_size, device="meta"), net.blocks)
+    named = dict(shapes.vit.named_parameters())
+    gradients = torch.autograd.grad([tap.sum() for tap in taps], list(named.values()), allow_unused=True)
+    return [re.escape(name) for name, gradient in zip(named, gradients, strict=True) if gradient is None]
 
 
 JOB = DenseJob

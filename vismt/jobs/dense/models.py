@@ -1,7 +1,7 @@
 """The nets of a dense run, built from the files in the folders of its trainings.
 
-A folder has adapter/, backbone.safetensors (full fine-tuning) or neither (only heads are trained); heads.safetensors with the
-tensors "<task>.<parameter>"; and done.json, written last, which marks the training as finished.
+A folder has adapter/, unless only heads are trained; heads.safetensors with the tensors "<task>.<parameter>"; and done.json,
+written last, which marks the training as finished.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.classes import UnionClassification
 from vismt.storage.files import read_tensors
 
-BACKBONE = "backbone.safetensors"
 HEADS = "heads.safetensors"
 
 
@@ -89,8 +88,6 @@ def loaded(config: DenseConfig, training: Training, size: tuple[int, int]) -> De
     table = getattr(stock, "pos_embed", None) if isinstance(net.backbone, Backbone) else None
     before = None if table is None or not config.model.pretrained else table.detach().clone()
     what = training_files.restore(net.stock, training)
-    if config.full:
-        training_files.load_state(net.stock, training.folder / BACKBONE, what)
     training_files.load_state(net.heads, training.folder / HEADS, what)
     if size != net.backbone.img_size:
         kept = before is not None and torch.equal(stock.pos_embed, before)

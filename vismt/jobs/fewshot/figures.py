@@ -65,7 +65,7 @@ def mixture_bars(
                         (left + 50 * weight, row),
                         ha="center",
                         va="center",
-                        fontsize=8,
+                        fontsize=8.5,
                         color="white" if dark[color] else INK,
                         fontweight="bold",
                     )
@@ -109,7 +109,7 @@ def episode_grid(panel: Mapping[str, np.ndarray], path: Path) -> Path:
     figure = new_figure(left + cell * 1.1 * len(classes) + 0.1, top + sum(steps) + 0.1)
     offset = top
     if "model" in panel:
-        write(figure, 0.1, top - 0.12, short(str(panel["model"]), 18), va="bottom", color=MUTED, fontsize=8)
+        write(figure, 0.1, top - 0.12, short(str(panel["model"]), 18), va="bottom", color=MUTED, fontsize=8.5)
     for (kind, label, shot), step, over in zip(rows, steps, above, strict=True):
         offset += over
         for k, name in enumerate(classes):

@@ -67,6 +67,11 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     """Arms are adapters of one backbone, or the experts of a pool; models built from them are evaluated seed by seed."""
 
     predict_options = CLASSES | {"support"}
+    next_steps = (
+        "predict {run} my_images --support my_examples --arm {arm}",
+        "export {run} --arm {arm} --format timm",
+        "merge {run} --arm {arm}",
+    )
     logged: Mapping[str, str] = {
         "loss": "Training loss",
         "accuracy": "Training accuracy (%)",
@@ -306,12 +311,19 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         folder = assembled[name] if pool.folder else self.study.find(arm).folder / ADAPTER
         return load_adapter(self.data.backbone().vit, folder)
 
+    def arm_of(self, model: str) -> str:
+        return super().arm_of(model.removeprefix(EXPERT))
+
     def _arm_of(self, model: str | None) -> str | None:
         """Return the arm of an evaluated model's name ("expert:LABEL", with or without a head); of None the only expert."""
         if model is not None:
             return split_head(model)[0].removeprefix(EXPERT)
         experts = [] if self.config.pool is None else pool_members(self.config, self.study.arms)
         return experts[0] if len(experts) == 1 else None
+
+    def chosen_arm(self, name: str | None) -> str | None:
+        # The experts of a pool meet other attacks each, and no validation score compares them.
+        return name if self.config.pool is not None else super().chosen_arm(name)
 
     def name_of(self, arm: str | None = None) -> str:
         arm = self._arm_of(arm)
@@ -363,6 +375,8 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         name, _, seed = text.rpartition(":")
         if text in models or int(seed if seed.isdecimal() else -1) not in self.study.seeds:
             name, seed = text, str(self.study.seeds[0])
+        with_head = [model for model in models if split_head(model)[0] == name]
+        name = with_head[0] if len(with_head) == 1 else name
         if name not in models:
             raise UserError(f"run '{self.folder}': no evaluated model '{text}'.{near(text, models)}")
         return name, int(seed)

@@ -54,7 +54,7 @@ def forgetting_figure(
             perplexity_mean = math.fsum(point.perplexity for point in at_rate) / len(at_rate)
             means.append((score_mean, perplexity_mean))
             box = {"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
-            note(axes, f"{lr:g}", means[-1], (5, 4), fontsize=7.5, zorder=4, bbox=box)
+            note(axes, f"{lr:g}", means[-1], (5, 4), fontsize=8.5, zorder=4, bbox=box)
         axes.plot(*zip(*means, strict=True), color=color, linewidth=1.6, marker="s", markersize=4, zorder=2)
     axes.margins(0.09)
     if frozen is not None:

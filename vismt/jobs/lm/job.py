@@ -76,6 +76,11 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
     """A causal LM, with a head on the last token where the trained task has one."""
 
     names_tasks = True
+    next_steps = (
+        "predict {run} my_texts.jsonl --arm {arm}",
+        "export {run} --arm {arm} --format transformers",
+        "merge {run} --arm {arm}",
+    )
     logged: Mapping[str, str] = {
         "loss": "Training loss",
         "hits": "HitRatio@1 of training batches",
@@ -181,19 +186,13 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         if config.adapt is not None:
             options = self._options(net, config.adapt, config.calibration)
             config = replace(config, adapt=replace(config.adapt, options=options))
-        lower = set(blocks(net.lm)[: net.first])
-        once = [
-            path
-            for path, module in net.lm.named_modules()
-            if module in lower or (net.first and (isinstance(module, nn.Embedding) or path.endswith("project_in")))
-        ]  # OPT projects narrow embeddings
         method = super().prepare(net, config)
-        for path in once:
+        for path in _computed_once(net):
             for name, parameter in net.lm.get_submodule(path).named_parameters():
                 if parameter.requires_grad:
                     raise UserError(
                         f"adapt: '{method}' trains '{path}.{name}' below model.first_block {net.first}, whose input is computed "
-                        "once; leave it out by options.exclude (of lisa also train_embeddings: false), or set first_block to 0."
+                        "once; leave it out by options.exclude, or set first_block to 0."
                     )
         return method
 
@@ -204,11 +203,9 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         if isinstance(net.head, Hybrid) and "users" in method.needs(options):
             options = {"user_width": net.head.user_width, **options}
         if net.first:
-            block_list = blocks(net.lm)
-            path = next(name for name, module in net.lm.named_modules() if module is block_list)
-            below = rf"{re.escape(path)}\.(?:{'|'.join(str(number) for number in range(net.first))})(?:\..*)?"
             excluded = need_names("adapt.options.exclude:", options.get("exclude", []))
-            options = {**options, "exclude": [*excluded, below]}
+            below = "|".join(map(re.escape, _computed_once(net, embeddings=not method.layers)))
+            options = {**options, "exclude": [*excluded, rf"(?:{below})(?:\..*)?"]}
         if texts is None:
             return options
         batches = partial(self.data.calibration, texts)
@@ -337,6 +334,17 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         if head.exists():
             files[head.name] = head.read_bytes()
         return files
+
+
+def _computed_once(net: LmNet, embeddings: bool = True) -> list[str]:
+    """Return the paths of the blocks below the first one, whose outputs are computed once, and of the embeddings before them."""
+    lower = set(blocks(net.lm)[: net.first])
+    embeddings = embeddings and net.first > 0
+    return [
+        path
+        for path, module in net.lm.named_modules()
+        if module in lower or (embeddings and (isinstance(module, nn.Embedding) or path.endswith("project_in")))
+    ]  # OPT projects narrow embeddings
 
 
 JOB = LmJob

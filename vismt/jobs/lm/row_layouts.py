@@ -1,7 +1,8 @@
 """Known layouts of rows of text, for `vismt init lm --texts`: which task rows set, by the names of their fields.
 
     messages or conversations          chats (of ShareGPT, too)
-    a prompt, choices and an answer    multiple choice: choices is a list of texts, answer the number or letter of the right one
+    a prompt, choices and an answer    multiple choice; choices: a list, {"text": [...], "label": [...]}, or columns (A, B, or
+                                       option1, option2); answer: the number or letter of the right one
     a prompt and an answer             Alpaca: instruction, input, output. Dolly: instruction, context, response.
     a text and a label                 classes; with a title, the title and the text
     a text                             every token; with a title, the title and the text
@@ -11,8 +12,10 @@ All rows are read: a field that the task reads has a text in each of them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
@@ -20,32 +23,26 @@ from vismt.base.errors import UserError, shown_value
 from vismt.storage.wheels import one_line
 
 CHATS = ("messages", "conversations")
-PROMPTS = ("prompt", "question", "instruction", "query")
+PROMPTS = ("prompt", "question", "instruction", "query", "question_stem", "goal", "ctx")
 ABOUT = ("input", "context", "passage")  # what a prompt is about; it may be empty
 CHOICES = ("choices", "options", "endings")
+CHOICE = re.compile(r"(?:option|choice|ending|sol|op)?[ _]?([a-z]|[1-9])")  # the column of one choice
 ANSWERS = ("answer", "response", "completion", "output")
 TITLES, TEXTS = ("title",), ("text", "sentence", "content", "document")
 LABELS = ("label", "class", "category")
 RIGHT = ("answerkey", "answer_key", "target", *LABELS)  # the right one of several choices, where no answer is named
+MOST = len(ascii_uppercase)  # choices or labels
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The task of rows.
-
-    Args:
-        learned: What the model learns, for a comment.
-        task: Keys of the task in a configuration.
-        read: Fields that the task reads.
-        unused: Other fields of the rows.
-        notes: Lines for the user.
-    """
+    """The task of rows. learned: What the model learns. read, unused: Fields of the rows. notes: Lines for the user."""
 
     learned: str
     task: dict[str, Any]
-    read: Collection[str]
-    unused: list[str] = field(default_factory=list)
+    read: list[str]
     notes: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
 
 class Table:
@@ -65,28 +62,29 @@ class Table:
         found = self.named(names)
         if len(found) > 1:
             listed = " and ".join(f"'{name}'" for name in found)
-            raise UserError(
-                f"{self.what}: the fields {listed} have one meaning; leave all but one out, or rename them."
-            )
+            raise self.refuse(f"the fields {listed} have one meaning; leave all but one out, or rename them")
         return found[0] if found else None
 
-    def refuse(self, number: int, reason: str) -> UserError:
-        return UserError(f"{self.what}: row {number:,} {reason}.")
+    def texts(self) -> list[str]:
+        """Return the fields of the title, if there is one, and of the text; [] without a text."""
+        names = self.one(*TITLES), self.one(*TEXTS)
+        return [name for name in names if name] if names[1] else []
+
+    def refuse(self, reason: str, row: int | None = None) -> UserError:
+        return UserError(f"{self.what}: {reason if row is None else f'row {row:,} {reason}'}.")
 
     def values(self, name: str, kind: type | tuple[type, ...] = (str, int, float), needed: str = "a text") -> list[Any]:
         """Return the value of a field in each row. Raises UserError for a row without it, and for a value of another kind."""
-        found = []
         for number, row in enumerate(self.rows, 1):
-            if row.get(name) is None:
-                raise self.refuse(
-                    number, f"has no '{name}', which other rows have; leave the row out, or write an empty text"
-                )
-            if not isinstance(row[name], kind):
-                kinds: dict[type, str] = {list: "a list", dict: "an object"}
-                seen = kinds.get(type(row[name])) or one_line(repr(row[name]), 60)
-                raise self.refuse(number, f"has {seen} as '{name}'; needed is {needed}")
-            found.append(row[name])
-        return found
+            value = row.get(name)
+            if value is None:
+                reason = f"has no '{name}', which other rows have; leave the row out, or write an empty text"
+                raise self.refuse(reason, number)
+            if not isinstance(value, kind):
+                kinds = {list: "a list", dict: "an object"}
+                seen = kinds.get(type(value)) or one_line(repr(value), 60)
+                raise self.refuse(f"has {seen} as '{name}'; needed is {needed}", number)
+        return [row[name] for row in self.rows]
 
     def empty(self, *names: str) -> list[int]:
         """Return the numbers of the rows in which all these fields are blank."""
@@ -100,16 +98,16 @@ def layout_of(what: str, rows: Sequence[Mapping[str, Any]]) -> Layout:
     Raises UserError, which begins with `what`, for fields of no known layout or of two, and a row that does not fit the others.
     """
     table = Table(what, rows)
-    makers = (_chat, _choices, _answer, _label, _text)
-    found = next((layout for layout in (make(table) for make in makers) if layout is not None), None)
-    if found is None:
-        raise UserError(
-            f"{what}: the fields are {one_line(', '.join(table.fields)) or 'none'}; needed are prompt and answer, prompt, "
-            "choices and answer, messages, text, or text and label."
-        )
-    unused = [name for name in table.fields if name not in found.read]
-    notes = [*found.notes, *([f"not used: {one_line(', '.join(unused))}"] if unused else [])]
-    return Layout(found.learned, found.task, found.read, unused, notes)
+    for make in (_chat, _choices, _answer, _label, _text):
+        found = make(table)
+        if found is not None:
+            unused = [name for name in table.fields if name not in found.read]
+            notes = [*found.notes, *([f"not used: {one_line(', '.join(unused))}"] if unused else [])]
+            return replace(found, unused=unused, notes=notes)
+    raise table.refuse(
+        f"the fields are {one_line(', '.join(table.fields)) or 'none'}; needed are prompt and answer, prompt, choices and "
+        "answer, messages, text, or text and label"
+    )
 
 
 def _chat(table: Table) -> Layout | None:
@@ -120,9 +118,12 @@ def _chat(table: Table) -> Layout | None:
         return None
     chat = Chat("", name)
     for number, row in enumerate(table.rows, 1):
-        turns = chat.turns(f"{number:,}", row)
+        try:
+            turns = chat.turns(f"{number:,}", row)
+        except UserError as error:
+            raise UserError(f"{table.what}: {str(error).removeprefix('tasks: ')}") from error
         if not any(turn["role"] == ASSISTANT for turn in turns):
-            raise table.refuse(number, f"has no turn of the {ASSISTANT}; leave the row out")
+            raise table.refuse(f"has no turn of the {ASSISTANT}; leave the row out", number)
     options = {} if name == CHATS[0] else {"options": {"messages": name}}
     return Layout("the assistant's turns", {"kind": "chat", **options}, [name])
 
@@ -133,40 +134,65 @@ def _prompt(table: Table) -> list[str]:
     names = [*([main] if main else []), *table.named(ABOUT)]
     blank = table.empty(*names) if names else []
     if blank:
-        raise table.refuse(blank[0], f"has an empty prompt ({', '.join(names)}); leave the row out")
+        raise table.refuse(f"has an empty prompt ({', '.join(names)}); leave the row out", blank[0])
     return names
 
 
 def _choices(table: Table) -> Layout | None:
+    """Return the task of rows with choices. Columns count as choices only if they have the answer of every row."""
     name, right = table.one(*CHOICES), table.one(*ANSWERS) or table.one(*RIGHT)
-    if name is None or right is None or not table.named((*PROMPTS, *ABOUT)):
+    columns = [] if name else _columns(table)
+    asked = (_prompt(table) or table.texts()) if right and (name or columns) else []
+    if right is None or not asked:
         return None
-    lists = table.values(name, list, "a list of texts")
-    for number, texts in enumerate(lists, 1):
-        if not 2 <= len(texts) <= len(ascii_uppercase) or not all(
-            isinstance(text, str) and text.strip() for text in texts
-        ):
-            raise table.refuse(number, f"has {one_line(repr(texts), 80)} as '{name}'; needed are 2 to 26 texts")
-    most = max(map(len, lists))
-    numbers = [str(number) for number in range(most + 1)]
+    templates, names = _listed(table, name) if name else ([f" {{{column}}}" for column in columns], [])
+    sizes = [len(row) for row in names] if name else [len(columns)] * len(table.rows)
     answers = [str(value) for value in table.values(right)]
-    ways = {"from 0": numbers[:most], "from 1": numbers[1:], "from A": [*ascii_uppercase], "from a": [*ascii_lowercase]}
 
     def misfit(keys: Sequence[str]) -> int | None:
-        pairs = zip(answers, lists, strict=True)
-        return next((at for at, (answer, texts) in enumerate(pairs, 1) if answer not in keys[: len(texts)]), None)
+        """Return the first row with an answer, or with labels of its choices, that the keys do not count."""
+        for number, (answer, size) in enumerate(zip(answers, sizes), 1):
+            labels = names[number - 1] if names else [None]
+            if answer not in keys[:size] or (labels[0] is not None and labels != keys[:size]):
+                return number
+        return None
 
+    numbers = [str(number) for number in range(MOST + 1)]
+    ways = {"from 0": numbers[:-1], "from 1": numbers[1:], "from A": [*ascii_uppercase], "from a": [*ascii_lowercase]}
     way = next((way for way, keys in ways.items() if misfit(keys) is None), None)
+    if way is None and columns:
+        return None
     if way is None:
         number = max(misfit(keys) or 0 for keys in ways.values())
         seen = one_line(repr(answers[number - 1]), 60)
-        raise table.refuse(number, f"has {seen} as '{right}'; needed is the number or the letter of one of its choices")
-    asked = _prompt(table)
-    templates = {key: f" {{{name}[{place}]}}" for place, key in enumerate(ways[way][:most])}
-    task = {"kind": "answers", "prompt": f"{_joined(asked)}\nAnswer:"}
-    options = {"answers": templates, "label": f"{{{right}}}"}
-    note = f"'{right}' counts the choices {way}"
-    return Layout("the right choice", {**task, "options": options}, [*asked, name, right], notes=[note])
+        reason = f"has {seen} as '{right}'; needed is the number or the letter of one of its choices"
+        raise table.refuse(reason, number)
+    options = {"answers": dict(zip(ways[way], templates)), "label": f"{{{right}}}"}
+    task = {"kind": "answers", "prompt": f"{_joined(asked)}\nAnswer:", "options": options}
+    read = [*asked, *([name] if name else columns), right]
+    return Layout("the right choice", task, read, [f"'{right}' counts the choices {way}"])
+
+
+def _columns(table: Table) -> list[str]:
+    """Return the columns of the choices, in order; [] where they do not begin with A or 1 or leave one out."""
+    matches = {match[1]: name for name in table.fields if (match := CHOICE.fullmatch(name.lower()))}
+    found = "".join(sorted(matches))
+    counted = len(found) > 1 and (ascii_lowercase.startswith(found) or "123456789".startswith(found))
+    return [matches[place] for place in found] if counted else []
+
+
+def _listed(table: Table, name: str) -> tuple[list[str], list[list[Any]]]:
+    """Return a template of each choice in a field, and the labels of the choices of each row, None for those without a label."""
+    values = table.values(name, (list, dict), "a list of texts")
+    labelled = all(isinstance(value, dict) and {"text", "label"} <= value.keys() for value in values)
+    lists = [value["text"] for value in values] if labelled else values
+    for number, texts in enumerate(lists, 1):
+        fits = isinstance(texts, list) and 2 <= len(texts) <= MOST
+        if not fits or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise table.refuse(f"has {one_line(repr(texts), 80)} as '{name}'; needed are 2 to {MOST} texts", number)
+    place = f"{name}[text]" if labelled else name
+    templates = [f" {{{place}[{at}]}}" for at in range(max(map(len, lists)))]
+    return templates, [[*map(str, value["label"])] if labelled else [None] * len(value) for value in values]
 
 
 def _answer(table: Table) -> Layout | None:
@@ -176,43 +202,34 @@ def _answer(table: Table) -> Layout | None:
         return None
     # The prompt is the user's turn in the chat template of the model, where it has one.
     task = {"kind": "causal", "prompt": _joined(asked), "chat": True, "options": {"answer": f"{{{answer}}}"}}
-    return Layout("the answer", task, [*asked, answer], notes=_named_empty(table, answer))
+    return Layout("the answer", task, [*asked, answer], _named_empty(table, answer))
 
 
 def _label(table: Table) -> Layout | None:
-    title, text, label = table.one(*TITLES), table.one(*TEXTS), table.one(*LABELS)
-    if text is None or label is None:
+    read, label = table.texts(), table.one(*LABELS)
+    if not read or label is None:
         return None
     blank = table.empty(label)
     if blank:
-        raise table.refuse(blank[0], f"has an empty '{label}'; leave the row out")
+        raise table.refuse(f"has an empty '{label}'; leave the row out", blank[0])
     labels = sorted({str(value) for value in table.values(label)})
-    alike: dict[str, str] = {}
-    for name in labels:
-        other = alike.setdefault(" ".join(name.split()), name)
-        if other != name:
-            raise UserError(
-                f"{table.what}: the labels {shown_value(other)} and {shown_value(name)} in the column '{label}' differ in "
-                "blanks alone; write one of them."
-            )
-    if not 2 <= len(labels) <= len(ascii_uppercase):
-        raise UserError(f"{table.what}: {len(labels)} labels in the column '{label}'; needed are 2 to 26.")
-    read = [title, text] if title else [text]
-    notes = _named_empty(table, *read)
+    if not 2 <= len(labels) <= MOST:
+        raise table.refuse(f"{len(labels)} labels in the column '{label}'; needed are 2 to {MOST}")
+    for one, other in combinations(labels, 2):
+        if one.split() == other.split():
+            alike = f"{shown_value(one)} and {shown_value(other)} in the column '{label}'"
+            raise table.refuse(f"the labels {alike} differ in blanks alone; write one of them")
     answers = {name: f" {letter}" for name, letter in zip(labels, ascii_uppercase)}
     listed = "".join(f"\n({letter.strip()}) {name}" for name, letter in answers.items())
     prompt = f"{_joined(read)}{listed.replace('{', '{{').replace('}', '}}')}\nAnswer:"
     task = {"kind": "classes", "prompt": prompt, "options": {"answers": answers, "label": f"{{{label}}}"}}
-    return Layout("the label", task, [*read, label], notes=notes)
+    return Layout("the label", task, [*read, label], _named_empty(table, *read))
 
 
 def _text(table: Table) -> Layout | None:
-    title, text = table.one(*TITLES), table.one(*TEXTS)
-    if text is None:
-        return None
-    read = [title, text] if title else [text]
+    read = table.texts()
     task = {"kind": "causal", "options": {"answer": _joined(read)}}
-    return Layout("every token", task, read, notes=_named_empty(table, *read))
+    return Layout("every token", task, read, _named_empty(table, *read)) if read else None
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -222,9 +239,6 @@ def _joined(names: Sequence[str]) -> str:
 def _named_empty(table: Table, *names: str) -> list[str]:
     """Return a line about the rows in which all these fields are empty, if there are some."""
     rows = table.empty(*names)
-    if not rows:
-        return []
     title = " and ".join(f"'{name}'" for name in names)
-    return [
-        f"{title} of {len(rows):,} rows is empty, the first is row {rows[0]:,}; leave out what is not to be learned"
-    ]
+    seen = f"{title} of {len(rows):,} rows is empty, the first is row {rows[0]:,}" if rows else ""
+    return [f"{seen}; leave out what is not to be learned"] if rows else []

@@ -171,6 +171,8 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
             )
             return
 
+    next_steps = ("attack {run} --attack autoattack --epsilon 8/255",)
+
     def sections(self, results: Sequence[Result]) -> list[Section]:
         return sections(self.folder, self.config, results)
 

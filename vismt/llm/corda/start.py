@@ -15,8 +15,6 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.linalg import LinAlgError, eigh
-from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 from vismt.base.errors import UserError
@@ -96,6 +94,9 @@ def last_left(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     wide = matrix.shape[0] <= matrix.shape[1]
     short = matrix if wide else matrix.T
     if matrix.device.type == "cpu":
+        from scipy.linalg import LinAlgError, eigh
+        from scipy.linalg.blas import dsyrk
+
         gram = dsyrk(1.0, short.numpy(), lower=1)  # one triangle, for half of a product's work
         try:
             ascending = eigh(gram, lower=True, subset_by_index=(0, rank - 1), driver="evr")[1]

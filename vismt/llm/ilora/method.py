@@ -53,7 +53,8 @@ def ilora(
     """Add gated factors with kaiming A and zero B: under any gates the function is unchanged until the first step.
 
     n_experts: number E of rank groups, a divisor of the rank. gate: "linear" or "cnn", the network `gate_of(model)` from user
-    representations (b, user_width) to gates; None where the gates come from elsewhere. Further options: those of `inject`.
+    representations (b, user_width) to gates; None where the gates come from elsewhere.
+    user_width: width of the user representations. Further options: those of `inject`.
     The adapted model runs under `with instance_gates(gates):` only.
     """
     refuse_adapted(model)

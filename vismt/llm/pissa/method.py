@@ -37,7 +37,7 @@ def pissa(
 ) -> AdaptReport:
     """Add principal factors of each weight (of each q, k, v block with split_qkv). Further options: those of `inject`.
 
-    solver: exact or randomized. quantize: "nf4" for QPiSSA, with `iterations` rounds: 4-bit weights below the factors until
+    solver: exact or randomized. iterations: rounds of QPiSSA. quantize: "nf4" for QPiSSA: 4-bit weights below the factors until
     unadapted; "bitsandbytes" for its kernels of the same levels, where it is installed; None for the original weights.
     """
     refuse_dropout("pissa", options)

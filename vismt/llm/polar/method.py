@@ -36,7 +36,7 @@ def polar(
 ) -> AdaptReport:
     """Add orthonormal X and Y with zero Theta: the function is unchanged until the first step.
 
-    theta: "full" or "diagonal". attraction, constraint: arguments of `Landing`. Further options: those of `inject`.
+    theta: "full" or "diagonal". Of the optimiser `Landing`, attraction and constraint. Further options: those of `inject`.
     """
     require_known("adapt.theta:", [theta], THETAS)
     check_constraint("adapt", attraction, constraint)

@@ -58,6 +58,7 @@ def s2ft(
 ) -> AdaptReport:
     """Train the units of `selection`, or of `select_units` with the other settings and adapt's seed.
 
+    selection: the units, as `select_units` returns them; None for a choice by the settings.
     mode: 'permute' puts the units together and trains a part of the weight's storage; 'index' keeps the order and writes the
     trained values into the weight at each forward; 'delta' trains the difference in a separate tensor, for FSDP.
     also_train: as for 'lora'. dtype: of the trained values; None means fp32 for half-precision weights, else the weight's.

@@ -63,8 +63,6 @@ class Description:
         for key in ("also_train", "unchanged"):
             if len(set(getattr(self, key))) < len(getattr(self, key)):
                 raise ValueError(f"{key}: a name is given twice")
-        if not set(self.unchanged) <= set(self.also_train):
-            raise ValueError("unchanged: it names a parameter that also_train does not")
         dropout = self.options.get("dropout", 0.0)
         if type(dropout) not in (int, float) or not 0 <= dropout < 1:
             raise ValueError(f"options['dropout']: {shown_value(dropout)}; it must be a number in [0, 1)")

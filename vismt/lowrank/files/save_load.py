@@ -114,6 +114,9 @@ def _write(model: nn.Module, folder: Path, force: bool) -> Path:
         raise UserError("save_adapter: the model is on the meta device, which holds no values to save.")
     # Beside adapter modules all counts as changed: a head may be fresh.
     unchanged = [] if record.specs else unchanged_tensors(record.also_train, tensors)
+    if not record.specs:  # what stays frozen identifies the base, too
+        named = dict(model.named_parameters())
+        unchanged += [n for n, part in record.frozen.items() if n in named and not was_trained(part, named[n])]
     tensors = {name: value for name, value in tensors.items() if name not in unchanged}
     paths = compared(record.specs, unchanged)
     if not force:  # before the lock, which makes the folder
@@ -189,7 +192,7 @@ def _load(model: nn.Module, folder: Path, on_other_base: str) -> nn.Module:
     if record is not None:
         with stock_order(model):
             fill(model, tensors, what)
-        fill(model, {name: record.also_train[name] for name in unchanged})
+        fill(model, {name: value for name, value in record.also_train.items() if name in unchanged})
         return model
     install(model, description.method, specs, description.options, description.also_train)
     with undone_on_error(model):

@@ -157,25 +157,35 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
 def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[str]) -> list[str]:
     """Return the names of the parameters that `patterns` keep trainable; UserError for a pattern without a match."""
+    names = matched_parameters(model, "adapt.also_train", patterns)
+    taken = {*adapted, *(f"{path}.weight" for path in adapted)}
+    for name in names:
+        if name in taken:
+            raise UserError(f"adapt.also_train: '{name}' is adapted; train the update or the weight, not both.")
+    return check_trained_whole(model, "adapt.also_train", names)
+
+
+def matched_parameters(model: nn.Module, key: str, patterns: Sequence[str]) -> list[str]:
+    """Return the names of parameters that match, or lie in a module that does; UserError for a pattern without a match."""
     parameters = dict(model.named_parameters())
     owners = {name: containers(name) for name in parameters}
     # Of tied parameters all but the first have no entry.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in owners and any(matches(p, name) or matches(p, name.rpartition(".")[0]) for p in patterns):
             first = next(other for other, value in parameters.items() if value is parameter)
-            raise UserError(f"adapt.also_train: '{name}' is tied to '{first}'; name that one.")
-    check_patterns("adapt.also_train", patterns, sorted({path for paths in owners.values() for path in paths}))
-    names = [name for name, paths in owners.items() if any(matches(p, path) for p in patterns for path in paths)]
-    taken = {*adapted, *(f"{path}.weight" for path in adapted)}
+            raise UserError(f"{key}: '{name}' is tied to '{first}'; name that one.")
+    check_patterns(key, patterns, sorted({path for paths in owners.values() for path in paths}))
+    return [name for name, paths in owners.items() if any(matches(p, path) for p in patterns for path in paths)]
+
+
+def check_trained_whole(model: nn.Module, key: str, names: Sequence[str]) -> list[str]:
+    """Return the names of parameters that are trained themselves. Raises UserError for packed ones, warns of half precision."""
     for name in names:
-        if name in taken:
-            raise UserError(f"adapt.also_train: '{name}' is adapted; train the update or the weight, not both.")
-        if is_prequantized(model.get_parameter(name)):
-            raise UserError(
-                f"adapt.also_train: '{name}' is packed (quantised) and cannot be trained; adapt its module."
-            )
-    warn_of_rounding("adapt.also_train", {name: model.get_parameter(name) for name in names})
-    return names
+        parameter = model.get_parameter(name)
+        if is_prequantized(parameter) or not parameter.is_floating_point():
+            raise UserError(f"{key}: '{name}' is packed (quantised) and cannot be trained; adapt its module.")
+    warn_of_rounding(key, {name: model.get_parameter(name) for name in names})
+    return list(names)
 
 
 def warn_of_rounding(what: str, trained: Mapping[str, Tensor]) -> None:

@@ -9,8 +9,8 @@ from helpers.tiny_runs import refused
 
 from vismt.base.errors import UserError
 from vismt.cli import main
+from vismt.report.compare.report import compare_inputs, join
 from vismt.report.comparison import compare
-from vismt.report.comparison_report import compare_runs, join
 from vismt.report.results import Score, read_results
 from vismt.storage.files import sealed
 from vismt.uncertainty.intervals import CLEAN
@@ -63,7 +63,7 @@ def test_rows_of_unknown_examples_are_paired_within_their_run_only(tmp_path, exa
 def test_the_report_has_both_runs_and_the_settings_that_differ(tmp_path):
     a = run(tmp_path, "a", {"lora": FROZEN}, config="title: A\nadapt: {method: lora, rank: 4}\nseed: 0\n")
     b = run(tmp_path, "b", {"polar": FROZEN}, config="title: B\nadapt: {method: polar, rank: 4}\nseed: 0\n")
-    paths = compare_runs([a, b], tmp_path / "both", formats=["html", "md", "csv", "latex", "svg"])
+    paths = compare_inputs([a, b], tmp_path / "both", formats=["html", "md", "csv", "latex", "svg"])[0]
     assert [path.name for path in paths] == ["report.md", "report.csv", "report.tex", "report.html"]
     text = (tmp_path / "both" / "report.md").read_text()
     assert "# Comparison of a, b" in text and "Title a; Config hash: hash-a" in text and "hash-b" in text
@@ -81,7 +81,7 @@ def test_folders_of_one_name_and_seeds(tmp_path):
         for seed in (0, 1):
             score = Score("few-shot", "digits", "5-way 1-shot", measure(FROZEN), CLEAN, "episodes")
             add(folder, score, "lora", seed=seed)
-    compare_runs([first, second], tmp_path / "out")
+    compare_inputs([first, second], tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert f"{first}: lora".replace("_", r"\_") in text and "By seed, 2 seeds" in text
 

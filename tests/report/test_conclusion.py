@@ -1,0 +1,169 @@
+"""The answer of a report: which model it takes, and whether the number of examples that it asks for is the one that is needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.results import PGD, cell, comparison
+
+from vismt.report.comparison import Comparison
+from vismt.report.conclusion import JOINT, conclude, needed
+from vismt.uncertainty.intervals import CLEAN, Condition, Estimate, estimate, student_quantile
+
+
+def compared(
+    scores: Mapping[str, float],
+    error: float | None,
+    n: int = 100,
+    condition: Condition = CLEAN,
+    seeds: int = 0,
+    of_seeds: float = 0.0,
+    **changes: object,
+) -> Comparison:
+    """Models whose differences have a standard error over the examples, and one over the seeds; None for no records."""
+    cells = {name: cell(value, 0.05, n, seeds=seeds) for name, value in scores.items()}
+    found = comparison("digits", cells, condition, **changes)
+    if error is None:
+        return found
+
+    def pair(first: str, second: str) -> Estimate:
+        sources = [(error**2, n - 1.0)]
+        sources += [(of_seeds**2, seeds - 1.0)] if seeds else []
+        return Estimate(scores[first] - scores[second], tuple(sources))
+
+    return Comparison(found.row, found.data, cells, "", {}, True, pair)
+
+
+def text(*comparisons: Comparison, **sizes: float) -> str:
+    return conclude(comparisons, sizes).text
+
+
+def test_without_a_difference_it_takes_the_smallest_within_one_standard_error() -> None:
+    c = compared({"head": 0.70, "lora": 0.79, "full": 0.80}, 0.05)
+    assert text(c, head=10, lora=1000, full=100_000).startswith(
+        "Take lora. No model is shown to be better than another in accuracy. lora is the smallest model within one standard "
+        "error of the best score (1,000 trained parameters). About "
+    )
+    # head is two standard errors behind, though that is not shown
+    assert "Take head" in text(compared({"head": 0.76, "lora": 0.79, "full": 0.80}, 0.05), head=10, lora=1000, full=1e5)
+    # of two that are equally small, the better one
+    assert "Take full" in text(compared({"lora": 0.79, "full": 0.80}, 0.05), lora=1000, full=1000)
+    assert "nothing is trained" in text(compared({"frozen": 0.79, "lora": 0.80}, 0.05), frozen=0, lora=1000)
+    assert "full has the best score, which may be chance." in text(c, lora=1000)
+    assert "Only lora lies within one standard error of the best score (5 trained parameters)." in text(
+        compared({"head": 0.7, "lora": 0.8}, 0.06), head=1, lora=5
+    )
+
+
+def test_a_difference_that_is_shown() -> None:
+    c = compared({"head": 0.5, "lora": 0.6, "full": 0.8}, 0.02)
+    half = 100 * 0.02 * student_quantile((1 + JOINT ** (1 / 3)) / 2, 99)
+    assert text(c, head=1, lora=2, full=3) == (
+        "Take full. full is shown to be better than every other model in accuracy: "
+        f"+20.0 [+{20 - half:.1f}, +{20 + half:.1f}] points against lora, the next."
+    )
+    some = text(compared({"head": 0.5, "lora": 0.79, "full": 0.8}, 0.02), head=1, lora=2, full=3)
+    assert some.startswith("Take lora. head is shown to be worse than full in accuracy, lora is not. lora is the")
+    # without records of the same examples, intervals that do not overlap show a difference
+    assert text(compared({"a": 0.5, "b": 0.8}, None)) == "Take b. b is shown to be better than a in accuracy."
+    assert "a and b are not shown to differ in accuracy" in text(compared({"a": 0.5, "b": 0.55}, None))
+
+
+def test_several_models_need_a_larger_difference() -> None:
+    """A difference of two models at 2.2 standard errors is shown for two models, and not for the ten pairs of five."""
+    two = {"a": 0.5, "b": 0.544}
+    assert "b is shown to be better than a" in text(compared(two, 0.02))
+    five = {**two, "c": 0.53, "d": 0.531, "e": 0.532}
+    assert "No model is shown to be better than another" in text(compared(five, 0.02))
+
+
+def test_lower_is_better_where_the_measure_says_so() -> None:
+    depth = {"metric": "RMSE in m", "scale": "number", "better": "lower", "task": "depth"}
+    assert text(compared({"a": 2.0, "b": 1.0}, 0.1, **depth)).startswith(
+        "Take b. b is shown to be better than a in RMSE: −1.00 [−1.20, −0.80] m."
+    )
+
+
+def test_every_task_and_the_strongest_attack_count() -> None:
+    attacked = compared({"a": 0.1, "b": 0.5}, 0.02, condition=PGD)
+    worse = compared({"a": 0.8, "b": 0.6}, 0.02)
+    told = text(worse, attacked)
+    assert f"b is shown to be better than a in accuracy under {PGD.label}: " in told
+    assert told.startswith(f"Take b for accuracy under {PGD.label}: no model is among the best in everything.")
+    alike = compared({"a": 0.61, "b": 0.6}, 0.02)
+    assert text(alike, attacked).endswith("a and b are not shown to differ in clean accuracy.")
+    depth = compared({"a": 2.0, "b": 1.0}, 0.6, metric="RMSE in m", scale="number", better="lower", task="depth")
+    assert text(alike, depth).startswith(
+        "Take b. a and b are not shown to differ in accuracy of few-shot or in RMSE of depth. b has"
+    )
+
+
+def test_tasks_without_a_common_model_leave_the_first_task() -> None:
+    depth = compared({"c": 2.0}, 1.0, metric="RMSE in m", scale="number", better="lower", task="depth")
+    assert text(compared({"a": 0.1, "b": 0.5}, 0.02), depth).startswith("Take b. b is shown to be better")
+
+
+def test_of_several_sets_the_one_with_the_most_models_counts() -> None:
+    """In a comparison of runs an average may have the models of one run alone."""
+    average = replace(compared({"a": 0.1}, 0.02), data="average")
+    sets = [compared({"a": 0.1}, 0.02), compared({"a": 0.1, "b": 0.5}, 0.02)]
+    assert text(*sets, average).startswith("Take b.")
+    average = replace(compared({"a": 0.7, "b": 0.5}, 0.02), data="average")
+    assert text(*sets, average).startswith("Take a.")
+
+
+def test_a_single_model() -> None:
+    assert text(compared({"lora": 0.5}, 0.1)) == "There is one model. lora: accuracy in % 50.0 ± 5.0."
+    other = compared({"head": 0.5}, 0.1, protocol="another")
+    assert text(compared({"lora": 0.5}, 0.1), other).startswith("The models have no measure in common. lora: ")
+
+
+def test_the_sentence_on_the_examples() -> None:
+    c = compared({"a": 0.50, "b": 0.51}, 0.05)
+    # (1.96 + 0.84)^2 100 0.05^2 / 0.03^2 = 2,180, and 1.96^2 / 2 = 2
+    assert text(c, a=1, b=2).endswith("About 2,200 episodes would show a difference of 3 points between a and b.")
+    seen = text(compared({"a": 0.50, "b": 0.59}, 0.05), a=1, b=2)
+    assert seen.endswith("About 240 episodes would show a difference of 9 points between b and a, the one seen here.")
+    many = text(compared({"a": 0.50, "b": 0.5001}, 0.001), a=1, b=2)
+    assert many.endswith("These 100 episodes would have shown a difference of 3 points between a and b.")
+
+
+@pytest.mark.parametrize("seeds", [0, 4])
+def test_so_many_examples_show_the_difference_with_a_power_of_80_percent(seeds: int) -> None:
+    """Simulated: pairs of right and wrong answers whose true difference is known, and seeds whose differences vary."""
+    generator = torch.Generator().manual_seed(0)
+    difference, level, n = 0.06, JOINT ** (1 / 3), 200
+    better, worse, of_seeds = 0.15, 0.09, 0.035 if seeds else 0.0
+
+    def draw(examples: int, trainings: int) -> Estimate:
+        uniform = torch.rand(examples, generator=generator, dtype=torch.float64)
+        found = estimate((uniform < better).double() - (uniform > 1 - worse).double())
+        if not trainings:
+            return found
+        shifts = of_seeds * torch.randn(trainings, generator=generator, dtype=torch.float64)
+        ((error, freedom),) = found.sources
+        mean = found.mean + float(shifts.mean())
+        return Estimate(mean, ((error, freedom),)).with_seeds((shifts + mean - float(shifts.mean())).tolist())
+
+    true = (better + worse - difference**2) / n  # variance of the mean difference of n examples
+    sources = [(true, n - 1.0)] + ([(of_seeds**2 / seeds, seeds - 1.0)] if seeds else [])
+    examples, trainings = needed(Estimate(0.0, tuple(sources)), cell(0.5, 0.1, n, seeds=seeds), difference, level)
+    assert trainings > seeds if seeds else trainings == 0
+    draws = [draw(examples, trainings) for _ in range(1500)]
+    power = sum(found.mean > found.half_at(level) for found in draws) / len(draws)
+    # The standard error of the simulation is 0.01. With seeds, Student's t at few degrees of freedom costs some power.
+    assert abs(power - 0.8) < (0.07 if seeds else 0.035), power
+    # a quarter of the examples does not do
+    fewer = [draw(examples // 4, trainings) for _ in range(500)]
+    assert sum(found.mean > found.half_at(level) for found in fewer) / len(fewer) < 0.6
+
+
+def test_groups_of_examples_keep_their_size() -> None:
+    """200 examples in 50 groups: the term for Student's t counts groups."""
+    found = Estimate(0.0, ((0.01**2, 49.0),))
+    examples, _ = needed(found, cell(0.5, 0.1, 200), 0.03, 0.95)
+    assert examples == math.ceil(200 * 0.01**2 * (1.959964 + 0.841621) ** 2 / 0.03**2 + 4 * 1.959964**2 / 2)

@@ -1,0 +1,312 @@
+"""Paired differences of models on the same examples, of runs of vismt and of tables that another program wrote.
+
+The mean difference has the interval of `vismt.report.comparison.Evidence.difference`, over the examples or their groups, and
+over the training seeds if there are several. p is by sign flips of the units for one training of each model, and that of the
+interval for several, as sign flips of examples know nothing of the seeds. Holm's method corrects p over the pairs of one set
+and metric.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from typing import Any, TypeVar
+
+import torch
+
+from vismt.base.errors import UserError
+from vismt.report.compare.score_tables import Say, Training
+from vismt.report.comparison import AVERAGE, Evidence, ExampleValues, Values, block
+from vismt.report.results import Result, Score, result_of
+from vismt.report.tables import interval_text, number_text
+from vismt.uncertainty.intervals import (
+    CLEAN,
+    HIGHER,
+    LOWER,
+    NUMBER,
+    SHARE,
+    Better,
+    Measure,
+    Scale,
+    averaged,
+    holm,
+    sign_flip_p,
+)
+from vismt.uncertainty.probability_metrics import binned_gaps, gap_values
+
+T = TypeVar("T", str, float)
+UNNAMED = "all"  # name of a set that no input names
+# Words of a metric's name that say that lower values are better.
+LOSSES = re.compile(
+    r"loss|error|nll|brier|ece\b|ece-|perplexity|ppl|rmse|mae|mse|\bwer|\bcer|\bter\b|regret", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The difference b - a of two models on the same examples of one set, by one metric.
+
+    Args:
+        a: Name of the first model, the baseline if there is one.
+        b: Name of the second model.
+        set: Name of the set, "average" for the mean over all sets.
+        metric: Name of the metric.
+        difference: Mean of b - a, in the unit of the metric.
+        low: Lower end of the 95 % interval.
+        high: Upper end of the 95 % interval.
+        n: Number of examples.
+        groups: Number of independent groups of examples, None if the examples are independent.
+        seeds: Number of trainings of each model.
+        detectable: Smallest true difference that this comparison finds with a probability of 80 %.
+        p: Two-sided p of no difference.
+        p_holm: p, corrected for the number of pairs.
+        better: "higher" or "lower" values of the metric.
+        scale: "share" if every value says right or wrong, so that texts show points of a hundred.
+    """
+
+    a: str
+    b: str
+    set: str
+    metric: str
+    difference: float
+    low: float
+    high: float
+    n: int
+    groups: int | None
+    seeds: int
+    detectable: float
+    p: float
+    p_holm: float
+    better: Better
+    scale: Scale
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields that `vismt compare --json` prints."""
+        return {name: value for name, value in asdict(self).items() if name not in ("better", "scale")}
+
+    def __str__(self) -> str:
+        points = " points" if self.scale == SHARE else ""
+        least = number_text(self.detectable, self.scale)
+        if self.low <= 0 <= self.high:
+            shown = interval_text(self.difference, self.low, self.high, self.scale, sign=True)
+            verdict = f"{self.b} and {self.a} do not differ measurably, {shown}{points}"
+        else:
+            gains = (self.difference > 0) == (self.better == HIGHER)
+            best, other = (self.b, self.a) if gains else (self.a, self.b)
+            low, high = sorted((abs(self.low), abs(self.high)))
+            size = interval_text(abs(self.difference), low, high, self.scale)
+            verdict = f"{best} is better than {other} by {size}{points}"
+        units = f" in {self.groups:,} groups" if self.groups else ""
+        seeds = f", {self.seeds} seeds" if self.seeds > 1 else ""
+        return f"{verdict} (n = {self.n:,}{units}{seeds}); a difference under {least}{points} cannot be seen here"
+
+
+def paired_differences(
+    results: Sequence[Result], values: ExampleValues, baseline: str | None = None
+) -> list[PairedDifference]:
+    """Return the difference of each pair of arms that have the same examples, by metric, condition and set.
+
+    Args:
+        results: Rows of the arms.
+        values: Values by example of the rows.
+        baseline: The arm that all others are compared with. None for all pairs.
+    """
+    evidence = Evidence(results, values)
+    found = []
+    tables: dict[object, dict[str, dict[str, Result]]] = {}  # by block and condition, then arm, then set
+    for row in results:
+        if row.seed is None:
+            tables.setdefault((block(row), row.condition), {}).setdefault(row.arm, {})[row.data] = row
+    for by_arm in tables.values():
+        sets = list(dict.fromkeys(data for of in by_arm.values() for data in of))
+        chosen = {data: [data] for data in sets} | ({AVERAGE: sets} if len(sets) > 1 else {})
+        others = [arm for arm in by_arm if arm != baseline]
+        pairs = [(baseline, arm) for arm in others] if baseline else list(combinations(by_arm, 2))
+        for data, parts in chosen.items():
+            named = [(a, b) for a, b in pairs if all(part in by_arm.get(arm, {}) for arm in (a, b) for part in parts)]
+            compared = [
+                _compared(
+                    a, b, data, [by_arm[a][part] for part in parts], [by_arm[b][part] for part in parts], evidence
+                )
+                for a, b in named
+            ]
+            kept = [pair for pair in compared if pair is not None]
+            corrected = holm([pair.p for pair in kept])
+            found += [replace(pair, p_holm=p) for pair, p in zip(kept, corrected, strict=True)]
+    return found
+
+
+def _compared(
+    a: str, b: str, data: str, first: Sequence[Result], second: Sequence[Result], evidence: Evidence
+) -> PairedDifference | None:
+    """Return the difference of two arms over some sets, None if their examples differ."""
+    found, row = evidence.difference(second, first), first[0]
+    if found is None:
+        return None
+    seeds = max(1, min(len(evidence.seeds(rows)) for rows in (first, second)))
+    p = found.p_value if "seeds" in found.covers else sign_flip_p(evidence.unit_differences(second, first))
+    groups = sum(one.parts for one in first) or None
+    n = sum(one.n for one in first)
+    low, high = found.bounds
+    detectable = found.detectable()
+    return PairedDifference(
+        a, b, data, row.metric, found.mean, low, high, n, groups, seeds, detectable, p, p, row.better, row.scale
+    )
+
+
+class GivenScores:
+    """Rows and values by example of tables that another program wrote, in the form of a run's."""
+
+    def __init__(self, trainings: Sequence[Training]) -> None:
+        """trainings: With the same examples for each set, as `match` returns them."""
+        self.results: list[Result] = []
+        self._measures: dict[tuple[object, ...], Measure] = {}
+        seeds = {name: number for number, name in enumerate(sorted({one.seed for one in trainings}))}
+        by_place: dict[tuple[str, str, str], dict[int, Measure]] = {}
+        for training in trainings:
+            for measure in _measures(training):
+                place = (training.data, training.model, measure.metric)
+                by_place.setdefault(place, {})[seeds[training.seed]] = measure
+        plain = {metric: True for _, _, metric in by_place}
+        for (_, _, metric), measures in by_place.items():
+            values = (value for one in measures.values() for value in one.values.values())
+            plain[metric] = plain[metric] and all(value in (0.0, 1.0) for value in values)
+        for (data, model, metric), measures in by_place.items():
+            if plain[metric]:
+                measures = {seed: replace(one, scale=SHARE, counts=True) for seed, one in measures.items()}
+            self._add(averaged(list(measures.values())), data, model, None)
+            if len(measures) > 1:
+                for seed, measure in measures.items():
+                    self._add(measure, data, model, seed)
+
+    def _add(self, measure: Measure, data: str, model: str, seed: int | None) -> None:
+        score = Score("comparison", data, "same examples", measure, CLEAN, "examples")
+        row = result_of(score, model, seed, "test", "")
+        self._measures[row.key] = measure
+        self.results.append(row)
+
+    def of(self, result: Result) -> Values | None:
+        """Return a row's values by example, None for a metric whose difference is no mean of differences."""
+        measure = self._measures[result.key]
+        return dict(measure.values) if measure.paired else None
+
+    def groups(self, result: Result) -> Mapping[str, str]:
+        """Return the group of each example, {} if the examples are independent."""
+        return self._measures[result.key].groups
+
+
+def _measures(training: Training) -> Iterable[Measure]:
+    """Yield the measures of one training."""
+    groups = dict(zip(training.ids, training.groups, strict=True)) if training.groups else {}
+    for metric, values in training.values.items():
+        better = LOWER if LOSSES.search(metric) else HIGHER
+        by_id = dict(zip(training.ids, values, strict=True))
+        yield Measure(metric, by_id, NUMBER, better, groups=groups, grouped_by="groups")
+    if training.confidences:
+        confidences, correct = (
+            torch.tensor(column, dtype=torch.float64) for column in (training.confidences, training.values["accuracy"])
+        )
+        effects, error = gap_values(binned_gaps(confidences, correct), training.groups or None)
+        by_id = dict(zip(training.ids, effects.tolist(), strict=True))
+        yield Measure("ECE-15", by_id, SHARE, LOWER, error=error, paired=False, groups=groups, grouped_by="groups")
+
+
+def match(trainings: Sequence[Training], common: bool, say: Say) -> list[Training]:
+    """Return the trainings with the same examples in the same order, for each set.
+
+    Args:
+        trainings: Of all models.
+        common: Keep the examples and seeds that all models have. Otherwise a difference is an error.
+        say: Called with a sentence about what was left out.
+
+    Raises:
+        UserError: examples or seeds that not all models have, an example that comes twice, an example with two labels or
+            groups, and fewer than two common examples.
+    """
+    named = {one.data for one in trainings} - {""}
+    if len(named) > 1 and any(not one.data for one in trainings):
+        where = next(one.where for one in trainings if not one.data)
+        raise UserError(
+            f"compare: '{where}' does not say the set of its rows, and other inputs have {len(named)}; name it by --set."
+        )
+    for one in trainings:
+        one.data = one.data or next(iter(named), UNNAMED)
+    found = []
+    for data in dict.fromkeys(one.data for one in trainings):
+        found += _matched([one for one in trainings if one.data == data], data, common, say)
+    return found
+
+
+def _matched(trainings: Sequence[Training], data: str, common: bool, say: Say) -> list[Training]:
+    """Return the trainings of one set with the same examples."""
+    trainings, faults = _with_shared_seeds(trainings, data)
+    places: list[dict[str, int]] = []  # row of each example
+    repeated, other = set(), set()
+    truths: dict[str, str] = {}
+    for one in trainings:
+        place: dict[str, int] = {}
+        repeated |= {name for row, name in enumerate(one.ids) if place.setdefault(name, row) != row}
+        other |= {name for name, text in zip(one.ids, one.truths) if truths.setdefault(name, text) != text}
+        places.append(place)
+    shared = set.intersection(*map(set, places))
+    for names, what in (
+        (repeated, "come twice in one training"),
+        (set.union(*map(set, places)) - shared, "are not in every input"),
+        (other & shared, "have another label or document in another input"),
+    ):
+        if names:
+            faults.append(f"{len(names):,} examples (first '{min(names)}') {what}")
+    alike = shared - repeated - other
+    kept = [name for name in places[0] if name in alike]
+    if faults:
+        text = f"set '{data}': {'; '.join(faults)}; {len(kept):,} examples are the same in all inputs"
+        if not common or len(kept) < 2:
+            raise UserError(f"compare: {text}{'. --common compares those alone' * (len(kept) > 1)}.")
+        say(f"{text} and are compared")
+    return _with_groups(trainings, [[place[name] for name in kept] for place in places], data)
+
+
+def _with_shared_seeds(trainings: Sequence[Training], data: str) -> tuple[list[Training], list[str]]:
+    """Return the trainings whose seed every model has, and what to say about the others."""
+    seeds: dict[str, set[str]] = {}
+    for one in trainings:
+        seeds.setdefault(one.model, set()).add(one.seed)
+    shared = set.intersection(*seeds.values())
+    if all(of == shared for of in seeds.values()):
+        return list(trainings), []
+    listed = "; ".join(
+        f"'{model}' has the seeds {', '.join(sorted(of)) if any(of) else 'none'}" for model, of in seeds.items()
+    )
+    if not shared:
+        raise UserError(f"compare: set '{data}': {listed}; no seed is in all of them.")
+    return [one for one in trainings if one.seed in shared], [listed]
+
+
+def _with_groups(trainings: Sequence[Training], rows: Sequence[list[int]], data: str) -> list[Training]:
+    """Return the chosen rows of each training, with the groups that any input names."""
+
+    def taken(column: list[T], places: list[int]) -> list[T]:
+        return [column[row] for row in places] if column else []
+
+    chosen = [
+        replace(
+            one,
+            ids=taken(one.ids, places),
+            values={metric: taken(column, places) for metric, column in one.values.items()},
+            confidences=taken(one.confidences, places),
+            groups=taken(one.groups, places),
+        )
+        for one, places in zip(trainings, rows, strict=True)
+    ]
+    group_of: dict[str, str] = {}
+    for one in chosen:
+        if len(one.ids) < 2:
+            raise UserError(f"compare: set '{data}' has {len(one.ids)} example; an interval needs two or more.")
+        for name, group in zip(one.ids, one.groups, strict=False):
+            if group_of.setdefault(name, group) != group:
+                raise UserError(f"compare: set '{data}': '{name}' is in group '{group_of[name]}' and in '{group}'.")
+    if group_of and len(set(group_of.values())) < 2:
+        raise UserError(f"compare: set '{data}' has one group; an interval needs two or more.")
+    return [replace(one, groups=[group_of[name] for name in one.ids] if group_of else []) for one in chosen]
