@@ -142,6 +142,8 @@ def test_own_maps(tmp_path: Path, capsys) -> None:
     assert "mIoU in % ↑ (score)" in printed and "IoU of wall in % ↑" in printed
     report = (folder / "report.md").read_text()
     assert "mean relative error" in report and "IoU of wall" in report
+    assert "Confusion of pixels" in report and (folder / "figures" / "confusion-semseg-adapted.svg").exists()
+    assert "Take constant" not in report
 
 
 def test_maps_of_void_alone_and_texts_of_any_name(tmp_path: Path, capsys) -> None:

@@ -29,26 +29,6 @@ sources:
     maps: {$maps}            # {form: folder}; forms: label (PNG, class numbers), depth_mm, depth_m, normal, edge, saliency
     splits: {all: null}
 $more$classes""")
-FEWSHOT = Template("""\
-# Few-shot episodes on $about: a frozen backbone beside one that is meta-tuned on other images.
-#
-#   vismt run $config
-task: fewshot
-title: Few-shot, $about
-seed: 0
-model: {name: vit_small_patch14_imgfocus, img_size: 42, position: onnx}   # or any model of timm
-adapt: {method: lora, rank: 8}                    # null: evaluate the frozen backbone only
-source: {data: [$source], ways: $ways, shots: 1, queries: 5}   # the images of the training episodes
-train: {steps: 40, lr: 3.0e-4, warmup: 4}
-evaluate:
-  data: [$data]
-  models: [frozen, adapted]                       # each also with +finetune, +ridge or +logistic
-  ways: $ways
-  shots: [$shots]
-  queries: $queries
-  episodes: 20                                    # 600 for a table
-  attacks: [{name: pgd, epsilon: 4.5/255}]        # strong is stronger, and slower
-""")
 TEMPLATE = Template("""\
 # Dense prediction on $about.
 #

@@ -4,7 +4,6 @@ from vismt.multitask.tasks.base import IGNORE as IGNORE
 from vismt.multitask.tasks.base import NYUD_WEIGHTS as NYUD_WEIGHTS
 from vismt.multitask.tasks.base import PASCAL_WEIGHTS as PASCAL_WEIGHTS
 from vismt.multitask.tasks.base import TASKS as TASKS
-from vismt.multitask.tasks.base import DenseTask as DenseTask
 from vismt.multitask.tasks.base import MapTask as MapTask
 from vismt.multitask.tasks.base import Number as Number
 from vismt.multitask.tasks.base import Task as Task

@@ -224,9 +224,6 @@ class Task(ABC):
         return []
 
 
-DenseTask = Task  # its earlier name
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MapTask(Task):
     """Base class of tasks that predict a value for every pixel, which can be drawn as a picture."""
