@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 import torch
 from helpers.own_images import ByColour, Pictures, picture, write_folder, write_table
 from helpers.tiny import tiny_vit
 from torch import nn
+from torch.utils.data import TensorDataset
 from torchvision.datasets import ImageFolder
 
 import vismt
@@ -25,6 +27,8 @@ from vismt.data.pixels import Pixels
 from vismt.jobs import open_run
 from vismt.metatune import EpisodeSampler, ProtoNet, run_protocol
 from vismt.robustness import AttackSpec, evaluate_classifier
+from vismt.storage.lines import read_lines
+from vismt.uncertainty.intervals import student_quantile
 
 EPISODES = {"ways": 3, "shots": 1, "queries": 3, "episodes": 4}
 
@@ -57,6 +61,74 @@ def value(results, condition: str = "clean", arm: str | None = None, data: str |
     ]
     assert len(rows) == 1, rows
     return rows[0].value
+
+
+def clusters(spread: float = 2.0) -> TensorDataset:
+    """Feature vectors of 6 classes, of which each has a direction of its own."""
+    labels = torch.arange(6).repeat_interleave(60)
+    noise = torch.randn(len(labels), 8, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(noise + spread * torch.nn.functional.one_hot(labels, 8), labels)
+
+
+def test_several_heads_on_precomputed_features_with_both_intervals(tmp_path: Path) -> None:
+    heads = ["prototypes", "ridge"]
+    options = {"ways": 3, "shots": 1, "queries": 5, "episodes": 40}
+    results = vismt.evaluate_fewshot(
+        {"net": nn.Identity()}, {"mine": clusters()}, **options, head=heads, folder=tmp_path
+    )
+    rows = {(row.arm, row.metric): row for row in results if "accuracy" in row.metric}
+    assert {arm for arm, _ in rows} == {"net", "net+ridge"} and {row.data for row in results} == {"mine"}
+    for arm in ("net", "net+ridge"):
+        ours, usual = rows[arm, "accuracy"], rows[arm, "accuracy (interval over episodes)"]
+        values = [line["clean"] for line in read_lines(tmp_path / "records" / f"{usual.stem}.jsonl")]
+        assert usual.value == pytest.approx(ours.value) and usual.further and not ours.further
+        half = student_quantile(0.975, 39) * stdev(values) / 40**0.5
+        assert usual.high - usual.value == pytest.approx(half) and usual.interval == "sampler"
+        assert ours.interval == "images" and ours.n == usual.n == 40 and 0.4 < ours.value < 1
+    # The same numbers from the vectors themselves: the nearest prototype by cosine, episode by episode.
+    features, labels = clusters().tensors
+    sampler = EpisodeSampler(labels, ways=3, shots=1, queries=5, seed=1, parts=5, groups=None)
+    right = []
+    for number in range(40):
+        episode = sampler[number]
+        support, query = (torch.nn.functional.normalize(features[at], dim=1) for at in (episode.support, episode.query))
+        answers = episode.support_labels[(query @ support.T).argmax(1)]
+        right.append((answers == episode.query_labels).double().mean())
+    assert float(torch.stack(right).mean()) == pytest.approx(rows["net", "accuracy"].value, abs=1e-6)
+    assert (
+        "It is smaller because it takes the episodes as independent" in results.report().with_suffix(".md").read_text()
+    )
+    usual = vismt.evaluate_fewshot(nn.Identity(), clusters(), **options, sampling="with_replacement")
+    assert [row.interval for row in usual if row.metric.startswith("accuracy")] == ["sampler"]
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "words"),
+    [
+        (nn.Identity(), {"head": ["prototypes", "rigde"]}, "head: no head 'rigde'. Near: 'ridge'"),
+        (nn.Identity(), {"head": []}, "name at least one"),
+        (nn.Identity(), {"sampling": "part"}, "'part' is not known. Near: 'parts'"),
+        (nn.Identity(), {"attacks": ["pgd"]}, "it has features and no pixels"),
+        (
+            nn.Conv2d(3, 4, 3),
+            {"img_size": 8},
+            "features of 8 numbers, which the model does not take; give nn.Identity()",
+        ),
+    ],
+)
+def test_what_features_and_heads_cannot_be(model: nn.Module, changes: dict, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        vismt.evaluate_fewshot(model, clusters(), **{**EPISODES, **changes})
+
+
+def test_features_are_not_taken_for_images_nor_images_for_features(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"it has images, and nn.Identity\(\) is for precomputed features"):
+        vismt.evaluate_fewshot(nn.Identity(), folder, **EPISODES)
+    with pytest.raises(UserError, match=r"cannot be decoded \(it has shape \(8,\)"):
+        vismt.audit(Features(), clusters(), attacks=["fgsm"], img_size=8)
+    broken = TensorDataset(torch.tensor([[1.0, float("nan")]] * 4), torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(UserError, match="a feature is NaN or infinite"):
+        vismt.evaluate_fewshot(nn.Identity(), broken, **EPISODES)
 
 
 def test_fewshot_is_the_protocol_on_the_stock_model(folder: Path) -> None:

@@ -135,7 +135,8 @@ def evaluate_fewshot(
     attacks: Sequence[Any] = (),
     corruptions: Sequence[Any] = (),
     epsilon: float | str = EPSILON,
-    head: str = "prototypes",
+    head: str | Sequence[str] = "prototypes",
+    sampling: str = "parts",
     ood: Any = (),
     img_size: int | None = None,
     seed: int = 1,
@@ -156,20 +157,31 @@ def evaluate_fewshot(
             attacked, the support stays clean.
         corruptions: names, with all severities, or mappings {"name": ..., "severities": [...]}.
         epsilon: linf radius, in pixel units of [0, 1], of attacks given by name.
-        head: what classifies on the features: cosine prototypes, or ridge, logistic, vbll, laplace or finetune.
+        head: what classifies on the features: cosine prototypes, or ridge, logistic, vbll, laplace or finetune; several are
+            compared on the same episodes.
+        sampling: "parts", "with_replacement", whose intervals cover new episodes of the same images alone, or
+            "without_replacement" (`evaluate.sampling` of configurations).
         ood: data sets of other classes: how well the largest probability tells their images from the queries, as AUROC.
         img_size: pixels; needed for a module that timm did not make.
         seed: of the episodes.
         folder: see `train`.
 
     Returns:
-        Accuracies, and what else was asked for, with 95 % intervals over new images or episodes.
+        Accuracies, and what else was asked for, with 95 % intervals over new images or episodes. With `sampling="parts"` a row
+        "accuracy (interval over episodes)" has the usual interval beside ours. It is smaller because it leaves out that other
+        images of the classes give another accuracy.
 
     Raises:
         UserError: unknown names, and sets with too few classes or images for the episodes.
     """
+    from vismt.jobs.fewshot.config import FROZEN, HEADS, PROTOTYPES
+
     objects: dict[str, Any] = {}
     arms = _models(model, objects, "model.name")
+    heads = [head] if isinstance(head, str) else list(head)
+    if not heads:
+        raise UserError("head: []; name at least one, such as 'prototypes'.")
+    require_known("head: no head", heads, (PROTOTYPES, *HEADS))
     config = {
         "task": "fewshot",
         "title": f"Few-shot evaluation of {', '.join(arms)}",
@@ -177,10 +189,11 @@ def evaluate_fewshot(
         "model": {"img_size": img_size},
         "adapt": None,
         "train": None,
-        "head": {"name": head},
+        "head": {"name": heads[0] if len(heads) == 1 else PROTOTYPES},
         "evaluate": {
             "data": _sets(data, objects),
-            "models": ["frozen"],
+            "models": [FROZEN if name == PROTOTYPES or not heads[1:] else f"{FROZEN}+{name}" for name in heads],
+            "sampling": sampling,
             "ways": ways,
             "shots": [shots] if isinstance(shots, int) else list(shots),
             "queries": queries,

@@ -60,7 +60,8 @@ def test_a_folder_of_any_name_has_a_configuration_that_is_read(name: str, tmp_pa
         if job == "dense":
             given = tmp_path / "maps" / name
             for form in ("images", "normal"):
-                write_folder(given / form, 1)
+                (given / form).mkdir(parents=True)
+                Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(given / form / "0.png")
         where = tmp_path / "to" / job
         assert main(["init", job, f"--images={given}", "--to", str(where), "--quiet"]) == 0
         config = load_config(where / f"{job}.yaml")
@@ -199,21 +200,49 @@ def test_a_study_can_be_moved(tmp_path: Path, monkeypatch, capsys) -> None:
     assert main(["run", "there/study/classification.yaml", *TINY, "train.warmup=0", "tune=null", "--quiet"]) == 0
 
 
-def test_own_maps(tmp_path: Path) -> None:
+def test_own_maps(tmp_path: Path, capsys) -> None:
+    """The size is that of the images, and a missing map, a label of one pixel and names of the classes are told."""
     random = np.random.default_rng(0)
     for name in ("images", "label", "depth_m"):
         (tmp_path / "maps" / name).mkdir(parents=True)
     for number in range(10):
-        image = random.integers(0, 255, (32, 32, 3)).astype(np.uint8)
+        image = random.integers(0, 255, (32, 48, 3)).astype(np.uint8)
         Image.fromarray(image).save(tmp_path / "maps" / "images" / f"{number}.png")
-        labels = random.choice([0, 1, 2, 255], (32, 32)).astype(np.uint8)
+        labels = random.choice([0, 1, 2, 255], (32, 48)).astype(np.uint8)
+        if number == 0:
+            labels[3, 4] = 4
         Image.fromarray(labels).save(tmp_path / "maps" / "label" / f"{number}.png")
-        np.save(tmp_path / "maps" / "depth_m" / f"{number}.npy", random.uniform(1, 2, (32, 32)).astype(np.float32))
+        np.save(tmp_path / "maps" / "depth_m" / f"{number}.npy", random.uniform(1, 2, (32, 48)).astype(np.float32))
+    (tmp_path / "maps" / "depth_m" / "0.npy").unlink()
     where = tmp_path / "study"
-    assert main(["init", "dense", "--images", str(tmp_path / "maps"), "--to", str(where), "--quiet"]) == 0
+    assert main(["init", "dense", "--images", str(tmp_path / "maps"), "--to", str(where)]) == 0
+    told = capsys.readouterr().out
+    assert "1 without depth_m of 10 images" in told and "few have label 3 (0), 4 (1)." in told
+    assert load_config(where / "dense.yaml").size == [28, 42]  # of 32 x 48, in patches of 14
+    assert "Scores are of maps in this size." in (where / "dense.yaml").read_text()
+    card = where / "card.yaml"
+    commented = "# names: [background, door, ...]"
+    assert commented in card.read_text()
+    card.write_text(card.read_text().replace(commented, "names: [wall, floor, door, lamp, cat] #"))
     tiny = [override for override in TINY if "img_size" not in override]
-    rows = run(where, "dense", *tiny, "size=[32, 32]", "train.warmup=0")
+    rows = run(where, "dense", *tiny, "size=[32, 48]", "train.warmup=0")
     assert {row.task for row in rows} == {"semseg", "depth"} and {row.n for row in rows} == {2}
+    scores = {(row.task, row.metric) for row in rows if not row.further}
+    assert scores == {("semseg", "mIoU"), ("depth", "RMSE in m")} and {row.arm for row in rows} == {
+        "constant",
+        "adapted",
+    }
+    of_classes = {row.metric for row in rows if row.arm == "constant" and row.metric.startswith("IoU of ")}
+    assert of_classes == {"IoU of wall", "IoU of floor", "IoU of door"}  # which occur in the test images
+    assert {"pixel accuracy", "delta 1", "mean relative error"} <= {row.metric for row in rows if row.further}
+    (folder,) = (where / "runs").iterdir()
+    assert main(["evaluate", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "mIoU in % ↑ (score)" in printed and "IoU of wall in % ↑" in printed
+    report = (folder / "report.md").read_text()
+    assert "mean relative error" in report and "IoU of wall" in report
+    assert "Confusion of pixels" in report and (folder / "figures" / "confusion-semseg-adapted.svg").exists()
+    assert "Take constant" not in report
 
 
 def test_maps_of_void_alone_and_texts_of_any_name(tmp_path: Path, capsys) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 from helpers.installed import started
 from helpers.own_images import write_folder
 from helpers.pages import ROOT, blocks, commands
@@ -18,6 +19,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vismt.report.results import read_results
+from vismt.robustness.corruptions import CORRUPTIONS
+from vismt.storage.lines import read_lines
 
 pytestmark = pytest.mark.slow
 
@@ -120,15 +123,28 @@ def test_an_evaluator_of_robustness(program: Path, tmp_path: Path) -> None:
     write_folder(tmp_path / "my_images", 4)
     model = timm.create_model("test_vit", img_size=32, num_classes=3)
     save_file(model.state_dict(), tmp_path / "my_model.safetensors")
-    code = "from torch.nn import AdaptiveAvgPool2d, Flatten, Sequential\n\n\ndef my_function():\n"
-    (tmp_path / "my_module.py").write_text(f"{code}    return Sequential(AdaptiveAvgPool2d(1), Flatten()), 3\n")
+    code = "from torch.nn import AdaptiveAvgPool2d, Flatten, Linear, Sequential\n\n\ndef my_function():\n"
+    (tmp_path / "my_module.py").write_text(
+        f"{code}    return Sequential(AdaptiveAvgPool2d(1), Flatten(), Linear(3, 3))\n"
+    )
+    torch.save({"state_dict": {"2.weight": torch.eye(3), "2.bias": torch.zeros(3)}}, tmp_path / "my_weights.pt")
     less = ["evaluate.images=4", "evaluate.masking=false", "evaluate.attacks=[{name: fgsm, epsilon: 4/255}]"]
     more = {"attack": ["--attack", "fgsm", "--img-size", "32"], "run": less}
     page = "guides/robustness.md"
     walk(page, "Your own model and images", program, tmp_path, more, vit_small_patch16_224="test_vit")
     attacked = [row for path in tmp_path.glob("runs/*/results.jsonl") for row in read_results(path)]
     assert {row.data for row in attacked} == {"my_images"} and {row.n for row in attacked} >= {12, 4}
-    assert len([*tmp_path.glob("runs/*/report.html")]) == 3
+    assert len([*tmp_path.glob("runs/*/report.html")]) == 4
+    corrupted = {row.family for row in attacked if row.kind == "corruption" and row.level == 3}
+    assert corrupted == set(CORRUPTIONS)
+    (kept,) = tmp_path.glob("runs/*my_weights*/adversarial/*/my_images/*.npz")
+    arrays = dict(np.load(kept))
+    assert len(arrays["ids"]) == len(arrays["answers"]) == 12 and arrays["attacked"].dtype == np.float32
+    change = np.abs(arrays["attacked"] - arrays["clean"]).reshape(12, -1).max(1)
+    assert (change <= 4.5 / 255 + 1e-6).all() and change.max() > 4 / 255
+    (rows,) = tmp_path.glob("runs/*my_weights*/classifiers/*/records/*.jsonl")
+    answers = {row["id"]: row["FGSM linf 4.5/255"] for row in read_lines(rows) if "id" in row}
+    assert dict(zip(arrays["ids"].tolist(), arrays["answers"].tolist())) == answers
 
 
 def test_a_fine_tuner_of_language_models(program: Path, tmp_path: Path) -> None:

@@ -80,8 +80,9 @@ def rows_by_task(folder: Path, arm: str) -> dict[tuple[str, str, str], Result]:
 
 
 def scores_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows of results.jsonl without those of the quality of probabilities."""
-    return [row for row in rows_of(folder) if row["metric"] not in QUALITY]
+    """The rows of results.jsonl without the quality of probabilities, further measures and the constant predictions."""
+    rows = [row for row in rows_of(folder) if row["metric"] not in QUALITY]
+    return [row for row in rows if not row["further"] and row["arm"] != "constant"]
 
 
 def add(

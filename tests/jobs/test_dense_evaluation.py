@@ -64,7 +64,7 @@ def evaluated(tmp_path, monkeypatch):
         training = Training(ALONE, 1e-3, 0, folder)
         path = folder / "records" / "validation.jsonl"
         scored = evaluation.task_scores(lambda: None, training, "validation", path)
-        (result,) = evaluation.as_scores(scored, "validation")
+        result, *_ = evaluation.as_scores(scored, "validation")
         assert evaluation.recorded_scores(path, training, "validation") == scored
         # one task: the quality is its score, 1 / score where lower is better
         expected = 1 / result.measure.score if result.measure.better == "lower" else result.measure.score
@@ -144,7 +144,7 @@ def test_the_prior_is_taken_out_by_the_tau_of_validation(evaluated, tmp_path) ->
         evaluation.task_scores(lambda: None, training, "test", tmp_path / "test.jsonl"), "test"
     )
     assert plain[0].measure.score == pytest.approx(3 / 8)
-    (score,) = evaluation.adjusted_scores(lambda: None, training, "test", tmp_path)
+    score, *_ = evaluation.adjusted_scores(lambda: None, training, "test", tmp_path)
     assert (score.task, score.condition, score.measure.score) == ("semseg", ADJUSTED, pytest.approx(1))
     fitted = read_sealed(tmp_path / "adjustment.json", "adjustment")
     assert fitted["taus"] == {"semseg": 0.5} and fitted["validation"]["semseg 0"] == pytest.approx(3 / 8)
@@ -165,7 +165,7 @@ def test_an_undefined_score_is_a_row_that_gives_the_reason(evaluated, tmp_path) 
         Training(ALONE, 1e-3, 0, folder),
     )
     scores = evaluation.scores(lambda: None, training, "test", [], folder / "records")
-    assert [score.task for score in scores] == ["depth"]
+    assert {score.task for score in scores} == {"depth"}
     assert evaluation.scores(pytest.fail, training, "test", [], folder / "records") == scores  # it is on record
     # sqrt(q * 1e-6) for the two scores; a defined one is better.
     defined = evaluation.quality(scores)

@@ -98,7 +98,7 @@ def test_pictures_of_any_number_of_pixels_have_a_range() -> None:
 
 @pytest.mark.parametrize("names", [{"n01": "apple", "n02": "pear"}, ["apple", "pear"]])
 def test_classes_of_images_have_the_readable_names(names: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    card = SimpleNamespace(sources=[object()], names="names.json", read_json=lambda _: names)
+    card = SimpleNamespace(sources=[object()], read_names=lambda: names)
     monkeypatch.setattr(dense_predict, "load_card", lambda _: card)
     monkeypatch.setattr(dense_predict, "open_samples", lambda *_: SimpleNamespace(image_classes=["apple", "pear"]))
     data = {"train": ["fruit:train"], "test": ["fruit:test"]}

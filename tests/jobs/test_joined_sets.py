@@ -58,7 +58,9 @@ def test_depth_and_inverse_depth_are_not_one_task(make_card) -> None:
     for cards in ((metric, metric, inverse), (inverse, metric, metric), (inverse, inverse, metric)):
         with pytest.raises(UserError, match="data: 'inverse' has inverse depth, 'metric' depth; take sets of one kind"):
             joined(*cards, tasks=["depth"])
-    assert not joined(metric, inverse, tasks=[SEMSEG]).tasks["semseg"].lower_is_better  # nothing of them is mixed
+    assert (
+        not joined(metric, inverse, tasks=[SEMSEG]).tasks["semseg"].headline.lower_is_better
+    )  # nothing of them is mixed
     task = joined(inverse, other, tasks=[SEMSEG, {"name": "depth", "max_depth": 9.0}]).tasks["depth"]
     assert task.inverse and task.max_depth == 9.0 and task.name == "depth"
     assert not joined(metric, metric, tasks=["depth"]).tasks["depth"].inverse

@@ -7,7 +7,7 @@ import pytest
 from helpers.results import cell, corruption, estimated
 from helpers.results import comparison as compared
 
-from vismt.report.renderers import render_html, render_markdown
+from vismt.report.renderers import render_html, render_latex, render_markdown
 from vismt.report.tables import (
     Report,
     Section,
@@ -18,9 +18,11 @@ from vismt.report.tables import (
     difference_text,
     fitted,
     interval_text,
+    measure_tables,
     number_text,
     result_tables,
     scale_text,
+    without_further,
 )
 from vismt.uncertainty.intervals import CLEAN, Condition
 
@@ -46,6 +48,20 @@ def shown(comparisons):
     """The only table of results."""
     ((table, _),) = result_tables(comparisons)
     return table
+
+
+def test_all_measures_of_a_task_stand_in_one_table_and_the_other_tables_have_its_score_alone():
+    score = comparison("rooms", count=2, task="depth", metric="RMSE in m", scale="number", better="lower")
+    further = comparison("rooms", count=2, task="depth", metric="delta 1", further=True)
+    other = comparison("rooms", count=2, task="semseg", metric="mIoU")
+    assert without_further([score, further, other]) == [score, other]
+    ((table, note),) = measure_tables([score, further, other])  # semseg has its score alone
+    assert table.heads == ["Measure", "arm_0", "arm_1"] and table.title.startswith("depth: 5-way 1-shot, all measures")
+    assert [row[0] for row in table.rows] == ["RMSE in m ↓ (score)", "delta 1 in % ↑"]
+    assert table.rows[1][1] == "40.0 ± 2.5 ≈" and table.rows[0][1].startswith("0.4") and (1, 2) in table.best
+    assert "delta 1 in" in render_latex([(table, note)])
+    ((table, _),) = measure_tables([score, further, replace(score, data="halls"), replace(further, data="halls")])
+    assert table.heads[:2] == ["Measure", "Data"] and len(table.rows) == 4
 
 
 def test_few_arms_stay_as_they_are(tmp_path):

@@ -58,9 +58,25 @@ def test_checkpoint_files(tmp_path, wrap):
     assert all(torch.equal(state[key], value) for key, value in net.net.state_dict().items())
 
 
+def test_a_checkpoint_of_a_module_of_ones_own(user_module, tmp_path):
+    with open(tmp_path / "user_classifiers.py", "a") as file:
+        file.write(OWN_NET)
+    torch.manual_seed(0)
+    own = torch.nn.Linear(3, 5)
+    torch.save({"state_dict": {f"head.{name}": value for name, value in own.state_dict().items()}}, "own.pt")
+    net = load_classifier("own.pt", architecture=f"{user_module}:Own", img_size=8)
+    images = torch.rand(2, 3, 8, 8)
+    assert net.num_classes == 5 and torch.allclose(net(images), own(images.mean((2, 3))), atol=1e-6)
+    assert classifier_from_function(f"{user_module}:Own", 8)[1] == 5
+    with pytest.raises(UserError, match=r"or the size of its images \(img_size\)"):
+        load_classifier("own.pt", architecture=f"{user_module}:Own")
+    with pytest.raises(UserError, match=f"does not fit {user_module}:Net"):
+        load_classifier("own.pt", architecture=f"{user_module}:Net", img_size=8)
+
+
 def test_folder_with_config(tmp_path):
     save_file(fresh().state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="which timm model is it"):
+    with pytest.raises(UserError, match="which model is it"):
         load_classifier(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": NAME}))
     assert load_classifier(tmp_path, 7).net.num_classes == 7
@@ -179,6 +195,17 @@ def load_with_exit():
 
 def load_with_argument(path):
     return Net()
+"""
+
+
+OWN_NET = """
+class Own(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(3, 5)
+
+    def forward(self, images):
+        return self.head(images.mean((2, 3)))
 """
 
 

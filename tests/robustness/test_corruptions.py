@@ -1,10 +1,14 @@
 """Corruptions: published numbers, determinism, any size, and the effect of the severity."""
 
+import ast
+import inspect
+import re
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from helpers.pages import ROOT
 
 from vismt.base.errors import UserError
 from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec, corrupt
@@ -177,3 +181,19 @@ def test_errors():
         corrupt(picture() * 255, "fog", 1)
     with pytest.raises(UserError, match=r"images \(1, 1, 4, 4\): need \(b, 3, h, w\)"):
         corrupt(torch.zeros(1, 1, 4, 4), "fog", 1)
+
+
+def constants(name):
+    """The five constants of a corruption as its function has them, the tuple that the severity chooses from."""
+    tree = ast.parse(inspect.getsource(CORRUPTIONS[name]))
+    tuples = [node for node in ast.walk(tree) if isinstance(node, ast.Tuple) and len(node.elts) == 5]
+    return next(ast.literal_eval(node) for node in tuples if not any(isinstance(n, ast.Name) for n in ast.walk(node)))
+
+
+def test_the_page_has_the_constants():
+    page = (ROOT / "docs" / "guides" / "robustness.md").read_text(encoding="utf8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \| [^|]* \|$", page.partition("| Corruption |")[2], re.M))
+    assert rows.keys() == CORRUPTIONS.keys()
+    for name, text in rows.items():
+        for shown, given in zip(map(float, text.split(", ")), constants(name), strict=True):
+            assert shown in (given if isinstance(given, tuple) else (given,)), name

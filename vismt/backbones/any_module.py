@@ -49,7 +49,9 @@ def backbone_of(
         return backbone
     if block is not None or pool is not None:
         raise UserError(f"model: block and pool are for ViTs of timm; {type(model).__name__} gives its own features.")
-    return ModuleBackbone(model, img_size or size_of(model)[-1])
+    # Precomputed features pass through it.
+    size = 1 if isinstance(model, nn.Identity) else img_size or size_of(model)[-1]
+    return ModuleBackbone(model, size)
 
 
 def _runs_at(backbone: Pyramid, size: tuple[int, int]) -> bool:

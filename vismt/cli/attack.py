@@ -14,7 +14,6 @@ from vismt.cli.commands import Commands
 if TYPE_CHECKING:
     from vismt.robustness.conditions import AttackConfig
 
-FUNCTION = re.compile(r"(?!robustbench:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # Options that need --model, with their defaults.
 MODEL_OPTIONS = {
     "data": None,
@@ -26,6 +25,9 @@ MODEL_OPTIONS = {
     "seed": 0,
     "random_weights": False,
     "masking": False,
+    "corruption": None,
+    "severity": None,
+    "keep_images": False,
 }
 
 
@@ -34,11 +36,14 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add("attack", _attack, "attack a run folder, or any timm classifier with --model and --data")
     parser.add_argument("run", type=Path, nargs="?", help="a run folder")
     parser.add_argument("--model", help="a timm name, a checkpoint file or your own module:function instead of a run")
-    parser.add_argument("--architecture", help="timm architecture of a checkpoint without config.json")
+    parser.add_argument(
+        "--architecture",
+        help="of a checkpoint without config.json, its timm architecture or the module:function that builds your module",
+    )
     parser.add_argument(
         "--img-size",
         type=int,
-        help="pixels of the model's images (those of its config.json, or timm's); a function needs it",
+        help="pixels of the model's images (those of its config.json, or timm's); a module of yours needs it",
     )
     parser.add_argument("--random-weights", action="store_true", help="a timm name without its weights")
     parser.add_argument("--data", help="card or card:split for --model")
@@ -51,6 +56,14 @@ def add_commands(commands: Commands) -> None:
         "repeated, for a worst case over all (strong; pgd of dense runs)",
     )
     parser.add_argument("--epsilon", default="4.5/255", help="radius in pixels of [0, 1], also as a fraction (4.5/255)")
+    parser.add_argument(
+        "--corruption",
+        action="append",
+        help="also a corruption, such as gaussian_noise, or all, with --model; may be repeated",
+    )
+    parser.add_argument(
+        "--severity", type=int, action="append", help="of the corruptions, 1 to 5 (all five); may be repeated"
+    )
     parser.add_argument("--step-size", help="step of PGD (2.5 epsilon / steps)")
     parser.add_argument("--steps", type=int, help="number of steps (the attack's default)")
     parser.add_argument("--restarts", type=int, help="number of restarts (the attack's default)")
@@ -58,6 +71,9 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--task", action="append", help="of a dense run, whose loss is raised (all tasks)")
     parser.add_argument("--seed", type=int, help="of the drawn images and the attack, with --model")
     parser.add_argument("--masking", action="store_true", help="also check the accuracy at growing radii")
+    parser.add_argument(
+        "--keep-images", action="store_true", help="also write the attacked images to adversarial/ of the run folder"
+    )
     parser.add_argument("--out", type=Path, help="run folder to make with --model (runs/attack-...)")
     parser.set_defaults(**MODEL_OPTIONS)
 
@@ -98,7 +114,10 @@ def _attack(options: argparse.Namespace) -> None:
 def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> None:
     """Run the robustness job on one classifier: `task: robustness` in a configuration compares several."""
     from vismt.jobs import run_folder, started_config, typed_config
+    from vismt.robustness.classifier import FUNCTION
 
+    if options.severity and not options.corruption:
+        raise UserError("attack: --severity is of corruptions; give --corruption, such as all.")
     if not options.data:
         raise UserError("attack: --model needs --data, a card such as cifar10:test; `vismt data list` shows them.")
     arm = re.sub(r"[^\w.+-]+", "-", Path(options.model).stem)
@@ -125,6 +144,11 @@ def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> N
             "images": options.images,
             "batch": options.batch,
             "attacks": [asdict(attack) for attack in attacks],
+            "corruptions": [
+                {"name": name, **({"severities": options.severity} if options.severity else {})}
+                for name in options.corruption or ()
+            ],
+            "keep_images": options.keep_images,
             "masking": options.masking,
         },
     }

@@ -46,19 +46,21 @@ class Names:
     Documentation and editors show them; with `only`, `build` refuses any other text, also in a list.
 
     source: names, or "module:attribute" of names or of a function that returns them, imported when they are asked for. A
-    registry may know more names than it lists, those of a family.
+    registry may know more names than it lists, those of a family. options: whether each name stands for a dataclass, whose fields
+    are keys of an item with this name.
     """
 
     source: str | Iterable[str]
     only: bool = False
+    options: bool = False
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._known())
+        return iter(self.known())
 
     def __call__(self, value: Any, where: str) -> None:
         if not self.only:
             return
-        known = self._known()
+        known = self.known()
         for name in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(name, str) and name not in known:
                 own = getattr(known, "hint", None)
@@ -68,9 +70,10 @@ class Names:
     @property
     def closed(self) -> bool:
         """Whether the listed names are all that `build` accepts."""
-        return self.only and not getattr(self._known(), "families", None)
+        return self.only and not getattr(self.known(), "families", None)
 
-    def _known(self) -> Collection[str]:
+    def known(self) -> Collection[str]:
+        """Return the names, or the registry of what they stand for."""
         if not isinstance(self.source, str):
             return tuple(self.source)
         module, _, attribute = self.source.partition(":")

@@ -184,13 +184,14 @@ class ImageSource(DataSource):
 
 def readable_names(card: Card, classes: list[str]) -> list[str]:
     """Return the names that the card has for the classes, by default those given."""
+    names = card.read_names()
     if card.names is None:
         return classes
-    names = card.read_json(card.names)
     if isinstance(names, dict):
         return [str(names.get(name, name)) for name in classes]
     if not isinstance(names, list) or len(names) != len(classes):
-        raise UserError(f"{card.shown}/{card.names}: must map class to name, or list {len(classes)} names.")
+        where = f"{card.shown}/{card.names}" if isinstance(card.names, str) else f"{card.shown}: names"
+        raise UserError(f"{where}: must map class to name, or list {len(classes)} names.")
     return [str(name) for name in names]
 
 

@@ -206,7 +206,8 @@ class Card:
     Attributes:
         classes: number of classes, 0 for a set without classes and for an unknown number.
         images: images (or rows) of the full set, where the first source is only a part.
-        names: JSON file beside the card: class folder -> readable name, or a list in class order.
+        names: readable names of the classes, a list in class order; or a JSON file beside the card with this list or with
+            class folder -> name.
         superclasses: JSON file beside the card: class -> superclass; or "prefix": the part before the last '/'.
         groups: what a division into shares keeps in one part: a JSON file beside the card, image -> group; "near-duplicates",
             for which every image is decoded (near_duplicates.py); "none". By default near-duplicates in sets of images with
@@ -230,7 +231,7 @@ class Card:
     images: int | None = None
     notes: str = ""
     how_to_get: str = ""
-    names: RelativePath | None = None
+    names: RelativePath | list[str] | None = None
     superclasses: RelativePath | None = None
     groups: str | None = None
     frames: Annotated[int, within(2)] | None = None
@@ -284,6 +285,10 @@ class Card:
             types = " or ".join(kind.__name__ for kind in kinds)
             raise UserError(f"{self.shown}/{name}: must map {what} ({types}), holds {shown_value(wrong[0])}.")
         return values
+
+    def read_names(self) -> Any:
+        """Return the names of the classes as `names` gives them, None without the key."""
+        return self.read_json(self.names) if isinstance(self.names, str) else self.names
 
     def read_json(self, name: str) -> Any:
         path = self.folder / relative_path(name, f"{self.shown}/card.yaml")

@@ -36,7 +36,15 @@ from vismt.report.results import (
     write_values,
 )
 from vismt.report.score_sections import score_sections
-from vismt.report.tables import Section, number_text, row_text
+from vismt.report.tables import (
+    Section,
+    fitted,
+    measure_tables,
+    number_text,
+    result_tables,
+    row_text,
+    without_further,
+)
 from vismt.report.trainings import cost_section, progress_section, read_costs, training_sections
 from vismt.report.writer import DEFAULT_FORMATS, result_sections, run_heading, write_report
 from vismt.robustness.conditions import AttackConfig
@@ -225,7 +233,8 @@ class EvaluationJob(ABC, Generic[Config]):
                 failed[arm] = error
                 console.stage("eval", f"{arm}   left out: {error}")
                 continue
-            self._print(arm, mean_scores(scores[arm].values()), len(trainings))
+            if not self.names_tasks:
+                self._print(arm, mean_scores(scores[arm].values()), len(trainings))
         if failed and not scores:
             raise next(iter(failed.values()))
         self._write(scores)
@@ -289,7 +298,8 @@ class EvaluationJob(ABC, Generic[Config]):
                 )
                 for score in arm_scores
             ]
-            self._print(arm, averages[arm], len(scores[arm]))
+            if not self.names_tasks:
+                self._print(arm, averages[arm], len(scores[arm]))
         rows = [
             (result_of(score, arm, seed, self.split, self.hash), score.measure)
             for seed, by_arm in groups.items()
@@ -300,9 +310,21 @@ class EvaluationJob(ABC, Generic[Config]):
             return
         write_values(self.folder, [(row, measure) for row, measure in rows if row.seed is None])
         write_results(self.folder, [row for row, _ in rows])
+        if self.names_tasks:
+            self._print_tables()
+
+    def _print_tables(self) -> None:
+        """Print the tables of results, and of all measures of the tasks."""
+        _, comparisons, _ = self._compared()
+        for table, note in [*result_tables(without_further(comparisons)), *measure_tables(comparisons)]:
+            console.block(f"\n{table.title}")
+            for part in fitted(table):
+                console.table(part.heads, part.rows)
+            console.block(note)
 
     def _print(self, arm: str, scores: Sequence[Score], trainings: int) -> None:
         """Print a line for every set, with the mean of more than three corruptions; no line twice."""
+        scores = [score for score in scores if not score.measure.further]
         for task, data, protocol in dict.fromkeys((score.task, score.data, score.protocol) for score in scores):
             chosen = [score for score in scores if (score.task, score.data, score.protocol) == (task, data, protocol)]
             first = chosen[0]
@@ -326,13 +348,17 @@ class EvaluationJob(ABC, Generic[Config]):
                 console.stage("eval", line)
             self._printed.add(line)
 
+    def _compared(self) -> tuple[list[Result], list[Comparison], ValuesByExample]:
+        """Return the rows of the run, what they are beside each other, and their values by example."""
+        results, values = read_results(self.folder / RESULTS, self.hash), ValuesByExample(self.folder)
+        return results, compare(results, values, self.baselines(), self.references), values
+
     def report(self, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
         """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.FIGURES; return its files.
 
         The report of a run without results shows how far its trainings are.
         """
-        results, values = read_results(self.folder / RESULTS, self.hash), ValuesByExample(self.folder)
-        comparisons = compare(results, values, self.baselines(), self.references)
+        results, comparisons, values = self._compared()
         with figure_formats(formats):
             training = training_sections(self.folder, list(self.study.arms), self.study.seeds[0], self.logged)
             if results:

@@ -77,7 +77,7 @@ def find_keys(job: str, name: str) -> list[Key]:
     Raises UserError for a name that is not a key: where it is set instead, or similar names.
     """
     every = keys(job)
-    found = [key for key in every if key.path == name or key.path.startswith((f"{name}.", f"{name}[]"))]
+    found = [key for key in every if key.path == name or key.path.startswith((f"{name}.", f"{name}["))]
     if not found:
         elsewhere = job_config(job).ELSEWHERE.get(name)
         hint = f" {elsewhere}" if elsewhere else near(name, [key.path for key in every])
@@ -97,6 +97,13 @@ def _keys(cls: type, prefix: str) -> Iterator[Key]:
         if inner is not None:
             listed = any(typing.get_origin(member) is list for member in _members(hint))
             yield from _keys(inner, f"{path}[]." if listed else f"{path}.")
+        for mark in _marks(hint):
+            if isinstance(mark, Names) and mark.options:
+                registry: Any = mark.known()
+                for name in registry:
+                    about = inspect.cleandoc(registry[name].__doc__).splitlines()[0]
+                    yield Key(f"{path}[{name}]", "section", "its keys' defaults", about, [], True)
+                    yield from _keys(registry[name], f"{path}[{name}].")
 
 
 def _plain(hint: Any) -> Any:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from vismt.multitask.heads import resize_logits as resize_logits
     from vismt.multitask.mtlora.method import merge_shared as merge_shared
     from vismt.multitask.streams import task_features as task_features
-    from vismt.multitask.tasks import DenseTask as DenseTask
     from vismt.multitask.tasks import Task as Task
     from vismt.multitask.tasks import make_task as make_task
 

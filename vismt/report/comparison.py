@@ -35,6 +35,7 @@ from vismt.uncertainty.intervals import (
 
 AVERAGE = "average"
 FROZEN = "frozen"  # an arm of this name stands first and is drawn in grey
+CONSTANT = "constant"  # the best constant predictions, which come from no training
 MANY_CORRUPTIONS = 4  # from so many on, corruptions have a table of their own and a mean among the other conditions
 CORRUPTIONS = "corruptions"  # kind of that mean
 Values = dict[str, float]
@@ -179,7 +180,7 @@ def compare(
     results: Sequence[Result],
     values: ExampleValues,
     baselines: Mapping[str, str] | None = None,
-    references: Sequence[str] = (FROZEN,),
+    references: Sequence[str] = (FROZEN, CONSTANT),
 ) -> list[Comparison]:
     """Return one comparison per block, set and condition, by block, then sets, then conditions in the order of the results.
 

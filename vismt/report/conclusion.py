@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import NormalDist
 
-from vismt.report.comparison import AVERAGE, Cell, Comparison
+from vismt.report.comparison import AVERAGE, CONSTANT, Cell, Comparison
 from vismt.report.tables import (
     bounds_text,
     cell_text,
@@ -85,6 +85,10 @@ def conclude(comparisons: Sequence[Comparison], sizes: Mapping[str, float]) -> C
 
     sizes: Number of trained parameters by model, as far as it is known.
     """
+    comparisons = [
+        replace(c, cells={name: of for name, of in c.cells.items() if name != CONSTANT or len(c.cells) == 1})
+        for c in comparisons
+    ]
     criteria = key_comparisons(comparisons)
     first = criteria[0]
     shared = [name for name in first.cells if all(name in c.cells for c in criteria)]

@@ -61,6 +61,7 @@ class Result:
         bias: largest and smallest bias of the value that the examples allow (`vismt.uncertainty.intervals.Estimate`).
         variance: of the value over the examples alone, without the training seeds.
         freedom: degrees of freedom of the variance, at most KNOWN.
+        further: whether the number stands beside the score of its task (`vismt.uncertainty.intervals.Measure`).
     """
 
     task: str
@@ -90,6 +91,7 @@ class Result:
     bias: tuple[float, float] = (0.0, 0.0)
     variance: float = 0.0
     freedom: float = 0.0
+    further: bool = False
 
     @property
     def units(self) -> str:
@@ -169,6 +171,7 @@ def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash:
         bias=found.bias,
         variance=variance,
         freedom=min(freedom, KNOWN),
+        further=measure.further,
     )
 
 

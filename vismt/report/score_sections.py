@@ -25,6 +25,7 @@ from vismt.report.tables import (
     number_text,
     scale_text,
     split_corruptions,
+    without_further,
 )
 from vismt.uncertainty.intervals import LOWER, SHARE, mean_interval
 
@@ -95,6 +96,7 @@ def score_sections(
 
     compared: the evaluated models that come from trainings, by which seeds and pairs are shown.
     """
+    results, comparisons = [row for row in results if not row.further], without_further(comparisons)
     conditions = {c.condition for c in split_corruptions(comparisons)[0]}  # many corruptions have tables of their own
     names = {arm: shown_name(arm, conditions) for arm in compared}
     scores = arm_scores([row for row in results if row.condition in conditions], names)

@@ -18,7 +18,7 @@ from typing import Any
 from vismt.base.errors import UserError, near
 from vismt.config.sections import RESOLVED, read_yaml
 from vismt.config.typed import build
-from vismt.report.comparison import AVERAGE, Evidence, block
+from vismt.report.comparison import AVERAGE, CONSTANT, Evidence, block
 from vismt.report.results import FACTS, KNOWN, RESULTS, Result, ValuesByExample, fault_of, read_results
 from vismt.report.trainings import read_costs
 from vismt.report.weight_changes import CHANGE, Lines, by_depth, measures, of_blocks, read_changes
@@ -145,8 +145,8 @@ def study_of(folder: Path, differences: Sequence[tuple[str, str]] = ()) -> Study
     if is_locked(folder) or not facts.get("finished"):
         seen = "a process works in it" if is_locked(folder) else "its evaluation has not ended"
         raise UserError(f"run '{folder}': {seen}; rows are taken from a finished run, `vismt run` continues it.")
-    results = read_results(folder / RESULTS, facts.get("config_hash"))
-    arms = list(dict.fromkeys(row.arm for row in results))
+    results = [row for row in read_results(folder / RESULTS, facts.get("config_hash")) if not row.further]
+    arms = list(dict.fromkeys(row.arm for row in sorted(results, key=lambda row: row.arm == CONSTANT)))
     pairs = list(dict.fromkeys([*((arm, arms[0]) for arm in arms[1:]), *differences]))
     for arm in (arm for pair in pairs for arm in pair):
         if arm not in arms:

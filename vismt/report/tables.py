@@ -13,11 +13,17 @@ from vismt.report.results import ROUNDING, Result
 from vismt.uncertainty.intervals import LOWER, SHARE, interval_kind_text, over_domains
 
 MARKS = {"best": "★", "tie": "≈", "": ""}
+SAMPLER_NOTE = (
+    "The interval over episodes is the usual one in papers. It is smaller because it takes the episodes as independent, although "
+    "they share their images: it leaves out that other images of the classes give another accuracy."
+)
+SCORE = " (score)"  # behind the measure of a task that is compared, among all its measures
 BIAS_NOTE = (
     " Bias-corrected: few examples make a calibration error too large. The interval is corrected for it, the value is not, and "
     "lies outside. It is not marked as the best."
 )
 MANY_ARMS = 5  # from so many arms on, arms are rows
+MANY_ROWS = 40  # longer tables of measures are shown on request
 # Characters that a page has room for, those that the space between two columns takes, and those of a text that may be broken.
 WIDEST, APART, TEXT = 128, 4, 26
 
@@ -133,6 +139,24 @@ def result_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, str]]:
     return tables
 
 
+def measure_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, str]]:
+    """Return for each task with further measures a table with a row for each of its measures, the score first."""
+    tables = []
+    for key in dict.fromkeys((c.row.task, c.row.protocol, c.row.unit) for c in comparisons if c.row.further):
+        group = [c for c in comparisons if (c.row.task, c.row.protocol, c.row.unit) == key]
+        group = split_corruptions(group)[0]
+        table = _arms_across(_title(group, comparisons, ", all measures"), group, folded=False)
+        kinds: dict[str, dict[str, None]] = {}
+        for c in group:
+            kinds.setdefault(kinds_text([c]), {})[c.row.metric] = None
+        note = _note(group)
+        if len({cell.covers for c in group for cell in c.cells.values()}) > 1:
+            note = "; ".join(f"{', '.join(metrics)}: {kind}" for kind, metrics in kinds.items())
+            note = f"± and [ ]: {note}. {SAMPLER_NOTE * any(c.row.interval == 'sampler' for c in group)}".rstrip()
+        tables.append((replace(table, folded=len(table.rows) > MANY_ROWS), note))
+    return tables
+
+
 def difference_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, str]]:
     """Return the differences of every arm to the baseline, one table for each protocol, the strongest attack first."""
     tables = []
@@ -174,6 +198,11 @@ def paper_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, str]]:
     """Return the tables of results with arms as rows, and with measures or sets as columns, as papers print them."""
     groups = [(_arms_down(_title(group, comparisons), group), _note(group)) for group in _groups(comparisons)]
     return [*groups, *difference_tables(comparisons)]
+
+
+def without_further(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the comparisons of scores, without the further measures of their tasks."""
+    return [c for c in comparisons if not c.row.further]
 
 
 def _note(group: Sequence[Comparison]) -> str:
@@ -229,19 +258,21 @@ def _title(group: Sequence[Comparison], comparisons: Sequence[Comparison], more:
 
 
 def _arms_across(title: str, group: Sequence[Comparison], folded: bool) -> Table:
-    """Return a row for each set and condition and a column for each arm."""
+    """Return a row for each measure, set and condition and a column for each arm."""
     arms = list(dict.fromkeys(arm for c in group for arm in c.cells))
     sets, counts = {c.data for c in group}, {counts_text([c]) for c in group}
+    measures = ["Measure"] if len({c.block for c in group}) > 1 else []
     conditions = ["Condition"] if {c.condition for c in group} != {"clean"} else []
-    names = ["Data"] if len(sets) > 1 or not conditions else []
+    names = ["Data"] if len(sets) > 1 or not (conditions or measures) else []
     numbers = [f"n ({group[0].row.unit})"] if len(counts) > 1 else []
     title += "" if names else f", {group[0].data}"
     title += "" if numbers else f", n = {counts.pop()} {group[0].row.unit}"
-    heads = [*names, *conditions, *arms, *numbers]
-    first = len(names) + len(conditions)
+    heads = [*measures, *names, *conditions, *arms, *numbers]
+    first = len(measures) + len(names) + len(conditions)
     rows, best = [], set()
     for number, c in enumerate(group):
-        texts = [*([c.data] if names else []), *([c.condition] if conditions else [])]
+        measure = scale_text(c.row.metric, c.row.scale, c.row.better) + (SCORE if c.block == group[0].block else "")
+        texts = [*([measure] if measures else []), *([c.data] if names else []), *([c.condition] if conditions else [])]
         texts[-1] += "" if c.paired or len(c.cells) < 2 else " (unpaired)"
         texts += [cell_text(c.cells.get(arm), c.row) for arm in arms]
         best |= {(number, first + i) for i, arm in enumerate(arms) if _is_best(c, arm)}

@@ -24,10 +24,12 @@ from vismt.report.tables import (
     difference_text,
     interval_text,
     kinds_text,
+    measure_tables,
     paper_tables,
     result_tables,
     scale_text,
     split_corruptions,
+    without_further,
 )
 from vismt.storage.files import atomic_write, read_sealed
 from vismt.storage.paths import read_bytes
@@ -109,14 +111,16 @@ def run_heading(folder: Path) -> Heading:
 
 
 def result_sections(comparisons: Sequence[Comparison]) -> list[Section]:
-    """Return the sections of results and differences."""
+    """Return the sections of results, of differences and of all measures."""
     if not comparisons:
         return []
+    of_measures, comparisons = measure_tables(comparisons), without_further(comparisons)
     flat = any(cell.low == cell.high for c in comparisons for cell in c.cells.values())
     tables = result_tables(comparisons)
     table, note = tables[-1]
     tables[-1] = (table, f"{note} {LEGEND}{ZERO_WIDTH_NOTE if flat else ''}")
-    return [Section("Results", tables), Section("Differences", difference_tables(comparisons))]
+    differences = Section("Differences", difference_tables(comparisons))
+    return [Section("Results", tables), differences, Section("All measures", of_measures)]
 
 
 def write_report(
@@ -139,6 +143,7 @@ def write_report(
         sections: Parts of the report in their order. Empty ones are left out.
         formats: Names of FORMATS, and of plotting.FIGURES, which write no file of their own.
     """
+    of_measures, comparisons = measure_tables(comparisons), without_further(comparisons)
     files = [(RESOLVED, heading.config)] if heading.config else []
     citation = _citation(heading.source, comparisons) if comparisons else []
     report = Report(
@@ -155,7 +160,7 @@ def write_report(
     writers: dict[str, Callable[[], str]] = {
         "md": lambda: render_markdown(report, folder),
         "csv": lambda: render_csv(results),
-        "latex": lambda: render_latex(paper_tables(comparisons)),
+        "latex": lambda: render_latex([*paper_tables(comparisons), *of_measures]),
         "html": lambda: render_html(report),
     }
     paths = []

@@ -8,6 +8,7 @@ its order. Weights are kept under the cache folder.
 from __future__ import annotations
 
 import copy
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from vismt.storage.paths import cache_root
 ROBUSTBENCH = "robustbench:"  # how the names of its models begin
 ZOO_SETS = {"cifar10": (10, 32), "cifar100": (100, 32), "imagenet": (1000, 224)}  # classes, pixels
 
+FUNCTION = re.compile(r"(?!robustbench:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # a module and a function in it
 SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".tar"}
 
 
@@ -79,9 +81,11 @@ def load_classifier(
             size, normalisation and names of the classes.
         num_classes: Number of classes, by default that of the weights. Another number is refused, as a fresh head
             classifies nothing.
-        architecture: The timm model of a file; by default config.json beside the file names it, and img_size.
+        architecture: The timm model of a file, or the "module:function" that builds the module whose state_dict the file has; by
+            default config.json beside the file names it, and img_size.
         pretrained: Whether timm fetches the weights of a name.
-        img_size: Pixels of the model's images; by default those of config.json beside a file, or of the timm model.
+        img_size: Pixels of the model's images; by default those of config.json beside a file, or of the timm model. A module of
+            your own needs it.
 
     Returns:
         The classifier, for images float (b, 3, h, w) in [0, 1] of any size.
@@ -95,6 +99,9 @@ def load_classifier(
     if path is not None:
         about = checkpoint_config(path)
         architecture = architecture or about.get("architecture")
+        if FUNCTION.fullmatch(architecture or ""):
+            own, _ = classifier_from_function(str(architecture), img_size)
+            return classifier_of(_filled(own, path, architecture), img_size)
         about = {**about, "model_args": {**about.get("model_args", {}), **asked}}
         net = _from_file(path, about, architecture, num_classes)
     else:
@@ -188,7 +195,10 @@ def checkpoint_config(path: Path) -> dict[str, Any]:
 
 def _from_file(path: Path, config: dict[str, Any], architecture: str | None, num_classes: int | None) -> nn.Module:
     if not architecture:
-        raise UserError(f"checkpoint '{path}': which timm model is it? Give architecture, or a config.json beside it.")
+        raise UserError(
+            f"checkpoint '{path}': which model is it? Give architecture (a timm name, or module:function of yours, which builds "
+            "it), or a config.json beside it."
+        )
     if config.get("num_classes") == 0:
         raise UserError(
             f"checkpoint '{path}': a backbone without a classifier; name the run folder that it is from as classifier.run."
@@ -204,7 +214,12 @@ def _from_file(path: Path, config: dict[str, Any], architecture: str | None, num
     if head is not None and num_classes not in (None, len(head)):
         raise UserError(f"checkpoint '{path}': its head has {len(head)} classes, not {num_classes}.")
     classes = len(head) if head is not None else num_classes
-    net = _create(architecture, classes, pretrained=False, **options)
+    return _filled(_create(architecture, classes, pretrained=False, **options), path, architecture)
+
+
+def _filled(net: nn.Module, path: Path, architecture: str | None) -> nn.Module:
+    """Return a module with the weights of a checkpoint."""
+    state = read_checkpoint(path)
     try:
         net.load_state_dict(with_counts(state, net.state_dict(), f"checkpoint '{path}'"), strict=True)
     except RuntimeError as error:
@@ -213,13 +228,14 @@ def _from_file(path: Path, config: dict[str, Any], architecture: str | None, num
     return net
 
 
-def classifier_from_function(name: str) -> tuple[nn.Module, int]:
+def classifier_from_function(name: str, size: int | None = None) -> tuple[nn.Module, int]:
     """Import a user's function, call it without arguments and return its classifier.
 
     Args:
         name: "module:function"; the module is imported with the current folder on the path. The function returns
-            (classifier, number of classes), or a classifier with an attribute `num_classes`. The classifier is an nn.Module
-            that maps images float (b, 3, h, w) in [0, 1] to logits (b, number of classes), normalisation included.
+            (classifier, number of classes), or the classifier alone. The classifier is an nn.Module that maps images float
+            (b, 3, h, w) in [0, 1] to logits (b, number of classes), normalisation included.
+        size: Pixels of an image, on which a classifier alone is run to see its number of classes.
 
     Returns:
         The classifier in eval mode, and its number of classes.
@@ -243,12 +259,14 @@ def classifier_from_function(name: str) -> tuple[nn.Module, int]:
             result = function()
         except (Exception, SystemExit) as error:
             raise UserError(f"model '{name}': the function failed ({first_line(error)}).") from error
-    return _checked_classifier(name, result)
+    return _checked_classifier(name, result, size)
 
 
-def _checked_classifier(name: str, result: object) -> tuple[nn.Module, int]:
+def _checked_classifier(name: str, result: object, size: int | None) -> tuple[nn.Module, int]:
     """Return what a user's function returned as (classifier, number of classes)."""
     pair = result if isinstance(result, tuple) else (result, getattr(result, "num_classes", None))
+    if isinstance(result, nn.Module) and pair[1] is None and size:
+        pair = (result, classifier_of(result, size).num_classes)
     if len(pair) != 2 or not isinstance(pair[0], nn.Module):
         kinds = ", ".join(type(item).__name__ for item in pair) if isinstance(result, tuple) else type(result).__name__
         raise UserError(
@@ -259,7 +277,7 @@ def _checked_classifier(name: str, result: object) -> tuple[nn.Module, int]:
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
         raise UserError(
             f"model '{name}': {type(classifier).__name__} came with {shown_value(classes)} as its number of classes; "
-            "need an integer of 2 or more, returned beside it or as its num_classes."
+            "need an integer of 2 or more, returned beside it or as its num_classes, or the size of its images (img_size)."
         )
     return classifier.eval(), classes
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ from vismt.uncertainty.intervals import CLEAN, Condition, wilson
 from vismt.uncertainty.probability_metrics import proper_scores
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[str]]
+Keep = Callable[[str, int, Mapping[str, np.ndarray]], object]
 Form = Callable[[Tensor], Tensor]  # logits float64 (b, k) on the CPU to logits of the same shape
 
 
@@ -96,6 +98,7 @@ def evaluate_examples(
     fingerprint: str = "",
     examples: str = "",
     label: str = "robustness",
+    keep: Keep | None = None,
 ) -> list[dict]:
     """Return a record for every example, clean and under every condition of `specs`.
 
@@ -114,6 +117,8 @@ def evaluate_examples(
         fingerprint: The caller's name for the weights. A file of other weights is refused.
         examples: What tells the images from others of their names. A file of other images is refused.
         label: Text of the progress bar.
+        keep: Called with each attack's text, the number of the batch and its arrays: "ids", "labels" int64 (b,), "clean" and
+            "attacked" float32 (b, 3, h, w), and "answers" int64 (b,) on the attacked images.
 
     Returns:
         Records with id, label, the predictions "clean" and "<condition>", and the distances "<condition> linf" and
@@ -140,7 +145,7 @@ def evaluate_examples(
         **({} if quantile is None else {"quantile": quantile}),
         **({} if smoothing is None else smoothing.settings()),
     }
-    questions = _Questions(conditions, forms or {}, num_classes, quantile, smoothing)
+    questions = _Questions(conditions, forms or {}, num_classes, quantile, smoothing, keep)
     lost = {name: f"{name} lost" for name, spec in conditions.items() if isinstance(spec, AttackSpec)}
     optional = {name: Field(0, 1, whole=True, optional=True) for name in lost.values()}  # older records have none
     log = Records(records, settings, questions.fields() | optional, key="id")
@@ -187,13 +192,14 @@ def _loads(batches: Iterable[Batch]) -> Iterator[Callable[[], Batch]]:
 
 @dataclass(frozen=True)
 class _Questions:
-    """What is recorded of every example. conditions: by text. forms, quantile, smoothing: as for `evaluate_examples`."""
+    """What is recorded of every example. conditions: by text. Other fields: as for `evaluate_examples`."""
 
     conditions: Mapping[str, DirectPerturbation]
     forms: Mapping[str, Form]
     num_classes: int
     quantile: float | None
     smoothing: Smoothing | None
+    keep: Keep | None
 
     def fields(self) -> dict[str, Field]:
         """Return the fields of a record besides its id."""
@@ -237,6 +243,10 @@ class _Questions:
             attacked = _logits(model, perturbed, classes)
             if isinstance(spec, AttackSpec):
                 columns[f"{condition} lost"] = outcome.lost(attacked, condition).int().tolist()
+                if self.keep is not None:
+                    kept = {"labels": labels, "clean": images, "attacked": perturbed, "answers": attacked.argmax(1)}
+                    arrays = {name: values.cpu().numpy() for name, values in kept.items()}
+                    self.keep(condition, number, {"ids": np.array(ids, dtype=str), **arrays})
             columns[condition] = attacked.argmax(1).tolist()
             columns |= with_sets(condition, attacked)
             columns[f"{condition} linf"] = change.abs().amax(1).tolist()

@@ -311,6 +311,7 @@ class Measure:
         covers: What the interval covers.
         groups: Group by example. Examples of one group depend on each other. Empty if the examples are independent.
         grouped_by: What the groups are, in the plural: "signs", "blocks of frames".
+        further: Whether it stands beside the score of its task. Reports show it in the table of all measures only.
     """
 
     metric: str
@@ -324,6 +325,7 @@ class Measure:
     covers: Covers = "examples"
     groups: Mapping[str, str] = field(default_factory=dict)
     grouped_by: str = ""
+    further: bool = False
 
     @property
     def score(self) -> float:

@@ -150,9 +150,9 @@ def test_weights_of_the_literature() -> None:
         "parts": 7,
         "saliency": 2,
     }
-    assert {name for name, task in tasks.items() if task.lower_is_better} == {"depth", "normals"}
+    assert {name for name, task in tasks.items() if task.headline.lower_is_better} == {"depth", "normals"}
     assert {name for name, task in tasks.items() if task.predicts_classes} == {"semseg", "parts"}
-    assert {name for name, task in tasks.items() if task.share} == {"semseg", "parts", "edge", "saliency"}
+    assert {name for name, task in tasks.items() if task.headline.share} == {"semseg", "parts", "edge", "saliency"}
     assert make_task({"name": "edge", "loss_weight": 3}).loss_weight == 3
     assert isinstance(tasks["parts"], Segmentation)
 
@@ -175,9 +175,9 @@ def test_weights_of_the_literature() -> None:
 )
 def test_the_score_has_a_label_and_a_unit(spec: str | dict, label: str, unit: str) -> None:
     task = make_task(spec)
-    assert (task.label, task.unit) == (label, unit)
+    assert (task.headline.label, task.headline.unit) == (label, unit)
     if task.name == "depth":
-        assert (InverseDepth.of(task).label, InverseDepth.of(task).unit) == (label, "")
+        assert (InverseDepth.of(task).headline.label, InverseDepth.of(task).headline.unit) == (label, "")
 
 
 # Valid pixels ----------------------------------------------------------------------------------------------------------------
@@ -220,8 +220,8 @@ def test_the_metric_knows_the_right_answer(spec: str | dict) -> None:
         task.update(metric, prediction.requires_grad_(), target)
         scores.append(task.score(metric.compute()))
     best, chance = scores
-    assert best == pytest.approx(0 if task.lower_is_better else 1, abs=1e-3)
-    assert chance > best + 0.1 if task.lower_is_better else chance < best - 0.1
+    assert best == pytest.approx(0 if task.headline.lower_is_better else 1, abs=1e-3)
+    assert chance > best + 0.1 if task.headline.lower_is_better else chance < best - 0.1
 
 
 def test_options_of_the_metrics_arrive() -> None:
@@ -290,7 +290,7 @@ def test_depth_is_scored_by_its_measure() -> None:
             metric = task.metric()
             task.update(metric, prediction, target)
             assert task.measure == (measure or default)
-            assert task.score(metric.compute()) == pytest.approx(wanted[task.measure]) and task.lower_is_better
+            assert task.score(metric.compute()) == pytest.approx(wanted[task.measure]) and task.headline.lower_is_better
     assert InverseDepth.of(make_task({"name": "depth", "measure": "abs_rel"})).measure == "abs_rel"
 
 
@@ -408,3 +408,43 @@ def test_bad_pictures() -> None:
         make_task("edge").picture(torch.zeros(1, 1, 2, 3))
     with pytest.raises(UserError, match="label 9; classes"):
         make_task(SPECS[0]).picture(torch.full((2, 3), 9))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_shown_number_is_computed_and_the_score_is_among_them(spec: str | dict) -> None:
+    task = make_task(spec)
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randint(1, 2, (2, 8, 8), generator=generator).to(
+        torch.float32 if task.name == "depth" else torch.int64
+    )
+    if task.name == "normals":
+        target = torch.nn.functional.normalize(torch.randn(2, 3, 8, 8, generator=generator), dim=1)
+    metric = task.metric()
+    task.update(metric, torch.randn(2, task.channels, 8, 8, generator=generator), target)
+    values = task.values(metric.compute())
+    assert values.keys() == task.numbers.keys() and values[task.measure] == task.score(metric.compute())
+    assert task.headline == task.numbers[task.measure]
+
+
+def test_a_class_that_does_not_occur_has_no_iou_and_classes_have_names() -> None:
+    task = make_task({"name": "semseg", "classes": 3, "class_names": ["sky", "road", "bus"]})
+    metric = task.metric()
+    task.update(metric, torch.eye(3)[torch.tensor([[[0, 1]]])].movedim(-1, 1), torch.tensor([[[0, 0]]]))
+    values = task.values(metric.compute())
+    assert values["miou"] == pytest.approx((1 / 2 + 0 + 0) / 3)  # absent "zero"
+    assert values["iou 0"] == 0.5 and values["iou 1"] == 0 and math.isnan(values["iou 2"])
+    assert task.numbers["iou 2"].label == "IoU of bus"
+    assert make_task({"name": "semseg", "classes": 3}).numbers["iou 2"].label == "IoU of class 2"
+    with pytest.raises(UserError, match="class_names"):
+        make_task({"name": "semseg", "classes": 3, "class_names": ["sky"]})
+
+
+def test_the_constant_prediction_has_the_least_loss() -> None:
+    labels = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
+    constant = make_task({"name": "semseg", "classes": 4}).constant(labels)
+    assert constant.exp().tolist() == pytest.approx([6 / 14, 4 / 14, 3 / 14, 1 / 14])
+    assert float(make_task("depth").constant(torch.tensor([1.0, 2.0, 6.0]))) == 3
+    assert make_task("normals").constant(torch.tensor([[0.0, 0, 1], [1, 0, 0]])).tolist() == [0.5, 0, 0.5]
+    shares = torch.tensor([1] * 3 + [0] * 5)
+    assert float(make_task("edge").constant(shares).sigmoid()) == pytest.approx(4 / 10)
+    assert make_task("saliency").constant(shares).softmax(0).tolist() == pytest.approx([6 / 10, 4 / 10])

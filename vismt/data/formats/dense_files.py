@@ -170,9 +170,12 @@ class DenseFilesSource(RootedSource, DenseSource):
             if missing:
                 key, name = missing[0]
                 value = self.image if name == "image" else self.maps[name]
+                count = sum(other == name for _, other in missing)
+                more = f", nor have {count - 1:,} others" if count > 1 else ""
+                remedy = "" if name == "image" else "If images may lack it, set partial: true in the source. "
                 folders = " or ".join(shown_path(base / _fill(path, split, group)[0]) for path in _paths(value))
                 raise UserError(
-                    f"{card.shown}: '{key}' of split '{split}' has no {name} file under {folders}. {fix(card)}"
+                    f"{card.shown}: '{key}' of split '{split}' has no {name} file under {folders}{more}. {remedy}{fix(card)}"
                 )
             for key in wanted:
                 present = {name: files[key] for name, files in maps.items() if key in files}

@@ -12,12 +12,13 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from vismt.base import console
 from vismt.base.errors import UserError, require_known, shown_value
@@ -100,6 +101,38 @@ def images_of(given: Any, title: str, split: str) -> ImageSet:
         where=title,
         cached=False,
     )
+
+
+def features_of(given: Any, title: str, split: str) -> tuple[ImageSet, Tensor] | None:
+    """Return a data set of (feature vector, label) pairs as a set without images, and the vectors, float32 (n, d).
+
+    None for a data set of anything else. Raises UserError for vectors of different lengths or with values that are not finite.
+    """
+    first = given[0] if isinstance(given, Dataset) and len(cast(Any, given)) else None
+    if not isinstance(first, tuple) or len(first) != 2 or getattr(first[0], "ndim", 0) != 1:
+        return None
+    vectors = [torch.as_tensor(given[i][0]).float() for i in range(len(cast(Any, given)))]
+    lengths = sorted({len(vector) for vector in vectors})
+    if len(lengths) > 1:
+        raise UserError(
+            f"data '{title}': feature vectors of {lengths[0]} and of {lengths[-1]} numbers; give them one length."
+        )
+    values = torch.stack(vectors)
+    if not bool(values.isfinite().all()):
+        raise UserError(f"data '{title}': a feature is NaN or infinite; leave its example out.")
+    labels = _labels(given, 1, title)
+    images = ImageSet(
+        name=title,
+        split=split,
+        classes=_classes(given, 1, max(labels) + 1),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        ids=[f"{i:06d}" for i in range(len(labels))],
+        read=values.__getitem__,
+        content=lambda: title,
+        where=title,
+        cached=False,
+    )
+    return images, values
 
 
 def texts_of(given: Any, title: str) -> tuple[list[dict[str, Any]], str]:

@@ -142,9 +142,10 @@ class DenseConfig(StudyConfig):
     Args:
         model: the backbone; its image size is `size`.
         data: the sets.
-        tasks: names of dense tasks, or mappings with the name and options of the task. An entry with kind: classify has any
-            name, and images of its own: train, validation, test, validation_share, test_share and limit as in `data`. Arms
-            may differ in options of the losses: `tasks.semseg.class_weights: sqrt`.
+        tasks: names of dense tasks, or mappings with the name and options of the task, and for a task of your own the module
+            that registers it. An entry with kind: classify has any name, and images of its own: train, validation, test,
+            validation_share, test_share and limit as in `data`. Arms may differ in options of the losses:
+            `tasks.semseg.class_weights: sqrt`.
         only: the trained tasks, [] for all; an arm with a single task is a single-task baseline.
         size: [height, width] of training images in pixels, of a ViT multiples of the patch.
         canvas: [height, width] into which every image is fitted, and from which training crops are taken; null for the
@@ -163,8 +164,8 @@ class DenseConfig(StudyConfig):
     task: str = "dense"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DenseDataConfig = field(default_factory=DenseDataConfig)
-    tasks: Annotated[list[str | dict[str, Any]], Names("vismt.multitask.tasks:TASKS")] = field(
-        default_factory=list, metadata={UNHASHED_OPTIONS: ("absent",)}
+    tasks: Annotated[list[str | dict[str, Any]], Names("vismt.multitask.tasks:TASKS", options=True)] = field(
+        default_factory=list, metadata={UNHASHED_OPTIONS: ("absent", "module")}
     )
     only: list[str] = field(default_factory=list)
     size: list[int] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, cast
@@ -27,10 +27,12 @@ from vismt.jobs.dense.config import DenseConfig, all_tasks, canvas_of, image_tas
 from vismt.multitask.class_loss import ClassLoss, check_counts
 from vismt.multitask.nets import SEGMENTATION
 from vismt.multitask.tasks import MapTask, Task
+from vismt.multitask.tasks.classes import Segmentation
 from vismt.multitask.tasks.maps import Depth, InverseDepth
 from vismt.report.panels import spread
 
-DEPTHS = 256  # samples that the mean depth is of
+SAMPLED = 256  # samples that the mean depth and the constant predictions are of
+PIXELS = 4096  # of each of them that a constant prediction is of
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ class DenseData:
             _check_names([(images.name, images.image_classes) for images in sets if key in images.targets])
         if SEGMENTATION in [task.key for task in tasks]:
             labelled = [(images.name, images.classes) for images in sets if SEGMENTATION in images.targets]
-            _check_names([(name, classes) for name, classes in labelled if not _numbered(classes)])
+            named = [(name, classes) for name, classes in labelled if not _numbered(classes)]
+            _check_names(named)
+            tasks = [_with_names(task, named[0][1]) for task in tasks] if named else tasks
         self.tasks = {task.name: task for task in tasks}
         depth = self.tasks.get(Depth.name)
         if isinstance(depth, Depth) and _inverse(sets):
@@ -181,12 +185,32 @@ class DenseData:
 
     @cached_property
     def mean_depth(self) -> float:
-        """The mean depth of the valid pixels of training samples, of at most DEPTHS evenly over their order."""
+        """The mean depth of the valid pixels of training samples, of at most SAMPLED evenly over their order."""
         task = self.tasks[Depth.name]
         entries = [entry for entry in self.parts["train"].entries if task.key in entry[0].targets]
-        maps = [entries[i][0].read(entries[i][1]).get(task.key) for i in spread(len(entries), DEPTHS).tolist()]
+        maps = [entries[i][0].read(entries[i][1]).get(task.key) for i in spread(len(entries), SAMPLED).tolist()]
         values = [map[task.valid(map[None])[0]].double() for map in maps if map is not None]
         return float(torch.cat(values).mean()) if any(map(len, values)) else 0.0
+
+    def constants(self, tasks: Iterable[Task]) -> dict[str, Tensor]:
+        """Return the best constant prediction (channels,) of each task that training samples have values of, as they are scored.
+
+        It comes from at most SAMPLED samples of a task, evenly over their order, and PIXELS pixels of each of them.
+        """
+        rows, values = self.parts["train"], {task.name: list[Tensor]() for task in tasks}
+        by_number: dict[int, list[Task]] = {}
+        for task in tasks:
+            labelled = [i for i, (images, _) in enumerate(rows.entries) if task.key in images.targets]
+            for place in spread(len(labelled), SAMPLED).tolist():
+                by_number.setdefault(labelled[place], []).append(task)
+        for number in console.track(sorted(by_number), "data", "constant predictions"):
+            sample = rows.unpadded(number, self.size)
+            for task in (task for task in by_number[number] if task.key in sample):
+                target = sample[task.key][None]
+                found = (target.movedim(1, -1) if task.vector else target)[task.valid(target)]
+                values[task.name].append(found[:: max(1, len(found) // PIXELS)])
+        joined = {task: torch.cat(parts) for task, parts in values.items() if parts}
+        return {task.name: task.constant(joined[task.name]) for task in tasks if len(joined.get(task.name, ()))}
 
     def _check_targets(self, part: str, tasks: Sequence[Task]) -> None:
         entries = self.parts[part].entries
@@ -301,6 +325,13 @@ def _check_names(named: Sequence[tuple[str, Sequence[str]]]) -> None:
                 raise UserError(
                     f"data: one class is '{expected}' in '{first}' and '{actual}' in '{name}'; give both the same names."
                 )
+
+
+def _with_names(task: Task, names: Sequence[str]) -> Task:
+    """Return a task of segmentation with names of its classes, unless the configuration gives them; any other task unchanged."""
+    if task.name != SEGMENTATION or not isinstance(task, Segmentation) or task.class_names is not None:
+        return task
+    return replace(task, class_names=list(names))
 
 
 def _numbered(classes: Sequence[str]) -> bool:

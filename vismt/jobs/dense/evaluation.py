@@ -49,14 +49,16 @@ from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import DenseNet
 from vismt.multitask.tasks import MapTask, Task
-from vismt.report.results import Score
+from vismt.multitask.tasks.classes import Segmentation, unite
+from vismt.report.comparison import CONSTANT
+from vismt.report.results import RECORDS, Score
 from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.conditions import DensePerturbation, condition_of
 from vismt.robustness.corruptions import CorruptionSpec, corrupt
 from vismt.storage.lines import read_lines, write_lines
 from vismt.uncertainty.intervals import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure
 
-UNDEFINED = "undefined"  # key of a record: reasons by task
+UNDEFINED, CLASS_NAMES = "undefined", "class_names"  # keys of a record, each by task
 ADJUSTMENT = "adjustment.json"
 LEAST = 1e-6  # lower bound of a score before its logarithm
 
@@ -82,17 +84,18 @@ class Evaluation:
         return trained_tasks(self.study.config_of(training))
 
     def as_scores(self, scored: Mapping[str, Scored], split: str, condition: Condition = CLEAN) -> list[Score]:
-        """Return one score for each task of a training under a condition."""
+        """Return the scores of the tasks of a training under a condition, each followed by the further numbers of the task."""
         scores = []
         for name, task_score in scored.items():
             task = self.tasks[name]
-            scale, better = SHARE if task.share else NUMBER, LOWER if task.lower_is_better else HIGHER
-            values = task_score.images
-            if split == "validation" and task_score.answers:
-                chooses, _ = self._halves(task_score.answers)
-                values = dict(compress(values.items(), chooses.tolist()))
-            measure = Measure(metric_name(task), values, scale, better)
-            scores.append(self._score(name, split, measure, condition, task_score.examples))
+            for key, values in {task.measure: task_score.images, **task_score.further}.items():
+                if split == "validation" and task_score.answers:
+                    chooses, _ = self._halves(task_score.answers)
+                    values = dict(compress(values.items(), chooses.tolist()))
+                number = task.numbers[key]
+                scale, better = SHARE if number.share else NUMBER, LOWER if number.lower_is_better else HIGHER
+                measure = Measure(number.name, values, scale, better, further=key != task.measure)
+                scores.append(self._score(name, split, measure, condition, task_score.examples))
         return scores
 
     def _score(self, task: str, split: str, measure: Measure, condition: Condition, examples: str) -> Score:
@@ -123,8 +126,9 @@ class Evaluation:
         It ranks trainings independently of the units of the scores, and to first order as delta_m over any baseline does, so
         that no baseline has to be trained first. undefined: number of scores without a number, which count as LEAST.
         """
-        logs = [math.log(max(score.measure.score, LEAST)) for score in scores]
-        signs = [-1 if score.measure.better == LOWER else 1 for score in scores]
+        measures = [score.measure for score in scores if not score.measure.further]
+        logs = [math.log(max(measure.score, LEAST)) for measure in measures]
+        signs = [-1 if measure.better == LOWER else 1 for measure in measures]
         total = math.fsum(sign * log for sign, log in zip(signs, logs)) + undefined * math.log(LEAST)
         return math.exp(total / (len(logs) + undefined))
 
@@ -167,6 +171,21 @@ class Evaluation:
             examples = clean[task].examples
             scores += [self._score(task, split, measure, condition, examples) for condition, measure in measures]
         return scores
+
+    def constant_scores(self, training: Training, split: str) -> list[Score]:
+        """Return the scores of the best constant predictions of the training part. training: the placeholder of this model."""
+        path = training.folder / RECORDS / f"{split}.jsonl"
+        scored = self.recorded_scores(path, training, split)
+        if scored is None:
+            trained = {task.name for arm in self.study.arms.values() for task in trained_tasks(arm)}
+            tasks = [task for name, task in self.tasks.items() if name in trained]
+            if self.config.head.labels == "union":
+                tasks = unite(tasks)
+            constants = self.data.constants(tasks)
+            tasks = [task for task in tasks if task.name in constants]
+            pools = self._pooled(constants, tasks, split, {name: (name, 0.0) for name in constants}, training.arm)
+            scored = self._written(pools, training, split, path, {})
+        return self.as_scores(scored, split)
 
     def thresholds(self, net: Callable[[], DenseNet], training: Training, records: Path) -> dict[str, Thresholds]:
         """Return the thresholds of a training's tasks of whole images, fitted on their validation images.
@@ -270,7 +289,7 @@ class Evaluation:
 
     def _pooled(
         self,
-        net: DenseNet,
+        net: DenseNet | dict[str, Tensor],
         tasks: Sequence[Task],
         split: str,
         variants: Mapping[str, tuple[str, float]],
@@ -278,7 +297,10 @@ class Evaluation:
         spec: DensePerturbation | None = None,
         quantiles: Mapping[str, float] | None = None,
     ) -> dict[str, PooledScore]:
-        """Return the pooled scores of variants of the outputs by name. variants: (task, tau of its logits, 0 for none)."""
+        """Return the pooled scores of variants of the outputs by name.
+
+        net: the evaluated net, or constant predictions (channels,) by task. variants: (task, tau of its logits, 0 for none).
+        """
         by_name = {task.name: task for task in tasks}
         condition = CLEAN.label if spec is None else spec.label
         pools = {
@@ -295,7 +317,7 @@ class Evaluation:
                     for name, sample in zip(names, samples)
                 ]
                 batch["image"] = torch.stack([pad({"image": image}, self.data.size)["image"] for image in changed])
-            elif spec is not None:
+            elif spec is not None and not isinstance(net, dict):
                 batch["image"] = self._attacked(net, tasks, names, samples, batch, spec)
             logits = self.logits(net, batch)
             found = []
@@ -342,6 +364,10 @@ class Evaluation:
             row["absent"] = absent
         if undefined:
             row[UNDEFINED] = undefined
+        of_classes = {name: self.tasks[pool.task.name] for name, pool in pools.items()}
+        names = {name: task.shown_names for name, task in of_classes.items() if isinstance(task, Segmentation)}
+        if names:
+            row[CLASS_NAMES] = names
         row["tasks"] = {name: score.record() for name, score in scored.items()}
         ranks.on_first(lambda: write_lines(path, [row]))
         return scored
@@ -360,6 +386,8 @@ class Evaluation:
         # A record of an earlier version does not tell all of it.
         if not lines or any(lines[0].get(name, value) != value for name, value in scored_on.items()):
             return None
+        if any("further" not in values for values in lines[0]["tasks"].values()):
+            return None
         tasks = [*lines[0]["tasks"], *lines[0].get(UNDEFINED, ())]
         if lines[0].get("absent", {}) != self._absent(tasks):
             return None  # scored before the option was changed
@@ -369,7 +397,12 @@ class Evaluation:
         part = self.data.part(split)
         files = ranks.on_first(lambda: part.files)
         known = {"files": files} if files else {}
-        return {"fingerprint": fingerprint(training), "images": str(Identity(part.ids)), **known}
+        if training.arm == CONSTANT and training.arm not in self.study.arms:
+            rows = self.data.parts["train"]
+            weights = f"{Identity(rows.ids)} {ranks.on_first(lambda: rows.files)}"
+        else:
+            weights = fingerprint(training)
+        return {"fingerprint": weights, "images": str(Identity(part.ids)), **known}
 
     def _fitted_on(self, training: Training) -> str:
         return " ".join(self._scored_on(training, "validation").values())
@@ -415,8 +448,15 @@ class Evaluation:
         samples = [rows.unpadded(i, self.data.size) for i in numbers]
         return [rows.ids[i] for i in numbers], samples, collate([pad(sample, self.data.size) for sample in samples])
 
-    def logits(self, net: DenseNet, batch: Sample) -> dict[str, Tensor]:
-        """Return the net's outputs by task, on the CPU."""
+    def logits(self, net: DenseNet | dict[str, Tensor], batch: Sample) -> dict[str, Tensor]:
+        """Return the outputs of a net, or of constant predictions, by task, on the CPU."""
+        if isinstance(net, dict):
+            count, _, height, width = batch["image"].shape
+            sizes = {name: (height, width) if isinstance(self.tasks[name], MapTask) else () for name in net}
+            return {
+                name: value.reshape(1, -1, *(1 for _ in sizes[name])).expand(count, -1, *sizes[name])
+                for name, value in net.items()
+            }
         with torch.no_grad():
             outputs = self._predicted(net, batch["image"].to(runtime.processes().device))
         return {task: value.cpu() for task, value in outputs.items()}
@@ -437,11 +477,6 @@ class Evaluation:
             plain_logits = self.logits(plain, batch)
             for task, value in merged_logits.items():
                 yield task, value, plain_logits[task], self.tasks[task].predicts_classes
-
-
-def metric_name(task: Task) -> str:
-    """Return the name of a task's score with its unit."""
-    return f"{task.label} in {task.unit}" if task.unit else task.label
 
 
 def _inside(task: Task, prediction: Tensor, size: tuple[int, int]) -> Tensor:

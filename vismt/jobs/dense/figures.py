@@ -15,15 +15,17 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import Sample, collate
+from vismt.engine.log import record_stem
 from vismt.engine.study import ARMS, Training
 from vismt.jobs.dense.config import PANELS
 from vismt.jobs.dense.data import DenseData
-from vismt.jobs.dense.evaluation import UNDEFINED, metric_name
+from vismt.jobs.dense.evaluation import CLASS_NAMES, UNDEFINED
 from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import Scored
 from vismt.multitask.tasks import MapTask
 from vismt.multitask.tasks.base import DARK
 from vismt.report.arm_figures import LETTER
+from vismt.report.confusion import confusion_figure
 from vismt.report.panels import read_panel, spread, to_bytes, write_panel
 from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
 from vismt.report.results import RECORDS
@@ -32,6 +34,10 @@ from vismt.report.tables import Picture, Section, Table, number_text, scale_text
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE
 
+MOST_CLASSES = 40  # of a matrix that is drawn
+CONFUSION_CAPTION = (
+    "Rows: true class. Columns: answer. Each number is the share of the pixels of the class in %, first seed."
+)
 UNDEFINED_NOTE = "A score without a number has no row in the tables of results, and its arm has no delta_m."
 
 if TYPE_CHECKING:
@@ -92,9 +98,9 @@ def write_predictions(
             **about,
             "images": to_bytes(sample["image"]),
             "tasks": np.array([task.name for task in tasks], dtype=str),
-            "metrics": np.array([metric_name(task) for task in tasks], dtype=str),
-            "shares": np.array([task.share for task in tasks]),
-            "lower_is_better": np.array([task.lower_is_better for task in tasks]),
+            "metrics": np.array([task.headline.name for task in tasks], dtype=str),
+            "shares": np.array([task.headline.share for task in tasks]),
+            "lower_is_better": np.array([task.headline.lower_is_better for task in tasks]),
             "truth": np.stack([_pictures(task, sample.get(task.key), sample["image"]) for task in tasks]),
             "trained": np.array(trained),
             "predictions": np.stack(predictions),
@@ -181,6 +187,20 @@ CAPTION = (
     "image alone stands below each prediction, – where it has none. Depth has the colours of its target. Dark grey: no value. "
     "An empty place: the arm does not train the task."
 )
+
+
+def confusions(folder: Path, trainings: Sequence[Training], split: str) -> Section:
+    """Return the section of the confusion matrices of pixels, one for each training and task with classes."""
+    pictures = []
+    for training in trainings:
+        for line in read_lines(training.folder / RECORDS / f"{split}.jsonl", may={CLASS_NAMES: dict[str, list[str]]}):
+            for task, names in line.get(CLASS_NAMES, {}).items():
+                matrix = line["tasks"].get(task, {}).get("numbers", {}).get("confusion")
+                if matrix is not None and len(names) <= MOST_CLASSES:
+                    path = folder / "figures" / f"{record_stem('confusion', task, training.arm)}.svg"
+                    drawn = confusion_figure(np.array(matrix), names, names, path)
+                    pictures.append(Picture(drawn, f"{task}, answers of {training.arm}", CONFUSION_CAPTION))
+    return Section("Confusion of pixels", pictures=pictures, folded=True)
 
 
 def sections(folder: Path) -> list[Section]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from string import Template
 
+from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.jobs.init_files import CARD, OWN_CARD, Files, Init, config, place, quoted, set_name
 
 VOID = 255  # the usual label of pixels without a class
+PATCH = 14  # of the model in the configuration
+LONGEST = 448  # pixels of a side: a step on larger images takes minutes on a CPU
+RARE, SHOWN = 1e-4, 5  # share of the pixels below which a label is told, and how many of them
+NAMES = "# names: [background, door, ...]   # what reports and legends call the classes, in the order of their labels\n"
+SIZES = (
+    "# Height and width of training and evaluation, multiples of the patch of {1}. Your images are {0}.\n"
+    "# Images and maps are fitted into this size without changing their shape, then padded. Scores are of maps in this size."
+)
 MAPS_CARD = Template("""\
 # Images with maps of the same name in folders beside them. Only name and sources are needed.
 name: $name
@@ -18,7 +28,7 @@ sources:
     image: $image            # the folder of the images
     maps: {$maps}            # {form: folder}; forms: label (PNG, class numbers), depth_mm, depth_m, normal, edge, saliency
     splits: {all: null}
-$void$classes""")
+$more$classes""")
 TEMPLATE = Template("""\
 # Dense prediction on $about.
 #
@@ -34,8 +44,9 @@ adapt: {method: lora, rank: 4}                    # `vismt list methods` has the
 #   full: {adapt.method: full, train.rates: {heads: 1, ".": 0.03}}   # all weights, at 0.03 of each rate
 # tune: {rates: [3.0e-4, 1.0e-3, 3.0e-3]}         # every arm keeps its best rate; needs data.validation_share: 0.1
 data: $data
-size: $size                                       # height and width, multiples of the patches
-tasks: $tasks
+$sizes
+size: $size
+tasks: $tasks                                     # `vismt config dense tasks` lists their options
 head: {name: linear}                              # or segformer
 batch: 2
 train: {steps: 40, lr: 1.0e-3, warmup: 4}
@@ -46,16 +57,41 @@ evaluate: {split: test, batch: 2}
 def _files(job: str, folder: Path, images: Path | None) -> Files:
     if images is None:
         data = "{train: [motorcycle:train], test: [motorcycle:test]}"
-        return _config(job, "tiles of one photograph", data, "[depth, normals]", "[140, 112]")
+        sizes = "# Height and width of the tiles."
+        return _config(job, "tiles of one photograph", data, "[depth, normals]", sizes, [140, 112])
     maps, tasks, more = _maps(images)
+    found, size = _size(images / "images")
+    sizes = SIZES.format(found, PATCH)
     name = set_name(images)
     card = MAPS_CARD.substitute(name=quoted(name), root=place(images, folder), image="images", maps=maps, **more)
-    return {CARD: card} | _config(job, name, f"{{train: [{OWN_CARD}], test_share: 0.2}}", tasks, "[112, 112]")
+    return {CARD: card} | _config(job, name, f"{{train: [{OWN_CARD}], test_share: 0.2}}", tasks, sizes, size)
 
 
-def _config(job: str, about: str, data: str, tasks: str, size: str) -> Files:
+def _config(job: str, about: str, data: str, tasks: str, sizes: str, size: list[int]) -> Files:
     title = f"Dense prediction, {about}"
-    return config(job, TEMPLATE, about=about, title=title, data=data, tasks=tasks, size=size)
+    return config(job, TEMPLATE, about=about, title=title, data=data, tasks=tasks, sizes=sizes, size=size)
+
+
+def _size(folder: Path) -> tuple[str, list[int]]:
+    """Return the commonest size of the images as text, and the size of training: multiples of PATCH, no side above LONGEST."""
+    from vismt.data.decode import is_image_name, open_image, orientation_of, read_bytes
+    from vismt.data.maps.dense_maps import read_image
+
+    sizes: Counter[tuple[int, int]] = Counter()
+    for path in sorted(folder.iterdir()):
+        if is_image_name(path.name):
+            with open_image(read_bytes(path), str(path)) as image:
+                turned = orientation_of(image) > 4
+                sizes[image.size if turned else image.size[::-1]] += 1
+        elif path.suffix.lower() == ".npy":
+            height, width = read_image(path)[0]["image"].shape[-2:]
+            sizes[height, width] += 1
+    if not sizes:
+        raise UserError(f"init: --images {folder.parent}: no image in '{folder.name}'.")
+    (height, width), count = sizes.most_common(1)[0]
+    text = f"{height} x {width}" + (f", as {count} of {sizes.total()} images have" if len(sizes) > 1 else "")
+    scale = min(1.0, LONGEST / max(height, width))
+    return text, [max(2, round(scale * side / PATCH)) * PATCH for side in (height, width)]
 
 
 def _maps(images: Path) -> tuple[str, str, dict[str, str]]:
@@ -70,18 +106,50 @@ def _maps(images: Path) -> tuple[str, str, dict[str, str]]:
             f"init: --images {images}: for dense it needs a folder 'images' and folders of maps beside it, called by their form: "
             f"{', '.join(MAP_FORMS)}."
         )
-    more, tasks = {"classes": "", "void": ""}, []
+    more, tasks = {"classes": "", "more": ""}, []
     for name, target in found.items():
         if target != "semseg":
             tasks.append(target)
             continue
-        labels = {int(label) for path in sorted((images / name).iterdir()) for label in np.unique(read_array(path))}
-        count = 1 + max(labels - {VOID}, default=-1)
+        pixels: Counter[int] = Counter()
+        for path in sorted((images / name).iterdir()):
+            pixels.update(dict(zip(*(values.tolist() for values in np.unique(read_array(path), return_counts=True)))))
+        void = pixels.pop(VOID, 0)
+        count = 1 + int(max(pixels, default=-1))
         if not count:
             raise UserError(f"init: --images {images}: no map in '{name}' has a label but {VOID}, which marks none.")
-        more = {"classes": f"classes: {count}\n", "void": f"    void: {VOID}\n" if VOID in labels else ""}
+        _tell_rare(name, [pixels[label] for label in range(count)])
+        more["classes"] = f"classes: {count}\n{NAMES}"
+        more["more"] += f"    void: {VOID}\n" if void else ""
         tasks.append(f"{{name: semseg, classes: {count}}}")
+    more["more"] += _partial(images, list(found))
     return ", ".join(f"{name}: {name}" for name in found), f"[{', '.join(tasks)}]", more
+
+
+def _partial(images: Path, forms: list[str]) -> str:
+    """Return the line of the card for images without some map, "" if every image has every map."""
+    of_folder = {name: {path.stem for path in (images / name).iterdir()} for name in ("images", *forms)}
+    without = {form: len(of_folder["images"] - of_folder[form]) for form in forms}
+    texts = [f"{count:,} without {form}" for form, count in without.items() if count]
+    if not texts:
+        return ""
+    about = f"{', '.join(texts)} of {len(of_folder['images']):,} images"
+    console.stage("init", f"{about}: they teach and test the other tasks only")
+    return f"    partial: true            # {about}\n"
+
+
+def _tell_rare(name: str, pixels: list[int]) -> None:
+    """Print the labels that nearly no pixel has: they may be mistakes, and count as much as the others in mIoU."""
+    total = sum(pixels)
+    rare = {label: count for label, count in enumerate(pixels) if count < RARE * total}
+    if rare:
+        shown = ", ".join(f"{label} ({count:,})" for label, count in list(rare.items())[:SHOWN])
+        more = f" and {len(rare) - SHOWN} more" if len(rare) > SHOWN else ""
+        console.stage(
+            "init",
+            f"'{name}' has labels 0 to {len(pixels) - 1}, so {len(pixels)} classes. Of {total:,} pixels, few have label "
+            f"{shown}{more}. Each class counts alike in mIoU: correct the maps if one of them is a mistake.",
+        )
 
 
 INIT = Init(_files)

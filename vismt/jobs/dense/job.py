@@ -33,8 +33,8 @@ from vismt.jobs.dense.config import (
 )
 from vismt.jobs.dense.data import DenseBatches, DenseData
 from vismt.jobs.dense.delta import deltas
-from vismt.jobs.dense.evaluation import Evaluation, metric_name
-from vismt.jobs.dense.figures import sections, write_predictions
+from vismt.jobs.dense.evaluation import Evaluation
+from vismt.jobs.dense.figures import confusions, sections, write_predictions
 from vismt.jobs.dense.pooled_score import Scored
 from vismt.jobs.dense.predict import check_images, class_names, most_pixels, named_tasks, output_names, predict_images
 from vismt.jobs.graphs import Graph, Named, image_graph
@@ -49,6 +49,7 @@ from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.objectives import DenseObjective
 from vismt.multitask.tasks.classes import Classification
 from vismt.multitask.tasks.maps import Depth
+from vismt.report.comparison import CONSTANT
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
@@ -76,6 +77,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         check(config)
         super().__init__(config, folder, config_hash)
         losses = {task.name: f"{task.name}: training loss" for task in all_tasks(config)}
+        self.references = () if CONSTANT in config.arms else (CONSTANT,)
         self.logged = {"loss": "Training loss of all tasks", **losses, "fade": "Router fade"}
 
     @cached_property
@@ -165,7 +167,17 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         path = training.folder / RECORDS / f"{split}.jsonl"
         return self.evaluation.task_scores(lambda: self.final(training), training, split, path)
 
+    def described(self, arm: str) -> str:
+        if arm in self.references:
+            return (
+                "the same prediction for every image: the frequencies of the classes, the mean depth and the mean normal of the "
+                "training part"
+            )
+        return super().described(arm)
+
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
+        if training.arm in self.references:
+            return self.evaluation.constant_scores(training, split) if attacks is None else []
         settings = self.config.evaluate
         chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
         net = cache(lambda: self.final(training))
@@ -211,13 +223,14 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
     def validate(self, training: Training) -> float:
         scores = self.score(training, "validation", [])
         tasks = trained_tasks(self.study.config_of(training))
-        return self.evaluation.quality(scores, len(tasks) - len(scores))
+        return self.evaluation.quality(scores, len(tasks) - sum(not score.measure.further for score in scores))
 
     def derived(self, scores: Mapping[str, Sequence[Score]], seeds: Sequence[int]) -> dict[str, list[Score]]:
-        metrics = {name: metric_name(task) for name, task in self.data.tasks.items()}
+        metrics = {name: task.headline.name for name, task in self.data.tasks.items()}
         of_tasks = {
             arm: [score for score in arm_scores if score.measure.metric == metrics[score.task]]
             for arm, arm_scores in scores.items()
+            if arm not in self.references
         }
         return deltas(of_tasks, baseline_arms(self.config))
 
@@ -238,7 +251,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         )
 
     def sections(self, results: Sequence[Result]) -> list[Section]:
-        return sections(self.folder)
+        firsts = [self.study.trainings(arm)[0] for arm in self.study.arms if self.study.is_chosen(arm)]
+        return [confusions(self.folder, firsts, self.split), *sections(self.folder)]
 
     def baselines(self) -> dict[str, str]:
         """Return {task: the arm that others are compared with}; delta_m is a difference and has none."""

@@ -46,6 +46,8 @@ class Scored:
         value: the score of all images.
         numbers: everything that the metric computes, None in the place of NaN (a class that is nowhere), which JSON lacks.
         images: psi by image.
+        further: psi by image of the other numbers of the task, by their keys. A number that is undefined, also without one
+            image (the IoU of a class that a single image has), is left out.
         alone: score of each image as if it were the whole set, None where it has none.
         answers: of a task of whole images, class, label and probabilities by image, as `probability_columns` names them.
         examples: as in `vismt.report.results.Result`.
@@ -54,6 +56,7 @@ class Scored:
     value: float
     numbers: dict[str, Any]
     images: dict[str, float]
+    further: dict[str, dict[str, float]]
     alone: dict[str, float | None]
     answers: dict[str, dict[str, float]] = field(default_factory=dict)
     examples: str = ""
@@ -67,7 +70,8 @@ def read_scored(values: Any, what: str) -> Scored:
     """Return a score from its fields as they were recorded. Raises UserError for others, and for values not finite."""
     try:
         scored = Scored(**values)
-        numbers = [scored.value, *scored.images.values(), *(v for v in scored.alone.values() if v is not None)]
+        psi = [value for values in (scored.images, *scored.further.values()) for value in values.values()]
+        numbers = [scored.value, *psi, *(v for v in scored.alone.values() if v is not None)]
         finite = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
     except (TypeError, AttributeError):
         finite = False
@@ -127,24 +131,28 @@ class PooledScore:
         if n < 2:
             raise UserError(f"evaluate: {n} image(s) with a value for {self.task.name}; an interval needs two or more.")
         numbers = self._compute(self._total)
-        value = self.task.score(numbers)
+        values, measure = self.task.values(numbers), self.task.measure
         without, alone = {}, {}
         for name, states in self._states.items():
             try:
                 rest = self._compute({key: total - states.get(key, 0) for key, total in self._total.items()})
             except UserError as error:
                 raise UserError(f"evaluate: {self.task.name} rests on image '{name}' alone ({error}).") from error
-            without[name] = self.task.score(rest)
+            without[name] = self.task.values(rest)
             alone[name] = self._alone(states)
-        if not all(map(math.isfinite, (value, *without.values()))):
+        effects = {
+            key: _pseudo_values(value, {name: others[key] for name, others in without.items()})
+            for key, value in values.items()
+            if all(map(math.isfinite, (value, *(others[key] for others in without.values()))))
+        }
+        value = values[measure]
+        if measure not in effects:
             raise Undefined(
                 f"evaluate: the score of {self.task.name} is {value}, or is not finite without one image. With absent 'nan' a "
                 "class that is nowhere takes the whole mean along; use 'zero' or 'skip'."
             )
-        mean = sum(without.values()) / n
-        images = {name: value + (n - 1) * (mean - other) for name, other in without.items()}
         writable = {key: _writable(number) for key, number in numbers.items()}
-        return Scored(value, writable, images, alone, self.answers)
+        return Scored(value, writable, effects.pop(measure), effects, alone, self.answers)
 
     def _compute(self, states: Mapping[str, Tensor]) -> dict[str, Any]:
         metric = self.task.metric()
@@ -162,6 +170,13 @@ class PooledScore:
         except UserError:
             return None
         return score if math.isfinite(score) else None
+
+
+def _pseudo_values(value: float, without: Mapping[str, float]) -> dict[str, float]:
+    """Return psi by image. without: the number without each image."""
+    n = len(without)
+    mean = sum(without.values()) / n
+    return {name: value + (n - 1) * (mean - other) for name, other in without.items()}
 
 
 def _writable(number: Any) -> Any:

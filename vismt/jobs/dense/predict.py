@@ -205,13 +205,14 @@ def class_names(config: DenseConfig, tasks: Mapping[str, Task]) -> dict[str, lis
 
     Those of a union are task/class, of all its tasks.
     """
-    classes = {name: list(task.default_class_names) for name, task in tasks.items() if task.default_class_names}
+    own = {name: getattr(task, "class_names", None) or task.default_class_names for name, task in tasks.items()}
+    classes = {name: list(names) for name, names in own.items() if names}
     entries = [("", entry) for entry in config.data.train]
     entries += [(name, entry) for name, parts in own_parts(config).items() for entry in parts.train]
     for task, entry in entries:
         card = load_card(card_and_split(entry)[0])
         maps = isinstance(card.sources[0], DenseSource)
-        given = card.read_json(card.names) if card.names else []
+        given = card.read_names() or []
         # An object names the classes of images by their folders, which are read with the images.
         listed = maps or isinstance(given, list)
         names = readable_names(card, [str(label) for label in range(len(given))]) if given and listed else []

@@ -9,14 +9,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vismt.backbones import timm_models
-from vismt.backbones.any_module import backbone_of
+from vismt.backbones.any_module import ModuleBackbone, backbone_of
 from vismt.backbones.vit import PixelBackbone
 from vismt.base import console
+from vismt.base.errors import UserError
 from vismt.base.objects import object_named
 from vismt.data.batching import Gathered
+from vismt.data.formats.python_sets import features_of
 from vismt.data.images import ImageSet, open_images
 from vismt.data.near_duplicates import groups_of
 from vismt.data.pixels import Pixels
@@ -27,6 +29,27 @@ from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler, Va
 from vismt.metatune.protonet import EpisodeBatches
 from vismt.robustness.corruptions import CORRUPTIONS, corrupt
 
+
+class Vectors:
+    """Precomputed features in the place of pixels: `vectors[index]` is float32 (b, d)."""
+
+    key, content = None, ""
+
+    def __init__(self, images: ImageSet, values: Tensor) -> None:
+        self.images, self.values = images, values
+        self.name, self.classes, self.labels, self.ids = images.name, images.classes, images.labels, images.ids
+        self.group_of: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.values[index]
+
+    def groups(self, index: Tensor) -> tuple[dict[str, str], str]:
+        return {}, ""
+
+
 PARTS = 5  # more of them are smaller, and a few episodes in each vary more
 
 
@@ -35,7 +58,7 @@ class FewShotData:
 
     def __init__(self, config: FewShotConfig) -> None:
         self.config = config
-        self._pixels: dict[tuple[str, int], Pixels] = {}
+        self._pixels: dict[tuple[str, int], Pixels | Vectors] = {}
         self._groups: dict[str, Tensor | None] = {}
 
     def variant(self, config: FewShotConfig) -> FewShotData:
@@ -72,21 +95,57 @@ class FewShotData:
 
     def gathered(self, names: Sequence[str]) -> Gathered:
         """Return the images of several sets; their labels are 0."""
-        sets = [self.open(name) for name in names]
+        sets = [pixels for name in names if isinstance(pixels := self.open(name), Pixels)]
         return Gathered([(pixels, torch.zeros(len(pixels), dtype=torch.long)) for pixels in sets])
 
-    def open(self, name: str) -> Pixels:
-        """Return the set 'name' or 'name:split' at the backbone's resolution."""
+    def open(self, name: str) -> Pixels | Vectors:
+        """Return the set 'name' or 'name:split' at the backbone's resolution, or its precomputed features."""
         size = self.size
         if (name, size) not in self._pixels:
-            images: ImageSet = open_images(
-                *card_and_split(name), on_bad_sample=self.config.on_bad_sample, download=self.config.download
-            )
-            self._pixels[name, size] = Pixels(images, size)
+            card, split = card_and_split(name)
+            given = object_named(card)
+            features = None if given is None else features_of(given, row_name(card), split)
+            if features is None:
+                images = open_images(
+                    card, split, on_bad_sample=self.config.on_bad_sample, download=self.config.download
+                )
+                self._check_pixels(row_name(name))
+                self._pixels[name, size] = Pixels(images, size)
+            else:
+                images, values = features
+                self._check_vectors(row_name(name), values)
+                self._pixels[name, size] = Vectors(images, values)
             console.stage("data", f"{row_name(name)}   {len(images.classes)} classes   {len(images):,} images")
         return self._pixels[name, size]
 
-    def outside(self, name: str) -> Pixels:
+    def _check_pixels(self, name: str) -> None:
+        """Raise UserError where the model only passes precomputed features on."""
+        if isinstance(getattr(self._stock, "vit", None), nn.Identity) and self.config.model.img_size is None:
+            raise UserError(
+                f"data '{name}': it has images, and nn.Identity() is for precomputed features; give another model."
+            )
+
+    def _check_vectors(self, name: str, values: Tensor) -> None:
+        """Raise UserError for a model and conditions that need pixels."""
+        settings = self.config.evaluate
+        if settings.attacks or settings.corruptions or settings.certify is not None or settings.masking:
+            raise UserError(
+                f"data '{name}': it has features and no pixels; leave attacks, corruptions and certificates out."
+            )
+        if self.config.train is not None:
+            raise UserError(f"data '{name}': it has features, and training needs images; set train to null.")
+        try:
+            with torch.no_grad():
+                found = self._stock(values[:2]) if isinstance(self._stock, ModuleBackbone) else None
+        except (RuntimeError, TypeError, ValueError, IndexError):  # of a module for images
+            found = None
+        if found is None or len(found) != len(values[:2]):
+            raise UserError(
+                f"data '{name}': it has features of {values.shape[1]} numbers, which the model does not take; give "
+                "nn.Identity(), or a module of such vectors."
+            )
+
+    def outside(self, name: str) -> Pixels | Vectors:
         """Return a set of other classes, whose `group_of` says which images are not independent."""
         pixels = self.open(name)
         pixels.group_of = self.groups(name)

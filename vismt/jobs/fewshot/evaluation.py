@@ -23,6 +23,7 @@ from torch import Tensor
 from vismt.base import console
 from vismt.base.seeds import digest
 from vismt.data.batching import joint_content
+from vismt.data.pixels import Pixels
 from vismt.data.set_entries import row_name, shown_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
@@ -100,6 +101,7 @@ class Evaluation:
         with_panel: bool,
     ) -> list[Score]:
         shown, protocol, settings = shown_name(name), str(sampler), self.config.evaluate
+        with_panel = with_panel and isinstance(self.data.open(name), Pixels)
         panel = self.folder / "panels" / f"{shown}-{protocol.replace(' ', '-')}.npz" if with_panel else None
         records = episodes_file(self.folder, models.seed, shown, protocol, f"{arm}{ending}")
         tempered = settings.probabilities and self.config.select is not None
@@ -130,6 +132,7 @@ class Evaluation:
         chance = 1 / sampler.ways if isinstance(sampler, EpisodeSampler) else None
         drawn = digest(f"{json.dumps(sampler.describe(), sort_keys=True)}{examples}".encode())
         measures = [(label, accuracy(results[label.label], chance)) for label in labels]
+        usual = [(label, usual_accuracy(results[label.label])) for label in labels] if sampler.parts else []
         for form, label in FORMS.items():
             if f"{form} {NLL}" in results:
                 measures += [(label, measure) for measure in probability_measures(results, form, sampler)]
@@ -139,10 +142,8 @@ class Evaluation:
             measures.append((smoothing.abstention, abstained))
         for label in outside:
             measures.append((label, Measure("AUROC", _by_episode(results[label.label]), NUMBER, chance=0.5)))
-        return [
-            Score(TASK, shown, protocol, over_episodes(measure, sampler), label, "episodes", drawn)
-            for label, measure in measures
-        ]
+        measures = [(label, over_episodes(measure, sampler)) for label, measure in measures] + usual
+        return [Score(TASK, shown, protocol, measure, label, "episodes", drawn) for label, measure in measures]
 
     def validation_scores(self, models: Models, training: Training) -> list[Score]:
         """Return the accuracy of a training on the episodes of select.data, clean and under select.attack."""
@@ -231,6 +232,11 @@ def parts_of(episodes: Iterable[str], sampler: EpisodeSampler | VariableSampler)
 def accuracy(values: Tensor, chance: float | None) -> Measure:
     """Return the accuracy of episodes as a measure."""
     return Measure("accuracy", _by_episode(values), chance=chance)
+
+
+def usual_accuracy(values: Tensor) -> Measure:
+    """Return the accuracy with the interval that papers print, over the episodes as if they were independent."""
+    return Measure("accuracy (interval over episodes)", _by_episode(values), covers="sampler", further=True)
 
 
 def probability_measures(

@@ -23,15 +23,16 @@ class ClassifierConfig:
     Args:
         name: a timm name, a checkpoint file, a folder of `vismt merge` or `export`, or
             robustbench:MODEL[:DATASET[:THREAT]].
-        architecture: timm architecture of a checkpoint without a config.json.
+        architecture: of a checkpoint without a config.json its timm architecture, or the module:function that builds the
+            nn.Module of which it has the state_dict.
         pretrained: false takes a timm model without its weights.
         run: a run folder of vismt.
         arm: arm or arm:seed of that run.
-        function: module:function, which returns an nn.Module from images in [0, 1] to logits, and its number of
+        function: module:function, which returns an nn.Module from images in [0, 1] to logits, alone or with its number of
             classes.
         size: pixels that the images are decoded to; null for the classifier's own. A function needs it.
         quantise: rounds the weights (vismt.robustness.quantisation); null leaves them.
-        img_size: pixels of the images of a timm model; null for those of its config.json or of timm.
+        img_size: pixels of the images of a model; null for those of its config.json or of timm.
         task: of a multi-task classifier, the task whose classes the cards have; null where the cards decide.
     """
 
@@ -59,6 +60,7 @@ class RobustnessEvaluateConfig:
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
         certify: certified accuracy by randomised smoothing on cards, {sigma, samples, alpha}; null for none.
+        keep_images: also write the attacked images of cards to the folder `adversarial` of the run folder.
         masking: also run the first attack at growing radii, on cards.
         baseline: the error under corruptions is also given relative to this arm; null for none.
     """
@@ -70,6 +72,7 @@ class RobustnessEvaluateConfig:
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
     certify: Smoothing | None = None
+    keep_images: bool = False
     masking: bool = False
     baseline: str | None = None
 
@@ -139,9 +142,10 @@ def _check_data(config: RobustnessConfig) -> None:
     check_row_names(config.data, "data")
     if config.data:
         check_conditions(settings.attacks, settings.corruptions, 4)
-    elif settings.images is not None or settings.masking or settings.certify is not None:
+    elif any((settings.images is not None, settings.keep_images, settings.masking, settings.certify is not None)):
         raise UserError(
-            "data: [] takes all images of the runs' own; evaluate.images, evaluate.masking and evaluate.certify are for cards."
+            "data: [] takes all images of the runs' own; evaluate.images, evaluate.keep_images, evaluate.masking and "
+            "evaluate.certify are for cards."
         )
 
 

@@ -19,6 +19,7 @@ from vismt.metatune.functional import answers
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.corruptions import error_under_corruptions
+from vismt.robustness.evaluate import Keep
 from vismt.robustness.smoothing import Smoothing
 from vismt.uncertainty.intervals import CLEAN, LOWER, Condition, Measure
 
@@ -42,11 +43,12 @@ def score_set(
     arm: str,
     for_thresholds: InOrder | None = None,
     smoothing: Smoothing | None = None,
+    keep: Keep | None = None,
 ) -> list[Score]:
     """Return the scores on one set, clean and under each spec; images on record are not evaluated again.
 
     for_thresholds: clean images for the thresholds of `evaluate.risk`, whose measures are then among the scores.
-    smoothing: certificates.
+    smoothing: certificates. keep: as for `evaluate_examples`.
     """
 
     @torch.no_grad()
@@ -78,6 +80,7 @@ def score_set(
         data=data,
         fingerprint=fingerprint,
         label=f"{arm} on {name}",
+        keep=keep,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ from vismt.jobs.robustness.evaluation import corruption_errors, records_path, sc
 from vismt.jobs.robustness.models import Classifier, TrainedArm, check_exists, load
 from vismt.jobs.robustness.report import BROKEN, MASKING, sections
 from vismt.jobs.task_sections import check_risk_split
-from vismt.report.panels import to_bytes, write_panel
+from vismt.report.panels import to_bytes, write_arrays, write_panel
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
 from vismt.robustness.evaluate import batch_keys
 from vismt.robustness.masking import check_masking
 from vismt.storage.lines import read_lines, write_lines
+from vismt.storage.paths import file_name
 
 SHOWN = 6  # images of a panel
+ADVERSARIAL = "adversarial"  # a folder of the run folder
 
 
 class RobustnessJob(EvaluationJob[RobustnessConfig]):
@@ -101,8 +103,14 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
                 arm=training.arm,
                 for_thresholds=for_thresholds,
                 smoothing=self.config.evaluate.certify if attacks is None else None,
+                keep=partial(self._keep, training.arm, data) if self.config.evaluate.keep_images else None,
             )
         return scores
+
+    def _keep(self, arm: str, data: str, condition: str, number: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write the attacked images of a batch, in float32: rounded to 8 bits some would be answered otherwise."""
+        folder = self.folder / ADVERSARIAL / file_name(arm) / file_name(shown_name(data))
+        write_arrays(folder / f"{file_name(condition)}-{number:05d}.npz", arrays)
 
     def derived(self, scores: Mapping[str, Sequence[Score]], seeds: Sequence[int]) -> dict[str, list[Score]]:
         return corruption_errors(scores)

@@ -86,7 +86,7 @@ def _load(config: ClassifierConfig) -> Classifier:
         net, size = net.eval().to(device), config.size or size
         return Classifier(net, len(labels), size, labels, job.cards_of_tasks(), separate=separate)
     if config.function is not None:
-        net, classes = classifier_from_function(config.function)
+        net, classes = classifier_from_function(config.function, config.size)
         return Classifier(net.to(device), classes, config.size or 0)
     if config.name is not None and config.name.startswith(ROBUSTBENCH):
         net, classes, size = load_robustbench(config.name)

@@ -32,8 +32,8 @@ MASKING = "masking.jsonl"  # a file of the run folder
 BROKEN = "broken"  # a folder of the run folder
 CORRUPTION_NOTE = (
     "Error over severities of each corruption divided by the error of the baseline, averaged over the corruptions. Below 100 is "
-    "more robust than the baseline. It is not the mCE of ImageNet-C: the corruptions have other constants, and the baseline is "
-    "an arm of this run."
+    "more robust than the baseline. It is not the mCE of ImageNet-C: its images are others (docs/guides/robustness.md), and the "
+    "baseline is an arm of this run."
 )
 MASKING_TYPES = {
     "arm": str,

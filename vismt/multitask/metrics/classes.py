@@ -3,6 +3,7 @@
 The intersection over union is that of one confusion matrix of the whole data set:
 
     IoU_c = TP_c / (TP_c + FP_c + FN_c),   mIoU = mean_c IoU_c,   pixel accuracy = sum_c TP_c / pixels
+    mean accuracy = mean over labelled classes of TP_c / (TP_c + FN_c)
 
 Pixels with the ignore label are not counted. A class that does not occur, neither as a label nor as a prediction, has IoU 0 / 0,
 which the literature treats differently: as 0, which enters the mean (Vandenhende et al., arXiv 2004.13379, InvPT, TaskPrompter),
@@ -78,7 +79,9 @@ class MeanIoU(Sums):
         """Return the scores.
 
         Returns:
-            "miou" and "pixel_accuracy" in [0, 1]; "iou", a list of k floats, NaN where left out; the number of "pixels".
+            "miou", "pixel_accuracy" and "mean_accuracy" in [0, 1]; "iou", a list of k floats, NaN for a class that does not
+            occur; "confusion", k rows of k numbers of pixels, by the true class and then by the predicted one; the number of
+            "pixels".
 
         Raises:
             UserError: without a labelled pixel.
@@ -88,11 +91,16 @@ class MeanIoU(Sums):
         confusion = self.confusion.cpu().double()
         true = confusion.diag()
         iou = true / (confusion.sum(0) + confusion.sum(1) - true)
-        if self.absent == "zero":
-            iou = iou.nan_to_num(0.0)
-        mean = iou.nanmean() if self.absent == "skip" else iou.mean()
-        accuracy = float(true.sum() / pixels)
-        return {"miou": float(mean), "iou": iou.tolist(), "pixel_accuracy": accuracy, "pixels": pixels}
+        counted = iou.nan_to_num(0.0) if self.absent == "zero" else iou
+        mean = counted.nanmean() if self.absent == "skip" else counted.mean()
+        return {
+            "miou": float(mean),
+            "iou": iou.tolist(),
+            "pixel_accuracy": float(true.sum() / pixels),
+            "mean_accuracy": float((true / confusion.sum(1)).nanmean()),
+            "confusion": self.confusion.tolist(),
+            "pixels": pixels,
+        }
 
     def _classes(self, pred: Tensor) -> Tensor:
         """Return predicted classes (b, h, w) from logits or class maps."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError, require_known, shown_value
-from vismt.base.registry import Registry
+from vismt.base.registry import Registry, import_own
 from vismt.data.maps.dense_sample import IGNORE
 from vismt.multitask.heads import resize_logits
 
@@ -48,6 +48,28 @@ LOSS_OPTIONS = (
 )
 
 
+@dataclass(frozen=True)
+class Number:
+    """How reports show a number of a metric.
+
+    Args:
+        label: Display name, such as "mIoU".
+        unit: Unit, such as "m", or "" for a number without a unit.
+        share: Whether the number is a fraction in [0, 1], which reports show in per cent.
+        lower_is_better: Direction of the number.
+    """
+
+    label: str
+    unit: str = ""
+    share: bool = False
+    lower_is_better: bool = False
+
+    @property
+    def name(self) -> str:
+        """The label with its unit."""
+        return f"{self.label} in {self.unit}" if self.unit else self.label
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task(ABC):
     """Base class of all tasks, including those that predict one value for the whole image.
@@ -56,12 +78,10 @@ class Task(ABC):
         loss_weight: factor of the loss, > 0.
 
     Attributes:
-        lower_is_better: direction of the score.
         vector: whether the target has a dimension of 3 channels.
         predicts_classes: whether the answer is the class with the largest logit, of each pixel or of the image.
     """
 
-    lower_is_better: ClassVar[bool] = False
     vector: ClassVar[bool] = False
     predicts_classes: ClassVar[bool] = False
     loss_weight: float = 1.0
@@ -88,18 +108,16 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def label(self) -> str:
-        """Display name of the score, such as "mIoU"."""
+    def numbers(self) -> Mapping[str, Number]:
+        """What reports show of the metric's `compute()`, by its entries: the score and further numbers.
+
+        Each is a smooth function of sums over pixels, so that the jackknife's interval holds.
+        """
 
     @property
-    def unit(self) -> str:
-        """Unit of the score: "m", "degrees", or "" for a number without a unit."""
-        return ""
-
-    @property
-    def share(self) -> bool:
-        """Whether the score is a fraction in [0, 1], which reports show in per cent."""
-        return False
+    def headline(self) -> Number:
+        """How reports show the score."""
+        return self.numbers[self.measure]
 
     @property
     def default_class_names(self) -> Sequence[str]:
@@ -147,9 +165,20 @@ class Task(ABC):
         """
         return prediction
 
-    def score(self, computed: dict[str, Any]) -> float:
+    def values(self, computed: Mapping[str, Any]) -> dict[str, float]:
+        """Return the values of `numbers` from the metric's `compute()`, NaN for one that is undefined."""
+        return {key: float(computed[key]) for key in self.numbers}
+
+    def score(self, computed: Mapping[str, Any]) -> float:
         """Return the score, the number that enters Delta_m, from the metric's `compute()`."""
-        return float(computed[self.measure])
+        return self.values(computed)[self.measure]
+
+    def constant(self, values: Tensor) -> Tensor:
+        """Return the best prediction (channels,) that is the same everywhere, here the mean.
+
+        values: the targets of p > 0 valid pixels or images of the training part, (p,) or (p, 3).
+        """
+        return values.double().mean(0).reshape(self.channels).float()
 
     def resized(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         """Resize the logits of a head to the size (h, w) of the targets; logits of whole images stay unchanged."""
@@ -193,9 +222,6 @@ class Task(ABC):
     def legend(self, prediction: Tensor, class_names: Sequence[str] = ()) -> list[tuple[str, str]]:
         """Return (class name, colour "#rrggbb") of the classes in the picture of a prediction, most frequent first."""
         return []
-
-
-DenseTask = Task  # its earlier name
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -265,6 +291,15 @@ class LabelTask(MapTask):
         """Raise UserError unless all labels are in 0 to classes - 1 or 255."""
         check_labels(self.name, target, self.classes, IGNORE)
 
+    def constant(self, values: Tensor) -> Tensor:
+        return log_frequencies(values, self.channels)
+
+
+def log_frequencies(labels: Tensor, classes: int) -> Tensor:
+    """Return log((n_c + 1) / (n + classes)), float (classes,), so that no class has probability 0."""
+    counts = labels.bincount(minlength=classes) + 1
+    return (counts.double() / counts.sum()).log().float()
+
 
 def check_labels(task: str, target: Tensor, classes: int, ignore: int) -> None:
     """Raise UserError unless `target` is int64 and its labels are in 0 to classes - 1 or equal to `ignore`."""
@@ -286,7 +321,7 @@ def make_task(spec: str | Mapping[str, Any]) -> Task:
 
     Args:
         spec: the name of the task, or {"name": ..., option: value, ...} with the options of its class. A task of whole images
-            may have another name, with kind: classify.
+            may have another name, with kind: classify. A task of your own may name the module that registers it, with module.
 
     Raises:
         UserError: for an unknown name or option, a missing option, and values out of range.
@@ -294,6 +329,8 @@ def make_task(spec: str | Mapping[str, Any]) -> Task:
     if not isinstance(spec, str | Mapping):
         raise UserError(f"task: {shown_value(spec)}; give its name, or its options with the name as 'name'.")
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    if (module := options.pop("module", None)) is not None:
+        import_own(str(module), "task: module")
     kind = str(options.pop("kind", options.get("name")))
     task, name = TASKS[kind], options.pop("name", kind)
     if name != kind:

@@ -23,9 +23,9 @@ class of another task is wrong.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,12 +34,26 @@ from vismt.base.errors import UserError, need_whole, require_known, shown_value
 from vismt.data.formats.pascal_context import PARTS
 from vismt.data.maps.dense_sample import CLASS, NO_CLASS
 from vismt.multitask.class_loss import ClassLoss, check_factor, dice_loss
-from vismt.multitask.tasks.base import IGNORE, PASCAL_WEIGHTS, TASKS, LabelTask, Task, check_labels
+from vismt.multitask.tasks.base import (
+    IGNORE,
+    PASCAL_WEIGHTS,
+    TASKS,
+    LabelTask,
+    Number,
+    Task,
+    check_labels,
+    log_frequencies,
+)
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
 ABSENT = ("zero", "skip", "nan")
+CLASS_NUMBERS = {
+    "miou": Number("mIoU", share=True),
+    "pixel_accuracy": Number("pixel accuracy", share=True),
+    "mean_accuracy": Number("mean accuracy of the classes", share=True),
+}
 
 
 @TASKS.register("semseg")
@@ -50,16 +64,18 @@ class Segmentation(LabelTask, ClassLoss):
     Args:
         classes: number of classes, background included where it is a class.
         absent: how the score counts a class that does not occur, "zero", "skip" or "nan", see the metric.
+        class_names: name of each class; None for the names on the card of the data.
         colors: (r, g, b) in 0..255 of each class; None for distinct hues.
         dice: factor of the Dice loss, which is added, >= 0.
         loss_weight: factor of the loss, > 0.
     """
 
     name, key = "semseg", "semseg"
-    measure, label, share = "miou", "mIoU", True
+    measure = "miou"
     predicts_classes = True
     classes: int
     absent: str = "zero"
+    class_names: Sequence[str] | None = None
     colors: Sequence[Sequence[int]] | None = None
     dice: float = 0.0
     loss_weight: float = PASCAL_WEIGHTS["semseg"]
@@ -70,12 +86,31 @@ class Segmentation(LabelTask, ClassLoss):
         require_known(f"{self.name}: absent", [self.absent], ABSENT)
         self.check_options(self.name, self.classes)
         check_factor(self.name, "dice", self.dice)
+        names = self.class_names
+        if names is not None and (isinstance(names, str) or len(names) != self.classes):
+            raise UserError(f"{self.name}: class_names {shown_value(names)}; give {self.classes} names.")
         if self.colors is not None and not (all(map(_is_color, self.colors)) and len(self.colors) == self.classes):
             raise UserError(f"{self.name}: colors must be (r, g, b) in 0..255 for each of {self.classes} classes.")
 
     @property
     def channels(self) -> int:
         return self.classes
+
+    @property
+    def numbers(self) -> Mapping[str, Number]:
+        names = enumerate(self.shown_names)
+        of_classes = {f"iou {label}": Number(f"IoU of {name}", share=True) for label, name in names}
+        return {**CLASS_NUMBERS, **of_classes}
+
+    def values(self, computed: Mapping[str, Any]) -> dict[str, float]:
+        of_classes = {f"iou {label}": iou for label, iou in enumerate(computed["iou"])}
+        return super().values({**computed, **of_classes})
+
+    @property
+    def shown_names(self) -> list[str]:
+        """The name of each class, "class 4" without names."""
+        names = self.class_names or self.default_class_names
+        return list(map(str, names)) or [f"class {label}" for label in range(self.classes)]
 
     def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         loss = self.entropies(prediction, target).mean()
@@ -97,7 +132,8 @@ class Segmentation(LabelTask, ClassLoss):
         counts = torch.bincount(self.answer(prediction).flatten(), minlength=self.classes)
         order = [label for label in counts.argsort(descending=True, stable=True).tolist() if counts[label] > 0]
         colors = ["#" + "".join(f"{level:02x}" for level in color) for color in self.palette()]
-        return [(class_names[label] if class_names else f"class {label}", colors[label]) for label in order]
+        names = class_names or self.shown_names
+        return [(names[label], colors[label]) for label in order]
 
     def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
         """Draw each class in its colour of `palette`."""
@@ -134,7 +170,8 @@ class Classification(Task, ClassLoss):
         loss_weight: factor of the loss, > 0.
     """
 
-    measure, label, share = "accuracy", "accuracy", True
+    measure = "accuracy"
+    numbers = {"accuracy": Number("accuracy", share=True)}  # noqa: RUF012  # a constant
     predicts_classes = True
     name: str = "classify"
     classes: int
@@ -189,6 +226,9 @@ class Classification(Task, ClassLoss):
 
     def count(self, metric: Metric, prediction: Tensor, target: Tensor) -> None:
         metric.update(prediction, self.placed(target))
+
+    def constant(self, values: Tensor) -> Tensor:
+        return log_frequencies(self.placed(values), self.outputs)
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
         if prediction.ndim != 2 or prediction.shape[1] != self.outputs or not prediction.is_floating_point():

@@ -36,8 +36,8 @@ which LibMTL reports, but it cannot be the score: the jackknife, which gives the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -45,22 +45,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.base.errors import UserError, need_whole, require_known, shown_value
-from vismt.multitask.tasks.base import IGNORE, NYUD_WEIGHTS, PASCAL_WEIGHTS, TASKS, LabelTask, MapTask, check_number
+from vismt.multitask.tasks.base import (
+    IGNORE,
+    NYUD_WEIGHTS,
+    PASCAL_WEIGHTS,
+    TASKS,
+    LabelTask,
+    MapTask,
+    Number,
+    check_number,
+    log_frequencies,
+)
+from vismt.multitask.tasks.classes import CLASS_NUMBERS
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
 PASCAL_MAX_DIST = 0.0075
-SALIENCY_LABELS = {"max_f": "maxF", "miou": "mIoU"}
+SALIENCY_NUMBERS = {"max_f": {"max_f": Number("maxF", share=True)}, "miou": CLASS_NUMBERS}  # by measure
 DEPTH_CONVENTIONS = {"pooled": "rmse", "libmtl": "abs_err"}  # default measure of each
-DEPTH_LABELS = {
-    "rmse": "RMSE",
-    "abs_err": "mean absolute error",
-    "abs_rel": "mean relative error",
-    "log_rmse": "RMSE of the log",
+DEPTH_NUMBERS = {
+    "rmse": Number("RMSE", "m", lower_is_better=True),
+    "abs_err": Number("mean absolute error", "m", lower_is_better=True),
+    "abs_rel": Number("mean relative error", lower_is_better=True),
+    "sq_rel": Number("mean squared relative error", "m", lower_is_better=True),
+    "log_rmse": Number("RMSE of the log", lower_is_better=True),
+    **{f"delta{power}": Number(f"delta {power}", share=True) for power in (1, 2, 3)},
 }
+DEPTH_MEASURES = ("rmse", "abs_err", "abs_rel", "log_rmse")  # that can be the score
 LEAST = 1e-9  # smallest predicted depth: a depth of 0 has no logarithm
-LENGTHS = ("rmse", "abs_err")  # measures in the unit of the target
 RAMP = (
     (0.99, 0.91, 0.15),
     (0.45, 0.80, 0.36),
@@ -68,6 +81,11 @@ RAMP = (
     (0.22, 0.35, 0.55),
     (0.27, 0.00, 0.33),
 )  # colours from near to far
+NORMALS_NUMBERS = {
+    "mean": Number("mean angle", "degrees", lower_is_better=True),
+    "rmse": Number("root mean square angle", "degrees", lower_is_better=True),
+    **{f"within_{limit}": Number(f"within {limit} degrees", share=True) for limit in ("11.25", "22.5", "30")},
+}
 NORMALS_CONVENTIONS = ("invpt", "astmt", "libmtl")
 SHORTEST = 1e-4  # shorter vectors are divided by it instead, so that the gradient stays finite at 0
 
@@ -102,6 +120,11 @@ class BinaryTask(LabelTask):
     def answer(self, prediction: Tensor) -> Tensor:
         return self.margin(prediction.float().movedim(0, -1)).sigmoid()
 
+    def constant(self, values: Tensor) -> Tensor:
+        """Return logits of the share of positive pixels."""
+        negative, positive = log_frequencies(values, self.classes)
+        return torch.stack([negative, positive] if self.channels == 2 else [positive - negative])
+
     def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
         """Draw the probability as grey."""
         if predicted:
@@ -125,7 +148,8 @@ class Edges(BinaryTask):
     """
 
     name, key, channels = "edge", "edge", 1
-    measure, label, share = "ods_f", "odsF", True
+    measure = "ods_f"
+    numbers = {"ods_f": Number("odsF", share=True), "ois_f": Number("oisF", share=True)}  # noqa: RUF012  # a constant
     positive_weight: float | None = 0.95
     max_dist: float = PASCAL_MAX_DIST
     thresholds: int = 99
@@ -154,7 +178,7 @@ class Saliency(BinaryTask):
         loss_weight: factor of the loss, > 0.
     """
 
-    name, key, share = "saliency", "saliency", True
+    name, key = "saliency", "saliency"
     channels: int = 2
     measure: str = "max_f"
     loss_weight: float = PASCAL_WEIGHTS["saliency"]
@@ -163,11 +187,11 @@ class Saliency(BinaryTask):
         super().__post_init__()
         if self.channels not in (1, 2):
             raise UserError(f"{self.name}: channels {shown_value(self.channels)}; 2 (background, salient) or 1.")
-        require_known(f"{self.name}: measure", [self.measure], SALIENCY_LABELS)
+        require_known(f"{self.name}: measure", [self.measure], SALIENCY_NUMBERS)
 
     @property
-    def label(self) -> str:
-        return SALIENCY_LABELS[self.measure]
+    def numbers(self) -> Mapping[str, Number]:
+        return SALIENCY_NUMBERS[self.measure]
 
     def metric(self) -> Metric:
         from vismt.multitask.metrics import MaxF, MeanIoU
@@ -187,13 +211,13 @@ class Depth(MapTask):
 
     Args:
         max_depth: bound of valid depths in metres, excluded; None for no bound.
-        convention: "pooled" or "libmtl".
-        measure: score of the task; None for the convention's default.
+        convention: "pooled" or "libmtl", of predictions that are not positive.
+        measure: the score of the task, "rmse", "abs_err", "abs_rel" or "log_rmse"; None for the first of them with "pooled", the
+            second with "libmtl". The others stand beside it.
         loss_weight: factor of the loss, > 0.
     """
 
     name, key, channels = "depth", "depth", 1
-    lower_is_better = True
     inverse: ClassVar[bool] = False
     max_depth: float | None = None
     convention: str = "pooled"
@@ -207,15 +231,13 @@ class Depth(MapTask):
         require_known(f"{self.name}: convention", [self.convention], DEPTH_CONVENTIONS)
         if self.measure is None:
             object.__setattr__(self, "measure", DEPTH_CONVENTIONS[self.convention])
-        require_known(f"{self.name}: measure", [str(self.measure)], DEPTH_LABELS)
+        require_known(f"{self.name}: measure", [str(self.measure)], DEPTH_MEASURES)
 
     @property
-    def label(self) -> str:
-        return DEPTH_LABELS[self.measure]
-
-    @property
-    def unit(self) -> str:
-        return "m" if self.measure in LENGTHS and not self.inverse else ""
+    def numbers(self) -> Mapping[str, Number]:
+        if not self.inverse:
+            return DEPTH_NUMBERS
+        return {key: replace(number, unit="") for key, number in DEPTH_NUMBERS.items()}
 
     @property
     def _bound(self) -> float:
@@ -289,8 +311,9 @@ class Normals(MapTask):
     """
 
     name, key, channels = "normals", "normals", 3
-    measure, label, unit = "mean", "mean angle", "degrees"
-    lower_is_better, vector = True, True
+    measure = "mean"
+    numbers = NORMALS_NUMBERS
+    vector = True
     convention: str = "invpt"
     loss_weight: float | None = None  # type: ignore[assignment]  # a number after __post_init__
 
