@@ -23,6 +23,7 @@ from vismt.config.sections import find_config
 from vismt.config.yaml_text import read_yaml
 from vismt.data.cards import load_card
 from vismt.jobs import JOBS, load_config, make_job
+from vismt.multitask.tasks import TASKS
 
 ASSERTED = {
     "README.md",
@@ -73,6 +74,8 @@ def tiny_models(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     yield made
     methods.METHODS._items.pop("orthogonal", None)
+    for name in ("close_depth", "near"):
+        TASKS._items.pop(name, None)
 
 
 def run(page: str, *changes: tuple[str, str], **names: Any) -> dict[str, Any]:

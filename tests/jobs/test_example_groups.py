@@ -121,7 +121,7 @@ def test_a_score_of_maps_is_by_blocks_of_frames() -> None:
     evaluation.data = type("Data", (), {"part": lambda self, split: rows, "size": (8, 8)})()
     evaluation.config, evaluation.tasks = DenseConfig(size=[8, 8]), {"depth": Depth()}
     values = {f"video:{name}": 1.0 + number // 4 + number / 100 for number, name in enumerate(ids)}
-    scored = Scored(math.fsum(values.values()) / 12, {}, values, {})
+    scored = Scored(math.fsum(values.values()) / 12, {}, values, {}, {})
     (score,) = evaluation.as_scores({"depth": scored}, "test")
     assert (score.measure.units, score.measure.grouped_by) == (3, "blocks of frames")
     found = score.measure.estimate()

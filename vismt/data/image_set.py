@@ -185,7 +185,7 @@ class ImageSource(DataSource):
 def readable_names(card: Card, classes: list[str]) -> list[str]:
     """Return the names that the card has for the classes, by default those given."""
     names = card.read_names()
-    if card.names is None:
+    if names is None:
         return classes
     if isinstance(names, dict):
         return [str(names.get(name, name)) for name in classes]

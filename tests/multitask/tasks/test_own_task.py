@@ -10,7 +10,7 @@ import torch
 from helpers.pages import ROOT, blocks
 
 from vismt.base.errors import UserError
-from vismt.multitask.tasks import make_task
+from vismt.multitask.tasks import TASKS, make_task
 
 PAGE = ROOT / "docs" / "extending.md"
 LINES = 40
@@ -23,6 +23,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert all(len(part.strip().splitlines()) < LINES for part in parts)
     (tmp_path / "mine.py").write_text("\n".join(parts))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TASKS, "_items", dict(TASKS._items))  # what is registered here is not known to other tests
     yield "mine"
     sys.modules.pop("mine", None)
 
