@@ -141,7 +141,7 @@ def images(family: str) -> Tensor:
 def case_of(family: str, method: str) -> Case:
     """Return the method with its options on the tiny model of a family."""
     options = dict(OPTIONS.get(method, {}))
-    if method not in UNITS:
+    if method not in UNITS and "targets" not in METHODS[method].unread:
         options |= {"targets": TARGETS, "exclude": FAMILIES[family].exclude}
     if method == "corda":
         options["covariances"] = collect_covariance(

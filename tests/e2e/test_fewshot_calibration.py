@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 def test_every_model_has_a_temperature_and_a_detection(folder: Path) -> None:
     rows = read_results(folder / "results.jsonl")
     by_condition = {(row.arm, row.condition, row.metric): row for row in rows}
-    kinds = [("clean", "accuracy"), (OUTSIDE, "AUROC")]
+    kinds = [("clean", "accuracy"), ("clean", "accuracy (interval over episodes)"), (OUTSIDE, "AUROC")]
     kinds += [(condition, metric) for condition in ("clean", TEMPERED) for metric in QUALITY]
     models = ("frozen+laplace", "frozen+vbll")
     assert set(by_condition) == {(model, *kind) for model in models for kind in kinds}

@@ -29,6 +29,7 @@ ANSWERS = {
     **dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), True),
     **{"device_count": 1, "current_device": 0, "get_device_name": "simulated", "get_device_capability": (9, 0)},
     **dict.fromkeys(("synchronize", "empty_cache", "set_device", "_lazy_init", "manual_seed", "manual_seed_all")),
+    **{"reset_peak_memory_stats": None, "max_memory_allocated": 2**20},
     **{"get_rng_state": torch.empty(0, dtype=torch.uint8), "set_rng_state": None, "get_rng_state_all": []},
 }
 

@@ -207,7 +207,9 @@ class Run:
         from vismt.backbones.pyramid import size_of, takes_size
 
         name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", section.name)
-        options = f"pretrained={section.pretrained is True}, num_classes={model.num_classes}"
+        options = (
+            f"pretrained={getattr(section, 'pretrained', None) is True}, num_classes={getattr(model, 'num_classes', 0)}"
+        )
         options += f", img_size={size_of(model)}" if takes_size(model) else ""
         return f"timm.create_model({json.dumps(name)}, {options})"
 

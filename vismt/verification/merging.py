@@ -147,7 +147,12 @@ def _transformers_model(base: Facts, adapter: Facts) -> Any:
     try:
         with quiet_transformers(transformers):
             model = kind.from_pretrained(
-                base.folder, dtype="auto", local_files_only=True, ignore_mismatched_sizes=bool(rows), **options
+                base.folder,
+                dtype="auto",
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=bool(rows),
+                **options,
             )
     except Exception as error:  # transformers raises whatever a file leads to
         raise UserError(
