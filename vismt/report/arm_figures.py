@@ -129,6 +129,23 @@ def cost_figure(c: Comparison, costs: Mapping[str, float], names: tuple[str, str
     return save(figure, path)
 
 
+def pairs_figure(pairs: Mapping[str, tuple[float, float, float]], scale: str, title: str, path: Path) -> Path:
+    """Draw a dot with its 95 % interval for each difference, and a line at 0. pairs: difference, low and high by name."""
+    factor, left, names = 100 if scale == SHARE else 1, 1.75, list(pairs)
+    figure = new_figure(NARROW, 0.9 + 0.3 * len(names))
+    axes = axes_at(figure, left, 0.45, NARROW - left - 0.2, 0.3 * len(names))
+    for place, (value, low, high) in enumerate(pairs.values()):
+        reach = [[factor * (value - low)], [factor * (high - value)]]
+        color = MUTED if low <= 0 <= high else color_of("", [""])
+        axes.errorbar(factor * value, -place, xerr=reach, color=color, fmt="o", capsize=2.5)
+    axes.axvline(0, color=MUTED, linewidth=0.8)
+    dress(axes, short(title, 44), grid="x")
+    axes.set(ylim=(0.6 - len(names), 0.4))
+    axes.set_yticks([-place for place in range(len(names))], [short(name, 22) for name in names], fontsize=9)
+    axes.locator_params(axis="x", nbins=4)
+    return save(figure, path)
+
+
 def rates_figure(scores: Mapping[str, Mapping[float, float]], path: Path) -> Path:
     """Draw a line for each arm through its validation scores by learning rate. scores: score by arm and rate."""
     arms = list(scores)

@@ -13,6 +13,7 @@ from vismt.base import console
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.sections import RESOLVED, flat
 from vismt.config.yaml_text import read_yaml
+from vismt.report import arm_figures
 from vismt.report.compare.pairs import GivenScores, PairedDifference, match, paired_differences
 from vismt.report.compare.score_tables import (
     NO_COLUMNS,
@@ -28,7 +29,7 @@ from vismt.report.conclusion import conclude
 from vismt.report.plotting import figure_formats
 from vismt.report.results import FACTS, RESULTS, Result, ValuesByExample, read_results
 from vismt.report.score_sections import score_sections
-from vismt.report.tables import Section, Table
+from vismt.report.tables import Picture, Section, Table, scale_text
 from vismt.report.trainings import Cost, cost_section, read_costs
 from vismt.report.writer import DEFAULT_FORMATS, Heading, result_sections, run_heading, write_report
 from vismt.storage.outputs import note
@@ -41,6 +42,8 @@ SETTINGS_NOTE = (
 )
 
 
+MOST_FIGURES, MOST_PAIRS = 6, 15  # of pairs: figures, and pairs in one
+PAIRS_CAPTION = "Paired differences with 95 % intervals. Where an interval contains 0, no difference is shown."
 PAIRS_NOTE = (
     "± is the 95 % interval. A difference that cannot be seen is one that this comparison finds in fewer than 80 % of cases. "
     "p is by sign flips of the examples or groups for one training of each model, and by the interval for several. Holm's method "
@@ -215,7 +218,7 @@ def compare_inputs(
     with figure_formats(formats):
         sections = [
             cost_section(target, comparisons, costs),
-            _pairs_section(pairs),
+            _pairs_section(target, pairs),
             *result_sections(comparisons),
             Section("Settings", _settings({name: path / RESOLVED for name, path in named.items()})),
             *score_sections(target, results, comparisons, values, arms_found),
@@ -224,11 +227,21 @@ def compare_inputs(
     return write_report(target, title, results, comparisons, conclusion, sections, formats), pairs
 
 
-def _pairs_section(pairs: Sequence[PairedDifference]) -> Section:
-    """Return the table of all pairs, a sentence for each."""
+def _pairs_section(folder: Path, pairs: Sequence[PairedDifference]) -> Section:
+    """Return the table of all pairs, a sentence for each, and a figure for each metric and set of up to MOST_FIGURES."""
     rows = [[pair.set, pair.metric, str(pair), f"{pair.p:.2g}", f"{pair.p_holm:.2g}"] for pair in pairs]
     table = Table("Pairs", ["Set", "Metric", "Difference", "p", "p, Holm"], rows, set(), texts=3)
-    return Section("Pairs", [(table, PAIRS_NOTE)] if rows else [])
+    groups: dict[tuple[str, str], dict[str, PairedDifference]] = {}
+    for pair in pairs:
+        groups.setdefault((pair.metric, pair.set), {})[f"{pair.b} − {pair.a}"] = pair
+    pictures = []
+    for number, ((metric, data), group) in enumerate(list(groups.items())[:MOST_FIGURES]):
+        first = next(iter(group.values()))
+        ends = {name: (pair.difference, pair.low, pair.high) for name, pair in list(group.items())[:MOST_PAIRS]}
+        title = f"{scale_text(metric, first.scale, first.better)}, {data}"
+        path = arm_figures.pairs_figure(ends, first.scale, title, folder / "figures" / f"pairs-{number}.svg")
+        pictures.append(Picture(path, f"Differences in {metric}, {data}", PAIRS_CAPTION))
+    return Section("Pairs", [(table, PAIRS_NOTE)] if rows else [], pictures)
 
 
 def _settings(configs: Mapping[str, Path]) -> list[tuple[Table, str]]:
