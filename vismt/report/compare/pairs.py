@@ -11,14 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any, TypeVar
 
 import torch
 
 from vismt.base.errors import UserError
 from vismt.report.compare.score_tables import Say, Training
-from vismt.report.comparison import AVERAGE, Evidence, ExampleValues, Values, block
+from vismt.report.comparison import AVERAGE, CONSTANT, Evidence, ExampleValues, Values, block
 from vismt.report.results import Result, Score, result_of
 from vismt.report.tables import interval_text, number_text
 from vismt.uncertainty.intervals import (
@@ -114,32 +114,40 @@ def paired_differences(
         baseline: The arm that all others are compared with. None for all pairs.
     """
     evidence = Evidence(results, values)
+    several = len({row.protocol for row in results}) > 1
     found = []
-    tables: dict[object, dict[str, dict[str, Result]]] = {}  # by block and condition, then arm, then set
+    tables: dict[tuple[object, str], dict[str, dict[str, Result]]] = {}  # by block and metric, then arm, then set
     for row in results:
-        if row.seed is None:
-            tables.setdefault((block(row), row.condition), {}).setdefault(row.arm, {})[row.data] = row
-    for by_arm in tables.values():
+        if row.seed is None and not row.further and row.arm != CONSTANT:
+            # Runs have rows of several protocols and conditions.
+            words = [row.metric, *[row.protocol] * several, *[row.condition] * (row.condition != CLEAN.label)]
+            tables.setdefault((block(row), ", ".join(words)), {}).setdefault(row.arm, {})[row.data] = row
+    for (_, metric), by_arm in tables.items():
         sets = list(dict.fromkeys(data for of in by_arm.values() for data in of))
         chosen = {data: [data] for data in sets} | ({AVERAGE: sets} if len(sets) > 1 else {})
-        others = [arm for arm in by_arm if arm != baseline]
-        pairs = [(baseline, arm) for arm in others] if baseline else list(combinations(by_arm, 2))
-        for data, parts in chosen.items():
-            named = [(a, b) for a, b in pairs if all(part in by_arm.get(arm, {}) for arm in (a, b) for part in parts)]
-            compared = [
-                _compared(
-                    a, b, data, [by_arm[a][part] for part in parts], [by_arm[b][part] for part in parts], evidence
-                )
-                for a, b in named
-            ]
-            kept = [pair for pair in compared if pair is not None]
-            corrected = holm([pair.p for pair in kept])
-            found += [replace(pair, p_holm=p) for pair, p in zip(kept, corrected, strict=True)]
-    return found
+        pairs = combinations(by_arm, 2) if baseline is None else [(baseline, arm) for arm in by_arm if arm != baseline]
+        for (a, b), (data, parts) in product(list(pairs), chosen.items()):
+            if all(part in by_arm.get(arm, {}) for arm in (a, b) for part in parts):
+                first, second = ([by_arm[arm][part] for part in parts] for arm in (a, b))
+                pair = _compared(a, b, data, metric, first, second, evidence)
+                found += [] if pair is None else [pair]
+    return _with_holm(found)
+
+
+def _with_holm(pairs: Sequence[PairedDifference]) -> list[PairedDifference]:
+    """Return the pairs with p corrected over those of one set and metric."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for place, pair in enumerate(pairs):
+        groups.setdefault((pair.set, pair.metric), []).append(place)
+    found = list(pairs)
+    for places in groups.values():
+        for place, p in zip(places, holm([pairs[place].p for place in places]), strict=True):
+            found[place] = replace(pairs[place], p_holm=p)
+    return sorted(found, key=lambda pair: list(groups).index((pair.set, pair.metric)))
 
 
 def _compared(
-    a: str, b: str, data: str, first: Sequence[Result], second: Sequence[Result], evidence: Evidence
+    a: str, b: str, data: str, metric: str, first: Sequence[Result], second: Sequence[Result], evidence: Evidence
 ) -> PairedDifference | None:
     """Return the difference of two arms over some sets, None if their examples differ."""
     found, row = evidence.difference(second, first), first[0]
@@ -152,7 +160,7 @@ def _compared(
     low, high = found.bounds
     detectable = found.detectable()
     return PairedDifference(
-        a, b, data, row.metric, found.mean, low, high, n, groups, seeds, detectable, p, p, row.better, row.scale
+        a, b, data, metric, found.mean, low, high, n, groups, seeds, detectable, p, p, row.better, row.scale
     )
 
 
