@@ -321,3 +321,18 @@ def test_the_commands_of_the_guide_run(tmp_path, monkeypatch):
     assert len(commands) == 4
     for command in commands:
         assert main(shlex.split(command)[1:]) == 0
+
+
+def test_predictions_of_class_folders_have_their_answer_in_the_column_label(tmp_path):
+    """`true_label` beside `label`, as `vismt predict` writes them, unless the user names `label` as the truth."""
+    truth, a, b = ("".join(letters) for letters in ("xyxy" * 10, "xyyy" * 10, "xyxx" * 9 + "xxxx"))
+    for name, answers in (("a", a), ("b", b)):
+        table = [
+            {"image": i, "label": answer, "true_label": t}
+            for i, (answer, t) in enumerate(zip(answers, truth, strict=True))
+        ]
+        write(tmp_path / f"{name}.csv", table)
+    (pair,) = vismt.compare(tmp_path / "a.csv", tmp_path / "b.csv")
+    assert (pair.metric, pair.n) == ("accuracy", 40) and pair.difference == pytest.approx((29 - 30) / 40)
+    with pytest.raises(UserError, match="name one by --answer"):
+        vismt.compare(tmp_path / "a.csv", tmp_path / "b.csv", label="label")

@@ -195,6 +195,8 @@ def _resolve(columns: Columns, known: Sequence[str], where: str, say: Say) -> di
     named = {item.name: value for item in fields(columns) if (value := getattr(columns, item.name)) is not None}
     require_known(f"compare: '{where}' has no column", (name for name in named.values() if "*" not in name), known)
     fitting = {role: [name for name in known if name.casefold() in usual.split()] for role, usual in USUAL.items()}
+    if fitting["label"] == ["label", "true_label"] and not fitting["answer"] and columns.label != "label":
+        fitting |= {"label": ["true_label"], "answer": ["label"]}  # as `vismt predict` names them
     guessed = {role: names[0] for role, names in fitting.items() if role not in named and len(names) == 1}
     by_answer = bool(named.keys() & {"label", "answer", "probability"}) and "score" not in named
     if not by_answer and "score" not in named and {"score", "answer"} <= guessed.keys():
