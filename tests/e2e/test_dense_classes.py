@@ -349,7 +349,7 @@ def test_depth_of_the_motorcycle_and_digits(tmp_path: Path) -> None:
     folder = run_config(path)
     rows = {(row.task, row.metric): row for row in read_results(folder / "results.jsonl")}
     depth, classify = ("depth", "RMSE in m"), ("classify", "accuracy")
-    assert {key: row.n for key, row in rows.items()} == {depth: 2, classify: 90}
+    assert {key: row.n for key, row in rows.items() if not row.further} == {depth: 2, classify: 90}
     assert 0 <= rows[classify].value <= 1 and rows[depth].better == "lower"
     labels = {
         int(images.labels[i])
