@@ -106,6 +106,7 @@ def compare(
     from vismt.report.compare.pairs import paired_differences
     from vismt.report.compare.report import gather, input_names
     from vismt.report.compare.score_tables import Columns
+    from vismt.report.comparison import compare as compare_rows
 
     named: dict[str, Any] = {}
     for number, given in enumerate(inputs, 1):
@@ -120,7 +121,7 @@ def compare(
         results, values = gather({names.get(name, name): given for name, given in named.items()}, columns, common)
     arms = list(dict.fromkeys(row.arm for row in results))
     require_known("compare: no model", [baseline] if baseline else [], arms)
-    return paired_differences(results, values, baseline)
+    return paired_differences(compare_rows(results, values), baseline)
 
 
 @named_arguments

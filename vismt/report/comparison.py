@@ -145,6 +145,7 @@ class Comparison:
     differences: by arm, arm - base on the same examples; arms without records of them are left out.
     paired: whether all marks come from paired differences.
     pair: returns the difference of two arms, first - second on the same examples; None without records of them.
+    shares: returns the share of each independent unit in this difference (`Evidence.unit_differences`).
     """
 
     row: Result
@@ -154,6 +155,7 @@ class Comparison:
     differences: dict[str, Estimate]
     paired: bool
     pair: Callable[[str, str], Estimate | None] = field(default=lambda *_: None, repr=False, compare=False)
+    shares: Callable[[str, str], Tensor] = field(default=lambda *_: torch.empty(0), repr=False, compare=False)
 
     @property
     def condition(self) -> str:
@@ -227,6 +229,7 @@ def _with_shown_names(c: Comparison, conditions: Sequence[str]) -> Comparison:
         base=shown_name(c.base, conditions),
         differences={shown_name(arm, conditions): value for arm, value in c.differences.items()},
         pair=lambda first, second: c.pair(arms[first], arms[second]),
+        shares=lambda first, second: c.shares(arms[first], arms[second]),
     )
 
 
@@ -299,12 +302,18 @@ def _compare(
     # Of a value outside its own interval, which is corrected for a bias, nobody can say that it is the best.
     several = len(columns) > 1 and intervals[best][0] <= values[best] <= intervals[best][1]
     paired = len(columns) > 1
+    by_arm = {rows[0].arm: rows for rows in columns}
+
+    @cache
+    def pair(first: str, second: str) -> Estimate | None:
+        return evidence.difference(by_arm[first], by_arm[second])
+
     cells = {}
     for number, rows in enumerate(columns):
         low, high, covers = intervals[number]
         mark = "best" if several else ""
         if number != best:
-            lead = evidence.difference(columns[best], rows)
+            lead = pair(columns[best][0].arm, rows[0].arm)
             paired = paired and lead is not None
             overlap = low <= intervals[best][1] and intervals[best][0] <= high
             tied = overlap if lead is None else lead.bounds[0] <= 0 <= lead.bounds[1]
@@ -312,11 +321,9 @@ def _compare(
         n, seeds = sum(row.n for row in rows), len(evidence.seeds(rows))
         units = rows[0].units if len(rows) == 1 else ""
         cells[rows[0].arm] = Cell(values[number], low, high, n, mark, seeds, covers, units)
-    by_arm = {rows[0].arm: rows for rows in columns}
-    found = {arm: evidence.difference(by_arm[arm], by_arm[base]) for arm in compared}
-    differences = {arm: difference for arm, difference in found.items() if difference is not None}
+    differences = {arm: found for arm in compared if (found := pair(arm, base)) is not None}
 
-    def pair(first: str, second: str) -> Estimate | None:
-        return evidence.difference(by_arm[first], by_arm[second])
+    def shares(first: str, second: str) -> Tensor:
+        return evidence.unit_differences(by_arm[first], by_arm[second])
 
-    return Comparison(columns[0][0], data, cells, base, differences, paired, pair)
+    return Comparison(columns[0][0], data, cells, base, differences, paired, pair, shares)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import NormalDist, variance
 from typing import Literal, cast
 
@@ -332,7 +333,7 @@ class Measure:
         """The mean of the values."""
         return math.fsum(self.values.values()) / len(self.values)
 
-    @property
+    @cached_property
     def units(self) -> int:
         """Number of independent units: of the groups of the values, or of the values."""
         return len({self.groups[name] for name in self.values}) if self.groups else len(self.values)

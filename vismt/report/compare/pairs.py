@@ -11,16 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations, product
+from itertools import combinations
 from typing import Any, TypeVar
 
 import torch
 
 from vismt.base.errors import UserError
 from vismt.report.compare.score_tables import Say, Training
-from vismt.report.comparison import AVERAGE, CONSTANT, Evidence, ExampleValues, Values, block
+from vismt.report.comparison import CONSTANT, Comparison, Values
 from vismt.report.results import Result, Score, result_of
-from vismt.report.tables import interval_text, number_text
+from vismt.report.tables import interval_text, number_text, without_further
 from vismt.uncertainty.intervals import (
     CLEAN,
     HIGHER,
@@ -103,65 +103,39 @@ class PairedDifference:
         return f"{verdict} (n = {self.n:,}{units}{seeds}); a difference under {least}{points} cannot be seen here"
 
 
-def paired_differences(
-    results: Sequence[Result], values: ExampleValues, baseline: str | None = None
-) -> list[PairedDifference]:
-    """Return the difference of each pair of arms that have the same examples, by metric, condition and set.
+def paired_differences(comparisons: Sequence[Comparison], baseline: str | None = None) -> list[PairedDifference]:
+    """Return the difference of each pair of models that have the same examples.
 
     Args:
-        results: Rows of the arms.
-        values: Values by example of the rows.
-        baseline: The arm that all others are compared with. None for all pairs.
+        comparisons: Of the models, by metric, condition and set.
+        baseline: The model that all others are compared with. None for all pairs.
     """
-    evidence = Evidence(results, values)
-    several = len({row.protocol for row in results}) > 1
+    several = len({c.row.protocol for c in comparisons}) > 1
     found = []
-    tables: dict[tuple[object, str], dict[str, dict[str, Result]]] = {}  # by block and metric, then arm, then set
-    for row in results:
-        if row.seed is None and not row.further and row.arm != CONSTANT:
-            # Runs have rows of several protocols and conditions.
-            words = [row.metric, *[row.protocol] * several, *[row.condition] * (row.condition != CLEAN.label)]
-            tables.setdefault((block(row), ", ".join(words)), {}).setdefault(row.arm, {})[row.data] = row
-    for (_, metric), by_arm in tables.items():
-        sets = list(dict.fromkeys(data for of in by_arm.values() for data in of))
-        chosen = {data: [data] for data in sets} | ({AVERAGE: sets} if len(sets) > 1 else {})
-        pairs = combinations(by_arm, 2) if baseline is None else [(baseline, arm) for arm in by_arm if arm != baseline]
-        for (a, b), (data, parts) in product(list(pairs), chosen.items()):
-            if all(part in by_arm.get(arm, {}) for arm in (a, b) for part in parts):
-                first, second = ([by_arm[arm][part] for part in parts] for arm in (a, b))
-                pair = _compared(a, b, data, metric, first, second, evidence)
-                found += [] if pair is None else [pair]
-    return _with_holm(found)
+    for c in without_further(comparisons):
+        # Runs have rows of several protocols and conditions.
+        words = [c.row.metric, *[c.row.protocol] * several, *[c.condition] * (c.condition != CLEAN.label)]
+        names = [name for name in c.cells if name != CONSTANT]
+        named = [(baseline, name) for name in names if name != baseline] if baseline in names else []
+        pairs = [
+            _compared(c, ", ".join(words), a, b) for a, b in (combinations(names, 2) if baseline is None else named)
+        ]
+        kept = [pair for pair in pairs if pair is not None]
+        found += [replace(pair, p_holm=p) for pair, p in zip(kept, holm([pair.p for pair in kept]), strict=True)]
+    return found
 
 
-def _with_holm(pairs: Sequence[PairedDifference]) -> list[PairedDifference]:
-    """Return the pairs with p corrected over those of one set and metric."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for place, pair in enumerate(pairs):
-        groups.setdefault((pair.set, pair.metric), []).append(place)
-    found = list(pairs)
-    for places in groups.values():
-        for place, p in zip(places, holm([pairs[place].p for place in places]), strict=True):
-            found[place] = replace(pairs[place], p_holm=p)
-    return sorted(found, key=lambda pair: list(groups).index((pair.set, pair.metric)))
-
-
-def _compared(
-    a: str, b: str, data: str, metric: str, first: Sequence[Result], second: Sequence[Result], evidence: Evidence
-) -> PairedDifference | None:
-    """Return the difference of two arms over some sets, None if their examples differ."""
-    found, row = evidence.difference(second, first), first[0]
-    if found is None:
+def _compared(c: Comparison, metric: str, a: str, b: str) -> PairedDifference | None:
+    """Return the difference of two models, None if their examples differ."""
+    difference = c.pair(b, a)
+    if difference is None:
         return None
-    seeds = max(1, min(len(evidence.seeds(rows)) for rows in (first, second)))
-    p = found.p_value if "seeds" in found.covers else sign_flip_p(evidence.unit_differences(second, first))
-    groups = sum(one.parts for one in first) or None
-    n = sum(one.n for one in first)
-    low, high = found.bounds
-    detectable = found.detectable()
-    return PairedDifference(
-        a, b, data, metric, found.mean, low, high, n, groups, seeds, detectable, p, p, row.better, row.scale
-    )
+    shares = c.shares(b, a)
+    p = difference.p_value if "seeds" in difference.covers else sign_flip_p(shares)
+    n, seeds = c.cells[a].n, max(1, min(c.cells[name].seeds for name in (a, b)))
+    groups = len(shares) if len(shares) < n else None
+    found = (difference.mean, *difference.bounds, n, groups, seeds, difference.detectable(), p, p)
+    return PairedDifference(a, b, c.data, metric, *found, c.row.better, c.row.scale)
 
 
 class GivenScores:

@@ -90,7 +90,7 @@ def join(folders: Sequence[Path], arms: Sequence[str] = ()) -> Joined:
             raise UserError(f"compare: no results in '{folder}'; make them with `vismt evaluate {folder}`.")
     names = [arm for rows in by_run.values() for arm in dict.fromkeys(row.arm for row in rows)]
     require_known("compare: no run has an arm", arms, dict.fromkeys(names))
-    runs = _run_names(folders)
+    runs = dict(zip(folders, input_names(folders), strict=True))
     repeated = {arm for arm, count in Counter(names).items() if count > 1}
     results: list[Result] = []
     sources: dict[str, tuple[ValuesByExample, str]] = {}
@@ -155,18 +155,10 @@ def _trainings_of_run(folder: Path, arms: Sequence[str]) -> list[Training]:
     return found
 
 
-def _run_names(folders: Sequence[Path]) -> dict[Path, str]:
-    """Return the folders' names, with those above where two have one name."""
-    names = [folder.resolve().name for folder in folders]
-    return {folder: str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names, strict=True)}
-
-
 def input_names(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each input: its folder's or file's, with the folder above where two have one name."""
+    """Return a name for each input: its folder's or file's, with the folder above if two have one name."""
     names = [path.resolve().name if path.is_dir() else path.stem for path in paths]
-    return [
-        str(path.with_suffix("")) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)
-    ]
+    return [str(path.parent / name) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
 
 
 def compare_inputs(
@@ -196,9 +188,8 @@ def compare_inputs(
     results, values = gather(named, columns, common, arms)
     arms_found = list(dict.fromkeys(row.arm for row in results))
     require_known("compare: no model", [baseline] if baseline else [], arms_found)
-    pairs = paired_differences(results, values, baseline)
-    baselines = {row.task: baseline for row in results} if baseline else None
-    comparisons = compare(results, values, baselines)
+    comparisons = compare(results, values, {row.task: baseline for row in results} if baseline else None)
+    pairs = paired_differences(comparisons, baseline)
     headings = {name: run_heading(path) for name, path in named.items() if (path / FACTS).exists()}
     facts = []
     for name, path in named.items():
