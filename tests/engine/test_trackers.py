@@ -129,7 +129,9 @@ def test_an_absent_package_and_a_wrong_object_are_named_before_data(
     error = refused(capsys, *command, "train.trackers=[wandbb]")
     assert "'wandbb' is not known. Near: 'wandb'" in error
     config = {**CONFIGS["multitask"], "train": {"trackers": [SimpleNamespace(log=print)]}}
-    with pytest.raises(UserError, match=r"'SimpleNamespace' is no vismt\.engine\.trackers\.Tracker; derive its class"):
+    with pytest.raises(
+        UserError, match=r"'SimpleNamespace' does not derive from vismt\.engine\.trackers\.Tracker; derive its class"
+    ):
         vismt.train(config, tmp_path / "run")
 
 

@@ -148,7 +148,7 @@ class Bar:
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as "1 h 05 min", "1 min 05 s" or "5 s"; "" for None and for what is no duration."""
+    """Return seconds as "1 h 05 min", "1 min 05 s" or "5 s"; "" for None, a negative number and one that is not finite."""
     if seconds is None or not 0 <= seconds < math.inf:
         return ""
     minutes, rest = divmod(round(seconds), 60)

@@ -10,6 +10,7 @@ an object of it. An installed package registers it in a module, and names the mo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ from vismt.config.sections import flat
 PROJECT = "vismt"
 
 
-class Tracker:
+class Tracker(ABC):
     """Receives the metrics of one training after the other, in the first process of a launch.
 
     package: Name of the package that has to be installed, "" for none.
@@ -35,13 +36,15 @@ class Tracker:
 
     def start(self, training: str, folder: Path, settings: Mapping[str, Any]) -> None:
         """Begin a training, or continue one. training: Name of run, arm, rate and seed. settings: Its configuration."""
+        return
 
+    @abstractmethod
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Take the values of a step: loss, other outputs of the objective, lr, grad_norm and elapsed_s."""
-        raise NotImplementedError
 
     def finish(self) -> None:
         """End the training, whether it is finished or was interrupted."""
+        return
 
 
 class _Known(Registry[Callable[[], Tracker]]):
@@ -122,7 +125,7 @@ class Mlflow(Tracker):
 
 
 def check_trackers(names: Collection[str]) -> None:
-    """Raise UserError for a tracker whose package is absent, and for an object that is no Tracker."""
+    """Raise UserError for a tracker whose package is absent, and for an object of another class than Tracker."""
     packages = [getattr(TRACKERS[name], "package", "") for name in names]
     absent = ", ".join(package for package in packages if package and find_spec(package) is None)
     if absent:
@@ -130,7 +133,7 @@ def check_trackers(names: Collection[str]) -> None:
     for name in filter(is_object, names):
         if not isinstance(object_named(name), Tracker):
             raise UserError(
-                f"train.trackers: '{title_of(name)}' is no vismt.engine.trackers.Tracker; derive its class."
+                f"train.trackers: '{title_of(name)}' does not derive from vismt.engine.trackers.Tracker; derive its class."
             )
 
 

@@ -250,7 +250,7 @@ def predict_classes(
 
 
 def _accuracy(right: Mapping[str, float], images: Mapping[Path, str], labels: Sequence[str]) -> dict[str, float] | None:
-    """Print and return the accuracy of images in class folders, and print which folders are no class. right: 1 or 0 by answer."""
+    """Print and return the accuracy of images in class folders. Print the folders whose name is not a class as well."""
     classes = {name for label in labels for name in (label, label.partition("/")[2])}
     others = [folder for folder in images.values() if folder and folder not in classes]
     found = None

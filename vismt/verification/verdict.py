@@ -112,7 +112,8 @@ class Verdict:
         lines = [f"{name:<{width}}{text}" for name, text in rows if text]
         if self.probe:
             heads = ("model", "measure", "value", "low", "high", "n")
-            lines.append(console.aligned(heads, [[_shown(row[head]) for head in heads] for row in self.probe]))
+            cells = [[f"{row[h]:.4g}" if isinstance(row[h], float) else row[h] for h in heads] for row in self.probe]
+            lines.append(console.aligned(heads, cells))
         return "\n".join(lines)
 
     @property
@@ -140,10 +141,6 @@ class Verdict:
 def ranked(findings: Sequence[Finding]) -> list[Finding]:
     """Return the findings, the most serious first, each once."""
     return sorted(dict.fromkeys(findings), key=lambda finding: LEVELS.index(finding.level))
-
-
-def _shown(value: object) -> object:
-    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def names_of(modules: Sequence[str]) -> str:

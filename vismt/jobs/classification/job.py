@@ -279,14 +279,11 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         net, size, batch = self.final(training), self.data.size, self.config.evaluate.batch
         groups = self.evaluation.softmaxes(net, training)
         found = predict_classes(net, size, groups, images, target, options, label=str(training), batch=batch)
-        own = next(
-            (folder for folder in self._training_folders() if any(_below(path, folder) for path in images)), None
-        )
-        if found.accuracy is not None and own is not None:
-            text = (
-                f"'{own}' has images that the run was trained on, and they count; the report has the test images alone"
-            )
-            console.stage("", text)
+        trained_on = self._training_folders() if found.accuracy is not None else ()
+        for folder in trained_on:
+            if any(path.resolve().is_relative_to(folder.resolve()) for path in images):
+                text = f"'{folder}' has images that the run was trained on, and they count"
+                console.stage("", f"{text}; the report has the test images alone")
         return found
 
     def _training_folders(self) -> Iterator[Path]:
@@ -312,10 +309,6 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         several = len(self.config.tasks) > 1
         space = {"label_space": "separate"} if several and self.evaluation.separate(self.study.find(arm)) else {}
         return {"num_classes": self.data.union.num_classes, "label_names": self.data.label_names, **space}
-
-
-def _below(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
 
 
 JOB = ClassificationJob

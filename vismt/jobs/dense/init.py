@@ -13,7 +13,10 @@ from vismt.jobs.init_files import CARD, OWN_CARD, Files, Init, config, place, qu
 VOID = 255  # the usual label of pixels without a class
 PATCH = 14  # of the model in the configuration
 LONGEST = 448  # pixels of a side: a step on larger images takes minutes on a CPU
-RARE, SHOWN = 1e-4, 5  # share of the pixels below which a label is told, and how many of them
+RARE, SHOWN = (
+    1e-4,
+    5,
+)  # share of the pixels below which a label counts as rare, and how many rare labels a message names
 NAMES = "# names: [background, door, ...]   # what reports and legends call the classes, in the order of their labels\n"
 SIZES = (
     "# Height and width of training and evaluation, multiples of the patch of {1}. Your images are {0}.\n"

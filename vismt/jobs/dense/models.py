@@ -7,10 +7,12 @@ written last, which marks the training as finished.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from vismt.backbones import timm_models
 from vismt.backbones.pyramid import Pyramid
@@ -20,6 +22,7 @@ from vismt.base.seeds import digest, mix_seed
 from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.jobs.dense.config import DenseConfig, trained_tasks
+from vismt.lowrank.model.record import record_of
 from vismt.multitask.heads import Head, make_head, make_pooled_head
 from vismt.multitask.nets import DenseNet, check_blocks, default_blocks
 from vismt.multitask.tasks import MapTask, Task
@@ -92,8 +95,19 @@ def loaded(config: DenseConfig, training: Training, size: tuple[int, int]) -> De
     if size != net.backbone.img_size:
         kept = before is not None and torch.equal(stock.pos_embed, before)
         pretrained: Any = make_backbone(config, size).vit if kept else None
+        grid = net.backbone.grid if isinstance(net.backbone, Backbone) else ()
         net.backbone.set_input_size(size, pretrained.pos_embed if kept else None)
+        record = record_of(stock)
+        if record is not None and "pos_embed" in record.also_train:
+            record.also_train["pos_embed"] = _resampled(record.also_train["pos_embed"], grid, net.backbone.grid)
     return net.requires_grad_(False).eval()
+
+
+def _resampled(table: Tensor, grid: Sequence[int], new: Sequence[int]) -> Tensor:
+    """Return a position table (1, prefix + rows * columns, d) of a grid (rows, columns) for a new grid."""
+    from timm.layers import resample_abs_pos_embed
+
+    return resample_abs_pos_embed(table, list(new), list(grid), num_prefix_tokens=table.shape[1] - grid[0] * grid[1])
 
 
 def fingerprint(training: Training) -> str:

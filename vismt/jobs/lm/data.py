@@ -221,8 +221,8 @@ class LmData:
 
     def _open_task(self, task: LmTaskConfig) -> dict[str, dict[str, list[TextSet]]]:
         """Open the sets of a task and return {part: {reported name: sets}}."""
-        if self.tasks[task.name].own:
-            own = self.tasks[task.name].own_rows()
+        own = self.tasks[task.name].own_rows()
+        if own is not None:
             return {"train": {}, "validation": {}, "test": {own.name: [own]}}
         return self._open_sets(task)
 

@@ -112,7 +112,7 @@ class LmTask(ABC):
     labelled = True  # whether a limit on the rows is spread over the labels
     chat = False  # whether the prompt is the user's turn in the tokenizer's chat template
     documents = False  # whether rows hold several documents, trees or packs (documents.py)
-    own = False  # whether the task has rows of its own, and takes no sets
+    own = False  # whether the task has rows of its own, and takes no sets (`own_rows`)
     by_user = False  # whether a limit on the rows is spread over users, and batches draw users
 
     def __init__(self, prompt: str, length: int = 512) -> None:
@@ -134,9 +134,9 @@ class LmTask(ABC):
         """Return the class of a row, of which every part of a divided set needs examples; "" where rows have no classes."""
         return ""
 
-    def own_rows(self) -> TextSet:
-        """Return the rows of a task that has rows of its own."""
-        raise NotImplementedError
+    def own_rows(self) -> TextSet | None:
+        """Return the rows of a task that has rows of its own, None for a task that takes sets."""
+        return None
 
     def context(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], str, str]:
         """Return the tokens of the prompt of a row, the text that an answer follows, and the spaces that begin the answer.

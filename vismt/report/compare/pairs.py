@@ -2,7 +2,7 @@
 
 The mean difference has the interval of `vismt.report.comparison.Evidence.difference`, over the examples or their groups, and
 over the training seeds if there are several. p is by sign flips of the units for one training of each model, and that of the
-interval for several, as sign flips of examples know nothing of the seeds. Holm's method corrects p over the pairs of one set
+interval for several, because sign flips of examples leave the seeds out. Holm's method corrects p over the pairs of one set
 and metric.
 """
 
@@ -170,7 +170,7 @@ class GivenScores:
         self.results.append(row)
 
     def of(self, result: Result) -> Values | None:
-        """Return a row's values by example, None for a metric whose difference is no mean of differences."""
+        """Return a row's values by example, None for a metric that is not a mean over the examples."""
         measure = self._measures[result.key]
         return dict(measure.values) if measure.paired else None
 
