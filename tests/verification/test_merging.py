@@ -110,3 +110,17 @@ def test_the_advice_of_verify_is_the_command(llama: Folders, tmp_path: Path, cap
     assert main(arguments.replace("OUT", str(tmp_path / "out")).split()[1:]) == 0
     shutil.rmtree(folders.merged)
     assert vismt.verify(folders.adapter, base=folders.base, merged=tmp_path / "out").status == "ok"
+
+
+def test_a_suspicious_merge_says_why(tmp_path: Path, llama: Folders, capsys) -> None:
+    """An adapter whose B is zero everywhere is merged, and the console names the reason of the verdict."""
+    adapter = Path(shutil.copytree(llama.adapter, tmp_path / "adapter"))
+    tensors = safetensors.torch.load_file(adapter / "adapter_model.safetensors")
+    zeros = {name: value * ("lora_B" not in name) for name, value in tensors.items()}
+    safetensors.torch.save_file(zeros, adapter / "adapter_model.safetensors", {"format": "pt"})
+    assert merged(adapter, llama.base, tmp_path / "out") == 0
+    verdict = vismt.verify(adapter, base=llama.base, merged=tmp_path / "out")
+    assert verdict.status == "suspicious"
+    lines = capsys.readouterr().out.splitlines()
+    assert "verify  suspicious" in lines
+    assert all(f"verify  {finding.level}: {finding.text}" in lines for finding in verdict.findings)

@@ -118,6 +118,8 @@ def _merge(options: argparse.Namespace) -> None:
         for check in verdict.checks:
             if check.done:
                 console.stage("verify", f"{check.name}: {check.text}")
+        for finding in verdict.findings:
+            console.stage("verify", f"{finding.level}: {finding.text}")
         console.stage("verify", verdict.status)
         console.stage("merged", str(options.to))
         return
