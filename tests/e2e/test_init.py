@@ -100,7 +100,7 @@ def test_what_stands_in_comments_can_be_used(job: str, tmp_path: Path) -> None:
     assert main(["init", job, "--to", str(tmp_path), "--quiet"]) == 0
     path = tmp_path / f"{job}.yaml"
     text = COMMENTED.sub("", path.read_text()).replace("OTHER_IMAGES", "cifar10:test")
-    path.write_text(text.replace("train: [motorcycle:train],", "train: [motorcycle:train], validation_share: 0.1,"))
+    path.write_text(text)
     config = load_config(path)
     assert {*config.arms} >= {"lora", "full"} and len(config.tune.rates) == 3
     make_job(config, tmp_path / "run")
@@ -214,9 +214,11 @@ def test_own_maps(tmp_path: Path, capsys) -> None:
         Image.fromarray(labels).save(tmp_path / "maps" / "label" / f"{number}.png")
         np.save(tmp_path / "maps" / "depth_m" / f"{number}.npy", random.uniform(1, 2, (32, 48)).astype(np.float32))
     (tmp_path / "maps" / "depth_m" / "0.npy").unlink()
+    (tmp_path / "maps" / "masks").mkdir()
     where = tmp_path / "study"
     assert main(["init", "dense", "--images", str(tmp_path / "maps"), "--to", str(where)]) == 0
     told = capsys.readouterr().out
+    assert "not used: 'masks'; a folder of maps is called by its form: label, depth_mm," in told
     assert "1 without depth_m of 10 images" in told and "few have label 3 (0), 4 (1)." in told
     assert load_config(where / "dense.yaml").size == [28, 42]  # of 32 x 48, in patches of 14
     assert "Scores are of maps in this size." in (where / "dense.yaml").read_text()

@@ -13,10 +13,8 @@ from vismt.jobs.init_files import CARD, OWN_CARD, Files, Init, config, place, qu
 VOID = 255  # the usual label of pixels without a class
 PATCH = 14  # of the model in the configuration
 LONGEST = 448  # pixels of a side: a step on larger images takes minutes on a CPU
-RARE, SHOWN = (
-    1e-4,
-    5,
-)  # share of the pixels below which a label counts as rare, and how many rare labels a message names
+RARE = 1e-4  # share of the pixels below which a label counts as rare
+SHOWN = 5  # rare labels, or folders, that a message names
 NAMES = "# names: [background, door, ...]   # what reports and legends call the classes, in the order of their labels\n"
 SIZES = (
     "# Height and width of training and evaluation, multiples of the patch of {1}. Your images are {0}.\n"
@@ -45,7 +43,7 @@ adapt: {method: lora, rank: 4}                    # `vismt list methods` has the
 #   lora: {adapt.method: lora}
 #   head: {adapt.method: head}                    # the heads alone
 #   full: {adapt.method: full, train.rates: {heads: 1, ".": 0.03}}   # all weights, at 0.03 of each rate
-# tune: {rates: [3.0e-4, 1.0e-3, 3.0e-3]}         # every arm keeps its best rate; needs data.validation_share: 0.1
+# tune: {rates: [3.0e-4, 1.0e-3, 3.0e-3]}         # every arm keeps its best rate
 data: $data
 $sizes
 size: $size
@@ -59,7 +57,7 @@ evaluate: {split: test, batch: 2}
 
 def _files(job: str, folder: Path, images: Path | None) -> Files:
     if images is None:
-        data = "{train: [motorcycle:train], test: [motorcycle:test]}"
+        data = "{train: [motorcycle:train], validation_share: 0.1, test: [motorcycle:test]}"
         sizes = "# Height and width of the tiles."
         return _config(job, "tiles of one photograph", data, "[depth, normals]", sizes, [140, 112])
     maps, tasks, more = _maps(images)
@@ -67,7 +65,7 @@ def _files(job: str, folder: Path, images: Path | None) -> Files:
     sizes = SIZES.format(found, PATCH)
     name = set_name(images)
     card = MAPS_CARD.substitute(name=quoted(name), root=place(images, folder), image="images", maps=maps, **more)
-    return {CARD: card} | _config(job, name, f"{{train: [{OWN_CARD}], test_share: 0.2}}", tasks, sizes, size)
+    return {CARD: card} | _config(job, name, f"{{train: [{OWN_CARD}], validation_share: 0.1, test_share: 0.2}}", tasks, sizes, size)
 
 
 def _config(job: str, about: str, data: str, tasks: str, sizes: str, size: list[int]) -> Files:
@@ -109,6 +107,10 @@ def _maps(images: Path) -> tuple[str, str, dict[str, str]]:
             f"init: --images {images}: for dense it needs a folder 'images' and folders of maps beside it, called by their form: "
             f"{', '.join(MAP_FORMS)}."
         )
+    unused = sorted(path.name for path in images.iterdir() if path.is_dir() and path.name not in {"images", *found})
+    if unused:
+        names = ", ".join(map(repr, unused[:SHOWN])) + (", ..." if len(unused) > SHOWN else "")
+        console.stage("init", f"not used: {names}; a folder of maps is called by its form: {', '.join(MAP_FORMS)}")
     more, tasks = {"classes": "", "more": ""}, []
     for name, target in found.items():
         if target != "semseg":

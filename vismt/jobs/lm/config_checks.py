@@ -104,7 +104,9 @@ def _check_trained_task(config: LmConfig) -> None:
             f"tasks: {trained.name}: nothing to validate on; name a set in validation, or give validation_share."
         )
     if config.adapt is None and not task_of(trained).head:
-        raise UserError(f"adapt: is null, and '{trained.kind}' has no head: nothing would be trained; name a method.")
+        raise UserError(
+            f"adapt: null, as the method 'head', trains a new head alone, and '{trained.kind}' has no head: name a method."
+        )
 
 
 def _check_probabilities(config: LmConfig) -> None:
