@@ -40,6 +40,51 @@ def test_import_and_help_load_no_library(code: str) -> None:
     assert printed.splitlines()[-1].split() == ["loaded"]
 
 
+# A process in which no package of an extra can be imported, as after an install without extras.
+WITHOUT_EXTRAS = """
+import contextlib, re, sys
+from importlib import metadata
+extras = {re.match(r"[\\w-]+", line)[0] for line in metadata.requires("vismt") if "extra ==" in line}
+absent = {name for name, packages in metadata.packages_distributions().items() if {*packages} & extras} - {"vismt"}
+class Absent:
+    @staticmethod
+    def find_spec(name, *_):
+        if name.partition(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+sys.meta_path.insert(0, Absent)
+sys.path.insert(0, "")
+"""
+CORE = """
+import torch, vismt
+made = lambda: (torch.manual_seed(0), torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)))[1]
+net = made()
+report = vismt.adapt(net, "lora", ["0", "1"], rank=2)
+loaded = {"einops", "numpy", "yaml", "rich", "filelock"} & ({*sys.modules} - before)
+[torch.nn.init.ones_(weight) for weight in net.parameters() if weight.requires_grad]
+vismt.save_adapter(net, "adapter")
+vismt.export_peft(net, "peft")
+vismt.merge(net)
+other = made()
+vismt.load_adapter(other, "adapter")
+vismt.merge(other)
+assert torch.equal(net[0].weight, other[0].weight) and not torch.equal(net[0].weight, made()[0].weight)
+assert str(report) and "applied, 2 of 2" in str(vismt.verify("peft"))
+from vismt.cli import main
+assert main(["list", "methods"]) == 0 and main(["verify", "peft"]) in (0, 3)
+print("loaded", *loaded)
+assert main(["run", "quickstart"]) == 2
+"""
+
+
+def test_the_core_works_without_extras(tmp_path: Path) -> None:
+    code = WITHOUT_EXTRAS + "import torch\nbefore = {*sys.modules}" + CORE
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split() in (["loaded"], ["loaded", "einops"])
+    fix = r'error: vismt run needs (\w+), which is not installed: pip install "vismt\[jobs\]"\.'
+    assert re.fullmatch(fix, done.stderr.strip().splitlines()[-1])
+
+
 def test_public_names_are_there_when_used() -> None:
     assert {type(getattr(vismt, name)).__name__ for name in vismt.__all__} == {"function", "module"}
     assert {*dir(vismt)} - {*vismt.__all__} == {"StudyResults", "UserError", "Verdict"}

@@ -197,13 +197,15 @@ def adapt(
 
 def known_method(name: Any, options: Collection[str]) -> Method:
     """Return a method by name. Raises UserError for an unknown one, and for options that it does not have."""
-    from vismt.config.sections import AdaptConfig
-
     method = METHODS[name]
-    for option in options:
-        if option in AdaptConfig.ELSEWHERE and option not in method.options:
-            raise UserError(f"adapt: '{name}' has no option '{option}'. {AdaptConfig.ELSEWHERE[option]}")
-    require_known(f"adapt: '{name}' has no option", [method.renamed.get(o, o) for o in options], method.options)
+    unknown = [option for option in options if method.renamed.get(option, option) not in method.options]
+    if unknown:
+        from vismt.config.sections import AdaptConfig
+
+        for option in unknown:
+            if option in AdaptConfig.ELSEWHERE:
+                raise UserError(f"adapt: '{name}' has no option '{option}'. {AdaptConfig.ELSEWHERE[option]}")
+        require_known(f"adapt: '{name}' has no option", unknown, method.options)
     return method
 
 

@@ -149,7 +149,7 @@ def test_same_input_same_file(tmp_path):
 
 def test_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r'pip install "vismt\[report\]"'):
+    with pytest.raises(UserError, match=r'pip install "vismt\[jobs\]"'):
         figures.domain_bars(comparisons(["digits"]), tmp_path / "a.svg")
 
 

@@ -15,7 +15,7 @@ import vismt
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.cli import attack, check, data, folders, init, models, runs, verify
-from vismt.cli.commands import Commands
+from vismt.cli.commands import Commands, installation
 
 GROUPS = (runs, folders, check, verify, init, attack, models, data)
 SHOWN = 100  # characters of a path that is too long
@@ -48,6 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if not error.elsewhere:
             console.error(str(error))
+        return 2
+    except ModuleNotFoundError as error:
+        install = None if options.debug else installation(error)
+        if install is None:
+            raise
+        console.error(f"vismt {options.command} needs {error.name}, which is not installed: {install}.")
         return 2
     except OSError as error:
         if options.debug or error.errno != errno.ENAMETOOLONG:

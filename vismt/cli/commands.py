@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 EXAMPLES = {
@@ -40,6 +42,7 @@ EPILOG = """\
 Begin with `vismt init fewshot --images my_images`, or with `vismt run quickstart`. `vismt COMMAND --help` has the options
 and an example. Completion in the shell: pip install "vismt[complete]", then eval "$(register-python-argcomplete vismt)".
 """
+PACKAGES = {"PIL": "pillow", "skimage": "scikit_image", "sklearn": "scikit_learn"}  # of modules of another name
 Runner = Callable[[argparse.Namespace], int | None]
 
 
@@ -89,3 +92,13 @@ def _plain(value: object) -> object:
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, (tuple, set, frozenset)) else str(value)
+
+
+def installation(error: ModuleNotFoundError) -> str | None:
+    """Return the command that installs the extra of vismt with a missing module, None if no extra has it."""
+    module = (error.name or "").partition(".")[0]
+    for line in metadata.requires("vismt") or ():
+        extra = re.search(r"extra == .([\w-]+)", line)
+        if extra and re.match(r"[\w-]+", line)[0].replace("-", "_") == PACKAGES.get(module, module):
+            return f'pip install "vismt[{extra[1]}]"'
+    return None

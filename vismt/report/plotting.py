@@ -137,7 +137,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 def need_matplotlib() -> None:
     """Raise UserError where matplotlib is missing."""
     if find_spec("matplotlib") is None:
-        raise UserError('report: figures need matplotlib; `pip install "vismt[report]"`.')
+        raise UserError('report: figures need matplotlib; `pip install "vismt[jobs]"`.')
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -152,21 +152,19 @@ class AdaptReport:
         return self.specs
 
     def __str__(self) -> str:
+        from vismt.base.console import aligned  # rich
+
         groups: dict[tuple, list[LayerSpec]] = {}
         for spec in self.specs:
             path = re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", spec.path)
             groups.setdefault((path, spec.kind, spec.shape, *spec.layer.describe(spec)), []).append(spec)
-        rows = [("module", "count", "kind", "out x in", "rank", "scale", "parameters")]
+        rows = []
         for (path, kind, shape, rank, scale), specs in groups.items():
             count = sum(spec.parameters for spec in specs)
-            rows.append((path, str(len(specs)), kind, f"{shape[0]} x {shape[1]}", rank, scale, f"{count:,}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        if not self.specs:
-            lines.clear()
-        lines.extend([*self.extras, self.summary()])
-        lines.extend(f"left out: {text}" for text in self.skipped)
+            rows.append((path, len(specs), kind, f"{shape[0]} x {shape[1]}", rank, scale, count))
+        heads = ("module", "count", "kind", "out x in", "rank", "scale", "parameters")
+        lines = [aligned(heads, rows)] if rows else []
+        lines += [*self.extras, self.summary(), *(f"left out: {text}" for text in self.skipped)]
         return "\n".join(lines)
 
     def summary(self) -> str:
