@@ -50,13 +50,12 @@ class MakeSchedule(Protocol):
 class Calibration:
     """Data that a job offers to a method before it adapts the model.
 
-    batches(labels=False) returns batches of model inputs on the CPU. folder: for files that an interrupted calibration
-    resumes from. memory_budget: bytes, None for no bound. results: computed values by key, shared by all arms of a run.
+    batches(labels=False) returns batches of model inputs on the CPU. folder: Folder for what was computed. results: computed
+    values by key, shared by all arms of a run.
     """
 
     batches: Callable[..., list[dict[str, Tensor]]]
     folder: Path
-    memory_budget: int | None = None
     results: dict[str, Any] = field(default_factory=dict)
 
 

@@ -10,8 +10,7 @@ from helpers.tiny_runs import FEWSHOT, TRAIN, VIT, refused, run_config, written
 
 from vismt.backbones import timm_models
 from vismt.jobs import open_run
-from vismt.llm.corda.covariance import collect_covariance
-from vismt.llm.corda.files import load_covariances
+from vismt.llm.corda.covariance import collect_covariance, load_covariances
 
 CORDA = {"method": "corda", "rank": 2, "targets": ["qkv"]}
 TASK = {"name": "digits", "train": ["digits"], "test_share": 0.05, "limit": 40}

@@ -25,7 +25,6 @@ from vismt.jobs import open_run
 from vismt.jobs.lm.evaluation import MEANS, Evaluation
 from vismt.jobs.units import _evaluations
 from vismt.llm.corda import covariance
-from vismt.llm.corda.files import load_covariances
 from vismt.llm.net import LmNet
 from vismt.llm.s2ft.selection import select_units
 from vismt.llm.tasks.base import gather
@@ -419,49 +418,18 @@ def test_an_arm_is_calibrated_on_the_texts_it_names(home, tmp_path: Path) -> Non
     }
 
 
-def test_an_interrupted_calibration_goes_on_and_ends_alike(home, tmp_path: Path, monkeypatch) -> None:
-    batches: list[int] = []
-    real = covariance.add_batch
-
-    def counted(*arguments: object) -> None:
-        if len(batches) == stop:
-            raise KeyboardInterrupt
-        batches.append(1)
-        real(*arguments)
-
-    monkeypatch.setattr(covariance, "add_batch", counted)
-    calibration = {"data": [f"{home['films']}:train"], "rows": 8, "batch": 1}
-    stop = 99
-    straight = trained(home, tmp_path / "straight", calibration=calibration)
-    assert len(batches) == 8
-    batches.clear()
-    stop = 5
-    trained(home, tmp_path / "stopped", 130, calibration=calibration)
-    stop = 99
-    batches.clear()
-    stopped = trained(home, tmp_path / "stopped", calibration=calibration)
-    assert len(batches) == 8 - 4  # sums are written every second batch of eight
-    assert tensors(straight) == tensors(stopped)
-    kept = load_covariances(next((stopped / "calibration").iterdir()))
-    assert set(kept) == {f"model.layers.{i}.{x}" for i in (1, 2) for x in ("self_attn.q_proj", "mlp.down_proj")}
-    batches.clear()
-
-
-def test_a_calibration_in_little_memory_ends_alike(home, tmp_path: Path, monkeypatch) -> None:
-    calibration = {"data": [home["stories"]], "rows": 3, "batch": 1}
-    straight = trained(home, tmp_path / "straight", calibration=calibration)
-    budgets = []
-
-    def tight(*arguments: object, memory_budget: float, **options: object) -> dict[str, torch.Tensor]:
-        budgets.append(memory_budget)
-        # Two passes.
-        return covariance.collect_covariance(*arguments, memory_budget=memory_budget / 200, **options)
-
-    monkeypatch.setattr("vismt.llm.corda.method.collect_covariance", tight)
-    passes = trained(home, tmp_path / "passes", calibration={**calibration, "memory_mb": 3})
-    assert set(budgets) == {3 * 2**20} and len(list((passes / "calibration").rglob("covariances-*.safetensors"))) == 2
-    assert passes.name == straight.name  # the memory changes no result, and is not part of the hash
-    assert tensors(straight) == tensors(passes)
+def test_covariances_are_collected_once_and_kept(home, tmp_path: Path, monkeypatch) -> None:
+    calls: list[int] = []
+    real = covariance.collect_covariance
+    monkeypatch.setattr("vismt.llm.corda.method.collect_covariance", lambda *a, **o: calls.append(1) or real(*a, **o))
+    settings = {
+        "calibration": {"data": [f"{home['films']}:train"], "rows": 8, "batch": 3},
+        "arms": {"slow": {}, "fast": {"train.lr": 0.03}},
+    }
+    run = trained(home, tmp_path, **settings)
+    (folder,) = (path for path in (run / "calibration").iterdir() if path.is_dir())
+    paths = {f"model.layers.{i}.{x}" for i in (1, 2) for x in ("self_attn.q_proj", "mlp.down_proj")}
+    assert len(calls) == 1 and set(covariance.load_covariances(folder)) == paths
 
 
 def test_the_lm_is_on_its_device_before_it_is_calibrated(home, tmp_path: Path, monkeypatch) -> None:
@@ -532,7 +500,7 @@ def test_units_of_s2ft_are_chosen_by_the_texts_of_a_calibration(home, tmp_path: 
     ({"adapt": CORDA}, "calibration: 'corda' needs covariances; name texts here"),
     ({"adapt": {"method": "s2ft", "options": {"strategy": "gradient"}}}, "chooses by data with strategy 'gradient'"),
     ({"arms": {"a": {}, "b": {"adapt": {"method": "s2ft", "options": {"strategy": "product"}}}}}, "arms.b: calibration: 's2ft'"),
-    ({"adapt": CORDA, "calibration": {"data": ["x"], "memory_mb": 0}}, "calibration.memory_mb is 0; it must be at least 1"),
+    ({"adapt": CORDA, "calibration": {"data": ["x"], "rows": 0}}, "calibration.rows is 0; it must be at least 1"),
 ])  # fmt: skip
 def test_errors_of_a_calibration(home, tmp_path: Path, capsys, changes, words) -> None:
     path = write(tmp_path, settings(home, **changes))

@@ -25,7 +25,7 @@ from vismt.base.objects import name_of
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
 from vismt.integrations.method_driver import MethodDriver
-from vismt.llm.corda.files import load_covariances, save_covariances
+from vismt.llm.corda.covariance import load_covariances, save_covariances
 from vismt.metatune.features import FeatureStore, features, number
 from vismt.multitask.emtal.clusters import cluster_model
 

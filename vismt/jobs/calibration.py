@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.config.sections import UNHASHED, AdaptConfig, Count
+from vismt.config.sections import AdaptConfig, Count
 
 if TYPE_CHECKING:  # configurations import this file for its section
     from vismt.backbones.vit import PixelBackbone
@@ -25,20 +25,17 @@ CALIBRATION = "calibration"  # the folder of covariances within a run folder
 class ImageCalibrationConfig:
     """Images that a method computes options from before the training, such as covariances of inputs.
 
-    Finished covariances are kept in calibration/ of the run folder, so that an interrupted calibration resumes.
+    Finished covariances are kept in calibration/ of the run folder.
 
     Args:
         data: sets of images; [] takes the training images.
         examples: number of images.
         batch: images at a time.
-        memory_mb: memory for covariances in progress in MB, null for all at once; with less, several passes over the
-            images are made.
     """
 
     data: list[str] = field(default_factory=list)
     examples: Count = 256
     batch: Count = 32
-    memory_mb: Count | None = field(default=None, metadata=UNHASHED)
 
 
 def check_calibration(section: ImageCalibrationConfig | None, adapt: AdaptConfig | None) -> None:
@@ -59,13 +56,10 @@ class Calibrations:
         self.folder = folder
         self._results: dict[str, Any] = {}
 
-    def calibrated(
-        self, model: nn.Module, adapt: AdaptConfig, batches: Callable[..., list[Any]], memory_mb: int | None
-    ) -> AdaptConfig:
+    def calibrated(self, model: nn.Module, adapt: AdaptConfig, batches: Callable[..., list[Any]]) -> AdaptConfig:
         """Return an adapt section with the options that its method computes from data; the same where it computes none.
 
-        batches: batches(labels=False) returns batches of inputs of the stock model. memory_mb: memory for sums in progress in
-        MB, None for no bound.
+        batches: batches(labels=False) returns batches of inputs of the stock model.
         """
         from vismt.engine import runtime
         from vismt.methods import METHODS, Calibration
@@ -73,8 +67,7 @@ class Calibrations:
         method = METHODS[adapt.method]
         if method.calibrate is None:
             return adapt
-        memory = None if memory_mb is None else memory_mb * 2**20
-        calibration = Calibration(batches, self.folder / CALIBRATION, memory, self._results)
+        calibration = Calibration(batches, self.folder / CALIBRATION, self._results)
         with runtime.processes().main_process_first():  # it computes and writes; the other processes read its files
             computed = method.calibrate(model, calibration, targets=adapt.targets, options=adapt.options)
         return replace(adapt, options={**adapt.options, **computed})
@@ -84,7 +77,7 @@ class Calibrations:
     ) -> AdaptConfig:
         """Return an adapt section with the options that its method computes from some of `images`."""
         batches = partial(image_batches, backbone, images, section)
-        return self.calibrated(backbone.vit, adapt, batches, section.memory_mb)
+        return self.calibrated(backbone.vit, adapt, batches)
 
 
 def image_batches(

@@ -8,8 +8,8 @@ from vismt.base.exports import exports
 
 if TYPE_CHECKING:
     from vismt.llm.corda.covariance import collect_covariance as collect_covariance
-    from vismt.llm.corda.files import load_covariances as load_covariances
-    from vismt.llm.corda.files import save_covariances as save_covariances
+    from vismt.llm.corda.covariance import load_covariances as load_covariances
+    from vismt.llm.corda.covariance import save_covariances as save_covariances
     from vismt.llm.ilora.method import gate_of as gate_of
     from vismt.llm.ilora.method import instance_gates as instance_gates
     from vismt.llm.ilora.method import recompute_gates as recompute_gates

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from vismt.base.errors import UserError
-from vismt.config.sections import UNHASHED, Count, Dtype, ModelSection
+from vismt.config.sections import Count, Dtype, ModelSection
 from vismt.config.typed import Names, within
 from vismt.engine.parts import PartsConfig
 from vismt.engine.study import StudyConfig
@@ -126,8 +126,7 @@ class LmCalibrationConfig:
     """Texts that a method computes options from before the training.
 
     They serve for covariances of inputs, or for the choice of units by activations or gradients; see the method's
-    options. Finished covariances are kept in calibration/ of the run folder, so that an interrupted calibration
-    resumes.
+    options. Finished covariances are kept in calibration/ of the run folder.
 
     Args:
         data: sets of texts.
@@ -135,8 +134,6 @@ class LmCalibrationConfig:
         rows: number of rows.
         batch: rows at a time.
         length: largest number of tokens of a row.
-        memory_mb: memory for covariances in progress in MB, null for all at once; with less, several passes over the
-            texts are made.
     """
 
     data: list[str] = field(default_factory=list)
@@ -144,7 +141,6 @@ class LmCalibrationConfig:
     rows: Count = 256
     batch: Count = 8
     length: Count = 512
-    memory_mb: Count | None = field(default=None, metadata=UNHASHED)
 
     def __post_init__(self) -> None:
         if not self.data:

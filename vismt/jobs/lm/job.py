@@ -210,7 +210,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             return options
         batches = partial(self.data.calibration, texts)
         adapt = replace(settings, options=options)
-        return self.calibrations.calibrated(net.stock, adapt, batches, texts.memory_mb).options
+        return self.calibrations.calibrated(net.stock, adapt, batches).options
 
     def objective(self, config: LmConfig, net: LmNet, balanced: Sequence[Tensor]) -> LmObjective:
         net.to(runtime.net_device())

@@ -5,10 +5,10 @@ The scalar to call backward on has d for its gradient, so that its own backward 
 once more for the sum. Each `solve` takes M (t, t) of the t tasks that are present and have a nonzero gradient; in the
 formulas T is the number of these tasks.
 
-What stands here does something that the aggregators of torchjd 0.18 (torchjd_methods.py) do not. MGDA, CAGrad, FairGrad and
-Nash-MTL are solved to the last digits for gradients of any lengths: torchjd stops MGDA at a vector up to 30 % too long, misses
-FairGrad's equation where lengths differ by 10^4, and calls cvxpy for the other two. PCGrad and GradVac draw their orders from
-(seed, number of the call), which every process knows and a resumed run repeats, and GradVac's state is part of the checkpoint.
+What stands here does something that the aggregators of torchjd 0.18 (torchjd_methods.py) do not. FairGrad and Nash-MTL are
+solved to the last digits for gradients of any lengths: torchjd misses FairGrad's equation where lengths differ by 10^4, and its
+Nash-MTL has state, which no checkpoint would hold. PCGrad draws its order from (seed, number of the call), which every process
+knows and a resumed run repeats.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.linalg import eigh
 
 from vismt.base.errors import require_known
 from vismt.multitask.balancing.base import BALANCERS, Balancer, TaskLosses, check_range, processes, weighted_sum
@@ -156,118 +155,6 @@ class PcGrad(GradientBalancer):
         return torch.from_numpy(mixed.sum(0))
 
 
-@BALANCERS.register("gradvac")
-class GradVac(GradientBalancer):
-    """Gradient vaccine: sum_i g_i' with cosines raised to their running means. Wang et al., arXiv 2010.05874.
-
-    From g_i' = g_i, for every j in random order with f < F_ij, f = cos(g_i', g_j),
-
-        g_i' += |g_i'| (F sqrt(1 - f^2) - f sqrt(1 - F^2)) / (|g_j| sqrt(1 - F^2)) g_j,    F = F_ij
-
-    and then F_ij = (1 - beta) F_ij + beta f; F starts at 0, with one group for all parameters. The order is a function of
-    (seed, number of the call). The F of an absent task does not change.
-    """
-
-    goal: Tensor
-
-    def __init__(self, tasks: Sequence[str], *, beta: float = 0.01, seed: int = 0, **common: Any) -> None:
-        super().__init__(tasks, **common)
-        check_range("beta", beta, 0 <= beta <= 1, "from 0 to 1")
-        check_range("seed", seed, seed >= 0, "0 or more")
-        self.beta, self.seed = beta, seed
-        self.register_buffer("goal", torch.zeros(len(self.tasks), len(self.tasks)))  # F
-
-    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
-        goals, inners, numbers = self.goal.cpu().double().numpy(), gram.numpy(), tasks.tolist()
-        mixed, norms = np.eye(len(inners)), np.sqrt(inners.diagonal())
-        for i, j in random_pairs(len(inners), self.seed, int(self.calls)):
-            goal = goals[numbers[i], numbers[j]]
-            norm = math.sqrt(max(0.0, mixed[i] @ inners @ mixed[i]))
-            if norm == 0:
-                continue
-            cosine = min(1.0, max(-1.0, mixed[i] @ inners[:, j] / (norm * norms[j])))
-            if cosine < goal:
-                sine, goal_sine = math.sqrt(1 - cosine**2), max(1e-6, math.sqrt(1 - goal**2))
-                mixed[i, j] += norm * (goal * sine - cosine * goal_sine) / (norms[j] * goal_sine)
-            goals[numbers[i], numbers[j]] = (1 - self.beta) * goal + self.beta * cosine
-        self.goal.copy_(torch.from_numpy(goals))
-        return torch.from_numpy(mixed.sum(0))
-
-
-@BALANCERS.register("mgda")
-class Mgda(GradientBalancer):
-    """alpha of the shortest vector in the convex hull of the gradients: min |sum_t alpha_t g_t|, alpha >= 0, sum 1.
-
-    Sener & Koltun, arXiv 1810.04650. By default heads are weighted with alpha, which may be 0.
-
-    Args:
-        tasks: names of the tasks.
-        normalise: alpha is that of the vectors g_t / n_t and then weighs g_t: n_t = 1 ("none"), |g_t| ("l2"), L_t ("loss") or
-            L_t |g_t| ("loss+").
-        common: options of `GradientBalancer`.
-    """
-
-    default_heads = "weighted"
-
-    def __init__(self, tasks: Sequence[str], *, normalise: str = "none", **common: Any) -> None:
-        super().__init__(tasks, **common)
-        require_known("balancing.normalise:", [normalise], ("none", "l2", "loss", "loss+"))
-        self.normalise = normalise
-
-    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
-        size = torch.ones_like(losses)
-        if self.normalise in ("l2", "loss+"):
-            size = size * gram.diagonal().sqrt()
-        if self.normalise in ("loss", "loss+"):
-            size = size * losses.abs().clamp_min(1e-8)
-        return min_norm_weights(gram / torch.outer(size, size))
-
-
-@BALANCERS.register("cagrad")
-class CaGrad(GradientBalancer):
-    """The d that maximises min_t <g_t, d> within |d - g0| <= c |g0|, g0 the mean gradient. Liu et al., arXiv 2110.14048.
-
-    Solved by the dual: w on the simplex minimises <g_w, g0> + k |g_w|, k = c |g0|, g_w = sum_t w_t g_t;
-    d = g0 + k g_w / |g_w|.
-
-    Args:
-        tasks: names of the tasks.
-        c: radius relative to |g0|, >= 0; 0 gives the mean gradient.
-        rescale: d is divided by 1 ("none", the paper), 1 + c ("radius") or 1 + c^2 ("square", the default of the released
-            code).
-        common: options of `GradientBalancer`.
-    """
-
-    def __init__(self, tasks: Sequence[str], *, c: float = 0.5, rescale: str = "none", **common: Any) -> None:
-        super().__init__(tasks, **common)
-        check_range("c", c, c >= 0, "0 or more")
-        require_known("balancing.rescale:", [rescale], ("none", "radius", "square"))
-        self.c, self.over = c, {"none": 1.0, "radius": 1 + c, "square": 1 + c**2}[rescale]
-
-    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
-        from scipy.optimize import brentq
-
-        count = len(gram)
-        with_mean, radius = gram.mean(1), self.c * float(gram.mean().clamp_min(0).sqrt())  # <g_t, g0>, k
-        longest = float(gram.diagonal().max().sqrt())
-        if radius <= 1e-12 * longest:
-            return torch.full_like(losses, 1 / count) / self.over
-
-        # k |g_w| = min_s k / 2 (|g_w|^2 / s + s). For a given s, w gives the shortest vector in the hull of g_t + s / k g0.
-        def weights(s: float) -> Tensor:
-            shift = s / radius
-            return min_norm_weights(gram + shift * (with_mean + with_mean[:, None]) + shift**2 * gram.mean())
-
-        def excess(s: float) -> float:
-            w = weights(s)
-            return float((w @ gram @ w).clamp_min(0).sqrt()) - s
-
-        # Below `least` the gradients cancel: g_w / s tends to -1 / k times the part of g0 that helps no task.
-        least, most = 1e-6 * longest, (1 + 1e-9) * longest
-        s = least if excess(least) <= 0 else brentq(excess, least, most, xtol=1e-14 * longest, rtol=1e-14)
-        return (1 / count + radius / s * weights(s)) / self.over
-
-
 @BALANCERS.register("fairgrad")
 class FairGrad(GradientBalancer):
     """FairGrad: weights with M w = w^(-1/alpha), the alpha-fair share of the common decrease. Ban & Ji, arXiv 2402.15638.
@@ -306,26 +193,6 @@ class NashMtl(GradientBalancer):
 
 
 # ---- weights as minimisers of functions of M
-def min_norm_weights(gram: Tensor) -> Tensor:
-    """Return w (t,) >= 0 with sum 1 that minimises w^T M w, for a Gram matrix M (t, t) in float64.
-
-    Exact (active set); one of the minimisers if there are several. w is u / sum(u) with u >= 0 the minimiser of
-    u^T M u + (sum u - 1)^2, a least-squares problem for a root of M. It is solved for the cosines of M, because the tolerance
-    of the solver does not account for gradients of very different lengths.
-    """
-    from scipy.optimize import nnls
-
-    norms = gram.diagonal().clamp_min(0).sqrt()
-    if norms.min() <= 1e-150 + 1e-15 * norms.max():  # a zero gradient is the shortest vector
-        return torch.nn.functional.one_hot(norms.argmin(), len(gram)).to(gram)
-    root = gram_root(gram / torch.outer(norms, norms))
-    system = torch.cat([root, norms.min() / norms[None]]).numpy()
-    target = np.zeros(len(system))
-    target[-1] = 1
-    u = torch.from_numpy(nnls(system, target, maxiter=100 * len(gram))[0]) / norms
-    return u / u.sum()
-
-
 def fair_weights(gram: Tensor, alpha: float) -> Tensor:
     """Return w (t,) > 0 with M w = w^(-1/alpha), for a Gram matrix M (t, t) in float64.
 
@@ -358,12 +225,6 @@ def fair_weights(gram: Tensor, alpha: float) -> Tensor:
             size /= 2
         u = u - size * step
     return u / lengths * mean ** (-2 / (1 + power))
-
-
-def gram_root(gram: Tensor) -> Tensor:
-    """Return R (t, t) with R^T R = M."""
-    values, vectors = eigh(gram)
-    return values.clamp_min(0).sqrt()[:, None] * vectors.T
 
 
 def random_pairs(count: int, seed: int, call: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Balancing methods of the installed torchjd, for comparisons: `balancing: {method: "torchjd:UPGrad"}`, "torchjd:IMTLG", ...
+"""Balancing methods of the installed torchjd: `balancing: {method: "torchjd:UPGrad"}`, "torchjd:MGDA", "torchjd:CAGrad", ...
 
     aggregators (torchjd.aggregation)       d = sum_t alpha_t g_t, alpha a function of the Gram matrix M: torchjd gets a T x T
                                             matrix with this M in place of the gradients, and the balanced gradient is its own
@@ -7,8 +7,8 @@
 Options are the arguments of torchjd's class, with lists for tensors, and those of `GradientBalancer` (aggregators) or `Balancer`
 (scalarizers), which come first where both have a name. Absent tasks are left out, as in the other methods. Where torchjd draws
 random numbers, they are a function of (seed, number of the call). A name that is both is that of the scalarizer, which needs no
-gradient of a single task. Left out: methods with state, which no checkpoint would hold (GradVac and NashMTL among them, which are
-`gradvac` and `nash` here), methods that do not weigh gradients (ConFIG, GradDrop, TrimmedMean), and those that
+gradient of a single task. Left out: methods with state, which no checkpoint would hold (GradVac, and NashMTL, which is
+`nash` here), methods that do not weigh gradients (ConFIG, GradDrop, TrimmedMean), and those that
 need `weights`, the fixed factors of `Balancer`.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError, require_known
 from vismt.multitask.balancing.base import BALANCERS, Balancer, TaskLosses, check_range
-from vismt.multitask.balancing.gradients import GradientBalancer, gram_root
+from vismt.multitask.balancing.gradients import GradientBalancer
 
 PREFIX = "torchjd"
 
@@ -75,8 +75,10 @@ class TorchJdAggregator(TorchJdMethod, GradientBalancer):
     """A method that weighs the gradients of the tasks."""
 
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(gram)
+        rows = vectors * values.clamp_min(0).sqrt()  # vectors with this Gram matrix
         with self.drawn(), torch.no_grad():
-            return self.method[0].weighting(gram_root(gram).T.contiguous())
+            return self.method[0].weighting(rows)
 
 
 class TorchJdScalarizer(TorchJdMethod):
