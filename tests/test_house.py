@@ -31,7 +31,7 @@ TOP_FILES = {"__init__", "__main__", "api", "methods"}
 MODULES_IN_A_FOLDER = 20
 CORE_FLOORS = {"base", "storage", "config", "lowrank"}  # what the core may import
 WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-CORE_LIBRARIES = {"torch", "einops", "safetensors"}
+CORE_LIBRARIES = {"torch", "einops", "safetensors", "regex"}
 LAZY = (
     "learn2learn",
     "torchattacks",

@@ -81,7 +81,7 @@ def test_the_core_works_without_extras(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].split() in (["loaded"], ["loaded", "einops"])
-    fix = r'error: vismt run needs (\w+), which is not installed: pip install "vismt\[jobs\]"\.'
+    fix = r'error: vismt run: needs (\w+), which is not installed: pip install "vismt\[jobs\]"\.'
     assert re.fullmatch(fix, done.stderr.strip().splitlines()[-1])
 
 

@@ -23,7 +23,7 @@ from vismt.lowrank.layers.stock_modules import matrix_shape
 from vismt.lowrank.model.inject import COMMON, check_options
 from vismt.lowrank.model.named import new_adapter
 from vismt.lowrank.model.record import AdaptReport, record_of
-from vismt.lowrank.model.targets import find_targets, pattern_value
+from vismt.lowrank.model.targets import find_targets, pattern_values
 
 GIVEN = {"model", "targets", "rank", "alpha", "seed"}  # what every method takes
 RANK = 8
@@ -222,12 +222,12 @@ def check_adaptation(
     if not any(issubclass(layer, LowRankLayer) for layer in method.layers):
         return
     modules, _ = find_targets(model, settings["targets"], settings["exclude"], prequantized=True, readable=True)
+    ranks = {} if targets is None else pattern_values("adapt.rank_pattern", settings["rank_pattern"], modules)
     if targets is None:  # the method's own choice, which may leave out small modules
         modules = dict([max(modules.items(), key=lambda item: min(matrix_shape(item[1])))])
     flags = {name: settings[name] for name in ("rslora", "clamp_rank", "split_qkv")}
     for path, module in modules.items():
-        size: Any = pattern_value(path, settings["rank_pattern"], settings["rank"])
-        LowRankLayer.plan(path, module, size, None, **flags)
+        LowRankLayer.plan(path, module, ranks.get(path, settings["rank"]), None, **flags)
 
 
 def adapted_models(module: nn.Module) -> list[tuple[nn.Module, Method]]:

@@ -40,7 +40,7 @@ def test_packages_that_pin_others_are_extras() -> None:
 
 
 def test_the_core_needs_few_packages() -> None:
-    assert {*BASE} == {"torch", "einops", "safetensors", "numpy", "pyyaml", "filelock", "rich"}
+    assert {*BASE} == {"torch", "einops", "safetensors", "numpy", "regex", "pyyaml", "filelock", "rich", "xxhash"}
 
 
 def test_every_dependency_has_a_lower_bound_which_the_hosted_checks_install() -> None:

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import vismt
-from vismt.lowrank.model.patterns import Pattern, PatternError
 from vismt.methods import METHODS
 
 EXPORTED = [name for name, method in METHODS.items() if method.exports and name not in ("emtal", "ilora")]
@@ -73,10 +72,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "saved": ({"modules_to_save": [["head"]]}, r"modules_to_save\[0\]: expected"),
     "layers": ({"layers_to_transform": [True]}, r"layers_to_transform\[0\]: expected"),
     "a group": ({"target_modules": "(qkv"}, r"target_modules: '\(qkv' is not a regular expression"),
-    "a reference": ({"rank_pattern": {r"(q)\1": 2}}, r"rank_pattern: .* is not supported"),
-    "repeats": ({"rank_pattern": {"a{99999}": 2}}, "repeats a part more than 1000 times"),
-    "nested groups": ({"rank_pattern": {"(" * 50 + "a" + ")" * 50: 2}}, "nested more than 10 deep"),
-    "many parts": ({"exclude_modules": ".*" * 500}, "it has 5500 parts; at most 1000 are matched"),
+    "repeats": (
+        {"rank_pattern": {"(a{999}){999}": 2}},
+        "rank_pattern: .* has 2.3e[+]07 parts with its repeats written out",
+    ),
 }
 
 
@@ -189,53 +188,3 @@ def test_damaged_folders_do_no_harm(cases: int, folders: dict[str, Path], stock:
         assert unharmed(vismt.import_peft, stock, folder)
 
     check()
-
-
-# ---- the matching of patterns in bounded time is that of `re`
-
-ATOMS = st.sampled_from(["a", "b", r"\.", ".", r"\d", "[ab]", "[^a]", "^", "$", r"\b", "1"])
-
-
-def larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
-    counts = st.sampled_from(["*", "+", "?", "{2}", "{1,2}", "{,2}", "{2,}", "*?", "+?"])
-    return st.one_of(
-        st.tuples(inner, inner).map("".join),
-        st.tuples(inner, inner).map(lambda pair: f"(?:{pair[0]}|{pair[1]})"),
-        st.tuples(inner, counts).map(lambda pair: f"({pair[0]}){pair[1]}"),
-        inner.map(lambda part: f"(?={part})"),
-        inner.map(lambda part: f"(?!{part})"),
-        inner.map(lambda part: f"(?<!{part})"),
-    )
-
-
-@many(400)
-@given(pattern=st.recursive(ATOMS, larger, max_leaves=8), text=st.text("ab.1", max_size=7))
-def test_patterns_match_as_re_does(pattern: str, text: str) -> None:
-    try:
-        expected = re.fullmatch(pattern, text) is not None
-    except re.error:  # a look behind of no fixed width, which is matched here
-        return
-    assert Pattern(pattern).matches(text) == expected
-
-
-@pytest.mark.parametrize(
-    "pattern", ["(", ")", "a)", "[a", "*a", "a**", "a{2}{3}", "^*", "a{3,2}", "\\", "(?P<a", "(?z)"]
-)
-def test_malformed_patterns_are_refused_where_re_refuses_them(pattern: str) -> None:
-    with pytest.raises(re.error):
-        re.compile(pattern)
-    with pytest.raises(PatternError):
-        Pattern(pattern)
-
-
-@pytest.mark.parametrize("pattern", [r"(a)\1", "(?i)a", "a++", "(?>a)", r"(a)(?(1)b|c)", r"\x41"])
-def test_what_cannot_be_matched_in_bounded_time_is_named(pattern: str) -> None:
-    with pytest.raises(PatternError, match="not supported"):
-        Pattern(pattern)
-
-
-def test_many_exact_paths_are_looked_up() -> None:
-    paths = [f"layers.{number}.q_proj" for number in range(3000)]
-    pattern = Pattern("|".join(re.escape(path) for path in paths))
-    assert pattern.matches(paths[-1]) and not pattern.matches("layers.3000.q_proj")
-    assert pattern.ends("layers.12.q_proj.x", 0) == [len("layers.12.q_proj")]

@@ -1,4 +1,4 @@
-"""Pages in Chromium: the report of every job, of an unfinished run and of a comparison, and the verdict on an adapter."""
+"""Pages in Chromium: the report of every job, of an unfinished run and of a comparison."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROBUSTNESS = {
         "masking": True,
     },
 }
-PAGES = (*CONFIGS, "robustness", "unfinished", "compared", "verdict")
+PAGES = (*CONFIGS, "robustness", "unfinished", "compared")
 
 # Measured in the page: what is too wide, too small or hard to read, and figures that are not there.
 FAULTS = """
@@ -119,9 +119,6 @@ def pages(
         runs = [str(found["multitask"].parent), str(again)]
         assert main(["compare", *runs, "--out", str(folder / "compared"), "--quiet"]) == 0
         found["compared"] = folder / "compared" / "report.html"
-        adapter = next((found["multitask"].parent / "arms").glob("*/*/adapter"))
-        main(["verify", str(adapter), "--html", str(folder / "verdict.html"), "--quiet"])
-        found["verdict"] = folder / "verdict.html"
         yield found
 
 

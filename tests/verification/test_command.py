@@ -1,4 +1,4 @@
-"""`vismt verify`: exit codes, JSON, the page, and the probe."""
+"""`vismt verify`: exit codes, JSON, and the probe."""
 
 from __future__ import annotations
 
@@ -45,21 +45,17 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 def test_exit_codes_and_json(llama: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = llama.copied(tmp_path)
     words = ["verify", str(folders.adapter), "--base", str(folders.base), "--merged", str(folders.merged)]
-    assert main([*words, "--json", str(tmp_path / "v.json"), "--html", str(tmp_path / "v.html")]) == 0
+    assert main([*words, "--json", str(tmp_path / "v.json")]) == 0
     content = json.loads((tmp_path / "v.json").read_text())
     assert content.keys() == KEYS and content["status"] == "ok" and content["modules"][0]["fit"] == "right"
-    page = (tmp_path / "v.html").read_text()
-    assert "Verdict on adapter: ok" in page and "data:image/svg+xml" in page and "How to cite" not in page
     # An earlier verdict may be replaced, also in the folder itself, and no file that is verified.
     for _ in range(2):
-        inside = [str(folders.adapter / name) for name in ("v.json", "v.html")]
-        assert main([*words, "--json", inside[0], "--html", inside[1]]) == 0
+        assert main([*words, "--json", str(folders.adapter / "v.json")]) == 0
     before = (folders.adapter / "adapter_config.json").read_bytes()
     error = refused(capsys, *words, "--json", folders.adapter / "adapter_config.json")
     assert "adapter_config.json' is an input and would be replaced by an output" in error
     assert (folders.adapter / "adapter_config.json").read_bytes() == before
-    for name in ("v.json", "v.html"):
-        (folders.adapter / name).unlink()
+    (folders.adapter / "v.json").unlink()
     FAULTS["merged with half scale"][0](folders)
     capsys.readouterr()
     assert main(words) == 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import gc
 import logging
 import os
@@ -15,10 +14,9 @@ import vismt
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.cli import attack, check, data, folders, init, models, runs, verify
-from vismt.cli.commands import Commands, installation
+from vismt.cli.commands import Commands, explanation
 
 GROUPS = (runs, folders, check, verify, init, attack, models, data)
-SHOWN = 100  # characters of a path that is too long
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,17 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not error.elsewhere:
             console.error(str(error))
         return 2
-    except ModuleNotFoundError as error:
-        install = None if options.debug else installation(error)
-        if install is None:
+    except (ModuleNotFoundError, OSError) as error:
+        reason = None if options.debug else explanation(error)
+        if reason is None:
             raise
-        console.error(f"vismt {options.command} needs {error.name}, which is not installed: {install}.")
-        return 2
-    except OSError as error:
-        if options.debug or error.errno != errno.ENAMETOOLONG:
-            raise
-        name = str(error.filename)
-        console.error(f"'{name[:SHOWN]}...' has {len(name):,} characters, too many for a path; give a shorter one.")
+        console.error(f"vismt {options.command}: {reason}")
         return 2
     except KeyboardInterrupt as interrupt:
         console.error(f"interrupted. Run the same command again: {str(interrupt) or 'it keeps what is finished'}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -43,6 +44,7 @@ Begin with `vismt init fewshot --images my_images`, or with `vismt run quickstar
 and an example. Completion in the shell: pip install "vismt[complete]", then eval "$(register-python-argcomplete vismt)".
 """
 PACKAGES = {"PIL": "pillow", "skimage": "scikit_image", "sklearn": "scikit_learn"}  # of modules of another name
+SHOWN = 100  # characters of a path that is too long
 Runner = Callable[[argparse.Namespace], int | None]
 
 
@@ -94,11 +96,16 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, (tuple, set, frozenset)) else str(value)
 
 
-def installation(error: ModuleNotFoundError) -> str | None:
-    """Return the command that installs the extra of vismt with a missing module, None if no extra has it."""
-    module = (error.name or "").partition(".")[0]
+def explanation(error: Exception) -> str | None:
+    """Return what to install for a missing module, or that a path is too long; None for any other error."""
+    if isinstance(error, OSError):
+        if error.errno != errno.ENAMETOOLONG:
+            return None
+        name = str(error.filename)
+        return f"'{name[:SHOWN]}...' has {len(name):,} characters, too many for a path; give a shorter one."
+    module = (getattr(error, "name", None) or "").partition(".")[0]
     for line in metadata.requires("vismt") or ():
-        extra = re.search(r"extra == .([\w-]+)", line)
-        if extra and re.match(r"[\w-]+", line)[0].replace("-", "_") == PACKAGES.get(module, module):
-            return f'pip install "vismt[{extra[1]}]"'
+        package, extra = re.match(r"[\w-]+", line), re.search(r"extra == .([\w-]+)", line)
+        if package and extra and package[0].replace("-", "_") == PACKAGES.get(module, module):
+            return f'needs {module}, which is not installed: pip install "vismt[{extra[1]}]".'
     return None

@@ -34,37 +34,32 @@ def add_commands(commands: Commands) -> None:
         help="peft, transformers, vllm, llama.cpp or timm: let what it does decide, too; may be repeated",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict with stable keys")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a figure of the layers")
 
 
 def _verify(options: argparse.Namespace) -> int:
     from vismt.storage.files import atomic_write
-    from vismt.verification.page import write_page
     from vismt.verification.verify import verify
 
-    _check_pages(options)
+    if options.json:
+        _check_output(options)
     verdict = verify(
         options.folder, base=options.base, merged=options.merged, probe=options.probe, readers=options.reader
     )
     console.block(str(verdict))
     if options.json:
         atomic_write(options.json, json.dumps(verdict.as_json(), indent=1) + "\n")
-    if options.html:
-        console.stage("page", str(write_page(verdict, options.html)))
     return verdict.exit_code
 
 
-def _check_pages(options: argparse.Namespace) -> None:
+def _check_output(options: argparse.Namespace) -> None:
     """Raise UserError if the verdict would replace a file that is verified; an earlier verdict may be replaced."""
     from vismt.storage.files import read_json
     from vismt.storage.outputs import check_outputs
 
-    pages = [(path, name) for path, name in ((options.json, "--json"), (options.html, "--html")) if path is not None]
     given = [Path(name) for name in (options.folder, options.base, options.merged, options.probe) if name is not None]
-    read = {file for path in given if pages for file in (path.rglob("*") if path.is_dir() else [path])}
-    read -= {options.html}
+    read = {file for path in given for file in (path.rglob("*") if path.is_dir() else [path])}
     if options.json in read:
         with suppress(UserError):
             held = read_json(options.json, "verify")
             read -= {options.json} if isinstance(held, dict) and "findings" in held else set()
-    check_outputs("verify", pages, read, own=[path for path, _ in pages], option="FILE")
+    check_outputs("verify", [(options.json, "--json")], read, own=[options.json], option="FILE")

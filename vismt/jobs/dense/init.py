@@ -65,7 +65,9 @@ def _files(job: str, folder: Path, images: Path | None) -> Files:
     sizes = SIZES.format(found, PATCH)
     name = set_name(images)
     card = MAPS_CARD.substitute(name=quoted(name), root=place(images, folder), image="images", maps=maps, **more)
-    return {CARD: card} | _config(job, name, f"{{train: [{OWN_CARD}], validation_share: 0.1, test_share: 0.2}}", tasks, sizes, size)
+    return {CARD: card} | _config(
+        job, name, f"{{train: [{OWN_CARD}], validation_share: 0.1, test_share: 0.2}}", tasks, sizes, size
+    )
 
 
 def _config(job: str, about: str, data: str, tasks: str, sizes: str, size: list[int]) -> Files:

@@ -47,7 +47,7 @@ from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.model.merge import merge
 from vismt.lowrank.model.modules import check_mergeable
 from vismt.lowrank.model.record import need_record
-from vismt.lowrank.model.targets import check_patterns
+from vismt.lowrank.model.targets import match_patterns
 from vismt.metatune.amt.objective import AdversarialObjective
 from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.maml import MamlNet
@@ -138,7 +138,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
             if self.config.pool is not None:  # before the training: fixing it later would need another one
                 trims = [self.config.merging.trim, *(self.config.select.trim if self.config.select is not None else ())]
                 for trim in trims:
-                    check_patterns(
+                    match_patterns(
                         "merging.trim", trim, [spec.path for spec in need_record(backbone.vit, "merging.trim").layers]
                     )
         return make_net(backbone, config)

@@ -11,7 +11,7 @@ from torch import nn
 from vismt.base.errors import UserError, near, need_names
 from vismt.lowrank.layers.base import AdapterModule
 from vismt.lowrank.model.record import count_parameters
-from vismt.lowrank.model.targets import check_patterns, containers, head_paths, matches
+from vismt.lowrank.model.targets import containers, head_paths, match_patterns
 
 # Parameters before the first layer, in addition to those of an nn.Embedding.
 EMBEDDING = re.compile(r"(?:.*\.)?(?:[^.]*embed[^.]*|cls_token|reg_token|dist_token|norm_pre)(?:\..*)?")
@@ -49,11 +49,12 @@ def find_shares(model: nn.Module, layers: Layers, train_embeddings: bool, exclud
         aliases[first[id(parameter)]].append(name)
     # The names of a parameter, and the paths of the modules that contain it.
     ends = {name: [end for alias in names for end in containers(alias)] for name, names in aliases.items()}
-    check_patterns("LISA.exclude", patterns, sorted({end for name in aliases for end in ends[name]}))
+    matched = match_patterns("LISA.exclude", patterns, dict.fromkeys(end for name in aliases for end in ends[name]))
+    excluded = {path for found in matched.values() for path in found}
     heads = head_paths(model)
     shares = Shares({path: [] for path in paths}, [])
     for name, names in aliases.items():
-        if any(matches(pattern, end) for pattern in patterns for end in ends[name]):
+        if not excluded.isdisjoint(ends[name]):
             continue
         dtype = model.get_parameter(name).dtype
         if not dtype.is_floating_point:

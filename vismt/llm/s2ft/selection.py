@@ -21,7 +21,7 @@ from vismt.base.errors import UserError, need_names, require_known, shown_value
 from vismt.llm.s2ft.scores import SCORES, Slot, unit_scores
 from vismt.llm.s2ft.structures import PARTS, UnitBlock, structures
 from vismt.lowrank.model.record import refuse_adapted
-from vismt.lowrank.model.targets import check_patterns, matches
+from vismt.lowrank.model.targets import match_patterns
 
 STRATEGIES = ("random", *SCORES)
 BUDGETS = ("per_layer", "global")
@@ -148,13 +148,13 @@ def _ratios(ratio: float | Mapping[str, float], parts: Sequence[str] | None) -> 
 def _wanted_blocks(model: nn.Module, ratios: Mapping[str, float], excluded: Sequence[str]) -> dict[Slot, UnitBlock]:
     """Return the rows or columns of all wanted parts outside the excluded containers, part by part in the order of PARTS."""
     containers = structures(model)
-    check_patterns("select_units.exclude", excluded, list(containers))
+    left = {path for paths in match_patterns("select_units.exclude", excluded, containers).values() for path in paths}
     blocks = {}
     for part in [part for part in PARTS if ratios.get(part)]:
         found = {
             (path, part): structure.parts[part]
             for path, structure in containers.items()
-            if part in structure.parts and not any(matches(pattern, path) for pattern in excluded)
+            if part in structure.parts and path not in left
         }
         if not found:
             reasons = [structure.without_v for structure in containers.values() if part == "v" and structure.without_v]

@@ -3,24 +3,22 @@
 target_modules       a text: full match; 'all-linear'; a list: the path, or a suffix of it after a dot
 layers_to_transform  with a list, the first number after a dot (or after layers_pattern) is one of these
 exclude_modules      as target_modules; wins, and so does modules_to_save, which takes every path that ends so
-rank_pattern, ...    the first key whose regular expression matches the end of the path after a dot
+rank_pattern, ...    the first key that, as a regular expression, matches the end of the path after a dot
 fan_in_fan_out       does not concern A and B; the class of the module decides
 target_parameters    experts in one parameter; their factors, and those of attentions, lie elsewhere (peft_layouts.py)
 """
 
 from __future__ import annotations
 
-import re
-import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from vismt.base.errors import UserError, shown_value
 from vismt.config.typed import JsonFile, build
-from vismt.lowrank.model.patterns import Pattern, PatternError
-from vismt.lowrank.model.targets import PATH, containers, suffixes
+from vismt.lowrank.model.targets import PATH, Expression, suffixes
 
 CONFIG = "adapter_config.json"
 # Starts that leave the base as it is; every other one moved a part of it into the factors.
@@ -60,25 +58,28 @@ class PeftSettings:
         }.items():
             if rank < 1:
                 raise ValueError(f"{name}: {rank}; it must be a whole number, at least 1")
-        for patterns in (self.targets, self.excluded, self.saved, self.layer_names, self.ranks, self.alphas):
+        for patterns in (self.targets, self.excluded, self.saved, self.layer_numbers, self.ranks, self.alphas):
             del patterns  # compiled here, so that a malformed one is found while the folder is read
 
     # A text is an expression of the whole path, a list holds paths and suffixes.
     @cached_property
-    def targets(self) -> Pattern | frozenset[str]:
+    def targets(self) -> Expression | frozenset[str]:
         return _paths("target_modules", self.target_modules)
 
     @cached_property
-    def excluded(self) -> Pattern | frozenset[str]:
+    def excluded(self) -> Expression | frozenset[str]:
         return _paths("exclude_modules", self.exclude_modules)
 
     @cached_property
-    def saved(self) -> PatternTable:
-        return PatternTable("modules_to_save", dict.fromkeys(texts(self.modules_to_save), 0))
+    def saved(self) -> list[Expression]:
+        names = texts(self.modules_to_save)
+        return [Expression("modules_to_save", rf"(^|.*\.){name}($|\..*)") for name in names]
 
     @cached_property
-    def layer_names(self) -> list[Pattern]:
-        return [_pattern("layers_pattern", text) for text in texts(self.layers_pattern)]
+    def layer_numbers(self) -> list[Expression]:
+        """Expressions of a path whose group is the number of its layer."""
+        forms = [rf"(?:^|.*?\.){name}" for name in texts(self.layers_pattern)] or [r".*?\.[^.]*"]
+        return [Expression("layers_pattern", rf"{form}\.(?P<number>\d+)\..*") for form in forms]
 
     @cached_property
     def ranks(self) -> PatternTable:
@@ -100,27 +101,20 @@ class PeftSettings:
 
     def names(self, path: str) -> bool:
         """Return whether peft adapts the module at `path` where its kind can be adapted."""
-        if selects(self.excluded, path) or self.saved.holds(path):
+        if selects(self.excluded, path) or any(saved.match(path) for saved in self.saved):
             return False
         if self.everywhere:
             return True
         layers = self.layers_to_transform
         wanted = [layers] if isinstance(layers, int) else layers
-        if not wanted or isinstance(self.targets, Pattern):
+        if not wanted or isinstance(self.targets, Expression):
             return selects(self.targets, path)
         # A full path counts whatever the layers are.
         return path in self.targets or (selects(self.targets, path) and self._layer(path) in wanted)
 
     def _layer(self, path: str) -> int | None:
-        if not self.layer_names:
-            match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
-            return int(match[1]) if match else None
-        for name in self.layer_names:
-            for end in (end for start in starts(path) for end in name.ends(path, start)):
-                match = re.match(r"\.(\d+)\.", path[end:])
-                if match:
-                    return int(match[1])
-        return None
+        match = next((match for expression in self.layer_numbers if (match := expression.match(path))), None)
+        return int(match["number"]) if match else None
 
     def scale(self, path: str) -> tuple[int, float]:
         """Return the rank and the factor of the update at `path`."""
@@ -162,58 +156,30 @@ class PatternTable:
     """Values by expression. Expressions that are paths are looked up: a table may name every module of a deep model."""
 
     def __init__(self, key: str, table: Mapping[str, float]) -> None:
-        self.paths: dict[str, tuple[int, float]] = {}  # value and place in the table
-        self.patterns: list[tuple[int, float, Pattern]] = []
+        self.paths: dict[str, tuple[int, float]] = {}  # place in the table and value
+        self.expressions: list[tuple[int, float, Expression]] = []
         for place, (text, value) in enumerate(table.items()):
-            pattern = _pattern(key, text)
-            exact = {text} if PATH.fullmatch(text) else pattern.exact
-            if exact is None:
-                self.patterns.append((place, value, pattern))
-            for path in exact or ():
-                self.paths.setdefault(path, (place, value))
+            if PATH.fullmatch(text):
+                self.paths[text] = (place, value)
+            else:
+                self.expressions.append((place, value, Expression(key, rf"(.*\.)?({text})$")))
 
     def value(self, path: str, default: Any) -> Any:
         """Return the value of the first expression that matches the end of the path after a dot, as in peft."""
         found = [self.paths[end] for end in suffixes(path) if end in self.paths]
-        for place, value, pattern in self.patterns:
-            if any(len(path) in pattern.ends(path, start) for start in starts(path)):
-                found.append((place, value))
-                break
+        matches = ((place, value) for place, value, expression in self.expressions if expression.match(path))
+        found += islice(matches, 1)
         return min(found)[1] if found else default
 
-    def holds(self, path: str) -> bool:
-        """Return whether some names in a row in the path match an expression."""
-        runs = (run for end in containers(path) for run in suffixes(end))
-        return any(run in self.paths for run in runs) or any(
-            path[end:][:1] in ("", ".")
-            for _, _, pattern in self.patterns
-            for start in starts(path)
-            for end in pattern.ends(path, start)
-        )
+
+def _paths(key: str, value: str | list[str] | None) -> Expression | frozenset[str]:
+    return Expression(key, value) if isinstance(value, str) else frozenset(value or ())
 
 
-def _paths(key: str, value: str | list[str] | None) -> Pattern | frozenset[str]:
-    return _pattern(key, value) if isinstance(value, str) else frozenset(value or ())
-
-
-def _pattern(key: str, text: str) -> Pattern:
-    try:
-        return Pattern(text)
-    except PatternError as error:
-        raise ValueError(
-            f"{key}: {reprlib.repr(text)} is not a regular expression that can be matched: {error}"
-        ) from error
-
-
-def starts(path: str) -> list[int]:
-    """Return where the names in a path begin: at its start and after each dot."""
-    return [0, *(dot.end() for dot in re.finditer(r"\.", path))]
-
-
-def selects(modules: Pattern | Collection[str], path: str) -> bool:
+def selects(modules: Expression | Collection[str], path: str) -> bool:
     """Return whether an expression matches the path, or a set holds it or a suffix of it after a dot."""
-    if isinstance(modules, Pattern):
-        return modules.matches(path)
+    if isinstance(modules, Expression):
+        return bool(modules.match(path))
     return any(suffix in modules for suffix in suffixes(path))
 
 

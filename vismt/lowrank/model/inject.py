@@ -36,7 +36,7 @@ from vismt.lowrank.model.record import (
     sample,
 )
 from vismt.lowrank.model.starts import Initialiser, start_layers
-from vismt.lowrank.model.targets import Targets, check_patterns, containers, find_targets, matches, pattern_value
+from vismt.lowrank.model.targets import Targets, containers, find_targets, match_patterns, pattern_values
 
 # The options of `inject` that users give, whatever the method, with their defaults.
 COMMON: dict[str, Any] = {"exclude": (), "also_train": (), "rank_pattern": {}, "alpha_pattern": {}}
@@ -88,14 +88,13 @@ def inject(
     needs_calls = options["dropout"] or isinstance(init, Mapping) or (settings or {}).get("experts")
     kinds = {"prequantized": layer.takes_prequantized, "readable": layer.weight_readable and not needs_calls}
     modules, remarks = find_targets(model, options["targets"], options["exclude"], **kinds)
-    check_patterns("adapt.rank_pattern", options["rank_pattern"], list(modules))
-    check_patterns("adapt.alpha_pattern", options["alpha_pattern"], list(modules))
+    ranks = pattern_values("adapt.rank_pattern", options["rank_pattern"], modules)
+    alphas = pattern_values("adapt.alpha_pattern", options["alpha_pattern"], modules)
     flags = {name: options[name] for name in ("rslora", "clamp_rank", "split_qkv")}
     specs = []
     for path, module in modules.items():
-        own_rank = pattern_value(path, options["rank_pattern"], options["rank"])
-        own_alpha = pattern_value(path, options["alpha_pattern"], options["alpha"])
-        specs.append(layer.plan(path, module, own_rank, own_alpha, **flags, **(settings or {})))
+        own = ranks.get(path, options["rank"]), alphas.get(path, options["alpha"])
+        specs.append(layer.plan(path, module, *own, **flags, **(settings or {})))
     names = also_trained(model, options["also_train"], list(modules))
     recorded = {"dropout": options["dropout"], "seed": seed}
     layers: Any = install(model, method, specs, recorded, names, dtype=options["dtype"])
@@ -167,15 +166,15 @@ def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[st
 
 def matched_parameters(model: nn.Module, key: str, patterns: Sequence[str]) -> list[str]:
     """Return the names of parameters that match, or lie in a module that does; UserError for a pattern without a match."""
-    parameters = dict(model.named_parameters())
-    owners = {name: containers(name) for name in parameters}
-    # Of tied parameters all but the first have no entry.
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in owners and any(matches(p, name) or matches(p, name.rpartition(".")[0]) for p in patterns):
-            first = next(other for other, value in parameters.items() if value is parameter)
+    every = dict(model.named_parameters(remove_duplicate=False))
+    own = dict(model.named_parameters())  # of a tied parameter, the first name alone
+    paths = dict.fromkeys(path for name in every for path in containers(name))
+    matched = {path for found in match_patterns(key, patterns, paths).values() for path in found}
+    for name in every.keys() - own.keys():
+        if name in matched or name.rpartition(".")[0] in matched:
+            first = next(other for other, value in own.items() if value is every[name])
             raise UserError(f"{key}: '{name}' is tied to '{first}'; name that one.")
-    check_patterns(key, patterns, sorted({path for paths in owners.values() for path in paths}))
-    return [name for name, paths in owners.items() if any(matches(p, path) for p in patterns for path in paths)]
+    return [name for name in own if not matched.isdisjoint(containers(name))]
 
 
 def check_trained_whole(model: nn.Module, key: str, names: Sequence[str]) -> list[str]:

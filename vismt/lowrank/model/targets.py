@@ -3,7 +3,7 @@
 targets     'all-linear'            every nn.Linear and transformers Conv1D except the task head
             'all-conv'              every nn.Conv2d with groups = 1 except the task head
             'all-linear+conv'       both
-            a string                a regular expression (see patterns.py) that must match the full module path
+            a string                a regular expression that must match the full module path
             a list of strings       full paths or suffixes after a dot; an entry that matches linears leaves the
                                     convolutions of the same suffix alone ('proj' does not take patch_embed.proj)
 Other convolutions (in groups, of one or three dimensions) and embeddings are adapted where they are named; embeddings, and
@@ -16,11 +16,13 @@ head, fc, classifier, score or lm_head.
 
 from __future__ import annotations
 
+import math
 import re
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,9 +37,6 @@ from vismt.lowrank.layers.parameter_modules import (
 )
 from vismt.lowrank.layers.stock_modules import KINDS, LINEAR, kind_of, weight_format
 
-if TYPE_CHECKING:
-    from vismt.lowrank.model.patterns import Pattern
-
 HEAD_NAMES = {"head", "fc", "classifier", "score", "lm_head"}
 SETS = ("all-linear", "all-conv", "all-linear+conv")
 READ_DIRECTLY = (
@@ -47,6 +46,9 @@ READ_ONLY_PLAIN = "only plain factors can be added to it, without dropout or gat
 READ_BY_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")  # of a state-space mixer, which has an A_log
 
 PATH = re.compile(r"\w+(\.\w+)*")  # a pattern that names one path, and needs no matching
+PATHS = re.compile(r"(?:\w|\\\.|\|)+")  # an expression that names paths, as exports write it
+LIMIT_S = 5.0  # time of the thread that all matches of one expression may take
+MOST_PARTS = 2**20  # characters of an expression, times its repeats: the library writes repeated parts out
 
 Targets = str | Sequence[str] | None
 
@@ -187,8 +189,7 @@ def find_targets(
         wanted, chosen = _select_regex(pattern, named)
     else:
         wanted, chosen = _select_suffixes(need_names("adapt.targets:", pattern), named)
-    check_patterns("adapt.exclude", exclude, list(named))
-    excluded = {path for path in named if any(matches(entry, path) for entry in exclude)}
+    excluded = {path for paths in match_patterns("adapt.exclude", exclude, named).values() for path in paths}
     chosen -= excluded
     reasons = refusals(model, sorted(chosen), prequantized, readable=readable)
     if reasons and not everything:
@@ -285,27 +286,56 @@ def _experts(candidates: Mapping[str, nn.Module], readable: bool) -> list[str]:
     return [f"'{paths[0]}'{more}: experts in one parameter of three dimensions, which stays frozen{how}"]
 
 
-def matches(pattern: str, path: str) -> bool:
-    """Return whether `pattern` is a regular expression of the full path, the path itself, or a suffix of it after a dot."""
-    if path == pattern or path.endswith(f".{pattern}"):
-        return True
-    return PATH.fullmatch(pattern) is None and expression("adapt", pattern).matches(path)
+class Expression:
+    """A regular expression of module paths, in the syntax of `re`. A file may bring it, so its matches have a time limit.
+
+    Raises UserError, which starts with `name`, for a malformed or too large expression, and for one that takes too long.
+    """
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name, self.text, self._left = name, text, LIMIT_S
+        # Paths are looked up: an exported adapter may name thousands.
+        self._paths = frozenset(text.replace("\\", "").split("|")) if PATHS.fullmatch(text) else None
+        self._compiled = _compiled(name, text) if self._paths is None else None
+
+    def match(self, path: str) -> Any:
+        """Return the match of the whole path (true for a path that is looked up), None or false without a match."""
+        if self._compiled is None:
+            return self._paths is not None and path in self._paths
+        began = time.thread_time()
+        try:
+            return self._compiled.fullmatch(path, timeout=max(self._left, 0.001))
+        except TimeoutError as error:
+            raise UserError(
+                f"{self.name}: matching {shown_value(self.text)} takes more than {LIMIT_S:g} s; give a simpler expression, or "
+                "paths."
+            ) from error
+        finally:
+            self._left -= time.thread_time() - began
 
 
-def expression(name: str, pattern: str) -> Pattern:
-    """Return a compiled expression of module paths; UserError, which starts with `name`, for a malformed one."""
-    from vismt.lowrank.model.patterns import PatternError, compiled  # most targets are suffixes
+def _compiled(name: str, text: str) -> Any:
+    import regex  # which has a time limit; most targets are paths
 
+    repeats = re.findall(r"\{(\d{0,9}),?(\d{0,9})\}|(\+)", re.sub(r"\\.", "", text))
+    parts = len(text) * math.prod(2 if plus else max(int(n or 1) for n in counts) for *counts, plus in repeats)
     try:
-        return compiled(pattern)
-    except PatternError as error:
-        raise UserError(f"{name}: '{pattern}' is not a regular expression: {error}.") from error
+        if parts > MOST_PARTS:
+            raise ValueError(
+                f"it has {parts:.2g} parts with its repeats written out, at most {MOST_PARTS:.2g} are matched"
+            )
+        re.compile(text)
+        return regex.compile(text)
+    except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{name}: {shown_value(text)} is not a regular expression that can be matched: {error}."
+        ) from error
 
 
 def _select_regex(pattern: str, candidates: Mapping[str, nn.Module]) -> tuple[set[str], set[str]]:
     """Return the paths that an expression matches, and those of them to adapt."""
-    wanted = expression("adapt.targets", pattern)
-    paths = {path for path in candidates if wanted.matches(path)}
+    wanted = Expression("adapt.targets", pattern)
+    paths = {path for path in candidates if wanted.match(path)}
     if not paths:
         suffixed = any(path.endswith(f".{pattern}") for path in candidates)
         hint = f" A string must match the full path; as a suffix write ['{pattern}']." if suffixed else ""
@@ -316,10 +346,7 @@ def _select_regex(pattern: str, candidates: Mapping[str, nn.Module]) -> tuple[se
 
 def _select_suffixes(entries: Sequence[str], candidates: Mapping[str, nn.Module]) -> tuple[set[str], set[str]]:
     """Return the paths that have one of `entries` as a suffix, and those of them to adapt."""
-    ending: dict[str, list[str]] = {}  # entries may name every module of a deep model: each is looked up once
-    for path in candidates:
-        for suffix in suffixes(path):
-            ending.setdefault(suffix, []).append(path)
+    ending = _by_suffix(candidates)
     wanted, chosen = set[str](), set[str]()
     for entry in entries:
         paths = ending.get(entry, [])
@@ -329,6 +356,15 @@ def _select_suffixes(entries: Sequence[str], candidates: Mapping[str, nn.Module]
         wanted.update(paths)
         chosen.update(linears or paths)
     return wanted, chosen
+
+
+def _by_suffix(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Return the paths that end in each suffix: patterns may name every module of a deep model, and each is looked up."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        for suffix in suffixes(path):
+            found.setdefault(suffix, []).append(path)
+    return found
 
 
 def suffixes(path: str) -> list[str]:
@@ -352,14 +388,28 @@ def _nearest(pattern: object, candidates: Iterable[str]) -> str:
     return text
 
 
-def pattern_value(path: str, table: Mapping[str, float], default: float | None) -> float | None:
-    """Return the first entry of `table` whose pattern matches `path`, else `default`."""
-    return next((value for pattern, value in table.items() if matches(pattern, path)), default)
+def match_patterns(name: str, patterns: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
+    """Return which of `paths` each pattern matches: as a path, as a suffix of it after a dot, or as a regular expression.
+
+    Raises UserError, which starts with `name`, for a pattern that matches none.
+    """
+    every, patterns = list(paths), list(patterns)
+    ending = _by_suffix(every) if patterns else {}
+    found = {}
+    for pattern in patterns:
+        found[pattern] = ending.get(pattern, [])
+        if not found[pattern] and not PATH.fullmatch(pattern):
+            expression = Expression(name, pattern)
+            found[pattern] = [path for path in every if expression.match(path)]
+        if not found[pattern]:
+            raise UserError(f"{name}: no module matches '{pattern}'.{_nearest(pattern, every)}")
+    return found
 
 
-def check_patterns(name: str, table: Mapping[str, object] | Sequence[str], paths: Sequence[str]) -> None:
-    """Raise UserError unless every pattern matches one of `paths`."""
-    named = {suffix for path in paths for suffix in suffixes(path)} if table else ()
-    for pattern in table:
-        if pattern not in named and not any(matches(pattern, path) for path in paths):
-            raise UserError(f"{name}: no module matches '{pattern}'.{_nearest(pattern, paths)}")
+def pattern_values(name: str, table: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """Return the value of the first pattern that matches a path, by path. Raises UserError as `match_patterns` does."""
+    values: dict[str, Any] = {}
+    for pattern, matched in match_patterns(name, table, paths).items():
+        for path in matched:
+            values.setdefault(path, table[pattern])
+    return values

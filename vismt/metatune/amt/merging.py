@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vismt.lowrank.model.targets import check_patterns, pattern_value
+from vismt.lowrank.model.targets import pattern_values
 from vismt.lowrank.svd import principal
 from vismt.metatune.amt.pool import ExpertPool
 from vismt.metatune.amt.selection_rules import COMBINED, RULES, MergeSettings
@@ -34,7 +34,7 @@ class PoolNet(nn.Module):
             pool.index(str(settings.expert))
         for label in settings.shares:
             pool.index(label)
-        check_patterns("merging.trim", settings.trim, pool.paths)
+        self._trims = pattern_values("merging.trim", settings.trim, pool.paths)
         self._kept: dict[tuple[float, ...] | None, dict[str, Tensor]] = {}  # weights that last
 
     @torch.no_grad()
@@ -88,10 +88,8 @@ class PoolNet(nn.Module):
             weights = self.pool.combined(self.settings.strategy)
         else:
             weights = dict(self.pool.expert_weights(single[0])) if len(single) == 1 else self.pool.weights(zeta)
-        for path in self.pool.paths if self.settings.trim else ():
-            share = pattern_value(path, self.settings.trim, None)
-            if share is not None:
-                weights[f"vit.{path}.weight"] = trim(weights[f"vit.{path}.weight"], share)
+        for path, share in self._trims.items():
+            weights[f"vit.{path}.weight"] = trim(weights[f"vit.{path}.weight"], share)
         return weights
 
     def cosines(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from vismt.lowrank.layers.stock_modules import kind_of
 from vismt.lowrank.model.inject import attach, inject
 from vismt.lowrank.model.merge import forget
 from vismt.lowrank.model.record import AdaptReport, need_record, refuse_adapted, refuse_offloaded, refuse_others
-from vismt.lowrank.model.targets import Targets, check_patterns, pattern_value
+from vismt.lowrank.model.targets import Targets, pattern_values
 from vismt.lowrank.svd import kaiming
 from vismt.lowrank.tensors import need_finite
 from vismt.methods import Method, register_method
@@ -116,8 +116,8 @@ def _stage_ends(blocks: Sequence[str]) -> list[str]:
 
 def _by_block(name: str, value: Any, paths: Sequence[str]) -> dict[str, Any]:
     table = value if isinstance(value, Mapping) else {path: value for path in paths}
-    check_patterns(f"mtlora: {name}", table, paths)
-    values = {path: pattern_value(path, table, None) for path in paths}
+    matched = pattern_values(f"mtlora: {name}", table, paths)
+    values = {path: matched.get(path) for path in paths}
     for path, number in values.items():
         kinds = int if name == "task_rank" else (int, float)
         if isinstance(number, bool) or not isinstance(number, kinds) or not 0 < number <= sys.float_info.max:
