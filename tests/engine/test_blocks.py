@@ -20,7 +20,7 @@ from vismt.base.errors import UserError
 from vismt.config.sections import TrainConfig
 from vismt.engine import blocks, loop, runtime
 from vismt.engine.blocks import find_blocks, running_blocks
-from vismt.metatune.amt.objective import AdversarialObjective, Adversary
+from vismt.metatune.amt.method import AdversarialObjective, Adversary
 from vismt.metatune.maml import LinearLearner, MamlObjective, MamlSettings
 
 SAVING = {"recompute": {"recompute": "cheap"}, "checkpointing": {"checkpointing": True}}

@@ -12,7 +12,7 @@ from helpers.tiny import shake, tiny_vit
 from vismt import adapt
 from vismt.backbones.vit import Backbone
 from vismt.lowrank.files.save_load import save_adapter
-from vismt.metatune.amt.objective import AdversarialObjective, Adversary
+from vismt.metatune.amt.method import AdversarialObjective, Adversary
 from vismt.metatune.amt.pool import Expert
 from vismt.metatune.protonet import ProtoNet
 

@@ -19,7 +19,7 @@ from vismt.jobs import training_job
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SourceConfig
 from vismt.jobs.fewshot.job import FewShotJob
 from vismt.jobs.fewshot.models import OWN_FILE, find_experts, read_scale
-from vismt.metatune.amt.objective import AdversarialObjective
+from vismt.metatune.amt.method import AdversarialObjective
 from vismt.metatune.amt.pool import Expert, assemble, read_pool
 from vismt.metatune.protonet import EpisodeObjective, ProtoNet
 from vismt.storage.files import sealed

@@ -28,8 +28,8 @@ class AdversaryForm(Checked):
         pyramid: its levels, each [cells a side (null for single pixels), multiplier of its change].
         init: its start.
         weight: lambda of the loss.
-        kl: order of the divergence in the loss (vismt.metatune.amt.objective).
-        weight_attack: form of the weight attack nu (vismt.metatune.amt.objective).
+        kl: order of the divergence in the loss (vismt.metatune.amt.method).
+        weight_attack: form of the weight attack nu (vismt.metatune.amt.method).
         gamma: size of nu.
         support: whether prototypes are of perturbed or clean support images.
         warmup: episodes over which budget and gamma grow linearly to their full size.

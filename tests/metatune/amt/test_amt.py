@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import vismt
 from vismt.base.errors import Diverged, UserError
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.metatune.amt import objective as amt
-from vismt.metatune.amt.objective import AdversarialObjective, Adversary, trades
+from vismt.metatune.amt import method as amt
+from vismt.metatune.amt.method import AdversarialObjective, Adversary, trades
 from vismt.metatune.amt.weight_attack import weight_perturbation
 from vismt.metatune.protonet import EpisodeObjective, ProtoNet, cosine_logits, prototypes
 
@@ -628,7 +628,7 @@ import sys, torch
 from helpers.amt_parts import adapted, episode
 from vismt.config.sections import TrainConfig
 from vismt.engine import loop, runtime
-from vismt.metatune.amt.objective import AdversarialObjective, Adversary
+from vismt.metatune.amt.method import AdversarialObjective, Adversary
 torch.set_num_threads(1)
 accelerator = runtime.accelerator()
 weight, support, folder, accumulate = sys.argv[1:]

@@ -14,7 +14,7 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.lowrank.files.save_load import save_adapter
 from vismt.metatune.amt.merging import PoolNet, trim
-from vismt.metatune.amt.objective import Adversary
+from vismt.metatune.amt.method import Adversary
 from vismt.metatune.amt.pool import Expert, ExpertPool
 from vismt.metatune.amt.selection_rules import MergeSettings, expert_scores, mixture_weights
 from vismt.metatune.finetuning.diffaugment import diff_augment

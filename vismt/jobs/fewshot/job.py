@@ -48,7 +48,7 @@ from vismt.lowrank.model.merge import merge
 from vismt.lowrank.model.modules import check_mergeable
 from vismt.lowrank.model.record import need_record
 from vismt.lowrank.model.targets import match_patterns
-from vismt.metatune.amt.objective import AdversarialObjective
+from vismt.metatune.amt.method import AdversarialObjective
 from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.maml import MamlNet
 from vismt.metatune.protonet import EpisodeObjective, ProtoNet, prototypes
