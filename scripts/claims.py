@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts import tables
+from scripts.committed import interval_text, study
 from vismt.base.errors import UserError
 from vismt.report.claims import CLAIMS, NOT_HERE, Claim, Evidence, Paper, read_claims
 from vismt.report.study_rows import ROWS, StudyRow, studies
@@ -38,12 +38,12 @@ def _row(claim: Claim, evidence: Evidence) -> StudyRow | None:
     """Return the row of a claim, None where it has none; raise UserError where the stated verdict does not follow from it."""
     if evidence.study not in studies():
         return None
-    row = tables.study(evidence.study).find(evidence.row, f"claims: study '{evidence.study}'")
+    row = study(evidence.study).find(evidence.row, f"claims: study '{evidence.study}'")
     follows = evidence.follows(row)
     if follows != evidence.verdict:
         raise UserError(
             f"claims: '{claim.claim}' has the verdict '{evidence.verdict}', but '{follows}' follows from "
-            f"{tables.interval_text(row)} of study '{evidence.study}'; state it in {ROWS}/{CLAIMS}."
+            f"{interval_text(row)} of study '{evidence.study}'; state it in {ROWS}/{CLAIMS}."
         )
     return row
 
@@ -62,8 +62,8 @@ def _cells(evidence: Evidence, row: StudyRow | None) -> tuple[str, str, str]:
     tested = "; ".join(filter(None, parts))
     if row is None:
         return tested, "", f"**{evidence.verdict}** (not run: `vismt run {evidence.config}`)"
-    seeds = len(tables.study(evidence.study).trainings(row)) or 1
-    return tested, f"{tables.interval_text(row)}, n = {row.n:,} {row.unit}, seeds: {seeds}", f"**{evidence.verdict}**"
+    seeds = len(study(evidence.study).trainings(row)) or 1
+    return tested, f"{interval_text(row)}, n = {row.n:,} {row.unit}, seeds: {seeds}", f"**{evidence.verdict}**"
 
 
 def needed(evidence: Evidence) -> str:

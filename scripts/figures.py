@@ -26,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scripts.tables import renew, study
+from scripts.committed import renew, study
 from vismt.base import console
 from vismt.base.errors import UserError, require_known
 from vismt.base.seeds import digest

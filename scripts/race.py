@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from scripts import tables
+from scripts import committed
 from scripts.bench.accounting import peak_bytes, weight_bytes
 from vismt.base import console
 from vismt.base.errors import UserError
@@ -88,7 +88,7 @@ def specs() -> dict[str, Any]:
 
 def files(name: str) -> list[StudyRows]:
     """Return the rows of a study, and those of entrants beside it."""
-    return [tables.study(known) for known in studies() if known.partition(ENTRANT)[0] == name]
+    return [committed.study(known) for known in studies() if known.partition(ENTRANT)[0] == name]
 
 
 def column(of: list[StudyRows], wanted: dict[str, str]) -> dict[str, Entry]:
@@ -203,7 +203,7 @@ def _cell(arm: str, entries: dict[str, Entry]) -> str:
     if arm not in entries:
         return "–"
     best = best_of(entries)
-    text = tables.interval_text(entries[arm].row)
+    text = committed.interval_text(entries[arm].row)
     if arm == best:
         return f"**{text}** ★"
     return f"{text} ≈" if ties(entries[best], entries[arm]) else text
@@ -358,7 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not text:
         console.stage("race", "no rows of a race, so no page")
         return int(options.check and bool(stands))
-    return tables.renew("race", [(PAGE, stands, text, 1)], options.check)
+    return committed.renew("race", [(PAGE, stands, text, 1)], options.check)
 
 
 if __name__ == "__main__":

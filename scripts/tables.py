@@ -25,21 +25,22 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from scripts.claims import sections
+from scripts.committed import interval_text, renew, study
 from vismt.base import console
-from vismt.base.errors import UserError, near, require_known
+from vismt.base.errors import UserError, require_known
 from vismt.config.yaml_text import read_yaml
 from vismt.report.claims import of_study, read_claims
 from vismt.report.comparison import AVERAGE
-from vismt.report.study_rows import ROWS, SELECTED, StudyRow, StudyRows, read_study, studies, study_of, write_study
+from vismt.report.study_rows import ROWS, SELECTED, StudyRow, StudyRows, study_of, write_study
 from vismt.report.tables import number_text
-from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
 from vismt.uncertainty.intervals import FEWEST_DOMAINS, interval_kind_text, over_domains
 
@@ -59,15 +60,6 @@ def pages() -> list[Path]:
 def specs() -> dict[str, Any]:
     """Return what every table shows, by the table's name."""
     return read_yaml(SPECS, str(SPECS))
-
-
-@cache
-def study(name: str) -> StudyRows:
-    """Return a study by its name."""
-    known = studies()
-    if name not in known:
-        raise UserError(f"tables: no rows of a study '{name}' in {ROWS}.{near(name, known)}")
-    return read_study(known[name])
 
 
 def selections(name: str) -> Iterator[tuple[str, str, dict[str, Any] | str]]:
@@ -126,23 +118,9 @@ def cell(selection: Mapping[str, Any] | str, where: str) -> str:
     return f"{selection['label']} {text}" if "label" in selection else text
 
 
-def interval_text(row: StudyRow) -> str:
-    """Return a number with its interval, which has two ends where it is not symmetric."""
-    return texts(row)[abs(row.high + row.low - 2 * row.value) > 0.1 * row.half]
-
-
-def texts(row: StudyRow) -> tuple[str, str]:
-    """Return a number with its interval as "1.2 ± 0.3" and as "1.2 [0.9, 1.5]"."""
-    sign, width = bool(row.minus), (row.high - row.low) / 2
-    value, low, high = (number_text(end, row.scale, sign, width) for end in (row.value, row.low, row.high))
-    return f"{value} ± {number_text(width, row.scale, half=width)}", f"{value} [{low}, {high}]"
-
-
 def table(name: str, as_comment: bool) -> str:
     """Return a table and a note of what its intervals cover, as Markdown or as the aligned lines of a comment."""
     if name == "claims":
-        from scripts.claims import sections  # it uses this module
-
         return sections()
     require_known(f"tables: {SPECS} has no table", [name], specs())
     rows: dict[str, list[str]] = {}
@@ -221,7 +199,7 @@ def add(run: Path, name: str) -> Path:
         if isinstance(selection, dict) and selection.get("study") == name and selection.get("minus")
     ]
     pairs += [(evidence.arm, evidence.minus) for _, evidence in of_study(read_claims(), name) if evidence.minus]
-    from scripts import race  # it uses this module
+    from scripts import race  # torch
 
     pairs += race.pairs(run, name)
     made = race.without_sets(study_of(run, pairs), name)
@@ -234,23 +212,6 @@ def add(run: Path, name: str) -> Path:
     path = CHECKOUT / ROWS / f"{name}.jsonl"
     write_study(path, made)
     return path
-
-
-def renew(script: str, files: Iterable[tuple[Path, str, str, int]], check: bool) -> int:
-    """Write each file whose text is not what its rows make, with check name it; return 1 where check finds one.
-
-    files: path, text, text that it has to have, line of the first difference.
-    """
-    stale = False
-    for path, text, made, line in files:
-        name = path.relative_to(CHECKOUT)
-        if text != made and check:
-            stale = True
-            console.stage("stale", f"{name}:{line}; `python -m scripts.{script}` writes it again")
-        elif text != made:
-            atomic_write(path, made)
-            console.stage(script, str(name))
-    return int(stale)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.pages import ROOT
 
-from scripts import claims, tables
+from scripts import claims, committed, tables
 from vismt.base.errors import UserError
 from vismt.report import claims as rules
 from vismt.report.claims import Evidence, of_study, read_claims
@@ -60,7 +60,7 @@ def test_a_comparison_that_cannot_tell_is_not_evidence_whatever_its_interval() -
     quantized = [evidence for evidence in STUDIED if evidence.study == "quantized"]
     assert quantized and {evidence.verdict for evidence in quantized} == {"not evidence"}
     for evidence in quantized:
-        row = tables.study("quantized").find(evidence.row, "here")
+        row = committed.study("quantized").find(evidence.row, "here")
         assert evidence.follows(row) == "not evidence" and "4-bit grid" in evidence.note + quantized[0].note
     with pytest.raises(UserError, match="say in `note` why it is not evidence"):
         Evidence(study="quantized", arm="qpissa", below=0, verdict="not evidence")

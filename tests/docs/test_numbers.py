@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.pages import FENCE, README, ROOT, name, read
 
-from scripts import figures, tables
+from scripts import committed, figures, tables
 from vismt.report.study_rows import studies
 
 RESULTS = [
@@ -68,9 +68,9 @@ def test_pictures_are_those_of_the_committed_rows(capsys: pytest.CaptureFixture[
 
 def test_pages_and_rows_of_weights_from_a_file_of_four_bits_say_so() -> None:
     for study in studies():
-        settings = tables.study(study).about.settings
+        settings = committed.study(study).about.settings
         if (settings.get("model") or {}).get("name") == "smollm2-135m-instruct":
-            assert "Q4_1" in tables.study(study).about.title, study
+            assert "Q4_1" in committed.study(study).about.title, study
     for path in [*RESULTS, *(ROOT / "docs/methods").glob("*.md")]:
         measured = read(path).replace("HuggingFaceTB/SmolLM2-135M", "")
         assert "SmolLM2" not in measured or "Q4_1" in measured, path
@@ -80,7 +80,7 @@ def test_a_part_of_a_public_set_has_not_the_name_of_the_whole() -> None:
     """In rows, and among the sets of the configurations whose numbers they are."""
     whole = {"cifar10", "cifar100", "flowers102", "gtsrb", "omniglot", "mnist", "fashion_mnist"}
     for study in studies():
-        of = tables.study(study)
+        of = committed.study(study)
         named = set(re.findall(r"[\w-]+", f"{of.about.settings}"))
         named |= {row.data.partition(":")[0].removesuffix("-test") for row in of.rows}
         assert not named & whole, study
@@ -96,7 +96,7 @@ def test_a_table_without_rows_is_marked() -> None:
 
 
 def test_an_interval_in_a_text_is_that_of_a_table_or_of_a_row() -> None:
-    known = {text for study in studies() for row in tables.study(study).rows for text in tables.texts(row)}
+    known = {text for study in studies() for row in committed.study(study).rows for text in committed.texts(row)}
     for page in RESULTS:
         known |= {found for table in TABLE.findall(read(page)) for found in INTERVAL.findall(table[0])}
     known |= set(map(plain, known))

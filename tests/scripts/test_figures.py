@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helpers.run_folder import make_folder
 
-from scripts import figures, tables
+from scripts import committed, figures, tables
 from vismt.engine.study import ARMS, write_choice
 from vismt.engine.training_files import CHANGES
 from vismt.report.study_rows import ROWS, StudyRow, read_study, study_of, write_study
@@ -25,7 +25,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Return a checkout with the rows of a study of one training, and of one with two trainings."""
     monkeypatch.setattr(figures, "CHECKOUT", tmp_path)
     monkeypatch.setattr(tables, "CHECKOUT", tmp_path)
-    monkeypatch.setattr(tables, "studies", lambda: {path.stem: path for path in (tmp_path / ROWS).glob("*.jsonl")})
+    monkeypatch.setattr(committed, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(committed, "studies", lambda: {path.stem: path for path in (tmp_path / ROWS).glob("*.jsonl")})
     (tmp_path / "docs").mkdir()
     study = study_of(make_folder(tmp_path))
     write_study(tmp_path / ROWS / "study.jsonl", study)
@@ -36,9 +37,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         if row.data != "average" and not row.minus
     ]
     write_study(tmp_path / ROWS / "seeds.jsonl", type(study)(study.about, [*study.rows, *by_seed]))
-    tables.study.cache_clear()
+    committed.study.cache_clear()
     yield tmp_path
-    tables.study.cache_clear()
+    committed.study.cache_clear()
 
 
 def run(checkout: Path, specs: dict, *options: str) -> int:
@@ -61,7 +62,7 @@ def test_a_picture_is_drawn_again_where_its_rows_or_what_it_shows_change(checkou
     study = read_study(path)
     rows = [StudyRow(**{**vars(row), "low": row.low - 0.01}) for row in study.rows]
     write_study(path, type(study)(study.about, rows))
-    tables.study.cache_clear()
+    committed.study.cache_clear()
     capsys.readouterr()
     assert run(checkout, specs, "--check") == 1
     assert "docs/bars.svg" in (out := capsys.readouterr().out) and "docs/seeds.svg" not in out

@@ -12,7 +12,7 @@ import pytest
 from helpers.results import result
 from helpers.tiny_runs import CONFIGS, written
 
-from scripts import race, tables
+from scripts import committed, race, tables
 from vismt.cli import main
 from vismt.config.yaml_text import read_yaml
 from vismt.report.reproduction import verdicts
@@ -43,10 +43,11 @@ def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None
         by_name = {name.replace("__", "+"): of for name, of in studies.items()}
         monkeypatch.setattr(race, "specs", lambda: SPEC)
         monkeypatch.setattr(race, "studies", lambda: by_name)
-        monkeypatch.setattr(tables, "study", by_name.__getitem__)
+        monkeypatch.setattr(committed, "study", by_name.__getitem__)
         monkeypatch.setattr(race, "PAGE", tmp_path / "race.md")
         monkeypatch.setattr(race, "COSTS", tmp_path / "costs.json")
         monkeypatch.setattr(tables, "CHECKOUT", tmp_path)
+        monkeypatch.setattr(committed, "CHECKOUT", tmp_path)
 
     return put
 
@@ -167,9 +168,9 @@ def test_the_committed_page_is_that_of_its_rows() -> None:
 @pytest.mark.realdata
 def test_the_cheapest_rows_are_reproduced(tmp_path: Path) -> None:
     """The three arms with the shortest steps, trained with another seed at their rates, are within the prediction intervals."""
-    committed = tables.study("race_transfer")
+    of = committed.study("race_transfer")
     config = CHECKOUT / "configs" / "race" / "transfer.yaml"
-    settings, rates = read_yaml(config, str(config)), {arm: cost["lr"] for arm, cost in committed.about.costs.items()}
+    settings, rates = read_yaml(config, str(config)), {arm: cost["lr"] for arm, cost in of.about.costs.items()}
     root = os.environ.get("VISMT_DATA")
     if root is None or not all((Path(root) / task["name"]).is_dir() for task in settings["tasks"]):
         pytest.skip("the sets of the race are not under VISMT_DATA")
@@ -186,8 +187,6 @@ def test_the_cheapest_rows_are_reproduced(tmp_path: Path) -> None:
         "evaluate.neighbours=[]",
     ]
     assert main(["run", str(config), *changes, "--out", str(tmp_path), "--quiet"]) == 0
-    rows = [
-        r for r in committed.rows if r.arm in arms and not r.minus and (r.metric, r.condition) == ("accuracy", "clean")
-    ]
-    found = verdicts(StudyRows(committed.about, rows), study_of(next(tmp_path.iterdir())))
+    rows = [r for r in of.rows if r.arm in arms and not r.minus and (r.metric, r.condition) == ("accuracy", "clean")]
+    found = verdicts(StudyRows(of.about, rows), study_of(next(tmp_path.iterdir())))
     assert len(found) == 3 * (1 + len(settings["tasks"])) and {verdict.word for verdict in found} == {"inside"}, found

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from helpers.run_folder import make_folder
 
-from scripts import tables
+from scripts import committed, tables
 from vismt.report.study_rows import ROWS, StudyRow, read_study, study_of, write_study
 
 SPEC = {
@@ -55,8 +55,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for folder in ("docs", "configs", ROWS):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(tables, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(committed, "CHECKOUT", tmp_path)
     monkeypatch.setattr(tables, "SPECS", tmp_path / ROWS / "tables.yaml")
-    monkeypatch.setattr(tables, "studies", lambda: {path.stem: path for path in (tmp_path / ROWS).glob("*.jsonl")})
+    monkeypatch.setattr(committed, "studies", lambda: {path.stem: path for path in (tmp_path / ROWS).glob("*.jsonl")})
     (tmp_path / ROWS / "tables.yaml").write_text(yaml.safe_dump(SPEC, sort_keys=False))
     (tmp_path / "README.md").write_text("No table.\n")
     (tmp_path / "docs" / "page.md").write_text(PAGE)
@@ -68,7 +69,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forget() -> None:
     tables.specs.cache_clear()
-    tables.study.cache_clear()
+    committed.study.cache_clear()
 
 
 def respecified(checkout: Path, change: Callable[[dict], object]) -> int:
@@ -93,7 +94,10 @@ def test_a_stale_table_is_found_and_written(checkout: Path, capsys: pytest.Captu
         for row in study_of(checkout / "run-4f2a").rows
         if row.data == "digits" and row.kind == "clean"
     }
-    texts = {"frozen": tables.texts(rows["frozen", ""])[0], "difference": tables.texts(rows["adapted", "frozen"])[0]}
+    texts = {
+        "frozen": committed.texts(rows["frozen", ""])[0],
+        "difference": committed.texts(rows["adapted", "frozen"])[0],
+    }
     assert (checkout / "docs/page.md").read_text() == MADE.format(**texts) and texts["frozen"].startswith("50.0 ± ")
     assert tables.main(["--check"]) == 0
     path = checkout / ROWS / "study.jsonl"
