@@ -12,7 +12,7 @@ import vismt
 from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.model.targets import matches
-from vismt.methods import METHODS, check_adaptation
+from vismt.methods import check_adaptation
 
 
 def paths(targets: object, **options: object) -> list[str]:
@@ -121,16 +121,6 @@ def test_unknown_method_and_option_name_the_near_ones() -> None:
         vismt.adapt(None, "lora")
     assert vismt.adapt(tiny_vit(), "pissa", rank=2, solver="randomized").method == "pissa"
     assert vismt.adapt(tiny_vit(), method="lora", rank=2).method == "lora"
-
-
-@pytest.mark.parametrize("name", ["pissa", "corda"])
-def test_an_earlier_name_of_an_option_is_read(name: str) -> None:
-    """Configurations of earlier versions call `solver` of pissa and corda `method`."""
-    check_adaptation(tiny_vit(), name, None, 2, None, {"method": "exact"})
-    assert METHODS[name].present({"method": "exact", "dropout": 0}) == {"solver": "exact", "dropout": 0}
-    with pytest.raises(UserError, match="method is the earlier name of solver; give one of them"):
-        METHODS[name].present({"method": "exact", "solver": "randomized"})
-    assert "method" not in METHODS[name].options
 
 
 def test_a_tied_parameter_has_the_first_of_its_names() -> None:
