@@ -82,7 +82,11 @@ PLACES["methods"] = {
     "polar": "vismt.llm.polar.method",
     "s2ft": "vismt.llm.s2ft.method",
 }
-# The present names of methods that earlier adapters and configurations call otherwise.
-PLACES["renamed methods"] = {"moe_lora": "emtal"}
+# Names of methods and adapter modules in adapter files of earlier versions.
+PLACES["earlier names in files"] = {
+    "moe_lora": "emtal",
+    "vismt.multitask.moefied:MoEfiedMlp": "moefied_ffn",
+    "vismt.llm.ilora:InstanceGate": "instance_gate",
+}
 
 __getattr__, __dir__ = exports(__name__, classes=False)

@@ -89,7 +89,6 @@ class Method:
             streams.py).
         merges: whether the trained model can be merged into stock weights.
         exports: whether the update can be exported as a plain LoRA.
-        renamed: {earlier name: present name} of options; configurations with earlier names are read.
         unread: those of targets, rank and alpha that it does not read, each with what it does instead and what to set.
     """
 
@@ -105,7 +104,6 @@ class Method:
     needs: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda options: {}
     merges: bool = True
     exports: bool = True
-    renamed: Mapping[str, str] = field(default_factory=dict)
     unread: Mapping[str, str] = field(default_factory=dict)
 
     def check_read(self, where: str = "", **arguments: Any) -> None:
@@ -129,17 +127,8 @@ class Method:
             names += [name for name in COMMON if name not in names]
         return names
 
-    def present(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return options by their present names. Raises UserError for an option under its old and its new name."""
-        for old, new in self.renamed.items():
-            if old in options and new in options:
-                raise UserError(f"adapt: {old} is the earlier name of {new}; give one of them.")
-        return {self.renamed.get(name, name): value for name, value in options.items()}
 
-
-METHODS: Registry[Method] = Registry(
-    "adapt: no method", with_entry_points("vismt.methods", PLACES["methods"]), PLACES["renamed methods"]
-)
+METHODS: Registry[Method] = Registry("adapt: no method", with_entry_points("vismt.methods", PLACES["methods"]))
 
 
 def register_method(method: Method) -> Method:
@@ -186,7 +175,6 @@ def adapt(
     if not isinstance(model, nn.Module):
         raise UserError(f"adapt: the model is a {type(model).__name__}; it must be a torch.nn.Module.")
     known = known_method(method, options)
-    options = known.present(options)
     if not isinstance(seed, int) or seed.bit_length() > 64:
         raise UserError(f"adapt.seed: {shown_value(seed)}; it must be a whole number of at most 64 bits.")
     known.check_read(targets=targets, rank=rank, alpha=alpha)
@@ -197,7 +185,7 @@ def adapt(
 def known_method(name: Any, options: Collection[str]) -> Method:
     """Return a method by name. Raises UserError for an unknown one, and for options that it does not have."""
     method = METHODS[name]
-    unknown = [option for option in options if method.renamed.get(option, option) not in method.options]
+    unknown = [option for option in options if option not in method.options]
     if unknown:
         from vismt.config.sections import AdaptConfig
 

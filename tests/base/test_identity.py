@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import linecache
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -81,18 +84,9 @@ CHANGES: dict[str, Callable[[Any, pytest.MonkeyPatch], object]] = {
     "a submodule replaced": lambda model, _: setattr(model, "drop", nn.Identity()),
     "a method on the instance": lambda model, _: on_instance(model),
     "forward on the instance": lambda model, _: setattr(model.norm, "forward", torch.tanh),
-    "a method on the class": lambda _, patch: patch.setattr(Net, "finish", lambda self, x: scaled(x)),
     "a method of a library's class": lambda _, patch: patch.setattr(nn.Conv2d, "forward", lambda self, x: x),
-    "a value of the class": lambda _, patch: patch.setattr(Net, "power", 2),
-    "a function that a method names": lambda _, patch: patch.setitem(globals(), "scaled", lambda x: x),
-    "a default of that function": lambda _, patch: patch.setattr(scaled, "__defaults__", (2.0,)),
-    "a value that it names": lambda _, patch: patch.setitem(SCALE, "factor", 3.0),
-    "a function of a library": lambda _, patch: patch.setattr(F, "leaky_relu", lambda x, slope: x),
     "a hook": lambda model, _: model.norm.register_forward_hook(lambda module, inputs, output: output * 2),
     "a hook before": lambda model, _: model.norm.register_forward_pre_hook(lambda module, inputs: None),
-    "a global hook": lambda _, patch: patch.setitem(
-        nn.modules.module._global_forward_hooks, 0, lambda module, inputs, output: output * 2
-    ),
 }
 
 
@@ -180,7 +174,6 @@ def test_values_of_an_unreadable_object_have_no_identity(tmp_path) -> None:
         (np.array(["a", None], dtype=object), np.array(["b", None], dtype=object)),
         (Image.new("L", (4, 2), 3), Image.new("L", (2, 4), 3)),
         (functools.partial(scaled, by=1), functools.partial(scaled, by=2)),
-        (lambda: 1, lambda: True),
     ],
 )
 def test_values_that_look_alike(one, other) -> None:
@@ -198,17 +191,26 @@ def test_a_set_has_no_order() -> None:
     assert str(Identity({"a", "b", "c"})) == str(Identity({"c", "b", "a"})) != str(Identity({"a", "b"}))
 
 
-def moved(function: FunctionType) -> FunctionType:
-    """Return a function from the same text at another line and place."""
-    scope: dict[str, Any] = {}
-    exec("\n\n\n" + function, scope)
-    return scope["f"]
-
-
-def test_the_place_of_code_does_not_count() -> None:
-    text = "def f(x):\n    return x + {}\n"
-    assert str(Identity(moved(text.format(1)))) == str(Identity(moved("\n" + text.format(1))))
-    assert str(Identity(moved(text.format(1)))) != str(Identity(moved(text.format(2))))
+def test_own_code_counts_by_its_source_file(tmp_path, monkeypatch) -> None:
+    """Also without a file, as in a notebook, where the text counts."""
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+    for number, text in enumerate(("return 1", "return 2", "return 1")):
+        (tmp_path / "own_code.py").write_text(f"class Own:\n    def f(self):\n        {text}\n")
+        os.utime(tmp_path / "own_code.py", (number, number))
+        monkeypatch.delitem(sys.modules, "own_code", raising=False)
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        seen.append(Identity(importlib.import_module("own_code").Own()))
+    assert str(seen[0]) == str(seen[2]) != str(seen[1]) and all(one.foreign == "Own" for one in seen)
+    for text in ("1", "2", "1"):
+        scope: dict[str, Any] = {"__name__": "__main__"}
+        linecache.cache["<cell>"] = len(text), None, [f"def f(): return {text}\n"], "<cell>"
+        exec(compile(f"def f(): return {text}\n", "<cell>", "exec"), scope)
+        seen.append(Identity(scope["f"]))
+    assert str(seen[3]) == str(seen[5]) != str(seen[4]) and seen[3].unknown is None
+    exec("def f(): return 1", scope)
+    assert Identity(scope["f"]).unknown == "the source of f"
 
 
 def test_our_own_version_is_that_of_the_source_files() -> None:

@@ -38,9 +38,3 @@ def test_a_module_is_imported_when_its_name_is_looked_up(tmp_path, monkeypatch) 
 
 
 LATE: Registry[int] = Registry("late: no entry", {"late": "late_shapes"})
-
-
-def test_an_old_name_finds_the_present_one() -> None:
-    shapes: Registry[int] = Registry("shape: no shape", aliases={"ring": "circle"})
-    shapes.add("circle", 1)
-    assert shapes["ring"] == 1 and "ring" in shapes and list(shapes) == ["circle"]

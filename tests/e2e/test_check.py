@@ -15,10 +15,11 @@ from helpers.toy_job import job
 import vismt.jobs
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.cli.check import _committed, _differing
-from vismt.config.sections import with_earlier
+from vismt.cli.check import _committed, _differing, _known_keys
+from vismt.config.sections import config_hash
 from vismt.config.typed import build
 from vismt.jobs import typed_config
+from vismt.jobs.calibration import ImageCalibrationConfig
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.report import claims, study_rows
 from vismt.report.study_rows import About, StudyRows, read_study, studies, study_of, write_study
@@ -149,21 +150,20 @@ def test_what_is_no_committed_run_is_one_line(
     assert "this installation has no committed rows" in capsys.readouterr().err
 
 
-def test_rows_without_a_key_have_its_earlier_value() -> None:
+def test_keys_that_sections_no_longer_have_are_left_out() -> None:
     study = read_study(studies()["quickstart"])
-    study.about.settings["evaluate"].pop("sampling", None)
-    config = typed_config(with_earlier(study.about.settings, FewShotConfig), "rows")
-    assert config.evaluate.sampling == "with_replacement" and not _differing(config, study, Path("rows"))
-    study.about.settings["evaluate"]["sampling"] = config.evaluate.sampling = "parts"
+    study.about.settings.update({"report": None, "calibration": {"memory_mb": 3}})
+    config = typed_config(_known_keys(study.about.settings, FewShotConfig), "rows")
+    assert config.calibration == ImageCalibrationConfig() and not _differing(config, study, Path("rows"))
     config.evaluate.seed += 1
     assert not _differing(config, study, Path("rows"))
-    study.about.settings["evaluate"].pop("sampling")
     config.arms = {"b": {}}
     assert "arms.b is {}, there not set" in _differing(config, study, Path("rows"))
     config.arms = {"a": {"train.lr": 0.1}}
+    config.evaluate.sampling = "with_replacement"
     assert sorted(_differing(config, study, Path("rows"))) == [
         "arms.a.train.lr is 0.1, there not set",
-        "evaluate.sampling is 'parts', there 'with_replacement'",
+        "evaluate.sampling is 'with_replacement', there 'parts'",
     ]
 
 
@@ -196,10 +196,19 @@ def test_a_claim_that_the_run_contradicts_fails(
     assert f"{1 - code} of 1 verdicts are not contradicted" in printed
 
 
-@pytest.mark.parametrize("path", study_rows.studies().values(), ids=lambda path: path.stem)
+TO_MEASURE = pytest.mark.xfail(strict=True, reason="its CAGrad is torchjd's now, and not measured again yet")
+STUDIES = [
+    pytest.param(path, id=name, marks=[TO_MEASURE] if name == "balancers" else [])
+    for name, path in study_rows.studies().items()
+]
+
+
+@pytest.mark.parametrize("path", STUDIES)
 def test_a_run_of_the_configuration_of_committed_rows_is_checked_against_them(path: Path) -> None:
     about, *_ = read_lines(path, whole=True)
     study = StudyRows(build(About, about, str(path)), [])  # of the rows themselves the pages are made, and checked
     name = study.about.command.split()[-1].removeprefix("configs/").removesuffix(".yaml")
     config = vismt.jobs.load_config(study_rows.shipped("configs") / f"{name}.yaml")
     assert _differing(config, study, path) == []
+    recorded = study.about.config_hash
+    assert config_hash(config) == recorded or len(recorded) == 8  # of a form that is made no more

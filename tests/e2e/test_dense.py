@@ -598,7 +598,6 @@ def test_full_training_reaches_every_parameter_that_is_run(tmp_path: Path) -> No
         ({"size": [32]}, "size: [32]"),
         ({"head": {"name": "cnov"}}, "head.name: 'cnov' is not known"),
         ({"head": {"name": "linear", "options": {"hidden": 8}}}, "no option 'hidden'"),
-        ({"full": True}, "full: is a method now; write adapt: {method: full}"),
         ({"batch": 0}, "batch is 0"),
         ({"canvas": [32, 40]}, "canvas: [32, 40]; give [height, width], neither below that of size [32, 48]"),
         ({"canvas": [64]}, "canvas: [64]"),

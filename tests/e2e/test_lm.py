@@ -624,7 +624,6 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
     ({"evaluate.ensembles": ["lora"], "arms": {"lora": {}}}, "name two seeds or more"),
     ({"evaluate.ood": ["elsewhere"]}, "evaluate.ood: 'elsewhere'."),
     ({"evaluate.passes": 4}, "evaluate.passes: no arm has dropout"),
-    ({"evaluate.samples": 4}, "evaluate.samples: 4 has no effect"),
     ({"arms": {"frozen": {}}}, "'frozen' is the model before training"),
     ({"batch": 17}, "batch: 17, with 16 training rows"),
     ({"calibration": {"rows": 3}}, "calibration.data: names no set of texts"),

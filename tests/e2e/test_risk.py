@@ -14,7 +14,7 @@ from helpers.tiny_runs import TRAIN, VIT, run_config, written
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.engine.study import read_choice
-from vismt.jobs import open_run, typed_config
+from vismt.jobs import open_run
 from vismt.jobs.risk import ACCEPTED, AURC, COLUMNS, COVERED, RISK, SIZE, fit_thresholds, validation_parts
 from vismt.report.results import Result, read_results
 from vismt.storage.files import read_sealed
@@ -210,12 +210,3 @@ def test_sets_of_other_classes_are_told_by_their_confidence(tmp_path: Path, caps
     assert row.condition == "against photo_crops:test" and row.low < row.value < row.high
     same = {**config, "evaluate": {"ood": ["digits"]}}
     assert "shares examples with tasks: " in refused(tmp_path, same, capsys)
-
-
-def test_the_keys_of_earlier_versions_are_read() -> None:
-    images = {"images": 9, "calibration": 7}
-    for name, raw in (("multitask", {}), ("lm", {}), ("robustness", {"evaluate": images})):
-        old = typed_config({"task": name, "report": "risk", **raw}, "a")
-        assert old.evaluate.risk and not typed_config({"task": name, "report": None}, "a").evaluate.risk
-    assert old.evaluate.threshold_images == 7
-    assert old == typed_config({"task": name, "evaluate": {"risk": True, "images": 9, "threshold_images": 7}}, "a")

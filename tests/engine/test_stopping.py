@@ -145,7 +145,7 @@ def test_trainings_that_two_processes_began_are_not_continued_by_one(
     assert main([*command, "--workers", "2"]) == 2 and message in capsys.readouterr().err
     record.write_text(sealed({"processes": "2"}))
     assert main(command) == 2 and "'processes' is '2'" in capsys.readouterr().err
-    record.unlink()  # of an earlier version
+    record.unlink()
     assert main(command) == 0
 
 

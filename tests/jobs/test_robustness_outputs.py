@@ -22,7 +22,6 @@ from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import score_set
 from vismt.jobs.robustness.models import Classifier
 from vismt.report.results import Score
-from vismt.storage.lines import read_lines, write_lines
 from vismt.uncertainty.intervals import CLEAN, NUMBER, SHARE, Condition, Measure
 
 LABELS = ["first/0", "first/1", "second/0", "second/1", "scenes/a/abbey", "scenes/a/alley", "scenes/b/alley"]
@@ -100,11 +99,6 @@ def test_scores_tell_their_images_from_others_of_the_same_names(tmp_path, monkey
     if other == "pixels":
         assert scores("first") == first  # whose answers are on record
         assert "is of other images than are there now; move it away" in capsys.readouterr().out
-        path = next((tmp_path / "first").rglob("answers*.jsonl"))
-        header, *rows = read_lines(path)
-        del header["settings"]["examples"]
-        write_lines(path, [header, *rows])
-        assert scores("first").examples == ""  # an earlier version did not write it
 
 
 def test_confidences_of_other_images_of_the_same_names_are_noticed(tmp_path, capsys):

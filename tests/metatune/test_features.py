@@ -271,9 +271,6 @@ CHANGES: dict[str, Callable[..., object]] = {
     ),
     "forward of a class": lambda _, patch: patch.setattr(Mlp, "forward", lambda self, x: self.fc2(self.fc1(x))),
     "a method of our class": lambda net, patch: patch.setattr(Backbone, "normalise", lambda self, images: images),
-    "a function of the module": lambda _, patch: patch.setattr(
-        "vismt.backbones.vit.widened", lambda features: 2 * features
-    ),
     "a hook": lambda net, _: net.vit.norm.register_forward_hook(lambda module, inputs, output: output * 2),
     "a hook before": lambda net, _: net.vit.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2 + 1,)),
     "a global hook": lambda _, patch: patch.setitem(
@@ -287,7 +284,7 @@ CHANGES: dict[str, Callable[..., object]] = {
 # A version of a tensor does not tell what is changed through .data, nor a module what is changed on its class.
 LATER = {
     *("through .data", "one value through .data", "a buffer"),
-    *("forward of a class", "a method of our class", "a function of the module"),
+    *("forward of a class", "a method of our class"),
 }
 
 

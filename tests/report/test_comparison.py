@@ -3,10 +3,9 @@
 import math
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from helpers.results import HASH, PGD, add, corruption, half, measure, result, rows_of, write_lines
+from helpers.results import HASH, PGD, add, corruption, half, measure, rows_of, write_lines
 from helpers.run_folder import FROZEN, add_arm, make_folder
 from scipy.stats import t as student
 
@@ -323,13 +322,6 @@ def test_differences_are_to_the_baseline_of_the_task(folder):
         add(folder, Score("few-shot", "digits", "5-way 1-shot", measure([0.5] * 4), PGD_2, "episodes"), arm)
     found = compare(read_results(folder / "results.jsonl"), ValuesByExample(folder))
     assert {c.base for c in found} == {"adapted"} and not next(c for c in found if c.condition == "PGD-2").differences
-
-
-def test_an_average_of_rows_without_a_variance_has_the_errors_of_their_intervals():
-    """An earlier version wrote an interval alone; an average of such rows is not certain."""
-    rows = [result(data, value=0.5, half=0.1) for data in ("digits", "crops")]
-    average = next(c for c in compare(rows, ValuesByExample(Path("nowhere"))) if c.data == "average")
-    assert half(average.cells["frozen"]) == pytest.approx(0.1 / math.sqrt(2))
 
 
 def test_a_value_outside_its_interval_has_its_reason_and_no_star(tmp_path):

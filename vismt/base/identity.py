@@ -1,20 +1,20 @@
 """What a number belongs to: the identity of models, data and code, as a 128-bit digest (XXH3) of all that they consist of.
 
 A model consists of the values of all its tensors, the settings of its modules (every attribute that is not a tensor), its hooks,
-and the code of its classes as it runs: methods that were replaced on a class or an instance count, and so do global hooks. The
-code of an own function is its bytecode, defaults and closure, with the functions and values that it names, wherever they lead.
-That of a library is its version, the bytecode of the methods of the classes in use, and of the functions which these name. Our
-own package is versioned by its source files.
+and the code of its classes. The code of a library's class or function is the version of the library, and own functions in the
+place of its methods. The code of an own class or function is its source file, with the defaults and the closure of a function.
+Our own package is versioned by its source files.
 
-What has no readable content (an open file, a generator) has no identity: `unknown` names it, and a caller computes again.
-Not seen: functions of a library that other functions of the library call, replaced from outside; what C code keeps; files that
-code reads as it runs.
+What has no readable content (an open file, a generator, code without a source) has no identity: `unknown` names it, and a caller
+computes again. Not seen: modules that own code imports; functions of a module that are replaced as the program runs; what C code
+keeps; files that code reads as it runs.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import inspect
 import io
 import logging
 import os
@@ -36,14 +36,10 @@ from torch import Tensor, nn
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 CONTAINERS = (dict, list, tuple, set, frozenset)
-CODE = (types.FunctionType, type)
 NO_CONTENT = (logging.Logger, type(threading.Lock()), type(threading.RLock()))  # no number depends on them
-# What holds functions: found in these attributes.
-WRAPPERS = (staticmethod, classmethod, property, functools.cached_property, type(functools.cache(str)))
-INSIDE = ("__func__", "fget", "fset", "func", "__wrapped__")
 OF_MODULE = frozenset(vars(nn.Module()))
-SAVE = "save_pretrained"  # adapted models write merged files, by a function of the model and one of its library's class
-NO_NUMBER = OF_MODULE | {SAVE}  # `training` is the caller's choice
+# `training` is the caller's choice. Adapted models write merged files, by a function of the model.
+NO_NUMBER = OF_MODULE | {"save_pretrained"}
 HOOKS = tuple(name for name in sorted(OF_MODULE) if name.endswith("_hooks"))
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = tuple(
@@ -60,7 +56,7 @@ class Identity:
 
     Attributes:
         unknown: what has no readable content, None where all is known. The digest then identifies nothing.
-        foreign: code that is not of a library, or that replaces a library's, None where there is none.
+        foreign: code that is not of a library, or a function that replaces a module's method, None where there is none.
     """
 
     def __init__(self, *values: Any, skip: Collection[nn.Module] = ()) -> None:
@@ -68,7 +64,6 @@ class Identity:
         self.foreign: str | None = None
         self._hash = xxhash.xxh3_128()
         self._seen: dict[int, tuple[int, Any]] = {}  # the values are kept: their ids stay theirs
-        self._read: set[tuple[int, tuple[str, ...]]] = set()  # modules of Python, with the names read from them
         self._skip = {id(module) for module in skip}
         try:
             for value in values:
@@ -172,35 +167,30 @@ class Identity:
 
     # ---- code ---------------------------------------------------------------------------------------------------------
 
-    def _class(self, given: type) -> None:
-        own = self._is_own(given)
-        self._put("class", given.__module__, given.__qualname__)
-        for base in given.__bases__ if given is not object else ():
-            self._add(base)
-        for name, member in vars(given).items():
-            described = name in ("_abc_impl", SAVE) or (
-                name.startswith("__") and not isinstance(member, (*CODE, *WRAPPERS))
-            )
-            if not described:  # by Python itself
-                self._put(name)
-                self._referred(member, (), own, inside=True)
+    def _code(self, code: types.FunctionType | type) -> None:
+        """Add a class or function: its name, and the version of its library or its source file.
 
-    def _function(self, function: types.FunctionType) -> None:
-        own, names = self._is_own(function), _names(function.__code__)
-        self._put("function", _code(function.__code__))
-        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            self._referred(value, names, own)
-        for cell in function.__closure__ or ():
-            if cell != types.CellType():
-                self._referred(cell.cell_contents, names, own, inside=True)
-        self._scope(function.__globals__, names, own)
-
-    def _scope(self, scope: Mapping[str, Any], names: tuple[str, ...], own: bool) -> None:
-        """Add what the names that code uses stand for in a module of Python."""
-        for name in names:
-            if name in scope:
-                self._put(name)
-                self._referred(scope[name], names, own)
+        Of a library's class, methods that own code has replaced count, too.
+        """
+        self._put("code", code.__module__, code.__qualname__)
+        library = _library_of(code)
+        if library is not None:
+            self._package(library)
+            for member in vars(code).values() if isinstance(code, type) else ():
+                if isinstance(member, types.FunctionType) and _library_of(member) is None:  # it replaces a method
+                    self._add(member)
+            return
+        self.foreign = self.foreign or code.__qualname__
+        try:
+            self._put(_source(code))
+        except OSError:
+            self.unknown = self.unknown or f"the source of {code.__qualname__}"
+        if isinstance(code, type):  # with the lines of its methods, of which one may have been replaced
+            functions = [member for member in vars(code).values() if isinstance(member, types.FunctionType)]
+            self._each("class", *code.__bases__, *(member.__code__.co_firstlineno for member in functions))
+        else:
+            cells = [cell.cell_contents for cell in code.__closure__ or () if cell != types.CellType()]
+            self._each("function", code.__code__.co_firstlineno, code.__defaults__, code.__kwdefaults__, *cells)
 
     def _builtin(self, value: types.BuiltinFunctionType) -> None:
         self._package(value.__module__ or "")
@@ -211,48 +201,16 @@ class Identity:
     def _package(self, name: str) -> None:
         self._put("package", name, version(name.partition(".")[0]))
 
-    def _is_own(self, code: types.FunctionType | type) -> bool:
-        """Return whether code is not of a library; note it, or the library."""
-        library = _library_of(code)
-        if library is None:
-            self.foreign = self.foreign or code.__qualname__
-        else:
-            self._package(library)
-        return library is None
-
-    def _referred(self, value: Any, names: tuple[str, ...], own: bool, inside: bool = False) -> None:
-        """Add what code refers to: all of it from own code, own code and plain values alone from a library's.
-
-        names: that the code uses. inside: whether a library's function is part of the code, such as a method of a class.
-        """
-        if isinstance(value, types.ModuleType):
-            if (id(value), names) not in self._read:
-                self._read.add((id(value), names))
-                self._scope(vars(value), names, own)
-        elif isinstance(value, CODE) and not inside and _library_of(value) is not None:
-            self._put(value.__qualname__ if isinstance(value, type) else _code(value.__code__))
-        elif own or isinstance(value, (*PLAIN, *CODE)):
-            self._add(value)
-        elif isinstance(value, Mapping):  # such as global hooks and registries of functions
-            functions = [part for part in list(value.values()) if isinstance(part, types.FunctionType)]
-            for part in functions:
-                self._referred(part, names, own)
-        else:
-            for part in _unwrapped(value):
-                self._referred(part, names, own, inside)
-
 
 # Looked through in order.
 ADDERS: tuple[tuple[Any, Any], ...] = (
     (Tensor, Identity._tensor),
     (nn.Module, Identity._module),
-    (type, Identity._class),
-    (types.FunctionType, Identity._function),
+    ((type, types.FunctionType), Identity._code),
     (types.BuiltinFunctionType, Identity._builtin),
     (Identity, Identity._identity),
     (types.MethodType, lambda self, value: self._each("method", value.__func__, value.__self__)),
     (functools.partial, lambda self, value: self._each("partial", value.func, value.args, value.keywords)),
-    (WRAPPERS, lambda self, value: self._each(type(value).__name__, *_unwrapped(value))),
     (types.ModuleType, lambda self, value: self._package(value.__name__)),
     (weakref.ref, lambda self, value: self._each("reference", value())),
     (os.PathLike, lambda self, value: self._put("path", os.fspath(value))),
@@ -304,28 +262,25 @@ def _library_of(code: types.FunctionType | type) -> str | None:
     return name if file.startswith(LIBRARIES) or "site-packages" in file else None
 
 
-def _unwrapped(value: Any) -> tuple[Any, ...]:
-    """Return the functions inside a member of a class that is not a plain function."""
-    found = (getattr(value, name, None) for name in INSIDE)
-    return tuple(part for part in found if isinstance(part, types.FunctionType))
+def _source(code: types.FunctionType | type) -> str:
+    """Return a digest of the source file of own code, or without a file, as in a notebook, its text.
+
+    Raises OSError where there is no source.
+    """
+    if isinstance(code, types.FunctionType):
+        file, parts = code.__code__.co_filename, [code]
+    else:
+        file = vars(sys.modules.get(code.__module__, types)).get("__file__") or ""
+        functions = [part for part in vars(code).values() if isinstance(part, types.FunctionType)]
+        parts = [
+            part for part in functions if not part.__code__.co_filename.startswith("<")
+        ]  # not those of a dataclass
+    if os.path.isfile(file):
+        return _file_digest(file, os.stat(file).st_mtime_ns)
+    return "\n".join(map(inspect.getsource, parts))
 
 
 @functools.cache
-def _code(code: types.CodeType) -> str:
-    """Return a digest of what a function's code does, wherever it stands in its file."""
-    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
-    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
-    parts: list[object] = [counts, names, code.co_code, getattr(code, "co_exceptiontable", b"")]
-    for value in code.co_consts:
-        if isinstance(value, types.CodeType):
-            parts.append(_code(value))
-        else:  # a set has no order
-            parts.append(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
-    return xxhash.xxh3_128_hexdigest(repr(parts).encode(errors="surrogatepass"))
-
-
-@functools.cache
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    """Return the names that a function's code uses, those of the functions inside it included."""
-    inner = [_names(value) for value in code.co_consts if isinstance(value, types.CodeType)]
-    return tuple(dict.fromkeys(name for names in (code.co_names, *inner) for name in names))
+def _file_digest(file: str, changed: int) -> str:
+    """Return a digest of a file that was changed at a time, in ns."""
+    return xxhash.xxh3_128_hexdigest(Path(file).read_bytes())

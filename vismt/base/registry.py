@@ -70,7 +70,6 @@ class Registry(Mapping[str, T]):
         unknown: start of the error for an unknown name, for example "adapt: no method".
         places: the module that registers each name; it is imported when the name is looked up, not earlier. A place
             "prefix:" is that of a family.
-        aliases: the present name of each old one.
 
     Raises:
         UserError: on `registry[name]` for an unknown name; it lists the near names.
@@ -81,12 +80,9 @@ class Registry(Mapping[str, T]):
         ... class Circle: ...
     """
 
-    def __init__(
-        self, unknown: str, places: Mapping[str, str] | None = None, aliases: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, unknown: str, places: Mapping[str, str] | None = None) -> None:
         self._unknown = unknown
         self._places = dict(places or {})
-        self._aliases = dict(aliases or {})
         self._items: dict[str, T] = {}
         self._families: dict[str, Callable[[str], T]] = {}
 
@@ -122,7 +118,6 @@ class Registry(Mapping[str, T]):
         return self._families
 
     def __getitem__(self, name: str) -> T:
-        name = self._aliases.get(str(name), name)
         prefix, colon, rest = str(name).partition(":")
         if colon and prefix in self.families:
             return self.families[prefix](rest)
@@ -138,7 +133,7 @@ class Registry(Mapping[str, T]):
         if not isinstance(name, str):
             return False
         prefix, colon, _ = name.partition(":")
-        return name in self._aliases or name in {*self} or (bool(colon) and prefix in self.families)
+        return name in {*self} or (bool(colon) and prefix in self.families)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._items.keys() | {name for name in self._places if not name.endswith(":")}))

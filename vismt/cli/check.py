@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import is_dataclass
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from vismt.base import console
 from vismt.base.errors import UserError, shown_value
@@ -105,20 +106,31 @@ def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
     """Return the keys, with both values, in which a run's configuration differs from that of a study, but for seeds."""
     from dataclasses import asdict
 
-    from vismt.config.sections import RunConfig, differences, flat, with_earlier
+    from vismt.config.sections import RunConfig, differences, flat
     from vismt.jobs import typed_config
 
     settings = study.about.settings
     task = settings.get("task", RunConfig.task)
     if task != config.task:
         return [f"task is {config.task}, there {task}"] * len(vars(config))  # farther than any other key
-    other = typed_config(with_earlier(settings, type(config)), f"rows '{path}'")
+    other = typed_config(_known_keys(settings, type(config)), f"rows '{path}'")
     values = [flat(asdict(one)) for one in (config, other)]
     hashed = flat(differences(config, other)) | flat(differences(other, config))
-    # `differences` takes a field with an earlier value for changed where both have its present one.
+    # `differences` takes a field with a default of its own for hashes for changed where both have the default.
     keys = [key for key in hashed if values[0].get(key) != values[1].get(key)]
     keys = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]  # a mapping, empty in one
     texts = {key: [shown_value(of[key]) if key in of else "not set" for of in values] for key in keys}
     return [
         f"{key} is {here}, there {there}" for key, (here, there) in texts.items() if key.split(".")[-1] not in SEEDS
     ]
+
+
+def _known_keys(settings: Any, hint: Any) -> Any:
+    """Return settings of committed rows without keys that their sections do not have any more; hint: type of the section."""
+    section = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
+    if isinstance(settings, list):
+        return [_known_keys(item, section) for item in settings]
+    if not isinstance(settings, dict) or section is None:
+        return settings
+    hints = get_type_hints(section)
+    return {name: _known_keys(value, hints[name]) for name, value in settings.items() if name in hints}

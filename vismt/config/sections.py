@@ -20,21 +20,20 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 
 from vismt.base.errors import UserError, near
-from vismt.base.registry import PLACES, import_own
+from vismt.base.registry import import_own
 from vismt.config import yaml_text
 from vismt.config.typed import Names, build, within
 from vismt.storage.paths import shipped
 
 # Metadata of a field that changes how a run is computed, but not its numbers.
 UNHASHED = {"hashed": False}
-# Key of the metadata of a field with a default that earlier versions did not have: what they did. This value leaves hashes as
-# they are, and run folders without the field have it.
-EARLIER = "earlier"
+# Key of the metadata of a field: the value that leaves hashes as they are, in place of the default.
+HASH_DEFAULT = "hash default"
 # Metadata of a section that the schedule of a method reads (vismt.methods.Method.section).
 SCHEDULED = {"scheduled": True}
 # Key of the metadata of a field of options: names of options, in a mapping of the list, that change how results are read alone.
 UNHASHED_OPTIONS = "unhashed options"
-HASH_DIGITS, EARLIER_HASH_DIGITS = 10, 8
+HASH_DIGITS = 10
 RESOLVED = "config.resolved.yaml"  # of a run folder: its whole configuration
 # What happens with an image that cannot be decoded.
 OnBadSample = Literal["error", "skip"]
@@ -122,9 +121,6 @@ class AdaptConfig:
     rank: int = 8
     alpha: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.method = PLACES["renamed methods"].get(self.method, self.method)
 
 
 @dataclass
@@ -320,19 +316,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def with_earlier(raw: Any, section: type[Any]) -> Any:
-    """Return the plain values of a section of a run folder with the earlier values of fields that it does not have."""
-    if not isinstance(raw, dict):
-        return raw
-    filled = dict(raw)
-    for item in dataclasses.fields(section):
-        if EARLIER in item.metadata:
-            filled.setdefault(item.name, item.metadata[EARLIER])
-        elif item.name in filled and dataclasses.is_dataclass(default := default_of(item)):
-            filled[item.name] = with_earlier(filled[item.name], type(default))
-    return filled
-
-
 def config_hash(config: RunConfig) -> str:
     """Return HASH_DIGITS hex digits of the task and of what differs from the defaults and can change a number.
 
@@ -348,7 +331,7 @@ def differences(section: Any, base: Any = None) -> dict[str, Any]:
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)
         default = default_of(item) if base is None else getattr(base, item.name)
-        default = item.metadata.get(EARLIER, default)
+        default = item.metadata.get(HASH_DEFAULT, default)
         if item.metadata == UNHASHED or value == default:
             continue
         if dataclasses.is_dataclass(value) and type(value) is type(default):

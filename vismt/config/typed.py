@@ -156,8 +156,7 @@ def build(cls: type[T], values: object, source: str, key: str = "", /, **given: 
 
     Fields may be bool, int, float, str, Any, Literal, dataclasses, and unions, lists, tuples and mappings from str of these.
     A whole number fits a float field, a bool is not a number, and text that spells a number ('1e-3', '0x10') fits a number
-    field or one of type Any. Each `Annotated[type, check]` calls check(value, source and key), which may raise. A static
-    method `from_earlier(values)` of a class returns the values with keys of earlier versions under their present names.
+    field or one of type Any. Each `Annotated[type, check]` calls check(value, source and key), which may raise.
 
     Args:
         cls: the dataclass; a field without default is a required key.
@@ -171,10 +170,6 @@ def build(cls: type[T], values: object, source: str, key: str = "", /, **given: 
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{source}: {key or 'the file'} is {shown_value(values)}, not a section.")
-    try:
-        values = getattr(cls, "from_earlier", dict)(values)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name not in given}  # type: ignore[arg-type]
     hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
     unknown = next((name for name in values if name not in fields), None)

@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 
 from vismt.base.errors import UserError
 from vismt.base.identity import Identity
-from vismt.base.registry import PLACES
 from vismt.engine.checkpoint import moving_state
 from vismt.lowrank.files.description import entry_of, parts_of
 from vismt.lowrank.files.save_load import base_samples, same_base
@@ -120,7 +119,6 @@ class MethodDriver:
         if len(saved) != len(present):
             raise UserError(f"resume: the checkpoint is of {len(saved)} adapted parts, this model has {len(present)}.")
         for old, new in zip(saved, present):
-            old = {**old, "method": PLACES["renamed methods"].get(old.get("method", ""), old.get("method"))}
             for key in ("method", "layers", "options", "also_train", "parts"):
                 if old.get(key) != new[key]:
                     raise UserError(

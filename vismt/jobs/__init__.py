@@ -19,14 +19,12 @@ from vismt.base import console
 from vismt.base.errors import UserError, near, require_known
 from vismt.base.registry import import_own, with_entry_points
 from vismt.config.sections import (
-    EARLIER_HASH_DIGITS,
     RESOLVED,
     RunConfig,
     config_hash,
     from_working_folder,
     override,
     read_yaml,
-    with_earlier,
 )
 from vismt.config.typed import build
 from vismt.storage.files import atomic_write
@@ -86,10 +84,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the typed configuration of a YAML file with dotted overrides; its "./" is the folder of the file."""
     raw, source = read_yaml(path), str(path)
     if path.name != RESOLVED:
-        return typed_config(override(from_working_folder(raw, path.parent), overrides), source)
-    raw = override(raw, overrides)
-    # Keys of later versions have the value that the run was made with.
-    return typed_config(with_earlier(raw, job_config(str(raw.get("task", RunConfig.task)), source)), source)
+        raw = from_working_folder(raw, path.parent)
+    return typed_config(override(raw, overrides), source)
 
 
 def make_job(config: RunConfig, folder: Path, run_hash: str | None = None) -> EvaluationJob[Any]:
@@ -148,17 +144,8 @@ def started_config(config: RunConfig, folder: Path) -> Iterator[Run]:
 
 
 def run_folder(config: RunConfig, name: str, out: Path) -> Path:
-    """Return <out>/<name>-<hash>, or the folder of the same run that an earlier version named by its own hash."""
-    folder = out / f"{name}-{config_hash(config)}"
-    earlier = [] if folder.exists() else sorted(out.glob(f"{name}-{'[0-9a-f]' * EARLIER_HASH_DIGITS}"))
-    return next((path for path in earlier if _holds(path, config)), folder)
-
-
-def _holds(folder: Path, config: RunConfig) -> bool:
-    try:
-        return config_hash(read_resolved(folder)) == config_hash(config)
-    except UserError:
-        return False
+    """Return <out>/<name>-<hash>."""
+    return out / f"{name}-{config_hash(config)}"
 
 
 def refuse_other_run(folder: Path, config: RunConfig) -> None:

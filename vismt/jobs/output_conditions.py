@@ -67,7 +67,7 @@ def fitted_once(
         )
         if found.get("fingerprint") != fingerprint:
             return None
-        begun = found.get("examples", "")  # a file of an earlier version does not tell
+        begun = found.get("examples", "")
         if begun and examples not in ("", begun):
             what = "is of other validation images than are there now"
             console.stage("eval", f"'{path}' {what}; move it and the records of the model away to fit it to these")

@@ -21,7 +21,7 @@ from typing import Any
 
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, require_known
-from vismt.config.sections import EARLIER_HASH_DIGITS, RESOLVED, RunConfig, config_hash
+from vismt.config.sections import RESOLVED, RunConfig, config_hash
 from vismt.engine import runtime
 from vismt.jobs import make_job
 from vismt.jobs.export_readme import readme
@@ -46,9 +46,6 @@ class Run:
         self.folder = folder
         self.config = config
         self.hash = config_hash(config)
-        recorded = read_facts(folder).get("config_hash", self.hash)
-        if len(recorded) == EARLIER_HASH_DIGITS:  # of an earlier version: its rows and checkpoints have this hash, too
-            self.hash = recorded
         self.job = make_job(config, folder, self.hash)
         self.started, self.cpu = time.monotonic(), _cpu_seconds()
 
@@ -250,9 +247,8 @@ class Run:
             "hardware": runtime.hardware(),
             "versions": runtime.versions(),
             "wall_time_s": before.get("wall_time_s", 0.0) + now - self.started,
+            "cpu_time_s": before.get("cpu_time_s", 0.0) + cpu - self.cpu,
         }
-        if not before or "cpu_time_s" in before:  # a run that an earlier version began has none
-            facts["cpu_time_s"] = before.get("cpu_time_s", 0.0) + cpu - self.cpu
         self.started, self.cpu = now, cpu
         if runtime.processes().is_main_process:
             atomic_write(self.folder / FACTS, sealed({**before, **facts, **changes}, indent=1))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-from vismt.base.errors import UserError, shown_value
+from vismt.base.errors import UserError
 from vismt.config.typed import Names, arguments, plain_name
 from vismt.engine.study import StudyConfig, TuneConfig
 from vismt.multitask.balancing.base import BALANCERS, Balancer, make_balancer
 
 SPLITS = ("test", "validation")
 Split = Annotated[str, Names(SPLITS, only=True)]
-EARLIER_RETAIN = {"ema_floor": None, "weight": 1.0, "select": "all", "weighting": "task", "teacher": "bank"}
 
 
 @dataclass
@@ -30,10 +29,6 @@ class RetainConfig:
         reverse: KL(student || bank) instead of KL(bank || student).
     """
 
-    ELSEWHERE: ClassVar[dict[str, str]] = dict.fromkeys(
-        EARLIER_RETAIN, "It was an option of vismt's own; take a form of EMTAL's paper or of its code."
-    )
-
     temperature: float = 2.0
     mode: Annotated[str, Names("vismt.multitask.emtal.retain:MODES")] = "fifo2"
     ema_decay: float = 0.95
@@ -41,11 +36,6 @@ class RetainConfig:
     momentum: float = 0.5
     reduction: Annotated[str, Names("vismt.multitask.emtal.retain:REDUCTIONS")] = "mean"
     reverse: bool = False
-
-    @staticmethod
-    def from_earlier(values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Leave out keys of earlier versions at their defaults."""
-        return {name: value for name, value in values.items() if (name, value) not in EARLIER_RETAIN.items()}
 
 
 @dataclass
@@ -76,21 +66,6 @@ def check_risk_split(risk: bool, split: str) -> None:
 def halves(risk: bool, tune: TuneConfig | None) -> bool:
     """Return whether one half of the validation examples chooses rates and the other half gives thresholds."""
     return risk and tune is not None and len(tune.rates) > 1
-
-
-def risk_of_report(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the values of a configuration with `evaluate.risk: true` for the key `report: risk` of earlier versions."""
-    if "report" not in values:
-        return values
-    others = {key: value for key, value in values.items() if key != "report"}
-    report, evaluate = values["report"], values.get("evaluate", {})
-    if report not in (None, "risk"):
-        raise UserError(
-            f"report: {shown_value(report)} is not known; the key was risk or null, and is evaluate.risk now."
-        )
-    if report is None or not isinstance(evaluate, Mapping):
-        return others
-    return {**others, "evaluate": {"risk": True, **evaluate}}
 
 
 def check_tasks(config: StudyConfig, tasks: Sequence[str]) -> None:

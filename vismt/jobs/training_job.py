@@ -28,7 +28,7 @@ from vismt.lowrank.layers.base import adapter_layers, factor_rank
 from vismt.lowrank.model.merge import erased_by_rounding, merge, undo
 from vismt.lowrank.model.modules import is_mergeable, stock_order
 from vismt.lowrank.model.record import count_parameters, record_of
-from vismt.methods import METHODS, adapt, check_adaptation, needs
+from vismt.methods import adapt, check_adaptation, needs
 from vismt.report.comparison import FROZEN
 from vismt.storage.files import atomic_write, read_sealed, sealed
 from vismt.storage.lines import write_lines
@@ -202,7 +202,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
         of_tasks: options of a method that needs "tasks", from the heads of the model's net; None where tasks have no heads.
         """
-        options = METHODS[settings.method].present(settings.options)
+        options = settings.options
         reason = needs(settings.method, options).get("tasks")
         if reason is not None:
             if of_tasks is None or "tasks" in options:

@@ -81,8 +81,6 @@ class Evidence:
     def _over_examples(self, row: Result) -> Estimate:
         """Return a row's score with its error over the examples alone."""
         covers = without_seeds_kind(row.interval)
-        if not row.freedom:  # rows of an earlier version have an interval alone
-            return replace(Estimate.within(row.value, (row.low, row.high)), covers=covers)
         return Estimate(row.value, ((row.variance, row.freedom),), covers, row.bias)
 
     def difference(self, first: Sequence[Result], second: Sequence[Result]) -> Estimate | None:
@@ -132,7 +130,7 @@ class Cell:
     n: int
     mark: str = ""
     seeds: int = 0
-    covers: Covers = ""
+    covers: Covers = "examples"
     units: str = ""
 
 

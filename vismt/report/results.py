@@ -52,9 +52,8 @@ class Result:
         family: what conditions of different levels have in common, "gaussian_noise".
         level: radius of an attack or severity of a corruption, None without one.
         examples: what tells the examples from those of another run beside their names, such as a digest of how episodes
-            were drawn or of the files; "" or None where it is not known, as in rows of an earlier version.
-        interval: what the interval covers (`vismt.uncertainty.intervals.interval_kind_text`), "images+seeds"; "" in rows of
-            an earlier version.
+            were drawn or of the files; "" or None where it is not known.
+        interval: what the interval covers (`vismt.uncertainty.intervals.interval_kind_text`), "images+seeds".
         parts: number of groups of examples that depend on each other (`vismt.uncertainty.intervals.estimate`), 0 if the
             examples are independent.
         grouped_by: what the groups are, in the plural, "signs".
@@ -85,7 +84,7 @@ class Result:
     family: str = "clean"
     level: float | None = None
     examples: str | None = None
-    interval: Covers = ""
+    interval: Covers = "examples"
     parts: int = 0
     grouped_by: str = ""
     bias: tuple[float, float] = (0.0, 0.0)

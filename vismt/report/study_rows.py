@@ -68,8 +68,8 @@ class About:
         started: first start, ISO 8601 in UTC.
         finished: end of the last evaluation.
         wall_time_s: seconds, summed over the sessions of the run.
-        cpu_time_s: CPU seconds of all threads; None where an earlier version did not record them.
-        costs: by arm the rate lr and the number of trained parameters of its first training; files of earlier versions lack lr,
+        cpu_time_s: CPU seconds of all threads; None where they were not recorded.
+        costs: by arm the rate lr and the number of trained parameters of its first training; some files lack lr,
             and have seconds of a step on the busy machine that ran.
     """
 

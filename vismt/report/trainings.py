@@ -28,7 +28,7 @@ MERGE_NOTE = (
     "difference of an output relative to the largest output."
 )
 MERGE_TYPES = {"n": int, "different_predictions": int, "largest_difference": float, "largest_logit": float}
-MERGE_MAY = {"outputs": dict[str, dict[str, float]]}  # files of an earlier version have none
+MERGE_MAY = {"outputs": dict[str, dict[str, float]]}
 TRAINING_CAPTION = "First seed of each arm. Thin: logged values. Thick: running mean over a twentieth of the run."
 RATES_CAPTION = "Score of the first seed on the validation examples, by the learning rate. Higher is better."
 COST_NOTE = (

@@ -45,7 +45,7 @@ ZERO_WIDTH_NOTE = " A width of 0.0 means that all n gave the same value, not tha
 FORMATS = {"html": "html", "md": "md", "csv": "csv", "latex": "tex"}
 DEFAULT_FORMATS = ("html", "md")
 MOST_KEYS = 4  # models in a key figure
-# The types of what the report reads of run.json; an earlier version, or a run that has just begun, may lack any of them.
+# The types of what the report reads of run.json; a run that has just begun may lack any of them.
 FACT_TYPES = {
     "title": str,
     "command": str,

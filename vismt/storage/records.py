@@ -137,7 +137,7 @@ class Records:
 def begun_on(path: Path | None, content: str) -> str:
     """Return which images the records in a file have begun with, and say where these are not those of `content`.
 
-    content: of the present images, as of `vismt.data.batching.Images`. Records of an earlier version do not tell: "".
+    content: of the present images, as of `vismt.data.batching.Images`, "" if they have none.
     """
     begun = recorded_settings(path)
     examples = content if begun is None else str(begun.get("examples", ""))

@@ -17,9 +17,8 @@ from vismt.base.errors import UserError
 # Which values of a measure are better; and its scale: in [0, 1] and shown in per cent, or any number.
 Better = Literal["higher", "lower"]
 Scale = Literal["share", "number"]
-# What a 95 % interval covers; "" where an earlier version did not record it.
+# What a 95 % interval covers.
 Covers = Literal[
-    "",
     "sampler",
     "images",
     "classes",
@@ -54,8 +53,6 @@ def interval_kind_text(kind: Covers, units: str = "") -> str:
 
     units: the independent units of the examples, "379 signs"; "" for the examples.
     """
-    if not kind:
-        return "95 %; an earlier version did not record what it covers"
     counted = f", {units}" if units else ""
     return f"95 % over {' and '.join(COVERED[part] for part in kind.split('+'))}{counted}"
 
@@ -63,9 +60,8 @@ def interval_kind_text(kind: Covers, units: str = "") -> str:
 def weakest_kind(kinds: Sequence[Covers]) -> Covers:
     """Return the kind of an average of numbers with intervals of several kinds: what covers least, and the seeds of any."""
     covered = {kind.split("+")[0] for kind in kinds}
-    weakest = next((kind for kind in ("", "sampler", "images", "classes") if kind in covered), "examples")
-    seeds = any("+seeds" in kind for kind in kinds) and weakest
-    return cast(Covers, f"{weakest}+seeds" if seeds else weakest)
+    weakest = next((kind for kind in ("sampler", "images", "classes") if kind in covered), "examples")
+    return cast(Covers, f"{weakest}+seeds" if any("+seeds" in kind for kind in kinds) else weakest)
 
 
 def without_seeds_kind(kind: Covers) -> Covers:
@@ -169,7 +165,7 @@ class Estimate:
         spreads = tuple((variance(scores) / len(scores), len(scores) - 1.0) for scores in groups if len(scores) > 1)
         if not spreads:
             return self
-        covers = self.covers if not self.covers or "seeds" in self.covers else cast(Covers, f"{self.covers}+seeds")
+        covers = self.covers if "seeds" in self.covers else cast(Covers, f"{self.covers}+seeds")
         return replace(self, sources=self.sources + spreads, covers=covers)
 
 

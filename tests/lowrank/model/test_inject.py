@@ -122,16 +122,6 @@ def test_unknown_method_and_option_name_the_near_ones() -> None:
     assert vismt.adapt(tiny_vit(), method="lora", rank=2).method == "lora"
 
 
-@pytest.mark.parametrize("name", ["pissa", "corda"])
-def test_an_earlier_name_of_an_option_is_read(name: str) -> None:
-    """Configurations of earlier versions call `solver` of pissa and corda `method`."""
-    check_adaptation(tiny_vit(), name, None, 2, None, {"method": "exact"})
-    assert METHODS[name].present({"method": "exact", "dropout": 0}) == {"solver": "exact", "dropout": 0}
-    with pytest.raises(UserError, match="method is the earlier name of solver; give one of them"):
-        METHODS[name].present({"method": "exact", "solver": "randomized"})
-    assert "method" not in METHODS[name].options
-
-
 def test_a_tied_parameter_has_the_first_of_its_names() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)))
     model[2].weight = model[1].weight

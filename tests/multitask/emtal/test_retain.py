@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vismt.base.errors import UserError
-from vismt.config import typed
-from vismt.jobs.task_sections import RetainConfig
 from vismt.multitask.emtal.retain import QualityRetaining
 
 TASKS = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -255,10 +253,3 @@ def test_two_processes_hold_the_state_of_one(tmp_path: Path, mode: str) -> None:
     assert torch.equal(first["bank"], second["bank"]) and torch.equal(first["ema"], second["ema"])
     assert torch.equal(first["bank"], single.bank) and torch.allclose(first["ema"], single.ema, rtol=1e-6)
     assert torch.allclose((4 * first["losses"] + 3 * second["losses"]) / 7, torch.stack(losses), rtol=1e-5)
-
-
-def test_options_of_earlier_configurations_are_read_at_their_default_alone() -> None:
-    earlier = {"ema_floor": None, "weight": 1.0, "select": "all", "weighting": "task", "teacher": "bank", "mode": "ema"}
-    assert typed.build(RetainConfig, earlier, "config: 'a.yaml'") == RetainConfig(mode="ema")
-    with pytest.raises(UserError, match=r"config: 'a.yaml': unknown key 'select'\. It was an option of vismt's own"):
-        typed.build(RetainConfig, {**earlier, "select": "correct"}, "config: 'a.yaml'")

@@ -22,7 +22,6 @@ from vismt.jobs.task_sections import (
     check_tasks,
     halves,
     make_configured_balancer,
-    risk_of_report,
 )
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.fading import FadeConfig
@@ -181,8 +180,6 @@ class MultitaskConfig(StudyConfig):
     evaluate: MultitaskEvaluateConfig = field(default_factory=MultitaskEvaluateConfig)
     on_bad_sample: OnBadSample = "error"
     download: bool = False
-
-    from_earlier = staticmethod(risk_of_report)
 
     @property
     def derived(self) -> bool:

@@ -58,10 +58,10 @@ Outputs = list[tuple[Tensor, Tensor]]  # of each task: logits (n, C) and labels 
 class FittedOutputs:
     """The temperatures of a net by task and the tau of its class prior, fitted on n validation images.
 
-    temperature: of each task; a number in files of an earlier version, for all tasks.
+    temperature: of each task.
     """
 
-    temperature: list[float] | float
+    temperature: list[float]
     tau: float
     n: int
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
@@ -179,15 +179,6 @@ class DenseConfig(StudyConfig):
     balancing: BalancingConfig | None = None
     baseline: str | dict[str, str] | None = None
     evaluate: DenseEvaluateConfig = field(default_factory=DenseEvaluateConfig)
-
-    @staticmethod
-    def from_earlier(values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the values without the key `full`, which earlier versions had for the method of that name."""
-        if values.get("full"):
-            raise UserError(
-                "full: is a method now; write adapt: {method: full} (in an arm adapt.method: full) in its place."
-            )
-        return {key: value for key, value in values.items() if key != "full"}
 
 
 def all_tasks(config: DenseConfig) -> list[Task]:

@@ -383,10 +383,7 @@ class Evaluation:
             lambda: read_lines(path, {"fingerprint": str, "tasks": dict}, {UNDEFINED: dict}, whole=True)
         )
         scored_on = {**self._scored_on(training, split), **(about or {})}
-        # A record of an earlier version does not tell all of it.
-        if not lines or any(lines[0].get(name, value) != value for name, value in scored_on.items()):
-            return None
-        if any("further" not in values for values in lines[0]["tasks"].values()):
+        if not lines or any(lines[0].get(name) != value for name, value in scored_on.items()):
             return None
         tasks = [*lines[0]["tasks"], *lines[0].get(UNDEFINED, ())]
         if lines[0].get("absent", {}) != self._absent(tasks):

@@ -9,7 +9,7 @@ from vismt.base.errors import UserError
 from vismt.engine.study import ALONE, resolve_arms
 from vismt.jobs.fewshot.config import DEFAULT, EXPERT, FROZEN, HEADS, MERGED, PROTOTYPES, ExpertConfig, FewShotConfig
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec, PlannedExpert, level_text, plan_experts
-from vismt.metatune.amt.selection_rules import ALIASES, COMBINED
+from vismt.metatune.amt.selection_rules import COMBINED
 from vismt.metatune.settings import AdversaryForm
 from vismt.robustness.attacks.attacks import radius_text
 
@@ -85,7 +85,7 @@ def strategy_of(config: FewShotConfig, stem: str) -> str:
     rule = stem.removeprefix(f"{MERGED}:")
     if stem in (MERGED, DEFAULT) and config.pool is not None:
         rule = config.pool.select
-    return ALIASES.get(rule, rule)
+    return rule
 
 
 def trained_on(config: FewShotConfig) -> str:

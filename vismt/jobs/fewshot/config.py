@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from vismt.base.errors import UserError
-from vismt.config.sections import EARLIER, Episodes, Jitter, ModelConfig, OnBadSample, Seed
+from vismt.config.sections import HASH_DEFAULT, Episodes, Jitter, ModelConfig, OnBadSample, Seed
 from vismt.config.typed import Names, within
 from vismt.engine.study import ALONE, StudyConfig
 from vismt.jobs.calibration import ImageCalibrationConfig
@@ -174,7 +174,7 @@ class EvaluateConfig:
     ood: list[str] = field(default_factory=list)
     ways_of: dict[str, Annotated[int, within(2)]] = field(default_factory=dict)
     sampling: Annotated[str, Names(("parts", "with_replacement", "without_replacement"), only=True)] = field(
-        default="parts", metadata={EARLIER: "with_replacement"}
+        default="parts", metadata={HASH_DEFAULT: "with_replacement"}
     )
 
     def __post_init__(self) -> None:

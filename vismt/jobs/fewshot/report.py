@@ -99,13 +99,8 @@ def _panels(folder: Path) -> list[Picture]:
             raise UserError(
                 f"report: '{path}' is not a panel of an episode ({error}); delete it and run `vismt evaluate {folder}`."
             ) from error
-        pictures.append(Picture(drawn, f"{path.stem}{_model_of(panel)}", _panel_caption(panel)))
+        pictures.append(Picture(drawn, f"{path.stem}, {panel['model']}", _panel_caption(panel)))
     return pictures
-
-
-def _model_of(panel: dict[str, np.ndarray]) -> str:
-    """Return the model of a panel after a comma; "" for a panel of an earlier version, which does not name it."""
-    return f", {panel['model']}" if "model" in panel else ""
 
 
 def _panel_caption(panel: dict[str, np.ndarray]) -> str:
@@ -113,7 +108,7 @@ def _panel_caption(panel: dict[str, np.ndarray]) -> str:
     count = len(truth)
     right = int((panel["predictions"] == truth).sum())
     text = (
-        f"The first episode drawn of this set, not chosen by result{_model_of(panel)}: the first images of each class. "
+        f"The first episode drawn of this set, not chosen by result, {panel['model']}: the first images of each class. "
     )
     text += f"Of {count} query images in the panel file, {right} are right"
     if "adversarial_predictions" not in panel:

@@ -10,7 +10,7 @@ from vismt.config.sections import Count, Dtype, ModelSection
 from vismt.config.typed import Names, within
 from vismt.engine.parts import PartsConfig
 from vismt.engine.study import StudyConfig
-from vismt.jobs.task_sections import Split, check_risk_split, risk_of_report
+from vismt.jobs.task_sections import Split, check_risk_split
 from vismt.llm.ilora.recommenders import ITEM_BASELINES
 from vismt.llm.tasks import make_task
 from vismt.uncertainty.last_layers import check_head
@@ -194,7 +194,6 @@ class LmEvaluateConfig:
             other sets, as AUROC.
         risk: also evaluate conformal sets and selective prediction (vismt.jobs.risk). With tune, half of the validation
             examples choose the rates and the other half give the thresholds.
-        samples: of earlier versions, whose run folders have it. Bayesian heads answer without draws; leave it out.
     """
 
     split: Split = "test"
@@ -207,7 +206,6 @@ class LmEvaluateConfig:
     ensembles: list[str] = field(default_factory=list)
     ood: list[str] = field(default_factory=list)
     risk: bool = False
-    samples: int = 20
 
     def __post_init__(self) -> None:
         check_risk_split(self.risk, self.split)
@@ -241,8 +239,6 @@ class LmConfig(StudyConfig):
     gates: Annotated[str, Names("vismt.llm.ilora.hybrid:GATES", only=True)] = "user"
     projector: Annotated[str, Names("vismt.llm.ilora.hybrid:PROJECTORS", only=True)] = "mlp"
     evaluate: LmEvaluateConfig = field(default_factory=LmEvaluateConfig)
-
-    from_earlier = staticmethod(risk_of_report)
 
 
 def task_of(config: LmTaskConfig) -> LmTask:

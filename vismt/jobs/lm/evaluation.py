@@ -48,7 +48,7 @@ from vismt.storage.lines import read_lines, write_lines
 from vismt.uncertainty.intervals import CLEAN, Condition
 from vismt.uncertainty.last_layers import laplace_head, laplace_structure
 
-# Changes where rows get other scores than in earlier versions, whose records are then not used.
+# Changes where rows get other scores, so that records of other scores are not used.
 SCORING, SCORING_WRITTEN = "2", "3"
 MEANS = Condition("means of the head", "variant", "means")
 DROPOUT = "dropout"  # the variant of records that are the mean of passes with dropout
@@ -204,7 +204,6 @@ class Evaluation:
         weights = "" if training.arm in REFERENCES else fingerprint(training)
         if training.arm in RECOMMENDERS:
             weights = self._recommender().fingerprint(training.arm)
-        # An earlier Laplace approximation around VBLL dropped its noise as well; records of it name no structure.
         around = ""
         if variant == DROPOUT:
             around = f"{self.config.evaluate.passes} passes"

@@ -31,7 +31,6 @@ from vismt.jobs.lm.config import (
     RECOMMENDER,
     LmCalibrationConfig,
     LmConfig,
-    LmEvaluateConfig,
     recommends,
     task_of,
     trained_task,
@@ -149,14 +148,6 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         """The options of `vismt predict`: how text is written, or the number of choices."""
         writes = isinstance(task_of(trained_task(self.config)), Causal)
         return {"arm", "temperature", "new_tokens", "seed"} if writes else {"arm", "top"}
-
-    def check(self) -> None:
-        samples = self.config.evaluate.samples
-        if samples != LmEvaluateConfig.samples:  # not in `check` of the configuration: earlier folders are opened
-            raise UserError(
-                f"evaluate.samples: {samples} has no effect, as Bayesian heads answer without draws; leave it out."
-            )
-        super().check()
 
     def check_data(self) -> None:
         for task in self.data.tasks:

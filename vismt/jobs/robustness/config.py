@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from vismt.base.errors import UserError, near
 from vismt.config.sections import AdaptConfig, Count, ModelConfig, OnBadSample, TrainConfig
 from vismt.config.typed import Names, within
 from vismt.data.set_entries import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
-from vismt.jobs.task_sections import risk_of_report
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 from vismt.robustness.smoothing import Smoothing
 
@@ -76,14 +74,6 @@ class RobustnessEvaluateConfig:
     masking: bool = False
     baseline: str | None = None
 
-    @staticmethod
-    def from_earlier(values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Read the key `calibration`, the name of `threshold_images` in earlier versions."""
-        if "calibration" not in values:
-            return values
-        others = {key: value for key, value in values.items() if key != "calibration"}
-        return {"threshold_images": values["calibration"], **others}
-
 
 @dataclass
 class RobustnessConfig(StudyConfig):
@@ -110,8 +100,6 @@ class RobustnessConfig(StudyConfig):
     evaluate: RobustnessEvaluateConfig = field(default_factory=RobustnessEvaluateConfig)
     on_bad_sample: OnBadSample = "error"
     download: bool = False
-
-    from_earlier = staticmethod(risk_of_report)
 
 
 def check(config: RobustnessConfig) -> None:

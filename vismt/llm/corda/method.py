@@ -288,6 +288,4 @@ def needs(options: Mapping[str, Any]) -> dict[str, str]:
     return {"calibration": reason}
 
 
-register_method(
-    Method("corda", corda, layers=(LowRankLayer,), calibrate=calibrate, needs=needs, renamed={"method": "solver"})
-)
+register_method(Method("corda", corda, layers=(LowRankLayer,), calibrate=calibrate, needs=needs))

@@ -81,4 +81,4 @@ def refuse_dropout(method: str, options: Mapping[str, Any]) -> None:
         )
 
 
-register_method(Method("pissa", pissa, layers=(LowRankLayer, QuantizedLayer), renamed={"method": "solver"}))
+register_method(Method("pissa", pissa, layers=(LowRankLayer, QuantizedLayer)))

@@ -57,7 +57,7 @@ class Description:
     parts: dict[str, _Part] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "method", PLACES["renamed methods"].get(self.method, self.method))
+        object.__setattr__(self, "method", PLACES["earlier names in files"].get(self.method, self.method))
         if not re.fullmatch(r"adapter-[0-9a-f]{12}\.safetensors", self.tensors):
             raise ValueError(f"tensors: {shown_value(self.tensors)} is not the name of a file of tensors")
         for key in ("also_train", "unchanged"):
@@ -122,7 +122,7 @@ def _part(path: str, entry: _Part, source: JsonFile) -> LayerSpec:
 
 def _module(name: str, source: JsonFile) -> Any:
     try:
-        return MODULES[name]
+        return MODULES[PLACES["earlier names in files"].get(name, name)]
     except UserError as error:
         what = source.removesuffix(f": {NOT_OURS}")
         raise UserError(f"{what}: {error} Import the file that registers it, or use a matching vismt.") from error

@@ -319,8 +319,6 @@ def factor_rank(specs: Sequence[LayerSpec]) -> int:
 MODULES: Registry[type[AdapterModule]] = Registry(
     "this version of vismt has no adapter module",
     PLACES["adapter_modules"],
-    # Files of earlier versions name the class.
-    {"vismt.multitask.moefied:MoEfiedMlp": "moefied_ffn", "vismt.llm.ilora:InstanceGate": "instance_gate"},
 )
 
 

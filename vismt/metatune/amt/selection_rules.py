@@ -87,8 +87,7 @@ Rule = Callable[[Tensor, Tensor, float, "MergeSettings"], Tensor]
 RULES: dict[str, Rule] = {"paper": paper, "min_ce": min_ce}
 COMBINED = tuple(rule for rule in CORE_RULES if rule != "regmean")  # of `combine`, for all tasks; regmean needs inputs
 STRATEGIES = (*RULES, "average", *COMBINED, "logits", "expert")
-ALIASES = {"merge": "paper", "uniform": "average"}  # earlier names, which run folders have
-SELECT = (*RULES, "average", "uniform", *COMBINED)  # strategies of the model "merged", as configurations name them
+SELECT = (*RULES, "average", *COMBINED)  # strategies of the model "merged", as configurations name them
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,6 @@ class MergeSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "strategy", ALIASES.get(self.strategy, self.strategy))
         require_known("merging.strategy:", [self.strategy], STRATEGIES)
         if self.shares and not abs(sum(self.shares.values()) - 1) < 1e-6:
             raise UserError(f"merging.shares: {dict(self.shares)} sum to {sum(self.shares.values()):g}; need 1.")

@@ -82,7 +82,7 @@ def run_protocol(
         attacks: Attacks and corruptions of the query images, with different texts.
         records: A JSON-lines file. Its first line holds the protocol and its hash; every episode adds a line when it ends,
             with the `mixture` (P,) of a classifier that has one, under "<condition> right" a text with 1 for each right and 0
-            for each wrong query (earlier versions wrote none), and under "<condition> lost" the number of queries that an
+            for each wrong query, and under "<condition> lost" the number of queries that an
             attack counted as broken and that are right here, by rounding. A file of the same protocol is continued (a torn
             last line is dropped), a file of another protocol is refused.
         panel: An .npz of episode 0's images and predictions, at most 5 support and 5 query images of each class.
