@@ -27,11 +27,9 @@ from vismt.lowrank.model.merge import merge
 from vismt.storage.files import atomic_write, new_files, write_tensors
 from vismt.storage.outputs import NOTE, check_folder, note
 from vismt.storage.wheels import one_line
-from vismt.verification.checkpoints import open_checkpoint
+from vismt.verification.checkpoints import open_checkpoint, translated
 from vismt.verification.facts import Facts, read_facts
-from vismt.verification.library import translated
-from vismt.verification.verdict import Verdict
-from vismt.verification.verify import verify
+from vismt.verification.verify import Verdict, verify
 
 COMMAND, WEIGHTS, ABOUT = "merge", "model.safetensors", "config.json"
 # Files beside the weights of a language model that are not of its weights.
