@@ -75,14 +75,14 @@ class Case:
         return self.facts.kind == "peft" and self.facts.tuner in ("LORA", "")
 
     @property
-    def peculiar(self) -> bool:
+    def beyond_low_rank(self) -> bool:
         """Whether it is an adapter of vismt with layers that are more than a low-rank update of one weight."""
         return any(spec.has_weight and spec.layer.export_refusal for spec in self.facts.specs.values())
 
     @property
     def exports(self) -> bool:
         """Whether it is an adapter of vismt that export_peft takes."""
-        return self.facts.kind == "vismt" and bool(self.facts.modules) and not self.peculiar
+        return self.facts.kind == "vismt" and bool(self.facts.modules) and not self.beyond_low_rank
 
     @property
     def configs(self) -> list[dict[str, Any]]:
@@ -371,8 +371,8 @@ RULES = (
     Rule(lambda case: case.exports, "it is in the format of vismt", REFUSED | UNSERVED,
          "write it in peft's: vismt export RUN --format peft, or vismt.export_peft"),
     Rule(lambda case: case.facts.kind == "vismt" and not case.exports, "it is in the format of vismt", REFUSED | UNSERVED, LOAD),
-    Rule(lambda case: case.facts.is_adapter and not case.peculiar, "timm reads no adapters", {"timm": "refused"}, MERGE),
-    Rule(lambda case: case.peculiar, "timm reads no adapters", {"timm": "refused"}, LOAD),
+    Rule(lambda case: case.facts.is_adapter and not case.beyond_low_rank, "timm reads no adapters", {"timm": "refused"}, MERGE),
+    Rule(lambda case: case.beyond_low_rank, "timm reads no adapters", {"timm": "refused"}, LOAD),
     Rule(lambda case: case.facts.kind == "peft" and not case.facts.tensors, "it has no tensors that can be read",
          REFUSED | UNSERVED, AGAIN),
     Rule(_lacks("peft_type"), "adapter_config.json has no peft_type", REFUSED, "add the peft_type"),
@@ -492,7 +492,7 @@ RULES = (
          {"peft": "refused", "transformers": "ignored"}, AGAIN, "head-lost"),
     Rule(_saved("copy"), "it has copies of embeddings", {"vllm": "note", "llama.cpp": "note"},
          "needed where the vocabulary was resized"),
-    Rule(lambda case: [tensor.name for tensor in case.facts.untrained() if not tensor.path.endswith(TABLES)],
+    Rule(lambda case: [tensor.name for tensor in case.facts.unlisted() if not tensor.path.endswith(TABLES)],
          "the settings do not name them: they replace the base's parameters, also where the adapter is disabled",
          {"peft": "note", "transformers": "note"}, "name them in modules_to_save", "unnamed-parameter", "suspicious"),
     Rule(lambda case: case.lora and case.facts.config.get("lora_alpha") == 0, "lora_alpha is 0: the update is multiplied by 0",

@@ -164,7 +164,12 @@ def verify(
         held, found = of_base(opened[0], facts)
         stock = locate(facts, held)
     if facts.modules or not facts.is_adapter:
-        found += [*findings_of(Case(facts, stock, whole)), *examine_values(facts, rows)]
+        try:
+            found += findings_of(Case(facts, stock, whole))
+        except UserError as error:  # an expression of the settings that takes too long
+            facts.reasons.append(str(error))
+            facts.settings = None
+        found += examine_values(facts, rows)
     elif not facts.reasons and not facts.with_role(*WHOLE):
         found.append(Finding("broken", "empty", "the file holds no tensor of an adapter"))
     if stock is not None:
@@ -227,7 +232,7 @@ def _checks(
     yield Check("answers", bool(rows), f"{rows[0]['n']:,} examples" if rows else "needs --probe")
 
 
-def checked(folder: Path) -> Verdict:
+def verify_written(folder: Path) -> Verdict:
     """Return the verdict on a folder that was just written, and print it; UserError where it is broken."""
     verdict = verify(folder)
     if verdict.status == "broken":

@@ -217,7 +217,7 @@ def _is_projection(update: Update, W: Tensor, norm: float, whole: float) -> bool
 
 def _saved(facts: Facts, base: Facts) -> Iterable[Finding]:
     """Yield whole parameters that do not fit the base."""
-    copies = facts.untrained()
+    copies = facts.unlisted()
     for tensor in facts.with_role("saved"):
         name = find_parameter(tensor.path, base)
         if name is None:

@@ -239,8 +239,8 @@ class AdapterFacts:
         """Return the tensors of these roles."""
         return [tensor for tensor in self.tensors.values() if tensor.role in roles]
 
-    def untrained(self) -> list[Stored]:
-        """Return the whole parameters of a LoRA of peft that its settings do not list as trained."""
+    def unlisted(self) -> list[Stored]:
+        """Return the parameters of a LoRA of peft that were trained whole and are not listed in its settings."""
         if self.settings is None:
             return []
         promised = [f"{name}." for name in texts(self.settings.modules_to_save)]
@@ -310,7 +310,7 @@ class AdapterFacts:
         """Fill in the rank, the scale and the number of experts of a module."""
         factor, settings = module.tensors.get("A") or module.tensors.get("embedding_A"), self.settings
         if settings is not None:
-            module.stacked = names_stack(settings.stack_owners, module.key) and not settings.names(module.named)
+            module.stacked = not settings.names(module.named) and names_stack(settings.stack_owners, module.key)
             module.declared, scale = settings.scale(module.named)
             module.scale = scale * (1 if module.named == module.path else added(module.path, settings.peft_version))
         if factor is not None and factor.shape:
