@@ -13,8 +13,8 @@ from vismt.base import console
 from vismt.lowrank.files.peft_layouts import names_stack
 from vismt.lowrank.files.peft_settings import texts
 from vismt.lowrank.update import Update
-from vismt.verification.checkpoints import TABLES, Located, equal, find_parameter, same_parameter, shape_of
-from vismt.verification.facts import MERGE_COMMAND, Facts, Finding, names_of
+from vismt.verification.checkpoints import Located, equal, find_parameter, same_parameter, shape_of
+from vismt.verification.facts import MERGE_COMMAND, TABLES, Facts, Finding, names_of
 from vismt.verification.fit import Fit, fit
 from vismt.verification.weights import ModuleRow, tokenizers, update_of
 

@@ -48,7 +48,6 @@ OF_TASKS = {
 INNER = "language_model."  # the part that text-only and multimodal classes name differently
 EARLIER = "under the names of an earlier transformers"  # a change of names
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types whose linears are transposed
-TABLES = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "embed_out.weight")  # which peft saves along
 
 
 def open_checkpoint(place: str | Path, what: str) -> Facts:

@@ -27,8 +27,18 @@ from vismt.lowrank.files.facts import PREFIX, TENSORS, ModuleFacts, Stored, tune
 from vismt.lowrank.files.peft_layouts import names_stack
 from vismt.lowrank.files.peft_settings import BIASES, STARTS, PeftSettings, texts
 from vismt.storage.files import DTYPES
-from vismt.verification.checkpoints import EARLIER, TABLES, Located, Translated, shape_of, unheld
-from vismt.verification.facts import INDEX, LEGACY_WEIGHTS, MERGE_COMMAND, WEIGHTS, Facts, Finding, Level, names_of
+from vismt.verification.checkpoints import EARLIER, Located, Translated, shape_of, unheld
+from vismt.verification.facts import (
+    INDEX,
+    LEGACY_WEIGHTS,
+    MERGE_COMMAND,
+    TABLES,
+    WEIGHTS,
+    Facts,
+    Finding,
+    Level,
+    names_of,
+)
 
 # Tuners that transformers' load_adapter cannot put into a model: of prompts, and with tensors that their layers share.
 OF_PEFT_MODELS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"}
