@@ -93,8 +93,8 @@ def inject(
     flags = {name: options[name] for name in ("rslora", "clamp_rank", "split_qkv")}
     specs = []
     for path, module in modules.items():
-        own = ranks.get(path, options["rank"]), alphas.get(path, options["alpha"])
-        specs.append(layer.plan(path, module, *own, **flags, **(settings or {})))
+        own_rank, own_alpha = ranks.get(path, options["rank"]), alphas.get(path, options["alpha"])
+        specs.append(layer.plan(path, module, own_rank, own_alpha, **flags, **(settings or {})))
     names = also_trained(model, options["also_train"], list(modules))
     recorded = {"dropout": options["dropout"], "seed": seed}
     layers: Any = install(model, method, specs, recorded, names, dtype=options["dtype"])
