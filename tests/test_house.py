@@ -118,7 +118,7 @@ def test_the_rooms_are_small() -> None:
         assert len(modules) <= MODULES_IN_A_FOLDER, folder
 
 
-def test_the_core_imports_torch_einops_and_safetensors_only() -> None:
+def test_the_core_imports_its_four_libraries_only() -> None:
     for path in (PACKAGE / "lowrank").rglob("*.py"):
         for name in imports(path):
             top, *rest = name.split(".")

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from vismt.lowrank.recompute import recompute as recompute
     from vismt.methods import adapt as adapt
     from vismt.methods import list_methods as list_methods
-    from vismt.verification.verdict import Verdict as Verdict
+    from vismt.verification.verify import Verdict as Verdict
     from vismt.verification.verify import verify as verify
 
 from vismt.base.exports import exports

@@ -144,3 +144,4 @@ def test_nor_in_a_set_that_torchvision_opens(
     with pytest.raises(UserError, match="cannot be decoded"):
         images.read(0)
     assert not ghostscript.exists()
+    assert EpsImagePlugin.gs_binary is None  # as it was: Pillow is the user's, too

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import vismt
+from vismt.lowrank.model import targets
 from vismt.methods import METHODS
 
 EXPORTED = [name for name, method in METHODS.items() if method.exports and name not in ("emtal", "ilora")]
@@ -160,6 +161,21 @@ def test_catastrophic_patterns_do_not_hang(
     edit_config(folder, lambda config: {**config, key: value})
     with no_hang(pattern, seconds=60):
         assert unharmed(vismt.import_peft, stock, folder)
+
+
+@pytest.mark.parametrize(
+    "key", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "modules_to_save"]
+)
+def test_a_hostile_pattern_stops_at_its_limit(
+    key: str, folders: dict[str, Path], stock: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "LIMIT_S", 0.1)
+    folder, pattern = copied(folders["lora"], tmp_path / "p"), r"(?:.|.|.|..)*\d"
+    value = {pattern: 2} if key.endswith("_pattern") else [pattern] if key == "modules_to_save" else pattern
+    edit_config(folder, lambda config: {**config, key: value})
+    assert re.search(rf"{key}: matching '.*' takes more than 0.1 s", refusal(vismt.import_peft, stock, folder))
+    verdict = vismt.verify(folder)
+    assert verdict.status == "broken" and "takes more than" in verdict.findings[0].text
 
 
 def damage(folder: Path, kind: str, random: Random) -> None:

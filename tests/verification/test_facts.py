@@ -18,8 +18,8 @@ from helpers.verified_folders import CONFIG, TENSORS, Folders, edit_config, edit
 
 import vismt
 from vismt.base.errors import UserError
+from vismt.lowrank.files.facts import LARGEST_HEADER
 from vismt.verification.facts import read_facts
-from vismt.verification.stored import LARGEST_HEADER
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from helpers.verified_folders import FAULTS, Folders, made, stock, trained
 
 import vismt
 from vismt.cli import main
-from vismt.verification.verdict import MERGE_COMMAND
+from vismt.verification.facts import MERGE_COMMAND
 
 
 @pytest.fixture(scope="module")

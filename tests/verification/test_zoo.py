@@ -14,7 +14,7 @@ from helpers.verify_zoo import ALONE, BASE, FAULTS, HEALTHY, JUNK, healthy
 
 import vismt
 from vismt.cli import main
-from vismt.verification import library
+from vismt.verification import checkpoints
 
 # The finding that has to be there, where another would mislead.
 EXPLAINED = {
@@ -156,8 +156,8 @@ def test_a_checkpoint_without_architectures_is_of_the_adapters_class(root: Path,
 def test_an_earlier_transformers_leaves_names_as_they_are(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vit, llama = healthy("vit", root), healthy("llama", root)
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
-    library._built.cache_clear()
+    checkpoints._built.cache_clear()
     verdict = vismt.verify(vit.adapter, base=vit.base, merged=vit.merged)
     assert (verdict.status, verdict.codes) == ("suspicious", {"not-compared"})
     assert vismt.verify(llama.adapter, base=llama.base, merged=llama.merged).status == "ok"
-    library._built.cache_clear()
+    checkpoints._built.cache_clear()

@@ -21,7 +21,7 @@ from functools import cache
 from numbers import Real
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from vismt.base.errors import SHOWN, UserError, near, shown_value
+from vismt.base.errors import UserError, near, shown_value
 from vismt.storage.paths import stays_inside
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class Names:
             if isinstance(name, str) and name not in known:
                 own = getattr(known, "hint", None)
                 hint = (own(name) if own else near(name, known)) or f" Known: {', '.join(map(repr, known))}."
-                raise UserError(f"{where}: '{name[:SHOWN]}' is not known.{hint}")
+                raise UserError(f"{where}: '{name}' is not known.{hint}")
 
     @property
     def closed(self) -> bool:
@@ -393,7 +393,7 @@ def _number_in(text: str) -> int | float | str:
 def relative_path(text: str, name: str) -> str:
     """Return `text` when it is a relative path that stays inside its folder, else raise a UserError that starts with `name`."""
     if max((len(part.encode("utf8", "surrogatepass")) for part in text.split("/")), default=0) > LONGEST_NAME:
-        raise UserError(f"{name}: '{text[:SHOWN]}…' holds a name of more than {LONGEST_NAME} bytes.")
+        raise UserError(f"{name}: {shown_value(text)} holds a name of more than {LONGEST_NAME} bytes.")
     if not stays_inside(text) or UNWRITABLE.search(text):
         raise UserError(f"{name}: '{text}' must be a relative path with '/' and without '..'.")
     return text
@@ -405,5 +405,5 @@ RelativePath = Annotated[str, relative_path]
 def plain_name(text: str, where: str) -> str:
     """Return `text` when it can name a file on every system, else raise a UserError that starts with `where`."""
     if not PLAIN_NAME.fullmatch(text):
-        raise UserError(f"{where}: '{text[:SHOWN]}' cannot be a name; use up to 100 letters, digits and + - . _")
+        raise UserError(f"{where}: {shown_value(text)} cannot be a name; use up to 100 letters, digits and + - . _")
     return text

@@ -18,7 +18,7 @@ from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.record import count_parameters, need_record
 from vismt.methods import METHODS
 from vismt.storage.files import atomic_write, write_tensors
-from vismt.verification.verify import checked
+from vismt.verification.verify import verify_written
 
 try:
     from transformers import TrainerCallback, trainer
@@ -173,7 +173,7 @@ def write_repository(
         ("trainable parameters", f"{trainable:,} of {total:,}"),
         ("weight fingerprint of the base", fingerprint(model, paths) if paths else ""),
     ]
-    facts.append(("vismt verify", checked(folder).status))
+    facts.append(("vismt verify", verify_written(folder).status))
     atomic_write(
         folder / "README.md", _card(title or f"{record.method} on {base}", base, facts, in_peft, list(results))
     )

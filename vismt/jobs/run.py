@@ -191,9 +191,9 @@ class Run:
             title = f"{self.job.name_of(arm)} of {self.folder.name}"
             atomic_write(folder / README, readme(folder, form, title, base, self.config.model.name))
         if form not in NAMES:
-            from vismt.verification.verify import checked
+            from vismt.verification.verify import verify_written
 
-            checked(target)
+            verify_written(target)
         return target
 
     def _base(self, model: Any) -> str:

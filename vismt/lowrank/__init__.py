@@ -1,4 +1,4 @@
-"""The low-rank core: factors, initialisers, adapter layers, banks, sums, storage. It needs torch, einops and safetensors."""
+"""The low-rank core: factors, initialisers, adapter layers, banks, sums, files. It needs torch, einops, safetensors and regex."""
 
 from __future__ import annotations
 

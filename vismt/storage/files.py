@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import reprlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -84,7 +83,7 @@ def _whole(text: str) -> int:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{reprlib.repr(text)} is not a finite number")
+        raise ValueError(f"{shown_value(text)} is not a finite number")
     return value
 
 
@@ -136,7 +135,7 @@ def misfit(content: Mapping[str, Any], needed: Types, may: Types = NO_TYPES) -> 
             if name in needed:
                 return f"it lacks '{name}'"
         elif not _fits(content[name], hint):
-            return f"'{name}' is {reprlib.repr(content[name])}"
+            return f"'{name}' is {shown_value(content[name])}"
     return None
 
 

@@ -12,12 +12,11 @@ from torch import Tensor
 from vismt.base import console
 from vismt.lowrank.files.peft_layouts import names_stack
 from vismt.lowrank.files.peft_settings import texts
-from vismt.verification.against_base import tokenizers
-from vismt.verification.facts import TABLES, Facts
-from vismt.verification.fit import Fit, Update, fit
-from vismt.verification.inside import update_of
-from vismt.verification.located import Located, equal, find_parameter, same_parameter, shape_of
-from vismt.verification.verdict import MERGE_COMMAND, Finding, ModuleRow, names_of
+from vismt.lowrank.update import Update
+from vismt.verification.checkpoints import Located, equal, find_parameter, same_parameter, shape_of
+from vismt.verification.facts import MERGE_COMMAND, TABLES, Facts, Finding, names_of
+from vismt.verification.fit import Fit, fit
+from vismt.verification.weights import ModuleRow, tokenizers, update_of
 
 FUSED = ("qkv", "c_attn", "in_proj", "Wqkv", "qkv_proj", "query_key_value")
 GRID_ROWS = 64  # that show on which grid values lie
@@ -36,7 +35,7 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
         if update is None or W is None or M is None:
             still[path] = _same_values(base.facts, base.names[path], merged.facts, merged.names[path])
             continue
-        fits[path] = found = fit(W, M, update, module.rank or update.low_rank.rank, rslora)
+        fits[path] = found = fit(W, M, update, module.rank or update.blocks[0].rank, rslora)
         row = rows[path]
         row.fit, row.factor, row.residual = found.kind, found.factor, found.residual
         row.erased = found.lost / found.norm if found.norm else None

@@ -1,88 +1,79 @@
-"""What an adapter or checkpoint folder is, read without a model: its kind, configuration, modules and tensors.
-
-Unlike the strict readers (vismt/lowrank/files), which refuse a folder with its first fault, this one says what is there and
-collects what is wrong as reasons. Values are read one tensor at a time, on demand.
-"""
+"""What is under verification: the facts of a folder, an adapter or a checkpoint, and the findings about it."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vismt.base.errors import UserError, shown_value
+from torch import Tensor
+
+from vismt.backbones.weights import read_checkpoint
+from vismt.base.errors import UserError
 from vismt.lowrank.files.description import DESCRIPTION, layer_shapes, read_description
-from vismt.lowrank.files.peft_adapter import PREFIX, TENSORS, part_of
-from vismt.lowrank.files.peft_layouts import added, names_stack, stock_path
-from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, texts, typed_settings
+from vismt.lowrank.files.facts import (
+    LEGACY,
+    LEGACY_TENSORS,
+    TENSORS,
+    AdapterFacts,
+    ModuleFacts,
+    StoredTensors,
+    read_bounded_json,
+    read_legacy,
+    text_of,
+)
+from vismt.lowrank.files.peft_settings import CONFIG
 from vismt.lowrank.layers.base import LayerSpec
 from vismt.storage.files import file_digest
-from vismt.verification.stored import LEGACY, Stored, StoredTensors, read_bounded_json, read_stored
-from vismt.verification.verdict import names_of
+from vismt.storage.paths import stays_inside
 
 Kind = Literal["vismt", "peft", "checkpoint", "none"]
+Level = Literal["broken", "suspicious", "note"]
+LEVELS: tuple[Level, ...] = ("broken", "suspicious", "note")
+MERGE_COMMAND = "vismt merge ADAPTER --base MODEL --to OUT"
 MODEL_CONFIG = "config.json"
-LEGACY_TENSORS = "adapter_model.bin"
 TOKENIZER = {"added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model"}
 TOKENIZER |= {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"}
 TABLES = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "embed_out.weight")  # which peft saves along
-WHOLE = ("saved", "stock", "shared", "tokens")  # roles of tensors that do not belong to one adapted module
+WEIGHTS = "model.safetensors"
+INDEX = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
+LEGACY_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a folder that a user has to know.
+
+    level: broken (a reader fails or computes something else), suspicious, or note (no effect on the verdict). code: stable name
+    of the kind. text: what was seen. fix: what to do. modules: where, empty for the whole folder.
+    """
+
+    level: Level
+    code: str
+    text: str
+    fix: str = ""
+    modules: tuple[str, ...] = ()
+
+
+def names_of(modules: Sequence[str]) -> str:
+    """Return the first three of these names and the number of the others, for a sentence."""
+    rest = len(modules) - 3
+    return ", ".join(f"'{name}'" for name in modules[:3]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @dataclass
-class ModuleFacts:
-    """An adapted module.
+class Facts(AdapterFacts):
+    """What a folder holds, an adapter or a checkpoint.
 
-    path: of the module in the model. key: as the file spells it, without the prefix. named: as the settings name it. tensors: by
-    role. rank: of the tensors. declared, scale: rank and factor of the update by the settings; None where there are none.
-    experts: number of the experts in one tensor that have a pair of factors each.
+    kind: Kind of its files. A folder of `write_repository`, which has both, counts as peft's. model_config: config.json, also
+    beside an adapter. files: Names in the folder. specs: Specs of a vismt adapter by path.
     """
 
-    path: str
-    key: str
-    named: str
-    tensors: dict[str, Stored] = field(default_factory=dict)
-    rank: int | None = None
-    declared: int | None = None
-    scale: float | None = None
-    experts: int = 1
-
-    @property
-    def unpaired(self) -> bool:
-        """Whether one of two factors is missing."""
-        return any(len(self.tensors.keys() & pair) == 1 for pair in ({"A", "B"}, {"embedding_A", "embedding_B"}))
-
-
-@dataclass
-class Facts:
-    """What a folder holds.
-
-    kind: of its files; a folder of `write_repository`, which has both, counts as peft's. config: adapter_config.json,
-    adapter.json or config.json. model_config: config.json, also beside an adapter. settings: of a LoRA of peft, where they can
-    be read. tuner: peft's type ("LORA"), or the method of vismt. modules: by path. stored: the tensors, those of an adapter
-    with their roles. base: its name by the configuration. files: names in the folder. reasons: what is malformed. specs: of a
-    vismt adapter, by path.
-    """
-
-    folder: Path
     kind: Kind = "none"
-    config: dict[str, Any] = field(default_factory=dict)
     model_config: dict[str, Any] = field(default_factory=dict)
-    settings: PeftSettings | None = None
-    tuner: str = ""
-    modules: dict[str, ModuleFacts] = field(default_factory=dict)
-    stored: StoredTensors = field(default_factory=StoredTensors)
-    base: str | None = None
     files: tuple[str, ...] = ()
-    reasons: list[str] = field(default_factory=list)
     specs: dict[str, LayerSpec] = field(default_factory=dict)
-
-    @property
-    def tensors(self) -> dict[str, Stored]:
-        """Return the tensors by name."""
-        return self.stored.tensors
 
     @property
     def tokenizer(self) -> tuple[str, ...]:
@@ -92,22 +83,6 @@ class Facts:
     @property
     def is_adapter(self) -> bool:
         return self.kind in ("vismt", "peft")
-
-    def with_role(self, *roles: str) -> list[Stored]:
-        """Return the tensors of these roles."""
-        return [tensor for tensor in self.tensors.values() if tensor.role in roles]
-
-    def unnamed(self) -> list[Stored]:
-        """Return the whole parameters of a LoRA of peft that its settings do not name."""
-        if self.settings is None:
-            return []
-        promised = [f"{name}." for name in texts(self.settings.modules_to_save)]
-        return [
-            tensor
-            for tensor in self.with_role("saved")
-            if not any(name in tensor.path for name in promised)
-            and not (tensor.path.endswith("bias") and self.settings.bias != "none")
-        ]
 
 
 def read_facts(folder: str | Path, *, as_checkpoint: bool = False) -> Facts:
@@ -120,93 +95,28 @@ def read_facts(folder: str | Path, *, as_checkpoint: bool = False) -> Facts:
         raise UserError(f"verify: '{path}' does not exist; give the folder of an adapter or a checkpoint.")
     facts = Facts(path)
     if path.is_file():
-        facts.kind, facts.stored = "checkpoint", read_stored(path)
+        facts.kind, facts.stored = "checkpoint", _read_weights(path)
     else:
         try:
             facts.files = tuple(sorted(entry.name for entry in path.iterdir()))
         except OSError as error:
             raise UserError(f"verify: '{path}' cannot be read ({error.strerror}).") from error
-        facts.model_config = _json(facts, MODEL_CONFIG) if MODEL_CONFIG in facts.files else {}
+        facts.model_config = facts.read_json(MODEL_CONFIG) if MODEL_CONFIG in facts.files else {}
         if {CONFIG, TENSORS, LEGACY_TENSORS} & set(facts.files) and not as_checkpoint:
-            _read_peft(facts)
+            facts.kind = "peft"
+            facts.read_peft()
         elif DESCRIPTION in facts.files and not as_checkpoint:
             _read_vismt(facts)
         elif any(Path(name).suffix in (".safetensors", *LEGACY) for name in facts.files):
-            facts.kind, facts.config, facts.stored = "checkpoint", facts.model_config, read_stored(path)
+            facts.kind, facts.config, facts.stored = "checkpoint", facts.model_config, _read_weights(path)
     if facts.kind == "checkpoint" and not facts.tensors and not facts.stored.reasons:
         facts.kind = "none"
     return facts
 
 
-def _json(facts: Facts, name: str) -> dict[str, Any]:
-    try:
-        content = read_bounded_json(facts.folder / name, f"'{name}'")
-    except UserError as error:
-        facts.reasons.append(str(error))
-        return {}
-    if isinstance(content, dict):
-        return content
-    facts.reasons.append(f"'{name}' holds a {type(content).__name__} in place of settings")
-    return {}
-
-
-def _read_peft(facts: Facts) -> None:
-    facts.kind = "peft"
-    if CONFIG in facts.files:
-        facts.config = _json(facts, CONFIG)
-    else:
-        facts.reasons.append(f"'{CONFIG}' is missing: rank, alpha and targets are not known")
-    facts.tuner = _text(facts.config.get("peft_type")) or ""
-    facts.base = _text(facts.config.get("base_model_name_or_path"))
-    _read_settings(facts)
-    name = next((name for name in (TENSORS, LEGACY_TENSORS) if name in facts.files), None)
-    if name is None:
-        facts.reasons.append(f"neither '{TENSORS}' nor '{LEGACY_TENSORS}' is in the folder")
-        return
-    facts.stored.add(facts.folder / name, adapter=True)
-    own = "" if facts.tuner in ("", "LORA") else tuner_prefixes().get(facts.tuner, "")
-    for key, stored in facts.tensors.items():
-        part = key.removeprefix(PREFIX)
-        place, role, adapter = _tuner_part(part, own) if own else part_of(part)
-        if ".token_adapter." in part:  # rows of an embedding, at the path of its module
-            place, role = part.partition(".token_adapter.")[0], "tokens"
-        facts.tensors[key] = replace(stored, path=place, role=role, adapter=adapter)
-    parts: dict[str, dict[str, Stored]] = {}
-    for tensor in facts.tensors.values():
-        if tensor.role not in WHOLE:
-            parts.setdefault(tensor.path, {})[tensor.name if tensor.role == "tuner" else tensor.role] = tensor
-    for key, tensors in sorted(parts.items()):
-        path, named = stock_path(key, parts.keys())
-        facts.modules[path] = ModuleFacts(path, key, named, tensors)
-        _scale_of_peft(facts.settings, facts.modules[path])
-
-
-def _read_settings(facts: Facts) -> None:
-    if facts.tuner == "LORA":
-        try:
-            facts.settings = typed_settings("the adapter", facts.config)
-        except UserError as error:
-            facts.reasons.append(str(error))
-    elif facts.config and facts.tuner not in tuner_prefixes():
-        known = ", ".join(sorted(tuner_prefixes())) or "none, as peft is not installed"
-        facts.reasons.append(f"peft_type is {shown_value(facts.config.get('peft_type'))}; known tuners: {known}")
-
-
-def _scale_of_peft(settings: PeftSettings | None, module: ModuleFacts) -> None:
-    factor = module.tensors.get("A") or module.tensors.get("embedding_A")
-    stack = settings and names_stack(settings.stack_owners, module.key) and not settings.names(module.named)
-    if settings is not None:
-        module.declared, scale = settings.scale(module.named)
-        module.scale = scale * (1 if module.named == module.path else added(module.path, settings.peft_version))
-    if factor is not None and factor.shape:
-        module.rank = factor.shape[0]
-        if stack and module.declared and not module.rank % module.declared:  # of experts in one parameter it is e r
-            module.experts, module.rank = max(1, module.rank // module.declared), module.declared
-
-
 def _read_vismt(facts: Facts) -> None:
-    facts.kind, facts.config = "vismt", _json(facts, DESCRIPTION)
-    facts.tuner = _text(facts.config.get("method")) or ""
+    facts.kind, facts.config = "vismt", facts.read_json(DESCRIPTION)
+    facts.tuner = text_of(facts.config.get("method")) or ""
     if facts.reasons:
         return
     try:
@@ -243,25 +153,37 @@ def _read_vismt(facts: Facts) -> None:
         module.scale = getattr(spec.settings, "scale", None)
 
 
-def _tuner_part(name: str, own: str) -> tuple[str, str, str]:
-    """Return `part_of` for a tuner whose tensors have names that begin with `own`; "vera_" covers what "vera_lambda_" shares."""
-    pieces = name.split(".")
-    stem = f"{own.partition('_')[0]}_"
-    start = next((number for number, piece in enumerate(pieces) if piece.startswith(stem)), None)
-    if start is None:
-        return part_of(name)
-    path = ".".join(pieces[:start])
-    return path, "shared" if path in ("", "base_model") else "tuner", ""
+def _read_weights(path: Path) -> StoredTensors:
+    """Return the tensors of a checkpoint: a file, or of a folder the one of a whole model, those that an index names, or all."""
+    stored = StoredTensors()
+    single = path / WEIGHTS
+    if path.is_file() or single.is_file():  # which transformers takes first
+        stored.add(path if path.is_file() else single, _held)
+        return stored
+    index = next((path / name for name in INDEX if (path / name).exists()), None)
+    if index is None:
+        found = [file.name for ending in (".safetensors", *LEGACY) for file in sorted(path.glob(f"*{ending}"))]
+        own = [name for name in found if not name.startswith("adapter")]
+        names = [name for name in own if name.endswith(".safetensors")] or own
+    else:
+        try:
+            content = read_bounded_json(index, f"'{index.name}'")
+            named = content.get("weight_map") if isinstance(content, dict) else None
+            files = list(named.values()) if isinstance(named, dict) else [""]
+            if not all(isinstance(name, str) and stays_inside(name) for name in files):
+                raise UserError(f"'{index.name}' has no weight_map to files of its folder.")
+        except UserError as error:
+            stored.reasons.append(str(error))
+            return stored
+        names = sorted(set(files))
+    for name in names:
+        stored.add(path / name, _held)
+    return stored
 
 
-def tuner_prefixes() -> Mapping[str, str]:
-    """Return the beginnings of tensor names by tuner, of the installed peft; none without it."""
+def _held(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of an older checkpoint under their own names, or of one that holds them under another key."""
     try:
-        table = importlib.import_module("peft.mapping").PEFT_TYPE_TO_PREFIX_MAPPING
-    except ImportError:
-        return {}
-    return {kind.value: prefix for kind, prefix in table.items()}
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
+        return read_legacy(path)
+    except UserError:
+        return read_checkpoint(path)

@@ -6,88 +6,24 @@ min over s of |M - W - s D| is at s = c. Where W lies on the grid of t already, 
 in bf16 with |D| / |W| = 1e-3 has c = 0.5, as every element that moves by less than half a spacing stays. So c is compared
 with c_P, not with 1, and k is named by the distance of M to P_k. The standard error of c from independent rounding is
 eps_t |M| / (|D| sqrt(N)), eps_t = 0.425 / 2^p the RMS relative error of a number with p significant bits.
-
-An update is a pair of factors, D = s B A, or that of DoRA (arXiv 2402.09353), m (W + s B A) / |W + s B A|_row - W.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vismt.lowrank.factors import LowRank
+from vismt.lowrank.update import Update
 
 CHUNK = 2**18  # elements at a time: copies in other dtypes stay small
 SAMPLE = 2**20  # elements that distinguish one factor from another
 FEWEST = 32  # elements that an update has to move for a merge to hold it
 BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 Kind = Literal["right", "factor", "other", "unresolved", "none"]
-
-
-@dataclass(frozen=True)
-class Update:
-    """The update of one weight as a matrix. magnitude: m (o,) of DoRA. others: of further experts, whose rows follow."""
-
-    low_rank: LowRank
-    magnitude: Tensor | None = None
-    others: tuple[LowRank, ...] = ()
-
-    @property
-    def blocks(self) -> tuple[LowRank, ...]:
-        return self.low_rank, *self.others
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return sum(block.shape[0] for block in self.blocks), self.low_rank.shape[1]
-
-    def delta(self, rows: slice) -> Tensor:
-        """Return rows of s B A in fp32, or fp64 for fp64 factors."""
-        dtype = torch.promote_types(self.low_rank.B.dtype, torch.float32)
-        parts, end = [], 0
-        for block in self.blocks:
-            start, end = end, end + block.shape[0]
-            if start < rows.stop and rows.start < end:
-                B = block.B[max(rows.start - start, 0) : rows.stop - start]
-                parts.append(block.scale * (B.to(dtype) @ block.A.to(dtype)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def step(self, W: Tensor, rows: slice, factor: float) -> Tensor:
-        """Return what a merge with `factor` times the pair of factors adds to rows W (n, i)."""
-        delta = factor * self.delta(rows).to(W.dtype)
-        if self.magnitude is None:
-            return delta
-        total = W + delta
-        lengths = total.norm(dim=1, keepdim=True).clamp_min(1e-30)
-        return total * (self.magnitude[rows, None].to(W.dtype) / lengths) - W
-
-    def half(self, W: Tensor, rows: slice, factor: float, dtype: torch.dtype) -> Tensor:
-        """Return rows of a merge of DoRA in a model of 16 bits, whose magnitudes and lengths are rounded, too."""
-        block = self.low_rank
-        product = block.B[rows].to(dtype).float() @ block.A.to(dtype).float()
-        total = W.to(dtype) + (factor * block.scale * product).to(dtype)
-        magnitude: Any = self.magnitude
-        lengths = total.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-        return (magnitude[rows, None].to(dtype) / lengths) * total
-
-    def norm(self) -> float:
-        """Return |s B A|_F from the factors, in fp64."""
-        squares = 0.0
-        for block in self.blocks:
-            B, A = block.B.double(), block.A.double()
-            squares += block.scale**2 * float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0))
-        return squares**0.5
-
-    def product(self, E: Tensor) -> float:
-        """Return <E, s B A> without forming the matrix."""
-        rows = E.split([block.shape[0] for block in self.blocks])
-        return sum(
-            block.scale * float((block.B.to(E.dtype) * (part @ block.A.to(E.dtype).T)).sum(dtype=torch.float64))
-            for block, part in zip(self.blocks, rows, strict=True)
-        )
 
 
 @dataclass(frozen=True)
@@ -120,7 +56,7 @@ class Fit:
 
 
 Rounded = Callable[[Tensor, Tensor, torch.dtype], Tensor]
-# What merges do: add and round once, round D first, round W first; DoRA has `Update.half`, too.
+# What merges do: add and round once, round D first, round W first; DoRA has `_merge_in_half`, too.
 ROUNDED: tuple[Rounded, ...] = (
     lambda W, D, t: (W + D).to(t),
     lambda W, D, t: (W + D.to(t).to(W.dtype)).to(t),
@@ -222,7 +158,7 @@ def _sums(
                     step = update.step(wide_P, rows, merge.factor) if P is not w else first
                     P = ROUNDED[way](wide_P, step, M.dtype)
                 else:
-                    P = update.half(wide_P, rows, merge.factor, M.dtype)
+                    P = _merge_in_half(update, wide_P, rows, merge.factor, M.dtype)
             step = P.to(dtype) - w
             away, lost = E - step, step - D
             sums.distance[way] += dot(away, away)
@@ -234,9 +170,19 @@ def _sums(
     return sums
 
 
-def rules(update: Update, rank: int, rslora: bool) -> dict[str, Merge]:
-    """Return what mistakes make of a merge, by what they are."""
-    scale, root = update.low_rank.scale, rank**0.5
+def _merge_in_half(update: Update, W: Tensor, rows: slice, factor: float, dtype: torch.dtype) -> Tensor:
+    """Return rows of a merge of DoRA in a model of 16 bits, whose magnitudes and lengths are rounded, too."""
+    assert update.magnitude is not None
+    block = update.blocks[0]
+    product = block.B[rows].to(dtype).float() @ block.A.to(dtype).float()
+    total = W.to(dtype) + (factor * block.scale * product).to(dtype)
+    lengths = total.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+    return (update.magnitude[rows, None].to(dtype) / lengths) * total
+
+
+def known_mistakes(update: Update, rank: int, rslora: bool) -> dict[str, Merge]:
+    """Map each known mistake of a merge to the merge that it makes."""
+    scale, root = update.blocks[0].scale, rank**0.5
     found = {
         "nothing was merged": Merge(0.0, 0),
         "it was merged twice": Merge(1.0, 2),
@@ -260,7 +206,7 @@ def _named(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool) -> tup
         return _sums(W, M, update, merge, chosen, _ways(M.dtype, update))
 
     present = at(Merge())
-    trials = {name: (merge, at(merge)) for name, merge in rules(update, rank, rslora).items()}
+    trials = {name: (merge, at(merge)) for name, merge in known_mistakes(update, rank, rslora).items()}
     best = min(trials, key=lambda name: min(trials[name][1].distance))
     merge, trial = trials[best]
     distance, k = min(trial.distance), merge.factor * merge.times

@@ -27,13 +27,11 @@ from vismt.lowrank.model.merge import merge
 from vismt.storage.files import atomic_write, new_files, write_tensors
 from vismt.storage.outputs import NOTE, check_folder, note
 from vismt.storage.wheels import one_line
-from vismt.verification.checkpoints import open_checkpoint
-from vismt.verification.facts import Facts, read_facts
-from vismt.verification.library import translated
-from vismt.verification.verdict import Verdict
-from vismt.verification.verify import verify
+from vismt.verification.checkpoints import open_checkpoint, translated
+from vismt.verification.facts import MODEL_CONFIG, WEIGHTS, Facts, read_facts
+from vismt.verification.verify import Verdict, verify
 
-COMMAND, WEIGHTS, ABOUT = "merge", "model.safetensors", "config.json"
+COMMAND = "merge"
 # Files beside the weights of a language model that are not of its weights.
 BESIDE: tuple[str, ...] = (
     "tokenizer*",
@@ -135,8 +133,8 @@ def _transformers_model(base: Facts, adapter: Facts) -> Any:
     held = translated(base, adapter)
     if held.library is None:
         raise UserError(
-            f"merge: '{base.folder}' is no folder of a model that the installed transformers knows, and its {ABOUT} names no "
-            "architecture of timm; load the model in Python and use vismt.import_peft and vismt.merge."
+            f"merge: '{base.folder}' is no folder of a model that the installed transformers knows, and its {MODEL_CONFIG} names "
+            "no architecture of timm; load the model in Python and use vismt.import_peft and vismt.merge."
         )
     heads = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
     rows = [tensor.shape[0] for tensor in adapter.with_role("saved") if tensor.path.endswith(heads)]
@@ -203,4 +201,4 @@ def _write(model: Any, base: Facts, adapter: Facts, folder: Path) -> None:
 
 def _write_timm(model: nn.Module, about: dict[str, Any], folder: Path) -> None:
     write_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
-    atomic_write(folder / ABOUT, json.dumps(about, indent=1))
+    atomic_write(folder / MODEL_CONFIG, json.dumps(about, indent=1))

@@ -24,8 +24,7 @@ from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.model.named import disabled
 from vismt.robustness.classifier import load_classifier
 from vismt.uncertainty.intervals import estimate
-from vismt.verification.facts import Facts
-from vismt.verification.verdict import Finding
+from vismt.verification.facts import Facts, Finding
 
 TEXTS, TOKENS, IMAGES = 64, 256, 256  # at most
 UNCHANGED = 1e-6  # nats: last bits

@@ -1,24 +1,127 @@
-"""`vismt.verify`: is an adapter, or a merged checkpoint, what it says, and what will a reader make of it?"""
+"""Check that an adapter or merged checkpoint matches its metadata, and predict how each library will load it."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
+from typing import Any
 
+from vismt import __version__
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.verification.against_base import against_base
+from vismt.lowrank.files.facts import WHOLE
 from vismt.verification.against_merged import against_merged
-from vismt.verification.checkpoints import named_base, of_base, of_merged, open_checkpoint
-from vismt.verification.facts import WHOLE, Facts, read_facts
-from vismt.verification.inside import examine
-from vismt.verification.library import Translated, translated
-from vismt.verification.located import Located, locate
-from vismt.verification.readers import readings
-from vismt.verification.rules import Case, findings
-from vismt.verification.verdict import UNSEEN, Check, Finding, ModuleRow, Verdict, ranked
+from vismt.verification.checkpoints import (
+    Located,
+    Translated,
+    locate,
+    open_checkpoint,
+    same_parameter,
+    translated,
+)
+from vismt.verification.facts import LEVELS, Facts, Finding, names_of, read_facts
+from vismt.verification.libraries import Case, findings_of, readings
+from vismt.verification.weights import ModuleRow, against_base, examine_values
+
+EXIT_CODES = {"ok": 0, "suspicious": 3, "broken": 4}
+FORMAT = 1
+UNSEEN = "not checked"  # of `about`, and of lines of checks
+# Keys of a config.json that change what a model computes, and keys with such words that do not.
+DECIDES = re.compile(
+    r"layer|head|hidden|size$|rope|theta|eps|act|window|softcap|scal|multiplier|bias|expert|_dim$|depth|norm"
+)
+DOES_NOT = re.compile(r"drop|output_|vocab|label|token|router_aux|init|cache|chunk|tie_")
+# Families of models by words in their names, at the start or the end of a word.
+KINDS = "llama|llava|mistral|mixtral|qwen|gemma|phi|gpt|opt|bloom|falcon|bert|t5|vit|swin|dino|deit|beit|clip|siglip|whisper"
+FAMILIES = re.compile(rf"(?<![a-z])(?:{KINDS})|(?:{KINDS})(?![a-z])")
+SIZES = {"m": 10**6, "b": 10**9}
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that `vismt verify` looks at.
+
+    Attributes:
+        name: What is looked at, "scale and merge".
+        done: Whether it was looked at.
+        text: What was compared and how it stands; if it was not looked at, what it needs.
+    """
+
+    name: str
+    done: bool
+    text: str
+
+
+@dataclass(repr=False)
+class Verdict:
+    """What `vismt verify` says about a folder. Printing it gives a table.
+
+    Attributes:
+        folder: that was examined.
+        kind: vismt, peft, checkpoint or none.
+        about: facts of the folder in words, by name.
+        checks: what was looked at and what was not, with what it needs.
+        findings: the most serious ones first.
+        modules: a row for each adapted module.
+        readers: what each reader will do, one row for each reader and group of tensors.
+        answer: the same in one line.
+        probe: rows of measured scores with 95 % intervals.
+    """
+
+    folder: str
+    kind: str
+    about: dict[str, str] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    modules: list[ModuleRow] = field(default_factory=list)
+    readers: list[dict[str, Any]] = field(default_factory=list)
+    answer: str = ""
+    probe: list[dict[str, Any]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Return the verdict, its reasons and what it could not see as a table."""
+        rows = [("verdict", f"{self.status}: {self.folder}"), ("readers", self.answer)]
+        rows += [
+            ("", f"{row['line'].partition(':')[0]} ({row['source']}): {remark}")
+            for row in self.readers
+            for remark in row["remarks"]
+        ]
+        rows += [(name, text) for name, text in self.about.items() if name != UNSEEN]
+        rows += [("checked" if check.done else UNSEEN, f"{check.name}: {check.text}") for check in self.checks]
+        for finding in self.findings:
+            rows += [(finding.level, finding.text), ("", finding.fix and f"fix: {finding.fix}")]
+        width = max(len(name) for name, _ in rows) + 2
+        lines = [f"{name:<{width}}{text}" for name, text in rows if text]
+        if self.probe:
+            heads = ("model", "measure", "value", "low", "high", "n")
+            cells = [[f"{row[h]:.4g}" if isinstance(row[h], float) else row[h] for h in heads] for row in self.probe]
+            lines.append(console.aligned(heads, cells))
+        return "\n".join(lines)
+
+    @property
+    def status(self) -> str:
+        """Return ok, suspicious or broken."""
+        levels = {finding.level for finding in self.findings}
+        return next((level for level in LEVELS[:2] if level in levels), "ok")
+
+    @property
+    def exit_code(self) -> int:
+        """Return 0, 3 or 4."""
+        return EXIT_CODES[self.status]
+
+    @property
+    def codes(self) -> set[str]:
+        """Return the codes of the findings that decide the status."""
+        return {finding.code for finding in self.findings if finding.level != "note"}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the verdict as values for JSON."""
+        status = {"status": self.status, "exit_code": self.exit_code}
+        return {"format": FORMAT, "vismt": __version__, **status, **asdict(self)}
 
 
 def verify(
@@ -61,7 +164,12 @@ def verify(
         held, found = of_base(opened[0], facts)
         stock = locate(facts, held)
     if facts.modules or not facts.is_adapter:
-        found += [*findings(Case(facts, stock, whole)), *examine(facts, rows)]
+        try:
+            found += findings_of(Case(facts, stock, whole))
+        except UserError as error:  # an expression of the settings that takes too long
+            facts.reasons.append(str(error))
+            facts.settings = None
+        found += examine_values(facts, rows)
     elif not facts.reasons and not facts.with_role(*WHOLE):
         found.append(Finding("broken", "empty", "the file holds no tensor of an adapter"))
     if stock is not None:
@@ -84,7 +192,8 @@ def verify(
     # The reader of this format counts where nothing else explains what it does.
     own = facts.kind if not any(finding.level == "broken" for finding in found) else ""
     found += [finding for reading in read if readers or reading.reader == own for finding in reading.findings]
-    verdict.findings = ranked(found)
+    # The most serious first, each once.
+    verdict.findings = sorted(dict.fromkeys(found), key=lambda finding: LEVELS.index(finding.level))
     return verdict
 
 
@@ -123,7 +232,7 @@ def _checks(
     yield Check("answers", bool(rows), f"{rows[0]['n']:,} examples" if rows else "needs --probe")
 
 
-def checked(folder: Path) -> Verdict:
+def verify_written(folder: Path) -> Verdict:
     """Return the verdict on a folder that was just written, and print it; UserError where it is broken."""
     verdict = verify(folder)
     if verdict.status == "broken":
@@ -159,3 +268,73 @@ def _about(facts: Facts) -> dict[str, str]:
 
 def _range(values: Sequence[float]) -> str:
     return "" if not values else f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+# ---- checkpoints beside an adapter
+def of_base(facts: Facts, adapter: Facts) -> tuple[Translated, list[Finding]]:
+    """Return the base of an adapter in the class that was adapted, and what is wrong with it without its whole parameters."""
+    whole = translated(facts, adapter)
+    held = [tensor.path for tensor in adapter.with_role("saved")]
+    whole.lacking = [name for name in whole.lacking if not any(same_parameter(path, name) for path in held)]
+    return whole, of_checkpoint(whole, "the base")
+
+
+def of_merged(facts: Facts, adapter: Facts, base: Translated) -> tuple[Translated, list[Finding]]:
+    """Return a merged checkpoint in the class that was adapted, and what is wrong with it in its own class."""
+    whole, own = translated(facts, adapter), translated(facts)
+    own = own if own.library else whole
+    return whole, [*of_checkpoint(own, "the merged checkpoint"), *configurations(base, own)]
+
+
+def of_checkpoint(whole: Translated, what: str) -> list[Finding]:
+    """Return what is wrong with a checkpoint alone. what: its name in messages."""
+    reasons = [Finding("broken", "malformed", f"{what}: {reason}") for reason in whole.raw.stored.reasons]
+    found = findings_of(Case(whole.raw, whole=whole))
+    return [*reasons, *(replace(one, text=f"{what}: {one.text}") for one in found)]
+
+
+def configurations(base: Translated, merged: Translated) -> Iterable[Finding]:
+    """Yield what the config.json of a merged checkpoint says otherwise than the base's and what changes the function."""
+    ours, theirs = (one.facts.model_config for one in (merged, base))
+    filled = [one.library.model.config for one in (merged, base) if one.library]
+    if len(filled) == 2 and type(filled[0]) is type(filled[1]):
+        ours, theirs = (config.to_dict() for config in filled)
+    if not ours or not theirs:
+        return
+    differing = [key for key in _differing(ours, theirs) if DECIDES.search(key) and not DOES_NOT.search(key)]
+    if differing:
+        text = f"config.json of the merged checkpoint differs from the base's in {names_of(differing)}"
+        yield Finding("broken", "config", text, "take config.json from the base")
+    if ours.get("tie_word_embeddings") and theirs.get("tie_word_embeddings") is False:
+        text = "config.json of the merged checkpoint ties the head to the embedding, and the base's does not"
+        yield Finding("suspicious", "config", text, "set tie_word_embeddings to false")
+
+
+def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any], before: str = "") -> Iterable[str]:
+    for key in ours.keys() & theirs.keys():
+        one, two = ours[key], theirs[key]
+        if isinstance(one, dict) and isinstance(two, dict) and not key.startswith("rope"):
+            yield from _differing(one, two, f"{before}{key}.")
+        elif one != two:
+            yield f"{before}{key}"
+
+
+def named_base(facts: Facts, given: str, base: Facts) -> Iterable[Finding]:
+    """Yield whether the base that an adapter names is another model than the one that is given: by family and size."""
+    name = (facts.base or "").rstrip("/")
+    known = [given.rstrip("/"), str(base.model_config.get("_name_or_path") or "").rstrip("/")]
+    last = name.rpartition("/")[2].lower()
+    if not name or any(
+        last == one.rpartition("/")[2].lower() or f"models--{name.replace('/', '--')}" in one for one in known
+    ):
+        return
+    size = re.search(r"(?:^|[-_./])(\d+(?:\.\d+)?)([mb])(?:$|[-_.])", last)
+    count = sum(prod(tensor.shape) for tensor in base.tensors.values())
+    other = size is not None and not 0.4 < count / max(float(size[1]) * SIZES[size[2]], 1) < 2.5
+    words, kind = FAMILIES.findall(last), str(base.model_config.get("model_type") or "").lower()
+    other |= bool(kind and words) and not any(word in kind for word in words)
+    text = f"the adapter names '{name[:200]}' as its base, and '{given[:200]}' is given"
+    if other:
+        yield Finding("suspicious", "base-name", f"{text}, which is of another family or size", "give that base")
+    else:
+        yield Finding("note", "base-name", text)

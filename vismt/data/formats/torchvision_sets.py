@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -144,7 +146,7 @@ class TorchvisionSource(ImageSource):
 
         def read(place: tuple[str, int]) -> Tensor:
             split, row = place
-            with decoding(f"{self.dataset} {split}/{row:06d} under {shown_path(base)}", fix(card)):
+            with decoding(f"{self.dataset} {split}/{row:06d} under {shown_path(base)}", fix(card)), _NoPrograms.used():
                 return to_rgb(parts[split][row][0])
 
         return Listing(
@@ -185,18 +187,41 @@ class TorchvisionSource(ImageSource):
 
     def _construct(self, card: Card, base: Path, split: str, download: bool = False) -> Any:
         import torchvision
-        from PIL import EpsImagePlugin
 
-        # torchvision opens files with all formats of Pillow: an EPS called x.jpg must not start Ghostscript.
-        EpsImagePlugin.gs_binary = False
         arguments = LAYOUTS[self.dataset].splits[split]
         try:
-            return getattr(torchvision.datasets, self.dataset)(str(base), download=download, **arguments)
+            with _NoPrograms.used():
+                return getattr(torchvision.datasets, self.dataset)(str(base), download=download, **arguments)
         except REFUSED as error:
             reason = " ".join(str(error).split())
             act = "could not download" if download else "could not open"
             copy = f"{self.dataset} (split '{split}') under {shown_path(base)}"
             raise UserError(f"{card.shown}: torchvision {act} {copy}: {reason}. {fix(card)}") from error
+
+
+class _NoPrograms:
+    """Blocks in which Pillow starts no Ghostscript: torchvision opens files with all formats, an EPS called x.jpg too."""
+
+    lock: ClassVar[threading.Lock] = threading.Lock()
+    blocks: ClassVar[int] = 0
+    stock: ClassVar[Any] = None  # Pillow's setting outside of the blocks
+
+    @classmethod
+    @contextmanager
+    def used(cls) -> Iterator[None]:
+        from PIL import EpsImagePlugin as eps
+
+        with cls.lock:
+            if not cls.blocks:
+                cls.stock, eps.gs_binary = eps.gs_binary, False
+            cls.blocks += 1
+        try:
+            yield
+        finally:
+            with cls.lock:
+                cls.blocks -= 1
+                if not cls.blocks:
+                    eps.gs_binary = cls.stock
 
 
 def _labels(dataset: Any, layout: DatasetLayout) -> list[int]:

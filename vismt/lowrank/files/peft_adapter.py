@@ -7,12 +7,9 @@ settings name is in peft_settings.py.
 
 from __future__ import annotations
 
-import re
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -20,24 +17,16 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.files.peft_layouts import (
-    added,
-    attention_paths,
-    names_stack,
-    refuse_passed_by,
-    stack_keys,
-    stock_path,
-)
-from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, read_settings, selects, texts
+from vismt.lowrank.files.facts import PREFIX, AdapterFacts, ModuleFacts, Stored
+from vismt.lowrank.files.peft_layouts import attention_paths, refuse_passed_by, stack_keys
+from vismt.lowrank.files.peft_settings import PeftSettings, check_plain, check_targets, selects, texts
 from vismt.lowrank.layers.low_rank import LowRankSettings
 from vismt.lowrank.layers.parameter_modules import ParameterModule, module_at
 from vismt.lowrank.layers.stock_modules import LINEAR, kind_of
 from vismt.lowrank.model.targets import candidates
 from vismt.lowrank.tensors import check_factor, check_finite, check_parameter
-from vismt.storage.files import read_json, read_tensors
-from vismt.storage.paths import regular_file
 
-TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
+FACTORS, TABLE = ("A", "B"), ("embedding_A", "embedding_B")
 AGAIN, BASE = "save the adapter again", "load the base it was trained on"
 
 
@@ -137,114 +126,69 @@ class PeftAdapter:
 def read_peft(folder: Path) -> PeftAdapter:
     """Return the folder as data.
 
-    Raises UserError for damaged files, a variant that is not a plain LoRA, and a start that cannot be replayed.
+    Raises UserError for the first reason why it is malformed, a variant that is not a plain LoRA, and a start that cannot be
+    replayed.
     """
     what = f"peft adapter '{folder}'"
-    config = read_json(folder / CONFIG, what, strict=True)
-    if not isinstance(config, dict):
-        raise UserError(f"{what}: {CONFIG} does not hold an object with settings; {AGAIN}.")
-    settings = read_settings(what, config)
-    legacy = folder / "adapter_model.bin"
-    if legacy.exists() and not (folder / TENSORS).exists():
-        tensors = read_legacy(legacy, what)
-    else:
-        tensors = read_tensors(folder / TENSORS, what)[1]
-    pairs, extras = _sort(what, tensors)
+    facts, settings = _plain_facts(what, folder)
+    extras = {tensor.path: _value(what, facts, tensor) for tensor in facts.with_role("saved")}
     for name, value in extras.items():
         check_finite(f"{what}: {name}", value)
-    unselected = [key for key in pairs if settings.everywhere or not selects(settings.targets, key)]
-    stacks = {key for key in unselected if names_stack(settings.stack_owners, key)}
-    low_rank = {}
-    for key in pairs.keys() - stacks:
-        path, named = stock_path(key, pairs.keys())
-        update = _low_rank(what, settings, path, named, pairs[key])
-        times = 1 if named == path else added(path, settings.peft_version)
-        low_rank[path] = replace(update, scale=update.scale * times)
-    return PeftAdapter(what, settings, dict(sorted(low_rank.items())), extras, {key: pairs[key] for key in stacks})
-
-
-def read_legacy(path: Path, what: str) -> dict[str, Tensor]:
-    """Return the tensors of an adapter_model.bin by name; UserError for anything else in it."""
-    try:
-        with zipfile.ZipFile(regular_file(path)) as parts:
-            if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
-                raise ValueError("its parts are compressed, which torch never does")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
-        raise UserError(f"{what}: '{path}' is damaged ({type(error).__name__}); {AGAIN}.") from error
-    if not isinstance(content, dict) or not all(_plain(key, value) for key, value in content.items()):
-        raise UserError(f"{what}: '{path}' is not a mapping of plain tensors by name, as peft writes it; {AGAIN}.")
-    return content
-
-
-def _plain(name: Any, value: Any) -> bool:
-    """Return whether an entry of an older file is a name and a dense tensor that holds as many values as its shape says."""
-    if not isinstance(name, str) or not isinstance(value, Tensor):
-        return False
-    dense = value.layout is torch.strided and not value.is_quantized and value.device.type == "cpu"
-    return dense and value.untyped_storage().nbytes() >= value.numel() * value.itemsize
-
-
-def part_of(name: str) -> tuple[str, str, str]:
-    """Return module path, role and adapter name of a tensor of a LoRA file, by its name after PREFIX.
-
-    role: A, B, embedding_A, embedding_B, magnitude (of DoRA), bias (of B), stock (a copy of what modules_to_save replaced), other
-    (of another variant), and saved: a parameter that is held whole, with its name in the model in the place of the path.
-    """
-    match = re.fullmatch(r"(.*)\.lora_(embedding_|)([AB])(?:\.([^.]+))??(?:\.(weight|bias))?", name)
-    if match and (bool(match[2]) is not bool(match[5])) and (match[5] != "bias" or match[3] == "B"):
-        role = "bias" if match[5] == "bias" else match[2] + match[3]
-        return match[1], role, match[4] or ""
-    match = re.fullmatch(r"(.*)\.lora_magnitude_vector(?:\.([^.]+))??(?:\.weight)?", name)
-    if match:
-        return match[1], "magnitude", match[2] or ""
-    if "lora_" in name:
-        return name.partition(".lora_")[0], "other", ""
-    if ".original_module." in name:
-        return name, "stock", ""
-    match = re.fullmatch(r"(.*)\.(?:modules_to_save(?:\.([^.]+))??|base_layer)\.([^.]+)", name)
-    return (f"{match[1]}.{match[3]}", "saved", match[2] or "") if match else (name, "saved", "")
-
-
-def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Return the factor pairs by module path, and whole parameters by name."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    extras: dict[str, Tensor] = {}
-    for key, value in sorted(tensors.items()):
-        if not key.startswith(PREFIX):
-            raise UserError(f"{what}: key '{key}' lacks the prefix '{PREFIX}'; the file was not written by peft.")
-        path, role, adapter = part_of(key[len(PREFIX) :])
-        own = adapter in ("", "default")
-        if role in ("A", "B") and own:
-            pairs.setdefault(path, {})[role] = value
-        elif role.startswith("embedding_") and own and value.ndim == 2:  # peft transposes the table
-            pairs.setdefault(path, {})["BA"[role[-1] == "B"]] = value.t()
-        elif role == "saved" and own:
-            extras[path] = value
-        elif role != "stock":
-            raise UserError(f"{what}: '{key}' belongs to a variant that is not a plain LoRA; merge it with peft.")
-    for path, pair in pairs.items():
-        if len(pair) != 2:
-            raise UserError(f"{what}: '{path}' has lora_{next(iter(pair))} but not its partner; {AGAIN}.")
-    if not pairs:
+    low_rank, stacks = {}, {}
+    for path, module in facts.modules.items():
+        if module.unpaired:
+            raise UserError(f"{what}: '{path}' has lora_{next(iter(module.tensors))} but not its partner; {AGAIN}.")
+        values = {role: _value(what, facts, tensor) for role, tensor in module.tensors.items()}
+        if module.stacked and "A" in values:
+            stacks[module.key] = values
+        else:
+            low_rank[path] = _low_rank(what, module, values)
+    if not facts.modules:
         raise UserError(f"{what}: it holds no lora_A and lora_B; {AGAIN}.")
-    return pairs, extras
+    return PeftAdapter(what, settings, dict(sorted(low_rank.items())), extras, stacks)
 
 
-def _low_rank(what: str, settings: PeftSettings, path: str, named: str, pair: Mapping[str, Tensor]) -> LowRank:
-    rank, scale = settings.scale(named)
-    matrices = {}
-    for side, factor in pair.items():
-        name = f"{path}.lora_{side}"
-        shape = tuple(factor.shape)
+def _plain_facts(what: str, folder: Path) -> tuple[AdapterFacts, PeftSettings]:
+    """Return the facts of a folder with a plain LoRA, and its settings; UserError for any other folder."""
+    facts = AdapterFacts(folder)
+    facts.read_peft()
+    if facts.config:
+        check_plain(what, facts.config)
+    for reason in [*facts.reasons, *facts.stored.reasons]:
+        raise UserError(f"{what}: {reason.removesuffix('.')}.")
+    settings = facts.settings
+    assert settings is not None  # else there is a reason
+    check_targets(what, settings)
+    for name, tensor in sorted(facts.tensors.items()):
+        if not name.startswith(PREFIX):
+            raise UserError(f"{what}: key '{name}' lacks the prefix '{PREFIX}'; the file was not written by peft.")
+        plain = tensor.role == "saved" or tensor.role in FACTORS or (tensor.role in TABLE and len(tensor.shape) == 2)
+        if tensor.role != "stock" and not (plain and tensor.adapter in ("", "default")):
+            raise UserError(f"{what}: '{name}' belongs to a variant that is not a plain LoRA; merge it with peft.")
+    return facts, settings
+
+
+def _value(what: str, facts: AdapterFacts, tensor: Stored) -> Tensor:
+    value = facts.stored.read(tensor.name)
+    if value is None:
+        reason = facts.stored.reasons[-1] if facts.stored.reasons else f"'{tensor.name}' is saved as {tensor.dtype}"
+        raise UserError(f"{what}: {reason}; {AGAIN}.")
+    return value.clone()  # what was read is mapped from the file
+
+
+def _low_rank(what: str, module: ModuleFacts, values: Mapping[str, Tensor]) -> LowRank:
+    for role, factor in values.items():
+        name, shape, rank = f"{module.path}.lora_{role}", tuple(factor.shape), module.declared
         if not 2 <= len(shape) <= 5:
             raise UserError(f"{what}: {name}: saved {shape}; it must be a matrix, or the kernel of a convolution.")
-        needed = (rank, *shape[1:]) if side == "A" else (shape[0], rank, *[1] * (len(shape) - 2))
+        first = role[-1] == "A"  # (r, ...), and the other (..., r)
+        needed = (rank, *shape[1:]) if first else (shape[0], rank, *[1] * (len(shape) - 2))
         if shape != needed:
             raise UserError(f"{what}: {name}: saved {shape}, needed {needed}.")
         check_factor(f"{what}: {name}", factor)
-        matrices[side] = factor.flatten(1)
-    return LowRank(matrices["B"], matrices["A"], scale=scale)
+    update = module.update(values)
+    assert update is not None  # of floating pairs
+    return update.blocks[0]
 
 
 def stacks_on(adapter: PeftAdapter, model: nn.Module) -> dict[str, tuple[LowRankSettings, Tensor, Tensor]]:

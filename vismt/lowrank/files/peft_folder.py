@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.files.peft_adapter import PREFIX, TENSORS, PeftAdapter, read_peft
+from vismt.lowrank.files.facts import PREFIX, TENSORS
+from vismt.lowrank.files.peft_adapter import PeftAdapter, read_peft
 from vismt.lowrank.files.peft_layouts import padded, stack_keys, stack_tensors, with_partners
 from vismt.lowrank.files.peft_settings import CONFIG
 from vismt.lowrank.files.save_load import adapter_tensors, report_lost

@@ -123,8 +123,8 @@ class PeftSettings:
         return rank, alpha / (rank**0.5 if self.use_rslora else rank)
 
 
-def read_settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
-    """Return the settings; UserError for another tuner, a variant, and values that cannot be read."""
+def check_plain(what: str, config: Mapping[str, Any]) -> None:
+    """Raise UserError for settings of another tuner, of a variant, and of a start that cannot be replayed."""
     if config.get("peft_type") != "LORA":
         raise UserError(f"{what}: peft_type {shown_value(config.get('peft_type'))}; only LORA can be read.")
     start = config.get("init_lora_weights", True)
@@ -137,19 +137,21 @@ def read_settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
         named = key.startswith("use_") or key.endswith("_config")
         if value and (key in VARIANTS or (named and key not in (*OF_A_START, "use_rslora"))):
             raise UserError(f"{what}: '{key}' is set; that variant is not a plain LoRA and cannot be read.")
-    settings = typed_settings(what, config)
+
+
+def check_targets(what: str, settings: PeftSettings) -> None:
+    """Raise UserError for settings that name no module, and an unknown bias."""
     if settings.bias not in BIASES:
         raise UserError(f"{what}: bias {shown_value(settings.bias)}; it must be one of {', '.join(BIASES)}.")
     if not texts(settings.target_modules) and not settings.target_parameters:
         raise UserError(f"{what}: {CONFIG}: target_modules {shown_value(settings.target_modules)} name no module.")
-    return settings
 
 
-def typed_settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
+def typed_settings(config: Mapping[str, Any]) -> PeftSettings:
     """Return the settings of a LoRA, whatever its variant; UserError for values that cannot be read."""
     names = {field.name for field in fields(PeftSettings)}
     known = {key: value for key, value in config.items() if key in names}
-    return build(PeftSettings, known, JsonFile(f"{what}: {CONFIG} cannot be read"))
+    return build(PeftSettings, known, JsonFile(f"{CONFIG} cannot be read"))
 
 
 class PatternTable:

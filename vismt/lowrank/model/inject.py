@@ -93,8 +93,8 @@ def inject(
     flags = {name: options[name] for name in ("rslora", "clamp_rank", "split_qkv")}
     specs = []
     for path, module in modules.items():
-        own = ranks.get(path, options["rank"]), alphas.get(path, options["alpha"])
-        specs.append(layer.plan(path, module, *own, **flags, **(settings or {})))
+        own_rank, own_alpha = ranks.get(path, options["rank"]), alphas.get(path, options["alpha"])
+        specs.append(layer.plan(path, module, own_rank, own_alpha, **flags, **(settings or {})))
     names = also_trained(model, options["also_train"], list(modules))
     recorded = {"dropout": options["dropout"], "seed": seed}
     layers: Any = install(model, method, specs, recorded, names, dtype=options["dtype"])
@@ -168,10 +168,11 @@ def matched_parameters(model: nn.Module, key: str, patterns: Sequence[str]) -> l
     """Return the names of parameters that match, or lie in a module that does; UserError for a pattern without a match."""
     every = dict(model.named_parameters(remove_duplicate=False))
     own = dict(model.named_parameters())  # of a tied parameter, the first name alone
-    paths = dict.fromkeys(path for name in every for path in containers(name))
-    matched = {path for found in match_patterns(key, patterns, paths).values() for path in found}
-    for name in every.keys() - own.keys():
-        if name in matched or name.rpartition(".")[0] in matched:
+    tied = {name: [name, name.rpartition(".")[0]] for name in every if name not in own}
+    paths = [path for name in own for path in containers(name)] + [path for both in tied.values() for path in both]
+    matched = {path for found in match_patterns(key, patterns, dict.fromkeys(paths)).values() for path in found}
+    for name, both in tied.items():
+        if not matched.isdisjoint(both):
             first = next(other for other, value in own.items() if value is every[name])
             raise UserError(f"{key}: '{name}' is tied to '{first}'; name that one.")
     return [name for name in own if not matched.isdisjoint(containers(name))]

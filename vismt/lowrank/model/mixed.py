@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from numbers import Real
 from typing import Any, ClassVar, NoReturn
@@ -33,14 +33,7 @@ from vismt.lowrank.layers.parameter_modules import is_attention, to_modules, to_
 from vismt.lowrank.layers.stock_modules import is_conv1d, kind_of, weight_format
 from vismt.lowrank.model.modules import attach_all, check_mergeable, detach_all, stock_order
 from vismt.lowrank.model.record import need_record
-
-
-@dataclass
-class Update:
-    """What an adapter adds to one module. bias: (o,)."""
-
-    low_rank: LowRank | None = None
-    bias: Tensor | None = None
+from vismt.lowrank.update import Update
 
 
 class MixedLinear(AdapterLayer):
@@ -58,13 +51,13 @@ class MixedLinear(AdapterLayer):
         super().__init__(base)
         self.windows = windows  # whether a sample may have several rows
         self.active, self.chosen = active, False  # chosen: whether samples had adapters of their own
-        count, rank = len(updates) + 1, max([u.low_rank.rank for u in updates if u.low_rank is not None], default=1)
+        count, rank = len(updates) + 1, max([block.rank for update in updates for block in update.blocks], default=1)
         A = self.weight.new_zeros(count, rank, self.in_features)
         B = self.weight.new_zeros(count, rank, self.out_features)
         bias = self.weight.new_zeros(count, self.out_features)
         for number, update in enumerate(updates):
-            if update.low_rank is not None:
-                plain = update.low_rank.plain()
+            for block in update.blocks:  # at most one
+                plain = block.plain()
                 A[number, : plain.rank] = plain.A
                 B[number, : plain.rank] = (plain.B * plain.scale).t()
             if update.bias is not None:
@@ -186,7 +179,7 @@ def updates_of(model: nn.Module, name: str) -> dict[str, Update]:
                 f"activate: '{name}' cannot be mixed: '{record.method}' {reason}; activate it alone, by its name."
             )
     with stock_order(model):
-        updates = {path: Update(layer.low_rank()) for path, layer in adapter_layers(model).items()}
+        updates = {path: Update((layer.low_rank(),)) for path, layer in adapter_layers(model).items()}
         for whole, original in record.also_train.items():
             _add_whole(model, name, whole, original, updates)
     return updates
@@ -219,14 +212,14 @@ def _add_whole(model: nn.Module, adapter: str, name: str, original: Tensor, upda
             "alone, by its name."
         )
     change = parameter.detach() - original.to(parameter.device)
-    update = updates.setdefault(path, Update())
     if leaf == "bias":
-        update.bias = change
+        updates[path] = replace(updates.get(path, Update()), bias=change)
     else:
         change = change.t() if is_conv1d(module) else change
         rows, columns = change.shape
         eye = torch.eye(min(rows, columns), device=change.device, dtype=change.dtype)
-        update.low_rank = LowRank(eye, change) if rows <= columns else LowRank(change, eye)
+        block = LowRank(eye, change) if rows <= columns else LowRank(change, eye)
+        updates[path] = replace(updates.get(path, Update()), blocks=(block,))
 
 
 class ActiveSet:

@@ -1,8 +1,12 @@
-"""An adapter against its base model: values that show another base, whole parameters, vocabularies."""
+"""Values of an adapter, alone and beside its base: faults, numbers of each update, whole parameters, tokenizers."""
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +14,147 @@ import torch
 from torch import Tensor
 
 from vismt.base import console
+from vismt.base.errors import UserError
+from vismt.lowrank.files.facts import ModuleFacts
 from vismt.lowrank.files.save_load import same_base, samples_at
+from vismt.lowrank.tensors import fits
+from vismt.lowrank.update import Update
 from vismt.storage.files import file_digest, parse_json
-from vismt.verification.facts import Facts
-from vismt.verification.fit import Update
-from vismt.verification.inside import update_of
-from vismt.verification.located import Located, equal, find_parameter
-from vismt.verification.verdict import Finding, ModuleRow, names_of
+from vismt.verification.checkpoints import Located, equal, find_parameter
+from vismt.verification.facts import Facts, Finding, Level, names_of
 
 LARGEST_VOCABULARY = 2**26  # bytes of a tokenizer.json that is read
-LARGEST = 3.0  # of |D| / |W|
+LARGEST = 1e3  # of the root mean square of an update: weights are below 1
+LARGEST_RATIO = 3.0  # of |D| / |W|
+SAVE_AGAIN = "save the adapter again from a run whose values are finite"
 GIVE_BASE = "give the base it was trained on"
 
 
+@dataclass
+class ModuleRow:
+    """Numbers of an adapted module; None where they are not known.
+
+    norm: |DeltaW|_F. ratio: |DeltaW|_F / |W|_F. rank_used: number of singular values above the dtype's noise. stable_rank:
+    |DeltaW|_F^2 / |DeltaW|_2^2. fit: of a merged checkpoint (fit.py): right, factor, other, unresolved. factor: k of
+    W + k DeltaW. residual: |M - W - c DeltaW|_F / |M|_F. erased: share of the update that rounding to the checkpoint's dtype
+    loses.
+    """
+
+    path: str
+    rank: int | None = None
+    scale: float | None = None
+    norm: float | None = None
+    rank_used: int | None = None
+    stable_rank: float | None = None
+    ratio: float | None = None
+    fit: str | None = None
+    factor: float | None = None
+    residual: float | None = None
+    erased: float | None = None
+
+
+def update_of(facts: Facts, module: ModuleFacts) -> Update | None:
+    """Return the update of a module; None where it is not a pair of factors, or the file does not determine it."""
+    values = {role: facts.stored.read(tensor.name) for role, tensor in module.tensors.items()}
+    known = {role: value for role, value in values.items() if value is not None}
+    if len(known) < len(values) or not all(fits(value) for value in known.values()):
+        return None
+    try:
+        if facts.kind == "vismt":
+            spec = facts.specs[module.path]
+            leaves = {tensor.name.rpartition(".")[2]: known[role] for role, tensor in module.tensors.items()}
+            spec.layer.check_tensors("verify", spec, leaves)
+            return Update((spec.layer.low_rank_of("verify", spec, leaves),))
+        return module.update(known)
+    except (UserError, RuntimeError, LookupError, AttributeError):  # a tensor is missing, or does not fit
+        return None
+
+
+def examine_values(facts: Facts, rows: Mapping[str, ModuleRow]) -> Iterable[Finding]:
+    """Yield what is wrong with the values of an adapter, and fill its numbers into the row of each module."""
+    seen: dict[str, list[str]] = defaultdict(list)
+    for path, module in facts.modules.items():
+        values = [(role, facts.stored.read(tensor.name)) for role, tensor in module.tensors.items()]
+        for sign in _signs({role: value for role, value in values if value is not None}):
+            seen[sign].append(path)
+        update, row = update_of(facts, module), rows[path]
+        if update is not None:
+            row.norm = update.norm()
+            size = row.norm / max(prod(update.shape), 1) ** 0.5
+            if row.norm > torch.finfo(torch.float32).max or size > LARGEST:
+                seen["large"].append(path)
+            elif row.norm > 0:
+                row.stable_rank = update.blocks[0].stable_rank()
+                row.rank_used = update.blocks[0].compact(1e-5).rank
+    for tensor in facts.with_role("saved"):
+        value = facts.stored.read(tensor.name)
+        if value is not None and not fits(value):
+            seen["bad"].append(tensor.path)
+    yield from _findings_of(seen, facts)
+
+
+def _signs(values: Mapping[str, Tensor]) -> Iterable[str]:
+    """Yield bad, edge or zero for the values of a module; where B is not zero, also their digest."""
+    if not all(fits(value) for value in values.values()):
+        yield "bad"
+        return
+    halves = [value for value in values.values() if value.dtype in (torch.float16, torch.bfloat16)]
+    if any(bool((value.abs() == torch.finfo(value.dtype).max).any()) for value in halves):
+        yield "edge"
+    factors = [value for role, value in values.items() if role.removeprefix("embedding_") in ("A", "B")]
+    if not all(bool(factor.any()) for factor in factors):
+        yield "zero"
+    elif factors:
+        parts = [value.contiguous().flatten().view(torch.uint8).numpy().tobytes() for value in values.values()]
+        yield hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _findings_of(seen: dict[str, list[str]], facts: Facts) -> Iterable[Finding]:
+    bad, edge, zero, large = (seen.pop(sign, []) for sign in ("bad", "edge", "zero", "large"))
+    total = len(facts.modules)
+    if bad:
+        text = f"{names_of(bad)}: NaN or infinite values ({len(bad)} of {total} modules)"
+        yield Finding("broken", "not-finite", text, SAVE_AGAIN, tuple(bad))
+    if edge:
+        text = f"{names_of(edge)}: values at the largest number of their dtype, as an overflow leaves them"
+        yield Finding("suspicious", "overflow", text, SAVE_AGAIN, tuple(edge))
+    if large:
+        text = f"{names_of(large)}: the update is larger than {LARGEST:g} on average ({len(large)} of {total} modules)"
+        yield Finding("suspicious", "size", text, "look at lora_alpha and at the values of the factors", tuple(large))
+    kinds = Counter(_kind_of(facts.modules[path]) for path in facts.modules)
+    whole = [
+        kind
+        for kind, count in Counter(_kind_of(facts.modules[path]) for path in zero).items()
+        if 1 < count == kinds[kind]
+    ]
+    if zero and len(zero) == total:
+        text = "A or B is zero in every module: the adapter changes nothing (yet)"
+        yield Finding(
+            "suspicious", "no-update", text, "save the adapter after training, in a dtype that holds its values"
+        )
+    elif zero:
+        level: Level = "suspicious" if any(whole) else "note"
+        every = f", every {names_of(whole)} among them" if any(whole) else ""
+        text = f"{names_of(zero)}: A or B is zero in {len(zero)} of {total} modules, which stay the base's{every}"
+        yield Finding(level, "zero-modules", text, modules=tuple(zero))
+    for paths in seen.values():
+        if len(paths) > 1:
+            text = f"{names_of(paths)}: the same factors, bit for bit"
+            yield Finding("suspicious", "duplicate", text, "save the adapter again", tuple(paths))
+
+
+def _kind_of(module: ModuleFacts) -> str:
+    """Return the last name of the path of a module; none of an attention's, beside which peft keeps a zero update."""
+    return module.path.rpartition(".")[2] if module.named == module.path else ""
+
+
+# ---- beside the base
 def against_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> Iterable[Finding]:
     """Yield what values and vocabularies show of another base, and fill the ratio of each row in."""
     yield from _same_base(facts, base, rows)
-    large = [path for path, row in rows.items() if (row.ratio or 0.0) > LARGEST]
+    large = [path for path, row in rows.items() if (row.ratio or 0.0) > LARGEST_RATIO]
     if large:
-        text = f"{names_of(large)}: the update is more than {LARGEST:g} times as large as the weight"
+        text = f"{names_of(large)}: the update is more than {LARGEST_RATIO:g} times as large as the weight"
         yield Finding("suspicious", "size", text, "look at lora_alpha and at the values of the factors", tuple(large))
     yield from _saved(facts, base.facts)
     yield from tokenizers(facts, base.facts, "the adapter")
@@ -91,7 +217,7 @@ def _is_projection(update: Update, W: Tensor, norm: float, whole: float) -> bool
 
 def _saved(facts: Facts, base: Facts) -> Iterable[Finding]:
     """Yield whole parameters that do not fit the base."""
-    copies = facts.unnamed()
+    copies = facts.unlisted()
     for tensor in facts.with_role("saved"):
         name = find_parameter(tensor.path, base)
         if name is None:

@@ -1,7 +1,8 @@
-"""What each condition of a folder means, for the folder itself and for each reader: a table, one rule a condition.
+"""What each library, a reader, will do with a folder: which tensors it uses, ignores, refuses or misreads, and why.
 
-A rule with a code is a finding of `vismt verify`. An effect on a reader is one word; a reader that a rule does not name uses
-the tensors. A "?" marks what was reported or follows from a reader's source and was not run: it is expected, not certain.
+RULES is a table with one rule a condition of the folder, which was run with, or read from, VERSIONS. A rule with a code is a
+finding of `vismt verify`. An effect on a reader is one word. A reader that a rule does not name uses the tensors. A "?" marks
+what was reported or follows from a reader's source and was not run: it is expected, not certain.
 
 refused    the reader raises an error
 ignored    the tensors change nothing
@@ -13,21 +14,31 @@ note       they are used, under the condition that the fix names
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from typing import Any
 
+from vismt.base.errors import require_known
+from vismt.lowrank.files.facts import PREFIX, TENSORS, ModuleFacts, Stored, tuner_prefixes
 from vismt.lowrank.files.peft_layouts import names_stack
 from vismt.lowrank.files.peft_settings import BIASES, STARTS, PeftSettings, texts
 from vismt.storage.files import DTYPES
-from vismt.verification.facts import PREFIX, TABLES, TENSORS, Facts, ModuleFacts, tuner_prefixes
-from vismt.verification.library import Translated
-from vismt.verification.located import EARLIER, Located, shape_of, unheld
-from vismt.verification.stored import INDEX, LEGACY_WEIGHTS, WEIGHTS, Stored
-from vismt.verification.verdict import MERGE_COMMAND, Finding, Level, names_of
+from vismt.verification.checkpoints import EARLIER, Located, Translated, shape_of, unheld
+from vismt.verification.facts import (
+    INDEX,
+    LEGACY_WEIGHTS,
+    MERGE_COMMAND,
+    TABLES,
+    WEIGHTS,
+    Facts,
+    Finding,
+    Level,
+    names_of,
+)
 
 # Tuners that transformers' load_adapter cannot put into a model: of prompts, and with tensors that their layers share.
 OF_PEFT_MODELS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"}
@@ -74,14 +85,14 @@ class Case:
         return self.facts.kind == "peft" and self.facts.tuner in ("LORA", "")
 
     @property
-    def peculiar(self) -> bool:
+    def beyond_low_rank(self) -> bool:
         """Whether it is an adapter of vismt with layers that are more than a low-rank update of one weight."""
         return any(spec.has_weight and spec.layer.export_refusal for spec in self.facts.specs.values())
 
     @property
     def exports(self) -> bool:
         """Whether it is an adapter of vismt that export_peft takes."""
-        return self.facts.kind == "vismt" and bool(self.facts.modules) and not self.peculiar
+        return self.facts.kind == "vismt" and bool(self.facts.modules) and not self.beyond_low_rank
 
     @property
     def configs(self) -> list[dict[str, Any]]:
@@ -134,7 +145,7 @@ def met_rules(case: Case) -> Iterable[Met]:
             yield Met(rule, list(names), why, False)
 
 
-def findings(case: Case) -> Iterable[Finding]:
+def findings_of(case: Case) -> Iterable[Finding]:
     """Yield what a folder meets of the rules with a code."""
     tensors, modules = case.facts.tensors, case.facts.modules
     for met in met_rules(case):
@@ -370,8 +381,8 @@ RULES = (
     Rule(lambda case: case.exports, "it is in the format of vismt", REFUSED | UNSERVED,
          "write it in peft's: vismt export RUN --format peft, or vismt.export_peft"),
     Rule(lambda case: case.facts.kind == "vismt" and not case.exports, "it is in the format of vismt", REFUSED | UNSERVED, LOAD),
-    Rule(lambda case: case.facts.is_adapter and not case.peculiar, "timm reads no adapters", {"timm": "refused"}, MERGE),
-    Rule(lambda case: case.peculiar, "timm reads no adapters", {"timm": "refused"}, LOAD),
+    Rule(lambda case: case.facts.is_adapter and not case.beyond_low_rank, "timm reads no adapters", {"timm": "refused"}, MERGE),
+    Rule(lambda case: case.beyond_low_rank, "timm reads no adapters", {"timm": "refused"}, LOAD),
     Rule(lambda case: case.facts.kind == "peft" and not case.facts.tensors, "it has no tensors that can be read",
          REFUSED | UNSERVED, AGAIN),
     Rule(_lacks("peft_type"), "adapter_config.json has no peft_type", REFUSED, "add the peft_type"),
@@ -491,7 +502,7 @@ RULES = (
          {"peft": "refused", "transformers": "ignored"}, AGAIN, "head-lost"),
     Rule(_saved("copy"), "it has copies of embeddings", {"vllm": "note", "llama.cpp": "note"},
          "needed where the vocabulary was resized"),
-    Rule(lambda case: [tensor.name for tensor in case.facts.unnamed() if not tensor.path.endswith(TABLES)],
+    Rule(lambda case: [tensor.name for tensor in case.facts.unlisted() if not tensor.path.endswith(TABLES)],
          "the settings do not name them: they replace the base's parameters, also where the adapter is disabled",
          {"peft": "note", "transformers": "note"}, "name them in modules_to_save", "unnamed-parameter", "suspicious"),
     Rule(lambda case: case.lora and case.facts.config.get("lora_alpha") == 0, "lora_alpha is 0: the update is multiplied by 0",
@@ -544,3 +555,151 @@ RULES = (
          code="two-sets", level="suspicious"),
 )
 # fmt: on
+
+
+# ---- readers
+# The worst effect on a tensor counts.
+EFFECTS = ("used", "note", "scaled", "misread", "ignored", "refused")
+# peft's and transformers' rules were run, the others read from the source of this date.
+VERSIONS = {"peft": "0.21.2", "transformers": "5.24.0", "vllm": "2026-09", "llama.cpp": "2026", "timm": "1.0.31"}
+NAMES = {"vllm": "vLLM"}
+RUN = ("peft", "transformers", "timm")
+GROUPS = dict.fromkeys(("A", "B", "C", "A0", "B0", "tuner", "shared"), "factors")
+GROUPS |= {"embedding_A": "embeddings", "embedding_B": "embeddings", "magnitude": "magnitudes"}
+GROUPS |= {"bias": "biases", "saved": "parameters", "tokens": "embeddings", "": "weights"}
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What a reader does with some tensors. effect: of EFFECTS. expected: not run. groups: number of modules by kind."""
+
+    effect: str
+    why: str
+    fix: str
+    expected: bool
+    groups: dict[str, int]
+
+    @property
+    def text(self) -> str:
+        """Return the remark as a sentence."""
+        whole = self.effect == "refused" or not self.groups
+        parts = (f"{group} of {n} module{'s' * (n != 1)}" for group, n in self.groups.items())
+        what = "" if whole else " and ".join(parts) + " "
+        return f"{what}{self.effect}{' (expected)' if self.expected else ''}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reader does with a folder. applied: how many modules (of a checkpoint: tensors) it uses as they are meant.
+
+    table: by group of tensors, how many meet which effect, "used" among them.
+    """
+
+    reader: str
+    source: str
+    applied: int
+    of: int
+    table: dict[str, dict[str, int]]
+    remarks: tuple[Remark, ...]
+
+    @property
+    def state(self) -> str:
+        """Return refused, differs or applied."""
+        effects = {remark.effect for remark in self.remarks}
+        if "refused" in effects:
+            return "refused"
+        return "differs" if effects & {"scaled", "misread", "ignored"} else "applied"
+
+    @property
+    def expected(self) -> bool:
+        """Whether the answer rests on rules that were not run or read."""
+        return any(remark.expected for remark in self.remarks if remark.effect != "note")
+
+    @property
+    def line(self) -> str:
+        """Return the answer in a few words."""
+        count = f"{self.applied} of {self.of}"
+        if self.state == "refused":
+            answer = "refused"
+        elif self.state == "applied":
+            answer = f"applied, {count}"
+        elif self.applied == 0:
+            ignored = all(set(effects) == {"ignored"} for effects in self.table.values())
+            answer = f"{count}, serves the base" if ignored else f"{count} as meant, served model differs"
+        else:
+            answer = f"{count}, served model differs"
+        return f"{NAMES.get(self.reader, self.reader)}: {answer}{' (expected)' if self.expected else ''}"
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Return the reading as values for JSON."""
+        values = {name: getattr(self, name) for name in ("reader", "source", "state", "line", "applied", "of", "table")}
+        remarks = [remark for remark in self.remarks if self.state != "refused" or remark.effect == "refused"]
+        return {**values, "remarks": [f"{one.text}; {one.fix}" if one.fix else one.text for one in remarks]}
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Return the findings if the user asked about this reader."""
+        level: Level = "suspicious" if self.expected else "broken"
+        name = self.line.partition(":")[0]
+        causes = [remark for remark in self.remarks if remark.effect not in ("used", "note")]
+        return [Finding(level, f"reader-{self.state}", f"{name}: {remark.text}", remark.fix) for remark in causes]
+
+
+def readings(case: Case, readers: Sequence[str] = ()) -> list[Reading]:
+    """Return what readers will do with a folder.
+
+    Args:
+        case: the folder; without its base, names and shapes are not compared.
+        readers: of VERSIONS; none for those that are made for the model.
+
+    Raises:
+        UserError: for the name of another reader.
+    """
+    require_known("verify: no reader", readers, VERSIONS)
+    facts, met = case.facts, list(met_rules(case))
+    if not readers:  # those that are made for a kind of model and of folder
+        readers = ("timm",) if case.timm else ("transformers", "vllm", "llama.cpp")
+        readers = readers if facts.kind == "checkpoint" else ("peft", *readers)
+    return [_reading(reader, case, met) for reader in readers]
+
+
+def _reading(reader: str, case: Case, met: Sequence[Met]) -> Reading:
+    facts = case.facts
+    groups = {name: GROUPS.get(tensor.role, "others") for name, tensor in facts.tensors.items()}
+    effects, remarks, lacking = dict.fromkeys(groups, "used"), [], set[str]()
+    for one in met:
+        effect = one.rule.effects.get(reader)
+        if effect is None:
+            continue
+        kind = effect.removesuffix("?")
+        paths = {name: facts.tensors[name].path if name in facts.tensors else name for name in one.names}
+        found = Counter(group for group, _ in {(groups.get(name, "no tensors"), path) for name, path in paths.items()})
+        remarks.append(Remark(kind, one.why, one.rule.fix, effect != kind, dict(found)))
+        for name in one.names:
+            if name in groups:
+                effects[name] = max(effects[name], kind, key=EFFECTS.index)
+            elif facts.is_adapter and groups:
+                lacking.add(name)
+    units = list(facts.modules.values()) if facts.is_adapter else []
+    applied = sum(all(effects[name] in ("used", "note") for name in of_modules([module])) for module in units)
+    total = len(units) + len(lacking)
+    if not units:
+        applied, total = sum(effect in ("used", "note") for effect in effects.values()), len(effects)
+    table: dict[str, Counter[str]] = {}
+    for name, group in groups.items():
+        table.setdefault(group, Counter())[effects[name]] += 1
+    counts = {group: dict(counter) for group, counter in table.items()}
+    return Reading(reader, _source(reader), applied, total, counts, tuple(remarks))
+
+
+def _source(reader: str) -> str:
+    """Return which version the rules of a reader are of."""
+    if reader not in RUN:
+        return f"as of {NAMES.get(reader, reader)} {VERSIONS[reader]}"
+    try:
+        installed = version(reader)
+    except PackageNotFoundError:
+        installed = "none"
+    other = "" if installed == VERSIONS[reader] else f"; {installed} is installed"
+    return f"tested with {reader} {VERSIONS[reader]}{other}"

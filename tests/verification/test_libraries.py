@@ -29,11 +29,10 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.verification.facts import CONFIG, PREFIX, TENSORS, Facts, read_facts
-from vismt.verification.library import translated
-from vismt.verification.located import Located, locate
-from vismt.verification.readers import Reading, readings
-from vismt.verification.rules import Case
+from vismt.lowrank.files.facts import CONFIG, PREFIX, TENSORS
+from vismt.verification.checkpoints import Located, locate, translated
+from vismt.verification.facts import Facts, read_facts
+from vismt.verification.libraries import Case, Reading, readings
 
 Change = Callable[[Path], object]
 TARGETS = {
