@@ -11,7 +11,7 @@ from torch import nn
 import vismt
 from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import adapter_layers
-from vismt.methods import METHODS, check_adaptation
+from vismt.methods import check_adaptation
 
 
 def paths(targets: object, **options: object) -> list[str]:
