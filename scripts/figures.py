@@ -22,7 +22,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,12 @@ def draw(spec: Mapping[str, Any], rows: list[StudyRow], path: Path) -> None:
     """Draw rows as the picture that a specification describes."""
     if spec["kind"] in ("bars", "certified"):
         figure = domain_bars if spec["kind"] == "bars" else certified_figure
-        shown = sorted((row for row in rows if row.seed is None), key=lambda row: row.data == AVERAGE)
+        shown = sorted(rows, key=lambda row: row.data == AVERAGE)
         figure(compare(shown, ValuesByExample(CHECKOUT / ROWS)), path)  # which has no values by example
     elif spec["kind"] == "depth":
         depths: dict[str, dict[int, float]] = {}
         for row in rows:
-            if row.seed is None and row.data.startswith("block "):
+            if row.data.startswith("block "):
                 depths.setdefault(row.arm, {})[int(row.data.removeprefix("block "))] = row.value
         if not depths:
             raise UserError(
@@ -76,7 +76,14 @@ def draw(spec: Mapping[str, Any], rows: list[StudyRow], path: Path) -> None:
         depth_figure(depths, path)
     else:
         arms = list(dict.fromkeys(row.arm for row in rows))
-        scores = arm_scores([row for row in rows if row.data != AVERAGE], {arm: arm for arm in arms})
+        sets, seeds = [row for row in rows if row.data != AVERAGE], study(spec["study"]).about.seeds
+        trainings = [
+            replace(row, seed=seed, value=value)
+            for row in sets
+            for seed, value in zip(seeds, row.by_seed)
+            if value is not None
+        ]
+        scores = arm_scores([*sets, *trainings], {arm: arm for arm in arms})
         panels = [seeds_panel(score) for score in scores if score.seeds]
         if not panels:
             raise UserError(f"picture '{path.stem}': '{spec['study']}' has no rows by seed; give it kind: bars.")

@@ -96,7 +96,7 @@ def column(of: list[StudyRows], wanted: dict[str, str]) -> dict[str, Entry]:
     wanted = {"condition": "clean", **wanted}
     found: dict[str, Entry] = {}
     for study in of:
-        rows = [row for row in study.rows if row.seed is None and not row.minus]
+        rows = [row for row in study.rows if not row.minus]
         rows = [row for row in rows if all(getattr(row, key) == value for key, value in wanted.items())]
         averages = [row for row in rows if row.data == AVERAGE]
         for row in averages or rows:
@@ -117,7 +117,7 @@ def ties(best: Entry, other: Entry) -> bool:
     """
     for first, second in ((best, other), (other, best)):
         wanted = {key: getattr(best.row, key) for key in ("task", "data", "protocol", "condition", "metric")}
-        wanted |= {"arm": first.row.arm, "minus": second.row.arm, "seed": None}
+        wanted |= {"arm": first.row.arm, "minus": second.row.arm}
         for row in first.study.rows if first.study is second.study else ():
             if all(getattr(row, key) == value for key, value in wanted.items()):
                 return row.low <= 0 <= row.high

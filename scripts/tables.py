@@ -14,8 +14,8 @@ A table stands between `<!-- rows: NAME -->` and `<!-- end -->`; docs/results/ro
 
 The table `claims` is that of docs/claims.md, from claims.yaml beside it (scripts/claims.py).
 
-A cell is the one row of its study that has all values of `where`, of its column and of its row, where seed is null and minus
-"" unless they are named. A row can have values for one column alone, under its name. Further keys: `show` (interval, value,
+A cell is the one row of its study that has all values of `where`, of its column and of its row, where minus is ""
+unless it is named. A row can have values for one column alone, under its name. Further keys: `show` (interval, value,
 seeds, count, or domains: the average with its interval over new domains) and `label`, a text before the number. ‡ marks a number
 whose interval covers new episodes of the same images alone, or has no kind, beside others that cover new images.
 """
@@ -204,7 +204,7 @@ def add(run: Path, name: str) -> Path:
     pairs += race.pairs(run, name)
     made = race.without_sets(study_of(run, pairs), name)
     for row in made.rows:
-        if row.seed is None and (not row.interval or (made.trainings(row) and "seeds" not in row.interval)):
+        if not row.interval or (made.trainings(row) and "seeds" not in row.interval):
             raise UserError(
                 f"tables: the interval of {row.arm} on {row.data}, {row.metric}, has the kind '{row.interval}', while its "
                 f"configuration has {len(made.about.seeds)} seed(s); `vismt evaluate {run}` writes rows with the kind, and seeds."

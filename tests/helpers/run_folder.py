@@ -49,6 +49,7 @@ def make_folder(parent: Path) -> Path:
                 "started": "2026-01-05T10:00:00+00:00",
                 "finished": "2026-01-05T10:07:12+00:00",
                 "wall_time_s": 432.4,
+                "seeds": [0, 1],
                 "versions": {"python": "3.11.7", "torch": "2.13.0"},
                 "adapt": {"arms": {"adapted": {"method": "lora", "rank": 8, "trainable": 250, "total": 1000}}},
             }

@@ -21,7 +21,7 @@ from vismt.uncertainty.intervals import CLEAN
 
 def number(study: StudyRows, **wanted: object) -> StudyRow:
     """Return the row of a study that has some values."""
-    wanted = {"condition": "clean", "seed": None, "minus": "", **wanted}
+    wanted = {"condition": "clean", "minus": "", **wanted}
     (row,) = (row for row in study.rows if all(getattr(row, key) == value for key, value in wanted.items()))
     return row
 
@@ -60,7 +60,7 @@ def test_trainings_of_a_difference_are_paired_by_seed_and_of_an_average_are_mean
     difference = number(study, data="average", arm="adapted", minus="frozen")
     assert study.trainings(difference) == pytest.approx({0: 0.3, 1: 0.2})
     assert difference.interval == "examples+seeds"
-    rows = [row for row in study.rows if row.seed is None or row.arm != "frozen"]  # a reference, which is not trained
+    rows = [replace(row, by_seed=()) if row.arm == "frozen" else row for row in study.rows]  # which is not trained
     by_seed = replace(study, rows=rows).trainings(difference)
     assert by_seed[1] - by_seed[0] == pytest.approx(0.1) and sum(by_seed.values()) / 2 == pytest.approx(
         difference.value
@@ -99,8 +99,8 @@ def test_a_broken_file_of_rows_is_refused(tmp_path: Path) -> None:
     study = study_of(make_folder(tmp_path))
     first = study.rows[0]
     for rows, words in (
-        ([first, first], "line 3: repeats an earlier number"),
-        ([replace(first, value=1.2)], "line 2: 1.2 is not a share"),
+        ([first, first], "number 2: repeats an earlier number"),
+        ([replace(first, value=1.2)], "number 1: 1.2 is not a share"),
         ([replace(first, config_hash="other")], "config hash 'other' is not this run's"),
         ([replace(first, low=0.9)], "are not a count and an interval"),
     ):
@@ -109,7 +109,7 @@ def test_a_broken_file_of_rows_is_refused(tmp_path: Path) -> None:
             read_study(path)
     write_study(path, study)
     text = path.read_text()
-    path.write_text(text.replace('"value": 0.5', '"value": 0.7', 1))
+    path.write_text(text.replace('"value", "values": [0.5', '"value", "values": [0.7', 1))
     with pytest.raises(UserError, match="was changed or damaged"):
         read_study(path)
     path.write_text("\n".join(text.splitlines()[:3]) + "\n")

@@ -129,8 +129,8 @@ def test_seeds_are_shown_one_by_one(checkout: Path) -> None:
     path = checkout / ROWS / "study.jsonl"
     study = read_study(path)
     row = next(row for row in study.rows if row.arm == "frozen" and row.data == "digits" and row.kind == "clean")
-    trainings = [StudyRow(**{**vars(row), "seed": seed, "value": value}) for seed, value in ((0, 0.48), (1, 0.52))]
-    write_study(path, type(study)(study.about, [*study.rows, *trainings]))
+    rows = [replace(one, by_seed=(0.48, 0.52)) if one is row else one for one in study.rows]
+    write_study(path, type(study)(study.about, rows))
     assert respecified(checkout, lambda spec: spec["rows"]["clean | frozen"].update(n={"show": "seeds"})) == 0
     assert "| 48.0, 52.0 |" in (checkout / "docs/page.md").read_text()
 
@@ -161,8 +161,8 @@ def test_add_refuses_rows_whose_intervals_lack_their_kind_or_the_seeds(
     run, path = checkout / "run-4f2a", checkout / ROWS / "study.jsonl"
     study, before = read_study(path), path.read_bytes()
     rows = [replace(row, **change) for row in study.rows]
-    trainings = [replace(row, seed=seed) for row in rows for seed in (0, 1) if not row.minus]
-    made = type(study)(study.about, [*rows, *trainings] if change["interval"] else rows)
+    trained = [replace(row, by_seed=() if row.minus else (row.value, row.value)) for row in rows]
+    made = type(study)(study.about, trained if change["interval"] else rows)
     monkeypatch.setattr(tables, "study_of", lambda *_: made)
     assert tables.main(["add", str(run), "study"]) == 2 and path.read_bytes() == before
     error = capsys.readouterr().err

@@ -44,8 +44,8 @@ class Verdict:
 
 
 def verdicts(committed: StudyRows, run: StudyRows) -> list[Verdict]:
-    """Return the verdict of every committed number that is not of one of several trainings."""
-    rows = [row for row in committed.rows if row.seed is None]
+    """Return the verdict of every committed number."""
+    rows = committed.rows
     values = {row.key: row.value for row in run.rows}
     level = FAMILY ** (1 / max(1, len(rows)))
     found = []

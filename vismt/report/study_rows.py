@@ -1,4 +1,9 @@
-"""The numbers of a study as data: docs/results/rows/STUDY.jsonl, one line about the run and then one for each number.
+"""The numbers of a study as data: docs/results/rows/STUDY.jsonl.
+
+The first line is about the run, the second has what all numbers share, and then there is a line for each column:
+
+    {"column": "value", "values": [0.61, 0.58]}                     in the order of the numbers
+    {"column": "arm", "texts": ["lora", "head"], "values": [0, 1]}  values: places in `texts`
 
 The numbers are the rows of results.jsonl and what follows from the values by example, which are not kept: averages over sets,
 and differences of two arms on the same examples. Tables of the documentation are made from these files, and `vismt check`
@@ -29,7 +34,7 @@ from vismt.storage.paths import shipped
 from vismt.uncertainty.intervals import NUMBER, Estimate
 
 ROWS = "docs/results/rows"
-SELECTED = ("task", "data", "protocol", "condition", "metric", "arm", "seed", "minus")  # what names one number
+SELECTED = ("task", "data", "protocol", "condition", "metric", "arm", "minus")  # what names one number
 MATRICES = "matrices"  # what rows about all changed weights have as data
 
 
@@ -40,9 +45,12 @@ class StudyRow(Result):
     Args:
         data: the set, "average" for the mean over sets.
         minus: the arm whose number is subtracted, "" for none.
+        by_seed: the number of each training, in the order of the study's seeds, None for a seed without it; () where the
+            number is not one of several trainings, and for a difference.
     """
 
     minus: str = ""
+    by_seed: tuple[float | None, ...] = ()
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -98,11 +106,11 @@ class StudyRows:
     rows: list[StudyRow]
 
     def find(self, wanted: Mapping[str, Any], where: str) -> StudyRow:
-        """Return the one row that has the values `wanted`, seed None and minus "" unless they are named.
+        """Return the one row that has the values `wanted`, and minus "" unless it is named.
 
         Raises UserError, with `where`, for no row or several.
         """
-        values = {"seed": None, "minus": "", **wanted}
+        values = {"minus": "", **wanted}
         chosen, wanted_values = attrgetter(*values), tuple(values.values())
         rows = [row for row in self.rows if chosen(row) == wanted_values]
         if len(rows) != 1:
@@ -130,8 +138,10 @@ class StudyRows:
         wanted, kind = (row.condition, arm, ""), block(row)
         for other in self.rows:
             alike = (other.condition, other.arm, other.minus) == wanted and block(other) == kind
-            if alike and other.seed is not None and row.data in (AVERAGE, other.data):
-                by_seed.setdefault(other.seed, []).append(other.value)
+            if alike and row.data in (AVERAGE, other.data):
+                for seed, value in zip(self.about.seeds, other.by_seed):
+                    if value is not None:
+                        by_seed.setdefault(seed, []).append(value)
         sets = max(map(len, by_seed.values()), default=0)
         return {seed: sum(values) / sets for seed, values in by_seed.items() if len(values) == sets}
 
@@ -157,14 +167,22 @@ def study_of(folder: Path, differences: Sequence[tuple[str, str]] = ()) -> Study
     costs = read_costs(folder, arms)
     kept["costs"] = {arm: {"lr": cost.lr, "trained": float(cost.trained)} for arm, cost in costs.items()}
     about = build(About, kept, f"run '{folder}'")
-    derived = _derived(results, pairs, Evidence(results, ValuesByExample(folder)))
-    trainings = [StudyRow(**asdict(row)) for row in results if row.seed is not None]
-    return StudyRows(about, [*derived, *trainings, *_changes(folder, arms, pairs, about.config_hash)])
+    values: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in results:
+        if row.seed is not None:
+            values.setdefault((*replace(row, seed=None).key, ""), {})[row.seed] = row.value
+    derived = [
+        replace(row, by_seed=_in_order(values[row.key], about.seeds)) if row.key in values else row
+        for row in _derived(results, pairs, Evidence(results, ValuesByExample(folder)))
+    ]
+    return StudyRows(about, [*derived, *_changes(folder, arms, pairs, about)])
 
 
-def _changes(
-    folder: Path, arms: Sequence[str], pairs: Sequence[tuple[str, str]], config_hash: str
-) -> Iterator[StudyRow]:
+def _in_order(values: Mapping[int, float], seeds: Sequence[int]) -> tuple[float | None, ...]:
+    return tuple(values.get(seed) for seed in seeds)
+
+
+def _changes(folder: Path, arms: Sequence[str], pairs: Sequence[tuple[str, str]], about: About) -> Iterator[StudyRow]:
     """Yield how much each arm changed the weights, also by block, and the differences over all blocks.
 
     Over the seeds, of arms with several trainings.
@@ -185,7 +203,7 @@ def _changes(
             if len(values) < 2:
                 continue
             found = Estimate(fmean(values.values()), (), "seeds").with_seeds(list(values.values()))
-            row = StudyRow(
+            yield StudyRow(
                 task="update",
                 data=data,
                 split="test",
@@ -202,13 +220,11 @@ def _changes(
                 low=found.bounds[0],
                 high=found.bounds[1],
                 n=counts.get(data, len(lines)),
-                config_hash=config_hash,
+                config_hash=about.config_hash,
                 interval="seeds",
                 minus=second,
+                by_seed=() if second else _in_order(values, about.seeds),
             )
-            yield row
-            for seed, value in () if second else values.items():
-                yield replace(row, seed=seed, value=value, low=value, high=value)
 
 
 def _by_data(lines: Lines) -> dict[tuple[str, str], float]:
@@ -254,10 +270,22 @@ def _row(found: Estimate, bounds: tuple[float, float], *arms: Sequence[Result], 
 
 
 def write_study(path: Path, study: StudyRows) -> None:
-    """Write a file of rows, atomically. A row has the fields that differ from their defaults."""
-    defaults = {item.name: item.default for item in fields(StudyRow)}
-    rows = [{name: value for name, value in asdict(row).items() if value != defaults[name]} for row in study.rows]
-    write_lines(path, [asdict(study.about), *rows])
+    """Write a file of rows, atomically. Columns that have their default in every row are left out."""
+    columns = {item.name: [getattr(row, item.name) for row in study.rows] for item in fields(StudyRow)}
+    shared, lines = {}, []
+    for item in fields(StudyRow):
+        values = columns[item.name]
+        distinct = list(dict.fromkeys(values))
+        if distinct == [item.default]:
+            continue
+        if len(distinct) == 1:
+            shared[item.name] = distinct[0]
+        elif any(isinstance(value, str) for value in distinct):
+            places = {value: place for place, value in enumerate(distinct)}
+            lines.append({"column": item.name, "texts": distinct, "values": [places[value] for value in values]})
+        else:
+            lines.append({"column": item.name, "values": values})
+    write_lines(path, [asdict(study.about), {"rows": len(study.rows), "shared": shared}, *lines])
 
 
 def read_study(path: Path) -> StudyRows:
@@ -265,16 +293,30 @@ def read_study(path: Path) -> StudyRows:
     source = f"rows '{path}'"
     if not path.is_file():
         raise UserError(f"{source}: no such file.{near(path.stem, studies())}")
-    about, *lines = read_lines(path, whole=True) or [{}]
-    study = StudyRows(build(About, about, source), [build(StudyRow, line, source) for line in lines])
+    about, *table = read_lines(path, whole=True) or [{}]
+    try:
+        numbers = list(_numbers(*table))
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{source}: has no columns of numbers; make the file again.") from error
+    study = StudyRows(build(About, about, source), [build(StudyRow, number, source) for number in numbers])
     seen: set[tuple[Any, ...]] = set()
-    for number, row in enumerate(study.rows, 2):
+    for number, row in enumerate(study.rows, 1):
         # A difference of shares can be negative.
         reason = fault_of(replace(row, scale=NUMBER) if row.minus else row, study.about.config_hash)
         if reason or row.key in seen:
-            raise UserError(f"{source} line {number}: {reason or 'repeats an earlier number'}; make the file again.")
+            raise UserError(f"{source} number {number}: {reason or 'repeats an earlier number'}; make the file again.")
         seen.add(row.key)
     return study
+
+
+def _numbers(header: Mapping[str, Any], *lines: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the numbers of a file of rows as mappings of field to value."""
+    columns = {}
+    for line in lines:
+        texts = line.get("texts")
+        columns[line["column"]] = line["values"] if texts is None else [texts[place] for place in line["values"]]
+    for number in range(header["rows"]):
+        yield header["shared"] | {name: values[number] for name, values in columns.items()}
 
 
 def studies() -> dict[str, Path]:
