@@ -72,7 +72,13 @@ def test_trainings_of_a_difference_are_paired_by_seed_and_of_an_average_are_mean
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     study = study_of(make_folder(tmp_path))
     write_study(tmp_path / "rows.jsonl", study)
-    assert read_study(tmp_path / "rows.jsonl") == study
+    back = read_study(tmp_path / "rows.jsonl")
+    assert back.about == study.about and len(back.rows) == len(study.rows)
+    for one, other in zip(back.rows, study.rows):
+        assert (one.key, one.by_seed, one.n) == (other.key, other.by_seed, other.n)
+        assert (one.value, one.low, one.variance) == pytest.approx((other.value, other.low, other.variance), rel=1e-9)
+    write_study(tmp_path / "again.jsonl", back)
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "rows.jsonl").read_bytes()
 
 
 def test_a_command_names_neither_folder_nor_workers_of_the_machine(tmp_path: Path) -> None:

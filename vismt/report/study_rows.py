@@ -35,6 +35,7 @@ from vismt.uncertainty.intervals import NUMBER, Estimate
 
 ROWS = "docs/results/rows"
 SELECTED = ("task", "data", "protocol", "condition", "metric", "arm", "minus")  # what names one number
+DIGITS = 10  # significant digits of the numbers in a file
 MATRICES = "matrices"  # what rows about all changed weights have as data
 
 
@@ -270,8 +271,8 @@ def _row(found: Estimate, bounds: tuple[float, float], *arms: Sequence[Result], 
 
 
 def write_study(path: Path, study: StudyRows) -> None:
-    """Write a file of rows, atomically. Columns that have their default in every row are left out."""
-    columns = {item.name: [getattr(row, item.name) for row in study.rows] for item in fields(StudyRow)}
+    """Write a file of rows, atomically: the columns in which a row differs from the default, floats with DIGITS digits."""
+    columns = {item.name: [_short(getattr(row, item.name)) for row in study.rows] for item in fields(StudyRow)}
     shared, lines = {}, []
     for item in fields(StudyRow):
         values = columns[item.name]
@@ -286,6 +287,12 @@ def write_study(path: Path, study: StudyRows) -> None:
         else:
             lines.append({"column": item.name, "values": values})
     write_lines(path, [asdict(study.about), {"rows": len(study.rows), "shared": shared}, *lines])
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_short, value))
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def read_study(path: Path) -> StudyRows:
