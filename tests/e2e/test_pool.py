@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,14 @@ from helpers.results import scores_of
 from helpers.tiny_runs import SHORT, refused, run_config, written
 
 import vismt
+from scripts.expert_choice import GAIN, add_gains
+from scripts.merge_settings import SearchGrid, choose
 from vismt.backbones.timm_models import create
+from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.images import open_images
 from vismt.jobs import open_run
+from vismt.storage.files import sealed
 from vismt.storage.lines import read_lines
 
 TRAINING = "lr-0.01-seed-0"
@@ -123,26 +128,29 @@ def test_experts_of_separate_runs_make_the_same_pool(pool_run: Path, tmp_path: P
 
 
 def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_path: Path) -> None:
-    select = {
-        "class_share": 0.5,
-        "episodes": 3,
-        "shots": 1,
-        "queries": 2,
-        "trim": [{"blocks.0.mlp.fc1": 0.5}],
-        "lr": [1e-4],
-    }
+    select = {"class_share": 0.5, "episodes": 3, "shots": 1, "queries": 2}
     evaluated = section("evaluate", models=["merged", "merged:default", "merged+finetune"])
     pool = {"folder": str(pool_run / "pool" / "seed-0")}
     path = write(tmp_path, "select", pool=pool, train=None, select=select, evaluate=evaluated)
-    run = run_config(path)
-    chosen = json.loads((run / "pool" / "seed-0" / "selection.json").read_text())["digits"]
+    assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    choose(run, SearchGrid(trim=[{"blocks.0.mlp.fc1": 0.5}], lr=[1e-4]))
+    file = run / "pool" / "seed-0" / "selection.json"
+    chosen = json.loads(file.read_text())["digits"]
     stages = [candidate["stage"] for candidate in chosen["tried"]]
     assert stages.count("merging") == 12 and stages.count("trim") == 2 and stages.count("finetune") == 2
     assert all(sum(candidate[mark] for candidate in chosen["tried"]) == 3 for mark in ("chosen", "default"))
-    assert {row["arm"] for row in read_lines(run / "results.jsonl")} == set(evaluated["models"])
-    text = (run / "report.md").read_text()
-    assert "Chosen settings" in text and "default and chosen" in text and "trim" in text and "lr 0.0001" in text
-    assert "Chosen settings" in (run / "report.html").read_text()
+    others = {"beta": 12.0, "balance": 0.9, "trim": {"blocks.0.mlp.fc1": 0.5}}  # whatever was chosen
+    saved = {key: value for key, value in json.loads(file.read_text()).items() if key != "sha256"}
+    file.write_text(sealed({"digits": {**saved["digits"], "merging": others, "lr": 1e-4}}))
+    merging, tuning = open_run(run).job.models(0).settings.chosen("digits")
+    assert (merging.beta, merging.balance, dict(merging.trim), tuning.lr) == (12.0, 0.9, others["trim"], 1e-4)
+    assert main(["evaluate", str(run), "--quiet"]) == 0
+    rows = {row["arm"]: row["value"] for row in read_lines(run / "results.jsonl") if row["seed"] is None}
+    assert set(rows) == set(evaluated["models"])
+    file.write_text(sealed({"digits": {**saved["digits"], ":pool": "others"}}))
+    with pytest.raises(UserError, match="was chosen for other experts; delete it"):
+        open_run(run).job.models(0).settings.chosen("digits")
 
 
 @pytest.mark.parametrize(
@@ -291,7 +299,6 @@ def sources_run(tmp_path_factory) -> Path:
             "episodes": 2,
             "shots": 2,
             "queries": 1,
-            "trim": [{"mlp.fc1": 0.5}],
         },
         evaluate=section("evaluate", models=models, attacks=[{"name": "pgd", "epsilon": "4.5/255", "steps": 1}]),
     )
@@ -318,19 +325,18 @@ def test_experts_of_two_sources_and_four_threats_are_trained_and_compared(source
     assert rows["clean", "clean"] == rows["expert:clean", "clean"]
 
 
-def test_the_report_sets_the_rules_beside_the_best_experts(sources_run: Path) -> None:
-    validated = json.loads((sources_run / "pool" / "seed-0" / "validation.json").read_text())
-    assert set(validated["all"]) == {*LABELS, "clean"}
-    # The rule "min_ce" has neither beta nor balance: the trim alone is searched.
-    chosen = json.loads((sources_run / "pool" / "seed-0" / "selection.json").read_text())["all"]
-    assert {candidate["stage"] for candidate in chosen["tried"]} == {"trim"}
-    text = (sources_run / "report.md").read_text().replace("\\", "")
-    assert "Choosing experts" in text
-    assert "What a choice by task is worth" in text
-    for name in ("best expert on validation", "best expert of the other tasks", "best expert of each task", *RULES):
-        assert name in text
-    assert "input budgets" not in text
-    assert main(["evaluate", str(sources_run), "--quiet"]) == 0  # from its records
+def test_the_gain_of_a_choice_joins_the_results(sources_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(sources_run, tmp_path / "run"))
+    before = read_lines(run / "results.jsonl")
+    for _ in range(2):  # the second time in the place of the first
+        (rules, _), (worth, _) = add_gains(run)
+        shown = {row[2] for row in rules.rows}
+        assert {"best expert of the other tasks", "best expert of each task", *RULES} <= shown and worth.rows
+        gains = [row for row in read_lines(run / "results.jsonl") if row["metric"] == GAIN]
+        assert {(row["arm"], row["condition"]) for row in gains} == {
+            ("merged", row["condition"]) for row in before
+        } and len(read_lines(run / "results.jsonl")) == len(before) + len(gains)
+    assert main(["report", str(run), "--quiet"]) == 0 and GAIN in (run / "report.md").read_text()
 
 
 def test_a_clean_expert_of_the_pool_is_assembled_with_the_others(sources_run: Path, tmp_path: Path, capsys) -> None:

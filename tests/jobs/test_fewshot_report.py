@@ -12,7 +12,6 @@ from helpers.results import PGD, result, write_lines
 from vismt.base.errors import UserError
 from vismt.jobs.fewshot.config import FewShotConfig, PoolConfig
 from vismt.jobs.fewshot.figures import episode_grid, mixture_bars
-from vismt.jobs.fewshot.merge_settings import chosen_settings
 from vismt.jobs.fewshot.report import sections
 from vismt.report import plotting
 from vismt.storage.files import sealed
@@ -124,28 +123,6 @@ def test_experts_are_drawn_in_the_order_of_the_pool(drawn, tmp_path):
     episodes(tmp_path, "merged", [[0.25, 0.75]] * 2)
     mixtures(tmp_path, result(arm="merged"), arms=("clean", "8", "0.1"))
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["8", "0.1"]
-
-
-# ---- chosen settings
-
-
-def test_chosen_settings_are_those_of_the_pool_of_the_first_seed(tmp_path):
-    def candidate(beta, value, **marks):
-        common = {"stage": "beta", "settings": {"beta": beta, "trim": None}, "ci95": 0.02, "n": 20}
-        return {**common, "value": value, "default": False, "chosen": False, **marks}
-
-    tried = [candidate(1.0, 0.5, default=True), candidate(4.0, 0.625, chosen=True)]
-    selection = {"all": {"on": ["crops", "birds"], "criterion": "clean accuracy", "tried": tried}}
-    folder = tmp_path / "pool" / "seed-3"
-    folder.mkdir(parents=True)
-    (folder / "selection.json").write_text(sealed(selection))
-    ((table, note),) = shown(tmp_path, [])["Pool"].tables
-    assert table.rows == [
-        ["all", "beta", "beta 1.0, trim none", "default", "50.0 ± 2.0", "20"],
-        ["all", "beta", "beta 4.0, trim none", "chosen", "62.5 ± 2.0", "20"],
-    ]
-    assert table.best == {(1, 4)} and "all: crops, birds; clean accuracy" in note
-    assert chosen_settings(folder) == [(table, note)] and chosen_settings(tmp_path) == []
 
 
 # ---- episodes

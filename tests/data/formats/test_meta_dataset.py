@@ -17,6 +17,8 @@ from vismt.data.images import open_images
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
 from vismt.storage.paths import shipped
 
+pytest.importorskip("tfrecord")
+
 SPLIT = "{train: 2, valid: 1, test: 2}"
 NAMES = ["oak", "ash", "elm", "F/A-18", "yew"]
 
@@ -229,11 +231,11 @@ def test_damaged_framing_is_seen_when_the_set_is_opened(domain, second, message)
     [
         (flip(GOOD, 40), "the data does not fit its checksum"),
         (flip(GOOD, len(GOOD) - 1), "the data does not fit its checksum"),
-        (record(b"\x0a\x05abc"), r"not a tf.train.Example \(a field ends beyond its message\)"),
-        (record(b"\x0b\x01"), r"not a tf.train.Example \(wire type 3\)"),
+        (record(b"\x0a\x05abc"), r"not a tf.train.Example"),
+        (record(b"\x0b\x01"), r"not a tf.train.Example"),
         (record(b"\x0a\x02\x0a\x80"), "not a tf.train.Example"),
-        (record(b"\x80" * 12), r"not a tf.train.Example \(a number longer"),
-        (record(b"\x08\x01"), r"not a tf.train.Example \(field 1 is a number"),
+        (record(b"\x80" * 12), r"not a tf.train.Example"),
+        (record(b"\x08\x01"), r"needs one 'image' of type bytes; its features are nothing"),
         (
             record(example({"img": [b"x"], "label": [3]})),
             "needs one 'image' of type bytes; its features are 'img', 'label'",

@@ -1,19 +1,16 @@
-"""TFRecord files: checksums, and messages of every kind."""
+"""TFRecord files: messages of every kind, and files of another writer."""
 
 from __future__ import annotations
 
-from helpers.tfrecords import example, masked, record
+import sys
 
-from vismt.data.formats.tfrecords import crc32c, masked_crc, read_example, scan
+import pytest
+from helpers.tfrecords import example, record
 
+from vismt.base.errors import UserError
+from vismt.data.formats.tfrecords import read_example, scan
 
-def test_checksums_of_the_standard():
-    # RFC 3720, B.4: 32 zeros, 32 ones, rising and falling bytes; and the usual check value.
-    assert crc32c(bytes(32)) == 0x8A9136AA and crc32c(b"\xff" * 32) == 0x62A8AB43
-    assert crc32c(bytes(range(32))) == 0x46DD794E and crc32c(bytes(range(31, -1, -1))) == 0x113FDB5C
-    assert crc32c(b"123456789") == 0xE3069283 and crc32c(b"") == 0
-    for data in (b"", b"a", bytes(range(200))):
-        assert masked_crc(data) == masked(data)
+tfrecord = pytest.importorskip("tfrecord")
 
 
 def test_features_of_every_kind(tmp_path):
@@ -27,3 +24,21 @@ def test_features_of_every_kind(tmp_path):
     assert len(positions) == 3 and read_example(path, positions[2], 2) == {}
     (tmp_path / "none").write_bytes(b"")
     assert len(scan(tmp_path / "none")) == 0
+
+
+def test_a_file_of_the_writer_of_the_library(tmp_path):
+    path = tmp_path / "a.tfrecords"
+    writer = tfrecord.TFRecordWriter(str(path))
+    for number in range(3):
+        writer.write({"image": (bytes([number]) * 40, "byte"), "label": (number, "int")})
+    writer.close()
+    found = [read_example(path, position, number) for number, position in enumerate(scan(path))]
+    assert found == [{"image": [bytes([number]) * 40], "label": [number]} for number in range(3)]
+
+
+def test_without_the_library_its_extra_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.tfrecords"
+    path.write_bytes(record(b""))
+    monkeypatch.setitem(sys.modules, "crc32c", None)
+    with pytest.raises(UserError, match=r'TFRecord files need tfrecord: pip install "vismt\[tfrecord\]"'):
+        scan(path)

@@ -194,9 +194,7 @@ class EvaluateConfig:
 
 @dataclass
 class SelectConfig:
-    """The validation episodes of the choice of settings for "merged", of rates and of temperatures.
-
-    All models but "merged" and "merged+finetune" keep the settings of the configuration.
+    """The validation episodes of the choice of rates and of temperatures.
 
     Args:
         data: sets for the choice, none of them evaluated.
@@ -205,10 +203,6 @@ class SelectConfig:
         shots: support images of a class.
         queries: query images of a class.
         seed: of the episodes.
-        beta: tried values of merging.beta.
-        balance: tried values of merging.balance.
-        trim: tried values of merging.trim.
-        lr: tried values of finetune.lr.
         attack: the criterion is the mean of clean accuracy and accuracy under this attack; null for clean accuracy
             alone.
     """
@@ -219,10 +213,6 @@ class SelectConfig:
     shots: int = 5
     queries: int = 5
     seed: Seed = 2
-    beta: list[Annotated[float, within(0)]] = field(default_factory=lambda: [1.0, 4.0, 12.0])
-    balance: list[Annotated[float, within(0, 1)]] = field(default_factory=lambda: [0.0, 0.3, 0.6, 0.9])
-    trim: list[dict[str, Annotated[float, within(above=0, most=1)]]] = field(default_factory=list)
-    lr: list[Annotated[float, within(0, 1)]] = field(default_factory=list)
     attack: AttackConfig | None = None
 
 
@@ -240,7 +230,7 @@ class FewShotConfig(StudyConfig):
         source: training episodes.
         meta: MAML in place of prototypes; null for prototypes.
         pool: the pool of AMT experts; null for none.
-        select: the validation episodes, and the choice of settings for merged; null for those of `merging`.
+        select: the validation episodes; null for none.
         merging: how a pool is merged for a task.
         finetune: fine-tuning on a task, of models with +finetune.
         head: the head of evaluated models, fitted to each task's support; models may also name one, frozen+vbll.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +22,6 @@ from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
 from vismt.jobs.calibration import Calibrations
 from vismt.jobs.fewshot.arms import (
-    evaluated_experts,
     evaluated_models,
     merged_text,
     pool_members,
@@ -32,7 +30,6 @@ from vismt.jobs.fewshot.arms import (
     trained_on,
     untrained_arms,
 )
-from vismt.jobs.fewshot.choice_report import choice_gains
 from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, MERGED, ExpertConfig, FewShotConfig
 from vismt.jobs.fewshot.config_checks import check, check_sets
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption
@@ -136,11 +133,8 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
                 settings = self.calibrations.on_images(backbone, settings, config.calibration, images)
             self.adapt(backbone.vit, settings, config.seed)
             if self.config.pool is not None:  # before the training: fixing it later would need another one
-                trims = [self.config.merging.trim, *(self.config.select.trim if self.config.select is not None else ())]
-                for trim in trims:
-                    match_patterns(
-                        "merging.trim", trim, [spec.path for spec in need_record(backbone.vit, "merging.trim").layers]
-                    )
+                paths = [spec.path for spec in need_record(backbone.vit, "merging.trim").layers]
+                match_patterns("merging.trim", self.config.merging.trim, paths)
         return make_net(backbone, config)
 
     def check_arm(self, config: FewShotConfig) -> None:
@@ -253,10 +247,6 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
 
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
         super().evaluate(attacks)
-        experts = evaluated_experts(self.config)
-        if self.config.select is not None and attacks is None and len(experts) > 1:
-            for seed, name in itertools.product(self.study.seeds, self.config.evaluate.data):
-                self.models(seed).settings.validate_experts(name, experts)
         if self.config.evaluate.masking and attacks is None:
             seed = self.study.seeds[0]
             lines = []
@@ -280,9 +270,6 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
 
     def check_merge(self, training: Training) -> None:
         """Do nothing: every evaluated model except MAML's is merged already."""
-
-    def derived(self, scores: Mapping[str, Sequence[Score]], seeds: Sequence[int]) -> dict[str, list[Score]]:
-        return choice_gains(self.folder, self.config, seeds, scores)
 
     def sections(self, results: Sequence[Result]) -> list[Section]:
         return sections(self.folder, self.config, self.study, results)

@@ -1,4 +1,4 @@
-"""The report sections of a few-shot run: chosen settings, mixtures, the masking check and episodes."""
+"""The report sections of a few-shot run: mixtures, the masking check and episodes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import numpy as np
 from vismt.base.errors import UserError
 from vismt.engine.study import Study
 from vismt.jobs.fewshot.arms import pool_members, split_head, strategy_of, untrained_arms
-from vismt.jobs.fewshot.choice_report import choice_tables
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.evaluation import MASKING, episodes_file
 from vismt.jobs.fewshot.figures import episode_grid, mixture_bars
-from vismt.jobs.fewshot.merge_settings import chosen_settings
 from vismt.metatune.amt.pool import read_pool
 from vismt.report.comparison import shown_name
 from vismt.report.panels import DAMAGE, read_arrays
@@ -45,15 +43,10 @@ def sections(
     folder: Path, config: FewShotConfig, study: Study[FewShotConfig], results: Sequence[Result]
 ) -> list[Section]:
     """Return the sections of a few-shot run, as far as the run folder has the files."""
-    seed = study.seeds[0]
     return [
         Section("Arms left out", _left_out(config, results)),
         Section("Gradient masking", masking_tables(folder)),
-        Section(
-            "Pool",
-            [*choice_tables(folder, config, study.seeds, results), *chosen_settings(folder / "pool" / f"seed-{seed}")],
-            _mixtures(folder, config, study, results),
-        ),
+        Section("Pool", pictures=_mixtures(folder, config, study, results)),
         Section("Episodes", pictures=_panels(folder), folded=True),
     ]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from scripts.expert_choice import ChoiceValues, choice, crossed
 from vismt.base.errors import UserError
 from vismt.uncertainty.intervals import mean_interval
-from vismt.uncertainty.split_halves import ChoiceValues, choice, crossed
 
 
 def answers(

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.results import PGD, result, write_lines
 
-from vismt.jobs.fewshot import merge_settings
-from vismt.jobs.fewshot.choice_report import GAIN, choice_gains, choice_tables, spread_text
+from scripts.expert_choice import GAIN, choice, choice_gains, choice_tables, spread_text
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SelectConfig
-from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.report.results import Score
 from vismt.report.tables import interval_text
-from vismt.storage.files import sealed
 from vismt.uncertainty.intervals import CLEAN, Measure, mean_interval
-from vismt.uncertainty.split_halves import choice
 
 MODELS = ["frozen", "expert:a", "expert:b", "merged", "merged:tsv", "average", "merged+finetune"]
 CONFIG = FewShotConfig(
@@ -83,11 +77,6 @@ def test_the_tables_have_the_rules_and_the_best_experts(tmp_path: Path) -> None:
     assert (data, condition, n) == ("digits", "clean", "4")
     assert bracket == f"[{100 * float(found.folds.mean()):.1f}, {100 * float(found.optimistic.mean()):.1f}]"
     assert spread.startswith("not resolved, at most ") and "does" not in spread and "chance in the support" in meaning
-    # The best expert on validation is that of the file, not of the test episodes.
-    (tmp_path / "pool" / "seed-3").mkdir(parents=True)
-    (tmp_path / "pool" / "seed-3" / "validation.json").write_text(sealed({"all": {"a": 0.4, "b": 0.5}}))
-    (table, _), _ = choice_tables(tmp_path, CONFIG, [3], rows())
-    assert {row[2]: row[3] for row in table.rows}["best expert on validation"].startswith("50.0")
 
 
 def test_episodes_in_parts_are_averaged_by_part(tmp_path: Path) -> None:
@@ -140,7 +129,7 @@ def test_the_spread_is_a_root_or_not_resolved() -> None:
     assert spread_text(-0.0016, 0.0009) == "not resolved"
 
 
-def test_records_of_an_earlier_version_have_the_rules_alone(tmp_path: Path) -> None:
+def test_records_without_answers_have_the_rules_alone(tmp_path: Path) -> None:
     filled(tmp_path, texts=False)
     ((table, _),) = choice_tables(tmp_path, CONFIG, [3], rows())
     assert [row[2] for row in table.rows] == ["merged", "merged:tsv", "average"]
@@ -181,27 +170,3 @@ def test_nothing_without_records_experts_or_merged(tmp_path: Path) -> None:
     assert choice_tables(tmp_path, CONFIG, [3], [result(arm="expert:a", n=4)]) == []
     alone = FewShotConfig(pool=PoolConfig(), evaluate=EvaluateConfig(models=["merged", "expert:a"]))
     assert choice_tables(tmp_path, alone, [3], rows()) == []
-
-
-def test_what_was_chosen_on_other_experts_is_chosen_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder of an assembled pool may hold other experts than when the run began."""
-    entry = {"merging": {"beta": 4.0}, "lr": 0.1}
-    experts, choices = ["first"], []
-    pool = SimpleNamespace(identity=lambda: experts[-1])
-    monkeypatch.setattr(merge_settings, "PoolNet", lambda *given: given)
-    monkeypatch.setattr(merge_settings, "judge_all", lambda nets, *given: [[float(len(experts))] for _ in nets])
-    monkeypatch.setattr(PoolSettings, "_validation", lambda *given: (pool, [None], None))
-    monkeypatch.setattr(PoolSettings, "_choose", lambda self, names, key: choices.append(key) or entry)
-
-    def asked() -> tuple[int, dict]:
-        settings = PoolSettings(SimpleNamespace(config=CONFIG, open=None, groups=None), tmp_path, lambda: pool)
-        assert settings.chosen("digits")[0].beta == 4.0
-        settings.validate_experts("digits", ["a", "b"])
-        return len(choices), json.loads((tmp_path / "validation.json").read_text())["all"]
-
-    (tmp_path / "selection.json").write_text(sealed({"all": entry}))  # of an earlier version
-    assert asked() == asked() == (0, {"a": 1.0, "b": 1.0})
-    (tmp_path / "selection.json").unlink()
-    assert asked() == asked() == (1, {"a": 1.0, "b": 1.0})
-    experts.append("second")
-    assert asked() == asked() == (2, {"a": 2.0, "b": 2.0})
