@@ -207,6 +207,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda c, t: t.update({"base_model.model.wte.lora_embedding_A": torch.zeros(2, 40)}),
         "not its partner",
     ),
+    "another adapter's name": (
+        lambda c, t: t.update({Q.format(side).replace(".weight", ".other.weight"): torch.zeros(2, 2) for side in "AB"}),
+        "variant",
+    ),
     "a magnitude": (lambda c, t: t.update({Q.format("magnitude_vector"): torch.zeros(32)}), "variant"),
 }
 
