@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,20 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from helpers.faults import many
 from helpers.language_models import run, stock, tiny_lm
 from helpers.tiny import images, shake, snapshot, tiny_vit
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import vismt
 from vismt.base.errors import UserError
+from vismt.lowrank.files.peft_settings import PatternTable
 from vismt.lowrank.layers.base import adapter_layers
 
 peft = pytest.importorskip("peft")
+get_pattern_key = peft.utils.other.get_pattern_key
 
 
 def written(folder: Path, kind: str, **options: Any) -> tuple[nn.Module, Path]:
@@ -100,6 +106,22 @@ def test_a_start_that_is_not_determined_is_refused(tmp_path: Path) -> None:
     peft.get_peft_model(model, config).save_pretrained(str(tmp_path))
     with pytest.raises(UserError, match="the singular values 2 and 3 of 'layer' are equal"):
         vismt.import_peft(base, tmp_path)
+
+
+KEYS = st.sampled_from(["a", r"a\.b", "^a", r"^a\.b", "^b", "[ab]", r".*\.b", "a|b", r"b\.[^.]", "(a)", r"(a)\.\3"])
+
+
+@many(200)
+@given(st.lists(KEYS, unique=True, max_size=4), st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map(".".join))
+def test_the_value_of_a_module_is_that_of_peft(keys: list[str], path: str) -> None:
+    table = {key: float(place) for place, key in enumerate(keys)}
+    assert PatternTable("x", table).value(path, -1.0) == table.get(get_pattern_key(keys, path), -1.0)
+
+
+def test_a_table_of_every_module_is_looked_up() -> None:
+    paths = [f"model.layers.{number}.q-proj" for number in range(5000)]
+    table = PatternTable("x", {f"^{re.escape(path)}": number for number, path in enumerate(paths)})
+    assert table.expressions == [] and table.value(paths[-1], 0) == 4999 and table.value(f"x.{paths[-1]}", 0) == 0
 
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
@@ -184,6 +206,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "an embedding": (
         lambda c, t: t.update({"base_model.model.wte.lora_embedding_A": torch.zeros(2, 40)}),
         "not its partner",
+    ),
+    "another adapter's name": (
+        lambda c, t: t.update({Q.format(side).replace(".weight", ".other.weight"): torch.zeros(2, 2) for side in "AB"}),
+        "variant",
     ),
     "a magnitude": (lambda c, t: t.update({Q.format("magnitude_vector"): torch.zeros(32)}), "variant"),
 }

@@ -77,6 +77,21 @@ def test_export(kind: str, method: str, options: dict, tmp_path) -> None:
     assert (torch.equal if options else torch.allclose)(out(model, kind), expected)
 
 
+def test_experts_that_are_named_without_their_owner(tmp_path) -> None:
+    expected = written_by_peft("mixtral", tmp_path, target_parameters=["gate_up_proj"])
+    assert torch.allclose(out(vismt.import_peft(reader("mixtral"), tmp_path), "mixtral"), expected, atol=1e-5)
+
+
+def test_all_linears_beside_experts(tmp_path) -> None:
+    model = reader("mixtral")
+    vismt.adapt(model, "lora", ["q_proj", "k_proj", "v_proj", "o_proj", "experts.down_proj"], rank=2)
+    vismt.export_peft(shake(model, 0.1), tmp_path)
+    path = tmp_path / "adapter_config.json"  # peft writes the names of the linears
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": "all-linear"}))
+    imported = vismt.import_peft(reader("mixtral"), tmp_path)
+    assert torch.allclose(out(imported, "mixtral"), out(model, "mixtral"), atol=1e-5)
+
+
 def test_experts_alone_need_no_module(tmp_path) -> None:
     model = reader("mixtral")
     vismt.adapt(model, "lora", ["experts.down_proj"], rank=2)

@@ -95,8 +95,8 @@ def test_all_matches_of_an_expression_share_its_limit(monkeypatch: pytest.Monkey
     monkeypatch.setattr(targets, "LIMIT_S", 0.05)
     expression = Expression("x", r"(.|..)+\d")
     with pytest.raises(UserError, match="takes more than"):
-        for _ in range(100_000):
-            expression.match("layers.self_attn")  # some tens of microseconds each
+        for _ in range(2000):
+            expression.match("layers.self_attn")  # a millisecond each
 
 
 def test_paths_are_looked_up() -> None:

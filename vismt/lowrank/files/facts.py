@@ -310,7 +310,8 @@ class AdapterFacts:
         """Fill in the rank, the scale and the number of experts of a module."""
         factor, settings = module.tensors.get("A") or module.tensors.get("embedding_A"), self.settings
         if settings is not None:
-            module.stacked = not settings.names(module.named) and names_stack(settings.stack_owners, module.key)
+            named = settings.names(module.named) and not settings.everywhere  # a stack is no linear
+            module.stacked = not named and names_stack(settings.stack_owners, module.key)
             module.declared, scale = settings.scale(module.named)
             module.scale = scale * (1 if module.named == module.path else added(module.path, settings.peft_version))
         if factor is not None and factor.shape:

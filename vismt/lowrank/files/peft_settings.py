@@ -10,6 +10,7 @@ target_parameters    experts in one parameter; their factors, and those of atten
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -18,7 +19,7 @@ from typing import Any
 
 from vismt.base.errors import UserError, shown_value
 from vismt.config.typed import JsonFile, build
-from vismt.lowrank.model.targets import PATH, Expression, suffixes
+from vismt.lowrank.model.targets import Expression, suffixes
 
 CONFIG = "adapter_config.json"
 # Starts that leave the base as it is; every other one moved a part of it into the factors.
@@ -26,6 +27,7 @@ STARTS = ("gaussian", "eva", "orthogonal", "mica")
 # Settings of variants, besides those that begin with use_ or end with _config.
 VARIANTS = ("lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices")
 OF_A_START = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config")
+ONE_PATH = re.compile(r"\^?\w+(?:\\?[.-]\w+)*")  # the whole of it after a ^, else its end
 BIASES = ("none", "all", "lora_only")
 
 
@@ -161,14 +163,14 @@ class PatternTable:
         self.paths: dict[str, tuple[int, float]] = {}  # place in the table and value
         self.expressions: list[tuple[int, float, Expression]] = []
         for place, (text, value) in enumerate(table.items()):
-            if PATH.fullmatch(text):
-                self.paths[text] = (place, value)
+            if ONE_PATH.fullmatch(text):
+                self.paths.setdefault(text.replace("\\", ""), (place, value))
             else:
                 self.expressions.append((place, value, Expression(key, rf"(.*\.)?({text})$")))
 
     def value(self, path: str, default: Any) -> Any:
         """Return the value of the first expression that matches the end of the path after a dot, as in peft."""
-        found = [self.paths[end] for end in suffixes(path) if end in self.paths]
+        found = [self.paths[end] for end in (f"^{path}", *suffixes(path)) if end in self.paths]
         matches = ((place, value) for place, value, expression in self.expressions if expression.match(path))
         found += islice(matches, 1)
         return min(found)[1] if found else default

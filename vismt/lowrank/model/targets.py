@@ -46,7 +46,7 @@ READ_ONLY_PLAIN = "only plain factors can be added to it, without dropout or gat
 READ_BY_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")  # of a state-space mixer, which has an A_log
 
 PATH = re.compile(r"\w+(\.\w+)*")  # a pattern that names one path, and needs no matching
-PATHS = re.compile(r"(?:\w|\\\.|\|)+")  # an expression that names paths, as exports write it
+PATHS = re.compile(r"(?:\w|\\[.-]|\|)+")  # an expression that names paths, as exports write it
 LIMIT_S = 5.0  # time of the thread that all matches of one expression may take
 MOST_PARTS = 2**20  # characters of an expression, times its repeats: the library writes repeated parts out
 
