@@ -38,7 +38,7 @@ class WeightsUnavailable(UserError):
 
 def shown_value(value: object) -> str:
     """Return a value as messages show it: `repr` on one line, cut after 200 characters."""
-    text = repr(value)
+    text = repr(_cut(value) if isinstance(value, str) else value)
     return _cut(" ".join(text.split()) if "\n" in text else text)
 
 

@@ -304,7 +304,9 @@ class Expression:
             return self._paths is not None and path in self._paths
         began = time.thread_time()
         try:
-            return self._compiled.fullmatch(path, timeout=max(self._left, 0.001))
+            if self._left <= 0:
+                raise TimeoutError
+            return self._compiled.fullmatch(path, timeout=self._left)
         except TimeoutError as error:
             raise UserError(
                 f"{self.name}: matching {shown_value(self.text)} takes more than {LIMIT_S:g} s; give a simpler expression, or "
