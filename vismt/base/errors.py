@@ -38,7 +38,9 @@ class WeightsUnavailable(UserError):
 
 def shown_value(value: object) -> str:
     """Return a value as messages show it: `repr` on one line, cut after 200 characters."""
-    text = repr(_cut(value) if isinstance(value, str) else value)
+    if isinstance(value, str):
+        return repr(_cut(value))
+    text = repr(value)
     return _cut(" ".join(text.split()) if "\n" in text else text)
 
 
