@@ -21,7 +21,7 @@ def test_a_message_shows_the_start_of_a_model_on_one_line() -> None:
 
 
 def test_values_and_quoted_names_are_cut() -> None:
-    assert shown_value("a" * SHOWN) == "'" + "a" * (SHOWN - 1) + "…"
+    assert shown_value("a" * (SHOWN + 1)) == "'" + "a" * SHOWN + "…'"
     assert shown_value([1, 2]) == "[1, 2]"
     long = "x" * 5000
     for targets in (long, [long]):
