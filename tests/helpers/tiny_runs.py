@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **FEWSHOT,
         "adapt": {"method": "amt", "rank": 2},
         "pool": {"levels": [0.5, 4], "warmup": 2, "gamma": 1.0e-2},
-        "select": {**FEWSHOT["select"], "attack": None, "beta": [4.0]},
+        "select": {**FEWSHOT["select"], "attack": None},
         "evaluate": {**FEWSHOT["evaluate"], "models": ["frozen", "merged"]},
     },
     "multitask": {
