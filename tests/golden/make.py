@@ -10,7 +10,8 @@ adapters/NAME/      files of `vismt.save_adapter` after a seeded random update, 
                     the logits of the adapted model ("logits") and of the merged one ("merged"; of moe_lora after its
                     router faded; none of mtlora, whose pairs of tasks cannot merge), the gates of ilora, and in the
                     metadata the method and the base model.
-runs/NAME/          the run folder of `vismt run` without checkpoints, reports, figures and panels.
+runs/NAME/          the run folder of `vismt run` without checkpoints, reports, figures and panels. A later version wrote
+                    configuration, facts and results anew from the same weights, and records and logs were left out.
 merged.safetensors  "NAME/arm": logits of the merged models of those runs on the golden input of their kind.
 """
 

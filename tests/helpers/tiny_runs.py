@@ -29,6 +29,7 @@ FEWSHOT: dict[str, Any] = {
     "model": {**VIT, "block": 2},
     "adapt": {"method": "lora", "rank": 2},
     "source": {"data": ["photo_crops:train"], "ways": 3, "shots": 1, "queries": 2, "augment": False},
+    "select": {"data": ["photo_crops:test"], "episodes": 2},
     "train": TRAIN,
     "evaluate": {"data": ["digits"], "ways": 3, "shots": [1], "queries": 2, "episodes": 3},
 }
@@ -38,6 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **FEWSHOT,
         "adapt": {"method": "amt", "rank": 2},
         "pool": {"levels": [0.5, 4], "warmup": 2, "gamma": 1.0e-2},
+        "select": {**FEWSHOT["select"], "attack": None},
         "evaluate": {**FEWSHOT["evaluate"], "models": ["frozen", "merged"]},
     },
     "multitask": {

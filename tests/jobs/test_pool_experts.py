@@ -156,10 +156,7 @@ def test_a_pool_has_levels_or_experts_and_a_known_rule() -> None:
     with pytest.raises(UserError, match=r"merging.shares: no expert 'l3'"):
         check(replace(configured(*FIVE), merging=MergeSettings(shares={"l3": 1.0})))
     for section, values, words in (
-        ("select", {"beta": [-1.0]}, r"select.beta\[0\] is -1.0"),
-        ("select", {"balance": [1.5]}, r"select.balance\[0\] is 1.5"),
-        ("select", {"trim": [{"fc1": 2.0}]}, r"select.trim\[0\].fc1 is 2.0"),
-        ("select", {"lr": [-1.0]}, r"select.lr\[0\] is -1.0"),
+        ("select", {"class_share": 1.0}, "select.class_share is 1.0"),
         ("pool", {"rates": {"8": -1.0}}, r"pool.rates.8 is -1.0"),
     ):
         with pytest.raises(UserError, match=words):

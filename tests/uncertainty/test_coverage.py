@@ -21,8 +21,8 @@ from vismt.uncertainty.probability_metrics import (
     binned_gaps,
     detection_auroc,
     detection_values,
-    proper_scores,
-    quality_measures,
+    example_measures,
+    example_values,
 )
 from vismt.uncertainty.selective import risk_coverage_interval, risk_coverage_values
 
@@ -52,7 +52,7 @@ def measures(log_p: Tensor, labels: Tensor, outside: Tensor) -> dict[str, Measur
     ids = [str(number) for number in range(len(labels))]
     confidences, answers = log_p.exp().max(1)
     right = (answers == labels).double()
-    ece, nll, brier = quality_measures(ids, binned_gaps(confidences, right), *proper_scores(log_p, labels))
+    ece, nll, brier = example_measures(ids, example_values(log_p, labels), right)
     values = detection_values(-confidences, -outside.exp().amax(1))
     auroc = Measure("AUROC", dict(zip([*ids, *(f"ood {name}" for name in ids)], values.tolist())), NUMBER)
     area = risk_coverage_values(confidences, 1 - right)

@@ -27,7 +27,7 @@ from vismt.robustness.evaluate import Form, accuracies, certified_accuracies, ev
 from vismt.robustness.smoothing import ABSTAINED, Smoothing
 from vismt.storage.records import SHARE, Records, begun_on, recorded_settings
 from vismt.uncertainty.intervals import LOWER, NUMBER, Condition, Measure
-from vismt.uncertainty.probability_metrics import binned_gaps, detection_values, quality_measures
+from vismt.uncertainty.probability_metrics import MEASURES, detection_values, example_measures
 
 ACCURACY = "accuracy"
 NEIGHBOURS, WIDTH = 20, 0.07
@@ -117,8 +117,7 @@ def form_measures(rows: Sequence[Mapping], condition: Condition, groups: Mapping
     right = (column(name) == column("label")).double()
     if condition == ADJUSTED:
         return [Measure(ACCURACY, dict(zip(ids, right.tolist(), strict=True)), counts=True)]
-    gaps = binned_gaps(column(f"{name} confidence"), right)
-    return quality_measures(ids, gaps, column(f"{name} nll"), column(f"{name} brier"), groups)
+    return example_measures(ids, {one.column: column(f"{name} {one.column}") for one in MEASURES}, right, groups)
 
 
 @torch.no_grad()

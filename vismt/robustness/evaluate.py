@@ -27,10 +27,10 @@ from vismt.metatune.functional import answers, report_lost
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of, worst_cases
 from vismt.robustness.smoothing import ABSTAINED, Smoothing
-from vismt.storage.records import SHARE, Field, Records
+from vismt.storage.records import Field, Records
 from vismt.uncertainty.conformal import set_sizes
 from vismt.uncertainty.intervals import CLEAN, Condition, wilson
-from vismt.uncertainty.probability_metrics import proper_scores
+from vismt.uncertainty.probability_metrics import example_fields, example_values
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[str]]
 Keep = Callable[[str, int, Mapping[str, np.ndarray]], object]
@@ -123,10 +123,10 @@ def evaluate_examples(
     Returns:
         Records with id, label, the predictions "clean" and "<condition>", and the distances "<condition> linf" and
         "<condition> l2", in the order of the examples; of an attack also "<condition> lost", 1 where the attack counted an image
-        as broken that is right here, by rounding. For each form also the answer "<form>", the probability of the answer
-        "<form> confidence", "<form> nll" in nats and "<form> brier". With a quantile the same for "clean" and each condition,
-        and the number of classes in the set, "<condition> set". With smoothing its answer "<label>", -1 for an abstention, and
-        "<label> radius".
+        as broken that is right here, by rounding. For each form also the answer "<form>" and the fields of
+        `vismt.uncertainty.probability_metrics.example_fields`, such as "<form> nll". With a quantile the same for "clean" and
+        each condition, and the number of classes in the set, "<condition> set". With smoothing its answer "<label>", -1 for an
+        abstention, and "<label> radius".
 
     Raises:
         UserError: No example, labels or logits that do not fit num_classes, pixels outside [0, 1], two conditions with the
@@ -213,8 +213,7 @@ class _Questions:
         with_sets = [] if self.quantile is None else [CLEAN.label, *self.conditions]
         fields.update({f"{name} set": Field(0, self.num_classes, whole=True) for name in with_sets})
         for name in (*self.forms, *with_sets):
-            quality = {f"{name} confidence": SHARE, f"{name} nll": distance, f"{name} brier": Field(0, 2)}
-            fields |= {name: answer, **quality}
+            fields |= {name: answer, **example_fields(name)}
         return fields
 
     def records(self, model: nn.Module, images: Tensor, labels: Tensor, ids: Sequence[str], number: int) -> list[dict]:
@@ -317,15 +316,9 @@ def batch_keys(spec: DirectPerturbation, number: int, count: int) -> list[tuple[
 def probability_columns(name: str, logits: Tensor, labels: Tensor, quantile: float | None = None) -> dict[str, list]:
     """Return the columns of a form of the logits (b, k), with the size of the conformal sets where there is a quantile."""
     logs = logits.log_softmax(1)
-    nlls, briers = proper_scores(logs, labels)
     sets = {} if quantile is None else {f"{name} set": set_sizes(logs, quantile).tolist()}
-    return {
-        name: logits.argmax(1).tolist(),
-        f"{name} confidence": logs.exp().amax(1).clamp_max(1).tolist(),
-        f"{name} nll": nlls.tolist(),
-        f"{name} brier": briers.tolist(),
-        **sets,
-    }
+    values = {f"{name} {key}": value.tolist() for key, value in example_values(logs, labels).items()}
+    return {name: logits.argmax(1).tolist(), **values, **sets}
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,8 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.uncertainty.intervals import LOWER, NUMBER, SHARE, Estimate, Measure, Scale, group_index, student_quantile
+from vismt.storage.records import Field
+from vismt.uncertainty.intervals import LOWER, NUMBER, SHARE, Estimate, Measure, group_index, student_quantile
 
 BINS = 15
 
@@ -181,29 +182,114 @@ def gap_values(gaps: Tensor, groups: Sequence[Hashable] | None = None) -> tuple[
     return values, Estimate(observed, ((moments(upper)[1], count - 1.0),), bias=bias)
 
 
-def quality_measures(
-    ids: Sequence[str], gaps: Tensor, nlls: Tensor, briers: Tensor, groups: Mapping[str, str] | None = None
-) -> list[Measure]:
-    """Return ECE, NLL and Brier score as measures.
+@dataclass(frozen=True)
+class ProbabilityMeasure:
+    """A measure of class probabilities that jobs record and score. Lower is better.
 
     Args:
-        ids: Names of n examples, or of groups of them that weigh the same.
-        gaps: (n, bins) fp64, as for `gap_values`.
-        nlls: (n,) in nats.
-        briers: (n,).
+        metric: Name in rows and tables, with its unit.
+        column: Field in the record of an example, after the form of the logits: "clean nll".
+        values: values(log_p (n, k), labels int64 (n,)) returns the value of each example (n,), float64.
+        field: Range of these values.
+        parts: parts(values (n,), right (n,)) returns what is averaged over examples, (n,) or (n, d); None for the values.
+        parts_column: Field in the record of a group of examples, such as an episode, for the mean of the parts. By default
+            `column`.
+        parts_field: Range of the mean.
+        measure: measure(parts, group of each row or None) returns the values (n,) whose mean is the score, and changes of the
+            fields of `Measure`; None for a mean.
+    """
+
+    metric: str
+    column: str
+    values: Callable[[Tensor, Tensor], Tensor]
+    field: Field
+    parts: Callable[[Tensor, Tensor], Tensor] | None = None
+    parts_column: str = ""
+    parts_field: Field | None = None
+    measure: Callable[[Tensor, Sequence[Hashable] | None], tuple[Tensor, dict[str, Any]]] | None = None
+
+    @property
+    def of_group(self) -> str:
+        """Field in the record of a group of examples."""
+        return self.parts_column or self.column
+
+
+def _calibration(gaps: Tensor, groups: Sequence[Hashable] | None) -> tuple[Tensor, dict[str, Any]]:
+    values, error = gap_values(gaps, groups)
+    return values, {"scale": SHARE, "error": error, "paired": False}
+
+
+# One entry is all that a measure of probabilities needs: records, scores and tables of every job follow from it.
+MEASURES = [
+    ProbabilityMeasure(
+        "ECE-15",
+        "confidence",
+        lambda log_p, labels: log_p.exp().amax(1).clamp_max(1),
+        Field(0, 1),
+        parts=binned_gaps,
+        parts_column="gaps",
+        parts_field=Field(-1, 1, several=True),
+        measure=_calibration,
+    ),
+    ProbabilityMeasure("NLL in nats", "nll", lambda log_p, labels: proper_scores(log_p, labels)[0], Field(0)),
+    ProbabilityMeasure("Brier", "brier", lambda log_p, labels: proper_scores(log_p, labels)[1], Field(0, 2)),
+]
+
+
+def example_values(log_p: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return the values (n,) of examples by column, of log-probabilities (n, k) float64 and labels int64 (n,)."""
+    return {one.column: one.values(log_p, labels) for one in MEASURES}
+
+
+def example_fields(form: str) -> dict[str, Field]:
+    """Return the fields of `example_values` in the record of an example, by name, for a form of the logits."""
+    return {f"{form} {one.column}": one.field for one in MEASURES}
+
+
+def group_row(form: str, log_p: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Return the fields of the record of a group of examples, means over them; arguments as of `example_values`."""
+    right = log_p.argmax(1) == labels
+    return {
+        f"{form} {one.of_group}": _parts(one, one.values(log_p, labels), right).mean(0).tolist() for one in MEASURES
+    }
+
+
+def group_fields(forms: Iterable[str]) -> dict[str, Field]:
+    """Return the fields of `group_row` by name, for forms of the logits."""
+    return {f"{form} {one.of_group}": one.parts_field or one.field for form in forms for one in MEASURES}
+
+
+def example_measures(
+    ids: Sequence[str], values: Mapping[str, Tensor], right: Tensor, groups: Mapping[str, str] | None = None
+) -> list[Measure]:
+    """Return the measures of examples.
+
+    Args:
+        ids: Names of n examples.
+        values: (n,) float64 by column, as `example_values` returns them.
+        right: (n,), 1 where the answer is the label, else 0.
         groups: Group by name, as in `Measure`. None if the examples are independent.
     """
-    effects, error = gap_values(gaps, [groups[name] for name in ids] if groups else None)
+    return [_measure(one, ids, _parts(one, values[one.column], right), groups) for one in MEASURES]
 
-    def measure(metric: str, values: Tensor, scale: Scale = NUMBER, **changes: Any) -> Measure:
-        by_id = dict(zip(ids, values.tolist(), strict=True))
-        return Measure(metric, by_id, scale, LOWER, groups=groups or {}, **changes)
 
-    return [
-        measure("ECE-15", effects, SHARE, error=error, paired=False),
-        measure("NLL in nats", nlls),
-        measure("Brier", briers),
-    ]
+def group_measures(
+    ids: Sequence[str], form: str, rows: Mapping[str, Tensor], groups: Mapping[str, str] | None = None
+) -> list[Measure]:
+    """Return the measures of groups of examples that weigh the same; rows: the fields of `group_row`, (n,) or (n, d)."""
+    return [_measure(one, ids, rows[f"{form} {one.of_group}"], groups) for one in MEASURES]
+
+
+def _parts(one: ProbabilityMeasure, values: Tensor, right: Tensor) -> Tensor:
+    return values if one.parts is None else one.parts(values, right)
+
+
+def _measure(one: ProbabilityMeasure, ids: Sequence[str], parts: Tensor, groups: Mapping[str, str] | None) -> Measure:
+    of_row = [groups[name] for name in ids] if groups else None
+    values, changes = (parts, {}) if one.measure is None else one.measure(parts, of_row)
+    by_id = dict(zip(ids, values.tolist(), strict=True))
+    settings: dict[str, Any] = {"scale": NUMBER, "better": LOWER, "groups": groups or {}, **changes}
+    return Measure(one.metric, by_id, **settings)
 
 
 def detection_auroc(inside: Tensor, outside: Tensor) -> float:

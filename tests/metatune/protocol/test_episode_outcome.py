@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from vismt.jobs.fewshot.evaluation import probability_measures
 from vismt.metatune.protocol.episode_outcome import EpisodeOutcome
 from vismt.metatune.protocol.episodes import Episode
+from vismt.uncertainty.probability_metrics import group_measures
 
 
 def outcome(p: list[list[float]], labels: list[int]) -> EpisodeOutcome:
@@ -59,7 +58,7 @@ def test_the_calibration_error_pools_episodes_before_it_takes_absolute_values() 
     results: dict[str, Tensor] = {
         name: torch.tensor([row[name] for row in rows]).double() for name in (NLL, BRIER, GAPS)
     }
-    ece, nll, brier = probability_measures(results, "clean", SimpleNamespace(parts=0))
+    ece, nll, brier = group_measures(["0", "1"], "clean", results)
     # Bin 7: (-0.25 + 0.5) / 2 = 0.125, bin 10: 0.15 / 2 = 0.075. The mean of the episodes' own errors would be 0.45, and
     # pooled queries would have (|-0.5 + 0.5| + 0.3) / 3 = 0.1.
     assert ece.score == pytest.approx(0.2, abs=1e-6) and ece.error is not None and not ece.paired

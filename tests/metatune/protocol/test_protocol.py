@@ -143,7 +143,7 @@ def test_the_quality_of_probabilities_is_on_record_and_resumes(tmp_path):
     sampler = EpisodeSampler(LABELS, ways=4, shots=2, queries=5, seed=1)
     records = tmp_path / "fake.jsonl"
     whole = run(records, net=net, probabilities=True, batch=7)
-    assert list(whole) == ["clean", "dark", "clean nll", "clean brier", "clean gaps"]
+    assert list(whole) == ["clean", "dark", "clean gaps", "clean nll", "clean brier"]
     for i in range(6):
         e = sampler[i]
         with torch.no_grad():
@@ -188,7 +188,7 @@ def test_outside_images_are_the_same_for_every_model_and_resume(tmp_path):
     net, records = ProtoNet(Backbone()).eval(), tmp_path / "fake.jsonl"
     sampler, pixels = EpisodeSampler(LABELS, ways=4, shots=2, queries=5, seed=1), Pixels()
     whole = run(records, net=net, probabilities=True, temperature=2.0, ood={"against other": other}, batch=7)
-    quality = [f"{form} {name}" for form in ("clean", "tempered") for name in ("nll", "brier", "gaps")]
+    quality = [f"{form} {name}" for form in ("clean", "tempered") for name in ("gaps", "nll", "brier")]
     assert list(whole) == ["clean", "dark", "against other", *quality]
     drawn = other.read
     assert [len(rows) for rows in drawn] == [20] * 6 and len({tuple(rows.tolist()) for rows in drawn}) == 6

@@ -31,7 +31,7 @@ from vismt.engine.study import Training
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
 from vismt.jobs.output_conditions import TEMPERED, against, fitted_once
-from vismt.metatune.protocol.episode_outcome import BRIER, GAPS, NLL, SCALED, UNSCALED
+from vismt.metatune.protocol.episode_outcome import SCALED, UNSCALED
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.protocol.protocol import clean_logits, run_protocol
 from vismt.report.results import Score
@@ -46,7 +46,7 @@ from vismt.robustness.conditions import (
 from vismt.robustness.masking import check_episodes
 from vismt.storage.records import begun_on
 from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure
-from vismt.uncertainty.probability_metrics import quality_measures
+from vismt.uncertainty.probability_metrics import group_fields, group_measures
 from vismt.uncertainty.temperature import fit_temperature
 
 TASK = "few-shot"
@@ -134,8 +134,10 @@ class Evaluation:
         measures = [(label, accuracy(results[label.label], chance)) for label in labels]
         usual = [(label, usual_accuracy(results[label.label])) for label in labels] if sampler.parts else []
         for form, label in FORMS.items():
-            if f"{form} {NLL}" in results:
-                measures += [(label, measure) for measure in probability_measures(results, form, sampler)]
+            if all(name in results for name in group_fields([form])):
+                names = [str(number) for number in range(settings.episodes)]
+                found = group_measures(names, form, results, parts_of(names, sampler))
+                measures += [(label, measure) for measure in found]
         if smoothing is not None:
             measures += [(label, accuracy(results[label.label], None)) for label in smoothing.conditions()]
             abstained = Measure("abstentions", _by_episode(results[smoothing.label]), better=LOWER)
@@ -237,18 +239,6 @@ def accuracy(values: Tensor, chance: float | None) -> Measure:
 def usual_accuracy(values: Tensor) -> Measure:
     """Return the accuracy with the interval that papers print, over the episodes as if they were independent."""
     return Measure("accuracy (interval over episodes)", _by_episode(values), covers="sampler", further=True)
-
-
-def probability_measures(
-    results: Mapping[str, Tensor], form: str, sampler: EpisodeSampler | VariableSampler
-) -> list[Measure]:
-    """Return the quality of the probabilities of a form of the clean logits from the results of `run_protocol`.
-
-    All episodes weigh the same.
-    """
-    gaps, nlls, briers = (results[f"{form} {name}"] for name in (GAPS, NLL, BRIER))
-    names = [str(number) for number in range(len(nlls))]
-    return quality_measures(names, gaps, nlls, briers, parts_of(names, sampler))
 
 
 def _by_episode(values: Tensor) -> dict[str, float]:

@@ -233,7 +233,7 @@ def _arguments(model: nn.Module, batch: Batch) -> tuple[list[Tensor], dict[str, 
     if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch):
         batch = batch[0]
     weight = next(model.parameters())
-    named = dict(batch) if isinstance(batch, Mapping) else {"": batch}
+    named: dict[str, Any] = dict(batch) if isinstance(batch, Mapping) else {"": batch}
     named.pop("labels", None)
     tensors = [value for value in named.values() if isinstance(value, Tensor) and value.ndim]
     if not tensors or not isinstance(batch, Mapping | Tensor):

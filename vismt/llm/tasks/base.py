@@ -28,7 +28,7 @@ from vismt.llm.ilora.recommenders import padded
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.pieces import Piece, collate, piece
 from vismt.uncertainty.intervals import NUMBER, Measure
-from vismt.uncertainty.probability_metrics import binned_gaps, quality_measures, scores
+from vismt.uncertainty.probability_metrics import example_measures, example_values, scores
 from vismt.uncertainty.temperature import fit_temperature
 
 Record = dict[str, Any]
@@ -310,10 +310,12 @@ def probability_measures(records: Sequence[Record]) -> dict[str, Measure]:
     """
     logs, labels = choices(records)
     result = scores(logs.exp(), labels)
-    gaps = binned_gaps(logs.exp().amax(1), result.correct)
+    # A choice that a row does not have has the smallest probability.
+    values = example_values(logs.clamp_min(math.log(torch.finfo(logs.dtype).tiny)), labels)
+    ids = [str(record["id"]) for record in records]
     measures = [
         Measure("accuracy", by_row(records, result.correct.tolist())),
-        *quality_measures([str(record["id"]) for record in records], gaps, result.nlls, result.briers),
+        *example_measures(ids, values, result.correct),
     ]
     if not math.isnan(result.auroc):
         measures.append(Measure("AUROC", by_row(records, result.orders.tolist()), NUMBER))

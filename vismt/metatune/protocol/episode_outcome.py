@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,13 +13,10 @@ from torch import Tensor
 
 from vismt.metatune.protocol.episodes import Episode
 from vismt.storage.files import atomic_write
-from vismt.storage.records import Field
-from vismt.uncertainty.probability_metrics import binned_gaps, detection_auroc, proper_scores
+from vismt.uncertainty.probability_metrics import detection_auroc, group_row
 
 PER_CLASS = 5
 UNSCALED, SCALED = "clean", "tempered"  # forms of the clean logits: as they are, divided by a temperature
-NLL, BRIER, GAPS = "nll", "brier", "gaps"
-QUALITY = {NLL: Field(0), BRIER: Field(0, 2), GAPS: Field(-1, 1, several=True)}  # fields of a record, after their form
 
 
 @dataclass
@@ -59,16 +56,8 @@ class EpisodeOutcome:
         return right
 
     def probabilities(self, form: str = UNSCALED, temperature: float = 1.0) -> dict[str, object]:
-        """Return the quality of p = softmax(logits / temperature) on the clean queries, each value a mean over them.
-
-        NLL in nats, Brier score, and GAPS: [right] - max p in the column of its bin, from which `gap_values` has the ECE.
-        """
-        log_p, labels = (self.logits.double() / temperature).log_softmax(1), self.episode.query_labels
-        nlls, briers = proper_scores(log_p, labels)
-        confidences, answers = log_p.exp().max(1)
-        gaps = binned_gaps(confidences, answers == labels).mean(0)
-        values = {NLL: float(nlls.mean()), BRIER: float(briers.mean()), GAPS: gaps.tolist()}
-        return {f"{form} {name}": value for name, value in values.items()}
+        """Return the measures of p = softmax(logits / temperature) on the clean queries, each a mean over them."""
+        return group_row(form, (self.logits.double() / temperature).log_softmax(1), self.episode.query_labels)
 
     def detection(self) -> dict[str, float]:
         """Return the AUROC with which the largest probability tells the clean queries from each set of outside images."""
@@ -100,11 +89,6 @@ def right_field(condition: str) -> str:
 def lost_field(condition: str) -> str:
     """Return the field of a record with the queries that an attack counted as broken and that are right here."""
     return f"{condition} lost"
-
-
-def quality_fields(forms: Iterable[str]) -> dict[str, Field]:
-    """Return the fields of a record for the probabilities of forms of the logits."""
-    return {f"{form} {name}": values for form in forms for name, values in QUALITY.items()}
 
 
 def write_panel(path: Path, outcome: EpisodeOutcome, model: str, names: Sequence[str] | None = None) -> None:

@@ -29,7 +29,6 @@ from vismt.metatune.protocol.episode_outcome import (
     UNSCALED,
     EpisodeOutcome,
     lost_field,
-    quality_fields,
     right_field,
     write_panel,
 )
@@ -44,6 +43,7 @@ from vismt.metatune.protocol.episode_runner import (
     parts_of,
 )
 from vismt.storage.records import SHARE, Field, Records, recorded_settings
+from vismt.uncertainty.probability_metrics import group_fields
 
 BATCH = 256  # query images in one forward pass
 FEATURES = ("auto", "off")
@@ -105,9 +105,9 @@ def run_protocol(
 
     Returns:
         Query accuracy in [0, 1] of every episode, float64 (episodes,), by condition: "clean", each attack's text, then each
-        worst case. With `probabilities` also "clean nll" in nats and "clean brier", and "clean gaps" (episodes, 15) for the
-        ECE (`vismt.uncertainty.probability_metrics.gap_values`); each is a mean over an episode's queries. With `temperature` the
-        same as "tempered nll" and so on, and with `ood` the AUROC of each condition. With `smoothing` the share of queries that
+        worst case. With `probabilities` also the fields of `vismt.uncertainty.probability_metrics.group_row`, such as
+        "clean nll" and "clean gaps" (episodes, 15), each a mean over an episode's queries. With `temperature` the same as
+        "tempered nll" and so on, and with `ood` the AUROC of each condition. With `smoothing` the share of queries that
         are right and certified at each radius, by its text, and the share of abstentions by the smoothed classifier's label.
 
     Raises:
@@ -154,7 +154,7 @@ def run_protocol(
         settings |= smoothing.settings()
         certified, abstained = [*smoothing.levels()], [smoothing.label]
     shares = ["clean", *conditions, *worst, *outside, *certified, *abstained]
-    columns = {**dict.fromkeys(shares, SHARE), **quality_fields(forms)}
+    columns = {**dict.fromkeys(shares, SHARE), **group_fields(forms)}
     lost = {name: lost_field(name) for name in conditions}
     optional = {name: Field(0, whole=True, optional=True) for name in lost.values()}
     optional["mixture"] = Field(several=True, optional=True)

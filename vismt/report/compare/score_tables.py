@@ -16,10 +16,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.sections import RESOLVED
 from vismt.storage.files import parse_json
 from vismt.storage.paths import regular_file
+from vismt.uncertainty.probability_metrics import MEASURES
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 SAMPLES = re.compile(r"samples_(?P<task>.+?)(?:_(?P<time>\d{4}-\d\d-\d\dT[\d.-]+))?\.jsonl")
@@ -240,13 +243,11 @@ def _values_of(
     }
     require_known(f"compare: '{where}': no column '{pattern}' for the class", [*labels, *answers], classes)
     by_class = {name: _probabilities(table, column, where) for name, column in classes.items()}
-    nlls = [-math.log(max(by_class[label][row], 1e-300)) for row, label in enumerate(labels)]
-    squares = [math.fsum(p * p for p in row) for row in zip(*by_class.values(), strict=True)]
-    briers = [
-        square - 2 * by_class[label][row] + 1 for row, (square, label) in enumerate(zip(squares, labels, strict=True))
-    ]
+    log_p = torch.tensor([*by_class.values()], dtype=torch.float64).T.clamp_min(1e-300).log()
+    truth = torch.tensor([[*by_class].index(label) for label in labels])
+    means = {one.metric: one.values(log_p, truth).tolist() for one in MEASURES if one.measure is None}
     of_answer = [by_class[answer][row] for row, answer in enumerate(answers)]
-    return {CORRECT: correct, "NLL in nats": nlls, "Brier": briers}, of_answer
+    return {CORRECT: correct, **means}, of_answer
 
 
 def _numbers(table: Mapping[str, Sequence[Any]], column: str, where: str) -> list[float]:
