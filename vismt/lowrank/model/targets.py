@@ -304,14 +304,16 @@ class Expression:
             return self._paths is not None and path in self._paths
         began = time.thread_time()
         try:
-            return self._compiled.fullmatch(path, timeout=max(self._left, 0.001))
-        except TimeoutError as error:
+            found = self._compiled.fullmatch(path, timeout=self._left)
+            self._left = max(0.0, self._left - (time.thread_time() - began))  # a negative limit would be none
+        except TimeoutError:
+            self._left = 0.0
+        if not self._left:
             raise UserError(
                 f"{self.name}: matching {shown_value(self.text)} takes more than {LIMIT_S:g} s; give a simpler expression, or "
                 "paths."
-            ) from error
-        finally:
-            self._left -= time.thread_time() - began
+            )
+        return found
 
 
 def _compiled(name: str, text: str) -> Any:
