@@ -322,8 +322,9 @@ def _join(
 class Located:
     """The weights of adapted modules in a checkpoint.
 
-    checkpoint: under the names of its library. names: of their tensors, by path. change: what the paths had to be changed by.
-    transposed: whether square ones are (i, o). stacks: whether the matrices of a stack of experts are, by path.
+    checkpoint: The checkpoint under the names of its library. names: Names of their tensors by path. change: The change of the
+    paths under which they were found. transposed: Whether square weights are (i, o). stacks: Whether the matrices of a stack of
+    experts are (i, o), by path.
     """
 
     checkpoint: Translated

@@ -45,8 +45,8 @@ LEGACY_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 class Finding:
     """Something about a folder that a user has to know.
 
-    level: broken (a reader fails or computes something else), suspicious, or note (no effect on the verdict). code: stable name
-    of the kind. text: what was seen. fix: what to do. modules: where, empty for the whole folder.
+    level: broken (a reader fails or computes something else), suspicious, or note (no effect on the verdict). code: Stable name
+    of the kind. text: What was seen. fix: What to do. modules: Paths of the modules, empty for the whole folder.
     """
 
     level: Level

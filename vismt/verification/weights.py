@@ -32,12 +32,11 @@ GIVE_BASE = "give the base it was trained on"
 
 @dataclass
 class ModuleRow:
-    """Numbers of an adapted module; None where they are not known.
+    """Numbers of an adapted module; None if they are not known.
 
-    norm: |DeltaW|_F. ratio: |DeltaW|_F / |W|_F. rank_used: number of singular values above the dtype's noise. stable_rank:
-    |DeltaW|_F^2 / |DeltaW|_2^2. fit: of a merged checkpoint (fit.py): right, factor, other, unresolved. factor: k of
-    W + k DeltaW. residual: |M - W - c DeltaW|_F / |M|_F. erased: share of the update that rounding to the checkpoint's dtype
-    loses.
+    norm: |DeltaW|_F. ratio: |DeltaW|_F / |W|_F. rank_used: Number of singular values above the dtype's noise. stable_rank:
+    |DeltaW|_F^2 / |DeltaW|_2^2. fit: Kind of the `Fit` of a merged checkpoint. factor: k of W + k DeltaW. residual:
+    |M - W - c DeltaW|_F / |M|_F. erased: Share of the update that rounding to the checkpoint's dtype loses.
     """
 
     path: str

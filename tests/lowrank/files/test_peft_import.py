@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 import vismt
 from vismt.base.errors import UserError
-from vismt.lowrank.files.peft_settings import PatternTable
+from vismt.lowrank.files.peft_settings import PatternTable, PeftSettings
 from vismt.lowrank.layers.base import adapter_layers
 
 peft = pytest.importorskip("peft")
@@ -116,6 +117,37 @@ KEYS = st.sampled_from(["a", r"a\.b", "^a", r"^a\.b", "^b", "[ab]", r".*\.b", "a
 def test_the_value_of_a_module_is_that_of_peft(keys: list[str], path: str) -> None:
     table = {key: float(place) for place, key in enumerate(keys)}
     assert PatternTable("x", table).value(path, -1.0) == table.get(get_pattern_key(keys, path), -1.0)
+
+
+NAMES = st.sampled_from(["q", "k", "mlp.q", "layers.1.q", "a.layers.0.x.1.q", "x.1.q"])
+TEXTS = st.sampled_from([r".*\.q", r"(a\.)?layers\.\d\.[qk]", "q|k", r".*(?<!mlp\.)q", r"(\w)\.\1.*", r"(?i).*Q"])
+SETTINGS = {
+    "target_modules": st.one_of(TEXTS, st.lists(NAMES, min_size=1, max_size=3)),
+    "exclude_modules": st.one_of(st.none(), TEXTS, st.lists(NAMES, max_size=2)),
+    "layers_to_transform": st.one_of(st.none(), st.integers(0, 1), st.lists(st.integers(0, 1), max_size=2)),
+    "layers_pattern": st.sampled_from([None, "layers", ["x", "layers"], "(layers|x)", "[a-z]+"]),
+    "modules_to_save": st.sampled_from([None, ["k"], ["mlp"], [r"layers\.0", "q"]]),
+}
+PATHS = [
+    "q",
+    "k",
+    "a.q",
+    "a.k",
+    "layers.0.q",
+    "a.layers.0.q",
+    "a.layers.1.mlp.q",
+    "a.layers.0.x.1.q",
+    "b.x.1.layers.0.k",
+]
+
+
+@many(300)
+@given(st.fixed_dictionaries(SETTINGS))
+def test_the_settings_name_the_modules_that_peft_adapts(settings: dict[str, Any]) -> None:
+    config = SimpleNamespace(**settings, target_parameters=None)
+    ours = PeftSettings(2, 2.0, **settings)
+    for path in PATHS:
+        assert ours.names(path) == bool(peft.tuners.tuners_utils.check_target_module_exists(config, path)), path
 
 
 def test_a_table_of_every_module_is_looked_up() -> None:

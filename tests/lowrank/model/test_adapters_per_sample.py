@@ -53,6 +53,23 @@ def test_peft_computes_the_same_mixed_batch(kind: str, tmp_path: Path) -> None:
     assert relative(expected[0], logits(tiny_lm(kind), ids)[0]) > 1e-2
 
 
+def test_a_bias_and_a_linear_that_were_trained_whole_are_mixed_with_the_factors() -> None:
+    model, x = tiny_vit(), images(3)
+    for seed, also in enumerate(([r"blocks\.0\.attn\.qkv\.bias"], ["head"])):
+        vismt.adapt(model, "lora", ["qkv"], rank=2, seed=seed, name="ab"[seed], also_train=also)
+        shake(model, 0.1, seed)
+    alone = {}
+    for name in ("a", "b", None):
+        vismt.activate(model, name)
+        alone[name] = model(x).detach()
+    vismt.activate(model, ["a", "b"])
+    with vismt.adapters_per_sample(["b", "a", None]):
+        mixed = model(x)
+    for row, name in enumerate(("b", "a", None)):
+        assert relative(mixed[row], alone[name][row]) < 1e-5
+    assert all(relative(alone[name], alone[None]) > 1e-2 for name in "ab")
+
+
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_a_wrong_number_of_entries_is_refused_where_only_layers_on_windows_are_adapted(count: int) -> None:
     """The layers see 4 windows of each image, so that 1, 2 and 8 entries divide their batch."""

@@ -60,7 +60,16 @@ def test_what_re_refuses_is_one_clear_line(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["((([ab]{99}){99}){99}){99}", "(" * 60 + "a" + ")+" * 60, "(" * 5000 + ")" * 5000, "a{99999999999}"]
+    "text",
+    [
+        "((([ab]{99}){99}){99}){99}",
+        "(" * 60 + "a" + ")+" * 60,
+        "(" * 60 + "a" + "){1,}" * 60,
+        "(" * 5000 + ")" * 5000,
+        "a{1234567890}",
+        "a{99999999999}",
+        "a+" * 10**5,
+    ],
 )
 def test_expressions_that_take_memory_are_refused_before_they_are_compiled(text: str) -> None:
     began = time.thread_time()

@@ -41,10 +41,10 @@ UPDATES = {"A", "B", "embedding_A", "embedding_B", "magnitude", "bias"}  # roles
 class Stored:
     """A tensor of a file.
 
-    dtype: as safetensors names it, "BF16". The rest is of an adapter. path: of its module in the model; of a saved
-    parameter its own name there. role: A, B, C (a core), A0, B0 (a start that is subtracted), embedding_A, embedding_B,
-    magnitude, bias (of B), saved (a whole parameter), tuner (of peft's other tuners), shared (by its modules), stock, other.
-    adapter: a name of the adapter inside `name`.
+    dtype: Name of the type in safetensors, "BF16". The other fields are those of an adapter. path: Path of its module in the
+    model; a saved parameter has its own name there. role: A, B, C (a core), A0, B0 (a start that is subtracted), embedding_A,
+    embedding_B, magnitude, bias (of B), saved (a whole parameter), tuner (of peft's other tuners), shared (by its modules),
+    stock, other. adapter: Name of the adapter inside `name`.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Stored:
 class StoredTensors:
     """Tensors by name, of one file or of several.
 
-    reasons: why files or values cannot be read. twice: names in two files, of which the later counts. made: functions that
+    reasons: Why files or values cannot be read. twice: Names that are in two files. The later file counts. made: Functions that
     return the values of weights that are made of several tensors.
     """
 
@@ -172,9 +172,10 @@ def part_of(name: str) -> tuple[str, str, str]:
 class ModuleFacts:
     """An adapted module.
 
-    path: of the module in the model. key: as the file spells it, without the prefix. named: as the settings name it. tensors: by
-    role. rank: of the tensors. declared, scale: rank and factor of the update by the settings; None where there are none.
-    stacked: whether the factors are of experts in one parameter. experts: their number, by the ranks of file and settings.
+    path: Path of the module in the model. key: Path in the file, without the prefix. named: Path in the settings. tensors: By
+    role. rank: Rank of the tensors. declared, scale: Rank and factor of the update by the settings; None without settings.
+    stacked: Whether the factors belong to experts in one parameter. experts: Number of these experts, by the ranks of file and
+    settings.
     """
 
     path: str

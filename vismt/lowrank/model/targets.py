@@ -48,7 +48,7 @@ READ_BY_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")  # of a state-space m
 PATH = re.compile(r"\w+(\.\w+)*")  # a pattern that names one path, and needs no matching
 PATHS = re.compile(r"(?:\w|\\[.-]|\|)+")  # an expression that names paths, as exports write it
 LIMIT_S = 5.0  # time of the thread that all matches of one expression may take
-MOST_PARTS = 2**20  # characters of an expression, times its repeats: the library writes repeated parts out
+MOST_PARTS = 20  # log2 of the characters of an expression times its repeats: the library writes repeated parts out
 
 Targets = str | Sequence[str] | None
 
@@ -304,27 +304,29 @@ class Expression:
             return self._paths is not None and path in self._paths
         began = time.thread_time()
         try:
-            if self._left <= 0:
-                raise TimeoutError
-            return self._compiled.fullmatch(path, timeout=self._left)
-        except TimeoutError as error:
+            found = self._compiled.fullmatch(path, timeout=self._left)
+            self._left = max(0.0, self._left - (time.thread_time() - began))  # a negative limit would be none
+        except TimeoutError:
+            self._left = 0.0
+        if not self._left:
             raise UserError(
                 f"{self.name}: matching {shown_value(self.text)} takes more than {LIMIT_S:g} s; give a simpler expression, or "
                 "paths."
-            ) from error
-        finally:
-            self._left -= time.thread_time() - began
+            )
+        return found
 
 
 def _compiled(name: str, text: str) -> Any:
     import regex  # which has a time limit; most targets are paths
 
-    repeats = re.findall(r"\{(\d{0,9}),?(\d{0,9})\}|(\+)", re.sub(r"\\.", "", text))
-    parts = len(text) * math.prod(2 if plus else max(int(n or 1) for n in counts) for *counts, plus in repeats)
+    # The library writes x+ out as xx*, and x{2,} as xxx*.
+    repeats = re.findall(r"\{(\d*)(,?)(\d*)\}", re.sub(r"\\.", "", text).replace("+", "{1,}"))
     try:
+        factors = [max(1, int(least or 0) + bool(comma and not most), int(most or 0)) for least, comma, most in repeats]
+        parts = sum(map(math.log2, [len(text) or 1, *factors]))
         if parts > MOST_PARTS:
             raise ValueError(
-                f"it has {parts:.2g} parts with its repeats written out, at most {MOST_PARTS:.2g} are matched"
+                f"with its repeats written out it has about 2^{parts:.0f} parts, at most 2^{MOST_PARTS} are matched"
             )
         re.compile(text)
         return regex.compile(text)
