@@ -195,8 +195,8 @@ def test_quantised_base_under_its_update_is_nearer_to_the_weights(kind: str, opt
         matrix = host.matrix(weight)
         assert host.lora_A0 is None
         # Representable in 4 bits.
-        assert torch.equal(nf4(host.matrix(host.weight).contiguous()), host.matrix(host.weight))
-        assert not torch.equal(host.weight, weight)
+        assert torch.equal(nf4(host.matrix(host.quantized).contiguous()), host.matrix(host.quantized))
+        assert torch.equal(host.weight, weight) and not torch.equal(host.quantized, weight)
         merged_matrix = host.matrix(start.get_submodule(path).weight)
         assert relative(merged_matrix, matrix) < 0.9 * relative(nf4(matrix.contiguous()), matrix)
     x = images() if kind == "vit" else tokens()

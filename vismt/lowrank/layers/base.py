@@ -1,10 +1,10 @@
 """The tree of adapter modules: what a method puts into a model, in the place of a stock module or at a new path.
 
-A kind of module is one class in one file. It declares its settings as a frozen dataclass, builds itself from them, names the
-tensors that an adapter file holds for it, and takes its update out of the weights and puts it back. `MODULES` finds it by name
-when an adapter file is read; nothing else in the core tests the class of a module. An `AdapterLayer` stands in the place of a
-stock linear, convolution, embedding or parameter and carries the update of its weight; other modules stand around a container
-(a router in an FFN) or at a path of their own (a network of gates).
+A kind of module is one class in one file. It declares its settings as a frozen dataclass, builds itself from them, and names the
+tensors that an adapter file holds for it. `MODULES` finds it by name when an adapter file is read; nothing else in the core tests
+the class of a module. An `AdapterLayer` stands in the place of a stock linear, convolution, embedding or parameter and carries
+the update of its weight; other modules stand around a container (a router in an FFN) or at a path of their own (a network of
+gates).
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ class AdapterModule(nn.Module):
     """A part of an adapter in a model. A subclass adds its forward and tensors, and overrides what differs from the defaults.
 
     In the place of a stock module it has the children, hooks and mode of that module, whose rest it keeps as `shell`, so every
-    path and key below stays what it was. At a new path it has no shell. It may store its update in the weights below it
-    (`remove_update`, `apply_update`) and keep their tensors in another order (`reorder`); files, merging and detaching see the
-    stock weights in stock order.
+    path and key below stays what it was. At a new path it has no shell. It never writes into a stock weight.
     """
 
     Settings: ClassVar[type]
@@ -150,16 +148,6 @@ class AdapterModule(nn.Module):
         for name, value in tensors.items():
             own[name].copy_(value)
 
-    # ---- the weights below it
-    def remove_update(self) -> None:
-        """Take the update out of the weights, in place."""
-
-    def reorder(self, stock: bool) -> None:
-        """Put tensors that are kept in another order into the stock order, or back; the update is out of the weights."""
-
-    def apply_update(self) -> None:
-        """Put the update into the weights: the inverse of `remove_update`."""
-
     def check_mergeable(self, what: str, path: str) -> None:
         """Raise UserError for `what` (merge, export) while the stock weights cannot hold what this module does."""
 
@@ -193,7 +181,7 @@ class AdapterLayer(AdapterModule):
         self.shell._parameters = dict.fromkeys(self.shell._parameters)
 
     def detach(self, model: nn.Module) -> nn.Module | None:
-        """Return the stock module with its own weight, bit for bit; the update is out of it."""
+        """Return the stock module with its own weight, bit for bit."""
         stock = super().detach(model)
         self._parameters.update(dict.fromkeys({"weight", "bias"} & self._parameters.keys()))
         return stock
@@ -217,7 +205,7 @@ class AdapterLayer(AdapterModule):
         return matrix.t() if type(self.shell).__name__ == "Conv1D" else matrix
 
     def stock_weight(self) -> Tensor:
-        """Return the stock weight as numbers; for a layer whose update is out of it."""
+        """Return the stock weight as numbers."""
         return self.weight.detach()
 
     @property

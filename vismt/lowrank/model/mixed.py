@@ -31,7 +31,7 @@ from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, adapter_layer
 from vismt.lowrank.layers.gates import PerSample, unwatch_expansion, watch_expansion
 from vismt.lowrank.layers.parameter_modules import is_attention, to_modules, to_parameters
 from vismt.lowrank.layers.stock_modules import is_conv1d, kind_of, weight_format
-from vismt.lowrank.model.modules import attach_all, check_mergeable, detach_all, stock_order
+from vismt.lowrank.model.modules import attach_all, check_mergeable, detach_all
 from vismt.lowrank.model.record import need_record
 from vismt.lowrank.update import Update
 
@@ -178,10 +178,9 @@ def updates_of(model: nn.Module, name: str) -> dict[str, Update]:
             raise UserError(
                 f"activate: '{name}' cannot be mixed: '{record.method}' {reason}; activate it alone, by its name."
             )
-    with stock_order(model):
-        updates = {path: Update((layer.low_rank(),)) for path, layer in adapter_layers(model).items()}
-        for whole, original in record.also_train.items():
-            _add_whole(model, name, whole, original, updates)
+    updates = {path: Update((layer.low_rank(),)) for path, layer in adapter_layers(model).items()}
+    for whole, original in record.also_train.items():
+        _add_whole(model, name, whole, original, updates)
     return updates
 
 

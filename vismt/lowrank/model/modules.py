@@ -1,9 +1,8 @@
-"""The adapter modules of a model together: put in place, taken out, and the stock weights below them brought back for a while."""
+"""The adapter modules of a model together: put in place and taken out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -68,34 +67,6 @@ def detach_all(model: nn.Module, merged: Mapping[str, nn.Module] | None = None) 
             delattr(model.get_submodule(parent), leaf)
         else:
             setattr(model.get_submodule(parent), leaf, replacement)
-
-
-def to_stock(model: nn.Module) -> None:
-    """Put every stock weight back to its stock values in stock order; the trained values are kept apart."""
-    modules = adapter_modules(model).values()
-    for module in modules:
-        module.remove_update()
-    for module in modules:
-        module.reorder(stock=True)
-
-
-def from_stock(model: nn.Module) -> None:
-    """Apply every update again: the inverse of `to_stock`."""
-    modules = adapter_modules(model).values()
-    for module in modules:
-        module.reorder(stock=False)
-    for module in modules:
-        module.apply_update()
-
-
-@contextmanager
-def stock_order(model: nn.Module) -> Iterator[None]:
-    """Keep the model's tensors in stock order inside the block; not for use between a forward and its backward."""
-    try:
-        to_stock(model)
-        yield
-    finally:
-        from_stock(model)
 
 
 def check_mergeable(model: nn.Module, what: str) -> None:
