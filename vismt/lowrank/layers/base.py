@@ -1,4 +1,4 @@
-"""The tree of adapter modules: what a method puts into a model, in the place of a stock module or at a new path.
+"""The tree of adapter modules: modules that a method puts into a model, in the place of a stock module or at a new path.
 
 A kind of module is one class in one file. It declares its settings as a frozen dataclass, builds itself from them, and names the
 tensors that an adapter file holds for it. `MODULES` finds it by name when an adapter file is read; nothing else in the core tests
@@ -10,6 +10,7 @@ gates).
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -26,15 +27,13 @@ from vismt.lowrank.tensors import check_factor, check_finite
 HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 
 
-class AdapterModule(nn.Module):
-    """A part of an adapter in a model. A subclass adds its forward and tensors, and overrides what differs from the defaults.
+class Placed(nn.Module):
+    """A module in the place of a stock module, or at a path of its own, and how it comes and goes.
 
     In the place of a stock module it has the children, hooks and mode of that module, whose rest it keeps as `shell`, so every
     path and key below stays what it was. At a new path it has no shell. It never writes into a stock weight.
     """
 
-    Settings: ClassVar[type]
-    name: ClassVar[str]  # in adapter files
     shell: nn.Module | None
     lent: tuple[str, ...]  # names of the children that it has of the stock module
 
@@ -42,7 +41,6 @@ class AdapterModule(nn.Module):
         super().__init__()
         self.adopt(base)
 
-    # ---- its place in a model
     def adopt(self, base: nn.Module | None) -> None:
         """Take the children, hooks and mode of the stock module `base`; None for a module at a new path."""
         self.__dict__["shell"], self.lent = None, ()
@@ -77,14 +75,70 @@ class AdapterModule(nn.Module):
         module.training = self.training
         return module
 
+
+class PlacedWeight(Placed):
+    """A module in the place of a stock module with a weight."""
+
+    shell: nn.Module
+
+    def adopt(self, base: nn.Module | None) -> None:
+        """Take the weight, the bias, and what every adapter module takes."""
+        super().adopt(base)
+        stock: Any = base
+        self.weight, self.bias = stock.weight, getattr(stock, "bias", None)
+        self.shell._parameters = dict.fromkeys(self.shell._parameters)
+
+    def detach(self, model: nn.Module) -> nn.Module | None:
+        """Return the stock module with its own weight, bit for bit."""
+        stock = super().detach(model)
+        self._parameters.update(dict.fromkeys({"weight", "bias"} & self._parameters.keys()))
+        return stock
+
+    def stock(self, weight: nn.Parameter | None = None) -> nn.Module:
+        """Return the stock module with its own weight, or with `weight` in its place."""
+        module: Any = super().stock()
+        module._parameters = dict(module._parameters)
+        module.weight = self.weight if weight is None else weight
+        if "bias" in module._parameters:  # an embedding has none
+            module.bias = self.bias
+        return module
+
+    # ---- its weight
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the stock weight as a matrix (o, i); a view where its layout allows."""
+        return weight.t() if type(self.shell).__name__ == "Conv1D" else weight
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Return a matrix (o, i) in the stock weight's shape: the inverse of `matrix`."""
+        return matrix.t() if type(self.shell).__name__ == "Conv1D" else matrix
+
+    def stock_weight(self) -> Tensor:
+        """Return the stock weight as numbers."""
+        return self.weight.detach()
+
+    @property
+    def in_features(self) -> int:
+        return self.matrix(self.weight).shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.matrix(self.weight).shape[0]
+
+
+class AdapterModule(Placed, ABC):
+    """A part of an adapter in a model. A subclass adds its forward and tensors, and overrides what differs from the defaults."""
+
+    Settings: ClassVar[type]
+    name: ClassVar[str]  # in adapter files
+
     # ---- the module as data
     @classmethod
+    @abstractmethod
     def build(cls, base: Any, spec: LayerSpec, **how: Any) -> AdapterModule:
         """Return the module of `spec` around `base`, the module at its path (None for a new path), with its update unset.
 
         how: dropout, and dtype of the trained tensors, None for the weight's own, fp32 for half-precision weights.
         """
-        raise NotImplementedError
 
     @classmethod
     def prepare(cls, model: nn.Module, specs: Sequence[LayerSpec]) -> Finish | None:
@@ -159,10 +213,9 @@ class AdapterModule(nn.Module):
 Finish = Callable[[Mapping[str, AdapterModule]], None]  # of placed modules, by path
 
 
-class AdapterLayer(AdapterModule):
+class AdapterLayer(PlacedWeight, AdapterModule):
     """An adapter module in the place of a stock module with a weight, which carries the update of that weight."""
 
-    shell: nn.Module
     # Why export_peft and combine refuse this layer, after "'<method>' "; empty where they do not.
     export_refusal: ClassVar[str] = ""
     combine_refusal: ClassVar[str] = ""
@@ -173,57 +226,14 @@ class AdapterLayer(AdapterModule):
     weight_readable: ClassVar[bool] = False
     of_parameter: ClassVar[bool] = False  # whether the layer stands in the place of a parameter
 
-    def adopt(self, base: nn.Module | None) -> None:
-        """Take the weight, the bias, and what every adapter module takes."""
-        super().adopt(base)
-        stock: Any = base
-        self.weight, self.bias = stock.weight, getattr(stock, "bias", None)
-        self.shell._parameters = dict.fromkeys(self.shell._parameters)
-
-    def detach(self, model: nn.Module) -> nn.Module | None:
-        """Return the stock module with its own weight, bit for bit."""
-        stock = super().detach(model)
-        self._parameters.update(dict.fromkeys({"weight", "bias"} & self._parameters.keys()))
-        return stock
-
-    def stock(self, weight: nn.Parameter | None = None) -> nn.Module:
-        """Return the stock module with its own weight, or with `weight` in its place."""
-        module: Any = super().stock()
-        module._parameters = dict(module._parameters)
-        module.weight = self.weight if weight is None else weight
-        if "bias" in module._parameters:  # an embedding has none
-            module.bias = self.bias
-        return module
-
-    # ---- its weight
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Return the stock weight as a matrix (o, i); a view where its layout allows."""
-        return weight.t() if type(self.shell).__name__ == "Conv1D" else weight
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        """Return a matrix (o, i) in the stock weight's shape: the inverse of `matrix`."""
-        return matrix.t() if type(self.shell).__name__ == "Conv1D" else matrix
-
-    def stock_weight(self) -> Tensor:
-        """Return the stock weight as numbers."""
-        return self.weight.detach()
-
-    @property
-    def in_features(self) -> int:
-        return self.matrix(self.weight).shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.matrix(self.weight).shape[0]
-
     # ---- its update
+    @abstractmethod
     def low_rank(self) -> LowRank:
         """Return the whole update against the stock weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merged(self) -> nn.Module:
         """Return the stock module with the update in its weight."""
-        raise NotImplementedError
 
     @classmethod
     def low_rank_of(cls, what: str, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> LowRank:

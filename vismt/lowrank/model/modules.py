@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import AdapterModule, Finish, LayerSpec, adapter_modules
+from vismt.lowrank.layers.base import AdapterModule, Finish, LayerSpec, Placed, adapter_modules
 
 
 def prepare(model: nn.Module, specs: Sequence[LayerSpec]) -> Finish:
@@ -39,7 +39,7 @@ def place(
     return placed
 
 
-def attach_all(model: nn.Module, modules: Mapping[str, AdapterModule]) -> None:
+def attach_all(model: nn.Module, modules: Mapping[str, Placed]) -> None:
     """Put each module at its path, under every name that the module there has."""
     names: dict[int, list[str]] = {}
     paths: dict[str, int] = {}
@@ -57,7 +57,7 @@ def detach_all(model: nn.Module, merged: Mapping[str, nn.Module] | None = None) 
     """
     stock: dict[int, nn.Module | None] = {}
     for name, module in [*model.named_modules(remove_duplicate=False)]:
-        if not isinstance(module, AdapterModule):
+        if not isinstance(module, Placed):
             continue
         if id(module) not in stock:
             stock[id(module)] = merged[name] if merged and name in merged else module.detach(model)

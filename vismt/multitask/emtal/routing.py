@@ -40,6 +40,19 @@ def idle(units: Tensor, weight: Tensor) -> Tensor:
     return _Idle.apply(units, weight) if weight.requires_grad and torch.is_grad_enabled() else units
 
 
+def _members(labels: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
+    """Return the matrix (H, e) with 1 where a unit belongs to an expert."""
+    return F.one_hot(labels, experts).to(dtype)
+
+
+def _of_units(omega: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weights (..., H) of the units from omega (..., e) of their experts.
+
+    A product with ones and zeros is exact, and on a CPU faster in half precision than `index_select`.
+    """
+    return omega.to(dtype) @ _members(labels, omega.shape[-1], dtype).t()
+
+
 class _Gate(torch.autograd.Function):
     """(u (..., H), z (..., e), labels (H,), a) -> u * omega (..., H); saves z and the output for backward."""
 
@@ -47,7 +60,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(units: Tensor, logits: Tensor, labels: Tensor, fade: float) -> Tensor:
-        return units * expert_weights(logits, fade).to(units.dtype).index_select(-1, labels)
+        return _of_units(expert_weights(logits, fade), labels, units.dtype).mul_(units)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -59,12 +72,12 @@ class _Gate(torch.autograd.Function):
         logits, labels, gated = ctx.saved_tensors
         fade, experts = ctx.fade, logits.shape[-1]
         omega = expert_weights(logits, fade)
-        grad_units = grad * omega.to(grad.dtype).index_select(-1, labels) if ctx.needs_input_grad[0] else None
+        grad_units = _of_units(omega, labels, grad.dtype).mul_(grad) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_units, None, None, None
         shares = logits.softmax(-1, dtype=omega.dtype)
-        member = F.one_hot(labels, experts).to(grad.dtype)
-        pulls = ((grad * gated) @ member).to(omega.dtype) * (shares / omega if fade else 1 / experts)
+        pulls = ((grad * gated) @ _members(labels, experts, grad.dtype)).to(omega.dtype)
+        pulls = pulls * (shares / omega if fade else 1 / experts)
         grad_logits = (1 - fade) * experts * (pulls - shares * pulls.sum(-1, keepdim=True))
         return grad_units, grad_logits.to(logits.dtype), None, None
 
