@@ -445,19 +445,6 @@ def test_the_lm_is_on_its_device_before_it_is_calibrated(home, tmp_path: Path, m
     assert moved
 
 
-def test_texts_of_a_calibration_predict_their_tokens_but_the_first(home, tmp_path: Path) -> None:
-    section = {"data": [f"{home['films']}:train"], "rows": 24, "batch": 12}
-    run = trained(home, tmp_path, calibration=section)
-    job = open_run(run).job
-    for plain, batch in zip(*(job.data.calibration(job.config.calibration, labels=wanted) for wanted in (False, True))):
-        mask = batch["attention_mask"].bool()
-        first = torch.arange(mask.shape[1]) == (~mask).sum(1, keepdim=True)
-        assert "labels" not in plain and all(torch.equal(plain[name], batch[name]) for name in plain)
-        assert torch.equal(batch["labels"], batch["input_ids"].masked_fill(~mask | first, -100)) and (~mask).any()
-    with pytest.raises(UserError, match="text 'a' gives rows of one token"):
-        job.data.calibration(replace(job.config.calibration, text="a"), labels=True)
-
-
 @pytest.mark.parametrize(("changes", "words"), [
     ({"adapt": CORDA}, "calibration: 'corda' needs covariances; name texts here"),
     ({"arms": {"a": {}, "b": {"adapt": CORDA}}}, "arms.b: calibration: 'corda'"),

@@ -258,6 +258,16 @@ def test_a_cast_is_the_function_that_its_file_gives_on_the_cast_weights(dtype: t
     assert holds(vismt.unadapt(model), tiny_vit().to(dtype).state_dict())
 
 
+def test_the_stock_weight_stays_and_a_cast_on_the_shelf_quantises_it_again() -> None:
+    model, x = quantized_vit(), images()
+    weight = model.blocks[0].attn.qkv.weight
+    assert torch.equal(weight, tiny_vit().blocks[0].attn.qkv.weight)
+    active = copy.deepcopy(model).bfloat16()
+    vismt.activate(vismt.activate(model, None).bfloat16(), "default")
+    assert model.blocks[0].attn.qkv.weight is weight
+    assert torch.equal(answer(model, x.bfloat16()), answer(active, x.bfloat16()))
+
+
 def test_updates_of_quantised_weights_are_merged_and_not_exported(tmp_path) -> None:
     model = quantized_vit()
     folder = vismt.save_adapter(model, tmp_path / "own")
