@@ -47,7 +47,7 @@ from vismt.lowrank.model.record import (
     was_trained,
 )
 from vismt.lowrank.model.targets import refusals
-from vismt.lowrank.tensors import check_parameter, need_finite
+from vismt.lowrank.tensors import check_finite, check_parameter, need_finite
 from vismt.storage.files import atomic_write, sealed, write_tensors
 from vismt.storage.locks import locked
 
@@ -209,16 +209,18 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "adapter") -> None:
     """Copy checked adapter tensors into an adapted model; starts that the layers lack are created.
 
-    Raises UserError for what an adapter module cannot take on this model, before anything is copied. what: start of messages.
+    Raises UserError for values beyond the range of a tensor of this model, before anything is copied. what: Start of messages.
     """
     rest, of_modules = dict(tensors), []
     modules = adapter_modules(model)
     for spec in need_record(model, "adapter").specs:
         module = modules[spec.path]
-        names = dict.fromkeys([*module.tensors(), *module.optional_shapes(spec)])
+        own = module.tensors()
+        names = dict.fromkeys([*own, *module.optional_shapes(spec)])
         values = {name: rest.pop(f"{spec.path}.{name}") for name in names if f"{spec.path}.{name}" in rest}
+        for name, value in values.items():  # one that the module lacks gets the dtype of its first
+            check_finite(f"{what}: {spec.path}.{name}", value, own.get(name, next(iter(own.values()))).dtype)
         if values:
-            module.check_fill(f"{what}: {spec.path}", values)
             of_modules.append((module, values))
     for name, value in rest.items():
         model.get_parameter(name).copy_(value)

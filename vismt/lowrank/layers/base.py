@@ -22,7 +22,7 @@ from vismt.base.errors import UserError
 from vismt.base.registry import PLACES, Registry
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.stock_modules import kind_of, matrix_shape
-from vismt.lowrank.tensors import check_factor, check_finite
+from vismt.lowrank.tensors import check_factor
 
 HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 
@@ -188,12 +188,6 @@ class AdapterModule(Placed, ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that an adapter file holds for this module, by name below its path."""
         return {}
-
-    def check_fill(self, what: str, tensors: Mapping[str, Tensor]) -> None:
-        """Raise UserError for checked tensors that this module on its model cannot take; here for values beyond its dtype."""
-        own = self.tensors()
-        for name, value in tensors.items():  # one that the module lacks gets the dtype of its first
-            check_finite(f"{what}.{name}", value, own.get(name, next(iter(own.values()))).dtype)
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
