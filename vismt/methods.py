@@ -50,8 +50,8 @@ class MakeSchedule(Protocol):
 class Calibration:
     """Data that a job offers to a method before it adapts the model.
 
-    batches(labels=False) returns batches of model inputs on the CPU. folder: Folder for what was computed. results: computed
-    values by key, shared by all arms of a run.
+    batches() returns batches of model inputs on the CPU. folder: Folder for what was computed. results: computed values by key,
+    shared by all arms of a run.
     """
 
     batches: Callable[..., list[dict[str, Tensor]]]

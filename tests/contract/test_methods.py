@@ -41,12 +41,9 @@ BESIDE = {"emtal": 12 * 16 * 384, "ilora": 64 * 4 + 4, "polar": 12 * 6 * 8 * 8}
 VARIANTS = dict(LAYOUTS)
 # A method that trains no factors has layouts of its own.
 SLICES = {
-    "permute": {},
-    "index": {"mode": "index"},
-    "delta": {"mode": "delta"},
+    "columns": {},
     "every_part": {"parts": ["v", "o", "u", "d"]},
-    "rows_by_index": {"parts": ["v", "u"], "mode": "index"},
-    "rows_by_delta": {"parts": ["v", "u"], "mode": "delta"},
+    "rows": {"parts": ["v", "u"]},
     "slices_with_head": {"also_train": ["head"]},
 }
 VARIANTS_OF = {name: list(SLICES) for name in METHODS if SliceLinear in DECLARED[name].layers}

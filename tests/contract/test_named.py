@@ -19,7 +19,7 @@ from vismt.methods import METHODS
 from vismt.testing.method_contract import faded
 
 # Every layer as it is and everything at once, as of one adapter; of slices one variant of each kind.
-EVERY = [(method, variant) for method, variant in GRAPHS if variant not in ("index", "every_part", "rows_by_delta")]
+EVERY = [(method, variant) for method, variant in GRAPHS if variant != "every_part"]
 
 
 def put(model: nn.Module, method: str, variant: str, name: str, seed: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ def configurations(folder: Path) -> dict[str, dict]:
         "train": TRAIN,
         "batch": 4,
     }
-    s2ft = {"method": "s2ft", "options": {"strategy": "weight", "ratio": 0.2, "mode": "delta"}}
+    s2ft = {"method": "s2ft", "options": {"ratio": 0.2}}
     lisa = {"method": "lisa", "options": {"active": 1, "interval": 2, "exclude": ["lm_head", "embed_tokens"]}}
     polar = {"adapt.method": "polar", "adapt.rank": 2}
     arms = {
@@ -136,17 +136,15 @@ class Holder(nn.Module):
         self.part = part
 
 
-def sliced(mode: str) -> nn.Module:
+def sliced() -> nn.Module:
     model = tiny_vit()
-    vismt.adapt(model, "s2ft", ratio=0.5, mode=mode)
+    vismt.adapt(model, "s2ft", ratio=0.5)
     return model
 
 
 @pytest.mark.parametrize(
     ("part", "settings", "words"),
     [
-        (lambda: sliced("permute"), {}, "'s2ft' in mode 'permute' .* set adapt.options.mode to delta"),
-        (lambda: sliced("index"), {}, "'s2ft' in mode 'index'"),
         (lambda: make_balancer("pcgrad", ["depth", "edge"]), {}, "balancing by the gradients of single tasks"),
         (lambda: make_balancer("famo", ["depth", "edge"]), {}, "'famo' computes losses again .* take 'uncertainty'"),
         (lambda: ProtoNet(tiny_vit(num_classes=0)), {}, "few-shot training .* take torchrun"),
@@ -159,8 +157,8 @@ def test_what_cannot_be_sharded_is_named(part, settings: dict, words: str) -> No
         check_sharded(Holder(part()), TrainConfig(**settings))
 
 
-def test_delta_mode_and_loss_weighting_are_taken() -> None:
-    for part in (sliced("delta"), make_balancer("uncertainty", ["depth", "edge"])):
+def test_slices_and_loss_weighting_are_taken() -> None:
+    for part in (sliced(), make_balancer("uncertainty", ["depth", "edge"])):
         check_sharded(Holder(part), TrainConfig(precision="bf16", checkpointing=True))
 
 

@@ -46,25 +46,12 @@ def test_few_shot_runs_calibrate_on_named_sets(tmp_path: Path) -> None:
     assert (folder / "results.jsonl").exists()
 
 
-@pytest.mark.parametrize("strategy", ["activation", pytest.param("random", marks=pytest.mark.slow)])
-def test_s2ft_scores_its_units_by_images(strategy: str, tmp_path: Path) -> None:
-    options = {"strategy": strategy, "ratio": 0.2}
-    folder = run_config(
-        written(tmp_path / "corda.yaml", {**MULTITASK, "adapt": {"method": "s2ft", "options": options}})
-    )
-    assert (folder / "results.jsonl").exists()
-
-
 @pytest.mark.parametrize(
     ("config", "text"),
     [
         ({**MULTITASK, "calibration": None}, "calibration: 'corda' needs covariances; give this section"),
         ({**MULTITASK, "calibration": {"examples": 0}}, "calibration.examples is 0; it must be at least 1"),
         ({**FEWSHOT, "adapt": CORDA}, "calibration: 'corda' needs covariances; give this section"),
-        (
-            {**FEWSHOT, "adapt": {"method": "s2ft", "options": {"strategy": "activation"}}},
-            "calibration: 's2ft' chooses by data with strategy 'activation'; give this section",
-        ),
     ],
 )
 def test_missing_images_are_an_error_before_any_work(config, text, tmp_path: Path, capsys) -> None:

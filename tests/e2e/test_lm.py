@@ -26,7 +26,6 @@ from vismt.jobs.lm.evaluation import MEANS, Evaluation
 from vismt.jobs.units import _evaluations
 from vismt.llm.corda import covariance
 from vismt.llm.net import LmNet
-from vismt.llm.s2ft.selection import select_units
 from vismt.llm.tasks.base import gather
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.report.results import RECORDS, Result, read_results
@@ -446,60 +445,9 @@ def test_the_lm_is_on_its_device_before_it_is_calibrated(home, tmp_path: Path, m
     assert moved
 
 
-def test_texts_of_a_calibration_predict_their_tokens_but_the_first(home, tmp_path: Path) -> None:
-    section = {"data": [f"{home['films']}:train"], "rows": 24, "batch": 12}
-    run = trained(home, tmp_path, calibration=section)
-    job = open_run(run).job
-    for plain, batch in zip(*(job.data.calibration(job.config.calibration, labels=wanted) for wanted in (False, True))):
-        mask = batch["attention_mask"].bool()
-        first = torch.arange(mask.shape[1]) == (~mask).sum(1, keepdim=True)
-        assert "labels" not in plain and all(torch.equal(plain[name], batch[name]) for name in plain)
-        assert torch.equal(batch["labels"], batch["input_ids"].masked_fill(~mask | first, -100)) and (~mask).any()
-    with pytest.raises(UserError, match="text 'a' gives rows of one token"):
-        job.data.calibration(replace(job.config.calibration, text="a"), labels=True)
-
-
-def test_units_of_s2ft_are_chosen_by_the_texts_of_a_calibration(home, tmp_path: Path) -> None:
-    films, stories = (
-        {"data": [f"{home['films']}:train"], "rows": 24, "batch": 24},
-        {"data": [home["tales"]], "batch": 4},
-    )
-    arms = {"random": {}}
-    for strategy, section in (("activation", films), ("product", films), ("gradient", stories)):
-        arms[strategy] = {"adapt.options.strategy": strategy, "calibration": section}
-    arms["films"] = {"adapt.options.strategy": "gradient", "calibration": {**films, "batch": 5}}
-    options = {"ratio": {"d": 0.1}, "parts": ["d"], "largest": True}
-    config = settings(home, adapt={"method": "s2ft", "options": options}, arms=arms, train={"steps": 2, "lr": 1e-2})
-    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    run = next((tmp_path / "runs").iterdir())
-    job = open_run(run).job
-    lm, tokens = job.models.stock(), job.models.tokenizer
-    stock = {f"model.layers.{i}": lm.model.layers[i].mlp.down_proj.weight for i in range(3)}
-    moved = {}
-    for arm in arms:
-        merged = open_run(run).job.merged(arm)
-        columns = {
-            path: (merged.get_submodule(path).mlp.down_proj.weight != value).any(0) for path, value in stock.items()
-        }
-        moved[arm] = {path: tuple(units.nonzero()[:, 0].tolist()) for path, units in columns.items() if units.any()}
-    assert len({str(units) for units in moved.values()}) == len(arms)
-
-    def rows(path: Path) -> list[torch.Tensor]:
-        return [
-            tokens(json.loads(line)["text"], return_tensors="pt")["input_ids"] for line in path.read_text().splitlines()
-        ]
-
-    one_by_one = [{"input_ids": ids} for ids in rows(Path(home["films"]) / "rows" / "train.jsonl")]
-    together = torch.cat(rows(Path(home["stories"]) / "rows" / "all.jsonl"))
-    for strategy, batches in (("activation", one_by_one), ("gradient", [{"input_ids": together, "labels": together}])):
-        wanted = select_units(lm, strategy, **options, calibration=batches, exclude=[r"model\.layers\.0.*"]).units
-        assert {path.removesuffix(".mlp"): parts["d"] for path, parts in wanted.items()} == moved[strategy]
-
-
 @pytest.mark.parametrize(("changes", "words"), [
     ({"adapt": CORDA}, "calibration: 'corda' needs covariances; name texts here"),
-    ({"adapt": {"method": "s2ft", "options": {"strategy": "gradient"}}}, "chooses by data with strategy 'gradient'"),
-    ({"arms": {"a": {}, "b": {"adapt": {"method": "s2ft", "options": {"strategy": "product"}}}}}, "arms.b: calibration: 's2ft'"),
+    ({"arms": {"a": {}, "b": {"adapt": CORDA}}}, "arms.b: calibration: 'corda'"),
     ({"adapt": CORDA, "calibration": {"data": ["x"], "rows": 0}}, "calibration.rows is 0; it must be at least 1"),
 ])  # fmt: skip
 def test_errors_of_a_calibration(home, tmp_path: Path, capsys, changes, words) -> None:
@@ -657,7 +605,7 @@ def test_the_projection_of_narrow_embeddings_is_not_trained_below_the_first_bloc
     config["adapt"]["options"] = {"exclude": ["project_in"]}
     assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     assert open_run(next((tmp_path / "runs").iterdir())).job.models.width == 8
-    config["adapt"] = {"method": "s2ft", "options": {"mode": "index"}}  # its units are those of the whole block
+    config["adapt"] = {"method": "s2ft"}  # its units are those of the whole block
     assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "s2ft"), "--quiet"]) == 0
 
 

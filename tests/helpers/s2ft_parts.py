@@ -14,12 +14,10 @@ from helpers.lisa_parts import Objective, case, tokens
 from helpers.tiny import snapshot
 from vismt.base.errors import UserError
 
-MODES = ("permute", "index")
 
-
-def sliced(mode: str, seed: int = 3) -> nn.Module:
+def sliced(seed: int = 3) -> nn.Module:
     model = case("llama").model
-    vismt.adapt(model, "s2ft", mode=mode, ratio=0.4, parts=("v", "o", "u", "d"), seed=seed)
+    vismt.adapt(model, "s2ft", ratio=0.4, parts=("v", "o", "u", "d"), seed=seed)
     return model
 
 
@@ -44,19 +42,18 @@ def rank_main(folder: Path) -> None:
 
     dist.init_process_group("gloo")
     rank, results = dist.get_rank(), {}
-    for mode in MODES:
-        model = sliced(mode)
-        steps(DistributedDataParallel(model), lambda step: [2 * step + rank])
-        results.update({f"{mode}.{name}": value for name, value in snapshot(model).items()})
-        vismt.merge(model)
-        results.update({f"merged.{mode}.{name}": value for name, value in snapshot(model).items()})
+    model = sliced()
+    steps(DistributedDataParallel(model), lambda step: [2 * step + rank])
+    results.update(snapshot(model))
+    vismt.merge(model)
+    results.update({f"merged.{name}": value for name, value in snapshot(model).items()})
 
-        model = sliced(mode)
-        config = TrainConfig(steps=5, lr=1e-2, weight_decay=0.1, clip=None, checkpoint_every=5)
-        loop.train(Objective(model), tokens, config, folder / mode, "hash", runtime.accelerator(), seed=0)
-        results.update({f"loop.{mode}.{name}": value for name, value in snapshot(model).items()})
+    model = sliced()
+    config = TrainConfig(steps=5, lr=1e-2, weight_decay=0.1, clip=None, checkpoint_every=5)
+    loop.train(Objective(model), tokens, config, folder / "loop", "hash", runtime.accelerator(), seed=0)
+    results.update({f"loop.{name}": value for name, value in snapshot(model).items()})
     try:
-        sliced("permute", seed=rank)
+        sliced(seed=rank)
     except UserError as error:
         results["refused"] = torch.tensor("the processes chose different units" in str(error))
     torch.save(results, folder / f"{rank}.pt")

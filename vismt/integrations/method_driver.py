@@ -26,7 +26,6 @@ from vismt.base.identity import Identity
 from vismt.engine.checkpoint import moving_state
 from vismt.lowrank.files.description import entry_of, parts_of
 from vismt.lowrank.files.save_load import base_samples, same_base
-from vismt.lowrank.model.modules import stock_order
 from vismt.lowrank.model.record import need_record
 from vismt.methods import Schedule, adapted_models, method_optimizer, schedules
 
@@ -93,8 +92,7 @@ class MethodDriver:
         parts = []
         for part, _ in self.adapted:
             record = need_record(part, "training")
-            with stock_order(part):
-                samples = base_samples(part, [spec.path for spec in record.layers])
+            samples = base_samples(part, [spec.path for spec in record.layers])
             adapted = tuple(f"{spec.path}." for spec in record.layers)
             frozen = {
                 name: value

@@ -59,7 +59,7 @@ class Calibrations:
     def calibrated(self, model: nn.Module, adapt: AdaptConfig, batches: Callable[..., list[Any]]) -> AdaptConfig:
         """Return an adapt section with the options that its method computes from data; the same where it computes none.
 
-        batches: batches(labels=False) returns batches of inputs of the stock model.
+        batches: batches() returns batches of inputs of the stock model.
         """
         from vismt.engine import runtime
         from vismt.methods import METHODS, Calibration
@@ -80,16 +80,10 @@ class Calibrations:
         return self.calibrated(backbone.vit, adapt, batches)
 
 
-def image_batches(
-    backbone: PixelBackbone, images: Gathered, section: ImageCalibrationConfig, labels: bool = False
-) -> list[Tensor]:
-    """Return the chosen images as the stock model takes them. Raises UserError for a method that asks for labels."""
+def image_batches(backbone: PixelBackbone, images: Gathered, section: ImageCalibrationConfig) -> list[Tensor]:
+    """Return the chosen images as the stock model takes them."""
     from vismt.data.division import limited
 
-    if labels:
-        raise UserError(
-            "calibration: images have no labels that the stock model's loss takes; choose units by activations, not by gradients."
-        )
     index = limited(torch.zeros(len(images.ids)), images.ids, section.examples)
     mean, std = backbone.mean.cpu(), backbone.std.cpu()
     return [(images[part] - mean) / std for part in index.split(section.batch)]

@@ -26,7 +26,7 @@ from vismt.jobs.evaluation_job import EvaluationJob, settings_text
 from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
 from vismt.lowrank.layers.base import adapter_layers, factor_rank
 from vismt.lowrank.model.merge import erased_by_rounding, merge, undo
-from vismt.lowrank.model.modules import is_mergeable, stock_order
+from vismt.lowrank.model.modules import is_mergeable
 from vismt.lowrank.model.record import count_parameters, record_of
 from vismt.methods import adapt, check_adaptation, needs
 from vismt.report.comparison import FROZEN
@@ -426,11 +426,11 @@ def weight_changes(adapted: nn.Module, merged: nn.Module) -> list[dict[str, Any]
 
         change = |DeltaW|_F      norm = |W|_F      stable rank = |DeltaW|_F^2 / |DeltaW|_2^2
 
-    DeltaW of a layer with factors comes from its factors, so that no rounding of a half-precision weight is counted; of weights
-    that are trained in place, and of tuners without factors, it is the merged weight minus the stock one.
+    DeltaW of a layer with factors comes from its factors, so that no rounding of a half-precision weight is counted. DeltaW of a
+    weight that is trained itself, and of a tuner without factors, is the merged weight minus the stock one.
     """
     lines = []
-    with torch.no_grad(), stock_order(adapted):
+    with torch.no_grad():
         for path, layer in adapter_layers(adapted).items():
             if layer.has_factors:
                 values = cast(Tensor, layer.low_rank().svd().core)  # singular values

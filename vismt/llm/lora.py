@@ -4,8 +4,8 @@ The paper draws A from a Gaussian; its released code and every library since use
 followed here. rslora divides alpha by sqrt(r) instead of r (Kalajdzievski, arXiv 2312.03732). Left out: trained biases
 (name them in also_train) and DoRA.
 
-quantize="nf4" is QLoRA's model (Dettmers et al., arXiv 2305.14314): Q x + (alpha / r) B A x with Q = nf4(W). Weights show Q in
-W's dtype, and W is kept beside it (vismt.llm.pissa.quantized). Left out: 4-bit storage, quantised block maxima, paged optimisers.
+quantize="nf4" is QLoRA's model (Dettmers et al., arXiv 2305.14314): Q x + (alpha / r) B A x with Q = nf4(W), kept beside W in W's
+dtype (vismt.llm.pissa.quantized). Left out: 4-bit storage, quantised block maxima, paged optimisers.
 """
 
 from __future__ import annotations

@@ -174,10 +174,13 @@ def check_merge(case: Case) -> None:
 
 
 def check_unadapt(case: Case) -> None:
-    """The update changes the function, and `unadapt` gives back every bit."""
+    """The update changes the function and writes into no frozen weight, and `unadapt` gives back every bit."""
     model, original = case.trained(), case.make()
     same = torch.equal(model(case.inputs()), original(case.inputs()))
     _need(not same, "the trained update does not change the function")
+    frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad}
+    written = [n for n, value in original.named_parameters() if n in frozen and not torch.equal(frozen[n], value)]
+    _need(not written, f"the update is written into {', '.join(written)}")
     vismt.unadapt(model)
     state, wanted = model.state_dict(), original.state_dict()
     _need(list(state) == list(wanted), "the state dict has other names after unadapt")

@@ -195,8 +195,8 @@ def test_quantised_base_under_its_update_is_nearer_to_the_weights(kind: str, opt
         matrix = host.matrix(weight)
         assert host.lora_A0 is None
         # Representable in 4 bits.
-        assert torch.equal(nf4(host.matrix(host.weight).contiguous()), host.matrix(host.weight))
-        assert not torch.equal(host.weight, weight)
+        assert torch.equal(nf4(host.matrix(host.quantized).contiguous()), host.matrix(host.quantized))
+        assert torch.equal(host.weight, weight) and not torch.equal(host.quantized, weight)
         merged_matrix = host.matrix(start.get_submodule(path).weight)
         assert relative(merged_matrix, matrix) < 0.9 * relative(nf4(matrix.contiguous()), matrix)
     x = images() if kind == "vit" else tokens()
@@ -256,6 +256,16 @@ def test_a_cast_is_the_function_that_its_file_gives_on_the_cast_weights(dtype: t
     assert torch.equal(answer(model, x), wanted)
     assert torch.equal(answer(vismt.load_adapter(tiny_vit().to(dtype), tmp_path).to(dtype), x), wanted)
     assert holds(vismt.unadapt(model), tiny_vit().to(dtype).state_dict())
+
+
+def test_the_stock_weight_stays_and_a_cast_on_the_shelf_quantises_it_again() -> None:
+    model, x = quantized_vit(), images()
+    weight = model.blocks[0].attn.qkv.weight
+    assert torch.equal(weight, tiny_vit().blocks[0].attn.qkv.weight)
+    active = copy.deepcopy(model).bfloat16()
+    vismt.activate(vismt.activate(model, None).bfloat16(), "default")
+    assert model.blocks[0].attn.qkv.weight is weight
+    assert torch.equal(answer(model, x.bfloat16()), answer(active, x.bfloat16()))
 
 
 def test_updates_of_quantised_weights_are_merged_and_not_exported(tmp_path) -> None:

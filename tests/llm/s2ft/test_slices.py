@@ -1,4 +1,4 @@
-"""S2FT adapters on a stock model: files of every mode, and exact switching."""
+"""S2FT adapters on a stock model: files, and exact switching."""
 
 from __future__ import annotations
 
@@ -23,27 +23,26 @@ def saved(name: str, folder: Path, seed: int, **options: object) -> tuple[nn.Mod
     model = MODELS[name]()
     vismt.adapt(model, "s2ft", seed=seed, **{"ratio": 0.3, "parts": EVERY, **options})
     shake(model, 0.1, seed)
-    return model, vismt.save_adapter(model, folder / f"{name}-{seed}-{options.get('mode')}")
+    return model, vismt.save_adapter(model, folder / f"{name}-{seed}")
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2-conv1d", "vit"])
 def test_files_are_in_the_order_of_the_base(name: str, tmp_path: Path) -> None:
     """Loaded on a fresh base the logits are the same, and only the chosen units differ."""
-    for mode in ("permute", "index", "delta"):
-        model, folder = saved(name, tmp_path, 1, mode=mode)
-        stock, fresh = snapshot(MODELS[name]()), MODELS[name]()
-        vismt.load_adapter(fresh, folder)
-        assert torch.equal(outputs(fresh), outputs(model))
-        plain = switch(MODELS[name](), folder)
-        assert torch.allclose(outputs(plain), outputs(model), atol=1e-5 * float(outputs(model).detach().abs().max()))
-        selection = select_units(MODELS[name](), parts=EVERY, ratio=0.3, seed=1)
-        assert sum(len(parts) for parts in selection.units.values()) == len(read_slices(folder))
-        vismt.merge(fresh)
-        for key, change in read_slices(folder).items():
-            weight, base = fresh.get_submodule(key).weight, stock[f"{key}.weight"]
-            changed = (weight != base).t() if name.startswith("gpt2") else weight != base
-            features = changed.any(1 - change.dim).nonzero()[:, 0]
-            assert torch.equal(features, change.index.sort().values), key
+    model, folder = saved(name, tmp_path, 1)
+    stock, fresh = snapshot(MODELS[name]()), MODELS[name]()
+    vismt.load_adapter(fresh, folder)
+    assert torch.equal(outputs(fresh), outputs(model))
+    plain = switch(MODELS[name](), folder)
+    assert torch.allclose(outputs(plain), outputs(model), atol=1e-5 * float(outputs(model).detach().abs().max()))
+    selection = select_units(MODELS[name](), parts=EVERY, ratio=0.3, seed=1)
+    assert sum(len(parts) for parts in selection.units.values()) == len(read_slices(folder))
+    vismt.merge(fresh)
+    for key, change in read_slices(folder).items():
+        weight, base = fresh.get_submodule(key).weight, stock[f"{key}.weight"]
+        changed = (weight != base).t() if name.startswith("gpt2") else weight != base
+        features = changed.any(1 - change.dim).nonzero()[:, 0]
+        assert torch.equal(features, change.index.sort().values), key
 
 
 def test_switching_leaves_no_trace(tmp_path: Path) -> None:
@@ -51,7 +50,7 @@ def test_switching_leaves_no_trace(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         (_, first_folder), (_, second_folder) = (
             saved("llama-gqa", tmp_path, 1),
-            saved("llama-gqa", tmp_path, 2, mode="index", ratio=0.5),
+            saved("llama-gqa", tmp_path, 2, ratio=0.5),
         )
         first, second = read_slices(first_folder), read_slices(second_folder)
         path = "model.layers.0.mlp.down_proj"
@@ -129,7 +128,7 @@ def test_a_switched_model_is_not_adapted(tmp_path: Path) -> None:
 
 
 def test_a_second_adapter_takes_the_place_of_the_first_in_training(tmp_path: Path) -> None:
-    """load_adapter on a model adapted in the same way first restores the values that its units replaced."""
+    """load_adapter on a model adapted in the same way puts other units in the place of its own."""
     (model, _), (trained, folder) = saved("vit", tmp_path, 1), saved("vit", tmp_path, 2)
     vismt.load_adapter(model, folder)
     assert torch.equal(outputs(model), outputs(trained))

@@ -20,7 +20,6 @@ from vismt.base.errors import UserError
 from vismt.lowrank import erased_by_rounding
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.model.merge import Watch
-from vismt.lowrank.model.modules import stock_order
 
 transformers = pytest.importorskip("transformers")
 
@@ -96,9 +95,8 @@ def test_what_rounding_erases_is_what_the_merged_weights_lack(method: str) -> No
     vismt.adapt(model, method, **({"ratio": 0.25} if method == "s2ft" else {"rank": 2}))
     shake(model, 0.01)
     layers = adapter_layers(model)
-    with stock_order(model):
-        stock = {path: layer.weight.detach().float().clone() for path, layer in layers.items()}
-        updates = {path: layer.low_rank().delta() for path, layer in layers.items()}
+    stock = {path: layer.weight.detach().float().clone() for path, layer in layers.items()}
+    updates = {path: layer.low_rank().delta() for path, layer in layers.items()}
     erased = erased_by_rounding(model)
     vismt.merge(model)
     gained = {path: model.get_submodule(path).weight.detach().float() - stock[path] for path in stock}

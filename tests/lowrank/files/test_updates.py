@@ -156,7 +156,7 @@ def test_what_is_combined_is_saved_exported_and_undone(tmp_path: Path) -> None:
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in snapshot(tiny_vit()).items())
 
 
-def test_parameters_that_train_along_are_read_in_stock_order(tmp_path: Path) -> None:
+def test_parameters_that_train_along_are_read(tmp_path: Path) -> None:
     model = tiny_vit()
     vismt.adapt(model, "emtal", n_experts=4, also_train=[r"blocks\.0\.mlp\.fc1\.bias"])
     shake(model)

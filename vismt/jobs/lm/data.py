@@ -22,7 +22,7 @@ from vismt.jobs.lm.config import KIND, RECOMMENDER, LmCalibrationConfig, LmConfi
 from vismt.llm.net import LmNet, stored_lower_states
 from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill, gather
 from vismt.llm.tasks.classes import Classes
-from vismt.llm.tasks.pieces import IGNORE, collate, piece
+from vismt.llm.tasks.pieces import collate, piece
 from vismt.llm.tasks.recommendation import listed_of
 
 if TYPE_CHECKING:
@@ -162,11 +162,8 @@ class LmData:
         """Return a digest of the rows of a set, whatever is asked of them."""
         return digest(" ".join(texts.content() for texts in self._sets[task][part][name]).encode())
 
-    def calibration(self, settings: LmCalibrationConfig, labels: bool = False) -> list[dict[str, Tensor]]:
-        """Return arguments of the LM's forward pass, one dict for each batch of the texts that a section names.
-
-        labels: add "labels", every token except the first of each text.
-        """
+    def calibration(self, settings: LmCalibrationConfig) -> list[dict[str, Tensor]]:
+        """Return arguments of the LM's forward pass, one dict for each batch of the texts that a section names."""
         rows = _named_rows([self._open(name) for name in settings.data])
         chosen = limited(torch.zeros(len(rows)), [row_id for row_id, _ in rows], settings.rows)
         texts = [fill(settings.text, rows[i][1], "calibration: text") for i in chosen.tolist()]
@@ -176,18 +173,9 @@ class LmData:
                 f"calibration: text '{settings.text}' gives rows without a token; leave them out, or add to the text."
             )
         batches = [collate(pieces[start : start + settings.batch]) for start in range(0, len(pieces), settings.batch)]
-        arguments = [
+        return [
             {"input_ids": b["ids"], "attention_mask": b["mask"].long(), "position_ids": b["positions"]} for b in batches
         ]
-        if not labels:
-            return arguments
-        for batch in arguments:
-            batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORE)
-            if not bool((batch["labels"] != IGNORE).any()):
-                raise UserError(
-                    f"calibration: text '{settings.text}' gives rows of one token, which predict nothing; lengthen it."
-                )
-        return arguments
 
     def training_fingerprint(self) -> str:
         """Return a digest of the training rows."""

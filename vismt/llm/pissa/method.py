@@ -7,9 +7,9 @@ Dropout is refused: it would act on the principal part of W, not on a perturbati
 
 QPiSSA (quantize="nf4") trains on Q = nf4(W - s B0 A0) instead, the function at the start is Q + s B0 A0, nearer to W than
 nf4(W) is. Alternate L = top_r(W - Q), Q = nf4(W - L) from Q = 0; the released code keeps the last of its iterates, here the
-one is kept with the smallest |W - Q - L|_F. While adapted, each weight shows Q, in the values that 4 bits can hold but in W's
-dtype; W is kept beside it (vismt.llm.pissa.quantized), unadapting gives it back, and a file loads on W. Merging gives Q + s B A;
-an export as a plain LoRA is refused, for it would be put on W.
+one is kept with the smallest |W - Q - L|_F. Q has the values that 4 bits can hold, in W's dtype, and is kept beside W
+(vismt.llm.pissa.quantized); a file loads on W. Merging gives Q + s B A; an export as a plain LoRA is refused, for it would be put
+on W.
 """
 
 from __future__ import annotations

@@ -12,14 +12,15 @@ bitsandbytes stores without its quantised block maxima ("double quantisation"), 
 weights again. Its own kernels are the grid "bitsandbytes": they find a level to fp32, so that a tie may fall the other way, and
 get whole blocks as rows here (0.50.2 on a CPU gives other values for rows of other lengths).
 
-Q is a function of W, A0 and B0. An adapter file carries the start, so a layer on the original W computes the same Q again;
-fp64 before the rounding keeps the order of a BLAS's sums from deciding which level is nearer. Q is a Parameter in the place
-of W, in W's dtype; `remove_update` puts W back. Against W the update has no low rank: it is merged, not exported.
+Q is a function of W, A0 and B0, a frozen parameter of W's dtype beside W. An adapter file carries the start, so a layer on the
+original W computes the same Q again; fp64 before the rounding keeps the order of a BLAS's sums from deciding which level is
+nearer. Against W the update has no low rank: it is merged, not exported.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +57,15 @@ class QuantizedSettings(LowRankSettings):
 
 @register_module("quantized")
 class QuantizedLayer(LowRankLayer):
-    """Base of the layers on Q, in values of `grid`, once the update is applied.
+    """Base of the layers on Q, in values of `grid`.
 
-    Buffers start_A (g*r, i), start_B (o, r): what was subtracted from W before the rounding.
+    Buffers start_A (g*r, i), start_B (o, r): what was subtracted from W before the rounding. Parameter quantized: Q in W's shape,
+    None until the start is set.
     """
 
     start_A: Tensor
     start_B: Tensor
+    quantized: nn.Parameter | None
 
     Settings = QuantizedSettings
     export_refusal = f"lies on quantised weights; {MERGE}"
@@ -75,7 +78,8 @@ class QuantizedLayer(LowRankLayer):
         self.grid = grid
         self.register_buffer("start_A", torch.zeros_like(self.lora_A, requires_grad=False))
         self.register_buffer("start_B", torch.zeros_like(self.lora_B, requires_grad=False))
-        self.__dict__["whole"] = None  # W while Q is in its place; not a parameter, so nothing moves or saves it
+        # Not a buffer: DistributedDataParallel would send it from process to process in every step.
+        self.register_parameter("quantized", None)
 
     @classmethod
     def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> QuantizedLayer:
@@ -94,7 +98,7 @@ class QuantizedLayer(LowRankLayer):
         super().set_factors(A, B, offset)
         self.start_A.copy_(self.lora_A)
         self.start_B.copy_(self.lora_B)
-        self.apply_update()
+        self.quantize()
 
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), "start_A": self.start_A, "start_B": self.start_B}
@@ -102,32 +106,34 @@ class QuantizedLayer(LowRankLayer):
     def low_rank(self) -> LowRank:
         raise UserError(f"adapter on quantised weights: {MERGE}.")
 
-    def merged(self) -> nn.Module:
-        """Return the stock module with Q + s B A, rounded once to the weight's dtype."""
-        self.apply_update()
-        return super().merged()
+    @property
+    def frozen(self) -> Tensor:
+        return self.weight if self.quantized is None else self.quantized
 
     @torch.no_grad()
-    def apply_update(self) -> None:
-        if self.whole is not None or self.weight.is_meta:
-            return
+    def quantize(self) -> None:
+        """Compute Q from the present weight and start."""
         W = self.weight
+        if W.is_meta:
+            return
         start = LowRank(self._block_diagonal(double(self.start_B)), double(self.start_A), scale=self.scale)
         rest = (double(self.matrix(W)) - start.delta()).to(W.device, working_dtype(W))
-        self.weight = nn.Parameter(self.stored(on_grid(rest, self.grid)).to(W.dtype), requires_grad=W.requires_grad)
-        self.__dict__["whole"] = W
+        self.quantized = nn.Parameter(self.stored(on_grid(rest, self.grid)).to(W.dtype), requires_grad=False)
 
-    def remove_update(self) -> None:
-        if self.whole is not None:
-            W, Q = self.whole, self.weight
-            W.data = W.data.to(Q.device, Q.dtype)  # the model may have been moved meanwhile
-            self.weight, self.__dict__["whole"] = W, None
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        super().fill(tensors)
+        self.quantize()
+
+    def adopt(self, base: nn.Module | None) -> None:
+        super().adopt(base)
+        if self._parameters.get("quantized") is not None:  # the model may have been cast while this layer was shelved
+            self.quantize()
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
+        dtype = self.weight.dtype
         super()._apply(fn, recurse)
-        if self.whole is not None and self.whole.dtype != self.weight.dtype:
-            self.remove_update()
-            self.apply_update()  # else the next file written, which needs W, would change the function
+        if self.weight.dtype != dtype:
+            self.quantize()  # as a reader of the adapter's file does with the weight in this dtype
         return self
 
 

@@ -3,8 +3,8 @@
     W[:, J] += delta (o, d)   or   W[J] += delta (v, u)        no matrix product is needed
 
 A switch keeps a copy of the values that it overwrites, because adding and subtracting again does not restore the same bits. The
-next switch starts from the base. Features are in the order of the base, so an adapter of any mode and selection can be switched
-to. Do not train or adapt a switched model: the next switch overwrites the changes with the kept values.
+next switch starts from the base. Do not train or adapt a switched model: the next switch overwrites the changes with the kept
+values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.llm.s2ft.layer import SliceLinear
+from vismt.llm.s2ft.layer import SliceLinear, saved_change
 from vismt.llm.s2ft.structures import weight_matrix
 from vismt.lowrank.files.description import read_adapter
 from vismt.lowrank.files.save_load import base_samples, other_base, same_base
@@ -58,12 +58,10 @@ def read_slices(folder: str | Path) -> dict[str, Slice]:
         )
     slices = {}
     for spec in specs:
-        values = {name: tensors[f"{spec.path}.{name}"] for name in spec.layer.tensor_shapes(spec)}
-        delta = values["slice_values"].float()
-        if "slice_start" in values:
-            delta = delta - values["slice_start"].float()
+        names = {f"{spec.path}.{name}": name for name in ("slice_index", "slice_values", "slice_start")}
+        own = {name: tensors[key] for key, name in names.items() if key in tensors}
         samples = description.base_samples[spec.path]
-        slices[spec.path] = Slice(spec.settings.dim, values["slice_index"], delta, tuple(samples))
+        slices[spec.path] = Slice(spec.settings.dim, own["slice_index"], saved_change(own).float(), tuple(samples))
     return slices
 
 

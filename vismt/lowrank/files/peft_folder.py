@@ -30,7 +30,7 @@ from vismt.lowrank.files.updates import of_peft, put_on
 from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
 from vismt.lowrank.layers.forms import LowRankParameter
 from vismt.lowrank.layers.stock_modules import LINEAR, dense_weight, kind_of, matrix_shape
-from vismt.lowrank.model.modules import check_mergeable, stock_order
+from vismt.lowrank.model.modules import check_mergeable
 from vismt.lowrank.model.named import active_adapter, new_adapter
 from vismt.lowrank.model.record import AdaptRecord, need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.model.targets import containers, suffixes
@@ -151,43 +151,42 @@ def _plain_lora(
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Return copies of the factors and of the parameters `whole` under peft's keys, and the rank at each path it is given."""
     tensors: dict[str, Tensor] = {}
-    with stock_order(model):
-        layers = adapter_layers(model)
-        stacks = {
-            path: layer.stack()
-            for path, layer in layers.items()
-            if isinstance(layer, LowRankParameter) and layer.weight.dim() == 3
-        }
-        plain = {path: layer.low_rank() for path, layer in layers.items() if path not in stacks}
-        updates = {path: update.to(dtype=torch.float32) for path, update in plain.items()}
-        if compact:
-            updates = {path: update.compact().balanced() for path, update in updates.items()}
-        updates, attention = with_partners(model, updates)
-        ranks = {path: update.rank for path, update in updates.items()}
-        ranks |= {path: A.shape[1] for path, (A, _) in stacks.items()}
-        if uniform:
-            common = max(ranks.values())
-            for path, update in updates.items():  # without a core, filled up with zeros
-                A, B = padded(update.A, update.B, common)
-                updates[path] = replace(update, B=B, A=A)
-            stacks = {path: padded(A, B, common) for path, (A, B) in stacks.items()}
-            ranks = dict.fromkeys(ranks, common)
-        keys = stack_keys(model, stacks) | attention
-        factors = {}
-        for path, update in updates.items():
-            layer = layers.get(path)
-            if layer is None:  # a partner that is not adapted
-                factors[path] = {"lora_A.weight": update.A, "lora_B.weight": update.B}
-            else:
-                factors[path] = dict(zip(layer.peft_names, layer.peft_factors(update)))
-        factors |= {path: stack_tensors(A, B) for path, (A, B) in stacks.items()}
-        for path, named in factors.items():
-            tensors |= {f"{PREFIX}{keys.get(path, path)}.{name}": factor for name, factor in named.items()}
-        for name in whole:
-            path, _, leaf = name.rpartition(".")
-            adapted = f"{path}.base_layer.{leaf}" if path in layers else name
-            tensors[f"{PREFIX}{adapted}"] = model.get_parameter(name)
-        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    layers = adapter_layers(model)
+    stacks = {
+        path: layer.stack()
+        for path, layer in layers.items()
+        if isinstance(layer, LowRankParameter) and layer.weight.dim() == 3
+    }
+    plain = {path: layer.low_rank() for path, layer in layers.items() if path not in stacks}
+    updates = {path: update.to(dtype=torch.float32) for path, update in plain.items()}
+    if compact:
+        updates = {path: update.compact().balanced() for path, update in updates.items()}
+    updates, attention = with_partners(model, updates)
+    ranks = {path: update.rank for path, update in updates.items()}
+    ranks |= {path: A.shape[1] for path, (A, _) in stacks.items()}
+    if uniform:
+        common = max(ranks.values())
+        for path, update in updates.items():  # without a core, filled up with zeros
+            A, B = padded(update.A, update.B, common)
+            updates[path] = replace(update, B=B, A=A)
+        stacks = {path: padded(A, B, common) for path, (A, B) in stacks.items()}
+        ranks = dict.fromkeys(ranks, common)
+    keys = stack_keys(model, stacks) | attention
+    factors = {}
+    for path, update in updates.items():
+        layer = layers.get(path)
+        if layer is None:  # a partner that is not adapted
+            factors[path] = {"lora_A.weight": update.A, "lora_B.weight": update.B}
+        else:
+            factors[path] = dict(zip(layer.peft_names, layer.peft_factors(update)))
+    factors |= {path: stack_tensors(A, B) for path, (A, B) in stacks.items()}
+    for path, named in factors.items():
+        tensors |= {f"{PREFIX}{keys.get(path, path)}.{name}": factor for name, factor in named.items()}
+    for name in whole:
+        path, _, leaf = name.rpartition(".")
+        adapted = f"{path}.base_layer.{leaf}" if path in layers else name
+        tensors[f"{PREFIX}{adapted}"] = model.get_parameter(name)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     given = {attention.get(path, path): rank for path, rank in ranks.items()}
     return tensors, {path: rank for path, rank in given.items() if ".base_layer." not in path}
 

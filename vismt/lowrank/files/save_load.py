@@ -36,7 +36,6 @@ from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, adapter_modules
 from vismt.lowrank.layers.parameter_modules import module_at
 from vismt.lowrank.layers.stock_modules import LINEAR, dense_weight, kind_of, matrix_shape
 from vismt.lowrank.model.inject import install, undone_on_error
-from vismt.lowrank.model.modules import from_stock, stock_order, to_stock
 from vismt.lowrank.model.named import active_adapter, new_adapter
 from vismt.lowrank.model.record import (
     names_of,
@@ -48,7 +47,7 @@ from vismt.lowrank.model.record import (
     was_trained,
 )
 from vismt.lowrank.model.targets import refusals
-from vismt.lowrank.tensors import check_parameter, need_finite
+from vismt.lowrank.tensors import check_finite, check_parameter, need_finite
 from vismt.storage.files import atomic_write, sealed, write_tensors
 from vismt.storage.locks import locked
 
@@ -120,10 +119,9 @@ def _write(model: nn.Module, folder: Path, force: bool) -> Path:
     tensors = {name: value for name, value in tensors.items() if name not in unchanged}
     paths = compared(record.specs, unchanged)
     if not force:  # before the lock, which makes the folder
-        with stock_order(model):
-            need_finite("save_adapter", tensors)
-            need_finite("save_adapter", {f"{path}.weight": _base_weight(model, path) for path in paths})
-    with locked(folder, WAIT_S), stock_order(model):
+        need_finite("save_adapter", tensors)
+        need_finite("save_adapter", {f"{path}.weight": _base_weight(model, path) for path in paths})
+    with locked(folder, WAIT_S):
         digest = write_tensors(folder / "adapter-{digest}.safetensors", tensors)
         description = {
             "format": FORMAT,
@@ -183,22 +181,18 @@ def _load(model: nn.Module, folder: Path, on_other_base: str) -> nn.Module:
     unchanged = description.unchanged
     parameters = dict(model.named_parameters())
     paths = compared(specs, [name for name in unchanged if name in parameters])
-    with stock_order(model):
-        samples, base = base_samples(model, paths), fingerprint(model, paths)
+    samples, base = base_samples(model, paths), fingerprint(model, paths)
     if not same_base(samples, description.base_samples):
         made_for = f"{description.model} (weights {description.base})"
         other_base(f"{what} was made for {made_for}, this is {type(model).__name__} (weights {base})", on_other_base)
     _check_tensors(model, what, description, specs, tensors)
     if record is not None:
-        with stock_order(model):
-            fill(model, tensors, what)
+        fill(model, tensors, what)
         fill(model, {name: value for name, value in record.also_train.items() if name in unchanged})
         return model
     install(model, description.method, specs, description.options, description.also_train)
     with undone_on_error(model):
-        to_stock(model)
         fill(model, tensors, what)
-        from_stock(model)  # not on an error: what is not filled cannot be applied
     return model
 
 
@@ -215,16 +209,18 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "adapter") -> None:
     """Copy checked adapter tensors into an adapted model; starts that the layers lack are created.
 
-    Raises UserError for what an adapter module cannot take on this model, before anything is copied. what: start of messages.
+    Raises UserError for values beyond the range of a tensor of this model, before anything is copied. what: Start of messages.
     """
     rest, of_modules = dict(tensors), []
     modules = adapter_modules(model)
     for spec in need_record(model, "adapter").specs:
         module = modules[spec.path]
-        names = dict.fromkeys([*module.tensors(), *module.optional_shapes(spec)])
+        own = module.tensors()
+        names = dict.fromkeys([*own, *module.optional_shapes(spec)])
         values = {name: rest.pop(f"{spec.path}.{name}") for name in names if f"{spec.path}.{name}" in rest}
+        for name, value in values.items():  # one that the module lacks gets the dtype of its first
+            check_finite(f"{what}: {spec.path}.{name}", value, own.get(name, next(iter(own.values()))).dtype)
         if values:
-            module.check_fill(f"{what}: {spec.path}", values)
             of_modules.append((module, values))
     for name, value in rest.items():
         model.get_parameter(name).copy_(value)
@@ -233,7 +229,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "adapter")
 
 
 def _base_weight(model: nn.Module, path: str) -> Tensor:
-    """Return the weight of a module as it was before the adaptation, for a model in stock order."""
+    """Return the weight of a module as it was before the adaptation."""
     record = record_of(model)
     weight = record.also_train.get(f"{path}.weight") if record is not None else None
     if weight is not None:

@@ -24,7 +24,7 @@ from vismt.lowrank.layers.base import LayerSpec, adapter_layers, spec_of
 from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
 from vismt.lowrank.layers.stock_modules import matrix_shape
 from vismt.lowrank.model.inject import install, undone_on_error
-from vismt.lowrank.model.modules import check_mergeable, stock_order
+from vismt.lowrank.model.modules import check_mergeable
 from vismt.lowrank.model.named import new_adapter
 from vismt.lowrank.model.record import need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.model.targets import candidates, refusals
@@ -155,11 +155,10 @@ def _of_model(model: nn.Module, what: str) -> Updates:
     layers = adapter_layers(model)
     if any(layer.weight.is_meta for layer in layers.values()):
         raise UserError(f"{name}: the model is on the meta device, which holds no values.")
-    with stock_order(model):
-        moved = {path: layer.low_rank().to(device="cpu") for path, layer in layers.items()}
-        updates = {path: replace(update, B=update.B.clone(), A=update.A.clone()) for path, update in moved.items()}
-        samples = base_samples(model, updates)
-        also_train = {key: model.get_parameter(key).detach().cpu().clone() for key in record.also_train}
+    moved = {path: layer.low_rank().to(device="cpu") for path, layer in layers.items()}
+    updates = {path: replace(update, B=update.B.clone(), A=update.A.clone()) for path, update in moved.items()}
+    samples = base_samples(model, updates)
+    also_train = {key: model.get_parameter(key).detach().cpu().clone() for key in record.also_train}
     return Updates(updates, also_train, samples, name=name)
 
 

@@ -1,15 +1,16 @@
-"""The tree of adapter modules: what a method puts into a model, in the place of a stock module or at a new path.
+"""The tree of adapter modules: modules that a method puts into a model, in the place of a stock module or at a new path.
 
-A kind of module is one class in one file. It declares its settings as a frozen dataclass, builds itself from them, names the
-tensors that an adapter file holds for it, and takes its update out of the weights and puts it back. `MODULES` finds it by name
-when an adapter file is read; nothing else in the core tests the class of a module. An `AdapterLayer` stands in the place of a
-stock linear, convolution, embedding or parameter and carries the update of its weight; other modules stand around a container
-(a router in an FFN) or at a path of their own (a network of gates).
+A kind of module is one class in one file. It declares its settings as a frozen dataclass, builds itself from them, and names the
+tensors that an adapter file holds for it. `MODULES` finds it by name when an adapter file is read; nothing else in the core tests
+the class of a module. An `AdapterLayer` stands in the place of a stock linear, convolution, embedding or parameter and carries
+the update of its weight; other modules stand around a container (a router in an FFN) or at a path of their own (a network of
+gates).
 """
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -21,22 +22,18 @@ from vismt.base.errors import UserError
 from vismt.base.registry import PLACES, Registry
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.stock_modules import kind_of, matrix_shape
-from vismt.lowrank.tensors import check_factor, check_finite
+from vismt.lowrank.tensors import check_factor
 
 HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 
 
-class AdapterModule(nn.Module):
-    """A part of an adapter in a model. A subclass adds its forward and tensors, and overrides what differs from the defaults.
+class Placed(nn.Module):
+    """A module in the place of a stock module, or at a path of its own, and how it comes and goes.
 
     In the place of a stock module it has the children, hooks and mode of that module, whose rest it keeps as `shell`, so every
-    path and key below stays what it was. At a new path it has no shell. It may store its update in the weights below it
-    (`remove_update`, `apply_update`) and keep their tensors in another order (`reorder`); files, merging and detaching see the
-    stock weights in stock order.
+    path and key below stays what it was. At a new path it has no shell. It never writes into a stock weight.
     """
 
-    Settings: ClassVar[type]
-    name: ClassVar[str]  # in adapter files
     shell: nn.Module | None
     lent: tuple[str, ...]  # names of the children that it has of the stock module
 
@@ -44,7 +41,6 @@ class AdapterModule(nn.Module):
         super().__init__()
         self.adopt(base)
 
-    # ---- its place in a model
     def adopt(self, base: nn.Module | None) -> None:
         """Take the children, hooks and mode of the stock module `base`; None for a module at a new path."""
         self.__dict__["shell"], self.lent = None, ()
@@ -79,14 +75,70 @@ class AdapterModule(nn.Module):
         module.training = self.training
         return module
 
+
+class PlacedWeight(Placed):
+    """A module in the place of a stock module with a weight."""
+
+    shell: nn.Module
+
+    def adopt(self, base: nn.Module | None) -> None:
+        """Take the weight, the bias, and what every adapter module takes."""
+        super().adopt(base)
+        stock: Any = base
+        self.weight, self.bias = stock.weight, getattr(stock, "bias", None)
+        self.shell._parameters = dict.fromkeys(self.shell._parameters)
+
+    def detach(self, model: nn.Module) -> nn.Module | None:
+        """Return the stock module with its own weight, bit for bit."""
+        stock = super().detach(model)
+        self._parameters.update(dict.fromkeys({"weight", "bias"} & self._parameters.keys()))
+        return stock
+
+    def stock(self, weight: nn.Parameter | None = None) -> nn.Module:
+        """Return the stock module with its own weight, or with `weight` in its place."""
+        module: Any = super().stock()
+        module._parameters = dict(module._parameters)
+        module.weight = self.weight if weight is None else weight
+        if "bias" in module._parameters:  # an embedding has none
+            module.bias = self.bias
+        return module
+
+    # ---- its weight
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the stock weight as a matrix (o, i); a view where its layout allows."""
+        return weight.t() if type(self.shell).__name__ == "Conv1D" else weight
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Return a matrix (o, i) in the stock weight's shape: the inverse of `matrix`."""
+        return matrix.t() if type(self.shell).__name__ == "Conv1D" else matrix
+
+    def stock_weight(self) -> Tensor:
+        """Return the stock weight as numbers."""
+        return self.weight.detach()
+
+    @property
+    def in_features(self) -> int:
+        return self.matrix(self.weight).shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.matrix(self.weight).shape[0]
+
+
+class AdapterModule(Placed, ABC):
+    """A part of an adapter in a model. A subclass adds its forward and tensors, and overrides what differs from the defaults."""
+
+    Settings: ClassVar[type]
+    name: ClassVar[str]  # in adapter files
+
     # ---- the module as data
     @classmethod
+    @abstractmethod
     def build(cls, base: Any, spec: LayerSpec, **how: Any) -> AdapterModule:
         """Return the module of `spec` around `base`, the module at its path (None for a new path), with its update unset.
 
         how: dropout, and dtype of the trained tensors, None for the weight's own, fp32 for half-precision weights.
         """
-        raise NotImplementedError
 
     @classmethod
     def prepare(cls, model: nn.Module, specs: Sequence[LayerSpec]) -> Finish | None:
@@ -137,28 +189,12 @@ class AdapterModule(nn.Module):
         """Return the tensors that an adapter file holds for this module, by name below its path."""
         return {}
 
-    def check_fill(self, what: str, tensors: Mapping[str, Tensor]) -> None:
-        """Raise UserError for checked tensors that this module on its model cannot take; here for values beyond its dtype."""
-        own = self.tensors()
-        for name, value in tensors.items():  # one that the module lacks gets the dtype of its first
-            check_finite(f"{what}.{name}", value, own.get(name, next(iter(own.values()))).dtype)
-
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy in what `tensors` of a module of the same settings returned."""
         own = self.tensors()
         for name, value in tensors.items():
             own[name].copy_(value)
-
-    # ---- the weights below it
-    def remove_update(self) -> None:
-        """Take the update out of the weights, in place."""
-
-    def reorder(self, stock: bool) -> None:
-        """Put tensors that are kept in another order into the stock order, or back; the update is out of the weights."""
-
-    def apply_update(self) -> None:
-        """Put the update into the weights: the inverse of `remove_update`."""
 
     def check_mergeable(self, what: str, path: str) -> None:
         """Raise UserError for `what` (merge, export) while the stock weights cannot hold what this module does."""
@@ -171,10 +207,9 @@ class AdapterModule(nn.Module):
 Finish = Callable[[Mapping[str, AdapterModule]], None]  # of placed modules, by path
 
 
-class AdapterLayer(AdapterModule):
+class AdapterLayer(PlacedWeight, AdapterModule):
     """An adapter module in the place of a stock module with a weight, which carries the update of that weight."""
 
-    shell: nn.Module
     # Why export_peft and combine refuse this layer, after "'<method>' "; empty where they do not.
     export_refusal: ClassVar[str] = ""
     combine_refusal: ClassVar[str] = ""
@@ -185,57 +220,14 @@ class AdapterLayer(AdapterModule):
     weight_readable: ClassVar[bool] = False
     of_parameter: ClassVar[bool] = False  # whether the layer stands in the place of a parameter
 
-    def adopt(self, base: nn.Module | None) -> None:
-        """Take the weight, the bias, and what every adapter module takes."""
-        super().adopt(base)
-        stock: Any = base
-        self.weight, self.bias = stock.weight, getattr(stock, "bias", None)
-        self.shell._parameters = dict.fromkeys(self.shell._parameters)
-
-    def detach(self, model: nn.Module) -> nn.Module | None:
-        """Return the stock module with its own weight, bit for bit; the update is out of it."""
-        stock = super().detach(model)
-        self._parameters.update(dict.fromkeys({"weight", "bias"} & self._parameters.keys()))
-        return stock
-
-    def stock(self, weight: nn.Parameter | None = None) -> nn.Module:
-        """Return the stock module with its own weight, or with `weight` in its place."""
-        module: Any = super().stock()
-        module._parameters = dict(module._parameters)
-        module.weight = self.weight if weight is None else weight
-        if "bias" in module._parameters:  # an embedding has none
-            module.bias = self.bias
-        return module
-
-    # ---- its weight
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Return the stock weight as a matrix (o, i); a view where its layout allows."""
-        return weight.t() if type(self.shell).__name__ == "Conv1D" else weight
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        """Return a matrix (o, i) in the stock weight's shape: the inverse of `matrix`."""
-        return matrix.t() if type(self.shell).__name__ == "Conv1D" else matrix
-
-    def stock_weight(self) -> Tensor:
-        """Return the stock weight as numbers; for a layer whose update is out of it."""
-        return self.weight.detach()
-
-    @property
-    def in_features(self) -> int:
-        return self.matrix(self.weight).shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.matrix(self.weight).shape[0]
-
     # ---- its update
+    @abstractmethod
     def low_rank(self) -> LowRank:
         """Return the whole update against the stock weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merged(self) -> nn.Module:
         """Return the stock module with the update in its weight."""
-        raise NotImplementedError
 
     @classmethod
     def low_rank_of(cls, what: str, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> LowRank:

@@ -38,7 +38,7 @@ class LowRankLinear(LowRankLayer):
     def forward(self, x: Tensor) -> Tensor:
         x = in_autocast(x)
         flat = x.reshape(-1, x.shape[-1])
-        weight = self.matrix(self.weight)
+        weight = self.matrix(self.frozen)
         if self.dropout and self.training:
             out = F.linear(flat, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
             out = out + self.scale * self.change_of(flat, self.gate(x))
@@ -77,7 +77,7 @@ class LowRankConv(LowRankLayer):
         return matrix.view(self.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.shell._conv_forward(x, self.weight, self.bias)
+        out = self.shell._conv_forward(x, self.frozen, self.bias)
         inner = F.dropout(x, self.dropout, self.training)
         out = self._add_product(out, inner, self.lora_A, self.left(), self.scale, self.gate(inner))
         if self.lora_A0 is not None:

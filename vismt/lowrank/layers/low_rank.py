@@ -203,6 +203,11 @@ class LowRankLayer(AdapterLayer):
         return f"{spec.path}.{name}: saved {saved}, needed {needed}"
 
     # ---- the update
+    @property
+    def frozen(self) -> Tensor:
+        """The values that the update is added to, in the shape of the weight."""
+        return self.weight
+
     @torch.no_grad()
     def set_factors(self, A: Tensor, B: Tensor, offset: bool) -> None:
         """Copy A (g*r, i) and B (o, r) in; with `offset` they are also kept as the start that is subtracted."""
@@ -303,7 +308,7 @@ class LowRankLayer(AdapterLayer):
     def merged(self) -> nn.Module:
         """Return the stock module with W + DeltaW, summed in fp32 (fp64 for fp64) and rounded once to the weight's dtype."""
         dtype = working_dtype(self.weight)
-        total = self.matrix(self.weight).to(dtype, copy=True)
+        total = self.matrix(self.frozen).to(dtype, copy=True)
         for start in (False, True):
             A, B = (self.lora_A0, self.lora_B0) if start else (self.right(), self.left_with_gates())
             if A is None:

@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, adapter_layers
+from vismt.lowrank.layers.base import AdapterLayer, Placed, adapter_layers
 from vismt.lowrank.layers.parameter_modules import to_parameters
 from vismt.lowrank.layers.stock_modules import is_prequantized, use_cpu_kernel
-from vismt.lowrank.model.modules import check_mergeable, detach_all, from_stock, stock_order, to_stock
+from vismt.lowrank.model.modules import check_mergeable, detach_all
 from vismt.lowrank.model.record import (
     RECORD,
     SHELF,
@@ -64,14 +64,9 @@ def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
     if not force:
         tensors = {f"{path}.{name}": v for path, layer in layers.items() for name, v in layer.tensors().items()}
         need_finite("merge", tensors)
-    to_stock(model)
-    try:
-        merged = {path: layer.merged() for path, layer in layers.items()}
-        if not force:
-            need_finite("merge", {f"{path}.weight": module.get_parameter("weight") for path, module in merged.items()})
-    except BaseException:
-        from_stock(model)
-        raise
+    merged = {path: layer.merged() for path, layer in layers.items()}
+    if not force:
+        need_finite("merge", {f"{path}.weight": module.get_parameter("weight") for path, module in merged.items()})
     detach_all(model, merged)
     forget(model, record)
     return model
@@ -113,7 +108,6 @@ def merged_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 def undo(model: nn.Module) -> None:
     """Restore the modules, weights (bit for bit) and gradient flags from before the active adapter."""
     record = need_record(model, "unadapt")
-    to_stock(model)
     detach_all(model)
     with torch.no_grad():
         for name, value in record.also_train.items():
@@ -138,7 +132,7 @@ class MergedSave:
         records = [record_of(part) for part in adapted]
         to_resume = "state_dict" in options and re.fullmatch(r"checkpoint-\d+", Path(save_directory).name)
         has_others = any(SHELF in part._modules for part in adapted)
-        if to_resume or not (has_others or any(isinstance(part, AdapterModule) for part in module.modules())):
+        if to_resume or not (has_others or any(isinstance(part, Placed) for part in module.modules())):
             stock = self.stock or type(module).save_pretrained
             return stock(module, save_directory, *args, **options)  # all is in the weights
         merged: Any = copy.deepcopy(module)
@@ -150,7 +144,7 @@ class MergedSave:
                 part._modules.pop(SHELF, None)
                 if record is not None and record.specs:
                     merge(part)
-            if any(isinstance(part, AdapterModule) for part in merged.modules()):
+            if any(isinstance(part, Placed) for part in merged.modules()):
                 raise UserError(
                     f"this {type(module).__name__} is a part of an adapted model, or several adapters are active; call "
                     "vismt.merge(model) on the whole model first, or vismt.activate(model, name)."
@@ -270,12 +264,11 @@ def erased_by_rounding(model: nn.Module) -> float | None:
     """
     check_mergeable(model, "merge")
     lost = whole = 0.0
-    with stock_order(model):
-        for layer in adapter_layers(model).values():
-            if layer.weight.dtype.itemsize > 2 or not layer.has_factors:
-                continue
-            update = layer.low_rank().delta()
-            total = layer.matrix(layer.weight).float() + update
-            lost += float((total.to(layer.weight.dtype).float() - total).square().sum(dtype=torch.float64))
-            whole += float(update.square().sum(dtype=torch.float64))
+    for layer in adapter_layers(model).values():
+        if layer.weight.dtype.itemsize > 2 or not layer.has_factors:
+            continue
+        update = layer.low_rank().delta()
+        total = layer.matrix(layer.weight).float() + update
+        lost += float((total.to(layer.weight.dtype).float() - total).square().sum(dtype=torch.float64))
+        whole += float(update.square().sum(dtype=torch.float64))
     return (lost / whole) ** 0.5 if whole else None

@@ -27,16 +27,16 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError, shown_value
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, adapter_layers, in_autocast
+from vismt.lowrank.layers.base import AdapterLayer, PlacedWeight, adapter_layers, in_autocast
 from vismt.lowrank.layers.gates import PerSample, unwatch_expansion, watch_expansion
 from vismt.lowrank.layers.parameter_modules import is_attention, to_modules, to_parameters
 from vismt.lowrank.layers.stock_modules import is_conv1d, kind_of, weight_format
-from vismt.lowrank.model.modules import attach_all, check_mergeable, detach_all, stock_order
+from vismt.lowrank.model.modules import attach_all, check_mergeable, detach_all
 from vismt.lowrank.model.record import need_record
 from vismt.lowrank.update import Update
 
 
-class MixedLinear(AdapterLayer):
+class MixedLinear(PlacedWeight):
     """nn.Linear or Conv1D with a bank of updates. forward: x (b, ..., i) -> (b, ..., o), in x's dtype or autocast's.
 
     Buffers A (e + 1, r, i), B (e + 1, r, o), and bank_bias (e + 1, o) where a bias was trained, the last entry zero for samples
@@ -136,7 +136,7 @@ class MixedConv2d(MixedLinear):
 
 def mix(model: nn.Module, names: Sequence[str], updates: Sequence[Mapping[str, Update]]) -> None:
     """Put mixed layers with the updates of each adapter, by path, into a stock model."""
-    active, layers, windows = ActiveSet(names), dict[str, AdapterModule](), []
+    active, layers, windows = ActiveSet(names), dict[str, MixedLinear](), []
     for path in dict.fromkeys(path for by_path in updates for path in by_path):
         stock = model.get_submodule(path)
         layer = MixedConv2d if kind_of(stock) == "conv2d" else MixedLinear
@@ -178,10 +178,9 @@ def updates_of(model: nn.Module, name: str) -> dict[str, Update]:
             raise UserError(
                 f"activate: '{name}' cannot be mixed: '{record.method}' {reason}; activate it alone, by its name."
             )
-    with stock_order(model):
-        updates = {path: Update((layer.low_rank(),)) for path, layer in adapter_layers(model).items()}
-        for whole, original in record.also_train.items():
-            _add_whole(model, name, whole, original, updates)
+    updates = {path: Update((layer.low_rank(),)) for path, layer in adapter_layers(model).items()}
+    for whole, original in record.also_train.items():
+        _add_whole(model, name, whole, original, updates)
     return updates
 
 

@@ -1,14 +1,13 @@
-"""The adapter modules of a model together: put in place, taken out, and the stock weights below them brought back for a while."""
+"""The adapter modules of a model together: put in place and taken out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import AdapterModule, Finish, LayerSpec, adapter_modules
+from vismt.lowrank.layers.base import AdapterModule, Finish, LayerSpec, Placed, adapter_modules
 
 
 def prepare(model: nn.Module, specs: Sequence[LayerSpec]) -> Finish:
@@ -40,7 +39,7 @@ def place(
     return placed
 
 
-def attach_all(model: nn.Module, modules: Mapping[str, AdapterModule]) -> None:
+def attach_all(model: nn.Module, modules: Mapping[str, Placed]) -> None:
     """Put each module at its path, under every name that the module there has."""
     names: dict[int, list[str]] = {}
     paths: dict[str, int] = {}
@@ -58,7 +57,7 @@ def detach_all(model: nn.Module, merged: Mapping[str, nn.Module] | None = None) 
     """
     stock: dict[int, nn.Module | None] = {}
     for name, module in [*model.named_modules(remove_duplicate=False)]:
-        if not isinstance(module, AdapterModule):
+        if not isinstance(module, Placed):
             continue
         if id(module) not in stock:
             stock[id(module)] = merged[name] if merged and name in merged else module.detach(model)
@@ -68,34 +67,6 @@ def detach_all(model: nn.Module, merged: Mapping[str, nn.Module] | None = None) 
             delattr(model.get_submodule(parent), leaf)
         else:
             setattr(model.get_submodule(parent), leaf, replacement)
-
-
-def to_stock(model: nn.Module) -> None:
-    """Put every stock weight back to its stock values in stock order; the trained values are kept apart."""
-    modules = adapter_modules(model).values()
-    for module in modules:
-        module.remove_update()
-    for module in modules:
-        module.reorder(stock=True)
-
-
-def from_stock(model: nn.Module) -> None:
-    """Apply every update again: the inverse of `to_stock`."""
-    modules = adapter_modules(model).values()
-    for module in modules:
-        module.reorder(stock=False)
-    for module in modules:
-        module.apply_update()
-
-
-@contextmanager
-def stock_order(model: nn.Module) -> Iterator[None]:
-    """Keep the model's tensors in stock order inside the block; not for use between a forward and its backward."""
-    try:
-        to_stock(model)
-        yield
-    finally:
-        from_stock(model)
 
 
 def check_mergeable(model: nn.Module, what: str) -> None:

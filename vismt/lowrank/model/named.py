@@ -5,10 +5,9 @@ With one active adapter the model is what it is with that adapter alone: the sam
 for adapters of equal shapes. The base stays frozen while a model carries adapters.
 
 The adapters that are not active lie in the submodule `vismt_parked`. Shelving an adapter repeats the steps of undoing it, and
-restoring it those of placing one, so that every adapter finds the stock modules and weights that it was made for, whatever its
-method keeps in them (slices, reordered units, quantised weights). The parameters stay the same objects, which optimisers know,
-and so do the adapter modules. State dicts and conversions of the model reach shelved tensors; those of active ones keep their
-names.
+restoring it those of placing one, so that every adapter finds the stock modules and weights that it was made for. The
+parameters stay the same objects, which optimisers know, and so do the adapter modules. State dicts and conversions of the model
+reach shelved tensors; those of active ones keep their names.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from vismt.base.errors import UserError, require_known, shown_value
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec, adapter_modules
 from vismt.lowrank.layers.parameter_modules import to_modules
 from vismt.lowrank.model.merge import freeze, undo, unfreeze, unwatch_saving, watch_saving
-from vismt.lowrank.model.modules import from_stock, place, prepare, to_stock
+from vismt.lowrank.model.modules import place, prepare
 from vismt.lowrank.model.record import RECORD, SHELF, AdaptRecord, names_of, need_record, record_of, refuse_offloaded
 
 
@@ -285,7 +284,6 @@ def shelve(model: nn.Module) -> None:
     record = need_record(model, "shelve")
     shelf = model._modules.pop(SHELF, None)  # undoing is not to see it
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    to_stock(model)  # `restore` copies the values back before it orders them again
     also_train = {name: model.get_parameter(name).detach().clone() for name in record.also_train}
     modules = adapter_modules(model)
     undo(model)
@@ -314,7 +312,6 @@ def restore(model: nn.Module, name: str) -> None:
         model.get_parameter(whole).copy_(adapter.get_buffer(key(whole)))
     setattr(model, RECORD, adapter.record)
     watch_saving(model)
-    from_stock(model)
     for whole, parameter in model.named_parameters():
         parameter.requires_grad_(whole in adapter.trained)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import AdapterModule, LayerSpec
+from vismt.lowrank.layers.base import LayerSpec, Placed
 
 RECORD = "vismt_record"  # the attribute of an adapted model
 SHELF = "vismt_parked"  # the submodule with its adapters that are not active (named.py)
@@ -56,7 +56,7 @@ def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:
     for path, module in model.named_modules():
         record = record_of(module)
         carried = [record.method] if record else names_of(module)
-        if carried or isinstance(module, AdapterModule):
+        if carried or isinstance(module, Placed):
             where = f"its part '{path}' already carries" if path else "the model already carries"
             update = "', '".join(carried) or "an update"
             raise UserError(f"{what}: {where} '{update}'; merge or unadapt it first.")

@@ -203,7 +203,11 @@ def attention_heads(backbone: nn.Module) -> list[QueryRows]:
         reason = _unsupported(module, qkv)
         if reason:
             raise UserError(f"attention_scale: '{path}' ({type(module).__name__}): {reason}; use parameters='all'.")
-        names = [name for name in ("weight", "bias", "lora_B", "lora_B0") if getattr(qkv, name, None) is not None]
+        names = [
+            name
+            for name in ("weight", "quantized", "bias", "lora_B", "lora_B0")
+            if getattr(qkv, name, None) is not None
+        ]
         tensors = tuple(f"{path}.qkv.{name}" if path else f"qkv.{name}" for name in names)
         attentions.append(QueryRows(module.num_heads, qkv.out_features // 3, tensors))
     if not attentions:

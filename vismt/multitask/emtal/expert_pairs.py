@@ -4,8 +4,8 @@
     fc2:             y = W v + b + s sum_e B_e A_e v_e         v_e the units of expert e;  A_e (r, H / K), B_e (d, r)
 
 fc1 holds lora_A (K r, d), lora_B (H, r); fc2 lora_A (r, H), lora_B (d, K r): r (K d + H) numbers each, as many as one shared
-pair of rank r (K d + H) / (d + H) has. `expert`, int64 (H,), is the expert of each unit in the present order of units, so an
-update merges, is saved and is exported in any order. As one matrix an update has rank up to K r, and is computed as such.
+pair of rank r (K d + H) / (d + H) has. `expert`, int64 (H,), is the expert of each unit. As one matrix an update has rank up to
+K r, and is computed as such.
 Zhong et al., NeurIPS 2024, arXiv 2501.06884; the released code has a shared pair instead (method.py).
 """
 

@@ -1,7 +1,7 @@
 """The FFN of EMTAL: two linear layers with a LoRA pair each, and between them a router that weighs experts of hidden units.
 
     u = W_up x + b_up + B_1 A_1 x        omega = (1 - a) K softmax(W_r x / temperature) + a        (routing.py)
-    y = W_down v + b_down + B_2 A_2 v,   v = act(u * omega)          unit h is weighed by expert h // (H / K)
+    y = W_down v + b_down + B_2 A_2 v,   v = act(u * omega)          unit h is weighed by the expert of its label
 
 x is the FFN's input, after its norm; each token is routed separately and independent of its task. At a = 1 (fading.py) omega is
 1 and y is a plain FFN with merged weights. For a < 1 the layer cannot be merged, because the router acts before the activation
@@ -33,10 +33,6 @@ from vismt.multitask.emtal.routing import expert_weights, gate, idle
 
 INITS = ("normal", "zero")
 STD = 0.02
-UNIT_AXES = {  # axis of the hidden units in each tensor
-    "fc1": (("weight", 0), ("bias", 0), ("lora_B", 0), ("expert", 0)),
-    "fc2": (("weight", 1), ("lora_A", 1), ("expert", 0)),
-}
 
 
 def starter(init: str) -> Initialiser:
@@ -101,8 +97,7 @@ class MoEfiedMlp(AdapterModule):
         mlp: fc1, activation, fc2 of any width; its weights are shared, not copied, and frozen. Updates that fc1 and fc2 already
             have are kept.
         rank: of both pairs, with scale 1; None adds no pairs.
-        n_experts: K, a divisor of the hidden width. Experts are contiguous units in their present order; `assign` orders the
-            units by a clustering.
+        n_experts: K, a divisor of the hidden width. Experts are contiguous units until `assign` sets those of a clustering.
         temperature: of the router's softmax, > 0.
         init: start values of the pairs, "normal" or "zero", see `starter`.
         seed: of the start values.
@@ -111,7 +106,7 @@ class MoEfiedMlp(AdapterModule):
         fade: number in [0, 1] or a shared FadeState; 0 routes (the start), 1 is plain LoRA. It is state and not an argument of
             forward, and part of the state dict.
         lora_router: linear layer with weight (K, d), truncated normal with std 0.02 at the start.
-        labels: expert of each hidden unit in stock order, int64 (H,).
+        labels: expert of each hidden unit, int64 (H,).
 
     Raises:
         UserError: for other FFNs, numbers out of range, and an unknown init.
@@ -159,14 +154,12 @@ class MoEfiedMlp(AdapterModule):
             nn.init.trunc_normal_(start_weight, std=STD, generator=site_generator(seed, "lora_router"))
             with torch.no_grad():
                 self.lora_router.weight.copy_(start_weight)
-        # While `ordered`, the units of all tensors are sorted by expert.
         self.register_buffer("labels", torch.arange(hidden, device=weight.device) // (hidden // n_experts))
-        self.ordered = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the normed tokens (..., d) to (..., d); at fade 1 exactly the plain FFN, at its cost."""
         fade, units = self.fade_value, self.fc1(x)
-        units = idle(units, self.lora_router.weight) if fade == 1 else gate(units, self._logits(x), fade)
+        units = idle(units, self.lora_router.weight) if fade == 1 else gate(units, self._logits(x), self.labels, fade)
         return self.drop2(self.fc2(self.norm(self.drop1(self.act(units)))))
 
     def omega(self, x: Tensor) -> Tensor:
@@ -205,33 +198,13 @@ class MoEfiedMlp(AdapterModule):
         elif self._fade.value != float(state):  # a schedule returns to its value with its next step
             self._fade.value = float(state)
 
-    # ---- the order of the hidden units
     def assign(self, labels: Tensor) -> None:
-        """Set the expert of each hidden unit (in stock order), labels (H,) of `cluster_neurons`, and sort the tensors by it."""
+        """Set the expert of each hidden unit, labels (H,) of `cluster_neurons`."""
         check_labels(labels, len(self.labels), self.n_experts)
-        self.reorder(stock=True)
         self.labels.copy_(labels)
         for linear in (self.fc1, self.fc2):
             if isinstance(linear, ExpertPairs):
                 linear.expert.copy_(labels)
-        self.reorder(stock=False)
-
-    def reorder(self, stock: bool) -> None:
-        order = self.labels.argsort(stable=True)
-        if stock == self.ordered:
-            self._move(order.argsort() if stock else order)
-        self.ordered = not stock
-
-    @torch.no_grad()
-    def _move(self, order: Tensor) -> None:
-        """Permute the units of weights and factors in place: new unit h is old unit order[h]."""
-        if order.is_meta or bool((order.diff() == 1).all()):
-            return
-        for linear, axes in UNIT_AXES.items():
-            for name, axis in axes:
-                tensor = getattr(getattr(self, linear), name, None)
-                if tensor is not None:
-                    tensor.copy_(tensor.index_select(axis, order))
 
     # ---- interface of AdapterModule
     @classmethod

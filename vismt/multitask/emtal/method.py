@@ -6,8 +6,8 @@ and B both from N(0, 0.02^2). With that start, training does not begin at the pr
 zero and does, as far as the router lets it. Trainable with rank r in L blocks of width D and hidden width 4 D:
 L (16 D r + D K).
 
-Clustering orders the FFN tensors of the user's model by expert, in place, while the model is adapted; merge, unadapt and
-every file put the units back in stock order, bit for bit. The released code has no merge and leaves the weights permuted.
+The released code orders the units of the FFN weights by expert and leaves them permuted. Here a unit keeps its place and has the
+label of its expert.
 Left out: gated FFNs (a unit has two pre-activations there), models other than ViTs.
 """
 
@@ -72,7 +72,7 @@ def emtal(
     for path, mlp in mlps.items():
         MoEfiedMlp.check(path, mlp, settings)
     linears = [f"{path}.{name}" for path in mlps for name in ("fc1", "fc2")]
-    find_targets(model, linears)  # their units are moved, so they have to be plain linears
+    find_targets(model, linears)  # clusters are of plain weights
     require_known("emtal: permute", [permute], PERMUTATIONS)
     require_known("emtal: pairs", [pairs], PAIRS)
     if permute == "random" and cluster is not True:
