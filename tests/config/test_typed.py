@@ -89,6 +89,7 @@ def test_values_that_fit(values: dict[str, Any], name: str, expected: object) ->
         ({"levels": [1, [2, "x"]]}, "f.yaml: levels[1][1]: expected float, got 'x' (str)."),
         ({"pair": [1]}, "f.yaml: pair: expected list of 2 values (int or null, float), got [1] (list)."),
         ({"mode": "slow"}, "f.yaml: mode: expected 'fast' or 'exact', got 'slow' (str)."),
+        ({"path": f"a/{'x' * 300}"}, f"f.yaml: path: 'a/{'x' * 198}…' holds a name of more than 255 bytes."),
         ({"path": "../x"}, "f.yaml: path: '../x' must be a relative path with '/' and without '..'."),
     ],
 )

@@ -22,6 +22,7 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.jobs import open_run
 from vismt.jobs.run import Run
+from vismt.storage.files import write_tensors
 
 peft = pytest.importorskip("peft")
 
@@ -141,3 +142,15 @@ def test_a_killed_export_or_merge_is_done_again_by_the_same_command(run: Run, fo
     assert _killed(command, kills)  # over a finished export
     with run.owned():
         assert _files(command()) == whole
+
+
+def test_a_written_export_is_read_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is damaged on its way to the disk does not pass for an export."""
+
+    def torn(path: Path, *arguments: object) -> None:
+        write_tensors(path, *arguments)
+        path.write_bytes(path.read_bytes()[:-40])
+
+    monkeypatch.setattr("vismt.jobs.run.write_tensors", torn)
+    with pytest.raises(UserError, match="broken"):
+        run.export("timm", None, "rslora")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from helpers.error_ranks import rows_of, weighed
 from helpers.toy_training import logged, train
 from torch import Tensor, nn
 
-from vismt.base.errors import UserError
+from vismt.base.errors import Diverged, UserError
 from vismt.config.sections import RunConfig, TrainConfig
 from vismt.config.typed import build
 from vismt.engine import loop, runtime
@@ -238,6 +239,13 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_checkpoint(tm
     assert all(torch.isfinite(value).all() for value in saved_tensors(tmp_path).values())
     with pytest.raises(UserError, match="no checkpoint had been written"):
         run(tmp_path / "early", Toy(bad_at=1))
+
+
+def test_the_step_that_is_not_finite_is_that_of_any_process(tmp_path: Path) -> None:
+    gathered = SimpleNamespace(gather=lambda _: torch.tensor([0.0, 7.0]))
+    training = SimpleNamespace(accelerator=gathered, first_bad=torch.zeros(()), folder=tmp_path)
+    with pytest.raises(Diverged, match="not finite at step 7"):
+        loop._Training._need_finite(training)
 
 
 @pytest.mark.parametrize(

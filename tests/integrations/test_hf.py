@@ -344,3 +344,11 @@ def test_pushing_uploads_the_folder(tmp_path: Path, monkeypatch) -> None:
     model.head.weight.data += 1
     with pytest.raises(UserError, match=r"'head\.weight' were trained|are not in the file"):
         push_to_hub(model, "me/vit", tmp_path / "b", base="tiny")
+
+
+def test_a_repository_of_a_hosted_tuner_has_the_folder_of_vismt_alone(folder: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    vismt.adapt(model, "peft:vera", rank=2)
+    shake(model)
+    written = write_repository(model, tmp_path / "repo", base="me/tiny")
+    assert (written / "adapter.json").exists() and not (written / "adapter_config.json").exists()

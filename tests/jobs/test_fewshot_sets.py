@@ -9,7 +9,8 @@ import yaml
 from helpers.tiny_runs import FEWSHOT, refused, written
 
 from vismt.cli import main
-from vismt.jobs import open_run, started
+from vismt.jobs import load_config, make_job, open_run, started
+from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler
 
 CORDA = {"method": "corda", "rank": 2, "targets": ["qkv"]}
 CASES = {
@@ -79,3 +80,16 @@ def test_a_run_that_trains_nothing_has_no_source_and_a_finished_one_is_opened(tm
     config = yaml.safe_load(resolved.read_text())
     resolved.write_text(yaml.safe_dump({**config, "train": {"steps": 1}}))
     assert open_run(folder).job.trains
+
+
+def test_the_sampling_of_the_configuration_draws_the_episodes(tmp_path: Path) -> None:
+    found = {}
+    for sampling in ("parts", "with_replacement", "without_replacement"):
+        config = load_config(write(tmp_path, {"evaluate.sampling": sampling, "evaluate.episodes": 10}))
+        (sampler, *_) = make_job(config, tmp_path / "run").data.samplers("digits", None)
+        found[sampling] = type(sampler), sampler.parts
+    assert found == {
+        "parts": (EpisodeSampler, 5),
+        "with_replacement": (EpisodeSampler, 0),
+        "without_replacement": (DisjointSampler, 0),
+    }

@@ -11,7 +11,7 @@ import torch
 from helpers.results import PGD, cell, comparison
 
 from vismt.report.comparison import Comparison
-from vismt.report.conclusion import JOINT, conclude, needed
+from vismt.report.conclusion import JOINT, conclude, key_comparisons, needed
 from vismt.uncertainty.intervals import CLEAN, Condition, Estimate, estimate, student_quantile
 
 
@@ -173,3 +173,10 @@ def test_groups_of_examples_keep_their_size() -> None:
     found = Estimate(0.0, ((0.01**2, 49.0),))
     examples, _ = needed(found, cell(0.5, 0.1, 200), 0.03, 0.95)
     assert examples == math.ceil(200 * 0.01**2 * (1.959964 + 0.841621) ** 2 / 0.03**2 + 4 * 1.959964**2 / 2)
+
+
+def test_the_key_scores_are_of_three_tasks_and_the_first_under_attack() -> None:
+    clean = [compared({"a": 0.5, "b": 0.6}, 0.02, task=task) for task in ("first", "second", "third", "fourth")]
+    attacked = [compared({"a": 0.1, "b": 0.2}, 0.02, condition=PGD, task=task) for task in ("first", "second")]
+    chosen = [(c.row.task, c.condition) for c in key_comparisons([*clean, *attacked])]
+    assert chosen == [("first", PGD.label), *((task, "clean") for task in ("first", "second", "third"))]

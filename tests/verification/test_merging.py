@@ -11,7 +11,7 @@ import safetensors.torch
 import timm
 import torch
 from helpers.tiny_runs import refused
-from helpers.verified_folders import FAULTS, Folders, made, stock, trained
+from helpers.verified_folders import FAULTS, Folders, edit_tensors, made, stock, trained
 
 import vismt
 from vismt.cli import main
@@ -124,3 +124,12 @@ def test_a_suspicious_merge_says_why(tmp_path: Path, llama: Folders, capsys) -> 
     lines = capsys.readouterr().out.splitlines()
     assert "verify  suspicious" in lines
     assert all(f"verify  {finding.level}: {finding.text}" in lines for finding in verdict.findings)
+
+
+def test_a_weight_that_changed_beside_the_adapter_is_named(tmp_path: Path, llama: Folders) -> None:
+    folders = llama.copied(tmp_path)
+    (path,) = folders.merged.glob("*.safetensors")
+    edit_tensors(path, lambda tensors: tensors["model.norm.weight"].add_(0.1))
+    verdict = vismt.verify(folders.adapter, base=folders.base, merged=folders.merged)
+    (finding,) = (finding for finding in verdict.findings if finding.code == "foreign-change")
+    assert finding.modules == ("model.norm.weight",) and verdict.status == "suspicious"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -81,4 +84,14 @@ def test_cut_and_absent_file(home, write_card):
         open_images(write_card(SPLITS))
     path.rename(path.with_name("other.npz"))
     with pytest.raises(UserError, match=r"no file '\$VISMT_DATA/n/n.npz'"):
+        open_images(write_card(SPLITS))
+
+
+def test_a_size_below_zero_is_refused_before_anything_is_read(home, write_card):
+    (home / "data" / "n").mkdir()
+    array = io.BytesIO()
+    np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": (-2, 3)})
+    with zipfile.ZipFile(home / "data" / "n" / "n.npz", "w") as file:
+        file.writestr("x_train.npy", array.getvalue() + bytes(100))
+    with pytest.raises(UserError, match=r"an array of shape \(-2, 3\) has -6 bytes"):
         open_images(write_card(SPLITS))

@@ -7,7 +7,7 @@ import torch
 from helpers.language_models import padded, tiny_lm, tokens
 from helpers.tiny import images, tiny_vit
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import vismt
 from vismt.base.errors import UserError
@@ -139,6 +139,17 @@ def test_mode_hooks_and_weights_are_left_as_they_were() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+class Halving(nn.Module):
+    """A layer whose tokens are not those of the mask: it sees every second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.linear(x[:, ::2])
+
+
 class Odd(nn.Module):
     """A layer that is not called, two that share an input for positive samples only, and one without a sample axis."""
 
@@ -175,6 +186,12 @@ def test_mistakes(tmp_path) -> None:
         (
             lambda: collect_covariance(llama, [{**padded(), "attention_mask": torch.ones(3, 1, 8, 8)}]),
             r"mask is \(3, 1, 8, 8\)",
+        ),
+        (
+            lambda: collect_covariance(
+                Halving(), [{"x": torch.ones(1, 4, 4), "attention_mask": torch.tensor([[1, 1, 1, 0]])}]
+            ),
+            "'linear' gets 2 tokens, the attention mask has 4",
         ),
         (lambda: load_covariances(tmp_path / "nowhere"), "no file"),
         (lambda: save_covariances({"a": torch.ones(2, 3)}, tmp_path), r"'a' is \(2, 3\)"),

@@ -121,3 +121,11 @@ def test_single_values_in_place_of_lists_are_refused(adapters, weights, message)
 def test_weights_may_be_an_array():
     a, b = draw(0, 4, 4, 2), draw(1, 4, 4, 2)
     assert torch.equal(combine((a, b), np.array([0.5, -2.0])).delta(), combine([a, b], [0.5, -2.0]).delta())
+
+
+def test_a_fifth_of_the_entries_is_dropped_by_default():
+    parts = [draw(seed, 30, 30, 10, "none", 1.0) for seed in (0, 1)]
+    by_default, fifth, more = (
+        combine(parts, [1, 1], "core_dare", **drop).delta() for drop in ({}, {"drop": 0.2}, {"drop": 0.4})
+    )
+    assert torch.equal(by_default, fifth) and not torch.allclose(fifth, more)

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from helpers.attack_parts import CLASSES, COUNT, KEYS, seeds_of, survivors, torchattacks_survivors, victim_case
 
 from vismt.base.norm_balls import random_start
+from vismt.robustness.attacks.active_set import Outcome, Round, Wave
 from vismt.robustness.attacks.attacks import AttackSpec
-from vismt.robustness.attacks.pgd import _check_progress, _State
+from vismt.robustness.attacks.pgd import _check_progress, _move, _State
 
 BUDGETS = [("linf", 0.07), ("l2", 0.95)]
 
@@ -142,3 +143,34 @@ def test_a_step_is_halved_when_nothing_has_changed_since_the_last_checkpoint():
     state = _State(**values, step=torch.ones(4), rises=torch.full((4,), 10.0))
     _check_progress(state, 10)
     assert state.step.tolist() == [0.5, 1, 1, 1] and state.reduced.tolist() == [True, False, False, False]
+
+
+def test_a_sparse_step_in_l1_has_the_length_of_the_step() -> None:
+    """The largest tenth of the gradient's entries moves, by equal amounts that sum to the step; no projection interferes."""
+    clean = torch.full((1, 3, 4, 4), 0.5)
+    gradient = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    logits = torch.tensor([[1.0, 0.0]])
+    outcome = Outcome(clean, torch.tensor([0]), [0], logits, clean, torch.full((1,), -torch.inf), torch.tensor([False]))
+    wave = Wave(outcome, torch.tensor([0]), [Round(0)], "test", 1)
+    one = torch.ones(1)
+    state = _State(
+        clean, clean, gradient, one, clean, gradient, one, one[:, None], 0.3 * one, one, one, one > 2, 0.1 * one, one
+    )
+    change = (_move(wave, state, epsilon=10.0, norm="l1", first=True) - clean).flatten()
+    moved = change.nonzero().flatten()
+    assert torch.equal(moved.sort().values, gradient.abs().flatten().topk(4).indices.sort().values)
+    assert torch.allclose(change[moved].abs(), torch.tensor(0.3 / 4)) and torch.equal(
+        change[moved].sign(), gradient.flatten()[moved].sign()
+    )
+
+
+def test_no_step_is_computed_for_an_image_that_is_broken() -> None:
+    net, clean, labels = victim_case()
+    images = []
+    net.register_forward_pre_hook(lambda _, inputs: images.append(len(inputs[0])))
+    spec = AttackSpec("pgd", 0.3, norm="linf", steps=10, restarts=1)
+    spec.perturb(net, clean, labels, num_classes=CLASSES, keys=KEYS)
+    few = sum(images)
+    images.clear()
+    spec.perturb(net, clean, labels, num_classes=CLASSES, keys=KEYS, exhaust=True)
+    assert few < sum(images) / 2
