@@ -4,6 +4,7 @@ import base64
 import gc
 import os
 import shutil
+import signal
 import sys
 
 import pytest
@@ -17,6 +18,8 @@ from vismt.storage.paths import cache_root
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell that started the tests in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="1pt" height="1pt"/>'
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mP4DwABAQEAHLCMmQAAAABJRU5ErkJggg==")

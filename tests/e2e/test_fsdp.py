@@ -61,7 +61,7 @@ def configurations(folder: Path) -> dict[str, dict]:
         "fade": {"start": 0.0, "end": 0.5},
         "balancing": {"method": "uncertainty"},
         "batch": 3,
-        "arms": {"emtal": {}, "full": {"adapt": None, "fade": None, "full": True}},
+        "arms": {"emtal": {}, "full": {"adapt.method": "full", "adapt.options": {}, "fade": None}},
         "train": TRAIN,
     }
     return {

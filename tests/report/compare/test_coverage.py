@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from vismt.report.comparison import compare
 from vismt.report.compare.pairs import GivenScores, paired_differences
 from vismt.report.compare.score_tables import Training
 
@@ -39,7 +40,7 @@ def draw(rng, n, seeds, size, binary, shift):
             named = [str(group) for group in groups] if size > 1 else []
             trainings.append(Training("", model, "all", str(seed), ids, {"score": listed}, groups=named))
     scores = GivenScores(trainings)
-    (pair,) = paired_differences(scores.results, scores)
+    (pair,) = paired_differences(compare(scores.results, scores))
     spread = math.sqrt(3 + 0.7**2 + (0.15**2 if seeds > 1 else 0.0))
     return pair, stats.norm.cdf(shift / spread) - 0.5 if binary else shift
 
