@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vismt.report.comparison import compare
 from vismt.report.compare.pairs import GivenScores, paired_differences
 from vismt.report.compare.score_tables import Training
+from vismt.report.comparison import compare
 
 pytestmark = pytest.mark.slow
 DRAWS = 300
