@@ -40,6 +40,8 @@ def panel(path, arms=("heads", "emtal"), count=2, size=(24, 32), **changes):
             "trained": trained,
             "predictions": bytes_(len(arms), 2, count),
             "scores": scores,
+            "classes": np.array(["wall", "door", "floor"]),
+            "colors": np.array(["#aa3377", "#112233", "#00ff00"]),
             **changes,
         },
     )
@@ -55,6 +57,8 @@ def test_panels_can_be_read(drawn, tmp_path, arms, count, size):
     assert drawn[0].get_size_inches()[0] <= 11.05
     # Input, truth of two tasks, and predictions but those of a task that the first arm does not train.
     assert len(drawn[0].axes) == count * (1 + 2 + 2 * arms - 1)
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["wall", "door", "floor"]
 
 
 def test_every_picture_stands_at_its_name_with_its_own_score(drawn, tmp_path):

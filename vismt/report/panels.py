@@ -17,7 +17,8 @@ from vismt.base.errors import UserError
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import MOST_BYTES, read_bytes
 
-# Kind of panel -> array -> type and axes; an axis has one length in all arrays of a file, "3" is three, "1" one. "?": may be NaN.
+# Kind of panel -> array -> type and axes. An axis has one length in all arrays of a file: "3" is three, "1" one, "z" may be zero.
+# "?": may be NaN.
 LAYOUTS = {
     "examples": {
         "images": ("uint8", "n3hw"),
@@ -59,6 +60,8 @@ LAYOUTS = {
         "trained": ("bool", "at"),
         "predictions": ("uint8", "atn3hw"),
         "scores": ("float64?", "atn"),
+        "classes": ("str", "z"),
+        "colors": ("str", "z"),
     },
 }
 
@@ -131,7 +134,7 @@ def _checked(arrays: dict[str, Any], kind: str) -> dict[str, Any]:
     for name, (kind_of_values, axes) in LAYOUTS[kind].items():
         array, dtype = arrays[name], kind_of_values.rstrip("?")
         fits = array.dtype.kind == "U" if dtype == "str" else array.dtype == dtype
-        if not fits or array.ndim != len(axes) or 0 in array.shape:
+        if not fits or array.ndim != len(axes) or (0 in array.shape and axes != "z"):
             raise ValueError(f"{name} is {array.dtype} {array.shape}, needed {dtype} ({', '.join(axes)})")
         for axis, length in zip(axes, array.shape):
             if lengths.setdefault(axis, length) != length:

@@ -27,7 +27,7 @@ from vismt.multitask.tasks.base import DARK
 from vismt.report.arm_figures import LETTER
 from vismt.report.confusion import confusion_figure
 from vismt.report.panels import read_panel, spread, to_bytes, write_panel
-from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
+from vismt.report.plotting import MUTED, axes_at, legend, legend_rows, new_figure, save, short, show_image, write
 from vismt.report.results import RECORDS
 from vismt.report.routers import router_pictures
 from vismt.report.tables import Picture, Section, Table, number_text, scale_text
@@ -67,6 +67,7 @@ def write_predictions(
         scores (a, t, n): score of the image alone, NaN for none.
         trained (a, t): whether the arm has the task; without it the pictures are dark grey and the scores NaN.
         trainings (a,): digests of the trainings.
+        classes, colors (c,): of the truth in the pictures, the commonest first, at most MOST_CLASSES of a task.
 
     logits: returns the outputs of a training on a batch by task. scored: returns the scores of a training by task.
     """
@@ -83,6 +84,7 @@ def write_predictions(
     if _known(path, about):
         return path
     sample = collate([rows.fitted(i, data.size) for i in numbers])
+    colors = [pair for task in tasks if task.key in sample for pair in task.legend(sample[task.key])[:MOST_CLASSES]]
     predictions, trained, scores = [], [], []
     for training in trainings:
         outputs, scores_of = logits(training, sample), scored(training)
@@ -105,6 +107,8 @@ def write_predictions(
             "trained": np.array(trained),
             "predictions": np.stack(predictions),
             "scores": np.array(scores, dtype=np.float64),
+            "classes": np.array([name for name, _ in colors], dtype=str),
+            "colors": np.array([color for _, color in colors], dtype=str),
         },
     )
 
@@ -146,10 +150,14 @@ def predictions_figure(panel: Path, path: Path) -> Path:
         HEAD + len(arrays["tasks"]) * (LINE + size[1] + BELOW) + APART / 2,
     )
     across = max(1, min(count, int((WIDEST - 0.2 + APART) / wide)))
-    figure = new_figure(0.2 + across * wide - APART, 0.05 + high * math.ceil(count / across))
+    total, classes = 0.2 + across * wide - APART, arrays["classes"].tolist()
+    top = 0.05 + (0.12 + 0.22 * legend_rows(classes, total - 0.1) if classes else 0)
+    figure = new_figure(total, top + high * math.ceil(count / across))
+    if classes:
+        legend(figure, classes, arrays["colors"].tolist(), 0.1)
     for number in range(count):
         down, right = divmod(number, across)
-        _block(figure, arrays, number, 0.1 + right * wide, 0.05 + down * high, size)
+        _block(figure, arrays, number, 0.1 + right * wide, top + down * high, size)
     return save(figure, path)
 
 

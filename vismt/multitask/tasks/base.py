@@ -219,8 +219,11 @@ class Task(ABC):
         """Return a short text that describes a prediction (channels, h, w) or (channels,), "" when there is none."""
         return ""
 
-    def legend(self, prediction: Tensor, class_names: Sequence[str] = ()) -> list[tuple[str, str]]:
-        """Return (class name, colour "#rrggbb") of the classes in the picture of a prediction, most frequent first."""
+    def legend(self, map: Tensor, class_names: Sequence[str] = ()) -> list[tuple[str, str]]:
+        """Return (class name, colour "#rrggbb") of the classes in a picture, most frequent first.
+
+        map: A prediction (channels, h, w), or labels of any shape.
+        """
         return []
 
 

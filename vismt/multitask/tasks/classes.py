@@ -128,8 +128,9 @@ class Segmentation(LabelTask, ClassLoss):
         """Return (r, g, b) in 0..255 of each class."""
         return class_colors(self.classes) if self.colors is None else self.colors
 
-    def legend(self, prediction: Tensor, class_names: Sequence[str] = ()) -> list[tuple[str, str]]:
-        counts = torch.bincount(self.answer(prediction).flatten(), minlength=self.classes)
+    def legend(self, map: Tensor, class_names: Sequence[str] = ()) -> list[tuple[str, str]]:
+        labels = self.answer(map) if map.is_floating_point() else map[self.valid(map)]
+        counts = torch.bincount(labels.flatten(), minlength=self.classes)
         order = [label for label in counts.argsort(descending=True, stable=True).tolist() if counts[label] > 0]
         colors = ["#" + "".join(f"{level:02x}" for level in color) for color in self.palette()]
         names = class_names or self.shown_names
