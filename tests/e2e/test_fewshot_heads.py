@@ -321,7 +321,7 @@ def test_a_set_with_too_few_classes_names_the_key(tmp_path: Path, capsys) -> Non
 
 
 def test_the_choice_of_settings_uses_the_ways_of_its_sets(tmp_path: Path) -> None:
-    select = {"data": ["photo_crops:test"], "episodes": 2, "shots": 1, "queries": 2, "beta": [1.0, 4.0], "balance": []}
+    select = {"data": ["photo_crops:test"], "episodes": 2, "shots": 1, "queries": 2}
     attack = {"name": "pgd", "steps": 1}
     folder = run(
         tmp_path,

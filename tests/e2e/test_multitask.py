@@ -483,7 +483,7 @@ def test_fixed_parameters_keep_their_rate_while_those_of_an_adapter_are_tried(tm
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be at least 0 and below 1"),
         ({"class_weights": "invers"}, "multitask: class_weights 'invers'; null for none. Near: 'inverse'"),
         ({"focal": 0.5}, "multitask: focal 0.5; it must be 0, or 1 or more"),
-        ({"retain": {"select": "correct"}}, "unknown key 'retain.select'. It was an option of vismt's own"),
+        ({"retain": {"select": "correct"}}, "unknown key 'retain.select'. Known: 'ema_decay'"),
         ({"batch": 0}, "batch is 0; it must be at least 1"),
         ({"batch": 77}, "batch: 77, with 76 training images"),
         ({"augment": {"crop": 0}}, "augment.crop is 0.0; it must be above 0"),

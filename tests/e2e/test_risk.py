@@ -187,7 +187,6 @@ def test_a_language_models_classes_have_sets(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"report": "risks"}, "risk"),
         ({"evaluate": {"risk": True, "split": "validation"}}, "set evaluate.split to test"),
         ({"tasks": [{**DIGITS["tasks"][0], "validation_share": 0.0}]}, "'digits' has no validation images"),
         ({"arms": {"a": {"evaluate.risk": False}}}, "must be the same for all arms"),

@@ -47,7 +47,7 @@ def comparison(
     return Comparison(result(data, condition=condition, **changes), data, dict(cells), "", {}, paired)
 
 
-def cell(value: float, half: float, n: int, mark: str = "", seeds: int = 0, covers: Covers = "") -> Cell:
+def cell(value: float, half: float, n: int, mark: str = "", seeds: int = 0, covers: Covers = "examples") -> Cell:
     """A cell with the interval value ± half."""
     return Cell(value, value - half, value + half, n, mark, seeds, covers)
 
