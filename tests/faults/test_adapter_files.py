@@ -288,10 +288,6 @@ def test_a_model_of_a_smaller_range_refuses_values_beyond_it(folders: Folders, t
     edit_tensors(folder, put(1e6))
     vismt.load_adapter(small_vit(), folder)
     assert re.search("beyond the range of torch.float16", refusal(vismt.load_adapter, small_vit().half(), folder))
-    folder = vismt.save_adapter(adapted_vit("s2ft"), tmp_path / "b")
-    edit_tensors(folder, lambda tensors: tensors["blocks.1.mlp.fc2.slice_values"].fill_(1e6))
-    model = small_vit().half()
-    assert re.search("beyond the range of torch.float16", refusal(vismt.load_adapter, model, folder))
 
 
 def test_weights_without_values_are_refused(folders: Folders) -> None:

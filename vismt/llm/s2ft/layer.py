@@ -28,19 +28,23 @@ from vismt.lowrank.svd import working_dtype
 
 @dataclass(frozen=True)
 class SliceSettings:
-    """Settings of a trained slice. rank: Number of trained rows or columns. dim: 0 for rows (outputs), 1 for columns (inputs)."""
+    """Settings of a trained slice.
+
+    rank: Number of trained rows or columns. dim: 0 for rows (outputs), 1 for columns (inputs). scale, blocks, mode: Settings in
+    files of earlier versions, which are not kept.
+    """
 
     rank: int
     dim: int
+    scale: float | None = None
+    blocks: tuple[int, ...] = ()
+    mode: str = ""
 
     def __post_init__(self) -> None:
         if self.dim not in (0, 1):
             raise ValueError(f"dim {shown_value(self.dim)}")
-
-    @staticmethod
-    def from_earlier(values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return settings without those of earlier files, which name where the values lay."""
-        return {name: value for name, value in values.items() if name not in ("scale", "blocks", "mode")}
+        for name, unset in {"scale": None, "blocks": (), "mode": ""}.items():
+            object.__setattr__(self, name, unset)
 
 
 @register_module("slice")

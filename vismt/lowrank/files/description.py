@@ -86,7 +86,7 @@ def entry_of(spec: LayerSpec) -> dict[str, Any]:
     """Return a spec as adapter.json holds it: empty settings are left out."""
     layer = {} if spec.layer.name in UNNAMED else {"layer": spec.layer.name}
     entry = {"path": spec.path, "kind": spec.kind, "shape": spec.shape, **layer, **asdict(spec.settings)}
-    return {name: value for name, value in entry.items() if value not in ("", None)}
+    return {name: value for name, value in entry.items() if value not in ("", (), None)}
 
 
 def parts_of(specs: Iterable[LayerSpec]) -> dict[str, dict[str, Any]]:

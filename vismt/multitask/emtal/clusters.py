@@ -3,10 +3,10 @@
     FFN(x) = sum_h GELU(x . w_h + b_h) v_h                w_h row h of fc1.weight, v_h column h of fc2.weight
     maximise  sum_h x_h . c_k(h)   subject to   |{h : k(h) = k}| = H / K        x_h = w_h / |w_h|, c_k the mean of its cluster
 
-The function does not depend on the order of the units. EMTAL (Zhong et al., NeurIPS 2024, arXiv 2501.06884) clusters the x_h of
-each block and orders units by cluster: unit h then belongs to expert h // (H / K), and the model runs without a file of labels.
-Here the clustered matrix is fc1 of the given model; the released script reads its matrices from a checkpoint that another script
-writes. Left out: the paper's ablations (clustering by activations and by gradients) and gated FFNs.
+EMTAL (Zhong et al., NeurIPS 2024, arXiv 2501.06884) clusters the x_h of each block and orders the units by cluster, which does
+not change the function. Here a unit keeps its place and gets a label. The clustered matrix is fc1 of the given model; the
+released script reads its matrices from a checkpoint that another script writes. Left out: the paper's ablations (clustering by
+activations and by gradients) and gated FFNs.
 
 With equal sizes sum_h |c_k(h)|^2 does not depend on the assignment, so inner products are enough. The assignment is a
 transportation problem, solved by successive shortest paths (Ahuja, Magnanti, Orlin, Network Flows, 1993, ch. 9): every row
@@ -97,7 +97,7 @@ def cluster_ffns(mlps: Sequence[nn.Module], n_experts: int, seed: int) -> list[T
 def plain_mlp(block_or_mlp: nn.Module, name: str = "") -> nn.Module:
     """Return the FFN of a block, or the FFN itself: fc1, an activation, fc2.
 
-    name: name of the block in errors. Raises UserError with the reason when the units cannot be permuted.
+    name: name of the block in errors. Raises UserError with the reason when a router cannot weigh its units.
     """
     mlp = getattr(block_or_mlp, "mlp", block_or_mlp)
     what = f"experts: {type(mlp).__name__} of {name}" if name else f"experts: {type(mlp).__name__}"

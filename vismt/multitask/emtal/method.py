@@ -59,7 +59,7 @@ def emtal(
     """Add LoRA at `targets` (None: qkv, proj, fc1, fc2 of all blocks) and a router in the FFN of every block.
 
     n_experts: K, a divisor of the hidden width. temperature: of the router's softmax. init: "normal" or "zero". cluster:
-    True clusters the units of each FFN by their weights (minutes for a ViT-B, then cached), False keeps their order, a
+    True clusters the units of each FFN by their weights (minutes for a ViT-B, then cached), False takes neighbours, a
     sequence gives the labels of each block, as `cluster_model` returns them. permute: "random" draws the experts of cluster
     True by the seed instead, the control that tells what the clusters add. pairs: "expert" gives each expert a pair of its own
     in fc1 and fc2, with as many parameters as the shared pair of `rank`. fade: start value, or the FadeState that all routers
