@@ -29,8 +29,8 @@ def add_arm(
         add(folder, score, arm, records=records)
 
 
-def make_folder(parent: Path) -> Path:
-    """Two sets. digits: adapted is better by exactly 0.1 in each episode. crops: the arms take turns."""
+def make_folder(parent: Path, **facts: object) -> Path:
+    """Two sets. digits: adapted is better by exactly 0.1 in each episode. crops: the arms take turns. facts: of run.json."""
     folder = parent / "run-4f2a"
     add_arm(folder, "digits", "frozen", FROZEN, [0.1, 0.1, 0.2, 0.2])
     add_arm(folder, "digits", "adapted", [v + 0.1 for v in FROZEN], [0.2, 0.2, 0.3, 0.3])
@@ -49,9 +49,9 @@ def make_folder(parent: Path) -> Path:
                 "started": "2026-01-05T10:00:00+00:00",
                 "finished": "2026-01-05T10:07:12+00:00",
                 "wall_time_s": 432.4,
-                "seeds": [0, 1],
                 "versions": {"python": "3.11.7", "torch": "2.13.0"},
                 "adapt": {"arms": {"adapted": {"method": "lora", "rank": 8, "trainable": 250, "total": 1000}}},
+                **facts,
             }
         )
     )

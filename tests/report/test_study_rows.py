@@ -47,7 +47,7 @@ def test_a_study_has_the_rows_their_averages_and_differences(tmp_path: Path) -> 
 
 
 def test_trainings_of_a_difference_are_paired_by_seed_and_of_an_average_are_means_over_sets(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path)
+    folder = make_folder(tmp_path, seeds=[0, 1])
     values = {"frozen": {0: (0.2, 0.4), 1: (0.4, 0.6)}, "adapted": {0: (0.3, 0.9), 1: (0.8, 0.6)}}
     for arm, by_seed in values.items():
         for seed, scores in by_seed.items():

@@ -28,7 +28,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(committed, "CHECKOUT", tmp_path)
     monkeypatch.setattr(committed, "studies", lambda: {path.stem: path for path in (tmp_path / ROWS).glob("*.jsonl")})
     (tmp_path / "docs").mkdir()
-    study = study_of(make_folder(tmp_path))
+    study = study_of(make_folder(tmp_path, seeds=[0, 1]))
     write_study(tmp_path / ROWS / "study.jsonl", study)
     by_seed = [
         StudyRow(**{**vars(row), "seed": seed, "value": row.value + 0.01 * seed})
@@ -109,7 +109,7 @@ def test_what_cannot_be_drawn_is_one_line(checkout: Path, capsys, change: dict, 
 
 
 def test_updates_by_depth_are_rows_and_a_picture(checkout: Path, tmp_path_factory) -> None:
-    folder = make_folder(tmp_path_factory.mktemp("run"))
+    folder = make_folder(tmp_path_factory.mktemp("run"), seeds=[0, 1])
     write_choice(folder / ARMS / "adapted" / "chosen.json", "adapted", [0.1], {0.1: 0.5})
     for seed in (0, 1):
         weights = {"blocks.0.fc1.weight": 0.1, "blocks.0.fc2.weight": 0.3, "blocks.7.fc1.weight": 0.6 + 0.2 * seed}

@@ -62,7 +62,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "README.md").write_text("No table.\n")
     (tmp_path / "docs" / "page.md").write_text(PAGE)
     forget()
-    assert tables.main(["add", str(make_folder(tmp_path)), "study"]) == 0
+    assert tables.main(["add", str(make_folder(tmp_path, seeds=[0, 1])), "study"]) == 0
     yield tmp_path
     forget()
 

@@ -95,11 +95,12 @@ def loaded(config: DenseConfig, training: Training, size: tuple[int, int]) -> De
     if size != net.backbone.img_size:
         kept = before is not None and torch.equal(stock.pos_embed, before)
         pretrained: Any = make_backbone(config, size).vit if kept else None
-        grid = net.backbone.grid if isinstance(net.backbone, Backbone) else ()
+        grid: Any = getattr(net.backbone, "grid", None)  # of a table of positions
         net.backbone.set_input_size(size, pretrained.pos_embed if kept else None)
         record = record_of(stock)
         if record is not None and "pos_embed" in record.also_train:
-            record.also_train["pos_embed"] = _resampled(record.also_train["pos_embed"], grid, net.backbone.grid)
+            new: Any = net.backbone.grid
+            record.also_train["pos_embed"] = _resampled(record.also_train["pos_embed"], grid, new)
     return net.requires_grad_(False).eval()
 
 

@@ -16,13 +16,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.sections import RESOLVED
 from vismt.storage.files import parse_json
 from vismt.storage.paths import regular_file
-from vismt.uncertainty.probability_metrics import MEASURES
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 SAMPLES = re.compile(r"samples_(?P<task>.+?)(?:_(?P<time>\d{4}-\d\d-\d\dT[\d.-]+))?\.jsonl")
@@ -243,6 +240,10 @@ def _values_of(
     }
     require_known(f"compare: '{where}': no column '{pattern}' for the class", [*labels, *answers], classes)
     by_class = {name: _probabilities(table, column, where) for name, column in classes.items()}
+    import torch
+
+    from vismt.uncertainty.probability_metrics import MEASURES
+
     log_p = torch.tensor([*by_class.values()], dtype=torch.float64).T.clamp_min(1e-300).log()
     truth = torch.tensor([[*by_class].index(label) for label in labels])
     means = {one.metric: one.values(log_p, truth).tolist() for one in MEASURES if one.measure is None}
