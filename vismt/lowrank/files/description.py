@@ -103,6 +103,7 @@ def _spec(entry: Mapping[str, Any], source: JsonFile, key: str) -> LayerSpec:
     layer = _module(name, source)
     if not issubclass(layer, AdapterLayer):
         raise UserError(f"{source}: {key}.layer: '{name}' carries no update of a weight; its entry belongs into parts.")
+    settings = getattr(layer.Settings, "from_earlier", dict)(settings)  # those of files of earlier versions
     spec = LayerSpec(site.path, site.kind, site.shape, layer, build(layer.Settings, settings, source, key))
     try:
         layer.check_settings(spec)
